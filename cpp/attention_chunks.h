@@ -1,0 +1,193 @@
+// What the forward and the backward of chunked attention share: the chunks, the rows they read, masks, and how chunks meet threads.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "chunked_attention.h"
+#include "parallel.h"
+#include "panels.h"
+#include "philox.h"
+
+namespace megalodon::MEGALODON_ISA {
+
+// A chunk, or the part of it that this call completes. Rows of a chunk are numbered from its start: those below `cached`
+// are keys of the cache, the others are tokens.
+struct Chunk {
+  int64_t sequence;
+  int64_t start;   // on the sequence's chunk grid
+  int64_t cached;
+  int64_t token;   // the token of row `cached`
+  int64_t keys;    // rows
+
+  int64_t queries() const { return keys - cached; }
+};
+
+inline std::vector<Chunk> list_chunks(const ChunkedAttentionParams& p) {
+  std::vector<Chunk> chunks;
+  for (int64_t s = 0; s < p.sequences.count; ++s) {
+    const int64_t position = p.cache_k ? p.position[s] : 0, end = position + p.sequences.length(s);
+    for (int64_t at = position; at < end;) {
+      const int64_t start = at - at % p.chunk_size, stop = p.chunk_size < end - start ? start + p.chunk_size : end;
+      chunks.push_back({s, start, at - start, p.sequences.begin(s) + at - position, stop - start});
+      at = stop;
+    }
+  }
+  return chunks;
+}
+
+// The rows of one head of a chunk, in the form panels.h asks for. Null: past the end, or cached without a cache.
+template <class T>
+struct ChunkRows {
+  const T* cache;
+  const T* tokens;
+  int64_t cached, keys, stride;
+
+  MEGALODON_INLINE const T* operator()(int64_t row) const {
+    if (row >= keys) return nullptr;
+    if (row >= cached) return tokens + (row - cached) * stride;
+    return cache ? cache + row * stride : nullptr;
+  }
+};
+
+template <class T>
+ChunkRows<T> chunk_rows(const ChunkedAttentionParams& p, const Chunk& chunk, int64_t head, const void* cache,
+                        const void* tokens, int64_t width) {
+  const int64_t stride = p.heads * width;
+  return {cache ? static_cast<const T*>(cache) + chunk.sequence * p.chunk_size * stride + head * width : nullptr,
+          static_cast<const T*>(tokens) + chunk.token * stride + head * width, chunk.cached, chunk.keys, stride};
+}
+
+template <class R>
+MEGALODON_INLINE Vec<R> lane_numbers() {
+  Vec<R> lanes;
+  for (int i = 0; i < kLanes<R>; ++i) lanes[i] = static_cast<R>(i);
+  return lanes;
+}
+
+// A block of scores is one panel of S^T: row r holds the scores of key `key + r` for the queries `query`, `query + 1`, ...
+// Sets the score of every key after the query to -inf.
+template <class R>
+void mask_future(R* scores, int64_t key, int64_t keys, int64_t query) {
+  for (int64_t r = query < key ? 0 : query + 1 - key; r < keys; ++r)
+    for (int64_t c = 0; c < kTileColumns<R>; c += kLanes<R>) {
+      R* at = scores + r * kTileColumns<R> + c;
+      const Vec<R> behind = lane_numbers<R>() + static_cast<R>(query + c - key - r);
+      store(at, behind < R{0} ? splat(-std::numeric_limits<R>::infinity()) : load(static_cast<const R*>(at)));
+    }
+}
+
+// DropKey: the score of (row, column) is dropped if word column % 4 of Philox(seed; column / 4, row, head, sequence) is less than
+// dropkey * 2^32. Rows and columns are numbered on the sequence's chunk grid.
+class DropKey {
+ public:
+  explicit DropKey(const ChunkedAttentionParams& p)
+      : seed_(p.seed), threshold_(static_cast<uint64_t>(p.dropkey * 0x1p32)) {}
+
+  MEGALODON_INLINE explicit operator bool() const { return threshold_ != 0; }
+
+  // Sets the dropped scores of a block to -inf.
+  template <class R>
+  void apply(R* scores, int64_t key, int64_t keys, int64_t query, const Chunk& chunk, int64_t head) const {
+    using Narrow = typename VecOf<uint32_t, kLanes<R>>::type;
+    using Wide = typename VecOf<std::conditional_t<sizeof(R) == 4, uint32_t, uint64_t>, kLanes<R>>::type;
+    const int64_t first = chunk.start + key, last = first + keys;
+    const Wide largest = Wide{} + static_cast<uint32_t>(threshold_ - 1);
+    uint32_t words[4][kTileColumns<R>];
+    for (int64_t quad = first / 4; quad * 4 < last; ++quad) {
+      for (int lane = 0; lane < kTileColumns<R>; lane += kPhiloxStreams) {
+        PhiloxWord word[4];
+        draw(word, splat_word(quad), splat_word(chunk.start + query + lane) + stream_numbers(), chunk, head);
+        for (int e = 0; e < 4; ++e)
+          store_raw(&words[e][lane], __builtin_convertvector(word[e], typename VecOf<uint32_t, kPhiloxStreams>::type));
+      }
+      for (int e = 0; e < 4; ++e) {
+        const int64_t column = quad * 4 + e;
+        if (column < first || column >= last) continue;
+        for (int c = 0; c < kTileColumns<R>; c += kLanes<R>) {
+          R* at = scores + (column - first) * kTileColumns<R> + c;
+          const Wide word = __builtin_convertvector(load_raw<Narrow>(&words[e][c]), Wide);
+          store(at, word <= largest ? splat(-std::numeric_limits<R>::infinity()) : load(static_cast<const R*>(at)));
+        }
+      }
+    }
+  }
+
+  // The same for the scores of one query, in a row.
+  template <class R>
+  void apply_to_row(R* scores, int64_t key, int64_t keys, int64_t query, const Chunk& chunk, int64_t head) const {
+    const int64_t first = chunk.start + key, last = first + keys;
+    for (int64_t quad = first / 4; quad * 4 < last; quad += kPhiloxStreams) {
+      PhiloxWord word[4];
+      draw(word, splat_word(quad) + stream_numbers(), splat_word(chunk.start + query), chunk, head);
+      const int64_t begin = std::max(first, quad * 4), end = std::min(last, (quad + kPhiloxStreams) * 4);
+      for (int64_t column = begin; column < end; ++column)
+        if (static_cast<uint32_t>(word[column % 4][column / 4 - quad]) < threshold_)
+          scores[column - first] = -std::numeric_limits<R>::infinity();
+    }
+  }
+
+ private:
+  static MEGALODON_INLINE PhiloxWord splat_word(int64_t word) { return PhiloxWord{} + static_cast<uint64_t>(word); }
+  static MEGALODON_INLINE PhiloxWord stream_numbers() {
+    PhiloxWord numbers;
+    for (int i = 0; i < kPhiloxStreams; ++i) numbers[i] = static_cast<uint64_t>(i);
+    return numbers;
+  }
+  MEGALODON_INLINE void draw(PhiloxWord (&word)[4], PhiloxWord quad, PhiloxWord row, const Chunk& chunk, int64_t head) const {
+    word[0] = quad;
+    word[1] = row;
+    word[2] = splat_word(head);
+    word[3] = splat_word(chunk.sequence);
+    philox(word, seed_);
+  }
+
+  uint64_t seed_, threshold_;
+};
+
+// Calls body(chunk, head) for every head of every chunk. A chunk that alone holds a large part of the work, work(chunk) for
+// each head, runs on the caller, so that the parallel_jobs inside it spread it over the threads; the others run one to a thread.
+// Every thread that calls a body calls its own, made by make().
+template <class Work, class Make>
+void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, Work&& work, Make&& make) {
+  double total = 0;
+  for (const Chunk& chunk : chunks) total += work(chunk) * static_cast<double>(heads);
+  const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  const double share = total / (2 * threads);
+  std::vector<const Chunk*> small, large;
+  for (const Chunk& chunk : chunks) (threads > 1 && work(chunk) > share ? large : small).push_back(&chunk);
+  if (!large.empty()) {
+    auto body = make();
+    for (const Chunk* chunk : large)
+      for (int64_t head = 0; head < heads; ++head) body(*chunk, head);
+  }
+  parallel_jobs(static_cast<int64_t>(small.size()) * heads, total, [&] {
+    return [&, body = make()](int64_t job) mutable { body(*small[static_cast<size_t>(job / heads)], job % heads); };
+  });
+}
+
+// Scratch memory S(params) for each thread that a parallel_jobs may run on, made when the thread first asks.
+template <class S>
+class PerThread {
+ public:
+  S& get(const ChunkedAttentionParams& params) {
+    std::unique_ptr<S>& slot = slots_[static_cast<size_t>(omp_get_thread_num())];
+    if (!slot) slot = std::make_unique<S>(params);
+    return *slot;
+  }
+
+ private:
+  std::vector<std::unique_ptr<S>> slots_{static_cast<size_t>(omp_get_max_threads())};
+};
+
+// Zeroes the rows of `width` bytes of every token that lies in no sequence.
+inline void zero_padding(const Sequences& sequences, void* rows, int64_t width) {
+  for (int64_t s = 0; s <= sequences.count; ++s) {
+    const int64_t begin = sequences.gap_begin(s), end = sequences.gap_end(s);
+    if (begin < end) std::memset(static_cast<char*>(rows) + begin * width, 0, static_cast<size_t>((end - begin) * width));
+  }
+}
+
+}  // namespace megalodon::MEGALODON_ISA

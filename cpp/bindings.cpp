@@ -1,0 +1,21 @@
+#include "bindings.h"
+
+#include <omp.h>
+
+PYBIND11_MODULE(_C, module) {
+  using namespace megalodon;
+  module.doc() = "Compiled kernels of megalodon_ops. Use the functions of the package, which call these.";
+  bind_isa(module);
+  bind_cema(module);
+  bind_timestep_norm(module);
+  bind_normalized_qk(module);
+  bind_chunked_attention(module);
+  module.def("num_threads", [] { return omp_get_max_threads(); });
+  module.def("build_info", [] {
+    py::dict info;
+    info["version"] = MEGALODON_VERSION;
+    info["compiler"] = __VERSION__;
+    info["openmp"] = _OPENMP;
+    return info;
+  });
+}

@@ -1,0 +1,16 @@
+// One bind_<name> for each part of the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace megalodon {
+
+namespace py = pybind11;
+
+void bind_isa(py::module_& module);
+void bind_cema(py::module_& module);
+void bind_timestep_norm(py::module_& module);
+void bind_normalized_qk(py::module_& module);
+void bind_chunked_attention(py::module_& module);
+
+}  // namespace megalodon

@@ -1,0 +1,42 @@
+// CEMA: h_t = q h_{t-1} + p x_t,  y_t = Re(sum_n gamma_n h_t[n]) + omega x_t. Derivation: reference/cema.py.
+#pragma once
+
+#include "isa.h"
+#include "sequences.h"
+
+namespace megalodon {
+
+// R is float, or double where dtype is f64. Complex numbers are (re, im) pairs. All tensors are contiguous.
+struct CemaParams {
+  DType dtype;          // of x, y, dy, dx
+  Sequences sequences;  // S sequences in T tokens
+  int64_t channels;     // D
+  int64_t modes;        // N
+  const void* x;        // (T, D)
+  const void* p;        // (D, N) R
+  const void* q;        // (D, N) complex R
+  const void* gamma;    // (D, N) complex R
+  const void* omega;    // (D) R
+  const void* state;    // (S, D, N) complex R, or null: zero
+};
+
+struct CemaFwdParams : CemaParams {
+  void* y;        // (T, D)
+  void* state_out;  // (S, D, N) complex R, or null: not wanted
+};
+
+struct CemaBwdParams : CemaParams {
+  const void* dy;         // (T, D)
+  const void* dstate_out;  // (S, D, N) complex R, or null: zero
+  void* dx;               // (T, D)
+  void* dp;               // (D, N) R
+  void* dq;               // (D, N) complex R
+  void* dgamma;           // (D, N) complex R
+  void* domega;           // (D) R
+  void* dstate;           // (S, D, N) complex R, or null: not wanted
+};
+
+MEGALODON_CPU_KERNEL(cema_fwd_cpu, CemaFwdParams)
+MEGALODON_CPU_KERNEL(cema_bwd_cpu, CemaBwdParams)
+
+}  // namespace megalodon

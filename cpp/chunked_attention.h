@@ -1,0 +1,56 @@
+// Causal softmax attention inside chunks of C steps. Derivation: reference/chunked_attention.py.
+#pragma once
+
+#include "isa.h"
+#include "sequences.h"
+
+namespace megalodon {
+
+// R is float, or double where dtype is f64. All tensors are contiguous.
+// A sequence whose state holds `position` keys first completes that chunk: its token t lies at position + t on the chunk grid.
+struct ChunkedAttentionParams {
+  DType dtype;              // of q, k, v, o, the cache and their gradients
+  Sequences sequences;      // S sequences in T tokens
+  int64_t heads;            // H
+  int64_t key_dim;          // K
+  int64_t value_dim;        // V
+  int64_t chunk_size;       // C
+  double scale;             // on q k^T
+  double dropkey;           // probability that an allowed score becomes -inf; 0: never
+  uint64_t seed;            // key of the Philox generator
+  const void* q;            // (T, H, K)
+  const void* k;            // (T, H, K)
+  const void* v;            // (T, H, V)
+  const void* cache_k;      // (S, C, H, K), rows [0, position) are valid; or null: empty
+  const void* cache_v;      // (S, C, H, V)
+  const int64_t* position;  // (S), each in [0, C)
+};
+
+struct ChunkedAttentionFwdParams : ChunkedAttentionParams {
+  void* o;    // (T, H, V)
+  void* lse;  // (T, H) R: log of the softmax denominator; -inf where every score was dropped
+};
+
+// No gradient goes to the cache: its rows count as constants.
+struct ChunkedAttentionBwdParams : ChunkedAttentionParams {
+  const void* o;     // (T, H, V)
+  const void* lse;   // (T, H) R
+  const void* d_o;   // (T, H, V)
+  void* dq;          // (T, H, K)
+  void* dk;          // (T, H, K)
+  void* dv;          // (T, H, V)
+};
+
+// The state after the call: keys and values of the unfinished chunk and the position in it. The outputs may be the
+// inputs themselves (decoding in place); otherwise the kept rows are copied and the rest of the output is zero.
+struct ChunkedAttentionStateParams : ChunkedAttentionParams {
+  void* cache_k_out;      // (S, C, H, K)
+  void* cache_v_out;      // (S, C, H, V)
+  int64_t* position_out;  // (S)
+};
+
+MEGALODON_CPU_KERNEL(chunked_attention_fwd_cpu, ChunkedAttentionFwdParams)
+MEGALODON_CPU_KERNEL(chunked_attention_bwd_cpu, ChunkedAttentionBwdParams)
+MEGALODON_CPU_KERNEL(chunked_attention_state_cpu, ChunkedAttentionStateParams)
+
+}  // namespace megalodon

@@ -1,0 +1,259 @@
+// Chunked attention, backward, on the CPU. Probabilities come again from the scores and the log-sum-exp.
+//
+//   P_ij = exp(scale q_i . k_j - lse_i);  delta_i = do_i . o_i;  dS_ij = P_ij (do_i . v_j - delta_i)
+//   dv_j = sum_i P_ij do_i;  dk_j = scale sum_i dS_ij q_i;  dq_i = scale sum_j dS_ij k_j
+//
+// A chunk is cut into blocks of kBlock rows. A job owns one pair (query block i, key block j <= i) of one head and makes every
+// product of the pair once, 3 K + 2 V multiplications for each score:
+//   1. S^T = scale K Q^T and dP^T = V dO^T, a tile of kTileRows keys x kTileColumns queries at a time; the tile becomes
+//      P^T and dS^T while it is in the nearest cache
+//   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
+//   3. dQ_i += dS K                             (A = (dS^T)^T)
+// Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: in step d
+// run the pairs with i - j = d, no two of which have a block in common. So every sum has the same order on any number of
+// threads: d = 0, 1, 2, ...
+//
+// Operands are packed once for each chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.
+// Scratch, in elements for each chunk at work: C (5 K + 4 V); for each thread P^T and dS^T, 2 kBlock^2. Queries are numbered
+// like keys, from the chunk's start; rows that are in the cache stand there as zero queries, which add nothing.
+
+#include "chunked_attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention_chunks.h"
+#include "vector_math.h"
+
+namespace megalodon::MEGALODON_ISA {
+namespace {
+
+constexpr int64_t kBlock = 192;
+
+template <class T>
+class ChunkBackward {
+  using U = Unit<T>;
+  using R = Compute<T>;
+  static constexpr int64_t kColumns = kTileColumns<R>;
+  static constexpr bool kPaired = kUnitDepth<U> == 2;
+  static_assert(kBlock % kColumns == 0 && kBlock % kTileRows == 0);
+
+ public:
+  ChunkBackward(const ChunkedAttentionBwdParams& params, int64_t max_keys)
+      : p_(params),
+        drop_(params),
+        k_columns_(max_keys, params.key_dim),
+        k_rows_(kPaired ? max_keys : 0, params.key_dim),
+        v_columns_(max_keys, params.value_dim),
+        q_transposed_(params.key_dim, max_keys),
+        q_rows_(max_keys, params.key_dim),
+        do_transposed_(params.value_dim, max_keys),
+        do_rows_(max_keys, params.value_dim),
+        dq_(max_keys, params.key_dim),
+        dk_(max_keys, params.key_dim),
+        dv_(max_keys, params.value_dim),
+        lse_(max_keys + kColumns),
+        delta_(max_keys + kColumns) {}
+
+  void operator()(const Chunk& chunk, int64_t head) {
+    const int64_t blocks = ceil_div(chunk.keys, kBlock), first_block = chunk.cached / kBlock;
+    const double work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
+    const auto for_each = [&](int64_t jobs, double total, auto&& body) {
+      parallel_jobs(jobs, total, [&] { return [&, flush = FlushDenormals()](int64_t job) { body(job); }; });
+    };
+    for_each(blocks, work, [&](int64_t block) { pack(chunk, head, block); });
+    for (int64_t distance = 0; distance < blocks; ++distance) {
+      const int64_t begin = std::max<int64_t>(0, first_block - distance), pairs = blocks - distance - begin;
+      for_each(pairs, work * kBlock, [&](int64_t job) { multiply_pair(chunk, head, begin + job + distance, begin + job); });
+    }
+    for_each(blocks, work, [&](int64_t block) { unpack(chunk, head, block); });
+  }
+
+ private:
+  struct PairScratch {
+    explicit PairScratch(const ChunkedAttentionParams&)
+        : s(kBlock, kColumns), dp(kBlock, kColumns), p(kBlock, kBlock), ds(kBlock, kBlock), ds_rows(kPaired ? kBlock : 0, kBlock) {}
+    PackedMatrix<R> s, dp;           // S^T, then P^T, and dP^T of one panel of queries
+    PackedMatrix<U> p, ds, ds_rows;  // P^T and dS^T by columns, dS^T by rows
+  };
+
+  // Query rows of blocks without queries are not kept.
+  static int64_t first_row(const Chunk& chunk) { return chunk.cached / kBlock * kBlock; }
+
+  const Packed<U>& k_rows() const { return kPaired ? k_rows_ : k_columns_; }
+
+  void pack(const Chunk& chunk, int64_t head, int64_t block) {
+    const int64_t begin = block * kBlock, end = std::min(begin + kBlock, round_up(chunk.keys, kTileRows));
+    const auto k = chunk_rows<T>(p_, chunk, head, p_.cache_k, p_.k, p_.key_dim);
+    const auto v = chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
+    pack_by_columns<T>(begin, end, p_.key_dim, k, k_columns_);
+    if constexpr (kPaired) pack_by_rows<T>(begin, end, p_.key_dim, k, k_rows_);
+    pack_by_columns<T>(begin, end, p_.value_dim, v, v_columns_);
+
+    const int64_t base = first_row(chunk);
+    if (begin < base) return;
+    const auto q = chunk_rows<T>(p_, chunk, head, nullptr, p_.q, p_.key_dim);
+    const auto o = chunk_rows<T>(p_, chunk, head, nullptr, p_.o, p_.value_dim);
+    const auto d_o = chunk_rows<T>(p_, chunk, head, nullptr, p_.d_o, p_.value_dim);
+    const auto q_row = [&](int64_t row) { return q(base + row); };
+    const auto do_row = [&](int64_t row) { return d_o(base + row); };
+    pack_transposed<T>(begin - base, end - base, p_.key_dim, q_row, q_transposed_);
+    pack_by_rows<T>(begin - base, end - base, p_.key_dim, q_row, q_rows_);
+    pack_transposed<T>(begin - base, end - base, p_.value_dim, do_row, do_transposed_);
+    pack_by_rows<T>(begin - base, end - base, p_.value_dim, do_row, do_rows_);
+
+    for (int64_t row = begin; row < round_up(end, kColumns); ++row) {
+      R lse = 0, delta = 0;
+      if (row >= chunk.cached && row < chunk.keys) {
+        lse = static_cast<const R*>(p_.lse)[(chunk.token + row - chunk.cached) * p_.heads + head];
+        // Every score of the row was dropped: exp(-inf - 0) gives the zero that exp(-inf - lse) would not.
+        if (lse == -std::numeric_limits<R>::infinity()) lse = 0;
+        Vec<R> sum = zeros<R>();
+        for (int64_t c = 0; c < p_.value_dim; c += kLanes<R>)
+          sum += load_first(d_o(row) + c, p_.value_dim - c) * load_first(o(row) + c, p_.value_dim - c);
+        delta = sum_lanes<R>(sum);
+      }
+      lse_[row - base] = lse;
+      delta_[row - base] = delta;
+    }
+  }
+
+  void multiply_pair(const Chunk& chunk, int64_t head, int64_t query_block, int64_t key_block) {
+    static constexpr R ones[] = {1, 1, 1, 1, 1, 1, 1, 1};
+    static_assert(sizeof ones / sizeof(R) >= kTileRows);
+    const PairScratch& scratch = scratch_.get(p_);
+    const int64_t base = first_row(chunk);
+    const int64_t query = query_block * kBlock, query_end = std::min(query + kBlock, chunk.keys), queries = query_end - query;
+    const int64_t key = key_block * kBlock, key_end = std::min(key + kBlock, chunk.keys);
+
+    const bool whole_rows = chunk.keys <= kBlock;
+    for (int64_t at = 0; at < queries; at += kColumns) {
+      const int64_t panel = at / kColumns, visible = std::min(key_end, query + at + kColumns) - key;
+      const int vectors = vectors_in_panel<U>(queries, panel);
+      for (int64_t row = 0; row < visible; row += kTileRows) {
+        multiply_scores(chunk, head, vectors, key + row, query + at, row, scratch);
+        if (!whole_rows) differentiate(vectors, panel, row, kTileRows, query - base + at, false, scratch);
+      }
+      if (whole_rows) differentiate(vectors, panel, 0, round_up(visible, kTileRows), query - base + at, true, scratch);
+    }
+
+    // Keys of the cache take no gradient.
+    const bool first_of_keys = query_block == std::max(key_block, chunk.cached / kBlock);
+    const R* kept = first_of_keys ? nullptr : ones;
+    const auto add_to_keys = [&](const Packed<U>& a, const Packed<U>& b, int64_t width, const Packed<R>& sums) {
+      for (int64_t column = 0; column < panels<U>(width); ++column) {
+        const int vectors = vectors_in_panel<U>(width, column);
+        for (int64_t tile = std::max(key, chunk.cached / kTileRows * kTileRows); tile < key_end; tile += kTileRows) {
+          const int64_t panel = tile > query ? (tile - query) / kColumns : 0, at = panel * kColumns;
+          multiply_tile<false>(vectors, queries - at, a.at(panel, tile - key), a.panel_units(),
+                               b.at(column, query - base + at), R{1}, kept, sums.at(column, tile));
+        }
+      }
+    };
+    add_to_keys(scratch.p, do_rows_, p_.value_dim, dv_);
+    add_to_keys(scratch.ds, q_rows_, p_.key_dim, dk_);
+
+    const Packed<U>& ds_rows = kPaired ? scratch.ds_rows : scratch.ds;
+    for (int64_t column = 0; column < panels<U>(p_.key_dim); ++column) {
+      const int vectors = vectors_in_panel<U>(p_.key_dim, column);
+      for (int64_t at = 0; at < queries; at += kTileRows) {
+        const int64_t depth = std::min(key_end, query + at + kTileRows) - key;
+        multiply_tile<true>(vectors, depth, ds_rows.at(at / kColumns, 0) + at % kColumns, 0, k_rows().at(column, key), R{1},
+                            query_block == key_block ? nullptr : ones, dq_.at(column, query - base + at));
+      }
+    }
+  }
+
+  // S^T and dP^T of kTileRows keys from `key` on and one panel of queries from `query` on.
+  void multiply_scores(const Chunk& chunk, int64_t head, int vectors, int64_t key, int64_t query, int64_t row,
+                       const PairScratch& scratch) const {
+    const int64_t panel = (query - first_row(chunk)) / kColumns;
+    R* s = scratch.s.at(0, row);
+    multiply_tile<false>(vectors, p_.key_dim, k_columns_.at(0, key), k_columns_.panel_units(), q_transposed_.at(panel, 0),
+                         static_cast<R>(p_.scale), nullptr, s);
+    multiply_tile<false>(vectors, p_.value_dim, v_columns_.at(0, key), v_columns_.panel_units(), do_transposed_.at(panel, 0),
+                         R{1}, nullptr, scratch.dp.at(0, row));
+    if (key + kTileRows > query + 1) mask_future(s, key, kTileRows, query);
+    if (drop_) drop_.apply(s, key, kTileRows, query, chunk, head);
+  }
+
+  // S^T and dP^T of `rows` keys, all there are of these queries if whole_rows, become P^T and dS^T.
+  void differentiate(int vectors, int64_t panel, int64_t row, int64_t rows, int64_t query, bool whole_rows,
+                     const PairScratch& scratch) const {
+    for (int64_t c = 0; c < vectors * kLanes<R>; c += kLanes<R>) {
+      R *p = scratch.s.at(0, row) + c, *dp = scratch.dp.at(0, row) + c;
+      const Vec<R> lse = load(&lse_[query + c]);
+      Vec<R> total = zeros<R>(), product = zeros<R>();
+      for (int64_t r = 0; r < rows; ++r) {
+        const Vec<R> now = exp(load(static_cast<const R*>(p) + r * kColumns) - lse);
+        store(p + r * kColumns, now);
+        total += now;
+        product += now * load(static_cast<const R*>(dp) + r * kColumns);
+      }
+      // Whole rows need neither lse nor o to the last digit. A row with every score dropped keeps its zeros.
+      const Vec<R> gain = !whole_rows || total == 0 ? splat(R{1}) : 1 / total;
+      const Vec<R> delta = whole_rows ? product * gain : load(&delta_[query + c]);
+      const auto probability = [&](int64_t r) { return gain * load(static_cast<const R*>(p) + r * kColumns); };
+      const auto gradient = [&](int64_t r, Vec<R> now) {
+        const Vec<R> ds = now * (load(static_cast<const R*>(dp) + r * kColumns) - delta);
+        return now == 0 ? zeros<R>() : ds;
+      };
+      for (int64_t r = 0; r < rows; r += kUnitDepth<U>) {
+        const Vec<R> now = probability(r), ds = gradient(r, now);
+        if constexpr (!kPaired) {
+          store(scratch.p.at(panel, row + r) + c, now);
+          store(scratch.ds.at(panel, row + r) + c, ds);
+        } else {
+          const Vec<R> next = probability(r + 1), next_ds = gradient(r + 1, next);
+          store_raw(scratch.p.at(panel, row + r) + c / 2, round_bf16(now));
+          store_raw(scratch.p.at(panel, row + r + 1) + c / 2, round_bf16(next));
+          store_raw(scratch.ds.at(panel, row + r) + c / 2, round_bf16(ds));
+          store_raw(scratch.ds.at(panel, row + r + 1) + c / 2, round_bf16(next_ds));
+          store_raw(scratch.ds_rows.at(panel, row + r) + c, pair_units(ds, next_ds));
+        }
+      }
+    }
+  }
+
+  void unpack(const Chunk& chunk, int64_t head, int64_t block) const {
+    const R scale = static_cast<R>(p_.scale);
+    const int64_t base = first_row(chunk), end = std::min((block + 1) * kBlock, chunk.keys);
+    for (int64_t row = std::max(block * kBlock, chunk.cached); row < end; ++row) {
+      const int64_t out = (chunk.token + row - chunk.cached) * p_.heads + head;
+      unpack_row<T>(dq_, row - base, p_.key_dim, scale, static_cast<T*>(p_.dq) + out * p_.key_dim);
+      unpack_row<T>(dk_, row, p_.key_dim, scale, static_cast<T*>(p_.dk) + out * p_.key_dim);
+      unpack_row<T>(dv_, row, p_.value_dim, R{1}, static_cast<T*>(p_.dv) + out * p_.value_dim);
+    }
+  }
+
+  const ChunkedAttentionBwdParams& p_;
+  DropKey drop_;
+  PackedMatrix<U> k_columns_, k_rows_, v_columns_, q_transposed_, q_rows_, do_transposed_, do_rows_;
+  PackedMatrix<R> dq_, dk_, dv_;
+  Scratch<R> lse_, delta_;
+  PerThread<PairScratch> scratch_;
+};
+
+template <class T>
+void backward(const ChunkedAttentionBwdParams& p) {
+  const int64_t row = p.heads * static_cast<int64_t>(sizeof(T));
+  zero_padding(p.sequences, p.dq, row * p.key_dim);
+  zero_padding(p.sequences, p.dk, row * p.key_dim);
+  zero_padding(p.sequences, p.dv, row * p.value_dim);
+  const std::vector<Chunk> chunks = list_chunks(p);
+  int64_t max_keys = 0;
+  for (const Chunk& chunk : chunks) max_keys = std::max(max_keys, chunk.keys);
+  const auto work = [&](const Chunk& chunk) {
+    return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
+  };
+  for_each_chunk(chunks, p.heads, work, [&] { return ChunkBackward<T>(p, max_keys); });
+}
+
+}  // namespace
+
+void chunked_attention_bwd_cpu(const ChunkedAttentionBwdParams& params) {
+  if (params.sequences.tokens == 0 || params.heads == 0) return;
+  dispatch_dtype(params.dtype, [&](auto element) { backward<decltype(element)>(params); });
+}
+
+}  // namespace megalodon::MEGALODON_ISA

@@ -1,0 +1,228 @@
+// Chunked attention, forward and state, on the CPU.
+//
+//   s_ij = scale q_i . k_j (j <= i, in the same chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
+//
+// A job owns kQueryBlock queries of one head of one chunk and walks the keys in blocks of kKeyBlock:
+//   1. S^T = scale K Q^T, key rows by query columns, so that a softmax over keys is lane by lane   (A = K, B = Q^T)
+//   2. online softmax: m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P   (P takes the place of S)
+//   3. O = diag(f) O + P V                                                                         (A = (P^T)^T, B = V)
+// and ends with o = O / l, lse = m + log l. Key tiles above the diagonal are skipped, in 1 for each panel of queries and in 3
+// for each kTileRows queries. K and V of a chunk are packed once, before its jobs; every job packs its own Q^T.
+// Few queries on top of a cache, as in decoding, go to few_query_attention.h instead, which reads keys where they lie.
+//
+// Scratch: packed K and V of the chunks at work; for each thread S (kKeyBlock x kQueryBlock) and O (kQueryBlock x V).
+// A result depends on the shapes alone, never on the number of threads: a job is the same whoever runs it.
+//
+// Example with C = 3, V = 1, scores of row 2 = (0, ln 2, ln 4), v = (1, 2, 3): m = ln 4, P = (1/4, 1/2, 1), l = 7/4,
+// O = 1/4 + 2/2 + 3 = 17/4, o = 17/7, lse = ln 7.
+
+#include "chunked_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "attention_chunks.h"
+#include "few_query_attention.h"
+#include "vector_math.h"
+
+namespace megalodon::MEGALODON_ISA {
+namespace {
+
+constexpr int64_t kQueryBlock = 96;
+constexpr int64_t kKeyBlock = 256;
+
+// One panel of S^T becomes P^T. For each query: the running maximum, the running sum, and by how much earlier sums shrink.
+template <class U>
+void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, SumOf<U>* sum, SumOf<U>* factor) {
+  using R = SumOf<U>;
+  constexpr int64_t kRow = kTileColumns<R>;
+  constexpr R kInfinity = std::numeric_limits<R>::infinity();
+  // A pair of keys whose second does not exist.
+  if (keys % kUnitDepth<U> != 0)
+    for (int64_t c = 0; c < kRow; c += kLanes<R>) store(scores + keys * kRow + c, splat(-kInfinity));
+  for (int j = 0; j < vectors; ++j, scores += kLanes<R>, max += kLanes<R>, sum += kLanes<R>, factor += kLanes<R>) {
+    const R* s = scores;
+    const Vec<R> max_before = load(static_cast<const R*>(max));
+    Vec<R> max_now = max_before;
+    for (int64_t key = 0; key < keys; ++key) {
+      const Vec<R> value = load(s + key * kRow);
+      max_now = value > max_now ? value : max_now;
+    }
+    // Where every score was dropped so far the maximum is -inf, and exp(s - 0) gives the zero that exp(s - m) would not.
+    const Vec<R> shift = max_now == -kInfinity ? zeros<R>() : max_now;
+    Vec<R> total = zeros<R>();
+    for (int64_t key = 0; key < keys; key += kUnitDepth<U>) {
+      const Vec<R> p = exp(load(s + key * kRow) - shift);
+      total += p;
+      if constexpr (kUnitDepth<U> == 1) {
+        store(scores + key * kRow, p);
+      } else {
+        const Vec<R> next = exp(load(s + (key + 1) * kRow) - shift);
+        total += next;
+        store_raw(scores + key / 2 * kRow, pair_units(p, next));
+      }
+    }
+    const Vec<R> shrink = exp(max_before - shift);
+    store(max, max_now);
+    store(sum, load(static_cast<const R*>(sum)) * shrink + total);
+    store(factor, shrink);
+  }
+}
+
+// The forward of one head of one chunk.
+template <class T>
+class ChunkForward {
+ public:
+  using U = Unit<T>;
+  using R = Compute<T>;
+
+  ChunkForward(const ChunkedAttentionFwdParams& params, int64_t max_keys)
+      : p_(params),
+        drop_(params),
+        keys_(max_keys, params.key_dim),
+        values_(max_keys, params.value_dim) {}
+
+  void operator()(const Chunk& chunk, int64_t head) {
+    const ChunkRows<T> k = chunk_rows<T>(p_, chunk, head, p_.cache_k, p_.k, p_.key_dim);
+    const ChunkRows<T> v = chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
+    const double pack_work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
+    parallel_jobs(ceil_div(chunk.keys, kKeyBlock), pack_work, [&] {
+      return [&](int64_t job) {
+        const int64_t begin = job * kKeyBlock, end = std::min(begin + kKeyBlock, round_up(chunk.keys, kTileRows));
+        pack_by_columns<T>(begin, end, p_.key_dim, k, keys_);
+        pack_by_rows<T>(begin, end, p_.value_dim, v, values_);
+      };
+    });
+    const int64_t blocks = ceil_div(chunk.queries(), kQueryBlock);
+    parallel_jobs(blocks, pack_work * static_cast<double>(chunk.queries()), [&] {
+      return [&, flush = FlushDenormals()](int64_t job) {
+        // The longest rows first, which levels the threads' shares.
+        const int64_t first = chunk.cached + (blocks - 1 - job) * kQueryBlock;
+        attend(chunk, head, first, std::min(first + kQueryBlock, chunk.keys), scratch_.get(p_));
+      };
+    });
+  }
+
+ private:
+  struct BlockScratch {
+    explicit BlockScratch(const ChunkedAttentionParams& p)
+        : queries(p.key_dim, kQueryBlock),
+          output(kQueryBlock, p.value_dim),
+          scores(kKeyBlock, kQueryBlock),
+          max(kQueryBlock), sum(kQueryBlock), factor(kQueryBlock) {}
+    PackedMatrix<U> queries;         // Q^T
+    PackedMatrix<R> output, scores;  // O, S^T
+    Scratch<R> max, sum, factor;
+  };
+
+  // Rows [first, end) of the chunk.
+  void attend(const Chunk& chunk, int64_t head, int64_t first, int64_t end, const BlockScratch& scratch) const {
+    constexpr int64_t kColumns = kTileColumns<R>;
+    static_assert(kQueryBlock % kColumns == 0 && kKeyBlock % kTileRows == 0);
+    const int64_t queries = end - first;
+    const ChunkRows<T> q = chunk_rows<T>(p_, chunk, head, nullptr, p_.q, p_.key_dim);
+    pack_transposed<T>(0, queries, p_.key_dim, [&](int64_t row) { return q(first + row); },
+                       scratch.queries);
+    for (int64_t i = 0; i < kQueryBlock; ++i) {
+      scratch.max[i] = -std::numeric_limits<R>::infinity();
+      scratch.sum[i] = 0;
+    }
+
+    for (int64_t key = 0; key < end; key += kKeyBlock) {
+      for (int64_t at = 0; at < queries; at += kColumns) {
+        const int64_t panel = at / kColumns, panel_end = std::min(first + at + kColumns, end);
+        const int64_t count = std::min(key + kKeyBlock, panel_end) - key;
+        if (count <= 0) continue;
+        const int vectors = vectors_in_panel<U>(queries, panel);
+        R* scores = scratch.scores.at(panel, 0);
+        for (int64_t tile = 0; tile < count; tile += kTileRows)
+          multiply_tile<false>(vectors, p_.key_dim, keys_.at(0, key + tile), keys_.panel_units(), scratch.queries.at(panel, 0),
+                               static_cast<R>(p_.scale), nullptr, scores + tile * kColumns);
+        if (key + count > first + at) mask_future(scores, key, count, first + at);
+        if (drop_) drop_.apply(scores, key, count, first + at, chunk, head);
+        softmax_panel<U>(scores, count, vectors, scratch.max.get() + at, scratch.sum.get() + at, scratch.factor.get() + at);
+      }
+      for (int64_t column = 0; column < panels<U>(p_.value_dim); ++column) {
+        const int vectors = vectors_in_panel<U>(p_.value_dim, column);
+        for (int64_t at = 0; at < queries; at += kTileRows) {
+          const int64_t depth = std::min(std::min(key + kKeyBlock, end), first + at + kTileRows) - key;
+          if (depth <= 0) continue;
+          const U* p = reinterpret_cast<const U*>(scratch.scores.at(at / kColumns, 0)) + at % kColumns;
+          multiply_tile<true>(vectors, depth, p, 0, values_.at(column, key), R{1}, key ? scratch.factor.get() + at : nullptr,
+                              scratch.output.at(column, at));
+        }
+      }
+    }
+
+    T* o = static_cast<T*>(p_.o);
+    R* lse = static_cast<R*>(p_.lse);
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t row = (chunk.token + first - chunk.cached + i) * p_.heads + head;
+      const R sum = scratch.sum[i];
+      unpack_row<T>(scratch.output, i, p_.value_dim, sum == 0 ? R{0} : 1 / sum, o + row * p_.value_dim);
+      lse[row] = scratch.max[i] + std::log(sum);
+    }
+  }
+
+  const ChunkedAttentionFwdParams& p_;
+  DropKey drop_;
+  PackedMatrix<U> keys_, values_;
+  PerThread<BlockScratch> scratch_;
+};
+
+template <class T>
+void forward(const ChunkedAttentionFwdParams& p) {
+  using R = Compute<T>;
+  zero_padding(p.sequences, p.o, p.heads * p.value_dim * static_cast<int64_t>(sizeof(T)));
+  zero_padding(p.sequences, p.lse, p.heads * static_cast<int64_t>(sizeof(R)));
+  std::vector<Chunk> few, many;
+  int64_t max_keys = 0;
+  for (const Chunk& chunk : list_chunks(p)) {
+    if (chunk.queries() <= kFewQueries && chunk.cached > 0) {
+      few.push_back(chunk);
+    } else {
+      many.push_back(chunk);
+      max_keys = std::max(max_keys, chunk.keys);
+    }
+  }
+  few_query_attention<T>(p, few);
+  const auto work = [&](const Chunk& chunk) {
+    return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
+  };
+  for_each_chunk(many, p.heads, work, [&] { return ChunkForward<T>(p, max_keys); });
+}
+
+}  // namespace
+
+void chunked_attention_fwd_cpu(const ChunkedAttentionFwdParams& params) {
+  if (params.sequences.tokens == 0 || params.heads == 0) return;
+  dispatch_dtype(params.dtype, [&](auto element) { forward<decltype(element)>(params); });
+}
+
+void chunked_attention_state_cpu(const ChunkedAttentionStateParams& p) {
+  const int64_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+  const auto copy = [&](int64_t width, const void* cache, const void* tokens, void* cache_out) {
+    const int64_t row = p.heads * width * element;
+    parallel_jobs(p.sequences.count, static_cast<double>(p.sequences.count * p.chunk_size * row), [&] {
+      return [&](int64_t s) {
+        const int64_t position = cache ? p.position[s] : 0, length = p.sequences.length(s), end = position + length;
+        const int64_t start = end - end % p.chunk_size, kept = start == 0 ? position : 0, fresh = end - start - kept;
+        char* out = static_cast<char*>(cache_out) + s * p.chunk_size * row;
+        const char* from = static_cast<const char*>(tokens) + (p.sequences.end(s) - fresh) * row;
+        const bool in_place = cache == cache_out;
+        if (kept > 0 && !in_place)
+          std::memcpy(out, static_cast<const char*>(cache) + s * p.chunk_size * row, static_cast<size_t>(kept * row));
+        if (fresh > 0) std::memcpy(out + kept * row, from, static_cast<size_t>(fresh * row));
+        if (!in_place)
+          std::memset(out + (kept + fresh) * row, 0, static_cast<size_t>((p.chunk_size - kept - fresh) * row));
+      };
+    });
+  };
+  copy(p.key_dim, p.cache_k, p.k, p.cache_k_out);
+  copy(p.value_dim, p.cache_v, p.v, p.cache_v_out);
+  for (int64_t s = 0; s < p.sequences.count; ++s)
+    p.position_out[s] = ((p.cache_k ? p.position[s] : 0) + p.sequences.length(s)) % p.chunk_size;
+}
+
+}  // namespace megalodon::MEGALODON_ISA

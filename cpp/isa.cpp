@@ -1,0 +1,77 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "bindings.h"
+
+namespace megalodon {
+namespace {
+
+#define MEGALODON_NAME_(isa, ...) #isa,
+constexpr const char* kNames[] = {MEGALODON_FOR_EACH_ISA(MEGALODON_NAME_)};
+#undef MEGALODON_NAME_
+constexpr int kIsas = sizeof(kNames) / sizeof(kNames[0]);
+
+// Whether this processor runs code compiled for kNames[i].
+bool supported(int i) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") &&
+                  __builtin_cpu_supports("movbe");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  const bool supported[] = {v2, v3, v4, v4 && __builtin_cpu_supports("avx512bf16")};
+  return supported[i];
+#else
+  return i == 0;
+#endif
+}
+
+std::string available_text() {
+  std::string text;
+  for (int i = 0; i < kIsas; ++i)
+    if (supported(i)) text += (text.empty() ? "" : ", ") + std::string(kNames[i]);
+  return text.empty() ? "none (an x86-64 processor needs SSE4.2)" : text;
+}
+
+// Makes the named instruction set the active one; an empty name takes the best.
+void set_isa(const std::string& name) {
+  for (int i = kIsas - 1; i >= 0; --i)
+    if ((name.empty() || name == kNames[i]) && supported(i)) {
+      active_isa = static_cast<Isa>(i);
+      return;
+    }
+  throw py::value_error("instruction set `" + (name.empty() ? "any" : name) + "` is not available here; available: " + available_text() + ".");
+}
+
+}  // namespace
+
+Isa active_isa{};
+
+void bind_isa(py::module_& module) {
+  const char* forced = std::getenv("MEGALODON_OPS_ISA");
+  try {
+    set_isa(forced ? forced : "");
+  } catch (const py::value_error& error) {
+    throw py::import_error(std::string("megalodon_ops: ") + (forced ? "MEGALODON_OPS_ISA: " : "") + error.what());
+  }
+  module.def("active_isa", [] { return kNames[static_cast<int>(active_isa)]; });
+  module.def("set_isa", &set_isa, py::arg("name"));
+  module.def("built_isas", [] {
+    py::list built;
+    for (const char* name : kNames) built.append(name);
+    return built;
+  });
+  module.def("available_isas", [] {
+    py::list available;
+    for (int i = 0; i < kIsas; ++i)
+      if (supported(i)) available.append(kNames[i]);
+    return available;
+  });
+}
+
+}  // namespace megalodon

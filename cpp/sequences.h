@@ -1,0 +1,47 @@
+// Dense, padded and packed batches as one thing: S sequences in a flat row of T tokens.
+#pragma once
+
+#include "dtype.h"
+
+namespace megalodon {
+
+// Sequence s holds the tokens [begin(s), end(s)). Sequences are in order and do not overlap; tokens in none of
+// them are padding. Dense: cu_seqlens and lengths are null and S = B. Right-padded: lengths (S). Packed: cu_seqlens (S + 1).
+struct Sequences {
+  int64_t count;                        // S
+  int64_t tokens;                       // T = B * L
+  int64_t row_length;                   // L
+  const int64_t* cu_seqlens = nullptr;  // (S + 1)
+  const int64_t* lengths = nullptr;     // (S)
+
+  MEGALODON_INLINE int64_t begin(int64_t s) const { return cu_seqlens ? cu_seqlens[s] : s * row_length; }
+  MEGALODON_INLINE int64_t end(int64_t s) const {
+    return cu_seqlens ? cu_seqlens[s + 1] : s * row_length + (lengths ? lengths[s] : row_length);
+  }
+  MEGALODON_INLINE int64_t length(int64_t s) const { return end(s) - begin(s); }
+  // The padding between sequence s - 1 and s is [gap_begin(s), begin(s)); s = count gives the padding at the end.
+  MEGALODON_INLINE int64_t gap_begin(int64_t s) const { return s == 0 ? 0 : end(s - 1); }
+  MEGALODON_INLINE int64_t gap_end(int64_t s) const { return s == count ? tokens : begin(s); }
+
+  // Cuts the tokens [from, to) into runs, in order: f(s, begin, end) for each part of a sequence, f(-1, begin, end) for padding.
+  MEGALODON_NO_EXEC_CHECK
+  template <class F>
+  MEGALODON_INLINE void for_each_run(int64_t from, int64_t to, F&& f) const {
+    int64_t s = 0;  // the first sequence that ends after `from`
+    for (int64_t high = count; s < high;) {
+      const int64_t middle = s + (high - s) / 2;
+      if (end(middle) > from) high = middle;
+      else s = middle + 1;
+    }
+    while (from < to) {
+      const bool inside = s < count && begin(s) <= from;
+      const int64_t next = inside ? end(s) : s < count ? begin(s) : to;
+      const int64_t stop = next < to ? next : to;
+      if (from < stop) f(inside ? s : -1, from, stop);
+      from = stop > from ? stop : from;
+      s += inside;
+    }
+  }
+};
+
+}  // namespace megalodon

@@ -1,0 +1,150 @@
+// Vectors of the active instruction set: compiler vector types, loads and stores that convert to and from 16-bit types.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+namespace megalodon::MEGALODON_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kRegisters = 16;
+#endif
+
+// R is float or double. Vec<R> holds kLanes<R> of them; arithmetic operators work lane by lane, a * b + c fuses.
+template <class R> inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(R));
+template <class E, int n> struct VecOf { typedef E type __attribute__((vector_size(n * sizeof(E)))); };
+template <class R> using Vec = typename VecOf<R, kLanes<R>>::type;
+
+using Bits = VecOf<uint32_t, kLanes<float>>::type;  // the bits of a Vec<float>
+using Half = VecOf<uint16_t, kLanes<float>>::type;  // as many 16-bit values as a Vec<float> has lanes
+
+template <class To, class From>
+MEGALODON_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class R> MEGALODON_INLINE Vec<R> splat(R value) { return value - Vec<R>{}; }
+template <class R> MEGALODON_INLINE Vec<R> zeros() { return Vec<R>{}; }
+
+template <class V> MEGALODON_INLINE V load_raw(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class V> MEGALODON_INLINE void store_raw(void* to, V v) { std::memcpy(to, &v, sizeof v); }
+
+MEGALODON_INLINE Vec<float> widen_bf16(Half h) { return bit_cast<Vec<float>>(__builtin_convertvector(h, Bits) << 16); }
+
+// Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
+MEGALODON_INLINE Half narrow_bf16(Vec<float> v) {
+  const Bits bits = bit_cast<Bits>(v);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector(v == v ? rounded : quiet, Half);
+}
+
+#if defined(__AVX512F__)
+MEGALODON_INLINE Vec<float> widen_f16(Half h) { return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(h))); }
+MEGALODON_INLINE Half narrow_f16(Vec<float> v) {
+  return bit_cast<Half>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+MEGALODON_INLINE Vec<float> widen_f16(Half h) { return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(h))); }
+MEGALODON_INLINE Half narrow_f16(Vec<float> v) {
+  return bit_cast<Half>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Integer arithmetic alone, so that the flush-to-zero mode does not touch half-precision denormals.
+MEGALODON_INLINE Vec<float> widen_f16(Half h) {
+  const Bits w = __builtin_convertvector(h, Bits);
+  const Bits sign = (w & 0x8000) << 16, magnitude = w & 0x7fff;
+  const Bits normal = (magnitude << 13) + (112u << 23);
+  const Bits special = (magnitude << 13) | (255u << 23);
+  // A denormal is magnitude * 2^-24, exact in float.
+  using Ints = VecOf<int32_t, kLanes<float>>::type;
+  const Bits denormal = bit_cast<Bits>(__builtin_convertvector(bit_cast<Ints>(magnitude), Vec<float>) * 0x1p-24f);
+  return bit_cast<Vec<float>>(sign | (magnitude >= 0x7c00 ? special : magnitude < 0x400 ? denormal : normal));
+}
+MEGALODON_INLINE Half narrow_f16(Vec<float> v) {
+  const Bits bits = bit_cast<Bits>(v);
+  const Bits sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 rounds the value to a multiple of 2^-24, the spacing of half-precision denormals.
+  const Bits denormal = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude) + 0.5f) - (126u << 23);
+  const Bits special = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
+  const Bits finite = magnitude < (113u << 23) ? denormal : normal;
+  return __builtin_convertvector(sign | (magnitude >= (143u << 23) ? special : finite), Half);
+}
+#endif
+
+// Loads kLanes<Compute<T>> elements of T as a vector of the compute type.
+MEGALODON_INLINE Vec<float> load(const float* from) { return load_raw<Vec<float>>(from); }
+MEGALODON_INLINE Vec<double> load(const double* from) { return load_raw<Vec<double>>(from); }
+MEGALODON_INLINE Vec<float> load(const bf16* from) { return widen_bf16(load_raw<Half>(from)); }
+MEGALODON_INLINE Vec<float> load(const fp16* from) { return widen_f16(load_raw<Half>(from)); }
+MEGALODON_INLINE void store(float* to, Vec<float> v) { store_raw(to, v); }
+MEGALODON_INLINE void store(double* to, Vec<double> v) { store_raw(to, v); }
+MEGALODON_INLINE void store(bf16* to, Vec<float> v) { store_raw(to, narrow_bf16(v)); }
+MEGALODON_INLINE void store(fp16* to, Vec<float> v) { store_raw(to, narrow_f16(v)); }
+
+// The same for the first n lanes, n in [0, kLanes]; the other lanes load zero and are not stored.
+template <class T>
+MEGALODON_INLINE auto load_first(const T* from, int64_t n) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  if (n >= lanes) return load(from);
+  T buffer[lanes] = {};
+  std::memcpy(buffer, from, static_cast<size_t>(n) * sizeof(T));
+  return load(static_cast<const T*>(buffer));
+}
+template <class T>
+MEGALODON_INLINE void store_first(T* to, Vec<Compute<T>> v, int64_t n) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  if (n >= lanes) return store(to, v);
+  T buffer[lanes];
+  store(static_cast<T*>(buffer), v);
+  std::memcpy(to, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// One element.
+template <class T>
+MEGALODON_INLINE Compute<T> widen(T value) {
+  if constexpr (sizeof(T) >= 4) return value;
+  else return load_first(&value, 1)[0];
+}
+template <class T>
+MEGALODON_INLINE T narrow(Compute<T> value) {
+  T result;
+  store_first(&result, splat(value), 1);
+  return result;
+}
+
+// Sum of the lanes, pairwise, in an order fixed by the vector width.
+template <class R>
+MEGALODON_INLINE R sum_lanes(Vec<R> v) {
+  R lanes[kLanes<R>];
+  store(static_cast<R*>(lanes), v);
+  for (int width = kLanes<R> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+}  // namespace megalodon::MEGALODON_ISA

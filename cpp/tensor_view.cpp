@@ -1,0 +1,181 @@
+#include "tensor_view.h"
+
+#include <cmath>
+#include <sstream>
+
+namespace megalodon {
+namespace {
+
+// Attribute names as interned Python strings, made once.
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+struct Names {
+  PyObject* shape = interned("shape");
+  PyObject* dtype = interned("dtype");
+  PyObject* is_cpu = interned("is_cpu");
+  PyObject* data_ptr = interned("data_ptr");
+  PyObject* is_contiguous = interned("is_contiguous");
+};
+const Names& names() {
+  static const Names names;
+  return names;
+}
+
+// torch's dtype objects are singletons, so a dtype is recognised by its address.
+Scalar scalar_of_object(const PyObject* dtype) {
+  static const struct {
+    const PyObject* object;
+    Scalar scalar;
+  }* const table = [] {
+    const py::module_ torch = py::module_::import("torch");
+    const auto get = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
+    return new std::remove_pointer_t<decltype(table)>[7]{
+        {get("float32"), Scalar::f32},   {get("bfloat16"), Scalar::bf16},   {get("float16"), Scalar::f16},
+        {get("complex64"), Scalar::c64}, {get("int64"), Scalar::i64},       {get("float64"), Scalar::f64},
+        {get("complex128"), Scalar::c128}};
+  }();
+  for (int i = 0; i < 7; ++i)
+    if (table[i].object == dtype) return table[i].scalar;
+  return Scalar::other;
+}
+
+const char* scalar_name(Scalar scalar) {
+  constexpr const char* scalar_names[] = {"float32",   "float64",    "bfloat16", "float16",
+                                          "complex64", "complex128", "int64",    "other"};
+  return scalar_names[static_cast<int>(scalar)];
+}
+
+py::object attribute(py::handle object, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(object.ptr(), name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+py::object call(py::handle object, PyObject* method) {
+  PyObject* value = PyObject_CallMethodNoArgs(object.ptr(), method);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+}  // namespace
+
+TensorView::TensorView(const char* op, const char* name, py::handle object) : op_(op), name_(name) {
+  if (object.is_none()) return;
+  given_ = true;
+  const py::object dtype = attribute(object, names().dtype);
+  scalar_ = scalar_of_object(dtype.ptr());
+  if (scalar_ == Scalar::other) dtype_text_ = py::str(dtype);
+  const py::object shape = attribute(object, names().shape);
+  rank_ = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
+  if (rank_ > kMaxRank) fail("at most 8 axes, got " + std::to_string(rank_));
+  for (int axis = 0; axis < rank_; ++axis) shape_[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), axis));
+  if (attribute(object, names().is_cpu).ptr() != Py_True)
+    fail("on the CPU, got device " + std::string(py::str(object.attr("device"))), "move all tensors to one device");
+  if (call(object, names().is_contiguous).ptr() != Py_True) fail("contiguous", "call .contiguous()");
+  data_ = PyLong_AsVoidPtr(call(object, names().data_ptr).ptr());
+}
+
+void TensorView::fail(const std::string& expected, const std::string& fix) const {
+  throw py::value_error(std::string(op_) + ": `" + name_ + "` must be " + expected + (fix.empty() ? "" : "; " + fix) + ".");
+}
+
+std::string TensorView::shape_text() const {
+  std::ostringstream text;
+  text << '(';
+  for (int axis = 0; axis < rank_; ++axis) text << (axis ? ", " : "") << shape_[axis];
+  text << (rank_ == 1 ? ",)" : ")");
+  return text.str();
+}
+
+const TensorView& TensorView::rank(const char* letters, int rank) const {
+  if (given_ && rank_ == rank) return *this;
+  const std::string text = std::string(op_) + ": `" + name_ + "` must have shape " + letters + ", got " +
+                           (given_ ? shape_text() : "None");
+  throw py::value_error(text + (given_ && rank_ == rank - 1 ? "; add a batch dimension." : "."));
+}
+
+const TensorView& TensorView::shape(const char* letters, std::initializer_list<int64_t> sizes) const {
+  if (!given_) return *this;
+  bool same = rank_ == static_cast<int>(sizes.size());
+  for (int axis = 0; same && axis < rank_; ++axis) same = shape_[axis] == sizes.begin()[axis];
+  if (same) return *this;
+  std::ostringstream text;
+  text << op_ << ": `" << name_ << "` must have shape " << letters << " = (";
+  for (const int64_t* size = sizes.begin(); size != sizes.end(); ++size)
+    text << (size == sizes.begin() ? "" : ", ") << *size;
+  text << (sizes.size() == 1 ? ",)" : ")") << ", got " << shape_text() << ".";
+  throw py::value_error(text.str());
+}
+
+const TensorView& TensorView::dtype(Scalar expected, const char* why) const {
+  if (!given_ || scalar_ == expected) return *this;
+  const std::string got = scalar_ == Scalar::other ? dtype_text_ : std::string("torch.") + scalar_name(scalar_);
+  throw py::type_error(std::string(op_) + ": `" + name_ + "` must be torch." + scalar_name(expected) + " (" + why +
+                       "), got " + got + "; convert it with .to(torch." + scalar_name(expected) + ").");
+}
+
+const TensorView& TensorView::present() const {
+  if (!given_) fail("a tensor, got None");
+  return *this;
+}
+
+const TensorView& TensorView::like(const TensorView& other) const {
+  present();
+  bool same = rank_ == other.rank_ && scalar_ == other.scalar_;
+  for (int axis = 0; same && axis < rank_; ++axis) same = shape_[axis] == other.shape_[axis];
+  if (!same)
+    fail(std::string("like `") + other.name_ + "`, " + other.shape_text() + " torch." + scalar_name(other.scalar_) +
+         ", got " + shape_text() + " torch." + scalar_name(scalar_));
+  return *this;
+}
+
+DType TensorView::floating() const {
+  switch (scalar_) {
+    case Scalar::f32: return DType::f32;
+    case Scalar::f64: return DType::f64;
+    case Scalar::bf16: return DType::bf16;
+    case Scalar::f16: return DType::f16;
+    default: break;
+  }
+  const std::string got = scalar_ == Scalar::other ? dtype_text_ : std::string("torch.") + scalar_name(scalar_);
+  throw py::type_error(std::string(op_) + ": `" + name_ + "` must be float32, float64, bfloat16 or float16, got " + got +
+                       "; convert it with .to(torch.float32).");
+}
+
+void check_range(const char* op, const char* name, double value, double least, const char* expected) {
+  if (std::isfinite(value) && value >= least) return;
+  std::ostringstream text;
+  text << op << ": `" << name << "` must be " << expected << ", got " << value << '.';
+  throw py::value_error(text.str());
+}
+
+Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths) {
+  Sequences sequences{batch, batch * length, length};
+  const TensorView ends(op, "cu_seqlens", cu_seqlens), rows(op, "lengths", lengths);
+  if (ends.given() && rows.given()) rows.fail("None where `cu_seqlens` is given");
+  if (ends.given()) {
+    ends.rank("(S + 1,)", 1).dtype(Scalar::i64, "offsets into the packed row");
+    if (batch != 1) ends.fail("None unless the batch is packed into one row, got B = " + std::to_string(batch), "reshape to (1, T, ...)");
+    if (ends.size(0) < 1) ends.fail("of at least one element, got 0");
+    sequences.count = ends.size(0) - 1;
+    sequences.cu_seqlens = ends.data_as<const int64_t>();
+    int64_t last = 0;
+    for (int64_t s = 0; s <= sequences.count; ++s) {
+      const int64_t offset = sequences.cu_seqlens[s];
+      if (offset < last || offset > length)
+        ends.fail("non-decreasing offsets in [0, " + std::to_string(length) + "], got " + std::to_string(offset) +
+                  " at " + std::to_string(s));
+      last = offset;
+    }
+  }
+  if (rows.given()) {
+    rows.shape("(B,)", {batch}).dtype(Scalar::i64, "row lengths");
+    sequences.lengths = rows.data_as<const int64_t>();
+    for (int64_t s = 0; s < batch; ++s)
+      if (sequences.lengths[s] < 0 || sequences.lengths[s] > length)
+        rows.fail("in [0, " + std::to_string(length) + "], got " + std::to_string(sequences.lengths[s]) + " at " + std::to_string(s));
+  }
+  return sequences;
+}
+
+}  // namespace megalodon

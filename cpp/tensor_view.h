@@ -1,0 +1,72 @@
+// Reads torch tensors through Python attributes alone, so that the module needs no torch header and links no torch library.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "dtype.h"
+#include "sequences.h"
+
+namespace megalodon {
+
+namespace py = pybind11;
+
+enum class Scalar { f32, f64, bf16, f16, c64, c128, i64, other };
+
+// A contiguous CPU tensor, or the absence of one (None). Every check names the op, the argument, what was expected and what came.
+class TensorView {
+ public:
+  TensorView(const char* op, const char* name, py::handle object);
+
+  bool given() const { return given_; }
+  Scalar scalar() const { return scalar_; }
+  int64_t size(int axis) const { return shape_[axis]; }
+  void* data() const { return data_; }
+  template <class T> T* data_as() const { return static_cast<T*>(data_); }
+
+  // The tensor must be given and have as many axes as `letters` names, such as "(B, L, D)".
+  const TensorView& rank(const char* letters, int rank) const;
+  // Where the tensor is given, it must have exactly this shape.
+  const TensorView& shape(const char* letters, std::initializer_list<int64_t> sizes) const;
+  // Where the tensor is given, it must have this dtype; `why` says where the demand comes from.
+  const TensorView& dtype(Scalar expected, const char* why) const;
+  // The tensor must not be None.
+  const TensorView& present() const;
+  // The tensor must have the shape and dtype of `other`.
+  const TensorView& like(const TensorView& other) const;
+  // One of float32, float64, bfloat16, float16.
+  DType floating() const;
+
+  [[noreturn]] void fail(const std::string& expected, const std::string& fix = "") const;
+
+ private:
+  std::string shape_text() const;
+
+  static constexpr int kMaxRank = 8;
+  const char* op_;
+  const char* name_;
+  bool given_ = false;
+  Scalar scalar_ = Scalar::other;
+  int rank_ = 0;
+  int64_t shape_[kMaxRank] = {};
+  void* data_ = nullptr;
+  std::string dtype_text_;
+};
+
+// The accumulation type R of a tensor of `dtype`, and its complex counterpart.
+inline Scalar real_of(DType dtype) { return dtype == DType::f64 ? Scalar::f64 : Scalar::f32; }
+inline Scalar complex_of(DType dtype) { return dtype == DType::f64 ? Scalar::c128 : Scalar::c64; }
+inline Scalar scalar_of(DType dtype) {
+  constexpr Scalar scalars[] = {Scalar::f32, Scalar::f64, Scalar::bf16, Scalar::f16};
+  return scalars[static_cast<int>(dtype)];
+}
+
+// Raises unless `value` is finite and at least `least`.
+void check_range(const char* op, const char* name, double value, double least, const char* expected);
+
+// The sequences of a (B, L, ...) batch; checks that they are ordered and lie inside the tokens.
+Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths);
+
+}  // namespace megalodon

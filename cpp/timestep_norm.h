@@ -1,0 +1,51 @@
+// Timestep norm: group norm with cumulative statistics along time. Derivation: reference/timestep_norm.py.
+#pragma once
+
+#include "isa.h"
+#include "sequences.h"
+
+namespace megalodon {
+
+// R is float, or double where dtype is f64. All tensors are contiguous.
+// A running mean or variance is a pair (value, residual) whose sum carries about twice R's digits, so that a state
+// passed on through millions of calls does not drift. The residual of a double is zero.
+struct TimestepNormParams {
+  DType dtype;           // of x, y, dy, dx
+  Sequences sequences;   // S sequences in T tokens
+  int64_t channels;      // D
+  int64_t groups;        // G, divides D
+  double eps;
+  const void* x;         // (T, D)
+  const void* weight;    // (D) R; the gain is 1 + weight
+  const void* bias;      // (D) R
+  const int64_t* count;  // (S) timesteps seen, or null: a fresh state
+  const void* mean;      // (S, G) R; null if count is
+  const void* var;       // (S, G) R; null if count is
+  const void* residual;  // (2, S, G) R: of mean, of var; or null: zero
+};
+
+struct TimestepNormFwdParams : TimestepNormParams {
+  void* y;             // (T, D)
+  void* stats;         // (3, T, G) R: mean, residual of mean, 1 / sqrt(var + eps), each after step t
+  int64_t* count_out;  // (S)
+  void* mean_out;      // (S, G) R
+  void* var_out;       // (S, G) R
+  void* residual_out;  // (2, S, G) R
+};
+
+struct TimestepNormBwdParams : TimestepNormParams {
+  const void* stats;     // (3, T, G) R, from the forward
+  const void* dy;        // (T, D)
+  const void* dmean_out;  // (S, G) R, or null: zero
+  const void* dvar_out;   // (S, G) R, or null: zero
+  void* dx;              // (T, D)
+  void* dweight;         // (D) R
+  void* dbias;           // (D) R
+  void* dmean;           // (S, G) R, or null: not wanted
+  void* dvar;            // (S, G) R, or null: not wanted
+};
+
+MEGALODON_CPU_KERNEL(timestep_norm_fwd_cpu, TimestepNormFwdParams)
+MEGALODON_CPU_KERNEL(timestep_norm_bwd_cpu, TimestepNormBwdParams)
+
+}  // namespace megalodon

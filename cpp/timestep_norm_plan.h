@@ -1,0 +1,113 @@
+// What the forward and the backward of timestep_norm share: statistics of single rows, states, the cut into blocks.
+#pragma once
+
+#include "channel_groups.h"
+#include "relay.h"
+#include "timestep_norm.h"
+
+namespace megalodon::MEGALODON_ISA {
+
+constexpr int64_t kBlockBytes = 128 << 10;  // of each tensor that is read
+constexpr int64_t kMaxRows = 512;
+
+// Mean (hi + lo) and biased variance of each of `groups` neighbouring groups: sums of differences from a group's first
+// element, then of squared differences from the mean. May write kLanes values past the end.
+template <class T, class R = Compute<T>>
+void group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, R* hi, R* lo, R* var) {
+  constexpr int lanes = kLanes<R>;
+  const Vec<R> channels = splat(static_cast<R>(size));
+  for (int64_t first = 0; first < groups; first += lanes, x += lanes * size, hi += lanes, lo += lanes, var += lanes) {
+    const int64_t n = smaller(lanes, groups - first);
+    for (int64_t i = 0; i < n; ++i) hi[i] = load_within(x + i * size, 1, x_end)[0];
+    Vec<R> sum[1], squares[1];
+    const auto deviation = [&](int64_t i, int64_t k, int64_t width) __attribute__((always_inline)) {
+      return keep_first<R>(load_within(x + i * size + k, width, x_end) - splat(hi[i]), width);
+    };
+    sum_groups<R>(n, size, sum, [&](int64_t i, int64_t k, int64_t width) __attribute__((always_inline)) {
+      return Terms<R, 1>{deviation(i, k, width)};
+    });
+    const Vec<R> shift = load(hi), shifted = sum[0] / channels, mean = shift + shifted, part = mean - shift;
+    const Vec<R> rounding = (shift - (mean - part)) + (shifted - part);
+    store(hi, mean);
+    store(lo, rounding);
+    sum_groups<R>(n, size, squares, [&](int64_t i, int64_t k, int64_t width) __attribute__((always_inline)) {
+      const Vec<R> d = deviation(i, k, width);
+      return Terms<R, 1>{d * d};
+    });
+    const Vec<R> v = squares[0] / channels - rounding * rounding;
+    store(var, v < 0 ? zeros<R>() : v);
+  }
+}
+
+// Steps that sequence s has seen before `token`, one of its own or its end.
+inline double count_before(const TimestepNormParams& p, int64_t s, int64_t token) {
+  return static_cast<double>((p.count ? p.count[s] : 0) + token - p.sequences.begin(s));
+}
+
+// The state that sequence s starts from, zero if it is fresh.
+template <class R>
+void load_state(const TimestepNormParams& p, int64_t s, double* mean, double* var) {
+  const int64_t groups = p.groups, at = s * groups;
+  const bool fresh = !p.count || p.count[s] == 0;
+  const R* residual = static_cast<const R*>(p.residual);
+  for (int64_t g = 0; g < groups; ++g) {
+    mean[g] = fresh ? 0 : static_cast<const R*>(p.mean)[at + g];
+    var[g] = fresh ? 0 : static_cast<const R*>(p.var)[at + g];
+    if (fresh || !residual) continue;
+    mean[g] += residual[at + g];
+    var[g] += residual[p.sequences.count * groups + at + g];
+  }
+}
+
+template <class R>
+void store_state(const TimestepNormFwdParams& p, int64_t s, const double* mean, const double* var) {
+  const int64_t at = s * p.groups;
+  R *residual = static_cast<R*>(p.residual_out) + at, *mean_out = static_cast<R*>(p.mean_out) + at;
+  R* var_out = static_cast<R*>(p.var_out) + at;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    mean_out[g] = static_cast<R>(mean[g]);
+    var_out[g] = static_cast<R>(var[g]);
+    residual[g] = static_cast<R>(mean[g] - mean_out[g]);
+    residual[p.sequences.count * p.groups + g] = static_cast<R>(var[g] - var_out[g]);
+  }
+}
+
+// u and v after the last step of sequence s: the gradients of its end state over the steps seen.
+template <class R>
+void load_state_gradient(const TimestepNormBwdParams& p, int64_t s, double* uv) {
+  const double n = count_before(p, s, p.sequences.end(s));
+  const R* const arriving[2] = {static_cast<const R*>(p.dmean_out), static_cast<const R*>(p.dvar_out)};
+  for (int i = 0; i < 2; ++i)
+    for (int64_t g = 0; g < p.groups; ++g) uv[i * p.groups + g] = arriving[i] ? arriving[i][s * p.groups + g] / n : 0;
+}
+
+// From u and v before the first step; the state of a fresh sequence does not matter.
+template <class R>
+void store_state_gradient(const TimestepNormBwdParams& p, int64_t s, const double* uv) {
+  const double n = count_before(p, s, p.sequences.begin(s));
+  R* const leaving[2] = {static_cast<R*>(p.dmean), static_cast<R*>(p.dvar)};
+  for (int i = 0; i < 2; ++i)
+    for (int64_t g = 0; leaving[i] && g < p.groups; ++g)
+      leaving[i][s * p.groups + g] = n > 0 ? static_cast<R>(n * uv[i * p.groups + g]) : 0;
+}
+
+// What every thread shares: gains, the vector layout, the cut into blocks and the carries between them.
+template <class R>
+struct Plan {
+  Plan(const TimestepNormParams& p, int64_t element_bytes)
+      : channels(p.channels, p.groups), rows(block_rows(p, element_bytes)),
+        blocks((p.sequences.tokens + rows - 1) / rows), gain(p.channels + kLanes<R>), relay(blocks, 2 * p.groups) {
+    for (int64_t c = 0; c < p.channels; ++c) gain[c] = 1 + static_cast<const R*>(p.weight)[c];
+  }
+  static int64_t block_rows(const TimestepNormParams& p, int64_t element_bytes) {
+    const int64_t row_bytes = p.channels * element_bytes + p.groups * 3 * static_cast<int64_t>(sizeof(double));
+    const int64_t rows = smaller(smaller(kBlockBytes / row_bytes, kMaxRows), p.sequences.tokens);
+    return rows < 4 ? 4 : rows;
+  }
+  const Channels<R> channels;
+  const int64_t rows, blocks;
+  Scratch<R> gain;
+  Relay relay;
+};
+
+}  // namespace megalodon::MEGALODON_ISA

@@ -1,0 +1,53 @@
+"""Types of the compiled module. The kernel entry points take contiguous CPU tensors and check them; outputs are written in place."""
+
+from torch import Tensor
+
+def active_isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def built_isas() -> list[str]: ...
+def available_isas() -> list[str]: ...
+def num_threads() -> int: ...
+def build_info() -> dict[str, str | int]: ...
+def cema_fwd(
+    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
+    lengths: Tensor | None, y: Tensor, state_out: Tensor | None, /,
+) -> None: ...
+def cema_bwd(
+    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
+    lengths: Tensor | None, dy: Tensor, dstate_out: Tensor | None, dx: Tensor, dp: Tensor, dq: Tensor, dgamma: Tensor,
+    domega: Tensor, dstate: Tensor | None, /,
+) -> None: ...
+def timestep_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, count: Tensor | None, mean: Tensor | None,
+    var: Tensor | None, residual: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, y: Tensor,
+    stats: Tensor, count_out: Tensor, mean_out: Tensor, var_out: Tensor, residual_out: Tensor, /,
+) -> None: ...
+def timestep_norm_bwd(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, count: Tensor | None, mean: Tensor | None,
+    var: Tensor | None, residual: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, stats: Tensor,
+    dy: Tensor, dmean_out: Tensor | None, dvar_out: Tensor | None, dx: Tensor, dweight: Tensor, dbias: Tensor,
+    dmean: Tensor | None, dvar: Tensor | None, /,
+) -> None: ...
+def normalized_qk_fwd(
+    z: Tensor, gamma: Tensor, beta: Tensor, num_heads: int, chunk_size: int, eps: float, rotary: Tensor,
+    position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, q: Tensor, k: Tensor, /,
+) -> None: ...
+def normalized_qk_bwd(
+    z: Tensor, gamma: Tensor, beta: Tensor, num_heads: int, chunk_size: int, eps: float, rotary: Tensor,
+    position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, dq: Tensor, dk: Tensor, dz: Tensor,
+    dgamma: Tensor, dbeta: Tensor, /,
+) -> None: ...
+def chunked_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, position: Tensor | None,
+    chunk_size: int, scale: float, dropkey: float, dropkey_seed: Tensor | None, cu_seqlens: Tensor | None,
+    lengths: Tensor | None, o: Tensor, lse: Tensor, /,
+) -> None: ...
+def chunked_attention_bwd(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, position: Tensor | None,
+    chunk_size: int, scale: float, dropkey: float, dropkey_seed: Tensor | None, cu_seqlens: Tensor | None,
+    lengths: Tensor | None, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, /,
+) -> None: ...
+def chunked_attention_state(
+    k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, position: Tensor | None, chunk_size: int,
+    cu_seqlens: Tensor | None, lengths: Tensor | None, cache_k_out: Tensor, cache_v_out: Tensor, position_out: Tensor, /,
+) -> None: ...

@@ -1,0 +1,115 @@
+"""`cema`: the complex exponential moving average, a recurrence in time with N complex states a channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .library import contiguous_or_none, define_op, int64_or_none, num_sequences
+
+
+def cema(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    *,
+    state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Complex exponential moving average of `x` along time.
+
+    .. math:: h_t = q\, h_{t-1} + p\, x_t, \qquad y_t = \mathrm{Re} \sum_n \gamma_n h_{t,n} + \omega x_t
+
+    Args:
+        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (one that is not contiguous is copied once).
+        p: (D, N) float32, or float64 for a float64 `x`.
+        q, gamma: (D, N) complex64, or complex128 for a float64 `x`; \|q\| <= 1 for a stable recurrence.
+        omega: (D,) as `p`.
+        state: (S, D, N) complex, h before the first step; None: zero. S is B, or the number of packed sequences.
+        return_state: also return h after each sequence's last step.
+        cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
+        lengths: (B,) int64 or int32, steps in each right-padded row.
+
+    Returns:
+        y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the state (S, D, N). States
+        and sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Gradients go to every tensor, `state` included, complex ones in torch's convention. The inputs are all that is kept
+    for the backward, which is deterministic whatever the number of threads.
+
+    Source: arXiv 2404.08801, section 3.1. The mathematics: :func:`megalodon_ops.reference.cema`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> x, p = torch.ones(1, 3, 1), torch.ones(1, 1)
+        >>> q, gamma, omega = torch.tensor([[0.5 + 0j]]), torch.tensor([[1 + 0j]]), torch.zeros(1)
+        >>> mo.cema(x, p, q, gamma, omega).flatten()
+        tensor([1.0000, 1.5000, 1.7500])
+    """
+    y, state_out = cema_fwd(x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths))
+    return (y, state_out) if return_state else y
+
+
+def _fwd_cpu(x, p, q, gamma, omega, state, cu_seqlens, lengths):
+    x = x.contiguous()
+    y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    coefficients = (p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous())
+    _C.cema_fwd(x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, y, state_out)
+    return y, state_out
+
+
+def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape))
+
+
+def _bwd_cpu(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
+    x, p, q, gamma, omega = x.contiguous(), p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous()
+    grads = _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    _C.cema_bwd(
+        x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths,
+        dy.contiguous(), contiguous_or_none(dstate_out), *grads,
+    )  # fmt: skip
+    return grads
+
+
+def _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
+    dparams = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, p, q, gamma, omega))
+    return *dparams, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy, dstate_out):
+    x, p, q, gamma, omega, state, cu_seqlens, lengths = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    *grads, dstate = cema_bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    return *grads, None if state is None else dstate, None, None
+
+
+cema_fwd = define_op(
+    "cema_fwd(Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, Tensor? cu_seqlens, "
+    "Tensor? lengths) -> (Tensor y, Tensor state_out)",
+    cpu=_fwd_cpu,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+cema_bwd = define_op(
+    "cema_bwd(Tensor dy, Tensor? dstate_out, Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, "
+    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dx, Tensor dp, Tensor dq, Tensor dgamma, Tensor domega, Tensor dstate)",
+    cpu=_bwd_cpu,
+    fake=_bwd_fake,
+)

@@ -1,0 +1,276 @@
+"""The layers of MEGALODON. Parameter names are those of the released checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cema import cema
+from .config import MegalodonConfig
+from .normalized_attention import normalized_attention
+from .states import AttentionState, TimestepNormState
+from .timestep_norm import timestep_norm
+
+
+class BlockState(NamedTuple):
+    """What one block passes on to the next call."""
+
+    norm: TimestepNormState
+    cema: Tensor
+    """(S, D, N) complex"""
+    attention: AttentionState
+
+
+class WideParameters(nn.Module):
+    """A module whose own parameters stay float32 (or float64) when the model is cast to a 16-bit dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def keep_wide(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype in (torch.bfloat16, torch.float16) else result
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keep_wide, recurse=False)
+
+
+class TimestepNorm(WideParameters):
+    """:func:`timestep_norm` with its parameters: weight and bias (D,), zero at the start; the gain is 1 + weight.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> mo.TimestepNorm(64, num_groups=4)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, dim: int, num_groups: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_groups, self.eps = num_groups, eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, TimestepNormState]:
+        """x (B, L, D); options as in :func:`timestep_norm`."""
+        return timestep_norm(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, num_groups={self.num_groups}, eps={self.eps}"
+
+
+class ComplexEMA(WideParameters):
+    """:func:`cema` with its parameters, D channels of N states.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> mo.ComplexEMA(64, ndim=16)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, dim: int, ndim: int = 16) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(dim, ndim, 1))
+        self.delta = nn.Parameter(torch.empty(dim, ndim, 1))
+        self.theta = nn.Parameter(torch.empty(dim, 1, 1))
+        self.gamma = nn.Parameter(torch.empty(dim, ndim, 2))
+        self.omega = nn.Parameter(torch.empty(dim, 1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        dim = self.alpha.shape[0]
+        nn.init.normal_(self.alpha, std=0.2)
+        nn.init.normal_(self.delta, std=0.2)
+        # Base angles spread geometrically from 1 down to 1 / D. The last would be logit(1 / D); none is logit(1).
+        angles = torch.exp(-torch.arange(1, dim + 1, dtype=torch.float64) * (math.log(dim) / dim)).clamp(max=1 - 1e-6)
+        self.theta.copy_(torch.logit(angles)[torch.randperm(dim)].reshape(dim, 1, 1))
+        nn.init.normal_(self.gamma[..., 0])
+        nn.init.zeros_(self.gamma[..., 1])
+        nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """p (D, N), q and gamma (D, N) complex, omega (D,), as :func:`cema` takes them."""
+        ndim = self.alpha.shape[1]
+        p = torch.sigmoid(self.alpha.squeeze(-1))
+        modes = torch.arange(1, ndim + 1, dtype=p.dtype, device=p.device)
+        phase = modes * (torch.sigmoid(self.theta.squeeze(-1)) * (2 * math.pi / ndim))
+        q = torch.polar(1 - p * torch.sigmoid(self.delta.squeeze(-1)), phase)
+        return p, q, torch.view_as_complex(self.gamma) * ndim**-0.5, self.omega.squeeze(-1)
+
+    def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, L, D); options as in :func:`cema`."""
+        return cema(x, *self.coefficients(), **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.alpha.shape[0]}, ndim={self.alpha.shape[1]}"
+
+
+class _Norm(WideParameters):
+    """What the RMS norm and the layer norm share: a gain of 1 + weight, computed in float32 or wider."""
+
+    def __init__(self, dim: int, eps: float, affine: bool, bias: bool) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.register_parameter("weight", nn.Parameter(torch.empty(dim)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(dim)) if affine and bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return self.normalize(wide, None if self.weight is None else 1 + self.weight).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, affine={self.weight is not None}"
+
+
+class RMSNorm(_Norm):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(dim, eps, affine, bias=False)
+
+    def normalize(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        return F.rms_norm(x, (self.dim,), gain, self.eps)
+
+
+class LayerNorm(_Norm):
+    """(x - mean(x)) / sqrt(var(x) + eps) * (1 + weight) + bias."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(dim, eps, affine, bias=True)
+
+    def normalize(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        return F.layer_norm(x, (self.dim,), gain, self.bias, self.eps)
+
+
+class Linear(nn.Linear):
+    """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=(3 * self.in_features) ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class NormalizedAttention(WideParameters):
+    """The first half of a block: timestep norm, CEMA, gated normalized attention, its residual.
+
+        t = timestep_norm(x);  m = rms_norm(cema(t))
+        z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
+        y = x + wh1 m + wh2 (a * r)
+    """
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, z_dim, value_dim = config.model_dim, config.z_dim, config.value_dim
+        self.timenorm = TimestepNorm(dim, config.norm_num_groups, config.norm_eps)
+        self.cema = ComplexEMA(dim, config.cema_ndim)
+        self.rmsnorm = RMSNorm(dim, config.norm_eps, config.norm_affine)
+        self.wv = Linear(dim, value_dim)
+        self.wz = Linear(dim, z_dim)
+        self.wr = Linear(dim, value_dim)
+        self.wh1 = Linear(dim, dim)
+        self.wh2 = Linear(value_dim, dim, bias=False)
+        self.gamma = nn.Parameter(torch.empty(2, z_dim))
+        self.beta = nn.Parameter(torch.empty(2, z_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
+        nn.init.zeros_(self.beta)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: BlockState | None = None,
+        return_state: bool = False,
+        inplace_state: bool = False,
+        **sequences: Tensor | None,
+    ) -> Tensor | tuple[Tensor, BlockState]:
+        config, training = self.config, self.training
+        norm_state, cema_state, attention_state = state or (None, None, None)
+        t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences)
+        c, cema_state = self.cema(t, state=cema_state, return_state=True, **sequences)
+        m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
+        a = normalized_attention(
+            self.wz(m), F.silu(self.wv(t)), self.gamma, self.beta,
+            num_heads=config.num_heads, chunk_size=config.chunk_size, rope_base=config.rope_base or 10000.0,
+            eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
+            dropkey=config.attention_dropout if training else 0.0, **sequences,
+        )  # fmt: skip
+        if return_state:
+            a, attention_state = a
+        gated = F.dropout(a * F.silu(self.wr(m)), config.hidden_dropout, training)
+        y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
+        return (y, BlockState(norm_state, cema_state, attention_state)) if return_state else y
+
+
+class NormalizedFFN(WideParameters):
+    """The second half of a block: fc2(silu(fc1 n) [* fc3 n]) of n = layer_norm(y), without its residual."""
+
+    def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        dim, hidden = config.model_dim, config.ffn_hidden_dim
+        self.norm = LayerNorm(dim, config.norm_eps, config.norm_affine)
+        self.fc1 = Linear(dim, hidden, bias=False)
+        self.fc2 = Linear(hidden, dim, bias=False)
+        self.fc3 = Linear(dim, hidden, bias=False) if config.swiglu else None
+        self.register_parameter("alpha", nn.Parameter(torch.empty(dim)) if config.rescale_nffn else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.alpha is not None:
+            nn.init.constant_(self.alpha, 0.1 * 0.5**self.layer)
+
+    def forward(self, y: Tensor) -> Tensor:
+        config, training = self.config, self.training
+        n = self.norm(y)
+        hidden = F.silu(self.fc1(n))
+        if self.fc3 is not None:
+            hidden = hidden * self.fc3(n)
+        f = F.dropout(self.fc2(F.dropout(hidden, config.hidden_dropout, training)), config.dropout, training)
+        return f if self.alpha is None else (self.alpha * f).to(f.dtype)
+
+
+class MegalodonBlock(nn.Module):
+    """One layer. Two-hop residual: the FFN reads the attention's output, and adds to the block's input.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, chunk_size=16)
+        >>> block = mo.MegalodonBlock(config)
+        >>> y, state = block(torch.randn(2, 10, 64), return_state=True)
+        >>> y, state = block(torch.randn(2, 7, 64), state=state, return_state=True)
+        >>> state.attention.position
+        tensor([1, 1])
+    """
+
+    def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.mega = NormalizedAttention(config)
+        self.nffn = NormalizedFFN(config, layer)
+
+    def forward(self, x: Tensor, *, return_state: bool = False, **options) -> Tensor | tuple[Tensor, BlockState]:
+        """x (B, L, D); options: `state`, `inplace_state`, `cu_seqlens`, `lengths`, as in :func:`normalized_attention`."""
+        y = self.mega(x, return_state=return_state, **options)
+        if return_state:
+            y, state = y
+            return x + self.nffn(y), state
+        return x + self.nffn(y)

@@ -1,0 +1,100 @@
+"""How every op is registered with torch: schema, CPU kernel, fake kernel, autograd."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("megalodon_ops", "DEF")
+
+
+def define_op(
+    schema: str,
+    *,
+    cpu: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Defines `megalodon_ops::<schema>` and returns the callable op.
+
+    `fake` computes the outputs' shapes for tracing. Without `backward` the op is a backward itself (or not differentiable),
+    and differentiating through it raises.
+    """
+    name = schema.split("(")[0]
+    qualified = f"megalodon_ops::{name}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, _no_kernel(name), "CUDA")
+    op = getattr(torch.ops.megalodon_ops, name).default
+    torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
+    if "!" not in schema:
+        torch.library.register_autograd(
+            qualified, backward or _no_derivative(name), setup_context=setup_context, lib=_library
+        )
+    return op
+
+
+def _on_one_device(op: Callable, fake: Callable) -> Callable:
+    """`fake`, which torch also calls if just one of the tensors is on the meta device, with a check that it is not alone."""
+
+    def checked(*args):
+        devices = [(a.name, value.device) for a, value in zip(op._schema.arguments, args) if isinstance(value, Tensor)]
+        usual, _ = Counter(device for _, device in devices).most_common(1)[0]
+        for name, device in devices:
+            if device != usual:
+                public = op._schema.name.split("::")[1].removesuffix("_fwd").removesuffix("_bwd")
+                raise ValueError(f"{public}: `{name}` must be on {usual} as the others, got device {device}; move it there.")
+        return fake(*args)
+
+    return checked
+
+
+def _no_kernel(name: str) -> Callable:
+    def raise_error(*args, **kwargs):
+        raise NotImplementedError(
+            f"{name}: expected tensors on the CPU, got CUDA tensors, and this build has no CUDA kernels; "
+            "move the tensors with .cpu()."
+        )
+
+    return raise_error
+
+
+def _no_derivative(name: str) -> Callable:
+    def raise_error(ctx, *grads):
+        raise NotImplementedError(f"{name}: second derivatives are not supported; do not use create_graph=True.")
+
+    return raise_error
+
+
+def int64_or_none(tensor: Tensor | None) -> Tensor | None:
+    """Offsets and lengths as the kernels read them: int32 becomes int64, and what is neither is left for them to refuse."""
+    if tensor is None:
+        return None
+    return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()
+
+
+def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    """S: the number of packed sequences, or of rows."""
+    return batch if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything shorter."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as a matrix product under torch.autocast would see them; float64 is left alone."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -1,0 +1,222 @@
+"""The MEGALODON language model: embedding, blocks, final timestep norm, logits; streaming and generation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import MegalodonConfig
+from .layers import BlockState, Linear, MegalodonBlock, TimestepNorm
+from .states import TimestepNormState
+
+
+class MegalodonState(NamedTuple):
+    """What a call of the model passes on to the next: constant in size however long the past is."""
+
+    layers: tuple[BlockState, ...]
+    norm: TimestepNormState
+    """of the final norm"""
+
+    def detach(self) -> MegalodonState:
+        """The same values without their history, for truncated backpropagation through time."""
+        return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, self)
+
+
+class Output(nn.Module):
+    """Final timestep norm and the output matrix."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
+        self.output = Linear(config.model_dim, config.num_outputs, bias=False)
+
+
+class Megalodon(nn.Module):
+    """A MEGALODON language model.
+
+    Parameters carry the names of the released checkpoints. Cast to a 16-bit dtype, the parameters of CEMA, of the norms
+    and of the attention's affine map stay float32, and so do all recurrent states.
+
+    Source: arXiv 2404.08801 and the released code.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96,
+        ...                             chunk_size=16, vocab_size=256)
+        >>> model = mo.Megalodon(config)
+        >>> tokens = torch.randint(256, (1, 50))
+        >>> model(tokens).shape
+        torch.Size([1, 50, 256])
+        >>> logits, state = model(tokens[:, :20], return_state=True)
+        >>> rest = model(tokens[:, 20:], state=state)
+        >>> torch.allclose(rest, model(tokens)[:, 20:], atol=1e-4)
+        True
+    """
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
+        self.output = Output(config)
+        self.reset_parameters()
+        self.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """Initialises the embedding and the output matrix; every other layer initialises its own."""
+        std = self.config.model_dim**-0.5
+        for weight in (self.embed.weight, self.output.output.weight):
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+    def tie_weights(self) -> None:
+        """Makes the output matrix the embedding, where the configuration says so."""
+        if self.config.share_emb:
+            self.output.output.weight = self.embed.weight
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        state: MegalodonState | None = None,
+        return_state: bool = False,
+        inplace_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, MegalodonState]:
+        """Logits of the next token after every token.
+
+        Args:
+            tokens: (B, L) integers.
+            state: the past, as an earlier call returned it; None: the tokens begin their sequences.
+            return_state: also return the state after the last token. Any way of cutting a sequence into calls gives the
+                same logits, up to rounding.
+            inplace_state: write into the attention's part of `state` instead of copying it; for generation.
+            cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1).
+            lengths: (B,) tokens in each right-padded row.
+
+        Returns:
+            logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding.
+        """
+        hidden, state = self._hidden(tokens, state, return_state, inplace_state, cu_seqlens=cu_seqlens, lengths=lengths)
+        logits = self._logits(hidden)
+        return (logits, state) if return_state else logits
+
+    def _hidden(
+        self, tokens: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
+    ) -> tuple[Tensor, MegalodonState | None]:
+        """The normalized last layer (B, L, D) and the state after it."""
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(f"Megalodon: `tokens` must be integers (B, L), got {tokens.dtype} {tuple(tokens.shape)}.")
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ValueError(f"Megalodon: `state` must have {len(self.layers)} layers, got {len(state.layers)}.")
+        recompute = self.config.layerwise_ckpt and self.training and torch.is_grad_enabled()
+        x = self.embed(tokens)
+        if self.config.scale_emb:
+            x = x * math.sqrt(self.config.model_dim)
+        layer_states = []
+        for index, layer in enumerate(self.layers):
+            options = dict(state=None if state is None else state.layers[index], return_state=return_state, **sequences)
+            if recompute:
+                x = checkpoint(layer, x, use_reentrant=False, **options)
+            else:
+                x = layer(x, inplace_state=inplace_state, **options)
+            if return_state:
+                x, layer_state = x
+                layer_states.append(layer_state)
+        norm_state = None if state is None else state.norm
+        x, norm_state = self.output.final_norm(x, state=norm_state, return_state=True, **sequences)
+        return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.output.output(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields the continuation of `prompt` (B, L >= 1) without end, one token (B,) for each row at a time.
+
+        The prompt is read in pieces of a chunk, so memory does not grow with its length; `lengths` (B,) >= 1 are the
+        prompts' lengths where rows are right-padded. Temperature 0 takes the likeliest token; otherwise tokens are
+        drawn from the top_k likeliest, or from the fewest that hold probability top_p, or from all.
+        """
+        if prompt.dim() != 2 or prompt.shape[1] < 1:
+            raise ValueError(f"generate: `prompt` must have shape (B, L) with L >= 1, got {tuple(prompt.shape)}.")
+        if temperature < 0:
+            raise ValueError(f"generate: `temperature` must be at least 0, got {temperature}.")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"generate: `top_k` must be at least 1, got {top_k}.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"generate: `top_p` must be in (0, 1], got {top_p}.")
+        if lengths is None:
+            lengths = torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
+        elif not bool(((lengths >= 1) & (lengths <= prompt.shape[1])).all()):
+            raise ValueError(f"generate: `lengths` must be in [1, {prompt.shape[1]}], got {lengths.tolist()}.")
+        state, last = None, None
+        for start in range(0, prompt.shape[1], self.config.chunk_size):
+            piece = prompt[:, start : start + self.config.chunk_size]
+            left = (lengths - start).clamp(0, piece.shape[1])
+            hidden, state = self._hidden(piece, state, True, state is not None, lengths=left)
+            end = hidden[torch.arange(len(left), device=left.device), (left - 1).clamp(min=0)]
+            last = end if last is None else torch.where((left > 0)[:, None], end, last)
+        while True:
+            token = _sample(self._logits(last), temperature, top_k, top_p, generator)
+            yield token
+            hidden, state = self._hidden(token[:, None], state, True, True)
+            last = hidden[:, 0]
+
+    def generate(
+        self, prompt: Tensor, *, max_new_tokens: int, lengths: Tensor | None = None, **sampling
+    ) -> Tensor:
+        """Continues `prompt` (B, L) by `max_new_tokens`; sampling options as in :meth:`stream`.
+
+        Returns (B, L + max_new_tokens); each row's new tokens follow its own prompt, and what remains of a padded row
+        after them is zero.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> mo.Megalodon(config).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, temperature=0.8).shape
+            torch.Size([1, 8])
+        """
+        batch, length = prompt.shape
+        rows = torch.arange(batch, device=prompt.device)
+        ends = torch.full_like(rows, length) if lengths is None else lengths.to(rows)
+        result = torch.zeros((batch, length + max_new_tokens), dtype=prompt.dtype, device=prompt.device)
+        inside = torch.arange(length, device=prompt.device) < ends[:, None]
+        result[:, :length] = torch.where(inside, prompt, 0)
+        for step, token in zip(range(max_new_tokens), self.stream(prompt, lengths=lengths, **sampling)):
+            result[rows, ends + step] = token
+        return result
+
+
+def _sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draws one token (B,) for each row of logits (B, vocab)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
+        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

@@ -1,0 +1,142 @@
+"""`normalized_qk`: the queries and keys of normalized attention, from one shared z."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .library import accumulation_dtype, autocast, contiguous_or_none, define_op, int64_or_none
+
+
+def normalized_qk(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Per-head RMS norm of `z`, one affine map for queries and one for keys, rotary position embedding.
+
+    .. math::
+        \hat z = z / \sqrt{\mathrm{mean}_{head}(z^2) + \epsilon}, \qquad
+        q = \mathrm{rope}(\hat z (1 + \gamma_0) / \sqrt K + \beta_0), \quad
+        k = \mathrm{rope}(\hat z (1 + \gamma_1) / \sqrt K + \beta_1)
+
+    Args:
+        z: (B, L, H * K) float32, float64, bfloat16 or float16, K even.
+        gamma, beta: (2, H * K) float32, or float64 for a float64 `z`; row 0 for queries, row 1 for keys.
+        num_heads: H.
+        chunk_size: C. The rotary position restarts with each chunk.
+        rope_base: angle of the pair (2i, 2i + 1) at position m is m * rope_base^(-2i/K).
+        eps: added to the mean square.
+        position: (S,) int64, position inside its chunk of each sequence's first step; None: zero.
+        cu_seqlens, lengths: sequences as in :func:`cema`.
+
+    Returns:
+        q, k: (B, L, H, K) in z's dtype, zero at tokens in no sequence. Angles are computed in float64.
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Gradients go to z, gamma and beta; z is all that is kept for the backward.
+
+    Source: arXiv 2404.08801, section 3.3, and the released code. The mathematics:
+    :func:`megalodon_ops.reference.normalized_qk`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> z, zeros = torch.tensor([[[3.0, 4.0]]]), torch.zeros(2, 2)
+        >>> q, k = mo.normalized_qk(z, zeros, zeros, num_heads=1, chunk_size=8, eps=0.0)
+        >>> q.flatten()
+        tensor([0.6000, 0.8000])
+    """
+    if z.dim() != 3:
+        raise ValueError(f"normalized_qk: `z` must have shape (B, L, H * K), got {tuple(z.shape)}.")
+    for name, value in (("num_heads", num_heads), ("chunk_size", chunk_size), ("rope_base", rope_base)):
+        if not value > 0:
+            raise ValueError(f"normalized_qk: `{name}` must be positive, got {value}.")
+    (z,) = autocast(z)
+    return normalized_qk_fwd(
+        z, gamma, beta, num_heads, chunk_size, rope_base, eps, int64_or_none(position),
+        int64_or_none(cu_seqlens), int64_or_none(lengths),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
+def _rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype) -> Tensor:
+    """(rows, K / 2, 2): cosine and sine of position * rope_base^(-2i/K), rounded once from float64."""
+    exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device="cpu") / key_dim
+    angle = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * rope_base**-exponent
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
+
+
+def _rotary(z: Tensor, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None) -> Tensor:
+    """A table with a row for every position that can occur, its length rounded up so that few tables serve all calls."""
+    length = z.shape[1]
+    rows = chunk_size if position is not None else min(chunk_size, 1 << max(length - 1, 0).bit_length())
+    return _rotary_table(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype))
+
+
+def _fwd_cpu(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+    z = z.contiguous()
+    q, k = _fwd_fake(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths)
+    _C.normalized_qk_fwd(
+        z, gamma.contiguous(), beta.contiguous(), num_heads, chunk_size, eps,
+        _rotary(z, num_heads, chunk_size, rope_base, position), contiguous_or_none(position), cu_seqlens, lengths, q, k,
+    )  # fmt: skip
+    return q, k
+
+
+def _fwd_fake(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+    shape = (*z.shape[:-1], num_heads, z.shape[-1] // num_heads)
+    return z.new_empty(shape), z.new_empty(shape)
+
+
+def _bwd_cpu(dq, dk, z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+    z, gamma, beta = z.contiguous(), gamma.contiguous(), beta.contiguous()
+    grads = tuple(torch.empty_like(t) for t in (z, gamma, beta))
+    _C.normalized_qk_bwd(
+        z, gamma, beta, num_heads, chunk_size, eps, _rotary(z, num_heads, chunk_size, rope_base, position),
+        contiguous_or_none(position), cu_seqlens, lengths, dq.contiguous(), dk.contiguous(), *grads,
+    )  # fmt: skip
+    return grads
+
+
+def _bwd_fake(dq, dk, z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (z, gamma, beta))
+
+
+def _setup_context(ctx, inputs, output):
+    z, gamma, beta, *ctx.scalars, position, cu_seqlens, lengths = inputs
+    ctx.save_for_backward(z, gamma, beta, position, cu_seqlens, lengths)
+
+
+def _backward(ctx, dq, dk):
+    z, gamma, beta, *sequences = ctx.saved_tensors
+    return *normalized_qk_bwd(dq, dk, z, gamma, beta, *ctx.scalars, *sequences), *(None,) * 7
+
+
+normalized_qk_fwd = define_op(
+    "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, int num_heads, int chunk_size, float rope_base, float eps, "
+    "Tensor? position, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor q, Tensor k)",
+    cpu=_fwd_cpu,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+normalized_qk_bwd = define_op(
+    "normalized_qk_bwd(Tensor dq, Tensor dk, Tensor z, Tensor gamma, Tensor beta, int num_heads, int chunk_size, "
+    "float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) "
+    "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
+    cpu=_bwd_cpu,
+    fake=_bwd_fake,
+)

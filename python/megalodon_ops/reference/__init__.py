@@ -1,0 +1,24 @@
+"""The ops in plain torch: the definition that the kernels are tested against, and the documentation of the mathematics.
+
+Each op has a forward of the public signature, which autograd can differentiate, and a hand-derived backward `<op>_bwd`.
+Loops run over sequences and time; nothing here is meant to be fast.
+"""
+
+from megalodon_ops.reference.cema import cema, cema_bwd
+from megalodon_ops.reference.chunked_attention import chunked_attention, chunked_attention_bwd
+from megalodon_ops.reference.normalized_attention import normalized_attention, normalized_attention_bwd
+from megalodon_ops.reference.normalized_qk import normalized_qk, normalized_qk_bwd
+from megalodon_ops.reference.timestep_norm import timestep_norm, timestep_norm_bwd
+
+__all__ = [
+    "cema",
+    "cema_bwd",
+    "chunked_attention",
+    "chunked_attention_bwd",
+    "normalized_attention",
+    "normalized_attention_bwd",
+    "normalized_qk",
+    "normalized_qk_bwd",
+    "timestep_norm",
+    "timestep_norm_bwd",
+]

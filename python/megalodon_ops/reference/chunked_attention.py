@@ -1,0 +1,174 @@
+"""Causal softmax attention inside chunks of C steps (arXiv 2404.08801, section 2), with DropKey (arXiv 2208.02646).
+
+Tokens of a sequence lie on a grid of chunks; row i sees the columns j <= i of its own chunk and nothing before it:
+
+    s_ij = scale q_i . k_j                     -inf for columns dropped by DropKey
+    P_ij = exp(s_ij) / sum_j exp(s_ij)         zero where all columns were dropped
+    o_i  = sum_j P_ij v_j
+
+A sequence that goes on from a state first completes that chunk: the state's `position` keys are columns 0 .. position
+- 1, and token t is row position + t. Key and value sizes differ: q and k have K channels a head, v and o have V.
+
+DropKey drops each score with probability `dropkey`, without a rescale: the softmax renormalizes. The mask (philox.py)
+depends on seed, sequence, head, row and column, all counted on the grid of the call, so it is not the mask of another
+split of the same sequence.
+
+dtypes: q, k, v, o and the state float32, float64, bfloat16 or float16; scores, softmax and sums float32, or float64
+for float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megalodon_ops.reference.philox import draw_seed, dropkey_mask
+from megalodon_ops.reference.sequences import accumulation_dtype, sequences
+from megalodon_ops.states import AttentionState
+
+
+def chunked_attention(
+    q: Tensor,  # (B, L, H, K)
+    k: Tensor,  # (B, L, H, K)
+    v: Tensor,  # (B, L, H, V)
+    *,
+    chunk_size: int,
+    scale: float = 1.0,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    inplace_state: bool = False,
+    dropkey: float = 0.0,
+    dropkey_seed: Tensor | None = None,  # (1,) int64
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    lengths: Tensor | None = None,  # (B,)
+) -> Tensor | tuple[Tensor, AttentionState]:
+    """Attends inside each chunk: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the columns j <= i of row i's chunk.
+
+    Returns o (B, L, H, V) and, with `return_state`, keys, values and position of each sequence's unfinished chunk.
+    The state is a constant: no gradient enters or leaves it. `inplace_state` writes the new state into the tensors of
+    the given one.
+
+    >>> q = torch.zeros(1, 3, 1, 2)
+    >>> v = torch.tensor([2.0, 4.0, 6.0]).view(1, 3, 1, 1)
+    >>> chunked_attention(q, q, v, chunk_size=2).flatten().tolist()
+    [2.0, 3.0, 6.0]
+    """
+    seed = int(draw_seed() if dropkey_seed is None else dropkey_seed) if dropkey > 0 else 0
+    o, ends = torch.zeros_like(v), []
+    for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
+        q_s, k_s, v_s, position = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], state, s)
+        o_s = torch.zeros_like(v_s)  # (position + n, H, V)
+        for rows, columns in _chunks(position, len(k_s), chunk_size):
+            P = _probabilities(q_s, k_s, rows, columns, scale, dropkey, seed, s)
+            o_s[rows] = torch.einsum("hij,jhv->ihv", P, v_s[columns])
+        o[row, tokens] = o_s[position:].to(v.dtype)
+        ends.append((k_s, v_s))
+    if not return_state:
+        return o
+    new = _end_state(q, k, v, ends, chunk_size)
+    if inplace_state:
+        for old, value in zip(state, new, strict=True):
+            old.copy_(value)
+        new = state
+    return o, new
+
+
+def chunked_attention_bwd(
+    do: Tensor,  # (B, L, H, V)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_size: int,
+    scale: float = 1.0,
+    state: AttentionState | None = None,
+    dropkey: float = 0.0,
+    dropkey_seed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes the probabilities of each chunk again and differentiates the softmax. Returns dq, dk, dv.
+
+        o_i = sum_j P_ij v_j                   ->   dv_j = sum_i P_ij do_i         dP_ij = do_i . v_j
+        P_ij = exp(s_ij) / sum_j exp(s_ij)     ->   ds_ij = P_ij (dP_ij - delta_i)
+              as dP_ij/ds_im = P_ij (1[j=m] - P_im)      delta_i = sum_j P_ij dP_ij
+        s_ij = scale q_i . k_j                 ->   dq_i = scale sum_j ds_ij k_j   dk_j = scale sum_i ds_ij q_i
+
+    delta needs no probabilities: delta_i = sum_j P_ij (do_i . v_j) = do_i . o_i. A dropped score has
+    P_ij = 0, hence no gradient, and so has a row whose scores were all dropped. Cached keys and values are constants.
+    """
+    seed = int(dropkey_seed) if dropkey > 0 else 0
+    real = accumulation_dtype(q.dtype)
+    dq, dk, dv = (torch.zeros_like(a) for a in (q, k, v))
+    for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
+        q_s, k_s, v_s, position = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], state, s)
+        do_s = torch.cat([v_s.new_zeros(position, *v_s.shape[1:]), do[row, tokens].to(real)])
+        dq_s, dk_s, dv_s = (torch.zeros_like(a) for a in (q_s, k_s, v_s))
+        for rows, columns in _chunks(position, len(k_s), chunk_size):
+            P = _probabilities(q_s, k_s, rows, columns, scale, dropkey, seed, s)
+            dP = torch.einsum("ihv,jhv->hij", do_s[rows], v_s[columns])
+            delta = (P * dP).sum(-1, keepdim=True)
+            dS = P * (dP - delta)
+            dq_s[rows] = scale * torch.einsum("hij,jhk->ihk", dS, k_s[columns])
+            dk_s[columns] = scale * torch.einsum("hij,ihk->jhk", dS, q_s[rows])
+            dv_s[columns] = torch.einsum("hij,ihv->jhv", P, do_s[rows])
+        for total, part in ((dq, dq_s), (dk, dk_s), (dv, dv_s)):
+            total[row, tokens] = part[position:].to(total.dtype)
+    return dq, dk, dv
+
+
+def _on_grid(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, s: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Puts the cached keys and values, and as many empty queries, before the n new ones: (position + n, H, K or V)."""
+    real = accumulation_dtype(q.dtype)
+    q, k, v = q.to(real), k.to(real), v.to(real)
+    if state is None:
+        return q, k, v, 0
+    position = int(state.position[s])
+    q = torch.cat([q.new_zeros(position, *q.shape[1:]), q])
+    k = torch.cat([state.k[s, :position].detach().to(real), k])
+    v = torch.cat([state.v[s, :position].detach().to(real), v])
+    return q, k, v, position
+
+
+def _chunks(position: int, total: int, chunk_size: int) -> Iterator[tuple[slice, slice]]:
+    """Yields (new rows, columns) of each chunk."""
+    for start in range(0, total, chunk_size):
+        columns = slice(start, min(start + chunk_size, total))
+        yield slice(max(start, position), columns.stop), columns
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, rows: slice, columns: slice, scale: float, dropkey: float, seed: int, s: int
+) -> Tensor:
+    """Returns softmax(scale q k^T) of a chunk, (H, rows, columns)."""
+    scores = scale * torch.einsum("ihk,jhk->hij", q[rows], k[columns])
+    i = torch.arange(rows.start, rows.stop, device=q.device)
+    j = torch.arange(columns.start, columns.stop, device=q.device)
+    masked = (j > i[:, None]).expand(scores.shape)
+    if dropkey > 0:
+        masked = masked | dropkey_mask(dropkey, seed, s, q.shape[1], i, j)
+    P = scores.masked_fill(masked, -torch.inf).softmax(-1)
+    return P.masked_fill(masked.all(-1, keepdim=True), 0)
+
+
+def _end_state(
+    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int
+) -> AttentionState:
+    """Keeps the rows of each sequence's unfinished chunk; the rows after them are zero."""
+    S, (H, K), V = len(ends), k.shape[2:], v.shape[-1]
+    state = AttentionState(
+        k=k.new_zeros(S, chunk_size, H, K),
+        v=v.new_zeros(S, chunk_size, H, V),
+        position=torch.zeros(S, dtype=torch.int64, device=q.device),
+    )
+    for s, (k_s, v_s) in enumerate(ends):
+        position = len(k_s) % chunk_size
+        first = len(k_s) - position
+        state.k[s, :position] = k_s[first:].detach().to(k.dtype)
+        state.v[s, :position] = v_s[first:].detach().to(v.dtype)
+        state.position[s] = position
+    return state

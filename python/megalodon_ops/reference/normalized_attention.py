@@ -1,0 +1,117 @@
+"""Normalized attention: queries and keys from a shared z (normalized_qk.py), then chunked_attention.py on them.
+
+    q, k = normalized_qk(z, gamma, beta)      o = chunked_attention(q, k, v)
+
+q and k are rounded to the dtype of z in between. The rotary position of a token is its index inside the chunk, so the
+chunk grid and the positions restart together at the start of each sequence, and a state's position serves both.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megalodon_ops.reference.chunked_attention import chunked_attention, chunked_attention_bwd
+from megalodon_ops.reference.normalized_qk import normalized_qk, normalized_qk_bwd
+from megalodon_ops.states import AttentionState
+
+
+def normalized_attention(
+    z: Tensor,  # (B, L, H * K)
+    v: Tensor,  # (B, L, H * V)
+    gamma: Tensor,  # (2, H * K)
+    beta: Tensor,  # (2, H * K)
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    inplace_state: bool = False,
+    dropkey: float = 0.0,
+    dropkey_seed: Tensor | None = None,  # (1,) int64
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    lengths: Tensor | None = None,  # (B,)
+) -> Tensor | tuple[Tensor, AttentionState]:
+    """Attends inside chunks with queries and keys made from z: chunked_attention(*normalized_qk(z, gamma, beta), v).
+
+    Returns o (B, L, H*V) and, with `return_state`, the rotated keys, the values and the position of the unfinished
+    chunks.
+
+    >>> import torch
+    >>> z, v, zeros = torch.zeros(1, 2, 2), torch.tensor([[[2.0], [4.0]]]), torch.zeros(2, 2)
+    >>> normalized_attention(z, v, zeros, zeros, num_heads=1, chunk_size=2).flatten().tolist()
+    [2.0, 3.0]
+    """
+    qk = _qk_arguments(num_heads, chunk_size, rope_base, eps, state, cu_seqlens, lengths)
+    q, k = normalized_qk(z, gamma, beta, **qk)
+    result = chunked_attention(
+        q,
+        k,
+        v.unflatten(-1, (num_heads, -1)),
+        chunk_size=chunk_size,
+        state=state,
+        return_state=return_state,
+        inplace_state=inplace_state,
+        dropkey=dropkey,
+        dropkey_seed=dropkey_seed,
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+    )
+    return (result[0].flatten(-2), result[1]) if return_state else result.flatten(-2)
+
+
+def normalized_attention_bwd(
+    do: Tensor,  # (B, L, H * V)
+    z: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    state: AttentionState | None = None,
+    dropkey: float = 0.0,
+    dropkey_seed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The chain rule over the two parts: do -> dq, dk, dv -> dz, dgamma, dbeta. Returns dz, dv, dgamma, dbeta."""
+    qk = _qk_arguments(num_heads, chunk_size, rope_base, eps, state, cu_seqlens, lengths)
+    q, k = normalized_qk(z, gamma, beta, **qk)
+    dq, dk, dv = chunked_attention_bwd(
+        do.unflatten(-1, (num_heads, -1)),
+        q,
+        k,
+        v.unflatten(-1, (num_heads, -1)),
+        chunk_size=chunk_size,
+        state=state,
+        dropkey=dropkey,
+        dropkey_seed=dropkey_seed,
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+    )
+    dz, dgamma, dbeta = normalized_qk_bwd(dq, dk, z, gamma, beta, **qk)
+    return dz, dv.flatten(-2), dgamma, dbeta
+
+
+def _qk_arguments(
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float,
+    eps: float,
+    state: AttentionState | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+) -> dict[str, object]:
+    return {
+        "num_heads": num_heads,
+        "chunk_size": chunk_size,
+        "rope_base": rope_base,
+        "eps": eps,
+        "position": None if state is None else state.position,
+        "cu_seqlens": cu_seqlens,
+        "lengths": lengths,
+    }

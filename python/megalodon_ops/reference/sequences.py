@@ -1,0 +1,23 @@
+"""Dense, right-padded and packed batches as one thing, and the dtype that everything accumulates in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every other dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sequences(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, slice]]:
+    """Returns (batch row, tokens) of each of the S sequences in x (B, L, ...), so that x[row, tokens] is one of them.
+
+    A dense batch is B sequences of L tokens; `lengths` (B,) ends each row early; `cu_seqlens` (S+1,) cuts a single row.
+    """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        return [(0, slice(start, end)) for start, end in zip(bounds, bounds[1:], strict=False)]
+    ends = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
+    return [(row, slice(0, end)) for row, end in enumerate(ends)]

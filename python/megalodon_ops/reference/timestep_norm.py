@@ -1,0 +1,170 @@
+"""Timestep norm: group norm with cumulative statistics along time (arXiv 2404.08801, section 3.2).
+
+The D channels form G groups of D/G neighbours. Step t is normalized by the mean and the (biased) variance of
+everything its group has held from the start of the sequence up to and including step t. With n timesteps seen so far,
+and with the mean gm and the biased variance gv of x_t inside a group,
+
+    n' = n + 1     c2 = 1 / n'     c1 = 1 - c2
+    mean' = mean + c2 (gm - mean)
+    var'  = c1 var + c2 gv + c1 c2 (gm - mean)^2
+    y_t   = (x_t - mean') rstd (1 + weight) + bias          rstd = 1 / sqrt(var' + eps)
+
+This is Welford's update, which does not cancel when |mean| >> std as E[x^2] - mean^2 does. A fresh state has n = 0,
+hence c1 = 0: its mean and var do not matter. Two spans with statistics (n_a, mean_a, var_a) and (n_b, mean_b, var_b)
+merge by the same formula, with n' = n_a + n_b and c2 = n_b / n', in any order of brackets: that is how a sequence is
+cut into parallel chunks.
+
+dtypes: x and y float32, float64, bfloat16 or float16; weight, bias and the state float32, or float64 for float64 x. A
+state holds mean and var as value + residual, about twice the digits of its dtype: rounded to one float32, the mean of
+a long stream stops moving once c2 (gm - mean) is below half a unit in its last place. Statistics are float64 here,
+and split on return.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalodon_ops.reference.sequences import accumulation_dtype, sequences
+from megalodon_ops.states import TimestepNormState
+
+
+def timestep_norm(
+    x: Tensor,  # (B, L, D)
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: TimestepNormState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    lengths: Tensor | None = None,  # (B,)
+) -> Tensor | tuple[Tensor, TimestepNormState]:
+    """Normalizes by the statistics of steps 1 .. t: y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + weight) + bias.
+
+    Returns y (B, L, D) and, with `return_state`, each sequence's count (S,), mean, var (S, G) and residual (2, S, G).
+
+    >>> x = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]])
+    >>> y, state = timestep_norm(x, torch.zeros(2), torch.zeros(2), num_groups=1, eps=0.0, return_state=True)
+    >>> y[0, 0].tolist(), state.count.item(), state.mean.item(), state.var.item()
+    ([-1.0, 1.0], 2, 2.0, 0.5)
+    """
+    real = accumulation_dtype(x.dtype)
+    gain, bias = 1 + weight.to(real), bias.to(real)
+    spans = sequences(x, cu_seqlens, lengths)
+    y, counts, means, variances = torch.zeros_like(x), [], [], []
+    for (row, tokens), (n, mean, var) in zip(spans, _initial(state, len(spans), num_groups, x.device), strict=True):
+        x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (n, G, D/G)
+        count, mean, var, _ = _statistics(x_s, n, mean, var)
+        normalized = (x_s - mean[1:, :, None]) * (var[1:, :, None] + eps).rsqrt()
+        y[row, tokens] = (normalized.flatten(-2).to(real) * gain + bias).to(x.dtype)
+        counts.append(count)
+        means.append(mean[-1])
+        variances.append(var[-1])
+    if not return_state:
+        return y
+    empty = torch.zeros(0, num_groups, dtype=torch.float64, device=x.device)
+    mean, var = (torch.stack(a) if a else empty for a in (means, variances))  # (S, G)
+    residual = torch.stack([(a - a.to(real)).to(real) for a in (mean.detach(), var.detach())])
+    count = torch.tensor(counts, dtype=torch.int64, device=x.device)
+    return y, TimestepNormState(count, mean.to(real), var.to(real), residual)
+
+
+def timestep_norm_bwd(
+    dy: Tensor,  # (B, L, D)
+    dmean: Tensor | None,  # (S, G), gradient of the returned mean
+    dvar: Tensor | None,  # (S, G), of the returned var
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: TimestepNormState | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Walks back through time with the gradients of mean and var. Returns dx, dweight, dbias, dmean, dvar.
+
+    Let w = 1 + weight, r = rstd_t, and let U and V be the gradients of mean_t and var_t that arrive from step t + 1
+    (from the returned state, at the end). y_t also depends on both. With sums over the channels of a group,
+
+        y = (x - mean') r w + bias          ->   du = U - r sum dy w
+        r = (var' + eps)^(-1/2)             ->   dv = V - r^3 / 2  sum dy w (x - mean')         as dr/dvar' = -r^3 / 2
+
+    are the whole gradients of mean' and var'. The update hands them on. With k = 2 c1 c2 (gm - mean) dv,
+
+        mean' = c1 mean + c2 gm             ->   dgm = c2 du + k       U <- c1 du - k
+        var'  = c1 var + c2 gv              ->   dgv = c2 dv           V <- c1 dv
+                + c1 c2 (gm - mean)^2
+
+    and gm = sum x / (D/G), gv = sum (x - gm)^2 / (D/G) give, since sum (x - gm) = 0 leaves no path from gv through gm,
+
+        dx = dy r w + [ dgm + 2 dgv (x - gm) ] / (D/G)
+        dweight = sum_t dy (x - mean') r    dbias = sum_t dy
+
+    What is left of U and V before the first step is the gradient of the given state: zero if it was fresh, as then
+    c1 = 0. No gradient goes to the count or the residual.
+    """
+    real = accumulation_dtype(x.dtype)
+    w = (1 + weight.double()).unflatten(0, (num_groups, -1))  # (G, D/G)
+    dx, dw, db = torch.zeros_like(x), torch.zeros_like(w), torch.zeros_like(w)
+    spans = sequences(x, cu_seqlens, lengths)
+    zero = torch.zeros(len(spans), num_groups, dtype=torch.float64, device=x.device)
+    U = zero.clone() if dmean is None else dmean.double()
+    V = zero.clone() if dvar is None else dvar.double()
+    dmeans, dvars = torch.zeros_like(U), torch.zeros_like(V)
+    for s, (n, mean, var) in enumerate(_initial(state, len(spans), num_groups, x.device)):
+        row, tokens = spans[s]
+        x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (n, G, D/G)
+        dy_s = dy[row, tokens].double().unflatten(-1, (num_groups, -1))
+        _, mean, var, gm = _statistics(x_s, n, mean, var)
+        r = (var + eps).rsqrt()
+        centred = x_s - mean[1:, :, None]
+        dw += (dy_s * centred * r[1:, :, None]).sum(0)
+        db += dy_s.sum(0)
+        dx_s = dy_s * r[1:, :, None] * w
+        u, v = U[s], V[s]
+        for t in reversed(range(len(x_s))):
+            c2 = 1 / (n + t + 1)
+            c1 = 1 - c2
+            du = u - r[t + 1] * (dy_s[t] * w).sum(-1)
+            dv = v - r[t + 1] ** 3 / 2 * (dy_s[t] * w * centred[t]).sum(-1)
+            k = 2 * c1 * c2 * (gm[t] - mean[t]) * dv
+            dx_s[t] += ((c2 * du + k)[:, None] + 2 * c2 * dv[:, None] * (x_s[t] - gm[t, :, None])) / x_s.shape[-1]
+            u, v = c1 * du - k, c1 * dv
+        dx[row, tokens] = dx_s.flatten(-2).to(x.dtype)
+        dmeans[s], dvars[s] = u, v
+    return dx, dw.flatten().to(real), db.flatten().to(real), dmeans.to(real), dvars.to(real)
+
+
+def _initial(
+    state: TimestepNormState | None, count: int, num_groups: int, device: torch.device
+) -> list[tuple[int, Tensor, Tensor]]:
+    """Returns n, mean (G,) and var (G,) of each sequence, in float64; zeros where n is 0."""
+    if state is None:
+        zero = torch.zeros(num_groups, dtype=torch.float64, device=device)
+        return [(0, zero, zero)] * count
+    mean, var = state.mean.double(), state.var.double()
+    if state.residual is not None:
+        mean, var = mean + state.residual[0].detach().double(), var + state.residual[1].detach().double()
+    fresh = (state.count == 0)[:, None]
+    mean, var = torch.where(fresh, 0, mean), torch.where(fresh, 0, var)
+    return [(n, mean[s], var[s]) for s, n in enumerate(state.count.tolist())]
+
+
+def _statistics(x: Tensor, n: int, mean: Tensor, var: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
+    """x (n, G, D/G) -> the count after it, mean and var (n + 1, G) before each step and after the last, gm (n, G)."""
+    gm = x.mean(-1)
+    gv = (x - gm[..., None]).square().mean(-1)
+    means, variances = [mean], [var]
+    for gm_t, gv_t in zip(gm, gv, strict=True):
+        n += 1
+        c2 = 1 / n
+        c1 = 1 - c2
+        d = gm_t - mean
+        mean, var = mean + c2 * d, c1 * var + c2 * gv_t + c1 * c2 * d * d
+        means.append(mean)
+        variances.append(var)
+    return n, torch.stack(means), torch.stack(variances), gm

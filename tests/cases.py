@@ -1,0 +1,329 @@
+"""Calls of the ops as data, so that one piece of code can run any op, through any implementation, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalodon_ops.states import AttentionState, TimestepNormState
+
+Function = Callable[..., Any]
+Tensors = dict[str, Tensor]
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(gen: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal values, drawn in float64 whatever the dtype, then rounded."""
+    if dtype.is_complex:
+        return torch.complex(randn(gen, *shape), randn(gen, *shape)).to(dtype)
+    return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
+
+
+def uniform(gen: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    return low + (high - low) * torch.rand(*shape, generator=gen, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `tensors` take gradients, `options` are the other arguments."""
+
+    op: str
+    tensors: Tensors
+    options: dict[str, Any]
+    dtype: torch.dtype  # of the tokens; incoming gradients are rounded to it
+    terms: float = 0.1  # size of the terms whose sums make a gradient: what cancels leaves the rounding of its terms
+
+    def double(self) -> Case:
+        """The same values in float64."""
+
+        def widen(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return type(value)(*map(widen, value))
+            if isinstance(value, Tensor) and (value.is_complex() or value.is_floating_point()):
+                return value.to(torch.complex128 if value.is_complex() else torch.float64)
+            return value
+
+        tensors = {name: widen(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, options={name: widen(value) for name, value in self.options.items()})
+
+    def with_tensors(self, **tensors: Tensor) -> Case:
+        return replace(self, tensors=self.tensors | tensors)
+
+    def with_options(self, **options: Any) -> Case:
+        return replace(self, options=self.options | options)
+
+
+@dataclass(frozen=True)
+class Op:
+    """How to call an op: its inputs in order, `tokens` (B, L, ...) first, and its outputs by name."""
+
+    tokens: tuple[str, ...]
+    parameters: tuple[str, ...]
+    outputs: tuple[str, ...]  # (B, L, ...)
+    call: Callable[[Function, list[Tensor], Tensors, dict[str, Any]], Tensors]
+    constant_state: bool = False  # a cut inside a chunk cuts the gradient, too
+
+
+def _call_cema(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
+    y, state = function(*inputs, state=tensors.get("state"), return_state=True, **options)
+    return {"y": y, "state": state}
+
+
+def _call_timestep_norm(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
+    options = dict(options)
+    count, residual = options.pop("count", None), options.pop("residual", None)
+    state = None if count is None else TimestepNormState(count, tensors["mean"], tensors["var"], residual)
+    y, state = function(*inputs, state=state, return_state=True, **options)
+    return {"y": y, "mean": state.mean, "var": state.var, "count": state.count}
+
+
+def _call_normalized_qk(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
+    q, k = function(*inputs, **options)
+    return {"q": q, "k": k}
+
+
+def _call_attention(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
+    o, state = function(*inputs, return_state=True, **options)
+    return {"o": o, "state.k": state.k, "state.v": state.v, "state.position": state.position}
+
+
+OPS = {
+    "cema": Op(("x",), ("p", "q", "gamma", "omega"), ("y",), _call_cema),
+    "timestep_norm": Op(("x",), ("weight", "bias"), ("y",), _call_timestep_norm),
+    "normalized_qk": Op(("z",), ("gamma", "beta"), ("q", "k"), _call_normalized_qk),
+    "chunked_attention": Op(("q", "k", "v"), (), ("o",), _call_attention, constant_state=True),
+    "normalized_attention": Op(("z", "v"), ("gamma", "beta"), ("o",), _call_attention, constant_state=True),
+}
+
+
+def forward(function: Function, case: Case) -> Tensors:
+    op = OPS[case.op]
+    return op.call(function, [case.tensors[name] for name in op.tokens + op.parameters], case.tensors, case.options)
+
+
+def evaluate(function: Function, case: Case, incoming: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
+    """Returns the outputs by name and the gradient of every tensor as "d<name>", given random incoming gradients.
+
+    `incoming` may replace them: it gets the output's name and the random gradient.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
+    outputs = forward(function, replace(case, tensors=leaves))
+    gen = generator(1)
+    grads = {name: _random_gradient(gen, o, case.dtype) for name, o in outputs.items() if o.requires_grad}
+    if incoming:
+        grads = {name: incoming(name, grad) for name, grad in grads.items()}
+    found = torch.autograd.grad(
+        [outputs[name] for name in grads], list(leaves.values()), list(grads.values()), materialize_grads=True
+    )
+    results = {name: output.detach() for name, output in outputs.items()}
+    return results | {f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}
+
+
+def _random_gradient(gen: torch.Generator, output: Tensor, rounding: torch.dtype) -> Tensor:
+    parts = torch.view_as_real(output) if output.is_complex() else output
+    grad = randn(gen, *parts.shape, dtype=rounding).to(parts.dtype)
+    return torch.view_as_complex(grad) if output.is_complex() else grad
+
+
+def carried(op: str, results: Tensors) -> Tensors:
+    """The results that stay when the sequence is cut: all of them, but only outputs where the state is a constant."""
+    names = [name for name in results if not (OPS[op].constant_state and name.startswith("d"))]
+    return {name: results[name] for name in names}
+
+
+def streamed(function: Function, op: str, pieces: Sequence[int]) -> Function:
+    """A function like `function` that feeds the sequence in pieces of these lengths, passing the state on."""
+    count = len(OPS[op].tokens)
+
+    def run(*inputs: Tensor, lengths: Tensor | None = None, **options: Any) -> Any:
+        tokens, parameters, start, outputs = inputs[:count], inputs[count:], 0, []
+        state = options.pop("state", None)
+        position = options.pop("position", None)
+        for size in pieces:
+            part = [token[:, start : start + size] for token in tokens]
+            ends = None if lengths is None else (lengths - start).clamp(0, size)
+            if op == "normalized_qk":
+                first = (0 if position is None else position) + torch.full((len(part[0]),), start)
+                first = first % options["chunk_size"]
+                outputs.append(function(*part, *parameters, lengths=ends, position=first, **options))
+            else:
+                output, state = function(*part, *parameters, lengths=ends, state=state, **options)
+                outputs.append(output)
+            start += size
+        if op == "normalized_qk":
+            return tuple(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
+        return torch.cat(outputs, dim=1), state
+
+    return run
+
+
+def packed(function: Function, op: str, before: int = 0, after: int = 0) -> Function:
+    """A function like `function` that packs the rows into one, with cu_seqlens, and unpacks the result.
+
+    The packed row also holds `before` and `after` tokens of NaN that are in no sequence.
+    """
+    count = len(OPS[op].tokens)
+
+    def run(*inputs: Tensor, lengths: Tensor | None = None, **options: Any) -> Any:
+        tokens, parameters = inputs[:count], inputs[count:]
+        B, L = tokens[0].shape[:2]
+        ends = [L] * B if lengths is None else lengths.tolist()
+
+        def pack(token: Tensor) -> Tensor:
+            def padding(n: int) -> Tensor:
+                return token.new_full((n, *token.shape[2:]), torch.nan)
+
+            rows = [token[row, :end] for row, end in enumerate(ends)]
+            return torch.cat([padding(before), *rows, padding(after)])[None]
+
+        cu_seqlens = before + torch.tensor([0, *ends]).cumsum(0)
+
+        def unpack(output: Tensor) -> Tensor:
+            rows = [output[0, a:b] for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+            return torch.stack([torch.cat([row, row.new_zeros(L - len(row), *row.shape[1:])]) for row in rows])
+
+        result = function(*map(pack, tokens), *parameters, cu_seqlens=cu_seqlens, **options)
+        if op == "normalized_qk":
+            return tuple(map(unpack, result))
+        return unpack(result[0]), result[1]
+
+    return run
+
+
+def ragged(case: Case, lengths: Sequence[int]) -> Case:
+    """The case as a right-padded batch."""
+    return case.with_options(lengths=torch.tensor(lengths))
+
+
+def cema_case(
+    B: int = 2, L: int = 9, D: int = 5, N: int = 4, *, dtype: torch.dtype = torch.float32, seed: int = 0,
+    radius: tuple[float, float] = (0.5, 0.99), angle: tuple[float, float] = (-3.0, 3.0), state: bool = False,
+    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
+) -> Case:  # fmt: skip
+    """Poles q with modulus in `radius` and phase in `angle`."""
+    gen, real = generator(seed), real_dtype(dtype)
+    complex_ = torch.complex128 if real == torch.float64 else torch.complex64
+    tensors = {
+        "x": randn(gen, B, L, D, dtype=dtype),
+        "p": uniform(gen, 0.1, 0.9, D, N).to(real),
+        "q": torch.polar(uniform(gen, *radius, D, N), uniform(gen, *angle, D, N)).to(complex_),
+        "gamma": (randn(gen, D, N, dtype=torch.complex128) / N**0.5).to(complex_),
+        "omega": randn(gen, D, dtype=real),
+    }
+    options = _sequences(cu_seqlens, lengths)
+    if state:
+        tensors["state"] = randn(gen, _count(B, cu_seqlens), D, N, dtype=complex_)
+    return Case("cema", tensors, options, dtype)
+
+
+def timestep_norm_case(
+    B: int = 2, L: int = 9, G: int = 3, width: int = 4, *, dtype: torch.dtype = torch.float32, seed: int = 0,
+    mean: float = 0.5, std: float = 1.0, eps: float = 1e-5, count: int | None = None,
+    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
+) -> Case:  # fmt: skip
+    """G groups of `width` channels around `mean`; a state of about `count` steps if given."""
+    gen, real, D = generator(seed), real_dtype(dtype), G * width
+    tensors = {
+        "x": (mean + std * randn(gen, B, L, D)).to(dtype),
+        "weight": randn(gen, D, dtype=real) / 2,
+        "bias": randn(gen, D, dtype=real),
+    }
+    options = {"num_groups": G, "eps": eps, **_sequences(cu_seqlens, lengths)}
+    if count is not None:
+        S = _count(B, cu_seqlens)
+        tensors["mean"] = (mean + std * randn(gen, S, G) / 4).to(real)
+        tensors["var"] = (std**2 * uniform(gen, 0.5, 1.5, S, G)).to(real)
+        options["count"] = count + torch.arange(S)
+        halves = torch.stack([tensors["mean"], tensors["var"]]) * torch.finfo(real).eps / 2
+        options["residual"] = halves * uniform(gen, -1, 1, 2, S, G).to(real)
+    rstd = 1 / max(eps, std**2 / 100 if width > 1 else 0.0) ** 0.5  # of a first step, whose variance may be small
+    return Case("timestep_norm", tensors, options, dtype, terms=rstd)
+
+
+def normalized_qk_case(
+    B: int = 2, L: int = 9, H: int = 2, K: int = 6, C: int = 4, *, dtype: torch.dtype = torch.float32, seed: int = 0,
+    size: float = 1.0, rope_base: float = 10000.0, eps: float = 1e-5, position: bool = False,
+    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
+) -> Case:  # fmt: skip
+    gen, real = generator(seed), real_dtype(dtype)
+    tensors = {
+        "z": (size * randn(gen, B, L, H * K)).to(dtype),
+        "gamma": randn(gen, 2, H * K, dtype=real) / 2,
+        "beta": randn(gen, 2, H * K, dtype=real) / 4,
+    }
+    options = {"num_heads": H, "chunk_size": C, "rope_base": rope_base, "eps": eps, **_sequences(cu_seqlens, lengths)}
+    if position:
+        options["position"] = torch.randint(C, (_count(B, cu_seqlens),), generator=gen)
+    return Case("normalized_qk", tensors, options, dtype, terms=0.1 / max(size, eps**0.5))
+
+
+def chunked_attention_case(
+    B: int = 2, L: int = 9, H: int = 2, K: int = 3, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
+    seed: int = 0, scale: float = 1.0, dropkey: float = 0.0, state: bool = False,
+    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
+) -> Case:  # fmt: skip
+    gen = generator(seed)
+    tensors = {name: randn(gen, B, L, H, size, dtype=dtype) for name, size in (("q", K), ("k", K), ("v", V))}
+    options = {"chunk_size": C, "scale": scale, **_sequences(cu_seqlens, lengths), **_dropkey(dropkey, seed)}
+    if state:
+        options["state"] = _attention_state(gen, _count(B, cu_seqlens), C, H, K, V, dtype)
+    return Case("chunked_attention", tensors, options, dtype)
+
+
+def normalized_attention_case(
+    B: int = 2, L: int = 9, H: int = 2, K: int = 4, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
+    seed: int = 0, dropkey: float = 0.0, state: bool = False,
+    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
+) -> Case:  # fmt: skip
+    gen = generator(seed)
+    qk = normalized_qk_case(B, L, H, K, C, dtype=dtype, seed=seed, cu_seqlens=cu_seqlens, lengths=lengths)
+    tensors = {"z": qk.tensors["z"], "v": randn(gen, B, L, H * V, dtype=dtype)}
+    tensors |= {"gamma": qk.tensors["gamma"] * 4, "beta": qk.tensors["beta"] * 4}
+    options = qk.options | _dropkey(dropkey, seed)
+    if state:
+        options["state"] = _attention_state(gen, _count(B, cu_seqlens), C, H, K, V, dtype)
+    return Case("normalized_attention", tensors, options, dtype)
+
+
+def _sequences(cu_seqlens: Sequence[int] | None, lengths: Sequence[int] | None) -> dict[str, Tensor]:
+    named = {"cu_seqlens": cu_seqlens, "lengths": lengths}
+    return {name: torch.tensor(values) for name, values in named.items() if values is not None}
+
+
+def _count(B: int, cu_seqlens: Sequence[int] | None) -> int:
+    return B if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def _dropkey(dropkey: float, seed: int) -> dict[str, Any]:
+    return {"dropkey": dropkey, "dropkey_seed": torch.tensor([seed * 0x9E3779B97F4A7C15 % 2**63])} if dropkey else {}
+
+
+def _attention_state(
+    gen: torch.Generator, S: int, C: int, H: int, K: int, V: int, dtype: torch.dtype
+) -> AttentionState:
+    """Every possible position in turn; rows beyond it hold NaN, which nobody may read."""
+    position = (torch.arange(S) * 5 + C - 1) % C
+    k, v = randn(gen, S, C, H, K, dtype=dtype), randn(gen, S, C, H, V, dtype=dtype)
+    for s, end in enumerate(position.tolist()):
+        k[s, end:] = v[s, end:] = torch.nan
+    return AttentionState(k, v, position)
+
+
+BUILDERS = {
+    "cema": cema_case,
+    "timestep_norm": timestep_norm_case,
+    "normalized_qk": normalized_qk_case,
+    "chunked_attention": chunked_attention_case,
+    "normalized_attention": normalized_attention_case,
+}

@@ -1,0 +1,112 @@
+"""The assert helpers fail when they should: on zeros, NaN, a flipped sign, a wrong scale, a wrong shape or dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import (
+    assert_all_as_accurate_as,
+    assert_all_close,
+    assert_as_accurate_as,
+    assert_bit_equal,
+    assert_close,
+)
+from cases import generator, randn
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+
+
+def flip_one_sign(x):
+    x = x.clone()
+    largest = x.abs().argmax()
+    x.view(-1)[largest] *= -1
+    return x
+
+
+def one_nan(x):
+    x = x.clone()
+    x.view(-1)[3] = torch.nan
+    return x
+
+
+BREAKAGES = {
+    "zeros": torch.zeros_like,
+    "nan": lambda x: torch.full_like(x, torch.nan),
+    "one-nan": one_nan,
+    "inf": lambda x: x / 0.0,
+    "flipped-sign": lambda x: -x,
+    "one-flipped-sign": flip_one_sign,
+    "scale-2": lambda x: 2 * x,
+    "scale-1.05": lambda x: (1.05 * x).to(x.dtype),
+    "transposed": lambda x: x.transpose(0, 1).reshape(x.shape),
+    "shifted": lambda x: x.roll(1, 0),
+    "shape": lambda x: x[:-1],
+    "dtype": lambda x: x.to(torch.complex128 if x.is_complex() else torch.float64),
+}
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def exact(request):
+    """Values of float64 (or complex128), and the same rounded to the dtype."""
+    wide = torch.complex128 if request.param.is_complex else torch.float64
+    x = randn(generator(0), 7, 5, dtype=wide)
+    return x, x.to(request.param)
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES.values(), ids=BREAKAGES)
+def test_helpers_fail_on(breakage, exact):
+    wide, rounded = exact
+    broken = breakage(rounded)
+    with pytest.raises(AssertionError):
+        assert_as_accurate_as(broken, rounded, wide, factor=2)
+    with pytest.raises(AssertionError):
+        assert_close(broken, rounded, tolerance=1e-2)
+    with pytest.raises(AssertionError):
+        assert_bit_equal({"x": broken}, {"x": rounded})
+    with pytest.raises(AssertionError):
+        assert_all_as_accurate_as(
+            {"a": rounded, "b": broken}, {"a": rounded, "b": rounded}, {"a": wide, "b": wide}, factor=2
+        )
+    with pytest.raises(AssertionError):
+        assert_all_close({"a": rounded, "b": broken}, {"a": rounded, "b": rounded}, tolerance=1e-2)
+
+
+def test_helpers_pass_on_the_rounded_value(exact):
+    wide, rounded = exact
+    assert_all_as_accurate_as({"x": rounded}, {"x": rounded}, {"x": wide}, factor=1, floor=0)
+    assert_close(rounded.to(wide.dtype), wide, tolerance=torch.finfo(rounded.dtype).eps)
+    assert_bit_equal({"x": rounded}, {"x": rounded.clone()})
+
+
+@pytest.mark.parametrize("assert_all", [assert_all_close, assert_bit_equal], ids=["close", "bit-equal"])
+def test_helpers_fail_on_a_missing_tensor(assert_all):
+    x, options = torch.ones(3), {"tolerance": 1.0} if assert_all is assert_all_close else {}
+    with pytest.raises(AssertionError):
+        assert_all({"a": x}, {"a": x, "b": x}, **options)
+
+
+def test_error_is_bounded_by_a_multiple_of_the_references():
+    wide = torch.linspace(1, 2, 9, dtype=torch.float64)
+    reference = (wide + 1e-4).float()
+    assert_as_accurate_as((wide - 1.9e-4).float(), reference, wide, factor=2, floor=0)
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_as_accurate_as((wide - 2.1e-4).float(), reference, wide, factor=2, floor=0)
+
+
+def test_a_useless_reference_is_refused():
+    wide = torch.linspace(1, 2, 9, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="the reference's own error"):
+        assert_as_accurate_as(wide.float(), 1.5 * wide.float(), wide, factor=2)
+
+
+def test_integers_are_compared_exactly():
+    count = torch.tensor([3, 4])
+    assert_as_accurate_as(count, count, count, factor=2)
+    with pytest.raises(AssertionError):
+        assert_as_accurate_as(count + 1, count, count, factor=2)
+
+
+def test_small_elements_count_in_assert_close():
+    expected = torch.tensor([1.0, 1.0, 1.0, 1e-3], dtype=torch.float64)
+    with pytest.raises(AssertionError, match="1 of 4"):
+        assert_close(expected + torch.tensor([0, 0, 0, 1e-9]), expected, tolerance=1e-10)

@@ -1,0 +1,230 @@
+"""chunked_attention: golden data, DropKey, large scores, the state in place, errors. See also test_ops.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from assertions import assert_all_as_accurate_as, assert_all_close, assert_close, assert_refuses
+from cases import chunked_attention_case, evaluate, forward, streamed
+from golden import TOLERANCE, golden_case, golden_config
+
+import megalodon_ops as mo
+from megalodon_ops import AttentionState
+from megalodon_ops.reference.philox import dropkey_mask
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+both = pytest.mark.parametrize("implementation", [mo, mo.reference], ids=["op", "reference"])
+
+
+def rotate(x, chunk):
+    """Interleaved rotary, base 1e4, of (B, L, H, K), with positions that restart in every chunk."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    frequency = 10000.0 ** (-torch.arange(0, x.shape[-1], 2).double() / x.shape[-1])
+    angle = (torch.arange(x.shape[1]) % chunk)[:, None, None] * frequency
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+
+
+@both
+@pytest.mark.parametrize("name", ["one_chunk", "short", "three_chunks"])
+def test_golden(name, implementation):
+    """q and k of the released code, before its rotary."""
+    t, config = golden_case("attention", name), golden_config("attention")[name]
+    leaves = {key: t[key].clone().requires_grad_() for key in "qkv"}
+    q, k, v = (leaf.unflatten(-1, (config["H"], -1)) for leaf in leaves.values())
+    q, k = rotate(q, config["chunk"]), rotate(k, config["chunk"])
+    first = t["q_roped_first_chunk"].shape[1]
+    assert_close(q[:, :first], t["q_roped_first_chunk"], tolerance=TOLERANCE)
+    assert_close(k[:, :first], t["k_roped_first_chunk"], tolerance=TOLERANCE)
+    out = implementation.chunked_attention(q, k, v, chunk_size=config["chunk"]).flatten(-2)
+    assert_close(out, t["out"], tolerance=TOLERANCE)
+    out.backward(t["grad_out"])
+    for key, leaf in leaves.items():
+        assert_close(leaf.grad, t[f"d{key}"], tolerance=TOLERANCE, name=key)
+
+
+@both
+@pytest.mark.parametrize("name", ["rect_causal", "rect_full"])
+def test_golden_with_fewer_queries_than_keys(name, implementation):
+    """The first keys come from the state."""
+    t = golden_case("attention", name)
+    cached = t["k"].shape[1] - t["q"].shape[1]
+    pad = torch.zeros(2, 16 - cached, 2, 1, dtype=torch.float64)
+    state = AttentionState(
+        torch.cat([t["k"][:, :cached], pad.expand(-1, -1, -1, 4)], 1),
+        torch.cat([t["v"][:, :cached], pad.expand(-1, -1, -1, 3)], 1),
+        torch.full((2,), cached),
+    )
+    q, k, v = (a.clone().requires_grad_() for a in (t["q"], t["k"][:, cached:], t["v"][:, cached:]))
+    out = implementation.chunked_attention(q, k, v, chunk_size=16, state=state)
+    assert_close(out, t["out"], tolerance=TOLERANCE)
+    out.backward(t["grad_out"])
+    assert_close(q.grad, t["dq"], tolerance=TOLERANCE)
+    assert_close(k.grad, t["dk"][:, cached:], tolerance=TOLERANCE)
+    assert_close(v.grad, t["dv"][:, cached:], tolerance=TOLERANCE)
+
+
+SHAPES = {
+    "K64-V64": {"B": 1, "L": 300, "H": 2, "K": 64, "V": 64, "C": 256},
+    "K256-V512": {"B": 1, "L": 130, "H": 1, "K": 256, "V": 512, "C": 128},
+    "K3-V1": {"B": 2, "L": 67, "H": 3, "K": 3, "V": 1, "C": 33},
+    "K1-V130": {"B": 1, "L": 40, "H": 2, "K": 1, "V": 130, "C": 7},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes_of_models(shape, dtype, backend):
+    case = chunked_attention_case(**shape, dtype=dtype, scale=shape["K"] ** -0.5)
+    exact = evaluate(mo.reference.chunked_attention, case.double())
+    same = evaluate(mo.reference.chunked_attention, case)
+    factor, floor = (4, 8) if dtype == torch.float32 else (2, 0.5)
+    assert_all_as_accurate_as(evaluate(mo.chunked_attention, case), same, exact, factor=factor, floor=floor)
+
+
+@pytest.mark.parametrize("offset", [-500.0, 300.0, 30000.0], ids=str)
+def test_large_scores_neither_overflow_nor_vanish(offset, backend):
+    """Softmax ignores what all scores of a row share."""
+    case = chunked_attention_case(B=1, L=40, H=1, K=4, V=5, C=32, dtype=torch.float64)
+    q, k = case.tensors["q"].clone(), case.tensors["k"].clone()
+    q[..., 0], k[..., 0] = 0.0, 1.0
+    shifted = q.clone()
+    shifted[..., 0] = offset
+    expected = forward(mo.chunked_attention, case.with_tensors(q=q, k=k))["o"]
+    assert_close(forward(mo.chunked_attention, case.with_tensors(q=shifted, k=k))["o"], expected, tolerance=1e-9)
+
+
+def observed_mask(seed, dropkey, *, H=2, L=70, C=32, B=2, state=None, lengths=None):
+    """Equal scores and one-hot values: o_i shows which columns of its chunk row i kept. Returns (B, L, H, C)."""
+    q = torch.zeros(B, L, H, 2)
+    position = 0 if state is None else state.position[:, None]
+    columns = (position + torch.arange(L).expand(B, L)) % C
+    v = torch.nn.functional.one_hot(columns, C).float()[:, :, None].expand(-1, -1, H, -1)
+    o = mo.chunked_attention(
+        q, q, v, chunk_size=C, dropkey=dropkey, dropkey_seed=torch.tensor([seed]), state=state, lengths=lengths
+    )
+    return o > 0
+
+
+@pytest.mark.parametrize("seed", [0, 12345, 2**32, 2**63 - 1, -1], ids=str)
+@pytest.mark.parametrize("dropkey", [0.1, 0.5, 0.99])
+def test_dropkey_mask_is_philox(seed, dropkey, backend):
+    kept = observed_mask(seed, dropkey)  # (B, L, H, C)
+    rows = columns = torch.arange(70)
+    allowed = (columns <= rows[:, None]) & (columns // 32 == rows[:, None] // 32)
+    for s in range(2):
+        expected = allowed & ~dropkey_mask(dropkey, seed, s, 2, rows, columns)  # (H, L, L)
+        folded = torch.stack([expected[:, i, i // 32 * 32 :][:, :32] for i in range(64)])
+        assert torch.equal(kept[s, :64], folded)
+
+
+def test_dropkey_counts_rows_and_columns_from_the_states_chunk():
+    position = torch.tensor([5, 0])
+    state = AttentionState(torch.zeros(2, 32, 2, 2), torch.zeros(2, 32, 2, 32), position)
+    kept = observed_mask(7, 0.4, L=20, state=state)
+    for s, start in enumerate(position.tolist()):
+        rows = columns = start + torch.arange(20)
+        expected = ~dropkey_mask(0.4, 7, s, 2, rows, columns) & (columns <= rows[:, None])
+        assert torch.equal(kept[s, :, :, start : start + 20], expected.transpose(0, 1))
+
+
+def test_dropkey_of_a_head_or_row_does_not_depend_on_the_others():
+    whole = observed_mask(3, 0.3, H=3, B=3)
+    assert torch.equal(observed_mask(3, 0.3, H=1, B=2), whole[:2, :, :1])
+    assert torch.equal(observed_mask(3, 0.3, H=3, B=3, lengths=torch.tensor([70, 0, 41]))[2, :41], whole[2, :41])
+
+
+def test_dropkey_drops_at_its_rate():
+    kept = observed_mask(11, 0.3, H=4, L=256, C=128, B=4)
+    allowed = 16 * 2 * 128 * 129 // 2
+    assert abs(kept.sum().item() / allowed - 0.7) < 5 * math.sqrt(0.21 / allowed)
+
+
+def test_rows_that_lose_every_score_give_zeros():
+    case = chunked_attention_case(B=1, L=30, dropkey=0.99, C=4)
+    results = evaluate(mo.chunked_attention, case)
+    dead = (results["o"] == 0).all(-1)  # (B, L, H)
+    assert dead.sum() > 40 and not dead.all()
+    assert (results["dq"][dead] == 0).all()
+    assert all(value.isfinite().all() for value in results.values())
+
+
+def test_a_seed_is_drawn_from_torchs_generator():
+    case = chunked_attention_case(L=50, C=32).with_options(dropkey=0.5)
+    torch.manual_seed(0)
+    first, second = (forward(mo.chunked_attention, case)["o"] for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(forward(mo.chunked_attention, case)["o"], first)
+    assert not torch.equal(first, second)
+
+
+def test_state_in_place():
+    """Decoding into the given state equals copying it; rows of the batch may be at different positions."""
+    case = chunked_attention_case(B=3, L=13, state=True, dtype=torch.float64)
+    given = AttentionState(*(t.nan_to_num().clone() for t in case.options["state"]))
+    o, copied = mo.chunked_attention(**case.tensors, **case.options | {"state": given}, return_state=True)
+    kept = AttentionState(*(t.clone() for t in given))
+    options = {"chunk_size": 4, "return_state": True, "inplace_state": True}
+    run = streamed(mo.chunked_attention, "chunked_attention", [1, 1, 3, 0, 1, 7])
+    with torch.no_grad():
+        o_pieces, returned = run(*case.tensors.values(), state=kept, **options)
+    assert_close(o_pieces, o, tolerance=1e-12)
+    assert all(a is b for a, b in zip(returned, kept, strict=True))
+    assert torch.equal(kept.position, copied.position)
+    for s, position in enumerate(copied.position.tolist()):
+        assert_all_close(
+            {"k": kept.k[s, :position], "v": kept.v[s, :position]},
+            {"k": copied.k[s, :position], "v": copied.v[s, :position]},
+            tolerance=0.0,
+        )
+
+
+def _t(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def _state(k=(2, 4, 2, 3), v=(2, 4, 2, 5), position=(0, 3), dtype=torch.float32):
+    return AttentionState(_t(*k, dtype=dtype), _t(*v, dtype=dtype), torch.tensor(position))
+
+
+SEED = torch.tensor([1])
+ERRORS = {
+    "no-batch": (ValueError, "k", {"q": _t(9, 2, 3), "k": _t(9, 2, 3)}),
+    "q-unlike-k": (ValueError, "q", {"q": _t(2, 9, 2, 4)}),
+    "q-dtype": (ValueError, "q", {"q": _t(2, 9, 2, 3, dtype=torch.float64)}),
+    "k-integer": (TypeError, "k", {"k": _t(2, 9, 2, 3, dtype=torch.int64)}),
+    "v-heads": (ValueError, "v", {"v": _t(2, 9, 1, 5)}),
+    "v-rank": (ValueError, "v", {"v": _t(2, 9, 10)}),
+    "v-dtype": (TypeError, "v", {"v": _t(2, 9, 2, 5, dtype=torch.float16)}),
+    "chunk-zero": (ValueError, "chunk_size", {"chunk_size": 0}),
+    "dropkey-negative": (ValueError, "dropkey", {"dropkey": -0.1, "dropkey_seed": SEED}),
+    "dropkey-one": (ValueError, "dropkey", {"dropkey": 1.0, "dropkey_seed": SEED}),
+    "dropkey-nan": (ValueError, "dropkey", {"dropkey": math.nan, "dropkey_seed": SEED}),
+    "seed-shape": (ValueError, "dropkey_seed", {"dropkey": 0.1, "dropkey_seed": torch.tensor([1, 2])}),
+    "seed-dtype": (TypeError, "dropkey_seed", {"dropkey": 0.1, "dropkey_seed": torch.tensor([1.0])}),
+    "scale-nan": (ValueError, "scale", {"scale": math.nan}),
+    "state.k-chunk": (ValueError, "state.k", {"state": _state(k=(2, 5, 2, 3))}),
+    "state.v-shape": (ValueError, "state.v", {"state": _state(v=(2, 4, 2, 3))}),
+    "state.k-dtype": (TypeError, "state.k", {"state": _state(dtype=torch.float64)}),
+    "position-shape": (ValueError, "state.position", {"state": _state(position=(0,))}),
+    "position-too-large": (ValueError, "state.position", {"state": _state(position=(0, 4))}),
+    "position-float": (TypeError, "state.position", {"state": _state(position=(0.0, 1.0))}),
+    "state-in-place-without-one": (ValueError, "inplace_state", {"inplace_state": True}),
+    "lengths-too-long": (ValueError, "lengths", {"lengths": torch.tensor([3, 10])}),
+    "packed-batch": (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 9])}),
+}
+
+
+@pytest.mark.parametrize(("error", "argument", "changes"), ERRORS.values(), ids=ERRORS)
+def test_errors(error, argument, changes):
+    arguments = {**chunked_attention_case(B=2, L=9, H=2, K=3, V=5).tensors, "chunk_size": 4, **changes}
+    assert_refuses(error, "chunked_attention", argument, lambda: mo.chunked_attention(**arguments))
+
+
+def test_a_state_that_wants_gradients_is_refused():
+    """It is a constant: to take a gradient from it would be silently wrong."""
+    state = _state()
+    state.k.requires_grad_()
+    with pytest.raises(ValueError, match="^chunked_attention: `state` must not require gradients"):
+        mo.chunked_attention(**chunked_attention_case().tensors, chunk_size=4, state=state)

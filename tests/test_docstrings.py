@@ -1,0 +1,46 @@
+"""The examples in the docstrings run, and every public function has one."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+
+import megalodon_ops as mo
+
+OPS = ["cema", "timestep_norm", "normalized_qk", "chunked_attention", "normalized_attention"]
+MODULES = [
+    info.name
+    for info in pkgutil.walk_packages(mo.__path__, "megalodon_ops.")
+    if not info.name.endswith(("_C", "__main__"))
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_run(module):
+    torch.manual_seed(0)
+    try:
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"needs {error.name}")
+    failed, _ = doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("package", [mo, mo.reference], ids=["ops", "reference"])
+def test_every_op_has_an_example(package, name):
+    examples = doctest.DocTestFinder(recurse=False).find(getattr(package, name), name)
+    assert examples and examples[0].examples
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_reference_has_the_public_signature(name):
+    def arguments(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert arguments(getattr(mo, name)) == arguments(getattr(mo.reference, name))

@@ -1,0 +1,96 @@
+"""The wheel: what it links, which instruction set it takes, what it promises to type checkers."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+
+PACKAGE = Path(mo.__file__).parent
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_extension_links_no_torch_library():
+    binary = Path(_C.__file__).read_bytes()
+    assert b"libgomp" in binary or b"libomp" in binary  # names of linked libraries do show up this way
+    assert b"libtorch" not in binary and b"libc10" not in binary
+
+
+def test_sources_include_no_torch_header():
+    sources = [*ROOT.glob("cpp/*.h"), *ROOT.glob("cpp/*.cpp")]
+    assert sources
+    for source in sources:
+        assert not re.search(r'#include *[<"](torch|ATen|c10)/', source.read_text()), source
+
+
+def test_nothing_is_unpickled_unchecked():
+    for source in PACKAGE.rglob("*.py"):
+        text = source.read_text()
+        assert not re.search(r"^\s*(import|from) (pickle|dill|joblib|shelve|marshal)\b", text, re.M), source
+        for call in re.findall(r"torch\.load\(.*\)", text):
+            assert "weights_only=True" in call, source
+
+
+def test_version():
+    assert mo.__version__ == importlib.metadata.version("megalodon_ops")
+
+
+def test_typed_with_a_complete_stub():
+    assert (PACKAGE / "py.typed").exists()
+    tree = ast.parse((PACKAGE / "_C.pyi").read_text())
+    assert {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} == {n for n in dir(_C) if n[0] != "_"}
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_variable_forces_instruction_set(isa):
+    result = run_python("import megalodon_ops as mo; print(mo._C.active_isa())", MEGALODON_OPS_ISA=isa)
+    assert result.stdout.strip() == isa, result.stderr
+
+
+def test_best_instruction_set_is_the_default_and_a_wrong_one_raises():
+    environment = {key: value for key, value in os.environ.items() if key != "MEGALODON_OPS_ISA"}
+    code = "import megalodon_ops as mo; print(mo._C.active_isa())"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == _C.available_isas()[-1]
+    result = run_python("import megalodon_ops", MEGALODON_OPS_ISA="v9")
+    assert result.returncode == 1
+    assert "ImportError: megalodon_ops: MEGALODON_OPS_ISA: instruction set `v9` is not available here" in result.stderr
+
+
+def test_threads_follow_torch():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert _C.num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bindings_refuse_what_would_be_unsafe():
+    x, p, q, omega = torch.zeros(1, 4, 6), torch.zeros(6, 2), torch.zeros(6, 2, dtype=torch.complex64), torch.zeros(6)
+    arguments = dict(x=x, p=p, q=q, gamma=q, omega=omega, state=None, cu=None, lengths=None, y=x.clone(), state_out=None)
+    _C.cema_fwd(*arguments.values())
+    for name, bad in {
+        "x": x.transpose(1, 2),
+        "p": p[:5],
+        "omega": omega.double(),
+        "y": torch.zeros(1, 4, 5),
+        "state_out": q[None, :5],
+        "cu": torch.tensor([0, 5]),
+        "lengths": torch.tensor([5]),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=f"cema: `{name}"):
+            _C.cema_fwd(*{**arguments, name: bad}.values())

@@ -1,0 +1,142 @@
+"""timestep_norm: golden data, means that dwarf the spread, streams that do not drift, errors. See also test_ops.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_all_as_accurate_as, assert_close, assert_refuses
+from cases import evaluate, generator, randn, timestep_norm_case
+from golden import TOLERANCE, golden_case, golden_config
+
+import megalodon_ops as mo
+from megalodon_ops import TimestepNormState
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("name", golden_config("timestep_norm"))
+@pytest.mark.parametrize("implementation", [mo, mo.reference], ids=["op", "reference"])
+def test_golden(name, implementation):
+    """Rows with padding are packed: the released code skips masked steps wherever they are."""
+    t, config = golden_case("timestep_norm", name), golden_config("timestep_norm")[name]
+    padding = t.get("padding_mask_true_is_pad", torch.zeros(t["x"].shape[:2], dtype=torch.uint8)).bool()
+    kept = ~padding
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+    x = t["x"][kept][None].requires_grad_()
+    weight, bias = (t["weight_plus1"] - 1).requires_grad_(), t["bias"].clone().requires_grad_()
+    mean, var = t["prev_mean"].clone().requires_grad_(), t["prev_var"].clone().requires_grad_()
+    y, state = implementation.timestep_norm(
+        x, weight, bias, num_groups=config["G"], eps=config["eps"], return_state=True, cu_seqlens=cu_seqlens,
+        state=TimestepNormState(t["prev_count"], mean, var),
+    )  # fmt: skip
+    assert_close(y[0], t["y"][kept], tolerance=TOLERANCE)
+    assert_close(state.mean, t["mean"], tolerance=TOLERANCE)
+    assert_close(state.var, t["var"], tolerance=TOLERANCE)
+    assert torch.equal(state.count, t["count"])
+    incoming = (t["grad_y"][kept][None], t["grad_mean"], t["grad_var"])
+    torch.autograd.backward((y, state.mean, state.var), incoming)
+    assert_close(x.grad[0], t["dx"][kept], tolerance=TOLERANCE)
+    assert_close(weight.grad, t["dweight"], tolerance=TOLERANCE)
+    assert_close(bias.grad, t["dbias"], tolerance=TOLERANCE)
+    assert_close(mean.grad, t["dprev_mean"], tolerance=TOLERANCE)
+    assert_close(var.grad, t["dprev_var"], tolerance=TOLERANCE)
+
+
+HARD_VALUES = {
+    "mean-1e4-std-1e-2": {"mean": 1e4, "std": 1e-2},
+    "mean-1e4-std-1e-2-no-eps": {"mean": 1e4, "std": 1e-2, "eps": 0.0},
+    "mean-1e6-std-1": {"mean": -1e6, "std": 1.0},
+    "tiny": {"mean": 0.0, "std": 1e-4},
+    "huge": {"mean": 1e12, "std": 1e12},
+    "old-state": {"mean": 1e4, "std": 1e-2, "count": 10**6},
+}
+
+
+@pytest.mark.parametrize("values", HARD_VALUES.values(), ids=HARD_VALUES)
+@pytest.mark.parametrize(
+    "shape", [{"B": 1, "L": 1500, "G": 2, "width": 8}, {"B": 2, "L": 67, "G": 3, "width": 17}], ids=["long", "odd"]
+)
+def test_hard_values(values, shape, backend):
+    """The reference takes its statistics in float64, so an error of cancellation has no room here."""
+    case = timestep_norm_case(**shape, **values)
+    exact, same = evaluate(mo.reference.timestep_norm, case.double()), evaluate(mo.reference.timestep_norm, case)
+    assert_all_as_accurate_as(evaluate(mo.timestep_norm, case), same, exact, factor=4, floor=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_constant_input_gives_the_bias(dtype):
+    x = torch.full((1, 40, 6), 12345.678, dtype=dtype)
+    weight, bias = torch.ones(6, dtype=dtype), torch.arange(6, dtype=dtype)
+    y, state = mo.timestep_norm(x, weight, bias, num_groups=2, return_state=True)
+    assert_close(y, bias.expand(y.shape), tolerance=1e-6)
+    assert (state.var.abs() < 1e-12).all()
+
+
+def test_what_a_fresh_state_holds_does_not_matter():
+    case = timestep_norm_case(B=2, L=9, G=3, width=4)
+    count, mean, var = torch.zeros(2, dtype=torch.int64), torch.full((2, 3), torch.nan), torch.full((2, 3), torch.inf)
+    state = TimestepNormState(count, mean, var, torch.ones(2, 2, 3))
+    expected = mo.timestep_norm(**case.tensors, num_groups=3)
+    assert torch.equal(mo.timestep_norm(**case.tensors, num_groups=3, state=state), expected)
+
+
+def test_a_stream_of_1e5_single_steps_does_not_drift():
+    x = (1e4 + 1e-2 * randn(generator(0), 1, 100_000, 4)).float()
+    weight, bias, state = torch.zeros(4), torch.zeros(4), None
+    with torch.inference_mode():
+        for t in range(x.shape[1]):
+            y, state = mo.timestep_norm(x[:, t : t + 1], weight, bias, num_groups=2, state=state, return_state=True)
+    exact = x.double().unflatten(-1, (2, 2))[0]
+    exact_mean, exact_var = exact.mean((0, 2)), exact.var((0, 2), unbiased=False)
+    held_mean, held_var = (v.double() + r.double() for v, r in zip(state[1:3], state.residual, strict=True))
+    assert int(state.count) == x.shape[1]
+    assert ((held_mean[0] - exact_mean).abs() < 1e-6 * exact_var.sqrt()).all()
+    assert ((held_var[0] / exact_var - 1).abs() < 1e-6).all()
+    last = ((exact[-1] - exact_mean[:, None]) / (exact_var[:, None] + 1e-5).sqrt()).flatten()
+    assert_close(y[0, 0].double(), last, tolerance=1e-6)
+
+
+def test_a_residual_counts():
+    """The mean is mean + residual, also where the residual is less than half a unit in the mean's last place."""
+    case = timestep_norm_case(B=1, L=5, G=1, width=4, mean=1e4, std=1e-2, count=1000)
+    residual = torch.tensor([[[4e-4]], [[0.0]]])
+    exact = evaluate(mo.reference.timestep_norm, case.with_options(residual=residual).double())["y"]
+    with_residual = evaluate(mo.timestep_norm, case.with_options(residual=residual))["y"].double()
+    without = evaluate(mo.timestep_norm, case.with_options(residual=None))["y"].double()
+    assert_close(with_residual, exact, tolerance=1e-6)
+    assert (without - exact).abs().min() > 1e-2
+
+
+def _state(count=(1, 1), mean=(2, 3), var=(2, 3), residual=(2, 2, 3), dtype=torch.float32):
+    shapes = [None if s is None else torch.ones(s, dtype=dtype) for s in (mean, var, residual)]
+    return TimestepNormState(torch.tensor(count), *shapes)
+
+
+ERRORS = {
+    "no-batch": (ValueError, "x", {"x": torch.zeros(9, 12)}),
+    "x-bool": (TypeError, "x", {"x": torch.zeros(2, 9, 12, dtype=torch.bool)}),
+    "weight-shape": (ValueError, "weight", {"weight": torch.zeros(11)}),
+    "weight-dtype": (TypeError, "weight", {"weight": torch.zeros(12, dtype=torch.bfloat16)}),
+    "bias-shape": (ValueError, "bias", {"bias": torch.zeros(1, 12)}),
+    "bias-dtype": (TypeError, "bias", {"bias": torch.zeros(12, dtype=torch.float64)}),
+    "groups-zero": (ValueError, "num_groups", {"num_groups": 0}),
+    "groups-negative": (ValueError, "num_groups", {"num_groups": -3}),
+    "groups-do-not-divide": (ValueError, "num_groups", {"num_groups": 5}),
+    "eps-negative": (ValueError, "eps", {"eps": -1e-5}),
+    "eps-nan": (ValueError, "eps", {"eps": float("nan")}),
+    "count-shape": (ValueError, "state.count", {"state": _state(count=(1, 1, 1))}),
+    "count-negative": (ValueError, "state.count", {"state": _state(count=(1, -1))}),
+    "count-float": (TypeError, "state.count", {"state": _state(count=(1.0, 1.0))}),
+    "mean-shape": (ValueError, "state.mean", {"state": _state(mean=(2, 4))}),
+    "mean-dtype": (TypeError, "state.mean", {"state": _state(dtype=torch.float64)}),
+    "var-shape": (ValueError, "state.var", {"state": _state(var=(3,))}),
+    "residual-shape": (ValueError, "state.residual", {"state": _state(residual=(2, 3))}),
+    "lengths-too-long": (ValueError, "lengths", {"lengths": torch.tensor([3, 10])}),
+    "packed-batch": (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 9])}),
+}
+
+
+@pytest.mark.parametrize(("error", "argument", "changes"), ERRORS.values(), ids=ERRORS)
+def test_errors(error, argument, changes):
+    arguments = {**timestep_norm_case(B=2, L=9, G=3, width=4).tensors, "num_groups": 3, **changes}
+    assert_refuses(error, "timestep_norm", argument, lambda: mo.timestep_norm(**arguments))
