@@ -1,0 +1,45 @@
+"""The command line. Each command is a module with `run(options)`; only `info` does without the extra `train`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from megalodon_ops.cli.arguments import parse
+from megalodon_ops.cli.errors import CommandError
+
+COMMANDS = {"info": "info", "train": "train", "eval": "evaluate", "generate": "generate"}
+EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Exit code: 0 done, 2 a line on stderr says what to put right, 128 + n stopped by signal n."""
+    options = parse(arguments)
+    try:
+        return _load(options.command).run(options)
+    except BrokenPipeError:  # `... generate | head`: the reader has gone, and so must what is still buffered for it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (CommandError, OSError) as error:
+        print(f"megalodon_ops {options.command}: error: {_text(error)}", file=sys.stderr)
+        return 2
+
+
+def _text(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+
+
+def _load(command: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"megalodon_ops.cli.{COMMANDS[command]}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        raise CommandError(f'needs {package}, which is not installed: pip install "megalodon_ops[train]"') from error

@@ -1,0 +1,169 @@
+"""The flags of every command. A flag not given to `train` is absent, so that a resumed run keeps its own value."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megalodon_ops import MegalodonConfig
+
+SMALL = "small"
+"""The preset of the default run; see `models.SMALL_CONFIG`"""
+
+DEFAULTS = {
+    "preset": SMALL,
+    "context": "streamed",  # at the same number of bytes it ends lower than packed rows: the past is not cut off
+    "batch": 16,
+    "length": 64,
+    "lr": 5e-3,
+    "warmup": 100,
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "seed": 0,
+    "device": "cpu",
+    "dtype": "float32",
+    "eval_every": 250,
+    "checkpoint_every": 200,
+}
+MINUTES = 5.0
+"""How long a run takes that names neither --steps nor --minutes"""
+
+
+def flag_of(name: str) -> str:
+    return MODEL_FLAGS[name][0] if name in MODEL_FLAGS else f"--{name.replace('_', '-')}"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="megalodon_ops", allow_abbrev=False, description="MEGALODON: train, evaluate, sample.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,train,eval,generate}")
+    for name, add_flags, summary in (
+        ("info", lambda _: None, "what was built, and what it runs on"),
+        ("train", _train_flags, "train a byte-level model on text; without --data, on Python's standard library"),
+        ("eval", _eval_flags, "bits per byte of a trained model on held-out or given text of any length"),
+        ("generate", _generate_flags, "print a sampled continuation"),
+    ):
+        command = commands.add_parser(
+            name, help=summary, description=summary, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+        add_flags(command)
+    return parser.parse_args(arguments)
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    run.add_argument("--data", nargs="+", type=Path, metavar="PATH", help="files and folders of text, read as bytes")
+    run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/<time>)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --out; other flags come from it")
+    run.add_argument("--steps", type=_natural, help="stop after N steps; nothing then depends on the clock")
+    run.add_argument("--minutes", type=_positive, help=f"stop after M minutes ({MINUTES:g}, unless --steps is given)")
+    run.add_argument("--eval-every", type=_natural, help=_default("steps between looks at held-out text", "eval_every"))
+    run.add_argument(
+        "--checkpoint-every", type=_natural, help=_default("steps between checkpoints", "checkpoint_every")
+    )
+    run.add_argument("--seed", type=_seed, help=_default("of weights, order of documents, dropout", "seed"))
+    _device_flags(run, argparse.SUPPRESS, argparse.SUPPRESS)
+
+    model = parser.add_argument_group("model", "widths that are not given keep the preset's proportion to --dim")
+    model.add_argument(
+        "--preset", choices=[SMALL, *MegalodonConfig.presets()], help=_default("where to start", "preset")
+    )
+    for field, (flag, kind) in MODEL_FLAGS.items():
+        model.add_argument(flag, dest=field, type=kind, help=field)
+    for flag in ("--swiglu", "--rescale-nffn", "--scale-emb", "--share-emb", "--layerwise-ckpt"):
+        model.add_argument(flag, action=argparse.BooleanOptionalAction, help=flag[2:].replace("-", "_"))
+
+    batch = parser.add_argument_group("batches and optimizer (AdamW)")
+    batch.add_argument("--batch", type=_natural, help=_default("rows in a batch", "batch"))
+    batch.add_argument("--length", type=_natural, help=_default("bytes in a row", "length"))
+    batch.add_argument(
+        "--context",
+        choices=["streamed", "packed"],
+        help=_default("carry each row's state on to the next batch, or start every row afresh", "context"),
+    )
+    batch.add_argument("--lr", type=_positive, help=_default("peak learning rate", "lr"))
+    batch.add_argument("--warmup", type=_natural, help=_default("steps of warmup, then a cosine to zero", "warmup"))
+    batch.add_argument("--weight-decay", type=_not_negative, help=_default("of weight matrices", "weight_decay"))
+    batch.add_argument("--clip", type=_positive, help=_default("largest norm of the gradient", "clip"))
+
+
+def _eval_flags(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_flag(parser)
+    parser.add_argument("--data", nargs="+", type=Path, metavar="PATH", help="text (the held-out text of the run)")
+    parser.add_argument("--batch", type=_natural, default=8, help="documents read side by side (8)")
+    parser.add_argument("--length", type=_natural, default=2048, help="bytes of a document in one piece (2048)")
+    _device_flags(parser, "cpu", None)
+
+
+def _generate_flags(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_flag(parser)
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="text to continue (none: a new document)")
+    prompt.add_argument("--prompt-file", type=Path, metavar="PATH", help="file to continue")
+    parser.add_argument("--bytes", type=_natural, default=1000, metavar="N", help="how many to write (1000)")
+    parser.add_argument("--temperature", type=_not_negative, default=0.8, help="0 takes the likeliest byte (0.8)")
+    parser.add_argument("--top-k", type=_natural, default=None, help="sample among the K likeliest bytes")
+    parser.add_argument("--top-p", type=_fraction, default=None, help="sample among the likeliest bytes of mass P")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the samples (0)")
+    _device_flags(parser, "cpu", None)
+
+
+def _checkpoint_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's folder, or one checkpoint's"
+    )
+
+
+def _device_flags(parser: argparse._ActionsContainer, device: str, dtype: str | None) -> None:
+    parser.add_argument("--device", default=device, help="where to compute (cpu)")
+    choices = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", choices=choices, default=dtype, help="bfloat16 is autocast (float32, or the run's)")
+
+
+def _default(text: str, name: str) -> str:
+    return f"{text} ({DEFAULTS[name]})"
+
+
+def _number(kind: Callable, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    def parse_number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and accepts(value)):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+        return value
+
+    return parse_number
+
+
+_natural = _number(int, lambda x: x > 0, "a whole number above 0")
+_seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
+_positive = _number(float, lambda x: x > 0, "a number above 0")
+_not_negative = _number(float, lambda x: x >= 0, "a number, 0 or above")
+_probability = _number(float, lambda x: 0 <= x < 1, "a probability, from 0 to below 1")
+_fraction = _number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+
+MODEL_FLAGS = {
+    "model_dim": ("--dim", _natural),
+    "num_layers": ("--layers", _natural),
+    "num_heads": ("--heads", _natural),
+    "chunk_size": ("--chunk", _natural),
+    "z_dim": ("--z-dim", _natural),
+    "value_dim": ("--value-dim", _natural),
+    "ffn_hidden_dim": ("--ffn-dim", _natural),
+    "cema_ndim": ("--cema-ndim", _natural),
+    "norm_num_groups": ("--norm-groups", _natural),
+    "rope_base": ("--rope-base", _positive),
+    "dropout": ("--dropout", _probability),
+    "hidden_dropout": ("--hidden-dropout", _probability),
+    "attention_dropout": ("--attention-dropout", _probability),
+}
+"""Fields of the configuration: their flags, and what these accept"""

@@ -1,0 +1,118 @@
+"""`eval`: bits per byte of a trained model, on text of any length in constant memory."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import lzma
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
+from megalodon_ops.cli import carry, checkpoint
+from megalodon_ops.cli.batches import Batch, Batches, Document
+from megalodon_ops.cli.data import FileDocument, find_files, load_corpus
+from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.models import precision, usable_device
+
+
+class Reader:
+    """A model that reads batch after batch, each row going on from the state the batch before left it in.
+
+    With carries=False every batch starts afresh, which is all that packed batches ask for.
+    """
+
+    def __init__(self, model: Megalodon, carries: bool = True):
+        self.model, self.carries = model, carries
+        self.state: MegalodonState | None = None  # of each sequence of the last batch
+        self.last: Tensor | None = None  # (R,) the sequence that ended each row
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Nats of every target, (T,) float32."""
+        tokens, targets, bounds, going_on, last = (tensor.to(next(self.model.parameters()).device) for tensor in batch)
+        if self.carries:
+            state = None
+            if self.state is not None and self.last is not None:
+                state = carry.select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
+            logits, self.state = self.model(tokens, state=state, return_state=True, cu_seqlens=bounds)
+            self.state, self.last = self.state.detach(), last
+        else:
+            logits = self.model(tokens, cu_seqlens=bounds)
+        return cross_entropy(logits[0], targets[0], reduction="none")
+
+    def rows(self) -> MegalodonState | None:
+        """The state of each row, for a checkpoint."""
+        return None if self.state is None or self.last is None else carry.select(self.state, self.last)
+
+    def seek(self, rows: MegalodonState | None) -> None:
+        self.state = rows
+        self.last = None if rows is None else torch.arange(len(rows.norm.count), device=rows.norm.count.device)
+
+
+def run(options: argparse.Namespace) -> int:
+    device = usable_device(options.device)
+    found = checkpoint.load(options.checkpoint, "--checkpoint")
+    dtype = options.dtype or found.record["options"]["dtype"]
+    model = trained_model(found, device)
+    documents, text = _documents(options, found)
+    total = sum(map(len, documents))
+    print(f"{text}: {len(documents)} documents, {total:,} bytes; step {found.record['step']}")
+    with tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar:
+        bits = bits_per_byte(model, documents, options.batch, options.length, precision(device, dtype), bar)
+    print(f"{bits:.4f} bits per byte, perplexity {2**bits:.4f} per byte")
+    return 0
+
+
+def trained_model(found: checkpoint.Checkpoint, device: torch.device) -> Megalodon:
+    model = Megalodon(MegalodonConfig.from_dict(found.record["config"])).to(device).eval()
+    checkpoint.load_model(model, found)
+    return model
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: Megalodon,
+    documents: Sequence[Document],
+    rows: int,
+    length: int,
+    autocast: AbstractContextManager,
+    bar: tqdm | None = None,
+) -> float:
+    """Every byte of every document predicted from all bytes before it, read in pieces of `length`."""
+    training = model.training
+    model.eval()
+    batches = Batches(documents, min(rows, len(documents)), length, context="streamed", seed=None)
+    reader = Reader(model)
+    nats, count = 0.0, 0
+    while (batch := batches.next()) is not None:
+        with autocast:
+            losses = reader.losses(batch)
+        nats += losses.double().sum().item()
+        count += losses.numel()
+        if bar is not None:
+            bar.update(losses.numel())
+    model.train(training)
+    return nats / count / math.log(2)
+
+
+def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
+    """Bits per byte that general compressors need for the documents laid end to end."""
+    text = b"".join(documents)
+    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9": len(lzma.compress(text, preset=9))}
+    return {name: 8 * size / len(text) for name, size in sizes.items()}
+
+
+def _documents(options: argparse.Namespace, found: checkpoint.Checkpoint) -> tuple[Sequence[Document], str]:
+    if hasattr(options, "data"):
+        return [FileDocument(path) for path in find_files(options.data)], " ".join(map(str, options.data))
+    paths = found.record["options"]["data"]
+    corpus = load_corpus(paths)
+    if corpus.fingerprint != found.record["data"]["fingerprint"]:
+        raise CommandError("the text of the run has changed since, so what was held out is not known; give --data")
+    return corpus.held_out, "held-out text of the run"

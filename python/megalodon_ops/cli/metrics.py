@@ -1,0 +1,93 @@
+"""The run's diary: one JSON object a line, and the picture of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megalodon_ops.cli.checkpoint import write_whole
+
+
+class Diary:
+    """`metrics.jsonl`, each line in the file as soon as it is written."""
+
+    def __init__(self, path: Path, step: int):
+        """Go on after `step`: later lines, which the run is about to write again, and a line cut short are dropped."""
+        self.path = path
+        if path.exists():
+            kept = [row for row in read(path) if row["step"] <= step and not row.get("final")]
+            write_whole(path, "".join(map(_line, kept)).encode())
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, **row: Any) -> None:
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def __enter__(self) -> Diary:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a `metrics.jsonl`."""
+    rows = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def draw(path: Path, rows: list[dict[str, Any]], references: dict[str, float]) -> None:
+    """Bits per byte against steps, in training and on held-out text; `references` are lines to compare with."""
+    train = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
+    looks = [row for row in rows if "held_out_bits_per_byte" in row]
+    held_out, final = (
+        [(row["step"], row["held_out_bits_per_byte"]) for row in looks if bool(row.get("final")) == whole]
+        for whole in (False, True)
+    )
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="next-byte loss")
+    if train:
+        steps, bits = numpy.array(train).T
+        axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smooth(bits), color="tab:blue", label="training, smoothed")
+        axes.set_ylim(top=max(4.5, float(numpy.percentile(bits, 95))))
+    if held_out:
+        axes.plot(*numpy.array(held_out).T, color="tab:orange", marker="o", markersize=3, label="held-out, a part")
+    if final:
+        axes.plot(*numpy.array(final).T, color="tab:red", marker="*", markersize=9, linestyle="", label="held-out, all")
+    for (name, bits), style in zip(references.items(), ("--", ":"), strict=False):
+        axes.axhline(bits, color="gray", linestyle=style, label=f"{name} ({bits:.2f})")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": f"matplotlib {matplotlib.__version__}"})
+    write_whole(path, picture.getvalue())
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _smooth(values: numpy.ndarray) -> numpy.ndarray:
+    """The mean over a window of up to a fiftieth of the run that ends at each value."""
+    width = max(1, len(values) // 50)
+    sums = numpy.concatenate(([0.0], numpy.cumsum(values)))
+    ends = numpy.arange(1, len(values) + 1)
+    starts = numpy.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)

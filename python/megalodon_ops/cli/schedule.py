@@ -1,0 +1,53 @@
+"""How far a run has come, and the learning rate there.
+
+    lr = peak * min(1, max((step + 1) / warmup, 10 progress)) * (1 + cos(pi progress)) / 2
+
+With --steps, progress is step / steps. With --minutes it runs along a straight line that `set_pace` draws from the time
+spent to the end of the budget, at every checkpoint and only there: the line is part of the checkpoint, so the losses
+after it are the same whenever they are computed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class Schedule:
+    def __init__(self, lr: float, warmup: int, steps: int | None, minutes: float | None):
+        self.peak, self.warmup, self.steps = lr, warmup, steps
+        self.budget = 60 * minutes if minutes else None
+        self.anchor = (0, 0.0)  # (step, progress) where the line starts
+        self.end = steps if self.budget is None else None  # the step where it ends; None until the pace is known
+
+    def progress(self, step: int) -> float:
+        start, done = self.anchor
+        along = 0.0 if self.end is None else (step - start) / max(1, self.end - start)
+        by_steps = step / self.steps if self.steps else 0.0
+        return min(1.0, max(done + (1 - done) * along, by_steps))
+
+    def lr(self, step: int) -> float:
+        progress = self.progress(step)
+        ramp = min(1.0, max((step + 1) / self.warmup, 10 * progress))
+        return self.peak * ramp * (1 + math.cos(math.pi * progress)) / 2
+
+    def finished(self, step: int) -> bool:
+        return self.end is not None and step >= self.end
+
+    def set_pace(self, step: int, seconds: float, seconds_per_step: float) -> None:
+        """Draw the line anew, after `seconds` of the budget, for steps that take `seconds_per_step`."""
+        if self.budget is None:
+            return
+        left = max(0, round((self.budget - seconds) / seconds_per_step))
+        self.anchor = (step, min(1.0, seconds / self.budget))
+        self.end = min(step + left, self.steps or step + left)
+
+    def position(self) -> dict[str, Any]:
+        return {"steps": self.steps, "budget": self.budget, "anchor": list(self.anchor), "end": self.end}
+
+    def seek(self, position: dict[str, Any], step: int, seconds: float) -> None:
+        """Take up the line of a checkpoint or, for a run that was given another length, draw one from there."""
+        if (self.steps, self.budget) == (position["steps"], position["budget"]):
+            self.anchor, self.end = tuple(position["anchor"]), position["end"]
+        elif step:
+            self.set_pace(step, seconds, seconds / step)

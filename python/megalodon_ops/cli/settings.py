@@ -1,0 +1,86 @@
+"""What a run is to do: the flags given, over those of the run it resumes or over the defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalodon_ops import MegalodonConfig
+from megalodon_ops.cli import checkpoint
+from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, flag_of
+from megalodon_ops.cli.checkpoint import Checkpoint
+from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.models import byte_config
+
+MAY_CHANGE = {"data", "steps", "minutes", "eval_every", "checkpoint_every", "device"}
+"""Flags a resumed run may be given anew (the text is compared by content); the others make its losses what they are"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: Path
+    config: MegalodonConfig
+    data: list[str] | None
+    """None: the standard library"""
+    steps: int | None
+    minutes: float | None
+    preset: str
+    context: str
+    batch: int
+    length: int
+    lr: float
+    warmup: int
+    weight_decay: float
+    clip: float
+    seed: int
+    device: str
+    dtype: str
+    eval_every: int
+    checkpoint_every: int
+
+    def record(self) -> dict[str, Any]:
+        """All but `out` and `config`, as JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("out", "config")}
+
+
+def resolve(options: argparse.Namespace) -> tuple[Settings, Checkpoint | None]:
+    """The settings of a run and, if it goes on from one, the checkpoint."""
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    out, resume = given.pop("out", None), given.pop("resume", False)
+    if "data" in given:
+        given["data"] = [str(path.absolute()) for path in given["data"]]
+    if not resume:
+        out = out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+        if checkpoint.exists(out):
+            raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
+        return _settings(out, {**DEFAULTS, "data": None, **_length(given, {}), **given}), None
+    if out is None:
+        raise CommandError("--resume: name the folder of the run with --out DIR")
+    saved = checkpoint.load(out, "--resume")
+    before, config = saved.record["options"], saved.record["config"]
+    for name, value in given.items():
+        if name not in MAY_CHANGE and (old := {**config, **before}[name]) != value:
+            raise CommandError(
+                f"{flag_of(name)}: the run in {out} has {old}, got {value}; leave the flag out, or start another run"
+            )
+    flags = {**before, **given, **_length(given, before)}
+    return _settings(out, flags, MegalodonConfig.from_dict(config)), saved
+
+
+def _settings(out: Path, flags: dict[str, Any], config: MegalodonConfig | None = None) -> Settings:
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    own = {name: value for name, value in flags.items() if name in fields}
+    model = {name: value for name, value in flags.items() if name not in fields}
+    return Settings(out=out, config=config or byte_config(flags["preset"], model), **own)
+
+
+def _length(given: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """--steps and --minutes: those given, else those of the run before, else the default."""
+    for flags in (given, before):
+        if "steps" in flags or "minutes" in flags:
+            return {"steps": flags.get("steps"), "minutes": flags.get("minutes")}
+    return {"steps": None, "minutes": MINUTES}

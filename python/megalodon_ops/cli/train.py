@@ -1,0 +1,235 @@
+"""`train`: a byte-level model, from text to a checkpoint, a loss curve and a sample."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import shlex
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+import megalodon_ops
+from megalodon_ops import Megalodon
+from megalodon_ops.cli import carry, checkpoint, metrics
+from megalodon_ops.cli.batches import Batches
+from megalodon_ops.cli.console import Progress, StopSignals
+from megalodon_ops.cli.data import Corpus, load_corpus
+from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.evaluate import Reader, bits_per_byte, compressed_bits
+from megalodon_ops.cli.generate import show_sample
+from megalodon_ops.cli.models import precision, usable_device
+from megalodon_ops.cli.schedule import Schedule
+from megalodon_ops.cli.settings import Settings, resolve
+
+LOOK = 1 << 15
+"""Held-out bytes evaluated during the run; the end of it takes all"""
+LOOK_SHAPE = (8, 2048)
+"""Rows and length of the batches that evaluate them"""
+FIRST_PACE = 8
+"""Steps that tell how long a step takes"""
+
+
+def run(options: argparse.Namespace) -> int:
+    settings, saved = resolve(options)
+    device = usable_device(settings.device)
+    corpus = load_corpus(settings.data)
+    if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
+        raise CommandError("--resume: the text is not the one this run was started with; start another run")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with metrics.Diary(settings.out / "metrics.jsonl", saved.record["step"] if saved else 0) as diary:
+        return Trainer(settings, corpus, device, diary, saved).run()
+
+
+class Trainer:
+    """A run from its start, or from a checkpoint, to its end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        corpus: Corpus,
+        device: torch.device,
+        diary: metrics.Diary,
+        saved: checkpoint.Checkpoint | None,
+    ):
+        self.settings, self.corpus, self.device, self.diary = settings, corpus, device, diary
+        torch.manual_seed(settings.seed)
+        self.model = Megalodon(settings.config).to(device).train()
+        self.optimizer = adamw(self.model, settings)
+        self.batches = Batches(
+            corpus.train, settings.batch, settings.length, context=settings.context, seed=settings.seed
+        )
+        self.reader = Reader(self.model, carries=settings.context == "streamed")
+        self.schedule = Schedule(settings.lr, settings.warmup, settings.steps, settings.minutes)
+        self.autocast = precision(device, settings.dtype)
+        self.step, self.saved_step = 0, -1
+        self.spent = 0.0  # seconds before this process
+        if saved:
+            self._restore(saved)
+        self.started = self.paced_at = time.monotonic()
+        self.paced_step = self.step
+
+    def run(self) -> int:
+        settings, corpus = self.settings, self.corpus
+        print(
+            f"{settings.out}: {self.model.num_parameters():,} parameters; "
+            f"{sum(map(len, corpus.train)):,} bytes in {len(corpus.train)} documents to learn from, "
+            f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out",
+            flush=True,
+        )
+        self._save()
+        with StopSignals() as signals, Progress(self.step, self.schedule.end) as progress:
+            while not self.schedule.finished(self.step) and not signals.received:
+                row = self._train_step()
+                progress.show(row, self.schedule.end)
+                due = self._checkpoint_due()
+                if due:
+                    self._set_pace()
+                if self.step % settings.eval_every == 0 or self.schedule.finished(self.step):
+                    progress.held_out = self._look()
+                if due:
+                    self._save()
+            self._save()
+        if signals.received:
+            self._draw({})
+            print(
+                f"stopped after step {self.step}; continue with: "
+                f"python -m megalodon_ops train --out {shlex.quote(str(settings.out))} --resume"
+            )
+            return 128 + signals.received
+        self._finish()
+        return 0
+
+    def _train_step(self) -> dict[str, Any]:
+        begin = time.monotonic()
+        batch = self.batches.next()
+        assert batch is not None, "training batches never end"
+        lr = self.schedule.lr(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with self.autocast:
+            loss = self.reader.losses(batch).mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        if not math.isfinite(loss.item()):
+            raise CommandError(f"the loss is {loss.item()} at step {self.step + 1}; a lower --lr may help")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        row = {
+            "step": self.step,
+            "loss": loss.item(),
+            "bits_per_byte": loss.item() / math.log(2),
+            "learning_rate": lr,
+            "gradient_norm": norm.item(),
+            "bytes": self.step * self.settings.batch * self.settings.length,
+            "seconds": round(self._seconds(), 3),
+            "bytes_per_second": round(batch.tokens.numel() / (time.monotonic() - begin)),
+        }
+        self.diary.write(**row)
+        return row
+
+    def _look(self) -> float:
+        """Bits per byte of a part of the held-out text."""
+        bits = bits_per_byte(self.model, excerpt(self.corpus.held_out, LOOK), *LOOK_SHAPE, self.autocast)
+        self.diary.write(step=self.step, held_out_bits_per_byte=bits)
+        return bits
+
+    def _finish(self) -> None:
+        """The whole held-out text, beside what compressors make of it; the picture; a sample."""
+        documents = self.corpus.held_out
+        total = sum(map(len, documents))
+        bits = bits_per_byte(self.model, documents, *LOOK_SHAPE, self.autocast)
+        compressors = compressed_bits(documents)
+        self.diary.write(step=self.step, final=True, held_out_bits_per_byte=bits, compressors=compressors)
+        self._draw(compressors)
+        print(f"\nheld-out text, {total:,} bytes     bits per byte")
+        for name, value in {f"this model, step {self.step}": bits, **compressors}.items():
+            print(f"  {name:<28} {value:.3f}")
+        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss, to a MiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        print(f"{self._seconds():.0f} s, peak memory {peak:,.0f} MiB; curve and checkpoint in {self.settings.out}")
+        show_sample(self.model, documents, self.settings.seed, self.autocast)
+
+    def _seconds(self) -> float:
+        return self.spent + time.monotonic() - self.started
+
+    def _checkpoint_due(self) -> bool:
+        step, every = self.step, self.settings.checkpoint_every
+        early = self.schedule.budget is not None and FIRST_PACE <= step < every and step & (step - 1) == 0
+        return step % every == 0 or early
+
+    def _set_pace(self) -> None:
+        now = time.monotonic()
+        if self.step - self.paced_step < FIRST_PACE:  # too few to tell
+            return
+        self.schedule.set_pace(self.step, self._seconds(), (now - self.paced_at) / (self.step - self.paced_step))
+        self.paced_at, self.paced_step = now, self.step
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        rows = self.reader.rows()
+        record = {
+            "megalodon_ops": megalodon_ops.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "options": self.settings.record(),
+            "config": self.settings.config.to_dict(),
+            "data": {"fingerprint": self.corpus.fingerprint, "position": self.batches.position()},
+            "schedule": self.schedule.position(),
+            "seconds": self._seconds(),
+        }
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        parts = {
+            "model": checkpoint.model_tensors(self.model),
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model),
+            "state": {} if rows is None else carry.to_tensors(rows),
+            "random": random,
+        }
+        checkpoint.save(self.settings.out, self.step, record, parts)
+        self.saved_step = self.step
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        record, parts = saved.record, saved.parts
+        checkpoint.load_model(self.model, saved)
+        checkpoint.load_optimizer(self.optimizer, self.model, saved)
+        if parts["state"]:
+            on_device = {name: tensor.to(self.device) for name, tensor in parts["state"].items()}
+            self.reader.seek(carry.from_tensors(on_device, self.settings.config.num_layers))
+        self.batches.seek(record["data"]["position"])
+        self.step = self.saved_step = record["step"]
+        self.spent = record["seconds"]
+        self.schedule.seek(record["schedule"], self.step, self.spent)
+        torch.set_rng_state(parts["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in parts["random"]:
+            torch.cuda.set_rng_state(parts["random"]["cuda"], self.device)
+
+    def _draw(self, compressors: dict[str, float]) -> None:
+        metrics.draw(self.settings.out / "loss_curve.png", metrics.read(self.diary.path), compressors)
+
+
+def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """The paper's AdamW. Weight decay is for matrices: not for norms, biases, CEMA and the attention's affine map."""
+    matrices = {name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim == 2}
+    decayed = [parameter for name, parameter in model.named_parameters() if name in matrices]
+    others = [parameter for name, parameter in model.named_parameters() if name not in matrices]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), eps=1e-8)
+
+
+def excerpt(documents: list[bytes], size: int) -> list[bytes]:
+    """The first documents, up to `size` bytes in all."""
+    taken, left = [], size
+    for document in documents:
+        if not left:
+            break
+        taken.append(document[:left])
+        left -= len(taken[-1])
+    return taken

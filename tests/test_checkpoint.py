@@ -1,0 +1,152 @@
+"""Checkpoints: complete or not there, whatever happens while they are written."""
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from megalodon_ops.cli import checkpoint
+from megalodon_ops.cli.errors import CommandError
+
+
+def save(run, step, value=None):
+    tensors = {"weight": torch.full((3, 4), float(step if value is None else value))}
+    return checkpoint.save(run, step, {"note": step}, {"model": tensors, "state": {}})
+
+
+def newest(run):
+    return checkpoint.load(run, "--resume")
+
+
+def test_round_trip(tmp_path):
+    folder = save(tmp_path, 12)
+    for path in (tmp_path, folder):
+        found = newest(path)
+        assert found.folder == folder
+        assert found.record["step"] == found.record["note"] == 12
+        assert found.parts["state"] == {}
+        assert torch.equal(found.parts["model"]["weight"], torch.full((3, 4), 12.0))
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_the_newest_is_read_and_old_ones_go(tmp_path):
+    for step in (8, 9, 10, 100):
+        save(tmp_path, step)
+    assert newest(tmp_path).record["step"] == 100
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000100"]
+
+
+def test_the_same_step_again_replaces(tmp_path):
+    save(tmp_path, 5, value=1)
+    save(tmp_path, 5, value=2)
+    assert newest(tmp_path).parts["model"]["weight"][0, 0] == 2
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_killed_while_writing(tmp_path, monkeypatch, call, count):
+    """At any flush or rename of the writer the checkpoint before is still read, and the next writing succeeds."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    class Killed(BaseException):
+        pass
+
+    real, calls = getattr(os, call), 0
+
+    def die_at(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > count:
+            raise Killed
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, die_at)
+        try:
+            save(tmp_path, 3)
+        except Killed:
+            pass
+    assert newest(tmp_path).record["step"] in (2, 3)
+    save(tmp_path, 4)
+    assert newest(tmp_path).record["step"] == 4
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: truncate(folder / "model.safetensors"),
+        lambda folder: truncate(folder / "checkpoint.json"),
+        lambda folder: (folder / "state.safetensors").unlink(),
+        lambda folder: (folder / "checkpoint.json").write_text("{}"),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"x" * (folder / "model.safetensors").stat().st_size),
+    ],
+    ids=["short tensors", "short record", "missing tensors", "empty record", "noise"],
+)
+def test_damaged_checkpoints_are_passed_over(tmp_path, capsys, damage):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    damage(folder)
+    assert newest(tmp_path).record["step"] == 1
+    assert f"passing over {folder}" in capsys.readouterr().err
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(CommandError, match="--resume .*: no complete checkpoint"):
+        newest(tmp_path)
+    with pytest.raises(CommandError, match="--resume .*missing: no such folder"):
+        newest(tmp_path / "missing")
+
+
+def test_another_format_is_refused(tmp_path, capsys):
+    record = save(tmp_path, 1) / "checkpoint.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "format": 99}))
+    with pytest.raises(CommandError, match="no complete checkpoint"):
+        newest(tmp_path)
+    assert "format is 99" in capsys.readouterr().err
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+    groups = [{"params": [p for p in model.parameters() if p.ndim == d], "weight_decay": 0.1 * (d - 1)} for d in (2, 1)]
+    return model, torch.optim.AdamW(groups, lr=0.01)
+
+
+def descend(model, optimizer, steps):
+    for step in range(steps):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_model_and_optimizer_go_on_exactly(tmp_path, before):
+    model, optimizer = network(0)
+    descend(model, optimizer, before)
+    parts = {
+        "model": checkpoint.model_tensors(model),
+        "optimizer": checkpoint.optimizer_tensors(optimizer, model),
+    }
+    checkpoint.save(tmp_path, before, {}, parts)
+    other, its_optimizer = network(1)
+    checkpoint.load_model(other, newest(tmp_path))
+    checkpoint.load_optimizer(its_optimizer, other, newest(tmp_path))
+    descend(model, optimizer, 4)
+    descend(other, its_optimizer, 4)
+    for one, another in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, another)
+
+
+def test_tensors_of_another_model(tmp_path):
+    checkpoint.save(tmp_path, 1, {}, {"model": checkpoint.model_tensors(nn.Linear(3, 4))})
+    with pytest.raises(CommandError, match="not those of its config"):
+        checkpoint.load_model(nn.Linear(4, 3), newest(tmp_path))

@@ -1,0 +1,437 @@
+"""`python -m megalodon_ops {info, train, eval, generate}`, on models of a moment."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import megalodon_ops
+from megalodon_ops import Megalodon
+from megalodon_ops.cli import carry, checkpoint, main, metrics
+from megalodon_ops.cli.batches import START, Batches
+from megalodon_ops.cli.evaluate import Reader, bits_per_byte
+from megalodon_ops.cli.models import byte_config
+from megalodon_ops.cli.schedule import Schedule
+
+TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --lr 0.01".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A folder of about 20 KB of text."""
+    folder = tmp_path_factory.mktemp("text")
+    source = Path(argparse.__file__).read_bytes()
+    for i in range(40):
+        (folder / f"{i}.py").write_bytes(source[500 * i : 500 * (i + 1)])
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """One thread, which is faster on models this small, and short samples at the end of a run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("megalodon_ops.cli.generate.SAMPLE", 20)
+        yield
+    torch.set_num_threads(threads)
+
+
+def train(text, out, *flags) -> int:
+    return main(["train", "--data", str(text), "--out", str(out), *TINY, *map(str, flags)])
+
+
+def shell(*arguments) -> list[str]:
+    return [sys.executable, "-m", "megalodon_ops", *map(str, arguments)]
+
+
+def rows(out) -> list[dict]:
+    """The run's metrics without what the clock says."""
+    return [
+        {name: value for name, value in row.items() if "second" not in name}
+        for row in metrics.read(out / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory) -> Path:
+    """A run of 60 steps."""
+    out = tmp_path_factory.mktemp("finished")
+    assert train(text, out, "--steps", 60, "--eval-every", 20, "--checkpoint-every", 25) == 0
+    return out
+
+
+# info
+
+
+def test_info():
+    lines = subprocess.run(shell("info"), capture_output=True, text=True, check=True).stdout.splitlines()
+    facts = dict(line.split(maxsplit=1) for line in lines)
+    assert facts["megalodon_ops"] == megalodon_ops.__version__
+    assert facts["torch"] == torch.__version__
+    assert megalodon_ops._C.active_isa() in "\n".join(lines)
+    assert any(line.startswith("threads") for line in lines)
+
+
+@pytest.mark.parametrize("package", ["numpy", "safetensors", "tqdm", "matplotlib"])
+def test_without_an_extra(package, tmp_path):
+    """`info` needs torch alone; `train` says how to get what is missing."""
+    program = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+from megalodon_ops.cli import main
+sys.exit(main(["info"]) or main(["train"]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout.startswith("megalodon_ops")
+    line = result.stderr.splitlines()[-1]  # torch itself may warn before it
+    assert line.startswith("megalodon_ops train: error: ")
+    assert package in line and 'pip install "megalodon_ops[train]"' in line
+
+
+# train
+
+
+def test_the_loss_falls(finished):
+    bits = [row["bits_per_byte"] for row in rows(finished) if "bits_per_byte" in row]
+    assert len(bits) == 60
+    assert 7 < bits[0] < 10
+    assert sum(bits[-10:]) / 10 < bits[0] - 2
+
+
+def test_what_a_run_leaves(finished):
+    looks = [row for row in rows(finished) if "held_out_bits_per_byte" in row]
+    assert [(row["step"], row.get("final", False)) for row in looks] == [
+        (20, False),
+        (40, False),
+        (60, False),
+        (60, True),
+    ]
+    assert looks[-1]["compressors"].keys() == {"gzip -9", "xz -9"}
+    assert (finished / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    folders = sorted((finished / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-00000050", "step-00000060"]
+    assert {path.suffix for folder in folders for path in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_what_a_run_prints(text, tmp_path, capsys):
+    assert train(text, tmp_path, "--steps", 3) == 0
+    out, err = capsys.readouterr()
+    for words in ("bits per byte", "gzip -9", "xz -9", "peak memory", "continued by the model"):
+        assert words in out
+    for words in ("loss=", "bits/byte=", "bytes/s=", "3/3"):
+        assert words in err
+
+
+@pytest.mark.parametrize("context", ["streamed", "packed"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_and_resume(text, tmp_path, monkeypatch, capsys, context, number):
+    """The losses after a resume are those of a run that was never interrupted, to the last bit; dropout included."""
+    flags = ("--steps", 30, "--eval-every", 8, "--context", context, "--dropout", 0.1, "--attention-dropout", 0.1)
+    assert train(text, tmp_path / "whole", *flags) == 0
+
+    write = metrics.Diary.write
+
+    def write_and_interrupt(diary, **row):
+        write(diary, **row)
+        if row["step"] == 13:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Diary, "write", write_and_interrupt)
+        assert train(text, tmp_path / "parts", *flags) == 128 + number
+    assert f"--out {tmp_path}/parts --resume" in capsys.readouterr().out
+    assert rows(tmp_path / "parts")[-1]["step"] == 13
+    assert (tmp_path / "parts" / "loss_curve.png").exists()
+    assert main(["train", "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_kill_and_resume(text, tmp_path):
+    flags = ("--steps", 150, "--checkpoint-every", 20)
+    process = subprocess.Popen(
+        shell("train", "--data", text, "--out", tmp_path / "parts", *TINY, *flags),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    diary = tmp_path / "parts" / "metrics.jsonl"
+    while process.poll() is None and not (diary.exists() and diary.read_bytes().count(b"\n") > 50):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    with open(diary, "a") as file:
+        file.write('{"step": 9999, "los')
+    assert checkpoint.load(tmp_path / "parts", "--resume").record["step"] >= 40
+
+    assert main(["train", "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert train(text, tmp_path / "whole", *flags) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_ends_it_again(text, tmp_path):
+    assert train(text, tmp_path, "--steps", 5) == 0
+    before = rows(tmp_path)
+    assert main(["train", "--out", str(tmp_path), "--resume"]) == 0
+    assert rows(tmp_path) == before
+    assert main(["train", "--out", str(tmp_path), "--resume", "--steps", "8"]) == 0
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 9))
+
+
+def test_minutes(text, tmp_path):
+    begin = time.monotonic()
+    assert train(text, tmp_path, "--minutes", 0.05, "--lr", 0.01, "--eval-every", 1000, "--checkpoint-every", 50) == 0
+    assert time.monotonic() - begin < 30
+    curve = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert 2 < curve[-1]["seconds"] < 6
+    assert max(row["learning_rate"] for row in curve) > 0.009
+    assert curve[-1]["learning_rate"] < 0.003, "the cosine ends with the budget"
+
+
+def test_bfloat16(text, tmp_path):
+    assert train(text, tmp_path, "--steps", 30, "--dtype", "bfloat16") == 0
+    bits = [row["bits_per_byte"] for row in rows(tmp_path) if "bits_per_byte" in row]
+    assert bits[-1] < bits[0] - 1
+    assert checkpoint.load(tmp_path, "--out").parts["model"]["embed.weight"].dtype == torch.float32
+
+
+def test_one_document(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_bytes(b"to be or not to be, that is the question. " * 30)
+    assert train(path, tmp_path / "out", "--steps", 2) == 0
+
+
+ERRORS = {
+    "missing text": (["train", "--data", "{tmp}/missing"], "missing: no such file or folder"),
+    "empty text": (["train", "--data", "{tmp}/empty"], "empty: the file is empty"),
+    "steps": (["train", "--steps", "0"], "argument --steps: must be a whole number above 0, got 0"),
+    "minutes": (["train", "--minutes", "nan"], "argument --minutes: must be a number above 0, got nan"),
+    "unknown flag": (["train", "--stops", "3"], "unrecognized arguments: --stops 3"),
+    "abbreviation": (["train", "--step", "3"], "unrecognized arguments: --step 3"),
+    "unknown preset": (["train", "--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
+    "config": (["train", "--dim", "33"], "`norm_num_groups` must be a divisor of model_dim = 33"),
+    "device": (["train", "--device", "abacus"], "--device abacus"),
+    "meta device": (["train", "--device", "meta"], "--device meta: this build of megalodon_ops has no kernels for it"),
+    "out is a file": (["train", "--data", "{text}", "--out", "{tmp}/empty"], "empty: File exists"),
+    "out holds a run": (["train", "--out", "{run}"], "holds a run already; continue it with --resume"),
+    "resume nothing": (["train", "--resume", "--out", "{tmp}/missing"], "--resume {tmp}/missing: no such folder"),
+    "resume no checkpoint": (["train", "--resume", "--out", "{tmp}"], "--resume {tmp}: no complete checkpoint"),
+    "resume without out": (["train", "--resume"], "--resume: name the folder of the run with --out DIR"),
+    "resume another config": (["train", "--resume", "--out", "{run}", "--dim", "64"], "--dim: the run in {run} has 32"),
+    "resume another layer": (["train", "--resume", "--out", "{run}", "--swiglu"], "--swiglu: the run in {run} has"),
+    "resume another seed": (["train", "--resume", "--out", "{run}", "--seed", "7"], "--seed: the run in {run} has 0"),
+    "resume another text": (["train", "--resume", "--out", "{run}", "--data", __file__], "the text is not the one"),
+    "eval nothing": (["eval", "--checkpoint", "{tmp}/missing"], "--checkpoint {tmp}/missing: no such folder"),
+    "eval no checkpoint": (["eval", "--checkpoint", "{tmp}"], "--checkpoint {tmp}: no complete checkpoint"),
+    "eval empty text": (["eval", "--checkpoint", "{run}", "--data", "{tmp}/empty"], "empty: the file is empty"),
+    "no checkpoint": (["generate"], "the following arguments are required: --checkpoint"),
+    "generate nothing": (["generate", "--checkpoint", "{tmp}/missing"], "no such folder"),
+    "missing prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}/none"], "none: No such file"),
+    "temperature": (["generate", "--checkpoint", "{run}", "--temperature", "-1"], "--temperature: must be a number"),
+    "no command": ([], "required: {info,train,eval,generate}"),
+    "unknown command": (["fly"], "invalid choice: 'fly'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_one_line_and_exit_code_2(name, finished, text, tmp_path, capsys):
+    def fill(word):
+        for key, path in {"tmp": tmp_path, "run": finished, "text": text}.items():
+            word = word.replace(f"{{{key}}}", str(path))
+        return word
+
+    arguments, message = ERRORS[name]
+    (tmp_path / "empty").touch()
+    before = rows(finished)
+    try:
+        code = main([fill(word) for word in arguments])
+    except SystemExit as stop:  # argparse leaves this way
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert fill(message) in err
+    assert err.startswith("megalodon_ops") and err.count("\n") == 1 and out == ""
+    assert rows(finished) == before
+
+
+def test_a_changed_config_in_the_checkpoint_is_noticed(text, tmp_path, capsys):
+    assert train(text, tmp_path, "--steps", 1) == 0
+    record = next((tmp_path / "checkpoints").glob("step-*1/checkpoint.json"))
+    content = json.loads(record.read_text())
+    content["config"]["model_dim"] = 64
+    record.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(record.parent)]) == 2
+    assert "its tensors are not those of its config" in capsys.readouterr().err
+
+
+# eval and generate
+
+
+def test_eval_repeats_the_end_of_training(finished, capsys):
+    assert main(["eval", "--checkpoint", str(finished), "--length", "50", "--batch", "2"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert float(last[0]) == pytest.approx(rows(finished)[-1]["held_out_bits_per_byte"], abs=2e-4)
+    perplexity = float(last[last.index("perplexity") + 1])
+    assert perplexity == pytest.approx(2 ** float(last[0]), rel=1e-3)
+
+
+def test_eval_of_files(finished, text, capsys):
+    assert main(["eval", "--checkpoint", str(finished), "--data", str(text / "0.py"), str(text / "1.py")]) == 0
+    assert "2 documents, 1,000 bytes" in capsys.readouterr().out
+
+
+def test_pieces_do_not_matter():
+    """Streamed in any rows and pieces, a text has the bits per byte of one call for each document."""
+    torch.manual_seed(0)
+    model = Megalodon(byte_config("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4}))
+    documents = [bytes(torch.randint(256, (n,)).tolist()) for n in (1, 7, 8, 30, 65, 3)]
+    nats = 0.0
+    for document in documents:
+        logits = model(torch.tensor([[START, *document[:-1]]]))
+        nats += torch.nn.functional.cross_entropy(logits[0], torch.tensor(list(document)), reduction="sum").item()
+    whole = nats / math.log(2) / sum(map(len, documents))
+    with torch.autocast("cpu", enabled=False) as autocast:
+        for rows, length in ((1, 200), (1, 1), (2, 5), (4, 16), (3, 13)):
+            assert bits_per_byte(model, documents, rows, length, autocast) == pytest.approx(whole, rel=1e-5)
+    assert model.training
+
+
+def test_state_survives_as_tensors():
+    torch.manual_seed(0)
+    config = byte_config("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4})
+    reader = Reader(Megalodon(config))
+    batches = Batches([bytes(range(50)), bytes(range(60, 90))], 2, 11, context="streamed", seed=None)
+    with torch.no_grad():
+        reader.losses(batches.next())
+        rows = reader.rows()
+        back = carry.from_tensors(carry.to_tensors(rows), config.num_layers)
+        torch.testing.assert_close(back, rows, rtol=0, atol=0)
+        other = Reader(reader.model)
+        other.seek(back)
+        batch = batches.next()
+        assert (batch.carry >= 0).all()
+        assert torch.equal(other.losses(batch), reader.losses(batch))
+        fresh = Reader(reader.model).losses(batch)
+        assert not torch.allclose(fresh, reader.losses(batch))
+
+
+def test_select_starts_fresh_at_minus_one():
+    torch.manual_seed(0)
+    config = byte_config("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
+    model = Megalodon(config)
+    bounds = torch.tensor([0, 5, 12])
+    _, state = model(torch.randint(256, (1, 12)), return_state=True, cu_seqlens=bounds)
+    tokens = torch.randint(256, (1, 9))
+    with torch.no_grad():
+        picked = carry.select(state, torch.tensor([1, -1, 0]))
+        logits = model(tokens, state=picked, cu_seqlens=torch.tensor([0, 3, 6, 9]))
+        one = model(tokens[:, :3], state=carry.select(state, torch.tensor([1])))
+        new = model(tokens[:, 3:6])
+        two = model(tokens[:, 6:], state=carry.select(state, torch.tensor([0])))
+    torch.testing.assert_close(logits, torch.cat([one, new, two], 1), rtol=1e-5, atol=1e-5)
+
+
+def test_generate(finished, capsys):
+    def generate(*flags):
+        assert main(["generate", "--checkpoint", str(finished), "--prompt", "import ", "--bytes", "40", *flags]) == 0
+        return capsys.readouterr().out
+
+    text = generate()
+    assert text.startswith("import ") and len(text) > len("import ")
+    assert generate() == text, "a seed repeats itself"
+    assert generate("--seed", "1") != text
+    assert generate("--temperature", "0") == generate("--top-k", "1", "--seed", "3") != text
+
+
+def test_generate_prints_as_it_comes(finished):
+    command = shell("generate", "--checkpoint", finished, "--bytes", 1_000_000)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(20)
+        process.stdout.close()  # as `head` does
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
+
+
+# the pieces
+
+
+def test_schedule_by_steps():
+    schedule = Schedule(lr=1.0, warmup=10, steps=100, minutes=None)
+    rates = [schedule.lr(step) for step in range(100)]
+    assert rates[:3] == sorted(rates[:3])
+    assert max(rates) == pytest.approx(1.0, abs=0.05)
+    assert rates[50] == pytest.approx(0.5)
+    assert 0 < rates[99] < 0.001
+    assert schedule.finished(100) and not schedule.finished(99)
+
+
+def test_schedule_by_minutes():
+    """Steps that take twice as long from the middle on: the cosine still ends when the budget does."""
+    schedule = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
+    seconds, step, rates = 0.0, 0, []
+    while not schedule.finished(step):
+        rates.append(schedule.lr(step))
+        pace = 0.1 if seconds < 30 else 0.2
+        seconds, step = seconds + pace, step + 1
+        if step % 20 == 0:
+            schedule.set_pace(step, seconds, pace)
+            resumed = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
+            resumed.seek(schedule.position(), step, seconds)
+            assert [resumed.lr(step + i) for i in range(30)] == [schedule.lr(step + i) for i in range(30)]
+    assert 58 < seconds < 62
+    assert 0.99 < max(rates) <= 1
+    assert rates[-1] < 0.01
+    assert rates[40:] == sorted(rates[40:], reverse=True)
+
+
+def test_widths_follow_dim():
+    whole, half = byte_config("mega200M", {}), byte_config("mega200M", {"model_dim": 512, "value_dim": 640})
+    assert (half.z_dim, half.ffn_hidden_dim) == (whole.z_dim // 2, whole.ffn_hidden_dim // 2)
+    assert half.value_dim == 640
+    assert (whole.vocab_size, whole.num_outputs) == (257, 256)
+    assert byte_config("mega1.3B_pg19", {}).num_outputs == 257
+
+
+def test_diary_drops_what_comes_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.30000000000000004}\n{"step": 3}\n{"st')
+    with metrics.Diary(path, step=2) as diary:
+        diary.write(step=3, loss=0.5)
+    assert metrics.read(path) == [
+        {"step": 1, "loss": 0.1},
+        {"step": 2, "loss": 0.30000000000000004},
+        {"step": 3, "loss": 0.5},
+    ]
+
+
+def test_curve_has_labelled_axes(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: (drawn.append(figure), save(figure, *args, **kw))
+    )
+    rows = [{"step": i, "bits_per_byte": 8.0 / (1 + i)} for i in range(50)]
+    rows += [{"step": 20, "held_out_bits_per_byte": 3.0}, {"step": 50, "held_out_bits_per_byte": 2.0, "final": True}]
+    metrics.draw(tmp_path / "curve.png", rows, {"gzip -9": 2.2})
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "bits per byte")
+    labels = [label.get_text() for label in axes.get_legend().get_texts()]
+    assert labels == ["training, smoothed", "held-out, a part", "held-out, all", "gzip -9 (2.20)"]
+    metrics.draw(tmp_path / "nothing.png", [], {})

@@ -1,0 +1,195 @@
+"""Documents, the held-out split and batches of the command line's training."""
+
+import os
+import sysconfig
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalodon_ops.cli.batches import START, Batches
+from megalodon_ops.cli.data import FileDocument, find_files, load_corpus, split, standard_library
+from megalodon_ops.cli.errors import CommandError
+
+documents = st.lists(st.binary(max_size=200), max_size=30)
+
+
+@given(documents, st.randoms())
+def test_split_is_a_partition_of_distinct_documents(documents, random):
+    distinct = {document for document in documents if document}
+    if sum(map(len, distinct)) < 2:
+        with pytest.raises(CommandError, match="at least 2 bytes"):
+            split(documents)
+        return
+    corpus = split(documents)
+    shuffled = random.sample(documents, len(documents)) + documents[:3]
+    assert split(shuffled) == corpus, "neither order nor repetition matters"
+
+    whole = [document for document in corpus.train + corpus.held_out if document in distinct]
+    assert sum(map(len, corpus.train)) + sum(map(len, corpus.held_out)) == sum(map(len, distinct))
+    assert corpus.train and corpus.held_out and all(corpus.train) and all(corpus.held_out)
+    assert len(corpus.train) + len(corpus.held_out) - len(distinct) in (0, 1), "at most one document is cut"
+    if len(whole) == len(distinct):
+        assert set(whole) == distinct, "every document is in one part"
+
+
+@pytest.mark.parametrize(
+    "sizes", [[10_000], [10_000, 9_000], [100] * 300, [50_000] + [10] * 5], ids=["one", "two", "many", "one long"]
+)
+def test_about_a_twentieth_is_held_out(sizes):
+    random = numpy.random.default_rng(0)
+    corpus = split([random.bytes(size) for size in sizes])
+    assert 0.025 * sum(sizes) <= sum(map(len, corpus.held_out)) <= 0.05 * sum(sizes)
+
+
+def test_one_document_gives_its_end():
+    text = bytes(range(200))
+    corpus = split([text])
+    assert corpus.train == [text[:190]]
+    assert corpus.held_out == [text[190:]]
+
+
+def test_fingerprint_tells_texts_apart():
+    assert split([b"one", b"two"]).fingerprint != split([b"one", b"too"]).fingerprint
+
+
+def test_files_of_folders(tmp_path):
+    for name in ("b.txt", "a/c.bin", "a/.hidden", ".git/config", "d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "empty").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    found = find_files([tmp_path / "d.txt", tmp_path])
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["d.txt", "b.txt", "d.txt", "a/c.bin"]
+    assert load_corpus([tmp_path]) == split([b"d.txt", b"b.txt", b"a/c.bin"])
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("missing", "missing: no such file or folder"),
+        ("empty", "empty: the file is empty"),
+        ("folder", "folder: no file with content in this folder"),
+    ],
+)
+def test_text_that_is_not_there(tmp_path, name, message):
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CommandError, match=message):
+        find_files([tmp_path / name])
+
+
+def test_standard_library():
+    files = standard_library()
+    root = Path(sysconfig.get_path("stdlib"))
+    assert root / "argparse.py" in files
+    parts = {part for path in files for part in path.relative_to(root).parts}
+    assert not parts & {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    assert sum(path.stat().st_size for path in files) > 5_000_000
+
+
+def test_file_document_reads_pieces(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(bytes(range(100)))
+    document = FileDocument(path)
+    assert len(document) == 100
+    assert document[10:13] == bytes([10, 11, 12])
+    assert document[90:200] == bytes(range(90, 100))
+    os.truncate(path, 50)
+    with pytest.raises(CommandError, match="became shorter"):
+        document[40:60]
+
+
+class Follower:
+    """Puts documents together again by `cu_seqlens`, `carry` and `last`, and checks inputs against targets."""
+
+    def __init__(self):
+        self.open = {}  # row -> bytes so far
+        self.closed = []
+
+    def follow(self, batch):
+        bounds = batch.cu_seqlens.tolist()
+        tokens, targets = batch.tokens[0].tolist(), batch.targets[0].tolist()
+        assert bounds[0] == 0 and bounds[-1] == len(tokens) == len(targets)
+        before, self.open = self.open, {}
+        pieces = []
+        for start, stop, row in zip(bounds[:-1], bounds[1:], batch.carry.tolist(), strict=True):
+            assert start < stop
+            past = b"" if row < 0 else before.pop(row)
+            assert tokens[start] == (past[-1] if past else START)
+            assert tokens[start + 1 : stop] == targets[start : stop - 1]
+            pieces.append(past + bytes(targets[start:stop]))
+        ends = {sequence: row for row, sequence in enumerate(batch.last.tolist()) if sequence >= 0}
+        for sequence, piece in enumerate(pieces):
+            if sequence in ends:
+                self.open[ends[sequence]] = piece
+            else:
+                self.closed.append(piece)
+        self.closed += before.values()  # rows that no sequence goes on from ended with their documents
+
+
+some = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=12)
+shape = st.tuples(st.integers(1, 4), st.integers(1, 16))
+
+
+@given(some, shape)
+def test_one_streamed_pass_reads_every_byte_once(documents, shape):
+    batches, follower = Batches(documents, *shape, context="streamed", seed=None), Follower()
+    while (batch := batches.next()) is not None:
+        follower.follow(batch)
+    assert sorted(follower.closed + list(follower.open.values())) == sorted(documents)
+
+
+@given(some, shape, st.integers(0, 5))
+def test_streamed_batches_are_full_and_shuffled_documents(documents, shape, seed):
+    rows, length = shape
+    batches, follower = Batches(documents, rows, length, context="streamed", seed=seed), Follower()
+    total = sum(map(len, documents))
+    for _ in range(2 * total // (rows * length) + 2):
+        batch = batches.next()
+        assert batch.tokens.numel() == rows * length
+        follower.follow(batch)
+    assert set(follower.closed) <= set(documents)
+    per_document = [follower.closed.count(document) / documents.count(document) for document in set(documents)]
+    assert max(per_document) >= 1
+
+
+@given(some, shape, st.integers(0, 5))
+def test_packed_rows_lay_documents_end_to_end(documents, shape, seed):
+    rows, length = shape
+    batches = Batches(documents, rows, length, context="packed", seed=seed)
+    total = sum(map(len, documents))
+    text = b""
+    while len(text) < total:
+        batch = batches.next()
+        bounds = batch.cu_seqlens.tolist()
+        assert set(range(0, rows * length + 1, length)) <= set(bounds), "no sequence crosses a row's end"
+        assert (batch.carry == -1).all()
+        text += bytes(batch.targets[0].tolist())
+    order = batches._shuffled(0)
+    assert text[:total] == b"".join(documents[i] for i in order)
+    assert sorted(order) == list(range(len(documents)))
+
+
+@given(some, shape, st.sampled_from(["streamed", "packed"]), st.integers(0, 30), st.integers(0, 5))
+def test_batches_go_on_from_a_position(documents, shape, context, before, seed):
+    def fresh():
+        return Batches(documents, *shape, context=context, seed=seed)
+
+    batches = fresh()
+    for _ in range(before):
+        batches.next()
+    resumed = fresh()
+    resumed.seek(batches.position())
+    for _ in range(5):
+        for one, other in zip(batches.next(), resumed.next(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_seed_and_epoch_change_the_order():
+    batches = [Batches([b"x"] * 20, 1, 1, context="streamed", seed=seed) for seed in (0, 1)]
+    orders = [tuple(b._shuffled(epoch)) for b in batches for epoch in (0, 1)]
+    assert len(set(orders)) == 4
