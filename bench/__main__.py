@@ -1,0 +1,67 @@
+"""`python -m bench`: runs the benches and writes bench/results/<date>-cpu.md, .json and plots.
+
+Partial and quick runs say so in their names, and overwrite no full one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import harness, machine, report
+
+BENCHES = ("cema", "timestep_norm", "attention", "overhead", "model")
+
+
+def main() -> int:
+    options = _options()
+    begin = time.monotonic()
+    if not harness.keep_freed_memory():
+        print("no glibc: times include the clearing of fresh pages", file=sys.stderr)
+    threads = sorted(set(options.threads), reverse=True)
+    effort = harness.Effort(samples=3, seconds=0.2) if options.quick else harness.Effort()
+    limits = {count: machine.measure_limits(count, options.quick) for count in threads}
+    results, failures = [], []
+    for bench in options.only:
+        cases = importlib.import_module(f".bench_{bench}", __package__).cases(options.quick)
+        for case in cases:
+            try:
+                for result in harness.measure(bench, case, threads, effort):
+                    results.append(result)
+                    print(f"{time.monotonic() - begin:4.0f} s  {bench}: {report.summary(result)}", file=sys.stderr)
+            except harness.Disagreement as error:
+                failures.append(f"{bench}: {error}")
+                print(f"FAILED  {failures[-1]}", file=sys.stderr)
+            del case
+            gc.collect()
+    limits = {count: limits[count].best(machine.measure_limits(count, options.quick)) for count in threads}
+    date = datetime.date.today().isoformat()
+    part = [] if set(options.only) == set(BENCHES) else options.only
+    stem = options.out / "-".join([date, "cpu", *part, *(["quick"] if options.quick else [])])
+    report.write(
+        stem, results, failures, machine.describe(), limits,
+        date=date, seconds=time.monotonic() - begin, quick=options.quick,
+    )  # fmt: skip
+    print(f"wrote {stem}.md", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _options() -> argparse.Namespace:
+    every = torch.get_num_threads()
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES, metavar="BENCH", help=", ".join(BENCHES))
+    parser.add_argument("--quick", action="store_true", help="small shapes and few samples, to test the benches")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, every], metavar="N", help=f"default: 1 {every}")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,143 @@
+"""The ops in plain torch, each as fast as we know how to write it: what the benches compare with.
+
+Names of tensors and letters are those of `megalodon_ops`. Models in plain torch are in plain_models.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cema_loop(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor) -> Tensor:
+    """The recurrence step by step, all rows, channels and states at once."""
+    h = q.new_zeros(x.shape[0], *q.shape)  # (B, D, N)
+    ys = []
+    for x_t in x.unbind(1):
+        h = q * h + p * x_t[..., None]
+        ys.append((gamma * h).real.sum(-1))
+    return torch.stack(ys, 1) + omega * x
+
+
+def cema_fft(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, block: int = 128) -> Tensor:
+    """A convolution with k_j = Re(sum_n gamma p q^j) by FFT over twice the length.
+
+    The kernel comes from two short tables, q^(i + block m) = q^i q^(block m), as a matrix product over n.
+    """
+    length = x.shape[1]
+    fine = _powers(q, torch.arange(block))  # (D, N, block)
+    coarse = _powers(q, block * torch.arange(-(-length // block))) * (gamma * p)[..., None]  # (D, N, L / block)
+    kernel = _real_product(coarse.mT, fine).flatten(1)[:, :length]  # (D, L)
+    n = 2 * length
+    wide = x.to(p.dtype).mT  # (B, D, L)
+    y = torch.fft.irfft(torch.fft.rfft(wide, n) * torch.fft.rfft(kernel, n), n)[..., :length]
+    return (y.mT + omega * wide.mT).to(x.dtype)
+
+
+def cema_blocks(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, block: int = 64) -> Tensor:
+    """Matrix products inside blocks of time, and a loop over the blocks that carries the state.
+
+    y = T x + Re(gamma q^(j+1) h) inside a block, with T the block's Toeplitz matrix and h the state before it.
+    """
+    (B, L, _), N = x.shape, q.shape[1]
+    blocks = -(-L // block)
+    wide = F.pad(x.to(p.dtype), (0, 0, 0, blocks * block - L))
+    rows = wide.unflatten(1, (blocks, block)).permute(3, 1, 0, 2).flatten(1, 2)  # (D, blocks B, block)
+    power = _powers(q, torch.arange(block + 1))  # (D, N, block + 1)
+    kernel = _real_product((gamma * p)[:, None], power[..., :block]).squeeze(1)  # (D, block)
+    kernel = torch.cat((kernel[:, :1] + omega[:, None], kernel[:, 1:]), 1)
+    steps = torch.arange(block)
+    toeplitz = F.pad(kernel, (block - 1, 0))[:, steps - steps[:, None] + block - 1]  # (D, from, to)
+    into = _re_im(power[..., :block].flip(-1).mT * p[:, None])  # (D, block, 2 N)
+    added = torch.view_as_complex((rows @ into).unflatten(-1, (N, 2))).unflatten(1, (blocks, B))  # (D, blocks, B, N)
+    h, states = torch.zeros_like(added[:, 0]), []
+    for added_m in added.unbind(1):
+        states.append(h)
+        h = power[:, None, :, block] * h + added_m
+    before = _re_im(torch.stack(states, 1).flatten(1, 2))  # (D, blocks B, 2 N)
+    out_of = _re_im((gamma[..., None] * power[..., 1:]).conj_physical().mT).mT  # (D, 2 N, block)
+    y = torch.baddbmm(rows @ toeplitz, before, out_of)
+    return y.unflatten(1, (blocks, B)).permute(2, 1, 3, 0).flatten(1, 2)[:, :L].to(x.dtype)
+
+
+def _powers(q: Tensor, exponents: Tensor) -> Tensor:
+    """q^j (D, N, len(exponents))."""
+    return torch.exp(torch.log(q)[..., None] * exponents)
+
+
+def _re_im(z: Tensor) -> Tensor:
+    """(..., N) complex -> (..., 2 N), real and imaginary parts in turn."""
+    return torch.view_as_real(z.contiguous()).flatten(-2)
+
+
+def _real_product(a: Tensor, b: Tensor) -> Tensor:
+    """Re(a @ b) of complex matrices, in real arithmetic."""
+    return a.real @ b.real - a.imag @ b.imag
+
+
+def timestep_norm(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float = 1e-5) -> Tensor:
+    """Statistics by cumulative sums, in float64, as E[x^2] - mean^2 cancels."""
+    groups = x.float().unflatten(-1, (num_groups, -1))  # (B, L, G, D / G)
+    var, mean = torch.var_mean(groups, -1, correction=0)  # (B, L, G)
+    mean, var = mean.double(), var.double()
+    count = torch.arange(1, x.shape[1] + 1)[:, None]
+    running = mean.cumsum(1) / count
+    rstd = ((var + mean.square()).cumsum(1) / count - running.square() + eps).rsqrt()
+    y = (groups - running.float()[..., None]) * rstd.float()[..., None]
+    return (y.flatten(-2) * (1 + weight) + bias).to(x.dtype)
+
+
+def normalized_qk(
+    z: Tensor, gamma: Tensor, beta: Tensor, *, num_heads: int, chunk_size: int, base: float = 10000.0, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    heads = z.float().unflatten(-1, (num_heads, -1))  # (B, L, H, K)
+    K = heads.shape[-1]
+    zn = heads * (heads.square().mean(-1, keepdim=True) + eps).rsqrt()
+    gain, offset = (t.unflatten(-1, (num_heads, K)) for t in ((1 + gamma) * K**-0.5, beta))  # (2, H, K)
+    position = torch.arange(z.shape[1]) % chunk_size
+    angle = position[:, None] * base ** (torch.arange(0, K, 2, dtype=torch.float64) / -K)
+    cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]  # (L, 1, K / 2)
+
+    def rotated(t: Tensor) -> Tensor:
+        even, odd = t.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(z.dtype)
+
+    return rotated(zn * gain[0] + offset[0]), rotated(zn * gain[1] + offset[1])
+
+
+def attention_masked(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int) -> Tensor:
+    """Matrix product, mask, softmax, matrix product over whole chunks."""
+    q, k, v = (_chunks(t, chunk_size) for t in (q, k, v))
+    above = torch.ones(chunk_size, chunk_size, dtype=torch.bool).triu(1)
+    scores = (q @ k.mT).masked_fill(above, -torch.inf)
+    return _unchunks(scores.softmax(-1) @ v)
+
+
+def attention_row_blocks(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, rows: int = 256) -> Tensor:
+    """The same for a block of queries at a time, against the keys up to its last: half the work."""
+    q, k, v = (_chunks(t, chunk_size) for t in (q, k, v))
+    rows = min(rows, chunk_size)
+    above = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+    outputs = []
+    for start in range(0, chunk_size, rows):
+        end = min(start + rows, chunk_size)
+        scores = q[:, :, start:end] @ k[:, :, :end].mT
+        scores[..., start:].masked_fill_(above[: end - start, : end - start], -torch.inf)
+        outputs.append(scores.softmax(-1) @ v[:, :, :end])
+    return _unchunks(torch.cat(outputs, 2))
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int) -> Tensor:
+    q, k, v = (_chunks(t, chunk_size) for t in (q, k, v))
+    return _unchunks(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0))
+
+
+def _chunks(t: Tensor, chunk_size: int) -> Tensor:
+    """(1, L, H, K), L a multiple of C -> (L / C, H, C, K)."""
+    return t.squeeze(0).unflatten(0, (-1, chunk_size)).transpose(1, 2)
+
+
+def _unchunks(o: Tensor) -> Tensor:
+    """(L / C, H, C, V) -> (1, L, H, V)."""
+    return o.transpose(1, 2).flatten(0, 1)[None]

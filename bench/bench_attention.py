@@ -1,0 +1,112 @@
+"""chunked_attention and normalized_qk: forward and backward.
+
+chunked_attention, a pair being a query and a key it may see, of which a chunk of C steps and a head have C (C + 1) / 2:
+    forward   flops 2 K + 2 V a pair             scores, output; the softmax does not count
+              bytes: q, k, v in, o out
+    backward  flops 6 K + 4 V a pair             scores again, dv, dP, dq, dk
+              bytes: q, k, v, o, do in, dq, dk, dv out
+normalized_qk, an element of z:
+    forward   flops 13 (norm 3; gain, offset and rotation of q and k: 10)      bytes: z in, q, k out
+    backward  flops 24 (rotations 6, gains 4, dgamma and dbeta 6, norm 8)      bytes: z, dq, dk in, dz out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import megalodon_ops as mo
+
+from . import baselines
+from .harness import OURS, Case, Path, forward, forward_backward
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    short = 8 if quick else 1
+    L, C = 8192 // short, 2048 // short
+    every = ("masked", "row blocks", "sdpa")
+    for dtype in DTYPES:
+        wide = dict(C=C, K=256, V=2048 // short, H=1, dtype=dtype)
+        yield _attention(L, **wide, rivals=(*every, "compiled") if dtype == torch.float32 else every)
+        yield _attention(L, **wide, rivals=every, backward=True)
+    for dtype in DTYPES:
+        yield _attention(L, C=C, K=64, V=512 // short, H=4, dtype=dtype, backward=True)
+    for dtype in DTYPES:
+        square = dict(C=C // 2, K=64, V=64, H=8, dtype=dtype)
+        yield _attention(L, **square)
+        yield _attention(L, **square, backward=True)
+    for dtype in DTYPES:
+        for backward in (False, True):
+            yield _qk(L, Z=256, H=1, C=C, dtype=dtype, backward=backward, compiled=dtype == torch.float32 and backward)
+
+
+def _attention(
+    L: int, *, C: int, K: int, V: int, H: int, dtype: torch.dtype, backward: bool = False,
+    rivals: tuple[str, ...] = ("row blocks", "sdpa"),
+) -> Case:  # fmt: skip
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, L, H, K, dtype=dtype) * K**-0.25 for _ in range(2))  # scores of variance 1
+    v, do = (torch.randn(1, L, H, V, dtype=dtype) for _ in range(2))
+    call = partial(_call, backward=backward)
+
+    def way(op, **options):
+        return call(partial(op, chunk_size=C), (q, k, v), (do,), **options)
+
+    ways = {
+        "masked": Path("matmul, mask, softmax, matmul", way(baselines.attention_masked)),
+        "row blocks": Path("the same by blocks of rows", way(baselines.attention_row_blocks)),
+        "sdpa": Path("SDPA", way(baselines.attention_sdpa)),
+        "compiled": Path("masked, torch.compile", way(torch.compile(baselines.attention_masked)), compiled=True),
+    }
+    wide = partial(baselines.attention_row_blocks, chunk_size=C)
+    pairs, steps, size = L // C * C * (C + 1) // 2 * H, L * H, q.element_size()
+    return Case(
+        name="chunked_attention " + ("forward + backward" if backward else "forward"),
+        shape=f"L {L} C {C} K {K} V {V} H {H}",
+        dtype=DTYPES[dtype],
+        paths=[Path(OURS, way(mo.chunked_attention)), *(ways[name] for name in rivals)],
+        expected=call(wide, [t.float() for t in (q, k, v)], [do.float()]),
+        tolerance=TOLERANCE[dtype],
+        units=L * H * V,
+        flops=pairs * ((8 * K + 6 * V) if backward else (2 * K + 2 * V)),
+        bytes=steps * size * ((6 * K + 6 * V) if backward else (2 * K + 2 * V)),
+        cold=False,
+        fewer_threads=H == 1,
+    )
+
+
+def _qk(L: int, *, Z: int, H: int, C: int, dtype: torch.dtype, backward: bool, compiled: bool) -> Case:
+    torch.manual_seed(0)
+    inputs = (torch.randn(1, L, Z, dtype=dtype), 0.1 * torch.randn(2, Z), 0.1 * torch.randn(2, Z))
+    douts = [torch.randn(1, L, H, Z // H, dtype=dtype) for _ in range(2)]
+    options = dict(num_heads=H, chunk_size=C)
+    plain = partial(baselines.normalized_qk, **options)
+    call = partial(_call, backward=backward)
+    paths = [
+        Path(OURS, call(partial(mo.normalized_qk, **options), inputs, douts)),
+        Path("eager", call(plain, inputs, douts)),
+    ]
+    if compiled:
+        paths.append(Path("torch.compile", call(torch.compile(plain), inputs, douts), compiled=True))
+    size = inputs[0].element_size()
+    return Case(
+        name="normalized_qk " + ("forward + backward" if backward else "forward"),
+        shape=f"L {L} Z {Z} H {H} C {C}",
+        dtype=DTYPES[dtype],
+        paths=paths,
+        expected=call(plain, [t.float() for t in inputs], [t.float() for t in douts]),
+        tolerance=TOLERANCE[dtype],
+        units=L * Z,
+        flops=L * Z * (37 if backward else 13),
+        bytes=L * Z * size * (7 if backward else 3),
+    )
+
+
+def _call(op: Callable, inputs: tuple[Tensor, ...], douts: tuple[Tensor, ...], *, backward: bool) -> Callable:
+    return forward_backward(op, inputs, douts) if backward else forward(op, *inputs)

@@ -1,0 +1,235 @@
+"""The model: training step (forward, loss, backward), forward of a long prompt, decoding.
+
+Flops: 2 a token and weight of every linear layer, times 3 for a training step, plus attention and cema by the formulas
+of their benches. Bytes: the weights, once for a forward, three times for a training step (forward, backward, gradient),
+and for each decoded token the weights and the chunk's keys and values. Other work on activations is not counted.
+
+Rivals are MEGALODON in plain torch with the same weights, and a Llama with as many parameters, whose attention sees the
+whole past. "Linear layers alone" and "weights read once" bound from below what our time can become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+import megalodon_ops as mo
+
+from . import plain_models
+from .harness import OURS, Case, Outputs, Path, forward
+
+_25M = dict(
+    num_layers=6, model_dim=512, num_heads=4, z_dim=256, value_dim=1024, ffn_hidden_dim=2048, chunk_size=1024,
+    vocab_size=256,
+)  # fmt: skip
+_QUICK = dict(
+    num_layers=2, model_dim=128, num_heads=2, z_dim=64, value_dim=128, ffn_hidden_dim=256, chunk_size=128,
+    vocab_size=256,
+)  # fmt: skip
+# Gradients of the deepest parameters gather the rounding of every layer; 16-bit ones keep two digits.
+TRAINING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+FORWARD_TOLERANCE = 1e-3
+DECODED = 8
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    small = _Model("2M" if quick else "25M", mo.MegalodonConfig(**(_QUICK if quick else _25M)))
+    C = small.config.chunk_size
+    yield _training(small, 2 * C, plain=True)
+    yield _training(small.to(torch.bfloat16), 2 * C, plain=True)
+    yield _training(small, 8 * C)
+    yield _packed(small, 2 * C, documents=4)
+    yield _forward(small, 8 * C, plain=True)
+    yield _forward(small, 32 * C)
+    yield _decode(small, C - 24)
+    yield _decode(small, 32 * C - 24)
+    if not quick:
+        yield _training(_Model("200M", mo.MegalodonConfig.preset("mega200M")), 2048)
+
+
+@dataclass
+class _Model:
+    name: str
+    config: mo.MegalodonConfig
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.ours = mo.Megalodon(self.config).to(self.dtype)
+        self.llama = plain_models.Llama.sized_like(self.ours).to(self.dtype)
+        self.linears = [m for m in self.ours.modules() if isinstance(m, nn.Linear)]
+        self.weights = sum(m.weight.numel() for m in self.linears)
+        self.size = self.ours.embed.weight.element_size()
+
+    def to(self, dtype: torch.dtype) -> _Model:
+        return _Model(self.name, self.config, dtype)
+
+    def tokens(self, length: int) -> Tensor:
+        return torch.randint(self.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+
+    def flops(self, length: int, training: bool) -> int:
+        config = self.config
+        N, K, V = config.cema_ndim, config.z_dim, config.value_dim  # of all heads
+        C = min(config.chunk_size, length)
+        attention = length * (C + 1) // 2 * ((8 * K + 6 * V) if training else (2 * K + 2 * V))
+        cema = length * config.model_dim * ((48 * N + 6) if training else (12 * N + 2))
+        return length * self.weights * (6 if training else 2) + config.num_layers * (attention + cema)
+
+    def case(self, name: str, length: int, paths: list[Path], training: bool, **fields) -> Case:
+        return Case(
+            name=name,
+            shape=f"{self.name} L {length}",
+            dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype],
+            paths=paths,
+            units=length,
+            unit="token",
+            flops=self.flops(length, training),
+            bytes=self.weights * self.size * (3 if training else 1),
+            cold=False,
+            **fields,
+        )
+
+
+def _step(logits: Callable[[Tensor], Tensor], model: nn.Module, tokens: Tensor, *, with_grads: bool) -> Outputs:
+    """Loss of predicting each next token, and its gradients."""
+    loss = F.cross_entropy(logits(tokens)[0, :-1], tokens[0, 1:])
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return (loss.detach(), *grads) if with_grads else (loss.detach(),)
+
+
+def _training(model: _Model, length: int, *, plain: bool = False) -> Case:
+    tokens = model.tokens(length)
+    exact = _Model(model.name, model.config) if model.dtype != torch.float32 else model
+    exact.ours.load_state_dict(model.ours.state_dict())  # the rounded weights, in float32
+    plain_logits = partial(plain_models.megalodon, model.ours)
+
+    def expected() -> Outputs:
+        logits = partial(plain_models.megalodon, exact.ours)
+        if plain:
+            return _step(logits, exact.ours, tokens, with_grads=True)
+        with torch.no_grad():
+            return (F.cross_entropy(logits(tokens)[0, :-1], tokens[0, 1:]),)
+
+    paths = [
+        Path(OURS, partial(_step, model.ours, model.ours, tokens, with_grads=plain)),
+        Path("Llama", partial(_step, model.llama, model.llama, tokens, with_grads=False), checked=False),
+        Path("linear layers alone", _linears_alone(model, length), rival=False, checked=False),
+    ]
+    if plain:
+        paths.insert(1, Path("plain torch", partial(_step, plain_logits, model.ours, tokens, with_grads=True)))
+    return model.case(
+        "training step", length, paths, training=True, expected=expected, tolerance=TRAINING_TOLERANCE[model.dtype],
+        fewer_threads=False,
+    )  # fmt: skip
+
+
+def _linears_alone(model: _Model, length: int) -> Callable[[], Outputs]:
+    """Forward and backward of the model's own linear layers on inputs of their shapes."""
+    inputs = {m.in_features: torch.randn(1, length, m.in_features, dtype=model.dtype) for m in model.linears}
+    douts = {m.out_features: torch.randn(1, length, m.out_features, dtype=model.dtype) for m in model.linears}
+    inputs = {size: x.requires_grad_() for size, x in inputs.items()}
+
+    def run() -> Outputs:
+        for m in model.linears:
+            x = inputs[m.in_features]
+            torch.autograd.grad(m(x), (x, *m.parameters()), douts[m.out_features])
+        return ()
+
+    return run
+
+
+def _packed(model: _Model, length: int, documents: int) -> Case:
+    tokens = model.tokens(length)
+    offsets = torch.arange(0, length + 1, length // documents)
+
+    def separately(tokens: Tensor) -> Tensor:
+        parts = tokens.split(length // documents, 1)
+        return torch.cat([plain_models.megalodon(model.ours, part) for part in parts], 1)
+
+    step = partial(_step, model=model.ours, tokens=tokens, with_grads=True)
+    paths = [
+        Path(OURS, partial(step, partial(model.ours, cu_seqlens=offsets))),
+        Path("megalodon_ops, one document", partial(step, model.ours), rival=False, checked=False),
+    ]
+    return model.case(
+        f"training step, {documents} packed documents", length, paths, training=True,
+        expected=partial(step, separately), tolerance=TRAINING_TOLERANCE[model.dtype], fewer_threads=False,
+    )  # fmt: skip
+
+
+def _forward(model: _Model, length: int, *, plain: bool = False) -> Case:
+    tokens = model.tokens(length)
+    plain_call = forward(partial(plain_models.megalodon, model.ours), tokens)
+    paths = [Path(OURS, forward(model.ours, tokens)), Path("Llama", forward(model.llama, tokens), checked=False)]
+    if plain:
+        paths.insert(1, Path("plain torch", plain_call))
+    return model.case(
+        "forward", length, paths, training=False, expected=plain_call, tolerance=FORWARD_TOLERANCE, fewer_threads=False
+    )
+
+
+def _decode(model: _Model, context: int) -> Case:
+    """`DECODED` tokens, one call each, after `context` tokens; the attention's chunk is nearly full."""
+    C = model.config.chunk_size
+    tokens = model.tokens(context + DECODED)
+    new = tokens[:, context:].split(1, 1)
+    start, state = None, None
+    caches = model.llama.caches(context + DECODED)
+
+    @torch.no_grad()
+    def read_context() -> None:
+        nonlocal start
+        for piece in tokens[:, :context].split(C, 1):
+            _, start = model.ours(piece, state=start, return_state=True, inplace_state=start is not None)
+
+    def restore() -> None:
+        nonlocal state
+        if start is None:
+            read_context()
+        state = tree_map_only(Tensor, Tensor.clone, start)
+
+    @torch.no_grad()
+    def decode() -> Outputs:
+        nonlocal state
+        logits = []
+        for token in new:
+            out, state = model.ours(token, state=state, return_state=True, inplace_state=True)
+            logits.append(out)
+        return (torch.cat(logits, 1),)
+
+    @torch.no_grad()
+    def decode_llama() -> Outputs:
+        return (torch.cat([model.llama(token, caches, context + i) for i, token in enumerate(new)], 1),)
+
+    @torch.no_grad()
+    def read_weights() -> Outputs:
+        for _ in new:
+            for layer in model.linears:
+                layer.weight.sum()
+        return ()
+
+    def expected() -> Outputs:
+        with torch.no_grad():
+            return (model.ours(tokens)[:, context:],)
+
+    paths = [
+        Path(OURS, decode, before=restore),
+        Path("Llama", decode_llama, checked=False),
+        Path("weights read once", read_weights, rival=False, checked=False),
+    ]
+    case = model.case(
+        f"decode {DECODED} tokens after {context}", DECODED, paths, training=False, expected=expected,
+        tolerance=FORWARD_TOLERANCE,
+    )  # fmt: skip
+    config, seen = model.config, context % C
+    channels = seen * config.num_layers * (config.z_dim + config.value_dim)  # of cached keys and values
+    case.shape = model.name
+    case.flops = DECODED * (model.flops(1, training=False) + 2 * channels)
+    case.bytes = DECODED * (model.weights + channels) * model.size
+    return case

@@ -1,0 +1,89 @@
+"""What a call costs where there is next to nothing to compute: Python, dispatch, checks, threads.
+
+Sizes are those of a tiny model. `torch.add`, about the cheapest call of torch, is shown for comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import megalodon_ops as mo
+
+from . import baselines
+from .harness import OURS, Case, Path, forward, forward_backward
+
+L, D, N, G, H, C = 2, 64, 16, 4, 2, 16
+TOLERANCE = 1e-4
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    torch.manual_seed(0)
+    x, ones = torch.randn(1, L, D), torch.randn(D)
+    coefficients = [t.detach() for t in mo.ComplexEMA(D, N).coefficients()]
+    affine = torch.randn(2, D)
+    qkv = [torch.randn(1, L, H, D // H) for _ in range(3)]
+    norm, qk, attention = dict(num_groups=G), dict(num_heads=H, chunk_size=C), dict(chunk_size=C)
+    yield from _both("cema", mo.cema, baselines.cema_loop, (x, *coefficients))
+    yield from _both(
+        "timestep_norm", partial(mo.timestep_norm, **norm), partial(baselines.timestep_norm, **norm), (x, ones, ones)
+    )
+    yield from _both(
+        "normalized_qk", partial(mo.normalized_qk, **qk), partial(baselines.normalized_qk, **qk), (x, affine, affine)
+    )
+    sdpa = partial(baselines.attention_sdpa, chunk_size=L)
+    yield from _both("chunked_attention", partial(mo.chunked_attention, **attention), sdpa, qkv)
+    yield _appending([t[:, :1] for t in qkv])
+
+
+def _both(name: str, ours: Callable, plain: Callable, inputs: tuple[Tensor, ...]) -> Iterator[Case]:
+    """Forward, and forward with backward."""
+    with torch.no_grad():
+        outputs = ours(*inputs)
+    douts = [torch.randn_like(o) for o in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
+    yield _case(name + " forward", inputs, forward(ours, *inputs), forward(plain, *inputs))
+    backward = partial(forward_backward, inputs=inputs, douts=douts)
+    yield _case(name + " forward + backward", inputs, backward(ours), backward(plain))
+
+
+def _appending(qkv: list[Tensor]) -> Case:
+    """A token that appends to a chunk's keys and values, which starts anew every C tokens."""
+    q, k, v = qkv
+    caches = [torch.zeros(1, C, H, D // H) for _ in range(4)]
+    state = mo.AttentionState(*caches[:2], torch.zeros(1, dtype=torch.int64))
+    position = 0
+
+    def plain() -> Tensor:
+        nonlocal position
+        keys, values = caches[2:]
+        keys[:, position], values[:, position] = k[:, 0], v[:, 0]
+        seen = [t[:, : position + 1].transpose(1, 2) for t in (keys, values)]
+        position = (position + 1) % C
+        return F.scaled_dot_product_attention(q.transpose(1, 2), *seen, scale=1.0).transpose(1, 2)
+
+    ours = partial(mo.chunked_attention, q, k, v, chunk_size=C, state=state, inplace_state=True)
+    # All keys and values are equal, so that every position has the same output.
+    return _case("chunked_attention, appending in place", qkv, forward(ours), forward(plain))
+
+
+def _case(name: str, inputs: tuple[Tensor, ...], ours: Callable, plain: Callable) -> Case:
+    one = torch.ones(1)
+    return Case(
+        name=name,
+        shape=f"L {inputs[0].shape[1]} D {D}",
+        dtype="fp32",
+        paths=[
+            Path(OURS, ours),
+            Path("eager", plain),
+            Path("torch.add of one number", lambda: (torch.add(one, one),), rival=False, checked=False),
+        ],
+        expected=plain,
+        tolerance=TOLERANCE,
+        units=1,
+        unit="call",
+        cold=False,
+    )

@@ -1,0 +1,60 @@
+"""timestep_norm: forward and backward.
+
+Bytes an element: forward x in, y out; backward x and dy in, dx out. Statistics, G numbers a step, do not count.
+Flops an element: forward 8 (sum, squared distance from the group's mean: 4; subtract, scale, gain, bias: 4), backward
+14 (two sums with gains: 6; dbias and dweight: 3; dx: 5). The op is bound by bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+import megalodon_ops as mo
+
+from . import baselines
+from .harness import OURS, Case, Path, forward, forward_backward
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    length = 1024 if quick else 8192
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(1, length, 1024, 32, dtype, compiled=dtype == torch.float32)
+        yield _case(1, length, 1024, 32, dtype, backward=True, compiled=dtype == torch.float32)
+    yield _case(8, length // 4, 512, 32, torch.float32)
+    yield _case(8, length // 4, 512, 32, torch.float32, backward=True)
+    yield _case(1, 256, 256, 8, torch.float32)
+    yield _case(1, 256, 256, 8, torch.float32, backward=True)
+
+
+def _case(
+    batch: int, length: int, dim: int, groups: int, dtype: torch.dtype, *, backward: bool = False,
+    compiled: bool = False,
+) -> Case:  # fmt: skip
+    torch.manual_seed(0)
+    x, dy = (torch.randn(batch, length, dim, dtype=dtype) for _ in range(2))
+    inputs = (x, 0.1 * torch.randn(dim), 0.1 * torch.randn(dim))
+    plain = partial(baselines.timestep_norm, num_groups=groups)
+
+    def call(op, tensors=inputs, dy=dy):
+        return forward_backward(op, tensors, [dy]) if backward else forward(op, *tensors)
+
+    paths = [Path(OURS, call(partial(mo.timestep_norm, num_groups=groups))), Path("cumulative sums", call(plain))]
+    if compiled:
+        paths.append(Path("the same, torch.compile", call(torch.compile(plain)), compiled=True))
+    elements, size = x.numel(), x.element_size()
+    return Case(
+        name="forward + backward" if backward else "forward",
+        shape=f"B {batch} L {length} D {dim} G {groups}",
+        dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
+        paths=paths,
+        expected=call(plain, [t.float() for t in inputs], dy.float()),
+        tolerance=TOLERANCE[dtype],
+        units=elements,
+        flops=elements * (22 if backward else 8),
+        bytes=elements * size * (5 if backward else 2),
+    )

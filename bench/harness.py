@@ -1,0 +1,347 @@
+"""Times several ways of doing the same work against each other: first whether they agree, then how long they take.
+
+A `Case` is one piece of work with a `Path` for each way of doing it, ours first. Measuring one takes these steps:
+
+1. Agreement. Every path runs once, and its outputs are held against the case's expected ones; ours must be within the
+   tolerance, or the case raises `Disagreement` and is not timed. This call also compiles what needs compiling.
+2. Memory. Freed memory is given back to the system, and the peak of one call is read (Linux only): for us the call of
+   step 1, for others, of which that may be the only call and then counts, one more.
+3. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path leaves when it has
+   enough samples or has used up its seconds: slow ones end with few samples, down to the one call of step 1.
+   warm: an untimed call comes first, then the timed one, or as many calls in a row as take a millisecond.
+   cold: a buffer twice as large as the last-level cache is read and written first, then one call is timed.
+
+Results are freed outside the timed part. The allocator keeps freed memory (see `keep_freed_memory`), so that the
+system's page clearing, which `machine.Limits.first_touch` shows, is not part of what is timed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as File
+
+import torch
+from torch import Tensor
+
+from . import machine
+
+OURS = "megalodon_ops"
+Outputs = Sequence[Tensor]
+
+_SHORT = 1e-3  # seconds; shorter calls are timed several in a row
+_CACHEABLE = 0.3  # seconds; the state of the cache does not show in longer calls
+
+
+class Disagreement(AssertionError):
+    """Our results are not those expected."""
+
+
+@dataclass
+class Path:
+    """One way of doing a case's work."""
+
+    name: str
+    call: Callable[[], Outputs]
+    before: Callable[[], None] | None = None
+    """untimed, ahead of every call"""
+    rival: bool = True
+    """competes for the best plain-torch path; False: shown for comparison"""
+    checked: bool = True
+    """its outputs are those of the case"""
+    compiled: bool = False
+    """the first call compiles"""
+
+
+@dataclass
+class Case:
+    """One piece of work, stated as what any way of doing it must compute and move."""
+
+    name: str
+    shape: str
+    dtype: str
+    paths: list[Path]
+    expected: Callable[[], Outputs] | None
+    """None: nothing to compare, as for rivals that do other work"""
+    tolerance: float
+    """on max |got - expected| / max |expected|, each output by itself"""
+    units: int
+    """elements or tokens"""
+    unit: str = "element"
+    flops: float | None = None
+    """useful floating-point operations"""
+    bytes: float | None = None
+    """fewest bytes to and from memory"""
+    cold: bool = True
+    """also worth timing with nothing in the cache"""
+    fewer_threads: bool = True
+    """also worth timing on fewer threads than all"""
+
+
+@dataclass
+class Timing:
+    """What one path took, in seconds a call."""
+
+    path: str
+    rival: bool
+    warm: list[float] = field(default_factory=list)
+    cold: list[float] = field(default_factory=list)
+    error: float | None = None
+    peak_memory: int | None = None
+    """bytes on top of what was in use before"""
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        samples = self.warm or self.cold
+        return statistics.median(samples) if samples else math.inf
+
+
+@dataclass
+class Result:
+    """A measured case at one number of threads."""
+
+    bench: str
+    case: str
+    shape: str
+    dtype: str
+    threads: int
+    units: int
+    unit: str
+    flops: float | None
+    bytes: float | None
+    tolerance: float
+    timings: list[Timing]
+
+    @property
+    def ours(self) -> Timing:
+        return self.timings[0]
+
+    @property
+    def best_rival(self) -> Timing | None:
+        rivals = [t for t in self.timings if t.rival and t.median < math.inf]
+        return min(rivals, key=lambda t: t.median, default=None)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    samples: int = 11
+    seconds: float = 1.0
+    """for each path and state of the cache; a rival whose first call takes three times as long gets no other"""
+
+
+def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
+    """Results with the largest number of threads first; with fewer, ours against the best rival alone, warm."""
+    most, *fewer = sorted(threads, reverse=True)
+    result = _measure(bench, case, most, effort)
+    yield result
+    best = result.best_rival
+    rivals = [path for path in case.paths[1:] if best and path.name == best.path and len(best.warm) > 1]
+    duel = dataclasses.replace(case, paths=[case.paths[0], *rivals], expected=None, cold=False)
+    for count in fewer if case.fewer_threads else ():
+        yield _measure(bench, duel, count, effort)
+
+
+def _measure(bench: str, case: Case, threads: int, effort: Effort) -> Result:
+    torch.set_num_threads(threads)
+    timings = [Timing(path.name, path.rival and path is not case.paths[0]) for path in case.paths]
+    active = _check(case, timings, effort)
+    for runner in active:
+        runner.warm_up()
+    gc.collect()
+    gc.disable()
+    try:
+        _take_turns(active, effort, warm=True)
+        if case.cold:
+            _take_turns([runner for runner in active if runner.seconds < _CACHEABLE], effort, warm=False)
+    finally:
+        gc.enable()
+    return Result(
+        bench, case.name, case.shape, case.dtype, threads, case.units, case.unit, case.flops, case.bytes,
+        case.tolerance, timings,
+    )  # fmt: skip
+
+
+@dataclass
+class _Runner:
+    """A path being timed."""
+
+    path: Path
+    timing: Timing
+    seconds: float
+    """about how long a call takes"""
+
+    def warm_up(self) -> None:
+        """Reads the peak memory of a call, where it is not known, and finds how long one takes."""
+        if self.timing.peak_memory is None:
+            if self.path.before:
+                self.path.before()
+            in_use = _reset_peak_memory()
+            self.seconds, outputs = _timed(self.path.call)
+            self.timing.peak_memory = _peak_memory_since(in_use)
+            del outputs
+        for _ in range(3 if self.seconds < _CACHEABLE else 0):
+            if self.path.before:
+                self.path.before()
+            self.seconds = min(self.seconds, _timed(self.path.call)[0])
+
+    def sample(self, flush: Callable[[], None] | None) -> None:
+        """Adds one sample: cold after `flush`, else warm."""
+        alone = flush is not None or self.path.before is not None
+        calls = 1 if alone else max(1, math.ceil(_SHORT / self.seconds))
+        if self.path.before:
+            self.path.before()
+        if flush:
+            flush()
+        elif not alone and self.seconds < _CACHEABLE:
+            self.path.call()
+        seconds, _ = _timed(self.path.call, calls)
+        (self.timing.cold if flush else self.timing.warm).append(seconds)
+
+
+def _check(case: Case, timings: list[Timing], effort: Effort) -> list[_Runner]:
+    """Runs every path once against the expected outputs; returns those worth timing further."""
+    expected = case.expected and [t.detach() for t in case.expected()]
+    active = []
+    for path, timing in zip(case.paths, timings, strict=True):
+        ours = path is case.paths[0]
+        if path.before:
+            path.before()
+        in_use = _reset_peak_memory() if ours else None
+        try:
+            seconds, outputs = _timed(path.call)
+        except Exception as error:
+            if ours:
+                raise
+            timing.note = f"failed: {type(error).__name__}"
+            continue
+        timing.peak_memory = _peak_memory_since(in_use)
+        if expected and path.checked:
+            timing.error = relative_error(outputs, expected)
+            agrees = timing.error <= case.tolerance
+            if ours and not agrees:
+                work = f"{case.name}, {case.shape}, {case.dtype}"
+                raise Disagreement(f"{work}: error {timing.error:.1e}, more than {case.tolerance:.0e}")
+            if not agrees:
+                timing.note = "misses the tolerance"
+        del outputs
+        if seconds > 3 * effort.seconds and not ours and not path.compiled:
+            timing.warm, timing.note = [seconds], timing.note or "one call, no warm-up"
+        else:
+            active.append(_Runner(path, timing, seconds))
+    return active
+
+
+def relative_error(got: Outputs, expected: Outputs) -> float:
+    """The largest max |got - expected| / max |expected| of any output."""
+    errors = [0.0]
+    for a, b in zip(got, expected, strict=True):
+        if a.shape != b.shape:
+            raise Disagreement(f"shape {tuple(a.shape)} instead of {tuple(b.shape)}")
+        wide = torch.complex128 if b.is_complex() else torch.float64
+        # In pieces, so that checking a large result takes little memory.
+        pieces = zip(a.detach().reshape(-1).split(1 << 24), b.reshape(-1).split(1 << 24), strict=True)
+        worst = max(_nan_is_worst((p.to(wide) - q.to(wide)).abs().max().item()) for p, q in pieces)
+        errors.append(worst / max(b.abs().max().item(), 1e-30))
+    return max(errors)
+
+
+def _nan_is_worst(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _take_turns(runners: list[_Runner], effort: Effort, *, warm: bool) -> None:
+    """Samples A B A B until each path has enough samples or has used up its seconds."""
+    flush = None if warm else cache_flusher()
+    spent = dict.fromkeys(range(len(runners)), 0.0)
+    samples = 0
+    while spent and samples < effort.samples:
+        for index in list(spent):
+            start = time.perf_counter()
+            runners[index].sample(flush)
+            spent[index] += time.perf_counter() - start
+            if spent[index] > effort.seconds:
+                del spent[index]
+        samples += 1
+
+
+def _timed(call: Callable[[], Outputs], calls: int = 1) -> tuple[float, Outputs]:
+    """Seconds a call, and the last outputs, which outlive the timing."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        outputs = call()
+    return (time.perf_counter() - start) / calls, outputs
+
+
+def cache_flusher() -> Callable[[], None]:
+    """A call that leaves nothing of what came before in any cache."""
+    if not hasattr(cache_flusher, "buffer"):
+        cache_flusher.buffer = torch.zeros(2 * machine.last_level_cache() // 4)
+    return lambda: cache_flusher.buffer.add_(1)
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc's malloc keep and reuse freed memory of any size. False where there is no glibc.
+
+    Otherwise every result of 32 MiB and more comes from fresh pages, which the system clears one by one: on some
+    machines that takes longer than the op.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_max = -1, -4
+        return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, -1))
+    except (AttributeError, OSError):
+        return False
+
+
+def _reset_peak_memory() -> int | None:
+    """Gives freed memory back, sets the high-water mark to what is in use, and returns that; None if not Linux."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        File("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except (AttributeError, OSError):
+        return None
+
+
+def _peak_memory_since(in_use: int | None) -> int | None:
+    return None if in_use is None else max(0, _status("VmHWM") - in_use)
+
+
+def _status(name: str) -> int:
+    return int(re.search(rf"{name}:\s*(\d+)", File("/proc/self/status").read_text())[1]) << 10
+
+
+def forward(call: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Callable[[], Outputs]:
+    """A path's call without gradients."""
+
+    def run() -> Outputs:
+        with torch.no_grad():
+            outputs = call(*inputs)
+        return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+    return run
+
+
+def forward_backward(
+    call: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], douts: Sequence[Tensor]
+) -> Callable[[], Outputs]:
+    """A path's call with the gradients of all `inputs`, given those of the outputs."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+
+    def run() -> Outputs:
+        outputs = call(*leaves)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, douts)
+
+    return run

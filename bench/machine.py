@@ -1,0 +1,135 @@
+"""What the processor is, and its own limits, measured in the run that quotes them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import megalodon_ops as mo
+
+_FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Best rates seen, GFLOP/s and GB/s; None where it could not be measured."""
+
+    fma_fp32: float | None
+    """multiply-adds in registers, a small C loop (fma_peak.c)"""
+    gemm_fp32: float
+    """torch.mm of square matrices"""
+    gemm_fp32_onednn: float | None
+    """the same through oneDNN, which torch.mm may not use"""
+    gemm_bf16: float
+    copy: float
+    """tensor.copy_ between buffers far larger than the cache, bytes read plus bytes written"""
+    read: float
+    """tensor.sum of such a buffer"""
+    first_touch: float
+    """writing memory fresh from the system, whose pages it must clear first"""
+
+    def best(self, other: Limits) -> Limits:
+        """The higher of each, as load from outside only lowers them."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Limits(*(max((v for v in pair if v is not None), default=None) for pair in pairs))
+
+
+def describe() -> dict[str, str]:
+    info = _cpuinfo()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    return {
+        "processor": info.get("model name", platform.processor() or platform.machine()),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "last-level cache": f"{last_level_cache() >> 20} MiB",
+        "vector extensions": " ".join(flag for flag in _FLAGS if flag in flags) or "unknown",
+        "kernels in use": mo._C.active_isa(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo, empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text().split("\n\n")[0] if path.exists() else ""
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def last_level_cache() -> int:
+    """Bytes of the last-level cache, 32 MiB where the system does not say."""
+    sizes = [os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in os.sysconf_names]
+    return next((size for size in sizes if size > 0), 32 << 20)
+
+
+def measure_limits(threads: int, quick: bool = False) -> Limits:
+    torch.set_num_threads(threads)
+    repeats, size, buffer = (2, 1024, 64 << 20) if quick else (6, 2048, 256 << 20)
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    source, target = torch.ones(buffer // 4), torch.zeros(buffer // 4)
+    flops = 2 * size**3
+
+    def rate(work: float, call: Callable[[], object]) -> float:
+        return work / min(_seconds(call) for _ in range(repeats)) / 1e9
+
+    onednn = None
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        onednn = rate(flops, lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    return Limits(
+        fma_fp32=fma_peak(threads, quick),
+        gemm_fp32=rate(flops, lambda: torch.mm(a, b)),
+        gemm_fp32_onednn=onednn,
+        gemm_bf16=rate(flops, lambda: torch.mm(a16, b16)),
+        copy=rate(2 * buffer, lambda: target.copy_(source)),
+        read=rate(buffer, source.sum),
+        first_touch=_first_touch(buffer),
+    )
+
+
+def fma_peak(threads: int, quick: bool = False) -> float | None:
+    """GFLOP/s of multiply-adds in registers on `threads` threads; None without a C compiler."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "fma_peak.so"
+        source = Path(__file__).with_name("fma_peak.c")
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        subprocess.run([*compiler.split(), *flags, str(source), "-o", str(library)], check=True)
+        native = ctypes.CDLL(str(library))
+    native.run.restype = ctypes.c_float
+    native.run.argtypes = (ctypes.c_int64, ctypes.c_float, ctypes.c_float)
+    native.flops_per_iteration.restype = ctypes.c_int64
+    iterations = 10_000_000 if quick else 60_000_000
+
+    def one_thread(_: int) -> float:
+        return _seconds(lambda: native.run(iterations, 0.999, 0.001))
+
+    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
+        slowest = min(max(pool.map(one_thread, range(threads))) for _ in range(3))
+    return threads * iterations * native.flops_per_iteration() / slowest / 1e9
+
+
+def _first_touch(size: int) -> float:
+    """GB/s of filling memory that the process has not touched yet."""
+    fresh = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    return size / _seconds(lambda: fresh.fill_(1)) / 1e9
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

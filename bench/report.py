@@ -1,0 +1,193 @@
+"""Writes results as JSON, as tables in markdown, and as a plot for each bench."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .harness import Result
+from .machine import Limits
+
+_HEAD = """# CPU benches, {date}
+
+{machine}
+
+Limits of this machine, measured before and after the benches (the better value), by number of threads:
+
+{limits}
+
+How to read the tables: [README](../README.md). Times are medians of interleaved samples; ± is half the distance from
+the first to the third quartile, in percent of the median; n is the number of samples. The run took
+{minutes:.0f} minutes.{quick}
+"""
+
+_LIMIT_NAMES = {
+    "fma_fp32": "fp32 multiply-add, GFLOP/s",
+    "gemm_fp32": "torch fp32 matrix product, GFLOP/s",
+    "gemm_fp32_onednn": "oneDNN fp32 matrix product, GFLOP/s",
+    "gemm_bf16": "torch bf16 matrix product, GFLOP/s",
+    "copy": "copy, GB/s read and written",
+    "read": "read, GB/s",
+    "first_touch": "writing fresh memory, GB/s",
+}
+
+
+def write(
+    stem: Path, results: Sequence[Result], failures: Sequence[str], machine: dict[str, str], limits: dict[int, Limits],
+    *, date: str, seconds: float, quick: bool,
+) -> None:  # fmt: skip
+    """Writes `stem`.json, `stem`.md and the plots `stem`-<bench>.png."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    record = dict(
+        date=date, seconds=round(seconds), quick=quick, machine=machine, failures=list(failures),
+        limits={threads: dataclasses.asdict(values) for threads, values in limits.items()},
+        results=[dataclasses.asdict(result) for result in results],
+    )  # fmt: skip
+    stem.with_name(stem.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
+    quick_note = "\n\nSmall shapes and few samples: a test of the benches, not a measurement." if quick else ""
+    rows = [[name, *(_number(getattr(limits[t], key)) for t in limits)] for key, name in _LIMIT_NAMES.items()]
+    parts = [
+        _HEAD.format(
+            date=date,
+            machine="\n".join(f"- {key}: {value}" for key, value in machine.items()),
+            limits=_table(["", *(_threads(t) for t in limits)], rows),
+            minutes=seconds / 60,
+            quick=quick_note,
+        )
+    ]
+    if failures:
+        parts.append("## Failed\n\n" + "\n".join(f"- {failure}" for failure in failures) + "\n")
+    for bench in dict.fromkeys(result.bench for result in results):
+        mine = [result for result in results if result.bench == bench]
+        image = stem.with_name(f"{stem.name}-{bench}.png")
+        plot(mine, image)
+        parts.append(
+            f"## {bench}\n\n{ours_table(mine, limits)}\n\nEvery path, all threads:\n\n{paths_table(mine)}\n\n"
+            f"![{bench}: time of every path]({image.name})\n"
+        )
+    stem.with_name(stem.name + ".md").write_text("\n".join(parts))
+
+
+def ours_table(results: Iterable[Result], limits: dict[int, Limits]) -> str:
+    """Our speed, against the machine and against the best path in plain torch."""
+    rows = []
+    for r in results:
+        limit, best = limits[r.threads], r.best_rival
+        gemm = limit.gemm_bf16 if r.dtype == "bf16" else limit.gemm_fp32
+        for state, samples in (("warm", r.ours.warm), ("cold", r.ours.cold)):
+            if not samples:
+                continue
+            seconds = statistics.median(samples)
+            flops, gigabytes = (None if work is None else work / seconds / 1e9 for work in (r.flops, r.bytes))
+            rival = best and statistics.median(getattr(best, state) or best.warm)
+            rows.append([
+                r.case, r.shape, r.dtype, str(r.threads), state, _milliseconds(seconds), _spread(samples),
+                _per_unit(seconds, r), _number(gigabytes), _percent(gigabytes, limit.copy), _number(flops),
+                _percent(flops, limit.fma_fp32), _percent(flops, gemm), best.path if best else "",
+                _milliseconds(rival) if best else "", f"**{rival / seconds:.3g}**" if best else "",
+            ])  # fmt: skip
+    head = [
+        "work", "shape", "type", "threads", "cache", "ms", "±", "speed", "GB/s", "of copy", "GFLOP/s", "of FMA peak",
+        "of torch GEMM", "best in plain torch", "its ms", "times faster",
+    ]  # fmt: skip
+    return _table(head, rows)
+
+
+def paths_table(results: Sequence[Result]) -> str:
+    """Every way of doing the work, at the largest number of threads."""
+    most = max(r.threads for r in results)
+    rows = [
+        [
+            r.case, r.shape, r.dtype, t.path, _milliseconds(statistics.median(t.warm)) if t.warm else "",
+            _milliseconds(statistics.median(t.cold)) if t.cold else "", _spread(t.warm), str(len(t.warm)),
+            f"{t.median / r.ours.median:.3g}" if t.warm else "", "" if t.error is None else f"{t.error:.0e}",
+            "" if t.peak_memory is None else f"{t.peak_memory / 2**20:,.0f}", t.note,
+        ]
+        for r in results
+        if r.threads == most
+        for t in r.timings
+    ]  # fmt: skip
+    head = [
+        "work", "shape", "type", "path", "warm ms", "cold ms", "±", "n", "time / ours", "error", "peak MiB", "note",
+    ]  # fmt: skip
+    return _table(head, rows)
+
+
+def summary(result: Result) -> str:
+    """One line for the terminal."""
+    best, ours = result.best_rival, result.ours
+    line = f"{result.case}, {result.shape}, {result.dtype}, {_threads(result.threads)}: {_milliseconds(ours.median)} ms"
+    return line + (f", {best.path} {_milliseconds(best.median)} ms" if best else "")
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Median time of every path, warm, at the largest number of threads; bars span the quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    most = max(r.threads for r in results)
+    results = [r for r in results if r.threads == most]
+    names = list(dict.fromkeys(t.path for r in results for t in r.timings if t.warm))
+    colors = dict(zip(names, plt.colormaps["tab10"].colors * len(names), strict=False))
+    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.34 * sum(len(r.timings) + 1 for r in results)))
+    y, ticks = 0.0, []
+    for r in results:
+        bars = [t for t in r.timings if t.warm]
+        ticks.append((y + (len(bars) - 1) / 2, f"{r.case}\n{r.shape}, {r.dtype}"))
+        for t in bars:
+            low, middle, high = (1e3 * q for q in np.percentile(t.warm, (25, 50, 75)))
+            axes.barh(y, middle, color=colors[t.path], xerr=[[middle - low], [high - middle]], ecolor="0.3")
+            axes.text(high * 1.06, y, _milliseconds(middle / 1e3), va="center", fontsize=7)
+            y += 1
+        y += 1
+    axes.set(xscale="log", xlabel=f"milliseconds, {_threads(most)}, warm; less is better")
+    axes.set_yticks(*zip(*ticks, strict=True), fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.12, y=0.01)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
+    axes.legend(handles, names, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=4, frameon=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _spread(samples: Sequence[float]) -> str:
+    if len(samples) < 3:
+        return ""
+    low, middle, high = np.percentile(samples, (25, 50, 75))
+    return f"{50 * (high - low) / middle:.0f}%"
+
+
+def _per_unit(seconds: float, result: Result) -> str:
+    if result.unit == "token":
+        return f"{result.units / seconds:,.0f} tokens/s"
+    each = seconds / result.units
+    return f"{each * 1e6:.3g} µs a call" if result.unit == "call" else f"{each * 1e9:.3g} ns an element"
+
+
+def _milliseconds(seconds: float) -> str:
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.3g}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _percent(value: float | None, of: float | None) -> str:
+    return "" if value is None or of is None else f"{100 * value / of:.0f}%"
