@@ -1,0 +1,78 @@
+// Vectors of neighbouring elements, converted to the type that the kernel computes in.
+#pragma once
+
+#include "convert.cuh"
+
+namespace gpu {
+
+template <class T, int n>
+struct alignas(n * sizeof(T)) Pack {
+  T element[n];
+};
+
+// The elements of T in a 128-bit access.
+template <class T> constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
+
+// n elements of global memory from `from` on. kWhole: in one access of n * sizeof(T) <= 16 bytes at a multiple of
+// that; else one by one.
+template <bool kWhole = true, class T, int n>
+GPU_INLINE void load(Compute<T> (&to)[n], const T* from) {
+  if constexpr (kWhole) {
+    const Pack<T, n> pack = ld<Pack<T, n>>(from);
+    GPU_UNROLL
+    for (int i = 0; i < n; ++i) to[i] = to_real(pack.element[i]);
+  } else {
+    GPU_UNROLL
+    for (int i = 0; i < n; ++i) to[i] = to_real(from[i]);
+  }
+}
+
+template <bool kWhole = true, class T, int n>
+GPU_INLINE void store(T* to, const Compute<T> (&from)[n]) {
+  if constexpr (kWhole) {
+    Pack<T, n> pack;
+    GPU_UNROLL
+    for (int i = 0; i < n; ++i) pack.element[i] = from_real<T>(from[i]);
+    st(to, pack);
+  } else {
+    GPU_UNROLL
+    for (int i = 0; i < n; ++i) to[i] = from_real<T>(from[i]);
+  }
+}
+
+// The same, whole, in shared memory.
+template <class T, int n>
+GPU_INLINE void load_shared(Compute<T> (&to)[n], const T* from) {
+  const Pack<T, n> pack = ld_shared<Pack<T, n>>(from);
+  GPU_UNROLL
+  for (int i = 0; i < n; ++i) to[i] = to_real(pack.element[i]);
+}
+
+template <class T, int n>
+GPU_INLINE void store_shared(T* to, const Compute<T> (&from)[n]) {
+  Pack<T, n> pack;
+  GPU_UNROLL
+  for (int i = 0; i < n; ++i) pack.element[i] = from_real<T>(from[i]);
+  st_shared(to, pack);
+}
+
+// n elements of R in as many 128-bit accesses as it takes, for parameters, which stay in the type of the sums.
+template <bool kWhole = true, class R, int n>
+GPU_INLINE void load_wide(R (&to)[n], const R* from) {
+  constexpr int width = !kWhole ? 1 : n < kVectorWidth<R> ? n : kVectorWidth<R>;
+  static_assert(n % width == 0);
+  GPU_UNROLL
+  for (int i = 0; i < n; i += width) {
+    const Pack<R, width> pack = ld<Pack<R, width>>(from + i);
+    GPU_UNROLL
+    for (int j = 0; j < width; ++j) to[i + j] = pack.element[j];
+  }
+}
+
+// Whether vectors of n elements may be read at `p`: for launchers, which choose the kernel's width.
+template <int n, class T>
+inline bool aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (n * sizeof(T)) == 0;
+}
+
+}  // namespace gpu

@@ -1,0 +1,156 @@
+"""Builds and drives the emulated device: memory as torch tensors, launches, reports and counters."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+
+# Bindings of the module that launch emulated kernels, as `_C` has them: arguments -> results, which the caller
+# allocates. A result that the kernel also reads is marked "!".
+BINDINGS = {
+    "normalized_qk_fwd": "z gamma beta num_heads chunk_size eps rotary position cu_seqlens lengths -> q k",
+}
+
+
+def build(verbose: bool = False) -> ModuleType:
+    """Compiles `_cuda_emulated` where a source has changed since the last time, and imports it.
+
+    The build lives in MEGALODON_OPS_EMULATOR_CACHE, by default ~/.cache/megalodon_ops/emulator, in a folder for each
+    checkout, interpreter and compiler.
+    """
+    cache = Path(os.environ.get("MEGALODON_OPS_EMULATOR_CACHE", "~/.cache/megalodon_ops/emulator")).expanduser()
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise RuntimeError("the CUDA emulator needs g++; install it, or set CXX.")
+    key = hashlib.sha256("\0".join([str(ROOT), sys.executable, compiler]).encode()).hexdigest()[:16]
+    folder = cache / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # two test runs at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _compile(folder, compiler, verbose)
+    (library,) = folder.glob("_cuda_emulated*.so")
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compile(folder: Path, compiler: str, verbose: bool) -> None:
+    if not (folder / "CMakeCache.txt").exists():
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        _run(
+            ["cmake", "-S", str(FOLDER), "-B", str(folder), *generator, f"-DCMAKE_CXX_COMPILER={compiler}",
+             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"], verbose
+        )  # fmt: skip
+    _run(["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], verbose)
+
+
+def _run(command: list[str], verbose: bool) -> None:
+    output = None if verbose else subprocess.PIPE
+    done = subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout or '')[-8000:]}")
+
+
+class Emulator:
+    """The emulated device. A launch that goes wrong raises `Emulator.Error`, which names each bug's line and thread."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.Error = module.EmulationError
+        self.reset()
+
+    def reset(self) -> None:
+        self.set_order("random", seed=1)
+        self.module.reset_counters()
+
+    def set_order(self, order: str, seed: int = 1, shared_limit: int = 99 * 1024) -> None:
+        """In which order the threads run between barriers: "forward", "reverse", or "random"."""
+        self.module.set_options(getattr(self.module.Order, order), seed, shared_limit)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "output", offset: int = 0) -> Tensor:
+        """A tensor in the device's memory, `offset` elements past an aligned address, unwritten: all NaN."""
+        return self._allocate(shape, dtype, name, offset)[1]
+
+    def tensor(self, values: Tensor, name: str = "input", offset: int = 0, read_only: bool = True) -> Tensor:
+        """A copy in the device's memory, which kernels may not write unless `read_only` is False."""
+        buffer, tensor = self._allocate(values.shape, values.dtype, name, offset)
+        tensor.copy_(values)
+        if buffer is not None:
+            buffer.mark_written(read_only)
+        return tensor
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, name: str, offset: int) -> tuple[Any, Tensor]:
+        count = torch.Size(shape).numel()
+        if count == 0:
+            return None, torch.empty(shape, dtype=dtype)
+        buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, offset * dtype.itemsize)
+        return buffer, torch.frombuffer(buffer, dtype=dtype, count=count).reshape(shape)
+
+    def call(self, name: str, *arguments: Any, offset: int = 0) -> None:
+        """Calls a binding with CPU tensors, as the package calls `_C`'s: moves them to the device and the results back.
+
+        On the device each tensor begins `offset` elements past a multiple of 256 bytes.
+        """
+        inputs, results = (names.split() for names in BINDINGS[name].split("->"))
+        device = []
+        for label, argument in zip(inputs + results, arguments, strict=True):
+            if isinstance(argument, Tensor) and label in results and not label.endswith("!"):
+                argument = self.empty(*argument.shape, dtype=argument.dtype, name=label, offset=offset)
+            elif isinstance(argument, Tensor):
+                argument = self.tensor(argument, label, offset, read_only=label in inputs)
+            device.append(argument)
+        getattr(self.module, name)(*device)
+        for result, moved in list(zip(arguments, device, strict=True))[len(inputs) :]:
+            if isinstance(result, Tensor):
+                result.copy_(moved)
+
+    @contextmanager
+    def replacing(self, compiled: ModuleType, offset: int = 0) -> Iterator[None]:
+        """Within it, the bindings of `compiled` (megalodon_ops._C) that have an emulated kernel launch that instead."""
+        originals = {name: getattr(compiled, name) for name in BINDINGS}
+        try:
+            for name in BINDINGS:
+                setattr(compiled, name, self._launcher(name, offset))
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(compiled, name, original)
+
+    def _launcher(self, name: str, offset: int) -> Callable[..., None]:
+        return lambda *arguments: self.call(name, *arguments, offset=offset)
+
+    def traffic(self, kernel: str) -> dict[str, dict[str, int]]:
+        """What `kernel` has moved since the last reset, by buffer.
+
+        Bytes, requests (of warps), sectors (of 32 bytes), and the footprint: the bytes of all different sectors.
+        """
+        return self.module.traffic()[kernel]
+
+    def sites(self, kernel: str) -> list[dict[str, Any]]:
+        """Each load and store instruction of `kernel`: its line, requests, transactions and their ideal number.
+
+        Transactions are sectors, or in shared memory wavefronts: more than the ideal are bank conflicts.
+        """
+        return [site for site in self.module.sites() if site["kernel"] == kernel]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What the last launch that raised had found."""
+        return self.module.reports()

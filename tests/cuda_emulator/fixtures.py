@@ -1,0 +1,23 @@
+"""Pytest fixture of the emulated device, built once a session where a source has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+from cuda_emulator.emulator import Emulator, build
+
+
+@pytest.fixture(scope="session")
+def emulated_module() -> ModuleType:
+    return build()
+
+
+@pytest.fixture
+def emulator(emulated_module: ModuleType) -> Iterator[Emulator]:
+    """The emulated device with fresh counters, threads in random order."""
+    emulator = Emulator(emulated_module)
+    yield emulator
+    emulator.reset()

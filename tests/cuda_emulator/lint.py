@@ -1,0 +1,82 @@
+"""Rules of kernel files that no compiler checks. `python lint.py [folder]` prints what breaks them.
+
+Everything the two compilers see differently stays in cuda/common; everything that depends on how blocks are scheduled,
+or that hides an access from the emulator, is banned.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+CUDA = Path(__file__).parents[2] / "cuda"
+
+# In kernel files; cuda/common is free of the first group.
+ONLY_IN_COMMON = {
+    r"\basm\b": "inline PTX belongs in cuda/common",
+    r"__shared__": "declare shared memory with SMEM_ARRAY or SMEM_DYN",
+    r"<<<": "launch with LAUNCH",
+    r"__CUDACC__|__CUDA_ARCH__|GPU_EMULATED": "a kernel is the same for every compiler and architecture",
+    r"\bmem(cpy|set|move)\b": "an access by memcpy is unchecked and may compile to single bytes; use gpu::ld, gpu::st",
+    r"#\s*include\s*<(?!c(?:stdint|stddef|math|float)>)": "kernels include cuda/common, cpp/<op>.h and C headers only",
+}
+EVERYWHERE = {
+    r"__activemask": "the set of active lanes depends on the compiler; name the mask",
+    r"\batomic\w+\s*\(": "sums by atomics differ from run to run; reduce in a fixed order",
+    r"__threadfence|__nanosleep|\bvolatile\b(?!\s*\()": "blocks must not wait for each other; launch another kernel",
+    r"\bwhile\s*\([^;]*\)\s*;": "spin wait; launch another kernel",
+    r"^\s*(?:(?:static|inline|constexpr|const)\s+)*__(?:device|managed|constant)__\s+[\w:<>, ]+[\s*]\w+\s*(?:\[|=|;)":
+        "device globals are one per module; pass a pointer",
+    r"\]\s*(?:\([^)]*\)\s*)?(?:mutable\s*)?__(?:host|device)__": "device lambdas need an extension; use a struct",
+    r"cooperative_groups|\bcub\b|\bthrust\b": "no cooperative groups, CUB or Thrust in kernels",
+    r"\bstatic\b(?!_cast|_assert)(?=[^;(]*[=(]).*;": "a static initialised at run time does not link in the emulator",
+}  # fmt: skip
+MOST_LINES = 400
+
+
+def lint(folder: Path = CUDA) -> list[str]:
+    """Returns "file:line: reason" for each breach in the .cu and .cuh files of `folder` and its `common`."""
+    return [problem for file in sorted(folder.rglob("*.cu*")) for problem in _lint_file(file, folder)]
+
+
+def _lint_file(file: Path, folder: Path) -> Iterator[str]:
+    common = file.parent.name == "common"
+    rules = EVERYWHERE if common else ONLY_IN_COMMON | EVERYWHERE
+    lines = _without_comments(file.read_text()).split("\n")
+    if len(lines) > MOST_LINES + 1:
+        yield f"{file.name}:{len(lines)}: more than {MOST_LINES} lines"
+    for number, line in enumerate(lines, start=1):
+        for pattern, reason in rules.items():
+            if re.search(pattern, line):
+                yield f"{file.name}:{number}: {reason}"
+        included = re.search(r'#\s*include\s*"([^"]+)"', line)
+        if included and not common and not _may_include(file, included[1], folder):
+            yield f"{file.name}:{number}: {included[1]} belongs to another op"
+
+
+def _may_include(file: Path, header: str, folder: Path) -> bool:
+    """A file includes cuda/common and the headers of its own op: cema_fwd.cu includes cema.h, cema.cuh, cema_x.cuh."""
+    if (folder / "common" / header).exists():
+        return True
+    op = re.sub(r"(_fwd|_bwd|_step)?$", "", Path(header).stem)
+    return file.stem == op or file.stem.startswith(op + "_")
+
+
+def _without_comments(text: str) -> str:
+    """The text with comments and the insides of strings removed, line for line. Paths of includes stay."""
+
+    def blank(match: re.Match[str]) -> str:
+        token = match[0]
+        return token if token.startswith('"') and "/" not in token and token.endswith(('.h"', '.cuh"')) else (
+            '""' if token.startswith('"') else "\n" * token.count("\n")
+        )  # fmt: skip
+
+    return re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', blank, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    problems = lint(Path(sys.argv[1])) if len(sys.argv) > 1 else lint()
+    print(*problems, sep="\n")
+    sys.exit(bool(problems))

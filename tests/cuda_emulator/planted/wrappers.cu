@@ -1,0 +1,134 @@
+// The wrappers of cuda/common, each alone in a kernel that takes and returns what the lanes hold.
+#include "bugs.h"
+
+#include "async.cuh"
+#include "matrix.cuh"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace planted {
+namespace {
+
+template <Product product>
+__global__ void mma_kernel(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
+  uint32_t x[4], y[2];
+  float z[4];
+  for (int i = 0; i < 4; ++i) x[i] = a[threadIdx.x * 4 + i], z[i] = c[threadIdx.x * 4 + i];
+  for (int i = 0; i < 2; ++i) y[i] = b[threadIdx.x * 2 + i];
+  if constexpr (product == Product::tf32) gpu::mma_1688_tf32(z, x, y);
+  else if constexpr (product == Product::bf16) gpu::mma_16816<gpu::bf16>(z, x, y);
+  else gpu::mma_16816<gpu::fp16>(z, x, y);
+  for (int i = 0; i < 4; ++i) d[threadIdx.x * 4 + i] = z[i];
+}
+
+template <int kCount, bool kTransposed>
+__global__ void ldmatrix_kernel(const uint16_t* rows, uint32_t* registers) {
+  SMEM_ARRAY(uint16_t, tile, kCount * 64);
+  for (int i = threadIdx.x; i < kCount * 64; i += 32) tile[i] = rows[i];
+  __syncthreads();
+  uint32_t r[kCount];
+  const uint16_t* row = tile + threadIdx.x % (kCount * 8) * 8;
+  if constexpr (kTransposed) gpu::ldmatrix_trans(r, row);
+  else gpu::ldmatrix(r, row);
+  for (int i = 0; i < kCount; ++i) registers[threadIdx.x * kCount + i] = r[i];
+}
+
+template <int kBytes>
+__global__ void cp_async_kernel(const char* from, char* to, int valid) {
+  SMEM_DYN(char, tile);
+  const int at = threadIdx.x * kBytes;
+  gpu::cp_async<kBytes>(tile + at, from + at, threadIdx.x == blockDim.x - 1 ? valid : kBytes);
+  gpu::cp_async_commit();
+  gpu::cp_async_wait<0>();
+  for (int i = 0; i < kBytes; ++i) to[at + i] = tile[at + i];
+}
+
+__global__ void narrow_kernel(const float* x, uint16_t* bf16, uint16_t* fp16, uint32_t* packed_bf16,
+                              uint32_t* packed_fp16, uint32_t* tf32, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  bf16[i] = gpu::from_real<gpu::bf16>(x[i]).bits;
+  fp16[i] = gpu::from_real<gpu::fp16>(x[i]).bits;
+  packed_bf16[i] = gpu::pack2<gpu::bf16>(x[i], 1.0f);
+  packed_fp16[i] = gpu::pack2<gpu::fp16>(x[i], 1.0f);
+  tf32[i] = gpu::to_tf32(x[i]);
+}
+
+__global__ void widen_kernel(const uint16_t* bits, float* bf16, float* fp16, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  bf16[i] = gpu::to_real(gpu::bf16{bits[i]});
+  fp16[i] = gpu::to_real(gpu::fp16{bits[i]});
+}
+
+__global__ void reduce_kernel(const float* x, float* block_sums, float* warp_sums, float* warp_maxima) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  block_sums[i] = gpu::block_sum(x[i]) + gpu::block_sum(0.0f);
+  warp_sums[i] = gpu::warp_sum(x[i]);
+  warp_maxima[i] = gpu::warp_max(x[i]);
+}
+
+template <int kWidth>
+__global__ void strided_copy_kernel(const float* in, float* out, int stride) {
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * kWidth;
+  float v[kWidth];
+  gpu::load(v, in + i * stride);
+  gpu::store(out + i, v);
+}
+
+__global__ void shared_columns_kernel(const float* in, float* out, int pitch) {
+  SMEM_DYN(float, tile);
+  for (int row = 0; row < 32; ++row) tile[row * pitch + threadIdx.x] = in[row * 32 + threadIdx.x];
+  __syncwarp();
+  for (int column = 0; column < 32; ++column) out[column * 32 + threadIdx.x] = tile[threadIdx.x * pitch + column];
+}
+
+template <int kCount>
+void launch_ldmatrix(bool transposed, const uint16_t* rows, uint32_t* registers) {
+  if (transposed) LAUNCH((ldmatrix_kernel<kCount, true>), 1, 32, 0, nullptr, rows, registers);
+  else LAUNCH((ldmatrix_kernel<kCount, false>), 1, 32, 0, nullptr, rows, registers);
+}
+
+}  // namespace
+
+void run_mma(Product product, const uint32_t* a, const uint32_t* b, const float* c, float* d) {
+  if (product == Product::bf16) LAUNCH(mma_kernel<Product::bf16>, 1, 32, 0, nullptr, a, b, c, d);
+  if (product == Product::fp16) LAUNCH(mma_kernel<Product::fp16>, 1, 32, 0, nullptr, a, b, c, d);
+  if (product == Product::tf32) LAUNCH(mma_kernel<Product::tf32>, 1, 32, 0, nullptr, a, b, c, d);
+}
+
+void run_ldmatrix(int count, bool transposed, const uint16_t* rows, uint32_t* registers) {
+  if (count == 1) launch_ldmatrix<1>(transposed, rows, registers);
+  if (count == 2) launch_ldmatrix<2>(transposed, rows, registers);
+  if (count == 4) launch_ldmatrix<4>(transposed, rows, registers);
+}
+
+void run_cp_async(int bytes, int valid, const char* from, char* to) {
+  if (bytes == 4) LAUNCH(cp_async_kernel<4>, 1, 32, 32 * 4, nullptr, from, to, valid);
+  if (bytes == 8) LAUNCH(cp_async_kernel<8>, 1, 32, 32 * 8, nullptr, from, to, valid);
+  if (bytes == 16) LAUNCH(cp_async_kernel<16>, 1, 32, 32 * 16, nullptr, from, to, valid);
+}
+
+void run_narrow(const float* x, uint16_t* bf16, uint16_t* fp16, uint32_t* packed_bf16, uint32_t* packed_fp16,
+                uint32_t* tf32, int n) {
+  LAUNCH(narrow_kernel, (n + 127) / 128, 128, 0, nullptr, x, bf16, fp16, packed_bf16, packed_fp16, tf32, n);
+}
+
+void run_widen(const uint16_t* bits, float* bf16, float* fp16, int n) {
+  LAUNCH(widen_kernel, (n + 127) / 128, 128, 0, nullptr, bits, bf16, fp16, n);
+}
+
+void run_reduce(const float* x, float* block_sums, float* warp_sums, float* warp_maxima, int blocks, int threads) {
+  LAUNCH(reduce_kernel, blocks, threads, 0, nullptr, x, block_sums, warp_sums, warp_maxima);
+}
+
+void run_strided_copy(const float* in, float* out, int stride, int width) {
+  if (width == 1) LAUNCH(strided_copy_kernel<1>, 1024 / 128, 128, 0, nullptr, in, out, stride);
+  if (width == 4) LAUNCH(strided_copy_kernel<4>, 2, 128, 0, nullptr, in, out, stride);
+}
+
+void run_shared_columns(const float* in, float* out, int pitch) {
+  LAUNCH(shared_columns_kernel, 1, 32, 32 * pitch * sizeof(float), nullptr, in, out, pitch);
+}
+
+}  // namespace planted

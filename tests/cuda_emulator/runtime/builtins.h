@@ -1,0 +1,161 @@
+// CUDA's built-in names for kernel files that the host compiler builds: portable.cuh includes this where nvcc is not
+// at work.
+//
+// Kernel files are compiled with -fsanitize=thread, which calls a hook at each load and store (tsan_hooks.cpp). What is
+// here is exempt, and not inlined where the runtime asks for the caller's address, from which reports name the line.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ shared_memory_is_declared_with_SMEM_ARRAY_or_SMEM_DYN
+#define __constant__ constant_memory_is_not_supported
+#define EMU_BUILTIN __attribute__((no_sanitize("thread"), noinline))
+#define EMU_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMU_HERE \
+  emu::Place { __builtin_return_address(0), file, line }
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emu {
+
+// A place in a kernel: the address after a call, and where known the source line of the call.
+struct Place {
+  const void* address;
+  const char* file;
+  int line;
+};
+
+// A thread's coordinates do not change while its kernel runs, hence `const`.
+uint3 thread_index() __attribute__((const));
+uint3 block_index() __attribute__((const));
+uint3 block_size() __attribute__((const));
+uint3 grid_size() __attribute__((const));
+int lane() __attribute__((const));
+
+void block_barrier(Place place);
+void named_barrier(int id, int threads);
+void warp_barrier(unsigned mask, Place place);
+
+// Every lane of `mask` gives `size` bytes and gets all lanes' bytes back: lane l's at result + l * kSlotBytes.
+constexpr size_t kSlotBytes = 64;
+const unsigned char* exchange(unsigned mask, const void* value, size_t size, const char* what, Place place);
+unsigned ballot(unsigned mask, bool vote, Place place);
+[[noreturn]] void fail(const char* what, Place place);
+
+enum class Space { global, shared };
+void load(void* to, const void* from, size_t size, Space space);
+void store(void* to, const void* from, size_t size, Space space);
+void cp_async(void* to, const void* from, int size, int valid);
+void cp_async_commit();
+void cp_async_wait(int pending);
+enum class Mma { bf16, fp16, tf32 };
+void mma(Mma type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+void ldmatrix(uint32_t* r, int count, const void* row, bool transposed);
+
+void* shared_array(const void* key, const char* name, size_t bytes);
+void* dynamic_shared();
+size_t max_shared_bytes();
+
+void run(const char* name, dim3 grid, dim3 block, size_t shared, void (*call)(const void*), const void* arguments);
+
+// A kernel and its arguments, which every thread gets a copy of.
+template <class... P>
+struct Call {
+  void (*kernel)(P...);
+  std::tuple<P...> arguments;
+
+  static EMU_BUILTIN void make(const void* self) {
+    make(*static_cast<const Call*>(self), std::index_sequence_for<P...>{});
+  }
+  template <size_t... i>
+  static EMU_BUILTIN void make(const Call& call, std::index_sequence<i...>) {
+    call.kernel(std::get<i>(call.arguments)...);
+  }
+};
+
+template <class... P, class... A>
+EMU_BUILTIN void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void*,
+                        A&&... arguments) {
+  const Call<P...> call{kernel, {static_cast<P>(arguments)...}};
+  run(name, grid, block, shared, &Call<P...>::make, &call);
+}
+
+template <class T>
+EMU_BUILTIN T shuffle(const char* what, unsigned mask, T value, int from, Place place) {
+  static_assert(std::is_arithmetic<T>::value && sizeof(T) >= 4 && sizeof(T) <= 8, "a type that __shfl_sync takes");
+  const unsigned char* lanes = exchange(mask, &value, sizeof value, what, place);
+  if (!(mask >> from & 1)) fail("a shuffle reads a lane that its mask leaves out", place);
+  std::memcpy(&value, lanes + from * kSlotBytes, sizeof value);
+  return value;
+}
+
+}  // namespace emu
+
+#define threadIdx (::emu::thread_index())
+#define blockIdx (::emu::block_index())
+#define blockDim (::emu::block_size())
+#define gridDim (::emu::grid_size())
+
+EMU_BUILTIN inline void __syncthreads(EMU_CALLER) { emu::block_barrier(EMU_HERE); }
+EMU_BUILTIN inline void __syncwarp(unsigned mask = ~0u, EMU_CALLER) { emu::warp_barrier(mask, EMU_HERE); }
+
+template <class T>
+EMU_BUILTIN T __shfl_sync(unsigned mask, T value, int from, int width = 32, EMU_CALLER) {
+  return emu::shuffle("__shfl_sync", mask, value, (emu::lane() & ~(width - 1)) | (from & (width - 1)), EMU_HERE);
+}
+template <class T>
+EMU_BUILTIN T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32, EMU_CALLER) {
+  const int lane = emu::lane(), from = lane ^ distance;
+  return emu::shuffle("__shfl_xor_sync", mask, value, from > (lane | (width - 1)) ? lane : from, EMU_HERE);
+}
+template <class T>
+EMU_BUILTIN T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32, EMU_CALLER) {
+  const int lane = emu::lane(), from = lane - static_cast<int>(distance);
+  return emu::shuffle("__shfl_up_sync", mask, value, from < (lane & ~(width - 1)) ? lane : from, EMU_HERE);
+}
+template <class T>
+EMU_BUILTIN T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, EMU_CALLER) {
+  const int lane = emu::lane(), from = lane + static_cast<int>(distance);
+  return emu::shuffle("__shfl_down_sync", mask, value, from > (lane | (width - 1)) ? lane : from, EMU_HERE);
+}
+EMU_BUILTIN inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_CALLER) {
+  return emu::ballot(mask, predicate != 0, EMU_HERE);
+}
+EMU_BUILTIN inline int __any_sync(unsigned mask, int predicate, EMU_CALLER) {
+  return emu::ballot(mask, predicate != 0, EMU_HERE) != 0;
+}
+EMU_BUILTIN inline int __all_sync(unsigned mask, int predicate, EMU_CALLER) {
+  return emu::ballot(mask, predicate != 0, EMU_HERE) == mask;
+}
+
+using std::max;
+using std::min;
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }

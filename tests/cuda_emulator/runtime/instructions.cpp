@@ -1,0 +1,158 @@
+// What the wrappers of cuda/common do here: vector accesses, cp.async, ldmatrix, mma.sync, with the PTX manual's
+// layouts.
+#include "state.h"
+
+namespace emu {
+namespace {
+
+#define EMU_RETURN_ADDRESS __builtin_return_address(0)
+
+// An instruction on a misaligned address does nothing; on the GPU it ends the program.
+bool misaligned(const void* p, size_t size, const char* what, const void* address) {
+  if (reinterpret_cast<uintptr_t>(p) % size == 0) return false;
+  const std::string bytes = std::to_string(size);
+  report("misaligned", std::string(what) + " of " + bytes + " bytes at an address that is not a multiple of " + bytes,
+         address);
+  return true;
+}
+
+bool on_device(const void* p) { return static_cast<size_t>(static_cast<const char*>(p) - arena) < kArenaBytes; }
+
+void check_space(const void* p, Space space, const char* what, const void* address) {
+  if (!on_device(p)) return;  // access() reports it
+  const bool shared = is_shared(static_cast<const char*>(p) - arena);
+  if (shared && space == Space::global)
+    report("wrong memory", std::string(what) + " of global memory at an address of shared memory", address);
+  if (!shared && space == Space::shared)
+    report("wrong memory", std::string(what) + " of shared memory at an address of global memory", address);
+}
+
+float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float half_to_float(uint32_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                         : std::ldexp(static_cast<float>(exponent ? 1024 + mantissa : mantissa),
+                                                      (exponent ? exponent : 1) - 25);
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+struct Operands {
+  uint32_t a[4], b[2];
+  float d[4];
+};
+static_assert(sizeof(Operands) <= kSlotBytes);
+
+// Elements of a register: two 16-bit ones, or one tf32, whose low 13 bits the hardware ignores.
+int unpack(Mma type, uint32_t bits, float (&element)[2]) {
+  if (type == Mma::tf32) {
+    element[0] = as_float(bits & 0xffffe000);
+    return 1;
+  }
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t half = bits >> 16 * i & 0xffff;
+    element[i] = type == Mma::bf16 ? as_float(half << 16) : half_to_float(half);
+  }
+  return 2;
+}
+
+}  // namespace
+
+__attribute__((noinline)) void load(void* to, const void* from, size_t size, Space space) {
+  const void* address = EMU_RETURN_ADDRESS;
+  if (misaligned(from, size, "load", address)) return void(std::memset(to, 0xff, size));
+  check_space(from, space, "load", address);
+  access(from, size, Access::read, address);
+  std::memcpy(to, from, size);
+}
+
+__attribute__((noinline)) void store(void* to, const void* from, size_t size, Space space) {
+  const void* address = EMU_RETURN_ADDRESS;
+  if (misaligned(to, size, "store", address)) return;
+  check_space(to, space, "store", address);
+  access(to, size, Access::write, address);
+  std::memcpy(to, from, size);
+}
+
+__attribute__((noinline)) void cp_async(void* to, const void* from, int size, int valid) {
+  const void* address = EMU_RETURN_ADDRESS;
+  if (misaligned(to, size, "destination of a cp_async", address)) return;
+  if (misaligned(from, size, "source of a cp_async", address)) return;
+  if (!on_device(to) || !is_shared(static_cast<char*>(to) - arena))
+    return report("wrong memory", "cp_async to an address outside shared memory", address);
+  check_space(from, Space::global, "cp_async", address);
+  if (valid) access(from, valid, Access::read, address);
+  // The copy may land at any time from now on, so it must be ordered after the other threads' accesses already.
+  access(to, size, Access::write, address);
+  set_in_flight(static_cast<char*>(to) - arena, size, true);
+  current->open_copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), size, valid, address});
+}
+
+void cp_async_commit() {
+  current->copy_groups.push_back(std::move(current->open_copies));
+  current->open_copies.clear();
+}
+
+void cp_async_wait(int pending) {
+  auto& groups = current->copy_groups;
+  for (; groups.size() > static_cast<size_t>(pending); groups.pop_front())
+    for (const AsyncCopy& copy : groups.front()) {
+      const size_t offset = copy.to - arena;
+      set_in_flight(offset, copy.size, false);
+      if (!on_device(copy.from)) continue;
+      std::memcpy(copy.to, copy.from, copy.valid);
+      std::memset(copy.to + copy.valid, 0, copy.size - copy.valid);
+      check_race(offset, copy.size, Access::write, copy.address);
+      if (copy.valid) check_race(copy.from - arena, copy.valid, Access::read, copy.address);
+    }
+}
+
+__attribute__((noinline)) void ldmatrix(uint32_t* r, int count, const void* row, bool transposed) {
+  const void* address = EMU_RETURN_ADDRESS;
+  unsigned char bytes[16] = {};
+  if (current->lane < 8 * count && !misaligned(row, 16, "a row of an ldmatrix", address)) {
+    check_space(row, Space::shared, "ldmatrix", address);
+    access(row, 16, Access::read, address);
+    std::memcpy(bytes, row, 16);
+  }
+  const unsigned char* rows = exchange(~0u, bytes, 16, "ldmatrix", {address, nullptr, 0});
+  const int major = current->lane / 4, minor = current->lane % 4 * 2;
+  for (int m = 0; m < count; ++m) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int j = transposed ? minor + i : major, column = transposed ? major : minor + i;
+      std::memcpy(&pair[i], rows + (8 * m + j) * kSlotBytes + 2 * column, 2);
+    }
+    r[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+  }
+}
+
+// Products of the inputs are exact and their sum is rounded once an addition; the hardware's order is not documented.
+__attribute__((noinline)) void mma(Mma type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Operands mine;
+  std::copy_n(a, 4, mine.a);
+  std::copy_n(b, 2, mine.b);
+  std::copy_n(d, 4, mine.d);
+  const unsigned char* lanes = exchange(~0u, &mine, sizeof mine, "mma", {EMU_RETURN_ADDRESS, nullptr, 0});
+  const auto operands = [&](int lane) { return reinterpret_cast<const Operands*>(lanes + lane * kSlotBytes); };
+  // A register holds `width` neighbours in k; four lanes hold a stripe of 4 width, and there are two stripes.
+  const int group = current->lane / 4, in_group = current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = i / 2 * 8 + group, column = in_group * 2 + i % 2;
+    float sum = 0;
+    for (int stripe = 0; stripe < 2; ++stripe)
+      for (int t = 0; t < 4; ++t) {
+        float x[2], y[2];
+        const int width = unpack(type, operands(row % 8 * 4 + t)->a[row / 8 + 2 * stripe], x);
+        unpack(type, operands(column * 4 + t)->b[stripe], y);
+        for (int e = 0; e < width; ++e) sum += x[e] * y[e];
+      }
+    d[i] += sum;
+  }
+}
+
+}  // namespace emu

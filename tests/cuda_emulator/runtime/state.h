@@ -1,0 +1,155 @@
+// The launch, the block and the thread that are running, and what the parts of the runtime call of each other.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "builtins.h"
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+#include "fiber.h"
+
+namespace emu {
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxThreads = 1024;
+
+struct AsyncCopy {
+  char* to;
+  const char* from;
+  int size, valid;
+  const void* address;  // of the instruction
+};
+
+using Clocks = std::vector<uint32_t>;
+
+struct Thread {
+  Fiber fiber;
+  int index, lane, warp;
+  uint3 coordinates;
+  bool finished;
+  const char* waits_for;  // null: it can run
+  Place waits_at;
+
+  // Vector clock (races.cpp). Of the threads of other warps, this one has seen what they did up to `seen`; of the lanes
+  // of its own warp, up to `seen_lanes`. `clock` numbers its own intervals between two synchronisations.
+  uint32_t clock;
+  std::shared_ptr<const Clocks> seen;
+  uint32_t seen_lanes[kWarpSize];
+
+  std::vector<AsyncCopy> open_copies;
+  std::deque<std::vector<AsyncCopy>> copy_groups;
+};
+
+enum class Order { forward, reverse, random };
+
+struct Options {
+  Order order = Order::random;
+  uint64_t seed = 1;
+  size_t shared_limit = 99 * 1024;  // of the smallest architecture that the kernels are built for
+};
+
+struct Launch {
+  std::string kernel;
+  dim3 grid, block;
+  size_t dynamic_shared;
+  void (*call)(const void*);
+  const void* arguments;
+  uint32_t number;
+  uint32_t first_block;  // its global number
+  int threads;           // of a block
+};
+
+extern Options options;
+extern Launch launch_;
+extern uint3 block_;             // coordinates
+extern uint32_t block_number;    // counts all blocks ever run, from 1
+extern std::vector<Thread> threads;
+extern Thread* current;          // null: host code is running
+
+// scheduler.cpp
+void wait(const char* what, Place place);  // lets other threads run until somebody wakes this one
+void wake(Thread& thread);
+[[noreturn]] void end_launch();            // after a report; the running thread is abandoned
+char* stack_of(const Thread& thread);
+constexpr size_t kStackBytes = 64 * 1024;
+
+// synchronise.cpp
+void reset_synchronisation();
+bool report_waiting();  // of threads that wait though none can run; whether there are any
+
+// races.cpp
+enum class Access { read, write };
+void start_clocks();
+void join_clocks(const std::vector<Thread*>& participants, bool one_warp);
+void check_race(size_t offset, size_t size, Access access, const void* address);
+
+// memory.cpp
+constexpr size_t kArenaBytes = size_t{1} << 30;
+constexpr size_t kSharedWindow = size_t{1} << 20;  // the arena begins with the block's shared memory; buffers follow
+extern char* arena;
+inline bool is_shared(size_t offset) { return offset < kSharedWindow; }
+void initialise_memory();
+void start_shared_memory();
+void finish_shared_memory();
+void access(const void* p, size_t size, Access access, const void* address);
+void set_in_flight(size_t offset, size_t size, bool in_flight);
+std::string describe(size_t offset);
+struct Buffer {
+  size_t offset, size;
+  std::string name;
+};
+// `misalignment` bytes past a multiple of 256.
+char* allocate(size_t bytes, const std::string& name, size_t misalignment);
+void release(char* p);
+void mark_written(char* p, size_t bytes);
+void mark_read_only(char* p, size_t bytes);
+size_t count_unwritten(const char* p, size_t bytes);
+const Buffer* find_buffer(size_t offset);
+std::vector<const Buffer*> live_buffers();
+
+// counters.cpp
+void count(size_t offset, size_t size, Access access, const void* address);
+void finish_block_counts();
+void finish_launch_counts();
+void reset_counters();
+struct Traffic {  // of one buffer in one kernel
+  uint64_t load_bytes = 0, load_requests = 0, load_sectors = 0, load_footprint = 0;
+  uint64_t store_bytes = 0, store_requests = 0, store_sectors = 0, store_footprint = 0;
+};
+struct SiteTraffic {  // of one instruction; wavefronts in shared memory, sectors in global memory
+  std::string kernel, where;
+  bool store, shared;
+  uint64_t bytes, requests, transactions, ideal;
+};
+struct KernelTraffic {
+  std::string kernel, buffer;
+  Traffic traffic;
+};
+std::vector<KernelTraffic> traffic();
+std::vector<SiteTraffic> sites();
+
+// reports.cpp
+struct Report {
+  std::string kind, message, where, other;
+  uint3 block, thread;
+  uint64_t count;
+};
+void report(const char* kind, const std::string& message, const void* address, const void* other = nullptr);
+// The source lines of the instructions before these addresses, innermost first: "reduce.cuh:21 < norm_fwd.cu:40".
+std::vector<std::string> source_lines(const std::vector<const void*>& addresses);
+std::string source_line(Place place);
+void throw_reports();  // if there are any
+std::vector<Report> last_reports();
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace emu
