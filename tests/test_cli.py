@@ -134,7 +134,7 @@ def test_what_a_run_prints(text, tmp_path, capsys):
     out, err = capsys.readouterr()
     for words in ("bits per byte", "gzip -9", "xz -9", "peak memory", "continued by the model"):
         assert words in out
-    for words in ("loss=", "bits/byte=", "bytes/s=", "3/3"):
+    for words in ("loss=", "bits/byte=", "tokens/s=", "3/3"):
         assert words in err
 
 

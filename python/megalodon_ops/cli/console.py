@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """The bar: loss, bits per byte, bytes a second, time left."""
+    """The bar: loss, bits per byte, tokens (bytes) a second, time left."""
 
     def __init__(self, step: int, end: int | None):
         self.held_out: float | None = None
@@ -31,7 +31,7 @@ class Progress:
         figures = {"loss": f"{self.loss:.3f}", "bits/byte": f"{self.loss / math.log(2):.3f}"}
         if self.held_out is not None:
             figures["held-out"] = f"{self.held_out:.3f}"
-        figures["bytes/s"] = f"{row['bytes_per_second']:,}"
+        figures["tokens/s"] = f"{row['bytes_per_second']:,}"
         self.bar.set_postfix(figures, refresh=False)
         self.bar.update()
 
