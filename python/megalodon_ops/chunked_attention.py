@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .library import accumulation_dtype, autocast, contiguous_or_none, define_op, int64_or_none, num_sequences
+from .library import (
+    accumulation_dtype,
+    autocast,
+    call,
+    contiguous_or_none,
+    define_op,
+    int64_or_none,
+    num_sequences,
+)
 from .states import AttentionState
 
 
@@ -70,8 +78,8 @@ def chunked_attention(
     cache_k, cache_v, position = state or (None, None, None)
     if torch.is_grad_enabled() and state is not None and (cache_k.requires_grad or cache_v.requires_grad):
         raise ValueError("chunked_attention: `state` must not require gradients, it is constant in the backward; detach it.")
-    o, _ = chunked_attention_fwd(
-        q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+    o, _ = call(
+        chunked_attention_fwd, q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
     )
     if inplace_state:
         if state is None:
@@ -80,7 +88,9 @@ def chunked_attention(
         return (o, state) if return_state else o
     if return_state:
         return o, AttentionState(
-            *chunked_attention_state(k.detach(), v.detach(), cache_k, cache_v, position, chunk_size, cu_seqlens, lengths)
+            *call(
+                chunked_attention_state, k.detach(), v.detach(), cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
+            )
         )
     return o
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .library import accumulation_dtype, autocast, contiguous_or_none, define_op, int64_or_none
+from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none
 
 
 def normalized_qk(
@@ -65,8 +65,8 @@ def normalized_qk(
         if not value > 0:
             raise ValueError(f"normalized_qk: `{name}` must be positive, got {value}.")
     (z,) = autocast(z)
-    return normalized_qk_fwd(
-        z, gamma, beta, num_heads, chunk_size, rope_base, eps, int64_or_none(position),
+    return call(
+        normalized_qk_fwd, z, gamma, beta, num_heads, chunk_size, rope_base, eps, int64_or_none(position),
         int64_or_none(cu_seqlens), int64_or_none(lengths),
     )  # fmt: skip
 

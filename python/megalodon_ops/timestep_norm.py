@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .library import accumulation_dtype, contiguous_or_none, define_op, int64_or_none, num_sequences
+from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, num_sequences
 from .states import TimestepNormState
 
 
@@ -58,8 +58,8 @@ def timestep_norm(
     count, mean, var, residual = state or (None, None, None, None)
     if num_groups < 1:
         raise ValueError(f"timestep_norm: `num_groups` must be positive, got {num_groups}.")
-    y, _, *state_out = timestep_norm_fwd(
-        x, weight, bias, num_groups, eps, int64_or_none(count), mean, var, residual,
+    y, _, *state_out = call(
+        timestep_norm_fwd, x, weight, bias, num_groups, eps, int64_or_none(count), mean, var, residual,
         int64_or_none(cu_seqlens), int64_or_none(lengths),
     )  # fmt: skip
     return (y, TimestepNormState(*state_out)) if return_state else y
