@@ -1,4 +1,5 @@
-// What the forward and the backward of chunked attention share: the chunks, the rows they read, masks, and how chunks meet threads.
+// What the forward and the backward of chunked attention share: the chunks, the rows they read, the masks, and how
+// chunks meet threads.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +14,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// A chunk, or the part of it that this call completes. Rows of a chunk are numbered from its start: those below `cached`
-// are keys of the cache, the others are tokens.
+// A chunk, as far as this call fills it. Its rows are numbered from its start: those below `cached` are keys of the
+// cache, the others are tokens.
 struct Chunk {
   int64_t sequence;
   int64_t start;   // on the sequence's chunk grid
@@ -67,7 +68,7 @@ MEGALODON_INLINE Vec<R> lane_numbers() {
   return lanes;
 }
 
-// A block of scores is one panel of S^T: row r holds the scores of key `key + r` for the queries `query`, `query + 1`, ...
+// A block of scores is one panel of S^T: row r holds the scores of key `key + r` for the queries from `query` on.
 // Sets the score of every key after the query to -inf.
 template <class R>
 void mask_future(R* scores, int64_t key, int64_t keys, int64_t query) {
@@ -79,8 +80,8 @@ void mask_future(R* scores, int64_t key, int64_t keys, int64_t query) {
     }
 }
 
-// DropKey: the score of (row, column) is dropped if word column % 4 of Philox(seed; column / 4, row, head, sequence) is less than
-// dropkey * 2^32. Rows and columns are numbered on the sequence's chunk grid.
+// DropKey: the score of (row, column) is dropped if word column % 4 of Philox(seed; column / 4, row, head, sequence) is
+// less than dropkey * 2^32. Rows and columns are numbered on the sequence's chunk grid.
 class DropKey {
  public:
   explicit DropKey(const ChunkedAttentionParams& p)
@@ -136,7 +137,8 @@ class DropKey {
     for (int i = 0; i < kPhiloxStreams; ++i) numbers[i] = static_cast<uint64_t>(i);
     return numbers;
   }
-  MEGALODON_INLINE void draw(PhiloxWord (&word)[4], PhiloxWord quad, PhiloxWord row, const Chunk& chunk, int64_t head) const {
+  MEGALODON_INLINE void draw(PhiloxWord (&word)[4], PhiloxWord quad, PhiloxWord row, const Chunk& chunk,
+                             int64_t head) const {
     word[0] = quad;
     word[1] = row;
     word[2] = splat_word(head);
@@ -147,46 +149,49 @@ class DropKey {
   uint64_t seed_, threshold_;
 };
 
-// Calls body(chunk, head) for every head of every chunk. A chunk that alone holds a large part of the work, work(chunk) for
-// each head, runs on the caller, so that the parallel_jobs inside it spread it over the threads; the others run one to a thread.
-// Every thread that calls a body calls its own, made by make().
+// Calls body(chunk, head) for every head of every chunk, with body = make() for each thread. A chunk that alone holds a
+// large part of the work, work(chunk) for each head, runs on the caller, so that the parallel_jobs inside body spread
+// it over the threads; the others run one to a thread.
 template <class Work, class Make>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, Work&& work, Make&& make) {
   double total = 0;
   for (const Chunk& chunk : chunks) total += work(chunk) * static_cast<double>(heads);
   const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
-  const double share = total / (2 * threads);
   std::vector<const Chunk*> small, large;
-  for (const Chunk& chunk : chunks) (threads > 1 && work(chunk) > share ? large : small).push_back(&chunk);
+  for (const Chunk& chunk : chunks)
+    (threads > 1 && work(chunk) * 2 * threads > total ? large : small).push_back(&chunk);
   if (!large.empty()) {
     auto body = make();
     for (const Chunk* chunk : large)
       for (int64_t head = 0; head < heads; ++head) body(*chunk, head);
   }
+  if (small.empty()) return;
   parallel_jobs(static_cast<int64_t>(small.size()) * heads, total, [&] {
     return [&, body = make()](int64_t job) mutable { body(*small[static_cast<size_t>(job / heads)], job % heads); };
   });
 }
 
-// Scratch memory S(params) for each thread that a parallel_jobs may run on, made when the thread first asks.
+// Scratch memory S(params) for each thread of the region that uses it, made when the thread first asks.
 template <class S>
 class PerThread {
  public:
-  S& get(const ChunkedAttentionParams& params) {
-    std::unique_ptr<S>& slot = slots_[static_cast<size_t>(omp_get_thread_num())];
+  PerThread() : slots_(static_cast<size_t>(omp_get_max_threads())) {}
+  const S& get(const ChunkedAttentionParams& params) {
+    std::unique_ptr<S>& slot = slots_[static_cast<size_t>(omp_get_thread_num()) % slots_.size()];
     if (!slot) slot = std::make_unique<S>(params);
     return *slot;
   }
 
  private:
-  std::vector<std::unique_ptr<S>> slots_{static_cast<size_t>(omp_get_max_threads())};
+  std::vector<std::unique_ptr<S>> slots_;
 };
 
 // Zeroes the rows of `width` bytes of every token that lies in no sequence.
 inline void zero_padding(const Sequences& sequences, void* rows, int64_t width) {
   for (int64_t s = 0; s <= sequences.count; ++s) {
     const int64_t begin = sequences.gap_begin(s), end = sequences.gap_end(s);
-    if (begin < end) std::memset(static_cast<char*>(rows) + begin * width, 0, static_cast<size_t>((end - begin) * width));
+    if (begin < end)
+      std::memset(static_cast<char*>(rows) + begin * width, 0, static_cast<size_t>((end - begin) * width));
   }
 }
 

@@ -3,19 +3,21 @@
 //   P_ij = exp(scale q_i . k_j - lse_i);  delta_i = do_i . o_i;  dS_ij = P_ij (do_i . v_j - delta_i)
 //   dv_j = sum_i P_ij do_i;  dk_j = scale sum_i dS_ij q_i;  dq_i = scale sum_j dS_ij k_j
 //
-// A chunk is cut into blocks of kBlock rows. A job owns one pair (query block i, key block j <= i) of one head and makes every
-// product of the pair once, 3 K + 2 V multiplications for each score:
+// A chunk is cut into blocks of kBlock rows. A job owns one pair (query block i, key block j <= i) of one head and
+// makes every product of the pair once, 3 K + 2 V multiplications for each score:
 //   1. S^T = scale K Q^T and dP^T = V dO^T, a tile of kTileRows keys x kTileColumns queries at a time; the tile becomes
 //      P^T and dS^T while it is in the nearest cache
 //   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
 //   3. dQ_i += dS K                             (A = (dS^T)^T)
-// Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: in step d
-// run the pairs with i - j = d, no two of which have a block in common. So every sum has the same order on any number of
-// threads: d = 0, 1, 2, ...
+// Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: in step
+// d run the pairs with i - j = d, no two of which have a block in common. So every sum has the same order on any
+// number of threads: d = 0, 1, 2, ...
 //
+// In a chunk of one block, delta_i comes from P and dP instead, free of the rounding of o.
 // Operands are packed once for each chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.
-// Scratch, in elements for each chunk at work: C (5 K + 4 V); for each thread P^T and dS^T, 2 kBlock^2. Queries are numbered
-// like keys, from the chunk's start; rows that are in the cache stand there as zero queries, which add nothing.
+// Scratch, in elements for each chunk at work: C (5 K + 4 V); for each thread P^T and dS^T, 2 kBlock^2. Queries are
+// numbered like keys, from the chunk's start; rows that are in the cache stand there as zero queries, which add
+// nothing.
 
 #include "chunked_attention.h"
 
@@ -64,7 +66,9 @@ class ChunkBackward {
     for_each(blocks, work, [&](int64_t block) { pack(chunk, head, block); });
     for (int64_t distance = 0; distance < blocks; ++distance) {
       const int64_t begin = std::max<int64_t>(0, first_block - distance), pairs = blocks - distance - begin;
-      for_each(pairs, work * kBlock, [&](int64_t job) { multiply_pair(chunk, head, begin + job + distance, begin + job); });
+      for_each(pairs, work * kBlock, [&](int64_t job) {
+        multiply_pair(chunk, head, begin + job + distance, begin + job);
+      });
     }
     for_each(blocks, work, [&](int64_t block) { unpack(chunk, head, block); });
   }
@@ -72,15 +76,17 @@ class ChunkBackward {
  private:
   struct PairScratch {
     explicit PairScratch(const ChunkedAttentionParams&)
-        : s(kBlock, kColumns), dp(kBlock, kColumns), p(kBlock, kBlock), ds(kBlock, kBlock), ds_rows(kPaired ? kBlock : 0, kBlock) {}
+        : s(kBlock, kColumns),
+          dp(kBlock, kColumns),
+          p(kBlock, kBlock),
+          ds(kBlock, kBlock),
+          ds_rows(kPaired ? kBlock : 0, kBlock) {}
     PackedMatrix<R> s, dp;           // S^T, then P^T, and dP^T of one panel of queries
     PackedMatrix<U> p, ds, ds_rows;  // P^T and dS^T by columns, dS^T by rows
   };
 
   // Query rows of blocks without queries are not kept.
   static int64_t first_row(const Chunk& chunk) { return chunk.cached / kBlock * kBlock; }
-
-  const Packed<U>& k_rows() const { return kPaired ? k_rows_ : k_columns_; }
 
   void pack(const Chunk& chunk, int64_t head, int64_t block) {
     const int64_t begin = block * kBlock, end = std::min(begin + kBlock, round_up(chunk.keys, kTileRows));
@@ -123,7 +129,7 @@ class ChunkBackward {
     static_assert(sizeof ones / sizeof(R) >= kTileRows);
     const PairScratch& scratch = scratch_.get(p_);
     const int64_t base = first_row(chunk);
-    const int64_t query = query_block * kBlock, query_end = std::min(query + kBlock, chunk.keys), queries = query_end - query;
+    const int64_t query = query_block * kBlock, queries = std::min(kBlock, chunk.keys - query);
     const int64_t key = key_block * kBlock, key_end = std::min(key + kBlock, chunk.keys);
 
     const bool whole_rows = chunk.keys <= kBlock;
@@ -154,11 +160,13 @@ class ChunkBackward {
     add_to_keys(scratch.ds, q_rows_, p_.key_dim, dk_);
 
     const Packed<U>& ds_rows = kPaired ? scratch.ds_rows : scratch.ds;
+    const Packed<U>& k_rows = kPaired ? k_rows_ : k_columns_;
     for (int64_t column = 0; column < panels<U>(p_.key_dim); ++column) {
       const int vectors = vectors_in_panel<U>(p_.key_dim, column);
       for (int64_t at = 0; at < queries; at += kTileRows) {
         const int64_t depth = std::min(key_end, query + at + kTileRows) - key;
-        multiply_tile<true>(vectors, depth, ds_rows.at(at / kColumns, 0) + at % kColumns, 0, k_rows().at(column, key), R{1},
+        const U* ds = ds_rows.at(at / kColumns, 0) + at % kColumns;
+        multiply_tile<true>(vectors, depth, ds, 0, k_rows.at(column, key), R{1},
                             query_block == key_block ? nullptr : ones, dq_.at(column, query - base + at));
       }
     }
@@ -169,10 +177,10 @@ class ChunkBackward {
                        const PairScratch& scratch) const {
     const int64_t panel = (query - first_row(chunk)) / kColumns;
     R* s = scratch.s.at(0, row);
-    multiply_tile<false>(vectors, p_.key_dim, k_columns_.at(0, key), k_columns_.panel_units(), q_transposed_.at(panel, 0),
-                         static_cast<R>(p_.scale), nullptr, s);
-    multiply_tile<false>(vectors, p_.value_dim, v_columns_.at(0, key), v_columns_.panel_units(), do_transposed_.at(panel, 0),
-                         R{1}, nullptr, scratch.dp.at(0, row));
+    multiply_tile<false>(vectors, p_.key_dim, k_columns_.at(0, key), k_columns_.panel_units(),
+                         q_transposed_.at(panel, 0), static_cast<R>(p_.scale), nullptr, s);
+    multiply_tile<false>(vectors, p_.value_dim, v_columns_.at(0, key), v_columns_.panel_units(),
+                         do_transposed_.at(panel, 0), R{1}, nullptr, scratch.dp.at(0, row));
     if (key + kTileRows > query + 1) mask_future(s, key, kTileRows, query);
     if (drop_) drop_.apply(s, key, kTileRows, query, chunk, head);
   }
@@ -191,7 +199,7 @@ class ChunkBackward {
         product += now * load(static_cast<const R*>(dp) + r * kColumns);
       }
       // Whole rows need neither lse nor o to the last digit. A row with every score dropped keeps its zeros.
-      const Vec<R> gain = !whole_rows || total == 0 ? splat(R{1}) : 1 / total;
+      const Vec<R> gain = whole_rows ? (total == 0 ? splat(R{1}) : 1 / total) : splat(R{1});
       const Vec<R> delta = whole_rows ? product * gain : load(&delta_[query + c]);
       const auto probability = [&](int64_t r) { return gain * load(static_cast<const R*>(p) + r * kColumns); };
       const auto gradient = [&](int64_t r, Vec<R> now) {

@@ -1,13 +1,14 @@
 // Chunked attention, forward and state, on the CPU.
 //
-//   s_ij = scale q_i . k_j (j <= i, in the same chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
+//   s_ij = scale q_i . k_j (j <= i, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // A job owns kQueryBlock queries of one head of one chunk and walks the keys in blocks of kKeyBlock:
 //   1. S^T = scale K Q^T, key rows by query columns, so that a softmax over keys is lane by lane   (A = K, B = Q^T)
-//   2. online softmax: m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P   (P takes the place of S)
+//   2. online softmax: m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P   (P replaces S)
 //   3. O = diag(f) O + P V                                                                         (A = (P^T)^T, B = V)
-// and ends with o = O / l, lse = m + log l. Key tiles above the diagonal are skipped, in 1 for each panel of queries and in 3
-// for each kTileRows queries. K and V of a chunk are packed once, before its jobs; every job packs its own Q^T.
+// and ends with o = O / l, lse = m + log l. Key tiles above the diagonal are skipped, in 1 for each panel of queries
+// and in 3 for each kTileRows queries. K and V of a chunk are packed once, before its jobs; every job packs its own
+// Q^T.
 // Few queries on top of a cache, as in decoding, go to few_query_attention.h instead, which reads keys where they lie.
 //
 // Scratch: packed K and V of the chunks at work; for each thread S (kKeyBlock x kQueryBlock) and O (kQueryBlock x V).
@@ -32,7 +33,8 @@ namespace {
 constexpr int64_t kQueryBlock = 96;
 constexpr int64_t kKeyBlock = 256;
 
-// One panel of S^T becomes P^T. For each query: the running maximum, the running sum, and by how much earlier sums shrink.
+// One panel of S^T becomes P^T. For each query: running maximum, running sum, and the factor by which earlier sums
+// shrink.
 template <class U>
 void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, SumOf<U>* sum, SumOf<U>* factor) {
   using R = SumOf<U>;
@@ -49,7 +51,8 @@ void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, S
       const Vec<R> value = load(s + key * kRow);
       max_now = value > max_now ? value : max_now;
     }
-    // Where every score was dropped so far the maximum is -inf, and exp(s - 0) gives the zero that exp(s - m) would not.
+    // Where every score was dropped so far the maximum is -inf, and exp(s - 0) gives the zero that exp(s - m) would
+    // not.
     const Vec<R> shift = max_now == -kInfinity ? zeros<R>() : max_now;
     Vec<R> total = zeros<R>();
     for (int64_t key = 0; key < keys; key += kUnitDepth<U>) {
@@ -121,9 +124,9 @@ class ChunkForward {
     constexpr int64_t kColumns = kTileColumns<R>;
     static_assert(kQueryBlock % kColumns == 0 && kKeyBlock % kTileRows == 0);
     const int64_t queries = end - first;
+    const R scale = static_cast<R>(p_.scale);
     const ChunkRows<T> q = chunk_rows<T>(p_, chunk, head, nullptr, p_.q, p_.key_dim);
-    pack_transposed<T>(0, queries, p_.key_dim, [&](int64_t row) { return q(first + row); },
-                       scratch.queries);
+    pack_transposed<T>(0, queries, p_.key_dim, [&](int64_t row) { return q(first + row); }, scratch.queries);
     for (int64_t i = 0; i < kQueryBlock; ++i) {
       scratch.max[i] = -std::numeric_limits<R>::infinity();
       scratch.sum[i] = 0;
@@ -137,11 +140,11 @@ class ChunkForward {
         const int vectors = vectors_in_panel<U>(queries, panel);
         R* scores = scratch.scores.at(panel, 0);
         for (int64_t tile = 0; tile < count; tile += kTileRows)
-          multiply_tile<false>(vectors, p_.key_dim, keys_.at(0, key + tile), keys_.panel_units(), scratch.queries.at(panel, 0),
-                               static_cast<R>(p_.scale), nullptr, scores + tile * kColumns);
+          multiply_tile<false>(vectors, p_.key_dim, keys_.at(0, key + tile), keys_.panel_units(),
+                               scratch.queries.at(panel, 0), scale, nullptr, scores + tile * kColumns);
         if (key + count > first + at) mask_future(scores, key, count, first + at);
         if (drop_) drop_.apply(scores, key, count, first + at, chunk, head);
-        softmax_panel<U>(scores, count, vectors, scratch.max.get() + at, scratch.sum.get() + at, scratch.factor.get() + at);
+        softmax_panel<U>(scores, count, vectors, &scratch.max[at], &scratch.sum[at], &scratch.factor[at]);
       }
       for (int64_t column = 0; column < panels<U>(p_.value_dim); ++column) {
         const int vectors = vectors_in_panel<U>(p_.value_dim, column);
@@ -149,7 +152,7 @@ class ChunkForward {
           const int64_t depth = std::min(std::min(key + kKeyBlock, end), first + at + kTileRows) - key;
           if (depth <= 0) continue;
           const U* p = reinterpret_cast<const U*>(scratch.scores.at(at / kColumns, 0)) + at % kColumns;
-          multiply_tile<true>(vectors, depth, p, 0, values_.at(column, key), R{1}, key ? scratch.factor.get() + at : nullptr,
+          multiply_tile<true>(vectors, depth, p, 0, values_.at(column, key), R{1}, key ? &scratch.factor[at] : nullptr,
                               scratch.output.at(column, at));
         }
       }

@@ -1,17 +1,18 @@
 // Matrix products on packed panels: the layout, and a micro-kernel that holds a tile of the result in registers.
 //
-//   A packed matrix M is cut into panels of kTileColumns columns; a panel holds its rows one after the other, so that it is
-//   one stream of memory. The micro-kernel makes a tile of kTileRows x kTileColumns: for each step of the depth it loads
-//   one row of B as vectors and multiplies it by kTileRows broadcast elements of A. A broadcast costs the same wherever the
-//   element lies, so a packed matrix serves as A either way:
+//   A packed matrix M is cut into panels of kTileColumns columns; a panel holds its rows one after the other, so that
+//   it is one stream of memory. The micro-kernel makes a tile of kTileRows x kTileColumns: for each step of the depth
+//   it loads one row of B as vectors and multiplies it by kTileRows broadcast elements of A. A broadcast costs the
+//   same wherever the element lies, so a packed matrix serves as A either way:
 //     A = M     rows of the tile are rows of M, the depth runs along its columns (panel after panel)
 //     A = M^T   rows of the tile are columns of M, the depth runs along its rows (within one panel)
-//   Tile: 8 rows x 3 vectors with 32 registers (24 sums, 3 of B, the rest for A), 4 x 3 with 16, 4 x 2 with 16 and no FMA.
-//   The panel at the right edge uses as many vectors as it needs; rows are padded to kTileRows, the depth only to a unit.
+//   Tile: 8 rows x 3 vectors with 32 registers (24 sums, 3 of B, the rest for A), 4 x 3 with 16, 4 x 2 with 16 and no
+//   FMA. The panel at the right edge uses as many vectors as it needs; rows are padded to kTileRows, the depth to a
+//   unit.
 //
-//   A unit is what one lane multiplies in one step: one element of the compute type, or, where the CPU has AVX512-BF16, a
-//   pair of bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns for
-//   A = M, along the rows for A = M^T and B. With one element to a unit the two formats are the same.
+//   A unit is what one lane multiplies in one step: one element of the compute type, or, where the CPU has AVX512-BF16,
+//   a pair of bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns
+//   for A = M, along the rows for A = M^T and B. With one element to a unit the two formats are the same.
 #pragma once
 
 #include <type_traits>
@@ -73,14 +74,17 @@ MEGALODON_INLINE Vec<float> multiply_add(Bf16Pair a, Vec<float> b, Vec<float> su
   return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(b),
                                                bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a.bits)))));
 }
-MEGALODON_INLINE Half round_bf16(Vec<float> v) { return bit_cast<Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))); }
+MEGALODON_INLINE Half round_bf16(Vec<float> v) {
+  return bit_cast<Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+}
 // One pair for each lane.
 MEGALODON_INLINE Bits pair_units(Vec<float> low, Vec<float> high) {
   return __builtin_convertvector(round_bf16(low), Bits) | __builtin_convertvector(round_bf16(high), Bits) << 16;
 }
 #endif
 
-// One tile: C = gain A B, or with factors C = diag(factors) C + A B. B and C are read and written from their first row on.
+// One tile: C = gain A B, or with factors C = diag(factors) C + A B. a_panel is the distance between the panels of A =
+// M.
 template <bool kTransposeA, int kVectors, class U>
 __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
                                              const SumOf<U>* factors, SumOf<U>* c) {

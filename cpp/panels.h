@@ -1,7 +1,7 @@
 // Packing of rows that lie anywhere into the panels of gemm.h, and back.
 //
-// `row(r)` points to row r, a row of `columns` elements of T, or is null where the row counts as zero. Packed matrices are
-// written completely up to the edge that products read: columns to a whole vector, rows to whatever range is asked for.
+// `row(r)` points to row r, a row of `columns` elements of T, or is null where the row counts as zero. Packed matrices
+// are written up to the edge that products read: columns to a whole vector, rows to whatever range is asked for.
 #pragma once
 
 #include <utility>
