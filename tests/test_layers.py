@@ -58,7 +58,9 @@ def test_unknown_config_field_and_preset_raise():
 
 def test_initialisation():
     torch.manual_seed(0)
-    config = mo.MegalodonConfig(num_layers=2, model_dim=512, z_dim=64, value_dim=256, ffn_hidden_dim=256, rescale_nffn=True)
+    config = mo.MegalodonConfig(
+        num_layers=2, model_dim=512, z_dim=64, value_dim=256, ffn_hidden_dim=256, rescale_nffn=True
+    )
     model = mo.Megalodon(config)
     mega, nffn = model.layers[1].mega, model.layers[1].nffn
     assert mega.wv.weight.std().item() == pytest.approx(1 / math.sqrt(3 * 512), rel=0.02)
@@ -71,7 +73,14 @@ def test_initialisation():
     expected = torch.exp(-torch.arange(1, 513, dtype=torch.float64) * math.log(512) / 512)
     torch.testing.assert_close(angles, expected, rtol=1e-4, atol=0)
     assert torch.equal(nffn.alpha, torch.full((512,), 0.05))
-    for offsets in (mega.gamma, mega.beta, mega.timenorm.weight, mega.timenorm.bias, mega.rmsnorm.weight, nffn.norm.weight):
+    for offsets in (
+        mega.gamma,
+        mega.beta,
+        mega.timenorm.weight,
+        mega.timenorm.bias,
+        mega.rmsnorm.weight,
+        nffn.norm.weight,
+    ):
         assert not offsets.any()
 
 

@@ -119,7 +119,9 @@ def test_golden_logits_float32(golden, isa, monkeypatch):
     torch.testing.assert_close(logits.double(), io["logits"], rtol=0, atol=5e-5)
 
 
-@given(cuts=st.lists(st.integers(0, 37), max_size=6), options=st.sampled_from([{}, {"swiglu": True, "rescale_nffn": True}]))
+@given(
+    cuts=st.lists(st.integers(0, 37), max_size=6), options=st.sampled_from([{}, {"swiglu": True, "rescale_nffn": True}])
+)
 def test_any_split_streams_the_same(cuts, options):
     model, tokens = tiny_model(**options), tokens_of(2, 37)
     whole = model(tokens)
@@ -199,7 +201,16 @@ def test_16_bit_model_keeps_wide_parameters_and_states(dtype):
     wide = tiny_model(torch.float32)
     model, tokens = tiny_model(torch.float32).to(dtype), tokens_of(2, 20)
     for name, parameter in model.named_parameters():
-        linear = name.startswith("embed") or name.split(".")[-2] in {"wv", "wz", "wr", "wh1", "wh2", "fc1", "fc2", "output"}
+        linear = name.startswith("embed") or name.split(".")[-2] in {
+            "wv",
+            "wz",
+            "wr",
+            "wh1",
+            "wh2",
+            "fc1",
+            "fc2",
+            "output",
+        }
         assert parameter.dtype == (dtype if linear else torch.float32), name
         if not linear:
             assert torch.equal(parameter, wide.get_parameter(name)), f"{name} was rounded on the way"

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
 
 
 def test_extension_links_no_torch_library():
@@ -81,7 +83,9 @@ def test_threads_follow_torch():
 
 def test_bindings_refuse_what_would_be_unsafe():
     x, p, q, omega = torch.zeros(1, 4, 6), torch.zeros(6, 2), torch.zeros(6, 2, dtype=torch.complex64), torch.zeros(6)
-    arguments = dict(x=x, p=p, q=q, gamma=q, omega=omega, state=None, cu=None, lengths=None, y=x.clone(), state_out=None)
+    arguments = dict(
+        x=x, p=p, q=q, gamma=q, omega=omega, state=None, cu=None, lengths=None, y=x.clone(), state_out=None
+    )
     _C.cema_fwd(*arguments.values())
     for name, bad in {
         "x": x.transpose(1, 2),

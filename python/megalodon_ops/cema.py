@@ -54,9 +54,7 @@ def cema(
         >>> mo.cema(x, p, q, gamma, omega).flatten()
         tensor([1.0000, 1.5000, 1.7500])
     """
-    y, state_out = call(
-        cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths)
-    )
+    y, state_out = call(cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths))
     return (y, state_out) if return_state else y
 
 

@@ -77,9 +77,23 @@ def chunked_attention(
         dropkey_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
     cache_k, cache_v, position = state or (None, None, None)
     if torch.is_grad_enabled() and state is not None and (cache_k.requires_grad or cache_v.requires_grad):
-        raise ValueError("chunked_attention: `state` must not require gradients, it is constant in the backward; detach it.")
+        raise ValueError(
+            "chunked_attention: `state` must not require gradients, it is constant in the backward; detach it."
+        )
     o, _ = call(
-        chunked_attention_fwd, q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+        chunked_attention_fwd,
+        q,
+        k,
+        v,
+        cache_k,
+        cache_v,
+        position,
+        chunk_size,
+        scale,
+        dropkey,
+        dropkey_seed,
+        cu_seqlens,
+        lengths,
     )
     if inplace_state:
         if state is None:
@@ -89,7 +103,15 @@ def chunked_attention(
     if return_state:
         return o, AttentionState(
             *call(
-                chunked_attention_state, k.detach(), v.detach(), cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
+                chunked_attention_state,
+                k.detach(),
+                v.detach(),
+                cache_k,
+                cache_v,
+                position,
+                chunk_size,
+                cu_seqlens,
+                lengths,
             )
         )
     return o
@@ -97,7 +119,9 @@ def chunked_attention(
 
 def _fwd_cpu(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    o, lse = _fwd_fake(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths)
+    o, lse = _fwd_fake(
+        q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+    )
     _C.chunked_attention_fwd(
         q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
         scale, dropkey, dropkey_seed, cu_seqlens, lengths, o, lse,

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MegalodonConfig:
-    """Sizes and options of a :class:`Megalodon` model; field names and defaults are those of the released `config.json`.
+    """Sizes and options of a :class:`Megalodon` model; fields and defaults are those of the released `config.json`.
 
     Example:
         >>> import megalodon_ops as mo
@@ -69,7 +69,9 @@ class MegalodonConfig:
             check(0 <= getattr(self, field) < 1, field, "a probability in [0, 1)")
         check(self.z_dim % (2 * self.num_heads) == 0, "z_dim", f"a multiple of 2 * num_heads = {2 * self.num_heads}")
         check(self.value_dim % self.num_heads == 0, "value_dim", f"a multiple of num_heads = {self.num_heads}")
-        check(self.model_dim % self.norm_num_groups == 0, "norm_num_groups", f"a divisor of model_dim = {self.model_dim}")
+        check(
+            self.model_dim % self.norm_num_groups == 0, "norm_num_groups", f"a divisor of model_dim = {self.model_dim}"
+        )
         check(self.norm_eps >= 0, "norm_eps", "at least 0")
         check(self.init_mode == "he", "init_mode", '"he"')
         if self.share_emb:
@@ -98,7 +100,7 @@ class MegalodonConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
-        """From the `model` object of a released `config.json` or from :meth:`to_dict`. An unknown field raises ValueError."""
+        """From the `model` object of a released `config.json` or from :meth:`to_dict`; an unknown field raises."""
         ignored = {"efficient_attn"}  # chooses between equal kernels in the released code
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)} - ignored
         if unknown:

@@ -169,9 +169,9 @@ class Linear(nn.Linear):
 class NormalizedAttention(WideParameters):
     """The first half of a block: timestep norm, CEMA, gated normalized attention, its residual.
 
-        t = timestep_norm(x);  m = rms_norm(cema(t))
-        z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
-        y = x + wh1 m + wh2 (a * r)
+    t = timestep_norm(x);  m = rms_norm(cema(t))
+    z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
+    y = x + wh1 m + wh2 (a * r)
     """
 
     def __init__(self, config: MegalodonConfig) -> None:
@@ -268,7 +268,7 @@ class MegalodonBlock(nn.Module):
         self.nffn = NormalizedFFN(config, layer)
 
     def forward(self, x: Tensor, *, return_state: bool = False, **options) -> Tensor | tuple[Tensor, BlockState]:
-        """x (B, L, D); options: `state`, `inplace_state`, `cu_seqlens`, `lengths`, as in :func:`normalized_attention`."""
+        """x (B, L, D); options as in :func:`normalized_attention`: state, inplace_state, cu_seqlens, lengths."""
         y = self.mega(x, return_state=return_state, **options)
         if return_state:
             y, state = y

@@ -21,8 +21,8 @@ def define_op(
 ) -> Callable:
     """Defines `megalodon_ops::<schema>` and returns the callable op.
 
-    `fake` computes the outputs' shapes for tracing. Without `backward` the op is a backward itself (or not differentiable),
-    and differentiating through it raises.
+    `fake` computes the outputs' shapes for tracing. Without `backward` the op is a backward itself or has no
+    derivative, and differentiating through it raises.
     """
     name = schema.split("(")[0]
     qualified = f"megalodon_ops::{name}"
@@ -39,7 +39,7 @@ def define_op(
 
 
 def call(op: Callable, *args):
-    """The op's result. Without gradients, autograd's Python layer is passed by, which is a third of a short call's time."""
+    """The op's result. Without gradients, autograd's Python layer is passed by: a third of a short call."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -47,7 +47,7 @@ def call(op: Callable, *args):
 
 
 def _on_one_device(op: Callable, fake: Callable) -> Callable:
-    """`fake`, which torch also calls if just one of the tensors is on the meta device, with a check that it is not alone."""
+    """`fake`, which torch also calls if just one of the tensors is on the meta device, with a check of that."""
 
     def checked(*args):
         devices = [(a.name, value.device) for a, value in zip(op._schema.arguments, args) if isinstance(value, Tensor)]
@@ -55,7 +55,9 @@ def _on_one_device(op: Callable, fake: Callable) -> Callable:
         for name, device in devices:
             if device != usual:
                 public = op._schema.name.split("::")[1].removesuffix("_fwd").removesuffix("_bwd")
-                raise ValueError(f"{public}: `{name}` must be on {usual} as the others, got device {device}; move it there.")
+                raise ValueError(
+                    f"{public}: `{name}` must be on {usual} as the others, got device {device}; move it there."
+                )
         return fake(*args)
 
     return checked
@@ -79,7 +81,7 @@ def _no_derivative(name: str) -> Callable:
 
 
 def int64_or_none(tensor: Tensor | None) -> Tensor | None:
-    """Offsets and lengths as the kernels read them: int32 becomes int64, and what is neither is left for them to refuse."""
+    """Offsets and lengths as the kernels read them: int32 becomes int64; what is neither is left for them to refuse."""
     if tensor is None:
         return None
     return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()

@@ -181,9 +181,7 @@ class Megalodon(nn.Module):
             hidden, state = self._hidden(token[:, None], state, True, True)
             last = hidden[:, 0]
 
-    def generate(
-        self, prompt: Tensor, *, max_new_tokens: int, lengths: Tensor | None = None, **sampling
-    ) -> Tensor:
+    def generate(self, prompt: Tensor, *, max_new_tokens: int, lengths: Tensor | None = None, **sampling) -> Tensor:
         """Continues `prompt` (B, L) by `max_new_tokens`; sampling options as in :meth:`stream`.
 
         Returns (B, L + max_new_tokens); each row's new tokens follow its own prompt, and what remains of a padded row

@@ -80,7 +80,7 @@ def _rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype)
 
 
 def _rotary(z: Tensor, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None) -> Tensor:
-    """A table with a row for every position that can occur, its length rounded up so that few tables serve all calls."""
+    """A table with a row for every position that can occur, its length rounded up so that few tables serve all."""
     length = z.shape[1]
     rows = chunk_size if position is not None else min(chunk_size, 1 << max(length - 1, 0).bit_length())
     return _rotary_table(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype))

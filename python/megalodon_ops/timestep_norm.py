@@ -93,7 +93,21 @@ def _bwd_cpu(
 ):
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     grads = _bwd_fake(
-        dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
+        dy,
+        dmean_out,
+        dvar_out,
+        x,
+        weight,
+        bias,
+        num_groups,
+        eps,
+        count,
+        mean,
+        var,
+        residual,
+        cu_seqlens,
+        lengths,
+        stats,
     )
     _C.timestep_norm_bwd(
         x, weight, bias, num_groups, eps, count, contiguous_or_none(mean), contiguous_or_none(var),

@@ -155,9 +155,7 @@ def _probabilities(
     return P.masked_fill(masked.all(-1, keepdim=True), 0)
 
 
-def _end_state(
-    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int
-) -> AttentionState:
+def _end_state(q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int) -> AttentionState:
     """Keeps the rows of each sequence's unfinished chunk; the rows after them are zero."""
     S, (H, K), V = len(ends), k.shape[2:], v.shape[-1]
     state = AttentionState(

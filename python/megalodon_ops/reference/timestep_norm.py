@@ -104,8 +104,13 @@ def timestep_norm_bwd(
         dx = dy r w + [ dgm + 2 dgv (x - gm) ] / (D/G)
         dweight = sum_t dy (x - mean') r    dbias = sum_t dy
 
-    What is left of U and V before the first step is the gradient of the given state: zero if it was fresh, as then
-    c1 = 0. No gradient goes to the count or the residual.
+    Divided by the count, u = U / n and v = V / n need no c1 and no c2: since mean' - mean = c2 (gm - mean),
+
+        v' = v - r^3 / (2 n') sum dy w (x - mean')      p = u - r / n' sum dy w      u <- p - 2 v' (mean' - mean)
+        dx = dy r w + [ p + 2 v' (x - mean') ] / (D/G)                               v <- v'
+
+    which is how the kernels walk. What is left of U and V before the first step is the gradient of the given state:
+    zero if it was fresh, as then c1 = 0. No gradient goes to the count or the residual.
     """
     real = accumulation_dtype(x.dtype)
     w = (1 + weight.double()).unflatten(0, (num_groups, -1))  # (G, D/G)
