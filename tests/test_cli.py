@@ -2,26 +2,19 @@
 
 import argparse
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 import megalodon_ops
-from megalodon_ops import Megalodon
-from megalodon_ops.cli import carry, checkpoint, main, metrics
-from megalodon_ops.cli.batches import START, Batches
-from megalodon_ops.cli.evaluate import Reader, bits_per_byte
-from megalodon_ops.cli.models import byte_config
-from megalodon_ops.cli.schedule import Schedule
+from megalodon_ops.cli import checkpoint, main, metrics
 
 TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --lr 0.01".split()
 
@@ -296,56 +289,6 @@ def test_eval_of_files(finished, text, capsys):
     assert "2 documents, 1,000 bytes" in capsys.readouterr().out
 
 
-def test_pieces_do_not_matter():
-    """Streamed in any rows and pieces, a text has the bits per byte of one call for each document."""
-    torch.manual_seed(0)
-    model = Megalodon(byte_config("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4}))
-    documents = [bytes(torch.randint(256, (n,)).tolist()) for n in (1, 7, 8, 30, 65, 3)]
-    nats = 0.0
-    for document in documents:
-        logits = model(torch.tensor([[START, *document[:-1]]]))
-        nats += torch.nn.functional.cross_entropy(logits[0], torch.tensor(list(document)), reduction="sum").item()
-    whole = nats / math.log(2) / sum(map(len, documents))
-    for rows, length in ((1, 200), (1, 1), (2, 5), (4, 16), (3, 13)):
-        assert bits_per_byte(model, documents, rows, length, nullcontext()) == pytest.approx(whole, rel=1e-5)
-    assert model.training
-
-
-def test_state_survives_as_tensors():
-    torch.manual_seed(0)
-    config = byte_config("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4})
-    reader = Reader(Megalodon(config))
-    batches = Batches([bytes(range(50)), bytes(range(60, 90))], 2, 11, context="streamed", seed=None)
-    with torch.no_grad():
-        reader.losses(batches.next())
-        rows = reader.rows()
-        back = carry.from_tensors(carry.to_tensors(rows), config.num_layers)
-        torch.testing.assert_close(back, rows, rtol=0, atol=0)
-        other = Reader(reader.model)
-        other.seek(back)
-        batch = batches.next()
-        assert (batch.carry >= 0).all()
-        assert torch.equal(other.losses(batch), reader.losses(batch))
-        fresh = Reader(reader.model).losses(batch)
-        assert not torch.allclose(fresh, reader.losses(batch))
-
-
-def test_select_starts_fresh_at_minus_one():
-    torch.manual_seed(0)
-    config = byte_config("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
-    model = Megalodon(config)
-    bounds = torch.tensor([0, 5, 12])
-    _, state = model(torch.randint(256, (1, 12)), return_state=True, cu_seqlens=bounds)
-    tokens = torch.randint(256, (1, 9))
-    with torch.no_grad():
-        picked = carry.select(state, torch.tensor([1, -1, 0]))
-        logits = model(tokens, state=picked, cu_seqlens=torch.tensor([0, 3, 6, 9]))
-        one = model(tokens[:, :3], state=carry.select(state, torch.tensor([1])))
-        new = model(tokens[:, 3:6])
-        two = model(tokens[:, 6:], state=carry.select(state, torch.tensor([0])))
-    torch.testing.assert_close(logits, torch.cat([one, new, two], 1), rtol=1e-5, atol=1e-5)
-
-
 def test_generate(finished, capsys):
     def generate(*flags):
         assert main(["generate", "--checkpoint", str(finished), "--prompt", "import ", "--bytes", "40", *flags]) == 0
@@ -365,73 +308,3 @@ def test_generate_prints_as_it_comes(finished):
         process.stdout.close()  # as `head` does
         assert process.wait(timeout=60) == 128 + signal.SIGPIPE
         assert process.stderr.read() == b""
-
-
-# the pieces
-
-
-def test_schedule_by_steps():
-    schedule = Schedule(lr=1.0, warmup=10, steps=100, minutes=None)
-    rates = [schedule.lr(step) for step in range(100)]
-    assert rates[:3] == sorted(rates[:3])
-    assert max(rates) == pytest.approx(1.0, abs=0.05)
-    assert rates[50] == pytest.approx(0.5)
-    assert 0 < rates[99] < 0.001
-    assert schedule.finished(100) and not schedule.finished(99)
-
-
-def test_schedule_by_minutes():
-    """Steps that take twice as long from the middle on: the cosine still ends when the budget does."""
-    schedule = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
-    seconds, step, rates = 0.0, 0, []
-    while not schedule.finished(step):
-        rates.append(schedule.lr(step))
-        pace = 0.1 if seconds < 30 else 0.2
-        seconds, step = seconds + pace, step + 1
-        if step % 20 == 0:
-            schedule.set_pace(step, seconds, pace)
-            resumed = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
-            resumed.seek(schedule.position(), step, seconds)
-            assert [resumed.lr(step + i) for i in range(30)] == [schedule.lr(step + i) for i in range(30)]
-    assert 58 < seconds < 62
-    assert 0.99 < max(rates) <= 1
-    assert rates[-1] < 0.01
-    assert rates[40:] == sorted(rates[40:], reverse=True)
-
-
-def test_widths_follow_dim():
-    whole, half = byte_config("mega200M", {}), byte_config("mega200M", {"model_dim": 512, "value_dim": 640})
-    assert (half.z_dim, half.ffn_hidden_dim) == (whole.z_dim // 2, whole.ffn_hidden_dim // 2)
-    assert half.value_dim == 640
-    assert (whole.vocab_size, whole.num_outputs) == (257, 256)
-    assert byte_config("mega1.3B_pg19", {}).num_outputs == 257
-
-
-def test_diary_drops_what_comes_after_the_checkpoint(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.30000000000000004}\n{"step": 3}\n{"st')
-    with metrics.Diary(path, step=2) as diary:
-        diary.write(step=3, loss=0.5)
-    assert metrics.read(path) == [
-        {"step": 1, "loss": 0.1},
-        {"step": 2, "loss": 0.30000000000000004},
-        {"step": 3, "loss": 0.5},
-    ]
-
-
-def test_curve_has_labelled_axes(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **kw: (drawn.append(figure), save(figure, *args, **kw))
-    )
-    rows = [{"step": i, "bits_per_byte": 8.0 / (1 + i)} for i in range(50)]
-    rows += [{"step": 20, "held_out_bits_per_byte": 3.0}, {"step": 50, "held_out_bits_per_byte": 2.0, "final": True}]
-    metrics.draw(tmp_path / "curve.png", rows, {"gzip -9": 2.2})
-    (axes,) = drawn[0].axes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "bits per byte")
-    labels = [label.get_text() for label in axes.get_legend().get_texts()]
-    assert labels == ["training, smoothed", "held-out, a part", "held-out, all", "gzip -9 (2.20)"]
-    metrics.draw(tmp_path / "nothing.png", [], {})
