@@ -85,7 +85,7 @@ void mask_future(R* scores, int64_t key, int64_t keys, int64_t query) {
 class DropKey {
  public:
   explicit DropKey(const ChunkedAttentionParams& p)
-      : seed_(p.seed), threshold_(static_cast<uint64_t>(p.dropkey * 0x1p32)) {}
+      : seed_(p.seed ? *p.seed : 0), threshold_(static_cast<uint64_t>(p.dropkey * 0x1p32)) {}
 
   MEGALODON_INLINE explicit operator bool() const { return threshold_ != 0; }
 

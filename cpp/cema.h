@@ -18,6 +18,7 @@ struct CemaParams {
   const void* gamma;    // (D, N) complex R
   const void* omega;    // (D) R
   const void* state;    // (S, D, N) complex R, or null: zero
+  void* workspace;      // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
 struct CemaFwdParams : CemaParams {
@@ -38,5 +39,7 @@ struct CemaBwdParams : CemaParams {
 
 MEGALODON_CPU_KERNEL(cema_fwd_cpu, CemaFwdParams)
 MEGALODON_CPU_KERNEL(cema_bwd_cpu, CemaBwdParams)
+MEGALODON_CUDA_KERNEL(cema_fwd_cuda, CemaFwdParams)
+MEGALODON_CUDA_KERNEL(cema_bwd_cuda, CemaBwdParams)
 
 }  // namespace megalodon

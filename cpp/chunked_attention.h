@@ -17,13 +17,14 @@ struct ChunkedAttentionParams {
   int64_t chunk_size;       // C
   double scale;             // on q k^T
   double dropkey;           // probability that an allowed score becomes -inf; 0: never
-  uint64_t seed;            // key of the Philox generator
+  const uint64_t* seed;     // (1) key of the Philox generator; null where dropkey is 0
   const void* q;            // (T, H, K)
   const void* k;            // (T, H, K)
   const void* v;            // (T, H, V)
   const void* cache_k;      // (S, C, H, K), rows [0, position) are valid; or null: empty
   const void* cache_v;      // (S, C, H, V)
   const int64_t* position;  // (S), each in [0, C)
+  void* workspace;          // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
 struct ChunkedAttentionFwdParams : ChunkedAttentionParams {
@@ -52,5 +53,8 @@ struct ChunkedAttentionStateParams : ChunkedAttentionParams {
 MEGALODON_CPU_KERNEL(chunked_attention_fwd_cpu, ChunkedAttentionFwdParams)
 MEGALODON_CPU_KERNEL(chunked_attention_bwd_cpu, ChunkedAttentionBwdParams)
 MEGALODON_CPU_KERNEL(chunked_attention_state_cpu, ChunkedAttentionStateParams)
+MEGALODON_CUDA_KERNEL(chunked_attention_fwd_cuda, ChunkedAttentionFwdParams)
+MEGALODON_CUDA_KERNEL(chunked_attention_bwd_cuda, ChunkedAttentionBwdParams)
+MEGALODON_CUDA_KERNEL(chunked_attention_state_cuda, ChunkedAttentionStateParams)
 
 }  // namespace megalodon

@@ -53,7 +53,7 @@ Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, p
   if (!(dropkey >= 0 && dropkey < 1))
     throw py::value_error("chunked_attention: `dropkey` must be a probability in [0, 1), got " + std::to_string(dropkey) + ".");
   if (dropkey > 0)
-    params.seed = *TensorView(kOp, "dropkey_seed", dropkey_seed)
+    params.seed = TensorView(kOp, "dropkey_seed", dropkey_seed)
                        .present().shape("(1,)", {1}).dtype(Scalar::i64, "a seed").data_as<const uint64_t>();
   return in;
 }

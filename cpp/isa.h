@@ -33,5 +33,8 @@ extern Isa active_isa;
     switch (active_isa) { MEGALODON_FOR_EACH_ISA(MEGALODON_CASE_IN_, name) } \
   }
 
-// Declares launch_<name> of a CUDA kernel; `stream` is a cudaStream_t.
-#define MEGALODON_CUDA_KERNEL(name, Params) void launch_##name(const Params& params, void* stream);
+// Declares launch_<name> of a CUDA kernel, where `stream` is a cudaStream_t, and workspace_<name>: how many bytes of
+// scratch memory `params.workspace` must have, which depends on sizes alone.
+#define MEGALODON_CUDA_KERNEL(name, Params)     \
+  void launch_##name(const Params& params, void* stream); \
+  int64_t workspace_##name(const Params& params);

@@ -20,6 +20,7 @@ struct NormalizedQkParams {
   const void* rotary;       // (table_rows, K / 2, 2) R: cos, sin of position * base^(-2i/K)
   int64_t table_rows;       // at least every position used + 1, at most C
   const int64_t* position;  // (S) position inside the chunk of each sequence's first token, or null: zero
+  void* workspace;          // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
 struct NormalizedQkFwdParams : NormalizedQkParams {
@@ -38,5 +39,6 @@ struct NormalizedQkBwdParams : NormalizedQkParams {
 MEGALODON_CPU_KERNEL(normalized_qk_fwd_cpu, NormalizedQkFwdParams)
 MEGALODON_CPU_KERNEL(normalized_qk_bwd_cpu, NormalizedQkBwdParams)
 MEGALODON_CUDA_KERNEL(normalized_qk_fwd_cuda, NormalizedQkFwdParams)
+MEGALODON_CUDA_KERNEL(normalized_qk_bwd_cuda, NormalizedQkBwdParams)
 
 }  // namespace megalodon

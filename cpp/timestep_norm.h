@@ -22,6 +22,7 @@ struct TimestepNormParams {
   const void* mean;      // (S, G) R; null if count is
   const void* var;       // (S, G) R; null if count is
   const void* residual;  // (2, S, G) R: of mean, of var; or null: zero
+  void* workspace;       // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
 struct TimestepNormFwdParams : TimestepNormParams {
@@ -47,5 +48,7 @@ struct TimestepNormBwdParams : TimestepNormParams {
 
 MEGALODON_CPU_KERNEL(timestep_norm_fwd_cpu, TimestepNormFwdParams)
 MEGALODON_CPU_KERNEL(timestep_norm_bwd_cpu, TimestepNormBwdParams)
+MEGALODON_CUDA_KERNEL(timestep_norm_fwd_cuda, TimestepNormFwdParams)
+MEGALODON_CUDA_KERNEL(timestep_norm_bwd_cuda, TimestepNormBwdParams)
 
 }  // namespace megalodon

@@ -30,6 +30,8 @@ bool takes_vectors(const NormalizedQkFwdParams& p) {
 
 }  // namespace
 
+int64_t workspace_normalized_qk_fwd_cuda(const NormalizedQkFwdParams&) { return 0; }
+
 void launch_normalized_qk_fwd_cuda(const NormalizedQkFwdParams& params, void* stream) {
   if (params.sequences.tokens == 0 || params.heads * params.key_dim == 0) return;
   dispatch_dtype(params.dtype, [&](auto type) {

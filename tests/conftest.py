@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from megalodon_ops import _C
 
+pytest_plugins = ["cuda_emulator.fixtures"]
+
 # The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones, and more.
 settings.register_profile("default", max_examples=15, deadline=None, derandomize=True)
 settings.register_profile(

@@ -18,8 +18,6 @@ from torch import Tensor
 import megalodon_ops as mo
 from megalodon_ops import _C
 
-pytest_plugins = ["cuda_emulator.fixtures"]
-
 BUGS = {
     "missing_syncthreads": "race",
     "missing_second_syncthreads": "race",

@@ -25,7 +25,20 @@ ROOT = FOLDER.parents[1]
 # Bindings of the module that launch emulated kernels, as `_C` has them: arguments -> results, which the caller
 # allocates. A result that the kernel also reads is marked "!".
 BINDINGS = {
+    "cema_fwd": "x p q gamma omega state cu_seqlens lengths -> y state_out",
+    "cema_bwd": "x p q gamma omega state cu_seqlens lengths dy dstate_out -> dx dp dq dgamma domega dstate",
+    "timestep_norm_fwd": "x weight bias num_groups eps count mean var residual cu_seqlens lengths "
+    "-> y stats count_out mean_out var_out residual_out",
+    "timestep_norm_bwd": "x weight bias num_groups eps count mean var residual cu_seqlens lengths stats dy dmean_out "
+    "dvar_out -> dx dweight dbias dmean dvar",
     "normalized_qk_fwd": "z gamma beta num_heads chunk_size eps rotary position cu_seqlens lengths -> q k",
+    "normalized_qk_bwd": "z gamma beta num_heads chunk_size eps rotary position cu_seqlens lengths dq dk "
+    "-> dz dgamma dbeta",
+    "chunked_attention_fwd": "q k v cache_k cache_v position chunk_size scale dropkey seed cu_seqlens lengths -> o lse",
+    "chunked_attention_bwd": "q k v cache_k cache_v position chunk_size scale dropkey seed cu_seqlens lengths o lse do "
+    "-> dq dk dv",
+    "chunked_attention_state": "k v cache_k cache_v position chunk_size cu_seqlens lengths "
+    "-> cache_k_out cache_v_out position_out",
 }
 
 
