@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .arrays import call_with_arrays
 from .library import call, contiguous_or_none, define_op, int64_or_none, num_sequences
 
 
@@ -45,6 +46,8 @@ def cema(
     Gradients go to every tensor, `state` included, complex ones in torch's convention. The inputs are all that is kept
     for the backward, which is deterministic whatever the number of threads.
 
+    Arrays of other libraries: see :mod:`megalodon_ops.arrays`.
+
     Source: arXiv 2404.08801, section 3.1. The mathematics: :func:`megalodon_ops.reference.cema`.
 
     Example:
@@ -54,6 +57,8 @@ def cema(
         >>> mo.cema(x, p, q, gamma, omega).flatten()
         tensor([1.0000, 1.5000, 1.7500])
     """
+    if not isinstance(x, Tensor):
+        return call_with_arrays(cema, **locals())
     y, state_out = call(cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths))
     return (y, state_out) if return_state else y
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .arrays import call_with_arrays
 from .library import (
     accumulation_dtype,
     autocast,
@@ -59,6 +60,8 @@ def chunked_attention(
     Scores live in blocks that fit the cache, never as a C x C matrix; sums are float32 (float64 for float64). For the
     backward, q, k, v, o and one log-sum-exp for each row and head are kept.
 
+    Arrays of other libraries: see :mod:`megalodon_ops.arrays`.
+
     Source: arXiv 2404.08801, section 3.3; DropKey: arXiv 2208.02646. The mathematics:
     :func:`megalodon_ops.reference.chunked_attention`.
 
@@ -69,6 +72,8 @@ def chunked_attention(
         >>> mo.chunked_attention(q, k, v, chunk_size=2).flatten()
         tensor([ 1.,  2., 10., 15.])
     """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return call_with_arrays(chunked_attention, **locals())
     q, k, v = autocast(q, k, v)
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     if chunk_size < 1:
@@ -76,7 +81,8 @@ def chunked_attention(
     if dropkey and dropkey_seed is None:
         dropkey_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
     cache_k, cache_v, position = state or (None, None, None)
-    if torch.is_grad_enabled() and state is not None and (cache_k.requires_grad or cache_v.requires_grad):
+    constants = state[:2] if state and torch.is_grad_enabled() else ()
+    if any(getattr(cache, "requires_grad", False) for cache in constants):
         raise ValueError(
             "chunked_attention: `state` must not require gradients, it is constant in the backward; detach it."
         )

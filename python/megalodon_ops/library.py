@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .arrays import refuse_arrays
+
 _library = torch.library.Library("megalodon_ops", "DEF")
 
 
@@ -40,10 +42,14 @@ def define_op(
 
 def call(op: Callable, *args):
     """The op's result. Without gradients, autograd's Python layer is passed by: a third of a short call."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    try:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    except RuntimeError:
+        refuse_arrays(op, args)
+        raise
 
 
 def _on_one_device(op: Callable, fake: Callable) -> Callable:
@@ -82,8 +88,8 @@ def _no_derivative(name: str) -> Callable:
 
 def int64_or_none(tensor: Tensor | None) -> Tensor | None:
     """Offsets and lengths as the kernels read them: int32 becomes int64; what is neither is left for them to refuse."""
-    if tensor is None:
-        return None
+    if tensor is None or not isinstance(tensor, Tensor):
+        return tensor
     return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .arrays import call_with_arrays
 from .chunked_attention import chunked_attention
 from .library import autocast
 from .normalized_qk import normalized_qk
@@ -50,6 +51,8 @@ def normalized_attention(
 
     Kept for the backward: z, the rotated q and k, v, o and one log-sum-exp for each row and head.
 
+    Arrays of other libraries: see :mod:`megalodon_ops.arrays`.
+
     Source: arXiv 2404.08801, section 3.3. The mathematics: :func:`megalodon_ops.reference.normalized_attention`.
 
     Example:
@@ -61,6 +64,8 @@ def normalized_attention(
         >>> torch.allclose(torch.cat((a, b), 1), whole, atol=1e-6)
         True
     """
+    if not (isinstance(z, Tensor) and isinstance(v, Tensor)):
+        return call_with_arrays(normalized_attention, **locals())
     z, v = autocast(z, v)
     if num_heads < 1 or v.shape[-1] % num_heads:
         raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .arrays import call_with_arrays
 from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none
 
 
@@ -49,6 +50,8 @@ def normalized_qk(
 
     Gradients go to z, gamma and beta; z is all that is kept for the backward.
 
+    Arrays of other libraries: see :mod:`megalodon_ops.arrays`.
+
     Source: arXiv 2404.08801, section 3.3, and the released code. The mathematics:
     :func:`megalodon_ops.reference.normalized_qk`.
 
@@ -59,6 +62,8 @@ def normalized_qk(
         >>> q.flatten()
         tensor([0.6000, 0.8000])
     """
+    if not isinstance(z, Tensor):
+        return call_with_arrays(normalized_qk, **locals())
     if z.dim() != 3:
         raise ValueError(f"normalized_qk: `z` must have shape (B, L, H * K), got {tuple(z.shape)}.")
     for name, value in (("num_heads", num_heads), ("chunk_size", chunk_size), ("rope_base", rope_base)):

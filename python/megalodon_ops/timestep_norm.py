@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .arrays import call_with_arrays
 from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, num_sequences
 from .states import TimestepNormState
 
@@ -46,6 +47,8 @@ def timestep_norm(
     Statistics run in float64 inside a call. Gradients go to x, weight, bias and the state's mean and var; x and three
     numbers for each step and group are kept for the backward, which is deterministic.
 
+    Arrays of other libraries: see :mod:`megalodon_ops.arrays`.
+
     Source: arXiv 2404.08801, section 3.2. The mathematics: :func:`megalodon_ops.reference.timestep_norm`.
 
     Example:
@@ -55,6 +58,8 @@ def timestep_norm(
         tensor([[[-1.0000,  1.0000],
                  [ 0.4472,  1.3416]]])
     """
+    if not isinstance(x, Tensor):
+        return call_with_arrays(timestep_norm, **locals())
     count, mean, var, residual = state or (None, None, None, None)
     if num_groups < 1:
         raise ValueError(f"timestep_norm: `num_groups` must be positive, got {num_groups}.")
