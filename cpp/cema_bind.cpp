@@ -1,5 +1,6 @@
 #include "bindings.h"
 #include "cema.h"
+#include "target.h"
 #include "tensor_view.h"
 
 namespace megalodon {
@@ -29,43 +30,44 @@ TensorView fill(CemaParams& params, py::handle x_, py::handle p_, py::handle q_,
   return x;
 }
 
-void cema_fwd(py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega, py::handle state,
-              py::handle cu_seqlens, py::handle lengths, py::handle y, py::handle state_out) {
+void cema_fwd(const Target& target, py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega,
+              py::handle state, py::handle cu_seqlens, py::handle lengths, py::handle y, py::handle state_out) {
   CemaFwdParams params{};
   const TensorView x = fill(params, x_, p, q, gamma, omega, state, cu_seqlens, lengths);
   const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
   params.y = TensorView("cema", "y", y).like(x).data();
   params.state_out = TensorView("cema", "state_out", state_out)
-                         .shape("(S, D, N)", {S, D, N}).dtype(complex_of(params.dtype), kComplex).data();
-  const py::gil_scoped_release unlocked;
-  launch_cema_fwd_cpu(params);
+                         .shape("(S, D, N)", {S, D, N})
+                         .dtype(complex_of(params.dtype), kComplex)
+                         .data();
+  MEGALODON_LAUNCH(target, cema_fwd, params);
 }
 
-void cema_bwd(py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega, py::handle state,
-              py::handle cu_seqlens, py::handle lengths, py::handle dy, py::handle dstate_out, py::handle dx,
-              py::handle dp, py::handle dq, py::handle dgamma, py::handle domega, py::handle dstate) {
+void cema_bwd(const Target& target, py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega,
+              py::handle state, py::handle cu_seqlens, py::handle lengths, py::handle dy, py::handle dstate_out,
+              py::handle dx, py::handle dp, py::handle dq, py::handle dgamma, py::handle domega, py::handle dstate) {
   CemaBwdParams params{};
   const TensorView x = fill(params, x_, p, q, gamma, omega, state, cu_seqlens, lengths);
   const TensorView p_view("cema", "p", p), q_view("cema", "q", q), omega_view("cema", "omega", omega);
   const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
   const Scalar complex = complex_of(params.dtype);
   params.dy = TensorView("cema", "dy", dy).like(x).data();
-  params.dstate_out = TensorView("cema", "dstate_out", dstate_out).shape("(S, D, N)", {S, D, N}).dtype(complex, kComplex).data();
+  params.dstate_out =
+      TensorView("cema", "dstate_out", dstate_out).shape("(S, D, N)", {S, D, N}).dtype(complex, kComplex).data();
   params.dx = TensorView("cema", "dx", dx).like(x).data();
   params.dp = TensorView("cema", "dp", dp).like(p_view).data();
   params.dq = TensorView("cema", "dq", dq).like(q_view).data();
   params.dgamma = TensorView("cema", "dgamma", dgamma).like(q_view).data();
   params.domega = TensorView("cema", "domega", domega).like(omega_view).data();
   params.dstate = TensorView("cema", "dstate", dstate).shape("(S, D, N)", {S, D, N}).dtype(complex, kComplex).data();
-  const py::gil_scoped_release unlocked;
-  launch_cema_bwd_cpu(params);
+  MEGALODON_LAUNCH(target, cema_bwd, params);
 }
 
 }  // namespace
 
 void bind_cema(py::module_& module) {
-  module.def("cema_fwd", &cema_fwd);
-  module.def("cema_bwd", &cema_bwd);
+  define(module, "cema_fwd", &cema_fwd);
+  define(module, "cema_bwd", &cema_bwd);
 }
 
 }  // namespace megalodon

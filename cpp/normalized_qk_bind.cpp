@@ -1,5 +1,6 @@
 #include "bindings.h"
 #include "normalized_qk.h"
+#include "target.h"
 #include "tensor_view.h"
 
 namespace megalodon {
@@ -33,56 +34,64 @@ TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py
   params.beta = beta.present().shape("(2, Z)", {2, Z}).dtype(real, kReal).data();
   params.position = position.shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<const int64_t>();
   params.table_rows = rotary.rank("(rows, K / 2, 2)", 3).size(0);
-  params.rotary = rotary.shape("(rows, K / 2, 2)", {params.table_rows, params.key_dim / 2, 2}).dtype(real, kReal).data();
-  for (int64_t s = 0; s < S; ++s) {
+  params.rotary =
+      rotary.shape("(rows, K / 2, 2)", {params.table_rows, params.key_dim / 2, 2}).dtype(real, kReal).data();
+  for (int64_t s = 0; kReadable && s < S; ++s) {
     const int64_t first = params.position ? params.position[s] : 0, last = first + params.sequences.length(s) - 1;
     if (first < 0 || first >= chunk_size)
-      position.fail("in [0, " + std::to_string(chunk_size) + "), got " + std::to_string(first) + " at " + std::to_string(s));
+      position.fail("in [0, " + std::to_string(chunk_size) + "), got " + std::to_string(first) + " at " +
+                    std::to_string(s));
     if ((last < chunk_size ? last : chunk_size - 1) >= params.table_rows)
       rotary.fail("at least as long as the positions used");
   }
   return z;
 }
 
-void normalized_qk_fwd(py::handle z_, py::handle gamma, py::handle beta, int64_t num_heads, int64_t chunk_size,
-                       double eps, py::handle rotary, py::handle position, py::handle cu_seqlens, py::handle lengths,
-                       py::handle q, py::handle k) {
+void normalized_qk_fwd(const Target& target, py::handle z_, py::handle gamma, py::handle beta, int64_t num_heads,
+                       int64_t chunk_size, double eps, py::handle rotary, py::handle position, py::handle cu_seqlens,
+                       py::handle lengths, py::handle q, py::handle k) {
   NormalizedQkFwdParams params{};
   const TensorView z = fill(params, z_, gamma, beta, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
   const auto heads = [&](const char* name, py::handle object) {
     return TensorView(kOp, name, object)
-        .present().shape("(B, L, H, K)", {z.size(0), z.size(1), params.heads, params.key_dim}).dtype(z.scalar(), "as `z`").data();
+        .present()
+        .shape("(B, L, H, K)", {z.size(0), z.size(1), params.heads, params.key_dim})
+        .dtype(z.scalar(), "as `z`")
+        .data();
   };
   params.q = heads("q", q);
   params.k = heads("k", k);
-  const py::gil_scoped_release unlocked;
-  launch_normalized_qk_fwd_cpu(params);
+  MEGALODON_LAUNCH(target, normalized_qk_fwd, params);
 }
 
-void normalized_qk_bwd(py::handle z_, py::handle gamma, py::handle beta_, int64_t num_heads, int64_t chunk_size,
-                       double eps, py::handle rotary, py::handle position, py::handle cu_seqlens, py::handle lengths,
-                       py::handle dq, py::handle dk, py::handle dz, py::handle dgamma, py::handle dbeta) {
+void normalized_qk_bwd(const Target& target, py::handle z_, py::handle gamma, py::handle beta_, int64_t num_heads,
+                       int64_t chunk_size, double eps, py::handle rotary, py::handle position, py::handle cu_seqlens,
+                       py::handle lengths, py::handle dq, py::handle dk, py::handle dz, py::handle dgamma,
+                       py::handle dbeta) {
   NormalizedQkBwdParams params{};
-  const TensorView z = fill(params, z_, gamma, beta_, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
+  const TensorView z =
+      fill(params, z_, gamma, beta_, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
   const TensorView beta(kOp, "beta", beta_);
   const auto heads = [&](const char* name, py::handle object) {
     return TensorView(kOp, name, object)
-        .present().shape("(B, L, H, K)", {z.size(0), z.size(1), params.heads, params.key_dim}).dtype(z.scalar(), "as `z`").data();
+        .present()
+        .shape("(B, L, H, K)", {z.size(0), z.size(1), params.heads, params.key_dim})
+        .dtype(z.scalar(), "as `z`")
+        .data();
   };
   params.dq = heads("dq", dq);
   params.dk = heads("dk", dk);
   params.dz = TensorView(kOp, "dz", dz).like(z).data();
   params.dgamma = TensorView(kOp, "dgamma", dgamma).like(beta).data();
   params.dbeta = TensorView(kOp, "dbeta", dbeta).like(beta).data();
-  const py::gil_scoped_release unlocked;
-  launch_normalized_qk_bwd_cpu(params);
+  MEGALODON_LAUNCH(target, normalized_qk_bwd, params);
 }
 
 }  // namespace
 
 void bind_normalized_qk(py::module_& module) {
-  module.def("normalized_qk_fwd", &normalized_qk_fwd);
-  module.def("normalized_qk_bwd", &normalized_qk_bwd);
+  define(module, "normalized_qk_fwd", &normalized_qk_fwd);
+  define(module, "normalized_qk_bwd", &normalized_qk_bwd);
 }
 
 }  // namespace megalodon

@@ -12,7 +12,7 @@ PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); 
 struct Names {
   PyObject* shape = interned("shape");
   PyObject* dtype = interned("dtype");
-  PyObject* is_cpu = interned("is_cpu");
+  PyObject* is_here = interned(kReadable ? "is_cpu" : "is_cuda");
   PyObject* data_ptr = interned("data_ptr");
   PyObject* is_contiguous = interned("is_contiguous");
 };
@@ -30,8 +30,8 @@ Scalar scalar_of_object(const PyObject* dtype) {
     const py::module_ torch = py::module_::import("torch");
     const auto get = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
     return new std::remove_pointer_t<decltype(table)>[7]{
-        {get("float32"), Scalar::f32},   {get("bfloat16"), Scalar::bf16},   {get("float16"), Scalar::f16},
-        {get("complex64"), Scalar::c64}, {get("int64"), Scalar::i64},       {get("float64"), Scalar::f64},
+        {get("float32"), Scalar::f32},    {get("bfloat16"), Scalar::bf16}, {get("float16"), Scalar::f16},
+        {get("complex64"), Scalar::c64},  {get("int64"), Scalar::i64},     {get("float64"), Scalar::f64},
         {get("complex128"), Scalar::c128}};
   }();
   for (int i = 0; i < 7; ++i)
@@ -69,14 +69,17 @@ TensorView::TensorView(const char* op, const char* name, py::handle object) : op
   rank_ = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
   if (rank_ > kMaxRank) fail("at most 8 axes, got " + std::to_string(rank_));
   for (int axis = 0; axis < rank_; ++axis) shape_[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), axis));
-  if (attribute(object, names().is_cpu).ptr() != Py_True)
-    fail("on the CPU, got device " + std::string(py::str(object.attr("device"))), "move all tensors to one device");
+  if (attribute(object, names().is_here).ptr() != Py_True)
+    fail(std::string("on ") + (kReadable ? "the CPU" : "a CUDA device") + ", got device " +
+             std::string(py::str(object.attr("device"))),
+         "move all tensors to one device");
   if (call(object, names().is_contiguous).ptr() != Py_True) fail("contiguous", "call .contiguous()");
   data_ = PyLong_AsVoidPtr(call(object, names().data_ptr).ptr());
 }
 
 void TensorView::fail(const std::string& expected, const std::string& fix) const {
-  throw py::value_error(std::string(op_) + ": `" + name_ + "` must be " + expected + (fix.empty() ? "" : "; " + fix) + ".");
+  throw py::value_error(std::string(op_) + ": `" + name_ + "` must be " + expected + (fix.empty() ? "" : "; " + fix) +
+                        ".");
 }
 
 std::string TensorView::shape_text() const {
@@ -89,8 +92,8 @@ std::string TensorView::shape_text() const {
 
 const TensorView& TensorView::rank(const char* letters, int rank) const {
   if (given_ && rank_ == rank) return *this;
-  const std::string text = std::string(op_) + ": `" + name_ + "` must have shape " + letters + ", got " +
-                           (given_ ? shape_text() : "None");
+  const std::string text =
+      std::string(op_) + ": `" + name_ + "` must have shape " + letters + ", got " + (given_ ? shape_text() : "None");
   throw py::value_error(text + (given_ && rank_ == rank - 1 ? "; add a batch dimension." : "."));
 }
 
@@ -131,15 +134,20 @@ const TensorView& TensorView::like(const TensorView& other) const {
 
 DType TensorView::floating() const {
   switch (scalar_) {
-    case Scalar::f32: return DType::f32;
-    case Scalar::f64: return DType::f64;
-    case Scalar::bf16: return DType::bf16;
-    case Scalar::f16: return DType::f16;
-    default: break;
+    case Scalar::f32:
+      return DType::f32;
+    case Scalar::f64:
+      return DType::f64;
+    case Scalar::bf16:
+      return DType::bf16;
+    case Scalar::f16:
+      return DType::f16;
+    default:
+      break;
   }
   const std::string got = scalar_ == Scalar::other ? dtype_text_ : std::string("torch.") + scalar_name(scalar_);
-  throw py::type_error(std::string(op_) + ": `" + name_ + "` must be float32, float64, bfloat16 or float16, got " + got +
-                       "; convert it with .to(torch.float32).");
+  throw py::type_error(std::string(op_) + ": `" + name_ + "` must be float32, float64, bfloat16 or float16, got " +
+                       got + "; convert it with .to(torch.float32).");
 }
 
 void check_range(const char* op, const char* name, double value, double least, const char* expected) {
@@ -155,12 +163,14 @@ Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::hand
   if (ends.given() && rows.given()) rows.fail("None where `cu_seqlens` is given");
   if (ends.given()) {
     ends.rank("(S + 1,)", 1).dtype(Scalar::i64, "offsets into the packed row");
-    if (batch != 1) ends.fail("None unless the batch is packed into one row, got B = " + std::to_string(batch), "reshape to (1, T, ...)");
+    if (batch != 1)
+      ends.fail("None unless the batch is packed into one row, got B = " + std::to_string(batch),
+                "reshape to (1, T, ...)");
     if (ends.size(0) < 1) ends.fail("of at least one element, got 0");
     sequences.count = ends.size(0) - 1;
     sequences.cu_seqlens = ends.data_as<const int64_t>();
     int64_t last = 0;
-    for (int64_t s = 0; s <= sequences.count; ++s) {
+    for (int64_t s = 0; kReadable && s <= sequences.count; ++s) {
       const int64_t offset = sequences.cu_seqlens[s];
       if (offset < last || offset > length)
         ends.fail("non-decreasing offsets in [0, " + std::to_string(length) + "], got " + std::to_string(offset) +
@@ -171,9 +181,10 @@ Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::hand
   if (rows.given()) {
     rows.shape("(B,)", {batch}).dtype(Scalar::i64, "row lengths");
     sequences.lengths = rows.data_as<const int64_t>();
-    for (int64_t s = 0; s < batch; ++s)
+    for (int64_t s = 0; kReadable && s < batch; ++s)
       if (sequences.lengths[s] < 0 || sequences.lengths[s] > length)
-        rows.fail("in [0, " + std::to_string(length) + "], got " + std::to_string(sequences.lengths[s]) + " at " + std::to_string(s));
+        rows.fail("in [0, " + std::to_string(length) + "], got " + std::to_string(sequences.lengths[s]) + " at " +
+                  std::to_string(s));
   }
   return sequences;
 }

@@ -8,14 +8,13 @@
 
 #include "dtype.h"
 #include "sequences.h"
+#include "target.h"
 
 namespace megalodon {
 
-namespace py = pybind11;
-
 enum class Scalar { f32, f64, bf16, f16, c64, c128, i64, other };
 
-// A contiguous CPU tensor, or the absence of one (None). Every check names the op, the argument, what was expected and what came.
+// A contiguous tensor on the module's target, or the absence of one (None). Every check names the op, the argument, what was expected and what came.
 class TensorView {
  public:
   TensorView(const char* op, const char* name, py::handle object);
@@ -66,7 +65,7 @@ inline Scalar scalar_of(DType dtype) {
 // Raises unless `value` is finite and at least `least`.
 void check_range(const char* op, const char* name, double value, double least, const char* expected);
 
-// The sequences of a (B, L, ...) batch; checks that they are ordered and lie inside the tokens.
+// The sequences of a (B, L, ...) batch; checks, where it can read them, that they are ordered and inside the tokens.
 Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths);
 
 }  // namespace megalodon

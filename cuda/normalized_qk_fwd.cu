@@ -1,4 +1,4 @@
-#include "normalized_qk.cuh"
+#include "normalized_qk_fwd.cuh"
 
 namespace megalodon {
 namespace {

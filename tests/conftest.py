@@ -5,30 +5,39 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import backends
 import pytest
 import torch
+from cuda_emulator.emulator import Emulator
 from hypothesis import HealthCheck, settings
 
 from megalodon_ops import _C
 
 pytest_plugins = ["cuda_emulator.fixtures"]
 
-# The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones, and more.
-settings.register_profile("default", max_examples=15, deadline=None, derandomize=True)
+# The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones, and more. A backend serves all examples.
+WHOLE_TEST = [HealthCheck.function_scoped_fixture]
 settings.register_profile(
-    "explore", max_examples=300, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    "default", max_examples=15, deadline=None, derandomize=True, suppress_health_check=WHOLE_TEST
 )
+settings.register_profile(
+    "explore", max_examples=300, deadline=None, print_blob=True,
+    suppress_health_check=[*WHOLE_TEST, HealthCheck.too_slow],
+)  # fmt: skip
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-DEFAULT_ISA = _C.active_isa()
 
-
-@pytest.fixture(scope="session", params=_C.available_isas())
+@pytest.fixture(params=backends.DEVICES)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on every instruction set of this machine. Tests that do not ask for it run on the best one."""
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(DEFAULT_ISA)
+    """Runs the test on the CPU's kernels, on CUDA's in the emulator, and on CUDA's where there is a GPU."""
+    if request.param == "cuda-emulated":
+        running = Emulator(request.getfixturevalue("emulated_module")).replacing(_C)
+    elif request.param == "cuda":
+        running = backends.gpu()
+    else:
+        running = backends.isa(backends.DEFAULT_ISA if request.param == "cpu" else request.param)
+    with running:
+        yield request.param
 
 
 @pytest.fixture

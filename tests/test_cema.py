@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
+from backends import each_implementation, every_backend
 from cases import cema_case, evaluate, streamed
 from golden import TOLERANCE, golden_case, golden_config
 
@@ -16,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("name", golden_config("cema"))
-@pytest.mark.parametrize("implementation", [mo, mo.reference], ids=["op", "reference"])
-def test_golden(name, implementation):
+@each_implementation
+def test_golden(name, implementation, backend):
     """The released layer: coefficients from its parameters, the scan, gradients down to the parameters."""
     t = golden_case("cema", name)
     leaves = {key: t[f"param_{key}"].clone().requires_grad_() for key in ("alpha", "delta", "theta", "gamma", "omega")}
@@ -51,6 +52,7 @@ HARD_POLES = {
 }
 
 
+@every_backend
 @pytest.mark.parametrize("poles", HARD_POLES.values(), ids=HARD_POLES)
 @pytest.mark.parametrize(
     "shape", [{"B": 1, "L": 2003, "D": 3, "N": 16}, {"B": 2, "L": 257, "D": 33, "N": 5}], ids=["long", "odd"]

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_all_close, assert_close, assert_refuses
+from backends import each_implementation, every_backend
 from cases import chunked_attention_case, evaluate, forward, streamed
 from golden import TOLERANCE, golden_case, golden_config
 
@@ -15,7 +16,6 @@ from megalodon_ops import AttentionState
 from megalodon_ops.reference.philox import dropkey_mask
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-both = pytest.mark.parametrize("implementation", [mo, mo.reference], ids=["op", "reference"])
 
 
 def rotate(x, chunk):
@@ -26,9 +26,9 @@ def rotate(x, chunk):
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
 
 
-@both
+@each_implementation
 @pytest.mark.parametrize("name", ["one_chunk", "short", "three_chunks"])
-def test_golden(name, implementation):
+def test_golden(name, implementation, backend):
     """q and k of the released code, before its rotary."""
     t, config = golden_case("attention", name), golden_config("attention")[name]
     leaves = {key: t[key].clone().requires_grad_() for key in "qkv"}
@@ -44,9 +44,9 @@ def test_golden(name, implementation):
         assert_close(leaf.grad, t[f"d{key}"], tolerance=TOLERANCE, name=key)
 
 
-@both
+@each_implementation
 @pytest.mark.parametrize("name", ["rect_causal", "rect_full"])
-def test_golden_with_fewer_queries_than_keys(name, implementation):
+def test_golden_with_fewer_queries_than_keys(name, implementation, backend):
     """The first keys come from the state."""
     t = golden_case("attention", name)
     cached = t["k"].shape[1] - t["q"].shape[1]
@@ -73,6 +73,7 @@ SHAPES = {
 }
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes_of_models(shape, dtype, backend):
@@ -83,6 +84,7 @@ def test_shapes_of_models(shape, dtype, backend):
     assert_all_as_accurate_as(evaluate(mo.chunked_attention, case), same, exact, factor=factor, floor=floor)
 
 
+@every_backend
 @pytest.mark.parametrize("offset", [-500.0, 300.0, 30000.0], ids=str)
 def test_large_scores_neither_overflow_nor_vanish(offset, backend):
     """Softmax ignores what all scores of a row share."""
@@ -107,6 +109,7 @@ def observed_mask(seed, dropkey, *, H=2, L=70, C=32, B=2, state=None, lengths=No
     return o > 0
 
 
+@every_backend
 @pytest.mark.parametrize("seed", [0, 12345, 2**32, 2**63 - 1, -1], ids=str)
 @pytest.mark.parametrize("dropkey", [0.1, 0.5, 0.99])
 def test_dropkey_mask_is_philox(seed, dropkey, backend):

@@ -6,17 +6,18 @@ import re
 
 import pytest
 import torch
-from assertions import assert_as_accurate_as, assert_close
-from cases import forward
+from assertions import assert_bit_equal, assert_close
+from cases import OPS, evaluate
 from cuda_emulator.emulator import FOLDER, Emulator
 from cuda_emulator.lint import lint
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings
 from strategies import CASES
+from test_ops import assert_matches_reference
 from torch import Tensor
 
 import megalodon_ops as mo
 from megalodon_ops import _C
+from megalodon_ops.reference.philox import philox
 
 BUGS = {
     "missing_syncthreads": "race",
@@ -55,6 +56,9 @@ BUGS = {
     "missing_copy_commit": "copy in flight",
     "missing_copy_barrier": "race",
     "copy_over_what_others_read": "race",
+    "wrong_fragment_of_a": "wrong mma fragment",
+    "wrong_fragment_of_b": "wrong mma fragment",
+    "wrong_fragment_of_tf32": "wrong mma fragment",
 }
 ORDERS = ("forward", "reverse", "random")
 
@@ -114,6 +118,15 @@ def test_a_report_names_buffer_thread_and_line(emulator):
     assert f"at {line}" in text and "block (1,0,0) thread (63,0,0)" in text
 
 
+def test_a_wrong_fragment_names_the_element(emulator):
+    emulator.set_order("forward")
+    with pytest.raises(emulator.Error, match=r"a\[1\] is not the element of row 15, column 6, byte 492 of .*'tile'"):
+        run_bug(emulator, "wrong_fragment_of_a", bug=True)
+    assert [report["count"] for report in emulator.reports()] == [2 * 64]  # every lane
+    with pytest.raises(emulator.Error, match=r"a\[1\] is not the element of row 15, column 3, byte 372 of .*'tile'"):
+        run_bug(emulator, "wrong_fragment_of_tf32", bug=True)
+
+
 def test_the_device_works_again_after_a_bug(emulator):
     for name in ("deadlock", "null_pointer", "missing_copy_wait"):
         with pytest.raises(emulator.Error):
@@ -131,6 +144,15 @@ def test_an_invalid_launch_is_refused(emulator):
         run(emulator, "reduce", x, y, y, y, 1, 48)
     with pytest.raises(emulator.Error, match="an empty grid"):
         run(emulator, "reduce", x, y, y, y, 0, 64)
+
+
+@pytest.mark.parametrize(("as_template", "most"), [(False, 64), (True, 96)])
+def test_launch_bounds_are_kept(emulator, as_template, most):
+    y = emulator.empty(128)
+    run(emulator, "bounded", y, most, as_template)
+    assert (y[:most] == 1).all()
+    with pytest.raises(emulator.Error, match=f"a block of {most + 32} threads, beyond its __launch_bounds__"):
+        run(emulator, "bounded", y, most + 32, as_template)
 
 
 def test_unwritten_results_are_nan(emulator):
@@ -269,6 +291,61 @@ def test_reductions(emulator, threads):
     assert torch.equal(warp_maxima, warps.amax(2).repeat_interleave(32, 1))
 
 
+@pytest.mark.parametrize("seed", [0, 12345, 2**32, 2**64 - 1], ids=str)
+def test_philox_draws_the_words_of_the_reference(emulator, seed):
+    gen = torch.Generator().manual_seed(0)
+    counters = torch.randint(0, 2**32, (200, 4), generator=gen)
+    words = emulator.empty(200, 4, dtype=torch.int32)
+    run(emulator, "philox", emulator.tensor(counters.to(torch.int32)), seed, words, 200)
+    expected = torch.stack(philox(counters.unbind(1), seed), dim=1)
+    assert torch.equal(words.long() & 0xFFFFFFFF, expected)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by-element"])
+@pytest.mark.parametrize(("rows", "width", "valid"), [(16, 64, 64), (5, 16, 8), (33, 208, 200), (3, 16, 13), (2, 8, 1)])
+def test_a_tile_is_loaded_with_zeros_around(emulator, whole, rows, width, valid):
+    valid = max(valid // 8 * 8, 8) if whole else valid
+    source = torch.randint(-(2**15), 2**15, (rows, valid)).to(torch.int16)
+    tile = emulator.empty(rows, width, dtype=torch.int16)
+    run(emulator, "tile_load", whole, emulator.tensor(source), tile, rows, width, valid, 1)
+    expected = torch.zeros(rows, width, dtype=torch.int16)
+    expected[:, :valid] = source
+    expected[1] = 0
+    assert torch.equal(tile, expected)
+
+
+# The elements that each loader takes from a tile, in the order of the registers.
+FRAGMENTS = {
+    "a": lambda tile: tile[A16_ROW, A16_COLUMN],
+    "a_trans": lambda tile: tile.mT[A16_ROW, A16_COLUMN],
+    "b": lambda tile: torch.cat([tile[8 * n + GROUP, B16_ROW] for n in range(2)], dim=1),
+    "b_trans": lambda tile: torch.cat([tile[B16_ROW, 8 * n + GROUP] for n in range(2)], dim=1),
+}
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (8, 16), (16, 40), (16, 112)])
+@pytest.mark.parametrize("fragment", FRAGMENTS)
+def test_a_tile_gives_fragments_without_bank_conflicts(emulator, fragment, row, column):
+    tile = torch.arange(32 * 128, dtype=torch.int16).reshape(32, 128)
+    registers = emulator.empty(32, 4, dtype=torch.int32)
+    kind = getattr(emulator.module.planted.Fragment, fragment)
+    run(emulator, "tile_fragment", kind, emulator.tensor(tile), row, column, registers)
+    expected = FRAGMENTS[fragment](tile[row:, column:]).contiguous().view(torch.int32)
+    assert torch.equal(registers, expected)
+    shared = [site for site in emulator.sites("tile_fragment_kernel") if site["shared"]]
+    assert shared and all(site["transactions"] == site["ideal"] for site in shared)
+
+
+def test_a_tile_takes_results(emulator):
+    d = torch.randint(-100, 100, (16, 8)).float()
+    tile, a = emulator.empty(32, 64, dtype=torch.bfloat16), emulator.empty(32, 8, dtype=torch.bfloat16)
+    run(emulator, "tile_store", emulator.tensor(d[C_ROW, C_COLUMN]), 8, 24, tile, a)
+    expected = torch.zeros(32, 64)
+    expected[8:24, 24:32] = d
+    assert torch.equal(tile.float(), expected)
+    assert torch.equal(a.float(), torch.cat([d, -d], dim=1)[A16_ROW, A16_COLUMN])
+
+
 @pytest.mark.parametrize(("stride", "width", "load_sectors"), [(1, 1, 128), (2, 1, 256), (8, 1, 1024), (1, 4, 128)])
 def test_sectors_of_strided_copies(emulator, stride, width, load_sectors):
     x, y = emulator.tensor(torch.randn(1024 * stride), "x"), emulator.empty(1024, name="y")
@@ -292,37 +369,24 @@ def test_bank_conflicts(emulator, pitch, conflicts):
     assert column["where"].startswith("wrappers.cu:")
 
 
-def test_the_public_op_on_emulated_kernels(emulated_module):
-    """A kernel, its launcher and its binding, from the public function on; both alignments, two orders of threads."""
+@pytest.mark.parametrize("op", OPS)
+def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
+    """A kernel, its launcher and its binding, from the public function on. Aligned memory: test_ops.py."""
     emulator = Emulator(emulated_module)
 
-    @given(case=CASES["normalized_qk"](), offset=st.sampled_from([0, 1]), order=st.sampled_from(ORDERS))
-    def check(case, offset, order):
-        emulator.set_order(order)
-        exact, same = (forward(mo.reference.normalized_qk, c) for c in (case.double(), case))
-        with emulator.replacing(_C, offset=offset):
-            actual = forward(mo.normalized_qk, case)
-        for name in ("q", "k"):
-            if case.dtype == torch.float64:
-                assert_close(actual[name], exact[name], tolerance=1e-12, name=name)
-            else:
-                assert_as_accurate_as(actual[name], same[name], exact[name], factor=2, floor=4, name=name)
+    @settings(max_examples=5)
+    @given(case=CASES[op]())
+    def check(case):
+        results = []
+        for order in ORDERS:
+            emulator.set_order(order)
+            with emulator.replacing(_C, offset=1):
+                results.append(evaluate(getattr(mo, op), case))
+        assert_matches_reference(results[0], case)
+        for result in results[1:]:
+            assert_bit_equal(result, results[0])
 
     check()
-
-
-@pytest.mark.parametrize(("dtype", "key_dim"), [(torch.bfloat16, 256), (torch.float32, 128), (torch.float32, 64)])
-def test_bytes_moved_by_normalized_qk(emulator, dtype, key_dim):
-    """z is read once and q and k are written once, in whole sectors."""
-    z, parameters = torch.randn(2, 40, 2 * key_dim).to(dtype), torch.zeros(2, 2 * key_dim)
-    with emulator.replacing(_C):
-        mo.normalized_qk(z, parameters, parameters, num_heads=2, chunk_size=16)
-    traffic = emulator.traffic("normalized_qk_fwd_warp_kernel")
-    least = z.numel() * z.element_size()
-    assert traffic["z"]["load_sectors"] * 32 == traffic["z"]["load_footprint"] == least
-    for name in ("q", "k"):
-        assert traffic[name]["store_sectors"] * 32 == traffic[name]["store_footprint"] == least
-    assert traffic["gamma"]["load_bytes"] == traffic["beta"]["load_bytes"] == 4 * parameters.numel() * 80 // 8
 
 
 def test_kernels_obey_the_rules():
@@ -333,6 +397,10 @@ BREACHES = {
     'asm volatile("bar.sync 0;");': "inline PTX",
     "__shared__ float tile[32];": "SMEM_ARRAY",
     "kernel<<<1, 32>>>(x);": "LAUNCH",
+    "LAUNCH((kernel<float, 4>), blocks, 32, 0, nullptr, x);": "a launch on nullptr",
+    "LAUNCH(kernel, dim3(1, 2), 32, 0);": "a launch on no stream",
+    "const int64_t at = blockIdx.x * kThreads + threadIdx.x;": "32 bits overflow",
+    "const int64_t at = threadIdx.x + blockDim.x * blockIdx.x;": "32 bits overflow",
     "#if defined(__CUDACC__)": "every compiler",
     "memcpy(&u, &v, 4);": "memcpy",
     "#include <cub/cub.cuh>": "C headers only",
@@ -345,6 +413,8 @@ BREACHES = {
     "auto f = [=] __device__(int i) { return i; };": "device lambdas",
     "namespace cg = cooperative_groups;": "cooperative groups",
     "static const std::vector<int> v = make();": "run time",
+    "static float table[2] = {a, b};": "run time",
+    "static Table table(7);": "run time",
     '#include "timestep_norm.cuh"': "another op",
 }
 
@@ -358,10 +428,15 @@ def test_lint_finds_a_breach(tmp_path, line):
 
 def test_lint_lets_kernels_pass(tmp_path):
     (tmp_path / "cema_fwd.cu").write_text(
-        '#include "cema.cuh"\n#include <cstdint>\n'
+        '#include "cema.cuh"\n#include "cema_scan.cuh"\n#include <cstdint>\n'
         "GPU_INLINE float f(float x) { return static_cast<float>(x); }\n"
         "__device__ float g(float x) { return x; }\n"
         'static_assert(kTile % 2 == 0, "an asm-like <<< in a string");\n'
         "while (n > 0) n /= 2;\n"
+        "const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x, head = blockIdx.x / p.heads * kTokens;\n"
+        "const int64_t plane = blockIdx.y * p.width;\n"
+        "struct Tile { GPU_INLINE static int lane() { return 0; } static constexpr int kRows = f(4); };\n"
+        "LAUNCH((kernel<float, 4>), dim3(1, 2),\n       32, f(1, 2), stream, x);\n"
     )
+    (tmp_path / "cema_scan.cuh").write_text('#include "philox.h"\n')
     assert lint(tmp_path) == []

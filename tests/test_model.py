@@ -49,7 +49,7 @@ def test_golden_parameter_names(golden):
     assert [name for name, _ in golden[0].named_parameters()] == GOLDEN["param_names"]
 
 
-def test_golden_logits_and_hidden_states(golden):
+def test_golden_logits_and_hidden_states(golden, backend):
     model, io = golden
     hidden = []
     hooks = [layer.register_forward_hook(lambda module, args, out: hidden.append(out)) for layer in model.layers]
@@ -61,7 +61,7 @@ def test_golden_logits_and_hidden_states(golden):
     torch.testing.assert_close(logits, io["logits"], rtol=0, atol=1e-11)
 
 
-def test_golden_gradients(golden):
+def test_golden_gradients(golden, backend):
     model, io = golden
     grads = load_file(DATA / "official_c_grads_f64.safetensors")
     loss = F.cross_entropy(model(io["tokens"]).flatten(0, 1), io["targets"].flatten())
@@ -75,7 +75,7 @@ def test_golden_gradients(golden):
 
 
 @pytest.mark.parametrize("plan", GOLDEN["plans"])
-def test_golden_streaming_plans(golden, plan):
+def test_golden_streaming_plans(golden, plan, backend):
     model, io = golden
     pieces, state = [], None
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_golden_streaming_plans(golden, plan):
     torch.testing.assert_close(torch.cat(pieces, 1), io["logits"], rtol=0, atol=1e-11)
 
 
-def test_golden_end_state(golden):
+def test_golden_end_state(golden, backend):
     model, io = golden
     tokens, state, pieces = io["tokens"][:, : GOLDEN["ragged"]], None, []
     with torch.no_grad():

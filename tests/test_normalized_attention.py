@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
+from backends import every_backend
 from cases import evaluate, forward, normalized_attention_case
 
 import megalodon_ops as mo
@@ -28,6 +29,7 @@ def test_equals_its_two_parts(dtype):
     assert_bit_equal(evaluate(mo.normalized_attention, case), evaluate(parts, case))
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shape_of_a_model(dtype, backend):
     """One head of K 64 and V 256 over one chunk and a part of the next."""

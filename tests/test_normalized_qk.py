@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_close, assert_refuses
+from backends import every_backend
 from cases import evaluate, forward, generator, normalized_qk_case, randn
 
 import megalodon_ops as mo
@@ -12,6 +13,7 @@ import megalodon_ops as mo
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_angles_keep_their_digits_far_into_a_chunk(dtype, backend):
     """A table of bfloat16 angles would be off by radians at position 4095."""

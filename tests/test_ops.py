@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
+from backends import FAST, every_backend
 from cases import (
     BUILDERS,
     OPS,
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megalodon_ops as mo
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "backend")
 all_ops = pytest.mark.parametrize("op", OPS)
 
 # (factor, floor) of assert_as_accurate_as: sums of float32 may be taken in any order, a 16-bit result is rounded once.
@@ -68,6 +69,7 @@ def assert_matches_reference(actual, case):
         assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, terms=terms, name=name)
 
 
+@every_backend
 @all_ops
 @given(data=st.data())
 def test_results_and_gradients_match_the_reference(op, backend, data):
@@ -199,6 +201,7 @@ LARGE = {
 }
 
 
+@pytest.mark.parametrize("backend", FAST, indirect=True)  # the emulator: test_cuda_<op>.py
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", ["one-long", "many"])
 @all_ops
@@ -244,8 +247,11 @@ def test_each_gradient_alone_is_the_same(op):
     ids=["dense", "padded", "packed"],
 )
 @all_ops
-def test_gradcheck(op, sequences):
-    """Numerical derivatives. There is no gradgradcheck: second derivatives are refused, see the next test."""
+def test_gradcheck(op, sequences, backend):
+    """Numerical derivatives, on the emulator along random directions.
+
+    There is no gradgradcheck: second derivatives are refused, see the next test.
+    """
     state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": True})
     case = BUILDERS[op](**{"B": 2, "L": 5} | sequences, **state, dtype=torch.float64)
 
@@ -253,7 +259,8 @@ def test_gradcheck(op, sequences):
         outputs = forward(function(op), case.with_tensors(**dict(zip(case.tensors, values, strict=True))))
         return tuple(output for output in outputs.values() if output.requires_grad)
 
-    assert torch.autograd.gradcheck(run, tuple(t.detach().requires_grad_() for t in case.tensors.values()))
+    inputs = tuple(t.detach().requires_grad_() for t in case.tensors.values())
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=backend == "cuda-emulated")
 
 
 @all_ops

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator.emulator import DeviceTensor
 
 import megalodon_ops as mo
-from megalodon_ops import _C
+from megalodon_ops import _C, library
 
 PACKAGE = Path(mo.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -30,8 +31,33 @@ def test_extension_links_no_torch_library():
     assert b"libtorch" not in binary and b"libc10" not in binary
 
 
+needs_cuda_kernels = pytest.mark.skipif(not library.has_cuda_kernels(), reason="this build has no CUDA kernels")
+
+
+@needs_cuda_kernels
+def test_cuda_extension_needs_no_cuda_library():
+    binary = Path(library.cuda_extension().__file__).read_bytes()
+    assert not re.search(rb"lib(torch|c10|cudart)\w*\.so", binary)
+
+
+@needs_cuda_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_launch_is_an_error():
+    arguments = [torch.zeros(1, 4, 6), torch.zeros(2, 6), torch.zeros(2, 6), 1, 4, 1e-5, torch.zeros(4, 3, 2)]
+    arguments += [None, None, None, torch.zeros(1, 4, 1, 6), torch.zeros(1, 4, 1, 6)]
+    arguments = [DeviceTensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    with pytest.raises(RuntimeError, match="normalized_qk_fwd_warp_kernel.*: .*(driver|device)"):
+        library.cuda_extension().normalized_qk_fwd(0, None, *arguments)
+
+
+def test_cuda_tensors_without_cuda_kernels_are_refused(monkeypatch):
+    monkeypatch.setattr(library, "has_cuda_kernels", lambda: False)
+    with pytest.raises(NotImplementedError, match="this build has no CUDA kernels"):
+        library.cuda_extension.__wrapped__()
+
+
 def test_sources_include_no_torch_header():
-    sources = [*ROOT.glob("cpp/*.h"), *ROOT.glob("cpp/*.cpp")]
+    sources = [*ROOT.glob("cpp/*.h"), *ROOT.glob("cpp/*.cpp"), *ROOT.glob("cuda/**/*.cu*")]
     assert sources
     for source in sources:
         assert not re.search(r'#include *[<"](torch|ATen|c10)/', source.read_text()), source

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_close, assert_refuses
+from backends import each_implementation, every_backend
 from cases import evaluate, generator, randn, timestep_norm_case
 from golden import TOLERANCE, golden_case, golden_config
 
@@ -15,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("name", golden_config("timestep_norm"))
-@pytest.mark.parametrize("implementation", [mo, mo.reference], ids=["op", "reference"])
-def test_golden(name, implementation):
+@each_implementation
+def test_golden(name, implementation, backend):
     """Rows with padding are packed: the released code skips masked steps wherever they are."""
     t, config = golden_case("timestep_norm", name), golden_config("timestep_norm")[name]
     padding = t.get("padding_mask_true_is_pad", torch.zeros(t["x"].shape[:2], dtype=torch.uint8)).bool()
@@ -52,6 +53,7 @@ HARD_VALUES = {
 }
 
 
+@every_backend
 @pytest.mark.parametrize("values", HARD_VALUES.values(), ids=HARD_VALUES)
 @pytest.mark.parametrize(
     "shape", [{"B": 1, "L": 1500, "G": 2, "width": 8}, {"B": 2, "L": 67, "G": 3, "width": 17}], ids=["long", "odd"]

@@ -6,7 +6,8 @@
 //   m16n8k8, tf32      a[i]:                  row g + 8 (i % 2),  column t + 4 (i / 2)
 //                      b[i]:                  row t + 4 i,  column g
 //   both, float        d[i]:                  row g + 8 (i / 2),  column 2t + i % 2
-// The element of the lower row or column is in the lower half of a register.
+// The element of the lower row or column is in the lower half of a register. check_a and check_b, called where a
+// fragment has been loaded, let the emulator hold it against this table.
 #pragma once
 
 #include "convert.cuh"
@@ -78,6 +79,24 @@ GPU_INLINE void ldmatrix_trans(uint32_t (&r)[kCount], const void* row) {
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+#endif
+}
+
+// Whether the registers of each lane hold the elements of A that the table above names for T = bf16, fp16 or float
+// (tf32, rounded or not): element(row, column) points to that of the 16 x 16 or 16 x 8 matrix, or is null where it is
+// zero. The emulator reports a wrong fragment at the caller's line; for nvcc there is nothing to do.
+template <class T, class Element>
+GPU_INLINE void check_a([[maybe_unused]] const uint32_t (&a)[4], [[maybe_unused]] const Element& element) {
+#if GPU_EMULATED
+  emu::check_fragment(emu::Operand::a, sizeof(T), a, &emu::call_element<Element>, &element);
+#endif
+}
+
+// The same for B, 16 x 8 or 8 x 8.
+template <class T, class Element>
+GPU_INLINE void check_b([[maybe_unused]] const uint32_t (&b)[2], [[maybe_unused]] const Element& element) {
+#if GPU_EMULATED
+  emu::check_fragment(emu::Operand::b, sizeof(T), b, &emu::call_element<Element>, &element);
 #endif
 }
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C
 from .arrays import call_with_arrays
-from .library import call, contiguous_or_none, define_op, int64_or_none, num_sequences
+from .library import call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
 
 
 def cema(
@@ -63,11 +62,11 @@ def cema(
     return (y, state_out) if return_state else y
 
 
-def _fwd_cpu(x, p, q, gamma, omega, state, cu_seqlens, lengths):
+def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths):
     x = x.contiguous()
     y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths)
     coefficients = (p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous())
-    _C.cema_fwd(x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, y, state_out)
+    launch("cema_fwd", x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, y, state_out)
     return y, state_out
 
 
@@ -76,11 +75,11 @@ def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths):
     return y, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape))
 
 
-def _bwd_cpu(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
+def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
     x, p, q, gamma, omega = x.contiguous(), p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous()
     grads = _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
-    _C.cema_bwd(
-        x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths,
+    launch(
+        "cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths,
         dy.contiguous(), contiguous_or_none(dstate_out), *grads,
     )  # fmt: skip
     return grads
@@ -107,7 +106,7 @@ def _backward(ctx, dy, dstate_out):
 cema_fwd = define_op(
     "cema_fwd(Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, Tensor? cu_seqlens, "
     "Tensor? lengths) -> (Tensor y, Tensor state_out)",
-    cpu=_fwd_cpu,
+    kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -115,6 +114,6 @@ cema_fwd = define_op(
 cema_bwd = define_op(
     "cema_bwd(Tensor dy, Tensor? dstate_out, Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, "
     "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dx, Tensor dp, Tensor dq, Tensor dgamma, Tensor domega, Tensor dstate)",
-    cpu=_bwd_cpu,
+    kernel=_bwd,
     fake=_bwd_fake,
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C
 from .arrays import call_with_arrays
 from .library import (
     accumulation_dtype,
@@ -14,6 +13,7 @@ from .library import (
     contiguous_or_none,
     define_op,
     int64_or_none,
+    launch,
     num_sequences,
 )
 from .states import AttentionState
@@ -48,7 +48,7 @@ def chunked_attention(
         inplace_state: append to the tensors of `state` instead of copying them; for generation.
         dropkey: probability in [0, 1) that a score becomes -inf before the softmax. No rescaling; a row that loses
             every score gives zeros.
-        dropkey_seed: (1,) int64 seed of the mask; None: drawn from torch's default generator.
+        dropkey_seed: (1,) int64 seed of the mask; None: drawn from the device's default generator.
         cu_seqlens, lengths: sequences as in :func:`cema`.
 
     Returns:
@@ -79,7 +79,7 @@ def chunked_attention(
     if chunk_size < 1:
         raise ValueError(f"chunked_attention: `chunk_size` must be positive, got {chunk_size}.")
     if dropkey and dropkey_seed is None:
-        dropkey_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+        dropkey_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     cache_k, cache_v, position = state or (None, None, None)
     constants = state[:2] if state and torch.is_grad_enabled() else ()
     if any(getattr(cache, "requires_grad", False) for cache in constants):
@@ -123,13 +123,13 @@ def chunked_attention(
     return o
 
 
-def _fwd_cpu(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
+def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     o, lse = _fwd_fake(
         q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
     )
-    _C.chunked_attention_fwd(
-        q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
+    launch(
+        "chunked_attention_fwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
         scale, dropkey, dropkey_seed, cu_seqlens, lengths, o, lse,
     )  # fmt: skip
     return o, lse
@@ -140,13 +140,13 @@ def _fwd_fake(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, d
     return o, q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
-def _bwd_cpu(
+def _bwd(
     do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
 ):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     grads = tuple(torch.empty_like(t) for t in (q, k, v))
-    _C.chunked_attention_bwd(
-        q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
+    launch(
+        "chunked_attention_bwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
         scale, dropkey, dropkey_seed, cu_seqlens, lengths, o.contiguous(), lse.contiguous(), do.contiguous(), *grads,
     )  # fmt: skip
     return grads
@@ -173,11 +173,11 @@ def _backward(ctx, do, _dlse):
     return *grads, *(None,) * 9
 
 
-def _state_cpu(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     k, v = k.contiguous(), v.contiguous()
     outputs = _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths)
-    _C.chunked_attention_state(
-        k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
+    launch(
+        "chunked_attention_state", k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
         cu_seqlens, lengths, *outputs,
     )  # fmt: skip
     return outputs
@@ -192,9 +192,9 @@ def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, length
     )
 
 
-def _state_inplace_cpu(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     state = (cache_k, cache_v, position)
-    _C.chunked_attention_state(k.contiguous(), v.contiguous(), *state, chunk_size, cu_seqlens, lengths, *state)
+    launch("chunked_attention_state", k.contiguous(), v.contiguous(), *state, chunk_size, cu_seqlens, lengths, *state)
 
 
 def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
@@ -205,7 +205,7 @@ chunked_attention_fwd = define_op(
     "chunked_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, "
     "int chunk_size, float scale, float dropkey, Tensor? dropkey_seed, Tensor? cu_seqlens, Tensor? lengths) "
     "-> (Tensor o, Tensor lse)",
-    cpu=_fwd_cpu,
+    kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -214,18 +214,18 @@ chunked_attention_bwd = define_op(
     "chunked_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cache_k, "
     "Tensor? cache_v, Tensor? position, int chunk_size, float scale, float dropkey, Tensor? dropkey_seed, "
     "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dq, Tensor dk, Tensor dv)",
-    cpu=_bwd_cpu,
+    kernel=_bwd,
     fake=_bwd_fake,
 )
 chunked_attention_state = define_op(
     "chunked_attention_state(Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, int chunk_size, "
     "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
-    cpu=_state_cpu,
+    kernel=_state,
     fake=_state_fake,
 )
 chunked_attention_state_ = define_op(
     "chunked_attention_state_(Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) position, "
     "int chunk_size, Tensor? cu_seqlens, Tensor? lengths) -> ()",
-    cpu=_state_inplace_cpu,
+    kernel=_state_inplace,
     fake=_state_inplace_fake,
 )

@@ -1,13 +1,18 @@
-"""How every op is registered with torch: schema, CPU kernel, fake kernel, autograd."""
+"""How every op is registered with torch: schema, kernels, fake kernel, autograd; and how a kernel is launched."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections import Counter
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import _C
 from .arrays import refuse_arrays
 
 _library = torch.library.Library("megalodon_ops", "DEF")
@@ -16,21 +21,21 @@ _library = torch.library.Library("megalodon_ops", "DEF")
 def define_op(
     schema: str,
     *,
-    cpu: Callable,
+    kernel: Callable,
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
     """Defines `megalodon_ops::<schema>` and returns the callable op.
 
-    `fake` computes the outputs' shapes for tracing. Without `backward` the op is a backward itself or has no
-    derivative, and differentiating through it raises.
+    `kernel` computes it on the CPU and on CUDA devices. `fake` computes the outputs' shapes for tracing. Without
+    `backward` the op is a backward itself or has no derivative, and differentiating through it raises.
     """
     name = schema.split("(")[0]
     qualified = f"megalodon_ops::{name}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, _no_kernel(name), "CUDA")
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
     op = getattr(torch.ops.megalodon_ops, name).default
     torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
     if "!" not in schema:
@@ -69,14 +74,38 @@ def _on_one_device(op: Callable, fake: Callable) -> Callable:
     return checked
 
 
-def _no_kernel(name: str) -> Callable:
-    def raise_error(*args, **kwargs):
-        raise NotImplementedError(
-            f"{name}: expected tensors on the CPU, got CUDA tensors, and this build has no CUDA kernels; "
-            "move the tensors with .cpu()."
-        )
+def launch(name: str, *args) -> None:
+    """Runs a kernel on contiguous tensors, in place on those that it writes. The first argument is a tensor."""
+    if args[0].is_cuda:
+        _launch_cuda(name, args)
+    else:
+        getattr(_C, name)(*args)
 
-    return raise_error
+
+def has_cuda_kernels() -> bool:
+    return importlib.util.find_spec("megalodon_ops._cuda") is not None
+
+
+@functools.cache
+def cuda_extension() -> ModuleType:
+    """The module of the CUDA kernels, imported at the first use."""
+    if not has_cuda_kernels():
+        raise NotImplementedError(
+            "megalodon_ops: expected tensors on the CPU, got CUDA tensors, and this build has no CUDA kernels; move the "
+            "tensors with .cpu(), or install again where nvcc is on the PATH."
+        )
+    return importlib.import_module("megalodon_ops._cuda")
+
+
+def _launch_cuda(name: str, args: tuple) -> None:
+    """On the tensors' device and its current stream, with scratch memory from torch's allocator."""
+    device = args[0].device
+    for tensor in args:
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise ValueError(f"{name}: all tensors must be on {device}, got one on {tensor.device}; move it there.")
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(cuda_extension(), name)(stream, lambda n: torch.empty(n, dtype=torch.uint8, device=device), *args)
 
 
 def _no_derivative(name: str) -> Callable:

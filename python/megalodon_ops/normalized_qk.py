@@ -7,9 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from . import _C
 from .arrays import call_with_arrays
-from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none
+from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none, launch
 
 
 def normalized_qk(
@@ -77,25 +76,25 @@ def normalized_qk(
 
 
 @functools.lru_cache(maxsize=16)
-def _rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype) -> Tensor:
-    """(rows, K / 2, 2): cosine and sine of position * rope_base^(-2i/K), rounded once from float64."""
+def _rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, K / 2, 2) on `device`: cosine and sine of position * rope_base^(-2i/K), rounded once from float64."""
     exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device="cpu") / key_dim
     angle = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * rope_base**-exponent
-    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, dtype)
 
 
 def _rotary(z: Tensor, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None) -> Tensor:
     """A table with a row for every position that can occur, its length rounded up so that few tables serve all."""
     length = z.shape[1]
     rows = chunk_size if position is not None else min(chunk_size, 1 << max(length - 1, 0).bit_length())
-    return _rotary_table(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype))
+    return _rotary_table(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype), z.device)
 
 
-def _fwd_cpu(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+def _fwd(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     z = z.contiguous()
     q, k = _fwd_fake(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths)
-    _C.normalized_qk_fwd(
-        z, gamma.contiguous(), beta.contiguous(), num_heads, chunk_size, eps,
+    launch(
+        "normalized_qk_fwd", z, gamma.contiguous(), beta.contiguous(), num_heads, chunk_size, eps,
         _rotary(z, num_heads, chunk_size, rope_base, position), contiguous_or_none(position), cu_seqlens, lengths, q, k,
     )  # fmt: skip
     return q, k
@@ -106,11 +105,11 @@ def _fwd_fake(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, c
     return z.new_empty(shape), z.new_empty(shape)
 
 
-def _bwd_cpu(dq, dk, z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+def _bwd(dq, dk, z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     z, gamma, beta = z.contiguous(), gamma.contiguous(), beta.contiguous()
     grads = tuple(torch.empty_like(t) for t in (z, gamma, beta))
-    _C.normalized_qk_bwd(
-        z, gamma, beta, num_heads, chunk_size, eps, _rotary(z, num_heads, chunk_size, rope_base, position),
+    launch(
+        "normalized_qk_bwd", z, gamma, beta, num_heads, chunk_size, eps, _rotary(z, num_heads, chunk_size, rope_base, position),
         contiguous_or_none(position), cu_seqlens, lengths, dq.contiguous(), dk.contiguous(), *grads,
     )  # fmt: skip
     return grads
@@ -133,7 +132,7 @@ def _backward(ctx, dq, dk):
 normalized_qk_fwd = define_op(
     "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, int num_heads, int chunk_size, float rope_base, float eps, "
     "Tensor? position, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor q, Tensor k)",
-    cpu=_fwd_cpu,
+    kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -142,6 +141,6 @@ normalized_qk_bwd = define_op(
     "normalized_qk_bwd(Tensor dq, Tensor dk, Tensor z, Tensor gamma, Tensor beta, int num_heads, int chunk_size, "
     "float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) "
     "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
-    cpu=_bwd_cpu,
+    kernel=_bwd,
     fake=_bwd_fake,
 )

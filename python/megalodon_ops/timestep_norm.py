@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C
 from .arrays import call_with_arrays
-from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, num_sequences
+from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
 from .states import TimestepNormState
 
 
@@ -70,11 +69,11 @@ def timestep_norm(
     return (y, TimestepNormState(*state_out)) if return_state else y
 
 
-def _fwd_cpu(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths):
+def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths):
     x = x.contiguous()
     outputs = _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths)
-    _C.timestep_norm_fwd(
-        x, weight.contiguous(), bias.contiguous(), num_groups, eps, count, contiguous_or_none(mean),
+    launch(
+        "timestep_norm_fwd", x, weight.contiguous(), bias.contiguous(), num_groups, eps, count, contiguous_or_none(mean),
         contiguous_or_none(var), contiguous_or_none(residual), cu_seqlens, lengths, *outputs,
     )  # fmt: skip
     return outputs
@@ -93,7 +92,7 @@ def _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_s
     )
 
 
-def _bwd_cpu(
+def _bwd(
     dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
 ):
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
@@ -114,8 +113,8 @@ def _bwd_cpu(
         lengths,
         stats,
     )
-    _C.timestep_norm_bwd(
-        x, weight, bias, num_groups, eps, count, contiguous_or_none(mean), contiguous_or_none(var),
+    launch(
+        "timestep_norm_bwd", x, weight, bias, num_groups, eps, count, contiguous_or_none(mean), contiguous_or_none(var),
         contiguous_or_none(residual), cu_seqlens, lengths, stats.contiguous(), dy.contiguous(),
         contiguous_or_none(dmean_out), contiguous_or_none(dvar_out), *grads,
     )  # fmt: skip
@@ -155,7 +154,7 @@ timestep_norm_fwd = define_op(
     "timestep_norm_fwd(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? count, Tensor? mean, "
     "Tensor? var, Tensor? residual, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor y, Tensor stats, Tensor count_out, "
     "Tensor mean_out, Tensor var_out, Tensor residual_out)",
-    cpu=_fwd_cpu,
+    kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -164,6 +163,6 @@ timestep_norm_bwd = define_op(
     "timestep_norm_bwd(Tensor dy, Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor weight, Tensor bias, "
     "int num_groups, float eps, Tensor? count, Tensor? mean, Tensor? var, Tensor? residual, Tensor? cu_seqlens, "
     "Tensor? lengths, Tensor stats) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
-    cpu=_bwd_cpu,
+    kernel=_bwd,
     fake=_bwd_fake,
 )

@@ -4,7 +4,6 @@
 
 #include "bindings.h"
 #include "bugs.h"
-#include "ops.h"
 #include "state.h"
 
 namespace py = pybind11;
@@ -101,6 +100,11 @@ void bind_planted(py::module_ module) {
       if (plant.name == name) return plant.launch(bug, pointer<const float>(in), pointer<float>(out));
     throw py::key_error(name);
   });
+  module.def("run_overrun", [](const std::string& name, bool bug, Address in, Address out) {
+    for (const planted::Plant& plant : planted::overruns())
+      if (plant.name == name) return plant.launch(bug, pointer<const float>(in), pointer<float>(out));
+    throw py::key_error(name);
+  });
   py::enum_<planted::Product>(module, "Product")
       .value("bf16", planted::Product::bf16)
       .value("fp16", planted::Product::fp16)
@@ -124,11 +128,31 @@ void bind_planted(py::module_ module) {
   module.def("run_reduce", [](Address x, Address b, Address w, Address m, int blocks, int threads) {
     planted::run_reduce(pointer<float>(x), pointer<float>(b), pointer<float>(w), pointer<float>(m), blocks, threads);
   });
+  module.def("run_philox", [](Address counters, uint64_t seed, Address words, int n) {
+    planted::run_philox(pointer<uint32_t>(counters), seed, pointer<uint32_t>(words), n);
+  });
+  py::enum_<planted::Fragment>(module, "Fragment")
+      .value("a", planted::Fragment::a)
+      .value("a_trans", planted::Fragment::a_trans)
+      .value("b", planted::Fragment::b)
+      .value("b_trans", planted::Fragment::b_trans);
+  module.def("run_tile_load", [](bool whole, Address from, Address to, int rows, int width, int valid, int missing) {
+    planted::run_tile_load(whole, pointer<uint16_t>(from), pointer<uint16_t>(to), rows, width, valid, missing);
+  });
+  module.def("run_tile_fragment", [](planted::Fragment kind, Address tile, int row, int column, Address registers) {
+    planted::run_tile_fragment(kind, pointer<uint16_t>(tile), row, column, pointer<uint32_t>(registers));
+  });
+  module.def("run_tile_store", [](Address d, int row, int column, Address tile, Address a) {
+    planted::run_tile_store(pointer<float>(d), row, column, pointer<uint16_t>(tile), pointer<uint32_t>(a));
+  });
   module.def("run_strided_copy", [](Address in, Address out, int stride, int width) {
     planted::run_strided_copy(pointer<float>(in), pointer<float>(out), stride, width);
   });
   module.def("run_shared_columns", [](Address in, Address out, int pitch) {
     planted::run_shared_columns(pointer<float>(in), pointer<float>(out), pitch);
+  });
+  module.def("run_bounded", [](Address out, int threads, bool as_template) {
+    planted::run_bounded(pointer<float>(out), threads, as_template);
   });
 }
 
@@ -153,5 +177,8 @@ PYBIND11_MODULE(_cuda_emulated, module) {
   module.def("sites", &sites);
   module.def("reset_counters", &emu::reset_counters);
   bind_planted(module.def_submodule("planted"));
-  emulated::bind_ops(module);
+  megalodon::bind_cema(module);
+  megalodon::bind_timestep_norm(module);
+  megalodon::bind_normalized_qk(module);
+  megalodon::bind_chunked_attention(module);
 }

@@ -22,8 +22,7 @@ from torch import Tensor
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 
-# Bindings of the module that launch emulated kernels, as `_C` has them: arguments -> results, which the caller
-# allocates. A result that the kernel also reads is marked "!".
+# The bindings that launch kernels: arguments -> results, which the caller allocates. A tensor may be both.
 BINDINGS = {
     "cema_fwd": "x p q gamma omega state cu_seqlens lengths -> y state_out",
     "cema_bwd": "x p q gamma omega state cu_seqlens lengths dy dstate_out -> dx dp dq dgamma domega dstate",
@@ -42,8 +41,8 @@ BINDINGS = {
 }
 
 
-def build(verbose: bool = False) -> ModuleType:
-    """Compiles `_cuda_emulated` where a source has changed since the last time, and imports it.
+def build(target: str = "_cuda_emulated", verbose: bool = False) -> Path:
+    """Compiles `_cuda_emulated` or `_cuda_emulated_sanitized` where a source has changed since the last time.
 
     The build lives in MEGALODON_OPS_EMULATOR_CACHE, by default ~/.cache/megalodon_ops/emulator, in a folder for each
     checkout, interpreter and compiler.
@@ -57,22 +56,27 @@ def build(verbose: bool = False) -> ModuleType:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # two test runs at once
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _compile(folder, compiler, verbose)
-    (library,) = folder.glob("_cuda_emulated*.so")
+        _compile(folder, compiler, target, verbose)
+    (library,) = folder.glob(f"{target}.*")
+    return library
+
+
+def load(library: Path) -> ModuleType:
+    """Imports a module that `build` has compiled."""
     spec = importlib.util.spec_from_file_location("_cuda_emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _compile(folder: Path, compiler: str, verbose: bool) -> None:
+def _compile(folder: Path, compiler: str, target: str, verbose: bool) -> None:
     if not (folder / "CMakeCache.txt").exists():
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         _run(
             ["cmake", "-S", str(FOLDER), "-B", str(folder), *generator, f"-DCMAKE_CXX_COMPILER={compiler}",
              f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"], verbose
         )  # fmt: skip
-    _run(["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], verbose)
+    _run(["cmake", "--build", str(folder), "--target", target, "--parallel", str(os.cpu_count() or 1)], verbose)
 
 
 def _run(command: list[str], verbose: bool) -> None:
@@ -80,6 +84,16 @@ def _run(command: list[str], verbose: bool) -> None:
     done = subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout or '')[-8000:]}")
+
+
+class DeviceTensor:
+    """What the bindings read of a tensor, for one that lies in the emulated device's memory."""
+
+    is_cuda = True
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.is_contiguous, self.data_ptr = tensor.is_contiguous, tensor.data_ptr
 
 
 class Emulator:
@@ -117,23 +131,40 @@ class Emulator:
         buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, offset * dtype.itemsize)
         return buffer, torch.frombuffer(buffer, dtype=dtype, count=count).reshape(shape)
 
+    def launch(self, name: str, *arguments: Any) -> None:
+        """Calls a binding as the package calls `_cuda`'s, with tensors in the device's memory."""
+
+        def wrap(argument: Any) -> Any:
+            return DeviceTensor(argument) if isinstance(argument, Tensor) else argument
+
+        def allocate(count: int) -> DeviceTensor:
+            return DeviceTensor(self.empty(count, dtype=torch.uint8, name="workspace"))
+
+        getattr(self.module, name)(0, allocate, *map(wrap, arguments))
+
     def call(self, name: str, *arguments: Any, offset: int = 0) -> None:
-        """Calls a binding with CPU tensors, as the package calls `_C`'s: moves them to the device and the results back.
+        """Launches with CPU tensors, as the package calls `_C`: moves them to the device and the results back.
 
         On the device each tensor begins `offset` elements past a multiple of 256 bytes.
         """
         inputs, results = (names.split() for names in BINDINGS[name].split("->"))
-        device = []
-        for label, argument in zip(inputs + results, arguments, strict=True):
-            if isinstance(argument, Tensor) and label in results and not label.endswith("!"):
-                argument = self.empty(*argument.shape, dtype=argument.dtype, name=label, offset=offset)
-            elif isinstance(argument, Tensor):
-                argument = self.tensor(argument, label, offset, read_only=label in inputs)
-            device.append(argument)
-        getattr(self.module, name)(*device)
-        for result, moved in list(zip(arguments, device, strict=True))[len(inputs) :]:
+        given, wanted = arguments[: len(inputs)], arguments[len(inputs) :]
+        in_place = {id(a) for a in given if isinstance(a, Tensor)} & {id(a) for a in wanted}
+        moved: dict[int, Tensor] = {}  # by the argument's id: what is both is one tensor on the device, too
+
+        def move(label: str, argument: Any) -> Any:
+            if isinstance(argument, Tensor) and id(argument) not in moved:
+                if label in results:
+                    tensor = self.empty(*argument.shape, dtype=argument.dtype, name=label, offset=offset)
+                else:
+                    tensor = self.tensor(argument, label, offset, read_only=id(argument) not in in_place)
+                moved[id(argument)] = tensor
+            return moved.get(id(argument), argument)
+
+        self.launch(name, *(move(*pair) for pair in zip(inputs + results, arguments, strict=True)))
+        for result in wanted:
             if isinstance(result, Tensor):
-                result.copy_(moved)
+                result.copy_(moved[id(result)])
 
     @contextmanager
     def replacing(self, compiled: ModuleType, offset: int = 0) -> Iterator[None]:

@@ -7,12 +7,12 @@ from types import ModuleType
 
 import pytest
 
-from cuda_emulator.emulator import Emulator, build
+from cuda_emulator.emulator import Emulator, build, load
 
 
 @pytest.fixture(scope="session")
 def emulated_module() -> ModuleType:
-    return build()
+    return load(build())
 
 
 @pytest.fixture

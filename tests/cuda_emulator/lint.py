@@ -6,6 +6,7 @@ or that hides an access from the emulator, is banned.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ from pathlib import Path
 
 CUDA = Path(__file__).parents[2] / "cuda"
 
+# Of a block's number or the grid's size with another int.
+NARROW_PRODUCT = (
+    r"\b(?:block|grid)(?:Idx|Dim)\.[xyz]\s*\*\s*(?:k[A-Z]|\d|block|grid|thread|static_cast<int>)"
+    r"|(?:\bk[A-Z]\w*|\d|Dim\.[xyz])\s*\*\s*(?:blockIdx|gridDim)\."
+)
 # In kernel files; cuda/common is free of the first group.
 ONLY_IN_COMMON = {
     r"\basm\b": "inline PTX belongs in cuda/common",
@@ -20,6 +26,7 @@ ONLY_IN_COMMON = {
     r"<<<": "launch with LAUNCH",
     r"__CUDACC__|__CUDA_ARCH__|GPU_EMULATED": "a kernel is the same for every compiler and architecture",
     r"\bmem(cpy|set|move)\b": "an access by memcpy is unchecked and may compile to single bytes; use gpu::ld, gpu::st",
+    NARROW_PRODUCT: "a product of 32 bits overflows where there are many blocks; write int64_t{blockIdx.x}",
     r"#\s*include\s*<(?!c(?:stdint|stddef|math|float)>)": "kernels include cuda/common, cpp/<op>.h and C headers only",
 }
 EVERYWHERE = {
@@ -31,7 +38,8 @@ EVERYWHERE = {
         "device globals are one per module; pass a pointer",
     r"\]\s*(?:\([^)]*\)\s*)?(?:mutable\s*)?__(?:host|device)__": "device lambdas need an extension; use a struct",
     r"cooperative_groups|\bcub\b|\bthrust\b": "no cooperative groups, CUB or Thrust in kernels",
-    r"\bstatic\b(?!_cast|_assert)(?=[^;(]*[=(]).*;": "a static initialised at run time does not link in the emulator",
+    r"\bstatic\b(?!.*\bconstexpr\b)[^;(){}]*(?:=|\{|\([^)]*\)\s*;)":
+        "a static initialised at run time does not link in the emulator",
 }  # fmt: skip
 MOST_LINES = 400
 
@@ -47,6 +55,9 @@ def _lint_file(file: Path, folder: Path) -> Iterator[str]:
     lines = _without_comments(file.read_text()).split("\n")
     if len(lines) > MOST_LINES + 1:
         yield f"{file.name}:{len(lines)}: more than {MOST_LINES} lines"
+    for number, stream in _streams("\n".join(lines)):
+        if not common and stream != "stream":
+            yield f"{file.name}:{number}: a launch on {stream or 'no stream'}; it is given `stream`"
     for number, line in enumerate(lines, start=1):
         for pattern, reason in rules.items():
             if re.search(pattern, line):
@@ -56,12 +67,36 @@ def _lint_file(file: Path, folder: Path) -> Iterator[str]:
             yield f"{file.name}:{number}: {included[1]} belongs to another op"
 
 
+def _streams(text: str) -> Iterator[tuple[int, str]]:
+    """The line of each LAUNCH and its fifth argument."""
+    for launch in re.finditer(r"\bLAUNCH\(", text):
+        depth, arguments = 1, [""]
+        for character in text[launch.end() :]:
+            depth += (character in "([{") - (character in ")]}")
+            if depth == 0:
+                break
+            if character == "," and depth == 1:
+                arguments.append("")
+            else:
+                arguments[-1] += character
+        yield text.count("\n", 0, launch.start()) + 1, arguments[4].strip() if len(arguments) > 4 else ""
+
+
 def _may_include(file: Path, header: str, folder: Path) -> bool:
-    """A file includes cuda/common and the headers of its own op: cema_fwd.cu includes cema.h, cema.cuh, cema_x.cuh."""
-    if (folder / "common" / header).exists():
-        return True
-    op = re.sub(r"(_fwd|_bwd|_step)?$", "", Path(header).stem)
-    return file.stem == op or file.stem.startswith(op + "_")
+    """A file includes cuda/common and the headers of its own op: cema_fwd.cu cema.h, cema.cuh and cema_scan.cuh."""
+    return (folder / "common" / header).exists() or op_of(Path(header).stem) in (None, op_of(file.stem))
+
+
+@functools.cache
+def ops() -> list[str]:
+    """The ops that have CUDA kernels, the longest name first."""
+    headers = (CUDA.parent / "cpp").glob("*.h")
+    return sorted((h.stem for h in headers if "MEGALODON_CUDA_KERNEL(" in h.read_text()), key=len, reverse=True)
+
+
+def op_of(stem: str) -> str | None:
+    """The op whose file has this name without its extension, None if several ops share it."""
+    return next((op for op in ops() if stem == op or stem.startswith(op + "_")), None)
 
 
 def _without_comments(text: str) -> str:

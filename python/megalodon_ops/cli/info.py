@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 
 import torch
 
 import megalodon_ops
-from megalodon_ops import _C
+from megalodon_ops import _C, library
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,7 +28,7 @@ def facts() -> dict[str, str]:
         "OpenMP": str(built["openmp"]),
         "instruction sets": f"{', '.join(_C.built_isas())} built; {', '.join(_C.available_isas())} run here",
         "in use": _C.active_isa() + (" (MEGALODON_OPS_ISA)" if forced else ""),
-        "CUDA kernels": "built" if has_cuda_kernels() else "not in this build",
+        "CUDA kernels": _cuda_kernels(),
         "threads": f"{_C.num_threads()} (torch: {torch.get_num_threads()})",
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -37,5 +36,8 @@ def facts() -> dict[str, str]:
     }
 
 
-def has_cuda_kernels() -> bool:
-    return importlib.util.find_spec("megalodon_ops._cuda") is not None
+def _cuda_kernels() -> str:
+    if not library.has_cuda_kernels():
+        return "not in this build (no nvcc was found, or MEGALODON_OPS_CUDA=OFF)"
+    built = library.cuda_extension().build_info()
+    return f"{built['compiler']} for {built['architectures']}"

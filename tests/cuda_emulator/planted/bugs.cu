@@ -280,6 +280,53 @@ __global__ void copy_over_what_others_read(const float* in, float* out) {
   out[position()] = sum + tile[thread()];
 }
 
+// 16 x 16 elements, all different, in rows of 16.
+GPU_INLINE void fill(gpu::bf16* tile) {
+  for (int i = thread(); i < 256; i += kThreads) tile[i].bits = static_cast<uint16_t>(i);
+  __syncthreads();
+}
+
+// Matrices 1 and 2 of the four exchanged: the right half of the upper rows is not a[1] but a[2].
+template <bool kBug>
+__global__ void wrong_fragment_of_a(const float*, float* out) {
+  SMEM_ARRAY(gpu::bf16, tile, 256);
+  fill(tile);
+  const int half = thread() % 16 / 8 * 8, row = thread() % 8, upper = thread() % 32 / 16 * 8;
+  uint32_t a[4];
+  gpu::ldmatrix(a, tile + (row + (kBug ? upper : half)) * 16 + (kBug ? half : upper));
+  gpu::check_a<gpu::bf16>(a, [=](int i, int k) { return tile + i * 16 + k; });  // at wrong_fragment_of_a
+  out[position()] = static_cast<float>(a[0]);
+}
+
+// Rows of the tile are rows of B, which a fragment has in columns: ldmatrix must transpose.
+template <bool kBug>
+__global__ void wrong_fragment_of_b(const float*, float* out) {
+  SMEM_ARRAY(gpu::bf16, tile, 256);
+  fill(tile);
+  uint32_t b[2];
+  if (kBug) gpu::ldmatrix(b, tile + thread() % 16 * 16);
+  else gpu::ldmatrix_trans(b, tile + thread() % 16 * 16);
+  gpu::check_b<gpu::bf16>(b, [=](int k, int j) { return tile + k * 16 + j; });  // at wrong_fragment_of_b
+  out[position()] = static_cast<float>(b[0]);
+}
+
+// The fragment's layout of 16-bit types in a product of tf32. Columns from 6 on are zeros that the tile does not hold.
+template <bool kBug>
+__global__ void wrong_fragment_of_tf32(const float*, float* out) {
+  SMEM_ARRAY(float, tile, 16 * 6);
+  for (int i = thread(); i < 16 * 6; i += kThreads) tile[i] = static_cast<float>(i) + 0.1f;
+  __syncthreads();
+  const int g = thread() % 32 / 4, t = thread() % 4;
+  uint32_t a[4];
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + (kBug ? i / 2 : i % 2) * 8, column = t + (kBug ? i % 2 : i / 2) * 4;
+    a[i] = column < 6 ? gpu::to_tf32(tile[row * 6 + column]) : 0;
+  }
+  const auto element = [=](int i, int k) { return k < 6 ? tile + i * 6 + k : nullptr; };
+  gpu::check_a<float>(a, element);  // at wrong_fragment_of_tf32
+  out[position()] = static_cast<float>(a[0]);
+}
+
 }  // namespace
 
 #define PLANT(kernel)                                                                          \
@@ -300,7 +347,8 @@ std::vector<Plant> plants() {
       PLANT(write_to_input), PLANT(null_pointer), PLANT(host_pointer), PLANT(wrong_memory), PLANT(misaligned_vector),
       PLANT(misaligned_store), PLANT(misaligned_cast), PLANT(misaligned_copy), PLANT(misaligned_ldmatrix),
       PLANT(missing_copy_wait), PLANT(missing_copy_commit), PLANT(missing_copy_barrier),
-      PLANT(copy_over_what_others_read),
+      PLANT(copy_over_what_others_read), PLANT(wrong_fragment_of_a), PLANT(wrong_fragment_of_b),
+      PLANT(wrong_fragment_of_tf32),
   };
 }
 

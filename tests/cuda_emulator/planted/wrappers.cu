@@ -3,7 +3,9 @@
 
 #include "async.cuh"
 #include "matrix.cuh"
+#include "philox.cuh"
 #include "reduce.cuh"
+#include "tile.cuh"
 #include "vec.cuh"
 
 namespace planted {
@@ -68,6 +70,64 @@ __global__ void reduce_kernel(const float* x, float* block_sums, float* warp_sum
   warp_maxima[i] = gpu::warp_max(x[i]);
 }
 
+__global__ void philox_kernel(const uint32_t* counters, uint64_t seed, uint32_t* words, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  uint32_t word[4];
+  for (int j = 0; j < 4; ++j) word[j] = counters[i * 4 + j];
+  gpu::philox(word, seed);
+  for (int j = 0; j < 4; ++j) words[i * 4 + j] = word[j];
+}
+
+using Tile = gpu::Tile<gpu::bf16>;
+
+GPU_INLINE void copy_tile(const Tile& tile, int rows, int width, uint16_t* to) {
+  for (int i = threadIdx.x; i < rows * width; i += blockDim.x)
+    to[i] = tile.unit(i / width, i % width / 8 * 8)[i % 8].bits;
+}
+
+template <bool kWhole>
+__global__ void tile_load_kernel(const gpu::bf16* from, uint16_t* to, int rows, int width, int valid, int missing) {
+  SMEM_DYN(gpu::bf16, data);
+  const Tile tile(data, width);
+  tile.load<kWhole>(rows, width, valid, [=](int r) { return r == missing ? nullptr : from + r * valid; });
+  gpu::cp_async_commit();
+  gpu::cp_async_wait<0>();
+  __syncthreads();
+  copy_tile(tile, rows, width, to);
+}
+
+__global__ void tile_fragment_kernel(Fragment fragment, const gpu::bf16* from, int row, int column,
+                                     uint32_t* registers) {
+  SMEM_ARRAY(gpu::bf16, data, 32 * 128);
+  const Tile whole(data, 128), tile = whole.from(column / 64 * 64);
+  whole.load<false>(32, 128, 128, [=](int r) { return from + r * 128; });
+  column %= 64;
+  __syncthreads();
+  uint32_t r[4], b[2][2];
+  if (fragment == Fragment::a) tile.load_a(r, row, column);
+  if (fragment == Fragment::a_trans) tile.load_a_trans(r, row, column);
+  if (fragment == Fragment::b) tile.load_b(b, row, column);
+  if (fragment == Fragment::b_trans) tile.load_b_trans(b, row, column);
+  const bool two = fragment == Fragment::b || fragment == Fragment::b_trans;
+  for (int i = 0; i < 4; ++i) registers[threadIdx.x * 4 + i] = two ? b[i / 2][i % 2] : r[i];
+}
+
+__global__ void tile_store_kernel(const float* from, int row, int column, uint16_t* to, uint32_t* registers) {
+  SMEM_ARRAY(gpu::bf16, data, 32 * 64);
+  const Tile tile(data, 64);
+  for (int i = threadIdx.x; i < 32 * 64; i += blockDim.x) data[i] = gpu::bf16{0};
+  __syncwarp();
+  float d[4], minus[4];
+  for (int i = 0; i < 4; ++i) d[i] = from[threadIdx.x * 4 + i], minus[i] = -d[i];
+  tile.store_d(d, row, column);
+  __syncwarp();
+  copy_tile(tile, 32, 64, to);
+  uint32_t a[4];
+  gpu::to_a<gpu::bf16>(a, d, minus);
+  for (int i = 0; i < 4; ++i) registers[threadIdx.x * 4 + i] = a[i];
+}
+
 template <int kWidth>
 __global__ void strided_copy_kernel(const float* in, float* out, int stride) {
   const int i = (blockIdx.x * blockDim.x + threadIdx.x) * kWidth;
@@ -81,6 +141,13 @@ __global__ void shared_columns_kernel(const float* in, float* out, int pitch) {
   for (int row = 0; row < 32; ++row) tile[row * pitch + threadIdx.x] = in[row * 32 + threadIdx.x];
   __syncwarp();
   for (int column = 0; column < 32; ++column) out[column * 32 + threadIdx.x] = tile[threadIdx.x * pitch + column];
+}
+
+__global__ void __launch_bounds__(64) bounded_kernel(float* out) { out[threadIdx.x] = 1; }
+
+template <int kWarps>
+__global__ void __launch_bounds__(kWarps* gpu::kWarp, 2) bounded_template_kernel(float* out) {
+  out[threadIdx.x] = 1;
 }
 
 template <int kCount>
@@ -122,6 +189,26 @@ void run_reduce(const float* x, float* block_sums, float* warp_sums, float* warp
   LAUNCH(reduce_kernel, blocks, threads, 0, nullptr, x, block_sums, warp_sums, warp_maxima);
 }
 
+void run_philox(const uint32_t* counters, uint64_t seed, uint32_t* words, int n) {
+  LAUNCH(philox_kernel, (n + 127) / 128, 128, 0, nullptr, counters, seed, words, n);
+}
+
+void run_tile_load(bool whole, const uint16_t* from, uint16_t* to, int rows, int width, int valid, int missing) {
+  const auto* rows_of = reinterpret_cast<const gpu::bf16*>(from);
+  const size_t bytes = size_t{2} * rows * Tile::pitch(width);
+  if (whole) LAUNCH(tile_load_kernel<true>, 1, 64, bytes, nullptr, rows_of, to, rows, width, valid, missing);
+  else LAUNCH(tile_load_kernel<false>, 1, 64, bytes, nullptr, rows_of, to, rows, width, valid, missing);
+}
+
+void run_tile_fragment(Fragment fragment, const uint16_t* tile, int row, int column, uint32_t* registers) {
+  LAUNCH(tile_fragment_kernel, 1, 32, 0, nullptr, fragment, reinterpret_cast<const gpu::bf16*>(tile), row, column,
+         registers);
+}
+
+void run_tile_store(const float* d, int row, int column, uint16_t* tile, uint32_t* a) {
+  LAUNCH(tile_store_kernel, 1, 32, 0, nullptr, d, row, column, tile, a);
+}
+
 void run_strided_copy(const float* in, float* out, int stride, int width) {
   if (width == 1) LAUNCH(strided_copy_kernel<1>, 1024 / 128, 128, 0, nullptr, in, out, stride);
   if (width == 4) LAUNCH(strided_copy_kernel<4>, 2, 128, 0, nullptr, in, out, stride);
@@ -129,6 +216,11 @@ void run_strided_copy(const float* in, float* out, int stride, int width) {
 
 void run_shared_columns(const float* in, float* out, int pitch) {
   LAUNCH(shared_columns_kernel, 1, 32, 32 * pitch * sizeof(float), nullptr, in, out, pitch);
+}
+
+void run_bounded(float* out, int threads, bool as_template) {
+  if (as_template) LAUNCH(bounded_template_kernel<3>, 1, threads, 0, nullptr, out);
+  else LAUNCH(bounded_kernel, 1, threads, 0, nullptr, out);
 }
 
 }  // namespace planted

@@ -5,8 +5,9 @@
 // here is exempt, and not inlined where the runtime asks for the caller's address, from which reports name the line.
 #pragma once
 
+#include <math.h>  // not <cmath>: sqrt of a float is a float's without std::, too
+
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -18,7 +19,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
+// As many no-ops at the beginning of the kernel as its blocks may have warps, which launch() counts.
+#define __launch_bounds__(...) __attribute__((patchable_function_entry(emu::warps_of(__VA_ARGS__))))
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ shared_memory_is_declared_with_SMEM_ARRAY_or_SMEM_DYN
@@ -27,6 +29,10 @@
 #define EMU_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define EMU_HERE \
   emu::Place { __builtin_return_address(0), file, line }
+
+namespace emu {
+constexpr int warps_of(int threads, int /* blocks */ = 0) { return (threads + 31) / 32; }
+}  // namespace emu
 
 struct uint3 {
   unsigned x, y, z;
@@ -71,12 +77,23 @@ void cp_async_wait(int pending);
 enum class Mma { bf16, fp16, tf32 };
 void mma(Mma type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void ldmatrix(uint32_t* r, int count, const void* row, bool transposed);
+enum class Operand { a, b };
+using ElementAt = const void* (*)(const void* functor, int row, int column);
+void check_fragment(Operand operand, size_t element_size, const uint32_t* registers, ElementAt element,
+                    const void* functor);
+template <class Element>
+EMU_BUILTIN const void* call_element(const void* functor, int row, int column) {
+  return (*static_cast<const Element*>(functor))(row, column);
+}
 
 void* shared_array(const void* key, const char* name, size_t bytes);
 void* dynamic_shared();
 size_t max_shared_bytes();
 
-void run(const char* name, dim3 grid, dim3 block, size_t shared, void (*call)(const void*), const void* arguments);
+// The most threads of a block by the kernel's __launch_bounds__; 1024 where it has none.
+int launch_bound(const void* kernel);
+void run(const char* name, dim3 grid, dim3 block, int most_threads, size_t shared, void (*call)(const void*),
+         const void* arguments);
 
 // A kernel and its arguments, which every thread gets a copy of.
 template <class... P>
@@ -97,7 +114,8 @@ template <class... P, class... A>
 EMU_BUILTIN void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void*,
                         A&&... arguments) {
   const Call<P...> call{kernel, {static_cast<P>(arguments)...}};
-  run(name, grid, block, shared, &Call<P...>::make, &call);
+  const int most_threads = launch_bound(reinterpret_cast<const void*>(kernel));
+  run(name, grid, block, most_threads, shared, &Call<P...>::make, &call);
 }
 
 template <class T>
@@ -151,6 +169,7 @@ EMU_BUILTIN inline int __all_sync(unsigned mask, int predicate, EMU_CALLER) {
 using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float rsqrt(float x) { return rsqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

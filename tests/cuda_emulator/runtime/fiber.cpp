@@ -1,5 +1,10 @@
 #include "fiber.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #if defined(__x86_64__)
 
 // Saves the callee-saved registers on the old stack and takes them from the new one. swapcontext is several times
@@ -31,7 +36,7 @@ emu_switch_stack:
 
 namespace emu {
 
-void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) {
+void Fiber::start(char* stack, size_t bytes, void (*entry)()) {
   // `entry` starts as if called: a return address that is never used, on a stack aligned to 16 before the call.
   void** top = reinterpret_cast<void**>(stack + bytes - 64);
   *--top = nullptr;
@@ -40,7 +45,7 @@ void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) {
   stack_pointer_ = top;
 }
 
-void Fiber::switch_to(Fiber& next) { emu_switch_stack(&stack_pointer_, next.stack_pointer_); }
+void Fiber::swap(Fiber& next) { emu_switch_stack(&stack_pointer_, next.stack_pointer_); }
 
 }  // namespace emu
 
@@ -48,7 +53,7 @@ void Fiber::switch_to(Fiber& next) { emu_switch_stack(&stack_pointer_, next.stac
 
 namespace emu {
 
-void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) {
+void Fiber::start(char* stack, size_t bytes, void (*entry)()) {
   getcontext(&context_);
   context_.uc_stack.ss_sp = stack;
   context_.uc_stack.ss_size = bytes;
@@ -56,8 +61,58 @@ void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) {
   makecontext(&context_, entry, 0);
 }
 
-void Fiber::switch_to(Fiber& next) { swapcontext(&context_, &next.context_); }
+void Fiber::swap(Fiber& next) { swapcontext(&context_, &next.context_); }
 
 }  // namespace emu
 
 #endif
+
+namespace emu {
+
+#if defined(__SANITIZE_ADDRESS__)
+
+const bool kSanitized = true;
+
+namespace {
+
+void (*entry_of_fibers)();
+Fiber* left = nullptr;  // which the running one was switched to from
+
+}  // namespace
+
+// AddressSanitizer is told whose stack is in use. Only the scheduler's, which the process began with, is asked of it.
+void Fiber::arrive() {
+  const void* stack;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
+  if (!left->stack_) left->stack_ = stack, left->bytes_ = bytes;
+}
+
+void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) {
+  stack_ = stack;
+  bytes_ = bytes;
+  __asan_unpoison_memory_region(stack, bytes);  // what an abandoned thread has left
+  entry_of_fibers = entry;
+  start(stack, bytes, [] {
+    arrive();
+    entry_of_fibers();
+  });
+}
+
+void Fiber::switch_to(Fiber& next) {
+  left = this;
+  __sanitizer_start_switch_fiber(nullptr, next.stack_, next.bytes_);
+  swap(next);
+  arrive();
+}
+
+#else
+
+const bool kSanitized = false;
+
+void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) { start(stack, bytes, entry); }
+void Fiber::switch_to(Fiber& next) { swap(next); }
+
+#endif
+
+}  // namespace emu

@@ -9,6 +9,9 @@
 
 namespace emu {
 
+// Whether AddressSanitizer watches the kernels, in place of this runtime.
+extern const bool kSanitized;
+
 class Fiber {
  public:
   // Makes the next switch to this fiber call `entry`, which never returns, on `stack`.
@@ -17,6 +20,12 @@ class Fiber {
   void switch_to(Fiber& next);
 
  private:
+  void start(char* stack, size_t bytes, void (*entry)());
+  void swap(Fiber& next);
+  static void arrive();
+
+  const void* stack_ = nullptr;
+  size_t bytes_ = 0;
 #if defined(__x86_64__)
   void* stack_pointer_ = nullptr;
 #else

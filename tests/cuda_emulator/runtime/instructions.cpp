@@ -60,6 +60,25 @@ int unpack(Mma type, uint32_t bits, float (&element)[2]) {
   return 2;
 }
 
+// The row and column of element e, 0 or 1, in register i of a lane: the table of matrix.cuh.
+struct Coordinates {
+  int row, column;
+};
+Coordinates coordinates_of(Operand operand, size_t element_size, int lane, int i, int e) {
+  const int g = lane / 4, t = lane % 4;
+  if (operand == Operand::a)
+    return {g + 8 * (i % 2), element_size == 2 ? 2 * t + 8 * (i / 2) + e : t + 4 * (i / 2)};
+  return {element_size == 2 ? 2 * t + 8 * i + e : t + 4 * i, g};
+}
+
+// Whether a register's half, or the register as tf32 (as it is, or rounded), is the element at `p`.
+bool holds(uint32_t bits, size_t element_size, int e, const void* p) {
+  uint32_t element = 0;
+  if (p) std::memcpy(&element, p, element_size);
+  if (element_size == 2) return (bits >> 16 * e & 0xffff) == element;
+  return bits >> 13 == element >> 13 || bits == ((element + 0x1000) & 0xffffe000);
+}
+
 }  // namespace
 
 __attribute__((noinline)) void load(void* to, const void* from, size_t size, Space space) {
@@ -103,8 +122,8 @@ void cp_async_wait(int pending) {
     for (const AsyncCopy& copy : groups.front()) {
       const size_t offset = copy.to - arena;
       set_in_flight(offset, copy.size, false);
-      if (!on_device(copy.from)) continue;
-      std::memcpy(copy.to, copy.from, copy.valid);
+      if (copy.valid && !on_device(copy.from)) continue;
+      if (copy.valid) std::memcpy(copy.to, copy.from, copy.valid);
       std::memset(copy.to + copy.valid, 0, copy.size - copy.valid);
       check_race(offset, copy.size, Access::write, copy.address);
       if (copy.valid) check_race(copy.from - arena, copy.valid, Access::read, copy.address);
@@ -153,6 +172,25 @@ __attribute__((noinline)) void mma(Mma type, float (&d)[4], const uint32_t (&a)[
       }
     d[i] += sum;
   }
+}
+
+// Reads what it compares with past all checks, as a debugger would: the load has been checked already.
+__attribute__((noinline)) void check_fragment(Operand operand, size_t element_size, const uint32_t* registers,
+                                              ElementAt element, const void* functor) {
+  const char name = operand == Operand::a ? 'a' : 'b';
+  for (int i = 0; i < (operand == Operand::a ? 4 : 2); ++i)
+    for (int e = 0; e < static_cast<int>(4 / element_size); ++e) {
+      const auto [row, column] = coordinates_of(operand, element_size, current->lane, i, e);
+      const void* p = element(functor, row, column);
+      if (holds(registers[i], element_size, e, p)) continue;
+      const std::string place = "row " + std::to_string(row) + ", column " + std::to_string(column);
+      const std::string source = !p             ? "zero"
+                                 : on_device(p) ? describe(static_cast<const char*>(p) - arena)
+                                                : "not device memory";
+      return report("wrong mma fragment",
+                    std::string(1, name) + "[" + std::to_string(i) + "] is not the element of " + place + ", " + source,
+                    EMU_RETURN_ADDRESS);
+    }
 }
 
 }  // namespace emu

@@ -22,7 +22,7 @@ constexpr size_t kMostReports = 20;  // in one error's text
 
 // Frames of these files say where a wrapper is, not who called it.
 bool is_wrapper(const std::string& line) {
-  for (const char* file : {"portable.cuh:", "async.cuh:", "matrix.cuh:", "builtins.h:"})
+  for (const char* file : {"portable.cuh:", "async.cuh:", "matrix.cuh:", "tile.cuh:", "builtins.h:"})
     if (line.rfind(file, 0) == 0) return true;
   return false;
 }

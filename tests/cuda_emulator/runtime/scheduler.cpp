@@ -99,6 +99,8 @@ void check_configuration() {
   const uint64_t size = uint64_t{block.x} * block.y * block.z;
   const auto refuse = [](const std::string& what) { throw Error("invalid launch of " + launch_.kernel + ": " + what); };
   if (size == 0 || size > kMaxThreads || block.z > 64) refuse("a block of " + std::to_string(size) + " threads");
+  if (size > static_cast<uint64_t>(launch_.most_threads))
+    refuse("a block of " + std::to_string(size) + " threads, beyond its __launch_bounds__");
   if (size % kWarpSize) refuse("a block of " + std::to_string(size) + " threads is not whole warps");
   if (!grid.x || !grid.y || !grid.z) refuse("an empty grid");
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) refuse("a grid beyond (2^31 - 1, 65535, 65535)");
@@ -145,11 +147,25 @@ uint3 grid_size() { return {launch_.grid.x, launch_.grid.y, launch_.grid.z}; }
 int lane() { return current->lane; }
 size_t max_shared_bytes() { return options.shared_limit; }
 
-void run(const char* name, dim3 grid, dim3 block, size_t shared, void (*call)(const void*), const void* arguments) {
+int launch_bound(const void* kernel) {
+  const auto* code = static_cast<const unsigned char*>(kernel);
+#if defined(__x86_64__)
+  const unsigned char nop[] = {0x90}, landing_pad[] = {0xf3, 0x0f, 0x1e, 0xfa};  // endbr64, where CET is on
+#else
+  const unsigned char nop[] = {0x1f, 0x20, 0x03, 0xd5}, landing_pad[] = {0x5f, 0x24, 0x03, 0xd5};  // bti c
+#endif
+  if (std::memcmp(code, landing_pad, sizeof landing_pad) == 0) code += sizeof landing_pad;
+  int warps = 0;
+  while (std::memcmp(code + warps * sizeof nop, nop, sizeof nop) == 0) ++warps;
+  return warps ? warps * kWarpSize : kMaxThreads;
+}
+
+void run(const char* name, dim3 grid, dim3 block, int most_threads, size_t shared, void (*call)(const void*),
+         const void* arguments) {
   initialise_memory();
   allocate_stacks();
   const uint32_t number = launch_.number + 1;
-  launch_ = {base_name(name), grid, block, shared, call, arguments, number, block_number + 1,
+  launch_ = {base_name(name), grid, block, most_threads, shared, call, arguments, number, block_number + 1,
              static_cast<int>(block.x * block.y * block.z)};
   check_configuration();
   threads.resize(launch_.threads);

@@ -58,6 +58,7 @@ struct Options {
 struct Launch {
   std::string kernel;
   dim3 grid, block;
+  int most_threads;  // of a block
   size_t dynamic_shared;
   void (*call)(const void*);
   const void* arguments;
@@ -78,7 +79,7 @@ void wait(const char* what, Place place);  // lets other threads run until someb
 void wake(Thread& thread);
 [[noreturn]] void end_launch();            // after a report; the running thread is abandoned
 char* stack_of(const Thread& thread);
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = 256 * 1024;
 
 // synchronise.cpp
 void reset_synchronisation();

@@ -1,0 +1,206 @@
+// The gradients of CEMA's parameters: reference/cema.py; basis, tiles and entering states: cema.cuh.
+//
+// Within a tile, let w_t = du_t/dq with what enters held fixed: w_t = q w_{t-1} + u_{t-1}, from zero. K is what later
+// tokens send back to the tile's last state, q r of the next token, or conj(dstate_out) / gamma where a sequence ends:
+//
+//   dq = sum over tiles of conj(p gamma (sum_t dy_t w_t + K w_end))      dgamma = conj(p sum_t dy_t u_t)
+//   dp = Re(gamma sum_t dy_t u_t), or where states or their gradients are given, so that u is not all made of x,
+//   dp = Re(gamma sum_t x_t r_t), the products of the adjoint's output       domega = sum_t dy_t x_t
+//
+// Since w and u both run forwards, nothing is kept for each step: 11 multiply-adds a mode and step.
+//
+// Grid of the sums: as the scan's (cema_scan.cuh), a thread has two channels and 4 modes of a tile.
+//   1. for each run of a sequence in the tile, load or clear u, w = 0; for each kRows rows, load x and dy, step, add
+//   2. at the run's end add K w; 3. store the tile's sums.
+// Grid of the end: x over 32 channels, y over modes, and omega last; 8 warps add an eighth of the tiles each, in
+// double, then the first warp adds theirs and applies the factors. The order of every sum depends on sizes alone.
+//
+// Registers: at most 168 for the sums (12 warps an SM), no spills. Shared memory: 8 KB for the sums, for what is rare,
+// and 12 KB at the end.
+// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 3.0 G multiply-adds, 88 us at 67 TFLOP/s; bytes: x, dy 67 MB,
+// sums 34 MB out and in, states 34 MB: 169 MB, 50 us. The whole backward (two local scans 3 + 3, output 5, sums 11):
+// 5.9 G multiply-adds, 176 us, and 70 MB of workspace.
+// Example: T = 40, tile 32, one sequence: tile 0 adds K w_end with K = q r of token 32, which enters its adjoint.
+#pragma once
+
+#include "cema.cuh"
+
+namespace megalodon {
+namespace cema {
+
+constexpr int kRows = 4;         // that are loaded at once
+template <class R> constexpr int kSumModes = sizeof(R) == 4 ? 4 : 2;  // of a thread
+constexpr int kFinishWarps = 8;
+
+enum Sum { kSumFirst, kSumSecond, kSumWFirst, kSumWSecond, kProductFirst, kProductSecond, kMostSums };
+
+struct Gradients {
+  Scan scan, adjoint;
+  const void* dy;  // (T, D)
+  void* sums;      // (tiles, stride) R: a tile's (kinds, N', D') of enum Sum, then (D') for domega
+  int64_t kinds, stride;
+  void *dp, *dq, *dgamma, *domega;
+};
+
+template <class R, int modes = kSumModes<R>>
+struct Sensitivity {
+  Modes<R, modes> u;
+  R w_first[modes][2], w_second[modes][2];
+  R sum_first[modes][2], sum_second[modes][2], sum_w_first[modes][2], sum_w_second[modes][2], sum_omega[2];
+
+  GPU_INLINE Sensitivity(const Scan& scan, const Place& place) : u(scan, place) {
+    sum_omega[0] = sum_omega[1] = 0;
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      GPU_UNROLL
+      for (int e = 0; e < 2; ++e)
+        sum_first[m][e] = sum_second[m][e] = sum_w_first[m][e] = sum_w_second[m][e] = 0;
+    }
+    clear_w();
+  }
+  GPU_INLINE void clear_w() {
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) w_first[m][0] = w_first[m][1] = w_second[m][0] = w_second[m][1] = 0;
+  }
+  GPU_INLINE void step(const R (&x)[2], const R (&dy)[2]) {
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      GPU_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const R before = w_first[m][e];
+        w_first[m][e] = u.alpha[m][e] * before + (u.beta[m][e] * w_second[m][e] + u.first[m][e]);
+        w_second[m][e] = u.delta[m][e] * w_second[m][e] + (before + u.second[m][e]);
+      }
+    }
+    u.step(x);
+    GPU_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      sum_omega[e] += dy[e] * x[e];
+      GPU_UNROLL
+      for (int m = 0; m < modes; ++m) {
+        sum_first[m][e] += dy[e] * u.first[m][e];
+        sum_second[m][e] += dy[e] * u.second[m][e];
+        sum_w_first[m][e] += dy[e] * w_first[m][e];
+        sum_w_second[m][e] += dy[e] * w_second[m][e];
+      }
+    }
+  }
+  // Adds K w: K is q times what enters the adjoint's tile or, where `sequence` ends, conj(dstate_out) / gamma.
+  GPU_INLINE void add_end(const Scan& adjoint, const Place& place, bool ends, int64_t sequence, Pair<R>* slots) {
+    to_slots(slots, w_first, w_second);
+    int i = 0;
+    for_each_slot<modes>(adjoint, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
+      const R* const enters = adjoint.pairs<R>(place.tile, place.first_mode + i / 2, place.channel + i % 2);
+      const Pair<R> k = ends ? basis.initial(adjoint, at, false)
+                             : basis.multiply({basis.q.re + basis.shear, 1}, gpu::ld<Pair<R>>(enters));
+      gpu::st_shared(slot, basis.multiply(k, gpu::ld_shared<Pair<R>>(slot)));
+      ++i;
+    });
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      GPU_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const auto sum = gpu::ld_shared<Pair<R>>(&slots[(2 * m + e) * kThreads]);
+        sum_w_first[m][e] += sum.first;
+        sum_w_second[m][e] += sum.second;
+      }
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kernel(Gradients p) {
+  using R = Compute<T>;
+  SMEM_ARRAY(Pair<R>, slots, 2 * kSumModes<R> * kThreads);
+  const Scan& scan = p.scan;
+  const Place place = cema::place(scan, kSumModes<R>);
+  Sensitivity<R> state(scan, place);
+  if (scan.tiles > 1) state.u.load(scan, place);
+  const auto advance = [&](auto rows, int64_t t) {
+    constexpr int n = decltype(rows)::value;
+    R x[n][2], dy[n][2];
+    const int64_t at = t * scan.channels + place.channel;
+    load_rows(x, static_cast<const T*>(scan.in) + at, scan.channels, scan.whole, place.second);
+    load_rows(dy, static_cast<const T*>(p.dy) + at, scan.channels, scan.whole, place.second);
+    GPU_UNROLL
+    for (int i = 0; i < n; ++i) state.step(x[i], dy[i]);
+  };
+  for (int64_t t = scan.begin(place.tile), to = scan.end(place.tile); t < to;) {
+    const Run run(scan, t, to);
+    if (run.sequence < 0) {
+      t = run.end;
+      continue;
+    }
+    state.clear_w();
+    if (run.starts) {
+      state.u.clear();
+      if (scan.initial) state.u.enter(scan, place, run.sequence, slots + threadIdx.x, true);
+    }
+    for (; run.end - t >= kRows; t += kRows) advance(std::integral_constant<int, kRows>{}, t);
+    for (; t < run.end; ++t) advance(std::integral_constant<int, 1>{}, t);
+    const bool ends = run.ends(scan);
+    if (!ends || p.adjoint.initial) state.add_end(p.adjoint, place, ends, run.sequence, slots + threadIdx.x);
+  }
+  if (!place.active) return;
+  R* const sums = static_cast<R*>(p.sums) + place.tile * p.stride;
+  const int64_t plane = scan.lanes * scan.width;
+  GPU_UNROLL
+  for (int m = 0; m < kSumModes<R>; ++m) {
+    R* const to_mode = sums + (place.first_mode + m) * scan.width + place.channel;
+    gpu::store(to_mode + kSumFirst * plane, state.sum_first[m]);
+    gpu::store(to_mode + kSumSecond * plane, state.sum_second[m]);
+    gpu::store(to_mode + kSumWFirst * plane, state.sum_w_first[m]);
+    gpu::store(to_mode + kSumWSecond * plane, state.sum_w_second[m]);
+  }
+  // Neighbours that share the channels have the same sum.
+  if (place.part == 0) gpu::store(sums + p.kinds * plane + place.channel, state.sum_omega);
+}
+
+template <class R>
+__global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(Gradients p) {
+  SMEM_ARRAY(double, parts, kFinishWarps * kMostSums * gpu::kWarp);
+  const Scan& scan = p.scan;
+  const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
+  const int64_t d = int64_t{blockIdx.x} * gpu::kWarp + lane, n = scan.first_mode + blockIdx.y;
+  const int64_t plane = scan.lanes * scan.width, at = blockIdx.y * scan.width + (d < scan.width ? d : 0);
+  const bool of_omega = blockIdx.y + 1 == gridDim.y;
+  const int kinds = of_omega ? 1 : static_cast<int>(p.kinds);
+  const R* const sums = static_cast<const R*>(p.sums) +
+                        (of_omega ? p.kinds * plane + at - blockIdx.y * scan.width : at);
+  double sum[kMostSums] = {};
+  for (int64_t k = scan.tiles * warp / kFinishWarps; k < scan.tiles * (warp + 1) / kFinishWarps; ++k) {
+    GPU_UNROLL
+    for (int i = 0; i < kMostSums; ++i)
+      if (i < kinds) sum[i] += sums[k * p.stride + i * plane];
+  }
+  GPU_UNROLL
+  for (int i = 0; i < kMostSums; ++i) parts[(warp * kMostSums + i) * gpu::kWarp + lane] = sum[i];
+  __syncthreads();
+  if (warp > 0 || d >= scan.channels) return;
+  GPU_UNROLL
+  for (int i = 0; i < kMostSums; ++i) {
+    sum[i] = 0;
+    for (int w = 0; w < kFinishWarps; ++w) sum[i] += parts[(w * kMostSums + i) * gpu::kWarp + lane];
+  }
+  if (of_omega) {
+    static_cast<R*>(p.domega)[d] = static_cast<R>(sum[0]);
+    return;
+  }
+  const Basis<R> basis(scan, blockIdx.y, d);
+  const double shear = basis.shear, phase = basis.phase, p_scale = basis.p;
+  const auto complex = [&](double first, double second) -> gpu::Complex<double> {
+    return {first - shear * second, phase * second};
+  };
+  const auto of_y = complex(sum[kSumFirst], sum[kSumSecond]), of_w = complex(sum[kSumWFirst], sum[kSumWSecond]);
+  const auto of_x = p.kinds == kMostSums ? complex(sum[kProductFirst], sum[kProductSecond]) : of_y;
+  const gpu::Complex<double> gamma{basis.gamma.re, basis.gamma.im};
+  const gpu::Complex<double> dgamma = p_scale * of_y, dq = p_scale * (gamma * of_w);
+  const int64_t to = d * scan.modes + n;
+  static_cast<R*>(p.dp)[to] = static_cast<R>(gpu::real_of_product(gamma, of_x));
+  gpu::st(static_cast<gpu::Complex<R>*>(p.dq) + to, gpu::Complex<R>{static_cast<R>(dq.re), static_cast<R>(-dq.im)});
+  gpu::st(static_cast<gpu::Complex<R>*>(p.dgamma) + to,
+          gpu::Complex<R>{static_cast<R>(dgamma.re), static_cast<R>(-dgamma.im)});
+}
+
+}  // namespace cema
+}  // namespace megalodon

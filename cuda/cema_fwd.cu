@@ -1,0 +1,54 @@
+#include "cema.cuh"
+#include "cema_step.cuh"
+
+namespace megalodon {
+namespace {
+
+using namespace cema;
+
+// Whether one launch that walks each sequence from its first step to its last beats a scan of four launches.
+bool has_few_steps(const CemaFwdParams& p) {
+  const int64_t T = p.sequences.tokens, S = p.sequences.count;
+  return S > 0 && p.modes <= kMostModes && (T <= 4 * S || (T <= 64 * S && T * p.channels * p.modes <= 1 << 22));
+}
+
+void launch_steps(const CemaFwdParams& params, void* stream) {
+  int lanes = 1;
+  while (lanes < params.modes) lanes *= 2;
+  const int64_t blocks = (params.channels * lanes + kStepThreads - 1) / kStepThreads;
+  // About 8 blocks an SM at most; then a block takes further sequences.
+  const int64_t rows = blocks < 1024 ? 1024 / blocks : 1;
+  const dim3 grid(static_cast<unsigned>(blocks),
+                  static_cast<unsigned>(rows < params.sequences.count ? rows : params.sequences.count));
+  dispatch_dtype(params.dtype, [&](auto type) {
+    LAUNCH(cema_step_kernel<decltype(type)>, grid, kStepThreads, 0, stream, params, lanes);
+  });
+}
+
+}  // namespace
+
+int64_t workspace_cema_fwd_cuda(const CemaFwdParams& params) {
+  return has_few_steps(params) ? 0 : table_bytes(params) + states_bytes(params) + sums_bytes(params);
+}
+
+void launch_cema_fwd_cuda(const CemaFwdParams& params, void* stream) {
+  if (params.channels == 0 || (params.sequences.tokens == 0 && params.sequences.count == 0)) return;
+  if (has_few_steps(params)) return launch_steps(params, stream);
+  Scan scan = make_scan(params);
+  scan.whole = takes_pairs(params.dtype, params.channels, {params.x, params.y});
+  scan.in = params.x;
+  scan.out = params.y;
+  scan.omega = params.omega;
+  scan.initial = params.state;
+  scan.final = params.state_out;
+  scan.table = params.workspace;
+  scan.sums = take_states(scan, params, static_cast<char*>(params.workspace) + table_bytes(params));
+  launch_empty(params.dtype, scan, stream);
+  for_each_group(scan, [&] {
+    launch_table(params, scan, params.state != nullptr, stream);
+    launch_states(params.dtype, scan, nullptr, stream);
+    launch_output(params.dtype, scan, stream);
+  });
+}
+
+}  // namespace megalodon

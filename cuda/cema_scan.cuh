@@ -1,0 +1,374 @@
+// The kernels of cema.cuh's phases 1 to 4.
+//
+// Grid of 2 and 4: blocks of at most 128 threads; those of a tile's channels are neighbours. A thread owns two
+// neighbouring channels and 8 modes (4 where `modes` below says so), states and coefficients in registers. The lanes
+// that share two channels are neighbours, too, read the same elements and add up y by shuffles, kStored steps at once,
+// of which each lane keeps and stores its own: rows are read and written 64 bytes or more a warp, 32 for N = 32.
+// Grid of 3: a warp takes 32 modes and channels, its block's 16 warps 8 tiles each: 128 tiles a round. The states stay
+// in registers between the aggregation and the entering states, which replace them in memory.
+//
+// Registers: at most 168 (12 warps an SM), 255 for double; no spills. Shared memory: 16 KB for the states of sequences
+// that start or end, 4.2 KB in 3 (8.3 for double).
+// Multiply-adds a mode and step: 3 in 2, 5 in 4; two more with products.
+// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB and
+// again as a named re-read, y 33.5 MB, and states of 17 MB four times, which stay in L2: 30 us at 3.35 TB/s.
+// Example: T = 300, tile 32: 10 tiles, the last of 12 steps; two sequences from 0 and from 100: tiles 0 and 3 hold a
+// start, so what enters 1 .. 3 comes from 0 and what enters 4 .. 9 from token 100.
+#pragma once
+
+#include "cema.cuh"
+
+namespace megalodon {
+namespace cema {
+
+constexpr int kCarryWarps = 16;
+constexpr int kStored = 4;  // most steps that add_parts takes at once
+
+struct Scans {
+  Scan scan[2];  // blockIdx.y chooses
+};
+
+// z -> A z + e, with A in two parts.
+template <class R>
+struct Matrix {
+  R entry[8];
+
+  GPU_INLINE Matrix(const Scan& scan, int plane, int64_t at) {
+    GPU_UNROLL
+    for (int i = 0; i < 8; ++i) entry[i] = scan.plane<R>(plane + i)[at];
+  }
+  GPU_INLINE Pair<R> operator()(Pair<R> z, Pair<R> e) const {
+    return {entry[0] * z.first + (entry[1] * z.second + (entry[4] * z.first + (entry[5] * z.second + e.first))),
+            entry[2] * z.first + (entry[3] * z.second + (entry[6] * z.first + (entry[7] * z.second + e.second)))};
+  }
+};
+
+template <class R>
+GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re, double v, double phase2,
+                             double shear) {
+  const double entries[4] = {re + shear * v, -(phase2 + shear * shear) * v, v, re - shear * v};
+  GPU_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const R high = static_cast<R>(entries[i]);
+    scan.plane<R>(plane + i)[at] = high;
+    scan.plane<R>(plane + 4 + i)[at] = static_cast<R>(entries[i] - high);
+  }
+}
+
+// A thread takes a mode and channel, channels side by side.
+template <class R>
+__global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* q, const gpu::Complex<R>* gamma,
+                                  bool carried) {
+  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (at >= scan.lanes * scan.width) return;
+  const int64_t n = scan.first_mode + at / scan.width, d = at % scan.width;
+  if (n >= scan.modes || d >= scan.channels) {
+    for (int plane = 0; plane < kPlanes; ++plane) scan.plane<R>(plane)[at] = 0;
+    return Basis<R>{}.store(scan, at / scan.width, d);
+  }
+  const auto set = [&](int plane, double value) { return scan.plane<R>(plane)[at] = static_cast<R>(value); };
+  const gpu::Complex<R> pole = gpu::ld<gpu::Complex<R>>(q + d * scan.modes + n);
+  gpu::Complex<R> g = gpu::ld<gpu::Complex<R>>(gamma + d * scan.modes + n);
+  double phase = pole.im, scale = p[d * scan.modes + n];
+  if (carried) {
+    const R least = static_cast<R>(kLeastScale<R>);
+    if (fabs(phase) < kLeastPhase<R>) phase = pole.im < 0 ? -kLeastPhase<R> : kLeastPhase<R>;
+    if (fabs(scale) < kLeastScale<R>) scale = kLeastScale<R>;
+    if (g.re < least && -g.re < least && g.im < least && -g.im < least) g = {least, 0};
+  }
+  // A number above Im(q)^2, and the shear that makes it exact; Re(q) - shear is exact, being smaller than Re(q).
+  const double phase2 = phase * phase, ulp = sizeof(R) == 4 ? 0x1p-23 : 0x1p-52;
+  const double beta = set(kBeta, -phase2 * (1 + ulp)), gap = -beta - phase2;
+  const double root = sqrt(gap > 0 ? gap : 0), alpha = set(kAlpha, pole.re < 0 ? pole.re - root : pole.re + root);
+  const double shear = static_cast<R>(alpha - pole.re);
+  set(kDelta, pole.re - shear);
+  set(kOutFirst, scale * g.re);
+  set(kOutSecond, -scale * (g.re * shear + g.im * phase));
+  Basis<R> basis{};
+  basis.q = pole;
+  basis.phase = static_cast<R>(phase);
+  basis.gamma = g;
+  basis.p = static_cast<R>(scale);
+  basis.shear = static_cast<R>(shear);
+  basis.store(scan, at / scan.width, d);
+  // Powers re + i phase v of q by squaring: tiles are powers of two.
+  double re = pole.re, v = 1;
+  const auto square = [&] {
+    const double next = re * re - phase2 * v * v;
+    v *= 2 * re;
+    re = next;
+  };
+  for (int64_t length = 1; length < scan.tile; length *= 2) square();
+  store_matrix<R>(scan, kTileMatrix, at, re, v, phase2, shear);
+  for (int length = 1; length < kSpan; length *= 2) square();
+  store_matrix<R>(scan, kSpanMatrix, at, re, v, phase2, shear);
+}
+
+template <class T, int modes>
+__global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_local_kernel(Scans scans) {
+  using R = Compute<T>;
+  SMEM_ARRAY(Pair<R>, slots, 2 * modes * kThreads);
+  const Scan& scan = scans.scan[blockIdx.y];
+  const Place place = cema::place(scan, modes);
+  const int64_t from = scan.begin(place.tile), to = scan.end(place.tile);
+  const int64_t sequence = gpu::find_sequence(scan.sequences, scan.token(to - 1));
+  const int64_t start = sequence < 0 ? to : scan.sequence_begin(sequence);
+  if (threadIdx.x == 0 && blockIdx.x % (gridDim.x / scan.tiles) == 0) scan.stops[place.tile] = start >= from;
+  Modes<R, modes> state(scan, place);
+  const int64_t first = start < from ? from : start, step = scan.step();
+  const T* in = static_cast<const T*>(scan.in) + scan.token(first) * scan.channels + place.channel;
+  int left = static_cast<int>(to - first);
+  bool enters = scan.initial && start >= from;
+  while (left > 0) {
+    if (left >= kBatch<T> && !enters) {
+      R x[kBatch<T>][2];
+      load_rows(x, in, step, scan.whole, place.second);
+      GPU_UNROLL
+      for (int j = 0; j < kBatch<T>; ++j) state.step(x[j]);
+      in += kBatch<T> * step;
+      left -= kBatch<T>;
+    } else {
+      R x[1][2];
+      load_rows(x, in, step, scan.whole, place.second);
+      state.step(x[0]);
+      if (enters) state.enter(scan, place, sequence, slots + threadIdx.x);
+      enters = false;
+      in += step;
+      --left;
+    }
+  }
+  state.store(scan, place);
+}
+
+template <class R>
+__global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_carry_kernel(Scans scans) {
+  SMEM_ARRAY(Pair<R>, ends, kCarryWarps * gpu::kWarp);
+  SMEM_ARRAY(int, stopped, kCarryWarps);
+  const Scan& scan = scans.scan[blockIdx.y];
+  const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
+  const int64_t pairs = scan.lanes * scan.width, mine = int64_t{blockIdx.x} * gpu::kWarp + lane;
+  const int64_t at = mine < pairs ? mine : 0;
+  const Matrix<R> over_tile(scan, kTileMatrix, at), over_span(scan, kSpanMatrix, at);
+  Pair<R> enters{0, 0};  // the round
+  for (int64_t round = 0; round < scan.tiles; round += kCarryWarps * kSpan) {
+    const int64_t begin = round + warp * kSpan;
+    const auto tile = [&](int i) { return scan.reverse ? scan.tiles - 1 - (begin + i) : begin + i; };
+    const int count = static_cast<int>(scan.tiles - begin < kSpan ? scan.tiles - begin : kSpan);
+    Pair<R> end[kSpan];
+    bool stops[kSpan];
+    GPU_UNROLL
+    for (int i = 0; i < kSpan; ++i) {
+      if (i >= count) continue;
+      end[i] = mine < pairs ? gpu::ld<Pair<R>>(scan.pairs<R>(tile(i), 0, at)) : Pair<R>{0, 0};
+      stops[i] = scan.stops[tile(i)];
+    }
+    Pair<R> z{0, 0};
+    bool any = false;
+    GPU_UNROLL
+    for (int i = 0; i < kSpan; ++i) {
+      if (i >= count) continue;
+      z = stops[i] ? end[i] : over_tile(z, end[i]);
+      any = any || stops[i];
+    }
+    gpu::st_shared(&ends[threadIdx.x], z);
+    if (lane == 0) stopped[warp] = any;
+    __syncthreads();
+    z = enters;
+    for (int w = 0; w < kCarryWarps; ++w) {
+      if (w == warp) z = enters;
+      const auto end_of_warp = gpu::ld_shared<Pair<R>>(&ends[w * gpu::kWarp + lane]);
+      enters = stopped[w] ? end_of_warp : over_span(enters, end_of_warp);
+    }
+    GPU_UNROLL
+    for (int i = 0; i < kSpan; ++i) {
+      if (i >= count) continue;
+      if (mine < pairs) gpu::st(scan.pairs<R>(tile(i), 0, at), z);
+      z = stops[i] ? end[i] : over_tile(z, end[i]);
+    }
+    __syncthreads();
+  }
+}
+
+// Adds y over the `split` lanes of two channels; n and split are powers of two. Lane `part` gets the sums of n / split
+// steps in order or, with fewer steps than lanes, split / n neighbours get those of one step.
+template <int split, int n, class R>
+GPU_INLINE void add_parts(R (&y)[n][2], int part) {
+  GPU_UNROLL
+  for (int apart = split / 2, size = n / 2; apart > 0; apart /= 2, size /= 2) {
+    const bool upper = part & apart;
+    GPU_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      if (size == 0) y[0][e] += __shfl_xor_sync(gpu::kFullMask, y[0][e], apart);
+      GPU_UNROLL
+      for (int i = 0; i < size; ++i) {
+        const R mine = upper ? y[i + size][e] : y[i][e], other = upper ? y[i][e] : y[i + size][e];
+        y[i][e] = mine + __shfl_xor_sync(gpu::kFullMask, other, apart);
+      }
+    }
+  }
+}
+
+template <class T, int modes, int split, bool kProducts>
+struct Output {
+  using R = Compute<T>;
+  const Scan& scan;
+  const Place& place;
+  Pair<R>* const slots;
+  Modes<R, modes> state;
+  R out_first[modes][2], out_second[modes][2], omega[2];
+  R product_first[kProducts ? modes : 1][2], product_second[kProducts ? modes : 1][2];
+
+  GPU_INLINE Output(const Scan& scan_, const Place& place_, Pair<R>* slots_)
+      : scan(scan_), place(place_), slots(slots_), state(scan_, place_) {
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      const int64_t at = (place.first_mode + m) * scan.width + place.channel;
+      gpu::load(out_first[m], scan.plane<R>(kOutFirst) + at);
+      gpu::load(out_second[m], scan.plane<R>(kOutSecond) + at);
+    }
+    const bool adds_omega = place.part == 0 && !scan.resume;
+    omega[0] = adds_omega ? static_cast<const R*>(scan.omega)[place.channel] : 0;
+    omega[1] = adds_omega && place.second ? static_cast<const R*>(scan.omega)[place.channel + 1] : 0;
+    GPU_UNROLL
+    for (auto* sums : {product_first, product_second}) {
+      GPU_UNROLL
+      for (int m = 0; m < (kProducts ? modes : 1); ++m) sums[m][0] = sums[m][1] = 0;
+    }
+  }
+
+  // n steps of sequence `sequence`, the first at element `at`; the sequence starts there if `enters`.
+  template <int n>
+  GPU_INLINE void advance(int64_t at, bool enters, int64_t sequence) {
+    const int64_t step = scan.step();
+    R x[n][2], factor[n][2];
+    load_rows(x, static_cast<const T*>(scan.in) + at, step, scan.whole, place.second);
+    if constexpr (kProducts) load_rows(factor, static_cast<const T*>(scan.factor) + at, step, scan.whole, place.second);
+    constexpr int most = split < kStored ? split : kStored, rows = n < most ? n : most;
+    GPU_UNROLL
+    for (int i = 0; i < n; i += rows, at += rows * step) {
+      R y[rows][2];
+      GPU_UNROLL
+      for (int j = 0; j < rows; ++j) {
+        state.step(x[i + j]);
+        if (enters) state.enter(scan, place, sequence, slots);
+        read(y[j], x[i + j]);
+        if constexpr (kProducts) add_products(factor[i + j]);
+      }
+      add_parts<split>(y, place.part);
+      store_rows(at, y);
+    }
+  }
+
+  GPU_INLINE void read(R (&y)[2], const R (&x)[2]) const {
+    GPU_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      y[e] = omega[e] * x[e];
+      GPU_UNROLL
+      for (int m = 0; m < modes; ++m) {
+        y[e] += out_first[m][e] * state.first[m][e];
+        y[e] += out_second[m][e] * state.second[m][e];
+      }
+    }
+  }
+
+  GPU_INLINE void add_products(const R (&factor)[2]) {
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      GPU_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        product_first[m][e] += factor[e] * state.first[m][e];
+        product_second[m][e] += factor[e] * state.second[m][e];
+      }
+    }
+  }
+
+  // The rows that add_parts has left to this lane.
+  template <int n>
+  GPU_INLINE void store_rows(int64_t at, R (&y)[n][2]) const {
+    constexpr int rows = n > split ? n / split : 1, lanes = n > split ? 1 : split / n;
+    if (!place.active || place.part % lanes > 0) return;
+    const int64_t step = scan.step();
+    at += place.part / lanes * rows * step;
+    GPU_UNROLL
+    for (int j = 0; j < rows; ++j, at += step) store(at, y[j]);
+  }
+
+  GPU_INLINE void store(int64_t at, R (&y)[2]) const {
+    if (scan.resume || scan.more) {
+      R* const sums = static_cast<R*>(scan.sums) + at;
+      GPU_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        if (e == 1 && !place.second) continue;
+        if (scan.resume) y[e] += sums[e];
+        sums[e] = y[e];
+      }
+      if (scan.more) return;
+    }
+    T* const out = static_cast<T*>(scan.out) + at;
+    if (scan.whole) {
+      gpu::store(out, y);
+    } else {
+      out[0] = gpu::from_real<T>(y[0]);
+      if (place.second) out[1] = gpu::from_real<T>(y[1]);
+    }
+  }
+};
+
+template <class T, int modes, int split, bool kProducts>
+__global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_output_kernel(Scan scan) {
+  using R = Compute<T>;
+  SMEM_ARRAY(Pair<R>, slots, 2 * modes * kThreads);
+  const Place place = cema::place(scan, modes);
+  Output<T, modes, split, kProducts> output(scan, place, slots + threadIdx.x);
+  if (scan.tiles > 1) output.state.load(scan, place);
+  for (int64_t begin = scan.begin(place.tile), to = scan.end(place.tile); begin < to;) {
+    const Run run(scan, begin, to);
+    int64_t at = scan.token(begin) * scan.channels + place.channel;
+    int left = static_cast<int>(run.end - begin);
+    begin = run.end;
+    if (run.sequence < 0) {
+      R zeros[2] = {0, 0};
+      for (int i = place.part; i < left && place.active; i += split) output.store(at + i * scan.step(), zeros);
+      continue;
+    }
+    if (run.starts) output.state.clear();
+    bool enters = run.starts && scan.initial;
+    while (left > 0) {
+      if (left >= kBatch<T> && !enters) {
+        output.template advance<kBatch<T>>(at, false, run.sequence);
+        at += kBatch<T> * scan.step();
+        left -= kBatch<T>;
+      } else {
+        output.template advance<1>(at, enters, run.sequence);
+        enters = false;
+        at += scan.step();
+        --left;
+      }
+    }
+    if (scan.final && run.ends(scan)) output.state.leave(scan, place, run.sequence, slots + threadIdx.x);
+  }
+  if constexpr (kProducts) {
+    if (!place.active) return;
+    R* const products = static_cast<R*>(scan.products) + place.tile * scan.products_stride;
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      const int64_t at = (place.first_mode + m) * scan.width + place.channel;
+      gpu::store(products + at, output.product_first[m]);
+      gpu::store(products + scan.lanes * scan.width + at, output.product_second[m]);
+    }
+  }
+}
+
+template <class R>
+__global__ void cema_empty_kernel(Scan scan) {
+  const int64_t s = blockIdx.x, size = scan.channels * scan.modes;
+  if (scan.sequences.length(s) > 0) return;
+  for (int64_t i = s * size + threadIdx.x; i < (s + 1) * size; i += blockDim.x) {
+    gpu::Complex<R> z{0, 0};
+    if (scan.initial) z = gpu::ld<gpu::Complex<R>>(static_cast<const gpu::Complex<R>*>(scan.initial) + i);
+    gpu::st(static_cast<gpu::Complex<R>*>(scan.final) + i, z);
+  }
+}
+
+}  // namespace cema
+}  // namespace megalodon

@@ -1,0 +1,151 @@
+// What the kernels of chunked attention share: the tokens a block of threads owns, where keys and values lie, DropKey.
+//
+// The rows of a sequence are numbered on its grid: the `position` rows of the cache, then the tokens of this call,
+// token t being row position + t. Row i sees the columns from i - i % C to i.
+//
+// cu_seqlens, lengths and position are known to the device alone, so a launcher counts blocks of rows from T and S:
+//   dense, padded   each of the B rows of L tokens is a range
+//   packed          the ranges are the padding in front, the S sequences, and the padding behind
+// A range is cut into blocks of kRows tokens. Those of range r are numbered from begin(r) / kRows + r on (packed),
+// which leaves at least ceil(length / kRows) numbers to each; numbers in excess get no rows.
+// Example: kRows 4, cu_seqlens 0, 5, 6, T 6: the first blocks of [0, 0), [0, 5), [5, 6), [6, 6) are 0, 1, 3, 4.
+#pragma once
+
+#include "chunked_attention.h"
+#include "philox.cuh"
+#include "portable.cuh"
+
+namespace megalodon {
+namespace chunked_attention {
+
+// Neighbouring tokens of one range: `live` of a sequence, then padding up to `rows`.
+struct RowBlock {
+  int64_t sequence;  // of the live rows
+  int64_t position;  // rows of its grid that the cache holds
+  int64_t begin;     // the token at row `position`
+  int64_t token;     // the first of the block
+  int rows, live;
+
+  GPU_INLINE int64_t row() const { return position + token - begin; }  // of the first token
+};
+
+// How many blocks of kRows tokens a launcher must provide.
+template <int kRows>
+inline int64_t count_row_blocks(const Sequences& sequences) {
+  if (sequences.cu_seqlens) return sequences.tokens / kRows + sequences.count + 2;
+  return (sequences.row_length + kRows - 1) / kRows * sequences.count;
+}
+
+template <int kRows>
+GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t number) {
+  const Sequences& sequences = p.sequences;
+  int64_t sequence, begin, first, stop, end;  // the range is [begin, stop), its sequence ends at `end`
+  if (!sequences.cu_seqlens) {
+    const int64_t blocks = (sequences.row_length + kRows - 1) / kRows;
+    sequence = number / blocks;
+    begin = sequences.begin(sequence);
+    stop = begin + sequences.row_length;
+    end = sequences.end(sequence);
+    first = number % blocks * kRows;
+  } else {
+    // Range r begins at cu_seqlens[r - 1]; the last one that has its first block at `number` or before.
+    const auto range_begin = [&](int64_t r) { return r == 0 ? int64_t{0} : sequences.cu_seqlens[r - 1]; };
+    int64_t range = 0;
+    for (int64_t high = sequences.count + 2; high - range > 1;) {
+      const int64_t middle = range + (high - range) / 2;
+      if (range_begin(middle) / kRows + middle <= number) range = middle;
+      else high = middle;
+    }
+    sequence = range - 1;
+    begin = range_begin(range);
+    stop = sequence < sequences.count ? range_begin(range + 1) : sequences.tokens;
+    end = sequence < 0 || sequence == sequences.count ? begin : stop;
+    first = (number - begin / kRows - range) * kRows;
+  }
+  RowBlock block{sequence, 0, begin, begin + first, 0, 0};
+  const auto within = [&](int64_t to) {
+    const int64_t left = to - block.token;
+    return static_cast<int>(left < 0 ? 0 : left < kRows ? left : kRows);
+  };
+  block.rows = within(stop);
+  block.live = within(end);
+  if (p.cache_k && block.live > 0) block.position = p.position[sequence];
+  return block;
+}
+
+// The rows of one head of k or v (K or V = width elements each), by their number on the grid, counted from `origin`.
+template <class T>
+class GridRows {
+ public:
+  GPU_INLINE GridRows(const ChunkedAttentionParams& p, const RowBlock& block, int64_t origin, int64_t head,
+                      const void* cache, const void* tokens, int64_t width)
+      : cache_(static_cast<const T*>(cache) + ((block.sequence * p.chunk_size + origin) * p.heads + head) * width),
+        tokens_(static_cast<const T*>(tokens) + ((block.begin + origin - block.position) * p.heads + head) * width),
+        cached_(block.position > origin ? static_cast<int>(block.position - origin) : 0),
+        stride_(static_cast<int>(p.heads * width)) {}
+
+  GPU_INLINE const T* operator()(int row) const {
+    return (row < cached_ ? cache_ : tokens_) + int64_t{row} * stride_;
+  }
+
+ private:
+  const T *cache_, *tokens_;  // where row 0 would be
+  int cached_;                // rows that lie in the cache
+  int stride_;
+};
+
+// The score of (row, column) is dropped if word column % 4 of Philox(seed; column / 4, row, head, sequence) is less
+// than dropkey * 2^32.
+class DropKey {
+ public:
+  GPU_INLINE DropKey(const ChunkedAttentionParams& p, int64_t head, int64_t sequence)
+      : seed_(p.seed ? *p.seed : 0),
+        threshold_(p.seed ? static_cast<uint32_t>(p.dropkey * 0x1p32) : 0),
+        head_(static_cast<uint32_t>(head)),
+        sequence_(static_cast<uint32_t>(sequence)) {}
+
+  GPU_INLINE explicit operator bool() const { return threshold_ != 0; }
+
+  GPU_INLINE bool dropped(int64_t row, int64_t column) const {
+    return dropped_of_quad(row, column / 4) >> (column % 4) & 1;
+  }
+
+  // Bit i: whether the score of column 4 `quad` + i is dropped.
+  GPU_INLINE unsigned dropped_of_quad(int64_t row, int64_t quad) const {
+    uint32_t word[4];
+    draw(word, static_cast<uint32_t>(row), static_cast<uint32_t>(quad));
+    unsigned bits = 0;
+    GPU_UNROLL
+    for (int i = 0; i < 4; ++i) bits |= static_cast<unsigned>(word[i] < threshold_) << i;
+    return bits;
+  }
+
+  // Replaces the dropped of a warp's scores in the layout of an mma's result: 16 rows from `row` on, and 8 columns from
+  // column 4 `quad` on. Lanes 2 i and 2 i + 1 share the words of two rows: each draws one and passes half on.
+  GPU_INLINE void apply(float (&score)[4], uint32_t row, uint32_t quad, float replacement) const {
+    const unsigned lane = threadIdx.x % gpu::kWarp, odd = lane % 2;
+    uint32_t word[4];
+    draw(word, row + lane / 4 + 8 * odd, quad + lane % 4 / 2);
+    const uint32_t first = __shfl_xor_sync(gpu::kFullMask, odd ? word[0] : word[2], 1);
+    const uint32_t second = __shfl_xor_sync(gpu::kFullMask, odd ? word[1] : word[3], 1);
+    if ((odd ? first : word[0]) < threshold_) score[0] = replacement;
+    if ((odd ? second : word[1]) < threshold_) score[1] = replacement;
+    if ((odd ? word[2] : first) < threshold_) score[2] = replacement;
+    if ((odd ? word[3] : second) < threshold_) score[3] = replacement;
+  }
+
+ private:
+  GPU_INLINE void draw(uint32_t (&word)[4], uint32_t row, uint32_t quad) const {
+    word[0] = quad;
+    word[1] = row;
+    word[2] = head_;
+    word[3] = sequence_;
+    gpu::philox(word, seed_);
+  }
+
+  uint64_t seed_;
+  uint32_t threshold_, head_, sequence_;
+};
+
+}  // namespace chunked_attention
+}  // namespace megalodon

@@ -1,0 +1,129 @@
+// The backward of chunked attention: how its launches share the work, and where the rows of a block lie.
+//
+// Row blocks follow the chunks' grid. They are numbered by sequence, chunk, head and block, so that the blocks of one
+// head of a chunk are neighbours. A launcher does not know cu_seqlens, so numbers are spaced by sizes alone:
+//   dense, padded   as if every sequence were full, and every position the last
+//   packed          sequence s from number begin(s) blocks / most_rows + 2 s on, which leaves enough to each
+// and numbers in excess get no rows. Example: kEdge 2, C 3 (two blocks a chunk), cu_seqlens 0, 4, 5: the sequences
+// begin at 0 and 4; sequence 0 takes the numbers 0, 1 (rows 0, 1 and 2) and 2 (row 3), and 3 is in excess.
+#pragma once
+
+#include "chunked_attention.cuh"
+
+namespace megalodon {
+namespace chunked_attention {
+
+// How the launches share the work; all of it follows from sizes alone.
+struct BwdPlan {
+  int64_t most_rows;  // of a chunk, at most
+  int64_t blocks;     // of kEdge rows that these make
+  int64_t total;      // numbers of blocks, over all sequences and heads
+  int64_t panels;     // of a round
+  int64_t rounds;
+  void* delta;        // (T, H) R; null where every chunk is one block
+  void* dq_sums[2];   // (blocks kEdge, K) R, of the chunk that two rounds share
+  void* tiles;        // (panels, P and dS, blocks kEdge, kEdge) T
+};
+
+// A block of kEdge rows of one head of a chunk. Rows are counted from the chunk's start, as far as this call fills it.
+struct ChunkBlock {
+  int64_t sequence, head;
+  int64_t start;   // the chunk's, on the grid of its sequence
+  int64_t token;   // of row `cached`
+  int64_t number;  // of the chunk's block 0 for this head
+  int cached;      // rows below are keys of the cache, the others tokens
+  int rows;
+  int first;       // row of the block
+};
+
+// Blocks are numbered by sequence, chunk, head and block. The first number of sequence s, for one head:
+template <int kEdge>
+MEGALODON_INLINE int64_t first_number(const ChunkedAttentionParams& p, const BwdPlan& plan, int64_t s, int64_t begin) {
+  const int64_t cached_blocks = p.cache_k ? plan.blocks : 0;
+  // A sequence of n rows has at most n blocks / most_rows + 1 blocks, and rounding down takes less than one.
+  if (p.sequences.cu_seqlens) return begin * plan.blocks / plan.most_rows + s * (cached_blocks + 2);
+  const int64_t rows = p.sequences.row_length + (p.cache_k ? p.chunk_size - 1 : 0), rest = rows % p.chunk_size;
+  return s * (rows / p.chunk_size * plan.blocks + (rest + kEdge - 1) / kEdge);
+}
+
+// False: the number is in excess. Whole warps call it.
+template <int kEdge>
+GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, const BwdPlan& plan, int64_t number) {
+  const Sequences& sequences = p.sequences;
+  const auto first_of = [&](int64_t s) {
+    return first_number<kEdge>(p, plan, s, sequences.cu_seqlens ? sequences.begin(s) : 0) * p.heads;
+  };
+  // The last sequence that begins at `number` or before, or the first: each lane looks at one of 32 from s to high.
+  int64_t s = 0;
+  for (int64_t high = sequences.count; high - s > 1;) {
+    const int64_t step = (high - s + gpu::kWarp - 1) / gpu::kWarp, mine = s + threadIdx.x % gpu::kWarp * step;
+    const bool before = mine == s || (mine < high && first_of(mine) <= number);
+    const int steps = __popc(__ballot_sync(gpu::kFullMask, before)) - 1;
+    s += steps * step;
+    if (s + step < high) high = s + step;
+  }
+  if (sequences.count == 0 || sequences.length(s) <= 0) return false;
+  const int64_t position = p.cache_k ? p.position[s] : 0, end = position + sequences.length(s);
+  const int64_t local = number - first_of(s), of_chunk = plan.blocks * p.heads, chunk = local / of_chunk;
+  if (local < 0 || chunk > (end - 1) / p.chunk_size) return false;
+  block.sequence = s;
+  block.start = chunk * p.chunk_size;
+  block.cached = chunk == 0 ? static_cast<int>(position) : 0;
+  block.rows = static_cast<int>(end - block.start < p.chunk_size ? end - block.start : p.chunk_size);
+  block.token = sequences.begin(s) + block.start + block.cached - position;
+  const int64_t within = local % of_chunk;
+  const int blocks = (block.rows + kEdge - 1) / kEdge, of_head = static_cast<int>(within % blocks);
+  block.head = within / blocks;
+  block.number = number - of_head;
+  block.first = of_head * kEdge;
+  return block.head < p.heads;
+}
+
+// The rows of one head of a chunk in a tensor of `width` elements a head: of tokens, or of keys, some of them cached.
+template <class T, bool kKeys = false>
+struct ChunkRows {
+  T *tensor, *cache, *tokens;  // its first element, and where row 0 is, or would be
+  int stride;         // less than 2^31, or a token would have gigabytes
+  int cached, rows;
+
+  // Null where there is none.
+  GPU_INLINE T* operator()(int row) const {
+    if (row >= rows || (!kKeys && row < cached)) return nullptr;
+    const uint64_t shift = uint64_t{static_cast<unsigned>(row)} * static_cast<unsigned>(stride);
+    return (kKeys && row < cached ? cache : tokens) + shift;
+  }
+
+  GPU_INLINE T* anywhere() const { return tensor; }
+
+  // The rows from `row` on, from `column` on.
+  GPU_INLINE ChunkRows from(int row, int64_t column) const {
+    const int64_t shift = int64_t{row} * stride + column;
+    return {tensor, cache + shift, tokens + shift, stride, cached - row, rows - row};
+  }
+};
+
+// Rows of a tile of P or dS.
+template <class T>
+struct TileRows {
+  T* first;
+  int pitch;
+
+  GPU_INLINE T* operator()(int row) const { return first + int64_t{row} * pitch; }
+  GPU_INLINE T* anywhere() const { return first; }
+};
+
+template <bool kKeys = false, class T>
+GPU_INLINE ChunkRows<T, kKeys> chunk_rows(const ChunkedAttentionParams& p, const ChunkBlock& block, T* tokens,
+                                          int64_t width, T* cache = nullptr) {
+  return {tokens, cache + (block.sequence * p.chunk_size * p.heads + block.head) * width,
+          tokens + ((block.token - block.cached) * p.heads + block.head) * width, static_cast<int>(p.heads * width),
+          block.cached, block.rows};
+}
+
+template <class T>
+GPU_INLINE const T* typed(const void* p) { return static_cast<const T*>(p); }
+template <class T>
+GPU_INLINE T* typed(void* p) { return static_cast<T*>(p); }
+
+}  // namespace chunked_attention
+}  // namespace megalodon

@@ -1,0 +1,215 @@
+// Chunked attention, forward, of 16-bit types with K <= 256, on tensor cores.
+//
+//   s_ij = scale q_i . k_j (j <= i, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
+//
+// q, k (T, H, K), v, o (T, H, V), lse (T, H) float; cache_k (S, C, H, K), cache_v (S, C, H, V).
+//
+// Grid: a block owns 128 tokens of a sequence (find_row_block), a head and kColumns columns of V; blocks of late rows,
+// which see most, come first. Each of its 8 warps owns 16 rows, whose scores, sums and output never leave its
+// registers.
+// The block walks the keys that its rows see in tiles of kKeys, from the start of the first row's chunk on:
+//   1. S = Q K^T                                          while the values of the tile are copied
+//   2. mask, DropKey; m' = max(m, max_j s), P = 2^(S - m'), f = 2^(m - m'), l = f l + sum_j P
+//   3. O = f O + P V, P rounded to T                      2 and 3 while the keys of the next tile are copied
+// and ends with o = O / l, lse = (m + log2 l) ln 2, the output staged in shared memory for whole rows. Scores count in
+// units of log2 e. A warp passes over tiles that none of its rows sees. Where every score is dropped, l = 0 and o = 0.
+// Zeros stand for keys outside the rows seen by the block; a NaN within (a later token's too) reaches the block's rows.
+//
+// V beyond kColumns: other blocks, which compute the scores again. For K = 256 and V = 2048 that is 8 * 256 + 2048
+// products a pair instead of 2304, 1.8 times as many. More columns a block would save of these, but 64 rows instead of
+// 128 would read keys and values twice as often from L2, 40 bytes a clock and SM, which it does not deliver.
+//
+// Shared memory: Q (or the output), a tile of keys, one of values, K padded to a multiple of 64; 96 KiB at K = 256,
+// kColumns = 256. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks a SM), else 255
+// (one); no spills.
+// Bytes, H100 (990 TFLOP/s): T = 16384, H 1, K 256, V 2048, C 2048, bf16: q, k, v, o once is 151 MB, 45 us; from L2
+// each row block reads keys and values of its chunk up to itself. 4096 products for each of T C / 2 pairs: 139 us.
+#pragma once
+
+#include "chunked_attention_fwd.cuh"
+#include "tile.cuh"
+
+namespace megalodon {
+namespace chunked_attention {
+
+constexpr int kMmaRows = 128, kMmaThreads = 256, kMmaMaxDepth = 256;
+constexpr int kWarpRows = 16;
+static_assert(kMmaThreads / gpu::kWarp * kWarpRows == kMmaRows);
+
+inline size_t mma_shared_bytes(int64_t key_dim, int columns, int keys) {
+  const int depth = gpu::Tile<gpu::bf16>::pitch(static_cast<int>(key_dim));
+  return size_t{2} * (kMmaRows * (depth > columns ? depth : columns) + keys * depth + keys * columns);
+}
+
+// What the two rows of a lane, g and g + 8 of its warp's, have gathered.
+template <int kColumns>
+struct RowSums {
+  float output[kColumns / 8][4] = {}, max[2] = {-kInfinity<float>, -kInfinity<float>}, sum[2] = {};
+};
+
+// Turns scores into probabilities relative to the new maximum and rescales what was gathered before.
+template <int kColumns, int kKeys>
+GPU_INLINE void online_softmax(float (&s)[kKeys / 8][4], RowSums<kColumns>& rows) {
+  float factor[2];
+  GPU_UNROLL
+  for (int j = 0; j < 2; ++j) {
+    float max = rows.max[j];
+    GPU_UNROLL
+    for (int n = 0; n < kKeys / 8; ++n) max = fmaxf(max, fmaxf(s[n][2 * j], s[n][2 * j + 1]));
+    max = fmaxf(max, __shfl_xor_sync(gpu::kFullMask, max, 1));
+    max = fmaxf(max, __shfl_xor_sync(gpu::kFullMask, max, 2));
+    const float shift = max == -kInfinity<float> ? 0 : max;
+    factor[j] = gpu::exp2_approx(rows.max[j] - shift);
+    float sum = 0;
+    GPU_UNROLL
+    for (int n = 0; n < kKeys / 8; ++n)
+      GPU_UNROLL
+      for (int i = 2 * j; i < 2 * j + 2; ++i) sum += s[n][i] = gpu::exp2_approx(s[n][i] - shift);
+    rows.max[j] = max;
+    rows.sum[j] = rows.sum[j] * factor[j] + sum;
+  }
+  if (!__any_sync(gpu::kFullMask, factor[0] != 1 || factor[1] != 1)) return;  // as in most later tiles
+  GPU_UNROLL
+  for (int n = 0; n < kColumns / 8; ++n)
+    GPU_UNROLL
+    for (int i = 0; i < 4; ++i) rows.output[n][i] *= factor[i / 2];
+}
+
+// whole: K, V and the pointers allow vectors of 16 bytes.
+template <class T, int kColumns, int kKeys>
+__global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
+    chunked_attention_fwd_mma_kernel(ChunkedAttentionFwdParams p, bool whole) {
+  using gpu::Tile;
+  const int64_t splits = ceil_div(p.value_dim, kColumns), parts = p.heads * splits;
+  const int head = static_cast<int>(blockIdx.x % parts / splits);
+  const int first_column = static_cast<int>(blockIdx.x % splits) * kColumns;
+  const RowBlock block = find_row_block<kMmaRows>(p, gridDim.x / parts - 1 - blockIdx.x / parts);
+  const int columns = static_cast<int>(p.value_dim - first_column < kColumns ? p.value_dim - first_column : kColumns);
+  store_padding<T>(p, block, head, first_column, columns);
+  if (block.live == 0) return;
+
+  const int depth = static_cast<int>(p.key_dim), pitch = Tile<T>::pitch(depth);
+  SMEM_DYN(T, shared);
+  const Tile<T> queries(shared, depth), staged(shared, kColumns);
+  const Tile<T> keys(shared + kMmaRows * (pitch > kColumns ? pitch : kColumns), depth);
+  const Tile<T> values(keys.unit(kKeys, 0), kColumns);
+
+  const Window window(p, block);
+  const GridRows<T> k(p, block, window.origin, head, p.cache_k, p.k, p.key_dim);
+  const GridRows<T> v(p, block, window.origin, head, p.cache_v, p.v, p.value_dim);
+  const auto copy = [&](const Tile<T>& tile, int rows, int width, int valid, auto&& row_of) {
+    if (whole) tile.template load<true>(rows, width, valid, row_of);
+    else tile.template load<false>(rows, width, valid, row_of);
+  };
+  const auto copy_keys = [&](int column) {
+    copy(keys, kKeys, pitch, depth, [&](int r) {
+      return window.holds(column + r) ? k(column + r) : nullptr;
+    });
+    gpu::cp_async_commit();
+  };
+  const auto copy_values = [&](int column) {
+    copy(values, kKeys, kColumns, columns, [&](int r) {
+      return window.holds(column + r) ? v(column + r) + first_column : nullptr;
+    });
+    gpu::cp_async_commit();
+  };
+  const T* const q = static_cast<const T*>(p.q) + (block.token * p.heads + head) * depth;
+  copy(queries, kMmaRows, pitch, depth, [&](int r) {
+    return r < block.live ? q + r * p.heads * depth : nullptr;
+  });
+  copy_keys(0);
+
+  const int lane = threadIdx.x % gpu::kWarp, warp_row = static_cast<int>(threadIdx.x) / gpu::kWarp * kWarpRows;
+  const int top = window.row0 + warp_row;  // of the warp's rows, of which those from the window's end on are not stored
+  const int row[2] = {top + lane / 4, top + lane / 4 + 8};
+  const int start[2] = {window.start(row[0]), window.start(row[1])};
+  const float scale = static_cast<float>(p.scale) * kLog2e;
+  const DropKey drop(p, head, block.sequence);
+  const uint32_t origin_quad = static_cast<uint32_t>(window.origin / 4);
+  RowSums<kColumns> rows;
+  for (int column = 0; column < window.end; column += kKeys) {
+    gpu::cp_async_wait<0>();
+    __syncthreads();  // the keys are there, and nobody needs the last values any more
+    copy_values(column);
+    const bool seen = __any_sync(
+        gpu::kFullMask, row[0] < window.end && column <= row[1] && column + kKeys > start[0]);
+    float s[kKeys / 8][4] = {};
+    for (int channel = 0; seen && channel < pitch; channel += Tile<T>::kBlock) {
+      const Tile<T> q_block = queries.from(channel), k_block = keys.from(channel);
+      GPU_UNROLL
+      for (int step = 0; step < Tile<T>::kBlock; step += 16) {
+        uint32_t a[4], b[2][2];
+        q_block.load_a(a, warp_row, step);
+        GPU_UNROLL
+        for (int n = 0; n < kKeys / 8; n += 2) {
+          k_block.load_b(b, n * 8, step);
+          gpu::mma_16816<T>(s[n], a, b[0]);
+          gpu::mma_16816<T>(s[n + 1], a, b[1]);
+        }
+      }
+    }
+    gpu::cp_async_wait<0>();
+    __syncthreads();  // the values are there, and nobody needs the keys any more
+    if (column + kKeys < window.end) copy_keys(column + kKeys);
+    if (!seen) continue;
+
+    const bool all_seen = __all_sync(gpu::kFullMask, column >= start[1] && column + kKeys - 1 <= row[0]);
+    GPU_UNROLL
+    for (int n = 0; n < kKeys / 8; ++n) {
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int j = column + n * 8 + lane % 4 * 2 + i % 2;
+        s[n][i] = all_seen || (j >= start[i / 2] && j <= row[i / 2]) ? s[n][i] * scale : -kInfinity<float>;
+      }
+      if (drop) drop.apply(s[n], 4 * origin_quad + top, origin_quad + column / 4 + n * 2, -kInfinity<float>);
+    }
+    online_softmax<kColumns, kKeys>(s, rows);
+    GPU_UNROLL
+    for (int step = 0; step < kKeys / 16; ++step) {
+      uint32_t a[4], b[2][2];
+      gpu::to_a<T>(a, s[2 * step], s[2 * step + 1]);
+      GPU_UNROLL
+      for (int n = 0; n < kColumns / 8; n += 2) {
+        values.load_b_trans(b, step * 16, n * 8);
+        gpu::mma_16816<T>(rows.output[n], a, b[0]);
+        gpu::mma_16816<T>(rows.output[n + 1], a, b[1]);
+      }
+    }
+  }
+
+  // Nobody has read the queries since the last barrier: they make room for the output. This __syncwarp orders nothing;
+  // without it ptxas spills two registers for sm_120.
+  __syncwarp();
+  float inverse[2];
+  GPU_UNROLL
+  for (int j = 0; j < 2; ++j) {
+    float sum = rows.sum[j];
+    sum += __shfl_xor_sync(gpu::kFullMask, sum, 1);
+    sum += __shfl_xor_sync(gpu::kFullMask, sum, 2);
+    inverse[j] = sum == 0 ? 0 : 1 / sum;
+    if (first_column == 0 && lane % 4 == 0 && row[j] < window.end)
+      static_cast<float*>(p.lse)[(block.token + row[j] - window.row0) * p.heads + head] =
+          (rows.max[j] + log2f(sum)) * kLn2;
+  }
+  GPU_UNROLL
+  for (int n = 0; n < kColumns / 8; ++n) {
+    GPU_UNROLL
+    for (int i = 0; i < 4; ++i) rows.output[n][i] *= inverse[i / 2];
+    staged.store_d(rows.output[n], warp_row, n * 8);
+  }
+  __syncwarp();
+  const int left = window.end - top, live = left < kWarpRows ? left : kWarpRows;
+  T* const o = static_cast<T*>(p.o) + ((block.token + warp_row) * p.heads + head) * p.value_dim + first_column;
+  const int64_t stride = p.heads * p.value_dim;
+  const int width = whole ? Tile<T>::kUnit : 1;
+  for (int i = lane * width; i < live * kColumns; i += gpu::kWarp * width) {
+    const int r = i / kColumns, c = i % kColumns;
+    const T* from = staged.unit(warp_row + r, c) + c % Tile<T>::kUnit;
+    if (c >= columns) continue;
+    if (whole) gpu::st(o + r * stride + c, gpu::ld_shared<gpu::Pack<T, Tile<T>::kUnit>>(from));
+    else o[r * stride + c] = *from;
+  }
+}
+
+}  // namespace chunked_attention
+}  // namespace megalodon

@@ -1,0 +1,242 @@
+// Chunked attention, forward, of few tokens a sequence on top of a cache, as in decoding: memory bound.
+//
+//   s_j = scale q . k_j, j < the keys of the token's chunk so far
+//   o = sum_j exp(s_j) v_j / sum_j exp(s_j);  lse = log sum_j exp(s_j)
+//
+// q, k (T, H, K), v, o (T, H, V), lse (T, H) R; cache_k (S, C, H, K), cache_v (S, C, H, V), of which the rows in use
+// are read. R is double for float64, else float.
+//
+// 1. step_kernel: an item is a token and a head; a block owns `span` keys of its chunk and kStepColumns columns of V.
+//    a. scores: a group of lanes, a power of two, takes a key, 16 bytes a lane; each warp kKeysInFlight such rounds
+//    b. max, P = exp(S - max) and their sum over the block's keys
+//    c. the columns' sums of P v: a thread takes a vector of columns of every n-th key, kKeysInFlight keys at a time,
+//       and the n threads of a vector add up through shared memory
+//    The results (max, sum, sums of columns) go to the workspace.
+// 2. merge_kernel: a thread takes a column of an item and merges the spans in their order:
+//    m = max_i max_i;  o = sum_i exp(max_i - m) columns_i / sum_i exp(max_i - m) sum_i.
+//
+// Spans have 64 keys, more where items are many, so that the cache of a single sequence is spread over all SMs.
+// Shared memory: about K + span + 1024 R. Registers: at most 128; no spills.
+// Bytes: keys in use once from memory, and once more from L2 for each further kStepColumns columns; values in use once;
+// both once more from L2 for each further token of the sequence; the workspace, V + 2 numbers for each span, written
+// and read: 6 % of the cache at span 64, K 256, V 2048, bf16, less with longer spans.
+// H100 (3.35 TB/s), S 8, H 1, K 256, V 2048, 2048 cached, bf16: 75.5 MB, 22.5 us.
+// Example: 100 cached keys, L = 1: rows 0 .. 99 of the cache and the token itself are 101 keys, spans of 64 and 37.
+#pragma once
+
+#include "chunked_attention_fwd.cuh"
+#include "reduce.cuh"
+#include "sequences.cuh"
+
+namespace megalodon {
+namespace chunked_attention {
+
+constexpr int kStepTokens = 8;     // a sequence, on average, at most
+constexpr int kStepThreads = 128;
+constexpr int kMostStepColumns = 512;
+template <int kWidth>
+constexpr int kStepColumns = kStepThreads * kWidth < kMostStepColumns ? kStepThreads * kWidth : kMostStepColumns;
+constexpr int kKeysInFlight = 4, kSpansInFlight = 8;
+constexpr int kLeastSpan = 64, kMostSpan = 2048;
+constexpr int64_t kManyBlocks = 2048;  // enough to fill any GPU several times
+
+struct StepPlan {
+  int span;       // keys
+  int64_t spans;  // of an item
+  void* sums;     // (T, H, spans, V) R
+  void* stats;    // (T, H, spans, 2) R: max and sum
+
+  template <class R>
+  int64_t bytes(const ChunkedAttentionParams& p) const {
+    return p.sequences.tokens * p.heads * spans * (p.value_dim + 2) * static_cast<int64_t>(sizeof(R));
+  }
+};
+
+inline bool takes_steps(const ChunkedAttentionParams& p) {
+  return p.cache_k && p.sequences.tokens <= kStepTokens * p.sequences.count;
+}
+
+template <class R>
+inline StepPlan plan_steps(const ChunkedAttentionParams& p) {
+  StepPlan plan{kLeastSpan, 0, p.workspace, nullptr};
+  const int64_t items = p.sequences.tokens * p.heads, blocks = items * ceil_div(p.value_dim, kMostStepColumns);
+  while (plan.span < kMostSpan && blocks * ceil_div(p.chunk_size, 2 * plan.span) >= kManyBlocks) plan.span *= 2;
+  plan.spans = ceil_div(p.chunk_size, plan.span);
+  plan.stats = static_cast<R*>(p.workspace) + items * plan.spans * p.value_dim;
+  return plan;
+}
+
+// Vectors of kWidth numbers in shared memory, as planes of their parts of 16 bytes, so that neighbouring lanes do not
+// meet in a bank. Planes begin 64 bytes past a multiple of 128 from each other, which does the same for neighbouring
+// numbers.
+template <class R, int kWidth>
+struct Planes {
+  static constexpr int kPart = kWidth < gpu::kVectorWidth<R> ? kWidth : gpu::kVectorWidth<R>;
+  R* data;
+  int vectors;
+
+  MEGALODON_INLINE static constexpr int plane(int vectors) { return ((vectors + 7) / 8 * 8 + 4) * kPart; }
+  MEGALODON_INLINE static constexpr int size(int vectors) { return plane(vectors) * (kWidth / kPart); }
+  GPU_INLINE R& at(int vector, int i) const {
+    return data[i / kPart * plane(vectors) + vector * kPart + i % kPart];
+  }
+  GPU_INLINE void load(R (&to)[kWidth], int vector) const {
+    GPU_UNROLL
+    for (int i = 0; i < kWidth; i += kPart) {
+      R part[kPart];
+      gpu::load_shared(part, &at(vector, i));
+      GPU_UNROLL
+      for (int j = 0; j < kPart; ++j) to[i + j] = part[j];
+    }
+  }
+  GPU_INLINE void store(const R (&from)[kWidth], int vector) const {
+    GPU_UNROLL
+    for (int i = 0; i < kWidth; i += kPart) {
+      R part[kPart];
+      GPU_UNROLL
+      for (int j = 0; j < kPart; ++j) part[j] = from[i + j];
+      gpu::store_shared(&at(vector, i), part);
+    }
+  }
+};
+
+// q, each thread's sums, and the scores.
+template <class R, int kWidth>
+inline size_t step_shared_bytes(const ChunkedAttentionParams& p, const StepPlan& plan) {
+  using Vectors = Planes<R, kWidth>;
+  const int vectors = static_cast<int>(ceil_div(p.key_dim, kWidth));
+  return static_cast<size_t>(Vectors::size(vectors) + Vectors::size(kStepThreads) + plan.span) * sizeof(R);
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kStepThreads, 4)
+    chunked_attention_step_kernel(ChunkedAttentionFwdParams p, StepPlan plan) {
+  using R = Compute<T>;
+  constexpr bool kWhole = kWidth > 1;
+  constexpr int kColumns = kStepColumns<kWidth>;
+  const int64_t splits = ceil_div(p.value_dim, kColumns), column = blockIdx.x % splits * kColumns;
+  const int64_t span = blockIdx.x / splits % plan.spans, item = blockIdx.x / (splits * plan.spans);
+  const int64_t token = item / p.heads, head = item % p.heads;
+  const int64_t s = gpu::find_sequence(p.sequences, token);
+  if (s < 0) return;
+  const RowBlock block{s, p.position[s], p.sequences.begin(s), token, 1, 1};
+  const int64_t row = block.row(), origin = row - row % p.chunk_size + span * plan.span;
+  const int keys = row < origin ? 0 : row - origin < plan.span ? static_cast<int>(row - origin + 1) : plan.span;
+  R* const stats = static_cast<R*>(plan.stats) + (item * plan.spans + span) * 2;
+  const int thread = threadIdx.x, lane = thread % gpu::kWarp;
+  if (keys == 0) {
+    if (column == 0 && thread == 0) stats[0] = -kInfinity<R>, stats[1] = 0;
+    return;
+  }
+
+  SMEM_DYN(R, shared);
+  const int query_vectors = static_cast<int>(ceil_div(p.key_dim, kWidth));
+  const Planes<R, kWidth> query{shared, query_vectors};
+  const Planes<R, kWidth> partial{shared + query.size(query_vectors), kStepThreads};
+  R* const scores = partial.data + partial.size(kStepThreads);
+  const GridRows<T> k(p, block, origin, head, p.cache_k, p.k, p.key_dim);
+  const GridRows<T> v(p, block, origin, head, p.cache_v, p.v, p.value_dim);
+  for (int64_t d = thread; d < p.key_dim; d += kStepThreads)
+    query.at(static_cast<int>(d / kWidth), static_cast<int>(d % kWidth)) = gpu::to_real(static_cast<const T*>(p.q)[item * p.key_dim + d]);
+  __syncthreads();
+
+  int group = 1;  // lanes of a key
+  while (group < gpu::kWarp && group < query_vectors) group *= 2;
+  const int step = kStepThreads / group;
+  const DropKey drop(p, head, s);
+  const R scale = static_cast<R>(p.scale);
+  for (int first = 0; first < keys; first += step * kKeysInFlight) {
+    const int key = first + thread / group;
+    R sum[kKeysInFlight] = {};
+    for (int d = lane % group; d < query_vectors; d += group) {
+      R q[kWidth], of_key[kKeysInFlight][kWidth] = {};
+      GPU_UNROLL
+      for (int i = 0; i < kKeysInFlight; ++i)
+        if (key + i * step < keys) gpu::load<kWhole>(of_key[i], k(key + i * step) + d * kWidth);
+      query.load(q, d);
+      GPU_UNROLL
+      for (int e = 0; e < kWidth; ++e)
+        GPU_UNROLL
+        for (int i = 0; i < kKeysInFlight; ++i) sum[i] += q[e] * of_key[i][e];
+    }
+    for (int distance = group / 2; distance > 0; distance /= 2)
+      GPU_UNROLL
+      for (int i = 0; i < kKeysInFlight; ++i) sum[i] += __shfl_xor_sync(gpu::kFullMask, sum[i], distance);
+    GPU_UNROLL
+    for (int i = 0; i < kKeysInFlight; ++i) {
+      const int at = key + i * step;
+      if (lane % group == 0 && at < keys)
+        scores[at] = drop && drop.dropped(row, origin + at) ? -kInfinity<R> : sum[i] * scale;
+    }
+  }
+  __syncthreads();
+
+  R max = -kInfinity<R>, sum = 0;
+  for (int key = lane; key < keys; key += gpu::kWarp) max = fmax(max, scores[key]);
+  max = gpu::warp_max(max);
+  const R shift = max == -kInfinity<R> ? 0 : max;
+  __syncthreads();
+  for (int key = thread; key < keys; key += kStepThreads) scores[key] = exponential(scores[key] - shift);
+  __syncthreads();
+  for (int key = lane; key < keys; key += gpu::kWarp) sum += scores[key];
+  sum = gpu::warp_sum(sum);
+  if (column == 0 && thread == 0) stats[0] = max, stats[1] = sum;
+
+  const int columns = static_cast<int>(p.value_dim - column < kColumns ? p.value_dim - column : kColumns);
+  const int lanes = columns / kWidth, turns = kStepThreads / lanes;  // threads of a row, and of a vector
+  const int turn = thread / lanes, first = thread % lanes * kWidth;
+  R total[kWidth] = {};
+  for (int key = turn; turn < turns && key < keys; key += turns * kKeysInFlight) {
+    R of_key[kKeysInFlight][kWidth] = {};
+    GPU_UNROLL
+    for (int i = 0; i < kKeysInFlight; ++i)
+      if (key + i * turns < keys) gpu::load<kWhole>(of_key[i], v(key + i * turns) + column + first);
+    GPU_UNROLL
+    for (int i = 0; i < kKeysInFlight; ++i) {
+      const R weight = key + i * turns < keys ? scores[key + i * turns] : 0;
+      GPU_UNROLL
+      for (int e = 0; e < kWidth; ++e) total[e] += weight * of_key[i][e];
+    }
+  }
+  partial.store(total, thread);
+  __syncthreads();
+  R* const sums = static_cast<R*>(plan.sums) + (item * plan.spans + span) * p.value_dim + column;
+  for (int c = thread; c < columns; c += kStepThreads) {
+    R of_column = 0;
+    for (int i = 0; i < turns; ++i) of_column += partial.at(i * lanes + c / kWidth, c % kWidth);
+    sums[c] = of_column;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kStepThreads)
+    chunked_attention_merge_kernel(ChunkedAttentionFwdParams p, StepPlan plan) {
+  using R = Compute<T>;
+  const int64_t blocks = ceil_div(p.value_dim, kStepThreads), item = blockIdx.x / blocks;
+  const int64_t column = blockIdx.x % blocks * kStepThreads + threadIdx.x;
+  const bool live = gpu::find_sequence(p.sequences, item / p.heads) >= 0;
+  const R* const stats = static_cast<const R*>(plan.stats) + item * plan.spans * 2;
+  const R* const sums = static_cast<const R*>(plan.sums) + item * plan.spans * p.value_dim + column;
+  R max = -kInfinity<R>, sum = 0, total = 0;
+  for (int64_t i = 0; live && i < plan.spans; ++i) max = fmax(max, stats[2 * i]);
+  for (int64_t first = 0; live && first < plan.spans; first += kSpansInFlight) {
+    R weight[kSpansInFlight] = {}, part[kSpansInFlight] = {};
+    GPU_UNROLL
+    for (int j = 0; j < kSpansInFlight; ++j) {
+      const int64_t i = first + j;
+      const R of_span = i < plan.spans ? stats[2 * i + 1] : 0;
+      if (of_span == 0) continue;  // no keys, or all dropped
+      weight[j] = exponential(stats[2 * i] - max);
+      sum += weight[j] * of_span;
+      if (column < p.value_dim) part[j] = sums[i * p.value_dim];
+    }
+    GPU_UNROLL
+    for (int j = 0; j < kSpansInFlight; ++j) total += weight[j] * part[j];
+  }
+  if (column < p.value_dim)
+    static_cast<T*>(p.o)[item * p.value_dim + column] = gpu::from_real<T>(sum == 0 ? 0 : total / sum);
+  if (column == 0) static_cast<R*>(p.lse)[item] = live ? max + log(sum) : 0;
+}
+
+}  // namespace chunked_attention
+}  // namespace megalodon

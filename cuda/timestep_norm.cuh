@@ -1,0 +1,228 @@
+// What the kernels of timestep_norm share: who owns what, the rows of a tile, numbers with a residual, carries.
+//
+// The T tokens are cut into tiles of kTile, whatever the sequences; a block takes a tile, a warp kRows neighbouring
+// rows of it. A row's group of F = D / G channels is the work of 1 to 32 lanes, a power of two that covers its vectors
+// where it can, so a warp has 32 / lanes neighbouring groups of its rows, which is the block's slice of the channels.
+// What passes from tile to tile is scanned by a kernel of its own, in double: two numbers a tile and group.
+#pragma once
+
+#include "sequences.cuh"
+#include "timestep_norm.h"
+#include "vec.cuh"
+
+namespace megalodon {
+namespace timestep_norm {
+
+constexpr int kWarps = 8;  // of a block
+constexpr int kRows = 8;   // of a warp
+constexpr int kTile = kWarps * kRows;
+constexpr int kThreads = kWarps * gpu::kWarp;
+
+inline int64_t tiles(const TimestepNormParams& p) { return (p.sequences.tokens + kTile - 1) / kTile; }
+
+// How a warp's lanes share a row.
+struct Layout {
+  int64_t vectors;  // of a group
+  unsigned slices;
+  int log_lanes;    // of a group
+};
+
+template <int kWidth>
+Layout make_layout(const TimestepNormParams& p) {
+  Layout layout{p.channels / p.groups / kWidth, 0, 0};
+  while (1 << layout.log_lanes < gpu::kWarp && 1 << layout.log_lanes < layout.vectors) ++layout.log_lanes;
+  const int64_t groups = gpu::kWarp >> layout.log_lanes;
+  layout.slices = static_cast<unsigned>((p.groups + groups - 1) / groups);
+  return layout;
+}
+
+GPU_INLINE int at_most(int limit, int64_t n) { return n < limit ? static_cast<int>(n) : limit; }
+
+// What a thread works on.
+struct Place {
+  GPU_INLINE Place(const TimestepNormParams& p, const Layout& layout, unsigned block)
+      : warp(threadIdx.x / gpu::kWarp), lane(threadIdx.x % gpu::kWarp), lanes(1 << layout.log_lanes),
+        vector(lane & (lanes - 1)), in_slice(lane >> layout.log_lanes), tile(block / layout.slices),
+        first(tile * kTile), start(token(0) < p.sequences.tokens ? token(0) : p.sequences.tokens - 1),
+        rows(at_most(kRows, p.sequences.tokens - token(0))),
+        slice_group(int64_t{block % layout.slices} * (gpu::kWarp >> layout.log_lanes)),
+        exists(slice_group + in_slice < p.groups), group(exists ? slice_group + in_slice : p.groups - 1) {}
+
+  GPU_INLINE int64_t token(int r) const { return first + warp * kRows + r; }            // of the warp's row r
+  GPU_INLINE int64_t readable_token(int r) const { return start + (r < rows ? r : 0); }  // the same, or another below T
+
+  int warp, lane, lanes;
+  int vector;           // the first of the lane's, in its group
+  int in_slice;         // the group, counted from slice_group
+  int64_t tile, first;  // the tile and its first token
+  int64_t start;        // the warp's first token, or T - 1
+  int rows;             // of the warp's, those below T; none if not positive
+  int64_t slice_group;
+  bool exists;          // else the group is another lane's
+  int64_t group;
+};
+
+// Every lane gets the sums over its group.
+template <class R>
+GPU_INLINE void sum_groups(R (&value)[kRows], int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    GPU_UNROLL
+    for (int r = 0; r < kRows; ++r) value[r] += __shfl_xor_sync(gpu::kFullMask, value[r], distance);
+  }
+}
+
+// hi + lo, with twice the digits of a float; a double has no residual.
+template <class R>
+struct Pair {
+  R hi, lo;
+};
+
+template <class R>
+GPU_INLINE Pair<R> add(R a, R b) {
+  const R sum = a + b, part = sum - a;
+  return {sum, sizeof(R) == 8 ? 0 : (a - (sum - part)) + (b - part)};
+}
+template <class R>
+GPU_INLINE Pair<R> add(const Pair<R>& a, R b) {
+  return add(a.hi, a.lo + b);
+}
+template <class R>
+GPU_INLINE R difference(const Pair<R>& a, const Pair<R>& b) {
+  return (a.hi - b.hi) + (a.lo - b.lo);
+}
+template <class R>
+GPU_INLINE double widen(const Pair<R>& a) {
+  return static_cast<double>(a.hi) + a.lo;
+}
+template <class R>
+GPU_INLINE Pair<R> split(double a) {
+  const R hi = static_cast<R>(a);
+  return {hi, static_cast<R>(a - hi)};
+}
+
+GPU_INLINE int64_t initial_count(const TimestepNormParams& p, int64_t s) { return p.count ? p.count[s] : 0; }
+
+template <class R>
+struct Moments {
+  Pair<R> mean, var;
+};
+
+// The state that sequence s starts from; zeros if it is fresh.
+template <class R>
+GPU_INLINE Moments<R> initial_moments(const TimestepNormParams& p, int64_t s, int64_t group) {
+  Moments<R> state = {};
+  if (initial_count(p, s) == 0) return state;
+  const int64_t at = s * p.groups + group;
+  const R* residual = static_cast<const R*>(p.residual);
+  state.mean = add(static_cast<const R*>(p.mean)[at], residual ? residual[at] : R{0});
+  state.var = add(static_cast<const R*>(p.var)[at], residual ? residual[p.sequences.count * p.groups + at] : R{0});
+  return state;
+}
+
+// Where a tile's rows stand in their sequences, in shared memory.
+template <class R>
+struct Rows {
+  int64_t* sequence;  // -1: padding
+  int* step;          // of the sequence's steps, those before this row, at most kTile; -1: padding
+  int* left;          // those after it, likewise
+  R* share;           // 1 / steps seen, this one included
+};
+
+template <class R>
+GPU_INLINE Rows<R> make_rows() {
+  SMEM_ARRAY(int64_t, sequence, kTile);
+  SMEM_ARRAY(int, step, kTile);
+  SMEM_ARRAY(int, left, kTile);
+  SMEM_ARRAY(R, share, kTile);
+  return {sequence, step, left, share};
+}
+
+// Thread i looks up row i, and returns the steps that the row's sequence has seen after it. A barrier must follow.
+template <class R>
+GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int64_t first) {
+  const int i = threadIdx.x;
+  if (i >= kTile) return 0;
+  const int64_t token = first + i, s = token < p.sequences.tokens ? gpu::find_sequence(p.sequences, token) : -1;
+  const int64_t step = s < 0 ? -1 : token - p.sequences.begin(s), seen = s < 0 ? 0 : initial_count(p, s) + step + 1;
+  rows.sequence[i] = s;
+  rows.step[i] = at_most(kTile, step);
+  rows.left[i] = s < 0 ? -1 : at_most(kTile, p.sequences.end(s) - 1 - token);
+  rows.share[i] = s < 0 ? 0 : R{1} / static_cast<R>(seen);
+  return seen;
+}
+
+// Two numbers a tile and group in the workspace, first of the tile alone, then of all that comes before it in the
+// order of the scan; and `steps`: those seen, or kContinues where one sequence fills the tile and enters it from
+// outside.
+constexpr int64_t kContinues = -1;
+struct Carries {
+  double *first, *second;  // (tiles, G)
+  int64_t* steps;          // (tiles)
+  Carries(void* workspace, int64_t tiles, int64_t groups)
+      : first(static_cast<double*>(workspace)), second(first + tiles * groups),
+        steps(reinterpret_cast<int64_t*>(second + tiles * groups)) {}
+};
+inline int64_t carries_bytes(int64_t tiles, int64_t groups) { return tiles * (2 * groups * 8 + 8); }
+
+// An exclusive scan along tiles. A block has kCarryGroups neighbouring groups, a thread a chunk of one group's tiles:
+// 1. it folds them; 2. the threads scan their sums; 3. it walks its chunk again and stores what comes before each tile.
+// Source: load(i, group) gives an Element, store(i, group, element); combine(before, after) makes one of two.
+constexpr int kCarryGroups = 4;  // a sector of doubles
+constexpr int kCarryThreads = 512;
+
+template <class Source>
+__global__ void __launch_bounds__(kCarryThreads)
+    timestep_norm_carry_kernel(Source source, int64_t tiles, int64_t groups) {
+  using Element = typename Source::Element;
+  SMEM_ARRAY(Element, shared, kCarryThreads);
+  const int thread = threadIdx.x, threads = static_cast<int>(blockDim.x);
+  const int64_t chunk = (tiles + threads / kCarryGroups - 1) / (threads / kCarryGroups);
+  const int64_t group = int64_t{blockIdx.x} * kCarryGroups + thread % kCarryGroups;
+  const int64_t begin = thread / kCarryGroups * chunk, end = begin + chunk < tiles ? begin + chunk : tiles;
+  Element sum = {};
+  for (int64_t i = begin; group < groups && i < end; ++i) sum = combine(sum, source.load(i, group));
+  for (int distance = kCarryGroups; distance < threads; distance *= 2) {
+    shared[thread] = sum;
+    __syncthreads();
+    if (thread >= distance) sum = combine(shared[thread - distance], sum);
+    __syncthreads();
+  }
+  shared[thread] = sum;
+  __syncthreads();
+  sum = thread < kCarryGroups ? Element{} : shared[thread - kCarryGroups];
+  if (group >= groups || begin >= end) return;
+  Element own = source.load(begin, group);
+  for (int64_t i = begin; i < end; ++i) {
+    const Element next = i + 1 < end ? source.load(i + 1, group) : Element{};  // on its way before the store
+    source.store(i, group, sum);
+    sum = combine(sum, own);
+    own = next;
+  }
+}
+
+template <class Source>
+void launch_carry(const Source& source, int64_t tiles, int64_t groups, void* stream) {
+  const int64_t blocks = (groups + kCarryGroups - 1) / kCarryGroups;
+  const int64_t chunks = kCarryThreads / kCarryGroups, of_warp = gpu::kWarp / kCarryGroups;
+  const int64_t threads = tiles < chunks ? (tiles + of_warp - 1) / of_warp * gpu::kWarp : kCarryThreads;
+  LAUNCH(timestep_norm_carry_kernel<Source>, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream,
+         source, tiles, groups);
+}
+
+// Whether this thread passes on what its group's warps have, group threadIdx.x of the slice.
+GPU_INLINE bool merges(const TimestepNormParams& p, const Layout& layout, const Place& place) {
+  return static_cast<int>(threadIdx.x) < gpu::kWarp >> layout.log_lanes && place.slice_group + threadIdx.x < p.groups;
+}
+
+// Whether a sequence may go on from a tile to the next, as far as the host can tell.
+inline bool tiles_depend(const TimestepNormParams& p) {
+  return p.sequences.tokens > kTile && (p.sequences.cu_seqlens || kTile % p.sequences.row_length != 0);
+}
+
+// Whether there may be sequences without steps.
+inline bool may_be_empty(const TimestepNormParams& p) {
+  return p.sequences.count > 0 && (p.sequences.cu_seqlens || p.sequences.lengths || p.sequences.tokens == 0);
+}
+
+}  // namespace timestep_norm
+}  // namespace megalodon

@@ -1,0 +1,356 @@
+// Timestep norm, forward: reference/timestep_norm.py.
+//
+//   gm, gv = mean, biased variance of x_t in its group of F = D / G channels;  n' = n + 1, c = 1 / n'
+//   mean' = mean + c (gm - mean);  var' = var + c (gv - var + (1 - c) (gm - mean)^2);  rstd = 1 / sqrt(var' + eps)
+//   y = (x - mean') rstd (1 + weight) + bias
+//
+// x, y (T, D) of type T; weight, bias (D), stats (3, T, G), states (S, G) of type R, float or double.
+//
+// Grid: a block a tile and slice of the channels, neighbouring blocks neighbouring slices: see timestep_norm.cuh.
+// Launches: timestep_norm_fwd_moments, phases 1 to 3 without a carry, which leaves each tile's moments;
+//   timestep_norm_carry, which scans them; timestep_norm_fwd, all phases, the last tiles first, as L2 still holds
+//   those. The first two are left out where no sequence passes from a tile to the next: a step of decoding is one
+//   launch. timestep_norm_fwd_empty copies the states of sequences without steps, where there may be some.
+// Phases: 1. a warp reduces its rows, F channels to gm and gv, by sums of differences from the group's first channel
+//            and then from the mean; gm is a pair of R. A lane keeps its vectors of the rows for phase 5.
+//         2. a warp merges those of its rows that belong to its last sequence;
+//         3. a thread a group merges the warps in order of time, from the carry on, in double;
+//         4. a warp walks its rows from what enters it. The walk adds changes of mean and variance to the entering
+//            pair, so that R serves: errors are relative to the changes, and states do not drift;
+//         5. y.
+// If F is no whole number of vectors, or a tensor is misaligned, a lane's vectors have one element; there, and where a
+// group has more vectors than the warp lanes, phases 1 and 5 read x again, mostly from L1.
+//
+// Shared memory: 6 KB; 16 KB in the carry kernel. Registers: at most 128, so two blocks an SM; no spills (but 12 bytes
+// for fp16 on sm_80).
+// Bytes: the minimum is x and y once and stats once; x is read again in timestep_norm_fwd, from L2 where that holds it.
+// Carries: 16 bytes a tile and group, written and read twice: 1% of x for F = 32 in bf16. Gains and shifts come from L1
+// for 7 of 8 warps.
+// H100, (B 8, L 2048, D 1024, G 32) bf16: 67 + 6.3 MB, 22 us at 3.35 TB/s, 32 us if x comes from memory twice.
+// Example: F = 32 bf16: 4 lanes a group, 8 groups a warp, 256 channels a block; lane 5 has channels 8 .. 15 of group 1.
+#pragma once
+
+#include "timestep_norm.cuh"
+
+namespace megalodon {
+namespace timestep_norm {
+
+// Phase 1: gm and gv of the warp's rows, and their x. kHeld: a group has no more vectors than lanes.
+template <class T, int kWidth, bool kHeld>
+class RowMoments {
+  using R = Compute<T>;
+
+ public:
+  GPU_INLINE RowMoments(const TimestepNormParams& p, const Layout& layout, const Place& place)
+      : vectors_(static_cast<int>(layout.vectors)), first_(place.vector), lanes_(place.lanes) {
+    const int64_t size = layout.vectors * kWidth;
+    GPU_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      from_[r] = static_cast<const T*>(p.x) + place.readable_token(r) * p.channels + place.group * size;
+      if constexpr (kHeld) held_[r] = gpu::ld<Vector>(from_[r] + (first_ < vectors_ ? first_ : 0) * kWidth);
+    }
+    R shift[kRows], sum[kRows];
+    const R per_channel = R{1} / static_cast<R>(size);
+    GPU_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kHeld) shift[r] = __shfl_sync(gpu::kFullMask, gpu::to_real(held_[r].element[0]), 0, lanes_);
+      else shift[r] = gpu::to_real(from_[r][0]);
+      sum[r] = 0;
+    }
+    for_each_vector([&](int r, const R(&x)[kWidth]) {
+      GPU_UNROLL
+      for (int e = 0; e < kWidth; ++e) sum[r] += x[e] - shift[r];
+    });
+    sum_groups(sum, lanes_);
+    GPU_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      mean[r] = add(shift[r], sum[r] * per_channel);
+      var[r] = 0;
+    }
+    for_each_vector([&](int r, const R(&x)[kWidth]) {
+      GPU_UNROLL
+      for (int e = 0; e < kWidth; ++e) var[r] += (x[e] - mean[r].hi) * (x[e] - mean[r].hi);
+    });
+    sum_groups(var, lanes_);
+    GPU_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      var[r] = var[r] * per_channel - mean[r].lo * mean[r].lo;
+      if (var[r] < 0) var[r] = 0;
+    }
+  }
+
+  // f(vector, x) for the lane's vectors of row r.
+  template <class F>
+  GPU_INLINE void for_each_vector_of(int r, F&& f) const {
+    R x[kWidth];
+    if constexpr (kHeld) {
+      GPU_UNROLL
+      for (int e = 0; e < kWidth; ++e) x[e] = gpu::to_real(held_[r].element[e]);
+      if (first_ < vectors_) f(first_, x);
+    } else {
+      for (int v = first_; v < vectors_; v += lanes_) {
+        gpu::load<(kWidth > 1)>(x, from_[r] + int64_t{v} * kWidth);
+        f(v, x);
+      }
+    }
+  }
+
+  Pair<R> mean[kRows];
+  R var[kRows];
+
+ private:
+  // f(r, x) for the lane's vectors of all rows.
+  template <class F>
+  GPU_INLINE void for_each_vector(F&& f) const {
+    if constexpr (kHeld) {
+      GPU_UNROLL
+      for (int r = 0; r < kRows; ++r) for_each_vector_of(r, [&](int64_t, const R(&x)[kWidth]) { f(r, x); });
+    } else {
+      R x[kWidth];
+      for (int v = first_; v < vectors_; v += lanes_) {
+        GPU_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          gpu::load<(kWidth > 1)>(x, from_[r] + int64_t{v} * kWidth);
+          f(r, x);
+        }
+      }
+    }
+  }
+
+  using Vector = gpu::Pack<T, kWidth>;
+  const int vectors_, first_, lanes_;
+  const T* from_[kRows];
+  Vector held_[kHeld ? kRows : 1];
+};
+
+// Phases 2 and 3 by way of shared memory.
+template <class R>
+struct Exchange {
+  double *mean, *var;  // (kWarps, 32): of a warp's last rows, then what enters the warp
+  double* weight;      // (kWarps): the share of those rows in all that their sequence has seen
+};
+
+template <class R>
+GPU_INLINE Exchange<R> make_exchange() {
+  SMEM_ARRAY(double, mean, kWarps* gpu::kWarp);
+  SMEM_ARRAY(double, var, kWarps* gpu::kWarp);
+  SMEM_ARRAY(double, weight, kWarps);
+  return {mean, var, weight};
+}
+
+// The warp's rows in the sequence of its last row: all of them if step >= kRows, 0 if that is padding.
+GPU_INLINE int rows_of_last(int step) { return step < kRows ? step + 1 : kRows; }
+
+// The thread that looked up a warp's last row weighs the warp's rows. kFromTile: a sequence that enters the tile is
+// counted from there.
+template <bool kFromTile, class R>
+GPU_INLINE void weigh_rows(const Exchange<R>& exchange, const Rows<R>& rows, int64_t seen) {
+  const int row = threadIdx.x;
+  if (row >= kTile || row % kRows != kRows - 1) return;
+  const int step = rows.step[row], size = rows_of_last(step);
+  const double all = kFromTile && step > row ? row + 1 : static_cast<double>(seen);
+  exchange.weight[row / kRows] = size > 0 ? size / all : 0;
+}
+
+template <class T, int kWidth, bool kHeld, class R>
+GPU_INLINE void merge_rows(const Exchange<R>& exchange, const Rows<R>& rows, const Place& place,
+                           const RowMoments<T, kWidth, kHeld>& of) {
+  const int size = rows_of_last(rows.step[place.warp * kRows + kRows - 1]);
+  const R per_row = R{1} / static_cast<R>(size > 0 ? size : 1);
+  const Pair<R> pivot = of.mean[kRows - 1];
+  R mean = 0, var = 0;
+  GPU_UNROLL
+  for (int r = 0; r < kRows; ++r) mean += r >= kRows - size ? difference(of.mean[r], pivot) * per_row : 0;
+  GPU_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const R d = difference(of.mean[r], pivot) - mean;
+    var += r >= kRows - size ? (of.var[r] + d * d) * per_row : 0;
+  }
+  if (place.vector != 0) return;
+  const int at = place.warp * gpu::kWarp + place.in_slice;
+  exchange.mean[at] = size > 0 ? widen(pivot) + mean : 0;
+  exchange.var[at] = var;
+}
+
+// Thread i takes group i of the slice; leaves what enters each warp, and returns what leaves the last in mean and var.
+template <class R>
+GPU_INLINE void merge_warps(const Exchange<R>& exchange, const Rows<R>& rows, const TimestepNormParams& p,
+                            int64_t group, double& mean, double& var) {
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const int at = warp * gpu::kWarp + threadIdx.x, row = warp * kRows + kRows - 1, step = rows.step[row];
+    const double own_mean = exchange.mean[at], own_var = exchange.var[at], weight = exchange.weight[warp];
+    exchange.mean[at] = mean;
+    exchange.var[at] = var;
+    if (step < kRows) {  // what enters the warp ends in it
+      const Moments<R> state = step < 0 ? Moments<R>{} : initial_moments<R>(p, rows.sequence[row], group);
+      mean = widen(state.mean);
+      var = widen(state.var);
+    }
+    const double d = own_mean - mean;
+    mean += weight * d;
+    var += weight * ((own_var - var) + (1 - weight) * (d * d));
+  }
+}
+
+template <class T, int kWidth, bool kHeld>
+__global__ void __launch_bounds__(kThreads, 2)
+    timestep_norm_fwd_moments_kernel(TimestepNormParams p, Layout layout, Carries carries) {
+  using R = Compute<T>;
+  const Place place(p, layout, blockIdx.x);
+  const Rows<R> rows = make_rows<R>();
+  const Exchange<R> exchange = make_exchange<R>();
+  const RowMoments<T, kWidth, kHeld> of(p, layout, place);
+  weigh_rows<true>(exchange, rows, look_up(rows, p, place.first));
+  __syncthreads();
+  merge_rows(exchange, rows, place, of);
+  __syncthreads();
+  if (!merges(p, layout, place)) return;
+  const int64_t group = place.slice_group + threadIdx.x, s = rows.sequence[kTile - 1];
+  double mean = 0, var = 0;
+  merge_warps(exchange, rows, p, group, mean, var);
+  carries.first[place.tile * p.groups + group] = mean;
+  carries.second[place.tile * p.groups + group] = var;
+  if (group > 0) return;
+  if (rows.step[kTile - 1] == kTile) carries.steps[place.tile] = kContinues;
+  else if (s < 0) carries.steps[place.tile] = 0;
+  else carries.steps[place.tile] = initial_count(p, s) + place.first + kTile - p.sequences.begin(s);
+}
+
+// Moments of neighbouring tiles.
+struct Span {
+  double steps, mean, var;
+  bool closed;  // began inside
+};
+
+GPU_INLINE Span combine(const Span& before, const Span& after) {
+  if (after.closed) return after;
+  const double steps = before.steps + after.steps, weight = after.steps / steps, d = after.mean - before.mean;
+  return {steps, before.mean + weight * d, before.var + weight * ((after.var - before.var) + (1 - weight) * (d * d)),
+          before.closed};
+}
+
+struct SpanSource {
+  using Element = Span;
+  Carries carries;
+  int64_t groups;
+  GPU_INLINE Span load(int64_t tile, int64_t group) const {
+    const int64_t steps = carries.steps[tile], at = tile * groups + group;
+    const bool closed = steps != kContinues;
+    return {static_cast<double>(closed ? steps : kTile), carries.first[at], carries.second[at], closed};
+  }
+  GPU_INLINE void store(int64_t tile, int64_t group, const Span& span) const {
+    carries.first[tile * groups + group] = span.mean;
+    carries.second[tile * groups + group] = span.var;
+  }
+};
+
+// Phase 4: leaves mean and rstd after each row in of.mean and of.var; stores statistics and states.
+template <class T, int kWidth, bool kHeld, class R>
+GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, const Exchange<R>& exchange,
+                          const Place& place, RowMoments<T, kWidth, kHeld>& of) {
+  const int entering = place.warp * gpu::kWarp + place.in_slice;
+  const int64_t plane = p.sequences.tokens * p.groups;
+  Moments<R> base{split<R>(exchange.mean[entering]), split<R>(exchange.var[entering])};
+  R mean_change = 0, var_change = 0;  // since `base`
+  GPU_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const int row = place.warp * kRows + r;
+    const int64_t s = rows.sequence[row];
+    if (r >= place.rows) break;
+    if (s < 0) {
+      of.mean[r] = {};
+      of.var[r] = 0;
+    } else {
+      if (rows.step[row] == 0) {
+        base = initial_moments<R>(p, s, place.group);
+        if (initial_count(p, s) == 0) base.mean = of.mean[r];
+        mean_change = var_change = 0;
+      }
+      const R share = rows.share[row], d = difference(of.mean[r], base.mean) - mean_change;
+      mean_change += share * d;
+      var_change += share * ((of.var[r] - (base.var.hi + var_change)) + (1 - share) * (d * d));
+      of.mean[r] = add(base.mean, mean_change);
+      of.var[r] = rsqrt(base.var.hi + (base.var.lo + var_change) + static_cast<R>(p.eps));
+    }
+    if (place.vector != 0) continue;
+    R* const stats = static_cast<R*>(p.stats) + place.token(r) * p.groups + place.group;
+    stats[0] = of.mean[r].hi;
+    stats[plane] = of.mean[r].lo;
+    stats[2 * plane] = of.var[r];
+    if (rows.left[row] != 0) continue;
+    const int64_t at = s * p.groups + place.group, residual_plane = p.sequences.count * p.groups;
+    const Pair<R> var = add(base.var, var_change);
+    static_cast<R*>(p.mean_out)[at] = of.mean[r].hi;
+    static_cast<R*>(p.var_out)[at] = var.hi;
+    static_cast<R*>(p.residual_out)[at] = of.mean[r].lo;
+    static_cast<R*>(p.residual_out)[residual_plane + at] = var.lo;
+    if (place.group == 0) p.count_out[s] = initial_count(p, s) + p.sequences.length(s);
+  }
+}
+
+// All phases.
+template <class T, int kWidth, bool kHeld>
+__global__ void __launch_bounds__(kThreads, 2)
+    timestep_norm_fwd_kernel(TimestepNormFwdParams p, Layout layout, Carries carries) {
+  using R = Compute<T>;
+  constexpr bool kWhole = kWidth > 1;
+  const Place place(p, layout, gridDim.x - 1 - blockIdx.x);
+  const Rows<R> rows = make_rows<R>();
+  const Exchange<R> exchange = make_exchange<R>();
+  RowMoments<T, kWidth, kHeld> of(p, layout, place);
+  weigh_rows<false>(exchange, rows, look_up(rows, p, place.first));
+  __syncthreads();
+  merge_rows(exchange, rows, place, of);
+  __syncthreads();
+  if (merges(p, layout, place)) {
+    const int64_t group = place.slice_group + threadIdx.x, at = place.tile * p.groups + group;
+    double mean = rows.step[0] > 0 ? carries.first[at] : 0, var = rows.step[0] > 0 ? carries.second[at] : 0;
+    merge_warps(exchange, rows, p, group, mean, var);
+  }
+  __syncthreads();
+  if (!place.exists) return;
+
+  walk_rows(p, rows, exchange, place, of);
+
+  const int64_t channel = place.group * layout.vectors * kWidth;
+  const R *weight = static_cast<const R*>(p.weight) + channel, *bias = static_cast<const R*>(p.bias) + channel;
+  R gain[kWidth] = {}, shift[kWidth] = {};  // of the lane's vector, if it has only one
+  const auto load_affine = [&](int64_t vector) {
+    gpu::load_wide<kWhole>(gain, weight + vector * kWidth);
+    gpu::load_wide<kWhole>(shift, bias + vector * kWidth);
+  };
+  if (kHeld && place.vector < layout.vectors) load_affine(place.vector);
+  GPU_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= place.rows) break;
+    const bool padding = rows.step[place.warp * kRows + r] < 0;
+    T* const y = static_cast<T*>(p.y) + place.token(r) * p.channels + channel;
+    of.for_each_vector_of(r, [&](int64_t vector, const R(&x)[kWidth]) {
+      if constexpr (!kHeld) load_affine(vector);
+      R normalized[kWidth];
+      GPU_UNROLL
+      for (int e = 0; e < kWidth; ++e) {
+        const R centred = x[e] - of.mean[r].hi - of.mean[r].lo;
+        normalized[e] = padding ? 0 : centred * of.var[r] * (1 + gain[e]) + shift[e];
+      }
+      gpu::store<kWhole>(y + vector * kWidth, normalized);
+    });
+  }
+}
+
+// A thread a sequence and group.
+template <class R>
+__global__ void __launch_bounds__(kThreads) timestep_norm_fwd_empty_kernel(TimestepNormFwdParams p) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, plane = p.sequences.count * p.groups;
+  if (i >= plane || p.sequences.length(i / p.groups) > 0) return;
+  const int64_t s = i / p.groups, group = i % p.groups;
+  const Moments<R> state = initial_moments<R>(p, s, group);
+  static_cast<R*>(p.mean_out)[i] = state.mean.hi;
+  static_cast<R*>(p.var_out)[i] = state.var.hi;
+  static_cast<R*>(p.residual_out)[i] = state.mean.lo;
+  static_cast<R*>(p.residual_out)[plane + i] = state.var.lo;
+  if (group == 0) p.count_out[s] = initial_count(p, s);
+}
+
+}  // namespace timestep_norm
+}  // namespace megalodon

@@ -1,0 +1,64 @@
+"""The kernels that a test can run on: the CPU's for each instruction set, CUDA's on the emulator, CUDA's on a GPU.
+
+Tests pass CPU tensors whatever the backend. On the CUDA backends the bindings of `_C` are replaced by some that move
+the tensors to the device, launch there and move the results back, so that one suite tests all kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cuda_emulator.emulator import BINDINGS
+from torch import Tensor
+
+import megalodon_ops as mo
+from megalodon_ops import _C, library
+
+ISAS = _C.available_isas()
+DEFAULT_ISA = _C.active_isa()
+HAS_GPU = library.has_cuda_kernels() and torch.cuda.is_available()
+FAST = ["cpu"] + ["cuda"] * HAS_GPU
+DEVICES = ["cpu", "cuda-emulated", *FAST[1:]]
+
+# The fixture `backend` takes each of DEVICES; for tests of numbers, this takes each instruction set in place of "cpu".
+every_backend = pytest.mark.parametrize("backend", [*ISAS, "cuda-emulated", *FAST[1:]], indirect=True)
+# For tests of data that any implementation must reproduce.
+each_implementation = pytest.mark.parametrize(
+    ("implementation", "backend"),
+    [(mo.reference, "cpu"), *((mo, device) for device in DEVICES)],
+    ids=["reference", *DEVICES],
+    indirect=["backend"],
+)
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and a build with CUDA kernels")
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    _C.set_isa(name)
+    yield
+    _C.set_isa(DEFAULT_ISA)
+
+
+@contextmanager
+def gpu() -> Iterator[None]:
+    """Within it, the bindings of `_C` launch the CUDA kernels on the current GPU."""
+
+    def launcher(name: str):
+        inputs = BINDINGS[name].split("->")[0].split()
+
+        def launch(*arguments):
+            moved = {id(a): a.cuda() for a in arguments if isinstance(a, Tensor)}  # what is both in and out is one
+            library.launch(name, *(moved.get(id(a), a) for a in arguments))
+            for result in arguments[len(inputs) :]:
+                if isinstance(result, Tensor):
+                    result.copy_(moved[id(result)])
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in BINDINGS:
+            patch.setattr(_C, name, launcher(name))
+        yield

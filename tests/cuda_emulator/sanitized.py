@@ -1,0 +1,113 @@
+"""Runs kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, which end the process at an error.
+
+They see what the emulator does not: a thread's access past the end of an array of its own, overflow of its integers.
+
+    run(library, "plant", name...)      kernels of planted/overruns.cu with their bug
+    run(library, "correct", name...)    and without
+    run(library, "ops", op...)          every kernel of the ops, or of these, at small shapes
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+TARGET = "_cuda_emulated_sanitized"
+
+
+def runtime() -> Path | None:
+    """libasan of the compiler that builds the emulator, if it has one."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None
+    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    path = Path(found.stdout.strip())
+    return path.resolve() if path.is_absolute() else None
+
+
+def run(library: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Runs this file in a process that AddressSanitizer was loaded into first, as it must be."""
+    preload = f"{runtime()} libstdc++.so.6"  # which must be there when libasan looks for __cxa_throw
+    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "LD_PRELOAD": preload}
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, str(Path(__file__)), str(library), *arguments],
+        env=os.environ | options | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=timeout,
+    )  # fmt: skip
+
+
+def run_plants(library: Path, names: list[str], *, bug: bool) -> None:
+    from cuda_emulator.emulator import Emulator, load
+
+    import torch
+
+    emulator = Emulator(load(library))
+    for name in names:
+        x, y = emulator.tensor(torch.zeros(64)), emulator.empty(64)
+        emulator.module.planted.run_overrun(name, bug, x.data_ptr(), y.data_ptr())
+        assert not y.isnan().any(), name
+
+
+def run_ops(library: Path, names: list[str]) -> None:
+    """Outputs and gradients of each op's cases, in each dtype, on aligned and unaligned memory."""
+    from cases import BUILDERS, evaluate
+    from cuda_emulator.emulator import BINDINGS, Emulator, load
+
+    import megalodon_ops as mo
+    import torch
+    from megalodon_ops import _C
+
+    emulator, ran = Emulator(load(library)), set()
+    call = emulator.call
+
+    def record(name: str, *arguments, offset: int) -> None:
+        ran.add(name)
+        call(name, *arguments, offset=offset)
+
+    emulator.call = record
+    for op, options in small_cases():
+        if names and op not in names:
+            continue
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            for offset in (0, 1):
+                with emulator.replacing(_C, offset=offset):
+                    results = evaluate(getattr(mo, op), BUILDERS[op](dtype=dtype, **options))
+                assert all(r.isfinite().all() for name, r in results.items() if "state" not in name), (op, options)
+    missing = set() if names else set(BINDINGS) - ran
+    assert not missing, f"no case runs {sorted(missing)}"
+    print("ran", *sorted(ran))
+
+
+def small_cases() -> list[tuple[str, dict]]:
+    """Sizes below, at and above those of tiles and vectors; dense, padded and packed; with states."""
+    packed = {"B": 1, "L": 23, "cu_seqlens": [0, 9, 9, 20]}
+    return [
+        *(("cema", {"D": D, "N": N, "state": True}) for D, N in ((5, 1), (8, 4), (33, 16), (16, 21))),
+        ("cema", {"D": 8, "N": 8, "L": 150}),
+        ("cema", {**packed, "state": True}),
+        ("cema", {"lengths": [9, 4]}),
+        *(("timestep_norm", {"G": G, "width": width, "count": 3}) for G, width in ((1, 1), (3, 4), (2, 32), (1, 257))),
+        ("timestep_norm", {"L": 150, "G": 2, "width": 8}),
+        ("timestep_norm", {**packed, "count": 0}),
+        ("timestep_norm", {"lengths": [9, 4]}),
+        *(("normalized_qk", {"K": K, "position": True}) for K in (2, 6, 64, 256, 1026)),
+        ("normalized_qk", packed),
+        ("normalized_qk", {"lengths": [9, 4]}),
+        *(("chunked_attention", {"K": K, "V": V, "C": 33, "L": 70, "dropkey": 0.2}) for K, V in ((3, 5), (64, 96))),
+        ("chunked_attention", {"K": 16, "V": 160, "state": True}),
+        ("chunked_attention", {**packed, "state": True}),
+        ("chunked_attention", {"lengths": [9, 4], "L": 9}),
+    ]
+
+
+if __name__ == "__main__":
+    os.environ.pop("LD_PRELOAD", None)  # not for the programs that this one calls
+    library, command, *names = sys.argv[1:]
+    if command == "ops":
+        run_ops(Path(library), names)
+    else:
+        run_plants(Path(library), names, bug=command == "plant")

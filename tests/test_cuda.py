@@ -1,0 +1,184 @@
+"""CUDA tensors on a GPU: dispatch, streams, devices, graphs, compilation, the model. Numbers: test_ops.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_bit_equal
+from backends import needs_gpu
+from cases import BUILDERS, OPS, Case, chunked_attention_case, evaluate, forward
+from test_model import tiny_model, tokens_of
+from torch.utils._pytree import tree_map_only
+
+import megalodon_ops as mo
+
+pytestmark = needs_gpu
+all_ops = pytest.mark.parametrize("op", OPS)
+STATES = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}
+
+
+def to(device, values):
+    return tree_map_only(torch.Tensor, lambda t: t.to(device), values)
+
+
+def on(device: str, op: str, **sizes) -> Case:
+    case = BUILDERS[op](B=3, L=11, **STATES.get(op, {"state": True}), **sizes)
+    return case.with_tensors(**to(device, case.tensors)).with_options(**to(device, case.options))
+
+
+def run(op: str, case: Case):
+    """Outputs and gradients, given random incoming gradients."""
+    device = next(iter(case.tensors.values())).device
+    return evaluate(getattr(mo, op), case, lambda _, grad: grad.to(device))
+
+
+@pytest.fixture
+def no_synchronisation():
+    """Whatever waits for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@all_ops
+def test_results_are_on_the_device_and_equal_the_cpus(op):
+    found = run(op, on("cuda", op, dtype=torch.float64))
+    assert all(value.is_cuda for value in found.values())
+    assert_all_close(to("cpu", found), run(op, on("cpu", op, dtype=torch.float64)), tolerance=1e-10, terms=1.0)
+
+
+@all_ops
+def test_a_call_does_not_wait_for_the_gpu(op, request):
+    case = on("cuda", op)
+    call = partial(evaluate, getattr(mo, op), case, lambda _, grad: torch.ones_like(grad, device="cuda"))
+    call()  # fills the rotary table
+    request.getfixturevalue("no_synchronisation")
+    call()
+
+
+@all_ops
+def test_the_current_stream_is_used(op):
+    """The inputs are computed on a stream that is busy; nothing else orders the op after them."""
+    case = on("cuda", op)
+    expected = run(op, case)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = {name: tensor.clone() for name, tensor in case.tensors.items()}
+        found = run(op, case.with_tensors(**late))
+    stream.synchronize()
+    assert_bit_equal(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@all_ops
+def test_the_tensors_device_is_used(op):
+    expected = to("cpu", run(op, on("cuda:0", op)))
+    found = run(op, on("cuda:1", op))
+    assert all(value.device == torch.device("cuda:1") for value in found.values())
+    assert_bit_equal(to("cpu", found), expected)
+
+
+@all_ops
+def test_tensors_on_two_devices_are_refused(op):
+    case = on("cuda", op)
+    first, *_ = OPS[op].parameters or OPS[op].tokens[1:]
+    with pytest.raises((ValueError, RuntimeError), match="device|cuda"):
+        forward(getattr(mo, op), case.with_tensors(**{first: case.tensors[first].cpu()}))
+
+
+@all_ops
+def test_compiles_into_one_graph(op):
+    torch.compiler.reset()
+    case = on("cuda", op)
+    compiled = torch.compile(getattr(mo, op), fullgraph=True, backend="aot_eager")
+    outputs = forward(getattr(mo, op), case)
+    assert_bit_equal(forward(compiled, case), outputs)
+
+
+@all_ops
+def test_a_captured_call_repeats(op):
+    """Forward and backward in a CUDA graph, replayed on new inputs."""
+    case, other = on("cuda", op, seed=1), on("cuda", op, seed=2)
+    expected = run(op, other.with_options(**case.options))
+    held = {name: tensor.clone() for name, tensor in case.tensors.items()}
+    warm_up(lambda: run(op, case.with_tensors(**held)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in held.items()}
+        outputs = forward(getattr(mo, op), case.with_tensors(**leaves))
+        wanted = {name: o for name, o in outputs.items() if o.requires_grad}
+        douts = {name: torch.ones_like(o) for name, o in wanted.items()}
+        grads = torch.autograd.grad(list(wanted.values()), list(leaves.values()), list(douts.values()))
+    for name, tensor in other.tensors.items():
+        held[name].copy_(tensor)
+    graph.replay()
+    assert_bit_equal(outputs, {name: expected[name] for name in outputs})
+    assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads)
+
+
+def warm_up(call):
+    """Three calls on a side stream, as capturing asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@torch.inference_mode()
+def test_a_captured_decode_step_follows_the_text():
+    model, tokens = tiny_model(torch.float32).cuda().eval(), tokens_of(2, 30).cuda()
+    expected = model(tokens)
+    _, state = model(tokens[:, :5], return_state=True)
+    token = tokens[:, 5:6].clone()
+    scratch = to("cuda", tree_map_only(torch.Tensor, torch.clone, state))
+    warm_up(lambda: model(token, state=scratch, return_state=True, inplace_state=True))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits, following = model(token, state=state, return_state=True, inplace_state=True)
+        for old, new in zip(*map(torch.utils._pytree.tree_leaves, (state, following)), strict=True):
+            if old is not new:
+                old.copy_(new)
+    for t in range(5, 30):  # over chunks of 8
+        token.copy_(tokens[:, t : t + 1])
+        graph.replay()
+        torch.testing.assert_close(logits[:, 0], expected[:, t], atol=2e-4, rtol=1e-4)
+
+
+def test_a_seed_is_drawn_on_the_device():
+    case = chunked_attention_case(L=50, C=32)
+    case = case.with_tensors(**to("cuda", case.tensors)).with_options(dropkey=0.5)
+    torch.cuda.manual_seed(0)
+    first, second = (forward(mo.chunked_attention, case)["o"] for _ in range(2))
+    torch.cuda.manual_seed(0)
+    assert torch.equal(forward(mo.chunked_attention, case)["o"], first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_step_equals_the_cpus(dtype):
+    grads = {}
+    for device in ("cpu", "cuda"):
+        model = tiny_model(torch.float64 if dtype == torch.float32 else torch.float32).to(device)
+        tokens = tokens_of(3, 21).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(tokens)
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss.backward()
+        grads[device] = {name: p.grad.cpu().double() for name, p in model.named_parameters()}
+    for name, expected in grads["cpu"].items():
+        error = (grads["cuda"][name] - expected).norm() / expected.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.1), (name, float(error))
+
+
+@torch.inference_mode()
+def test_generation_equals_the_cpus():
+    model, prompt = tiny_model(), tokens_of(2, 11)
+    expected = model.generate(prompt, max_new_tokens=20, temperature=0.0)
+    assert torch.equal(model.cuda().generate(prompt.cuda(), max_new_tokens=20, temperature=0.0).cpu(), expected)

@@ -1,0 +1,213 @@
+"""The CUDA kernels of cema, emulated: every path and template, orders of threads, bytes moved, bank conflicts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
+from cases import cema_case, evaluate, forward
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+
+ORDERS = ("forward", "reverse", "random")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# (factor, floor) of assert_as_accurate_as for results in 32 and in 16 bits.
+LIMITS = {4: (4, 8), 2: (2, 0.5)}
+SCAN = {"cema_table_kernel", "cema_local_kernel", "cema_carry_kernel", "cema_output_kernel"}
+GRADIENTS = {"cema_sums_kernel", "cema_finish_kernel"}
+
+
+def emulated(emulator, case, offset=0):
+    with emulator.replacing(_C, offset=offset):
+        return evaluate(mo.cema, case)
+
+
+def launched(emulator):
+    return set(emulator.module.traffic())
+
+
+def assert_matches_reference(actual, case):
+    exact = evaluate(mo.reference.cema, case.double())
+    if case.dtype == torch.float64:
+        assert_all_close(actual, exact, tolerance=1e-12, terms=case.terms)
+        return
+    same = evaluate(mo.reference.cema, case)
+    for name, value in actual.items():
+        factor, floor = LIMITS[2 if value.dtype.itemsize == 2 else 4]
+        terms = case.terms if name.startswith("d") else 0.0
+        assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, terms=terms, name=name)
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("N", [3, 8, 11, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_of_modes_and_type(emulator, dtype, N, state):
+    """Templates of 4, 8, 16 and 32 modes, over several tiles; pairs of channels, and the same with scalar accesses."""
+    case = cema_case(B=1, L=99, D=4, N=N, dtype=dtype, state=state)
+    actual = emulated(emulator, case)
+    assert launched(emulator) == SCAN | GRADIENTS
+    assert_matches_reference(actual, case)
+    assert_bit_equal(emulated(emulator, case, offset=1), actual)
+
+
+@pytest.mark.parametrize("sequences", [{"B": 2, "L": 40}, {"B": 1, "cu_seqlens": [1, 4, 4, 40, 70], "L": 80}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_more_modes_than_a_launch_takes(emulator, dtype, sequences):
+    """Groups of 32 modes, whose outputs are summed in the workspace."""
+    case = cema_case(**sequences, D=3, N=70, dtype=dtype, state=True)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+# Tiles are of 32 tokens.
+SEQUENCES = {
+    "tiles-that-match": {"B": 3, "L": 64},
+    "starts-in-tiles": {"B": 3, "L": 77},
+    "several-in-a-tile": {"B": 1, "L": 130, "cu_seqlens": [0, 3, 3, 10, 31, 32, 33, 130]},
+    "padding-around": {"B": 1, "L": 140, "cu_seqlens": [40, 72, 72, 100]},
+    "ends-with-tiles": {"B": 1, "L": 128, "cu_seqlens": [0, 32, 96, 128]},
+    "ragged": {"B": 4, "L": 70, "lengths": [70, 0, 33, 64]},
+    "all-empty": {"B": 1, "L": 70, "cu_seqlens": [70, 70, 70]},
+    "none": {"B": 1, "L": 70, "cu_seqlens": [5]},
+}
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("D", [1, 6])
+@pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
+def test_sequences_against_tiles(emulator, sequences, D, state):
+    case = cema_case(**sequences, D=D, N=5, state=state)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_several_blocks_a_tile(emulator):
+    case = cema_case(B=1, L=70, D=70, N=32)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+@pytest.mark.parametrize("only", ["y", "state"])
+def test_the_gradient_of_one_output(emulator, only):
+    """Without a gradient of the state, or with nothing else."""
+    case = cema_case(B=2, L=75, D=4, N=4, state=True, dtype=torch.float64)
+    run = lambda function: evaluate(function, case, lambda name, grad: grad * (name == only))  # noqa: E731
+    with emulator.replacing(_C):
+        actual = run(mo.cema)
+    assert_all_close(actual, run(mo.reference.cema), tolerance=1e-12, terms=case.terms)
+
+
+def test_two_rounds_of_the_carry(emulator):
+    """More than 128 tiles, with poles whose memory spans all of them."""
+    case = cema_case(B=1, L=4500, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+STEPS = {
+    "decode": {"B": 3, "L": 1},
+    "one-sequence": {"B": 1, "L": 61},
+    "short": {"B": 1, "L": 12, "cu_seqlens": [1, 4, 4, 5, 11]},
+    "ragged": {"B": 4, "L": 5, "lengths": [0, 5, 2, 0]},
+    "more-sequences-than-blocks": {"B": 1100, "L": 1},
+}
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("N", [1, 6, 32])
+@pytest.mark.parametrize("sequences", STEPS.values(), ids=STEPS)
+def test_few_steps_take_one_launch(emulator, sequences, N, state):
+    dtype = {1: torch.float64, 6: torch.bfloat16, 32: torch.float32}[N]
+    case = cema_case(**sequences, D=1 if sequences["B"] > 4 else 9, N=N, dtype=dtype, state=state)
+    with emulator.replacing(_C):
+        actual = forward(mo.cema, case)
+    assert launched(emulator) == {"cema_step_kernel"}
+    exact, same = (forward(mo.reference.cema, c) for c in (case.double(), case))
+    for name, value in actual.items():
+        if dtype == torch.float64:
+            assert_all_close({name: value}, {name: exact[name]}, tolerance=1e-12)
+        else:
+            factor, floor = LIMITS[2 if value.dtype.itemsize == 2 else 4]
+            assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, name=name)
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+def test_orders_of_threads_give_equal_bits(emulator, state):
+    case = cema_case(B=1, L=130, D=5, N=16, cu_seqlens=[2, 40, 40, 105, 125], state=state)
+    results = []
+    for order in ORDERS:
+        emulator.set_order(order)
+        results.append(evaluate_both_paths(emulator, case))
+    assert_bit_equal(results[1], results[0])
+    assert_bit_equal(results[2], results[0])
+
+
+def evaluate_both_paths(emulator, case):
+    results = emulated(emulator, case)
+    with emulator.replacing(_C):
+        y = mo.cema(**case.tensors | {"x": case.tensors["x"][:, :3], "state": None})
+    return results | {"steps": y}
+
+
+POLES = {
+    "by-the-circle": {"radius": (1 - 1e-5, 1 - 1e-5), "angle": (-3.1, 3.1)},
+    "slow": {"radius": (1 - 1e-5, 1 - 1e-5), "angle": (0.0, 1e-4)},
+    "on-the-circle": {"radius": (1.0, 1.0), "angle": (-3.1, 3.1)},
+}
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("poles", POLES.values(), ids=POLES)
+def test_long_memory_is_as_accurate_as_the_direct_form(emulator, poles, state):
+    """Coefficients are rounded once: no phase that drifts, whatever the length."""
+    case = cema_case(B=1, L=2003, D=3, N=4, **poles, state=state)
+    exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
+    for name, value in emulated(emulator, case).items():
+        assert_as_accurate_as(value, same[name], exact[name], factor=1, floor=4, name=name)
+
+
+def test_weights_and_phases_of_zero_keep_the_state(emulator):
+    """p, gamma and Im(q) of 0, by which a carried state cannot be divided."""
+    case = cema_case(B=1, L=100, D=3, N=4, state=True)
+    zero = torch.tensor([0.0, 1e-30, 1e-6, 1.0])
+    q = torch.complex(case.tensors["q"].real, case.tensors["q"].imag * zero)
+    case = case.with_tensors(p=case.tensors["p"] * zero.flip(0), gamma=case.tensors["gamma"] * zero, q=q)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_moved(emulator, dtype):
+    """x is read once for the states and once for y; x and dy once each for the states, and once for the gradients."""
+    case = cema_case(B=2, L=160, D=64, N=16, dtype=dtype)
+    x = case.tensors["x"].requires_grad_()
+    with emulator.replacing(_C):
+        mo.cema(**case.tensors).backward(torch.ones_like(x))
+    expected = {
+        "cema_local_kernel": {("x", "load"): 2, ("dy", "load"): 1},  # forward, and again with dy in the backward
+        "cema_output_kernel": {("x", "load"): 1, ("y", "store"): 1, ("dy", "load"): 1, ("dx", "store"): 1},
+        "cema_sums_kernel": {("x", "load"): 1, ("dy", "load"): 1},
+    }
+    for kernel, buffers in expected.items():
+        traffic = emulator.traffic(kernel)
+        for (name, way), times in buffers.items():
+            assert traffic[name][f"{way}_sectors"] * 32 == times * x.nbytes, (kernel, name)
+    # States and sums, 8 and 16 bytes a mode, channel and tile of 32 steps.
+    states = 8 * 16 * 64 * 10
+    assert emulator.traffic("cema_carry_kernel")["workspace"]["store_sectors"] * 32 == 3 * states
+    assert emulator.traffic("cema_local_kernel")["workspace"]["store_bytes"] == 3 * (states + 4 * 10)
+    assert emulator.traffic("cema_sums_kernel")["workspace"]["store_sectors"] * 32 == 2 * states + 4 * 64 * 10
+
+
+def test_bytes_moved_in_decoding(emulator):
+    case = cema_case(B=8, L=1, D=64, N=16, dtype=torch.bfloat16, state=True)
+    with emulator.replacing(_C):
+        forward(mo.cema, case)
+    traffic = emulator.traffic("cema_step_kernel")
+    least = case.tensors["state"].nbytes
+    assert traffic["state"]["load_sectors"] * 32 == traffic["state_out"]["store_sectors"] * 32 == least
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_bank_conflicts(emulator, dtype):
+    emulated(emulator, cema_case(B=1, L=70, D=34, N=16, dtype=dtype, state=True))
+    shared = [site for kernel in SCAN | GRADIENTS for site in emulator.sites(kernel) if site["shared"]]
+    assert {site["kernel"] for site in shared} == (SCAN | GRADIENTS) - {"cema_table_kernel"}
+    for site in shared:
+        assert site["transactions"] == site["ideal"], site

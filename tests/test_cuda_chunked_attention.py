@@ -1,0 +1,294 @@
+"""chunked_attention on emulated CUDA kernels: every kernel and tiling, log-sum-exp, blocks of rows, bytes moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal, assert_close
+from cases import chunked_attention_case, forward
+from cuda_emulator.emulator import Emulator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import megalodon_ops as mo
+from megalodon_ops import _C, AttentionState
+from megalodon_ops.reference.philox import dropkey_mask
+from megalodon_ops.reference.sequences import accumulation_dtype, sequences
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+ORDERS = ("forward", "reverse", "random")
+
+# Kernel, then shapes; each tiling and each way to a tail. Rows of the sequences, chunks and tiles end everywhere.
+ON_TENSOR_CORES = {
+    "64-columns": {"L": 75, "H": 2, "K": 40, "V": 24, "C": 67, "dtype": BF16, "state": True, "dropkey": 0.3},
+    "64-columns-chunk-before-the-tiles-end": {"B": 1, "L": 70, "H": 1, "K": 8, "V": 8, "C": 47, "dtype": BF16},
+    "64-columns-one-head": {"L": 130, "H": 1, "K": 128, "V": 64, "C": 200, "dtype": F16},
+    "128-columns": {"L": 70, "H": 1, "K": 128, "V": 72, "C": 48, "dtype": BF16, "lengths": [70, 33]},
+    "128-columns-short-tiles": {"B": 1, "L": 66, "H": 1, "K": 136, "V": 120, "C": 64, "dtype": F16, "dropkey": 0.5},
+    "256-columns": {"L": 34, "H": 1, "K": 16, "V": 136, "C": 33, "dtype": BF16, "state": True},
+    "256-columns-twice": {"L": 35, "H": 2, "K": 250, "V": 258, "C": 20, "dtype": BF16, "dropkey": 0.2},
+    "one-channel": {"L": 20, "H": 3, "K": 1, "V": 1, "C": 7, "dtype": F16},
+}
+WITHOUT = {
+    "float-64-columns": {"B": 1, "L": 70, "H": 2, "K": 20, "V": 24, "C": 67, "dtype": F32, "state": True,
+                         "dropkey": 0.3},
+    "float-256-columns": {"L": 33, "H": 1, "K": 37, "V": 100, "C": 48, "dtype": F32, "lengths": [30, 17]},
+    "float-512-columns": {"L": 20, "H": 1, "K": 16, "V": 260, "C": 13, "dtype": F32, "dropkey": 0.9},
+    "float-512-columns-twice": {"B": 1, "L": 20, "H": 1, "K": 3, "V": 514, "C": 13, "dtype": F32},
+    "double-64-columns": {"L": 20, "H": 1, "K": 18, "V": 10, "C": 32, "dtype": F64, "state": True, "dropkey": 0.3},
+    "double-256-columns": {"B": 1, "L": 20, "H": 1, "K": 5, "V": 258, "C": 70, "dtype": F64},
+    "bfloat16-many-channels": {"B": 1, "L": 20, "H": 1, "K": 264, "V": 72, "C": 13, "dtype": BF16, "dropkey": 0.2},
+}  # fmt: skip
+STEPS = {
+    "decode": {"B": 3, "L": 1, "H": 2, "K": 32, "V": 40, "C": 200, "dtype": BF16, "state": True},
+    "wide": {"B": 2, "L": 2, "H": 1, "K": 264, "V": 520, "C": 70, "dtype": F16, "state": True, "dropkey": 0.5},
+    "float": {"B": 3, "L": 8, "H": 2, "K": 36, "V": 44, "C": 70, "dtype": F32, "state": True, "lengths": [1, 0, 8]},
+    "double": {"B": 2, "L": 3, "H": 1, "K": 18, "V": 258, "C": 90, "dtype": F64, "state": True, "dropkey": 0.2},
+    "packed": {"B": 1, "L": 12, "H": 1, "K": 8, "V": 8, "C": 7, "dtype": BF16, "state": True,
+               "cu_seqlens": [1, 2, 2, 11]},
+}  # fmt: skip
+KERNELS = {
+    "chunked_attention_fwd_mma_kernel": ON_TENSOR_CORES,
+    "chunked_attention_fwd_fma_kernel": WITHOUT,
+    "chunked_attention_step_kernel": STEPS,
+}
+PATHS = {name: (kernel, shape) for kernel, shapes in KERNELS.items() for name, shape in shapes.items()}
+all_paths = pytest.mark.parametrize(("kernel", "shape"), PATHS.values(), ids=PATHS)
+
+
+def scaled_case(**shape):
+    """Scores of about unit size, so that a softmax has more than one term."""
+    return chunked_attention_case(**shape, scale=shape["K"] ** -0.5)
+
+
+def run(emulator, case, offset=0):
+    """Returns o and lse of the forward's kernels."""
+    q, k, v = (case.tensors[name] for name in "qkv")
+    options = case.options
+    o, lse = torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+    emulator.call(
+        "chunked_attention_fwd", q, k, v, *(options.get("state") or (None,) * 3), options["chunk_size"],
+        options["scale"], options.get("dropkey", 0.0), options.get("dropkey_seed"), options.get("cu_seqlens"),
+        options.get("lengths"), o, lse, offset=offset,
+    )  # fmt: skip
+    return {"o": o, "lse": lse}
+
+
+def exact_lse(case):
+    """log sum_j exp(s_ij) in float64, 0 at padding."""
+    q, k, options = case.tensors["q"].double(), case.tensors["k"].double(), case.options
+    state, lse = options.get("state"), torch.zeros(q.shape[:-1], dtype=F64)
+    for s, (row, tokens) in enumerate(sequences(q, options.get("cu_seqlens"), options.get("lengths"))):
+        position = 0 if state is None else int(state.position[s])
+        keys = k[row, tokens] if state is None else torch.cat([state.k[s, :position].double(), k[row, tokens]])
+        i, j = torch.arange(position, len(keys)), torch.arange(len(keys))
+        hidden = (j > i[:, None]) | (j // options["chunk_size"] != i[:, None] // options["chunk_size"])
+        if "dropkey" in options:
+            seed = int(options["dropkey_seed"])
+            hidden = hidden | dropkey_mask(options["dropkey"], seed, s, q.shape[2], i, j)
+        scores = options["scale"] * torch.einsum("ihk,jhk->hij", q[row, tokens], keys)
+        lse[row, tokens] = scores.masked_fill(hidden, -torch.inf).logsumexp(-1).T
+    return lse
+
+
+def assert_accurate(actual, case):
+    exact = forward(mo.reference.chunked_attention, case.double())["o"]
+    if case.dtype == F64:
+        assert_close(actual["o"], exact, tolerance=1e-12, name="o")
+    else:
+        same = forward(mo.reference.chunked_attention, case)["o"]
+        factor, floor = (4, 8) if case.dtype == F32 else (2, 0.5)
+        assert_as_accurate_as(actual["o"], same, exact, factor=factor, floor=floor, name="o")
+    lse = exact_lse(case)
+    nothing = lse == -torch.inf
+    assert torch.equal(actual["lse"] == -torch.inf, nothing)
+    assert (actual["o"][nothing] == 0).all()
+    tolerance = 1e-12 if case.dtype == F64 else 2e-6
+    seen = actual["lse"].double().masked_fill(nothing, 0)
+    assert_close(seen, lse.masked_fill(nothing, 0), tolerance=tolerance, terms=1.0, name="lse")
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@all_paths
+def test_every_tiling_matches_the_reference(emulator, kernel, shape, offset):
+    case = scaled_case(**shape)
+    assert_accurate(run(emulator, case, offset), case)
+    assert emulator.traffic(kernel)["o" if "step" not in kernel else "workspace"]["store_bytes"] > 0
+
+
+@pytest.mark.parametrize("path", ["64-columns", "256-columns-twice", "float-64-columns", "wide", "double"])
+def test_the_order_of_threads_changes_no_bit(emulator, path):
+    case = scaled_case(**PATHS[path][1])
+    results = []
+    for order in ORDERS:
+        emulator.set_order(order)
+        results.append(run(emulator, case))
+    finite = [{name: value.nan_to_num(neginf=-1e30) for name, value in result.items()} for result in results]
+    assert all(torch.isfinite(value).all() for result in finite for value in result.values())
+    assert_bit_equal(finite[1], finite[0])
+    assert_bit_equal(finite[2], finite[0])
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(BF16, 600), (F32, 200)], ids=str)
+def test_blocks_of_rows_cover_every_token_once(emulated_module, dtype, most):
+    """Many sequences, empty ones, chunks that end anywhere; padding, here NaN, gives zeros and touches nothing."""
+    emulator = Emulator(emulated_module)
+
+    @settings(max_examples=12)
+    @given(data=st.data())
+    def check(data):
+        packed, C = data.draw(st.booleans()), data.draw(st.sampled_from([1, 7, 32, 100, 128, 300]))
+        L = data.draw(st.sampled_from([n for n in (1, 63, 64, 65, 127, 128, 129, 200, 257, 600) if n <= most]))
+        ends = st.lists(st.integers(0, L), min_size=1, max_size=5)
+        kind = {"B": 1, "cu_seqlens": sorted(data.draw(ends))} if packed else {"B": 2, "lengths": [data.draw(
+            st.integers(0, L)), L]}  # fmt: skip
+        case = scaled_case(**kind, L=L, H=1, K=8, V=8, C=C, dtype=dtype)
+        tokens = case.tensors["q"][..., 0, 0]
+        padding = torch.ones_like(tokens, dtype=torch.bool)
+        for row, inside in sequences(tokens, case.options.get("cu_seqlens"), case.options.get("lengths")):
+            padding[row, inside] = False
+        result = run(emulator, case.with_tensors(**{
+            name: tensor.masked_fill(padding[..., None, None], torch.nan) for name, tensor in case.tensors.items()
+        }))  # fmt: skip
+        assert_accurate(result, case)
+        assert (result["o"][padding] == 0).all() and (result["lse"][padding] == 0).all()
+
+    check()
+
+
+def test_rows_begin_anywhere_in_a_tile(emulator):
+    """A warp whose last row is the first column of a tile, and every other alignment."""
+    case = scaled_case(B=48, L=17, H=1, K=8, V=8, C=100, dtype=BF16, state=True)
+    k, v, _ = (t.nan_to_num() for t in case.options["state"])
+    case = case.with_options(state=AttentionState(k, v, torch.arange(48)))
+    assert_accurate(run(emulator, case), case)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("L", [6, 40])
+def test_a_sequence_does_not_see_its_neighbours(emulator, dtype, L):
+    case = scaled_case(B=1, L=3 * L, H=1, K=8, V=8, C=32, dtype=dtype, state=True, cu_seqlens=[0, L, 2 * L, 3 * L])
+    clean = run(emulator, case)
+    spoilt = {name: tensor.clone() for name, tensor in case.tensors.items()}
+    for tensor in spoilt.values():
+        tensor[:, L : 2 * L] = torch.nan
+    results = run(emulator, case.with_tensors(**spoilt))
+    assert results["o"][:, L : 2 * L].isnan().all()
+    for name, value in results.items():
+        for part in (slice(0, L), slice(2 * L, 3 * L)):
+            assert torch.equal(value[:, part], clean[name][:, part])
+
+
+def test_a_chunk_is_read_once_for_each_block_of_rows(emulator):
+    """Named re-reads: queries and keys for each 256 columns of V, keys and values for each 128 rows, up to these."""
+    case = scaled_case(B=1, L=256, H=1, K=32, V=512, C=256, dtype=BF16)
+    run(emulator, case)
+    traffic = emulator.traffic("chunked_attention_fwd_mma_kernel")
+    bytes_of = {name: tensor.numel() * 2 for name, tensor in case.tensors.items()}
+    assert traffic["q"]["load_sectors"] * 32 == 2 * bytes_of["q"]
+    assert traffic["k"]["load_sectors"] * 32 == 2 * bytes_of["k"] * 3 // 2
+    assert traffic["v"]["load_sectors"] * 32 == bytes_of["v"] * 3 // 2
+    assert traffic["o"]["store_sectors"] * 32 == traffic["o"]["store_footprint"] == bytes_of["v"]
+
+
+@pytest.mark.parametrize(("dtype", "key_dim", "value_dim", "reads"), [(BF16, 256, 512, 1), (F32, 64, 1024, 2)])
+def test_a_step_reads_the_cached_rows_once(emulator, dtype, key_dim, value_dim, reads):
+    """Keys again for each 512 columns; nothing of the rows beyond the position."""
+    case = scaled_case(B=2, L=1, H=1, K=key_dim, V=value_dim, C=150, dtype=dtype, state=True)
+    run(emulator, case)
+    rows, size = int(case.options["state"].position.sum()) + 2, dtype.itemsize  # of the cache, and two tokens
+    traffic = emulator.traffic("chunked_attention_step_kernel")
+    for name, width in (("k", reads * key_dim), ("v", value_dim)):
+        assert (traffic[f"cache_{name}"]["load_sectors"] + traffic[name]["load_sectors"]) * 32 == rows * width * size
+    spans = -(-150 // 64)
+    assert traffic["workspace"]["store_bytes"] <= 2 * spans * (value_dim + 2) * 4
+
+
+@pytest.mark.parametrize("path", ["64-columns-one-head", "128-columns", "float-64-columns", "float-512-columns",
+                                  "double-256-columns", "wide", "float"])  # fmt: skip
+def test_no_bank_conflicts(emulator, path):
+    kernel, shape = PATHS[path]
+    run(emulator, scaled_case(**shape))
+    shared = [site for site in emulator.sites(kernel) if site["shared"]]
+    assert shared
+    assert [site for site in shared if site["transactions"] > site["ideal"]] == []
+
+
+STATES = {
+    "dense": {"B": 3, "L": 5, "H": 2, "K": 8, "V": 12},
+    "many-chunks": {"B": 2, "L": 29, "H": 1, "K": 3, "V": 5},
+    "padded": {"B": 3, "L": 9, "H": 1, "K": 8, "V": 8, "lengths": [9, 0, 2]},
+    "packed": {"B": 1, "L": 20, "H": 1, "K": 8, "V": 8, "cu_seqlens": [2, 3, 3, 15, 18]},
+}
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
+@pytest.mark.parametrize("shape", STATES.values(), ids=STATES)
+def test_state(emulator, shape, dtype, offset):
+    """Copied, it equals the reference's, zeros included; in place, the rows up to the position do, and others stay."""
+    case = chunked_attention_case(**shape, C=6, dtype=dtype, state=True)
+    state = case.options["state"]
+    expected = forward(mo.reference.chunked_attention, case)
+    names = {"k": "state.k", "v": "state.v", "position": "state.position"}
+    k, v = case.tensors["k"], case.tensors["v"]
+    rest = case.options.get("cu_seqlens"), case.options.get("lengths")
+    copied = [torch.empty_like(t) for t in state]
+    emulator.call("chunked_attention_state", k, v, *state, 6, *rest, *copied, offset=offset)
+    assert_bit_equal(dict(zip(names, copied, strict=True)), {name: expected[key] for name, key in names.items()})
+
+    before, kept = AttentionState(*(t.clone() for t in state)), AttentionState(*(t.clone() for t in state))
+    emulator.call("chunked_attention_state", k, v, *kept, 6, *rest, *kept, offset=offset)
+    assert torch.equal(kept.position, expected["state.position"])
+    for s, (old, new) in enumerate(zip(before.position.tolist(), kept.position.tolist(), strict=True)):
+        for name, value in (("k", kept.k), ("v", kept.v)):
+            assert torch.equal(value[s, :new], expected[names[name]][s, :new])
+            untouched = slice(max(old, new), None)
+            assert torch.equal(value[s, untouched].nan_to_num(7), getattr(before, name)[s, untouched].nan_to_num(7))
+
+
+def test_a_fresh_state_needs_no_old_one(emulator):
+    case = chunked_attention_case(B=2, L=8, H=1, K=8, V=16, C=5, dtype=BF16)
+    expected = forward(mo.reference.chunked_attention, case)
+    with emulator.replacing(_C):
+        actual = forward(mo.chunked_attention, case)
+    for name in ("state.k", "state.v", "state.position"):
+        assert torch.equal(actual[name], expected[name])
+
+
+def test_bytes_moved_by_the_state(emulator):
+    """In place, the new rows alone; copied, the kept rows and the zeros as well. The first sequence ends its chunk."""
+    case = chunked_attention_case(B=3, L=1, H=1, K=64, V=256, C=40, dtype=BF16, state=True)
+    state, k, v = case.options["state"], case.tensors["k"], case.tensors["v"]
+    in_place = AttentionState(*(t.clone() for t in state))
+    emulator.call("chunked_attention_state", k, v, *in_place, 40, None, None, *in_place)
+    traffic = emulator.traffic("chunked_attention_state_kernel")
+    for name, width in (("k", 64), ("v", 256)):
+        assert traffic[name]["load_sectors"] * 32 == traffic[f"cache_{name}"]["store_sectors"] * 32 == 2 * width * 2
+        assert traffic[f"cache_{name}"]["load_sectors"] == 0
+    emulator.reset()
+    copied = [torch.empty_like(t) for t in state]
+    emulator.call("chunked_attention_state", k, v, *state, 40, None, None, *copied)
+    traffic, rows = emulator.traffic("chunked_attention_state_kernel"), int(state.position[1:].sum())
+    for name, width in (("k", 64), ("v", 256)):
+        assert traffic[f"cache_{name}"]["load_sectors"] * 32 == rows * width * 2
+        assert traffic[f"cache_{name}_out"]["store_sectors"] * 32 == 3 * 40 * width * 2
+
+
+def test_pieces_through_every_kernel_give_the_whole(emulator):
+    """A prompt, single tokens into the state in place, a few tokens at once."""
+    case = chunked_attention_case(B=2, L=31, H=1, K=8, V=8, C=12, dtype=F64)
+    whole = forward(mo.reference.chunked_attention, case)
+    empty = torch.zeros(2, 12, 1, 8, dtype=F64)
+    state = AttentionState(empty, empty.clone(), torch.zeros(2).long())
+    outputs, start = [], 0
+    with emulator.replacing(_C):
+        for size in (18, 1, 1, 1, 10):
+            piece = [case.tensors[name][:, start : start + size] for name in "qkv"]
+            outputs.append(mo.chunked_attention(*piece, chunk_size=12, state=state, inplace_state=True))
+            start += size
+    actual = {"o": torch.cat(outputs, dim=1), "k": state.k[:, :7], "v": state.v[:, :7]}
+    assert_all_close(
+        actual, {"o": whole["o"], "k": whole["state.k"][:, :7], "v": whole["state.v"][:, :7]}, tolerance=1e-12
+    )
+    assert torch.equal(state.position, whole["state.position"])

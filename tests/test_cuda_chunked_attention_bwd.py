@@ -1,0 +1,148 @@
+"""Backward kernels of chunked_attention on the emulated device: every path, determinism, bytes moved, bank conflicts.
+
+The forward is the CPU's, so what is wrong here is wrong in the backward.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
+from cases import chunked_attention_case, evaluate
+from cuda_emulator.emulator import FOLDER
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+
+GRADIENTS = ("dq", "dk", "dv")
+KERNELS = "chunked_attention_bwd_{}_kernel"
+EDGE = 128  # of a tile of 16-bit elements
+
+
+@pytest.fixture
+def gradients(emulator, monkeypatch):
+    """Gradients of a case: forward on the CPU, backward on the emulated device."""
+
+    def run(case, offset=0):
+        monkeypatch.setattr(_C, "chunked_attention_bwd", partial(emulator.call, "chunked_attention_bwd", offset=offset))
+        results = evaluate(mo.chunked_attention, case)
+        return {name: results[name] for name in GRADIENTS}
+
+    return run
+
+
+def assert_right(actual, case):
+    exact = evaluate(mo.reference.chunked_attention, case.double())
+    if case.dtype == torch.float64:
+        assert_all_close(actual, {name: exact[name] for name in GRADIENTS}, tolerance=1e-10, terms=case.terms)
+        return
+    same = evaluate(mo.reference.chunked_attention, case)
+    factor, floor = (4, 8) if case.dtype == torch.float32 else (2, 0.5)
+    for name in GRADIENTS:
+        assert_as_accurate_as(
+            actual[name], same[name], exact[name], factor=factor, floor=floor, terms=case.terms, name=name
+        )
+
+
+SHAPES = {
+    # A tile is 128 rows wide, in float64 64; a slab 64 elements deep, in float32 and float64 16.
+    "a-chunk-in-a-tile": {"B": 1, "L": 50, "H": 2, "K": 24, "V": 40, "C": 40},
+    "tiles-of-a-chunk": {"B": 1, "L": 150, "H": 1, "K": 8, "V": 16, "C": 140},
+    "slabs-and-slices": {"B": 1, "L": 20, "H": 1, "K": 136, "V": 264, "C": 16},
+    "odd": {"B": 2, "L": 21, "H": 3, "K": 5, "V": 3, "C": 9},
+    "keys-in-the-cache": {"B": 3, "L": 7, "H": 2, "K": 8, "V": 8, "C": 136, "state": True},
+    "dropkey": {"B": 1, "L": 33, "H": 2, "K": 8, "V": 8, "C": 16, "dropkey": 0.4},
+    "dropkey-in-odd-chunks": {"B": 1, "L": 23, "H": 2, "K": 8, "V": 8, "C": 10, "dropkey": 0.4},
+    "rows-without-scores": {"B": 1, "L": 30, "H": 1, "K": 8, "V": 8, "C": 4, "dropkey": 0.95},
+    "padded": {"B": 3, "L": 11, "H": 2, "K": 8, "V": 8, "C": 4, "lengths": [3, 0, 11]},
+    "packed": {"B": 1, "L": 70, "H": 2, "K": 8, "V": 8, "C": 8, "cu_seqlens": [3, 3, 5, 30, 30, 64, 66]},
+    "packed-and-cached": {"B": 1, "L": 40, "H": 1, "K": 8, "V": 8, "C": 8, "cu_seqlens": [1, 9, 9, 36], "state": True},
+    "many-sequences": {"B": 1, "L": 45, "H": 1, "K": 8, "V": 8, "C": 64, "cu_seqlens": list(range(41))},
+    "no-keys": {"B": 1, "L": 5, "H": 1, "K": 0, "V": 3, "C": 4},
+    "no-values": {"B": 1, "L": 5, "H": 1, "K": 3, "V": 0, "C": 4},
+}
+
+
+PATHS = {
+    "vectors": (torch.bfloat16, 0),
+    "elements": (torch.bfloat16, 1),
+    "half": (torch.float16, 0),
+    "single": (torch.float32, 1),
+    "double": (torch.float64, 1),
+}
+EVERY_PATH = ("tiles-of-a-chunk", "odd")
+RUNS = [(s, p) for s in SHAPES for p in (PATHS if s in EVERY_PATH else ("vectors", "elements", "single"))]
+
+
+@pytest.mark.parametrize(("shape", "path"), RUNS)
+def test_gradients(gradients, shape, path):
+    dtype, offset = PATHS[path]
+    case = chunked_attention_case(**SHAPES[shape], dtype=dtype)
+    assert_right(gradients(case, offset), case)
+
+
+def test_a_chunk_that_rounds_share(emulator, gradients):
+    """A panel is 32 tiles of P and of dS, 2 MiB, and a round has 32; the chunk's three are the numbers 30 to 32."""
+    first = 28 * 64
+    case = chunked_attention_case(
+        B=1, L=32 * 64, H=1, K=3, V=2, C=2048, cu_seqlens=[first, first, first + 150], dtype=torch.float64
+    )
+    assert_right(gradients(case), case)
+    sums = {line for line in stored_lines(emulator, "products") if "after[at] =" in line}
+    assert sums, "no sum was handed from one round to the next"
+
+
+def stored_lines(emulator, kernel):
+    """The source lines at which the kernel stored to global memory."""
+    source = (FOLDER.parents[1] / "cuda" / "chunked_attention_bwd.cuh").read_text().split("\n")
+    for site in emulator.sites(KERNELS.format(kernel)):
+        file, line = site["where"].split(" < ")[0].split(":")
+        if site["store"] and not site["shared"] and file == "chunked_attention_bwd.cuh":
+            yield source[int(line) - 1]
+
+
+LARGE = {"B": 2, "L": 70, "H": 2, "K": 24, "V": 40, "C": 48, "state": True, "dropkey": 0.2}
+
+
+@pytest.mark.parametrize("path", ["vectors", "elements", "single"])
+def test_the_order_of_threads_changes_nothing(emulator, gradients, path):
+    dtype, offset = PATHS[path]
+    case = chunked_attention_case(**LARGE, dtype=dtype)
+    emulator.set_order("forward")
+    expected = gradients(case, offset)
+    for order in ("reverse", "random"):
+        emulator.set_order(order, seed=2)
+        assert_bit_equal(gradients(case, offset), expected)
+
+
+def test_bytes_moved(emulator, gradients):
+    """Two chunks of two tiles by two, of which three are made: each reads its operands once and is written once."""
+    K, V, L = 64, 192, 512
+    gradients(chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=256, dtype=torch.bfloat16))
+    row = {"q": K, "k": K, "v": V, "do": V, "o": V, "dq": K, "dk": K, "dv": V}
+    once = {name: 2 * L * width for name, width in row.items()}
+    tiles = 6 * 2 * 2 * EDGE**2  # P and dS
+
+    prepare, scores, products = (emulator.traffic(KERNELS.format(k)) for k in ("prepare", "scores", "products"))
+    assert all(prepare[name]["load_sectors"] * 32 == once[name] for name in ("o", "do"))
+    assert all(scores[name]["load_sectors"] * 32 == once[name] * 3 // 2 for name in ("q", "k", "v", "do"))
+    assert scores["workspace"]["store_sectors"] * 32 == tiles
+    assert all(products[name]["load_sectors"] * 32 == once[name] * 3 // 2 for name in ("q", "k", "do"))
+    assert all(products[name]["store_sectors"] * 32 == once[name] for name in ("dq", "dk", "dv"))
+    # P for each of two slices of dv, dS for the one of dk and the one of dq.
+    assert products["workspace"]["load_sectors"] * 32 == 2 * tiles
+
+
+def test_shared_memory_has_no_bank_conflicts(emulator, gradients):
+    gradients(chunked_attention_case(B=1, L=150, H=1, K=64, V=128, C=150, dtype=torch.bfloat16))
+    sites = [s for k in ("scores", "products") for s in emulator.sites(KERNELS.format(k)) if s["shared"]]
+    assert len(sites) > 10
+    assert all(site["transactions"] == site["ideal"] for site in sites), sites
+
+
+def test_nothing_to_do(gradients):
+    for shape in ({"B": 0, "L": 5}, {"B": 2, "L": 0}, {"B": 1, "L": 5, "cu_seqlens": [3]}):
+        case = chunked_attention_case(**shape, dtype=torch.bfloat16)
+        assert_right(gradients(case), case)

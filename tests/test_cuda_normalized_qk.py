@@ -1,0 +1,128 @@
+"""The CUDA kernels of normalized_qk on the emulator: every path, order of threads, bytes moved, bank conflicts.
+
+test_ops.py shows that the public op on these kernels keeps what it promises.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_bit_equal
+from cases import Case, evaluate, forward, normalized_qk_case
+from test_ops import assert_matches_reference
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def run(emulator, case: Case, offset: int = 0, run=evaluate):
+    with emulator.replacing(_C, offset=offset):
+        return run(mo.normalized_qk, case)
+
+
+KEY_DIMS = {  # K, of v elements a vector
+    "idle-lanes": lambda v: 3 * v,
+    "a-warp-of-vectors": lambda v: 32 * v,
+    "two-vectors-a-lane": lambda v: 64 * v,
+    "a-block-of-vectors": lambda v: 67 * v,
+    "more-vectors-than-threads": lambda v: 258 * v,
+}
+
+
+@pytest.mark.parametrize("key_dim", KEY_DIMS.values(), ids=KEY_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_way_to_share_a_head(emulator, dtype, key_dim):
+    """Two parts of the backward; a warp, and a block, has more tokens than one and fewer than it could."""
+    case = normalized_qk_case(B=1, L=29, H=1, K=key_dim(16 // dtype.itemsize), C=7, dtype=dtype, cu_seqlens=[1, 9, 27])
+    assert_matches_reference(run(emulator, case), case)
+
+
+@pytest.mark.parametrize("key_dim", [6, 64, 98, 134, 514])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_tensors(emulator, dtype, key_dim):
+    """Pairs of elements take the paths that vectors take above."""
+    case = normalized_qk_case(B=1, L=19, H=2, K=key_dim, C=7, dtype=dtype, position=True, lengths=[18])
+    assert_matches_reference(run(emulator, case, offset=1), case)
+
+
+def test_parts_of_many_tokens(emulator):
+    """The CPU kernels, in float64, are the reference: plain torch takes long for so many sequences."""
+    case = normalized_qk_case(B=50, L=330, H=1, K=2, C=100, dtype=torch.float64, position=True)
+    assert_all_close(run(emulator, case), evaluate(mo.normalized_qk, case), tolerance=1e-10, terms=case.terms)
+
+
+@pytest.mark.parametrize("key_dim", [32, 520])
+def test_any_order_of_threads_gives_equal_bits(emulator, key_dim):
+    case = normalized_qk_case(B=3, L=21, H=2, K=key_dim, C=8, lengths=[21, 0, 9], dtype=torch.bfloat16)
+    results = []
+    for order in ("forward", "reverse", "random"):
+        emulator.set_order(order)
+        results.append(run(emulator, case))
+    assert_bit_equal(results[1], results[0])
+    assert_bit_equal(results[2], results[0])
+
+
+WIDE = [(torch.bfloat16, 256), (torch.float32, 128), (torch.float32, 64)]
+
+
+def assert_moved_once(emulator, kernel: str, nbytes: int, **names: str) -> None:
+    """Each named buffer is loaded, or stored, once, in whole sectors."""
+    traffic = emulator.traffic(kernel)
+    for name, access in names.items():
+        assert traffic[name][f"{access}_sectors"] * 32 == traffic[name][f"{access}_footprint"] == nbytes, name
+
+
+@pytest.mark.parametrize(("dtype", "key_dim"), WIDE)
+def test_bytes_moved_by_the_forward(emulator, dtype, key_dim):
+    case = normalized_qk_case(B=2, L=40, H=2, K=key_dim, C=16, dtype=dtype)
+    run(emulator, case, run=forward)
+    kernel, gamma = "normalized_qk_fwd_warp_kernel", case.tensors["gamma"]
+    assert_moved_once(emulator, kernel, case.tensors["z"].nbytes, z="load", q="store", k="store")
+    traffic = emulator.traffic(kernel)
+    assert traffic["gamma"]["load_bytes"] == traffic["beta"]["load_bytes"] == gamma.nbytes * 80 // 8
+
+
+@pytest.mark.parametrize(("dtype", "key_dim"), [*WIDE, (torch.float32, 256)])
+def test_bytes_moved_by_the_backward(emulator, dtype, key_dim):
+    """Also a share of dgamma and dbeta from each part of 16 tokens."""
+    case = normalized_qk_case(B=2, L=40, H=2, K=key_dim, C=16, dtype=dtype)
+    run(emulator, case)
+    kernel, shares = "normalized_qk_bwd_warp_kernel", 80 // 16 * 4 * 2 * key_dim * 4
+    assert_moved_once(emulator, kernel, case.tensors["z"].nbytes, z="load", dq="load", dk="load", dz="store")
+    assert_moved_once(emulator, kernel, shares, workspace="store")
+    assert_moved_once(emulator, "sum_shares_kernel", shares, workspace="load")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bank_conflicts(emulator, dtype):
+    run(emulator, normalized_qk_case(B=1, L=20, H=1, K=256, dtype=dtype))
+    sites = [site for site in emulator.sites("normalized_qk_bwd_warp_kernel") if site["shared"]]
+    assert sites
+    for site in sites:
+        assert site["transactions"] <= site["ideal"], site
+
+
+@pytest.mark.parametrize(("dtype", "key_dim", "kernel"), [(torch.float32, 128, "warp"), (torch.bfloat16, 264, "block")])
+def test_the_boundary_between_the_kernels(emulator, dtype, key_dim, kernel):
+    case = normalized_qk_case(K=key_dim, dtype=dtype)
+    run(emulator, case, run=forward)
+    assert set(emulator.module.traffic()) == {f"normalized_qk_fwd_{kernel}_kernel"}
+
+
+@pytest.mark.parametrize("name", ["z", "gamma", "beta", "rotary", "q", "k"])
+def test_one_unaligned_tensor_is_enough_for_narrow_accesses(emulator, monkeypatch, name):
+    allocate = emulator._allocate
+    monkeypatch.setattr(
+        emulator, "_allocate", lambda shape, dtype, label, _: allocate(shape, dtype, label, label == name)
+    )
+    case = normalized_qk_case(K=32, dtype=torch.bfloat16)
+    assert_matches_reference(run(emulator, case), case)
+
+
+@pytest.mark.parametrize("sizes", [{"L": 0}, {"B": 0}, {"K": 0}])
+def test_nothing_is_launched_for_no_tokens(emulator, sizes):
+    case = normalized_qk_case(dtype=torch.float32, **sizes)
+    assert run(emulator, case, run=forward)["q"].numel() == 0
+    assert emulator.module.traffic() == {}

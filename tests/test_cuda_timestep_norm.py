@@ -1,0 +1,170 @@
+"""The CUDA kernels of timestep_norm on the emulator: every path, sequences across tiles, order of threads, bytes moved.
+
+test_ops.py shows that the public op on these kernels keeps what it promises.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_bit_equal
+from cases import Case, evaluate, forward, timestep_norm_case
+from cuda_emulator.emulator import Emulator
+from hypothesis import given
+from hypothesis import strategies as st
+from test_ops import assert_matches_reference
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+
+TILE = 64  # tokens of a block
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def run(emulator, case: Case, offset: int = 0, run=evaluate):
+    with emulator.replacing(_C, offset=offset):
+        return run(mo.timestep_norm, case)
+
+
+def vector(dtype: torch.dtype) -> int:
+    return 16 // dtype.itemsize
+
+
+WIDTHS = {  # channels of a group
+    "a-vector-a-group": lambda vector: vector,
+    "lanes-share-a-group": lambda vector: 4 * vector,
+    "idle-lanes": lambda vector: 3 * vector,
+    "more-vectors-than-lanes": lambda vector: 33 * vector,
+    "elements": lambda _: 5,
+    "more-elements-than-lanes": lambda _: 37,
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_way_to_share_a_row(emulator, dtype, width):
+    """Three groups, which leave lanes of a warp over; two tiles, of which the second is cut short."""
+    case = timestep_norm_case(B=1, L=TILE + 5, G=3, width=width(vector(dtype)), dtype=dtype, count=2)
+    assert_matches_reference(run(emulator, case), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_tensors(emulator, dtype):
+    case = timestep_norm_case(B=1, L=TILE + 5, G=2, width=vector(dtype), dtype=dtype, count=2)
+    assert_matches_reference(run(emulator, case, offset=1), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_groups_than_a_warp_holds(emulator, dtype):
+    case = timestep_norm_case(B=1, L=TILE + 5, G=37, width=vector(dtype), dtype=dtype)
+    assert_matches_reference(run(emulator, case), case)
+
+
+# Ends of warps and tiles, and their neighbours.
+LENGTHS = st.sampled_from([0, 1, 2, 7, 8, 9, 56, 63, 64, 65, 120, 127, 128, 129, 200])
+
+
+@st.composite
+def tiled_cases(draw) -> Case:
+    lengths = draw(st.lists(LENGTHS, min_size=1, max_size=4))
+    before, after = draw(st.integers(0, 9)), draw(st.integers(0, 9))
+    cu_seqlens = [before + sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    return timestep_norm_case(
+        B=1, L=cu_seqlens[-1] + after, G=draw(st.sampled_from([1, 3])), width=draw(st.integers(1, 2)),
+        count=draw(st.sampled_from([None, 0, 3])), cu_seqlens=cu_seqlens, dtype=torch.float64,
+    )  # fmt: skip
+
+
+def test_sequences_that_begin_and_end_anywhere_in_tiles(emulated_module):
+    emulator = Emulator(emulated_module)
+
+    @given(case=tiled_cases(), order=st.sampled_from(["forward", "reverse", "random"]))
+    def check(case, order):
+        emulator.set_order(order)
+        assert_matches_reference(run(emulator, case), case)
+
+    check()
+
+
+def test_more_tiles_than_threads_that_scan_them_and_than_shares(emulator):
+    """The CPU kernels, in float64, are the reference: plain torch takes long for so many steps."""
+    tokens = 256 * TILE + 70
+    case = timestep_norm_case(
+        B=1, L=tokens, G=1, width=1, dtype=torch.float64, count=3, cu_seqlens=[5, 40 * TILE + 3, tokens - 1]
+    )
+    assert_all_close(run(emulator, case), evaluate(mo.timestep_norm, case), tolerance=1e-10, terms=case.terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_order_of_threads_gives_equal_bits(emulator, dtype):
+    case = timestep_norm_case(B=3, L=TILE + 9, G=3, width=16, lengths=[TILE + 9, 0, 30], dtype=dtype, count=2)
+    results = []
+    for order in ("forward", "reverse", "random"):
+        emulator.set_order(order)
+        results.append(run(emulator, case))
+    assert_bit_equal(results[1], results[0])
+    assert_bit_equal(results[2], results[0])
+
+
+@pytest.mark.parametrize(("B", "L"), [(70, 1), (3, 32), (1, TILE)])
+def test_one_launch_where_no_sequence_passes_from_tile_to_tile(emulator, B, L):
+    case = timestep_norm_case(B=B, L=L, G=2, width=8, count=5)
+    run(emulator, case, run=forward)
+    (traffic,) = emulator.module.traffic().values()
+    assert "y" in traffic and "workspace" not in traffic
+
+
+def footprint(emulator, kernel: str) -> int:
+    """Bytes of all different sectors that `kernel` loads, and that it stores: what it moves if caches hold the rest."""
+    return sum(t["load_footprint"] + t["store_footprint"] for t in emulator.traffic(kernel).values())
+
+
+def sectors(emulator, kernel: str, name: str, access: str) -> int:
+    """Bytes of the sectors of every single request."""
+    return 32 * emulator.traffic(kernel)[name][f"{access}_sectors"]
+
+
+WIDE = [
+    pytest.param(torch.bfloat16, 32, id="bfloat16-32"),
+    pytest.param(torch.bfloat16, 64, id="bfloat16-64"),
+    pytest.param(torch.float32, 32, id="float32-32"),
+    pytest.param(torch.float32, 64, id="float32-64"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "width"), WIDE)
+def test_bytes_moved_by_the_forward(emulator, dtype, width):
+    """y is written once, x is read once by each of two kernels; all else is small."""
+    case = timestep_norm_case(B=1, L=6 * TILE, G=8, width=width, dtype=dtype)
+    run(emulator, case, run=forward)
+    x, stats = case.tensors["x"].nbytes, 3 * 6 * TILE * 8 * 4
+    moments, final, _ = kernels = [f"timestep_norm_{name}_kernel" for name in ("fwd_moments", "fwd", "carry")]
+    assert sectors(emulator, moments, "x", "load") == x
+    assert sectors(emulator, final, "x", "load") == x
+    assert sectors(emulator, final, "y", "store") == x
+    assert sum(footprint(emulator, kernel) for kernel in kernels) - x <= 1.15 * (2 * x + stats)
+
+
+@pytest.mark.parametrize(("dtype", "width"), WIDE)
+def test_bytes_moved_by_the_backward(emulator, dtype, width):
+    """dx is written once; x, dy and the statistics are read once by each of two kernels; all else is small."""
+    case = timestep_norm_case(B=1, L=6 * TILE, G=8, width=width, dtype=dtype)
+    run(emulator, case)
+    x, stats = case.tensors["x"].nbytes, 3 * 6 * TILE * 8 * 4
+    sums, final, _ = kernels = [f"timestep_norm_{name}_kernel" for name in ("bwd_sums", "bwd", "carry")]
+    for kernel in (sums, final):
+        assert sectors(emulator, kernel, "x", "load") == x
+        assert sectors(emulator, kernel, "dy", "load") == x
+    assert sectors(emulator, final, "dx", "store") == x
+    moved = sum(footprint(emulator, kernel) for kernel in [*kernels, "sum_shares_kernel"])
+    assert moved - 2 * x - stats <= 1.15 * (3 * x + stats)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bank_conflicts(emulator, dtype):
+    run(emulator, timestep_norm_case(B=1, L=3 * TILE, G=8, width=32, dtype=dtype))
+    for kernel in ("fwd_moments", "fwd", "bwd_sums", "bwd"):
+        sites = [site for site in emulator.sites(f"timestep_norm_{kernel}_kernel") if site["shared"]]
+        assert sites
+        for site in sites:
+            assert site["transactions"] <= site["ideal"], site
