@@ -1,0 +1,134 @@
+"""Small breakages of a kernel file, each of which some test should notice.
+
+Deleted: every barrier, every wait for a copy and every commit; a wait also leaves one group more in flight. Guards:
+conditions of `if` and `?:` and operands of `&&` and `||` become constants. Loops run once more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SYNCHRONISATION = r"(?:gpu::)?\b(?:__sync(?:threads|warp)|named_barrier|cp_async_(?:commit|wait))\b(?:<[^<>;]*>)?\("
+# Where an operand of && or || or the condition of ?: ends at the latest.
+BOUNDARY = r"&&|\|\||\?|(?<!:):(?!:)|;|,|(?<![=<>!+\-*/%&|^])=(?!=)|\breturn\b|[{}]"
+OPENING, CLOSING = "([{", ")]}"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    line: int
+    change: str  # what stands in the table
+    text: str  # of the whole file
+
+
+def mutants(text: str) -> list[Mutant]:
+    """All mutants of a kernel file, in the order of their lines."""
+    code, found = _without_comments(text), {}
+    for start, end, new in _edits(code):
+        changed = text[:start] + new + text[end:]
+        if changed != text and not _is_constant(code, start):
+            old = " ".join(text[start:end].split())
+            change = f"`{old}` becomes `{new}`" if new else f"`{old}` deleted"
+            found.setdefault(changed, Mutant(text.count("\n", 0, start) + 1, change, changed))
+    return sorted(found.values(), key=lambda mutant: mutant.line)
+
+
+def _edits(code: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, replacement)"""
+    for call in re.finditer(SYNCHRONISATION, code):
+        end = _closing(code, call.end() - 1) + 1
+        if re.match(r"\s*;", code[end:]):
+            yield call.start(), end, ""
+    for wait in re.finditer(r"cp_async_wait<([^<>;]+)>", code):
+        yield *wait.span(1), f"{wait[1]} + 1"
+    for condition in re.finditer(r"\bif \(", code):
+        end = _closing(code, condition.end() - 1)
+        leaves = re.match(r"\)\s*\{?\s*(return|continue|break)\b", code[end:])
+        yield condition.end(), end, "false" if leaves else "true"
+    for definition in re.finditer(r"\bbool \w+ = ([^;{}]+);", code):
+        yield *definition.span(1), "true"
+    loops = list(_loops(code))
+    for operator in re.finditer(r"\s(&&|\|\|)\s", code):
+        constant = "true" if operator[1] == "&&" else "false"
+        for start, end in (_left_operand(code, operator.start(1)), _right_operand(code, operator.end(1))):
+            if not any(a <= start < b and set(re.findall(r"\w+", code[start:end])) & names for a, b, names in loops):
+                yield start, end, constant  # else it would never end
+    for choice in re.finditer(r"\s\?\s", code):
+        start, end = _left_operand(code, choice.start() + 1, through_logic=True)
+        yield start, end, "true"
+        yield start, end, "false"
+    for start, end, names in loops:
+        for bound in re.finditer(r"\b(\w+) <(?=\s)", code[start:end]):
+            if bound[1] in names:
+                yield start + bound.start(), start + bound.end(), f"{bound[0]}="
+
+
+def _loops(code: str) -> Iterator[tuple[int, int, set[str]]]:
+    """The condition of each `for` that is not unrolled: start, end, and the names that its step changes."""
+    for loop in re.finditer(r"(GPU_UNROLL\s+)?\bfor \(", code):
+        close = _closing(code, loop.end() - 1)
+        parts = code[loop.end() : close].split(";")
+        if len(parts) == 3 and not loop[1]:
+            start = loop.end() + len(parts[0]) + 1
+            yield start, start + len(parts[1]), set(re.findall(r"[A-Za-z_]\w*", parts[2]))
+
+
+def _left_operand(code: str, end: int, through_logic: bool = False) -> tuple[int, int]:
+    """The operand that ends before `end`; `through_logic`: all that && and || join."""
+    depth, start = 0, end
+    while start > 0:
+        character = code[start - 1]
+        depth += (character in CLOSING) - (character in OPENING)
+        if depth < 0 or depth == 0 and _boundary_before(code, start, through_logic):
+            break
+        start -= 1
+    return _trimmed(code, start, end)
+
+
+def _boundary_before(code: str, at: int, through_logic: bool) -> bool:
+    if code[at - 1] in CLOSING:
+        return code[at - 1] == "}"
+    return any(
+        match.end() == at - max(0, at - 8) and not (through_logic and match[0] in ("&&", "||"))
+        for match in re.finditer(BOUNDARY, code[max(0, at - 8) : at + 1])
+    )
+
+
+def _right_operand(code: str, start: int) -> tuple[int, int]:
+    depth, end = 0, start
+    while end < len(code):
+        depth += (code[end] in OPENING) - (code[end] in CLOSING)
+        if depth < 0 or depth == 0 and code[end] not in CLOSING and re.compile(BOUNDARY).match(code, end):
+            break
+        end += 1
+    return _trimmed(code, start, end)
+
+
+def _trimmed(code: str, start: int, end: int) -> tuple[int, int]:
+    inside = code[start:end]
+    return start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
+
+
+def _closing(code: str, opening: int) -> int:
+    depth = 0
+    for i in range(opening, len(code)):
+        depth += (code[i] in OPENING) - (code[i] in CLOSING)
+        if depth == 0:
+            return i
+    raise ValueError(f"nothing closes the parenthesis at {opening}")
+
+
+def _is_constant(code: str, at: int) -> bool:
+    """In a statement that the compiler evaluates."""
+    start = max(code.rfind(c, 0, at) for c in ";{}") + 1
+    return bool(re.search(r"\b(constexpr|static_assert|template|using)\b", code[start:at]))
+
+
+def _without_comments(text: str) -> str:
+    """The text with comments, strings and preprocessor lines blanked, at the same places."""
+    return re.sub(
+        r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|^[ \t]*#(?:\\\n|[^\n])*',
+        lambda token: re.sub(r"[^\n]", " ", token[0]), text, flags=re.DOTALL | re.MULTILINE,
+    )  # fmt: skip

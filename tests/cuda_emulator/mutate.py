@@ -1,0 +1,276 @@
+"""Breaks the kernels of cuda/ in small ways, one at a time, and writes which tests notice to docs/mutation.md.
+
+    python tests/cuda_emulator/mutate.py                 all kernels
+    python tests/cuda_emulator/mutate.py --only cema     files whose name begins so; other rows of the table stay
+    python tests/cuda_emulator/mutate.py --barriers      barriers, waits and commits; other rows stay
+    python tests/cuda_emulator/mutate.py --list          what would be run
+
+Every job works in a copy of cuda/, cpp/ and tests/, where only the files that include the mutated one compile again.
+What is done is kept in the scratch folder, so that a run that was stopped goes on, and a change of a kernel, of
+cuda/common or of the tests begins anew. The table's last column is written by hand: why a mutant that survives does no
+harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cuda_emulator.lint import op_of
+from cuda_emulator.mutants import Mutant, mutants
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "docs" / "mutation.md"
+SURVIVED = "**SURVIVED**"
+KINDS = (
+    "race", "out of bounds", "uninitialised read", "read-only buffer", "divergent barrier", "deadlock",
+    "invalid operation", "misaligned", "copy in flight", "copy never waited for", "copy never committed",
+    "wrong memory", "not device memory", "wrong mma fragment", "invalid launch",
+)  # fmt: skip
+BARRIERS = r"sync|named_barrier|_wait|_commit"  # in what a mutant changes
+MOST_SECONDS = 240  # of one test command; a mutant may never end
+
+
+@dataclass
+class Job:
+    file: Path  # relative to ROOT
+    mutant: Mutant
+    key: str  # of what was tested and with what
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.mutant.line} {self.mutant.change}"
+
+
+def kernel_files(only: list[str]) -> list[Path]:
+    """cuda/, and of cuda/common what does not differ between the compilers: the rest is tested as wrappers."""
+    files = [*sorted((ROOT / "cuda").glob("*.cu*")), *sorted((ROOT / "cuda" / "common").glob("*.cuh"))]
+    portable = [file for file in files if "GPU_EMULATED" not in file.read_text()]
+    return [f.relative_to(ROOT) for f in portable if not only or any(f.name.startswith(word) for word in only)]
+
+
+def test_commands(file: Path) -> list[list[str]]:
+    """What pytest is asked to run, until one fails: an op's own tests, then those that all ops share."""
+    op, tests = op_of(file.stem), sorted((ROOT / "tests").glob("test_cuda_*.py"))
+    own = [f"tests/{test.name}" for test in tests if (of := op_of(test.stem[len("test_cuda_") :])) and op in (None, of)]
+    shared, emulated = "tests/test_cuda_emulator.py", ["tests/test_ops.py", "-k", "cuda-emulated"]
+    if op is None:
+        commands = [[shared], own, emulated]
+    else:
+        commands = [own, [shared, "-k", op], [*emulated[:2], f"{emulated[2]} and {op}"]]
+    return [command for command in commands if command]
+
+
+def jobs_of(file: Path) -> list[Job]:
+    tests = {ROOT / word for command in test_commands(file) for word in command if word.endswith(".py")}
+    tests |= {ROOT / "tests" / name for name in ("cases.py", "strategies.py", "assertions.py")}
+    kernels = {f for f in (ROOT / "cuda").rglob("*.cu*") if op_of(f.stem) in (None, op_of(file.stem))}
+    context = hashlib.sha256()
+    for source in sorted(tests | kernels):
+        if source.exists():
+            context.update(source.read_bytes())
+    prefix = f"{context.hexdigest()}\0{file}\0"
+    found = mutants((ROOT / file).read_text())
+    return [Job(file, mutant, hashlib.sha256((prefix + mutant.text).encode()).hexdigest()) for mutant in found]
+
+
+class Workshop:
+    """A copy of the sources to break, with a build of the emulator of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        sources, copies = (self._files(root) for root in (ROOT, folder))
+        for file in copies - sources:
+            (folder / file).unlink()
+        for file in sources:  # one that has not changed keeps its time, and is not compiled again
+            if file not in copies or (folder / file).read_bytes() != (ROOT / file).read_bytes():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / file, folder / file)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        code, output = self._run("-c", "from cuda_emulator.emulator import build; build()", seconds=None)
+        if code:
+            raise SystemExit(output)
+
+    @staticmethod
+    def _files(root: Path) -> set[Path]:
+        files = (file for name in ("cuda", "cpp", "tests") for file in (root / name).rglob("*") if file.is_file())
+        return {file.relative_to(root) for file in files if "__pycache__" not in file.parts}
+
+    def outcome(self, job: Job) -> str:
+        target = self.folder / job.file
+        original = target.read_text()
+        target.write_text(job.mutant.text)
+        try:
+            return self.verdict(job.file)
+        finally:
+            target.write_text(original)
+
+    def verdict(self, file: Path) -> str:
+        """What the first failing test saw, or SURVIVED."""
+        for command in test_commands(file):
+            code, output = self._pytest(command)
+            if code not in (0, 5):  # passed, nothing collected
+                return _cause(code, output)
+        return SURVIVED
+
+    def _pytest(self, command: list[str]) -> tuple[int, str]:
+        options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider"]
+        return self._run("-m", "pytest", *options, *command, seconds=MOST_SECONDS)
+
+    def _run(self, *arguments: str, seconds: float | None) -> tuple[int, str]:
+        """Exit status, 124 if it took too long, and output of Python, with the packages of this one."""
+        path = [str(self.folder / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = os.environ | {
+            "MEGALODON_OPS_EMULATOR_CACHE": str(self.folder / "build"),
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in path if entry),
+        }
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=self.folder, env=environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            return process.returncode, output
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return 124, process.communicate()[0]
+
+
+def _cause(code: int, output: str) -> str:
+    if code == 124:
+        return "never ends"
+    if code < 0:
+        return f"crash ({signal.Signals(-code).name})"
+    if "--build" in output and re.search(r"\berror:", output):
+        return "does not compile"
+    test = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", output, re.MULTILINE)
+    kind = re.search(rf"^E\s+(?:\S*Error: )?({'|'.join(KINDS)})(?:: | of )", output, re.MULTILINE)
+    if code != 1 or test is None:
+        raise RuntimeError(f"pytest ended with {code} and no failed test:\n{output[-4000:]}")
+    return f"{kind[1] if kind else 'wrong result'}, `{test[1]}`"
+
+
+def explanations() -> dict[tuple[str, str, int], str]:
+    """The table's last column by file, mutation, and how many equal ones came before."""
+    found: dict[tuple[str, str, int], str] = {}
+    for file, _, change, _, explanation in _rows():
+        count = sum(key[:2] == (file, change) for key in found)
+        found[file, change, count] = explanation
+    return found
+
+
+def _rows() -> Iterator[tuple[str, int, str, str, str]]:
+    """File, line, mutation, outcome, explanation."""
+    if not TABLE.exists():
+        return
+    for line in TABLE.read_text().splitlines():
+        cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) == 4 and (place := re.fullmatch(r"(\S+):(\d+)", cells[0])):
+            yield place[1], int(place[2]), cells[1], cells[2], cells[3]
+
+
+def write_table(done: list[tuple[Job, str]], barriers: bool = False) -> None:
+    """With the rows of other files and, where only barriers were run, of other mutations."""
+    known, files, rows = explanations(), {job.file.name for job, _ in done}, []
+    counts: dict[tuple[str, str], int] = {}
+    for job, outcome in done:
+        name, change = job.file.name, job.mutant.change
+        explanation = known.get((name, change, counts.get((name, change), 0)), "")
+        counts[name, change] = counts.get((name, change), 0) + 1
+        rows.append((name, job.mutant.line, change, outcome, explanation if outcome == SURVIVED else ""))
+    existing = {file.name for file in kernel_files([])}
+    others = [row for row in _rows() if row[0] in existing]
+    rows += [row for row in others if row[0] not in files or (barriers and not re.search(BARRIERS, row[2]))]
+    rows.sort(key=lambda row: row[:2])
+    alive = sum(row[3] == SURVIVED for row in rows)
+    lines = [
+        "# Mutants of the CUDA kernels",
+        "",
+        "Written by `python tests/cuda_emulator/mutate.py`, but for the last column. Each line is one change of one",
+        "kernel, and what the first test that failed reported; where a change survives, why it does no harm.",
+        "",
+        f"{len(rows)} mutants, {len(rows) - alive} killed, {alive} alive.",
+        "",
+        "| place | mutation | killed by | why it survives |",
+        "|---|---|---|---|",
+    ]
+    for file, line, *cells in rows:
+        lines.append(" | ".join([f"| {file}:{line}", *(cell.replace("|", r"\|") for cell in cells)]).rstrip() + " |")
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+def run(jobs: list[Job], scratch: Path, workers: int) -> list[tuple[Job, str]]:
+    record = scratch / "outcomes.jsonl"
+    scratch.mkdir(parents=True, exist_ok=True)
+    done = dict(json.loads(line) for line in record.read_text().splitlines()) if record.exists() else {}
+    left = [job for job in jobs if job.key not in done]
+    print(f"{len(jobs)} mutants, {len(jobs) - len(left)} of them known from before")
+    if left:
+        workshops: SimpleQueue[Workshop] = SimpleQueue()
+        for i in range(min(workers, len(left))):
+            workshops.put(Workshop(scratch / f"copy{i}"))
+        _check_baseline(workshops, {job.file for job in left})
+
+        def work(job: Job) -> None:
+            workshop, start = workshops.get(), time.monotonic()
+            try:
+                done[job.key] = workshop.outcome(job)
+            finally:
+                workshops.put(workshop)
+            with record.open("a") as file:
+                file.write(json.dumps([job.key, done[job.key]]) + "\n")
+            print(f"{job}: {done[job.key]} ({time.monotonic() - start:.0f} s)", flush=True)
+
+        with ThreadPoolExecutor(workshops.qsize()) as pool:
+            list(pool.map(work, left))
+    return [(job, done[job.key]) for job in jobs]
+
+
+def _check_baseline(workshops: SimpleQueue[Workshop], files: set[Path]) -> None:
+    """What fails unbroken kills nothing."""
+    workshop = workshops.get()
+    commands = {str(test_commands(file)): file for file in sorted(files)}
+    for file in commands.values():
+        if (verdict := workshop.verdict(file)) != SURVIVED:
+            raise SystemExit(f"the tests of {file} fail without a mutant: {verdict}")
+    workshops.put(workshop)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--barriers", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--scratch", type=Path, default=Path("~/.cache/megalodon_ops/mutation").expanduser())
+    arguments = parser.parse_args()
+    jobs = [job for file in kernel_files(arguments.only) for job in jobs_of(file)]
+    if arguments.barriers:
+        jobs = [job for job in jobs if re.search(BARRIERS, job.mutant.change)]
+    if arguments.list:
+        print(*jobs, sep="\n")
+        return
+    start = time.monotonic()
+    done = run(jobs, arguments.scratch, arguments.jobs)
+    write_table(done, arguments.barriers)
+    unexplained = [row for row in _rows() if row[3] == SURVIVED and not row[4]]
+    print(f"{TABLE}: {len(unexplained)} survivors without an explanation, {time.monotonic() - start:.0f} s")
+    sys.exit(bool(unexplained))
+
+
+if __name__ == "__main__":
+    main()

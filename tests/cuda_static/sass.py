@@ -1,0 +1,165 @@
+"""What nvcc has made of the kernels: registers, stack, and the instructions of each, by architecture.
+
+`python tests/cuda_static/sass.py` prints a table of the installed package's kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Kernel:
+    """One instance of a kernel, compiled for sm_<architecture>."""
+
+    name: str  # without namespaces and parameters: "scan_kernel<bf16, 8>"
+    architecture: int
+    calls: list[str] = field(default_factory=list)  # device functions that were not inlined
+    registers: int = 0
+    shared: int = 0  # bytes, static
+    stack: int = 0  # bytes: arrays in memory, and spills
+    opcodes: dict[str, tuple[int, str]] = field(default_factory=dict)  # how many, and the first one's "file:line"
+
+    def uses(self, pattern: str) -> list[tuple[str, int, str]]:
+        """The opcodes that match from their beginning: (opcode, count, place of the first)."""
+        return [(opcode, *use) for opcode, use in self.opcodes.items() if re.match(pattern, opcode)]
+
+
+class MissingTool(RuntimeError):
+    """A tool of the CUDA toolkit is not on this machine."""
+
+
+@functools.cache
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
+    if not found:
+        raise MissingTool("nvcc is neither on PATH nor in CUDA_HOME/bin")
+    return found
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """nvdisasm or cuobjdump, of the toolkit or of the PyPI package nvidia-cuda-<name>."""
+    folders = [folder for entry in sys.path for folder in Path(entry).glob("nvidia/*/bin")]
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+    if not found:
+        raise MissingTool(f"{name} is missing: pip install nvidia-cuda-{name}")
+    return found
+
+
+def installed() -> Path:
+    """The module of the CUDA kernels."""
+    spec = importlib.util.find_spec("megalodon_ops._cuda")
+    if spec is None:
+        raise MissingTool("this build of megalodon_ops has no CUDA kernels")
+    return Path(spec.origin)
+
+
+def kernels_of(library: Path) -> list[Kernel]:
+    """All kernels of a shared library, for each architecture that it holds machine code of."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        _run([tool("cuobjdump"), "-xelf", "all", str(library)], folder=folder)
+        found = pool.map(_kernels_of_cubin, sorted(Path(folder).glob("*.cubin")))
+        return [kernel for kernels in found for kernel in kernels]
+
+
+def compiled(source: Path, architecture: int = 90) -> list[Kernel]:
+    """The kernels of a file, compiled by nvcc."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / f"{source.stem}.sm_{architecture}.cubin"
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp'}"]
+        _run([nvcc(), *flags, f"-arch=sm_{architecture}", "-cubin", str(source), "-o", str(cubin)])
+        return _kernels_of_cubin(cubin)
+
+
+def _kernels_of_cubin(cubin: Path) -> list[Kernel]:
+    architecture = int(re.search(r"sm_(\d+)", cubin.name)[1])
+    usage = _run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)]).stdout
+    kernels = {
+        name: Kernel(name, architecture, [], int(registers), int(shared), int(stack))
+        for name, registers, stack, shared in re.findall(
+            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
+        )
+    }
+    _parse_listing(_run([tool("nvdisasm"), "-c", "-g", str(cubin)]).stdout, kernels)
+    for kernel, name in zip(kernels.values(), demangle(list(kernels)), strict=True):
+        kernel.name, kernel.calls = name, demangle(kernel.calls)
+    return list(kernels.values())
+
+
+def _parse_listing(listing: str, kernels: dict[str, Kernel]) -> None:
+    """Counts the opcodes of `nvdisasm -c -g`, section by section."""
+    for line in listing.splitlines():
+        if found := re.match(r"\s*\.section\s+\.text\.([\w$]+)", line):
+            kernel, place = kernels[found[1]], ""
+        elif found := re.match(r'\s*//## File "([^"]+)", line (\d+)', line):
+            place = f"{Path(found[1]).name}:{found[2]}"
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            count, first = kernel.opcodes.get(found[1], (0, place))
+            kernel.opcodes[found[1]] = (count + 1, first)
+            # nvcc's own routines, of division for example, have other names.
+            if called := re.search(r"CALL\S*\s.*\$(_Z\w+)", line):
+                kernel.calls += [called[1]] if called[1] not in kernel.calls else []
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Kernels' names as in the source, without return type, namespaces and parameters."""
+    filt = shutil.which("cu++filt") or shutil.which("c++filt")
+    if not filt:
+        raise MissingTool("c++filt is missing; it comes with binutils")
+    return [_short(line) for line in _run([filt], "\n".join(names)).stdout.splitlines()] if names else []
+
+
+def _short(name: str) -> str:
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("<unnamed>::", "")
+    depth = 0
+    for i, character in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            name = name[:i]
+            break
+    return re.sub(r"(?:\w+::)+(?=\w)", "", name).replace("> >", ">>")
+
+
+def _run(
+    command: list[str], text: str | None = None, folder: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=folder)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"[:8000])
+    return done
+
+
+def table(kernels: Iterable[Kernel]) -> str:
+    """Registers of each kernel by architecture, in Markdown, with static shared memory and what spills."""
+    rows: dict[str, dict[int, Kernel]] = {}
+    for kernel in kernels:
+        rows.setdefault(kernel.name, {})[kernel.architecture] = kernel
+    architectures = sorted({a for row in rows.values() for a in row})
+    lines = [
+        "| kernel | " + " | ".join(f"sm_{a}" for a in architectures) + " | static shared bytes |",
+        "|---|" + "---:|" * (len(architectures) + 1),
+    ]
+    for name in sorted(rows):
+        row = [rows[name][a] for a in architectures]
+        cells = [f"{k.registers}" + (f", {k.stack} bytes of stack" if k.stack else "") for k in row]
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {max(k.shared for k in row)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(kernels_of(installed())))

@@ -1,0 +1,115 @@
+"""What tests/cuda_emulator/mutate.py breaks in a kernel, and how it reads what the tests said."""
+
+from __future__ import annotations
+
+import pytest
+from cuda_emulator import mutate
+from cuda_emulator.mutants import mutants
+
+MUTANTS = {
+    "  __syncthreads();": ["`__syncthreads()` deleted"],
+    "  if (x) __syncwarp(mask(1));": ["`x` becomes `true`", "`__syncwarp(mask(1))` deleted"],
+    "  gpu::named_barrier(1, kThreads);": ["`gpu::named_barrier(1, kThreads)` deleted"],
+    "  gpu::cp_async_commit();": ["`gpu::cp_async_commit()` deleted"],
+    "  gpu::cp_async_wait<1>();": ["`1` becomes `1 + 1`", "`gpu::cp_async_wait<1>()` deleted"],
+    "  if (i >= n) return;": ["`i >= n` becomes `false`"],
+    "  if (i < n) {": ["`i < n` becomes `true`"],
+    "  const bool active = i < n;": ["`i < n` becomes `true`"],
+    "  if (f(a, b) && x[i] < (n + 1)) g();": [
+        "`f(a, b) && x[i] < (n + 1)` becomes `true`",
+        "`f(a, b)` becomes `true`",
+        "`x[i] < (n + 1)` becomes `true`",
+    ],
+    "  return a || b == c;": ["`a` becomes `false`", "`b == c` becomes `false`"],
+    "  y = i < n && j != m ? x[i] : R{0};": [
+        "`i < n && j != m` becomes `true`",
+        "`i < n && j != m` becomes `false`",
+        "`i < n` becomes `true`",
+        "`j != m` becomes `true`",
+    ],
+    "  g(p.state ? *p.state : 0);": ["`p.state` becomes `true`", "`p.state` becomes `false`"],
+    "  for (int i = 0; valid && i < n; ++i) sum += x[i];": [
+        "`i <` becomes `i <=`",
+        "`valid` becomes `true`",  # without the other bound it would not end
+    ],
+    "  GPU_UNROLL\n  for (int i = 0; i < 4; ++i) sum += x[i];": [],
+    "  // if (i < n) __syncthreads();": [],
+    '  f("a ? b : c");': [],
+    "  constexpr int width = n < 4 ? n : 4;": [],
+    "  f(std::forward<A>(a)); auto&& b = a;": [],
+}
+
+
+@pytest.mark.parametrize("code", MUTANTS)
+def test_mutants(code):
+    text = f"void kernel() {{\n{code}\n}}\n"
+    found = mutants(text)
+    assert sorted(mutant.change for mutant in found) == sorted(MUTANTS[code])
+    assert len({mutant.text for mutant in found} | {text}) == len(found) + 1
+    for mutant in found:
+        assert mutant.line == 2 + code.startswith("  GPU_UNROLL")
+
+
+def test_a_mutant_differs_in_one_place():
+    (mutant,) = mutants("a();\n__syncthreads();\nb();\n")
+    assert (mutant.line, mutant.text) == (2, "a();\n;\nb();\n")
+
+
+OUTPUTS = {
+    "E   RuntimeError: cmake --build x failed:\nE  x.cuh:3:1: error: expected ';'\nERROR tests/test_x.py::test_y - R": (
+        "does not compile"
+    ),
+    "E   EmulationError: in k:\nE     race: read after write of byte 3\nFAILED tests/test_x.py::test_y[1] - E": (
+        "race, `test_y`"
+    ),
+    "E   EmulationError: in k:\nE     out of bounds: read of 4 bytes\nFAILED tests/test_x.py::test_y - E": (
+        "out of bounds, `test_y`"
+    ),
+    "E   EmulationError: invalid launch of k: no grid\nFAILED tests/test_x.py::test_y - E": "invalid launch, `test_y`",
+    "E   AssertionError: q: error 3 > 2\nFAILED tests/test_x.py::test_y - A": "wrong result, `test_y`",
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_what_killed_a_mutant(output):
+    assert mutate._cause(1, output) == OUTPUTS[output]
+
+
+def test_a_mutant_that_hangs_or_crashes_is_dead():
+    assert mutate._cause(124, "") == "never ends"
+    assert mutate._cause(-11, "") == "crash (SIGSEGV)"
+    with pytest.raises(RuntimeError, match="ended with 4 and no failed test"):
+        mutate._cause(4, "usage")
+
+
+def test_explanations_are_kept(tmp_path, monkeypatch):
+    """They belong to a file and a mutation, wherever its line has gone; rows of other files stay as they are."""
+    monkeypatch.setattr(mutate, "TABLE", tmp_path / "docs" / "mutation.md")
+    monkeypatch.setattr(mutate, "kernel_files", lambda only: [mutate.Path("a.cu"), mutate.Path("b.cu")])
+
+    def jobs(file: str, text: str) -> list[mutate.Job]:
+        return [mutate.Job(mutate.Path(file), mutant, "") for mutant in mutants(text)]
+
+    twice = "f(a || b);\n__syncthreads();\n__syncthreads();\n"
+    a, b = jobs("a.cu", twice), jobs("b.cu", "__syncwarp();\n")
+    mutate.write_table([(job, mutate.SURVIVED) for job in a + b])
+    table = mutate.TABLE.read_text()
+    assert "5 mutants, 0 killed, 5 alive" in table
+    assert r"| a.cu:1 | `a` becomes `false` | **SURVIVED** | |" in table
+    table = table.replace("| a.cu:3 | `__syncthreads()` deleted | **SURVIVED** |", r"\g why")  # the second of two
+    mutate.TABLE.write_text(
+        table.replace(r"\g why", "| a.cu:3 | `__syncthreads()` deleted | **SURVIVED** | not \\| needed")
+    )
+    moved = jobs("a.cu", "\n" + twice)
+    mutate.write_table([(job, mutate.SURVIVED if job.mutant.line > 2 else "race, `test`") for job in moved])
+    table = mutate.TABLE.read_text()
+    assert "5 mutants, 2 killed, 3 alive" in table
+    assert r"| a.cu:4 | `__syncthreads()` deleted | **SURVIVED** | not \| needed |" in table
+    assert r"| a.cu:3 | `__syncthreads()` deleted | **SURVIVED** | |" in table
+    assert r"| b.cu:1 | `__syncwarp()` deleted | **SURVIVED** | |" in table
+    assert r"| a.cu:2 | `a` becomes `false` | race, `test` | |" in table
+    barriers = [job for job in moved if "sync" in job.mutant.change]
+    mutate.write_table([(job, "race, `again`") for job in barriers], barriers=True)
+    table = mutate.TABLE.read_text()
+    assert "5 mutants, 4 killed, 1 alive" in table and table.count("race, `again`") == 2
+    assert r"| a.cu:2 | `a` becomes `false` | race, `test` | |" in table
