@@ -1,4 +1,4 @@
-"""`python -m bench`: runs the benches and writes bench/results/<date>-cpu.md, .json and plots.
+"""`python -m bench`: runs the benches and writes bench/results/<date>-<device>.md, .json and plots.
 
 Partial and quick runs say so in their names, and overwrite no full one.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import harness, machine, report
+from . import gpu, harness, machine, report
 
 BENCHES = ("cema", "timestep_norm", "attention", "overhead", "model")
 
@@ -23,14 +23,18 @@ BENCHES = ("cema", "timestep_norm", "attention", "overhead", "model")
 def main() -> int:
     options = _options()
     begin = time.monotonic()
-    if not harness.keep_freed_memory():
+    if options.device == "cuda":
+        harness.hardware = gpu
+        torch.set_default_device("cuda")
+    elif not machine.keep_freed_memory():
         print("no glibc: times include the clearing of fresh pages", file=sys.stderr)
-    threads = sorted(set(options.threads), reverse=True)
+    hardware = harness.hardware
+    threads = sorted(set(options.threads), reverse=True) if options.device == "cpu" else [torch.get_num_threads()]
     effort = harness.Effort(samples=3, seconds=0.2) if options.quick else harness.Effort()
-    limits = {count: machine.measure_limits(count, options.quick) for count in threads}
+    limits = {count: hardware.measure_limits(count, options.quick) for count in threads}
     results, failures = [], []
     for bench in options.only:
-        cases = importlib.import_module(f".bench_{bench}", __package__).cases(options.quick)
+        cases = importlib.import_module(f".bench_{bench}", __package__).cases(options.quick, options.device == "cuda")
         for case in cases:
             try:
                 for result in harness.measure(bench, case, threads, effort):
@@ -41,12 +45,12 @@ def main() -> int:
                 print(f"FAILED  {failures[-1]}", file=sys.stderr)
             del case
             gc.collect()
-    limits = {count: limits[count].best(machine.measure_limits(count, options.quick)) for count in threads}
+    limits = {count: limits[count].best(hardware.measure_limits(count, options.quick)) for count in threads}
     date = datetime.date.today().isoformat()
     part = [] if set(options.only) == set(BENCHES) else options.only
-    stem = options.out / "-".join([date, "cpu", *part, *(["quick"] if options.quick else [])])
+    stem = options.out / "-".join([date, hardware.NAME, *part, *(["quick"] if options.quick else [])])
     report.write(
-        stem, results, failures, machine.describe(), limits,
+        stem, results, failures, hardware.describe(), limits, device=hardware.NAME,
         date=date, seconds=time.monotonic() - begin, quick=options.quick,
     )  # fmt: skip
     print(f"wrote {stem}.md", file=sys.stderr)
@@ -57,6 +61,7 @@ def _options() -> argparse.Namespace:
     every = torch.get_num_threads()
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES, metavar="BENCH", help=", ".join(BENCHES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu, or cuda: the current GPU")
     parser.add_argument("--quick", action="store_true", help="small shapes and few samples, to test the benches")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, every], metavar="N", help=f"default: 1 {every}")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")

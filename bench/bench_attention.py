@@ -27,9 +27,21 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     short = 8 if quick else 1
     L, C = 8192 // short, 2048 // short
+    if gpu:
+        for H in (1, 4):  # heads of the presets, from 200M to 7B
+            wide = dict(C=C, K=256, V=2048 // short, H=H, dtype=torch.bfloat16, rivals=("masked", "row blocks", "sdpa"))
+            for backward in (False, True):
+                yield _attention(2 * L // H, **wide, backward=backward)
+        for K, V, H in ((64, 512, 4), (64, 64, 8)):
+            for dtype in DTYPES:
+                for backward in (False, True):
+                    yield _attention(2 * L, C=C, K=K, V=V, H=H, dtype=dtype, backward=backward)
+        for backward in (False, True):
+            yield _qk(2 * L, Z=256, H=1, C=C, dtype=torch.bfloat16, backward=backward, compiled=True)
+        return
     every = ("masked", "row blocks", "sdpa")
     for dtype in DTYPES:
         wide = dict(C=C, K=256, V=2048 // short, H=1, dtype=dtype)

@@ -22,9 +22,18 @@ N = 16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     short = 32 if quick else 1
     f32, bf16 = torch.float32, torch.bfloat16
+    if gpu:
+        rivals = ("blocks", "compiled", "fft")
+        for batch, length, dim in ((8, 2048, 1024), (1, 4096, 4096), (4, 4096, 2048)):
+            yield _case(batch, length // short, dim, bf16, rivals=rivals)
+            yield _case(batch, length // short, dim, bf16, backward=True, rivals=rivals)
+        yield _case(8, 2048 // short, 1024, f32, rivals=rivals)
+        yield _case(8, 2048 // short, 1024, f32, backward=True, rivals=rivals)
+        yield _case(1, 1048576 // short, 64, f32)
+        return
     yield _case(1, 2048 // short, 1024, f32, rivals=("blocks", "fft", "loop"))
     yield _case(1, 8192 // short, 1024, f32, rivals=("blocks", "fft", "loop"))
     yield _case(1, 8192 // short, 1024, f32, backward=True, rivals=("blocks", "fft"))
@@ -53,6 +62,7 @@ def _case(
 
     ways = {
         "blocks": Path("blocks of matrix products", call(baselines.cema_blocks)),
+        "compiled": Path("blocks, torch.compile", call(torch.compile(baselines.cema_blocks)), compiled=True),
         "fft": Path("FFT convolution", call(baselines.cema_fft)),
         "loop": Path("loop over time", call(baselines.cema_loop)),
     }

@@ -34,11 +34,14 @@ _QUICK = dict(
 )  # fmt: skip
 # Gradients of the deepest parameters gather the rounding of every layer; 16-bit ones keep two digits.
 TRAINING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-FORWARD_TOLERANCE = 1e-3
+FORWARD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 DECODED = 8
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, gpu: bool) -> Iterator[Case]:
+    if gpu:
+        yield from _gpu_cases(quick)
+        return
     small = _Model("2M" if quick else "25M", mo.MegalodonConfig(**(_QUICK if quick else _25M)))
     C = small.config.chunk_size
     yield _training(small, 2 * C, plain=True)
@@ -51,6 +54,19 @@ def cases(quick: bool) -> Iterator[Case]:
     yield _decode(small, 32 * C - 24)
     if not quick:
         yield _training(_Model("200M", mo.MegalodonConfig.preset("mega200M")), 2048)
+
+
+def _gpu_cases(quick: bool) -> Iterator[Case]:
+    presets = {"2M": mo.MegalodonConfig(**_QUICK)} if quick else {
+        "200M": mo.MegalodonConfig.preset("mega200M"), "1.3B": mo.MegalodonConfig.preset("mega1.3B")
+    }  # fmt: skip
+    for name, config in presets.items():
+        model = _Model(name, config, torch.bfloat16)
+        C = config.chunk_size
+        yield _training(model, 4 * C)
+        yield _forward(model, 16 * C)
+        yield _decode(model, C - 24)
+        yield _decode(model, 16 * C - 24)
 
 
 @dataclass
@@ -71,7 +87,7 @@ class _Model:
         return _Model(self.name, self.config, dtype)
 
     def tokens(self, length: int) -> Tensor:
-        return torch.randint(self.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+        return torch.randint(self.config.vocab_size, (1, length), generator=torch.Generator(torch.get_default_device()).manual_seed(1))
 
     def flops(self, length: int, training: bool) -> int:
         config = self.config
@@ -170,7 +186,7 @@ def _forward(model: _Model, length: int, *, plain: bool = False) -> Case:
     if plain:
         paths.insert(1, Path("plain torch", plain_call))
     return model.case(
-        "forward", length, paths, training=False, expected=plain_call, tolerance=FORWARD_TOLERANCE, fewer_threads=False
+        "forward", length, paths, training=False, expected=plain_call, tolerance=FORWARD_TOLERANCE[model.dtype], fewer_threads=False
     )
 
 
@@ -225,7 +241,7 @@ def _decode(model: _Model, context: int) -> Case:
     ]
     case = model.case(
         f"decode {DECODED} tokens after {context}", DECODED, paths, training=False, expected=expected,
-        tolerance=FORWARD_TOLERANCE,
+        tolerance=FORWARD_TOLERANCE[model.dtype],
     )  # fmt: skip
     config, seen = model.config, context % C
     channels = seen * config.num_layers * (config.z_dim + config.value_dim)  # of cached keys and values

@@ -21,7 +21,7 @@ L, D, N, G, H, C = 2, 64, 16, 4, 2, 16
 TOLERANCE = 1e-4
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     torch.manual_seed(0)
     x, ones = torch.randn(1, L, D), torch.randn(D)
     coefficients = [t.detach() for t in mo.ComplexEMA(D, N).coefficients()]

@@ -20,8 +20,14 @@ from .harness import OURS, Case, Path, forward, forward_backward
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     length = 1024 if quick else 8192
+    if gpu:
+        for batch, dim, groups in ((8, 1024, 32), (1, 4096, 64), (4, 2048, 64)):
+            for backward in (False, True):
+                yield _case(batch, length // 4, dim, groups, torch.bfloat16, backward=backward, compiled=True)
+        yield _case(8, length // 4, 1024, 32, torch.float32, backward=True, compiled=True)
+        return
     for dtype in (torch.float32, torch.bfloat16):
         yield _case(1, length, 1024, 32, dtype, compiled=dtype == torch.float32)
         yield _case(1, length, 1024, 32, dtype, backward=True, compiled=dtype == torch.float32)

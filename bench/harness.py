@@ -11,22 +11,20 @@ A `Case` is one piece of work with a `Path` for each way of doing it, ours first
    warm: an untimed call comes first, then the timed one, or as many calls in a row as take a millisecond.
    cold: a buffer twice as large as the last-level cache is read and written first, then one call is timed.
 
-Results are freed outside the timed part. The allocator keeps freed memory (see `keep_freed_memory`), so that the
+Results are freed outside the timed part. The allocator keeps freed memory (see `machine.keep_freed_memory`), so that the
 system's page clearing, which `machine.Limits.first_touch` shows, is not part of what is timed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as File
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,6 +32,7 @@ from torch import Tensor
 from . import machine
 
 OURS = "megalodon_ops"
+hardware: ModuleType = machine  # or gpu
 Outputs = Sequence[Tensor]
 
 _SHORT = 1e-3  # seconds; shorter calls are timed several in a row
@@ -185,14 +184,14 @@ class _Runner:
         if self.timing.peak_memory is None:
             if self.path.before:
                 self.path.before()
-            in_use = _reset_peak_memory()
-            self.seconds, outputs = _timed(self.path.call)
-            self.timing.peak_memory = _peak_memory_since(in_use)
+            in_use = hardware.reset_peak_memory()
+            self.seconds, outputs = hardware.timed(self.path.call)
+            self.timing.peak_memory = hardware.peak_memory_since(in_use)
             del outputs
         for _ in range(3 if self.seconds < _CACHEABLE else 0):
             if self.path.before:
                 self.path.before()
-            self.seconds = min(self.seconds, _timed(self.path.call)[0])
+            self.seconds = min(self.seconds, hardware.timed(self.path.call)[0])
 
     def sample(self, flush: Callable[[], None] | None) -> None:
         """Adds one sample: cold after `flush`, else warm."""
@@ -204,7 +203,7 @@ class _Runner:
             flush()
         elif not alone and self.seconds < _CACHEABLE:
             self.path.call()
-        seconds, _ = _timed(self.path.call, calls)
+        seconds, _ = hardware.timed(self.path.call, calls)
         (self.timing.cold if flush else self.timing.warm).append(seconds)
 
 
@@ -216,15 +215,15 @@ def _check(case: Case, timings: list[Timing], effort: Effort) -> list[_Runner]:
         ours = path is case.paths[0]
         if path.before:
             path.before()
-        in_use = _reset_peak_memory() if ours else None
+        in_use = hardware.reset_peak_memory() if ours else None
         try:
-            seconds, outputs = _timed(path.call)
+            seconds, outputs = hardware.timed(path.call)
         except Exception as error:
             if ours:
                 raise
             timing.note = f"failed: {type(error).__name__}"
             continue
-        timing.peak_memory = _peak_memory_since(in_use)
+        timing.peak_memory = hardware.peak_memory_since(in_use)
         if expected and path.checked:
             timing.error = relative_error(outputs, expected)
             agrees = timing.error <= case.tolerance
@@ -261,7 +260,7 @@ def _nan_is_worst(value: float) -> float:
 
 def _take_turns(runners: list[_Runner], effort: Effort, *, warm: bool) -> None:
     """Samples A B A B until each path has enough samples or has used up its seconds."""
-    flush = None if warm else cache_flusher()
+    flush = None if warm else hardware.cache_flusher()
     spent = dict.fromkeys(range(len(runners)), 0.0)
     samples = 0
     while spent and samples < effort.samples:
@@ -272,54 +271,6 @@ def _take_turns(runners: list[_Runner], effort: Effort, *, warm: bool) -> None:
             if spent[index] > effort.seconds:
                 del spent[index]
         samples += 1
-
-
-def _timed(call: Callable[[], Outputs], calls: int = 1) -> tuple[float, Outputs]:
-    """Seconds a call, and the last outputs, which outlive the timing."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        outputs = call()
-    return (time.perf_counter() - start) / calls, outputs
-
-
-def cache_flusher() -> Callable[[], None]:
-    """A call that leaves nothing of what came before in any cache."""
-    if not hasattr(cache_flusher, "buffer"):
-        cache_flusher.buffer = torch.zeros(2 * machine.last_level_cache() // 4)
-    return lambda: cache_flusher.buffer.add_(1)
-
-
-def keep_freed_memory() -> bool:
-    """Makes glibc's malloc keep and reuse freed memory of any size. False where there is no glibc.
-
-    Otherwise every result of 32 MiB and more comes from fresh pages, which the system clears one by one: on some
-    machines that takes longer than the op.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_max = -1, -4
-        return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, -1))
-    except (AttributeError, OSError):
-        return False
-
-
-def _reset_peak_memory() -> int | None:
-    """Gives freed memory back, sets the high-water mark to what is in use, and returns that; None if not Linux."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        File("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except (AttributeError, OSError):
-        return None
-
-
-def _peak_memory_since(in_use: int | None) -> int | None:
-    return None if in_use is None else max(0, _status("VmHWM") - in_use)
-
-
-def _status(name: str) -> int:
-    return int(re.search(rf"{name}:\s*(\d+)", File("/proc/self/status").read_text())[1]) << 10
 
 
 def forward(call: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Callable[[], Outputs]:

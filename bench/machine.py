@@ -1,24 +1,28 @@
-"""What the processor is, and its own limits, measured in the run that quotes them."""
+"""What the processor is, its own limits, measured in the run that quotes them, and how to time and read its memory."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import megalodon_ops as mo
 
+NAME = "cpu"
 _FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
@@ -37,7 +41,7 @@ class Limits:
     """tensor.copy_ between buffers far larger than the cache, bytes read plus bytes written"""
     read: float
     """tensor.sum of such a buffer"""
-    first_touch: float
+    first_touch: float | None
     """writing memory fresh from the system, whose pages it must clear first"""
 
     def best(self, other: Limits) -> Limits:
@@ -130,6 +134,51 @@ def _first_touch(size: int) -> float:
 
 
 def _seconds(call: Callable[[], object]) -> float:
+    return timed(call)[0]
+
+
+def timed(call: Callable[[], Sequence[Tensor]], calls: int = 1) -> tuple[float, Sequence[Tensor]]:
+    """Seconds a call, and the last outputs, which outlive the timing."""
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        outputs = call()
+    return (time.perf_counter() - start) / calls, outputs
+
+
+def cache_flusher() -> Callable[[], None]:
+    """A call that leaves nothing of what came before in any cache."""
+    buffer = torch.zeros(2 * last_level_cache() // 4)
+    return lambda: buffer.add_(1)
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc's malloc keep and reuse freed memory of any size. False where there is no glibc.
+
+    Otherwise every result of 32 MiB and more comes from fresh pages, which the system clears one by one: on some
+    machines that takes longer than the op.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_max = -1, -4
+        return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, -1))
+    except (AttributeError, OSError):
+        return False
+
+
+def reset_peak_memory() -> int | None:
+    """Gives freed memory back, sets the high-water mark to what is in use, and returns that; None if not Linux."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except (AttributeError, OSError):
+        return None
+
+
+def peak_memory_since(in_use: int | None) -> int | None:
+    return None if in_use is None else max(0, _status("VmHWM") - in_use)
+
+
+def _status(name: str) -> int:
+    return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) << 10

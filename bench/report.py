@@ -13,7 +13,7 @@ import numpy as np
 from .harness import Result
 from .machine import Limits
 
-_HEAD = """# CPU benches, {date}
+_HEAD = """# Benches, {device}, {date}
 
 {machine}
 
@@ -39,12 +39,12 @@ _LIMIT_NAMES = {
 
 def write(
     stem: Path, results: Sequence[Result], failures: Sequence[str], machine: dict[str, str], limits: dict[int, Limits],
-    *, date: str, seconds: float, quick: bool,
+    *, device: str, date: str, seconds: float, quick: bool,
 ) -> None:  # fmt: skip
     """Writes `stem`.json, `stem`.md and the plots `stem`-<bench>.png."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     record = dict(
-        date=date, seconds=round(seconds), quick=quick, machine=machine, failures=list(failures),
+        date=date, device=device, seconds=round(seconds), quick=quick, machine=machine, failures=list(failures),
         limits={threads: dataclasses.asdict(values) for threads, values in limits.items()},
         results=[dataclasses.asdict(result) for result in results],
     )  # fmt: skip
@@ -54,6 +54,7 @@ def write(
     parts = [
         _HEAD.format(
             date=date,
+            device=device.upper(),
             machine="\n".join(f"- {key}: {value}" for key, value in machine.items()),
             limits=_table(["", *(_threads(t) for t in limits)], rows),
             minutes=seconds / 60,
