@@ -22,7 +22,7 @@ needs_onednn = pytest.mark.skipif(
 @pytest.fixture
 def onednn(monkeypatch):
     """Every product through oneDNN, however small."""
-    monkeypatch.setattr(module, "_WORTH", 1)
+    monkeypatch.setattr(module, "_WORTH_WITH_GRADIENTS", 1)
     monkeypatch.setattr(module, "USES_ONEDNN", True)
 
 
@@ -80,7 +80,7 @@ def test_small_products_16_bit_types_and_autocast_are_torchs(monkeypatch):
     monkeypatch.setattr(module, "USES_ONEDNN", True)
     x, weight = torch.randn(7, 24), torch.randn(40, 24)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
-    monkeypatch.setattr(module, "_WORTH", 1)
+    monkeypatch.setattr(module, "_WORTH_WITH_GRADIENTS", 1)
     for dtype in (torch.bfloat16, torch.float64):
         assert linear(x.to(dtype), weight.to(dtype)).dtype == dtype
     with torch.autocast("cpu", torch.bfloat16):
@@ -112,3 +112,17 @@ def test_onednn_is_for_processors_on_which_mkl_is_slow(monkeypatch, tmp_path, ve
 def test_a_wrong_choice_is_refused():
     with pytest.raises(ImportError, match="MEGALODON_OPS_LINEAR must be auto, torch or onednn, got blas"):
         choose("blas")
+
+
+@needs_onednn
+def test_without_gradients_smaller_products_are_worth_it(monkeypatch):
+    monkeypatch.setattr(module, "USES_ONEDNN", True)
+    calls, x, weight = [], torch.randn(1, 512), torch.randn(256, 512)
+    monkeypatch.setattr(module, "linear_fwd", lambda *args: calls.append(args) or F.linear(*args))
+    linear(x, weight)
+    assert not calls
+    with torch.no_grad():
+        linear(x, weight)
+        assert len(calls) == 1
+        linear(x[:, :8], weight[:, :8])
+        assert len(calls) == 1

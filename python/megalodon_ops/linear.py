@@ -12,7 +12,8 @@ from torch import Tensor
 from .library import call, define_op
 
 _CPUINFO = Path("/proc/cpuinfo")
-_WORTH = 1 << 26  # multiply-adds of a product from which the overhead of the call no longer counts
+# Multiply-adds of a product from which the overhead of the call no longer counts: with gradients, and without.
+_WORTH_WITH_GRADIENTS, _WORTH = 1 << 26, 1 << 16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,7 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> m.linear(torch.ones(2, 3), torch.ones(4, 3)).shape
         torch.Size([2, 4])
     """
-    if USES_ONEDNN and x.numel() * weight.shape[0] >= _WORTH and _is_plain(x, weight):
+    worth = _WORTH_WITH_GRADIENTS if torch.is_grad_enabled() else _WORTH
+    if USES_ONEDNN and x.numel() * weight.shape[0] >= worth and _is_plain(x, weight):
         return call(linear_fwd, x, weight, bias)
     return F.linear(x, weight, bias)
 
