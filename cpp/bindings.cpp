@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, module) {
   bind_timestep_norm(module);
   bind_normalized_qk(module);
   bind_chunked_attention(module);
+  bind_linear(module);
   module.def("num_threads", [] { return omp_get_max_threads(); });
   module.def("build_info", [] {
     py::dict info;

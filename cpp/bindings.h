@@ -12,5 +12,6 @@ void bind_cema(py::module_& module);
 void bind_timestep_norm(py::module_& module);
 void bind_normalized_qk(py::module_& module);
 void bind_chunked_attention(py::module_& module);
+void bind_linear(py::module_& module);  // of _C alone
 
 }  // namespace megalodon

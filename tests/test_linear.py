@@ -1,4 +1,4 @@
-"""linear: that oneDNN's products are F.linear up to rounding, when they are taken, and the switch."""
+"""linear: that every way of computing it is F.linear up to rounding, when each is taken, and the switch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from backends import ISAS, isa
+from megalodon_ops import _C
 from megalodon_ops import linear as module
-from megalodon_ops.linear import choose, linear, linear_fwd
+from megalodon_ops.linear import choose, linear, linear_few_rows, linear_fwd
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
@@ -21,8 +23,8 @@ needs_onednn = pytest.mark.skipif(
 
 @pytest.fixture
 def onednn(monkeypatch):
-    """Every product through oneDNN, however small."""
-    monkeypatch.setattr(module, "_WORTH_WITH_GRADIENTS", 1)
+    """Every product with gradients through oneDNN, however small."""
+    monkeypatch.setattr(module, "_WORTH", 1)
     monkeypatch.setattr(module, "USES_ONEDNN", True)
 
 
@@ -72,21 +74,90 @@ def test_opcheck(onednn):
     torch.library.opcheck(linear_fwd, inputs(2, 5))
 
 
-def test_small_products_16_bit_types_and_autocast_are_torchs(monkeypatch):
-    def fail(*args):
-        raise AssertionError
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize(("I", "O"), [(1, 1), (7, 3), (64, 100), (300, 61), (1031, 5)])
+def test_few_rows(name, dtype, rows, I, O):  # noqa: E741
+    x, weight, bias = (t.detach().to(dtype) for t in inputs(rows, I=I, O=O))
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    size = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())  # of the terms
+    sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    with isa(name), torch.no_grad():
+        found = linear_few_rows(x, weight, bias)
+        without = linear_few_rows(x, weight, None)
+    assert found.dtype == dtype
+    bound = 4 * sums * size + torch.finfo(dtype).eps * expected.abs()
+    assert ((found.double() - expected).abs() <= bound).all()
+    assert ((without.double() - (expected - bias.double())).abs() <= bound + torch.finfo(dtype).eps * size).all()
 
-    monkeypatch.setattr(module, "linear_fwd", fail)
+
+def test_few_rows_do_not_depend_on_threads_or_strides():
+    x, weight, bias = (t.detach() for t in inputs(1, 3, I=200, O=900))
+    expected = linear_few_rows(x, weight, bias)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert torch.equal(linear_few_rows(x, weight, bias), expected)
+    torch.set_num_threads(threads)
+    spread = [torch.stack((t, t), -1)[..., 0] for t in (x, weight, bias)]
+    assert torch.equal(linear_few_rows(*spread), expected)
+
+
+def test_opcheck_of_few_rows():
+    x, weight, bias = (t.detach() for t in inputs(2, 3))
+    torch.library.opcheck(linear_few_rows, (x, weight, bias))
+    torch.library.opcheck(linear_few_rows, (x, weight, None))
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (3, 200), (130, 5), (64, 0)], ids=str)
+def test_transposed_copy(name, shape):
+    x, y = torch.randn(shape), torch.full(shape[::-1], torch.nan)
+    with isa(name):
+        _C.transpose(x, y)
+    assert torch.equal(y, x.t())
+
+
+def taken(monkeypatch) -> list[str]:
+    """The ops that are called from now on, by name."""
+    calls: list[str] = []
+    for name in ("linear_few_rows", "linear_fwd"):
+        monkeypatch.setattr(module, name, lambda *args, name=name: calls.append(name) or F.linear(*args))
+    return calls
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("uses_onednn", [False, True])
+def test_which_way_is_taken(monkeypatch, uses_onednn, rows, gradients):
+    monkeypatch.setattr(module, "USES_ONEDNN", uses_onednn)
+    calls, x, weight = taken(monkeypatch), torch.randn(rows, 24), torch.randn(40, 24)
+    with torch.set_grad_enabled(gradients):
+        linear(x, weight)
+        assert calls == ([] if gradients else ["linear_few_rows"] if rows <= 8 else ["linear_fwd"] * uses_onednn)
+        calls.clear()
+        monkeypatch.setattr(module, "_WORTH", rows * 24 * 40)
+        linear(x, weight)
+        assert not gradients or calls == ["linear_fwd"] * uses_onednn
+        calls.clear()
+        monkeypatch.setattr(module, "USES_KERNELS", False)
+        linear(x, weight)
+        assert not calls
+
+
+@torch.no_grad()
+def test_what_torch_is_left_with(monkeypatch):
     monkeypatch.setattr(module, "USES_ONEDNN", True)
-    x, weight = torch.randn(7, 24), torch.randn(40, 24)
-    assert torch.equal(linear(x, weight), F.linear(x, weight))
-    monkeypatch.setattr(module, "_WORTH_WITH_GRADIENTS", 1)
+    calls, x, weight = taken(monkeypatch), torch.randn(9, 24), torch.randn(40, 24)
     for dtype in (torch.bfloat16, torch.float64):
         assert linear(x.to(dtype), weight.to(dtype)).dtype == dtype
+    assert linear(x[:0], weight).shape == (0, 40)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
-    with pytest.raises(AssertionError):
-        linear(x, weight)
+        assert linear(x[:1], weight).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="same dtype|dtype"):
+        linear(x[:1], weight.double())
+    assert calls == ["linear_fwd"]  # of no rows
 
 
 @pytest.mark.parametrize("choice", ["torch", pytest.param("onednn", marks=needs_onednn)])
@@ -112,17 +183,3 @@ def test_onednn_is_for_processors_on_which_mkl_is_slow(monkeypatch, tmp_path, ve
 def test_a_wrong_choice_is_refused():
     with pytest.raises(ImportError, match="MEGALODON_OPS_LINEAR must be auto, torch or onednn, got blas"):
         choose("blas")
-
-
-@needs_onednn
-def test_without_gradients_smaller_products_are_worth_it(monkeypatch):
-    monkeypatch.setattr(module, "USES_ONEDNN", True)
-    calls, x, weight = [], torch.randn(1, 512), torch.randn(256, 512)
-    monkeypatch.setattr(module, "linear_fwd", lambda *args: calls.append(args) or F.linear(*args))
-    linear(x, weight)
-    assert not calls
-    with torch.no_grad():
-        linear(x, weight)
-        assert len(calls) == 1
-        linear(x[:, :8], weight[:, :8])
-        assert len(calls) == 1

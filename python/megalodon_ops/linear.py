@@ -1,4 +1,4 @@
-"""`linear`: x weight^T + bias through the faster of torch's two libraries of matrix products."""
+"""`linear`: x weight^T + bias by the fastest of torch's two libraries of matrix products and a kernel for few rows."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import call, define_op
+from .library import call, contiguous_or_none, define_op, launch
 
 _CPUINFO = Path("/proc/cpuinfo")
-# Multiply-adds of a product from which the overhead of the call no longer counts: with gradients, and without.
-_WORTH_WITH_GRADIENTS, _WORTH = 1 << 26, 1 << 16
+_FEW_ROWS = 8  # up to which reading the weights is all that counts
+_WORTH = 1 << 26  # multiply-adds of a product from which the overhead of an op with gradients no longer counts
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, on the CPU through oneDNN where that is the faster way.
+    """`torch.nn.functional.linear`, on the CPU in the fastest of three ways.
 
-    torch computes float32 matrix products with MKL, which takes a slow path on processors that are not Intel's; oneDNN,
-    which torch also holds, does not. So large float32 products go to oneDNN where torch has MKL and the processor is
-    another maker's. `MEGALODON_OPS_LINEAR=torch` or `onednn` in the environment decides otherwise. Results differ by
-    rounding alone; the choice depends on the machine, never on a measurement.
+    Without gradients, products of at most 8 rows, as in decoding, take a kernel of our own, which reads the weights at
+    the speed of memory. torch computes other float32 products with MKL, which takes a slow path on processors that are
+    not Intel's; oneDNN, which torch also holds, does not. So float32 products go to oneDNN where torch has MKL and the
+    processor is another maker's, if they are large or need no gradients. `MEGALODON_OPS_LINEAR` in the environment
+    decides otherwise: `torch` leaves everything to torch, `onednn` takes oneDNN on any processor. Results differ by
+    rounding alone; the choice depends on the machine and on sizes, never on a measurement.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
@@ -35,15 +37,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> m.linear(torch.ones(2, 3), torch.ones(4, 3)).shape
         torch.Size([2, 4])
     """
-    worth = _WORTH_WITH_GRADIENTS if torch.is_grad_enabled() else _WORTH
-    if USES_ONEDNN and x.numel() * weight.shape[0] >= worth and _is_plain(x, weight):
-        return call(linear_fwd, x, weight, bias)
+    if USES_KERNELS and _is_plain(x, weight, bias):
+        gradients = torch.is_grad_enabled()
+        if not gradients and 0 < x.numel() <= _FEW_ROWS * x.shape[-1]:
+            return call(linear_few_rows, x, weight, bias)
+        if USES_ONEDNN and x.dtype == torch.float32 and not (gradients and x.numel() * weight.shape[0] < _WORTH):
+            return call(linear_fwd, x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    float32 = x.dtype == weight.dtype == torch.float32
-    return float32 and x.device.type == weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """On the CPU, in one floating dtype, which autocast does not change."""
+    same = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) and x.is_floating_point()
+    return same and x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def choose(choice: str) -> bool:
@@ -61,11 +67,28 @@ def _is_intel() -> bool:
     return not _CPUINFO.exists() or "GenuineIntel" in _CPUINFO.read_text()
 
 
-USES_ONEDNN = choose(os.environ.get("MEGALODON_OPS_LINEAR", "auto"))
+_CHOICE = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
+USES_ONEDNN, USES_KERNELS = choose(_CHOICE), _CHOICE != "torch"
+
+
+def _few_rows(x, weight, bias):
+    y = _fwd_fake(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    launch("linear_few_rows", rows, weight.contiguous(), contiguous_or_none(bias), y.view(-1, y.shape[-1]))
+    return y
 
 
 def _fwd(x, weight, bias):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(_by_rows(x), weight, bias, "none", [], "")
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    """Contiguous, as oneDNN wants it. The transposed matrix of a weight's gradient is copied faster than torch does."""
+    if x.dim() != 2 or x.is_contiguous() or not x.t().is_contiguous():
+        return x.contiguous()
+    rows = torch.empty_like(x, memory_format=torch.contiguous_format)
+    launch("transpose", x.t(), rows)
+    return rows
 
 
 def _fwd_fake(x, weight, bias):
@@ -91,4 +114,7 @@ linear_fwd = define_op(
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+linear_few_rows = define_op(
+    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", kernel=_few_rows, fake=_fwd_fake
 )

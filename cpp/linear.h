@@ -1,0 +1,31 @@
+// What torch's matrix products lack on the CPU: products of few rows, and a transposed copy. Used by python/.../linear.py.
+#pragma once
+
+#include "dtype.h"
+#include "isa.h"
+
+namespace megalodon {
+
+// y = x weight^T + bias. All matrices are contiguous.
+struct LinearFewRowsParams {
+  DType dtype;         // of all tensors; sums are float, or double where dtype is f64
+  int64_t rows;        // T
+  int64_t inputs;      // I
+  int64_t outputs;     // O
+  const void* x;       // (T, I)
+  const void* weight;  // (O, I)
+  const void* bias;    // (O) or null: zero
+  void* y;             // (T, O)
+};
+
+// y = x^T
+struct TransposeParams {
+  int64_t rows, columns;
+  const float* x;  // (rows, columns)
+  float* y;        // (columns, rows)
+};
+
+MEGALODON_CPU_KERNEL(linear_few_rows_cpu, LinearFewRowsParams)
+MEGALODON_CPU_KERNEL(transpose_cpu, TransposeParams)
+
+}  // namespace megalodon

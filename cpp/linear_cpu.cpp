@@ -1,0 +1,111 @@
+// Products of few rows, bound by reading the weights once, and a transposed copy.
+//
+//   y_to = sum_i x_ti w_oi + b_o
+//
+// A job owns neighbouring rows of the weights, as many as a thread can stream without a pause, and walks along one of
+// them at once, or with several rows of x, which stay in L1 or L2, along kTogether: each vector that is loaded serves
+// many sums, in registers. The order of a sum depends on I, the vector and the number of rows alone.
+//
+// The transposed copy takes squares of kLanes^2, in strips of a few cache lines of each row.
+
+#include "linear.h"
+
+#include <algorithm>
+
+#include "panels.h"
+
+namespace megalodon::MEGALODON_ISA {
+namespace {
+
+constexpr int64_t kJobsOfAThread = 4;
+constexpr int kMostRows = kRegisters / 8;
+constexpr int kTogether = 4;
+constexpr int64_t kAhead = 4096;  // bytes of the weights that are fetched before they are needed
+constexpr int64_t kStrip = 64;         // columns of a strip of the transposed copy
+
+// `rows` rows of x against `outputs` of the weights.
+template <class T, int rows, int outputs>
+MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_t output) {
+  using R = Compute<T>;
+  constexpr int64_t lanes = kLanes<R>;
+  constexpr int chains = kRegisters / 2 / (rows * outputs);
+  const T* x = static_cast<const T*>(p.x) + row * p.inputs;
+  const T* weight = static_cast<const T*>(p.weight) + output * p.inputs;
+  // Several rows at once: what follows the last of them, unless that is far away.
+  const int64_t group = outputs * p.inputs * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = outputs == 1 ? kAhead : std::min(4 * kAhead, group);
+  Vec<R> sums[chains][rows][outputs] = {};
+  const auto add = [&](int chain, int64_t i, auto&& at) {
+    Vec<R> w[outputs];
+    for (int o = 0; o < outputs; ++o) w[o] = at(weight + o * p.inputs + i);
+    for (int r = 0; r < rows; ++r) {
+      const Vec<R> factor = at(x + r * p.inputs + i);
+      for (int o = 0; o < outputs; ++o) sums[chain][r][o] += factor * w[o];
+    }
+  };
+  const auto whole = [](const T* from) { return load(from); };
+  int64_t i = 0;
+  for (; i + chains * lanes <= p.inputs; i += chains * lanes)
+    for (int chain = 0; chain < chains; ++chain) {
+      const int64_t at = i + chain * lanes;
+      for (int o = 0; o < outputs; ++o)
+        __builtin_prefetch(reinterpret_cast<const char*>(weight + o * p.inputs + at) + ahead);
+      add(chain, at, whole);
+    }
+  for (; i + lanes <= p.inputs; i += lanes) add(0, i, whole);
+  if (i < p.inputs) add(0, i, [&](const T* from) { return load_first(from, p.inputs - i); });
+  T* y = static_cast<T*>(p.y) + row * p.outputs + output;
+  for (int o = 0; o < outputs; ++o) {
+    const R bias = p.bias ? widen(static_cast<const T*>(p.bias)[output + o]) : R{0};
+    for (int r = 0; r < rows; ++r) {
+      Vec<R> sum = sums[0][r][o];
+      for (int chain = 1; chain < chains; ++chain) sum += sums[chain][r][o];
+      y[r * p.outputs + o] = narrow<T>(sum_lanes<R>(sum) + bias);
+    }
+  }
+}
+
+// All rows of x against the weights' rows [begin, end).
+template <class T>
+MEGALODON_INLINE void run_job(const LinearFewRowsParams& p, int64_t begin, int64_t end) {
+  int64_t output = begin;
+  if (p.rows > 1)
+    for (; output + kTogether <= end; output += kTogether) {
+      int64_t row = 0;
+      for (; row + kMostRows <= p.rows; row += kMostRows) products<T, kMostRows, kTogether>(p, row, output);
+      for (; row < p.rows; ++row) products<T, 1, kTogether>(p, row, output);
+    }
+  for (; output < end; ++output)
+    for (int64_t row = 0; row < p.rows; ++row) products<T, 1, 1>(p, row, output);
+}
+
+}  // namespace
+
+void linear_few_rows_cpu(const LinearFewRowsParams& p) {
+  const int64_t jobs = std::min(p.outputs, kJobsOfAThread * omp_get_max_threads());
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_jobs(jobs, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
+      return [&](int64_t job) { run_job<T>(p, p.outputs * job / jobs, p.outputs * (job + 1) / jobs); };
+    });
+  });
+}
+
+void transpose_cpu(const TransposeParams& p) {
+  constexpr int64_t lanes = kLanes<float>;
+  parallel_jobs((p.columns + kStrip - 1) / kStrip, static_cast<double>(p.rows * p.columns), [&] {
+    return [&](int64_t job) {
+      const int64_t end = std::min(p.columns, (job + 1) * kStrip);
+      for (int64_t row = 0; row < p.rows; row += lanes)
+        for (int64_t column = job * kStrip; column < end; column += lanes) {
+          const int64_t height = std::min(lanes, p.rows - row), width = std::min(lanes, end - column);
+          Vec<float> square[lanes] = {};
+          for (int64_t i = 0; i < height; ++i) square[i] = load_first(p.x + (row + i) * p.columns + column, width);
+          transpose<float>(square);
+          for (int64_t i = 0; i < width; ++i) store_first(p.y + (column + i) * p.rows + row, square[i], height);
+        }
+    };
+  });
+}
+
+}  // namespace megalodon::MEGALODON_ISA
