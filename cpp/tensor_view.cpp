@@ -3,6 +3,8 @@
 #include <cmath>
 #include <sstream>
 
+#include "dlpack_view.h"
+
 namespace megalodon {
 namespace {
 
@@ -57,11 +59,50 @@ py::object call(py::handle object, PyObject* method) {
   return py::reinterpret_steal<py::object>(value);
 }
 
+Scalar scalar_of_dlpack(const DlpackTensor& tensor) {
+  enum Code { integer = 0, floating = 2, bfloat = 4, complex = 5 };
+  const int bits = tensor.dtype.lanes == 1 ? tensor.dtype.bits : 0;
+  switch (tensor.dtype.code) {
+    case floating: return bits == 32 ? Scalar::f32 : bits == 64 ? Scalar::f64 : bits == 16 ? Scalar::f16 : Scalar::other;
+    case bfloat: return bits == 16 ? Scalar::bf16 : Scalar::other;
+    case complex: return bits == 64 ? Scalar::c64 : bits == 128 ? Scalar::c128 : Scalar::other;
+    case integer: return bits == 64 ? Scalar::i64 : Scalar::other;
+  }
+  return Scalar::other;
+}
+
+bool is_contiguous(const DlpackTensor& tensor) {
+  int64_t stride = 1;
+  bool contiguous = true;
+  for (int axis = tensor.rank - 1; axis >= 0; --axis) {
+    if (tensor.shape[axis] == 0) return true;
+    if (tensor.shape[axis] != 1 && tensor.strides[axis] != stride) contiguous = false;
+    stride *= tensor.shape[axis];
+  }
+  return contiguous;
+}
+
 }  // namespace
 
 TensorView::TensorView(const char* op, const char* name, py::handle object) : op_(op), name_(name) {
   if (object.is_none()) return;
   given_ = true;
+  if (!read_dlpack(object)) read_attributes(object);
+}
+
+bool TensorView::read_dlpack(py::handle object) {
+  constexpr int32_t kCpu = 1, kCuda = 2;
+  DlpackTensor tensor;
+  if (!dlpack_view(object, tensor) || tensor.rank > kMaxRank) return false;
+  scalar_ = scalar_of_dlpack(tensor);
+  if (scalar_ == Scalar::other || tensor.device_type != (kReadable ? kCpu : kCuda) || !is_contiguous(tensor)) return false;
+  rank_ = tensor.rank;
+  for (int axis = 0; axis < rank_; ++axis) shape_[axis] = tensor.shape[axis];
+  data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return true;
+}
+
+void TensorView::read_attributes(py::handle object) {
   const py::object dtype = attribute(object, names().dtype);
   scalar_ = scalar_of_object(dtype.ptr());
   if (scalar_ == Scalar::other) dtype_text_ = py::str(dtype);

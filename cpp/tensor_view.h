@@ -1,4 +1,5 @@
-// Reads torch tensors through Python attributes alone, so that the module needs no torch header and links no torch library.
+// Reads torch tensors through DLPack's C exchange, or Python attributes where torch is too old for it or something is
+// amiss, so that the module needs no torch header and links no torch library.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -41,6 +42,8 @@ class TensorView {
   [[noreturn]] void fail(const std::string& expected, const std::string& fix = "") const;
 
  private:
+  bool read_dlpack(py::handle object);  // false: something is not as it should be, or cannot be told
+  void read_attributes(py::handle object);
   std::string shape_text() const;
 
   static constexpr int kMaxRank = 8;

@@ -124,3 +124,30 @@ def test_bindings_refuse_what_would_be_unsafe():
     }.items():
         with pytest.raises((ValueError, TypeError), match=f"cema: `{name}"):
             _C.cema_fwd(*{**arguments, name: bad}.values())
+
+
+class Subclass(torch.Tensor):
+    """Not a plain tensor: the bindings read its Python attributes instead of asking DLPack's exchange."""
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter, Subclass])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_kind_of_tensor_is_read(kind, dtype):
+    gen = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(9, 8, generator=gen)[1:].to(dtype) for _ in range(2))
+    expected = torch.nn.functional.linear(x, weight)
+
+    def as_kind(tensor):
+        return kind(tensor) if kind is torch.nn.Parameter else tensor.as_subclass(kind)
+
+    y = torch.full((8, 8), torch.nan, dtype=dtype)
+    _C.linear_few_rows(as_kind(x), as_kind(weight), None, as_kind(y) if kind is Subclass else y)
+    torch.testing.assert_close(y, expected)
+    for bad, error, message in [
+        (x.t(), ValueError, "contiguous"),
+        (x.to("meta"), ValueError, "on the CPU, got device meta"),
+        (x[0], ValueError, r"shape \(T, I\), got \(8,\)"),
+        (x.bool(), TypeError, "float32, float64, bfloat16 or float16, got torch.bool"),
+    ]:
+        with pytest.raises(error, match=message):
+            _C.linear_few_rows(as_kind(bad) if bad.is_floating_point() else bad, weight, None, y)
