@@ -99,7 +99,7 @@ def _backward(ctx, dy, dstate_out):
     x, p, q, gamma, omega, state, cu_seqlens, lengths = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    *grads, dstate = cema_bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    *grads, dstate = call(cema_bwd, dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
     return *grads, None if state is None else dstate, None, None
 
 

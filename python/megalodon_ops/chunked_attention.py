@@ -167,9 +167,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, do, _dlse):
     q, k, v, o, lse, cache_k, cache_v, position, dropkey_seed, cu_seqlens, lengths = ctx.saved_tensors
-    grads = chunked_attention_bwd(
-        do, q, k, v, o, lse, cache_k, cache_v, position, *ctx.scalars, dropkey_seed, cu_seqlens, lengths
-    )
+    grads = call(
+        chunked_attention_bwd, do, q, k, v, o, lse, cache_k, cache_v, position, *ctx.scalars, dropkey_seed, cu_seqlens,
+        lengths,
+    )  # fmt: skip
     return *grads, *(None,) * 9
 
 

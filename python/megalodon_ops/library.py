@@ -39,10 +39,37 @@ def define_op(
     op = getattr(torch.ops.megalodon_ops, name).default
     torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
     if "!" not in schema:
-        torch.library.register_autograd(
-            qualified, backward or _no_derivative(name), setup_context=setup_context, lib=_library
-        )
+        kernel = _autograd_kernel(op, setup_context, backward or _no_derivative(name))
+        _library.impl(name, kernel, "Autograd", with_keyset=True)
     return op
+
+
+def _autograd_kernel(op: Callable, setup_context: Callable | None, backward: Callable) -> Callable:
+    """As torch.library.register_autograd makes it, without what these ops do not need: that costs more than a short call."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            *args, keyset = args
+            result = below(keyset, args)
+            if setup_context is not None:
+                setup_context(ctx, args, result)
+            return result
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None
+
+    def below(keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def kernel(keyset, *args):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return Function.apply(*args, keyset)
+        return below(keyset, args)
+
+    return kernel
 
 
 def call(op: Callable, *args):

@@ -103,8 +103,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
     rows = dy.reshape(-1, dy.shape[-1])
-    dx = linear_fwd(dy, weight.t(), None) if ctx.needs_input_grad[0] else None
-    dweight = linear_fwd(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if ctx.needs_input_grad[1] else None
+    dx = call(linear_fwd, dy, weight.t(), None) if ctx.needs_input_grad[0] else None
+    dweight = call(linear_fwd, rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if ctx.needs_input_grad[1] else None
     return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 

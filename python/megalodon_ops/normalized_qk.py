@@ -126,7 +126,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dq, dk):
     z, gamma, beta, *sequences = ctx.saved_tensors
-    return *normalized_qk_bwd(dq, dk, z, gamma, beta, *ctx.scalars, *sequences), *(None,) * 7
+    return *call(normalized_qk_bwd, dq, dk, z, gamma, beta, *ctx.scalars, *sequences), *(None,) * 7
 
 
 normalized_qk_fwd = define_op(

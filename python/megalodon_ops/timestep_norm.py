@@ -141,9 +141,9 @@ def _backward(ctx, dy, _dstats, _dcount, dmean_out, dvar_out, _dresidual):
     x, weight, bias, count, mean, var, residual, cu_seqlens, lengths, stats = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    dx, dweight, dbias, dmean, dvar = timestep_norm_bwd(
-        dy, dmean_out, dvar_out, x, weight, bias, ctx.num_groups, ctx.eps, count, mean, var, residual,
-        cu_seqlens, lengths, stats,
+    dx, dweight, dbias, dmean, dvar = call(
+        timestep_norm_bwd, dy, dmean_out, dvar_out, x, weight, bias, ctx.num_groups, ctx.eps, count, mean, var,
+        residual, cu_seqlens, lengths, stats,
     )  # fmt: skip
     if count is None:
         dmean = dvar = None
