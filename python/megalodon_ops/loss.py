@@ -1,0 +1,183 @@
+"""`linear_cross_entropy`: the loss of an output matrix, without the logits of all tokens in memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import accumulation_dtype, autocast, call, define_op
+from .linear import linear
+
+# Values in a block. On the CPU just under the 32 MiB from which glibc gives freed memory back to the system.
+_CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100
+) -> Tensor:
+    r"""Cross-entropy of the logits z_t = W x_t, computed for a block of tokens at a time.
+
+    .. math:: \ell_t = \log \sum_v e^{z_{tv}} - z_{t,\mathrm{target}_t}
+
+    "mean" and "sum" compute their gradients in the same pass over the blocks, so logits are computed once and never
+    kept. "none" does not know yet what its losses will be weighted with: its backward computes the logits again. Where
+    all logits are one block, or fewer than a quarter of `hidden`, this is `torch.nn.functional.cross_entropy`.
+
+    Args:
+        hidden: (..., D) float32, float64, bfloat16 or float16, any strides: x.
+        weight: (V, D) as `hidden`: W. Under torch.autocast both are cast as for a matrix product.
+        targets: (...) integers in [0, V), or `ignore_index`.
+        reduction: "mean" over the targets that count (NaN where none does), "sum", or "none".
+        ignore_index: a target of this value has loss zero and gives no gradient.
+
+    Returns:
+        The loss, float32 (float64 for float64): a scalar, for "none" (...). Softmax, sums and the gradient of `weight`
+        are accumulated in that type.
+
+    Raises:
+        ValueError: a shape or `reduction` is wrong. TypeError: a dtype is wrong. IndexError: a target is out of bounds.
+        NotImplementedError: second derivatives of more than one block are not supported.
+
+    Kept for the backward are the gradients, for "none" the inputs. Same bits on every run.
+
+    Example:
+        >>> import torch
+        >>> from megalodon_ops.loss import linear_cross_entropy
+        >>> hidden, weight = torch.ones(2, 3, 4), torch.zeros(10, 4)
+        >>> linear_cross_entropy(hidden, weight, torch.tensor([[1, 2, 3], [4, -100, -100]]))  # log 10
+        tensor(2.3026)
+    """
+    _check(hidden, weight, targets, reduction)
+    hidden, weight = autocast(hidden, weight)
+    x, index = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    (T, D), V = x.shape, weight.shape[0]
+    wants = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight)]
+    if T * V <= _block(x.device) or (any(wants) and 4 * V <= D):
+        logits = linear(x, weight).to(accumulation_dtype(x.dtype))
+        loss = F.cross_entropy(logits, index, reduction=reduction, ignore_index=ignore_index)
+        return loss.reshape(targets.shape) if reduction == "none" else loss
+    counted = index != ignore_index
+    if reduction != "none" and any(wants):
+        scales = counted.to(accumulation_dtype(x.dtype))
+        loss, _, _ = linear_cross_entropy_sum(x, weight, index.where(counted, 0), scales, *wants)
+    else:
+        losses = call(linear_cross_entropy_fwd, x, weight, index, ignore_index)
+        loss = losses.reshape(targets.shape) if reduction == "none" else losses.sum()
+    if reduction != "mean":
+        return loss
+    count = counted.sum()
+    return (loss / count.clamp(min=1)).where(count > 0, torch.nan)  # where none counts, its gradients are zero
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
+    def check(holds: bool, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
+        if not holds:
+            raise error(f"linear_cross_entropy: `{argument}` must {expected}, got {got}.")
+
+    check(hidden.dim() >= 1, "hidden", "have shape (..., D)", tuple(hidden.shape))
+    *shape, D = hidden.shape
+    check(weight.dim() == 2 and weight.shape[1] == D, "weight", f"have shape (V, {D})", tuple(weight.shape))
+    check(targets.shape == hidden.shape[:-1], "targets", f"have shape {tuple(shape)}", tuple(targets.shape))
+    check(hidden.is_floating_point(), "hidden", "be floating point", hidden.dtype, TypeError)
+    cast = weight.is_floating_point() and torch.is_autocast_enabled(hidden.device.type)
+    check(weight.dtype == hidden.dtype or cast, "weight", f"be {hidden.dtype} as `hidden`", weight.dtype, TypeError)
+    integers = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    check(integers, "targets", "be integers", targets.dtype, TypeError)
+    check(reduction in ("mean", "sum", "none"), "reduction", 'be "mean", "sum" or "none"', f'"{reduction}"')
+
+
+def _block(device: torch.device) -> int:
+    return _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
+
+
+def _rows(width: int, device: torch.device) -> int:
+    """Rows in a block of `width` columns: a multiple of 64, which suits matrix products."""
+    return max(_block(device) // width // 64, 1) * 64
+
+
+def _log_softmax(x: Tensor, weight: Tensor) -> Tensor:
+    return linear(x, weight).log_softmax(-1, dtype=accumulation_dtype(x.dtype))
+
+
+def _fwd(x, weight, index, ignore_index):
+    rows = _rows(weight.shape[0], x.device)
+    blocks = zip(x.split(rows), index.split(rows), strict=True)
+    losses = [F.nll_loss(_log_softmax(x, weight), i, reduction="none", ignore_index=ignore_index) for x, i in blocks]
+    return torch.cat(losses)
+
+
+def _fwd_fake(x, weight, index, ignore_index):
+    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.ignore_index = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dlosses):
+    x, weight, index = ctx.saved_tensors
+    counted, wants = index != ctx.ignore_index, ctx.needs_input_grad[:2]
+    _, dx, dweight = linear_cross_entropy_sum(x, weight, index.where(counted, 0), dlosses.where(counted, 0), *wants)
+    return dx.to(x.dtype) if wants[0] else None, dweight.to(weight.dtype) if wants[1] else None, None, None
+
+
+def _sum(x, weight, index, scales, wants_dx, wants_dweight):
+    """sum of scales_t loss_t, and its gradients in the accumulation dtype: empty where they are not wanted."""
+    _, dx, dweight = _sum_fake(x, weight, index, scales, wants_dx, wants_dweight)
+    dweight.zero_()
+    losses, rows, slab = [], _rows(weight.shape[0], x.device), _rows(x.shape[1], x.device)
+    for begin in range(0, x.shape[0], rows):
+        block = slice(begin, begin + rows)
+        probabilities = _log_softmax(x[block], weight)
+        losses.append(F.nll_loss(probabilities, index[block], reduction="none"))
+        probabilities.exp_()
+        # dlogits = scale (probabilities - onehot)
+        dlogits = probabilities.scatter_(1, index[block, None], torch.expm1(-losses[-1])[:, None])
+        dlogits = dlogits.mul_(scales[block, None]).to(x.dtype)
+        if wants_dx:
+            dx[block] = linear(dlogits, weight.t())
+        if wants_dweight:  # in slabs, each added while it is in the cache
+            for part, columns in zip(dweight.split(slab), dlogits.split(slab, 1), strict=True):
+                part.add_(linear(columns.t(), x[block].t()))
+    return torch.cat(losses).dot(scales), dx, dweight
+
+
+def _sum_fake(x, weight, index, scales, wants_dx, wants_dweight):
+    dx, dweight = (scales.new_empty(t.shape if wanted else 0) for t, wanted in ((x, wants_dx), (weight, wants_dweight)))
+    return scales.new_empty(()), dx, dweight
+
+
+def _sum_setup_context(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _sum_backward(ctx, dtotal, *second):
+    if any(grad is not None for grad in second):
+        raise NotImplementedError(
+            "linear_cross_entropy: second derivatives are not supported; do not use create_graph=True."
+        )
+    if dtotal is None:
+        return (None,) * 6
+    grads = zip(ctx.saved_tensors, ctx.needs_input_grad)
+    return *((grad * dtotal).to(ctx.dtype) if needed else None for grad, needed in grads), None, None, None, None
+
+
+linear_cross_entropy_fwd = define_op(
+    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor index, int ignore_index) -> Tensor",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+linear_cross_entropy_sum = define_op(
+    "linear_cross_entropy_sum(Tensor x, Tensor weight, Tensor index, Tensor scales, bool wants_dx, bool wants_dweight) "
+    "-> (Tensor total, Tensor dx, Tensor dweight)",
+    kernel=_sum,
+    fake=_sum_fake,
+    setup_context=_sum_setup_context,
+    backward=_sum_backward,
+)
