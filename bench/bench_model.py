@@ -4,6 +4,8 @@ Flops: 2 a token and weight of every linear layer, times 3 for a training step, 
 of their benches. Bytes: the weights, once for a forward, three times for a training step (forward, backward, gradient),
 and for each decoded token the weights and the chunk's keys and values. Other work on activations is not counted.
 
+Our training step takes `Megalodon.loss`, rivals torch's cross-entropy of their logits.
+
 Rivals are MEGALODON in plain torch with the same weights, and a Llama with as many parameters, whose attention sees the
 whole past. "Linear layers alone" and "weights read once" bound from below what our time can become.
 """
@@ -112,33 +114,42 @@ class _Model:
         )
 
 
-def _step(logits: Callable[[Tensor], Tensor], model: nn.Module, tokens: Tensor, *, with_grads: bool) -> Outputs:
+def _step(loss: Callable[[Tensor, Tensor], Tensor], model: nn.Module, tokens: Tensor, *, with_grads: bool) -> Outputs:
     """Loss of predicting each next token, and its gradients."""
-    loss = F.cross_entropy(logits(tokens)[0, :-1], tokens[0, 1:])
-    grads = torch.autograd.grad(loss, list(model.parameters()))
-    return (loss.detach(), *grads) if with_grads else (loss.detach(),)
+    total = loss(tokens, _next(tokens))
+    grads = torch.autograd.grad(total, list(model.parameters()))
+    return (total.detach(), *grads) if with_grads else (total.detach(),)
+
+
+def _next(tokens: Tensor) -> Tensor:
+    """What follows each token; nothing does the last."""
+    return F.pad(tokens[:, 1:], (0, 1), value=-100)
+
+
+def _loss_of(logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda tokens, targets: F.cross_entropy(logits(tokens)[0], targets[0])
 
 
 def _training(model: _Model, length: int, *, plain: bool = False) -> Case:
     tokens = model.tokens(length)
     exact = _Model(model.name, model.config) if model.dtype != torch.float32 else model
     exact.ours.load_state_dict(model.ours.state_dict())  # the rounded weights, in float32
-    plain_logits = partial(plain_models.megalodon, model.ours)
+    plain_loss = _loss_of(partial(plain_models.megalodon, model.ours))
 
     def expected() -> Outputs:
-        logits = partial(plain_models.megalodon, exact.ours)
+        loss = _loss_of(partial(plain_models.megalodon, exact.ours))
         if plain:
-            return _step(logits, exact.ours, tokens, with_grads=True)
+            return _step(loss, exact.ours, tokens, with_grads=True)
         with torch.no_grad():
-            return (F.cross_entropy(logits(tokens)[0, :-1], tokens[0, 1:]),)
+            return (loss(tokens, _next(tokens)),)
 
     paths = [
-        Path(OURS, partial(_step, model.ours, model.ours, tokens, with_grads=plain)),
-        Path("Llama", partial(_step, model.llama, model.llama, tokens, with_grads=False), checked=False),
+        Path(OURS, partial(_step, model.ours.loss, model.ours, tokens, with_grads=plain)),
+        Path("Llama", partial(_step, _loss_of(model.llama), model.llama, tokens, with_grads=False), checked=False),
         Path("linear layers alone", _linears_alone(model, length), rival=False, checked=False),
     ]
     if plain:
-        paths.insert(1, Path("plain torch", partial(_step, plain_logits, model.ours, tokens, with_grads=True)))
+        paths.insert(1, Path("plain torch", partial(_step, plain_loss, model.ours, tokens, with_grads=True)))
     return model.case(
         "training step", length, paths, training=True, expected=expected, tolerance=TRAINING_TOLERANCE[model.dtype],
         fewer_threads=False,
@@ -170,12 +181,12 @@ def _packed(model: _Model, length: int, documents: int) -> Case:
 
     step = partial(_step, model=model.ours, tokens=tokens, with_grads=True)
     paths = [
-        Path(OURS, partial(step, partial(model.ours, cu_seqlens=offsets))),
-        Path("megalodon_ops, one document", partial(step, model.ours), rival=False, checked=False),
+        Path(OURS, partial(step, partial(model.ours.loss, cu_seqlens=offsets))),
+        Path("megalodon_ops, one document", partial(step, model.ours.loss), rival=False, checked=False),
     ]
     return model.case(
         f"training step, {documents} packed documents", length, paths, training=True,
-        expected=partial(step, separately), tolerance=TRAINING_TOLERANCE[model.dtype], fewer_threads=False,
+        expected=partial(step, _loss_of(separately)), tolerance=TRAINING_TOLERANCE[model.dtype], fewer_threads=False,
     )  # fmt: skip
 
 

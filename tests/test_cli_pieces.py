@@ -35,7 +35,7 @@ def test_state_survives_as_tensors():
     reader = Reader(Megalodon(config))
     batches = Batches([bytes(range(50)), bytes(range(60, 90))], 2, 11, context="streamed", seed=None)
     with torch.no_grad():
-        reader.losses(batches.next())
+        reader.loss(batches.next())
         rows = reader.rows()
         back = carry.from_tensors(carry.to_tensors(rows), config.num_layers)
         torch.testing.assert_close(back, rows, rtol=0, atol=0)
@@ -43,9 +43,9 @@ def test_state_survives_as_tensors():
         other.seek(back)
         batch = batches.next()
         assert (batch.carry >= 0).all()
-        assert torch.equal(other.losses(batch), reader.losses(batch))
-        fresh = Reader(reader.model).losses(batch)
-        assert not torch.allclose(fresh, reader.losses(batch))
+        assert torch.equal(other.loss(batch, "none"), reader.loss(batch, "none"))
+        fresh = Reader(reader.model).loss(batch, "none")
+        assert not torch.allclose(fresh, reader.loss(batch, "none"))
 
 
 def test_select_starts_fresh_at_minus_one():

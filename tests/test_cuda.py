@@ -177,6 +177,21 @@ def test_a_training_step_equals_the_cpus(dtype):
         assert error < (1e-5 if dtype == torch.float32 else 0.1), (name, float(error))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "one"])
+def test_a_loss_equals_the_cpus(reduction, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr("megalodon_ops.loss._GPU_BLOCK", 1)
+    model, tokens, found = tiny_model(), tokens_of(4, 40), {}
+    lengths = torch.tensor([39, 2, 17, 39])
+    for device in ("cpu", "cuda"):
+        model, tokens = model.to(device), tokens.to(device)
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:], lengths=lengths.to(device), reduction=reduction)
+        grads = torch.autograd.grad(loss.square().sum(), tuple(model.parameters()))
+        found[device] = [t.detach().cpu() for t in (loss, *grads)]
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-9, atol=1e-11)
+
+
 @torch.inference_mode()
 def test_generation_equals_the_cpus():
     model, prompt = tiny_model(), tokens_of(2, 11)

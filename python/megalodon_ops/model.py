@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig
 from .layers import BlockState, Linear, MegalodonBlock, TimestepNorm
+from .loss import linear_cross_entropy
 from .states import TimestepNormState
 
 
@@ -108,6 +109,51 @@ class Megalodon(nn.Module):
         hidden, state = self._hidden(tokens, state, return_state, inplace_state, cu_seqlens=cu_seqlens, lengths=lengths)
         logits = self._logits(hidden)
         return (logits, state) if return_state else logits
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        state: MegalodonState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, MegalodonState]:
+        """Cross-entropy of the logits with `targets`, computed for a block of tokens at a time.
+
+        Padding, by `cu_seqlens` or `lengths`, counts no more than a target of `ignore_index`, whatever stands there.
+
+        Args:
+            tokens, state, return_state, cu_seqlens, lengths: as in :meth:`forward`.
+            targets: (B, L) integers, what follows each token, or `ignore_index`.
+            reduction, ignore_index: as in :func:`megalodon_ops.loss.linear_cross_entropy`.
+
+        Returns:
+            the mean loss of a target, or what `reduction` says, float32 (float64 for a float64 model); with
+            `return_state` also the state.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> model, tokens = mo.Megalodon(config), torch.randint(9, (2, 21))
+            >>> model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"Megalodon: `targets` must have shape {tuple(tokens.shape)} as `tokens`, got {tuple(targets.shape)}."
+            )
+        hidden, state = self._hidden(tokens, state, return_state, False, cu_seqlens=cu_seqlens, lengths=lengths)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        if lengths is not None:
+            targets = targets.where(position < lengths[:, None], ignore_index)
+        if cu_seqlens is not None:
+            targets = targets.where((position >= cu_seqlens[0]) & (position < cu_seqlens[-1]), ignore_index)
+        weight = self.output.output.weight
+        loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction, ignore_index=ignore_index)
+        return (loss, state) if return_state else loss
 
     def _hidden(
         self, tokens: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences

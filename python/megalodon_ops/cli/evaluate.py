@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
@@ -33,18 +32,18 @@ class Reader:
         self.state: MegalodonState | None = None  # of each sequence of the last batch
         self.last: Tensor | None = None  # (R,) the sequence that ended each row
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Nats of every target, (T,) float32."""
+    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
+        """Nats a target, float32; with reduction "none" those of every target, (1, T)."""
         tokens, targets, bounds, going_on, last = (tensor.to(next(self.model.parameters()).device) for tensor in batch)
-        if self.carries:
-            state = None
-            if self.state is not None and self.last is not None:
-                state = carry.select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
-            logits, self.state = self.model(tokens, state=state, return_state=True, cu_seqlens=bounds)
-            self.state, self.last = self.state.detach(), last
-        else:
-            logits = self.model(tokens, cu_seqlens=bounds)
-        return cross_entropy(logits[0], targets[0], reduction="none")
+        options = dict(reduction=reduction, cu_seqlens=bounds)
+        if not self.carries:
+            return self.model.loss(tokens, targets, **options)
+        state = None
+        if self.state is not None and self.last is not None:
+            state = carry.select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
+        loss, self.state = self.model.loss(tokens, targets, state=state, return_state=True, **options)
+        self.state, self.last = self.state.detach(), last
+        return loss
 
     def rows(self) -> MegalodonState | None:
         """The state of each row, for a checkpoint."""
@@ -92,7 +91,7 @@ def bits_per_byte(
     nats, count = 0.0, 0
     while (batch := batches.next()) is not None:
         with autocast:
-            losses = reader.losses(batch)
+            losses = reader.loss(batch, "none")
         nats += losses.double().sum().item()
         count += losses.numel()
         if bar is not None:

@@ -112,7 +112,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.autocast:
-            loss = self.reader.losses(batch).mean()
+            loss = self.reader.loss(batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         if not math.isfinite(loss.item()):
