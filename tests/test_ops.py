@@ -301,7 +301,10 @@ def test_opcheck():
     """Schema, fake kernel, autograd registration and tracing of every op that is registered."""
     calls = recorded_calls()
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("megalodon_ops::")}
-    elsewhere = {"megalodon_ops::linear_fwd", "megalodon_ops::linear_few_rows"}  # test_linear.py
+    elsewhere = {
+        f"megalodon_ops::{name}"  # test_linear.py, test_loss.py
+        for name in ("linear_fwd", "linear_few_rows", "linear_cross_entropy_fwd", "linear_cross_entropy_sum")
+    }
     assert {func.name() for func in calls} | elsewhere == registered
     for func, args in calls.items():
         if func.name().endswith("_fwd"):
