@@ -8,7 +8,7 @@
 //   1. S^T = scale K Q^T and dP^T = V dO^T, a tile of kTileRows keys x kTileColumns queries at a time; the tile becomes
 //      P^T and dS^T while it is in the nearest cache
 //   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
-//   3. dQ_i += dS K                             (A = (dS^T)^T)
+//   3. dQ_i += dS K                             (A = (dS^T)^T), with AMX dQ_i^T += K^T dS^T
 // Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: in step
 // d run the pairs with i - j = d, no two of which have a block in common. So every sum has the same order on any
 // number of threads: d = 0, 1, 2, ...
@@ -38,20 +38,22 @@ class ChunkBackward {
   using R = Compute<T>;
   static constexpr int64_t kColumns = kTileColumns<R>;
   static constexpr bool kPaired = kUnitDepth<U> == 2;
-  static_assert(kBlock % kColumns == 0 && kBlock % kTileRows == 0);
+  static constexpr bool kAmx = kUsesAmx<U>;
+  static_assert(kBlock % kColumns == 0 && kBlock % kRowPadding == 0 && kBlock % kLeftColumns<U> == 0);
 
  public:
+  // max_keys is a multiple of kRowPadding.
   ChunkBackward(const ChunkedAttentionBwdParams& params, int64_t max_keys)
       : p_(params),
         drop_(params),
         k_columns_(max_keys, params.key_dim),
-        k_rows_(kPaired ? max_keys : 0, params.key_dim),
         v_columns_(max_keys, params.value_dim),
+        k_rows_(kAmx ? params.key_dim : kPaired ? max_keys : 0, kAmx ? max_keys : params.key_dim),
         q_transposed_(params.key_dim, max_keys),
         q_rows_(max_keys, params.key_dim),
         do_transposed_(params.value_dim, max_keys),
         do_rows_(max_keys, params.value_dim),
-        dq_(max_keys, params.key_dim),
+        dq_(kAmx ? params.key_dim : max_keys, kAmx ? max_keys : params.key_dim),
         dk_(max_keys, params.key_dim),
         dv_(max_keys, params.value_dim),
         lse_(max_keys + kColumns),
@@ -61,7 +63,7 @@ class ChunkBackward {
     const int64_t blocks = ceil_div(chunk.keys, kBlock), first_block = chunk.cached / kBlock;
     const double work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
     const auto for_each = [&](int64_t jobs, double total, auto&& body) {
-      parallel_jobs(jobs, total, [&] { return [&, flush = FlushDenormals()](int64_t job) { body(job); }; });
+      parallel_jobs(jobs, total, [&] { return [&, flush = FlushDenormals(), tiles = TileRegisters()](int64_t job) { body(job); }; });
     };
     for_each(blocks, work, [&](int64_t block) { pack(chunk, head, block); });
     for (int64_t distance = 0; distance < blocks; ++distance) {
@@ -82,18 +84,20 @@ class ChunkBackward {
           ds(kBlock, kBlock),
           ds_rows(kPaired ? kBlock : 0, kBlock) {}
     PackedMatrix<R> s, dp;           // S^T, then P^T, and dP^T of one panel of queries
-    PackedMatrix<U> p, ds, ds_rows;  // P^T and dS^T by columns, dS^T by rows
+    PackedLeftMatrix<U> p, ds;       // P^T and dS^T by columns
+    PackedMatrix<U> ds_rows;         // dS^T by rows
   };
 
   // Query rows of blocks without queries are not kept.
   static int64_t first_row(const Chunk& chunk) { return chunk.cached / kBlock * kBlock; }
 
   void pack(const Chunk& chunk, int64_t head, int64_t block) {
-    const int64_t begin = block * kBlock, end = std::min(begin + kBlock, round_up(chunk.keys, kTileRows));
+    const int64_t begin = block * kBlock, end = std::min(begin + kBlock, round_up(chunk.keys, kRowPadding));
     const auto k = chunk_rows<T>(p_, chunk, head, p_.cache_k, p_.k, p_.key_dim);
     const auto v = chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
     pack_by_columns<T>(begin, end, p_.key_dim, k, k_columns_);
-    if constexpr (kPaired) pack_by_rows<T>(begin, end, p_.key_dim, k, k_rows_);
+    if constexpr (kAmx) pack_transposed_left<T>(begin, end, p_.key_dim, k, k_rows_);
+    else if constexpr (kPaired) pack_by_rows<T>(begin, end, p_.key_dim, k, k_rows_);
     pack_by_columns<T>(begin, end, p_.value_dim, v, v_columns_);
 
     const int64_t base = first_row(chunk);
@@ -125,64 +129,74 @@ class ChunkBackward {
   }
 
   void multiply_pair(const Chunk& chunk, int64_t head, int64_t query_block, int64_t key_block) {
-    static constexpr R ones[] = {1, 1, 1, 1, 1, 1, 1, 1};
-    static_assert(sizeof ones / sizeof(R) >= kTileRows);
     const PairScratch& scratch = scratch_.get(p_);
     const int64_t base = first_row(chunk);
     const int64_t query = query_block * kBlock, queries = std::min(kBlock, chunk.keys - query);
     const int64_t key = key_block * kBlock, key_end = std::min(key + kBlock, chunk.keys);
 
+    constexpr int kRows = kTileRows<U>;
     const bool whole_rows = chunk.keys <= kBlock;
-    for (int64_t at = 0; at < queries; at += kColumns) {
+    const int64_t columns = round_up(queries, kDepthStep<U>);
+    for (int64_t at = 0; at < columns; at += kColumns) {
       const int64_t panel = at / kColumns, visible = std::min(key_end, query + at + kColumns) - key;
-      const int vectors = vectors_in_panel<U>(queries, panel);
-      for (int64_t row = 0; row < visible; row += kTileRows) {
-        multiply_scores(chunk, head, vectors, key + row, query + at, row, scratch);
-        if (!whole_rows) differentiate(vectors, panel, row, kTileRows, query - base + at, false, scratch);
+      const int64_t all = round_up(visible, std::max(kTileRows<U>, kDepthStep<U>)), rows = kAmx ? all : kTileRows<U>;
+      const int vectors = vectors_in_panel<U>(columns, panel);
+      for (int64_t row = 0; row < all; row += rows) {
+        multiply_scores(chunk, head, vectors, key + row, query + at, row, rows, scratch);
+        if (!whole_rows) differentiate(vectors, panel, row, rows, query - base + at, false, scratch);
       }
-      if (whole_rows) differentiate(vectors, panel, 0, round_up(visible, kTileRows), query - base + at, true, scratch);
+      if (whole_rows) differentiate(vectors, panel, 0, all, query - base + at, true, scratch);
     }
 
     // Keys of the cache take no gradient.
     const bool first_of_keys = query_block == std::max(key_block, chunk.cached / kBlock);
-    const R* kept = first_of_keys ? nullptr : ones;
-    const auto add_to_keys = [&](const Packed<U>& a, const Packed<U>& b, int64_t width, const Packed<R>& sums) {
+    const auto add_to_keys = [&](const PackedLeft<U>& a, const Packed<U>& b, int64_t width, const Packed<R>& sums) {
       for (int64_t column = 0; column < panels<U>(width); ++column) {
         const int vectors = vectors_in_panel<U>(width, column);
-        for (int64_t tile = std::max(key, chunk.cached / kTileRows * kTileRows); tile < key_end; tile += kTileRows) {
-          const int64_t panel = tile > query ? (tile - query) / kColumns : 0, at = panel * kColumns;
-          multiply_tile<false>(vectors, queries - at, a.at(panel, tile - key), a.panel_units(),
-                               b.at(column, query - base + at), R{1}, kept, sums.at(column, tile));
+        for (int64_t tile = std::max(key, chunk.cached / kRows * kRows); tile < key_end; tile += kRows) {
+          const int64_t panel = tile > query ? (tile - query) / kLeftColumns<U> : 0, at = panel * kLeftColumns<U>;
+          multiply_rows(vectors, kRows, queries - at, a.at(panel, tile - key), a.panel_units(),
+                        b.at(column, query - base + at), R{1}, !first_of_keys, sums.at(column, tile));
         }
       }
     };
     add_to_keys(scratch.p, do_rows_, p_.value_dim, dv_);
     add_to_keys(scratch.ds, q_rows_, p_.key_dim, dk_);
 
-    const Packed<U>& ds_rows = kPaired ? scratch.ds_rows : scratch.ds;
-    const Packed<U>& k_rows = kPaired ? k_rows_ : k_columns_;
-    for (int64_t column = 0; column < panels<U>(p_.key_dim); ++column) {
-      const int vectors = vectors_in_panel<U>(p_.key_dim, column);
-      for (int64_t at = 0; at < queries; at += kTileRows) {
-        const int64_t depth = std::min(key_end, query + at + kTileRows) - key;
-        const U* ds = ds_rows.at(at / kColumns, 0) + at % kColumns;
-        multiply_tile<true>(vectors, depth, ds, 0, k_rows.at(column, key), R{1},
-                            query_block == key_block ? nullptr : ones, dq_.at(column, query - base + at));
+    const bool first_of_queries = query_block == key_block;
+    if constexpr (kAmx) {
+      for (int64_t at = 0; at < queries; at += kColumns) {
+        const int64_t panel = at / kColumns, depth = std::min(key_end, query + at + kColumns) - key;
+        multiply_rows(vectors_in_panel<U>(queries, panel), p_.key_dim, depth, k_rows_.at(key / kLeftColumns<U>, 0),
+                      k_rows_.panel_units(), scratch.ds_rows.at(panel, 0), R{1}, !first_of_queries,
+                      dq_.at((query - base) / kColumns + panel, 0));
+      }
+    } else {
+      const Packed<U>& ds_rows = kPaired ? scratch.ds_rows : scratch.ds;
+      const Packed<U>& k_rows = kPaired ? k_rows_ : k_columns_;
+      for (int64_t column = 0; column < panels<U>(p_.key_dim); ++column) {
+        const int vectors = vectors_in_panel<U>(p_.key_dim, column);
+        for (int64_t at = 0; at < queries; at += kRows) {
+          const int64_t depth = std::min(key_end, query + at + kRows) - key;
+          const U* ds = ds_rows.at(at / kColumns, 0) + at % kColumns;
+          multiply_tile<true>(vectors, depth, ds, 0, k_rows.at(column, key), R{1}, first_of_queries ? nullptr : kOnes<R>,
+                              dq_.at(column, query - base + at));
+        }
       }
     }
   }
 
-  // S^T and dP^T of kTileRows keys from `key` on and one panel of queries from `query` on.
+  // S^T and dP^T of `rows` keys from `key` on and one panel of queries from `query` on.
   void multiply_scores(const Chunk& chunk, int64_t head, int vectors, int64_t key, int64_t query, int64_t row,
-                       const PairScratch& scratch) const {
+                       int64_t rows, const PairScratch& scratch) const {
     const int64_t panel = (query - first_row(chunk)) / kColumns;
     R* s = scratch.s.at(0, row);
-    multiply_tile<false>(vectors, p_.key_dim, k_columns_.at(0, key), k_columns_.panel_units(),
-                         q_transposed_.at(panel, 0), static_cast<R>(p_.scale), nullptr, s);
-    multiply_tile<false>(vectors, p_.value_dim, v_columns_.at(0, key), v_columns_.panel_units(),
-                         do_transposed_.at(panel, 0), R{1}, nullptr, scratch.dp.at(0, row));
-    if (key + kTileRows > query + 1) mask_future(s, key, kTileRows, query);
-    if (drop_) drop_.apply(s, key, kTileRows, query, chunk, head);
+    multiply_rows(vectors, rows, p_.key_dim, k_columns_.at(0, key), k_columns_.panel_units(), q_transposed_.at(panel, 0),
+                  static_cast<R>(p_.scale), false, s);
+    multiply_rows(vectors, rows, p_.value_dim, v_columns_.at(0, key), v_columns_.panel_units(),
+                  do_transposed_.at(panel, 0), R{1}, false, scratch.dp.at(0, row));
+    if (key + rows > query + 1) mask_future(s, key, rows, query);
+    if (drop_) drop_.apply(s, key, rows, query, chunk, head);
   }
 
   // S^T and dP^T of `rows` keys, all there are of these queries if whole_rows, become P^T and dS^T.
@@ -213,10 +227,12 @@ class ChunkBackward {
           store(scratch.ds.at(panel, row + r) + c, ds);
         } else {
           const Vec<R> next = probability(r + 1), next_ds = gradient(r + 1, next);
-          store_raw(scratch.p.at(panel, row + r) + c / 2, round_bf16(now));
-          store_raw(scratch.p.at(panel, row + r + 1) + c / 2, round_bf16(next));
-          store_raw(scratch.ds.at(panel, row + r) + c / 2, round_bf16(ds));
-          store_raw(scratch.ds.at(panel, row + r + 1) + c / 2, round_bf16(next_ds));
+          const int64_t column = panel * kColumns + c, left = column / kLeftColumns<U>;
+          const int64_t unit = column % kLeftColumns<U> / 2;
+          store_raw(scratch.p.at(left, row + r) + unit, round_bf16(now));
+          store_raw(scratch.p.at(left, row + r + 1) + unit, round_bf16(next));
+          store_raw(scratch.ds.at(left, row + r) + unit, round_bf16(ds));
+          store_raw(scratch.ds.at(left, row + r + 1) + unit, round_bf16(next_ds));
           store_raw(scratch.ds_rows.at(panel, row + r) + c, pair_units(ds, next_ds));
         }
       }
@@ -228,15 +244,26 @@ class ChunkBackward {
     const int64_t base = first_row(chunk), end = std::min((block + 1) * kBlock, chunk.keys);
     for (int64_t row = std::max(block * kBlock, chunk.cached); row < end; ++row) {
       const int64_t out = (chunk.token + row - chunk.cached) * p_.heads + head;
-      unpack_row<T>(dq_, row - base, p_.key_dim, scale, static_cast<T*>(p_.dq) + out * p_.key_dim);
+      if constexpr (!kAmx)
+        unpack_row<T>(dq_, row - base, p_.key_dim, scale, static_cast<T*>(p_.dq) + out * p_.key_dim);
       unpack_row<T>(dk_, row, p_.key_dim, scale, static_cast<T*>(p_.dk) + out * p_.key_dim);
       unpack_row<T>(dv_, row, p_.value_dim, R{1}, static_cast<T*>(p_.dv) + out * p_.value_dim);
     }
+    if constexpr (kAmx)
+      for (int64_t row = block * kBlock; row < end; row += kLanes<R>) {
+        if (row + kLanes<R> <= chunk.cached) continue;
+        unpack_columns<T>(dq_, row - base, std::min<int64_t>(end - row, kLanes<R>), p_.key_dim, splat(scale), [&](int64_t i) {
+          const int64_t token = chunk.token + row + i - chunk.cached;
+          return row + i < chunk.cached ? nullptr : static_cast<T*>(p_.dq) + (token * p_.heads + head) * p_.key_dim;
+        });
+      }
   }
 
   const ChunkedAttentionBwdParams& p_;
   DropKey drop_;
-  PackedMatrix<U> k_columns_, k_rows_, v_columns_, q_transposed_, q_rows_, do_transposed_, do_rows_;
+  PackedLeftMatrix<U> k_columns_, v_columns_;
+  std::conditional_t<kAmx, PackedLeftMatrix<U>, PackedMatrix<U>> k_rows_;  // with AMX K^T
+  PackedMatrix<U> q_transposed_, q_rows_, do_transposed_, do_rows_;
   PackedMatrix<R> dq_, dk_, dv_;
   Scratch<R> lse_, delta_;
   PerThread<PairScratch> scratch_;
@@ -250,7 +277,7 @@ void backward(const ChunkedAttentionBwdParams& p) {
   zero_padding(p.sequences, p.dv, row * p.value_dim);
   const std::vector<Chunk> chunks = list_chunks(p);
   int64_t max_keys = 0;
-  for (const Chunk& chunk : chunks) max_keys = std::max(max_keys, chunk.keys);
+  for (const Chunk& chunk : chunks) max_keys = std::max(max_keys, round_up(chunk.keys, kRowPadding));
   const auto work = [&](const Chunk& chunk) {
     return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
   };

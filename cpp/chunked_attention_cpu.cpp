@@ -6,6 +6,7 @@
 //   1. S^T = scale K Q^T, key rows by query columns, so that a softmax over keys is lane by lane   (A = K, B = Q^T)
 //   2. online softmax: m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P   (P replaces S)
 //   3. O = diag(f) O + P V                                                                         (A = (P^T)^T, B = V)
+//      with AMX O^T = O^T diag(f) + V^T P^T                                                        (A = V^T, B = P^T)
 // and ends with o = O / l, lse = m + log l. Key tiles above the diagonal are skipped, in 1 for each panel of queries
 // and in 3 for each kTileRows queries. K and V of a chunk are packed once, before its jobs; every job packs its own
 // Q^T.
@@ -40,9 +41,9 @@ void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, S
   using R = SumOf<U>;
   constexpr int64_t kRow = kTileColumns<R>;
   constexpr R kInfinity = std::numeric_limits<R>::infinity();
-  // A pair of keys whose second does not exist.
-  if (keys % kUnitDepth<U> != 0)
-    for (int64_t c = 0; c < kRow; c += kLanes<R>) store(scores + keys * kRow + c, splat(-kInfinity));
+  // Keys that do not exist, up to the next step of the depth.
+  for (int64_t at = keys * kRow; at < round_up(keys, kDepthStep<U>) * kRow; at += kLanes<R>)
+    store(scores + at, splat(-kInfinity));
   for (int j = 0; j < vectors; ++j, scores += kLanes<R>, max += kLanes<R>, sum += kLanes<R>, factor += kLanes<R>) {
     const R* s = scores;
     const Vec<R> max_before = load(static_cast<const R*>(max));
@@ -55,7 +56,7 @@ void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, S
     // not.
     const Vec<R> shift = max_now == -kInfinity ? zeros<R>() : max_now;
     Vec<R> total = zeros<R>();
-    for (int64_t key = 0; key < keys; key += kUnitDepth<U>) {
+    for (int64_t key = 0; key < round_up(keys, kDepthStep<U>); key += kUnitDepth<U>) {
       const Vec<R> p = exp(load(s + key * kRow) - shift);
       total += p;
       if constexpr (kUnitDepth<U> == 1) {
@@ -84,7 +85,7 @@ class ChunkForward {
       : p_(params),
         drop_(params),
         keys_(max_keys, params.key_dim),
-        values_(max_keys, params.value_dim) {}
+        values_(kUsesAmx<U> ? params.value_dim : max_keys, kUsesAmx<U> ? max_keys : params.value_dim) {}
 
   void operator()(const Chunk& chunk, int64_t head) {
     const ChunkRows<T> k = chunk_rows<T>(p_, chunk, head, p_.cache_k, p_.k, p_.key_dim);
@@ -92,14 +93,15 @@ class ChunkForward {
     const double pack_work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
     parallel_jobs(ceil_div(chunk.keys, kKeyBlock), pack_work, [&] {
       return [&](int64_t job) {
-        const int64_t begin = job * kKeyBlock, end = std::min(begin + kKeyBlock, round_up(chunk.keys, kTileRows));
+        const int64_t begin = job * kKeyBlock, end = std::min(begin + kKeyBlock, round_up(chunk.keys, kRowPadding));
         pack_by_columns<T>(begin, end, p_.key_dim, k, keys_);
-        pack_by_rows<T>(begin, end, p_.value_dim, v, values_);
+        if constexpr (kUsesAmx<U>) pack_transposed_left<T>(begin, end, p_.value_dim, v, values_);
+        else pack_by_rows<T>(begin, end, p_.value_dim, v, values_);
       };
     });
     const int64_t blocks = ceil_div(chunk.queries(), kQueryBlock);
     parallel_jobs(blocks, pack_work * static_cast<double>(chunk.queries()), [&] {
-      return [&, flush = FlushDenormals()](int64_t job) {
+      return [&, flush = FlushDenormals(), tiles = TileRegisters()](int64_t job) {
         // The longest rows first, which levels the threads' shares.
         const int64_t first = chunk.cached + (blocks - 1 - job) * kQueryBlock;
         attend(chunk, head, first, std::min(first + kQueryBlock, chunk.keys), scratch_.get(p_));
@@ -111,18 +113,18 @@ class ChunkForward {
   struct BlockScratch {
     explicit BlockScratch(const ChunkedAttentionParams& p)
         : queries(p.key_dim, kQueryBlock),
-          output(kQueryBlock, p.value_dim),
+          output(kUsesAmx<U> ? p.value_dim : kQueryBlock, kUsesAmx<U> ? kQueryBlock : p.value_dim),
           scores(kKeyBlock, kQueryBlock),
           max(kQueryBlock), sum(kQueryBlock), factor(kQueryBlock) {}
     PackedMatrix<U> queries;         // Q^T
-    PackedMatrix<R> output, scores;  // O, S^T
+    PackedMatrix<R> output, scores;  // O, with AMX O^T; S^T
     Scratch<R> max, sum, factor;
   };
 
   // Rows [first, end) of the chunk.
   void attend(const Chunk& chunk, int64_t head, int64_t first, int64_t end, const BlockScratch& scratch) const {
     constexpr int64_t kColumns = kTileColumns<R>;
-    static_assert(kQueryBlock % kColumns == 0 && kKeyBlock % kTileRows == 0);
+    static_assert(kQueryBlock % kColumns == 0 && kKeyBlock % kRowPadding == 0);
     const int64_t queries = end - first;
     const R scale = static_cast<R>(p_.scale);
     const ChunkRows<T> q = chunk_rows<T>(p_, chunk, head, nullptr, p_.q, p_.key_dim);
@@ -139,38 +141,79 @@ class ChunkForward {
         if (count <= 0) continue;
         const int vectors = vectors_in_panel<U>(queries, panel);
         R* scores = scratch.scores.at(panel, 0);
-        for (int64_t tile = 0; tile < count; tile += kTileRows)
-          multiply_tile<false>(vectors, p_.key_dim, keys_.at(0, key + tile), keys_.panel_units(),
-                               scratch.queries.at(panel, 0), scale, nullptr, scores + tile * kColumns);
+        multiply_rows(vectors, count, p_.key_dim, keys_.at(0, key), keys_.panel_units(), scratch.queries.at(panel, 0),
+                      scale, false, scores);
         if (key + count > first + at) mask_future(scores, key, count, first + at);
         if (drop_) drop_.apply(scores, key, count, first + at, chunk, head);
         softmax_panel<U>(scores, count, vectors, &scratch.max[at], &scratch.sum[at], &scratch.factor[at]);
       }
-      for (int64_t column = 0; column < panels<U>(p_.value_dim); ++column) {
-        const int vectors = vectors_in_panel<U>(p_.value_dim, column);
-        for (int64_t at = 0; at < queries; at += kTileRows) {
-          const int64_t depth = std::min(std::min(key + kKeyBlock, end), first + at + kTileRows) - key;
-          if (depth <= 0) continue;
-          const U* p = reinterpret_cast<const U*>(scratch.scores.at(at / kColumns, 0)) + at % kColumns;
-          multiply_tile<true>(vectors, depth, p, 0, values_.at(column, key), R{1}, key ? &scratch.factor[at] : nullptr,
-                              scratch.output.at(column, at));
-        }
-      }
+      if constexpr (kUsesAmx<U>) add_values_transposed(key, first, queries, scratch);
+      else add_values(key, first, queries, scratch);
     }
 
     T* o = static_cast<T*>(p_.o);
     R* lse = static_cast<R*>(p_.lse);
+    const auto row = [&](int64_t i) { return (chunk.token + first - chunk.cached + i) * p_.heads + head; };
     for (int64_t i = 0; i < queries; ++i) {
-      const int64_t row = (chunk.token + first - chunk.cached + i) * p_.heads + head;
       const R sum = scratch.sum[i];
-      unpack_row<T>(scratch.output, i, p_.value_dim, sum == 0 ? R{0} : 1 / sum, o + row * p_.value_dim);
-      lse[row] = scratch.max[i] + std::log(sum);
+      lse[row(i)] = scratch.max[i] + std::log(sum);
+      scratch.sum[i] = sum == 0 ? R{0} : 1 / sum;
+      if constexpr (!kUsesAmx<U>)
+        unpack_row<T>(scratch.output, i, p_.value_dim, scratch.sum[i], o + row(i) * p_.value_dim);
+    }
+    if constexpr (kUsesAmx<U>)
+      for (int64_t i = 0; i < queries; i += kLanes<R>)
+        unpack_columns<T>(scratch.output, i, std::min<int64_t>(queries - i, kLanes<R>), p_.value_dim,
+                          load(&scratch.sum[i]), [&](int64_t j) { return o + row(i + j) * p_.value_dim; });
+  }
+
+  // O = diag(f) O + P V for the block of keys from `key` on.
+  void add_values(int64_t key, int64_t first, int64_t queries, const BlockScratch& scratch) const {
+    constexpr int64_t kColumns = kTileColumns<R>;
+    for (int64_t column = 0; column < panels<U>(p_.value_dim); ++column) {
+      const int vectors = vectors_in_panel<U>(p_.value_dim, column);
+      for (int64_t at = 0; at < queries; at += kTileRows<U>) {
+        const int64_t depth = std::min(std::min(kKeyBlock, first + queries - key), first + at + kTileRows<U> - key);
+        if (depth <= 0) continue;
+        const U* p = reinterpret_cast<const U*>(scratch.scores.at(at / kColumns, 0)) + at % kColumns;
+        multiply_tile<true>(vectors, depth, p, 0, values_.at(column, key), R{1}, key ? &scratch.factor[at] : nullptr,
+                            scratch.output.at(column, at));
+      }
+    }
+  }
+
+  // O^T = O^T diag(f) + V^T P^T.
+  void add_values_transposed(int64_t key, int64_t first, int64_t queries, const BlockScratch& scratch) const {
+    constexpr int64_t kColumns = kTileColumns<R>;
+    const int64_t values = round_up(p_.value_dim, kTileRows<U>);
+    for (int64_t at = 0; at < queries; at += kColumns) {
+      const int64_t panel = at / kColumns, last = std::min(first + at + kColumns, first + queries);
+      const int64_t depth = std::min(kKeyBlock, last - key);
+      if (depth <= 0) continue;
+      const int vectors = vectors_in_panel<U>(queries, panel);
+      R* output = scratch.output.at(panel, 0);
+      if (key) scale_columns(vectors, values, &scratch.factor[at], output);
+      multiply_rows(vectors, values, depth, values_.at(key / kLeftColumns<U>, 0), values_.panel_units(),
+                    reinterpret_cast<const U*>(scratch.scores.at(panel, 0)), R{1}, key > 0, output);
+    }
+  }
+
+  // Unless every factor is 1, as after most blocks no maximum moves.
+  static void scale_columns(int vectors, int64_t rows, const R* factors, R* matrix) {
+    for (int j = 0; j < vectors; ++j) {
+      const Vec<R> factor = load(factors + j * kLanes<R>);
+      bool same = true;
+      for (int i = 0; i < kLanes<R>; ++i) same = same && factor[i] == 1;
+      if (same) continue;
+      for (R* at = matrix + j * kLanes<R>; at < matrix + rows * kTileColumns<R>; at += kTileColumns<R>)
+        store(at, factor * load(static_cast<const R*>(at)));
     }
   }
 
   const ChunkedAttentionFwdParams& p_;
   DropKey drop_;
-  PackedMatrix<U> keys_, values_;
+  PackedLeftMatrix<U> keys_;
+  std::conditional_t<kUsesAmx<U>, PackedLeftMatrix<U>, PackedMatrix<U>> values_;  // with AMX V^T
   PerThread<BlockScratch> scratch_;
 };
 

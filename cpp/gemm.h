@@ -13,6 +13,11 @@
 //   A unit is what one lane multiplies in one step: one element of the compute type, or, where the CPU has AVX512-BF16,
 //   a pair of bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns
 //   for A = M, along the rows for A = M^T and B. With one element to a unit the two formats are the same.
+//
+//   With AMX a tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 bfloat16. B is
+//   packed as above; A has panels of 32 columns, so that a tile register is one stream of 1 KiB, and there is no A = M^T:
+//   where that is needed the transposed product is made instead. Tile: 16 rows x 3 registers. Both operands are zero where
+//   the depth is padded to 32.
 #pragma once
 
 #include <type_traits>
@@ -36,10 +41,19 @@ template <> struct UnitOf<bf16> { using type = Bf16Pair; };
 template <class T> using Unit = typename UnitOf<T>::type;
 template <class U> using SumOf = std::conditional_t<std::is_same_v<U, Bf16Pair>, float, U>;
 template <class U> inline constexpr int kUnitDepth = std::is_same_v<U, Bf16Pair> ? 2 : 1;
+#if defined(__AMX_BF16__)
+template <class U> inline constexpr bool kUsesAmx = std::is_same_v<U, Bf16Pair>;
+inline constexpr int kRowPadding = 32;
+#else
+template <class U> inline constexpr bool kUsesAmx = false;
+inline constexpr int kRowPadding = kRegisters == 32 ? 8 : 4;
+#endif
 
-inline constexpr int kTileRows = kRegisters == 32 ? 8 : 4;
+template <class U> inline constexpr int kTileRows = kUsesAmx<U> ? 16 : kRegisters == 32 ? 8 : 4;
 inline constexpr int kTileVectors = kRegisters == 32 || kVectorBytes == 32 ? 3 : 2;
 template <class U> inline constexpr int kTileColumns = kTileVectors * kLanes<SumOf<U>>;
+template <class U> inline constexpr int kLeftColumns = kUsesAmx<U> ? 32 : kTileColumns<U>;  // of a panel of A = M
+template <class U> inline constexpr int kDepthStep = kUsesAmx<U> ? 32 : kUnitDepth<U>;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -52,20 +66,21 @@ constexpr int vectors_in_panel(int64_t columns, int64_t panel) {
   return static_cast<int>(left < kTileVectors ? left : kTileVectors);
 }
 
-// A packed matrix in memory owned by another. `rows` is a multiple of kTileRows.
-template <class U>
+// A packed matrix in memory owned by another. `rows` is a multiple of kRowPadding.
+template <class U, int kColumns = kTileColumns<U>>
 struct Packed {
-  static_assert(kTileColumns<U> % kTileRows == 0 && kTileRows % kUnitDepth<U> == 0);
-  static constexpr int kRowUnits = kTileColumns<U> / kUnitDepth<U>;
+  static_assert(kColumns % kTileRows<U> == 0 && kTileRows<U> % kUnitDepth<U> == 0 && kRowPadding % kDepthStep<U> == 0);
+  static constexpr int kRowUnits = kColumns / kUnitDepth<U>;
 
   U* data;
   int64_t rows;
 
-  static int64_t size(int64_t rows, int64_t columns) { return rows * panels<U>(columns) * kRowUnits; }
+  static int64_t size(int64_t rows, int64_t columns) { return rows * ceil_div(columns, kColumns) * kRowUnits; }
   MEGALODON_INLINE int64_t panel_units() const { return rows * kRowUnits; }
   // Either format; where rows are paired, `row` is even.
   MEGALODON_INLINE U* at(int64_t panel, int64_t row) const { return data + panel * panel_units() + row * kRowUnits; }
 };
+template <class U> using PackedLeft = Packed<U, kLeftColumns<U>>;  // A = M
 
 template <class R>
 MEGALODON_INLINE Vec<R> multiply_add(R a, Vec<R> b, Vec<R> sum) { return sum + a * b; }
@@ -90,18 +105,19 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
                                              const SumOf<U>* factors, SumOf<U>* c) {
   using R = SumOf<U>;
   constexpr int kRowUnits = Packed<U>::kRowUnits;
+  constexpr int kRows = kTileRows<U>;
   if (factors)
-    for (int64_t i = 0; i < kTileRows * kTileColumns<U>; i += 64 / sizeof(R)) __builtin_prefetch(c + i, 1);
-  Vec<R> sum[kTileRows][kVectors] = {};
+    for (int64_t i = 0; i < kRows * kTileColumns<U>; i += 64 / sizeof(R)) __builtin_prefetch(c + i, 1);
+  Vec<R> sum[kRows][kVectors] = {};
   for (int64_t left = ceil_div(depth, kUnitDepth<U>); left > 0;) {
     const int64_t steps = kTransposeA || left < kRowUnits ? left : kRowUnits;
     for (int64_t step = 0; step < steps; ++step, b += kTileColumns<U>) {
-      if constexpr (!kTransposeA) __builtin_prefetch(a + a_panel + step * kTileRows);
+      if constexpr (!kTransposeA) __builtin_prefetch(a + a_panel + step * kRows);
       Vec<R> row[kVectors];
 #pragma GCC unroll 3
       for (int j = 0; j < kVectors; ++j) row[j] = load_raw<Vec<R>>(b + j * kLanes<R>);
 #pragma GCC unroll 8
-      for (int i = 0; i < kTileRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         const U factor = a[kTransposeA ? step * kTileColumns<U> + i : i * kRowUnits + step];
 #pragma GCC unroll 3
         for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(factor, row[j], sum[i][j]);
@@ -111,7 +127,7 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
     a += a_panel;
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) {
       R* to = c + i * kTileColumns<U> + j * kLanes<R>;
@@ -127,6 +143,100 @@ MEGALODON_INLINE void multiply_tile(int vectors, int64_t depth, const U* a, int6
   if (vectors == kTileVectors) multiply_tile<kTransposeA, kTileVectors>(depth, a, a_panel, b, gain, factors, c);
   else if (vectors == 2) multiply_tile<kTransposeA, 2>(depth, a, a_panel, b, gain, factors, c);
   else multiply_tile<kTransposeA, 1>(depth, a, a_panel, b, gain, factors, c);
+}
+
+#if defined(__AMX_BF16__)
+// Makes all tile registers 16 rows of 64 bytes for the thread that makes it, and gives them up at the end.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    // Static, as the intrinsic does not tell the compiler that it reads all of it.
+    alignas(64) static constexpr struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+};
+
+// One tile: C = A B, or C += A B.
+template <int kVectors>
+__attribute__((noinline)) void multiply_registers(int64_t depth, const Bf16Pair* a, int64_t a_panel, const Bf16Pair* b,
+                                                  bool add, float* c) {
+  constexpr int64_t kStride = kTileColumns<Bf16Pair> * sizeof(float);
+  asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
+  if (add) {
+    _tile_loadd(0, c, kStride);
+    if constexpr (kVectors > 1) _tile_loadd(1, c + 16, kStride);
+    if constexpr (kVectors > 2) _tile_loadd(2, c + 32, kStride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+  }
+  for (; depth > 0; depth -= 32, a += a_panel, b += 16 * kTileColumns<Bf16Pair>) {
+    _tile_loadd(3, a, 64);
+    _tile_loadd(4, b, kStride);
+    _tile_dpbf16ps(0, 3, 4);
+    if constexpr (kVectors > 1) {
+      _tile_loadd(5, b + 16, kStride);
+      _tile_dpbf16ps(1, 3, 5);
+    }
+    if constexpr (kVectors > 2) {
+      _tile_loadd(6, b + 32, kStride);
+      _tile_dpbf16ps(2, 3, 6);
+    }
+  }
+  _tile_stored(0, c, kStride);
+  if constexpr (kVectors > 1) _tile_stored(1, c + 16, kStride);
+  if constexpr (kVectors > 2) _tile_stored(2, c + 32, kStride);
+}
+
+// In blocks of the depth, so that those of B stay in the nearest cache for all rows.
+inline void multiply_rows_amx(int vectors, int64_t rows, int64_t depth, const Bf16Pair* a, int64_t a_panel,
+                              const Bf16Pair* b, bool add, float* c) {
+  constexpr int64_t kDepthBlock = 256;
+  for (int64_t d = 0; d < depth; d += kDepthBlock, a += kDepthBlock / 32 * a_panel) {
+    const int64_t part = depth - d < kDepthBlock ? depth - d : kDepthBlock;
+    const Bf16Pair* row = b + d / 2 * kTileColumns<Bf16Pair>;
+    for (int64_t r = 0; r < rows; r += 16) {
+      const Bf16Pair* left = a + r * (kLeftColumns<Bf16Pair> / 2);
+      float* to = c + r * kTileColumns<Bf16Pair>;
+      if (vectors == 3) multiply_registers<3>(part, left, a_panel, row, add || d > 0, to);
+      else if (vectors == 2) multiply_registers<2>(part, left, a_panel, row, add || d > 0, to);
+      else multiply_registers<1>(part, left, a_panel, row, add || d > 0, to);
+    }
+  }
+}
+#else
+class TileRegisters {
+ public:
+  TileRegisters() {}
+};
+template <class... Arguments> void multiply_rows_amx(Arguments...) = delete;
+#endif
+
+template <class R> inline constexpr R kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};  // as factors of kTileRows<R> rows
+
+// Rows of A = M times one panel of B: C = gain A B, or C += A B where `add`, which asks for a gain of 1.
+template <class U>
+void multiply_rows(int vectors, int64_t rows, int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
+                   bool add, SumOf<U>* c) {
+  using R = SumOf<U>;
+  constexpr int kColumns = kTileColumns<U>;
+  if constexpr (kUsesAmx<U>) {
+    multiply_rows_amx(vectors, rows, depth, a, a_panel, b, add, c);
+    if (gain != 1)
+      for (R* at = c; at < c + round_up(rows, kTileRows<U>) * kColumns; at += kLanes<R>)
+        store(at, gain * load(static_cast<const R*>(at)));
+  } else {
+    for (int64_t r = 0; r < rows; r += kTileRows<U>)
+      multiply_tile<false>(vectors, depth, a + r * Packed<U>::kRowUnits, a_panel, b, gain, add ? kOnes<R> : nullptr,
+                           c + r * kColumns);
+  }
 }
 
 }  // namespace megalodon::MEGALODON_ISA

@@ -3,6 +3,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "bindings.h"
 
 namespace megalodon {
@@ -12,6 +18,19 @@ namespace {
 constexpr const char* kNames[] = {MEGALODON_FOR_EACH_ISA(MEGALODON_NAME_)};
 #undef MEGALODON_NAME_
 constexpr int kIsas = sizeof(kNames) / sizeof(kNames[0]);
+
+// Whether the processor has AMX with bfloat16 and the system lets this process use it, for which it must be asked.
+bool amx_supported() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 // Whether this processor runs code compiled for kNames[i].
 bool supported(int i) {
@@ -24,7 +43,8 @@ bool supported(int i) {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  const bool supported[] = {v2, v3, v4, v4 && __builtin_cpu_supports("avx512bf16")};
+  const bool v4_bf16 = v4 && __builtin_cpu_supports("avx512bf16");
+  const bool supported[] = {v2, v3, v4, v4_bf16, v4_bf16 && amx_supported()};
   return supported[i];
 #else
   return i == 0;

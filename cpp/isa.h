@@ -1,10 +1,12 @@
 // One kernel source, compiled once for each instruction set; the best one is chosen when the module is imported.
 #pragma once
 
-// The names double as namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v4 = AVX-512, v4_bf16 adds AVX512-BF16.
+// The names double as namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v4 = AVX-512, v4_bf16 adds AVX512-BF16,
+// v4_amx adds AMX-BF16 to that.
 #if defined(__x86_64__)
 #define MEGALODON_FOR_EACH_ISA(X, ...) \
-  X(v2, __VA_ARGS__) X(v3, __VA_ARGS__) X(v4, __VA_ARGS__) X(v4_bf16, __VA_ARGS__)
+  X(v2, __VA_ARGS__) X(v3, __VA_ARGS__) X(v4, __VA_ARGS__) X(v4_bf16, __VA_ARGS__) \
+  X(v4_amx, __VA_ARGS__)
 #else
 #define MEGALODON_FOR_EACH_ISA(X, ...) X(generic, __VA_ARGS__)
 #endif

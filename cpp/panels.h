@@ -1,7 +1,8 @@
 // Packing of rows that lie anywhere into the panels of gemm.h, and back.
 //
 // `row(r)` points to row r, a row of `columns` elements of T, or is null where the row counts as zero. Packed matrices
-// are written up to the edge that products read: columns to a whole vector, rows to whatever range is asked for.
+// are written up to the edge that products read: columns to a whole vector or, where they are the depth, to kDepthStep,
+// rows to whatever range is asked for.
 #pragma once
 
 #include <utility>
@@ -12,12 +13,13 @@
 namespace megalodon::MEGALODON_ISA {
 
 // A packed matrix with memory of its own.
-template <class U>
-struct PackedMatrix : private Scratch<U>, public Packed<U> {
+template <class U, int kColumns = kTileColumns<U>>
+struct PackedMatrix : private Scratch<U>, public Packed<U, kColumns> {
   PackedMatrix(int64_t rows, int64_t columns)
-      : Scratch<U>(Packed<U>::size(round_up(rows, kTileRows), columns)),
-        Packed<U>{Scratch<U>::get(), round_up(rows, kTileRows)} {}
+      : Scratch<U>(Packed<U, kColumns>::size(round_up(rows, kRowPadding), columns)),
+        Packed<U, kColumns>{Scratch<U>::get(), round_up(rows, kRowPadding)} {}
 };
+template <class U> using PackedLeftMatrix = PackedMatrix<U, kLeftColumns<U>>;
 
 #if defined(__clang__)
 #define MEGALODON_SHUFFLE_(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -45,7 +47,7 @@ MEGALODON_INLINE void transpose(Vec<R> (&row)[kLanes<R>]) {
   if constexpr (step > 1) transpose<R, step / 2>(row);
 }
 
-// kLanes units of a row that has n elements left, n > 0; beyond them is zero.
+// kLanes units of a row that has n elements left; beyond them is zero.
 template <class T>
 MEGALODON_INLINE Vec<Compute<T>> load_units(const T* from, int64_t n) {
   if constexpr (kUnitDepth<Unit<T>> == 1) {
@@ -53,7 +55,7 @@ MEGALODON_INLINE Vec<Compute<T>> load_units(const T* from, int64_t n) {
   } else {
     T buffer[kVectorBytes / sizeof(T)] = {};
     if (n * static_cast<int64_t>(sizeof(T)) < kVectorBytes) {
-      std::memcpy(buffer, from, static_cast<size_t>(n) * sizeof(T));
+      if (n > 0) std::memcpy(buffer, from, static_cast<size_t>(n) * sizeof(T));
       from = buffer;
     }
     return load_raw<Vec<float>>(from);
@@ -61,24 +63,32 @@ MEGALODON_INLINE Vec<Compute<T>> load_units(const T* from, int64_t n) {
 }
 
 // Calls body(where, column) for every vector of a row of a packed matrix, seen as elements of E.
-template <class E, class U, class Body>
-MEGALODON_INLINE void for_each_vector(Packed<U> matrix, int64_t row, int64_t columns, Body&& body) {
-  for (int64_t panel = 0, first = 0; first < columns; ++panel, first += kTileColumns<U>) {
+template <class E, class U, int kColumns, class Body>
+MEGALODON_INLINE void for_each_vector(Packed<U, kColumns> matrix, int64_t row, int64_t columns, Body&& body) {
+  for (int64_t panel = 0, first = 0; first < columns; ++panel, first += kColumns) {
     E* at = reinterpret_cast<E*>(matrix.at(panel, row));
-    for (int64_t c = 0; c < kTileColumns<U> && first + c < columns; c += kLanes<SumOf<U>>) body(at + c, first + c);
+    for (int64_t c = 0; c < kColumns && first + c < columns; c += kLanes<SumOf<U>>) body(at + c, first + c);
   }
 }
 
 // Rows [begin, end) in the format for A = M.
 template <class T, class RowAt>
-void pack_by_columns(int64_t begin, int64_t end, int64_t columns, RowAt&& row, Packed<Unit<T>> to) {
-  using Element = std::conditional_t<kUnitDepth<Unit<T>> == 1, Unit<T>, T>;
+void pack_by_columns(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to) {
+  using U = Unit<T>;
+  using Element = std::conditional_t<kUnitDepth<U> == 1, U, T>;
   for (int64_t r = begin; r < end; ++r) {
     const T* from = row(r);
-    for_each_vector<Element>(to, r, columns, [&](Element* at, int64_t c) {
-      store(at, from ? load_first(from + c, columns - c) : zeros<Compute<T>>());
+    for_each_vector<Element>(to, r, round_up(columns, kDepthStep<U>), [&](Element* at, int64_t c) {
+      store(at, from && c < columns ? load_first(from + c, columns - c) : zeros<Compute<T>>());
     });
   }
+}
+
+// Elements of two rows, one of which may be null, as pairs.
+template <class T>
+MEGALODON_INLINE Bits load_pairs(const T* even, const T* odd, int64_t n) {
+  const Bits low = even ? bit_cast<Bits>(load_first(even, n)) >> 16 : Bits{};
+  return odd ? low | bit_cast<Bits>(load_first(odd, n)) : low;
 }
 
 // Rows [begin, end) in the format for A = M^T and for B. Where rows are paired both bounds are even.
@@ -91,9 +101,7 @@ void pack_by_rows(int64_t begin, int64_t end, int64_t columns, RowAt&& row, Pack
     for (int64_t r = begin; r < end; r += 2) {
       const T *even = row(r), *odd = row(r + 1);
       for_each_vector<U>(to, r, columns, [&](U* at, int64_t c) {
-        const Bits low = even ? bit_cast<Bits>(load_first(even + c, columns - c)) >> 16 : Bits{};
-        const Bits high = odd ? bit_cast<Bits>(load_first(odd + c, columns - c)) : Bits{};
-        store_raw(at, low | high);
+        store_raw(at, load_pairs(even ? even + c : even, odd ? odd + c : odd, columns - c));
       });
     }
   }
@@ -126,8 +134,28 @@ void pack_transposed(int64_t begin, int64_t end, int64_t columns, RowAt&& row, P
     for (; c < columns; c += kStep, out += kSide * kTileColumns<U>) {
       for (int i = 0; i < kSide; ++i) square[i] = from[i] ? load_units(from[i] + c, columns - c) : zeros<R>();
       transpose<R>(square);
-      for (int i = 0; i < kSide && i < ceil_div(columns - c, kUnitDepth<U>); ++i)
+      for (int i = 0; i < kSide && i < ceil_div(round_up(columns, kDepthStep<U>) - c, kUnitDepth<U>); ++i)
         store_raw(out + i * kTileColumns<U>, square[i]);
+    }
+  }
+}
+
+// The same in the format for A = M: the columns become rows. begin is a multiple of kDepthStep, up to which rows beyond
+// end are zero.
+template <class T, class RowAt>
+void pack_transposed_left(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to) {
+  static_assert(kUsesAmx<Unit<T>>);
+  constexpr int kSide = kLanes<float>;
+  for (int64_t r = begin; r < end; r += kDepthStep<Unit<T>>) {
+    for (int64_t c = 0; c < columns; c += kSide) {
+      Vec<float> square[kSide];
+      for (int i = 0; i < kSide; ++i) {
+        const int64_t even = r + 2 * i, odd = even + 1;
+        const T *low = even < end ? row(even) : nullptr, *high = odd < end ? row(odd) : nullptr;
+        square[i] = bit_cast<Vec<float>>(load_pairs(low ? low + c : low, high ? high + c : high, columns - c));
+      }
+      transpose<float>(square);
+      for (int i = 0; i < kSide; ++i) store_raw(to.at(r / kDepthStep<Unit<T>>, c + i), square[i]);
     }
   }
 }
@@ -140,6 +168,24 @@ void unpack_row(Packed<Compute<T>> from, int64_t row, int64_t columns, Compute<T
     const R* at = from.at(panel, row);
     for (int64_t c = 0; c < kTileColumns<R> && first + c < columns; c += kLanes<R>)
       store_first(to + first + c, gain * load(at + c), columns - first - c);
+  }
+}
+
+// Column `column` + i of sums, times gain[i], to row(i), for i < n: `column` is a multiple of the vector, n at most one.
+// A null row is left out.
+template <class T, class RowAt>
+void unpack_columns(Packed<Compute<T>> from, int64_t column, int64_t n, int64_t rows, Vec<Compute<T>> gain, RowAt&& row) {
+  using R = Compute<T>;
+  constexpr int kSide = kLanes<R>;
+  const R* at = from.at(column / kTileColumns<R>, 0) + column % kTileColumns<R>;
+  T* to[kSide];
+  for (int i = 0; i < n; ++i) to[i] = row(i);
+  for (int64_t r = 0; r < rows; r += kSide, at += kSide * kTileColumns<R>) {
+    Vec<R> square[kSide];
+    for (int i = 0; i < kSide; ++i) square[i] = r + i < rows ? gain * load(at + i * kTileColumns<R>) : zeros<R>();
+    transpose<R>(square);
+    for (int i = 0; i < n; ++i)
+      if (to[i]) store_first(to[i] + r, square[i], rows - r);
   }
 }
 
