@@ -94,7 +94,7 @@ MEGALODON_INLINE Half round_bf16(Vec<float> v) {
 }
 // One pair for each lane.
 MEGALODON_INLINE Bits pair_units(Vec<float> low, Vec<float> high) {
-  return __builtin_convertvector(round_bf16(low), Bits) | __builtin_convertvector(round_bf16(high), Bits) << 16;
+  return widen_bits(round_bf16(low)) | widen_bits(round_bf16(high)) << 16;
 }
 #endif
 

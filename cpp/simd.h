@@ -52,14 +52,39 @@ template <class V> MEGALODON_INLINE V load_raw(const void* from) {
 }
 template <class V> MEGALODON_INLINE void store_raw(void* to, V v) { std::memcpy(to, &v, sizeof v); }
 
-MEGALODON_INLINE Vec<float> widen_bf16(Half h) { return bit_cast<Vec<float>>(__builtin_convertvector(h, Bits) << 16); }
+// 16-bit values zero-extended, and the upper halves of 32-bit ones. GCC splits its own conversions into pieces.
+#if defined(__AVX512BW__)
+MEGALODON_INLINE Bits widen_bits(Half h) { return bit_cast<Bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h))); }
+MEGALODON_INLINE Half upper_halves(Bits b) {
+  constexpr VecOf<uint16_t, 32>::type odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const __m512i packed = _mm512_permutexvar_epi16(bit_cast<__m512i>(odd), bit_cast<__m512i>(b));
+  return bit_cast<Half>(_mm512_castsi512_si256(packed));
+}
+#elif defined(__AVX2__)
+MEGALODON_INLINE Bits widen_bits(Half h) { return bit_cast<Bits>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h))); }
+MEGALODON_INLINE Half upper_halves(Bits b) {
+  const __m256i shifted = bit_cast<__m256i>(b >> 16), packed = _mm256_packus_epi32(shifted, shifted);
+  return bit_cast<Half>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+#else
+MEGALODON_INLINE Bits widen_bits(Half h) { return __builtin_convertvector(h, Bits); }
+MEGALODON_INLINE Half upper_halves(Bits b) { return __builtin_convertvector(b >> 16, Half); }
+#endif
+
+MEGALODON_INLINE Vec<float> widen_bf16(Half h) { return bit_cast<Vec<float>>(widen_bits(h) << 16); }
 
 // Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
 MEGALODON_INLINE Half narrow_bf16(Vec<float> v) {
   const Bits bits = bit_cast<Bits>(v);
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(v == v ? rounded : quiet, Half);
+#if defined(__AVX512BF16__)
+  // The instruction rounds the same way, but takes denormals for zero whatever the mode. Where the mode does too, the
+  // class finds none.
+  constexpr int kDenormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(v), kDenormal) == 0, 1))
+    return bit_cast<Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+#endif
+  const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | (0x40u << 16);
+  return upper_halves(v == v ? rounded : quiet);
 }
 
 #if defined(__AVX512F__)

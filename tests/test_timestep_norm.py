@@ -74,6 +74,20 @@ def test_constant_input_gives_the_bias(dtype):
     assert (state.var.abs() < 1e-12).all()
 
 
+@every_backend
+def test_bfloat16_results_round_as_torch_rounds(backend):
+    """With a gain of zero y is the bias: ties, denormals, infinities, NaNs, and what rounds up to infinity."""
+    bits = torch.cat([torch.arange(0x8000).repeat_interleave(4), torch.tensor([0x7F7F, 0x0000, 0x007F, 0x3F80])])
+    low = torch.tensor([0x0001, 0x7FFF, 0x8000, 0x8001])[torch.arange(bits.numel()) % 4]
+    bias = (bits << 16 | low).int().view(torch.float32)
+    bias = torch.cat([bias, -bias])
+    x = torch.randn(1, 3, bias.numel(), generator=generator(0)).bfloat16()
+    y = mo.timestep_norm(x, torch.full_like(bias, -1.0), bias, num_groups=1)
+    assert torch.equal(y.isnan(), bias.isnan().expand(y.shape))
+    expected = bias.bfloat16().expand(y.shape)
+    assert torch.equal(y[~y.isnan()].view(torch.int16), expected[~y.isnan()].view(torch.int16))
+
+
 def test_what_a_fresh_state_holds_does_not_matter():
     case = timestep_norm_case(B=2, L=9, G=3, width=4)
     count, mean, var = torch.zeros(2, dtype=torch.int64), torch.full((2, 3), torch.nan), torch.full((2, 3), torch.inf)
