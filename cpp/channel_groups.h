@@ -76,19 +76,29 @@ MEGALODON_INLINE Vec<R> keep_first(Vec<R> v, int64_t n) {
   return lane < lane - lane + static_cast<LaneInt<R>>(n) ? v : zeros<R>();
 }
 
-// Lane i is a[i] + a[i ^ bit] where i has the bit clear, else b[i] + b[i ^ bit].
+// Lanes to be merged: kept[i], other[i] are a[i], a[i ^ bit] where i has the bit clear, else b[i], b[i ^ bit].
+template <class R>
+struct LanePairs {
+  Vec<R> kept, other;
+};
 template <class R, int bit, int... i>
-MEGALODON_INLINE Vec<R> add_crosswise(Vec<R> a, Vec<R> b, std::integer_sequence<int, i...>) {
-  const Vec<R> kept = __builtin_shufflevector(a, b, (i & bit ? i + kLanes<R> : i)...);
+MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b, std::integer_sequence<int, i...>) {
   const Vec<R> other = __builtin_shufflevector(a, b, (i & bit ? i : i + kLanes<R>)...);
-  return kept + __builtin_shufflevector(other, other, (i ^ bit)...);
+  return {__builtin_shufflevector(a, b, (i & bit ? i + kLanes<R> : i)...),
+          __builtin_shufflevector(other, other, (i ^ bit)...)};
+}
+template <class R, int bit>
+MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b) {
+  return pair_crosswise<R, bit>(a, b, std::make_integer_sequence<int, kLanes<R>>{});
 }
 // Lane i of the result is the sum of the lanes of v[i].
 template <class R, int bit = kLanes<R> / 2>
 MEGALODON_INLINE Vec<R> sum_each(Vec<R>* v) {
   if constexpr (bit == 0) return v[0];
-  for (int i = 0; i < bit; ++i)
-    v[i] = add_crosswise<R, bit>(v[i], v[i + bit], std::make_integer_sequence<int, kLanes<R>>{});
+  for (int i = 0; i < bit; ++i) {
+    const auto pairs = pair_crosswise<R, bit>(v[i], v[i + bit]);
+    v[i] = pairs.kept + pairs.other;
+  }
   return sum_each<R, bit / 2>(v);
 }
 

@@ -12,16 +12,18 @@
 //
 // The T tokens are cut into blocks of rows that stay in L2, whatever the sequences; the cut depends on shapes alone.
 // A thread takes the next block in order of time (backward: from the end) and
-//   1. reduces each row's groups, F channels to two numbers, kLanes groups at a time, adding lanes by a transposition;
+//   1. reduces each row's groups, F channels to two numbers, kLanes groups at a time, merging lanes by a transposition;
 //   2. scans each run of one sequence along time, in double, G values a row. A run that its block cuts off from the
 //      start of its sequence is scanned as if fresh, and merged with the carry of the block before when that arrives;
 //   3. writes y, or dx and the block's share of dweight and dbias.
 // Only the carry, 2 G doubles, is passed from block to block, so threads wait for a merge, not for each other's rows.
 // Shares of dweight and dbias are R within a block and go to one of kSlots sums in double, in order of time.
 //
-// Memory traffic, in elements: forward x, y; backward x, dy, dx; plus 3 T G statistics. Rows are read twice, the second
-// time from L2. Which channels share a vector: if F is a multiple of kLanes, a vector has one group; else each vector
-// permutes its groups' statistics into place, e.g. F = 3, kLanes = 8: channels 8..15 are groups 2 3 3 3 4 4 4 5.
+// Memory traffic, in elements: forward x, y; backward x, dy, dx; plus 3 T G statistics. Rows are read twice: first from
+// memory, fetched a page ahead, then from L2. Large outputs pass the caches by.
+//
+// Which channels share a vector: if F is a multiple of kLanes, a vector has one group; else each vector permutes its
+// groups' statistics into place, e.g. F = 3, kLanes = 8: channels 8..15 are groups 2 3 3 3 4 4 4 5.
 
 #include <cmath>
 
@@ -40,7 +42,8 @@ class Forward {
  public:
   Forward(const TimestepNormFwdParams& params, Plan<R>& plan)
       : p(params), plan(plan), G(p.groups), D(p.channels), mean_(scratch_size()), var_(scratch_size()),
-        start_(2 * G), hi_(scratch_size()), lo_(scratch_size()), rstd_(scratch_size()) {}
+        start_(2 * G), hi_(scratch_size()), lo_(scratch_size()), rstd_(scratch_size()),
+        streams_(worth_streaming(static_cast<const T*>(p.y), p.sequences.tokens, D)) {}
 
   void operator()(int64_t) {
     const int64_t block = plan.relay.take();
@@ -126,12 +129,18 @@ class Forward {
       stats[plane + i] = lo[i] = static_cast<R>(mean[i] - hi[i]);
       stats[2 * plane + i] = rstd[i] = 1 / std::sqrt(static_cast<R>(var[i] + eps));
     }
-    constexpr int tile = 2;
-    for (; a + tile <= b; a += tile, at += tile * G) write_rows<tile>(a, at);
-    for (; a < b; ++a, at += G) write_rows<1>(a, at);
+    if (streams_) write_tiles<true>(a, b, at);
+    else write_tiles<false>(a, b, at);
   }
 
-  template <int rows>
+  template <bool kStream>
+  void write_tiles(int64_t a, int64_t b, int64_t at) {
+    constexpr int tile = 2;
+    for (; a + tile <= b; a += tile, at += tile * G) write_rows<tile, kStream>(a, at);
+    for (; a < b; ++a, at += G) write_rows<1, kStream>(a, at);
+  }
+
+  template <int rows, bool kStream>
   void write_rows(int64_t a, int64_t at) {
     const R* const stats[3] = {&hi_[at], &lo_[at], &rstd_[at]};
     const R *bias = static_cast<const R*>(p.bias), *gain = plan.gain.get();
@@ -142,7 +151,9 @@ class Forward {
           const Vec<R> g = load(gain + c), b = load_first(bias + c, n);
           for (int row = 0; row < rows; ++row) {
             const Vec<R> centered = load_first(x + row * D + c, n) - s[row][0] - s[row][1];
-            store_first(y + row * D + c, centered * s[row][2] * g + b, n);
+            const Vec<R> out = centered * s[row][2] * g + b;
+            if constexpr (kStream) stream(y + row * D + c, out);
+            else store_first(y + row * D + c, out, n);
           }
         });
   }
@@ -152,6 +163,8 @@ class Forward {
   const int64_t G, D;
   Scratch<double> mean_, var_, start_;
   Scratch<R> hi_, lo_, rstd_;
+  const bool streams_;
+  StreamFence fence_;
 };
 
 // One thread's backward. Its scratch holds a block's rows of G values.
@@ -165,7 +178,8 @@ class Backward {
       : p(params), plan(plan), turns(turns), slots(slots), G(p.groups), D(p.channels), mean_(scratch_size()),
         ds_(scratch_size()), db_(scratch_size()), uv_(2 * G), before_(2 * G), hi_(scratch_size()), lo_(scratch_size()),
         rstd_(scratch_size()), level_(scratch_size()), slope_(scratch_size()),
-        shares_(2 * plan.channels.vectors * lanes) {}
+        shares_(2 * plan.channels.vectors * lanes),
+        streams_(worth_streaming(static_cast<const T*>(p.dx), p.sequences.tokens, D)) {}
 
   void operator()(int64_t) {
     const int64_t place = plan.relay.take(), block = plan.blocks - 1 - place;
@@ -243,6 +257,8 @@ class Backward {
       sum_groups<R>(smaller(lanes, (b - a) * G - first), size, sum,
                     [&](int64_t i, int64_t k, int64_t n) __attribute__((always_inline)) {
                       const int64_t c = i * size + k;
+                      fetch_ahead(x + c, k);
+                      fetch_ahead(dy + c, k);
                       const Vec<R> scaled = load_within(dy + c, n, dy_end) * load(gains[i] + k);
                       const Vec<R> centered = load_within(x + c, n, x_end) - splat(hi[i]) - splat(lo[i]);
                       return Terms<R, 2>{keep_first<R>(scaled, n), keep_first<R>(scaled * centered, n)};
@@ -287,12 +303,18 @@ class Backward {
       level_[i] = static_cast<R>(db_[i] * per_channel);
       slope_[i] = static_cast<R>(2 * ds_[i] * per_channel);
     }
-    constexpr int tile = 2;
-    for (; a + tile <= b; a += tile, at += tile * G) write_rows<tile>(a, at);
-    for (; a < b; ++a, at += G) write_rows<1>(a, at);
+    if (streams_) write_tiles<true>(a, b, at);
+    else write_tiles<false>(a, b, at);
   }
 
-  template <int rows>
+  template <bool kStream>
+  void write_tiles(int64_t a, int64_t b, int64_t at) {
+    constexpr int tile = 2;
+    for (; a + tile <= b; a += tile, at += tile * G) write_rows<tile, kStream>(a, at);
+    for (; a < b; ++a, at += G) write_rows<1, kStream>(a, at);
+  }
+
+  template <int rows, bool kStream>
   void write_rows(int64_t a, int64_t at) {
     const R* const stats[5] = {&hi_[at], &lo_[at], &rstd_[at], &level_[at], &slope_[at]};
     const T *x = static_cast<const T*>(p.x) + a * D, *dy = static_cast<const T*>(p.dy) + a * D;
@@ -307,7 +329,9 @@ class Backward {
             const Vec<R> centered = load_first(x + row * D + c, n) - s[row][0] - s[row][1];
             dw += g * (centered * s[row][2]);
             db += g;
-            store_first(dx + row * D + c, g * (s[row][2] * load(gain + c)) + (s[row][3] + s[row][4] * centered), n);
+            const Vec<R> out = g * (s[row][2] * load(gain + c)) + (s[row][3] + s[row][4] * centered);
+            if constexpr (kStream) stream(dx + row * D + c, out);
+            else store_first(dx + row * D + c, out, n);
           }
           store(dweight + j * lanes, load(dweight + j * lanes) + dw);
           store(dbias + j * lanes, load(dbias + j * lanes) + db);
@@ -336,6 +360,8 @@ class Backward {
   const int64_t G, D;
   Scratch<double> mean_, ds_, db_, uv_, before_;
   Scratch<R> hi_, lo_, rstd_, level_, slope_, shares_;
+  const bool streams_;
+  StreamFence fence_;
 };
 
 template <class T>

@@ -3,6 +3,7 @@
 
 #include "channel_groups.h"
 #include "relay.h"
+#include "stream.h"
 #include "timestep_norm.h"
 
 namespace megalodon::MEGALODON_ISA {
@@ -10,10 +11,62 @@ namespace megalodon::MEGALODON_ISA {
 constexpr int64_t kBlockBytes = 128 << 10;  // of each tensor that is read
 constexpr int64_t kMaxRows = 512;
 
-// Mean (hi + lo) and biased variance of each of `groups` neighbouring groups: sums of differences from a group's first
-// element, then of squared differences from the mean. May write kLanes values past the end.
+// Sums and squared differences from the mean of equally many values in each lane. Merging neither cancels nor needs a
+// second look at the values, unlike a sum of squares.
+template <class R>
+struct Moments {
+  Vec<R> sum, squares;
+};
+template <class R>
+MEGALODON_INLINE Moments<R> merge_moments(const Moments<R>& a, const Moments<R>& b, int values) {
+  const Vec<R> difference = a.sum - b.sum;
+  return {a.sum + b.sum, a.squares + b.squares + difference * difference * (R{0.5} / static_cast<R>(values))};
+}
+// Of the vectors at[0 .. count).
+template <int count, class R, class At>
+MEGALODON_INLINE Moments<R> moments_of(int64_t first, At&& at) {
+  if constexpr (count == 1) return {at(first), zeros<R>()};
+  else return merge_moments<R>(moments_of<count / 2, R>(first, at), moments_of<count / 2, R>(first + count / 2, at),
+                               count / 2);
+}
+// Lane i: of all lanes of group(i), which holds `values` values a lane. Depth first, so that few vectors wait.
+template <class R, int values, int bit = 1, class Group>
+MEGALODON_INLINE Moments<R> moments_of_each(int first, Group&& group) {
+  if constexpr (bit == kLanes<R>) return group(first);
+  else {
+    const Moments<R> a = moments_of_each<R, values, 2 * bit>(first, group);
+    const Moments<R> b = moments_of_each<R, values, 2 * bit>(first + bit, group);
+    const auto sums = pair_crosswise<R, bit>(a.sum, b.sum), squares = pair_crosswise<R, bit>(a.squares, b.squares);
+    return merge_moments<R>({sums.kept, squares.kept}, {sums.other, squares.other}, values * (kLanes<R> / 2 / bit));
+  }
+}
+
+// Mean (hi + lo) and biased variance of each of `groups` neighbouring groups of `vectors` vectors, in one pass over
+// their differences from a group's first element. May write kLanes values past the end.
+template <int vectors, class T, class R = Compute<T>>
+void even_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* var) {
+  constexpr int lanes = kLanes<R>, size = vectors * lanes;
+  for (int64_t first = 0; first < groups; first += lanes) {
+    const int64_t last = groups - 1 - first;
+    const Moments<R> m = moments_of_each<R, vectors>(0, [&](int i) __attribute__((always_inline)) {
+      const T* group = x + (first + smaller(i, last)) * size;
+      const R shift = load(group)[0];
+      hi[first + i] = shift;
+      return moments_of<vectors, R>(0, [&](int64_t k) __attribute__((always_inline)) {
+        fetch_ahead(group + k * lanes, k * lanes);
+        return load(group + k * lanes) - splat(shift);
+      });
+    });
+    const Vec<R> shift = load(hi + first), shifted = m.sum / size, mean = shift + shifted, part = mean - shift;
+    store(hi + first, mean);
+    store(lo + first, (shift - (mean - part)) + (shifted - part));
+    store(var + first, m.squares / size);
+  }
+}
+
+// The same for groups of any size, in two passes: sums of differences, then of squared differences from the mean.
 template <class T, class R = Compute<T>>
-void group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, R* hi, R* lo, R* var) {
+void any_group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, R* hi, R* lo, R* var) {
   constexpr int lanes = kLanes<R>;
   const Vec<R> channels = splat(static_cast<R>(size));
   for (int64_t first = 0; first < groups; first += lanes, x += lanes * size, hi += lanes, lo += lanes, var += lanes) {
@@ -36,6 +89,17 @@ void group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, 
     });
     const Vec<R> v = squares[0] / channels - rounding * rounding;
     store(var, v < 0 ? zeros<R>() : v);
+  }
+}
+
+template <class T, class R = Compute<T>>
+void group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, R* hi, R* lo, R* var) {
+  switch (size % kLanes<R> == 0 ? size / kLanes<R> : 0) {
+    case 1: return even_group_statistics<1>(x, groups, hi, lo, var);
+    case 2: return even_group_statistics<2>(x, groups, hi, lo, var);
+    case 4: return even_group_statistics<4>(x, groups, hi, lo, var);
+    case 8: return even_group_statistics<8>(x, groups, hi, lo, var);
+    default: return any_group_statistics(x, x_end, groups, size, hi, lo, var);
   }
 }
 

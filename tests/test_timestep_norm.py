@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_all_as_accurate_as, assert_close, assert_refuses
-from backends import each_implementation, every_backend
+from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
+from backends import ISAS, each_implementation, every_backend
 from cases import evaluate, generator, randn, timestep_norm_case
 from golden import TOLERANCE, golden_case, golden_config
 
@@ -52,17 +52,38 @@ HARD_VALUES = {
     "old-state": {"mean": 1e4, "std": 1e-2, "count": 10**6},
 }
 
+SHAPES = {
+    "long": {"B": 1, "L": 1500, "G": 2, "width": 8},
+    "odd": {"B": 2, "L": 67, "G": 3, "width": 17},
+    "width-of-the-presets": {"B": 1, "L": 30, "G": 5, "width": 32},
+    "wide": {"B": 1, "L": 20, "G": 2, "width": 128},
+}
+
 
 @every_backend
 @pytest.mark.parametrize("values", HARD_VALUES.values(), ids=HARD_VALUES)
-@pytest.mark.parametrize(
-    "shape", [{"B": 1, "L": 1500, "G": 2, "width": 8}, {"B": 2, "L": 67, "G": 3, "width": 17}], ids=["long", "odd"]
-)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_hard_values(values, shape, backend):
     """The reference takes its statistics in float64, so an error of cancellation has no room here."""
     case = timestep_norm_case(**shape, **values)
     exact, same = evaluate(mo.reference.timestep_norm, case.double()), evaluate(mo.reference.timestep_norm, case)
     assert_all_as_accurate_as(evaluate(mo.timestep_norm, case), same, exact, factor=4, floor=8)
+
+
+@pytest.mark.parametrize("backend", ISAS, indirect=True)
+def test_large_outputs_have_the_bits_of_small_ones(backend):
+    """Outputs of 32 MiB and more are stored past the caches."""
+    x, dy = torch.randn(2, 1, 8192, 1024, generator=generator(0))
+    half = x.shape[1] // 2
+    dy[:, half:] = 0
+    weight, bias = torch.randn(2, 1024, generator=generator(1))
+    results = []
+    for steps in (2 * half, half):
+        leaf = x[:, :steps].clone().requires_grad_()
+        y = mo.timestep_norm(leaf, weight, bias, num_groups=32)
+        y.backward(dy[:, :steps])
+        results.append({"y": y.detach()[:, :half], "dx": leaf.grad[:, :half]})
+    assert_bit_equal(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

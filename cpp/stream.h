@@ -1,0 +1,59 @@
+// Memory that passes by once: fetched ahead of time, stored past the caches.
+#pragma once
+
+#include "simd.h"
+
+namespace megalodon::MEGALODON_ISA {
+
+// From this size on an output is stored past the caches: few would keep it until its reader comes, and a plain store
+// first reads the line that it overwrites.
+constexpr int64_t kStreamedBytes = 32 << 20;
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kFetchedAhead = 4096;  // bytes; processors do not look beyond the page by themselves
+
+// `from` points to kLanes elements of a row that is read in order, `index` is that of the first in the row.
+template <class T>
+MEGALODON_INLINE void fetch_ahead(const T* from, int64_t index) {
+  constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
+  if (index % line == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + kFetchedAhead);
+}
+
+template <class V>
+MEGALODON_INLINE void stream_raw(void* to, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(v));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(v));
+  if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(v));
+#endif
+  store_raw(to, v);
+}
+// As store(); `to` is aligned to the bytes that are stored.
+MEGALODON_INLINE void stream(float* to, Vec<float> v) { stream_raw(to, v); }
+MEGALODON_INLINE void stream(double* to, Vec<double> v) { stream_raw(to, v); }
+MEGALODON_INLINE void stream(bf16* to, Vec<float> v) { stream_raw(to, narrow_bf16(v)); }
+MEGALODON_INLINE void stream(fp16* to, Vec<float> v) { stream_raw(to, narrow_f16(v)); }
+
+// A thread that streams holds one, so that other threads see what it stored once it is gone.
+class StreamFence {
+ public:
+  StreamFence() {}
+  StreamFence(const StreamFence&) = delete;
+  StreamFence& operator=(const StreamFence&) = delete;
+  ~StreamFence() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+  }
+};
+
+// Whether (rows, columns) elements at `to` are to be streamed vector by vector.
+template <class T>
+bool worth_streaming(const T* to, int64_t rows, int64_t columns) {
+  constexpr int64_t lanes = kLanes<Compute<T>>, bytes = lanes * static_cast<int64_t>(sizeof(T));
+  return rows * columns * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes && columns % lanes == 0 &&
+         reinterpret_cast<uintptr_t>(to) % bytes == 0;
+}
+
+}  // namespace megalodon::MEGALODON_ISA
