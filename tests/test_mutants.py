@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import subprocess
+
 import pytest
 from cuda_emulator import mutate
-from cuda_emulator.mutants import mutants
+from cuda_emulator.mutants import SWITCH, mutants, switched
 
 MUTANTS = {
     "  __syncthreads();": ["`__syncthreads()` deleted"],
@@ -15,6 +19,11 @@ MUTANTS = {
     "  if (i >= n) return;": ["`i >= n` becomes `false`"],
     "  if (i < n) {": ["`i < n` becomes `true`"],
     "  const bool active = i < n;": ["`i < n` becomes `true`"],
+    "  const bool a = x, b = f<1, 2>(y, z), c = z;": [
+        "`x` becomes `true`",
+        "`f<1, 2>(y, z)` becomes `true`",
+        "`z` becomes `true`",
+    ],
     "  if (f(a, b) && x[i] < (n + 1)) g();": [
         "`f(a, b) && x[i] < (n + 1)` becomes `true`",
         "`f(a, b)` becomes `true`",
@@ -27,6 +36,11 @@ MUTANTS = {
         "`i < n` becomes `true`",
         "`j != m` becomes `true`",
     ],
+    "  y += i >= n ? x : R{0};": ["`i >= n` becomes `true`", "`i >= n` becomes `false`"],
+    "  y = x == -R{INFINITY} ? R{0} : x;": [
+        "`x == -R{INFINITY}` becomes `true`",
+        "`x == -R{INFINITY}` becomes `false`",
+    ],
     "  g(p.state ? *p.state : 0);": ["`p.state` becomes `true`", "`p.state` becomes `false`"],
     "  for (int i = 0; valid && i < n; ++i) sum += x[i];": [
         "`i <` becomes `i <=`",
@@ -35,6 +49,7 @@ MUTANTS = {
     "  GPU_UNROLL\n  for (int i = 0; i < 4; ++i) sum += x[i];": [],
     "  // if (i < n) __syncthreads();": [],
     '  f("a ? b : c");': [],
+    "  R x[kLong ? n : 1][2];": [],
     "  constexpr int width = n < 4 ? n : 4;": [],
     "  f(std::forward<A>(a)); auto&& b = a;": [],
 }
@@ -55,10 +70,63 @@ def test_a_mutant_differs_in_one_place():
     assert (mutant.line, mutant.text) == (2, "a();\n;\nb();\n")
 
 
+PROGRAM = r"""
+#include <cstdio>
+#include <cstdlib>
+unsigned log = 0;
+void __syncthreads() { log = 3 * log + 1; }
+namespace gpu {
+template <int kPending> void cp_async_wait() { log = 5 * log + kPending; }
+}
+
+int f(int a, int b, int n) {
+  if (b > 8) return -1;
+  int sum = 0;
+  for (int i = 0; a > 0 && i < n; ++i) sum += b || i == 1 ? 1 : 10;
+  const bool even = n % 2 == 0, both = a &&  // at the end of a line
+                                       b;
+  if (even && (a > 1 || both)) __syncthreads();
+  else sum += 100;
+  gpu::cp_async_wait<1>();
+  return sum;
+}
+"""
+MAIN = r"""
+int main(int count, char** arguments) {
+  if (count > 1) gpu_mutant = std::atoi(arguments[1]);
+  for (int i = 0; i < 250; ++i) std::printf("%d ", f(i % 5 - 1, i / 5 % 5 * 3, i / 25));
+  std::printf("%u", log);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_switch_does_what_the_mutants_do(tmp_path):
+    """One program that holds all of them prints what each of them prints by itself."""
+
+    def program(name: str, text: str) -> str:
+        source, binary = tmp_path / f"{name}.cpp", tmp_path / name
+        source.write_text(text)
+        subprocess.run(["g++", "-std=c++17", "-w", str(source), "-o", str(binary)], check=True)
+        return str(binary)
+
+    def output(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    found = list(enumerate(mutants(PROGRAM), start=1))
+    text = switched(PROGRAM, found)
+    assert text.partition("#line 1\n")[2].count("\n") == PROGRAM.count("\n")
+    definition = f'extern "C" int {SWITCH} = 0;' + MAIN
+    switch = program("switched", text.replace(" const int ", " int ", 1) + definition)
+    plain = output(program("plain", PROGRAM + definition))
+    assert output(switch, "0") == plain
+    for number, mutant in found:
+        alone = output(program(f"mutant{number}", mutant.text + definition))
+        assert output(switch, str(number)) == alone, mutant.change
+        assert alone != plain, mutant.change
+
+
 OUTPUTS = {
-    "E   RuntimeError: cmake --build x failed:\nE  x.cuh:3:1: error: expected ';'\nERROR tests/test_x.py::test_y - R": (
-        "does not compile"
-    ),
     "E   EmulationError: in k:\nE     race: read after write of byte 3\nFAILED tests/test_x.py::test_y[1] - E": (
         "race, `test_y`"
     ),
@@ -76,7 +144,7 @@ def test_what_killed_a_mutant(output):
 
 
 def test_a_mutant_that_hangs_or_crashes_is_dead():
-    assert mutate._cause(124, "") == "never ends"
+    assert mutate._cause(-signal.SIGPROF, "") == "never ends"
     assert mutate._cause(-11, "") == "crash (SIGSEGV)"
     with pytest.raises(RuntimeError, match="ended with 4 and no failed test"):
         mutate._cause(4, "usage")

@@ -8,6 +8,11 @@
 
 namespace py = pybind11;
 
+// Which mutant of the kernels runs, where they hold some (mutants.py). Kernels take it for a constant.
+extern "C" {
+int gpu_mutant = 0;
+}
+
 namespace {
 
 // Memory of the emulated device, a writable buffer of bytes to Python. Lives as long as the tensors made from it.
@@ -172,6 +177,7 @@ PYBIND11_MODULE(_cuda_emulated, module) {
   module.def("set_options", [](emu::Order order, uint64_t seed, size_t shared_limit) {
     emu::options = {order, seed, shared_limit};
   });
+  module.def("set_mutant", [](int number) { gpu_mutant = number; });
   module.def("reports", &reports);
   module.def("traffic", &traffic);
   module.def("sites", &sites);

@@ -2,18 +2,23 @@
 
 Deleted: every barrier, every wait for a copy and every commit; a wait also leaves one group more in flight. Guards:
 conditions of `if` and `?:` and operands of `&&` and `||` become constants. Loops run once more.
+
+A file can be rewritten so that it holds all of its mutants, of which a number chooses one at run time.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 SYNCHRONISATION = r"(?:gpu::)?\b(?:__sync(?:threads|warp)|named_barrier|cp_async_(?:commit|wait))\b(?:<[^<>;]*>)?\("
 # Where an operand of && or || or the condition of ?: ends at the latest.
-BOUNDARY = r"&&|\|\||\?|(?<!:):(?!:)|;|,|(?<![=<>!+\-*/%&|^])=(?!=)|\breturn\b|[{}]"
+BOUNDARY = r"&&|\|\||\?|(?<!:):(?!:)|;|,|(?<![=<>!])=(?!=)|\breturn\b|[{}]"
 OPENING, CLOSING = "([{", ")]}"
+
+
+SWITCH = "gpu_mutant"  # the number of the mutant that runs, a global of the emulator
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,9 @@ class Mutant:
     line: int
     change: str  # what stands in the table
     text: str  # of the whole file
+    start: int  # text[start:end] of the original became `new`
+    end: int
+    new: str
 
 
 def mutants(text: str) -> list[Mutant]:
@@ -31,8 +39,39 @@ def mutants(text: str) -> list[Mutant]:
         if changed != text and not _is_constant(code, start):
             old = " ".join(text[start:end].split())
             change = f"`{old}` becomes `{new}`" if new else f"`{old}` deleted"
-            found.setdefault(changed, Mutant(text.count("\n", 0, start) + 1, change, changed))
+            found.setdefault(changed, Mutant(text.count("\n", 0, start) + 1, change, changed, start, end, new))
     return sorted(found.values(), key=lambda mutant: mutant.line)
+
+
+def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
+    """The file with all these mutants, line for line: it behaves as the one whose number is in SWITCH.
+
+    To kernels the switch is a constant, so that they read it without the emulator's notice.
+    """
+    code, inserted = _without_comments(text), []
+    for number, mutant in numbered:
+        is_on, start, end = f"{SWITCH} == {number}", mutant.start, mutant.end
+        if mutant.new == "":
+            before, after = f"({is_on} ? void() : ", ")"
+        elif mutant.new in ("true", "false"):
+            before, after = f"({is_on} ? {mutant.new} : bool(", "))"
+        elif mutant.new.endswith("<="):  # i <= n, of integers: i - 1 < n
+            start = end = text.index(" <", start)
+            before, after = f" - ({is_on})", ""
+        else:  # the number of groups that a wait leaves in flight
+            name = text.rindex("cp_async_wait", 0, start)
+            start = name - len(re.search(r"(gpu::)?$", code[:name])[0])
+            call_end = _closing(code, text.index("(", end)) + 1
+            before, after = f"({is_on} ? {text[start : mutant.start]}{mutant.new}{text[end:call_end]} : ", ")"
+            end = call_end
+        length = end - start
+        inserted += [((start, 1, -length, number), before), ((end, 0, length, -number), after)]
+    # At one place the inner expression ends before the outer one does, and what begins there comes after.
+    pieces, at = [f'extern "C" const int {SWITCH};\n#line 1\n'], 0
+    for (place, *_), piece in sorted(inserted):
+        pieces += [text[at:place], piece]
+        at = place
+    return "".join([*pieces, text[at:]])
 
 
 def _edits(code: str) -> Iterator[tuple[int, int, str]]:
@@ -47,8 +86,12 @@ def _edits(code: str) -> Iterator[tuple[int, int, str]]:
         end = _closing(code, condition.end() - 1)
         leaves = re.match(r"\)\s*\{?\s*(return|continue|break)\b", code[end:])
         yield condition.end(), end, "false" if leaves else "true"
-    for definition in re.finditer(r"\bbool \w+ = ([^;{}]+);", code):
-        yield *definition.span(1), "true"
+    for definition in re.finditer(r"\bbool (?=\w+ = )", code):
+        at = definition.end()
+        while name := re.compile(r"\s*\w+ = ").match(code, at):  # several, between commas
+            start, end = _right_operand(code, name.end(), r",(?=\s+\w+ = )|;")
+            yield start, end, "true"
+            at = end + 1
     loops = list(_loops(code))
     for operator in re.finditer(r"\s(&&|\|\|)\s", code):
         constant = "true" if operator[1] == "&&" else "false"
@@ -88,19 +131,21 @@ def _left_operand(code: str, end: int, through_logic: bool = False) -> tuple[int
 
 
 def _boundary_before(code: str, at: int, through_logic: bool) -> bool:
+    if code[at - 1] == "{":  # whose end is in the operand
+        return False
     if code[at - 1] in CLOSING:
-        return code[at - 1] == "}"
+        return code[at - 1] == "}" and not re.search(r"[\w>]\{[^{}]*\}$", code[:at])  # R{0} is part of an operand
     return any(
         match.end() == at - max(0, at - 8) and not (through_logic and match[0] in ("&&", "||"))
         for match in re.finditer(BOUNDARY, code[max(0, at - 8) : at + 1])
     )
 
 
-def _right_operand(code: str, start: int) -> tuple[int, int]:
+def _right_operand(code: str, start: int, boundary: str = BOUNDARY) -> tuple[int, int]:
     depth, end = 0, start
     while end < len(code):
         depth += (code[end] in OPENING) - (code[end] in CLOSING)
-        if depth < 0 or depth == 0 and code[end] not in CLOSING and re.compile(BOUNDARY).match(code, end):
+        if depth < 0 or depth == 0 and code[end] not in CLOSING and re.compile(boundary).match(code, end):
             break
         end += 1
     return _trimmed(code, start, end)
@@ -123,7 +168,8 @@ def _closing(code: str, opening: int) -> int:
 def _is_constant(code: str, at: int) -> bool:
     """In a statement that the compiler evaluates."""
     start = max(code.rfind(c, 0, at) for c in ";{}") + 1
-    return bool(re.search(r"\b(constexpr|static_assert|template|using)\b", code[start:at]))
+    size_of_array = r"^\s*(?!return\b)\w[\w:<>, ]* \w+\[[^=(]*$"
+    return bool(re.search(rf"\b(constexpr|static_assert|template|using)\b|{size_of_array}", code[start:at]))
 
 
 def _without_comments(text: str) -> str:

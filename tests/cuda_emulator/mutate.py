@@ -5,10 +5,10 @@
     python tests/cuda_emulator/mutate.py --barriers      barriers, waits and commits; other rows stay
     python tests/cuda_emulator/mutate.py --list          what would be run
 
-Every job works in a copy of cuda/, cpp/ and tests/, where only the files that include the mutated one compile again.
-What is done is kept in the scratch folder, so that a run that was stopped goes on, and a change of a kernel, of
-cuda/common or of the tests begins anew. The table's last column is written by hand: why a mutant that survives does no
-harm.
+All mutants are compiled at once, in a copy of cuda/, cpp/ and tests/, and a number chooses one at run time. Each job is
+a process that has collected the tests and forks for each mutant (mutant_session.py). What is done is kept in the
+scratch folder, so that a run that was stopped goes on, and a change of a kernel, of cuda/common or of the tests begins
+anew. The table's last column is written by hand: why a mutant that survives does no harm.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cuda_emulator.lint import op_of
-from cuda_emulator.mutants import Mutant, mutants
+from cuda_emulator.mutants import Mutant, mutants, switched
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "mutation.md"
@@ -42,7 +43,7 @@ KINDS = (
     "wrong memory", "not device memory", "wrong mma fragment", "invalid launch",
 )  # fmt: skip
 BARRIERS = r"sync|named_barrier|_wait|_commit"  # in what a mutant changes
-MOST_SECONDS = 240  # of one test command; a mutant may never end
+EMULATOR_TESTS, OP_TESTS = "test_cuda_emulator.py", "test_ops.py"  # of all ops
 
 
 @dataclass
@@ -62,21 +63,18 @@ def kernel_files(only: list[str]) -> list[Path]:
     return [f.relative_to(ROOT) for f in portable if not only or any(f.name.startswith(word) for word in only)]
 
 
-def test_commands(file: Path) -> list[list[str]]:
-    """What pytest is asked to run, until one fails: an op's own tests, then those that all ops share."""
+def test_files(file: Path) -> list[tuple[str, list[str]]]:
+    """Where its tests are and words of their names: an op's own tests, then those that all ops share."""
     op, tests = op_of(file.stem), sorted((ROOT / "tests").glob("test_cuda_*.py"))
-    own = [f"tests/{test.name}" for test in tests if (of := op_of(test.stem[len("test_cuda_") :])) and op in (None, of)]
-    shared, emulated = "tests/test_cuda_emulator.py", ["tests/test_ops.py", "-k", "cuda-emulated"]
+    own = [(test.name, []) for test in tests if (of := op_of(test.stem[len("test_cuda_") :])) and op in (None, of)]
     if op is None:
-        commands = [[shared], own, emulated]
-    else:
-        commands = [own, [shared, "-k", op], [*emulated[:2], f"{emulated[2]} and {op}"]]
-    return [command for command in commands if command]
+        return [(EMULATOR_TESTS, []), *own, (OP_TESTS, ["cuda-emulated"])]
+    return [*own, (EMULATOR_TESTS, [op]), (OP_TESTS, ["cuda-emulated", op])]
 
 
 def jobs_of(file: Path) -> list[Job]:
-    tests = {ROOT / word for command in test_commands(file) for word in command if word.endswith(".py")}
-    tests |= {ROOT / "tests" / name for name in ("cases.py", "strategies.py", "assertions.py")}
+    names = [name for name, _ in test_files(file)]
+    tests = {ROOT / "tests" / name for name in [*names, "cases.py", "strategies.py", "assertions.py"]}
     kernels = {f for f in (ROOT / "cuda").rglob("*.cu*") if op_of(f.stem) in (None, op_of(file.stem))}
     context = hashlib.sha256()
     for source in sorted(tests | kernels):
@@ -90,72 +88,67 @@ def jobs_of(file: Path) -> list[Job]:
 class Workshop:
     """A copy of the sources to break, with a build of the emulator of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, broken: dict[Path, str]) -> None:
         self.folder = folder
         sources, copies = (self._files(root) for root in (ROOT, folder))
         for file in copies - sources:
             (folder / file).unlink()
         for file in sources:  # one that has not changed keeps its time, and is not compiled again
-            if file not in copies or (folder / file).read_bytes() != (ROOT / file).read_bytes():
+            content = broken[file].encode() if file in broken else (ROOT / file).read_bytes()
+            if file not in copies or (folder / file).read_bytes() != content:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / file, folder / file)
+                (folder / file).write_bytes(content)
         shutil.copy(ROOT / "pyproject.toml", folder)
-        code, output = self._run("-c", "from cuda_emulator.emulator import build; build()", seconds=None)
-        if code:
-            raise SystemExit(output)
 
     @staticmethod
     def _files(root: Path) -> set[Path]:
         files = (file for name in ("cuda", "cpp", "tests") for file in (root / name).rglob("*") if file.is_file())
         return {file.relative_to(root) for file in files if "__pycache__" not in file.parts}
 
-    def outcome(self, job: Job) -> str:
-        target = self.folder / job.file
-        original = target.read_text()
-        target.write_text(job.mutant.text)
-        try:
-            return self.verdict(job.file)
-        finally:
-            target.write_text(original)
 
-    def verdict(self, file: Path) -> str:
-        """What the first failing test saw, or SURVIVED."""
-        for command in test_commands(file):
-            code, output = self._pytest(command)
-            if code not in (0, 5):  # passed, nothing collected
-                return _cause(code, output)
-        return SURVIVED
+class Session:
+    """A process of mutant_session.py in a workshop. `tests` are all that it has collected."""
 
-    def _pytest(self, command: list[str]) -> tuple[int, str]:
-        options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider"]
-        return self._run("-m", "pytest", *options, *command, seconds=MOST_SECONDS)
-
-    def _run(self, *arguments: str, seconds: float | None) -> tuple[int, str]:
-        """Exit status, 124 if it took too long, and output of Python, with the packages of this one."""
+    def __init__(self, workshop: Workshop, name: str, files: set[str]) -> None:
+        self.folder, self.output = workshop.folder, workshop.folder / f"{name}.txt"
         path = [str(self.folder / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = os.environ | {
             "MEGALODON_OPS_EMULATOR_CACHE": str(self.folder / "build"),
             "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in path if entry),
+            "OMP_NUM_THREADS": "1",  # a fork has no threads
         }
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=self.folder, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command = [sys.executable, "tests/cuda_emulator/mutant_session.py", str(self.output.with_suffix(".log"))]
+        self.process = subprocess.Popen(
+            [*command, *(f"tests/{file}" for file in sorted(files))], cwd=self.folder, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=seconds)
-            return process.returncode, output
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return 124, process.communicate()[0]
+        self.tests: list[str] = self._answer()
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(self.output.with_suffix(".log").read_text())
+        return json.loads(line)
+
+    def run(self, number: int, tests: list[tuple[str, float]]) -> tuple[str, dict[str, float]]:
+        """What the first test that failed saw, or SURVIVED; how many seconds each test took."""
+        request = {"mutant": number, "tests": tests, "output": str(self.output)}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        output = self.output.read_text(errors="replace")
+        return _cause(answer["code"], output) if answer["code"] else SURVIVED, answer["seconds"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def _cause(code: int, output: str) -> str:
-    if code == 124:
+    if code == -signal.SIGPROF:
         return "never ends"
     if code < 0:
         return f"crash ({signal.Signals(-code).name})"
-    if "--build" in output and re.search(r"\berror:", output):
-        return "does not compile"
     test = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", output, re.MULTILINE)
     kind = re.search(rf"^E\s+(?:\S*Error: )?({'|'.join(KINDS)})(?:: | of )", output, re.MULTILINE)
     if code != 1 or test is None:
@@ -218,36 +211,68 @@ def run(jobs: list[Job], scratch: Path, workers: int) -> list[tuple[Job, str]]:
     scratch.mkdir(parents=True, exist_ok=True)
     done = dict(json.loads(line) for line in record.read_text().splitlines()) if record.exists() else {}
     left = [job for job in jobs if job.key not in done]
-    print(f"{len(jobs)} mutants, {len(jobs) - len(left)} of them known from before")
+    print(f"{len(jobs)} mutants, {len(jobs) - len(left)} of them known from before", flush=True)
     if left:
-        workshops: SimpleQueue[Workshop] = SimpleQueue()
-        for i in range(min(workers, len(left))):
-            workshops.put(Workshop(scratch / f"copy{i}"))
-        _check_baseline(workshops, {job.file for job in left})
+        files = {name for job in left for name, _ in test_files(job.file)}
+        workshop, numbers = workshop_of_all(scratch / "copy")
+        sessions = [Session(workshop, f"session{i}", files) for i in range(min(workers, len(left)))]
+        seconds = _baseline(sessions, left)
+        free: SimpleQueue[Session] = SimpleQueue()
+        for session in sessions:
+            free.put(session)
 
         def work(job: Job) -> None:
-            workshop, start = workshops.get(), time.monotonic()
+            session, start = free.get(), time.monotonic()
             try:
-                done[job.key] = workshop.outcome(job)
+                tests = in_order(job.file, session.tests, seconds)
+                done[job.key], _ = session.run(numbers[job.file, job.mutant.text], tests)
             finally:
-                workshops.put(workshop)
+                free.put(session)
             with record.open("a") as file:
                 file.write(json.dumps([job.key, done[job.key]]) + "\n")
             print(f"{job}: {done[job.key]} ({time.monotonic() - start:.0f} s)", flush=True)
 
-        with ThreadPoolExecutor(workshops.qsize()) as pool:
+        with ThreadPoolExecutor(len(sessions)) as pool:
             list(pool.map(work, left))
+        for session in sessions:
+            session.close()
     return [(job, done[job.key]) for job in jobs]
 
 
-def _check_baseline(workshops: SimpleQueue[Workshop], files: set[Path]) -> None:
-    """What fails unbroken kills nothing."""
-    workshop = workshops.get()
-    commands = {str(test_commands(file)): file for file in sorted(files)}
-    for file in commands.values():
-        if (verdict := workshop.verdict(file)) != SURVIVED:
-            raise SystemExit(f"the tests of {file} fail without a mutant: {verdict}")
-    workshops.put(workshop)
+def workshop_of_all(folder: Path) -> tuple[Workshop, dict[tuple[Path, str], int]]:
+    """With all mutants, and their numbers by file and text."""
+    numbers, broken = {}, {}
+    for i, file in enumerate(kernel_files([]), start=1):
+        text = (ROOT / file).read_text()
+        numbered = [(1000 * i + j, mutant) for j, mutant in enumerate(mutants(text))]
+        numbers |= {(file, mutant.text): number for number, mutant in numbered}
+        broken[file] = switched(text, numbered)
+    return Workshop(folder, broken), numbers
+
+
+def _baseline(sessions: list[Session], jobs: list[Job]) -> dict[str, float]:
+    """The seconds of each test without a mutant. What fails unbroken kills nothing."""
+    wanted = {test for file in {job.file for job in jobs} for test, _ in in_order(file, sessions[0].tests, {})}
+    tests = [(test, 600.0) for test in sessions[0].tests if test in wanted]
+
+    def part(i: int) -> dict[str, float]:
+        verdict, seconds = sessions[i].run(0, tests[i :: len(sessions)])
+        if verdict != SURVIVED:
+            raise SystemExit(f"the tests fail without a mutant: {verdict}; see {sessions[i].output}")
+        return seconds
+
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        return {test: s for seconds in pool.map(part, range(len(sessions))) for test, s in seconds.items()}
+
+
+def in_order(file: Path, collected: list[str], seconds: dict[str, float]) -> list[tuple[str, float]]:
+    """The tests of a kernel file, the quick ones of each test file first, and the most seconds each may take."""
+    found: list[tuple[str, float]] = []
+    for name, words in test_files(file):
+        chosen = [test for test in collected if test.startswith(f"tests/{name}::") and all(w in test for w in words)]
+        chosen.sort(key=lambda test: seconds.get(test, 0))
+        found += [(test, 10 * seconds.get(test, 0) + 10) for test in chosen]
+    return found
 
 
 def main() -> None:

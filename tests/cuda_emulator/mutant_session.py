@@ -1,0 +1,105 @@
+"""A pytest process that collects the tests once and forks for each mutant: for mutate.py.
+
+It reads a request a line, {"mutant": number, "tests": [[name, seconds], ...], "output": path}, runs these tests in this
+order on the emulator's build of that mutant until one fails, and answers with {"code": exit status, "seconds": {...}}.
+A test that takes more processor time than its seconds ends the fork. The first answer lists all tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+
+class Session:
+    """The plugin."""
+
+    def __init__(self, requests: TextIO, answers: TextIO) -> None:
+        self.requests, self.answers = requests, answers
+        self.limits: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.record = -1
+        self.module: Any = None
+
+    def pytest_sessionstart(self) -> None:
+        """After conftest.py, before the tests are read: who is broken need not be shrunk."""
+        from cuda_emulator import fixtures
+        from cuda_emulator.emulator import build, load
+        from hypothesis import Phase, settings
+
+        settings.register_profile("mutants", parent=settings.default, phases=[Phase.explicit, Phase.generate])
+        settings.load_profile("mutants")
+        library = build()
+        self.module = load(library)
+        fixtures.build, fixtures.load = lambda: library, lambda _: self.module
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        """True where all is done, None in a fork, in which pytest goes on."""
+        tests = {item.nodeid: item for item in session.items}
+        self._answer(list(tests))
+        for line in self.requests:
+            request = json.loads(line)
+            read, self.record = os.pipe()
+            sys.stdout.flush()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of threads, of which there are none
+                child = os.fork()
+            if child == 0:
+                self._become(request)
+                session.items[:] = [tests[name] for name, _ in request["tests"]]
+                return None
+            os.close(self.record)
+            with open(read) as pipe:
+                text = pipe.read()
+            _, status = os.waitpid(child, 0)
+            self._answer({"code": os.waitstatus_to_exitcode(status), "seconds": json.loads(text or "{}")})
+        return True
+
+    def _answer(self, content: Any) -> None:
+        self.answers.write(json.dumps(content) + "\n")
+        self.answers.flush()
+
+    def _become(self, request: dict[str, Any]) -> None:
+        output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for standard in (1, 2):
+            os.dup2(output, standard)
+        self.limits = dict(request["tests"])
+        self.module.set_mutant(request["mutant"])
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """SIGPROF ends a process."""
+        start = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, self.limits[item.nodeid])
+        result = yield
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        self.seconds[item.nodeid] = time.process_time() - start
+        return result
+
+    def pytest_sessionfinish(self) -> None:
+        if self.limits:
+            os.write(self.record, json.dumps(self.seconds).encode())
+
+
+def main() -> None:
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for standard in (1, 2):
+        os.dup2(log, standard)
+    options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "--capture=sys"]
+    sys.exit(pytest.main([*options, *sys.argv[2:]], plugins=[Session(requests, answers)]))
+
+
+if __name__ == "__main__":
+    main()
