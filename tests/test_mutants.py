@@ -70,8 +70,7 @@ def test_a_mutant_differs_in_one_place():
     assert (mutant.line, mutant.text) == (2, "a();\n;\nb();\n")
 
 
-PROGRAM = r"""
-#include <cstdio>
+PROGRAM = r"""#include <cstdio>
 #include <cstdlib>
 unsigned log = 0;
 void __syncthreads() { log = 3 * log + 1; }
@@ -115,7 +114,7 @@ def test_a_switch_does_what_the_mutants_do(tmp_path):
 
     found = list(enumerate(mutants(PROGRAM), start=1))
     text = switched(PROGRAM, found)
-    assert text.partition("#line 1\n")[2].count("\n") == PROGRAM.count("\n")
+    assert text.count("\n") == PROGRAM.count("\n")
     definition = f'extern "C" int {SWITCH} = 0;' + MAIN
     switch = program("switched", text.replace(" const int ", " int ", 1) + definition)
     plain = output(program("plain", PROGRAM + definition))

@@ -48,7 +48,8 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
 
     To kernels the switch is a constant, so that they read it without the emulator's notice.
     """
-    code, inserted = _without_comments(text), []
+    code = _without_comments(text)
+    inserted = [((re.match(r"(#.*\n)*", text).end(), 0, 0, 0), f'extern "C" const int {SWITCH}; ')]
     for number, mutant in numbered:
         is_on, start, end = f"{SWITCH} == {number}", mutant.start, mutant.end
         if mutant.new == "":
@@ -67,7 +68,7 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
         length = end - start
         inserted += [((start, 1, -length, number), before), ((end, 0, length, -number), after)]
     # At one place the inner expression ends before the outer one does, and what begins there comes after.
-    pieces, at = [f'extern "C" const int {SWITCH};\n#line 1\n'], 0
+    pieces, at = [], 0
     for (place, *_), piece in sorted(inserted):
         pieces += [text[at:place], piece]
         at = place
