@@ -8,7 +8,8 @@ import subprocess
 
 import pytest
 from cuda_emulator import mutate
-from cuda_emulator.mutants import SWITCH, mutants, switched
+from cuda_emulator.emulator import FOLDER
+from cuda_emulator.mutants import mutants, switched
 
 MUTANTS = {
     "  __syncthreads();": ["`__syncthreads()` deleted"],
@@ -72,14 +73,14 @@ def test_a_mutant_differs_in_one_place():
 
 PROGRAM = r"""#include <cstdio>
 #include <cstdlib>
-unsigned log = 0;
-void __syncthreads() { log = 3 * log + 1; }
+unsigned calls = 0;
+void __syncthreads() { calls = 3 * calls + 1; }
 namespace gpu {
-template <int kPending> void cp_async_wait() { log = 5 * log + kPending; }
+template <int kPending> void cp_async_wait() { calls = 5 * calls + kPending; }
 }
 
 int f(int a, int b, int n) {
-  if (b > 8) return -1;
+  if (b > 8 || n > 99) return -1;
   int sum = 0;
   for (int i = 0; a > 0 && i < n; ++i) sum += b || i == 1 ? 1 : 10;
   const bool even = n % 2 == 0, both = a &&  // at the end of a line
@@ -91,38 +92,52 @@ int f(int a, int b, int n) {
 }
 """
 MAIN = r"""
-int main(int count, char** arguments) {
-  if (count > 1) gpu_mutant = std::atoi(arguments[1]);
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+namespace emu { extern std::vector<unsigned char> mattered; }
+extern "C" { extern int gpu_mutant; }
+extern unsigned calls;
+int f(int a, int b, int n);
+
+int main(int, char** arguments) {
+  gpu_mutant = std::atoi(arguments[1]);
   for (int i = 0; i < 250; ++i) std::printf("%d ", f(i % 5 - 1, i / 5 % 5 * 3, i / 25));
-  std::printf("%u", log);
+  std::printf("%u\n", calls);
+  for (size_t i = 0; i < emu::mattered.size(); ++i)
+    if (emu::mattered[i]) std::printf("%d ", static_cast<int>(i));
 }
 """
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_switch_does_what_the_mutants_do(tmp_path):
-    """One program that holds all of them prints what each of them prints by itself."""
+    """One program that holds all of them prints what each of them prints by itself, and knows which matter."""
+
+    def compiled(*arguments: str) -> None:
+        subprocess.run(["g++", "-std=c++17", "-w", *arguments], cwd=tmp_path, check=True)
 
     def program(name: str, text: str) -> str:
-        source, binary = tmp_path / f"{name}.cpp", tmp_path / name
-        source.write_text(text)
-        subprocess.run(["g++", "-std=c++17", "-w", str(source), "-o", str(binary)], check=True)
-        return str(binary)
+        (tmp_path / f"{name}.cpp").write_text(text)
+        compiled(f"{name}.cpp", "main.o", "mutants.o", "-o", name)
+        return str(tmp_path / name)
 
-    def output(*command: str) -> str:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    def output(program: str, number: int) -> list[str]:
+        return subprocess.run([program, str(number)], capture_output=True, text=True, check=True).stdout.split("\n")
 
+    (tmp_path / "main.cpp").write_text(MAIN)
+    compiled("-c", "main.cpp", str(FOLDER / "runtime" / "mutants.cpp"))
     found = list(enumerate(mutants(PROGRAM), start=1))
     text = switched(PROGRAM, found)
     assert text.count("\n") == PROGRAM.count("\n")
-    definition = f'extern "C" int {SWITCH} = 0;' + MAIN
-    switch = program("switched", text.replace(" const int ", " int ", 1) + definition)
-    plain = output(program("plain", PROGRAM + definition))
-    assert output(switch, "0") == plain
+    switch = program("switched", text)
+    plain, mattered = output(switch, 0)
+    assert plain == output(program("plain", PROGRAM), 0)[0]
+    assert len(mattered.split()) == len(found) - 1  # n > 99 is never true
     for number, mutant in found:
-        alone = output(program(f"mutant{number}", mutant.text + definition))
-        assert output(switch, str(number)) == alone, mutant.change
-        assert alone != plain, mutant.change
+        alone = output(program(f"mutant{number}", mutant.text), 0)[0]
+        assert output(switch, number)[0] == alone, mutant.change
+        assert (alone != plain) == (str(number) in mattered.split()), mutant.change
 
 
 OUTPUTS = {
@@ -152,7 +167,7 @@ def test_a_mutant_that_hangs_or_crashes_is_dead():
 def test_explanations_are_kept(tmp_path, monkeypatch):
     """They belong to a file and a mutation, wherever its line has gone; rows of other files stay as they are."""
     monkeypatch.setattr(mutate, "TABLE", tmp_path / "docs" / "mutation.md")
-    monkeypatch.setattr(mutate, "kernel_files", lambda only: [mutate.Path("a.cu"), mutate.Path("b.cu")])
+    monkeypatch.setattr(mutate, "kernel_files", lambda only: [mutate.Path(f"{name}.cu") for name in "abc"])
 
     def jobs(file: str, text: str) -> list[mutate.Job]:
         return [mutate.Job(mutate.Path(file), mutant, "") for mutant in mutants(text)]
@@ -161,7 +176,7 @@ def test_explanations_are_kept(tmp_path, monkeypatch):
     a, b = jobs("a.cu", twice), jobs("b.cu", "__syncwarp();\n")
     mutate.write_table([(job, mutate.SURVIVED) for job in a + b])
     table = mutate.TABLE.read_text()
-    assert "5 mutants, 0 killed, 5 alive" in table
+    assert "5 mutants, 0 killed, 5 alive. Not run: c.cu." in table
     assert r"| a.cu:1 | `a` becomes `false` | **SURVIVED** | |" in table
     table = table.replace("| a.cu:3 | `__syncthreads()` deleted | **SURVIVED** |", r"\g why")  # the second of two
     mutate.TABLE.write_text(

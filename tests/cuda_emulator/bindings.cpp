@@ -8,9 +8,8 @@
 
 namespace py = pybind11;
 
-// Which mutant of the kernels runs, where they hold some (mutants.py). Kernels take it for a constant.
 extern "C" {
-int gpu_mutant = 0;
+extern int gpu_mutant;
 }
 
 namespace {
@@ -178,6 +177,13 @@ PYBIND11_MODULE(_cuda_emulated, module) {
     emu::options = {order, seed, shared_limit};
   });
   module.def("set_mutant", [](int number) { gpu_mutant = number; });
+  module.def("mutants_that_matter", [] {  // since the last call: which others would have changed something
+    std::vector<int> numbers;
+    for (size_t i = 0; i < emu::mattered.size(); ++i)
+      if (emu::mattered[i]) numbers.push_back(static_cast<int>(i));
+    std::fill(emu::mattered.begin(), emu::mattered.end(), 0);
+    return numbers;
+  });
   module.def("reports", &reports);
   module.def("traffic", &traffic);
   module.def("sites", &sites);

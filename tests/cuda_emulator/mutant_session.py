@@ -1,8 +1,9 @@
 """A pytest process that collects the tests once and forks for each mutant: for mutate.py.
 
 It reads a request a line, {"mutant": number, "tests": [[name, seconds], ...], "output": path}, runs these tests in this
-order on the emulator's build of that mutant until one fails, and answers with {"code": exit status, "seconds": {...}}.
-A test that takes more processor time than its seconds ends the fork. The first answer lists all tests.
+order on that mutant of the kernels until one fails, and answers with {"code": exit status, "tests": {name: [seconds,
+numbers of the mutants that would have changed something]}}. A test that takes more processor time than its seconds ends
+the fork. The first answer lists all tests.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Session:
     def __init__(self, requests: TextIO, answers: TextIO) -> None:
         self.requests, self.answers = requests, answers
         self.limits: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
+        self.done: dict[str, tuple[float, list[int]]] = {}
         self.record = -1
         self.module: Any = None
 
@@ -62,7 +63,7 @@ class Session:
             with open(read) as pipe:
                 text = pipe.read()
             _, status = os.waitpid(child, 0)
-            self._answer({"code": os.waitstatus_to_exitcode(status), "seconds": json.loads(text or "{}")})
+            self._answer({"code": os.waitstatus_to_exitcode(status), "tests": json.loads(text or "{}")})
         return True
 
     def _answer(self, content: Any) -> None:
@@ -80,15 +81,17 @@ class Session:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         """SIGPROF ends a process."""
         start = time.process_time()
+        self.module.mutants_that_matter()
         signal.setitimer(signal.ITIMER_PROF, self.limits[item.nodeid])
         result = yield
         signal.setitimer(signal.ITIMER_PROF, 0)
-        self.seconds[item.nodeid] = time.process_time() - start
+        self.done[item.nodeid] = time.process_time() - start, self.module.mutants_that_matter()
         return result
 
     def pytest_sessionfinish(self) -> None:
         if self.limits:
-            os.write(self.record, json.dumps(self.seconds).encode())
+            with open(self.record, "w") as record:
+                json.dump(self.done, record)
 
 
 def main() -> None:

@@ -18,8 +18,15 @@ BOUNDARY = r"&&|\|\||\?|(?<!:):(?!:)|;|,|(?<![=<>!])=(?!=)|\breturn\b|[{}]"
 OPENING, CLOSING = "([{", ")]}"
 
 
-SWITCH = "gpu_mutant"  # the number of the mutant that runs, a global of the emulator
-
+# Of the emulator: the number of the mutant that runs, and functions that note what others would have changed.
+SWITCH = """
+extern "C" {
+extern const int gpu_mutant;
+void gpu_reached(int mutant);
+bool gpu_value(int mutant, bool constant, bool value);
+int gpu_turns(int mutant);
+}
+"""
 
 @dataclass(frozen=True)
 class Mutant:
@@ -44,27 +51,27 @@ def mutants(text: str) -> list[Mutant]:
 
 
 def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
-    """The file with all these mutants, line for line: it behaves as the one whose number is in SWITCH.
+    """The file with all these mutants, line for line: it behaves as the one whose number is in gpu_mutant.
 
-    To kernels the switch is a constant, so that they read it without the emulator's notice.
+    To kernels that is a constant, so that they read it without the emulator's notice.
     """
     code = _without_comments(text)
-    inserted = [((re.match(r"(#.*\n)*", text).end(), 0, 0, 0), f'extern "C" const int {SWITCH}; ')]
+    inserted = [((re.match(r"(#.*\n)*", text).end(), 0, 0, 0), " ".join(SWITCH.split()) + " ")]
     for number, mutant in numbered:
-        is_on, start, end = f"{SWITCH} == {number}", mutant.start, mutant.end
+        is_on, start, end = f"gpu_mutant == {number}", mutant.start, mutant.end
         if mutant.new == "":
-            before, after = f"({is_on} ? void() : ", ")"
+            before, after = f"({is_on} ? void() : (gpu_reached({number}), ", "))"
         elif mutant.new in ("true", "false"):
-            before, after = f"({is_on} ? {mutant.new} : bool(", "))"
+            before, after = f"({is_on} ? {mutant.new} : gpu_value({number}, {mutant.new}, bool(", ")))"
         elif mutant.new.endswith("<="):  # i <= n, of integers: i - 1 < n
             start = end = text.index(" <", start)
-            before, after = f" - ({is_on})", ""
+            before, after = f" - gpu_turns({number})", ""
         else:  # the number of groups that a wait leaves in flight
             name = text.rindex("cp_async_wait", 0, start)
             start = name - len(re.search(r"(gpu::)?$", code[:name])[0])
             call_end = _closing(code, text.index("(", end)) + 1
-            before, after = f"({is_on} ? {text[start : mutant.start]}{mutant.new}{text[end:call_end]} : ", ")"
-            end = call_end
+            more = f"{text[start : mutant.start]}{mutant.new}{text[end:call_end]}"
+            before, after, end = f"({is_on} ? {more} : (gpu_reached({number}), ", "))", call_end
         length = end - start
         inserted += [((start, 1, -length, number), before), ((end, 0, length, -number), after)]
     # At one place the inner expression ends before the outer one does, and what begins there comes after.

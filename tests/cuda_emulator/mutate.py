@@ -6,9 +6,10 @@
     python tests/cuda_emulator/mutate.py --list          what would be run
 
 All mutants are compiled at once, in a copy of cuda/, cpp/ and tests/, and a number chooses one at run time. Each job is
-a process that has collected the tests and forks for each mutant (mutant_session.py). What is done is kept in the
-scratch folder, so that a run that was stopped goes on, and a change of a kernel, of cuda/common or of the tests begins
-anew. The table's last column is written by hand: why a mutant that survives does no harm.
+a process that has collected the tests and forks for each mutant (mutant_session.py). The fork runs those tests that
+without a mutant came to its place and found what it would change; the others would do the same again. What is done is
+kept in the scratch folder, so that a run that was stopped goes on, and a change of a kernel, of cuda/common or of the
+tests begins anew. The table's last column is written by hand: why a mutant that survives does no harm.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cuda_emulator.lint import op_of
@@ -100,17 +101,31 @@ class Workshop:
                 (folder / file).write_bytes(content)
         shutil.copy(ROOT / "pyproject.toml", folder)
 
+    def key(self) -> str:
+        """Of all that is in it."""
+        content = hashlib.sha256()
+        for name in sorted(self._files(self.folder)):
+            content.update(str(name).encode() + b"\0" + (self.folder / name).read_bytes())
+        return content.hexdigest()
+
     @staticmethod
     def _files(root: Path) -> set[Path]:
         files = (file for name in ("cuda", "cpp", "tests") for file in (root / name).rglob("*") if file.is_file())
         return {file.relative_to(root) for file in files if "__pycache__" not in file.parts}
 
 
+class Trace(NamedTuple):
+    """Of one test without a mutant."""
+
+    seconds: float
+    mattered: Collection[int]  # the mutants that would have changed something, whether or not the result
+
+
 class Session:
     """A process of mutant_session.py in a workshop. `tests` are all that it has collected."""
 
     def __init__(self, workshop: Workshop, name: str, files: set[str]) -> None:
-        self.folder, self.output = workshop.folder, workshop.folder / f"{name}.txt"
+        self.workshop, self.folder, self.output = workshop, workshop.folder, workshop.folder / f"{name}.txt"
         path = [str(self.folder / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = os.environ | {
             "MEGALODON_OPS_EMULATOR_CACHE": str(self.folder / "build"),
@@ -130,14 +145,15 @@ class Session:
             raise SystemExit(self.output.with_suffix(".log").read_text())
         return json.loads(line)
 
-    def run(self, number: int, tests: list[tuple[str, float]]) -> tuple[str, dict[str, float]]:
-        """What the first test that failed saw, or SURVIVED; how many seconds each test took."""
+    def run(self, number: int, tests: list[tuple[str, float]]) -> tuple[str, dict[str, Trace]]:
+        """What the first test that failed saw, or SURVIVED, and what each test took."""
         request = {"mutant": number, "tests": tests, "output": str(self.output)}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self._answer()
         output = self.output.read_text(errors="replace")
-        return _cause(answer["code"], output) if answer["code"] else SURVIVED, answer["seconds"]
+        traces = {test: Trace(*trace) for test, trace in answer["tests"].items()}
+        return _cause(answer["code"], output) if answer["code"] else SURVIVED, traces
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -189,13 +205,14 @@ def write_table(done: list[tuple[Job, str]], barriers: bool = False) -> None:
     rows += [row for row in others if row[0] not in files or (barriers and not re.search(BARRIERS, row[2]))]
     rows.sort(key=lambda row: row[:2])
     alive = sum(row[3] == SURVIVED for row in rows)
+    missing = ", ".join(sorted(existing - {row[0] for row in rows}))
     lines = [
         "# Mutants of the CUDA kernels",
         "",
         "Written by `python tests/cuda_emulator/mutate.py`, but for the last column. Each line is one change of one",
         "kernel, and what the first test that failed reported; where a change survives, why it does no harm.",
         "",
-        f"{len(rows)} mutants, {len(rows) - alive} killed, {alive} alive.",
+        f"{len(rows)} mutants, {len(rows) - alive} killed, {alive} alive." + f" Not run: {missing}." * bool(missing),
         "",
         "| place | mutation | killed by | why it survives |",
         "|---|---|---|---|",
@@ -216,7 +233,7 @@ def run(jobs: list[Job], scratch: Path, workers: int) -> list[tuple[Job, str]]:
         files = {name for job in left for name, _ in test_files(job.file)}
         workshop, numbers = workshop_of_all(scratch / "copy")
         sessions = [Session(workshop, f"session{i}", files) for i in range(min(workers, len(left)))]
-        seconds = _baseline(sessions, left)
+        traces = _baseline(sessions, left, scratch)
         free: SimpleQueue[Session] = SimpleQueue()
         for session in sessions:
             free.put(session)
@@ -224,13 +241,15 @@ def run(jobs: list[Job], scratch: Path, workers: int) -> list[tuple[Job, str]]:
         def work(job: Job) -> None:
             session, start = free.get(), time.monotonic()
             try:
-                tests = in_order(job.file, session.tests, seconds)
-                done[job.key], _ = session.run(numbers[job.file, job.mutant.text], tests)
+                number = numbers[job.file, job.mutant.text]
+                tests = in_order(job.file, session.tests, traces)
+                tests = [(test, most) for test, most in tests if number in traces[test].mattered]
+                done[job.key], _ = session.run(number, tests)
             finally:
                 free.put(session)
             with record.open("a") as file:
                 file.write(json.dumps([job.key, done[job.key]]) + "\n")
-            print(f"{job}: {done[job.key]} ({time.monotonic() - start:.0f} s)", flush=True)
+            print(f"{job}: {done[job.key]} ({time.monotonic() - start:.0f} s, {len(tests)} tests)", flush=True)
 
         with ThreadPoolExecutor(len(sessions)) as pool:
             list(pool.map(work, left))
@@ -250,28 +269,35 @@ def workshop_of_all(folder: Path) -> tuple[Workshop, dict[tuple[Path, str], int]
     return Workshop(folder, broken), numbers
 
 
-def _baseline(sessions: list[Session], jobs: list[Job]) -> dict[str, float]:
-    """The seconds of each test without a mutant. What fails unbroken kills nothing."""
+def _baseline(sessions: list[Session], jobs: list[Job], scratch: Path) -> dict[str, Trace]:
+    """Traces of the tests without a mutant. What fails unbroken kills nothing."""
+    record = scratch / "traces.json"
+    key = sessions[0].workshop.key()
+    known = json.loads(record.read_text()) if record.exists() else {}
+    traces = {test: Trace(*trace) for test, trace in known.get(key, {}).items()}
     wanted = {test for file in {job.file for job in jobs} for test, _ in in_order(file, sessions[0].tests, {})}
-    tests = [(test, 600.0) for test in sessions[0].tests if test in wanted]
+    tests = [(test, 600.0) for test in sessions[0].tests if test in wanted and test not in traces]
 
-    def part(i: int) -> dict[str, float]:
-        verdict, seconds = sessions[i].run(0, tests[i :: len(sessions)])
+    def part(i: int) -> dict[str, Trace]:
+        verdict, found = sessions[i].run(0, tests[i :: len(sessions)])
         if verdict != SURVIVED:
             raise SystemExit(f"the tests fail without a mutant: {verdict}; see {sessions[i].output}")
-        return seconds
+        return found
 
     with ThreadPoolExecutor(len(sessions)) as pool:
-        return {test: s for seconds in pool.map(part, range(len(sessions))) for test, s in seconds.items()}
+        for found in pool.map(part, range(len(sessions))):
+            traces |= found
+    record.write_text(json.dumps({key: traces}))
+    return {test: Trace(trace.seconds, set(trace.mattered)) for test, trace in traces.items()}
 
 
-def in_order(file: Path, collected: list[str], seconds: dict[str, float]) -> list[tuple[str, float]]:
+def in_order(file: Path, collected: list[str], traces: dict[str, Trace]) -> list[tuple[str, float]]:
     """The tests of a kernel file, the quick ones of each test file first, and the most seconds each may take."""
     found: list[tuple[str, float]] = []
     for name, words in test_files(file):
         chosen = [test for test in collected if test.startswith(f"tests/{name}::") and all(w in test for w in words)]
-        chosen.sort(key=lambda test: seconds.get(test, 0))
-        found += [(test, 10 * seconds.get(test, 0) + 10) for test in chosen]
+        seconds = {test: traces[test].seconds if test in traces else 0.0 for test in chosen}
+        found += [(test, 10 * seconds[test] + 10) for test in sorted(chosen, key=lambda test: seconds[test])]
     return found
 
 

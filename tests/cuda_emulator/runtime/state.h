@@ -149,6 +149,9 @@ std::string source_line(Place place);
 void throw_reports();  // if there are any
 std::vector<Report> last_reports();
 
+// mutants.cpp
+extern std::vector<unsigned char> mattered;  // by mutant
+
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
