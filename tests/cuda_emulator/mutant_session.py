@@ -8,6 +8,7 @@ the fork. The first answer lists all tests.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -47,6 +48,8 @@ class Session:
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         """True where all is done, None in a fork, in which pytest goes on."""
         tests = {item.nodeid: item for item in session.items}
+        gc.collect()
+        gc.freeze()  # so that a fork's collections leave them where they are
         self._answer(list(tests))
         for line in self.requests:
             request = json.loads(line)
@@ -101,7 +104,9 @@ def main() -> None:
     for standard in (1, 2):
         os.dup2(log, standard)
     options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "--capture=sys"]
-    sys.exit(pytest.main([*options, *sys.argv[2:]], plugins=[Session(requests, answers)]))
+    code = pytest.main([*options, *sys.argv[2:]], plugins=[Session(requests, answers)])
+    sys.stdout.flush()
+    os._exit(code)  # freeing all objects would copy them to a fork
 
 
 if __name__ == "__main__":
