@@ -11,6 +11,8 @@ PYBIND11_MODULE(_C, module) {
   bind_normalized_qk(module);
   bind_chunked_attention(module);
   bind_linear(module);
+  bind_layer_norm(module);
+  bind_gated_silu(module);
   module.def("num_threads", [] { return omp_get_max_threads(); });
   module.def("build_info", [] {
     py::dict info;

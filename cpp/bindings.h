@@ -12,6 +12,10 @@ void bind_cema(py::module_& module);
 void bind_timestep_norm(py::module_& module);
 void bind_normalized_qk(py::module_& module);
 void bind_chunked_attention(py::module_& module);
-void bind_linear(py::module_& module);  // of _C alone
+
+// Of _C alone.
+void bind_linear(py::module_& module);
+void bind_layer_norm(py::module_& module);
+void bind_gated_silu(py::module_& module);
 
 }  // namespace megalodon

@@ -22,7 +22,13 @@ class TensorView {
 
   bool given() const { return given_; }
   Scalar scalar() const { return scalar_; }
+  int axes() const { return rank_; }
   int64_t size(int axis) const { return shape_[axis]; }
+  int64_t elements() const {
+    int64_t count = 1;
+    for (int axis = 0; axis < rank_; ++axis) count *= shape_[axis];
+    return count;
+  }
   void* data() const { return data_; }
   template <class T> T* data_as() const { return static_cast<T*>(data_); }
 

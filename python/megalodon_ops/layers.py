@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .cema import cema
 from .config import MegalodonConfig
+from .gated_silu import gated_silu
+from .layer_norm import layer_norm, rms_norm
 from .linear import linear
 from .normalized_attention import normalized_attention
 from .states import AttentionState, TimestepNormState
@@ -117,7 +119,7 @@ class ComplexEMA(WideParameters):
 
 
 class _Norm(WideParameters):
-    """What the RMS norm and the layer norm share: a gain of 1 + weight, computed in float32 or wider."""
+    """What the RMS norm and the layer norm share: parameters that are zero at the start."""
 
     def __init__(self, dim: int, eps: float, affine: bool, bias: bool) -> None:
         super().__init__()
@@ -130,32 +132,28 @@ class _Norm(WideParameters):
         for parameter in self.parameters(recurse=False):
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return self.normalize(wide, None if self.weight is None else 1 + self.weight).to(x.dtype)
-
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, affine={self.weight is not None}"
 
 
 class RMSNorm(_Norm):
-    """x / sqrt(mean(x^2) + eps) * (1 + weight)."""
+    """x / sqrt(mean(x^2) + eps) * (1 + weight): :func:`megalodon_ops.layer_norm.rms_norm`."""
 
     def __init__(self, dim: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__(dim, eps, affine, bias=False)
 
-    def normalize(self, x: Tensor, gain: Tensor | None) -> Tensor:
-        return F.rms_norm(x, (self.dim,), gain, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
 
 
 class LayerNorm(_Norm):
-    """(x - mean(x)) / sqrt(var(x) + eps) * (1 + weight) + bias."""
+    """(x - mean(x)) / sqrt(var(x) + eps) * (1 + weight) + bias: :func:`megalodon_ops.layer_norm.layer_norm`."""
 
     def __init__(self, dim: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__(dim, eps, affine, bias=True)
 
-    def normalize(self, x: Tensor, gain: Tensor | None) -> Tensor:
-        return F.layer_norm(x, (self.dim,), gain, self.bias, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class Linear(nn.Linear):
@@ -216,14 +214,14 @@ class NormalizedAttention(WideParameters):
         c, cema_state = self.cema(t, state=cema_state, return_state=True, **sequences)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
         a = normalized_attention(
-            self.wz(m), F.silu(self.wv(t)), self.gamma, self.beta,
+            self.wz(m), gated_silu(self.wv(t)), self.gamma, self.beta,
             num_heads=config.num_heads, chunk_size=config.chunk_size, rope_base=config.rope_base or 10000.0,
             eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
             dropkey=config.attention_dropout if training else 0.0, **sequences,
         )  # fmt: skip
         if return_state:
             a, attention_state = a
-        gated = F.dropout(a * F.silu(self.wr(m)), config.hidden_dropout, training)
+        gated = F.dropout(gated_silu(self.wr(m), a), config.hidden_dropout, training)
         y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
         return (y, BlockState(norm_state, cema_state, attention_state)) if return_state else y
 
@@ -249,9 +247,7 @@ class NormalizedFFN(WideParameters):
     def forward(self, y: Tensor) -> Tensor:
         config, training = self.config, self.training
         n = self.norm(y)
-        hidden = F.silu(self.fc1(n))
-        if self.fc3 is not None:
-            hidden = hidden * self.fc3(n)
+        hidden = gated_silu(self.fc1(n), None if self.fc3 is None else self.fc3(n))
         f = F.dropout(self.fc2(F.dropout(hidden, config.hidden_dropout, training)), config.dropout, training)
         return f if self.alpha is None else (self.alpha * f).to(f.dtype)
 

@@ -28,7 +28,7 @@ def define_op(
 ) -> Callable:
     """Defines `megalodon_ops::<schema>` and returns the callable op.
 
-    `kernel` computes it on the CPU and on CUDA devices. `fake` computes the outputs' shapes for tracing. Without
+    `kernel` computes it on the CPU and on CUDA devices, where the op has kernels for them. `fake` computes the outputs' shapes for tracing. Without
     `backward` the op is a backward itself or has no derivative, and differentiating through it raises.
     """
     name = schema.split("(")[0]
@@ -99,6 +99,11 @@ def _on_one_device(op: Callable, fake: Callable) -> Callable:
         return fake(*args)
 
     return checked
+
+
+def has_cpu_kernel(x: Tensor) -> bool:
+    """Whether an op that has kernels for the CPU alone takes them for `x`; all else is left to torch."""
+    return x.is_cpu and x.is_floating_point()
 
 
 def launch(name: str, *args) -> None:

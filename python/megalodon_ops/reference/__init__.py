@@ -6,6 +6,8 @@ Loops run over sequences and time; nothing here is meant to be fast.
 
 from megalodon_ops.reference.cema import cema, cema_bwd
 from megalodon_ops.reference.chunked_attention import chunked_attention, chunked_attention_bwd
+from megalodon_ops.reference.gated_silu import gated_silu, gated_silu_bwd
+from megalodon_ops.reference.layer_norm import layer_norm, layer_norm_bwd, rms_norm
 from megalodon_ops.reference.normalized_attention import normalized_attention, normalized_attention_bwd
 from megalodon_ops.reference.normalized_qk import normalized_qk, normalized_qk_bwd
 from megalodon_ops.reference.timestep_norm import timestep_norm, timestep_norm_bwd
@@ -15,10 +17,15 @@ __all__ = [
     "cema_bwd",
     "chunked_attention",
     "chunked_attention_bwd",
+    "gated_silu",
+    "gated_silu_bwd",
+    "layer_norm",
+    "layer_norm_bwd",
     "normalized_attention",
     "normalized_attention_bwd",
     "normalized_qk",
     "normalized_qk_bwd",
+    "rms_norm",
     "timestep_norm",
     "timestep_norm_bwd",
 ]

@@ -1,0 +1,156 @@
+"""gated_silu: values over all magnitudes, gradients, layouts, threads, what torch is left with."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from assertions import assert_as_accurate_as, assert_refuses
+
+from backends import ISAS, isa
+from megalodon_ops import _C, reference
+from megalodon_ops import gated_silu as module
+from megalodon_ops.gated_silu import gated_silu, gated_silu_bwd, gated_silu_fwd
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SIZES = [0, 1, 7, 17, 4097, 8192, 20011]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_isa = pytest.mark.parametrize("name", ISAS)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def inputs(*shape, dtype=torch.float64, scale=3.0, count=3):
+    gen = torch.Generator().manual_seed(0)
+    return [(scale * torch.randn(shape, generator=gen, dtype=torch.float64)).to(dtype) for _ in range(count)]
+
+
+def results(function, x, value, dy):
+    leaves = [t.detach().requires_grad_() for t in (x, value) if t is not None]
+    y = function(*leaves)
+    return {"y": y.detach()} | dict(zip(("dx", "dvalue"), torch.autograd.grad(y, leaves, dy), strict=False))
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+def test_results_and_gradients_match_the_reference(name, dtype, size, gated):
+    x, value, dy = inputs(size, dtype=dtype)
+    value = value if gated else None
+    with isa(name):
+        found = results(gated_silu, x, value, dy)
+    exact = results(reference.gated_silu, x.double(), None if value is None else value.double(), dy.double())
+    same = results(reference.gated_silu, x, value, dy)
+    assert len(found) == (3 if gated else 2)
+    for key, expected in exact.items():
+        floor = 4 if dtype in (torch.float32, torch.float64) else 0.5
+        assert found[key].dtype == dtype
+        assert_as_accurate_as(found[key], same[key], expected, factor=2, floor=floor, name=key)
+
+
+def spread_over_magnitudes(dtype):
+    """Values of either sign and any exponent, more of them where the sigmoid bends."""
+    gen = torch.Generator().manual_seed(0)
+    info = torch.finfo(dtype)
+    low, high = math.log2(info.tiny), math.log2(info.max)
+    exponents = low + (high - low) * torch.rand(100_000, generator=gen, dtype=torch.float64)
+    magnitudes = torch.cat((exponents.clamp(max=high - 1e-6).exp2(), torch.linspace(0, 100, 100_001, dtype=torch.float64)))
+    return torch.cat((magnitudes, -magnitudes)).clamp(info.min, info.max).to(dtype)
+
+
+@each_isa
+@each_dtype
+def test_sigmoid_is_accurate_to_the_last_digits_at_every_magnitude(name, dtype):
+    """silu = x sigmoid(x) adds one rounding to the 2.41 (float64: 2.45) ulp that cpp/vector_math.h states."""
+    x = spread_over_magnitudes(dtype)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    with isa(name), torch.no_grad():
+        found = gated_silu(x).double()
+    wide = x.double()
+    expected = torch.where(wide < 0, wide * (wide.exp() / (1 + wide.exp())), wide / (1 + (-wide).exp()))
+    sigmoid_vanishes = torch.sigmoid(wide) < torch.finfo(real).tiny
+    eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    # An ulp is at most eps of the value; below the smallest normal number the spacing is fixed. What is expected in
+    # float64 has an error of its own.
+    ulps = {torch.float32: 3, torch.float64: 6}.get(dtype, 0.5)
+    bound = (ulps * eps + 3 * torch.finfo(real).eps * (ulps < 1)) * expected.abs() + 0.5 * eps * least
+    assert ((found - expected).abs() <= bound)[~sigmoid_vanishes].all()
+    assert (found[sigmoid_vanishes].abs() <= torch.finfo(real).tiny * 1024).all()
+
+
+@each_isa
+@each_dtype
+def test_special_values(name, dtype):
+    x = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, -1e4, 1e4], dtype=dtype)
+    dy = torch.ones_like(x)
+    with isa(name):
+        y, (dx, _) = gated_silu_fwd(x, None), gated_silu_bwd(dy, x, None)
+    torch.testing.assert_close(y, F.silu(x), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(y.signbit()[3:], F.silu(x).signbit()[3:])
+    assert dx[2:].tolist()[1:] == [0.5, 0.5, 0.0, 1.0] and dx[2].isnan()
+
+
+def test_gradients_equal_the_explicit_backward():
+    x, value, dy = inputs(3, 50)
+    found = results(reference.gated_silu, x, value, dy)
+    dx, dvalue = reference.gated_silu_bwd(dy, x, value)
+    torch.testing.assert_close((dx, dvalue), (found["dx"], found["dvalue"]), rtol=1e-13, atol=1e-13)
+    alone, nothing = reference.gated_silu_bwd(dy, x)
+    torch.testing.assert_close(alone, results(reference.gated_silu, x, None, dy)["dx"], rtol=1e-13, atol=1e-13)
+    assert nothing is None
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+def test_gradcheck_and_no_second_derivatives(gated):
+    leaves = [t.requires_grad_() for t in inputs(2, 9, count=2 if gated else 1)]
+    assert torch.autograd.gradcheck(gated_silu, leaves)
+    (dx, *_) = torch.autograd.grad(gated_silu(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_and_strides_change_nothing(dtype, two_threads):
+    x, value, dy = inputs(70, 601, dtype=dtype)
+    expected = results(gated_silu, x, value, dy)
+    spread = [torch.stack((t, t), -1)[..., 0] for t in (x, value, dy)]
+    turned = [t.t().contiguous().t() for t in (x, value, dy)]
+    torch.set_num_threads(1)
+    for arranged in ((x, value, dy), spread, turned):
+        found = results(gated_silu, *arranged)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+def test_opcheck_and_compile():
+    x, value, dy = inputs(2, 3, 5, dtype=torch.float32)
+    for gate in (value, None):
+        torch.library.opcheck(gated_silu_fwd, (x.requires_grad_(), gate))
+        torch.library.opcheck(gated_silu_bwd, (dy, x.detach(), gate))
+    torch.use_deterministic_algorithms(False)
+    torch.compiler.reset()
+    compiled = results(torch.compile(gated_silu, fullgraph=True), x, value, dy)
+    assert all(torch.equal(compiled[key], grad) for key, grad in results(gated_silu, x, value, dy).items())
+
+
+def test_what_torch_is_left_with(monkeypatch):
+    x, value = inputs(2, 5, dtype=torch.float32, count=2)
+    expected = gated_silu(x, value)
+    assert gated_silu(x.to("meta"), value.to("meta")).shape == x.shape
+    assert gated_silu(x, value.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gated_silu(x, value).dtype == torch.float32
+    monkeypatch.setattr(module, "has_cpu_kernel", lambda x: False)
+    torch.testing.assert_close(gated_silu(x, value), expected)
+    torch.testing.assert_close(gated_silu(x), F.silu(x))
+
+
+def test_errors():
+    x, value = inputs(2, 5, dtype=torch.float32, count=2)
+    assert_refuses(ValueError, "gated_silu", "value", lambda: gated_silu(x, value[:1]))
+    assert_refuses(ValueError, "gated_silu", "value", lambda: _C.gated_silu_fwd(x, value.double(), x.clone()))
+    assert_refuses(ValueError, "gated_silu", "y", lambda: _C.gated_silu_fwd(x, value, x[:1].clone()))
+    assert_refuses(ValueError, "gated_silu", "dvalue", lambda: _C.gated_silu_bwd(x, value, x, x.clone(), None))
+    assert_refuses(TypeError, "gated_silu", "x", lambda: _C.gated_silu_fwd(x.int(), None, x.int()))
