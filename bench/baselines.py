@@ -88,6 +88,18 @@ def timestep_norm(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, e
     return (y.flatten(-2) * (1 + weight) + bias).to(x.dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], 1 + weight, bias, eps).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    return F.rms_norm(x.float(), x.shape[-1:], 1 + weight, eps).to(x.dtype)
+
+
+def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
+    return F.silu(x) if value is None else F.silu(x) * value
+
+
 def normalized_qk(
     z: Tensor, gamma: Tensor, beta: Tensor, *, num_heads: int, chunk_size: int, base: float = 10000.0, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:

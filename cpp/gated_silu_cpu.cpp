@@ -5,7 +5,8 @@
 // Backward, which computes s again:
 //   dx = dy value s (1 + x (1 - s));  dvalue = dy x s
 //
-// A job is a run of kBlock elements; a vector of them stays in registers from loads to stores.
+// A job is a run of kBlock elements; a vector of them stays in registers from loads to stores. What lies kAhead further on
+// is fetched meanwhile, also what will be written: a vector takes long enough for the processor to lose sight of it.
 // Memory traffic, in elements: forward x, value, y; backward dy, x, value, dx, dvalue. Each is read or written once.
 
 #include "gated_silu.h"
@@ -18,6 +19,18 @@ namespace megalodon::MEGALODON_ISA {
 namespace {
 
 constexpr int64_t kBlock = 8192;
+constexpr int64_t kAhead = 4096;  // bytes
+
+template <class T>
+MEGALODON_INLINE Vec<Compute<T>> read(const T* from, int64_t n) {
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead, 0, 2);
+  return load_first(from, n);
+}
+template <class T>
+MEGALODON_INLINE void write(T* to, Vec<Compute<T>> v, int64_t n) {
+  __builtin_prefetch(reinterpret_cast<char*>(to) + kAhead, 1, 2);
+  store_first(to, v, n);
+}
 
 // Calls op(offset, n) for the vectors of all elements; n < kLanes in the last one if it is not full.
 template <class R, class Op>
@@ -40,10 +53,10 @@ void forward(const GatedSiluFwdParams& p) {
   const T *x = static_cast<const T*>(p.x), *value = static_cast<const T*>(p.value);
   T* y = static_cast<T*>(p.y);
   for_each_vector<R>(p.elements, 4, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const Vec<R> v = load_first(x + i, n);
+    const Vec<R> v = read(x + i, n);
     Vec<R> result = v * sigmoid(v);
-    if constexpr (gated) result *= load_first(value + i, n);
-    store_first(y + i, result, n);
+    if constexpr (gated) result *= read(value + i, n);
+    write(y + i, result, n);
   });
 }
 
@@ -53,13 +66,13 @@ void backward(const GatedSiluBwdParams& p) {
   const T *x = static_cast<const T*>(p.x), *value = static_cast<const T*>(p.value), *dy = static_cast<const T*>(p.dy);
   T *dx = static_cast<T*>(p.dx), *dvalue = static_cast<T*>(p.dvalue);
   for_each_vector<R>(p.elements, 5, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const Vec<R> v = load_first(x + i, n), s = sigmoid(v);
-    Vec<R> d = load_first(dy + i, n);
+    const Vec<R> v = read(x + i, n), s = sigmoid(v);
+    Vec<R> d = read(dy + i, n);
     if constexpr (gated) {
-      store_first(dvalue + i, d * (v * s), n);
-      d *= load_first(value + i, n);
+      write(dvalue + i, d * (v * s), n);
+      d *= read(value + i, n);
     }
-    store_first(dx + i, d * (s * (v * (1 - s) + 1)), n);
+    write(dx + i, d * (s * (v * (1 - s) + 1)), n);
   });
 }
 

@@ -9,7 +9,8 @@
 // The rows are cut into blocks by D alone. A thread takes a block, and of each row, which stays in L1 or L2,
 //   1. sums x: its mean, rounded, is `high` (layer norm alone);
 //   2. sums d = x - high and d^2, which give what the mean lacks, `low`, and r; backward: also e and e d;
-//   3. writes y, or dx and adds to the block's dweight and dbias, R. Meanwhile the next row is fetched.
+//   3. writes y, or dx and adds to the block's dweight and dbias, R.
+// Meanwhile what comes next is fetched: in 2 the row of dx, whose stores would hold up those of the sums, in 3 the next row.
 // The mean in two parts keeps rows accurate whose mean is far larger than their spread. Blocks add their dweight and
 // dbias to one of at most kParts sums in double, each over neighbouring blocks in order; the parts are added in order.
 //
@@ -106,7 +107,7 @@ void forward_row(const LayerNormFwdParams& p, int64_t row, const Compute<T>* gai
   });
   const Statistics<R> s = statistics<R>(p, high, sums[0], sums[1]);
   for_each_vector<R>(p.channels, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    __builtin_prefetch(x + p.channels + i);
+    __builtin_prefetch(x + p.channels + i, 0, 2);
     store_first(y + i, s.normalize(load_first(x + i, n)) * load_first(gain + i, n) + load_first(bias + i, n), n);
   });
 }
@@ -122,6 +123,7 @@ void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* ga
   R totals[4];
   sum_row<R>(p.channels, totals, [&](int64_t i, int64_t n, Vec<R>* sums) __attribute__((always_inline)) {
     const Vec<R> d = keep_first<R>(load_first(x + i, n) - high, n);
+    __builtin_prefetch(dx + i, 1);
     const Vec<R> e = load_first(dy + i, n) * load_first(gain + i, n);
     sums[0] += d;
     sums[1] += d * d;
@@ -133,8 +135,8 @@ void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* ga
   const R mean = p.is_rms_norm ? 0 : totals[2] / D;  // of e
   const R projection = s.rstd * (totals[3] - s.low * totals[2]) / D;  // the mean of e xn
   for_each_vector<R>(p.channels, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    __builtin_prefetch(x + p.channels + i);
-    __builtin_prefetch(dy + p.channels + i);
+    __builtin_prefetch(x + p.channels + i, 0, 2);
+    __builtin_prefetch(dy + p.channels + i, 0, 2);
     const Vec<R> xn = s.normalize(load_first(x + i, n)), d = load_first(dy + i, n);
     store_first(dx + i, s.rstd * ((d * load_first(gain + i, n) - mean) - xn * projection), n);
     if (p.dweight) store_first(sums + i, load_first(sums + i, n) + d * xn, n);

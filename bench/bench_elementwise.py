@@ -1,0 +1,62 @@
+"""Norms and gates around the linear layers: layer_norm, rms_norm and gated_silu, forward and backward.
+
+Bytes an element: norms forward x in, y out, backward x and dy in, dx out; silu the same; with a value forward x and value
+in, y out, backward dy, x and value in, dx and dvalue out. Flops do not count: all are bound by bytes, bf16 ones that lie
+in the cache by conversions and exponentials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megalodon_ops.gated_silu import gated_silu
+from megalodon_ops.layer_norm import layer_norm, rms_norm
+
+from . import baselines
+from .harness import OURS, Case, Path, forward, forward_backward
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+def cases(quick: bool, gpu: bool) -> Iterator[Case]:
+    if gpu:  # torch's own functions
+        return
+    length = 1024 if quick else 8192
+    for dtype in (torch.float32, torch.bfloat16):
+        for backward in (False, True):
+            compiled = dtype == torch.float32
+            x, value = (torch.randn(1, length, 2048, dtype=dtype) for _ in range(2))
+            affine = [0.1 * torch.randn(2048) for _ in range(2)]
+            yield _case("layer_norm", layer_norm, baselines.layer_norm, (x, *affine), backward, 1, compiled)
+            yield _case("rms_norm", rms_norm, baselines.rms_norm, (x, affine[0]), backward, 1, compiled)
+            yield _case("silu", gated_silu, baselines.gated_silu, (x,), backward, 1, compiled)
+            yield _case("gated_silu", gated_silu, baselines.gated_silu, (x, value), backward, 2, compiled)
+
+
+def _case(
+    name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: tuple[Tensor, ...], backward: bool,
+    activations: int, compiled: bool,
+) -> Case:  # fmt: skip
+    """`activations` of the inputs are as large as the output."""
+    x = inputs[0]
+    dy = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+
+    def call(op, tensors=inputs, dy=dy):
+        return forward_backward(op, tensors, [dy]) if backward else forward(op, *tensors)
+
+    paths = [Path(OURS, call(ours)), Path("torch's functions", call(plain))]
+    if compiled:
+        paths.append(Path("the same, torch.compile", call(torch.compile(plain)), compiled=True))
+    return Case(
+        name=f"{name} forward" + " + backward" * backward,
+        shape=f"L {x.shape[1]} D {x.shape[2]}",
+        dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[x.dtype],
+        paths=paths,
+        expected=call(plain, [t.float() for t in inputs], dy.float()),
+        tolerance=TOLERANCE[x.dtype],
+        units=x.numel(),
+        bytes=x.numel() * x.element_size() * ((activations + 1) + backward * (2 * activations + 1)),
+    )
