@@ -52,7 +52,7 @@ void forward(const GatedSiluFwdParams& p) {
   using R = Compute<T>;
   const T *x = static_cast<const T*>(p.x), *value = static_cast<const T*>(p.value);
   T* y = static_cast<T*>(p.y);
-  for_each_vector<R>(p.elements, 4, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+  for_each_vector<R>(p.elements, 1, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const Vec<R> v = read(x + i, n);
     Vec<R> result = v * sigmoid(v);
     if constexpr (gated) result *= read(value + i, n);
@@ -65,7 +65,7 @@ void backward(const GatedSiluBwdParams& p) {
   using R = Compute<T>;
   const T *x = static_cast<const T*>(p.x), *value = static_cast<const T*>(p.value), *dy = static_cast<const T*>(p.dy);
   T *dx = static_cast<T*>(p.dx), *dvalue = static_cast<T*>(p.dvalue);
-  for_each_vector<R>(p.elements, 5, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+  for_each_vector<R>(p.elements, 2, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const Vec<R> v = read(x + i, n), s = sigmoid(v);
     Vec<R> d = read(dy + i, n);
     if constexpr (gated) {

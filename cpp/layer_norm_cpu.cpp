@@ -151,7 +151,7 @@ void forward(const LayerNormFwdParams& p) {
   Scratch<R> gain(p.channels), bias(p.channels);
   fill_gain(p, gain.get());
   for (int64_t i = 0; i < p.channels; ++i) bias[i] = p.bias ? static_cast<const R*>(p.bias)[i] : 0;
-  parallel_jobs(blocks.count, 2 * static_cast<double>(p.rows * p.channels), [&] {
+  parallel_jobs(blocks.count, static_cast<double>(p.rows * p.channels), [&] {
     return [&](int64_t block) {
       for (int64_t row = block * blocks.rows; row < smaller((block + 1) * blocks.rows, p.rows); ++row)
         forward_row<T>(p, row, gain.get(), bias.get());
@@ -167,7 +167,7 @@ void backward(const LayerNormBwdParams& p) {
   Scratch<R> gain(p.channels);
   fill_gain(p, gain.get());
   Scratch<double> totals(parts * size);
-  parallel_jobs(parts, 4 * static_cast<double>(p.rows * p.channels), [&] {
+  parallel_jobs(parts, 2 * static_cast<double>(p.rows * p.channels), [&] {
     return [&, sums = Scratch<R>(size)](int64_t part) {
       double* total = totals.get() + part * size;
       std::fill_n(total, size, 0.0);
