@@ -228,6 +228,7 @@ def run(jobs: list[Job], scratch: Path, workers: int) -> list[tuple[Job, str]]:
     scratch.mkdir(parents=True, exist_ok=True)
     done = dict(json.loads(line) for line in record.read_text().splitlines()) if record.exists() else {}
     left = [job for job in jobs if job.key not in done]
+    left.sort(key=lambda job: not re.search(BARRIERS, job.mutant.change))  # first what breaks memory
     print(f"{len(jobs)} mutants, {len(jobs) - len(left)} of them known from before", flush=True)
     if left:
         files = {name for job in left for name, _ in test_files(job.file)}
