@@ -63,7 +63,9 @@ class ChunkBackward {
     const int64_t blocks = ceil_div(chunk.keys, kBlock), first_block = chunk.cached / kBlock;
     const double work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
     const auto for_each = [&](int64_t jobs, double total, auto&& body) {
-      parallel_jobs(jobs, total, [&] { return [&, flush = FlushDenormals(), tiles = TileRegisters()](int64_t job) { body(job); }; });
+      parallel_jobs(jobs, total, [&] {
+        return [&, flush = FlushDenormals(), tiles = TileRegisters()](int64_t job) { body(job); };
+      });
     };
     for_each(blocks, work, [&](int64_t block) { pack(chunk, head, block); });
     for (int64_t distance = 0; distance < blocks; ++distance) {
@@ -179,8 +181,8 @@ class ChunkBackward {
         for (int64_t at = 0; at < queries; at += kRows) {
           const int64_t depth = std::min(key_end, query + at + kRows) - key;
           const U* ds = ds_rows.at(at / kColumns, 0) + at % kColumns;
-          multiply_tile<true>(vectors, depth, ds, 0, k_rows.at(column, key), R{1}, first_of_queries ? nullptr : kOnes<R>,
-                              dq_.at(column, query - base + at));
+          multiply_tile<true>(vectors, depth, ds, 0, k_rows.at(column, key), R{1},
+                              first_of_queries ? nullptr : kOnes<R>, dq_.at(column, query - base + at));
         }
       }
     }
@@ -252,10 +254,11 @@ class ChunkBackward {
     if constexpr (kAmx)
       for (int64_t row = block * kBlock; row < end; row += kLanes<R>) {
         if (row + kLanes<R> <= chunk.cached) continue;
-        unpack_columns<T>(dq_, row - base, std::min<int64_t>(end - row, kLanes<R>), p_.key_dim, splat(scale), [&](int64_t i) {
+        const auto dq_row = [&](int64_t i) {
           const int64_t token = chunk.token + row + i - chunk.cached;
           return row + i < chunk.cached ? nullptr : static_cast<T*>(p_.dq) + (token * p_.heads + head) * p_.key_dim;
-        });
+        };
+        unpack_columns<T>(dq_, row - base, std::min<int64_t>(end - row, kLanes<R>), p_.key_dim, splat(scale), dq_row);
       }
   }
 

@@ -14,10 +14,10 @@
 //   a pair of bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns
 //   for A = M, along the rows for A = M^T and B. With one element to a unit the two formats are the same.
 //
-//   With AMX a tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 bfloat16. B is
-//   packed as above; A has panels of 32 columns, so that a tile register is one stream of 1 KiB, and there is no A = M^T:
-//   where that is needed the transposed product is made instead. Tile: 16 rows x 3 registers. Both operands are zero where
-//   the depth is padded to 32.
+//   With AMX a tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 bfloat16. B
+//   is packed as above; A has panels of 32 columns, so that a tile register is one stream of 1 KiB, and there is no
+//   A = M^T: where that is needed the transposed product is made instead. Tile: 16 rows x 3 registers. Both operands are
+//   zero where the depth is padded to 32.
 #pragma once
 
 #include <type_traits>

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,8 +89,8 @@ def _bwd(dy, x, weight, bias, eps, is_rms_norm):
 
 def _bwd_fake(dy, x, weight, bias, eps, is_rms_norm):
     """The gradient of what is None is empty: torch's schemas know no optional result."""
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, *(x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, bias))
+    empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
+    return empty(x), *(x.new_empty(0) if t is None else empty(t) for t in (weight, bias))
 
 
 def _setup_context(ctx, inputs, output):

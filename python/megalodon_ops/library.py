@@ -28,8 +28,9 @@ def define_op(
 ) -> Callable:
     """Defines `megalodon_ops::<schema>` and returns the callable op.
 
-    `kernel` computes it on the CPU and on CUDA devices, where the op has kernels for them. `fake` computes the outputs' shapes for tracing. Without
-    `backward` the op is a backward itself or has no derivative, and differentiating through it raises.
+    `kernel` computes it on the CPU and on CUDA devices, where the op has kernels for them. `fake` computes the outputs'
+    shapes for tracing. Without `backward` the op is a backward itself or has no derivative, and differentiating through
+    it raises.
     """
     name = schema.split("(")[0]
     qualified = f"megalodon_ops::{name}"
