@@ -39,10 +39,12 @@ class Channels {
   MEGALODON_INLINE void for_each_vector(const R* const (&statistics)[kinds], Op&& op) const {
     Vec<R> s[rows][kinds];
     if (one_group_a_vector) {
-      for (int64_t g = 0, j = 0; g < groups; ++g) {
+      // Copies, as the compiler cannot know that op() does not write to the members.
+      const int64_t all = groups, end = count, size = group_size;
+      for (int64_t g = 0, c = 0; c < end; ++g) {
         for (int row = 0; row < rows; ++row)
-          for (int i = 0; i < kinds; ++i) s[row][i] = splat(statistics[i][row * groups + g]);
-        for (int64_t k = 0; k < group_size; k += lanes, ++j) op(j, g * group_size + k, int64_t{lanes}, s);
+          for (int i = 0; i < kinds; ++i) s[row][i] = splat(statistics[i][row * all + g]);
+        for (const int64_t next = c + size; c < next; c += lanes) op(c / lanes, c, int64_t{lanes}, s);
       }
       return;
     }
@@ -83,25 +85,23 @@ struct LanePairs {
 };
 template <class R, int bit, int... i>
 MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b, std::integer_sequence<int, i...>) {
+#if defined(__AVX512F__)
+  // One instruction each. For the first the compiler would take a shuffle, which only one port executes.
+  const Vec<R> other = __builtin_shufflevector(a, b, (i & bit ? (i ^ bit) + kLanes<R> : i ^ bit)...);
+  constexpr unsigned mask = ((i & bit ? 1u << i : 0u) | ...);
+  if constexpr (sizeof(R) == 4)
+    return {bit_cast<Vec<R>>(_mm512_mask_blend_ps(mask, bit_cast<__m512>(a), bit_cast<__m512>(b))), other};
+  else return {bit_cast<Vec<R>>(_mm512_mask_blend_pd(mask, bit_cast<__m512d>(a), bit_cast<__m512d>(b))), other};
+#else
   const Vec<R> other = __builtin_shufflevector(a, b, (i & bit ? i : i + kLanes<R>)...);
   return {__builtin_shufflevector(a, b, (i & bit ? i + kLanes<R> : i)...),
           __builtin_shufflevector(other, other, (i ^ bit)...)};
+#endif
 }
 template <class R, int bit>
 MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b) {
   return pair_crosswise<R, bit>(a, b, std::make_integer_sequence<int, kLanes<R>>{});
 }
-// Lane i of the result is the sum of the lanes of v[i].
-template <class R, int bit = kLanes<R> / 2>
-MEGALODON_INLINE Vec<R> sum_each(Vec<R>* v) {
-  if constexpr (bit == 0) return v[0];
-  for (int i = 0; i < bit; ++i) {
-    const auto pairs = pair_crosswise<R, bit>(v[i], v[i + bit]);
-    v[i] = pairs.kept + pairs.other;
-  }
-  return sum_each<R, bit / 2>(v);
-}
-
 // Several vectors that are summed side by side.
 template <class R, int n>
 struct Terms {
@@ -113,24 +113,43 @@ struct Terms {
   }
 };
 
-// Lane i of total[k] is sum k over the `size` elements of group i, for `groups` <= kLanes groups.
+// Lane i of sum k of the result: the sum of the lanes of sum k of group(i). Depth first, so that few vectors wait.
+template <class R, int kSums, int bit = 1, class Group>
+MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
+  if constexpr (bit == kLanes<R>) return group(first);
+  else {
+    const Terms<R, kSums> a = sum_each<R, kSums, 2 * bit>(first, group);
+    const Terms<R, kSums> b = sum_each<R, kSums, 2 * bit>(first + bit, group);
+    Terms<R, kSums> sum;
+    for (int k = 0; k < kSums; ++k) {
+      const auto pairs = pair_crosswise<R, bit>(a.v[k], b.v[k]);
+      sum.v[k] = pairs.kept + pairs.other;
+    }
+    return sum;
+  }
+}
+
+// Lane i of sum k is the sum over the `size` elements of group i, for `groups` <= kLanes groups.
 // term(i, offset, n) gives the Terms of n <= kLanes elements of group i, zero in the other lanes.
 template <class R, int kSums, class Term>
-MEGALODON_INLINE void sum_groups(int64_t groups, int64_t size, Vec<R> (&total)[kSums], Term&& term) {
+MEGALODON_INLINE Terms<R, kSums> sum_groups(int64_t groups, int64_t size, Term&& term) {
   constexpr int64_t lanes = kLanes<R>, chains = 4;
-  Vec<R> sums[kSums][lanes];
+  if (size == 2 * lanes)
+    return sum_each<R, kSums>(0, [&](int lane) __attribute__((always_inline)) {
+      const int64_t i = smaller(lane, groups - 1);
+      return term(i, 0, lanes) + term(i, lanes, lanes);
+    });
+  if (size == 4 * lanes)
+    return sum_each<R, kSums>(0, [&](int lane) __attribute__((always_inline)) {
+      const int64_t i = smaller(lane, groups - 1);
+      return (term(i, 0, lanes) + term(i, lanes, lanes)) + (term(i, 2 * lanes, lanes) + term(i, 3 * lanes, lanes));
+    });
+  Terms<R, kSums> sums[lanes] = {};
   const auto each_group = [&](auto&& sum_group) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < groups; ++i) {
-      const Terms<R, kSums> sum = sum_group(i);
-      for (int k = 0; k < kSums; ++k) sums[k][i] = sum.v[k];
-    }
+    for (int64_t i = 0; i < groups; ++i) sums[i] = sum_group(i);
   };
   if (size < lanes) {
     each_group([&](int64_t i) __attribute__((always_inline)) { return term(i, 0, size); });
-  } else if (size == lanes) {
-    each_group([&](int64_t i) __attribute__((always_inline)) { return term(i, 0, lanes); });
-  } else if (size == 2 * lanes) {
-    each_group([&](int64_t i) __attribute__((always_inline)) { return term(i, 0, lanes) + term(i, lanes, lanes); });
   } else {
     each_group([&](int64_t i) __attribute__((always_inline)) {
       Terms<R, kSums> chain[chains] = {};
@@ -142,10 +161,7 @@ MEGALODON_INLINE void sum_groups(int64_t groups, int64_t size, Vec<R> (&total)[k
       return (chain[0] + chain[1]) + (chain[2] + chain[3]);
     });
   }
-  for (int k = 0; k < kSums; ++k) {
-    for (int64_t i = groups; i < lanes; ++i) sums[k][i] = zeros<R>();
-    total[k] = sum_each<R>(sums[k]);
-  }
+  return sum_each<R, kSums>(0, [&](int i) __attribute__((always_inline)) { return sums[i]; });
 }
 
 }  // namespace megalodon::MEGALODON_ISA

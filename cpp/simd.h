@@ -149,6 +149,26 @@ MEGALODON_INLINE void store_first(T* to, Vec<Compute<T>> v, int64_t n) {
   std::memcpy(to, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
+// Two vectors' elements in whatever order is cheapest: bfloat16 splits into even and odd ones.
+template <class R> struct TwoVectors { Vec<R> a, b; };
+template <class T>
+MEGALODON_INLINE TwoVectors<Compute<T>> load_two(const T* from) {
+  return {load(from), load(from + kLanes<Compute<T>>)};
+}
+MEGALODON_INLINE TwoVectors<float> load_two(const bf16* from) {
+  const Bits pairs = load_raw<Bits>(from);
+  return {bit_cast<Vec<float>>(pairs << 16), bit_cast<Vec<float>>(pairs & 0xffff0000)};
+}
+
+// One element, in all lanes.
+template <class T>
+MEGALODON_INLINE Vec<Compute<T>> load_splat(const T* from) { return splat(load_first(from, 1)[0]); }
+MEGALODON_INLINE Vec<float> load_splat(const float* from) { return splat(*from); }
+MEGALODON_INLINE Vec<double> load_splat(const double* from) { return splat(*from); }
+MEGALODON_INLINE Vec<float> load_splat(const bf16* from) {
+  return bit_cast<Vec<float>>(Bits{} + (static_cast<uint32_t>(from->bits) << 16));
+}
+
 // One element.
 template <class T>
 MEGALODON_INLINE Compute<T> widen(T value) {

@@ -209,11 +209,13 @@ class Backward {
     const int64_t size = (b - a) * G, plane = p.sequences.tokens * G;
     const R* stats = static_cast<const R*>(p.stats) + a * G;
     double *mean = &mean_[at], *u = uv_.get(), *v = u + G;
+    R *hi = &hi_[at], *lo = &lo_[at], *rstd = &rstd_[at];
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
-      hi_[at + i] = stats[i];
-      lo_[at + i] = stats[plane + i];
-      rstd_[at + i] = stats[2 * plane + i];
-      mean[i] = static_cast<double>(hi_[at + i]) + lo_[at + i];
+      hi[i] = stats[i];
+      lo[i] = stats[plane + i];
+      rstd[i] = stats[2 * plane + i];
+      mean[i] = static_cast<double>(stats[i]) + stats[plane + i];
     }
     if (a > p.sequences.begin(s)) {
       for (int64_t g = 0; g < G; ++g) before_[g] = static_cast<double>((stats - G)[g]) + (stats + plane - G)[g];
@@ -229,12 +231,12 @@ class Backward {
     else std::memset(u, 0, static_cast<size_t>(2 * G) * sizeof(double));
     for (int64_t row = b - a - 1; row >= 0; --row, n -= 1) {
       double *ds = &ds_[at + row * G], *db = &db_[at + row * G];
-      const R *rstd = &rstd_[at + row * G], *row_db = &level_[at + row * G], *row_ds = &slope_[at + row * G];
+      const R *row_rstd = rstd + row * G, *row_db = &level_[at + row * G], *row_ds = &slope_[at + row * G];
       const double *mean_after = mean + row * G, *mean_before = row ? mean_after - G : before_.get();
       const double per_step = 1 / n;
 #pragma omp simd
       for (int64_t g = 0; g < G; ++g) {
-        const double r = rstd[g];
+        const double r = row_rstd[g];
         db[g] = u[g] - r * row_db[g] * per_step;
         ds[g] = v[g] - r * r * r * row_ds[g] * (per_step / 2);
         v[g] = ds[g];
@@ -253,18 +255,18 @@ class Backward {
       const R* gains[lanes];
       for (int64_t i = 0, g = first % G; i < lanes; ++i, g = g + 1 == G ? 0 : g + 1) gains[i] = &plan.gain[g * size];
       const R *hi = &hi_[at + first], *lo = &lo_[at + first];
-      Vec<R> sum[2];
-      sum_groups<R>(smaller(lanes, (b - a) * G - first), size, sum,
-                    [&](int64_t i, int64_t k, int64_t n) __attribute__((always_inline)) {
-                      const int64_t c = i * size + k;
-                      fetch_ahead(x + c, k);
-                      fetch_ahead(dy + c, k);
-                      const Vec<R> scaled = load_within(dy + c, n, dy_end) * load(gains[i] + k);
-                      const Vec<R> centered = load_within(x + c, n, x_end) - splat(hi[i]) - splat(lo[i]);
-                      return Terms<R, 2>{keep_first<R>(scaled, n), keep_first<R>(scaled * centered, n)};
-                    });
-      store(&level_[at + first], sum[0]);
-      store(&slope_[at + first], sum[1]);
+      const Terms<R, 2> sum = sum_groups<R, 2>(
+          smaller(lanes, (b - a) * G - first), size,
+          [&](int64_t i, int64_t k, int64_t n) __attribute__((always_inline)) {
+            const int64_t c = i * size + k;
+            fetch_ahead(x + c, k);
+            fetch_ahead(dy + c, k);
+            const Vec<R> scaled = load_within(dy + c, n, dy_end) * load(gains[i] + k);
+            const Vec<R> centered = load_within(x + c, n, x_end) - splat(hi[i]);
+            return Terms<R, 2>{keep_first<R>(scaled, n), keep_first<R>(scaled * centered, n)};
+          });
+      store(&level_[at + first], sum.v[0]);
+      store(&slope_[at + first], sum.v[1] - load(lo) * sum.v[0]);
     }
   }
 

@@ -22,12 +22,18 @@ MEGALODON_INLINE Moments<R> merge_moments(const Moments<R>& a, const Moments<R>&
   const Vec<R> difference = a.sum - b.sum;
   return {a.sum + b.sum, a.squares + b.squares + difference * difference * (R{0.5} / static_cast<R>(values))};
 }
-// Of the vectors at[0 .. count).
-template <int count, class R, class At>
-MEGALODON_INLINE Moments<R> moments_of(int64_t first, At&& at) {
-  if constexpr (count == 1) return {at(first), zeros<R>()};
-  else return merge_moments<R>(moments_of<count / 2, R>(first, at), moments_of<count / 2, R>(first + count / 2, at),
-                               count / 2);
+// Of `count` vectors' elements less `shift`, where lanes hold equally many.
+template <int count, class T, class R = Compute<T>>
+MEGALODON_INLINE Moments<R> moments_of(const T* x, Vec<R> shift) {
+  constexpr int half = count / 2;
+  if constexpr (count == 1) {
+    return {load(x) - shift, zeros<R>()};
+  } else if constexpr (count == 2) {
+    const auto [a, b] = load_two(x);
+    return merge_moments<R>({a - shift, zeros<R>()}, {b - shift, zeros<R>()}, 1);
+  } else {
+    return merge_moments<R>(moments_of<half>(x, shift), moments_of<half>(x + half * kLanes<R>, shift), half);
+  }
 }
 // Lane i: of all lanes of group(i), which holds `values` values a lane. Depth first, so that few vectors wait.
 template <class R, int values, int bit = 1, class Group>
@@ -50,12 +56,10 @@ void even_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* var) {
     const int64_t last = groups - 1 - first;
     const Moments<R> m = moments_of_each<R, vectors>(0, [&](int i) __attribute__((always_inline)) {
       const T* group = x + (first + smaller(i, last)) * size;
-      const R shift = load(group)[0];
-      hi[first + i] = shift;
-      return moments_of<vectors, R>(0, [&](int64_t k) __attribute__((always_inline)) {
-        fetch_ahead(group + k * lanes, k * lanes);
-        return load(group + k * lanes) - splat(shift);
-      });
+      for (int64_t k = 0; k < size; k += lanes) fetch_ahead(group + k, k);
+      const Vec<R> shift = load_splat(group);
+      hi[first + i] = shift[0];
+      return moments_of<vectors>(group, shift);
     });
     const Vec<R> shift = load(hi + first), shifted = m.sum / size, mean = shift + shifted, part = mean - shift;
     store(hi + first, mean);
@@ -72,22 +76,22 @@ void any_group_statistics(const T* x, const T* x_end, int64_t groups, int64_t si
   for (int64_t first = 0; first < groups; first += lanes, x += lanes * size, hi += lanes, lo += lanes, var += lanes) {
     const int64_t n = smaller(lanes, groups - first);
     for (int64_t i = 0; i < n; ++i) hi[i] = load_within(x + i * size, 1, x_end)[0];
-    Vec<R> sum[1], squares[1];
     const auto deviation = [&](int64_t i, int64_t k, int64_t width) __attribute__((always_inline)) {
+      fetch_ahead(x + i * size + k, k);
       return keep_first<R>(load_within(x + i * size + k, width, x_end) - splat(hi[i]), width);
     };
-    sum_groups<R>(n, size, sum, [&](int64_t i, int64_t k, int64_t width) __attribute__((always_inline)) {
+    const Terms<R, 1> sum = sum_groups<R, 1>(n, size, [&](int64_t i, int64_t k, int64_t width) {
       return Terms<R, 1>{deviation(i, k, width)};
     });
-    const Vec<R> shift = load(hi), shifted = sum[0] / channels, mean = shift + shifted, part = mean - shift;
+    const Vec<R> shift = load(hi), shifted = sum.v[0] / channels, mean = shift + shifted, part = mean - shift;
     const Vec<R> rounding = (shift - (mean - part)) + (shifted - part);
     store(hi, mean);
     store(lo, rounding);
-    sum_groups<R>(n, size, squares, [&](int64_t i, int64_t k, int64_t width) __attribute__((always_inline)) {
+    const Terms<R, 1> squares = sum_groups<R, 1>(n, size, [&](int64_t i, int64_t k, int64_t width) {
       const Vec<R> d = deviation(i, k, width);
       return Terms<R, 1>{d * d};
     });
-    const Vec<R> v = squares[0] / channels - rounding * rounding;
+    const Vec<R> v = squares.v[0] / channels - rounding * rounding;
     store(var, v < 0 ? zeros<R>() : v);
   }
 }
