@@ -95,9 +95,31 @@ def test_the_gradient_of_one_output(emulator, only):
     assert_all_close(actual, run(mo.reference.cema), tolerance=1e-12, terms=case.terms)
 
 
-def test_two_rounds_of_the_carry(emulator):
-    """More than 128 tiles, with poles whose memory spans all of them."""
-    case = cema_case(B=1, L=4500, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True)
+def test_the_gradient_of_y_without_states(emulator):
+    """Then all of u is made of x, and dp is a sum over y."""
+    case = cema_case(B=2, L=75, D=4, N=4, dtype=torch.float64)
+
+    def gradients(function):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
+        y = function(**leaves)
+        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        found = torch.autograd.grad(y, list(leaves.values()), dy)
+        return {f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}
+
+    with emulator.replacing(_C):
+        actual = gradients(mo.cema)
+    assert_all_close(actual, gradients(mo.reference.cema), tolerance=1e-12, terms=case.terms)
+
+
+def test_nothing_is_launched_for_no_channels(emulator):
+    emulated(emulator, cema_case(B=1, L=5, D=0, N=3, state=True))
+    assert not launched(emulator)
+
+
+@pytest.mark.parametrize("sequences", [{}, {"cu_seqlens": [0, 300, 4500]}], ids=["one", "two"])
+def test_two_rounds_of_the_carry(emulator, sequences):
+    """More than 128 tiles, with poles whose memory spans all of them; a start in one of the eight tiles of a thread."""
+    case = cema_case(B=1, L=4500, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True, **sequences)
     assert_matches_reference(emulated(emulator, case), case)
 
 
@@ -126,6 +148,17 @@ def test_few_steps_take_one_launch(emulator, sequences, N, state):
         else:
             factor, floor = LIMITS[2 if value.dtype.itemsize == 2 else 4]
             assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, name=name)
+
+
+@pytest.mark.parametrize("shape", [(1, 8300, 32), (66_000, 1, 1)], ids=["channels", "sequences"])
+def test_few_steps_of_more_than_fills_a_gpu(emulator, shape):
+    """Blocks of channels, or sequences, beyond what a grid may have rows."""
+    B, D, N = shape
+    case = cema_case(B=B, L=1, D=D, N=N)
+    with emulator.replacing(_C):
+        y = mo.cema(**case.tensors)
+    assert launched(emulator) == {"cema_step_kernel"}
+    assert_all_close({"y": y.double()}, {"y": mo.reference.cema(**case.double().tensors)}, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
@@ -163,13 +196,47 @@ def test_long_memory_is_as_accurate_as_the_direct_form(emulator, poles, state):
         assert_as_accurate_as(value, same[name], exact[name], factor=1, floor=4, name=name)
 
 
-def test_weights_and_phases_of_zero_keep_the_state(emulator):
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+def test_weights_and_phases_of_zero_keep_the_state(emulator, state):
     """p, gamma and Im(q) of 0, by which a carried state cannot be divided."""
-    case = cema_case(B=1, L=100, D=3, N=4, state=True)
+    case = cema_case(B=1, L=100, D=3, N=4, state=state)
     zero = torch.tensor([0.0, 1e-30, 1e-6, 1.0])
     q = torch.complex(case.tensors["q"].real, case.tensors["q"].imag * zero)
     case = case.with_tensors(p=case.tensors["p"] * zero.flip(0), gamma=case.tensors["gamma"] * zero, q=q)
     assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_weights_along_the_axes_keep_the_state(emulator):
+    """Gammas of which one part is 0 count as they are."""
+    case = cema_case(B=1, L=70, D=3, N=4, state=True)
+    axes = torch.tensor([1, -1, 1j, -1j], dtype=torch.complex64).expand(3, 4).contiguous()
+    case = case.with_tensors(gamma=axes)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_small_weights_without_states_count_as_they_are(emulator):
+    case = cema_case(B=1, L=300, D=3, N=4)
+    case = case.with_tensors(gamma=case.tensors["gamma"] * 1e-15, omega=torch.zeros(3))
+    with emulator.replacing(_C):
+        y = mo.cema(**case.tensors)
+    assert_all_close({"y": y.double() * 1e15}, {"y": mo.reference.cema(**case.double().tensors) * 1e15}, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("L", [3, 400], ids=["steps", "scan"])
+def test_states_that_nobody_wants(emulator, L):
+    """Null pointers for the final state and the first one's gradient; one sequence is empty."""
+    case = cema_case(B=2, L=L, D=4, N=4, state=True, lengths=[L, 0])
+    x, *parameters, state = case.tensors.values()
+    expected, lengths = emulated(emulator, case), case.options["lengths"]
+    y, grads = torch.empty_like(x), [torch.empty_like(t) for t in (x, *parameters)]
+    emulator.call("cema_fwd", x, *parameters, state, None, lengths, y, None)
+    dy, dstate_out = torch.ones_like(x), torch.ones_like(state)
+    emulator.call("cema_bwd", x, *parameters, state, None, lengths, dy, dstate_out, *grads, None)
+    wanted = [torch.empty_like(t) for t in (x, *parameters, state)]
+    emulator.call("cema_bwd", x, *parameters, state, None, lengths, dy, dstate_out, *wanted)
+    assert_bit_equal({"y": y}, {"y": expected["y"]})
+    for grad, same in zip(grads, wanted, strict=False):
+        assert torch.equal(grad, same)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

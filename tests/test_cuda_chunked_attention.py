@@ -26,7 +26,8 @@ ON_TENSOR_CORES = {
     "128-columns": {"L": 70, "H": 1, "K": 128, "V": 72, "C": 48, "dtype": BF16, "lengths": [70, 33]},
     "128-columns-short-tiles": {"B": 1, "L": 66, "H": 1, "K": 136, "V": 120, "C": 64, "dtype": F16, "dropkey": 0.5},
     "256-columns": {"L": 34, "H": 1, "K": 16, "V": 136, "C": 33, "dtype": BF16, "state": True},
-    "256-columns-twice": {"L": 35, "H": 2, "K": 250, "V": 258, "C": 20, "dtype": BF16, "dropkey": 0.2},
+    "256-columns-twice": {"L": 35, "H": 2, "K": 250, "V": 258, "C": 20, "dtype": BF16, "dropkey": 0.2,
+                          "lengths": [35, 20]},
     "one-channel": {"L": 20, "H": 3, "K": 1, "V": 1, "C": 7, "dtype": F16},
 }
 WITHOUT = {
@@ -34,7 +35,7 @@ WITHOUT = {
                          "dropkey": 0.3},
     "float-256-columns": {"L": 33, "H": 1, "K": 37, "V": 100, "C": 48, "dtype": F32, "lengths": [30, 17]},
     "float-512-columns": {"L": 20, "H": 1, "K": 16, "V": 260, "C": 13, "dtype": F32, "dropkey": 0.9},
-    "float-512-columns-twice": {"B": 1, "L": 20, "H": 1, "K": 3, "V": 514, "C": 13, "dtype": F32},
+    "float-512-columns-twice": {"B": 1, "L": 20, "H": 1, "K": 3, "V": 514, "C": 13, "dtype": F32, "lengths": [15]},
     "double-64-columns": {"L": 20, "H": 1, "K": 18, "V": 10, "C": 32, "dtype": F64, "state": True, "dropkey": 0.3},
     "double-256-columns": {"B": 1, "L": 20, "H": 1, "K": 5, "V": 258, "C": 70, "dtype": F64},
     "bfloat16-many-channels": {"B": 1, "L": 20, "H": 1, "K": 264, "V": 72, "C": 13, "dtype": BF16, "dropkey": 0.2},
@@ -179,6 +180,39 @@ def test_a_sequence_does_not_see_its_neighbours(emulator, dtype, L):
             assert torch.equal(value[:, part], clean[name][:, part])
 
 
+@pytest.mark.parametrize(("dtype", "rows", "C"), [(BF16, 128, 110), (F32, 64, 50)], ids=str)
+def test_a_block_does_not_see_the_chunk_before_its_first(emulator, dtype, rows, C):
+    """Columns are counted from a multiple of 4, which is in that chunk."""
+    case = scaled_case(B=1, L=rows + 10, H=1, K=8, V=8, C=C, dtype=dtype)
+    spoilt = {name: tensor.clone() for name, tensor in case.tensors.items()}
+    for tensor in spoilt.values():
+        tensor[:, :C] = torch.nan
+    clean, results = run(emulator, case), run(emulator, case.with_tensors(**spoilt))
+    for name, value in results.items():
+        assert torch.equal(value[:, rows:], clean[name][:, rows:])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_a_chunk_of_any_size(emulator, dtype):
+    case = scaled_case(B=1, L=20, H=1, K=8, V=8, C=2**32 + 5, dtype=dtype)
+    assert_bit_equal(run(emulator, case), run(emulator, case.with_options(chunk_size=20)))
+
+
+@pytest.mark.parametrize("shape", [{"H": 0}, {"V": 0}], ids=["no-heads", "no-values"])
+def test_nothing_is_launched_for_no_values(emulator, shape):
+    assert run(emulator, chunked_attention_case(**shape))["o"].numel() == 0
+    assert emulator.module.traffic() == {}
+
+
+def test_spans_of_many_steps_have_a_limit(emulator):
+    """2048 keys: the workspace of 2048 sequences has a maximum, a sum and a value of each of two spans."""
+    tokens, cache, sizes = torch.zeros(2048, 1, 1, 1), torch.zeros(2048, 2049, 1, 1), []
+    inputs = tokens, tokens, tokens, cache, cache, torch.zeros(2048).long(), 2049, 1.0, 0.0, None, None, None
+    with emulator.only_asking(sizes), pytest.raises(InterruptedError):
+        emulator.call("chunked_attention_fwd", *inputs, torch.empty_like(tokens), torch.empty(2048, 1, 1))
+    assert sizes == [2048 * 2 * 3 * 4]
+
+
 def test_a_chunk_is_read_once_for_each_block_of_rows(emulator):
     """Named re-reads: queries and keys for each 256 columns of V, keys and values for each 128 rows, up to these."""
     case = scaled_case(B=1, L=256, H=1, K=32, V=512, C=256, dtype=BF16)
@@ -245,6 +279,28 @@ def test_state(emulator, shape, dtype, offset):
             assert torch.equal(value[s, :new], expected[names[name]][s, :new])
             untouched = slice(max(old, new), None)
             assert torch.equal(value[s, untouched].nan_to_num(7), getattr(before, name)[s, untouched].nan_to_num(7))
+
+
+@pytest.mark.parametrize("in_place", ["k", "v"])
+def test_a_state_half_in_place(emulator, in_place):
+    case = chunked_attention_case(B=2, L=2, H=1, K=8, V=8, C=6, dtype=F32, state=True)
+    tensors, state = [case.tensors[name] for name in "kv"], case.options["state"]
+    expected = [torch.empty_like(t) for t in state]
+    emulator.call("chunked_attention_state", *tensors, *state, 6, None, None, *expected)
+    old = AttentionState(*(t.clone() for t in state))
+    new = [old.k if in_place == "k" else torch.empty_like(old.k), old.v if in_place == "v" else torch.empty_like(old.v)]
+    emulator.call("chunked_attention_state", *tensors, *old, 6, None, None, *new, torch.empty_like(old.position))
+    copied = 1 if in_place == "k" else 0
+    assert torch.equal(new[copied], expected[copied])
+    for s, position in enumerate(expected[2].tolist()):
+        assert torch.equal(new[1 - copied][s, :position], expected[1 - copied][s, :position])
+
+
+def test_a_state_in_place_after_no_tokens(emulator):
+    case = chunked_attention_case(B=2, L=0, H=1, K=8, V=8, C=6, dtype=F32, state=True)
+    state = AttentionState(*(t.clone() for t in case.options["state"]))
+    emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, None, *state)
+    assert torch.equal(state.position, case.options["state"].position)
 
 
 def test_a_fresh_state_needs_no_old_one(emulator):

@@ -59,6 +59,7 @@ SHAPES = {
     "padded": {"B": 3, "L": 11, "H": 2, "K": 8, "V": 8, "C": 4, "lengths": [3, 0, 11]},
     "packed": {"B": 1, "L": 70, "H": 2, "K": 8, "V": 8, "C": 8, "cu_seqlens": [3, 3, 5, 30, 30, 64, 66]},
     "packed-and-cached": {"B": 1, "L": 40, "H": 1, "K": 8, "V": 8, "C": 8, "cu_seqlens": [1, 9, 9, 36], "state": True},
+    "a-sequence-more-than-lanes": {"B": 1, "L": 45, "H": 1, "K": 8, "V": 8, "C": 64, "cu_seqlens": list(range(34))},
     "many-sequences": {"B": 1, "L": 45, "H": 1, "K": 8, "V": 8, "C": 64, "cu_seqlens": list(range(41))},
     "no-keys": {"B": 1, "L": 5, "H": 1, "K": 0, "V": 3, "C": 4},
     "no-values": {"B": 1, "L": 5, "H": 1, "K": 3, "V": 0, "C": 4},
@@ -83,15 +84,68 @@ def test_gradients(gradients, shape, path):
     assert_right(gradients(case, offset), case)
 
 
-def test_a_chunk_that_rounds_share(emulator, gradients):
-    """A panel is 32 tiles of P and of dS, 2 MiB, and a round has 32; the chunk's three are the numbers 30 to 32."""
-    first = 28 * 64
+@pytest.mark.parametrize("empty", [15, 31])
+def test_a_chunk_that_rounds_share(emulator, gradients, empty):
+    """A panel is 32 tiles of P and of dS, 2 MiB, and a round has 32.
+
+    Each empty sequence takes two numbers, so that the chunk's three panels are 30 to 32, or 62 to 64; another follows.
+    """
     case = chunked_attention_case(
-        B=1, L=32 * 64, H=1, K=3, V=2, C=2048, cu_seqlens=[first, first, first + 150], dtype=torch.float64
+        B=1, L=32 * 64, H=1, K=3, V=2, C=2048, cu_seqlens=[0] * (empty + 1) + [150, 200], dtype=torch.float64
     )
     assert_right(gradients(case), case)
     sums = {line for line in stored_lines(emulator, "products") if "after[at] =" in line}
     assert sums, "no sum was handed from one round to the next"
+
+
+def test_a_round_has_a_panel_whatever_its_size(emulator):
+    """One is 137 MiB, and its products would take an hour; the workspace tells."""
+    x, lse, sizes = torch.zeros(1, 70_000, 1, 1, dtype=torch.float64), torch.zeros(1, 70_000, 1).double(), []
+    inputs = x, x, x, None, None, None, 70_000, 1.0, 0.0, None, None, None, x, lse, x
+    with emulator.only_asking(sizes), pytest.raises(InterruptedError):
+        emulator.call("chunked_attention_bwd", *inputs, *(torch.empty_like(x) for _ in range(3)))
+    assert 2 * 8 * 64 * 70_000 <= sizes[0] <= 2 * 8 * 64 * 72_000
+
+
+def backward(emulator, case, chunk_size, v=None):
+    """Gradients by the kernels alone, without a state; `v` takes the place of the forward's."""
+    q, k, of_case = (case.tensors[name] for name in "qkv")
+    o, lse, rest = torch.empty_like(of_case), torch.empty(q.shape[:-1]), (chunk_size, 1.0, 0.0, None, None, None)
+    emulator.call("chunked_attention_fwd", q, k, of_case, None, None, None, *rest, o, lse)
+    found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
+    inputs = q, k, of_case if v is None else v, None, None, None, *rest, o, lse, torch.ones_like(o)
+    emulator.call("chunked_attention_bwd", *inputs, *found.values())
+    return found
+
+
+def test_a_chunk_of_any_size(emulator):
+    case = chunked_attention_case(B=1, L=20, H=1, K=3, V=5, dtype=torch.float32)
+    assert_bit_equal(backward(emulator, case, 2**33), backward(emulator, case, 20))
+
+
+def test_sequences_that_begin_at_the_end_of_a_large_chunk(gradients):
+    """Each takes three panels: two of the chunk that the cache ends in, and one of the next."""
+    shape = {"B": 1, "L": 6, "H": 1, "K": 8, "V": 8, "C": 140}
+    case = chunked_attention_case(**shape, cu_seqlens=[0, 2, 4, 6], dtype=torch.float32, state=True)
+    k, v, position = (t.nan_to_num() for t in case.options["state"])
+    case = case.with_options(state=mo.AttentionState(k, v, torch.full_like(position, 139)))
+    assert_right(gradients(case), case)
+
+
+def test_a_value_that_is_not_seen_may_be_nan(emulator):
+    """In a chunk of several tiles."""
+    case = chunked_attention_case(B=1, L=140, H=1, K=8, V=16, dtype=torch.bfloat16)
+    v = case.tensors["v"].clone()
+    v[:, -1] = torch.nan
+    dq, expected = backward(emulator, case, 140, v)["dq"], backward(emulator, case, 140)["dq"]
+    assert torch.equal(dq[:, :-1], expected[:, :-1]) and dq[:, -1].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [{"H": 0}, {"K": 0, "V": 0}], ids=["no-heads", "no-channels"])
+def test_nothing_is_launched_for_no_elements(emulator, gradients, shape):
+    found = gradients(chunked_attention_case(**shape))
+    assert all(value.numel() == 0 for value in found.values())
+    assert emulator.module.traffic() == {}
 
 
 def stored_lines(emulator, kernel):

@@ -111,7 +111,7 @@ def test_the_boundary_between_the_kernels(emulator, dtype, key_dim, kernel):
     assert set(emulator.module.traffic()) == {f"normalized_qk_fwd_{kernel}_kernel"}
 
 
-@pytest.mark.parametrize("name", ["z", "gamma", "beta", "rotary", "q", "k"])
+@pytest.mark.parametrize("name", ["z", "gamma", "beta", "rotary", "q", "k", "dq", "dk", "dz"])
 def test_one_unaligned_tensor_is_enough_for_narrow_accesses(emulator, monkeypatch, name):
     allocate = emulator._allocate
     monkeypatch.setattr(
@@ -125,4 +125,10 @@ def test_one_unaligned_tensor_is_enough_for_narrow_accesses(emulator, monkeypatc
 def test_nothing_is_launched_for_no_tokens(emulator, sizes):
     case = normalized_qk_case(dtype=torch.float32, **sizes)
     assert run(emulator, case, run=forward)["q"].numel() == 0
+    assert emulator.module.traffic() == {}
+
+
+def test_no_channels_have_no_gradients(emulator):
+    case = normalized_qk_case(K=0)
+    assert all(value.numel() == 0 for value in run(emulator, case).values())
     assert emulator.module.traffic() == {}

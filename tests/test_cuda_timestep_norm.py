@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_bit_equal
+from assertions import assert_all_close, assert_bit_equal, assert_close
 from cases import Case, evaluate, forward, timestep_norm_case
 from cuda_emulator.emulator import Emulator
 from hypothesis import given
@@ -54,6 +54,77 @@ def test_misaligned_tensors(emulator, dtype):
     assert_matches_reference(run(emulator, case, offset=1), case)
 
 
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "y", "dy", "dx"])
+def test_one_unaligned_tensor_is_enough_for_narrow_accesses(emulator, monkeypatch, name):
+    allocate = emulator._allocate
+    monkeypatch.setattr(
+        emulator, "_allocate", lambda shape, dtype, label, _: allocate(shape, dtype, label, label == name)
+    )
+    case = timestep_norm_case(B=1, L=TILE + 5, G=2, width=32, dtype=torch.bfloat16, count=2)
+    assert_matches_reference(run(emulator, case), case)
+
+
+def test_a_state_counts_with_its_residual(emulator):
+    """Of float32: after a million steps at 10^4, of a spread of 0.01, a mean's rounding error is as large as x's."""
+    case = timestep_norm_case(B=2, L=5, G=3, width=8, mean=1e4, std=1e-2, count=10**6)
+
+    def results(function, case):
+        x, weight, bias, mean, var = case.tensors.values()
+        options = dict(case.options)
+        state = mo.TimestepNormState(options.pop("count"), mean, var, options.pop("residual"))
+        y, (_, *moments, residual) = function(x, weight, bias, **options, state=state, return_state=True)
+        return {"y": y.double()} | {i: moment.double() + part for i, (moment, part) in enumerate(zip(moments, residual, strict=True))}
+
+    with emulator.replacing(_C):
+        actual = results(mo.timestep_norm, case)
+    for name, exact in results(mo.reference.timestep_norm, case.double()).items():
+        assert_close(actual[name], exact, tolerance=1e-4 if name == "y" else 1e-11, name=str(name))
+
+
+def test_a_state_may_lack_its_residual(emulator):
+    case = timestep_norm_case(B=2, L=5, G=3, width=8, count=3)
+    zero = case.with_options(residual=torch.zeros_like(case.options["residual"]))
+    assert_bit_equal(run(emulator, case.with_options(residual=None)), run(emulator, zero))
+
+
+def test_gradients_of_states_that_nobody_wants(emulator):
+    """Null pointers; one sequence is empty."""
+    case = timestep_norm_case(B=2, L=9, G=2, width=4, count=3, lengths=[9, 0])
+    launches = []
+    call = emulator.call
+
+    def record(name, *arguments, offset):
+        launches.append(arguments)
+        call(name, *arguments, offset=offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emulator, "call", record)
+        run(emulator, case)
+    *inputs, dx, dweight, dbias, dmean, dvar = launches[-1]
+    others = [torch.empty_like(t) for t in (dx, dweight, dbias)]
+    emulator.call("timestep_norm_bwd", *inputs, *others, None, None)
+    for actual, expected in zip(others, (dx, dweight, dbias), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_no_channels(emulator):
+    case = timestep_norm_case(B=2, L=5, G=1, width=0)
+    assert run(emulator, case)["y"].numel() == 0
+    assert emulator.module.traffic() == {}
+
+
+def test_the_workspace_of_many_channels(emulator):
+    """Where D exceeds what all shares hold, there are still some."""
+    case = timestep_norm_case(B=1, L=1, G=1, width=2**18 + 1)
+    x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
+    stats, dy, shares = torch.ones(3, 1, 1, 1), torch.ones_like(x), []
+    results = [torch.empty_like(t) for t in (x, weight, bias)]
+    inputs = x, weight, bias, 1, 1e-5, None, None, None, None, None, None, stats, dy, None, None
+    with emulator.only_asking(shares), pytest.raises(InterruptedError):
+        emulator.call("timestep_norm_bwd", *inputs, *results, None, None)
+    assert shares[0] >= 2 * x.nbytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_groups_than_a_warp_holds(emulator, dtype):
     case = timestep_norm_case(B=1, L=TILE + 5, G=37, width=vector(dtype), dtype=dtype)
@@ -88,7 +159,7 @@ def test_sequences_that_begin_and_end_anywhere_in_tiles(emulated_module):
 
 def test_more_tiles_than_threads_that_scan_them_and_than_shares(emulator):
     """The CPU kernels, in float64, are the reference: plain torch takes long for so many steps."""
-    tokens = 256 * TILE + 70
+    tokens = 257 * TILE + 70  # two tiles a share, one in the last
     case = timestep_norm_case(
         B=1, L=tokens, G=1, width=1, dtype=torch.float64, count=3, cu_seqlens=[5, 40 * TILE + 3, tokens - 1]
     )

@@ -131,6 +131,23 @@ class Emulator:
         buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, offset * dtype.itemsize)
         return buffer, torch.frombuffer(buffer, dtype=dtype, count=count).reshape(shape)
 
+    @contextmanager
+    def only_asking(self, sizes: list[int]) -> Iterator[None]:
+        """Within it, a launch adds the bytes of its workspace to `sizes` and raises InterruptedError."""
+        empty = self.empty
+
+        def ask(*shape: int, name: str = "output", **options: Any) -> Tensor:
+            if name != "workspace":
+                return empty(*shape, name=name, **options)
+            sizes.append(*shape)
+            raise InterruptedError
+
+        self.empty = ask
+        try:
+            yield
+        finally:
+            self.empty = empty
+
     def launch(self, name: str, *arguments: Any) -> None:
         """Calls a binding as the package calls `_cuda`'s, with tensors in the device's memory."""
 
