@@ -91,7 +91,7 @@ def test_a_chunk_that_rounds_share(emulator, gradients, empty):
     Each empty sequence takes two numbers, so that the chunk's three panels are 30 to 32, or 62 to 64; another follows.
     """
     case = chunked_attention_case(
-        B=1, L=32 * 64, H=1, K=3, V=2, C=2048, cu_seqlens=[0] * (empty + 1) + [150, 200], dtype=torch.float64
+        B=1, L=32 * 64, H=1, K=1, V=2, C=2048, cu_seqlens=[0] * (empty + 1) + [150, 300], dtype=torch.float64
     )
     assert_right(gradients(case), case)
     sums = {line for line in stored_lines(emulator, "products") if "after[at] =" in line}

@@ -24,13 +24,4 @@ template <class R> GPU_INLINE Complex<R> fma(Complex<R> a, Complex<R> b, Complex
 // Re(a b)
 template <class R> GPU_INLINE R real_of_product(Complex<R> a, Complex<R> b) { return a.re * b.re - a.im * b.im; }
 
-// a^exponent by repeated squaring, exponent >= 0.
-template <class R>
-GPU_INLINE Complex<R> power(Complex<R> a, int64_t exponent) {
-  Complex<R> result{R{1}, R{0}};
-  for (; exponent > 0; exponent /= 2, a = a * a)
-    if (exponent % 2) result = result * a;
-  return result;
-}
-
 }  // namespace gpu
