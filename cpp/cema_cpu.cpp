@@ -356,10 +356,12 @@ void backward(const CemaBwdParams& params) {
 }  // namespace
 
 void cema_fwd_cpu(const CemaFwdParams& params) {
+  if (params.channels == 0) return;
   dispatch_dtype(params.dtype, [&](auto element) { forward<decltype(element)>(params); });
 }
 
 void cema_bwd_cpu(const CemaBwdParams& params) {
+  if (params.channels == 0) return;
   dispatch_dtype(params.dtype, [&](auto element) { backward<decltype(element)>(params); });
 }
 

@@ -199,7 +199,8 @@ __attribute__((noinline)) void multiply_registers(int64_t depth, const Bf16Pair*
 inline void multiply_rows_amx(int vectors, int64_t rows, int64_t depth, const Bf16Pair* a, int64_t a_panel,
                               const Bf16Pair* b, bool add, float* c) {
   constexpr int64_t kDepthBlock = 256;
-  for (int64_t d = 0; d < depth; d += kDepthBlock, a += kDepthBlock / 32 * a_panel) {
+  int64_t d = 0;
+  do {  // once for a depth of 0 too, which gives zeros
     const int64_t part = depth - d < kDepthBlock ? depth - d : kDepthBlock;
     const Bf16Pair* row = b + d / 2 * kTileColumns<Bf16Pair>;
     for (int64_t r = 0; r < rows; r += 16) {
@@ -209,7 +210,9 @@ inline void multiply_rows_amx(int vectors, int64_t rows, int64_t depth, const Bf
       else if (vectors == 2) multiply_registers<2>(part, left, a_panel, row, add || d > 0, to);
       else multiply_registers<1>(part, left, a_panel, row, add || d > 0, to);
     }
-  }
+    d += kDepthBlock;
+    a += kDepthBlock / 32 * a_panel;
+  } while (d < depth);
 }
 #else
 class TileRegisters {

@@ -53,6 +53,13 @@ HARD_POLES = {
 
 
 @every_backend
+def test_no_channels(backend):
+    case = cema_case(B=2, L=5, D=0, N=3, state=True)
+    for name, value in evaluate(mo.cema, case).items():
+        assert value.numel() == 0, name
+
+
+@every_backend
 @pytest.mark.parametrize("poles", HARD_POLES.values(), ids=HARD_POLES)
 @pytest.mark.parametrize(
     "shape", [{"B": 1, "L": 2003, "D": 3, "N": 16}, {"B": 2, "L": 257, "D": 33, "N": 5}], ids=["long", "odd"]

@@ -85,6 +85,17 @@ def test_shapes_of_models(shape, dtype, backend):
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_without_elements_give_the_mean_of_the_values(dtype, backend):
+    """All scores are 0, whatever the scratch memory held."""
+    q, v = torch.empty(1, 70, 2, 0, dtype=dtype), torch.randn(1, 70, 2, 5, generator=torch.Generator().manual_seed(0))
+    o = mo.chunked_attention(q, q, v.to(dtype), chunk_size=32)
+    wide = v.to(dtype).double()
+    expected = [wide[:, t // 32 * 32 : t + 1].mean(1) for t in range(70)]
+    torch.testing.assert_close(o.double(), torch.stack(expected, 1), rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@every_backend
 @pytest.mark.parametrize("offset", [-500.0, 300.0, 30000.0], ids=str)
 def test_large_scores_neither_overflow_nor_vanish(offset, backend):
     """Softmax ignores what all scores of a row share."""
