@@ -102,6 +102,7 @@ template <class R, int bit>
 MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b) {
   return pair_crosswise<R, bit>(a, b, std::make_integer_sequence<int, kLanes<R>>{});
 }
+
 // Several vectors that are summed side by side.
 template <class R, int n>
 struct Terms {
