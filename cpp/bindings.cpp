@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, module) {
   bind_linear(module);
   bind_layer_norm(module);
   bind_gated_silu(module);
+  bind_cema_coefficients(module);
   module.def("num_threads", [] { return omp_get_max_threads(); });
   module.def("build_info", [] {
     py::dict info;

@@ -1,6 +1,8 @@
 // Elementary functions of vectors.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace megalodon::MEGALODON_ISA {
@@ -52,6 +54,53 @@ template <class V>
 MEGALODON_INLINE V sigmoid(V x) {
   const V one = V{} + 1, e = exp(x < V{} ? x : -x);
   return (x < V{} ? e : one) / (one + e);
+}
+
+template <class V>
+struct SinCos {
+  V sin, cos;
+};
+
+// Sine and cosine of 2 pi t for |t| <= 2^20; a NaN or an infinity gives NaN. Error: at most 0.99 ulp for float (every t in
+// [0, 1] tried), 1.04 for double (2e7 samples); without FMA 1.71 and 1.56.
+//   t = k / 4 + r with |r| <= 1 / 8, exactly;  sin(2 pi r) = r (2 pi + (low + u p(u))), cos(2 pi r) = 1 + u q(u), u = r^2.
+// Adding kRound leaves the integer k in the low bits of the sum: its quarter of the turn, which swaps and negates.
+template <class R>
+MEGALODON_INLINE SinCos<Vec<R>> sincos_of_turns(Vec<R> t) {
+  constexpr bool kFloat = sizeof(R) == 4;
+  using Ints = typename VecOf<std::conditional_t<kFloat, uint32_t, uint64_t>, kLanes<R>>::type;
+  const R round = kFloat ? R(0x1.8p23) : R(0x1.8p52);
+  const Vec<R> shifted = t * 4 + round;
+  const Vec<R> r = t - (shifted - round) * R(0.25), u = r * r;
+  Vec<R> p, q;
+  if constexpr (kFloat) {
+    p = u * -0x1.2d9304p+6f + 0x1.465e92p+6f;
+    p = p * u - 0x1.4abbbap+5f;
+    p = p * u - 0x1.a324eap-23f;
+    q = u * 0x1.d9c326p+5f - 0x1.55c5e2p+6f;
+    q = q * u + 0x1.03c1dep+6f;
+    q = q * u - 0x1.3bd3ccp+4f;
+  } else {
+    p = u * 0x1.e3eed660a99e2p+1 - 0x1.e30063a5b96c5p+3;
+    p = p * u + 0x1.50782fca44486p+5;
+    p = p * u - 0x1.32d2cce2d548fp+6;
+    p = p * u + 0x1.466bc67758701p+6;
+    p = p * u - 0x1.4abbce625be41p+5;
+    p = p * u + 0x1.02685ad157ef5p-52;
+    q = u * -0x1.b264c35241715p+0 + 0x1.f9cc531708b95p+2;
+    q = q * u - 0x1.a6d1ecaedbc14p+4;
+    q = q * u + 0x1.e1f50683cedabp+5;
+    q = q * u - 0x1.55d3c7e3c98cep+6;
+    q = q * u + 0x1.03c1f081b5ab4p+6;
+    q = q * u - 0x1.3bd3cc9be45dep+4;
+  }
+  const Vec<R> sin = r * R(6.283185307179586) + r * p, cos = u * q + 1;
+  const Ints quarter = bit_cast<Ints>(shifted);
+  const auto is_odd = (quarter & 1) != 0;
+  constexpr int kSignBit = 8 * sizeof(R) - 1;
+  const Ints sin_sign = (quarter & 2) << (kSignBit - 1), cos_sign = ((quarter + 1) & 2) << (kSignBit - 1);
+  return {bit_cast<Vec<R>>(bit_cast<Ints>(is_odd ? cos : sin) ^ sin_sign),
+          bit_cast<Vec<R>>(bit_cast<Ints>(is_odd ? sin : cos) ^ cos_sign)};
 }
 
 }  // namespace megalodon::MEGALODON_ISA

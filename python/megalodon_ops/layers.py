@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cema import cema
+from .cema_coefficients import cema_coefficients
 from .config import MegalodonConfig
 from .gated_silu import gated_silu
 from .layer_norm import layer_norm, rms_norm
@@ -103,12 +104,7 @@ class ComplexEMA(WideParameters):
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """p (D, N), q and gamma (D, N) complex, omega (D,), as :func:`cema` takes them."""
-        ndim = self.alpha.shape[1]
-        p = torch.sigmoid(self.alpha.squeeze(-1))
-        modes = torch.arange(1, ndim + 1, dtype=p.dtype, device=p.device)
-        phase = modes * (torch.sigmoid(self.theta.squeeze(-1)) * (2 * math.pi / ndim))
-        q = torch.polar(1 - p * torch.sigmoid(self.delta.squeeze(-1)), phase)
-        return p, q, torch.view_as_complex(self.gamma) * ndim**-0.5, self.omega.squeeze(-1)
+        return *cema_coefficients(self.alpha, self.delta, self.theta, self.gamma), self.omega.squeeze(-1)
 
     def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, L, D); options as in :func:`cema`."""

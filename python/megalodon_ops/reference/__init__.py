@@ -5,6 +5,7 @@ Loops run over sequences and time; nothing here is meant to be fast.
 """
 
 from megalodon_ops.reference.cema import cema, cema_bwd
+from megalodon_ops.reference.cema_coefficients import cema_coefficients, cema_coefficients_bwd
 from megalodon_ops.reference.chunked_attention import chunked_attention, chunked_attention_bwd
 from megalodon_ops.reference.gated_silu import gated_silu, gated_silu_bwd
 from megalodon_ops.reference.layer_norm import layer_norm, layer_norm_bwd, rms_norm
@@ -15,6 +16,8 @@ from megalodon_ops.reference.timestep_norm import timestep_norm, timestep_norm_b
 __all__ = [
     "cema",
     "cema_bwd",
+    "cema_coefficients",
+    "cema_coefficients_bwd",
     "chunked_attention",
     "chunked_attention_bwd",
     "gated_silu",

@@ -1,0 +1,73 @@
+"""CEMA's coefficients from its parameters (arXiv 2404.08801, section 3.1). With s(x) = 1 / (1 + exp(-x)), for n = 1 ... N:
+
+    p_n = s(alpha_n)                              the input's weight, in (0, 1)
+    r_n = 1 - p_n s(delta_n)                      the decay, in (0, 1): damped by delta, what p leaves of the past
+    t_n = s(theta) n / N                          the rotation of a step, in turns: the channel's angle, spread over modes
+    q_n = r_n exp(2 pi i t_n)
+    gamma_n = (gamma_n0 + i gamma_n1) / sqrt(N)   the output's weight
+
+dtypes: all real tensors float32 and complex ones complex64, or float64 and complex128.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cema_coefficients(
+    alpha: Tensor,  # (D, N, 1)
+    delta: Tensor,  # (D, N, 1)
+    theta: Tensor,  # (D, 1, 1)
+    gamma: Tensor,  # (D, N, 2)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns p (D, N), q and gamma (D, N) complex.
+
+    >>> zeros = torch.zeros(1, 1, 1, dtype=torch.float64)
+    >>> p, q, gamma = cema_coefficients(zeros, zeros, zeros, torch.ones(1, 1, 2, dtype=torch.float64))
+    >>> p.item(), round(q.real.item(), 15), gamma.item()
+    (0.5, -0.75, (1+1j))
+    """
+    p, radius, phase = _polar(alpha, delta, theta)
+    return p, torch.polar(radius, phase), torch.complex(gamma[..., 0], gamma[..., 1]) / math.sqrt(alpha.shape[1])
+
+
+def cema_coefficients_bwd(
+    dp: Tensor,  # (D, N)
+    dq: Tensor,  # (D, N) complex
+    dscaled: Tensor,  # (D, N) complex, gradient of the last result
+    alpha: Tensor,
+    delta: Tensor,
+    theta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns dalpha, ddelta, dtheta, dgamma. With a + i b = dq exp(-2 pi i t), what dq has along q and across it:
+
+        r   ->   a                        and r = 1 - p s(delta) passes it on:
+        t   ->   2 pi r b
+        p   ->   dp - a s(delta),         dalpha = (dp - a s(delta)) p (1 - p)      as ds/dx = s (1 - s)
+                                          ddelta = -a p s(delta) (1 - s(delta))
+                                          dtheta = s(theta) (1 - s(theta)) sum_n 2 pi r_n b_n n / N
+        gamma -> dgamma = dscaled / sqrt(N), its real and imaginary parts
+    """
+    ndim = alpha.shape[1]
+    p, radius, phase = _polar(alpha, delta, theta)
+    along_across = dq * torch.polar(torch.ones_like(phase), -phase)
+    a, b = along_across.real, along_across.imag
+    s, angle = torch.sigmoid(delta[..., 0]), torch.sigmoid(theta[..., 0])
+    dalpha = (dp - a * s) * p * (1 - p)
+    ddelta = -a * p * s * (1 - s)
+    dtheta = (angle * (1 - angle)) * (2 * math.pi / ndim) * (b * radius * _modes(alpha)).sum(1, keepdim=True)
+    return dalpha[..., None], ddelta[..., None], dtheta[..., None], torch.view_as_real(dscaled) / math.sqrt(ndim)
+
+
+def _polar(alpha: Tensor, delta: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p, the decay r and the phase in radians, (D, N)."""
+    p = torch.sigmoid(alpha[..., 0])
+    phase = _modes(alpha) * (torch.sigmoid(theta[..., 0]) * (2 * math.pi / alpha.shape[1]))
+    return p, 1 - p * torch.sigmoid(delta[..., 0]), phase
+
+
+def _modes(alpha: Tensor) -> Tensor:
+    return torch.arange(1, alpha.shape[1] + 1, dtype=alpha.dtype, device=alpha.device)
