@@ -82,11 +82,14 @@ MEGALODON_INLINE void run_job(const LinearFewRowsParams& p, int64_t begin, int64
 }  // namespace
 
 void linear_few_rows_cpu(const LinearFewRowsParams& p) {
-  const int64_t jobs = std::min(p.outputs, kJobsOfAThread * omp_get_max_threads());
+  // Jobs begin at multiples of kTogether, so that their number, which depends on the threads, changes no sum.
+  const int64_t groups = (p.outputs + kTogether - 1) / kTogether;
+  const int64_t jobs = std::min(groups, kJobsOfAThread * omp_get_max_threads());
+  const auto begin = [&](int64_t job) { return std::min(kTogether * (groups * job / jobs), p.outputs); };
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_jobs(jobs, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
-      return [&](int64_t job) { run_job<T>(p, p.outputs * job / jobs, p.outputs * (job + 1) / jobs); };
+      return [&](int64_t job) { run_job<T>(p, begin(job), begin(job + 1)); };
     });
   });
 }

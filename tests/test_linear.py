@@ -92,13 +92,13 @@ def test_few_rows(name, dtype, rows, I, O):  # noqa: E741
     assert ((without.double() - (expected - bias.double())).abs() <= bound + torch.finfo(dtype).eps * size).all()
 
 
-def test_few_rows_do_not_depend_on_threads_or_strides():
-    x, weight, bias = (t.detach() for t in inputs(1, 3, I=200, O=900))
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_few_rows_do_not_depend_on_threads_or_strides(rows, two_threads):
+    x, weight, bias = (t.detach() for t in inputs(1, rows, I=300, O=1037))
     expected = linear_few_rows(x, weight, bias)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert torch.equal(linear_few_rows(x, weight, bias), expected)
-    torch.set_num_threads(threads)
+    for threads in (1, 3, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(linear_few_rows(x, weight, bias), expected)
     spread = [torch.stack((t, t), -1)[..., 0] for t in (x, weight, bias)]
     assert torch.equal(linear_few_rows(*spread), expected)
 

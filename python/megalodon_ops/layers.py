@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _global_hooks
 
+from .block_few_rows import block_few_rows_
 from .cema import cema
 from .cema_coefficients import cema_coefficients
 from .config import MegalodonConfig
 from .gated_silu import gated_silu
 from .layer_norm import layer_norm, rms_norm
-from .linear import linear
+from .library import call
+from .linear import linear, takes_few_rows
 from .normalized_attention import normalized_attention
 from .states import AttentionState, TimestepNormState
 from .timestep_norm import timestep_norm
@@ -268,8 +271,71 @@ class MegalodonBlock(nn.Module):
 
     def forward(self, x: Tensor, *, return_state: bool = False, **options) -> Tensor | tuple[Tensor, BlockState]:
         """x (B, L, D); options as in :func:`normalized_attention`: state, inplace_state, cu_seqlens, lengths."""
+        if return_state and self._is_one_call(x, **options):
+            return self._one_call(x, options["state"])
         y = self.mega(x, return_state=return_state, **options)
         if return_state:
             y, state = y
             return x + self.nffn(y), state
         return x + self.nffn(y)
+
+    def _is_one_call(
+        self,
+        x: Tensor,
+        *,
+        state: BlockState | None = None,
+        inplace_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> bool:
+        """Whether :mod:`megalodon_ops.block_few_rows` gives what the layers would."""
+        if state is None or not inplace_state or cu_seqlens is not None or lengths is not None:
+            return False
+        mega, nffn, config = self.mega, self.nffn, self.mega.config
+        if torch.compiler.is_compiling() or not _are_as_built(mega, nffn) or not takes_few_rows(x, mega.wv.weight):
+            return False
+        return not (self.training and (config.dropout or config.hidden_dropout or config.attention_dropout))
+
+    def _one_call(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        mega, nffn, config = self.mega, self.nffn, self.mega.config
+        parameters = (
+            *_parameters(mega.timenorm), *_parameters(mega.cema), mega.rmsnorm.weight, *_parameters(mega.wv),
+            *_parameters(mega.wz), *_parameters(mega.wr), *_parameters(mega.wh1), mega.wh2.weight, mega.gamma, mega.beta,
+            *_parameters(nffn.norm), nffn.fc1.weight, nffn.fc2.weight, nffn.alpha,
+            *(() if nffn.fc3 is None else (nffn.fc3.weight,)),
+        )  # fmt: skip
+        y, count, mean, var, residual, cema_state = call(
+            block_few_rows_, x, parameters, (*state.norm, state.cema), *state.attention, config.num_heads,
+            mega.timenorm.num_groups, config.rope_base or 10000.0,
+            (mega.timenorm.eps, mega.rmsnorm.eps, config.norm_eps, nffn.norm.eps),
+        )  # fmt: skip
+        return y, BlockState(TimestepNormState(count, mean, var, residual), cema_state, state.attention)
+
+
+def _parameters(module: nn.Module) -> Iterable[Tensor | None]:
+    """All of a module's own, in the order of their definition."""
+    return module._parameters.values()
+
+
+_BUILT_OF = {
+    NormalizedAttention: dict(
+        timenorm=TimestepNorm, cema=ComplexEMA, rmsnorm=RMSNorm, wv=Linear, wz=Linear, wr=Linear, wh1=Linear, wh2=Linear
+    ),
+    NormalizedFFN: dict(norm=LayerNorm, fc1=Linear, fc2=Linear, fc3=Linear),
+}
+
+
+def _are_as_built(*halves: nn.Module) -> bool:
+    """Whether nobody has replaced a module inside, hooked into it or wrapped its forward."""
+    for half in halves:
+        parts = _BUILT_OF.get(type(half))
+        if parts is None or _is_wrapped(half):
+            return False
+        for name, module in half._modules.items():
+            if module is not None and (type(module) is not parts.get(name) or _is_wrapped(module)):
+                return False
+    return not (_global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

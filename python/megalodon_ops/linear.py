@@ -37,13 +37,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> m.linear(torch.ones(2, 3), torch.ones(4, 3)).shape
         torch.Size([2, 4])
     """
-    if USES_KERNELS and _is_plain(x, weight, bias):
-        gradients = torch.is_grad_enabled()
-        if not gradients and 0 < x.numel() <= _FEW_ROWS * x.shape[-1]:
-            return call(linear_few_rows, x, weight, bias)
-        if USES_ONEDNN and x.dtype == torch.float32 and not (gradients and x.numel() * weight.shape[0] < _WORTH):
-            return call(linear_fwd, x, weight, bias)
+    if takes_few_rows(x, weight, bias):
+        return call(linear_few_rows, x, weight, bias)
+    worth_it = x.numel() * weight.shape[0] >= _WORTH or not torch.is_grad_enabled()
+    if USES_KERNELS and USES_ONEDNN and worth_it and x.dtype == torch.float32 and _is_plain(x, weight, bias):
+        return call(linear_fwd, x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the product goes to the kernel for few rows."""
+    if torch.is_grad_enabled() or not USES_KERNELS or not 0 < x.numel() <= _FEW_ROWS * x.shape[-1]:
+        return False
+    return _is_plain(x, weight, bias)
 
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -76,7 +76,7 @@ def normalized_qk(
 
 
 @functools.lru_cache(maxsize=16)
-def _rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, K / 2, 2) on `device`: cosine and sine of position * rope_base^(-2i/K), rounded once from float64."""
     exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device="cpu") / key_dim
     angle = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * rope_base**-exponent
@@ -87,7 +87,7 @@ def _rotary(z: Tensor, num_heads: int, chunk_size: int, rope_base: float, positi
     """A table with a row for every position that can occur, its length rounded up so that few tables serve all."""
     length = z.shape[1]
     rows = chunk_size if position is not None else min(chunk_size, 1 << max(length - 1, 0).bit_length())
-    return _rotary_table(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype), z.device)
+    return rotary_table(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype), z.device)
 
 
 def _fwd(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):

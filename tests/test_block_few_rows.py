@@ -1,0 +1,222 @@
+"""A block in one call: the bits of its layers, whatever the configuration; and who still gets the layers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from assertions import assert_refuses
+from test_model import TINY, tiny_model, tokens_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import megalodon_ops as mo
+from backends import ISAS, isa
+from megalodon_ops import _C, linear
+from megalodon_ops.block_few_rows import block_few_rows_
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+VARIANTS = {
+    "plain": {},
+    "swiglu": dict(swiglu=True, rescale_nffn=True),
+    "not affine": dict(norm_affine=False, cema_ndim=1),
+    "wide": dict(model_dim=72, num_heads=3, z_dim=30, value_dim=51, ffn_hidden_dim=100, cema_ndim=17, norm_num_groups=8),
+}
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of the op."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is block_few_rows_
+        return func(*args, **(kwargs or {}))
+
+
+def block_and_state(dtype=torch.float32, rows=1, seen=5, **overrides):
+    """A block in evaluation mode and its state after some steps."""
+    block = tiny_model(dtype, **overrides).eval().layers[0]
+    with torch.no_grad():
+        _, state = block(steps(block, rows, seen), return_state=True)
+    return block, state
+
+
+def steps(block, rows, length, seed=2):
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, length, block.mega.config.model_dim, generator=gen, dtype=torch.float64)
+    return x.to(block.mega.wv.weight.dtype)
+
+
+def decode(block, state, rows=1, length=1, times=1):
+    """Outputs of a few calls, the state after them, and how many of them were one call."""
+    state = tree_map_only(torch.Tensor, torch.clone, state)
+    outputs = []
+    with torch.no_grad(), Calls() as calls:
+        for i in range(times):
+            y, state = block(steps(block, rows, length, i), state=state, return_state=True, inplace_state=True)
+            outputs.append(y)
+    return tree_leaves((outputs, state)), calls.count
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 1), (2, 3), (8, 1)])
+def test_it_gives_the_bits_of_the_layers(name, dtype, variant, rows, length, monkeypatch):
+    """Over more steps than a chunk has left, so that it begins anew."""
+    with isa(name):
+        block, state = block_and_state(dtype, rows, **VARIANTS[variant])
+        found, calls = decode(block, state, rows, length, times=6)
+        monkeypatch.setattr(mo.MegalodonBlock, "_is_one_call", lambda *args, **options: False)
+        expected, none = decode(block, state, rows, length, times=6)
+    assert (calls, none) == (6, 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_generation_takes_it_and_other_calls_do_not():
+    model, prompt = tiny_model(torch.float32).eval(), tokens_of(2, 11)
+    with Calls() as calls:
+        model.generate(prompt, max_new_tokens=4, temperature=0)
+    assert calls.count == 3 * TINY["num_layers"]  # the last token is not read any more
+    with torch.no_grad(), Calls() as calls:
+        _, state = model(prompt[:, :1], return_state=True)
+        model(prompt[:, :1], state=state)
+        model(prompt[:, :1], state=state, return_state=True)
+    assert calls.count == 0
+
+
+def with_dropout(block):
+    block.train()
+    block.mega.config = dataclasses.replace(block.mega.config, attention_dropout=0.5)
+
+
+class OtherLinear(torch.nn.Linear):
+    pass
+
+
+def replaced(block):
+    other = OtherLinear(*reversed(block.mega.wz.weight.shape))
+    other.load_state_dict(block.mega.wz.state_dict())
+    block.mega.wz = other
+
+
+def wrapped(block):
+    block.nffn.fc2.forward = block.nffn.fc2.forward
+
+
+def added(block):
+    block.mega.adapter = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.mega.wv.register_forward_hook(lambda module, args, y: None),
+        lambda block: block.nffn.register_forward_pre_hook(lambda module, args: None),
+        replaced,
+        wrapped,
+        added,
+        with_dropout,
+    ],
+    ids=["hook", "pre-hook", "replaced", "wrapped", "added", "dropout"],
+)
+def test_what_was_changed_runs_as_changed(change):
+    block, state = block_and_state()
+    expected, calls = decode(block, state)
+    change(block)
+    found, none = decode(block, state)
+    assert (calls, none) == (1, 0)
+    if change is not with_dropout:
+        torch.testing.assert_close(found, expected)
+
+
+def test_who_gets_the_layers(monkeypatch):
+    block, state = block_and_state(seen=3)
+    x = steps(block, 1, 1)
+
+    def is_one_call(x=x, **options):
+        return block._is_one_call(x, **{"state": state, "inplace_state": True} | options)
+
+    assert not is_one_call()  # gradients
+    with torch.no_grad():
+        assert is_one_call()
+        assert is_one_call(steps(block, 1, 8)) and not is_one_call(steps(block, 1, 9))
+        assert not is_one_call(x[:0])
+        assert not is_one_call(state=None) and not is_one_call(inplace_state=False)
+        assert not is_one_call(lengths=torch.tensor([1])) and not is_one_call(cu_seqlens=torch.tensor([0, 1]))
+        assert not is_one_call(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not is_one_call()
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, y: None)
+        assert not is_one_call()
+        handle.remove()
+        assert is_one_call()
+        monkeypatch.setattr(linear, "USES_KERNELS", False)
+        assert not is_one_call()
+
+
+def test_opcheck_and_threads(two_threads):
+    block, state = block_and_state(rows=2)
+    args = captured(block, state, rows=2)
+    torch.library.opcheck(block_few_rows_, args)
+    first, _ = decode(block, state, rows=2, times=3)
+    torch.set_num_threads(1)
+    second, _ = decode(block, state, rows=2, times=3)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def captured(block, state, rows=1):
+    """The arguments that the block gives the op."""
+    taken = []
+
+    class Take(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is block_few_rows_:
+                taken.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Take():
+        block(steps(block, rows, 1), state=tree_map_only(torch.Tensor, torch.clone, state), return_state=True, inplace_state=True)
+    return taken[0]
+
+
+def test_errors():
+    block, state = block_and_state(swiglu=True)
+    x, parameters, norm, cache_k, cache_v, position, *numbers = captured(block, state)
+
+    def refuses(error, name, **changed):
+        arguments = dict(x=x, parameters=parameters, state=norm, cache_k=cache_k, cache_v=cache_v, position=position)
+        call = lambda: block_few_rows_(*(arguments | changed).values(), *numbers)  # noqa: E731
+        assert_refuses(error, "block_few_rows", name, call)
+
+    def instead(tensors, index, tensor):
+        return [*tensors[:index], tensor, *tensors[index + 1 :]]
+
+    for index, tensor in enumerate(parameters):
+        if tensor is not None:
+            name = NAMES[index]
+            refuses(TypeError, name, parameters=instead(parameters, index, tensor.double()))
+            refuses(ValueError, name, parameters=instead(parameters, index, tensor.unsqueeze(0)))
+            if not name.startswith(("norm", "rmsnorm", "nffn")):
+                refuses(ValueError, name, parameters=instead(parameters, index, None))
+    for name, index in (("count", 0), ("mean", 1), ("var", 2), ("residual", 3), ("cema", 4)):
+        refuses(TypeError, name, state=instead(norm, index, norm[index].real.to(torch.bfloat16)))
+        refuses(ValueError, name, state=instead(norm, index, norm[index][:0]))
+    refuses(ValueError, "count", state=instead(norm, 0, norm[0] - 100))
+    refuses(ValueError, "cache_k", cache_k=cache_k[:0])
+    refuses(ValueError, "cache_v", cache_v=cache_v[:, :1].contiguous())
+    refuses(TypeError, "cache_v", cache_v=cache_v.double())
+    refuses(ValueError, "position", position=position + 100)
+    refuses(ValueError, "parameters", parameters=parameters[:21])
+
+
+NAMES = (
+    "timenorm.weight timenorm.bias cema.alpha cema.delta cema.theta cema.gamma cema.omega rmsnorm.weight wv.weight "
+    "wv.bias wz.weight wz.bias wr.weight wr.bias wh1.weight wh1.bias wh2.weight gamma beta norm.weight norm.bias "
+    "fc1.weight fc2.weight nffn.alpha fc3.weight"
+).split()
