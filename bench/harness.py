@@ -134,7 +134,7 @@ class Effort:
     """How long to measure."""
 
     samples: int = 11
-    seconds: float = 1.0
+    seconds: float = 0.6
     """for each path and state of the cache; a rival whose first call takes three times as long gets no other"""
 
 

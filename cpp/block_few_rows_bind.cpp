@@ -46,6 +46,8 @@ class Buffers {
 // Takes the tensors of a tuple in order.
 class Reader {
  public:
+  static constexpr const char* kReal = "float64 for a float64 `x`, else float32";
+
   Reader(const char* tuple, py::tuple tensors, DType dtype)
       : tuple_(tuple), tensors_(std::move(tensors)), dtype_(dtype) {}
 
@@ -79,216 +81,231 @@ class Reader {
   }
 
  private:
-  static constexpr const char* kReal = "float64 for a float64 `x`, else float32";
   const char* tuple_;
   const py::tuple tensors_;
   const DType dtype_;
   size_t index_ = 0;
 };
 
-// `parameters` and `state` hold tensors in the order in which they are taken here; `state_out` has the first five of
-// `state`. The attention's cache and position are written to. `rotary` has a row for each position of a chunk. `eps` are
-// those of the timestep norm, the RMS norm, the queries and keys, and the layer norm.
-void block_few_rows(const Target&, py::handle x_, py::tuple parameters, py::tuple state, py::handle rotary_,
+// The block. Tensors of `parameters` and `state` come in the order in which they are taken here.
+class Block {
+ public:
+  Block(const TensorView& x, int64_t num_heads, int64_t num_groups)
+      : dtype_(x.rank("(B, L, D)", 3).floating()), B(x.size(0)), T(B * x.size(1)), D(x.size(2)), H(num_heads),
+        G(num_groups), x_(x.data()) {
+    if (G < 1 || D % G) refuse("num_groups", "be positive and divide D = " + std::to_string(D), std::to_string(G));
+    timenorm_.sequences = cema_.sequences = qk_.sequences = append_.sequences = Sequences{B, T, x.size(1)};
+  }
+
+  void read_parameters(py::tuple tensors) {
+    Reader read("parameters", std::move(tensors), dtype_);
+    timenorm_.weight = read.real("timenorm.weight", "(D,)", {D});
+    timenorm_.bias = read.real("timenorm.bias", "(D,)", {D});
+    const TensorView alpha = read.next("cema.alpha");
+    N = alpha.rank("(D, N, 1)", 3).size(1);
+    if (N < 1) alpha.fail("of at least one state a channel, got N = 0");
+    coefficients_.alpha = alpha.shape("(D, N, 1)", {D, N, 1}).dtype(real_of(dtype_), Reader::kReal).data();
+    coefficients_.delta = read.real("cema.delta", "(D, N, 1)", {D, N, 1});
+    coefficients_.theta = read.real("cema.theta", "(D, 1, 1)", {D, 1, 1});
+    coefficients_.gamma = read.real("cema.gamma", "(D, N, 2)", {D, N, 2});
+    cema_.omega = read.real("cema.omega", "(D, 1)", {D, 1});
+    rms_norm_.weight = read.real_or_null("rmsnorm.weight", "(D,)", {D});
+    read.linear(wv_, "wv.weight", T, D, kAny);
+    const int64_t values = wv_.outputs;
+    wv_.bias = read.narrow("wv.bias", "(H * V,)", {values});
+    read.linear(wz_, "wz.weight", T, D, kAny);
+    const int64_t Z = wz_.outputs;
+    if (H < 1 || Z % H || Z / H % 2 || values % H)
+      refuse("num_heads", "divide " + std::to_string(Z) + " into heads of even size, and " + std::to_string(values),
+             std::to_string(H));
+    K = Z / H;
+    V = values / H;
+    wz_.bias = read.narrow("wz.bias", "(H * K,)", {Z});
+    read.linear(wr_, "wr.weight", T, D, values);
+    wr_.bias = read.narrow("wr.bias", "(H * V,)", {values});
+    read.linear(wh1_, "wh1.weight", T, D, D);
+    wh1_.bias = read.narrow("wh1.bias", "(D,)", {D});
+    read.linear(wh2_, "wh2.weight", T, values, D);
+    qk_.gamma = read.real("gamma", "(2, H * K)", {2, Z});
+    qk_.beta = read.real("beta", "(2, H * K)", {2, Z});
+    layer_norm_.weight = read.real_or_null("norm.weight", "(D,)", {D});
+    layer_norm_.bias = read.real_or_null("norm.bias", "(D,)", {D});
+    read.linear(fc1_, "fc1.weight", T, D, kAny);
+    read.linear(fc2_, "fc2.weight", T, fc1_.outputs, D);
+    scale_ = read.real_or_null("nffn.alpha", "(D,)", {D});
+    if (read.more()) read.linear(fc3_, "fc3.weight", T, D, fc1_.outputs);
+  }
+
+  // The past, of which the attention's part is written to; `rotary` has a row for each position of a chunk.
+  void read_state(py::tuple tensors, py::handle rotary) {
+    Reader read("state", std::move(tensors), dtype_);
+    const TensorView count = read.next("count");
+    timenorm_.count = integers(count);
+    timenorm_.mean = read.real("mean", "(S, G)", {B, G});
+    timenorm_.var = read.real("var", "(S, G)", {B, G});
+    timenorm_.residual = read.real_or_null("residual", "(2, S, G)", {2, B, G});
+    cema_.state = modes(read.next("cema"));
+    const TensorView cache_k = read.next("cache_k");
+    const int64_t C = cache_k.rank("(S, C, H, K)", 4).size(1);
+    append_.cache_k = append_.cache_k_out =
+        cache_k.shape("(S, C, H, K)", {B, C, H, K}).dtype(scalar_of(dtype_), "as `x`").data();
+    append_.cache_v = append_.cache_v_out = read.narrow("cache_v", "(S, C, H, V)", {B, C, H, V});
+    const TensorView position = read.next("position");
+    append_.position = append_.position_out = integers(position);
+    for (int64_t s = 0; s < B; ++s) {
+      if (timenorm_.count[s] < 0) count.fail("non-negative, got " + std::to_string(timenorm_.count[s]));
+      if (append_.position[s] < 0 || append_.position[s] >= C)
+        position.fail("in [0, " + std::to_string(C) + "), got " + std::to_string(append_.position[s]));
+    }
+    append_.chunk_size = qk_.chunk_size = qk_.table_rows = C;
+    qk_.rotary = TensorView(kOp, "rotary", rotary)
+                     .present()
+                     .shape("(C, K / 2, 2)", {C, K / 2, 2})
+                     .dtype(real_of(dtype_), Reader::kReal)
+                     .data();
+  }
+
+  void read_state_out(py::tuple tensors) {
+    Reader read("state_out", std::move(tensors), dtype_);
+    timenorm_.count_out = integers(read.next("count"));
+    timenorm_.mean_out = read.real("mean", "(S, G)", {B, G});
+    timenorm_.var_out = read.real("var", "(S, G)", {B, G});
+    timenorm_.residual_out = read.real("residual", "(2, S, G)", {2, B, G});
+    cema_.state_out = modes(read.next("cema"));
+  }
+
+  // `eps` are those of the timestep norm, the RMS norm, the queries and keys, and the layer norm.
+  void run(const std::vector<double>& eps, void* y) {
+    timenorm_.dtype = dtype_;
+    timenorm_.channels = D;
+    timenorm_.groups = G;
+    timenorm_.eps = eps[0];
+    timenorm_.x = x_;
+    void* t = timenorm_.y = rows(D);
+    timenorm_.stats = reals(3 * T * G);
+    launch_timestep_norm_fwd_cpu(timenorm_);
+
+    coefficients_.dtype = dtype_ == DType::f64 ? DType::f64 : DType::f32;
+    coefficients_.channels = cema_.channels = D;
+    coefficients_.modes = cema_.modes = N;
+    cema_.p = coefficients_.p = reals(D * N);
+    cema_.q = coefficients_.q = reals(D * N * 2);
+    cema_.gamma = coefficients_.scaled = reals(D * N * 2);
+    launch_cema_coefficients_fwd_cpu(coefficients_);
+    cema_.dtype = dtype_;
+    cema_.x = t;
+    cema_.y = rows(D);
+    launch_cema_fwd_cpu(cema_);
+    rms_norm_.is_rms_norm = true;
+    const void* m = norm(rms_norm_, eps[1], cema_.y);
+
+    qk_.dtype = dtype_;
+    qk_.heads = H;
+    qk_.key_dim = K;
+    qk_.eps = eps[2];
+    qk_.z = linear(wz_, m);
+    qk_.position = append_.position;
+    qk_.q = rows(H * K);
+    qk_.k = rows(H * K);
+    launch_normalized_qk_fwd_cpu(qk_);
+
+    append_.dtype = dtype_;
+    append_.heads = H;
+    append_.key_dim = K;
+    append_.value_dim = V;
+    append_.scale = 1;
+    append_.q = qk_.q;
+    append_.k = qk_.k;
+    append_.v = gate(linear(wv_, t), nullptr, H * V);
+    ChunkedAttentionFwdParams attention{};
+    static_cast<ChunkedAttentionParams&>(attention) = append_;
+    attention.o = rows(H * V);
+    attention.lse = reals(T * H);
+    launch_chunked_attention_fwd_cpu(attention);
+    launch_chunked_attention_state_cpu(append_);
+    const void* gated = gate(linear(wr_, m), attention.o, H * V);
+    void* between = rows(D);
+    residual(linear(wh1_, m), linear(wh2_, gated), nullptr, between);
+
+    const void* n = norm(layer_norm_, eps[3], between);
+    void* hidden = linear(fc1_, n);
+    gate(hidden, fc3_.weight ? linear(fc3_, n) : nullptr, fc1_.outputs);
+    residual(linear(fc2_, hidden), nullptr, scale_, y);
+  }
+
+ private:
+  int64_t* integers(const TensorView& view) const {
+    return view.present().shape("(S,)", {B}).dtype(Scalar::i64, "a count").data_as<int64_t>();
+  }
+  void* modes(const TensorView& view) const {
+    const char* why = "complex128 for a float64 `x`, else complex64";
+    return view.present().shape("(S, D, N)", {B, D, N}).dtype(complex_of(dtype_), why).data();
+  }
+
+  void* rows(int64_t columns) {
+    const int64_t bytes = dtype_ == DType::f64 ? 8 : dtype_ == DType::f32 ? 4 : 2;
+    return buffers_(T * columns * bytes);
+  }
+  void* reals(int64_t count) { return buffers_(count * (dtype_ == DType::f64 ? 8 : 4)); }
+
+  void* linear(LinearFewRowsParams& params, const void* x) {
+    params.x = x;
+    params.y = rows(params.outputs);
+    launch_linear_few_rows_cpu(params);
+    return params.y;
+  }
+  void* norm(LayerNormFwdParams& params, double eps, const void* x) {
+    params.dtype = dtype_;
+    params.rows = T;
+    params.channels = D;
+    params.eps = eps;
+    params.x = x;
+    params.y = rows(D);
+    launch_layer_norm_fwd_cpu(params);
+    return params.y;
+  }
+  // x = silu(x) value
+  void* gate(void* x, const void* value, int64_t columns) const {
+    GatedSiluFwdParams params{};
+    params.dtype = dtype_;
+    params.elements = T * columns;
+    params.x = params.y = x;
+    params.value = value;
+    launch_gated_silu_fwd_cpu(params);
+    return x;
+  }
+  // y = (the block's x) + scale (a + b)
+  void residual(const void* a, const void* b, const void* scale, void* y) const {
+    launch_residual_cpu({dtype_, T, D, x_, a, b, scale, y});
+  }
+
+  const DType dtype_;
+  const int64_t B, T, D, H, G;
+  int64_t N = 0, K = 0, V = 0;
+  const void* x_;
+  const void* scale_ = nullptr;  // (D) R or null
+  TimestepNormFwdParams timenorm_{};
+  CemaCoefficientsFwdParams coefficients_{};
+  CemaFwdParams cema_{};
+  LayerNormFwdParams rms_norm_{}, layer_norm_{};
+  LinearFewRowsParams wv_{}, wz_{}, wr_{}, wh1_{}, wh2_{}, fc1_{}, fc2_{}, fc3_{};
+  NormalizedQkFwdParams qk_{};
+  ChunkedAttentionStateParams append_{};
+  Buffers buffers_;
+};
+
+void block_few_rows(const Target&, py::handle x_, py::tuple parameters, py::tuple state, py::handle rotary,
                     int64_t num_heads, int64_t num_groups, std::vector<double> eps, py::handle y_, py::tuple state_out) {
-  const TensorView x(kOp, "x", x_), rotary(kOp, "rotary", rotary_);
-  const DType dtype = x.rank("(B, L, D)", 3).floating();
-  const int64_t B = x.size(0), D = x.size(2), T = B * x.size(1), H = num_heads, G = num_groups;
-  const int64_t narrow_bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2, real_bytes = dtype == DType::f64 ? 8 : 4;
-  const Sequences sequences{B, T, x.size(1)};
-  if (G < 1 || D % G) refuse("num_groups", "be positive and divide D = " + std::to_string(D), std::to_string(G));
+  const TensorView x(kOp, "x", x_);
   if (eps.size() != 4) refuse("eps", "be four numbers", std::to_string(eps.size()));
   for (const double value : eps) check_range(kOp, "eps", value, 0, "finite and at least 0");
-
-  TimestepNormFwdParams timenorm{};
-  CemaCoefficientsFwdParams coefficients{};
-  CemaFwdParams cema{};
-  LayerNormFwdParams rms_norm{}, layer_norm{};
-  LinearFewRowsParams wv{}, wz{}, wr{}, wh1{}, wh2{}, fc1{}, fc2{}, fc3{};
-  NormalizedQkFwdParams qk{};
-  ResidualParams fed{};
-  Reader parameter("parameters", std::move(parameters), dtype);
-  timenorm.weight = parameter.real("timenorm.weight", "(D,)", {D});
-  timenorm.bias = parameter.real("timenorm.bias", "(D,)", {D});
-  const TensorView alpha = parameter.next("cema.alpha");
-  const int64_t N = alpha.rank("(D, N, 1)", 3).size(1);
-  if (N < 1) alpha.fail("of at least one state a channel, got N = 0");
-  coefficients.alpha = alpha.shape("(D, N, 1)", {D, N, 1}).dtype(real_of(dtype), "that of the states").data();
-  coefficients.delta = parameter.real("cema.delta", "(D, N, 1)", {D, N, 1});
-  coefficients.theta = parameter.real("cema.theta", "(D, 1, 1)", {D, 1, 1});
-  coefficients.gamma = parameter.real("cema.gamma", "(D, N, 2)", {D, N, 2});
-  cema.omega = parameter.real("cema.omega", "(D, 1)", {D, 1});
-  rms_norm.weight = parameter.real_or_null("rmsnorm.weight", "(D,)", {D});
-  parameter.linear(wv, "wv.weight", T, D, kAny);
-  const int64_t values = wv.outputs, V = H > 0 ? values / H : 0;
-  wv.bias = parameter.narrow("wv.bias", "(H * V,)", {values});
-  parameter.linear(wz, "wz.weight", T, D, kAny);
-  const int64_t Z = wz.outputs, K = H > 0 ? Z / H : 0;
-  if (H < 1 || Z % H || K % 2 || values % H)
-    refuse("num_heads", "divide " + std::to_string(Z) + " into heads of even size, and " + std::to_string(values),
-           std::to_string(H));
-  wz.bias = parameter.narrow("wz.bias", "(H * K,)", {Z});
-  parameter.linear(wr, "wr.weight", T, D, values);
-  wr.bias = parameter.narrow("wr.bias", "(H * V,)", {values});
-  parameter.linear(wh1, "wh1.weight", T, D, D);
-  wh1.bias = parameter.narrow("wh1.bias", "(D,)", {D});
-  parameter.linear(wh2, "wh2.weight", T, values, D);
-  qk.gamma = parameter.real("gamma", "(2, H * K)", {2, Z});
-  qk.beta = parameter.real("beta", "(2, H * K)", {2, Z});
-  layer_norm.weight = parameter.real_or_null("norm.weight", "(D,)", {D});
-  layer_norm.bias = parameter.real_or_null("norm.bias", "(D,)", {D});
-  parameter.linear(fc1, "fc1.weight", T, D, kAny);
-  parameter.linear(fc2, "fc2.weight", T, fc1.outputs, D);
-  fed.scale = parameter.real_or_null("nffn.alpha", "(D,)", {D});
-  const bool has_fc3 = parameter.more();
-  if (has_fc3) parameter.linear(fc3, "fc3.weight", T, D, fc1.outputs);
-
-  Reader past("state", std::move(state), dtype), next("state_out", std::move(state_out), dtype);
-  const auto count = [&](const TensorView& view) {
-    return view.present().shape("(S,)", {B}).dtype(Scalar::i64, "timesteps").data_as<int64_t>();
-  };
-  const auto statistics = [&](Reader& from, const char* name) { return from.real(name, "(S, G)", {B, G}); };
-  const auto modes = [&](Reader& from) {
-    return from.next("cema").present().shape("(S, D, N)", {B, D, N}).dtype(complex_of(dtype), "complex").data();
-  };
-  const TensorView seen = past.next("count");
-  timenorm.count = count(seen);
-  timenorm.mean = statistics(past, "mean");
-  timenorm.var = statistics(past, "var");
-  timenorm.residual = past.real_or_null("residual", "(2, S, G)", {2, B, G});
-  cema.state = modes(past);
-  const TensorView cache_k = past.next("cache_k");
-  const int64_t C = cache_k.rank("(S, C, H, K)", 4).size(1);
-  ChunkedAttentionStateParams append{};
-  append.cache_k = append.cache_k_out =
-      cache_k.shape("(S, C, H, K)", {B, C, H, K}).dtype(scalar_of(dtype), "as `x`").data();
-  append.cache_v = append.cache_v_out = past.narrow("cache_v", "(S, C, H, V)", {B, C, H, V});
-  const TensorView position = past.next("position");
-  append.position = append.position_out =
-      position.present().shape("(S,)", {B}).dtype(Scalar::i64, "positions").data_as<int64_t>();
-  timenorm.count_out = count(next.next("count"));
-  timenorm.mean_out = statistics(next, "mean");
-  timenorm.var_out = statistics(next, "var");
-  timenorm.residual_out = next.real("residual", "(2, S, G)", {2, B, G});
-  cema.state_out = modes(next);
-  for (int64_t s = 0; s < B; ++s) {
-    if (timenorm.count[s] < 0) seen.fail("non-negative, got " + std::to_string(timenorm.count[s]));
-    if (append.position[s] < 0 || append.position[s] >= C)
-      position.fail("in [0, " + std::to_string(C) + "), got " + std::to_string(append.position[s]));
-  }
-  qk.rotary = rotary.present().shape("(C, K / 2, 2)", {C, K / 2, 2}).dtype(real_of(dtype), "as the state").data();
+  Block block(x, num_heads, num_groups);
+  block.read_parameters(std::move(parameters));
+  block.read_state(std::move(state), rotary);
+  block.read_state_out(std::move(state_out));
   void* y = TensorView(kOp, "y", y_).like(x).data();
-
-  Buffers buffers;
-  const auto rows = [&](int64_t columns) { return buffers(T * columns * narrow_bytes); };
-  const auto run_linear = [&](LinearFewRowsParams& p, const void* input) {
-    p.x = input;
-    p.y = rows(p.outputs);
-    launch_linear_few_rows_cpu(p);
-    return p.y;
-  };
-  const auto run_norm = [&](LayerNormFwdParams& p, const void* input, bool is_rms_norm, double epsilon) {
-    p.dtype = dtype;
-    p.rows = T;
-    p.channels = D;
-    p.eps = epsilon;
-    p.is_rms_norm = is_rms_norm;
-    p.x = input;
-    p.y = rows(D);
-    launch_layer_norm_fwd_cpu(p);
-    return p.y;
-  };
-  // y = silu(input) value, in place
-  const auto run_gate = [&](void* input, const void* value, int64_t columns) {
-    GatedSiluFwdParams p{};
-    p.dtype = dtype;
-    p.elements = T * columns;
-    p.x = p.y = input;
-    p.value = value;
-    launch_gated_silu_fwd_cpu(p);
-    return input;
-  };
-  const auto run_residual = [&](ResidualParams& p, const void* a, const void* b, void* to) {
-    p.dtype = dtype;
-    p.rows = T;
-    p.channels = D;
-    p.x = x.data();
-    p.a = a;
-    p.b = b;
-    p.y = to;
-    launch_residual_cpu(p);
-    return to;
-  };
   const py::gil_scoped_release unlocked;
-
-  timenorm.dtype = dtype;
-  timenorm.sequences = sequences;
-  timenorm.channels = D;
-  timenorm.groups = G;
-  timenorm.eps = eps[0];
-  timenorm.x = x.data();
-  timenorm.y = rows(D);
-  timenorm.stats = buffers(3 * T * G * real_bytes);
-  launch_timestep_norm_fwd_cpu(timenorm);
-
-  coefficients.dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
-  coefficients.channels = D;
-  coefficients.modes = N;
-  coefficients.p = buffers(D * N * real_bytes);
-  coefficients.q = buffers(D * N * 2 * real_bytes);
-  coefficients.scaled = buffers(D * N * 2 * real_bytes);
-  launch_cema_coefficients_fwd_cpu(coefficients);
-
-  cema.dtype = dtype;
-  cema.sequences = sequences;
-  cema.channels = D;
-  cema.modes = N;
-  cema.x = timenorm.y;
-  cema.p = coefficients.p;
-  cema.q = coefficients.q;
-  cema.gamma = coefficients.scaled;
-  cema.y = rows(D);
-  launch_cema_fwd_cpu(cema);
-  const void* m = run_norm(rms_norm, cema.y, true, eps[1]);
-
-  qk.dtype = dtype;
-  qk.sequences = sequences;
-  qk.heads = H;
-  qk.key_dim = K;
-  qk.chunk_size = C;
-  qk.eps = eps[2];
-  qk.z = run_linear(wz, m);
-  qk.table_rows = C;
-  qk.position = append.position;
-  qk.q = rows(Z);
-  qk.k = rows(Z);
-  launch_normalized_qk_fwd_cpu(qk);
-
-  append.dtype = dtype;
-  append.sequences = sequences;
-  append.heads = H;
-  append.key_dim = K;
-  append.value_dim = V;
-  append.chunk_size = C;
-  append.scale = 1;
-  append.q = qk.q;
-  append.k = qk.k;
-  append.v = run_gate(run_linear(wv, timenorm.y), nullptr, values);
-  ChunkedAttentionFwdParams attention{};
-  static_cast<ChunkedAttentionParams&>(attention) = append;
-  attention.o = rows(values);
-  attention.lse = buffers(T * H * real_bytes);
-  launch_chunked_attention_fwd_cpu(attention);
-  launch_chunked_attention_state_cpu(append);
-
-  const void* gated = run_gate(run_linear(wr, m), attention.o, values);
-  ResidualParams attended{};
-  const void* between = run_residual(attended, run_linear(wh1, m), run_linear(wh2, gated), rows(D));
-
-  const void* n = run_norm(layer_norm, between, false, eps[3]);
-  void* hidden = run_linear(fc1, n);
-  run_gate(hidden, has_fc3 ? run_linear(fc3, n) : nullptr, fc1.outputs);
-  run_residual(fed, run_linear(fc2, hidden), nullptr, y);
+  block.run(eps, y);
 }
 
 }  // namespace
