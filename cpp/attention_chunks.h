@@ -29,7 +29,7 @@ struct Chunk {
 inline std::vector<Chunk> list_chunks(const ChunkedAttentionParams& p) {
   std::vector<Chunk> chunks;
   for (int64_t s = 0; s < p.sequences.count; ++s) {
-    const int64_t position = p.cache_k ? p.position[s] : 0, end = position + p.sequences.length(s);
+    const int64_t position = p.position ? p.position[s] : 0, end = position + p.sequences.length(s);
     for (int64_t at = position; at < end;) {
       const int64_t start = at - at % p.chunk_size, stop = p.chunk_size < end - start ? start + p.chunk_size : end;
       chunks.push_back({s, start, at - start, p.sequences.begin(s) + at - position, stop - start});

@@ -21,9 +21,9 @@ struct ChunkedAttentionParams {
   const void* q;            // (T, H, K)
   const void* k;            // (T, H, K)
   const void* v;            // (T, H, V)
-  const void* cache_k;      // (S, C, H, K), rows [0, position) are valid; or null: empty
+  const void* cache_k;      // (S, C, H, K), rows [0, position) are valid; null also where it has no elements
   const void* cache_v;      // (S, C, H, V)
-  const int64_t* position;  // (S), each in [0, C)
+  const int64_t* position;  // (S), each in [0, C); or null: empty caches
   void* workspace;          // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 

@@ -268,7 +268,7 @@ void chunked_attention_state_cpu(const ChunkedAttentionStateParams& p) {
   copy(p.key_dim, p.cache_k, p.k, p.cache_k_out);
   copy(p.value_dim, p.cache_v, p.v, p.cache_v_out);
   for (int64_t s = 0; s < p.sequences.count; ++s)
-    p.position_out[s] = ((p.cache_k ? p.position[s] : 0) + p.sequences.length(s)) % p.chunk_size;
+    p.position_out[s] = ((p.position ? p.position[s] : 0) + p.sequences.length(s)) % p.chunk_size;
 }
 
 }  // namespace megalodon::MEGALODON_ISA

@@ -27,7 +27,7 @@ struct TimestepNormParams {
 
 struct TimestepNormFwdParams : TimestepNormParams {
   void* y;             // (T, D)
-  void* stats;         // (3, T, G) R: mean, residual of mean, 1 / sqrt(var + eps), each after step t
+  void* stats;         // (3, T, G) R: mean, residual of mean, 1 / sqrt(var + eps), after step t; on CUDA unwritten if D = 0
   int64_t* count_out;  // (S)
   void* mean_out;      // (S, G) R
   void* var_out;       // (S, G) R

@@ -343,7 +343,7 @@ class Backward {
   // Adds the block's shares of dweight and dbias to slot place % kSlots, after place - kSlots has.
   void add_shares(int64_t place) {
     const Channels<R>& channels = plan.channels;
-    const int64_t last = channels.vectors - 1, overlap = last * lanes - channels.offset(last);
+    const int64_t last = D > 0 ? channels.vectors - 1 : 0, overlap = last * lanes - channels.offset(last);
     double* slot = slots + place % kSlots * 2 * D;
     if (place >= kSlots) turns.wait(place - kSlots);
     for (int i = 0; i < 2; ++i, slot += D) {

@@ -75,7 +75,7 @@ void any_group_statistics(const T* x, const T* x_end, int64_t groups, int64_t si
   const Vec<R> channels = splat(static_cast<R>(size));
   for (int64_t first = 0; first < groups; first += lanes, x += lanes * size, hi += lanes, lo += lanes, var += lanes) {
     const int64_t n = smaller(lanes, groups - first);
-    for (int64_t i = 0; i < n; ++i) hi[i] = load_within(x + i * size, 1, x_end)[0];
+    for (int64_t i = 0; i < n; ++i) hi[i] = size > 0 ? load_within(x + i * size, 1, x_end)[0] : 0;
     const auto deviation = [&](int64_t i, int64_t k, int64_t width) __attribute__((always_inline)) {
       fetch_ahead(x + i * size + k, k);
       return keep_first<R>(load_within(x + i * size + k, width, x_end) - splat(hi[i]), width);

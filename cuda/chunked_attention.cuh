@@ -69,7 +69,7 @@ GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t numb
   };
   block.rows = within(stop);
   block.live = within(end);
-  if (p.cache_k && block.live > 0) block.position = p.position[sequence];
+  if (p.position && block.live > 0) block.position = p.position[sequence];
   return block;
 }
 

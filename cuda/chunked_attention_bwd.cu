@@ -19,7 +19,7 @@ int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {
   constexpr int64_t edge = Product::kEdge, size = sizeof(T);
   const Sequences& sequences = p.sequences;
   const int64_t longest = sequences.cu_seqlens ? sequences.tokens : sequences.row_length;
-  const int64_t rows = longest + (p.cache_k ? p.chunk_size - 1 : 0);
+  const int64_t rows = longest + (p.position ? p.chunk_size - 1 : 0);
   plan.most_rows = rows < p.chunk_size ? rows : p.chunk_size;
   plan.blocks = ceil_div(plan.most_rows, edge);
   plan.total = first_number<Product::kEdge>(p, plan, sequences.count, sequences.tokens) * p.heads;
@@ -27,7 +27,8 @@ int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {
   const int64_t panel_bytes = 2 * plan.blocks * edge * edge * size;
   const int64_t part = sequences.tokens * p.heads * 4 * (p.key_dim + p.value_dim) * size / kTensorsPerTiles;
   const int64_t most = (part > kTileBytes ? part : kTileBytes) / panel_bytes;
-  plan.panels = most < 1 ? 1 : most < plan.total ? most : plan.total;
+  const int64_t panels = most < plan.total ? most : plan.total;
+  plan.panels = panels < 1 ? 1 : panels;
   plan.rounds = ceil_div(plan.total, plan.panels);
 
   int64_t bytes = 0;

@@ -39,10 +39,10 @@ struct ChunkBlock {
 // Blocks are numbered by sequence, chunk, head and block. The first number of sequence s, for one head:
 template <int kEdge>
 MEGALODON_INLINE int64_t first_number(const ChunkedAttentionParams& p, const BwdPlan& plan, int64_t s, int64_t begin) {
-  const int64_t cached_blocks = p.cache_k ? plan.blocks : 0;
+  const int64_t cached_blocks = p.position ? plan.blocks : 0;
   // A sequence of n rows has at most n blocks / most_rows + 1 blocks, and rounding down takes less than one.
   if (p.sequences.cu_seqlens) return begin * plan.blocks / plan.most_rows + s * (cached_blocks + 2);
-  const int64_t rows = p.sequences.row_length + (p.cache_k ? p.chunk_size - 1 : 0), rest = rows % p.chunk_size;
+  const int64_t rows = p.sequences.row_length + (p.position ? p.chunk_size - 1 : 0), rest = rows % p.chunk_size;
   return s * (rows / p.chunk_size * plan.blocks + (rest + kEdge - 1) / kEdge);
 }
 
@@ -63,7 +63,7 @@ GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, c
     if (s + step < high) high = s + step;
   }
   if (sequences.count == 0 || sequences.length(s) <= 0) return false;
-  const int64_t position = p.cache_k ? p.position[s] : 0, end = position + sequences.length(s);
+  const int64_t position = p.position ? p.position[s] : 0, end = position + sequences.length(s);
   const int64_t local = number - first_of(s), of_chunk = plan.blocks * p.heads, chunk = local / of_chunk;
   if (local < 0 || chunk > (end - 1) / p.chunk_size) return false;
   block.sequence = s;

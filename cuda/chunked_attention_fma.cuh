@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   using R = Compute<T>;
   using Tiling = FmaTiling<R, kColumns>;
   constexpr int kVector = Tiling::kVector, kKeys = Tiling::kKeys, kThreadRows = Tiling::kThreadRows;
-  const int64_t splits = ceil_div(p.value_dim, kColumns), parts = p.heads * splits;
+  const int64_t splits = count_slices(p.value_dim, kColumns), parts = p.heads * splits;
   const int64_t head = blockIdx.x % parts / splits, first_column = blockIdx.x % splits * kColumns;
   const RowBlock block = find_row_block<kFmaRows>(p, gridDim.x / parts - 1 - blockIdx.x / parts);
   const int columns = static_cast<int>(p.value_dim - first_column < kColumns ? p.value_dim - first_column : kColumns);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   const GridRows<T> k(p, block, window.origin, head, p.cache_k, p.k, p.key_dim);
   const GridRows<T> v(p, block, window.origin, head, p.cache_v, p.v, p.value_dim);
   const T* const q = static_cast<const T*>(p.q) + (block.token * p.heads + head) * p.key_dim;
-  const int products = static_cast<int>(ceil_div(p.key_dim, Tiling::kDepth));
+  const int products = static_cast<int>(count_slices(p.key_dim, Tiling::kDepth));
   const int slices = products + kKeys / Tiling::kSliceKeys;
   const auto copy = [&](int column, int slice, R* stage) {
     if (slice < products) {

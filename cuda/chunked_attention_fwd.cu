@@ -18,7 +18,7 @@ bool takes_vectors(const ChunkedAttentionFwdParams& p) {
 
 template <class T, int kColumns, int kKeys>
 void launch_mma(const ChunkedAttentionFwdParams& p, void* stream) {
-  const int64_t blocks = count_row_blocks<kMmaRows>(p.sequences) * p.heads * ceil_div(p.value_dim, kColumns);
+  const int64_t blocks = count_row_blocks<kMmaRows>(p.sequences) * p.heads * count_slices(p.value_dim, kColumns);
   LAUNCH((chunked_attention_fwd_mma_kernel<T, kColumns, kKeys>), static_cast<unsigned>(blocks), kMmaThreads,
          mma_shared_bytes(p.key_dim, kColumns, kKeys), stream, p, takes_vectors<T>(p));
 }
@@ -33,7 +33,7 @@ void launch_mma(const ChunkedAttentionFwdParams& p, void* stream) {
 
 template <class T, int kColumns>
 void launch_fma(const ChunkedAttentionFwdParams& p, void* stream) {
-  const int64_t blocks = count_row_blocks<kFmaRows>(p.sequences) * p.heads * ceil_div(p.value_dim, kColumns);
+  const int64_t blocks = count_row_blocks<kFmaRows>(p.sequences) * p.heads * count_slices(p.value_dim, kColumns);
   LAUNCH((chunked_attention_fwd_fma_kernel<T, kColumns>), static_cast<unsigned>(blocks), kFmaThreads,
          (FmaTiling<Compute<T>, kColumns>::kSharedBytes), stream, p, takes_vectors<T>(p));
 }
@@ -72,7 +72,7 @@ int64_t workspace_chunked_attention_fwd_cuda(const ChunkedAttentionFwdParams& pa
 }
 
 void launch_chunked_attention_fwd_cuda(const ChunkedAttentionFwdParams& params, void* stream) {
-  if (params.sequences.tokens == 0 || params.heads * params.value_dim == 0) return;
+  if (params.sequences.tokens == 0 || params.heads == 0) return;
   dispatch_dtype(params.dtype, [&](auto type) {
     using T = decltype(type);
     if (takes_steps(params)) {

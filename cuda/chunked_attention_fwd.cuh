@@ -15,6 +15,9 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 MEGALODON_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How many slices of `size` elements K or V makes. Without elements there is an empty one, as there are scores and lse.
+MEGALODON_INLINE int64_t count_slices(int64_t width, int size) { return width > 0 ? ceil_div(width, size) : 1; }
+
 GPU_INLINE float exponential(float x) { return gpu::exp2_approx(x * kLog2e); }
 GPU_INLINE double exponential(double x) { return exp(x); }
 

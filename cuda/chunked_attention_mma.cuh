@@ -80,7 +80,7 @@ template <class T, int kColumns, int kKeys>
 __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     chunked_attention_fwd_mma_kernel(ChunkedAttentionFwdParams p, bool whole) {
   using gpu::Tile;
-  const int64_t splits = ceil_div(p.value_dim, kColumns), parts = p.heads * splits;
+  const int64_t splits = count_slices(p.value_dim, kColumns), parts = p.heads * splits;
   const int head = static_cast<int>(blockIdx.x % parts / splits);
   const int first_column = static_cast<int>(blockIdx.x % splits) * kColumns;
   const RowBlock block = find_row_block<kMmaRows>(p, gridDim.x / parts - 1 - blockIdx.x / parts);

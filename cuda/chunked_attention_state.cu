@@ -37,7 +37,7 @@ template <class U>
 __global__ void __launch_bounds__(kThreads) chunked_attention_state_kernel(StatePlan plan) {
   const ChunkedAttentionStateParams& p = plan.params;
   const int64_t s = blockIdx.x / plan.rows, i = blockIdx.x % plan.rows, C = p.chunk_size;
-  const int64_t position = p.cache_k ? p.position[s] : 0, stop = p.sequences.end(s);
+  const int64_t position = p.position ? p.position[s] : 0, stop = p.sequences.end(s);
   const int64_t end = position + stop - p.sequences.begin(s), start = end - end % C;
   const int64_t kept = start == 0 ? position : 0, fresh = end - start - kept;
   GPU_UNROLL
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) chunked_attention_state_kernel(State
 __global__ void __launch_bounds__(kThreads) chunked_attention_position_kernel(ChunkedAttentionStateParams p) {
   const int64_t s = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (s < p.sequences.count)
-    p.position_out[s] = ((p.cache_k ? p.position[s] : 0) + p.sequences.length(s)) % p.chunk_size;
+    p.position_out[s] = ((p.position ? p.position[s] : 0) + p.sequences.length(s)) % p.chunk_size;
 }
 
 template <class U>

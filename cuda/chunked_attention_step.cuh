@@ -53,7 +53,7 @@ struct StepPlan {
 };
 
 inline bool takes_steps(const ChunkedAttentionParams& p) {
-  return p.cache_k && p.sequences.tokens <= kStepTokens * p.sequences.count;
+  return p.position && p.value_dim > 0 && p.sequences.tokens <= kStepTokens * p.sequences.count;
 }
 
 template <class R>

@@ -6,6 +6,8 @@
 // What passes from tile to tile is scanned by a kernel of its own, in double: two numbers a tile and group.
 #pragma once
 
+#include <cmath>
+
 #include "sequences.cuh"
 #include "timestep_norm.h"
 #include "vec.cuh"
@@ -219,9 +221,10 @@ inline bool tiles_depend(const TimestepNormParams& p) {
   return p.sequences.tokens > kTile && (p.sequences.cu_seqlens || kTile % p.sequences.row_length != 0);
 }
 
-// Whether there may be sequences without steps.
+// Whether there may be sequences without steps, or whose steps have no channels.
 inline bool may_be_empty(const TimestepNormParams& p) {
-  return p.sequences.count > 0 && (p.sequences.cu_seqlens || p.sequences.lengths || p.sequences.tokens == 0);
+  const bool no_elements = p.sequences.tokens * p.channels == 0;
+  return p.sequences.count > 0 && (p.sequences.cu_seqlens || p.sequences.lengths || no_elements);
 }
 
 }  // namespace timestep_norm

@@ -28,6 +28,7 @@ void launch(const TimestepNormBwdParams& p, void* stream) {
     const int64_t blocks = (p.sequences.count * p.groups + kThreads - 1) / kThreads;
     LAUNCH(timestep_norm_bwd_empty_kernel<R>, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
   }
+  if (p.channels == 0) return;
   if (p.sequences.tokens > 0) {
     const auto whole = [](const void* of_t) { return gpu::aligned<width>(static_cast<const T*>(of_t)); };
     const bool vectors = p.channels / p.groups % width == 0 && whole(p.x) && whole(p.dy) && whole(p.dx) &&
@@ -49,7 +50,6 @@ int64_t workspace_timestep_norm_bwd_cuda(const TimestepNormBwdParams& params) {
 }
 
 void launch_timestep_norm_bwd_cuda(const TimestepNormBwdParams& params, void* stream) {
-  if (params.channels == 0) return;
   dispatch_dtype(params.dtype, [&](auto type) { launch<decltype(type)>(params, stream); });
 }
 

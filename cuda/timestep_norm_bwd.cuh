@@ -336,15 +336,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A thread a sequence and group.
+// A thread a sequence without steps, or without channels, and group.
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_bwd_empty_kernel(TimestepNormBwdParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= p.sequences.count * p.groups || p.sequences.length(i / p.groups) > 0) return;
+  if (i >= p.sequences.count * p.groups || (p.channels > 0 && p.sequences.length(i / p.groups) > 0)) return;
   const bool fresh = initial_count(p, i / p.groups) == 0;
   const R *dmean = static_cast<const R*>(p.dmean_out), *dvar = static_cast<const R*>(p.dvar_out);
-  if (p.dmean) static_cast<R*>(p.dmean)[i] = fresh || !dmean ? 0 : dmean[i];
-  if (p.dvar) static_cast<R*>(p.dvar)[i] = fresh || !dvar ? 0 : dvar[i];
+  const R rest = p.sequences.length(i / p.groups) > 0 ? NAN : 0;  // of statistics of no channels
+  if (p.dmean) static_cast<R*>(p.dmean)[i] = fresh ? 0 : dmean ? dmean[i] + rest : rest;
+  if (p.dvar) static_cast<R*>(p.dvar)[i] = fresh ? 0 : dvar ? dvar[i] + rest : rest;
 }
 
 }  // namespace timestep_norm

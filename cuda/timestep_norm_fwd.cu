@@ -25,7 +25,7 @@ void launch(const TimestepNormFwdParams& p, void* stream) {
     const int64_t blocks = (p.sequences.count * p.groups + kThreads - 1) / kThreads;
     LAUNCH(timestep_norm_fwd_empty_kernel<R>, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
   }
-  if (p.sequences.tokens == 0) return;
+  if (p.sequences.tokens * p.channels == 0) return;
   const bool vectors = p.channels / p.groups % width == 0 && gpu::aligned<width>(static_cast<const T*>(p.x)) &&
                        gpu::aligned<width>(static_cast<const T*>(p.y)) &&
                        gpu::aligned<real>(static_cast<const R*>(p.weight)) &&
@@ -43,7 +43,7 @@ int64_t workspace_timestep_norm_fwd_cuda(const TimestepNormFwdParams& params) {
 }
 
 void launch_timestep_norm_fwd_cuda(const TimestepNormFwdParams& params, void* stream) {
-  if (params.channels == 0 || params.sequences.count + params.sequences.tokens == 0) return;
+  if (params.sequences.count + params.sequences.tokens == 0) return;
   dispatch_dtype(params.dtype, [&](auto type) { launch<decltype(type)>(params, stream); });
 }
 

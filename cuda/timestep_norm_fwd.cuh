@@ -338,18 +338,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A thread a sequence and group.
+// A thread a sequence without steps, or without channels, and group.
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_fwd_empty_kernel(TimestepNormFwdParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, plane = p.sequences.count * p.groups;
-  if (i >= plane || p.sequences.length(i / p.groups) > 0) return;
-  const int64_t s = i / p.groups, group = i % p.groups;
-  const Moments<R> state = initial_moments<R>(p, s, group);
+  if (i >= plane || (p.channels > 0 && p.sequences.length(i / p.groups) > 0)) return;
+  const int64_t s = i / p.groups, group = i % p.groups, steps = p.sequences.length(s);
+  Moments<R> state = initial_moments<R>(p, s, group);
+  if (steps > 0) state = {{NAN, NAN}, {NAN, NAN}};  // statistics of no channels
   static_cast<R*>(p.mean_out)[i] = state.mean.hi;
   static_cast<R*>(p.var_out)[i] = state.var.hi;
   static_cast<R*>(p.residual_out)[i] = state.mean.lo;
   static_cast<R*>(p.residual_out)[plane + i] = state.var.lo;
-  if (group == 0) p.count_out[s] = initial_count(p, s);
+  if (group == 0) p.count_out[s] = initial_count(p, s) + steps;
 }
 
 }  // namespace timestep_norm

@@ -97,6 +97,20 @@ def test_keys_without_elements_give_the_mean_of_the_values(dtype, backend):
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("L", [3, 70])
+def test_the_log_sum_exp_needs_no_values(L, dtype, backend):
+    """It is that of the scores; the backward takes it."""
+    case = chunked_attention_case(B=2, L=L, C=32, dtype=dtype, state=True)
+    (q, k, v), (cache_k, cache_v, position) = case.tensors.values(), case.options["state"]
+    forward = torch.ops.megalodon_ops.chunked_attention_fwd.default
+    rest = position, 32, 1.0, 0.0, None, None, None
+    _, expected = forward(q, k, v, cache_k, cache_v, *rest)
+    _, lse = forward(q, k, v[..., :0], cache_k, cache_v[..., :0], *rest)
+    torch.testing.assert_close(lse, expected, rtol=1e-6, atol=1e-5)
+
+
+@every_backend
 @pytest.mark.parametrize("offset", [-500.0, 300.0, 30000.0], ids=str)
 def test_large_scores_neither_overflow_nor_vanish(offset, backend):
     """Softmax ignores what all scores of a row share."""

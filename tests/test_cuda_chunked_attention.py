@@ -198,9 +198,8 @@ def test_a_chunk_of_any_size(emulator, dtype):
     assert_bit_equal(run(emulator, case), run(emulator, case.with_options(chunk_size=20)))
 
 
-@pytest.mark.parametrize("shape", [{"H": 0}, {"V": 0}], ids=["no-heads", "no-values"])
-def test_nothing_is_launched_for_no_values(emulator, shape):
-    assert run(emulator, chunked_attention_case(**shape))["o"].numel() == 0
+def test_nothing_is_launched_for_no_heads(emulator):
+    assert run(emulator, chunked_attention_case(H=0))["o"].numel() == 0
     assert emulator.module.traffic() == {}
 
 

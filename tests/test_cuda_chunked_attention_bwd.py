@@ -11,7 +11,7 @@ import pytest
 import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
 from cases import chunked_attention_case, evaluate
-from cuda_emulator.emulator import FOLDER
+from cuda_emulator.emulator import FOLDER, DeviceTensor
 
 import megalodon_ops as mo
 from megalodon_ops import _C
@@ -146,6 +146,23 @@ def test_nothing_is_launched_for_no_elements(emulator, gradients, shape):
     found = gradients(chunked_attention_case(**shape))
     assert all(value.numel() == 0 for value in found.values())
     assert emulator.module.traffic() == {}
+
+
+def test_no_sequences_with_a_cache_of_some_address(emulator):
+    """The state's tensors are empty, but their pointers need not be null."""
+
+    def at_some_address(*shape, dtype=torch.float32):
+        empty = DeviceTensor(torch.empty(*shape, dtype=dtype))
+        empty.data_ptr = lambda: 256
+        return empty
+
+    x, lse = emulator.tensor(torch.ones(1, 1, 1, 2)), emulator.tensor(torch.zeros(1, 1, 1))
+    state = at_some_address(0, 4, 1, 2), at_some_address(0, 4, 1, 2), at_some_address(0, dtype=torch.int64)
+    found = [emulator.empty(1, 1, 1, 2) for _ in GRADIENTS]
+    cu_seqlens = emulator.tensor(torch.zeros(1, dtype=torch.int64))
+    inputs = x, x, x, *state, 4, 1.0, 0.0, None, cu_seqlens, None, x, lse, x
+    emulator.launch("chunked_attention_bwd", *inputs, *found)
+    assert all(torch.equal(gradient, torch.zeros(1, 1, 1, 2)) for gradient in found)
 
 
 def stored_lines(emulator, kernel):

@@ -340,6 +340,43 @@ def test_nothing_to_do(op, shape, fresh):
     assert_matches_reference(evaluate(function(op), case), case)
 
 
+NO_ELEMENTS = {
+    "cema": [{"D": 0}],
+    "timestep_norm": [{"width": 0}],
+    "normalized_qk": [{"K": 0}],
+    "chunked_attention": [{"K": 0, "C": 140}, {"V": 0, "C": 140}, {"K": 0, "V": 0}, {"H": 0}],
+    "normalized_attention": [{"K": 0}, {"V": 0}, {"K": 0, "V": 0}],
+}
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        {"B": 0, "L": 5}, {"B": 2, "L": 0}, {"B": 2, "L": 5}, {"B": 2, "L": 70},
+        {"B": 3, "L": 19, "lengths": [19, 0, 3]}, {"B": 1, "L": 11, "cu_seqlens": [2, 5, 5, 9]},
+        {"B": 1, "L": 5, "cu_seqlens": [3]},
+    ],
+    ids=["no-rows", "no-steps", "few-steps", "dense", "padded", "packed", "no-sequences"],
+)  # fmt: skip
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "state"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("op", "sizes"),
+    [pytest.param(op, sizes, id="-".join([op, *sizes])) for op, shapes in NO_ELEMENTS.items() for sizes in shapes],
+)
+def test_axes_without_elements(op, sizes, dtype, fresh, sequences):
+    """What has elements nevertheless, counts and positions too. The statistics of no channels are NaN."""
+    state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": True})
+    case = BUILDERS[op](**sequences, **sizes, **({} if fresh else state), dtype=dtype)
+    results, reference = evaluate(function(op), case), evaluate(getattr(mo.reference, op), case)
+    if op == "timestep_norm":
+        for name, value in reference.items():
+            assert torch.equal(results[name].isnan(), value.isnan()), name
+            assert torch.equal(results[name].nan_to_num(), value.nan_to_num()), name
+    else:
+        assert_matches_reference(results, case)
+
+
 @all_ops
 def test_autocast_lowers_attention_and_leaves_the_rest(op):
     case = SMALL[op].with_options(state=None) if "attention" in op else SMALL[op]

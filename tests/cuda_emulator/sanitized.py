@@ -99,6 +99,7 @@ def small_cases() -> list[tuple[str, dict]]:
         ("normalized_qk", {"lengths": [9, 4]}),
         *(("chunked_attention", {"K": K, "V": V, "C": 33, "L": 70, "dropkey": 0.2}) for K, V in ((3, 5), (64, 96))),
         ("chunked_attention", {"K": 16, "V": 160, "state": True}),
+        *(("chunked_attention", {**none, "L": 21, "state": True}) for none in ({"K": 0}, {"V": 0})),
         ("chunked_attention", {**packed, "state": True}),
         ("chunked_attention", {"lengths": [9, 4], "L": 9}),
     ]
