@@ -77,7 +77,7 @@ def test_opcheck(onednn):
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
-@pytest.mark.parametrize(("I", "O"), [(1, 1), (7, 3), (64, 100), (300, 61), (1031, 5)])
+@pytest.mark.parametrize(("I", "O"), [(1, 1), (7, 0), (7, 3), (64, 100), (300, 61), (1031, 5)])
 def test_few_rows(name, dtype, rows, I, O):  # noqa: E741
     x, weight, bias = (t.detach().to(dtype) for t in inputs(rows, I=I, O=O))
     expected = F.linear(x.double(), weight.double(), bias.double())

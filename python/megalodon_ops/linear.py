@@ -80,7 +80,7 @@ USES_ONEDNN, USES_KERNELS = choose(_CHOICE), _CHOICE != "torch"
 def _few_rows(x, weight, bias):
     y = _fwd_fake(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    launch("linear_few_rows", rows, weight.contiguous(), contiguous_or_none(bias), y.view(-1, y.shape[-1]))
+    launch("linear_few_rows", rows, weight.contiguous(), contiguous_or_none(bias), y.view(len(rows), -1))
     return y
 
 
