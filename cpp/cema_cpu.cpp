@@ -3,14 +3,14 @@
 //   h_t = q h_{t-1} + p x_t,   y_t = Re(sum_n gamma_n h_t[n]) + omega x_t     x, y (T, D);  h, q, gamma (D, N) complex
 //
 // Who owns what. A lane is a channel; lanes never talk. A job is a strip of channels and a group of spans; a span is a
-// sequence, or a piece of one where channels and sequences alone are too few to share out. A tile is 64 steps of 256
-// bytes (64 floats) of the strip. Spans and groups fix the order of every sum and depend on shapes alone, so results
-// are the same bits for any number of threads.
+// sequence, or a piece of one where channels and sequences alone are too few to share out. A tile is 32 steps of a
+// vector of the strip. Spans and groups fix the order of every sum and depend on shapes alone, so results are the same
+// bits for any number of threads.
 //
-// Forward, for each span, 64 steps, tile:
-//   1. copy the rows of x, D elements apart, to vectors in a row (16 KB)
-//   2. for each vector, for each 4 modes: scan the steps with the state in registers; meanwhile prefetch the rows of x
-//      for the next steps and those of y
+// Forward, for each span, 32 steps, tile:
+//   1. copy the vectors of x, D elements apart, to a row of them (2 KB)
+//   2. for each 4 modes: scan the steps with the state in registers; meanwhile the rows of x and y for the next 32
+//      steps come to the L2, a line every few steps, and the coefficients and state of the next modes to the L1
 //   3. copy y back
 // Folded form, u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds a mode and step. A carried state is
 // divided by p only if no p is tiny; else the direct form runs (7).
@@ -29,7 +29,8 @@
 //
 // Short sequences, as in decoding: a lane is a mode, and states stay in their (D, N) order.
 //
-// Registers in phase 2: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: two tiles, 32 KB.
+// Registers in phase 2: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: 64 rows of x and y,
+// 2 KB of each, and coefficients and states of as many channels, about 0.5 MB with 16 modes.
 // Bytes: forward reads x and writes y, the minimum; backward reads x once, dy twice and writes dx, 4/3 of the minimum.
 
 #include "cema.h"
@@ -66,7 +67,7 @@ template <class T>
 struct Stepper {
   using R = Compute<T>;
   static constexpr int lanes = kLanes<R>;
-  static constexpr int64_t kWidth = kTileVectors * lanes;  // channels
+  static constexpr int64_t kWidth = kMinStrip * lanes;  // channels
 
   explicit Stepper(int64_t modes)
       : modes(modes), x(kWidth), y(kWidth), drive(kWidth * modes + lanes), part(kWidth * modes + lanes),
@@ -212,23 +213,21 @@ void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int
   const T *x = strip.row(params.x, span.begin), *dy = strip.row(params.dy, span.begin);
   const int64_t stride = params.channels, steps = span.end - span.begin, modes = strip.modes;
   double* sum_omega = sums + strip.width * modes * kSums;
-  strip.each_tile(steps, [&](int64_t t, int count, int vector, int size) {
-    const int64_t at = t * stride + vector * lanes, next = at + count * stride;
-    load_rows(x + at, stride, count, size, strip.in.get());
-    load_rows(dy + at, stride, count, size, strip.out.get());
-    const auto prefetch = [&](int64_t row) {
-      if (row >= params.sequences.tokens - span.begin - t - count) return;
-      strip.prefetch_row(x + next + row * stride, size);
-      strip.prefetch_row(dy + next + row * stride, size);
-    };
-    strip.template each_pass<kSensitivityModes>(size, prefetch, [&](int w, int64_t n, auto pass_modes) {
-      const R *x_tile = strip.in.get() + w * kTileSteps * lanes, *dy_tile = strip.out.get() + w * kTileSteps * lanes;
-      if (n == 0) add_lanes<R>(sum_omega + (vector + w) * lanes, dot_steps(x_tile, dy_tile, count));
-      const int64_t mode = (vector + w) * modes + n;
-      sensitivity_pass<kFolded, pass_modes>(x_tile, dy_tile, count, strip.coefs.get() + mode * kCoefs * lanes,
-                                            strip.state.get() + mode * 4 * lanes, sums + mode * kSums * lanes);
+  const int64_t ahead = params.sequences.tokens - span.begin;
+  const auto tile = [&](int64_t t, int count, int vector, int size) {
+    const int64_t at = t * stride + vector * lanes;
+    load_rows(x + at, stride, count, size, strip.x.get());
+    load_rows(dy + at, stride, count, size, strip.in.get());
+    add_lanes<R>(sum_omega + vector * lanes, dot_steps(strip.x.get(), strip.in.get(), count));
+    for_each_pass<kSensitivityModes>(modes, [&](int64_t n, auto pass_modes) {
+      const int64_t mode = vector * modes + n;
+      sensitivity_pass<kFolded, pass_modes>(strip.x.get(), strip.in.get(), count,
+                                            strip.coefs.get() + mode * kCoefs * lanes,
+                                            strip.state.get() + mode * 4 * lanes, sums + mode * kSums * lanes,
+                                            strip.fetch);
     });
-  });
+  };
+  strip.template each_tile<kSensitivityModes>(x, dy, stride, steps, ahead, tile);
   if (params.dstate_out) {
     const R* g = strip.modal_row(params.dstate_out, s);
     strip.each_mode([&](int64_t i, int64_t vector, int64_t lane) {

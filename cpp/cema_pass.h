@@ -1,15 +1,16 @@
-// The inner loops of the CEMA kernels: a tile holds channels x steps in contiguous memory, a pass keeps a few modes in
+// The inner loops of the CEMA kernels: a tile is a vector of channels for some steps, a pass keeps a few modes in
 // registers. in, out and x point to (steps, lanes) of R; coefs to (N, kCoefs, lanes); state to (N, 2 or 4, lanes).
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "simd.h"
+#include "stream.h"
 
 namespace megalodon::MEGALODON_ISA {
 
-inline constexpr int kTileSteps = 64;
-inline constexpr int kTileVectors = 256 / kVectorBytes;  // whole cache lines of a row
+inline constexpr int kTileSteps = 32;
 // Modes of a pass fill 32 registers (q, c, s: 6 a mode; q, u, w and two sums: 10). With 16, coefficients become memory
 // operands, which is cheaper than the latency that fewer modes would leave open.
 inline constexpr int kScanModes = 4;
@@ -43,6 +44,43 @@ MEGALODON_INLINE void for_each_pass(int64_t modes, F&& pass) {
   }
 }
 
+// Fetches the next tiles' rows of two tensors into the L2, a line of each every few steps of the passes: many at once
+// would fill the buffers through which the L1 loads, and the passes would wait.
+struct FetchAhead {
+  const char *a = nullptr, *b = nullptr;  // the next lines
+  int64_t rows = 0;                       // left
+  int64_t lines = 0, line = 0;            // of a row, and left of this one
+  int64_t skip = 0;                       // bytes from the end of a row to the next one
+  int every = 1;                          // steps
+
+  MEGALODON_INLINE void next() {
+    if (rows <= 0) return;
+    __builtin_prefetch(a, 0, 2);
+    __builtin_prefetch(b, 0, 2);
+    a += kLineBytes;
+    b += kLineBytes;
+    if (--line > 0) return;
+    line = lines;
+    --rows;
+    a += skip;
+    b += skip;
+  }
+  // f(t) for each step of a pass; meanwhile, the next pass's coefficients and state come from the L2.
+  template <class R, class F>
+  MEGALODON_INLINE void each_step(int steps, const R* next_coefs, const R* next_state, F&& f) {
+    FetchAhead local = *this;
+    for (int t = 0; t < steps;) {
+      local.next();
+      for (const int end = std::min(t + every, steps); t < end; ++t) {
+        __builtin_prefetch(next_coefs + t * kLanes<R>);
+        __builtin_prefetch(next_state + t * kLanes<R>);
+        f(t);
+      }
+    }
+    *this = local;
+  }
+};
+
 template <class R>
 MEGALODON_INLINE void add_lanes(double* sum, Vec<R> v) {
   alignas(kVectorBytes) R lanes[kLanes<R>];
@@ -52,7 +90,7 @@ MEGALODON_INLINE void add_lanes(double* sum, Vec<R> v) {
 
 template <Form form, bool kOutput, bool kFirst, int modes, class R>
 MEGALODON_INLINE void scan_pass(const R* __restrict in, R* __restrict out, const R* __restrict x, int steps,
-                                Vec<R> omega, const R* coefs, R* state, double* sums) {
+                                Vec<R> omega, const R* coefs, R* state, double* sums, FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
   using V = Vec<R>;
   V q_re[modes], q_im[modes], c_re[modes], c_im[modes], p[modes], re[modes], im[modes], sum_p[modes];
@@ -68,7 +106,7 @@ MEGALODON_INLINE void scan_pass(const R* __restrict in, R* __restrict out, const
     im[m] = load(state + (2 * m + 1) * lanes);
     sum_p[m] = V{};
   }
-  for (int t = 0; t < steps; ++t) {
+  const auto step = [&](int t) __attribute__((always_inline)) {
     const V input = load(in + t * lanes);
     V sum{};
 #pragma GCC unroll 8
@@ -90,7 +128,8 @@ MEGALODON_INLINE void scan_pass(const R* __restrict in, R* __restrict out, const
       }
     }
     if (kOutput) store(out + t * lanes, (kFirst ? omega * input : load(out + t * lanes)) + sum);
-  }
+  };
+  ahead.each_step(steps, coefs + modes * kCoefs * lanes, state + modes * 2 * lanes, step);
 #pragma GCC unroll 8
   for (int m = 0; m < modes; ++m) {
     store(state + 2 * m * lanes, re[m]);
@@ -102,7 +141,7 @@ MEGALODON_INLINE void scan_pass(const R* __restrict in, R* __restrict out, const
 // u = q u + x (or p x), w = dw/dq: w_t = q w_{t-1} + u_{t-1}; adds sum_t dy_t w_t and sum_t dy_t u_t to the sums.
 template <bool kFolded, int modes, class R>
 MEGALODON_INLINE void sensitivity_pass(const R* __restrict x, const R* __restrict dy, int steps, const R* coefs,
-                                       R* state, double* sums) {
+                                       R* state, double* sums, FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
   using V = Vec<R>;
   V q_re[modes], q_im[modes], p[modes], u_re[modes], u_im[modes], w_re[modes], w_im[modes];
@@ -119,7 +158,7 @@ MEGALODON_INLINE void sensitivity_pass(const R* __restrict x, const R* __restric
     w_im[m] = load(state + (4 * m + 3) * lanes);
     sum_u_re[m] = sum_u_im[m] = sum_w_re[m] = sum_w_im[m] = V{};
   }
-  for (int t = 0; t < steps; ++t) {
+  const auto step = [&](int t) __attribute__((always_inline)) {
     const V xt = load(x + t * lanes), dyt = load(dy + t * lanes);
 #pragma GCC unroll 8
     for (int m = 0; m < modes; ++m) {
@@ -136,7 +175,8 @@ MEGALODON_INLINE void sensitivity_pass(const R* __restrict x, const R* __restric
       sum_u_re[m] += dyt * next_u_re;
       sum_u_im[m] += dyt * next_u_im;
     }
-  }
+  };
+  ahead.each_step(steps, coefs + modes * kCoefs * lanes, state + modes * 4 * lanes, step);
 #pragma GCC unroll 8
   for (int m = 0; m < modes; ++m) {
     store(state + 4 * m * lanes, u_re[m]);
@@ -163,26 +203,22 @@ MEGALODON_INLINE Vec<R> dot_steps(const R* a, const R* b, int steps) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Copies rows of `channels` elements, `stride` apart, into (vectors, kTileSteps, lanes), and back.
+// Copies a vector of each row, `size` elements, rows `stride` apart, to (steps, lanes), and back.
 template <class T>
-void load_rows(const T* rows, int64_t stride, int steps, int channels, Compute<T>* tile) {
+MEGALODON_INLINE void load_rows(const T* rows, int64_t stride, int steps, int size, Compute<T>* tile) {
   constexpr int lanes = kLanes<Compute<T>>;
-  const int whole = channels / lanes, rest = channels % lanes;
-  for (int t = 0; t < steps; ++t) {
-    const T* row = rows + t * stride;
-    for (int w = 0; w < whole; ++w) store(tile + (w * kTileSteps + t) * lanes, load(row + w * lanes));
-    if (rest) store(tile + (whole * kTileSteps + t) * lanes, load_first(row + whole * lanes, rest));
-  }
+  if (size == lanes)
+    for (int t = 0; t < steps; ++t) store(tile + t * lanes, load(rows + t * stride));
+  else
+    for (int t = 0; t < steps; ++t) store(tile + t * lanes, load_first(rows + t * stride, size));
 }
 template <class T>
-void store_rows(const Compute<T>* tile, int steps, int channels, T* rows, int64_t stride) {
+MEGALODON_INLINE void store_rows(const Compute<T>* tile, int steps, int size, T* rows, int64_t stride) {
   constexpr int lanes = kLanes<Compute<T>>;
-  const int whole = channels / lanes, rest = channels % lanes;
-  for (int t = 0; t < steps; ++t) {
-    T* row = rows + t * stride;
-    for (int w = 0; w < whole; ++w) store(row + w * lanes, load(tile + (w * kTileSteps + t) * lanes));
-    if (rest) store_first(row + whole * lanes, load(tile + (whole * kTileSteps + t) * lanes), rest);
-  }
+  if (size == lanes)
+    for (int t = 0; t < steps; ++t) store(rows + t * stride, load(tile + t * lanes));
+  else
+    for (int t = 0; t < steps; ++t) store_first(rows + t * stride, load(tile + t * lanes), size);
 }
 
 }  // namespace megalodon::MEGALODON_ISA

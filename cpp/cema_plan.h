@@ -12,11 +12,11 @@ namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int64_t kSplitBelow = 4;  // vectors of channels times sequences: fewer, and sequences are cut
 inline constexpr int64_t kSplitJobs = 16;
-inline constexpr int64_t kMinSpan = 8 * kTileSteps;
-inline constexpr int64_t kJobs = 32;  // tiles of channels times groups
-inline constexpr int64_t kMinGroup = 2 * kTileSteps;  // tokens
-inline constexpr int64_t kJobsOfThread = 3;
-inline constexpr int64_t kMaxStrip = 8 * kTileVectors;  // vectors
+inline constexpr int64_t kMinSpan = 16 * kTileSteps;
+inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer where threads need them
+inline constexpr int64_t kMaxStrip = 2048 / kVectorBytes;  // whose coefficients and rows fit the L2
+inline constexpr int64_t kJobs = 32;                       // least strips times groups
+inline constexpr int64_t kMinGroup = 4 * kTileSteps;       // tokens
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -50,9 +50,13 @@ struct Plan {
       group_begin[g] = i;
     }
     const int64_t vectors = ceil_div(params.channels, lanes);
-    int64_t width = vectors * groups / (kJobsOfThread * threads);
-    if (width > kTileVectors) width = width / kTileVectors * kTileVectors;
-    width = std::clamp<int64_t>(width, 1, kMaxStrip);
+    // As wide as keeps the threads busy for 9/10 of the time: memory is fast at long rows.
+    int64_t width = std::min(vectors, kMaxStrip);
+    const auto busy = [&](int64_t w) {
+      const int64_t rounds = ceil_div(groups * ceil_div(vectors, w), threads);
+      return 10 * groups * vectors >= 9 * rounds * threads * w;
+    };
+    while (width > 1 && !busy(width)) --width;
     channels = width * lanes;
     strips = ceil_div(vectors, width);
   }
@@ -71,7 +75,7 @@ struct Plan {
     return total;
   }
   int64_t count_groups(const CemaParams& params, int lanes) const {
-    const int64_t tiles = ceil_div(ceil_div(params.channels, lanes), kTileVectors);
+    const int64_t tiles = ceil_div(ceil_div(params.channels, lanes), kMinStrip);
     if (split) return count;
     const int64_t most = std::min(count, ceil_div(params.sequences.tokens, kMinGroup));
     return std::clamp<int64_t>(ceil_div(kJobs, tiles), 1, std::max<int64_t>(most, 1));

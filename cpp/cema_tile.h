@@ -12,12 +12,12 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Coefficients and state of all its channels in lanes, rows of one tile, the sweep over a span.
+// Coefficients and state of all its channels in lanes, one tile, the sweep over a span.
 template <class T>
 struct Strip {
   using R = Compute<T>;
   static constexpr int lanes = kLanes<R>;
-  static constexpr int64_t kTileSize = kTileVectors * kTileSteps * lanes;
+  static constexpr int64_t kTileSize = kTileSteps * lanes;
 
   Strip(const CemaParams& params, const Plan& plan)
       : params(params), width(plan.channels), modes(params.modes), coefs(width * modes * kCoefs), omega(width),
@@ -79,21 +79,18 @@ struct Strip {
   // Scans `steps` rows from `from` on, `stride` apart, to the rows of `to`; `ahead` rows exist from `from` on.
   template <Form form, bool kOutput = true>
   void sweep(const T* from, T* to, const T* x_from, int64_t stride, int64_t steps, int64_t ahead, double* sums) {
-    each_tile(steps, [&](int64_t t, int count, int vector, int size) {
-      const int64_t at = t * stride + vector * lanes, next = at + count * stride;
+    const T* const fetched = kOutput ? to : from;
+    each_tile<kScanModes>(from, fetched, stride, steps, ahead, [&](int64_t t, int count, int vector, int size) {
+      const int64_t at = t * stride + vector * lanes;
       load_rows(from + at, stride, count, size, in.get());
       if (form == Form::adjoint) load_rows(x_from + at, stride, count, size, x.get());
-      const auto prefetch = [&](int64_t row) {
-        if (row < ahead - t - count) prefetch_row(from + next + row * stride, size);
-        if (kOutput && row < count) prefetch_row(to + at + row * stride, size);
-      };
-      each_pass<kScanModes>(size, prefetch, [&](int w, int64_t n, auto pass_modes) {
-        const int64_t tile = w * kTileSteps * lanes, mode = (vector + w) * modes + n;
+      for_each_pass<kScanModes>(modes, [&](int64_t n, auto pass_modes) {
+        const int64_t mode = vector * modes + n;
         const auto pass = [&](auto first) {
           scan_pass<form, kOutput, first, pass_modes>(
-              in.get() + tile, out.get() + tile, x.get() + tile, count, load(omega.get() + (vector + w) * lanes),
+              in.get(), out.get(), x.get(), count, load(omega.get() + vector * lanes),
               coefs.get() + mode * kCoefs * lanes, state.get() + mode * 2 * lanes,
-              form == Form::adjoint ? sums + mode * kSums * lanes : nullptr);
+              form == Form::adjoint ? sums + mode * kSums * lanes : nullptr, fetch);
         };
         n == 0 ? pass(std::true_type{}) : pass(std::false_type{});
       });
@@ -101,30 +98,22 @@ struct Strip {
     });
   }
 
-  // f(first step, steps, first vector, channels) for all tiles of some steps of the strip.
-  template <class F>
-  MEGALODON_INLINE void each_tile(int64_t steps, F&& f) const {
-    for (int64_t t = 0; t < steps; t += kTileSteps)
-      for (int vector = 0; vector < vectors; vector += kTileVectors)
-        f(t, static_cast<int>(std::min<int64_t>(kTileSteps, steps - t)), vector,
-          std::min(kTileVectors * lanes, channels - vector * lanes));
-  }
-
-  // pass(vector, first mode, modes) for all modes of a tile; in between, prefetch(row) for each of kTileSteps rows.
-  template <int most, class Prefetch, class Pass>
-  MEGALODON_INLINE void each_pass(int size, Prefetch&& prefetch, Pass&& pass) const {
-    const int tile_vectors = (size + lanes - 1) / lanes;
-    const int64_t passes = tile_vectors * ceil_div(modes, most);
-    int64_t done = 0;
-    for (int w = 0; w < tile_vectors; ++w)
-      for_each_pass<most>(modes, [&](int64_t n, auto pass_modes) {
-        for (int64_t row = kTileSteps * done / passes; row < kTileSteps * (done + 1) / passes; ++row) prefetch(row);
-        ++done;
-        pass(w, n, pass_modes);
-      });
-  }
-  static MEGALODON_INLINE void prefetch_row(const T* row, int size) {
-    for (int d = 0; d < size; d += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
+  // f(first step, steps, vector, channels) for all tiles of some steps. Its passes, each of at most `most` modes,
+  // fetch the next rows of a and b.
+  template <int most, class F>
+  void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
+    constexpr int64_t size = sizeof(T);
+    fetch.lines = ceil_div(channels * size, kLineBytes);
+    fetch.skip = stride * size - fetch.lines * kLineBytes;
+    fetch.every = static_cast<int>(vectors * ceil_div(modes, most) / fetch.lines);
+    for (int64_t t = 0; t < steps; t += kTileSteps) {
+      const int count = static_cast<int>(std::min<int64_t>(kTileSteps, steps - t));
+      fetch.a = reinterpret_cast<const char*>(a + (t + count) * stride);
+      fetch.b = reinterpret_cast<const char*>(b + (t + count) * stride);
+      fetch.rows = std::min<int64_t>(kTileSteps, ahead - t - count);
+      fetch.line = fetch.lines;
+      for (int vector = 0; vector < vectors; ++vector) f(t, count, vector, std::min(lanes, channels - vector * lanes));
+    }
   }
 
   const FlushDenormals flush;
@@ -134,7 +123,8 @@ struct Strip {
   int channels = 0, vectors = 0;  // less than the width in the last strip
   const Scratch<R> coefs, omega;  // (vectors, N, kCoefs, lanes), (vectors, lanes)
   const Scratch<R> state;         // (vectors, N, 2 or 4, lanes)
-  const Scratch<R> in, out, x;    // (kTileVectors, kTileSteps, lanes)
+  const Scratch<R> in, out, x;    // (kTileSteps, lanes)
+  FetchAhead fetch;
 };
 
 }  // namespace megalodon::MEGALODON_ISA
