@@ -50,13 +50,14 @@ struct Plan {
       group_begin[g] = i;
     }
     const int64_t vectors = ceil_div(params.channels, lanes);
-    // As wide as keeps the threads busy for 9/10 of the time: memory is fast at long rows.
+    // As wide as keeps the threads busy for 9/10 of the time, as memory is fast at long rows; then all nearly equal.
     int64_t width = std::min(vectors, kMaxStrip);
     const auto busy = [&](int64_t w) {
       const int64_t rounds = ceil_div(groups * ceil_div(vectors, w), threads);
       return 10 * groups * vectors >= 9 * rounds * threads * w;
     };
     while (width > 1 && !busy(width)) --width;
+    width = ceil_div(vectors, ceil_div(vectors, width));
     channels = width * lanes;
     strips = ceil_div(vectors, width);
   }
