@@ -29,8 +29,8 @@
 //
 // Short sequences, as in decoding: a lane is a mode, and states stay in their (D, N) order.
 //
-// Registers in phase 2: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: 64 rows of x and y,
-// 2 KB of each, and coefficients and states of as many channels, about 0.5 MB with 16 modes.
+// Registers in phase 2: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: 64 rows of x and y
+// as wide as the strip, coefficients and states; strips are narrow enough for half the L2 (cema_plan.h).
 // Bytes: forward reads x and writes y, the minimum; backward reads x once, dy twice and writes dx, 4/3 of the minimum.
 
 #include "cema.h"

@@ -1,6 +1,8 @@
 // How the CEMA kernels split their work: spans of tokens, groups of spans, strips of channels.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <complex>
 
@@ -14,11 +16,24 @@ inline constexpr int64_t kSplitBelow = 4;  // vectors of channels times sequence
 inline constexpr int64_t kSplitJobs = 16;
 inline constexpr int64_t kMinSpan = 16 * kTileSteps;
 inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer where threads need them
-inline constexpr int64_t kMaxStrip = 2048 / kVectorBytes;  // whose coefficients and rows fit the L2
 inline constexpr int64_t kJobs = 32;                       // least strips times groups
 inline constexpr int64_t kMinGroup = 4 * kTileSteps;       // tokens
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Most vectors of a strip: with 16 modes, coefficients, states and two tiles' rows of two tensors take 272 times the
+// bytes of one row, about half the L2.
+inline int64_t max_strip() {
+  static const int64_t vectors = [] {
+    int64_t level2 = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    level2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    if (level2 <= 0) level2 = 1 << 20;
+    return std::clamp<int64_t>(level2 / 512 / kVectorBytes, kMinStrip, 16 * kMinStrip);
+  }();
+  return vectors;
+}
 
 struct Span {
   int64_t sequence, begin, end;
@@ -51,7 +66,7 @@ struct Plan {
     }
     const int64_t vectors = ceil_div(params.channels, lanes);
     // As wide as keeps the threads busy for 9/10 of the time, as memory is fast at long rows; then all nearly equal.
-    int64_t width = std::min(vectors, kMaxStrip);
+    int64_t width = std::min(vectors, max_strip());
     const auto busy = [&](int64_t w) {
       const int64_t rounds = ceil_div(groups * ceil_div(vectors, w), threads);
       return 10 * groups * vectors >= 9 * rounds * threads * w;
