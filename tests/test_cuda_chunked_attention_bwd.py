@@ -107,6 +107,21 @@ def test_a_round_has_a_panel_whatever_its_size(emulator):
     assert 2 * 8 * 64 * 70_000 <= sizes[0] <= 2 * 8 * 64 * 72_000
 
 
+@pytest.mark.parametrize(
+    ("B", "L", "C", "cu_seqlens", "panels"),
+    [(2, 64, 128, None, 2), (1, 128, 64, [0, 64, 128], 6)],  # packed, two more for each sequence
+    ids=["dense", "packed"],
+)
+def test_the_workspace_has_no_more_panels_than_there_may_be(emulator, B, L, C, cu_seqlens, panels):
+    """Of P and dS each 64 x 64, where a chunk is one block and needs nothing else."""
+    x, lse, sizes = torch.zeros(B, L, 1, 3, dtype=torch.float64), torch.zeros(B, L, 1).double(), []
+    packed = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    inputs = x, x, x, None, None, None, C, 1.0, 0.0, None, packed, None, x, lse, x
+    with emulator.only_asking(sizes), pytest.raises(InterruptedError):
+        emulator.call("chunked_attention_bwd", *inputs, *(torch.empty_like(x) for _ in range(3)))
+    assert sizes == [panels * 2 * 8 * 64 * 64]
+
+
 def backward(emulator, case, chunk_size, v=None):
     """Gradients by the kernels alone, without a state; `v` takes the place of the forward's."""
     q, k, of_case = (case.tensors[name] for name in "qkv")

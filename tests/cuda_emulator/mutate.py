@@ -212,6 +212,8 @@ def write_table(done: list[tuple[Job, str]], barriers: bool = False) -> None:
         "",
         "Written by `python tests/cuda_emulator/mutate.py`, but for the last column. Each line is one change of one",
         "kernel, and what the first test that failed reported; where a change survives, why it does no harm.",
+        "The rows are of one run of all, and of later runs: of those whose lines had changed, and of survivors with",
+        "tests that were new.",
         "",
         f"{len(rows)} mutants, {len(rows) - alive} killed, {alive} alive." + f" Not run: {missing}." * bool(missing),
         "",
