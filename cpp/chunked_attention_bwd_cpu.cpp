@@ -5,8 +5,7 @@
 //
 // A chunk is cut into blocks of kBlock rows. A job owns one pair (query block i, key block j <= i) of one head and
 // makes every product of the pair once, 3 K + 2 V multiplications for each score:
-//   1. S^T = scale K Q^T and dP^T = V dO^T, a tile of kTileRows keys x kTileColumns queries at a time; the tile becomes
-//      P^T and dS^T while it is in the nearest cache
+//   1. S^T = scale K Q^T and dP^T = V dO^T, which become P^T and dS^T
 //   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
 //   3. dQ_i += dS K                             (A = (dS^T)^T), with AMX dQ_i^T += K^T dS^T
 // Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: in step
@@ -80,15 +79,21 @@ class ChunkBackward {
  private:
   struct PairScratch {
     explicit PairScratch(const ChunkedAttentionParams&)
-        : s(kBlock, kColumns),
-          dp(kBlock, kColumns),
-          p(kBlock, kBlock),
-          ds(kBlock, kBlock),
+        : s(kBlock, kBlock),
+          dp(kBlock, kBlock),
+          p(kPaired ? kBlock : 0, kBlock),
+          ds(kPaired ? kBlock : 0, kBlock),
           ds_rows(kPaired ? kBlock : 0, kBlock) {}
-    PackedMatrix<R> s, dp;           // S^T, then P^T, and dP^T of one panel of queries
-    PackedLeftMatrix<U> p, ds;       // P^T and dS^T by columns
-    PackedMatrix<U> ds_rows;         // dS^T by rows
+    PackedMatrix<R> s, dp;      // S^T and dP^T, and where elements are not paired then P^T and dS^T
+    PackedLeftMatrix<U> p, ds;  // P^T and dS^T by columns
+    PackedMatrix<U> ds_rows;    // dS^T by rows
   };
+
+  template <class Pairs, class Elements>
+  static const auto& units(const Pairs& pairs, const Elements& elements) {
+    if constexpr (kPaired) return pairs;
+    else return elements;
+  }
 
   // Query rows of blocks without queries are not kept.
   static int64_t first_row(const Chunk& chunk) { return chunk.cached / kBlock * kBlock; }
@@ -135,19 +140,36 @@ class ChunkBackward {
     const int64_t base = first_row(chunk);
     const int64_t query = query_block * kBlock, queries = std::min(kBlock, chunk.keys - query);
     const int64_t key = key_block * kBlock, key_end = std::min(key + kBlock, chunk.keys);
-
     constexpr int kRows = kTileRows<U>;
-    const bool whole_rows = chunk.keys <= kBlock;
-    const int64_t columns = round_up(queries, kDepthStep<U>);
+    const int64_t columns = round_up(queries, kDepthStep<U>), first_panel = (query - base) / kColumns;
+    // Keys that some of the queries of a panel see, in whole tiles.
+    const auto visible = [&](int64_t at) {
+      return round_up(std::min(key_end, query + at + kColumns) - key, std::max(kRows, kDepthStep<U>));
+    };
+    // In blocks of the depth, so that one of B stays in the nearest cache for all keys, and one of A in the next cache
+    // for all queries. With AMX multiply_rows does that.
+    const auto multiply = [&](const PackedLeft<U>& a, const Packed<U>& b, int64_t depth, R gain, const Packed<R>& c) {
+      const int64_t block = kAmx ? depth : std::min(kBlock, depth);
+      int64_t d = 0;
+      do {  // once for a depth of 0 too, which gives zeros
+        for (int64_t at = 0; at < columns; at += kColumns) {
+          const int64_t panel = at / kColumns, part = std::min(block, depth - d);
+          const bool last = at + kColumns >= columns;
+          const Ahead<U> ahead{last ? b.at(first_panel, d + block) : b.at(first_panel + panel + 1, d), part};
+          multiply_rows(vectors_in_panel<U>(columns, panel), visible(at), part, a.at(d / kLeftColumns<U>, key),
+                        a.panel_units(), b.at(first_panel + panel, d), gain, d > 0, c.at(panel, 0), ahead);
+        }
+        d += block;
+      } while (d < depth);
+    };
+    multiply(k_columns_, q_transposed_, p_.key_dim, static_cast<R>(p_.scale), scratch.s);
+    multiply(v_columns_, do_transposed_, p_.value_dim, R{1}, scratch.dp);
     for (int64_t at = 0; at < columns; at += kColumns) {
-      const int64_t panel = at / kColumns, visible = std::min(key_end, query + at + kColumns) - key;
-      const int64_t all = round_up(visible, std::max(kTileRows<U>, kDepthStep<U>)), rows = kAmx ? all : kTileRows<U>;
-      const int vectors = vectors_in_panel<U>(columns, panel);
-      for (int64_t row = 0; row < all; row += rows) {
-        multiply_scores(chunk, head, vectors, key + row, query + at, row, rows, scratch);
-        if (!whole_rows) differentiate(vectors, panel, row, rows, query - base + at, false, scratch);
-      }
-      if (whole_rows) differentiate(vectors, panel, 0, all, query - base + at, true, scratch);
+      const int64_t panel = at / kColumns, rows = visible(at);
+      R* s = scratch.s.at(panel, 0);
+      if (key + rows > query + at + 1) mask_future(s, key, rows, query + at);
+      if (drop_) drop_.apply(s, key, rows, query + at, chunk, head);
+      differentiate(vectors_in_panel<U>(columns, panel), panel, rows, query - base + at, chunk.keys <= kBlock, scratch);
     }
 
     // Keys of the cache take no gradient.
@@ -155,15 +177,17 @@ class ChunkBackward {
     const auto add_to_keys = [&](const PackedLeft<U>& a, const Packed<U>& b, int64_t width, const Packed<R>& sums) {
       for (int64_t column = 0; column < panels<U>(width); ++column) {
         const int vectors = vectors_in_panel<U>(width, column);
+        const Ahead<U> ahead{b.at(column + 1, query - base), kBlock};
         for (int64_t tile = std::max(key, chunk.cached / kRows * kRows); tile < key_end; tile += kRows) {
           const int64_t panel = tile > query ? (tile - query) / kLeftColumns<U> : 0, at = panel * kLeftColumns<U>;
           multiply_rows(vectors, kRows, queries - at, a.at(panel, tile - key), a.panel_units(),
-                        b.at(column, query - base + at), R{1}, !first_of_keys, sums.at(column, tile));
+                        b.at(column, query - base + at), R{1}, !first_of_keys, sums.at(column, tile), ahead,
+                        (tile - key) / kRows);
         }
       }
     };
-    add_to_keys(scratch.p, do_rows_, p_.value_dim, dv_);
-    add_to_keys(scratch.ds, q_rows_, p_.key_dim, dk_);
+    add_to_keys(units(scratch.p, scratch.s), do_rows_, p_.value_dim, dv_);
+    add_to_keys(units(scratch.ds, scratch.dp), q_rows_, p_.key_dim, dk_);
 
     const bool first_of_queries = query_block == key_block;
     if constexpr (kAmx) {
@@ -171,41 +195,30 @@ class ChunkBackward {
         const int64_t panel = at / kColumns, depth = std::min(key_end, query + at + kColumns) - key;
         multiply_rows(vectors_in_panel<U>(queries, panel), p_.key_dim, depth, k_rows_.at(key / kLeftColumns<U>, 0),
                       k_rows_.panel_units(), scratch.ds_rows.at(panel, 0), R{1}, !first_of_queries,
-                      dq_.at((query - base) / kColumns + panel, 0));
+                      dq_.at(first_panel + panel, 0));
       }
     } else {
-      const Packed<U>& ds_rows = kPaired ? scratch.ds_rows : scratch.ds;
+      const Packed<U>& ds_rows = units(scratch.ds_rows, scratch.dp);
       const Packed<U>& k_rows = kPaired ? k_rows_ : k_columns_;
       for (int64_t column = 0; column < panels<U>(p_.key_dim); ++column) {
         const int vectors = vectors_in_panel<U>(p_.key_dim, column);
+        const Ahead<U> ahead{k_rows.at(column + 1, key), kBlock};
         for (int64_t at = 0; at < queries; at += kRows) {
           const int64_t depth = std::min(key_end, query + at + kRows) - key;
           const U* ds = ds_rows.at(at / kColumns, 0) + at % kColumns;
           multiply_tile<true>(vectors, depth, ds, 0, k_rows.at(column, key), R{1},
-                              first_of_queries ? nullptr : kOnes<R>, dq_.at(column, query - base + at));
+                              first_of_queries ? nullptr : kOnes<R>, dq_.at(column, query - base + at),
+                              ahead.part(at / kRows));
         }
       }
     }
   }
 
-  // S^T and dP^T of `rows` keys from `key` on and one panel of queries from `query` on.
-  void multiply_scores(const Chunk& chunk, int64_t head, int vectors, int64_t key, int64_t query, int64_t row,
-                       int64_t rows, const PairScratch& scratch) const {
-    const int64_t panel = (query - first_row(chunk)) / kColumns;
-    R* s = scratch.s.at(0, row);
-    multiply_rows(vectors, rows, p_.key_dim, k_columns_.at(0, key), k_columns_.panel_units(), q_transposed_.at(panel, 0),
-                  static_cast<R>(p_.scale), false, s);
-    multiply_rows(vectors, rows, p_.value_dim, v_columns_.at(0, key), v_columns_.panel_units(),
-                  do_transposed_.at(panel, 0), R{1}, false, scratch.dp.at(0, row));
-    if (key + rows > query + 1) mask_future(s, key, rows, query);
-    if (drop_) drop_.apply(s, key, rows, query, chunk, head);
-  }
-
   // S^T and dP^T of `rows` keys, all there are of these queries if whole_rows, become P^T and dS^T.
-  void differentiate(int vectors, int64_t panel, int64_t row, int64_t rows, int64_t query, bool whole_rows,
+  void differentiate(int vectors, int64_t panel, int64_t rows, int64_t query, bool whole_rows,
                      const PairScratch& scratch) const {
     for (int64_t c = 0; c < vectors * kLanes<R>; c += kLanes<R>) {
-      R *p = scratch.s.at(0, row) + c, *dp = scratch.dp.at(0, row) + c;
+      R *p = scratch.s.at(panel, 0) + c, *dp = scratch.dp.at(panel, 0) + c;
       const Vec<R> lse = load(&lse_[query + c]);
       Vec<R> total = zeros<R>(), product = zeros<R>();
       for (int64_t r = 0; r < rows; ++r) {
@@ -225,17 +238,17 @@ class ChunkBackward {
       for (int64_t r = 0; r < rows; r += kUnitDepth<U>) {
         const Vec<R> now = probability(r), ds = gradient(r, now);
         if constexpr (!kPaired) {
-          store(scratch.p.at(panel, row + r) + c, now);
-          store(scratch.ds.at(panel, row + r) + c, ds);
+          store(p + r * kColumns, now);
+          store(dp + r * kColumns, ds);
         } else {
           const Vec<R> next = probability(r + 1), next_ds = gradient(r + 1, next);
           const int64_t column = panel * kColumns + c, left = column / kLeftColumns<U>;
           const int64_t unit = column % kLeftColumns<U> / 2;
-          store_raw(scratch.p.at(left, row + r) + unit, round_bf16(now));
-          store_raw(scratch.p.at(left, row + r + 1) + unit, round_bf16(next));
-          store_raw(scratch.ds.at(left, row + r) + unit, round_bf16(ds));
-          store_raw(scratch.ds.at(left, row + r + 1) + unit, round_bf16(next_ds));
-          store_raw(scratch.ds_rows.at(panel, row + r) + c, pair_units(ds, next_ds));
+          store_raw(scratch.p.at(left, r) + unit, round_bf16(now));
+          store_raw(scratch.p.at(left, r + 1) + unit, round_bf16(next));
+          store_raw(scratch.ds.at(left, r) + unit, round_bf16(ds));
+          store_raw(scratch.ds.at(left, r + 1) + unit, round_bf16(next_ds));
+          store_raw(scratch.ds_rows.at(panel, r) + c, pair_units(ds, next_ds));
         }
       }
     }

@@ -141,8 +141,9 @@ class ChunkForward {
         if (count <= 0) continue;
         const int vectors = vectors_in_panel<U>(queries, panel);
         R* scores = scratch.scores.at(panel, 0);
-        multiply_rows(vectors, count, p_.key_dim, keys_.at(0, key), keys_.panel_units(), scratch.queries.at(panel, 0),
-                      scale, false, scores);
+        const U* q_panel = scratch.queries.at(panel, 0);
+        multiply_rows(vectors, count, p_.key_dim, keys_.at(0, key), keys_.panel_units(), q_panel, scale, false, scores,
+                      Ahead<U>{q_panel, p_.key_dim});
         if (key + count > first + at) mask_future(scores, key, count, first + at);
         if (drop_) drop_.apply(scores, key, count, first + at, chunk, head);
         softmax_panel<U>(scores, count, vectors, &scratch.max[at], &scratch.sum[at], &scratch.factor[at]);
@@ -170,14 +171,16 @@ class ChunkForward {
   // O = diag(f) O + P V for the block of keys from `key` on.
   void add_values(int64_t key, int64_t first, int64_t queries, const BlockScratch& scratch) const {
     constexpr int64_t kColumns = kTileColumns<R>;
-    for (int64_t column = 0; column < panels<U>(p_.value_dim); ++column) {
+    const int64_t block = std::min(kKeyBlock, first + queries - key), columns = panels<U>(p_.value_dim);
+    for (int64_t column = 0; column < columns; ++column) {
       const int vectors = vectors_in_panel<U>(p_.value_dim, column);
+      const Ahead<U> ahead{column + 1 < columns ? values_.at(column + 1, key) : values_.at(0, key + block), block};
       for (int64_t at = 0; at < queries; at += kTileRows<U>) {
-        const int64_t depth = std::min(std::min(kKeyBlock, first + queries - key), first + at + kTileRows<U> - key);
+        const int64_t depth = std::min(block, first + at + kTileRows<U> - key);
         if (depth <= 0) continue;
         const U* p = reinterpret_cast<const U*>(scratch.scores.at(at / kColumns, 0)) + at % kColumns;
         multiply_tile<true>(vectors, depth, p, 0, values_.at(column, key), R{1}, key ? &scratch.factor[at] : nullptr,
-                            scratch.output.at(column, at));
+                            scratch.output.at(column, at), ahead.part(at / kTileRows<U>));
       }
     }
   }

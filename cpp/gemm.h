@@ -98,29 +98,55 @@ MEGALODON_INLINE Bits pair_units(Vec<float> low, Vec<float> high) {
 }
 #endif
 
-// One tile: C = gain A B, or with factors C = diag(factors) C + A B. a_panel is the distance between the panels of A =
-// M.
+// The tiles of a product prefetch, each a part, the panel that B will be in the next one, whose depth is the same.
+template <class U>
+struct Ahead {
+  static constexpr int64_t kStepBytes = 16;  // for a step of the depth
+
+  const U* panel;
+  int64_t depth;
+
+  MEGALODON_INLINE const char* part(int64_t tile) const {
+    constexpr int64_t kParts = kTileColumns<U> * sizeof(U) / kStepBytes;
+    const int64_t bytes = ceil_div(depth, kUnitDepth<U>) * kStepBytes;
+    return reinterpret_cast<const char*>(panel) + (tile < kParts ? tile : kParts - 1) * bytes;
+  }
+};
+
+// One tile: C = gain A B, or with factors C = diag(factors) C + gain A B. a_panel is the distance between the panels of
+// A = M. What comes next is prefetched a little with every group of steps, as a burst would hold up the loads: the next
+// panel of A = M, the tile of C, and from `ahead` on what later tiles read.
 template <bool kTransposeA, int kVectors, class U>
 __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
-                                             const SumOf<U>* factors, SumOf<U>* c) {
+                                             const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
   using R = SumOf<U>;
   constexpr int kRowUnits = Packed<U>::kRowUnits;
   constexpr int kRows = kTileRows<U>;
-  if (factors)
-    for (int64_t i = 0; i < kRows * kTileColumns<U>; i += 64 / sizeof(R)) __builtin_prefetch(c + i, 1);
+  constexpr int kGroup = 8, kLine = 64;
+  static_assert(kGroup * Ahead<U>::kStepBytes == 2 * kLine);
+  const char* to = reinterpret_cast<const char*>(c);
   Vec<R> sum[kRows][kVectors] = {};
   for (int64_t left = ceil_div(depth, kUnitDepth<U>); left > 0;) {
     const int64_t steps = kTransposeA || left < kRowUnits ? left : kRowUnits;
-    for (int64_t step = 0; step < steps; ++step, b += kTileColumns<U>) {
-      if constexpr (!kTransposeA) __builtin_prefetch(a + a_panel + step * kRows);
-      Vec<R> row[kVectors];
+    for (int64_t first = 0; first < steps; first += kGroup, to += 2 * kLine, ahead += 2 * kLine) {
+      __builtin_prefetch(to, 1);
+      __builtin_prefetch(to + kLine, 1);
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + kLine, 0, 2);
+      if constexpr (!kTransposeA)
+        for (int i = 0; i < kGroup * kRows; i += kLine / sizeof(U)) __builtin_prefetch(a + a_panel + first * kRows + i);
+      const int64_t end = first + kGroup < steps ? first + kGroup : steps;
+#pragma GCC unroll 2
+      for (int64_t step = first; step < end; ++step, b += kTileColumns<U>) {
+        Vec<R> row[kVectors];
 #pragma GCC unroll 3
-      for (int j = 0; j < kVectors; ++j) row[j] = load_raw<Vec<R>>(b + j * kLanes<R>);
+        for (int j = 0; j < kVectors; ++j) row[j] = load_raw<Vec<R>>(b + j * kLanes<R>);
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const U factor = a[kTransposeA ? step * kTileColumns<U> + i : i * kRowUnits + step];
+        for (int i = 0; i < kRows; ++i) {
+          const U factor = a[kTransposeA ? step * kTileColumns<U> + i : i * kRowUnits + step];
 #pragma GCC unroll 3
-        for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(factor, row[j], sum[i][j]);
+          for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(factor, row[j], sum[i][j]);
+        }
       }
     }
     left -= steps;
@@ -131,18 +157,19 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
 #pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) {
       R* to = c + i * kTileColumns<U> + j * kLanes<R>;
-      store(to, factors ? factors[i] * load(static_cast<const R*>(to)) + sum[i][j] : gain * sum[i][j]);
+      const Vec<R> product = gain * sum[i][j];
+      store(to, factors ? factors[i] * load(static_cast<const R*>(to)) + product : product);
     }
   }
 }
 
 template <bool kTransposeA, class U>
 MEGALODON_INLINE void multiply_tile(int vectors, int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
-                                    const SumOf<U>* factors, SumOf<U>* c) {
+                                    const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
   static_assert(kTileVectors <= 3);
-  if (vectors == kTileVectors) multiply_tile<kTransposeA, kTileVectors>(depth, a, a_panel, b, gain, factors, c);
-  else if (vectors == 2) multiply_tile<kTransposeA, 2>(depth, a, a_panel, b, gain, factors, c);
-  else multiply_tile<kTransposeA, 1>(depth, a, a_panel, b, gain, factors, c);
+  if (vectors == kTileVectors) multiply_tile<kTransposeA, kTileVectors>(depth, a, a_panel, b, gain, factors, c, ahead);
+  else if (vectors == 2) multiply_tile<kTransposeA, 2>(depth, a, a_panel, b, gain, factors, c, ahead);
+  else multiply_tile<kTransposeA, 1>(depth, a, a_panel, b, gain, factors, c, ahead);
 }
 
 #if defined(__AMX_BF16__)
@@ -224,10 +251,11 @@ template <class... Arguments> void multiply_rows_amx(Arguments...) = delete;
 
 template <class R> inline constexpr R kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};  // as factors of kTileRows<R> rows
 
-// Rows of A = M times one panel of B: C = gain A B, or C += A B where `add`, which asks for a gain of 1.
+// Rows of A = M times one panel of B: C = gain A B, or C += gain A B where `add`, which with AMX asks for a gain of 1.
+// The first tile prefetches part `tile` of `ahead`.
 template <class U>
 void multiply_rows(int vectors, int64_t rows, int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
-                   bool add, SumOf<U>* c) {
+                   bool add, SumOf<U>* c, Ahead<U> ahead = {}, int64_t tile = 0) {
   using R = SumOf<U>;
   constexpr int kColumns = kTileColumns<U>;
   if constexpr (kUsesAmx<U>) {
@@ -238,7 +266,7 @@ void multiply_rows(int vectors, int64_t rows, int64_t depth, const U* a, int64_t
   } else {
     for (int64_t r = 0; r < rows; r += kTileRows<U>)
       multiply_tile<false>(vectors, depth, a + r * Packed<U>::kRowUnits, a_panel, b, gain, add ? kOnes<R> : nullptr,
-                           c + r * kColumns);
+                           c + r * kColumns, ahead.part(tile + r / kTileRows<U>));
   }
 }
 

@@ -7,17 +7,34 @@
 
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "gemm.h"
 #include "parallel.h"
 
 namespace megalodon::MEGALODON_ISA {
+
+// Asks for huge pages where they are whole: memory of several megabytes is new to the process at every call, and the
+// first touch of a small page costs more than filling it.
+inline void advise_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // A packed matrix with memory of its own.
 template <class U, int kColumns = kTileColumns<U>>
 struct PackedMatrix : private Scratch<U>, public Packed<U, kColumns> {
   PackedMatrix(int64_t rows, int64_t columns)
       : Scratch<U>(Packed<U, kColumns>::size(round_up(rows, kRowPadding), columns)),
-        Packed<U, kColumns>{Scratch<U>::get(), round_up(rows, kRowPadding)} {}
+        Packed<U, kColumns>{Scratch<U>::get(), round_up(rows, kRowPadding)} {
+    advise_huge_pages(this->data, static_cast<size_t>(this->size(this->rows, columns)) * sizeof(U));
+  }
 };
 template <class U> using PackedLeftMatrix = PackedMatrix<U, kLeftColumns<U>>;
 
