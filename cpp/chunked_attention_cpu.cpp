@@ -44,14 +44,18 @@ void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, S
   // Keys that do not exist, up to the next step of the depth.
   for (int64_t at = keys * kRow; at < round_up(keys, kDepthStep<U>) * kRow; at += kLanes<R>)
     store(scores + at, splat(-kInfinity));
+  // All columns at once, as one maximum waits for the last. Those beyond `vectors` are not used.
+  Vec<R> maxima[kTileVectors];
+  for (int j = 0; j < kTileVectors; ++j) maxima[j] = load(static_cast<const R*>(max) + j * kLanes<R>);
+  for (const R* at = scores; at < scores + keys * kRow; at += kRow)
+#pragma GCC unroll 3
+    for (int j = 0; j < kTileVectors; ++j) {
+      const Vec<R> value = load(at + j * kLanes<R>);
+      maxima[j] = value > maxima[j] ? value : maxima[j];
+    }
   for (int j = 0; j < vectors; ++j, scores += kLanes<R>, max += kLanes<R>, sum += kLanes<R>, factor += kLanes<R>) {
     const R* s = scores;
-    const Vec<R> max_before = load(static_cast<const R*>(max));
-    Vec<R> max_now = max_before;
-    for (int64_t key = 0; key < keys; ++key) {
-      const Vec<R> value = load(s + key * kRow);
-      max_now = value > max_now ? value : max_now;
-    }
+    const Vec<R> max_before = load(static_cast<const R*>(max)), max_now = maxima[j];
     // Where every score was dropped so far the maximum is -inf, and exp(s - 0) gives the zero that exp(s - m) would
     // not.
     const Vec<R> shift = max_now == -kInfinity ? zeros<R>() : max_now;
