@@ -14,7 +14,7 @@ PYBIND11_MODULE(_C, module) {
   bind_layer_norm(module);
   bind_gated_silu(module);
   bind_cema_coefficients(module);
-  bind_block_few_rows(module);
+  bind_blocks_few_rows(module);
   module.def("num_threads", [] { return omp_get_max_threads(); });
   module.def("build_info", [] {
     py::dict info;

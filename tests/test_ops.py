@@ -306,7 +306,7 @@ def test_opcheck():
         for name in (
             "linear_fwd", "linear_few_rows", "linear_cross_entropy_fwd", "linear_cross_entropy_sum",
             "layer_norm_fwd", "layer_norm_bwd", "gated_silu_fwd", "gated_silu_bwd",
-            "cema_coefficients_fwd", "cema_coefficients_bwd", "block_few_rows_",
+            "cema_coefficients_fwd", "cema_coefficients_bwd", "blocks_few_rows_",
         )  # fmt: skip
     }
     assert {func.name() for func in calls} | elsewhere == registered

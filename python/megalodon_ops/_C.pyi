@@ -71,7 +71,7 @@ def cema_coefficients_bwd(
     dp: Tensor, dq: Tensor, dscaled: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, dalpha: Tensor,
     ddelta: Tensor, dtheta: Tensor, dgamma: Tensor, /,
 ) -> None: ...
-def block_few_rows(
-    x: Tensor, parameters: tuple[Tensor | None, ...], state: tuple[Tensor | None, ...], rotary: Tensor, num_heads: int,
-    num_groups: int, eps: list[float], y: Tensor, state_out: tuple[Tensor, ...], /,
+def blocks_few_rows(
+    x: Tensor, parameters: tuple[Tensor | None, ...], state: tuple[Tensor | None, ...], caches: tuple[Tensor, ...],
+    rotary: Tensor, num_heads: int, num_groups: int, eps: list[float], y: Tensor, state_out: tuple[Tensor, ...], /,
 ) -> None: ...

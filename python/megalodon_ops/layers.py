@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _global_hooks
 
-from .block_few_rows import block_few_rows_
+from .blocks_few_rows import blocks_few_rows_
 from .cema import cema
 from .cema_coefficients import cema_coefficients
 from .config import MegalodonConfig
@@ -271,15 +272,16 @@ class MegalodonBlock(nn.Module):
 
     def forward(self, x: Tensor, *, return_state: bool = False, **options) -> Tensor | tuple[Tensor, BlockState]:
         """x (B, L, D); options as in :func:`normalized_attention`: state, inplace_state, cu_seqlens, lengths."""
-        if return_state and self._is_one_call(x, **options):
-            return self._one_call(x, options["state"])
+        if return_state and self.fits_in_one_call(x, **options):
+            y, (state,) = run_in_one_call([self], x, [options["state"]])
+            return y, state
         y = self.mega(x, return_state=return_state, **options)
         if return_state:
             y, state = y
             return x + self.nffn(y), state
         return x + self.nffn(y)
 
-    def _is_one_call(
+    def fits_in_one_call(
         self,
         x: Tensor,
         *,
@@ -288,32 +290,60 @@ class MegalodonBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> bool:
-        """Whether :mod:`megalodon_ops.block_few_rows` gives what the layers would."""
+        """Whether :func:`run_in_one_call` gives what the modules inside would."""
         if state is None or not inplace_state or cu_seqlens is not None or lengths is not None:
             return False
         mega, nffn, config = self.mega, self.nffn, self.mega.config
-        if torch.compiler.is_compiling() or not _are_as_built(mega, nffn) or not takes_few_rows(x, mega.wv.weight):
+        if torch.compiler.is_compiling() or not takes_few_rows(x, mega.wv.weight) or not _are_as_built(mega, nffn):
             return False
-        return not (self.training and (config.dropout or config.hidden_dropout or config.attention_dropout))
+        dropout = config.dropout or config.hidden_dropout or config.attention_dropout
+        return mega.timenorm.num_groups == config.norm_num_groups and not (self.training and dropout)
 
-    def _one_call(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        mega, nffn, config = self.mega, self.nffn, self.mega.config
-        parameters = (
-            *_parameters(mega.timenorm), *_parameters(mega.cema), mega.rmsnorm.weight, *_parameters(mega.wv),
-            *_parameters(mega.wz), *_parameters(mega.wr), *_parameters(mega.wh1), mega.wh2.weight, mega.gamma, mega.beta,
-            *_parameters(nffn.norm), nffn.fc1.weight, nffn.fc2.weight, nffn.alpha,
-            *(() if nffn.fc3 is None else (nffn.fc3.weight,)),
+
+def fit_in_one_call(blocks: Iterable[nn.Module], x: Tensor, states: Iterable[BlockState], **options) -> bool:
+    """The same of blocks one after another, with one configuration, whose own forward nobody has changed either."""
+    if torch.compiler.is_compiling():
+        return False
+    config = None
+    for block, state in zip(blocks, states, strict=True):
+        if type(block) is not MegalodonBlock or _is_wrapped(block) or not block.fits_in_one_call(x, state=state, **options):
+            return False
+        if config not in (None, block.mega.config):
+            return False
+        config = block.mega.config
+    return config is not None
+
+
+def run_in_one_call(
+    blocks: Sequence[MegalodonBlock], x: Tensor, states: Sequence[BlockState]
+) -> tuple[Tensor, tuple[BlockState, ...]]:
+    """x through blocks and their states after it; the attention's parts of `states` are written to."""
+    config = blocks[0].mega.config
+    empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
+    parameters, past, caches, new, eps = [], [], [], [], []
+    for block, state in zip(blocks, states, strict=True):
+        mega, nffn = block.mega, block.nffn
+        parameters += (
+            *_own(mega.timenorm), *_own(mega.cema), mega.rmsnorm.weight, *_own(mega.wv), *_own(mega.wz), *_own(mega.wr),
+            *_own(mega.wh1), *_own(mega.wh2), mega.gamma, mega.beta, *_own(nffn.norm), *_own(nffn.fc1), *_own(nffn.fc2),
+            nffn.alpha, *(_own(nffn.fc3) if nffn.fc3 is not None else (None, None)),
         )  # fmt: skip
-        y, count, mean, var, residual, cema_state = call(
-            block_few_rows_, x, parameters, (*state.norm, state.cema), *state.attention, config.num_heads,
-            mega.timenorm.num_groups, config.rope_base or 10000.0,
-            (mega.timenorm.eps, mega.rmsnorm.eps, config.norm_eps, nffn.norm.eps),
-        )  # fmt: skip
-        return y, BlockState(TimestepNormState(count, mean, var, residual), cema_state, state.attention)
+        count, mean, var, _ = state.norm
+        past += (*state.norm, state.cema)
+        caches += state.attention
+        new += (empty(count), empty(mean), empty(var), mean.new_empty((2, *mean.shape)), empty(state.cema))
+        eps += (mega.timenorm.eps, mega.rmsnorm.eps, config.norm_eps, nffn.norm.eps)
+    y = empty(x)
+    call(
+        blocks_few_rows_, x, parameters, past, caches, y, new, config.num_heads, config.norm_num_groups,
+        config.rope_base or 10000.0, eps,
+    )  # fmt: skip
+    parts = [(TimestepNormState(*new[i : i + 4]), new[i + 4]) for i in range(0, len(new), 5)]
+    return y, tuple(BlockState(*part, state.attention) for part, state in zip(parts, states, strict=True))
 
 
-def _parameters(module: nn.Module) -> Iterable[Tensor | None]:
-    """All of a module's own, in the order of their definition."""
+def _own(module: nn.Module) -> Iterable[Tensor | None]:
+    """All of a module's own parameters, in the order of their definition."""
     return module._parameters.values()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig
-from .layers import BlockState, Linear, MegalodonBlock, TimestepNorm
+from .layers import BlockState, Linear, MegalodonBlock, TimestepNorm, fit_in_one_call, run_in_one_call
 from .loss import linear_cross_entropy
 from .states import TimestepNormState
 
@@ -167,16 +167,20 @@ class Megalodon(nn.Module):
         x = self.embed(tokens)
         if self.config.scale_emb:
             x = x * math.sqrt(self.config.model_dim)
-        layer_states = []
-        for index, layer in enumerate(self.layers):
-            options = dict(state=None if state is None else state.layers[index], return_state=return_state, **sequences)
-            if recompute:
-                x = checkpoint(layer, x, use_reentrant=False, **options)
-            else:
-                x = layer(x, inplace_state=inplace_state, **options)
-            if return_state:
-                x, layer_state = x
-                layer_states.append(layer_state)
+        states = (None,) * len(self.layers) if state is None else state.layers
+        if inplace_state and return_state and fit_in_one_call(self.layers, x, states, inplace_state=True, **sequences):
+            x, layer_states = run_in_one_call(list(self.layers), x, states)
+        else:
+            layer_states = []
+            for layer, layer_state in zip(self.layers, states, strict=True):
+                options = dict(state=layer_state, return_state=return_state, **sequences)
+                if recompute:
+                    x = checkpoint(layer, x, use_reentrant=False, **options)
+                else:
+                    x = layer(x, inplace_state=inplace_state, **options)
+                if return_state:
+                    x, layer_state = x
+                    layer_states.append(layer_state)
         norm_state = None if state is None else state.norm
         x, norm_state = self.output.final_norm(x, state=norm_state, return_state=True, **sequences)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None

@@ -1,6 +1,7 @@
-// A whole block on few rows, as in decoding: the kernels that layers.py calls one by one, with nothing in between.
+// Blocks on few rows, as in decoding: the kernels that layers.py calls one by one, with nothing in between.
 
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <new>
 #include <vector>
@@ -23,8 +24,10 @@
 namespace megalodon {
 namespace {
 
-constexpr const char* kOp = "block_few_rows";
+constexpr const char* kOp = "blocks_few_rows";
 constexpr int64_t kAny = -1;
+
+int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // Memory for what one kernel hands to the next, until the end of the call.
 class Buffers {
@@ -52,13 +55,8 @@ class Reader {
       : tuple_(tuple), tensors_(std::move(tensors)), dtype_(dtype) {}
 
   TensorView next(const char* name) {
-    if (!more()) refuse(tuple_, "hold `" + std::string(name) + "`", std::to_string(index_) + " tensors");
+    if (index_ == tensors_.size()) refuse(tuple_, "hold `" + std::string(name) + "`", std::to_string(index_) + " tensors");
     return TensorView(kOp, name, tensors_[index_++]);
-  }
-  bool more() const { return index_ < tensors_.size(); }
-  // In the dtype of x.
-  void* narrow(const char* name, const char* letters, std::initializer_list<int64_t> sizes) {
-    return next(name).present().shape(letters, sizes).dtype(scalar_of(dtype_), "as `x`").data();
   }
   // float64 for a float64 x, else float32.
   void* real(const char* name, const char* letters, std::initializer_list<int64_t> sizes) {
@@ -67,14 +65,18 @@ class Reader {
   void* real_or_null(const char* name, const char* letters, std::initializer_list<int64_t> sizes) {
     return next(name).shape(letters, sizes).dtype(real_of(dtype_), kReal).data();
   }
-  // The weight of a product with `inputs` columns and `outputs` rows, which may be kAny.
-  void linear(LinearFewRowsParams& params, const char* name, int64_t rows, int64_t inputs, int64_t outputs) {
-    const TensorView weight = next(name);
+  // The weight, of `inputs` columns and `outputs` rows, which may be kAny, and the bias, which may be None.
+  void linear(LinearFewRowsParams& params, const char* name, int64_t rows, int64_t inputs, int64_t outputs,
+              bool required = true) {
+    const std::string weight_name = std::string(name) + ".weight", bias_name = std::string(name) + ".bias";
+    const TensorView weight = next(weight_name.c_str()), bias = next(bias_name.c_str());
+    if (!required && !weight.given()) return;
     params.outputs = outputs == kAny ? weight.rank("(outputs, inputs)", 2).size(0) : outputs;
     params.weight = weight.present()
                         .shape("(outputs, inputs)", {params.outputs, inputs})
                         .dtype(scalar_of(dtype_), "as `x`")
                         .data();
+    params.bias = bias.shape("(outputs,)", {params.outputs}).dtype(scalar_of(dtype_), "as `x`").data();
     params.dtype = dtype_;
     params.rows = rows;
     params.inputs = inputs;
@@ -87,18 +89,17 @@ class Reader {
   size_t index_ = 0;
 };
 
-// The block. Tensors of `parameters` and `state` come in the order in which they are taken here.
+// A block. Its tensors come in the order in which they are taken here.
 class Block {
  public:
   Block(const TensorView& x, int64_t num_heads, int64_t num_groups)
       : dtype_(x.rank("(B, L, D)", 3).floating()), B(x.size(0)), T(B * x.size(1)), D(x.size(2)), H(num_heads),
-        G(num_groups), x_(x.data()) {
+        G(num_groups) {
     if (G < 1 || D % G) refuse("num_groups", "be positive and divide D = " + std::to_string(D), std::to_string(G));
     timenorm_.sequences = cema_.sequences = qk_.sequences = append_.sequences = Sequences{B, T, x.size(1)};
   }
 
-  void read_parameters(py::tuple tensors) {
-    Reader read("parameters", std::move(tensors), dtype_);
+  void read_parameters(Reader& read) {
     timenorm_.weight = read.real("timenorm.weight", "(D,)", {D});
     timenorm_.bias = read.real("timenorm.bias", "(D,)", {D});
     const TensorView alpha = read.next("cema.alpha");
@@ -110,53 +111,52 @@ class Block {
     coefficients_.gamma = read.real("cema.gamma", "(D, N, 2)", {D, N, 2});
     cema_.omega = read.real("cema.omega", "(D, 1)", {D, 1});
     rms_norm_.weight = read.real_or_null("rmsnorm.weight", "(D,)", {D});
-    read.linear(wv_, "wv.weight", T, D, kAny);
+    read.linear(wv_, "wv", T, D, kAny);
     const int64_t values = wv_.outputs;
-    wv_.bias = read.narrow("wv.bias", "(H * V,)", {values});
-    read.linear(wz_, "wz.weight", T, D, kAny);
+    read.linear(wz_, "wz", T, D, kAny);
     const int64_t Z = wz_.outputs;
     if (H < 1 || Z % H || Z / H % 2 || values % H)
       refuse("num_heads", "divide " + std::to_string(Z) + " into heads of even size, and " + std::to_string(values),
              std::to_string(H));
     K = Z / H;
     V = values / H;
-    wz_.bias = read.narrow("wz.bias", "(H * K,)", {Z});
-    read.linear(wr_, "wr.weight", T, D, values);
-    wr_.bias = read.narrow("wr.bias", "(H * V,)", {values});
-    read.linear(wh1_, "wh1.weight", T, D, D);
-    wh1_.bias = read.narrow("wh1.bias", "(D,)", {D});
-    read.linear(wh2_, "wh2.weight", T, values, D);
+    read.linear(wr_, "wr", T, D, values);
+    read.linear(wh1_, "wh1", T, D, D);
+    read.linear(wh2_, "wh2", T, values, D);
     qk_.gamma = read.real("gamma", "(2, H * K)", {2, Z});
     qk_.beta = read.real("beta", "(2, H * K)", {2, Z});
     layer_norm_.weight = read.real_or_null("norm.weight", "(D,)", {D});
     layer_norm_.bias = read.real_or_null("norm.bias", "(D,)", {D});
-    read.linear(fc1_, "fc1.weight", T, D, kAny);
-    read.linear(fc2_, "fc2.weight", T, fc1_.outputs, D);
+    read.linear(fc1_, "fc1", T, D, kAny);
+    read.linear(fc2_, "fc2", T, fc1_.outputs, D);
     scale_ = read.real_or_null("nffn.alpha", "(D,)", {D});
-    if (read.more()) read.linear(fc3_, "fc3.weight", T, D, fc1_.outputs);
+    read.linear(fc3_, "fc3", T, D, fc1_.outputs, false);
   }
 
-  // The past, of which the attention's part is written to; `rotary` has a row for each position of a chunk.
-  void read_state(py::tuple tensors, py::handle rotary) {
-    Reader read("state", std::move(tensors), dtype_);
+  void read_state(Reader& read) {
     const TensorView count = read.next("count");
     timenorm_.count = integers(count);
     timenorm_.mean = read.real("mean", "(S, G)", {B, G});
     timenorm_.var = read.real("var", "(S, G)", {B, G});
     timenorm_.residual = read.real_or_null("residual", "(2, S, G)", {2, B, G});
     cema_.state = modes(read.next("cema"));
-    const TensorView cache_k = read.next("cache_k");
-    const int64_t C = cache_k.rank("(S, C, H, K)", 4).size(1);
-    append_.cache_k = append_.cache_k_out =
-        cache_k.shape("(S, C, H, K)", {B, C, H, K}).dtype(scalar_of(dtype_), "as `x`").data();
-    append_.cache_v = append_.cache_v_out = read.narrow("cache_v", "(S, C, H, V)", {B, C, H, V});
-    const TensorView position = read.next("position");
-    append_.position = append_.position_out = integers(position);
-    for (int64_t s = 0; s < B; ++s) {
+    for (int64_t s = 0; s < B; ++s)
       if (timenorm_.count[s] < 0) count.fail("non-negative, got " + std::to_string(timenorm_.count[s]));
+  }
+
+  // The attention's past, which is written to; `rotary` has a row for each position of a chunk.
+  void read_cache(Reader& read, py::handle rotary) {
+    const TensorView cache_k = read.next("cache_k"), cache_v = read.next("cache_v"), position = read.next("position");
+    const int64_t C = cache_k.rank("(S, C, H, K)", 4).size(1);
+    const auto rows = [&](const TensorView& view, const char* letters, int64_t width) {
+      return view.present().shape(letters, {B, C, H, width}).dtype(scalar_of(dtype_), "as `x`").data();
+    };
+    append_.cache_k = append_.cache_k_out = rows(cache_k, "(S, C, H, K)", K);
+    append_.cache_v = append_.cache_v_out = rows(cache_v, "(S, C, H, V)", V);
+    append_.position = append_.position_out = integers(position);
+    for (int64_t s = 0; s < B; ++s)
       if (append_.position[s] < 0 || append_.position[s] >= C)
         position.fail("in [0, " + std::to_string(C) + "), got " + std::to_string(append_.position[s]));
-    }
     append_.chunk_size = qk_.chunk_size = qk_.table_rows = C;
     qk_.rotary = TensorView(kOp, "rotary", rotary)
                      .present()
@@ -165,8 +165,7 @@ class Block {
                      .data();
   }
 
-  void read_state_out(py::tuple tensors) {
-    Reader read("state_out", std::move(tensors), dtype_);
+  void read_state_out(Reader& read) {
     timenorm_.count_out = integers(read.next("count"));
     timenorm_.mean_out = read.real("mean", "(S, G)", {B, G});
     timenorm_.var_out = read.real("var", "(S, G)", {B, G});
@@ -175,7 +174,8 @@ class Block {
   }
 
   // `eps` are those of the timestep norm, the RMS norm, the queries and keys, and the layer norm.
-  void run(const std::vector<double>& eps, void* y) {
+  void run(const double* eps, const void* x, void* y) {
+    x_ = x;
     timenorm_.dtype = dtype_;
     timenorm_.channels = D;
     timenorm_.groups = G;
@@ -231,6 +231,7 @@ class Block {
     void* hidden = linear(fc1_, n);
     gate(hidden, fc3_.weight ? linear(fc3_, n) : nullptr, fc1_.outputs);
     residual(linear(fc2_, hidden), nullptr, scale_, y);
+    buffers_ = Buffers();  // whose memory the next block finds in the cache
   }
 
  private:
@@ -242,10 +243,7 @@ class Block {
     return view.present().shape("(S, D, N)", {B, D, N}).dtype(complex_of(dtype_), why).data();
   }
 
-  void* rows(int64_t columns) {
-    const int64_t bytes = dtype_ == DType::f64 ? 8 : dtype_ == DType::f32 ? 4 : 2;
-    return buffers_(T * columns * bytes);
-  }
+  void* rows(int64_t columns) { return buffers_(T * columns * bytes_of(dtype_)); }
   void* reals(int64_t count) { return buffers_(count * (dtype_ == DType::f64 ? 8 : 4)); }
 
   void* linear(LinearFewRowsParams& params, const void* x) {
@@ -282,7 +280,7 @@ class Block {
   const DType dtype_;
   const int64_t B, T, D, H, G;
   int64_t N = 0, K = 0, V = 0;
-  const void* x_;
+  const void* x_ = nullptr;
   const void* scale_ = nullptr;  // (D) R or null
   TimestepNormFwdParams timenorm_{};
   CemaCoefficientsFwdParams coefficients_{};
@@ -294,22 +292,37 @@ class Block {
   Buffers buffers_;
 };
 
-void block_few_rows(const Target&, py::handle x_, py::tuple parameters, py::tuple state, py::handle rotary,
-                    int64_t num_heads, int64_t num_groups, std::vector<double> eps, py::handle y_, py::tuple state_out) {
+// x through as many blocks as there are four of `eps`; the tuples hold their tensors one after another.
+void blocks_few_rows(const Target&, py::handle x_, py::tuple parameters, py::tuple state, py::tuple caches,
+                     py::handle rotary, int64_t num_heads, int64_t num_groups, std::vector<double> eps, py::handle y_,
+                     py::tuple state_out) {
   const TensorView x(kOp, "x", x_);
-  if (eps.size() != 4) refuse("eps", "be four numbers", std::to_string(eps.size()));
+  if (eps.empty() || eps.size() % 4) refuse("eps", "be four numbers for each block", std::to_string(eps.size()));
   for (const double value : eps) check_range(kOp, "eps", value, 0, "finite and at least 0");
-  Block block(x, num_heads, num_groups);
-  block.read_parameters(std::move(parameters));
-  block.read_state(std::move(state), rotary);
-  block.read_state_out(std::move(state_out));
+  const DType dtype = x.floating();
+  Reader parameter("parameters", std::move(parameters), dtype), past("state", std::move(state), dtype);
+  Reader cache("caches", std::move(caches), dtype), next("state_out", std::move(state_out), dtype);
+  std::deque<Block> blocks;
+  for (size_t i = 0; i < eps.size(); i += 4) {
+    Block& block = blocks.emplace_back(x, num_heads, num_groups);
+    block.read_parameters(parameter);
+    block.read_state(past);
+    block.read_cache(cache, rotary);
+    block.read_state_out(next);
+  }
   void* y = TensorView(kOp, "y", y_).like(x).data();
   const py::gil_scoped_release unlocked;
-  block.run(eps, y);
+  const void* from = x.data();
+  Buffers between;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    void* to = i + 1 == blocks.size() ? y : between(x.elements() * bytes_of(dtype));
+    blocks[i].run(&eps[4 * i], from, to);
+    from = to;
+  }
 }
 
 }  // namespace
 
-void bind_block_few_rows(py::module_& module) { define(module, "block_few_rows", &block_few_rows); }
+void bind_blocks_few_rows(py::module_& module) { define(module, "blocks_few_rows", &blocks_few_rows); }
 
 }  // namespace megalodon

@@ -1,4 +1,4 @@
-"""A block in one call: the bits of its layers, whatever the configuration; and who still gets the layers."""
+"""Blocks in one call: the bits of their layers, whatever the configuration; and who still gets the layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import megalodon_ops as mo
 from backends import ISAS, isa
 from megalodon_ops import linear
-from megalodon_ops.block_few_rows import block_few_rows_
+from megalodon_ops.blocks_few_rows import blocks_few_rows_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 VARIANTS = {
@@ -34,7 +34,7 @@ class Calls(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is block_few_rows_
+        self.count += func is blocks_few_rows_
         return func(*args, **(kwargs or {}))
 
 
@@ -81,7 +81,7 @@ def check_bits(monkeypatch, dtype, rows, length, **overrides):
     """Over more steps than a chunk has left, so that it begins anew."""
     block, state = block_and_state(dtype, rows, **overrides)
     found, calls = decode(block, state, rows, length, times=5)
-    monkeypatch.setattr(mo.MegalodonBlock, "_is_one_call", lambda *args, **options: False)
+    monkeypatch.setattr(mo.MegalodonBlock, "fits_in_one_call", lambda *args, **options: False)
     expected, none = decode(block, state, rows, length, times=5)
     assert (calls, none) == (5, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -91,7 +91,7 @@ def test_generation_takes_it_and_other_calls_do_not():
     model, prompt = tiny_model(torch.float32).eval(), tokens_of(2, 11)
     with Calls() as calls:
         model.generate(prompt, max_new_tokens=4, temperature=0)
-    assert calls.count == 3 * TINY["num_layers"]  # the last token is not read any more
+    assert calls.count == 3  # the last token is not read any more
     with torch.no_grad(), Calls() as calls:
         _, state = model(prompt[:, :1], return_state=True)
         model(prompt[:, :1], state=state)
@@ -148,31 +148,31 @@ def test_who_gets_the_layers(monkeypatch):
     block, state = block_and_state(seen=3)
     x = steps(block, 1, 1)
 
-    def is_one_call(x=x, **options):
-        return block._is_one_call(x, **{"state": state, "inplace_state": True} | options)
+    def fits(x=x, **options):
+        return block.fits_in_one_call(x, **{"state": state, "inplace_state": True} | options)
 
-    assert not is_one_call()  # gradients
+    assert not fits()  # gradients
     with torch.no_grad():
-        assert is_one_call()
-        assert is_one_call(steps(block, 1, 8)) and not is_one_call(steps(block, 1, 9))
-        assert not is_one_call(x[:0])
-        assert not is_one_call(state=None) and not is_one_call(inplace_state=False)
-        assert not is_one_call(lengths=torch.tensor([1])) and not is_one_call(cu_seqlens=torch.tensor([0, 1]))
-        assert not is_one_call(x.double())
+        assert fits()
+        assert fits(steps(block, 1, 8)) and not fits(steps(block, 1, 9))
+        assert not fits(x[:0])
+        assert not fits(state=None) and not fits(inplace_state=False)
+        assert not fits(lengths=torch.tensor([1])) and not fits(cu_seqlens=torch.tensor([0, 1]))
+        assert not fits(x.double())
         with torch.autocast("cpu", torch.bfloat16):
-            assert not is_one_call()
+            assert not fits()
         handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, y: None)
-        assert not is_one_call()
+        assert not fits()
         handle.remove()
-        assert is_one_call()
+        assert fits()
         monkeypatch.setattr(linear, "USES_KERNELS", False)
-        assert not is_one_call()
+        assert not fits()
 
 
 def test_opcheck_and_threads(two_threads):
     block, state = block_and_state(rows=2)
     args = captured(block, state, rows=2)
-    torch.library.opcheck(block_few_rows_, args)
+    torch.library.opcheck(blocks_few_rows_, args)
     first, _ = decode(block, state, rows=2, times=3)
     torch.set_num_threads(1)
     second, _ = decode(block, state, rows=2, times=3)
@@ -185,7 +185,7 @@ def captured(block, state, rows=1):
 
     class Take(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is block_few_rows_:
+            if func is blocks_few_rows_:
                 taken.append(args)
             return func(*args, **(kwargs or {}))
 
@@ -195,37 +195,82 @@ def captured(block, state, rows=1):
 
 
 def test_errors():
-    block, state = block_and_state(swiglu=True)
-    x, parameters, norm, cache_k, cache_v, position, *numbers = captured(block, state)
+    block, state = block_and_state(swiglu=True, rescale_nffn=True)
+    x, parameters, norm, caches, *numbers = captured(block, state)
 
     def refuses(error, name, **changed):
-        arguments = dict(x=x, parameters=parameters, state=norm, cache_k=cache_k, cache_v=cache_v, position=position)
-        call = lambda: block_few_rows_(*(arguments | changed).values(), *numbers)  # noqa: E731
-        assert_refuses(error, "block_few_rows", name, call)
+        arguments = dict(x=x, parameters=parameters, state=norm, caches=caches)
+        call = lambda: blocks_few_rows_(*(arguments | changed).values(), *numbers)  # noqa: E731
+        assert_refuses(error, "blocks_few_rows", name, call)
 
     def instead(tensors, index, tensor):
         return [*tensors[:index], tensor, *tensors[index + 1 :]]
 
-    for index, tensor in enumerate(parameters):
+    for index, (name, tensor) in enumerate(zip(NAMES, parameters, strict=True)):
+        assert (tensor is None) == (name in ("wh2.bias", "fc1.bias", "fc2.bias", "fc3.bias"))
         if tensor is not None:
-            name = NAMES[index]
             refuses(TypeError, name, parameters=instead(parameters, index, tensor.double()))
             refuses(ValueError, name, parameters=instead(parameters, index, tensor.unsqueeze(0)))
-            if not name.startswith(("norm", "rmsnorm", "nffn")):
+            if not name.endswith(".bias") and not name.startswith(("norm", "rmsnorm", "nffn", "fc3")):
                 refuses(ValueError, name, parameters=instead(parameters, index, None))
     for name, index in (("count", 0), ("mean", 1), ("var", 2), ("residual", 3), ("cema", 4)):
         refuses(TypeError, name, state=instead(norm, index, norm[index].real.to(torch.bfloat16)))
         refuses(ValueError, name, state=instead(norm, index, norm[index][:0]))
     refuses(ValueError, "count", state=instead(norm, 0, norm[0] - 100))
-    refuses(ValueError, "cache_k", cache_k=cache_k[:0])
-    refuses(ValueError, "cache_v", cache_v=cache_v[:, :1].contiguous())
-    refuses(TypeError, "cache_v", cache_v=cache_v.double())
-    refuses(ValueError, "position", position=position + 100)
+    for name, index in (("cache_k", 0), ("cache_v", 1), ("position", 2)):
+        refuses(ValueError, name, caches=instead(caches, index, caches[index][:0]))
+        refuses(TypeError, name, caches=instead(caches, index, caches[index].to(torch.float64)))
+    refuses(ValueError, "cache_v", caches=instead(caches, 1, caches[1][:, :1].contiguous()))
+    refuses(ValueError, "position", caches=instead(caches, 2, caches[2] + 100))
     refuses(ValueError, "parameters", parameters=parameters[:21])
+
+
+def test_biases_may_come_and_go(monkeypatch):
+    block, state = block_and_state()
+    block.mega.wz.bias = None
+    block.mega.wh2.bias = torch.nn.Parameter(torch.randn(TINY["model_dim"]))
+    found, calls = decode(block, state)
+    monkeypatch.setattr(mo.MegalodonBlock, "fits_in_one_call", lambda *args, **options: False)
+    expected, none = decode(block, state)
+    assert (calls, none) == (1, 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_whole_model_is_one_call(dtype, monkeypatch):
+    model, tokens = tiny_model(dtype, swiglu=True).eval(), tokens_of(2, 20)
+
+    def logits():
+        with torch.no_grad(), Calls() as calls:
+            _, state = model(tokens[:, :5], return_state=True)
+            found = []
+            for token in tokens[:, 5:].split(1, 1):
+                out, state = model(token, state=state, return_state=True, inplace_state=True)
+                found.append(out)
+        return tree_leaves((found, state)), calls.count
+
+    together, calls = logits()
+    monkeypatch.setattr(mo.model, "fit_in_one_call", lambda *args, **options: False)
+    one_by_one, each = logits()
+    monkeypatch.setattr(mo.MegalodonBlock, "fits_in_one_call", lambda *args, **options: False)
+    expected, none = logits()
+    assert (calls, each, none) == (15, 15 * TINY["num_layers"], 0)
+    for found in (together, one_by_one):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_model_with_a_hooked_block_calls_its_hook():
+    model, tokens, seen = tiny_model(torch.float32).eval(), tokens_of(1, 6), []
+    with torch.no_grad():
+        _, state = model(tokens, return_state=True)
+        model.layers[1].register_forward_hook(lambda module, args, out: seen.append(out))
+        with Calls() as calls:
+            model(tokens[:, :1], state=state, return_state=True, inplace_state=True)
+    assert len(seen) == 1 and calls.count == TINY["num_layers"]
 
 
 NAMES = (
     "timenorm.weight timenorm.bias cema.alpha cema.delta cema.theta cema.gamma cema.omega rmsnorm.weight wv.weight "
-    "wv.bias wz.weight wz.bias wr.weight wr.bias wh1.weight wh1.bias wh2.weight gamma beta norm.weight norm.bias "
-    "fc1.weight fc2.weight nffn.alpha fc3.weight"
+    "wv.bias wz.weight wz.bias wr.weight wr.bias wh1.weight wh1.bias wh2.weight wh2.bias gamma beta norm.weight norm.bias "
+    "fc1.weight fc1.bias fc2.weight fc2.bias nffn.alpha fc3.weight fc3.bias"
 ).split()
