@@ -65,7 +65,7 @@ PROMISES = (
     Promise(r"timestep_norm_bwd_sums_kernel<double, 2, \w+>", 224, uses=(LOAD_128,)),
     Promise(r"timestep_norm_bwd_sums_kernel<\w+, 1, \w+>", 168, doubles=_SCAN),
     Promise(r"timestep_norm_carry_kernel<.*>", 104, doubles=_SCAN),
-    Promise(r"timestep_norm_(fwd|bwd)_empty_kernel<\w+>", 32),
+    Promise(r"timestep_norm_(fwd|bwd)_empty_kernel<\w+>", 40),
     Promise(r"cema_(local|output|sums)_kernel<(bf16|fp16|float)\b.*>", 168, uses=(LOAD_64, STORE_64)),
     Promise(r"cema_(local|output|sums)_kernel<double\b.*>", 255, uses=(LOAD_128,)),
     Promise(r"cema_finish_kernel<\w+>", 64, doubles="sums of parameter gradients"),
