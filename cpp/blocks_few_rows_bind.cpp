@@ -29,7 +29,7 @@ constexpr int64_t kAny = -1;
 
 int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// Memory for what one kernel hands to the next, until the end of the call.
+// Memory for what one kernel hands to the next.
 class Buffers {
  public:
   void* operator()(int64_t bytes) {
@@ -144,10 +144,11 @@ class Block {
       if (timenorm_.count[s] < 0) count.fail("non-negative, got " + std::to_string(timenorm_.count[s]));
   }
 
-  // The attention's past, which is written to; `rotary` has a row for each position of a chunk.
-  void read_cache(Reader& read, py::handle rotary) {
+  // The attention's past, which is written to; `rotary` has a row for each of the C positions of a chunk.
+  void read_cache(Reader& read, const TensorView& rotary) {
     const TensorView cache_k = read.next("cache_k"), cache_v = read.next("cache_v"), position = read.next("position");
-    const int64_t C = cache_k.rank("(S, C, H, K)", 4).size(1);
+    const int64_t C = rotary.rank("(C, K / 2, 2)", 3).size(0);
+    qk_.rotary = rotary.shape("(C, K / 2, 2)", {C, K / 2, 2}).dtype(real_of(dtype_), Reader::kReal).data();
     const auto rows = [&](const TensorView& view, const char* letters, int64_t width) {
       return view.present().shape(letters, {B, C, H, width}).dtype(scalar_of(dtype_), "as `x`").data();
     };
@@ -158,11 +159,6 @@ class Block {
       if (append_.position[s] < 0 || append_.position[s] >= C)
         position.fail("in [0, " + std::to_string(C) + "), got " + std::to_string(append_.position[s]));
     append_.chunk_size = qk_.chunk_size = qk_.table_rows = C;
-    qk_.rotary = TensorView(kOp, "rotary", rotary)
-                     .present()
-                     .shape("(C, K / 2, 2)", {C, K / 2, 2})
-                     .dtype(real_of(dtype_), Reader::kReal)
-                     .data();
   }
 
   void read_state_out(Reader& read) {
@@ -294,9 +290,9 @@ class Block {
 
 // x through as many blocks as there are four of `eps`; the tuples hold their tensors one after another.
 void blocks_few_rows(const Target&, py::handle x_, py::tuple parameters, py::tuple state, py::tuple caches,
-                     py::handle rotary, int64_t num_heads, int64_t num_groups, std::vector<double> eps, py::handle y_,
+                     py::handle rotary_, int64_t num_heads, int64_t num_groups, std::vector<double> eps, py::handle y_,
                      py::tuple state_out) {
-  const TensorView x(kOp, "x", x_);
+  const TensorView x(kOp, "x", x_), rotary(kOp, "rotary", rotary_);
   if (eps.empty() || eps.size() % 4) refuse("eps", "be four numbers for each block", std::to_string(eps.size()));
   for (const double value : eps) check_range(kOp, "eps", value, 0, "finite and at least 0");
   const DType dtype = x.floating();

@@ -225,6 +225,14 @@ def test_errors():
     refuses(ValueError, "parameters", parameters=parameters[:21])
 
 
+def test_a_state_of_another_chunk_size_is_refused():
+    """As the layers refuse it."""
+    block, _ = block_and_state()
+    _, state = block_and_state(chunk_size=TINY["chunk_size"] + 1)
+    with pytest.raises(ValueError, match=r"blocks_few_rows: `cache_k` must .*, got"):
+        decode(block, state)
+
+
 def test_biases_may_come_and_go(monkeypatch):
     block, state = block_and_state()
     block.mega.wz.bias = None

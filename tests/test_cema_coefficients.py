@@ -60,8 +60,8 @@ def check(channels, modes, dtype, seed=0):
     exact = results(reference.cema_coefficients, wide(parameters), wide(grads))
     same = results(reference.cema_coefficients, parameters, grads)
     largest = terms(parameters, grads)
-    # In float64 the yardstick's own error is not seen: 3 roundings of a whole turn are 2 pi * 3 eps.
-    floor = 24 if dtype == torch.float64 else 4
+    # In float64 the yardstick's own error is not seen, and a whole turn rounds by up to 2 pi eps: 10.3 was the worst.
+    floor = 14 if dtype == torch.float64 else 2
     for key, value in found.items():
         size = largest.get(key, 0.0)
         assert_as_accurate_as(value, same[key], exact[key], factor=2, floor=floor, terms=size, name=key)

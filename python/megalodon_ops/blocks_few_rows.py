@@ -10,8 +10,8 @@ from .library import accumulation_dtype, contiguous_or_none, define_op, launch
 from .normalized_qk import rotary_table
 
 
-def _blocks(x, parameters, state, caches, y, state_out, num_heads, num_groups, rope_base, eps):
-    rotary = rotary_table(caches[0].shape[1], caches[0].shape[3], rope_base, accumulation_dtype(x.dtype), x.device)
+def _blocks(x, parameters, state, caches, y, state_out, num_heads, num_groups, chunk_size, rope_base, eps):
+    rotary = rotary_table(chunk_size, caches[0].shape[3], rope_base, accumulation_dtype(x.dtype), x.device)
     parameters, state = (tuple(map(contiguous_or_none, tensors)) for tensors in (parameters, state))
     launch(
         "blocks_few_rows", x.contiguous(), parameters, state, tuple(caches), rotary, num_heads, num_groups, eps, y,
@@ -19,7 +19,7 @@ def _blocks(x, parameters, state, caches, y, state_out, num_heads, num_groups, r
     )  # fmt: skip
 
 
-def _blocks_fake(x, parameters, state, caches, y, state_out, num_heads, num_groups, rope_base, eps):
+def _blocks_fake(x, parameters, state, caches, y, state_out, num_heads, num_groups, chunk_size, rope_base, eps):
     return None
 
 
@@ -27,7 +27,7 @@ def _blocks_fake(x, parameters, state, caches, y, state_out, num_heads, num_grou
 # residual and cema; `caches`, the attention's keys, values and position.
 blocks_few_rows_ = define_op(
     "blocks_few_rows_(Tensor x, Tensor?[] parameters, Tensor?[] state, Tensor(a!)[] caches, Tensor(b!) y, "
-    "Tensor(c!)[] state_out, int num_heads, int num_groups, float rope_base, float[] eps) -> ()",
+    "Tensor(c!)[] state_out, int num_heads, int num_groups, int chunk_size, float rope_base, float[] eps) -> ()",
     kernel=_blocks,
     fake=_blocks_fake,
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from . import reference
 from .library import call, define_op, has_cpu_kernel, launch
 
 
@@ -45,12 +44,7 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
     """
     if has_cpu_kernel(alpha):
         return call(cema_coefficients_fwd, alpha, delta, theta, gamma)
-    ndim = alpha.shape[1]
-    p = torch.sigmoid(alpha.squeeze(-1))
-    modes = torch.arange(1, ndim + 1, dtype=p.dtype, device=p.device)
-    phase = modes * (torch.sigmoid(theta.squeeze(-1)) * (2 * math.pi / ndim))
-    q = torch.polar(1 - p * torch.sigmoid(delta.squeeze(-1)), phase)
-    return p, q, torch.view_as_complex(gamma) * ndim**-0.5
+    return reference.cema_coefficients(alpha, delta, theta, gamma)
 
 
 def _fwd(alpha, delta, theta, gamma):

@@ -302,11 +302,9 @@ class MegalodonBlock(nn.Module):
 
 def fit_in_one_call(blocks: Iterable[nn.Module], x: Tensor, states: Iterable[BlockState], **options) -> bool:
     """The same of blocks one after another, with one configuration, whose own forward nobody has changed either."""
-    if torch.compiler.is_compiling():
-        return False
     config = None
     for block, state in zip(blocks, states, strict=True):
-        if type(block) is not MegalodonBlock or _is_wrapped(block) or not block.fits_in_one_call(x, state=state, **options):
+        if type(block) is not MegalodonBlock or not block.fits_in_one_call(x, state=state, **options) or _is_wrapped(block):
             return False
         if config not in (None, block.mega.config):
             return False
@@ -336,7 +334,7 @@ def run_in_one_call(
     y = empty(x)
     call(
         blocks_few_rows_, x, parameters, past, caches, y, new, config.num_heads, config.norm_num_groups,
-        config.rope_base or 10000.0, eps,
+        config.chunk_size, config.rope_base or 10000.0, eps,
     )  # fmt: skip
     parts = [(TimestepNormState(*new[i : i + 4]), new[i + 4]) for i in range(0, len(new), 5)]
     return y, tuple(BlockState(*part, state.attention) for part, state in zip(parts, states, strict=True))
