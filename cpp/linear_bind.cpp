@@ -1,5 +1,7 @@
 #include "bindings.h"
+#include "isa.h"
 #include "linear.h"
+#include "linear_amx.h"
 #include "target.h"
 #include "tensor_view.h"
 
@@ -22,6 +24,29 @@ void linear_few_rows(const Target& target, py::handle x_, py::handle weight_, py
   MEGALODON_LAUNCH(target, linear_few_rows, params);
 }
 
+#if defined(__x86_64__)
+void linear_amx(const Target& target, py::handle x_, bool x_transposed, py::handle weight_, bool weight_transposed,
+                py::handle bias_, py::handle y_) {
+  if (active_isa != Isa::v4_amx) throw py::value_error("linear: the kernel for AMX needs v4_amx as the instruction set in use.");
+  const TensorView x("linear", "x", x_), weight("linear", "weight", weight_), bias("linear", "bias", bias_);
+  const TensorView y("linear", "y", y_);
+  constexpr const char* kOnly = "the only one";
+  LinearAmxParams params{};
+  params.x_transposed = x_transposed;
+  params.weight_transposed = weight_transposed;
+  params.rows = x.rank("(T, I)", 2).dtype(Scalar::f32, kOnly).size(x_transposed ? 1 : 0);
+  params.inputs = x.size(x_transposed ? 0 : 1);
+  params.outputs = weight.rank("(O, I)", 2).size(weight_transposed ? 1 : 0);
+  params.x = x.data_as<const float>();
+  if (weight_transposed) weight.shape("(I, O)", {params.inputs, params.outputs});
+  else weight.shape("(O, I)", {params.outputs, params.inputs});
+  params.weight = weight.dtype(Scalar::f32, kOnly).data_as<const float>();
+  params.bias = bias.shape("(O,)", {params.outputs}).dtype(Scalar::f32, kOnly).data_as<const float>();
+  params.y = y.present().shape("(T, O)", {params.rows, params.outputs}).dtype(Scalar::f32, kOnly).data_as<float>();
+  target.launch(params, v4_amx::linear_amx_cpu);
+}
+#endif
+
 void transpose(const Target& target, py::handle x_, py::handle y_) {
   const TensorView x("transpose", "x", x_), y("transpose", "y", y_);
   TransposeParams params{};
@@ -39,6 +64,9 @@ void transpose(const Target& target, py::handle x_, py::handle y_) {
 
 void bind_linear(py::module_& module) {
   define(module, "linear_few_rows", &linear_few_rows);
+#if defined(__x86_64__)
+  define(module, "linear_amx", &linear_amx);
+#endif
   define(module, "transpose", &transpose);
 }
 

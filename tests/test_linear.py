@@ -21,11 +21,19 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
+needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has no AMX")
+LARGE = [pytest.param("onednn", marks=needs_onednn), pytest.param("amx", marks=needs_amx)]
+
+
 @pytest.fixture
-def onednn(monkeypatch):
-    """Every product with gradients through oneDNN, however small."""
+def large(request, monkeypatch):
+    """Every product with gradients takes this way, however small."""
     monkeypatch.setattr(module, "_WORTH", 1)
-    monkeypatch.setattr(module, "USES_ONEDNN", True)
+    monkeypatch.setattr(module, "USES_ONEDNN", request.param == "onednn")
+    monkeypatch.setattr(module, "USES_AMX", request.param == "amx")
+
+
+each_large = pytest.mark.parametrize("large", LARGE, indirect=True)
 
 
 def inputs(*shape, I=24, O=40, bias=True):  # noqa: E741
@@ -34,10 +42,10 @@ def inputs(*shape, I=24, O=40, bias=True):  # noqa: E741
     return [t.requires_grad_() for t in ((x, weight, torch.randn(O, generator=gen)) if bias else (x, weight))]
 
 
-@needs_onednn
+@each_large
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 33), (2, 3, 5), (0, 4)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients(shape, bias, onednn):
+def test_values_and_gradients(shape, bias, large):
     tensors = inputs(*shape, bias=bias)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     y, expected = linear(*tensors), F.linear(*exact)
@@ -48,8 +56,8 @@ def test_values_and_gradients(shape, bias, onednn):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@needs_onednn
-def test_strided_inputs_and_frozen_weights(onednn):
+@each_large
+def test_strided_inputs_and_frozen_weights(large):
     x, weight = torch.randn(6, 10).t()[:, ::2].requires_grad_(), torch.randn(3, 4).t()
     y = linear(x, weight)
     torch.testing.assert_close(y, F.linear(x, weight))
@@ -57,8 +65,8 @@ def test_strided_inputs_and_frozen_weights(onednn):
     torch.testing.assert_close(dx, torch.ones(10, 4) @ weight)
 
 
-@needs_onednn
-def test_second_derivatives(onednn):
+@each_large
+def test_second_derivatives(large):
     tensors = inputs(5)
     for function in (linear, F.linear):
         (dx,) = torch.autograd.grad(function(*tensors).pow(3).sum(), tensors[0], create_graph=True)
@@ -69,8 +77,8 @@ def test_second_derivatives(onednn):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
 
 
-@needs_onednn
-def test_opcheck(onednn):
+@each_large
+def test_opcheck(large):
     torch.library.opcheck(linear_fwd, inputs(2, 5))
 
 
@@ -109,6 +117,79 @@ def test_opcheck_of_few_rows():
     torch.library.opcheck(linear_few_rows, (x, weight, None))
 
 
+def amx(x, weight, bias=None, *, transposed=(False, False)):
+    """The kernel, on matrices that lie transposed in memory."""
+    y = torch.full((x.shape[0], weight.shape[0]), torch.nan)
+    x, weight = (m.t().contiguous() if t else m for m, t in zip((x, weight), transposed, strict=True))
+    with isa("v4_amx"):
+        _C.linear_amx(x, transposed[0], weight, transposed[1], bias, y)
+    return y
+
+
+@needs_amx
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("T", "I", "O"),
+    [(1, 1, 1), (16, 32, 16), (17, 33, 31), (300, 70, 40), (260, 40, 200), (33, 1100, 129), (40, 600, 1), (5, 0, 3), (0, 4, 3), (4, 4, 0)],
+)  # fmt: skip
+def test_amx(T, I, O, bias, transposed):  # noqa: E741
+    x, weight, offset = (t.detach() for t in inputs(T, I=I, O=O))
+    offset = offset if bias else None
+    y, expected = amx(x, weight, offset, transposed=transposed), F.linear(x.double(), weight.double())
+    size = F.linear(x.double().abs(), weight.double().abs())  # of the terms
+    if bias:
+        expected, size = expected + offset.double(), size + offset.double().abs()
+    assert ((y.double() - expected).abs() <= 2 * torch.finfo(torch.float32).eps * size).all()
+
+
+@needs_amx
+@pytest.mark.parametrize("depth", [64, 512, 2048])
+def test_amx_is_as_accurate_as_torch(depth):
+    gen = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(200, depth, generator=gen), torch.randn(100, depth, generator=gen)
+    exact = F.linear(x.double(), weight.double())
+    error, of_torch = ((y.double() - exact).square().mean().sqrt() for y in (amx(x, weight), F.linear(x, weight)))
+    assert error <= of_torch
+    # The mantissas of which most is left out: the first part is rounded by half a unit, the others are all ones.
+    worst = torch.full((1, depth), 1 + 2**-8 - 2**-23)
+    y, exact = amx(worst, worst).double(), depth * worst[0, 0].double() ** 2
+    assert abs(y - exact) <= 2**-21 * exact
+    assert abs(amx(worst, -worst) + y) == 0
+
+
+@needs_amx
+def test_amx_takes_all_magnitudes():
+    x, weight = (t.detach() for t in inputs(20, bias=False))
+    expected = amx(x, weight)
+    for power in (-90, -60, 60, 90):
+        assert torch.equal(amx(x * 2.0**power, weight * 2.0**-power), expected)
+    large = torch.full((1, 3), 3.38e38)
+    torch.testing.assert_close(amx(large, torch.eye(3)), large)
+    x[3, 4] = torch.inf
+    x[5, 6] = torch.nan
+    assert (amx(x, weight).isnan().any(1) == torch.isin(torch.arange(20), torch.tensor([3, 5]))).all()
+
+
+@needs_amx
+def test_amx_does_not_depend_on_threads(two_threads):
+    x, weight, bias = (t.detach() for t in inputs(300, I=530, O=700))
+    expected = amx(x, weight, bias)
+    for threads in (1, 3, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(amx(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("large", LARGE[1:], indirect=True)
+def test_another_instruction_set_leaves_amx(large):
+    x, weight = torch.randn(20, 24), torch.randn(40, 24)
+    y = torch.empty(20, 40)
+    with isa("v2"):
+        with pytest.raises(ValueError, match="v4_amx"):
+            _C.linear_amx(x, False, weight, False, None, y)
+        torch.testing.assert_close(linear_fwd(x, weight, None), F.linear(x, weight))
+
+
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (3, 200), (130, 5), (64, 0)], ids=str)
 def test_transposed_copy(name, shape):
@@ -131,6 +212,7 @@ def taken(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("uses_onednn", [False, True])
 def test_which_way_is_taken(monkeypatch, uses_onednn, rows, gradients):
     monkeypatch.setattr(module, "USES_ONEDNN", uses_onednn)
+    monkeypatch.setattr(module, "USES_AMX", False)
     calls, x, weight = taken(monkeypatch), torch.randn(rows, 24), torch.randn(40, 24)
     with torch.set_grad_enabled(gradients):
         linear(x, weight)
@@ -140,14 +222,33 @@ def test_which_way_is_taken(monkeypatch, uses_onednn, rows, gradients):
         linear(x, weight)
         assert not gradients or calls == ["linear_fwd"] * uses_onednn
         calls.clear()
-        monkeypatch.setattr(module, "USES_KERNELS", False)
+        for way in ("USES_KERNELS", "USES_ONEDNN"):
+            monkeypatch.setattr(module, way, False)
         linear(x, weight)
         assert not calls
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_when_amx_is_taken(monkeypatch, gradients):
+    monkeypatch.setattr(module, "USES_ONEDNN", False)
+    monkeypatch.setattr(module, "USES_AMX", True)
+    monkeypatch.setattr(module, "_WORTH", 16 * 24 * 40)
+    calls, weight = taken(monkeypatch), torch.randn(40, 24)
+    with torch.set_grad_enabled(gradients):
+        linear(torch.randn(15, 24), weight)
+        assert not calls
+        linear(torch.randn(2, 8, 24), weight)
+        assert calls == ["linear_fwd"]
+        linear(torch.randn(16, 24), weight[:39])
+        assert calls == ["linear_fwd"] * (1 if gradients else 2)
+        linear(torch.randn(16, 0), weight[:, :0])
+        assert len(calls) == (1 if gradients else 2)
 
 
 @torch.no_grad()
 def test_what_torch_is_left_with(monkeypatch):
     monkeypatch.setattr(module, "USES_ONEDNN", True)
+    monkeypatch.setattr(module, "USES_AMX", True)
     calls, x, weight = taken(monkeypatch), torch.randn(9, 24), torch.randn(40, 24)
     for dtype in (torch.bfloat16, torch.float64):
         assert linear(x.to(dtype), weight.to(dtype)).dtype == dtype

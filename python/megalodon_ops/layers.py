@@ -159,7 +159,7 @@ class LayerNorm(_Norm):
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
-    On the CPU its large float32 products take the faster of torch's two libraries: :func:`megalodon_ops.linear.linear`.
+    On the CPU its float32 products take the fastest way there is: :func:`megalodon_ops.linear.linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,202 @@
+// float32 products on AMX, which multiplies bfloat16. A number is the sum of three of those, which hold its 24 bits:
+//
+//   a = a0 + a1 + a2:  a0 = a to 8 bits, |a - a0| <= 2^-8 |a|;  a1 = the next 8 bits, |a2| <= 2^-15 |a|
+//   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + less than 2^-21 |a b|, 2^-26 in the mean square
+//
+// (Henry, Tang and Heinecke 2019, arXiv 1904.06376). a0 is rounded to the nearest, so that what is left out has either
+// sign. The six products are exact, and an instruction adds those of 32 steps of the depth to a sum at once, which is
+// thus rounded less often than by multiply-adds. Six products at 16 times the rate of float32 leave a factor of 2.6.
+//
+// An infinity gives NaN, as does what bfloat16 rounds to one, from 2^128 (1 - 2^-9) on; a number below 2^-110 loses low
+// bits, as bfloat16 has float32's exponents and the instruction takes denormals for zero.
+//
+// Matrices are packed in slices of 16 rows (of x and of weight), a slice in steps of 32 of the depth, a step in three
+// tiles of 1 KiB, one for each part. A tile of x has its rows. One of weight has pairs of the depth for rows, as a right
+// operand must: 16 rows of weight lie side by side. The pairs are steps d and d + 16, of both.
+//
+// A job owns kRows rows of y, or some columns of them. For each kDepth of the depth it packs its rows of x, which stay
+// in the L2, and for each kColumns columns the weights, and makes squares of 2 x 2 tiles of y: 24 products and 16 loads
+// of tiles a step. Sums follow the order of the depth, whoever runs a job.
+
+#include "linear_amx.h"
+
+#if defined(__AMX_BF16__)
+
+#include <algorithm>
+
+#include "panels.h"
+
+namespace megalodon::MEGALODON_ISA {
+namespace {
+
+constexpr int kSide = 16;  // rows of a tile
+constexpr int kStep = 32;  // depth of a tile
+constexpr int kParts = 3;
+constexpr int kSquare = 2 * kSide;
+constexpr int64_t kTileUnits = kSide * kSide;  // Bf16Pair
+constexpr int64_t kStepUnits = kParts * kTileUnits;
+constexpr int64_t kRows = 256, kColumns = 64, kDepth = 512;  // with three parts, 0.75 MiB of x and 0.2 MiB of weights
+
+// A whole step of a slice. Element (r, d) lies at r stride + d or, if transposed, at d stride + r.
+template <bool transposed>
+void pack_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
+  Vec<float> low[kSide], high[kSide];  // of the depth
+#pragma GCC unroll 16
+  for (int i = 0; i < kSide; ++i) {
+    low[i] = load(from + i * stride);
+    high[i] = load(from + i * stride + (transposed ? kSide * stride : kSide));
+  }
+  if (transposed == left) {
+    transpose<float>(low);
+    transpose<float>(high);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kSide; ++i) {
+#pragma GCC unroll 3
+    for (int part = 0; part < kParts; ++part) {
+      const uint32_t half = part == 0 ? 0x8000 : 0;  // rounds
+      const Bits a = (bit_cast<Bits>(low[i]) + half) & 0xffff0000, b = (bit_cast<Bits>(high[i]) + half) & 0xffff0000;
+      store_raw(to + part * kTileUnits + i * kSide, a >> 16 | b);
+      low[i] -= bit_cast<Vec<float>>(a);
+      high[i] -= bit_cast<Vec<float>>(b);
+    }
+  }
+}
+
+struct Matrix {
+  const float* data;
+  int64_t rows, depth;
+  bool transposed;
+
+  // Slices from `row` to `end`, in whole squares, and `steps` of the depth from `first` on; zeros beyond the matrix.
+  void pack(int64_t row, int64_t end, int64_t first, int64_t steps, bool left, Bf16Pair* to) const {
+    const int64_t slices = round_up(end - row, kSquare) / kSide;
+    const auto pack_one = [&](int64_t slice, int64_t step) {
+      pack_step(row + slice * kSide, first + step * kStep, left, to + (slice * steps + step) * kStepUnits);
+    };
+    // In the order of memory.
+    if (transposed)
+      for (int64_t step = 0; step < steps; ++step)
+        for (int64_t slice = 0; slice < slices; ++slice) pack_one(slice, step);
+    else
+      for (int64_t slice = 0; slice < slices; ++slice)
+        for (int64_t step = 0; step < steps; ++step) pack_one(slice, step);
+  }
+
+ private:
+  void pack_step(int64_t row, int64_t first, bool left, Bf16Pair* to) const {
+    int64_t stride = transposed ? rows : depth;
+    const float* from = data + (transposed ? first * stride + row : row * stride + first);
+    float edge[kStep * kSide];
+    if (rows - row < kSide || depth - first < kStep) {
+      const int height = transposed ? kStep : kSide, width = transposed ? kSide : kStep;
+      const int64_t lines = transposed ? depth - first : rows - row, size = transposed ? rows - row : depth - first;
+      std::fill_n(edge, kStep * kSide, 0.0f);
+      for (int64_t i = 0; i < std::min<int64_t>(height, lines) && size > 0; ++i)
+        std::copy_n(from + i * stride, std::min<int64_t>(width, size), edge + i * width);
+      from = edge;
+      stride = width;
+    }
+    if (transposed) MEGALODON_ISA::pack_step<true>(from, stride, left, to);
+    else MEGALODON_ISA::pack_step<false>(from, stride, left, to);
+  }
+};
+
+// The sums of a square, from two slices of x and two of the weights.
+void multiply_square(int64_t steps, const Bf16Pair* x, const Bf16Pair* weight, float* sums) {
+  const Bf16Pair *below = x + steps * kStepUnits, *beside = weight + steps * kStepUnits;
+  asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const auto left = [&](int part) __attribute__((always_inline)) {
+    _tile_loadd(4, x + part * kTileUnits, 64);
+    _tile_loadd(5, below + part * kTileUnits, 64);
+  };
+  const auto right = [&](int part) __attribute__((always_inline)) {
+    _tile_loadd(6, weight + part * kTileUnits, 64);
+    _tile_loadd(7, beside + part * kTileUnits, 64);
+  };
+  const auto multiply = [&]() __attribute__((always_inline)) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  };
+  for (; steps > 0; --steps) {
+    left(0);
+    right(2);
+    multiply();
+    right(1);
+    multiply();
+    left(1);
+    multiply();
+    right(0);
+    multiply();
+    left(2);
+    multiply();
+    left(0);
+    multiply();
+    x += kStepUnits;
+    below += kStepUnits;
+    weight += kStepUnits;
+    beside += kStepUnits;
+  }
+  constexpr int64_t kStride = kSquare * sizeof(float);
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + kSide, kStride);
+  _tile_stored(2, sums + kSide * kSquare, kStride);
+  _tile_stored(3, sums + kSide * kSquare + kSide, kStride);
+}
+
+// y (height, width) of rows `stride` apart becomes the sums, plus y where `add`, plus a bias that may be null.
+void put_square(const float* sums, int64_t height, int64_t width, bool add, const float* bias, int64_t stride, float* y) {
+  for (int64_t i = 0; i < height; ++i, y += stride, sums += kSquare)
+    for (int64_t c = 0; c < width; c += kLanes<float>) {
+      Vec<float> sum = load(sums + c);
+      if (add) sum += load_first(static_cast<const float*>(y) + c, width - c);
+      if (bias) sum += load_first(bias + c, width - c);
+      store_first(y + c, sum, width - c);
+    }
+}
+
+}  // namespace
+
+void linear_amx_cpu(const LinearAmxParams& p) {
+  const Matrix x{p.x, p.rows, p.inputs, p.x_transposed}, weight{p.weight, p.outputs, p.inputs, p.weight_transposed};
+  // Enough jobs for the threads.
+  const int64_t blocks = ceil_div(p.rows, kRows), threads = omp_get_max_threads();
+  int64_t parts = 1;
+  while (blocks * parts < 4 * threads && blocks * parts % threads && parts * 2 * kColumns <= p.outputs) ++parts;
+  const int64_t columns = round_up(ceil_div(p.outputs, parts), kColumns);
+  parallel_jobs(blocks * parts, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
+    const auto packed = [](int64_t rows) { return Scratch<Bf16Pair>(rows / kSide * kDepth / kStep * kStepUnits); };
+    return [&, left = packed(kRows), right = packed(kColumns), sums = Scratch<float>(kSquare * kSquare),
+            tiles = TileRegisters()](int64_t job) {
+      const int64_t row = job / parts * kRows, row_end = std::min(row + kRows, p.rows);
+      const int64_t begin = job % parts * columns, end = std::min(begin + columns, p.outputs);
+      int64_t first = 0;
+      do {  // once for a depth of 0 too, which gives the bias
+        const int64_t steps = ceil_div(std::min(kDepth, p.inputs - first), kStep), slice = steps * kStepUnits;
+        x.pack(row, row_end, first, steps, true, left.get());
+        for (int64_t panel = begin; panel < end; panel += kColumns) {
+          const int64_t panel_end = std::min(panel + kColumns, end);
+          weight.pack(panel, panel_end, first, steps, false, right.get());
+          for (int64_t o = panel; o < panel_end; o += kSquare)
+            for (int64_t t = row; t < row_end; t += kSquare) {
+              multiply_square(steps, left.get() + (t - row) / kSide * slice, right.get() + (o - panel) / kSide * slice,
+                              sums.get());
+              put_square(sums.get(), std::min<int64_t>(kSquare, row_end - t), std::min<int64_t>(kSquare, panel_end - o),
+                         first > 0, p.bias && first == 0 ? p.bias + o : nullptr, p.outputs, p.y + t * p.outputs + o);
+            }
+        }
+        first += kDepth;
+      } while (first < p.inputs);
+    };
+  });
+}
+
+}  // namespace megalodon::MEGALODON_ISA
+
+#endif
