@@ -17,7 +17,7 @@ import torch
 
 from . import gpu, harness, machine, report
 
-BENCHES = ("cema", "timestep_norm", "attention", "elementwise", "overhead", "model")
+BENCHES = ("cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model")
 
 
 def main() -> int:
