@@ -5,12 +5,12 @@
 
 namespace megalodon {
 
-// y = x weight^T + bias. Each matrix is contiguous.
+// y = x weight^T + bias, or y += that. Each matrix is contiguous.
 struct LinearAmxParams {
   int64_t rows;     // T
   int64_t inputs;   // I
   int64_t outputs;  // O
-  bool x_transposed, weight_transposed;
+  bool x_transposed, weight_transposed, add;
   const float* x;       // (T, I), or (I, T) where transposed
   const float* weight;  // (O, I), or (I, O) where transposed
   const float* bias;    // (O) or null: zero

@@ -37,6 +37,26 @@ constexpr int64_t kTileUnits = kSide * kSide;  // Bf16Pair
 constexpr int64_t kStepUnits = kParts * kTileUnits;
 constexpr int64_t kRows = 256, kColumns = 64, kDepth = 512;  // with three parts, 0.75 MiB of x and 0.2 MiB of weights
 
+// What a thread packs, kept from call to call, in one huge page: where small pages happen to lie, some of those that the
+// L2 should hold would take each other's place in it.
+struct Workspace {
+  static constexpr size_t kBytes = size_t{2} << 20;
+  static constexpr int64_t kLeft = kRows / kSide * (kDepth / kStep) * kStepUnits;
+  static constexpr int64_t kRight = kColumns / kSide * (kDepth / kStep) * kStepUnits;
+  static_assert((kLeft + kRight + kSquare * kSquare) * sizeof(float) <= kBytes);
+
+  Workspace() : left(static_cast<Bf16Pair*>(std::aligned_alloc(kBytes, kBytes))) {
+    if (!left) std::abort();
+    advise_huge_pages(left, kBytes);
+  }
+  ~Workspace() { std::free(left); }
+  Workspace(const Workspace&) = delete;
+
+  Bf16Pair* const left;  // kRows of x
+  Bf16Pair* const right = left + kLeft;  // kColumns of the weights
+  float* const sums = reinterpret_cast<float*>(right + kRight);  // of a square
+};
+
 // A whole step of a slice. Element (r, d) lies at r stride + d or, if transposed, at d stride + r.
 template <bool transposed>
 void pack_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
@@ -151,13 +171,15 @@ void multiply_square(int64_t steps, const Bf16Pair* x, const Bf16Pair* weight, f
 }
 
 // y (height, width) of rows `stride` apart becomes the sums, plus y where `add`, plus a bias that may be null.
-void put_square(const float* sums, int64_t height, int64_t width, bool add, const float* bias, int64_t stride, float* y) {
+template <bool add>
+void put_square(const float* sums, int64_t height, int64_t width, const float* bias, int64_t stride, float* y) {
   for (int64_t i = 0; i < height; ++i, y += stride, sums += kSquare)
     for (int64_t c = 0; c < width; c += kLanes<float>) {
+      const int64_t n = width - c;
       Vec<float> sum = load(sums + c);
-      if (add) sum += load_first(static_cast<const float*>(y) + c, width - c);
-      if (bias) sum += load_first(bias + c, width - c);
-      store_first(y + c, sum, width - c);
+      if (add) sum += load_first(static_cast<const float*>(y) + c, n);
+      if (bias) sum += load_first(bias + c, n);
+      store_first(y + c, sum, n);
     }
 }
 
@@ -171,24 +193,25 @@ void linear_amx_cpu(const LinearAmxParams& p) {
   while (blocks * parts < 4 * threads && blocks * parts % threads && parts * 2 * kColumns <= p.outputs) ++parts;
   const int64_t columns = round_up(ceil_div(p.outputs, parts), kColumns);
   parallel_jobs(blocks * parts, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
-    const auto packed = [](int64_t rows) { return Scratch<Bf16Pair>(rows / kSide * kDepth / kStep * kStepUnits); };
-    return [&, left = packed(kRows), right = packed(kColumns), sums = Scratch<float>(kSquare * kSquare),
-            tiles = TileRegisters()](int64_t job) {
+    thread_local const Workspace workspace;
+    return [&, left = workspace.left, right = workspace.right, sums = workspace.sums,
+            tiles = TileRegisters(), flush = FlushDenormals()](int64_t job) {
       const int64_t row = job / parts * kRows, row_end = std::min(row + kRows, p.rows);
       const int64_t begin = job % parts * columns, end = std::min(begin + columns, p.outputs);
       int64_t first = 0;
       do {  // once for a depth of 0 too, which gives the bias
         const int64_t steps = ceil_div(std::min(kDepth, p.inputs - first), kStep), slice = steps * kStepUnits;
-        x.pack(row, row_end, first, steps, true, left.get());
+        x.pack(row, row_end, first, steps, true, left);
         for (int64_t panel = begin; panel < end; panel += kColumns) {
           const int64_t panel_end = std::min(panel + kColumns, end);
-          weight.pack(panel, panel_end, first, steps, false, right.get());
+          weight.pack(panel, panel_end, first, steps, false, right);
           for (int64_t o = panel; o < panel_end; o += kSquare)
             for (int64_t t = row; t < row_end; t += kSquare) {
-              multiply_square(steps, left.get() + (t - row) / kSide * slice, right.get() + (o - panel) / kSide * slice,
-                              sums.get());
-              put_square(sums.get(), std::min<int64_t>(kSquare, row_end - t), std::min<int64_t>(kSquare, panel_end - o),
-                         first > 0, p.bias && first == 0 ? p.bias + o : nullptr, p.outputs, p.y + t * p.outputs + o);
+              multiply_square(steps, left + (t - row) / kSide * slice, right + (o - panel) / kSide * slice,
+                              sums);
+              const auto put = p.add || first > 0 ? put_square<true> : put_square<false>;
+              put(sums, std::min<int64_t>(kSquare, row_end - t), std::min<int64_t>(kSquare, panel_end - o),
+                  p.bias && first == 0 ? p.bias + o : nullptr, p.outputs, p.y + t * p.outputs + o);
             }
         }
         first += kDepth;

@@ -26,7 +26,7 @@ void linear_few_rows(const Target& target, py::handle x_, py::handle weight_, py
 
 #if defined(__x86_64__)
 void linear_amx(const Target& target, py::handle x_, bool x_transposed, py::handle weight_, bool weight_transposed,
-                py::handle bias_, py::handle y_) {
+                py::handle bias_, py::handle y_, bool add) {
   if (active_isa != Isa::v4_amx) throw py::value_error("linear: the kernel for AMX needs v4_amx as the instruction set in use.");
   const TensorView x("linear", "x", x_), weight("linear", "weight", weight_), bias("linear", "bias", bias_);
   const TensorView y("linear", "y", y_);
@@ -34,6 +34,7 @@ void linear_amx(const Target& target, py::handle x_, bool x_transposed, py::hand
   LinearAmxParams params{};
   params.x_transposed = x_transposed;
   params.weight_transposed = weight_transposed;
+  params.add = add;
   params.rows = x.rank("(T, I)", 2).dtype(Scalar::f32, kOnly).size(x_transposed ? 1 : 0);
   params.inputs = x.size(x_transposed ? 0 : 1);
   params.outputs = weight.rank("(O, I)", 2).size(weight_transposed ? 1 : 0);

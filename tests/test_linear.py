@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from backends import ISAS, isa
 from megalodon_ops import _C
 from megalodon_ops import linear as module
-from megalodon_ops.linear import choose, linear, linear_few_rows, linear_fwd
+from megalodon_ops.linear import add_product_, choose, linear, linear_few_rows, linear_fwd
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
@@ -117,12 +117,12 @@ def test_opcheck_of_few_rows():
     torch.library.opcheck(linear_few_rows, (x, weight, None))
 
 
-def amx(x, weight, bias=None, *, transposed=(False, False)):
+def amx(x, weight, bias=None, *, transposed=(False, False), add_to=None):
     """The kernel, on matrices that lie transposed in memory."""
-    y = torch.full((x.shape[0], weight.shape[0]), torch.nan)
+    y = torch.full((x.shape[0], weight.shape[0]), torch.nan) if add_to is None else add_to.clone()
     x, weight = (m.t().contiguous() if t else m for m, t in zip((x, weight), transposed, strict=True))
     with isa("v4_amx"):
-        _C.linear_amx(x, transposed[0], weight, transposed[1], bias, y)
+        _C.linear_amx(x, transposed[0], weight, transposed[1], bias, y, add_to is not None)
     return y
 
 
@@ -140,7 +140,21 @@ def test_amx(T, I, O, bias, transposed):  # noqa: E741
     size = F.linear(x.double().abs(), weight.double().abs())  # of the terms
     if bias:
         expected, size = expected + offset.double(), size + offset.double().abs()
-    assert ((y.double() - expected).abs() <= 2 * torch.finfo(torch.float32).eps * size).all()
+    bound = 2 * torch.finfo(torch.float32).eps * size
+    assert ((y.double() - expected).abs() <= bound).all()
+    summed = amx(x, weight, offset, transposed=transposed, add_to=torch.ones_like(y))
+    assert ((summed.double() - 1 - expected).abs() <= bound + torch.finfo(torch.float32).eps).all()
+
+
+@pytest.mark.parametrize("large", LARGE, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_product(large, dtype):
+    x, weight = (torch.randn(20, n, dtype=dtype) for n in (70, 30))
+    y = torch.randn(70, 30)
+    expected = y + F.linear(x.t(), weight.t()).float()
+    with torch.no_grad():
+        add_product_(y, x.t(), weight.t(), 32)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_amx
@@ -186,7 +200,7 @@ def test_another_instruction_set_leaves_amx(large):
     y = torch.empty(20, 40)
     with isa("v2"):
         with pytest.raises(ValueError, match="v4_amx"):
-            _C.linear_amx(x, False, weight, False, None, y)
+            _C.linear_amx(x, False, weight, False, None, y, False)
         torch.testing.assert_close(linear_fwd(x, weight, None), F.linear(x, weight))
 
 

@@ -96,19 +96,33 @@ def _few_rows(x, weight, bias):
     return y
 
 
+def add_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int) -> None:
+    """y += x weight^T, outside autograd. Where that takes two steps, for `rows` of y at a time, as suits the cache."""
+    if _runs_on_amx() and y.dtype == torch.float32 and _is_plain(x, weight, y):
+        _amx(x, weight, None, y, add=True)
+        return
+    for part, of_x in zip(y.split(rows), x.split(rows), strict=True):
+        part.add_(linear(of_x, weight))
+
+
+def _runs_on_amx() -> bool:
+    return USES_AMX and _C.active_isa() == "v4_amx"  # which may be another than at import
+
+
 def _fwd(x, weight, bias):
-    if USES_AMX and _C.active_isa() == "v4_amx":
-        return _amx(x, weight, bias)
-    if not USES_ONEDNN:  # the instruction set is another than at import
+    if _runs_on_amx():
+        y = _fwd_fake(x, weight, bias)
+        _amx(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
+        return y
+    if not USES_ONEDNN:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(_by_rows(x), weight, bias, "none", [], "")
 
 
-def _amx(x, weight, bias):
-    y = _fwd_fake(x, weight, bias)
-    rows, weight = (_contiguous_or_transposed(matrix) for matrix in (x.reshape(-1, x.shape[-1]), weight))
-    launch("linear_amx", *rows, *weight, contiguous_or_none(bias), y.view(-1, y.shape[-1]))
-    return y
+def _amx(x, weight, bias, y, add):
+    launch(
+        "linear_amx", *_contiguous_or_transposed(x), *_contiguous_or_transposed(weight), contiguous_or_none(bias), y, add
+    )
 
 
 def _contiguous_or_transposed(matrix: Tensor) -> tuple[Tensor, bool]:

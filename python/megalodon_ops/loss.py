@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import accumulation_dtype, autocast, call, define_op
-from .linear import linear
+from .linear import add_product_, linear
 
 # Values in a block. On the CPU just under the 32 MiB from which glibc gives freed memory back to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
@@ -96,8 +96,8 @@ def _rows(width: int, device: torch.device) -> int:
     return max(_block(device) // width // 64, 1) * 64
 
 
-def _log_softmax(x: Tensor, weight: Tensor) -> Tensor:
-    return linear(x, weight).log_softmax(-1, dtype=accumulation_dtype(x.dtype))
+def _log_softmax(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.log_softmax(linear(x, weight), -1, dtype=accumulation_dtype(x.dtype), out=out)
 
 
 def _fwd(x, weight, index, ignore_index):
@@ -128,9 +128,10 @@ def _sum(x, weight, index, scales, wants_dx, wants_dweight):
     _, dx, dweight = _sum_fake(x, weight, index, scales, wants_dx, wants_dweight)
     dweight.zero_()
     losses, rows, slab = [], _rows(weight.shape[0], x.device), _rows(x.shape[1], x.device)
+    kept = dx.new_empty(min(rows, x.shape[0]), weight.shape[0])
     for begin in range(0, x.shape[0], rows):
         block = slice(begin, begin + rows)
-        probabilities = _log_softmax(x[block], weight)
+        probabilities = _log_softmax(x[block], weight, out=kept[: x.shape[0] - begin])
         losses.append(F.nll_loss(probabilities, index[block], reduction="none"))
         probabilities.exp_()
         # dlogits = scale (probabilities - onehot)
@@ -138,9 +139,8 @@ def _sum(x, weight, index, scales, wants_dx, wants_dweight):
         dlogits = dlogits.mul_(scales[block, None]).to(x.dtype)
         if wants_dx:
             dx[block] = linear(dlogits, weight.t())
-        if wants_dweight:  # in slabs, each added while it is in the cache
-            for part, columns in zip(dweight.split(slab), dlogits.split(slab, 1), strict=True):
-                part.add_(linear(columns.t(), x[block].t()))
+        if wants_dweight:
+            add_product_(dweight, dlogits.t(), x[block].t(), slab)
     return torch.cat(losses).dot(scales), dx, dweight
 
 
