@@ -134,7 +134,7 @@ class Effort:
     """How long to measure."""
 
     samples: int = 11
-    seconds: float = 0.6
+    seconds: float = 0.55
     """for each path and state of the cache, three times as many for the first three samples; a rival whose first call
     takes longer gets no other"""
 

@@ -5,14 +5,14 @@
 //
 // (Henry, Tang and Heinecke 2019, arXiv 1904.06376). a0 is rounded to the nearest, so that what is left out has either
 // sign. The six products are exact, and an instruction adds those of 32 steps of the depth to a sum at once, which is
-// thus rounded less often than by multiply-adds. Six products at 16 times the rate of float32 leave a factor of 2.6.
+// thus rounded less often than by multiply-adds. Six products at 16 times the rate of float32 leave 2.7.
 //
 // An infinity gives NaN, as does what bfloat16 rounds to one, from 2^128 (1 - 2^-9) on; a number below 2^-110 loses low
 // bits, as bfloat16 has float32's exponents and the instruction takes denormals for zero.
 //
 // Matrices are packed in slices of 16 rows (of x and of weight), a slice in steps of 32 of the depth, a step in three
-// tiles of 1 KiB, one for each part. A tile of x has its rows. One of weight has pairs of the depth for rows, as a right
-// operand must: 16 rows of weight lie side by side. The pairs are steps d and d + 16, of both.
+// tiles of 1 KiB, one for each part. A tile of x has its rows. One of weight has pairs of the depth for rows, as a
+// right operand must: 16 rows of weight lie side by side. The pairs are steps d and d + 16, of both.
 //
 // A job owns kRows rows of y, or some columns of them. For each kDepth of the depth it packs its rows of x, which stay
 // in the L2, and for each kColumns columns the weights, and makes squares of 2 x 2 tiles of y: 24 products and 16 loads
@@ -37,8 +37,8 @@ constexpr int64_t kTileUnits = kSide * kSide;  // Bf16Pair
 constexpr int64_t kStepUnits = kParts * kTileUnits;
 constexpr int64_t kRows = 256, kColumns = 64, kDepth = 512;  // with three parts, 0.75 MiB of x and 0.2 MiB of weights
 
-// What a thread packs, kept from call to call, in one huge page: where small pages happen to lie, some of those that the
-// L2 should hold would take each other's place in it.
+// What a thread packs, kept from call to call, in one huge page: where small pages happen to lie, some of those that
+// the L2 should hold would take each other's place in it.
 struct Workspace {
   static constexpr size_t kBytes = size_t{2} << 20;
   static constexpr int64_t kLeft = kRows / kSide * (kDepth / kStep) * kStepUnits;
@@ -52,14 +52,14 @@ struct Workspace {
   ~Workspace() { std::free(left); }
   Workspace(const Workspace&) = delete;
 
-  Bf16Pair* const left;  // kRows of x
-  Bf16Pair* const right = left + kLeft;  // kColumns of the weights
+  Bf16Pair* const left;                                          // kRows of x
+  Bf16Pair* const right = left + kLeft;                          // kColumns of the weights
   float* const sums = reinterpret_cast<float*>(right + kRight);  // of a square
 };
 
 // A whole step of a slice. Element (r, d) lies at r stride + d or, if transposed, at d stride + r.
 template <bool transposed>
-void pack_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
+void split_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
   Vec<float> low[kSide], high[kSide];  // of the depth
 #pragma GCC unroll 16
   for (int i = 0; i < kSide; ++i) {
@@ -117,8 +117,8 @@ struct Matrix {
       from = edge;
       stride = width;
     }
-    if (transposed) MEGALODON_ISA::pack_step<true>(from, stride, left, to);
-    else MEGALODON_ISA::pack_step<false>(from, stride, left, to);
+    const auto split = transposed ? split_step<true> : split_step<false>;
+    split(from, stride, left, to);
   }
 };
 
@@ -194,8 +194,8 @@ void linear_amx_cpu(const LinearAmxParams& p) {
   const int64_t columns = round_up(ceil_div(p.outputs, parts), kColumns);
   parallel_jobs(blocks * parts, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
     thread_local const Workspace workspace;
-    return [&, left = workspace.left, right = workspace.right, sums = workspace.sums,
-            tiles = TileRegisters(), flush = FlushDenormals()](int64_t job) {
+    return [&, left = workspace.left, right = workspace.right, sums = workspace.sums, tiles = TileRegisters(),
+            flush = FlushDenormals()](int64_t job) {
       const int64_t row = job / parts * kRows, row_end = std::min(row + kRows, p.rows);
       const int64_t begin = job % parts * columns, end = std::min(begin + columns, p.outputs);
       int64_t first = 0;
@@ -207,8 +207,7 @@ void linear_amx_cpu(const LinearAmxParams& p) {
           weight.pack(panel, panel_end, first, steps, false, right);
           for (int64_t o = panel; o < panel_end; o += kSquare)
             for (int64_t t = row; t < row_end; t += kSquare) {
-              multiply_square(steps, left + (t - row) / kSide * slice, right + (o - panel) / kSide * slice,
-                              sums);
+              multiply_square(steps, left + (t - row) / kSide * slice, right + (o - panel) / kSide * slice, sums);
               const auto put = p.add || first > 0 ? put_square<true> : put_square<false>;
               put(sums, std::min<int64_t>(kSquare, row_end - t), std::min<int64_t>(kSquare, panel_end - o),
                   p.bias && first == 0 ? p.bias + o : nullptr, p.outputs, p.y + t * p.outputs + o);

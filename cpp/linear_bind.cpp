@@ -27,7 +27,8 @@ void linear_few_rows(const Target& target, py::handle x_, py::handle weight_, py
 #if defined(__x86_64__)
 void linear_amx(const Target& target, py::handle x_, bool x_transposed, py::handle weight_, bool weight_transposed,
                 py::handle bias_, py::handle y_, bool add) {
-  if (active_isa != Isa::v4_amx) throw py::value_error("linear: the kernel for AMX needs v4_amx as the instruction set in use.");
+  if (active_isa != Isa::v4_amx)
+    throw py::value_error("linear: the kernel for AMX needs v4_amx as the instruction set in use.");
   const TensorView x("linear", "x", x_), weight("linear", "weight", weight_), bias("linear", "bias", bias_);
   const TensorView y("linear", "y", y_);
   constexpr const char* kOnly = "the only one";

@@ -131,7 +131,8 @@ def amx(x, weight, bias=None, *, transposed=(False, False), add_to=None):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("T", "I", "O"),
-    [(1, 1, 1), (16, 32, 16), (17, 33, 31), (300, 70, 40), (260, 40, 200), (33, 1100, 129), (40, 600, 1), (5, 0, 3), (0, 4, 3), (4, 4, 0)],
+    [(1, 1, 1), (16, 32, 16), (17, 33, 31), (300, 70, 40), (260, 40, 200), (33, 1100, 129), (40, 600, 1),
+     (5, 0, 3), (0, 4, 3), (4, 4, 0)],
 )  # fmt: skip
 def test_amx(T, I, O, bias, transposed):  # noqa: E741
     x, weight, offset = (t.detach() for t in inputs(T, I=I, O=O))

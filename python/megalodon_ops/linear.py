@@ -63,9 +63,9 @@ def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
     return _is_plain(x, weight, bias)
 
 
-def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     """On the CPU, in one floating dtype, which autocast does not change."""
-    same = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) and x.is_floating_point()
+    same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
     return same and x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
@@ -98,7 +98,7 @@ def _few_rows(x, weight, bias):
 
 def add_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int) -> None:
     """y += x weight^T, outside autograd. Where that takes two steps, for `rows` of y at a time, as suits the cache."""
-    if _runs_on_amx() and y.dtype == torch.float32 and _is_plain(x, weight, y):
+    if _runs_on_amx() and x.dtype == torch.float32 and _is_plain(x, weight, y):
         _amx(x, weight, None, y, add=True)
         return
     for part, of_x in zip(y.split(rows), x.split(rows), strict=True):
@@ -120,9 +120,8 @@ def _fwd(x, weight, bias):
 
 
 def _amx(x, weight, bias, y, add):
-    launch(
-        "linear_amx", *_contiguous_or_transposed(x), *_contiguous_or_transposed(weight), contiguous_or_none(bias), y, add
-    )
+    matrices = *_contiguous_or_transposed(x), *_contiguous_or_transposed(weight)
+    launch("linear_amx", *matrices, contiguous_or_none(bias), y, add)
 
 
 def _contiguous_or_transposed(matrix: Tensor) -> tuple[Tensor, bool]:
