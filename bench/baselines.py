@@ -10,6 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear by oneDNN, which torch also holds and F.linear may not use."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def cema_loop(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor) -> Tensor:
     """The recurrence step by step, all rows, channels and states at once."""
     h = q.new_zeros(x.shape[0], *q.shape)  # (B, D, N)

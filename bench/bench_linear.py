@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from megalodon_ops.linear import linear
 
+from . import baselines
 from .harness import OURS, Case, Path, forward, forward_backward
 
 TOLERANCE = 1e-5
@@ -31,8 +32,8 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
                 return forward_backward(op, tensors, [dy]) if backward else forward(op, *tensors)
 
             paths = [Path(OURS, call(linear)), Path("F.linear", call(F.linear))]
-            if not backward and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-                paths.append(Path("oneDNN", call(_onednn)))
+            if not backward and baselines.HAS_ONEDNN_LINEAR:
+                paths.append(Path("oneDNN", call(baselines.onednn_linear)))
             yield Case(
                 name="linear forward" + " + backward" * backward,
                 shape=f"T {rows} I {inputs} O {outputs}",
@@ -46,7 +47,3 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
                 cold=False,
                 fewer_threads=False,
             )
-
-
-def _onednn(x, weight):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

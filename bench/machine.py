@@ -22,6 +22,8 @@ from torch import Tensor
 
 import megalodon_ops as mo
 
+from . import baselines
+
 NAME = "cpu"
 _FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
@@ -90,8 +92,8 @@ def measure_limits(threads: int, quick: bool = False) -> Limits:
         return work / min(_seconds(call) for _ in range(repeats)) / 1e9
 
     onednn = None
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        onednn = rate(flops, lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    if baselines.HAS_ONEDNN_LINEAR:
+        onednn = rate(flops, lambda: baselines.onednn_linear(a, b))
     return Limits(
         fma_fp32=fma_peak(threads, quick),
         gemm_fp32=rate(flops, lambda: torch.mm(a, b)),

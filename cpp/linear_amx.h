@@ -17,7 +17,7 @@ struct LinearAmxParams {
   float* y;             // (T, O)
 };
 
-namespace v4_amx {
+namespace v4_amx {  // alone
 void linear_amx_cpu(const LinearAmxParams&);
 }
 

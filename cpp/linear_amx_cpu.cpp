@@ -1,7 +1,7 @@
 // float32 products on AMX, which multiplies bfloat16. A number is the sum of three of those, which hold its 24 bits:
 //
-//   a = a0 + a1 + a2:  a0 = a to 8 bits, |a - a0| <= 2^-8 |a|;  a1 = the next 8 bits, |a2| <= 2^-15 |a|
-//   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + less than 2^-21 |a b|, 2^-26 in the mean square
+//   a = a0 + a1 + a2:  a0 = a to 8 bits, |a - a0| <= 2^-8 |a|;  a1 = the next 8 bits, |a2| < 2^-16 |a|
+//   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + less than 2^-22 |a b|, 2^-26 in the mean square
 //
 // (Henry, Tang and Heinecke 2019, arXiv 1904.06376). a0 is rounded to the nearest, so that what is left out has either
 // sign. The six products are exact, and an instruction adds those of 32 steps of the depth to a sum at once, which is
