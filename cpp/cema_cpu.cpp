@@ -8,10 +8,9 @@
 // bits for any number of threads.
 //
 // Forward, for each span, 32 steps, tile:
-//   1. copy the vectors of x, D elements apart, to a row of them (2 KB)
-//   2. for each 4 modes: scan the steps with the state in registers; meanwhile the rows of x and y for the next 32
-//      steps come to the L2, a line every few steps, and the coefficients and state of the next modes to the L1
-//   3. copy y back
+//   for each 4 modes, scan the steps with the state in registers. The first of these passes reads the vectors of x, D
+//   elements apart, and copies them to a row of them (2 KB); the last writes y. Meanwhile the rows of x and y for the
+//   next 32 steps come to the L2, a line every few steps, and the coefficients and state of the next modes to the L1
 // Folded form, u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds a mode and step. A carried state is
 // divided by p only if no p is tiny; else the direct form runs (7).
 //
@@ -29,7 +28,7 @@
 //
 // Short sequences, as in decoding: a lane is a mode, and states stay in their (D, N) order.
 //
-// Registers in phase 2: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: 64 rows of x and y
+// Registers of the scan: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: 64 rows of x and y
 // as wide as the strip, coefficients and states; strips are narrow enough for half the L2 (cema_plan.h).
 // Bytes: forward reads x and writes y, the minimum; backward reads x once, dy twice and writes dx, 4/3 of the minimum.
 
@@ -216,16 +215,23 @@ void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int
   const int64_t ahead = params.sequences.tokens - span.begin;
   const auto tile = [&](int64_t t, int count, int vector, int size) {
     const int64_t at = t * stride + vector * lanes;
-    load_rows(x + at, stride, count, size, strip.x.get());
-    load_rows(dy + at, stride, count, size, strip.in.get());
-    add_lanes<R>(sum_omega + vector * lanes, dot_steps(strip.x.get(), strip.in.get(), count));
+    const Tile<T> vectors{dy + at, x + at, nullptr, stride, strip.in.get(), nullptr, strip.x.get()};
+    const bool whole = size == lanes;
+    if (!whole) {
+      load_rows(vectors.x_from, stride, count, size, vectors.x);
+      load_rows(vectors.from, stride, count, size, vectors.in);
+    }
     for_each_pass<kSensitivityModes>(modes, [&](int64_t n, auto pass_modes) {
       const int64_t mode = vector * modes + n;
-      sensitivity_pass<kFolded, pass_modes>(strip.x.get(), strip.in.get(), count,
-                                            strip.coefs.get() + mode * kCoefs * lanes,
-                                            strip.state.get() + mode * 4 * lanes, sums + mode * kSums * lanes,
-                                            strip.fetch);
+      const auto pass = [&](auto part) {
+        sensitivity_pass<kFolded, part, pass_modes>(vectors, count, strip.coefs.get() + mode * kCoefs * lanes,
+                                                    strip.state.get() + mode * 4 * lanes,
+                                                    sums + mode * kSums * lanes, strip.fetch);
+      };
+      if (whole && n == 0) pass(std::integral_constant<Part, Part::first>{});
+      else pass(std::integral_constant<Part, Part::inner>{});
     });
+    add_lanes<R>(sum_omega + vector * lanes, dot_steps(vectors.x, vectors.in, count));
   };
   strip.template each_tile<kSensitivityModes>(x, dy, stride, steps, ahead, tile);
   if (params.dstate_out) {

@@ -1,5 +1,5 @@
 // The inner loops of the CEMA kernels: a tile is a vector of channels for some steps, a pass keeps a few modes in
-// registers. in, out and x point to (steps, lanes) of R; coefs to (N, kCoefs, lanes); state to (N, 2 or 4, lanes).
+// registers. coefs point to (N, kCoefs, lanes); state to (N, 2 or 4, lanes).
 #pragma once
 
 #include <algorithm>
@@ -21,11 +21,26 @@ enum Coef { kQRe, kQIm, kCRe, kCIm, kP, kCoefs };
 // Sums over steps, kept in double: gradients before the factors that do not depend on the step.
 enum Sum { kSumWRe, kSumWIm, kSumHRe, kSumHIm, kSumP, kSumEndRe, kSumEndIm, kSums };
 
-// out = omega in in the first pass of a vector, and then
+// out = omega in, and then
 // folded:  s = q s + in,    out += Re(c s)
 // direct:  s = q s + p in,  out += Re(c s)
 // adjoint: g = s + c in,    out += p Re(g),  kSumP += x Re(g),  s = q g
 enum class Form { folded, direct, adjoint };
+
+// The first pass over a tile takes its input from the rows and leaves it in the tile; in a scan it applies omega. The
+// last pass of a scan leaves its output in the rows. All else stays in the tile.
+enum class Part { first, inner, last };
+
+// A vector of channels for some steps: from, x_from and to point to rows `stride` elements apart; in, out and x to
+// copies, (kTileSteps, lanes).
+template <class T>
+struct Tile {
+  using R = Compute<T>;
+  const T *from, *x_from;
+  T* to;
+  int64_t stride;
+  R *__restrict in, *__restrict out, *__restrict x;
+};
 
 // Splits N modes into passes of nearly equal size and calls pass(first mode, integral_constant of the size).
 template <int most, class F>
@@ -47,36 +62,49 @@ MEGALODON_INLINE void for_each_pass(int64_t modes, F&& pass) {
 // Fetches the next tiles' rows of two tensors into the L2, a line of each every few steps of the passes: many at once
 // would fill the buffers through which the L1 loads, and the passes would wait.
 struct FetchAhead {
-  const char *a = nullptr, *b = nullptr;  // the next lines
-  int64_t rows = 0;                       // left
-  int64_t lines = 0, line = 0;            // of a row, and left of this one
-  int64_t skip = 0;                       // bytes from the end of a row to the next one
-  int every = 1;                          // steps
+  static constexpr int kBlock = 4;  // steps, unrolled
 
+  const char *a = nullptr, *b = nullptr;  // the next lines
+  int64_t count = 0, left = 0;            // lines of a run, and left of this one
+  int64_t runs = 0;                       // left
+  int64_t step = 0, skip = 0;             // bytes from line to line, and from the last to the next run's first
+  int burst = 1, pause = 1;               // lines at a time, every so many blocks, a power of two
+
+  // A line at least every `steps` steps.
+  void set_pace(int64_t steps) {
+    burst = static_cast<int>((kBlock + steps - 1) / steps);
+    for (pause = 1; 2 * pause * kBlock <= steps;) pause *= 2;
+  }
   MEGALODON_INLINE void next() {
-    if (rows <= 0) return;
+    if (runs <= 0) return;
     __builtin_prefetch(a, 0, 2);
     __builtin_prefetch(b, 0, 2);
-    a += kLineBytes;
-    b += kLineBytes;
-    if (--line > 0) return;
-    line = lines;
-    --rows;
+    a += step;
+    b += step;
+    if (--left > 0) return;
+    left = count;
+    --runs;
     a += skip;
     b += skip;
   }
   // f(t) for each step of a pass; meanwhile, the next pass's coefficients and state come from the L2.
   template <class R, class F>
-  MEGALODON_INLINE void each_step(int steps, const R* next_coefs, const R* next_state, F&& f) {
+  MEGALODON_INLINE void each_step(int64_t steps, const R* next_coefs, const R* next_state, F&& f) {
     FetchAhead local = *this;
-    for (int t = 0; t < steps;) {
-      local.next();
-      for (const int end = std::min(t + every, steps); t < end; ++t) {
-        __builtin_prefetch(next_coefs + t * kLanes<R>);
-        __builtin_prefetch(next_state + t * kLanes<R>);
-        f(t);
+    int64_t t = 0;
+    for (; t + kBlock <= steps; t += kBlock) {
+      const int64_t block = t / kBlock;
+      if ((block & (pause - 1)) == 0)
+        for (int line = 0; line < burst; ++line) local.next();
+      __builtin_prefetch(next_state + block * kLanes<R>);
+#pragma GCC unroll 4
+      for (int i = 0; i < kBlock; ++i) {
+        __builtin_prefetch(next_coefs + (t + i) * kLanes<R>);
+        f(t + i);
       }
     }
+#pragma GCC unroll 1
+    for (; t < steps; ++t) f(t);
     *this = local;
   }
 };
@@ -88,10 +116,15 @@ MEGALODON_INLINE void add_lanes(double* sum, Vec<R> v) {
   for (int i = 0; i < kLanes<R>; ++i) sum[i] += lanes[i];
 }
 
-template <Form form, bool kOutput, bool kFirst, int modes, class R>
-MEGALODON_INLINE void scan_pass(const R* __restrict in, R* __restrict out, const R* __restrict x, int steps,
-                                Vec<R> omega, const R* coefs, R* state, double* sums, FetchAhead& ahead) {
+template <Form form, bool kOutput, Part part, int modes, class T, class R>
+MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, const R* coefs, R* state, double* sums,
+                                FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
+  const T* __restrict from = tile.from;
+  T* __restrict to = tile.to;
+  const R* __restrict x = tile.x;
+  R *__restrict in = tile.in, *__restrict out = tile.out;
+  const int64_t stride = tile.stride;
   using V = Vec<R>;
   V q_re[modes], q_im[modes], c_re[modes], c_im[modes], p[modes], re[modes], im[modes], sum_p[modes];
 #pragma GCC unroll 8
@@ -106,8 +139,9 @@ MEGALODON_INLINE void scan_pass(const R* __restrict in, R* __restrict out, const
     im[m] = load(state + (2 * m + 1) * lanes);
     sum_p[m] = V{};
   }
-  const auto step = [&](int t) __attribute__((always_inline)) {
-    const V input = load(in + t * lanes);
+  const auto step = [&](int64_t t) __attribute__((always_inline)) {
+    const V input = part == Part::first ? load(from + t * stride) : load(in + t * lanes);
+    if (part == Part::first) store(in + t * lanes, input);
     V sum{};
 #pragma GCC unroll 8
     for (int m = 0; m < modes; ++m) {
@@ -127,7 +161,10 @@ MEGALODON_INLINE void scan_pass(const R* __restrict in, R* __restrict out, const
         im[m] = next_im;
       }
     }
-    if (kOutput) store(out + t * lanes, (kFirst ? omega * input : load(out + t * lanes)) + sum);
+    if (!kOutput) return;
+    sum += part == Part::first ? omega * input : load(out + t * lanes);
+    if (part == Part::last) store(to + t * stride, sum);
+    else store(out + t * lanes, sum);
   };
   ahead.each_step(steps, coefs + modes * kCoefs * lanes, state + modes * 2 * lanes, step);
 #pragma GCC unroll 8
@@ -139,10 +176,13 @@ MEGALODON_INLINE void scan_pass(const R* __restrict in, R* __restrict out, const
 }
 
 // u = q u + x (or p x), w = dw/dq: w_t = q w_{t-1} + u_{t-1}; adds sum_t dy_t w_t and sum_t dy_t u_t to the sums.
-template <bool kFolded, int modes, class R>
-MEGALODON_INLINE void sensitivity_pass(const R* __restrict x, const R* __restrict dy, int steps, const R* coefs,
-                                       R* state, double* sums, FetchAhead& ahead) {
+template <bool kFolded, Part part, int modes, class T, class R>
+MEGALODON_INLINE void sensitivity_pass(const Tile<T>& tile, int steps, const R* coefs, R* state, double* sums,
+                                       FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
+  const T *__restrict from = tile.from, *__restrict x_from = tile.x_from;
+  R *__restrict x = tile.x, *__restrict dy = tile.in;
+  const int64_t stride = tile.stride;
   using V = Vec<R>;
   V q_re[modes], q_im[modes], p[modes], u_re[modes], u_im[modes], w_re[modes], w_im[modes];
   V sum_u_re[modes], sum_u_im[modes], sum_w_re[modes], sum_w_im[modes];
@@ -158,8 +198,13 @@ MEGALODON_INLINE void sensitivity_pass(const R* __restrict x, const R* __restric
     w_im[m] = load(state + (4 * m + 3) * lanes);
     sum_u_re[m] = sum_u_im[m] = sum_w_re[m] = sum_w_im[m] = V{};
   }
-  const auto step = [&](int t) __attribute__((always_inline)) {
-    const V xt = load(x + t * lanes), dyt = load(dy + t * lanes);
+  const auto step = [&](int64_t t) __attribute__((always_inline)) {
+    const V xt = part == Part::first ? load(x_from + t * stride) : load(x + t * lanes);
+    const V dyt = part == Part::first ? load(from + t * stride) : load(dy + t * lanes);
+    if (part == Part::first) {
+      store(x + t * lanes, xt);
+      store(dy + t * lanes, dyt);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < modes; ++m) {
       const V next_w_re = q_re[m] * w_re[m] + (u_re[m] - q_im[m] * w_im[m]);

@@ -82,36 +82,47 @@ struct Strip {
     const T* const fetched = kOutput ? to : from;
     each_tile<kScanModes>(from, fetched, stride, steps, ahead, [&](int64_t t, int count, int vector, int size) {
       const int64_t at = t * stride + vector * lanes;
-      load_rows(from + at, stride, count, size, in.get());
-      if (form == Form::adjoint) load_rows(x_from + at, stride, count, size, x.get());
+      const Tile<T> tile{from + at, x_from + at, kOutput ? to + at : nullptr, stride, in.get(), out.get(), x.get()};
+      const Vec<R> scale = load(omega.get() + vector * lanes);
+      const bool whole = size == lanes;  // its rows can be worked on in place
+      if (!whole) {
+        load_rows(tile.from, stride, count, size, tile.in);
+        for (int i = 0; i < count; ++i) store(tile.out + i * lanes, scale * load(tile.in + i * lanes));
+      }
+      if (form == Form::adjoint) load_rows(tile.x_from, stride, count, size, tile.x);
       for_each_pass<kScanModes>(modes, [&](int64_t n, auto pass_modes) {
         const int64_t mode = vector * modes + n;
-        const auto pass = [&](auto first) {
-          scan_pass<form, kOutput, first, pass_modes>(
-              in.get(), out.get(), x.get(), count, load(omega.get() + vector * lanes),
-              coefs.get() + mode * kCoefs * lanes, state.get() + mode * 2 * lanes,
+        const auto pass = [&](auto part) {
+          scan_pass<form, kOutput, part, pass_modes>(
+              tile, count, scale, coefs.get() + mode * kCoefs * lanes, state.get() + mode * 2 * lanes,
               form == Form::adjoint ? sums + mode * kSums * lanes : nullptr, fetch);
         };
-        n == 0 ? pass(std::true_type{}) : pass(std::false_type{});
+        if (whole && n == 0) pass(std::integral_constant<Part, Part::first>{});
+        else if (kOutput && whole && n + pass_modes == modes) pass(std::integral_constant<Part, Part::last>{});
+        else pass(std::integral_constant<Part, Part::inner>{});
       });
-      if (kOutput) store_rows(out.get(), count, size, to + at, stride);
+      if (kOutput && (!whole || modes <= kScanModes)) store_rows(tile.out, count, size, tile.to, stride);
     });
   }
 
   // f(first step, steps, vector, channels) for all tiles of some steps. Its passes, each of at most `most` modes,
-  // fetch the next rows of a and b.
+  // fetch the next rows of a and b: along the rows, as the processor then fetches on by itself. But past the end of a
+  // narrow strip that takes lines from the thread that is about to write them; column by column it does not.
   template <int most, class F>
   void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
     constexpr int64_t size = sizeof(T);
-    fetch.lines = ceil_div(channels * size, kLineBytes);
-    fetch.skip = stride * size - fetch.lines * kLineBytes;
-    fetch.every = static_cast<int>(vectors * ceil_div(modes, most) / fetch.lines);
+    const int64_t row = stride * size, lines = ceil_div(channels * size, kLineBytes);
+    const bool by_rows = channels == params.channels || lines <= 2 || lines >= kPageBytes / kLineBytes / 2;
+    fetch.set_pace(vectors * ceil_div(modes, most) / lines);
+    fetch.step = by_rows ? kLineBytes : row;
     for (int64_t t = 0; t < steps; t += kTileSteps) {
       const int count = static_cast<int>(std::min<int64_t>(kTileSteps, steps - t));
+      const int64_t rows = std::clamp<int64_t>(ahead - t - count, 0, kTileSteps);
       fetch.a = reinterpret_cast<const char*>(a + (t + count) * stride);
       fetch.b = reinterpret_cast<const char*>(b + (t + count) * stride);
-      fetch.rows = std::min<int64_t>(kTileSteps, ahead - t - count);
-      fetch.line = fetch.lines;
+      fetch.count = fetch.left = by_rows ? lines : rows;
+      fetch.runs = by_rows ? rows : rows > 0 ? lines : 0;
+      fetch.skip = by_rows ? row - lines * kLineBytes : kLineBytes - rows * row;
       for (int vector = 0; vector < vectors; ++vector) f(t, count, vector, std::min(lanes, channels - vector * lanes));
     }
   }

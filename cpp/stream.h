@@ -9,7 +9,8 @@ namespace megalodon::MEGALODON_ISA {
 // first reads the line that it overwrites.
 constexpr int64_t kStreamedBytes = 32 << 20;
 constexpr int64_t kLineBytes = 64;
-constexpr int64_t kFetchedAhead = 4096;  // bytes; processors do not look beyond the page by themselves
+constexpr int64_t kPageBytes = 4096;
+constexpr int64_t kFetchedAhead = kPageBytes;  // processors do not look beyond the page by themselves
 
 // `from` points to kLanes elements of a row that is read in order, `index` is that of the first in the row.
 template <class T>
