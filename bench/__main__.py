@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import megalodon_ops
 import torch
 
 from . import gpu, harness, machine, report
@@ -26,7 +27,7 @@ def main() -> int:
     if options.device == "cuda":
         harness.hardware = gpu
         torch.set_default_device("cuda")
-    elif not machine.keep_freed_memory():
+    elif not megalodon_ops.keep_freed_memory():
         print("no glibc: times include the clearing of fresh pages", file=sys.stderr)
     hardware = harness.hardware
     threads = sorted(set(options.threads), reverse=True) if options.device == "cpu" else [torch.get_num_threads()]

@@ -6,13 +6,14 @@ A `Case` is one piece of work with a `Path` for each way of doing it, ours first
    tolerance, or the case raises `Disagreement` and is not timed. This call also compiles what needs compiling.
 2. Memory. Freed memory is given back to the system, and the peak of one call is read (Linux only): for us the call of
    step 1, for others, of which that may be the only call and then counts, one more.
-3. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path leaves when it has
+3. Warm-up. Another call of each path, which takes back the memory that step 2 gave away.
+4. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path leaves when it has
    enough samples or has used up its seconds: slow ones end with few samples, down to the one call of step 1.
    warm: an untimed call comes first, then the timed one, or as many calls in a row as take a millisecond.
    cold: a buffer twice as large as the last-level cache is read and written first, then one call is timed.
 
-Results are freed outside the timed part. The allocator keeps freed memory (see `machine.keep_freed_memory`), so that the
-system's page clearing, which `machine.Limits.first_touch` shows, is not part of what is timed.
+Results are freed outside the timed part. The allocator keeps freed memory (`megalodon_ops.keep_freed_memory`), so that
+the system's page clearing, which `machine.Limits.first_touch` shows, is not part of what is timed.
 """
 
 from __future__ import annotations
@@ -156,6 +157,8 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort) -> Result:
     timings = [Timing(path.name, path.rival and path is not case.paths[0]) for path in case.paths]
     active = _check(case, timings, effort)
     for runner in active:
+        runner.read_memory()
+    for runner in active:
         runner.warm_up()
     gc.collect()
     gc.disable()
@@ -180,8 +183,8 @@ class _Runner:
     seconds: float
     """about how long a call takes"""
 
-    def warm_up(self) -> None:
-        """Reads the peak memory of a call, where it is not known, and finds how long one takes."""
+    def read_memory(self) -> None:
+        """Reads the peak memory of a call, where it is not known."""
         if self.timing.peak_memory is None:
             if self.path.before:
                 self.path.before()
@@ -189,7 +192,10 @@ class _Runner:
             self.seconds, outputs = hardware.timed(self.path.call)
             self.timing.peak_memory = hardware.peak_memory_since(in_use)
             del outputs
-        for _ in range(3 if self.seconds < _CACHEABLE else 0):
+
+    def warm_up(self) -> None:
+        """Finds how long a call takes that needs no fresh memory."""
+        for _ in range(3 if self.seconds < _CACHEABLE else 1):
             if self.path.before:
                 self.path.before()
             self.seconds = min(self.seconds, hardware.timed(self.path.call)[0])

@@ -153,20 +153,6 @@ def cache_flusher() -> Callable[[], None]:
     return lambda: buffer.add_(1)
 
 
-def keep_freed_memory() -> bool:
-    """Makes glibc's malloc keep and reuse freed memory of any size. False where there is no glibc.
-
-    Otherwise every result of 32 MiB and more comes from fresh pages, which the system clears one by one: on some
-    machines that takes longer than the op.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_max = -1, -4
-        return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, -1))
-    except (AttributeError, OSError):
-        return False
-
-
 def reset_peak_memory() -> int | None:
     """Gives freed memory back, sets the high-water mark to what is in use, and returns that; None if not Linux."""
     gc.collect()

@@ -126,6 +126,24 @@ def test_bindings_refuse_what_would_be_unsafe():
             _C.cema_fwd(*{**arguments, name: bad}.values())
 
 
+FAULTS_OF_A_SECOND_TENSOR = """
+import resource, torch, megalodon_ops
+print(megalodon_ops.keep_freed_memory())
+for size in 1 << 24, 1 << 26:
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(size)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_kept():
+    kept, *faults = run_python(FAULTS_OF_A_SECOND_TENSOR).stdout.split()
+    if kept == "False":
+        pytest.skip("no glibc")
+    assert max(map(int, faults)) < 16, faults  # pages of 2 MiB at most: 32 and 128 of them
+
+
 class Subclass(torch.Tensor):
     """Not a plain tensor: the bindings read its Python attributes instead of asking DLPack's exchange."""
 

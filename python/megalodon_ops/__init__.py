@@ -11,6 +11,7 @@ from .cema import cema
 from .chunked_attention import chunked_attention
 from .config import MegalodonConfig
 from .layers import BlockState, ComplexEMA, MegalodonBlock, NormalizedAttention, NormalizedFFN, TimestepNorm
+from .memory import keep_freed_memory
 from .model import Megalodon, MegalodonState
 from .normalized_attention import normalized_attention
 from .normalized_qk import normalized_qk
@@ -34,6 +35,7 @@ __all__ = [
     "TimestepNormState",
     "cema",
     "chunked_attention",
+    "keep_freed_memory",
     "load_official",
     "normalized_attention",
     "normalized_qk",

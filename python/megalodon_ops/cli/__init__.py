@@ -11,6 +11,7 @@ from types import ModuleType
 
 from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.memory import keep_freed_memory
 
 COMMANDS = {"info": "info", "train": "train", "eval": "evaluate", "generate": "generate"}
 EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib"}
@@ -19,6 +20,7 @@ EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit code: 0 done, 2 a line on stderr says what to put right, 128 + n stopped by signal n."""
     options = parse(arguments)
+    keep_freed_memory()
     try:
         return _load(options.command).run(options)
     except BrokenPipeError:  # `... generate | head`: the reader has gone, and so must what is still buffered for it
