@@ -20,9 +20,10 @@ struct LinearFewRowsParams {
 
 // y = x^T
 struct TransposeParams {
+  DType dtype;
   int64_t rows, columns;
-  const float* x;  // (rows, columns)
-  float* y;        // (columns, rows)
+  const void* x;  // (rows, columns)
+  void* y;        // (columns, rows)
 };
 
 MEGALODON_CPU_KERNEL(linear_few_rows_cpu, LinearFewRowsParams)

@@ -52,13 +52,11 @@ void linear_amx(const Target& target, py::handle x_, bool x_transposed, py::hand
 void transpose(const Target& target, py::handle x_, py::handle y_) {
   const TensorView x("transpose", "x", x_), y("transpose", "y", y_);
   TransposeParams params{};
-  params.rows = x.rank("(R, C)", 2).dtype(Scalar::f32, "the only one").size(0);
+  params.dtype = x.rank("(R, C)", 2).floating();
+  params.rows = x.size(0);
   params.columns = x.size(1);
-  params.x = x.data_as<const float>();
-  params.y = y.present()
-                 .shape("(C, R)", {params.columns, params.rows})
-                 .dtype(Scalar::f32, "the only one")
-                 .data_as<float>();
+  params.x = x.data();
+  params.y = y.present().shape("(C, R)", {params.columns, params.rows}).dtype(scalar_of(params.dtype), "as `x`").data();
   MEGALODON_LAUNCH(target, transpose, params);
 }
 

@@ -95,19 +95,26 @@ void linear_few_rows_cpu(const LinearFewRowsParams& p) {
 }
 
 void transpose_cpu(const TransposeParams& p) {
-  constexpr int64_t lanes = kLanes<float>;
-  parallel_jobs((p.columns + kStrip - 1) / kStrip, static_cast<double>(p.rows * p.columns), [&] {
-    return [&](int64_t job) {
-      const int64_t end = std::min(p.columns, (job + 1) * kStrip);
-      for (int64_t row = 0; row < p.rows; row += lanes)
-        for (int64_t column = job * kStrip; column < end; column += lanes) {
-          const int64_t height = std::min(lanes, p.rows - row), width = std::min(lanes, end - column);
-          Vec<float> square[lanes] = {};
-          for (int64_t i = 0; i < height; ++i) square[i] = load_first(p.x + (row + i) * p.columns + column, width);
-          transpose<float>(square);
-          for (int64_t i = 0; i < width; ++i) store_first(p.y + (column + i) * p.rows + row, square[i], height);
-        }
-    };
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    using R = Compute<T>;
+    constexpr int64_t lanes = kLanes<R>, kLine = std::max<int64_t>(64 / sizeof(T), lanes);  // rows that fill one of y
+    parallel_jobs((p.columns + kStrip - 1) / kStrip, static_cast<double>(p.rows * p.columns), [&] {
+      return [&](int64_t job) {
+        const T* x = static_cast<const T*>(p.x);
+        T* y = static_cast<T*>(p.y);
+        const int64_t end = std::min(p.columns, (job + 1) * kStrip);
+        for (int64_t line = 0; line < p.rows; line += kLine)
+          for (int64_t column = job * kStrip; column < end; column += lanes)
+            for (int64_t row = line; row < std::min(line + kLine, p.rows); row += lanes) {
+              const int64_t height = std::min(lanes, p.rows - row), width = std::min(lanes, end - column);
+              Vec<R> square[lanes] = {};
+              for (int64_t i = 0; i < height; ++i) square[i] = load_first(x + (row + i) * p.columns + column, width);
+              transpose<R>(square);
+              for (int64_t i = 0; i < width; ++i) store_first(y + (column + i) * p.rows + row, square[i], height);
+            }
+      };
+    });
   });
 }
 

@@ -54,6 +54,21 @@ def test_values_and_gradients(shape, bias, large):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("T", "O"), [(33, 20), (33, 200), (300, 17)])  # one matrix is copied or the other
+def test_bfloat16_with_gradients(monkeypatch, T, O):  # noqa: E741
+    monkeypatch.setattr(module, "_WORTH", 1)
+    monkeypatch.setattr(module, "USES_AMX", True)
+    tensors = [t.detach().bfloat16().requires_grad_() for t in inputs(T, O=O)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    y, expected = linear(*tensors), F.linear(*exact)
+    assert y.grad_fn.name() == linear_fwd(*tensors).grad_fn.name()
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    grads = torch.autograd.grad(y, tensors, dy)
+    for found, wanted in zip((y, *grads), (expected, *torch.autograd.grad(expected, exact, dy.double())), strict=True):
+        assert found.dtype == torch.bfloat16 and found.is_contiguous()
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-4)
+
+
 @each_large
 def test_strided_inputs_and_frozen_weights(large):
     x, weight = torch.randn(6, 10).t()[:, ::2].requires_grad_(), torch.randn(3, 4).t()
@@ -205,8 +220,9 @@ def test_another_instruction_set_leaves_amx(large):
 
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (3, 200), (130, 5), (64, 0)], ids=str)
-def test_transposed_copy(name, shape):
-    x, y = torch.randn(shape), torch.full(shape[::-1], torch.nan)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_transposed_copy(name, shape, dtype):
+    x, y = torch.randn(shape).to(dtype), torch.full(shape[::-1], torch.nan, dtype=dtype)
     with isa(name):
         _C.transpose(x, y)
     assert torch.equal(y, x.t())

@@ -28,6 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is at least 2. There alone an infinity, or a number above 3.38e38, gives NaN. Without AMX torch computes them with
     MKL, which takes a slow path on processors that are not Intel's; oneDNN, which torch also holds, does not. So they
     go to oneDNN where torch has MKL and the processor is another maker's, if they are large or need no gradients.
+    Large bfloat16 products are torch's everywhere; but with AMX, for the gradient of the weights, one matrix is copied
+    to the layout that oneDNN multiplies twice as fast.
     `MEGALODON_OPS_LINEAR` in the environment decides otherwise: `torch` leaves everything to torch, `onednn` takes
     oneDNN on any processor. Results differ by rounding alone; the choice depends on the machine and on sizes, never on
     a measurement.
@@ -45,13 +47,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
-    if x.dtype == torch.float32 and _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
+    if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
         return call(linear_fwd, x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product takes AMX or oneDNN."""
+    """Whether the product takes AMX or oneDNN, or its gradient of the weights will take a copy."""
+    if x.dtype == torch.bfloat16:
+        return USES_AMX and torch.is_grad_enabled() and x.numel() * weight.shape[0] >= _WORTH
+    if x.dtype != torch.float32:
+        return False
     if torch.is_grad_enabled():
         return (USES_AMX or USES_ONEDNN) and x.numel() * weight.shape[0] >= _WORTH
     return (USES_AMX and x.numel() >= _AMX_ROWS * x.shape[-1] > 0) or USES_ONEDNN
@@ -111,6 +117,8 @@ def _runs_on_amx() -> bool:
 
 
 def _fwd(x, weight, bias):
+    if x.dtype == torch.bfloat16:
+        return _bfloat16(x, weight, bias)
     if _runs_on_amx():
         y = _fwd_fake(x, weight, bias)
         _amx(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
@@ -120,6 +128,15 @@ def _fwd(x, weight, bias):
     return torch.ops.mkldnn._linear_pointwise(_by_rows(x), weight, bias, "none", [], "")
 
 
+def _bfloat16(x, weight, bias):
+    """By torch. Two transposed matrices, as for a gradient of weights, take it twice as long: the smaller is copied."""
+    if bias is not None or not _is_transposed(x) or not _is_transposed(weight):
+        return F.linear(x, weight, bias)
+    if x.numel() <= weight.numel() + x.shape[0] * weight.shape[0]:
+        return F.linear(_by_rows(x), weight)
+    return _by_rows(F.linear(_by_rows(weight), x).t())
+
+
 def _amx(x, weight, bias, y, add):
     matrices = *_contiguous_or_transposed(x), *_contiguous_or_transposed(weight)
     launch("linear_amx", *matrices, contiguous_or_none(bias), y, add)
@@ -127,13 +144,17 @@ def _amx(x, weight, bias, y, add):
 
 def _contiguous_or_transposed(matrix: Tensor) -> tuple[Tensor, bool]:
     """A contiguous matrix, and whether it is the transpose of the one that is given."""
-    transposed = not matrix.is_contiguous() and matrix.t().is_contiguous()
+    transposed = _is_transposed(matrix)
     return (matrix.t() if transposed else matrix.contiguous()), transposed
+
+
+def _is_transposed(matrix: Tensor) -> bool:
+    return matrix.dim() == 2 and not matrix.is_contiguous() and matrix.t().is_contiguous()
 
 
 def _by_rows(x: Tensor) -> Tensor:
     """Contiguous, as oneDNN wants it. The transposed matrix of a weight's gradient is copied faster than torch does."""
-    if x.dim() != 2 or x.is_contiguous() or not x.t().is_contiguous():
+    if not _is_transposed(x):
         return x.contiguous()
     rows = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch("transpose", x.t(), rows)
