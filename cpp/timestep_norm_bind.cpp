@@ -50,17 +50,15 @@ void timestep_norm_fwd(const Target& target, py::handle x_, py::handle weight, p
   const Scalar real = real_of(params.dtype);
   const int64_t B = x.size(0), L = x.size(1), S = params.sequences.count, G = params.groups;
   params.y = TensorView(kOp, "y", y).like(x).data();
-  params.stats =
-      TensorView(kOp, "stats", stats).present().shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kReal).data();
-  params.count_out = TensorView(kOp, "count_out", count_out)
-                         .present()
-                         .shape("(S,)", {S})
-                         .dtype(Scalar::i64, "timesteps")
-                         .data_as<int64_t>();
-  params.mean_out = TensorView(kOp, "mean_out", mean_out).present().shape("(S, G)", {S, G}).dtype(real, kReal).data();
-  params.var_out = TensorView(kOp, "var_out", var_out).present().shape("(S, G)", {S, G}).dtype(real, kReal).data();
-  params.residual_out =
-      TensorView(kOp, "residual_out", residual_out).present().shape("(2, S, G)", {2, S, G}).dtype(real, kReal).data();
+  params.stats = TensorView(kOp, "stats", stats).shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kReal).data();
+  const TensorView count_view(kOp, "count_out", count_out);
+  if (count_view.given()) {
+    params.count_out = count_view.shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<int64_t>();
+    params.mean_out = TensorView(kOp, "mean_out", mean_out).present().shape("(S, G)", {S, G}).dtype(real, kReal).data();
+    params.var_out = TensorView(kOp, "var_out", var_out).present().shape("(S, G)", {S, G}).dtype(real, kReal).data();
+    params.residual_out =
+        TensorView(kOp, "residual_out", residual_out).present().shape("(2, S, G)", {2, S, G}).dtype(real, kReal).data();
+  }
   MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
 }
 

@@ -115,20 +115,23 @@ class Forward {
 
   void write(int64_t s, int64_t a, int64_t b, int64_t at) {
     const int64_t size = (b - a) * G, plane = p.sequences.tokens * G;
-    R *hi = &hi_[at], *lo = &lo_[at], *rstd = &rstd_[at], *stats = static_cast<R*>(p.stats) + a * G;
-    T* y = static_cast<T*>(p.y) + a * D;
+    R* const row_stats[3] = {&hi_[at], &lo_[at], &rstd_[at]};
     if (s < 0) {
-      std::memset(y, 0, static_cast<size_t>((b - a) * D) * sizeof(T));
-      for (int i = 0; i < 3; ++i) std::memset(stats + i * plane, 0, static_cast<size_t>(size) * sizeof(R));
-      return;
-    }
-    const double *mean = &mean_[at], *var = &var_[at], eps = p.eps;
+      std::memset(static_cast<T*>(p.y) + a * D, 0, static_cast<size_t>((b - a) * D) * sizeof(T));
+      for (R* to : row_stats) std::memset(to, 0, static_cast<size_t>(size) * sizeof(R));
+    } else {
+      R *hi = row_stats[0], *lo = row_stats[1], *rstd = row_stats[2];
+      const double *mean = &mean_[at], *var = &var_[at], eps = p.eps;
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      stats[i] = hi[i] = static_cast<R>(mean[i]);
-      stats[plane + i] = lo[i] = static_cast<R>(mean[i] - hi[i]);
-      stats[2 * plane + i] = rstd[i] = 1 / std::sqrt(static_cast<R>(var[i] + eps));
+      for (int64_t i = 0; i < size; ++i) {
+        hi[i] = static_cast<R>(mean[i]);
+        lo[i] = static_cast<R>(mean[i] - hi[i]);
+        rstd[i] = 1 / std::sqrt(static_cast<R>(var[i] + eps));
+      }
     }
+    for (int i = 0; p.stats && i < 3; ++i)
+      std::memcpy(static_cast<R*>(p.stats) + i * plane + a * G, row_stats[i], static_cast<size_t>(size) * sizeof(R));
+    if (s < 0) return;
     if (streams_) write_tiles<true>(a, b, at);
     else write_tiles<false>(a, b, at);
   }
@@ -371,7 +374,7 @@ void forward(const TimestepNormFwdParams& p) {
   using R = Compute<T>;
   Scratch<double> state(2 * p.groups);
   for (int64_t s = 0; s < p.sequences.count; ++s) {
-    p.count_out[s] = (p.count ? p.count[s] : 0) + p.sequences.length(s);
+    if (p.count_out) p.count_out[s] = (p.count ? p.count[s] : 0) + p.sequences.length(s);
     if (p.sequences.length(s) > 0) continue;
     load_state<R>(p, s, state.get(), state.get() + p.groups);
     store_state<R>(p, s, state.get(), state.get() + p.groups);

@@ -129,6 +129,7 @@ void load_state(const TimestepNormParams& p, int64_t s, double* mean, double* va
 
 template <class R>
 void store_state(const TimestepNormFwdParams& p, int64_t s, const double* mean, const double* var) {
+  if (!p.count_out) return;
   const int64_t at = s * p.groups;
   R *residual = static_cast<R*>(p.residual_out) + at, *mean_out = static_cast<R*>(p.mean_out) + at;
   R* var_out = static_cast<R*>(p.var_out) + at;

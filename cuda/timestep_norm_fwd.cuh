@@ -273,11 +273,13 @@ GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, c
       of.var[r] = rsqrt(base.var.hi + (base.var.lo + var_change) + static_cast<R>(p.eps));
     }
     if (place.vector != 0) continue;
-    R* const stats = static_cast<R*>(p.stats) + place.token(r) * p.groups + place.group;
-    stats[0] = of.mean[r].hi;
-    stats[plane] = of.mean[r].lo;
-    stats[2 * plane] = of.var[r];
-    if (rows.left[row] != 0) continue;
+    if (p.stats) {
+      R* const stats = static_cast<R*>(p.stats) + place.token(r) * p.groups + place.group;
+      stats[0] = of.mean[r].hi;
+      stats[plane] = of.mean[r].lo;
+      stats[2 * plane] = of.var[r];
+    }
+    if (rows.left[row] != 0 || !p.count_out) continue;
     const int64_t at = s * p.groups + place.group, residual_plane = p.sequences.count * p.groups;
     const Pair<R> var = add(base.var, var_change);
     static_cast<R*>(p.mean_out)[at] = of.mean[r].hi;
@@ -342,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_fwd_empty_kernel(TimestepNormFwdParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, plane = p.sequences.count * p.groups;
-  if (i >= plane || (p.channels > 0 && p.sequences.length(i / p.groups) > 0)) return;
+  if (i >= plane || !p.count_out || (p.channels > 0 && p.sequences.length(i / p.groups) > 0)) return;
   const int64_t s = i / p.groups, group = i % p.groups, steps = p.sequences.length(s);
   Moments<R> state = initial_moments<R>(p, s, group);
   if (steps > 0) state = {{NAN, NAN}, {NAN, NAN}};  // statistics of no channels

@@ -58,21 +58,23 @@ def cema(
     """
     if not isinstance(x, Tensor):
         return call_with_arrays(cema, **locals())
-    y, state_out = call(cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths))
+    y, state_out = call(
+        cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths), state_out=return_state
+    )  # fmt: skip
     return (y, state_out) if return_state else y
 
 
-def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths):
+def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, *, state_out=True):
     x = x.contiguous()
-    y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, state_out=state_out)
     coefficients = (p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous())
     launch("cema_fwd", x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, y, state_out)
     return y, state_out
 
 
-def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths):
+def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, *, state_out=True):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape))
+    return y, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape)) if state_out else None
 
 
 def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):

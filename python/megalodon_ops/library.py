@@ -8,6 +8,7 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,19 +41,31 @@ def define_op(
     op = getattr(torch.ops.megalodon_ops, name).default
     torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
     if "!" not in schema:
-        kernel = _autograd_kernel(op, setup_context, backward or _no_derivative(name))
-        _library.impl(name, kernel, "Autograd", with_keyset=True)
+        function = _autograd_function(setup_context, backward or _no_derivative(name))
+        _library.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
+        _plain_calls[op] = _PlainCall("".join(_KINDS[str(a.type)] for a in op._schema.arguments), kernel, function)
     return op
 
 
-def _autograd_kernel(op: Callable, setup_context: Callable | None, backward: Callable) -> Callable:
-    """As torch.library.register_autograd makes it, without what these ops do not need: that costs more than a short call."""
+class _PlainCall(NamedTuple):
+    """How an op is called without torch's dispatcher."""
 
+    kinds: str
+    """of the arguments, as `_C.are_plain` reads them"""
+    kernel: Callable
+    function: type[torch.autograd.Function]
+
+
+_plain_calls: dict[Callable, _PlainCall] = {}
+_KINDS = {"Tensor": "t", "Optional[Tensor]": "o", "int": "i", "float": "f", "bool": "b"}
+
+
+def _autograd_function(setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            *args, keyset = args
-            result = below(keyset, args)
+            *args, kernel = args
+            result = kernel(*args)
             if setup_context is not None:
                 setup_context(ctx, args, result)
             return result
@@ -61,20 +74,35 @@ def _autograd_kernel(op: Callable, setup_context: Callable | None, backward: Cal
         def backward(ctx, *grads):
             return *backward(ctx, *grads), None
 
-    def below(keyset, args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    return Function
+
+
+def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> Callable:
+    """As torch.library.register_autograd makes it, without what these ops do not need: that costs more than a short call."""
 
     def kernel(keyset, *args):
+        def below(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return Function.apply(*args, keyset)
-        return below(keyset, args)
+            return function.apply(*args, below)
+        return below(*args)
 
     return kernel
 
 
-def call(op: Callable, *args):
-    """The op's result. Without gradients, autograd's Python layer is passed by: a third of a short call."""
+def call(op: Callable, *args, **wanted: bool):
+    """The op's result. Plain calls on the CPU pass by torch's dispatcher, others without gradients its autograd.
+
+    `wanted` are arguments of the kernel that let it return None for outputs; the dispatcher does not pass them on.
+    """
+    if not torch.compiler.is_compiling() and op in _plain_calls:
+        kinds, kernel, function = _plain_calls[op]
+        if _C.are_plain(kinds, args):
+            if torch.is_grad_enabled() and _C.any_requires_grad(args):
+                return function.apply(*args, functools.partial(kernel, **wanted))
+            return kernel(*args, **wanted)
     try:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return op(*args)

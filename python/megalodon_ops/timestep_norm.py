@@ -64,14 +64,14 @@ def timestep_norm(
         raise ValueError(f"timestep_norm: `num_groups` must be positive, got {num_groups}.")
     y, _, *state_out = call(
         timestep_norm_fwd, x, weight, bias, num_groups, eps, int64_or_none(count), mean, var, residual,
-        int64_or_none(cu_seqlens), int64_or_none(lengths),
+        int64_or_none(cu_seqlens), int64_or_none(lengths), stats=torch.is_grad_enabled(), state_out=return_state,
     )  # fmt: skip
     return (y, TimestepNormState(*state_out)) if return_state else y
 
 
-def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths):
+def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, **wanted):
     x = x.contiguous()
-    outputs = _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths)
+    outputs = _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, **wanted)
     launch(
         "timestep_norm_fwd", x, weight.contiguous(), bias.contiguous(), num_groups, eps, count, contiguous_or_none(mean),
         contiguous_or_none(var), contiguous_or_none(residual), cu_seqlens, lengths, *outputs,
@@ -79,12 +79,20 @@ def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlen
     return outputs
 
 
-def _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths):
-    sequences = num_sequences(x.shape[0], cu_seqlens)
+def _fwd_fake(
+    x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, *, stats=True, state_out=True
+):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not (stats or state_out):
+        return y, None, None, None, None, None
     dtype = accumulation_dtype(x.dtype)
+    stats = x.new_empty((3, *x.shape[:2], num_groups), dtype=dtype) if stats else None
+    if not state_out:
+        return y, stats, None, None, None, None
+    sequences = num_sequences(x.shape[0], cu_seqlens)
     return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty((3, *x.shape[:2], num_groups), dtype=dtype),
+        y,
+        stats,
         x.new_empty((sequences,), dtype=torch.int64),
         x.new_empty((sequences, num_groups), dtype=dtype),
         x.new_empty((sequences, num_groups), dtype=dtype),
@@ -133,7 +141,7 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, ctx.num_groups, ctx.eps, *state, cu_seqlens, lengths = inputs
     _, stats, _, _, _, residual_out = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats, residual_out)
+    ctx.mark_non_differentiable(*(t for t in (stats, residual_out) if t is not None))
     ctx.save_for_backward(x, weight, bias, *state, cu_seqlens, lengths, stats)
 
 
