@@ -108,7 +108,7 @@ def test_gradients_of_states_that_nobody_wants(emulator):
 
 
 def test_no_channels(emulator):
-    case = timestep_norm_case(B=2, L=5, G=1, width=0)
+    case = timestep_norm_case(B=2, L=5, G=1, width=0, count=2)
     assert run(emulator, case)["y"].numel() == 0
     assert emulator.module.traffic().keys() == {f"timestep_norm_{way}_empty_kernel" for way in ("fwd", "bwd")}
 

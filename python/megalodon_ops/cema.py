@@ -77,9 +77,9 @@ def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, *, state_out=Tr
     return y, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape)) if state_out else None
 
 
-def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
+def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, *, dstate=True):
     x, p, q, gamma, omega = x.contiguous(), p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous()
-    grads = _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    grads = _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, dstate=dstate)
     launch(
         "cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths,
         dy.contiguous(), contiguous_or_none(dstate_out), *grads,
@@ -87,9 +87,9 @@ def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
     return grads
 
 
-def _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
-    dparams = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, p, q, gamma, omega))
-    return *dparams, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape))
+def _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, *, dstate=True):
+    grads = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, p, q, gamma, omega))
+    return *grads, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape)) if dstate else None
 
 
 def _setup_context(ctx, inputs, output):
@@ -101,7 +101,9 @@ def _backward(ctx, dy, dstate_out):
     x, p, q, gamma, omega, state, cu_seqlens, lengths = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    *grads, dstate = call(cema_bwd, dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    *grads, dstate = call(
+        cema_bwd, dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, dstate=state is not None
+    )
     return *grads, None if state is None else dstate, None, None
 
 

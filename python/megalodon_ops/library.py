@@ -43,7 +43,9 @@ def define_op(
     if "!" not in schema:
         function = _autograd_function(setup_context, backward or _no_derivative(name))
         _library.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
-        _plain_calls[op] = _PlainCall("".join(_KINDS[str(a.type)] for a in op._schema.arguments), kernel, function)
+        kinds = "".join(_KINDS[str(argument.type)] for argument in op._schema.arguments)
+        # Function.apply itself first looks for functorch's tensors, which no plain argument is.
+        _plain_calls[op] = _PlainCall(kinds, kernel, super(torch.autograd.Function, function).apply)
     return op
 
 
@@ -53,7 +55,8 @@ class _PlainCall(NamedTuple):
     kinds: str
     """of the arguments, as `_C.are_plain` reads them"""
     kernel: Callable
-    function: type[torch.autograd.Function]
+    differentiable: Callable
+    """the same with gradients; takes the kernel as its last argument"""
 
 
 _plain_calls: dict[Callable, _PlainCall] = {}
@@ -98,10 +101,10 @@ def call(op: Callable, *args, **wanted: bool):
     `wanted` are arguments of the kernel that let it return None for outputs; the dispatcher does not pass them on.
     """
     if not torch.compiler.is_compiling() and op in _plain_calls:
-        kinds, kernel, function = _plain_calls[op]
+        kinds, kernel, differentiable = _plain_calls[op]
         if _C.are_plain(kinds, args):
             if torch.is_grad_enabled() and _C.any_requires_grad(args):
-                return function.apply(*args, functools.partial(kernel, **wanted))
+                return differentiable(*args, functools.partial(kernel, **wanted))
             return kernel(*args, **wanted)
     try:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():

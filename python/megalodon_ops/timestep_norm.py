@@ -101,26 +101,14 @@ def _fwd_fake(
 
 
 def _bwd(
-    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
-):
+    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats,
+    **wanted,
+):  # fmt: skip
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     grads = _bwd_fake(
-        dy,
-        dmean_out,
-        dvar_out,
-        x,
-        weight,
-        bias,
-        num_groups,
-        eps,
-        count,
-        mean,
-        var,
-        residual,
-        cu_seqlens,
-        lengths,
-        stats,
-    )
+        dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats,
+        **wanted,
+    )  # fmt: skip
     launch(
         "timestep_norm_bwd", x, weight, bias, num_groups, eps, count, contiguous_or_none(mean), contiguous_or_none(var),
         contiguous_or_none(residual), cu_seqlens, lengths, stats.contiguous(), dy.contiguous(),
@@ -130,10 +118,13 @@ def _bwd(
 
 
 def _bwd_fake(
-    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
-):
-    sequences = num_sequences(x.shape[0], cu_seqlens)
+    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats,
+    *, dstate=True,
+):  # fmt: skip
     dx, dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
+    if not dstate:
+        return dx, dweight, dbias, None, None
+    sequences = num_sequences(x.shape[0], cu_seqlens)
     return dx, dweight, dbias, weight.new_empty((sequences, num_groups)), weight.new_empty((sequences, num_groups))
 
 
@@ -151,7 +142,7 @@ def _backward(ctx, dy, _dstats, _dcount, dmean_out, dvar_out, _dresidual):
         dy = torch.zeros_like(x)
     dx, dweight, dbias, dmean, dvar = call(
         timestep_norm_bwd, dy, dmean_out, dvar_out, x, weight, bias, ctx.num_groups, ctx.eps, count, mean, var,
-        residual, cu_seqlens, lengths, stats,
+        residual, cu_seqlens, lengths, stats, dstate=count is not None,
     )  # fmt: skip
     if count is None:
         dmean = dvar = None
