@@ -46,9 +46,11 @@ class Scratch {
 };
 
 // Runs make() once on each thread, which returns the thread's body, and then body(job) for every job in [0, jobs).
-// Which thread runs a job must not change its result. `work` is a rough count of operations: little work stays on the caller.
+// Jobs begin in order, so that one may wait for those before it, or from the last. If all run at once, job i is on
+// thread i: what it touches may still be in that core's cache from the call before. Which thread runs a job must not
+// change its result. `work` is a rough count of operations: little work stays on the caller.
 template <class Make>
-void parallel_jobs(int64_t jobs, double work, Make&& make) {
+void parallel_jobs(int64_t jobs, double work, Make&& make, bool from_last = false) {
   constexpr double kWorkWorthAThread = 4e4;
   const int threads =
       jobs < 2 || work < kWorkWorthAThread || omp_in_parallel()
@@ -56,14 +58,19 @@ void parallel_jobs(int64_t jobs, double work, Make&& make) {
           : static_cast<int>(jobs < omp_get_max_threads() ? jobs : omp_get_max_threads());
   if (threads == 1) {
     auto body = make();
-    for (int64_t job = 0; job < jobs; ++job) body(job);
+    for (int64_t i = 0; i < jobs; ++i) body(from_last ? jobs - 1 - i : i);
     return;
   }
+  struct alignas(64) {
+    int64_t count = 0;
+  } begun;
 #pragma omp parallel num_threads(threads)
   {
     auto body = make();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t job = 0; job < jobs; ++job) body(job);
+    const bool at_once = omp_get_num_threads() == jobs;
+    const auto next = [&] { return __atomic_fetch_add(&begun.count, 1, __ATOMIC_RELAXED); };
+    for (int64_t i = at_once ? omp_get_thread_num() : next(); i < jobs; i = at_once ? jobs : next())
+      body(from_last && !at_once ? jobs - 1 - i : i);
   }
 }
 

@@ -45,8 +45,7 @@ class Forward {
         start_(2 * G), hi_(scratch_size()), lo_(scratch_size()), rstd_(scratch_size()),
         streams_(worth_streaming(static_cast<const T*>(p.y), p.sequences.tokens, D)) {}
 
-  void operator()(int64_t) {
-    const int64_t block = plan.relay.take();
+  void operator()(int64_t block) {
     const int64_t from = block * plan.rows, to = smaller(from + plan.rows, p.sequences.tokens);
     int64_t cut_s = -1, cut_end = 0;
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) {
@@ -184,8 +183,8 @@ class Backward {
         shares_(2 * plan.channels.vectors * lanes),
         streams_(worth_streaming(static_cast<const T*>(p.dx), p.sequences.tokens, D)) {}
 
-  void operator()(int64_t) {
-    const int64_t place = plan.relay.take(), block = plan.blocks - 1 - place;
+  void operator()(int64_t block) {
+    const int64_t place = plan.blocks - 1 - block;
     const int64_t from = block * plan.rows, to = smaller(from + plan.rows, p.sequences.tokens);
     int64_t cut_s = -1, cut_begin = 0;
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) {
@@ -400,7 +399,7 @@ void backward(const TimestepNormBwdParams& p) {
   const int64_t slots = smaller(plan.blocks, kSlots);
   Scratch<double> sums(slots * 2 * D);
   const double work = 8.0 * static_cast<double>(p.sequences.tokens * D);
-  parallel_jobs(plan.blocks, work, [&] { return Backward<T>(p, plan, turns, sums.get()); });
+  parallel_jobs(plan.blocks, work, [&] { return Backward<T>(p, plan, turns, sums.get()); }, /*from_last=*/true);
   for (int64_t c = 0; c < D; ++c) {
     double dweight = 0, dbias = 0;
     for (int64_t slot = 0; slot < slots; ++slot) {

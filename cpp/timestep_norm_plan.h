@@ -8,7 +8,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-constexpr int64_t kBlockBytes = 128 << 10;  // of each tensor that is read
+constexpr int64_t kBlockBytes = 160 << 10;  // of each tensor that is read
 constexpr int64_t kMaxRows = 512;
 
 // Sums and squared differences from the mean of equally many values in each lane. Merging neither cancels nor needs a
@@ -170,8 +170,11 @@ struct Plan {
   }
   static int64_t block_rows(const TimestepNormParams& p, int64_t element_bytes) {
     const int64_t row_bytes = p.channels * element_bytes + p.groups * 3 * static_cast<int64_t>(sizeof(double));
-    const int64_t rows = smaller(smaller(kBlockBytes / row_bytes, kMaxRows), p.sequences.tokens);
-    return rows < 4 ? 4 : rows;
+    const int64_t fitting = smaller(kBlockBytes / row_bytes, kMaxRows), most = fitting < 4 ? 4 : fitting;
+    const int64_t tokens = p.sequences.tokens;
+    if (tokens <= most) return tokens < 4 ? 4 : tokens;
+    const int64_t blocks = (tokens + 2 * most - 1) / (2 * most) * 2;  // an even number: two threads have half each
+    return (tokens + blocks - 1) / blocks;
   }
   const Channels<R> channels;
   const int64_t rows, blocks;
