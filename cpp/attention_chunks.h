@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "panels.h"
 #include "philox.h"
+#include "stream.h"
 
 namespace megalodon::MEGALODON_ISA {
 
@@ -60,6 +61,46 @@ ChunkRows<T> chunk_rows(const ChunkedAttentionParams& p, const Chunk& chunk, int
   return {cache ? static_cast<const T*>(cache) + chunk.sequence * p.chunk_size * stride + head * width : nullptr,
           static_cast<const T*>(tokens) + chunk.token * stride + head * width, chunk.cached, chunk.keys, stride};
 }
+
+// Rows of up to four tensors that are read or written next, fetched into the L2 a few at a time between the tiles of
+// this work. The rows of one head lie apart, and each would wait for memory when it is packed or stored; wide ones the
+// processor itself fetches ahead.
+class RowsAhead {
+ public:
+  // Rows [begin, end) that are tokens.
+  template <class T>
+  void add(const ChunkRows<T>& rows, int64_t width, int64_t begin, int64_t end) {
+    constexpr int64_t kWide = 1024, element = sizeof(T);
+    begin = std::max(begin, rows.cached);
+    end = std::min(end, rows.keys);
+    if (begin >= end || width * element >= kWide) return;
+    parts_[count_++] = {reinterpret_cast<const char*>(rows(begin)), rows.stride * element, width * element,
+                        end - begin};
+    bytes_ += (end - begin) * width * element;
+  }
+
+  // The rows come in so many turns.
+  void pace(int64_t turns) { bytes_a_turn_ = ceil_div(bytes_, std::max<int64_t>(turns, 1)); }
+
+  MEGALODON_INLINE void operator()() {
+    for (int64_t left = bytes_a_turn_; left > 0 && count_ > 0;) {
+      Part& part = parts_[count_ - 1];
+      for (int64_t at = 0; at < part.width; at += kLineBytes) __builtin_prefetch(part.row + at, 0, 2);
+      left -= part.width;
+      part.row += part.stride;
+      if (--part.rows == 0) --count_;
+    }
+  }
+
+ private:
+  struct Part {
+    const char* row;
+    int64_t stride, width, rows;
+  };
+  Part parts_[4];
+  int count_ = 0;
+  int64_t bytes_ = 0, bytes_a_turn_ = 0;
+};
 
 template <class R>
 MEGALODON_INLINE Vec<R> lane_numbers() {

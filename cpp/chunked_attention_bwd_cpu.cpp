@@ -178,11 +178,12 @@ class ChunkBackward {
       for (int64_t column = 0; column < panels<U>(width); ++column) {
         const int vectors = vectors_in_panel<U>(width, column);
         const Ahead<U> ahead{b.at(column + 1, query - base), kBlock};
-        for (int64_t tile = std::max(key, chunk.cached / kRows * kRows); tile < key_end; tile += kRows) {
-          const int64_t panel = tile > query ? (tile - query) / kLeftColumns<U> : 0, at = panel * kLeftColumns<U>;
-          multiply_rows(vectors, kRows, queries - at, a.at(panel, tile - key), a.panel_units(),
-                        b.at(column, query - base + at), R{1}, !first_of_keys, sums.at(column, tile), ahead,
-                        (tile - key) / kRows);
+        int64_t tile = 0, rows;
+        for (int64_t row = std::max(key, chunk.cached / kRows * kRows); row < key_end; row += rows, ++tile) {
+          rows = kAmx ? kRows : tile_rows<U>(vectors, key_end - row);
+          const int64_t panel = row > query ? (row - query) / kLeftColumns<U> : 0, at = panel * kLeftColumns<U>;
+          multiply_rows(vectors, rows, queries - at, a.at(panel, row - key), a.panel_units(),
+                        b.at(column, query - base + at), R{1}, !first_of_keys, sums.at(column, row), ahead, tile);
         }
       }
     };
@@ -203,12 +204,14 @@ class ChunkBackward {
       for (int64_t column = 0; column < panels<U>(p_.key_dim); ++column) {
         const int vectors = vectors_in_panel<U>(p_.key_dim, column);
         const Ahead<U> ahead{k_rows.at(column + 1, key), kBlock};
-        for (int64_t at = 0; at < queries; at += kRows) {
-          const int64_t depth = std::min(key_end, query + at + kRows) - key;
+        int64_t rows;
+        for (int64_t at = 0, tile = 0; at < queries; at += rows, ++tile) {
+          rows = tile_rows<U>(vectors, queries - at);
+          const int64_t depth = std::min(key_end, query + at + rows) - key;
           const U* ds = ds_rows.at(at / kColumns, 0) + at % kColumns;
-          multiply_tile<true>(vectors, depth, ds, 0, k_rows.at(column, key), R{1},
+          multiply_tile<true>(vectors, rows, depth, ds, 0, k_rows.at(column, key), R{1},
                               first_of_queries ? nullptr : kOnes<R>, dq_.at(column, query - base + at),
-                              ahead.part(at / kRows));
+                              ahead.part(tile));
         }
       }
     }
@@ -222,7 +225,7 @@ class ChunkBackward {
       const Vec<R> lse = load(&lse_[query + c]);
       Vec<R> total = zeros<R>(), product = zeros<R>();
       for (int64_t r = 0; r < rows; ++r) {
-        const Vec<R> now = exp(load(static_cast<const R*>(p) + r * kColumns) - lse);
+        const Vec<R> now = softmax_exp(load(static_cast<const R*>(p) + r * kColumns) - lse);
         store(p + r * kColumns, now);
         total += now;
         product += now * load(static_cast<const R*>(dp) + r * kColumns);

@@ -8,8 +8,8 @@
 //   3. O = diag(f) O + P V                                                                         (A = (P^T)^T, B = V)
 //      with AMX O^T = O^T diag(f) + V^T P^T                                                        (A = V^T, B = P^T)
 // and ends with o = O / l, lse = m + log l. Key tiles above the diagonal are skipped, in 1 for each panel of queries
-// and in 3 for each kTileRows queries. K and V of a chunk are packed once, before its jobs; every job packs its own
-// Q^T.
+// and in 3 for each tile of queries. K and V of a chunk are packed once: before its jobs where these share threads,
+// otherwise when queries come to need them, whose rows are fetched during the job before. Every job packs its own Q^T.
 // Few queries on top of a cache, as in decoding, go to few_query_attention.h instead, which reads keys where they lie.
 //
 // Scratch: packed K and V of the chunks at work; for each thread S (kKeyBlock x kQueryBlock) and O (kQueryBlock x V).
@@ -61,17 +61,17 @@ void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, S
     const Vec<R> shift = max_now == -kInfinity ? zeros<R>() : max_now;
     Vec<R> total = zeros<R>();
     for (int64_t key = 0; key < round_up(keys, kDepthStep<U>); key += kUnitDepth<U>) {
-      const Vec<R> p = exp(load(s + key * kRow) - shift);
+      const Vec<R> p = softmax_exp(load(s + key * kRow) - shift);
       total += p;
       if constexpr (kUnitDepth<U> == 1) {
         store(scores + key * kRow, p);
       } else {
-        const Vec<R> next = exp(load(s + (key + 1) * kRow) - shift);
+        const Vec<R> next = softmax_exp(load(s + (key + 1) * kRow) - shift);
         total += next;
         store_raw(scores + key / 2 * kRow, pair_units(p, next));
       }
     }
-    const Vec<R> shrink = exp(max_before - shift);
+    const Vec<R> shrink = softmax_exp(max_before - shift);
     store(max, max_now);
     store(sum, load(static_cast<const R*>(sum)) * shrink + total);
     store(factor, shrink);
@@ -92,23 +92,30 @@ class ChunkForward {
         values_(kUsesAmx<U> ? params.value_dim : max_keys, kUsesAmx<U> ? max_keys : params.value_dim) {}
 
   void operator()(const Chunk& chunk, int64_t head) {
-    const ChunkRows<T> k = chunk_rows<T>(p_, chunk, head, p_.cache_k, p_.k, p_.key_dim);
-    const ChunkRows<T> v = chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
+    const int64_t blocks = ceil_div(chunk.queries(), kQueryBlock);
+    const auto first_row = [&](int64_t block) { return std::min(chunk.cached + block * kQueryBlock, chunk.keys); };
+    const auto packed_end = [&](int64_t end) { return round_up(std::min(end, chunk.keys), kRowPadding); };
+    if (omp_in_parallel() || omp_get_max_threads() == 1) {
+      const FlushDenormals flush;
+      const TileRegisters tiles;
+      int64_t packed = 0;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = first_row(block), end = first_row(block + 1);
+        pack(chunk, head, packed, packed_end(end));
+        packed = packed_end(end);
+        attend(chunk, head, first, end, scratch_.get(p_), rows_ahead(chunk, head, first, end));
+      }
+      return;
+    }
     const double pack_work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
     parallel_jobs(ceil_div(chunk.keys, kKeyBlock), pack_work, [&] {
-      return [&](int64_t job) {
-        const int64_t begin = job * kKeyBlock, end = std::min(begin + kKeyBlock, round_up(chunk.keys, kRowPadding));
-        pack_by_columns<T>(begin, end, p_.key_dim, k, keys_);
-        if constexpr (kUsesAmx<U>) pack_transposed_left<T>(begin, end, p_.value_dim, v, values_);
-        else pack_by_rows<T>(begin, end, p_.value_dim, v, values_);
-      };
+      return [&](int64_t job) { pack(chunk, head, job * kKeyBlock, packed_end((job + 1) * kKeyBlock)); };
     });
-    const int64_t blocks = ceil_div(chunk.queries(), kQueryBlock);
     parallel_jobs(blocks, pack_work * static_cast<double>(chunk.queries()), [&] {
       return [&, flush = FlushDenormals(), tiles = TileRegisters()](int64_t job) {
         // The longest rows first, which levels the threads' shares.
-        const int64_t first = chunk.cached + (blocks - 1 - job) * kQueryBlock;
-        attend(chunk, head, first, std::min(first + kQueryBlock, chunk.keys), scratch_.get(p_));
+        const int64_t block = blocks - 1 - job;
+        attend(chunk, head, first_row(block), first_row(block + 1), scratch_.get(p_), {});
       };
     });
   }
@@ -125,8 +132,30 @@ class ChunkForward {
     Scratch<R> max, sum, factor;
   };
 
+  void pack(const Chunk& chunk, int64_t head, int64_t begin, int64_t end) {
+    pack_by_columns<T>(begin, end, p_.key_dim, chunk_rows<T>(p_, chunk, head, p_.cache_k, p_.k, p_.key_dim), keys_);
+    const ChunkRows<T> v = chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
+    if constexpr (kUsesAmx<U>) pack_transposed_left<T>(begin, end, p_.value_dim, v, values_);
+    else pack_by_rows<T>(begin, end, p_.value_dim, v, values_);
+  }
+
+  // What the queries after [first, end) read and write.
+  RowsAhead rows_ahead(const Chunk& chunk, int64_t head, int64_t first, int64_t end) const {
+    RowsAhead ahead;
+    const auto add = [&](const void* tokens, int64_t width) {
+      ahead.add(chunk_rows<T>(p_, chunk, head, nullptr, tokens, width), width, end, end + kQueryBlock);
+    };
+    add(p_.o, p_.value_dim);
+    add(p_.q, p_.key_dim);
+    add(p_.v, p_.value_dim);
+    add(p_.k, p_.key_dim);
+    ahead.pace(ceil_div(end, kTileRows<U>) * ceil_div(end - first, kTileColumns<R>));  // tiles of S^T
+    return ahead;
+  }
+
   // Rows [first, end) of the chunk.
-  void attend(const Chunk& chunk, int64_t head, int64_t first, int64_t end, const BlockScratch& scratch) const {
+  void attend(const Chunk& chunk, int64_t head, int64_t first, int64_t end, const BlockScratch& scratch,
+              RowsAhead rows_ahead) const {
     constexpr int64_t kColumns = kTileColumns<R>;
     static_assert(kQueryBlock % kColumns == 0 && kKeyBlock % kRowPadding == 0);
     const int64_t queries = end - first;
@@ -147,7 +176,7 @@ class ChunkForward {
         R* scores = scratch.scores.at(panel, 0);
         const U* q_panel = scratch.queries.at(panel, 0);
         multiply_rows(vectors, count, p_.key_dim, keys_.at(0, key), keys_.panel_units(), q_panel, scale, false, scores,
-                      Ahead<U>{q_panel, p_.key_dim});
+                      Ahead<U>{q_panel, p_.key_dim}, 0, rows_ahead);
         if (key + count > first + at) mask_future(scores, key, count, first + at);
         if (drop_) drop_.apply(scores, key, count, first + at, chunk, head);
         softmax_panel<U>(scores, count, vectors, &scratch.max[at], &scratch.sum[at], &scratch.factor[at]);
@@ -179,12 +208,14 @@ class ChunkForward {
     for (int64_t column = 0; column < columns; ++column) {
       const int vectors = vectors_in_panel<U>(p_.value_dim, column);
       const Ahead<U> ahead{column + 1 < columns ? values_.at(column + 1, key) : values_.at(0, key + block), block};
-      for (int64_t at = 0; at < queries; at += kTileRows<U>) {
-        const int64_t depth = std::min(block, first + at + kTileRows<U> - key);
+      int64_t rows;
+      for (int64_t at = 0, tile = 0; at < queries; at += rows, ++tile) {
+        rows = tile_rows<U>(vectors, queries - at);
+        const int64_t depth = std::min(block, first + at + rows - key);
         if (depth <= 0) continue;
         const U* p = reinterpret_cast<const U*>(scratch.scores.at(at / kColumns, 0)) + at % kColumns;
-        multiply_tile<true>(vectors, depth, p, 0, values_.at(column, key), R{1}, key ? &scratch.factor[at] : nullptr,
-                            scratch.output.at(column, at), ahead.part(at / kTileRows<U>));
+        multiply_tile<true>(vectors, rows, depth, p, 0, values_.at(column, key), R{1},
+                            key ? &scratch.factor[at] : nullptr, scratch.output.at(column, at), ahead.part(tile));
       }
     }
   }

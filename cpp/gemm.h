@@ -7,8 +7,8 @@
 //     A = M     rows of the tile are rows of M, the depth runs along its columns (panel after panel)
 //     A = M^T   rows of the tile are columns of M, the depth runs along its rows (within one panel)
 //   Tile: 8 rows x 3 vectors with 32 registers (24 sums, 3 of B, the rest for A), 4 x 3 with 16, 4 x 2 with 16 and no
-//   FMA. The panel at the right edge uses as many vectors as it needs; rows are padded to kTileRows, the depth to a
-//   unit.
+//   FMA. The panel at the right edge uses as many vectors as it needs, with 32 registers in tiles of as many sums where
+//   there are rows enough, 12 x 2 and 24 x 1. Rows are padded to kTileRows, the depth to a unit.
 //
 //   A unit is what one lane multiplies in one step: one element of the compute type, or, where the CPU has AVX512-BF16,
 //   a pair of bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns
@@ -116,12 +116,11 @@ struct Ahead {
 // One tile: C = gain A B, or with factors C = diag(factors) C + gain A B. a_panel is the distance between the panels of
 // A = M. What comes next is prefetched a little with every group of steps, as a burst would hold up the loads: the next
 // panel of A = M, the tile of C, and from `ahead` on what later tiles read.
-template <bool kTransposeA, int kVectors, class U>
+template <bool kTransposeA, int kVectors, int kRows, class U>
 __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
                                              const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
   using R = SumOf<U>;
   constexpr int kRowUnits = Packed<U>::kRowUnits;
-  constexpr int kRows = kTileRows<U>;
   constexpr int kGroup = 8, kLine = 64;
   static_assert(kGroup * Ahead<U>::kStepBytes == 2 * kLine);
   const char* to = reinterpret_cast<const char*>(c);
@@ -141,7 +140,7 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
         Vec<R> row[kVectors];
 #pragma GCC unroll 3
         for (int j = 0; j < kVectors; ++j) row[j] = load_raw<Vec<R>>(b + j * kLanes<R>);
-#pragma GCC unroll 8
+#pragma GCC unroll 24
         for (int i = 0; i < kRows; ++i) {
           const U factor = a[kTransposeA ? step * kTileColumns<U> + i : i * kRowUnits + step];
 #pragma GCC unroll 3
@@ -152,7 +151,7 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
     left -= steps;
     a += a_panel;
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 24
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) {
@@ -163,13 +162,27 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
   }
 }
 
+// Rows of a tall tile, and of the next tile where `rows` are left.
+template <class U, int kVectors>
+inline constexpr int kTallRows = kTileRows<U> * (kRegisters == 32 ? kTileVectors : kVectors) / kVectors;
+template <class U>
+MEGALODON_INLINE int64_t tile_rows(int vectors, int64_t rows) {
+  const int64_t tall = vectors == 1 ? kTallRows<U, 1> : vectors == 2 ? kTallRows<U, 2> : kTileRows<U>;
+  return rows < tall ? kTileRows<U> : tall;
+}
+
 template <bool kTransposeA, class U>
-MEGALODON_INLINE void multiply_tile(int vectors, int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
-                                    const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
+MEGALODON_INLINE void multiply_tile(int vectors, int64_t rows, int64_t depth, const U* a, int64_t a_panel, const U* b,
+                                    SumOf<U> gain, const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
   static_assert(kTileVectors <= 3);
-  if (vectors == kTileVectors) multiply_tile<kTransposeA, kTileVectors>(depth, a, a_panel, b, gain, factors, c, ahead);
-  else if (vectors == 2) multiply_tile<kTransposeA, 2>(depth, a, a_panel, b, gain, factors, c, ahead);
-  else multiply_tile<kTransposeA, 1>(depth, a, a_panel, b, gain, factors, c, ahead);
+  const auto multiply = [&](auto tile_vectors) {
+    constexpr int kVectors = decltype(tile_vectors)::value, kRows = kTileRows<U>, kTall = kTallRows<U, kVectors>;
+    if (rows > kRows) multiply_tile<kTransposeA, kVectors, kTall>(depth, a, a_panel, b, gain, factors, c, ahead);
+    else multiply_tile<kTransposeA, kVectors, kRows>(depth, a, a_panel, b, gain, factors, c, ahead);
+  };
+  if (vectors == kTileVectors) multiply(std::integral_constant<int, kTileVectors>());
+  else if (vectors == 2) multiply(std::integral_constant<int, 2>());
+  else multiply(std::integral_constant<int, 1>());
 }
 
 #if defined(__AMX_BF16__)
@@ -223,8 +236,9 @@ __attribute__((noinline)) void multiply_registers(int64_t depth, const Bf16Pair*
 }
 
 // In blocks of the depth, so that those of B stay in the nearest cache for all rows.
-inline void multiply_rows_amx(int vectors, int64_t rows, int64_t depth, const Bf16Pair* a, int64_t a_panel,
-                              const Bf16Pair* b, bool add, float* c) {
+template <class Between>
+void multiply_rows_amx(int vectors, int64_t rows, int64_t depth, const Bf16Pair* a, int64_t a_panel, const Bf16Pair* b,
+                       bool add, float* c, Between&& between) {
   constexpr int64_t kDepthBlock = 256;
   int64_t d = 0;
   do {  // once for a depth of 0 too, which gives zeros
@@ -236,6 +250,7 @@ inline void multiply_rows_amx(int vectors, int64_t rows, int64_t depth, const Bf
       if (vectors == 3) multiply_registers<3>(part, left, a_panel, row, add || d > 0, to);
       else if (vectors == 2) multiply_registers<2>(part, left, a_panel, row, add || d > 0, to);
       else multiply_registers<1>(part, left, a_panel, row, add || d > 0, to);
+      between();
     }
     d += kDepthBlock;
     a += kDepthBlock / 32 * a_panel;
@@ -249,24 +264,33 @@ class TileRegisters {
 template <class... Arguments> void multiply_rows_amx(Arguments...) = delete;
 #endif
 
-template <class R> inline constexpr R kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1};  // as factors of kTileRows<R> rows
+// As factors of all rows of a tile. Static, as otherwise two versions of the module in one process would share one.
+template <class R>
+static constexpr R kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 // Rows of A = M times one panel of B: C = gain A B, or C += gain A B where `add`, which with AMX asks for a gain of 1.
-// The first tile prefetches part `tile` of `ahead`.
-template <class U>
+// The first tile prefetches part `tile` of `ahead`. between() is called after every tile.
+struct Nothing {
+  MEGALODON_INLINE void operator()() const {}
+};
+template <class U, class Between = Nothing>
 void multiply_rows(int vectors, int64_t rows, int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
-                   bool add, SumOf<U>* c, Ahead<U> ahead = {}, int64_t tile = 0) {
+                   bool add, SumOf<U>* c, Ahead<U> ahead = {}, int64_t tile = 0, Between&& between = {}) {
   using R = SumOf<U>;
   constexpr int kColumns = kTileColumns<U>;
   if constexpr (kUsesAmx<U>) {
-    multiply_rows_amx(vectors, rows, depth, a, a_panel, b, add, c);
+    multiply_rows_amx(vectors, rows, depth, a, a_panel, b, add, c, between);
     if (gain != 1)
       for (R* at = c; at < c + round_up(rows, kTileRows<U>) * kColumns; at += kLanes<R>)
         store(at, gain * load(static_cast<const R*>(at)));
   } else {
-    for (int64_t r = 0; r < rows; r += kTileRows<U>)
-      multiply_tile<false>(vectors, depth, a + r * Packed<U>::kRowUnits, a_panel, b, gain, add ? kOnes<R> : nullptr,
-                           c + r * kColumns, ahead.part(tile + r / kTileRows<U>));
+    for (int64_t r = 0; r < rows; ++tile) {
+      const int64_t now = tile_rows<U>(vectors, rows - r);
+      multiply_tile<false>(vectors, now, depth, a + r * Packed<U>::kRowUnits, a_panel, b, gain,
+                           add ? kOnes<R> : nullptr, c + r * kColumns, ahead.part(tile));
+      between();
+      r += now;
+    }
   }
 }
 
