@@ -169,7 +169,9 @@ class ChunkBackward {
       R* s = scratch.s.at(panel, 0);
       if (key + rows > query + at + 1) mask_future(s, key, rows, query + at);
       if (drop_) drop_.apply(s, key, rows, query + at, chunk, head);
-      differentiate(vectors_in_panel<U>(columns, panel), panel, rows, query - base + at, chunk.keys <= kBlock, scratch);
+      const int vectors = vectors_in_panel<U>(columns, panel);
+      if (chunk.keys <= kBlock) differentiate<true>(vectors, panel, rows, query - base + at, scratch);
+      else differentiate<false>(vectors, panel, rows, query - base + at, scratch);
     }
 
     // Keys of the cache take no gradient.
@@ -217,23 +219,32 @@ class ChunkBackward {
     }
   }
 
-  // S^T and dP^T of `rows` keys, all there are of these queries if whole_rows, become P^T and dS^T.
-  void differentiate(int vectors, int64_t panel, int64_t rows, int64_t query, bool whole_rows,
-                     const PairScratch& scratch) const {
+  // S^T and dP^T of `rows` keys, all there are of these queries if kWholeRows, become P^T and dS^T.
+  template <bool kWholeRows>
+  void differentiate(int vectors, int64_t panel, int64_t rows, int64_t query, const PairScratch& scratch) const {
     for (int64_t c = 0; c < vectors * kLanes<R>; c += kLanes<R>) {
       R *p = scratch.s.at(panel, 0) + c, *dp = scratch.dp.at(panel, 0) + c;
       const Vec<R> lse = load(&lse_[query + c]);
-      Vec<R> total = zeros<R>(), product = zeros<R>();
-      for (int64_t r = 0; r < rows; ++r) {
-        const Vec<R> now = softmax_exp(load(static_cast<const R*>(p) + r * kColumns) - lse);
-        store(p + r * kColumns, now);
-        total += now;
-        product += now * load(static_cast<const R*>(dp) + r * kColumns);
+      const auto exponential = [&](int64_t r) {
+        return softmax_exp(load(static_cast<const R*>(p) + r * kColumns) - lse);
+      };
+      Vec<R> gain = splat(R{1}), delta = load(&delta_[query + c]);
+      if constexpr (kWholeRows) {  // need neither lse nor o to the last digit
+        Vec<R> total = zeros<R>(), product = zeros<R>();
+        for (int64_t r = 0; r < rows; ++r) {
+          const Vec<R> now = exponential(r);
+          store(p + r * kColumns, now);
+          total += now;
+          product += now * load(static_cast<const R*>(dp) + r * kColumns);
+        }
+        // A row with every score dropped keeps its zeros.
+        gain = total == 0 ? splat(R{1}) : 1 / total;
+        delta = product * gain;
       }
-      // Whole rows need neither lse nor o to the last digit. A row with every score dropped keeps its zeros.
-      const Vec<R> gain = whole_rows ? (total == 0 ? splat(R{1}) : 1 / total) : splat(R{1});
-      const Vec<R> delta = whole_rows ? product * gain : load(&delta_[query + c]);
-      const auto probability = [&](int64_t r) { return gain * load(static_cast<const R*>(p) + r * kColumns); };
+      const auto probability = [&](int64_t r) {
+        if constexpr (kWholeRows) return gain * load(static_cast<const R*>(p) + r * kColumns);
+        else return exponential(r);
+      };
       const auto gradient = [&](int64_t r, Vec<R> now) {
         const Vec<R> ds = now * (load(static_cast<const R*>(dp) + r * kColumns) - delta);
         return now == 0 ? zeros<R>() : ds;
