@@ -6,7 +6,7 @@ A `Case` is one piece of work with a `Path` for each way of doing it, ours first
    tolerance, or the case raises `Disagreement` and is not timed. This call also compiles what needs compiling.
 2. Memory. Freed memory is given back to the system, and the peak of one call is read (Linux only): for us the call of
    step 1, for others, of which that may be the only call and then counts, one more.
-3. Warm-up. Another call of each path, which takes back the memory that step 2 gave away.
+3. Warm-up. Short paths are called again, and all that were called before step 2 last gave memory away.
 4. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path leaves when it has
    enough samples or has used up its seconds: slow ones end with few samples, down to the one call of step 1.
    warm: an untimed call comes first, then the timed one, or as many calls in a row as take a millisecond.
@@ -135,7 +135,7 @@ class Effort:
     """How long to measure."""
 
     samples: int = 11
-    seconds: float = 0.55
+    seconds: float = 0.45
     """for each path and state of the cache, three times as many for the first three samples; a rival whose first call
     takes longer gets no other"""
 
@@ -156,10 +156,9 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort) -> Result:
     torch.set_num_threads(threads)
     timings = [Timing(path.name, path.rival and path is not case.paths[0]) for path in case.paths]
     active = _check(case, timings, effort)
+    gave_away = any([runner.read_memory() for runner in active])
     for runner in active:
-        runner.read_memory()
-    for runner in active:
-        runner.warm_up()
+        runner.warm_up(3 if runner.seconds < _CACHEABLE else int(gave_away))
     gc.collect()
     gc.disable()
     try:
@@ -183,19 +182,21 @@ class _Runner:
     seconds: float
     """about how long a call takes"""
 
-    def read_memory(self) -> None:
-        """Reads the peak memory of a call, where it is not known."""
-        if self.timing.peak_memory is None:
-            if self.path.before:
-                self.path.before()
-            in_use = hardware.reset_peak_memory()
-            self.seconds, outputs = hardware.timed(self.path.call)
-            self.timing.peak_memory = hardware.peak_memory_since(in_use)
-            del outputs
+    def read_memory(self) -> bool:
+        """Reads the peak memory of a call; False if it is known."""
+        if self.timing.peak_memory is not None:
+            return False
+        if self.path.before:
+            self.path.before()
+        in_use = hardware.reset_peak_memory()
+        self.seconds, outputs = hardware.timed(self.path.call)
+        self.timing.peak_memory = hardware.peak_memory_since(in_use)
+        del outputs
+        return True
 
-    def warm_up(self) -> None:
+    def warm_up(self, calls: int) -> None:
         """Finds how long a call takes that needs no fresh memory."""
-        for _ in range(3 if self.seconds < _CACHEABLE else 1):
+        for _ in range(calls):
             if self.path.before:
                 self.path.before()
             self.seconds = min(self.seconds, hardware.timed(self.path.call)[0])
@@ -275,7 +276,8 @@ def _take_turns(runners: list[_Runner], effort: Effort, *, warm: bool) -> None:
             start = time.perf_counter()
             runners[index].sample(flush)
             spent[index] += time.perf_counter() - start
-            if spent[index] > effort.seconds * (1 if samples >= 2 else 3):  # for three samples, longer
+            # For two samples any time, for three a longer one.
+            if samples > 0 and spent[index] > effort.seconds * (1 if samples >= 2 else 3):
                 del spent[index]
         samples += 1
 

@@ -181,7 +181,10 @@ class ChunkBackward {
         const int vectors = vectors_in_panel<U>(width, column);
         const Ahead<U> ahead{b.at(column + 1, query - base), kBlock};
         int64_t tile = 0, rows;
-        for (int64_t row = std::max(key, chunk.cached / kRows * kRows); row < key_end; row += rows, ++tile) {
+        // Tiles of any height begin where they do in the panels of queries, below whose last row these hold no keys.
+        constexpr int64_t kStart = kAmx ? kRows : kTallRows<U>;
+        static_assert(kColumns % kStart == 0 && kBlock % kStart == 0);
+        for (int64_t row = std::max(key, chunk.cached / kStart * kStart); row < key_end; row += rows, ++tile) {
           rows = kAmx ? kRows : tile_rows<U>(vectors, key_end - row);
           const int64_t panel = row > query ? (row - query) / kLeftColumns<U> : 0, at = panel * kLeftColumns<U>;
           multiply_rows(vectors, rows, queries - at, a.at(panel, row - key), a.panel_units(),

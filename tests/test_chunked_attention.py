@@ -85,6 +85,17 @@ def test_shapes_of_models(shape, dtype, backend):
 
 
 @every_backend
+@pytest.mark.parametrize(("cached", "L"), [(0, 64), (9, 230), (44, 200), (100, 156)])
+@pytest.mark.parametrize(("K", "V"), [(32, 16), (16, 32), (64, 64)])
+def test_tiles_of_any_height_end_with_their_block(K, V, cached, L, backend):
+    case = chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=256, state=True, scale=K**-0.5)
+    state = case.options["state"]
+    case.options["state"] = AttentionState(state.k, state.v, torch.full_like(state.position, cached))
+    exact, same = (evaluate(mo.reference.chunked_attention, c) for c in (case.double(), case))
+    assert_all_as_accurate_as(evaluate(mo.chunked_attention, case), same, exact, factor=4, floor=8)
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keys_without_elements_give_the_mean_of_the_values(dtype, backend):
     """All scores are 0, whatever the scratch memory held: here those of the call before."""
