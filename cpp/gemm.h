@@ -162,8 +162,8 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
   }
 }
 
-// Rows that tall tiles make together, one of 24 x 1 or two of 12 x 2, and rows made next where `rows` are left. Either is
-// a multiple of kTileRows, so that no tile reaches beyond the padding, or into rows of the next block.
+// Rows that tall tiles make together, one of 24 x 1 or two of 12 x 2, and rows made next where `rows` are left: a
+// multiple of kTileRows, so that no tile reaches beyond the padding or into the next block.
 template <class U> inline constexpr int kTallRows = kTileRows<U> * (kRegisters == 32 ? kTileVectors : 1);
 template <class U>
 MEGALODON_INLINE int64_t tile_rows(int vectors, int64_t rows) {
@@ -178,12 +178,14 @@ MEGALODON_INLINE void multiply_tile(int vectors, int64_t rows, int64_t depth, co
   const auto multiply = [&](auto tile_vectors) {
     constexpr int kVectors = decltype(tile_vectors)::value, kRows = kTileRows<U>, kTall = kTallRows<U> / kVectors;
     constexpr int kRow = kTransposeA ? 1 : Packed<U>::kRowUnits;
-    static_assert(kTall * kVectors == kTallRows<U> || kRegisters < 32);
-    if (rows == kRows) return multiply_tile<kTransposeA, kVectors, kRows>(depth, a, a_panel, b, gain, factors, c, ahead);
-    if constexpr (kTallRows<U> > kRows)
-      for (int r = 0; r < kTallRows<U>; r += kTall)
-        multiply_tile<kTransposeA, kVectors, kTall>(depth, a + r * kRow, a_panel, b, gain, factors ? factors + r : factors,
-                                                    c + r * kTileColumns<U>, ahead);
+    if (rows == kRows) {
+      multiply_tile<kTransposeA, kVectors, kRows>(depth, a, a_panel, b, gain, factors, c, ahead);
+    } else if constexpr (kTallRows<U> > kRows) {
+      static_assert(kTall * kVectors == kTallRows<U>);
+      for (int r = 0; r < rows; r += kTall)
+        multiply_tile<kTransposeA, kVectors, kTall>(depth, a + r * kRow, a_panel, b, gain,
+                                                    factors ? factors + r : factors, c + r * kTileColumns<U>, ahead);
+    }
   };
   if (vectors == kTileVectors) multiply(std::integral_constant<int, kTileVectors>());
   else if (vectors == 2) multiply(std::integral_constant<int, 2>());
