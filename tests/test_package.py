@@ -126,19 +126,22 @@ def test_bindings_refuse_what_would_be_unsafe():
             _C.cema_fwd(*{**arguments, name: bad}.values())
 
 
-FAULTS_OF_A_SECOND_TENSOR = """
+FEWEST_FAULTS_OF_A_TENSOR = """
 import resource, torch, megalodon_ops
 print(megalodon_ops.keep_freed_memory())
+
+def faults(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
 for size in 1 << 24, 1 << 26:
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(size)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    print(min(faults(size) for _ in range(6)))  # a small block may have taken a piece of the first
 """
 
 
 def test_freed_memory_is_kept():
-    kept, *faults = run_python(FAULTS_OF_A_SECOND_TENSOR).stdout.split()
+    kept, *faults = run_python(FEWEST_FAULTS_OF_A_TENSOR).stdout.split()
     if kept == "False":
         pytest.skip("no glibc")
     assert max(map(int, faults)) < 16, faults  # pages of 2 MiB at most: 32 and 128 of them
