@@ -136,8 +136,8 @@ class Effort:
 
     samples: int = 11
     seconds: float = 0.45
-    """for each path and state of the cache, three times as many for the first three samples; a rival whose first call
-    takes longer gets no other"""
+    """for each path and state of the cache, three times as many for the first three samples, any number for two; a rival
+    whose first call takes longer gets no other"""
 
 
 def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
@@ -276,7 +276,6 @@ def _take_turns(runners: list[_Runner], effort: Effort, *, warm: bool) -> None:
             start = time.perf_counter()
             runners[index].sample(flush)
             spent[index] += time.perf_counter() - start
-            # For two samples any time, for three a longer one.
             if samples > 0 and spent[index] > effort.seconds * (1 if samples >= 2 else 3):
                 del spent[index]
         samples += 1

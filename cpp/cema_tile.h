@@ -107,7 +107,8 @@ struct Strip {
 
   // f(first step, steps, vector, channels) for all tiles of some steps. Its passes, each of at most `most` modes,
   // fetch the next rows of a and b: along the rows, as the processor then fetches on by itself. But past the end of a
-  // narrow strip that takes lines from the thread that is about to write them; column by column it does not.
+  // narrow strip that takes lines from the thread that is about to write them. So strips of more than a pair of lines and
+  // less than half a page are fetched column by column.
   template <int most, class F>
   void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
     constexpr int64_t size = sizeof(T);
