@@ -113,6 +113,16 @@ def test_no_channels(emulator):
     assert emulator.module.traffic().keys() == {f"timestep_norm_{way}_empty_kernel" for way in ("fwd", "bwd")}
 
 
+@pytest.mark.parametrize("L", [0, TILE + 5])
+def test_outputs_that_nobody_wants(emulator, L):
+    """Statistics and the end state, of sequences with and without steps."""
+    case = timestep_norm_case(B=2, L=L, G=2, width=4)
+    x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
+    y = torch.full_like(x, torch.nan)
+    emulator.call("timestep_norm_fwd", x, weight, bias, 2, case.options["eps"], *[None] * 6, y, *[None] * 5)
+    assert_close(y, forward(mo.timestep_norm, case)["y"], tolerance=1e-5)
+
+
 def test_the_workspace_of_many_channels(emulator):
     """Where D exceeds what all shares hold, there are still some."""
     case = timestep_norm_case(B=1, L=1, G=1, width=2**18 + 1)
