@@ -129,8 +129,8 @@ class Block {
     layer_norm_.bias = read.real_or_null("norm.bias", "(D,)", {D});
     read.linear(fc1_, "fc1", T, D, kAny);
     read.linear(fc2_, "fc2", T, fc1_.outputs, D);
-    scale_ = read.real_or_null("nffn.alpha", "(D,)", {D});
     read.linear(fc3_, "fc3", T, D, fc1_.outputs, false);
+    scale_ = read.real_or_null("nffn.alpha", "(D,)", {D});
   }
 
   void read_state(Reader& read) {

@@ -107,7 +107,7 @@ class FewQueries {
 #pragma GCC unroll 16
         for (int64_t r = 0; r < kLane; ++r) {
           sums[r] += factor * load(row[r] + c);
-          __builtin_prefetch(row[r] + c + kLane * p_.heads * p_.key_dim);  // the next vector's
+          __builtin_prefetch(row[r] + c + kLane * p_.heads * p_.key_dim, 0, 2);  // the next vector's
         }
       }
       if (c < p_.key_dim) {
@@ -164,7 +164,7 @@ class FewQueries {
         R* o = partials + head * size + 2 * kFewQueries + i * value_width_;
         int64_t c = 0;
         for (; c + kLane <= p_.value_dim; c += kLane) {
-          __builtin_prefetch(reinterpret_cast<const char*>(v + c) + kAhead);
+          __builtin_prefetch(reinterpret_cast<const char*>(v + c) + kAhead, 0, 2);
           store(o + c, load(static_cast<const R*>(o) + c) + p * load(v + c));
         }
         if (c < p_.value_dim)

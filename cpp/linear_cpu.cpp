@@ -2,9 +2,10 @@
 //
 //   y_to = sum_i x_ti w_oi + b_o
 //
-// A job owns neighbouring rows of the weights, as many as a thread can stream without a pause, and walks along one of
-// them at once, or with several rows of x, which stay in L1 or L2, along kTogether: each vector that is loaded serves
-// many sums, in registers. The order of a sum depends on I, the vector and the number of rows alone.
+// A thread owns neighbouring rows of the weights, which it streams without a pause and far from what the others read: of
+// shares that alternate, processors fetch some lines twice. It walks along one row at once, or with several rows of x,
+// which stay in L1 or L2, along kTogether: each vector that is loaded serves many sums, in registers. The order of a sum
+// depends on I, the vector and the number of rows alone.
 //
 // The transposed copy takes squares of kLanes^2, in strips of a few cache lines of each row.
 
@@ -17,7 +18,6 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-constexpr int64_t kJobsOfAThread = 4;
 constexpr int kMostRows = kRegisters / 8;
 constexpr int kTogether = 4;
 constexpr int64_t kAhead = 4096;  // bytes of the weights that are fetched before they are needed
@@ -49,7 +49,7 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
     for (int chain = 0; chain < chains; ++chain) {
       const int64_t at = i + chain * lanes;
       for (int o = 0; o < outputs; ++o)
-        __builtin_prefetch(reinterpret_cast<const char*>(weight + o * p.inputs + at) + ahead);
+        __builtin_prefetch(reinterpret_cast<const char*>(weight + o * p.inputs + at) + ahead, 0, 2);
       add(chain, at, whole);
     }
   for (; i + lanes <= p.inputs; i += lanes) add(0, i, whole);
@@ -84,7 +84,7 @@ MEGALODON_INLINE void run_job(const LinearFewRowsParams& p, int64_t begin, int64
 void linear_few_rows_cpu(const LinearFewRowsParams& p) {
   // Jobs begin at multiples of kTogether, so that their number, which depends on the threads, changes no sum.
   const int64_t groups = (p.outputs + kTogether - 1) / kTogether;
-  const int64_t jobs = std::min(groups, kJobsOfAThread * omp_get_max_threads());
+  const int64_t jobs = std::min<int64_t>(groups, omp_get_max_threads());
   const auto begin = [&](int64_t job) { return std::min(kTogether * (groups * job / jobs), p.outputs); };
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);

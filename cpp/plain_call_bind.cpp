@@ -54,22 +54,28 @@ bool is_plain_tensor(PyObject* object) {
   return tensor.data != nullptr;  // torch may leave zeros without memory
 }
 
-// kinds[i] is what argument i must be: t a tensor, o the same or None, i int, f float, b bool.
+// What an argument must be: t a tensor, o the same or None, i int, f float, b bool; T, O and F are lists of those.
+bool is_plain(char kind, PyObject* argument) {
+  switch (kind) {
+    case 'o': return argument == Py_None || is_plain_tensor(argument);
+    case 't': return is_plain_tensor(argument);
+    case 'i': return PyLong_CheckExact(argument);
+    case 'f': return PyFloat_CheckExact(argument);
+    case 'b': return PyBool_Check(argument);
+  }
+  if (!PyList_CheckExact(argument)) return false;
+  const char of_element = kind == 'T' ? 't' : kind == 'O' ? 'o' : 'f';
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(argument); ++i)
+    if (!is_plain(of_element, PyList_GET_ITEM(argument, i))) return false;
+  return true;
+}
+
+// kinds[i] is that of argument i.
 bool are_plain(const char* kinds, const py::tuple& arguments) {
   const size_t count = arguments.size();
   if (std::strlen(kinds) != count) return false;
-  for (size_t i = 0; i < count; ++i) {
-    PyObject* const argument = PyTuple_GET_ITEM(arguments.ptr(), static_cast<Py_ssize_t>(i));
-    bool plain = false;
-    switch (kinds[i]) {
-      case 'o': plain = argument == Py_None || is_plain_tensor(argument); break;
-      case 't': plain = is_plain_tensor(argument); break;
-      case 'i': plain = PyLong_CheckExact(argument); break;
-      case 'f': plain = PyFloat_CheckExact(argument); break;
-      case 'b': plain = PyBool_Check(argument); break;
-    }
-    if (!plain) return false;
-  }
+  for (size_t i = 0; i < count; ++i)
+    if (!is_plain(kinds[i], PyTuple_GET_ITEM(arguments.ptr(), static_cast<Py_ssize_t>(i)))) return false;
   return unobserved();
 }
 

@@ -15,6 +15,7 @@ import megalodon_ops as mo
 from backends import ISAS, isa
 from megalodon_ops import linear
 from megalodon_ops.blocks_few_rows import blocks_few_rows_
+from megalodon_ops.layers import run_in_one_call
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 VARIANTS = {
@@ -81,7 +82,7 @@ def check_bits(monkeypatch, dtype, rows, length, **overrides):
     """Over more steps than a chunk has left, so that it begins anew."""
     block, state = block_and_state(dtype, rows, **overrides)
     found, calls = decode(block, state, rows, length, times=5)
-    monkeypatch.setattr(mo.MegalodonBlock, "fits_in_one_call", lambda *args, **options: False)
+    monkeypatch.setattr(mo.layers, "_run_in_one_call", lambda *args, **options: None)
     expected, none = decode(block, state, rows, length, times=5)
     assert (calls, none) == (5, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -144,12 +145,26 @@ def test_what_was_changed_runs_as_changed(change):
         torch.testing.assert_close(found, expected)
 
 
+def test_modules_and_parameters_go_by_name():
+    """Those that were taken out and put back come last in their module's dictionaries."""
+    block, state = block_and_state()
+    expected, _ = decode(block, state)
+    for module, name in ((block.mega, "wv"), (block.mega.wz, "weight"), (block.mega, "gamma"), (block.nffn, "norm")):
+        taken = getattr(module, name)
+        delattr(module, name)
+        setattr(module, name, taken)
+    found, calls = decode(block, state)
+    assert calls == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_who_gets_the_layers(monkeypatch):
     block, state = block_and_state(seen=3)
     x = steps(block, 1, 1)
 
-    def fits(x=x, **options):
-        return block.fits_in_one_call(x, **{"state": state, "inplace_state": True} | options)
+    def fits(x=x, state=state, **options):
+        state = tree_map_only(torch.Tensor, torch.clone, state)
+        return run_in_one_call([block], x, [state], **{"inplace_state": True} | options) is not None
 
     assert not fits()  # gradients
     with torch.no_grad():
@@ -238,7 +253,7 @@ def test_biases_may_come_and_go(monkeypatch):
     block.mega.wz.bias = None
     block.mega.wh2.bias = torch.nn.Parameter(torch.randn(TINY["model_dim"]))
     found, calls = decode(block, state)
-    monkeypatch.setattr(mo.MegalodonBlock, "fits_in_one_call", lambda *args, **options: False)
+    monkeypatch.setattr(mo.layers, "_run_in_one_call", lambda *args, **options: None)
     expected, none = decode(block, state)
     assert (calls, none) == (1, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -258,9 +273,9 @@ def test_a_whole_model_is_one_call(dtype, monkeypatch):
         return tree_leaves((found, state)), calls.count
 
     together, calls = logits()
-    monkeypatch.setattr(mo.model, "fit_in_one_call", lambda *args, **options: False)
+    monkeypatch.setattr(mo.model, "run_in_one_call", lambda *args, **options: None)
     one_by_one, each = logits()
-    monkeypatch.setattr(mo.MegalodonBlock, "fits_in_one_call", lambda *args, **options: False)
+    monkeypatch.setattr(mo.layers, "_run_in_one_call", lambda *args, **options: None)
     expected, none = logits()
     assert (calls, each, none) == (15, 15 * TINY["num_layers"], 0)
     for found in (together, one_by_one):
@@ -280,5 +295,5 @@ def test_a_model_with_a_hooked_block_calls_its_hook():
 NAMES = (
     "timenorm.weight timenorm.bias cema.alpha cema.delta cema.theta cema.gamma cema.omega rmsnorm.weight wv.weight "
     "wv.bias wz.weight wz.bias wr.weight wr.bias wh1.weight wh1.bias wh2.weight wh2.bias gamma beta norm.weight norm.bias "
-    "fc1.weight fc1.bias fc2.weight fc2.bias nffn.alpha fc3.weight fc3.bias"
+    "fc1.weight fc1.bias fc2.weight fc2.bias fc3.weight fc3.bias nffn.alpha"
 ).split()

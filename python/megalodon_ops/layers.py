@@ -270,100 +270,123 @@ class MegalodonBlock(nn.Module):
         self.mega = NormalizedAttention(config)
         self.nffn = NormalizedFFN(config, layer)
 
-    def forward(self, x: Tensor, *, return_state: bool = False, **options) -> Tensor | tuple[Tensor, BlockState]:
-        """x (B, L, D); options as in :func:`normalized_attention`: state, inplace_state, cu_seqlens, lengths."""
-        if return_state and self.fits_in_one_call(x, **options):
-            y, (state,) = run_in_one_call([self], x, [options["state"]])
+    def forward(
+        self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
+    ) -> Tensor | tuple[Tensor, BlockState]:
+        """x (B, L, D); options as in :func:`normalized_attention`: inplace_state, cu_seqlens, lengths."""
+        if return_state and (result := _run_in_one_call((self,), x, (state,), **options)) is not None:
+            y, (state,) = result
             return y, state
-        y = self.mega(x, return_state=return_state, **options)
+        y = self.mega(x, state=state, return_state=return_state, **options)
         if return_state:
             y, state = y
             return x + self.nffn(y), state
         return x + self.nffn(y)
 
-    def fits_in_one_call(
-        self,
-        x: Tensor,
-        *,
-        state: BlockState | None = None,
-        inplace_state: bool = False,
-        cu_seqlens: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> bool:
-        """Whether :func:`run_in_one_call` gives what the modules inside would."""
-        if state is None or not inplace_state or cu_seqlens is not None or lengths is not None:
-            return False
-        mega, nffn, config = self.mega, self.nffn, self.mega.config
-        if torch.compiler.is_compiling() or not takes_few_rows(x, mega.wv.weight) or not _are_as_built(mega, nffn):
-            return False
-        dropout = config.dropout or config.hidden_dropout or config.attention_dropout
-        return mega.timenorm.num_groups == config.norm_num_groups and not (self.training and dropout)
-
-
-def fit_in_one_call(blocks: Iterable[nn.Module], x: Tensor, states: Iterable[BlockState], **options) -> bool:
-    """The same of blocks one after another, with one configuration, whose own forward nobody has changed either."""
-    config = None
-    for block, state in zip(blocks, states, strict=True):
-        if type(block) is not MegalodonBlock or not block.fits_in_one_call(x, state=state, **options) or _is_wrapped(block):
-            return False
-        if config not in (None, block.mega.config):
-            return False
-        config = block.mega.config
-    return config is not None
-
 
 def run_in_one_call(
-    blocks: Sequence[MegalodonBlock], x: Tensor, states: Sequence[BlockState]
-) -> tuple[Tensor, tuple[BlockState, ...]]:
-    """x through blocks and their states after it; the attention's parts of `states` are written to."""
-    config = blocks[0].mega.config
+    blocks: Iterable[nn.Module], x: Tensor, states: Iterable[BlockState | None], **options
+) -> tuple[Tensor, tuple[BlockState, ...]] | None:
+    """x through blocks one after another and their states after it; the attention's parts of `states` are written to.
+
+    None where that would not give what the modules do: with other options than `inplace_state`, for more than a few
+    rows, with gradients, or where somebody has changed a module.
+    """
+    blocks = tuple(blocks)
+    if any(type(block) is not MegalodonBlock or _is_wrapped(vars(block)) for block in blocks):
+        return None
+    return _run_in_one_call(blocks, x, tuple(states), **options)
+
+
+def _run_in_one_call(
+    blocks: tuple[MegalodonBlock, ...],
+    x: Tensor,
+    states: tuple[BlockState | None, ...],
+    *,
+    inplace_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, tuple[BlockState, ...]] | None:
+    """The same, whatever is wrapped around the blocks themselves."""
+    if not inplace_state or cu_seqlens is not None or lengths is not None or not blocks or None in states:
+        return None
+    if torch.compiler.is_compiling() or not takes_few_rows(x, x):
+        return None
+    if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
+        return None
+    config = getattr(blocks[0].mega, "config", None)
+    parameters, eps = [], []
+    if not all(_take_parameters(block, config, parameters, eps) for block in blocks):
+        return None
+    if blocks[0].mega.wv.weight.dtype != x.dtype:
+        return None
     empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
-    parameters, past, caches, new, eps = [], [], [], [], []
-    for block, state in zip(blocks, states, strict=True):
-        mega, nffn = block.mega, block.nffn
-        parameters += (
-            *_own(mega.timenorm), *_own(mega.cema), mega.rmsnorm.weight, *_own(mega.wv), *_own(mega.wz), *_own(mega.wr),
-            *_own(mega.wh1), *_own(mega.wh2), mega.gamma, mega.beta, *_own(nffn.norm), *_own(nffn.fc1), *_own(nffn.fc2),
-            nffn.alpha, *(_own(nffn.fc3) if nffn.fc3 is not None else (None, None)),
-        )  # fmt: skip
-        count, mean, var, _ = state.norm
-        past += (*state.norm, state.cema)
-        caches += state.attention
-        new += (empty(count), empty(mean), empty(var), mean.new_empty((2, *mean.shape)), empty(state.cema))
-        eps += (mega.timenorm.eps, mega.rmsnorm.eps, config.norm_eps, nffn.norm.eps)
+    past, caches, new, after = [], [], [], []
+    for norm, cema_state, attention in states:
+        past += (*norm, cema_state)
+        caches += attention
+        count, mean, var, _ = norm
+        norm = TimestepNormState(empty(count), empty(mean), empty(var), mean.new_empty((2, *mean.shape)))
+        after.append(BlockState(norm, empty(cema_state), attention))
+        new += (*norm, after[-1].cema)
     y = empty(x)
     call(
         blocks_few_rows_, x, parameters, past, caches, y, new, config.num_heads, config.norm_num_groups,
         config.chunk_size, config.rope_base or 10000.0, eps,
     )  # fmt: skip
-    parts = [(TimestepNormState(*new[i : i + 4]), new[i + 4]) for i in range(0, len(new), 5)]
-    return y, tuple(BlockState(*part, state.attention) for part, state in zip(parts, states, strict=True))
+    return y, tuple(after)
 
 
-def _own(module: nn.Module) -> Iterable[Tensor | None]:
-    """All of a module's own parameters, in the order of their definition."""
-    return module._parameters.values()
-
-
-_BUILT_OF = {
-    NormalizedAttention: dict(
-        timenorm=TimestepNorm, cema=ComplexEMA, rmsnorm=RMSNorm, wv=Linear, wz=Linear, wr=Linear, wh1=Linear, wh2=Linear
+# Of the halves of a block: their class, the modules inside, and what they hold of their own.
+_HALVES = dict(
+    mega=(
+        NormalizedAttention,
+        dict(
+            timenorm=TimestepNorm, cema=ComplexEMA, rmsnorm=RMSNorm, wv=Linear, wz=Linear, wr=Linear, wh1=Linear, wh2=Linear
+        ),
+        ("gamma", "beta"),
     ),
-    NormalizedFFN: dict(norm=LayerNorm, fc1=Linear, fc2=Linear, fc3=Linear),
+    nffn=(NormalizedFFN, dict(norm=LayerNorm, fc1=Linear, fc2=Linear, fc3=Linear), ("alpha",)),
+)
+_PARAMETERS = {
+    TimestepNorm: ("weight", "bias"),
+    ComplexEMA: ("alpha", "delta", "theta", "gamma", "omega"),
+    RMSNorm: ("weight",),
+    LayerNorm: ("weight", "bias"),
+    Linear: ("weight", "bias"),
 }
 
 
-def _are_as_built(*halves: nn.Module) -> bool:
-    """Whether nobody has replaced a module inside, hooked into it or wrapped its forward."""
-    for half in halves:
-        parts = _BUILT_OF.get(type(half))
-        if parts is None or _is_wrapped(half):
+def _take_parameters(block: MegalodonBlock, config: MegalodonConfig, tensors: list[Tensor | None], eps: list[float]) -> bool:
+    """Appends them in the order of cpp/blocks_few_rows_bind.cpp, if the block is as it was built with that configuration.
+
+    That is: nobody has replaced a module inside, hooked into it or wrapped its forward. Modules' dictionaries are read
+    themselves, as an attribute of a module that is a module or parameter takes a call of a Python function.
+    """
+    for half_name, (kind, parts, own) in _HALVES.items():
+        half = block._modules[half_name]
+        inside = vars(half)
+        if type(half) is not kind or _is_wrapped(inside) or inside["config"] not in (config,):  # mostly the same object
             return False
-        for name, module in half._modules.items():
-            if module is not None and (type(module) is not parts.get(name) or _is_wrapped(module)):
+        modules = inside["_modules"]
+        if not modules.keys() <= parts.keys():
+            return False
+        for name, part in parts.items():
+            module = modules.get(name)
+            if module is None:
+                tensors += (None,) * len(_PARAMETERS[part])
+                continue
+            module_inside = vars(module)
+            if type(module) is not part or _is_wrapped(module_inside):
                 return False
-    return not (_global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks)
+            tensors += map(module_inside["_parameters"].get, _PARAMETERS[part])
+        tensors += map(inside["_parameters"].get, own)
+    mega, norm = block._modules["mega"]._modules, block._modules["nffn"]._modules["norm"]
+    eps += (mega["timenorm"].eps, mega["rmsnorm"].eps, config.norm_eps, norm.eps)
+    dropout = config.dropout or config.hidden_dropout or config.attention_dropout
+    return mega["timenorm"].num_groups == config.norm_num_groups and not (block.training and dropout)
 
 
-def _is_wrapped(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+def _is_wrapped(inside: dict[str, object]) -> bool:
+    """Whether anybody has hooked into a module, of which this is the dictionary, or wrapped its forward."""
+    return bool(inside["_forward_hooks"] or inside["_forward_pre_hooks"] or "forward" in inside)

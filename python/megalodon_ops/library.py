@@ -40,12 +40,14 @@ def define_op(
         _library.impl(name, kernel, device)
     op = getattr(torch.ops.megalodon_ops, name).default
     torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
+    differentiable = None
     if "!" not in schema:
         function = _autograd_function(setup_context, backward or _no_derivative(name))
         _library.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
-        kinds = "".join(_KINDS[str(argument.type)] for argument in op._schema.arguments)
         # Function.apply itself first looks for functorch's tensors, which no plain argument is.
-        _plain_calls[op] = _PlainCall(kinds, kernel, super(torch.autograd.Function, function).apply)
+        differentiable = super(torch.autograd.Function, function).apply
+    kinds = "".join(_KINDS[str(argument.type)] for argument in op._schema.arguments)
+    _plain_calls[op] = _PlainCall(kinds, kernel, differentiable)
     return op
 
 
@@ -55,12 +57,15 @@ class _PlainCall(NamedTuple):
     kinds: str
     """of the arguments, as `_C.are_plain` reads them"""
     kernel: Callable
-    differentiable: Callable
-    """the same with gradients; takes the kernel as its last argument"""
+    differentiable: Callable | None
+    """the same with gradients; takes the kernel as its last argument. None: an op that writes to its arguments"""
 
 
 _plain_calls: dict[Callable, _PlainCall] = {}
-_KINDS = {"Tensor": "t", "Optional[Tensor]": "o", "int": "i", "float": "f", "bool": "b"}
+_KINDS = {
+    "Tensor": "t", "Optional[Tensor]": "o", "int": "i", "float": "f", "bool": "b",
+    "List[Tensor]": "T", "List[Optional[Tensor]]": "O", "List[float]": "F",
+}  # fmt: skip
 
 
 def _autograd_function(setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
@@ -102,8 +107,9 @@ def call(op: Callable, *args, **wanted: bool):
     """
     if not torch.compiler.is_compiling() and op in _plain_calls:
         kinds, kernel, differentiable = _plain_calls[op]
-        if _C.are_plain(kinds, args):
-            if torch.is_grad_enabled() and _C.any_requires_grad(args):
+        gradients = torch.is_grad_enabled()
+        if (differentiable or not gradients) and _C.are_plain(kinds, args):
+            if gradients and _C.any_requires_grad(args):
                 return differentiable(*args, functools.partial(kernel, **wanted))
             return kernel(*args, **wanted)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig
-from .layers import BlockState, Linear, MegalodonBlock, TimestepNorm, fit_in_one_call, run_in_one_call
+from .layers import BlockState, Linear, MegalodonBlock, TimestepNorm, run_in_one_call
 from .loss import linear_cross_entropy
 from .states import TimestepNormState
 
@@ -168,8 +168,11 @@ class Megalodon(nn.Module):
         if self.config.scale_emb:
             x = x * math.sqrt(self.config.model_dim)
         states = (None,) * len(self.layers) if state is None else state.layers
-        if inplace_state and return_state and fit_in_one_call(self.layers, x, states, inplace_state=True, **sequences):
-            x, layer_states = run_in_one_call(list(self.layers), x, states)
+        result = None
+        if return_state:
+            result = run_in_one_call(self.layers, x, states, inplace_state=inplace_state, **sequences)
+        if result is not None:
+            x, layer_states = result
         else:
             layer_states = []
             for layer, layer_state in zip(self.layers, states, strict=True):
