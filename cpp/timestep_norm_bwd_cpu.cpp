@@ -230,14 +230,11 @@ void backward(const TimestepNormBwdParams& p) {
   Scratch<double> sums(slots * 2 * D);
   const double work = 8.0 * static_cast<double>(p.sequences.tokens * D);
   parallel_jobs(plan.blocks, work, [&] { return Backward<T>(p, plan, turns, sums.get()); }, /*from_last=*/true);
+  for (int64_t slot = 1; slot < slots; ++slot)
+    for (int64_t c = 0; c < 2 * D; ++c) sums[c] += sums[slot * 2 * D + c];
   for (int64_t c = 0; c < D; ++c) {
-    double dweight = 0, dbias = 0;
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      dweight += sums[slot * 2 * D + c];
-      dbias += sums[slot * 2 * D + D + c];
-    }
-    static_cast<R*>(p.dweight)[c] = static_cast<R>(dweight);
-    static_cast<R*>(p.dbias)[c] = static_cast<R>(dbias);
+    static_cast<R*>(p.dweight)[c] = slots > 0 ? static_cast<R>(sums[c]) : 0;
+    static_cast<R*>(p.dbias)[c] = slots > 0 ? static_cast<R>(sums[D + c]) : 0;
   }
 }
 
