@@ -215,7 +215,7 @@ void few_query_attention(const ChunkedAttentionFwdParams& p, const std::vector<C
       const int64_t begin = job % segments * segment;
       body.attend(chunk, begin, std::min(begin + segment, chunk.keys), partials.get() + job * size);
     };
-  });
+  }, Order::shares);
   parallel_jobs(count, static_cast<double>(count * segments * size), [&] {
     return [&, body = FewQueries<T>(p), flush = FlushDenormals()](int64_t job) {
       finish(body, chunks[static_cast<size_t>(job)], partials.get() + job * segments * size);

@@ -44,7 +44,7 @@ void for_each_vector(int64_t elements, double work, Op&& op) {
       for (; i + lanes <= end; i += lanes) op(i, lanes);
       if (i < end) op(i, end - i);
     };
-  });
+  }, Order::shares);
 }
 
 template <class T, bool gated>

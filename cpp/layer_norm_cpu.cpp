@@ -156,7 +156,7 @@ void forward(const LayerNormFwdParams& p) {
       for (int64_t row = block * blocks.rows; row < smaller((block + 1) * blocks.rows, p.rows); ++row)
         forward_row<T>(p, row, gain.get(), bias.get());
     };
-  });
+  }, Order::shares);
 }
 
 template <class T>
@@ -178,7 +178,7 @@ void backward(const LayerNormBwdParams& p) {
         for (int64_t i = 0; i < size; ++i) total[i] += sums[i];
       }
     };
-  });
+  }, Order::shares);
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < size; ++i) totals[i] += totals[part * size + i];
   R* const outputs[2] = {static_cast<R*>(p.dweight), static_cast<R*>(p.dbias)};

@@ -207,7 +207,7 @@ void forward(const NormalizedQkFwdParams& p) {
       const int64_t from = block * kBlockTokens, to = from + kBlockTokens;
       forward_block<T>(p, affine, from, to < tokens ? to : tokens);
     };
-  });
+  }, Order::shares);
 }
 
 template <class T>
@@ -259,11 +259,12 @@ void backward(const NormalizedQkBwdParams& p) {
   const int64_t parts = blocks < kParts ? blocks : kParts;
   Scratch<double> sums(parts * 4 * size);
   parallel_jobs(parts, 16.0 * static_cast<double>(tokens * size),
-                [&] { return Backward<T>(p, affine, blocks, parts, sums.get()); });
+                [&] { return Backward<T>(p, affine, blocks, parts, sums.get()); }, Order::shares);
   R* const outputs[2] = {static_cast<R*>(p.dbeta), static_cast<R*>(p.dgamma)};
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < 4 * size; ++i) sums[i] += sums[part * 4 * size + i];
   for (int64_t i = 0; i < 4 * size; ++i) {
-    double sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += sums[part * 4 * size + i];
+    const double sum = parts > 0 ? sums[i] : 0;
     const int64_t affine_part = i / (2 * size);
     outputs[affine_part][i % (2 * size)] = static_cast<R>(affine_part == 0 ? sum : sum * affine.root);
   }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -45,12 +46,16 @@ class Scratch {
   T* data_;
 };
 
-// Runs make() once on each thread, which returns the thread's body, and then body(job) for every job in [0, jobs).
-// Jobs begin in order, so that one may wait for those before it, or from the last. If all run at once, job i is on
-// thread i: what it touches may still be in that core's cache from the call before. Which thread runs a job must not
-// change its result. `work` is a rough count of operations: little work stays on the caller.
+// In which order jobs begin. `forward` and `backward`: that of their numbers, so that one may wait for those before it.
+// `shares`: each thread has neighbouring ones, and when it is done helps the next thread. Where jobs read memory from end
+// to end, processors then fetch no lines ahead that another thread reads.
+enum class Order { forward, backward, shares };
+
+// Runs make() once on each thread, which returns the thread's body, and then body(job) for every job in [0, jobs). If
+// all run at once, job i is on thread i: what it touches may still be in that core's cache from the call before. Which
+// thread runs a job must not change its result. `work` is a rough count of operations: little work stays on the caller.
 template <class Make>
-void parallel_jobs(int64_t jobs, double work, Make&& make, bool from_last = false) {
+void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::forward) {
   constexpr double kWorkWorthAThread = 4e4;
   const int threads =
       jobs < 2 || work < kWorkWorthAThread || omp_in_parallel()
@@ -58,19 +63,28 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, bool from_last = fals
           : static_cast<int>(jobs < omp_get_max_threads() ? jobs : omp_get_max_threads());
   if (threads == 1) {
     auto body = make();
-    for (int64_t i = 0; i < jobs; ++i) body(from_last ? jobs - 1 - i : i);
+    for (int64_t i = 0; i < jobs; ++i) body(order == Order::backward ? jobs - 1 - i : i);
     return;
   }
-  struct alignas(64) {
-    int64_t count = 0;
-  } begun;
+  struct alignas(64) Counter {
+    int64_t begun = 0;
+    int64_t next() { return __atomic_fetch_add(&begun, 1, __ATOMIC_RELAXED); }
+  };
+  std::vector<Counter> counters(order == Order::shares ? threads : 1);
 #pragma omp parallel num_threads(threads)
   {
     auto body = make();
-    const bool at_once = omp_get_num_threads() == jobs;
-    const auto next = [&] { return __atomic_fetch_add(&begun.count, 1, __ATOMIC_RELAXED); };
-    for (int64_t i = at_once ? omp_get_thread_num() : next(); i < jobs; i = at_once ? jobs : next())
-      body(from_last && !at_once ? jobs - 1 - i : i);
+    const int64_t count = omp_get_num_threads(), mine = omp_get_thread_num();
+    if (count == jobs) {
+      body(mine);
+    } else if (order == Order::shares) {
+      for (int64_t other = 0; other < count; ++other) {
+        const int64_t share = (mine + other) % count, first = jobs * share / count, end = jobs * (share + 1) / count;
+        for (int64_t i; (i = first + counters[share].next()) < end;) body(i);
+      }
+    } else {
+      for (int64_t i; (i = counters[0].next()) < jobs;) body(order == Order::backward ? jobs - 1 - i : i);
+    }
   }
 }
 

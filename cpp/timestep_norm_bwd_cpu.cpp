@@ -229,7 +229,7 @@ void backward(const TimestepNormBwdParams& p) {
   const int64_t slots = smaller(plan.blocks, kSlots);
   Scratch<double> sums(slots * 2 * D);
   const double work = 8.0 * static_cast<double>(p.sequences.tokens * D);
-  parallel_jobs(plan.blocks, work, [&] { return Backward<T>(p, plan, turns, sums.get()); }, /*from_last=*/true);
+  parallel_jobs(plan.blocks, work, [&] { return Backward<T>(p, plan, turns, sums.get()); }, Order::backward);
   for (int64_t slot = 1; slot < slots; ++slot)
     for (int64_t c = 0; c < 2 * D; ++c) sums[c] += sums[slot * 2 * D + c];
   for (int64_t c = 0; c < D; ++c) {
