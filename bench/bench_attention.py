@@ -89,7 +89,7 @@ def _attention(
         flops=pairs * ((8 * K + 6 * V) if backward else (2 * K + 2 * V)),
         bytes=steps * size * ((6 * K + 6 * V) if backward else (2 * K + 2 * V)),
         cold=False,
-        fewer_threads=H == 1,
+        fewer_threads=H == 1 and not backward,
     )
 
 

@@ -38,6 +38,7 @@ Outputs = Sequence[Tensor]
 
 _SHORT = 1e-3  # seconds; shorter calls are timed several in a row
 _CACHEABLE = 0.3  # seconds; the state of the cache does not show in longer calls
+_LONG = 3.0  # seconds; such a call is timed once, after a first one
 
 
 class Disagreement(AssertionError):
@@ -136,8 +137,8 @@ class Effort:
 
     samples: int = 11
     seconds: float = 0.45
-    """for each path and state of the cache, three times as many for the first three samples, any number for two; a rival
-    whose first call takes longer gets no other"""
+    """for each path and state of the cache, three times as many for the first three samples, any number for two, or for
+    one of a call that is long; a rival whose first call takes longer gets no other"""
 
 
 def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
@@ -276,7 +277,8 @@ def _take_turns(runners: list[_Runner], effort: Effort, *, warm: bool) -> None:
             start = time.perf_counter()
             runners[index].sample(flush)
             spent[index] += time.perf_counter() - start
-            if samples > 0 and spent[index] > effort.seconds * (1 if samples >= 2 else 3):
+            enough = samples > 0 or runners[index].seconds > _LONG
+            if enough and spent[index] > effort.seconds * (1 if samples >= 2 else 3):
                 del spent[index]
         samples += 1
 
