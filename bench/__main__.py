@@ -16,7 +16,7 @@ from pathlib import Path
 import megalodon_ops
 import torch
 
-from . import gpu, harness, machine, report
+from . import gpu, harness, report
 
 BENCHES = ("cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model")
 

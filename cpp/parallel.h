@@ -47,8 +47,8 @@ class Scratch {
 };
 
 // In which order jobs begin. `forward` and `backward`: that of their numbers, so that one may wait for those before it.
-// `shares`: each thread has neighbouring ones, and when it is done helps the next thread. Where jobs read memory from end
-// to end, processors then fetch no lines ahead that another thread reads.
+// `shares`: each thread has neighbouring ones, and when it is done helps the next thread. Where jobs read memory from
+// end to end, processors then fetch no lines ahead that another thread reads.
 enum class Order { forward, backward, shares };
 
 // Runs make() once on each thread, which returns the thread's body, and then body(job) for every job in [0, jobs). If

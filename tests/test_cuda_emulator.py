@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_close
+from assertions import assert_bit_equal
 from cases import OPS, evaluate
 from cuda_emulator.emulator import FOLDER, Emulator
 from cuda_emulator.lint import lint
