@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from backends import ISAS, isa
 from megalodon_ops import _C
@@ -88,6 +89,18 @@ def test_second_derivatives(large):
             found = second
     for a, b in zip(found, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
+@each_large
+@pytest.mark.parametrize("gradients", [True, False])
+def test_forward_mode(large, gradients):
+    x, *others = inputs(5)
+    tangent = torch.randn_like(x)
+    with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+        y = linear(forward_ad.make_dual(x.detach(), tangent), *others)
+        found = forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(found, F.linear(tangent, others[0]))
 
 
 @each_large

@@ -23,6 +23,7 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CASES, pieces
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megalodon_ops as mo
@@ -271,6 +272,19 @@ def test_second_derivatives_are_refused(op):
     grad, *_ = torch.autograd.grad(output.square().sum(), list(inputs.values()), create_graph=True, allow_unused=True)
     with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
         grad.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
+@all_ops
+@pytest.mark.parametrize("gradients", [True, False])
+def test_forward_mode_is_refused(op, gradients):
+    case = SMALL[op]
+    name, tensor = next(iter(case.tensors.items()))
+    with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+        dual = case.with_tensors(**{name: forward_ad.make_dual(tensor, torch.ones_like(tensor))})
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives are not supported"):
+            forward(function(op), dual)
+        forward(function(op), case)  # no tangent, no complaint
 
 
 class RecordOps(TorchDispatchMode):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C
 from .arrays import refuse_arrays
@@ -31,7 +32,7 @@ def define_op(
 
     `kernel` computes it on the CPU and on CUDA devices, where the op has kernels for them. `fake` computes the outputs'
     shapes for tracing. Without `backward` the op is a backward itself or has no derivative, and differentiating through
-    it raises.
+    it raises; so does forward mode through any op.
     """
     name = schema.split("(")[0]
     qualified = f"megalodon_ops::{name}"
@@ -42,7 +43,7 @@ def define_op(
     torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
     differentiable = None
     if "!" not in schema:
-        function = _autograd_function(setup_context, backward or _no_derivative(name))
+        function = _autograd_function(name, setup_context, backward or _no_derivative(name))
         _library.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
         # Function.apply itself first looks for functorch's tensors, which no plain argument is.
         differentiable = super(torch.autograd.Function, function).apply
@@ -68,7 +69,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _autograd_function(setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
+def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
@@ -82,6 +83,12 @@ def _autograd_function(setup_context: Callable | None, backward: Callable) -> ty
         def backward(ctx, *grads):
             return *backward(ctx, *grads), None
 
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise NotImplementedError(
+                f"{name}: forward-mode derivatives are not supported; use reverse mode, or megalodon_ops.reference."
+            )
+
     return Function
 
 
@@ -93,7 +100,8 @@ def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> C
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        differentiated = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if differentiated or in_forward_mode():
             return function.apply(*args, below)
         return below(*args)
 
@@ -105,7 +113,8 @@ def call(op: Callable, *args, **wanted: bool):
 
     `wanted` are arguments of the kernel that let it return None for outputs; the dispatcher does not pass them on.
     """
-    if not torch.compiler.is_compiling() and op in _plain_calls:
+    watched = torch.compiler.is_compiling() or in_forward_mode()
+    if not watched and op in _plain_calls:
         kinds, kernel, differentiable = _plain_calls[op]
         gradients = torch.is_grad_enabled()
         if (differentiable or not gradients) and _C.are_plain(kinds, args):
@@ -113,13 +122,18 @@ def call(op: Callable, *args, **wanted: bool):
                 return differentiable(*args, functools.partial(kernel, **wanted))
             return kernel(*args, **wanted)
     try:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or watched:
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
     except RuntimeError:
         refuse_arrays(op, args)
         raise
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents of forward-mode derivatives, which torch then computes under no_grad, too."""
+    return forward_ad._current_level >= 0
 
 
 def _on_one_device(op: Callable, fake: Callable) -> Callable:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C
-from .library import call, contiguous_or_none, define_op, launch
+from .library import call, contiguous_or_none, define_op, in_forward_mode, launch
 
 _CPUINFO = Path("/proc/cpuinfo")
 _FEW_ROWS = 8  # up to which reading the weights is all that counts
@@ -71,7 +71,9 @@ def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
-    """On the CPU, in one floating dtype, which autocast does not change."""
+    """On the CPU, in one floating dtype, which autocast does not change, and without tangents."""
+    if in_forward_mode():
+        return False
     same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
     return same and x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu")
 
