@@ -147,6 +147,28 @@ def test_freed_memory_is_kept():
     assert max(map(int, faults)) < 16, faults  # pages of 2 MiB at most: 32 and 128 of them
 
 
+FLAGS_OF_A_TENSORS_MEMORY = """
+import torch, megalodon_ops
+print(megalodon_ops.keep_freed_memory())
+tensor = torch.ones(1 << 25)
+address = tensor[len(tensor) // 2].data_ptr()
+for line in open("/proc/self/smaps"):
+    first, *rest = line.split()
+    if "-" in first:
+        start, end = (int(part, 16) for part in first.split("-"))
+    elif first == "VmFlags:" and start <= address < end:
+        print(*rest)
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages in this system")
+def test_memory_is_marked_for_huge_pages():
+    kept, *flags = run_python(FLAGS_OF_A_TENSORS_MEMORY).stdout.split()
+    if kept == "False":
+        pytest.skip("no glibc")
+    assert "hg" in flags
+
+
 class Subclass(torch.Tensor):
     """Not a plain tensor: the bindings read its Python attributes instead of asking DLPack's exchange."""
 
