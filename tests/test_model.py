@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import megalodon_ops as mo
 from megalodon_ops import loss
+from megalodon_ops import model as model_module
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "official_c.json").read_text())
@@ -340,18 +341,33 @@ def test_generation_from_padded_prompts():
         assert torch.equal(together[row, : length + 6], alone[0]) and not together[row, length + 6 :].any()
 
 
-def test_sampling():
-    model, prompt = tiny_model(), tokens_of(200, 1)[:1].expand(200, 1)
-    draw = lambda **options: model.generate(prompt, max_new_tokens=1, **options)[:, 1]  # noqa: E731
+@pytest.mark.parametrize("few", [1024, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_k": 99}, {"top_p": 0.6}, {"top_p": 1.0}, {"top_k": 8, "top_p": 0.8}],
+    ids=str,
+)
+def test_tokens_are_drawn_by_their_probabilities(monkeypatch, options, few):
+    monkeypatch.setattr(model_module, "_FEW_TOKENS", few)
+    model, draws = tiny_model(), 4000
     with torch.no_grad():
-        probability = model(prompt[:1])[0, -1].softmax(-1)
-    ranked = probability.argsort(descending=True)
-    assert set(draw(top_k=3).tolist()) <= set(ranked[:3].tolist())
-    nucleus = ranked[: int((probability[ranked].cumsum(0) < 0.5).sum()) + 1]
-    assert set(draw(top_p=0.5).tolist()) <= set(nucleus.tolist())
-    assert len(set(draw(temperature=5.0).tolist())) > 10
-    seeded = [draw(generator=torch.Generator().manual_seed(7)) for _ in range(2)]
-    assert torch.equal(*seeded)
+        logits = model(tokens_of(1, 1))[0, -1] / options.get("temperature", 1.0)
+    probability, tokens = logits.softmax(0).sort(descending=True)
+    probability[options.get("top_k", len(tokens)) :] = 0
+    probability /= probability.sum()
+    probability[probability.cumsum(0) - probability >= options.get("top_p", 1.0)] = 0
+    probability /= probability.sum()
+    generator = torch.Generator().manual_seed(3)
+    drawn = model.generate(tokens_of(1, 1).expand(draws, 1), max_new_tokens=1, generator=generator, **options)[:, 1]
+    share = drawn.bincount(minlength=len(tokens))[tokens] / draws
+    assert not share[probability == 0].any()
+    assert ((share - probability).abs() <= 5 * (probability * (1 - probability) / draws).sqrt()).all()
+
+
+def test_draws_depend_on_the_generator_alone():
+    model, prompt = tiny_model(), tokens_of(1, 1).expand(200, 1)
+    draw = lambda seed: model.generate(prompt, max_new_tokens=2, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    assert torch.equal(draw(7), draw(7)) and not torch.equal(draw(7), draw(8))
 
 
 @pytest.mark.parametrize(

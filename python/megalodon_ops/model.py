@@ -15,6 +15,8 @@ from .layers import BlockState, Linear, MegalodonBlock, TimestepNorm, run_in_one
 from .loss import linear_cross_entropy
 from .states import TimestepNormState
 
+_FEW_TOKENS = 1024
+
 
 class MegalodonState(NamedTuple):
     """What a call of the model passes on to the next: constant in size however long the past is."""
@@ -263,11 +265,23 @@ def _sample(
     """Draws one token (B,) for each row of logits (B, vocab)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    probability, tokens = (logits / temperature).softmax(-1), None
+    if top_k is not None:
+        probability, tokens = probability.topk(min(top_k, probability.shape[-1]))
+        probability = probability / probability.sum(-1, keepdim=True)
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
-        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+        if tokens is None:
+            probability, tokens = _likeliest(probability, top_p)
+        of_likelier = probability.cumsum(-1) - probability
+        probability = probability.masked_fill(of_likelier >= top_p, 0)
+    drawn = torch.multinomial(probability, 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1)
+
+
+def _likeliest(probability: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """In order, the likeliest tokens' probabilities, enough to hold `share` of each row, and those tokens."""
+    if probability.is_cpu:  # where to sort a large vocabulary takes as long as all else for a token
+        few = probability.topk(min(_FEW_TOKENS, probability.shape[-1]))
+        if bool((few.values.sum(-1) >= share).all()):
+            return few
+    return probability.sort(descending=True)
