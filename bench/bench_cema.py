@@ -77,4 +77,5 @@ def _case(
         units=elements,
         flops=elements * ((48 * N + 6) if backward else (12 * N + 2)),
         bytes=elements * size * (5 if backward else 2),
+        fewer_threads=dtype == torch.float32,
     )

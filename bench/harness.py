@@ -5,7 +5,7 @@ A `Case` is one piece of work with a `Path` for each way of doing it, ours first
 1. Agreement. Every path runs once, and its outputs are held against the case's expected ones; ours must be within the
    tolerance, or the case raises `Disagreement` and is not timed. This call also compiles what needs compiling.
 2. Memory. Freed memory is given back to the system, and the peak of one call is read (Linux only): for us the call of
-   step 1, for others, of which that may be the only call and then counts, one more.
+   step 1, for others, of which that may be the only call and then counts, one more. On fewer threads it is not.
 3. Warm-up. Short paths are called again, and all that were called before step 2 last gave memory away.
 4. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path leaves when it has
    enough samples or has used up its seconds: slow ones end with few samples, down to the one call of step 1.
@@ -136,7 +136,7 @@ class Effort:
     """How long to measure."""
 
     samples: int = 11
-    seconds: float = 0.45
+    seconds: float = 0.3
     """for each path and state of the cache, three times as many for the first three samples, any number for two, or for
     one of a call that is long; a rival whose first call takes longer gets no other"""
 
@@ -150,16 +150,16 @@ def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> I
     rivals = [path for path in case.paths[1:] if best and path.name == best.path and len(best.warm) > 1]
     duel = dataclasses.replace(case, paths=[case.paths[0], *rivals], expected=None, cold=False)
     for count in fewer if case.fewer_threads else ():
-        yield _measure(bench, duel, count, effort)
+        yield _measure(bench, duel, count, effort, memory=False)
 
 
-def _measure(bench: str, case: Case, threads: int, effort: Effort) -> Result:
+def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bool = True) -> Result:
     torch.set_num_threads(threads)
     timings = [Timing(path.name, path.rival and path is not case.paths[0]) for path in case.paths]
-    active = _check(case, timings, effort)
-    gave_away = any([runner.read_memory() for runner in active])
+    active = _check(case, timings, effort, memory)
+    gave_away = memory and any([runner.read_memory() for runner in active])
     for runner in active:
-        runner.warm_up(3 if runner.seconds < _CACHEABLE else int(gave_away))
+        runner.warm_up(2 if runner.seconds < _CACHEABLE else int(gave_away))
     gc.collect()
     gc.disable()
     try:
@@ -216,7 +216,7 @@ class _Runner:
         (self.timing.cold if flush else self.timing.warm).append(seconds)
 
 
-def _check(case: Case, timings: list[Timing], effort: Effort) -> list[_Runner]:
+def _check(case: Case, timings: list[Timing], effort: Effort, memory: bool) -> list[_Runner]:
     """Runs every path once against the expected outputs; returns those worth timing further."""
     expected = case.expected and [t.detach() for t in case.expected()]
     active = []
@@ -224,7 +224,7 @@ def _check(case: Case, timings: list[Timing], effort: Effort) -> list[_Runner]:
         ours = path is case.paths[0]
         if path.before:
             path.before()
-        in_use = hardware.reset_peak_memory() if ours else None
+        in_use = hardware.reset_peak_memory() if ours and memory else None
         try:
             seconds, outputs = hardware.timed(path.call)
         except Exception as error:
