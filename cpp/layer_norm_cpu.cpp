@@ -10,7 +10,7 @@
 //   1. sums x: its mean, rounded, is `high` (layer norm alone);
 //   2. sums d = x - high and d^2, which give what the mean lacks, `low`, and r; backward: also e and e d;
 //   3. writes y, or dx and adds to the block's dweight and dbias, R.
-// Meanwhile what comes next is fetched: in 2 the row of dx, whose stores would hold up those of the sums, in 3 the next row.
+// Meanwhile what comes next is fetched: in 2 the row of y or dx, whose stores would hold up those of the sums, in 3 the next row.
 // The mean in two parts keeps rows accurate whose mean is far larger than their spread. Blocks add their dweight and
 // dbias to one of at most kParts sums in double, each over neighbouring blocks in order; the parts are added in order.
 //
@@ -102,6 +102,7 @@ void forward_row(const LayerNormFwdParams& p, int64_t row, const Compute<T>* gai
   R sums[2];
   sum_row<R>(p.channels, sums, [&](int64_t i, int64_t n, Vec<R>* sums) __attribute__((always_inline)) {
     const Vec<R> d = keep_first<R>(load_first(x + i, n) - high, n);
+    if constexpr (sizeof(T) >= 4) __builtin_prefetch(y + i, 1, 2);  // 16-bit rows are bound by arithmetic
     sums[0] += d;
     sums[1] += d * d;
   });
