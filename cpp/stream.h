@@ -12,13 +12,13 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPageBytes = 4096;
 constexpr int64_t kFetchedAhead = 4096;  // elements: pages on, where processors do not look by themselves
 
-// To the L2, whose requests are more than an L1's. `from` points to kLanes elements of a row that is read in order,
-// `index` is that of the first in the row.
-template <class T>
+// To the L2, whose requests are more than an L1's. `from` points to kLanes elements of a row that is read in order, or
+// where kWrite, written; `index` is that of the first in the row.
+template <int kWrite = 0, class T>
 MEGALODON_INLINE void fetch_ahead(const T* from, int64_t index) {
   constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
   constexpr int64_t bytes = kFetchedAhead * static_cast<int64_t>(sizeof(T));
-  if (index % line == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes, 0, 2);
+  if (index % line == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes, kWrite, 2);
 }
 
 template <class V>

@@ -180,8 +180,12 @@ class Backward {
             dw += g * (centered * s[row][2]);
             db += g;
             const Vec<R> out = g * (s[row][2] * load(gain + c)) + (s[row][3] + s[row][4] * centered);
-            if constexpr (kStream) stream(dx + row * D + c, out);
-            else store_first(dx + row * D + c, out, n);
+            if constexpr (kStream) {
+              stream(dx + row * D + c, out);
+            } else {
+              fetch_ahead<1>(dx + row * D + c, c);
+              store_first(dx + row * D + c, out, n);
+            }
           }
           store(dweight + j * lanes, load(dweight + j * lanes) + dw);
           store(dbias + j * lanes, load(dbias + j * lanes) + db);

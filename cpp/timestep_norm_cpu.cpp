@@ -13,7 +13,8 @@
 // Only the carry, 2 G doubles, is passed from block to block, so threads wait for a merge, not for each other's rows.
 //
 // Memory traffic, in elements: forward x, y; backward x, dy, dx; plus 3 T G statistics. Rows are read twice: first from
-// memory, fetched a page ahead, then from L2. Large outputs pass the caches by.
+// memory, fetched a page ahead, then from L2. Large outputs pass the caches by; of others, whose stores read the line that
+// they write to, that line is fetched as well.
 //
 // Which channels share a vector: if F is a multiple of kLanes, a vector has one group; else each vector permutes its
 // groups' statistics into place, e.g. F = 3, kLanes = 8: channels 8..15 are groups 2 3 3 3 4 4 4 5.
@@ -145,8 +146,12 @@ class Forward {
           for (int row = 0; row < rows; ++row) {
             const Vec<R> centered = load_first(x + row * D + c, n) - s[row][0] - s[row][1];
             const Vec<R> out = centered * s[row][2] * g + b;
-            if constexpr (kStream) stream(y + row * D + c, out);
-            else store_first(y + row * D + c, out, n);
+            if constexpr (kStream) {
+              stream(y + row * D + c, out);
+            } else {
+              fetch_ahead<1>(y + row * D + c, c);
+              store_first(y + row * D + c, out, n);
+            }
           }
         });
   }
