@@ -14,7 +14,7 @@
 // The mean in two parts keeps rows accurate whose mean is far larger than their spread. Blocks add their dweight and
 // dbias to one of at most kParts sums in double, each over neighbouring blocks in order; the parts are added in order.
 //
-// Memory traffic, in elements: forward x, y; backward x, dy, dx.
+// Memory traffic, in elements: forward x, y; backward x, dy, dx. Large outputs pass the caches by.
 
 #include "layer_norm.h"
 
@@ -24,6 +24,7 @@
 #include "channel_groups.h"
 #include "parallel.h"
 #include "simd.h"
+#include "stream.h"
 
 namespace megalodon::MEGALODON_ISA {
 namespace {
@@ -31,6 +32,9 @@ namespace {
 constexpr int64_t kBlockElements = 1 << 14;
 constexpr int64_t kMostRows = 64;  // of a block
 constexpr int64_t kParts = 64;
+
+// Whose forward is bound by arithmetic: it waits for no store.
+template <class T> constexpr bool kShort = sizeof(T) == 2;
 
 struct Blocks {
   explicit Blocks(const LayerNormParams& p)
@@ -94,7 +98,8 @@ MEGALODON_INLINE Statistics<R> statistics(const LayerNormParams& p, R high, R su
 }
 
 template <class T>
-void forward_row(const LayerNormFwdParams& p, int64_t row, const Compute<T>* gain, const Compute<T>* bias) {
+void forward_row(const LayerNormFwdParams& p, int64_t row, const Compute<T>* gain, const Compute<T>* bias,
+                 bool streams) {
   using R = Compute<T>;
   const T* x = static_cast<const T*>(p.x) + row * p.channels;
   T* y = static_cast<T*>(p.y) + row * p.channels;
@@ -102,20 +107,21 @@ void forward_row(const LayerNormFwdParams& p, int64_t row, const Compute<T>* gai
   R sums[2];
   sum_row<R>(p.channels, sums, [&](int64_t i, int64_t n, Vec<R>* sums) __attribute__((always_inline)) {
     const Vec<R> d = keep_first<R>(load_first(x + i, n) - high, n);
-    if constexpr (sizeof(T) >= 4) __builtin_prefetch(y + i, 1, 2);  // 16-bit rows are bound by arithmetic
+    if (!kShort<T> && !streams) __builtin_prefetch(y + i, 1, 2);
     sums[0] += d;
     sums[1] += d * d;
   });
   const Statistics<R> s = statistics<R>(p, high, sums[0], sums[1]);
   for_each_vector<R>(p.channels, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     __builtin_prefetch(x + p.channels + i, 0, 2);
-    store_first(y + i, s.normalize(load_first(x + i, n)) * load_first(gain + i, n) + load_first(bias + i, n), n);
+    const Vec<R> out = s.normalize(load_first(x + i, n)) * load_first(gain + i, n) + load_first(bias + i, n);
+    stream_or_store(streams, y + i, out, n);
   });
 }
 
 // sums (2, D) gathers dweight and dbias.
 template <class T>
-void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* gain, Compute<T>* sums) {
+void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* gain, Compute<T>* sums, bool streams) {
   using R = Compute<T>;
   const T* x = static_cast<const T*>(p.x) + row * p.channels;
   const T* dy = static_cast<const T*>(p.dy) + row * p.channels;
@@ -124,7 +130,7 @@ void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* ga
   R totals[4];
   sum_row<R>(p.channels, totals, [&](int64_t i, int64_t n, Vec<R>* sums) __attribute__((always_inline)) {
     const Vec<R> d = keep_first<R>(load_first(x + i, n) - high, n);
-    __builtin_prefetch(dx + i, 1);
+    if (!streams) __builtin_prefetch(dx + i, 1);
     const Vec<R> e = load_first(dy + i, n) * load_first(gain + i, n);
     sums[0] += d;
     sums[1] += d * d;
@@ -139,7 +145,7 @@ void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* ga
     __builtin_prefetch(x + p.channels + i, 0, 2);
     __builtin_prefetch(dy + p.channels + i, 0, 2);
     const Vec<R> xn = s.normalize(load_first(x + i, n)), d = load_first(dy + i, n);
-    store_first(dx + i, s.rstd * ((d * load_first(gain + i, n) - mean) - xn * projection), n);
+    stream_or_store(streams, dx + i, s.rstd * ((d * load_first(gain + i, n) - mean) - xn * projection), n);
     if (p.dweight) store_first(sums + i, load_first(sums + i, n) + d * xn, n);
     if (p.dbias) store_first(sums + p.channels + i, load_first(sums + p.channels + i, n) + d, n);
   });
@@ -151,11 +157,12 @@ void forward(const LayerNormFwdParams& p) {
   const Blocks blocks(p);
   Scratch<R> gain(p.channels), bias(p.channels);
   fill_gain(p, gain.get());
+  const bool streams = !kShort<T> && worth_streaming(static_cast<const T*>(p.y), p.rows, p.channels);
   for (int64_t i = 0; i < p.channels; ++i) bias[i] = p.bias ? static_cast<const R*>(p.bias)[i] : 0;
   parallel_jobs(blocks.count, static_cast<double>(p.rows * p.channels), [&] {
-    return [&](int64_t block) {
+    return [&, fence = StreamFence()](int64_t block) {
       for (int64_t row = block * blocks.rows; row < smaller((block + 1) * blocks.rows, p.rows); ++row)
-        forward_row<T>(p, row, gain.get(), bias.get());
+        forward_row<T>(p, row, gain.get(), bias.get(), streams);
     };
   }, Order::shares);
 }
@@ -167,15 +174,16 @@ void backward(const LayerNormBwdParams& p) {
   const int64_t parts = smaller(blocks.count, kParts), size = 2 * p.channels;
   Scratch<R> gain(p.channels);
   fill_gain(p, gain.get());
+  const bool streams = worth_streaming(static_cast<const T*>(p.dx), p.rows, p.channels);
   Scratch<double> totals(parts * size);
   parallel_jobs(parts, 2 * static_cast<double>(p.rows * p.channels), [&] {
-    return [&, sums = Scratch<R>(size)](int64_t part) {
+    return [&, sums = Scratch<R>(size), fence = StreamFence()](int64_t part) {
       double* total = totals.get() + part * size;
       std::fill_n(total, size, 0.0);
       for (int64_t block = part * blocks.count / parts; block < (part + 1) * blocks.count / parts; ++block) {
         std::fill_n(sums.get(), size, R{0});
         for (int64_t row = block * blocks.rows; row < smaller((block + 1) * blocks.rows, p.rows); ++row)
-          backward_row<T>(p, row, gain.get(), sums.get());
+          backward_row<T>(p, row, gain.get(), sums.get(), streams);
         for (int64_t i = 0; i < size; ++i) total[i] += sums[i];
       }
     };

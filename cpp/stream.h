@@ -38,6 +38,13 @@ MEGALODON_INLINE void stream(double* to, Vec<double> v) { stream_raw(to, v); }
 MEGALODON_INLINE void stream(bf16* to, Vec<float> v) { stream_raw(to, narrow_bf16(v)); }
 MEGALODON_INLINE void stream(fp16* to, Vec<float> v) { stream_raw(to, narrow_f16(v)); }
 
+// kLanes elements where `streams`, else the first n.
+template <class T>
+MEGALODON_INLINE void stream_or_store(bool streams, T* to, Vec<Compute<T>> v, int64_t n) {
+  if (streams) stream(to, v);
+  else store_first(to, v, n);
+}
+
 // A thread that streams holds one, so that other threads see what it stored once it is gone.
 class StreamFence {
  public:

@@ -50,6 +50,19 @@ def test_results_and_gradients_match_the_reference(name, dtype, size, gated):
         assert_as_accurate_as(found[key], same[key], expected, factor=2, floor=floor, name=key)
 
 
+@each_isa
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+def test_large_outputs_have_the_bits_of_small_ones(name, gated):
+    """Outputs of 32 MiB and more are stored past the caches."""
+    x, value, dy = inputs(1 << 23, dtype=torch.float32)
+    few = slice((1 << 23) - 4096, 1 << 23)
+    with isa(name):
+        large = results(gated_silu, x, value if gated else None, dy)
+        small = results(gated_silu, x[few], value[few] if gated else None, dy[few])
+    assert len(large) == (3 if gated else 2)
+    assert all(torch.equal(large[key][few], small[key]) for key in large)
+
+
 def spread_over_magnitudes(dtype):
     """Values of either sign and any exponent, more of them where the sigmoid bends."""
     gen = torch.Generator().manual_seed(0)

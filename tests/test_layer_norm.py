@@ -64,6 +64,20 @@ def test_results_and_gradients_match_the_reference(norm, name, dtype, width, row
 
 @each_isa
 @each_norm
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 8192), (torch.bfloat16, 16384)], ids=str)
+def test_large_outputs_have_the_bits_of_small_ones(norm, name, dtype, rows):
+    """Outputs of 32 MiB and more are stored past the caches."""
+    tensors, dy = inputs(norm, rows, 1024, dtype=dtype)
+    few = slice(rows - 64, rows)
+    with isa(name):
+        large = results(getattr(module, norm), tensors, dy)
+        small = results(getattr(module, norm), [tensors[0][few], *tensors[1:]], dy[few])
+    for key in ("y", "dx"):
+        assert torch.equal(large[key][few], small[key])
+
+
+@each_isa
+@each_norm
 @pytest.mark.parametrize(("mean", "std"), [(0, 1e3), (1, 1e-4), (0, 1e-4), (1e15, 1e14)], ids=str)
 def test_hard_values(norm, name, mean, std):
     tensors, dy = inputs(norm, 40, 77, dtype=torch.float32, mean=mean, std=std)
