@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import mmap
 import os
@@ -107,6 +108,35 @@ def measure_limits(threads: int, quick: bool = False) -> Limits:
 
 def fma_peak(threads: int, quick: bool = False) -> float | None:
     """GFLOP/s of multiply-adds in registers on `threads` threads; None without a C compiler."""
+    if _fma_loop() is None:
+        return None
+    rate = max(_fma_rate(threads, 10_000_000 if quick else 60_000_000) for _ in range(3))
+    _seen_peaks[threads] = max(rate, _seen_peaks.get(threads, 0))
+    return rate
+
+
+_seen_peaks: dict[int, float] = {}
+
+
+def has_its_cores(threads: int) -> bool:
+    """Whether multiply-adds now run at four fifths of the peak that was seen: a virtual machine's may share a core for a
+    while, with each other or with neighbours.
+    """
+    return threads not in _seen_peaks or min(_fma_rate(threads, 1_000_000) for _ in range(5)) > 0.8 * _seen_peaks[threads]
+
+
+def _fma_rate(threads: int, iterations: int) -> float:
+    native = _fma_loop()
+
+    def one_thread(_: int) -> float:
+        return _seconds(lambda: native.run(iterations, 0.999, 0.001))
+
+    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
+        return threads * iterations * native.flops_per_iteration() / max(pool.map(one_thread, range(threads))) / 1e9
+
+
+@functools.cache
+def _fma_loop() -> ctypes.CDLL | None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
@@ -119,14 +149,7 @@ def fma_peak(threads: int, quick: bool = False) -> float | None:
     native.run.restype = ctypes.c_float
     native.run.argtypes = (ctypes.c_int64, ctypes.c_float, ctypes.c_float)
     native.flops_per_iteration.restype = ctypes.c_int64
-    iterations = 10_000_000 if quick else 60_000_000
-
-    def one_thread(_: int) -> float:
-        return _seconds(lambda: native.run(iterations, 0.999, 0.001))
-
-    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
-        slowest = min(max(pool.map(one_thread, range(threads))) for _ in range(3))
-    return threads * iterations * native.flops_per_iteration() / slowest / 1e9
+    return native
 
 
 def _first_touch(size: int) -> float:
