@@ -176,6 +176,7 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bo
 
 
 def _take_samples(runners: list[_Runner], case: Case, threads: int, effort: Effort) -> None:
+    """Step 4."""
     for _ in range(_ATTEMPTS):
         for runner in runners:
             runner.timing.warm, runner.timing.cold = [], []
