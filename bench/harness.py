@@ -41,6 +41,7 @@ Outputs = Sequence[Tensor]
 _SHORT = 1e-3  # seconds; shorter calls are timed several in a row
 _CACHEABLE = 0.3  # seconds; the state of the cache does not show in longer calls
 _LONG = 3.0  # seconds; a call that takes longer is timed once, after a first one, samples that did are not taken again
+_SLOW = 1.35  # seconds; a rival whose first call takes longer gets no other
 _ATTEMPTS = 3  # to time a case on a machine that has all its cores
 
 
@@ -141,7 +142,7 @@ class Effort:
     samples: int = 11
     seconds: float = 0.25
     """for each path and state of the cache, three times as many for the first three samples, any number for two, or for
-    one of a call that is long; a rival whose first call takes longer gets no other"""
+    one of a call that is long"""
 
 
 def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
@@ -159,7 +160,7 @@ def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> I
 def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bool = True) -> Result:
     torch.set_num_threads(threads)
     timings = [Timing(path.name, path.rival and path is not case.paths[0]) for path in case.paths]
-    active = _check(case, timings, effort, memory)
+    active = _check(case, timings, memory)
     gave_away = memory and any([runner.read_memory() for runner in active])
     for runner in active:
         runner.warm_up(2 if runner.seconds < _CACHEABLE else int(gave_away))
@@ -234,7 +235,7 @@ class _Runner:
         (self.timing.cold if flush else self.timing.warm).append(seconds)
 
 
-def _check(case: Case, timings: list[Timing], effort: Effort, memory: bool) -> list[_Runner]:
+def _check(case: Case, timings: list[Timing], memory: bool) -> list[_Runner]:
     """Runs every path once against the expected outputs; returns those worth timing further."""
     expected = case.expected and [t.detach() for t in case.expected()]
     active = []
@@ -260,7 +261,7 @@ def _check(case: Case, timings: list[Timing], effort: Effort, memory: bool) -> l
             if not agrees:
                 timing.note = "misses the tolerance"
         del outputs
-        if seconds > 3 * effort.seconds and not ours and not path.compiled:
+        if seconds > _SLOW and not ours and not path.compiled:
             timing.warm, timing.note = [seconds], timing.note or "one call, no warm-up"
         else:
             active.append(_Runner(path, timing, seconds))
