@@ -46,7 +46,7 @@ def main() -> int:
                 print(f"FAILED  {failures[-1]}", file=sys.stderr)
             del case
             gc.collect()
-            gc.freeze()  # what stays, mostly modules: to look through it in every case would take a minute of the run
+            gc.freeze()  # what stays, mostly modules, need not be looked through again in every case
     limits = {count: limits[count].best(hardware.measure_limits(count, options.quick)) for count in threads}
     date = datetime.date.today().isoformat()
     part = [] if set(options.only) == set(BENCHES) else options.only

@@ -33,7 +33,7 @@ constexpr int64_t kBlockElements = 1 << 14;
 constexpr int64_t kMostRows = 64;  // of a block
 constexpr int64_t kParts = 64;
 
-// Whose forward is bound by arithmetic: it waits for no store.
+// 16-bit elements, whose forward is bound by arithmetic and waits for no store.
 template <class T> constexpr bool kShort = sizeof(T) == 2;
 
 struct Blocks {
