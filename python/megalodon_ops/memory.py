@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
     clears every page anew for the next tensor. Where that is slow, a training step takes a tenth longer. The process's
     peak stays about the same, but it holds on to it. What the heap takes next, up to half of the machine's memory, is
     marked for huge pages, where Linux leaves them to those who ask: kernels that are bound by memory, as in decoding,
-    then take up to a tenth less. Nothing is set aside for that but addresses, and no tensor that exists moves, so call this
-    before you load a model. Commands of `python -m megalodon_ops` do; importing the package does not.
+    then take up to a tenth less. Nothing is set aside for that but addresses, and no tensor that exists moves, so call
+    this before you load a model. Commands of `python -m megalodon_ops` do; importing the package does not.
 
     Returns:
         False where there is no glibc, whose `mallopt` this is; then nothing has changed.
