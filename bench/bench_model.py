@@ -51,7 +51,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     yield _training(small.to(torch.bfloat16), 2 * C, plain=True)
     yield _training(small, 8 * C)
     yield _packed(small, 2 * C, documents=4)
-    yield _forward(small, 8 * C, plain=True)
+    yield _forward(small, 8 * C)
     yield _forward(small, 32 * C)
     yield _decode(small, C - 24)
     yield dataclasses.replace(_decode(small, 32 * C - 24), fewer_threads=False)
@@ -133,24 +133,27 @@ def _loss_of(logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], T
 
 def _training(model: _Model, length: int, *, plain: bool = False) -> Case:
     tokens = model.tokens(length)
-    exact = _Model(model.name, model.config) if model.dtype != torch.float32 else model
-    exact.ours.load_state_dict(model.ours.state_dict())  # the rounded weights, in float32
-    plain_loss = _loss_of(partial(plain_models.megalodon, model.ours))
 
-    def expected() -> Outputs:
-        loss = _loss_of(partial(plain_models.megalodon, exact.ours))
-        if plain:
-            return _step(loss, exact.ours, tokens, with_grads=True)
+    def plain_step(ours: mo.Megalodon) -> Callable[[], Outputs]:
+        return partial(_step, _loss_of(partial(plain_models.megalodon, ours)), ours, tokens, with_grads=True)
+
+    def plain_loss() -> Outputs:
         with torch.no_grad():
-            return (loss(tokens, _next(tokens)),)
+            return (_loss_of(partial(plain_models.megalodon, model.ours))(tokens, _next(tokens)),)
 
     paths = [
         Path(OURS, partial(_step, model.ours.loss, model.ours, tokens, with_grads=plain)),
         Path("Llama", partial(_step, _loss_of(model.llama), model.llama, tokens, with_grads=False), checked=False),
         Path("linear layers alone", _linears_alone(model, length), rival=False, checked=False),
     ]
+    expected = plain_loss
     if plain:
-        paths.insert(1, Path("plain torch", partial(_step, plain_loss, model.ours, tokens, with_grads=True)))
+        rival = expected = plain_step(model.ours)
+        paths.insert(1, Path("plain torch", rival))
+        if model.dtype != torch.float32:
+            exact = _Model(model.name, model.config).ours
+            exact.load_state_dict(model.ours.state_dict())  # the rounded weights, in float32
+            expected = plain_step(exact)
     return model.case(
         "training step", length, paths, training=True, expected=expected, tolerance=TRAINING_TOLERANCE[model.dtype],
         fewer_threads=False,
@@ -191,14 +194,16 @@ def _packed(model: _Model, length: int, documents: int) -> Case:
     )  # fmt: skip
 
 
-def _forward(model: _Model, length: int, *, plain: bool = False) -> Case:
+def _forward(model: _Model, length: int) -> Case:
     tokens = model.tokens(length)
-    plain_call = forward(partial(plain_models.megalodon, model.ours), tokens)
-    paths = [Path(OURS, forward(model.ours, tokens)), Path("Llama", forward(model.llama, tokens), checked=False)]
-    if plain:
-        paths.insert(1, Path("plain torch", plain_call))
+    plain = forward(partial(plain_models.megalodon, model.ours), tokens)
+    paths = [
+        Path(OURS, forward(model.ours, tokens)),
+        Path("plain torch", plain),
+        Path("Llama", forward(model.llama, tokens), checked=False),
+    ]
     return model.case(
-        "forward", length, paths, training=False, expected=plain_call, tolerance=FORWARD_TOLERANCE[model.dtype], fewer_threads=False
+        "forward", length, paths, training=False, expected=plain, tolerance=FORWARD_TOLERANCE[model.dtype], fewer_threads=False
     )
 
 
@@ -244,9 +249,11 @@ def _decode(model: _Model, context: int) -> Case:
                 layer.weight.sum()
         return ()
 
+    @torch.no_grad()
     def expected() -> Outputs:
-        with torch.no_grad():
-            return (model.ours(tokens)[:, context:],)
+        """The same tokens in one call."""
+        restore()
+        return (model.ours(tokens[:, context:], state=state),)
 
     paths = [
         Path(OURS, decode, before=restore),
