@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <queue>
 #include <vector>
 
 #include "chunked_attention.h"
@@ -190,25 +191,53 @@ class DropKey {
   uint64_t seed_, threshold_;
 };
 
-// Calls body(chunk, head) for every head of every chunk, with body = make() for each thread. A chunk that alone holds a
-// large part of the work, work(chunk) for each head, runs on the caller, so that the parallel_jobs inside body spread
-// it over the threads; the others run one to a thread.
+// Calls body(chunk, head) for every head of every chunk, with body = make() for each thread. They take a thread each; or
+// chunks that are a large part of the work come first, on the caller, so that the parallel_jobs inside body spread their
+// blocks of `block` rows over the threads, whichever is done sooner. work(chunk) counts for each head.
 template <class Work, class Make>
-void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, Work&& work, Make&& make) {
-  double total = 0;
-  for (const Chunk& chunk : chunks) total += work(chunk) * static_cast<double>(heads);
+void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
   const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
-  std::vector<const Chunk*> small, large;
-  for (const Chunk& chunk : chunks)
-    (threads > 1 && work(chunk) * 2 * threads > total ? large : small).push_back(&chunk);
-  if (!large.empty()) {
-    auto body = make();
-    for (const Chunk* chunk : large)
-      for (int64_t head = 0; head < heads; ++head) body(*chunk, head);
+  double total = 0;
+  std::vector<const Chunk*> order;
+  for (const Chunk& chunk : chunks) {
+    total += work(chunk) * static_cast<double>(heads);
+    order.push_back(&chunk);
   }
-  if (small.empty()) return;
-  parallel_jobs(static_cast<int64_t>(small.size()) * heads, total, [&] {
-    return [&, body = make()](int64_t job) mutable { body(*small[static_cast<size_t>(job / heads)], job % heads); };
+  const auto first = order.begin(), first_small = std::stable_partition(first, order.end(), [&](const Chunk* chunk) {
+    return threads > 1 && work(*chunk) * 2 * threads > total;
+  });
+  // When the chunks from `at` on are done, a thread each.
+  const auto end_from = [&](auto at) {
+    struct Thread {
+      double end;
+      bool operator<(const Thread& other) const { return end > other.end; }  // at the top the one that is free first
+    };
+    std::priority_queue<Thread> team({}, std::vector<Thread>(static_cast<size_t>(threads)));
+    double last = 0;
+    for (; at != order.end(); ++at)
+      for (int64_t head = 0; head < heads; ++head) {
+        const double end = team.top().end + work(**at);
+        team.pop();
+        team.push({end});
+        last = std::max(last, end);
+      }
+    return last;
+  };
+  double spread = 0;
+  for (auto at = first; at != first_small; ++at) {
+    // Block i of a chunk meets i + 1 blocks of keys: the blocks keep half as many threads busy.
+    const double busy = static_cast<double>(ceil_div((*at)->keys, block) + 1) / 2;
+    spread += work(**at) * static_cast<double>(heads) / std::min<double>(threads, busy);
+  }
+  auto rest = first;
+  if (first != first_small && spread + end_from(first_small) < end_from(first)) {
+    auto body = make();
+    for (; rest != first_small; ++rest)
+      for (int64_t head = 0; head < heads; ++head) body(**rest, head);
+  }
+  if (rest == order.end()) return;
+  parallel_jobs((order.end() - rest) * heads, total, [&] {
+    return [&, body = make()](int64_t job) mutable { body(*rest[job / heads], job % heads); };
   });
 }
 

@@ -8,9 +8,9 @@
 //   1. S^T = scale K Q^T and dP^T = V dO^T, which become P^T and dS^T
 //   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
 //   3. dQ_i += dS K                             (A = (dS^T)^T), with AMX dQ_i^T += K^T dS^T
-// Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: in step
-// d run the pairs with i - j = d, no two of which have a block in common. So every sum has the same order on any
-// number of threads: d = 0, 1, 2, ...
+// Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: a pair
+// waits for (i, j + 1) and (i - 1, j), which add to dQ_i and to dK_j and dV_j before it. So every sum has the same order
+// on any number of threads: i - j = 0, 1, 2, ... As jobs begin in that order, they seldom wait.
 //
 // In a chunk of one block, delta_i comes from P and dP instead, free of the rounding of o.
 // Operands are packed once for each chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.
@@ -24,6 +24,7 @@
 #include <cmath>
 
 #include "attention_chunks.h"
+#include "relay.h"
 #include "vector_math.h"
 
 namespace megalodon::MEGALODON_ISA {
@@ -67,12 +68,19 @@ class ChunkBackward {
       });
     };
     for_each(blocks, work, [&](int64_t block) { pack(chunk, head, block); });
-    for (int64_t distance = 0; distance < blocks; ++distance) {
-      const int64_t begin = std::max<int64_t>(0, first_block - distance), pairs = blocks - distance - begin;
-      for_each(pairs, work * kBlock, [&](int64_t job) {
-        multiply_pair(chunk, head, begin + job + distance, begin + job);
-      });
-    }
+    struct Pair { int64_t query, key; };
+    std::vector<Pair> pairs;
+    for (int64_t distance = 0; distance < blocks; ++distance)
+      for (int64_t key = std::max<int64_t>(0, first_block - distance); key + distance < blocks; ++key)
+        pairs.push_back({key + distance, key});
+    Milestones done(blocks * blocks);
+    for_each(static_cast<int64_t>(pairs.size()), work * static_cast<double>(chunk.keys), [&](int64_t job) {
+      const auto [query, key] = pairs[static_cast<size_t>(job)];
+      if (query > key) done.wait(query * blocks + key + 1);
+      if (query > std::max(key, first_block)) done.wait((query - 1) * blocks + key);
+      multiply_pair(chunk, head, query, key);
+      done.publish(query * blocks + key);
+    });
     for_each(blocks, work, [&](int64_t block) { unpack(chunk, head, block); });
   }
 
@@ -314,7 +322,7 @@ void backward(const ChunkedAttentionBwdParams& p) {
   const auto work = [&](const Chunk& chunk) {
     return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
   };
-  for_each_chunk(chunks, p.heads, work, [&] { return ChunkBackward<T>(p, max_keys); });
+  for_each_chunk(chunks, p.heads, kBlock, work, [&] { return ChunkBackward<T>(p, max_keys); });
 }
 
 }  // namespace

@@ -274,7 +274,7 @@ void forward(const ChunkedAttentionFwdParams& p) {
   const auto work = [&](const Chunk& chunk) {
     return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
   };
-  for_each_chunk(many, p.heads, work, [&] { return ChunkForward<T>(p, max_keys); });
+  for_each_chunk(many, p.heads, kQueryBlock, work, [&] { return ChunkForward<T>(p, max_keys); });
 }
 
 }  // namespace

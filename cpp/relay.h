@@ -1,4 +1,4 @@
-// Passes a carry along an order of parallel_jobs().
+// Jobs of one parallel_jobs() that wait for each other, and a carry that they pass along.
 #pragma once
 
 #include <cstring>
@@ -8,24 +8,31 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Passes a carry of `width` doubles from each place 0, 1, ... of an order to the next. Places begin in order or all at
-// once, so that waiting for an earlier one always ends.
-class Relay {
+// Which places of an order are done. They begin in order or all at once, so that waiting for an earlier one always ends.
+class Milestones {
  public:
-  Relay(int64_t places, int64_t width) : width_(width), carries_(places * width), flags_(places) {
-    std::memset(flags_.get(), 0, static_cast<size_t>(places) * sizeof(int64_t));
+  explicit Milestones(int64_t places) : done_(places) {
+    std::memset(done_.get(), 0, static_cast<size_t>(places) * sizeof(int64_t));
   }
-  double* carry(int64_t place) const { return carries_.get() + place * width_; }
-  void publish(int64_t place) { __atomic_store_n(&flags_[place], 1, __ATOMIC_RELEASE); }
+  void publish(int64_t place) { __atomic_store_n(&done_[place], 1, __ATOMIC_RELEASE); }
   void wait(int64_t place) const {
-    for (int spins = 0; !__atomic_load_n(&flags_[place], __ATOMIC_ACQUIRE);)
+    for (int spins = 0; !__atomic_load_n(&done_[place], __ATOMIC_ACQUIRE);)
       if (++spins > 256) std::this_thread::yield();
   }
 
  private:
+  Scratch<int64_t> done_;
+};
+
+// A carry of `width` doubles from each place 0, 1, ... to the next.
+class Relay : public Milestones {
+ public:
+  Relay(int64_t places, int64_t width) : Milestones(places), width_(width), carries_(places * width) {}
+  double* carry(int64_t place) const { return carries_.get() + place * width_; }
+
+ private:
   int64_t width_;
   Scratch<double> carries_;
-  Scratch<int64_t> flags_;
 };
 
 }  // namespace megalodon::MEGALODON_ISA
