@@ -7,13 +7,15 @@
 // which stay in L1 or L2, along kTogether: each vector that is loaded serves many sums, in registers. The order of a sum
 // depends on I, the vector and the number of rows alone.
 //
-// The transposed copy takes squares of kLanes^2, in strips of a few cache lines of each row.
+// The transposed copy takes squares of kLanes^2, in bands of kBand rows of x. It is streamed at any size: the rows of y are
+// far apart, often by a power of two, so that lines kept in a cache would drive each other out.
 
 #include "linear.h"
 
 #include <algorithm>
 
 #include "panels.h"
+#include "stream.h"
 
 namespace megalodon::MEGALODON_ISA {
 namespace {
@@ -21,7 +23,7 @@ namespace {
 constexpr int kMostRows = kRegisters / 8;
 constexpr int kTogether = 4;
 constexpr int64_t kAhead = 4096;  // bytes of the weights that are fetched before they are needed
-constexpr int64_t kStrip = 64;         // columns of a strip of the transposed copy
+constexpr int64_t kBand = 128;
 
 // `rows` rows of x against `outputs` of the weights.
 template <class T, int rows, int outputs>
@@ -98,23 +100,24 @@ void transpose_cpu(const TransposeParams& p) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     using R = Compute<T>;
-    constexpr int64_t lanes = kLanes<R>, kLine = std::max<int64_t>(64 / sizeof(T), lanes);  // rows that fill one of y
-    parallel_jobs((p.columns + kStrip - 1) / kStrip, static_cast<double>(p.rows * p.columns), [&] {
-      return [&](int64_t job) {
-        const T* x = static_cast<const T*>(p.x);
-        T* y = static_cast<T*>(p.y);
-        const int64_t end = std::min(p.columns, (job + 1) * kStrip);
-        for (int64_t line = 0; line < p.rows; line += kLine)
-          for (int64_t column = job * kStrip; column < end; column += lanes)
-            for (int64_t row = line; row < std::min(line + kLine, p.rows); row += lanes) {
-              const int64_t height = std::min(lanes, p.rows - row), width = std::min(lanes, end - column);
-              Vec<R> square[lanes] = {};
-              for (int64_t i = 0; i < height; ++i) square[i] = load_first(x + (row + i) * p.columns + column, width);
-              transpose<R>(square);
-              for (int64_t i = 0; i < width; ++i) store_first(y + (column + i) * p.rows + row, square[i], height);
-            }
+    constexpr int64_t lanes = kLanes<R>;
+    const T* x = static_cast<const T*>(p.x);
+    T* y = static_cast<T*>(p.y);
+    const bool streams = can_stream(y, p.rows);
+    parallel_jobs(ceil_div(p.rows, kBand), static_cast<double>(p.rows * p.columns), [&] {
+      return [&, fence = StreamFence()](int64_t band) {
+        const int64_t end = std::min(p.rows, (band + 1) * kBand);
+        for (int64_t column = 0; column < p.columns; column += lanes)
+          for (int64_t row = band * kBand; row < end; row += lanes) {
+            const int64_t height = std::min(lanes, end - row), width = std::min(lanes, p.columns - column);
+            Vec<R> square[lanes] = {};
+            for (int64_t i = 0; i < height; ++i) square[i] = load_first(x + (row + i) * p.columns + column, width);
+            transpose<R>(square);
+            for (int64_t i = 0; i < width; ++i)
+              stream_or_store(streams, y + (column + i) * p.rows + row, square[i], height);
+          }
       };
-    });
+    }, Order::shares);
   });
 }
 

@@ -58,12 +58,17 @@ class StreamFence {
   }
 };
 
-// Whether (rows, columns) elements at `to` are to be streamed vector by vector.
+// Whether rows of so many columns at `to` can be streamed vector by vector.
+template <class T>
+bool can_stream(const T* to, int64_t columns) {
+  constexpr int64_t lanes = kLanes<Compute<T>>, bytes = lanes * static_cast<int64_t>(sizeof(T));
+  return columns % lanes == 0 && reinterpret_cast<uintptr_t>(to) % bytes == 0;
+}
+
+// Whether so many rows of them are to be.
 template <class T>
 bool worth_streaming(const T* to, int64_t rows, int64_t columns) {
-  constexpr int64_t lanes = kLanes<Compute<T>>, bytes = lanes * static_cast<int64_t>(sizeof(T));
-  return rows * columns * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes && columns % lanes == 0 &&
-         reinterpret_cast<uintptr_t>(to) % bytes == 0;
+  return rows * columns * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes && can_stream(to, columns);
 }
 
 }  // namespace megalodon::MEGALODON_ISA

@@ -232,13 +232,15 @@ def test_another_instruction_set_leaves_amx(large):
 
 
 @pytest.mark.parametrize("name", ISAS)
-@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (3, 200), (130, 5), (64, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (3, 200), (130, 5), (64, 0), (448, 100)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_transposed_copy(name, shape, dtype):
-    x, y = torch.randn(shape).to(dtype), torch.full(shape[::-1], torch.nan, dtype=dtype)
-    with isa(name):
-        _C.transpose(x, y)
-    assert torch.equal(y, x.t())
+    x = torch.randn(shape).to(dtype)
+    for offset in (0, 1):  # of y from where vectors begin
+        y = torch.full((offset + x.numel(),), torch.nan, dtype=dtype)[offset:].view(shape[::-1])
+        with isa(name):
+            _C.transpose(x, y)
+        assert torch.equal(y, x.t())
 
 
 def taken(monkeypatch) -> list[str]:
