@@ -203,8 +203,9 @@ def _forward(model: _Model, length: int) -> Case:
         Path("Llama", forward(model.llama, tokens), checked=False),
     ]
     return model.case(
-        "forward", length, paths, training=False, expected=plain, tolerance=FORWARD_TOLERANCE[model.dtype], fewer_threads=False
-    )
+        "forward", length, paths, training=False, expected=plain, tolerance=FORWARD_TOLERANCE[model.dtype],
+        fewer_threads=False,
+    )  # fmt: skip
 
 
 def _decode(model: _Model, context: int) -> Case:

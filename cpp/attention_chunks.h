@@ -191,9 +191,9 @@ class DropKey {
   uint64_t seed_, threshold_;
 };
 
-// Calls body(chunk, head) for every head of every chunk, with body = make() for each thread. They take a thread each; or
-// chunks that are a large part of the work come first, on the caller, so that the parallel_jobs inside body spread their
-// blocks of `block` rows over the threads, whichever is done sooner. work(chunk) counts for each head.
+// Calls body(chunk, head) for every head of every chunk, with body = make() for each thread. They take a thread each;
+// or chunks that are a large part of the work come first, on the caller, so that the parallel_jobs inside body spread
+// their blocks of `block` rows over the threads, whichever is done sooner. work(chunk) counts for each head.
 template <class Work, class Make>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
   const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();

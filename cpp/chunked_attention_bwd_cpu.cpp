@@ -9,8 +9,8 @@
 //   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
 //   3. dQ_i += dS K                             (A = (dS^T)^T), with AMX dQ_i^T += K^T dS^T
 // Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: a pair
-// waits for (i, j + 1) and (i - 1, j), which add to dQ_i and to dK_j and dV_j before it. So every sum has the same order
-// on any number of threads: i - j = 0, 1, 2, ... As jobs begin in that order, they seldom wait.
+// waits for (i, j + 1) and (i - 1, j), which add to dQ_i and to dK_j and dV_j before it. So every sum has the same
+// order on any number of threads: i - j = 0, 1, 2, ... As jobs begin in that order, they seldom wait.
 //
 // In a chunk of one block, delta_i comes from P and dP instead, free of the rounding of o.
 // Operands are packed once for each chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.

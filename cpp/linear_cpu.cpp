@@ -7,8 +7,8 @@
 // which stay in L1 or L2, along kTogether: each vector that is loaded serves many sums, in registers. The order of a sum
 // depends on I, the vector and the number of rows alone.
 //
-// The transposed copy takes squares of kLanes^2, in bands of kBand rows of x. It is streamed at any size: the rows of y are
-// far apart, often by a power of two, so that lines kept in a cache would drive each other out.
+// The transposed copy takes squares of kLanes^2, in bands of kBand rows of x. It is streamed at any size: the rows of y
+// are far apart, often by a power of two, so that lines kept in a cache would drive each other out.
 
 #include "linear.h"
 

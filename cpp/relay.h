@@ -8,7 +8,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Which places of an order are done. They begin in order or all at once, so that waiting for an earlier one always ends.
+// Which places of an order are done. They begin in order or all at once, so that waiting for an earlier one always
+// ends.
 class Milestones {
  public:
   explicit Milestones(int64_t places) : done_(places) {
