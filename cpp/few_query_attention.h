@@ -22,12 +22,13 @@ class FewQueries {
   using R = Compute<T>;
   static constexpr int64_t kLane = kLanes<R>;
   static constexpr int64_t kStrip = 128;
-  static constexpr int64_t kAhead = 4096;  // bytes of the values that are fetched before they are needed
+  static constexpr int64_t kOutput = round_up(2 * kFewQueries, kLane);  // where O begins in a partial
+  static constexpr int kRows = 8;  // of the values at once, so that O is seldom loaded
 
  public:
-  // Of one head and segment: for each query max, sum, and O (V, padded to vectors).
+  // Of one head and segment: for each query max, sum, and O (V, in whole vectors).
   static int64_t partial_size(const ChunkedAttentionParams& p) {
-    return kFewQueries * (2 + round_up(p.value_dim, kLane));
+    return kOutput + kFewQueries * round_up(p.value_dim, kLane);
   }
 
   explicit FewQueries(const ChunkedAttentionFwdParams& params)
@@ -36,6 +37,7 @@ class FewQueries {
         key_width_(round_up(params.key_dim, kLane)),
         value_width_(round_up(params.value_dim, kLane)),
         queries_(params.heads * kFewQueries * key_width_),
+        sums_(params.heads * kFewQueries * kLane * kLane),
         scores_(params.heads * kFewQueries * kStrip) {}
 
   // Keys [begin, end) of the chunk into the partials of all heads.
@@ -51,16 +53,16 @@ class FewQueries {
       R* max = partials + head * size;
       std::fill(max, max + count, -std::numeric_limits<R>::infinity());
       std::fill(max + kFewQueries, max + kFewQueries + count, R{0});
-      std::fill(max + 2 * kFewQueries, max + 2 * kFewQueries + count * value_width_, R{0});
+      std::fill(max + kOutput, max + kOutput + count * value_width_, R{0});
     }
     for (int64_t key = begin; key < end; key += kStrip) {
       const int64_t keys = std::min(kStrip, end - key);
-      for (int64_t at = 0; at < keys; at += kLane)
-        for (int64_t head = 0; head < p_.heads; ++head)
-          dot_products(k, head, key + at, std::min(kLane, keys - at), count, at);
+      for (int64_t at = 0; at < keys; at += kLane) dot_products(k, key + at, std::min(kLane, keys - at), count, at);
       for (int64_t head = 0; head < p_.heads; ++head)
         for (int64_t i = 0; i < count; ++i) weigh(chunk, head, i, key, keys, partials + head * size);
-      for (int64_t row = 0; row < keys; ++row) add_values(v(key + row), row, count, partials);
+      int64_t at = 0;
+      for (; at + kRows <= keys; at += kRows) add_values<kRows>(v, key, at, count, partials);
+      for (; at < keys; ++at) add_values<1>(v, key, at, count, partials);
     }
   }
 
@@ -83,7 +85,7 @@ class FewQueries {
       for (int64_t c = 0; c < p_.value_dim; c += kLane) {
         Vec<R> total = zeros<R>();
         for (int64_t g = 0; g < segments; ++g)
-          total += factor(g) * load(partial + g * size + 2 * kFewQueries + i * value_width_ + c);
+          total += factor(g) * load(partial + g * size + kOutput + i * value_width_ + c);
         store_first(o + c, inverse * total, p_.value_dim - c);
       }
     }
@@ -91,39 +93,41 @@ class FewQueries {
 
  private:
   R* query(int64_t head, int64_t i) const { return &queries_[(head * kFewQueries + i) * key_width_]; }
+  R* sums(int64_t head, int64_t i) const { return &sums_[(head * kFewQueries + i) * kLane * kLane]; }
   R* scores(int64_t head, int64_t i) const { return &scores_[(head * kFewQueries + i) * kStrip]; }
 
-  // Scores of up to a vector of keys. A lane's dot product is the sum over a row of its sums, which a transpose lays
-  // out.
-  void dot_products(const ChunkRows<T>& k, int64_t head, int64_t key, int64_t keys, int64_t queries, int64_t at) const {
-    const T* row[kLane];
-    for (int64_t r = 0; r < kLane; ++r) row[r] = k(key + std::min(r, keys - 1)) + head * p_.key_dim;
-    for (int64_t i = 0; i < queries; ++i) {
-      const R* q = query(head, i);
-      Vec<R> sums[kLane] = {};
-      int64_t c = 0;
-      for (; c + kLane <= p_.key_dim; c += kLane) {
-        const Vec<R> factor = load(q + c);
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < kLane; ++r) {
-          sums[r] += factor * load(row[r] + c);
-          __builtin_prefetch(row[r] + c + kLane * p_.heads * p_.key_dim, 0, 2);  // the next vector's
+  // Scores of up to a vector of keys, the strip's from `at` on: the sums of all rows first, in the order of memory, then
+  // of their lanes.
+  void dot_products(const ChunkRows<T>& k, int64_t key, int64_t keys, int64_t queries, int64_t at) const {
+    const int64_t width = p_.key_dim, ahead = kLane * p_.heads * width;  // the next vector's rows
+    for (int64_t r = 0; r < keys; ++r) {
+      const T* row = k(key + r);
+      for (int64_t head = 0; head < p_.heads; ++head, row += width)
+        for (int64_t i = 0; i < queries; ++i) {
+          const R* q = query(head, i);
+          Vec<R> sum = zeros<R>();
+          int64_t c = 0;
+          for (; c + kLane <= width; c += kLane) {
+            __builtin_prefetch(row + c + ahead, 0, 2);
+            sum += load(q + c) * load(row + c);
+          }
+          if (c < width) sum += load(q + c) * load_first(row + c, width - c);
+          store(sums(head, i) + r * kLane, sum);
         }
-      }
-      if (c < p_.key_dim) {
-        const Vec<R> factor = load(q + c);
-        for (int64_t r = 0; r < kLane; ++r) sums[r] += factor * load_first(row[r] + c, p_.key_dim - c);
-      }
-      transpose<R>(sums);
-      for (int64_t width = kLane / 2; width > 0; width /= 2)
-        for (int64_t r = 0; r < width; ++r) sums[r] += sums[r + width];
-      store(scores(head, i) + at, static_cast<R>(p_.scale) * sums[0]);
     }
+    for (int64_t head = 0; head < p_.heads; ++head)
+      for (int64_t i = 0; i < queries; ++i) {
+        Vec<R> row[kLane];
+        for (int64_t r = 0; r < kLane; ++r)
+          row[r] = r < keys ? load(static_cast<const R*>(sums(head, i)) + r * kLane) : zeros<R>();
+        sum_rows<R>(row);
+        store(scores(head, i) + at, static_cast<R>(p_.scale) * row[0]);
+      }
   }
 
   // The strip's scores of query i become weights; earlier sums shrink to the new maximum.
   void weigh(const Chunk& chunk, int64_t head, int64_t i, int64_t key, int64_t keys, R* partial) const {
-    R *s = scores(head, i), *output = partial + 2 * kFewQueries + i * value_width_;
+    R *s = scores(head, i), *output = partial + kOutput + i * value_width_;
     const int64_t visible = std::min(keys, chunk.cached + i + 1 - key), padded = round_up(keys, kLane);
     for (int64_t r = std::max<int64_t>(visible, 0); r < padded; ++r) s[r] = -std::numeric_limits<R>::infinity();
     if (drop_) drop_.apply_to_row(s, key, keys, chunk.cached + i, chunk, head);
@@ -155,27 +159,39 @@ class FewQueries {
     return shrink;
   }
 
-  // O += p v for one key, the strip's `at`th, and all heads.
-  void add_values(const T* v, int64_t at, int64_t queries, R* partials) const {
-    const int64_t size = partial_size(p_);
-    for (int64_t head = 0; head < p_.heads; ++head, v += p_.value_dim)
+  // O += p v for kKeys keys from the `at`th of a strip on, and all heads.
+  template <int kKeys>
+  void add_values(const ChunkRows<T>& rows, int64_t key, int64_t at, int64_t queries, R* partials) const {
+    const int64_t width = p_.value_dim, ahead = kRows * p_.heads * width, size = partial_size(p_);
+    for (int64_t head = 0; head < p_.heads; ++head) {
+      const T* v[kKeys];
+      for (int r = 0; r < kKeys; ++r) v[r] = rows(key + at + r) + head * width;
       for (int64_t i = 0; i < queries; ++i) {
-        const R p = scores(head, i)[at];
-        R* o = partials + head * size + 2 * kFewQueries + i * value_width_;
+        const R* p = scores(head, i) + at;
+        R* o = partials + head * size + kOutput + i * value_width_;
         int64_t c = 0;
-        for (; c + kLane <= p_.value_dim; c += kLane) {
-          __builtin_prefetch(reinterpret_cast<const char*>(v + c) + kAhead, 0, 2);
-          store(o + c, load(static_cast<const R*>(o) + c) + p * load(v + c));
+        for (; c + kLane <= width; c += kLane) {
+          Vec<R> sum = load(static_cast<const R*>(o) + c);
+#pragma GCC unroll 8
+          for (int r = 0; r < kKeys; ++r) {
+            __builtin_prefetch(v[r] + c + ahead, 0, 2);
+            sum += p[r] * load(v[r] + c);
+          }
+          store(o + c, sum);
         }
-        if (c < p_.value_dim)
-          store(o + c, load(static_cast<const R*>(o) + c) + p * load_first(v + c, p_.value_dim - c));
+        if (c < width) {
+          Vec<R> sum = load(static_cast<const R*>(o) + c);
+          for (int r = 0; r < kKeys; ++r) sum += p[r] * load_first(v[r] + c, width - c);
+          store(o + c, sum);
+        }
       }
+    }
   }
 
   const ChunkedAttentionFwdParams& p_;
   DropKey drop_;
   int64_t key_width_, value_width_;
-  Scratch<R> queries_, scores_;  // (H, kFewQueries, K or kStrip)
+  Scratch<R> queries_, sums_, scores_;  // (H, kFewQueries, K or kLane^2 or kStrip)
 };
 
 // Chunks of at most kFewQueries queries.
