@@ -1,4 +1,5 @@
-// Blocks on few rows, as in decoding: the kernels that layers.py calls one by one, with nothing in between.
+// Blocks on few rows, as in decoding: the kernels that layers.py calls one by one, with nothing in between. The state is
+// written in place.
 
 #include <cstdlib>
 #include <deque>
@@ -46,17 +47,19 @@ class Buffers {
   throw py::value_error(std::string(kOp) + ": `" + name + "` must " + expected + ", got " + got + ".");
 }
 
-// Takes the tensors of a tuple in order.
+// Takes the tensors of a list in order.
 class Reader {
  public:
   static constexpr const char* kReal = "float64 for a float64 `x`, else float32";
 
-  Reader(const char* tuple, py::tuple tensors, DType dtype)
-      : tuple_(tuple), tensors_(std::move(tensors)), dtype_(dtype) {}
+  // What is written to cannot be copied where it is not contiguous.
+  Reader(const char* list, py::list tensors, DType dtype, bool copies)
+      : list_(list), tensors_(std::move(tensors)), dtype_(dtype), copies_(copies) {}
 
   TensorView next(const char* name) {
-    if (index_ == tensors_.size()) refuse(tuple_, "hold `" + std::string(name) + "`", std::to_string(index_) + " tensors");
-    return TensorView(kOp, name, tensors_[index_++]);
+    if (index_ == tensors_.size()) refuse(list_, "hold `" + std::string(name) + "`", std::to_string(index_) + " tensors");
+    const py::handle tensor = tensors_[index_++];
+    return TensorView(kOp, name, copies_ ? held_.emplace_back(contiguous(tensor)) : tensor);
   }
   // float64 for a float64 x, else float32.
   void* real(const char* name, const char* letters, std::initializer_list<int64_t> sizes) {
@@ -83,25 +86,64 @@ class Reader {
   }
 
  private:
-  const char* tuple_;
-  const py::tuple tensors_;
+  const char* list_;
+  const py::list tensors_;
   const DType dtype_;
+  const bool copies_;
   size_t index_ = 0;
+  std::vector<py::object> held_;
+};
+
+int64_t* integers(const TensorView& view, int64_t sequences) {
+  return view.present().shape("(S,)", {sequences}).dtype(Scalar::i64, "a count").data_as<int64_t>();
+}
+
+// A timestep norm with its state.
+class Norm {
+ public:
+  Norm(const TensorView& x, int64_t groups) : B(x.size(0)), D(x.size(2)), G(groups) {
+    if (G < 1 || D % G) refuse("num_groups", "be positive and divide D = " + std::to_string(D), std::to_string(G));
+    params_.dtype = x.floating();
+    params_.channels = D;
+    params_.groups = G;
+    params_.sequences = Sequences{B, B * x.size(1), x.size(1)};
+  }
+
+  void read_parameters(Reader& read, const char* weight, const char* bias) {
+    params_.weight = read.real(weight, "(D,)", {D});
+    params_.bias = read.real(bias, "(D,)", {D});
+  }
+  void read_state(Reader& read) {
+    const TensorView count = read.next("count");
+    params_.count = params_.count_out = integers(count, B);
+    for (int64_t s = 0; s < B; ++s)
+      if (params_.count[s] < 0) count.fail("non-negative, got " + std::to_string(params_.count[s]));
+    params_.mean = params_.mean_out = read.real("mean", "(S, G)", {B, G});
+    params_.var = params_.var_out = read.real("var", "(S, G)", {B, G});
+    params_.residual = params_.residual_out = read.real("residual", "(2, S, G)", {2, B, G});
+  }
+  void run(double eps, const void* x, void* y) {
+    params_.eps = eps;
+    params_.x = x;
+    params_.y = y;
+    launch_timestep_norm_fwd_cpu(params_);
+  }
+
+ private:
+  const int64_t B, D, G;
+  TimestepNormFwdParams params_{};
 };
 
 // A block. Its tensors come in the order in which they are taken here.
 class Block {
  public:
   Block(const TensorView& x, int64_t num_heads, int64_t num_groups)
-      : dtype_(x.rank("(B, L, D)", 3).floating()), B(x.size(0)), T(B * x.size(1)), D(x.size(2)), H(num_heads),
-        G(num_groups) {
-    if (G < 1 || D % G) refuse("num_groups", "be positive and divide D = " + std::to_string(D), std::to_string(G));
-    timenorm_.sequences = cema_.sequences = qk_.sequences = append_.sequences = Sequences{B, T, x.size(1)};
+      : dtype_(x.floating()), B(x.size(0)), T(B * x.size(1)), D(x.size(2)), H(num_heads), timenorm_(x, num_groups) {
+    cema_.sequences = qk_.sequences = append_.sequences = Sequences{B, T, x.size(1)};
   }
 
   void read_parameters(Reader& read) {
-    timenorm_.weight = read.real("timenorm.weight", "(D,)", {D});
-    timenorm_.bias = read.real("timenorm.bias", "(D,)", {D});
+    timenorm_.read_parameters(read, "timenorm.weight", "timenorm.bias");
     const TensorView alpha = read.next("cema.alpha");
     N = alpha.rank("(D, N, 1)", 3).size(1);
     if (N < 1) alpha.fail("of at least one state a channel, got N = 0");
@@ -133,19 +175,12 @@ class Block {
     scale_ = read.real_or_null("nffn.alpha", "(D,)", {D});
   }
 
-  void read_state(Reader& read) {
-    const TensorView count = read.next("count");
-    timenorm_.count = integers(count);
-    timenorm_.mean = read.real("mean", "(S, G)", {B, G});
-    timenorm_.var = read.real("var", "(S, G)", {B, G});
-    timenorm_.residual = read.real_or_null("residual", "(2, S, G)", {2, B, G});
-    cema_.state = modes(read.next("cema"));
-    for (int64_t s = 0; s < B; ++s)
-      if (timenorm_.count[s] < 0) count.fail("non-negative, got " + std::to_string(timenorm_.count[s]));
-  }
-
-  // The attention's past, which is written to; `rotary` has a row for each of the C positions of a chunk.
-  void read_cache(Reader& read, const TensorView& rotary) {
+  // Of the attention the past; `rotary` has a row for each of the C positions of a chunk.
+  void read_state(Reader& read, const TensorView& rotary) {
+    timenorm_.read_state(read);
+    const char* complex = "complex128 for a float64 `x`, else complex64";
+    cema_.state = cema_.state_out =
+        read.next("cema").present().shape("(S, D, N)", {B, D, N}).dtype(complex_of(dtype_), complex).data();
     const TensorView cache_k = read.next("cache_k"), cache_v = read.next("cache_v"), position = read.next("position");
     const int64_t C = rotary.rank("(C, K / 2, 2)", 3).size(0);
     qk_.rotary = rotary.shape("(C, K / 2, 2)", {C, K / 2, 2}).dtype(real_of(dtype_), Reader::kReal).data();
@@ -154,32 +189,18 @@ class Block {
     };
     append_.cache_k = append_.cache_k_out = rows(cache_k, "(S, C, H, K)", K);
     append_.cache_v = append_.cache_v_out = rows(cache_v, "(S, C, H, V)", V);
-    append_.position = append_.position_out = integers(position);
+    append_.position = append_.position_out = integers(position, B);
     for (int64_t s = 0; s < B; ++s)
       if (append_.position[s] < 0 || append_.position[s] >= C)
         position.fail("in [0, " + std::to_string(C) + "), got " + std::to_string(append_.position[s]));
     append_.chunk_size = qk_.chunk_size = qk_.table_rows = C;
   }
 
-  void read_state_out(Reader& read) {
-    timenorm_.count_out = integers(read.next("count"));
-    timenorm_.mean_out = read.real("mean", "(S, G)", {B, G});
-    timenorm_.var_out = read.real("var", "(S, G)", {B, G});
-    timenorm_.residual_out = read.real("residual", "(2, S, G)", {2, B, G});
-    cema_.state_out = modes(read.next("cema"));
-  }
-
   // `eps` are those of the timestep norm, the RMS norm, the queries and keys, and the layer norm.
   void run(const double* eps, const void* x, void* y) {
     x_ = x;
-    timenorm_.dtype = dtype_;
-    timenorm_.channels = D;
-    timenorm_.groups = G;
-    timenorm_.eps = eps[0];
-    timenorm_.x = x_;
-    void* t = timenorm_.y = rows(D);
-    timenorm_.stats = reals(3 * T * G);
-    launch_timestep_norm_fwd_cpu(timenorm_);
+    void* t = rows(D);
+    timenorm_.run(eps[0], x_, t);
 
     coefficients_.dtype = dtype_ == DType::f64 ? DType::f64 : DType::f32;
     coefficients_.channels = cema_.channels = D;
@@ -231,14 +252,6 @@ class Block {
   }
 
  private:
-  int64_t* integers(const TensorView& view) const {
-    return view.present().shape("(S,)", {B}).dtype(Scalar::i64, "a count").data_as<int64_t>();
-  }
-  void* modes(const TensorView& view) const {
-    const char* why = "complex128 for a float64 `x`, else complex64";
-    return view.present().shape("(S, D, N)", {B, D, N}).dtype(complex_of(dtype_), why).data();
-  }
-
   void* rows(int64_t columns) { return buffers_(T * columns * bytes_of(dtype_)); }
   void* reals(int64_t count) { return buffers_(count * (dtype_ == DType::f64 ? 8 : 4)); }
 
@@ -274,11 +287,11 @@ class Block {
   }
 
   const DType dtype_;
-  const int64_t B, T, D, H, G;
+  const int64_t B, T, D, H;
   int64_t N = 0, K = 0, V = 0;
   const void* x_ = nullptr;
   const void* scale_ = nullptr;  // (D) R or null
-  TimestepNormFwdParams timenorm_{};
+  Norm timenorm_;
   CemaCoefficientsFwdParams coefficients_{};
   CemaFwdParams cema_{};
   LayerNormFwdParams rms_norm_{}, layer_norm_{};
@@ -288,33 +301,47 @@ class Block {
   Buffers buffers_;
 };
 
-// x through as many blocks as there are four of `eps`; the tuples hold their tensors one after another.
-void blocks_few_rows(const Target&, py::handle x_, py::tuple parameters, py::tuple state, py::tuple caches,
-                     py::handle rotary_, int64_t num_heads, int64_t num_groups, std::vector<double> eps, py::handle y_,
-                     py::tuple state_out) {
-  const TensorView x(kOp, "x", x_), rotary(kOp, "rotary", rotary_);
-  if (eps.empty() || eps.size() % 4) refuse("eps", "be four numbers for each block", std::to_string(eps.size()));
+// x through as many blocks as there are four of `eps`; the lists hold their tensors one after another. One more of `eps`
+// is that of a final norm, whose tensors come last, and after it the output matrix.
+void blocks_few_rows(const Target&, py::handle x_, py::list parameters, py::list state, py::handle rotary_,
+                     int64_t num_heads, int64_t num_groups, std::vector<double> eps, py::handle y_) {
+  const TensorView x(kOp, "x", x_), rotary(kOp, "rotary", rotary_), y(kOp, "y", y_);
+  const bool has_output = eps.size() % 4 == 1;
+  if (eps.size() < 4 || eps.size() % 4 > 1)
+    refuse("eps", "be four numbers for each block and perhaps one", std::to_string(eps.size()));
   for (const double value : eps) check_range(kOp, "eps", value, 0, "finite and at least 0");
-  const DType dtype = x.floating();
-  Reader parameter("parameters", std::move(parameters), dtype), past("state", std::move(state), dtype);
-  Reader cache("caches", std::move(caches), dtype), next("state_out", std::move(state_out), dtype);
+  const DType dtype = x.rank("(B, L, D)", 3).floating();
+  const int64_t rows = x.size(0) * x.size(1), bytes = x.elements() * bytes_of(dtype);
+  Reader parameter("parameters", std::move(parameters), dtype, true), past("state", std::move(state), dtype, false);
   std::deque<Block> blocks;
-  for (size_t i = 0; i < eps.size(); i += 4) {
+  for (size_t i = 0; i + 4 <= eps.size(); i += 4) {
     Block& block = blocks.emplace_back(x, num_heads, num_groups);
     block.read_parameters(parameter);
-    block.read_state(past);
-    block.read_cache(cache, rotary);
-    block.read_state_out(next);
+    block.read_state(past, rotary);
   }
-  void* y = TensorView(kOp, "y", y_).like(x).data();
+  Norm norm(x, num_groups);
+  LinearFewRowsParams output{};
+  if (has_output) {
+    norm.read_parameters(parameter, "final_norm.weight", "final_norm.bias");
+    norm.read_state(past);
+    parameter.linear(output, "output", rows, x.size(2), kAny);
+    output.y = y.shape("(B, L, outputs)", {x.size(0), x.size(1), output.outputs}).dtype(scalar_of(dtype), "as `x`").data();
+  } else {
+    y.like(x);
+  }
   const py::gil_scoped_release unlocked;
-  const void* from = x.data();
   Buffers between;
+  const void* from = x.data();
   for (size_t i = 0; i < blocks.size(); ++i) {
-    void* to = i + 1 == blocks.size() ? y : between(x.elements() * bytes_of(dtype));
+    void* to = i + 1 == blocks.size() && !has_output ? y.data() : between(bytes);
     blocks[i].run(&eps[4 * i], from, to);
     from = to;
   }
+  if (!has_output) return;
+  void* normalized = between(bytes);
+  norm.run(eps.back(), from, normalized);
+  output.x = normalized;
+  launch_linear_few_rows_cpu(output);
 }
 
 }  // namespace

@@ -191,6 +191,13 @@ DType TensorView::floating() const {
                        got + "; convert it with .to(torch.float32).");
 }
 
+py::object contiguous(py::handle tensor) {
+  DlpackTensor found;
+  if (tensor.is_none() || (dlpack_view(tensor, found) && is_contiguous(found)))
+    return py::reinterpret_borrow<py::object>(tensor);
+  return tensor.attr("contiguous")();
+}
+
 void check_range(const char* op, const char* name, double value, double least, const char* expected) {
   if (std::isfinite(value) && value >= least) return;
   std::ostringstream text;

@@ -63,6 +63,9 @@ class TensorView {
   std::string dtype_text_;
 };
 
+// The tensor itself, or a contiguous copy. None stays None.
+py::object contiguous(py::handle tensor);
+
 // The accumulation type R of a tensor of `dtype`, and its complex counterpart.
 inline Scalar real_of(DType dtype) { return dtype == DType::f64 ? Scalar::f64 : Scalar::f32; }
 inline Scalar complex_of(DType dtype) { return dtype == DType::f64 ? Scalar::c128 : Scalar::c64; }

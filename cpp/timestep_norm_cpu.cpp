@@ -170,15 +170,17 @@ void forward(const TimestepNormFwdParams& p) {
   using R = Compute<T>;
   Scratch<double> state(2 * p.groups);
   for (int64_t s = 0; s < p.sequences.count; ++s) {
-    if (p.count_out) p.count_out[s] = (p.count ? p.count[s] : 0) + p.sequences.length(s);
     if (p.sequences.length(s) > 0) continue;
     load_state<R>(p, s, state.get(), state.get() + p.groups);
     store_state<R>(p, s, state.get(), state.get() + p.groups);
   }
-  if (p.sequences.tokens == 0) return;
-  Plan<R> plan(p, sizeof(T));
-  const double work = 4.0 * static_cast<double>(p.sequences.tokens * p.channels);
-  parallel_jobs(plan.blocks, work, [&] { return Forward<T>(p, plan); });
+  if (p.sequences.tokens > 0) {
+    Plan<R> plan(p, sizeof(T));
+    const double work = 4.0 * static_cast<double>(p.sequences.tokens * p.channels);
+    parallel_jobs(plan.blocks, work, [&] { return Forward<T>(p, plan); });
+  }
+  for (int64_t s = 0; p.count_out && s < p.sequences.count; ++s)  // which may be `count`
+    p.count_out[s] = (p.count ? p.count[s] : 0) + p.sequences.length(s);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ VARIANTS = {
     "not affine": dict(norm_affine=False, cema_ndim=1),
     "wide": dict(model_dim=72, num_heads=3, z_dim=30, value_dim=51, ffn_hidden_dim=100, cema_ndim=17, norm_num_groups=8),
 }
+INPLACE = dict(return_state=True, inplace_state=True)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -59,7 +60,7 @@ def decode(block, state, rows=1, length=1, times=1):
     outputs = []
     with torch.no_grad(), Calls() as calls:
         for i in range(times):
-            y, state = block(steps(block, rows, length, i), state=state, return_state=True, inplace_state=True)
+            y, state = block(steps(block, rows, length, i), state=state, **INPLACE)
             outputs.append(y)
     return tree_leaves((outputs, state)), calls.count
 
@@ -158,6 +159,26 @@ def test_modules_and_parameters_go_by_name():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_the_state_is_written_in_place():
+    block, state = block_and_state()
+    before = tree_map_only(torch.Tensor, torch.clone, state)
+    with torch.no_grad():
+        _, after = block(steps(block, 1, 1), state=state, **INPLACE)
+    assert all(a is b for a, b in zip(tree_leaves(after), tree_leaves(state), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(after), strict=True))
+
+
+def test_parameters_need_not_be_contiguous():
+    block, state = block_and_state()
+    expected, _ = decode(block, state)
+    block.mega.wv.weight.data = block.mega.wv.weight.data.t().contiguous().t()
+    block.mega.cema.alpha.data = block.mega.cema.alpha.data.repeat_interleave(2, 1)[:, ::2]
+    assert not block.mega.wv.weight.is_contiguous()
+    found, calls = decode(block, state)
+    assert calls == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_who_gets_the_layers(monkeypatch):
     block, state = block_and_state(seen=3)
     x = steps(block, 1, 1)
@@ -172,6 +193,8 @@ def test_who_gets_the_layers(monkeypatch):
         assert fits(steps(block, 1, 8)) and not fits(steps(block, 1, 9))
         assert not fits(x[:0])
         assert not fits(state=None) and not fits(inplace_state=False)
+        for residual in (None, state.norm.residual.transpose(0, 2).contiguous().transpose(0, 2)):
+            assert not fits(state=state._replace(norm=state.norm._replace(residual=residual)))
         assert not fits(lengths=torch.tensor([1])) and not fits(cu_seqlens=torch.tensor([0, 1]))
         assert not fits(x.double())
         with torch.autocast("cpu", torch.bfloat16):
@@ -186,7 +209,7 @@ def test_who_gets_the_layers(monkeypatch):
 
 def test_opcheck_and_threads(two_threads):
     block, state = block_and_state(rows=2)
-    args = captured(block, state, rows=2)
+    args = captured(lambda: block(steps(block, 2, 1), state=tree_map_only(torch.Tensor, torch.clone, state), **INPLACE))
     torch.library.opcheck(blocks_few_rows_, args)
     first, _ = decode(block, state, rows=2, times=3)
     torch.set_num_threads(1)
@@ -194,8 +217,8 @@ def test_opcheck_and_threads(two_threads):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def captured(block, state, rows=1):
-    """The arguments that the block gives the op."""
+def captured(call):
+    """The arguments that it gives the op."""
     taken = []
 
     class Take(TorchDispatchMode):
@@ -205,17 +228,17 @@ def captured(block, state, rows=1):
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Take():
-        block(steps(block, rows, 1), state=tree_map_only(torch.Tensor, torch.clone, state), return_state=True, inplace_state=True)
+        call()
     return taken[0]
 
 
 def test_errors():
     block, state = block_and_state(swiglu=True, rescale_nffn=True)
-    x, parameters, norm, caches, *numbers = captured(block, state)
+    x, parameters, tensors, y, *numbers, eps = captured(lambda: block(steps(block, 1, 1), state=state, **INPLACE))
 
     def refuses(error, name, **changed):
-        arguments = dict(x=x, parameters=parameters, state=norm, caches=caches)
-        call = lambda: blocks_few_rows_(*(arguments | changed).values(), *numbers)  # noqa: E731
+        arguments = dict(x=x, parameters=parameters, state=tensors, y=y) | changed
+        call = lambda: blocks_few_rows_(*arguments.values(), *numbers, eps)  # noqa: E731
         assert_refuses(error, "blocks_few_rows", name, call)
 
     def instead(tensors, index, tensor):
@@ -228,16 +251,36 @@ def test_errors():
             refuses(ValueError, name, parameters=instead(parameters, index, tensor.unsqueeze(0)))
             if not name.endswith(".bias") and not name.startswith(("norm", "rmsnorm", "nffn", "fc3")):
                 refuses(ValueError, name, parameters=instead(parameters, index, None))
-    for name, index in (("count", 0), ("mean", 1), ("var", 2), ("residual", 3), ("cema", 4)):
-        refuses(TypeError, name, state=instead(norm, index, norm[index].real.to(torch.bfloat16)))
-        refuses(ValueError, name, state=instead(norm, index, norm[index][:0]))
-    refuses(ValueError, "count", state=instead(norm, 0, norm[0] - 100))
-    for name, index in (("cache_k", 0), ("cache_v", 1), ("position", 2)):
-        refuses(ValueError, name, caches=instead(caches, index, caches[index][:0]))
-        refuses(TypeError, name, caches=instead(caches, index, caches[index].to(torch.float64)))
-    refuses(ValueError, "cache_v", caches=instead(caches, 1, caches[1][:, :1].contiguous()))
-    refuses(ValueError, "position", caches=instead(caches, 2, caches[2] + 100))
+    for index, name in enumerate("count mean var residual cema cache_k cache_v position".split()):
+        other = torch.float64 if name.startswith("cache") else torch.bfloat16
+        refuses(TypeError, name, state=instead(tensors, index, tensors[index].real.to(other)))
+        refuses(ValueError, name, state=instead(tensors, index, tensors[index][:0]))
+    refuses(ValueError, "count", state=instead(tensors, 0, tensors[0] - 100))
+    refuses(ValueError, "cache_v", state=instead(tensors, 6, tensors[6][:, :1].contiguous()))
+    refuses(ValueError, "position", state=instead(tensors, 7, tensors[7] + 100))
     refuses(ValueError, "parameters", parameters=parameters[:21])
+    refuses(ValueError, "y", y=y[:, :, :1])
+
+
+def test_errors_of_the_output():
+    model = tiny_model(torch.float32).eval()
+    with torch.no_grad():
+        _, state = model(tokens_of(1, 5), return_state=True)
+        x, parameters, tensors, y, *numbers, eps = captured(lambda: model(tokens_of(1, 1), **INPLACE, state=state))
+    dim, outputs = x.shape[2], model.config.num_outputs
+
+    def refuses(name, parameters=parameters, tensors=tensors, y=y, eps=eps):
+        call = lambda: blocks_few_rows_(x, parameters, tensors, y, *numbers, eps)  # noqa: E731
+        assert_refuses(ValueError, "blocks_few_rows", name, call)
+
+    assert y.shape == (1, 1, outputs)
+    refuses("y", y=x)
+    refuses("eps", eps=[*eps, 1e-5])
+    refuses("eps", eps=[*eps[:-1], -1.0])
+    refuses("state", tensors=tensors[:-1])
+    refuses("final_norm.weight", [*parameters[:-4], parameters[-4][1:], *parameters[-3:]])
+    refuses("output.weight", [*parameters[:-2], torch.zeros(outputs, dim + 1), None])
+    refuses("output.bias", [*parameters[:-1], torch.zeros(outputs + 1)])
 
 
 def test_a_state_of_another_chunk_size_is_refused():
@@ -268,7 +311,7 @@ def test_a_whole_model_is_one_call(dtype, monkeypatch):
             _, state = model(tokens[:, :5], return_state=True)
             found = []
             for token in tokens[:, 5:].split(1, 1):
-                out, state = model(token, state=state, return_state=True, inplace_state=True)
+                out, state = model(token, state=state, **INPLACE)
                 found.append(out)
         return tree_leaves((found, state)), calls.count
 
@@ -288,7 +331,27 @@ def test_a_model_with_a_hooked_block_calls_its_hook():
         _, state = model(tokens, return_state=True)
         model.layers[1].register_forward_hook(lambda module, args, out: seen.append(out))
         with Calls() as calls:
-            model(tokens[:, :1], state=state, return_state=True, inplace_state=True)
+            model(tokens[:, :1], state=state, **INPLACE)
+    assert len(seen) == 1 and calls.count == TINY["num_layers"]
+
+
+def hook_output(linear, seen):
+    linear.register_forward_hook(lambda module, args, y: seen.append(y))
+
+
+def wrap_output(linear, seen):
+    forward = linear.forward
+    linear.forward = lambda x: seen.append(x) or forward(x)
+
+
+@pytest.mark.parametrize("change", [wrap_output, hook_output])
+def test_a_changed_output_runs_as_changed(change):
+    model, tokens, seen = tiny_model(torch.float32).eval(), tokens_of(1, 6), []
+    with torch.no_grad():
+        _, state = model(tokens, return_state=True)
+        change(model.output.output, seen)
+        with Calls() as calls:
+            model(tokens[:, :1], state=state, **INPLACE)
     assert len(seen) == 1 and calls.count == TINY["num_layers"]
 
 

@@ -6,28 +6,26 @@ here one after another, so results are those of the layers, bit for bit.
 
 from __future__ import annotations
 
-from .library import accumulation_dtype, contiguous_or_none, define_op, launch
+from .library import accumulation_dtype, define_op, launch
 from .normalized_qk import rotary_table
 
 
-def _blocks(x, parameters, state, caches, y, state_out, num_heads, num_groups, chunk_size, rope_base, eps):
-    rotary = rotary_table(chunk_size, caches[0].shape[3], rope_base, accumulation_dtype(x.dtype), x.device)
-    parameters, state = (tuple(map(contiguous_or_none, tensors)) for tensors in (parameters, state))
-    launch(
-        "blocks_few_rows", x.contiguous(), parameters, state, tuple(caches), rotary, num_heads, num_groups, eps, y,
-        tuple(state_out),
-    )  # fmt: skip
+def _blocks(x, parameters, state, y, num_heads, num_groups, chunk_size, rope_base, eps):
+    head_dim = state[5].shape[3]
+    rotary = rotary_table(chunk_size, head_dim, rope_base, accumulation_dtype(x.dtype), x.device)
+    launch("blocks_few_rows", x.contiguous(), parameters, state, rotary, num_heads, num_groups, eps, y)
 
 
-def _blocks_fake(x, parameters, state, caches, y, state_out, num_heads, num_groups, chunk_size, rope_base, eps):
+def _blocks_fake(x, parameters, state, y, num_heads, num_groups, chunk_size, rope_base, eps):
     return None
 
 
-# Of each block, in the order of cpp/blocks_few_rows_bind.cpp: `parameters`; `state` and `state_out`, count, mean, var,
-# residual and cema; `caches`, the attention's keys, values and position.
+# Of each block, `parameters` in the order of cpp/blocks_few_rows_bind.cpp and eight of `state`: count, mean, var, residual,
+# cema, and the attention's keys, values and position. Then, if there are four `eps` for each block and one more, those of
+# a final norm and an output matrix, and y are logits.
 blocks_few_rows_ = define_op(
-    "blocks_few_rows_(Tensor x, Tensor?[] parameters, Tensor?[] state, Tensor(a!)[] caches, Tensor(b!) y, "
-    "Tensor(c!)[] state_out, int num_heads, int num_groups, int chunk_size, float rope_base, float[] eps) -> ()",
+    "blocks_few_rows_(Tensor x, Tensor?[] parameters, Tensor(a!)[] state, Tensor(b!) y, int num_heads, int num_groups, "
+    "int chunk_size, float rope_base, float[] eps) -> ()",
     kernel=_blocks,
     fake=_blocks_fake,
 )

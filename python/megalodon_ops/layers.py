@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _global_hooks
 
+from . import _C
 from .blocks_few_rows import blocks_few_rows_
 from .cema import cema
 from .cema_coefficients import cema_coefficients
@@ -274,8 +274,7 @@ class MegalodonBlock(nn.Module):
         self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
     ) -> Tensor | tuple[Tensor, BlockState]:
         """x (B, L, D); options as in :func:`normalized_attention`: inplace_state, cu_seqlens, lengths."""
-        if return_state and (result := _run_in_one_call((self,), x, (state,), **options)) is not None:
-            y, (state,) = result
+        if return_state and (y := _run_in_one_call((self,), x, (state,), **options)) is not None:
             return y, state
         y = self.mega(x, state=state, return_state=return_state, **options)
         if return_state:
@@ -284,29 +283,46 @@ class MegalodonBlock(nn.Module):
         return x + self.nffn(y)
 
 
-def run_in_one_call(
-    blocks: Iterable[nn.Module], x: Tensor, states: Iterable[BlockState | None], **options
-) -> tuple[Tensor, tuple[BlockState, ...]] | None:
-    """x through blocks one after another and their states after it; the attention's parts of `states` are written to.
+class Output(nn.Module):
+    """Final timestep norm and the output matrix."""
 
-    None where that would not give what the modules do: with other options than `inplace_state`, for more than a few
-    rows, with gradients, or where somebody has changed a module.
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
+        self.output = Linear(config.model_dim, config.num_outputs, bias=False)
+
+
+def run_in_one_call(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    states: Iterable[BlockState | None],
+    output: Output | None = None,
+    norm: TimestepNormState | None = None,
+    **options,
+) -> Tensor | None:
+    """x through blocks one after another and, if given, the output, of which `norm` is the state: logits in x's dtype.
+
+    `states` and `norm` are written to and are then those after it. None where that would not give what the modules do:
+    with other options than `inplace_state`, for more than a few rows, with gradients, or where somebody has changed a
+    module.
     """
     blocks = tuple(blocks)
     if any(type(block) is not MegalodonBlock or _is_wrapped(vars(block)) for block in blocks):
         return None
-    return _run_in_one_call(blocks, x, tuple(states), **options)
+    return _run_in_one_call(blocks, x, tuple(states), output, norm, **options)
 
 
 def _run_in_one_call(
     blocks: tuple[MegalodonBlock, ...],
     x: Tensor,
     states: tuple[BlockState | None, ...],
+    output: Output | None = None,
+    norm: TimestepNormState | None = None,
     *,
     inplace_state: bool = False,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, tuple[BlockState, ...]] | None:
+) -> Tensor | None:
     """The same, whatever is wrapped around the blocks themselves."""
     if not inplace_state or cu_seqlens is not None or lengths is not None or not blocks or None in states:
         return None
@@ -315,76 +331,69 @@ def _run_in_one_call(
     if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
         return None
     config = getattr(blocks[0].mega, "config", None)
-    parameters, eps = [], []
-    if not all(_take_parameters(block, config, parameters, eps) for block in blocks):
-        return None
+    parameters, tensors, eps = [], [], []
+    for block, state in zip(blocks, states, strict=True):
+        if not _is_writable(*state.norm, state.cema) or not _take_parameters(block, config, parameters, eps):
+            return None
+        tensors += (*state.norm, state.cema, *state.attention)
+    width = x.shape[2]
+    if output is not None:
+        if not _is_writable(*norm) or not _C.take_parameters(output, _OUTPUT, parameters):
+            return None
+        final = output.final_norm
+        if final.num_groups != config.norm_num_groups:
+            return None
+        tensors += norm
+        eps.append(final.eps)
+        width = output.output.weight.shape[0]
     if blocks[0].mega.wv.weight.dtype != x.dtype:
         return None
-    empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
-    past, caches, new, after = [], [], [], []
-    for norm, cema_state, attention in states:
-        past += (*norm, cema_state)
-        caches += attention
-        count, mean, var, _ = norm
-        norm = TimestepNormState(empty(count), empty(mean), empty(var), mean.new_empty((2, *mean.shape)))
-        after.append(BlockState(norm, empty(cema_state), attention))
-        new += (*norm, after[-1].cema)
-    y = empty(x)
+    y = x.new_empty((*x.shape[:2], width))
     call(
-        blocks_few_rows_, x, parameters, past, caches, y, new, config.num_heads, config.norm_num_groups,
-        config.chunk_size, config.rope_base or 10000.0, eps,
+        blocks_few_rows_, x, parameters, tensors, y, config.num_heads, config.norm_num_groups, config.chunk_size,
+        config.rope_base or 10000.0, eps,
     )  # fmt: skip
-    return y, tuple(after)
+    return y
 
 
-# Of the halves of a block: their class, the modules inside, and what they hold of their own.
+# Modules as _C.take_parameters knows them: class, modules inside, names of its own parameters.
+_NORM = (TimestepNorm, {}, ("weight", "bias"))
+_LINEAR = (Linear, {}, ("weight", "bias"))
 _HALVES = dict(
     mega=(
         NormalizedAttention,
         dict(
-            timenorm=TimestepNorm, cema=ComplexEMA, rmsnorm=RMSNorm, wv=Linear, wz=Linear, wr=Linear, wh1=Linear, wh2=Linear
+            timenorm=_NORM, cema=(ComplexEMA, {}, ("alpha", "delta", "theta", "gamma", "omega")),
+            rmsnorm=(RMSNorm, {}, ("weight",)), wv=_LINEAR, wz=_LINEAR, wr=_LINEAR, wh1=_LINEAR, wh2=_LINEAR,
         ),
         ("gamma", "beta"),
     ),
-    nffn=(NormalizedFFN, dict(norm=LayerNorm, fc1=Linear, fc2=Linear, fc3=Linear), ("alpha",)),
-)
-_PARAMETERS = {
-    TimestepNorm: ("weight", "bias"),
-    ComplexEMA: ("alpha", "delta", "theta", "gamma", "omega"),
-    RMSNorm: ("weight",),
-    LayerNorm: ("weight", "bias"),
-    Linear: ("weight", "bias"),
-}
+    nffn=(
+        NormalizedFFN,
+        dict(norm=(LayerNorm, {}, ("weight", "bias")), fc1=_LINEAR, fc2=_LINEAR, fc3=_LINEAR),
+        ("alpha",),
+    ),
+)  # fmt: skip
+_OUTPUT = (Output, dict(final_norm=_NORM, output=_LINEAR), ())
 
 
 def _take_parameters(block: MegalodonBlock, config: MegalodonConfig, tensors: list[Tensor | None], eps: list[float]) -> bool:
     """Appends them in the order of cpp/blocks_few_rows_bind.cpp, if the block is as it was built with that configuration.
 
-    That is: nobody has replaced a module inside, hooked into it or wrapped its forward. Modules' dictionaries are read
-    themselves, as an attribute of a module that is a module or parameter takes a call of a Python function.
+    That is: nobody has replaced a module inside, hooked into it or wrapped its forward.
     """
-    for half_name, (kind, parts, own) in _HALVES.items():
-        half = block._modules[half_name]
-        inside = vars(half)
-        if type(half) is not kind or _is_wrapped(inside) or inside["config"] not in (config,):  # mostly the same object
+    for name, description in _HALVES.items():
+        half = block._modules[name]
+        if not _C.take_parameters(half, description, tensors) or half.config not in (config,):  # mostly the same object
             return False
-        modules = inside["_modules"]
-        if not modules.keys() <= parts.keys():
-            return False
-        for name, part in parts.items():
-            module = modules.get(name)
-            if module is None:
-                tensors += (None,) * len(_PARAMETERS[part])
-                continue
-            module_inside = vars(module)
-            if type(module) is not part or _is_wrapped(module_inside):
-                return False
-            tensors += map(module_inside["_parameters"].get, _PARAMETERS[part])
-        tensors += map(inside["_parameters"].get, own)
     mega, norm = block._modules["mega"]._modules, block._modules["nffn"]._modules["norm"]
     eps += (mega["timenorm"].eps, mega["rmsnorm"].eps, config.norm_eps, norm.eps)
     dropout = config.dropout or config.hidden_dropout or config.attention_dropout
     return mega["timenorm"].num_groups == config.norm_num_groups and not (block.training and dropout)
+
+
+def _is_writable(*state: Tensor | None) -> bool:
+    return all(tensor is not None and tensor.is_contiguous() for tensor in state)
 
 
 def _is_wrapped(inside: dict[str, object]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig
-from .layers import BlockState, Linear, MegalodonBlock, TimestepNorm, run_in_one_call
+from .layers import BlockState, MegalodonBlock, Output, run_in_one_call
 from .loss import linear_cross_entropy
 from .states import TimestepNormState
 
@@ -28,15 +28,6 @@ class MegalodonState(NamedTuple):
     def detach(self) -> MegalodonState:
         """The same values without their history, for truncated backpropagation through time."""
         return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, self)
-
-
-class Output(nn.Module):
-    """Final timestep norm and the output matrix."""
-
-    def __init__(self, config: MegalodonConfig) -> None:
-        super().__init__()
-        self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
-        self.output = Linear(config.model_dim, config.num_outputs, bias=False)
 
 
 class Megalodon(nn.Module):
@@ -101,15 +92,16 @@ class Megalodon(nn.Module):
             state: the past, as an earlier call returned it; None: the tokens begin their sequences.
             return_state: also return the state after the last token. Any way of cutting a sequence into calls gives the
                 same logits, up to rounding.
-            inplace_state: write into the attention's part of `state` instead of copying it; for generation.
+            inplace_state: write into `state` where that saves a copy, as of the attention's part; for generation. The
+                state before is lost.
             cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1).
             lengths: (B,) tokens in each right-padded row.
 
         Returns:
             logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding.
         """
-        hidden, state = self._hidden(tokens, state, return_state, inplace_state, cu_seqlens=cu_seqlens, lengths=lengths)
-        logits = self._logits(hidden)
+        x, sequences = self._embed(tokens, state), dict(cu_seqlens=cu_seqlens, lengths=lengths)
+        logits, state = self._logits(x, state, return_state, inplace_state, **sequences)
         return (logits, state) if return_state else logits
 
     def loss(
@@ -147,7 +139,8 @@ class Megalodon(nn.Module):
             raise ValueError(
                 f"Megalodon: `targets` must have shape {tuple(tokens.shape)} as `tokens`, got {tuple(targets.shape)}."
             )
-        hidden, state = self._hidden(tokens, state, return_state, False, cu_seqlens=cu_seqlens, lengths=lengths)
+        x, sequences = self._embed(tokens, state), dict(cu_seqlens=cu_seqlens, lengths=lengths)
+        hidden, state = self._hidden(x, state, return_state, False, **sequences)
         position = torch.arange(tokens.shape[1], device=tokens.device)
         if lengths is not None:
             targets = targets.where(position < lengths[:, None], ignore_index)
@@ -157,42 +150,46 @@ class Megalodon(nn.Module):
         loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction, ignore_index=ignore_index)
         return (loss, state) if return_state else loss
 
-    def _hidden(
-        self, tokens: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
-    ) -> tuple[Tensor, MegalodonState | None]:
-        """The normalized last layer (B, L, D) and the state after it."""
+    def _embed(self, tokens: Tensor, state: MegalodonState | None) -> Tensor:
+        """(B, L, D)"""
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"Megalodon: `tokens` must be integers (B, L), got {tokens.dtype} {tuple(tokens.shape)}.")
         if state is not None and len(state.layers) != len(self.layers):
             raise ValueError(f"Megalodon: `state` must have {len(self.layers)} layers, got {len(state.layers)}.")
-        recompute = self.config.layerwise_ckpt and self.training and torch.is_grad_enabled()
         x = self.embed(tokens)
-        if self.config.scale_emb:
-            x = x * math.sqrt(self.config.model_dim)
-        states = (None,) * len(self.layers) if state is None else state.layers
-        result = None
-        if return_state:
-            result = run_in_one_call(self.layers, x, states, inplace_state=inplace_state, **sequences)
-        if result is not None:
-            x, layer_states = result
-        else:
-            layer_states = []
-            for layer, layer_state in zip(self.layers, states, strict=True):
-                options = dict(state=layer_state, return_state=return_state, **sequences)
-                if recompute:
-                    x = checkpoint(layer, x, use_reentrant=False, **options)
-                else:
-                    x = layer(x, inplace_state=inplace_state, **options)
-                if return_state:
-                    x, layer_state = x
-                    layer_states.append(layer_state)
+        return x * math.sqrt(self.config.model_dim) if self.config.scale_emb else x
+
+    def _hidden(
+        self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
+    ) -> tuple[Tensor, MegalodonState | None]:
+        """The normalized last layer (B, L, D) and the state after it."""
+        recompute = self.config.layerwise_ckpt and self.training and torch.is_grad_enabled()
+        layer_states = []
+        for layer, layer_state in zip(self.layers, (None,) * len(self.layers) if state is None else state.layers):
+            options = dict(state=layer_state, return_state=return_state, **sequences)
+            if recompute:
+                x = checkpoint(layer, x, use_reentrant=False, **options)
+            else:
+                x = layer(x, inplace_state=inplace_state, **options)
+            if return_state:
+                x, layer_state = x
+                layer_states.append(layer_state)
         norm_state = None if state is None else state.norm
         x, norm_state = self.output.final_norm(x, state=norm_state, return_state=True, **sequences)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.output.output(hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+    def _logits(
+        self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
+    ) -> tuple[Tensor, MegalodonState | None]:
+        """The logits (B, L, num_outputs) of embedded tokens and the state after them, in one call where that is possible."""
+        logits = None
+        if return_state and state is not None:
+            options = dict(inplace_state=inplace_state, **sequences)
+            logits = run_in_one_call(self.layers, x, state.layers, self.output, state.norm, **options)
+        if logits is None:
+            x, state = self._hidden(x, state, return_state, inplace_state, **sequences)
+            logits = self.output.output(x)
+        return _at_least_float32(logits), state
 
     @torch.no_grad()
     def stream(
@@ -227,14 +224,15 @@ class Megalodon(nn.Module):
         for start in range(0, prompt.shape[1], self.config.chunk_size):
             piece = prompt[:, start : start + self.config.chunk_size]
             left = (lengths - start).clamp(0, piece.shape[1])
-            hidden, state = self._hidden(piece, state, True, state is not None, lengths=left)
+            hidden, state = self._hidden(self._embed(piece, state), state, True, state is not None, lengths=left)
             end = hidden[torch.arange(len(left), device=left.device), (left - 1).clamp(min=0)]
             last = end if last is None else torch.where((left > 0)[:, None], end, last)
+        logits = _at_least_float32(self.output.output(last))
         while True:
-            token = _sample(self._logits(last), temperature, top_k, top_p, generator)
+            token = _sample(logits, temperature, top_k, top_p, generator)
             yield token
-            hidden, state = self._hidden(token[:, None], state, True, True)
-            last = hidden[:, 0]
+            logits, state = self._logits(self._embed(token[:, None], state), state, True, True)
+            logits = logits[:, 0]
 
     def generate(self, prompt: Tensor, *, max_new_tokens: int, lengths: Tensor | None = None, **sampling) -> Tensor:
         """Continues `prompt` (B, L) by `max_new_tokens`; sampling options as in :meth:`stream`.
@@ -257,6 +255,10 @@ class Megalodon(nn.Module):
         for step, token in zip(range(max_new_tokens), self.stream(prompt, lengths=lengths, **sampling)):
             result[rows, ends + step] = token
         return result
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _sample(
