@@ -14,6 +14,7 @@ PYBIND11_MODULE(_C, module) {
   bind_layer_norm(module);
   bind_gated_silu(module);
   bind_cema_coefficients(module);
+  bind_cross_entropy(module);
   bind_blocks_few_rows(module);
   bind_module_parameters(module);
   bind_plain_call(module);

@@ -9,10 +9,13 @@ from assertions import assert_as_accurate_as, assert_refuses
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from backends import ISAS, isa
+from megalodon_ops import _C
 from megalodon_ops import loss as module
 from megalodon_ops.loss import linear_cross_entropy
 
 D, V = 24, 150
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROWS = 64  # of the smallest block: three slabs of the weight's gradient
 REDUCTIONS = ["mean", "sum", "none"]
 
@@ -21,6 +24,13 @@ REDUCTIONS = ["mean", "sum", "none"]
 def small_blocks(monkeypatch):
     """Blocks of 64 tokens, however few logits there are."""
     monkeypatch.setattr(module, "_CPU_BLOCK", 1)
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def either(request, monkeypatch):
+    """The kernel of a block, and what other devices take instead."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "has_cpu_kernel", lambda tensor: False)
 
 
 def inputs(T: int, dtype=torch.float64, ignored: int = 0):
@@ -46,7 +56,7 @@ def results(function, hidden, weight, targets, **options):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("T", [1, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS + 7])
-def test_equals_cross_entropy_at_the_edges_of_blocks(T, reduction, small_blocks):
+def test_equals_cross_entropy_at_the_edges_of_blocks(T, reduction, small_blocks, either):
     tensors = inputs(T, ignored=T // 5)
     found = results(linear_cross_entropy, *tensors, reduction=reduction)
     torch.testing.assert_close(found, results(expected_loss, *tensors, reduction=reduction), rtol=1e-12, atol=1e-14)
@@ -72,7 +82,7 @@ def test_gradcheck(reduction, small_blocks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_as_accurate_as_torch(dtype, reduction, small_blocks):
+def test_as_accurate_as_torch(dtype, reduction, small_blocks, either):
     hidden, weight, targets = inputs(5 * ROWS + 1, dtype, ignored=11)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     found = results(linear_cross_entropy, hidden, weight, targets, reduction=reduction)
@@ -81,6 +91,67 @@ def test_as_accurate_as_torch(dtype, reduction, small_blocks):
     assert found["loss"].dtype == torch.float32 and found["dweight"].dtype == dtype
     for name, value in found.items():
         assert_as_accurate_as(value, torchs[name], wanted[name], factor=2, floor=1, name=name)
+
+
+def cross_entropy(logits, index, scales):
+    logits = logits.clone()
+    losses = module._cross_entropy(logits, index, scales)
+    return {"loss": losses, "dlogits": logits}
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 63, 64, 65, 1000])
+def test_kernel_of_a_block(name, dtype, classes, monkeypatch):
+    """Losses from 0 to thousands, targets almost certain among them."""
+    gen = torch.Generator().manual_seed(classes)
+    spread = torch.logspace(-3, 3, 37, dtype=torch.float64)[:, None]
+    logits = (torch.randn(37, classes, generator=gen, dtype=torch.float64) * spread - 5).to(dtype)
+    index = torch.randint(classes, (37,), generator=gen)
+    logits[::3].scatter_(1, index[::3, None], logits[::3].amax(1, keepdim=True) + 3)
+    scales = torch.randn(37, generator=gen, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    with isa(name):
+        found = cross_entropy(logits, index, scales)
+        unchanged = cross_entropy(logits, index, None)
+    assert torch.equal(unchanged["loss"], found["loss"]) and torch.equal(unchanged["dlogits"], logits)
+    monkeypatch.setattr(module, "has_cpu_kernel", lambda tensor: False)
+    torchs = cross_entropy(logits, index, scales)
+    wanted = cross_entropy(logits.double(), index, scales.double())
+    for key, value in found.items():
+        assert value.dtype == torchs[key].dtype
+        assert_as_accurate_as(value, torchs[key], wanted[key], factor=2, floor=4, name=key)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_that_are_not_finite(name, dtype):
+    """As torch has it: minus infinity is a class that cannot be, all else gives NaN."""
+    inf, nan = float("inf"), float("nan")
+    rows = [[0, -inf, 1], [-inf, 2, -inf], [inf, 0, 0], [-inf] * 3, [nan, 0, 0], [0, 0, nan], [3e4, -3e4, 0]]
+    logits, index = torch.tensor(rows, dtype=dtype), torch.tensor([0, 1, 0, 0, 1, 0, 0])
+    scales = torch.ones(7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    with isa(name):
+        found = cross_entropy(logits, index, scales)
+    exact = logits.double().requires_grad_()
+    losses = F.cross_entropy(exact, index, reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), exact)
+    torch.testing.assert_close(found["loss"].double(), losses.detach(), equal_nan=True, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found["dlogits"].double(), gradient, equal_nan=True, rtol=1e-2, atol=1e-12)
+
+
+def test_errors_of_the_kernel():
+    logits, index, scales = torch.zeros(3, 5), torch.tensor([0, 4, 2]), torch.ones(3)
+
+    def refuses(error, argument, *tensors):
+        assert_refuses(error, "cross_entropy", argument, lambda: _C.cross_entropy(*tensors))
+
+    refuses(ValueError, "logits", logits[0], index, scales, scales)
+    refuses(TypeError, "logits", logits.int(), index, scales, scales)
+    refuses(ValueError, "targets", logits, index[:2], scales, scales)
+    refuses(TypeError, "targets", logits, index.int(), scales, scales)
+    refuses(TypeError, "scales", logits, index, scales.double(), scales)
+    refuses(ValueError, "losses", logits, index, None, scales[:2])
+    refuses(ValueError, "losses", logits, index, scales, None)
 
 
 def test_float16_gradients_under_a_loss_scale_do_not_vanish(small_blocks):
@@ -207,7 +278,7 @@ def test_frozen_inputs_cost_no_gradient(frozen, reduction, small_blocks):
     assert sizes == [1, *(0 if name == frozen else wanted[name].numel() for name in ("dhidden", "dweight"))]
 
 
-def test_same_bits_on_every_run_and_a_second_backward(small_blocks):
+def test_same_bits_on_every_run_and_a_second_backward(small_blocks, two_threads):
     tensors = inputs(5 * ROWS, torch.float32)
     first, second = (results(linear_cross_entropy, *tensors) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -260,7 +331,7 @@ def test_opcheck(small_blocks):
 @pytest.mark.parametrize("target", [V, -1, -101])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("T", [5, ROWS + 1])
-def test_targets_out_of_bounds(target, reduction, T, monkeypatch):
+def test_targets_out_of_bounds(target, reduction, T, monkeypatch, either):
     monkeypatch.setattr(module, "_CPU_BLOCK", ROWS * V)
     hidden, weight, targets = inputs(T)
     targets[-1] = target

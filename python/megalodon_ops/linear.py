@@ -110,6 +110,8 @@ def add_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int) -> None:
     if _runs_on_amx() and x.dtype == torch.float32 and _is_plain(x, weight, y):
         _amx(x, weight, None, y, add=True)
         return
+    if USES_ONEDNN and x.dtype == torch.float32 and _is_plain(x, weight, y):
+        x = _by_rows(x)  # whole, as its parts are not the transpose of contiguous ones
     for part, of_x in zip(y.split(rows), x.split(rows), strict=True):
         part.add_(linear(of_x, weight))
 

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import accumulation_dtype, autocast, call, define_op
+from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, has_cpu_kernel, launch
 from .linear import add_product_, linear
 
 # Values in a block. On the CPU just under the 32 MiB from which glibc gives freed memory back to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
+_SLAB = 1 << 20  # values of the weight's gradient that stay in a cache until they are added
 
 
 def linear_cross_entropy(
@@ -91,20 +92,31 @@ def _block(device: torch.device) -> int:
     return _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
 
 
-def _rows(width: int, device: torch.device) -> int:
-    """Rows in a block of `width` columns: a multiple of 64, which suits matrix products."""
-    return max(_block(device) // width // 64, 1) * 64
+def _rows(width: int, values: int) -> int:
+    """Rows of `width` columns in so many values: a multiple of 64, which suits matrix products."""
+    return max(values // width // 64, 1) * 64
 
 
-def _log_softmax(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.log_softmax(linear(x, weight), -1, dtype=accumulation_dtype(x.dtype), out=out)
+def _cross_entropy(logits: Tensor, index: Tensor, scales: Tensor | None = None) -> Tensor:
+    """The losses (T,) of logits (T, V). Where scales (T,) are given, the logits become the gradient of sum scales_t loss_t."""
+    if has_cpu_kernel(logits):
+        losses = torch.empty_like(index, dtype=accumulation_dtype(logits.dtype))
+        launch("cross_entropy", logits, index.contiguous(), contiguous_or_none(scales), losses)
+        return losses
+    probabilities = torch.log_softmax(logits, -1, dtype=accumulation_dtype(logits.dtype))
+    losses = F.nll_loss(probabilities, index, reduction="none")
+    if scales is not None:
+        # scale (probabilities - onehot)
+        probabilities.exp_().scatter_(1, index[:, None], torch.expm1(-losses)[:, None]).mul_(scales[:, None])
+        logits.copy_(probabilities)
+    return losses
 
 
 def _fwd(x, weight, index, ignore_index):
-    rows = _rows(weight.shape[0], x.device)
+    counted = index != ignore_index
+    index, rows = index.where(counted, 0), _rows(weight.shape[0], _block(x.device))
     blocks = zip(x.split(rows), index.split(rows), strict=True)
-    losses = [F.nll_loss(_log_softmax(x, weight), i, reduction="none", ignore_index=ignore_index) for x, i in blocks]
-    return torch.cat(losses)
+    return torch.cat([_cross_entropy(linear(x, weight), i) for x, i in blocks]).where(counted, 0)
 
 
 def _fwd_fake(x, weight, index, ignore_index):
@@ -127,16 +139,11 @@ def _sum(x, weight, index, scales, wants_dx, wants_dweight):
     """sum of scales_t loss_t, and its gradients in the accumulation dtype: empty where they are not wanted."""
     _, dx, dweight = _sum_fake(x, weight, index, scales, wants_dx, wants_dweight)
     dweight.zero_()
-    losses, rows, slab = [], _rows(weight.shape[0], x.device), _rows(x.shape[1], x.device)
-    kept = dx.new_empty(min(rows, x.shape[0]), weight.shape[0])
+    losses, rows, slab = [], _rows(weight.shape[0], _block(x.device)), _rows(x.shape[1], _SLAB)
     for begin in range(0, x.shape[0], rows):
         block = slice(begin, begin + rows)
-        probabilities = _log_softmax(x[block], weight, out=kept[: x.shape[0] - begin])
-        losses.append(F.nll_loss(probabilities, index[block], reduction="none"))
-        probabilities.exp_()
-        # dlogits = scale (probabilities - onehot)
-        dlogits = probabilities.scatter_(1, index[block, None], torch.expm1(-losses[-1])[:, None])
-        dlogits = dlogits.mul_(scales[block, None]).to(x.dtype)
+        dlogits = linear(x[block], weight)
+        losses.append(_cross_entropy(dlogits, index[block], scales[block]))
         if wants_dx:
             dx[block] = linear(dlogits, weight.t())
         if wants_dweight:

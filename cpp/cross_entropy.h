@@ -1,0 +1,22 @@
+// Cross-entropy of logits on the CPU.
+#pragma once
+
+#include "dtype.h"
+#include "isa.h"
+
+namespace megalodon {
+
+// R is float, or double where dtype is f64. All tensors are contiguous.
+struct CrossEntropyParams {
+  DType dtype;
+  int64_t rows;            // T
+  int64_t classes;         // V
+  void* logits;            // (T, V); where `scales` are given they become the gradient of sum_t scales_t losses_t
+  const int64_t* targets;  // (T), each in [0, V)
+  const void* scales;      // (T) R or null
+  void* losses;            // (T) R
+};
+
+MEGALODON_CPU_KERNEL(cross_entropy_cpu, CrossEntropyParams)
+
+}  // namespace megalodon

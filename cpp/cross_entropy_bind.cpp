@@ -1,0 +1,34 @@
+#include "bindings.h"
+#include "cross_entropy.h"
+#include "target.h"
+#include "tensor_view.h"
+
+namespace megalodon {
+namespace {
+
+constexpr const char* kOp = "cross_entropy";
+
+void cross_entropy(const Target& target, py::handle logits_, py::handle targets_, py::handle scales_, py::handle losses_) {
+  CrossEntropyParams params{};
+  const TensorView logits(kOp, "logits", logits_), targets(kOp, "targets", targets_);
+  params.dtype = logits.rank("(T, V)", 2).floating();
+  params.rows = logits.size(0);
+  params.classes = logits.size(1);
+  params.logits = logits.data();
+  params.targets = targets.present().shape("(T,)", {params.rows}).dtype(Scalar::i64, "indices").data_as<const int64_t>();
+  const auto real = [&](const TensorView& view) {
+    return view.shape("(T,)", {params.rows}).dtype(real_of(params.dtype), "float64 for float64 `logits`, else float32").data();
+  };
+  params.scales = real(TensorView(kOp, "scales", scales_));
+  params.losses = real(TensorView(kOp, "losses", losses_).present());
+  for (int64_t t = 0; t < params.rows; ++t)
+    if (params.targets[t] < 0 || params.targets[t] >= params.classes)
+      throw py::index_error("Target " + std::to_string(params.targets[t]) + " is out of bounds.");
+  MEGALODON_LAUNCH(target, cross_entropy, params);
+}
+
+}  // namespace
+
+void bind_cross_entropy(py::module_& module) { define(module, "cross_entropy", &cross_entropy); }
+
+}  // namespace megalodon
