@@ -120,8 +120,7 @@ class FewQueries {
         Vec<R> row[kLane];
         for (int64_t r = 0; r < kLane; ++r)
           row[r] = r < keys ? load(static_cast<const R*>(sums(head, i)) + r * kLane) : zeros<R>();
-        sum_rows<R>(row);
-        store(scores(head, i) + at, static_cast<R>(p_.scale) * row[0]);
+        store(scores(head, i) + at, static_cast<R>(p_.scale) * sum_rows<R>(row));
       }
   }
 

@@ -56,15 +56,24 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
     }
   for (; i + lanes <= p.inputs; i += lanes) add(0, i, whole);
   if (i < p.inputs) add(0, i, [&](const T* from) { return load_first(from, p.inputs - i); });
-  T* y = static_cast<T*>(p.y) + row * p.outputs + output;
-  for (int o = 0; o < outputs; ++o) {
-    const R bias = p.bias ? widen(static_cast<const T*>(p.bias)[output + o]) : R{0};
-    for (int r = 0; r < rows; ++r) {
-      Vec<R> sum = sums[0][r][o];
-      for (int chain = 1; chain < chains; ++chain) sum += sums[chain][r][o];
-      y[r * p.outputs + o] = narrow<T>(sum_lanes<R>(sum) + bias);
+  constexpr int count = rows * outputs;
+  R totals[(count + lanes - 1) / lanes * lanes];
+  for (int first = 0; first < count; first += lanes) {
+    Vec<R> part[lanes] = {};
+    for (int i = 0; i < lanes && first + i < count; ++i) {
+      const int r = (first + i) / outputs, o = (first + i) % outputs;
+      part[i] = sums[0][r][o];
+      for (int chain = 1; chain < chains; ++chain) part[i] += sums[chain][r][o];
     }
+    if constexpr (count == 1) totals[0] = sum_lanes<R>(part[0]);
+    else store(totals + first, sum_rows<R>(part));
   }
+  T* y = static_cast<T*>(p.y) + row * p.outputs + output;
+  for (int r = 0; r < rows; ++r)
+    for (int o = 0; o < outputs; ++o) {
+      const R bias = p.bias ? widen(static_cast<const T*>(p.bias)[output + o]) : R{0};
+      y[r * p.outputs + o] = narrow<T>(totals[r * outputs + o] + bias);
+    }
 }
 
 // All rows of x against the weights' rows [begin, end).

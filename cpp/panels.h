@@ -64,15 +64,16 @@ MEGALODON_INLINE void transpose(Vec<R> (&row)[kLanes<R>]) {
   if constexpr (step > 1) transpose<R, step / 2>(row);
 }
 
-// row[0]'s lane i becomes the sum of the lanes of row[i], halves added first; the other vectors are used up.
+// Lane i of the result is the sum of the lanes of row[i], which are used up: sum_lanes of each, to the same bits.
 template <class R, int step = kLanes<R> / 2>
-MEGALODON_INLINE void sum_rows(Vec<R> (&row)[kLanes<R>]) {
+MEGALODON_INLINE Vec<R> sum_rows(Vec<R> (&row)[kLanes<R>]) {
 #pragma GCC unroll 8
   for (int i = 0; i < step; ++i) {
     exchange_blocks<step>(row[i], row[i + step], std::make_integer_sequence<int, kLanes<R>>{});
     row[i] += row[i + step];
   }
-  if constexpr (step > 1) sum_rows<R, step / 2>(row);
+  if constexpr (step > 1) return sum_rows<R, step / 2>(row);
+  else return row[0];
 }
 
 // kLanes units of a row that has n elements left; beyond them is zero.

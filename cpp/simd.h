@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -132,21 +133,54 @@ MEGALODON_INLINE void store(bf16* to, Vec<float> v) { store_raw(to, narrow_bf16(
 MEGALODON_INLINE void store(fp16* to, Vec<float> v) { store_raw(to, narrow_f16(v)); }
 
 // The same for the first n lanes, n in [0, kLanes]; the other lanes load zero and are not stored.
+#if defined(__AVX512BW__)
+MEGALODON_INLINE Vec<float> load_some(const float* from, uint32_t lanes) {
+  return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from));
+}
+MEGALODON_INLINE Vec<double> load_some(const double* from, uint32_t lanes) {
+  return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), from));
+}
+MEGALODON_INLINE Half load_some_bits(const void* from, uint32_t lanes) {
+  return bit_cast<Half>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), from));
+}
+MEGALODON_INLINE Vec<float> load_some(const bf16* from, uint32_t lanes) { return widen_bf16(load_some_bits(from, lanes)); }
+MEGALODON_INLINE Vec<float> load_some(const fp16* from, uint32_t lanes) { return widen_f16(load_some_bits(from, lanes)); }
+MEGALODON_INLINE void store_some(float* to, Vec<float> v, uint32_t lanes) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lanes), bit_cast<__m512>(v));
+}
+MEGALODON_INLINE void store_some(double* to, Vec<double> v, uint32_t lanes) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>(lanes), bit_cast<__m512d>(v));
+}
+MEGALODON_INLINE void store_some(bf16* to, Vec<float> v, uint32_t lanes) {
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(lanes), bit_cast<__m256i>(narrow_bf16(v)));
+}
+MEGALODON_INLINE void store_some(fp16* to, Vec<float> v, uint32_t lanes) {
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(lanes), bit_cast<__m256i>(narrow_f16(v)));
+}
+#endif
 template <class T>
 MEGALODON_INLINE auto load_first(const T* from, int64_t n) {
   constexpr int lanes = kLanes<Compute<T>>;
   if (n >= lanes) return load(from);
+#if defined(__AVX512BW__)
+  return load_some(from, (1u << n) - 1);
+#else
   T buffer[lanes] = {};
   std::memcpy(buffer, from, static_cast<size_t>(n) * sizeof(T));
   return load(static_cast<const T*>(buffer));
+#endif
 }
 template <class T>
 MEGALODON_INLINE void store_first(T* to, Vec<Compute<T>> v, int64_t n) {
   constexpr int lanes = kLanes<Compute<T>>;
   if (n >= lanes) return store(to, v);
+#if defined(__AVX512BW__)
+  store_some(to, v, (1u << n) - 1);
+#else
   T buffer[lanes];
   store(static_cast<T*>(buffer), v);
   std::memcpy(to, buffer, static_cast<size_t>(n) * sizeof(T));
+#endif
 }
 
 // Two vectors' elements in whatever order is cheapest: bfloat16 splits into even and odd ones.
@@ -182,14 +216,16 @@ MEGALODON_INLINE T narrow(Compute<T> value) {
   return result;
 }
 
-// Sum of the lanes, pairwise, in an order fixed by the vector width.
+// Sum of the lanes, the upper half added to the lower until one is left.
+template <class R, int width, int... lane>
+MEGALODON_INLINE Vec<R> add_upper_half(Vec<R> v, std::integer_sequence<int, lane...>) {
+  v += __builtin_shufflevector(v, v, (lane % width + width)...);
+  if constexpr (width > 1) return add_upper_half<R, width / 2>(v, std::integer_sequence<int, lane...>{});
+  else return v;
+}
 template <class R>
 MEGALODON_INLINE R sum_lanes(Vec<R> v) {
-  R lanes[kLanes<R>];
-  store(static_cast<R*>(lanes), v);
-  for (int width = kLanes<R> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  return add_upper_half<R, kLanes<R> / 2>(v, std::make_integer_sequence<int, kLanes<R>>{})[0];
 }
 
 }  // namespace megalodon::MEGALODON_ISA
