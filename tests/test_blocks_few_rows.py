@@ -79,6 +79,11 @@ def test_it_gives_the_bits_of_the_layers_for_any_few_rows(dtype, rows, length, m
     check_bits(monkeypatch, dtype, rows, length)
 
 
+@pytest.mark.parametrize(("rows", "length"), [(15, 1), (3, 4)])
+def test_it_gives_the_bits_of_the_layers_for_more_rows(rows, length, monkeypatch):
+    check_bits(monkeypatch, torch.float32, rows, length)
+
+
 def check_bits(monkeypatch, dtype, rows, length, **overrides):
     """Over more steps than a chunk has left, so that it begins anew."""
     block, state = block_and_state(dtype, rows, **overrides)
@@ -190,7 +195,8 @@ def test_who_gets_the_layers(monkeypatch):
     assert not fits()  # gradients
     with torch.no_grad():
         assert fits()
-        assert fits(steps(block, 1, 8)) and not fits(steps(block, 1, 9))
+        most = linear.most_few_rows(x.dtype)
+        assert fits(steps(block, 1, most)) and not fits(steps(block, 1, most + 1))
         assert not fits(x[:0])
         assert not fits(state=None) and not fits(inplace_state=False)
         for residual in (None, state.norm.residual.transpose(0, 2).contiguous().transpose(0, 2)):

@@ -13,7 +13,7 @@ from . import _C
 from .library import call, contiguous_or_none, define_op, in_forward_mode, launch
 
 _CPUINFO = Path("/proc/cpuinfo")
-_FEW_ROWS = 8  # up to which reading the weights is all that counts
+_FEW_ROWS, _FEW_FLOAT32_ROWS = 8, 32  # up to which the kernel that reads the weights once is the fastest
 _AMX_ROWS = 16  # from which the kernel for AMX is no slower than MKL
 _WORTH = 1 << 26  # multiply-adds of a product from which the overhead of an op with gradients no longer counts
 
@@ -21,15 +21,15 @@ _WORTH = 1 << 26  # multiply-adds of a product from which the overhead of an op 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on the CPU in the fastest of four ways.
 
-    Without gradients, products of at most 8 rows, as in decoding, take a kernel of our own, which reads the weights at
-    the speed of memory. Where the processor has AMX (Intel's Xeons since 2023), other float32 products, if they are
-    large or have at least 16 rows and need no gradients, take another, 1.2 to 1.5 times as fast as MKL: a float32 is
-    the sum of three bfloat16, and six products of those make one of float32, with no larger an error than torch's if I
-    is at least 2. There alone an infinity, or a number above 3.38e38, gives NaN. Without AMX torch computes them with
-    MKL, which takes a slow path on processors that are not Intel's; oneDNN, which torch also holds, does not. So they
-    go to oneDNN where torch has MKL and the processor is another maker's, if they are large or need no gradients.
-    Large bfloat16 products are torch's everywhere; but with AMX, for the gradient of the weights, one matrix is copied
-    to the layout that oneDNN multiplies twice as fast.
+    Without gradients, products of few rows, as in decoding, take a kernel of our own, which reads the weights at the
+    speed of memory: of at most 8, in float32 of at most 32. Where the processor has AMX (Intel's Xeons since 2023),
+    other float32 products, if they are large or have at least 16 rows and need no gradients, take another, 1.2 to 1.5
+    times as fast as MKL: a float32 is the sum of three bfloat16, and six products of those make one of float32, with no
+    larger an error than torch's if I is at least 2. There alone an infinity, or a number above 3.38e38, gives NaN.
+    Without AMX torch computes them with MKL, which takes a slow path on processors that are not Intel's; oneDNN, which
+    torch also holds, does not. So they go to oneDNN where torch has MKL and the processor is another maker's, if they
+    are large or need no gradients. Large bfloat16 products are torch's everywhere; but with AMX, for the gradient of
+    the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast.
     `MEGALODON_OPS_LINEAR` in the environment decides otherwise: `torch` leaves everything to torch, `onednn` takes
     oneDNN on any processor. Results differ by rounding alone; the choice depends on the machine and on sizes, never on
     a measurement.
@@ -65,9 +65,16 @@ def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
 
 def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the product goes to the kernel for few rows."""
-    if torch.is_grad_enabled() or not USES_KERNELS or not 0 < x.numel() <= _FEW_ROWS * x.shape[-1]:
+    if torch.is_grad_enabled() or not USES_KERNELS or not 0 < x.numel() <= most_few_rows(x.dtype) * x.shape[-1]:
         return False
     return _is_plain(x, weight, bias)
+
+
+def most_few_rows(dtype: torch.dtype) -> int:
+    """So many rows are few."""
+    if dtype != torch.float32:
+        return _FEW_ROWS
+    return _AMX_ROWS - 1 if USES_AMX else _FEW_FLOAT32_ROWS
 
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
