@@ -25,11 +25,36 @@ constexpr int kTogether = 4;
 constexpr int64_t kAhead = 4096;  // bytes of the weights that are fetched before they are needed
 constexpr int64_t kBand = 128;
 
+// A vector's worth of elements that are multiplied and added to a vector of sums.
+template <class T>
+struct Factors {
+  using R = Compute<T>;
+  static constexpr int64_t kCount = kLanes<R>;
+  Vec<R> values;
+  MEGALODON_INLINE Factors(const T* from, int64_t n) : values(load_first(from, n)) {}
+  MEGALODON_INLINE Vec<R> times(const Factors& other, Vec<R> sum) const { return sum + values * other.values; }
+};
+#if defined(__AVX512BF16__)
+// Pairs, whose products are exact. Denormal ones count as zero.
+template <>
+struct Factors<bf16> {
+  static constexpr int64_t kCount = 2 * kLanes<float>;
+  __m512i values;
+  MEGALODON_INLINE Factors(const bf16* from, int64_t n)
+      : values(n >= kCount ? _mm512_loadu_si512(from)
+                           : _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), from)) {}
+  MEGALODON_INLINE Vec<float> times(const Factors& other, Vec<float> sum) const {
+    return bit_cast<Vec<float>>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(values), bit_cast<__m512bh>(other.values)));
+  }
+};
+#endif
+
 // `rows` rows of x against `outputs` of the weights.
 template <class T, int rows, int outputs>
 MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_t output) {
   using R = Compute<T>;
-  constexpr int64_t lanes = kLanes<R>;
+  constexpr int64_t lanes = kLanes<R>, step = Factors<T>::kCount;
   constexpr int chains = kRegisters / 2 / (rows * outputs);
   const T* x = static_cast<const T*>(p.x) + row * p.inputs;
   const T* weight = static_cast<const T*>(p.weight) + output * p.inputs;
@@ -37,25 +62,22 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
   const int64_t group = outputs * p.inputs * static_cast<int64_t>(sizeof(T));
   const int64_t ahead = outputs == 1 ? kAhead : std::min(4 * kAhead, group);
   Vec<R> sums[chains][rows][outputs] = {};
-  const auto add = [&](int chain, int64_t i, auto&& at) {
-    Vec<R> w[outputs];
-    for (int o = 0; o < outputs; ++o) w[o] = at(weight + o * p.inputs + i);
+  const auto add = [&](int chain, int64_t i, int64_t n) __attribute__((always_inline)) {
     for (int r = 0; r < rows; ++r) {
-      const Vec<R> factor = at(x + r * p.inputs + i);
-      for (int o = 0; o < outputs; ++o) sums[chain][r][o] += factor * w[o];
+      const Factors<T> factor(x + r * p.inputs + i, n);
+      for (int o = 0; o < outputs; ++o)  // the compiler loads each of the weights once
+        sums[chain][r][o] = factor.times(Factors<T>(weight + o * p.inputs + i, n), sums[chain][r][o]);
     }
   };
-  const auto whole = [](const T* from) { return load(from); };
   int64_t i = 0;
-  for (; i + chains * lanes <= p.inputs; i += chains * lanes)
+  for (; i + chains * step <= p.inputs; i += chains * step)
     for (int chain = 0; chain < chains; ++chain) {
-      const int64_t at = i + chain * lanes;
+      const int64_t at = i + chain * step;
       for (int o = 0; o < outputs; ++o)
         __builtin_prefetch(reinterpret_cast<const char*>(weight + o * p.inputs + at) + ahead, 0, 2);
-      add(chain, at, whole);
+      add(chain, at, step);
     }
-  for (; i + lanes <= p.inputs; i += lanes) add(0, i, whole);
-  if (i < p.inputs) add(0, i, [&](const T* from) { return load_first(from, p.inputs - i); });
+  for (; i < p.inputs; i += step) add(0, i, std::min(step, p.inputs - i));
   constexpr int count = rows * outputs;
   R totals[(count + lanes - 1) / lanes * lanes];
   for (int first = 0; first < count; first += lanes) {
@@ -69,11 +91,13 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
     else store(totals + first, sum_rows<R>(part));
   }
   T* y = static_cast<T*>(p.y) + row * p.outputs + output;
-  for (int r = 0; r < rows; ++r)
-    for (int o = 0; o < outputs; ++o) {
-      const R bias = p.bias ? widen(static_cast<const T*>(p.bias)[output + o]) : R{0};
-      y[r * p.outputs + o] = narrow<T>(totals[r * outputs + o] + bias);
-    }
+  const T* bias = static_cast<const T*>(p.bias);
+  for (int64_t o = 0; o < outputs; o += lanes) {
+    const int64_t n = std::min(lanes, outputs - o);
+    const Vec<R> offset = bias ? load_first(bias + output + o, n) : zeros<R>();
+    for (int r = 0; r < rows; ++r)
+      store_first(y + r * p.outputs + o, load_first(static_cast<const R*>(totals) + r * outputs + o, n) + offset, n);
+  }
 }
 
 // All rows of x against the weights' rows [begin, end).

@@ -79,9 +79,11 @@ def test_it_gives_the_bits_of_the_layers_for_any_few_rows(dtype, rows, length, m
     check_bits(monkeypatch, dtype, rows, length)
 
 
-@pytest.mark.parametrize(("rows", "length"), [(15, 1), (3, 4)])
-def test_it_gives_the_bits_of_the_layers_for_more_rows(rows, length, monkeypatch):
-    check_bits(monkeypatch, torch.float32, rows, length)
+@pytest.mark.parametrize(
+    ("dtype", "rows", "length"), [(torch.float32, 15, 1), (torch.float32, 3, 4), (torch.float16, 32, 1)], ids=str
+)
+def test_it_gives_the_bits_of_the_layers_for_more_rows(dtype, rows, length, monkeypatch):
+    check_bits(monkeypatch, dtype, rows, length)
 
 
 def check_bits(monkeypatch, dtype, rows, length, **overrides):

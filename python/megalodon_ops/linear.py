@@ -13,16 +13,17 @@ from . import _C
 from .library import call, contiguous_or_none, define_op, in_forward_mode, launch
 
 _CPUINFO = Path("/proc/cpuinfo")
-_FEW_ROWS, _FEW_FLOAT32_ROWS = 8, 32  # up to which the kernel that reads the weights once is the fastest
+_FEW_ROWS = 32  # up to which the kernel that reads the weights once is the fastest
 _AMX_ROWS = 16  # from which the kernel for AMX is no slower than MKL
+_FEW_AMX_ROWS = {torch.float32: _AMX_ROWS - 1, torch.bfloat16: 8}  # up to which it is where there is AMX
 _WORTH = 1 << 26  # multiply-adds of a product from which the overhead of an op with gradients no longer counts
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on the CPU in the fastest of four ways.
 
-    Without gradients, products of few rows, as in decoding, take a kernel of our own, which reads the weights at the
-    speed of memory: of at most 8, in float32 of at most 32. Where the processor has AMX (Intel's Xeons since 2023),
+    Without gradients, products of at most 32 rows, as in decoding, take a kernel of our own, which reads the weights
+    once. Where the processor has AMX (Intel's Xeons since 2023), that is for at most 15 in float32 and 8 in bfloat16, and
     other float32 products, if they are large or have at least 16 rows and need no gradients, take another, 1.2 to 1.5
     times as fast as MKL: a float32 is the sum of three bfloat16, and six products of those make one of float32, with no
     larger an error than torch's if I is at least 2. There alone an infinity, or a number above 3.38e38, gives NaN.
@@ -72,9 +73,7 @@ def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 
 def most_few_rows(dtype: torch.dtype) -> int:
     """So many rows are few."""
-    if dtype != torch.float32:
-        return _FEW_ROWS
-    return _AMX_ROWS - 1 if USES_AMX else _FEW_FLOAT32_ROWS
+    return _FEW_AMX_ROWS.get(dtype, _FEW_ROWS) if USES_AMX else _FEW_ROWS
 
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
