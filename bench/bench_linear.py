@@ -1,22 +1,26 @@
-"""The float32 products of linear layers, forward and backward, at shapes of the 25M model and of the 200M preset.
+"""The products of linear layers at shapes of the 25M model and of the 200M preset, and the loss of the output matrix.
 
-Flops: 2 T I O forward, as many again for the gradient of x and for that of the weights. Bytes: each matrix once.
+Flops: 2 T I O forward, as many again for the gradient of x and for that of the weights. Bytes: each matrix once; the
+logits of the loss need not be written. Few rows, as in decoding, are bound by reading the weights: see the cold rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megalodon_ops.linear import linear
+from megalodon_ops.loss import linear_cross_entropy
 
 from . import baselines
 from .harness import OURS, Case, Path, forward, forward_backward
 
-TOLERANCE = 1e-5
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = ((512, 2048), (1024, 2560))
+FEW_ROWS = ((1, torch.float32), (8, torch.float32), (32, torch.float32), (1, torch.bfloat16), (32, torch.bfloat16))
 
 
 def cases(quick: bool, gpu: bool) -> Iterator[Case]:
@@ -25,25 +29,65 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     rows = 256 if quick else 2048
     for backward in (False, True):
         for inputs, outputs in SHAPES:
-            x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs) * inputs**-0.5
-            dy = torch.randn(rows, outputs)
+            yield _case(rows, inputs, outputs, torch.float32, backward=backward)
+    for few, dtype in FEW_ROWS:
+        yield _case(few, 1024, 2560, dtype, cold=True)
+    yield _loss(rows, 512, 2048 if quick else 8192)
 
-            def call(op, tensors=(x, weight), dy=dy, backward=backward):
-                return forward_backward(op, tensors, [dy]) if backward else forward(op, *tensors)
 
-            paths = [Path(OURS, call(linear)), Path("F.linear", call(F.linear))]
-            if not backward and baselines.HAS_ONEDNN_LINEAR:
-                paths.append(Path("oneDNN", call(baselines.onednn_linear)))
-            yield Case(
-                name="linear forward" + " + backward" * backward,
-                shape=f"T {rows} I {inputs} O {outputs}",
-                dtype="fp32",
-                paths=paths,
-                expected=call(F.linear, [x.double(), weight.double()], dy.double()),
-                tolerance=TOLERANCE,
-                units=dy.numel(),
-                flops=2 * dy.numel() * inputs * (1 + 2 * backward),
-                bytes=4 * (x.numel() + weight.numel() + dy.numel()) * (1 + 2 * backward),
-                cold=False,
-                fewer_threads=False,
-            )
+def _case(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, *, backward: bool = False, cold: bool = False
+) -> Case:
+    x, weight = torch.randn(rows, inputs, dtype=dtype), (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype)
+    dy = torch.randn(rows, outputs, dtype=dtype)
+
+    def call(op, tensors=(x, weight), dy=dy):
+        return forward_backward(op, tensors, [dy]) if backward else forward(op, *tensors)
+
+    paths = [Path(OURS, call(linear)), Path("F.linear", call(F.linear))]
+    if not backward and dtype == torch.float32 and baselines.HAS_ONEDNN_LINEAR:
+        paths.append(Path("oneDNN", call(baselines.onednn_linear)))
+    return Case(
+        name="linear forward" + " + backward" * backward,
+        shape=f"T {rows} I {inputs} O {outputs}",
+        dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
+        paths=paths,
+        expected=call(F.linear, [x.double(), weight.double()], dy.double()),
+        tolerance=TOLERANCE[dtype],
+        units=dy.numel(),
+        flops=2 * dy.numel() * inputs * (1 + 2 * backward),
+        bytes=x.element_size() * (x.numel() + weight.numel() + dy.numel()) * (1 + 2 * backward),
+        cold=cold,
+        fewer_threads=False,
+    )
+
+
+def _loss(tokens: int, dim: int, classes: int) -> Case:
+    hidden, weight = torch.randn(tokens, dim), torch.randn(classes, dim) * dim**-0.5
+    targets = torch.randint(classes, (tokens,))
+
+    def call(loss: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float32):
+        tensors = [hidden.to(dtype), weight.to(dtype)]
+        return forward_backward(lambda *tensors: loss(*tensors, targets), tensors, [torch.ones((), dtype=dtype)])
+
+    def plain(product: Callable[[Tensor, Tensor], Tensor]):
+        return lambda hidden, weight, targets: F.cross_entropy(product(hidden, weight), targets)
+
+    return Case(
+        name="loss, forward + backward",
+        shape=f"T {tokens} D {dim} V {classes}",
+        dtype="fp32",
+        paths=[
+            Path(OURS, call(linear_cross_entropy)),
+            Path("F.linear, cross_entropy", call(plain(F.linear))),
+            Path("our product, cross_entropy", call(plain(linear)), rival=False),
+        ],
+        expected=call(plain(F.linear), torch.float64),
+        tolerance=TOLERANCE[torch.float32],
+        units=tokens,
+        unit="token",
+        flops=6 * tokens * dim * classes,
+        bytes=8 * (hidden.numel() + weight.numel()),
+        cold=False,
+        fewer_threads=False,
+    )
