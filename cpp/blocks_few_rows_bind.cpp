@@ -1,5 +1,5 @@
-// Blocks on few rows, as in decoding: the kernels that layers.py calls one by one, with nothing in between. The state is
-// written in place.
+// Blocks on few rows, as in decoding: the kernels that layers.py calls one by one, with nothing in between. The state
+// is written in place.
 
 #include <cstdlib>
 #include <deque>
@@ -57,7 +57,8 @@ class Reader {
       : list_(list), tensors_(std::move(tensors)), dtype_(dtype), copies_(copies) {}
 
   TensorView next(const char* name) {
-    if (index_ == tensors_.size()) refuse(list_, "hold `" + std::string(name) + "`", std::to_string(index_) + " tensors");
+    if (index_ == tensors_.size())
+      refuse(list_, "hold `" + std::string(name) + "`", std::to_string(index_) + " tensors");
     const py::handle tensor = tensors_[index_++];
     return TensorView(kOp, name, copies_ ? held_.emplace_back(contiguous(tensor)) : tensor);
   }
@@ -301,8 +302,8 @@ class Block {
   Buffers buffers_;
 };
 
-// x through as many blocks as there are four of `eps`; the lists hold their tensors one after another. One more of `eps`
-// is that of a final norm, whose tensors come last, and after it the output matrix.
+// x through as many blocks as there are four of `eps`; the lists hold their tensors one after another. One more of
+// `eps` is that of a final norm, whose tensors come last, and after it the output matrix.
 void blocks_few_rows(const Target&, py::handle x_, py::list parameters, py::list state, py::handle rotary_,
                      int64_t num_heads, int64_t num_groups, std::vector<double> eps, py::handle y_) {
   const TensorView x(kOp, "x", x_), rotary(kOp, "rotary", rotary_), y(kOp, "y", y_);
@@ -325,7 +326,8 @@ void blocks_few_rows(const Target&, py::handle x_, py::list parameters, py::list
     norm.read_parameters(parameter, "final_norm.weight", "final_norm.bias");
     norm.read_state(past);
     parameter.linear(output, "output", rows, x.size(2), kAny);
-    output.y = y.shape("(B, L, outputs)", {x.size(0), x.size(1), output.outputs}).dtype(scalar_of(dtype), "as `x`").data();
+    y.shape("(B, L, outputs)", {x.size(0), x.size(1), output.outputs}).dtype(scalar_of(dtype), "as `x`");
+    output.y = y.data();
   } else {
     y.like(x);
   }

@@ -8,16 +8,19 @@ namespace {
 
 constexpr const char* kOp = "cross_entropy";
 
-void cross_entropy(const Target& target, py::handle logits_, py::handle targets_, py::handle scales_, py::handle losses_) {
+void cross_entropy(const Target& target, py::handle logits_, py::handle targets_, py::handle scales_,
+                   py::handle losses_) {
   CrossEntropyParams params{};
   const TensorView logits(kOp, "logits", logits_), targets(kOp, "targets", targets_);
   params.dtype = logits.rank("(T, V)", 2).floating();
   params.rows = logits.size(0);
   params.classes = logits.size(1);
   params.logits = logits.data();
-  params.targets = targets.present().shape("(T,)", {params.rows}).dtype(Scalar::i64, "indices").data_as<const int64_t>();
+  targets.present().shape("(T,)", {params.rows}).dtype(Scalar::i64, "indices");
+  params.targets = targets.data_as<const int64_t>();
   const auto real = [&](const TensorView& view) {
-    return view.shape("(T,)", {params.rows}).dtype(real_of(params.dtype), "float64 for float64 `logits`, else float32").data();
+    const char* why = "float64 for float64 `logits`, else float32";
+    return view.shape("(T,)", {params.rows}).dtype(real_of(params.dtype), why).data();
   };
   params.scales = real(TensorView(kOp, "scales", scales_));
   params.losses = real(TensorView(kOp, "losses", losses_).present());

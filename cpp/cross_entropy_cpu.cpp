@@ -20,8 +20,8 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-// Calls op(v, offset, chain) for the vectors of a row. Neighbours have different chains, whose sums do not wait for each
-// other; lanes beyond the row are -inf.
+// Calls op(v, offset, chain) for the vectors of a row. Neighbours have different chains, whose sums do not wait for
+// each other; lanes beyond the row are -inf.
 constexpr int kChains = 4;
 template <class T, class Op>
 MEGALODON_INLINE void for_each_vector(const T* row, int64_t columns, Op&& op) {

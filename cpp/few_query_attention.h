@@ -96,8 +96,8 @@ class FewQueries {
   R* sums(int64_t head, int64_t i) const { return &sums_[(head * kFewQueries + i) * kLane * kLane]; }
   R* scores(int64_t head, int64_t i) const { return &scores_[(head * kFewQueries + i) * kStrip]; }
 
-  // Scores of up to a vector of keys, the strip's from `at` on: the sums of all rows first, in the order of memory, then
-  // of their lanes.
+  // Scores of up to a vector of keys, the strip's from `at` on: the sums of all rows first, in the order of memory,
+  // then of their lanes.
   void dot_products(const ChunkRows<T>& k, int64_t key, int64_t keys, int64_t queries, int64_t at) const {
     const int64_t width = p_.key_dim, ahead = kLane * p_.heads * width;  // the next vector's rows
     for (int64_t r = 0; r < keys; ++r) {

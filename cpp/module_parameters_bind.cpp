@@ -1,5 +1,5 @@
-// The parameters of torch modules, taken from the dictionaries that hold them: in Python each would go through a function
-// of nn.Module, which for all those of a model takes longer than a short call.
+// The parameters of torch modules, taken from the dictionaries that hold them: in Python each would go through a
+// function of nn.Module, which for all those of a model takes longer than a short call.
 
 #include "bindings.h"
 
@@ -58,9 +58,9 @@ bool take(PyObject* module, const py::tuple& description, py::list& out) {
   return true;
 }
 
-// Appends to `out` the parameters of a module that is as the description (its class, {child's name: description}, names of
-// its own parameters) says: those of its children, then its own, None for each that is absent. False: it is of another
-// class, has other children, hooks, or a forward of its own.
+// Appends to `out` the parameters of a module that is as the description (its class, {child's name: description}, names
+// of its own parameters) says: those of its children, then its own, None for each that is absent. False: it is of
+// another class, has other children, hooks, or a forward of its own.
 bool take_parameters(py::handle module, const py::tuple& description, py::list out) {
   return take(module.ptr(), description, out);
 }

@@ -143,8 +143,12 @@ MEGALODON_INLINE Vec<double> load_some(const double* from, uint32_t lanes) {
 MEGALODON_INLINE Half load_some_bits(const void* from, uint32_t lanes) {
   return bit_cast<Half>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), from));
 }
-MEGALODON_INLINE Vec<float> load_some(const bf16* from, uint32_t lanes) { return widen_bf16(load_some_bits(from, lanes)); }
-MEGALODON_INLINE Vec<float> load_some(const fp16* from, uint32_t lanes) { return widen_f16(load_some_bits(from, lanes)); }
+MEGALODON_INLINE Vec<float> load_some(const bf16* from, uint32_t lanes) {
+  return widen_bf16(load_some_bits(from, lanes));
+}
+MEGALODON_INLINE Vec<float> load_some(const fp16* from, uint32_t lanes) {
+  return widen_f16(load_some_bits(from, lanes));
+}
 MEGALODON_INLINE void store_some(float* to, Vec<float> v, uint32_t lanes) {
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lanes), bit_cast<__m512>(v));
 }

@@ -104,7 +104,6 @@ def test_generation_takes_it_and_other_calls_do_not():
     with torch.no_grad(), Calls() as calls:
         _, state = model(prompt[:, :1], return_state=True)
         model(prompt[:, :1], state=state)
-        model(prompt[:, :1], state=state, return_state=True)
     assert calls.count == 0
 
 
@@ -175,6 +174,25 @@ def test_the_state_is_written_in_place():
     assert not any(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(after), strict=True))
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "block"])
+def test_without_inplace_state_it_is_copied(whole, monkeypatch):
+    model, tokens = tiny_model(torch.float32).eval(), tokens_of(2, 20)
+    x = steps(model.layers[0], 2, 1)
+    call = (lambda **state: model(tokens[:, :1], **state)) if whole else (lambda **state: model.layers[0](x, **state))
+    with torch.no_grad():
+        _, state = model(tokens[:, 1:], return_state=True)
+        state = state if whole else state.layers[0]
+        before = tree_map_only(torch.Tensor, torch.clone, state)
+        with Calls() as calls:
+            found = call(state=state, return_state=True)
+        assert calls.count == 1
+        for a, b in zip(tree_leaves(before), tree_leaves(state), strict=True):
+            assert torch.equal(a, b)
+        monkeypatch.setattr(mo.layers, "_run_in_one_call", lambda *args, **options: None)
+        expected = call(state=state, return_state=True)
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True))
+
+
 def test_parameters_need_not_be_contiguous():
     block, state = block_and_state()
     expected, _ = decode(block, state)
@@ -200,7 +218,7 @@ def test_who_gets_the_layers(monkeypatch):
         most = linear.most_few_rows(x.dtype)
         assert fits(steps(block, 1, most)) and not fits(steps(block, 1, most + 1))
         assert not fits(x[:0])
-        assert not fits(state=None) and not fits(inplace_state=False)
+        assert not fits(state=None) and fits(inplace_state=False)
         for residual in (None, state.norm.residual.transpose(0, 2).contiguous().transpose(0, 2)):
             assert not fits(state=state._replace(norm=state.norm._replace(residual=residual)))
         assert not fits(lengths=torch.tensor([1])) and not fits(cu_seqlens=torch.tensor([0, 1]))

@@ -20,9 +20,9 @@ def _blocks_fake(x, parameters, state, y, num_heads, num_groups, chunk_size, rop
     return None
 
 
-# Of each block, `parameters` in the order of cpp/blocks_few_rows_bind.cpp and eight of `state`: count, mean, var, residual,
-# cema, and the attention's keys, values and position. Then, if there are four `eps` for each block and one more, those of
-# a final norm and an output matrix, and y are logits.
+# Of each block, `parameters` in the order of cpp/blocks_few_rows_bind.cpp and eight of `state`: count, mean, var,
+# residual, cema, and the attention's keys, values and position. Then, if there are four `eps` for each block and one
+# more, those of a final norm and an output matrix, and y are logits.
 blocks_few_rows_ = define_op(
     "blocks_few_rows_(Tensor x, Tensor?[] parameters, Tensor(a!)[] state, Tensor(b!) y, int num_heads, int num_groups, "
     "int chunk_size, float rope_base, float[] eps) -> ()",

@@ -274,7 +274,8 @@ class MegalodonBlock(nn.Module):
         self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
     ) -> Tensor | tuple[Tensor, BlockState]:
         """x (B, L, D); options as in :func:`normalized_attention`: inplace_state, cu_seqlens, lengths."""
-        if return_state and (y := _run_in_one_call((self,), x, (state,), **options)) is not None:
+        if return_state and (result := _run_in_one_call((self,), x, (state,), **options)) is not None:
+            y, (state,), _ = result
             return y, state
         y = self.mega(x, state=state, return_state=return_state, **options)
         if return_state:
@@ -299,12 +300,11 @@ def run_in_one_call(
     output: Output | None = None,
     norm: TimestepNormState | None = None,
     **options,
-) -> Tensor | None:
-    """x through blocks one after another and, if given, the output, of which `norm` is the state: logits in x's dtype.
+) -> tuple[Tensor, tuple[BlockState, ...], TimestepNormState | None] | None:
+    """x through blocks one after another and, if given, the output, of which `norm` is the state; and the states after.
 
-    `states` and `norm` are written to and are then those after it. None where that would not give what the modules do:
-    with other options than `inplace_state`, for more than a few rows, with gradients, or where somebody has changed a
-    module.
+    With an output, logits in x's dtype. None where that would not give what the modules do: with other options than
+    `inplace_state`, for more than a few rows, with gradients, or where somebody has changed a module.
     """
     blocks = tuple(blocks)
     if any(type(block) is not MegalodonBlock or _is_wrapped(vars(block)) for block in blocks):
@@ -322,20 +322,19 @@ def _run_in_one_call(
     inplace_state: bool = False,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Tensor | None:
+) -> tuple[Tensor, tuple[BlockState, ...], TimestepNormState | None] | None:
     """The same, whatever is wrapped around the blocks themselves."""
-    if not inplace_state or cu_seqlens is not None or lengths is not None or not blocks or None in states:
+    if cu_seqlens is not None or lengths is not None or not blocks or None in states:
         return None
     if torch.compiler.is_compiling() or not takes_few_rows(x, x):
         return None
     if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
         return None
     config = getattr(blocks[0].mega, "config", None)
-    parameters, tensors, eps = [], [], []
+    parameters, eps = [], []
     for block, state in zip(blocks, states, strict=True):
         if not _is_writable(*state.norm, state.cema) or not _take_parameters(block, config, parameters, eps):
             return None
-        tensors += (*state.norm, state.cema, *state.attention)
     width = x.shape[2]
     if output is not None:
         if not _is_writable(*norm) or not _C.take_parameters(output, _OUTPUT, parameters):
@@ -343,17 +342,21 @@ def _run_in_one_call(
         final = output.final_norm
         if final.num_groups != config.norm_num_groups:
             return None
-        tensors += norm
         eps.append(final.eps)
         width = output.output.weight.shape[0]
     if blocks[0].mega.wv.weight.dtype != x.dtype:
         return None
+    if not inplace_state:
+        states, norm = tuple(map(_copy, states)), None if output is None else _copy(norm)
+    tensors = [tensor for state in states for tensor in (*state.norm, state.cema, *state.attention)]
+    if output is not None:
+        tensors += norm
     y = x.new_empty((*x.shape[:2], width))
     call(
         blocks_few_rows_, x, parameters, tensors, y, config.num_heads, config.norm_num_groups, config.chunk_size,
         config.rope_base or 10000.0, eps,
     )  # fmt: skip
-    return y
+    return y, states, norm
 
 
 # Modules as _C.take_parameters knows them: class, modules inside, names of its own parameters.
@@ -390,6 +393,12 @@ def _take_parameters(block: MegalodonBlock, config: MegalodonConfig, tensors: li
     eps += (mega["timenorm"].eps, mega["rmsnorm"].eps, config.norm_eps, norm.eps)
     dropout = config.dropout or config.hidden_dropout or config.attention_dropout
     return mega["timenorm"].num_groups == config.norm_num_groups and not (block.training and dropout)
+
+
+def _copy(state: NamedTuple | Tensor) -> NamedTuple | Tensor:
+    if isinstance(state, Tensor):
+        return state.clone(memory_format=torch.contiguous_format)
+    return state._make(map(_copy, state))
 
 
 def _is_writable(*state: Tensor | None) -> bool:

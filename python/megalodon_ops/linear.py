@@ -23,14 +23,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on the CPU in the fastest of four ways.
 
     Without gradients, products of at most 32 rows, as in decoding, take a kernel of our own, which reads the weights
-    once. Where the processor has AMX (Intel's Xeons since 2023), that is for at most 15 in float32 and 8 in bfloat16, and
-    other float32 products, if they are large or have at least 16 rows and need no gradients, take another, 1.2 to 1.5
-    times as fast as MKL: a float32 is the sum of three bfloat16, and six products of those make one of float32, with no
-    larger an error than torch's if I is at least 2. There alone an infinity, or a number above 3.38e38, gives NaN.
-    Without AMX torch computes them with MKL, which takes a slow path on processors that are not Intel's; oneDNN, which
-    torch also holds, does not. So they go to oneDNN where torch has MKL and the processor is another maker's, if they
-    are large or need no gradients. Large bfloat16 products are torch's everywhere; but with AMX, for the gradient of
-    the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast.
+    once. Where the processor has AMX (Intel's Xeons since 2023), that is for at most 15 in float32 and 8 in bfloat16,
+    and other float32 products, if they are large or have at least 16 rows and need no gradients, take another, 1.2 to
+    1.5 times as fast as MKL: a float32 is the sum of three bfloat16, and six products of those make one of float32,
+    with no larger an error than torch's if I is at least 2. There alone an infinity, or a number above 3.38e38, gives
+    NaN. Without AMX torch computes them with MKL, which takes a slow path on processors that are not Intel's; oneDNN,
+    which torch also holds, does not. So they go to oneDNN where torch has MKL and the processor is another maker's, if
+    they are large or need no gradients. Large bfloat16 products are torch's everywhere; but with AMX, for the gradient
+    of the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast.
     `MEGALODON_OPS_LINEAR` in the environment decides otherwise: `torch` leaves everything to torch, `onednn` takes
     oneDNN on any processor. Results differ by rounding alone; the choice depends on the machine and on sizes, never on
     a measurement.

@@ -98,7 +98,7 @@ def _rows(width: int, values: int) -> int:
 
 
 def _cross_entropy(logits: Tensor, index: Tensor, scales: Tensor | None = None) -> Tensor:
-    """The losses (T,) of logits (T, V). Where scales (T,) are given, the logits become the gradient of sum scales_t loss_t."""
+    """The losses (T,) of logits (T, V). Where scales (T,) are given, logits become the gradient of sum scales_t loss_t."""
     if has_cpu_kernel(logits):
         losses = torch.empty_like(index, dtype=accumulation_dtype(logits.dtype))
         launch("cross_entropy", logits, index.contiguous(), contiguous_or_none(scales), losses)

@@ -181,15 +181,16 @@ class Megalodon(nn.Module):
     def _logits(
         self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
     ) -> tuple[Tensor, MegalodonState | None]:
-        """The logits (B, L, num_outputs) of embedded tokens and the state after them, in one call where that is possible."""
-        logits = None
+        """The logits (B, L, num_outputs) of embedded tokens and the state after them, by one call where that can be."""
+        result = None
         if return_state and state is not None:
             options = dict(inplace_state=inplace_state, **sequences)
-            logits = run_in_one_call(self.layers, x, state.layers, self.output, state.norm, **options)
-        if logits is None:
-            x, state = self._hidden(x, state, return_state, inplace_state, **sequences)
-            logits = self.output.output(x)
-        return _at_least_float32(logits), state
+            result = run_in_one_call(self.layers, x, state.layers, self.output, state.norm, **options)
+        if result is not None:
+            logits, *state = result
+            return _at_least_float32(logits), MegalodonState(*state)
+        x, state = self._hidden(x, state, return_state, inplace_state, **sequences)
+        return _at_least_float32(self.output.output(x)), state
 
     @torch.no_grad()
     def stream(
