@@ -164,8 +164,9 @@ class Megalodon(nn.Module):
     ) -> tuple[Tensor, MegalodonState | None]:
         """The normalized last layer (B, L, D) and the state after it."""
         recompute = self.config.layerwise_ckpt and self.training and torch.is_grad_enabled()
+        states = (None,) * len(self.layers) if state is None else state.layers
         layer_states = []
-        for layer, layer_state in zip(self.layers, (None,) * len(self.layers) if state is None else state.layers):
+        for layer, layer_state in zip(self.layers, states, strict=True):
             options = dict(state=layer_state, return_state=return_state, **sequences)
             if recompute:
                 x = checkpoint(layer, x, use_reentrant=False, **options)
