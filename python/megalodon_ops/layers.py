@@ -293,6 +293,9 @@ class Output(nn.Module):
         self.output = Linear(config.model_dim, config.num_outputs, bias=False)
 
 
+_Result = tuple[Tensor, tuple[BlockState, ...], TimestepNormState | None]
+
+
 def run_in_one_call(
     blocks: Iterable[nn.Module],
     x: Tensor,
@@ -300,40 +303,38 @@ def run_in_one_call(
     output: Output | None = None,
     norm: TimestepNormState | None = None,
     **options,
-) -> tuple[Tensor, tuple[BlockState, ...], TimestepNormState | None] | None:
+) -> _Result | None:
     """x through blocks one after another and, if given, the output, of which `norm` is the state; and the states after.
 
     With an output, logits in x's dtype. None where that would not give what the modules do: with other options than
     `inplace_state`, for more than a few rows, with gradients, or where somebody has changed a module.
     """
-    blocks = tuple(blocks)
-    if any(type(block) is not MegalodonBlock or _is_wrapped(vars(block)) for block in blocks):
-        return None
-    return _run_in_one_call(blocks, x, tuple(states), output, norm, **options)
+    return _run_in_one_call(tuple(blocks), x, tuple(states), output, norm, whole=True, **options)
 
 
 def _run_in_one_call(
-    blocks: tuple[MegalodonBlock, ...],
+    blocks: tuple[nn.Module, ...],
     x: Tensor,
     states: tuple[BlockState | None, ...],
     output: Output | None = None,
     norm: TimestepNormState | None = None,
     *,
+    whole: bool = False,
     inplace_state: bool = False,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, tuple[BlockState, ...], TimestepNormState | None] | None:
-    """The same, whatever is wrapped around the blocks themselves."""
+) -> _Result | None:
+    """The same; unless `whole`, whatever is wrapped around the blocks themselves."""
     if cu_seqlens is not None or lengths is not None or not blocks or None in states:
         return None
     if torch.compiler.is_compiling() or not takes_few_rows(x, x):
         return None
     if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
         return None
-    config = getattr(blocks[0].mega, "config", None)
+    config = getattr(getattr(blocks[0], "mega", None), "config", None)
     parameters, eps = [], []
     for block, state in zip(blocks, states, strict=True):
-        if not _is_writable(*state.norm, state.cema) or not _take_parameters(block, config, parameters, eps):
+        if not _is_writable(*state.norm, state.cema) or not _take_parameters(block, whole, config, parameters, eps):
             return None
     width = x.shape[2]
     if output is not None:
@@ -377,19 +378,24 @@ _HALVES = dict(
         ("alpha",),
     ),
 )  # fmt: skip
+_BLOCK = (MegalodonBlock, _HALVES, ())
 _OUTPUT = (Output, dict(final_norm=_NORM, output=_LINEAR), ())
 
 
-def _take_parameters(block: MegalodonBlock, config: MegalodonConfig, tensors: list[Tensor | None], eps: list[float]) -> bool:
+def _take_parameters(
+    block: nn.Module, whole: bool, config: MegalodonConfig, tensors: list[Tensor | None], eps: list[float]
+) -> bool:
     """Appends them in the order of cpp/blocks_few_rows_bind.cpp, if the block is as it was built with that configuration.
 
     That is: nobody has replaced a module inside, hooked into it or wrapped its forward.
     """
-    for name, description in _HALVES.items():
-        half = block._modules[name]
-        if not _C.take_parameters(half, description, tensors) or half.config not in (config,):  # mostly the same object
-            return False
-    mega, norm = block._modules["mega"]._modules, block._modules["nffn"]._modules["norm"]
+    modules = block._modules
+    parts = [(block, _BLOCK)] if whole else [(modules[name], half) for name, half in _HALVES.items()]
+    if not all(_C.take_parameters(module, description, tensors) for module, description in parts):
+        return False
+    if any(modules[name].config not in (config,) for name in _HALVES):  # mostly the same object
+        return False
+    mega, norm = modules["mega"]._modules, modules["nffn"]._modules["norm"]
     eps += (mega["timenorm"].eps, mega["rmsnorm"].eps, config.norm_eps, norm.eps)
     dropout = config.dropout or config.hidden_dropout or config.attention_dropout
     return mega["timenorm"].num_groups == config.norm_num_groups and not (block.training and dropout)
@@ -403,8 +409,3 @@ def _copy(state: NamedTuple | Tensor) -> NamedTuple | Tensor:
 
 def _is_writable(*state: Tensor | None) -> bool:
     return all(tensor is not None and tensor.is_contiguous() for tensor in state)
-
-
-def _is_wrapped(inside: dict[str, object]) -> bool:
-    """Whether anybody has hooked into a module, of which this is the dictionary, or wrapped its forward."""
-    return bool(inside["_forward_hooks"] or inside["_forward_pre_hooks"] or "forward" in inside)
