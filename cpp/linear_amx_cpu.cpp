@@ -40,7 +40,7 @@ constexpr int64_t kRows = 256, kColumns = 64, kDepth = 512;  // with three parts
 // What a thread packs, kept from call to call, in one huge page: where small pages happen to lie, some of those that
 // the L2 should hold would take each other's place in it.
 struct Workspace {
-  static constexpr size_t kBytes = size_t{2} << 20;
+  static constexpr size_t kBytes = kHugePage;
   static constexpr int64_t kLeft = kRows / kSide * (kDepth / kStep) * kStepUnits;
   static constexpr int64_t kRight = kColumns / kSide * (kDepth / kStep) * kStepUnits;
   static_assert((kLeft + kRight + kSquare * kSquare) * sizeof(float) <= kBytes);

@@ -44,7 +44,8 @@ void linear_amx(const Target& target, py::handle x_, bool x_transposed, py::hand
   else weight.shape("(O, I)", {params.outputs, params.inputs});
   params.weight = weight.dtype(Scalar::f32, kOnly).data_as<const float>();
   params.bias = bias.shape("(O,)", {params.outputs}).dtype(Scalar::f32, kOnly).data_as<const float>();
-  params.y = y.present().shape("(T, O)", {params.rows, params.outputs}).dtype(Scalar::f32, kOnly).data_as<float>();
+  y.present().shape("(T, O)", {params.rows, params.outputs}).dtype(Scalar::f32, kOnly);
+  params.y = static_cast<float*>(y.output());
   target.launch(params, v4_amx::linear_amx_cpu);
 }
 #endif
@@ -56,7 +57,8 @@ void transpose(const Target& target, py::handle x_, py::handle y_) {
   params.rows = x.size(0);
   params.columns = x.size(1);
   params.x = x.data();
-  params.y = y.present().shape("(C, R)", {params.columns, params.rows}).dtype(scalar_of(params.dtype), "as `x`").data();
+  y.present().shape("(C, R)", {params.columns, params.rows}).dtype(scalar_of(params.dtype), "as `x`");
+  params.y = y.output();
   MEGALODON_LAUNCH(target, transpose, params);
 }
 

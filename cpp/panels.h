@@ -7,25 +7,11 @@
 
 #include <utility>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "gemm.h"
+#include "huge_pages.h"
 #include "parallel.h"
 
 namespace megalodon::MEGALODON_ISA {
-
-// Asks for huge pages where they are whole: memory of several megabytes is new to the process at every call, and the
-// first touch of a small page costs more than filling it.
-inline void advise_huge_pages(void* memory, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 // A packed matrix with memory of its own.
 template <class U, int kColumns = kTileColumns<U>>

@@ -147,11 +147,18 @@ def test_freed_memory_is_kept():
     assert max(map(int, faults)) < 16, faults  # pages of 2 MiB at most: 32 and 128 of them
 
 
-FLAGS_OF_A_TENSORS_MEMORY = """
+KEPT_TENSOR = """
 import torch, megalodon_ops
 print(megalodon_ops.keep_freed_memory())
 tensor = torch.ones(1 << 25)
-address = tensor[len(tensor) // 2].data_ptr()
+"""
+OUTPUT = """
+import torch, megalodon_ops
+print(True)
+tensor = megalodon_ops.timestep_norm(torch.ones(1, 1 << 15, 1 << 8), *torch.zeros(2, 1 << 8), num_groups=8)
+"""
+FLAGS_OF_ITS_MEMORY = """
+address = tensor.flatten()[tensor.numel() // 2].data_ptr()
 for line in open("/proc/self/smaps"):
     first, *rest = line.split()
     if "-" in first:
@@ -162,8 +169,9 @@ for line in open("/proc/self/smaps"):
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages in this system")
-def test_memory_is_marked_for_huge_pages():
-    kept, *flags = run_python(FLAGS_OF_A_TENSORS_MEMORY).stdout.split()
+@pytest.mark.parametrize("program", [KEPT_TENSOR, OUTPUT], ids=["kept", "output"])
+def test_memory_is_marked_for_huge_pages(program):
+    kept, *flags = run_python(program + FLAGS_OF_ITS_MEMORY).stdout.split()
     if kept == "False":
         pytest.skip("no glibc")
     assert "hg" in flags
