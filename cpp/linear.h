@@ -1,4 +1,4 @@
-// What torch's matrix products lack on the CPU: products of few rows, and a transposed copy. Used by python/.../linear.py.
+// Products of matrices on the CPU, where torch's are slow, and a transposed copy. Used by python/.../linear.py.
 #pragma once
 
 #include "dtype.h"
@@ -18,6 +18,18 @@ struct LinearFewRowsParams {
   void* y;             // (T, O)
 };
 
+// y = x weight^T + bias, or y += that, in float32. Each matrix is contiguous.
+struct LinearManyRowsParams {
+  int64_t rows;     // T
+  int64_t inputs;   // I
+  int64_t outputs;  // O
+  bool x_transposed, weight_transposed, add;
+  const float* x;       // (T, I), or (I, T) where transposed
+  const float* weight;  // (O, I), or (I, O) where transposed
+  const float* bias;    // (O) or null: zero
+  float* y;             // (T, O)
+};
+
 // y = x^T
 struct TransposeParams {
   DType dtype;
@@ -27,6 +39,7 @@ struct TransposeParams {
 };
 
 MEGALODON_CPU_KERNEL(linear_few_rows_cpu, LinearFewRowsParams)
+MEGALODON_CPU_KERNEL(linear_many_rows_cpu, LinearManyRowsParams)
 MEGALODON_CPU_KERNEL(transpose_cpu, TransposeParams)
 
 }  // namespace megalodon

@@ -18,7 +18,7 @@
 // in the L2, and for each kColumns columns the weights, and makes squares of 2 x 2 tiles of y: 24 products and 16 loads
 // of tiles a step. Sums follow the order of the depth, whoever runs a job.
 
-#include "linear_amx.h"
+#include "linear.h"
 
 #if defined(__AMX_BF16__)
 
@@ -185,7 +185,7 @@ void put_square(const float* sums, int64_t height, int64_t width, const float* b
 
 }  // namespace
 
-void linear_amx_cpu(const LinearAmxParams& p) {
+void linear_many_rows_cpu(const LinearManyRowsParams& p) {
   const Matrix x{p.x, p.rows, p.inputs, p.x_transposed}, weight{p.weight, p.outputs, p.inputs, p.weight_transposed};
   // Enough jobs for the threads.
   const int64_t blocks = ceil_div(p.rows, kRows), threads = omp_get_max_threads();

@@ -1,7 +1,5 @@
 #include "bindings.h"
-#include "isa.h"
 #include "linear.h"
-#include "linear_amx.h"
 #include "target.h"
 #include "tensor_view.h"
 
@@ -24,15 +22,12 @@ void linear_few_rows(const Target& target, py::handle x_, py::handle weight_, py
   MEGALODON_LAUNCH(target, linear_few_rows, params);
 }
 
-#if defined(__x86_64__)
-void linear_amx(const Target& target, py::handle x_, bool x_transposed, py::handle weight_, bool weight_transposed,
-                py::handle bias_, py::handle y_, bool add) {
-  if (active_isa != Isa::v4_amx)
-    throw py::value_error("linear: the kernel for AMX needs v4_amx as the instruction set in use.");
+void linear_many_rows(const Target& target, py::handle x_, bool x_transposed, py::handle weight_,
+                      bool weight_transposed, py::handle bias_, py::handle y_, bool add) {
   const TensorView x("linear", "x", x_), weight("linear", "weight", weight_), bias("linear", "bias", bias_);
   const TensorView y("linear", "y", y_);
   constexpr const char* kOnly = "the only one";
-  LinearAmxParams params{};
+  LinearManyRowsParams params{};
   params.x_transposed = x_transposed;
   params.weight_transposed = weight_transposed;
   params.add = add;
@@ -46,9 +41,8 @@ void linear_amx(const Target& target, py::handle x_, bool x_transposed, py::hand
   params.bias = bias.shape("(O,)", {params.outputs}).dtype(Scalar::f32, kOnly).data_as<const float>();
   y.present().shape("(T, O)", {params.rows, params.outputs}).dtype(Scalar::f32, kOnly);
   params.y = static_cast<float*>(y.output());
-  target.launch(params, v4_amx::linear_amx_cpu);
+  MEGALODON_LAUNCH(target, linear_many_rows, params);
 }
-#endif
 
 void transpose(const Target& target, py::handle x_, py::handle y_) {
   const TensorView x("transpose", "x", x_), y("transpose", "y", y_);
@@ -66,9 +60,7 @@ void transpose(const Target& target, py::handle x_, py::handle y_) {
 
 void bind_linear(py::module_& module) {
   define(module, "linear_few_rows", &linear_few_rows);
-#if defined(__x86_64__)
-  define(module, "linear_amx", &linear_amx);
-#endif
+  define(module, "linear_many_rows", &linear_many_rows);
   define(module, "transpose", &transpose);
 }
 

@@ -1,4 +1,4 @@
-"""`linear`: x weight^T + bias by the fastest of torch's two libraries of matrix products and two kernels."""
+"""`linear`: x weight^T + bias by torch or by a kernel of our own, whichever is the fastest on the processor."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from .library import call, contiguous_or_none, define_op, in_forward_mode, launc
 
 _CPUINFO = Path("/proc/cpuinfo")
 _FEW_ROWS = 32  # up to which the kernel that reads the weights once is the fastest
+_MANY_ROWS = 129  # from which, without AMX, the other kernel is the fastest in float32
 _AMX_ROWS = 16  # from which the kernel for AMX is no slower than MKL
 _FEW_AMX_ROWS = {torch.float32: _AMX_ROWS - 1, torch.bfloat16: 8}  # up to which it is where there is AMX
 _WORTH = 1 << 26  # multiply-adds of a product from which the overhead of an op with gradients no longer counts
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, on the CPU in the fastest of four ways.
+    """`torch.nn.functional.linear`, on the CPU in the fastest of three ways.
 
-    Without gradients, products of at most 32 rows, as in decoding, take a kernel of our own, which reads the weights
-    once. Where the processor has AMX (Intel's Xeons since 2023), that is for at most 15 in float32 and 8 in bfloat16,
-    and other float32 products, if they are large or have at least 16 rows and need no gradients, take another, 1.2 to
-    1.5 times as fast as MKL: a float32 is the sum of three bfloat16, and six products of those make one of float32,
-    with no larger an error than torch's if I is at least 2. There alone an infinity, or a number above 3.38e38, gives
-    NaN. Without AMX torch computes them with MKL, which takes a slow path on processors that are not Intel's; oneDNN,
-    which torch also holds, does not. So they go to oneDNN where torch has MKL and the processor is another maker's, if
-    they are large or need no gradients. Large bfloat16 products are torch's everywhere; but with AMX, for the gradient
-    of the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast.
-    `MEGALODON_OPS_LINEAR` in the environment decides otherwise: `torch` leaves everything to torch, `onednn` takes
-    oneDNN on any processor. Results differ by rounding alone; the choice depends on the machine and on sizes, never on
-    a measurement.
+    Without gradients, products of at most 32 rows (where there is AMX, 15 in float32 and 8 in bfloat16), as in
+    decoding, take a kernel of our own, which reads the weights once. Other float32 products, if they are large or need
+    no gradients, take another where MKL, which torch computes them with, is slower. That is on processors that are not
+    Intel's, where MKL takes a slow path, and on Intel's that have AMX (Xeons since 2023): there a float32 is the sum of
+    three bfloat16, and six products of those make one of float32, 1.2 to 1.5 times as fast as MKL and with no larger an
+    error than torch's if I is at least 2. With AMX alone an infinity, or a number above 3.38e38, gives NaN. Large
+    bfloat16 products are torch's everywhere; but with AMX, for the gradient of the weights, one matrix is copied to the
+    layout that oneDNN multiplies twice as fast. All else is torch's. `MEGALODON_OPS_LINEAR=torch` in the environment
+    leaves everything to torch. Results differ by rounding alone; the choice depends on the machine and on sizes, never
+    on a measurement.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
@@ -54,14 +53,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product takes AMX or oneDNN, or its gradient of the weights will take a copy."""
+    """Whether the product takes the kernel for many rows, or its gradient of the weights will take a copy."""
+    large = x.numel() * weight.shape[0] >= _WORTH
     if x.dtype == torch.bfloat16:
-        return USES_AMX and torch.is_grad_enabled() and x.numel() * weight.shape[0] >= _WORTH
-    if x.dtype != torch.float32:
+        return USES_AMX and torch.is_grad_enabled() and large
+    if x.dtype != torch.float32 or not USES_MANY_ROWS:
         return False
-    if torch.is_grad_enabled():
-        return (USES_AMX or USES_ONEDNN) and x.numel() * weight.shape[0] >= _WORTH
-    return (USES_AMX and x.numel() >= _AMX_ROWS * x.shape[-1] > 0) or USES_ONEDNN
+    return large if torch.is_grad_enabled() else x.numel() >= (_AMX_ROWS if USES_AMX else 1) * x.shape[-1] > 0
 
 
 def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -84,24 +82,18 @@ def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     return same and x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
-def choose(choice: str) -> bool:
-    """Whether large float32 products go to oneDNN: "torch": no, "onednn": yes, "auto": where MKL is slow."""
-    if choice not in ("auto", "torch", "onednn"):
-        raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto, torch or onednn, got {choice}.")
-    has = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if choice == "onednn" and not has:
-        raise ImportError("megalodon_ops: MEGALODON_OPS_LINEAR is onednn, which this torch lacks; set it to torch.")
-    return has and (choice == "onednn" or (choice == "auto" and torch.backends.mkl.is_available() and not _is_intel()))
-
-
-def _is_intel() -> bool:
-    """Also true where the system does not say: then MKL stays."""
-    return not _CPUINFO.exists() or "GenuineIntel" in _CPUINFO.read_text()
+def _mkl_is_slow() -> bool:
+    """Whether torch computes float32 products with MKL and the processor is not one of its maker's."""
+    has_mkl = torch.backends.mkl.is_available() and _CPUINFO.exists()
+    return has_mkl and "GenuineIntel" not in _CPUINFO.read_text()
 
 
 _CHOICE = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
-USES_ONEDNN, USES_KERNELS = choose(_CHOICE), _CHOICE != "torch"
-USES_AMX = _CHOICE == "auto" and _C.active_isa() == "v4_amx"
+if _CHOICE not in ("auto", "torch"):
+    raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_CHOICE}.")
+USES_KERNELS = _CHOICE == "auto"
+USES_AMX = USES_KERNELS and _C.active_isa() == "v4_amx"
+USES_MANY_ROWS = USES_AMX or (USES_KERNELS and _mkl_is_slow())
 
 
 def _few_rows(x, weight, bias):
@@ -113,29 +105,23 @@ def _few_rows(x, weight, bias):
 
 def add_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int) -> None:
     """y += x weight^T, outside autograd. Where that takes two steps, for `rows` of y at a time, as suits the cache."""
-    if _runs_on_amx() and x.dtype == torch.float32 and _is_plain(x, weight, y):
-        _amx(x, weight, None, y, add=True)
+    if USES_MANY_ROWS and x.dtype == torch.float32 and _is_plain(x, weight, y):
+        _many_rows(x, weight, None, y, add=True)
         return
-    if USES_ONEDNN and x.dtype == torch.float32 and _is_plain(x, weight, y):
-        x = _by_rows(x)  # whole, as its parts are not the transpose of contiguous ones
     for part, of_x in zip(y.split(rows), x.split(rows), strict=True):
         part.add_(linear(of_x, weight))
-
-
-def _runs_on_amx() -> bool:
-    return USES_AMX and _C.active_isa() == "v4_amx"  # which may be another than at import
 
 
 def _fwd(x, weight, bias):
     if x.dtype == torch.bfloat16:
         return _bfloat16(x, weight, bias)
-    if _runs_on_amx():
-        y = _fwd_fake(x, weight, bias)
-        _amx(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
-        return y
-    if not USES_ONEDNN:
+    if not USES_MANY_ROWS:
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(_by_rows(x), weight, bias, "none", [], "")
+    if weight.is_contiguous() and not USES_AMX and x.numel() < _MANY_ROWS * x.shape[-1]:
+        return _few_rows(x, weight, bias)
+    y = _fwd_fake(x, weight, bias)
+    _many_rows(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
+    return y
 
 
 def _bfloat16(x, weight, bias):
@@ -147,9 +133,9 @@ def _bfloat16(x, weight, bias):
     return _by_rows(F.linear(_by_rows(weight), x).t())
 
 
-def _amx(x, weight, bias, y, add):
+def _many_rows(x, weight, bias, y, add):
     matrices = *_contiguous_or_transposed(x), *_contiguous_or_transposed(weight)
-    launch("linear_amx", *matrices, contiguous_or_none(bias), y, add)
+    launch("linear_many_rows", *matrices, contiguous_or_none(bias), y, add)
 
 
 def _contiguous_or_transposed(matrix: Tensor) -> tuple[Tensor, bool]:
@@ -163,7 +149,7 @@ def _is_transposed(matrix: Tensor) -> bool:
 
 
 def _by_rows(x: Tensor) -> Tensor:
-    """Contiguous, as oneDNN wants it. The transposed matrix of a weight's gradient is copied faster than torch does."""
+    """Contiguous. The transposed matrix of a weight's gradient is copied faster than torch does."""
     if not _is_transposed(x):
         return x.contiguous()
     rows = torch.empty_like(x, memory_format=torch.contiguous_format)
