@@ -18,16 +18,18 @@ struct LinearFewRowsParams {
   void* y;             // (T, O)
 };
 
-// y = x weight^T + bias, or y += that, in float32. Each matrix is contiguous.
+// y = x weight^T + bias, or y += that. Each matrix is contiguous.
 struct LinearManyRowsParams {
+  DType dtype;      // of all tensors: f32, bf16 or f16, with AMX f32 alone; sums are float
+  bool y_is_float;  // whatever dtype is
   int64_t rows;     // T
   int64_t inputs;   // I
   int64_t outputs;  // O
   bool x_transposed, weight_transposed, add;
-  const float* x;       // (T, I), or (I, T) where transposed
-  const float* weight;  // (O, I), or (I, O) where transposed
-  const float* bias;    // (O) or null: zero
-  float* y;             // (T, O)
+  const void* x;       // (T, I), or (I, T) where transposed
+  const void* weight;  // (O, I), or (I, O) where transposed
+  const void* bias;    // (O) or null: zero
+  void* y;             // (T, O)
 };
 
 // y = x^T

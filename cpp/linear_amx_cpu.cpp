@@ -186,7 +186,10 @@ void put_square(const float* sums, int64_t height, int64_t width, const float* b
 }  // namespace
 
 void linear_many_rows_cpu(const LinearManyRowsParams& p) {
-  const Matrix x{p.x, p.rows, p.inputs, p.x_transposed}, weight{p.weight, p.outputs, p.inputs, p.weight_transposed};
+  const Matrix x{static_cast<const float*>(p.x), p.rows, p.inputs, p.x_transposed};
+  const Matrix weight{static_cast<const float*>(p.weight), p.outputs, p.inputs, p.weight_transposed};
+  const float* bias = static_cast<const float*>(p.bias);
+  float* y = static_cast<float*>(p.y);
   // Enough jobs for the threads.
   const int64_t blocks = ceil_div(p.rows, kRows), threads = omp_get_max_threads();
   int64_t parts = 1;
@@ -210,7 +213,7 @@ void linear_many_rows_cpu(const LinearManyRowsParams& p) {
               multiply_square(steps, left + (t - row) / kSide * slice, right + (o - panel) / kSide * slice, sums);
               const auto put = p.add || first > 0 ? put_square<true> : put_square<false>;
               put(sums, std::min<int64_t>(kSquare, row_end - t), std::min<int64_t>(kSquare, panel_end - o),
-                  p.bias && first == 0 ? p.bias + o : nullptr, p.outputs, p.y + t * p.outputs + o);
+                  bias && first == 0 ? bias + o : nullptr, p.outputs, y + t * p.outputs + o);
             }
         }
         first += kDepth;

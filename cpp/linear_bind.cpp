@@ -22,25 +22,37 @@ void linear_few_rows(const Target& target, py::handle x_, py::handle weight_, py
   MEGALODON_LAUNCH(target, linear_few_rows, params);
 }
 
+bool has_amx_kernel() {
+#if defined(__x86_64__)
+  return active_isa == Isa::v4_amx;
+#else
+  return false;
+#endif
+}
+
 void linear_many_rows(const Target& target, py::handle x_, bool x_transposed, py::handle weight_,
                       bool weight_transposed, py::handle bias_, py::handle y_, bool add) {
   const TensorView x("linear", "x", x_), weight("linear", "weight", weight_), bias("linear", "bias", bias_);
   const TensorView y("linear", "y", y_);
-  constexpr const char* kOnly = "the only one";
   LinearManyRowsParams params{};
+  params.dtype = x.rank("(T, I)", 2).floating();
+  const bool has_kernel = params.dtype == DType::f32 || (params.dtype != DType::f64 && !has_amx_kernel());
+  if (!has_kernel) x.fail(has_amx_kernel() ? "float32" : "float32, bfloat16 or float16");
   params.x_transposed = x_transposed;
   params.weight_transposed = weight_transposed;
   params.add = add;
-  params.rows = x.rank("(T, I)", 2).dtype(Scalar::f32, kOnly).size(x_transposed ? 1 : 0);
+  params.rows = x.size(x_transposed ? 1 : 0);
   params.inputs = x.size(x_transposed ? 0 : 1);
   params.outputs = weight.rank("(O, I)", 2).size(weight_transposed ? 1 : 0);
-  params.x = x.data_as<const float>();
+  const Scalar scalar = scalar_of(params.dtype);
+  params.x = x.data();
   if (weight_transposed) weight.shape("(I, O)", {params.inputs, params.outputs});
   else weight.shape("(O, I)", {params.outputs, params.inputs});
-  params.weight = weight.dtype(Scalar::f32, kOnly).data_as<const float>();
-  params.bias = bias.shape("(O,)", {params.outputs}).dtype(Scalar::f32, kOnly).data_as<const float>();
-  y.present().shape("(T, O)", {params.rows, params.outputs}).dtype(Scalar::f32, kOnly);
-  params.y = static_cast<float*>(y.output());
+  params.weight = weight.dtype(scalar, "as `x`").data();
+  params.bias = bias.shape("(O,)", {params.outputs}).dtype(scalar, "as `x`").data();
+  params.y_is_float = y.present().scalar() == Scalar::f32;
+  if (!params.y_is_float) y.dtype(scalar, "as `x`, or float32");
+  params.y = y.shape("(T, O)", {params.rows, params.outputs}).output();
   MEGALODON_LAUNCH(target, linear_many_rows, params);
 }
 

@@ -1,11 +1,12 @@
-// float32 products of many rows, bound by multiplications. With AMX: linear_amx_cpu.cpp.
+// Products of many rows, bound by multiplications, in float32 and shorter. With AMX: linear_amx_cpu.cpp.
 //
 //   y_to (+)= sum_i x_ti w_oi + b_o
 //
 // The weights are packed a block of at most kColumns outputs and kDepth inputs at a time, by all threads together, and
 // stay in the last cache. Then a job packs as much of the depth of some rows of x, which stay in the L2, and meets them
-// with the panels of the block (gemm.h): a tile is made in registers and put to y. The order of a sum is that of the
-// depth, whoever runs a job.
+// with the panels of the block (gemm.h): a tile is made in registers and put to y. What is deeper than a block is
+// summed up in y, or, where that is shorter than float, beside it for kSumRows rows of y at a time. The order of a sum
+// is that of the depth, whoever runs a job.
 
 #include "linear.h"
 
@@ -18,129 +19,190 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-using Panels = Packed<float>;
-constexpr int kWidth = kTileColumns<float>;
-constexpr int kHeight = kTileRows<float>;
-constexpr int64_t kDepth = 1024, kColumns = 2112, kRows = 144, kLeastRows = 24;
-static_assert(kColumns % kWidth == 0 && kRows % kWidth == 0 && kRows % kTallRows<float> == 0);
+// Of the product: `rows` rows of y from `row` on, `columns` outputs from `column` on, `depth` inputs from `first` on.
+struct Block { int64_t row, rows, column, columns, first, depth; };
 
-// Rows of a job, so that the threads' shares are as even as can be.
-int64_t rows_of_job(int64_t rows, int64_t threads) {
-  const auto longest_share = [&](int64_t each) { return ceil_div(ceil_div(rows, each), threads) * each; };
-  int64_t best = kRows;
-  for (int64_t each = kRows; each >= kLeastRows; each -= kHeight)
-    if (longest_share(each) < longest_share(best)) best = each;
-  return best;
+// What a tile is added to, and where it is put.
+template <class T, class Y>
+struct Place {
+  Y* y;
+  float* sums;  // of the depth so far; y itself if that is float
+  int64_t y_stride, sums_stride;
+  const T* bias;  // or null
+  bool add, first, last;
+};
+
+// Memory of a thread for so many rows and columns, kept from call to call. A user has always the same size.
+template <class U, int user>
+U* kept(int64_t rows, int64_t columns) {
+  thread_local const PackedMatrix<U> memory(rows, columns);
+  return memory.data;
 }
 
-// y (height, width), whose rows are `stride` apart, becomes the sums, plus y where `add`, plus a bias that may be null.
-void put(const float* sums, int64_t height, int64_t width, bool add, const float* bias, int64_t stride, float* y) {
-  for (int64_t i = 0; i < height; ++i, y += stride, sums += kWidth)
-    for (int64_t c = 0; c < width; c += kLanes<float>) {
-      Vec<float> sum = load(sums + c);
-      if (add) sum += load_first(static_cast<const float*>(y) + c, width - c);
-      if (bias) sum += load_first(bias + c, width - c);
-      store_first(y + c, sum, width - c);
-    }
-}
-
-// Of the weights: `columns` outputs from `column` on, `depth` inputs from `first` on.
-struct Block { int64_t column, columns, first, depth; };
-
+template <class T, class Y>
 class Product {
+  using U = Unit<T>;
+  using Panels = Packed<U>;
+  static constexpr bool kSumsInY = std::is_same_v<Y, float>;
+  static constexpr int kWidth = kTileColumns<U>, kHeight = kTileRows<U>, kLanes = MEGALODON_ISA::kLanes<float>;
+  static constexpr int64_t kDepth = 1280 * kUnitDepth<U>, kColumns = 2112, kSumRows = 1152;
+  static constexpr int64_t kRows = 144, kLeastRows = 24;  // of a job
+  static_assert(kColumns % kWidth == 0 && kRows % kWidth == 0 && kRows % kTallRows<U> == 0);
+
  public:
   explicit Product(const LinearManyRowsParams& params)
-      : p(params), threads_(omp_in_parallel() ? 1 : omp_get_max_threads()), rows_(rows_of_job(p.rows, threads_)) {}
+      : p(params), x_(static_cast<const T*>(p.x)), weight_(static_cast<const T*>(p.weight)), y_(static_cast<Y*>(p.y)) {}
 
-  void operator()(const Block& block) const {
-    // What is packed is kept from call to call.
-    thread_local const PackedMatrix<float> kept(kDepth, kColumns);
-    const Panels weights{kept.data, round_up(block.depth, kRowPadding)};
-    pack_weights(block, weights);
-
-    const int64_t panels = ceil_div(block.columns, kWidth), shares = ceil_div(p.rows, rows_);
-    const int64_t parts = std::min(panels, ceil_div(threads_, shares)), part = ceil_div(panels, parts);
-    parallel_jobs(shares * parts, static_cast<double>(p.rows * block.depth * block.columns), [&] {
-      thread_local const Scratch<float> kept_rows(kRows * (kDepth + kWidth));
-      return [&, rows = kept_rows.get(), flush = FlushDenormals()](int64_t job) {
-        const int64_t row = job / parts * rows_, height = std::min(rows_, p.rows - row), panel = job % parts * part;
-        const Panels x{rows, p.x_transposed ? round_up(block.depth, kRowPadding) : kRows};
-        pack_x(block, row, height, x);
-        multiply(block, weights, row, height, x, panel, std::min(panel + part, panels));
-      };
-    });
+  void run() const {
+    const int64_t columns = even(p.outputs, kColumns, kWidth), depth = even(p.inputs, kDepth, kUnitDepth<U>);
+    const int64_t rows = kSumsInY || p.inputs <= depth ? p.rows : even(p.rows, kSumRows, 1);
+    for (int64_t column = 0; column < p.outputs; column += columns)
+      for (int64_t row = 0; row < p.rows; row += rows) {
+        int64_t first = 0;
+        do {  // once for a depth of 0 too, which gives the bias
+          multiply({row, std::min(rows, p.rows - row), column, std::min(columns, p.outputs - column), first,
+                    std::min(depth, p.inputs - first)});
+          first += depth;
+        } while (first < p.inputs);
+      }
   }
 
  private:
-  void pack_weights(const Block& block, Panels to) const {
-    const int64_t all = p.weight_transposed ? block.depth : block.columns, step = kLanes<float>;
-    parallel_jobs(ceil_div(all, step), static_cast<double>(block.depth * block.columns), [&] {
-      return [&](int64_t job) {
-        const int64_t begin = job * step, end = std::min(begin + step, all);
-        const auto input = [&](int64_t i) { return p.weight + (block.first + i) * p.outputs + block.column; };
-        const auto output = [&](int64_t o) { return p.weight + (block.column + o) * p.inputs + block.first; };
-        if (p.weight_transposed) pack_by_rows<float>(begin, end, block.columns, input, to);
-        else pack_transposed<float>(begin, end, block.depth, output, to);
+  // A block's share of `all`, at most `most`: equal shares in multiples of `unit`, which divides `most`.
+  static int64_t even(int64_t all, int64_t most, int64_t unit) {
+    return all > 0 ? round_up(ceil_div(all, ceil_div(all, most)), unit) : unit;
+  }
+
+  // So that the threads' shares are as even as can be.
+  static int64_t rows_of_job(int64_t rows, int64_t threads) {
+    const auto longest_share = [&](int64_t each) { return ceil_div(ceil_div(rows, each), threads) * each; };
+    int64_t best = kRows;
+    for (int64_t each = kRows; each >= kLeastRows; each -= kHeight)
+      if (longest_share(each) < longest_share(best)) best = each;
+    return best;
+  }
+
+  void multiply(const Block& block) const {
+    const Panels weights{kept<U, 0>(kDepth, kColumns), round_up(block.depth, kRowPadding)};
+    pack_weights(block, weights);
+
+    const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads(), rows = rows_of_job(block.rows, threads);
+    const int64_t panels = ceil_div(block.columns, kWidth), shares = ceil_div(block.rows, rows);
+    const int64_t parts = std::min(panels, ceil_div(threads, shares)), part = ceil_div(panels, parts);
+    float* const sums = sums_of(block);
+    parallel_jobs(shares * parts, static_cast<double>(block.rows * block.depth * block.columns), [&] {
+      return [&, x_panels = kept<U, 1>(kDepth + kWidth, kRows), flush = FlushDenormals()](int64_t job) {
+        const int64_t r = job / parts * rows, panel = job % parts * part, end = block.row + block.rows;
+        const Block mine{block.row + r, std::min(rows, end - block.row - r), block.column, block.columns, block.first,
+                         block.depth};
+        const Panels x{x_panels, p.x_transposed ? round_up(block.depth, kRowPadding) : kRows};
+        pack_x(mine, x);
+        multiply_panels(mine, x, weights, panel, std::min(panel + part, panels), sums + r * sums_stride(block));
       };
     });
   }
 
-  // `height` rows from `row` on, as A = M^T where x is transposed.
-  void pack_x(const Block& block, int64_t row, int64_t height, Panels to) const {
-    const auto input = [&](int64_t i) { return p.x + (block.first + i) * p.rows + row; };
-    const auto token = [&](int64_t r) { return r < height ? p.x + (row + r) * p.inputs + block.first : nullptr; };
-    if (p.x_transposed) pack_by_rows<float>(0, block.depth, height, input, to);
-    else pack_by_columns<float>(0, round_up(height, kHeight), block.depth, token, to);
+  // Where the sums of a block of y gather that is not deep enough yet.
+  float* sums_of(const Block& block) const {
+    if constexpr (kSumsInY) {
+      return y_ + block.row * p.outputs + block.column;
+    } else {
+      return block.depth < p.inputs ? kept<float, 2>(kSumRows, kColumns + kLanes) : nullptr;
+    }
+  }
+  // Beside y not a power of two, whose rows would take each other's place in a cache.
+  int64_t sums_stride(const Block& block) const {
+    return kSumsInY ? p.outputs : round_up(block.columns, kLanes) + kLanes;
   }
 
-  // Those rows with the panels [panel, last) of the block.
-  void multiply(const Block& block, Panels weights, int64_t row, int64_t height, Panels x, int64_t panel,
-                int64_t last) const {
-    alignas(64) float sums[kTallRows<float> * kWidth];
+  void pack_weights(const Block& block, Panels to) const {
+    const int64_t all = p.weight_transposed ? round_up(block.depth, kUnitDepth<U>) : block.columns, step = kLanes;
+    parallel_jobs(ceil_div(all, step), static_cast<double>(block.depth * block.columns), [&] {
+      return [&](int64_t job) {
+        const int64_t begin = job * step, end = std::min(begin + step, all);
+        const auto input = [&](int64_t i) {
+          return i < block.depth ? weight_ + (block.first + i) * p.outputs + block.column : nullptr;
+        };
+        const auto output = [&](int64_t o) { return weight_ + (block.column + o) * p.inputs + block.first; };
+        if (p.weight_transposed) pack_by_rows<T>(begin, end, block.columns, input, to);
+        else pack_transposed<T>(begin, end, block.depth, output, to);
+      };
+    });
+  }
+
+  // As A = M^T where x is transposed.
+  void pack_x(const Block& block, Panels to) const {
+    const auto input = [&](int64_t i) {
+      return i < block.depth ? x_ + (block.first + i) * p.rows + block.row : nullptr;
+    };
+    const auto token = [&](int64_t r) {
+      return r < block.rows ? x_ + (block.row + r) * p.inputs + block.first : nullptr;
+    };
+    if (p.x_transposed) pack_by_rows<T>(0, round_up(block.depth, kUnitDepth<U>), block.rows, input, to);
+    else pack_by_columns<T>(0, round_up(block.rows, kHeight), block.depth, token, to);
+  }
+
+  // The rows of the block with the panels [panel, last) of its columns.
+  void multiply_panels(const Block& block, Panels x, Panels weights, int64_t panel, int64_t last, float* sums) const {
+    alignas(64) float tile_sums[kTallRows<U> * kWidth];
     for (const int64_t begin = panel; panel < last; ++panel) {
-      const int vectors = vectors_in_panel<float>(block.columns, panel);
-      const int64_t at = panel * kWidth, width = std::min<int64_t>(kWidth, block.columns - at);
-      const float* bias = p.bias && block.first == 0 ? p.bias + block.column + at : nullptr;
-      const float* b = weights.at(panel, 0);
-      const Ahead<float> ahead{weights.at(panel + 1 < last ? panel + 1 : begin, 0), block.depth};
+      const int vectors = vectors_in_panel<U>(block.columns, panel);
+      const int64_t column = panel * kWidth, width = std::min<int64_t>(kWidth, block.columns - column);
+      const U* b = weights.at(panel, 0);
+      const Ahead<U> ahead{weights.at(panel + 1 < last ? panel + 1 : begin, 0), block.depth};
       int64_t rows;
-      for (int64_t r = 0, tile = 0; r < height; r += rows, ++tile) {
-        rows = tile_rows<float>(vectors, height - r);
-        const int64_t here = std::min(rows, height - r);
-        float* y = p.y + (row + r) * p.outputs + block.column + at;
-        for (int64_t i = 0; i < here; ++i)
-          for (int64_t c = 0; c < width; c += kLanes<float>) __builtin_prefetch(y + i * p.outputs + c, 1);
+      for (int64_t r = 0, tile = 0; r < block.rows; r += rows, ++tile) {
+        rows = tile_rows<U>(vectors, block.rows - r);
+        Place<T, Y> place{};
+        place.y = y_ + (block.row + r) * p.outputs + block.column + column;
+        place.y_stride = p.outputs;
+        place.sums_stride = sums_stride(block);
+        place.sums = sums ? sums + r * place.sums_stride + column : sums;
+        place.bias = p.bias ? static_cast<const T*>(p.bias) + block.column + column : nullptr;
+        place.add = p.add;
+        place.first = block.first == 0;
+        place.last = block.first + block.depth == p.inputs;
+        const int64_t height = std::min(rows, block.rows - r);
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t c = 0; c < width; c += kLanes) __builtin_prefetch(place.y + i * p.outputs + c, 1);
         if (p.x_transposed)
-          multiply_tile<true>(vectors, rows, block.depth, x.at(r / kWidth, 0) + r % kWidth, 0, b, 1.0f, nullptr, sums,
-                              ahead.part(tile));
+          multiply_tile<true>(vectors, rows, block.depth, x.at(r / kWidth, 0) + r % kWidth, 0, b, 1.0f, nullptr,
+                              tile_sums, ahead.part(tile));
         else
-          multiply_tile<false>(vectors, rows, block.depth, x.at(0, r), x.panel_units(), b, 1.0f, nullptr, sums,
+          multiply_tile<false>(vectors, rows, block.depth, x.at(0, r), x.panel_units(), b, 1.0f, nullptr, tile_sums,
                                ahead.part(tile));
-        put(sums, here, width, p.add || block.first > 0, bias, p.outputs, y);
+        put(tile_sums, height, width, place);
       }
     }
   }
 
+  static void put(const float* tile, int64_t height, int64_t width, Place<T, Y> to) {
+    for (int64_t i = 0; i < height; ++i, tile += kWidth, to.y += to.y_stride, to.sums += to.sums_stride)
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const int64_t n = width - c;
+        Vec<float> sum = load(tile + c);
+        if (!to.first) sum += load_first(static_cast<const float*>(to.sums) + c, n);
+        if (to.first && to.add) sum += load_first(static_cast<const Y*>(to.y) + c, n);
+        if (to.first && to.bias) sum += load_first(to.bias + c, n);
+        if (kSumsInY || to.last) store_first(to.y + c, sum, n);
+        else store_first(to.sums + c, sum, n);
+      }
+  }
+
   const LinearManyRowsParams& p;
-  const int64_t threads_, rows_;
+  const T *const x_, *const weight_;
+  Y* const y_;
 };
 
 }  // namespace
 
 void linear_many_rows_cpu(const LinearManyRowsParams& p) {
   if (p.rows == 0) return;
-  const auto even = [](int64_t all, int64_t most, int64_t unit) {
-    return all > 0 ? round_up(ceil_div(all, ceil_div(all, most)), unit) : unit;
-  };
-  const int64_t columns = even(p.outputs, kColumns, kWidth), depth = even(p.inputs, kDepth, 1);
-  const Product product(p);
-  for (int64_t column = 0; column < p.outputs; column += columns) {
-    int64_t first = 0;
-    do {  // once for a depth of 0 too, which gives the bias
-      product({column, std::min(columns, p.outputs - column), first, std::min(depth, p.inputs - first)});
-      first += depth;
-    } while (first < p.inputs);
-  }
+  if (p.dtype == DType::f32) Product<float, float>(p).run();
+  else if (p.dtype == DType::bf16 && p.y_is_float) Product<bf16, float>(p).run();
+  else if (p.dtype == DType::bf16) Product<bf16, bf16>(p).run();
+  else if (p.y_is_float) Product<fp16, float>(p).run();
+  else Product<fp16, fp16>(p).run();
 }
 
 }  // namespace megalodon::MEGALODON_ISA

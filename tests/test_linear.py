@@ -20,12 +20,14 @@ from megalodon_ops.linear import add_product_, linear, linear_few_rows, linear_f
 needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has no AMX")
 
 
-@pytest.fixture(params=[pytest.param(name, marks=needs_amx if name == "v4_amx" else ()) for name in ("v4_amx", "others")])
+@pytest.fixture(params=[pytest.param("v4_amx", marks=needs_amx), "others"])
 def large(request, monkeypatch):
     """Every product with gradients takes the kernel for many rows, however small it is."""
     monkeypatch.setattr(module, "_WORTH", 1)
-    monkeypatch.setattr(module, "_MANY_ROWS", 5)
+    monkeypatch.setattr(module, "_WORTH_WHERE_SLOW", 1)
+    monkeypatch.setattr(module, "_MANY_ROWS", dict.fromkeys(module._MANY_ROWS, 5))
     monkeypatch.setattr(module, "USES_MANY_ROWS", True)
+    monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", request.param != "v4_amx")
     monkeypatch.setattr(module, "USES_AMX", request.param == "v4_amx")
     with isa(request.param if request.param in ISAS else [name for name in ISAS if name != "v4_amx"][-1]):
         yield
@@ -50,10 +52,26 @@ def test_values_and_gradients(shape, bias, large):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [3, 33])
+def test_short_types_with_gradients(large, dtype, T):
+    tensors = [t.detach().to(dtype).requires_grad_() for t in inputs(T)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    y, expected = linear(*tensors), F.linear(*exact)
+    assert (y.grad_fn.name() == linear_fwd(*tensors).grad_fn.name()) == module.USES_SHORT_MANY_ROWS
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = torch.autograd.grad(y, tensors, dy)
+    for found, wanted in zip((y, *grads), (expected, *torch.autograd.grad(expected, exact, dy.double())), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-2)
+
+
 @pytest.mark.parametrize(("T", "O"), [(33, 20), (33, 200), (300, 17)])  # one matrix is copied or the other
-def test_bfloat16_with_gradients(monkeypatch, T, O):  # noqa: E741
+def test_bfloat16_gradients_by_torch(monkeypatch, T, O):  # noqa: E741
     monkeypatch.setattr(module, "_WORTH", 1)
     monkeypatch.setattr(module, "USES_AMX", True)
+    monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", False)
+    monkeypatch.setattr(module, "_HAS_BFLOAT16", True)
     tensors = [t.detach().bfloat16().requires_grad_() for t in inputs(T, O=O)]
     exact = [t.detach().double().requires_grad_() for t in tensors]
     y, expected = linear(*tensors), F.linear(*exact)
@@ -136,7 +154,7 @@ def test_opcheck_of_few_rows():
 
 def many_rows(name, x, weight, bias=None, *, transposed=(False, False), add_to=None):
     """The kernel of an instruction set, on matrices that lie transposed in memory."""
-    y = torch.full((x.shape[0], weight.shape[0]), torch.nan) if add_to is None else add_to.clone()
+    y = x.new_full((x.shape[0], weight.shape[0]), torch.nan) if add_to is None else add_to.clone()
     x, weight = (m.t().contiguous() if t else m for m, t in zip((x, weight), transposed, strict=True))
     with isa(name):
         _C.linear_many_rows(x, transposed[0], weight, transposed[1], bias, y, add_to is not None)
@@ -154,27 +172,47 @@ amx = functools.partial(many_rows, "v4_amx")
     [(1, 1, 1), (16, 32, 16), (17, 33, 31), (300, 70, 40), (260, 40, 200), (33, 1100, 129), (40, 600, 1),
      (290, 1030, 50), (30, 20, 2120), (5, 0, 3), (0, 4, 3), (4, 4, 0)],
 )  # fmt: skip
-def test_many_rows(name, T, I, O, bias, transposed):  # noqa: E741
-    x, weight, offset = (t.detach() for t in inputs(T, I=I, O=O))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_many_rows(name, T, I, O, bias, transposed, dtype):  # noqa: E741
+    if name == "v4_amx" and dtype != torch.float32:
+        pytest.skip("torch's own")
+    x, weight, offset = (t.detach().to(dtype) for t in inputs(T, I=I, O=O))
     offset = offset if bias else None
     y, expected = many_rows(name, x, weight, offset, transposed=transposed), F.linear(x.double(), weight.double())
     size = F.linear(x.double().abs(), weight.double().abs())  # of the terms
     if bias:
         expected, size = expected + offset.double(), size + offset.double().abs()
     bound = 4 * torch.finfo(torch.float32).eps * size
-    assert ((y.double() - expected).abs() <= bound).all()
-    summed = many_rows(name, x, weight, offset, transposed=transposed, add_to=torch.ones_like(y))
-    assert ((summed.double() - 1 - expected).abs() <= bound + torch.finfo(torch.float32).eps).all()
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert ((y.double() - expected).abs() <= bound + rounding * expected.abs()).all()
+    for sums in {dtype, torch.float32}:
+        ones = torch.ones_like(y, dtype=sums)
+        summed = many_rows(name, x, weight, offset, transposed=transposed, add_to=ones)
+        rounding = torch.finfo(sums).eps
+        assert summed.dtype == sums
+        assert ((summed.double() - 1 - expected).abs() <= bound + rounding * (1 + expected.abs())).all()
+
+
+def test_many_rows_refuse_other_types():
+    x = torch.randn(3, 4)
+    for tensors, message in [
+        ((x.double(), x.double(), x.double()), "float32, bfloat16 or float16"),
+        ((x, x.bfloat16(), x), "as `x`"),
+        ((x.bfloat16(), x.bfloat16(), x.half()), "as `x`, or float32"),
+    ]:
+        with isa("v2"), pytest.raises((TypeError, ValueError), match=message):
+            many_rows("v2", *tensors[:2], add_to=tensors[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_add_product(large, dtype):
-    x, weight = (torch.randn(20, n, dtype=dtype) for n in (70, 30))
+    x, weight = (torch.randn(20, n).to(dtype) for n in (70, 30))
     y = torch.randn(70, 30)
-    expected = y + F.linear(x.t(), weight.t()).float()
+    expected = y + F.linear(x.double().t(), weight.double().t())
     with torch.no_grad():
         add_product_(y, x.t(), weight.t(), 32)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    rounds = dtype != torch.float32 and not module.USES_SHORT_MANY_ROWS  # the product before it is added
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=0.1 if rounds else 1e-5)
 
 
 @needs_amx
@@ -261,8 +299,10 @@ def test_which_kernel_is_taken(monkeypatch):
     monkeypatch.setattr(module, "launch", lambda name, *args: launched.append(name) or getattr(_C, name)(*args))
     monkeypatch.setattr(module, "USES_MANY_ROWS", True)
     monkeypatch.setattr(module, "USES_AMX", False)
+    monkeypatch.setitem(module._MANY_ROWS, torch.float32, 129)
     x, weight = torch.randn(3, 43, 24), torch.randn(40, 24)
-    for x_, weight_, name in [(x, weight, "many"), (x[:2], weight, "few"), (x[:2], weight.t().contiguous().t(), "many")]:
+    transposed = weight.t().contiguous().t()
+    for x_, weight_, name in [(x, weight, "many"), (x[:2], weight, "few"), (x[:2], transposed, "many")]:
         torch.testing.assert_close(linear_fwd(x_, weight_, None), F.linear(x_, weight_))
         assert launched.pop() == f"linear_{name}_rows"
 
@@ -288,6 +328,7 @@ def test_when_amx_is_taken(monkeypatch, gradients):
 @torch.no_grad()
 def test_what_torch_is_left_with(monkeypatch):
     monkeypatch.setattr(module, "USES_MANY_ROWS", True)
+    monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", False)
     calls, x, weight = taken(monkeypatch), torch.randn(33, 24), torch.randn(40, 24)
     for dtype in (torch.bfloat16, torch.float64):
         assert linear(x.to(dtype), weight.to(dtype)).dtype == dtype
@@ -301,14 +342,15 @@ def test_what_torch_is_left_with(monkeypatch):
 
 
 def run(choice: str) -> subprocess.CompletedProcess:
-    program = "import megalodon_ops.linear as m; print(m.USES_KERNELS, m.USES_AMX, m.USES_MANY_ROWS)"
+    ways = "m.USES_KERNELS, m.USES_AMX, m.USES_MANY_ROWS, m.USES_SHORT_MANY_ROWS"
+    program = f"import megalodon_ops.linear as m; print({ways})"
     environment = os.environ | {"MEGALODON_OPS_LINEAR": choice}
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
 
 
 def test_variable_leaves_all_to_torch():
     done = run("torch")
-    assert done.stdout.split() == ["False"] * 3, done.stderr
+    assert done.stdout.split() == ["False"] * 4, done.stderr
 
 
 def test_a_wrong_choice_is_refused():

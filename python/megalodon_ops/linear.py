@@ -14,25 +14,30 @@ from .library import call, contiguous_or_none, define_op, in_forward_mode, launc
 
 _CPUINFO = Path("/proc/cpuinfo")
 _FEW_ROWS = 32  # up to which the kernel that reads the weights once is the fastest
-_MANY_ROWS = 129  # from which, without AMX, the other kernel is the fastest in float32
 _AMX_ROWS = 16  # from which the kernel for AMX is no slower than MKL
 _FEW_AMX_ROWS = {torch.float32: _AMX_ROWS - 1, torch.bfloat16: 8}  # up to which it is where there is AMX
+_MANY_ROWS = {torch.float32: 129, torch.bfloat16: 64, torch.float16: 64}  # from which the other is, without AMX
 _WORTH = 1 << 26  # multiply-adds of a product from which the overhead of an op with gradients no longer counts
+_WORTH_WHERE_SLOW = 1 << 20  # the same, where torch is many times slower
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on the CPU in the fastest of three ways.
 
     Without gradients, products of at most 32 rows (where there is AMX, 15 in float32 and 8 in bfloat16), as in
-    decoding, take a kernel of our own, which reads the weights once. Other float32 products, if they are large or need
-    no gradients, take another where MKL, which torch computes them with, is slower. That is on processors that are not
-    Intel's, where MKL takes a slow path, and on Intel's that have AMX (Xeons since 2023): there a float32 is the sum of
-    three bfloat16, and six products of those make one of float32, 1.2 to 1.5 times as fast as MKL and with no larger an
-    error than torch's if I is at least 2. With AMX alone an infinity, or a number above 3.38e38, gives NaN. Large
-    bfloat16 products are torch's everywhere; but with AMX, for the gradient of the weights, one matrix is copied to the
-    layout that oneDNN multiplies twice as fast. All else is torch's. `MEGALODON_OPS_LINEAR=torch` in the environment
-    leaves everything to torch. Results differ by rounding alone; the choice depends on the machine and on sizes, never
-    on a measurement.
+    decoding, take a kernel of our own, which reads the weights once. Others, if they are large or need no gradients,
+    take another where torch's libraries are slower:
+
+    - In float32 on processors that are not Intel's, where MKL takes a slow path, and on Intel's that have AMX (Xeons
+      since 2023): there a float32 is the sum of three bfloat16, and six products of those make one of float32, 1.2 to
+      1.5 times as fast as MKL and with no larger an error than torch's if I is at least 2. There alone an infinity, or
+      a number above 3.38e38, gives NaN.
+    - In bfloat16 and float16 on all x86 processors without AMX. Where there is AVX512-BF16, torch's bfloat16 products
+      take 1.03 to 1.1 times as long; elsewhere, and in float16, 3 to more than 100 times. Sums are float32.
+
+    All else is torch's; but with AMX, for the bfloat16 gradient of the weights, one matrix is copied to the layout that
+    oneDNN multiplies twice as fast. `MEGALODON_OPS_LINEAR=torch` in the environment leaves everything to torch. Results
+    differ by rounding alone; the choice depends on the machine and on sizes, never on a measurement.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
@@ -54,12 +59,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
     """Whether the product takes the kernel for many rows, or its gradient of the weights will take a copy."""
-    large = x.numel() * weight.shape[0] >= _WORTH
-    if x.dtype == torch.bfloat16:
-        return USES_AMX and torch.is_grad_enabled() and large
-    if x.dtype != torch.float32 or not USES_MANY_ROWS:
-        return False
-    return large if torch.is_grad_enabled() else x.numel() >= (_AMX_ROWS if USES_AMX else 1) * x.shape[-1] > 0
+    size, dots = x.numel() * weight.shape[0], x.dtype == torch.bfloat16 and _HAS_BFLOAT16
+    if not _has_many_rows(x.dtype):
+        return USES_AMX and dots and torch.is_grad_enabled() and size >= _WORTH
+    if torch.is_grad_enabled():
+        return size >= (_WORTH if dots or x.dtype == torch.float32 else _WORTH_WHERE_SLOW)
+    return x.numel() >= (_AMX_ROWS if USES_AMX else 1) * x.shape[-1] > 0
+
+
+def _has_many_rows(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for many rows that is faster than torch."""
+    return USES_MANY_ROWS if dtype == torch.float32 else USES_SHORT_MANY_ROWS and dtype in _MANY_ROWS
 
 
 def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -79,7 +89,8 @@ def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     if in_forward_mode():
         return False
     same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
-    return same and x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu")
+    cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu")
+    return same and x.is_cpu and weight.is_cpu and not cast
 
 
 def _mkl_is_slow() -> bool:
@@ -93,7 +104,9 @@ if _CHOICE not in ("auto", "torch"):
     raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_CHOICE}.")
 USES_KERNELS = _CHOICE == "auto"
 USES_AMX = USES_KERNELS and _C.active_isa() == "v4_amx"
-USES_MANY_ROWS = USES_AMX or (USES_KERNELS and _mkl_is_slow())
+USES_MANY_ROWS = USES_AMX or (USES_KERNELS and _mkl_is_slow())  # in float32
+USES_SHORT_MANY_ROWS = USES_KERNELS and _C.active_isa() not in ("v4_amx", "generic")  # in bfloat16 and float16
+_HAS_BFLOAT16 = _C.active_isa() in ("v4_bf16", "v4_amx")
 
 
 def _few_rows(x, weight, bias):
@@ -104,8 +117,11 @@ def _few_rows(x, weight, bias):
 
 
 def add_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int) -> None:
-    """y += x weight^T, outside autograd. Where that takes two steps, for `rows` of y at a time, as suits the cache."""
-    if USES_MANY_ROWS and x.dtype == torch.float32 and _is_plain(x, weight, y):
+    """y += x weight^T, outside autograd; y may be float32 where they are shorter.
+
+    Where that takes two steps, for `rows` of y at a time, as suits the cache.
+    """
+    if _has_many_rows(x.dtype) and _is_plain(x, weight, None) and y.dtype in (x.dtype, torch.float32):
         _many_rows(x, weight, None, y, add=True)
         return
     for part, of_x in zip(y.split(rows), x.split(rows), strict=True):
@@ -113,20 +129,18 @@ def add_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int) -> None:
 
 
 def _fwd(x, weight, bias):
-    if x.dtype == torch.bfloat16:
-        return _bfloat16(x, weight, bias)
-    if not USES_MANY_ROWS:
-        return F.linear(x, weight, bias)
-    if weight.is_contiguous() and not USES_AMX and x.numel() < _MANY_ROWS * x.shape[-1]:
+    if not _has_many_rows(x.dtype):
+        return _by_torch(x, weight, bias)
+    if weight.is_contiguous() and not USES_AMX and x.numel() < _MANY_ROWS[x.dtype] * x.shape[-1]:
         return _few_rows(x, weight, bias)
     y = _fwd_fake(x, weight, bias)
     _many_rows(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
     return y
 
 
-def _bfloat16(x, weight, bias):
-    """By torch. Two transposed matrices, as for a gradient of weights, take it twice as long: the smaller is copied."""
-    if bias is not None or not _is_transposed(x) or not _is_transposed(weight):
+def _by_torch(x, weight, bias):
+    """Two transposed bfloat16 matrices, as for a gradient of weights, take it twice as long: the smaller is copied."""
+    if x.dtype != torch.bfloat16 or bias is not None or not _is_transposed(x) or not _is_transposed(weight):
         return F.linear(x, weight, bias)
     if x.numel() <= weight.numel() + x.shape[0] * weight.shape[0]:
         return F.linear(_by_rows(x), weight)
