@@ -30,6 +30,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     for backward in (False, True):
         for inputs, outputs in SHAPES:
             yield _case(rows, inputs, outputs, torch.float32, backward=backward)
+    yield _case(rows, 512, 2048, torch.bfloat16, backward=True)
     for few, dtype in FEW_ROWS:
         yield _case(few, 1024, 2560, dtype, cold=True)
     yield _loss(rows, 512, 2048 if quick else 8192)

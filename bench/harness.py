@@ -141,7 +141,7 @@ class Effort:
     """How long to measure."""
 
     samples: int = 11
-    seconds: float = 0.25
+    seconds: float = 0.15
     """for each path and state of the cache, three times as many for the first three samples, any number for two, or for
     one of a call that is long"""
 

@@ -38,7 +38,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         running = backends.isa(backends.DEFAULT_ISA if request.param == "cpu" else request.param)
     if request.param.startswith("cuda"):  # a whole block in one call runs the CPU's kernels
-        monkeypatch.setattr(mo.layers, "_run_in_one_call", lambda *args, **options: None)
+        monkeypatch.setattr(mo.blocks, "_run_in_one_call", lambda *args, **options: None)
     with running:
         yield request.param
 

@@ -15,7 +15,7 @@ import megalodon_ops as mo
 from backends import ISAS, isa
 from megalodon_ops import linear
 from megalodon_ops.blocks_few_rows import blocks_few_rows_
-from megalodon_ops.layers import run_in_one_call
+from megalodon_ops.blocks import run_in_one_call
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 VARIANTS = {
@@ -90,7 +90,7 @@ def check_bits(monkeypatch, dtype, rows, length, **overrides):
     """Over more steps than a chunk has left, so that it begins anew."""
     block, state = block_and_state(dtype, rows, **overrides)
     found, calls = decode(block, state, rows, length, times=5)
-    monkeypatch.setattr(mo.layers, "_run_in_one_call", lambda *args, **options: None)
+    monkeypatch.setattr(mo.blocks, "_run_in_one_call", lambda *args, **options: None)
     expected, none = decode(block, state, rows, length, times=5)
     assert (calls, none) == (5, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -188,7 +188,7 @@ def test_without_inplace_state_it_is_copied(whole, monkeypatch):
         assert calls.count == 1
         for a, b in zip(tree_leaves(before), tree_leaves(state), strict=True):
             assert torch.equal(a, b)
-        monkeypatch.setattr(mo.layers, "_run_in_one_call", lambda *args, **options: None)
+        monkeypatch.setattr(mo.blocks, "_run_in_one_call", lambda *args, **options: None)
         expected = call(state=state, return_state=True)
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True))
 
@@ -322,7 +322,7 @@ def test_biases_may_come_and_go(monkeypatch):
     block.mega.wz.bias = None
     block.mega.wh2.bias = torch.nn.Parameter(torch.randn(TINY["model_dim"]))
     found, calls = decode(block, state)
-    monkeypatch.setattr(mo.layers, "_run_in_one_call", lambda *args, **options: None)
+    monkeypatch.setattr(mo.blocks, "_run_in_one_call", lambda *args, **options: None)
     expected, none = decode(block, state)
     assert (calls, none) == (1, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -344,7 +344,7 @@ def test_a_whole_model_is_one_call(dtype, monkeypatch):
     together, calls = logits()
     monkeypatch.setattr(mo.model, "run_in_one_call", lambda *args, **options: None)
     one_by_one, each = logits()
-    monkeypatch.setattr(mo.layers, "_run_in_one_call", lambda *args, **options: None)
+    monkeypatch.setattr(mo.blocks, "_run_in_one_call", lambda *args, **options: None)
     expected, none = logits()
     assert (calls, each, none) == (15, 15 * TINY["num_layers"], 0)
     for found in (together, one_by_one):

@@ -66,6 +66,20 @@ def test_short_types_with_gradients(large, dtype, T):
         torch.testing.assert_close(found.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-2)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast(large, bias):
+    tensors = inputs(33, bias=bias)
+    narrow = [t.detach().bfloat16().requires_grad_() for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(*tensors)
+    expected = linear(*narrow)
+    assert y.grad_fn.name() == expected.grad_fn.name() and torch.equal(y, expected)
+    results = (y, tensors), (expected, narrow)
+    grads, wanted = (torch.autograd.grad(out.float().square().sum(), leaves) for out, leaves in results)
+    for grad, other in zip(grads, wanted, strict=True):
+        assert grad.dtype == torch.float32 and torch.equal(grad, other.float())
+
+
 @pytest.mark.parametrize(("T", "O"), [(33, 20), (33, 200), (300, 17)])  # one matrix is copied or the other
 def test_bfloat16_gradients_by_torch(monkeypatch, T, O):  # noqa: E741
     monkeypatch.setattr(module, "_WORTH", 1)

@@ -7,10 +7,11 @@ dim of values, C chunk size, S sequences in a batch. Activations are (B, L, D).
 import torch as _torch  # loads the OpenMP runtime that the kernels share
 
 from . import _C, reference
+from .blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
 from .cema import cema
 from .chunked_attention import chunked_attention
 from .config import MegalodonConfig
-from .layers import BlockState, ComplexEMA, MegalodonBlock, NormalizedAttention, NormalizedFFN, TimestepNorm
+from .layers import ComplexEMA, TimestepNorm
 from .memory import keep_freed_memory
 from .model import Megalodon, MegalodonState
 from .normalized_attention import normalized_attention

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C
-from .library import call, contiguous_or_none, define_op, in_forward_mode, launch
+from .library import autocast, call, contiguous_or_none, define_op, in_forward_mode, launch
 
 _CPUINFO = Path("/proc/cpuinfo")
 _FEW_ROWS = 32  # up to which the kernel that reads the weights once is the fastest
@@ -35,9 +35,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     - In bfloat16 and float16 on all x86 processors without AMX. Where there is AVX512-BF16, torch's bfloat16 products
       take 1.03 to 1.1 times as long; elsewhere, and in float16, 3 to more than 100 times. Sums are float32.
 
-    All else is torch's; but with AMX, for the bfloat16 gradient of the weights, one matrix is copied to the layout that
-    oneDNN multiplies twice as fast. `MEGALODON_OPS_LINEAR=torch` in the environment leaves everything to torch. Results
-    differ by rounding alone; the choice depends on the machine and on sizes, never on a measurement.
+    With gradients, torch.autocast casts the tensors first. All else is torch's; but with AMX, for the bfloat16 gradient
+    of the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast. `MEGALODON_OPS_LINEAR=torch`
+    in the environment leaves everything to torch. Results differ by rounding alone; the choice depends on the machine
+    and on sizes, never on a measurement.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
@@ -52,6 +53,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
+    if torch.is_grad_enabled() and x.is_cpu and torch.is_autocast_enabled("cpu"):  # else torch keeps what it has cast
+        x, weight, *given = autocast(x, weight, *(() if bias is None else (bias,)))
+        bias = given[0] if given else None
     if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
         return call(linear_fwd, x, weight, bias)
     return F.linear(x, weight, bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig
-from .layers import BlockState, MegalodonBlock, Output, run_in_one_call
+from .blocks import BlockState, MegalodonBlock, Output, run_in_one_call
 from .loss import linear_cross_entropy
 from .states import TimestepNormState
 
