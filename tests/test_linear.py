@@ -23,8 +23,8 @@ needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has 
 @pytest.fixture(params=[pytest.param("v4_amx", marks=needs_amx), "others"])
 def large(request, monkeypatch):
     """Every product with gradients takes the kernel for many rows, however small it is."""
-    monkeypatch.setattr(module, "_WORTH", 1)
-    monkeypatch.setattr(module, "_WORTH_WHERE_SLOW", 1)
+    for worth in ("_WORTH", "_WORTH_OF_DOTS", "_WORTH_WHERE_SLOW"):
+        monkeypatch.setattr(module, worth, 1)
     monkeypatch.setattr(module, "_MANY_ROWS", dict.fromkeys(module._MANY_ROWS, 5))
     monkeypatch.setattr(module, "USES_MANY_ROWS", True)
     monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", request.param != "v4_amx")

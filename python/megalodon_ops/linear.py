@@ -18,7 +18,8 @@ _AMX_ROWS = 16  # from which the kernel for AMX is no slower than MKL
 _FEW_AMX_ROWS = {torch.float32: _AMX_ROWS - 1, torch.bfloat16: 8}  # up to which it is where there is AMX
 _MANY_ROWS = {torch.float32: 129, torch.bfloat16: 64, torch.float16: 64}  # from which the other is, without AMX
 _WORTH = 1 << 26  # multiply-adds of a product from which the overhead of an op with gradients no longer counts
-_WORTH_WHERE_SLOW = 1 << 20  # the same, where torch is many times slower
+_WORTH_OF_DOTS = 1 << 29  # the same, where torch is nearly as fast: in bfloat16 with instructions for it
+_WORTH_WHERE_SLOW = 1 << 20  # where torch is many times slower
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -67,7 +68,8 @@ def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
     if not _has_many_rows(x.dtype):
         return USES_AMX and dots and torch.is_grad_enabled() and size >= _WORTH
     if torch.is_grad_enabled():
-        return size >= (_WORTH if dots or x.dtype == torch.float32 else _WORTH_WHERE_SLOW)
+        worth = _WORTH if x.dtype == torch.float32 else _WORTH_OF_DOTS if dots else _WORTH_WHERE_SLOW
+        return size >= worth
     return x.numel() >= (_AMX_ROWS if USES_AMX else 1) * x.shape[-1] > 0
 
 
