@@ -32,8 +32,9 @@ struct Place {
   bool add, first, last;
 };
 
-// Memory of a thread for so many rows and columns, kept from call to call. A user has always the same size.
-template <class U, int user>
+// A thread's memory for packed operands and sums, kept from call to call. Its size depends on U and the purpose alone.
+enum class For { weights, x, sums };
+template <class U, For purpose>
 U* kept(int64_t rows, int64_t columns) {
   thread_local const PackedMatrix<U> memory(rows, columns);
   return memory.data;
@@ -83,7 +84,7 @@ class Product {
   }
 
   void multiply(const Block& block) const {
-    const Panels weights{kept<U, 0>(kDepth, kColumns), round_up(block.depth, kRowPadding)};
+    const Panels weights{kept<U, For::weights>(kDepth, kColumns), round_up(block.depth, kRowPadding)};
     pack_weights(block, weights);
 
     const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads(), rows = rows_of_job(block.rows, threads);
@@ -91,26 +92,28 @@ class Product {
     const int64_t parts = std::min(panels, ceil_div(threads, shares)), part = ceil_div(panels, parts);
     float* const sums = sums_of(block);
     parallel_jobs(shares * parts, static_cast<double>(block.rows * block.depth * block.columns), [&] {
-      return [&, x_panels = kept<U, 1>(kDepth + kWidth, kRows), flush = FlushDenormals()](int64_t job) {
-        const int64_t r = job / parts * rows, panel = job % parts * part, end = block.row + block.rows;
-        const Block mine{block.row + r, std::min(rows, end - block.row - r), block.column, block.columns, block.first,
-                         block.depth};
+      return [&, x_panels = kept<U, For::x>(kDepth + kWidth, kRows), flush = FlushDenormals()](int64_t job) {
+        const int64_t r = job / parts * rows, panel = job % parts * part;
+        Block mine = block;
+        mine.row += r;
+        mine.rows = std::min(rows, block.rows - r);
         const Panels x{x_panels, p.x_transposed ? round_up(block.depth, kRowPadding) : kRows};
         pack_x(mine, x);
-        multiply_panels(mine, x, weights, panel, std::min(panel + part, panels), sums + r * sums_stride(block));
+        multiply_panels(mine, x, weights, panel, std::min(panel + part, panels),
+                        sums ? sums + r * sums_stride(block) : sums);
       };
     });
   }
 
-  // Where the sums of a block of y gather that is not deep enough yet.
+  // Where the sums of a block of y gather that is not deep enough yet. Null: they are whole at once.
   float* sums_of(const Block& block) const {
     if constexpr (kSumsInY) {
       return y_ + block.row * p.outputs + block.column;
     } else {
-      return block.depth < p.inputs ? kept<float, 2>(kSumRows, kColumns + kLanes) : nullptr;
+      return block.depth < p.inputs ? kept<float, For::sums>(kSumRows, kColumns + kLanes) : nullptr;
     }
   }
-  // Beside y not a power of two, whose rows would take each other's place in a cache.
+  // Beside y no power of two, whose rows would take each other's place in a cache.
   int64_t sums_stride(const Block& block) const {
     return kSumsInY ? p.outputs : round_up(block.columns, kLanes) + kLanes;
   }
@@ -176,16 +179,18 @@ class Product {
     }
   }
 
-  static void put(const float* tile, int64_t height, int64_t width, Place<T, Y> to) {
-    for (int64_t i = 0; i < height; ++i, tile += kWidth, to.y += to.y_stride, to.sums += to.sums_stride)
+  static void put(const float* tile, int64_t height, int64_t width, const Place<T, Y>& to) {
+    for (int64_t i = 0; i < height; ++i, tile += kWidth)
       for (int64_t c = 0; c < width; c += kLanes) {
         const int64_t n = width - c;
+        Y* y = to.y + i * to.y_stride + c;
+        float* sums = to.sums ? to.sums + i * to.sums_stride + c : to.sums;
         Vec<float> sum = load(tile + c);
-        if (!to.first) sum += load_first(static_cast<const float*>(to.sums) + c, n);
-        if (to.first && to.add) sum += load_first(static_cast<const Y*>(to.y) + c, n);
+        if (!to.first) sum += load_first(static_cast<const float*>(sums), n);
+        if (to.first && to.add) sum += load_first(static_cast<const Y*>(y), n);
         if (to.first && to.bias) sum += load_first(to.bias + c, n);
-        if (kSumsInY || to.last) store_first(to.y + c, sum, n);
-        else store_first(to.sums + c, sum, n);
+        if (kSumsInY || to.last) store_first(y, sum, n);
+        else store_first(sums, sum, n);
       }
   }
 
