@@ -7,7 +7,7 @@ and for each decoded token the weights and the chunk's keys and values. Other wo
 Our training step takes `Megalodon.loss`, rivals torch's cross-entropy of their logits.
 
 Rivals are MEGALODON in plain torch with the same weights, and a Llama with as many parameters, whose attention sees the
-whole past. "Linear layers alone" and "weights read once" bound from below what our time can become.
+whole past. "Linear layers alone", of the 200M model, and "weights read once" bound from below what our time can become.
 """
 
 from __future__ import annotations
