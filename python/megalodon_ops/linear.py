@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
       1.5 times as fast as MKL and with no larger an error than torch's if I is at least 2. There alone an infinity, or
       a number above 3.38e38, gives NaN.
     - In bfloat16 and float16 on all x86 processors without AMX. Where there is AVX512-BF16, torch's bfloat16 products
-      take 1.03 to 1.1 times as long; elsewhere, and in float16, 3 to more than 100 times. Sums are float32.
+      take 1.03 to 1.1 times as long; elsewhere, and in float16, 2.6 to more than 100 times. Sums are float32.
 
     With gradients, torch.autocast casts the tensors first. All else is torch's; but with AMX, for the bfloat16 gradient
     of the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast. `MEGALODON_OPS_LINEAR=torch`
