@@ -37,9 +37,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
       take 1.03 to 1.1 times as long; elsewhere, and in float16, 2.6 to more than 100 times. Sums are float32.
 
     With gradients, torch.autocast casts the tensors first. All else is torch's; but with AMX, for the bfloat16 gradient
-    of the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast. `MEGALODON_OPS_LINEAR=torch`
-    in the environment leaves everything to torch. Results differ by rounding alone; the choice depends on the machine
-    and on sizes, never on a measurement.
+    of the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast. In the environment,
+    `MEGALODON_OPS_LINEAR=torch` leaves everything to torch. Results differ by rounding alone; the choice depends on the
+    machine and on sizes, never on a measurement.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
@@ -54,7 +54,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
-    if torch.is_grad_enabled() and x.is_cpu and torch.is_autocast_enabled("cpu"):  # else torch keeps what it has cast
+    # Without gradients torch does the casting, as it keeps weights that it has cast.
+    if USES_KERNELS and torch.is_grad_enabled() and x.is_cpu and torch.is_autocast_enabled("cpu"):
         x, weight, *given = autocast(x, weight, *(() if bias is None else (bias,)))
         bias = given[0] if given else None
     if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):

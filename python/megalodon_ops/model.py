@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import MegalodonConfig
 from .blocks import BlockState, MegalodonBlock, Output, run_in_one_call
+from .config import MegalodonConfig
 from .loss import linear_cross_entropy
 from .states import TimestepNormState
 
