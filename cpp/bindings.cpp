@@ -18,6 +18,7 @@ PYBIND11_MODULE(_C, module) {
   bind_blocks_few_rows(module);
   bind_module_parameters(module);
   bind_plain_call(module);
+  bind_memory_pool(module);
   module.def("num_threads", [] { return omp_get_max_threads(); });
   module.def("build_info", [] {
     py::dict info;

@@ -22,5 +22,6 @@ void bind_cross_entropy(py::module_& module);
 void bind_blocks_few_rows(py::module_& module);
 void bind_module_parameters(py::module_& module);
 void bind_plain_call(py::module_& module);
+void bind_memory_pool(py::module_& module);
 
 }  // namespace megalodon

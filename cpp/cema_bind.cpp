@@ -35,7 +35,7 @@ void cema_fwd(const Target& target, py::handle x_, py::handle p, py::handle q, p
   CemaFwdParams params{};
   const TensorView x = fill(params, x_, p, q, gamma, omega, state, cu_seqlens, lengths);
   const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
-  params.y = TensorView("cema", "y", y).like(x).output();
+  params.y = TensorView("cema", "y", y).like(x).data();
   params.state_out = TensorView("cema", "state_out", state_out)
                          .shape("(S, D, N)", {S, D, N})
                          .dtype(complex_of(params.dtype), kComplex)
@@ -54,7 +54,7 @@ void cema_bwd(const Target& target, py::handle x_, py::handle p, py::handle q, p
   params.dy = TensorView("cema", "dy", dy).like(x).data();
   params.dstate_out =
       TensorView("cema", "dstate_out", dstate_out).shape("(S, D, N)", {S, D, N}).dtype(complex, kComplex).data();
-  params.dx = TensorView("cema", "dx", dx).like(x).output();
+  params.dx = TensorView("cema", "dx", dx).like(x).data();
   params.dp = TensorView("cema", "dp", dp).like(p_view).data();
   params.dq = TensorView("cema", "dq", dq).like(q_view).data();
   params.dgamma = TensorView("cema", "dgamma", dgamma).like(q_view).data();

@@ -76,7 +76,7 @@ void chunked_attention_fwd(const Target& target, py::handle q_, py::handle k, py
   const TensorView q(kOp, "q", q_);
   const Inputs in =
       fill(params, q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths);
-  params.o = TensorView(kOp, "o", o).like(in.v).output();
+  params.o = TensorView(kOp, "o", o).like(in.v).data();
   params.lse = TensorView(kOp, "lse", lse)
                    .present()
                    .shape("(B, L, H)", {q.size(0), q.size(1), q.size(2)})
@@ -100,9 +100,9 @@ void chunked_attention_bwd(const Target& target, py::handle q_, py::handle k, py
                    .dtype(real_of(params.dtype), kReal)
                    .data();
   params.d_o = TensorView(kOp, "do", d_o).like(in.v).data();
-  params.dq = TensorView(kOp, "dq", dq).like(in.k).output();
-  params.dk = TensorView(kOp, "dk", dk).like(in.k).output();
-  params.dv = TensorView(kOp, "dv", dv).like(in.v).output();
+  params.dq = TensorView(kOp, "dq", dq).like(in.k).data();
+  params.dk = TensorView(kOp, "dk", dk).like(in.k).data();
+  params.dv = TensorView(kOp, "dv", dv).like(in.v).data();
   MEGALODON_LAUNCH(target, chunked_attention_bwd, params);
 }
 
@@ -117,12 +117,12 @@ void chunked_attention_state(const Target& target, py::handle k, py::handle v, p
                            .present()
                            .shape("(S, C, H, K)", {S, C, H, K})
                            .dtype(in.k.scalar(), "as `k`")
-                           .output();
+                           .data();
   params.cache_v_out = TensorView(kOp, "cache_v_out", cache_v_out)
                            .present()
                            .shape("(S, C, H, V)", {S, C, H, V})
                            .dtype(in.k.scalar(), "as `k`")
-                           .output();
+                           .data();
   params.position_out = TensorView(kOp, "position_out", position_out)
                             .present()
                             .shape("(S,)", {S})

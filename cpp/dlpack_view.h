@@ -23,6 +23,12 @@ struct DlpackTensor {
   uint64_t byte_offset;
 };
 
+struct DlpackManagedTensor {
+  DlpackTensor tensor;
+  void* context;
+  void (*deleter)(DlpackManagedTensor* self);
+};
+
 struct DlpackExchange {
   static constexpr uint32_t kMajor = 1;
   uint32_t major, minor;

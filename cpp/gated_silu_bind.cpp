@@ -21,7 +21,7 @@ TensorView fill(GatedSiluParams& params, py::handle x_, py::handle value_) {
 void gated_silu_fwd(const Target& target, py::handle x_, py::handle value, py::handle y) {
   GatedSiluFwdParams params{};
   const TensorView x = fill(params, x_, value);
-  params.y = TensorView(kOp, "y", y).like(x).output();
+  params.y = TensorView(kOp, "y", y).like(x).data();
   MEGALODON_LAUNCH(target, gated_silu_fwd, params);
 }
 
@@ -30,8 +30,8 @@ void gated_silu_bwd(const Target& target, py::handle x_, py::handle value, py::h
   GatedSiluBwdParams params{};
   const TensorView x = fill(params, x_, value);
   params.dy = TensorView(kOp, "dy", dy).like(x).data();
-  params.dx = TensorView(kOp, "dx", dx).like(x).output();
-  if (params.value) params.dvalue = TensorView(kOp, "dvalue", dvalue).like(x).output();
+  params.dx = TensorView(kOp, "dx", dx).like(x).data();
+  if (params.value) params.dvalue = TensorView(kOp, "dvalue", dvalue).like(x).data();
   MEGALODON_LAUNCH(target, gated_silu_bwd, params);
 }
 

@@ -34,7 +34,7 @@ void layer_norm_fwd(const Target& target, py::handle x_, py::handle weight, py::
   LayerNormFwdParams params{};
   const TensorView x = fill(params, x_, weight, eps, is_rms_norm);
   params.bias = of_channels(params, "bias", bias);
-  params.y = TensorView(kOp, "y", y).like(x).output();
+  params.y = TensorView(kOp, "y", y).like(x).data();
   MEGALODON_LAUNCH(target, layer_norm_fwd, params);
 }
 
@@ -43,7 +43,7 @@ void layer_norm_bwd(const Target& target, py::handle x_, py::handle weight, doub
   LayerNormBwdParams params{};
   const TensorView x = fill(params, x_, weight, eps, is_rms_norm);
   params.dy = TensorView(kOp, "dy", dy).like(x).data();
-  params.dx = TensorView(kOp, "dx", dx).like(x).output();
+  params.dx = TensorView(kOp, "dx", dx).like(x).data();
   params.dweight = of_channels(params, "dweight", dweight);
   params.dbias = of_channels(params, "dbias", dbias);
   MEGALODON_LAUNCH(target, layer_norm_bwd, params);

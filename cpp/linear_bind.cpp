@@ -52,7 +52,7 @@ void linear_many_rows(const Target& target, py::handle x_, bool x_transposed, py
   params.bias = bias.shape("(O,)", {params.outputs}).dtype(scalar, "as `x`").data();
   params.y_is_float = y.present().scalar() == Scalar::f32;
   if (!params.y_is_float) y.dtype(scalar, "as `x`, or float32");
-  params.y = y.shape("(T, O)", {params.rows, params.outputs}).output();
+  params.y = y.shape("(T, O)", {params.rows, params.outputs}).data();
   MEGALODON_LAUNCH(target, linear_many_rows, params);
 }
 
@@ -64,7 +64,7 @@ void transpose(const Target& target, py::handle x_, py::handle y_) {
   params.columns = x.size(1);
   params.x = x.data();
   y.present().shape("(C, R)", {params.columns, params.rows}).dtype(scalar_of(params.dtype), "as `x`");
-  params.y = y.output();
+  params.y = y.data();
   MEGALODON_LAUNCH(target, transpose, params);
 }
 

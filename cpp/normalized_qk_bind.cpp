@@ -57,7 +57,7 @@ void normalized_qk_fwd(const Target& target, py::handle z_, py::handle gamma, py
         .present()
         .shape("(B, L, H, K)", {z.size(0), z.size(1), params.heads, params.key_dim})
         .dtype(z.scalar(), "as `z`")
-        .output();
+        .data();
   };
   params.q = heads("q", q);
   params.k = heads("k", k);
@@ -81,7 +81,7 @@ void normalized_qk_bwd(const Target& target, py::handle z_, py::handle gamma, py
   };
   params.dq = heads("dq", dq);
   params.dk = heads("dk", dk);
-  params.dz = TensorView(kOp, "dz", dz).like(z).output();
+  params.dz = TensorView(kOp, "dz", dz).like(z).data();
   params.dgamma = TensorView(kOp, "dgamma", dgamma).like(beta).data();
   params.dbeta = TensorView(kOp, "dbeta", dbeta).like(beta).data();
   MEGALODON_LAUNCH(target, normalized_qk_bwd, params);

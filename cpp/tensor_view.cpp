@@ -4,7 +4,6 @@
 #include <sstream>
 
 #include "dlpack_view.h"
-#include "huge_pages.h"
 
 namespace megalodon {
 namespace {
@@ -172,13 +171,6 @@ const TensorView& TensorView::like(const TensorView& other) const {
     fail(std::string("like `") + other.name_ + "`, " + other.shape_text() + " torch." + scalar_name(other.scalar_) +
          ", got " + shape_text() + " torch." + scalar_name(scalar_));
   return *this;
-}
-
-void* TensorView::output() const {
-  constexpr size_t kScalarBytes[] = {4, 8, 2, 2, 8, 16, 8};
-  if (kReadable && given_ && scalar_ != Scalar::other)
-    advise_huge_pages(data_, static_cast<size_t>(elements()) * kScalarBytes[static_cast<int>(scalar_)]);
-  return data_;
 }
 
 DType TensorView::floating() const {

@@ -30,9 +30,6 @@ class TensorView {
     return count;
   }
   void* data() const { return data_; }
-  // data() of a tensor that the op writes. On the CPU its memory may be new to the process: in huge pages if they are to
-  // be had.
-  void* output() const;
   template <class T> T* data_as() const { return static_cast<T*>(data_); }
 
   // The tensor must be given and have as many axes as `letters` names, such as "(B, L, D)".

@@ -49,8 +49,8 @@ void timestep_norm_fwd(const Target& target, py::handle x_, py::handle weight, p
   const TensorView x = fill(params, x_, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
   const Scalar real = real_of(params.dtype);
   const int64_t B = x.size(0), L = x.size(1), S = params.sequences.count, G = params.groups;
-  params.y = TensorView(kOp, "y", y).like(x).output();
-  params.stats = TensorView(kOp, "stats", stats).shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kReal).output();
+  params.y = TensorView(kOp, "y", y).like(x).data();
+  params.stats = TensorView(kOp, "stats", stats).shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kReal).data();
   const TensorView count_view(kOp, "count_out", count_out);
   if (count_view.given()) {
     params.count_out = count_view.shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<int64_t>();
@@ -81,7 +81,7 @@ void timestep_norm_bwd(const Target& target, py::handle x_, py::handle weight_, 
   params.dy = TensorView(kOp, "dy", dy).like(x).data();
   params.dmean_out = per_group("dmean_out", dmean_out);
   params.dvar_out = per_group("dvar_out", dvar_out);
-  params.dx = TensorView(kOp, "dx", dx).like(x).output();
+  params.dx = TensorView(kOp, "dx", dx).like(x).data();
   params.dweight = TensorView(kOp, "dweight", dweight).like(weight).data();
   params.dbias = TensorView(kOp, "dbias", dbias).like(weight).data();
   params.dmean = per_group("dmean", dmean);

@@ -6,8 +6,6 @@ CuPy's, which need a GPU, are in test_arrays_cupy.py.
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
 import sys
 import types
 import weakref
@@ -32,6 +30,7 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import run_python
 from strategies import CASES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -361,8 +360,7 @@ def test_neither_numpy_nor_anything_else_is_imported():
         x, zeros = Bare(torch.tensor([[[1.0, 3.0]]])), Bare(torch.zeros(2))
         print(mo.timestep_norm(x, zeros, zeros, num_groups=1, eps=0.0).tolist())
     """
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}  # torch's, that there is no NumPy
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = run_python(code, PYTHONWARNINGS="ignore")  # torch's, that there is no NumPy
     assert result.stdout.strip() == "[[[-1.0, 1.0]]]", result.stderr
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from backends import ISAS, isa
 from megalodon_ops import _C
 from megalodon_ops import linear as module
 from megalodon_ops.linear import add_product_, linear, linear_few_rows, linear_fwd
+from programs import run_python
 
 needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has no AMX")
 
@@ -351,20 +349,15 @@ def test_what_torch_is_left_with(monkeypatch):
     assert not calls
 
 
-def run(choice: str) -> subprocess.CompletedProcess:
-    ways = "m.USES_KERNELS, m.USES_AMX, m.USES_MANY_ROWS, m.USES_SHORT_MANY_ROWS"
-    program = f"import megalodon_ops.linear as m; print({ways})"
-    environment = os.environ | {"MEGALODON_OPS_LINEAR": choice}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-
-
 def test_variable_leaves_all_to_torch():
-    done = run("torch")
+    ways = "m.USES_KERNELS, m.USES_AMX, m.USES_MANY_ROWS, m.USES_SHORT_MANY_ROWS"
+    done = run_python(f"import megalodon_ops.linear as m; print({ways})", MEGALODON_OPS_LINEAR="torch")
     assert done.stdout.split() == ["False"] * 4, done.stderr
 
 
 def test_a_wrong_choice_is_refused():
-    assert "ImportError: megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got blas" in run("blas").stderr
+    done = run_python("import megalodon_ops", MEGALODON_OPS_LINEAR="blas")
+    assert "ImportError: megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got blas" in done.stderr
 
 
 @pytest.mark.parametrize(("vendor", "mkl", "expected"), [("GenuineIntel", True, False), ("AuthenticAMD", True, True),

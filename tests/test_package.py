@@ -2,27 +2,19 @@
 
 import ast
 import importlib.metadata
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_emulator.emulator import DeviceTensor
+from programs import run_python
 
 import megalodon_ops as mo
 from megalodon_ops import _C, library
 
 PACKAGE = Path(mo.__file__).parent
 ROOT = Path(__file__).parent.parent
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
-    )
 
 
 def test_extension_links_no_torch_library():
@@ -88,9 +80,7 @@ def test_variable_forces_instruction_set(isa):
 
 
 def test_best_instruction_set_is_the_default_and_a_wrong_one_raises():
-    environment = {key: value for key, value in os.environ.items() if key != "MEGALODON_OPS_ISA"}
-    code = "import megalodon_ops as mo; print(mo._C.active_isa())"
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = run_python("import megalodon_ops as mo; print(mo._C.active_isa())", MEGALODON_OPS_ISA=None)
     assert result.stdout.strip() == _C.available_isas()[-1]
     result = run_python("import megalodon_ops", MEGALODON_OPS_ISA="v9")
     assert result.returncode == 1
@@ -124,57 +114,6 @@ def test_bindings_refuse_what_would_be_unsafe():
     }.items():
         with pytest.raises((ValueError, TypeError), match=f"cema: `{name}"):
             _C.cema_fwd(*{**arguments, name: bad}.values())
-
-
-FEWEST_FAULTS_OF_A_TENSOR = """
-import resource, torch, megalodon_ops
-print(megalodon_ops.keep_freed_memory())
-
-def faults(size):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(size)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-for size in 1 << 24, 1 << 26:
-    print(min(faults(size) for _ in range(6)))  # a small block may have taken a piece of the first
-"""
-
-
-def test_freed_memory_is_kept():
-    kept, *faults = run_python(FEWEST_FAULTS_OF_A_TENSOR).stdout.split()
-    if kept == "False":
-        pytest.skip("no glibc")
-    assert max(map(int, faults)) < 16, faults  # pages of 2 MiB at most: 32 and 128 of them
-
-
-KEPT_TENSOR = """
-import torch, megalodon_ops
-print(megalodon_ops.keep_freed_memory())
-tensor = torch.ones(1 << 25)
-"""
-OUTPUT = """
-import torch, megalodon_ops
-print(True)
-tensor = megalodon_ops.timestep_norm(torch.ones(1, 1 << 15, 1 << 8), *torch.zeros(2, 1 << 8), num_groups=8)
-"""
-FLAGS_OF_ITS_MEMORY = """
-address = tensor.flatten()[tensor.numel() // 2].data_ptr()
-for line in open("/proc/self/smaps"):
-    first, *rest = line.split()
-    if "-" in first:
-        start, end = (int(part, 16) for part in first.split("-"))
-    elif first == "VmFlags:" and start <= address < end:
-        print(*rest)
-"""
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages in this system")
-@pytest.mark.parametrize("program", [KEPT_TENSOR, OUTPUT], ids=["kept", "output"])
-def test_memory_is_marked_for_huge_pages(program):
-    kept, *flags = run_python(program + FLAGS_OF_ITS_MEMORY).stdout.split()
-    if kept == "False":
-        pytest.skip("no glibc")
-    assert "hg" in flags
 
 
 class Subclass(torch.Tensor):

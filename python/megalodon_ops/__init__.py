@@ -12,7 +12,7 @@ from .cema import cema
 from .chunked_attention import chunked_attention
 from .config import MegalodonConfig
 from .layers import ComplexEMA, TimestepNorm
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, release_memory
 from .model import Megalodon, MegalodonState
 from .normalized_attention import normalized_attention
 from .normalized_qk import normalized_qk
@@ -41,5 +41,6 @@ __all__ = [
     "normalized_attention",
     "normalized_qk",
     "reference",
+    "release_memory",
     "timestep_norm",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .arrays import call_with_arrays
 from .library import call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
+from .memory import empty_like
 
 
 def cema(
@@ -73,7 +74,7 @@ def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, *, state_out=True):
 
 
 def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, *, state_out=True):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = empty_like(x)
     return y, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape)) if state_out else None
 
 
@@ -88,7 +89,7 @@ def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, *, d
 
 
 def _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, *, dstate=True):
-    grads = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, p, q, gamma, omega))
+    grads = map(empty_like, (x, p, q, gamma, omega))
     return *grads, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape)) if dstate else None
 
 

@@ -16,6 +16,7 @@ from .library import (
     launch,
     num_sequences,
 )
+from .memory import empty, empty_like
 from .states import AttentionState
 
 
@@ -136,15 +137,14 @@ def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropke
 
 
 def _fwd_fake(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return o, q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+    return empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
 def _bwd(
     do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
 ):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    grads = tuple(torch.empty_like(t) for t in (q, k, v))
+    grads = tuple(map(empty_like, (q, k, v)))
     launch(
         "chunked_attention_bwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
         scale, dropkey, dropkey_seed, cu_seqlens, lengths, o.contiguous(), lse.contiguous(), do.contiguous(), *grads,
@@ -155,7 +155,7 @@ def _bwd(
 def _bwd_fake(
     do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
 ):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return tuple(map(empty_like, (q, k, v)))
 
 
 def _setup_context(ctx, inputs, output):
@@ -187,8 +187,8 @@ def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
 def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     sequences = num_sequences(k.shape[0], cu_seqlens)
     return (
-        k.new_empty((sequences, chunk_size, *k.shape[2:])),
-        v.new_empty((sequences, chunk_size, *v.shape[2:])),
+        empty(k, (sequences, chunk_size, *k.shape[2:])),
+        empty(v, (sequences, chunk_size, *v.shape[2:])),
         k.new_empty((sequences,), dtype=torch.int64),
     )
 

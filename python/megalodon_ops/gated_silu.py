@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .library import call, contiguous_or_none, define_op, has_cpu_kernel, launch
+from .memory import empty_like
 
 
 def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
@@ -52,7 +52,7 @@ def _fwd(x, value):
 
 
 def _fwd_fake(x, value):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty_like(x)
 
 
 def _bwd(dy, x, value):
@@ -63,8 +63,7 @@ def _bwd(dy, x, value):
 
 def _bwd_fake(dy, x, value):
     """Without a value its gradient is empty: torch's schemas know no optional result."""
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(0) if value is None else torch.empty_like(dx)
+    return empty_like(x), x.new_empty(0) if value is None else empty_like(x)
 
 
 def _setup_context(ctx, inputs, output):

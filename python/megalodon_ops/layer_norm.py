@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .library import accumulation_dtype, call, contiguous_or_none, define_op, has_cpu_kernel, launch
+from .memory import empty_like
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -75,7 +73,7 @@ def _fwd(x, weight, bias, eps, is_rms_norm):
 
 
 def _fwd_fake(x, weight, bias, eps, is_rms_norm):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty_like(x)
 
 
 def _bwd(dy, x, weight, bias, eps, is_rms_norm):
@@ -89,8 +87,7 @@ def _bwd(dy, x, weight, bias, eps, is_rms_norm):
 
 def _bwd_fake(dy, x, weight, bias, eps, is_rms_norm):
     """The gradient of what is None is empty: torch's schemas know no optional result."""
-    empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
-    return empty(x), *(x.new_empty(0) if t is None else empty(t) for t in (weight, bias))
+    return empty_like(x), *(x.new_empty(0) if t is None else empty_like(t) for t in (weight, bias))
 
 
 def _setup_context(ctx, inputs, output):

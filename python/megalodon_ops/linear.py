@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _C
 from .library import autocast, call, contiguous_or_none, define_op, in_forward_mode, launch
+from .memory import empty, empty_like
 
 _CPUINFO = Path("/proc/cpuinfo")
 _FEW_ROWS = 32  # up to which the kernel that reads the weights once is the fastest
@@ -173,13 +174,13 @@ def _by_rows(x: Tensor) -> Tensor:
     """Contiguous. The transposed matrix of a weight's gradient is copied faster than torch does."""
     if not _is_transposed(x):
         return x.contiguous()
-    rows = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows = empty_like(x)
     launch("transpose", x.t(), rows)
     return rows
 
 
 def _fwd_fake(x, weight, bias):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return empty(x, (*x.shape[:-1], weight.shape[0]))
 
 
 def _setup_context(ctx, inputs, output):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, has_cpu_kernel, launch
 from .linear import add_product_, linear
+from .memory import empty
 
 # Values in a block. On the CPU just under the 32 MiB from which glibc gives freed memory back to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
@@ -152,7 +153,7 @@ def _sum(x, weight, index, scales, wants_dx, wants_dweight):
 
 
 def _sum_fake(x, weight, index, scales, wants_dx, wants_dweight):
-    dx, dweight = (scales.new_empty(t.shape if wanted else 0) for t, wanted in ((x, wants_dx), (weight, wants_dweight)))
+    dx, dweight = (empty(scales, t.shape if wanted else (0,)) for t, wanted in ((x, wants_dx), (weight, wants_dweight)))
     return scales.new_empty(()), dx, dweight
 
 

@@ -1,24 +1,74 @@
-"""Memory that a process has freed."""
+"""Memory of tensors on the CPU: where the ops' large outputs lie, and what becomes of what a process has freed."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
+from collections.abc import Sequence
 
-# mallopt(3)
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+import torch
+from torch import Tensor
+
+from . import _C
+
+_POOLED = 1 << 20  # bytes from which an output comes from the pool
+_FEWEST_POOLED = _POOLED // 16  # elements, if they are complex128
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt(3)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_DLPACK_TYPES = {
+    torch.float32: (2, 32), torch.float64: (2, 64), torch.float16: (2, 16), torch.bfloat16: (4, 16),
+    torch.complex64: (5, 64), torch.complex128: (5, 128),
+}  # fmt: skip
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised, contiguous tensor on the device of another and, unless given, of its dtype.
+
+    On the CPU, one of 1 MiB or more lies in memory that an earlier one has left, if there is some (cpp/memory_pool.h).
+    Its storage cannot be resized.
+    """
+    if type(like) in _PLAIN and like.is_cpu:
+        kind = like.dtype if dtype is None else dtype
+        if math.prod(shape) * kind.itemsize >= _POOLED and kind in _DLPACK_TYPES:
+            if not torch.are_deterministic_algorithms_enabled():  # those fill it
+                return torch.from_dlpack(_C.take_memory(shape, *_DLPACK_TYPES[kind]))
+    return like.new_empty(shape, dtype=dtype)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """The same with the shape and dtype of x."""
+    if type(x) in _PLAIN and x.numel() >= _FEWEST_POOLED:
+        return empty(x, x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def release_memory() -> None:
+    """Gives the memory that large outputs of ops on the CPU have left back to the system.
+
+    The package keeps it for the next ones, as fresh memory takes longer to clear than many a kernel to write: up to as
+    much as such outputs ever took at once. All but 128 MiB of it Linux takes back on its own when memory is short.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> y = mo.timestep_norm(torch.randn(1, 4096, 256), *torch.zeros(2, 256), num_groups=8)
+        >>> del y
+        >>> mo.release_memory()
+    """
+    _C.release_memory()
 
 
 def keep_freed_memory() -> bool:
     """Makes the C library keep freed CPU memory of any size for the next tensors, in huge pages. For long programs.
 
     By default glibc gives blocks of 32 MiB and more, and free memory at the end of its heap, back to the system, which
-    clears every page anew for the next tensor. Where that is slow, a training step takes a tenth longer. The process's
-    peak stays about the same, but it holds on to it. What the heap takes next, up to half of the machine's memory, is
-    marked for huge pages, where Linux leaves them to those who ask: kernels that are bound by memory, as in decoding,
-    then take up to a tenth less. Nothing is set aside for that but addresses, and no tensor that exists moves, so call
-    this before you load a model. Commands of `python -m megalodon_ops` do; importing the package does not.
+    clears every page anew for the next tensor; large outputs of the ops never need that (:func:`release_memory`). The
+    process's peak stays about the same, but it holds on to it. What the heap takes next, up to half of the machine's
+    memory, is marked for huge pages, where Linux leaves them to those who ask: kernels that are bound by memory, as in
+    decoding, then take up to a tenth less. Nothing is set aside for that but addresses, and no tensor that exists
+    moves, so call this before you load a model. Commands of `python -m megalodon_ops` do; importing the package does
+    not.
 
     Returns:
         False where there is no glibc, whose `mallopt` this is; then nothing has changed.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .arrays import call_with_arrays
 from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none, launch
+from .memory import empty, empty_like
 
 
 def normalized_qk(
@@ -102,12 +103,12 @@ def _fwd(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seq
 
 def _fwd_fake(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     shape = (*z.shape[:-1], num_heads, z.shape[-1] // num_heads)
-    return z.new_empty(shape), z.new_empty(shape)
+    return empty(z, shape), empty(z, shape)
 
 
 def _bwd(dq, dk, z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     z, gamma, beta = z.contiguous(), gamma.contiguous(), beta.contiguous()
-    grads = tuple(torch.empty_like(t) for t in (z, gamma, beta))
+    grads = tuple(map(empty_like, (z, gamma, beta)))
     launch(
         "normalized_qk_bwd", z, gamma, beta, num_heads, chunk_size, eps, _rotary(z, num_heads, chunk_size, rope_base, position),
         contiguous_or_none(position), cu_seqlens, lengths, dq.contiguous(), dk.contiguous(), *grads,
@@ -116,7 +117,7 @@ def _bwd(dq, dk, z, gamma, beta, num_heads, chunk_size, rope_base, eps, position
 
 
 def _bwd_fake(dq, dk, z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (z, gamma, beta))
+    return tuple(map(empty_like, (z, gamma, beta)))
 
 
 def _setup_context(ctx, inputs, output):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .arrays import call_with_arrays
 from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
+from .memory import empty, empty_like
 from .states import TimestepNormState
 
 
@@ -82,11 +83,11 @@ def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlen
 def _fwd_fake(
     x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, *, stats=True, state_out=True
 ):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = empty_like(x)
     if not (stats or state_out):
         return y, None, None, None, None, None
     dtype = accumulation_dtype(x.dtype)
-    stats = x.new_empty((3, *x.shape[:2], num_groups), dtype=dtype) if stats else None
+    stats = empty(x, (3, *x.shape[:2], num_groups), dtype) if stats else None
     if not state_out:
         return y, stats, None, None, None, None
     sequences = num_sequences(x.shape[0], cu_seqlens)
@@ -121,7 +122,7 @@ def _bwd_fake(
     dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats,
     *, dstate=True,
 ):  # fmt: skip
-    dx, dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
+    dx, dweight, dbias = map(empty_like, (x, weight, bias))
     if not dstate:
         return dx, dweight, dbias, None, None
     sequences = num_sequences(x.shape[0], cu_seqlens)

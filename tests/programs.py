@@ -1,0 +1,11 @@
+"""Programs that tests run in processes of their own."""
+
+import os
+import subprocess
+import sys
+
+
+def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess:
+    """Runs the code with these variables changed; None takes one away."""
+    environment = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
