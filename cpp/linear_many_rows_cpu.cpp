@@ -5,8 +5,8 @@
 // The weights are packed a block of at most kColumns outputs and kDepth inputs at a time, by all threads together, and
 // stay in the last cache. Then a job packs as much of the depth of some rows of x, which stay in the L2, and meets them
 // with the panels of the block (gemm.h): a tile is made in registers and put to y. What is deeper than a block is
-// summed up in y, or, where that is shorter than float, beside it for kSumRows rows of y at a time. The order of a sum
-// is that of the depth, whoever runs a job.
+// summed up in y, or, where that is shorter than float, beside it for kSumRows rows of y at a time. A sum is one of
+// runs of kRunDepth, in the order of the depth, whoever runs a job.
 
 #include "linear.h"
 
@@ -48,7 +48,10 @@ class Product {
   static constexpr int kWidth = kTileColumns<U>, kHeight = kTileRows<U>, kLanes = MEGALODON_ISA::kLanes<float>;
   static constexpr int64_t kDepth = 1280 * kUnitDepth<U>, kColumns = 2112, kSumRows = 1152;
   static constexpr int64_t kRows = 144, kLeastRows = 24;  // of a job
+  // So much of a float32 product is summed up by itself, so that rounding errors grow with the root of the depth.
+  static constexpr int64_t kRunDepth = std::is_same_v<T, float> ? 288 : kDepth;
   static_assert(kColumns % kWidth == 0 && kRows % kWidth == 0 && kRows % kTallRows<U> == 0);
+  static_assert(kRunDepth % kWidth == 0 || kRunDepth == kDepth);
 
  public:
   explicit Product(const LinearManyRowsParams& params)
@@ -151,7 +154,6 @@ class Product {
     for (const int64_t begin = panel; panel < last; ++panel) {
       const int vectors = vectors_in_panel<U>(block.columns, panel);
       const int64_t column = panel * kWidth, width = std::min<int64_t>(kWidth, block.columns - column);
-      const U* b = weights.at(panel, 0);
       const Ahead<U> ahead{weights.at(panel + 1 < last ? panel + 1 : begin, 0), block.depth};
       int64_t rows;
       for (int64_t r = 0, tile = 0; r < block.rows; r += rows, ++tile) {
@@ -168,12 +170,17 @@ class Product {
         const int64_t height = std::min(rows, block.rows - r);
         for (int64_t i = 0; i < height; ++i)
           for (int64_t c = 0; c < width; c += kLanes) __builtin_prefetch(place.y + i * p.outputs + c, 1);
-        if (p.x_transposed)
-          multiply_tile<true>(vectors, rows, block.depth, x.at(r / kWidth, 0) + r % kWidth, 0, b, 1.0f, nullptr,
-                              tile_sums, ahead.part(tile));
-        else
-          multiply_tile<false>(vectors, rows, block.depth, x.at(0, r), x.panel_units(), b, 1.0f, nullptr, tile_sums,
-                               ahead.part(tile));
+        for (int64_t d = 0; d == 0 || d < block.depth; d += kRunDepth) {
+          const int64_t depth = std::min(kRunDepth, block.depth - d);
+          const float* const factors = d > 0 ? kOnes<float> : nullptr;
+          const char* const part = ahead.part(tile) + d / kUnitDepth<U> * Ahead<U>::kStepBytes;
+          if (p.x_transposed)
+            multiply_tile<true>(vectors, rows, depth, x.at(r / kWidth, d) + r % kWidth, 0, weights.at(panel, d), 1.0f,
+                                factors, tile_sums, part);
+          else
+            multiply_tile<false>(vectors, rows, depth, x.at(d / kWidth, r), x.panel_units(),
+                                 weights.at(panel, d), 1.0f, factors, tile_sums, part);
+        }
         put(tile_sums, height, width, place);
       }
     }

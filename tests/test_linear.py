@@ -223,6 +223,20 @@ def test_add_product(large, dtype):
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", ISAS)
+def test_float32_sums_are_made_in_runs(name, transposed):
+    gen = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(96, 2048, generator=gen), torch.randn(64, 2048, generator=gen)
+    one_after_another = torch.zeros(96, 64)
+    for column, other in zip(x.T, weight.T, strict=True):
+        one_after_another += column[:, None] * other
+    exact = F.linear(x.double(), weight.double())
+    y = many_rows(name, x, weight, transposed=(transposed, transposed))
+    error, most = ((sums.double() - exact).square().mean().sqrt() for sums in (y, one_after_another))
+    assert error < 0.45 * most
+
+
 @needs_amx
 @pytest.mark.parametrize("depth", [64, 512, 2048])
 def test_amx_is_as_accurate_as_torch(depth):
