@@ -348,6 +348,18 @@ def test_when_amx_is_taken(monkeypatch, gradients):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dots", [False, True])
+def test_when_autocast_without_gradients_takes_the_kernel(monkeypatch, dtype, dots):
+    monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", True)
+    monkeypatch.setattr(module, "_HAS_BFLOAT16", dots)
+    calls, x, weight = taken(monkeypatch), torch.randn(64, 24), torch.randn(40, 24)
+    with torch.autocast("cpu", dtype):
+        assert linear(x, weight).dtype == linear(x[:63], weight).dtype == dtype
+    assert calls == ["linear_fwd"] * (dtype == torch.float16 or not dots)
+
+
+@torch.no_grad()
 def test_what_torch_is_left_with(monkeypatch):
     monkeypatch.setattr(module, "USES_MANY_ROWS", True)
     monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", False)

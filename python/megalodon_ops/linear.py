@@ -37,10 +37,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     - In bfloat16 and float16 on all x86 processors without AMX. Where there is AVX512-BF16, torch's bfloat16 products
       take 1.03 to 1.1 times as long; elsewhere, and in float16, 2.6 to more than 100 times. Sums are float32.
 
-    With gradients, torch.autocast casts the tensors first. All else is torch's; but with AMX, for the bfloat16 gradient
-    of the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast. In the environment,
-    `MEGALODON_OPS_LINEAR=torch` leaves everything to torch. Results differ by rounding alone; the choice depends on the
-    machine and on sizes, never on a measurement.
+    Under torch.autocast the tensors are cast first. Without gradients that is left to torch, which keeps weights that
+    it has cast, for few rows and where its products are nearly as fast. All else is torch's; but with AMX, for the
+    bfloat16 gradient of the weights, one matrix is copied to the layout that oneDNN multiplies twice as fast. In the
+    environment, `MEGALODON_OPS_LINEAR=torch` leaves everything to torch. Results differ by rounding alone; the choice
+    depends on the machine and on sizes, never on a measurement.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
@@ -55,8 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
-    # Without gradients torch does the casting, as it keeps weights that it has cast.
-    if USES_KERNELS and torch.is_grad_enabled() and x.is_cpu and torch.is_autocast_enabled("cpu"):
+    if USES_KERNELS and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x):
         x, weight, *given = autocast(x, weight, *(() if bias is None else (bias,)))
         bias = given[0] if given else None
     if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
@@ -64,9 +64,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def _suits_casting(x: Tensor) -> bool:
+    """Whether to cast for autocast here.
+
+    Torch keeps weights that it has cast: without gradients, that gains more for few rows and where it is nearly as fast.
+    """
+    dtype = torch.get_autocast_dtype("cpu")
+    if torch.is_grad_enabled():
+        return True
+    return _has_many_rows(dtype) and not _has_dots(dtype) and x.numel() >= _MANY_ROWS[dtype] * x.shape[-1]
+
+
 def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
     """Whether the product takes the kernel for many rows, or its gradient of the weights will take a copy."""
-    size, dots = x.numel() * weight.shape[0], x.dtype == torch.bfloat16 and _HAS_BFLOAT16
+    size, dots = x.numel() * weight.shape[0], _has_dots(x.dtype)
     if not _has_many_rows(x.dtype):
         return USES_AMX and dots and torch.is_grad_enabled() and size >= _WORTH
     if torch.is_grad_enabled():
@@ -78,6 +89,11 @@ def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
 def _has_many_rows(dtype: torch.dtype) -> bool:
     """Whether there is a kernel for many rows that is faster than torch."""
     return USES_MANY_ROWS if dtype == torch.float32 else USES_SHORT_MANY_ROWS and dtype in _MANY_ROWS
+
+
+def _has_dots(dtype: torch.dtype) -> bool:
+    """Whether the processor has instructions for it, which torch's libraries use as well."""
+    return dtype == torch.bfloat16 and _HAS_BFLOAT16
 
 
 def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
