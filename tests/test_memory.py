@@ -13,6 +13,7 @@ from programs import run_python
 
 import megalodon_ops as mo
 from megalodon_ops import memory
+from megalodon_ops.layers import Linear
 
 MIB = 1 << 18  # float32
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
@@ -82,6 +83,26 @@ def test_outputs_of_ops_may_be_written_and_differentiated():
     (expected,) = torch.autograd.grad(plain.sum() * 2, x)
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert grad.equal(expected)
+
+
+def test_large_weights_lie_in_huge_pages():
+    def has_huge_pages(tensor):
+        return tensor.data_ptr() % (2 << 20) == 0  # torch aligns to 64 bytes
+
+    torch.manual_seed(0)
+    layer = Linear(1024, 512)
+    torch.manual_seed(0)
+    expected = torch.nn.Parameter(torch.empty(512, 1024).normal_(std=(3 * 1024) ** -0.5))
+    assert has_huge_pages(layer.weight) and layer.weight.requires_grad and layer.weight.is_leaf
+    assert layer.weight.equal(expected) and layer.bias.eq(0).all()
+    layer(torch.randn(3, 1024)).sum().backward()
+    address, weight = layer.weight.data_ptr(), layer.weight
+    assert layer.float().weight is weight and weight.data_ptr() == address  # nothing to do
+    half, grad = layer.to(torch.bfloat16).weight, layer.weight.grad
+    assert half.equal(expected.bfloat16()) and has_huge_pages(half) and has_huge_pages(grad) and grad.dtype == half.dtype
+    assert not has_huge_pages(layer.share_memory().weight) or layer.weight.is_shared()
+    assert layer.weight.equal(expected.bfloat16())
+    assert Linear(1024, 512, device="meta").to_empty(device="cpu").weight.shape == (512, 1024)
 
 
 def test_what_is_small_or_of_another_kind_is_torchs(monkeypatch):

@@ -44,6 +44,13 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """The tensor or, if it is large and on the CPU, a copy with memory from the pool."""
+    if type(tensor) in _PLAIN and tensor.is_cpu and tensor.nbytes >= _POOLED:
+        return empty(tensor, tensor.shape).copy_(tensor)
+    return tensor
+
+
 def release_memory() -> None:
     """Gives the memory that large outputs of ops on the CPU have left back to the system.
 
@@ -65,10 +72,9 @@ def keep_freed_memory() -> bool:
     By default glibc gives blocks of 32 MiB and more, and free memory at the end of its heap, back to the system, which
     clears every page anew for the next tensor; large outputs of the ops never need that (:func:`release_memory`). The
     process's peak stays about the same, but it holds on to it. What the heap takes next, up to half of the machine's
-    memory, is marked for huge pages, where Linux leaves them to those who ask: kernels that are bound by memory, as in
-    decoding, then take up to a tenth less. Nothing is set aside for that but addresses, and no tensor that exists
-    moves, so call this before you load a model. Commands of `python -m megalodon_ops` do; importing the package does
-    not.
+    memory, is marked for huge pages, where Linux leaves them to those who ask: kernels that are bound by memory then
+    take up to a tenth less. Nothing is set aside for that but addresses, and no tensor that exists moves, so call this
+    before you load a model. Commands of `python -m megalodon_ops` do; importing the package does not.
 
     Returns:
         False where there is no glibc, whose `mallopt` this is; then nothing has changed.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import MegalodonConfig
+from .memory import in_huge_pages
 from .model import Megalodon
 
 # How a model-parallel checkpoint splits its parameters: along dim 1, along dim 0, or not at all.
@@ -54,7 +55,7 @@ def load_official(
             raise ValueError(
                 f"load_official: `{name}` must have shape {tuple(parameter.shape)}, got {tuple(weights[name].shape)}."
             )
-        weights[name] = weights[name].to(device=device, dtype=parameter.dtype, copy=True)
+        weights[name] = in_huge_pages(weights[name].to(device=device, dtype=parameter.dtype, copy=True))
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     return model.eval()
