@@ -90,7 +90,9 @@ class _Model:
         return _Model(self.name, self.config, dtype)
 
     def tokens(self, length: int) -> Tensor:
-        return torch.randint(self.config.vocab_size, (1, length), generator=torch.Generator(torch.get_default_device()).manual_seed(1))
+        return torch.randint(
+            self.config.vocab_size, (1, length), generator=torch.Generator(torch.get_default_device()).manual_seed(1)
+        )
 
     def flops(self, length: int, training: bool) -> int:
         config = self.config

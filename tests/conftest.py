@@ -18,9 +18,7 @@ pytest_plugins = ["cuda_emulator.fixtures"]
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones, and more. A backend serves all examples.
 WHOLE_TEST = [HealthCheck.function_scoped_fixture]
-settings.register_profile(
-    "default", max_examples=15, deadline=None, derandomize=True, suppress_health_check=WHOLE_TEST
-)
+settings.register_profile("default", max_examples=15, deadline=None, derandomize=True, suppress_health_check=WHOLE_TEST)
 settings.register_profile(
     "explore", max_examples=300, deadline=None, print_blob=True,
     suppress_health_check=[*WHOLE_TEST, HealthCheck.too_slow],

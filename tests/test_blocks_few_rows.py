@@ -22,7 +22,9 @@ VARIANTS = {
     "plain": {},
     "swiglu": dict(swiglu=True, rescale_nffn=True),
     "not affine": dict(norm_affine=False, cema_ndim=1),
-    "wide": dict(model_dim=72, num_heads=3, z_dim=30, value_dim=51, ffn_hidden_dim=100, cema_ndim=17, norm_num_groups=8),
+    "wide": dict(
+        model_dim=72, num_heads=3, z_dim=30, value_dim=51, ffn_hidden_dim=100, cema_ndim=17, norm_num_groups=8
+    ),
 }
 INPLACE = dict(return_state=True, inplace_state=True)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -26,7 +26,9 @@ def inputs(channels, modes, dtype=torch.float64, seed=0):
     gen = torch.Generator().manual_seed(seed)
     shapes = ((channels, modes, 1), (channels, modes, 1), (channels, 1, 1), (channels, modes, 2))
     parameters = [3 * torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype) for shape in shapes]
-    dp, dq, dscaled = (torch.randn((channels, modes, 2), generator=gen, dtype=torch.float64).to(dtype) for _ in range(3))
+    dp, dq, dscaled = (
+        torch.randn((channels, modes, 2), generator=gen, dtype=torch.float64).to(dtype) for _ in range(3)
+    )
     return parameters, [dp[..., 0].contiguous(), torch.view_as_complex(dq), torch.view_as_complex(dscaled)]
 
 

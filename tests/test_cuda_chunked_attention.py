@@ -26,8 +26,16 @@ ON_TENSOR_CORES = {
     "128-columns": {"L": 70, "H": 1, "K": 128, "V": 72, "C": 48, "dtype": BF16, "lengths": [70, 33]},
     "128-columns-short-tiles": {"B": 1, "L": 66, "H": 1, "K": 136, "V": 120, "C": 64, "dtype": F16, "dropkey": 0.5},
     "256-columns": {"L": 34, "H": 1, "K": 16, "V": 136, "C": 33, "dtype": BF16, "state": True},
-    "256-columns-twice": {"L": 35, "H": 2, "K": 250, "V": 258, "C": 20, "dtype": BF16, "dropkey": 0.2,
-                          "lengths": [35, 20]},
+    "256-columns-twice": {
+        "L": 35,
+        "H": 2,
+        "K": 250,
+        "V": 258,
+        "C": 20,
+        "dtype": BF16,
+        "dropkey": 0.2,
+        "lengths": [35, 20],
+    },
     "one-channel": {"L": 20, "H": 3, "K": 1, "V": 1, "C": 7, "dtype": F16},
 }
 WITHOUT = {

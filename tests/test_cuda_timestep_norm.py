@@ -73,7 +73,9 @@ def test_a_state_counts_with_its_residual(emulator):
         options = dict(case.options)
         state = mo.TimestepNormState(options.pop("count"), mean, var, options.pop("residual"))
         y, (_, *moments, residual) = function(x, weight, bias, **options, state=state, return_state=True)
-        return {"y": y.double()} | {i: moment.double() + part for i, (moment, part) in enumerate(zip(moments, residual, strict=True))}
+        return {"y": y.double()} | {
+            i: moment.double() + part for i, (moment, part) in enumerate(zip(moments, residual, strict=True))
+        }
 
     with emulator.replacing(_C):
         actual = results(mo.timestep_norm, case)

@@ -69,7 +69,9 @@ def spread_over_magnitudes(dtype):
     info = torch.finfo(dtype)
     low, high = math.log2(info.tiny), math.log2(info.max)
     exponents = low + (high - low) * torch.rand(100_000, generator=gen, dtype=torch.float64)
-    magnitudes = torch.cat((exponents.clamp(max=high - 1e-6).exp2(), torch.linspace(0, 100, 100_001, dtype=torch.float64)))
+    magnitudes = torch.cat(
+        (exponents.clamp(max=high - 1e-6).exp2(), torch.linspace(0, 100, 100_001, dtype=torch.float64))
+    )
     return torch.cat((magnitudes, -magnitudes)).clamp(info.min, info.max).to(dtype)
 
 

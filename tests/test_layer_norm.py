@@ -211,7 +211,15 @@ def test_errors():
     assert_refuses(TypeError, "layer_norm", "bias", lambda: layer_norm(x, weight, bias.half()))
     assert_refuses(ValueError, "layer_norm", "eps", lambda: layer_norm(x, weight, bias, eps=-1.0))
     assert_refuses(ValueError, "layer_norm", "x", lambda: rms_norm(x[0, 0]))
-    arguments = {"weight": weight, "eps": 1e-5, "is_rms_norm": False, "dy": x, "dx": x.clone(), "dw": weight, "db": bias}
+    arguments = {
+        "weight": weight,
+        "eps": 1e-5,
+        "is_rms_norm": False,
+        "dy": x,
+        "dx": x.clone(),
+        "dw": weight,
+        "db": bias,
+    }
     _C.layer_norm_bwd(x, *arguments.values())
     for argument, bad in {"dy": x[:2], "dx": x.double(), "dw": weight[:3]}.items():
         with pytest.raises((ValueError, TypeError), match=f"layer_norm: `{argument}"):

@@ -68,7 +68,8 @@ def test_an_output_is_like_any_tensor(dtype):
     file = io.BytesIO()
     torch.save(tensor, file)
     file.seek(0)
-    for copied in (copy.deepcopy(tensor), torch.load(file, weights_only=True), tensor.clone().share_memory_(), tensor.share_memory_()):
+    shared, loaded = tensor.clone().share_memory_(), torch.load(file, weights_only=True)
+    for copied in (copy.deepcopy(tensor), loaded, shared, tensor.share_memory_()):
         assert copied.eq(2).all()
     with torch.inference_mode():
         assert memory.empty_like(usual).is_inference()
@@ -99,9 +100,9 @@ def test_large_weights_lie_in_huge_pages():
     address, weight = layer.weight.data_ptr(), layer.weight
     assert layer.float().weight is weight and weight.data_ptr() == address  # nothing to do
     half, grad = layer.to(torch.bfloat16).weight, layer.weight.grad
-    assert half.equal(expected.bfloat16()) and has_huge_pages(half) and has_huge_pages(grad) and grad.dtype == half.dtype
-    assert not has_huge_pages(layer.share_memory().weight) or layer.weight.is_shared()
-    assert layer.weight.equal(expected.bfloat16())
+    assert has_huge_pages(half) and half.equal(expected.bfloat16())
+    assert has_huge_pages(grad) and grad.dtype == half.dtype
+    assert layer.share_memory().weight.is_shared() and layer.weight.equal(expected.bfloat16())
     assert Linear(1024, 512, device="meta").to_empty(device="cpu").weight.shape == (512, 1024)
 
 

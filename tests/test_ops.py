@@ -317,9 +317,17 @@ def test_opcheck():
     elsewhere = {
         f"megalodon_ops::{name}"  # tested in a file of its own each
         for name in (
-            "linear_fwd", "linear_few_rows", "linear_cross_entropy_fwd", "linear_cross_entropy_sum",
-            "layer_norm_fwd", "layer_norm_bwd", "gated_silu_fwd", "gated_silu_bwd",
-            "cema_coefficients_fwd", "cema_coefficients_bwd", "blocks_few_rows_",
+            "linear_fwd",
+            "linear_few_rows",
+            "linear_cross_entropy_fwd",
+            "linear_cross_entropy_sum",
+            "layer_norm_fwd",
+            "layer_norm_bwd",
+            "gated_silu_fwd",
+            "gated_silu_bwd",
+            "cema_coefficients_fwd",
+            "cema_coefficients_bwd",
+            "blocks_few_rows_",
         )  # fmt: skip
     }
     assert {func.name() for func in calls} | elsewhere == registered

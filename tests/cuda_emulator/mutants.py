@@ -28,6 +28,7 @@ int gpu_turns(int mutant);
 }
 """
 
+
 @dataclass(frozen=True)
 class Mutant:
     line: int

@@ -52,7 +52,10 @@ PROMISES = (
         r"timestep_norm_fwd_kernel<(?!fp16, 8, true)\w+, [248], \w+>", 128, uses=(LOAD_128, STORE_128), doubles=_SCAN
     ),
     Promise(
-        r"timestep_norm_fwd_kernel<fp16, 8, true>", 128, uses=(LOAD_128, STORE_128), doubles=_SCAN,
+        r"timestep_norm_fwd_kernel<fp16, 8, true>",
+        128,
+        uses=(LOAD_128, STORE_128),
+        doubles=_SCAN,
         stack={80: "3 registers spill, once a thread; a second block on a multiprocessor is worth more"},
     ),
     Promise(r"timestep_norm_fwd_kernel<\w+, 1, false>", 128, doubles=_SCAN),
@@ -75,12 +78,16 @@ PROMISES = (
     Promise(r"chunked_attention_fwd_mma_kernel<fp16, .*>", 255, uses=(MMA_FP16, LDMATRIX, COPY_128), doubles=_DROPKEY),
     Promise(r"chunked_attention_fwd_fma_kernel<.*>", 255, doubles=_DROPKEY),
     Promise(
-        r"chunked_attention_bwd_scores_kernel<TensorProduct<bf16, .*>>", 224,
-        uses=(MMA_BF16, LDMATRIX), doubles=_DROPKEY,
+        r"chunked_attention_bwd_scores_kernel<TensorProduct<bf16, .*>>",
+        224,
+        uses=(MMA_BF16, LDMATRIX),
+        doubles=_DROPKEY,
     ),
     Promise(
-        r"chunked_attention_bwd_scores_kernel<TensorProduct<fp16, .*>>", 224,
-        uses=(MMA_FP16, LDMATRIX), doubles=_DROPKEY,
+        r"chunked_attention_bwd_scores_kernel<TensorProduct<fp16, .*>>",
+        224,
+        uses=(MMA_FP16, LDMATRIX),
+        doubles=_DROPKEY,
     ),
     Promise(r"chunked_attention_bwd_scores_kernel<PlainProduct<.*>>", 255, doubles=_DROPKEY),
     Promise(

@@ -91,9 +91,7 @@ def _kernels_of_cubin(cubin: Path) -> list[Kernel]:
     usage = _run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)]).stdout
     kernels = {
         name: Kernel(name, architecture, [], int(registers), int(shared), int(stack))
-        for name, registers, stack, shared in re.findall(
-            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
-        )
+        for name, registers, stack, shared in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     }
     _parse_listing(_run([tool("nvdisasm"), "-c", "-g", str(cubin)]).stdout, kernels)
     for kernel, name in zip(kernels.values(), demangle(list(kernels)), strict=True):
@@ -135,9 +133,7 @@ def _short(name: str) -> str:
     return re.sub(r"(?:\w+::)+(?=\w)", "", name).replace("> >", ">>")
 
 
-def _run(
-    command: list[str], text: str | None = None, folder: str | None = None
-) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], text: str | None = None, folder: str | None = None) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"[:8000])
