@@ -1,9 +1,9 @@
 // Memory of the CPU ops' large outputs, kept from one to the next.
 //
 // A C library gives large blocks back to the system, which clears every page anew for the next tensor: that takes as
-// long as many a kernel. Here a block that is no longer in use stays with the process, but Linux may take its pages back
-// whenever it is short of memory. The pool never maps more than its blocks in use ever took at once, so a process's peak
-// is what it would be without it. Blocks lie in huge pages where the system grants them.
+// long as many a kernel. Here a block that is no longer in use stays with the process, but Linux may take its pages
+// whenever it is short of memory. The pool never maps more than its blocks in use ever took at once, so a process's
+// peak is about what it would be without it. Blocks lie in huge pages where the system grants them.
 #pragma once
 
 #include <cstddef>

@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     - In float32 on processors that are not Intel's, where MKL takes a slow path, and on Intel's that have AMX (Xeons
       since 2023): there a float32 is the sum of three bfloat16, and six products of those make one of float32, 1.2 to
       1.5 times as fast as MKL and with no larger an error than torch's if I is at least 2. There alone an infinity, or
-      a number above 3.38e38, gives NaN. Without AMX errors are, in the mean square, a fifth larger than MKL's.
+      a number above 3.38e38, gives NaN. Without AMX errors are, in the mean square, up to a fifth larger than MKL's.
     - In bfloat16 and float16 on all x86 processors without AMX. Where there is AVX512-BF16, torch's bfloat16 products
       take 1.03 to 1.1 times as long; elsewhere, and in float16, 2.6 to more than 100 times. Sums are float32.
 
@@ -67,7 +67,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _suits_casting(x: Tensor) -> bool:
     """Whether to cast for autocast here.
 
-    Torch keeps weights that it has cast: without gradients, that gains more for few rows and where it is nearly as fast.
+    Torch keeps weights that it has cast: without gradients, that gains more for few rows, and where it is nearly as
+    fast.
     """
     dtype = torch.get_autocast_dtype("cpu")
     if torch.is_grad_enabled():
