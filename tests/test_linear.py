@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from backends import ISAS, isa
 from megalodon_ops import _C
 from megalodon_ops import linear as module
-from megalodon_ops.linear import add_product_, linear, linear_few_rows, linear_fwd
+from megalodon_ops.linear import linear, linear_few_rows, linear_fwd, put_product_
 from programs import run_python
 
 needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has no AMX")
@@ -211,15 +211,17 @@ def test_many_rows_refuse_other_types():
             many_rows("v2", *tensors[:2], add_to=tensors[2])
 
 
+@pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_add_product(large, dtype):
+def test_put_product(large, dtype, add):
     x, weight = (torch.randn(20, n).to(dtype) for n in (70, 30))
     y = torch.randn(70, 30)
     rounds = dtype != torch.float32 and not module.USES_SHORT_MANY_ROWS  # the product before it is added
     factors = (x, weight) if rounds else (x.double(), weight.double())
-    expected = (y + F.linear(*(t.t() for t in factors))).float()
+    expected = (add * y + F.linear(*(t.t() for t in factors))).float()
+    y = y if add else torch.full_like(y, torch.nan)
     with torch.no_grad():
-        add_product_(y, x.t(), weight.t(), 32)
+        put_product_(y, x.t(), weight.t(), 32, add=add)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -141,16 +141,17 @@ def _few_rows(x, weight, bias):
     return y
 
 
-def add_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int) -> None:
-    """y += x weight^T, outside autograd; y may be float32 where they are shorter.
+def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) -> None:
+    """y = x weight^T, or y += x weight^T, outside autograd; y may be float32 where they are shorter.
 
     Where that takes two steps, for `rows` of y at a time, as suits the cache.
     """
     if _has_many_rows(x.dtype) and _is_plain(x, weight, None) and y.dtype in (x.dtype, torch.float32):
-        _many_rows(x, weight, None, y, add=True)
+        _many_rows(x, weight, None, y, add=add)
         return
     for part, of_x in zip(y.split(rows), x.split(rows), strict=True):
-        part.add_(linear(of_x, weight))
+        product = linear(of_x, weight)
+        part.add_(product) if add else part.copy_(product)
 
 
 def _fwd(x, weight, bias):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, has_cpu_kernel, launch
-from .linear import add_product_, linear
+from .linear import linear, put_product_
 from .memory import empty
 
 # Values in a block. On the CPU just under the 32 MiB from which glibc gives freed memory back to the system.
@@ -139,16 +139,15 @@ def _backward(ctx, dlosses):
 def _sum(x, weight, index, scales, wants_dx, wants_dweight):
     """sum of scales_t loss_t, and its gradients in the accumulation dtype: empty where they are not wanted."""
     _, dx, dweight = _sum_fake(x, weight, index, scales, wants_dx, wants_dweight)
-    dweight.zero_()
     losses, rows, slab = [], _rows(weight.shape[0], _block(x.device)), _rows(x.shape[1], _SLAB)
     for begin in range(0, x.shape[0], rows):
         block = slice(begin, begin + rows)
         dlogits = linear(x[block], weight)
         losses.append(_cross_entropy(dlogits, index[block], scales[block]))
         if wants_dx:
-            dx[block] = linear(dlogits, weight.t())
+            put_product_(dx[block], dlogits, weight.t(), rows, add=False)
         if wants_dweight:
-            add_product_(dweight, dlogits.t(), x[block].t(), slab)
+            put_product_(dweight, dlogits.t(), x[block].t(), slab, add=begin > 0)
     return torch.cat(losses).dot(scales), dx, dweight
 
 
