@@ -314,22 +314,11 @@ def test_opcheck():
     """Schema, fake kernel, autograd registration and tracing of every op that is registered."""
     calls = recorded_calls()
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("megalodon_ops::")}
-    elsewhere = {
-        f"megalodon_ops::{name}"  # tested in a file of its own each
-        for name in (
-            "linear_fwd",
-            "linear_few_rows",
-            "linear_cross_entropy_fwd",
-            "linear_cross_entropy_sum",
-            "layer_norm_fwd",
-            "layer_norm_bwd",
-            "gated_silu_fwd",
-            "gated_silu_bwd",
-            "cema_coefficients_fwd",
-            "cema_coefficients_bwd",
-            "blocks_few_rows_",
-        )  # fmt: skip
-    }
+    names = """
+        linear_fwd linear_few_rows linear_cross_entropy_fwd linear_cross_entropy_sum layer_norm_fwd layer_norm_bwd
+        gated_silu_fwd gated_silu_bwd cema_coefficients_fwd cema_coefficients_bwd blocks_few_rows_
+    """
+    elsewhere = {f"megalodon_ops::{name}" for name in names.split()}  # tested in a file of its own each
     assert {func.name() for func in calls} | elsewhere == registered
     for func, args in calls.items():
         if func.name().endswith("_fwd"):

@@ -142,13 +142,13 @@ class LayerNorm(_Norm):
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
-    On the CPU its products take the fastest way there is, :func:`megalodon_ops.linear.linear`, and a weight of 1 MiB or
-    more lies in huge pages: products of few rows, which read it once, then take up to a tenth less.
+    On the CPU its products take the fastest way there is, :func:`megalodon_ops.linear.linear`, and a large weight lies
+    in huge pages, as products of few rows, which read it once, are bound by memory.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._apply(Tensor.detach)
+        self._apply(Tensor.detach)  # a new tensor of each parameter, which moves
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def apply(tensor: Tensor) -> Tensor:

@@ -29,12 +29,16 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     On the CPU, one of 1 MiB or more lies in memory that an earlier one has left, if there is some (cpp/memory_pool.h).
     Its storage cannot be resized.
     """
-    if type(like) in _PLAIN and like.is_cpu:
-        kind = like.dtype if dtype is None else dtype
-        if math.prod(shape) * kind.itemsize >= _POOLED and kind in _DLPACK_TYPES:
-            if not torch.are_deterministic_algorithms_enabled():  # those fill it
-                return torch.from_dlpack(_C.take_memory(shape, *_DLPACK_TYPES[kind]))
+    kind = like.dtype if dtype is None else dtype
+    if _is_pooled(like, shape, kind):
+        return torch.from_dlpack(_C.take_memory(shape, *_DLPACK_TYPES[kind]))
     return like.new_empty(shape, dtype=dtype)
+
+
+def _is_pooled(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    if type(like) not in _PLAIN or not like.is_cpu or math.prod(shape) * dtype.itemsize < _POOLED:
+        return False
+    return dtype in _DLPACK_TYPES and not torch.are_deterministic_algorithms_enabled()  # which fill what is empty
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -46,9 +50,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
     """The tensor or, if it is large and on the CPU, a copy with memory from the pool."""
-    if type(tensor) in _PLAIN and tensor.is_cpu and tensor.nbytes >= _POOLED:
-        return empty(tensor, tensor.shape).copy_(tensor)
-    return tensor
+    return empty(tensor, tensor.shape).copy_(tensor) if _is_pooled(tensor, tensor.shape, tensor.dtype) else tensor
 
 
 def release_memory() -> None:
