@@ -1,5 +1,5 @@
-// Blocks on few rows, as in decoding: the kernels that layers.py calls one by one, with nothing in between. The state
-// is written in place.
+// Blocks on few rows, or a whole model on few tokens, as in decoding: the kernels that layers.py calls one by one, with
+// nothing in between. The state is written in place.
 
 #include <cstdlib>
 #include <deque>
@@ -7,12 +7,11 @@
 #include <new>
 #include <vector>
 
-#include <pybind11/stl.h>
-
 #include "bindings.h"
 #include "cema.h"
 #include "cema_coefficients.h"
 #include "chunked_attention.h"
+#include "embedding.h"
 #include "gated_silu.h"
 #include "layer_norm.h"
 #include "linear.h"
@@ -47,20 +46,31 @@ class Buffers {
   throw py::value_error(std::string(kOp) + ": `" + name + "` must " + expected + ", got " + got + ".");
 }
 
+// What goes through the blocks: (B, L, D).
+struct Input {
+  DType dtype;
+  int64_t B, L, D;
+};
+
 // Takes the tensors of a list in order.
 class Reader {
  public:
   static constexpr const char* kReal = "float64 for a float64 `x`, else float32";
 
   // What is written to cannot be copied where it is not contiguous.
-  Reader(const char* list, py::list tensors, DType dtype, bool copies)
-      : list_(list), tensors_(std::move(tensors)), dtype_(dtype), copies_(copies) {}
+  Reader(const char* list, py::list tensors, bool copies) : list_(list), tensors_(std::move(tensors)), copies_(copies) {}
+
+  void set_dtype(DType dtype) { dtype_ = dtype; }
 
   TensorView next(const char* name) {
     if (index_ == tensors_.size())
       refuse(list_, "hold `" + std::string(name) + "`", std::to_string(index_) + " tensors");
     const py::handle tensor = tensors_[index_++];
     return TensorView(kOp, name, copies_ ? held_.emplace_back(contiguous(tensor)) : tensor);
+  }
+  void end() const {
+    if (index_ < tensors_.size())
+      refuse(list_, "hold " + std::to_string(index_) + " tensors", std::to_string(tensors_.size()));
   }
   // float64 for a float64 x, else float32.
   void* real(const char* name, const char* letters, std::initializer_list<int64_t> sizes) {
@@ -89,8 +99,8 @@ class Reader {
  private:
   const char* list_;
   const py::list tensors_;
-  const DType dtype_;
   const bool copies_;
+  DType dtype_ = DType::f32;
   size_t index_ = 0;
   std::vector<py::object> held_;
 };
@@ -102,12 +112,12 @@ int64_t* integers(const TensorView& view, int64_t sequences) {
 // A timestep norm with its state.
 class Norm {
  public:
-  Norm(const TensorView& x, int64_t groups) : B(x.size(0)), D(x.size(2)), G(groups) {
+  Norm(const Input& x, int64_t groups) : B(x.B), D(x.D), G(groups) {
     if (G < 1 || D % G) refuse("num_groups", "be positive and divide D = " + std::to_string(D), std::to_string(G));
-    params_.dtype = x.floating();
+    params_.dtype = x.dtype;
     params_.channels = D;
     params_.groups = G;
-    params_.sequences = Sequences{B, B * x.size(1), x.size(1)};
+    params_.sequences = Sequences{B, B * x.L, x.L};
   }
 
   void read_parameters(Reader& read, const char* weight, const char* bias) {
@@ -138,9 +148,9 @@ class Norm {
 // A block. Its tensors come in the order in which they are taken here.
 class Block {
  public:
-  Block(const TensorView& x, int64_t num_heads, int64_t num_groups)
-      : dtype_(x.floating()), B(x.size(0)), T(B * x.size(1)), D(x.size(2)), H(num_heads), timenorm_(x, num_groups) {
-    cema_.sequences = qk_.sequences = append_.sequences = Sequences{B, T, x.size(1)};
+  Block(const Input& x, int64_t num_heads, int64_t num_groups)
+      : dtype_(x.dtype), B(x.B), T(B * x.L), D(x.D), H(num_heads), timenorm_(x, num_groups) {
+    cema_.sequences = qk_.sequences = append_.sequences = Sequences{B, T, x.L};
   }
 
   void read_parameters(Reader& read) {
@@ -197,11 +207,10 @@ class Block {
     append_.chunk_size = qk_.chunk_size = qk_.table_rows = C;
   }
 
-  // `eps` are those of the timestep norm, the RMS norm, the queries and keys, and the layer norm.
-  void run(const double* eps, const void* x, void* y) {
+  void run(double eps, const void* x, void* y) {
     x_ = x;
     void* t = rows(D);
-    timenorm_.run(eps[0], x_, t);
+    timenorm_.run(eps, x_, t);
 
     coefficients_.dtype = dtype_ == DType::f64 ? DType::f64 : DType::f32;
     coefficients_.channels = cema_.channels = D;
@@ -215,12 +224,12 @@ class Block {
     cema_.y = rows(D);
     launch_cema_fwd_cpu(cema_);
     rms_norm_.is_rms_norm = true;
-    const void* m = norm(rms_norm_, eps[1], cema_.y);
+    const void* m = norm(rms_norm_, eps, cema_.y);
 
     qk_.dtype = dtype_;
     qk_.heads = H;
     qk_.key_dim = K;
-    qk_.eps = eps[2];
+    qk_.eps = eps;
     qk_.z = linear(wz_, m);
     qk_.position = append_.position;
     qk_.q = rows(H * K);
@@ -245,7 +254,7 @@ class Block {
     void* between = rows(D);
     residual(linear(wh1_, m), linear(wh2_, gated), nullptr, between);
 
-    const void* n = norm(layer_norm_, eps[3], between);
+    const void* n = norm(layer_norm_, eps, between);
     void* hidden = linear(fc1_, n);
     gate(hidden, fc3_.weight ? linear(fc3_, n) : nullptr, fc1_.outputs);
     residual(linear(fc2_, hidden), nullptr, scale_, y);
@@ -302,46 +311,74 @@ class Block {
   Buffers buffers_;
 };
 
-// x through as many blocks as there are four of `eps`; the lists hold their tensors one after another. One more of
-// `eps` is that of a final norm, whose tensors come last, and after it the output matrix.
+// x (B, L, D) through as many blocks as there are eight of `state`; the lists hold their tensors one after another.
+// Tokens x (B, L) go through a whole model, to logits: the first of `parameters` is the embedding, the last are those of
+// the final norm, whose state comes last, and of the output.
 void blocks_few_rows(const Target&, py::handle x_, py::list parameters, py::list state, py::handle rotary_,
-                     int64_t num_heads, int64_t num_groups, std::vector<double> eps, py::handle y_) {
+                     int64_t num_heads, int64_t num_groups, double eps, double embedding_scale, py::handle y_) {
+  constexpr size_t kStateOfBlock = 8, kStateOfNorm = 4;
   const TensorView x(kOp, "x", x_), rotary(kOp, "rotary", rotary_), y(kOp, "y", y_);
-  const bool has_output = eps.size() % 4 == 1;
-  if (eps.size() < 4 || eps.size() % 4 > 1)
-    refuse("eps", "be four numbers for each block and perhaps one", std::to_string(eps.size()));
-  for (const double value : eps) check_range(kOp, "eps", value, 0, "finite and at least 0");
-  const DType dtype = x.rank("(B, L, D)", 3).floating();
-  const int64_t rows = x.size(0) * x.size(1), bytes = x.elements() * bytes_of(dtype);
-  Reader parameter("parameters", std::move(parameters), dtype, true), past("state", std::move(state), dtype, false);
+  check_range(kOp, "eps", eps, 0, "finite and at least 0");
+  const bool whole = x.scalar() == Scalar::i64;
+  const size_t states = state.size() - (whole ? kStateOfNorm : 0);
+  if (states % kStateOfBlock)
+    refuse("state", "hold 8 tensors a block and, for tokens, 4 more", std::to_string(state.size()));
+  Reader parameter("parameters", std::move(parameters), true), past("state", std::move(state), false);
+
+  EmbeddingParams embedding{};
+  Input input{};
+  if (whole) {
+    const TensorView weight = parameter.next("embed.weight");
+    weight.present().rank("(vocabulary, D)", 2);
+    x.rank("(B, L)", 2);
+    input = {weight.floating(), x.size(0), x.size(1), weight.size(1)};
+    embedding = {input.dtype, x.elements(), input.D, x.data_as<const int64_t>(), weight.data(), embedding_scale, nullptr};
+    for (int64_t t = 0; t < x.elements(); ++t)
+      if (embedding.tokens[t] < 0 || embedding.tokens[t] >= weight.size(0))
+        throw py::index_error(std::string(kOp) + ": `x` must hold tokens in [0, " + std::to_string(weight.size(0)) +
+                              "), got " + std::to_string(embedding.tokens[t]) + ".");
+  } else {
+    x.present().rank("(B, L, D)", 3);
+    input = {x.floating(), x.size(0), x.size(1), x.size(2)};
+  }
+  parameter.set_dtype(input.dtype);
+  past.set_dtype(input.dtype);
+  const int64_t rows = input.B * input.L, bytes = rows * input.D * bytes_of(input.dtype);
+
   std::deque<Block> blocks;
-  for (size_t i = 0; i + 4 <= eps.size(); i += 4) {
-    Block& block = blocks.emplace_back(x, num_heads, num_groups);
+  for (size_t i = 0; i < states / kStateOfBlock; ++i) {
+    Block& block = blocks.emplace_back(input, num_heads, num_groups);
     block.read_parameters(parameter);
     block.read_state(past, rotary);
   }
-  Norm norm(x, num_groups);
+  Norm norm(input, num_groups);
   LinearFewRowsParams output{};
-  if (has_output) {
+  if (whole) {
     norm.read_parameters(parameter, "final_norm.weight", "final_norm.bias");
     norm.read_state(past);
-    parameter.linear(output, "output", rows, x.size(2), kAny);
-    y.shape("(B, L, outputs)", {x.size(0), x.size(1), output.outputs}).dtype(scalar_of(dtype), "as `x`");
+    parameter.linear(output, "output", rows, input.D, kAny);
+    y.present().shape("(B, L, outputs)", {input.B, input.L, output.outputs}).dtype(scalar_of(input.dtype), "as the weights");
     output.y = y.data();
   } else {
     y.like(x);
   }
+  parameter.end();
+
   const py::gil_scoped_release unlocked;
   Buffers between;
   const void* from = x.data();
+  if (whole) {
+    from = embedding.y = between(bytes);
+    launch_embedding_cpu(embedding);
+  }
   for (size_t i = 0; i < blocks.size(); ++i) {
-    void* to = i + 1 == blocks.size() && !has_output ? y.data() : between(bytes);
-    blocks[i].run(&eps[4 * i], from, to);
+    void* to = i + 1 == blocks.size() && !whole ? y.data() : between(bytes);
+    blocks[i].run(eps, from, to);
     from = to;
   }
-  if (!has_output) return;
+  if (!whole) return;
   void* normalized = between(bytes);
-  norm.run(eps.back(), from, normalized);
+  norm.run(eps, from, normalized);
   output.x = normalized;
   launch_linear_few_rows_cpu(output);
 }

@@ -54,7 +54,7 @@ bool is_plain_tensor(PyObject* object) {
   return tensor.data != nullptr;  // torch may leave zeros without memory
 }
 
-// What an argument must be: t a tensor, o the same or None, i int, f float, b bool; T, O and F are lists of those.
+// What an argument must be: t a tensor, o the same or None, i int, f float, b bool; T and O are lists of those.
 bool is_plain(char kind, PyObject* argument) {
   switch (kind) {
     case 'o': return argument == Py_None || is_plain_tensor(argument);
@@ -64,9 +64,8 @@ bool is_plain(char kind, PyObject* argument) {
     case 'b': return PyBool_Check(argument);
   }
   if (!PyList_CheckExact(argument)) return false;
-  const char of_element = kind == 'T' ? 't' : kind == 'O' ? 'o' : 'f';
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(argument); ++i)
-    if (!is_plain(of_element, PyList_GET_ITEM(argument, i))) return false;
+    if (!is_plain(kind == 'T' ? 't' : 'o', PyList_GET_ITEM(argument, i))) return false;
   return true;
 }
 

@@ -191,10 +191,13 @@ DType TensorView::floating() const {
                        got + "; convert it with .to(torch.float32).");
 }
 
-py::object contiguous(py::handle tensor) {
+bool is_contiguous(py::handle tensor) {
   DlpackTensor found;
-  if (tensor.is_none() || (dlpack_view(tensor, found) && is_contiguous(found)))
-    return py::reinterpret_borrow<py::object>(tensor);
+  return dlpack_view(tensor, found) ? is_contiguous(found) : call(tensor, names().is_contiguous).ptr() == Py_True;
+}
+
+py::object contiguous(py::handle tensor) {
+  if (tensor.is_none() || is_contiguous(tensor)) return py::reinterpret_borrow<py::object>(tensor);
   return tensor.attr("contiguous")();
 }
 

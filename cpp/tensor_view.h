@@ -63,6 +63,7 @@ class TensorView {
   std::string dtype_text_;
 };
 
+bool is_contiguous(py::handle tensor);
 // The tensor itself, or a contiguous copy. None stays None.
 py::object contiguous(py::handle tensor);
 

@@ -15,7 +15,7 @@ import megalodon_ops as mo
 from backends import ISAS, isa
 from megalodon_ops import linear
 from megalodon_ops.blocks_few_rows import blocks_few_rows_
-from megalodon_ops.blocks import run_in_one_call
+from megalodon_ops.blocks import _run_block_in_one_call
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 VARIANTS = {
@@ -212,7 +212,7 @@ def test_who_gets_the_layers(monkeypatch):
 
     def fits(x=x, state=state, **options):
         state = tree_map_only(torch.Tensor, torch.clone, state)
-        return run_in_one_call([block], x, [state], **{"inplace_state": True} | options) is not None
+        return _run_block_in_one_call(block, x, state, **{"inplace_state": True} | options) is not None
 
     assert not fits()  # gradients
     with torch.no_grad():
@@ -262,11 +262,11 @@ def captured(call):
 
 def test_errors():
     block, state = block_and_state(swiglu=True, rescale_nffn=True)
-    x, parameters, tensors, y, *numbers, eps = captured(lambda: block(steps(block, 1, 1), state=state, **INPLACE))
+    x, parameters, tensors, y, *numbers = captured(lambda: block(steps(block, 1, 1), state=state, **INPLACE))
 
     def refuses(error, name, **changed):
         arguments = dict(x=x, parameters=parameters, state=tensors, y=y) | changed
-        call = lambda: blocks_few_rows_(*arguments.values(), *numbers, eps)  # noqa: E731
+        call = lambda: blocks_few_rows_(*arguments.values(), *numbers)  # noqa: E731
         assert_refuses(error, "blocks_few_rows", name, call)
 
     def instead(tensors, index, tensor):
@@ -287,28 +287,34 @@ def test_errors():
     refuses(ValueError, "cache_v", state=instead(tensors, 6, tensors[6][:, :1].contiguous()))
     refuses(ValueError, "position", state=instead(tensors, 7, tensors[7] + 100))
     refuses(ValueError, "parameters", parameters=parameters[:21])
+    refuses(ValueError, "parameters", parameters=[*parameters, None])
+    refuses(ValueError, "state", state=tensors[:-1])
     refuses(ValueError, "y", y=y[:, :, :1])
 
 
-def test_errors_of_the_output():
+def test_errors_of_a_whole_model():
     model = tiny_model(torch.float32).eval()
     with torch.no_grad():
         _, state = model(tokens_of(1, 5), return_state=True)
-        x, parameters, tensors, y, *numbers, eps = captured(lambda: model(tokens_of(1, 1), **INPLACE, state=state))
-    dim, outputs = x.shape[2], model.config.num_outputs
+        x, parameters, tensors, y, *numbers = captured(lambda: model(tokens_of(1, 1), **INPLACE, state=state))
+    dim, outputs, (*sizes, eps, scale) = model.config.model_dim, model.config.num_outputs, numbers
 
-    def refuses(name, parameters=parameters, tensors=tensors, y=y, eps=eps):
-        call = lambda: blocks_few_rows_(x, parameters, tensors, y, *numbers, eps)  # noqa: E731
-        assert_refuses(ValueError, "blocks_few_rows", name, call)
+    def refuses(name, x=x, parameters=parameters, tensors=tensors, y=y, eps=eps, error=ValueError):
+        call = lambda: blocks_few_rows_(x, parameters, tensors, y, *sizes, eps, scale)  # noqa: E731
+        assert_refuses(error, "blocks_few_rows", name, call)
 
-    assert y.shape == (1, 1, outputs)
-    refuses("y", y=x)
-    refuses("eps", eps=[*eps, 1e-5])
-    refuses("eps", eps=[*eps[:-1], -1.0])
+    assert y.shape == (1, 1, outputs) and torch.equal(x, tokens_of(1, 1))
+    refuses("y", y=torch.empty(1, 1, dim))
+    refuses("eps", eps=-1.0)
     refuses("state", tensors=tensors[:-1])
-    refuses("final_norm.weight", [*parameters[:-4], parameters[-4][1:], *parameters[-3:]])
-    refuses("output.weight", [*parameters[:-2], torch.zeros(outputs, dim + 1), None])
-    refuses("output.bias", [*parameters[:-1], torch.zeros(outputs + 1)])
+    refuses("x", x=x[0])
+    for token in (-1, model.config.vocab_size):
+        refuses("x", x=torch.full_like(x, token), error=IndexError)
+    refuses("embed.weight", parameters=[None, *parameters[1:]])
+    refuses("embed.weight", parameters=[parameters[0][0], *parameters[1:]])
+    refuses("final_norm.weight", parameters=[*parameters[:-4], parameters[-4][1:], *parameters[-3:]])
+    refuses("output.weight", parameters=[*parameters[:-2], torch.zeros(outputs, dim + 1), None])
+    refuses("output.bias", parameters=[*parameters[:-1], torch.zeros(outputs + 1)])
 
 
 def test_a_state_of_another_chunk_size_is_refused():
@@ -317,6 +323,68 @@ def test_a_state_of_another_chunk_size_is_refused():
     _, state = block_and_state(chunk_size=TINY["chunk_size"] + 1)
     with pytest.raises(ValueError, match=r"blocks_few_rows: `cache_k` must .*, got"):
         decode(block, state)
+
+
+def taken_out(model, name, instead):
+    """Something that is no module comes in the place of one."""
+    module = getattr(model, name)
+    delattr(model, name)
+    setattr(model, name, instead(module))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.embed.register_forward_hook(lambda module, args, x: x + 1),
+        lambda model: setattr(model.embed, "max_norm", 0.5),
+        lambda model: setattr(model.output.final_norm, "eps", 0.1),
+        lambda model: setattr(model.layers[1].mega.rmsnorm, "eps", 0.1),
+        lambda model: setattr(model, "layers", model.layers[::-1]),
+        lambda model: model.layers.append(model.layers[0]),
+        lambda model: taken_out(model, "layers", lambda layers: list(layers)[::-1]),
+        lambda model: taken_out(model, "embed", lambda embed: lambda tokens: embed(tokens) + 1),
+        lambda model: setattr(model, "config", dataclasses.replace(model.config, scale_emb=True)),
+    ],
+    ids=[
+        "hook",
+        "renormalised",
+        "eps of the final norm",
+        "eps of a block",
+        "reversed",
+        "more layers",
+        "list",
+        "function",
+        "config",
+    ],
+)
+def test_a_changed_model_runs_as_changed(change, monkeypatch):
+    model, tokens = tiny_model(torch.float32).eval(), tokens_of(1, 6)
+
+    def logits():
+        with torch.no_grad(), Calls() as calls:
+            _, state = model(tokens, return_state=True)
+            return model(tokens[:, :1], state=state, return_state=True)[0], calls.count
+
+    before, calls = logits()
+    change(model)
+    found, _ = logits()
+    assert calls == 1 and not torch.equal(found, before)
+    monkeypatch.setattr(mo.blocks, "_run_in_one_call", lambda *args, **options: None)
+    expected, _ = logits()
+    assert torch.equal(found, expected)
+
+
+def test_tokens_of_other_types_and_strides():
+    model, tokens = tiny_model(torch.float32).eval(), tokens_of(2, 20)
+    with torch.no_grad():
+        _, state = model(tokens, return_state=True)
+        expected = [model(tokens[:, i : i + 1].contiguous(), state=state, return_state=True)[0] for i in range(3)]
+        with Calls() as calls:
+            found = [model(tokens.int()[:, i : i + 1], state=state, return_state=True)[0] for i in range(3)]
+        with pytest.raises(RuntimeError, match="indices"):
+            model(tokens[:, :1].short(), state=state, return_state=True)
+    assert calls.count == 3
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_biases_may_come_and_go(monkeypatch):
@@ -331,8 +399,9 @@ def test_biases_may_come_and_go(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_whole_model_is_one_call(dtype, monkeypatch):
-    model, tokens = tiny_model(dtype, swiglu=True).eval(), tokens_of(2, 20)
+@pytest.mark.parametrize("scale_emb", [False, True], ids=["embedded", "scaled"])
+def test_a_whole_model_is_one_call(dtype, scale_emb, monkeypatch):
+    model, tokens = tiny_model(dtype, swiglu=True, scale_emb=scale_emb).eval(), tokens_of(2, 20)
 
     def logits():
         with torch.no_grad(), Calls() as calls:
@@ -344,7 +413,7 @@ def test_a_whole_model_is_one_call(dtype, monkeypatch):
         return tree_leaves((found, state)), calls.count
 
     together, calls = logits()
-    monkeypatch.setattr(mo.model, "run_in_one_call", lambda *args, **options: None)
+    monkeypatch.setattr(mo.model, "run_model_in_one_call", lambda *args, **options: None)
     one_by_one, each = logits()
     monkeypatch.setattr(mo.blocks, "_run_in_one_call", lambda *args, **options: None)
     expected, none = logits()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from .config import MegalodonConfig
 from .gated_silu import gated_silu
 from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, TimestepNorm, WideParameters
 from .library import call
-from .linear import takes_few_rows
+from .linear import suits_few_rows
 from .normalized_attention import normalized_attention
 from .states import AttentionState, TimestepNormState
 
@@ -133,7 +134,7 @@ class MegalodonBlock(nn.Module):
         self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
     ) -> Tensor | tuple[Tensor, BlockState]:
         """x (B, L, D); options as in :func:`normalized_attention`: inplace_state, cu_seqlens, lengths."""
-        if return_state and (result := _run_in_one_call((self,), x, (state,), **options)) is not None:
+        if return_state and (result := _run_block_in_one_call(self, x, state, **options)) is not None:
             y, (state,), _ = result
             return y, state
         y = self.mega(x, state=state, return_state=return_state, **options)
@@ -155,116 +156,115 @@ class Output(nn.Module):
 _Result = tuple[Tensor, tuple[BlockState, ...], TimestepNormState | None]
 
 
-def run_in_one_call(
-    blocks: Iterable[nn.Module],
-    x: Tensor,
-    states: Iterable[BlockState | None],
-    output: Output | None = None,
-    norm: TimestepNormState | None = None,
+def run_model_in_one_call(
+    model: nn.Module,
+    tokens: Tensor,
+    states: tuple[BlockState, ...],
+    norm: TimestepNormState,
     **options,
 ) -> _Result | None:
-    """x through blocks one after another and, if given, the output, of which `norm` is the state; and the states after.
+    """Logits of a few tokens in the embedding's dtype, and the states of the model's layers and final norm after them.
 
-    With an output, logits in x's dtype. None where that would not give what the modules do: with other options than
-    `inplace_state`, for more than a few rows, with gradients, or where somebody has changed a module.
+    None where that would not give what the modules do: with other options than `inplace_state`, for more than a few tokens,
+    with gradients, or where somebody has changed a module.
     """
-    return _run_in_one_call(tuple(blocks), x, tuple(states), output, norm, whole=True, **options)
+    modules = model._modules
+    weight = embed._parameters.get("weight") if (embed := modules.get("embed")) is not None else None
+    if weight is None or tokens.dtype not in (torch.int64, torch.int32):
+        return None
+    tokens = tokens if tokens.dtype == torch.int64 else tokens.long()
+    described = [
+        (embed, _EMBEDDING), (modules.get("layers"), _layers(len(states))), (modules.get("output"), _OUTPUT)
+    ]  # fmt: skip
+    return _run_in_one_call(described, model.config, tokens, weight, states, norm, **options)
+
+
+def _run_block_in_one_call(block: MegalodonBlock, x: Tensor, state: BlockState | None, **options) -> _Result | None:
+    """The same of x through a block, whatever is wrapped around that itself."""
+    modules = block._modules
+    if not isinstance(mega := modules.get("mega"), NormalizedAttention):
+        return None
+    described = [(modules.get(name), half) for name, half in _HALVES.items()]
+    return _run_in_one_call(described, mega.config, x, x, (state,), **options)
 
 
 def _run_in_one_call(
-    blocks: tuple[nn.Module, ...],
+    described: list[tuple[nn.Module | None, tuple]],
+    config: MegalodonConfig,
     x: Tensor,
+    like: Tensor,
     states: tuple[BlockState | None, ...],
-    output: Output | None = None,
     norm: TimestepNormState | None = None,
     *,
-    whole: bool = False,
     inplace_state: bool = False,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> _Result | None:
-    """The same; unless `whole`, whatever is wrapped around the blocks themselves."""
-    if cu_seqlens is not None or lengths is not None or not blocks or None in states:
+    """Of tokens x (B, L) through a model, or x (B, L, D) through blocks, in the dtype of `like` (any, D)."""
+    whole = like is not x
+    if cu_seqlens is not None or lengths is not None or None in states or (whole and norm is None):
         return None
-    if torch.compiler.is_compiling() or not takes_few_rows(x, x):
+    if torch.compiler.is_compiling() or _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
         return None
-    if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
+    if not suits_few_rows(x.shape[:2].numel(), like, like):
         return None
-    config = getattr(getattr(blocks[0], "mega", None), "config", None)
-    parameters, eps = [], []
-    for block, state in zip(blocks, states, strict=True):
-        if not _is_writable(*state.norm, state.cema) or not _take_parameters(block, whole, config, parameters, eps):
-            return None
-    width = x.shape[2]
-    if output is not None:
-        if not _is_writable(*norm) or not _C.take_parameters(output, _OUTPUT, parameters):
-            return None
-        final = output.final_norm
-        if final.num_groups != config.norm_num_groups:
-            return None
-        eps.append(final.eps)
-        width = output.output.weight.shape[0]
-    if blocks[0].mega.wv.weight.dtype != x.dtype:
+    expected = dict(config=config, eps=config.norm_eps, num_groups=config.norm_num_groups, max_norm=None)
+    if config.dropout or config.hidden_dropout or config.attention_dropout:
+        expected["training"] = False
+    parameters = _C.take_parameters(described, expected)
+    if parameters is None or parameters[_WV + whole].dtype != like.dtype:
+        return None
+    tensors = _tensors_of(states, norm)
+    if not _C.are_contiguous(tensors):
         return None
     if not inplace_state:
-        states, norm = tuple(map(_copy, states)), None if output is None else _copy(norm)
-    tensors = [tensor for state in states for tensor in (*state.norm, state.cema, *state.attention)]
-    if output is not None:
-        tensors += norm
-    y = x.new_empty((*x.shape[:2], width))
+        states, norm = tuple(map(_copy, states)), norm and _copy(norm)
+        tensors = _tensors_of(states, norm)
+    y = like.new_empty((*x.shape[:2], len(parameters[-2]) if whole else x.shape[2]))
     call(
         blocks_few_rows_, x, parameters, tensors, y, config.num_heads, config.norm_num_groups, config.chunk_size,
-        config.rope_base or 10000.0, eps,
+        config.rope_base or 10000.0, config.norm_eps, math.sqrt(config.model_dim) if config.scale_emb else 1.0,
     )  # fmt: skip
     return y, states, norm
 
 
-# Modules as _C.take_parameters knows them: class, modules inside, names of its own parameters.
-_NORM = (TimestepNorm, {}, ("weight", "bias"))
-_LINEAR = (Linear, {}, ("weight", "bias"))
+# Modules as _C.take_parameters knows them: class, modules inside, names of its own parameters, and of attributes that
+# must be as its configuration says.
+_NORM = (TimestepNorm, {}, ("weight", "bias"), ("eps", "num_groups"))
+_LINEAR = (Linear, {}, ("weight", "bias"), ())
 _HALVES = dict(
     mega=(
         NormalizedAttention,
         dict(
-            timenorm=_NORM, cema=(ComplexEMA, {}, ("alpha", "delta", "theta", "gamma", "omega")),
-            rmsnorm=(RMSNorm, {}, ("weight",)), wv=_LINEAR, wz=_LINEAR, wr=_LINEAR, wh1=_LINEAR, wh2=_LINEAR,
+            timenorm=_NORM, cema=(ComplexEMA, {}, ("alpha", "delta", "theta", "gamma", "omega"), ()),
+            rmsnorm=(RMSNorm, {}, ("weight",), ("eps",)), wv=_LINEAR, wz=_LINEAR, wr=_LINEAR, wh1=_LINEAR, wh2=_LINEAR,
         ),
         ("gamma", "beta"),
+        ("config", "training"),
     ),
     nffn=(
         NormalizedFFN,
-        dict(norm=(LayerNorm, {}, ("weight", "bias")), fc1=_LINEAR, fc2=_LINEAR, fc3=_LINEAR),
+        dict(norm=(LayerNorm, {}, ("weight", "bias"), ("eps",)), fc1=_LINEAR, fc2=_LINEAR, fc3=_LINEAR),
         ("alpha",),
+        ("config", "training"),
     ),
 )  # fmt: skip
-_BLOCK = (MegalodonBlock, _HALVES, ())
-_OUTPUT = (Output, dict(final_norm=_NORM, output=_LINEAR), ())
+_WV = 8  # where a block's parameters have wv.weight, the first that has the dtype of activations
+_EMBEDDING = (nn.Embedding, {}, ("weight",), ("max_norm",))
+_OUTPUT = (Output, dict(final_norm=_NORM, output=_LINEAR), (), ())
 
 
-def _take_parameters(
-    block: nn.Module, whole: bool, config: MegalodonConfig, tensors: list[Tensor | None], eps: list[float]
-) -> bool:
-    """Appends them in the order of cpp/blocks_few_rows_bind.cpp, if the block is as it was built with that configuration.
+@functools.cache
+def _layers(count: int) -> tuple:
+    return nn.ModuleList, {str(layer): (MegalodonBlock, _HALVES, (), ()) for layer in range(count)}, (), ()
 
-    That is: nobody has replaced a module inside, hooked into it or wrapped its forward.
-    """
-    modules = block._modules
-    parts = [(block, _BLOCK)] if whole else [(modules[name], half) for name, half in _HALVES.items()]
-    if not all(_C.take_parameters(module, description, tensors) for module, description in parts):
-        return False
-    if any(modules[name].config not in (config,) for name in _HALVES):  # mostly the same object
-        return False
-    mega, norm = modules["mega"]._modules, modules["nffn"]._modules["norm"]
-    eps += (mega["timenorm"].eps, mega["rmsnorm"].eps, config.norm_eps, norm.eps)
-    dropout = config.dropout or config.hidden_dropout or config.attention_dropout
-    return mega["timenorm"].num_groups == config.norm_num_groups and not (block.training and dropout)
+
+def _tensors_of(states: tuple[BlockState, ...], norm: TimestepNormState | None) -> list[Tensor | None]:
+    tensors = [tensor for state in states for tensor in (*state.norm, state.cema, *state.attention)]
+    return tensors if norm is None else [*tensors, *norm]
 
 
 def _copy(state: NamedTuple | Tensor) -> NamedTuple | Tensor:
     if isinstance(state, Tensor):
         return state.clone(memory_format=torch.contiguous_format)
     return state._make(map(_copy, state))
-
-
-def _is_writable(*state: Tensor | None) -> bool:
-    return all(tensor is not None and tensor.is_contiguous() for tensor in state)

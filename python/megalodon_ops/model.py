@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import BlockState, MegalodonBlock, Output, run_in_one_call
+from .blocks import BlockState, MegalodonBlock, Output, run_model_in_one_call
 from .config import MegalodonConfig
 from .loss import linear_cross_entropy
 from .states import TimestepNormState
@@ -100,8 +100,8 @@ class Megalodon(nn.Module):
         Returns:
             logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding.
         """
-        x, sequences = self._embed(tokens, state), dict(cu_seqlens=cu_seqlens, lengths=lengths)
-        logits, state = self._logits(x, state, return_state, inplace_state, **sequences)
+        sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
+        logits, state = self._logits(tokens, state, return_state, inplace_state, **sequences)
         return (logits, state) if return_state else logits
 
     def loss(
@@ -150,12 +150,15 @@ class Megalodon(nn.Module):
         loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction, ignore_index=ignore_index)
         return (loss, state) if return_state else loss
 
-    def _embed(self, tokens: Tensor, state: MegalodonState | None) -> Tensor:
-        """(B, L, D)"""
+    def _check(self, tokens: Tensor, state: MegalodonState | None) -> None:
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"Megalodon: `tokens` must be integers (B, L), got {tokens.dtype} {tuple(tokens.shape)}.")
         if state is not None and len(state.layers) != len(self.layers):
             raise ValueError(f"Megalodon: `state` must have {len(self.layers)} layers, got {len(state.layers)}.")
+
+    def _embed(self, tokens: Tensor, state: MegalodonState | None) -> Tensor:
+        """(B, L, D)"""
+        self._check(tokens, state)
         x = self.embed(tokens)
         return x * math.sqrt(self.config.model_dim) if self.config.scale_emb else x
 
@@ -180,17 +183,18 @@ class Megalodon(nn.Module):
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 
     def _logits(
-        self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
+        self, tokens: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
     ) -> tuple[Tensor, MegalodonState | None]:
-        """The logits (B, L, num_outputs) of embedded tokens and the state after them, by one call where that can be."""
+        """The logits (B, L, num_outputs) of tokens and the state after them, by one call where that can be."""
         result = None
         if return_state and state is not None:
+            self._check(tokens, state)
             options = dict(inplace_state=inplace_state, **sequences)
-            result = run_in_one_call(self.layers, x, state.layers, self.output, state.norm, **options)
+            result = run_model_in_one_call(self, tokens, state.layers, state.norm, **options)
         if result is not None:
             logits, *state = result
             return _at_least_float32(logits), MegalodonState(*state)
-        x, state = self._hidden(x, state, return_state, inplace_state, **sequences)
+        x, state = self._hidden(self._embed(tokens, state), state, return_state, inplace_state, **sequences)
         return _at_least_float32(self.output.output(x)), state
 
     @torch.no_grad()
@@ -233,7 +237,7 @@ class Megalodon(nn.Module):
         while True:
             token = _sample(logits, temperature, top_k, top_p, generator)
             yield token
-            logits, state = self._logits(self._embed(token[:, None], state), state, True, True)
+            logits, state = self._logits(token[:, None], state, True, True)
             logits = logits[:, 0]
 
     def generate(self, prompt: Tensor, *, max_new_tokens: int, lengths: Tensor | None = None, **sampling) -> Tensor:
@@ -260,7 +264,7 @@ class Megalodon(nn.Module):
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
 def _sample(
