@@ -16,6 +16,7 @@
 namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int64_t kFewQueries = 4;
+inline constexpr int64_t kMostSegments = 64;  // of the keys
 
 template <class T>
 class FewQueries {
@@ -73,11 +74,12 @@ class FewQueries {
     for (int64_t i = 0; i < chunk.queries(); ++i) {
       R max = -std::numeric_limits<R>::infinity(), sum = 0;
       for (int64_t g = 0; g < segments; ++g) max = std::max(max, partial[g * size + i]);
-      const auto factor = [&](int64_t g) {
+      R factors[kMostSegments];
+      for (int64_t g = 0; g < segments; ++g) {
         const R m = partial[g * size + i];
-        return m == max ? R{1} : std::exp(m - max);
-      };
-      for (int64_t g = 0; g < segments; ++g) sum += factor(g) * partial[g * size + kFewQueries + i];
+        factors[g] = m == max ? R{1} : std::exp(m - max);
+        sum += factors[g] * partial[g * size + kFewQueries + i];
+      }
       const int64_t row = (chunk.token + i) * p_.heads + head;
       static_cast<R*>(p_.lse)[row] = max + std::log(sum);
       const R inverse = sum == 0 ? R{0} : 1 / sum;
@@ -85,7 +87,7 @@ class FewQueries {
       for (int64_t c = 0; c < p_.value_dim; c += kLane) {
         Vec<R> total = zeros<R>();
         for (int64_t g = 0; g < segments; ++g)
-          total += factor(g) * load(partial + g * size + kOutput + i * value_width_ + c);
+          total += factors[g] * load(partial + g * size + kOutput + i * value_width_ + c);
         store_first(o + c, inverse * total, p_.value_dim - c);
       }
     }
@@ -197,8 +199,9 @@ class FewQueries {
 template <class T>
 void few_query_attention(const ChunkedAttentionFwdParams& p, const std::vector<Chunk>& chunks) {
   using R = Compute<T>;
-  // Enough jobs for many threads, yet partials that stay small beside the keys and values. Both depend on shapes alone.
-  constexpr int64_t kJobs = 64, kSegment = 256, kShortSegment = 64, kShortSegments = 4;
+  // Enough jobs for many threads, yet partials that stay small beside the keys and values; few are a power of two, which
+  // two threads share evenly. Both depend on shapes alone.
+  constexpr int64_t kSegment = 256, kShortSegment = 64;
   if (chunks.empty()) return;
   const auto count = static_cast<int64_t>(chunks.size());
   int64_t keys = 0, total = 0;
@@ -206,8 +209,9 @@ void few_query_attention(const ChunkedAttentionFwdParams& p, const std::vector<C
     keys = std::max(keys, chunk.keys);
     total += chunk.keys * chunk.queries();
   }
-  const int64_t wanted = std::max(keys / kSegment, std::min(keys / kShortSegment, kShortSegments));
-  const int64_t segments = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, kJobs / count));
+  const int64_t few = keys >= kSegment ? 4 : keys >= kShortSegment ? 2 : 1;
+  const int64_t wanted = std::max(keys / kSegment, few);
+  const int64_t segments = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, kMostSegments / count));
   const int64_t segment = ceil_div(keys, segments), size = p.heads * FewQueries<T>::partial_size(p);
   const double work = static_cast<double>(total * p.heads * (p.key_dim + p.value_dim));
   const auto finish = [&](const FewQueries<T>& body, const Chunk& chunk, const R* partials) {
