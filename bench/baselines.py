@@ -5,6 +5,8 @@ Names of tensors and letters are those of `megalodon_ops`. Models in plain torch
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,16 +110,23 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
     return F.silu(x) if value is None else F.silu(x) * value
 
 
+@functools.cache
+def rotary(length: int, chunk_size: int, key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (L, 1, K / 2) of the angles at each step."""
+    position = torch.arange(length, device=device) % chunk_size
+    powers = torch.arange(0, key_dim, 2, dtype=torch.float64, device=device) / -key_dim
+    angle = position[:, None, None] * 10000.0**powers
+    return angle.cos().float(), angle.sin().float()
+
+
 def normalized_qk(
-    z: Tensor, gamma: Tensor, beta: Tensor, *, num_heads: int, chunk_size: int, base: float = 10000.0, eps: float = 1e-5
+    z: Tensor, gamma: Tensor, beta: Tensor, *, num_heads: int, rotary: tuple[Tensor, Tensor], eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     heads = z.float().unflatten(-1, (num_heads, -1))  # (B, L, H, K)
     K = heads.shape[-1]
     zn = heads * (heads.square().mean(-1, keepdim=True) + eps).rsqrt()
     gain, offset = (t.unflatten(-1, (num_heads, K)) for t in ((1 + gamma) * K**-0.5, beta))  # (2, H, K)
-    position = torch.arange(z.shape[1]) % chunk_size
-    angle = position[:, None] * base ** (torch.arange(0, K, 2, dtype=torch.float64) / -K)
-    cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]  # (L, 1, K / 2)
+    cos, sin = rotary
 
     def rotated(t: Tensor) -> Tensor:
         even, odd = t.unflatten(-1, (-1, 2)).unbind(-1)

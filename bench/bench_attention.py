@@ -12,19 +12,17 @@ normalized_qk, an element of z:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
 import megalodon_ops as mo
 
 from . import baselines
-from .harness import OURS, Case, Path, forward, forward_backward
+from .harness import DTYPES, OURS, Case, Path, way
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def cases(quick: bool, gpu: bool) -> Iterator[Case]:
@@ -65,25 +63,23 @@ def _attention(
     torch.manual_seed(0)
     q, k = (torch.randn(1, L, H, K, dtype=dtype) * K**-0.25 for _ in range(2))  # scores of variance 1
     v, do = (torch.randn(1, L, H, V, dtype=dtype) for _ in range(2))
-    call = partial(_call, backward=backward)
 
-    def way(op, **options):
-        return call(partial(op, chunk_size=C), (q, k, v), (do,), **options)
+    def call(op, tensors=(q, k, v), do=do):
+        return way(partial(op, chunk_size=C), tensors, [do], backward=backward)
 
     ways = {
-        "masked": Path("matmul, mask, softmax, matmul", way(baselines.attention_masked)),
-        "row blocks": Path("the same by blocks of rows", way(baselines.attention_row_blocks)),
-        "sdpa": Path("SDPA", way(baselines.attention_sdpa)),
-        "compiled": Path("masked, torch.compile", way(torch.compile(baselines.attention_masked)), compiled=True),
+        "masked": Path("matmul, mask, softmax, matmul", call(baselines.attention_masked)),
+        "row blocks": Path("the same by blocks of rows", call(baselines.attention_row_blocks)),
+        "sdpa": Path("SDPA", call(baselines.attention_sdpa)),
+        "compiled": Path("masked, torch.compile", call(torch.compile(baselines.attention_masked)), compiled=True),
     }
-    wide = partial(baselines.attention_row_blocks, chunk_size=C)
     pairs, steps, size = L // C * C * (C + 1) // 2 * H, L * H, q.element_size()
     return Case(
         name="chunked_attention " + ("forward + backward" if backward else "forward"),
         shape=f"L {L} C {C} K {K} V {V} H {H}",
         dtype=DTYPES[dtype],
-        paths=[Path(OURS, way(mo.chunked_attention)), *(ways[name] for name in rivals)],
-        expected=call(wide, [t.float() for t in (q, k, v)], [do.float()]),
+        paths=[Path(OURS, call(mo.chunked_attention)), *(ways[name] for name in rivals)],
+        expected=call(baselines.attention_row_blocks, [t.float() for t in (q, k, v)], do.float()),
         tolerance=TOLERANCE[dtype],
         units=L * H * V,
         flops=pairs * ((8 * K + 6 * V) if backward else (2 * K + 2 * V)),
@@ -97,15 +93,14 @@ def _qk(L: int, *, Z: int, H: int, C: int, dtype: torch.dtype, backward: bool, c
     torch.manual_seed(0)
     inputs = (torch.randn(1, L, Z, dtype=dtype), 0.1 * torch.randn(2, Z), 0.1 * torch.randn(2, Z))
     douts = [torch.randn(1, L, H, Z // H, dtype=dtype) for _ in range(2)]
-    options = dict(num_heads=H, chunk_size=C)
-    plain = partial(baselines.normalized_qk, **options)
-    call = partial(_call, backward=backward)
-    paths = [
-        Path(OURS, call(partial(mo.normalized_qk, **options), inputs, douts)),
-        Path("eager", call(plain, inputs, douts)),
-    ]
+    plain = partial(baselines.normalized_qk, num_heads=H, rotary=baselines.rotary(L, C, Z // H, inputs[0].device))
+
+    def call(op, tensors=inputs, douts=douts):
+        return way(op, tensors, douts, backward=backward)
+
+    paths = [Path(OURS, call(partial(mo.normalized_qk, num_heads=H, chunk_size=C))), Path("eager", call(plain))]
     if compiled:
-        paths.append(Path("torch.compile", call(torch.compile(plain), inputs, douts), compiled=True))
+        paths.append(Path("torch.compile", call(torch.compile(plain)), compiled=True))
     size = inputs[0].element_size()
     return Case(
         name="normalized_qk " + ("forward + backward" if backward else "forward"),
@@ -118,7 +113,3 @@ def _qk(L: int, *, Z: int, H: int, C: int, dtype: torch.dtype, backward: bool, c
         flops=L * Z * (37 if backward else 13),
         bytes=L * Z * size * (7 if backward else 3),
     )
-
-
-def _call(op: Callable, inputs: tuple[Tensor, ...], douts: tuple[Tensor, ...], *, backward: bool) -> Callable:
-    return forward_backward(op, inputs, douts) if backward else forward(op, *inputs)

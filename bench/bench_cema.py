@@ -16,7 +16,7 @@ import torch
 import megalodon_ops as mo
 
 from . import baselines
-from .harness import OURS, Case, Path, forward, forward_backward
+from .harness import DTYPES, OURS, Case, Path, way
 
 N = 16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -59,7 +59,7 @@ def _case(
     wide = [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in inputs]
 
     def call(op, tensors=inputs, dy=dy):
-        return forward_backward(op, tensors, [dy]) if backward else forward(op, *tensors)
+        return way(op, tensors, [dy], backward=backward)
 
     ways = {
         "blocks": Path("blocks of matrix products", call(baselines.cema_blocks)),
@@ -71,7 +71,7 @@ def _case(
     return Case(
         name="forward + backward" if backward else "forward",
         shape=f"B {batch} L {length} D {dim} N {N}",
-        dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
+        dtype=DTYPES[dtype],
         paths=[Path(OURS, call(mo.cema)), *(ways[name] for name in rivals)],
         expected=call(baselines.cema_blocks, wide, dy.double()),
         tolerance=TOLERANCE[dtype],

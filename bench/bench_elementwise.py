@@ -16,7 +16,7 @@ from megalodon_ops.gated_silu import gated_silu
 from megalodon_ops.layer_norm import layer_norm, rms_norm
 
 from . import baselines
-from .harness import OURS, Case, Path, forward, forward_backward
+from .harness import DTYPES, OURS, Case, Path, way
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
@@ -45,7 +45,7 @@ def _case(
     dy = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
 
     def call(op, tensors=inputs, dy=dy):
-        return forward_backward(op, tensors, [dy]) if backward else forward(op, *tensors)
+        return way(op, tensors, [dy], backward=backward)
 
     paths = [Path(OURS, call(ours)), Path("torch's functions", call(plain))]
     if compiled:
@@ -53,7 +53,7 @@ def _case(
     return Case(
         name=f"{name} forward" + " + backward" * backward,
         shape=f"L {x.shape[1]} D {x.shape[2]}",
-        dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[x.dtype],
+        dtype=DTYPES[x.dtype],
         paths=paths,
         expected=call(plain, [t.float() for t in inputs], dy.float()),
         tolerance=TOLERANCE[x.dtype],

@@ -1,7 +1,7 @@
 """The products of linear layers at shapes of the 25M model and of the 200M preset, and the loss of the output matrix.
 
-Flops: 2 T I O forward, as many again for the gradient of x and for that of the weights. Bytes: each matrix once; the
-logits of the loss need not be written. Few rows, as in decoding, are bound by reading the weights: see the cold rows.
+Flops: 2 T I O forward, as many again for the gradient of x and for that of the weights. Bytes: each matrix once, forward x,
+the weights and y, backward x, the weights, dy and two gradients; the logits of the loss need not be written. Few rows, as in decoding, are bound by reading the weights: see the cold rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megalodon_ops.linear import linear
 from megalodon_ops.loss import linear_cross_entropy
 
 from . import baselines
-from .harness import OURS, Case, Path, forward, forward_backward
+from .harness import DTYPES, OURS, Case, Path, forward_backward, way
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = ((512, 2048), (1024, 2560))
@@ -43,7 +43,7 @@ def _case(
     dy = torch.randn(rows, outputs, dtype=dtype)
 
     def call(op, tensors=(x, weight), dy=dy):
-        return forward_backward(op, tensors, [dy]) if backward else forward(op, *tensors)
+        return way(op, tensors, [dy], backward=backward)
 
     paths = [Path(OURS, call(linear)), Path("F.linear", call(F.linear))]
     if not backward and dtype == torch.float32 and baselines.HAS_ONEDNN_LINEAR:
@@ -51,13 +51,13 @@ def _case(
     return Case(
         name="linear forward" + " + backward" * backward,
         shape=f"T {rows} I {inputs} O {outputs}",
-        dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
+        dtype=DTYPES[dtype],
         paths=paths,
         expected=call(F.linear, [x.double(), weight.double()], dy.double()),
         tolerance=TOLERANCE[dtype],
         units=dy.numel(),
         flops=2 * dy.numel() * inputs * (1 + 2 * backward),
-        bytes=x.element_size() * (x.numel() + weight.numel() + dy.numel()) * (1 + 2 * backward),
+        bytes=x.element_size() * ((x.numel() + weight.numel()) * (3 if backward else 1) + dy.numel() * (1 + backward)),
         cold=cold,
         fewer_threads=False,
     )

@@ -35,7 +35,10 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
         "timestep_norm", partial(mo.timestep_norm, **norm), partial(baselines.timestep_norm, **norm), (x, ones, ones)
     )
     yield from _both(
-        "normalized_qk", partial(mo.normalized_qk, **qk), partial(baselines.normalized_qk, **qk), (x, affine, affine)
+        "normalized_qk",
+        partial(mo.normalized_qk, **qk),
+        partial(baselines.normalized_qk, num_heads=H, rotary=baselines.rotary(L, C, D // H, x.device)),
+        (x, affine, affine),
     )
     sdpa = partial(baselines.attention_sdpa, chunk_size=L)
     yield from _both("chunked_attention", partial(mo.chunked_attention, **attention), sdpa, qkv)

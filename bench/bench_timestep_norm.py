@@ -15,7 +15,7 @@ import torch
 import megalodon_ops as mo
 
 from . import baselines
-from .harness import OURS, Case, Path, forward, forward_backward
+from .harness import DTYPES, OURS, Case, Path, way
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
@@ -47,7 +47,7 @@ def _case(
     plain = partial(baselines.timestep_norm, num_groups=groups)
 
     def call(op, tensors=inputs, dy=dy):
-        return forward_backward(op, tensors, [dy]) if backward else forward(op, *tensors)
+        return way(op, tensors, [dy], backward=backward)
 
     paths = [Path(OURS, call(partial(mo.timestep_norm, num_groups=groups))), Path("cumulative sums", call(plain))]
     if compiled:
@@ -56,7 +56,7 @@ def _case(
     return Case(
         name="forward + backward" if backward else "forward",
         shape=f"B {batch} L {length} D {dim} G {groups}",
-        dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
+        dtype=DTYPES[dtype],
         paths=paths,
         expected=call(plain, [t.float() for t in inputs], dy.float()),
         tolerance=TOLERANCE[dtype],

@@ -82,5 +82,5 @@ def reset_peak_memory() -> int:
     return torch.cuda.memory_allocated()
 
 
-def peak_memory_since(in_use: int) -> int:
-    return torch.cuda.max_memory_allocated() - in_use
+def peak_memory_since(in_use: int | None) -> int | None:
+    return None if in_use is None else torch.cuda.max_memory_allocated() - in_use

@@ -6,10 +6,11 @@ A `Case` is one piece of work with a `Path` for each way of doing it, ours first
    the source; ours must be within the tolerance, or the case raises `Disagreement` and is not timed. This call also
    compiles what needs compiling.
 2. Memory. Freed memory is given back to the system, and the peak of one call is read (Linux only): for us the call of
-   step 1, for others, of which that may be the only call and then counts, one more. On fewer threads it is not.
+   step 1, for others, unless they are slow, one more. On fewer threads it is not.
 3. Warm-up. Short paths are called again, and all that were called before step 2 last gave memory away.
 4. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path leaves when it has
-   enough samples or has used up its seconds: slow ones end with few samples, down to the one call of step 1.
+   enough samples or has used up its seconds: slow ones end with few samples. Of a slow rival it is one call after that of
+   step 1, or, if it is very slow, the one of step 1 itself.
    warm: an untimed call comes first, then the timed one, or as many calls in a row as take a millisecond.
    cold: a buffer twice as large as the last-level cache is read and written first, then one call is timed.
    If the machine was slower than it can be before or after, the samples are taken again, unless that takes long, and
@@ -39,10 +40,13 @@ OURS = "megalodon_ops"
 hardware: ModuleType = machine  # or gpu
 Outputs = Sequence[Tensor]
 
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
 _SHORT = 1e-3  # seconds; shorter calls are timed several in a row
 _CACHEABLE = 0.1  # seconds; the state of the cache, which fills in a millisecond, does not show in longer calls
 _LONG = 3.0  # seconds; a call that takes longer is timed once, after a first one, samples that did are not taken again
-_SLOW = 1.35  # seconds; a rival whose first call takes longer gets no other
+_SLOW = 1.35  # seconds; a rival whose first call takes longer gets one other
+_VERY_SLOW = 6.0  # seconds; and one whose first call takes even longer, none
 _ATTEMPTS = 3  # to time a case on a machine that has all its cores
 
 
@@ -59,7 +63,7 @@ class Path:
     before: Callable[[], None] | None = None
     """untimed, ahead of every call"""
     rival: bool = True
-    """competes for the best plain-torch path; False: shown for comparison"""
+    """competes for the best plain-torch path; False: other work, shown for comparison"""
     checked: bool = True
     """its outputs are those of the case"""
     compiled: bool = False
@@ -75,7 +79,7 @@ class Case:
     dtype: str
     paths: list[Path]
     expected: Callable[[], Outputs] | None
-    """None: nothing to compare, as for rivals that do other work; a path's own `call` is not called twice"""
+    """None: nothing to compare; a path's own `call` is not called twice"""
     tolerance: float
     """on max |got - expected| / max |expected|, each output by itself"""
     units: int
@@ -132,7 +136,8 @@ class Result:
 
     @property
     def best_rival(self) -> Timing | None:
-        rivals = [t for t in self.timings if t.rival and t.median < math.inf]
+        """Of those that are right."""
+        rivals = [t for t in self.timings if t.rival and t.median < math.inf and (t.error or 0) <= self.tolerance]
         return min(rivals, key=lambda t: t.median, default=None)
 
 
@@ -265,7 +270,12 @@ def _check(case: Case, timings: list[Timing], memory: bool) -> list[_Runner]:
                 timing.note = "misses the tolerance"
         del outputs
         if seconds > _SLOW and not ours and not path.compiled:
-            timing.warm, timing.note = [seconds], timing.note or "one call, no warm-up"
+            warmed = seconds <= _VERY_SLOW
+            if warmed:
+                if path.before:
+                    path.before()
+                seconds, _ = hardware.timed(path.call)
+            timing.warm, timing.note = [seconds], timing.note or ("one call" if warmed else "one call, no warm-up")
         else:
             active.append(_Runner(path, timing, seconds))
     return active
@@ -303,6 +313,17 @@ def _take_turns(runners: list[_Runner], effort: Effort, *, warm: bool) -> None:
             if enough and spent[index] > effort.seconds * (1 if samples >= 2 else 3):
                 del spent[index]
         samples += 1
+
+
+def way(
+    call: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    douts: Sequence[Tensor],
+    *,
+    backward: bool,
+) -> Callable[[], Outputs]:
+    """A path's call, with gradients or without."""
+    return forward_backward(call, inputs, douts) if backward else forward(call, *inputs)
 
 
 def forward(call: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Callable[[], Outputs]:

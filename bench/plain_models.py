@@ -15,6 +15,8 @@ def megalodon(model: mo.Megalodon, tokens: Tensor) -> Tensor:
     """Logits of `model` by the ops of baselines.py; no dropout, L at most the chunk size or a multiple of it."""
     config = model.config
     chunk_size = min(config.chunk_size, tokens.shape[1])
+    key_dim = config.z_dim // config.num_heads
+    rotary = baselines.rotary(tokens.shape[1], chunk_size, key_dim, tokens.device)
     x = F.embedding(tokens, model.embed.weight)
     for layer in model.layers:
         mega, nffn = layer.mega, layer.nffn
@@ -22,8 +24,7 @@ def megalodon(model: mo.Megalodon, tokens: Tensor) -> Tensor:
         c = baselines.cema_blocks(t, *mega.cema.coefficients())
         m = F.rms_norm(c.float(), (config.model_dim,), 1 + mega.rmsnorm.weight, config.norm_eps).to(x.dtype)
         q, k = baselines.normalized_qk(
-            _linear(mega.wz, m), mega.gamma, mega.beta, num_heads=config.num_heads, chunk_size=chunk_size,
-            eps=config.norm_eps,
+            _linear(mega.wz, m), mega.gamma, mega.beta, num_heads=config.num_heads, rotary=rotary, eps=config.norm_eps
         )  # fmt: skip
         v = F.silu(_linear(mega.wv, t)).unflatten(-1, (config.num_heads, -1))
         a = baselines.attention_row_blocks(q, k, v, chunk_size=chunk_size).flatten(-2)

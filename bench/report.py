@@ -22,8 +22,8 @@ Limits of this machine, measured before and after the benches (the better value)
 {limits}
 
 How to read the tables: [README](../README.md). Times are medians of interleaved samples; ± is half the distance from
-the first to the third quartile, in percent of the median; n is the number of samples. The run took
-{minutes:.0f} minutes.{quick}
+the first to the third quartile, in percent of the median; n is the number of samples; * is a single call. The run
+took {minutes:.0f} minutes.{quick}
 """
 
 _LIMIT_NAMES = {
@@ -86,14 +86,15 @@ def ours_table(results: Iterable[Result], limits: dict[int, Limits]) -> str:
             seconds = statistics.median(samples)
             flops, gigabytes = (None if work is None else work / seconds / 1e9 for work in (r.flops, r.bytes))
             rival = best and statistics.median(getattr(best, state) or best.warm)
+            mark = "*" if best and best.note.startswith("one call") else ""
             rows.append([
                 r.case, r.shape, r.dtype, str(r.threads), state, _milliseconds(seconds), _spread(samples),
                 _per_unit(seconds, r), _number(gigabytes), _percent(gigabytes, limit.copy), _number(flops),
                 _percent(flops, limit.fma_fp32), _percent(flops, gemm), best.path if best else "",
-                _milliseconds(rival) if best else "", f"**{rival / seconds:.3g}**" if best else "",
+                _milliseconds(rival) + mark if best else "", f"**{rival / seconds:.3g}**" if best else "",
             ])  # fmt: skip
     head = [
-        "work", "shape", "type", "threads", "cache", "ms", "±", "speed", "GB/s", "of copy", "GFLOP/s", "of FMA peak",
+        "work", "shape", "type", "threads", "cache", "ms", "±", "speed", "GB/s", "of torch's copy", "GFLOP/s", "of FMA peak",
         "of torch GEMM", "best in plain torch", "its ms", "times faster",
     ]  # fmt: skip
     return _table(head, rows)

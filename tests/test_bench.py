@@ -1,0 +1,120 @@
+"""The benches' harness: that it checks before it times, on the CPU and on a GPU, and what competes for the best."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+
+import pytest
+import torch
+
+from bench import gpu, harness, machine
+from bench.harness import OURS, Case, Disagreement, Effort, Path
+
+X = torch.arange(4.0)
+
+
+class Event:
+    """A CUDA event, by the host's clock."""
+
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture(autouse=True)
+def memory_as_it_is(monkeypatch):
+    """Reading the peak would set how this process keeps freed memory."""
+    monkeypatch.setattr(machine, "reset_peak_memory", lambda: None)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def hardware(request, monkeypatch):
+    """The processor, or a card that is not there."""
+    if request.param == "cuda":
+        card = dataclasses.make_dataclass("Card", ["L2_cache_size"])(1 << 10)
+        for name, value in {
+            "Event": Event, "synchronize": lambda: None, "get_device_properties": lambda device: card,
+            "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 5, "max_memory_allocated": lambda: 12,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(harness, "hardware", {"cpu": machine, "cuda": gpu}[request.param])
+    return request.param
+
+
+def case(*paths, expected=lambda: (2 * X,)):
+    return Case("twice", "4", "fp32", list(paths), expected, tolerance=1e-6, units=4, bytes=32.0)
+
+
+def measured(*paths, threads=(1,), **options):
+    return list(harness.measure("test", case(*paths, **options), threads, Effort(samples=3, seconds=0.01)))
+
+
+def twice(offset=0.0, seconds=0.0):
+    def call():
+        time.sleep(seconds)
+        return (2 * X + offset,)
+
+    return call
+
+
+def test_paths_that_agree_are_timed(hardware):
+    (result,) = measured(Path(OURS, twice()), Path("slower", twice(seconds=2e-3)))
+    assert [len(t.warm) for t in result.timings] == [3, 3] and [len(t.cold) for t in result.timings] == [3, 3]
+    assert result.best_rival.path == "slower" and result.best_rival.median >= 2e-3
+    assert [t.error for t in result.timings] == [0, 0]
+    if hardware == "cuda":
+        assert [t.peak_memory for t in result.timings] == [7, 7]
+
+
+def test_wrong_results_of_ours_are_not_timed(hardware):
+    for offset in (1e-3, math.nan):
+        with pytest.raises(Disagreement, match="twice, 4, fp32: error"):
+            measured(Path(OURS, twice(offset)), Path("right", twice()))
+    with pytest.raises(Disagreement, match="shape"):
+        measured(Path(OURS, lambda: (X[:2],)))
+
+
+def test_who_competes(hardware):
+    def fails():
+        raise RuntimeError
+
+    (result,) = measured(
+        Path(OURS, twice(seconds=1e-3)),
+        Path("right", twice(seconds=2e-3)),
+        Path("wrong", twice(offset=1)),
+        Path("fails", fails),
+        Path("other work", lambda: (X,), rival=False, checked=False),
+    )
+    assert result.best_rival.path == "right"
+    notes = {t.path: t.note for t in result.timings}
+    assert notes["wrong"].startswith("misses the tolerance") and notes["fails"] == "failed: RuntimeError"
+    assert all(t.warm for t in result.timings if t.path != "fails")
+
+
+@pytest.mark.parametrize(("seconds", "calls", "note"), [(0.02, 2, "one call"), (0.6, 1, "one call, no warm-up")])
+def test_slow_rivals_get_one_call(seconds, calls, note, monkeypatch):
+    monkeypatch.setattr(harness, "_SLOW", 0.01)
+    monkeypatch.setattr(harness, "_VERY_SLOW", 0.5)
+    seen = []
+    slow = twice(seconds=seconds)
+    (result,) = measured(Path(OURS, twice()), Path("slow", lambda: seen.append(1) or slow()))
+    rival = result.timings[1]
+    assert (len(seen), len(rival.warm), rival.note) == (calls, 1, note) and rival.warm[0] >= seconds
+
+
+def test_fewer_threads_meet_the_best_rival_alone(two_threads):
+    first, second = measured(
+        Path(OURS, twice()), Path("best", twice()), Path("slower", twice(seconds=0.02)), threads=(1, 2)
+    )
+    assert (first.threads, second.threads) == (2, 1)
+    assert [t.path for t in second.timings] == [OURS, "best"] and not second.ours.cold
