@@ -1,5 +1,7 @@
 #include "memory_pool.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <mutex>
@@ -54,14 +56,17 @@ void offer(const MemoryBlock&) {}
 class Pool {
  public:
   MemoryBlock take(size_t bytes) {
+    if (bytes > PTRDIFF_MAX - kHugePage) throw std::bad_alloc();
     bytes = (bytes + page_bytes() - 1) / page_bytes() * page_bytes();
     const std::lock_guard<std::mutex> lock(mutex_);
+    kept_.reserve(kept_.size() + blocks_in_use_ + 1);  // so that give() allocates nothing
     auto best = kept_.end();
     for (auto kept = kept_.begin(); kept != kept_.end(); ++kept)  // of equals the last, which the caches may hold
       if (kept->bytes >= bytes && kept->bytes <= bytes + bytes / 4 && (best == kept_.end() || kept->bytes <= best->bytes))
         best = kept;
     const MemoryBlock block = best != kept_.end() ? forget(best) : map_new(bytes);
     used_ += block.bytes;
+    ++blocks_in_use_;
     peak_ = std::max(peak_, used_);
     return block;
   }
@@ -69,6 +74,7 @@ class Pool {
   void give(const MemoryBlock& block) {
     const std::lock_guard<std::mutex> lock(mutex_);
     used_ -= block.bytes;
+    --blocks_in_use_;
     kept_bytes_ += block.bytes;
     kept_.push_back({block.data, block.bytes});
     size_t latest = 0;
@@ -78,6 +84,9 @@ class Pool {
         kept->offered = true;
       }
   }
+
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
   void release() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -113,12 +122,17 @@ class Pool {
 
   std::mutex mutex_;
   std::vector<Kept> kept_;  // in the order in which they came
-  size_t kept_bytes_ = 0, used_ = 0;
+  size_t kept_bytes_ = 0, used_ = 0, blocks_in_use_ = 0;
   size_t peak_ = 0;  // the most that was ever in use at once
 };
 
 Pool& pool() {
-  static Pool& pool = *new Pool;  // tensors may outlive everything
+  static Pool& pool = *[] {
+    // The child of a fork has but one thread: whatever another did with the pool is done before.
+    pthread_atfork([] { megalodon::pool().lock(); }, [] { megalodon::pool().unlock(); },
+                   [] { megalodon::pool().unlock(); });
+    return new Pool;  // tensors may outlive everything
+  }();
   return pool;
 }
 

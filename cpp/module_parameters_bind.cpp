@@ -66,22 +66,24 @@ bool take(PyObject* module, const py::tuple& description, const py::dict& expect
   Py_ssize_t known = 0;
   for (const auto [name, child] : children) {
     PyObject* found = absent ? nullptr : find(modules, name.ptr());
+    if (!absent && !found && find(inside.ptr(), name.ptr()) != Py_None) return false;
     known += found != nullptr;
     if (!take(found, py::reinterpret_borrow<py::tuple>(child), expected, out)) return false;
   }
   if (!absent && known < PyDict_GET_SIZE(modules)) return false;
   for (const py::handle name : own) {
-    PyObject* found = absent ? nullptr : find(parameters, name.ptr());
-    if (found) read_again.note_tensor(found);
-    out.append(found ? py::handle(found) : py::none());
+    PyObject* found = absent ? Py_None : find(parameters, name.ptr());
+    if (!found) return false;
+    read_again.note_tensor(found);
+    out.append(py::handle(found));
   }
   return true;
 }
 
 // The parameters of modules that are as their descriptions (class, {child's name: description}, names of its own
 // parameters, names of attributes) say: those of its children, then its own, None for each that is absent. None: one of
-// the modules is absent, or there is one of another class, with other children, hooks, a forward of its own or an
-// attribute that is not as expected.
+// the modules is absent, or there is one of another class, with other children, hooks, a forward of its own, an attribute
+// that is not as expected, or a parameter or child that has become something else.
 py::object take_parameters(const py::list& described, const py::dict& expected) {
   read_again.fetch();
   py::list parameters;

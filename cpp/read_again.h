@@ -34,7 +34,7 @@ class ReadAgain {
     if (dict->ma_values) note(dict->ma_values, 0, 192);
     else if (dict->ma_used) note(dict->ma_keys, 0, 192);
   }
-  // What torch reads of a tensor lies around its sizes.
+  // What torch reads of a tensor lies around its sizes. It may be None.
   void note_tensor(const PyObject* object) {
     note(object, 0, 64);
     DlpackTensor tensor;

@@ -109,6 +109,13 @@ def test_generation_takes_it_and_other_calls_do_not():
     assert calls.count == 0
 
 
+def taken_out(model, name, instead):
+    """Something that is no module comes in the place of one."""
+    module = getattr(model, name)
+    delattr(model, name)
+    setattr(model, name, instead(module))
+
+
 def with_dropout(block):
     block.train()
     block.mega.config = dataclasses.replace(block.mega.config, attention_dropout=0.5)
@@ -154,6 +161,48 @@ def test_what_was_changed_runs_as_changed(change):
         torch.testing.assert_close(found, expected)
 
 
+def as_attribute(module, name, tensor):
+    delattr(module, name)
+    setattr(module, name, tensor)
+
+
+def as_buffer(module, name, tensor):
+    delattr(module, name)
+    module.register_buffer(name, tensor)
+
+
+@pytest.mark.parametrize("become", [as_attribute, as_buffer])
+@pytest.mark.parametrize(
+    "name", ["mega.wv.bias", "mega.wz.weight", "mega.gamma", "mega.rmsnorm.weight", "nffn.norm.bias"]
+)
+def test_parameters_that_have_become_something_else(name, become, monkeypatch):
+    block, state = block_and_state()
+    path, _, last = name.rpartition(".")
+    become(block.get_submodule(path), last, block.get_parameter(name).detach() + 1)
+    check_layers_run(block, state, monkeypatch)
+
+
+def test_a_module_that_has_become_a_function(monkeypatch):
+    block, state = block_and_state()
+    taken_out(block.mega, "rmsnorm", lambda norm: lambda x: norm(x) + 1)
+    check_layers_run(block, state, monkeypatch)
+
+
+def test_a_patched_class(monkeypatch):
+    block, state = block_and_state()
+    forward = mo.layers.LayerNorm.forward
+    monkeypatch.setattr(mo.layers.LayerNorm, "forward", lambda self, x: forward(self, x) + 1)
+    check_layers_run(block, state, monkeypatch)
+
+
+def check_layers_run(block, state, monkeypatch):
+    found, calls = decode(block, state)
+    monkeypatch.setattr(mo.blocks, "_run_in_one_call", lambda *args, **options: None)
+    expected, _ = decode(block, state)
+    assert calls == 0
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_modules_and_parameters_go_by_name():
     """Those that were taken out and put back come last in their module's dictionaries."""
     block, state = block_and_state()
@@ -174,6 +223,18 @@ def test_the_state_is_written_in_place():
         _, after = block(steps(block, 1, 1), state=state, **INPLACE)
     assert all(a is b for a, b in zip(tree_leaves(after), tree_leaves(state), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(after), strict=True))
+
+
+def test_a_backward_that_needs_the_state_before_raises():
+    model, tokens = tiny_model(torch.float32).eval(), tokens_of(1, 6)
+    _, state = model(tokens, return_state=True)
+    state = state.detach()
+    loss = model(tokens, state=state).sum()
+    with torch.no_grad(), Calls() as calls:
+        model(tokens[:, :1], state=state, **INPLACE)
+    assert calls.count == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "block"])
@@ -221,6 +282,8 @@ def test_who_gets_the_layers(monkeypatch):
         assert fits(steps(block, 1, most)) and not fits(steps(block, 1, most + 1))
         assert not fits(x[:0])
         assert not fits(state=None) and fits(inplace_state=False)
+        assert not fits(state=state._replace(norm=None)) and not fits(state=tuple(state))
+        assert not fits(x[0])
         for residual in (None, state.norm.residual.transpose(0, 2).contiguous().transpose(0, 2)):
             assert not fits(state=state._replace(norm=state.norm._replace(residual=residual)))
         assert not fits(lengths=torch.tensor([1])) and not fits(cu_seqlens=torch.tensor([0, 1]))
@@ -323,13 +386,6 @@ def test_a_state_of_another_chunk_size_is_refused():
     _, state = block_and_state(chunk_size=TINY["chunk_size"] + 1)
     with pytest.raises(ValueError, match=r"blocks_few_rows: `cache_k` must .*, got"):
         decode(block, state)
-
-
-def taken_out(model, name, instead):
-    """Something that is no module comes in the place of one."""
-    module = getattr(model, name)
-    delattr(model, name)
-    setattr(model, name, instead(module))
 
 
 @pytest.mark.parametrize(

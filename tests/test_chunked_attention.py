@@ -220,6 +220,15 @@ def test_state_in_place():
         )
 
 
+def test_gradients_of_a_state_that_was_overwritten_are_refused():
+    q, k, v = (torch.randn(1, 2, 1, 4, requires_grad=True) for _ in range(3))
+    _, state = mo.chunked_attention(q.detach(), k.detach(), v.detach(), chunk_size=8, return_state=True)
+    o = mo.chunked_attention(q, k, v, chunk_size=8, state=state, inplace_state=True)
+    assert state.position.item() == 4
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
 def _t(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype)
 

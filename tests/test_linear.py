@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 from backends import ISAS, isa
 from megalodon_ops import _C
@@ -375,6 +376,34 @@ def test_what_torch_is_left_with(monkeypatch):
     with pytest.raises(RuntimeError, match="same dtype|dtype"):
         linear(x[:1], weight.double())
     assert not calls
+
+
+class Doubled(torch.Tensor):
+    """Twice what it wraps, as a quantised weight is something else than what it stores."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unwrapped(a):
+            return 2 * a.inner if isinstance(a, cls) else a
+
+        return func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_tensors_of_other_types_are_left_to_torch(rows, gradients):
+    x, weight = torch.randn(rows, 24), torch.randn(40, 24)
+    doubled = torch.Tensor._make_wrapper_subclass(Doubled, weight.shape, dtype=weight.dtype)
+    doubled.inner = weight
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(linear(x, doubled), F.linear(x, 2 * weight))
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_no_outputs(rows, dtype):
+    assert linear(torch.ones(rows, 3, dtype=dtype), torch.ones(0, 3, dtype=dtype)).shape == (rows, 0)
 
 
 def test_variable_leaves_all_to_torch():

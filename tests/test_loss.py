@@ -187,6 +187,13 @@ def test_nothing_counts(T, reduction, small_blocks):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_channels(reduction, small_blocks):
+    hidden, weight, targets = torch.zeros(3 * ROWS, 0), torch.zeros(V, 0), torch.zeros(3 * ROWS, dtype=torch.int64)
+    expected = F.cross_entropy(torch.zeros(3 * ROWS, V), targets, reduction=reduction)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, reduction=reduction), expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_any_shape_strides_and_integers(reduction, small_blocks):
     hidden, weight, targets = inputs(4 * ROWS)
     strided = hidden.detach().reshape(4, ROWS, D).transpose(0, 1).requires_grad_()

@@ -141,10 +141,14 @@ def test_threads_share_the_pool():
     assert not failures
 
 
-@pytest.mark.parametrize("shape", [(1 << 50,), (1 << 40, 1 << 40)], ids=["memory", "address"])
-def test_too_much_memory_is_an_error(shape):
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1 << 50,), torch.float32), ((1 << 40, 1 << 40), torch.float32), (((1 << 63) - 1,), torch.bfloat16)],
+    ids=["memory", "address", "pages"],
+)
+def test_too_much_memory_is_an_error(shape, dtype):
     with pytest.raises(MemoryError):
-        output(*shape)
+        output(*shape, dtype=dtype)
 
 
 MAPPED = """

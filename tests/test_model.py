@@ -197,6 +197,8 @@ def test_loss_counts_no_padding(blocks):
     rows = F.cross_entropy(model(tokens, lengths=lengths)[inside], targets[inside])
     garbage = targets.where(inside, 10**6)
     torch.testing.assert_close(model.loss(tokens, garbage, lengths=lengths), rows, rtol=1e-12, atol=0)
+    bytes_ = model.loss(tokens[1:], targets[1:].to(torch.uint8), lengths=lengths[1:])
+    torch.testing.assert_close(bytes_, model.loss(tokens[1:], targets[1:], lengths=lengths[1:]), rtol=0, atol=0)
 
     row, row_targets, cu_seqlens = tokens.reshape(1, 200), targets.reshape(1, 200), torch.tensor([5, 60, 60, 190])
     documents = F.cross_entropy(model(row, cu_seqlens=cu_seqlens)[0, 5:190], row_targets[0, 5:190])

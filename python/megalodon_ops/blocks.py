@@ -202,7 +202,11 @@ def _run_in_one_call(
 ) -> _Result | None:
     """Of tokens x (B, L) through a model, or x (B, L, D) through blocks, in the dtype of `like` (any, D)."""
     whole = like is not x
-    if cu_seqlens is not None or lengths is not None or None in states or (whole and norm is None):
+    if cu_seqlens is not None or lengths is not None or x.dim() != (2 if whole else 3):
+        return None
+    if not all(map(_is_complete, states)) or (whole and not isinstance(norm, TimestepNormState)):
+        return None
+    if any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
         return None
     if torch.compiler.is_compiling() or _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
         return None
@@ -252,11 +256,21 @@ _HALVES = dict(
 _WV = 8  # where a block's parameters have wv.weight, the first that has the dtype of activations
 _EMBEDDING = (nn.Embedding, {}, ("weight",), ("max_norm",))
 _OUTPUT = (Output, dict(final_norm=_NORM, output=_LINEAR), (), ())
+_KINDS = (
+    TimestepNorm, ComplexEMA, RMSNorm, LayerNorm, Linear, NormalizedAttention, NormalizedFFN, MegalodonBlock, nn.Embedding
+)  # fmt: skip
+_FORWARDS = {kind: kind.forward for kind in _KINDS}  # which somebody may have patched
 
 
 @functools.cache
 def _layers(count: int) -> tuple:
     return nn.ModuleList, {str(layer): (MegalodonBlock, _HALVES, (), ()) for layer in range(count)}, (), ()
+
+
+def _is_complete(state: BlockState | None) -> bool:
+    if not isinstance(state, BlockState):
+        return False
+    return isinstance(state.norm, TimestepNormState) and isinstance(state.attention, AttentionState)
 
 
 def _tensors_of(states: tuple[BlockState, ...], norm: TimestepNormState | None) -> list[Tensor | None]:

@@ -46,7 +46,8 @@ def chunked_attention(
         scale: factor on the scores.
         state: keys and values of the unfinished chunk; None: empty. Constant in the backward: it takes no gradient.
         return_state: also return the state after each sequence's last step.
-        inplace_state: append to the tensors of `state` instead of copying them; for generation.
+        inplace_state: append to the tensors of `state` instead of copying them; for generation. A backward that needs
+            what they were raises.
         dropkey: probability in [0, 1) that a score becomes -inf before the softmax. No rescaling; a row that loses
             every score gives zeros.
         dropkey_seed: (1,) int64 seed of the mask; None: drawn from the device's default generator.
@@ -81,6 +82,8 @@ def chunked_attention(
         raise ValueError(f"chunked_attention: `chunk_size` must be positive, got {chunk_size}.")
     if dropkey and dropkey_seed is None:
         dropkey_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    if inplace_state and state is None:
+        raise ValueError("chunked_attention: `inplace_state` needs a `state` to append to, got None.")
     cache_k, cache_v, position = state or (None, None, None)
     constants = state[:2] if state and torch.is_grad_enabled() else ()
     if any(getattr(cache, "requires_grad", False) for cache in constants):
@@ -103,8 +106,6 @@ def chunked_attention(
         lengths,
     )
     if inplace_state:
-        if state is None:
-            raise ValueError("chunked_attention: `inplace_state` needs a `state` to append to, got None.")
         chunked_attention_state_(k.detach(), v.detach(), *state, chunk_size, cu_seqlens, lengths)
         return (o, state) if return_state else o
     if return_state:

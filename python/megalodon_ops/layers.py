@@ -142,8 +142,8 @@ class LayerNorm(_Norm):
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
-    On the CPU its products take the fastest way there is, :func:`megalodon_ops.linear.linear`, and a large weight lies
-    in huge pages, as products of few rows, which read it once, are bound by memory.
+    On the CPU its products take the fastest way there is, :func:`megalodon_ops.linear.linear`, and a large weight that
+    was made here, cast or moved lies in huge pages, as products of few rows, which read it once, are bound by memory.
     """
 
     def __init__(self, *args, **kwargs) -> None:

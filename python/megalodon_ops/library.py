@@ -37,9 +37,11 @@ def define_op(
     name = schema.split("(")[0]
     qualified = f"megalodon_ops::{name}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.megalodon_ops, name).default
+    if "!" in schema:
+        kernel = _noting_writes(op, kernel)
     for device in ("CPU", "CUDA"):
         _library.impl(name, kernel, device)
-    op = getattr(torch.ops.megalodon_ops, name).default
     torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
     differentiable = None
     if "!" not in schema:
@@ -50,6 +52,18 @@ def define_op(
     kinds = "".join(_KINDS[str(argument.type)] for argument in op._schema.arguments)
     _plain_calls[op] = _PlainCall(kinds, kernel, differentiable)
     return op
+
+
+def _noting_writes(op: Callable, kernel: Callable) -> Callable:
+    """`kernel`, and then autograd knows what it has written: a backward that needs what was there before raises."""
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def noting(*args):
+        kernel(*args)
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
+
+    return noting
 
 
 class _PlainCall(NamedTuple):

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _C
 from .library import autocast, call, contiguous_or_none, define_op, in_forward_mode, launch
-from .memory import empty, empty_like
+from .memory import OWN_TYPES, empty, empty_like
 
 _CPUINFO = Path("/proc/cpuinfo")
+_TYPES = (*OWN_TYPES, FakeTensor)  # that the kernels, or their fakes, take
 _FEW_ROWS = 32  # up to which the kernel that reads the weights once is the fastest
 _AMX_ROWS = 16  # from which the kernel for AMX is no slower than MKL
 _FEW_AMX_ROWS = {torch.float32: _AMX_ROWS - 1, torch.bfloat16: 8}  # up to which it is where there is AMX
@@ -79,12 +81,14 @@ def _suits_casting(x: Tensor) -> bool:
 def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
     """Whether the product takes the kernel for many rows, or its gradient of the weights will take a copy."""
     size, dots = x.numel() * weight.shape[0], _has_dots(x.dtype)
+    if size == 0:
+        return False
     if not _has_many_rows(x.dtype):
         return USES_AMX and dots and torch.is_grad_enabled() and size >= _WORTH
     if torch.is_grad_enabled():
         worth = _WORTH if x.dtype == torch.float32 else _WORTH_OF_DOTS if dots else _WORTH_WHERE_SLOW
         return size >= worth
-    return x.numel() >= (_AMX_ROWS if USES_AMX else 1) * x.shape[-1] > 0
+    return x.numel() >= (_AMX_ROWS if USES_AMX else 1) * x.shape[-1]
 
 
 def _has_many_rows(dtype: torch.dtype) -> bool:
@@ -115,8 +119,8 @@ def most_few_rows(dtype: torch.dtype) -> int:
 
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
-    """On the CPU, in one floating dtype, which autocast does not change, and without tangents."""
-    if in_forward_mode():
+    """On the CPU, in one floating dtype, which autocast does not change, without tangents and of no other type."""
+    if in_forward_mode() or not all(t is None or type(t) in _TYPES for t in (x, weight, other)):
         return False
     same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
     cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu")

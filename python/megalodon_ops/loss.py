@@ -52,7 +52,7 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, targets, reduction)
     hidden, weight = autocast(hidden, weight)
-    x, index = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    x, index = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).long()
     (T, D), V = x.shape, weight.shape[0]
     wants = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight)]
     if T * V <= _block(x.device) or (any(wants) and 4 * V <= D):

@@ -16,7 +16,7 @@ from . import _C
 _POOLED = 1 << 20  # bytes from which an output comes from the pool
 _FEWEST_POOLED = _POOLED // 16  # elements, if they are complex128
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt(3)
-_PLAIN = (Tensor, torch.nn.Parameter)
+OWN_TYPES = (Tensor, torch.nn.Parameter)  # torch's; others are left to it
 _DLPACK_TYPES = {
     torch.float32: (2, 32), torch.float64: (2, 64), torch.float16: (2, 16), torch.bfloat16: (4, 16),
     torch.complex64: (5, 64), torch.complex128: (5, 128),
@@ -36,14 +36,14 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
 
 
 def _is_pooled(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
-    if type(like) not in _PLAIN or not like.is_cpu or math.prod(shape) * dtype.itemsize < _POOLED:
+    if type(like) not in OWN_TYPES or not like.is_cpu or math.prod(shape) * dtype.itemsize < _POOLED:
         return False
     return dtype in _DLPACK_TYPES and not torch.are_deterministic_algorithms_enabled()  # which fill what is empty
 
 
 def empty_like(x: Tensor) -> Tensor:
     """The same with the shape and dtype of x."""
-    if type(x) in _PLAIN and x.numel() >= _FEWEST_POOLED:
+    if type(x) in OWN_TYPES and x.numel() >= _FEWEST_POOLED:
         return empty(x, x.shape)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -54,10 +54,11 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
 
 
 def release_memory() -> None:
-    """Gives the memory that large outputs of ops on the CPU have left back to the system.
+    """Gives the memory that large outputs of ops, and weights of linear layers, have left on the CPU back to the system.
 
     The package keeps it for the next ones, as fresh memory takes longer to clear than many a kernel to write: up to as
-    much as such outputs ever took at once. All but 128 MiB of it Linux takes back on its own when memory is short.
+    much as they ever took at once. All but 128 MiB of it Linux takes back on its own when memory is short; until then it
+    counts as this process's. Call this once a large model has been cast or moved away.
 
     Example:
         >>> import torch, megalodon_ops as mo

@@ -141,7 +141,7 @@ class Megalodon(nn.Module):
             )
         x, sequences = self._embed(tokens, state), dict(cu_seqlens=cu_seqlens, lengths=lengths)
         hidden, state = self._hidden(x, state, return_state, False, **sequences)
-        position = torch.arange(tokens.shape[1], device=tokens.device)
+        position, targets = torch.arange(tokens.shape[1], device=tokens.device), targets.long()
         if lengths is not None:
             targets = targets.where(position < lengths[:, None], ignore_index)
         if cu_seqlens is not None:
