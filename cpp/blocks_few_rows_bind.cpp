@@ -335,8 +335,8 @@ void blocks_few_rows(const Target&, py::handle x_, py::list parameters, py::list
     embedding = {input.dtype, x.elements(), input.D, x.data_as<const int64_t>(), weight.data(), embedding_scale, nullptr};
     for (int64_t t = 0; t < x.elements(); ++t)
       if (embedding.tokens[t] < 0 || embedding.tokens[t] >= weight.size(0))
-        throw py::index_error(std::string(kOp) + ": `x` must hold tokens in [0, " + std::to_string(weight.size(0)) +
-                              "), got " + std::to_string(embedding.tokens[t]) + ".");
+        throw py::index_error("Megalodon: `tokens` must be in [0, " + std::to_string(weight.size(0)) + "), got " +
+                              std::to_string(embedding.tokens[t]) + ".");
   } else {
     x.present().rank("(B, L, D)", 3);
     input = {x.floating(), x.size(0), x.size(1), x.size(2)};

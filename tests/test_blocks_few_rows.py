@@ -362,9 +362,9 @@ def test_errors_of_a_whole_model():
         x, parameters, tensors, y, *numbers = captured(lambda: model(tokens_of(1, 1), **INPLACE, state=state))
     dim, outputs, (*sizes, eps, scale) = model.config.model_dim, model.config.num_outputs, numbers
 
-    def refuses(name, x=x, parameters=parameters, tensors=tensors, y=y, eps=eps, error=ValueError):
+    def refuses(name, x=x, parameters=parameters, tensors=tensors, y=y, eps=eps):
         call = lambda: blocks_few_rows_(x, parameters, tensors, y, *sizes, eps, scale)  # noqa: E731
-        assert_refuses(error, "blocks_few_rows", name, call)
+        assert_refuses(ValueError, "blocks_few_rows", name, call)
 
     assert y.shape == (1, 1, outputs) and torch.equal(x, tokens_of(1, 1))
     refuses("y", y=torch.empty(1, 1, dim))
@@ -372,7 +372,8 @@ def test_errors_of_a_whole_model():
     refuses("state", tensors=tensors[:-1])
     refuses("x", x=x[0])
     for token in (-1, model.config.vocab_size):
-        refuses("x", x=torch.full_like(x, token), error=IndexError)
+        with torch.no_grad(), pytest.raises(IndexError, match=rf"Megalodon: `tokens` must be in \[0, .*got {token}"):
+            model(torch.full_like(x, token), state=state, return_state=True)
     refuses("embed.weight", parameters=[None, *parameters[1:]])
     refuses("embed.weight", parameters=[parameters[0][0], *parameters[1:]])
     refuses("final_norm.weight", parameters=[*parameters[:-4], parameters[-4][1:], *parameters[-3:]])

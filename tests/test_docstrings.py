@@ -1,4 +1,4 @@
-"""The examples in the docstrings run, and every public function has one."""
+"""The examples in the docstrings run, and every public name has one."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ def test_examples_run(module):
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if error.name not in ("numpy", "safetensors", "tqdm", "matplotlib"):  # of the extra `train`
+            raise
         pytest.skip(f"needs {error.name}")
     failed, _ = doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
 
 
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("package", [mo, mo.reference], ids=["ops", "reference"])
-def test_every_op_has_an_example(package, name):
-    examples = doctest.DocTestFinder(recurse=False).find(getattr(package, name), name)
-    assert examples and examples[0].examples
+@pytest.mark.parametrize("name", sorted({*mo.__all__} - {"reference", "load_official"}))  # what reads files has none
+def test_every_public_name_has_an_example(name):
+    for package in [mo, *([mo.reference] if name in OPS else [])]:
+        (found,) = doctest.DocTestFinder(recurse=False).find(getattr(package, name), name)
+        assert found.examples, package.__name__
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -35,7 +35,12 @@ def test_config_round_trip_and_released_fields():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_layers": 0}, "`num_layers` must be positive"),
+        ({"num_layers": 0}, "`num_layers` must be a positive integer"),
+        ({"num_layers": 1.5}, "`num_layers` must be a positive integer"),
+        ({"model_dim": "64"}, "`model_dim` must be a positive integer"),
+        ({"rope_base": 0.0}, "`rope_base` must be positive or None"),
+        ({"output_size": 0}, "`output_size` must be a positive integer or -1"),
+        ({"output_size": -5}, "`output_size` must be a positive integer or -1"),
         ({"dropout": 1.0}, "`dropout` must be a probability"),
         ({"z_dim": 6, "num_heads": 2}, "`z_dim` must be a multiple of 2"),
         ({"value_dim": 5, "num_heads": 2}, "`value_dim` must be a multiple"),
@@ -155,6 +160,18 @@ def test_load_official_errors(tmp_path):
         mo.load_official(tmp_path)
     save_released(model, tmp_path, ffn_hidden_dim=41)
     with pytest.raises(ValueError, match="fc1.weight` must have shape"):
+        mo.load_official(tmp_path)
+    save_released(model, tmp_path, shards=2)
+    part = torch.load(tmp_path / "consolidated.01.pth", weights_only=True)
+    torch.save({k: v for k, v in part.items() if k != "layers.0.mega.wv.weight"}, tmp_path / "consolidated.01.pth")
+    with pytest.raises(ValueError, match=r"`layers.0.mega.wv.weight` must be .*, got none in consolidated.01.pth"):
+        mo.load_official(tmp_path)
+    torch.save({k: v for k, v in part.items() if k != "embed.weight"}, tmp_path / "consolidated.00.pth")
+    torch.save({k: v for k, v in part.items() if k != "embed.weight"}, tmp_path / "consolidated.01.pth")
+    with pytest.raises(ValueError, match="missing parameters: embed.weight"):
+        mo.load_official(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="`config.json` must hold an object `model`, got None"):
         mo.load_official(tmp_path)
 
 

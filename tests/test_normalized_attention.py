@@ -95,6 +95,7 @@ ERRORS = {
     "heads-odd-size": (ValueError, "num_heads", {"num_heads": 8, "v": _t(2, 9, 16)}),
     "gamma-shape": (ValueError, "gamma", {"gamma": _t(8)}),
     "beta-dtype": (TypeError, "beta", {"beta": _t(2, 8, dtype=torch.float16)}),
+    "v-of-two-axes": (ValueError, "v", {"v": torch.zeros(9, 10)}),
     "chunk-zero": (ValueError, "chunk_size", {"chunk_size": 0}),
     "dropkey-above-one": (ValueError, "dropkey", {"dropkey": 1.5}),
     "packed-batch": (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 9])}),

@@ -23,7 +23,15 @@ from .states import AttentionState, TimestepNormState
 
 
 class BlockState(NamedTuple):
-    """What one block passes on to the next call."""
+    """What one block passes on to the next call.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, cema_ndim=4)
+        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
+        >>> state.cema.shape
+        torch.Size([1, 64, 4])
+    """
 
     norm: TimestepNormState
     cema: Tensor
@@ -37,6 +45,12 @@ class NormalizedAttention(WideParameters):
     t = timestep_norm(x);  m = rms_norm(cema(t))
     z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
     y = x + wh1 m + wh2 (a * r)
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96)
+        >>> mo.NormalizedAttention(config)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(self, config: MegalodonConfig) -> None:
@@ -68,6 +82,7 @@ class NormalizedAttention(WideParameters):
         inplace_state: bool = False,
         **sequences: Tensor | None,
     ) -> Tensor | tuple[Tensor, BlockState]:
+        """x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` being the whole block's."""
         config, training = self.config, self.training
         norm_state, cema_state, attention_state = state or (None, None, None)
         t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences)
@@ -87,7 +102,14 @@ class NormalizedAttention(WideParameters):
 
 
 class NormalizedFFN(WideParameters):
-    """The second half of a block: fc2(silu(fc1 n) [* fc3 n]) of n = layer_norm(y), without its residual."""
+    """The second half of a block: fc2(silu(fc1 n) [* fc3 n]) of n = layer_norm(y), without its residual.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, swiglu=True)
+        >>> mo.NormalizedFFN(config)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
 
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
         super().__init__()
@@ -105,6 +127,7 @@ class NormalizedFFN(WideParameters):
             nn.init.constant_(self.alpha, 0.1 * 0.5**self.layer)
 
     def forward(self, y: Tensor) -> Tensor:
+        """y (B, L, D), the first half's output, to (B, L, D)."""
         config, training = self.config, self.training
         n = self.norm(y)
         hidden = gated_silu(self.fc1(n), None if self.fc3 is None else self.fc3(n))

@@ -49,7 +49,8 @@ def chunked_attention(
         inplace_state: append to the tensors of `state` instead of copying them; for generation. A backward that needs
             what they were raises.
         dropkey: probability in [0, 1) that a score becomes -inf before the softmax. No rescaling; a row that loses
-            every score gives zeros.
+            every score gives zeros. Positions count from the call's beginning, so pieces of a sequence lose other scores
+            than the whole.
         dropkey_seed: (1,) int64 seed of the mask; None: drawn from the device's default generator.
         cu_seqlens, lengths: sequences as in :func:`cema`.
 

@@ -64,7 +64,8 @@ class MegalodonConfig:
 
         for field in ("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim",
                       "chunk_size", "vocab_size", "norm_num_groups"):  # fmt: skip
-            check(getattr(self, field) > 0, field, "positive")
+            value = getattr(self, field)
+            check(isinstance(value, int) and value > 0, field, "a positive integer")
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
             check(0 <= getattr(self, field) < 1, field, "a probability in [0, 1)")
         check(self.z_dim % (2 * self.num_heads) == 0, "z_dim", f"a multiple of 2 * num_heads = {2 * self.num_heads}")
@@ -73,6 +74,9 @@ class MegalodonConfig:
             self.model_dim % self.norm_num_groups == 0, "norm_num_groups", f"a divisor of model_dim = {self.model_dim}"
         )
         check(self.norm_eps >= 0, "norm_eps", "at least 0")
+        check(self.rope_base is None or self.rope_base > 0, "rope_base", "positive or None")
+        size = self.output_size
+        check(isinstance(size, int) and (size > 0 or size == -1), "output_size", "a positive integer or -1")
         check(self.init_mode == "he", "init_mode", '"he"')
         if self.share_emb:
             check(self.output_size in (-1, self.vocab_size), "output_size", "-1 or vocab_size where share_emb is set")

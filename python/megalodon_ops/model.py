@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,15 @@ _FEW_TOKENS = 1024
 
 
 class MegalodonState(NamedTuple):
-    """What a call of the model passes on to the next: constant in size however long the past is."""
+    """What a call of the model passes on to the next: constant in size however long the past is.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3]]), return_state=True)
+        >>> len(state.layers), state.norm.count
+        (2, tensor([3]))
+    """
 
     layers: tuple[BlockState, ...]
     norm: TimestepNormState
@@ -197,7 +205,6 @@ class Megalodon(nn.Module):
         x, state = self._hidden(self._embed(tokens, state), state, return_state, inplace_state, **sequences)
         return _at_least_float32(self.output.output(x)), state
 
-    @torch.no_grad()
     def stream(
         self,
         prompt: Tensor,
@@ -208,7 +215,7 @@ class Megalodon(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Yields the continuation of `prompt` (B, L >= 1) without end, one token (B,) for each row at a time.
+        """The continuation of `prompt` (B, L >= 1) without end, one token (B,) for each row at a time.
 
         The prompt is read in pieces of a chunk, so memory does not grow with its length; `lengths` (B,) >= 1 are the
         prompts' lengths where rows are right-padded. Temperature 0 takes the likeliest token; otherwise tokens are
@@ -216,16 +223,21 @@ class Megalodon(nn.Module):
         """
         if prompt.dim() != 2 or prompt.shape[1] < 1:
             raise ValueError(f"generate: `prompt` must have shape (B, L) with L >= 1, got {tuple(prompt.shape)}.")
-        if temperature < 0:
+        if not temperature >= 0:
             raise ValueError(f"generate: `temperature` must be at least 0, got {temperature}.")
         if top_k is not None and top_k < 1:
             raise ValueError(f"generate: `top_k` must be at least 1, got {top_k}.")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"generate: `top_p` must be in (0, 1], got {top_p}.")
+        B, L = prompt.shape
         if lengths is None:
-            lengths = torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
-        elif not bool(((lengths >= 1) & (lengths <= prompt.shape[1])).all()):
-            raise ValueError(f"generate: `lengths` must be in [1, {prompt.shape[1]}], got {lengths.tolist()}.")
+            lengths = torch.full((B,), L, device=prompt.device)
+        elif lengths.shape != (B,) or not bool(((lengths >= 1) & (lengths <= L)).all()):
+            raise ValueError(f"generate: `lengths` must have shape ({B},) and be in [1, {L}], got {lengths.tolist()}.")
+        return self._stream(prompt, lengths, lambda logits: _sample(logits, temperature, top_k, top_p, generator))
+
+    @torch.no_grad()
+    def _stream(self, prompt: Tensor, lengths: Tensor, sample: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         state, last = None, None
         for start in range(0, prompt.shape[1], self.config.chunk_size):
             piece = prompt[:, start : start + self.config.chunk_size]
@@ -235,7 +247,7 @@ class Megalodon(nn.Module):
             last = end if last is None else torch.where((left > 0)[:, None], end, last)
         logits = _at_least_float32(self.output.output(last))
         while True:
-            token = _sample(logits, temperature, top_k, top_p, generator)
+            token = sample(logits)
             yield token
             logits, state = self._logits(token[:, None], state, True, True)
             logits = logits[:, 0]
@@ -252,13 +264,16 @@ class Megalodon(nn.Module):
             >>> mo.Megalodon(config).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, temperature=0.8).shape
             torch.Size([1, 8])
         """
+        if max_new_tokens < 0:
+            raise ValueError(f"generate: `max_new_tokens` must be at least 0, got {max_new_tokens}.")
+        stream = self.stream(prompt, lengths=lengths, **sampling)
         batch, length = prompt.shape
         rows = torch.arange(batch, device=prompt.device)
         ends = torch.full_like(rows, length) if lengths is None else lengths.to(rows)
         result = torch.zeros((batch, length + max_new_tokens), dtype=prompt.dtype, device=prompt.device)
         inside = torch.arange(length, device=prompt.device) < ends[:, None]
         result[:, :length] = torch.where(inside, prompt, 0)
-        for step, token in zip(range(max_new_tokens), self.stream(prompt, lengths=lengths, **sampling)):
+        for step, token in zip(range(max_new_tokens), stream):
             result[rows, ends + step] = token
         return result
 

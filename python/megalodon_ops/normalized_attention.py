@@ -67,6 +67,8 @@ def normalized_attention(
     if not (isinstance(z, Tensor) and isinstance(v, Tensor)):
         return call_with_arrays(normalized_attention, **locals())
     z, v = autocast(z, v)
+    if v.dim() != 3:
+        raise ValueError(f"normalized_attention: `v` must have shape (B, L, H * V), got {tuple(v.shape)}.")
     if num_heads < 1 or v.shape[-1] % num_heads:
         raise ValueError(
             f"normalized_attention: `num_heads` must be positive and divide v's last axis {v.shape[-1]}, got {num_heads}."

@@ -39,8 +39,11 @@ def load_official(
     Files are unpickled with `weights_only=True`.
     """
     directory = Path(directory)
-    fields = json.loads((directory / "config.json").read_text())["model"]
+    fields = json.loads((directory / "config.json").read_text()).get("model")
+    if not isinstance(fields, dict):
+        raise ValueError(f"load_official: `config.json` must hold an object `model`, got {fields}.")
     weights = _read_weights(directory)
+    _check_names({"embed.weight"}, {"embed.weight"} & set(weights))
     if fields.get("vocab_size", -1) < 1:
         fields["vocab_size"] = weights["embed.weight"].shape[0]
     config = MegalodonConfig.from_dict(fields)
@@ -71,10 +74,12 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         if expected != len(paths):
             raise ValueError(f"load_official: expected {expected} shards in {directory}, got {len(paths)}.")
     parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+    parts = [{name: tensor for name, tensor in part.items() if not _BUFFERS.fullmatch(name)} for part in parts]
     weights = {}
-    for name in parts[0]:
-        if _BUFFERS.fullmatch(name):
-            continue
+    for name in sorted(set().union(*parts)):
+        for path, part in zip(paths, parts, strict=True):
+            if name not in part:
+                raise ValueError(f"load_official: `{name}` must be in every shard, got none in {path.name}.")
         dim = 1 if _SPLIT_DIM_1.fullmatch(name) else 0 if _SPLIT_DIM_0.fullmatch(name) else None
         weights[name] = parts[0][name] if dim is None else torch.cat([part[name] for part in parts], dim)
     return weights

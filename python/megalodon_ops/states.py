@@ -11,6 +11,12 @@ class TimestepNormState(NamedTuple):
     """Running statistics of S sequences in G groups.
 
     Value plus residual carries about twice the digits of the dtype, so that a million short calls do not drift.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> _, state = mo.timestep_norm(torch.ones(2, 5, 8), *torch.zeros(2, 8), num_groups=4, return_state=True)
+        >>> state.count, state.mean.shape
+        (tensor([5, 5]), torch.Size([2, 4]))
     """
 
     count: Tensor
@@ -24,7 +30,15 @@ class TimestepNormState(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-    """Keys and values of each sequence's unfinished chunk of C steps; rows [0, position) are valid."""
+    """Keys and values of each sequence's unfinished chunk of C steps; rows [0, position) are valid.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> q = k = v = torch.zeros(1, 5, 2, 8)
+        >>> _, state = mo.chunked_attention(q, k, v, chunk_size=4, return_state=True)
+        >>> state.position, state.k.shape
+        (tensor([1]), torch.Size([1, 4, 2, 8]))
+    """
 
     k: Tensor
     """(S, C, H, K), after rotary"""

@@ -75,10 +75,10 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--preset", choices=[SMALL, *MegalodonConfig.presets()], help=_default("where to start", "preset")
     )
-    for field, (flag, kind) in MODEL_FLAGS.items():
-        model.add_argument(flag, dest=field, type=kind, help=field)
-    for flag in ("--swiglu", "--rescale-nffn", "--scale-emb", "--share-emb", "--layerwise-ckpt"):
-        model.add_argument(flag, action=argparse.BooleanOptionalAction, help=flag[2:].replace("-", "_"))
+    for field, (flag, kind, meaning) in MODEL_FLAGS.items():
+        model.add_argument(flag, dest=field, type=kind, help=meaning)
+    for flag, meaning in MODEL_SWITCHES.items():
+        model.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
 
     batch = parser.add_argument_group("batches and optimizer (AdamW)")
     batch.add_argument("--batch", type=_natural, help=_default("rows in a batch", "batch"))
@@ -152,18 +152,25 @@ _probability = _number(float, lambda x: 0 <= x < 1, "a probability, from 0 to be
 _fraction = _number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
 
 MODEL_FLAGS = {
-    "model_dim": ("--dim", _natural),
-    "num_layers": ("--layers", _natural),
-    "num_heads": ("--heads", _natural),
-    "chunk_size": ("--chunk", _natural),
-    "z_dim": ("--z-dim", _natural),
-    "value_dim": ("--value-dim", _natural),
-    "ffn_hidden_dim": ("--ffn-dim", _natural),
-    "cema_ndim": ("--cema-ndim", _natural),
-    "norm_num_groups": ("--norm-groups", _natural),
-    "rope_base": ("--rope-base", _positive),
-    "dropout": ("--dropout", _probability),
-    "hidden_dropout": ("--hidden-dropout", _probability),
-    "attention_dropout": ("--attention-dropout", _probability),
+    "model_dim": ("--dim", _natural, "width of the model"),
+    "num_layers": ("--layers", _natural, "blocks"),
+    "num_heads": ("--heads", _natural, "of the attention"),
+    "chunk_size": ("--chunk", _natural, "steps that attend to each other"),
+    "z_dim": ("--z-dim", _natural, "width of queries and keys, all heads"),
+    "value_dim": ("--value-dim", _natural, "width of values, all heads"),
+    "ffn_hidden_dim": ("--ffn-dim", _natural, "hidden units of the feed-forward half"),
+    "cema_ndim": ("--cema-ndim", _natural, "complex states a channel"),
+    "norm_num_groups": ("--norm-groups", _natural, "groups of the timestep norms"),
+    "rope_base": ("--rope-base", _positive, "of rotary frequencies, 10000 unless given"),
+    "dropout": ("--dropout", _probability, "of what each half of a block adds"),
+    "hidden_dropout": ("--hidden-dropout", _probability, "inside the halves"),
+    "attention_dropout": ("--attention-dropout", _probability, "probability of DropKey"),
 }
-"""Fields of the configuration: their flags, and what these accept"""
+"""Fields of the configuration: their flags, what these accept, and what it is"""
+MODEL_SWITCHES = {
+    "--swiglu": "gate the feed-forward half by a third matrix",
+    "--rescale-nffn": "a learned gain on the feed-forward half's output",
+    "--scale-emb": "multiply embeddings by the square root of the width",
+    "--share-emb": "take the embedding for the output matrix",
+    "--layerwise-ckpt": "recompute each layer in the backward, for less memory",
+}
