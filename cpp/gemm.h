@@ -6,9 +6,9 @@
 //   same wherever the element lies, so a packed matrix serves as A either way:
 //     A = M     rows of the tile are rows of M, the depth runs along its columns (panel after panel)
 //     A = M^T   rows of the tile are columns of M, the depth runs along its rows (within one panel)
-//   Tile: 8 rows x 3 vectors with 32 registers (24 sums, 3 of B, the rest for A), 4 x 3 with 16, 4 x 2 with 16 and no
-//   FMA. The panel at the right edge uses as many vectors as it needs, with 32 registers in tiles of as many sums where
-//   there are rows enough, 12 x 2 and 24 x 1. Rows are padded to kTileRows, the depth to a unit.
+//   Tile: 8 rows x 3 vectors with AVX-512 (24 sums, 3 of B, the rest for A), 4 x 3 with AVX2, 4 x 2 without FMA, 8 x 2 of
+//   float and 4 x 2 of double on Arm. The panel at the right edge uses as many vectors as it needs, with AVX-512 in tiles
+//   of as many sums where there are rows enough, 12 x 2 and 24 x 1. Rows are padded to kTileRows, the depth to a unit.
 //
 //   A unit is what one lane multiplies in one step: one element of the compute type, or, where the CPU has AVX512-BF16,
 //   a pair of bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns
@@ -49,8 +49,10 @@ template <class U> inline constexpr bool kUsesAmx = false;
 inline constexpr int kRowPadding = kRegisters == 32 ? 8 : 4;
 #endif
 
-template <class U> inline constexpr int kTileRows = kUsesAmx<U> ? 16 : kRegisters == 32 ? 8 : 4;
-inline constexpr int kTileVectors = kRegisters == 32 || kVectorBytes == 32 ? 3 : 2;
+inline constexpr bool kWide = kVectorBytes == 64;  // with 32 registers, which Arm has of 16 bytes each
+template <class U>
+inline constexpr int kTileRows = kUsesAmx<U> ? 16 : kWide || (kRegisters == 32 && sizeof(U) == 4) ? 8 : 4;
+inline constexpr int kTileVectors = kVectorBytes >= 32 ? 3 : 2;
 template <class U> inline constexpr int kTileColumns = kTileVectors * kLanes<SumOf<U>>;
 template <class U> inline constexpr int kLeftColumns = kUsesAmx<U> ? 32 : kTileColumns<U>;  // of a panel of A = M
 template <class U> inline constexpr int kDepthStep = kUsesAmx<U> ? 32 : kUnitDepth<U>;
@@ -164,7 +166,7 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
 
 // Rows that tall tiles make together, one of 24 x 1 or two of 12 x 2, and rows made next where `rows` are left: a
 // multiple of kTileRows, so that no tile reaches beyond the padding or into the next block.
-template <class U> inline constexpr int kTallRows = kTileRows<U> * (kRegisters == 32 ? kTileVectors : 1);
+template <class U> inline constexpr int kTallRows = kTileRows<U> * (kWide ? kTileVectors : 1);
 template <class U>
 MEGALODON_INLINE int64_t tile_rows(int vectors, int64_t rows) {
   return vectors < kTileVectors && rows >= kTallRows<U> ? kTallRows<U> : kTileRows<U>;
