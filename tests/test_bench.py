@@ -32,9 +32,12 @@ class Event:
 
 
 @pytest.fixture(autouse=True)
-def memory_as_it_is(monkeypatch):
-    """Reading the peak would set how this process keeps freed memory."""
+def process_as_it_is(monkeypatch):
+    """Reading the peak would set how this process keeps freed memory, and measuring sets its threads."""
     monkeypatch.setattr(machine, "reset_peak_memory", lambda: None)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

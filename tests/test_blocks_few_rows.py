@@ -293,9 +293,15 @@ def test_tokens_of_other_types_and_strides():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale_emb", [False, True], ids=["embedded", "scaled"])
-def test_a_whole_model_is_one_call(dtype, scale_emb, monkeypatch):
+def test_a_whole_model_is_one_call(name, dtype, scale_emb, monkeypatch):
+    with isa(name):
+        check_whole_model(monkeypatch, dtype, scale_emb)
+
+
+def check_whole_model(monkeypatch, dtype, scale_emb):
     model, tokens = tiny_model(dtype, swiglu=True, scale_emb=scale_emb).eval(), tokens_of(2, 20)
 
     def logits():
