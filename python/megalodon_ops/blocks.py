@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -90,7 +89,7 @@ class NormalizedAttention(WideParameters):
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
         a = normalized_attention(
             self.wz(m), gated_silu(self.wv(t)), self.gamma, self.beta,
-            num_heads=config.num_heads, chunk_size=config.chunk_size, rope_base=config.rope_base or 10000.0,
+            num_heads=config.num_heads, chunk_size=config.chunk_size, rope_base=config.rotary_base,
             eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
             dropkey=config.attention_dropout if training else 0.0, **sequences,
         )  # fmt: skip
@@ -250,7 +249,7 @@ def _run_in_one_call(
     y = like.new_empty((*x.shape[:2], len(parameters[-2]) if whole else x.shape[2]))
     call(
         blocks_few_rows_, x, parameters, tensors, y, config.num_heads, config.norm_num_groups, config.chunk_size,
-        config.rope_base or 10000.0, config.norm_eps, math.sqrt(config.model_dim) if config.scale_emb else 1.0,
+        config.rotary_base, config.norm_eps, config.embedding_scale,
     )  # fmt: skip
     return y, states, norm
 

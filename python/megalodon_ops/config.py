@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,15 @@ class MegalodonConfig:
     def num_outputs(self) -> int:
         """Logits a step."""
         return self.vocab_size if self.output_size == -1 else self.output_size
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by."""
+        return math.sqrt(self.model_dim) if self.scale_emb else 1.0
+
+    @property
+    def rotary_base(self) -> float:
+        return self.rope_base or 10000.0
 
     @staticmethod
     def presets() -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -168,7 +167,7 @@ class Megalodon(nn.Module):
         """(B, L, D)"""
         self._check(tokens, state)
         x = self.embed(tokens)
-        return x * math.sqrt(self.config.model_dim) if self.config.scale_emb else x
+        return x * self.config.embedding_scale if self.config.scale_emb else x
 
     def _hidden(
         self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
