@@ -131,7 +131,7 @@ class Norm {
       if (params_.count[s] < 0) count.fail("non-negative, got " + std::to_string(params_.count[s]));
     params_.mean = params_.mean_out = read.real("mean", "(S, G)", {B, G});
     params_.var = params_.var_out = read.real("var", "(S, G)", {B, G});
-    params_.residual = params_.residual_out = read.real("residual", "(2, S, G)", {2, B, G});
+    params_.residual = params_.residual_out = read.real("residual", "(S, 2, G)", {B, 2, G});
   }
   void run(double eps, const void* x, void* y) {
     params_.eps = eps;

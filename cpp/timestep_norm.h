@@ -21,7 +21,7 @@ struct TimestepNormParams {
   const int64_t* count;  // (S) timesteps seen, or null: a fresh state
   const void* mean;      // (S, G) R; null if count is
   const void* var;       // (S, G) R; null if count is
-  const void* residual;  // (2, S, G) R: of mean, of var; or null: zero
+  const void* residual;  // (S, 2, G) R: of mean, of var; or null: zero
   void* workspace;       // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
@@ -32,7 +32,7 @@ struct TimestepNormFwdParams : TimestepNormParams {
   int64_t* count_out;  // (S), or null: no end state wanted
   void* mean_out;      // (S, G) R
   void* var_out;       // (S, G) R
-  void* residual_out;  // (2, S, G) R
+  void* residual_out;  // (S, 2, G) R
 };
 
 struct TimestepNormBwdParams : TimestepNormParams {

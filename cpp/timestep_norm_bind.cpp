@@ -34,7 +34,7 @@ TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, p
     params.count = count.shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<const int64_t>();
     params.mean = mean.present().shape("(S, G)", {S, G}).dtype(real, kReal).data();
     params.var = var.present().shape("(S, G)", {S, G}).dtype(real, kReal).data();
-    params.residual = residual.shape("(2, S, G)", {2, S, G}).dtype(real, kReal).data();
+    params.residual = residual.shape("(S, 2, G)", {S, 2, G}).dtype(real, kReal).data();
     for (int64_t s = 0; kReadable && s < S; ++s)
       if (params.count[s] < 0) count.fail("non-negative, got " + std::to_string(params.count[s]));
   }
@@ -57,7 +57,7 @@ void timestep_norm_fwd(const Target& target, py::handle x_, py::handle weight, p
     params.mean_out = TensorView(kOp, "mean_out", mean_out).present().shape("(S, G)", {S, G}).dtype(real, kReal).data();
     params.var_out = TensorView(kOp, "var_out", var_out).present().shape("(S, G)", {S, G}).dtype(real, kReal).data();
     params.residual_out =
-        TensorView(kOp, "residual_out", residual_out).present().shape("(2, S, G)", {2, S, G}).dtype(real, kReal).data();
+        TensorView(kOp, "residual_out", residual_out).present().shape("(S, 2, G)", {S, 2, G}).dtype(real, kReal).data();
   }
   MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
 }

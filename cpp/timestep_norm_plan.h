@@ -122,8 +122,8 @@ void load_state(const TimestepNormParams& p, int64_t s, double* mean, double* va
     mean[g] = fresh ? 0 : static_cast<const R*>(p.mean)[at + g];
     var[g] = fresh ? 0 : static_cast<const R*>(p.var)[at + g];
     if (fresh || !residual) continue;
-    mean[g] += residual[at + g];
-    var[g] += residual[p.sequences.count * groups + at + g];
+    mean[g] += residual[2 * at + g];
+    var[g] += residual[2 * at + groups + g];
   }
 }
 
@@ -131,13 +131,13 @@ template <class R>
 void store_state(const TimestepNormFwdParams& p, int64_t s, const double* mean, const double* var) {
   if (!p.count_out) return;
   const int64_t at = s * p.groups;
-  R *residual = static_cast<R*>(p.residual_out) + at, *mean_out = static_cast<R*>(p.mean_out) + at;
+  R *residual = static_cast<R*>(p.residual_out) + 2 * at, *mean_out = static_cast<R*>(p.mean_out) + at;
   R* var_out = static_cast<R*>(p.var_out) + at;
   for (int64_t g = 0; g < p.groups; ++g) {
     mean_out[g] = static_cast<R>(mean[g]);
     var_out[g] = static_cast<R>(var[g]);
     residual[g] = static_cast<R>(mean[g] - mean_out[g]);
-    residual[p.sequences.count * p.groups + g] = static_cast<R>(var[g] - var_out[g]);
+    residual[p.groups + g] = static_cast<R>(var[g] - var_out[g]);
   }
 }
 

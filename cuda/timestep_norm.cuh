@@ -109,15 +109,21 @@ struct Moments {
   Pair<R> mean, var;
 };
 
+// Where the residual (S, 2, G) holds that of the mean; that of var follows p.groups later.
+GPU_INLINE int64_t residual_at(const TimestepNormParams& p, int64_t s, int64_t group) {
+  return 2 * s * p.groups + group;
+}
+
 // The state that sequence s starts from; zeros if it is fresh.
 template <class R>
 GPU_INLINE Moments<R> initial_moments(const TimestepNormParams& p, int64_t s, int64_t group) {
   Moments<R> state = {};
   if (initial_count(p, s) == 0) return state;
   const int64_t at = s * p.groups + group;
+  const int64_t of_mean = residual_at(p, s, group), of_var = of_mean + p.groups;
   const R* residual = static_cast<const R*>(p.residual);
-  state.mean = add(static_cast<const R*>(p.mean)[at], residual ? residual[at] : R{0});
-  state.var = add(static_cast<const R*>(p.var)[at], residual ? residual[p.sequences.count * p.groups + at] : R{0});
+  state.mean = add(static_cast<const R*>(p.mean)[at], residual ? residual[of_mean] : R{0});
+  state.var = add(static_cast<const R*>(p.var)[at], residual ? residual[of_var] : R{0});
   return state;
 }
 

@@ -244,6 +244,18 @@ struct SpanSource {
   }
 };
 
+// After the last step of sequence s.
+template <class R>
+GPU_INLINE void store_state(const TimestepNormFwdParams& p, int64_t s, int64_t group, const Moments<R>& state) {
+  const int64_t at = s * p.groups + group;
+  R* const residual = static_cast<R*>(p.residual_out) + residual_at(p, s, group);
+  static_cast<R*>(p.mean_out)[at] = state.mean.hi;
+  static_cast<R*>(p.var_out)[at] = state.var.hi;
+  residual[0] = state.mean.lo;
+  residual[p.groups] = state.var.lo;
+  if (group == 0) p.count_out[s] = initial_count(p, s) + p.sequences.length(s);
+}
+
 // Phase 4: leaves mean and rstd after each row in of.mean and of.var; stores statistics and states.
 template <class T, int kWidth, bool kHeld, class R>
 GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, const Exchange<R>& exchange,
@@ -280,13 +292,7 @@ GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, c
       stats[2 * plane] = of.var[r];
     }
     if (rows.left[row] != 0 || !p.count_out) continue;
-    const int64_t at = s * p.groups + place.group, residual_plane = p.sequences.count * p.groups;
-    const Pair<R> var = add(base.var, var_change);
-    static_cast<R*>(p.mean_out)[at] = of.mean[r].hi;
-    static_cast<R*>(p.var_out)[at] = var.hi;
-    static_cast<R*>(p.residual_out)[at] = of.mean[r].lo;
-    static_cast<R*>(p.residual_out)[residual_plane + at] = var.lo;
-    if (place.group == 0) p.count_out[s] = initial_count(p, s) + p.sequences.length(s);
+    store_state<R>(p, s, place.group, {of.mean[r], add(base.var, var_change)});
   }
 }
 
@@ -343,16 +349,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 // A thread a sequence without steps, or without channels, and group.
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_fwd_empty_kernel(TimestepNormFwdParams p) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, plane = p.sequences.count * p.groups;
-  if (i >= plane || !p.count_out || (p.channels > 0 && p.sequences.length(i / p.groups) > 0)) return;
-  const int64_t s = i / p.groups, group = i % p.groups, steps = p.sequences.length(s);
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, count = p.sequences.count * p.groups;
+  if (i >= count || !p.count_out || (p.channels > 0 && p.sequences.length(i / p.groups) > 0)) return;
+  const int64_t s = i / p.groups, group = i % p.groups;
   Moments<R> state = initial_moments<R>(p, s, group);
-  if (steps > 0) state = {{NAN, NAN}, {NAN, NAN}};  // statistics of no channels
-  static_cast<R*>(p.mean_out)[i] = state.mean.hi;
-  static_cast<R*>(p.var_out)[i] = state.var.hi;
-  static_cast<R*>(p.residual_out)[i] = state.mean.lo;
-  static_cast<R*>(p.residual_out)[plane + i] = state.var.lo;
-  if (group == 0) p.count_out[s] = initial_count(p, s) + steps;
+  if (p.sequences.length(s) > 0) state = {{NAN, NAN}, {NAN, NAN}};  // statistics of no channels
+  store_state(p, s, group, state);
 }
 
 }  // namespace timestep_norm

@@ -245,8 +245,8 @@ def timestep_norm_case(
         tensors["mean"] = (mean + std * randn(gen, S, G) / 4).to(real)
         tensors["var"] = (std**2 * uniform(gen, 0.5, 1.5, S, G)).to(real)
         options["count"] = count + torch.arange(S)
-        halves = torch.stack([tensors["mean"], tensors["var"]]) * torch.finfo(real).eps / 2
-        options["residual"] = halves * uniform(gen, -1, 1, 2, S, G).to(real)
+        halves = torch.stack([tensors["mean"], tensors["var"]], 1) * torch.finfo(real).eps / 2
+        options["residual"] = halves * uniform(gen, -1, 1, S, 2, G).to(real)
     rstd = 1 / max(eps, std**2 / 100 if width > 1 else 0.0) ** 0.5  # of a first step, whose variance may be small
     return Case("timestep_norm", tensors, options, dtype, terms=rstd)
 

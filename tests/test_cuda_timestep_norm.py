@@ -74,7 +74,7 @@ def test_a_state_counts_with_its_residual(emulator):
         state = mo.TimestepNormState(options.pop("count"), mean, var, options.pop("residual"))
         y, (_, *moments, residual) = function(x, weight, bias, **options, state=state, return_state=True)
         return {"y": y.double()} | {
-            i: moment.double() + part for i, (moment, part) in enumerate(zip(moments, residual, strict=True))
+            i: moment.double() + part for i, (moment, part) in enumerate(zip(moments, residual.unbind(1), strict=True))
         }
 
     with emulator.replacing(_C):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_map
 
 import megalodon_ops as mo
 from megalodon_ops import loss
@@ -134,6 +135,17 @@ def test_any_split_streams_the_same(cuts, options):
         logits, state = model(tokens[:, start:end], state=state, return_state=True)
         pieces.append(logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-12)
+
+
+def test_rows_of_a_state_are_picked_by_tree_map():
+    model, tokens, rows = tiny_model(), tokens_of(3, 21), torch.tensor([2, 0])
+    with torch.no_grad():
+        _, state = model(tokens[:, :10], return_state=True)
+        whole, end = model(tokens[:, 10:], state=state, return_state=True)
+        picked = tree_map(lambda tensor: tensor[rows], state)
+        logits, end_of_picked = model(tokens[rows, 10:], state=picked, return_state=True)
+    torch.testing.assert_close(logits, whole[rows], rtol=0, atol=1e-12)
+    torch.testing.assert_close(end_of_picked, tree_map(lambda tensor: tensor[rows], end), rtol=0, atol=1e-12)
 
 
 def test_packed_documents_equal_separate_ones():

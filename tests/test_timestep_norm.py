@@ -6,8 +6,9 @@ import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
 from backends import ISAS, each_implementation, every_backend
-from cases import evaluate, generator, randn, timestep_norm_case
+from cases import evaluate, generator, randn, timestep_norm_case, uniform
 from golden import TOLERANCE, golden_case, golden_config
+from torch.utils._pytree import tree_map
 
 import megalodon_ops as mo
 from megalodon_ops import TimestepNormState
@@ -125,7 +126,7 @@ def test_a_stream_of_1e5_single_steps_does_not_drift():
             y, state = mo.timestep_norm(x[:, t : t + 1], weight, bias, num_groups=2, state=state, return_state=True)
     exact = x.double().unflatten(-1, (2, 2))[0]
     exact_mean, exact_var = exact.mean((0, 2)), exact.var((0, 2), unbiased=False)
-    held_mean, held_var = (v.double() + r.double() for v, r in zip(state[1:3], state.residual, strict=True))
+    held_mean, held_var = (v.double() + r.double() for v, r in zip(state[1:3], state.residual.unbind(1), strict=True))
     assert int(state.count) == x.shape[1]
     assert ((held_mean[0] - exact_mean).abs() < 1e-6 * exact_var.sqrt()).all()
     assert ((held_var[0] / exact_var - 1).abs() < 1e-6).all()
@@ -136,12 +137,29 @@ def test_a_stream_of_1e5_single_steps_does_not_drift():
 def test_a_residual_counts():
     """The mean is mean + residual, also where the residual is less than half a unit in the mean's last place."""
     case = timestep_norm_case(B=1, L=5, G=1, width=4, mean=1e4, std=1e-2, count=1000)
-    residual = torch.tensor([[[4e-4]], [[0.0]]])
+    residual = torch.tensor([[[4e-4], [0.0]]])
     exact = evaluate(mo.reference.timestep_norm, case.with_options(residual=residual).double())["y"]
     with_residual = evaluate(mo.timestep_norm, case.with_options(residual=residual))["y"].double()
     without = evaluate(mo.timestep_norm, case.with_options(residual=None))["y"].double()
     assert_close(with_residual, exact, tolerance=1e-6)
     assert (without - exact).abs().min() > 1e-2
+
+
+@every_backend
+def test_rows_of_a_state_are_those_of_its_sequences(backend):
+    """Each row of every tensor, the residual's, too, is what its sequence alone starts from and ends with."""
+    case = timestep_norm_case(B=3, L=5, G=2, width=4, mean=1e4, std=1e-2, count=1000)
+    x, weight, bias, mean, var = case.tensors.values()
+    residual = torch.tensor([[4e-4], [2e-5]]) * uniform(generator(0), -1, 1, 3, 2, 2).float()
+    states = TimestepNormState(case.options["count"], mean, var, residual)
+
+    def run(x, state):
+        return mo.timestep_norm(x, weight, bias, num_groups=2, state=state, return_state=True)
+
+    results = run(x, states)
+    for s in range(3):
+        one, expected = (tree_map(lambda tensor: tensor[s : s + 1], tree) for tree in ((x, states), results))
+        torch.testing.assert_close(run(*one), expected, rtol=0, atol=5e-14)
 
 
 def _state(count=(1, 1), mean=(2, 3), var=(2, 3), residual=(2, 2, 3), dtype=torch.float32):

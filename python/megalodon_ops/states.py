@@ -1,4 +1,4 @@
-"""What a call passes on to the next: plain tuples of tensors, one entry for each sequence."""
+"""What a call passes on to the next: plain tuples of tensors, whose first dimension is the sequences."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TimestepNormState(NamedTuple):
     var: Tensor
     """(S, G), biased"""
     residual: Tensor | None = None
-    """(2, S, G), low-order parts of mean and var; None counts as zero"""
+    """(S, 2, G), low-order parts of mean and var; None counts as zero"""
 
 
 class AttentionState(NamedTuple):

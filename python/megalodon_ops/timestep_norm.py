@@ -97,7 +97,7 @@ def _fwd_fake(
         x.new_empty((sequences,), dtype=torch.int64),
         x.new_empty((sequences, num_groups), dtype=dtype),
         x.new_empty((sequences, num_groups), dtype=dtype),
-        x.new_empty((2, sequences, num_groups), dtype=dtype),
+        x.new_empty((sequences, 2, num_groups), dtype=dtype),
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from megalodon_ops.cli.errors import CommandError
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 """How many checkpoints of a run stay"""
 

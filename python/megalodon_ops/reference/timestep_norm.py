@@ -43,7 +43,7 @@ def timestep_norm(
 ) -> Tensor | tuple[Tensor, TimestepNormState]:
     """Normalizes by the statistics of steps 1 .. t: y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + weight) + bias.
 
-    Returns y (B, L, D) and, with `return_state`, each sequence's count (S,), mean, var (S, G) and residual (2, S, G).
+    Returns y (B, L, D) and, with `return_state`, each sequence's count (S,), mean, var (S, G) and residual (S, 2, G).
 
     >>> x = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]])
     >>> y, state = timestep_norm(x, torch.zeros(2), torch.zeros(2), num_groups=1, eps=0.0, return_state=True)
@@ -66,7 +66,7 @@ def timestep_norm(
         return y
     empty = torch.zeros(0, num_groups, dtype=torch.float64, device=x.device)
     mean, var = (torch.stack(a) if a else empty for a in (means, variances))  # (S, G)
-    residual = torch.stack([(a - a.to(real)).to(real) for a in (mean.detach(), var.detach())])
+    residual = torch.stack([(a - a.to(real)).to(real) for a in (mean.detach(), var.detach())], 1)
     count = torch.tensor(counts, dtype=torch.int64, device=x.device)
     return y, TimestepNormState(count, mean.to(real), var.to(real), residual)
 
@@ -153,7 +153,8 @@ def _initial(
         return [(0, zero, zero)] * count
     mean, var = state.mean.double(), state.var.double()
     if state.residual is not None:
-        mean, var = mean + state.residual[0].detach().double(), var + state.residual[1].detach().double()
+        of_mean, of_var = state.residual.detach().double().unbind(1)
+        mean, var = mean + of_mean, var + of_var
     fresh = (state.count == 0)[:, None]
     mean, var = torch.where(fresh, 0, mean), torch.where(fresh, 0, var)
     return [(n, mean[s], var[s]) for s, n in enumerate(state.count.tolist())]
