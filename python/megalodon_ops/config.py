@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from .values import is_number, is_whole, shown
 
 
 @dataclass(frozen=True)
@@ -61,26 +64,29 @@ class MegalodonConfig:
     def __post_init__(self) -> None:
         def check(holds: bool, field: str, expected: str) -> None:
             if not holds:
-                raise ValueError(f"MegalodonConfig: `{field}` must be {expected}, got {getattr(self, field)}.")
+                raise ValueError(f"MegalodonConfig: `{field}` must be {expected}, got {shown(getattr(self, field))}.")
 
         for field in ("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim",
                       "chunk_size", "vocab_size", "norm_num_groups"):  # fmt: skip
-            value = getattr(self, field)
-            check(isinstance(value, int) and value > 0, field, "a positive integer")
+            check(is_whole(getattr(self, field), 1, 2**31 - 1), field, "a positive integer below 2^31")
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
-            check(0 <= getattr(self, field) < 1, field, "a probability in [0, 1)")
+            value = getattr(self, field)
+            check(is_number(value) and 0 <= value < 1, field, "a probability in [0, 1)")
+        for field in ("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt"):
+            check(isinstance(getattr(self, field), bool), field, "True or False")
         check(self.z_dim % (2 * self.num_heads) == 0, "z_dim", f"a multiple of 2 * num_heads = {2 * self.num_heads}")
         check(self.value_dim % self.num_heads == 0, "value_dim", f"a multiple of num_heads = {self.num_heads}")
         check(
             self.model_dim % self.norm_num_groups == 0, "norm_num_groups", f"a divisor of model_dim = {self.model_dim}"
         )
-        check(self.norm_eps >= 0, "norm_eps", "at least 0")
-        check(self.rope_base is None or self.rope_base > 0, "rope_base", "positive or None")
-        size = self.output_size
-        check(isinstance(size, int) and (size > 0 or size == -1), "output_size", "a positive integer or -1")
+        eps, base, size = self.norm_eps, self.rope_base, self.output_size
+        check(is_number(eps) and 0 <= eps <= _LARGEST_FLOAT32, "norm_eps", "at least 0 and finite in float32")
+        of_base = is_number(base) and 0 < base <= _LARGEST_FLOAT32
+        check(base is None or of_base, "rope_base", "positive or None, and finite in float32")
+        check(is_whole(size, -1, 2**31 - 1) and size != 0, "output_size", "a positive integer or -1, and below 2^31")
         check(self.init_mode == "he", "init_mode", '"he"')
         if self.share_emb:
-            check(self.output_size in (-1, self.vocab_size), "output_size", "-1 or vocab_size where share_emb is set")
+            check(size in (-1, self.vocab_size), "output_size", "-1 or vocab_size where share_emb is set")
 
     @property
     def num_outputs(self) -> int:
@@ -95,6 +101,56 @@ class MegalodonConfig:
     @property
     def rotary_base(self) -> float:
         return self.rope_base or 10000.0
+
+    def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every parameter that a model has, in the model's order, without making the model.
+
+        Example:
+            >>> import megalodon_ops as mo
+            >>> next(mo.MegalodonConfig(vocab_size=256).parameter_shapes())
+            ('embed.weight', (256, 1024))
+        """
+        D = self.model_dim
+        yield "embed.weight", (self.vocab_size, D)
+        of_layer = self._layer_shapes()
+        for layer in range(self.num_layers):
+            for name, shape in of_layer.items():
+                yield f"layers.{layer}.{name}", shape
+        yield from self._output_shapes().items()
+
+    def num_parameters(self) -> int:
+        """How many numbers a model learns, computed without making the model, however large it would be.
+
+        Example:
+            >>> import megalodon_ops as mo
+            >>> f"{mo.MegalodonConfig.preset('mega7.1B', vocab_size=32000).num_parameters():,}"
+            '7,117,381,632'
+        """
+        of_layer, of_output = (
+            sum(map(math.prod, shapes.values())) for shapes in (self._layer_shapes(), self._output_shapes())
+        )
+        return self.vocab_size * self.model_dim + self.num_layers * of_layer + of_output
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        D, N, Z, V, F = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim, self.ffn_hidden_dim
+        shapes = {
+            "mega.gamma": (2, Z), "mega.beta": (2, Z), "mega.timenorm.weight": (D,), "mega.timenorm.bias": (D,),
+            "mega.cema.alpha": (D, N, 1), "mega.cema.delta": (D, N, 1), "mega.cema.theta": (D, 1, 1),
+            "mega.cema.gamma": (D, N, 2), "mega.cema.omega": (D, 1), "mega.rmsnorm.weight": (D,),
+            "mega.wv.weight": (V, D), "mega.wv.bias": (V,), "mega.wz.weight": (Z, D), "mega.wz.bias": (Z,),
+            "mega.wr.weight": (V, D), "mega.wr.bias": (V,), "mega.wh1.weight": (D, D), "mega.wh1.bias": (D,),
+            "mega.wh2.weight": (D, V), "nffn.alpha": (D,), "nffn.norm.weight": (D,), "nffn.norm.bias": (D,),
+            "nffn.fc1.weight": (F, D), "nffn.fc2.weight": (D, F), "nffn.fc3.weight": (F, D),
+        }  # fmt: skip
+        absent = set() if self.norm_affine else {"mega.rmsnorm.weight", "nffn.norm.weight", "nffn.norm.bias"}
+        absent |= set() if self.rescale_nffn else {"nffn.alpha"}
+        absent |= set() if self.swiglu else {"nffn.fc3.weight"}
+        return {name: shape for name, shape in shapes.items() if name not in absent}
+
+    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
+        D = self.model_dim
+        shapes = {"output.final_norm.weight": (D,), "output.final_norm.bias": (D,)}
+        return shapes if self.share_emb else {**shapes, "output.output.weight": (self.num_outputs, D)}
 
     @staticmethod
     def presets() -> tuple[str, ...]:
@@ -115,13 +171,21 @@ class MegalodonConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
         """From the `model` object of a released `config.json` or from :meth:`to_dict`; an unknown field raises."""
-        ignored = {"efficient_attn"}  # chooses between equal kernels in the released code
-        unknown = set(values) - {field.name for field in dataclasses.fields(cls)} - ignored
+        if not isinstance(values, dict):
+            raise ValueError(f"MegalodonConfig: `values` must be a dictionary of fields, got {shown(values)}.")
+        fields = dict(values)
+        kernels = fields.pop("efficient_attn", None)  # chooses between equal kernels in the released code
+        if kernels not in (None, "swift", "fused"):
+            raise ValueError(
+                f'MegalodonConfig: `efficient_attn` must be None, "swift" or "fused", got {shown(kernels)}.'
+            )
+        unknown = [name for name in fields if name not in {field.name for field in dataclasses.fields(cls)}]
         if unknown:
-            raise ValueError(f"MegalodonConfig: unknown field {', '.join(sorted(unknown))}.")
-        return cls(**{name: value for name, value in values.items() if name not in ignored})
+            raise ValueError(f"MegalodonConfig: unknown field {', '.join(map(shown, unknown))}.")
+        return cls(**fields)
 
 
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _MEGA_1_3B = dict(num_layers=24, model_dim=2048, z_dim=512, value_dim=4096, num_heads=2, norm_num_groups=64)
 _MEGA_7B = dict(num_layers=32, model_dim=4096, z_dim=1024, value_dim=8192, num_heads=4, norm_num_groups=64)
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ import ctypes
 import math
 import mmap
 import os
+import resource
 from collections.abc import Sequence
 
 import torch
@@ -67,6 +68,17 @@ def release_memory() -> None:
         >>> mo.release_memory()
     """
     _C.release_memory()
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process can ever have: the machine's or, if less, its control group's or its limit's."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE, resource.getrlimit(resource.RLIMIT_AS)[0]]
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limits.append(int(file.read()))
+    except (OSError, ValueError):  # no control groups, or "max"
+        pass
+    return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
 
 
 def keep_freed_memory() -> bool:
