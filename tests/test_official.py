@@ -1,8 +1,11 @@
 """Folders in the format of the released code: what is read, and what is refused."""
 
 import json
+import os
+import zipfile
 
 import pytest
+import safetensors.torch
 import torch
 
 import megalodon_ops as mo
@@ -44,30 +47,210 @@ def test_load_official_in_bfloat16_and_shared_embedding(tmp_path):
 
 
 def test_load_official_errors(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        mo.load_official(tmp_path)
+    """Each line names the file and the fault."""
+    model = tiny_model(torch.float32)
+
+    def refused(message, error=ValueError):
+        with pytest.raises(error, match=message) as raised:
+            mo.load_official(tmp_path / "f")
+        text = str(raised.value)
+        assert text.startswith(f"load_official: {tmp_path / 'f'}") and text.isprintable() and "Errno" not in text
+
+    refused("f: no such folder", FileNotFoundError)
+    (tmp_path / "f").write_bytes(b"")
+    refused("f: must be a folder that the released code wrote, got a file")
+    (tmp_path / "f").unlink()
+    folder = tmp_path / "f"
+    folder.mkdir()
+    refused("f: no config.json in this folder", FileNotFoundError)
+    (folder / "checkpoints").mkdir()
+    refused("`python -m megalodon_ops train` wrote it", FileNotFoundError)
+    save_released(model, folder)
+    (folder / "consolidated.pth").unlink()
+    refused("consolidated.pth: no such file", FileNotFoundError)
+    save_released(model, folder)
+    (folder / "consolidate_config.json").write_text('{"model_parallel_size": 2}')
+    refused("expected 2 shards as consolidate_config.json says, got 1")
+    for content in ('{"model_parallel_size": true}', '{"model_parallel_size": "1"}', '{"dtype": "int8"}'):
+        (folder / "consolidate_config.json").write_text(content)
+        refused("consolidate_config.json: must hold a positive integer `model_parallel_size` and a `dtype`")
+    save_released(model, folder, num_layers=3)
+    refused("missing parameters: layers.2")
+    save_released(model, folder, num_layers=1)
+    refused("unknown parameters: layers.1")
+    save_released(model, folder, num_layers=10**9)
+    refused("a model of its configuration takes .* GiB of memory")
+    save_released(model, folder, ffn_hidden_dim=41)
+    refused("consolidated.pth: `layers.0.nffn.fc1.weight` must have shape")
+    for field, value in (("swiglu", "no"), ("num_layers", True), ("norm_eps", "1"), ("efficient_attn", 3), ("new", 1)):
+        save_released(model, folder, **{field: value})
+        refused(f"config.json: MegalodonConfig: .*{field}")
+    save_released(model, folder, shards=2)
+    refused("holds both consolidated.pth and consolidated.00.pth; one of them must go")
+    (folder / "consolidated.pth").unlink()
+    part = torch.load(folder / "consolidated.01.pth", weights_only=True)
+    torch.save({k: v for k, v in part.items() if k != "layers.0.mega.wv.weight"}, folder / "consolidated.01.pth")
+    refused(r"`layers.0.mega.wv.weight` must be in every shard, got none in consolidated.01.pth")
+    torch.save({**part, "layers.0.mega.rmsnorm.weight": torch.ones(32)}, folder / "consolidated.01.pth")
+    refused("consolidated.01.pth: `layers.0.mega.rmsnorm.weight` must be as in consolidated.00.pth, got other values")
+    (folder / "consolidated.01.pth").rename(folder / "consolidated.02.pth")
+    refused("consolidated.01.pth: no such file", FileNotFoundError)
+    (folder / "consolidated.02.pth").unlink()
+    save_released(model, folder, shards=2)
+    (folder / "consolidated.00.pth").rename(folder / "first")
+    (folder / "consolidated.01.pth").rename(folder / "consolidated.00.pth")
+    (folder / "first").rename(folder / "consolidated.01.pth")
+    refused("consolidated.00.pth: was written as consolidated.01.pth, another shard")
+    for rank in range(2):
+        torch.save({k: v for k, v in part.items() if k != "embed.weight"}, folder / f"consolidated.{rank:02d}.pth")
+    refused("missing parameters: embed.weight")
+    for content in ("{}", '{"model": 3}', '{"model": [1]}'):
+        (folder / "config.json").write_text(content)
+        refused("config.json: `config.json` must hold an object `model`, got")
+
+
+PARAMETERS = {
+    "sparse": (torch.eye(31, 32).to_sparse(), "must be a dense tensor, got torch.sparse_coo"),
+    "meta": (torch.empty(31, 32, device="meta"), "must be a dense tensor, got a meta tensor"),
+    "complex": (torch.zeros(31, 32, dtype=torch.complex64), "must be float32, .* got torch.complex64"),
+    "integers": (torch.zeros(31, 32, dtype=torch.int32), "must be float32, .* got torch.int32"),
+    "float8": (torch.zeros(31, 32).to(torch.float8_e4m3fn), "must be float32, .* got torch.float8_e4m3fn"),
+    "bool": (torch.zeros(31, 32, dtype=torch.bool), "must be float32, .* got torch.bool"),
+    "nan": (torch.zeros(31, 32).fill_diagonal_(float("nan")), "must be finite as torch.float32, got NaN or infinity"),
+    "infinite": (torch.zeros(31, 32).fill_diagonal_(float("-inf")), "must be finite"),
+    "too large for its type": (torch.full((31, 32), 1e300, dtype=torch.float64), "must be finite as torch.float32"),
+    "turned": (torch.zeros(32, 31), r"must have shape \(31, 32\), got \(32, 31\)"),
+    "a number": (3.0, "must be a tensor, got float"),
+    "a list": ([[0.0] * 32] * 31, "must be a tensor, got list"),
+    "none": (None, "must be a tensor, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_parameters_that_are_not_weights(tmp_path, kind):
     model = tiny_model(torch.float32)
     save_released(model, tmp_path)
-    (tmp_path / "consolidate_config.json").write_text('{"model_parallel_size": 2}')
-    with pytest.raises(ValueError, match="expected 2 shards"):
+    value, message = PARAMETERS[kind]
+    torch.save({**model.state_dict(), "embed.weight": value}, tmp_path / "consolidated.pth")
+    with pytest.raises(ValueError, match=f"^load_official: {tmp_path}/consolidated.pth: `embed.weight` {message}"):
         mo.load_official(tmp_path)
-    save_released(model, tmp_path, num_layers=3)
-    with pytest.raises(ValueError, match="missing parameters: layers.2"):
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_parameters_are_refused(tmp_path):
+    model = tiny_model(torch.float32)
+    save_released(model, tmp_path)
+    quantized = torch.quantize_per_tensor(torch.zeros(31, 32), 0.1, 0, torch.qint8)
+    torch.save({**model.state_dict(), "embed.weight": quantized}, tmp_path / "consolidated.pth")
+    with pytest.raises(ValueError, match="`embed.weight` must be a dense tensor, got quantized"):
         mo.load_official(tmp_path)
-    save_released(model, tmp_path, ffn_hidden_dim=41)
-    with pytest.raises(ValueError, match="fc1.weight` must have shape"):
+
+
+def test_a_changed_byte_of_a_parameter_is_noticed(tmp_path):
+    model = tiny_model(torch.float32)
+    save_released(model, tmp_path)
+    path = tmp_path / "consolidated.pth"
+    content = bytearray(path.read_bytes())
+    place = content.find(model.layers[0].mega.wz.weight.detach().numpy().tobytes())
+    assert place > 0
+    content[place + 101] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="consolidated.pth: is damaged: the checksum of 'consolidated/data/"):
         mo.load_official(tmp_path)
-    save_released(model, tmp_path, shards=2)
-    part = torch.load(tmp_path / "consolidated.01.pth", weights_only=True)
-    torch.save({k: v for k, v in part.items() if k != "layers.0.mega.wv.weight"}, tmp_path / "consolidated.01.pth")
-    with pytest.raises(ValueError, match=r"`layers.0.mega.wv.weight` must be .*, got none in consolidated.01.pth"):
+
+
+def zipped_again(path, compression=zipfile.ZIP_STORED, repeat=False):
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in [*records.items(), *(list(records.items())[:1] if repeat else [])]:
+            archive.writestr(name, content)
+
+
+ARCHIVES = {
+    "not zipped": (
+        lambda path, weights: torch.save(weights, path, _use_new_zipfile_serialization=False),
+        "is in the format that torch had before 1.6; torch.load it and torch.save it again",
+    ),
+    "empty": (lambda path, weights: path.write_bytes(b""), "is no archive that torch.save wrote"),
+    "safetensors": (lambda path, weights: path.write_bytes(safetensors.torch.save(weights)), "is no archive that"),
+    "cut short": (lambda path, weights: os.truncate(path, path.stat().st_size - 9), "is damaged or cut short"),
+    "longer before": (lambda path, weights: path.write_bytes(b"PK\3\4" + path.read_bytes()), "is no archive as"),
+    "compressed": (lambda path, weights: zipped_again(path, zipfile.ZIP_DEFLATED), "is compressed"),
+    "a name twice": (lambda path, weights: zipped_again(path, repeat=True), "is no archive as torch.save writes"),
+    "a list": (lambda path, weights: torch.save(list(weights.values()), path), "must hold a dictionary of tensors"),
+    "numbers for names": (lambda path, weights: torch.save({3: torch.ones(2)}, path), "names of tensors must be strings"),
+    "a folder": (lambda path, weights: (path.unlink(), path.mkdir()), "must be a file, got a folder"),
+    "a pipe": (lambda path, weights: (path.unlink(), os.mkfifo(path)), "must be a file, got a pipe"),
+    "a device": (lambda path, weights: (path.unlink(), path.symlink_to("/dev/zero")), "must be a file, got a device"),
+    "a loop": (lambda path, weights: (path.unlink(), path.symlink_to(path)), "Too many levels of symbolic links"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_files_that_are_no_archives(tmp_path, kind):
+    model = tiny_model(torch.float32)
+    save_released(model, tmp_path)
+    spoil, message = ARCHIVES[kind]
+    spoil(tmp_path / "consolidated.pth", model.state_dict())
+    with pytest.raises(ValueError, match=f"^load_official: {tmp_path}/consolidated.pth: {message}"):
         mo.load_official(tmp_path)
-    torch.save({k: v for k, v in part.items() if k != "embed.weight"}, tmp_path / "consolidated.00.pth")
-    torch.save({k: v for k, v in part.items() if k != "embed.weight"}, tmp_path / "consolidated.01.pth")
-    with pytest.raises(ValueError, match="missing parameters: embed.weight"):
+
+
+def test_an_archive_by_another_name_is_read(tmp_path):
+    """What counts is the file's content: a link to it, other padding, a whole checkpoint saved under another name."""
+    model = tiny_model(torch.float32)
+    save_released(model, tmp_path)
+    zipped_again(tmp_path / "consolidated.pth")
+    (tmp_path / "consolidated.pth").rename(tmp_path / "elsewhere")
+    (tmp_path / "consolidated.pth").symlink_to(tmp_path / "elsewhere")
+    loaded = mo.load_official(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_shared_embedding_that_stands_there_twice(tmp_path, same):
+    model = tiny_model(torch.float32, share_emb=True)
+    save_released(model, tmp_path)
+    second = model.embed.weight.detach() + (0 if same else 1)
+    torch.save({**model.state_dict(), "output.output.weight": second}, tmp_path / "consolidated.pth")
+    if same:
+        assert torch.equal(mo.load_official(tmp_path).output.output.weight, model.embed.weight)
+    else:
+        with pytest.raises(ValueError, match="`output.output.weight` must be the embedding"):
+            mo.load_official(tmp_path)
+
+
+JSONS = {
+    "deep": ('{"model": ' + "[" * 10**5 + "]" * 10**5 + "}", "JSON nested more than 32 deep"),
+    "open": ("[" * 10**6, "JSON nested more than 32 deep"),
+    "nan": ('{"model": {"norm_eps": NaN}}', "NaN is no JSON"),
+    "infinite": ('{"model": {"norm_eps": -Infinity}}', "-Infinity is no JSON"),
+    "huge": ('{"model": {"norm_eps": 1e999}}', "the number '1e999' is infinite"),
+    "long": ('{"model": {"num_layers": ' + "9" * 10**5 + "}}", "an integer of 100000 digits"),
+    "twice": ('{"model": {"num_layers": 2, "num_layers": 1}}', "the name 'num_layers' stands twice in one object"),
+    "bytes": (b"\xff\xfe{}".decode("latin1"), "codec can't decode|Expecting value|BOM"),
+    "list": ("[]", "must hold a JSON object, got a list of 0"),
+    "nothing": ("", "Expecting value"),
+    "half": ('{"model": {', "Expecting property name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JSONS)
+def test_json_that_is_none(tmp_path, kind):
+    save_released(tiny_model(torch.float32), tmp_path)
+    content, message = JSONS[kind]
+    (tmp_path / "config.json").write_text(content, encoding="latin1")
+    with pytest.raises(ValueError, match=f"^load_official: {tmp_path}/config.json: .*({message})") as raised:
         mo.load_official(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="`config.json` must hold an object `model`, got None"):
+    assert str(raised.value).isprintable()
+
+
+def test_a_large_json_is_not_read(tmp_path):
+    save_released(tiny_model(torch.float32), tmp_path)
+    os.truncate(tmp_path / "config.json", 2**40)  # a file without blocks
+    with pytest.raises(ValueError, match="config.json: must have at most 16777216 bytes, got 1099511627776"):
         mo.load_official(tmp_path)
 
 
@@ -78,5 +261,5 @@ def test_load_official_never_unpickles_code(tmp_path):
 
     save_released(tiny_model(torch.float32), tmp_path)
     torch.save({"embed.weight": Evil()}, tmp_path / "consolidated.pth")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(ValueError, match="torch.load with weights_only=True refuses it"):
         mo.load_official(tmp_path)

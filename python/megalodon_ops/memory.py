@@ -81,6 +81,17 @@ def machine_memory() -> int:
     return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
 
 
+def check_fits(size: int, what: str) -> None:
+    """Raises a ValueError where `size` bytes are more than :func:`machine_memory`, before anybody allocates them."""
+    if size > (limit := machine_memory()):
+        raise ValueError(f"{what} takes {size / 2**30:,.1f} GiB of memory, and there are {limit / 2**30:,.1f} here")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass over memory, where `isfinite` writes an array first."""
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor.detach()))
+
+
 def keep_freed_memory() -> bool:
     """Makes the C library keep freed CPU memory of any size for the next tensors, in huge pages. For long programs.
 
