@@ -75,6 +75,20 @@ def test_killed_while_writing(tmp_path, monkeypatch, call, count):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def test_a_draft_that_cannot_be_finished_goes(tmp_path, file_size_limit):
+    """On a full disk the checkpoint before is as it was, and nothing of the new one stays; for every file of it."""
+    folder = save(tmp_path, 1)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for limit in (100, 20, 0):  # bytes a file may have: the record fails, then the tensors
+        with file_size_limit(limit), pytest.raises(CommandError, match="step-00000002: could not be written: .*large"):
+            checkpoint.save(tmp_path, 2, {"note": "x" * 100}, {"state": {}})
+        assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+        with file_size_limit(limit), pytest.raises(CommandError, match="curve.png: could not be written: .*large"):
+            checkpoint.write_whole(tmp_path / "curve.png", b"x" * 101)
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 

@@ -15,6 +15,7 @@ import torch
 
 import megalodon_ops
 from megalodon_ops.cli import checkpoint, main, metrics
+from megalodon_ops.cli.errors import CommandError
 
 TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --lr 0.01".split()
 
@@ -184,6 +185,30 @@ def test_resuming_a_finished_run_ends_it_again(text, tmp_path):
     assert rows(tmp_path) == before
     assert main(["train", "--out", str(tmp_path), "--resume", "--steps", "8"]) == 0
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 9))
+
+
+def test_full_disk(text, tmp_path, capfd, file_size_limit):
+    """One line, the checkpoint before stays and nothing else, and with room again the run goes on."""
+    flags = ("--steps", 4, "--checkpoint-every", 2)
+    assert train(text, tmp_path, *flags[:1], 2) == 0
+    (tensors,) = (tmp_path / "checkpoints").glob("step-*2/model.safetensors")
+    capfd.readouterr()
+    with file_size_limit(tensors.stat().st_size):  # the optimizer's file is larger
+        assert main(["train", "--out", str(tmp_path), "--resume", *map(str, flags)]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    (line,) = (line for line in lines if "step/s" not in line and line)  # all but the bar's
+    assert line.startswith("megalodon_ops train: error: ") and "step-00000004: could not be written" in line
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000000", "step-00000002"]
+    assert main(["train", "--out", str(tmp_path), "--resume", *map(str, flags)]) == 0
+    assert checkpoint.load(tmp_path, "--out").record["step"] == 4
+
+
+def test_full_disk_in_the_diary(tmp_path, file_size_limit):
+    with metrics.Diary(tmp_path / "metrics.jsonl", 0) as diary:
+        diary.write(step=1)
+        with file_size_limit(20), pytest.raises(CommandError, match="metrics.jsonl: could not be written"):
+            diary.write(step=2)
+    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_minutes(text, tmp_path):

@@ -3,8 +3,8 @@
     run/checkpoints/step-00000100/model.safetensors, optimizer.safetensors, ..., checkpoint.json
 
 A folder is written under another name, flushed to the disk and renamed, so a process killed at any moment leaves the
-newest complete checkpoint as it was. `checkpoint.json` holds the sizes of the other files, and a folder that does not
-agree with it is passed over.
+newest complete checkpoint as it was; a folder that cannot be finished, on a full disk, is removed. `checkpoint.json`
+holds the sizes of the other files, and a folder that does not agree with it is passed over.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,17 +45,18 @@ def save(run: Path, step: int, record: dict[str, Any], parts: dict[str, dict[str
 
     folder = root / f"step-{step:08d}"
     draft = root / f".{folder.name}"
-    draft.mkdir()
-    sizes = {}
-    for part, tensors in parts.items():
-        file = draft / f"{part}.safetensors"
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
+    with _drafting(draft):
+        draft.mkdir()
+        sizes = {}
+        for part, tensors in parts.items():
+            file = draft / f"{part}.safetensors"
+            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
+            _flush(file)
+            sizes[part] = file.stat().st_size
+        file = draft / "checkpoint.json"
+        file.write_text(json.dumps({"format": FORMAT, "step": step, **record, "sizes": sizes}, indent=1) + "\n")
         _flush(file)
-        sizes[part] = file.stat().st_size
-    file = draft / "checkpoint.json"
-    file.write_text(json.dumps({"format": FORMAT, "step": step, **record, "sizes": sizes}, indent=1) + "\n")
-    _flush(file)
-    _flush(draft)
+        _flush(draft)
     if folder.exists():
         _remove(folder)
     os.rename(draft, folder)
@@ -117,9 +120,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoin
 def write_whole(path: Path, content: bytes) -> None:
     """Replace a file by its new content or, if this process is killed meanwhile, by nothing."""
     draft = path.with_name(f".{path.name}")
-    draft.write_bytes(content)
-    _flush(draft)
+    with _drafting(draft):
+        draft.write_bytes(content)
+        _flush(draft)
     os.replace(draft, path)
+
+
+@contextmanager
+def _drafting(draft: Path) -> Iterator[None]:
+    """Removes a draft, a file or a folder, that cannot be finished: its remains would keep a full disk full."""
+    try:
+        yield
+    except (OSError, SafetensorError, KeyboardInterrupt) as error:
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"{draft.with_name(draft.name[1:])}: could not be written: {reason}") from error
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megalodon_ops.cli.checkpoint import write_whole
+from megalodon_ops.cli.errors import CommandError
 
 
 class Diary:
@@ -24,11 +27,15 @@ class Diary:
         if path.exists():
             kept = [row for row in read(path) if row["step"] <= step and not row.get("final")]
             write_whole(path, "".join(map(_line, kept)).encode())
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "ab", buffering=0)
 
     def write(self, **row: Any) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        line = _line(row).encode()
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise CommandError(f"{self.path}: could not be written: {error.strerror}") from error
 
     def __enter__(self) -> Diary:
         return self
