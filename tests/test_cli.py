@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 import megalodon_ops
 from megalodon_ops.cli import checkpoint, main, metrics
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.lock import Lock
 
 TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --lr 0.01".split()
 
@@ -185,6 +188,62 @@ def test_resuming_a_finished_run_ends_it_again(text, tmp_path):
     assert rows(tmp_path) == before
     assert main(["train", "--out", str(tmp_path), "--resume", "--steps", "8"]) == 0
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 9))
+
+
+def test_two_runs_in_one_folder(text, tmp_path, capsys):
+    """The second says who the first is, and changes nothing; once the first is killed, another goes on."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        shell("train", "--data", text, "--out", out, *TINY, "--steps", 100_000, "--checkpoint-every", 5),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (out / "checkpoints" / "step-00000005").exists():
+        time.sleep(0.005)
+    holder = f"process {process.pid} on {socket.gethostname()} since 20"
+    for flags in (["--resume"], ["--data", str(text), *TINY]):
+        assert main(["train", "--out", str(out), *flags]) == 2
+        err = capsys.readouterr().err
+        assert f"--out {out}: another run is writing there, {holder}" in err and err.count("\n") == 1
+    before = rows(out)
+    while process.poll() is None and rows(out)[: len(before) + 1] == before:
+        time.sleep(0.005)
+    assert process.poll() is None and rows(out)[: len(before)] == before
+    process.kill()
+    process.wait()
+    step = checkpoint.load(out, "--out").record["step"]
+    assert main(["train", "--out", str(out), "--resume", "--steps", str(step + 1)]) == 0
+    assert not (out / "lock").exists()
+
+
+def test_one_of_many_gets_the_lock(tmp_path):
+    """Threads that take and release it at random never hold it together, although each release removes the file."""
+    holders, most, tries = 0, 0, [0] * 8
+
+    def take(number):
+        nonlocal holders, most
+        for _ in range(300):
+            try:
+                with Lock(tmp_path / "run"):
+                    holders += 1
+                    most = max(most, holders)
+                    time.sleep(0)
+                    holders -= 1
+                    tries[number] += 1
+            except (CommandError, FileNotFoundError):
+                pass
+
+    threads = [threading.Thread(target=take, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and sum(tries) > 100
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(text, tmp_path, capsys):
+    assert main(["train", "--data", str(tmp_path / "missing"), "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_full_disk(text, tmp_path, capfd, file_size_limit):

@@ -47,19 +47,27 @@ class Settings:
         return {name: value for name, value in vars(self).items() if name not in ("out", "config")}
 
 
-def resolve(options: argparse.Namespace) -> tuple[Settings, Checkpoint | None]:
-    """The settings of a run and, if it goes on from one, the checkpoint."""
-    given = {name: value for name, value in vars(options).items() if name != "command"}
-    out, resume = given.pop("out", None), given.pop("resume", False)
+def run_folder(options: argparse.Namespace) -> Path:
+    """The folder of the run; one to be resumed is there."""
+    resume = getattr(options, "resume", False)
+    if not hasattr(options, "out"):
+        if resume:
+            raise CommandError("--resume: name the folder of the run with --out DIR")
+        return Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if resume and not options.out.is_dir():
+        raise CommandError(f"--resume {options.out}: no such folder")
+    return options.out
+
+
+def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoint | None]:
+    """The settings of the run in `out` and, if it goes on from one, the checkpoint."""
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "out", "resume")}
     if "data" in given:
         given["data"] = [str(path.absolute()) for path in given["data"]]
-    if not resume:
-        out = out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if not getattr(options, "resume", False):
         if checkpoint.exists(out):
             raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
         return _settings(out, {**DEFAULTS, "data": None, **_length(given, {}), **given}), None
-    if out is None:
-        raise CommandError("--resume: name the folder of the run with --out DIR")
     saved = checkpoint.load(out, "--resume")
     before, config = saved.record["options"], saved.record["config"]
     for name, value in given.items():

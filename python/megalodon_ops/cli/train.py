@@ -22,9 +22,10 @@ from megalodon_ops.cli.data import Corpus, load_corpus
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.evaluate import Reader, bits_per_byte, compressed_bits
 from megalodon_ops.cli.generate import show_sample
+from megalodon_ops.cli.lock import Lock
 from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.schedule import Schedule
-from megalodon_ops.cli.settings import Settings, resolve
+from megalodon_ops.cli.settings import Settings, resolve, run_folder
 
 LOOK = 1 << 15
 """Held-out bytes evaluated during the run; the end of it takes all"""
@@ -35,12 +36,15 @@ FIRST_PACE = 8
 
 
 def run(options: argparse.Namespace) -> int:
-    settings, saved = resolve(options)
+    with Lock(run_folder(options)) as lock:
+        return _run(*resolve(options, lock.folder))
+
+
+def _run(settings: Settings, saved: checkpoint.Checkpoint | None) -> int:
     device = usable_device(settings.device)
     corpus = load_corpus(settings.data)
     if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
         raise CommandError("--resume: the text is not the one this run was started with; start another run")
-    settings.out.mkdir(parents=True, exist_ok=True)
     with metrics.Diary(settings.out / "metrics.jsonl", saved.record["step"] if saved else 0) as diary:
         return Trainer(settings, corpus, device, diary, saved).run()
 
