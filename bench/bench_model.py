@@ -21,7 +21,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 import megalodon_ops as mo
 
@@ -224,7 +223,7 @@ def _decode(model: _Model, context: int) -> Case:
     C = model.config.chunk_size
     tokens = model.tokens(context + DECODED)
     new = tokens[:, context:].split(1, 1)
-    start, state = None, None
+    start, decoder = None, None
     caches = model.llama.caches(context + DECODED)
 
     @torch.no_grad()
@@ -234,19 +233,13 @@ def _decode(model: _Model, context: int) -> Case:
             _, start = model.ours(piece, state=start, return_state=True, inplace_state=start is not None)
 
     def restore() -> None:
-        nonlocal state
+        nonlocal decoder
         if start is None:
             read_context()
-        state = tree_map_only(Tensor, Tensor.clone, start)
+        decoder = mo.Decoder(model.ours, start)
 
-    @torch.no_grad()
     def decode() -> Outputs:
-        nonlocal state
-        logits = []
-        for token in new:
-            out, state = model.ours(token, state=state, return_state=True, inplace_state=True)
-            logits.append(out)
-        return (torch.cat(logits, 1),)
+        return (torch.cat([decoder(token) for token in new], 1),)
 
     @torch.no_grad()
     def decode_llama() -> Outputs:
@@ -262,8 +255,8 @@ def _decode(model: _Model, context: int) -> Case:
     @torch.no_grad()
     def expected() -> Outputs:
         """The same tokens in one call."""
-        restore()
-        return (model.ours(tokens[:, context:], state=state),)
+        read_context()
+        return (model.ours(tokens[:, context:], state=start),)
 
     paths = [
         Path(OURS, decode, before=restore),

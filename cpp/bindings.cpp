@@ -15,8 +15,7 @@ PYBIND11_MODULE(_C, module) {
   bind_gated_silu(module);
   bind_cema_coefficients(module);
   bind_cross_entropy(module);
-  bind_blocks_few_rows(module);
-  bind_module_parameters(module);
+  bind_decoder(module);
   bind_plain_call(module);
   bind_memory_pool(module);
   module.def("num_threads", [] { return omp_get_max_threads(); });

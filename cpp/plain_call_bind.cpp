@@ -54,7 +54,7 @@ bool is_plain_tensor(PyObject* object) {
   return tensor.data != nullptr;  // torch may leave zeros without memory
 }
 
-// What an argument must be: t a tensor, o the same or None, i int, f float, b bool; T and O are lists of those.
+// What an argument must be: t a tensor, o a tensor or None, i int, f float, b bool.
 bool is_plain(char kind, PyObject* argument) {
   switch (kind) {
     case 'o': return argument == Py_None || is_plain_tensor(argument);
@@ -63,10 +63,7 @@ bool is_plain(char kind, PyObject* argument) {
     case 'f': return PyFloat_CheckExact(argument);
     case 'b': return PyBool_Check(argument);
   }
-  if (!PyList_CheckExact(argument)) return false;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(argument); ++i)
-    if (!is_plain(kind == 'T' ? 't' : 'o', PyList_GET_ITEM(argument, i))) return false;
-  return true;
+  return false;
 }
 
 // kinds[i] is that of argument i.

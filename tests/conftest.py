@@ -13,7 +13,6 @@ import torch
 from cuda_emulator.emulator import Emulator
 from hypothesis import HealthCheck, settings
 
-import megalodon_ops as mo
 from megalodon_ops import _C
 
 pytest_plugins = ["cuda_emulator.fixtures"]
@@ -29,7 +28,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(params=backends.DEVICES)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on the CPU's kernels, on CUDA's in the emulator, and on CUDA's where there is a GPU."""
     if request.param == "cuda-emulated":
         running = Emulator(request.getfixturevalue("emulated_module")).replacing(_C)
@@ -37,8 +36,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         running = backends.gpu()
     else:
         running = backends.isa(backends.DEFAULT_ISA if request.param == "cpu" else request.param)
-    if request.param.startswith("cuda"):  # a whole block in one call runs the CPU's kernels
-        monkeypatch.setattr(mo.blocks, "_run_in_one_call", lambda *args, **options: None)
     with running:
         yield request.param
 

@@ -11,6 +11,7 @@ from .blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedF
 from .cema import cema
 from .chunked_attention import chunked_attention
 from .config import MegalodonConfig
+from .decoder import Decoder
 from .layers import ComplexEMA, TimestepNorm
 from .memory import keep_freed_memory, release_memory
 from .model import Megalodon, MegalodonState
@@ -26,6 +27,7 @@ __all__ = [
     "AttentionState",
     "BlockState",
     "ComplexEMA",
+    "Decoder",
     "Megalodon",
     "MegalodonBlock",
     "MegalodonConfig",

@@ -79,7 +79,6 @@ class _PlainCall(NamedTuple):
 _plain_calls: dict[Callable, _PlainCall] = {}
 _KINDS = {
     "Tensor": "t", "Optional[Tensor]": "o", "int": "i", "float": "f", "bool": "b",
-    "List[Tensor]": "T", "List[Optional[Tensor]]": "O",
 }  # fmt: skip
 
 

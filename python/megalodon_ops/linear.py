@@ -103,14 +103,9 @@ def _has_dots(dtype: torch.dtype) -> bool:
 
 def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the product goes to the kernel for few rows."""
-    return x.shape[-1] > 0 and suits_few_rows(x.numel() // x.shape[-1], x, weight, bias)
-
-
-def suits_few_rows(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """The same for that number of rows like x's."""
-    if torch.is_grad_enabled() or not USES_KERNELS or not 0 < rows <= most_few_rows(x.dtype):
+    if torch.is_grad_enabled() or not USES_KERNELS or x.shape[-1] == 0:
         return False
-    return _is_plain(x, weight, bias)
+    return 0 < x.numel() // x.shape[-1] <= most_few_rows(x.dtype) and _is_plain(x, weight, bias)
 
 
 def most_few_rows(dtype: torch.dtype) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import BlockState, MegalodonBlock, Output, run_model_in_one_call
+from .blocks import BlockState, MegalodonBlock, Output
 from .config import MegalodonConfig
 from .loss import linear_cross_entropy
 from .states import TimestepNormState
@@ -108,7 +108,8 @@ class Megalodon(nn.Module):
             logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding.
         """
         sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
-        logits, state = self._logits(tokens, state, return_state, inplace_state, **sequences)
+        x, state = self._hidden(self._embed(tokens, state), state, return_state, inplace_state, **sequences)
+        logits = at_least_float32(self.output.output(x))
         return (logits, state) if return_state else logits
 
     def loss(
@@ -189,21 +190,6 @@ class Megalodon(nn.Module):
         x, norm_state = self.output.final_norm(x, state=norm_state, return_state=True, **sequences)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 
-    def _logits(
-        self, tokens: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
-    ) -> tuple[Tensor, MegalodonState | None]:
-        """The logits (B, L, num_outputs) of tokens and the state after them, by one call where that can be."""
-        result = None
-        if return_state and state is not None:
-            self._check(tokens, state)
-            options = dict(inplace_state=inplace_state, **sequences)
-            result = run_model_in_one_call(self, tokens, state.layers, state.norm, **options)
-        if result is not None:
-            logits, *state = result
-            return _at_least_float32(logits), MegalodonState(*state)
-        x, state = self._hidden(self._embed(tokens, state), state, return_state, inplace_state, **sequences)
-        return _at_least_float32(self.output.output(x)), state
-
     def stream(
         self,
         prompt: Tensor,
@@ -237,6 +223,8 @@ class Megalodon(nn.Module):
 
     @torch.no_grad()
     def _stream(self, prompt: Tensor, lengths: Tensor, sample: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        from .decoder import Decoder  # which is made of models
+
         state, last = None, None
         for start in range(0, prompt.shape[1], self.config.chunk_size):
             piece = prompt[:, start : start + self.config.chunk_size]
@@ -244,12 +232,12 @@ class Megalodon(nn.Module):
             hidden, state = self._hidden(self._embed(piece, state), state, True, state is not None, lengths=left)
             end = hidden[torch.arange(len(left), device=left.device), (left - 1).clamp(min=0)]
             last = end if last is None else torch.where((left > 0)[:, None], end, last)
-        logits = _at_least_float32(self.output.output(last))
+        decoder = Decoder(self, state)
+        logits = at_least_float32(self.output.output(last))
         while True:
             token = sample(logits)
             yield token
-            logits, state = self._logits(token[:, None], state, True, True)
-            logits = logits[:, 0]
+            logits = decoder(token[:, None])[:, 0]
 
     def generate(self, prompt: Tensor, *, max_new_tokens: int, lengths: Tensor | None = None, **sampling) -> Tensor:
         """Continues `prompt` (B, L) by `max_new_tokens`; sampling options as in :meth:`stream`.
@@ -277,7 +265,7 @@ class Megalodon(nn.Module):
         return result
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 

@@ -1,0 +1,394 @@
+"""`Decoder`: the bits of the layers, whatever the configuration, and whatever somebody has made of the modules."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from assertions import assert_refuses
+from test_model import TINY, tiny_model, tokens_of
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import megalodon_ops as mo
+from backends import ISAS, isa
+from megalodon_ops import linear
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+VARIANTS = {
+    "plain": {},
+    "swiglu": dict(swiglu=True, rescale_nffn=True),
+    "scaled, tied": dict(scale_emb=True, share_emb=True),
+    "not affine": dict(norm_affine=False, cema_ndim=1),
+    "wide": dict(
+        model_dim=72, num_heads=3, z_dim=30, value_dim=51, ffn_hidden_dim=100, cema_ndim=17, norm_num_groups=8
+    ),
+}
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def model_and_state(dtype=torch.float32, rows=1, seen=5, **overrides):
+    """A model in evaluation mode and its state after some tokens."""
+    model = tiny_model(dtype, **overrides).eval()
+    with torch.no_grad():
+        _, state = model(tokens_of(rows, seen), return_state=True)
+    return model, state
+
+
+def by_layers(model, state, pieces):
+    """Logits of the pieces and the state after them, by the model's layers."""
+    outputs, state = [], tree_map_only(torch.Tensor, torch.clone, state)
+    with torch.no_grad():
+        for piece in pieces:
+            logits, state = model(piece, state=state, return_state=True, inplace_state=True)
+            outputs.append(logits)
+    return tree_leaves((outputs, state))
+
+
+def by_decoder(decoder, pieces):
+    return tree_leaves(([decoder(piece) for piece in pieces], decoder.state))
+
+
+def assert_bits_of_layers(model, state, rows=1, length=1, fused=True):
+    """Over more steps than a chunk has left, so that it begins anew."""
+    pieces = tokens_of(rows, 5 * length).split(length, 1)
+    decoder = mo.Decoder(model, state)
+    found, expected = by_decoder(decoder, pieces), by_layers(model, state, pieces)
+    assert decoder.fused is fused
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_gives_the_bits_of_the_layers(name, dtype, variant):
+    with isa(name):
+        assert_bits_of_layers(*model_and_state(dtype, rows=3, **VARIANTS[variant]), rows=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 3), (1, 8), (8, 1)])
+def test_it_gives_the_bits_of_the_layers_for_any_few_tokens(dtype, rows, length):
+    assert_bits_of_layers(*model_and_state(dtype, rows), rows, length)
+
+
+@pytest.mark.parametrize("length", [0, 40])
+def test_more_tokens_than_the_kernels_for_few_take_run_through_the_layers(length):
+    model, state = model_and_state(rows=2)
+    decoder, tokens = mo.Decoder(model, state), tokens_of(2, length + 3)
+    pieces = [tokens[:, :1], tokens[:, 1 : length + 1], tokens[:, length + 1 :]]
+    expected = by_layers(model, state, pieces)
+    assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, pieces), expected, strict=True))
+
+
+def test_more_rows_than_the_kernels_for_few_take_run_through_the_layers():
+    most = linear.most_few_rows(torch.float32)
+    assert_bits_of_layers(*model_and_state(rows=most + 1), rows=most + 1, fused=False)
+    assert_bits_of_layers(*model_and_state(rows=most), rows=most)
+
+
+def test_the_state_given_and_the_state_taken_stay_as_they_are():
+    model, state = model_and_state()
+    before = tree_map_only(torch.Tensor, torch.clone, state)
+    decoder = mo.Decoder(model, state)
+    decoder(tokens_of(1, 1))
+    taken = decoder.state
+    held = tree_map_only(torch.Tensor, torch.clone, taken)
+    decoder(tokens_of(1, 1))
+    for kept, now in ((before, state), (held, taken)):
+        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(kept), tree_leaves(now), strict=True))
+
+
+def test_a_state_without_residuals_counts_them_as_zero():
+    model, state = model_and_state()
+    without = lambda norm: norm._replace(residual=None)  # noqa: E731
+    layers = tuple(layer._replace(norm=without(layer.norm)) for layer in state.layers)
+    bare = mo.MegalodonState(layers, without(state.norm))
+    token = tokens_of(1, 1)
+    found, expected = by_decoder(mo.Decoder(model, bare), [token]), by_layers(model, bare, [token])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_parameters_need_not_be_contiguous():
+    model, state = model_and_state()
+    block = model.layers[0].mega
+    block.wv.weight.data = block.wv.weight.data.t().contiguous().t()
+    block.cema.alpha.data = block.cema.alpha.data.repeat_interleave(2, 1)[:, ::2]
+    assert not block.wv.weight.is_contiguous()
+    assert_bits_of_layers(model, state)
+
+
+def test_matrices_changed_in_place_are_seen():
+    model, state = model_and_state()
+    decoder = mo.Decoder(model, state)
+    with torch.no_grad():
+        model.layers[1].mega.wv.weight.mul_(1.5)
+        model.output.output.weight.mul_(0.5)
+    token = tokens_of(1, 1)
+    assert torch.equal(decoder(token), by_layers(model, state, [token])[0])
+
+
+def test_one_made_in_inference_mode_goes_on_outside_and_the_other_way_round():
+    model, tokens = tiny_model(torch.float32).eval(), tokens_of(1, 8)
+    with torch.inference_mode():
+        _, state = model(tokens[:, :5], return_state=True)
+        decoder = mo.Decoder(model, state)
+        first = decoder(tokens[:, 5:6])
+    second = decoder(tokens[:, 6:7])
+    expected = by_layers(model, state, tokens[:, 5:7].split(1, 1))
+    assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
+
+
+def test_it_keeps_autocast_as_it_was_when_it_was_made():
+    model, state = model_and_state()
+    token = tokens_of(1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = model(tokens_of(1, 5), return_state=True)
+        expected = by_layers(model, state, [token])[0]
+        decoder = mo.Decoder(model, state)
+    assert not decoder.fused and torch.equal(decoder(token), expected)
+
+
+def test_threads_do_not_change_its_bits(two_threads):
+    model, state = model_and_state(rows=2)
+    pieces = tokens_of(2, 3).split(1, 1)
+    first = by_decoder(mo.Decoder(model, state), pieces)
+    torch.set_num_threads(1)
+    second = by_decoder(mo.Decoder(model, state), pieces)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class OtherLinear(torch.nn.Linear):
+    pass
+
+
+class Doubled(torch.Tensor):
+    """Counts twice in every function of torch."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = lambda tensor: tensor.as_subclass(torch.Tensor)  # noqa: E731
+        factor = 2 if func is torch.nn.functional.linear else 1
+        return func(*tree_map_only(cls, lambda tensor: factor * plain(tensor), args), **(kwargs or {}))
+
+
+def replaced(block):
+    other = OtherLinear(*reversed(block.mega.wz.weight.shape))
+    other.load_state_dict(block.mega.wz.state_dict())
+    with torch.no_grad():
+        other.weight.add_(1)
+    block.mega.wz = other
+
+
+def with_subclass(block):
+    block.mega.wv._parameters["weight"] = block.mega.wv.weight.detach().as_subclass(Doubled)
+
+
+def wrapped(block):
+    forward = block.nffn.fc2.forward
+    block.nffn.fc2.forward = lambda x: forward(x) + 1
+
+
+def as_attribute(block):
+    tensor = block.mega.wz.weight.detach() + 1
+    del block.mega.wz.weight
+    block.mega.wz.weight = tensor
+
+
+def as_buffer(block):
+    tensor = block.mega.wv.bias.detach() + 1
+    del block.mega.wv.bias
+    block.mega.wv.register_buffer("bias", tensor)
+
+
+def as_function(block):
+    norm = block.mega.rmsnorm
+    del block.mega.rmsnorm
+    block.mega.rmsnorm = lambda x: norm(x) + 1
+
+
+def parametrized(block):
+    class AddOne(torch.nn.Module):
+        def forward(self, weight):
+            return weight + 1
+
+    torch.nn.utils.parametrize.register_parametrization(block.mega.wr, "weight", AddOne())
+
+
+BLOCK_CHANGES = {
+    "hook": (lambda block: block.mega.wv.register_forward_hook(lambda module, args, y: y + 1), ".mega.wv"),
+    "pre-hook": (lambda block: block.nffn.register_forward_pre_hook(lambda module, args: (args[0] + 1,)), ".nffn"),
+    "hook of the block": (lambda block: block.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1])), ""),
+    "replaced": (replaced, ".mega.wz"),
+    "subclass": (with_subclass, ".mega.wv"),
+    "wrapped": (wrapped, ".nffn.fc2"),
+    "attribute": (as_attribute, ".mega.wz"),
+    "buffer": (as_buffer, ".mega.wv"),
+    "function": (as_function, ".mega"),
+    "parametrized": (parametrized, ".mega.wr"),
+    "eps": (lambda block: setattr(block.mega.rmsnorm, "eps", 0.1), ".mega.rmsnorm"),
+    "config": (
+        lambda block: setattr(block.mega, "config", dataclasses.replace(block.mega.config, rope_base=10.0)), ".mega"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BLOCK_CHANGES)
+def test_a_changed_block_runs_as_changed(change):
+    """The others are still calls of kernels."""
+    make, where = BLOCK_CHANGES[change]
+    model, state = model_and_state(num_layers=4)
+    pieces = tokens_of(1, 3).split(1, 1)
+    as_made = by_decoder(mo.Decoder(model, state), pieces)
+    make(model.layers[1])
+    expected = by_layers(model, state, pieces)
+    with pytest.warns(UserWarning, match=f"`layers.1{where}`"):
+        decoder = mo.Decoder(model, state)
+    found = by_decoder(decoder, pieces)
+    assert not decoder.fused and len(decoder._parts) == 3
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], as_made[0])
+
+
+def taken_out(model, name, instead):
+    """Something that is no module comes in the place of one."""
+    module = getattr(model, name)
+    delattr(model, name)
+    setattr(model, name, instead(module))
+
+
+def hooked_output(model):
+    model.output.output.register_forward_hook(lambda module, args, y: y + 1)
+
+
+def wrapped_output(model):
+    forward = model.output.output.forward
+    model.output.output.forward = lambda x: forward(x) + 1
+
+
+MODEL_CHANGES = {
+    "hooked embedding": (lambda model: model.embed.register_forward_hook(lambda module, args, x: x + 1), "`embed`"),
+    "renormalised embedding": (lambda model: setattr(model.embed, "max_norm", 0.5), "`embed`"),
+    "eps of the final norm": (lambda model: setattr(model.output.final_norm, "eps", 0.1), "`output.final_norm`"),
+    "hooked output": (hooked_output, "`output.output`"),
+    "wrapped output": (wrapped_output, "`output.output`"),
+    "hooked model": (lambda model: model.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1])), "`model`"),
+    "list of layers": (lambda model: taken_out(model, "layers", lambda layers: list(layers)[::-1]), "`model`"),
+    "embedding a function": (
+        lambda model: taken_out(model, "embed", lambda embed: lambda tokens: embed(tokens) + 1), "`model`"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MODEL_CHANGES)
+def test_a_changed_model_runs_as_changed(change):
+    make, named = MODEL_CHANGES[change]
+    model, state = model_and_state()
+    pieces = tokens_of(1, 3).split(1, 1)
+    as_made = by_decoder(mo.Decoder(model, state), pieces)
+    make(model)
+    expected = by_layers(model, state, pieces)
+    with pytest.warns(UserWarning, match=named):
+        decoder = mo.Decoder(model, state)
+    found = by_decoder(decoder, pieces)
+    assert not decoder.fused
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], as_made[0])
+
+
+def test_layers_in_another_order_are_still_calls_of_kernels():
+    model, state = model_and_state(num_layers=3)
+    model.layers = model.layers[::-1]
+    assert_bits_of_layers(model, state)
+
+
+def test_biases_may_come_and_go():
+    model, state = model_and_state()
+    model.layers[0].mega.wz.bias = None
+    model.layers[0].mega.wh2.bias = torch.nn.Parameter(torch.randn(TINY["model_dim"]))
+    assert_bits_of_layers(model, state)
+
+
+def test_dropout_in_training_runs_the_layers():
+    model, state = model_and_state(dropout=0.5)
+    assert mo.Decoder(model, state).fused
+    assert not mo.Decoder(model.train(), state).fused
+
+
+def test_a_hook_on_every_module_sees_every_module():
+    model, state = model_and_state()
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(module))
+    try:
+        decoder = mo.Decoder(model, state)
+        decoder(tokens_of(1, 1))
+    finally:
+        handle.remove()
+    assert not decoder.fused and {model.output.output, model.layers[0].mega.wz} <= set(seen)
+
+
+def test_generation_decodes_and_says_what_runs_as_a_module():
+    model, prompt = tiny_model(torch.float32).eval(), tokens_of(2, 11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = model.generate(prompt, max_new_tokens=4, temperature=0)
+    seen = []
+    model.layers[1].mega.wv.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    with pytest.warns(UserWarning, match="`layers.1.mega.wv`"):
+        found = model.generate(prompt, max_new_tokens=4, temperature=0)
+    assert torch.equal(found, expected)
+    prompts, new_tokens = 2, 3  # pieces of the prompt; the last token is not read any more
+    assert len(seen) == prompts + new_tokens
+
+
+def test_errors():
+    model, state = model_and_state(rows=2)
+    decoder, token = mo.Decoder(model, state), tokens_of(2, 1)
+    for wrong in (token[0], token[:1], token.float(), token.bool(), token[None]):
+        assert_refuses(ValueError, "Decoder", "tokens", lambda: decoder(wrong))  # noqa: B023
+    for wrong in (-1, TINY["vocab_size"]):
+        with pytest.raises(IndexError, match=rf"Decoder: `tokens` must be in \[0, 31\), got {wrong}"):
+            decoder(torch.full_like(token, wrong))
+    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, None))
+    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, tuple(state)))
+    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, state._replace(layers=state.layers[:1])))
+
+    def refuses(error, name, change):
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            change(broken)
+        assert_refuses(error, "Decoder", name, lambda: mo.Decoder(broken, state))
+
+    def data(name, change):
+        return lambda m: setattr(m.get_parameter(name), "data", change(m.get_parameter(name).data))
+
+    for name in ("layers.1.mega.cema.alpha", "layers.0.mega.wv.weight", "layers.0.nffn.norm.bias", "embed.weight"):
+        refuses(TypeError, name, data(name, torch.Tensor.double))
+        refuses(ValueError, name, data(name, lambda t: t[None]))
+
+    def with_layer(**fields):
+        return state._replace(layers=(state.layers[0]._replace(**fields), *state.layers[1:]))
+
+    norm, attention = state.layers[0].norm, state.layers[0].attention
+    other = model_and_state(rows=2, chunk_size=TINY["chunk_size"] + 1)[1]
+    for name, wrong in {
+        "state.layers.0.norm.count": with_layer(norm=norm._replace(count=norm.count - 100)),
+        "state.layers.0.norm.mean": with_layer(norm=norm._replace(mean=norm.mean[:1])),
+        "state.layers.0.cema": with_layer(cema=state.layers[0].cema[:1]),
+        "state.layers.0.attention.position": with_layer(
+            attention=attention._replace(position=attention.position + 100)
+        ),
+        "state.layers.0.attention.k": other,
+    }.items():
+        assert_refuses(ValueError, "Decoder", name, lambda: mo.Decoder(model, wrong))  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tokens_of_other_types_and_strides(dtype):
+    model, state = model_and_state(rows=2)
+    tokens = tokens_of(2, 8).to(dtype)
+    pieces = [tokens[:, i : i + 2] for i in range(0, 8, 2)]
+    expected = by_layers(model, state, [piece.long().contiguous() for piece in pieces])
+    assert all(torch.equal(a, b) for a, b in zip(by_decoder(mo.Decoder(model, state), pieces), expected, strict=True))
