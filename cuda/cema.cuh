@@ -13,7 +13,8 @@
 // pair is rounded relative to its own size. The eigenvalues are q where alpha + delta = 2 Re(q) and
 // -beta = Im(q)^2 + shear^2. The shear, at most |Im(q)| / 2000, is chosen so that such a beta is a float: what the
 // rounded coefficients advance by is q to within 2^-35. (A rounded Im(q)^2 would turn q by up to 2^-25, every step in
-// the same direction.)
+// the same direction.) The multiply-adds are written as such: alpha and delta are near 1 where q is, and a product of
+// theirs that is rounded by itself is off by the same amount for many steps, as long as the state changes little.
 //
 // Carried states must be divided by p (the adjoint's by gamma) and by Im(q). Where there are any, these count as at
 // least kLeastScale and kLeastPhase, which moves p x, gamma and q by less than a rounding error of the state's size.
@@ -273,8 +274,8 @@ struct Modes {
       GPU_UNROLL
       for (int e = 0; e < 2; ++e) {
         const R before = first[m][e];
-        first[m][e] = alpha[m][e] * before + (beta[m][e] * second[m][e] + x[e]);
-        second[m][e] = delta[m][e] * second[m][e] + before;
+        first[m][e] = fma(alpha[m][e], before, fma(beta[m][e], second[m][e], x[e]));
+        second[m][e] = fma(delta[m][e], second[m][e], before);
       }
     }
   }

@@ -68,8 +68,8 @@ struct Sensitivity {
       GPU_UNROLL
       for (int e = 0; e < 2; ++e) {
         const R before = w_first[m][e];
-        w_first[m][e] = u.alpha[m][e] * before + (u.beta[m][e] * w_second[m][e] + u.first[m][e]);
-        w_second[m][e] = u.delta[m][e] * w_second[m][e] + (before + u.second[m][e]);
+        w_first[m][e] = fma(u.alpha[m][e], before, fma(u.beta[m][e], w_second[m][e], u.first[m][e]));
+        w_second[m][e] = fma(u.delta[m][e], w_second[m][e], before + u.second[m][e]);
       }
     }
     u.step(x);

@@ -39,6 +39,7 @@ Scan make_scan(const CemaParams& params) {
   const int64_t T = params.sequences.tokens, work = T * params.channels * params.modes;
   // Longer tiles mean fewer states, and fewer threads.
   for (scan.tile = kLeastTile; scan.tile < kMostTile && work >> 16 >= scan.tile * scan.tile;) scan.tile *= 2;
+  scan.tile = LAUNCH_SIZE(cema_tile, scan.tile);
   scan.tiles = ceil_div(T, scan.tile);
   for (scan.lanes = 4; scan.lanes < kMostModes && scan.lanes < params.modes;) scan.lanes *= 2;
   return scan;

@@ -28,7 +28,7 @@ int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {
   const int64_t part = sequences.tokens * p.heads * 4 * (p.key_dim + p.value_dim) * size / kTensorsPerTiles;
   const int64_t most = (part > kTileBytes ? part : kTileBytes) / panel_bytes;
   const int64_t panels = most < plan.total ? most : plan.total;
-  plan.panels = panels < 1 ? 1 : panels;
+  plan.panels = LAUNCH_SIZE(attention_panels, panels < 1 ? 1 : panels);
   plan.rounds = ceil_div(plan.total, plan.panels);
 
   int64_t bytes = 0;

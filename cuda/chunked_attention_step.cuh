@@ -61,6 +61,7 @@ inline StepPlan plan_steps(const ChunkedAttentionParams& p) {
   StepPlan plan{kLeastSpan, 0, p.workspace, nullptr};
   const int64_t items = p.sequences.tokens * p.heads, blocks = items * ceil_div(p.value_dim, kMostStepColumns);
   while (plan.span < kMostSpan && blocks * ceil_div(p.chunk_size, 2 * plan.span) >= kManyBlocks) plan.span *= 2;
+  plan.span = LAUNCH_SIZE(attention_span, plan.span);
   plan.spans = ceil_div(p.chunk_size, plan.span);
   plan.stats = static_cast<R*>(p.workspace) + items * plan.spans * p.value_dim;
   return plan;

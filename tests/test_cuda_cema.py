@@ -123,6 +123,30 @@ def test_two_rounds_of_the_carry(emulator, sequences):
     assert_matches_reference(emulated(emulator, case), case)
 
 
+TILES = (32, 64, 128, 256, 512)  # steps; tensors of real sizes take the longer ones
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile_is_as_accurate_as_the_direct_form(emulator, tile):
+    """Poles on the circle that turn slowly: rounding errors of one sign would add up along a tile."""
+    case = cema_case(B=1, L=4500, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True)
+    exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
+    with emulator.launch_sizes(cema_tile=tile):
+        actual = emulated(emulator, case)
+    for name, value in actual.items():
+        assert_as_accurate_as(value, same[name], exact[name], factor=1, floor=4, name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tile", TILES[1:])
+def test_sequences_against_longer_tiles(emulator, tile, dtype):
+    """A sequence that fills tiles, some that begin and end inside of one, padding, and a last tile that is cut short."""
+    ends = [3, 2 * tile + 9, 2 * tile + 9, 2 * tile + 20, 3 * tile + 5]
+    case = cema_case(B=1, L=3 * tile + 7, D=2, N=3, dtype=dtype, radius=(0.9, 1.0), state=True, cu_seqlens=ends)
+    with emulator.launch_sizes(cema_tile=tile):
+        assert_matches_reference(emulated(emulator, case), case)
+
+
 STEPS = {
     "decode": {"B": 3, "L": 1},
     "one-sequence": {"B": 1, "L": 61},

@@ -25,6 +25,7 @@ ON_TENSOR_CORES = {
     "64-columns-one-head": {"L": 130, "H": 1, "K": 128, "V": 64, "C": 200, "dtype": F16},
     "128-columns": {"L": 70, "H": 1, "K": 128, "V": 72, "C": 48, "dtype": BF16, "lengths": [70, 33]},
     "128-columns-short-tiles": {"B": 1, "L": 66, "H": 1, "K": 136, "V": 120, "C": 64, "dtype": F16, "dropkey": 0.5},
+    "128-columns-with-dropkey": {"B": 1, "L": 140, "H": 1, "K": 8, "V": 72, "C": 140, "dtype": BF16, "dropkey": 0.3},
     "256-columns": {"L": 34, "H": 1, "K": 16, "V": 136, "C": 33, "dtype": BF16, "state": True},
     "256-columns-twice": {
         "L": 35,
@@ -209,6 +210,15 @@ def test_a_chunk_of_any_size(emulator, dtype):
 def test_nothing_is_launched_for_no_heads(emulator):
     assert run(emulator, chunked_attention_case(H=0))["o"].numel() == 0
     assert emulator.module.traffic() == {}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("span", [None, 48, 200, 512])
+def test_steps_over_many_and_over_long_spans(emulator, dtype, span):
+    """More spans than the merge has in flight at once, and spans that real batches take, of more than 64 keys."""
+    case = scaled_case(B=2, L=1, H=1, K=16, V=24, C=1200, dtype=dtype, state=True, dropkey=0.2)
+    with emulator.launch_sizes(**({} if span is None else {"attention_span": span})):
+        assert_accurate(run(emulator, case), case)
 
 
 def test_spans_of_many_steps_have_a_limit(emulator):

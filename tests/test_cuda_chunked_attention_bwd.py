@@ -98,6 +98,17 @@ def test_a_chunk_that_rounds_share(emulator, gradients, empty):
     assert sums, "no sum was handed from one round to the next"
 
 
+@pytest.mark.parametrize(
+    ("path", "panels"), [*(("vectors", panels) for panels in (1, 2, 3, 5)), ("elements", 2), ("single", 3)]
+)
+def test_a_chunk_of_many_tiles_in_many_rounds(emulator, gradients, path, panels):
+    """Four row blocks a chunk, so that a round may begin and end with each; the second chunk and head follow."""
+    dtype, offset = PATHS[path]
+    case = chunked_attention_case(B=1, L=500, H=1, K=8, V=8, C=3 * EDGE + 20, dtype=dtype, dropkey=0.1)
+    with emulator.launch_sizes(attention_panels=panels):
+        assert_right(gradients(case, offset), case)
+
+
 def test_a_round_has_a_panel_whatever_its_size(emulator):
     """One is 137 MiB, and its products would take an hour; the workspace tells."""
     x, lse, sizes = torch.zeros(1, 70_000, 1, 1, dtype=torch.float64), torch.zeros(1, 70_000, 1).double(), []

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from assertions import assert_bit_equal
-from cases import OPS, evaluate
-from cuda_emulator.emulator import FOLDER, Emulator
+from assertions import assert_bit_equal, assert_close
+from cases import BUILDERS, OPS, evaluate
+from cuda_emulator.emulator import BINDINGS, FOLDER, Emulator
 from cuda_emulator.lint import lint
 from hypothesis import given, settings
 from strategies import CASES
@@ -389,6 +389,61 @@ def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
     check()
 
 
+ALIGNED = {  # sizes and addresses that allow the widest accesses, and a scan as well as its last state
+    "cema": [{"B": 1, "L": 70, "D": 8, "N": 4, "state": True}, {"B": 2, "L": 2, "D": 8, "N": 4, "state": True}],
+    "timestep_norm": [{"B": 1, "L": 70, "G": 2, "width": 32, "count": 2}],
+    "normalized_qk": [{"K": 16, "position": True}, {"K": 512, "position": True}],
+    "chunked_attention": [
+        {"B": 2, "L": 9, "H": 1, "K": 16, "V": 16, "C": 20, "state": True, "dropkey": 0.1},
+        {"B": 2, "L": 17, "H": 1, "K": 16, "V": 16, "C": 20, "state": True},
+        {"B": 2, "L": 2, "H": 1, "K": 16, "V": 16, "C": 20, "state": True},
+    ],
+}
+TENSORS = {op: sorted({name for binding, names in BINDINGS.items() if binding.startswith(op)
+                       for name in names.replace("->", "").split()}) for op in ALIGNED}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ALIGNED)
+def test_each_tensor_alone_may_be_misaligned(emulator, op, dtype):
+    """A launcher looks at the address of every tensor that its kernels read or write in vectors."""
+    for shape in ALIGNED[op]:
+        case, moved = BUILDERS[op](dtype=dtype, **shape), set()
+        call = emulator.call
+
+        def record(name, *arguments, offset, call=call, moved=moved):
+            labels = BINDINGS[name].replace("->", "").split()
+            given = (name for name, a in zip(labels, arguments, strict=True) if isinstance(a, Tensor))
+            moved.update(name for name in given if name in offset)
+            call(name, *arguments, offset=offset)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(emulator, "call", record)
+            for name in TENSORS[op]:
+                with emulator.replacing(_C, offset={name: 1}):
+                    results = evaluate(getattr(mo, op), case)
+                if name in moved:
+                    assert_matches_reference(results, case)
+        assert len(moved) >= 10, moved
+
+
+@pytest.mark.parametrize("op", ALIGNED)
+def test_more_sequences_than_1024(emulator, op):
+    """Each token, also of the last sequence, finds its own: of 1,100 that have a token or two, some none."""
+    lengths = [(s % 3 + 1) // 2 for s in range(1100)]
+    lengths[1090] = 40
+    cu_seqlens = [sum(lengths[:s]) for s in range(1101)]
+    small = {"cema": {"D": 2, "N": 1}, "timestep_norm": {"G": 1, "width": 2}, "normalized_qk": {"H": 1, "K": 2}}
+    shape = small.get(op, {"H": 1, "K": 2, "V": 2, "C": 3})
+    with_state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": True})
+    case = BUILDERS[op](B=1, L=cu_seqlens[-1] + 3, cu_seqlens=cu_seqlens, **shape, **with_state)
+    with emulator.replacing(_C):
+        results = evaluate(getattr(mo, op), case)
+    expected = evaluate(getattr(mo, op), case)
+    for name, value in results.items():
+        assert_close(value, expected[name], tolerance=1e-4, terms=case.terms, name=name)
+
+
 def test_kernels_obey_the_rules():
     assert lint() == []
 
@@ -401,6 +456,8 @@ BREACHES = {
     "LAUNCH(kernel, dim3(1, 2), 32, 0);": "a launch on no stream",
     "const int64_t at = blockIdx.x * kThreads + threadIdx.x;": "32 bits overflow",
     "const int64_t at = threadIdx.x + blockDim.x * blockIdx.x;": "32 bits overflow",
+    "const int at = static_cast<int>(token * p.channels) + lane;": "a cast to 32 bits of a product, token * p.channels",
+    "const auto at = static_cast<unsigned>(f(s) * (p.heads + 1));": "a cast to 32 bits of a product",
     "#if defined(__CUDACC__)": "every compiler",
     "memcpy(&u, &v, 4);": "memcpy",
     "#include <cub/cub.cuh>": "C headers only",

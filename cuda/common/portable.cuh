@@ -4,6 +4,7 @@
 //   SMEM_DYN(T, name)          T* name: the launch's dynamic shared memory, one array a kernel
 //   LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)    launches and checks; throws std::runtime_error.
 //                              A kernel with commas in its template arguments goes in parentheses.
+//   LAUNCH_SIZE(name, chosen)  how large a launcher makes what `name` says: `chosen`, or what a test of the emulator set
 //   GPU_INLINE                 a device function
 //   GPU_UNROLL                 unrolls the loop that follows
 //   gpu::ld<V>, gpu::st<V>     one access of a V of up to 16 bytes in global memory; ld_shared, st_shared in shared
@@ -28,6 +29,7 @@
 
 #define GPU_EMULATED 0
 #define GPU_UNROLL _Pragma("unroll")
+#define LAUNCH_SIZE(name, chosen) (chosen)
 #define SMEM_ARRAY(T, name, n)                   \
   __shared__ __align__(16) T name##_of_block[n]; \
   T* const name = name##_of_block
@@ -67,6 +69,7 @@ inline size_t max_shared_bytes() {
 
 #define GPU_EMULATED 1
 #define GPU_UNROLL _Pragma("GCC unroll 1")
+#define LAUNCH_SIZE(name, chosen) emu::launch_size(#name, chosen)
 #define SMEM_ARRAY(T, name, n) \
   T* const name = static_cast<T*>(emu::shared_array([] { static char key; return &key; }(), #name, sizeof(T) * (n)))
 #define SMEM_DYN(T, name) T* const name = static_cast<T*>(emu::dynamic_shared())

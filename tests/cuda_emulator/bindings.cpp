@@ -176,6 +176,14 @@ PYBIND11_MODULE(_cuda_emulated, module) {
   module.def("set_options", [](emu::Order order, uint64_t seed, size_t shared_limit) {
     emu::options = {order, seed, shared_limit};
   });
+  module.def("set_launch_sizes", [](const std::map<std::string, int64_t>& sizes) {  // which of the last were not used
+    std::vector<std::string> unused;
+    for (const auto& [name, size] : emu::launch_sizes)
+      if (!size.asked) unused.push_back(name);
+    emu::launch_sizes.clear();
+    for (const auto& [name, value] : sizes) emu::launch_sizes[name] = {value};
+    return unused;
+  });
   module.def("set_mutant", [](int number) { gpu_mutant = number; });
   module.def("mutants_that_matter", [] {  // since the last call: which others would have changed something
     std::vector<int> numbers;

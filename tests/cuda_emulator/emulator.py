@@ -112,6 +112,16 @@ class Emulator:
         """In which order the threads run between barriers: "forward", "reverse", or "random"."""
         self.module.set_options(getattr(self.module.Order, order), seed, shared_limit)
 
+    @contextmanager
+    def launch_sizes(self, **sizes: int) -> Iterator[None]:
+        """Within it, launchers take these sizes instead of what they would choose: LAUNCH_SIZE in the kernels' files."""
+        self.module.set_launch_sizes(sizes)
+        try:
+            yield
+        finally:
+            unused = self.module.set_launch_sizes({})
+        assert not unused, f"no launcher asked for {unused}"
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "output", offset: int = 0) -> Tensor:
         """A tensor in the device's memory, `offset` elements past an aligned address, unwritten: all NaN."""
         return self._allocate(shape, dtype, name, offset)[1]
@@ -159,10 +169,11 @@ class Emulator:
 
         getattr(self.module, name)(0, allocate, *map(wrap, arguments))
 
-    def call(self, name: str, *arguments: Any, offset: int = 0) -> None:
+    def call(self, name: str, *arguments: Any, offset: int | dict[str, int] = 0) -> None:
         """Launches with CPU tensors, as the package calls `_C`: moves them to the device and the results back.
 
-        On the device each tensor begins `offset` elements past a multiple of 256 bytes.
+        On the device each tensor, or each that `offset` names as BINDINGS does, begins `offset` elements past a multiple
+        of 256 bytes.
         """
         inputs, results = (names.split() for names in BINDINGS[name].split("->"))
         given, wanted = arguments[: len(inputs)], arguments[len(inputs) :]
@@ -171,10 +182,11 @@ class Emulator:
 
         def move(label: str, argument: Any) -> Any:
             if isinstance(argument, Tensor) and id(argument) not in moved:
+                shift = offset if isinstance(offset, int) else offset.get(label, 0)
                 if label in results:
-                    tensor = self.empty(*argument.shape, dtype=argument.dtype, name=label, offset=offset)
+                    tensor = self.empty(*argument.shape, dtype=argument.dtype, name=label, offset=shift)
                 else:
-                    tensor = self.tensor(argument, label, offset, read_only=id(argument) not in in_place)
+                    tensor = self.tensor(argument, label, shift, read_only=id(argument) not in in_place)
                 moved[id(argument)] = tensor
             return moved.get(id(argument), argument)
 
@@ -184,7 +196,7 @@ class Emulator:
                 result.copy_(moved[id(result)])
 
     @contextmanager
-    def replacing(self, compiled: ModuleType, offset: int = 0) -> Iterator[None]:
+    def replacing(self, compiled: ModuleType, offset: int | dict[str, int] = 0) -> Iterator[None]:
         """Within it, the bindings of `compiled` (megalodon_ops._C) that have an emulated kernel launch that instead."""
         originals = {name: getattr(compiled, name) for name in BINDINGS}
         try:
@@ -195,7 +207,7 @@ class Emulator:
             for name, original in originals.items():
                 setattr(compiled, name, original)
 
-    def _launcher(self, name: str, offset: int) -> Callable[..., None]:
+    def _launcher(self, name: str, offset: int | dict[str, int]) -> Callable[..., None]:
         return lambda *arguments: self.call(name, *arguments, offset=offset)
 
     def traffic(self, kernel: str) -> dict[str, dict[str, int]]:

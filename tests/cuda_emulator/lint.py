@@ -41,6 +41,9 @@ EVERYWHERE = {
     r"\bstatic\b(?!.*\bconstexpr\b)[^;(){}]*(?:=|\{|\([^)]*\)\s*;)":
         "a static initialised at run time does not link in the emulator",
 }  # fmt: skip
+# Sizes of tensors are 64-bit, and so is what they are multiplied to: a cast to 32 bits of a product loses its upper half.
+# These are the products that stay small: of a token's, or a head's, elements alone.
+SMALL_PRODUCTS = ("p.heads * width",)
 MOST_LINES = 400
 
 
@@ -58,6 +61,8 @@ def _lint_file(file: Path, folder: Path) -> Iterator[str]:
     for number, stream in _streams("\n".join(lines)):
         if not common and stream != "stream":
             yield f"{file.name}:{number}: a launch on {stream or 'no stream'}; it is given `stream`"
+    for number, product in _narrowed_products("\n".join(lines)):
+        yield f"{file.name}:{number}: a cast to 32 bits of a product, {product}; keep it in 64"
     for number, line in enumerate(lines, start=1):
         for pattern, reason in rules.items():
             if re.search(pattern, line):
@@ -80,6 +85,19 @@ def _streams(text: str) -> Iterator[tuple[int, str]]:
             else:
                 arguments[-1] += character
         yield text.count("\n", 0, launch.start()) + 1, arguments[4].strip() if len(arguments) > 4 else ""
+
+
+def _narrowed_products(text: str) -> Iterator[tuple[int, str]]:
+    """The line and the argument of each cast to int or unsigned, outside of launchers' grids, that multiplies."""
+    for cast in re.finditer(r"static_cast<(?:int|unsigned|int32_t)>\(", text):
+        depth, end = 1, cast.end()
+        while depth:
+            depth += (text[end] in "([{") - (text[end] in ")]}")
+            end += 1
+        inside = " ".join(text[cast.end() : end - 1].split())
+        in_launch = re.search(r"\b(LAUNCH\(|dim3\b|blocks? =|threads =)[^;]*$", text[: cast.start()])
+        if re.search(r"[\w)\]] \* [\w(]", inside) and inside not in SMALL_PRODUCTS and not in_launch:
+            yield text.count("\n", 0, cast.start()) + 1, inside
 
 
 def _may_include(file: Path, header: str, folder: Path) -> bool:

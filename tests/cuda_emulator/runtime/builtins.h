@@ -90,6 +90,13 @@ void* shared_array(const void* key, const char* name, size_t bytes);
 void* dynamic_shared();
 size_t max_shared_bytes();
 
+// What a test has set for the size of that name, or `chosen`: LAUNCH_SIZE of portable.cuh.
+int64_t launch_size(const char* name, int64_t chosen);
+template <class T>
+T launch_size(const char* name, T chosen) {
+  return static_cast<T>(launch_size(name, int64_t{chosen}));
+}
+
 // The most threads of a block by the kernel's __launch_bounds__; 1024 where it has none.
 int launch_bound(const void* kernel);
 void run(const char* name, dim3 grid, dim3 block, int most_threads, size_t shared, void (*call)(const void*),

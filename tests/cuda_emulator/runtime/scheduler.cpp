@@ -7,6 +7,7 @@
 namespace emu {
 
 Options options;
+std::map<std::string, LaunchSize> launch_sizes;
 Launch launch_;
 uint3 block_;
 uint32_t block_number = 0;
@@ -146,6 +147,13 @@ uint3 block_size() { return {launch_.block.x, launch_.block.y, launch_.block.z};
 uint3 grid_size() { return {launch_.grid.x, launch_.grid.y, launch_.grid.z}; }
 int lane() { return current->lane; }
 size_t max_shared_bytes() { return options.shared_limit; }
+
+int64_t launch_size(const char* name, int64_t chosen) {
+  const auto set = launch_sizes.find(name);
+  if (set == launch_sizes.end()) return chosen;
+  set->second.asked = true;
+  return set->second.value;
+}
 
 int launch_bound(const void* kernel) {
   const auto* code = static_cast<const unsigned char*>(kernel);

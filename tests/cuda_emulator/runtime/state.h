@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -54,6 +55,13 @@ struct Options {
   uint64_t seed = 1;
   size_t shared_limit = 99 * 1024;  // of the smallest architecture that the kernels are built for
 };
+
+// Sizes that a test has set, by name, and whether a launcher has asked for them (LAUNCH_SIZE of portable.cuh).
+struct LaunchSize {
+  int64_t value;
+  bool asked = false;
+};
+extern std::map<std::string, LaunchSize> launch_sizes;
 
 struct Launch {
   std::string kernel;
