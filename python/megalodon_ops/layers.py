@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .cema import cema
 from .cema_coefficients import cema_coefficients
 from .layer_norm import layer_norm, rms_norm
-from .linear import linear
+from .linear import KERNEL_TYPES, linear
 from .memory import in_huge_pages
 from .states import TimestepNormState
 from .timestep_norm import timestep_norm
@@ -164,3 +165,20 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=(3 * self.in_features) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+_LINEAR_FORWARD = Linear.forward
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module gives :func:`megalodon_ops.linear.linear` of its weight and bias, and nothing else.
+
+    Any other class (an adapter, a parametrization and a sharded module have their own), hooks, another forward and
+    parameters that are a subclass of torch's may compute what they like: such a module has to be called.
+    """
+    if type(module) is not Linear or getattr(module.forward, "__func__", None) is not _LINEAR_FORWARD:
+        return False
+    if _has_any_global_hook() or any(getattr(module, hooks) for hooks in _HOOKS):
+        return False
+    return all(tensor is None or type(tensor) in KERNEL_TYPES for tensor in (module.weight, module.bias))

@@ -15,7 +15,7 @@ from .library import autocast, call, contiguous_or_none, define_op, in_forward_m
 from .memory import OWN_TYPES, empty, empty_like
 
 _CPUINFO = Path("/proc/cpuinfo")
-_TYPES = (*OWN_TYPES, FakeTensor)  # that the kernels, or their fakes, take
+KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # that the kernels, or their fakes, take
 _FEW_ROWS = 32  # up to which the kernel that reads the weights once is the fastest
 _AMX_ROWS = 16  # from which the kernel for AMX is no slower than MKL
 _FEW_AMX_ROWS = {torch.float32: _AMX_ROWS - 1, torch.bfloat16: 8}  # up to which it is where there is AMX
@@ -115,7 +115,7 @@ def most_few_rows(dtype: torch.dtype) -> int:
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     """On the CPU, in one floating dtype, which autocast does not change, without tangents and of no other type."""
-    if in_forward_mode() or not all(t is None or type(t) in _TYPES for t in (x, weight, other)):
+    if in_forward_mode() or not all(t is None or type(t) in KERNEL_TYPES for t in (x, weight, other)):
         return False
     same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
     cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu")

@@ -1,10 +1,13 @@
-"""`linear_cross_entropy`: the loss of an output matrix, without the logits of all tokens in memory."""
+"""The loss of an output matrix, or of any function to logits, without the logits of all tokens in memory."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, has_cpu_kernel, launch
 from .linear import linear, put_product_
@@ -66,10 +69,60 @@ def linear_cross_entropy(
     else:
         losses = call(linear_cross_entropy_fwd, x, weight, index, ignore_index)
         loss = losses.reshape(targets.shape) if reduction == "none" else losses.sum()
-    if reduction != "mean":
-        return loss
+    return _mean(loss, counted) if reduction == "mean" else loss
+
+
+def blockwise_cross_entropy(
+    hidden: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    width: int,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """Cross-entropy of the logits that any function makes of `hidden`, called on a block of steps at a time.
+
+    Gradients reach whatever the function reads. Where there is more than one block, the backward calls it again.
+
+    Args:
+        hidden: (B, L, D).
+        logits_of: (B, l, D), some of the steps, to (B, l, `width`).
+        targets, reduction, ignore_index: as in :func:`linear_cross_entropy`.
+
+    Returns:
+        As :func:`linear_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from megalodon_ops.loss import blockwise_cross_entropy
+        >>> layer = torch.nn.Linear(4, 10)
+        >>> hidden, targets = torch.ones(2, 3, 4), torch.tensor([[1, 2, 3], [4, -100, -100]])
+        >>> blockwise_cross_entropy(hidden, layer, targets, width=10).backward()
+    """
+    _check_reduction(reduction)
+
+    def losses_of(x: Tensor, index: Tensor) -> Tensor:
+        logits = logits_of(x)
+        logits = logits.to(accumulation_dtype(logits.dtype)).flatten(0, -2)
+        losses = F.cross_entropy(logits, index.flatten(), reduction="none", ignore_index=ignore_index)
+        return losses.view(index.shape)
+
+    steps = max(_block(hidden.device) // max(width * hidden.shape[0], 1), 1)
+    blocks = list(zip(hidden.split(steps, 1), targets.long().split(steps, 1), strict=True))
+    if torch.is_grad_enabled() and len(blocks) > 1:
+        losses = torch.cat([checkpoint(losses_of, *block, use_reentrant=False) for block in blocks], 1)
+    else:
+        losses = torch.cat([losses_of(*block) for block in blocks], 1)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else _mean(losses.sum(), targets != ignore_index)
+
+
+def _mean(total: Tensor, counted: Tensor) -> Tensor:
+    """NaN where none counts, and then gradients are zero."""
     count = counted.sum()
-    return (loss / count.clamp(min=1)).where(count > 0, torch.nan)  # where none counts, its gradients are zero
+    return (total / count.clamp(min=1)).where(count > 0, torch.nan)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
@@ -86,7 +139,12 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> N
     check(weight.dtype == hidden.dtype or cast, "weight", f"be {hidden.dtype} as `hidden`", weight.dtype, TypeError)
     integers = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     check(integers, "targets", "be integers", targets.dtype, TypeError)
-    check(reduction in ("mean", "sum", "none"), "reduction", 'be "mean", "sum" or "none"', f'"{reduction}"')
+    _check_reduction(reduction)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'linear_cross_entropy: `reduction` must be "mean", "sum" or "none", got "{reduction}".')
 
 
 def _block(device: torch.device) -> int:

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import BlockState, MegalodonBlock, Output
 from .config import MegalodonConfig
-from .loss import linear_cross_entropy
+from .layers import is_plain_linear
+from .loss import blockwise_cross_entropy, linear_cross_entropy
 from .states import TimestepNormState
 
 _FEW_TOKENS = 1024
@@ -154,8 +155,11 @@ class Megalodon(nn.Module):
             targets = targets.where(position < lengths[:, None], ignore_index)
         if cu_seqlens is not None:
             targets = targets.where((position >= cu_seqlens[0]) & (position < cu_seqlens[-1]), ignore_index)
-        weight = self.output.output.weight
-        loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction, ignore_index=ignore_index)
+        output, options = self.output.output, dict(reduction=reduction, ignore_index=ignore_index)
+        if is_plain_linear(output) and output.bias is None:
+            loss = linear_cross_entropy(hidden, output.weight, targets, **options)
+        else:
+            loss = blockwise_cross_entropy(hidden, output, targets, width=self.config.num_outputs, **options)
         return (loss, state) if return_state else loss
 
     def _check(self, tokens: Tensor, state: MegalodonState | None) -> None:
