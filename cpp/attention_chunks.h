@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <memory>
 #include <queue>
 #include <vector>
 
@@ -191,9 +190,9 @@ class DropKey {
   uint64_t seed_, threshold_;
 };
 
-// Calls body(chunk, head) for every head of every chunk, with body = make() for each thread. They take a thread each;
-// or chunks that are a large part of the work come first, on the caller, so that the parallel_jobs inside body spread
-// their blocks of `block` rows over the threads, whichever is done sooner. work(chunk) counts for each head.
+// Calls body(chunk, head) for every head of every chunk. They take a thread each, with body = make(1) for each; or
+// chunks that are a large part of the work come first, on the caller with body = make(threads), so that the
+// parallel_jobs inside body spread their blocks of `block` rows over the threads, whichever is done sooner. work(chunk) counts for each head.
 template <class Work, class Make>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
   const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
@@ -231,29 +230,28 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   }
   auto rest = first;
   if (first != first_small && spread + end_from(first_small) < end_from(first)) {
-    auto body = make();
+    auto body = make(threads);
     for (; rest != first_small; ++rest)
       for (int64_t head = 0; head < heads; ++head) body(**rest, head);
   }
   if (rest == order.end()) return;
   parallel_jobs((order.end() - rest) * heads, total, [&] {
-    return [&, body = make()](int64_t job) mutable { body(*rest[job / heads], job % heads); };
+    return [&, body = make(1)](int64_t job) mutable { body(*rest[job / heads], job % heads); };
   });
 }
 
-// Scratch memory S(params) for each thread of the region that uses it, made when the thread first asks.
+// Scratch memory S(params) for each thread of the region inside a body of for_each_chunk.
 template <class S>
 class PerThread {
  public:
-  PerThread() : slots_(static_cast<size_t>(omp_get_max_threads())) {}
-  const S& get(const ChunkedAttentionParams& params) {
-    std::unique_ptr<S>& slot = slots_[static_cast<size_t>(omp_get_thread_num()) % slots_.size()];
-    if (!slot) slot = std::make_unique<S>(params);
-    return *slot;
+  PerThread(int threads, const ChunkedAttentionParams& params) {
+    slots_.reserve(static_cast<size_t>(threads));
+    for (int i = 0; i < threads; ++i) slots_.emplace_back(params);
   }
+  const S& get() const { return slots_[slots_.size() > 1 ? static_cast<size_t>(omp_get_thread_num()) : 0]; }
 
  private:
-  std::vector<std::unique_ptr<S>> slots_;
+  std::vector<S> slots_;
 };
 
 // Zeroes the rows of `width` bytes of every token that lies in no sequence.

@@ -37,7 +37,6 @@
 #include <cmath>
 #include <complex>
 #include <cstring>
-#include <memory>
 
 #include "cema_plan.h"
 #include "cema_tile.h"
@@ -96,9 +95,8 @@ struct Stepper {
     for (int64_t d = 0; d < channels; d += lanes) store_first(y_row + d, load(&y[d]), channels - d);
   }
 
-  const FlushDenormals flush;
   const int64_t modes;
-  const Scratch<R> x, y, drive, part, state;
+  Scratch<R> x, y, drive, part, state;
 };
 
 template <class T>
@@ -107,20 +105,20 @@ void forward_steps(const CemaFwdParams& params) {
   const Sequences& sequences = params.sequences;
   const int64_t modes = params.modes, tiles = ceil_div(params.channels, Stepper<T>::kWidth);
   const int64_t groups = std::clamp<int64_t>(ceil_div(kJobs, tiles), 1, sequences.count);
-  parallel_jobs(tiles * groups, scan_work(params), [&] {
-    return [&, stepper = std::make_unique<Stepper<T>>(modes)](int64_t job) {
+  parallel_jobs<FlushDenormals>(tiles * groups, scan_work(params), [&] {
+    return [&, stepper = Stepper<T>(modes)](int64_t job) {
       const int64_t group = job / tiles, end = sequences.count * (group + 1) / groups;
       const int64_t first = job % tiles * Stepper<T>::kWidth;
       const int64_t channels = std::min(Stepper<T>::kWidth, params.channels - first);
       const auto modal = [&](const void* tensor, int64_t at) { return static_cast<const R*>(tensor) + at; };
       for (int64_t s = sequences.count * group / groups; s < end; ++s) {
         const int64_t row = (s * params.channels + first) * modes * 2, size = channels * modes * 2;
-        R* const to = params.state_out ? static_cast<R*>(params.state_out) + row : stepper->state.get();
+        R* const to = params.state_out ? static_cast<R*>(params.state_out) + row : stepper.state.get();
         const R* from = params.state ? modal(params.state, row) : to;
         if (!params.state) std::fill_n(to, size, R(0));
         else if (sequences.length(s) == 0) std::copy_n(from, size, to);
         for (int64_t t = sequences.begin(s); t < sequences.end(s); ++t, from = to)
-          stepper->step(static_cast<const T*>(params.x) + t * params.channels + first,
+          stepper.step(static_cast<const T*>(params.x) + t * params.channels + first,
                         static_cast<T*>(params.y) + t * params.channels + first, channels, from, to,
                         modal(params.p, first * modes), modal(params.q, first * modes * 2),
                         modal(params.gamma, first * modes * 2), modal(params.omega, first));
@@ -166,9 +164,9 @@ void run_forward(const CemaFwdParams& params, const Plan& plan) {
   const auto* p = static_cast<const Compute<T>*>(params.p);
   const bool folded = !params.state || std::all_of(p, p + params.channels * params.modes,
                                                    [](auto value) { return std::abs(value) >= kFoldable; });
-  parallel_jobs(plan.strips * plan.groups, scan_work(params), [&] {
-    return [&, strip = std::make_unique<Strip<T>>(params, plan)](int64_t job) {
-      forward_job(*strip, params, plan, folded, job);
+  parallel_jobs<FlushDenormals>(plan.strips * plan.groups, scan_work(params), [&] {
+    return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
+      forward_job(strip, params, plan, folded, job);
     };
   });
 }
@@ -281,17 +279,17 @@ template <class T>
 void run_backward(const CemaBwdParams& params, const Plan& plan, double* sums) {
   const bool folded = !params.state && !params.dstate_out;
   const int64_t size = sums_of_strip(plan, params.modes);
-  parallel_jobs(plan.strips * plan.groups, 3 * scan_work(params), [&] {
-    return [&, strip = std::make_unique<Strip<T>>(params, plan)](int64_t job) {
+  parallel_jobs<FlushDenormals>(plan.strips * plan.groups, 3 * scan_work(params), [&] {
+    return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
       const int64_t group = job / plan.strips, begin = plan.group_begin[group], end = plan.group_begin[group + 1];
-      strip->select(job % plan.strips, folded, true);
+      strip.select(job % plan.strips, folded, true);
       double* sum = sums ? sums + job * size : nullptr;
       if (sums) {
         std::fill_n(sum, size, 0.0);
         const auto upwards_of = folded ? upwards<true, T> : upwards<false, T>;
-        for (int64_t s = begin; s < end; ++s) upwards_of(*strip, params, plan.spans[s], s, sum);
+        for (int64_t s = begin; s < end; ++s) upwards_of(strip, params, plan.spans[s], s, sum);
       }
-      for (int64_t s = end - 1; s >= begin; --s) downwards(*strip, params, plan.spans[s], s, folded, sum);
+      for (int64_t s = end - 1; s >= begin; --s) downwards(strip, params, plan.spans[s], s, folded, sum);
     };
   });
 }

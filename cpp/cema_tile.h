@@ -128,14 +128,13 @@ struct Strip {
     }
   }
 
-  const FlushDenormals flush;
   const CemaParams& params;
   const int64_t width, modes;
   int64_t first = 0;              // channel
   int channels = 0, vectors = 0;  // less than the width in the last strip
-  const Scratch<R> coefs, omega;  // (vectors, N, kCoefs, lanes), (vectors, lanes)
-  const Scratch<R> state;         // (vectors, N, 2 or 4, lanes)
-  const Scratch<R> in, out, x;    // (kTileSteps, lanes)
+  Scratch<R> coefs, omega;  // (vectors, N, kCoefs, lanes), (vectors, lanes)
+  Scratch<R> state;         // (vectors, N, 2 or 4, lanes)
+  Scratch<R> in, out, x;    // (kTileSteps, lanes)
   FetchAhead fetch;
 };
 

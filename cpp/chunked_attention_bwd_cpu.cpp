@@ -43,7 +43,7 @@ class ChunkBackward {
 
  public:
   // max_keys is a multiple of kRowPadding.
-  ChunkBackward(const ChunkedAttentionBwdParams& params, int64_t max_keys)
+  ChunkBackward(const ChunkedAttentionBwdParams& params, int64_t max_keys, int threads)
       : p_(params),
         drop_(params),
         k_columns_(max_keys, params.key_dim),
@@ -57,34 +57,36 @@ class ChunkBackward {
         dk_(max_keys, params.key_dim),
         dv_(max_keys, params.value_dim),
         lse_(max_keys + kColumns),
-        delta_(max_keys + kColumns) {}
+        delta_(max_keys + kColumns),
+        done_(ceil_div(max_keys, kBlock) * ceil_div(max_keys, kBlock)),
+        scratch_(threads, params) {
+    pairs_.reserve(static_cast<size_t>(ceil_div(max_keys, kBlock) * (ceil_div(max_keys, kBlock) + 1) / 2));
+  }
 
   void operator()(const Chunk& chunk, int64_t head) {
     const int64_t blocks = ceil_div(chunk.keys, kBlock), first_block = chunk.cached / kBlock;
     const double work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
     const auto for_each = [&](int64_t jobs, double total, auto&& body) {
-      parallel_jobs(jobs, total, [&] {
-        return [&, flush = FlushDenormals(), tiles = TileRegisters()](int64_t job) { body(job); };
-      });
+      parallel_jobs<FlushDenormals, TileRegisters>(jobs, total, [&] { return body; });
     };
     for_each(blocks, work, [&](int64_t block) { pack(chunk, head, block); });
-    struct Pair { int64_t query, key; };
-    std::vector<Pair> pairs;
+    pairs_.clear();
     for (int64_t distance = 0; distance < blocks; ++distance)
       for (int64_t key = std::max<int64_t>(0, first_block - distance); key + distance < blocks; ++key)
-        pairs.push_back({key + distance, key});
-    Milestones done(blocks * blocks);
-    for_each(static_cast<int64_t>(pairs.size()), work * static_cast<double>(chunk.keys), [&](int64_t job) {
-      const auto [query, key] = pairs[static_cast<size_t>(job)];
-      if (query > key) done.wait(query * blocks + key + 1);
-      if (query > std::max(key, first_block)) done.wait((query - 1) * blocks + key);
+        pairs_.push_back({key + distance, key});
+    done_.forget(blocks * blocks);
+    for_each(static_cast<int64_t>(pairs_.size()), work * static_cast<double>(chunk.keys), [&](int64_t job) {
+      const auto [query, key] = pairs_[static_cast<size_t>(job)];
+      if (query > key) done_.wait(query * blocks + key + 1);
+      if (query > std::max(key, first_block)) done_.wait((query - 1) * blocks + key);
       multiply_pair(chunk, head, query, key);
-      done.publish(query * blocks + key);
+      done_.publish(query * blocks + key);
     });
     for_each(blocks, work, [&](int64_t block) { unpack(chunk, head, block); });
   }
 
  private:
+  struct Pair { int64_t query, key; };
   struct PairScratch {
     explicit PairScratch(const ChunkedAttentionParams&)
         : s(kBlock, kBlock),
@@ -144,7 +146,7 @@ class ChunkBackward {
   }
 
   void multiply_pair(const Chunk& chunk, int64_t head, int64_t query_block, int64_t key_block) {
-    const PairScratch& scratch = scratch_.get(p_);
+    const PairScratch& scratch = scratch_.get();
     const int64_t base = first_row(chunk);
     const int64_t query = query_block * kBlock, queries = std::min(kBlock, chunk.keys - query);
     const int64_t key = key_block * kBlock, key_end = std::min(key + kBlock, chunk.keys);
@@ -307,6 +309,8 @@ class ChunkBackward {
   PackedMatrix<U> q_transposed_, q_rows_, do_transposed_, do_rows_;
   PackedMatrix<R> dq_, dk_, dv_;
   Scratch<R> lse_, delta_;
+  Milestones done_;  // pairs
+  std::vector<Pair> pairs_;
   PerThread<PairScratch> scratch_;
 };
 
@@ -322,7 +326,9 @@ void backward(const ChunkedAttentionBwdParams& p) {
   const auto work = [&](const Chunk& chunk) {
     return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
   };
-  for_each_chunk(chunks, p.heads, kBlock, work, [&] { return ChunkBackward<T>(p, max_keys); });
+  for_each_chunk(chunks, p.heads, kBlock, work, [&](int threads) {
+    return ChunkBackward<T>(p, max_keys, threads);
+  });
 }
 
 }  // namespace

@@ -85,11 +85,12 @@ class ChunkForward {
   using U = Unit<T>;
   using R = Compute<T>;
 
-  ChunkForward(const ChunkedAttentionFwdParams& params, int64_t max_keys)
+  ChunkForward(const ChunkedAttentionFwdParams& params, int64_t max_keys, int threads)
       : p_(params),
         drop_(params),
         keys_(max_keys, params.key_dim),
-        values_(kUsesAmx<U> ? params.value_dim : max_keys, kUsesAmx<U> ? max_keys : params.value_dim) {}
+        values_(kUsesAmx<U> ? params.value_dim : max_keys, kUsesAmx<U> ? max_keys : params.value_dim),
+        scratch_(threads, params) {}
 
   void operator()(const Chunk& chunk, int64_t head) {
     const int64_t blocks = ceil_div(chunk.queries(), kQueryBlock);
@@ -103,7 +104,7 @@ class ChunkForward {
         const int64_t first = first_row(block), end = first_row(block + 1);
         pack(chunk, head, packed, packed_end(end));
         packed = packed_end(end);
-        attend(chunk, head, first, end, scratch_.get(p_), rows_ahead(chunk, head, first, end));
+        attend(chunk, head, first, end, scratch_.get(), rows_ahead(chunk, head, first, end));
       }
       return;
     }
@@ -111,11 +112,11 @@ class ChunkForward {
     parallel_jobs(ceil_div(chunk.keys, kKeyBlock), pack_work, [&] {
       return [&](int64_t job) { pack(chunk, head, job * kKeyBlock, packed_end((job + 1) * kKeyBlock)); };
     });
-    parallel_jobs(blocks, pack_work * static_cast<double>(chunk.queries()), [&] {
-      return [&, flush = FlushDenormals(), tiles = TileRegisters()](int64_t job) {
+    parallel_jobs<FlushDenormals, TileRegisters>(blocks, pack_work * static_cast<double>(chunk.queries()), [&] {
+      return [&](int64_t job) {
         // The longest rows first, which levels the threads' shares.
         const int64_t block = blocks - 1 - job;
-        attend(chunk, head, first_row(block), first_row(block + 1), scratch_.get(p_), {});
+        attend(chunk, head, first_row(block), first_row(block + 1), scratch_.get(), {});
       };
     });
   }
@@ -274,7 +275,9 @@ void forward(const ChunkedAttentionFwdParams& p) {
   const auto work = [&](const Chunk& chunk) {
     return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
   };
-  for_each_chunk(many, p.heads, kQueryBlock, work, [&] { return ChunkForward<T>(p, max_keys); });
+  for_each_chunk(many, p.heads, kQueryBlock, work, [&](int threads) {
+    return ChunkForward<T>(p, max_keys, threads);
+  });
 }
 
 }  // namespace
@@ -286,12 +289,13 @@ void chunked_attention_fwd_cpu(const ChunkedAttentionFwdParams& params) {
 
 void chunked_attention_state_cpu(const ChunkedAttentionStateParams& p) {
   const int64_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
-  const auto copy = [&](int64_t width, const void* cache, const void* tokens, void* cache_out) {
-    const int64_t row = p.heads * width * element;
-    parallel_jobs(p.sequences.count, static_cast<double>(p.sequences.count * p.chunk_size * row), [&] {
-      return [&](int64_t s) {
-        const int64_t position = cache ? p.position[s] : 0, length = p.sequences.length(s), end = position + length;
-        const int64_t start = end - end % p.chunk_size, kept = start == 0 ? position : 0, fresh = end - start - kept;
+  const int64_t chunk_bytes = p.chunk_size * p.heads * (p.key_dim + p.value_dim) * element;
+  parallel_jobs(p.sequences.count, static_cast<double>(p.sequences.count * chunk_bytes), [&] {
+    return [&](int64_t s) {
+      const int64_t position = p.position ? p.position[s] : 0, end = position + p.sequences.length(s);
+      const int64_t start = end - end % p.chunk_size, kept = start == 0 ? position : 0, fresh = end - start - kept;
+      const auto copy = [&](int64_t width, const void* cache, const void* tokens, void* cache_out) {
+        const int64_t row = p.heads * width * element;
         char* out = static_cast<char*>(cache_out) + s * p.chunk_size * row;
         const char* from = static_cast<const char*>(tokens) + (p.sequences.end(s) - fresh) * row;
         const bool in_place = cache == cache_out;
@@ -301,12 +305,11 @@ void chunked_attention_state_cpu(const ChunkedAttentionStateParams& p) {
         if (!in_place)
           std::memset(out + (kept + fresh) * row, 0, static_cast<size_t>((p.chunk_size - kept - fresh) * row));
       };
-    });
-  };
-  copy(p.key_dim, p.cache_k, p.k, p.cache_k_out);
-  copy(p.value_dim, p.cache_v, p.v, p.cache_v_out);
-  for (int64_t s = 0; s < p.sequences.count; ++s)
-    p.position_out[s] = ((p.position ? p.position[s] : 0) + p.sequences.length(s)) % p.chunk_size;
+      copy(p.key_dim, p.cache_k, p.k, p.cache_k_out);
+      copy(p.value_dim, p.cache_v, p.v, p.cache_v_out);
+      p.position_out[s] = end % p.chunk_size;
+    };
+  });
 }
 
 }  // namespace megalodon::MEGALODON_ISA

@@ -73,8 +73,8 @@ void cross_entropy_cpu(const CrossEntropyParams& p) {
     T* logits = static_cast<T*>(p.logits);
     const R* scales = static_cast<const R*>(p.scales);
     constexpr double work = 20;
-    parallel_jobs(p.rows, work * static_cast<double>(p.rows * p.classes), [&] {
-      return [&, flush = FlushDenormals()](int64_t t) {
+    parallel_jobs<FlushDenormals>(p.rows, work * static_cast<double>(p.rows * p.classes), [&] {
+      return [&](int64_t t) {
         static_cast<R*>(p.losses)[t] =
             cross_entropy_of_row(logits + t * p.classes, p.classes, p.targets[t], scales ? scales + t : nullptr);
       };

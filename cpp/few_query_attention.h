@@ -218,8 +218,8 @@ void few_query_attention(const ChunkedAttentionFwdParams& p, const std::vector<C
     for (int64_t head = 0; head < p.heads; ++head) body.finish(chunk, head, partials, segments);
   };
   if (segments == 1) {
-    parallel_jobs(count, work, [&] {
-      return [&, body = FewQueries<T>(p), partials = Scratch<R>(size), flush = FlushDenormals()](int64_t job) mutable {
+    parallel_jobs<FlushDenormals>(count, work, [&] {
+      return [&, body = FewQueries<T>(p), partials = Scratch<R>(size)](int64_t job) mutable {
         const Chunk& chunk = chunks[static_cast<size_t>(job)];
         body.attend(chunk, 0, chunk.keys, partials.get());
         finish(body, chunk, partials.get());
@@ -228,15 +228,15 @@ void few_query_attention(const ChunkedAttentionFwdParams& p, const std::vector<C
     return;
   }
   const Scratch<R> partials(count * segments * size);
-  parallel_jobs(count * segments, work, [&] {
-    return [&, body = FewQueries<T>(p), flush = FlushDenormals()](int64_t job) mutable {
+  parallel_jobs<FlushDenormals>(count * segments, work, [&] {
+    return [&, body = FewQueries<T>(p)](int64_t job) mutable {
       const Chunk& chunk = chunks[static_cast<size_t>(job / segments)];
       const int64_t begin = job % segments * segment;
       body.attend(chunk, begin, std::min(begin + segment, chunk.keys), partials.get() + job * size);
     };
   }, Order::shares);
-  parallel_jobs(count, static_cast<double>(count * segments * size), [&] {
-    return [&, body = FewQueries<T>(p), flush = FlushDenormals()](int64_t job) {
+  parallel_jobs<FlushDenormals>(count, static_cast<double>(count * segments * size), [&] {
+    return [&, body = FewQueries<T>(p)](int64_t job) {
       finish(body, chunks[static_cast<size_t>(job)], partials.get() + job * segments * size);
     };
   });

@@ -43,8 +43,8 @@ template <class R, class Op>
 void for_each_vector(int64_t elements, double work, Op&& op) {
   constexpr int64_t lanes = kLanes<R>;
   static_assert(kBlock % lanes == 0);
-  parallel_jobs((elements + kBlock - 1) / kBlock, work * static_cast<double>(elements), [&] {
-    return [&, fence = StreamFence()](int64_t job) {
+  parallel_jobs<StreamFence>((elements + kBlock - 1) / kBlock, work * static_cast<double>(elements), [&] {
+    return [&](int64_t job) {
       int64_t i = job * kBlock;
       const int64_t end = elements - i < kBlock ? elements : i + kBlock;
       for (; i + lanes <= end; i += lanes) op(i, lanes);

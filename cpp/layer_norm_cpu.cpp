@@ -159,8 +159,8 @@ void forward(const LayerNormFwdParams& p) {
   fill_gain(p, gain.get());
   const bool streams = !kShort<T> && worth_streaming(static_cast<const T*>(p.y), p.rows, p.channels);
   for (int64_t i = 0; i < p.channels; ++i) bias[i] = p.bias ? static_cast<const R*>(p.bias)[i] : 0;
-  parallel_jobs(blocks.count, static_cast<double>(p.rows * p.channels), [&] {
-    return [&, fence = StreamFence()](int64_t block) {
+  parallel_jobs<StreamFence>(blocks.count, static_cast<double>(p.rows * p.channels), [&] {
+    return [&](int64_t block) {
       for (int64_t row = block * blocks.rows; row < smaller((block + 1) * blocks.rows, p.rows); ++row)
         forward_row<T>(p, row, gain.get(), bias.get(), streams);
     };
@@ -176,8 +176,8 @@ void backward(const LayerNormBwdParams& p) {
   fill_gain(p, gain.get());
   const bool streams = worth_streaming(static_cast<const T*>(p.dx), p.rows, p.channels);
   Scratch<double> totals(parts * size);
-  parallel_jobs(parts, 2 * static_cast<double>(p.rows * p.channels), [&] {
-    return [&, sums = Scratch<R>(size), fence = StreamFence()](int64_t part) {
+  parallel_jobs<StreamFence>(parts, 2 * static_cast<double>(p.rows * p.channels), [&] {
+    return [&, sums = Scratch<R>(size)](int64_t part) {
       double* total = totals.get() + part * size;
       std::fill_n(total, size, 0.0);
       for (int64_t block = part * blocks.count / parts; block < (part + 1) * blocks.count / parts; ++block) {

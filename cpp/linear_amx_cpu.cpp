@@ -37,7 +37,7 @@ constexpr int64_t kTileUnits = kSide * kSide;  // Bf16Pair
 constexpr int64_t kStepUnits = kParts * kTileUnits;
 constexpr int64_t kRows = 256, kColumns = 64, kDepth = 512;  // with three parts, 0.75 MiB of x and 0.2 MiB of weights
 
-// What a thread packs, kept from call to call, in one huge page: where small pages happen to lie, some of those that
+// What a thread packs, in one huge page: where small pages happen to lie, some of those that
 // the L2 should hold would take each other's place in it.
 struct Workspace {
   static constexpr size_t kBytes = kHugePage;
@@ -45,17 +45,28 @@ struct Workspace {
   static constexpr int64_t kRight = kColumns / kSide * (kDepth / kStep) * kStepUnits;
   static_assert((kLeft + kRight + kSquare * kSquare) * sizeof(float) <= kBytes);
 
-  Workspace() : left(static_cast<Bf16Pair*>(std::aligned_alloc(kBytes, kBytes))) {
-    if (!left) std::abort();
-    advise_huge_pages(left, kBytes);
-  }
-  ~Workspace() { std::free(left); }
-  Workspace(const Workspace&) = delete;
+  explicit Workspace(void* page)
+      : left(static_cast<Bf16Pair*>(page)), right(left + kLeft), sums(reinterpret_cast<float*>(right + kRight)) {}
 
-  Bf16Pair* const left;                                          // kRows of x
-  Bf16Pair* const right = left + kLeft;                          // kColumns of the weights
-  float* const sums = reinterpret_cast<float*>(right + kRight);  // of a square
+  Bf16Pair* left;   // kRows of x
+  Bf16Pair* right;  // kColumns of the weights
+  float* sums;      // of a square
 };
+
+// The workspace that a calling thread keeps from call to call for itself (0) or one of its helpers.
+Workspace kept_workspace(size_t helper) {
+  struct Free {
+    void operator()(void* page) const { std::free(page); }
+  };
+  thread_local std::vector<std::unique_ptr<void, Free>> pages;
+  while (pages.size() <= helper) {
+    std::unique_ptr<void, Free> page(std::aligned_alloc(Workspace::kBytes, Workspace::kBytes));
+    if (!page) throw std::bad_alloc();
+    advise_huge_pages(page.get(), Workspace::kBytes);
+    pages.push_back(std::move(page));
+  }
+  return Workspace(pages[helper].get());
+}
 
 // A whole step of a slice. Element (r, d) lies at r stride + d or, if transposed, at d stride + r.
 template <bool transposed>
@@ -195,10 +206,10 @@ void linear_many_rows_cpu(const LinearManyRowsParams& p) {
   int64_t parts = 1;
   while (blocks * parts < 4 * threads && blocks * parts % threads && parts * 2 * kColumns <= p.outputs) ++parts;
   const int64_t columns = round_up(ceil_div(p.outputs, parts), kColumns);
-  parallel_jobs(blocks * parts, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
-    thread_local const Workspace workspace;
-    return [&, left = workspace.left, right = workspace.right, sums = workspace.sums, tiles = TileRegisters(),
-            flush = FlushDenormals()](int64_t job) {
+  size_t helper = 0;
+  parallel_jobs<TileRegisters, FlushDenormals>(blocks * parts, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
+    return [&, workspace = kept_workspace(helper++)](int64_t job) {
+      const auto [left, right, sums] = workspace;
       const int64_t row = job / parts * kRows, row_end = std::min(row + kRows, p.rows);
       const int64_t begin = job % parts * columns, end = std::min(begin + columns, p.outputs);
       int64_t first = 0;

@@ -137,8 +137,8 @@ void transpose_cpu(const TransposeParams& p) {
     const T* x = static_cast<const T*>(p.x);
     T* y = static_cast<T*>(p.y);
     const bool streams = can_stream(y, p.rows);
-    parallel_jobs(ceil_div(p.rows, kBand), static_cast<double>(p.rows * p.columns), [&] {
-      return [&, fence = StreamFence()](int64_t band) {
+    parallel_jobs<StreamFence>(ceil_div(p.rows, kBand), static_cast<double>(p.rows * p.columns), [&] {
+      return [&](int64_t band) {
         const int64_t end = std::min(p.rows, (band + 1) * kBand);
         for (int64_t column = 0; column < p.columns; column += lanes)
           for (int64_t row = band * kBand; row < end; row += lanes) {

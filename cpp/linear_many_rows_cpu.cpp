@@ -32,12 +32,14 @@ struct Place {
   bool add, first, last;
 };
 
-// A thread's memory for packed operands and sums, kept from call to call. Its size depends on U and the purpose alone.
+// Memory for packed operands and sums that a calling thread keeps from call to call, for itself (0) and its helpers. Its
+// size depends on U and the purpose alone.
 enum class For { weights, x, sums };
 template <class U, For purpose>
-U* kept(int64_t rows, int64_t columns) {
-  thread_local const PackedMatrix<U> memory(rows, columns);
-  return memory.data;
+U* kept(int64_t rows, int64_t columns, size_t helper = 0) {
+  thread_local std::vector<PackedMatrix<U>> memory;
+  while (memory.size() <= helper) memory.emplace_back(rows, columns);
+  return memory[helper].data;
 }
 
 template <class T, class Y>
@@ -94,8 +96,9 @@ class Product {
     const int64_t panels = ceil_div(block.columns, kWidth), shares = ceil_div(block.rows, rows);
     const int64_t parts = std::min(panels, ceil_div(threads, shares)), part = ceil_div(panels, parts);
     float* const sums = sums_of(block);
-    parallel_jobs(shares * parts, static_cast<double>(block.rows * block.depth * block.columns), [&] {
-      return [&, x_panels = kept<U, For::x>(kDepth + kWidth, kRows), flush = FlushDenormals()](int64_t job) {
+    size_t helper = 0;
+    parallel_jobs<FlushDenormals>(shares * parts, static_cast<double>(block.rows * block.depth * block.columns), [&] {
+      return [&, x_panels = kept<U, For::x>(kDepth + kWidth, kRows, helper++)](int64_t job) {
         const int64_t r = job / parts * rows, panel = job % parts * part;
         Block mine = block;
         mine.row += r;

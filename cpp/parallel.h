@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
+#include <new>
+#include <tuple>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -28,22 +31,26 @@ class FlushDenormals {
 #endif
 };
 
-// 64-byte aligned, uninitialised scratch memory of `count` elements.
+// 64-byte aligned, uninitialised scratch memory of `count` elements. Throws std::bad_alloc, so it is made outside of
+// parallel regions, which no exception may leave.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {
-    if (!data_) std::abort();
+  explicit Scratch(int64_t count) {
+    constexpr int64_t kMost = (PTRDIFF_MAX - 127) / static_cast<int64_t>(sizeof(T));
+    if (count > kMost) throw std::bad_alloc();
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    if (!data_) throw std::bad_alloc();
   }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  MEGALODON_INLINE T* get() const { return data_; }
-  MEGALODON_INLINE T& operator[](int64_t i) const { return data_[i]; }
+  MEGALODON_INLINE T* get() const { return data_.get(); }
+  MEGALODON_INLINE T& operator[](int64_t i) const { return data_.get()[i]; }
 
  private:
-  T* data_;
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
 };
 
 // In which order jobs begin. `forward` and `backward`: that of their numbers, so that one may wait for those before it.
@@ -51,10 +58,12 @@ class Scratch {
 // end to end, processors then fetch no lines ahead that another thread reads.
 enum class Order { forward, backward, shares };
 
-// Runs make() once on each thread, which returns the thread's body, and then body(job) for every job in [0, jobs). If
-// all run at once, job i is on thread i: what it touches may still be in that core's cache from the call before. Which
-// thread runs a job must not change its result. `work` is a rough count of operations: little work stays on the caller.
-template <class Make>
+// Calls body(job) for every job in [0, jobs), each thread its own body = make(). The caller makes them all before the
+// threads start, as what make() and only make() allocates may be too much; a body may neither allocate nor throw. What
+// must be made on the thread itself, and goes when it is done, are the Guards. If all jobs run at once, job i is on
+// thread i: what it touches may still be in that core's cache from the call before. Which thread runs a job must not
+// change its result. `work` is a rough count of operations: little work stays on the caller.
+template <class... Guards, class Make>
 void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::forward) {
   constexpr double kWorkWorthAThread = 4e4;
   const int threads =
@@ -63,27 +72,32 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::
           : static_cast<int>(jobs < omp_get_max_threads() ? jobs : omp_get_max_threads());
   if (threads == 1) {
     auto body = make();
+    [[maybe_unused]] const std::tuple<Guards...> guards;
     for (int64_t i = 0; i < jobs; ++i) body(order == Order::backward ? jobs - 1 - i : i);
     return;
   }
-  struct alignas(64) Counter {
-    int64_t begun = 0;
+  struct Worker {
+    alignas(64) decltype(make()) body;
+    alignas(64) int64_t begun = 0;  // of its share, or on the first worker of all jobs
     int64_t next() { return __atomic_fetch_add(&begun, 1, __ATOMIC_RELAXED); }
   };
-  std::vector<Counter> counters(order == Order::shares ? threads : 1);
+  std::vector<Worker> workers;
+  workers.reserve(static_cast<size_t>(threads));
+  for (int i = 0; i < threads; ++i) workers.push_back({make()});
 #pragma omp parallel num_threads(threads)
   {
-    auto body = make();
     const int64_t count = omp_get_num_threads(), mine = omp_get_thread_num();
+    auto& body = workers[static_cast<size_t>(mine)].body;
+    [[maybe_unused]] const std::tuple<Guards...> guards;
     if (count == jobs) {
       body(mine);
     } else if (order == Order::shares) {
       for (int64_t other = 0; other < count; ++other) {
         const int64_t share = (mine + other) % count, first = jobs * share / count, end = jobs * (share + 1) / count;
-        for (int64_t i; (i = first + counters[share].next()) < end;) body(i);
+        for (int64_t i; (i = first + workers[static_cast<size_t>(share)].next()) < end;) body(i);
       }
     } else {
-      for (int64_t i; (i = counters[0].next()) < jobs;) body(order == Order::backward ? jobs - 1 - i : i);
+      for (int64_t i; (i = workers[0].next()) < jobs;) body(order == Order::backward ? jobs - 1 - i : i);
     }
   }
 }

@@ -12,9 +12,9 @@ namespace megalodon::MEGALODON_ISA {
 // ends.
 class Milestones {
  public:
-  explicit Milestones(int64_t places) : done_(places) {
-    std::memset(done_.get(), 0, static_cast<size_t>(places) * sizeof(int64_t));
-  }
+  explicit Milestones(int64_t places) : done_(places) { forget(places); }
+  // The first `places` are not done.
+  void forget(int64_t places) { std::memset(done_.get(), 0, static_cast<size_t>(places) * sizeof(int64_t)); }
   void publish(int64_t place) { __atomic_store_n(&done_[place], 1, __ATOMIC_RELEASE); }
   void wait(int64_t place) const {
     for (int spins = 0; !__atomic_load_n(&done_[place], __ATOMIC_ACQUIRE);)

@@ -215,7 +215,6 @@ class Backward {
   Scratch<double> mean_, ds_, db_, uv_, before_;
   Scratch<R> hi_, lo_, rstd_, level_, slope_, shares_;
   const bool streams_;
-  StreamFence fence_;
 };
 
 template <class T>
@@ -233,7 +232,7 @@ void backward(const TimestepNormBwdParams& p) {
   const int64_t slots = smaller(plan.blocks, kSlots);
   Scratch<double> sums(slots * 2 * D);
   const double work = 8.0 * static_cast<double>(p.sequences.tokens * D);
-  parallel_jobs(plan.blocks, work, [&] { return Backward<T>(p, plan, turns, sums.get()); }, Order::backward);
+  parallel_jobs<StreamFence>(plan.blocks, work, [&] { return Backward<T>(p, plan, turns, sums.get()); }, Order::backward);
   for (int64_t slot = 1; slot < slots; ++slot)
     for (int64_t c = 0; c < 2 * D; ++c) sums[c] += sums[slot * 2 * D + c];
   for (int64_t c = 0; c < D; ++c) {

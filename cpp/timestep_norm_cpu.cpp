@@ -162,7 +162,6 @@ class Forward {
   Scratch<double> mean_, var_, start_;
   Scratch<R> hi_, lo_, rstd_;
   const bool streams_;
-  StreamFence fence_;
 };
 
 template <class T>
@@ -177,7 +176,7 @@ void forward(const TimestepNormFwdParams& p) {
   if (p.sequences.tokens > 0) {
     Plan<R> plan(p, sizeof(T));
     const double work = 4.0 * static_cast<double>(p.sequences.tokens * p.channels);
-    parallel_jobs(plan.blocks, work, [&] { return Forward<T>(p, plan); });
+    parallel_jobs<StreamFence>(plan.blocks, work, [&] { return Forward<T>(p, plan); });
   }
   for (int64_t s = 0; p.count_out && s < p.sequences.count; ++s)  // which may be `count`
     p.count_out[s] = (p.count ? p.count[s] : 0) + p.sequences.length(s);

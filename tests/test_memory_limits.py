@@ -1,0 +1,108 @@
+"""Out of memory is an error like any other: under a limit of the address space, a call gives a result or raises."""
+
+import pytest
+from backends import DEFAULT_ISA, ISAS
+from programs import run_python
+
+
+PROGRAM = """
+import resource, torch, megalodon_ops as mo
+from megalodon_ops import linear, loss
+torch.set_num_threads(2)
+generator = torch.Generator().manual_seed(0)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+
+def attention(dtype, L=2048, C=1024, K=64, V=1024):
+    q, k, v = randn(1, L, 1, K, dtype=dtype), randn(1, L, 1, K, dtype=dtype), randn(1, L, 1, V, dtype=dtype)
+    return lambda: mo.chunked_attention(q, k, v, chunk_size=C)
+
+
+def decoding(dtype):
+    q, k, v = (randn(8, 1024, 4, width, dtype=dtype).detach() for width in (64, 64, 256))
+    _, state = mo.chunked_attention(q, k, v, chunk_size=2048, return_state=True)
+    return lambda: mo.chunked_attention(q[:, :2], k[:, :2], v[:, :2], chunk_size=2048, state=state)
+
+
+def cema(dtype, B=1, L=2048, D=1024, N=16):
+    x, p, omega = randn(B, L, D, dtype=dtype), torch.rand(D, N), torch.ones(D)
+    q = torch.polar(0.9 * torch.ones(D, N), torch.rand(D, N)).requires_grad_()
+    return lambda: mo.cema(x, p, q, torch.randn(D, N, dtype=torch.complex64), omega)
+
+
+def timestep_norm(dtype, D=4096):
+    x, weight, bias = randn(1, 1024, D, dtype=dtype), torch.zeros(D), torch.zeros(D)
+    return lambda: mo.timestep_norm(x, weight.requires_grad_(), bias, num_groups=1024)
+
+
+def normalized_qk(dtype, size=4096):
+    z, gamma, beta = randn(1, 1024, size, dtype=dtype), torch.zeros(2, size).requires_grad_(), torch.zeros(2, size)
+    return lambda: mo.normalized_qk(z, gamma, beta, num_heads=16, chunk_size=512)[0]
+
+
+def many_rows(dtype):
+    x, weight = randn(2048, 2048, dtype=dtype), randn(1024, 2048, dtype=dtype)
+    return lambda: linear.linear(x, weight)
+
+
+def cross_entropy(dtype):
+    x, weight = randn(1024, 512, dtype=dtype), randn(4096, 512, dtype=dtype)
+    return lambda: loss.linear_cross_entropy(x, weight, torch.arange(1024))
+
+
+def call(make):
+    outcomes = []
+    try:
+        output = make()
+        outcomes.append("result")
+        if output.requires_grad:
+            output.float().mean().backward()
+            outcomes.append("gradient")
+    except MemoryError:
+        outcomes.append("MemoryError")
+    except RuntimeError as error:
+        assert "memory" in str(error).lower(), error
+        outcomes.append("RuntimeError")
+    return outcomes
+
+
+ops = (attention, decoding, cema, timestep_norm, normalized_qk, many_rows, cross_entropy)
+calls = [(op.__name__, dtype, op(dtype)) for op in ops for dtype in (torch.float32, torch.bfloat16)]
+for op in ops:  # starts the threads, of autograd, too
+    small = op(torch.float32)
+    call(small)
+del small
+mo.release_memory()
+unlimited = resource.getrlimit(resource.RLIMIT_AS)
+for name, dtype, make in calls:
+    for room in {rooms}:
+        held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (room << 20), unlimited[1]))
+        outcome = call(make)
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+        mo.release_memory()
+        print(name, dtype, room, *outcome, flush=True)
+"""
+
+
+def outcomes(isa: str, rooms: list[int]) -> list[list[str]]:
+    ran = run_python(PROGRAM.replace("{rooms}", repr(rooms)), MEGALODON_OPS_ISA=isa)
+    assert ran.returncode == 0, ran.stderr[-2000:] + ran.stdout[-500:]
+    return [line.split() for line in ran.stdout.splitlines()]
+
+
+def test_out_of_memory_is_an_error():
+    found = outcomes(DEFAULT_ISA, [2, 10, 40, 400])
+    assert len(found) == 7 * 2 * 4
+    assert {"MemoryError", "RuntimeError"} <= {word for words in found for word in words}
+    for name, dtype, room, *outcome in found:  # 400 MiB are enough for each of them
+        assert room != "400" or outcome == (["result"] if name == "decoding" else ["result", "gradient"]), (name, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+def test_out_of_memory_is_an_error_on_every_instruction_set_and_under_many_limits(isa):
+    assert len(outcomes(isa, [1, 2, 3, 5, 8, 12, 20, 30, 40, 60, 80, 120, 160, 240, 400])) == 7 * 2 * 15
