@@ -113,21 +113,21 @@ void chunked_attention_state(const Target& target, py::handle k, py::handle v, p
   const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
   const int64_t S = params.sequences.count, C = params.chunk_size, H = params.heads, K = params.key_dim,
                 V = params.value_dim;
-  params.cache_k_out = TensorView(kOp, "cache_k_out", cache_k_out)
-                           .present()
-                           .shape("(S, C, H, K)", {S, C, H, K})
-                           .dtype(in.k.scalar(), "as `k`")
-                           .data();
-  params.cache_v_out = TensorView(kOp, "cache_v_out", cache_v_out)
-                           .present()
-                           .shape("(S, C, H, V)", {S, C, H, V})
-                           .dtype(in.k.scalar(), "as `k`")
-                           .data();
-  params.position_out = TensorView(kOp, "position_out", position_out)
-                            .present()
-                            .shape("(S,)", {S})
-                            .dtype(Scalar::i64, "positions")
-                            .data_as<int64_t>();
+  const TensorView k_out(kOp, "cache_k_out", cache_k_out), v_out(kOp, "cache_v_out", cache_v_out);
+  const TensorView positions(kOp, "position_out", position_out);
+  const Scalar scalar = in.k.scalar();
+  params.cache_k_out = k_out.present().shape("(S, C, H, K)", {S, C, H, K}).dtype(scalar, "as `k`").data();
+  params.cache_v_out = v_out.present().shape("(S, C, H, V)", {S, C, H, V}).dtype(scalar, "as `k`").data();
+  params.position_out = positions.present().shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<int64_t>();
+  MemoryRanges memory;
+  memory.add(in.k, false);
+  memory.add(in.v, false);
+  memory.add_update(in.cache_k, k_out);
+  memory.add_update(in.cache_v, v_out);
+  memory.add_update(in.position, positions);
+  memory.add({kOp, "cu_seqlens", cu_seqlens}, false);
+  memory.add({kOp, "lengths", lengths}, false);
+  memory.check();
   MEGALODON_LAUNCH(target, chunked_attention_state, params);
 }
 

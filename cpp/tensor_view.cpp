@@ -1,5 +1,6 @@
 #include "tensor_view.h"
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 
@@ -47,16 +48,17 @@ const char* scalar_name(Scalar scalar) {
   return scalar_names[static_cast<int>(scalar)];
 }
 
-py::object attribute(py::handle object, PyObject* name) {
-  PyObject* value = PyObject_GetAttr(object.ptr(), name);
+py::object owned(PyObject* value) {
   if (!value) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(value);
 }
 
+py::object attribute(py::handle object, PyObject* name) {
+  return owned(PyObject_GetAttr(object.ptr(), name));
+}
+
 py::object call(py::handle object, PyObject* method) {
-  PyObject* value = PyObject_CallMethodNoArgs(object.ptr(), method);
-  if (!value) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
+  return owned(PyObject_CallMethodNoArgs(object.ptr(), method));
 }
 
 Scalar scalar_of_dlpack(const DlpackTensor& tensor) {
@@ -88,6 +90,7 @@ TensorView::TensorView(const char* op, const char* name, py::handle object) : op
   if (object.is_none()) return;
   given_ = true;
   if (!read_dlpack(object)) read_attributes(object);
+  check_memory();
 }
 
 bool TensorView::read_dlpack(py::handle object) {
@@ -107,15 +110,36 @@ void TensorView::read_attributes(py::handle object) {
   scalar_ = scalar_of_object(dtype.ptr());
   if (scalar_ == Scalar::other) dtype_text_ = py::str(dtype);
   const py::object shape = attribute(object, names().shape);
+  if (!PyTuple_Check(shape.ptr()))
+    fail(std::string("a tensor whose shape is a tuple, got a ") + Py_TYPE(shape.ptr())->tp_name,
+         "pass a torch.Tensor, as .as_subclass(torch.Tensor) gives");
+  if (PyTuple_GET_SIZE(shape.ptr()) > kMaxRank)
+    fail("of at most 8 axes, got " + std::to_string(PyTuple_GET_SIZE(shape.ptr())));
   rank_ = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
-  if (rank_ > kMaxRank) fail("at most 8 axes, got " + std::to_string(rank_));
-  for (int axis = 0; axis < rank_; ++axis) shape_[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), axis));
+  for (int axis = 0; axis < rank_; ++axis) {
+    shape_[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), axis));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (shape_[axis] < 0) fail("of sizes of at least 0, got " + shape_text());
+  }
   if (attribute(object, names().is_here).ptr() != Py_True)
     fail(std::string("on ") + (kReadable ? "the CPU" : "a CUDA device") + ", got device " +
              std::string(py::str(object.attr("device"))),
          "move all tensors to one device");
   if (call(object, names().is_contiguous).ptr() != Py_True) fail("contiguous", "call .contiguous()");
   data_ = PyLong_AsVoidPtr(call(object, names().data_ptr).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
+
+void TensorView::check_memory() const {
+  // Such a tensor has the address null plus its offset; no system maps the first 64 KiB.
+  constexpr uintptr_t kLeastAddress = 1 << 16;
+  if (reinterpret_cast<uintptr_t>(data_) < kLeastAddress && elements() > 0)
+    fail("in memory, got a tensor whose storage was resized to 0 bytes", "resize it back first");
+}
+
+int64_t TensorView::bytes() const {
+  constexpr int64_t bytes_of[] = {4, 8, 2, 2, 8, 16, 8, 1};
+  return elements() * bytes_of[static_cast<int>(scalar_)];
 }
 
 void TensorView::fail(const std::string& expected, const std::string& fix) const {
@@ -199,6 +223,35 @@ bool is_contiguous(py::handle tensor) {
 py::object contiguous(py::handle tensor) {
   if (tensor.is_none() || is_contiguous(tensor)) return py::reinterpret_borrow<py::object>(tensor);
   return tensor.attr("contiguous")();
+}
+
+void MemoryRanges::add(const TensorView& tensor, bool written) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data());
+  const auto bytes = tensor.given() ? static_cast<uintptr_t>(tensor.bytes()) : 0;
+  if (bytes > 0) ranges_.push_back({begin, begin + bytes, tensor.op(), tensor.name(), written});
+}
+
+void MemoryRanges::add_update(const TensorView& before, const TensorView& after) {
+  const bool in_place = before.given() && before.data() == after.data();
+  if (!in_place) add(before, false);
+  add(in_place ? before : after, true);
+}
+
+void MemoryRanges::check() {
+  std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  const Range *read = nullptr, *written = nullptr;  // those that reach the farthest so far
+  for (const Range& range : ranges_) {
+    const Range* const other = written && range.begin < written->end                 ? written
+                               : range.written && read && range.begin < read->end ? read
+                                                                                    : nullptr;
+    if (other) {
+      const Range &target = range.written ? range : *other, &source = range.written ? *other : range;
+      throw py::value_error(std::string(target.op) + ": `" + target.name + "`, which is written, must be apart in memory from `" +
+                            source.name + "`, got overlapping tensors; pass a copy, .clone().");
+    }
+    const Range*& farthest = range.written ? written : read;
+    if (!farthest || range.end > farthest->end) farthest = &range;
+  }
 }
 
 void check_range(const char* op, const char* name, double value, double least, const char* expected) {

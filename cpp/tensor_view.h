@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "dtype.h"
 #include "sequences.h"
@@ -29,6 +30,7 @@ class TensorView {
     for (int axis = 0; axis < rank_; ++axis) count *= shape_[axis];
     return count;
   }
+  int64_t bytes() const;
   void* data() const { return data_; }
   template <class T> T* data_as() const { return static_cast<T*>(data_); }
 
@@ -45,11 +47,14 @@ class TensorView {
   // One of float32, float64, bfloat16, float16.
   DType floating() const;
 
+  const char* op() const { return op_; }
+  const char* name() const { return name_; }
   [[noreturn]] void fail(const std::string& expected, const std::string& fix = "") const;
 
  private:
   bool read_dlpack(py::handle object);  // false: something is not as it should be, or cannot be told
   void read_attributes(py::handle object);
+  void check_memory() const;  // not that of a storage that was resized to nothing
   std::string shape_text() const;
 
   static constexpr int kMaxRank = 8;
@@ -66,6 +71,24 @@ class TensorView {
 bool is_contiguous(py::handle tensor);
 // The tensor itself, or a contiguous copy. None stays None.
 py::object contiguous(py::handle tensor);
+
+// The memory of a kernel's tensors, of which those that it writes may lie over no other.
+class MemoryRanges {
+ public:
+  void add(const TensorView& tensor, bool written);
+  // A tensor that is read, and then `after`, which is written and may be the very same: in place.
+  void add_update(const TensorView& before, const TensorView& after);
+  // Raises where a tensor that is written shares memory with another.
+  void check();
+
+ private:
+  struct Range {
+    uintptr_t begin, end;
+    const char *op, *name;
+    bool written;
+  };
+  std::vector<Range> ranges_;
+};
 
 // The accumulation type R of a tensor of `dtype`, and its complex counterpart.
 inline Scalar real_of(DType dtype) { return dtype == DType::f64 ? Scalar::f64 : Scalar::f32; }
