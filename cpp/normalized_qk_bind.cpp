@@ -9,7 +9,7 @@ namespace {
 constexpr const char* kOp = "normalized_qk";
 constexpr const char* kReal = "float64 for a float64 `z`, else float32";
 
-// Checks and fills what the forward and the backward share; returns z. `rotary` has a row for every position used.
+// Checks and fills what the forward and the backward share; returns z.
 TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py::handle beta_, int64_t num_heads,
                 int64_t chunk_size, double eps, py::handle rotary_, py::handle position_, py::handle cu_seqlens,
                 py::handle lengths) {
@@ -36,14 +36,14 @@ TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py
   params.table_rows = rotary.rank("(rows, K / 2, 2)", 3).size(0);
   params.rotary =
       rotary.shape("(rows, K / 2, 2)", {params.table_rows, params.key_dim / 2, 2}).dtype(real, kReal).data();
-  for (int64_t s = 0; kReadable && s < S; ++s) {
-    const int64_t first = params.position ? params.position[s] : 0, last = first + params.sequences.length(s) - 1;
-    if (first < 0 || first >= chunk_size)
-      position.fail("in [0, " + std::to_string(chunk_size) + "), got " + std::to_string(first) + " at " +
+  // A row for every position that can occur.
+  const int64_t longest = z.size(1), needed = position.given() || longest > chunk_size ? chunk_size : longest;
+  if (params.table_rows < needed)
+    rotary.fail("of at least " + std::to_string(needed) + " rows, got " + std::to_string(params.table_rows));
+  for (int64_t s = 0; kReadable && params.position && s < S; ++s)
+    if (params.position[s] < 0 || params.position[s] >= chunk_size)
+      position.fail("in [0, " + std::to_string(chunk_size) + "), got " + std::to_string(params.position[s]) + " at " +
                     std::to_string(s));
-    if ((last < chunk_size ? last : chunk_size - 1) >= params.table_rows)
-      rotary.fail("at least as long as the positions used");
-  }
   return z;
 }
 

@@ -53,7 +53,7 @@ def test_results_are_on_the_device_and_equal_the_cpus(op):
 def test_a_call_does_not_wait_for_the_gpu(op, request):
     case = on("cuda", op)
     call = partial(evaluate, getattr(mo, op), case, lambda _, grad: torch.ones_like(grad, device="cuda"))
-    call()  # fills the rotary table
+    call()
     request.getfixturevalue("no_synchronisation")
     call()
 
@@ -128,6 +128,48 @@ def warm_up(call):
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+def test_a_first_call_may_be_captured():
+    """Its rotary table comes from the device, and neither other calls nor other tables touch it afterwards."""
+    case = on("cuda", "normalized_qk", rope_base=123.0)
+    warm_up(lambda: run("normalized_qk", on("cuda", "normalized_qk")))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = forward(mo.normalized_qk, case)
+    for base in range(2, 40):
+        forward(mo.normalized_qk, case.with_options(rope_base=float(base)))
+    graph.replay()
+    assert_bit_equal(outputs, forward(mo.normalized_qk, case))
+
+
+@torch.inference_mode()
+def test_a_captured_model_keeps_its_rotary_table():
+    model, tokens = tiny_model(torch.float32).cuda().eval(), tokens_of(2, 30).cuda()
+    expected = model(tokens)
+    warm_up(lambda: model(tokens))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(tokens)
+    others = [tiny_model(torch.float32, rope_base=float(base)).cuda() for base in range(2, 40)]
+    for other in others:
+        other(tokens)
+    del other, others
+    garbage = [torch.full((1 << 14,), float("nan"), device="cuda") for _ in range(100)]
+    graph.replay()
+    assert_bit_equal({"logits": logits}, {"logits": expected})
+    del garbage
+
+
+def test_graphs_of_a_compiled_call_hold_no_table():
+    """torch checks after each that nothing but its outputs lives in the graph's pool."""
+    torch.compiler.reset()
+    case = on("cuda", "normalized_qk", rope_base=321.0)
+    compiled = torch.compile(mo.normalized_qk, mode="reduce-overhead")
+    for _ in range(4):
+        outputs = {name: value.clone() for name, value in forward(compiled, case).items()}
+        torch.compiler.cudagraph_mark_step_begin()
+    assert_all_close(to("cpu", outputs), to("cpu", forward(mo.normalized_qk, case)), tolerance=1e-5, terms=1.0)
 
 
 @torch.inference_mode()

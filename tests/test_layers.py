@@ -1,12 +1,16 @@
 """Layers: initialisation, coefficients."""
 
 import math
+import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import megalodon_ops as mo
-from test_model import TINY, tokens_of
+from test_model import TINY, tiny_model, tokens_of
+
+normalized_qk_module = sys.modules["megalodon_ops.normalized_qk"]  # the function has its name
 
 
 def test_initialisation():
@@ -59,3 +63,78 @@ def test_meta_initialisation_then_reset():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     assert model(tokens_of(1, 9)).isfinite().all()
+
+
+def rotary_of(model):
+    return [layer.mega.rotary for layer in model.layers]
+
+
+def test_the_rotary_table_is_the_layers_own():
+    """A CUDA graph knows its address alone, so it must outlive the tables that other calls make."""
+    model = tiny_model()
+    (first, *_) = rotary_of(model)
+    address, values = first.data_ptr(), first.clone()
+    affine = torch.zeros(2, 8)
+    for base in range(2, 40):
+        mo.normalized_qk(torch.ones(1, 8, 8), affine, affine, num_heads=1, chunk_size=8, rope_base=base)
+    model.generate(tokens_of(1, 5), max_new_tokens=5)
+    assert rotary_of(model)[0].data_ptr() == address
+    assert torch.equal(rotary_of(model)[0], values)
+    assert {name.split(".")[-1] for name, _ in model.named_buffers()} == {"rotary"}
+    assert not any("rotary" in name for name in model.state_dict())
+
+
+def test_a_layer_gives_its_rotary_table_to_the_op(monkeypatch):
+    model, tokens = tiny_model(), tokens_of(2, 20)
+    expected = model(tokens)
+    monkeypatch.setattr(normalized_qk_module, "_shared_table", None)  # which an op without a table would call
+    assert torch.equal(model(tokens), expected)
+    for layer in model.layers:
+        layer.mega.rotary = torch.ones_like(layer.mega.rotary)
+    assert not torch.allclose(model(tokens), expected)
+
+
+ROADS = {
+    "cast": lambda model: model.to(torch.bfloat16),
+    "widened": lambda model: model.to(torch.bfloat16).double(),
+    "emptied": lambda model: model.to_empty(device="cpu"),
+    "narrowed": lambda model: model.double().float(),
+}
+
+
+@pytest.mark.parametrize("road", ROADS.values(), ids=ROADS)
+def test_a_rotary_table_is_exact_whatever_becomes_of_its_model(road):
+    model = road(mo.Megalodon(mo.MegalodonConfig(**TINY)))
+    dtype = model.layers[0].mega.gamma.dtype
+    angle = torch.arange(8).double()[:, None] * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    for table in rotary_of(model):
+        assert table.dtype == dtype
+        assert torch.equal(table, torch.stack((angle.cos(), angle.sin()), -1).to(dtype))
+
+
+def test_a_model_from_the_meta_device_gets_its_rotary_table():
+    model, tokens = tiny_model(torch.float32), tokens_of(2, 20)
+    with torch.device("meta"):
+        empty = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    assert all(table.is_meta for table in rotary_of(empty))
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(tokens), model(tokens))
+    assert all(table.is_cpu for table in rotary_of(empty))
+
+
+def test_a_very_long_chunk_has_no_table_of_its_own():
+    with torch.device("meta"):
+        model = mo.Megalodon(mo.MegalodonConfig(**{**TINY, "chunk_size": 1 << 30}))
+    assert rotary_of(model) == [None, None]
+    model = tiny_model(chunk_size=1 << 30)
+    assert torch.equal(model(tokens_of(1, 20)), tiny_model(chunk_size=32)(tokens_of(1, 20)))
+
+
+def test_a_table_made_in_inference_mode_or_of_fake_tensors_serves_no_other_model():
+    config = mo.MegalodonConfig(**{**TINY, "rope_base": 77.0})
+    with FakeTensorMode():
+        table = normalized_qk_module.rotary_table(8, 8, 77.0, torch.float32, torch.device("cpu"))
+        assert isinstance(table, FakeTensor)
+    with torch.inference_mode():
+        mo.Megalodon(config)
+    mo.Megalodon(config)(tokens_of(1, 5)).sum().backward()

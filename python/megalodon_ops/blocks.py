@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from .config import MegalodonConfig
 from .gated_silu import gated_silu
 from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, TimestepNorm, WideParameters
-from .normalized_attention import normalized_attention
+from .library import accumulation_dtype
+from .normalized_attention import attend
+from .normalized_qk import rotary_table
 from .states import AttentionState, TimestepNormState
 
 
@@ -30,6 +33,9 @@ class BlockState(NamedTuple):
     cema: Tensor
     """(S, D, N) complex"""
     attention: AttentionState
+
+
+_LARGEST_ROTARY = 1 << 24  # numbers: 64 MiB; the released models' tables have 2^19 and 2^20
 
 
 class NormalizedAttention(WideParameters):
@@ -60,11 +66,40 @@ class NormalizedAttention(WideParameters):
         self.wh2 = Linear(value_dim, dim, bias=False)
         self.gamma = nn.Parameter(torch.empty(2, z_dim))
         self.beta = nn.Parameter(torch.empty(2, z_dim))
+        self.register_buffer("rotary", None, persistent=False)
+        self._rotary_made_for = None
+        self._keep_rotary()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.gamma)
         nn.init.zeros_(self.beta)
+
+    def _rotary_for(self, like: Tensor) -> tuple:
+        """What :func:`rotary_table` makes a table from that serves a tensor like this one."""
+        config = self.config
+        key_dim, dtype = config.z_dim // config.num_heads, accumulation_dtype(like.dtype)
+        return config.chunk_size, key_dim, config.rotary_base, dtype, like.device
+
+    def _keep_rotary(self) -> None:
+        """Has a table for all calls on the parameters' device; none where it would be very large."""
+        rows, key_dim, *_ = wanted = self._rotary_for(self.gamma)
+        if rows * key_dim <= _LARGEST_ROTARY and wanted != self._rotary_made_for:
+            self.rotary, self._rotary_made_for = rotary_table(*wanted), wanted
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Makes the table anew where parameters change: cast, it would be rounded twice, and `to_empty` would lose it."""
+        rotary = self._buffers.pop("rotary")
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers["rotary"] = rotary
+        self._keep_rotary()
+        return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._keep_rotary()  # for parameters that assign=True has brought
 
     def forward(
         self,
@@ -81,8 +116,10 @@ class NormalizedAttention(WideParameters):
         t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences)
         c, cema_state = self.cema(t, state=cema_state, return_state=True, **sequences)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
-        a = normalized_attention(
-            self.wz(m), gated_silu(self.wv(t)), self.gamma, self.beta,
+        z = self.wz(m)
+        rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
+        a = attend(
+            z, gated_silu(self.wv(t)), self.gamma, self.beta, rotary,
             num_heads=config.num_heads, chunk_size=config.chunk_size, rope_base=config.rotary_base,
             eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
             dropkey=config.attention_dropout if training else 0.0, **sequences,

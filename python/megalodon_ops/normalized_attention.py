@@ -7,7 +7,7 @@ from torch import Tensor
 from .arrays import call_with_arrays
 from .chunked_attention import chunked_attention
 from .library import autocast
-from .normalized_qk import normalized_qk
+from .normalized_qk import rotated_queries_and_keys
 from .states import AttentionState
 
 
@@ -66,6 +66,33 @@ def normalized_attention(
     """
     if not (isinstance(z, Tensor) and isinstance(v, Tensor)):
         return call_with_arrays(normalized_attention, **locals())
+    return attend(
+        z, v, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps, state=state,
+        return_state=return_state, inplace_state=inplace_state, dropkey=dropkey, dropkey_seed=dropkey_seed,
+        cu_seqlens=cu_seqlens, lengths=lengths,
+    )  # fmt: skip
+
+
+def attend(
+    z: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    rotary: Tensor | None,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float,
+    eps: float,
+    state: AttentionState | None,
+    return_state: bool,
+    inplace_state: bool,
+    dropkey: float,
+    dropkey_seed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor | tuple[Tensor, AttentionState]:
+    """:func:`normalized_attention` with a rotary table as :func:`rotated_queries_and_keys` takes it."""
     z, v = autocast(z, v)
     if v.dim() != 3:
         raise ValueError(f"normalized_attention: `v` must have shape (B, L, H * V), got {tuple(v.shape)}.")
@@ -73,8 +100,8 @@ def normalized_attention(
         raise ValueError(
             f"normalized_attention: `num_heads` must be positive and divide v's last axis {v.shape[-1]}, got {num_heads}."
         )
-    q, k = normalized_qk(
-        z, gamma, beta, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
+    q, k = rotated_queries_and_keys(
+        z, gamma, beta, rotary, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
         position=None if state is None else state.position, cu_seqlens=cu_seqlens, lengths=lengths,
     )  # fmt: skip
     result = chunked_attention(

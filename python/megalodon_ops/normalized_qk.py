@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .arrays import call_with_arrays
 from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none, launch
@@ -64,6 +65,27 @@ def normalized_qk(
     """
     if not isinstance(z, Tensor):
         return call_with_arrays(normalized_qk, **locals())
+    return rotated_queries_and_keys(
+        z, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
+        position=position, cu_seqlens=cu_seqlens, lengths=lengths,
+    )  # fmt: skip
+
+
+def rotated_queries_and_keys(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    rotary: Tensor | None,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float,
+    eps: float,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`normalized_qk` with a table of the caller's, :func:`rotary_table`; None: the op looks after one itself."""
     if z.dim() != 3:
         raise ValueError(f"normalized_qk: `z` must have shape (B, L, H * K), got {tuple(z.shape)}.")
     for name, value in (("num_heads", num_heads), ("chunk_size", chunk_size), ("rope_base", rope_base)):
@@ -71,76 +93,103 @@ def normalized_qk(
             raise ValueError(f"normalized_qk: `{name}` must be positive, got {value}.")
     (z,) = autocast(z)
     return call(
-        normalized_qk_fwd, z, gamma, beta, num_heads, chunk_size, rope_base, eps, int64_or_none(position),
+        normalized_qk_fwd, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, int64_or_none(position),
         int64_or_none(cu_seqlens), int64_or_none(lengths),
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=16)
 def rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, K / 2, 2) on `device`: cosine and sine of position * rope_base^(-2i/K), rounded once from float64."""
-    exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device="cpu") / key_dim
-    angle = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * rope_base**-exponent
-    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, dtype)
+    """(rows, K / 2, 2) on `device`: cosine and sine of position * rope_base^(-2i/K), rounded once from float64.
+
+    Callers on the CPU share one. Elsewhere each call copies from the host, so the caller keeps what it gets: a CUDA graph
+    that was captured with a table knows its address alone.
+    """
+    if device.type == "meta":
+        return torch.empty((rows, (key_dim + 1) // 2, 2), dtype=dtype, device=device)
+    fake = _get_current_dispatch_mode() is not None  # whose tensors may not serve others
+    return (_make_table if fake else _shared_table)(rows, key_dim, rope_base, dtype, torch.device("cpu")).to(device)
 
 
-def _rotary(z: Tensor, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None) -> Tensor:
-    """A table with a row for every position that can occur, its length rounded up so that few tables serve all."""
-    length = z.shape[1]
-    rows = chunk_size if position is not None else min(chunk_size, 1 << max(length - 1, 0).bit_length())
-    return rotary_table(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype), z.device)
+def _make_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd keeps it, whoever asks first
+        exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device=device) / key_dim
+        angle = torch.arange(rows, dtype=torch.float64, device=device)[:, None] * rope_base**-exponent
+        return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
 
 
-def _fwd(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+_shared_table = functools.lru_cache(maxsize=16)(_make_table)  # of the CPU alone: its kernels hold on to no address
+
+
+def _rotary(
+    z: Tensor, rotary: Tensor | None, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None
+) -> Tensor:
+    """A table with a row for every position that can occur: the caller's; else on the CPU one that calls share.
+
+    On a GPU without the caller's, the table is made there for this call alone. Then nothing has to outlive a captured
+    graph, lie in its pool after the call, or come from the host.
+    """
+    if rotary is not None:
+        return rotary
+    longest = z.shape[1]
+    if z.is_cpu:  # rounded up, so that few tables serve all lengths
+        longest = 1 << max(longest - 1, 0).bit_length()
+    rows = chunk_size if position is not None else min(chunk_size, longest)
+    make = rotary_table if z.is_cpu else _make_table
+    return make(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype), z.device)
+
+
+def _fwd(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     z = z.contiguous()
-    q, k = _fwd_fake(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths)
+    q, k = _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths)
+    rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
     launch(
-        "normalized_qk_fwd", z, gamma.contiguous(), beta.contiguous(), num_heads, chunk_size, eps,
-        _rotary(z, num_heads, chunk_size, rope_base, position), contiguous_or_none(position), cu_seqlens, lengths, q, k,
+        "normalized_qk_fwd", z, gamma.contiguous(), beta.contiguous(), num_heads, chunk_size, eps, rotary,
+        contiguous_or_none(position), cu_seqlens, lengths, q, k,
     )  # fmt: skip
     return q, k
 
 
-def _fwd_fake(z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+def _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     shape = (*z.shape[:-1], num_heads, z.shape[-1] // num_heads)
     return empty(z, shape), empty(z, shape)
 
 
-def _bwd(dq, dk, z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+def _bwd(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     z, gamma, beta = z.contiguous(), gamma.contiguous(), beta.contiguous()
     grads = tuple(map(empty_like, (z, gamma, beta)))
+    rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
     launch(
-        "normalized_qk_bwd", z, gamma, beta, num_heads, chunk_size, eps, _rotary(z, num_heads, chunk_size, rope_base, position),
+        "normalized_qk_bwd", z, gamma, beta, num_heads, chunk_size, eps, rotary,
         contiguous_or_none(position), cu_seqlens, lengths, dq.contiguous(), dk.contiguous(), *grads,
     )  # fmt: skip
     return grads
 
 
-def _bwd_fake(dq, dk, z, gamma, beta, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+def _bwd_fake(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     return tuple(map(empty_like, (z, gamma, beta)))
 
 
 def _setup_context(ctx, inputs, output):
-    z, gamma, beta, *ctx.scalars, position, cu_seqlens, lengths = inputs
-    ctx.save_for_backward(z, gamma, beta, position, cu_seqlens, lengths)
+    z, gamma, beta, rotary, *ctx.scalars, position, cu_seqlens, lengths = inputs
+    ctx.save_for_backward(z, gamma, beta, rotary, position, cu_seqlens, lengths)
 
 
 def _backward(ctx, dq, dk):
-    z, gamma, beta, *sequences = ctx.saved_tensors
-    return *call(normalized_qk_bwd, dq, dk, z, gamma, beta, *ctx.scalars, *sequences), *(None,) * 7
+    z, gamma, beta, rotary, *sequences = ctx.saved_tensors
+    return *call(normalized_qk_bwd, dq, dk, z, gamma, beta, rotary, *ctx.scalars, *sequences), *(None,) * 8
 
 
 normalized_qk_fwd = define_op(
-    "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, int num_heads, int chunk_size, float rope_base, float eps, "
-    "Tensor? position, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor q, Tensor k)",
+    "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, int chunk_size, "
+    "float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor q, Tensor k)",
     kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 normalized_qk_bwd = define_op(
-    "normalized_qk_bwd(Tensor dq, Tensor dk, Tensor z, Tensor gamma, Tensor beta, int num_heads, int chunk_size, "
-    "float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) "
+    "normalized_qk_bwd(Tensor dq, Tensor dk, Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, "
+    "int chunk_size, float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) "
     "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
     kernel=_bwd,
     fake=_bwd_fake,
