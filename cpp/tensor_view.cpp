@@ -178,8 +178,10 @@ const TensorView& TensorView::shape(const char* letters, std::initializer_list<i
 const TensorView& TensorView::dtype(Scalar expected, const char* why) const {
   if (!given_ || scalar_ == expected) return *this;
   const std::string got = scalar_ == Scalar::other ? dtype_text_ : std::string("torch.") + scalar_name(scalar_);
+  const bool wide = expected == Scalar::f32 && (scalar_ == Scalar::bf16 || scalar_ == Scalar::f16);
   throw py::type_error(std::string(op_) + ": `" + name_ + "` must be torch." + scalar_name(expected) + " (" + why +
-                       "), got " + got + "; convert it with .to(torch." + scalar_name(expected) + ").");
+                       "), got " + got + "; convert it with .to(torch." + scalar_name(expected) + ")" +
+                       (wide ? "; which parameters of a model stay wide, megalodon_ops.wide_parameters(model) says." : "."));
 }
 
 const TensorView& TensorView::present() const {

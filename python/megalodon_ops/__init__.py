@@ -4,6 +4,15 @@ B batch, L length, D model dim, N CEMA states a channel, G norm groups, H heads,
 dim of values, C chunk size, S sequences in a batch. Activations are (B, L, D).
 """
 
+import os as _os
+import sys as _sys
+
+if _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)] == __name__:  # `python -m megalodon_ops`
+    # OpenMP reads it once, when torch loads it: threads that wait spin for about ten microseconds and then sleep, or
+    # they would take the processor from what else runs. Whoever has set either variable decides.
+    if "OMP_WAIT_POLICY" not in _os.environ:
+        _os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch as _torch  # loads the OpenMP runtime that the kernels share
 
 from . import _C, reference
@@ -12,7 +21,7 @@ from .cema import cema
 from .chunked_attention import chunked_attention
 from .config import MegalodonConfig
 from .decoder import Decoder
-from .layers import ComplexEMA, TimestepNorm
+from .layers import ComplexEMA, TimestepNorm, wide_parameters
 from .memory import keep_freed_memory, release_memory
 from .model import Megalodon, MegalodonState
 from .normalized_attention import normalized_attention
@@ -20,6 +29,8 @@ from .normalized_qk import normalized_qk
 from .official import load_official
 from .states import AttentionState, TimestepNormState
 from .timestep_norm import timestep_norm
+
+_torch.serialization.add_safe_globals([AttentionState, BlockState, MegalodonState, TimestepNormState])
 
 __version__: str = _C.build_info()["version"]
 
@@ -45,4 +56,5 @@ __all__ = [
     "reference",
     "release_memory",
     "timestep_norm",
+    "wide_parameters",
 ]

@@ -15,7 +15,7 @@ from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, TimestepNorm, WidePa
 from .library import accumulation_dtype
 from .normalized_attention import attend
 from .normalized_qk import rotary_table
-from .states import AttentionState, TimestepNormState
+from .states import AttentionState, TimestepNormState, fields_of
 
 
 class BlockState(NamedTuple):
@@ -112,7 +112,7 @@ class NormalizedAttention(WideParameters):
     ) -> Tensor | tuple[Tensor, BlockState]:
         """x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` being the whole block's."""
         config, training = self.config, self.training
-        norm_state, cema_state, attention_state = state or (None, None, None)
+        norm_state, cema_state, attention_state = fields_of("MegalodonBlock", state, BlockState)
         t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences)
         c, cema_state = self.cema(t, state=cema_state, return_state=True, **sequences)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)

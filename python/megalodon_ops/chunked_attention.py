@@ -17,7 +17,7 @@ from .library import (
     num_sequences,
 )
 from .memory import empty, empty_like
-from .states import AttentionState
+from .states import AttentionState, fields_of
 
 
 def chunked_attention(
@@ -85,7 +85,7 @@ def chunked_attention(
         dropkey_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if inplace_state and state is None:
         raise ValueError("chunked_attention: `inplace_state` needs a `state` to append to, got None.")
-    cache_k, cache_v, position = state or (None, None, None)
+    cache_k, cache_v, position = fields_of("chunked_attention", state, AttentionState)
     constants = state[:2] if state and torch.is_grad_enabled() else ()
     if any(getattr(cache, "requires_grad", False) for cache in constants):
         raise ValueError(

@@ -12,7 +12,7 @@ from torch.nn.modules import module as _global_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _C, linear
-from .library import accumulation_dtype
+from .library import accumulation_dtype, is_autocast_enabled
 from .memory import OWN_TYPES
 from .model import Megalodon, MegalodonState, at_least_float32
 from .normalized_qk import rotary_table
@@ -243,5 +243,5 @@ def _write(into: object, after: object) -> None:
 
 
 def _autocast_now(device: str) -> dict:
-    enabled = torch.is_autocast_enabled(device)
+    enabled = is_autocast_enabled(device)
     return dict(enabled=enabled, dtype=torch.get_autocast_dtype(device))

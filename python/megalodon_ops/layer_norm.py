@@ -58,6 +58,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> T
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
+    if not x.is_floating_point():
+        op = "rms_norm" if is_rms_norm else "layer_norm"
+        raise TypeError(f"{op}: `x` must be floating point, got {x.dtype}; convert it with .to(torch.float32).")
     if has_cpu_kernel(x):
         return call(layer_norm_fwd, x, weight, bias, eps, is_rms_norm)
     wide, gain = x.to(accumulation_dtype(x.dtype)), None if weight is None else 1 + weight

@@ -17,19 +17,59 @@ from .memory import in_huge_pages
 from .states import TimestepNormState
 from .timestep_norm import timestep_norm
 
+_SHORT = (torch.bfloat16, torch.float16)
+
 
 class WideParameters(nn.Module):
-    """A module whose own parameters stay float32 (or float64) when the model is cast to a 16-bit dtype."""
+    """A module whose own parameters stay float32 (or float64): see :func:`wide_parameters`."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Widens a 16-bit parameter, wherever it comes from: a constructor, an assignment, a checkpoint."""
+        if param is not None and param.dtype in _SHORT:
+            param = nn.Parameter(param.detach().float(), requires_grad=param.requires_grad)
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def keep_wide(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            return tensor.to(result.device) if result.dtype in (torch.bfloat16, torch.float16) else result
+            return tensor.to(result.device) if result.dtype in _SHORT else result
 
         if recurse:
             for child in self.children():
                 child._apply(fn)
         return super()._apply(keep_wide, recurse=False)
+
+
+def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that stay float32 beside 16-bit activations, by name: of CEMA, the norms and the attention's affine map.
+
+    Their modules keep them wide: under `model.to(torch.bfloat16)`, a 16-bit default dtype, `load_state_dict(assign=True)`
+    and wherever a parameter is set as an attribute. What writes to `module._parameters` past that, as FSDP2's
+    MixedPrecisionPolicy does, ends in a TypeError of the op. There, shard the linear layers and the embedding with the
+    policy, and then their blocks without one:
+
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        for block in model.layers:
+            fully_shard(block)
+        fully_shard(model)
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> model = mo.Megalodon(config).to(torch.bfloat16)
+        >>> {parameter.dtype for parameter in mo.wide_parameters(model).values()}
+        {torch.float32}
+        >>> "layers.0.mega.cema.alpha" in mo.wide_parameters(model)
+        True
+    """
+    owners = ((name, module) for name, module in model.named_modules() if isinstance(module, WideParameters))
+    return {
+        f"{name}.{own}".removeprefix("."): parameter
+        for name, module in owners
+        for own, parameter in module.named_parameters(recurse=False)
+    }
 
 
 class TimestepNorm(WideParameters):

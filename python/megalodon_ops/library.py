@@ -139,8 +139,14 @@ def call(op: Callable, *args, **wanted: bool):
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    except RuntimeError:
+    except RuntimeError as error:
         refuse_arrays(op, args)
+        if torch._C._are_functorch_transforms_active():
+            public = op._schema.name.split("::")[1].removesuffix("_fwd")
+            raise NotImplementedError(
+                f"{public}: expected a call outside of torch.func's transformations, got one inside; differentiate with "
+                "torch.autograd, or transform the function of that name in megalodon_ops.reference."
+            ) from error
         raise
 
 
@@ -233,10 +239,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_autocast_enabled(device: str) -> bool:
+    """False on a type of device that torch.autocast does not know, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as a matrix product under torch.autocast would see them; float64 is left alone."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

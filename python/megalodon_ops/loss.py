@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, has_cpu_kernel, launch
+from .library import (
+    accumulation_dtype,
+    autocast,
+    call,
+    contiguous_or_none,
+    define_op,
+    has_cpu_kernel,
+    is_autocast_enabled,
+    launch,
+)
 from .linear import linear, put_product_
 from .memory import empty
 
@@ -135,7 +144,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> N
     check(weight.dim() == 2 and weight.shape[1] == D, "weight", f"have shape (V, {D})", tuple(weight.shape))
     check(targets.shape == hidden.shape[:-1], "targets", f"have shape {tuple(shape)}", tuple(targets.shape))
     check(hidden.is_floating_point(), "hidden", "be floating point", hidden.dtype, TypeError)
-    cast = weight.is_floating_point() and torch.is_autocast_enabled(hidden.device.type)
+    cast = weight.is_floating_point() and is_autocast_enabled(hidden.device.type)
     check(weight.dtype == hidden.dtype or cast, "weight", f"be {hidden.dtype} as `hidden`", weight.dtype, TypeError)
     integers = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     check(integers, "targets", "be integers", targets.dtype, TypeError)

@@ -163,15 +163,29 @@ class Megalodon(nn.Module):
         return (loss, state) if return_state else loss
 
     def _check(self, tokens: Tensor, state: MegalodonState | None) -> None:
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise ValueError(f"Megalodon: `tokens` must be integers (B, L), got {tokens.dtype} {tuple(tokens.shape)}.")
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"Megalodon: `tokens` must be a torch tensor (B, L), got {type(tokens).__name__}; make it one."
+            )
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"Megalodon: `tokens` must be integers (B, L), int64 or int32, got {tokens.dtype} {tuple(tokens.shape)}."
+            )
         if state is not None and len(state.layers) != len(self.layers):
             raise ValueError(f"Megalodon: `state` must have {len(self.layers)} layers, got {len(state.layers)}.")
 
     def _embed(self, tokens: Tensor, state: MegalodonState | None) -> Tensor:
         """(B, L, D)"""
         self._check(tokens, state)
-        x = self.embed(tokens)
+        try:
+            x = self.embed(tokens)
+        except IndexError as error:
+            outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+            if len(outside) == 0:
+                raise
+            raise IndexError(
+                f"Megalodon: `tokens` must be in [0, {self.config.vocab_size}), got {outside[0].item()}."
+            ) from error
         return x * self.config.embedding_scale if self.config.scale_emb else x
 
     def _hidden(

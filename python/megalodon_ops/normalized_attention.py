@@ -8,7 +8,7 @@ from .arrays import call_with_arrays
 from .chunked_attention import chunked_attention
 from .library import autocast
 from .normalized_qk import rotated_queries_and_keys
-from .states import AttentionState
+from .states import AttentionState, fields_of
 
 
 def normalized_attention(
@@ -102,7 +102,7 @@ def attend(
         )
     q, k = rotated_queries_and_keys(
         z, gamma, beta, rotary, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
-        position=None if state is None else state.position, cu_seqlens=cu_seqlens, lengths=lengths,
+        position=fields_of("normalized_attention", state, AttentionState)[2], cu_seqlens=cu_seqlens, lengths=lengths,
     )  # fmt: skip
     result = chunked_attention(
         q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, state=state, return_state=return_state,

@@ -7,6 +7,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
+    """The tensors of a state, those that may be left out as None; all None where there is no state."""
+    fields, defaults = kind._fields, kind._field_defaults
+    if state is None:
+        return (None,) * len(fields)
+    if not isinstance(state, tuple) or not len(fields) - len(defaults) <= len(state) <= len(fields):
+        got = f"a tuple of {len(state)}" if isinstance(state, tuple) else type(state).__name__
+        raise TypeError(f"{op}: `state` must be a {kind.__name__} ({', '.join(fields)}) or None, got {got}.")
+    for name, part in zip(fields, state):
+        if part is None and name not in defaults:
+            raise ValueError(f"{op}: `state.{name}` must be a tensor, got None; pass state=None for a fresh state.")
+    return (*state, *(None,) * (len(fields) - len(state)))
+
+
 class TimestepNormState(NamedTuple):
     """Running statistics of S sequences in G groups.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .arrays import call_with_arrays
 from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
 from .memory import empty, empty_like
-from .states import TimestepNormState
+from .states import TimestepNormState, fields_of
 
 
 def timestep_norm(
@@ -60,7 +60,7 @@ def timestep_norm(
     """
     if not isinstance(x, Tensor):
         return call_with_arrays(timestep_norm, **locals())
-    count, mean, var, residual = state or (None, None, None, None)
+    count, mean, var, residual = fields_of("timestep_norm", state, TimestepNormState)
     if num_groups < 1:
         raise ValueError(f"timestep_norm: `num_groups` must be positive, got {num_groups}.")
     y, _, *state_out = call(

@@ -1,0 +1,140 @@
+"""Parameters that stay float32 beside 16-bit activations, and what of the model's edges gives an error that says why."""
+
+import copy
+import io
+
+import pytest
+import torch
+from assertions import assert_refuses
+from test_model import TINY, tiny_model, tokens_of
+
+import megalodon_ops as mo
+from megalodon_ops.layer_norm import layer_norm, rms_norm
+
+SHORT = [torch.bfloat16, torch.float16]
+
+
+def assert_wide_and_runs(model, dtype):
+    wide = mo.wide_parameters(model)
+    assert len(wide) > 10 and all(parameter.dtype == torch.float32 for parameter in wide.values())
+    for name, parameter in model.named_parameters():
+        assert name in wide or parameter.dtype == dtype
+        assert parameter is model.get_parameter(name)
+    model.loss(tokens_of(1, 9), tokens_of(1, 9)).backward()
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_a_cast_keeps_them_wide(dtype):
+    assert_wide_and_runs(tiny_model(torch.float32, rescale_nffn=True).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_a_short_default_dtype_makes_them_wide(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        model = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_wide_and_runs(model, dtype)
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_a_short_checkpoint_that_is_assigned_becomes_wide(dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in tiny_model(torch.float32).state_dict().items()}
+    with torch.device("meta"):
+        model = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    model.load_state_dict(weights, assign=True)
+    assert_wide_and_runs(model, dtype)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name].to(tensor.dtype))
+
+
+def test_one_set_as_an_attribute_becomes_wide_and_keeps_whether_it_is_trained():
+    norm = mo.TimestepNorm(8, num_groups=2)
+    norm.weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16), requires_grad=False)
+    assert norm.weight.dtype == torch.float32 and not norm.weight.requires_grad
+    assert copy.deepcopy(norm).weight.dtype == torch.float32
+
+
+def test_a_short_one_that_got_past_its_module_is_refused_with_where_to_look():
+    model = tiny_model(torch.float32).to(torch.bfloat16)
+    norm = model.layers[0].mega.timenorm
+    norm._parameters["weight"] = torch.nn.Parameter(norm.weight.detach().bfloat16())
+    with pytest.raises(TypeError, match=r"timestep_norm: `weight` must be torch.float32 .*wide_parameters\(model\)"):
+        model(tokens_of(1, 5))
+
+
+def test_saved_states_load_with_weights_only():
+    model = tiny_model(torch.float32)
+    _, state = model(tokens_of(2, 5), return_state=True)
+    file = io.BytesIO()
+    torch.save(state.detach(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert isinstance(loaded, mo.MegalodonState)
+    assert torch.equal(model(tokens_of(2, 3), state=loaded), model(tokens_of(2, 3), state=state))
+
+
+def test_the_model_runs_on_the_meta_device():
+    with torch.device("meta"):
+        model = mo.Megalodon(mo.MegalodonConfig(**TINY))
+        logits, state = model(torch.zeros(2, 20, dtype=torch.long), return_state=True)
+    assert logits.is_meta and logits.shape == (2, 20, TINY["vocab_size"]) and state.norm.count.is_meta
+
+
+def test_torch_func_is_refused():
+    zeros = torch.zeros(2, 8)
+    with pytest.raises(NotImplementedError, match="timestep_norm: .*torch.func"):
+        torch.func.grad(lambda x: mo.timestep_norm(x, *zeros, num_groups=2).sum())(torch.randn(1, 4, 8))
+
+
+@pytest.mark.parametrize("token", [-1, TINY["vocab_size"], 2**40])
+def test_a_token_out_of_range_is_named(token):
+    model, tokens = tiny_model(torch.float32), tokens_of(2, 5)
+    tokens[1, 2] = token
+    with pytest.raises(IndexError, match=rf"Megalodon: `tokens` must be in \[0, {TINY['vocab_size']}\), got {token}"):
+        model(tokens)
+
+
+@pytest.mark.parametrize(
+    "tokens", [[[1, 2]], None, torch.ones(1, 2, dtype=torch.bool), torch.ones(2, dtype=torch.long)]
+)
+def test_tokens_of_a_wrong_kind_are_refused(tokens):
+    assert_refuses((TypeError, ValueError), "Megalodon", "tokens", lambda: tiny_model(torch.float32)(tokens))
+
+
+def states():
+    q = torch.randn(1, 5, 1, 4)
+    _, attention = mo.chunked_attention(q, q, q, chunk_size=4, return_state=True)
+    _, norm = mo.timestep_norm(torch.randn(1, 5, 4), *torch.zeros(2, 4), num_groups=2, return_state=True)
+    return q, attention, norm
+
+
+@pytest.mark.parametrize("field", ["k", "v", "position"])
+def test_an_attention_state_must_be_whole(field):
+    q, state, _ = states()
+    call = lambda: mo.chunked_attention(q, q, q, chunk_size=4, state=state._replace(**{field: None}))  # noqa: E731
+    assert_refuses(ValueError, "chunked_attention", f"state.{field}", call)
+
+
+@pytest.mark.parametrize("field", ["count", "mean", "var"])
+def test_a_norm_state_must_be_whole(field):
+    _, _, state = states()
+    broken = state._replace(**{field: None})
+    call = lambda: mo.timestep_norm(torch.randn(1, 2, 4), *torch.zeros(2, 4), num_groups=2, state=broken)  # noqa: E731
+    assert_refuses(ValueError, "timestep_norm", f"state.{field}", call)
+
+
+@pytest.mark.parametrize("wrong", [(), (1,), [1, 2, 3], {"count": 1}, 5, "state"], ids=repr)
+def test_a_state_of_another_kind_is_refused(wrong):
+    q, _, _ = states()
+    norm = lambda: mo.timestep_norm(torch.randn(1, 2, 4), *torch.zeros(2, 4), num_groups=2, state=wrong)  # noqa: E731
+    assert_refuses(TypeError, "timestep_norm", "state", norm)
+    assert_refuses(
+        TypeError, "chunked_attention", "state", lambda: mo.chunked_attention(q, q, q, chunk_size=4, state=wrong)
+    )
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_norms_of_integers_are_refused(norm):
+    assert_refuses(TypeError, norm.__name__, "x", lambda: norm(torch.ones(2, 4, dtype=torch.int64)))
