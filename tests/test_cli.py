@@ -218,27 +218,28 @@ def test_two_runs_in_one_folder(text, tmp_path, capsys):
 
 def test_one_of_many_gets_the_lock(tmp_path):
     """Threads that take and release it at random never hold it together, although each release removes the file."""
-    holders, most, tries = 0, 0, [0] * 8
+    holders, most = 0, 0
 
-    def take(number):
+    def take():
         nonlocal holders, most
-        for _ in range(300):
+        taken = 0
+        while taken < 20:
             try:
                 with Lock(tmp_path / "run"):
                     holders += 1
                     most = max(most, holders)
                     time.sleep(0)
                     holders -= 1
-                    tries[number] += 1
-            except (CommandError, FileNotFoundError):
+                    taken += 1
+            except (CommandError, FileNotFoundError, FileExistsError):  # or its folder was just being removed
                 pass
 
-    threads = [threading.Thread(target=take, args=(i,)) for i in range(8)]
+    threads = [threading.Thread(target=take) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1 and sum(tries) > 100
+    assert most == 1
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(text, tmp_path, capsys):

@@ -18,6 +18,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from megalodon_ops.cli.errors import CommandError
+
 START = 256
 VOCABULARY = 257
 
@@ -62,6 +64,9 @@ class Batches:
     def seek(self, position: dict) -> None:
         self.taken = position["taken"]
         self.readers = [(document, offset) for document, offset in position["readers"]]
+        for document, offset in self.readers:
+            if document >= len(self.documents) or (document >= 0 and offset >= len(self.documents[document])):
+                raise CommandError(f"the checkpoint goes on in document {document} at byte {offset}, where no text is")
 
     def next(self) -> Batch | None:
         """The next batch; None when a single pass is over."""

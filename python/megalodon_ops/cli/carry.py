@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from megalodon_ops import AttentionState, BlockState, MegalodonState, TimestepNormState
+from megalodon_ops import AttentionState, BlockState, MegalodonConfig, MegalodonState, TimestepNormState
 
 
 def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
@@ -31,6 +32,29 @@ def to_tensors(state: MegalodonState) -> dict[str, Tensor]:
 
     note("", state)
     return tensors
+
+
+def layout(
+    config: MegalodonConfig, rows: int, activations: torch.dtype
+) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of every tensor that :func:`to_tensors` gives for the state of so many rows."""
+
+    def norm(prefix: str) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        groups = config.norm_num_groups
+        yield f"{prefix}count", torch.int64, (rows,)
+        yield f"{prefix}mean", torch.float32, (rows, groups)
+        yield f"{prefix}var", torch.float32, (rows, groups)
+        yield f"{prefix}residual", torch.float32, (rows, 2, groups)
+
+    heads = config.num_heads
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        yield from norm(f"{prefix}norm.")
+        yield f"{prefix}cema", torch.float32, (rows, config.model_dim, config.cema_ndim, 2)
+        for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
+            yield f"{prefix}attention.{name}", activations, (rows, config.chunk_size, heads, dim // heads)
+        yield f"{prefix}attention.position", torch.int64, (rows,)
+    yield from norm("norm.")
 
 
 def from_tensors(tensors: dict[str, Tensor], num_layers: int) -> MegalodonState:

@@ -4,11 +4,13 @@
 
 A folder is written under another name, flushed to the disk and renamed, so a process killed at any moment leaves the
 newest complete checkpoint as it was; a folder that cannot be finished, on a full disk, is removed. `checkpoint.json`
-holds the sizes of the other files, and a folder that does not agree with it is passed over.
+holds the sizes and sha256 sums of the other files and one of its own content. A folder that does not agree with it, or
+with what a run writes (`schema`), is passed over.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,13 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from megalodon_ops import MegalodonConfig
+from megalodon_ops.cli import schema
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.files import file_size, read_json
+from megalodon_ops.official import is_official
+from megalodon_ops.values import is_whole, shown
 
 FORMAT = 2
+"""Counts the changes of what the files hold; checkpoints of another format are not read"""
 KEPT = 2
 """How many checkpoints of a run stay"""
 
@@ -47,14 +55,15 @@ def save(run: Path, step: int, record: dict[str, Any], parts: dict[str, dict[str
     draft = root / f".{folder.name}"
     with _drafting(draft):
         draft.mkdir()
-        sizes = {}
+        files = {}
         for part, tensors in parts.items():
             file = draft / f"{part}.safetensors"
             save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
             _flush(file)
-            sizes[part] = file.stat().st_size
+            files[part] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         file = draft / "checkpoint.json"
-        file.write_text(json.dumps({"format": FORMAT, "step": step, **record, "sizes": sizes}, indent=1) + "\n")
+        record = {"format": FORMAT, "step": step, **record, "files": files}
+        file.write_text(json.dumps({**record, "checksum": _checksum(record)}, indent=1) + "\n")
         _flush(file)
         _flush(draft)
     if folder.exists():
@@ -69,15 +78,28 @@ def save(run: Path, step: int, record: dict[str, Any], parts: dict[str, dict[str
 def load(path: Path, flag: str) -> Checkpoint:
     """The newest complete checkpoint of a run's folder, or the one the folder is; `flag` is what errors name."""
     if not path.is_dir():
-        raise CommandError(f"{flag} {path}: no such folder")
-    one = (path / "checkpoint.json").exists()
-    folders = [path] if one else sorted((path / "checkpoints").glob("step-*"), reverse=True)
-    for folder in folders:
+        raise CommandError(f"{flag} {path}: {'a file, name its folder' if path.is_file() else 'no such folder'}")
+    if is_official(path):
+        raise CommandError(
+            f"{flag} {path}: a folder in the format of the released code, whose models read tokens and not bytes; "
+            "load it in Python with megalodon_ops.load_official"
+        )
+    if os.path.lexists(path / "checkpoint.json"):
         try:
-            return _read(folder)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            print(f"megalodon_ops: passing over {folder}: {error}", file=sys.stderr)
-    raise CommandError(f"{flag} {path}: no complete checkpoint in this folder")
+            return _read(path)
+        except _FAULTS as error:
+            raise CommandError(f"{flag} {path}: {_fault(path, error)}") from error
+    faults = []
+    for folder in sorted((path / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            found = _read(folder)
+        except _FAULTS as error:
+            faults.append(f"{folder}: {_fault(folder, error)}")
+            continue
+        for fault in faults:
+            print(f"megalodon_ops: passing over {fault}", file=sys.stderr)
+        return found
+    raise CommandError("; ".join([f"{flag} {path}: no complete checkpoint in this folder", *faults]))
 
 
 def exists(run: Path) -> bool:
@@ -89,13 +111,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
-    tensors = checkpoint.parts["model"]
-    parameters = dict(model.named_parameters())
-    if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in tensors.items()}:
-        raise CommandError(f"{checkpoint.folder}: its tensors are not those of its config")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+        for name, parameter in model.named_parameters():
+            parameter.copy_(checkpoint.parts["model"][name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -139,14 +157,71 @@ def _drafting(draft: Path) -> Iterator[None]:
         raise CommandError(f"{draft.with_name(draft.name[1:])}: could not be written: {reason}") from error
 
 
+_FAULTS = (OSError, ValueError, SafetensorError)
+
+
 def _read(folder: Path) -> Checkpoint:
-    record = json.loads((folder / "checkpoint.json").read_text())
-    if record["format"] != FORMAT:
-        raise ValueError(f"its format is {record['format']}, and this version reads {FORMAT}")
-    for part, size in record["sizes"].items():
-        if (found := (folder / f"{part}.safetensors").stat().st_size) != size:
-            raise ValueError(f"{part}.safetensors has {found} bytes instead of {size}")
-    return Checkpoint(folder, record, {part: load_file(folder / f"{part}.safetensors") for part in record["sizes"]})
+    """The checkpoint in a folder, each file of which has been compared with what it must be."""
+    path = folder / "checkpoint.json"
+    record = read_json(path)
+    try:
+        if not is_whole(record.get("format"), FORMAT, FORMAT):
+            found = shown(record.get("format"))
+            raise ValueError(
+                f"its format is {found}, and this version reads {FORMAT}; the version that wrote it reads it"
+            )
+        config = schema.check_record(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    parts = {part: _read_part(folder, part, config, record) for part in schema.PARTS}
+    checksum = record.pop("checksum")
+    if _checksum(record) != checksum:
+        raise ValueError(f"{path}: was changed after it was written: its checksum is another")
+    return Checkpoint(folder, record, parts)
+
+
+def _read_part(folder: Path, part: str, config: MegalodonConfig, record: dict[str, Any]) -> dict[str, Tensor]:
+    path, wanted = folder / f"{part}.safetensors", record["files"][part]
+    size = file_size(path)
+    try:
+        if size != wanted["bytes"]:
+            raise ValueError(f"has {size} bytes instead of {wanted['bytes']}")
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (_DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
+        schema.check_layout(found, schema.layout(part, config, record))
+        if _sha256(path) != wanted["sha256"]:
+            raise ValueError("was changed after it was written: its checksum is another")
+        tensors = load_file(path)
+        schema.check_values(part, tensors, config)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
+    return tensors
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
+"""Of safetensors, those that a checkpoint has"""
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """Of what the record says, however it is laid out."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _fault(folder: Path, error: Exception) -> str:
+    return _one_line(error).removeprefix(f"{folder}{os.sep}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:1000]
 
 
 def _remove(folder: Path) -> None:
