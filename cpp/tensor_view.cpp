@@ -155,11 +155,16 @@ std::string TensorView::shape_text() const {
   return text.str();
 }
 
+// A tensor of four axes, (B, L, H, ...), may lack its batch or its heads.
+static const char* missing_axis(int rank) {
+  return rank == 4 ? "; add the batch dimension, or one of a single head." : "; add a batch dimension.";
+}
+
 const TensorView& TensorView::rank(const char* letters, int rank) const {
   if (given_ && rank_ == rank) return *this;
   const std::string text =
       std::string(op_) + ": `" + name_ + "` must have shape " + letters + ", got " + (given_ ? shape_text() : "None");
-  throw py::value_error(text + (given_ && rank_ == rank - 1 ? "; add a batch dimension." : "."));
+  throw py::value_error(text + (given_ && rank_ == rank - 1 ? missing_axis(rank) : "."));
 }
 
 const TensorView& TensorView::shape(const char* letters, std::initializer_list<int64_t> sizes) const {

@@ -300,7 +300,7 @@ def wrong_byte_order(array: np.ndarray) -> np.ndarray:
             TypeError,
             "must be an array that DLPack can pass on to torch, got numpy.nda",
         ),
-        ("x", lambda x: x.astype(int), TypeError, "must be float32, float64, bfloat16 or float16, got torch.int64"),
+        ("x", lambda x: x.astype(int), TypeError, "must be float32, float64, bfloat16 or float16, got int64"),
         ("x", lambda x: x.tolist(), TypeError, "must be a torch tensor or an array with __dlpack__, got list; make it"),
         ("p", lambda p: np.float32(1), TypeError, ".* got numpy.float32; make it an array, as with numpy.asarray"),
         ("p", lambda p: None, TypeError, "must be a torch tensor or an array with __dlpack__, got NoneType"),
@@ -405,3 +405,15 @@ def test_consumers_wait_for_results_and_torch_for_consumers(monkeypatch, stream,
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer: f"stream {pointer:#x}")
     arrays._Result(tensor).__dlpack__(stream=stream)
     assert happened == events
+
+
+def test_errors_speak_of_arrays():
+    x, zeros = np.ones((1, 3, 4), np.float32), np.zeros(4)
+    with pytest.raises(TypeError, match=r"`weight` must be float32 .* got float64; convert it with \.astype\(\"float32\"\)"):
+        mo.timestep_norm(x, zeros, zeros, num_groups=2)
+
+
+def test_queries_without_heads_are_told_so():
+    q = torch.ones(1, 3, 4)
+    with pytest.raises(ValueError, match=r"add the batch dimension, or one of a single head"):
+        mo.chunked_attention(q, q, q, chunk_size=2)

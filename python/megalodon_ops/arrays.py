@@ -1,7 +1,7 @@
 """Arrays of other libraries as arguments of the ops, through DLPack: NumPy's, CuPy's, any that has `__dlpack__`.
 
-An op whose first argument is an array reads all its arrays where they lie, without a copy, and returns arrays of the
-first one's kind, states included. A kind is known by its namespace's `from_dlpack`; one without it gets torch tensors.
+An op whose first argument is an array reads all its arrays where they lie, without a copy if they are C-contiguous (with
+one if they are not), and returns arrays of the first one's kind, states included. A kind is known by its namespace's `from_dlpack`; one without it gets torch tensors.
 
 Arrays carry no gradient: such a call runs without gradients and outside torch.autocast. A call takes either arrays or
 tensors, so that no gradient is lost unnoticed. With `inplace_state` the caller's arrays are written to.
@@ -20,6 +20,7 @@ Example:
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -81,7 +82,10 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
     device = tensors[first].device.type
     lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.no_grad(), torch.autocast(device, enabled=False) if lowered else nullcontext():
-        return give_back(op(**tensors))
+        try:
+            return give_back(op(**tensors))
+        except (TypeError, ValueError) as error:
+            raise type(error)(_in_words_of_arrays(str(error))) from None
 
 
 def refuse_arrays(op: Any, args: tuple[Any, ...]) -> None:
@@ -94,6 +98,12 @@ def refuse_arrays(op: Any, args: tuple[Any, ...]) -> None:
                 f"{public}: `{name}` must be a torch tensor, as the first argument is, got {_kind(value)}; "
                 "make it one, as torch.from_dlpack does of an array."
             )
+
+
+def _in_words_of_arrays(message: str) -> str:
+    """An op's message with the names that arrays have for dtypes and for their conversion."""
+    message = re.sub(r"\.to\(torch\.(\w+)\)", r'.astype("\1")', message)
+    return re.sub(r"torch\.(?=(float|bfloat|int|complex)\d)", "", message)
 
 
 def _as_tensor(where: str, array: Any, write: bool) -> Tensor:

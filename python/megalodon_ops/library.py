@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C
+from . import _C, flops
 from .arrays import refuse_arrays
 
 _library = torch.library.Library("megalodon_ops", "DEF")
@@ -43,6 +43,7 @@ def define_op(
     for device in ("CPU", "CUDA"):
         _library.impl(name, kernel, device)
     torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
+    flops.register(op)
     differentiable = None
     if "!" not in schema:
         function = _autograd_function(name, setup_context, backward or _no_derivative(name))
@@ -83,6 +84,8 @@ _KINDS = {
 
 
 def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
+    """Its nodes in a graph are named after the op: those of `cema_fwd` are `CemaBackward`."""
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
@@ -102,7 +105,8 @@ def _autograd_function(name: str, setup_context: Callable | None, backward: Call
                 f"{name}: forward-mode derivatives are not supported; use reverse mode, or megalodon_ops.reference."
             )
 
-    return Function
+    title = "".join(word.capitalize() for word in name.removesuffix("_fwd").split("_"))
+    return type(Function)(title, (Function,), {})
 
 
 def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> Callable:

@@ -1,0 +1,198 @@
+"""How many floating-point operations each op counts in `torch.utils.flop_counter`, forward and backward.
+
+Matrix products and attention count as torch counts its own: two for each multiply-add, none for a bias or a softmax.
+Attention counts the pairs of a query and a key that its chunks allow. Every other op counts one for each sum, product,
+quotient, root, exponential, sine or cosine of an element in its definition, in :mod:`megalodon_ops.reference`; what it
+does once for a channel or a head does not count. Tokens in no sequence count nothing; where the sequences' ends cannot
+be read, as those of fake tensors, whole rows count.
+
+Example:
+    >>> import torch, megalodon_ops as mo
+    >>> from torch.utils.flop_counter import FlopCounterMode
+    >>> q = k = v = torch.zeros(1, 4, 1, 8)
+    >>> with FlopCounterMode(display=False) as counter:
+    ...     o = mo.chunked_attention(q, k, v, chunk_size=2)
+    >>> counter.get_total_flops()  # 6 pairs, each 8 multiply-adds for its score and 8 for its value
+    192
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_formulas: dict[str, Callable[..., int]] = {}
+
+
+def register(op: Callable) -> None:
+    """Tells torch the formula of a registered op, which must be one of this module."""
+    arguments = [argument.name for argument in op._schema.arguments]
+    formula = _formulas[op._schema.name.split("::")[1]]
+
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return formula(*args, *(kwargs[name] for name in arguments[len(args) :]))
+
+    register_flop_formula(op._overloadpacket, get_raw=True)(count)
+
+
+def _formula(function: Callable[..., int]) -> Callable[..., int]:
+    """The function, which has the name and the arguments of its op, and is its formula."""
+    _formulas[function.__name__] = function
+    return function
+
+
+def _values(tensor: Tensor | None, otherwise: list[int]) -> list[int]:
+    """What stands in a tensor of integers. `otherwise`: it is None, or nothing stands in it."""
+    readable = tensor is not None and type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+    return tensor.tolist() if readable else otherwise
+
+
+def _steps(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[int]:
+    """Of each sequence."""
+    batch, length = x.shape[:2]
+    ends = None if cu_seqlens is None else cu_seqlens.diff()
+    return _values(lengths if ends is None else ends, [length] * batch)
+
+
+@_formula
+def cema_fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths):
+    channels, modes = p.shape
+    return sum(_steps(x, cu_seqlens, lengths)) * channels * (12 * modes + 2)
+
+
+@_formula
+def cema_bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
+    channels, modes = p.shape
+    h, g, dx, dp, dq, dgamma = 8, 10, 2, 2, 8, 4
+    return sum(_steps(x, cu_seqlens, lengths)) * channels * ((h + g + dx + dp + dq + dgamma) * modes + 4)
+
+
+@_formula
+def timestep_norm_fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths):
+    statistics, normalized = 4, 4
+    return sum(_steps(x, cu_seqlens, lengths)) * x.shape[2] * (statistics + normalized)
+
+
+@_formula
+def timestep_norm_bwd(
+    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
+):
+    sums, dx, dweight, dbias = 5, 4, 3, 1
+    return sum(_steps(x, cu_seqlens, lengths)) * x.shape[2] * (sums + dx + dweight + dbias)
+
+
+@_formula
+def normalized_qk_fwd(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+    normalized, affine, rotated = 3, 2, 3
+    return sum(_steps(z, cu_seqlens, lengths)) * z.shape[2] * (normalized + 2 * (affine + rotated))
+
+
+@_formula
+def normalized_qk_bwd(
+    dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths
+):
+    normalized, rotated, dgamma, dbeta, dnormalized, dz = 3, 3, 2, 1, 3, 5
+    per_element = normalized + 2 * (rotated + dgamma + dbeta) + dnormalized + dz
+    return sum(_steps(z, cu_seqlens, lengths)) * z.shape[2] * per_element
+
+
+def _pairs(
+    q: Tensor, position: Tensor | None, chunk_size: int, cu_seqlens: Tensor | None, lengths: Tensor | None
+) -> Iterator[tuple[int, int]]:
+    """Of each sequence, how many pairs of a query and a key its chunks allow, and how many of them have a cached key."""
+
+    def until(end: int) -> int:
+        chunks, rest = end // chunk_size, end % chunk_size
+        return (chunks * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
+
+    steps = _steps(q, cu_seqlens, lengths)
+    for count, first in zip(steps, _values(position, [0] * len(steps))):
+        yield until(first + count) - until(first), first * min(count, chunk_size - first)
+
+
+@_formula
+def chunked_attention_fwd(
+    q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+):
+    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
+    return sum(2 * pairs * heads * (K + V) for pairs, _ in _pairs(q, position, chunk_size, cu_seqlens, lengths))
+
+
+@_formula
+def chunked_attention_bwd(
+    do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+):
+    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
+    total = 0
+    for pairs, cached in _pairs(q, position, chunk_size, cu_seqlens, lengths):
+        scores_dscores_and_dq, dk_and_dv = pairs * (2 * K + V), (pairs - cached) * (K + V)
+        total += 2 * heads * (scores_dscores_and_dq + dk_and_dv)
+    return total
+
+
+@_formula
+def chunked_attention_state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+    return 0  # it copies
+
+
+@_formula
+def chunked_attention_state_(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+    return 0
+
+
+@_formula
+def layer_norm_fwd(x, weight, bias, eps, is_rms_norm):
+    return x.numel() * ((3 if is_rms_norm else 5) + (weight is not None) + (bias is not None))
+
+
+@_formula
+def layer_norm_bwd(dy, x, weight, bias, eps, is_rms_norm):
+    normalized, dx = (3, 5) if is_rms_norm else (5, 7)
+    dweight, dbias = 0 if weight is None else 3, 0 if bias is None else 1
+    return x.numel() * (normalized + dx + dweight + dbias)
+
+
+@_formula
+def gated_silu_fwd(x, value):
+    return x.numel() * (4 if value is None else 5)
+
+
+@_formula
+def gated_silu_bwd(dy, x, value):
+    return x.numel() * (8 if value is None else 11)
+
+
+@_formula
+def cema_coefficients_fwd(alpha, delta, theta, gamma):
+    sigmoids, radius, angle, q, scaled = 6, 2, 1, 4, 2
+    return alpha.numel() * (sigmoids + radius + angle + q + scaled)
+
+
+@_formula
+def cema_coefficients_bwd(dp, dq, dscaled, alpha, delta, theta):
+    sigmoids, radius, angle, along_and_across, dalpha, ddelta, dtheta, dgamma = 6, 2, 1, 8, 5, 4, 3, 2
+    return alpha.numel() * (sigmoids + radius + angle + along_and_across + dalpha + ddelta + dtheta + dgamma)
+
+
+@_formula
+def linear_fwd(x, weight, bias):
+    return 2 * x.numel() * weight.shape[0]
+
+
+@_formula
+def linear_few_rows(x, weight, bias):
+    return 2 * x.numel() * weight.shape[0]
+
+
+@_formula
+def linear_cross_entropy_fwd(x, weight, index, ignore_index):
+    return 2 * x.numel() * weight.shape[0]
+
+
+@_formula
+def linear_cross_entropy_sum(x, weight, index, scales, wants_dx, wants_dweight):
+    return 2 * x.numel() * weight.shape[0] * (1 + wants_dx + wants_dweight)

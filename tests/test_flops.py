@@ -1,0 +1,124 @@
+"""What torch.utils.flop_counter counts for the ops, and what their autograd nodes are called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import OPS, cema_case, chunked_attention_case, evaluate, forward, normalized_qk_case, timestep_norm_case
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+import megalodon_ops as mo
+from megalodon_ops.cema_coefficients import cema_coefficients
+from megalodon_ops.gated_silu import gated_silu
+from megalodon_ops.layer_norm import layer_norm, rms_norm
+from megalodon_ops.linear import linear_few_rows, linear_fwd
+from megalodon_ops.loss import linear_cross_entropy_fwd, linear_cross_entropy_sum
+
+ops = torch.ops.megalodon_ops
+
+
+def counted(call) -> dict[str, int]:
+    """By the op's name."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return {str(op).split(".")[-1]: count for op, count in counter.get_flop_counts().get("Global", {}).items()}
+
+
+def test_every_op_has_a_formula():
+    names = torch._C._dispatch_get_all_op_names()
+    packets = {getattr(ops, name.split("::")[1]) for name in names if name.startswith("megalodon_ops::")}
+    assert len(packets) >= 20 and packets <= flop_registry.keys()
+
+
+ELEMENTS = 2 * 9  # steps of a case
+EXPECTED = {
+    "cema": (cema_case(D=5, N=4), ELEMENTS * 5 * (12 * 4 + 2), ELEMENTS * 5 * (34 * 4 + 4)),
+    "timestep_norm": (timestep_norm_case(G=3, width=4), ELEMENTS * 12 * 8, ELEMENTS * 12 * 13),
+    "normalized_qk": (normalized_qk_case(H=2, K=6), ELEMENTS * 12 * 13, ELEMENTS * 12 * 23),
+    # Nine steps in chunks of four allow 10 + 10 + 1 pairs.
+    "chunked_attention": (
+        chunked_attention_case(H=2, K=3, V=5, C=4), 2 * 21 * 2 * 2 * (3 + 5), 2 * 21 * 2 * 2 * (3 * 3 + 2 * 5)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "fwd", "bwd"), EXPECTED.values(), ids=EXPECTED)
+def test_forward_and_backward_are_counted(case, fwd, bwd):
+    found = counted(lambda: evaluate(getattr(mo, case.op), case))
+    assert found.pop("chunked_attention_state", 0) == 0  # it copies
+    assert found == {f"{case.op}_fwd": fwd, f"{case.op}_bwd": bwd}
+
+
+@pytest.mark.parametrize("op", ["cema", "timestep_norm", "normalized_qk", "chunked_attention"])
+def test_padding_counts_nothing(op):
+    build = {"cema": cema_case, "timestep_norm": timestep_norm_case, "normalized_qk": normalized_qk_case}
+    build = build.get(op, chunked_attention_case)
+    rows = [counted(lambda n=n: evaluate(getattr(mo, op), build(B=1, L=n))) for n in (9, 3)]
+    expected = {name: rows[0][name] + rows[1][name] for name in rows[0]}
+    for case in (build(B=3, lengths=[9, 0, 3]), build(B=1, L=15, cu_seqlens=[1, 10, 13])):
+        assert counted(lambda case=case: evaluate(getattr(mo, op), case)) == expected
+
+
+def test_attention_counts_pairs_as_they_are():
+    """Also those with cached keys, to which no gradient goes."""
+    C, K, V, first, steps = 4, 3, 5, 3, 9
+    case = chunked_attention_case(B=1, L=steps, H=1, K=K, V=V, C=C, state=True)
+    assert case.options["state"].position.tolist() == [first]
+    at = torch.arange(first + steps)
+    allowed = (at[first:, None] // C == at // C) & (at[first:, None] >= at)
+    pairs, cached = int(allowed.sum()), int(allowed[:, :first].sum())
+    found = counted(lambda: evaluate(mo.chunked_attention, case))
+    assert found["chunked_attention_fwd"] == 2 * pairs * (K + V)
+    assert found["chunked_attention_bwd"] == 2 * (pairs * (2 * K + V) + (pairs - cached) * (K + V))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_tensors_count_whole_rows(op):
+    build = {"cema": cema_case, "timestep_norm": timestep_norm_case, "normalized_qk": normalized_qk_case}
+    build = build.get(op, chunked_attention_case)
+    real = counted(lambda: forward(getattr(mo, build().op), build()))
+    with FakeTensorMode() as mode:
+        padded = build(lengths=[2, 3])
+        tensors = {name: mode.from_tensor(tensor) for name, tensor in padded.tensors.items()}
+        options = {"lengths": mode.from_tensor(padded.options.pop("lengths"))}
+        case = padded.with_tensors(**tensors).with_options(**options)
+        assert counted(lambda: forward(getattr(mo, case.op), case)) == real
+
+
+def test_layers_around_the_ops():
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((3, 8), (8,), (8,)))
+    matrix, index = torch.randn(5, 8), torch.tensor([1, 2, 3])
+
+    def both(call):
+        return lambda: sum(t.abs().sum() for t in call()).backward()
+
+    assert counted(both(lambda: [layer_norm(x, weight, bias)])) == {
+        "layer_norm_fwd": 24 * 7, "layer_norm_bwd": 24 * 16
+    }  # fmt: skip
+    assert counted(both(lambda: [rms_norm(x)])) == {"layer_norm_fwd": 24 * 3, "layer_norm_bwd": 24 * 8}
+    assert counted(both(lambda: [gated_silu(x, x)])) == {"gated_silu_fwd": 24 * 5, "gated_silu_bwd": 24 * 11}
+    alpha, theta, gamma = (torch.zeros(*shape, requires_grad=True) for shape in ((4, 3, 1), (4, 1, 1), (4, 3, 2)))
+    coefficients = counted(both(lambda: cema_coefficients(alpha, alpha, theta, gamma)))
+    assert coefficients == {"cema_coefficients_fwd": 12 * 15, "cema_coefficients_bwd": 12 * 31}
+    product = 2 * 3 * 8 * 5  # of x and the transposed matrix
+    assert sum(counted(both(lambda: [linear_fwd(x, matrix, None)])).values()) == 2 * product
+    assert counted(lambda: linear_few_rows(x.detach(), matrix, None)) == {"linear_few_rows": product}
+    losses = counted(both(lambda: [linear_cross_entropy_fwd(x, matrix, index, -100)]))
+    assert losses == {"linear_cross_entropy_fwd": product, "linear_cross_entropy_sum": 2 * product}
+    total = counted(lambda: linear_cross_entropy_sum(x, matrix, index, torch.ones(3), True, True))
+    assert total == {"linear_cross_entropy_sum": 3 * product}
+
+
+@pytest.mark.parametrize("dispatched", [False, True])
+@pytest.mark.parametrize("op", ["cema", "timestep_norm", "normalized_qk", "chunked_attention"])
+def test_nodes_are_named_after_their_op(op, dispatched):
+    case = EXPECTED[op][0]
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
+    run = lambda: next(iter(forward(getattr(mo, op), case.with_tensors(**leaves)).values()))  # noqa: E731
+    if dispatched:
+        with FlopCounterMode(display=False):
+            node = run().grad_fn
+    else:
+        node = run().grad_fn
+    assert node.name() == op.title().replace("_", "") + "Backward"
