@@ -297,7 +297,7 @@ def test_one_document(tmp_path):
 ERRORS = {
     "missing text": (["train", "--data", "{tmp}/missing"], "missing: no such file or folder"),
     "empty text": (["train", "--data", "{tmp}/empty"], "empty: the file is empty"),
-    "steps": (["train", "--steps", "0"], "argument --steps: must be a whole number above 0, got 0"),
+    "steps": (["train", "--steps", "0"], "argument --steps: must be a whole number above 0 and below 2^63, got 0"),
     "minutes": (["train", "--minutes", "nan"], "argument --minutes: must be a number above 0, got nan"),
     "unknown flag": (["train", "--stops", "3"], "unrecognized arguments: --stops 3"),
     "abbreviation": (["train", "--step", "3"], "unrecognized arguments: --step 3"),
@@ -362,7 +362,7 @@ def test_a_changed_config_in_the_checkpoint_is_noticed(text, tmp_path, capsys):
 
 
 def test_eval_repeats_the_end_of_training(finished, capsys):
-    assert main(["eval", "--checkpoint", str(finished), "--length", "50", "--batch", "2"]) == 0
+    assert main(["eval", "--checkpoint", str(finished), "--piece", "50", "--batch", "2"]) == 0
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert float(last[0]) == pytest.approx(rows(finished)[-1]["held_out_bits_per_byte"], abs=2e-4)
     perplexity = float(last[last.index("perplexity") + 1])
@@ -393,3 +393,52 @@ def test_generate_prints_as_it_comes(finished):
         process.stdout.close()  # as `head` does
         assert process.wait(timeout=60) == 128 + signal.SIGPIPE
         assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dim", 10**9],
+        ["--batch", 10**12],
+        ["--length", 10**20],
+        ["--layers", 10**8],
+        ["--steps", "1" + "0" * 400],
+        ["--vocab", 3],
+    ],
+    ids=lambda flags: f"{flags[0]} {str(flags[1])[:12]}",
+)
+def test_what_no_machine_holds_is_refused_in_one_line(flags, text, tmp_path, capsys):
+    small = ["--dim", "32", "--norm-groups", "4", "--batch", "3", "--length", "24"]
+    try:
+        code = main(["train", "--data", str(text), "--out", str(tmp_path / "run"), *small, *map(str, flags)])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and "error" in said and len(said) < 300
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"megalodon_ops {megalodon_ops.__version__}\n"
+
+
+def test_a_prompt_from_standard_input_on_a_terminal_that_knows_ascii_alone(finished):
+    command = shell("generate", "--checkpoint", finished, "--prompt-file", "-", "--bytes", 5)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(command, input="d\u00e9f ".encode(), capture_output=True, env=environment)
+    assert ran.returncode == 0 and ran.stderr == b"" and ran.stdout.startswith(b"d\\xe9f ")
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise():
+    """OpenMP reads the variable when torch loads it, so it must be set before."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    run = lambda *command, **extra: subprocess.run(  # noqa: E731
+        command, capture_output=True, text=True, env=environment | extra, check=True
+    ).stdout.strip()
+    seen = "import os, megalodon_ops; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert run(sys.executable, "-c", seen) == "None"
+    as_module = f"import sys; sys.argv = ['-m', 'info']; sys.orig_argv = [sys.executable, '-m', 'megalodon_ops', 'info']; {seen}"
+    assert run(sys.executable, "-c", as_module) == "1000"
+    assert run(sys.executable, "-c", as_module, GOMP_SPINCOUNT="5") == "5"
+    assert run(sys.executable, "-c", as_module, OMP_WAIT_POLICY="active") == "None"

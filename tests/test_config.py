@@ -30,7 +30,7 @@ SWITCHES = ("norm_affine", "swiglu", "rescale_nffn", "share_emb")
 
 
 @pytest.mark.parametrize(
-    "on", [{name for i, name in enumerate(SWITCHES) if bits >> i & 1} for bits in range(16)], ids=str
+    "on", [[name for i, name in enumerate(SWITCHES) if bits >> i & 1] for bits in range(16)], ids="-".join
 )
 def test_shapes_without_the_model(on):
     config = mo.MegalodonConfig(**TINY, **{name: name in on for name in SWITCHES})

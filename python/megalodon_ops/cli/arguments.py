@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megalodon_ops import MegalodonConfig
+from megalodon_ops import MegalodonConfig, __version__
 
 SMALL = "small"
 """The preset of the default run; see `models.SMALL_CONFIG`"""
@@ -43,6 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="megalodon_ops", allow_abbrev=False, description="MEGALODON: train, evaluate, sample.")
+    parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,train,eval,generate}")
     for name, add_flags, summary in (
         ("info", lambda _: None, "what was built, and what it runs on"),
@@ -98,7 +99,8 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flag(parser)
     parser.add_argument("--data", nargs="+", type=Path, metavar="PATH", help="text (the held-out text of the run)")
     parser.add_argument("--batch", type=_natural, default=8, help="documents read side by side (8)")
-    parser.add_argument("--length", type=_natural, default=2048, help="bytes of a document in one piece (2048)")
+    piece = "bytes of a document in memory at once, which changes time and memory but not the result (2048)"
+    parser.add_argument("--piece", type=_natural, default=2048, metavar="N", help=piece)
     _device_flags(parser, "cpu", None)
 
 
@@ -106,7 +108,7 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flag(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="text to continue (none: a new document)")
-    prompt.add_argument("--prompt-file", type=Path, metavar="PATH", help="file to continue")
+    prompt.add_argument("--prompt-file", type=Path, metavar="PATH", help="file to continue; - is standard input")
     parser.add_argument("--bytes", type=_natural, default=1000, metavar="N", help="how many to write (1000)")
     parser.add_argument("--temperature", type=_not_negative, default=0.8, help="0 takes the likeliest byte (0.8)")
     parser.add_argument("--top-k", type=_natural, default=None, help="sample among the K likeliest bytes")
@@ -135,16 +137,16 @@ def _number(kind: Callable, accepts: Callable[[float], bool], wanted: str) -> Ca
     def parse_number(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
+        except ValueError:  # also of an integer of thousands of digits
             value = math.nan
-        if not (math.isfinite(value) and accepts(value)):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+        if not (abs(value) < 2**63 and accepts(value)):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text[:40]}{'...' * (len(text) > 40)}")
         return value
 
     return parse_number
 
 
-_natural = _number(int, lambda x: x > 0, "a whole number above 0")
+_natural = _number(int, lambda x: x > 0, "a whole number above 0 and below 2^63")
 _seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
 _positive = _number(float, lambda x: x > 0, "a number above 0")
 _not_negative = _number(float, lambda x: x >= 0, "a number, 0 or above")

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     total = sum(map(len, documents))
     print(f"{text}: {len(documents)} documents, {total:,} bytes; step {found.record['step']}")
     with tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar:
-        bits = bits_per_byte(model, documents, options.batch, options.length, precision(device, dtype), bar)
+        bits = bits_per_byte(model, documents, options.batch, options.piece, precision(device, dtype), bar)
     print(f"{bits:.4f} bits per byte, perplexity {2**bits:.4f} per byte")
     return 0
 

@@ -6,6 +6,7 @@ import argparse
 import codecs
 import itertools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -61,5 +62,5 @@ def show_sample(model: Megalodon, documents: Sequence[bytes], seed: int, autocas
 
 def _prompt(options: argparse.Namespace) -> bytes:
     if hasattr(options, "prompt_file"):
-        return options.prompt_file.read_bytes()
+        return sys.stdin.buffer.read() if str(options.prompt_file) == "-" else options.prompt_file.read_bytes()
     return os.fsencode(getattr(options, "prompt", ""))

@@ -26,6 +26,7 @@ from megalodon_ops.cli.lock import Lock
 from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.schedule import Schedule
 from megalodon_ops.cli.settings import Settings, resolve, run_folder
+from megalodon_ops.memory import check_fits
 
 LOOK = 1 << 15
 """Held-out bytes evaluated during the run; the end of it takes all"""
@@ -42,11 +43,24 @@ def run(options: argparse.Namespace) -> int:
 
 def _run(settings: Settings, saved: checkpoint.Checkpoint | None) -> int:
     device = usable_device(settings.device)
+    check_memory(settings)
     corpus = load_corpus(settings.data)
     if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
         raise CommandError("--resume: the text is not the one this run was started with; start another run")
     with metrics.Diary(settings.out / "metrics.jsonl", saved.record["step"] if saved else 0) as diary:
         return Trainer(settings, corpus, device, diary, saved).run()
+
+
+def check_memory(settings: Settings) -> None:
+    """Refuses, before anything is allocated, what this machine cannot hold, whatever else a step needs."""
+    weights_gradients_and_moments, token_target_and_activations = 4, 4 + settings.config.num_layers
+    numbers = weights_gradients_and_moments * settings.config.num_parameters()
+    tokens = settings.batch * settings.length
+    numbers += token_target_and_activations * tokens * settings.config.model_dim
+    try:
+        check_fits(numbers * torch.float32.itemsize, f"training {settings.config.num_parameters():,} parameters")
+    except ValueError as error:
+        raise CommandError(f"{error}; make --dim, --layers, --batch or --length smaller") from error
 
 
 class Trainer:
