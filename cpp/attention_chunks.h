@@ -192,7 +192,8 @@ class DropKey {
 
 // Calls body(chunk, head) for every head of every chunk. They take a thread each, with body = make(1) for each; or
 // chunks that are a large part of the work come first, on the caller with body = make(threads), so that the
-// parallel_jobs inside body spread their blocks of `block` rows over the threads, whichever is done sooner. work(chunk) counts for each head.
+// parallel_jobs inside body spread their blocks of `block` rows over the threads, whichever is done sooner. One head of
+// one chunk alone is on the caller as well. work(chunk) counts for each head.
 template <class Work, class Make>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
   const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
@@ -235,8 +236,9 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
       for (int64_t head = 0; head < heads; ++head) body(**rest, head);
   }
   if (rest == order.end()) return;
-  parallel_jobs((order.end() - rest) * heads, total, [&] {
-    return [&, body = make(1)](int64_t job) mutable { body(*rest[job / heads], job % heads); };
+  const int64_t jobs = (order.end() - rest) * heads;
+  parallel_jobs(jobs, total, [&] {
+    return [&, body = make(jobs == 1 ? threads : 1)](int64_t job) mutable { body(*rest[job / heads], job % heads); };
   });
 }
 
@@ -248,6 +250,8 @@ class PerThread {
     slots_.reserve(static_cast<size_t>(threads));
     for (int i = 0; i < threads; ++i) slots_.emplace_back(params);
   }
+  // More than these must not run inside the body.
+  int threads() const { return static_cast<int>(slots_.size()); }
   const S& get() const { return slots_[slots_.size() > 1 ? static_cast<size_t>(omp_get_thread_num()) : 0]; }
 
  private:

@@ -67,7 +67,7 @@ class ChunkBackward {
     const int64_t blocks = ceil_div(chunk.keys, kBlock), first_block = chunk.cached / kBlock;
     const double work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
     const auto for_each = [&](int64_t jobs, double total, auto&& body) {
-      parallel_jobs<FlushDenormals, TileRegisters>(jobs, total, [&] { return body; });
+      parallel_jobs<FlushDenormals, TileRegisters>(jobs, scratch_.threads() == 1 ? 0 : total, [&] { return body; });
     };
     for_each(blocks, work, [&](int64_t block) { pack(chunk, head, block); });
     pairs_.clear();
