@@ -164,7 +164,7 @@ const TensorView& TensorView::rank(const char* letters, int rank) const {
   if (given_ && rank_ == rank) return *this;
   const std::string text =
       std::string(op_) + ": `" + name_ + "` must have shape " + letters + ", got " + (given_ ? shape_text() : "None");
-  throw py::value_error(text + (given_ && rank_ == rank - 1 ? missing_axis(rank) : "."));
+  throw py::value_error(text + (given_ && rank_ == rank - 1 && letters[1] == 'B' ? missing_axis(rank) : "."));
 }
 
 const TensorView& TensorView::shape(const char* letters, std::initializer_list<int64_t> sizes) const {

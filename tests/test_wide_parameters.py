@@ -138,3 +138,63 @@ def test_a_state_of_another_kind_is_refused(wrong):
 @pytest.mark.parametrize("norm", [layer_norm, rms_norm])
 def test_norms_of_integers_are_refused(norm):
     assert_refuses(TypeError, norm.__name__, "x", lambda: norm(torch.ones(2, 4, dtype=torch.int64)))
+
+
+def sharded(model, shard_all_in_bfloat16):
+    """On one rank."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    if shard_all_in_bfloat16:
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+    else:  # as wide_parameters' docstring says
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+        for block in model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_in_bfloat16_they_are_wide(one_rank):
+    model = tiny_model(torch.float32)
+    wanted = copy.deepcopy(model).to(torch.bfloat16).loss(tokens_of(2, 20), tokens_of(2, 20))
+    sharded(model, shard_all_in_bfloat16=False)
+    loss = model.loss(tokens_of(2, 20), tokens_of(2, 20))
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+    loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_in_bfloat16_with_all_others_they_are_refused_with_where_to_look(one_rank):
+    model = tiny_model(torch.float32)
+    sharded(model, shard_all_in_bfloat16=True)
+    with pytest.raises(TypeError, match=r"wide_parameters\(model\)"):
+        model(tokens_of(1, 5))
+
+
+@pytest.mark.parametrize("wrong", [1.5, 2**70], ids=repr)
+def test_scalars_of_a_wrong_kind_are_refused(wrong):
+    x, zeros = torch.randn(1, 4, 8), torch.zeros(2, 8)
+    assert_refuses(TypeError, "timestep_norm", "num_groups", lambda: mo.timestep_norm(x, *zeros, num_groups=wrong))
+    assert_refuses(TypeError, "timestep_norm", "eps", lambda: mo.timestep_norm(x, *zeros, num_groups=2, eps="1e-5"))
+    assert_refuses(TypeError, "timestep_norm", "bias", lambda: mo.timestep_norm(x, zeros[0], None, num_groups=2))
+
+
+def test_a_matrix_that_lacks_an_axis_is_not_told_of_batches():
+    x, q = torch.randn(1, 4, 2), torch.ones(2, 1, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"cema: `p` must have shape \(D, N\), got \(2,\)\.$"):
+        mo.cema(x, torch.ones(2), q, q, torch.ones(2))

@@ -88,16 +88,21 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
             raise type(error)(_in_words_of_arrays(str(error))) from None
 
 
-def refuse_arrays(op: Any, args: tuple[Any, ...]) -> None:
-    """Raises TypeError if the registered `op` was called with something that is not a tensor where one belongs."""
+def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
+    """Raises TypeError if one of the arguments that the registered `op` was called with is of a kind that it cannot be."""
+    public = op._schema.name.split("::")[1].removesuffix("_fwd")
     for argument, value in zip(op._schema.arguments, args):
-        if "Tensor" in str(argument.type) and not isinstance(value, (Tensor, type(None))):
-            public = op._schema.name.split("::")[1].removesuffix("_fwd")
-            name = argument.name.replace("cache_", "state.")
+        kind, name = str(argument.type), argument.name.replace("cache_", "state.")
+        got = f"{value!r:.40}" if isinstance(value, (int, float, str)) else _kind(value)
+        if "Tensor" in kind and not isinstance(value, Tensor) and not (value is None and "Optional" in kind):
             raise TypeError(
-                f"{public}: `{name}` must be a torch tensor, as the first argument is, got {_kind(value)}; "
+                f"{public}: `{name}` must be a torch tensor, as the first argument is, got {got}; "
                 "make it one, as torch.from_dlpack does of an array."
             )
+        if kind == "int" and not (isinstance(value, (int, torch.SymInt)) and -(2**63) <= value < 2**63):
+            raise TypeError(f"{public}: `{name}` must be an integer below 2^63, got {got}.")
+        if kind == "float" and not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{public}: `{name}` must be a number, got {got}.")
 
 
 def _in_words_of_arrays(message: str) -> str:

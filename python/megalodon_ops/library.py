@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C, flops
-from .arrays import refuse_arrays
+from .arrays import refuse_arguments
 
 _library = torch.library.Library("megalodon_ops", "DEF")
 
@@ -131,20 +131,20 @@ def call(op: Callable, *args, **wanted: bool):
     `wanted` are arguments of the kernel that let it return None for outputs; the dispatcher does not pass them on.
     """
     watched = torch.compiler.is_compiling() or in_forward_mode()
-    if not watched and op in _plain_calls:
-        kinds, kernel, differentiable = _plain_calls[op]
-        gradients = torch.is_grad_enabled()
-        if (differentiable or not gradients) and _C.are_plain(kinds, args):
-            if gradients and _C.any_requires_grad(args):
-                return differentiable(*args, functools.partial(kernel, **wanted))
-            return kernel(*args, **wanted)
+    gradients = torch.is_grad_enabled()
     try:
-        if torch.is_grad_enabled() or watched:
+        if not watched and op in _plain_calls:
+            kinds, kernel, differentiable = _plain_calls[op]
+            if (differentiable or not gradients) and _C.are_plain(kinds, args):
+                if gradients and _C.any_requires_grad(args):
+                    return differentiable(*args, functools.partial(kernel, **wanted))
+                return kernel(*args, **wanted)
+        if gradients or watched:
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    except RuntimeError as error:
-        refuse_arrays(op, args)
+    except (RuntimeError, TypeError, AttributeError) as error:  # the last of None, which torch takes for a tensor
+        refuse_arguments(op, args)
         if torch._C._are_functorch_transforms_active():
             public = op._schema.name.split("::")[1].removesuffix("_fwd")
             raise NotImplementedError(
