@@ -170,7 +170,7 @@ MANY = pytest.param(2100, marks=pytest.mark.slow)
 @pytest.mark.parametrize("count", [FEW, MANY])
 @pytest.mark.parametrize("forged", [False, True], ids=["damaged", "forged"])
 def test_a_mutated_checkpoint_is_refused_in_one_line_or_runs(run, tmp_path, capsys, forged, count):
-    """Forged ones, whose checksums are right, may run with other numbers; damaged ones never do."""
+    """Forged ones, whose checksums are right, may be taken with other numbers, and are then not run; damaged ones never."""
     out, text = run
     base = sorted((out / "checkpoints").iterdir())[-1]
     cpu = torch.device("cpu")
@@ -207,6 +207,8 @@ def test_a_mutated_checkpoint_is_refused_in_one_line_or_runs(run, tmp_path, caps
             except checkpoint.CommandError:
                 weights = None
             capsys.readouterr()
+            if forged and weights is not None:
+                continue
             code = main(command)
             err = capsys.readouterr().err
         except BaseException as e:
