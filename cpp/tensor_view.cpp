@@ -222,16 +222,6 @@ DType TensorView::floating() const {
                        got + "; convert it with .to(torch.float32).");
 }
 
-bool is_contiguous(py::handle tensor) {
-  DlpackTensor found;
-  return dlpack_view(tensor, found) ? is_contiguous(found) : call(tensor, names().is_contiguous).ptr() == Py_True;
-}
-
-py::object contiguous(py::handle tensor) {
-  if (tensor.is_none() || is_contiguous(tensor)) return py::reinterpret_borrow<py::object>(tensor);
-  return tensor.attr("contiguous")();
-}
-
 void MemoryRanges::add(const TensorView& tensor, bool written) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data());
   const auto bytes = tensor.given() ? static_cast<uintptr_t>(tensor.bytes()) : 0;

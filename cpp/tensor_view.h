@@ -68,10 +68,6 @@ class TensorView {
   std::string dtype_text_;
 };
 
-bool is_contiguous(py::handle tensor);
-// The tensor itself, or a contiguous copy. None stays None.
-py::object contiguous(py::handle tensor);
-
 // The memory of a kernel's tensors, of which those that it writes may lie over no other.
 class MemoryRanges {
  public:

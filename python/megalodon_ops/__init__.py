@@ -8,7 +8,7 @@ import os as _os
 import sys as _sys
 
 if _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)] == __name__:  # `python -m megalodon_ops`
-    # OpenMP reads it once, when torch loads it: threads that wait spin for about ten microseconds and then sleep, or
+    # OpenMP reads it once, when torch loads it: threads that wait look a thousand times and then sleep, or
     # they would take the processor from what else runs. Whoever has set either variable decides.
     if "OMP_WAIT_POLICY" not in _os.environ:
         _os.environ.setdefault("GOMP_SPINCOUNT", "1000")
