@@ -35,7 +35,10 @@ Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::ha
   params.chunk_size = C;
   params.k = k.data();
   params.v = v.shape("(B, L, H, V)", {B, L, H, V}).dtype(k.scalar(), "as `k`").data();
-  if (in.position.given()) {
+  if (!in.position.given()) {
+    in.cache_k.absent("a `state.position` to go with it");
+    in.cache_v.absent("a `state.position` to go with it");
+  } else {
     params.position = in.position.shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<const int64_t>();
     params.cache_k = in.cache_k.present().shape("(S, C, H, K)", {S, C, H, K}).dtype(k.scalar(), "as `k`").data();
     params.cache_v = in.cache_v.present().shape("(S, C, H, V)", {S, C, H, V}).dtype(k.scalar(), "as `k`").data();

@@ -194,6 +194,10 @@ const TensorView& TensorView::present() const {
   return *this;
 }
 
+void TensorView::absent(const char* needed) const {
+  if (given_) fail(std::string("None without ") + needed + ", got a tensor");
+}
+
 const TensorView& TensorView::like(const TensorView& other) const {
   present();
   bool same = rank_ == other.rank_ && scalar_ == other.scalar_;

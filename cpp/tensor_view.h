@@ -42,6 +42,8 @@ class TensorView {
   const TensorView& dtype(Scalar expected, const char* why) const;
   // The tensor must not be None.
   const TensorView& present() const;
+  // The tensor must be None, as `needed` is missing.
+  void absent(const char* needed) const;
   // The tensor must have the shape and dtype of `other`.
   const TensorView& like(const TensorView& other) const;
   // One of float32, float64, bfloat16, float16.

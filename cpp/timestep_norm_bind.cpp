@@ -30,7 +30,9 @@ TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, p
   params.x = x.data();
   params.weight = weight.present().shape("(D,)", {D}).dtype(real, kReal).data();
   params.bias = bias.present().shape("(D,)", {D}).dtype(real, kReal).data();
-  if (count.given()) {
+  if (!count.given()) {
+    for (const TensorView* part : {&mean, &var, &residual}) part->absent("a `state.count` to go with it");
+  } else {
     params.count = count.shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<const int64_t>();
     params.mean = mean.present().shape("(S, G)", {S, G}).dtype(real, kReal).data();
     params.var = var.present().shape("(S, G)", {S, G}).dtype(real, kReal).data();

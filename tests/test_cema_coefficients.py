@@ -183,3 +183,9 @@ def test_errors():
     launch = lambda q: _C.cema_coefficients_fwd(alpha, delta, theta, gamma, p, q, q)  # noqa: E731
     assert_refuses(TypeError, "cema_coefficients", "q", lambda: launch(p))
     assert_refuses(ValueError, "cema_coefficients", "q", lambda: launch(q[:2]))
+
+
+def test_integers_are_refused():
+    ones = torch.ones(2, 3, 1, dtype=torch.int64)
+    with pytest.raises(TypeError, match="cema_coefficients: `alpha` must be float32 or float64, got torch.int64"):
+        cema_coefficients(ones, ones, ones[:, :1], torch.ones(2, 3, 2, dtype=torch.int64))

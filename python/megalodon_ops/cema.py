@@ -60,57 +60,61 @@ def cema(
     if not isinstance(x, Tensor):
         return call_with_arrays(cema, **locals())
     y, state_out = call(
-        cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths), state_out=return_state
-    )  # fmt: skip
+        cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths), return_state
+    )
     return (y, state_out) if return_state else y
 
 
-def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, *, state_out=True):
+def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
     x = x.contiguous()
-    y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, state_out=state_out)
+    y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state)
     coefficients = (p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous())
-    launch("cema_fwd", x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, y, state_out)
+    written = (y, state_out if return_state else None)
+    launch("cema_fwd", x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, *written)
     return y, state_out
 
 
-def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, *, state_out=True):
-    y = empty_like(x)
-    return y, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape)) if state_out else None
+def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
+    """A state that nobody wants is empty: torch's schemas know no optional result."""
+    shape = (num_sequences(x.shape[0], cu_seqlens), *q.shape) if return_state else (0,)
+    return empty_like(x), q.new_empty(shape)
 
 
-def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, *, dstate=True):
+def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
     x, p, q, gamma, omega = x.contiguous(), p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous()
-    grads = _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, dstate=dstate)
+    *grads, dstate = _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
     launch(
         "cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths,
-        dy.contiguous(), contiguous_or_none(dstate_out), *grads,
+        dy.contiguous(), contiguous_or_none(dstate_out), *grads, None if state is None else dstate,
     )  # fmt: skip
-    return grads
+    return *grads, dstate
 
 
-def _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, *, dstate=True):
+def _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
+    """The gradient of a state that was not given is empty."""
     grads = map(empty_like, (x, p, q, gamma, omega))
-    return *grads, q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape)) if dstate else None
+    return *grads, q.new_empty(0) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):
+    *tensors, return_state = inputs
+    if not return_state:
+        ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, dy, dstate_out):
     x, p, q, gamma, omega, state, cu_seqlens, lengths = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    *grads, dstate = call(
-        cema_bwd, dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths, dstate=state is not None
-    )
-    return *grads, None if state is None else dstate, None, None
+    *grads, dstate = call(cema_bwd, dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    return *grads, None if state is None else dstate, None, None, None
 
 
 cema_fwd = define_op(
     "cema_fwd(Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, Tensor? cu_seqlens, "
-    "Tensor? lengths) -> (Tensor y, Tensor state_out)",
+    "Tensor? lengths, bool return_state) -> (Tensor y, Tensor state_out)",
     kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,

@@ -42,6 +42,8 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
         >>> p, q.abs(), q.angle()
         (tensor([[0.5000, 0.5000]]), tensor([[0.7500, 0.7500]]), tensor([[ 1.5708, -3.1416]]))
     """
+    if not alpha.is_floating_point():
+        raise TypeError(f"cema_coefficients: `alpha` must be float32 or float64, got {alpha.dtype}; convert it.")
     if has_cpu_kernel(alpha):
         return call(cema_coefficients_fwd, alpha, delta, theta, gamma)
     return reference.cema_coefficients(alpha, delta, theta, gamma)

@@ -59,7 +59,7 @@ def _steps(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list
 
 
 @_formula
-def cema_fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths):
+def cema_fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
     channels, modes = p.shape
     return sum(_steps(x, cu_seqlens, lengths)) * channels * (12 * modes + 2)
 
@@ -72,7 +72,9 @@ def cema_bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
 
 
 @_formula
-def timestep_norm_fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths):
+def timestep_norm_fwd(
+    x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
+):
     statistics, normalized = 4, 4
     return sum(_steps(x, cu_seqlens, lengths)) * x.shape[2] * (statistics + normalized)
 

@@ -8,7 +8,6 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,14 +43,9 @@ def define_op(
         _library.impl(name, kernel, device)
     torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
     flops.register(op)
-    differentiable = None
     if "!" not in schema:
         function = _autograd_function(name, setup_context, backward or _no_derivative(name))
         _library.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
-        # Function.apply itself first looks for functorch's tensors, which no plain argument is.
-        differentiable = super(torch.autograd.Function, function).apply
-    kinds = "".join(_KINDS[str(argument.type)] for argument in op._schema.arguments)
-    _plain_calls[op] = _PlainCall(kinds, kernel, differentiable)
     return op
 
 
@@ -65,22 +59,6 @@ def _noting_writes(op: Callable, kernel: Callable) -> Callable:
             torch.autograd.graph.increment_version(args[i])
 
     return noting
-
-
-class _PlainCall(NamedTuple):
-    """How an op is called without torch's dispatcher."""
-
-    kinds: str
-    """of the arguments, as `_C.are_plain` reads them"""
-    kernel: Callable
-    differentiable: Callable | None
-    """the same with gradients; takes the kernel as its last argument. None: an op that writes to its arguments"""
-
-
-_plain_calls: dict[Callable, _PlainCall] = {}
-_KINDS = {
-    "Tensor": "t", "Optional[Tensor]": "o", "int": "i", "float": "f", "bool": "b",
-}  # fmt: skip
 
 
 def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
@@ -110,7 +88,7 @@ def _autograd_function(name: str, setup_context: Callable | None, backward: Call
 
 
 def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> Callable:
-    """As torch.library.register_autograd makes it, without what these ops do not need: that costs more than a short call."""
+    """What torch.library.register_autograd makes, less what none of these ops needs, which takes longer than a short call."""
 
     def kernel(keyset, *args):
         def below(*args):
@@ -125,24 +103,10 @@ def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> C
     return kernel
 
 
-def call(op: Callable, *args, **wanted: bool):
-    """The op's result. Plain calls on the CPU pass by torch's dispatcher, others without gradients its autograd.
-
-    `wanted` are arguments of the kernel that let it return None for outputs; the dispatcher does not pass them on.
-    """
-    watched = torch.compiler.is_compiling() or in_forward_mode()
-    gradients = torch.is_grad_enabled()
+def call(op: Callable, *args):
+    """The op's result, or an error that names the argument that torch or the kernel could not take."""
     try:
-        if not watched and op in _plain_calls:
-            kinds, kernel, differentiable = _plain_calls[op]
-            if (differentiable or not gradients) and _C.are_plain(kinds, args):
-                if gradients and _C.any_requires_grad(args):
-                    return differentiable(*args, functools.partial(kernel, **wanted))
-                return kernel(*args, **wanted)
-        if gradients or watched:
-            return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return op(*args)
     except (RuntimeError, TypeError, AttributeError) as error:  # the last of None, which torch takes for a tensor
         refuse_arguments(op, args)
         if torch._C._are_functorch_transforms_active():

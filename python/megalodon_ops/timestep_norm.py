@@ -65,95 +65,97 @@ def timestep_norm(
         raise ValueError(f"timestep_norm: `num_groups` must be positive, got {num_groups}.")
     y, _, *state_out = call(
         timestep_norm_fwd, x, weight, bias, num_groups, eps, int64_or_none(count), mean, var, residual,
-        int64_or_none(cu_seqlens), int64_or_none(lengths), stats=torch.is_grad_enabled(), state_out=return_state,
+        int64_or_none(cu_seqlens), int64_or_none(lengths), torch.is_grad_enabled(), return_state,
     )  # fmt: skip
     return (y, TimestepNormState(*state_out)) if return_state else y
 
 
-def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, **wanted):
+def _fwd(
+    x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
+):
     x = x.contiguous()
-    outputs = _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, **wanted)
+    y, stats, *state_out = outputs = _fwd_fake(
+        x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
+    )
     launch(
         "timestep_norm_fwd", x, weight.contiguous(), bias.contiguous(), num_groups, eps, count, contiguous_or_none(mean),
-        contiguous_or_none(var), contiguous_or_none(residual), cu_seqlens, lengths, *outputs,
+        contiguous_or_none(var), contiguous_or_none(residual), cu_seqlens, lengths,
+        y, stats if return_stats else None, *(state_out if return_state else (None,) * 4),
     )  # fmt: skip
     return outputs
 
 
 def _fwd_fake(
-    x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, *, stats=True, state_out=True
+    x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
 ):
-    y = empty_like(x)
-    if not (stats or state_out):
-        return y, None, None, None, None, None
-    dtype = accumulation_dtype(x.dtype)
-    stats = empty(x, (3, *x.shape[:2], num_groups), dtype) if stats else None
-    if not state_out:
-        return y, stats, None, None, None, None
-    sequences = num_sequences(x.shape[0], cu_seqlens)
+    """Results that nobody wants are empty: torch's schemas know no optional result."""
+    sequences, dtype = num_sequences(x.shape[0], cu_seqlens), accumulation_dtype(x.dtype)
+
+    def of_state(*shape, dtype=dtype):
+        return x.new_empty((sequences, *shape) if return_state else (0,), dtype=dtype)
+
     return (
-        y,
-        stats,
-        x.new_empty((sequences,), dtype=torch.int64),
-        x.new_empty((sequences, num_groups), dtype=dtype),
-        x.new_empty((sequences, num_groups), dtype=dtype),
-        x.new_empty((sequences, 2, num_groups), dtype=dtype),
+        empty_like(x),
+        empty(x, (3, *x.shape[:2], num_groups) if return_stats else (0,), dtype),
+        of_state(dtype=torch.int64),
+        of_state(num_groups),
+        of_state(num_groups),
+        of_state(2, num_groups),
     )
 
 
 def _bwd(
-    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats,
-    **wanted,
-):  # fmt: skip
+    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
+):
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    grads = _bwd_fake(
-        dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats,
-        **wanted,
-    )  # fmt: skip
+    *grads, dmean, dvar = _bwd_fake(
+        dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
+    )
     launch(
         "timestep_norm_bwd", x, weight, bias, num_groups, eps, count, contiguous_or_none(mean), contiguous_or_none(var),
         contiguous_or_none(residual), cu_seqlens, lengths, stats.contiguous(), dy.contiguous(),
         contiguous_or_none(dmean_out), contiguous_or_none(dvar_out), *grads,
+        *((None, None) if count is None else (dmean, dvar)),
     )  # fmt: skip
-    return grads
+    return *grads, dmean, dvar
 
 
 def _bwd_fake(
-    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats,
-    *, dstate=True,
-):  # fmt: skip
-    dx, dweight, dbias = map(empty_like, (x, weight, bias))
-    if not dstate:
-        return dx, dweight, dbias, None, None
-    sequences = num_sequences(x.shape[0], cu_seqlens)
-    return dx, dweight, dbias, weight.new_empty((sequences, num_groups)), weight.new_empty((sequences, num_groups))
+    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
+):
+    """The gradients of a state that was not given are empty."""
+    shape = (0,) if count is None else (count.shape[0], num_groups)
+    return *map(empty_like, (x, weight, bias)), weight.new_empty(shape), weight.new_empty(shape)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.num_groups, ctx.eps, *state, cu_seqlens, lengths = inputs
-    _, stats, _, _, _, residual_out = output
+    x, weight, bias, ctx.num_groups, ctx.eps, *state, cu_seqlens, lengths, return_stats, return_state = inputs
+    _, stats, _, mean_out, var_out, residual_out = output
+    ctx.return_stats = return_stats
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(t for t in (stats, residual_out) if t is not None))
+    ctx.mark_non_differentiable(stats, residual_out, *(() if return_state else (mean_out, var_out)))
     ctx.save_for_backward(x, weight, bias, *state, cu_seqlens, lengths, stats)
 
 
 def _backward(ctx, dy, _dstats, _dcount, dmean_out, dvar_out, _dresidual):
     x, weight, bias, count, mean, var, residual, cu_seqlens, lengths, stats = ctx.saved_tensors
+    if not ctx.return_stats:
+        raise ValueError("timestep_norm: `return_stats` must be True where gradients are wanted, got False.")
     if dy is None:
         dy = torch.zeros_like(x)
     dx, dweight, dbias, dmean, dvar = call(
         timestep_norm_bwd, dy, dmean_out, dvar_out, x, weight, bias, ctx.num_groups, ctx.eps, count, mean, var,
-        residual, cu_seqlens, lengths, stats, dstate=count is not None,
+        residual, cu_seqlens, lengths, stats,
     )  # fmt: skip
     if count is None:
         dmean = dvar = None
-    return dx, dweight, dbias, None, None, None, dmean, dvar, None, None, None
+    return dx, dweight, dbias, None, None, None, dmean, dvar, *(None,) * 5
 
 
 timestep_norm_fwd = define_op(
     "timestep_norm_fwd(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? count, Tensor? mean, "
-    "Tensor? var, Tensor? residual, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor y, Tensor stats, Tensor count_out, "
-    "Tensor mean_out, Tensor var_out, Tensor residual_out)",
+    "Tensor? var, Tensor? residual, Tensor? cu_seqlens, Tensor? lengths, bool return_stats, bool return_state) "
+    "-> (Tensor y, Tensor stats, Tensor count_out, Tensor mean_out, Tensor var_out, Tensor residual_out)",
     kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,

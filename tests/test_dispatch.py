@@ -1,0 +1,101 @@
+"""What torch's dispatcher sees of a call, and what the schemas' flags leave out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_bit_equal
+from backends import every_backend
+from cases import cema_case, evaluate, forward, timestep_norm_case
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import megalodon_ops as mo
+
+CASES = {"cema": cema_case(B=3, L=11, state=True), "timestep_norm": timestep_norm_case(B=3, L=11, count=2)}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+ops = torch.ops.megalodon_ops
+
+
+class Calls(TorchDispatchMode):
+    """The names of the ops that torch dispatches."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@every_case
+def test_modes_see_the_ops(case):
+    with Calls() as calls:
+        evaluate(getattr(mo, case.op), case)
+    assert [name for name in calls.names if "megalodon" in name] == [
+        f"megalodon_ops::{case.op}_fwd", f"megalodon_ops::{case.op}_bwd"
+    ]  # fmt: skip
+    with Functions() as functions:
+        forward(getattr(mo, case.op), case)
+    assert f"megalodon_ops.{case.op}_fwd.default" in functions.names
+
+
+@every_case
+def test_the_profiler_sees_the_ops(case):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        evaluate(getattr(mo, case.op), case)
+    names = {event.key for event in profile.key_averages()}
+    assert {f"megalodon_ops::{case.op}_fwd", f"megalodon_ops::{case.op}_bwd"} <= names
+
+
+@every_backend
+@every_case
+def test_an_output_is_the_same_where_no_state_is_wanted(case, backend):
+    op = getattr(mo, case.op)
+
+    def output_alone(*args, return_state, **options):
+        return op(*args, **options), op(*args, **options, return_state=True)[1]
+
+    def without_state_gradients(function):
+        return evaluate(function, case, lambda name, grad: grad if name == "y" else torch.zeros_like(grad))
+
+    assert_bit_equal(without_state_gradients(output_alone), without_state_gradients(op))
+    with torch.no_grad():
+        assert_bit_equal(forward(output_alone, case), forward(op, case))
+
+
+def test_results_that_the_flags_leave_out_are_empty():
+    x, zeros = torch.randn(2, 5, 8), torch.zeros(8)
+    y, stats, *state = ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, *[None] * 6, False, False)
+    assert y.shape == x.shape and [t.numel() for t in (stats, *state)] == [0] * 5
+    _, stats, count, mean, var, residual = ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, *[None] * 6, True, True)
+    assert stats.shape == (3, 2, 5, 2) and count.tolist() == [5, 5] and residual.shape == (2, 2, 2)
+    p, q = torch.rand(8, 3), torch.rand(8, 3).to(torch.complex64)
+    _, state = ops.cema_fwd(x, p, q, q, zeros, None, None, None, False)
+    assert state.numel() == 0
+
+
+def test_statistics_are_needed_for_gradients():
+    weight, bias = torch.zeros(8, requires_grad=True), torch.zeros(8)
+    y, *_ = ops.timestep_norm_fwd(torch.randn(2, 5, 8), weight, bias, 2, 1e-5, *[None] * 6, False, False)
+    with pytest.raises(ValueError, match="timestep_norm: `return_stats` must be True where gradients are wanted"):
+        y.sum().backward()
+
+
+def test_parts_of_a_state_without_their_counter_are_refused():
+    x, zeros, group = torch.randn(2, 5, 8), torch.zeros(8), torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"`state\.mean` must be None without a `state\.count`"):
+        ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, None, group, group, None, None, None, False, False)
+    q, cache = torch.randn(2, 5, 1, 4), torch.randn(2, 8, 1, 4)
+    with pytest.raises(ValueError, match=r"`state\.k` must be None without a `state\.position`"):
+        ops.chunked_attention_fwd(q, q, q, cache, cache, None, 8, 1.0, 0.0, None, None, None)
