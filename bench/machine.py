@@ -185,7 +185,6 @@ def reset_peak_memory() -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         mo.release_memory()
-        mo.keep_freed_memory()  # also what the heap takes from now on
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     except (AttributeError, OSError):

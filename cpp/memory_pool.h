@@ -1,4 +1,4 @@
-// Memory of the CPU ops' large outputs and of linear layers' weights, kept from one to the next.
+// Memory of the CPU ops' large outputs, kept from one to the next.
 //
 // A C library gives large blocks back to the system, which clears every page anew for the next tensor: that takes as
 // long as many a kernel. Here a block that is no longer in use stays with the process, but Linux may take its pages

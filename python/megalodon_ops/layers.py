@@ -13,7 +13,6 @@ from .cema import cema
 from .cema_coefficients import cema_coefficients
 from .layer_norm import layer_norm, rms_norm
 from .linear import KERNEL_TYPES, linear
-from .memory import in_huge_pages
 from .states import TimestepNormState
 from .timestep_norm import timestep_norm
 
@@ -184,20 +183,8 @@ class LayerNorm(_Norm):
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
-    On the CPU its products take the fastest way there is, :func:`megalodon_ops.linear.linear`, and a large weight that
-    was made here, cast or moved lies in huge pages, as products of few rows, which read it once, are bound by memory.
+    On the CPU its products take the fastest way there is, :func:`megalodon_ops.linear.linear`.
     """
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self._apply(Tensor.detach)  # a new tensor of each parameter, which moves
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def apply(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result is tensor else in_huge_pages(result)
-
-        return super()._apply(apply, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

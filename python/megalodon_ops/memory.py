@@ -49,13 +49,8 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def in_huge_pages(tensor: Tensor) -> Tensor:
-    """The tensor or, if it is large and on the CPU, a copy with memory from the pool."""
-    return empty(tensor, tensor.shape).copy_(tensor) if _is_pooled(tensor, tensor.shape, tensor.dtype) else tensor
-
-
 def release_memory() -> None:
-    """Gives the memory that large outputs of ops, and weights of linear layers, have left on the CPU back to the system.
+    """Gives the memory that large outputs of ops have left on the CPU back to the system.
 
     The package keeps it for the next ones, as fresh memory takes longer to clear than many a kernel to write: up to as
     much as they ever took at once. All but 128 MiB of it Linux takes back on its own when memory is short; until then it
@@ -93,14 +88,12 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Makes the C library keep freed CPU memory of any size for the next tensors, in huge pages. For long programs.
+    """Makes the C library keep freed CPU memory of any size for the next tensors. For long programs.
 
     By default glibc gives blocks of 32 MiB and more, and free memory at the end of its heap, back to the system, which
     clears every page anew for the next tensor; large outputs of the ops never need that (:func:`release_memory`). The
-    process's peak stays about the same, but it holds on to it. What the heap takes next, up to half of the machine's
-    memory, is marked for huge pages, where Linux leaves them to those who ask: kernels that are bound by memory then
-    take up to a tenth less. Nothing is set aside for that but addresses, and no tensor that exists moves, so call this
-    before you load a model. Commands of `python -m megalodon_ops` do; importing the package does not.
+    process's peak stays about the same, but the process holds on to it. No tensor that exists moves, so call this before
+    you load a model. Commands of `python -m megalodon_ops` do; importing the package does not.
 
     Returns:
         False where there is no glibc, whose `mallopt` this is; then nothing has changed.
@@ -110,21 +103,7 @@ def keep_freed_memory() -> bool:
         >>> kept = megalodon_ops.keep_freed_memory()
     """
     try:
-        libc = ctypes.CDLL(None)
-        mallopt = libc.mallopt
+        mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
-    if kept and hasattr(mmap, "MADV_HUGEPAGE"):
-        _mark_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)
-    return kept
-
-
-def _mark_for_huge_pages(libc: ctypes.CDLL, size: int) -> None:
-    """As much of what the heap takes next. Where addresses are scarce or pages are all small, nothing changes."""
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    libc.free.argtypes = (ctypes.c_void_p,)
-    if block := libc.malloc(size):  # of untouched addresses, which stay the end of the heap once they are free
-        libc.madvise(block + mmap.PAGESIZE - block % mmap.PAGESIZE, size - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
-        libc.free(block)
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import MegalodonConfig
 from .files import read_json
-from .memory import check_fits, in_huge_pages, is_finite
+from .memory import check_fits, is_finite
 from .model import Megalodon
 from .pth import check_tensor, read_pth
 from .values import is_whole, shown
@@ -77,7 +77,7 @@ def _load(directory: Path, dtype: torch.dtype, device: torch.device) -> Megalodo
         weight = _joined(name, shards).detach().to(device=device, dtype=parameter.dtype, copy=True)
         if not is_finite(weight):
             raise ValueError(f"{_files(shards)}: `{name}` must be finite as {parameter.dtype}, got NaN or infinity")
-        weights[name] = in_huge_pages(weight)
+        weights[name] = weight
     if config.share_emb:
         weights["output.output.weight"] = weights["embed.weight"]
     for name, _ in _second_output(config, shards):
