@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from backends import ISAS, isa
 from megalodon_ops import _C
 from megalodon_ops import linear as module
-from megalodon_ops.linear import linear, linear_few_rows, linear_fwd, put_product_
+from megalodon_ops.linear import Ways, linear, linear_few_rows, linear_fwd, put_product_
 
 needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has no AMX")
 
@@ -20,12 +20,9 @@ needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has 
 @pytest.fixture(params=[pytest.param("v4_amx", marks=needs_amx), "others"])
 def large(request, monkeypatch):
     """Every product with gradients takes the kernel for many rows, however small it is."""
-    for worth in ("_WORTH", "_WORTH_OF_DOTS", "_WORTH_WHERE_SLOW"):
-        monkeypatch.setattr(module, worth, 1)
-    monkeypatch.setattr(module, "_MANY_ROWS", dict.fromkeys(module._MANY_ROWS, 5))
-    monkeypatch.setattr(module, "USES_MANY_ROWS", True)
-    monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", request.param != "v4_amx")
-    monkeypatch.setattr(module, "USES_AMX", request.param == "v4_amx")
+    always, by_torch = Ways(few=4, many=5, worth=1), Ways(few=4, many=None, worth=1)
+    short = by_torch if request.param == "v4_amx" else always
+    monkeypatch.setattr(module, "WAYS", {torch.float32: always, torch.bfloat16: short, torch.float16: short})
     with isa(request.param if request.param in ISAS else [name for name in ISAS if name != "v4_amx"][-1]):
         yield
 
@@ -59,8 +56,7 @@ def test_values_and_gradients(shape, bias, large):
 def test_short_types_with_gradients(large, dtype, T):
     tensors = [t.detach().to(dtype).requires_grad_() for t in inputs(T)]
     y, _ = assert_like_exact(tensors, rtol=torch.finfo(dtype).eps, atol=1e-4)
-    taken = type(y.grad_fn) is type(linear_fwd(*tensors).grad_fn)
-    assert taken == (module.USES_SHORT_MANY_ROWS or dtype == torch.bfloat16)  # with AMX for the copy
+    assert type(y.grad_fn) is type(linear_fwd(*tensors).grad_fn)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -79,10 +75,7 @@ def test_autocast(large, bias):
 
 @pytest.mark.parametrize(("T", "O"), [(33, 20), (33, 200), (300, 17)])  # one matrix is copied or the other
 def test_bfloat16_gradients_by_torch(monkeypatch, T, O):  # noqa: E741
-    monkeypatch.setattr(module, "_WORTH", 1)
-    monkeypatch.setattr(module, "USES_AMX", True)
-    monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", False)
-    monkeypatch.setattr(module, "_HAS_BFLOAT16", True)
+    monkeypatch.setitem(module.WAYS, torch.bfloat16, Ways(few=8, many=None, worth=1))
     tensors = [t.detach().bfloat16().requires_grad_() for t in inputs(T, O=O)]
     y, grads = assert_like_exact(tensors, rtol=2**-8, atol=1e-4)
     assert type(y.grad_fn) is type(linear_fwd(*tensors).grad_fn)
@@ -215,7 +208,7 @@ def test_many_rows_refuse_other_types():
 def test_put_product(large, dtype, add):
     x, weight = (torch.randn(20, n).to(dtype) for n in (70, 30))
     y = torch.randn(70, 30)
-    rounds = dtype != torch.float32 and not module.USES_SHORT_MANY_ROWS  # the product before it is added
+    rounds = dtype != torch.float32 and module.WAYS[dtype].many is None  # the product before it is added
     factors = (x, weight) if rounds else (x.double(), weight.double())
     expected = (add * y + F.linear(*(t.t() for t in factors))).float()
     y = y if add else torch.full_like(y, torch.nan)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from megalodon_ops import _C
 from megalodon_ops import linear as module
-from megalodon_ops.linear import linear, linear_fwd
+from megalodon_ops.linear import Ways, linear, linear_fwd, ways
 
 
 def taken(monkeypatch) -> list[str]:
@@ -21,34 +21,58 @@ def taken(monkeypatch) -> list[str]:
     return calls
 
 
+def expected(way: Ways, rows: int, size: int, gradients: bool) -> list[str]:
+    if gradients:
+        return ["linear_fwd"] if way.worth is not None and size >= way.worth else []
+    return ["linear_few_rows"] if rows <= way.few else [] if way.many is None else ["linear_fwd"]
+
+
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("rows", [1, 32, 33])
-@pytest.mark.parametrize("uses_many_rows", [False, True])
-def test_which_way_is_taken(monkeypatch, uses_many_rows, rows, gradients):
-    monkeypatch.setattr(module, "USES_MANY_ROWS", uses_many_rows)
-    monkeypatch.setattr(module, "USES_AMX", False)
-    calls, x, weight = taken(monkeypatch), torch.randn(rows, 24), torch.randn(40, 24)
+@pytest.mark.parametrize(
+    "way",
+    [Ways(32), Ways(32, 129, 33 * 24 * 40), Ways(15, 16, 16 * 24 * 40), Ways(8, None, 1)],
+    ids=["torch", "many rows", "AMX", "AMX, bfloat16"],
+)
+def test_which_way_is_taken(monkeypatch, way, gradients):
+    monkeypatch.setitem(module.WAYS, torch.float32, way)
+    calls, weight = taken(monkeypatch), torch.randn(40, 24)
     with torch.set_grad_enabled(gradients):
-        linear(x, weight)
-        assert calls == ([] if gradients else ["linear_few_rows"] if rows <= 32 else ["linear_fwd"] * uses_many_rows)
-        calls.clear()
-        monkeypatch.setattr(module, "_WORTH", rows * 24 * 40)
-        linear(x, weight)
-        assert not gradients or calls == ["linear_fwd"] * uses_many_rows
-        calls.clear()
-        for way in ("USES_KERNELS", "USES_MANY_ROWS"):
-            monkeypatch.setattr(module, way, False)
-        linear(x, weight)
+        for rows in (1, 8, 9, 15, 16, 32, 33, 200):
+            linear(torch.randn(rows, 24), weight)
+            assert calls == expected(way, rows, rows * 24 * 40, gradients), rows
+            calls.clear()
+        for rows, inner in ((0, 24), (16, 0)):
+            linear(torch.randn(rows, inner), weight[:, :inner])
         assert not calls
+        monkeypatch.setattr(module, "WAYS", {})
+        linear(torch.randn(8, 24), weight)
+        assert not calls
+
+
+def test_ways_of_processors():
+    """Each row of the table once, as the docstring of `linear` tells it."""
+    float32, bfloat16, float16, float64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    for isa, mkl_is_slow, has_many, worth_of_bfloat16 in [
+        ("generic", False, set(), None),
+        ("generic", True, {float32}, None),
+        ("v2", False, {bfloat16, float16}, 1 << 20),
+        ("v3", True, {float32, bfloat16, float16}, 1 << 20),
+        ("v4", True, {float32, bfloat16, float16}, 1 << 20),
+        ("v4_bf16", True, {float32, bfloat16, float16}, 1 << 29),
+        ("v4_amx", False, {float32}, 1 << 26),
+    ]:
+        table = ways(isa, mkl_is_slow)
+        assert {dtype for dtype, way in table.items() if way.many is not None} == has_many
+        assert table[bfloat16].worth == worth_of_bfloat16 and table[float64] == Ways(32)
+        assert table[float16].casts == (float16 in has_many) and table[float32].casts is False
+        assert table[bfloat16].casts == (isa in ("v2", "v3", "v4"))
 
 
 @torch.no_grad()
 def test_which_kernel_is_taken(monkeypatch):
     launched: list[str] = []
     monkeypatch.setattr(module, "launch", lambda name, *args: launched.append(name) or getattr(_C, name)(*args))
-    monkeypatch.setattr(module, "USES_MANY_ROWS", True)
-    monkeypatch.setattr(module, "USES_AMX", False)
-    monkeypatch.setitem(module._MANY_ROWS, torch.float32, 129)
+    monkeypatch.setitem(module.WAYS, torch.float32, Ways(32, 129, 1))
     x, weight = torch.randn(3, 43, 24), torch.randn(40, 24)
     transposed = weight.t().contiguous().t()
     for x_, weight_, name in [(x, weight, "many"), (x[:2], weight, "few"), (x[:2], transposed, "many")]:
@@ -56,40 +80,19 @@ def test_which_kernel_is_taken(monkeypatch):
         assert launched.pop() == f"linear_{name}_rows"
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_when_amx_is_taken(monkeypatch, gradients):
-    monkeypatch.setattr(module, "USES_MANY_ROWS", True)
-    monkeypatch.setattr(module, "USES_AMX", True)
-    monkeypatch.setattr(module, "_WORTH", 16 * 24 * 40)
-    calls, weight = taken(monkeypatch), torch.randn(40, 24)
-    with torch.set_grad_enabled(gradients):
-        linear(torch.randn(15, 24), weight)
-        assert calls == ([] if gradients else ["linear_few_rows"])
-        calls.clear()
-        linear(torch.randn(2, 8, 24), weight)
-        assert calls == ["linear_fwd"]
-        linear(torch.randn(16, 24), weight[:39])
-        assert calls == ["linear_fwd"] * (1 if gradients else 2)
-        linear(torch.randn(16, 0), weight[:, :0])
-        assert len(calls) == (1 if gradients else 2)
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dots", [False, True])
-def test_when_autocast_without_gradients_takes_the_kernel(monkeypatch, dtype, dots):
-    monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", True)
-    monkeypatch.setattr(module, "_HAS_BFLOAT16", dots)
+@pytest.mark.parametrize("casts", [False, True])
+def test_when_autocast_without_gradients_takes_the_kernel(monkeypatch, casts):
+    monkeypatch.setitem(module.WAYS, torch.bfloat16, Ways(32, 64, 1, casts))
     calls, x, weight = taken(monkeypatch), torch.randn(64, 24), torch.randn(40, 24)
-    with torch.autocast("cpu", dtype):
-        assert linear(x, weight).dtype == linear(x[:63], weight).dtype == dtype
-    assert calls == ["linear_fwd"] * (dtype == torch.float16 or not dots)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == linear(x[:63], weight).dtype == torch.bfloat16
+    assert calls == ["linear_fwd"] * casts
 
 
 @torch.no_grad()
 def test_what_torch_is_left_with(monkeypatch):
-    monkeypatch.setattr(module, "USES_MANY_ROWS", True)
-    monkeypatch.setattr(module, "USES_SHORT_MANY_ROWS", False)
+    monkeypatch.setattr(module, "WAYS", ways("generic", mkl_is_slow=True))
     calls, x, weight = taken(monkeypatch), torch.randn(33, 24), torch.randn(40, 24)
     for dtype in (torch.bfloat16, torch.float64):
         assert linear(x.to(dtype), weight.to(dtype)).dtype == dtype
@@ -124,9 +127,8 @@ def test_tensors_of_other_types_are_left_to_torch(rows, gradients):
 
 
 def test_variable_leaves_all_to_torch():
-    ways = "m.USES_KERNELS, m.USES_AMX, m.USES_MANY_ROWS, m.USES_SHORT_MANY_ROWS"
-    done = run_python(f"import megalodon_ops.linear as m; print({ways})", MEGALODON_OPS_LINEAR="torch")
-    assert done.stdout.split() == ["False"] * 4, done.stderr
+    done = run_python("import megalodon_ops.linear as m; print(m.WAYS)", MEGALODON_OPS_LINEAR="torch")
+    assert done.stdout.split() == ["{}"], done.stderr
 
 
 def test_a_wrong_choice_is_refused():

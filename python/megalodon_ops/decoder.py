@@ -89,8 +89,7 @@ class Decoder:
         drops = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
         watched = _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks
         return (
-            linear.USES_KERNELS
-            and self._like.is_cpu
+            self._like.is_cpu
             and not torch.is_autocast_enabled("cpu")
             and not drops
             and not watched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,50 @@ from .memory import OWN_TYPES, empty, empty_like
 
 _CPUINFO = Path("/proc/cpuinfo")
 KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # that the kernels, or their fakes, take
-_FEW_ROWS = 32  # up to which the kernel that reads the weights once is the fastest
-_AMX_ROWS = 16  # from which the kernel for AMX is no slower than MKL
-_FEW_AMX_ROWS = {torch.float32: _AMX_ROWS - 1, torch.bfloat16: 8}  # up to which it is where there is AMX
-_MANY_ROWS = {torch.float32: 129, torch.bfloat16: 64, torch.float16: 64}  # from which the other is, without AMX
-_WORTH = 1 << 26  # multiply-adds of a product from which the overhead of an op with gradients no longer counts
-_WORTH_OF_DOTS = 1 << 29  # the same, where torch is nearly as fast: in bfloat16 with instructions for it
-_WORTH_WHERE_SLOW = 1 << 20  # where torch is many times slower
+
+
+class Ways(NamedTuple):
+    """Which products of one dtype leave torch on a processor, and for which kernel.
+
+    Without gradients a product of at most `few` rows takes the kernel that reads the weights once. One of more rows
+    takes the op `linear_fwd` where there is a kernel for `many` rows; so does one with gradients, if it is large.
+    """
+
+    few: int
+    """most rows for which the kernel for few rows is faster than torch"""
+    many: int | None = None
+    """fewest rows for which the kernel for many rows is faster than the one for few; None: torch is faster than both"""
+    worth: int | None = None
+    """fewest multiply-adds with gradients for which `linear_fwd` gains more than its call takes; None: never"""
+    casts: bool = False
+    """whether that kernel, under torch.autocast without gradients, gains more than torch does by keeping cast weights"""
+
+
+def ways(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, Ways]:
+    """The ways of each dtype on a processor with this instruction set."""
+    by_torch, slow_torch = Ways(32), Ways(32, 64, 1 << 20, casts=True)
+    if isa == "v4_amx":
+        # Of bfloat16, torch's product is the fastest; linear_fwd is there for the gradient of the weights.
+        float32, bfloat16, float16 = Ways(15, 16, 1 << 26), Ways(8, None, 1 << 26), by_torch
+    else:
+        float32 = Ways(32, 129, 1 << 26) if mkl_is_slow else by_torch
+        bfloat16 = {"v4_bf16": Ways(32, 64, 1 << 29), "generic": by_torch}.get(isa, slow_torch)
+        float16 = by_torch if isa == "generic" else slow_torch
+    return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: by_torch}
+
+
+def _mkl_is_slow() -> bool:
+    """Whether torch computes float32 products with MKL and the processor is not one of its maker's."""
+    has_mkl = torch.backends.mkl.is_available() and _CPUINFO.exists()
+    return has_mkl and "GenuineIntel" not in _CPUINFO.read_text()
+
+
+_CHOICE = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
+if _CHOICE not in ("auto", "torch"):
+    raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_CHOICE}.")
+WAYS = ways(_C.active_isa(), _mkl_is_slow()) if _CHOICE == "auto" else {}
+"""Of this process; no dtype where all is left to torch"""
+_ALL_BY_TORCH = Ways(few=0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +96,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
-    if USES_KERNELS and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x):
+    if WAYS and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x):
         x, weight, *given = autocast(x, weight, *(() if bias is None else (bias,)))
         bias = given[0] if given else None
     if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
@@ -66,51 +104,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _suits_casting(x: Tensor) -> bool:
-    """Whether to cast for autocast here.
+def _ways_of(dtype: torch.dtype) -> Ways:
+    return WAYS.get(dtype, _ALL_BY_TORCH)
 
-    Torch keeps weights that it has cast: without gradients, that gains more for few rows, and where it is nearly as
-    fast.
-    """
-    dtype = torch.get_autocast_dtype("cpu")
-    if torch.is_grad_enabled():
-        return True
-    return _has_many_rows(dtype) and not _has_dots(dtype) and x.numel() >= _MANY_ROWS[dtype] * x.shape[-1]
+
+def _has_rows(x: Tensor, count: int) -> bool:
+    """Whether x has at least so many, in all its dimensions but the last."""
+    return x.numel() >= count * x.shape[-1]
+
+
+def _suits_casting(x: Tensor) -> bool:
+    """Whether the tensors are cast for autocast here. Torch keeps weights that it has cast, which gains more for few rows."""
+    of_dtype = _ways_of(torch.get_autocast_dtype("cpu"))
+    return torch.is_grad_enabled() or (of_dtype.casts and _has_rows(x, of_dtype.many))
 
 
 def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product takes the kernel for many rows, or its gradient of the weights will take a copy."""
-    size, dots = x.numel() * weight.shape[0], _has_dots(x.dtype)
+    of_dtype, size = _ways_of(x.dtype), x.numel() * weight.shape[0]
     if size == 0:
         return False
-    if not _has_many_rows(x.dtype):
-        return USES_AMX and dots and torch.is_grad_enabled() and size >= _WORTH
     if torch.is_grad_enabled():
-        worth = _WORTH if x.dtype == torch.float32 else _WORTH_OF_DOTS if dots else _WORTH_WHERE_SLOW
-        return size >= worth
-    return x.numel() >= (_AMX_ROWS if USES_AMX else 1) * x.shape[-1]
-
-
-def _has_many_rows(dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for many rows that is faster than torch."""
-    return USES_MANY_ROWS if dtype == torch.float32 else USES_SHORT_MANY_ROWS and dtype in _MANY_ROWS
-
-
-def _has_dots(dtype: torch.dtype) -> bool:
-    """Whether the processor has instructions for it, which torch's libraries use as well."""
-    return dtype == torch.bfloat16 and _HAS_BFLOAT16
+        return of_dtype.worth is not None and size >= of_dtype.worth
+    return of_dtype.many is not None
 
 
 def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the product goes to the kernel for few rows."""
-    if torch.is_grad_enabled() or not USES_KERNELS or x.shape[-1] == 0:
+    if torch.is_grad_enabled() or x.numel() == 0:
         return False
-    return 0 < x.numel() // x.shape[-1] <= most_few_rows(x.dtype) and _is_plain(x, weight, bias)
+    return x.numel() <= most_few_rows(x.dtype) * x.shape[-1] and _is_plain(x, weight, bias)
 
 
 def most_few_rows(dtype: torch.dtype) -> int:
-    """So many rows are few."""
-    return _FEW_AMX_ROWS.get(dtype, _FEW_ROWS) if USES_AMX else _FEW_ROWS
+    """Up to so many rows the kernel for few of them takes; none where all is left to torch."""
+    return _ways_of(dtype).few
 
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
@@ -120,22 +147,6 @@ def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
     cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu")
     return same and x.is_cpu and weight.is_cpu and not cast
-
-
-def _mkl_is_slow() -> bool:
-    """Whether torch computes float32 products with MKL and the processor is not one of its maker's."""
-    has_mkl = torch.backends.mkl.is_available() and _CPUINFO.exists()
-    return has_mkl and "GenuineIntel" not in _CPUINFO.read_text()
-
-
-_CHOICE = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
-if _CHOICE not in ("auto", "torch"):
-    raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_CHOICE}.")
-USES_KERNELS = _CHOICE == "auto"
-USES_AMX = USES_KERNELS and _C.active_isa() == "v4_amx"
-USES_MANY_ROWS = USES_AMX or (USES_KERNELS and _mkl_is_slow())  # in float32
-USES_SHORT_MANY_ROWS = USES_KERNELS and _C.active_isa() not in ("v4_amx", "generic")  # in bfloat16 and float16
-_HAS_BFLOAT16 = _C.active_isa() in ("v4_bf16", "v4_amx")
 
 
 def _few_rows(x, weight, bias):
@@ -150,7 +161,8 @@ def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) 
 
     Where that takes two steps, for `rows` of y at a time, as suits the cache.
     """
-    if _has_many_rows(x.dtype) and _is_plain(x, weight, None) and y.dtype in (x.dtype, torch.float32):
+    has_kernel = _ways_of(x.dtype).many is not None
+    if has_kernel and _is_plain(x, weight, None) and y.dtype in (x.dtype, torch.float32):
         _many_rows(x, weight, None, y, add=add)
         return
     for part, of_x in zip(y.split(rows), x.split(rows), strict=True):
@@ -159,9 +171,10 @@ def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) 
 
 
 def _fwd(x, weight, bias):
-    if not _has_many_rows(x.dtype):
+    many = _ways_of(x.dtype).many
+    if many is None:
         return _by_torch(x, weight, bias)
-    if weight.is_contiguous() and not USES_AMX and x.numel() < _MANY_ROWS[x.dtype] * x.shape[-1]:
+    if weight.is_contiguous() and not _has_rows(x, many):
         return _few_rows(x, weight, bias)
     y = _fwd_fake(x, weight, bias)
     _many_rows(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
