@@ -65,12 +65,8 @@ def write(
         parts.append("## Failed\n\n" + "\n".join(f"- {failure}" for failure in failures) + "\n")
     for bench in dict.fromkeys(result.bench for result in results):
         mine = [result for result in results if result.bench == bench]
-        image = stem.with_name(f"{stem.name}-{bench}.png")
-        plot(mine, image)
-        parts.append(
-            f"## {bench}\n\n{ours_table(mine, limits)}\n\nEvery path, all threads:\n\n{paths_table(mine)}\n\n"
-            f"![{bench}: time of every path]({image.name})\n"
-        )
+        plot(mine, stem.with_name(f"{stem.name}-{bench}.png"))
+        parts.append(f"## {bench}\n\n{ours_table(mine, limits)}\n\nEvery path, all threads:\n\n{paths_table(mine)}\n")
     stem.with_name(stem.name + ".md").write_text("\n".join(parts))
 
 
