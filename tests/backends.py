@@ -23,8 +23,11 @@ HAS_GPU = library.has_cuda_kernels() and torch.cuda.is_available()
 FAST = ["cpu"] + ["cuda"] * HAS_GPU
 DEVICES = ["cpu", "cuda-emulated", *FAST[1:]]
 
+# Instruction sets as parameters: the one in use in every run, the others among the slow tests.
+ISA_PARAMS = [name if name == DEFAULT_ISA else pytest.param(name, marks=pytest.mark.slow) for name in ISAS]
+each_isa = pytest.mark.parametrize("name", ISA_PARAMS)
 # The fixture `backend` takes each of DEVICES; for tests of numbers, this takes each instruction set in place of "cpu".
-every_backend = pytest.mark.parametrize("backend", [*ISAS, "cuda-emulated", *FAST[1:]], indirect=True)
+every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, "cuda-emulated", *FAST[1:]], indirect=True)
 # For tests of data that any implementation must reproduce.
 each_implementation = pytest.mark.parametrize(
     ("implementation", "backend"),

@@ -409,7 +409,9 @@ def test_consumers_wait_for_results_and_torch_for_consumers(monkeypatch, stream,
 
 def test_errors_speak_of_arrays():
     x, zeros = np.ones((1, 3, 4), np.float32), np.zeros(4)
-    with pytest.raises(TypeError, match=r"`weight` must be float32 .* got float64; convert it with \.astype\(\"float32\"\)"):
+    with pytest.raises(
+        TypeError, match=r"`weight` must be float32 .* got float64; convert it with \.astype\(\"float32\"\)"
+    ):
         mo.timestep_norm(x, zeros, zeros, num_groups=2)
 
 

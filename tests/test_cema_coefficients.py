@@ -10,14 +10,13 @@ from assertions import assert_as_accurate_as, assert_bit_equal, assert_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends import ISAS, isa
+from backends import ISAS, each_isa, isa
 from megalodon_ops import _C, reference
 from megalodon_ops import cema_coefficients as module
 from megalodon_ops.cema_coefficients import cema_coefficients, cema_coefficients_bwd, cema_coefficients_fwd
 
 DTYPES = [torch.float32, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_isa = pytest.mark.parametrize("name", ISAS)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 

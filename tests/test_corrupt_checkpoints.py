@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import struct
-from pathlib import Path
 
 import pytest
 import torch

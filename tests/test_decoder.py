@@ -13,7 +13,7 @@ from test_model import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
-from backends import ISAS, isa
+from backends import each_isa, isa
 from megalodon_ops import linear
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -60,7 +60,7 @@ def assert_bits_of_layers(model, state, rows=1, length=1, fused=True):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_gives_the_bits_of_the_layers(name, dtype, variant):

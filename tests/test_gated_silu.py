@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from assertions import assert_as_accurate_as, assert_refuses
 
-from backends import ISAS, isa
+from backends import each_isa, isa
 from megalodon_ops import _C, reference
 from megalodon_ops import gated_silu as module
 from megalodon_ops.gated_silu import gated_silu, gated_silu_bwd, gated_silu_fwd
@@ -17,7 +17,6 @@ from megalodon_ops.gated_silu import gated_silu, gated_silu_bwd, gated_silu_fwd
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 7, 17, 4097, 8192, 20011]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_isa = pytest.mark.parametrize("name", ISAS)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from assertions import assert_as_accurate_as, assert_refuses
 
-from backends import ISAS, isa
+from backends import each_isa, isa
 from megalodon_ops import _C, reference
 from megalodon_ops import layer_norm as module
 from megalodon_ops.layer_norm import layer_norm, layer_norm_bwd, layer_norm_fwd, rms_norm
@@ -15,7 +15,6 @@ from megalodon_ops.layer_norm import layer_norm, layer_norm_bwd, layer_norm_fwd,
 NORMS = {"layer_norm": 3, "rms_norm": 2}  # inputs with gradients
 WIDTHS = [1, 7, 16, 17, 64, 500, 4097]
 each_norm = pytest.mark.parametrize("norm", NORMS)
-each_isa = pytest.mark.parametrize("name", ISAS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

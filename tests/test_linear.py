@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from backends import ISAS, isa
+from backends import ISAS, each_isa, isa
 from megalodon_ops import _C
 from megalodon_ops import linear as module
 from megalodon_ops.linear import Ways, linear, linear_few_rows, linear_fwd, put_product_
@@ -116,7 +116,7 @@ def test_opcheck(large):
     torch.library.opcheck(linear_fwd, inputs(2, 5))
 
 
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 23])
 @pytest.mark.parametrize(("I", "O"), [(1, 1), (7, 0), (7, 3), (64, 100), (300, 61), (1031, 5)])
@@ -163,7 +163,7 @@ def many_rows(name, x, weight, bias=None, *, transposed=(False, False), add_to=N
 amx = functools.partial(many_rows, "v4_amx")
 
 
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 @pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_put_product(large, dtype, add):
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 def test_float32_sums_are_made_in_runs(name, transposed):
     gen = torch.Generator().manual_seed(0)
     x, weight = torch.randn(96, 2048, generator=gen), torch.randn(64, 2048, generator=gen)
@@ -259,7 +259,7 @@ def test_amx_takes_all_magnitudes():
     assert (amx(x, weight).isnan().any(1) == torch.isin(torch.arange(20), torch.tensor([3, 5]))).all()
 
 
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 def test_many_rows_do_not_depend_on_threads(name, two_threads):
     x, weight, bias = (t.detach() for t in inputs(300, I=530, O=700))
     expected = many_rows(name, x, weight, bias)
@@ -268,7 +268,7 @@ def test_many_rows_do_not_depend_on_threads(name, two_threads):
         assert torch.equal(many_rows(name, x, weight, bias), expected)
 
 
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 @pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (3, 200), (130, 5), (64, 0), (448, 100)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_transposed_copy(name, shape, dtype):

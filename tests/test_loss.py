@@ -9,7 +9,7 @@ from assertions import assert_as_accurate_as, assert_refuses
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from backends import ISAS, isa
+from backends import each_isa, isa
 from megalodon_ops import _C
 from megalodon_ops import loss as module
 from megalodon_ops.loss import linear_cross_entropy
@@ -99,7 +99,7 @@ def cross_entropy(logits, index, scales):
     return {"loss": losses, "dlogits": logits}
 
 
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 63, 64, 65, 1000])
 def test_kernel_of_a_block(name, dtype, classes, monkeypatch):
@@ -122,7 +122,7 @@ def test_kernel_of_a_block(name, dtype, classes, monkeypatch):
         assert_as_accurate_as(value, torchs[key], wanted[key], factor=2, floor=4, name=key)
 
 
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_that_are_not_finite(name, dtype):
     """As torch has it: minus infinity is a class that cannot be, all else gives NaN."""

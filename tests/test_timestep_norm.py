@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
-from backends import ISAS, each_implementation, every_backend
+from backends import ISA_PARAMS, each_implementation, every_backend
 from cases import evaluate, generator, randn, timestep_norm_case, uniform
 from golden import TOLERANCE, golden_case, golden_config
 from torch.utils._pytree import tree_map
@@ -71,7 +71,7 @@ def test_hard_values(values, shape, backend):
     assert_all_as_accurate_as(evaluate(mo.timestep_norm, case), same, exact, factor=4, floor=8)
 
 
-@pytest.mark.parametrize("backend", ISAS, indirect=True)
+@pytest.mark.parametrize("backend", ISA_PARAMS, indirect=True)
 def test_large_outputs_have_the_bits_of_small_ones(backend):
     """Outputs of 32 MiB and more are stored past the caches."""
     x, dy = torch.randn(2, 1, 8192, 1024, generator=generator(0))
