@@ -5,12 +5,12 @@ A `Case` is one piece of work with a `Path` for each way of doing it, ours first
 1. Agreement. Every path runs once, and its outputs are held against the case's expected ones, of which a path may be
    the source; ours must be within the tolerance, or the case raises `Disagreement` and is not timed. This call also
    compiles what needs compiling.
-2. Memory. Freed memory is given back to the system, and the peak of one call is read (Linux only): for us the call of
-   step 1, for others, unless they are slow, one more. On fewer threads it is not.
-3. Warm-up. Short paths are called again, and all that were called before step 2 last gave memory away.
+2. Memory. Freed memory is given back to the system, and the peak memory of one call is read (Linux only): of our path
+   during the call of step 1, of a rival that is not slow during one more call. Runs on fewer threads skip this step.
+3. Warm-up. Every short path is called again, and so is every path that was called before step 2 last gave memory back.
 4. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path leaves when it has
-   enough samples or has used up its seconds: slow ones end with few samples. Of a slow rival it is one call after that of
-   step 1, or, if it is very slow, the one of step 1 itself.
+   enough samples or has used up its seconds, so slow paths end with few samples. A slow rival is timed by one call after
+   that of step 1; a very slow rival by the call of step 1 itself.
    warm: an untimed call comes first, then the timed one, or as many calls in a row as take a millisecond.
    cold: a buffer twice as large as the last-level cache is read and written first, then one call is timed.
    If the machine was slower than it can be before or after, the samples are taken again, unless that takes long, and

@@ -105,10 +105,10 @@ struct Strip {
     });
   }
 
-  // f(first step, steps, vector, channels) for all tiles of some steps. Its passes, each of at most `most` modes,
-  // fetch the next rows of a and b: along the rows, as the processor then fetches on by itself. But past the end of a
-  // narrow strip that takes lines from the thread that is about to write them. So strips of more than a pair of lines and
-  // less than half a page are fetched column by column.
+  // Calls f(first step, steps, vector, channels) for every tile of `steps` steps. The passes of f, each of at most `most`
+  // modes, prefetch the next tile's rows of a and b. They go along the rows, where the processor's own prefetcher joins
+  // in. In a narrow strip, though, that prefetcher runs past the strip's end and takes cache lines from the thread that is
+  // about to write them; so strips of more than two lines and less than half a page are prefetched column by column.
   template <int most, class F>
   void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
     constexpr int64_t size = sizeof(T);

@@ -24,8 +24,8 @@ class Backward {
  public:
   Backward(const TimestepNormBwdParams& params, Plan<R>& plan, Relay& turns, double* slots)
       : p(params), plan(plan), turns(turns), slots(slots), G(p.groups), D(p.channels), mean_(scratch_size()),
-        ds_(scratch_size()), db_(scratch_size()), uv_(2 * G), before_(2 * G), hi_(scratch_size()), lo_(scratch_size()),
-        rstd_(scratch_size()), level_(scratch_size()), slope_(scratch_size()),
+        v_after_(scratch_size()), p_(scratch_size()), uv_(2 * G), before_(2 * G), hi_(scratch_size()),
+        lo_(scratch_size()), rstd_(scratch_size()), db_then_level_(scratch_size()), ds_then_slope_(scratch_size()),
         shares_(2 * plan.channels.vectors * lanes),
         streams_(worth_streaming(static_cast<const T*>(p.dx), p.sequences.tokens, D)) {}
 
@@ -52,7 +52,8 @@ class Backward {
  private:
   int64_t scratch_size() const { return plan.rows * G + lanes; }
 
-  // The rows [a, b), at `at` in scratch, from their end: leaves v' in ds_, p in db_, u and v before row a in uv_.
+  // Walks the rows [a, b), which begin at `at` in scratch, from their end: fills v_after_ and p_, and leaves u and v before
+  // row a in uv_.
   void scan(int64_t s, int64_t a, int64_t b, int64_t at) {
     const int64_t size = (b - a) * G, plane = p.sequences.tokens * G;
     const R* stats = static_cast<const R*>(p.stats) + a * G;
@@ -78,22 +79,22 @@ class Backward {
     if (b == p.sequences.end(s)) load_state_gradient<R>(p, s, u);
     else std::memset(u, 0, static_cast<size_t>(2 * G) * sizeof(double));
     for (int64_t row = b - a - 1; row >= 0; --row, n -= 1) {
-      double *ds = &ds_[at + row * G], *db = &db_[at + row * G];
-      const R *row_rstd = rstd + row * G, *row_db = &level_[at + row * G], *row_ds = &slope_[at + row * G];
+      double *v_after = &v_after_[at + row * G], *row_p = &p_[at + row * G];
+      const R *row_rstd = rstd + row * G, *db = &db_then_level_[at + row * G], *ds = &ds_then_slope_[at + row * G];
       const double *mean_after = mean + row * G, *mean_before = row ? mean_after - G : before_.get();
       const double per_step = 1 / n;
 #pragma omp simd
       for (int64_t g = 0; g < G; ++g) {
         const double r = row_rstd[g];
-        db[g] = u[g] - r * row_db[g] * per_step;
-        ds[g] = v[g] - r * r * r * row_ds[g] * (per_step / 2);
-        v[g] = ds[g];
-        u[g] = db[g] - 2 * ds[g] * (mean_after[g] - mean_before[g]);
+        row_p[g] = u[g] - r * db[g] * per_step;
+        v_after[g] = v[g] - r * r * r * ds[g] * (per_step / 2);
+        v[g] = v_after[g];
+        u[g] = row_p[g] - 2 * v_after[g] * (mean_after[g] - mean_before[g]);
       }
     }
   }
 
-  // db and ds of each row and group, to level_ and slope_.
+  // Writes db and ds of each row and group to db_then_level_ and ds_then_slope_.
   void sum_rows(int64_t a, int64_t b, int64_t at) {
     const int64_t size = D / G, offset = a * D;
     const T *x = static_cast<const T*>(p.x), *x_end = x + p.sequences.tokens * D;
@@ -113,20 +114,20 @@ class Backward {
             const Vec<R> centered = load_within(x + c, n, x_end) - splat(hi[i]);
             return Terms<R, 2>{keep_first<R>(scaled, n), keep_first<R>(scaled * centered, n)};
           });
-      store(&level_[at + first], sum.v[0]);
-      store(&slope_[at + first], sum.v[1] - load(lo) * sum.v[0]);
+      store(&db_then_level_[at + first], sum.v[0]);
+      store(&ds_then_slope_[at + first], sum.v[1] - load(lo) * sum.v[0]);
     }
   }
 
-  // Adds u and v at the end of `rows` rows that were walked from zero.
+  // Corrects `rows` rows that were walked from u = v = 0 by the u and v at their end, which `carry` holds.
   void merge(const double* carry, int64_t at, int64_t rows) {
     const double *u0 = carry, *v0 = carry + G, *mean = &mean_[at], *mean_end = mean + (rows - 1) * G;
     for (int64_t row = 0; row < rows; ++row, mean += G, at += G) {
-      double *ds = &ds_[at], *db = &db_[at];
+      double *v_after = &v_after_[at], *row_p = &p_[at];
 #pragma omp simd
       for (int64_t g = 0; g < G; ++g) {
-        ds[g] += v0[g];
-        db[g] += u0[g] - 2 * v0[g] * (mean_end[g] - mean[g]);
+        v_after[g] += v0[g];
+        row_p[g] += u0[g] - 2 * v0[g] * (mean_end[g] - mean[g]);
       }
     }
     for (int64_t g = 0; g < G; ++g) {
@@ -150,8 +151,8 @@ class Backward {
     const double per_channel = 1.0 / static_cast<double>(D / G);
 #pragma omp simd
     for (int64_t i = at; i < at + (b - a) * G; ++i) {
-      level_[i] = static_cast<R>(db_[i] * per_channel);
-      slope_[i] = static_cast<R>(2 * ds_[i] * per_channel);
+      db_then_level_[i] = static_cast<R>(p_[i] * per_channel);
+      ds_then_slope_[i] = static_cast<R>(2 * v_after_[i] * per_channel);
     }
     if (streams_) write_tiles<true>(a, b, at);
     else write_tiles<false>(a, b, at);
@@ -166,7 +167,7 @@ class Backward {
 
   template <int rows, bool kStream>
   void write_rows(int64_t a, int64_t at) {
-    const R* const stats[5] = {&hi_[at], &lo_[at], &rstd_[at], &level_[at], &slope_[at]};
+    const R* const stats[5] = {&hi_[at], &lo_[at], &rstd_[at], &db_then_level_[at], &ds_then_slope_[at]};
     const T *x = static_cast<const T*>(p.x) + a * D, *dy = static_cast<const T*>(p.dy) + a * D;
     T* dx = static_cast<T*>(p.dx) + a * D;
     const R* gain = plan.gain.get();
@@ -212,8 +213,12 @@ class Backward {
   Relay& turns;
   double* const slots;
   const int64_t G, D;
-  Scratch<double> mean_, ds_, db_, uv_, before_;
-  Scratch<R> hi_, lo_, rstd_, level_, slope_, shares_;
+  Scratch<double> mean_, v_after_, p_;   // mean', v' and p of the block's rows
+  Scratch<double> uv_, before_;          // u and v, then mean and var, before the row that is walked
+  Scratch<R> hi_, lo_, rstd_;            // mean' = hi + lo and rstd of the block's rows
+  Scratch<R> db_then_level_;             // db of the block's rows until write() puts p / F there
+  Scratch<R> ds_then_slope_;             // ds of the block's rows until write() puts 2 v' / F there
+  Scratch<R> shares_;                    // of dweight, then of dbias
   const bool streams_;
 };
 

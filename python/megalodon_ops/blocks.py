@@ -82,13 +82,16 @@ class NormalizedAttention(WideParameters):
         return config.chunk_size, key_dim, config.rotary_base, dtype, like.device
 
     def _keep_rotary(self) -> None:
-        """Has a table for all calls on the parameters' device; none where it would be very large."""
+        """Makes the buffer `rotary` for the parameters' device and dtype; a very large table is made by each call instead."""
         rows, key_dim, *_ = wanted = self._rotary_for(self.gamma)
         if rows * key_dim <= _LARGEST_ROTARY and wanted != self._rotary_made_for:
             self.rotary, self._rotary_made_for = rotary_table(*wanted), wanted
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Makes the table anew where parameters change: cast, it would be rounded twice, and `to_empty` would lose it."""
+        """Moves and casts the parameters alone, then makes the rotary table anew.
+
+        A table that was cast would be rounded twice, and `to_empty` would lose its values.
+        """
         rotary = self._buffers.pop("rotary")
         try:
             super()._apply(fn, recurse)
@@ -99,7 +102,7 @@ class NormalizedAttention(WideParameters):
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
-        self._keep_rotary()  # for parameters that assign=True has brought
+        self._keep_rotary()  # as assign=True brings parameters of another device or dtype
 
     def forward(
         self,

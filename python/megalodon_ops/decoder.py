@@ -88,12 +88,7 @@ class Decoder:
         config = self._model.config
         drops = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
         watched = _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks
-        return (
-            self._like.is_cpu
-            and not torch.is_autocast_enabled("cpu")
-            and not drops
-            and not watched
-        )
+        return self._like.is_cpu and not torch.is_autocast_enabled("cpu") and not drops and not watched
 
     def _plan(self) -> list[Callable[[Tensor], Tensor]]:
         """What runs one after another: calls of kernels, and modules where these are not as the configuration makes them."""

@@ -143,7 +143,7 @@ class ComplexEMA(WideParameters):
 
 
 class _Norm(WideParameters):
-    """What the RMS norm and the layer norm share: parameters that are zero at the start."""
+    """The base of RMSNorm and LayerNorm: their parameters, which are zero at the start."""
 
     def __init__(self, dim: int, eps: float, affine: bool, bias: bool) -> None:
         super().__init__()

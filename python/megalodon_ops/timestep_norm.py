@@ -70,9 +70,7 @@ def timestep_norm(
     return (y, TimestepNormState(*state_out)) if return_state else y
 
 
-def _fwd(
-    x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
-):
+def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state):
     x = x.contiguous()
     y, stats, *state_out = outputs = _fwd_fake(
         x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
@@ -109,7 +107,21 @@ def _bwd(
 ):
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     *grads, dmean, dvar = _bwd_fake(
-        dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
+        dy,
+        dmean_out,
+        dvar_out,
+        x,
+        weight,
+        bias,
+        num_groups,
+        eps,
+        count,
+        mean,
+        var,
+        residual,
+        cu_seqlens,
+        lengths,
+        stats,
     )
     launch(
         "timestep_norm_bwd", x, weight, bias, num_groups, eps, count, contiguous_or_none(mean), contiguous_or_none(var),
