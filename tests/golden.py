@@ -8,8 +8,12 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+import megalodon_ops as mo
+
 DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-11
+MODEL = json.loads((DATA / "official_c.json").read_text())
+_BUFFERS = ("rope.freqs", "prior_count", "prior_mean", "prior_logv")
 
 
 def golden_case(op: str, case: str) -> dict[str, Tensor]:
@@ -21,3 +25,11 @@ def golden_case(op: str, case: str) -> dict[str, Tensor]:
 def golden_config(op: str) -> dict[str, dict]:
     """The cases of an op and their sizes."""
     return json.loads((DATA / "ops.json").read_text())[op]
+
+
+def golden_model() -> tuple[mo.Megalodon, dict[str, Tensor]]:
+    """A model in float64 with the released code's parameters, and the inputs and outputs that belong to it."""
+    model = mo.Megalodon(mo.MegalodonConfig.from_dict(MODEL["config"])).double()
+    weights = load_file(DATA / "official_c_state.safetensors")
+    model.load_state_dict({name: weights[name] for name in weights if not name.endswith(_BUFFERS)}, strict=True)
+    return model, load_file(DATA / "official_c_io_f64.safetensors")

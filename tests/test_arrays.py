@@ -1,6 +1,6 @@
-"""Arrays of other libraries as arguments of the ops: what comes back, whose memory it is, what is refused.
+"""Arrays of other libraries as arguments of the ops: what comes back, whose memory it is.
 
-CuPy's, which need a GPU, are in test_arrays_cupy.py.
+CuPy's, which need a GPU, are in test_arrays_cupy.py; what is refused is in test_arrays_refused.py.
 """
 
 from __future__ import annotations
@@ -9,81 +9,27 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from array_kinds import SMALL, Bare, Named, as_tensors, function, on_arrays, read_only
 from assertions import assert_bit_equal
-from cases import (
-    BUILDERS,
-    OPS,
-    Case,
-    cema_case,
-    chunked_attention_case,
-    forward,
-    normalized_attention_case,
-    normalized_qk_case,
-    timestep_norm_case,
-)
+from cases import BUILDERS, OPS, forward
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import run_python
 from strategies import CASES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
 from megalodon_ops import arrays
 
 all_ops = pytest.mark.parametrize("op", OPS)
 IN_NUMPY = st.sampled_from([torch.float32, torch.float64, torch.float16])
-
-SMALL = {
-    "cema": cema_case(state=True),
-    "timestep_norm": timestep_norm_case(count=2),
-    "normalized_qk": normalized_qk_case(position=True),
-    "chunked_attention": chunked_attention_case(state=True, dropkey=0.3),
-    "normalized_attention": normalized_attention_case(state=True, dropkey=0.3),
-}
-
-
-def function(op: str) -> Callable[..., Any]:
-    return getattr(mo, op)
-
-
-def on_arrays(case: Case, convert: Callable[[Tensor], Any] = Tensor.numpy) -> Case:
-    """The case with arrays for tensors, inside states, too."""
-    return case.with_tensors(**tree_map_only(Tensor, convert, case.tensors)).with_options(
-        **tree_map_only(Tensor, convert, case.options)
-    )
-
-
-def as_tensors(results: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.array(getattr(result, "array", result))) for name, result in results.items()}
-
-
-class Bare:
-    """The least that the protocol asks for."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
-
-
-class Named(Bare):
-    """An array with a namespace, as the array API standard describes it."""
-
-    def __array_namespace__(self, api_version: str | None = None) -> Any:
-        return types.SimpleNamespace(from_dlpack=lambda array: Named(np.from_dlpack(array)))
 
 
 @all_ops
@@ -105,12 +51,6 @@ def test_offsets_may_be_int32(op, sequences):
     narrow = {name: case.options[name].numpy().astype(np.int32) for name in sequences if name != "B"}
     results = forward(function(op), on_arrays(case).with_options(**narrow))
     assert_bit_equal(as_tensors(results), forward(function(op), case))
-
-
-def read_only(array: np.ndarray) -> np.ndarray:
-    array = array[...]
-    array.flags.writeable = False
-    return array
 
 
 def with_gaps(array: np.ndarray) -> np.ndarray:
@@ -266,84 +206,12 @@ def test_inplace_state_writes_to_the_callers_arrays(op, kind, monkeypatch):
     assert_bit_equal(as_tensors({"o": o}), {"o": expected[0]})
 
 
-def test_inplace_state_refuses_what_cannot_be_written():
-    case = on_arrays(SMALL["chunked_attention"])
-    arguments = case.tensors | case.options | {"inplace_state": True}
-    state = case.options["state"]
-    match = r"chunked_attention: `state.v` must be writable for `inplace_state`, got a numpy.ndarray that is not \("
-    with pytest.raises(ValueError, match=match):
-        mo.chunked_attention(**arguments | {"state": state._replace(v=read_only(state.v))})
-    with pytest.raises(ValueError, match="`state.position` must be writable .* not subscriptable.*; pass a copy"):
-        mo.chunked_attention(**arguments | {"state": state._replace(position=Bare(state.position))})
-
-
 def test_plain_tuples_are_states_too():
     case = on_arrays(SMALL["timestep_norm"])
     state = (case.options["count"], case.tensors["mean"], case.tensors["var"], None)
     inputs = [case.tensors[name] for name in ("x", "weight", "bias")]
     y = mo.timestep_norm(*inputs, num_groups=3, state=state)
     assert np.array_equal(y, mo.timestep_norm(*inputs, num_groups=3, state=mo.TimestepNormState(*state)))
-
-
-def wrong_byte_order(array: np.ndarray) -> np.ndarray:
-    return array.astype(array.dtype.newbyteorder(">"))
-
-
-@pytest.mark.parametrize(
-    ("argument", "change", "error", "message"),
-    [
-        ("x", lambda x: x[:, ::-1], ValueError, r"must not have negative strides, got \(180, -20, 4\); pass a contig"),
-        ("x", wrong_byte_order, TypeError, r".* got numpy.ndarray of >f4 \(.*byte order.*\); pass a contiguous copy"),
-        (
-            "x",
-            lambda x: x.astype(object),
-            TypeError,
-            "must be an array that DLPack can pass on to torch, got numpy.nda",
-        ),
-        ("x", lambda x: x.astype(int), TypeError, "must be float32, float64, bfloat16 or float16, got int64"),
-        ("x", lambda x: x.tolist(), TypeError, "must be a torch tensor or an array with __dlpack__, got list; make it"),
-        ("p", lambda p: np.float32(1), TypeError, ".* got numpy.float32; make it an array, as with numpy.asarray"),
-        ("p", lambda p: None, TypeError, "must be a torch tensor or an array with __dlpack__, got NoneType"),
-        ("p", torch.from_numpy, TypeError, r"must be an array, as `x` is \(numpy.ndarray\), got a torch tensor; pass "),
-        ("p", lambda p: p[:4], ValueError, "must have shape"),
-        (
-            "state",
-            torch.from_numpy,
-            TypeError,
-            "must be an array, as `x` is .*; pass torch.from_dlpack.x. to work on t",
-        ),
-    ],
-    ids=["flipped", "byte-order", "objects", "integers", "list", "scalar", "none", "tensor", "shape", "state"],
-)
-def test_errors_name_the_argument_and_the_fix(argument, change, error, message):
-    tensors = on_arrays(SMALL["cema"]).tensors
-    with pytest.raises(error, match=f"^cema: `{argument}` {message}"):
-        mo.cema(**tensors | {argument: change(tensors[argument])})
-
-
-@pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("change", [Tensor.numpy, Tensor.tolist], ids=["array", "list"])
-@all_ops
-def test_a_call_on_tensors_takes_no_arrays(op, change, gradients):
-    """Each argument in turn, states and offsets included."""
-    case = SMALL[op].with_options(lengths=torch.tensor([3, 9]))
-    inputs = OPS[op].tokens + OPS[op].parameters
-    reporter, field = (r"\w+", "position") if op == "normalized_attention" else (op, "state.k")  # made of two ops
-    with torch.set_grad_enabled(gradients):
-        for name, value in (case.tensors | case.options).items():
-            if name == inputs[0] or not isinstance(value, (Tensor, tuple)):
-                continue
-            changed = tree_map_only(Tensor, change, value)
-            mixed = (case.with_tensors if name in case.tensors else case.with_options)(**{name: changed})
-            named = field if isinstance(value, tuple) else name
-            match = rf"^{reporter}: `{named}` must be a torch tensor, as .* is, got .*; make it one"
-            with pytest.raises(TypeError, match=match):
-                forward(function(op), mixed)
-
-
-def test_other_errors_of_tensors_stay_as_they_are():
-    with pytest.raises(NotImplementedError, match="Could not run 'megalodon_ops::cema_fwd'.*Sparse"):
-        mo.cema(**SMALL["cema"].tensors | {"x": torch.zeros(2, 9, 5).to_sparse()})
 
 
 def test_neither_numpy_nor_anything_else_is_imported():
@@ -405,17 +273,3 @@ def test_consumers_wait_for_results_and_torch_for_consumers(monkeypatch, stream,
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer: f"stream {pointer:#x}")
     arrays._Result(tensor).__dlpack__(stream=stream)
     assert happened == events
-
-
-def test_errors_speak_of_arrays():
-    x, zeros = np.ones((1, 3, 4), np.float32), np.zeros(4)
-    with pytest.raises(
-        TypeError, match=r"`weight` must be float32 .* got float64; convert it with \.astype\(\"float32\"\)"
-    ):
-        mo.timestep_norm(x, zeros, zeros, num_groups=2)
-
-
-def test_queries_without_heads_are_told_so():
-    q = torch.ones(1, 3, 4)
-    with pytest.raises(ValueError, match=r"add the batch dimension, or one of a single head"):
-        mo.chunked_attention(q, q, q, chunk_size=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import megalodon_ops as mo
-from test_model import TINY
+from models import TINY
 
 PARAMETERS = {
     "mega200M": 220_627_968,

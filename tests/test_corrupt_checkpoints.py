@@ -11,7 +11,7 @@ import struct
 
 import pytest
 import torch
-from test_model import tiny_model
+from models import tiny_model
 from test_official import save_released
 
 import megalodon_ops as mo

@@ -9,7 +9,7 @@ import torch
 from assertions import assert_all_close, assert_bit_equal
 from backends import needs_gpu
 from cases import BUILDERS, OPS, Case, chunked_attention_case, evaluate, forward
-from test_model import tiny_model, tokens_of
+from models import tiny_model, tokens_of
 from torch.utils._pytree import tree_map_only
 
 import megalodon_ops as mo

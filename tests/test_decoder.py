@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from assertions import assert_refuses
-from test_model import TINY, tiny_model, tokens_of
+from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import megalodon_ops as mo
-from test_model import TINY, tiny_model, tokens_of
+from models import TINY, tiny_model, tokens_of
 
 normalized_qk_module = sys.modules["megalodon_ops.normalized_qk"]  # the function has its name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import TINY, tiny_model, tokens_of
+from models import TINY, tiny_model, tokens_of
 from torch import nn
 from torch.nn.utils import parametrize
 

@@ -1,56 +1,25 @@
-"""The model: golden logits and gradients, streaming, packing, dtypes, generation."""
-
-import json
-import math
-from pathlib import Path
+"""The model: golden logits and gradients, streaming, packing, dtypes."""
 
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import DATA, MODEL, golden_model
 from hypothesis import given
+from models import TINY, tiny_model, tokens_of
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
 import megalodon_ops as mo
-from megalodon_ops import loss
-from megalodon_ops import model as model_module
-
-DATA = Path(__file__).parent / "data"
-GOLDEN = json.loads((DATA / "official_c.json").read_text())
-BUFFERS = ("rope.freqs", "prior_count", "prior_mean", "prior_logv")
-TINY = dict(
-    num_layers=2, model_dim=32, z_dim=16, value_dim=24, num_heads=2, ffn_hidden_dim=40, cema_ndim=4, chunk_size=8,
-    vocab_size=31, norm_num_groups=4,
-)  # fmt: skip
-
-
-def tiny_model(dtype=torch.float64, **overrides) -> mo.Megalodon:
-    """A model with every parameter random, so that no offset hides behind its zero."""
-    torch.manual_seed(0)
-    model = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides})).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("weight", "bias", "gamma", "beta")) and parameter.dim() == 1 or "mega." in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def tokens_of(*shape: int) -> torch.Tensor:
-    return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def golden():
-    """(model in float64 with the released parameters, inputs and outputs)."""
-    model = mo.Megalodon(mo.MegalodonConfig.from_dict(GOLDEN["config"])).double()
-    weights = load_file(DATA / "official_c_state.safetensors")
-    model.load_state_dict({name: weights[name] for name in weights if not name.endswith(BUFFERS)}, strict=True)
-    return model, load_file(DATA / "official_c_io_f64.safetensors")
+    return golden_model()
 
 
 def test_golden_parameter_names(golden):
-    assert [name for name, _ in golden[0].named_parameters()] == GOLDEN["param_names"]
+    assert [name for name, _ in golden[0].named_parameters()] == MODEL["param_names"]
 
 
 def test_golden_logits_and_hidden_states(golden, backend):
@@ -78,12 +47,12 @@ def test_golden_gradients(golden, backend):
         assert error < 1e-10, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("plan", GOLDEN["plans"])
+@pytest.mark.parametrize("plan", MODEL["plans"])
 def test_golden_streaming_plans(golden, plan, backend):
     model, io = golden
     pieces, state = [], None
     with torch.no_grad():
-        for piece in io["tokens"].split(GOLDEN["plans"][plan], dim=1):
+        for piece in io["tokens"].split(MODEL["plans"][plan], dim=1):
             logits, state = model(piece, state=state, return_state=True)
             pieces.append(logits)
     torch.testing.assert_close(torch.cat(pieces, 1), io["logits"], rtol=0, atol=1e-11)
@@ -91,13 +60,13 @@ def test_golden_streaming_plans(golden, plan, backend):
 
 def test_golden_end_state(golden, backend):
     model, io = golden
-    tokens, state, pieces = io["tokens"][:, : GOLDEN["ragged"]], None, []
+    tokens, state, pieces = io["tokens"][:, : MODEL["ragged"]], None, []
     with torch.no_grad():
-        for piece in tokens.split(GOLDEN["ragged_plan"], dim=1):
+        for piece in tokens.split(MODEL["ragged_plan"], dim=1):
             logits, state = model(piece, state=state, return_state=True)
             pieces.append(logits)
     torch.testing.assert_close(torch.cat(pieces, 1), io["ragged_logits"], rtol=0, atol=1e-11)
-    position = GOLDEN["ragged"] % GOLDEN["chunk"]
+    position = MODEL["ragged"] % MODEL["chunk"]
     for index, layer in enumerate(state.layers):
         cache = {key.split(".", 1)[1]: value for key, value in io.items() if key.startswith(f"cache{index}.")}
         torch.testing.assert_close(torch.view_as_real(layer.cema).flatten(), cache["hx"].flatten(), rtol=0, atol=1e-11)
@@ -172,80 +141,6 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(logits[1, :7], changed[1, :7], rtol=0, atol=0)
     torch.testing.assert_close(state.layers, changed_state.layers, rtol=0, atol=0)
     torch.testing.assert_close(logits[1, :7], model(tokens[1:2, :7])[0], rtol=0, atol=1e-12)
-
-
-@pytest.fixture(params=[False, True], ids=["one-block", "blocks"])
-def blocks(request, monkeypatch):
-    """The loss of all tokens at once, and of 64 at a time."""
-    if request.param:
-        monkeypatch.setattr(loss, "_CPU_BLOCK", 1)
-
-
-def test_golden_loss_and_gradients_in_blocks(golden, blocks):
-    model, io = golden
-    grads = load_file(DATA / "official_c_grads_f64.safetensors")
-    found = model.loss(io["tokens"], io["targets"])
-    torch.testing.assert_close(found, io["loss"].reshape(()), rtol=1e-12, atol=0)
-    model.zero_grad()
-    found.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, grads[f"grad.{name}"], rtol=1e-9, atol=1e-11)
-
-
-def test_loss_streams(blocks):
-    model, tokens, targets = tiny_model(), tokens_of(4, 50), tokens_of(4, 51)[:, 1:]
-    whole = model.loss(tokens, targets, reduction="none")
-    torch.testing.assert_close(whole.mean(), model.loss(tokens, targets), rtol=1e-12, atol=0)
-    first, state = model.loss(tokens[:, :20], targets[:, :20], reduction="none", return_state=True)
-    torch.testing.assert_close(state, model(tokens[:, :20], return_state=True)[1], rtol=0, atol=0)
-    rest = model.loss(tokens[:, 20:], targets[:, 20:], reduction="none", state=state)
-    torch.testing.assert_close(torch.cat((first, rest), 1), whole, rtol=0, atol=1e-12)
-
-
-def test_loss_counts_no_padding(blocks):
-    model, tokens, targets = tiny_model(), tokens_of(4, 50), tokens_of(4, 51)[:, 1:].clone()
-    targets[0, :9] = -100
-    lengths, position = torch.tensor([50, 17, 0, 31]), torch.arange(50)
-    inside = position < lengths[:, None]
-    rows = F.cross_entropy(model(tokens, lengths=lengths)[inside], targets[inside])
-    garbage = targets.where(inside, 10**6)
-    torch.testing.assert_close(model.loss(tokens, garbage, lengths=lengths), rows, rtol=1e-12, atol=0)
-    bytes_ = model.loss(tokens[1:], targets[1:].to(torch.uint8), lengths=lengths[1:])
-    torch.testing.assert_close(bytes_, model.loss(tokens[1:], targets[1:], lengths=lengths[1:]), rtol=0, atol=0)
-
-    row, row_targets, cu_seqlens = tokens.reshape(1, 200), targets.reshape(1, 200), torch.tensor([5, 60, 60, 190])
-    documents = F.cross_entropy(model(row, cu_seqlens=cu_seqlens)[0, 5:190], row_targets[0, 5:190])
-    row_targets[0, :5], row_targets[0, 190:] = -7, 10**6
-    options = dict(cu_seqlens=cu_seqlens.int(), ignore_index=-100)
-    torch.testing.assert_close(model.loss(row, row_targets, **options), documents, rtol=1e-12, atol=0)
-    each = model.loss(row, row_targets, reduction="none", **options)
-    assert not each[0, :5].any() and not each[0, 190:].any() and each.count_nonzero() == 185 - 4
-
-
-def test_loss_of_a_16_bit_model_and_under_autocast(blocks):
-    model, tokens = tiny_model(torch.float32), tokens_of(3, 41)
-    wanted = model.loss(tokens[:, :-1], tokens[:, 1:])
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = model.loss(tokens[:, :-1], tokens[:, 1:])
-    mixed.backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-    narrow = model.bfloat16().loss(tokens[:, :-1], tokens[:, 1:])
-    narrow.backward()
-    assert all(p.grad.dtype == p.dtype for p in model.parameters())
-    for found in (mixed, narrow):
-        assert found.dtype == torch.float32 and found != wanted
-        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0)
-
-
-def test_loss_compiles_to_one_graph(blocks):
-    model, tokens = tiny_model(torch.float32, num_layers=1), tokens_of(4, 21)
-    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
-    lengths = torch.tensor([20, 3, 11, 20])
-    grads = []
-    for function in (model.loss, compiled):
-        found = function(tokens[:, :-1], tokens[:, 1:], lengths=lengths)
-        grads.append((found.detach(), *torch.autograd.grad(found, tuple(model.parameters()))))
-    torch.testing.assert_close(*grads)
 
 
 def test_state_given_is_not_changed():
@@ -335,73 +230,3 @@ def test_shared_and_scaled_embedding():
     model = tiny_model(share_emb=True, scale_emb=True)
     assert model.output.output.weight is model.embed.weight
     assert model(tokens_of(1, 3)).shape == (1, 3, TINY["vocab_size"])
-
-
-def test_greedy_generation_equals_repeated_forwards():
-    model, prompt = tiny_model(), tokens_of(2, 19)  # more than two chunks
-    expected = prompt
-    with torch.no_grad():
-        for _ in range(15):
-            expected = torch.cat((expected, model(expected)[:, -1:].argmax(-1)), 1)
-    assert torch.equal(model.generate(prompt, max_new_tokens=15, temperature=0), expected)
-
-
-def test_generation_from_padded_prompts():
-    model, prompt = tiny_model(), tokens_of(3, 19)
-    lengths = torch.tensor([19, 4, 9])
-    together = model.generate(prompt, max_new_tokens=6, temperature=0, lengths=lengths)
-    assert together.shape == (3, 25)
-    for row, length in enumerate(lengths.tolist()):
-        alone = model.generate(prompt[row : row + 1, :length], max_new_tokens=6, temperature=0)
-        assert torch.equal(together[row, : length + 6], alone[0]) and not together[row, length + 6 :].any()
-
-
-@pytest.mark.parametrize("few", [1024, 2])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_k": 99}, {"top_p": 0.6}, {"top_p": 1.0}, {"top_k": 8, "top_p": 0.8}],
-    ids=str,
-)
-def test_tokens_are_drawn_by_their_probabilities(monkeypatch, options, few):
-    monkeypatch.setattr(model_module, "_FEW_TOKENS", few)
-    model, draws = tiny_model(), 4000
-    with torch.no_grad():
-        logits = model(tokens_of(1, 1))[0, -1] / options.get("temperature", 1.0)
-    probability, tokens = logits.softmax(0).sort(descending=True)
-    probability[options.get("top_k", len(tokens)) :] = 0
-    probability /= probability.sum()
-    probability[probability.cumsum(0) - probability >= options.get("top_p", 1.0)] = 0
-    probability /= probability.sum()
-    generator = torch.Generator().manual_seed(3)
-    drawn = model.generate(tokens_of(1, 1).expand(draws, 1), max_new_tokens=1, generator=generator, **options)[:, 1]
-    share = drawn.bincount(minlength=len(tokens))[tokens] / draws
-    assert not share[probability == 0].any()
-    assert ((share - probability).abs() <= 5 * (probability * (1 - probability) / draws).sqrt()).all()
-
-
-def test_draws_depend_on_the_generator_alone():
-    model, prompt = tiny_model(), tokens_of(1, 1).expand(200, 1)
-    draw = lambda seed: model.generate(prompt, max_new_tokens=2, generator=torch.Generator().manual_seed(seed))  # noqa: E731
-    assert torch.equal(draw(7), draw(7)) and not torch.equal(draw(7), draw(8))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda m: m(torch.zeros(3, dtype=torch.long)), "`tokens` must be integers"),
-        (lambda m: m(torch.zeros(1, 3)), "`tokens` must be integers"),
-        (lambda m: m.loss(tokens_of(2, 3), tokens_of(1, 3)), "`targets` must have shape"),
-        (lambda m: m.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=1), "L >= 1"),
-        (lambda m: m.generate(tokens_of(1, 3)[0], max_new_tokens=1), "`prompt` must have shape"),
-        (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=-1), "`max_new_tokens`"),
-        (lambda m: m.stream(tokens_of(1, 3), temperature=-1.0), "`temperature`"),
-        (lambda m: m.stream(tokens_of(1, 3), temperature=math.nan), "`temperature`"),
-        (lambda m: m.stream(tokens_of(2, 3), lengths=torch.tensor([3])), "`lengths` must have shape"),
-        (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=1, top_k=0), "`top_k`"),
-        (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=1, top_p=0.0), "`top_p`"),
-        (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=1, lengths=torch.tensor([4])), "`lengths`"),
-    ],
-)
-def test_wrong_arguments_raise(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(tiny_model())

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 import megalodon_ops as mo
-from test_model import tiny_model, tokens_of
+from models import tiny_model, tokens_of
 
 
 def save_released(model, directory, shards=1, **config):

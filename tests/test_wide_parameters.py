@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from assertions import assert_refuses
-from test_model import TINY, tiny_model, tokens_of
+from models import TINY, tiny_model, tokens_of
 
 import megalodon_ops as mo
 from megalodon_ops.layer_norm import layer_norm, rms_norm

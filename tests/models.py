@@ -1,0 +1,25 @@
+"""A small model, and tokens for it, that tests share."""
+
+import torch
+
+import megalodon_ops as mo
+
+TINY = dict(
+    num_layers=2, model_dim=32, z_dim=16, value_dim=24, num_heads=2, ffn_hidden_dim=40, cema_ndim=4, chunk_size=8,
+    vocab_size=31, norm_num_groups=4,
+)  # fmt: skip
+
+
+def tiny_model(dtype=torch.float64, **overrides) -> mo.Megalodon:
+    """A model with every parameter random, so that no offset hides behind its zero."""
+    torch.manual_seed(0)
+    model = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides})).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("weight", "bias", "gamma", "beta")) and parameter.dim() == 1 or "mega." in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tokens_of(*shape: int) -> torch.Tensor:
+    return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
