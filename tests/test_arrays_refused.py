@@ -44,7 +44,7 @@ def wrong_byte_order(array: np.ndarray) -> np.ndarray:
         ("x", lambda x: x.astype(int), TypeError, "must be float32, float64, bfloat16 or float16, got int64"),
         ("x", lambda x: x.tolist(), TypeError, "must be a torch tensor or an array with __dlpack__, got list; make it"),
         ("p", lambda p: np.float32(1), TypeError, ".* got numpy.float32; make it an array, as with numpy.asarray"),
-        ("p", lambda p: None, TypeError, "must be a torch tensor or an array with __dlpack__, got NoneType"),
+        ("p", lambda p: None, TypeError, "must be a torch tensor or an array with __dlpack__, got None; make it"),
         ("p", torch.from_numpy, TypeError, r"must be an array, as `x` is \(numpy.ndarray\), got a torch tensor; pass "),
         ("p", lambda p: p[:4], ValueError, "must have shape"),
         (
@@ -69,15 +69,14 @@ def test_a_call_on_tensors_takes_no_arrays(op, change, gradients):
     """Each argument in turn, states and offsets included."""
     case = SMALL[op].with_options(lengths=torch.tensor([3, 9]))
     inputs = OPS[op].tokens + OPS[op].parameters
-    reporter, field = (r"\w+", "position") if op == "normalized_attention" else (op, "state.k")  # made of two ops
     with torch.set_grad_enabled(gradients):
         for name, value in (case.tensors | case.options).items():
             if name == inputs[0] or not isinstance(value, (Tensor, tuple)):
                 continue
             changed = tree_map_only(Tensor, change, value)
             mixed = (case.with_tensors if name in case.tensors else case.with_options)(**{name: changed})
-            named = field if isinstance(value, tuple) else name
-            match = rf"^{reporter}: `{named}` must be a torch tensor, as .* is, got .*; make it one"
+            named = "state.k" if isinstance(value, tuple) else rf"(state\.)?{name}"
+            match = rf"^{op}: `{named}` must be a torch tensor, got .*; make it one"
             with pytest.raises(TypeError, match=match):
                 forward(function(op), mixed)
 

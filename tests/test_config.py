@@ -102,5 +102,5 @@ def test_unknown_config_field_and_preset_raise():
         mo.MegalodonConfig.from_dict([("num_layers", 3)])
     with pytest.raises(ValueError, match="`efficient_attn` must be None"):
         mo.MegalodonConfig.from_dict({"efficient_attn": "slow"})
-    with pytest.raises(ValueError, match="preset must be one of"):
+    with pytest.raises(ValueError, match="`name` must be one of"):
         mo.MegalodonConfig.preset("mega3B")

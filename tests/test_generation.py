@@ -64,7 +64,7 @@ def test_draws_depend_on_the_generator_alone():
         (lambda m: m(torch.zeros(1, 3)), "`tokens` must be integers"),
         (lambda m: m.loss(tokens_of(2, 3), tokens_of(1, 3)), "`targets` must have shape"),
         (lambda m: m.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=1), "L >= 1"),
-        (lambda m: m.generate(tokens_of(1, 3)[0], max_new_tokens=1), "`prompt` must have shape"),
+        (lambda m: m.generate(tokens_of(1, 3)[0], max_new_tokens=1), "`prompt` must be integers"),
         (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=-1), "`max_new_tokens`"),
         (lambda m: m.stream(tokens_of(1, 3), temperature=-1.0), "`temperature`"),
         (lambda m: m.stream(tokens_of(1, 3), temperature=math.nan), "`temperature`"),

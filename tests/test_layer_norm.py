@@ -209,7 +209,7 @@ def test_errors():
     assert_refuses(TypeError, "layer_norm", "weight", lambda: layer_norm(x, weight.double(), bias))
     assert_refuses(TypeError, "layer_norm", "bias", lambda: layer_norm(x, weight, bias.half()))
     assert_refuses(ValueError, "layer_norm", "eps", lambda: layer_norm(x, weight, bias, eps=-1.0))
-    assert_refuses(ValueError, "layer_norm", "x", lambda: rms_norm(x[0, 0]))
+    assert_refuses(ValueError, "rms_norm", "x", lambda: rms_norm(x[0, 0]))
     arguments = {
         "weight": weight,
         "eps": 1e-5,

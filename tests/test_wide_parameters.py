@@ -186,14 +186,6 @@ def test_sharded_in_bfloat16_with_all_others_they_are_refused_with_where_to_look
         model(tokens_of(1, 5))
 
 
-@pytest.mark.parametrize("wrong", [1.5, 2**70], ids=repr)
-def test_scalars_of_a_wrong_kind_are_refused(wrong):
-    x, zeros = torch.randn(1, 4, 8), torch.zeros(2, 8)
-    assert_refuses(TypeError, "timestep_norm", "num_groups", lambda: mo.timestep_norm(x, *zeros, num_groups=wrong))
-    assert_refuses(TypeError, "timestep_norm", "eps", lambda: mo.timestep_norm(x, *zeros, num_groups=2, eps="1e-5"))
-    assert_refuses(TypeError, "timestep_norm", "bias", lambda: mo.timestep_norm(x, zeros[0], None, num_groups=2))
-
-
 def test_a_matrix_that_lacks_an_axis_is_not_told_of_batches():
     x, q = torch.randn(1, 4, 2), torch.ones(2, 1, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"cema: `p` must have shape \(D, N\), got \(2,\)\.$"):

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .values import check_optional_tensor, check_tensor, described
+
 
 def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
     """`op` with arrays for arguments: lent to it as tensors, its results given back as arrays.
@@ -45,13 +47,10 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
     def lend(name: str, value: Any, *, write: bool = False) -> Tensor:
         where = f"{op.__name__}: `{name}`"
         if tensors_only and not isinstance(value, Tensor):
-            raise TypeError(
-                f"{where} must be a torch tensor, as `{first}` is, got {_kind(value)}; "
-                "make it one, as torch.from_dlpack does of an array."
-            )
+            check_tensor(op.__name__, name, value)
         if not tensors_only and isinstance(value, Tensor):
             raise TypeError(
-                f"{where} must be an array, as `{first}` is ({_kind(array)}), got a torch tensor; "
+                f"{where} must be an array, as `{first}` is ({described(array)}), got a torch tensor; "
                 f"pass torch.from_dlpack({first}) to work on tensors."
             )
         tensor = value if tensors_only else _as_tensor(where, value, write)
@@ -89,20 +88,13 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
 
 
 def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
-    """Raises TypeError if one of the arguments that the registered `op` was called with is of a kind that it cannot be."""
+    """Raises TypeError if the registered `op` was called with something else where it takes a tensor."""
     public = op._schema.name.split("::")[1].removesuffix("_fwd")
     for argument, value in zip(op._schema.arguments, args):
-        kind, name = str(argument.type), argument.name.replace("cache_", "state.")
-        got = f"{value!r:.40}" if isinstance(value, (int, float, str)) else _kind(value)
-        if "Tensor" in kind and not isinstance(value, Tensor) and not (value is None and "Optional" in kind):
-            raise TypeError(
-                f"{public}: `{name}` must be a torch tensor, as the first argument is, got {got}; "
-                "make it one, as torch.from_dlpack does of an array."
-            )
-        if kind == "int" and not (isinstance(value, (int, torch.SymInt)) and -(2**63) <= value < 2**63):
-            raise TypeError(f"{public}: `{name}` must be an integer below 2^63, got {got}.")
-        if kind == "float" and not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-            raise TypeError(f"{public}: `{name}` must be a number, got {got}.")
+        if str(argument.type) == "Optional[Tensor]":
+            check_optional_tensor(public, argument.name, value)
+        elif str(argument.type) == "Tensor":
+            check_tensor(public, argument.name, value)
 
 
 def _in_words_of_arrays(message: str) -> str:
@@ -113,9 +105,9 @@ def _in_words_of_arrays(message: str) -> str:
 
 def _as_tensor(where: str, array: Any, write: bool) -> Tensor:
     """A tensor over the array's memory."""
-    if not hasattr(array, "__dlpack__"):
+    if isinstance(array, type) or not hasattr(array, "__dlpack__"):
         raise TypeError(
-            f"{where} must be a torch tensor or an array with __dlpack__, got {_kind(array)}; "
+            f"{where} must be a torch tensor or an array with __dlpack__, got {described(array)}; "
             "make it an array, as with numpy.asarray."
         )
     if write:
@@ -123,7 +115,7 @@ def _as_tensor(where: str, array: Any, write: bool) -> Tensor:
             array[:0, ...] = array[:0, ...]  # changes nothing; raises if the array is read-only or of an immutable kind
         except Exception as error:
             raise ValueError(
-                f"{where} must be writable for `inplace_state`, got a {_kind(array)} that is not ({error}); "
+                f"{where} must be writable for `inplace_state`, got a {described(array)} that is not ({error}); "
                 "pass a copy."
             ) from error
     strides = getattr(array, "strides", None)
@@ -134,7 +126,7 @@ def _as_tensor(where: str, array: Any, write: bool) -> Tensor:
             array = _unlocked(array)  # it is only read
         return torch.from_dlpack(array)
     except Exception as error:
-        got = f"{_kind(array)} of {getattr(array, 'dtype', 'some dtype')}"
+        got = f"{described(array)} of {getattr(array, 'dtype', 'some dtype')}"
         raise TypeError(
             f"{where} must be an array that DLPack can pass on to torch, got {got} ({error}); "
             "pass a contiguous copy in native byte order and in a dtype of the op."
@@ -190,7 +182,3 @@ def _is_numpy(array: Any) -> bool:
 def _rebuilt(value: tuple, parts: list[Any]) -> Any:
     """A tuple, or named tuple, like `value` with other parts."""
     return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MegalodonConfig
+from .config import MegalodonConfig, check_config
 from .gated_silu import gated_silu
 from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, TimestepNorm, WideParameters
 from .library import accumulation_dtype
@@ -53,6 +53,7 @@ class NormalizedAttention(WideParameters):
     """
 
     def __init__(self, config: MegalodonConfig) -> None:
+        check_config("NormalizedAttention", config)
         super().__init__()
         self.config = config
         dim, z_dim, value_dim = config.model_dim, config.z_dim, config.value_dim
@@ -145,6 +146,7 @@ class NormalizedFFN(WideParameters):
     """
 
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
+        check_config("NormalizedFFN", config)
         super().__init__()
         self.config, self.layer = config, layer
         dim, hidden = config.model_dim, config.ffn_hidden_dim
@@ -182,6 +184,7 @@ class MegalodonBlock(nn.Module):
     """
 
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
+        check_config("MegalodonBlock", config)
         super().__init__()
         self.mega = NormalizedAttention(config)
         self.nffn = NormalizedFFN(config, layer)

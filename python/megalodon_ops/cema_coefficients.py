@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .library import call, define_op, has_cpu_kernel, launch
+from .values import check_device, check_tensor
 
 
 def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,10 +43,14 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
         >>> p, q.abs(), q.angle()
         (tensor([[0.5000, 0.5000]]), tensor([[0.7500, 0.7500]]), tensor([[ 1.5708, -3.1416]]))
     """
+    for name, value in ("alpha", alpha), ("delta", delta), ("theta", theta), ("gamma", gamma):
+        check_tensor("cema_coefficients", name, value)
     if not alpha.is_floating_point():
         raise TypeError(f"cema_coefficients: `alpha` must be float32 or float64, got {alpha.dtype}; convert it.")
     if has_cpu_kernel(alpha):
         return call(cema_coefficients_fwd, alpha, delta, theta, gamma)
+    for name, value in ("delta", delta), ("theta", theta), ("gamma", gamma):
+        check_device("cema_coefficients", name, value, alpha)
     return reference.cema_coefficients(alpha, delta, theta, gamma)
 
 

@@ -18,6 +18,7 @@ from .library import (
 )
 from .memory import empty, empty_like
 from .states import AttentionState, fields_of
+from .values import LARGEST_BELOW_1, check_flag, check_number, check_size
 
 
 def chunked_attention(
@@ -79,15 +80,18 @@ def chunked_attention(
         return call_with_arrays(chunked_attention, **locals())
     q, k, v = autocast(q, k, v)
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
-    if chunk_size < 1:
-        raise ValueError(f"chunked_attention: `chunk_size` must be positive, got {chunk_size}.")
+    chunk_size = check_size("chunked_attention", "chunk_size", chunk_size)
+    scale = check_number("chunked_attention", "scale", scale, "a finite number")
+    dropkey = check_number("chunked_attention", "dropkey", dropkey, "a probability in [0, 1)", 0.0, LARGEST_BELOW_1)
+    check_flag("chunked_attention", "return_state", return_state)
+    check_flag("chunked_attention", "inplace_state", inplace_state)
     if dropkey and dropkey_seed is None:
         dropkey_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if inplace_state and state is None:
         raise ValueError("chunked_attention: `inplace_state` needs a `state` to append to, got None.")
     cache_k, cache_v, position = fields_of("chunked_attention", state, AttentionState)
     constants = state[:2] if state and torch.is_grad_enabled() else ()
-    if any(getattr(cache, "requires_grad", False) for cache in constants):
+    if any(cache.requires_grad for cache in constants):
         raise ValueError(
             "chunked_attention: `state` must not require gradients, it is constant in the backward; detach it."
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .values import is_number, is_whole, shown
+from .values import as_float, described, is_whole, shown
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,17 @@ class MegalodonConfig:
             if not holds:
                 raise ValueError(f"MegalodonConfig: `{field}` must be {expected}, got {shown(getattr(self, field))}.")
 
+        def keep(kind: type, field: str) -> None:
+            """A number of NumPy's becomes one of Python's, which JSON knows."""
+            object.__setattr__(self, field, kind(getattr(self, field)))
+
         for field in ("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim",
                       "chunk_size", "vocab_size", "norm_num_groups"):  # fmt: skip
             check(is_whole(getattr(self, field), 1, 2**31 - 1), field, "a positive integer below 2^31")
+            keep(int, field)
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
-            value = getattr(self, field)
-            check(is_number(value) and 0 <= value < 1, field, "a probability in [0, 1)")
+            check(0 <= as_float(getattr(self, field)) < 1, field, "a probability in [0, 1)")
+            keep(float, field)
         for field in ("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt"):
             check(isinstance(getattr(self, field), bool), field, "True or False")
         check(self.z_dim % (2 * self.num_heads) == 0, "z_dim", f"a multiple of 2 * num_heads = {2 * self.num_heads}")
@@ -79,11 +84,15 @@ class MegalodonConfig:
         check(
             self.model_dim % self.norm_num_groups == 0, "norm_num_groups", f"a divisor of model_dim = {self.model_dim}"
         )
-        eps, base, size = self.norm_eps, self.rope_base, self.output_size
-        check(is_number(eps) and 0 <= eps <= _LARGEST_FLOAT32, "norm_eps", "at least 0 and finite in float32")
-        of_base = is_number(base) and 0 < base <= _LARGEST_FLOAT32
-        check(base is None or of_base, "rope_base", "positive or None, and finite in float32")
+        check(0 <= as_float(self.norm_eps) <= _LARGEST_FLOAT32, "norm_eps", "at least 0 and finite in float32")
+        keep(float, "norm_eps")
+        if self.rope_base is not None:
+            of_base = 0 < as_float(self.rope_base) <= _LARGEST_FLOAT32
+            check(of_base, "rope_base", "positive or None, and finite in float32")
+            keep(float, "rope_base")
+        size = self.output_size
         check(is_whole(size, -1, 2**31 - 1) and size != 0, "output_size", "a positive integer or -1, and below 2^31")
+        keep(int, "output_size")
         check(self.init_mode == "he", "init_mode", '"he"')
         if self.share_emb:
             check(size in (-1, self.vocab_size), "output_size", "-1 or vocab_size where share_emb is set")
@@ -160,8 +169,8 @@ class MegalodonConfig:
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MegalodonConfig:
         """The released configuration `name`, with single fields replaced."""
-        if name not in _PRESETS:
-            raise ValueError(f"MegalodonConfig: preset must be one of {', '.join(_PRESETS)}, got {name}.")
+        if not isinstance(name, str) or name not in _PRESETS:
+            raise ValueError(f"MegalodonConfig: `name` must be one of {', '.join(_PRESETS)}, got {shown(name)}.")
         return cls(**{**_PRESETS[name], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,6 +192,12 @@ class MegalodonConfig:
         if unknown:
             raise ValueError(f"MegalodonConfig: unknown field {', '.join(map(shown, unknown))}.")
         return cls(**fields)
+
+
+def check_config(module: str, config: object) -> None:
+    """Raises a TypeError unless `config`, which `module` is made from, is a configuration."""
+    if not isinstance(config, MegalodonConfig):
+        raise TypeError(f"{module}: `config` must be a MegalodonConfig, got {described(config)}.")
 
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127

@@ -17,6 +17,7 @@ from .memory import OWN_TYPES
 from .model import Megalodon, MegalodonState, at_least_float32
 from .normalized_qk import rotary_table
 from .states import TimestepNormState
+from .values import check_tensor, described
 
 
 class Decoder:
@@ -52,10 +53,12 @@ class Decoder:
     """
 
     def __init__(self, model: Megalodon, state: MegalodonState) -> None:
+        if not isinstance(model, Megalodon):
+            raise TypeError(f"Decoder: `model` must be a Megalodon, got {described(model)}.")
         if not isinstance(state, MegalodonState) or len(state.layers) != model.config.num_layers:
             raise ValueError(
                 f"Decoder: `state` must be a MegalodonState of {model.config.num_layers} layers, as the model returns it, "
-                f"got {type(state).__name__}{f' of {len(state.layers)}' if isinstance(state, MegalodonState) else ''}."
+                f"got {f'one of {len(state.layers)}' if isinstance(state, MegalodonState) else described(state)}."
             )
         self._model, self._state = model, _own(state)
         self._like = self._state.layers[0].attention.v
@@ -72,6 +75,7 @@ class Decoder:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model)."""
+        check_tensor("Decoder", "tokens", tokens)
         if tokens.dim() != 2 or tokens.shape[0] != self._batch or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"Decoder: `tokens` must be int64 or int32 ({self._batch}, L), got {tokens.dtype} {tuple(tokens.shape)}."
@@ -168,7 +172,7 @@ class Decoder:
             return model.output.output(x)
 
         if unit == 0:
-            return torch.no_grad()(lambda tokens: model._embed(tokens, None).contiguous())
+            return torch.no_grad()(lambda tokens: model._embed(tokens).contiguous())
         return run_layer if unit <= len(model.layers) else run_output
 
 

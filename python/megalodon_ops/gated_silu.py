@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .library import call, contiguous_or_none, define_op, has_cpu_kernel, launch
 from .memory import empty_like
+from .values import check_device, check_optional_tensor, check_tensor
 
 
 def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
@@ -36,10 +37,14 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
         >>> gated_silu(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 2.0]))
         tensor([-0.2689,  0.0000,  1.4621])
     """
+    check_tensor("gated_silu", "x", x)
+    check_optional_tensor("gated_silu", "value", value)
     if value is not None and value.shape != x.shape:
         raise ValueError(
             f"gated_silu: `value` must have shape {tuple(x.shape)} as `x`, got {tuple(value.shape)}; expand it."
         )
+    if value is not None:
+        check_device("gated_silu", "value", value, x)
     if has_cpu_kernel(x) and (value is None or (value.is_cpu and value.dtype == x.dtype)):
         return call(gated_silu_fwd, x, value)
     return F.silu(x) if value is None else F.silu(x) * value

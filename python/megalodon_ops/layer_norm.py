@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .library import accumulation_dtype, call, contiguous_or_none, define_op, has_cpu_kernel, launch
 from .memory import empty_like
+from .values import check_device, check_number, check_optional_tensor, check_tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -58,11 +59,18 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> T
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
+    op = "rms_norm" if is_rms_norm else "layer_norm"
+    check_tensor(op, "x", x)
+    check_optional_tensor(op, "weight", weight)
+    check_optional_tensor(op, "bias", bias)
+    eps = check_number(op, "eps", eps, "a finite number of at least 0", 0.0)
     if not x.is_floating_point():
-        op = "rms_norm" if is_rms_norm else "layer_norm"
         raise TypeError(f"{op}: `x` must be floating point, got {x.dtype}; convert it with .to(torch.float32).")
     if has_cpu_kernel(x):
         return call(layer_norm_fwd, x, weight, bias, eps, is_rms_norm)
+    for name, parameter in ("weight", weight), ("bias", bias):
+        if parameter is not None:
+            check_device(op, name, parameter, x)
     wide, gain = x.to(accumulation_dtype(x.dtype)), None if weight is None else 1 + weight
     if is_rms_norm:
         return F.rms_norm(wide, x.shape[-1:], gain, eps).to(x.dtype)

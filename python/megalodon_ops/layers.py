@@ -15,6 +15,7 @@ from .layer_norm import layer_norm, rms_norm
 from .linear import KERNEL_TYPES, linear
 from .states import TimestepNormState
 from .timestep_norm import timestep_norm
+from .values import check_number, check_size, described
 
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -64,6 +65,8 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         >>> "layers.0.mega.cema.alpha" in mo.wide_parameters(model)
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wide_parameters: `model` must be a torch.nn.Module, got {described(model)}.")
     owners = ((name, module) for name, module in model.named_modules() if isinstance(module, WideParameters))
     return {
         f"{name}.{own}".removeprefix("."): parameter
@@ -83,7 +86,9 @@ class TimestepNorm(WideParameters):
 
     def __init__(self, dim: int, num_groups: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.num_groups, self.eps = num_groups, eps
+        dim = check_size("TimestepNorm", "dim", dim)
+        self.num_groups = check_size("TimestepNorm", "num_groups", num_groups)
+        self.eps = check_number("TimestepNorm", "eps", eps, "a finite number of at least 0", 0.0)
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
@@ -111,6 +116,7 @@ class ComplexEMA(WideParameters):
 
     def __init__(self, dim: int, ndim: int = 16) -> None:
         super().__init__()
+        dim, ndim = check_size("ComplexEMA", "dim", dim), check_size("ComplexEMA", "ndim", ndim)
         self.alpha = nn.Parameter(torch.empty(dim, ndim, 1))
         self.delta = nn.Parameter(torch.empty(dim, ndim, 1))
         self.theta = nn.Parameter(torch.empty(dim, 1, 1))

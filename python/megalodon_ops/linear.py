@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import _C
 from .library import autocast, call, contiguous_or_none, define_op, in_forward_mode, launch
 from .memory import OWN_TYPES, empty, empty_like
+from .values import check_optional_tensor, check_tensor
 
 _CPUINFO = Path("/proc/cpuinfo")
 KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # that the kernels, or their fakes, take
@@ -94,6 +95,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> m.linear(torch.ones(2, 3), torch.ones(4, 3)).shape
         torch.Size([2, 4])
     """
+    check_tensor("linear", "x", x)
+    check_tensor("linear", "weight", weight)
+    check_optional_tensor("linear", "bias", bias)
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
     if WAYS and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x):

@@ -21,6 +21,7 @@ from .library import (
 )
 from .linear import linear, put_product_
 from .memory import empty
+from .values import check_device, check_integer, check_tensor, described
 
 # Values in a block. On the CPU just under the 32 MiB from which glibc gives freed memory back to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
@@ -63,6 +64,16 @@ def linear_cross_entropy(
         tensor(2.3026)
     """
     _check(hidden, weight, targets, reduction)
+    ignore_index = check_integer(
+        "linear_cross_entropy", "ignore_index", ignore_index, "an integer below 2^63", -(2**63)
+    )
+    try:
+        return _linear_cross_entropy(hidden, weight, targets, reduction, ignore_index)
+    except IndexError as error:
+        raise _out_of_bounds(targets, weight.shape[0], ignore_index) or error from error
+
+
+def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
     hidden, weight = autocast(hidden, weight)
     x, index = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).long()
     (T, D), V = x.shape, weight.shape[0]
@@ -119,13 +130,27 @@ def blockwise_cross_entropy(
 
     steps = max(_block(hidden.device) // max(width * hidden.shape[0], 1), 1)
     blocks = list(zip(hidden.split(steps, 1), targets.long().split(steps, 1), strict=True))
-    if torch.is_grad_enabled() and len(blocks) > 1:
-        losses = torch.cat([checkpoint(losses_of, *block, use_reentrant=False) for block in blocks], 1)
-    else:
-        losses = torch.cat([losses_of(*block) for block in blocks], 1)
+    try:
+        if torch.is_grad_enabled() and len(blocks) > 1:
+            losses = torch.cat([checkpoint(losses_of, *block, use_reentrant=False) for block in blocks], 1)
+        else:
+            losses = torch.cat([losses_of(*block) for block in blocks], 1)
+    except IndexError as error:
+        raise _out_of_bounds(targets, width, ignore_index) or error from error
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else _mean(losses.sum(), targets != ignore_index)
+
+
+def _out_of_bounds(targets: Tensor, classes: int, ignore_index: int) -> IndexError | None:
+    """The error that names the first target which is no class, if there is one."""
+    outside = targets[((targets < 0) | (targets >= classes)) & (targets != ignore_index)]
+    if len(outside) == 0:
+        return None
+    return IndexError(
+        f"linear_cross_entropy: `targets` must be in [0, {classes}) or ignore_index = {ignore_index}, "
+        f"got {outside[0].item()}."
+    )
 
 
 def _mean(total: Tensor, counted: Tensor) -> Tensor:
@@ -135,6 +160,9 @@ def _mean(total: Tensor, counted: Tensor) -> Tensor:
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
+    for argument, value in ("hidden", hidden), ("weight", weight), ("targets", targets):
+        check_tensor("linear_cross_entropy", argument, value)
+
     def check(holds: bool, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
         if not holds:
             raise error(f"linear_cross_entropy: `{argument}` must {expected}, got {got}.")
@@ -146,14 +174,21 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> N
     check(hidden.is_floating_point(), "hidden", "be floating point", hidden.dtype, TypeError)
     cast = weight.is_floating_point() and is_autocast_enabled(hidden.device.type)
     check(weight.dtype == hidden.dtype or cast, "weight", f"be {hidden.dtype} as `hidden`", weight.dtype, TypeError)
-    integers = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
-    check(integers, "targets", "be integers", targets.dtype, TypeError)
+    check(has_integers(targets), "targets", "be integers", targets.dtype, TypeError)
+    check_device("linear_cross_entropy", "weight", weight, hidden)
+    check_device("linear_cross_entropy", "targets", targets, hidden)
     _check_reduction(reduction)
 
 
+def has_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'linear_cross_entropy: `reduction` must be "mean", "sum" or "none", got "{reduction}".')
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f'linear_cross_entropy: `reduction` must be "mean", "sum" or "none", got {described(reduction)}.'
+        )
 
 
 def _block(device: torch.device) -> int:

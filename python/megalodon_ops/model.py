@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import BlockState, MegalodonBlock, Output
-from .config import MegalodonConfig
+from .config import MegalodonConfig, check_config
 from .layers import is_plain_linear
-from .loss import blockwise_cross_entropy, linear_cross_entropy
+from .loss import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from .states import TimestepNormState
+from .values import (
+    LEAST_POSITIVE,
+    check_flag,
+    check_integer,
+    check_number,
+    check_optional_tensor,
+    check_size,
+    check_tensor,
+    described,
+)
 
 _FEW_TOKENS = 1024
 
@@ -61,6 +71,7 @@ class Megalodon(nn.Module):
     """
 
     def __init__(self, config: MegalodonConfig) -> None:
+        check_config("Megalodon", config)
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.model_dim)
@@ -109,7 +120,9 @@ class Megalodon(nn.Module):
             logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding.
         """
         sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
-        x, state = self._hidden(self._embed(tokens, state), state, return_state, inplace_state, **sequences)
+        self._check(tokens, state, return_state, **sequences)
+        check_flag("Megalodon", "inplace_state", inplace_state)
+        x, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, **sequences)
         logits = at_least_float32(self.output.output(x))
         return (logits, state) if return_state else logits
 
@@ -144,12 +157,17 @@ class Megalodon(nn.Module):
             >>> model, tokens = mo.Megalodon(config), torch.randint(9, (2, 21))
             >>> model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
         """
+        sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
+        self._check(tokens, state, return_state, **sequences)
+        check_tensor("Megalodon", "targets", targets)
+        ignore_index = check_integer("Megalodon", "ignore_index", ignore_index, "an integer below 2^63", -(2**63))
+        if not has_integers(targets):
+            raise TypeError(f"Megalodon: `targets` must be integers, got {targets.dtype}.")
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"Megalodon: `targets` must have shape {tuple(tokens.shape)} as `tokens`, got {tuple(targets.shape)}."
             )
-        x, sequences = self._embed(tokens, state), dict(cu_seqlens=cu_seqlens, lengths=lengths)
-        hidden, state = self._hidden(x, state, return_state, False, **sequences)
+        hidden, state = self._hidden(self._embed(tokens), state, return_state, False, **sequences)
         position, targets = torch.arange(tokens.shape[1], device=tokens.device), targets.long()
         if lengths is not None:
             targets = targets.where(position < lengths[:, None], ignore_index)
@@ -162,21 +180,29 @@ class Megalodon(nn.Module):
             loss = blockwise_cross_entropy(hidden, output, targets, width=self.config.num_outputs, **options)
         return (loss, state) if return_state else loss
 
-    def _check(self, tokens: Tensor, state: MegalodonState | None) -> None:
-        if not isinstance(tokens, Tensor):
-            raise TypeError(
-                f"Megalodon: `tokens` must be a torch tensor (B, L), got {type(tokens).__name__}; make it one."
-            )
+    def _check(
+        self,
+        tokens: Tensor,
+        state: MegalodonState | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
+    ) -> None:
+        check_tensor("Megalodon", "tokens", tokens)
+        check_flag("Megalodon", "return_state", return_state)
+        check_optional_tensor("Megalodon", "cu_seqlens", cu_seqlens)
+        check_optional_tensor("Megalodon", "lengths", lengths)
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"Megalodon: `tokens` must be integers (B, L), int64 or int32, got {tokens.dtype} {tuple(tokens.shape)}."
             )
+        if state is not None and not isinstance(state, MegalodonState):
+            raise TypeError(f"Megalodon: `state` must be a MegalodonState or None, got {described(state)}.")
         if state is not None and len(state.layers) != len(self.layers):
             raise ValueError(f"Megalodon: `state` must have {len(self.layers)} layers, got {len(state.layers)}.")
 
-    def _embed(self, tokens: Tensor, state: MegalodonState | None) -> Tensor:
+    def _embed(self, tokens: Tensor) -> Tensor:
         """(B, L, D)"""
-        self._check(tokens, state)
         try:
             x = self.embed(tokens)
         except IndexError as error:
@@ -224,17 +250,24 @@ class Megalodon(nn.Module):
         prompts' lengths where rows are right-padded. Temperature 0 takes the likeliest token; otherwise tokens are
         drawn from the top_k likeliest, or from the fewest that hold probability top_p, or from all.
         """
-        if prompt.dim() != 2 or prompt.shape[1] < 1:
-            raise ValueError(f"generate: `prompt` must have shape (B, L) with L >= 1, got {tuple(prompt.shape)}.")
-        if not temperature >= 0:
-            raise ValueError(f"generate: `temperature` must be at least 0, got {temperature}.")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"generate: `top_k` must be at least 1, got {top_k}.")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"generate: `top_p` must be in (0, 1], got {top_p}.")
+        check_tensor("generate", "prompt", prompt)
+        check_optional_tensor("generate", "lengths", lengths)
+        if prompt.dim() != 2 or prompt.shape[1] < 1 or prompt.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                "generate: `prompt` must be integers (B, L) with L >= 1, int64 or int32, "
+                f"got {prompt.dtype} {tuple(prompt.shape)}."
+            )
+        temperature = check_number("generate", "temperature", temperature, "a finite number of at least 0", 0.0)
+        top_k = None if top_k is None else check_size("generate", "top_k", top_k)
+        if top_p is not None:
+            top_p = check_number("generate", "top_p", top_p, "a probability in (0, 1]", LEAST_POSITIVE, 1.0)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generate: `generator` must be a torch.Generator or None, got {described(generator)}.")
         B, L = prompt.shape
         if lengths is None:
             lengths = torch.full((B,), L, device=prompt.device)
+        elif not has_integers(lengths):
+            raise TypeError(f"generate: `lengths` must be integers, got {lengths.dtype}.")
         elif lengths.shape != (B,) or not bool(((lengths >= 1) & (lengths <= L)).all()):
             raise ValueError(f"generate: `lengths` must have shape ({B},) and be in [1, {L}], got {lengths.tolist()}.")
         return self._stream(prompt, lengths, lambda logits: _sample(logits, temperature, top_k, top_p, generator))
@@ -247,7 +280,7 @@ class Megalodon(nn.Module):
         for start in range(0, prompt.shape[1], self.config.chunk_size):
             piece = prompt[:, start : start + self.config.chunk_size]
             left = (lengths - start).clamp(0, piece.shape[1])
-            hidden, state = self._hidden(self._embed(piece, state), state, True, state is not None, lengths=left)
+            hidden, state = self._hidden(self._embed(piece), state, True, state is not None, lengths=left)
             end = hidden[torch.arange(len(left), device=left.device), (left - 1).clamp(min=0)]
             last = end if last is None else torch.where((left > 0)[:, None], end, last)
         decoder = Decoder(self, state)
@@ -269,8 +302,8 @@ class Megalodon(nn.Module):
             >>> mo.Megalodon(config).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, temperature=0.8).shape
             torch.Size([1, 8])
         """
-        if max_new_tokens < 0:
-            raise ValueError(f"generate: `max_new_tokens` must be at least 0, got {max_new_tokens}.")
+        expected = "an integer of at least 0, below 2^31"
+        max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, expected, 0, 2**31 - 1)
         stream = self.stream(prompt, lengths=lengths, **sampling)
         batch, length = prompt.shape
         rows = torch.arange(batch, device=prompt.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor
 
 from .arrays import call_with_arrays
@@ -9,6 +11,9 @@ from .chunked_attention import chunked_attention
 from .library import autocast
 from .normalized_qk import rotated_queries_and_keys
 from .states import AttentionState, fields_of
+from .values import check_size
+
+_PARTS = re.compile("^(normalized_qk|chunked_attention): ")
 
 
 def normalized_attention(
@@ -66,11 +71,14 @@ def normalized_attention(
     """
     if not (isinstance(z, Tensor) and isinstance(v, Tensor)):
         return call_with_arrays(normalized_attention, **locals())
-    return attend(
-        z, v, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps, state=state,
-        return_state=return_state, inplace_state=inplace_state, dropkey=dropkey, dropkey_seed=dropkey_seed,
-        cu_seqlens=cu_seqlens, lengths=lengths,
-    )  # fmt: skip
+    try:
+        return attend(
+            z, v, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
+            state=state, return_state=return_state, inplace_state=inplace_state, dropkey=dropkey,
+            dropkey_seed=dropkey_seed, cu_seqlens=cu_seqlens, lengths=lengths,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise type(error)(_PARTS.sub("normalized_attention: ", str(error))) from error
 
 
 def attend(
@@ -94,12 +102,13 @@ def attend(
 ) -> Tensor | tuple[Tensor, AttentionState]:
     """:func:`normalized_attention` with a rotary table as :func:`rotated_queries_and_keys` takes it."""
     z, v = autocast(z, v)
-    if v.dim() != 3:
-        raise ValueError(f"normalized_attention: `v` must have shape (B, L, H * V), got {tuple(v.shape)}.")
-    if num_heads < 1 or v.shape[-1] % num_heads:
+    num_heads = check_size("normalized_attention", "num_heads", num_heads)
+    if v.dim() != 3 or (z.dim() == 3 and v.shape[:2] != z.shape[:2]):
         raise ValueError(
-            f"normalized_attention: `num_heads` must be positive and divide v's last axis {v.shape[-1]}, got {num_heads}."
+            f"normalized_attention: `v` must have shape (B, L, H * V) beside a z of {tuple(z.shape)}, got {tuple(v.shape)}."
         )
+    if v.shape[-1] % num_heads:
+        raise ValueError(f"normalized_attention: `num_heads` must divide v's last axis {v.shape[-1]}, got {num_heads}.")
     q, k = rotated_queries_and_keys(
         z, gamma, beta, rotary, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
         position=fields_of("normalized_attention", state, AttentionState)[2], cu_seqlens=cu_seqlens, lengths=lengths,

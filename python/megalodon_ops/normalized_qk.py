@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .arrays import call_with_arrays
 from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none, launch
 from .memory import empty, empty_like
+from .values import LEAST_POSITIVE, check_number, check_size
 
 
 def normalized_qk(
@@ -88,9 +89,10 @@ def rotated_queries_and_keys(
     """:func:`normalized_qk` with a table of the caller's, :func:`rotary_table`; None: the op looks after one itself."""
     if z.dim() != 3:
         raise ValueError(f"normalized_qk: `z` must have shape (B, L, H * K), got {tuple(z.shape)}.")
-    for name, value in (("num_heads", num_heads), ("chunk_size", chunk_size), ("rope_base", rope_base)):
-        if not value > 0:
-            raise ValueError(f"normalized_qk: `{name}` must be positive, got {value}.")
+    num_heads = check_size("normalized_qk", "num_heads", num_heads)
+    chunk_size = check_size("normalized_qk", "chunk_size", chunk_size)
+    rope_base = check_number("normalized_qk", "rope_base", rope_base, "a positive finite number", LEAST_POSITIVE)
+    eps = check_number("normalized_qk", "eps", eps, "a finite number of at least 0", 0.0)
     (z,) = autocast(z)
     return call(
         normalized_qk_fwd, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, int64_or_none(position),

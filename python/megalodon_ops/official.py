@@ -16,7 +16,7 @@ from .files import read_json
 from .memory import check_fits, is_finite
 from .model import Megalodon
 from .pth import check_tensor, read_pth
-from .values import is_whole, shown
+from .values import described, is_whole, shown
 
 # How a model-parallel checkpoint splits its parameters: along dim 1, along dim 0, or not at all.
 _SPLIT_DIM_1 = re.compile(r"embed\.weight|.*\.mega\.(gamma|beta)|.*\.(wh2|fc2)\.weight|output\.output\.weight")
@@ -50,8 +50,16 @@ def load_official(
     """
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"load_official: `dtype` must be a torch dtype of 16 bits or more, got {shown(dtype)}.")
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"load_official: `directory` must be a path, got {described(directory)}.")
     try:
-        return _load(Path(directory), dtype, torch.device(device))
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f'load_official: `device` must be a device as torch names them, such as "cpu", got {shown(device)}.'
+        ) from None
+    try:
+        return _load(Path(directory), dtype, device)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"load_official: {error}") from error
     except ValueError as error:

@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .values import check_tensor, described
+
+
+_STATES_WITHIN = ("norm", "attention")  # fields of a block's state that are states themselves
+
 
 def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
     """The tensors of a state, those that may be left out as None; all None where there is no state."""
@@ -13,11 +18,13 @@ def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
     if state is None:
         return (None,) * len(fields)
     if not isinstance(state, tuple) or not len(fields) - len(defaults) <= len(state) <= len(fields):
-        got = f"a tuple of {len(state)}" if isinstance(state, tuple) else type(state).__name__
+        got = f"a tuple of {len(state)}" if isinstance(state, tuple) else described(state)
         raise TypeError(f"{op}: `state` must be a {kind.__name__} ({', '.join(fields)}) or None, got {got}.")
     for name, part in zip(fields, state):
         if part is None and name not in defaults:
             raise ValueError(f"{op}: `state.{name}` must be a tensor, got None; pass state=None for a fresh state.")
+        if part is not None and not (name in _STATES_WITHIN and isinstance(part, tuple)):
+            check_tensor(op, f"state.{name}", part)
     return (*state, *(None,) * (len(fields) - len(state)))
 
 

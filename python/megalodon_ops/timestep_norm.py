@@ -9,6 +9,7 @@ from .arrays import call_with_arrays
 from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
 from .memory import empty, empty_like
 from .states import TimestepNormState, fields_of
+from .values import check_flag, check_number, check_size
 
 
 def timestep_norm(
@@ -61,8 +62,9 @@ def timestep_norm(
     if not isinstance(x, Tensor):
         return call_with_arrays(timestep_norm, **locals())
     count, mean, var, residual = fields_of("timestep_norm", state, TimestepNormState)
-    if num_groups < 1:
-        raise ValueError(f"timestep_norm: `num_groups` must be positive, got {num_groups}.")
+    num_groups = check_size("timestep_norm", "num_groups", num_groups)
+    eps = check_number("timestep_norm", "eps", eps, "a finite number of at least 0", 0.0)
+    check_flag("timestep_norm", "return_state", return_state)
     y, _, *state_out = call(
         timestep_norm_fwd, x, weight, bias, num_groups, eps, int64_or_none(count), mean, var, residual,
         int64_or_none(cu_seqlens), int64_or_none(lengths), torch.is_grad_enabled(), return_state,

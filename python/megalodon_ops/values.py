@@ -2,24 +2,113 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
+import sys
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+LARGEST = sys.float_info.max
+LEAST_POSITIVE = math.ulp(0.0)
+LARGEST_BELOW_1 = math.nextafter(1.0, 0.0)
+_LARGEST_SIZE = 2**31 - 1
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a number as JSON has them; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether the value is a real number, NumPy's included; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def as_float(value: object) -> float:
+    """The value as a float: NaN if it is no number, infinite if it is too large an integer."""
+    try:
+        return float(value) if is_number(value) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def is_whole(value: object, least: int, most: int = 2**63 - 1) -> bool:
-    """Whether the value is an integer from `least` to `most`; True, False and 4.0 are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    """Whether the value is an integer from `least` to `most`, NumPy's included; True, False and 4.0 are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+
+
+def check_size(op: str, argument: str, value: object) -> int:
+    """The value as an int, if it is an integer in [1, 2^31); what torch traces sizes with stays as it is."""
+    if type(value) is int and 1 <= value <= _LARGEST_SIZE:
+        return value
+    return check_integer(op, argument, value, "a positive integer below 2^31", 1, _LARGEST_SIZE)
+
+
+def check_integer(op: str, argument: str, value: object, expected: str, least: int, most: int = 2**63 - 1) -> int:
+    """The value as an int, if it is an integer from `least` to `most`, as `expected` says in words."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{op}: `{argument}` must be {expected}, got {described(value)}.")
+    if not least <= value <= most:
+        raise ValueError(f"{op}: `{argument}` must be {expected}, got {shown(value)}.")
+    return int(value)
+
+
+def check_number(
+    op: str, argument: str, value: object, expected: str, least: float = -LARGEST, most: float = LARGEST
+) -> float:
+    """The value as a float, if it is a number from `least` to `most`, as `expected` says in words."""
+    if type(value) is float and least <= value <= most:
+        return value
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
+    if not is_number(value):
+        raise TypeError(f"{op}: `{argument}` must be {expected}, got {described(value)}.")
+    number = as_float(value)
+    if not least <= number <= most:
+        raise ValueError(f"{op}: `{argument}` must be {expected}, got {shown(value)}.")
+    return number
+
+
+def check_flag(op: str, argument: str, value: object) -> None:
+    """Raises a TypeError unless the value is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{op}: `{argument}` must be True or False, got {described(value)}.")
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    """Raises a TypeError unless the value is a tensor of torch's."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{op}: `{argument}` must be a torch tensor, got {described(value)}; make it one, as torch.from_dlpack does "
+            "of an array."
+        )
+
+
+def check_optional_tensor(op: str, argument: str, value: object) -> None:
+    """Raises a TypeError unless the value is a tensor of torch's or None."""
+    if value is not None:
+        check_tensor(op, argument, value)
+
+
+def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
+    """Raises a ValueError unless the tensor is on the device of `like`, the op's first argument."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{op}: `{argument}` must be on {like.device} as the others, got {tensor.device}; move it there."
+        )
+
+
+def described(value: object) -> str:
+    """What an error says of a value of a wrong type: a short one itself, of others their type."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return shown(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def shown(value: object) -> str:
     """The value on one line, and short whatever it is."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__} of {len(value)}"
-    if is_number(value) and isinstance(value, int) and value.bit_length() > 128:
+    if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     text = reprlib.repr(value)
     return text if text.isprintable() else ascii(text)

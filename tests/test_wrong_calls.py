@@ -1,0 +1,334 @@
+"""Wrong calls: each argument of each public function, with what it cannot take, gets an error in the house's words.
+
+The words are "function: `argument` must be what was expected, got what came": neither torch's, nor those of a Python
+attribute or comparison that happened to fail. A number of NumPy's is as good as one of Python's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, tiny_model, tokens_of
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import megalodon_ops as mo
+from megalodon_ops.cema_coefficients import cema_coefficients
+from megalodon_ops.gated_silu import gated_silu
+from megalodon_ops.layer_norm import layer_norm, rms_norm
+from megalodon_ops.linear import linear
+from megalodon_ops.loss import linear_cross_entropy
+
+NO_TENSOR = {
+    "list": [1.0], "string": "x", "integer": 3, "float": 2.5, "bool": True, "object": object(), "dictionary": {},
+    "class": Tensor,
+}  # fmt: skip
+SHAPES = {
+    "one axis more": lambda t: t[None],
+    "one axis less": lambda t: t[0],
+    "no axes": lambda t: t.flatten()[0],
+    "longer": lambda t: torch.cat([t, t[..., :1]], -1),
+    "shorter": lambda t: t[..., :-1],
+}
+REAL = {
+    "integers": Tensor.long, "complex": lambda t: t.to(torch.complex64), "bools": Tensor.bool, "meta": lambda t: t.to("meta"),
+}  # fmt: skip
+COMPLEX = {"real": lambda t: t.real.clone(), "integers": lambda t: t.real.long(), "meta": lambda t: t.to("meta")}
+INTEGERS = {
+    "float tensor": Tensor.float,
+    "bools": Tensor.bool,
+    "negative": lambda t: t - 50,
+    "beyond": lambda t: t + 50,
+}
+NO_SIZE = {
+    "none": None, "bool": True, "string": "4", "float": 4.0, "fraction": 2.5, "list": [4], "tensor": torch.tensor(4),
+    "array": np.array([4]), "zero": 0, "negative": -1, "2^31": 2**31, "2^63": 2**63, "2^70": 2**70, "huge": 10**5000,
+    "nan": math.nan, "NumPy's float": np.float64(4),
+}  # fmt: skip
+NO_NUMBER = {
+    "none": None, "bool": True, "string": "0.1", "list": [0.1], "tensor": torch.tensor(0.5), "complex": 0.5 + 0j,
+    "nan": math.nan, "inf": math.inf, "huge": 10**400, "array": np.array([0.5]),
+}  # fmt: skip
+NO_FLAG = {"none": None, "one": 1, "zero": 0, "string": "no", "list": [], "float": 1.0}
+NEGATIVE, ZERO, ONE = {"negative": -1.0}, {"zero": 0.0}, {"one": 1}
+
+TENSOR = {"none": None, **NO_TENSOR, **SHAPES, **REAL}
+COMPLEX_TENSOR = {"none": None, **NO_TENSOR, **SHAPES, **COMPLEX}
+OPTIONAL_TENSOR = {name: wrong for name, wrong in TENSOR.items() if name != "none"}
+OPTIONAL_INTEGERS = {**NO_TENSOR, "no axes": SHAPES["no axes"], "longer": SHAPES["longer"], **INTEGERS}
+NO_STATE = {
+    **NO_TENSOR, "tensor": torch.zeros(2), "empty": (), "short": lambda s: tuple(s)[:1], "long": lambda s: (*s, *s),
+    "as list": lambda s: list(s), "of None": lambda s: type(s)(*(None for _ in s)), "of lists": lambda s: type(s)(*([] for _ in s)),
+    "of floats": lambda s: type(s)(*(1.0 for _ in s)), "of shorter": lambda s: type(s)(*(t[:1] for t in s)),
+    "of bools": lambda s: type(s)(*(t.bool() for t in s)), "of meta": lambda s: type(s)(*(t.to("meta") for t in s)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that works, and for each argument what it does not take: values, or functions that spoil the right one."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    wrong: dict[str, dict[str, Any]]
+    name: str = ""
+    speakers: tuple[str, ...] = ()  # ops that the function is made of, which may also name a wrong shape
+    numbers: dict[str, Any] = field(default_factory=dict)  # arguments as NumPy's numbers
+
+    @property
+    def op(self) -> str:
+        return self.name or self.function.__name__
+
+
+B, L, D, N, G, H, K, V, C = 2, 5, 8, 3, 2, 2, 4, 3, 4
+x, z, v = torch.randn(B, L, D), torch.randn(B, L, H * K), torch.randn(B, L, H * V)
+q, values, affine = torch.randn(B, L, H, K), torch.randn(B, L, H, V), torch.zeros(2, H * K)
+poles = torch.polar(torch.rand(D, N), torch.rand(D, N))
+lengths, packed = torch.tensor([5, 2]), dict(cu_seqlens=torch.tensor([0, 2, 5]))
+norm_state = mo.timestep_norm(x, torch.zeros(D), torch.zeros(D), num_groups=G, return_state=True)[1]
+attention_state = mo.chunked_attention(q, q, values, chunk_size=C, return_state=True)[1]
+seed = torch.tensor([5])
+sizes, eps = dict(num_heads=H, chunk_size=C), {**NO_NUMBER, **NEGATIVE}
+attention = dict(
+    state=NO_STATE, return_state=NO_FLAG, inplace_state=NO_FLAG, dropkey={**NO_NUMBER, **NEGATIVE, **ONE},
+    dropkey_seed={**NO_TENSOR, "two": torch.tensor([1, 2]), "float tensor": torch.tensor([1.0])}, chunk_size=NO_SIZE,
+    lengths=OPTIONAL_INTEGERS,
+)  # fmt: skip
+model = tiny_model(torch.float32).eval()
+model_state = model(tokens_of(2, 5), return_state=True)[1]
+decoder = mo.Decoder(model, model_state)
+tokens = tokens_of(2, 5)
+WHOLE = {
+    "none": None, **NO_TENSOR, "one axis more": SHAPES["one axis more"], "no axes": SHAPES["no axes"],
+    "float tensor": Tensor.float, "bools": Tensor.bool,
+}  # fmt: skip
+TOKENS = {**WHOLE, "negative": lambda t: t - 50, "beyond": lambda t: t + 50}
+NO_MODEL_STATE = {
+    **NO_TENSOR,
+    "empty": (),
+    "as tuple": lambda s: tuple(s),
+    "of another model": lambda s: s._replace(layers=s.layers[:1]),
+}
+
+CALLS = {
+    "cema": Call(
+        mo.cema,
+        dict(x=x, p=torch.rand(D, N), q=poles, gamma=poles, omega=torch.ones(D),
+             state=torch.zeros(B, D, N, dtype=torch.complex64), lengths=lengths),
+        dict(x=TENSOR, p=TENSOR, q=COMPLEX_TENSOR, gamma=COMPLEX_TENSOR, omega=TENSOR,
+             state={k: w for k, w in COMPLEX_TENSOR.items() if k != "none"}, return_state=NO_FLAG,
+             lengths=OPTIONAL_INTEGERS),
+    ),
+    "cema of packed sequences": Call(
+        mo.cema,
+        dict(x=x[:1], p=torch.rand(D, N), q=poles, gamma=poles, omega=torch.ones(D), **packed),
+        dict(cu_seqlens={**OPTIONAL_INTEGERS, "descending": lambda t: t.flip(0), "empty": lambda t: t[:0]}),
+    ),
+    "timestep_norm": Call(
+        mo.timestep_norm,
+        dict(x=x, weight=torch.zeros(D), bias=torch.zeros(D), num_groups=G, eps=1e-5, state=norm_state, lengths=lengths),
+        dict(x=TENSOR, weight=TENSOR, bias=TENSOR, num_groups={**NO_SIZE, "no divisor": 3}, eps=eps, state=NO_STATE,
+             return_state=NO_FLAG, lengths=OPTIONAL_INTEGERS),
+        numbers=dict(num_groups=np.int64(G), eps=np.float64(1e-5)),
+    ),
+    "normalized_qk": Call(
+        mo.normalized_qk,
+        dict(z=z, gamma=affine, beta=affine, **sizes, position=torch.tensor([0, 3]), lengths=lengths),
+        dict(z=TENSOR, gamma=TENSOR, beta=TENSOR, num_heads={**NO_SIZE, "no divisor": 3}, chunk_size=NO_SIZE,
+             rope_base={**NO_NUMBER, **NEGATIVE, **ZERO}, eps=eps, position=OPTIONAL_INTEGERS, lengths=OPTIONAL_INTEGERS),
+        numbers=dict(num_heads=np.int32(H), chunk_size=np.uint8(C), rope_base=np.int64(10000), eps=np.float64(1e-5)),
+    ),
+    "chunked_attention": Call(
+        mo.chunked_attention,
+        dict(q=q, k=q, v=values, chunk_size=C, state=attention_state, lengths=lengths, dropkey=0.5, dropkey_seed=seed),
+        dict(q=TENSOR, k=TENSOR, v={k: w for k, w in TENSOR.items() if k not in ("longer", "shorter")}, scale=NO_NUMBER,
+             **attention),
+        numbers=dict(chunk_size=np.int64(C), scale=np.int16(1), dropkey=np.float32(0.5)),
+    ),
+    "normalized_attention": Call(
+        mo.normalized_attention,
+        dict(z=z, v=v, gamma=affine, beta=affine, **sizes, state=attention_state, lengths=lengths, dropkey=0.5,
+             dropkey_seed=seed),
+        dict(z=TENSOR, v=TENSOR, gamma=TENSOR, beta=TENSOR, num_heads={**NO_SIZE, "no divisor": 3},
+             rope_base={**NO_NUMBER, **NEGATIVE, **ZERO}, eps=eps, **attention),
+        numbers=dict(num_heads=np.int32(H), chunk_size=np.uint8(C), rope_base=np.int64(10000), dropkey=np.float32(0.5)),
+    ),
+    "gated_silu": Call(
+        gated_silu,
+        dict(x=x, value=x),
+        dict(x={"none": None, **NO_TENSOR, **SHAPES},
+             value={**NO_TENSOR, **SHAPES, "meta": REAL["meta"]}),
+    ),
+    "layer_norm": Call(
+        layer_norm,
+        dict(x=x, weight=torch.zeros(D), bias=torch.zeros(D)),
+        dict(x={name: w for name, w in TENSOR.items() if "axis" not in name}, weight=OPTIONAL_TENSOR, bias=OPTIONAL_TENSOR,
+             eps=eps),
+        numbers=dict(eps=np.float64(1e-5)),
+    ),
+    "rms_norm": Call(
+        rms_norm,
+        dict(x=x, weight=torch.zeros(D)),
+        dict(x={name: w for name, w in TENSOR.items() if "axis" not in name},
+             weight={name: w for name, w in OPTIONAL_TENSOR.items() if name != "meta"}, eps=eps),
+        numbers=dict(eps=np.float64(1e-5)),
+    ),
+    "rms_norm on two devices": Call(
+        rms_norm, dict(x=x, weight=torch.zeros(D)), dict(weight={"meta": REAL["meta"]}), speakers=("layer_norm",)
+    ),
+    "cema_coefficients": Call(
+        cema_coefficients,
+        dict(alpha=torch.zeros(D, N, 1), delta=torch.zeros(D, N, 1), theta=torch.zeros(D, 1, 1), gamma=torch.zeros(D, N, 2)),
+        dict.fromkeys(("alpha", "delta", "theta", "gamma"), TENSOR),
+    ),
+    "linear_cross_entropy": Call(
+        linear_cross_entropy,
+        dict(hidden=x, weight=torch.randn(9, D), targets=torch.zeros(B, L, dtype=torch.long)),
+        dict(hidden=TENSOR, weight={k: w for k, w in TENSOR.items()}, targets={**TOKENS, "longer": SHAPES["longer"]},
+             reduction={"none": None, "other": "median", "list": [], "bool": True}, ignore_index={**NO_NUMBER, "float": 1.0}),
+        numbers=dict(ignore_index=np.int64(-100)),
+    ),
+    "linear": Call(
+        linear,
+        dict(x=x, weight=torch.randn(9, D), bias=torch.randn(9)),
+        dict(x={"none": None, **NO_TENSOR}, weight={"none": None, **NO_TENSOR}, bias=NO_TENSOR),
+    ),
+    "Megalodon": Call(
+        mo.Megalodon,
+        dict(config=mo.MegalodonConfig(**TINY)),
+        dict(config={"none": None, **NO_TENSOR, "fields": TINY}),
+    ),
+    "MegalodonBlock": Call(
+        mo.MegalodonBlock, dict(config=mo.MegalodonConfig(**TINY)), dict(config={"none": None, "fields": TINY})
+    ),
+    "MegalodonConfig": Call(
+        mo.MegalodonConfig,
+        TINY,
+        dict(
+            **dict.fromkeys(("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim",
+                             "chunk_size", "vocab_size", "norm_num_groups"), NO_SIZE),
+            **dict.fromkeys(("dropout", "hidden_dropout", "attention_dropout"), {**NO_NUMBER, **NEGATIVE, **ONE}),
+            **dict.fromkeys(("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt"), NO_FLAG),
+            norm_eps={**NO_NUMBER, **NEGATIVE},
+            rope_base={k: w for k, w in {**NO_NUMBER, **NEGATIVE, **ZERO}.items() if k != "none"},
+            output_size={k: w for k, w in NO_SIZE.items() if k != "negative"} | {"less than -1": -2},
+            init_mode={"none": None, "other": "bert", "bool": True, "list": []},
+        ),
+        numbers=dict(num_layers=np.int64(2), norm_eps=np.float32(1e-5), rope_base=np.int64(10000), dropout=np.float16(0.0),
+                     output_size=np.int32(-1)),
+    ),
+    "forward": Call(
+        model.forward,
+        dict(tokens=tokens, state=model_state, lengths=lengths),
+        dict(tokens=TOKENS, state=NO_MODEL_STATE, return_state=NO_FLAG, inplace_state=NO_FLAG, lengths=OPTIONAL_INTEGERS),
+        "Megalodon", speakers=("timestep_norm",),
+    ),
+    "forward of packed sequences": Call(
+        model.forward, dict(tokens=tokens[:1], **packed), dict(cu_seqlens=OPTIONAL_INTEGERS), "Megalodon",
+        speakers=("timestep_norm",),
+    ),
+    "loss": Call(
+        model.loss,
+        dict(tokens=tokens, targets=tokens, state=model_state, lengths=lengths),
+        dict(tokens=TOKENS, targets={**TOKENS, "shorter": SHAPES["shorter"]}, state=NO_MODEL_STATE, return_state=NO_FLAG,
+             reduction={"none": None, "other": "median", "list": []}, ignore_index={**NO_NUMBER, "float": 1.0},
+             lengths=OPTIONAL_INTEGERS),
+        "Megalodon", speakers=("timestep_norm", "linear_cross_entropy"), numbers=dict(ignore_index=np.int64(-100)),
+    ),
+    "generate": Call(
+        model.generate,
+        dict(prompt=tokens, max_new_tokens=2, lengths=lengths, temperature=0.0),
+        dict(prompt=TOKENS, max_new_tokens={k: w for k, w in NO_SIZE.items() if k != "zero"}, lengths=OPTIONAL_INTEGERS,
+             temperature={**NO_NUMBER, **NEGATIVE}, top_k={k: w for k, w in NO_SIZE.items() if k != "none"},
+             top_p={k: w for k, w in NO_NUMBER.items() if k != "none"} | {**NEGATIVE, **ZERO, "two": 2},
+             generator={"integer": 3, "string": "x"}),
+        speakers=("Megalodon",),
+        numbers=dict(max_new_tokens=np.int64(2), temperature=np.float32(0), top_k=np.int64(3), top_p=np.float32(0.5)),
+    ),
+    "stream": Call(
+        lambda **arguments: next(model.stream(**arguments)),
+        dict(prompt=tokens, lengths=lengths, temperature=0.0),
+        dict(prompt=TOKENS, lengths=OPTIONAL_INTEGERS, temperature=NO_NUMBER, top_k={"zero": 0, "float": 2.0}),
+        "generate", speakers=("Megalodon",),
+    ),
+    "Decoder": Call(
+        mo.Decoder,
+        dict(model=model, state=model_state),
+        dict(model={"none": None, **NO_TENSOR, "layer": torch.nn.Linear(2, 2)}, state={"none": None, **NO_MODEL_STATE}),
+    ),
+    "decoder": Call(
+        decoder.__call__, dict(tokens=tokens[:, :1]), dict(tokens={k: w for k, w in TOKENS.items()}), "Decoder",
+        speakers=("Megalodon",),
+    ),
+    "wide_parameters": Call(mo.wide_parameters, dict(model=model), dict(model={"none": None, **NO_TENSOR})),
+    "load_official": Call(
+        partial(mo.load_official, "nowhere"),
+        {},
+        dict(dtype={"none": None, "string": "float32", "integers": torch.int64},
+             device={"none": None, "other": "nonsense", "float": 1.5, "list": []}),
+        "load_official",
+    ),
+    "load_official of a folder": Call(
+        mo.load_official, {}, dict(directory={"none": None, "integer": 3, "list": [], "bool": True})
+    ),
+    "TimestepNorm": Call(
+        mo.TimestepNorm, dict(dim=8, num_groups=2), dict(dim=NO_SIZE, num_groups=NO_SIZE, eps={**NO_NUMBER, **NEGATIVE})
+    ),
+    "ComplexEMA": Call(mo.ComplexEMA, dict(dim=8, ndim=2), dict(dim=NO_SIZE, ndim=NO_SIZE)),
+}  # fmt: skip
+
+WRONG = [
+    pytest.param(call, argument, wrong, id=f"{name}-{argument}-{kind}")
+    for name, call in CALLS.items()
+    for argument, kinds in call.wrong.items()
+    for kind, wrong in kinds.items()
+]
+
+
+def spoiled(call: Call, argument: str, wrong: Any) -> dict[str, Any]:
+    """The call's arguments, one of them wrong."""
+    return {**call.arguments, argument: wrong(call.arguments[argument]) if inspect.isroutine(wrong) else wrong}
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.arguments])
+def test_what_is_spoiled_works(name):
+    CALLS[name].function(**CALLS[name].arguments)
+
+
+@pytest.mark.parametrize(("call", "argument", "wrong"), WRONG)
+def test_an_error_names_function_argument_expected_and_got(call, argument, wrong):
+    arguments = spoiled(call, argument, wrong)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises((TypeError, ValueError, IndexError)) as caught:
+            call.function(**arguments)
+        assert_house_words(str(caught.value), call, argument, wrong)
+
+
+def assert_house_words(message: str, call: Call, argument: str, wrong: Any) -> None:
+    speaker = "|".join((call.op, *call.speakers))
+    named = r"[\w.]+" if inspect.isroutine(wrong) else argument + r"(\.\w+)?"
+    assert re.fullmatch(rf"({speaker}): `{named}`.* (must|needs) .*, got .*\.", message, re.DOTALL), message
+    assert not re.search(r"NoneType|attribute|torch\.ops|megalodon_ops::|Expected|not supported between", message), (
+        message
+    )
+    assert len(message) < 400, message
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.numbers])
+def test_numbers_of_numpy_are_as_good_as_those_of_python(name):
+    call = CALLS[name]
+    python = {argument: number.item() for argument, number in call.numbers.items()}
+    expected = call.function(**{**call.arguments, **python})
+    for arguments in (call.numbers, *({argument: number} for argument, number in call.numbers.items())):
+        found = call.function(**{**call.arguments, **python, **arguments})
+        for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
