@@ -10,7 +10,10 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
+
+#include <cstdio>
 #else
 #include <cstdlib>
 #endif
@@ -44,12 +47,32 @@ void unmap(const MemoryBlock& block) { munmap(block.data, block.bytes); }
 // Linux may take the pages from now on; one that is written before it does stays, without a fault.
 void offer(const MemoryBlock& block) { madvise(block.data, block.bytes, MADV_FREE); }
 
+// What the process may still map under its limits: SIZE_MAX where there are none, 0 where Linux does not say what it has.
+size_t room_under_limits() {
+  rlimit addresses{RLIM_INFINITY, 0}, data{RLIM_INFINITY, 0};
+  getrlimit(RLIMIT_AS, &addresses);
+  getrlimit(RLIMIT_DATA, &data);
+  if (addresses.rlim_cur == RLIM_INFINITY && data.rlim_cur == RLIM_INFINITY) return SIZE_MAX;
+  unsigned long long address_pages, data_pages;
+  FILE* const file = std::fopen("/proc/self/statm", "r");
+  if (!file) return 0;
+  const int numbers = std::fscanf(file, "%llu %*u %*u %*u %*u %llu", &address_pages, &data_pages);
+  std::fclose(file);
+  if (numbers != 2) return 0;
+  const auto left = [](rlim_t limit, unsigned long long pages) {
+    const auto used = static_cast<rlim_t>(pages) * page_bytes();
+    return limit == RLIM_INFINITY ? SIZE_MAX : static_cast<size_t>(limit > used ? limit - used : 0);
+  };
+  return std::min(left(addresses.rlim_cur, address_pages), left(data.rlim_cur, data_pages));
+}
+
 #else
 
 size_t page_bytes() { return 4096; }
 void* map(size_t bytes) { return std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) / kHugePage * kHugePage); }
 void unmap(const MemoryBlock& block) { std::free(block.data); }
 void offer(const MemoryBlock&) {}
+size_t room_under_limits() { return SIZE_MAX; }
 
 #endif
 
@@ -77,9 +100,10 @@ class Pool {
     --blocks_in_use_;
     kept_bytes_ += block.bytes;
     kept_.push_back({block.data, block.bytes});
+    drop_all_but(most_kept());
     size_t latest = 0;
     for (auto kept = kept_.rbegin(); kept != kept_.rend() && !kept->offered; ++kept)
-      if ((latest += kept->bytes) > kLatest) {
+      if ((latest += kept->bytes) > std::min(kLatest, cap_ / 8)) {
         offer(*kept);
         kept->offered = true;
       }
@@ -90,8 +114,14 @@ class Pool {
 
   void release() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    while (!kept_.empty()) drop_oldest();
+    drop_all_but(0);
     peak_ = used_;
+  }
+
+  void cap(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    cap_ = bytes;
+    drop_all_but(cap_);
   }
 
  private:
@@ -120,10 +150,20 @@ class Pool {
 
   void drop_oldest() { unmap(forget(kept_.begin())); }
 
+  void drop_all_but(size_t bytes) {
+    while (kept_bytes_ > bytes) drop_oldest();
+  }
+
+  size_t most_kept() const {
+    const size_t room = room_under_limits();
+    return room == SIZE_MAX ? cap_ : std::min(cap_, (room + kept_bytes_) / 8);
+  }
+
   std::mutex mutex_;
   std::vector<Kept> kept_;  // in the order in which they came
   size_t kept_bytes_ = 0, used_ = 0, blocks_in_use_ = 0;
   size_t peak_ = 0;  // the most that was ever in use at once
+  size_t cap_ = SIZE_MAX;
 };
 
 Pool& pool() {
@@ -141,5 +181,6 @@ Pool& pool() {
 MemoryBlock take_memory(size_t bytes) { return pool().take(bytes); }
 void give_memory(MemoryBlock block) { pool().give(block); }
 void release_memory() { pool().release(); }
+void cap_kept_memory(size_t bytes) { pool().cap(bytes); }
 
 }  // namespace megalodon

@@ -49,6 +49,7 @@ py::capsule take(std::vector<int64_t> shape, int code, int bits) {
 void bind_memory_pool(py::module_& module) {
   module.def("take_memory", &take);
   module.def("release_memory", &release_memory);
+  module.def("cap_kept_memory", &cap_kept_memory);
 }
 
 }  // namespace megalodon

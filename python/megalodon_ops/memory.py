@@ -53,8 +53,11 @@ def release_memory() -> None:
     """Gives the memory that large outputs of ops have left on the CPU back to the system.
 
     The package keeps it for the next ones, as fresh memory takes longer to clear than many a kernel to write: up to as
-    much as they ever took at once. All but 128 MiB of it Linux takes back on its own when memory is short; until then it
-    counts as this process's. Call this once a large model has been cast or moved away.
+    much as they ever took at once, and up to half of the machine's memory or of the control group's. All but 128 MiB of it
+    Linux takes back on its own when memory is short; until then it counts as this process's. Under a limit on addresses
+    or data (`ulimit -v`, `ulimit -d`), where tensors of torch's would fail for want of what is kept, that is at most an
+    eighth of what the limit left free when a tensor was last freed. Call this once a large model has been cast or moved
+    away, or a limit was lowered.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -68,11 +71,12 @@ def release_memory() -> None:
 def machine_memory() -> int:
     """Bytes of memory that this process can ever have: the machine's or, if less, its control group's or its limit's."""
     limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE, resource.getrlimit(resource.RLIMIT_AS)[0]]
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limits.append(int(file.read()))
-    except (OSError, ValueError):  # no control groups, or "max"
-        pass
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2 of control groups, and of version 1
+        try:
+            with open(f"/sys/fs/cgroup/{name}") as file:
+                limits.append(int(file.read()))
+        except (OSError, ValueError):  # no control groups of this version, or "max"
+            pass
     return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
 
 
@@ -107,3 +111,6 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+_C.cap_kept_memory(machine_memory() // 2)
