@@ -326,6 +326,15 @@ void finish(const CemaBwdParams& params, const Plan& plan, bool folded, const do
   });
 }
 
+template <class R>
+void clear_parameter_gradients(const CemaBwdParams& params) {
+  const int64_t size = params.channels * params.modes;
+  std::fill_n(static_cast<R*>(params.dp), size, R{0});
+  std::fill_n(static_cast<R*>(params.dq), 2 * size, R{0});
+  std::fill_n(static_cast<R*>(params.dgamma), 2 * size, R{0});
+  std::fill_n(static_cast<R*>(params.domega), params.channels, R{0});
+}
+
 template <class T>
 void backward(const CemaBwdParams& params) {
   using R = Compute<T>;
@@ -358,13 +367,18 @@ void backward(const CemaBwdParams& params) {
 
 }  // namespace
 
+// Without tokens there are only states, and where nobody wants those, no loop over the sequences, which may be 2^60.
 void cema_fwd_cpu(const CemaFwdParams& params) {
-  if (params.channels == 0) return;
+  if (params.channels == 0 || (params.sequences.tokens == 0 && !params.state_out)) return;
   dispatch_dtype(params.dtype, [&](auto element) { forward<decltype(element)>(params); });
 }
 
 void cema_bwd_cpu(const CemaBwdParams& params) {
   if (params.channels == 0) return;
+  if (params.sequences.tokens == 0 && !params.dstate) {
+    dispatch_dtype(params.dtype, [&](auto element) { clear_parameter_gradients<Compute<decltype(element)>>(params); });
+    return;
+  }
   dispatch_dtype(params.dtype, [&](auto element) { backward<decltype(element)>(params); });
 }
 

@@ -227,7 +227,7 @@ void backward(const TimestepNormBwdParams& p) {
   using R = Compute<T>;
   const int64_t D = p.channels;
   Scratch<double> uv(2 * p.groups);
-  for (int64_t s = 0; s < p.sequences.count; ++s) {
+  for (int64_t s = 0; (p.dmean || p.dvar) && s < p.sequences.count; ++s) {
     if (p.sequences.length(s) > 0) continue;
     load_state_gradient<R>(p, s, uv.get());
     store_state_gradient<R>(p, s, uv.get());

@@ -168,7 +168,7 @@ template <class T>
 void forward(const TimestepNormFwdParams& p) {
   using R = Compute<T>;
   Scratch<double> state(2 * p.groups);
-  for (int64_t s = 0; s < p.sequences.count; ++s) {
+  for (int64_t s = 0; p.count_out && s < p.sequences.count; ++s) {
     if (p.sequences.length(s) > 0) continue;
     load_state<R>(p, s, state.get(), state.get() + p.groups);
     store_state<R>(p, s, state.get(), state.get() + p.groups);

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 
+MOST_ROWS = 2**20
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for every other dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -19,5 +22,9 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> l
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         return [(0, slice(start, end)) for start, end in zip(bounds, bounds[1:], strict=False)]
+    if x.shape[0] > MOST_ROWS:
+        raise ValueError(
+            f"megalodon_ops.reference: `B` must be at most {MOST_ROWS}, as loops of Python run over the rows, got {x.shape[0]}."
+        )
     ends = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
     return [(row, slice(0, end)) for row, end in enumerate(ends)]
