@@ -201,6 +201,26 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+def to_torch_linears(model: nn.Module) -> nn.Module:
+    """The model, whose linear layers have become torch's own `nn.Linear`, in place, with their parameters and hooks.
+
+    For tools that look for exactly this type: `torch.ao.quantization.quantize_dynamic` leaves a subclass as it is without
+    a word. Tools that take subclasses, such as torchao's `quantize_`, need no such call. The results are those of before
+    up to rounding; products are torch's, and a :class:`Decoder` of such a model runs its layers.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> from megalodon_ops.layers import to_torch_linears
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> type(to_torch_linears(mo.Megalodon(config)).output.output)
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = nn.Linear
+    return model
+
+
 _LINEAR_FORWARD = Linear.forward
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
