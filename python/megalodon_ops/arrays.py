@@ -1,14 +1,15 @@
 """Arrays of other libraries as arguments of the ops, through DLPack: NumPy's, CuPy's, any that has `__dlpack__`.
 
-An op whose first argument is an array reads all its arrays where they lie, without a copy if they are C-contiguous (with
-one if they are not), and returns arrays of the first one's kind, states included. A kind is known by its namespace's `from_dlpack`; one without it gets torch tensors.
+An op whose first argument is an array reads all its arrays where they lie; an array that is not C-contiguous is copied.
+The op returns arrays of the first argument's kind, states included. A kind is known by the `from_dlpack` of its namespace;
+a call on arrays of a kind without one returns torch tensors.
 
-Arrays carry no gradient: such a call runs without gradients and outside torch.autocast. A call takes either arrays or
-tensors, so that no gradient is lost unnoticed. With `inplace_state` the caller's arrays are written to.
+Arrays carry no gradient: a call on arrays runs without gradients and outside torch.autocast. A call takes either arrays or
+tensors, so that no gradient is lost unnoticed. With `inplace_state` the op writes to the caller's arrays.
 
 Streams follow the protocol, and the host never waits. Each array's producer makes torch's current stream wait for what
-is pending on the array; then the results make their consumer's current stream wait for the op. (Where torch tensors
-come back nothing does: there, keep the arrays until torch's stream is done with them.)
+is pending on the array; then the results make their consumer's current stream wait for the op. Where the results are
+torch tensors, no other stream is made to wait: keep the arrays until torch's stream is done with them.
 
 Example:
     >>> import numpy as np, megalodon_ops as mo
@@ -34,7 +35,7 @@ from .values import check_optional_tensor, check_tensor, described
 
 
 def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
-    """`op` with arrays for arguments: lent to it as tensors, its results given back as arrays.
+    """Calls `op` with arrays, which are lent to it as tensors, and gives its results back as arrays.
 
     Raises:
         TypeError: arrays and tensors are mixed, or DLPack cannot pass an array on. ValueError: an array has negative
@@ -88,7 +89,7 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
 
 
 def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
-    """Raises TypeError if the registered `op` was called with something else where it takes a tensor."""
+    """Raises a TypeError if an argument of the registered `op` is no tensor, though the op takes one there."""
     public = op._schema.name.split("::")[1].removesuffix("_fwd")
     for argument, value in zip(op._schema.arguments, args):
         if str(argument.type) == "Optional[Tensor]":
@@ -98,7 +99,7 @@ def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
 
 
 def _in_words_of_arrays(message: str) -> str:
-    """An op's message with the names that arrays have for dtypes and for their conversion."""
+    """The message of an op with NumPy's names of dtypes and of conversions in place of torch's."""
     message = re.sub(r"\.to\(torch\.(\w+)\)", r'.astype("\1")', message)
     return re.sub(r"torch\.(?=(float|bfloat|int|complex)\d)", "", message)
 
@@ -112,18 +113,20 @@ def _as_tensor(where: str, array: Any, write: bool) -> Tensor:
         )
     if write:
         try:
-            array[:0, ...] = array[:0, ...]  # changes nothing; raises if the array is read-only or of an immutable kind
+            array[:0, ...] = array[:0, ...]  # raises if the array cannot be written, and changes nothing
         except Exception as error:
             raise ValueError(
                 f"{where} must be writable for `inplace_state`, got a {described(array)} that is not ({error}); "
                 "pass a copy."
             ) from error
     strides = getattr(array, "strides", None)
-    if isinstance(strides, tuple) and min(strides, default=0) < 0:  # torch would abort the process: pytorch#188023
+    if (
+        isinstance(strides, tuple) and min(strides, default=0) < 0
+    ):  # torch aborts the process over such an array: pytorch#188023
         raise ValueError(f"{where} must not have negative strides, got {strides}; pass a contiguous copy.")
     try:
         if _is_numpy(array) and not array.flags.writeable:
-            array = _unlocked(array)  # it is only read
+            array = _unlocked(array)  # the op only reads the array
         return torch.from_dlpack(array)
     except Exception as error:
         got = f"{described(array)} of {getattr(array, 'dtype', 'some dtype')}"
@@ -134,9 +137,9 @@ def _as_tensor(where: str, array: Any, write: bool) -> Tensor:
 
 
 def _maker(array: Any) -> Callable[[Tensor], Any]:
-    """The function that makes an array of the same kind over a tensor's memory."""
+    """The function that makes an array of the kind of `array` over a tensor's memory."""
     if _is_numpy(array):
-        return Tensor.numpy  # writable always; numpy.from_dlpack is not with older versions of either library
+        return Tensor.numpy  # writable, where older versions of numpy.from_dlpack give read-only arrays
     if hasattr(array, "__array_namespace__"):
         namespace = array.__array_namespace__()
     else:
@@ -146,7 +149,7 @@ def _maker(array: Any) -> Callable[[Tensor], Any]:
 
 
 class _Result:
-    """A result for another library to import. Torch reuses its memory only after what that library does with it."""
+    """A result for another library to import. Torch reuses the result's memory only after the library's work on it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -157,10 +160,10 @@ class _Result:
     def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
         if not self.tensor.is_cuda:
             return self.tensor.__dlpack__(**options)
-        stream = 1 if stream is None else stream  # the protocol's number of the default stream
+        stream = 1 if stream is None else stream  # 1 is the protocol's number of the default stream
         with torch.cuda.device(self.tensor.device):
             capsule = self.tensor.__dlpack__(stream=stream, **options)
-            if stream != -1:  # the consumer orders the work itself
+            if stream != -1:  # with -1 the consumer orders the work itself
                 consumer = torch.cuda.default_stream() if stream == 1 else torch.cuda.ExternalStream(stream)
                 self.tensor.record_stream(consumer)
         return capsule
@@ -175,10 +178,10 @@ def _unlocked(array: Any) -> Any:
 
 
 def _is_numpy(array: Any) -> bool:
-    numpy = sys.modules.get("numpy")  # not imported for the sake of those who do not use it
+    numpy = sys.modules.get("numpy")  # NumPy is not imported here: the package works without it
     return numpy is not None and isinstance(array, numpy.ndarray)
 
 
 def _rebuilt(value: tuple, parts: list[Any]) -> Any:
-    """A tuple, or named tuple, like `value` with other parts."""
+    """A tuple of the parts, of the class of `value` if that is a named tuple's."""
     return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

@@ -67,7 +67,7 @@ class MegalodonConfig:
                 raise ValueError(f"MegalodonConfig: `{field}` must be {expected}, got {shown(getattr(self, field))}.")
 
         def keep(kind: type, field: str) -> None:
-            """A number of NumPy's becomes one of Python's, which JSON knows."""
+            """Makes a number of NumPy's one of Python's, which JSON knows."""
             object.__setattr__(self, field, kind(getattr(self, field)))
 
         for field in ("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim",
@@ -104,7 +104,7 @@ class MegalodonConfig:
 
     @property
     def embedding_scale(self) -> float:
-        """What embeddings are multiplied by."""
+        """The factor on the embeddings."""
         return math.sqrt(self.model_dim) if self.scale_emb else 1.0
 
     @property
@@ -174,16 +174,18 @@ class MegalodonConfig:
         return cls(**{**_PRESETS[name], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, the inverse of :meth:`from_dict`."""
+        """The fields as plain JSON types; :meth:`from_dict` makes a configuration of them again."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
-        """From the `model` object of a released `config.json` or from :meth:`to_dict`; an unknown field raises."""
+        """The configuration in the `model` object of a released `config.json` or from :meth:`to_dict`; an unknown field raises."""
         if not isinstance(values, dict):
             raise ValueError(f"MegalodonConfig: `values` must be a dictionary of fields, got {shown(values)}.")
         fields = dict(values)
-        kernels = fields.pop("efficient_attn", None)  # chooses between equal kernels in the released code
+        kernels = fields.pop(
+            "efficient_attn", None
+        )  # a choice between kernels of the released code that give equal results
         if kernels not in (None, "swift", "fused"):
             raise ValueError(
                 f'MegalodonConfig: `efficient_attn` must be None, "swift" or "fused", got {shown(kernels)}.'

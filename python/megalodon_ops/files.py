@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 from .values import shown
 
 LARGEST_JSON = 16 << 20
-"""Bytes; a configuration has less than a thousandth of it"""
+"""Bytes of a JSON file at most; a configuration takes less than a thousandth"""
 DEEPEST_JSON = 32
+"""Objects and lists inside one another at most"""
 _STRING, _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile(r"[\[\]{}]")
-_LONGEST_INTEGER = 40  # digits, and twice as many as 64 bits need
+_LONGEST_INTEGER = 40  # digits at most: twice as many as an integer of 64 bits has
 
 
 def file_size(path: Path) -> int:
@@ -36,7 +37,7 @@ def file_size(path: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds, its numbers finite and its names distinct."""
+    """The object that a JSON file holds; numbers that are not finite and names that stand twice are refused."""
     if (size := file_size(path)) > LARGEST_JSON:
         raise ValueError(f"{path}: must have at most {LARGEST_JSON} bytes, got {size}")
     try:

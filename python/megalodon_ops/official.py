@@ -37,8 +37,8 @@ def load_official(
     Args:
         directory: holds `config.json` ({"model": {...}}) and `consolidated.pth`, or the shards
             `consolidated.00.pth`, `consolidated.01.pth`, ... of a model-parallel run, which are joined.
-        dtype: of the linear layers and the embedding. Parameters that stay wide keep float32 under a 16-bit dtype.
-        device: where the parameters go.
+        dtype: the dtype of the linear layers and the embedding. Wide parameters stay float32 under a 16-bit dtype.
+        device: the device of the parameters.
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing. ValueError: a file is damaged or not what the released
@@ -132,7 +132,7 @@ def _config(path: Path, fields: dict[str, Any], shards: Shards) -> MegalodonConf
 
 
 def _read_shards(directory: Path) -> Shards:
-    """Every shard's parameters by name, buffers dropped."""
+    """The parameters of every shard by name, without the released code's buffers."""
     paths, whole = sorted(directory.glob("consolidated.[0-9][0-9].pth")), directory / "consolidated.pth"
     if paths and os.path.lexists(whole):
         raise ValueError(f"{directory}: holds both {whole.name} and {paths[0].name}; one of them must go")
@@ -157,7 +157,10 @@ def _read_shards(directory: Path) -> Shards:
 
 
 def _check_parameters(directory: Path, config: MegalodonConfig, shards: Shards) -> None:
-    """Stops at the first few that are missing, so that a configuration of 10^9 layers takes no time."""
+    """Raises unless the shards hold exactly the parameters of the configuration.
+
+    The check stops at the first few missing parameters, so that a configuration of 10^9 layers takes no time.
+    """
     known, missing = set(), []
     for name, shape in itertools.chain(config.parameter_shapes(), _second_output(config, shards)):
         known.add(name)
@@ -179,7 +182,7 @@ def _check_parameters(directory: Path, config: MegalodonConfig, shards: Shards) 
 
 
 def _second_output(config: MegalodonConfig, shards: Shards) -> list[tuple[str, tuple[int, ...]]]:
-    """Some checkpoints of models that share the embedding hold it twice."""
+    """Name and shape of the output matrix where the checkpoint holds it beside the embedding that it shares."""
     twice = config.share_emb and any("output.output.weight" in shard for shard in shards.values())
     return [("output.output.weight", (config.vocab_size, config.model_dim))] if twice else []
 

@@ -1,4 +1,4 @@
-"""Reads what torch.save wrote, checksums included, which torch.load leaves alone."""
+"""Reads `.pth` files that torch.save wrote, and compares the checksums in them, which torch.load does not."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     _check_archive(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+            warnings.simplefilter("ignore")  # torch warns of kinds of tensors that are refused below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a pickle can make of the unpickler
+    except Exception as error:  # a pickle can make the unpickler raise anything
         reason = shown((str(error).splitlines() or [type(error).__name__])[0][:150])
         raise ValueError(f"{path}: torch.load with weights_only=True refuses it: {reason}") from error
     if not isinstance(content, dict):
@@ -76,7 +76,7 @@ def _check_archive(path: Path) -> None:
             if damaged := archive.testzip():
                 raise ValueError(f"is damaged: the checksum of {shown(damaged)} in it is another")
             folder = min(names).partition("/")[0]
-    except Exception as error:  # whatever bytes can make of the reader of archives
+    except Exception as error:  # damaged bytes can make the reader of archives raise anything
         reason = str(error) if type(error) is ValueError else f"is damaged or cut short ({shown(str(error)[:100])})"
         raise ValueError(f"{path}: {reason}") from error
     if _SHARD.fullmatch(folder) and folder != path.stem:

@@ -1,4 +1,4 @@
-"""What a call passes on to the next: plain tuples of tensors, whose first dimension is the sequences."""
+"""States, which a call of an op passes on to the next call: tuples of tensors whose first dimension is the sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STATES_WITHIN = ("norm", "attention")  # fields of a block's state that are sta
 
 
 def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
-    """The tensors of a state, those that may be left out as None; all None where there is no state."""
+    """The fields of a state; a field that may be left out, and every field where there is no state, is None."""
     fields, defaults = kind._fields, kind._field_defaults
     if state is None:
         return (None,) * len(fields)
@@ -31,7 +31,7 @@ def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
 class TimestepNormState(NamedTuple):
     """Running statistics of S sequences in G groups.
 
-    Value plus residual carries about twice the digits of the dtype, so that a million short calls do not drift.
+    A value and its residual together carry about twice the digits of the dtype, so that a million short calls do not drift.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -47,7 +47,7 @@ class TimestepNormState(NamedTuple):
     var: Tensor
     """(S, G), biased"""
     residual: Tensor | None = None
-    """(S, 2, G), low-order parts of mean and var; None counts as zero"""
+    """(S, 2, G), the low-order parts of mean and var; None counts as zero"""
 
 
 class AttentionState(NamedTuple):

@@ -35,7 +35,7 @@ def is_whole(value: object, least: int, most: int = 2**63 - 1) -> bool:
 
 
 def check_size(op: str, argument: str, value: object) -> int:
-    """The value as an int, if it is an integer in [1, 2^31); what torch traces sizes with stays as it is."""
+    """The value as an int, if it is an integer in [1, 2^31); a torch.SymInt, as tracing passes, stays one."""
     if type(value) is int and 1 <= value <= _LARGEST_SIZE:
         return value
     return check_integer(op, argument, value, "a positive integer below 2^31", 1, _LARGEST_SIZE)
@@ -98,7 +98,7 @@ def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def described(value: object) -> str:
-    """What an error says of a value of a wrong type: a short one itself, of others their type."""
+    """What an error says of a value of a wrong type: the value itself if it is short by nature, else its type."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return shown(value)
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
