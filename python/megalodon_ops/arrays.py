@@ -1,11 +1,11 @@
 """Arrays of other libraries as arguments of the ops, through DLPack: NumPy's, CuPy's, any that has `__dlpack__`.
 
-An op whose first argument is an array reads all its arrays where they lie; an array that is not C-contiguous is copied.
-The op returns arrays of the first argument's kind, states included. A kind is known by the `from_dlpack` of its namespace;
-a call on arrays of a kind without one returns torch tensors.
+An op whose first argument is an array reads all its arrays where they lie; one that is not C-contiguous is copied. The op
+returns arrays of the first argument's kind, states included. A kind is known by the `from_dlpack` of its namespace; a call
+on arrays of a kind without it returns torch tensors.
 
-Arrays carry no gradient: a call on arrays runs without gradients and outside torch.autocast. A call takes either arrays or
-tensors, so that no gradient is lost unnoticed. With `inplace_state` the op writes to the caller's arrays.
+Arrays carry no gradient: a call on arrays runs without gradients and outside torch.autocast. A call takes either arrays
+or tensors, so that no gradient is lost unnoticed. With `inplace_state` the op writes to the caller's arrays.
 
 Streams follow the protocol, and the host never waits. Each array's producer makes torch's current stream wait for what
 is pending on the array; then the results make their consumer's current stream wait for the op. Where the results are

@@ -179,7 +179,7 @@ class MegalodonConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
-        """The configuration in the `model` object of a released `config.json` or from :meth:`to_dict`; an unknown field raises."""
+        """The configuration of a released `config.json`'s `model` object or of :meth:`to_dict`; an unknown field raises."""
         if not isinstance(values, dict):
             raise ValueError(f"MegalodonConfig: `values` must be a dictionary of fields, got {shown(values)}.")
         fields = dict(values)

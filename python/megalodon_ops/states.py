@@ -1,4 +1,4 @@
-"""States, which a call of an op passes on to the next call: tuples of tensors whose first dimension is the sequences."""
+"""States, which one call of an op passes on to the next: tuples of tensors whose first dimension is the sequences."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
 class TimestepNormState(NamedTuple):
     """Running statistics of S sequences in G groups.
 
-    A value and its residual together carry about twice the digits of the dtype, so that a million short calls do not drift.
+    A value and its residual together carry about twice the digits of the dtype: a million short calls do not drift.
 
     Example:
         >>> import torch, megalodon_ops as mo

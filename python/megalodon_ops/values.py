@@ -78,8 +78,8 @@ def check_tensor(op: str, argument: str, value: object) -> None:
     """Raises a TypeError unless the value is a tensor of torch's."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{op}: `{argument}` must be a torch tensor, got {described(value)}; make it one, as torch.from_dlpack does "
-            "of an array."
+            f"{op}: `{argument}` must be a torch tensor, got {described(value)}; "
+            "make it one, as torch.from_dlpack does of an array."
         )
 
 
