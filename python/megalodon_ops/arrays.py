@@ -21,8 +21,10 @@ Example:
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
+import typing
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -59,17 +61,17 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
         return tensor
 
     tensors = dict(arguments)
-    for name, value in arguments.items():
-        hint = op.__annotations__[name]
-        if value is None and "None" in hint:
+    for name, types in _tensor_arguments(op).items():
+        value = arguments[name]
+        if value is None and type(None) in types:
             continue
-        if "State" in hint and isinstance(value, tuple):
+        if isinstance(value, tuple) and any(issubclass(kind, tuple) for kind in types):
             write = arguments.get("inplace_state", False)
             fields = zip(getattr(value, "_fields", range(len(value))), value)
             tensors[name] = _rebuilt(
                 value, [None if part is None else lend(f"{name}.{field}", part, write=write) for field, part in fields]
             )
-        elif "Tensor" in hint or "State" in hint:
+        else:
             tensors[name] = lend(name, value)
 
     array_from = _maker(array)
@@ -86,6 +88,14 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
             return give_back(op(**tensors))
         except (TypeError, ValueError) as error:
             raise type(error)(_in_words_of_arrays(str(error))) from None
+
+
+@functools.cache
+def _tensor_arguments(op: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
+    """The arguments of a public function that take tensors or states of tensors, with the types that each may have."""
+    hints = typing.get_type_hints(op)
+    types = {name: typing.get_args(hint) or (hint,) for name, hint in hints.items() if name != "return"}
+    return {name: kinds for name, kinds in types.items() if any(issubclass(kind, (Tensor, tuple)) for kind in kinds)}
 
 
 def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
@@ -120,9 +130,7 @@ def _as_tensor(where: str, array: Any, write: bool) -> Tensor:
                 "pass a copy."
             ) from error
     strides = getattr(array, "strides", None)
-    if (
-        isinstance(strides, tuple) and min(strides, default=0) < 0
-    ):  # torch aborts the process over such an array: pytorch#188023
+    if isinstance(strides, tuple) and min(strides, default=0) < 0:  # torch would end the process: pytorch#188023
         raise ValueError(f"{where} must not have negative strides, got {strides}; pass a contiguous copy.")
     try:
         if _is_numpy(array) and not array.flags.writeable:

@@ -183,9 +183,7 @@ class MegalodonConfig:
         if not isinstance(values, dict):
             raise ValueError(f"MegalodonConfig: `values` must be a dictionary of fields, got {shown(values)}.")
         fields = dict(values)
-        kernels = fields.pop(
-            "efficient_attn", None
-        )  # a choice between kernels of the released code that give equal results
+        kernels = fields.pop("efficient_attn", None)  # which of two kernels with equal results the released code takes
         if kernels not in (None, "swift", "fused"):
             raise ValueError(
                 f'MegalodonConfig: `efficient_attn` must be None, "swift" or "fused", got {shown(kernels)}.'
