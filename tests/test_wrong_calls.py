@@ -123,7 +123,7 @@ CALLS = {
     "cema": Call(
         mo.cema,
         dict(x=x, p=torch.rand(D, N), q=poles, gamma=poles, omega=torch.ones(D),
-             state=torch.zeros(B, D, N, dtype=torch.complex64), lengths=lengths),
+             state=torch.zeros(B, D, N, dtype=torch.complex64), lengths=lengths, return_state=True),
         dict(x=TENSOR, p=TENSOR, q=COMPLEX_TENSOR, gamma=COMPLEX_TENSOR, omega=TENSOR,
              state={k: w for k, w in COMPLEX_TENSOR.items() if k != "none"}, return_state=NO_FLAG,
              lengths=OPTIONAL_INTEGERS),
@@ -135,7 +135,8 @@ CALLS = {
     ),
     "timestep_norm": Call(
         mo.timestep_norm,
-        dict(x=x, weight=torch.zeros(D), bias=torch.zeros(D), num_groups=G, eps=1e-5, state=norm_state, lengths=lengths),
+        dict(x=x, weight=torch.zeros(D), bias=torch.zeros(D), num_groups=G, eps=1e-5, state=norm_state, lengths=lengths,
+             return_state=True),
         dict(x=TENSOR, weight=TENSOR, bias=TENSOR, num_groups={**NO_SIZE, "no divisor": 3}, eps=eps, state=NO_STATE,
              return_state=NO_FLAG, lengths=OPTIONAL_INTEGERS),
         numbers=dict(num_groups=np.int64(G), eps=np.float64(1e-5)),
@@ -149,7 +150,8 @@ CALLS = {
     ),
     "chunked_attention": Call(
         mo.chunked_attention,
-        dict(q=q, k=q, v=values, chunk_size=C, state=attention_state, lengths=lengths, dropkey=0.5, dropkey_seed=seed),
+        dict(q=q, k=q, v=values, chunk_size=C, state=attention_state, lengths=lengths, dropkey=0.5, dropkey_seed=seed,
+             return_state=True),
         dict(q=TENSOR, k=TENSOR, v={k: w for k, w in TENSOR.items() if k not in ("longer", "shorter")}, scale=NO_NUMBER,
              **attention),
         numbers=dict(chunk_size=np.int64(C), scale=np.int16(1), dropkey=np.float32(0.5)),

@@ -8,7 +8,7 @@ from torch import Tensor
 from .arrays import call_with_arrays
 from .library import call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
 from .memory import empty_like
-from .values import check_flag
+from .values import check_flag, check_rank
 
 
 def cema(
@@ -60,6 +60,7 @@ def cema(
     """
     if not isinstance(x, Tensor):
         return call_with_arrays(cema, **locals())
+    check_rank("cema", "x", x, "(B, L, D)", 3)
     check_flag("cema", "return_state", return_state)
     y, state_out = call(
         cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths), return_state

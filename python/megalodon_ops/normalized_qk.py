@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .arrays import call_with_arrays
 from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none, launch
 from .memory import empty, empty_like
-from .values import LEAST_POSITIVE, check_number, check_size
+from .values import LEAST_POSITIVE, check_number, check_rank, check_size
 
 
 def normalized_qk(
@@ -87,8 +87,7 @@ def rotated_queries_and_keys(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`normalized_qk` with a table of the caller's, :func:`rotary_table`; None: the op looks after one itself."""
-    if z.dim() != 3:
-        raise ValueError(f"normalized_qk: `z` must have shape (B, L, H * K), got {tuple(z.shape)}.")
+    check_rank("normalized_qk", "z", z, "(B, L, H * K)", 3)
     num_heads = check_size("normalized_qk", "num_heads", num_heads)
     chunk_size = check_size("normalized_qk", "chunk_size", chunk_size)
     rope_base = check_number("normalized_qk", "rope_base", rope_base, "a positive finite number", LEAST_POSITIVE)

@@ -9,7 +9,7 @@ from .arrays import call_with_arrays
 from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
 from .memory import empty, empty_like
 from .states import TimestepNormState, fields_of
-from .values import check_flag, check_number, check_size
+from .values import check_flag, check_number, check_rank, check_size
 
 
 def timestep_norm(
@@ -61,6 +61,7 @@ def timestep_norm(
     """
     if not isinstance(x, Tensor):
         return call_with_arrays(timestep_norm, **locals())
+    check_rank("timestep_norm", "x", x, "(B, L, D)", 3)
     count, mean, var, residual = fields_of("timestep_norm", state, TimestepNormState)
     num_groups = check_size("timestep_norm", "num_groups", num_groups)
     eps = check_number("timestep_norm", "eps", eps, "a finite number of at least 0", 0.0)

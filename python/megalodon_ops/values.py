@@ -89,6 +89,13 @@ def check_optional_tensor(op: str, argument: str, value: object) -> None:
         check_tensor(op, argument, value)
 
 
+def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) -> None:
+    """Raises a ValueError unless the tensor has as many axes as `letters` names, such as "(B, L, D)"."""
+    if tensor.dim() != rank:
+        fix = "; add a batch dimension" if tensor.dim() == rank - 1 else ""
+        raise ValueError(f"{op}: `{argument}` must have shape {letters}, got {tuple(tensor.shape)}{fix}.")
+
+
 def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
     """Raises a ValueError unless the tensor is on the device of `like`, the op's first argument."""
     if tensor.device != like.device:
