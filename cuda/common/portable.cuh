@@ -17,15 +17,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "dtype.h"
 
 #if defined(__CUDACC__)
 
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
+#include "shared_limit.cuh"
 
 #define GPU_EMULATED 0
 #define GPU_UNROLL _Pragma("unroll")
@@ -39,26 +38,12 @@
 
 namespace gpu {
 
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream,
             A&&... arguments) {
-  // Beyond 48 KiB, static and dynamic together, shared memory must be asked for.
-  if (shared > 0)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  if (shared > 0) allow_shared_memory(reinterpret_cast<const void*>(kernel), name);
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
   check(cudaGetLastError(), name);
-}
-
-// Shared memory that a block may use on the current device: 99 KiB on sm_120, 163 on sm_80, 227 on sm_90 and sm_100.
-inline size_t max_shared_bytes() {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "max_shared_bytes");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "max_shared_bytes");
-  return static_cast<size_t>(bytes);
 }
 
 }  // namespace gpu

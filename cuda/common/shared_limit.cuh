@@ -1,0 +1,47 @@
+// How much shared memory a kernel may take. For nvcc alone: portable.cuh includes this.
+//
+// A block has at most 48 KiB, static and dynamic together, unless its kernel was allowed more. Each kernel is allowed all
+// that a device has, by the first launch there that needs dynamic memory, and the limit stays. Set before every launch, a
+// limit would undo what another thread has set for its own, and cudaFuncSetAttribute may wait for copies under way.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace gpu {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Shared memory that a block may use on the current device: 99 KiB on sm_120, 163 on sm_80, 227 on sm_90 and sm_100.
+inline size_t max_shared_bytes() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "max_shared_bytes");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "max_shared_bytes");
+  return static_cast<size_t>(bytes);
+}
+
+// Allows `kernel` all the shared memory of the current device, if no thread has done so before. What fails, the next
+// launch tries again.
+inline void allow_shared_memory(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;  // kernels and devices
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  const auto dynamic = static_cast<int>(max_shared_bytes() - attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic), name);
+  allowed.insert({kernel, device});
+}
+
+}  // namespace gpu
