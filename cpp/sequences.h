@@ -7,6 +7,10 @@ namespace megalodon {
 
 // Sequence s holds the tokens [begin(s), end(s)). Sequences are in order and do not overlap; tokens in none of
 // them are padding. Dense: cu_seqlens and lengths are null and S = B. Right-padded: lengths (S). Packed: cu_seqlens (S + 1).
+//
+// On a GPU nobody has looked at the numbers before a kernel does. Whatever they are, 0 <= begin(s) <= end(s) <= T: an
+// offset beyond the row counts as the row's end, and a sequence that would end before it begins is empty. Offsets that
+// decrease may give two sequences one token, whose results are then either's.
 struct Sequences {
   int64_t count;                        // S
   int64_t tokens;                       // T = B * L
@@ -14,14 +18,22 @@ struct Sequences {
   const int64_t* cu_seqlens = nullptr;  // (S + 1)
   const int64_t* lengths = nullptr;     // (S)
 
-  MEGALODON_INLINE int64_t begin(int64_t s) const { return cu_seqlens ? cu_seqlens[s] : s * row_length; }
+  MEGALODON_INLINE int64_t begin(int64_t s) const {
+    return cu_seqlens ? within(0, cu_seqlens[s], tokens) : s * row_length;
+  }
   MEGALODON_INLINE int64_t end(int64_t s) const {
-    return cu_seqlens ? cu_seqlens[s + 1] : s * row_length + (lengths ? lengths[s] : row_length);
+    const int64_t from = begin(s);
+    if (cu_seqlens) return within(from, cu_seqlens[s + 1], tokens);
+    return from + (lengths ? within(0, lengths[s], row_length) : row_length);
   }
   MEGALODON_INLINE int64_t length(int64_t s) const { return end(s) - begin(s); }
   // The padding between sequence s - 1 and s is [gap_begin(s), begin(s)); s = count gives the padding at the end.
   MEGALODON_INLINE int64_t gap_begin(int64_t s) const { return s == 0 ? 0 : end(s - 1); }
   MEGALODON_INLINE int64_t gap_end(int64_t s) const { return s == count ? tokens : begin(s); }
+
+  MEGALODON_INLINE static int64_t within(int64_t least, int64_t n, int64_t most) {
+    return n < least ? least : n > most ? most : n;
+  }
 
   // Cuts the tokens [from, to) into runs, in order: f(s, begin, end) for each part of a sequence, f(-1, begin, end) for padding.
   MEGALODON_NO_EXEC_CHECK

@@ -14,9 +14,16 @@
 #include "chunked_attention.h"
 #include "philox.cuh"
 #include "portable.cuh"
+#include "sequences.cuh"
 
 namespace megalodon {
 namespace chunked_attention {
+
+// The sequence whose rows `token` is one of, or -1: padding, and sequences whose position is none.
+GPU_INLINE int64_t find_live_sequence(const ChunkedAttentionParams& p, int64_t token) {
+  const int64_t s = gpu::find_sequence(p.sequences, token);
+  return s < 0 || gpu::find_position(p.position, s, p.chunk_size) < 0 ? -1 : s;
+}
 
 // Neighbouring tokens of one range: `live` of a sequence, then padding up to `rows`.
 struct RowBlock {
@@ -48,8 +55,8 @@ GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t numb
     end = sequences.end(sequence);
     first = number % blocks * kRows;
   } else {
-    // Range r begins at cu_seqlens[r - 1]; the last one that has its first block at `number` or before.
-    const auto range_begin = [&](int64_t r) { return r == 0 ? int64_t{0} : sequences.cu_seqlens[r - 1]; };
+    // Range r begins where sequence r - 1 does; the last one that has its first block at `number` or before.
+    const auto range_begin = [&](int64_t r) { return r == 0 ? int64_t{0} : sequences.begin(r - 1); };
     int64_t range = 0;
     for (int64_t high = sequences.count + 2; high - range > 1;) {
       const int64_t middle = range + (high - range) / 2;
@@ -69,7 +76,8 @@ GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t numb
   };
   block.rows = within(stop);
   block.live = within(end);
-  if (p.position && block.live > 0) block.position = p.position[sequence];
+  if (block.live > 0) block.position = gpu::find_position(p.position, sequence, p.chunk_size);
+  if (block.position < 0) block.live = 0;
   return block;
 }
 

@@ -49,7 +49,7 @@ void launch(const ChunkedAttentionBwdParams& p, void* stream) {
   using T = typename Product::T;
   BwdPlan plan;
   make_plan<Product>(p, plan);
-  if (plan.delta || p.sequences.cu_seqlens || p.sequences.lengths)
+  if (plan.delta || p.sequences.cu_seqlens || p.sequences.lengths || p.position)
     LAUNCH(chunked_attention_bwd_prepare_kernel<Product>, static_cast<unsigned>(ceil_div(p.sequences.tokens, kTokens)),
            kPrepareWarps * gpu::kWarp, 0, stream, p, plan);
   constexpr int64_t edge = Product::kEdge;

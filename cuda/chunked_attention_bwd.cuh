@@ -35,7 +35,6 @@
 #include "block_product.cuh"
 #include "chunked_attention_bwd_blocks.cuh"
 #include "reduce.cuh"
-#include "sequences.cuh"
 
 namespace megalodon {
 namespace chunked_attention {
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kPrepareWarps* gpu::kWarp)
   const int lane = threadIdx.x % gpu::kWarp;
   const int64_t first = int64_t{blockIdx.x} * kTokens, left = p.sequences.tokens - first;
   const int tokens = static_cast<int>(left < kTokens ? left : kTokens);
-  const bool padding = lane < tokens && gpu::find_sequence(p.sequences, first + lane) < 0;
+  const bool padding = lane < tokens && find_live_sequence(p, first + lane) < 0;
   const unsigned paddings = __ballot_sync(gpu::kFullMask, padding);
   for (int64_t i = threadIdx.x / gpu::kWarp; i < tokens * p.heads; i += kPrepareWarps) {
     const int64_t row = first * p.heads + i;

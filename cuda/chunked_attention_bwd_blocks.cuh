@@ -63,7 +63,9 @@ GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, c
     if (s + step < high) high = s + step;
   }
   if (sequences.count == 0 || sequences.length(s) <= 0) return false;
-  const int64_t position = p.position ? p.position[s] : 0, end = position + sequences.length(s);
+  const int64_t position = gpu::find_position(p.position, s, p.chunk_size);
+  if (position < 0) return false;
+  const int64_t end = position + sequences.length(s);
   const int64_t local = number - first_of(s), of_chunk = plan.blocks * p.heads, chunk = local / of_chunk;
   if (local < 0 || chunk > (end - 1) / p.chunk_size) return false;
   block.sequence = s;

@@ -52,6 +52,7 @@ void launch_fma(const ChunkedAttentionFwdParams& p, void* stream) {
 template <class T, int kWidth>
 void launch_steps(const ChunkedAttentionFwdParams& p, void* stream) {
   const StepPlan plan = plan_steps<Compute<T>>(p);
+  check_step<Compute<T>, kWidth>(p, plan);
   const int64_t items = p.sequences.tokens * p.heads, splits = ceil_div(p.value_dim, kStepColumns<kWidth>);
   LAUNCH((chunked_attention_step_kernel<T, kWidth>), static_cast<unsigned>(items * plan.spans * splits), kStepThreads,
          (step_shared_bytes<Compute<T>, kWidth>(p, plan)), stream, p, plan);

@@ -2,7 +2,7 @@
 //
 // k (T, H, K), v (T, H, V) and the caches (S, C, H, K), (S, C, H, V), of T. The rows of the new state are `kept` rows
 // of the old one, where the chunk is still the same, `fresh` rows of the last tokens, and zeros. In place, only the
-// fresh rows are written.
+// fresh rows are written. A position that is none stays none, -1, and has no rows.
 //
 // 1. rows kernel: a block owns one row of a sequence's new caches, in place one that may be fresh.
 // 2. position kernel: a thread owns a sequence. It comes second, as position_out may be position, which 1 reads.
@@ -37,9 +37,10 @@ template <class U>
 __global__ void __launch_bounds__(kThreads) chunked_attention_state_kernel(StatePlan plan) {
   const ChunkedAttentionStateParams& p = plan.params;
   const int64_t s = blockIdx.x / plan.rows, i = blockIdx.x % plan.rows, C = p.chunk_size;
-  const int64_t position = p.position ? p.position[s] : 0, stop = p.sequences.end(s);
-  const int64_t end = position + stop - p.sequences.begin(s), start = end - end % C;
-  const int64_t kept = start == 0 ? position : 0, fresh = end - start - kept;
+  const int64_t position = gpu::find_position(p.position, s, C), stop = p.sequences.end(s);
+  const int64_t cached = position < 0 ? 0 : position, length = position < 0 ? 0 : p.sequences.length(s);
+  const int64_t end = cached + length, start = end - end % C;
+  const int64_t kept = start == 0 ? cached : 0, fresh = end - start - kept;
   GPU_UNROLL
   for (int j = 0; j < 2; ++j) {
     const Caches& of = plan.caches[j];
@@ -56,8 +57,9 @@ __global__ void __launch_bounds__(kThreads) chunked_attention_state_kernel(State
 
 __global__ void __launch_bounds__(kThreads) chunked_attention_position_kernel(ChunkedAttentionStateParams p) {
   const int64_t s = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (s < p.sequences.count)
-    p.position_out[s] = ((p.position ? p.position[s] : 0) + p.sequences.length(s)) % p.chunk_size;
+  if (s >= p.sequences.count) return;
+  const int64_t position = gpu::find_position(p.position, s, p.chunk_size);
+  p.position_out[s] = position < 0 ? -1 : (position + p.sequences.length(s)) % p.chunk_size;
 }
 
 template <class U>

@@ -26,7 +26,6 @@
 
 #include "chunked_attention_fwd.cuh"
 #include "reduce.cuh"
-#include "sequences.cuh"
 
 namespace megalodon {
 namespace chunked_attention {
@@ -78,6 +77,8 @@ struct Planes {
 
   MEGALODON_INLINE static constexpr int plane(int vectors) { return ((vectors + 7) / 8 * 8 + 4) * kPart; }
   MEGALODON_INLINE static constexpr int size(int vectors) { return plane(vectors) * (kWidth / kPart); }
+  // The most vectors whose planes take no more than so many numbers.
+  static constexpr int64_t most_vectors(int64_t numbers) { return (numbers / kWidth - 4) / 8 * 8; }
   GPU_INLINE R& at(int vector, int i) const {
     return data[i / kPart * plane(vectors) + vector * kPart + i % kPart];
   }
@@ -109,6 +110,19 @@ inline size_t step_shared_bytes(const ChunkedAttentionParams& p, const StepPlan&
   return static_cast<size_t>(Vectors::size(vectors) + Vectors::size(kStepThreads) + plan.span) * sizeof(R);
 }
 
+// Refuses queries that leave no room for the rest.
+template <class R, int kWidth>
+inline void check_step(const ChunkedAttentionParams& p, const StepPlan& plan) {
+  using Vectors = Planes<R, kWidth>;
+  const auto numbers = static_cast<int64_t>(gpu::max_shared_bytes() / sizeof(R));
+  const int64_t most = Vectors::most_vectors(numbers - Vectors::size(kStepThreads) - plan.span) * kWidth;
+  if (p.key_dim > most)
+    gpu::refuse("chunked_attention: `q` must have at most " + std::to_string(most) +
+                " channels a head (K) where a state is continued by a few tokens, which is what this device's shared memory "
+                "holds, got " + std::to_string(p.key_dim) + "; split K into heads, or pass more than " +
+                std::to_string(kStepTokens) + " tokens a sequence at once.");
+}
+
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kStepThreads, 4)
     chunked_attention_step_kernel(ChunkedAttentionFwdParams p, StepPlan plan) {
@@ -118,7 +132,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   const int64_t splits = ceil_div(p.value_dim, kColumns), column = blockIdx.x % splits * kColumns;
   const int64_t span = blockIdx.x / splits % plan.spans, item = blockIdx.x / (splits * plan.spans);
   const int64_t token = item / p.heads, head = item % p.heads;
-  const int64_t s = gpu::find_sequence(p.sequences, token);
+  const int64_t s = find_live_sequence(p, token);
   if (s < 0) return;
   const RowBlock block{s, p.position[s], p.sequences.begin(s), token, 1, 1};
   const int64_t row = block.row(), origin = row - row % p.chunk_size + span * plan.span;
@@ -215,7 +229,7 @@ __global__ void __launch_bounds__(kStepThreads)
   using R = Compute<T>;
   const int64_t blocks = ceil_div(p.value_dim, kStepThreads), item = blockIdx.x / blocks;
   const int64_t column = blockIdx.x % blocks * kStepThreads + threadIdx.x;
-  const bool live = gpu::find_sequence(p.sequences, item / p.heads) >= 0;
+  const bool live = find_live_sequence(p, item / p.heads) >= 0;
   const R* const stats = static_cast<const R*>(plan.stats) + item * plan.spans * 2;
   const R* const sums = static_cast<const R*>(plan.sums) + item * plan.spans * p.value_dim + column;
   R max = -kInfinity<R>, sum = 0, total = 0;

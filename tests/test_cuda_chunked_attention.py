@@ -230,6 +230,20 @@ def test_spans_of_many_steps_have_a_limit(emulator):
     assert sizes == [2048 * 2 * 3 * 4]
 
 
+@pytest.mark.parametrize(("dtype", "offset"), [(BF16, 0), (BF16, 1), (F32, 0), (F64, 1)], ids=str)
+def test_steps_refuse_queries_that_shared_memory_does_not_hold(emulator, dtype, offset):
+    """What is left of it by a span of scores and the partial sums, in planes of eight vectors and four more."""
+    emulator.set_order("random", shared_limit=24 * 1024)
+    size, width = (8 if dtype == F64 else 4), (1 if offset else 16 // dtype.itemsize)
+    left = 24 * 1024 // size - 64 - (128 + 4) * width
+    most = (left // width - 4) // 8 * 8 * width
+    shape = {"B": 2, "L": 1, "H": 1, "V": 8, "C": 3, "dtype": dtype, "state": True}
+    run(emulator, scaled_case(**shape, K=most), offset)
+    more = most + width
+    with pytest.raises(ValueError, match=rf"`q` must have at most {most} channels .*, got {more}; split K"):
+        run(emulator, scaled_case(**shape, K=more), offset)
+
+
 def test_a_chunk_is_read_once_for_each_block_of_rows(emulator):
     """Named re-reads: queries and keys for each 256 columns of V, keys and values for each 128 rows, up to these."""
     case = scaled_case(B=1, L=256, H=1, K=32, V=512, C=256, dtype=BF16)

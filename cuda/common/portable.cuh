@@ -7,6 +7,7 @@
 //   LAUNCH_SIZE(name, chosen)  how large a launcher makes what `name` says: `chosen`, or what a test of the emulator set
 //   GPU_INLINE                 a device function
 //   GPU_UNROLL                 unrolls the loop that follows
+//   gpu::max_shared_bytes()    of a block on the current device; gpu::refuse(message) throws a launcher's ValueError
 //   gpu::ld<V>, gpu::st<V>     one access of a V of up to 16 bytes in global memory; ld_shared, st_shared in shared
 //   GPU_EMULATED               1 in the emulator, else 0; for this folder alone
 //
@@ -71,6 +72,9 @@ using emu::max_shared_bytes;
   ::gpu::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 namespace gpu {
+
+// A launcher's error for a call that the device cannot run: a ValueError in Python.
+[[noreturn]] inline void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;

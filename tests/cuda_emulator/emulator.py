@@ -122,6 +122,18 @@ class Emulator:
             unused = self.module.set_launch_sizes({})
         assert not unused, f"no launcher asked for {unused}"
 
+    @contextmanager
+    def only_bounds(self, apart: int = 1 << 22) -> Iterator[None]:
+        """Within it, races and reads of unwritten memory are no errors: inputs that contradict themselves lead to them.
+
+        Buffers lie `apart` bytes from each other, so that an access far out of bounds does not end in another one.
+        """
+        self.module.set_bounds(True, apart)
+        try:
+            yield
+        finally:
+            self.module.set_bounds(False, 256)
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "output", offset: int = 0) -> Tensor:
         """A tensor in the device's memory, `offset` elements past an aligned address, unwritten: all NaN."""
         return self._allocate(shape, dtype, name, offset)[1]

@@ -184,14 +184,14 @@ void set_in_flight(size_t offset, size_t size, bool in_flight) {
 char* allocate(size_t bytes, const std::string& name, size_t misalignment) {
   initialise_memory();
   const auto place_after = [&](size_t end) {
-    return (end + kRedZone + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment + misalignment;
+    return (end + bounds.red_zone + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment + misalignment;
   };
   size_t offset = place_after(kSharedWindow);
   for (const auto& [start, buffer] : buffers) {  // the first gap that is large enough
-    if (offset + bytes + kRedZone <= start) break;
+    if (offset + bytes + bounds.red_zone <= start) break;
     offset = place_after(start + buffer.size);
   }
-  if (offset + bytes + kRedZone > kArenaBytes) throw Error("the emulated device is out of memory");
+  if (offset + bytes + bounds.red_zone > kArenaBytes) throw Error("the emulated device is out of memory");
   buffers[offset] = {offset, bytes, name};
   set_flags(offset, bytes, kValid);
   std::memset(arena + offset, kPoison, bytes);

@@ -72,6 +72,8 @@ std::string text_of(const Report& r) {
 }  // namespace
 
 void report(const char* kind, const std::string& message, const void* address, const void* other) {
+  const std::string name(kind);
+  if (bounds.only && (name == "race" || name == "uninitialised read")) return;
   for (Pending& p : pending)
     if (p.report.kind == kind && p.address == address && p.other == other) {
       ++p.report.count;

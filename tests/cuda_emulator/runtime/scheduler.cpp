@@ -7,6 +7,7 @@
 namespace emu {
 
 Options options;
+Bounds bounds;
 std::map<std::string, LaunchSize> launch_sizes;
 Launch launch_;
 uint3 block_;

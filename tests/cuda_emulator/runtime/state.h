@@ -56,6 +56,13 @@ struct Options {
   size_t shared_limit = 99 * 1024;  // of the smallest architecture that the kernels are built for
 };
 
+// What a test of hostile inputs sets: races and reads of what nobody has written are no errors, and buffers lie so far
+// apart that an access far out of one is in no other.
+struct Bounds {
+  bool only = false;
+  size_t red_zone = 256;
+};
+
 // Sizes that a test has set, by name, and whether a launcher has asked for them (LAUNCH_SIZE of portable.cuh).
 struct LaunchSize {
   int64_t value;
@@ -76,6 +83,7 @@ struct Launch {
 };
 
 extern Options options;
+extern Bounds bounds;
 extern Launch launch_;
 extern uint3 block_;             // coordinates
 extern uint32_t block_number;    // counts all blocks ever run, from 1

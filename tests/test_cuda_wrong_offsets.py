@@ -1,0 +1,122 @@
+"""Offsets, lengths and positions that contradict their tensors, which nobody can check before a CUDA kernel reads them.
+
+Whatever they are, a kernel stays inside of its buffers. Offsets beyond the row count as its end, and a sequence whose
+position is none as padding.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_bit_equal
+from cases import BUILDERS, Case, evaluate
+from cuda_emulator.emulator import Emulator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import megalodon_ops as mo
+from megalodon_ops import _C, AttentionState
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+SMALL = {
+    "cema": {"D": 6, "N": 5},
+    "timestep_norm": {"G": 3, "width": 8},
+    "normalized_qk": {"H": 2, "K": 8, "C": 6},
+    "chunked_attention": {"H": 2, "K": 8, "V": 16, "C": 6},
+}
+WITH_POSITIONS = ("normalized_qk", "chunked_attention")
+FAR = [7, 100, 1000, 2**20, 2**31 - 1, 2**31, 2**32 + 3, 2**40, 2**62, 2**63 - 1]
+WRONG = st.sampled_from(FAR) | st.sampled_from(FAR).map(lambda n: -n) | st.just(-(2**63))
+
+
+def build(op: str, **options) -> Case:
+    """With a state, and a position where the op has one."""
+    state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": True})
+    return BUILDERS[op](**SMALL[op], **state, **options)
+
+
+def at_positions(case: Case, position: torch.Tensor) -> Case:
+    if case.op == "normalized_qk":
+        return case.with_options(position=position)
+    k, v, _ = (t.nan_to_num() for t in case.options["state"])
+    return case.with_options(state=AttentionState(k, v, position))
+
+
+def run(emulator: Emulator, case: Case) -> dict[str, torch.Tensor]:
+    with emulator.replacing(_C):
+        return evaluate(getattr(mo, case.op), case)
+
+
+@st.composite
+def wrong_cases(draw: st.DrawFn, op: str) -> Case:
+    """Some numbers are right, some near what is right, some far."""
+    L = draw(st.sampled_from([1, 3, 8, 40] if op in WITH_POSITIONS else [1, 3, 8, 70, 140]))
+    numbers = st.integers(0, L) | st.integers(-3, L + 3) | WRONG
+    kind = draw(st.sampled_from(["packed", "padded", "dense"] if op in WITH_POSITIONS else ["packed", "padded"]))
+    B = 1 if kind == "packed" else 3
+    case = build(op, B=B, L=L, dtype=draw(st.sampled_from([BF16, F32, F64])),
+                 **({"cu_seqlens": [0] * draw(st.integers(1, 8))} if kind == "packed" else {}))  # fmt: skip
+    if kind == "packed":
+        count = len(case.options["cu_seqlens"])
+        case = case.with_options(cu_seqlens=torch.tensor(draw(st.lists(numbers, min_size=count, max_size=count))))
+    elif kind == "padded":
+        case = case.with_options(lengths=torch.tensor(draw(st.lists(numbers, min_size=B, max_size=B))))
+    if op in WITH_POSITIONS:
+        S = B if kind != "packed" else len(case.options["cu_seqlens"]) - 1
+        positions = st.integers(0, 5) | st.sampled_from([-1, 6]) | WRONG
+        case = at_positions(
+            case, torch.tensor(draw(st.lists(positions, min_size=S, max_size=S)), dtype=torch.int64)
+        )
+    return case
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_kernels_stay_inside_their_buffers(emulated_module, op):
+    emulator = Emulator(emulated_module)
+
+    @settings(max_examples=15)
+    @given(case=wrong_cases(op))
+    def check(case):
+        with emulator.only_bounds():
+            run(emulator, case)
+
+    check()
+
+
+@pytest.mark.parametrize(("op", "L"), [(op, L) for op in SMALL for L in (2, 9 if op in WITH_POSITIONS else 75)])
+def test_what_lies_beyond_the_row_ends_with_it(emulator, op, L):
+    padded = build(op, B=4, L=L, lengths=[L, 0, 0, 1])
+    wrong = padded.with_options(lengths=torch.tensor([L + 1, -1, -(2**63), 1]))
+    assert_bit_equal(run(emulator, wrong), run(emulator, padded))
+    packed = build(op, B=1, L=L, cu_seqlens=[0, 1, 1, L, L])
+    wrong = packed.with_options(cu_seqlens=torch.tensor([-5, 1, 1, 2**40, L + 1]))
+    assert_bit_equal(run(emulator, wrong), run(emulator, packed))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("L", [2, 9])
+@pytest.mark.parametrize("op", WITH_POSITIONS)
+def test_a_sequence_whose_position_is_none_counts_as_padding(emulator, op, L, dtype):
+    """As if it had no tokens, but for the end state, whose position says so."""
+    positions = torch.tensor([2, -1, 6, 2**62, 5])
+    case = at_positions(build(op, B=5, L=L, dtype=dtype), positions)
+    right = at_positions(case.with_options(lengths=torch.tensor([L, 0, 0, 0, L])), positions % 6)
+    actual, expected = run(emulator, case), run(emulator, right)
+    state = [{name: results.pop(name) for name in list(results) if "state" in name} for results in (actual, expected)]
+    assert_bit_equal(actual, expected)
+    if op == "chunked_attention":
+        actual, expected = state
+        assert actual["state.position"][1:4].tolist() == [-1, -1, -1]
+        for name in ("state.k", "state.v"):
+            assert (actual[name][1:4] == 0).all()
+            assert torch.equal(actual[name][::4], expected[name][::4])
+
+
+def test_a_state_in_place_whose_position_is_none_stays_as_it_is(emulator):
+    case = at_positions(build("chunked_attention", B=3, L=4), torch.tensor([6, 1, -7]))
+    state = AttentionState(*(t.clone() for t in case.options["state"]))
+    k, v = case.tensors["k"], case.tensors["v"]
+    emulator.call("chunked_attention_state", k, v, *state, 6, None, None, *state)
+    assert state.position.tolist() == [-1, 5, -1]
+    for new, old in zip(state[:2], case.options["state"][:2], strict=True):
+        assert torch.equal(new[::2], old[::2])
