@@ -99,7 +99,12 @@ def test_a_chunk_that_rounds_share(emulator, gradients, empty):
 
 
 @pytest.mark.parametrize(
-    ("path", "panels"), [*(("vectors", panels) for panels in (1, 2, 3, 5)), ("elements", 2), ("single", 3)]
+    ("path", "panels"),
+    [("vectors", 2), ("vectors", 3)]
+    + [
+        pytest.param(*of, marks=pytest.mark.slow)
+        for of in (("vectors", 1), ("vectors", 5), ("elements", 2), ("single", 3))
+    ],
 )
 def test_a_chunk_of_many_tiles_in_many_rounds(emulator, gradients, path, panels):
     """Four row blocks a chunk, so that a round may begin and end with each; the second chunk and head follow."""

@@ -7,12 +7,13 @@ read and add promises.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cuda_static.promises import LOAD_64, LOAD_128, STORE_128, Promise, breaches
-from cuda_static.sass import Kernel, MissingTool, compiled, demangle, installed, kernels_of, table
+from cuda_static.sass import ROOT, Kernel, MissingTool, compiled, demangle, installed, kernels_of, ptx, table
 
 PLANTED = Path(__file__).parent / "cuda_static" / "planted" / "breaches.cu"
 
@@ -84,6 +85,31 @@ def test_what_a_promise_allows_is_no_breach(planted):
     assert breaches([local], [Promise(r"array_in_local_memory", 64, stack={90: "a planted kernel"})]) == []
     assert breaches([local], [Promise(r"array_in_local_memory", 64, stack={80: "of another architecture"})])
     assert breaches([planted["calculates_in_double<double>"]], [Promise(r"calculates_in_double<double>", 24)]) == []
+
+
+# The halves of a packed pair, as the PTX ISA gives them for "cvt.rn.bf16x2.f32 d, a, b": a is the upper one, b the lower.
+PACKED = r"cvt\.rn\.(bf16x2|f16x2)\.f32\s+%r\d+,\s*(%f\d+|%r\d+),\s*(%f\d+|%r\d+);"
+
+
+def packed_halves(source: Path) -> dict[str, tuple[int, int]]:
+    """By type: which of two floats in memory goes to the lower half and which to the upper."""
+    found = {}
+    for kernel in or_skip(lambda: ptx(source)).split(".entry")[1:]:
+        loads = re.findall(r"ld\.global\S*\.[fb]32\s+(%[fr]\d+),\s*\[%\w+(?:\+(\d+))?\];", kernel)
+        index = {register: int(offset or 0) // 4 for register, offset in loads}
+        ((name, upper, lower),) = re.findall(PACKED, kernel)
+        found[name] = index[lower], index[upper]
+    return found
+
+
+def test_the_first_of_a_packed_pair_is_the_lower_half(tmp_path):
+    """The emulator packs by itself, so that nothing else sees nvcc's branch."""
+    assert packed_halves(PLANTED.parent / "packs.cu") == {"bf16x2": (0, 1), "f16x2": (0, 1)}
+    shutil.copy(PLANTED.parent / "packs.cu", tmp_path)
+    right = (ROOT / "cuda" / "common" / "convert.cuh").read_text()
+    swapped = right.replace('"f"(high), "f"(low)', '"f"(low), "f"(high)')
+    (tmp_path / "convert.cuh").write_text(swapped)
+    assert packed_halves(tmp_path / "packs.cu") == {"bf16x2": (1, 0), "f16x2": (1, 0)}
 
 
 def test_names_are_short():

@@ -64,9 +64,7 @@ def wrong_cases(draw: st.DrawFn, op: str) -> Case:
     if op in WITH_POSITIONS:
         S = B if kind != "packed" else len(case.options["cu_seqlens"]) - 1
         positions = st.integers(0, 5) | st.sampled_from([-1, 6]) | WRONG
-        case = at_positions(
-            case, torch.tensor(draw(st.lists(positions, min_size=S, max_size=S)), dtype=torch.int64)
-        )
+        case = at_positions(case, torch.tensor(draw(st.lists(positions, min_size=S, max_size=S)), dtype=torch.int64))
     return case
 
 

@@ -164,34 +164,56 @@ def test_a_mutant_that_hangs_or_crashes_is_dead():
         mutate._cause(4, "usage")
 
 
-def test_explanations_are_kept(tmp_path, monkeypatch):
-    """They belong to a file and a mutation, wherever its line has gone; rows of other files stay as they are."""
+def test_the_table_keeps_explanations(tmp_path, monkeypatch):
+    """They belong to a file and a mutation, wherever its line has gone; rows of files that were not run stay."""
+    texts = {
+        "a.cu": "f(a || b);\n__syncthreads();\n__syncthreads();\n",
+        "b.cu": "__syncwarp();\n",
+        "c.cu": "__syncwarp();\n",
+    }
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
     monkeypatch.setattr(mutate, "TABLE", tmp_path / "docs" / "mutation.md")
-    monkeypatch.setattr(mutate, "kernel_files", lambda only: [mutate.Path(f"{name}.cu") for name in "abc"])
+    monkeypatch.setattr(mutate, "kernel_files", lambda only: [mutate.Path(name) for name in texts])
 
-    def jobs(file: str, text: str) -> list[mutate.Job]:
-        return [mutate.Job(mutate.Path(file), mutant, "") for mutant in mutants(text)]
+    def write(dead: dict[str, int], barriers: bool = False) -> str:
+        """The table after a run of these files, in which so many of the first mutants died."""
+        done = []
+        for name, count in dead.items():
+            found = enumerate(mutants((tmp_path / name).read_text()))
+            done += [
+                (mutate.Job(mutate.Path(name), m, ""), mutate.SURVIVED if i >= count else "race") for i, m in found
+            ]
+        done = [(job, outcome) for job, outcome in done if not barriers or "sync" in job.mutant.change]
+        mutate.write_table(done, barriers)
+        return mutate.TABLE.read_text()
 
-    twice = "f(a || b);\n__syncthreads();\n__syncthreads();\n"
-    a, b = jobs("a.cu", twice), jobs("b.cu", "__syncwarp();\n")
-    mutate.write_table([(job, mutate.SURVIVED) for job in a + b])
-    table = mutate.TABLE.read_text()
-    assert "5 mutants, 0 killed, 5 alive. Not run: c.cu." in table
-    assert r"| a.cu:1 | `a` becomes `false` | **SURVIVED** | |" in table
-    table = table.replace("| a.cu:3 | `__syncthreads()` deleted | **SURVIVED** |", r"\g why")  # the second of two
-    mutate.TABLE.write_text(
-        table.replace(r"\g why", "| a.cu:3 | `__syncthreads()` deleted | **SURVIVED** | not \\| needed")
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    table = write({"a.cu": 0, "b.cu": 0})
+    assert "5 mutants, 0 killed, 5 alive. Not run: c.cu.\nBy file: a.cu 4, b.cu 1.\n" in table
+    assert "| a.cu | `__syncthreads()` deleted |  |\n| a.cu | `__syncthreads()` deleted, number 2 |  |" in table
+    explained = table.replace("number 2 |  |", "number 2 | not \\| needed |").replace(
+        "`a` becomes `false` |  |", "`a` becomes `false` | why |"
     )
-    moved = jobs("a.cu", "\n" + twice)
-    mutate.write_table([(job, mutate.SURVIVED if job.mutant.line > 2 else "race, `test`") for job in moved])
-    table = mutate.TABLE.read_text()
-    assert "5 mutants, 2 killed, 3 alive" in table
-    assert r"| a.cu:4 | `__syncthreads()` deleted | **SURVIVED** | not \| needed |" in table
-    assert r"| a.cu:3 | `__syncthreads()` deleted | **SURVIVED** | |" in table
-    assert r"| b.cu:1 | `__syncwarp()` deleted | **SURVIVED** | |" in table
-    assert r"| a.cu:2 | `a` becomes `false` | race, `test` | |" in table
-    barriers = [job for job in moved if "sync" in job.mutant.change]
-    mutate.write_table([(job, "race, `again`") for job in barriers], barriers=True)
-    table = mutate.TABLE.read_text()
-    assert "5 mutants, 4 killed, 1 alive" in table and table.count("race, `again`") == 2
-    assert r"| a.cu:2 | `a` becomes `false` | race, `test` | |" in table
+    mutate.TABLE.write_text(explained)
+    (tmp_path / "a.cu").write_text("\n" + texts["a.cu"])  # one line further down
+    table = write({"a.cu": 1})
+    assert "5 mutants, 1 killed, 4 alive. Not run: c.cu." in table
+    assert "| a.cu | `__syncthreads()` deleted, number 2 | not \\| needed |" in table
+    assert "`a` becomes" not in table and "| b.cu | `__syncwarp()` deleted |  |" in table
+    table = write({"a.cu": 4}, barriers=True)
+    assert "5 mutants, 3 killed, 2 alive" in table
+    assert "`b` becomes `false`" in table and "syncthreads" not in table and "b.cu | `__syncwarp()`" in table
+    assert mutate.rows_of(table) == [
+        mutate.Row("a.cu", "`b` becomes `false`", 1, ""),
+        mutate.Row("b.cu", "`__syncwarp()` deleted", 1, ""),
+    ]
+
+
+def test_the_table_names_mutants_that_there_are():
+    """With reasons. What has changed in a kernel is run again."""
+    found = {(file.name, *numbered) for file in mutate.kernel_files([]) for numbered in mutate.numbered(file)}
+    text = mutate.TABLE.read_text()
+    rows = mutate.rows_of(text)
+    assert [row for row in rows if row[:3] not in found or not row.why] == []
+    assert f"{len(found)} mutants, {len(found) - len(rows)} killed, {len(rows)} alive.\n" in text

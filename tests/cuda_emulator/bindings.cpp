@@ -17,8 +17,8 @@ namespace {
 // Memory of the emulated device, a writable buffer of bytes to Python. Lives as long as the tensors made from it.
 class DeviceBuffer {
  public:
-  DeviceBuffer(size_t bytes, const std::string& name, size_t misalignment)
-      : bytes_(bytes), data_(emu::allocate(bytes, name, misalignment)) {}
+  DeviceBuffer(size_t bytes, const std::string& name, size_t misalignment, bool sparse)
+      : bytes_(bytes), data_(emu::allocate(bytes, name, misalignment, sparse)) {}
   ~DeviceBuffer() { emu::release(data_); }
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
@@ -165,7 +165,8 @@ void bind_planted(py::module_ module) {
 PYBIND11_MODULE(_cuda_emulated, module) {
   py::register_exception<emu::Error>(module, "EmulationError", PyExc_RuntimeError);
   py::class_<DeviceBuffer>(module, "DeviceBuffer", py::buffer_protocol())
-      .def(py::init<size_t, const std::string&, size_t>(), py::arg("bytes"), py::arg("name"), py::arg("misalignment"))
+      .def(py::init<size_t, const std::string&, size_t, bool>(), py::arg("bytes"), py::arg("name"),
+           py::arg("misalignment"), py::arg("sparse") = false)
       .def_buffer(&DeviceBuffer::buffer)
       .def("mark_written", &DeviceBuffer::mark_written, py::arg("read_only"))
       .def("unwritten", &DeviceBuffer::unwritten);
@@ -176,7 +177,7 @@ PYBIND11_MODULE(_cuda_emulated, module) {
   module.def("set_options", [](emu::Order order, uint64_t seed, size_t shared_limit) {
     emu::options = {order, seed, shared_limit};
   });
-  module.def("set_bounds", [](bool only, size_t red_zone) { emu::bounds = {only, red_zone}; });
+  module.def("set_bounds", [](bool only, size_t red_zone, unsigned ends) { emu::bounds = {only, red_zone, ends}; });
   module.def("set_launch_sizes", [](const std::map<std::string, int64_t>& sizes) {  // which of the last were not used
     std::vector<std::string> unused;
     for (const auto& [name, size] : emu::launch_sizes)

@@ -123,16 +123,26 @@ class Emulator:
         assert not unused, f"no launcher asked for {unused}"
 
     @contextmanager
-    def only_bounds(self, apart: int = 1 << 22) -> Iterator[None]:
+    def only_bounds(self, apart: int = 1 << 22, ends: int = 0) -> Iterator[None]:
         """Within it, races and reads of unwritten memory are no errors: inputs that contradict themselves lead to them.
 
         Buffers lie `apart` bytes from each other, so that an access far out of bounds does not end in another one.
+        `ends`: of each row of a grid only so many blocks at either end run, for tensors too large to be computed.
         """
-        self.module.set_bounds(True, apart)
+        self.module.set_bounds(True, apart, ends)
         try:
             yield
         finally:
-            self.module.set_bounds(False, 256)
+            self.module.set_bounds(False, 256, 0)
+
+    def sparse(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "sparse") -> Tensor:
+        """Zeros that take memory where they are written: gigabytes of them, for offsets beyond 2^31.
+
+        All that the emulator checks of their accesses is that they are in bounds.
+        """
+        count = torch.Size(shape).numel()
+        buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, 0, True)
+        return torch.frombuffer(buffer, dtype=dtype, count=count).reshape(shape)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "output", offset: int = 0) -> Tensor:
         """A tensor in the device's memory, `offset` elements past an aligned address, unwritten: all NaN."""

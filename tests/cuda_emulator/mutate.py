@@ -1,7 +1,7 @@
-"""Breaks the kernels of cuda/ in small ways, one at a time, and writes which tests notice to docs/mutation.md.
+"""Breaks the kernels of cuda/ in small ways, one at a time, and writes what no test notices to docs/mutation.md.
 
     python tests/cuda_emulator/mutate.py                 all kernels
-    python tests/cuda_emulator/mutate.py --only cema     files whose name begins so; other rows of the table stay
+    python tests/cuda_emulator/mutate.py --only cema     files whose name begins so; rows of other files stay
     python tests/cuda_emulator/mutate.py --barriers      barriers, waits and commits; other rows stay
     python tests/cuda_emulator/mutate.py --list          what would be run
 
@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +37,15 @@ from cuda_emulator.mutants import Mutant, mutants, switched
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "mutation.md"
-SURVIVED = "**SURVIVED**"
+SURVIVED = "survived"
 KINDS = (
     "race", "out of bounds", "uninitialised read", "read-only buffer", "divergent barrier", "deadlock",
     "invalid operation", "misaligned", "copy in flight", "copy never waited for", "copy never committed",
     "wrong memory", "not device memory", "wrong mma fragment", "invalid launch",
 )  # fmt: skip
 BARRIERS = r"sync|named_barrier|_wait|_commit"  # in what a mutant changes
-EMULATOR_TESTS, OP_TESTS = "test_cuda_emulator.py", "test_ops.py"  # of all ops
+WRAPPER_TESTS = "test_cuda_instructions.py"  # of cuda/common
+OP_TESTS = {"test_cuda_ops.py": [], "test_cuda_wrong_offsets.py": [], "test_ops.py": ["cuda-emulated"]}  # of all ops
 
 
 @dataclass
@@ -70,9 +71,8 @@ def test_files(file: Path) -> list[tuple[str, list[str]]]:
     """Where its tests are and words of their names: an op's own tests, then those that all ops share."""
     op, tests = op_of(file.stem), sorted((ROOT / "tests").glob("test_cuda_*.py"))
     own = [(test.name, []) for test in tests if (of := op_of(test.stem[len("test_cuda_") :])) and op in (None, of)]
-    if op is None:
-        return [(EMULATOR_TESTS, []), *own, (OP_TESTS, ["cuda-emulated"])]
-    return [*own, (EMULATOR_TESTS, [op]), (OP_TESTS, ["cuda-emulated", op])]
+    shared = [(test, words + [op] * (op is not None)) for test, words in OP_TESTS.items()]
+    return [*[(WRAPPER_TESTS, [])] * (op is None), *own, *shared]
 
 
 def jobs_of(file: Path) -> list[Job]:
@@ -174,55 +174,72 @@ def _cause(code: int, output: str) -> str:
     return f"{kind[1] if kind else 'wrong result'}, `{test[1]}`"
 
 
-def explanations() -> dict[tuple[str, str, int], str]:
-    """The table's last column by file, mutation, and how many equal ones came before."""
-    found: dict[tuple[str, str, int], str] = {}
-    for file, _, change, _, explanation in _rows():
-        count = sum(key[:2] == (file, change) for key in found)
-        found[file, change, count] = explanation
+class Row(NamedTuple):
+    """A mutant that survives: of the equal mutations of a file, the `nth` in the order of lines."""
+
+    file: str
+    change: str
+    nth: int
+    why: str
+
+
+def rows_of(text: str) -> list[Row]:
+    """The survivors that a table names."""
+    found = []
+    for line in text.splitlines():
+        cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) == 3 and "becomes" in cells[1] or len(cells) == 3 and "deleted" in cells[1]:
+            change, _, nth = cells[1].partition(", number ")
+            found.append(Row(cells[0], change, int(nth or 1), cells[2]))
     return found
 
 
-def _rows() -> Iterator[tuple[str, int, str, str, str]]:
-    """File, line, mutation, outcome, explanation."""
-    if not TABLE.exists():
-        return
-    for line in TABLE.read_text().splitlines():
-        cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) == 4 and (place := re.fullmatch(r"(\S+):(\d+)", cells[0])):
-            yield place[1], int(place[2]), cells[1], cells[2], cells[3]
+def numbered(file: Path) -> list[tuple[str, int]]:
+    """Each mutant of a file as its change, and how many equal ones there are up to it."""
+    counts: dict[str, int] = {}
+    found = []
+    for mutant in mutants((ROOT / file).read_text()):
+        counts[mutant.change] = counts.get(mutant.change, 0) + 1
+        found.append((mutant.change, counts[mutant.change]))
+    return found
 
 
 def write_table(done: list[tuple[Job, str]], barriers: bool = False) -> None:
-    """With the rows of other files and, where only barriers were run, of other mutations."""
-    known, files, rows = explanations(), {job.file.name for job, _ in done}, []
-    counts: dict[tuple[str, str], int] = {}
+    """With the survivors of other files and, where only barriers were run, of other mutations."""
+    before = TABLE.read_text() if TABLE.exists() else ""
+    known = {row[:3]: row.why for row in rows_of(before)}
+    files = {file.name: numbered(file) for file in kernel_files([])}
+    run_before = set(re.findall(r"\w+\.cuh?(?= \d)", before))
+    outcomes = {job.file.name: {} for job, _ in done}
     for job, outcome in done:
-        name, change = job.file.name, job.mutant.change
-        explanation = known.get((name, change, counts.get((name, change), 0)), "")
-        counts[name, change] = counts.get((name, change), 0) + 1
-        rows.append((name, job.mutant.line, change, outcome, explanation if outcome == SURVIVED else ""))
-    existing = {file.name for file in kernel_files([])}
-    others = [row for row in _rows() if row[0] in existing]
-    rows += [row for row in others if row[0] not in files or (barriers and not re.search(BARRIERS, row[2]))]
-    rows.sort(key=lambda row: row[:2])
-    alive = sum(row[3] == SURVIVED for row in rows)
-    missing = ", ".join(sorted(existing - {row[0] for row in rows}))
+        counted = outcomes[job.file.name]
+        counted[job.mutant.change] = [*counted.get(job.mutant.change, []), outcome]
+    rows = []
+    for file, found in files.items():
+        for change, nth in found:
+            new = outcomes.get(file, {}).get(change)
+            kept = new is None and (file not in outcomes or (barriers and not re.search(BARRIERS, change)))
+            if (kept and (file, change, nth) in known) or (new and new[nth - 1] == SURVIVED):
+                rows.append(Row(file, change, nth, known.get((file, change, nth), "")))
+    ran = {file: len(found) for file, found in files.items() if file in run_before | outcomes.keys()}
+    total, missing = sum(ran.values()), ", ".join(sorted(files.keys() - ran.keys()))
     lines = [
         "# Mutants of the CUDA kernels",
         "",
-        "Written by `python tests/cuda_emulator/mutate.py`, but for the last column. Each line is one change of one",
-        "kernel, and what the first test that failed reported; where a change survives, why it does no harm.",
-        "The rows are of one run of all, and of later runs: of those whose lines had changed, and of survivors with",
-        "tests that were new.",
+        "`python tests/cuda_emulator/mutate.py` breaks the kernels in small ways, one at a time, and writes here which the",
+        "tests do not notice; the last column, why that does no harm, is written by hand. Bugs of real sizes, planted by hand,",
+        "are in `tests/cuda_emulator/known_bugs.py`; `python -m pytest -m slow tests/test_cuda_known_bugs.py` runs them.",
+        "The rows are of one run of all, and of later runs of what had changed since.",
         "",
-        f"{len(rows)} mutants, {len(rows) - alive} killed, {alive} alive." + f" Not run: {missing}." * bool(missing),
+        f"{total} mutants, {total - len(rows)} killed, {len(rows)} alive." + f" Not run: {missing}." * bool(missing),
+        "By file: " + ", ".join(f"{file} {count}" for file, count in sorted(ran.items())) + ".",
         "",
-        "| place | mutation | killed by | why it survives |",
-        "|---|---|---|---|",
+        "| file | mutation | why it survives |",
+        "|---|---|---|",
     ]
-    for file, line, *cells in rows:
-        lines.append(" | ".join([f"| {file}:{line}", *(cell.replace("|", r"\|") for cell in cells)]).rstrip() + " |")
+    for row in sorted(rows, key=lambda row: row.file):  # else in the order of lines
+        change = row.change + f", number {row.nth}" * (row.nth > 1)
+        lines.append(f"| {row.file} | {change.replace('|', chr(92) + '|')} | {row.why.replace('|', chr(92) + '|')} |")
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n")
 
@@ -323,7 +340,7 @@ def main() -> None:
     start = time.monotonic()
     done = run(jobs, arguments.scratch, arguments.jobs)
     write_table(done, arguments.barriers)
-    unexplained = [row for row in _rows() if row[3] == SURVIVED and not row[4]]
+    unexplained = [row for row in rows_of(TABLE.read_text()) if not row.why]
     print(f"{TABLE}: {len(unexplained)} survivors without an explanation, {time.monotonic() - start:.0f} s")
     sys.exit(bool(unexplained))
 

@@ -86,6 +86,15 @@ def compiled(source: Path, architecture: int = 90) -> list[Kernel]:
         return _kernels_of_cubin(cubin)
 
 
+def ptx(source: Path, architecture: int = 90) -> str:
+    """What nvcc makes of a file before it chooses registers and instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "kernels.ptx"
+        flags = ["-std=c++17", "-O3", f"-I{source.parent}", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp'}"]
+        _run([nvcc(), *flags, f"-arch=compute_{architecture}", "-ptx", str(source), "-o", str(output)])
+        return output.read_text()
+
+
 def _kernels_of_cubin(cubin: Path) -> list[Kernel]:
     architecture = int(re.search(r"sm_(\d+)", cubin.name)[1])
     usage = _run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)]).stdout

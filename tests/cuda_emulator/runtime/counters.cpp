@@ -145,7 +145,7 @@ void finish_block_counts() {
 
 void finish_launch_counts() {
   for (const Buffer* buffer : live_buffers()) {
-    if (!buffer->size || !touched) continue;
+    if (!buffer->size || !touched || is_sparse(buffer->offset)) continue;
     Traffic sum;
     uint8_t* begin = touched + buffer->offset / kSectorBytes;
     uint8_t* end = touched + (buffer->offset + buffer->size - 1) / kSectorBytes + 1;

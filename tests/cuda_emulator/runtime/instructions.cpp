@@ -16,7 +16,9 @@ bool misaligned(const void* p, size_t size, const char* what, const void* addres
   return true;
 }
 
-bool on_device(const void* p) { return static_cast<size_t>(static_cast<const char*>(p) - arena) < kArenaBytes; }
+bool on_device(const void* p) {
+  return static_cast<size_t>(static_cast<const char*>(p) - arena) < kArenaBytes + kSparseBytes;
+}
 
 void check_space(const void* p, Space space, const char* what, const void* address) {
   if (!on_device(p)) return;  // access() reports it

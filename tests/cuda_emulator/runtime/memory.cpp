@@ -14,6 +14,7 @@ namespace {
 
 constexpr uint8_t kValid = 1, kWritten = 2, kInFlight = 4, kReadOnly = 8;
 constexpr size_t kRedZone = 256, kBufferAlignment = 256, kSharedAlignment = 128, kStaticSharedLimit = 48 * 1024;
+constexpr size_t kPage = 4096;
 constexpr int kPoison = 0xff;  // NaN in every floating-point type
 
 uint8_t* flags = nullptr;
@@ -110,7 +111,7 @@ void initialise_memory() {
     return p;
   };
   flags = static_cast<uint8_t*>(map(kArenaBytes));
-  arena = static_cast<char*>(map(kArenaBytes));
+  arena = static_cast<char*>(map(kArenaBytes + kSparseBytes));
 }
 
 void start_shared_memory() {
@@ -135,7 +136,7 @@ void* dynamic_shared() { return arena + shared_arrays[0].buffer.offset; }
 
 std::string describe(size_t offset) {
   const Buffer* nearest = nullptr;
-  size_t least = kArenaBytes;
+  size_t least = SIZE_MAX;
   const auto consider = [&](const Buffer& buffer) {
     const size_t end = buffer.offset + buffer.size;
     const size_t distance = offset < buffer.offset ? buffer.offset - offset : offset < end ? 0 : offset - end + 1;
@@ -154,9 +155,15 @@ void access(const void* p, size_t size, Access access, const void* address) {
   const char* stack = stack_of(*current);
   if (p >= stack && p < stack + kStackBytes) return;
   const size_t offset = offset_of(p);
-  if (offset >= kArenaBytes) return check_outside(p, access, address);
+  if (offset >= kArenaBytes + kSparseBytes) return check_outside(p, access, address);
   const bool write = access == Access::write;
   const auto what = [&] { return std::to_string(size) + " bytes at " + describe(offset); };
+  if (is_sparse(offset)) {
+    const Buffer* buffer = find_buffer(offset);
+    if (!buffer || buffer->offset + buffer->size - offset < size)
+      report("out of bounds", (write ? "write of " : "read of ") + what(), address);
+    return;
+  }
   const FlagSummary found = summarise(offset, size);
   const uint64_t needed = repeated(write ? kValid : kValid | kWritten);
   const uint64_t forbidden = repeated(write ? kInFlight | kReadOnly : kInFlight);
@@ -181,18 +188,21 @@ void set_in_flight(size_t offset, size_t size, bool in_flight) {
     flags[i] = static_cast<uint8_t>(in_flight ? flags[i] | kInFlight : flags[i] & ~kInFlight);
 }
 
-char* allocate(size_t bytes, const std::string& name, size_t misalignment) {
+char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool sparse) {
   initialise_memory();
   const auto place_after = [&](size_t end) {
     return (end + bounds.red_zone + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment + misalignment;
   };
-  size_t offset = place_after(kSharedWindow);
+  size_t offset = place_after(sparse ? kArenaBytes : kSharedWindow);
   for (const auto& [start, buffer] : buffers) {  // the first gap that is large enough
+    if (is_sparse(start) < sparse) continue;
     if (offset + bytes + bounds.red_zone <= start) break;
     offset = place_after(start + buffer.size);
   }
-  if (offset + bytes + bounds.red_zone > kArenaBytes) throw Error("the emulated device is out of memory");
+  if (offset + bytes + bounds.red_zone > kArenaBytes + sparse * kSparseBytes)
+    throw Error("the emulated device is out of memory");
   buffers[offset] = {offset, bytes, name};
+  if (sparse) return arena + offset;
   set_flags(offset, bytes, kValid);
   std::memset(arena + offset, kPoison, bytes);
   return arena + offset;
@@ -200,7 +210,9 @@ char* allocate(size_t bytes, const std::string& name, size_t misalignment) {
 
 void release(char* p) {
   const auto found = buffers.find(offset_of(p));
-  set_flags(found->first, found->second.size, 0);
+  const auto [offset, size, name] = found->second;
+  if (!is_sparse(offset)) set_flags(offset, size, 0);
+  else madvise(arena + offset / kPage * kPage, offset % kPage + size, MADV_DONTNEED);  // zeros again
   buffers.erase(found);
 }
 

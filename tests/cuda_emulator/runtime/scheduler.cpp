@@ -183,6 +183,7 @@ void run(const char* name, dim3 grid, dim3 block, int most_threads, size_t share
   for (block_.z = 0; block_.z < grid.z; ++block_.z)
     for (block_.y = 0; block_.y < grid.y; ++block_.y)
       for (block_.x = 0; block_.x < grid.x && !failed; ++block_.x) {
+        if (bounds.ends && block_.x >= bounds.ends && grid.x - block_.x > bounds.ends) continue;
         ++block_number;
         run_block();
       }

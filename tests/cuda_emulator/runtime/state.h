@@ -57,10 +57,12 @@ struct Options {
 };
 
 // What a test of hostile inputs sets: races and reads of what nobody has written are no errors, and buffers lie so far
-// apart that an access far out of one is in no other.
+// apart that an access far out of one is in no other. Of each row of a grid only the first and the last `ends` blocks
+// run, where that is not 0.
 struct Bounds {
   bool only = false;
   size_t red_zone = 256;
+  unsigned ends = 0;
 };
 
 // Sizes that a test has set, by name, and whether a launcher has asked for them (LAUNCH_SIZE of portable.cuh).
@@ -109,9 +111,13 @@ void check_race(size_t offset, size_t size, Access access, const void* address);
 
 // memory.cpp
 constexpr size_t kArenaBytes = size_t{1} << 30;
+// Behind it lie sparse buffers, gigabytes of zeros that take no memory until they are written. Accesses to them are held
+// against their bounds alone.
+constexpr size_t kSparseBytes = size_t{256} << 30;
 constexpr size_t kSharedWindow = size_t{1} << 20;  // the arena begins with the block's shared memory; buffers follow
 extern char* arena;
 inline bool is_shared(size_t offset) { return offset < kSharedWindow; }
+inline bool is_sparse(size_t offset) { return offset >= kArenaBytes; }
 void initialise_memory();
 void start_shared_memory();
 void finish_shared_memory();
@@ -123,7 +129,7 @@ struct Buffer {
   std::string name;
 };
 // `misalignment` bytes past a multiple of 256.
-char* allocate(size_t bytes, const std::string& name, size_t misalignment);
+char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool sparse);
 void release(char* p);
 void mark_written(char* p, size_t bytes);
 void mark_read_only(char* p, size_t bytes);

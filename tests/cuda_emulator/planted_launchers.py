@@ -1,0 +1,11 @@
+"""Launches the planted kernels of planted/wrappers.cu."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def run(emulator, name: str, *arguments) -> None:
+    """Calls a planted launcher with tensors as addresses."""
+    addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    getattr(emulator.module.planted, f"run_{name}")(*addresses)

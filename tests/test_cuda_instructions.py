@@ -1,0 +1,196 @@
+"""What cuda/common wraps: on the emulator its instructions do what the PTX manual says, and conversions round as torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_emulator.planted_launchers import run
+from torch import Tensor
+
+from megalodon_ops.reference.philox import philox
+
+# Fragments as the PTX ISA gives them ("Matrix Fragments for mma.m16n8k16" and "... mma.m16n8k8"): the row and the
+# column of the elements a0, a1, ... that a lane holds, two to a register for 16-bit types, the first in the lower
+# half.
+LANE = torch.arange(32)[:, None]
+GROUP, IN_GROUP = LANE >> 2, LANE % 4
+A16 = torch.arange(8)
+A16_ROW = torch.where((A16 < 2) | ((A16 >= 4) & (A16 < 6)), GROUP, GROUP + 8)
+A16_COLUMN = IN_GROUP * 2 + (A16 & 1) + torch.where(A16 >= 4, 8, 0)
+B16 = torch.arange(4)
+B16_ROW = IN_GROUP * 2 + (B16 & 1) + torch.where(B16 >= 2, 8, 0)
+C4 = torch.arange(4)
+C_ROW = torch.where(C4 < 2, GROUP, GROUP + 8)
+C_COLUMN = IN_GROUP * 2 + (C4 & 1)
+A32_ROW = torch.where((C4 == 0) | (C4 == 2), GROUP, GROUP + 8)
+A32_COLUMN = torch.where(C4 < 2, IN_GROUP, IN_GROUP + 4)
+B32_ROW = torch.where(torch.arange(2) == 0, IN_GROUP, IN_GROUP + 4)
+
+
+def fragments(product: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The registers of A (16, k) and B (k, 8), (32, 4) and (32, 2) int32."""
+    if product == "tf32":
+        return a[A32_ROW, A32_COLUMN].contiguous().view(torch.int32), b[B32_ROW, GROUP].contiguous().view(torch.int32)
+    return a[A16_ROW, A16_COLUMN].contiguous().view(torch.int32), b[B16_ROW, GROUP].contiguous().view(torch.int32)
+
+
+@pytest.mark.parametrize("product", ["bf16", "fp16", "tf32"])
+def test_mma_multiplies_the_fragments_of_the_ptx_manual(emulator, product):
+    gen = torch.Generator().manual_seed(0)
+    depth = 8 if product == "tf32" else 16
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}[product]
+    # Integers, so that products and sums are exact and every misplaced element shows.
+    a = torch.randint(-8, 9, (16, depth), generator=gen).to(dtype)
+    b = torch.randint(-8, 9, (depth, 8), generator=gen).to(dtype)
+    c = torch.randint(-8, 9, (16, 8), generator=gen).float()
+    registers = [emulator.tensor(t) for t in (*fragments(product, a, b), c[C_ROW, C_COLUMN])]
+    d = emulator.empty(32, 4)
+    run(emulator, "mma", getattr(emulator.module.planted.Product, product), *registers, d)
+    result = torch.empty(16, 8)
+    result[C_ROW, C_COLUMN] = d
+    assert torch.equal(result, a.float() @ b.float() + c)
+
+
+def test_a_wrong_fragment_gives_a_wrong_product(emulator):
+    """Two registers of A exchanged, as a kernel that takes them for row-major quarters would."""
+    a, b = torch.arange(256.0).reshape(16, 16).bfloat16(), torch.eye(16)[:, :8].bfloat16()
+    a_registers, b_registers = fragments("bf16", a, b)
+    exchanged = a_registers[:, [0, 2, 1, 3]].contiguous()
+    registers = [emulator.tensor(t) for t in (exchanged, b_registers, torch.zeros(32, 4))]
+    d, result = emulator.empty(32, 4), torch.empty(16, 8)
+    run(emulator, "mma", emulator.module.planted.Product.bf16, *registers, d)
+    result[C_ROW, C_COLUMN] = d
+    assert not torch.equal(result, a[:, :8].float())
+
+
+def test_tf32_ignores_the_low_bits(emulator):
+    a, b = torch.full((16, 8), 1 + 2**-10 + 2**-13), torch.ones(8, 8)
+    registers = [emulator.tensor(t) for t in (*fragments("tf32", a, b), torch.zeros(32, 4))]
+    d = emulator.empty(32, 4)
+    run(emulator, "mma", emulator.module.planted.Product.tf32, *registers, d)
+    assert (d == 8 * (1 + 2**-10)).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_ldmatrix_distributes_rows_as_the_ptx_manual_says(emulator, count, transposed):
+    """Lane l gets the elements 2 (l % 4) and the next of row l / 4 of each matrix, or of each transposed matrix."""
+    matrices = torch.arange(count * 64, dtype=torch.int16).reshape(count, 8, 8)
+    registers = emulator.empty(32, count, dtype=torch.int32)
+    run(emulator, "ldmatrix", count, transposed, emulator.tensor(matrices), registers)
+    rows = matrices.mT if transposed else matrices
+    pairs = rows.reshape(count, 32, 2).transpose(0, 1)  # lane, matrix
+    assert torch.equal(registers, pairs.contiguous().view(torch.int32)[..., 0])
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_cp_async_copies_and_fills_with_zeros(emulator, size):
+    source = torch.arange(1, 32 * size + 1, dtype=torch.int32).to(torch.uint8)
+    for valid in (0, size // 2, size):
+        end = 31 * size + valid  # what lies beyond need not exist
+        target = emulator.empty(32 * size, dtype=torch.uint8)
+        run(emulator, "cp_async", size, valid, emulator.tensor(source[:end]), target)
+        assert torch.equal(target, torch.cat([source[:end], source.new_zeros(size - valid)]))
+
+
+def narrow_inputs() -> Tensor:
+    """Every 16-bit float's neighbourhood: random bits, halfway cases, denormals, overflow, infinities and NaN."""
+    gen = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (4096,), generator=gen, dtype=torch.int64).to(torch.int32)
+    halfway = (torch.randint(-(2**15), 2**15, (2048,), generator=gen) * 65536 + 32768).to(torch.int32)
+    halves = torch.arange(-32768, 32768, 31).to(torch.int16).view(torch.float16).float()
+    between = (halves[:-1] + halves[1:]) / 2
+    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65504.0, 65519.0, 65520.0, 65536.0, 6e-8, 2e-8, 3e-8]
+    return torch.cat([bits.view(torch.float32), halfway.view(torch.float32), halves, between, torch.tensor(special)])
+
+
+def test_conversions_to_16_bits_round_as_torch(emulator):
+    x = narrow_inputs()
+    n = len(x)
+    bf16, fp16 = emulator.empty(n, dtype=torch.bfloat16), emulator.empty(n, dtype=torch.float16)
+    pairs_bf16, pairs_fp16 = emulator.empty(n, 2, dtype=torch.bfloat16), emulator.empty(n, 2, dtype=torch.float16)
+    tf32 = emulator.empty(n)
+    run(emulator, "narrow", emulator.tensor(x), bf16, fp16, pairs_bf16, pairs_fp16, tf32, n)
+    for narrow, pairs in ((bf16, pairs_bf16), (fp16, pairs_fp16)):
+        torch.testing.assert_close(narrow, x.to(narrow.dtype), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(narrow.view(torch.int16), pairs[:, 0].contiguous().view(torch.int16))
+        assert (pairs[:, 1] == 1).all()
+    finite = x[x.abs() < 3e38].double()
+    mantissa, exponent = torch.frexp(finite)
+    away = torch.ldexp((mantissa.abs() * 2**11 + 0.5).floor() * mantissa.sign(), exponent - 11)
+    normal = finite.abs() >= torch.finfo(torch.float32).tiny
+    assert torch.equal(tf32[x.abs() < 3e38].double()[normal], away[normal])
+
+
+def test_every_16_bit_value_widens_as_in_torch(emulator):
+    bits = torch.arange(-32768, 32768).to(torch.int16)
+    bf16, fp16 = emulator.empty(65536), emulator.empty(65536)
+    run(emulator, "widen", emulator.tensor(bits), bf16, fp16, 65536)
+    torch.testing.assert_close(bf16, bits.view(torch.bfloat16).float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(fp16, bits.view(torch.float16).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("threads", [32, 96, 1024])
+def test_reductions(emulator, threads):
+    x = torch.randint(-100, 100, (2, threads)).float()
+    sums, warp_sums, warp_maxima = (emulator.empty(2, threads) for _ in range(3))
+    run(emulator, "reduce", emulator.tensor(x), sums, warp_sums, warp_maxima, 2, threads)
+    warps = x.reshape(2, -1, 32)
+    assert torch.equal(sums, x.sum(1, keepdim=True).expand_as(x))
+    assert torch.equal(warp_sums, warps.sum(2).repeat_interleave(32, 1))
+    assert torch.equal(warp_maxima, warps.amax(2).repeat_interleave(32, 1))
+
+
+@pytest.mark.parametrize("seed", [0, 12345, 2**32, 2**64 - 1], ids=str)
+def test_philox_draws_the_words_of_the_reference(emulator, seed):
+    gen = torch.Generator().manual_seed(0)
+    counters = torch.randint(0, 2**32, (200, 4), generator=gen)
+    words = emulator.empty(200, 4, dtype=torch.int32)
+    run(emulator, "philox", emulator.tensor(counters.to(torch.int32)), seed, words, 200)
+    expected = torch.stack(philox(counters.unbind(1), seed), dim=1)
+    assert torch.equal(words.long() & 0xFFFFFFFF, expected)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by-element"])
+@pytest.mark.parametrize(("rows", "width", "valid"), [(16, 64, 64), (5, 16, 8), (33, 208, 200), (3, 16, 13), (2, 8, 1)])
+def test_a_tile_is_loaded_with_zeros_around(emulator, whole, rows, width, valid):
+    valid = max(valid // 8 * 8, 8) if whole else valid
+    source = torch.randint(-(2**15), 2**15, (rows, valid)).to(torch.int16)
+    tile = emulator.empty(rows, width, dtype=torch.int16)
+    run(emulator, "tile_load", whole, emulator.tensor(source), tile, rows, width, valid, 1)
+    expected = torch.zeros(rows, width, dtype=torch.int16)
+    expected[:, :valid] = source
+    expected[1] = 0
+    assert torch.equal(tile, expected)
+
+
+# The elements that each loader takes from a tile, in the order of the registers.
+FRAGMENTS = {
+    "a": lambda tile: tile[A16_ROW, A16_COLUMN],
+    "a_trans": lambda tile: tile.mT[A16_ROW, A16_COLUMN],
+    "b": lambda tile: torch.cat([tile[8 * n + GROUP, B16_ROW] for n in range(2)], dim=1),
+    "b_trans": lambda tile: torch.cat([tile[B16_ROW, 8 * n + GROUP] for n in range(2)], dim=1),
+}
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (8, 16), (16, 40), (16, 112)])
+@pytest.mark.parametrize("fragment", FRAGMENTS)
+def test_a_tile_gives_fragments_without_bank_conflicts(emulator, fragment, row, column):
+    tile = torch.arange(32 * 128, dtype=torch.int16).reshape(32, 128)
+    registers = emulator.empty(32, 4, dtype=torch.int32)
+    kind = getattr(emulator.module.planted.Fragment, fragment)
+    run(emulator, "tile_fragment", kind, emulator.tensor(tile), row, column, registers)
+    expected = FRAGMENTS[fragment](tile[row:, column:]).contiguous().view(torch.int32)
+    assert torch.equal(registers, expected)
+    shared = [site for site in emulator.sites("tile_fragment_kernel") if site["shared"]]
+    assert shared and all(site["transactions"] == site["ideal"] for site in shared)
+
+
+def test_a_tile_takes_results(emulator):
+    d = torch.randint(-100, 100, (16, 8)).float()
+    tile, a = emulator.empty(32, 64, dtype=torch.bfloat16), emulator.empty(32, 8, dtype=torch.bfloat16)
+    run(emulator, "tile_store", emulator.tensor(d[C_ROW, C_COLUMN]), 8, 24, tile, a)
+    expected = torch.zeros(32, 64)
+    expected[8:24, 24:32] = d
+    assert torch.equal(tile.float(), expected)
+    assert torch.equal(a.float(), torch.cat([d, -d], dim=1)[A16_ROW, A16_COLUMN])
