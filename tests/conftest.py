@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from megalodon_ops import _C
 
-pytest_plugins = ["cuda_emulator.fixtures"]
+pytest_plugins = ["command_line", "cuda_emulator.fixtures"]
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones, and more. A backend serves all examples.
 WHOLE_TEST = [HealthCheck.function_scoped_fixture]

@@ -32,7 +32,7 @@ def record(step):
     }  # fmt: skip
 
 
-def save(run, step, value=None):
+def save(run, step, value=None, **options):
     model, optimizer = Megalodon(CONFIG), {}
     for name, parameter in model.named_parameters():
         nn.init.constant_(parameter, step if value is None else value)
@@ -42,7 +42,8 @@ def save(run, step, value=None):
         "model": checkpoint.model_tensors(model), "optimizer": optimizer if step else {}, "state": {},
         "random": {"cpu": torch.get_rng_state()},
     }  # fmt: skip
-    return checkpoint.save(run, step, record(step), parts)
+    content = record(step)
+    return checkpoint.save(run, step, {**content, "options": {**content["options"], **options}}, parts)
 
 
 def newest(run):
@@ -116,6 +117,24 @@ def test_a_draft_that_cannot_be_finished_goes(tmp_path, file_size_limit):
             checkpoint.write_whole(tmp_path / "curve.png", b"x" * 101)
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_options_that_an_older_version_did_not_have(tmp_path):
+    """It took every file of a folder, so that the text of its run is what all patterns match."""
+    assert "glob" not in json.loads((save(tmp_path, 1) / "checkpoint.json").read_text())["options"]
+    assert newest(tmp_path).record["options"]["glob"] == ["*"]
+
+
+@pytest.mark.parametrize(
+    "glob, is_read", [(None, True), (["*.py", "a/*"], True), ([], False), ([""], False), ("*", False)]
+)
+def test_globs_in_a_checkpoint(tmp_path, glob, is_read):
+    save(tmp_path, 1, glob=glob)
+    if is_read:
+        assert newest(tmp_path).record["options"]["glob"] == glob
+    else:
+        with pytest.raises(CommandError, match="`options.glob` must be a list of patterns of file names, or null"):
+            newest(tmp_path)
 
 
 def truncate(path):

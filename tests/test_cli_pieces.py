@@ -1,6 +1,7 @@
 """What the commands are made of: evaluation in pieces, carried states, the schedule, the diary, the curve."""
 
 import math
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from megalodon_ops import Megalodon
 from megalodon_ops.cli import carry, metrics
 from megalodon_ops.cli.batches import START, Batches
+from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.evaluate import Reader, bits_per_byte
 from megalodon_ops.cli.models import byte_config
 from megalodon_ops.cli.schedule import Schedule
@@ -129,3 +131,32 @@ def test_curve_has_labelled_axes(tmp_path, monkeypatch):
     labels = [label.get_text() for label in axes.get_legend().get_texts()]
     assert labels == ["training, smoothed", "held-out, a part", "held-out, all", "gzip -9 (2.20)"]
     metrics.draw(tmp_path / "nothing.png", [], {})
+
+
+def test_the_bar_of_a_run_of_given_time_shows_the_share_of_the_time(capsys):
+    with Progress({"step": 7, "seconds": 30.0}, None, 300.0) as progress:
+        progress.bar.mininterval = 0
+        for step, seconds in ((8, 75.0), (9, 150.0), (30, 299.0), (31, 301.0)):
+            progress.show({"step": step, "seconds": seconds, "loss": 1.0, "bytes_per_second": 5})
+    shown = capsys.readouterr().err
+    figures = re.findall(r"(\d+)%\|.*?\| (\d+)/300 s(?:, step=(\d+),)?", shown)
+    assert list(dict.fromkeys(figures)) == [
+        ("10", "30", ""), ("25", "75", "8"), ("50", "150", "9"), ("100", "299", "30"), ("100", "300", "31"),
+    ]  # fmt: skip
+    assert "step/s" not in shown
+
+
+def test_the_bar_of_a_run_of_given_steps_shows_them(capsys):
+    with Progress({"step": 7, "seconds": 30.0}, 10, None) as progress:
+        progress.bar.mininterval = 0
+        progress.show({"step": 8, "seconds": 75.0, "loss": 1.0, "bytes_per_second": 5})
+    assert "80%|" in (shown := capsys.readouterr().err) and "| 8/10 [" in shown
+
+
+def test_a_state_that_goes_on_in_every_row_is_not_copied():
+    config = byte_config("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
+    _, state = Megalodon(config)(torch.randint(256, (3, 5)), return_state=True)
+    assert carry.select(state, torch.arange(3)) is state
+    for rows in ([0, 1], [0, 2, 1], [0, 1, -1], [0, 1, 2, 2]):
+        assert torch.equal(carry.select(state, torch.tensor(rows)).norm.mean[0], state.norm.mean[0])
+        assert len(carry.select(state, torch.tensor(rows)).norm.count) == len(rows)

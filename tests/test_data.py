@@ -82,6 +82,58 @@ def test_text_that_is_not_there(tmp_path, name, message):
         find_files([tmp_path / name])
 
 
+def folder_of(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def names(found):
+    return [path.name for path in found]
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+LONG = "\N{SNOWMAN}".encode() * (1 << 19)  # 1.5 MiB, cut within a letter where it is read in pieces of 1 MiB
+MIXED = {
+    "a.txt": b"plain", "b.png": PNG, "c.txt": "d\u00e9f".encode(), "d.txt": "d\u00e9f".encode("latin-1"),
+    "e.txt": b"nul\0nul", "f.txt": LONG, "g.txt": LONG[:-1], "sub/h.md": b"deep",
+}  # fmt: skip
+
+
+def test_of_a_folder_the_text_is_taken_and_the_rest_is_told(tmp_path, capsys):
+    folder = folder_of(tmp_path, MIXED)
+    assert names(find_files([folder])) == ["a.txt", "c.txt", "f.txt", "h.md"]
+    said = f"skipping 4 files that are not UTF-8 text, the first {folder}/b.png; --glob PATTERN takes what matches, text or not"
+    assert capsys.readouterr().err == f"megalodon_ops: {said}\n"
+    assert names(find_files([folder / "b.png", folder / "sub"])) == ["b.png", "h.md"], "a file that is named is taken"
+    assert capsys.readouterr().err == ""
+
+
+def test_globs_choose_among_a_folders_files(tmp_path, capsys):
+    folder = folder_of(tmp_path, MIXED)
+    for globs, found in {
+        ("*",): sorted(path.rpartition("/")[2] for path in MIXED),
+        ("*.md", "[bd].*"): ["b.png", "d.txt", "h.md"],
+        ("sub/*",): ["h.md"],
+    }.items():
+        assert names(find_files([folder], globs)) == found
+    assert names(find_files([folder / "a.txt", folder], ["*.md"])) == ["a.txt", "h.md"]
+    with pytest.raises(CommandError, match="no file in this folder matches b.txt or c.md"):
+        find_files([folder], ["b.txt", "c.md"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_without_text(tmp_path):
+    folder = folder_of(tmp_path, {"b.png": PNG})
+    with pytest.raises(
+        CommandError, match="no text in this folder, but 1 file that is not UTF-8 text, .*b.png; --glob"
+    ):
+        load_corpus([folder])
+    (tmp_path / "a.png").write_bytes(PNG + b"other")
+    assert load_corpus([folder], ["*.png"]) == split([PNG, PNG + b"other"])
+
+
 def test_standard_library():
     files = standard_library()
     root = Path(sysconfig.get_path("stdlib"))

@@ -77,3 +77,13 @@ def test_draws_depend_on_the_generator_alone():
 def test_wrong_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_model())
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+def test_logits_that_are_no_numbers_are_an_error(options):
+    """On the CPU; torch's own error speaks of a tensor that the caller does not know, and argmax takes NaN for the largest."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.output.output.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="generate: logits / temperature must be numbers, got NaN or infinity"):
+        model.generate(torch.zeros(2, 3, dtype=torch.int64), max_new_tokens=1, **options)

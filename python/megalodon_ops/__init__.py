@@ -4,14 +4,10 @@ B batch, L length, D model dim, N CEMA states a channel, G norm groups, H heads,
 dim of values, C chunk size, S sequences in a batch. Activations are (B, L, D).
 """
 
-import os as _os
-import sys as _sys
+from . import startup as _startup
 
-if _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)] == __name__:  # `python -m megalodon_ops`
-    # OpenMP reads it once, when torch loads it: threads that wait look a thousand times and then sleep, or
-    # they would take the processor from what else runs. Whoever has set either variable decides.
-    if "OMP_WAIT_POLICY" not in _os.environ:
-        _os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if _startup.is_command_line():
+    _startup.prepare()
 
 import torch as _torch  # loads the OpenMP runtime that the kernels share
 

@@ -249,6 +249,8 @@ class Megalodon(nn.Module):
         The prompt is read in pieces of a chunk, so memory does not grow with its length; `lengths` (B,) >= 1 are the
         prompts' lengths where rows are right-padded. Temperature 0 takes the likeliest token; otherwise tokens are
         drawn from the top_k likeliest, or from the fewest that hold probability top_p, or from all.
+
+        Raises FloatingPointError on the CPU where the logits are not numbers to draw by, as weights that overflow give.
         """
         check_tensor("generate", "prompt", prompt)
         check_optional_tensor("generate", "lengths", lengths)
@@ -325,8 +327,11 @@ def _sample(
 ) -> Tensor:
     """Draws one token (B,) for each row of logits (B, vocab)."""
     if temperature == 0:
-        return logits.argmax(-1)
+        likeliest = logits.argmax(-1, keepdim=True)  # NaN, if there is one
+        _check_numbers(logits.gather(-1, likeliest))
+        return likeliest.squeeze(-1)
     probability, tokens = (logits / temperature).softmax(-1), None
+    _check_numbers(probability)
     if top_k is not None:
         probability, tokens = probability.topk(min(top_k, probability.shape[-1]))
         probability = probability / probability.sum(-1, keepdim=True)
@@ -337,6 +342,15 @@ def _sample(
         probability = probability.masked_fill(of_likelier >= top_p, 0)
     drawn = torch.multinomial(probability, 1, generator=generator)
     return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1)
+
+
+def _check_numbers(values: Tensor) -> None:
+    """Raises where there is a NaN on the CPU; elsewhere a look would wait for the device."""
+    if values.is_cpu and bool(values.isnan().any()):
+        raise FloatingPointError(
+            "generate: logits / temperature must be numbers, got NaN or infinity; "
+            "the weights are too large or damaged, or the temperature is too small."
+        )
 
 
 def _likeliest(probability: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from megalodon_ops import startup
 from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.memory import keep_freed_memory
@@ -26,13 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     keep_freed_memory()
     try:
-        return _load(options.command).run(options)
+        command = _load(options.command)
+        with startup.interruptible():
+            code = command.run(options)
+            sys.stdout.flush()  # where a reader that has gone is met below, and not at the interpreter's end
+            return code
     except BrokenPipeError:  # `... generate | head`: the reader has gone, and so must what is still buffered for it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (CommandError, OSError) as error:
+    except (CommandError, FloatingPointError, OSError) as error:
         print(f"megalodon_ops {options.command}: error: {_text(error)}", file=sys.stderr)
         return 2
 

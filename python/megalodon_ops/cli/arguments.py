@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,7 +42,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="megalodon_ops", allow_abbrev=False, description="MEGALODON: train, evaluate, sample.")
+    style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description, examples = "MEGALODON: train, evaluate, sample.", _examples(lines[0] for lines in EXAMPLES.values())
+    parser = Parser(prog="megalodon_ops", description=description, epilog=examples, **style)
     parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,train,eval,generate}")
     for name, add_flags, summary in (
@@ -52,15 +54,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("generate", _generate_flags, "print a sampled continuation"),
     ):
         command = commands.add_parser(
-            name, help=summary, description=summary, allow_abbrev=False, argument_default=argparse.SUPPRESS
-        )
+            name, help=summary, description=summary, epilog=_examples(EXAMPLES[name]),
+            argument_default=argparse.SUPPRESS, **style,
+        )  # fmt: skip
         add_flags(command)
     return parser.parse_args(arguments)
 
 
+def _examples(lines: Iterable[str]) -> str:
+    return "\n".join(["examples:", *(f"  python -m megalodon_ops {line}" for line in lines)])
+
+
 def _train_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
-    run.add_argument("--data", nargs="+", type=Path, metavar="PATH", help="files and folders of text, read as bytes")
+    _data_flags(run, "files and folders of text, read as bytes (Python's standard library)")
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/<time>)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out; other flags come from it")
     run.add_argument("--steps", type=_natural, help="stop after N steps; nothing then depends on the clock")
@@ -97,7 +104,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
 
 def _eval_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flag(parser)
-    parser.add_argument("--data", nargs="+", type=Path, metavar="PATH", help="text (the held-out text of the run)")
+    _data_flags(parser, "files and folders of text (the held-out text of the run)")
     parser.add_argument("--batch", type=_natural, default=8, help="documents read side by side (8)")
     piece = "bytes of a document in memory at once, which changes time and memory but not the result (2048)"
     parser.add_argument("--piece", type=_natural, default=2048, metavar="N", help=piece)
@@ -123,6 +130,12 @@ def _checkpoint_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _data_flags(parser: argparse._ActionsContainer, meaning: str) -> None:
+    parser.add_argument("--data", nargs="+", type=Path, metavar="PATH", help=meaning)
+    glob = "of folders, take the files that match, such as '*.py' or 'src/*.c', text or not; repeatable (those of text)"
+    parser.add_argument("--glob", action="append", type=_glob, metavar="PATTERN", help=glob)
+
+
 def _device_flags(parser: argparse._ActionsContainer, device: str, dtype: str | None) -> None:
     parser.add_argument("--device", default=device, help="where to compute (cpu)")
     choices = ["float32", "bfloat16"]
@@ -146,12 +159,46 @@ def _number(kind: Callable, accepts: Callable[[float], bool], wanted: str) -> Ca
     return parse_number
 
 
+def is_glob(pattern: str) -> bool:
+    """Whether it is a pattern that `Path.match` takes."""
+    try:
+        Path("name").match(pattern)
+    except ValueError:
+        return False
+    return True
+
+
+def _glob(text: str) -> str:
+    if not is_glob(text):
+        raise argparse.ArgumentTypeError(f"must be a pattern of file names such as '*.py', got {text!r}")
+    return text
+
+
 _natural = _number(int, lambda x: x > 0, "a whole number above 0 and below 2^63")
 _seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
 _positive = _number(float, lambda x: x > 0, "a number above 0")
 _not_negative = _number(float, lambda x: x >= 0, "a number, 0 or above")
 _probability = _number(float, lambda x: 0 <= x < 1, "a probability, from 0 to below 1")
 _fraction = _number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+
+EXAMPLES = {
+    "info": ["info"],
+    "train": [
+        "train",
+        "train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose",
+        "train --out runs/prose --resume --minutes 60",
+        "train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 2e-3 --seed 1",
+    ],
+    "eval": [
+        "eval --checkpoint runs/prose",
+        "eval --checkpoint runs/prose --data other.txt --piece 8192",
+    ],
+    "generate": [
+        "generate --checkpoint runs/prose --prompt 'Call me ' --bytes 500",
+        "generate --checkpoint runs/prose --prompt-file - --temperature 0.7 --top-p 0.9 < chapter.txt",
+    ],
+}
+"""Of every command, as its help shows them; the help of all shows the first of each"""
 
 MODEL_FLAGS = {
     "model_dim": ("--dim", _natural, "width of the model"),

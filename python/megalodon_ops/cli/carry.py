@@ -13,7 +13,9 @@ from megalodon_ops import AttentionState, BlockState, MegalodonConfig, Megalodon
 
 
 def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
-    """The state of the sequences `rows`; a row of -1 becomes a fresh one."""
+    """The state of the sequences `rows`; a row of -1 becomes a fresh one. Where all of them go on, it is not copied."""
+    if torch.equal(rows, torch.arange(len(state.norm.count), device=rows.device)):
+        return state
     fresh, source = (rows < 0).nonzero()[:, 0], rows.clamp(min=0)
     return tree_map_only(Tensor, lambda tensor: tensor.index_select(0, source).index_fill_(0, fresh, 0), state)
 

@@ -177,7 +177,7 @@ def _read(folder: Path) -> Checkpoint:
     checksum = record.pop("checksum")
     if _checksum(record) != checksum:
         raise ValueError(f"{path}: was changed after it was written: its checksum is another")
-    return Checkpoint(folder, record, parts)
+    return Checkpoint(folder, schema.complete(record), parts)
 
 
 def _read_part(folder: Path, part: str, config: MegalodonConfig, record: dict[str, Any]) -> dict[str, Tensor]:

@@ -10,12 +10,22 @@ from tqdm import tqdm
 
 
 class Progress:
-    """The bar: loss, bits per byte, tokens (bytes) a second, time left."""
+    """The bar: loss, bits per byte, tokens (bytes) a second; how much of the run is done.
 
-    def __init__(self, step: int, end: int | None):
+    That is its share of the steps or, in a run of a given time, of the seconds: how many steps these will hold is not
+    known before, and what the pace so far makes of it goes up and down.
+    """
+
+    def __init__(self, row: dict[str, Any], steps: int | None, seconds: float | None):
+        """For a run that is at this row, and ends after so many steps or so many seconds, whichever comes first."""
         self.held_out: float | None = None
         self.loss: float | None = None
-        self.bar = tqdm(initial=step, total=end, unit="step", dynamic_ncols=True)
+        self.steps, self.seconds = steps, seconds
+        timed = dict(unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}")
+        self.bar = tqdm(
+            initial=self._done(row), total=steps if seconds is None else seconds, dynamic_ncols=True,
+            **(dict(unit="step") if seconds is None else timed),
+        )  # fmt: skip
         if not self.bar.fp.isatty():
             self.bar.mininterval = 10
 
@@ -25,15 +35,21 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
-    def show(self, row: dict[str, Any], end: int | None) -> None:
+    def show(self, row: dict[str, Any]) -> None:
         self.loss = row["loss"] if self.loss is None else 0.95 * self.loss + 0.05 * row["loss"]
-        self.bar.total = end
-        figures = {"loss": f"{self.loss:.3f}", "bits/byte": f"{self.loss / math.log(2):.3f}"}
+        figures = {}
+        if self.seconds is not None:
+            figures["step"] = str(row["step"]) if self.steps is None else f"{row['step']}/{self.steps}"
+        figures |= {"loss": f"{self.loss:.3f}", "bits/byte": f"{self.loss / math.log(2):.3f}"}
         if self.held_out is not None:
             figures["held-out"] = f"{self.held_out:.3f}"
         figures["tokens/s"] = f"{row['bytes_per_second']:,}"
         self.bar.set_postfix(figures, refresh=False)
-        self.bar.update()
+        self.bar.update(self._done(row) - self.bar.n)
+
+    def _done(self, row: dict[str, Any]) -> float:
+        """How much of the bar's total is done; the last step may take longer than the time that was left."""
+        return row["step"] if self.seconds is None else min(row["seconds"], self.seconds)
 
 
 class StopSignals:

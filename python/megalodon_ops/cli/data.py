@@ -5,8 +5,10 @@ A document has a length and slices of bytes: `bytes` for training, a `FileDocume
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -45,27 +47,76 @@ class FileDocument:
         return piece
 
 
-def load_corpus(paths: Sequence[str | Path] | None) -> Corpus:
+def load_corpus(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None) -> Corpus:
     """Read the documents of `paths`, or the standard library's sources for None, and hold some of them out."""
-    return split(path.read_bytes() for path in (find_files(paths) if paths else standard_library()))
+    return split(path.read_bytes() for path in (find_files(paths, globs) if paths else standard_library()))
 
 
-def find_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files named and, of the folders named, all files with content but those whose path has a name like `.git`."""
+def check_glob(globs: Sequence[str] | None, paths: Sequence[str | Path] | None) -> None:
+    if globs and not paths:
+        raise CommandError("--glob: chooses among the files of --data, which is not given")
+
+
+def find_files(paths: Iterable[str | Path], globs: Sequence[str] | None = None) -> list[Path]:
+    """The files named, and of the folders named those that match one of the patterns, whatever they hold.
+
+    Without patterns it is the folders' files of text, and how many others were skipped is said once.
+    """
     found: list[Path] = []
+    skipped: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files = list(_walk(path))
-            if not files:
-                raise CommandError(f"--data {path}: no file with content in this folder")
-            found += files
+            chosen, others = _choose(path, globs)
+            found += chosen
+            skipped += others
         elif path.is_file():
             if not path.stat().st_size:
                 raise CommandError(f"--data {path}: the file is empty")
             found.append(path)
         else:
             raise CommandError(f"--data {path}: no such file or folder")
+    if skipped:
+        print(f"megalodon_ops: skipping {_not_text(skipped)}", file=sys.stderr)
     return found
+
+
+def _choose(folder: Path, globs: Sequence[str] | None) -> tuple[list[Path], list[Path]]:
+    """The files of a folder to take, at least one, and those to skip because they are not text."""
+    files = list(_walk(folder))
+    if not files:
+        raise CommandError(f"--data {folder}: no file with content in this folder")
+    if globs:
+        chosen = [file for file in files if any(file.relative_to(folder).match(glob) for glob in globs)]
+        if not chosen:
+            raise CommandError(f"--data {folder}: no file in this folder matches {' or '.join(globs)}")
+        return chosen, []
+    chosen, others = [], []
+    for file in files:
+        (chosen if is_text(file) else others).append(file)
+    if not chosen:
+        raise CommandError(f"--data {folder}: no text in this folder, but {_not_text(others)}")
+    return chosen, others
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file is UTF-8 without a NUL byte, read in pieces up to the first that is not."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                decoder.decode(piece)
+                if b"\0" in piece:
+                    return False
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _not_text(files: Sequence[Path]) -> str:
+    """What the user is told of the files of folders that are not text."""
+    count, first = ("1 file that is", "") if len(files) == 1 else (f"{len(files)} files that are", "the first ")
+    return f"{count} not UTF-8 text, {first}{files[0]}; --glob PATTERN takes what matches, text or not"
 
 
 def standard_library() -> list[Path]:

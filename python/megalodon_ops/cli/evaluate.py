@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
 from megalodon_ops.cli import carry, checkpoint
 from megalodon_ops.cli.batches import Batch, Batches, Document
-from megalodon_ops.cli.data import FileDocument, find_files, load_corpus
+from megalodon_ops.cli.data import FileDocument, check_glob, find_files, load_corpus
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, usable_device
 
@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{text}: {len(documents)} documents, {total:,} bytes; step {found.record['step']}")
     with tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar:
         bits = bits_per_byte(model, documents, options.batch, options.piece, precision(device, dtype), bar)
-    print(f"{bits:.4f} bits per byte, perplexity {2**bits:.4f} per byte")
+    perplexity = torch.tensor(bits, dtype=torch.float64).exp2().item()  # infinite from 1024 bits on
+    print(f"{bits:.4f} bits per byte, perplexity {perplexity:.4f} per byte")
     return 0
 
 
@@ -83,7 +84,10 @@ def bits_per_byte(
     autocast: AbstractContextManager,
     bar: tqdm | None = None,
 ) -> float:
-    """Every byte of every document predicted from all bytes before it, read in pieces of `length`."""
+    """Every byte of every document predicted from all bytes before it, read in pieces of `length`.
+
+    Raises FloatingPointError where a loss is infinite or NaN.
+    """
     training = model.training
     model.eval()
     batches = Batches(documents, min(rows, len(documents)), length, context="streamed", seed=None)
@@ -97,6 +101,10 @@ def bits_per_byte(
         if bar is not None:
             bar.update(losses.numel())
     model.train(training)
+    if not math.isfinite(nats):
+        raise FloatingPointError(
+            f"the loss of the text to predict is {nats}; the model's weights are too large, or damaged"
+        )
     return nats / count / math.log(2)
 
 
@@ -108,10 +116,11 @@ def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
 
 
 def _documents(options: argparse.Namespace, found: checkpoint.Checkpoint) -> tuple[Sequence[Document], str]:
+    globs = getattr(options, "glob", None)
     if hasattr(options, "data"):
-        return [FileDocument(path) for path in find_files(options.data)], " ".join(map(str, options.data))
-    paths = found.record["options"]["data"]
-    corpus = load_corpus(paths)
+        return [FileDocument(path) for path in find_files(options.data, globs)], " ".join(map(str, options.data))
+    check_glob(globs, None)
+    corpus = load_corpus(found.record["options"]["data"], found.record["options"]["glob"])
     if corpus.fingerprint != found.record["data"]["fingerprint"]:
         raise CommandError("the text of the run has changed since, so what was held out is not known; give --data")
     return corpus.held_out, "held-out text of the run"

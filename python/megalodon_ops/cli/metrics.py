@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,27 @@ from matplotlib.figure import Figure
 
 from megalodon_ops.cli.checkpoint import write_whole
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.files import file_size
+from megalodon_ops.values import is_number, is_whole
+
+_MOST_BITS = 1e30  # a byte; no loss is as large
 
 
 class Diary:
     """`metrics.jsonl`, each line in the file as soon as it is written."""
 
     def __init__(self, path: Path, step: int):
-        """Go on after `step`: later lines, which the run is about to write again, and a line cut short are dropped."""
+        """Go on after `step`: later lines, which the run is about to write again, and a line cut short are dropped.
+
+        So are damaged ones, of which the user is told.
+        """
         self.path = path
-        if path.exists():
-            kept = [row for row in read(path) if row["step"] <= step and not row.get("final")]
+        if os.path.lexists(path):
+            rows, damaged = _read(path)
+            if damaged:
+                lines = f"{len(damaged)} damaged lines, the first" if len(damaged) > 1 else "1 damaged line"
+                print(f"megalodon_ops: dropping {lines} at {damaged[0]} of {path}", file=sys.stderr)
+            kept = [row for row in rows if row["step"] <= step and not is_end(row)]
             write_whole(path, "".join(map(_line, kept)).encode())
         self._file = open(path, "ab", buffering=0)
 
@@ -45,16 +57,44 @@ class Diary:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a `metrics.jsonl`."""
-    rows = []
-    for line in path.read_bytes().split(b"\n"):
+    """The lines of a `metrics.jsonl` that are complete and undamaged; none of a run that has not begun."""
+    return _read(path)[0] if os.path.lexists(path) else []
+
+
+def is_end(row: dict[str, Any]) -> bool:
+    """Whether it is the line that a finished run ends with: of all held-out text, beside compressors."""
+    return row.get("final") is True and "held_out_bits_per_byte" in row and "compressors" in row
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Every line that is as a run writes it, and the numbers of those that are not, but for one cut short at the end."""
+    try:
+        file_size(path)  # refuses what is no file
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    rows, damaged = [], []
+    *lines, _cut_short = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
+        except (ValueError, RecursionError):
+            row = None
+        if _is_row(row):
             rows.append(row)
-    return rows
+        else:
+            damaged.append(number)
+    return rows, damaged
+
+
+def _is_row(row: Any) -> bool:
+    """Whether what is read of a line later, here and by `draw`, is there and of its kind."""
+    if not isinstance(row, dict) or not is_whole(row.get("step"), 0):
+        return False
+    compressors = row.get("compressors", {})
+    if not isinstance(compressors, dict):
+        return False
+    figures = [row[name] for name in ("bits_per_byte", "held_out_bits_per_byte") if name in row]
+    return all(is_number(figure) and abs(figure) < _MOST_BITS for figure in [*figures, *compressors.values()])
 
 
 def draw(path: Path, rows: list[dict[str, Any]], references: dict[str, float]) -> None:

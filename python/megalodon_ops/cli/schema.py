@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli import carry
-from megalodon_ops.cli.arguments import SMALL
+from megalodon_ops.cli.arguments import SMALL, is_glob
 from megalodon_ops.memory import check_fits, is_finite
 from megalodon_ops.values import is_number, is_whole, shown
 
@@ -40,6 +40,11 @@ def check_record(record: dict[str, Any]) -> MegalodonConfig:
     if len(readers) != (rows := options["batch"] if options["context"] == "streamed" else 1):
         raise ValueError(f"`data.position.readers` must be as many as the rows, {rows}, got {len(readers)}")
     return config
+
+
+def complete(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a checkpoint with the options that the version which wrote it did not have, and what it did instead."""
+    return {**record, "options": {**_OPTIONS_BEFORE, **record["options"]}}
 
 
 def layout(part: str, config: MegalodonConfig, record: dict[str, Any]) -> Layout:
@@ -106,7 +111,7 @@ def _check(value: Any, wanted: dict[str, Any] | Rule, name: str) -> None:
         raise ValueError(f"`{name}` must be an object, got {shown(value)}")
     prefix = f"{name}." if name else ""
     for field in wanted:
-        if field not in value:
+        if field not in value and prefix + field not in ADDED_LATER:
             raise ValueError(f"`{prefix}{field}` is missing")
     for field, content in value.items():
         if field not in wanted:
@@ -150,6 +155,7 @@ _POSITIVE = Rule(lambda value: is_number(value) and 0 < value <= _LARGEST, f"a n
 _NOT_NEGATIVE = Rule(lambda value: is_number(value) and 0 <= value <= _LARGEST, f"a number from 0 to {_LARGEST:g}")
 _SHA256 = _matching("[0-9a-f]{64}", "a sha256 in hexadecimal digits")
 _PATHS = Rule(lambda value: _list_of(_TEXT.holds)(value) and len(value) > 0, "a list of paths")
+_GLOBS = Rule(lambda value: _PATHS.holds(value) and all(map(is_glob, value)), "a list of patterns of file names")
 
 RECORD: dict[str, Any] = {
     "format": _whole(1),
@@ -159,6 +165,7 @@ RECORD: dict[str, Any] = {
     "threads": _whole(1),
     "options": {
         "data": _or_null(_PATHS),
+        "glob": _or_null(_GLOBS),
         "steps": _or_null(_whole(1)),
         "minutes": _or_null(_POSITIVE),
         "preset": _one_of(SMALL, *MegalodonConfig.presets()),
@@ -191,3 +198,7 @@ RECORD: dict[str, Any] = {
     "checksum": _SHA256,
 }
 """Every field of `checkpoint.json`; `config` is checked by the configuration itself"""
+
+_OPTIONS_BEFORE = {"glob": ["*"]}
+ADDED_LATER = {f"options.{name}" for name in _OPTIONS_BEFORE}
+"""Fields that checkpoints of older versions of this format lack"""

@@ -13,10 +13,11 @@ from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli import checkpoint
 from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, flag_of
 from megalodon_ops.cli.checkpoint import Checkpoint
+from megalodon_ops.cli.data import check_glob
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import byte_config
 
-MAY_CHANGE = {"data", "steps", "minutes", "eval_every", "checkpoint_every", "device"}
+MAY_CHANGE = {"data", "glob", "steps", "minutes", "eval_every", "checkpoint_every", "device"}
 """Flags a resumed run may be given anew (the text is compared by content); the others make its losses what they are"""
 
 
@@ -26,6 +27,8 @@ class Settings:
     config: MegalodonConfig
     data: list[str] | None
     """None: the standard library"""
+    glob: list[str] | None
+    """Patterns of the files to take of folders; None: those of text"""
     steps: int | None
     minutes: float | None
     preset: str
@@ -67,7 +70,8 @@ def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoin
     if not getattr(options, "resume", False):
         if checkpoint.exists(out):
             raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
-        return _settings(out, {**DEFAULTS, "data": None, **_length(given, {}), **given}), None
+        check_glob(given.get("glob"), given.get("data"))
+        return _settings(out, {**DEFAULTS, "data": None, "glob": None, **_length(given, {}), **given}), None
     saved = checkpoint.load(out, "--resume")
     before, config = saved.record["options"], saved.record["config"]
     for name, value in given.items():
@@ -76,6 +80,7 @@ def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoin
                 f"{flag_of(name)}: the run in {out} has {old}, got {value}; leave the flag out, or start another run"
             )
     flags = {**before, **given, **_length(given, before)}
+    check_glob(given.get("glob"), flags["data"])
     return _settings(out, flags, MegalodonConfig.from_dict(config)), saved
 
 

@@ -8,6 +8,8 @@ import resource
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ LOOK_SHAPE = (8, 2048)
 """Rows and length of the batches that evaluate them"""
 FIRST_PACE = 8
 """Steps that tell how long a step takes"""
+PARALLEL_PARAMETER = 1 << 16
+"""Numbers in a parameter, on average, from which the optimizer is done sooner with all threads than with one"""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,9 +48,13 @@ def run(options: argparse.Namespace) -> int:
 def _run(settings: Settings, saved: checkpoint.Checkpoint | None) -> int:
     device = usable_device(settings.device)
     check_memory(settings)
-    corpus = load_corpus(settings.data)
+    corpus = load_corpus(settings.data, settings.glob)
     if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
         raise CommandError("--resume: the text is not the one this run was started with; start another run")
+    if saved and (end := recorded_end(settings, saved)):
+        print(f"{settings.out}: finished after step {end['step']}; it goes on with a larger --steps or --minutes")
+        show_figures(corpus, end)
+        return 0
     with metrics.Diary(settings.out / "metrics.jsonl", saved.record["step"] if saved else 0) as diary:
         return Trainer(settings, corpus, device, diary, saved).run()
 
@@ -61,6 +69,24 @@ def check_memory(settings: Settings) -> None:
         check_fits(numbers * torch.float32.itemsize, f"training {settings.config.num_parameters():,} parameters")
     except ValueError as error:
         raise CommandError(f"{error}; make --dim, --layers, --batch or --length smaller") from error
+
+
+def recorded_end(settings: Settings, saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
+    """The last line of the run's diary, if the run ends where the checkpoint is and the line has been written."""
+    schedule = Schedule(settings.lr, settings.warmup, settings.steps, settings.minutes)
+    step = saved.record["step"]
+    schedule.seek(saved.record["schedule"], step, saved.record["seconds"])
+    if not schedule.finished(step):
+        return None
+    rows = metrics.read(settings.out / "metrics.jsonl")
+    return next((row for row in rows if metrics.is_end(row) and row["step"] == step), None)
+
+
+def show_figures(corpus: Corpus, end: dict[str, Any]) -> None:
+    """Prints how well the held-out text is predicted, beside compressors, as the last line of the run's diary has it."""
+    print(f"\nheld-out text, {sum(map(len, corpus.held_out)):,} bytes     bits per byte")
+    for name, bits in {f"this model, step {end['step']}": end["held_out_bits_per_byte"], **end["compressors"]}.items():
+        print(f"  {name:<28} {bits:.3f}")
 
 
 class Trainer:
@@ -78,6 +104,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = Megalodon(settings.config).to(device).train()
         self.optimizer = adamw(self.model, settings)
+        small = self.model.num_parameters() < PARALLEL_PARAMETER * len(list(self.model.parameters()))
+        self.optimizer_threads = 1 if small else torch.get_num_threads()
         self.batches = Batches(
             corpus.train, settings.batch, settings.length, context=settings.context, seed=settings.seed
         )
@@ -100,10 +128,11 @@ class Trainer:
             flush=True,
         )
         self._save()
-        with StopSignals() as signals, Progress(self.step, self.schedule.end) as progress:
+        begun = {"step": self.step, "seconds": self.spent}
+        with StopSignals() as signals, Progress(begun, settings.steps, self.schedule.budget) as progress:
             while not self.schedule.finished(self.step) and not signals.received:
-                row = self._train_step()
-                progress.show(row, self.schedule.end)
+                row = self.train_step()
+                progress.show(row)
                 due = self._checkpoint_due()
                 if due:
                     self._set_pace()
@@ -122,7 +151,7 @@ class Trainer:
         self._finish()
         return 0
 
-    def _train_step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
         begin = time.monotonic()
         batch = self.batches.next()
         assert batch is not None, "training batches never end"
@@ -135,7 +164,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         if not math.isfinite(loss.item()):
             raise CommandError(f"the loss is {loss.item()} at step {self.step + 1}; a lower --lr may help")
-        self.optimizer.step()
+        with threads(self.optimizer_threads):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         row = {
@@ -160,14 +190,12 @@ class Trainer:
     def _finish(self) -> None:
         """The whole held-out text, beside what compressors make of it; the picture; a sample."""
         documents = self.corpus.held_out
-        total = sum(map(len, documents))
         bits = bits_per_byte(self.model, documents, *LOOK_SHAPE, self.autocast)
         compressors = compressed_bits(documents)
-        self.diary.write(step=self.step, final=True, held_out_bits_per_byte=bits, compressors=compressors)
+        end = {"step": self.step, "final": True, "held_out_bits_per_byte": bits, "compressors": compressors}
+        self.diary.write(**end)
         self._draw(compressors)
-        print(f"\nheld-out text, {total:,} bytes     bits per byte")
-        for name, value in {f"this model, step {self.step}": bits, **compressors}.items():
-            print(f"  {name:<28} {value:.3f}")
+        show_figures(self.corpus, end)
         unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss, to a MiB
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(f"{self._seconds():.0f} s, peak memory {peak:,.0f} MiB; curve and checkpoint in {self.settings.out}")
@@ -233,13 +261,24 @@ class Trainer:
         metrics.draw(self.settings.out / "loss_curve.png", metrics.read(self.diary.path), compressors)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, torch's operations take so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """The paper's AdamW. Weight decay is for matrices: not for norms, biases, CEMA and the attention's affine map."""
     matrices = {name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim == 2}
     decayed = [parameter for name, parameter in model.named_parameters() if name in matrices]
     others = [parameter for name, parameter in model.named_parameters() if name not in matrices]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def excerpt(documents: list[bytes], size: int) -> list[bytes]:

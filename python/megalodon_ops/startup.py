@@ -1,0 +1,48 @@
+"""What `python -m megalodon_ops` decides before torch is loaded. Importing the package anywhere else decides nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SPIN_COUNT = 1000
+"""How often a thread that waits for another looks before it sleeps"""
+
+
+def is_command_line() -> bool:
+    """Whether Python was started with `-m megalodon_ops`, which imports the package before its `__main__`."""
+    return sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __package__
+
+
+def prepare() -> None:
+    """Sets how OpenMP's threads wait, which OpenMP reads once, when torch loads it; lets Ctrl-C end the process quietly.
+
+    By default, threads that wait spin for milliseconds and take the processor from what else runs there. Whoever has
+    set one of the two variables decides instead.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` and `&` may have it ignored
+        signal.signal(signal.SIGINT, _end)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt, as Python has it; before and after, it ends the command line quietly."""
+    quiet = signal.getsignal(signal.SIGINT) is _end
+    if quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if quiet:
+            signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Ends the process at once: an exception in the middle of an import may be taken for a fault of what is imported."""
+    os._exit(128 + number)

@@ -1,0 +1,82 @@
+"""Runs of the command line on models of a moment, for tests: a text, a finished run, and what is read of one."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalodon_ops.cli import checkpoint, main, metrics
+from megalodon_ops.cli.train import threads
+
+TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --lr 0.01".split()
+
+
+def train(text: Path, out: Path, *flags: object) -> int:
+    return main(["train", "--data", str(text), "--out", str(out), *TINY, *map(str, flags)])
+
+
+def shell(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "megalodon_ops", *map(str, arguments)]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The run's metrics without what the clock says."""
+    return [
+        {name: value for name, value in row.items() if "second" not in name}
+        for row in metrics.read(out / "metrics.jsonl")
+    ]
+
+
+def overflow(run: Path, by: float = 1e30) -> None:
+    """Gives the newest checkpoint of a run larger weights, finite ones, which by default give outputs that are not."""
+    found = checkpoint.load(run, "-")
+    record = {name: value for name, value in found.record.items() if name not in ("format", "step", "files")}
+    parts = found.parts | {"model": {name: tensor * by for name, tensor in found.parts["model"].items()}}
+    checkpoint.save(run, found.record["step"], record, parts)
+
+
+@contextmanager
+def quick_commands() -> Iterator[None]:
+    """Inside, commands have one thread, which is faster on models this small, and short samples end a run."""
+    with pytest.MonkeyPatch.context() as patch, threads(1):
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("megalodon_ops.cli.generate.SAMPLE", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    with quick_commands():
+        yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of about 20 KB of text."""
+    folder = tmp_path_factory.mktemp("text")
+    source = Path(argparse.__file__).read_bytes()
+    for i in range(40):
+        (folder / f"{i}.py").write_bytes(source[500 * i : 500 * (i + 1)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 60 steps. Tests that change a run take `ended`."""
+    out = tmp_path_factory.mktemp("finished")
+    with quick_commands():
+        assert train(text, out, "--steps", 60, "--eval-every", 20, "--checkpoint-every", 25) == 0
+    return out
+
+
+@pytest.fixture
+def ended(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "ended"))

@@ -1,0 +1,312 @@
+"""`train`: what a run leaves and prints, how it is stopped, resumed and kept from harm."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+from command_line import TINY, overflow, rows, shell, train
+
+from megalodon_ops.cli import checkpoint, main, metrics
+from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.evaluate import trained_model
+from megalodon_ops.cli.lock import Lock
+from megalodon_ops.cli.train import adamw, threads
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_the_loss_falls(finished):
+    bits = [row["bits_per_byte"] for row in rows(finished) if "bits_per_byte" in row]
+    assert len(bits) == 60
+    assert 7 < bits[0] < 10
+    assert sum(bits[-10:]) / 10 < bits[0] - 2
+
+
+def test_what_a_run_leaves(finished):
+    looks = [row for row in rows(finished) if "held_out_bits_per_byte" in row]
+    assert [(row["step"], row.get("final", False)) for row in looks] == [
+        (20, False),
+        (40, False),
+        (60, False),
+        (60, True),
+    ]
+    assert looks[-1]["compressors"].keys() == {"gzip -9", "xz -9"}
+    assert (finished / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    folders = sorted((finished / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-00000050", "step-00000060"]
+    assert {path.suffix for folder in folders for path in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_what_a_run_prints(text, tmp_path, capsys):
+    assert train(text, tmp_path, "--steps", 3) == 0
+    out, err = capsys.readouterr()
+    for words in ("bits per byte", "gzip -9", "xz -9", "peak memory", "continued by the model"):
+        assert words in out
+    for words in ("loss=", "bits/byte=", "tokens/s=", "3/3"):
+        assert words in err
+
+
+@pytest.mark.parametrize(
+    ("context", "number"),
+    [
+        ("streamed", signal.SIGINT),
+        ("packed", signal.SIGTERM),
+        pytest.param("streamed", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("packed", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_interrupt_and_resume(text, tmp_path, monkeypatch, capsys, context, number):
+    """The losses after a resume are those of a run that was never interrupted, to the last bit; dropout included."""
+    flags = ("--steps", 30, "--eval-every", 8, "--context", context, "--dropout", 0.1, "--attention-dropout", 0.1)
+    assert train(text, tmp_path / "whole", *flags) == 0
+
+    write = metrics.Diary.write
+
+    def write_and_interrupt(diary, **row):
+        write(diary, **row)
+        if row["step"] == 13:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Diary, "write", write_and_interrupt)
+        assert train(text, tmp_path / "parts", *flags) == 128 + number
+    assert f"--out {tmp_path}/parts --resume" in capsys.readouterr().out
+    assert rows(tmp_path / "parts")[-1]["step"] == 13
+    assert (tmp_path / "parts" / "loss_curve.png").exists()
+    assert main(["train", "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_kill_and_resume(text, tmp_path):
+    flags = ("--steps", 150, "--checkpoint-every", 20)
+    process = subprocess.Popen(
+        shell("train", "--data", text, "--out", tmp_path / "parts", *TINY, *flags),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    diary = tmp_path / "parts" / "metrics.jsonl"
+    while process.poll() is None and not (diary.exists() and diary.read_bytes().count(b"\n") > 50):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    with open(diary, "a") as file:
+        file.write('{"step": 9999, "los')
+    assert checkpoint.load(tmp_path / "parts", "--resume").record["step"] >= 40
+
+    assert main(["train", "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert train(text, tmp_path / "whole", *flags) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder(text, tmp_path, capsys):
+    """The second says who the first is, and changes nothing; once the first is killed, another goes on."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        shell("train", "--data", text, "--out", out, *TINY, "--steps", 100_000, "--checkpoint-every", 5),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (out / "checkpoints" / "step-00000005").exists():
+        time.sleep(0.005)
+    holder = f"process {process.pid} on {socket.gethostname()} since 20"
+    for flags in (["--resume"], ["--data", str(text), *TINY]):
+        assert main(["train", "--out", str(out), *flags]) == 2
+        err = capsys.readouterr().err
+        assert f"--out {out}: another run is writing there, {holder}" in err and err.count("\n") == 1
+    before = rows(out)
+    while process.poll() is None and rows(out)[: len(before) + 1] == before:
+        time.sleep(0.005)
+    assert process.poll() is None and rows(out)[: len(before)] == before
+    process.kill()
+    process.wait()
+    step = checkpoint.load(out, "--out").record["step"]
+    assert main(["train", "--out", str(out), "--resume", "--steps", str(step + 1)]) == 0
+    assert not (out / "lock").exists()
+
+
+def test_one_of_many_gets_the_lock(tmp_path):
+    """Threads that take and release it at random never hold it together, although each release removes the file."""
+    holders, most = 0, 0
+
+    def take():
+        nonlocal holders, most
+        taken = 0
+        while taken < 20:
+            try:
+                with Lock(tmp_path / "run"):
+                    holders += 1
+                    most = max(most, holders)
+                    time.sleep(0)
+                    holders -= 1
+                    taken += 1
+            except (CommandError, FileNotFoundError, FileExistsError):  # or its folder was just being removed
+                pass
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(text, tmp_path, capsys):
+    assert main(["train", "--data", str(tmp_path / "missing"), "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_full_disk(text, tmp_path, capfd, file_size_limit):
+    """One line, the checkpoint before stays and nothing else, and with room again the run goes on."""
+    flags = ("--steps", 4, "--checkpoint-every", 2)
+    assert train(text, tmp_path, *flags[:1], 2) == 0
+    (tensors,) = (tmp_path / "checkpoints").glob("step-*2/model.safetensors")
+    capfd.readouterr()
+    with file_size_limit(tensors.stat().st_size):  # the optimizer's file is larger
+        assert main(["train", "--out", str(tmp_path), "--resume", *map(str, flags)]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    (line,) = (line for line in lines if "step/s" not in line and line)  # all but the bar's
+    assert line.startswith("megalodon_ops train: error: ") and "step-00000004: could not be written" in line
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000000", "step-00000002"]
+    assert main(["train", "--out", str(tmp_path), "--resume", *map(str, flags)]) == 0
+    assert checkpoint.load(tmp_path, "--out").record["step"] == 4
+
+
+def test_full_disk_in_the_diary(tmp_path, file_size_limit):
+    with metrics.Diary(tmp_path / "metrics.jsonl", 0) as diary:
+        diary.write(step=1)
+        with file_size_limit(20), pytest.raises(CommandError, match="metrics.jsonl: could not be written"):
+            diary.write(step=2)
+    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_minutes(text, tmp_path, capsys):
+    begin = time.monotonic()
+    assert train(text, tmp_path, "--minutes", 0.05, "--lr", 0.01, "--eval-every", 1000, "--checkpoint-every", 50) == 0
+    assert time.monotonic() - begin < 30
+    curve = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert 2 < curve[-1]["seconds"] < 6
+    assert max(row["learning_rate"] for row in curve) > 0.009
+    assert curve[-1]["learning_rate"] < 0.003, "the cosine ends with the budget"
+    bar = re.findall(r"(\d+)%\|[^\r]*\| (\d)/3 s, step=(\d+), loss=", capsys.readouterr().err)
+    assert bar and 80 <= int(bar[-1][0]) <= 100 and bar[-1][1] in "23" and int(bar[-1][2]) == curve[-1]["step"]
+
+
+def test_bfloat16(text, tmp_path):
+    assert train(text, tmp_path, "--steps", 30, "--dtype", "bfloat16") == 0
+    bits = [row["bits_per_byte"] for row in rows(tmp_path) if "bits_per_byte" in row]
+    assert bits[-1] < bits[0] - 1
+    assert checkpoint.load(tmp_path, "--out").parts["model"]["embed.weight"].dtype == torch.float32
+
+
+def test_one_document(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_bytes(b"to be or not to be, that is the question. " * 30)
+    assert train(path, tmp_path / "out", "--steps", 2) == 0
+
+
+def test_a_finished_run_is_not_evaluated_again(ended, text, capsys):
+    """Resumed, it prints the figure that it has recorded and changes nothing; another text or other flags are refused."""
+    diary = ended / "metrics.jsonl"
+    *lines, last = diary.read_text().splitlines()
+    end = json.loads(last)
+    diary.write_text("\n".join([*lines, json.dumps({**end, "held_out_bits_per_byte": 1.2345})]) + "\n")
+    before = {path: path.read_bytes() for path in ended.rglob("*") if path.is_file()}
+    resume = ["train", "--out", str(ended), "--resume"]
+    for flags in ([], ["--steps", "40"], ["--eval-every", "7"]):
+        assert main([*resume, *flags]) == 0
+        out, err = capsys.readouterr()
+        assert f"{ended}: finished after step 60; it goes on with a larger --steps or --minutes" in out
+        assert re.search(r"this model, step 60 +1\.23[45]\n +gzip -9 +\d\.\d{3}\n", out) and err == ""
+    assert main([*resume, "--seed", "7"]) == main([*resume, "--data", __file__]) == 2
+    assert {path: path.read_bytes() for path in ended.rglob("*") if path.is_file()} == before
+
+    diary.write_text("\n".join(lines) + "\n")  # stopped before it was evaluated
+    assert main(resume) == 0
+    assert rows(ended)[-1] == end
+    assert main([*resume, "--steps", "62"]) == 0
+    assert [row["step"] for row in rows(ended) if "loss" in row] == list(range(1, 63))
+
+
+DAMAGE = {
+    "noise": b"\xff\xfe\x00\x80",
+    "no object": b"17",
+    "no step": b'{"loss": 1.0}',
+    "step": b'{"step": "1", "bits_per_byte": 2.0}',
+    "figure": b'{"step": 1, "bits_per_byte": "2"}',
+    "infinite": b'{"step": 1, "bits_per_byte": 1e999}',
+    "long integer": b'{"step": 1, "held_out_bits_per_byte": 1' + b"0" * 400 + b"}",
+    "compressors": b'{"step": 60, "final": true, "held_out_bits_per_byte": 2.0, "compressors": [1]}',
+    "deep": b"[" * 100_000,
+}
+
+
+def test_damaged_metrics_are_dropped_in_one_line(ended, capsys):
+    diary = ended / "metrics.jsonl"
+    intact, whole = diary.read_bytes(), rows(ended)
+    resume = ["train", "--out", str(ended), "--resume", "--steps"]
+    for step, (name, damage) in enumerate(DAMAGE.items(), 61):
+        before = diary.read_bytes().splitlines(keepends=True)
+        diary.write_bytes(b"".join([*before[:5], damage + b"\n", *before[5:]]))
+        assert main([*resume, str(step)]) == 0, name
+        said = [line for line in capsys.readouterr().err.splitlines() if "step/s" not in line and line]  # no bar's
+        assert said == [f"megalodon_ops: dropping 1 damaged line at 6 of {diary}"], name
+    assert rows(ended)[: len(whole) - 1] == whole[:-1], "all but the line that a finished run ends with"
+    diary.write_bytes(b"\n".join(DAMAGE.values()) + b"\n" + intact)
+    assert main([*resume, str(step + 1)]) == 0
+    assert f"dropping {len(DAMAGE)} damaged lines, the first at 1 of {diary}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "put", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["folder", "pipe", "device"]
+)
+def test_metrics_that_are_no_file(put, ended, capsys):
+    diary = ended / "metrics.jsonl"
+    diary.unlink()
+    put(diary)
+    for steps in ("60", "61"):
+        assert main(["train", "--out", str(ended), "--resume", "--steps", steps]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"megalodon_ops train: error: {diary}: must be a file, got a") and err.count("\n") == 1
+
+
+def test_weights_that_give_no_numbers_end_a_run_in_one_line(ended, capsys):
+    overflow(ended)
+    assert main(["train", "--out", str(ended), "--resume", "--steps", "61"]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "step/s" not in line and line)
+    assert line == "megalodon_ops train: error: the loss is nan at step 61; a lower --lr may help"
+
+
+def test_the_optimizer_is_adamw(finished):
+    """Fused, on any number of threads: torch's plain AdamW up to rounding, the same bits whatever the threads."""
+    found = checkpoint.load(finished, "-")
+    record = argparse.Namespace(**found.record["options"])
+
+    def after_steps(number_of_threads, **kind):
+        model = trained_model(found, torch.device("cpu"))
+        optimizer = adamw(model, record)
+        for group in optimizer.param_groups:
+            group.update(kind)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            with threads(number_of_threads):
+                optimizer.step()
+        assert torch.get_num_threads() == 1
+        return dict(model.named_parameters())
+
+    fused = after_steps(1)
+    torch.testing.assert_close(fused, after_steps(1, fused=False, foreach=False), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fused, after_steps(2), rtol=0, atol=0)
+    torch.testing.assert_close(fused["embed.weight"], found.parts["model"]["embed.weight"], rtol=0, atol=0.1)
+    assert not torch.equal(fused["embed.weight"], found.parts["model"]["embed.weight"])

@@ -1,0 +1,89 @@
+"""`eval` and `generate`: what is made of a trained model."""
+
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+from command_line import overflow, rows, shell, train
+
+from megalodon_ops.cli import main
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_a_changed_config_in_the_checkpoint_is_noticed(text, tmp_path, capsys):
+    assert train(text, tmp_path, "--steps", 1) == 0
+    record = next((tmp_path / "checkpoints").glob("step-*1/checkpoint.json"))
+    content = json.loads(record.read_text())
+    content["config"]["model_dim"] = 64
+    record.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(record.parent)]) == 2
+    assert "its tensors are not those of its config" in capsys.readouterr().err
+
+
+def test_eval_repeats_the_end_of_training(finished, capsys):
+    assert main(["eval", "--checkpoint", str(finished), "--piece", "50", "--batch", "2"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert float(last[0]) == pytest.approx(rows(finished)[-1]["held_out_bits_per_byte"], abs=2e-4)
+    perplexity = float(last[last.index("perplexity") + 1])
+    assert perplexity == pytest.approx(2 ** float(last[0]), rel=1e-3)
+
+
+def test_eval_of_files(finished, text, capsys):
+    assert main(["eval", "--checkpoint", str(finished), "--data", str(text / "0.py"), str(text / "1.py")]) == 0
+    assert "2 documents, 1,000 bytes" in capsys.readouterr().out
+
+
+def test_generate(finished, capsys):
+    def generate(*flags):
+        assert main(["generate", "--checkpoint", str(finished), "--prompt", "import ", "--bytes", "40", *flags]) == 0
+        return capsys.readouterr().out
+
+    text = generate()
+    assert text.startswith("import ") and len(text) > len("import ")
+    assert generate() == text, "a seed repeats itself"
+    assert generate("--seed", "1") != text
+    assert generate("--temperature", "0") == generate("--top-k", "1", "--seed", "3") != text
+
+
+def test_generate_prints_as_it_comes(finished):
+    command = shell("generate", "--checkpoint", finished, "--bytes", 1_000_000)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(20)
+        process.stdout.close()  # as `head` does
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
+
+
+def test_a_prompt_from_standard_input_on_a_terminal_that_knows_ascii_alone(finished):
+    command = shell("generate", "--checkpoint", finished, "--prompt-file", "-", "--bytes", 5)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(command, input="d\u00e9f ".encode(), capture_output=True, env=environment)
+    assert ran.returncode == 0 and ran.stderr == b"" and ran.stdout.startswith(b"d\\xe9f ")
+
+
+@pytest.mark.parametrize(
+    "flags", [["eval"], ["generate"], ["generate", "--temperature", "0"], ["generate", "--top-p", "0.9"]]
+)
+def test_weights_that_give_no_numbers_are_an_error(ended, capsys, flags):
+    overflow(ended)
+    assert main([*flags, "--checkpoint", str(ended)]) == 2
+    *bar, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megalodon_ops {flags[0]}: error: ") and "weights are too large" in line
+    assert all("B/s" in part or not part.strip() for part in bar)
+
+
+def test_perplexity_beyond_float64(ended, capsys):
+    """Weights that are wrong but give numbers are evaluated, however bad the figure."""
+    overflow(ended, by=1e5)
+    assert main(["eval", "--checkpoint", str(ended)]) == 0
+    assert capsys.readouterr().out.endswith(" bits per byte, perplexity inf per byte\n")
+
+
+def test_eval_of_a_folder_takes_what_matches(finished, text, capsys):
+    command = ["eval", "--checkpoint", str(finished), "--data", str(text)]
+    assert main([*command, "--glob", "1.py", "--glob", "2?.py"]) == 0
+    assert "11 documents, 5,500 bytes" in capsys.readouterr().out
