@@ -18,7 +18,7 @@ import torch
 
 from . import gpu, harness, report
 
-BENCHES = ("cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model")
+BENCHES = ("cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model", "waiting")
 
 
 def main() -> int:
