@@ -12,7 +12,8 @@
 //   elements apart, and copies them to a row of them (2 KB); the last writes y. Meanwhile the rows of x and y for the
 //   next 32 steps come to the L2, a line every few steps, and the coefficients and state of the next modes to the L1
 // Folded form, u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds a mode and step. A carried state is
-// divided by p only if no p is tiny; else the direct form runs (7).
+// divided by p only if no p is tiny; else the direct form runs (7). u may overflow where h does not, and then stays so:
+// a call in which the last u of some span is not finite is made once more, in the direct form.
 //
 // Backward, with w = dh/dq and g = dL/dh; coefficients and states are conjugated, so that sums come out as gradients:
 //   1. upwards:    w_t = q w_{t-1} + h_{t-1};  sum dy w -> dq,  sum dy h -> dgamma, dp,  sum dy x -> domega
@@ -21,7 +22,8 @@
 //   3. add the groups' sums in order -> dp, dq, dgamma, domega
 // Since w runs forwards, nothing is stored for each step and scratch is O(D N) a group, at 18 multiply-adds a mode and
 // step; recomputing h under a reverse scan would take 20, and checkpoints. Sums go from R to double after each tile.
-// With a state or its gradient the direct forms run (21), and dp = sum x Re(g): no division, no cancellation.
+// With a state or its gradient the direct forms run (21), and dp = sum x Re(g): no division, no cancellation. They also
+// run, once more, where a sum or the last u or g of some span is not finite.
 //
 // Pieces of sequences: every span scans from zero first (4 multiply-adds); h -> q^length h + local, merged along the
 // sequence in double, then gives each span the state it starts from and, downwards, its dstate_out.
@@ -127,8 +129,10 @@ void forward_steps(const CemaFwdParams& params) {
   });
 }
 
+// Whether every state of the spans is finite.
 template <class T>
-void forward_job(Strip<T>& strip, const CemaFwdParams& params, const Plan& plan, bool folded, int64_t job) {
+bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const Plan& plan, bool folded, int64_t job) {
+  bool finite = true;
   using R = Compute<T>;
   strip.select(job % plan.strips, folded, false);
   const R* p = strip.modal(params.p);
@@ -149,6 +153,7 @@ void forward_job(Strip<T>& strip, const CemaFwdParams& params, const Plan& plan,
     if (!params.y) strip.template sweep<Form::folded, false>(x, y, x, stride, steps, ahead, nullptr);
     else if (folded) strip.template sweep<Form::folded>(x, y, x, stride, steps, ahead, nullptr);
     else strip.template sweep<Form::direct>(x, y, x, stride, steps, ahead, nullptr);
+    finite = finite && strip.state_is_finite(2);
     if (params.state_out) {
       R* state_out = strip.modal_row(params.state_out, s);
       strip.each_state(2, [&](int64_t i, R re, R im) {
@@ -157,18 +162,37 @@ void forward_job(Strip<T>& strip, const CemaFwdParams& params, const Plan& plan,
       });
     }
   }
+  return finite;
 }
 
+// Whether every state is finite.
 template <class T>
-void run_forward(const CemaFwdParams& params, const Plan& plan) {
-  const auto* p = static_cast<const Compute<T>*>(params.p);
-  const bool folded = !params.state || std::all_of(p, p + params.channels * params.modes,
-                                                   [](auto value) { return std::abs(value) >= kFoldable; });
+bool run_form(const CemaFwdParams& params, const Plan& plan, bool folded) {
+  bool finite = true;
   parallel_jobs<FlushDenormals>(plan.strips * plan.groups, scan_work(params), [&] {
     return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
-      forward_job(strip, params, plan, folded, job);
+      if (!forward_job(strip, params, plan, folded, job)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     };
   });
+  return finite;
+}
+
+// Where y is not wanted, the direct form nevertheless has one, at `spare`.
+template <class T>
+void run_forward(const CemaFwdParams& params, const Plan& plan, void* spare) {
+  using R = Compute<T>;
+  const auto *p = static_cast<const R*>(params.p), *state = static_cast<const R*>(params.state);
+  const bool folded = !params.state || std::all_of(p, p + params.channels * params.modes,
+                                                   [](auto value) { return std::abs(value) >= kFoldable; });
+  if (!folded) return static_cast<void>(run_form<T>(params, plan, false));
+  const int64_t states = state && state == params.state_out ? plan.count * params.channels * params.modes * 2 : 0;
+  const Scratch<R> kept(states);  // what the first run overwrites
+  std::copy_n(state, states, kept.get());
+  if (run_form<T>(params, plan, true)) return;
+  CemaFwdParams again = params;
+  if (states) again.state = kept.get();
+  if (!again.y) again.y = spare;
+  run_form<T>(again, plan, false);
 }
 
 template <class T>
@@ -177,18 +201,18 @@ void forward(const CemaFwdParams& params) {
   clear_padding(params.sequences, params.y, params.channels * static_cast<int64_t>(sizeof(T)));
   if (params.sequences.tokens <= kShort * params.sequences.count) return forward_steps<T>(params);
   const Plan plan(params, kLanes<R>, omp_get_max_threads());
-  if (!plan.split) return run_forward<T>(params, plan);
+  if (!plan.split) return run_forward<T>(params, plan, nullptr);
   const Scratch<R> starts(plan.count * params.channels * params.modes * 2);
   CemaFwdParams local = params;
   local.y = nullptr;
   local.state = nullptr;
   local.state_out = starts.get();
-  run_forward<T>(local, plan);
+  run_forward<T>(local, plan, params.y);
   merge(params, plan, false, params.state, starts.get(), params.state_out);
   local = params;
   local.state = starts.get();
   local.state_out = nullptr;
-  run_forward<T>(local, plan);
+  run_forward<T>(local, plan, nullptr);
 }
 
 // (vectors, N, kSums, lanes), and then (vectors, lanes) for domega.
@@ -243,9 +267,9 @@ void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int
   }
 }
 
-// Phase 2 of the backward.
+// Phase 2 of the backward. Whether the last state is finite.
 template <class T>
-void downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded, double* sums) {
+bool downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded, double* sums) {
   using R = Compute<T>;
   strip.clear_state();
   const R* g = params.dstate_out ? strip.modal_row(params.dstate_out, s) : nullptr;
@@ -272,26 +296,32 @@ void downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, i
       dstate[i] = folded ? std::conj(gamma[i] * q[i]) * Complex(re, im) : Complex(re, im);
     });
   }
+  return strip.state_is_finite(2);
 }
 
-// Phases 1 and 2. sums (groups, strips, sums_of_strip) are made here; null where only dstate is wanted.
+// Phases 1 and 2. sums (groups, strips, sums_of_strip) are made here; null where only dstate is wanted. Whether every
+// sum and state is finite.
 template <class T>
-void run_backward(const CemaBwdParams& params, const Plan& plan, double* sums) {
-  const bool folded = !params.state && !params.dstate_out;
+bool run_backward(const CemaBwdParams& params, const Plan& plan, bool folded, double* sums) {
   const int64_t size = sums_of_strip(plan, params.modes);
+  bool finite = true;
   parallel_jobs<FlushDenormals>(plan.strips * plan.groups, 3 * scan_work(params), [&] {
     return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
       const int64_t group = job / plan.strips, begin = plan.group_begin[group], end = plan.group_begin[group + 1];
       strip.select(job % plan.strips, folded, true);
-      double* sum = sums ? sums + job * size : nullptr;
+      double *sum = sums ? sums + job * size : nullptr, total = 0;
       if (sums) {
         std::fill_n(sum, size, 0.0);
         const auto upwards_of = folded ? upwards<true, T> : upwards<false, T>;
         for (int64_t s = begin; s < end; ++s) upwards_of(strip, params, plan.spans[s], s, sum);
       }
-      for (int64_t s = end - 1; s >= begin; --s) downwards(strip, params, plan.spans[s], s, folded, sum);
+      for (int64_t s = end - 1; s >= begin; --s)
+        if (!downwards(strip, params, plan.spans[s], s, folded, sum)) total = NAN;
+      for (int64_t i = 0; sums && i < size; ++i) total += sum[i] * 0;
+      if (total != 0) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     };
   });
+  return finite;
 }
 
 // Phase 3: adds the groups' sums in order and applies the factors that do not depend on the step.
@@ -341,27 +371,34 @@ void backward(const CemaBwdParams& params) {
   clear_padding(params.sequences, params.dx, params.channels * static_cast<int64_t>(sizeof(T)));
   const Plan plan(params, kLanes<R>, omp_get_max_threads());
   const Scratch<double> sums(plan.groups * plan.strips * sums_of_strip(plan, params.modes));
+  // Folded where it may be and nothing overflows; returns which it was. The direct form always makes dx and sums.
+  const auto run = [&](CemaBwdParams of, double* wanted_sums) {
+    if (!of.state && !of.dstate_out && run_backward<T>(of, plan, true, wanted_sums)) return true;
+    of.dx = params.dx;
+    run_backward<T>(of, plan, false, sums.get());
+    return false;
+  };
   if (!plan.split) {
-    run_backward<T>(params, plan, sums.get());
-    return finish<R>(params, plan, !params.state && !params.dstate_out, sums.get());
+    const bool folded = run(params, sums.get());
+    return finish<R>(params, plan, folded, sums.get());
   }
   const int64_t states = plan.count * params.channels * params.modes * 2;
   const Scratch<R> starts(states), ends(states);
   CemaFwdParams local_fwd{params, nullptr, starts.get()};
   local_fwd.state = nullptr;
-  run_forward<T>(local_fwd, plan);
+  run_forward<T>(local_fwd, plan, params.dx);
   merge(params, plan, false, params.state, starts.get(), nullptr);
   CemaBwdParams local = params;
   local.state = local.dstate_out = nullptr;
   local.dx = nullptr;
   local.dstate = ends.get();
-  run_backward<T>(local, plan, nullptr);
+  run(local, nullptr);
   merge(params, plan, true, params.dstate_out, ends.get(), params.dstate);
   local = params;
   local.state = starts.get();
   local.dstate_out = ends.get();
   local.dstate = nullptr;
-  run_backward<T>(local, plan, sums.get());
+  run(local, sums.get());
   finish<R>(params, plan, false, sums.get());
 }
 

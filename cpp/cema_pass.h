@@ -1,9 +1,9 @@
 // The inner loops of the CEMA kernels: a tile is a vector of channels for some steps, a pass keeps a few modes in
 // registers. coefs point to (N, kCoefs, lanes); state to (N, 2 or 4, lanes).
 //
-// Every sum is written with the product of Re(q) first, which is the one that the compiler fuses with the addition. That
-// product, rounded by itself, would be off by nearly the same amount at every step where the state turns slowly, since
-// Re(q) then is near 1; fused, it is rounded with what the step adds.
+// The product of Re(q), rounded by itself, would be off by nearly the same amount at every step where the state turns
+// slowly, since Re(q) then is near 1. So it is fused with what the step adds; without such an instruction, Re(q) is cut
+// into a whole number, whose product is exact, and a rest, whose product is small.
 #pragma once
 
 #include <algorithm>
@@ -113,6 +113,31 @@ struct FetchAhead {
   }
 };
 
+// Re(q), and its product with v plus addend(), which is called after the product is made: of two products that are added,
+// the compiler fuses the one that it meets first.
+template <class R>
+struct Factor {
+  using V = Vec<R>;
+#if defined(__FMA__) || defined(__aarch64__)
+  MEGALODON_INLINE void operator=(V q) { value = q; }
+  template <class Addend>
+  MEGALODON_INLINE V times(V v, Addend&& addend) const {
+    const V product = value * v;
+    return product + addend();
+  }
+  V value;
+#else
+  MEGALODON_INLINE void operator=(V q) {
+    const V one = splat(R{1}), nearest = q >= R(0.5) ? one : q <= R(-0.5) ? -one : zeros<R>();
+    whole = q > 2 || q < -2 ? zeros<R>() : nearest;  // beyond, the rest could not be exact
+    rest = q - whole;
+  }
+  template <class Addend>
+  MEGALODON_INLINE V times(V v, Addend&& addend) const { return whole * v + (rest * v + addend()); }
+  V whole, rest;
+#endif
+};
+
 template <class R>
 MEGALODON_INLINE void add_lanes(double* sum, Vec<R> v) {
   alignas(kVectorBytes) R lanes[kLanes<R>];
@@ -130,7 +155,8 @@ MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, co
   R *__restrict in = tile.in, *__restrict out = tile.out;
   const int64_t stride = tile.stride;
   using V = Vec<R>;
-  V q_re[modes], q_im[modes], c_re[modes], c_im[modes], p[modes], re[modes], im[modes], sum_p[modes];
+  Factor<R> q_re[modes];
+  V q_im[modes], c_re[modes], c_im[modes], p[modes], re[modes], im[modes], sum_p[modes];
 #pragma GCC unroll 8
   for (int m = 0; m < modes; ++m) {
     const R* coef = coefs + m * kCoefs * lanes;
@@ -153,12 +179,12 @@ MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, co
         const V g_re = re[m] + c_re[m] * input, g_im = im[m] + c_im[m] * input;
         sum += p[m] * g_re;
         sum_p[m] += load(x + t * lanes) * g_re;
-        re[m] = q_re[m] * g_re - q_im[m] * g_im;
-        im[m] = q_re[m] * g_im + q_im[m] * g_re;
+        re[m] = q_re[m].times(g_re, [&] { return -(q_im[m] * g_im); });
+        im[m] = q_re[m].times(g_im, [&] { return q_im[m] * g_re; });
       } else {
         const V drive = form == Form::folded ? input : p[m] * input;
-        const V next_re = q_re[m] * re[m] + (drive - q_im[m] * im[m]);
-        const V next_im = q_re[m] * im[m] + q_im[m] * re[m];
+        const V next_re = q_re[m].times(re[m], [&] { return drive - q_im[m] * im[m]; });
+        const V next_im = q_re[m].times(im[m], [&] { return q_im[m] * re[m]; });
         if (kOutput) sum += c_re[m] * next_re;
         if (kOutput) sum -= c_im[m] * next_im;
         re[m] = next_re;
@@ -188,7 +214,8 @@ MEGALODON_INLINE void sensitivity_pass(const Tile<T>& tile, int steps, const R* 
   R *__restrict x = tile.x, *__restrict dy = tile.in;
   const int64_t stride = tile.stride;
   using V = Vec<R>;
-  V q_re[modes], q_im[modes], p[modes], u_re[modes], u_im[modes], w_re[modes], w_im[modes];
+  Factor<R> q_re[modes];
+  V q_im[modes], p[modes], u_re[modes], u_im[modes], w_re[modes], w_im[modes];
   V sum_u_re[modes], sum_u_im[modes], sum_w_re[modes], sum_w_im[modes];
 #pragma GCC unroll 8
   for (int m = 0; m < modes; ++m) {
@@ -211,10 +238,10 @@ MEGALODON_INLINE void sensitivity_pass(const Tile<T>& tile, int steps, const R* 
     }
 #pragma GCC unroll 8
     for (int m = 0; m < modes; ++m) {
-      const V next_w_re = q_re[m] * w_re[m] + (u_re[m] - q_im[m] * w_im[m]);
-      const V next_w_im = q_re[m] * w_im[m] + (u_im[m] + q_im[m] * w_re[m]);
-      const V next_u_re = q_re[m] * u_re[m] + ((kFolded ? xt : p[m] * xt) - q_im[m] * u_im[m]);
-      const V next_u_im = q_re[m] * u_im[m] + q_im[m] * u_re[m];
+      const V next_w_re = q_re[m].times(w_re[m], [&] { return u_re[m] - q_im[m] * w_im[m]; });
+      const V next_w_im = q_re[m].times(w_im[m], [&] { return u_im[m] + q_im[m] * w_re[m]; });
+      const V next_u_re = q_re[m].times(u_re[m], [&] { return (kFolded ? xt : p[m] * xt) - q_im[m] * u_im[m]; });
+      const V next_u_im = q_re[m].times(u_im[m], [&] { return q_im[m] * u_re[m]; });
       w_re[m] = next_w_re;
       w_im[m] = next_w_im;
       u_re[m] = next_u_re;

@@ -7,6 +7,7 @@
 #include "cema.h"
 #include "cema_pass.h"
 #include "cema_plan.h"
+#include "finite.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -75,6 +76,12 @@ struct Strip {
     });
   }
   void clear_state() { std::fill_n(state.get(), width * modes * 4, R(0)); }
+  // Of the first `row` numbers of each mode. Once a state is not finite, it stays so.
+  bool state_is_finite(int row) const {
+    Vec<R> sum{};
+    for (int64_t i = 0; i < int64_t{vectors} * modes * row * lanes; i += lanes) sum += load(state.get() + i) * R(0);
+    return is_finite<R>(sum);
+  }
 
   // Scans `steps` rows from `from` on, `stride` apart, to the rows of `to`; `ahead` rows exist from `from` on.
   template <Form form, bool kOutput = true>

@@ -12,6 +12,10 @@
 // waits for (i, j + 1) and (i - 1, j), which add to dQ_i and to dK_j and dV_j before it. So every sum has the same
 // order on any number of threads: i - j = 0, 1, 2, ... As jobs begin in that order, they seldom wait.
 //
+// A tile of rows shares a depth in 2 and 3, where the P and dS of pairs that do not see each other are 0. Where some q,
+// k or do of the chunk is not finite, as packing notes, 0 times it would be NaN: then a tile shares the depth that all
+// its rows see, and the rest is added row by row. Rows whose log-sum-exp is NaN get NaN for what they see, else 0.
+//
 // In a chunk of one block, delta_i comes from P and dP instead, free of the rounding of o.
 // Operands are packed once for each chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.
 // Scratch, in elements for each chunk at work: C (5 K + 4 V); for each thread P^T and dS^T, 2 kBlock^2. Queries are
@@ -24,6 +28,7 @@
 #include <cmath>
 
 #include "attention_chunks.h"
+#include "finite.h"
 #include "relay.h"
 #include "vector_math.h"
 
@@ -64,6 +69,7 @@ class ChunkBackward {
   }
 
   void operator()(const Chunk& chunk, int64_t head) {
+    finite_ = true;
     const int64_t blocks = ceil_div(chunk.keys, kBlock), first_block = chunk.cached / kBlock;
     const double work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
     const auto for_each = [&](int64_t jobs, double total, auto&& body) {
@@ -105,29 +111,40 @@ class ChunkBackward {
     else return elements;
   }
 
+  ChunkRows<T> key_rows(const Chunk& chunk, int64_t head) const {
+    return chunk_rows<T>(p_, chunk, head, p_.cache_k, p_.k, p_.key_dim);
+  }
+  ChunkRows<T> query_rows(const Chunk& chunk, int64_t head, const void* tokens, int64_t width) const {
+    return chunk_rows<T>(p_, chunk, head, nullptr, tokens, width);
+  }
+
   // Query rows of blocks without queries are not kept.
   static int64_t first_row(const Chunk& chunk) { return chunk.cached / kBlock * kBlock; }
 
   void pack(const Chunk& chunk, int64_t head, int64_t block) {
     const int64_t begin = block * kBlock, end = std::min(begin + kBlock, round_up(chunk.keys, kRowPadding));
-    const auto k = chunk_rows<T>(p_, chunk, head, p_.cache_k, p_.k, p_.key_dim);
-    const auto v = chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
-    pack_by_columns<T>(begin, end, p_.key_dim, k, k_columns_);
-    if constexpr (kAmx) pack_transposed_left<T>(begin, end, p_.key_dim, k, k_rows_);
-    else if constexpr (kPaired) pack_by_rows<T>(begin, end, p_.key_dim, k, k_rows_);
+    const auto k = key_rows(chunk, head), v = chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
+    Finiteness<T> finite;
+    if constexpr (kPaired) pack_by_columns<T>(begin, end, p_.key_dim, k, k_columns_);
+    else pack_by_columns<T>(begin, end, p_.key_dim, k, k_columns_, finite);
+    if constexpr (kAmx) pack_transposed_left<T>(begin, end, p_.key_dim, k, k_rows_, finite);
+    else if constexpr (kPaired) pack_by_rows<T>(begin, end, p_.key_dim, k, k_rows_, finite);
     pack_by_columns<T>(begin, end, p_.value_dim, v, v_columns_);
+    const auto note = [&] {
+      if (!finite.holds()) __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
+    };
 
     const int64_t base = first_row(chunk);
-    if (begin < base) return;
-    const auto q = chunk_rows<T>(p_, chunk, head, nullptr, p_.q, p_.key_dim);
-    const auto o = chunk_rows<T>(p_, chunk, head, nullptr, p_.o, p_.value_dim);
-    const auto d_o = chunk_rows<T>(p_, chunk, head, nullptr, p_.d_o, p_.value_dim);
+    if (begin < base) return note();
+    const auto q = query_rows(chunk, head, p_.q, p_.key_dim), o = query_rows(chunk, head, p_.o, p_.value_dim);
+    const auto d_o = query_rows(chunk, head, p_.d_o, p_.value_dim);
     const auto q_row = [&](int64_t row) { return q(base + row); };
     const auto do_row = [&](int64_t row) { return d_o(base + row); };
     pack_transposed<T>(begin - base, end - base, p_.key_dim, q_row, q_transposed_);
-    pack_by_rows<T>(begin - base, end - base, p_.key_dim, q_row, q_rows_);
+    pack_by_rows<T>(begin - base, end - base, p_.key_dim, q_row, q_rows_, finite);
     pack_transposed<T>(begin - base, end - base, p_.value_dim, do_row, do_transposed_);
-    pack_by_rows<T>(begin - base, end - base, p_.value_dim, do_row, do_rows_);
+    pack_by_rows<T>(begin - base, end - base, p_.value_dim, do_row, do_rows_, finite);
+    note();
 
     for (int64_t row = begin; row < round_up(end, kColumns); ++row) {
       R lse = 0, delta = 0;
@@ -186,7 +203,8 @@ class ChunkBackward {
 
     // Keys of the cache take no gradient.
     const bool first_of_keys = query_block == std::max(key_block, chunk.cached / kBlock);
-    const auto add_to_keys = [&](const PackedLeft<U>& a, const Packed<U>& b, int64_t width, const Packed<R>& sums) {
+    const auto add_to_keys = [&](const PackedLeft<U>& a, const Packed<U>& b, const ChunkRows<T>& b_rows, int64_t width,
+                                 const Packed<R>& sums) {
       for (int64_t column = 0; column < panels<U>(width); ++column) {
         const int vectors = vectors_in_panel<U>(width, column);
         const Ahead<U> ahead{b.at(column + 1, query - base), kBlock};
@@ -196,22 +214,43 @@ class ChunkBackward {
         static_assert(kColumns % kStart == 0 && kBlock % kStart == 0);
         for (int64_t row = std::max(key, chunk.cached / kStart * kStart); row < key_end; row += rows, ++tile) {
           rows = kAmx ? kRows : tile_rows<U>(vectors, key_end - row);
-          const int64_t panel = row > query ? (row - query) / kLeftColumns<U> : 0, at = panel * kLeftColumns<U>;
-          multiply_rows(vectors, rows, queries - at, a.at(panel, row - key), a.panel_units(),
-                        b.at(column, query - base + at), R{1}, !first_of_keys, sums.at(column, row), ahead, tile);
+          const int64_t seen_by_some = std::max<int64_t>(row - query, 0) / kLeftColumns<U> * kLeftColumns<U>;
+          const int64_t seen_by_all = std::max<int64_t>(row + rows - 1 - query, 0);
+          // The first query of the product.
+          const bool shared = finite_ || seen_by_all <= seen_by_some;
+          const int64_t at = shared ? seen_by_some : std::min(round_up(seen_by_all, kLeftColumns<U>), columns);
+          multiply_rows(vectors, rows, std::max<int64_t>(queries - at, 0), a.at(at / kLeftColumns<U>, row - key),
+                        a.panel_units(), b.at(column, query - base + at), R{1}, !first_of_keys, sums.at(column, row),
+                        ahead, tile);
+          for (int64_t r = row; at > seen_by_some && r < std::min(row + rows, key_end); ++r)
+            for (int64_t i = std::max(seen_by_some, r - query); i < std::min(at, queries); ++i)
+              if (const T* from = b_rows(query + i))
+                add_to_row<T>(sums, column, r, element_by_columns<U>(a, r - key, i), from, width);
         }
       }
     };
-    add_to_keys(units(scratch.p, scratch.s), do_rows_, p_.value_dim, dv_);
-    add_to_keys(units(scratch.ds, scratch.dp), q_rows_, p_.key_dim, dk_);
+    const auto d_o = query_rows(chunk, head, p_.d_o, p_.value_dim), q = query_rows(chunk, head, p_.q, p_.key_dim);
+    add_to_keys(units(scratch.p, scratch.s), do_rows_, d_o, p_.value_dim, dv_);
+    add_to_keys(units(scratch.ds, scratch.dp), q_rows_, q, p_.key_dim, dk_);
 
     const bool first_of_queries = query_block == key_block;
+    const ChunkRows<T> k = key_rows(chunk, head);
+    // Of `depth` keys that some of the queries from `at` on see, those that go into one product.
+    const auto shared_depth = [&](int64_t depth, int64_t at) {
+      const int64_t of_first = std::max<int64_t>(query + at + 1 - key, 0);
+      return finite_ || of_first >= depth ? depth : of_first / kDepthStep<U> * kDepthStep<U>;
+    };
     if constexpr (kAmx) {
       for (int64_t at = 0; at < queries; at += kColumns) {
         const int64_t panel = at / kColumns, depth = std::min(key_end, query + at + kColumns) - key;
-        multiply_rows(vectors_in_panel<U>(queries, panel), p_.key_dim, depth, k_rows_.at(key / kLeftColumns<U>, 0),
+        const int64_t shared = shared_depth(depth, at);
+        multiply_rows(vectors_in_panel<U>(queries, panel), p_.key_dim, shared, k_rows_.at(key / kLeftColumns<U>, 0),
                       k_rows_.panel_units(), scratch.ds_rows.at(panel, 0), R{1}, !first_of_queries,
                       dq_.at(first_panel + panel, 0));
+        for (int64_t i = at; shared < depth && i < std::min(at + kColumns, queries); ++i)
+          for (int64_t j = shared; j < std::min(key_end, query + i + 1) - key; ++j)
+            if (const T* from = k(key + j))
+              add_to_column<T>(dq_, query - base + i, element_by_rows<U>(scratch.ds_rows, j, i), from, p_.key_dim);
       }
     } else {
       const Packed<U>& ds_rows = units(scratch.ds_rows, scratch.dp);
@@ -222,14 +261,27 @@ class ChunkBackward {
         int64_t rows;
         for (int64_t at = 0, tile = 0; at < queries; at += rows, ++tile) {
           rows = tile_rows<U>(vectors, queries - at);
-          const int64_t depth = std::min(key_end, query + at + rows) - key;
+          const int64_t depth = std::min(key_end, query + at + rows) - key, shared = shared_depth(depth, at);
           const U* ds = ds_rows.at(at / kColumns, 0) + at % kColumns;
-          multiply_tile<true>(vectors, rows, depth, ds, 0, k_rows.at(column, key), R{1},
+          multiply_tile<true>(vectors, rows, shared, ds, 0, k_rows.at(column, key), R{1},
                               first_of_queries ? nullptr : kOnes<R>, dq_.at(column, query - base + at),
                               ahead.part(tile));
+          for (int64_t i = at; shared < depth && i < std::min(at + rows, queries); ++i)
+            for (int64_t j = shared; j < std::min(key_end, query + i + 1) - key; ++j)
+              if (const T* from = k(key + j))
+                add_to_row<T>(dq_, column, query - base + i, element_by_rows<U>(ds_rows, j, i), from, p_.key_dim);
         }
       }
     }
+  }
+
+  // Scores of queries whose log-sum-exp is NaN: NaN for keys that they see, -inf for others, and a log-sum-exp of 0.
+  static Vec<R> spread_nan(R* scores, int64_t rows, Vec<R> lse) {
+    for (R* at = scores; at < scores + rows * kColumns; at += kColumns) {
+      const Vec<R> s = load(static_cast<const R*>(at));
+      store(at, s == -std::numeric_limits<R>::infinity() ? s : s + (lse - lse));
+    }
+    return lse == lse ? lse : zeros<R>();
   }
 
   // S^T and dP^T of `rows` keys, all there are of these queries if kWholeRows, become P^T and dS^T.
@@ -237,7 +289,8 @@ class ChunkBackward {
   void differentiate(int vectors, int64_t panel, int64_t rows, int64_t query, const PairScratch& scratch) const {
     for (int64_t c = 0; c < vectors * kLanes<R>; c += kLanes<R>) {
       R *p = scratch.s.at(panel, 0) + c, *dp = scratch.dp.at(panel, 0) + c;
-      const Vec<R> lse = load(&lse_[query + c]);
+      Vec<R> lse = load(&lse_[query + c]);
+      if (!is_finite<R>(lse)) lse = spread_nan(p, rows, lse);
       const auto exponential = [&](int64_t r) {
         return softmax_exp(load(static_cast<const R*>(p) + r * kColumns) - lse);
       };
@@ -250,8 +303,16 @@ class ChunkBackward {
           total += now;
           product += now * load(static_cast<const R*>(dp) + r * kColumns);
         }
-        // A row with every score dropped keeps its zeros.
-        gain = total == 0 ? splat(R{1}) : 1 / total;
+        // Masked scores may meet a dP that is not finite.
+        if (!is_finite<R>(product)) {
+          product = zeros<R>();
+          for (int64_t r = 0; r < rows; ++r) {
+            const Vec<R> now = load(static_cast<const R*>(p) + r * kColumns);
+            product += now == 0 ? zeros<R>() : now * load(static_cast<const R*>(dp) + r * kColumns);
+          }
+        }
+        // A row with every score dropped keeps its zeros, one that is NaN those of what it does not see.
+        gain = total == 0 || total != total ? splat(R{1}) : 1 / total;
         delta = product * gain;
       }
       const auto probability = [&](int64_t r) {
@@ -312,6 +373,7 @@ class ChunkBackward {
   Milestones done_;  // pairs
   std::vector<Pair> pairs_;
   PerThread<PairScratch> scratch_;
+  bool finite_ = true;  // all q, k and do of the chunk
 };
 
 template <class T>

@@ -12,6 +12,10 @@
 // otherwise when queries come to need them, whose rows are fetched during the job before. Every job packs its own Q^T.
 // Few queries on top of a cache, as in decoding, go to few_query_attention.h instead, which reads keys where they lie.
 //
+// A tile of rows of O shares a depth, for which the probabilities of keys that a row does not see are 0. Where some
+// value of the chunk is not finite, as packing V notes, 0 times it would be NaN: then a tile shares the keys that all
+// its rows see, and the others are added row by row.
+//
 // Scratch: packed K and V of the chunks at work; for each thread S (kKeyBlock x kQueryBlock) and O (kQueryBlock x V).
 // A result depends on the shapes alone, never on the number of threads: a job is the same whoever runs it.
 //
@@ -93,6 +97,7 @@ class ChunkForward {
         scratch_(threads, params) {}
 
   void operator()(const Chunk& chunk, int64_t head) {
+    finite_ = true;
     const int64_t blocks = ceil_div(chunk.queries(), kQueryBlock);
     const auto first_row = [&](int64_t block) { return std::min(chunk.cached + block * kQueryBlock, chunk.keys); };
     const auto packed_end = [&](int64_t end) { return round_up(std::min(end, chunk.keys), kRowPadding); };
@@ -135,9 +140,15 @@ class ChunkForward {
 
   void pack(const Chunk& chunk, int64_t head, int64_t begin, int64_t end) {
     pack_by_columns<T>(begin, end, p_.key_dim, chunk_rows<T>(p_, chunk, head, p_.cache_k, p_.k, p_.key_dim), keys_);
-    const ChunkRows<T> v = chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
-    if constexpr (kUsesAmx<U>) pack_transposed_left<T>(begin, end, p_.value_dim, v, values_);
-    else pack_by_rows<T>(begin, end, p_.value_dim, v, values_);
+    const ChunkRows<T> v = value_rows(chunk, head);
+    Finiteness<T> finite;
+    if constexpr (kUsesAmx<U>) pack_transposed_left<T>(begin, end, p_.value_dim, v, values_, finite);
+    else pack_by_rows<T>(begin, end, p_.value_dim, v, values_, finite);
+    if (!finite.holds()) __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
+  }
+
+  ChunkRows<T> value_rows(const Chunk& chunk, int64_t head) const {
+    return chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
   }
 
   // What the queries after [first, end) read and write.
@@ -182,8 +193,9 @@ class ChunkForward {
         if (drop_) drop_.apply(scores, key, count, first + at, chunk, head);
         softmax_panel<U>(scores, count, vectors, &scratch.max[at], &scratch.sum[at], &scratch.factor[at]);
       }
-      if constexpr (kUsesAmx<U>) add_values_transposed(key, first, queries, scratch);
-      else add_values(key, first, queries, scratch);
+      const ChunkRows<T> v = value_rows(chunk, head);
+      if constexpr (kUsesAmx<U>) add_values_transposed(v, key, first, queries, scratch);
+      else add_values(v, key, first, queries, scratch);
     }
 
     T* o = static_cast<T*>(p_.o);
@@ -202,8 +214,20 @@ class ChunkForward {
                           load(&scratch.sum[i]), [&](int64_t j) { return o + row(i + j) * p_.value_dim; });
   }
 
+  // Of `depth` keys that some rows of a tile see, those which go into one product: where values are finite all, else
+  // what the first row sees.
+  int64_t shared_depth(int64_t depth, int64_t of_first_row) const {
+    if (finite_ || of_first_row >= depth) return depth;
+    return std::max<int64_t>(of_first_row, 0) / kDepthStep<U> * kDepthStep<U>;
+  }
+  R probability(const BlockScratch& scratch, int64_t key, int64_t query) const {
+    U* const weights = reinterpret_cast<U*>(scratch.scores.at(0, 0));
+    return element_by_rows(Packed<U>{weights, scratch.scores.rows * kUnitDepth<U>}, key, query);
+  }
+
   // O = diag(f) O + P V for the block of keys from `key` on.
-  void add_values(int64_t key, int64_t first, int64_t queries, const BlockScratch& scratch) const {
+  void add_values(const ChunkRows<T>& v, int64_t key, int64_t first, int64_t queries,
+                  const BlockScratch& scratch) const {
     constexpr int64_t kColumns = kTileColumns<R>;
     const int64_t block = std::min(kKeyBlock, first + queries - key), columns = panels<U>(p_.value_dim);
     for (int64_t column = 0; column < columns; ++column) {
@@ -214,15 +238,20 @@ class ChunkForward {
         rows = tile_rows<U>(vectors, queries - at);
         const int64_t depth = std::min(block, first + at + rows - key);
         if (depth <= 0) continue;
+        const int64_t shared = shared_depth(depth, first + at + 1 - key);
         const U* p = reinterpret_cast<const U*>(scratch.scores.at(at / kColumns, 0)) + at % kColumns;
-        multiply_tile<true>(vectors, rows, depth, p, 0, values_.at(column, key), R{1},
+        multiply_tile<true>(vectors, rows, shared, p, 0, values_.at(column, key), R{1},
                             key ? &scratch.factor[at] : nullptr, scratch.output.at(column, at), ahead.part(tile));
+        for (int64_t i = at; shared < depth && i < std::min(at + rows, queries); ++i)
+          for (int64_t j = shared; j < std::min(block, first + i + 1 - key); ++j)
+            add_to_row<T>(scratch.output, column, i, probability(scratch, j, i), v(key + j), p_.value_dim);
       }
     }
   }
 
   // O^T = O^T diag(f) + V^T P^T.
-  void add_values_transposed(int64_t key, int64_t first, int64_t queries, const BlockScratch& scratch) const {
+  void add_values_transposed(const ChunkRows<T>& v, int64_t key, int64_t first, int64_t queries,
+                             const BlockScratch& scratch) const {
     constexpr int64_t kColumns = kTileColumns<R>;
     const int64_t values = round_up(p_.value_dim, kTileRows<U>);
     for (int64_t at = 0; at < queries; at += kColumns) {
@@ -232,8 +261,12 @@ class ChunkForward {
       const int vectors = vectors_in_panel<U>(queries, panel);
       R* output = scratch.output.at(panel, 0);
       if (key) scale_columns(vectors, values, &scratch.factor[at], output);
-      multiply_rows(vectors, values, depth, values_.at(key / kLeftColumns<U>, 0), values_.panel_units(),
+      const int64_t shared = shared_depth(depth, first + at + 1 - key);
+      multiply_rows(vectors, values, shared, values_.at(key / kLeftColumns<U>, 0), values_.panel_units(),
                     reinterpret_cast<const U*>(scratch.scores.at(panel, 0)), R{1}, key > 0, output);
+      for (int64_t i = at; shared < depth && i < last - first; ++i)
+        for (int64_t j = shared; j < std::min(kKeyBlock, first + i + 1 - key); ++j)
+          add_to_column<T>(scratch.output, i, probability(scratch, j, i), v(key + j), p_.value_dim);
     }
   }
 
@@ -254,6 +287,7 @@ class ChunkForward {
   PackedLeftMatrix<U> keys_;
   std::conditional_t<kUsesAmx<U>, PackedLeftMatrix<U>, PackedMatrix<U>> values_;  // with AMX V^T
   PerThread<BlockScratch> scratch_;
+  bool finite_ = true;  // all values of the chunk, as far as they are packed
 };
 
 template <class T>

@@ -61,9 +61,12 @@ class FewQueries {
       for (int64_t at = 0; at < keys; at += kLane) dot_products(k, key + at, std::min(kLane, keys - at), count, at);
       for (int64_t head = 0; head < p_.heads; ++head)
         for (int64_t i = 0; i < count; ++i) weigh(chunk, head, i, key, keys, partials + head * size);
+      // Keys that every query sees; of the others, a value may be NaN that some query must not meet, not even times 0.
+      const int64_t seen = std::min(keys, chunk.cached + 1 - key);
       int64_t at = 0;
-      for (; at + kRows <= keys; at += kRows) add_values<kRows>(v, key, at, count, partials);
-      for (; at < keys; ++at) add_values<1>(v, key, at, count, partials);
+      for (; at + kRows <= seen; at += kRows) add_values<kRows>(v, key, at, 0, count, partials);
+      for (; at < keys; ++at)
+        add_values<1>(v, key, at, std::max<int64_t>(0, key + at - chunk.cached), count, partials);
     }
   }
 
@@ -160,14 +163,15 @@ class FewQueries {
     return shrink;
   }
 
-  // O += p v for kKeys keys from the `at`th of a strip on, and all heads.
+  // O += p v for kKeys keys from the `at`th of a strip on, all heads, and the queries [first, queries).
   template <int kKeys>
-  void add_values(const ChunkRows<T>& rows, int64_t key, int64_t at, int64_t queries, R* partials) const {
+  void add_values(const ChunkRows<T>& rows, int64_t key, int64_t at, int64_t first, int64_t queries,
+                  R* partials) const {
     const int64_t width = p_.value_dim, ahead = kRows * p_.heads * width, size = partial_size(p_);
     for (int64_t head = 0; head < p_.heads; ++head) {
       const T* v[kKeys];
       for (int r = 0; r < kKeys; ++r) v[r] = rows(key + at + r) + head * width;
-      for (int64_t i = 0; i < queries; ++i) {
+      for (int64_t i = first; i < queries; ++i) {
         const R* p = scores(head, i) + at;
         R* o = partials + head * size + kOutput + i * value_width_;
         int64_t c = 0;

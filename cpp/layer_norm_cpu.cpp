@@ -22,6 +22,7 @@
 #include <cmath>
 
 #include "channel_groups.h"
+#include "finite.h"
 #include "parallel.h"
 #include "simd.h"
 #include "stream.h"
@@ -90,11 +91,37 @@ MEGALODON_INLINE Compute<T> rounded_mean(const LayerNormParams& p, const T* x) {
   return sum[0] / static_cast<R>(p.channels);
 }
 
-// From the sums of d = x - high and d^2.
+// From the sums of d = x - high and d^2. rstd is 0 where squares left the range of R.
 template <class R>
 MEGALODON_INLINE Statistics<R> statistics(const LayerNormParams& p, R high, R sum, R squares) {
   const R D = static_cast<R>(p.channels), low = p.is_rms_norm ? 0 : sum / D, var = squares / D - low * low;
-  return {high, low, 1 / std::sqrt((var < 0 ? 0 : var) + static_cast<R>(p.eps))};
+  const R shifted = (var < 0 ? 0 : var) + static_cast<R>(p.eps);
+  return {high, low, squares_in_range(shifted) ? 1 / std::sqrt(shifted) : 0};
+}
+
+// The same in a wider type, and the means of e and e xn, which only the backward has.
+template <class R>
+struct WideStatistics {
+  Statistics<R> of_x;
+  R mean, projection;
+};
+template <class T, class R = Compute<T>>
+__attribute__((noinline)) WideStatistics<R> wide_statistics(const LayerNormParams& p, const T* x, const T* dy,
+                                                            const R* gain) {
+  using Wide = WideOf<R>;
+  const Wide D = static_cast<Wide>(p.channels);
+  Wide mean = 0, var = 0, mean_e = 0, projection = 0;
+  for (int64_t i = 0; !p.is_rms_norm && i < p.channels; ++i) mean += Wide(widen(x[i])) / D;
+  for (int64_t i = 0; i < p.channels; ++i) {
+    const Wide d = widen(x[i]) - mean, e = dy ? Wide(widen(dy[i])) * gain[i] : 0;
+    var += d * d / D;
+    mean_e += e / D;
+    projection += e * d / D;
+  }
+  const Wide rstd = 1 / std::sqrt(var + p.eps);
+  const R high = static_cast<R>(mean);
+  return {{high, static_cast<R>(mean - high), static_cast<R>(rstd)},
+          p.is_rms_norm ? 0 : static_cast<R>(mean_e), static_cast<R>(rstd * projection)};
 }
 
 template <class T>
@@ -111,7 +138,8 @@ void forward_row(const LayerNormFwdParams& p, int64_t row, const Compute<T>* gai
     sums[0] += d;
     sums[1] += d * d;
   });
-  const Statistics<R> s = statistics<R>(p, high, sums[0], sums[1]);
+  Statistics<R> s = statistics<R>(p, high, sums[0], sums[1]);
+  if (s.rstd == 0) s = wide_statistics<T>(p, x, nullptr, gain).of_x;
   for_each_vector<R>(p.channels, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     __builtin_prefetch(x + p.channels + i, 0, 2);
     const Vec<R> out = s.normalize(load_first(x + i, n)) * load_first(gain + i, n) + load_first(bias + i, n);
@@ -138,9 +166,13 @@ void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* ga
     sums[3] += e * d;
   });
   const R D = static_cast<R>(p.channels);
-  const Statistics<R> s = statistics<R>(p, high, totals[0], totals[1]);
-  const R mean = p.is_rms_norm ? 0 : totals[2] / D;  // of e
-  const R projection = s.rstd * (totals[3] - s.low * totals[2]) / D;  // the mean of e xn
+  Statistics<R> s = statistics<R>(p, high, totals[0], totals[1]);
+  R mean = p.is_rms_norm ? 0 : totals[2] / D;  // of e
+  R projection = s.rstd * (totals[3] - s.low * totals[2]) / D;  // the mean of e xn
+  if (s.rstd == 0) {
+    const WideStatistics<R> wide = wide_statistics<T>(p, x, dy, gain);
+    s = wide.of_x, mean = wide.mean, projection = wide.projection;
+  }
   for_each_vector<R>(p.channels, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     __builtin_prefetch(x + p.channels + i, 0, 2);
     __builtin_prefetch(dy + p.channels + i, 0, 2);

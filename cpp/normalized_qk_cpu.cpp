@@ -20,6 +20,7 @@
 #include <cmath>
 #include <utility>
 
+#include "finite.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -67,7 +68,16 @@ MEGALODON_INLINE void for_each_vector(int64_t key_dim, Op&& op) {
   if (i < key_dim) op(i, key_dim - i);
 }
 
-// 1 / sqrt(mean z^2 + eps) of one head.
+// 1 / sqrt(mean z^2 + eps) of one head: where squares leave the range of R, and elsewhere.
+template <class T>
+__attribute__((noinline)) Compute<T> wide_inverse_rms(const T* z, int64_t key_dim, double eps) {
+  WideOf<Compute<T>> sum = 0;
+  for (int64_t i = 0; i < key_dim; ++i) {
+    const WideOf<Compute<T>> v = widen(z[i]);
+    sum += v * v;
+  }
+  return static_cast<Compute<T>>(1 / std::sqrt(sum / static_cast<double>(key_dim) + eps));
+}
 template <class T>
 MEGALODON_INLINE Compute<T> inverse_rms(const T* z, int64_t key_dim, double eps) {
   using R = Compute<T>;
@@ -84,7 +94,8 @@ MEGALODON_INLINE Compute<T> inverse_rms(const T* z, int64_t key_dim, double eps)
     sums[0] += v * v;
   }
   const R sum = sum_lanes<R>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  return 1 / std::sqrt(sum / static_cast<R>(key_dim) + static_cast<R>(eps));
+  const R mean = sum / static_cast<R>(key_dim) + static_cast<R>(eps);
+  return squares_in_range(mean) ? 1 / std::sqrt(mean) : wide_inverse_rms(z, key_dim, eps);
 }
 
 // What all threads share: the affine map in the form q = zn gain + shift.

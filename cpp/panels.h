@@ -13,6 +13,37 @@
 
 namespace megalodon::MEGALODON_ISA {
 
+// Whether all elements that it was shown are finite: the largest of their bits without the signs tells.
+template <class T>
+class Finiteness {
+  static constexpr bool kPairs = kUnitDepth<Unit<T>> == 2, kDouble = sizeof(T) == 8;
+  using Word = std::conditional_t<kPairs, uint16_t, uint32_t>;
+  static constexpr int kWords = kVectorBytes / static_cast<int>(sizeof(Word));
+  using Words = typename VecOf<Word, kWords>::type;
+
+ public:
+  template <class V>
+  MEGALODON_INLINE void see(V elements) {
+    Words mask;
+    for (int i = 0; i < kWords; ++i) mask[i] = kDouble && i % 2 == 0 ? 0 : static_cast<Word>(~Word{}) >> 1;
+    const Words magnitude = bit_cast<Words>(elements) & mask;
+    most_ = magnitude > most_ ? magnitude : most_;
+  }
+  bool holds() const {
+    constexpr Word kInfinity = kPairs ? 0x7f80 : kDouble ? 0x7ff00000 : 0x7f800000;  // of a double the upper half
+    for (int i = 0; i < kWords; ++i)
+      if (most_[i] >= kInfinity) return false;
+    return true;
+  }
+
+ private:
+  Words most_{};
+};
+struct NotAsked {
+  template <class V>
+  MEGALODON_INLINE void see(V) const {}
+};
+
 // A packed matrix with memory of its own.
 template <class U, int kColumns = kTileColumns<U>>
 struct PackedMatrix : private Scratch<U>, public Packed<U, kColumns> {
@@ -87,14 +118,17 @@ MEGALODON_INLINE void for_each_vector(Packed<U, kColumns> matrix, int64_t row, i
 }
 
 // Rows [begin, end) in the format for A = M.
-template <class T, class RowAt>
-void pack_by_columns(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to) {
+template <class T, class RowAt, class Watch = NotAsked>
+void pack_by_columns(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to,
+                     Watch&& watch = {}) {
   using U = Unit<T>;
   using Element = std::conditional_t<kUnitDepth<U> == 1, U, T>;
   for (int64_t r = begin; r < end; ++r) {
     const T* from = row(r);
     for_each_vector<Element>(to, r, round_up(columns, kDepthStep<U>), [&](Element* at, int64_t c) {
-      store(at, from && c < columns ? load_first(from + c, columns - c) : zeros<Compute<T>>());
+      const auto elements = from && c < columns ? load_first(from + c, columns - c) : zeros<Compute<T>>();
+      watch.see(elements);
+      store(at, elements);
     });
   }
 }
@@ -107,16 +141,18 @@ MEGALODON_INLINE Bits load_pairs(const T* even, const T* odd, int64_t n) {
 }
 
 // Rows [begin, end) in the format for A = M^T and for B. Where rows are paired both bounds are even.
-template <class T, class RowAt>
-void pack_by_rows(int64_t begin, int64_t end, int64_t columns, RowAt&& row, Packed<Unit<T>> to) {
+template <class T, class RowAt, class Watch = NotAsked>
+void pack_by_rows(int64_t begin, int64_t end, int64_t columns, RowAt&& row, Packed<Unit<T>> to, Watch&& watch = {}) {
   using U = Unit<T>;
   if constexpr (kUnitDepth<U> == 1) {
-    pack_by_columns<T>(begin, end, columns, row, to);
+    pack_by_columns<T>(begin, end, columns, row, to, watch);
   } else {
     for (int64_t r = begin; r < end; r += 2) {
       const T *even = row(r), *odd = row(r + 1);
       for_each_vector<U>(to, r, columns, [&](U* at, int64_t c) {
-        store_raw(at, load_pairs(even ? even + c : even, odd ? odd + c : odd, columns - c));
+        const Bits pairs = load_pairs(even ? even + c : even, odd ? odd + c : odd, columns - c);
+        watch.see(pairs);
+        store_raw(at, pairs);
       });
     }
   }
@@ -157,8 +193,9 @@ void pack_transposed(int64_t begin, int64_t end, int64_t columns, RowAt&& row, P
 
 // The same in the format for A = M: the columns become rows. begin is a multiple of kDepthStep, up to which rows beyond
 // end are zero.
-template <class T, class RowAt>
-void pack_transposed_left(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to) {
+template <class T, class RowAt, class Watch = NotAsked>
+void pack_transposed_left(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to,
+                          Watch&& watch = {}) {
   static_assert(kUsesAmx<Unit<T>>);
   constexpr int kSide = kLanes<float>;
   for (int64_t r = begin; r < end; r += kDepthStep<Unit<T>>) {
@@ -167,11 +204,46 @@ void pack_transposed_left(int64_t begin, int64_t end, int64_t columns, RowAt&& r
       for (int i = 0; i < kSide; ++i) {
         const int64_t even = r + 2 * i, odd = even + 1;
         const T *low = even < end ? row(even) : nullptr, *high = odd < end ? row(odd) : nullptr;
-        square[i] = bit_cast<Vec<float>>(load_pairs(low ? low + c : low, high ? high + c : high, columns - c));
+        const Bits pairs = load_pairs(low ? low + c : low, high ? high + c : high, columns - c);
+        watch.see(pairs);
+        square[i] = bit_cast<Vec<float>>(pairs);
       }
       transpose<float>(square);
       for (int i = 0; i < kSide; ++i) store_raw(to.at(r / kDepthStep<Unit<T>>, c + i), square[i]);
     }
+  }
+}
+
+// An element of a packed matrix whose rows are the depth: in the format for A = M^T and B, and in that for A = M.
+template <class U, int kColumns>
+MEGALODON_INLINE SumOf<U> element_by_rows(Packed<U, kColumns> matrix, int64_t row, int64_t column) {
+  const int64_t panel = column / kColumns, at = column % kColumns;
+  if constexpr (kUnitDepth<U> == 1) return matrix.at(panel, row)[at];
+  else return widen(reinterpret_cast<const bf16*>(matrix.at(panel, row / 2 * 2))[2 * at + row % 2]);
+}
+template <class U>
+MEGALODON_INLINE SumOf<U> element_by_columns(PackedLeft<U> matrix, int64_t row, int64_t column) {
+  const int64_t panel = column / kLeftColumns<U>, at = column % kLeftColumns<U>;
+  if constexpr (kUnitDepth<U> == 1) return matrix.at(panel, row)[at];
+  else return widen(reinterpret_cast<const bf16*>(matrix.at(panel, row))[at]);
+}
+
+// Adds weight times a row of `columns` elements, of which panel `panel` has its own, to row `row` of sums.
+template <class T, class R = Compute<T>>
+void add_to_row(Packed<R> sums, int64_t panel, int64_t row, R weight, const T* from, int64_t columns) {
+  const int64_t first = panel * kTileColumns<R>, n = columns - first < kTileColumns<R> ? columns - first : kTileColumns<R>;
+  R* to = sums.at(panel, row);
+  for (int64_t c = 0; c < n; c += kLanes<R>)
+    store(to + c, load(static_cast<const R*>(to) + c) + weight * load_first(from + first + c, n - c));
+}
+
+// Adds weight times a row of `rows` elements to column `column` of sums.
+template <class T, class R = Compute<T>>
+void add_to_column(Packed<R> sums, int64_t column, R weight, const T* from, int64_t rows) {
+  R* to = sums.at(column / kTileColumns<R>, 0) + column % kTileColumns<R>;
+  for (int64_t r = 0; r < rows; r += kLanes<R>) {
+    const Vec<R> part = load_first(from + r, rows - r);
+    for (int i = 0; i < kLanes<R> && r + i < rows; ++i) to[(r + i) * kTileColumns<R>] += weight * part[i];
   }
 }
 

@@ -117,7 +117,8 @@ class Forward {
       for (int64_t i = 0; i < size; ++i) {
         hi[i] = static_cast<R>(mean[i]);
         lo[i] = static_cast<R>(mean[i] - hi[i]);
-        rstd[i] = 1 / std::sqrt(static_cast<R>(var[i] + eps));
+        const R shifted = static_cast<R>(var[i] + eps);
+        rstd[i] = 1 / std::sqrt(shifted) + 0 * shifted;  // NaN for a variance beyond the range of R
       }
     }
     for (int i = 0; p.stats && i < 3; ++i)

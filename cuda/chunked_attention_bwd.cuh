@@ -21,7 +21,10 @@
 //   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, and 1 KiB for scores; a multiprocessor has 1 block of scores or, if
 //                 its memory allows, 2 of products
 //   float         kEdge 128, slabs 16 deep, 49 KiB; double: kEdge 64, 49 KiB; by multiply-adds
-// Registers (sm_80 to sm_120), no spills: scores 223, products 126, or 143 where rows are no vectors; float 254, 185.
+// Registers, no spills but in products on sm_100 and sm_120 (10 and 14 registers): scores 223, products 126, or 159 where rows are no vectors; float 254, 194.
+//
+// What is not finite: tiles on the diagonal hold zeros for the pairs that do not see each other, and 0 times a NaN of a row
+// of q, k or do is NaN. So elements of a product that are not finite are made again, without the zeros (`repair`).
 //
 // Bytes: q, k, v, do twice and o once, dq, dk, dv once, each more often from L2: 4 kEdge (K + V) elements of operands a
 // tile, P V / kEdge times, dS 2 K / kEdge times.
@@ -122,7 +125,7 @@ GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Produ
     GPU_UNROLL
     for (int c = 0; c < Product::kMicro; ++c) {
       sum += prob.at(r, c);
-      product += prob.at(r, c) * dp.at(r, c);
+      product += prob.at(r, c) == 0 ? R{0} : prob.at(r, c) * dp.at(r, c);  // dp may be NaN where a row sees no key
     }
     sums[Product::row(r) * pitch + Product::slot()] = sum;
     partial[Product::row(r) * pitch + Product::slot()] = product;
@@ -134,7 +137,7 @@ GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Produ
       sum += sums[threadIdx.x * pitch + slot];
       product += partial[threadIdx.x * pitch + slot];
     }
-    const R gain = sum == 0 ? R{1} : 1 / sum;
+    const R gain = sum == 0 || sum != sum ? R{1} : 1 / sum;  // a row that is NaN keeps the zeros of what it does not see
     delta[threadIdx.x] = product * gain;
     gains[threadIdx.x] = gain;
   }
@@ -242,6 +245,36 @@ GPU_INLINE void scale_by(typename Product::Sum& sum, typename Product::R factor)
   }
 }
 
+// Elements of a product with P or dS that are not finite, made again without the terms whose weight is 0: of pairs that
+// do not see each other, and there a NaN must stay where it is. weight(i, r), i < depth, belongs to row r of the tile;
+// right(i) is a row, or null.
+template <class Product, class Weight, class Right>
+GPU_INLINE void repair(typename Product::Sum& sum, int64_t depth, int64_t rows, int64_t columns, Weight&& weight,
+                       Right&& right) {
+  using R = typename Product::R;
+  constexpr int kMicro = Product::kMicro;
+  uint64_t odd = 0;
+  GPU_UNROLL
+  for (int e = 0; e < kMicro * kMicro; ++e)
+    odd |= static_cast<uint64_t>(sum.at(e / kMicro, e % kMicro) - sum.at(e / kMicro, e % kMicro) != 0) << e;
+#pragma unroll 1
+  for (; odd; odd &= odd - 1) {
+    const int at = __ffsll(static_cast<long long>(odd)) - 1;
+    const int row = Product::row(at / kMicro), column = Product::column(at % kMicro);
+    if (row >= rows || column >= columns) continue;
+    R value = 0;
+#pragma unroll 1
+    for (int64_t i = 0; i < depth && value == value; ++i) {
+      const R w = gpu::to_real(weight(i, row));
+      const auto* const from = right(i);
+      if (w != 0 && from) value += w * gpu::to_real(from[column]);
+    }
+    GPU_UNROLL
+    for (int e = 0; e < kMicro * kMicro; ++e)
+      if (e == at) sum.at(e / kMicro, e % kMicro) = value;
+  }
+}
+
 // dv, or dk, of a panel: the products of its P, or dS, with kEdge columns of do, or q.
 template <class Product>
 GPU_INLINE void differentiate_keys(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
@@ -270,6 +303,13 @@ GPU_INLINE void differentiate_keys(const ChunkedAttentionBwdParams& p, const Bwd
         const T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
         Product::template multiply<true, true>(sum, a, b, block.rows - first - slab * kDepth, block.rows - key,
                                                width - column);
+      });
+  repair<Product>(
+      sum, block.rows - first, block.rows - key, width - column,
+      [&](int64_t i, int row) { return tile[(first + i) * kEdge + row]; },
+      [&](int64_t i) {
+        const T* const from = right(static_cast<int>(first + i));
+        return from ? from + column : from;
       });
   if (!values) scale_by<Product>(sum, static_cast<R>(p.scale));
   const auto out = chunk_rows(p, block, typed<T>(values ? p.dv : p.dk), width);
@@ -306,6 +346,17 @@ GPU_INLINE void differentiate_queries(const ChunkedAttentionBwdParams& p, const 
         const T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
         Product::template multiply<false, true>(sum, a, b, stop - key - slab * kDepth, block.rows - query,
                                                 p.key_dim - column);
+      });
+
+  repair<Product>(
+      sum, stop - key, block.rows - query, p.key_dim - column,
+      [&](int64_t i, int row) {
+        const int64_t at = key + i;
+        return typed<T>(plan.tiles)[((2 * (zero + at / kEdge) + 1) * plan.blocks * kEdge + query + row) * kEdge + at % kEdge];
+      },
+      [&](int64_t i) {
+        const T* const from = k(static_cast<int>(key + i));
+        return from ? from + column : from;
       });
 
   const R* before = key > 0 ? typed<R>(round % 2 ? plan.dq_sums[1] : plan.dq_sums[0]) : nullptr;

@@ -41,7 +41,7 @@ struct FmaTiling {
   static constexpr int kPerRow = kFmaThreads / kFmaRows;  // threads in the softmax of a row
   static constexpr int kProductSlice = (kFmaRows + kKeys) * kDepth, kValueSlice = kSliceKeys * kColumns;
   static constexpr int kStage = kProductSlice > kValueSlice ? kProductSlice : kValueSlice;
-  static constexpr size_t kSharedBytes = (2 * kStage + kFmaRows * (kScorePitch + 2)) * sizeof(R);
+  static constexpr size_t kSharedBytes = (2 * kStage + kFmaRows * (kScorePitch + 3)) * sizeof(R);
   static_assert(kRowGroups * kKeyGroups == kFmaThreads && kThreadRows * kFmaThreads == kFmaRows * kColumnGroups);
   static_assert(kKeys % kSliceKeys == 0 && kPerRow == gpu::kWarp / 8 && kRowGroups == 16 && kKeyGroups == 16);
 };
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   SMEM_DYN(R, shared);
   R* const scores = shared + 2 * Tiling::kStage;  // (64, kKeys), then probabilities
   R* const factors = scores + kFmaRows * Tiling::kScorePitch;
-  R* const sums = factors + kFmaRows;
+  R *const sums = factors + kFmaRows, *const maxima = sums + kFmaRows;
 
   const Window window(p, block);
   const GridRows<T> k(p, block, window.origin, head, p.cache_k, p.k, p.key_dim);
@@ -246,10 +246,34 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   for (int distance = 8; distance < gpu::kWarp; distance *= 2) sum += __shfl_xor_sync(gpu::kFullMask, sum, distance);
   if (softmax_key == 0) {
     sums[softmax_row] = sum;
+    maxima[softmax_row] = max;
     if (first_column == 0 && softmax_row < block.live)
       static_cast<R*>(p.lse)[(block.token + softmax_row) * p.heads + head] = max + log(sum);
   }
   __syncthreads();
+  constexpr int kMask = kThreadRows * 8 < 64 ? kThreadRows * 8 : 64;
+  GPU_UNROLL
+  for (int first = 0; first < kThreadRows * 8; first += kMask) {
+    uint64_t odd = 0;
+    GPU_UNROLL
+    for (int e = 0; e < kMask; ++e)
+      odd |= static_cast<uint64_t>(!is_finite(output[(first + e) / 8][(first + e) % 8])) << e;
+#pragma unroll 1
+    for (; odd; odd &= odd - 1) {
+      const int at = first + __ffsll(static_cast<long long>(odd)) - 1, r = first_row + at / 8, c = at % 8;
+      const int column = c / kVector * kVector * Tiling::kColumnGroups + column_group * kVector + c % kVector;
+      if (r >= block.live || column >= columns || !is_finite(sums[r])) continue;
+      R value = 0;
+      GPU_UNROLL
+      for (int e = 0; e < kMask; ++e) value = first + e == at ? output[(first + e) / 8][(first + e) % 8] : value;
+      const R top = maxima[r] == -kInfinity<R> ? 0 : maxima[r];
+      value = repaired(value, p, window, drop, window.row0 + r, q + r * p.heads * p.key_dim, k, v,
+                       first_column + column, [&](R score) { return exponential(score * scale - top); });
+      GPU_UNROLL
+      for (int e = 0; e < kMask; ++e)
+        if (first + e == at) output[(first + e) / 8][(first + e) % 8] = value;
+    }
+  }
   GPU_UNROLL
   for (int i = 0; i < kThreadRows; ++i) {
     if (first_row + i >= block.live) break;

@@ -44,6 +44,33 @@ struct Window {
   GPU_INLINE bool holds(int column) const { return column >= begin && column < end; }
 };
 
+// What is not finite. A tile's rows share keys, to which some of them give the weight 0, and 0 times a NaN of a value
+// is NaN. So an output that is not finite, of a row whose sum is, is made again if the row sees only finite values.
+// q, k and v are rows by their number on the window's grid; exp_of(score) is the weight.
+template <class T, class R, class Rows, class ExpOf>
+GPU_INLINE R repaired(R output, const ChunkedAttentionFwdParams& p, const Window& window, const DropKey& drop, int row,
+                      const T* q, const Rows& k, const Rows& v, int64_t column, ExpOf&& exp_of) {
+  const int start = window.start(row);
+#pragma unroll 1
+  for (int key = start; key <= row; ++key) {
+    const R value = gpu::to_real(v(key)[column]);
+    if (value - value != 0) return output;
+  }
+  R sum = 0;
+#pragma unroll 1
+  for (int key = start; key <= row; ++key) {
+    if (drop && drop.dropped(window.origin + row, window.origin + key)) continue;
+    R score = 0;
+#pragma unroll 1
+    for (int64_t e = 0; e < p.key_dim; ++e) score += gpu::to_real(q[e]) * gpu::to_real(k(key)[e]);
+    sum += exp_of(score) * gpu::to_real(v(key)[column]);
+  }
+  return sum;
+}
+
+template <class R>
+GPU_INLINE bool is_finite(R value) { return value - value == 0; }
+
 // Zeros for the rows [live, rows) of a block, which are padding, in `columns` columns of o.
 template <class T>
 GPU_INLINE void store_padding(const ChunkedAttentionFwdParams& p, const RowBlock& block, int64_t head, int64_t column,

@@ -13,7 +13,8 @@
 //   3. O = f O + P V, P rounded to T                      2 and 3 while the keys of the next tile are copied
 // and ends with o = O / l, lse = (m + log2 l) ln 2, the output staged in shared memory for whole rows. Scores count in
 // units of log2 e. A warp passes over tiles that none of its rows sees. Where every score is dropped, l = 0 and o = 0.
-// Zeros stand for keys outside the rows seen by the block; a NaN within (a later token's too) reaches the block's rows.
+// Zeros stand for keys outside the rows seen by the block. Outputs that are not finite are looked at once more
+// (`repaired`): a later token's NaN must not reach them.
 //
 // V beyond kColumns: other blocks, which compute the scores again. For K = 256 and V = 2048 that is 8 * 256 + 2048
 // products a pair instead of 2304, 1.8 times as many. More columns a block would save of these, but 64 rows instead of
@@ -21,7 +22,7 @@
 //
 // Shared memory: Q (or the output), a tile of keys, one of values, K padded to a multiple of 64; 96 KiB at K = 256,
 // kColumns = 256. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks a SM), else 255
-// (one); no spills.
+// (one); no spills but 2 registers on sm_100 (kColumns 64) and 12 on sm_120 (kColumns 256).
 // Bytes, H100 (990 TFLOP/s): T = 16384, H 1, K 256, V 2048, C 2048, bf16: q, k, v, o once is 151 MB, 45 us; from L2
 // each row block reads keys and values of its chunk up to itself. 4096 products for each of T C / 2 pairs: 139 us.
 #pragma once
@@ -187,6 +188,27 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     sum += __shfl_xor_sync(gpu::kFullMask, sum, 1);
     sum += __shfl_xor_sync(gpu::kFullMask, sum, 2);
     inverse[j] = sum == 0 ? 0 : 1 / sum;
+    GPU_UNROLL
+    for (int i = 2 * j; i < 2 * j + 2; ++i) {
+      unsigned odd = 0;
+      GPU_UNROLL
+      for (int n = 0; n < kColumns / 8; ++n) odd |= static_cast<unsigned>(!is_finite(rows.output[n][i])) << n;
+      if (!is_finite(sum) || row[j] >= window.end) odd = 0;
+#pragma unroll 1
+      for (; odd; odd &= odd - 1) {
+        const int at = __ffs(odd) - 1, column = at * 8 + lane % 4 * 2 + i % 2;
+        if (column >= columns) continue;
+        float output = 0;
+        GPU_UNROLL
+        for (int n = 0; n < kColumns / 8; ++n) output = n == at ? rows.output[n][i] : output;
+        const T* const of_row = q + static_cast<int64_t>(row[j] - window.row0) * p.heads * depth;
+        output = repaired(output, p, window, drop, row[j], of_row, k, v, first_column + column, [&](float score) {
+          return gpu::to_real(gpu::from_real<T>(gpu::exp2_approx(score * scale - rows.max[j])));
+        });
+        GPU_UNROLL
+        for (int n = 0; n < kColumns / 8; ++n) rows.output[n][i] = n == at ? output : rows.output[n][i];
+      }
+    }
     if (first_column == 0 && lane % 4 == 0 && row[j] < window.end)
       static_cast<float*>(p.lse)[(block.token + row[j] - window.row0) * p.heads + head] =
           (rows.max[j] + log2f(sum)) * kLn2;

@@ -1,6 +1,8 @@
 // What the kernels of normalized_qk share: the row of the rotary table for a token.
 #pragma once
 
+#include <cmath>
+
 #include "normalized_qk.h"
 #include "sequences.cuh"
 
@@ -12,6 +14,25 @@ GPU_INLINE int64_t table_row(const NormalizedQkParams& p, int64_t token) {
   const int64_t s = token < p.sequences.tokens ? gpu::find_sequence(p.sequences, token) : -1;
   const int64_t position = s < 0 ? -1 : gpu::find_position(p.position, s, p.chunk_size);
   return position < 0 ? -1 : (position + token - p.sequences.begin(s)) % p.chunk_size;
+}
+
+// What to multiply z by before squares are added, where their mean, plus eps, tells that some overflowed or vanished; else
+// 1. With it, no square of a normal number does.
+template <class R>
+GPU_INLINE R square_scale(R mean) {
+  constexpr bool kFloat = sizeof(R) == 4;
+  constexpr R kLeast = static_cast<R>(kFloat ? 0x1p-80 : 0x1p-900);
+  if (mean >= kLeast && mean < static_cast<R>(INFINITY)) return 1;
+  return static_cast<R>(mean < kLeast ? (kFloat ? 0x1p64 : 0x1p520) : (kFloat ? 0x1p-70 : 0x1p-560));
+}
+template <class R, int n>
+GPU_INLINE void add_squares(R& sum, const R (&z)[n], R scale) {
+  GPU_UNROLL
+  for (int i = 0; i < n; ++i) sum += (z[i] * scale) * (z[i] * scale);
+}
+template <class R>
+GPU_INLINE R inverse_rms(const NormalizedQkParams& p, R sum, R scale) {
+  return scale * rsqrt(sum / static_cast<R>(p.key_dim) + static_cast<R>(p.eps) * scale * scale);
 }
 
 }  // namespace normalized_qk

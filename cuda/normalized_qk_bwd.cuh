@@ -134,9 +134,11 @@ struct Scales {
   R r, projection;  // the latter is sqrt(K) mean(dzn zn)
 };
 
-template <class R>
-GPU_INLINE Scales<R> make_scales(const NormalizedQkBwdParams& p, const Sums<R>& sums) {
-  const R size = static_cast<R>(p.key_dim), r = rsqrt(sums.squares / size + static_cast<R>(p.eps));
+// again(scale) gives the sum of squares of z times scale; all threads that share the sums call it.
+template <class R, class Again>
+GPU_INLINE Scales<R> make_scales(const NormalizedQkBwdParams& p, const Sums<R>& sums, Again&& again) {
+  const R size = static_cast<R>(p.key_dim), mean = sums.squares / size + static_cast<R>(p.eps);
+  const R scale = square_scale(mean), r = scale == 1 ? rsqrt(mean) : inverse_rms(p, again(scale), scale);
   return {r, r * (sums.products / size)};
 }
 
@@ -206,7 +208,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     if (token + kWarps < tokens) load_token(token + kWarps);
     sums.squares = gpu::warp_sum(sums.squares);
     sums.products = gpu::warp_sum(sums.products);
-    const Scales<R> scales = make_scales(p, sums);
+    const Scales<R> scales = make_scales(p, sums, [&](R scale) {
+      R squares = 0;
+      GPU_UNROLL
+      for (int v = 0; v < kVectors; ++v)
+        if (channel(v) < p.key_dim) add_squares(squares, in[v].z, scale);
+      return gpu::warp_sum(squares);
+    });
     GPU_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       if (channel(v) >= p.key_dim) continue;
@@ -262,8 +270,16 @@ __global__ void __launch_bounds__(kThreads, 2) normalized_qk_bwd_block_kernel(No
       }
       sums.squares = gpu::block_sum(sums.squares);
       sums.products = gpu::block_sum(sums.products);
+      const Scales<R> scales = make_scales(p, sums, [&](R scale) {
+        R squares = 0;
+        for (int64_t c = start; row >= 0 && c < p.key_dim; c += step) {
+          R z[kWidth];
+          gpu::load<kWhole>(z, static_cast<const T*>(p.z) + at + c);
+          add_squares(squares, z, scale);
+        }
+        return gpu::block_sum(squares);
+      });
       if (threadIdx.x > 0) continue;  // block_sum's barriers have kept it from scales that others still read
-      const Scales<R> scales = make_scales(p, sums);
       scale[2 * i] = scales.r;
       scale[2 * i + 1] = scales.projection;
     }

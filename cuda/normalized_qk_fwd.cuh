@@ -95,7 +95,14 @@ __global__ void __launch_bounds__(kWarpsPerBlock* gpu::kWarp) normalized_qk_fwd_
     }
     GPU_UNROLL
     for (int e = 0; e < kWidth; ++e) squares += z[e] * z[e];
-    const R r = rsqrt(gpu::warp_sum(squares) / static_cast<R>(p.key_dim) + static_cast<R>(p.eps));
+    const R mean = gpu::warp_sum(squares) / static_cast<R>(p.key_dim) + static_cast<R>(p.eps);
+    const R scale = square_scale(mean);
+    R r = rsqrt(mean);
+    if (scale != 1) {  // of the whole warp
+      squares = 0;
+      add_squares(squares, z, scale);
+      r = inverse_rms(p, gpu::warp_sum(squares), scale);
+    }
     GPU_UNROLL
     for (int e = 0; e < kWidth; ++e) z[e] *= r;
     if (!active) continue;
@@ -121,7 +128,17 @@ __global__ void __launch_bounds__(kMaxThreads) normalized_qk_fwd_block_kernel(No
       GPU_UNROLL
       for (int j = 0; j < kWidth; ++j) squares += z[j] * z[j];
     }
-    const R r = rsqrt(gpu::block_sum(squares) / static_cast<R>(p.key_dim) + static_cast<R>(p.eps));
+    const R mean = gpu::block_sum(squares) / static_cast<R>(p.key_dim) + static_cast<R>(p.eps);
+    const R scale = square_scale(mean);
+    R r = rsqrt(mean);
+    if (scale != 1) {  // of the whole block
+      squares = 0;
+      for (int64_t e = start; row >= 0 && e < p.key_dim; e += step) {
+        gpu::load<kWhole>(z, from + e);
+        add_squares(squares, z, scale);
+      }
+      r = inverse_rms(p, gpu::block_sum(squares), scale);
+    }
     for (int64_t e = start; e < p.key_dim; e += step) {
       if (row < 0) {
         store_zeros<kWhole, T, R, kWidth>(p, begin + e);

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
     const int row = place.warp * kRows + r, left = rows.left[row];
     const R rstd = rstd_after<R>(p, place.readable_token(r), place.group), share = rows.share[row];
     u[r] = left < 0 ? 0 : -rstd * u[r] * share;
-    v[r] = left < 0 ? 0 : -rstd * rstd * rstd * v[r] * (share / 2);
+    v[r] = left < 0 ? 0 : -rstd * (rstd * (rstd * v[r])) * (share / 2);
     if (left == 0) {
       const int64_t at = rows.sequence[row] * p.groups + place.group;
       if (p.dmean_out) u[r] += static_cast<const R*>(p.dmean_out)[at] * share;

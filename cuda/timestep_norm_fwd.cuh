@@ -282,7 +282,8 @@ GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, c
       mean_change += share * d;
       var_change += share * ((of.var[r] - (base.var.hi + var_change)) + (1 - share) * (d * d));
       of.mean[r] = add(base.mean, mean_change);
-      of.var[r] = rsqrt(base.var.hi + (base.var.lo + var_change) + static_cast<R>(p.eps));
+      const R shifted = base.var.hi + (base.var.lo + var_change) + static_cast<R>(p.eps);
+      of.var[r] = rsqrt(shifted) + 0 * shifted;  // NaN for a variance beyond the range of R
     }
     if (place.vector != 0) continue;
     if (p.stats) {

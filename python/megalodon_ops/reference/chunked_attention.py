@@ -9,6 +9,9 @@ Tokens of a sequence lie on a grid of chunks; row i sees the columns j <= i of i
 A sequence that goes on from a state first completes that chunk: the state's `position` keys are columns 0 .. position
 - 1, and token t is row position + t. Key and value sizes differ: q and k have K channels a head, v and o have V.
 
+A value that is not finite reaches the rows that see it and no others, although they give it the weight 0; in the backward
+likewise.
+
 DropKey drops each score with probability `dropkey`, without a rescale: the softmax renormalizes. The mask (philox.py)
 depends on seed, sequence, head, row and column, all counted on the grid of the call, so it is not the mask of another
 split of the same sequence.
@@ -62,7 +65,7 @@ def chunked_attention(
         o_s = torch.zeros_like(v_s)  # (position + n, H, V)
         for rows, columns in _chunks(position, len(k_s), chunk_size):
             P = _probabilities(q_s, k_s, rows, columns, scale, dropkey, seed, s)
-            o_s[rows] = torch.einsum("hij,jhv->ihv", P, v_s[columns])
+            o_s[rows] = _sum_of_seen(P, v_s[columns], _seen(rows, columns))
         o[row, tokens] = o_s[position:].to(v.dtype)
         ends.append((k_s, v_s))
     if not return_state:
@@ -109,11 +112,12 @@ def chunked_attention_bwd(
         for rows, columns in _chunks(position, len(k_s), chunk_size):
             P = _probabilities(q_s, k_s, rows, columns, scale, dropkey, seed, s)
             dP = torch.einsum("ihv,jhv->hij", do_s[rows], v_s[columns])
-            delta = (P * dP).sum(-1, keepdim=True)
-            dS = P * (dP - delta)
-            dq_s[rows] = scale * torch.einsum("hij,jhk->ihk", dS, k_s[columns])
-            dk_s[columns] = scale * torch.einsum("hij,ihk->jhk", dS, q_s[rows])
-            dv_s[columns] = torch.einsum("hij,ihv->jhv", P, do_s[rows])
+            delta = torch.where(P == 0, 0, P * dP).sum(-1, keepdim=True)
+            dS = torch.where(P == 0, 0, P * (dP - delta))
+            seen = _seen(rows, columns)
+            dq_s[rows] = scale * _sum_of_seen(dS, k_s[columns], seen)
+            dk_s[columns] = scale * _sum_of_seen(dS.mT, q_s[rows], seen.mT)
+            dv_s[columns] = _sum_of_seen(P.mT, do_s[rows], seen.mT)
         for total, part in ((dq, dq_s), (dk, dk_s), (dv, dv_s)):
             total[row, tokens] = part[position:].to(total.dtype)
     return dq, dk, dv
@@ -146,13 +150,27 @@ def _probabilities(
 ) -> Tensor:
     """Returns softmax(scale q k^T) of a chunk, (H, rows, columns)."""
     scores = scale * torch.einsum("ihk,jhk->hij", q[rows], k[columns])
-    i = torch.arange(rows.start, rows.stop, device=q.device)
-    j = torch.arange(columns.start, columns.stop, device=q.device)
-    masked = (j > i[:, None]).expand(scores.shape)
+    masked = (~_seen(rows, columns)).to(q.device).expand(scores.shape)
     if dropkey > 0:
+        i = torch.arange(rows.start, rows.stop, device=q.device)
+        j = torch.arange(columns.start, columns.stop, device=q.device)
         masked = masked | dropkey_mask(dropkey, seed, s, q.shape[1], i, j)
-    P = scores.masked_fill(masked, -torch.inf).softmax(-1)
-    return P.masked_fill(masked.all(-1, keepdim=True), 0)
+    return scores.masked_fill(masked, -torch.inf).softmax(-1).masked_fill(masked, 0)
+
+
+def _seen(rows: slice, columns: slice) -> Tensor:
+    """Which columns each row sees, (rows, columns)."""
+    return torch.arange(columns.start, columns.stop) <= torch.arange(rows.start, rows.stop)[:, None]
+
+
+def _sum_of_seen(weights: Tensor, terms: Tensor, seen: Tensor) -> Tensor:
+    """Returns sum_j weights_ij terms_j, (I, H, E), over the j that i sees. weights (H, I, J), terms (J, H, E)."""
+    finite = terms.isfinite()
+    total = torch.einsum("hij,jhe->ihe", weights, terms.where(finite, 0))
+    for j in (~finite).flatten(1).any(1).nonzero().flatten().tolist():
+        i = seen[:, j].nonzero().flatten().to(terms.device)
+        total = total.index_add(0, i, weights[:, i, j].T[..., None] * terms[j].where(~finite[j], 0))
+    return total
 
 
 def _end_state(q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int) -> AttentionState:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_ops.reference.sequences import accumulation_dtype
+from megalodon_ops.reference.sequences import accumulation_dtype, inverse_rms
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -62,7 +62,7 @@ def _normalized(x: Tensor, eps: float, is_rms_norm: bool) -> tuple[Tensor, Tenso
     """xn and r."""
     wide = x.to(accumulation_dtype(x.dtype))
     centred = wide if is_rms_norm else wide - wide.mean(-1, keepdim=True)
-    r = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    r = inverse_rms(centred, eps)
     return centred * r, r
 
 

@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from megalodon_ops.reference.sequences import accumulation_dtype, sequences
+from megalodon_ops.reference.sequences import accumulation_dtype, inverse_rms, sequences
 
 
 def normalized_qk(
@@ -54,7 +54,7 @@ def normalized_qk(
     k = torch.zeros_like(q)
     for s, (row, tokens) in enumerate(sequences(z, cu_seqlens, lengths)):
         z_s = z[row, tokens].to(real).unflatten(-1, (num_heads, -1))  # (n, H, K)
-        zn = z_s * (z_s.square().mean(-1, keepdim=True) + eps).rsqrt()
+        zn = z_s * inverse_rms(z_s, eps)
         u = zn * ((1 + gamma) / math.sqrt(zn.shape[-1]))[:, None] + beta[:, None]  # (2, n, H, K)
         angles = _angles(zn, position, s, chunk_size, rope_base)
         q[row, tokens], k[row, tokens] = _rotate(u, angles).to(z.dtype)
@@ -94,7 +94,7 @@ def normalized_qk_bwd(
     dgamma, dbeta = torch.zeros_like(gain), torch.zeros_like(gain)
     for s, (row, tokens) in enumerate(sequences(z, cu_seqlens, lengths)):
         z_s = z[row, tokens].to(real).unflatten(-1, (num_heads, -1))  # (n, H, K)
-        r = (z_s.square().mean(-1, keepdim=True) + eps).rsqrt()
+        r = inverse_rms(z_s, eps)
         zn = z_s * r
         root = math.sqrt(zn.shape[-1])
         angles = _angles(zn, position, s, chunk_size, rope_base)

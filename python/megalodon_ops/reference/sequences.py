@@ -28,3 +28,8 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> l
         )
     ends = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
     return [(row, slice(0, end)) for row, end in enumerate(ends)]
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """Returns 1 / sqrt(mean(x^2) + eps) over the last dimension, from squares that float32 could not hold."""
+    return (x.double().square().mean(-1, keepdim=True) + eps).rsqrt().to(x.dtype)

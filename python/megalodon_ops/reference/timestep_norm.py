@@ -14,6 +14,8 @@ hence c1 = 0: its mean and var do not matter. Two spans with statistics (n_a, me
 merge by the same formula, with n' = n_a + n_b and c2 = n_b / n', in any order of brackets: that is how a sequence is
 cut into parallel chunks.
 
+A variance that is no number of the state's dtype, beyond 3e38 for float32, gives NaN.
+
 dtypes: x and y float32, float64, bfloat16 or float16; weight, bias and the state float32, or float64 for float64 x. A
 state holds mean and var as value + residual, about twice the digits of its dtype: rounded to one float32, the mean of
 a long stream stops moving once c2 (gm - mean) is below half a unit in its last place. Statistics are float64 here,
@@ -57,7 +59,7 @@ def timestep_norm(
     for (row, tokens), (n, mean, var) in zip(spans, _initial(state, len(spans), num_groups, x.device), strict=True):
         x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (n, G, D/G)
         count, mean, var, _ = _statistics(x_s, n, mean, var)
-        normalized = (x_s - mean[1:, :, None]) * (var[1:, :, None] + eps).rsqrt()
+        normalized = (x_s - mean[1:, :, None]) * _rstd(var[1:, :, None], eps, real)
         y[row, tokens] = (normalized.flatten(-2).to(real) * gain + bias).to(x.dtype)
         counts.append(count)
         means.append(mean[-1])
@@ -125,7 +127,7 @@ def timestep_norm_bwd(
         x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (n, G, D/G)
         dy_s = dy[row, tokens].double().unflatten(-1, (num_groups, -1))
         _, mean, var, gm = _statistics(x_s, n, mean, var)
-        r = (var + eps).rsqrt()
+        r = _rstd(var, eps, real)
         centred = x_s - mean[1:, :, None]
         dw += (dy_s * centred * r[1:, :, None]).sum(0)
         db += dy_s.sum(0)
@@ -142,6 +144,11 @@ def timestep_norm_bwd(
         dx[row, tokens] = dx_s.flatten(-2).to(x.dtype)
         dmeans[s], dvars[s] = u, v
     return dx, dw.flatten().to(real), db.flatten().to(real), dmeans.to(real), dvars.to(real)
+
+
+def _rstd(var: Tensor, eps: float, real: torch.dtype) -> Tensor:
+    """Returns 1 / sqrt(var + eps), or NaN where a state of this dtype could not hold the variance."""
+    return (var + eps).rsqrt() + 0 * (var + eps).to(real)
 
 
 def _initial(

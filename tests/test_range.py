@@ -1,0 +1,319 @@
+"""What infinities and NaN reach, and numbers near the ends of float32's range: right inside stated bounds, loud outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_all_as_accurate_as, assert_as_accurate_as, assert_close
+from backends import DEVICES, ISAS, every_backend, isa
+from cases import (
+    cema_case,
+    chunked_attention_case,
+    evaluate,
+    forward,
+    generator,
+    normalized_qk_case,
+    randn,
+    timestep_norm_case,
+)
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import megalodon_ops as mo
+from megalodon_ops import _C, reference
+from megalodon_ops import layer_norm as norms
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+each_isa = pytest.mark.parametrize("name", ISAS)
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 0.03, torch.float16: 0.004}
+
+
+# Attention. Which results at which steps of the chunk a step's value may reach; all else must stay as it is.
+def reached(name, step, steps):
+    from_step, at_step, up_to_step, everywhere = steps >= step, steps == step, steps <= step, steps >= 0
+    nowhere = ~everywhere
+    return {
+        "q": {"o": at_step, "dq": at_step, "dk": up_to_step, "dv": up_to_step},
+        "k": {"o": from_step, "dq": from_step, "dk": everywhere, "dv": everywhere},
+        "v": {"o": from_step, "dq": from_step, "dk": everywhere, "dv": nowhere},
+        "do": {"o": nowhere, "dq": at_step, "dk": up_to_step, "dv": up_to_step},
+    }[name]
+
+
+def with_value(tensor, step, head, channel, value):
+    changed = tensor.detach().clone()
+    changed[0, step, head, channel] = value
+    return changed
+
+
+def assert_reaches_only_what_depends_on_it(run, case, cached, name, step, value):
+    """run(case, do) gives the results. One number of step `step`, head 0, is `value` instead of what it was."""
+    do = randn(generator(1), *case.tensors["v"].shape, dtype=case.dtype)
+    clean = run(case, do)
+    if name == "do":
+        dirty = run(case, with_value(do, step, 0, 1, value))
+    else:
+        dirty = run(case.with_tensors(**{name: with_value(case.tensors[name], step, 0, 1, value)}), do)
+    C = case.options["chunk_size"]
+    steps = cached + torch.arange(do.shape[1])
+    in_chunk = steps // C == steps[step] // C
+    for result, where in reached(name, steps[step], steps).items():
+        if result not in dirty:
+            continue
+        assert_close(
+            dirty[result][:, ~(in_chunk & where)], clean[result][:, ~(in_chunk & where)],
+            tolerance=TOLERANCE[case.dtype], name=f"{result} of steps that do not depend on it",
+        )  # fmt: skip
+        assert_close(dirty[result][:, :, 1:], clean[result][:, :, 1:], tolerance=TOLERANCE[case.dtype], name="heads")
+    if name == "v":
+        o, seen = dirty["o"][0, :, 0], in_chunk & (steps >= steps[step])
+        assert not o[seen, 1].isfinite().any(), "a value that a row sees was lost"
+        others = torch.arange(o.shape[-1]) != 1
+        assert_close(o[:, others], clean["o"][0, :, 0, others], tolerance=TOLERANCE[case.dtype], name="other channels")
+    elif name in ("q", "k"):  # a product with it may also be the infinity that gives the weight 0
+        assert value == value or not dirty["o"][0, step, 0].isfinite().any(), "NaN was lost"
+    else:
+        assert not dirty["dq"][0, step, 0].isfinite().all(), "a gradient was lost"
+
+
+def run_op(case, do):
+    return evaluate(mo.chunked_attention, case, lambda _, grad: do)
+
+
+def run_reference(case, do):
+    o = reference.chunked_attention(**case.tensors, **case.options)
+    gradients = reference.chunked_attention_bwd(do, *case.tensors.values(), **case.options)
+    return {"o": o} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+
+
+def attention_case(cached, L, K, V, C, dtype):
+    case = chunked_attention_case(B=1, L=L, H=2, K=K, V=V, C=C, dtype=dtype, state=cached > 0, scale=K**-0.5)
+    if cached:
+        state = case.options["state"]
+        clean = (t.nan_to_num(0.5) for t in state[:2])
+        case = case.with_options(state=mo.AttentionState(*clean, torch.tensor([cached])))
+    return case
+
+
+ATTENTION = {
+    "one-block": {"cached": 0, "L": 90, "K": 32, "V": 48, "C": 64},
+    "narrow": {"cached": 0, "L": 70, "K": 5, "V": 7, "C": 67},
+    "many-blocks": {"cached": 0, "L": 430, "K": 16, "V": 20, "C": 400},
+    "on-a-cache": {"cached": 150, "L": 140, "K": 16, "V": 64, "C": 256},
+    "few-queries": {"cached": 21, "L": 4, "K": 16, "V": 24, "C": 64},
+}
+
+
+@each_isa
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", ATTENTION.values(), ids=ATTENTION)
+def test_attention_passes_it_to_what_depends_on_it(shape, dtype, value, name):
+    case, L = attention_case(**shape, dtype=dtype), shape["L"]
+    with isa(name):
+        for tensor in ("q", "k", "v", "do"):
+            for step in {0, 1, L // 3, L // 2 + 1, L - 2, L - 1}:
+                assert_reaches_only_what_depends_on_it(run_op, case, shape["cached"], tensor, step, value)
+
+
+@given(data=st.data())
+def test_attention_of_any_shape_passes_it_to_what_depends_on_it(data):
+    C = data.draw(st.sampled_from([2, 16, 17, 48, 64, 100, 200]))
+    cached, L = data.draw(st.integers(0, C - 1)), data.draw(st.integers(1, 2 * C))
+    K, V = (data.draw(st.sampled_from([2, 3, 16, 33, 64])) for _ in range(2))
+    case = attention_case(cached, L, K, V, C, data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    tensor, step = data.draw(st.sampled_from(["q", "k", "v", "do"])), data.draw(st.integers(0, L - 1))
+    assert_reaches_only_what_depends_on_it(run_op, case, cached, tensor, step, torch.nan)
+
+
+# Kernels on tensor cores of each width, the others, and the one for few queries; chunks that end within tiles.
+ON_CUDA = {
+    "64-columns": ({"cached": 0, "L": 75, "K": 40, "V": 24, "C": 67}, torch.bfloat16),
+    "256-columns": ({"cached": 7, "L": 40, "K": 16, "V": 136, "C": 21}, torch.float16),
+    "float": ({"cached": 0, "L": 70, "K": 20, "V": 24, "C": 67}, torch.float32),
+    "float-512-columns": ({"cached": 0, "L": 40, "K": 16, "V": 260, "C": 33}, torch.float32),
+    "double": ({"cached": 3, "L": 24, "K": 18, "V": 10, "C": 32}, torch.float64),
+    "two-blocks": ({"cached": 0, "L": 140, "K": 8, "V": 8, "C": 140}, torch.bfloat16),
+    "few-queries": ({"cached": 21, "L": 4, "K": 16, "V": 24, "C": 64}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("backend", DEVICES[1:], indirect=True)
+@pytest.mark.parametrize("tensor", ["q", "k", "v", "do"])
+@pytest.mark.parametrize(("shape", "dtype"), ON_CUDA.values(), ids=ON_CUDA)
+def test_attention_on_cuda_passes_it_to_what_depends_on_it(shape, dtype, tensor, backend):
+    case, L = attention_case(**shape, dtype=dtype), shape["L"]
+    for step, value in ((L // 2 + 1, torch.nan), (L - 1, torch.inf)):
+        assert_reaches_only_what_depends_on_it(run_op, case, shape["cached"], tensor, step, value)
+
+
+@pytest.mark.parametrize("tensor", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_the_references_attention_passes_it_to_what_depends_on_it(value, tensor):
+    case = attention_case(5, 30, 4, 6, 16, torch.float64)
+    for step in (0, 9, 10, 11, 20, 29):
+        assert_reaches_only_what_depends_on_it(run_reference, case, 5, tensor, step, value)
+
+
+@each_isa
+def test_products_that_overflow_stay_with_their_pairs(name):
+    """dO v of a pair that does not see each other, of finite numbers."""
+    case = attention_case(0, 40, 4, 6, 64, torch.float32)
+    do = randn(generator(1), 1, 40, 2, 6, dtype=torch.float32)
+    do[:, :20] *= 1e25
+    v = torch.cat([case.tensors["v"][:, :20], case.tensors["v"][:, 20:] * 1e25], 1)
+    case = case.with_tensors(v=v)
+    with isa(name):
+        dirty, clean = run_op(case, do), run_op(case.with_tensors(v=torch.cat([v[:, :20], 0 * v[:, 20:]], 1)), do)
+    assert_close(dirty["dq"][:, :20], clean["dq"][:, :20], tolerance=1e-5)
+
+
+# CEMA.
+def assert_cema_is_right(case, incoming=None):
+    exact, same = (evaluate(mo.reference.cema, c, incoming) for c in (case.double(), case))
+    assert_all_as_accurate_as(evaluate(mo.cema, case, incoming), same, exact, factor=4, floor=8)
+
+
+@each_isa
+@pytest.mark.parametrize("L", [1, 8, 400])
+@pytest.mark.parametrize("D", [3, 70])
+def test_cema_of_states_that_p_cannot_divide(D, L, name):
+    case = cema_case(B=2, L=L, D=D, N=4, state=True)
+    tensors = {"p": case.tensors["p"] * 1e-11, "state": case.tensors["state"] * 1e30}
+    with isa(name):
+        assert_cema_is_right(case.with_tensors(**tensors, gamma=case.tensors["gamma"] * 1e-10))
+
+
+@each_isa
+@pytest.mark.parametrize("sequences", [{"B": 2, "L": 20}, {"B": 1, "L": 2003}], ids=["short", "split"])
+def test_cema_of_inputs_whose_sum_is_beyond_the_range(sequences, name):
+    case = cema_case(**sequences, D=5, N=4, radius=(0.999, 1.0), angle=(0.0, 0.01))
+    tensors = {"x": case.tensors["x"].abs() * 1e37, "p": case.tensors["p"] * 1e-9}
+    tensors["omega"] = case.tensors["omega"] * 1e-9
+    with isa(name):
+        assert_cema_is_right(case.with_tensors(**tensors), lambda _, grad: grad * 1e-10)
+
+
+@each_isa
+@pytest.mark.parametrize("sequences", [{"B": 2, "L": 20}, {"B": 1, "L": 2003}], ids=["short", "split"])
+def test_cema_of_gradients_whose_sum_is_beyond_the_range(sequences, name):
+    case = cema_case(**sequences, D=5, N=4, radius=(0.999, 1.0), angle=(0.0, 0.01))
+    tensors = {"x": case.tensors["x"] * 1e-9, "gamma": case.tensors["gamma"] * 1e-9}
+    tensors["omega"] = case.tensors["omega"] * 1e-9
+    with isa(name):
+        incoming = lambda name, grad: grad.abs() * 1e37 if name == "y" else grad  # noqa: E731
+        assert_cema_is_right(case.with_tensors(**tensors), incoming)
+
+
+def test_cema_in_place_runs_again_from_the_state_that_it_was_given():
+    case = cema_case(B=2, L=40, D=5, N=4, state=True)
+    tensors = case.tensors | {"p": case.tensors["p"] * 1e-11, "state": case.tensors["state"] * 1e30}
+    y, state = torch.empty_like(tensors["x"]), tensors["state"].clone()
+    expected, expected_state = mo.cema(**tensors, return_state=True)
+    inputs = [tensors[name] for name in ("x", "p", "q", "gamma", "omega")]
+    _C.cema_fwd(*inputs, state, None, None, y, state)
+    assert torch.equal(y, expected) and torch.equal(state, expected_state)
+    assert state.isfinite().all()
+
+
+@given(data=st.data())
+def test_cema_wherever_its_own_numbers_are_in_range(data):
+    """h, g, y, the gradients and the terms of their sums are; quotients like h / p need not be."""
+    x, p, gamma, dy, state = (data.draw(st.integers(low, high)) for low, high in
+                              [(-30, 36), (-30, 0), (-30, 30), (-30, 36), (-30, 34)])  # fmt: skip
+    h = max(x + p, state)
+    products = [x + p, h + gamma, gamma + dy, x + gamma + dy, h + dy, h + gamma + dy]
+    assume(max(*products, x + dy) <= 33 and min(*products, x + dy) >= -30)
+    case = cema_case(
+        B=1, L=data.draw(st.sampled_from([6, 33, 90])), D=3, N=3, state=True, seed=data.draw(st.integers(0, 99))
+    )
+    scales = {"x": x, "p": p, "gamma": gamma, "omega": 0 if x <= 33 and dy <= 33 else -4, "state": state}
+    tensors = {name: case.tensors[name] * 10.0**scale for name, scale in scales.items() if name in case.tensors}
+    incoming = lambda name, grad: grad * 10.0**dy if name == "y" else grad * 0  # noqa: E731
+    assert_cema_is_right(case.with_tensors(**tensors), incoming)
+
+
+@pytest.mark.parametrize("backend", DEVICES[1:], indirect=True)
+@given(data=st.data())
+def test_cema_on_cuda_within_its_bounds(backend, data):
+    """States of up to 1e15, inputs of up to 1e38 / n^2, where p is above 2^-32; any phase. Far from wrong."""
+    L, p, phase = (
+        data.draw(st.sampled_from(values)) for values in ([66, 130], [2.0**-28, 1e-5, 1.0], [0.0, 1e-20, 1e-6, 3.0])
+    )
+    state, x = data.draw(st.integers(-10, 15)), data.draw(st.integers(-10, 33))
+    case = cema_case(B=1, L=L, D=2, N=3, radius=(0.9, 1.0), angle=(-phase, phase), state=True)
+    scales = {"p": p, "x": 10.0**x, "state": 10.0**state, "gamma": 1e-3, "omega": p}
+    case = case.with_tensors(**{name: case.tensors[name] * scale for name, scale in scales.items()})
+    exact, same = (forward(mo.reference.cema, c) for c in (case.double(), case))
+    assert_all_as_accurate_as(forward(mo.cema, case), same, exact, factor=4, floor=64)
+
+
+# Norms.
+SCALES = [1e-36, 1e-30, 1e-21, 1e-12, 1.0, 1e12, 1e19, 1e21, 1e30, 1e36]
+
+
+@every_backend
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("K", [6, 130])
+def test_normalized_qk_of_any_size(K, scale, eps, backend):
+    case = normalized_qk_case(B=2, L=11, H=2, K=K, size=scale, eps=eps)
+    exact, same = (evaluate(mo.reference.normalized_qk, c) for c in (case.double(), case))
+    assert_all_as_accurate_as(evaluate(mo.normalized_qk, case), same, exact, factor=4, floor=8)
+
+
+@each_isa
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("D", [7, 300])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_norms_of_rows_of_any_size(norm, D, scale, eps, name):
+    gen = generator(0)
+    x, dy = (randn(gen, 5, D, dtype=torch.float32) for _ in range(2))
+    x = (x + 0.5) * scale
+    weight = randn(gen, D, dtype=torch.float32)
+
+    def results(function, x, dy, weight):
+        leaves = [t.detach().requires_grad_() for t in (x, weight)]
+        y = function(*leaves, eps=eps)
+        return {"y": y.detach()} | dict(zip(("dx", "dweight"), torch.autograd.grad(y, leaves, dy), strict=True))
+
+    with isa(name):
+        found = results(getattr(norms, norm), x, dy, weight)
+    plain = getattr(reference, norm)
+    exact, same = results(plain, x.double(), dy.double(), weight.double()), results(plain, x, dy, weight)
+    assert_all_as_accurate_as(found, same, exact, factor=4, floor=8)
+
+
+@every_backend
+@given(data=st.data())
+def test_timestep_norm_within_its_bounds(backend, data):
+    """Spreads from 1e-18 (with eps 0; any with eps 1e-5) to 1e19 divided by the channels of a group."""
+    G, width = data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from([2, 8, 17, 64]))
+    exponent = data.draw(st.floats(-18, 19))
+    std = min(10.0**exponent, 1e19 / width) / 4  # normal values of 4 times std are rare
+    case = timestep_norm_case(
+        B=1, L=data.draw(st.sampled_from([1, 5, 40])), G=G, width=width, mean=0.0, std=std, eps=0.0
+    )
+    case = case.with_tensors(x=case.tensors["x"].clamp(-4 * std, 4 * std))
+    incoming = lambda name, grad: grad if name == "y" else 0 * grad  # noqa: E731
+    exact, same = (evaluate(mo.reference.timestep_norm, c, incoming) for c in (case.double(), case))
+    for name, value in evaluate(mo.timestep_norm, case, incoming).items():
+        terms = {"dx": 1 / std, "mean": std}.get(name, 0.0)
+        assert_as_accurate_as(value, same[name], exact[name], factor=4, floor=8, terms=terms, name=name)
+
+
+@every_backend
+@pytest.mark.parametrize("implementation", [mo, reference], ids=["kernel", "reference"])
+def test_timestep_norm_beyond_its_bounds_is_nan(implementation, backend):
+    case = timestep_norm_case(B=1, L=9, G=2, width=8, mean=0.0, std=1e30)
+    assert evaluate(implementation.timestep_norm, case)["y"].isnan().all()
+
+
+# CEMA without fused multiply-adds, where errors of one sign would add up.
+@every_backend
+def test_slow_poles_are_as_accurate_as_the_direct_form(backend):
+    case = cema_case(B=1, L=4500, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True)
+    exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
+    for name, value in evaluate(mo.cema, case).items():
+        assert_as_accurate_as(value, same[name], exact[name], factor=1, floor=4, name=name)
