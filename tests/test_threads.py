@@ -1,0 +1,157 @@
+"""The bits of every CPU kernel of this package are the same for 1, 2 and 3 threads, at sizes that threads do not share evenly.
+
+Matrix products and sums that are left to torch promise no such thing; what calls them is not tested here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from assertions import assert_bit_equal
+from backends import ISAS, isa
+from cases import (
+    OPS,
+    cema_case,
+    chunked_attention_case,
+    evaluate,
+    generator,
+    normalized_attention_case,
+    normalized_qk_case,
+    randn,
+    timestep_norm_case,
+)
+
+import megalodon_ops as mo
+from megalodon_ops import library
+from megalodon_ops.cema_coefficients import cema_coefficients
+from megalodon_ops.gated_silu import gated_silu
+from megalodon_ops.layer_norm import layer_norm, rms_norm
+from megalodon_ops.linear import linear_few_rows
+from megalodon_ops.loss import _cross_entropy
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# Each way of sharing the work: pieces of one sequence, groups of sequences, strips of channels, blocks of rows, chunks
+# side by side, the blocks of one chunk, segments of the keys that few queries see.
+CASES = {
+    "cema-pieces": cema_case(B=1, L=2503, D=13, N=5),
+    "cema-pieces-state": cema_case(B=1, L=1907, D=5, N=3, state=True),
+    "cema-strips": cema_case(B=1, L=301, D=211, N=7),
+    "cema-groups": cema_case(B=1, L=1200, D=9, N=4, cu_seqlens=[3, 5, 5, 290, 1100, 1191], state=True),
+    "cema-steps": cema_case(B=37, L=3, D=67, N=6, state=True),
+    "timestep_norm-one": timestep_norm_case(B=1, L=3001, G=3, width=13),
+    "timestep_norm-many": timestep_norm_case(B=7, L=211, G=5, width=16, count=3),
+    "timestep_norm-packed": timestep_norm_case(B=1, L=1501, G=2, width=33, cu_seqlens=[1, 400, 400, 1499]),
+    "normalized_qk-blocks": normalized_qk_case(B=1, L=1501, H=3, K=18, C=67),
+    "normalized_qk-parts": normalized_qk_case(B=3, L=1501, H=1, K=10, C=64, lengths=[1501, 7, 900]),
+    "attention-one-chunk": chunked_attention_case(B=1, L=691, H=1, K=17, V=35, C=701, dropkey=0.1),
+    "attention-chunks": chunked_attention_case(B=3, L=157, H=5, K=9, V=13, C=37),
+    "attention-uneven-chunks": chunked_attention_case(B=1, L=700, H=1, K=33, V=20, C=333, state=True),
+    "attention-few-queries": chunked_attention_case(B=3, L=2, H=3, K=33, V=65, C=1201, state=True),
+    "normalized_attention": normalized_attention_case(B=2, L=301, H=3, K=10, V=21, C=129),
+}  # fmt: skip
+
+
+def each_number_of_threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_threads_change_nothing(run):
+    first, *others = [run() for _ in each_number_of_threads()]
+    for other in others:
+        assert_bit_equal(other, first)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_ops(case, dtype, name):
+    tokens = {token: case.tensors[token].to(dtype) for token in OPS[case.op].tokens}
+    options = dict(case.options)
+    if isinstance(options.get("state"), mo.AttentionState):
+        k, v, position = options["state"]
+        options["state"] = mo.AttentionState(k.to(dtype), v.to(dtype), position)
+    case = case.with_tensors(**tokens).with_options(**options)
+    with isa(name):
+        assert_threads_change_nothing(lambda: evaluate(getattr(mo, case.op), case))
+
+
+def gradients(function, *tensors):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gen = generator(1)
+    incoming = [randn(gen, *o.shape, dtype=o.dtype) for o in outputs]
+    found = torch.autograd.grad(outputs, leaves, incoming)
+    return {str(i): value.detach() for i, value in enumerate((*outputs, *found))}
+
+
+def drawn(*shapes, dtype=torch.float32):
+    gen = generator(0)
+    return [randn(gen, *shape, dtype=dtype) for shape in shapes]
+
+
+def many_rows(x, weight):
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    library.launch("linear_many_rows", x, False, weight, False, None, y, False)
+    return {"y": y}
+
+
+def logits_to_gradients(logits, scales):
+    logits = logits.clone()
+    losses = _cross_entropy(logits, torch.arange(logits.shape[0]) % logits.shape[1], scales)
+    return {"losses": losses, "logits": logits}
+
+
+OTHERS = {
+    "layer_norm": lambda dtype: gradients(layer_norm, *drawn((641, 67), dtype=dtype), *drawn((67,), (67,))),
+    "rms_norm": lambda dtype: gradients(rms_norm, *drawn((67, 1031), dtype=dtype), *drawn((1031,))),
+    "gated_silu": lambda dtype: gradients(gated_silu, *drawn((333, 131), (333, 131), dtype=dtype)),
+    "cema_coefficients": lambda _: gradients(
+        cema_coefficients, *drawn((517, 5, 1), (517, 5, 1), (517, 1, 1), (517, 5, 2))
+    ),
+    "linear_few_rows": lambda dtype: {"y": linear_few_rows(*drawn((7, 333), (517, 333), dtype=dtype), None)},
+    "linear_many_rows": lambda dtype: many_rows(*drawn((203, 131), (317, 131), dtype=dtype)),
+    "linear_many_rows-deep": lambda dtype: many_rows(*drawn((67, 2003), (35, 2003), dtype=dtype)),
+    "cross_entropy": lambda dtype: logits_to_gradients(*drawn((203, 517), dtype=dtype), *drawn((203,))),
+}
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("run", OTHERS.values(), ids=OTHERS)
+def test_kernels_around_the_ops(run, dtype, name):
+    if (
+        dtype == torch.bfloat16
+        and name == "v4_amx"
+        and run in (OTHERS["linear_many_rows"], OTHERS["linear_many_rows-deep"])
+    ):
+        pytest.skip("torch's where there is AMX")
+    with isa(name):
+        assert_threads_change_nothing(lambda: run(dtype))
+
+
+def test_decoder():
+    config = mo.MegalodonConfig(
+        num_layers=2, model_dim=33, z_dim=18, value_dim=35, num_heads=1, ffn_hidden_dim=51, chunk_size=16,
+        vocab_size=67, norm_num_groups=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, tokens = mo.Megalodon(config), torch.randint(67, (3, 45), generator=generator(0))
+    with torch.no_grad():
+        _, state = model(tokens[:, :30], return_state=True)
+
+    def run():
+        decoder = mo.Decoder(model, state)
+        assert decoder.fused
+        return {str(t): decoder(tokens[:, t : t + 1]).clone() for t in range(30, 45)}
+
+    assert_threads_change_nothing(run)
