@@ -23,16 +23,20 @@ template <class T> struct ComputeOf { using type = float; };
 template <> struct ComputeOf<double> { using type = double; };
 template <class T> using Compute = typename ComputeOf<T>::type;
 
-// Calls f(T{}) with the C++ type of `dtype`.
+// Calls f(T{}) with the C++ type of `dtype`. What is compiled for AVX512-BF16 is called with bfloat16 alone (isa.h).
 MEGALODON_NO_EXEC_CHECK
 template <class F>
-MEGALODON_INLINE void dispatch_dtype(DType dtype, F&& f) {
+MEGALODON_INLINE void dispatch_dtype([[maybe_unused]] DType dtype, F&& f) {
+#if defined(MEGALODON_ISA) && defined(__AVX512BF16__)
+  f(bf16{});
+#else
   switch (dtype) {
     case DType::f32: f(float{}); break;
     case DType::f64: f(double{}); break;
     case DType::bf16: f(bf16{}); break;
     case DType::f16: f(fp16{}); break;
   }
+#endif
 }
 
 }  // namespace megalodon

@@ -14,9 +14,12 @@
 namespace megalodon {
 namespace {
 
-#define MEGALODON_NAME_(isa, ...) #isa,
-constexpr const char* kNames[] = {MEGALODON_FOR_EACH_ISA(MEGALODON_NAME_)};
-#undef MEGALODON_NAME_
+#define MEGALODON_STRING_(isa, ...) #isa,
+#define MEGALODON_STRING_OF_(isa) MEGALODON_STRING_(isa)
+constexpr const char* kNames[] = {
+    MEGALODON_STRING_OF_(MEGALODON_LOWEST_ISA) MEGALODON_FOR_EACH_HIGHER_ISA(MEGALODON_STRING_)};
+#undef MEGALODON_STRING_
+#undef MEGALODON_STRING_OF_
 constexpr int kIsas = sizeof(kNames) / sizeof(kNames[0]);
 
 // Whether the processor has AMX with bfloat16 and the system lets this process use it, for which it must be asked.

@@ -1,39 +1,65 @@
-// One kernel source, compiled once for each instruction set; the best one is chosen when the module is imported.
+// One kernel source, compiled for several instruction sets; the best that the processor has is chosen at import.
 #pragma once
 
+#include "dtype.h"
+
 // The names double as namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v4 = AVX-512, v4_bf16 adds AVX512-BF16,
-// v4_amx adds AMX-BF16 to that.
+// v4_amx adds AMX-BF16 to that. Every kernel is compiled for the lowest, and for those others that the table of kernels
+// in CMakeLists.txt lists. What is above v4 multiplies and rounds to bfloat16, so that code for it is of bfloat16 alone.
 #if defined(__x86_64__)
-#define MEGALODON_FOR_EACH_ISA(X, ...) \
-  X(v2, __VA_ARGS__) X(v3, __VA_ARGS__) X(v4, __VA_ARGS__) X(v4_bf16, __VA_ARGS__) \
-  X(v4_amx, __VA_ARGS__)
+#define MEGALODON_LOWEST_ISA v2
+#define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) \
+  X(v3, __VA_ARGS__) X(v4, __VA_ARGS__) X(v4_bf16, __VA_ARGS__) X(v4_amx, __VA_ARGS__)
 #else
-#define MEGALODON_FOR_EACH_ISA(X, ...) X(generic, __VA_ARGS__)
+#define MEGALODON_LOWEST_ISA generic
+#define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...)
 #endif
 
 namespace megalodon {
 
 #define MEGALODON_ENUMERATOR_(isa, ...) isa,
-enum class Isa { MEGALODON_FOR_EACH_ISA(MEGALODON_ENUMERATOR_) };
+enum class Isa { MEGALODON_LOWEST_ISA, MEGALODON_FOR_EACH_HIGHER_ISA(MEGALODON_ENUMERATOR_) };
 #undef MEGALODON_ENUMERATOR_
 
 extern Isa active_isa;
 
+// Whether what is compiled for `isa` computes in the parameters' dtype.
+#if defined(__x86_64__)
+template <class Params>
+bool computes(Isa isa, const Params& params) { return isa <= Isa::v4 || params.dtype == DType::bf16; }
+#else
+template <class Params>
+bool computes(Isa, const Params&) { return true; }
+#endif
+
 }  // namespace megalodon
 
-#define MEGALODON_DECLARE_IN_(isa, name, Params) \
-  namespace isa {                                \
-  void name(const Params&);                      \
+#define MEGALODON_HIDDEN_ __attribute__((visibility("hidden")))
+#define MEGALODON_WEAK_ __attribute__((visibility("hidden"), weak))
+#define MEGALODON_DECLARE_IN_(isa, name, Params, linkage) \
+  namespace isa {                                         \
+  linkage void name(const Params&);                       \
   }
-#define MEGALODON_CASE_IN_(isa, name) \
-  case Isa::isa: return isa::name(params);
+#define MEGALODON_ADDRESS_IN_(isa, name) isa::name,
 
-// Declares `name(const Params&)` in every instruction set's namespace, and launch_<name>, which calls the active one.
-#define MEGALODON_CPU_KERNEL(name, Params)                                  \
-  MEGALODON_FOR_EACH_ISA(MEGALODON_DECLARE_IN_, name, Params)               \
-  inline void launch_##name(const Params& params) {                         \
-    switch (active_isa) { MEGALODON_FOR_EACH_ISA(MEGALODON_CASE_IN_, name) } \
+#if defined(MEGALODON_ISA)
+// In a file of kernels: declares `name(const Params&)` in the namespace that the file is being compiled for.
+#define MEGALODON_CPU_KERNEL(name, Params) MEGALODON_DECLARE_IN_(MEGALODON_ISA, name, Params, MEGALODON_HIDDEN_)
+#else
+// Elsewhere: defines launch_<name>(params), which calls the kernel compiled for the active instruction set or, if there
+// is none for the parameters' dtype, for the next lower one. The linker gives null for the address of a weak function that
+// nothing defines; if the kernel is not defined for the lowest instruction set, it fails.
+#define MEGALODON_CPU_KERNEL(name, Params)                                                       \
+  MEGALODON_DECLARE_IN_(MEGALODON_LOWEST_ISA, name, Params, MEGALODON_HIDDEN_)                   \
+  MEGALODON_FOR_EACH_HIGHER_ISA(MEGALODON_DECLARE_IN_, name, Params, MEGALODON_WEAK_)            \
+  inline void launch_##name(const Params& params) {                                              \
+    void (*const kernels[])(const Params&) = {                                                   \
+        MEGALODON_LOWEST_ISA::name, MEGALODON_FOR_EACH_HIGHER_ISA(MEGALODON_ADDRESS_IN_, name)}; \
+    int best = static_cast<int>(active_isa);                                                     \
+    while (!kernels[best] || !computes(static_cast<Isa>(best), params)) --best;                  \
+    kernels[best](params);                                                                       \
   }
+#endif
 
 // Declares launch_<name> of a CUDA kernel, where `stream` is a cudaStream_t, and workspace_<name>: how many bytes of
 // scratch memory `params.workspace` must have, which depends on sizes alone.

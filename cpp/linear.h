@@ -40,6 +40,14 @@ struct TransposeParams {
   void* y;        // (columns, rows)
 };
 
+// With AMX, products of many rows are of float32 alone (linear_amx_cpu.cpp).
+inline bool computes(Isa isa, const LinearManyRowsParams& params) {
+#if defined(__x86_64__)
+  if (isa == Isa::v4_amx) return params.dtype == DType::f32;
+#endif
+  return computes<LinearManyRowsParams>(isa, params);
+}
+
 MEGALODON_CPU_KERNEL(linear_few_rows_cpu, LinearFewRowsParams)
 MEGALODON_CPU_KERNEL(linear_many_rows_cpu, LinearManyRowsParams)
 MEGALODON_CPU_KERNEL(transpose_cpu, TransposeParams)

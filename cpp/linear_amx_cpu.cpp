@@ -20,8 +20,6 @@
 
 #include "linear.h"
 
-#if defined(__AMX_BF16__)
-
 #include <algorithm>
 
 #include "panels.h"
@@ -234,5 +232,3 @@ void linear_many_rows_cpu(const LinearManyRowsParams& p) {
 }
 
 }  // namespace megalodon::MEGALODON_ISA
-
-#endif

@@ -10,8 +10,6 @@
 
 #include "linear.h"
 
-#if !defined(__AMX_BF16__)
-
 #include <algorithm>
 
 #include "panels.h"
@@ -213,13 +211,10 @@ class Product {
 
 void linear_many_rows_cpu(const LinearManyRowsParams& p) {
   if (p.rows == 0) return;
-  if (p.dtype == DType::f32) Product<float, float>(p).run();
-  else if (p.dtype == DType::bf16 && p.y_is_float) Product<bf16, float>(p).run();
-  else if (p.dtype == DType::bf16) Product<bf16, bf16>(p).run();
-  else if (p.y_is_float) Product<fp16, float>(p).run();
-  else Product<fp16, fp16>(p).run();
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (!std::is_same_v<T, double>) p.y_is_float ? Product<T, float>(p).run() : Product<T, T>(p).run();
+  });
 }
 
 }  // namespace megalodon::MEGALODON_ISA
-
-#endif
