@@ -11,10 +11,9 @@ cd "$(dirname "$0")/.."
 command=${1:?test or bench}
 shift
 python=${PYTHON:-python3}
-arch=${CUDA_ARCH:-$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
 
 "$python" -m pip install --quiet --no-build-isolation --no-deps --force-reinstall \
-  -C cmake.define.MEGALODON_OPS_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$arch" .
+  -C cmake.define.MEGALODON_OPS_CUDA=ON -C cmake.define.MEGALODON_OPS_ARCHITECTURES="${CUDA_ARCH:-AUTO}" .
 "$python" -m megalodon_ops info
 
 case $command in

@@ -1,3 +1,5 @@
+#include <cuda_runtime_api.h>
+
 #include "bindings.h"
 
 PYBIND11_MODULE(_cuda, module) {
@@ -12,5 +14,12 @@ PYBIND11_MODULE(_cuda, module) {
     info["compiler"] = MEGALODON_CUDA_COMPILER;
     info["architectures"] = MEGALODON_CUDA_ARCHITECTURES;
     return info;
+  });
+  // (what the driver supports, the runtime that is linked): 13000 is CUDA 13.0. Without a driver, 0.
+  module.def("cuda_versions", [] {
+    int driver = 0, runtime = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+    cudaRuntimeGetVersion(&runtime);
+    return py::make_tuple(driver, runtime);
   });
 }

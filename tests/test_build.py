@@ -1,15 +1,153 @@
-"""What CMake decides: the instruction set that a kernel runs in."""
+"""What CMake decides: CUDA or not, the architectures, the instruction set that a kernel runs in."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ARCHITECTURES = [75, 80, 86, 90, 100, 110, 120]  # that the fake nvcc knows
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def fake_nvcc(folder: Path, version: str, architectures: list[int] = ARCHITECTURES) -> Path:
+    listed = "\n".join(f"echo compute_{a}" for a in architectures)
+    release = ".".join(version.split(".")[:2])
+    return program(
+        folder / "nvcc",
+        f"case $1 in\n--version) echo 'Cuda compilation tools, release {release}, V{version}' ;;\n"
+        f"--list-gpu-arch) {listed or ':'} ;;\n*) echo 'a fake nvcc compiles nothing' >&2; exit 1 ;;\nesac",
+    )
+
+
+def fake_nvidia_smi(folder: Path, *capabilities: str) -> Path:
+    return program(folder / "nvidia-smi", "\n".join(f"echo {c}" for c in capabilities) or "exit 9")
+
+
+def cmake(*arguments, path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs CMake with the programs in the folder `path` before all others."""
+    variables = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDAARCHS")}
+    variables |= {"PATH": f"{path}{os.pathsep}{os.environ['PATH']}", **environment}
+    command = [shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"), *map(str, arguments)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+
+def evaluate(code: str, folder: Path, **environment: str) -> str:
+    """What a CMake script prints that has read cmake/cuda.cmake."""
+    script = folder / "script.cmake"
+    script.write_text(f"cmake_policy(VERSION 3.20)\ninclude({ROOT}/cmake/cuda.cmake)\n{code}")
+    run = cmake("-P", script, path=folder / "bin", **environment)
+    assert run.returncode == 0, run.stderr
+    return run.stderr.strip()  # where message() writes
+
+
+# Architectures
+
+
+def architectures(folder: Path, wanted: str, version: str = "13.0.88") -> str:
+    fake_nvcc(folder / "bin", version)
+    return evaluate(
+        f'find_nvcc(nvcc version)\nchoose_architectures(chosen "{wanted}" "${{nvcc}}" "${{version}}")\n'
+        'message("${chosen}")',
+        folder,
+    )
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "chosen"),
+    [
+        (["9.0"], "90"),
+        (["8.0", "8.0"], "80"),
+        (["8.9"], "86"),  # the fake nvcc does not know 89
+        (["12.0", "8.0"], "120;80"),
+        (["13.0"], "120"),  # newer than nvcc: it compiles PTX
+        (["7.5"], "80"),  # on which the kernels do not run
+        (["7.5", "9.0"], "90"),
+        ([], "80"),
+    ],
+    ids=str,
+)
+def test_by_default_the_kernels_are_for_the_gpus_of_this_machine(tmp_path, capabilities, chosen):
+    fake_nvidia_smi(tmp_path / "bin", *capabilities)
+    assert architectures(tmp_path, "AUTO") == chosen
+
+
+def test_wheels_are_for_every_card(tmp_path):
+    fake_nvidia_smi(tmp_path / "bin", "9.0")
+    assert architectures(tmp_path, "all") == "80;90-real;100-real;120"
+    assert architectures(tmp_path, "all", "12.4.1") == "80;90"
+    assert architectures(tmp_path, "90;120-real") == "90;120-real"
+
+
+# nvcc
+
+
+@pytest.mark.parametrize("version", ["13.0.88", "11.5.119", "8.0"])
+def test_the_version_of_nvcc_is_read(tmp_path, version):
+    nvcc = fake_nvcc(tmp_path / "bin", version)
+    other = fake_nvcc(tmp_path / "other", "9.1.85")
+    code = 'find_nvcc(nvcc version)\nmessage("${nvcc} ${version}")'
+    assert evaluate(code, tmp_path) == f"{nvcc} {version}"
+    assert evaluate(code, tmp_path, CUDACXX=str(other)) == f"{other} 9.1.85"
+
+
+def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    found = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    return cmake(
+        "-S", ROOT, "-B", folder / "build", "-DSKBUILD_PROJECT_VERSION=0", *found, *options, path=folder / "bin"
+    )  # fmt: skip
+
+
+def test_an_nvcc_that_is_too_old_leaves_cuda_out(tmp_path):
+    fake_nvcc(tmp_path / "bin", "11.5.119")
+    run = configure(tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (
+        "CUDA kernels: not built (nvcc is 11.5.119, and 11.8 or newer is needed: on the PATH or in CUDACXX)"
+        in run.stdout
+    )
+    run = configure(tmp_path, "-DMEGALODON_OPS_CUDA=ON")
+    assert run.returncode != 0
+    assert "CUDA kernels: nvcc is 11.5.119, and 11.8 or newer is needed" in " ".join(run.stderr.split())
+
+
+def test_an_nvcc_that_does_not_work_leaves_cuda_out(tmp_path):
+    fake_nvcc(tmp_path / "bin", "13.0.88")
+    run = configure(tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "CUDA kernels: not built (MEGALODON_OPS_CUDA=AUTO" in run.stdout
+
+
+VERSION = "from typing import Optional\n__version__ = '2.13.0'\ndebug = False\ncuda: Optional[str] = {}\nhip: Optional[str] = None\n"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "warned"),
+    [("'12.8'", True), ("'13.0'", False), ("'13.2'", False), ("None", False), (None, False)],
+)
+def test_an_nvcc_of_a_later_cuda_than_torchs_is_said(tmp_path, cuda, warned):
+    if cuda is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "version.py").write_text(VERSION.format(cuda))
+    said = " ".join(evaluate(f'compare_with_torch("13.0.88" "{tmp_path}")', tmp_path).split())
+    assert ("need an NVIDIA driver that supports CUDA 13. torch is built for CUDA 12.8" in said) == warned
+    assert bool(said) == warned
+
+
+# Instruction sets
 
 DISPATCH = """
 #include <cstdio>

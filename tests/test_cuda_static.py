@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from cuda_static.promises import LOAD_64, LOAD_128, STORE_128, Promise, breaches
-from cuda_static.sass import ROOT, Kernel, MissingTool, compiled, demangle, installed, kernels_of, ptx, table
+from cuda_static.sass import ROOT, Kernel, MissingTool, compiled, demangle, installed, kernels_of, ptx, ptx_of, table
+
+from megalodon_ops import library
 
 PLANTED = Path(__file__).parent / "cuda_static" / "planted" / "breaches.cu"
 
@@ -26,15 +28,25 @@ def or_skip(kernels: Callable[[], list[Kernel]]) -> list[Kernel]:
 
 
 @pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    return or_skip(lambda: kernels_of(installed()))
+
+
+@pytest.fixture(scope="module")
 def planted() -> dict[str, Kernel]:
     return {kernel.name: kernel for kernel in or_skip(lambda: compiled(PLANTED))}
 
 
-def test_kernels_keep_their_promises():
-    kernels = or_skip(lambda: kernels_of(installed()))
+def test_kernels_keep_their_promises(kernels):
     print(table(kernels))
     problems = breaches(kernels)
     assert not problems, "\n" + "\n".join(problems)
+
+
+def test_code_and_ptx_are_for_the_architectures_that_the_build_names(kernels):
+    named = library.cuda_extension().build_info()["architectures"].split(", ")
+    assert {kernel.architecture for kernel in kernels} == {int(name.removesuffix("-real")) for name in named}
+    assert ptx_of(installed()) == {int(name) for name in named if name.isdigit()}
 
 
 BREACHES = {

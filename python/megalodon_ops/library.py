@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from . import _C, flops
 from .arrays import refuse_arguments
+from .cuda_driver import launch_problem
 
 _library = torch.library.Library("megalodon_ops", "DEF")
 
@@ -174,9 +175,17 @@ def _launch_cuda(name: str, args: tuple) -> None:
     for tensor in args:
         if isinstance(tensor, Tensor) and tensor.device != device:
             raise ValueError(f"{name}: all tensors must be on {device}, got one on {tensor.device}; move it there.")
+    kernels = cuda_extension()
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        getattr(cuda_extension(), name)(stream, lambda n: torch.empty(n, dtype=torch.uint8, device=device), *args)
+        try:
+            getattr(kernels, name)(stream, lambda n: torch.empty(n, dtype=torch.uint8, device=device), *args)
+        except RuntimeError as error:
+            built_for, capability = kernels.build_info()["architectures"], torch.cuda.get_device_capability(device)
+            problem = launch_problem(str(error), *kernels.cuda_versions(), built_for, capability)
+            if problem is None:
+                raise
+            raise RuntimeError(f"{error}: {problem}.") from error
 
 
 def _no_derivative(name: str) -> Callable:

@@ -77,6 +77,11 @@ def kernels_of(library: Path) -> list[Kernel]:
         return [kernel for kernels in found for kernel in kernels]
 
 
+def ptx_of(library: Path) -> set[int]:
+    """The architectures that a shared library holds PTX of."""
+    return {int(a) for a in re.findall(r"sm_(\d+)\.ptx", _run([tool("cuobjdump"), "-lptx", str(library)]).stdout)}
+
+
 def compiled(source: Path, architecture: int = 90) -> list[Kernel]:
     """The kernels of a file, compiled by nvcc."""
     with tempfile.TemporaryDirectory() as folder:

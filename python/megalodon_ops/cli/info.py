@@ -9,7 +9,7 @@ import platform
 import torch
 
 import megalodon_ops
-from megalodon_ops import _C, library
+from megalodon_ops import _C, cuda_driver, library
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,7 +28,7 @@ def facts() -> dict[str, str]:
         "OpenMP": str(built["openmp"]),
         "instruction sets": f"{', '.join(_C.built_isas())} built; {', '.join(_C.available_isas())} run here",
         "in use": _C.active_isa() + (" (MEGALODON_OPS_ISA)" if forced else ""),
-        "CUDA kernels": _cuda_kernels(),
+        **_cuda(),
         "threads": f"{_C.num_threads()} (torch: {torch.get_num_threads()})",
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -36,8 +36,17 @@ def facts() -> dict[str, str]:
     }
 
 
-def _cuda_kernels() -> str:
+def _cuda() -> dict[str, str]:
     if not library.has_cuda_kernels():
-        return "not in this build (no nvcc was found, or MEGALODON_OPS_CUDA=OFF)"
-    built = library.cuda_extension().build_info()
-    return f"{built['compiler']} for {built['architectures']}"
+        return {"CUDA kernels": "not in this build (no nvcc of 11.8 or newer was found, or MEGALODON_OPS_CUDA=OFF)"}
+    extension = library.cuda_extension()
+    built = extension.build_info()
+    return {
+        "CUDA kernels": f"{built['compiler']} for {built['architectures']}",
+        "NVIDIA driver": _driver(*extension.cuda_versions()),
+    }
+
+
+def _driver(driver: int, runtime: int) -> str:
+    supported = f"supports CUDA {cuda_driver.text(driver)}, enough for the kernels' {cuda_driver.text(runtime)}"
+    return cuda_driver.driver_problem(driver, runtime) or supported

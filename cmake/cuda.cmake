@@ -1,0 +1,91 @@
+# What the build asks about CUDA before it enables the language.
+
+# nvcc: the compiler that CMake would take. version: its version, "" if there is no nvcc.
+function(find_nvcc nvcc version)
+  set(program "${CMAKE_CUDA_COMPILER}")
+  if(NOT program AND NOT "$ENV{CUDACXX}" STREQUAL "")
+    get_filename_component(program "$ENV{CUDACXX}" PROGRAM)
+  endif()
+  if(NOT program)
+    unset(nvcc_program CACHE)
+    find_program(nvcc_program nvcc HINTS "$ENV{CUDA_PATH}/bin")
+    set(program "${nvcc_program}")
+    unset(nvcc_program CACHE)
+  endif()
+  set(text "")
+  if(program)
+    execute_process(COMMAND "${program}" --version OUTPUT_VARIABLE text ERROR_QUIET RESULT_VARIABLE failed)
+  endif()
+  string(REGEX MATCH "release [0-9.]+, V([0-9.]+)" _ "${text}")
+  set(${nvcc} "${program}" PARENT_SCOPE)
+  set(${version} "${CMAKE_MATCH_1}" PARENT_SCOPE)
+endfunction()
+
+# What CMAKE_CUDA_ARCHITECTURES should be for the value `wanted` of MEGALODON_OPS_ARCHITECTURES.
+function(choose_architectures architectures wanted nvcc version)
+  if(wanted STREQUAL "all")
+    # PTX of the lowest one is for architectures between these, such as 110, that of the highest for those to come.
+    # Blackwell needs nvcc 12.8.
+    set(chosen 80 90)
+    if(version VERSION_GREATER_EQUAL 12.8)
+      set(chosen 80 90-real 100-real 120)
+    endif()
+  elseif(wanted STREQUAL "AUTO")
+    # Without a GPU to look at, the code of 80 is what cards of compute capability 8.x run as it is, and its PTX is what
+    # every later card compiles at the first launch.
+    _architectures_of_gpus(chosen "${nvcc}")
+    if(NOT chosen)
+      set(chosen 80)
+    endif()
+  else()
+    set(chosen ${wanted})
+  endif()
+  set(${architectures} "${chosen}" PARENT_SCOPE)
+endfunction()
+
+# Of this machine's GPUs, those that the kernels run on. One that is newer than nvcc gets nvcc's newest, whose PTX it
+# compiles.
+function(_architectures_of_gpus architectures nvcc)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+      OUTPUT_VARIABLE capabilities ERROR_QUIET RESULT_VARIABLE failed)
+  execute_process(COMMAND "${nvcc}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET RESULT_VARIABLE failed)
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${capabilities}")
+  string(REGEX MATCHALL "[0-9]+" known "${known}")
+  list(SORT known COMPARE NATURAL)
+  set(chosen)
+  foreach(capability IN LISTS capabilities)
+    string(REPLACE "." "" capability "${capability}")
+    set(best)
+    foreach(architecture IN LISTS known)
+      if(architecture GREATER_EQUAL 80 AND architecture LESS_EQUAL capability)
+        set(best ${architecture})
+      endif()
+    endforeach()
+    list(APPEND chosen ${best})
+  endforeach()
+  list(REMOVE_DUPLICATES chosen)
+  set(${architectures} "${chosen}" PARENT_SCOPE)
+endfunction()
+
+# The CUDA that the torch in `folder` was built with, such as 12.8; "" if there is no torch, or one for CPUs. Its
+# version.py is read as text, since importing torch takes seconds.
+function(find_torch_cuda cuda folder)
+  set(lines "")
+  if(EXISTS "${folder}/torch/version.py")
+    file(STRINGS "${folder}/torch/version.py" lines REGEX "^cuda[ :]")
+  endif()
+  string(REGEX MATCH "['\"]([0-9]+\\.[0-9]+)['\"]" _ "${lines}")
+  set(${cuda} "${CMAKE_MATCH_1}" PARENT_SCOPE)
+endfunction()
+
+# Says so if nvcc is of a later major version than the CUDA of torch: the driver that runs torch may be too old then.
+function(compare_with_torch version folder)
+  find_torch_cuda(torch_cuda "${folder}")
+  string(REGEX MATCH "^[0-9]+" major "${version}")
+  string(REGEX MATCH "^[0-9]+" torch_major "${torch_cuda}")
+  if(torch_cuda AND torch_major LESS major)
+    message(WARNING "CUDA kernels built with nvcc ${version} need an NVIDIA driver that supports CUDA ${major}. torch is "
+        "built for CUDA ${torch_cuda}, which older drivers run, too. `python -m megalodon_ops info` compares; if the "
+        "driver is older, update it or put an nvcc of CUDA ${torch_major} in CUDACXX.")
+  endif()
+endfunction()

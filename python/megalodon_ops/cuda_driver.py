@@ -1,0 +1,49 @@
+"""What the NVIDIA driver must be for the CUDA kernels of this build, and why a launch failed that it does not run.
+
+Versions are CUDA's: 13000 for 13.0. The kernels hold the CUDA runtime that they were built with, and a driver runs those of
+its own major version and of older ones.
+"""
+
+from __future__ import annotations
+
+_FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}  # of each major version of CUDA, on Linux
+
+
+def driver_problem(driver: int, runtime: int) -> str | None:
+    """Why a driver that supports CUDA `driver`, 0 if there is none, does not run kernels built with `runtime`.
+
+    None if it does.
+    """
+    major, of_kernels = driver // 1000, runtime // 1000
+    if major >= of_kernels:
+        return None
+    needed = f"{_FIRST_DRIVERS[of_kernels]} or newer" if of_kernels in _FIRST_DRIVERS else f"one of CUDA {of_kernels}"
+    built = f"the kernels were built with CUDA {text(runtime)}"
+    if driver == 0:
+        return f"no driver; {built}, install driver {needed}"
+    return (
+        f"the driver supports CUDA {text(driver)}, {built}; update the driver to {needed}, or install again with the nvcc "
+        f"of CUDA {major}"
+    )
+
+
+def launch_problem(
+    message: str, driver: int, runtime: int, architectures: str, capability: tuple[int, int]
+) -> str | None:
+    """What to do about a launch that failed with CUDA's `message`, on a GPU of that compute capability.
+
+    None if neither the driver nor what the kernels were built for explains it. `architectures` is what they were built for.
+    """
+    if problem := driver_problem(driver, runtime):
+        return problem
+    own = "install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES={}{}".format(*capability)
+    if "no kernel image" in message:
+        return f"the kernels were built for {architectures}, the GPU is {capability[0]}.{capability[1]}; {own}"
+    if "unsupported toolchain" in message:  # PTX; machine code of a newer minor version runs
+        return f"the driver supports CUDA {text(driver)} and compiles no PTX of CUDA {text(runtime)}; update the driver, or {own}"
+    return None
+
+
+def text(version: int) -> str:
+    """13000 as "13.0"."""
+    return f"{version // 1000}.{version % 1000 // 10}"

@@ -1,0 +1,116 @@
+"""Which drivers run the CUDA kernels, and where that is said: by `info`, and by a launch that failed."""
+
+from __future__ import annotations
+
+import ctypes.util
+import types
+
+import pytest
+import torch
+from test_package import needs_cuda_kernels
+
+from megalodon_ops import library
+from megalodon_ops.cli import info
+from megalodon_ops.cuda_driver import driver_problem, launch_problem
+
+TOO_OLD = (
+    "the driver supports CUDA 12.8, the kernels were built with CUDA 13.0; update the driver to 580 or newer, or install "
+    "again with the nvcc of CUDA 12"
+)
+NO_DRIVER = "no driver; the kernels were built with CUDA 13.0, install driver 580 or newer"
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "problem"),
+    [
+        (12080, 13000, TOO_OLD),
+        (0, 13000, NO_DRIVER),
+        (0, 12040, "no driver; the kernels were built with CUDA 12.4, install driver 525 or newer"),
+        (13000, 14010, "the driver supports CUDA 13.0, the kernels were built with CUDA 14.1; update the driver to one of "
+         "CUDA 14, or install again with the nvcc of CUDA 13"),
+        (13000, 13000, None),
+        (13000, 13010, None),  # machine code of a newer minor version runs
+        (13000, 12080, None),
+    ],
+)  # fmt: skip
+def test_a_driver_runs_kernels_of_its_major_version_and_older_ones(driver, runtime, problem):
+    assert driver_problem(driver, runtime) == problem
+
+
+@pytest.mark.parametrize(
+    ("message", "driver", "runtime", "problem"),
+    [
+        ("kernel: CUDA driver version is insufficient for CUDA runtime version", 12080, 13000, TOO_OLD),
+        ("kernel: no kernel image is available for execution on the device", 13000, 13000,
+         "the kernels were built for 90, the GPU is 8.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),
+        ("kernel: the provided PTX was compiled with an unsupported toolchain.", 13000, 13010,
+         "the driver supports CUDA 13.0 and compiles no PTX of CUDA 13.1; update the driver, or install again with -C "
+         "cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),
+        ("kernel: an illegal memory access was encountered", 13000, 13000, None),
+    ],
+)  # fmt: skip
+def test_what_a_failed_launch_is_due_to(message, driver, runtime, problem):
+    assert launch_problem(message, driver, runtime, "90", (8, 0)) == problem
+
+
+def fake_kernels(error: str, driver: int, runtime: int) -> types.SimpleNamespace:
+    def kernel(*arguments):
+        raise RuntimeError(error)
+
+    return types.SimpleNamespace(
+        kernel=kernel,
+        build_info=lambda: {"compiler": "nvcc 13.0", "architectures": "90"},
+        cuda_versions=lambda: (driver, runtime),
+    )
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    """torch.cuda without a GPU, as far as a launch asks it."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+
+
+def launch():
+    library._launch_cuda("kernel", (types.SimpleNamespace(device="cuda:0"),))
+
+
+def test_a_launch_names_the_driver_that_is_too_old(monkeypatch, no_device):
+    error = "kernel: CUDA driver version is insufficient for CUDA runtime version"
+    monkeypatch.setattr(library, "cuda_extension", lambda: fake_kernels(error, 12080, 13000))
+    with pytest.raises(RuntimeError) as raised:
+        launch()
+    assert str(raised.value) == f"{error}: {TOO_OLD}."
+
+
+def test_errors_that_the_driver_does_not_explain_stay_as_they_are(monkeypatch, no_device):
+    monkeypatch.setattr(library, "cuda_extension", lambda: fake_kernels("kernel: out of memory", 13000, 13000))
+    with pytest.raises(RuntimeError, match=r"^kernel: out of memory$"):
+        launch()
+
+
+@pytest.mark.parametrize(
+    ("driver", "line"),
+    [(0, NO_DRIVER), (12080, TOO_OLD), (13010, "supports CUDA 13.1, enough for the kernels' 13.0")],
+)
+def test_info_compares_driver_and_kernels(monkeypatch, driver, line):
+    monkeypatch.setattr(library, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(library, "cuda_extension", lambda: fake_kernels("", driver, 13000))
+    facts = info.facts()
+    assert facts["CUDA kernels"] == "nvcc 13.0 for 90"
+    assert facts["NVIDIA driver"] == line
+
+
+def test_info_without_cuda_kernels(monkeypatch):
+    monkeypatch.setattr(library, "has_cuda_kernels", lambda: False)
+    facts = info.facts()
+    assert facts["CUDA kernels"].startswith("not in this build") and "NVIDIA driver" not in facts
+
+
+@needs_cuda_kernels
+def test_versions_of_this_build():
+    driver, runtime = library.cuda_extension().cuda_versions()
+    major, minor = map(int, library.cuda_extension().build_info()["compiler"].removeprefix("nvcc ").split(".")[:2])
+    assert runtime // 10 == major * 100 + minor
+    assert (driver == 0) == (ctypes.util.find_library("cuda") is None)
