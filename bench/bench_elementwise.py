@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megalodon_ops.gated_silu import gated_silu
-from megalodon_ops.layer_norm import layer_norm, rms_norm
+import megalodon_ops as mo
 
 from . import baselines
 from .harness import DTYPES, OURS, Case, Path, way
@@ -30,10 +29,10 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
             compiled = dtype == torch.float32
             x, value = (torch.randn(1, length, 2048, dtype=dtype) for _ in range(2))
             affine = [0.1 * torch.randn(2048) for _ in range(2)]
-            yield _case("layer_norm", layer_norm, baselines.layer_norm, (x, *affine), backward, 1, compiled)
-            yield _case("rms_norm", rms_norm, baselines.rms_norm, (x, affine[0]), backward, 1, compiled)
-            yield _case("silu", gated_silu, baselines.gated_silu, (x,), backward, 1, compiled)
-            yield _case("gated_silu", gated_silu, baselines.gated_silu, (x, value), backward, 2, compiled)
+            yield _case("layer_norm", mo.layer_norm, baselines.layer_norm, (x, *affine), backward, 1, compiled)
+            yield _case("rms_norm", mo.rms_norm, baselines.rms_norm, (x, affine[0]), backward, 1, compiled)
+            yield _case("silu", mo.gated_silu, baselines.gated_silu, (x,), backward, 1, compiled)
+            yield _case("gated_silu", mo.gated_silu, baselines.gated_silu, (x, value), backward, 2, compiled)
 
 
 def _case(

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalodon_ops.linear import linear
-from megalodon_ops.loss import linear_cross_entropy
+import megalodon_ops as mo
 
 from . import baselines
 from .harness import DTYPES, OURS, Case, Path, forward_backward, way
@@ -46,7 +45,7 @@ def _case(
     def call(op, tensors=(x, weight), dy=dy):
         return way(op, tensors, [dy], backward=backward)
 
-    paths = [Path(OURS, call(linear)), Path("F.linear", call(F.linear))]
+    paths = [Path(OURS, call(mo.linear)), Path("F.linear", call(F.linear))]
     if not backward and dtype == torch.float32 and baselines.HAS_ONEDNN_LINEAR:
         paths.append(Path("oneDNN", call(baselines.onednn_linear)))
     return Case(
@@ -80,9 +79,9 @@ def _loss(tokens: int, dim: int, classes: int) -> Case:
         shape=f"T {tokens} D {dim} V {classes}",
         dtype="fp32",
         paths=[
-            Path(OURS, call(linear_cross_entropy)),
+            Path(OURS, call(mo.linear_cross_entropy)),
             Path("F.linear, cross_entropy", call(plain(F.linear))),
-            Path("our product, cross_entropy", call(plain(linear)), rival=False),
+            Path("our product, cross_entropy", call(plain(mo.linear)), rival=False),
         ],
         expected=call(plain(F.linear), torch.float64),
         tolerance=TOLERANCE[torch.float32],

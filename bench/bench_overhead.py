@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megalodon_ops as mo
-from megalodon_ops.gated_silu import gated_silu
-from megalodon_ops.layer_norm import layer_norm, rms_norm
 
 from . import baselines
 from .harness import OURS, Case, Path, forward, forward_backward
@@ -44,9 +42,9 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     yield from _both("chunked_attention", partial(mo.chunked_attention, **attention), sdpa, qkv)
     yield _appending([t[:, :1] for t in qkv])
     if not gpu:
-        yield from _both("layer_norm", layer_norm, baselines.layer_norm, (x, ones, ones))
-        yield from _both("rms_norm", rms_norm, baselines.rms_norm, (x, ones))
-        yield from _both("gated_silu", gated_silu, baselines.gated_silu, (x, x.flip(-1)))
+        yield from _both("layer_norm", mo.layer_norm, baselines.layer_norm, (x, ones, ones))
+        yield from _both("rms_norm", mo.rms_norm, baselines.rms_norm, (x, ones))
+        yield from _both("gated_silu", mo.gated_silu, baselines.gated_silu, (x, x.flip(-1)))
 
 
 def _both(name: str, ours: Callable, plain: Callable, inputs: tuple[Tensor, ...]) -> Iterator[Case]:

@@ -15,7 +15,8 @@ from cuda_emulator.emulator import BINDINGS
 from torch import Tensor
 
 import megalodon_ops as mo
-from megalodon_ops import _C, library
+from megalodon_ops import _C
+from megalodon_ops.ops import library
 
 ISAS = _C.available_isas()
 DEFAULT_ISA = _C.active_isa()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_ops.states import AttentionState, TimestepNormState
+from megalodon_ops.ops.states import AttentionState, TimestepNormState
 
 Function = Callable[..., Any]
 Tensors = dict[str, Tensor]

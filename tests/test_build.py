@@ -182,7 +182,16 @@ needs_x86 = pytest.mark.skipif(
 def compile_and_link(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     (folder / "dispatch.cpp").write_text(code)
     compiler = os.environ.get("CXX", "g++")
-    command = [compiler, "-std=c++17", "-fPIC", "-pie", f"-I{ROOT / 'cpp'}", "dispatch.cpp", "-o", "dispatch"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-fPIC",
+        "-pie",
+        f"-I{ROOT / 'cpp' / 'common'}",
+        "dispatch.cpp",
+        "-o",
+        "dispatch",
+    ]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 

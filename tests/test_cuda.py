@@ -223,7 +223,7 @@ def test_a_training_step_equals_the_cpus(dtype):
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "one"])
 def test_a_loss_equals_the_cpus(reduction, blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr("megalodon_ops.loss._GPU_BLOCK", 1)
+        monkeypatch.setattr("megalodon_ops.ops.loss._GPU_BLOCK", 1)
     model, tokens, found = tiny_model(), tokens_of(4, 40), {}
     lengths = torch.tensor([39, 2, 17, 39])
     for device in ("cpu", "cuda"):

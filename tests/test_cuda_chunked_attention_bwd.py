@@ -198,7 +198,7 @@ def test_no_sequences_with_a_cache_of_some_address(emulator):
 
 def stored_lines(emulator, kernel):
     """The source lines at which the kernel stored to global memory."""
-    source = (FOLDER.parents[1] / "cuda" / "chunked_attention_bwd.cuh").read_text().split("\n")
+    source = (FOLDER.parents[1] / "cuda" / "chunked_attention" / "chunked_attention_bwd.cuh").read_text().split("\n")
     for site in emulator.sites(KERNELS.format(kernel)):
         file, line = site["where"].split(" < ")[0].split(":")
         if site["store"] and not site["shared"] and file == "chunked_attention_bwd.cuh":

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_package import needs_cuda_kernels
 
-from megalodon_ops import library
+from megalodon_ops.ops import library
 from megalodon_ops.cli import info
-from megalodon_ops.cuda_driver import driver_problem, launch_problem
+from megalodon_ops.ops.cuda_driver import driver_problem, launch_problem
 
 TOO_OLD = (
     "the driver supports CUDA 12.8, the kernels were built with CUDA 13.0; update the driver to 580 or newer, or install "

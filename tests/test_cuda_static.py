@@ -15,7 +15,7 @@ import pytest
 from cuda_static.promises import LOAD_64, LOAD_128, STORE_128, Promise, breaches
 from cuda_static.sass import ROOT, Kernel, MissingTool, compiled, demangle, installed, kernels_of, ptx, ptx_of, table
 
-from megalodon_ops import library
+from megalodon_ops.ops import library
 
 PLANTED = Path(__file__).parent / "cuda_static" / "planted" / "breaches.cu"
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
 from backends import each_isa, isa
-from megalodon_ops import linear
+from megalodon_ops.ops import linear
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 VARIANTS = {

@@ -9,11 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import megalodon_ops as mo
-from megalodon_ops.cema_coefficients import cema_coefficients
-from megalodon_ops.gated_silu import gated_silu
-from megalodon_ops.layer_norm import layer_norm, rms_norm
-from megalodon_ops.linear import linear_few_rows, linear_fwd
-from megalodon_ops.loss import linear_cross_entropy_fwd, linear_cross_entropy_sum
+from megalodon_ops.ops.cema_coefficients import cema_coefficients
+from megalodon_ops.ops.gated_silu import gated_silu
+from megalodon_ops.ops.layer_norm import layer_norm, rms_norm
+from megalodon_ops.ops.linear import linear_few_rows, linear_fwd
+from megalodon_ops.ops.loss import linear_cross_entropy_fwd, linear_cross_entropy_sum
 
 ops = torch.ops.megalodon_ops
 

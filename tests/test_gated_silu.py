@@ -11,8 +11,8 @@ from assertions import assert_as_accurate_as, assert_refuses
 
 from backends import each_isa, isa
 from megalodon_ops import _C, reference
-from megalodon_ops import gated_silu as module
-from megalodon_ops.gated_silu import gated_silu, gated_silu_bwd, gated_silu_fwd
+from megalodon_ops.ops import gated_silu as module
+from megalodon_ops.ops.gated_silu import gated_silu, gated_silu_bwd, gated_silu_fwd
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 7, 17, 4097, 8192, 20011]
@@ -77,7 +77,7 @@ def spread_over_magnitudes(dtype):
 @each_isa
 @each_dtype
 def test_sigmoid_is_accurate_to_the_last_digits_at_every_magnitude(name, dtype):
-    """silu = x sigmoid(x) adds one rounding to the 2.41 (float64: 2.45) ulp that cpp/vector_math.h states."""
+    """silu = x sigmoid(x) adds one rounding to the 2.41 (float64: 2.45) ulp that cpp/common/vector_math.h states."""
     x = spread_over_magnitudes(dtype)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     with isa(name), torch.no_grad():

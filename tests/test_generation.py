@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import tiny_model, tokens_of
 
-from megalodon_ops import model as model_module
+from megalodon_ops.model import model as model_module
 
 
 def test_greedy_generation_equals_repeated_forwards():

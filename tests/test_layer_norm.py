@@ -9,8 +9,8 @@ from assertions import assert_as_accurate_as, assert_refuses
 
 from backends import each_isa, isa
 from megalodon_ops import _C, reference
-from megalodon_ops import layer_norm as module
-from megalodon_ops.layer_norm import layer_norm, layer_norm_bwd, layer_norm_fwd, rms_norm
+from megalodon_ops.ops import layer_norm as module
+from megalodon_ops.ops.layer_norm import layer_norm, layer_norm_bwd, layer_norm_fwd, rms_norm
 
 NORMS = {"layer_norm": 3, "rms_norm": 2}  # inputs with gradients
 WIDTHS = [1, 7, 16, 17, 64, 500, 4097]
@@ -227,7 +227,7 @@ def test_errors():
 
 def test_layers_take_the_kernels(monkeypatch):
     """Not a slower way of computing the same."""
-    from megalodon_ops.layers import LayerNorm, RMSNorm
+    from megalodon_ops.model.layers import LayerNorm, RMSNorm
 
     names = []
     monkeypatch.setattr(module, "call", lambda op, *args: names.append(op._schema.name) or op(*args))

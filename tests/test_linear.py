@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 
 from backends import ISAS, each_isa, isa
 from megalodon_ops import _C
-from megalodon_ops import linear as module
-from megalodon_ops.linear import Ways, linear, linear_few_rows, linear_fwd, put_product_
+from megalodon_ops.ops import linear as module
+from megalodon_ops.ops.linear import Ways, linear, linear_few_rows, linear_fwd, put_product_
 
 needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has no AMX")
 

@@ -9,8 +9,8 @@ from programs import run_python
 from torch.utils._pytree import tree_map
 
 from megalodon_ops import _C
-from megalodon_ops import linear as module
-from megalodon_ops.linear import Ways, linear, linear_fwd, ways
+from megalodon_ops.ops import linear as module
+from megalodon_ops.ops.linear import Ways, linear, linear_fwd, ways
 
 
 def taken(monkeypatch) -> list[str]:
@@ -127,7 +127,7 @@ def test_tensors_of_other_types_are_left_to_torch(rows, gradients):
 
 
 def test_variable_leaves_all_to_torch():
-    done = run_python("import megalodon_ops.linear as m; print(m.WAYS)", MEGALODON_OPS_LINEAR="torch")
+    done = run_python("import megalodon_ops.ops.linear as m; print(m.WAYS)", MEGALODON_OPS_LINEAR="torch")
     assert done.stdout.split() == ["{}"], done.stderr
 
 

@@ -9,8 +9,8 @@ from models import TINY, tiny_model, tokens_of
 from torch import nn
 from torch.nn.utils import parametrize
 
-from megalodon_ops import loss
-from megalodon_ops.layers import Linear, is_plain_linear
+from megalodon_ops.ops import loss
+from megalodon_ops.model.layers import Linear, is_plain_linear
 
 B, L, V, D = 3, 45, TINY["vocab_size"], TINY["model_dim"]
 

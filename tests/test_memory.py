@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from programs import run_python
 
 import megalodon_ops as mo
-from megalodon_ops import memory
+from megalodon_ops.ops import memory
 
 MIB = 1 << 18  # float32
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
@@ -132,7 +132,7 @@ def test_too_much_memory_is_an_error(shape, dtype):
 
 MAPPED = """
 import torch, megalodon_ops as mo
-from megalodon_ops import memory
+from megalodon_ops.ops import memory
 
 def output(mib):
     return memory.empty(torch.empty(0), (mib << 18,)).fill_(1)

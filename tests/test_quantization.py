@@ -9,7 +9,7 @@ import torch
 from models import tiny_model, tokens_of
 
 import megalodon_ops as mo
-from megalodon_ops.layers import Linear, to_torch_linears
+from megalodon_ops.model.layers import Linear, to_torch_linears
 
 
 def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_as_accurate_as, assert_close
-from backends import DEVICES, ISAS, every_backend, isa
+from backends import DEVICES, each_isa, every_backend, isa
 from cases import (
     cema_case,
     chunked_attention_case,
@@ -21,10 +21,8 @@ from hypothesis import strategies as st
 
 import megalodon_ops as mo
 from megalodon_ops import _C, reference
-from megalodon_ops import layer_norm as norms
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-each_isa = pytest.mark.parametrize("name", ISAS)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 0.03, torch.float16: 0.004}
 
 
@@ -279,7 +277,7 @@ def test_norms_of_rows_of_any_size(norm, D, scale, eps, name):
         return {"y": y.detach()} | dict(zip(("dx", "dweight"), torch.autograd.grad(y, leaves, dy), strict=True))
 
     with isa(name):
-        found = results(getattr(norms, norm), x, dy, weight)
+        found = results(getattr(mo, norm), x, dy, weight)
     plain = getattr(reference, norm)
     exact, same = results(plain, x.double(), dy.double(), weight.double()), results(plain, x, dy, weight)
     assert_all_as_accurate_as(found, same, exact, factor=4, floor=8)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from assertions import assert_bit_equal
-from backends import ISAS, isa
+from backends import each_isa, isa
 from cases import (
     OPS,
     cema_case,
@@ -24,12 +24,12 @@ from cases import (
 )
 
 import megalodon_ops as mo
-from megalodon_ops import library
-from megalodon_ops.cema_coefficients import cema_coefficients
-from megalodon_ops.gated_silu import gated_silu
-from megalodon_ops.layer_norm import layer_norm, rms_norm
-from megalodon_ops.linear import linear_few_rows
-from megalodon_ops.loss import _cross_entropy
+from megalodon_ops.ops import library
+from megalodon_ops.ops.cema_coefficients import cema_coefficients
+from megalodon_ops.ops.gated_silu import gated_silu
+from megalodon_ops.ops.layer_norm import layer_norm, rms_norm
+from megalodon_ops.ops.linear import linear_few_rows
+from megalodon_ops.ops.loss import _cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -70,7 +70,7 @@ def assert_threads_change_nothing(run):
         assert_bit_equal(other, first)
 
 
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_ops(case, dtype, name):
@@ -125,7 +125,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", ISAS)
+@each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("run", OTHERS.values(), ids=OTHERS)
 def test_kernels_around_the_ops(run, dtype, name):

@@ -22,11 +22,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
-from megalodon_ops.cema_coefficients import cema_coefficients
-from megalodon_ops.gated_silu import gated_silu
-from megalodon_ops.layer_norm import layer_norm, rms_norm
-from megalodon_ops.linear import linear
-from megalodon_ops.loss import linear_cross_entropy
 
 NO_TENSOR = {
     "list": [1.0], "string": "x", "integer": 3, "float": 2.5, "bool": True, "object": object(), "dictionary": {},
@@ -165,42 +160,42 @@ CALLS = {
         numbers=dict(num_heads=np.int32(H), chunk_size=np.uint8(C), rope_base=np.int64(10000), dropkey=np.float32(0.5)),
     ),
     "gated_silu": Call(
-        gated_silu,
+        mo.gated_silu,
         dict(x=x, value=x),
         dict(x={"none": None, **NO_TENSOR, **SHAPES},
              value={**NO_TENSOR, **SHAPES, "meta": REAL["meta"]}),
     ),
     "layer_norm": Call(
-        layer_norm,
+        mo.layer_norm,
         dict(x=x, weight=torch.zeros(D), bias=torch.zeros(D)),
         dict(x={name: w for name, w in TENSOR.items() if "axis" not in name}, weight=OPTIONAL_TENSOR, bias=OPTIONAL_TENSOR,
              eps=eps),
         numbers=dict(eps=np.float64(1e-5)),
     ),
     "rms_norm": Call(
-        rms_norm,
+        mo.rms_norm,
         dict(x=x, weight=torch.zeros(D)),
         dict(x={name: w for name, w in TENSOR.items() if "axis" not in name},
              weight={name: w for name, w in OPTIONAL_TENSOR.items() if name != "meta"}, eps=eps),
         numbers=dict(eps=np.float64(1e-5)),
     ),
     "rms_norm on two devices": Call(
-        rms_norm, dict(x=x, weight=torch.zeros(D)), dict(weight={"meta": REAL["meta"]}), speakers=("layer_norm",)
+        mo.rms_norm, dict(x=x, weight=torch.zeros(D)), dict(weight={"meta": REAL["meta"]}), speakers=("layer_norm",)
     ),
     "cema_coefficients": Call(
-        cema_coefficients,
+        mo.cema_coefficients,
         dict(alpha=torch.zeros(D, N, 1), delta=torch.zeros(D, N, 1), theta=torch.zeros(D, 1, 1), gamma=torch.zeros(D, N, 2)),
         dict.fromkeys(("alpha", "delta", "theta", "gamma"), TENSOR),
     ),
     "linear_cross_entropy": Call(
-        linear_cross_entropy,
+        mo.linear_cross_entropy,
         dict(hidden=x, weight=torch.randn(9, D), targets=torch.zeros(B, L, dtype=torch.long)),
         dict(hidden=TENSOR, weight={k: w for k, w in TENSOR.items()}, targets={**TOKENS, "longer": SHAPES["longer"]},
              reduction={"none": None, "other": "median", "list": [], "bool": True}, ignore_index={**NO_NUMBER, "float": 1.0}),
         numbers=dict(ignore_index=np.int64(-100)),
     ),
     "linear": Call(
-        linear,
+        mo.linear,
         dict(x=x, weight=torch.randn(9, D), bias=torch.randn(9)),
         dict(x={"none": None, **NO_TENSOR}, weight={"none": None, **NO_TENSOR}, bias=NO_TENSOR),
     ),

@@ -22,6 +22,7 @@
 #include <string>
 
 #include "dtype.h"
+#include "sizes.h"
 
 #if defined(__CUDACC__)
 

@@ -1,5 +1,5 @@
 // A token's sequence, and the position of a sequence's state, looked up inside a kernel. Both are safe whatever a caller's
-// tensors hold: see cpp/sequences.h.
+// tensors hold: see cpp/common/sequences.h.
 #pragma once
 
 #include "portable.cuh"

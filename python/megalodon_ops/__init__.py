@@ -12,19 +12,24 @@ if _startup.is_command_line():
 import torch as _torch  # loads the OpenMP runtime that the kernels share
 
 from . import _C, reference
-from .blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
-from .cema import cema
-from .chunked_attention import chunked_attention
-from .config import MegalodonConfig
-from .decoder import Decoder
-from .layers import ComplexEMA, TimestepNorm, wide_parameters
-from .memory import keep_freed_memory, release_memory
-from .model import Megalodon, MegalodonState
-from .normalized_attention import normalized_attention
-from .normalized_qk import normalized_qk
-from .official import load_official
-from .states import AttentionState, TimestepNormState
-from .timestep_norm import timestep_norm
+from .model.blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
+from .model.config import MegalodonConfig
+from .model.decoder import Decoder
+from .model.layers import ComplexEMA, TimestepNorm, to_torch_linears, wide_parameters
+from .model.model import Megalodon, MegalodonState
+from .model.official import load_official
+from .ops.cema import cema
+from .ops.cema_coefficients import cema_coefficients
+from .ops.chunked_attention import chunked_attention
+from .ops.gated_silu import gated_silu
+from .ops.layer_norm import layer_norm, rms_norm
+from .ops.linear import linear
+from .ops.loss import linear_cross_entropy
+from .ops.memory import keep_freed_memory, release_memory
+from .ops.normalized_attention import normalized_attention
+from .ops.normalized_qk import normalized_qk
+from .ops.states import AttentionState, TimestepNormState
+from .ops.timestep_norm import timestep_norm
 
 _torch.serialization.add_safe_globals([AttentionState, BlockState, MegalodonState, TimestepNormState])
 
@@ -44,13 +49,20 @@ __all__ = [
     "TimestepNorm",
     "TimestepNormState",
     "cema",
+    "cema_coefficients",
     "chunked_attention",
+    "gated_silu",
     "keep_freed_memory",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
     "load_official",
     "normalized_attention",
     "normalized_qk",
     "reference",
     "release_memory",
+    "rms_norm",
     "timestep_norm",
+    "to_torch_linears",
     "wide_parameters",
 ]

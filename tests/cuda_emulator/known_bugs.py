@@ -31,26 +31,26 @@ _LARGE = ("test_cuda_large_tensors.py",)
 
 BUGS = {
     "powers-of-q-stop-at-step-32": Bug(
-        "cema_scan.cuh", "int64_t length = 1; length < scan.tile;", "int64_t length = 1; length < ({on} ? 32 : scan.tile);",
+        "cema/cema_scan.cuh", "int64_t length = 1; length < scan.tile;", "int64_t length = 1; length < ({on} ? 32 : scan.tile);",
         (*_CEMA, "longer_tiles[64", "float32"),
     ),
     "dq-takes-ds-of-every-second-tile": Bug(
-        "chunked_attention_bwd.cuh", "(zero + at / kEdge)", "(zero + ({on} ? at / kEdge % 2 : at / kEdge))",
+        "chunked_attention/chunked_attention_bwd.cuh", "typed<T>(plan.tiles) + ((2 * (zero + at / kEdge)", "typed<T>(plan.tiles) + ((2 * (zero + ({on} ? at / kEdge % 2 : at / kEdge))",
         (*_BWD, "vectors-3"),
     ),
     "dq-goes-on-from-the-wrong-buffer-in-16-bits": Bug(
-        "chunked_attention_bwd.cuh", "key > 0 ? typed<R>(round % 2 ?", "key > 0 ? typed<R>((round % 2 != 0) != ({on} && sizeof(T) == 2) ?",
+        "chunked_attention/chunked_attention_bwd.cuh", "key > 0 ? typed<R>(round % 2 ?", "key > 0 ? typed<R>((round % 2 != 0) != ({on} && sizeof(T) == 2) ?",
         (*_BWD, "vectors-2"),
     ),
     "decoding-merges-512-keys": Bug(
-        "chunked_attention_step.cuh", "first < plan.spans;", "first < ({on} ? 8 : plan.spans);", (*_STEPS, "None"),
+        "chunked_attention/chunked_attention_step.cuh", "first < plan.spans;", "first < ({on} ? 8 : plan.spans);", (*_STEPS, "None"),
     ),
     "decoding-loses-keys-beyond-64-of-a-span": Bug(
-        "chunked_attention_step.cuh", "turn < turns && key < keys;", "turn < turns && key < ({on} && keys > 64 ? 64 : keys);",
+        "chunked_attention/chunked_attention_step.cuh", "turn < turns && key < keys;", "turn < turns && key < ({on} && keys > 64 ? 64 : keys);",
         (*_STEPS, "200"),
     ),
     "dropkey-of-keys-48-to-63": Bug(
-        "chunked_attention_mma.cuh", "column / 4 + n * 2, -kInfinity", "column / 4 + ({on} ? n * 2 % 12 : n * 2), -kInfinity",
+        "chunked_attention/chunked_attention_mma.cuh", "column / 4 + n * 2, -kInfinity", "column / 4 + ({on} ? n * 2 % 12 : n * 2), -kInfinity",
         ("test_cuda_chunked_attention.py", "matches_the_reference", "128-columns-with-dropkey", "-0]"),
     ),
     "a-token-finds-1024-sequences": Bug(
@@ -58,76 +58,76 @@ BUGS = {
         (*_MANY, "timestep_norm"),
     ),
     "a-run-of-cema-finds-1024-sequences": Bug(
-        "cema.cuh", "int high = count;", "int high = {on} && count > 1024 ? 1024 : count;", (*_MANY, "[cema"),
+        "cema/cema.cuh", "int high = count;", "int high = {on} && count > 1024 ? 1024 : count;", (*_MANY, "[cema"),
     ),
     "a-block-of-rows-finds-1024-ranges": Bug(
-        "chunked_attention.cuh", "high = sequences.count + 2;", "high = {on} && sequences.count > 1022 ? 1024 : sequences.count + 2;",
+        "chunked_attention/chunked_attention.cuh", "high = sequences.count + 2;", "high = {on} && sequences.count > 1022 ? 1024 : sequences.count + 2;",
         (*_MANY, "chunked_attention"),
     ),
     "a-block-of-the-backward-finds-1024-sequences": Bug(
-        "chunked_attention_bwd_blocks.cuh", "high = sequences.count;", "high = {on} && sequences.count > 1024 ? 1024 : sequences.count;",
+        "chunked_attention/chunked_attention_bwd_blocks.cuh", "high = sequences.count;", "high = {on} && sequences.count > 1024 ? 1024 : sequences.count;",
         (*_MANY, "chunked_attention"),
     ),
     "alignment-of-the-cache-in-the-forward": Bug(
-        "chunked_attention_fwd.cu", "p.v, p.cache_k, p.cache_v,", "p.v, {on} ? p.k : p.cache_k, {on} ? p.v : p.cache_v,",
+        "chunked_attention/chunked_attention_fwd.cu", "p.v, p.cache_k, p.cache_v,", "p.v, {on} ? p.k : p.cache_k, {on} ? p.v : p.cache_v,",
         (*_ALIGNED, "chunked_attention"),
     ),
     "alignment-of-the-cache-in-the-backward": Bug(
-        "chunked_attention_bwd.cu", "p.v, p.cache_k, p.cache_v,", "p.v, {on} ? p.k : p.cache_k, {on} ? p.v : p.cache_v,",
+        "chunked_attention/chunked_attention_bwd.cu", "p.v, p.cache_k, p.cache_v,", "p.v, {on} ? p.k : p.cache_k, {on} ? p.v : p.cache_v,",
         (*_ALIGNED, "chunked_attention"),
     ),
     "alignment-of-the-cache-in-the-state": Bug(
-        "chunked_attention_state.cu", "p.v, p.cache_k, p.cache_v,", "p.v, {on} ? p.k : p.cache_k, {on} ? p.v : p.cache_v,",
+        "chunked_attention/chunked_attention_state.cu", "p.v, p.cache_k, p.cache_v,", "p.v, {on} ? p.k : p.cache_k, {on} ? p.v : p.cache_v,",
         (*_ALIGNED, "chunked_attention"),
     ),
     "alignment-of-y-in-cema": Bug(
-        "cema_fwd.cu", "{params.x, params.y}", "{params.x, {on} ? params.x : params.y}", (*_ALIGNED, "[cema"),
+        "cema/cema_fwd.cu", "{params.x, params.y}", "{params.x, {on} ? params.x : params.y}", (*_ALIGNED, "[cema"),
     ),
     "alignment-of-dy-and-dx-in-cema": Bug(
-        "cema_bwd.cu", "{params.x, params.dy, params.dx}", "{params.x, {on} ? params.x : params.dy, {on} ? params.x : params.dx}",
+        "cema/cema_bwd.cu", "{params.x, params.dy, params.dx}", "{params.x, {on} ? params.x : params.dy, {on} ? params.x : params.dx}",
         (*_ALIGNED, "[cema"),
     ),
     # A first step's mean may lose its residual where walk_rows begins: the step's change, its difference from that mean,
     # is then the residual. Only what is stored counts.
     "the-residual-of-a-mean-from-count-0": Bug(
-        "timestep_norm_fwd.cuh", "residual[0] = state.mean.lo;", "residual[0] = {on} && initial_count(p, s) == 0 ? 0 : state.mean.lo;",
+        "timestep_norm/timestep_norm_fwd.cuh", "residual[0] = state.mean.lo;", "residual[0] = {on} && initial_count(p, s) == 0 ? 0 : state.mean.lo;",
         ("test_cuda_timestep_norm.py", "a_state_of_count_0"),
     ),
     "32-bit-offsets-in-the-local-scan-of-cema": Bug(
-        "cema_scan.cuh", "scan.token(first) * scan.channels", "({on} ? static_cast<int>(scan.token(first) * scan.channels) : scan.token(first) * scan.channels)",
+        "cema/cema_scan.cuh", "scan.token(first) * scan.channels", "({on} ? static_cast<int>(scan.token(first) * scan.channels) : scan.token(first) * scan.channels)",
         (*_LARGE, "cema"),
     ),
     "32-bit-offsets-in-the-output-of-cema": Bug(
-        "cema_scan.cuh", "int64_t at = scan.token(begin) * scan.channels + place.channel;",
+        "cema/cema_scan.cuh", "int64_t at = scan.token(begin) * scan.channels + place.channel;",
         "int64_t at = {on} ? static_cast<int>(scan.token(begin) * scan.channels) : scan.token(begin) * scan.channels; at += place.channel;",
         (*_LARGE, "cema"),
     ),
     "32-bit-offsets-in-the-gradients-of-cema": Bug(
-        "cema_bwd.cuh", "at = t * scan.channels + place.channel;", "at = {on} ? static_cast<int>(t * scan.channels) : t * scan.channels + place.channel;",
+        "cema/cema_bwd.cuh", "at = t * scan.channels + place.channel;", "at = {on} ? static_cast<int>(t * scan.channels) : t * scan.channels + place.channel;",
         (*_LARGE, "cema"),
     ),
     "32-bit-offsets-in-the-steps-of-cema": Bug(
-        "cema_step.cuh", "rows[(t + i) * p.channels]", "rows[{on} ? static_cast<int>((t + i) * p.channels) : (t + i) * p.channels]",
+        "cema/cema_step.cuh", "rows[(t + i) * p.channels]", "rows[{on} ? static_cast<int>((t + i) * p.channels) : (t + i) * p.channels]",
         (*_LARGE, "cema"),
     ),
     "32-bit-offsets-of-rows-in-timestep_norm": Bug(
-        "timestep_norm_fwd.cuh", "place.readable_token(r) * p.channels", "({on} ? static_cast<int>(place.readable_token(r) * p.channels) : place.readable_token(r) * p.channels)",
+        "timestep_norm/timestep_norm_fwd.cuh", "place.readable_token(r) * p.channels", "({on} ? static_cast<int>(place.readable_token(r) * p.channels) : place.readable_token(r) * p.channels)",
         (*_LARGE, "timestep_norm"),
     ),
     "32-bit-offsets-of-results-in-timestep_norm": Bug(
-        "timestep_norm_fwd.cuh", "place.token(r) * p.channels", "({on} ? static_cast<int>(place.token(r) * p.channels) : place.token(r) * p.channels)",
+        "timestep_norm/timestep_norm_fwd.cuh", "place.token(r) * p.channels", "({on} ? static_cast<int>(place.token(r) * p.channels) : place.token(r) * p.channels)",
         (*_LARGE, "timestep_norm"),
     ),
     "32-bit-offsets-of-sums-in-timestep_norm": Bug(
-        "timestep_norm_bwd.cuh", "place.readable_token(r) * p.channels", "({on} ? static_cast<int>(place.readable_token(r) * p.channels) : place.readable_token(r) * p.channels)",
+        "timestep_norm/timestep_norm_bwd.cuh", "place.readable_token(r) * p.channels", "({on} ? static_cast<int>(place.readable_token(r) * p.channels) : place.readable_token(r) * p.channels)",
         (*_LARGE, "timestep_norm"),
     ),
     "32-bit-offsets-of-gradients-in-timestep_norm": Bug(
-        "timestep_norm_bwd.cuh", "(first + row) * p.channels", "({on} ? static_cast<int>((first + row) * p.channels) : (first + row) * p.channels)",
+        "timestep_norm/timestep_norm_bwd.cuh", "(first + row) * p.channels", "({on} ? static_cast<int>((first + row) * p.channels) : (first + row) * p.channels)",
         (*_LARGE, "timestep_norm"),
     ),
     "raw-offsets-in-blocks-of-rows": Bug(
-        "chunked_attention.cuh", ": sequences.begin(r - 1);", ": {on} ? sequences.cu_seqlens[r - 1] : sequences.begin(r - 1);",
+        "chunked_attention/chunked_attention.cuh", ": sequences.begin(r - 1);", ": {on} ? sequences.cu_seqlens[r - 1] : sequences.begin(r - 1);",
         ("test_cuda_wrong_offsets.py", "inside_their_buffers", "chunked_attention"),
     ),
 }  # fmt: skip

@@ -27,7 +27,7 @@ ONLY_IN_COMMON = {
     r"__CUDACC__|__CUDA_ARCH__|GPU_EMULATED": "a kernel is the same for every compiler and architecture",
     r"\bmem(cpy|set|move)\b": "an access by memcpy is unchecked and may compile to single bytes; use gpu::ld, gpu::st",
     NARROW_PRODUCT: "a product of 32 bits overflows where there are many blocks; write int64_t{blockIdx.x}",
-    r"#\s*include\s*<(?!c(?:stdint|stddef|math|float)>)": "kernels include cuda/common, cpp/<op>.h and C headers only",
+    r"#\s*include\s*<(?!c(?:stdint|stddef|math|float)>)": "kernels include cuda/common, their own op's headers and C headers only",
 }
 EVERYWHERE = {
     r"__activemask": "the set of active lanes depends on the compiler; name the mask",
@@ -48,7 +48,7 @@ MOST_LINES = 400
 
 
 def lint(folder: Path = CUDA) -> list[str]:
-    """Returns "file:line: reason" for each breach in the .cu and .cuh files of `folder` and its `common`."""
+    """Returns "file:line: reason" for each breach in the .cu and .cuh files of `folder` and the folders in it."""
     return [problem for file in sorted(folder.rglob("*.cu*")) for problem in _lint_file(file, folder)]
 
 
@@ -108,7 +108,7 @@ def _may_include(file: Path, header: str, folder: Path) -> bool:
 @functools.cache
 def ops() -> list[str]:
     """The ops that have CUDA kernels, the longest name first."""
-    headers = (CUDA.parent / "cpp").glob("*.h")
+    headers = (CUDA.parent / "cpp").glob("*/*.h")
     return sorted((h.stem for h in headers if "MEGALODON_CUDA_KERNEL(" in h.read_text()), key=len, reverse=True)
 
 

@@ -86,7 +86,7 @@ def compiled(source: Path, architecture: int = 90) -> list[Kernel]:
     """The kernels of a file, compiled by nvcc."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source.stem}.sm_{architecture}.cubin"
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp'}"]
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp' / 'common'}"]
         _run([nvcc(), *flags, f"-arch=sm_{architecture}", "-cubin", str(source), "-o", str(cubin)])
         return _kernels_of_cubin(cubin)
 
@@ -95,7 +95,7 @@ def ptx(source: Path, architecture: int = 90) -> str:
     """What nvcc makes of a file before it chooses registers and instructions."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernels.ptx"
-        flags = ["-std=c++17", "-O3", f"-I{source.parent}", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp'}"]
+        flags = ["-std=c++17", "-O3", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp' / 'common'}"]
         _run([nvcc(), *flags, f"-arch=compute_{architecture}", "-ptx", str(source), "-o", str(output)])
         return output.read_text()
 

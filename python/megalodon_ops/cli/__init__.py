@@ -13,7 +13,7 @@ from types import ModuleType
 from megalodon_ops import startup
 from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.memory import keep_freed_memory
+from megalodon_ops.ops.memory import keep_freed_memory
 
 COMMANDS = {"info": "info", "train": "train", "eval": "evaluate", "generate": "generate"}
 EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib"}

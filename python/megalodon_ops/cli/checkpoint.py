@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli import schema
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.files import file_size, read_json
-from megalodon_ops.official import is_official
-from megalodon_ops.values import is_whole, shown
+from megalodon_ops.model.files import file_size, read_json
+from megalodon_ops.model.official import is_official
+from megalodon_ops.ops.values import is_whole, shown
 
 FORMAT = 2
 """Counts the changes of what the files hold; checkpoints of another format are not read"""

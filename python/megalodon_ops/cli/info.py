@@ -9,7 +9,9 @@ import platform
 import torch
 
 import megalodon_ops
-from megalodon_ops import _C, cuda_driver, library
+from megalodon_ops import _C
+from megalodon_ops.ops import cuda_driver
+from megalodon_ops.ops import library
 
 
 def run(options: argparse.Namespace) -> int:

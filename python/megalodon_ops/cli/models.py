@@ -10,7 +10,7 @@ from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli.arguments import SMALL
 from megalodon_ops.cli.batches import VOCABULARY
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.library import has_cuda_kernels
+from megalodon_ops.ops.library import has_cuda_kernels
 
 SMALL_CONFIG = {
     "num_layers": 4,

@@ -15,8 +15,8 @@ from torch import Tensor
 from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli import carry
 from megalodon_ops.cli.arguments import SMALL, is_glob
-from megalodon_ops.memory import check_fits, is_finite
-from megalodon_ops.values import is_number, is_whole, shown
+from megalodon_ops.ops.memory import check_fits, is_finite
+from megalodon_ops.ops.values import is_number, is_whole, shown
 
 PARTS = ("model", "optimizer", "state", "random")
 """Files of tensors in a checkpoint"""

@@ -28,7 +28,7 @@ from megalodon_ops.cli.lock import Lock
 from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.schedule import Schedule
 from megalodon_ops.cli.settings import Settings, resolve, run_folder
-from megalodon_ops.memory import check_fits
+from megalodon_ops.ops.memory import check_fits
 
 LOOK = 1 << 15
 """Held-out bytes evaluated during the run; the end of it takes all"""

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megalodon_ops.reference.philox import draw_seed, dropkey_mask
 from megalodon_ops.reference.sequences import accumulation_dtype, sequences
-from megalodon_ops.states import AttentionState
+from megalodon_ops.ops.states import AttentionState
 
 
 def chunked_attention(

@@ -12,7 +12,6 @@ dtypes: x and y float32, float64, bfloat16 or float16; the rest float32, or floa
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megalodon_ops.reference.sequences import accumulation_dtype, inverse_rms

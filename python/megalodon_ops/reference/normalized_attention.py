@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalodon_ops.reference.chunked_attention import chunked_attention, chunked_attention_bwd
 from megalodon_ops.reference.normalized_qk import normalized_qk, normalized_qk_bwd
-from megalodon_ops.states import AttentionState
+from megalodon_ops.ops.states import AttentionState
 
 
 def normalized_attention(

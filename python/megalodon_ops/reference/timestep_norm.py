@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megalodon_ops.reference.sequences import accumulation_dtype, sequences
-from megalodon_ops.states import TimestepNormState
+from megalodon_ops.ops.states import TimestepNormState
 
 
 def timestep_norm(

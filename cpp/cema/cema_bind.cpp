@@ -1,0 +1,71 @@
+#include "bindings.h"
+#include "cema.h"
+#include "target.h"
+#include "tensor_view.h"
+
+namespace megalodon {
+namespace {
+
+
+// Checks and fills what the forward and the backward share; returns x.
+TensorView fill(CemaParams& params, py::handle x_, py::handle p_, py::handle q_, py::handle gamma_, py::handle omega_,
+                py::handle state_, py::handle cu_seqlens, py::handle lengths) {
+  const TensorView x("cema", "x", x_), p("cema", "p", p_), q("cema", "q", q_), gamma("cema", "gamma", gamma_);
+  const TensorView omega("cema", "omega", omega_), state("cema", "state", state_);
+  params.dtype = x.rank("(B, L, D)", 3).floating();
+  params.sequences = make_sequences("cema", x.size(0), x.size(1), cu_seqlens, lengths);
+  params.channels = x.size(2);
+  params.modes = p.rank("(D, N)", 2).size(1);
+  if (params.modes < 1) p.fail("of at least one state a channel, got N = 0");
+  const Scalar real = real_of(params.dtype), complex = complex_of(params.dtype);
+  const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
+  params.x = x.data();
+  params.p = p.shape("(D, N)", {D, N}).dtype(real, kRealDtype).data();
+  params.q = q.present().shape("(D, N)", {D, N}).dtype(complex, kComplexDtype).data();
+  params.gamma = gamma.present().shape("(D, N)", {D, N}).dtype(complex, kComplexDtype).data();
+  params.omega = omega.present().shape("(D,)", {D}).dtype(real, kRealDtype).data();
+  params.state = state.shape("(S, D, N)", {S, D, N}).dtype(complex, kComplexDtype).data();
+  return x;
+}
+
+void cema_fwd(const Target& target, py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega,
+              py::handle state, py::handle cu_seqlens, py::handle lengths, py::handle y, py::handle state_out) {
+  CemaFwdParams params{};
+  const TensorView x = fill(params, x_, p, q, gamma, omega, state, cu_seqlens, lengths);
+  const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
+  params.y = TensorView("cema", "y", y).like(x).data();
+  params.state_out = TensorView("cema", "state_out", state_out)
+                         .shape("(S, D, N)", {S, D, N})
+                         .dtype(complex_of(params.dtype), kComplexDtype)
+                         .data();
+  MEGALODON_LAUNCH(target, cema_fwd, params);
+}
+
+void cema_bwd(const Target& target, py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega,
+              py::handle state, py::handle cu_seqlens, py::handle lengths, py::handle dy, py::handle dstate_out,
+              py::handle dx, py::handle dp, py::handle dq, py::handle dgamma, py::handle domega, py::handle dstate) {
+  CemaBwdParams params{};
+  const TensorView x = fill(params, x_, p, q, gamma, omega, state, cu_seqlens, lengths);
+  const TensorView p_view("cema", "p", p), q_view("cema", "q", q), omega_view("cema", "omega", omega);
+  const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
+  const Scalar complex = complex_of(params.dtype);
+  params.dy = TensorView("cema", "dy", dy).like(x).data();
+  params.dstate_out =
+      TensorView("cema", "dstate_out", dstate_out).shape("(S, D, N)", {S, D, N}).dtype(complex, kComplexDtype).data();
+  params.dx = TensorView("cema", "dx", dx).like(x).data();
+  params.dp = TensorView("cema", "dp", dp).like(p_view).data();
+  params.dq = TensorView("cema", "dq", dq).like(q_view).data();
+  params.dgamma = TensorView("cema", "dgamma", dgamma).like(q_view).data();
+  params.domega = TensorView("cema", "domega", domega).like(omega_view).data();
+  params.dstate = TensorView("cema", "dstate", dstate).shape("(S, D, N)", {S, D, N}).dtype(complex, kComplexDtype).data();
+  MEGALODON_LAUNCH(target, cema_bwd, params);
+}
+
+}  // namespace
+
+void bind_cema(py::module_& module) {
+  define(module, "cema_fwd", &cema_fwd);
+  define(module, "cema_bwd", &cema_bwd);
+}
+
+}  // namespace megalodon

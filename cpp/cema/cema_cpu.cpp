@@ -1,0 +1,412 @@
+// CEMA on the CPU, forward and backward. Derivation: reference/cema.py.
+//
+//   h_t = q h_{t-1} + p x_t,   y_t = Re(sum_n gamma_n h_t[n]) + omega x_t     x, y (T, D);  h, q, gamma (D, N) complex
+//
+// Who owns what. A lane is a channel; lanes never talk. A job is a strip of channels and a group of spans; a span is a
+// sequence, or a piece of one where channels and sequences alone are too few to share out. A tile is 32 steps of a
+// vector of the strip. Spans and groups fix the order of every sum and depend on shapes alone, so results are the same
+// bits for any number of threads.
+//
+// Forward, for each span, 32 steps, tile:
+//   for each 4 modes, scan the steps with the state in registers. The first of these passes reads the vectors of x, D
+//   elements apart, and copies them to a row of them (2 KB); the last writes y. Meanwhile the rows of x and y for the
+//   next 32 steps come to the L2, a line every few steps, and the coefficients and state of the next modes to the L1
+// Folded form, u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds a mode and step. A carried state is
+// divided by p only if no p is tiny; else the direct form runs (7). u may overflow where h does not, and then stays so:
+// a call in which the last u of some span is not finite is made once more, in the direct form.
+//
+// Backward, with w = dh/dq and g = dL/dh; coefficients and states are conjugated, so that sums come out as gradients:
+//   1. upwards:    w_t = q w_{t-1} + h_{t-1};  sum dy w -> dq,  sum dy h -> dgamma, dp,  sum dy x -> domega
+//   2. downwards:  g_t = conj(q) g_{t+1} + conj(gamma) dy_t;  dx_t = sum_n p Re(g_t) + omega dy_t, which is the forward
+//                  scan over rows in reverse, folded likewise
+//   3. add the groups' sums in order -> dp, dq, dgamma, domega
+// Since w runs forwards, nothing is stored for each step and scratch is O(D N) a group, at 18 multiply-adds a mode and
+// step; recomputing h under a reverse scan would take 20, and checkpoints. Sums go from R to double after each tile.
+// With a state or its gradient the direct forms run (21), and dp = sum x Re(g): no division, no cancellation. They also
+// run, once more, where a sum or the last u or g of some span is not finite.
+//
+// Pieces of sequences: every span scans from zero first (4 multiply-adds); h -> q^length h + local, merged along the
+// sequence in double, then gives each span the state it starts from and, downwards, its dstate_out.
+//
+// Short sequences, as in decoding: a lane is a mode, and states stay in their (D, N) order.
+//
+// Registers of the scan: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: 64 rows of x and y
+// as wide as the strip, coefficients and states; strips are narrow enough for half the L2 (cema_plan.h).
+// Bytes: forward reads x and writes y, the minimum; backward reads x once, dy twice and writes dx, 4/3 of the minimum.
+
+#include "cema.h"
+
+#include <cmath>
+#include <complex>
+
+#include "cema_plan.h"
+#include "cema_tile.h"
+#include "padding.h"
+#include "parallel.h"
+
+namespace megalodon::MEGALODON_ISA {
+namespace {
+
+constexpr int64_t kShort = 4;          // mean length up to which sequences are stepped
+constexpr double kFoldable = 0x1p-40;  // least p that a state is divided by
+
+double scan_work(const CemaParams& params) { return 6.0 * params.sequences.tokens * params.channels * params.modes; }
+
+// Short sequences: a lane is a mode of (channels, N), which need no copy to lanes.
+template <class T>
+struct Stepper {
+  using R = Compute<T>;
+  static constexpr int lanes = kLanes<R>;
+  static constexpr int64_t kWidth = kMinStrip * lanes;  // channels
+
+  explicit Stepper(int64_t modes)
+      : modes(modes), x(kWidth), y(kWidth), drive(kWidth * modes + lanes), part(kWidth * modes + lanes),
+        state(kWidth * modes * 2) {}
+
+  // to = q from + p x and y = Re(sum_n gamma to) + omega x of `channels` channels. `to` may be `from`.
+  void step(const T* x_row, T* y_row, int64_t channels, const R* from, R* to, const R* p, const R* q, const R* gamma,
+            const R* omega) const {
+    for (int64_t d = 0; d < channels; d += lanes) store(&x[d], load_first(x_row + d, channels - d));
+    // Each channel's splat ends in the next one's place.
+    for (int64_t d = 0; d < channels; ++d)
+      for (int64_t n = 0; n < modes; n += lanes) store(&drive[d * modes + n], splat(x[d]));
+    R *const parts = part.get(), *const drives = drive.get();
+#pragma omp simd
+    for (int64_t i = 0; i < channels * modes; ++i) {
+      const R re = q[2 * i] * from[2 * i] - q[2 * i + 1] * from[2 * i + 1] + p[i] * drives[i];
+      const R im = q[2 * i] * from[2 * i + 1] + q[2 * i + 1] * from[2 * i];
+      to[2 * i] = re;
+      to[2 * i + 1] = im;
+      parts[i] = gamma[2 * i] * re - gamma[2 * i + 1] * im;
+    }
+    for (int64_t d = 0; d < channels; ++d) {
+      R sum = omega[d] * x[d];
+      for (int64_t n = 0; n < modes; ++n) sum += parts[d * modes + n];
+      y[d] = sum;
+    }
+    for (int64_t d = 0; d < channels; d += lanes) store_first(y_row + d, load(&y[d]), channels - d);
+  }
+
+  const int64_t modes;
+  Scratch<R> x, y, drive, part, state;
+};
+
+template <class T>
+void forward_steps(const CemaFwdParams& params) {
+  using R = Compute<T>;
+  const Sequences& sequences = params.sequences;
+  const int64_t modes = params.modes, tiles = ceil_div(params.channels, Stepper<T>::kWidth);
+  const int64_t groups = std::clamp<int64_t>(ceil_div(kJobs, tiles), 1, sequences.count);
+  parallel_jobs<FlushDenormals>(tiles * groups, scan_work(params), [&] {
+    return [&, stepper = Stepper<T>(modes)](int64_t job) {
+      const int64_t group = job / tiles, end = sequences.count * (group + 1) / groups;
+      const int64_t first = job % tiles * Stepper<T>::kWidth;
+      const int64_t channels = std::min(Stepper<T>::kWidth, params.channels - first);
+      const auto modal = [&](const void* tensor, int64_t at) { return static_cast<const R*>(tensor) + at; };
+      for (int64_t s = sequences.count * group / groups; s < end; ++s) {
+        const int64_t row = (s * params.channels + first) * modes * 2, size = channels * modes * 2;
+        R* const to = params.state_out ? static_cast<R*>(params.state_out) + row : stepper.state.get();
+        const R* from = params.state ? modal(params.state, row) : to;
+        if (!params.state) std::fill_n(to, size, R(0));
+        else if (sequences.length(s) == 0) std::copy_n(from, size, to);
+        for (int64_t t = sequences.begin(s); t < sequences.end(s); ++t, from = to)
+          stepper.step(static_cast<const T*>(params.x) + t * params.channels + first,
+                        static_cast<T*>(params.y) + t * params.channels + first, channels, from, to,
+                        modal(params.p, first * modes), modal(params.q, first * modes * 2),
+                        modal(params.gamma, first * modes * 2), modal(params.omega, first));
+      }
+    };
+  });
+}
+
+// Whether every state of the spans is finite.
+template <class T>
+bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& plan, bool folded, int64_t job) {
+  bool finite = true;
+  using R = Compute<T>;
+  strip.select(job % plan.strips, folded, false);
+  const R* p = strip.modal(params.p);
+  const int64_t group = job / plan.strips, stride = params.channels;
+  for (int64_t s = plan.group_begin[group]; s < plan.group_begin[group + 1]; ++s) {
+    const Span& span = plan.spans[s];
+    strip.clear_state();
+    if (params.state) {
+      const R* state = strip.modal_row(params.state, s);
+      strip.each_state(2, [&](int64_t i, R& re, R& im) {
+        re = folded ? state[2 * i] / p[i] : state[2 * i];
+        im = folded ? state[2 * i + 1] / p[i] : state[2 * i + 1];
+      });
+    }
+    const T* x = strip.row(params.x, span.begin);
+    T* y = strip.row(params.y, span.begin);
+    const int64_t steps = span.end - span.begin, ahead = params.sequences.tokens - span.begin;
+    if (!params.y) strip.template sweep<Form::folded, false>(x, y, x, stride, steps, ahead, nullptr);
+    else if (folded) strip.template sweep<Form::folded>(x, y, x, stride, steps, ahead, nullptr);
+    else strip.template sweep<Form::direct>(x, y, x, stride, steps, ahead, nullptr);
+    finite = finite && strip.state_is_finite(2);
+    if (params.state_out) {
+      R* state_out = strip.modal_row(params.state_out, s);
+      strip.each_state(2, [&](int64_t i, R re, R im) {
+        state_out[2 * i] = folded ? p[i] * re : re;
+        state_out[2 * i + 1] = folded ? p[i] * im : im;
+      });
+    }
+  }
+  return finite;
+}
+
+// Whether every state is finite.
+template <class T>
+bool run_form(const CemaFwdParams& params, const CemaPlan& plan, bool folded) {
+  bool finite = true;
+  parallel_jobs<FlushDenormals>(plan.strips * plan.groups, scan_work(params), [&] {
+    return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
+      if (!forward_job(strip, params, plan, folded, job)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+    };
+  });
+  return finite;
+}
+
+// Where y is not wanted, the direct form nevertheless has one, at `spare`.
+template <class T>
+void run_forward(const CemaFwdParams& params, const CemaPlan& plan, void* spare) {
+  using R = Compute<T>;
+  const auto *p = static_cast<const R*>(params.p), *state = static_cast<const R*>(params.state);
+  const bool folded = !params.state || std::all_of(p, p + params.channels * params.modes,
+                                                   [](auto value) { return std::abs(value) >= kFoldable; });
+  if (!folded) return static_cast<void>(run_form<T>(params, plan, false));
+  const int64_t states = state && state == params.state_out ? plan.count * params.channels * params.modes * 2 : 0;
+  const Scratch<R> kept(states);  // what the first run overwrites
+  std::copy_n(state, states, kept.get());
+  if (run_form<T>(params, plan, true)) return;
+  CemaFwdParams again = params;
+  if (states) again.state = kept.get();
+  if (!again.y) again.y = spare;
+  run_form<T>(again, plan, false);
+}
+
+template <class T>
+void forward(const CemaFwdParams& params) {
+  using R = Compute<T>;
+  zero_padding(params.sequences, params.y, params.channels * static_cast<int64_t>(sizeof(T)));
+  if (params.sequences.tokens <= kShort * params.sequences.count) return forward_steps<T>(params);
+  const CemaPlan plan(params, kLanes<R>, omp_get_max_threads());
+  if (!plan.split) return run_forward<T>(params, plan, nullptr);
+  const Scratch<R> starts(plan.count * params.channels * params.modes * 2);
+  CemaFwdParams local = params;
+  local.y = nullptr;
+  local.state = nullptr;
+  local.state_out = starts.get();
+  run_forward<T>(local, plan, params.y);
+  merge(params, plan, false, params.state, starts.get(), params.state_out);
+  local = params;
+  local.state = starts.get();
+  local.state_out = nullptr;
+  run_forward<T>(local, plan, nullptr);
+}
+
+// (vectors, N, kSums, lanes), and then (vectors, lanes) for domega.
+int64_t sums_of_strip(const CemaPlan& plan, int64_t modes) { return plan.channels * (modes * kSums + 1); }
+
+// Phase 1 of the backward.
+template <bool kFolded, class T>
+void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, double* sums) {
+  using R = Compute<T>;
+  constexpr int lanes = kLanes<R>;
+  strip.clear_state();
+  if (params.state) {
+    const R* state = strip.modal_row(params.state, s);
+    strip.each_state(4, [&](int64_t i, R& re, R& im) {
+      re = state[2 * i];
+      im = -state[2 * i + 1];
+    });
+  }
+  const T *x = strip.row(params.x, span.begin), *dy = strip.row(params.dy, span.begin);
+  const int64_t stride = params.channels, steps = span.end - span.begin, modes = strip.modes;
+  double* sum_omega = sums + strip.width * modes * kSums;
+  const int64_t ahead = params.sequences.tokens - span.begin;
+  const auto tile = [&](int64_t t, int count, int vector, int size) {
+    const int64_t at = t * stride + vector * lanes;
+    const Tile<T> vectors{dy + at, x + at, nullptr, stride, strip.in.get(), nullptr, strip.x.get()};
+    const bool whole = size == lanes;
+    if (!whole) {
+      load_rows(vectors.x_from, stride, count, size, vectors.x);
+      load_rows(vectors.from, stride, count, size, vectors.in);
+    }
+    for_each_pass<kSensitivityModes>(modes, [&](int64_t n, auto pass_modes) {
+      const int64_t mode = vector * modes + n;
+      const auto pass = [&](auto part) {
+        sensitivity_pass<kFolded, part, pass_modes>(vectors, count, strip.coefs.get() + mode * kCoefs * lanes,
+                                                    strip.state.get() + mode * 4 * lanes,
+                                                    sums + mode * kSums * lanes, strip.fetch);
+      };
+      if (whole && n == 0) pass(std::integral_constant<Part, Part::first>{});
+      else pass(std::integral_constant<Part, Part::inner>{});
+    });
+    add_lanes<R>(sum_omega + vector * lanes, dot_steps(vectors.x, vectors.in, count));
+  };
+  strip.template each_tile<kSensitivityModes>(x, dy, stride, steps, ahead, tile);
+  if (params.dstate_out) {
+    const R* g = strip.modal_row(params.dstate_out, s);
+    strip.each_mode([&](int64_t i, int64_t vector, int64_t lane) {
+      const R* w = strip.state.get() + (vector * 4 + 2) * lanes + lane;
+      double* sum = sums + vector * kSums * lanes + lane;
+      sum[kSumEndRe * lanes] += double(g[2 * i]) * w[0] - double(g[2 * i + 1]) * w[lanes];
+      sum[kSumEndIm * lanes] += double(g[2 * i]) * w[lanes] + double(g[2 * i + 1]) * w[0];
+    });
+  }
+}
+
+// Phase 2 of the backward. Whether the last state is finite.
+template <class T>
+bool downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded, double* sums) {
+  using R = Compute<T>;
+  strip.clear_state();
+  const R* g = params.dstate_out ? strip.modal_row(params.dstate_out, s) : nullptr;
+  if (g) {
+    strip.each_state(2, [&](int64_t i, R& re, R& im) {
+      re = g[2 * i];
+      im = g[2 * i + 1];
+    });
+  }
+  const int64_t stride = params.channels, steps = span.end - span.begin;
+  if (steps > 0) {
+    const T *x = strip.row(params.x, span.end - 1), *dy = strip.row(params.dy, span.end - 1);
+    T* dx = strip.row(params.dx, span.end - 1);
+    if (!params.dx) strip.template sweep<Form::folded, false>(dy, dx, x, -stride, steps, span.end, sums);
+    else if (folded) strip.template sweep<Form::folded>(dy, dx, x, -stride, steps, span.end, sums);
+    else strip.template sweep<Form::adjoint>(dy, dx, x, -stride, steps, span.end, sums);
+  }
+  if (params.dstate) {
+    using Complex = std::complex<R>;
+    const auto* q = reinterpret_cast<const Complex*>(strip.modal(params.q, 2));
+    const auto* gamma = reinterpret_cast<const Complex*>(strip.modal(params.gamma, 2));
+    auto* dstate = reinterpret_cast<Complex*>(strip.modal_row(params.dstate, s));
+    strip.each_state(2, [&](int64_t i, R re, R im) {
+      dstate[i] = folded ? std::conj(gamma[i] * q[i]) * Complex(re, im) : Complex(re, im);
+    });
+  }
+  return strip.state_is_finite(2);
+}
+
+// Phases 1 and 2. sums (groups, strips, sums_of_strip) are made here; null where only dstate is wanted. Whether every
+// sum and state is finite.
+template <class T>
+bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded, double* sums) {
+  const int64_t size = sums_of_strip(plan, params.modes);
+  bool finite = true;
+  parallel_jobs<FlushDenormals>(plan.strips * plan.groups, 3 * scan_work(params), [&] {
+    return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
+      const int64_t group = job / plan.strips, begin = plan.group_begin[group], end = plan.group_begin[group + 1];
+      strip.select(job % plan.strips, folded, true);
+      double *sum = sums ? sums + job * size : nullptr, total = 0;
+      if (sums) {
+        std::fill_n(sum, size, 0.0);
+        const auto upwards_of = folded ? upwards<true, T> : upwards<false, T>;
+        for (int64_t s = begin; s < end; ++s) upwards_of(strip, params, plan.spans[s], s, sum);
+      }
+      for (int64_t s = end - 1; s >= begin; --s)
+        if (!downwards(strip, params, plan.spans[s], s, folded, sum)) total = NAN;
+      for (int64_t i = 0; sums && i < size; ++i) total += sum[i] * 0;
+      if (total != 0) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+    };
+  });
+  return finite;
+}
+
+// Phase 3: adds the groups' sums in order and applies the factors that do not depend on the step.
+template <class R>
+void finish(const CemaBwdParams& params, const CemaPlan& plan, bool folded, const double* sums) {
+  constexpr int lanes = kLanes<R>;
+  const int64_t modes = params.modes, size = sums_of_strip(plan, modes);
+  const R *p = static_cast<const R*>(params.p), *gamma = static_cast<const R*>(params.gamma);
+  parallel_jobs(params.channels, 20.0 * plan.groups * params.channels * modes, [&] {
+    return [&](int64_t channel) {
+      const int64_t d = channel % plan.channels, strip = channel / plan.channels;
+      const auto total = [&](int64_t at) {
+        double sum = 0;
+        for (int64_t g = 0; g < plan.groups; ++g) sum += sums[(g * plan.strips + strip) * size + at];
+        return sum;
+      };
+      static_cast<R*>(params.domega)[channel] = static_cast<R>(total(plan.channels * modes * kSums + d));
+      for (int64_t n = 0; n < modes; ++n) {
+        const int64_t i = channel * modes + n;
+        const auto sum = [&](int k) { return total(((d / lanes * modes + n) * kSums + k) * lanes + d % lanes); };
+        const std::complex<double> h(sum(kSumHRe), sum(kSumHIm)), w(sum(kSumWRe), sum(kSumWIm));
+        const std::complex<double> end(sum(kSumEndRe), sum(kSumEndIm)), g(gamma[2 * i], -gamma[2 * i + 1]);
+        const double scale = folded ? p[i] : 1;
+        const std::complex<double> dgamma = scale * h, dq = scale * g * w + end;
+        static_cast<R*>(params.dp)[i] = static_cast<R>(folded ? std::real(g * h) : sum(kSumP));
+        static_cast<R*>(params.dq)[2 * i] = static_cast<R>(dq.real());
+        static_cast<R*>(params.dq)[2 * i + 1] = static_cast<R>(dq.imag());
+        static_cast<R*>(params.dgamma)[2 * i] = static_cast<R>(dgamma.real());
+        static_cast<R*>(params.dgamma)[2 * i + 1] = static_cast<R>(dgamma.imag());
+      }
+    };
+  });
+}
+
+template <class R>
+void clear_parameter_gradients(const CemaBwdParams& params) {
+  const int64_t size = params.channels * params.modes;
+  std::fill_n(static_cast<R*>(params.dp), size, R{0});
+  std::fill_n(static_cast<R*>(params.dq), 2 * size, R{0});
+  std::fill_n(static_cast<R*>(params.dgamma), 2 * size, R{0});
+  std::fill_n(static_cast<R*>(params.domega), params.channels, R{0});
+}
+
+template <class T>
+void backward(const CemaBwdParams& params) {
+  using R = Compute<T>;
+  zero_padding(params.sequences, params.dx, params.channels * static_cast<int64_t>(sizeof(T)));
+  const CemaPlan plan(params, kLanes<R>, omp_get_max_threads());
+  const Scratch<double> sums(plan.groups * plan.strips * sums_of_strip(plan, params.modes));
+  // Folded where it may be and nothing overflows; returns which it was. The direct form always makes dx and sums.
+  const auto run = [&](CemaBwdParams of, double* wanted_sums) {
+    if (!of.state && !of.dstate_out && run_backward<T>(of, plan, true, wanted_sums)) return true;
+    of.dx = params.dx;
+    run_backward<T>(of, plan, false, sums.get());
+    return false;
+  };
+  if (!plan.split) {
+    const bool folded = run(params, sums.get());
+    return finish<R>(params, plan, folded, sums.get());
+  }
+  const int64_t states = plan.count * params.channels * params.modes * 2;
+  const Scratch<R> starts(states), ends(states);
+  CemaFwdParams local_fwd{params, nullptr, starts.get()};
+  local_fwd.state = nullptr;
+  run_forward<T>(local_fwd, plan, params.dx);
+  merge(params, plan, false, params.state, starts.get(), nullptr);
+  CemaBwdParams local = params;
+  local.state = local.dstate_out = nullptr;
+  local.dx = nullptr;
+  local.dstate = ends.get();
+  run(local, nullptr);
+  merge(params, plan, true, params.dstate_out, ends.get(), params.dstate);
+  local = params;
+  local.state = starts.get();
+  local.dstate_out = ends.get();
+  local.dstate = nullptr;
+  run(local, sums.get());
+  finish<R>(params, plan, false, sums.get());
+}
+
+}  // namespace
+
+// Without tokens there are only states, and where nobody wants those, no loop over the sequences, which may be 2^60.
+void cema_fwd_cpu(const CemaFwdParams& params) {
+  if (params.channels == 0 || (params.sequences.tokens == 0 && !params.state_out)) return;
+  dispatch_dtype(params.dtype, [&](auto element) { forward<decltype(element)>(params); });
+}
+
+void cema_bwd_cpu(const CemaBwdParams& params) {
+  if (params.channels == 0) return;
+  if (params.sequences.tokens == 0 && !params.dstate) {
+    dispatch_dtype(params.dtype, [&](auto element) { clear_parameter_gradients<Compute<decltype(element)>>(params); });
+    return;
+  }
+  dispatch_dtype(params.dtype, [&](auto element) { backward<decltype(element)>(params); });
+}
+
+}  // namespace megalodon::MEGALODON_ISA

@@ -1,0 +1,133 @@
+// How the CEMA kernels split their work: spans of tokens, groups of spans, strips of channels.
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <complex>
+
+#include "cema.h"
+#include "cema_pass.h"
+#include "parallel.h"
+#include "sizes.h"
+
+namespace megalodon::MEGALODON_ISA {
+
+inline constexpr int64_t kSplitBelow = 4;  // vectors of channels times sequences: fewer, and sequences are cut
+inline constexpr int64_t kSplitJobs = 16;
+inline constexpr int64_t kMinSpan = 16 * kTileSteps;
+inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer where threads need them
+inline constexpr int64_t kJobs = 32;                       // least strips times groups
+inline constexpr int64_t kMinGroup = 4 * kTileSteps;       // tokens
+
+// Most vectors of a strip: with 16 modes, coefficients, states and two tiles' rows of two tensors take 272 times the
+// bytes of one row, about half the L2.
+inline int64_t max_strip() {
+  static const int64_t vectors = [] {
+    int64_t level2 = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    level2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    if (level2 <= 0) level2 = 1 << 20;
+    return std::clamp<int64_t>(level2 / 512 / kVectorBytes, kMinStrip, 16 * kMinStrip);
+  }();
+  return vectors;
+}
+
+struct Span {
+  int64_t sequence, begin, end;
+};
+
+// Spans and groups fix the order of every sum, so they are functions of shapes alone. Channels never meet: the width of
+// a strip changes no result and may follow the number of threads.
+struct CemaPlan {
+  int64_t count;                     // of spans
+  bool split;                        // some sequence has several spans; otherwise span s is sequence s
+  int64_t groups, strips, channels;  // channels of a strip
+  Scratch<Span> spans;               // (count)
+  Scratch<int64_t> group_begin;      // (groups + 1): group g holds spans [group_begin[g], group_begin[g + 1])
+
+  CemaPlan(const CemaParams& params, int lanes, int threads)
+      : count(count_spans(params, lanes)), split(count > params.sequences.count), groups(count_groups(params, lanes)),
+        spans(count), group_begin(groups + 1) {
+    const Sequences& sequences = params.sequences;
+    const int64_t longest = longest_span(params, lanes);
+    for (int64_t s = 0, i = 0; s < sequences.count; ++s) {
+      int64_t begin = sequences.begin(s);
+      const int64_t end = sequences.end(s);
+      for (; end - begin > longest; begin += longest) spans[i++] = {s, begin, begin + longest};
+      spans[i++] = {s, begin, end};
+    }
+    for (int64_t g = 0, i = 0; g <= groups; ++g) {
+      const int64_t token = ceil_div(sequences.tokens * g, groups);
+      while (i < count && (g == groups || (split ? i < g : spans[i].begin < token))) ++i;
+      group_begin[g] = i;
+    }
+    const int64_t vectors = ceil_div(params.channels, lanes);
+    // As wide as keeps the threads busy for 9/10 of the time, as memory is fast at long rows; then all nearly equal.
+    int64_t width = std::min(vectors, max_strip());
+    const auto busy = [&](int64_t w) {
+      const int64_t rounds = ceil_div(groups * ceil_div(vectors, w), threads);
+      return 10 * groups * vectors >= 9 * rounds * threads * w;
+    };
+    while (width > 1 && !busy(width)) --width;
+    width = ceil_div(vectors, ceil_div(vectors, width));
+    channels = width * lanes;
+    strips = ceil_div(vectors, width);
+  }
+
+ private:
+  static int64_t longest_span(const CemaParams& params, int lanes) {
+    const int64_t units = ceil_div(params.channels, lanes) * params.sequences.count, tokens = params.sequences.tokens;
+    if (units >= kSplitBelow) return tokens;
+    return std::max(kMinSpan, ceil_div(tokens * units, kSplitJobs * kTileSteps) * kTileSteps);
+  }
+  static int64_t count_spans(const CemaParams& params, int lanes) {
+    const int64_t longest = std::max<int64_t>(1, longest_span(params, lanes));
+    int64_t total = 0;
+    for (int64_t s = 0; s < params.sequences.count; ++s)
+      total += std::max<int64_t>(1, ceil_div(params.sequences.length(s), longest));
+    return total;
+  }
+  int64_t count_groups(const CemaParams& params, int lanes) const {
+    const int64_t tiles = ceil_div(ceil_div(params.channels, lanes), kMinStrip);
+    if (split) return count;
+    const int64_t most = std::min(count, ceil_div(params.sequences.tokens, kMinGroup));
+    return std::clamp<int64_t>(ceil_div(kJobs, tiles), 1, std::max<int64_t>(most, 1));
+  }
+};
+
+// ends (spans, D, N): the states that spans starting from zero end in become the states that the spans start from. With
+// `conjugated`, time runs backwards. initial and final (S, D, N) may be null.
+template <class R>
+void merge(const CemaParams& params, const CemaPlan& plan, bool conjugated, const void* initial, R* ends, void* final) {
+  using Complex = std::complex<double>;
+  const int64_t size = params.channels * params.modes, count = plan.count;
+  const auto* q = static_cast<const std::complex<R>*>(params.q);
+  const auto* from = static_cast<const std::complex<R>*>(initial);
+  auto* to = static_cast<std::complex<R>*>(final);
+  auto* states = reinterpret_cast<std::complex<R>*>(ends);
+  for (int64_t i = 0; i < size; ++i) {
+    Complex carry, power;
+    int64_t length = -1;  // whose power `power` is
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t at = conjugated ? count - 1 - k : k;
+      const Span& span = plan.spans[at];
+      const bool starts = k == 0 || plan.spans[conjugated ? at + 1 : at - 1].sequence != span.sequence;
+      if (starts) carry = from ? Complex(from[span.sequence * size + i]) : Complex(0);
+      if (length != span.end - span.begin) {
+        length = span.end - span.begin;
+        power = 1;
+        Complex square = conjugated ? std::conj(Complex(q[i])) : Complex(q[i]);
+        for (int64_t n = length; n > 0; n /= 2, square *= square)
+          if (n % 2) power *= square;
+      }
+      const Complex local(states[at * size + i]);
+      states[at * size + i] = std::complex<R>(carry);
+      carry = power * carry + local;
+      if (to) to[span.sequence * size + i] = std::complex<R>(carry);
+    }
+  }
+}
+
+}  // namespace megalodon::MEGALODON_ISA

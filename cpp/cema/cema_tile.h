@@ -1,0 +1,148 @@
+// A strip of channels as a job of the CEMA kernels works on it, tile by tile.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cema.h"
+#include "cema_pass.h"
+#include "cema_plan.h"
+#include "finite.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace megalodon::MEGALODON_ISA {
+
+// Coefficients and state of all its channels in lanes, one tile, the sweep over a span.
+template <class T>
+struct Strip {
+  using R = Compute<T>;
+  static constexpr int lanes = kLanes<R>;
+  static constexpr int64_t kTileSize = kTileSteps * lanes;
+
+  Strip(const CemaParams& params, const CemaPlan& plan)
+      : params(params), width(plan.channels), modes(params.modes), coefs(width * modes * kCoefs), omega(width),
+        state(width * modes * 4), in(kTileSize), out(kTileSize), x(kTileSize) {}
+
+  // Takes up strip `index`: c = gamma p where folded, else gamma; q and gamma conjugated for the backward.
+  void select(int64_t index, bool folded, bool conjugated) {
+    first = index * width;
+    channels = static_cast<int>(std::min(width, params.channels - first));
+    vectors = static_cast<int>(ceil_div(channels, lanes));
+    std::fill_n(coefs.get(), width * modes * kCoefs, R(0));
+    std::fill_n(omega.get(), width, R(0));
+    std::copy_n(static_cast<const R*>(params.omega) + first, channels, omega.get());
+    const R *p = modal(params.p), *q = modal(params.q, 2), *gamma = modal(params.gamma, 2);
+    const R sign = conjugated ? -1 : 1;
+    each_mode([&](int64_t i, int64_t vector, int64_t lane) {
+      R* coef = coefs.get() + vector * kCoefs * lanes + lane;
+      const R scale = folded ? p[i] : 1;
+      coef[kQRe * lanes] = q[2 * i];
+      coef[kQIm * lanes] = sign * q[2 * i + 1];
+      coef[kCRe * lanes] = scale * gamma[2 * i];
+      coef[kCIm * lanes] = sign * scale * gamma[2 * i + 1];
+      coef[kP * lanes] = p[i];
+    });
+  }
+
+  // This strip's part of a (D, N, parts) tensor, and of row `index` of an (S, D, N) complex one.
+  const R* modal(const void* tensor, int parts = 1) const {
+    return static_cast<const R*>(tensor) + first * modes * parts;
+  }
+  const R* modal_row(const void* tensor, int64_t index) const {
+    return static_cast<const R*>(tensor) + (index * params.channels + first) * modes * 2;
+  }
+  R* modal_row(void* tensor, int64_t index) const {
+    return static_cast<R*>(tensor) + (index * params.channels + first) * modes * 2;
+  }
+  // Its first element of a row of x, y, dy or dx; null if the tensor is.
+  template <class Void, class E = std::conditional_t<std::is_const_v<Void>, const T, T>>
+  E* row(Void* tensor, int64_t token) const {
+    return tensor ? static_cast<E*>(tensor) + token * params.channels + first : nullptr;
+  }
+
+  // f(i, vector, lane): mode i of (channels, N) is in lane `lane` of vector `vector` of (vectors, N).
+  template <class F>
+  MEGALODON_INLINE void each_mode(F&& f) const {
+    for (int64_t d = 0; d < channels; ++d)
+      for (int64_t n = 0; n < modes; ++n) f(d * modes + n, d / lanes * modes + n, d % lanes);
+  }
+  // f(i, re, im) with the first complex number of each mode's `row` vectors of state.
+  template <class F>
+  MEGALODON_INLINE void each_state(int row, F&& f) const {
+    each_mode([&](int64_t i, int64_t vector, int64_t lane) {
+      R* at = state.get() + vector * row * lanes + lane;
+      f(i, at[0], at[lanes]);
+    });
+  }
+  void clear_state() { std::fill_n(state.get(), width * modes * 4, R(0)); }
+  // Of the first `row` numbers of each mode. Once a state is not finite, it stays so.
+  bool state_is_finite(int row) const {
+    Vec<R> sum{};
+    for (int64_t i = 0; i < int64_t{vectors} * modes * row * lanes; i += lanes) sum += load(state.get() + i) * R(0);
+    return is_finite<R>(sum);
+  }
+
+  // Scans `steps` rows from `from` on, `stride` apart, to the rows of `to`; `ahead` rows exist from `from` on.
+  template <Form form, bool kOutput = true>
+  void sweep(const T* from, T* to, const T* x_from, int64_t stride, int64_t steps, int64_t ahead, double* sums) {
+    const T* const fetched = kOutput ? to : from;
+    each_tile<kScanModes>(from, fetched, stride, steps, ahead, [&](int64_t t, int count, int vector, int size) {
+      const int64_t at = t * stride + vector * lanes;
+      const Tile<T> tile{from + at, x_from + at, kOutput ? to + at : nullptr, stride, in.get(), out.get(), x.get()};
+      const Vec<R> scale = load(omega.get() + vector * lanes);
+      const bool whole = size == lanes;  // its rows can be worked on in place
+      if (!whole) {
+        load_rows(tile.from, stride, count, size, tile.in);
+        for (int i = 0; i < count; ++i) store(tile.out + i * lanes, scale * load(tile.in + i * lanes));
+      }
+      if (form == Form::adjoint) load_rows(tile.x_from, stride, count, size, tile.x);
+      for_each_pass<kScanModes>(modes, [&](int64_t n, auto pass_modes) {
+        const int64_t mode = vector * modes + n;
+        const auto pass = [&](auto part) {
+          scan_pass<form, kOutput, part, pass_modes>(
+              tile, count, scale, coefs.get() + mode * kCoefs * lanes, state.get() + mode * 2 * lanes,
+              form == Form::adjoint ? sums + mode * kSums * lanes : nullptr, fetch);
+        };
+        if (whole && n == 0) pass(std::integral_constant<Part, Part::first>{});
+        else if (kOutput && whole && n + pass_modes == modes) pass(std::integral_constant<Part, Part::last>{});
+        else pass(std::integral_constant<Part, Part::inner>{});
+      });
+      if (kOutput && (!whole || modes <= kScanModes)) store_rows(tile.out, count, size, tile.to, stride);
+    });
+  }
+
+  // Calls f(first step, steps, vector, channels) for every tile of `steps` steps. The passes of f, each of at most `most`
+  // modes, prefetch the next tile's rows of a and b. They go along the rows, where the processor's own prefetcher joins
+  // in. In a narrow strip, though, that prefetcher runs past the strip's end and takes cache lines from the thread that is
+  // about to write them; so strips of more than two lines and less than half a page are prefetched column by column.
+  template <int most, class F>
+  void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
+    constexpr int64_t size = sizeof(T);
+    const int64_t row = stride * size, lines = ceil_div(channels * size, kLineBytes);
+    const bool by_rows = channels == params.channels || lines <= 2 || lines >= kPageBytes / kLineBytes / 2;
+    fetch.set_pace(vectors * ceil_div(modes, most) / lines);
+    fetch.step = by_rows ? kLineBytes : row;
+    for (int64_t t = 0; t < steps; t += kTileSteps) {
+      const int count = static_cast<int>(std::min<int64_t>(kTileSteps, steps - t));
+      const int64_t rows = std::clamp<int64_t>(ahead - t - count, 0, kTileSteps);
+      fetch.a = reinterpret_cast<const char*>(a + (t + count) * stride);
+      fetch.b = reinterpret_cast<const char*>(b + (t + count) * stride);
+      fetch.count = fetch.left = by_rows ? lines : rows;
+      fetch.runs = by_rows ? rows : rows > 0 ? lines : 0;
+      fetch.skip = by_rows ? row - lines * kLineBytes : kLineBytes - rows * row;
+      for (int vector = 0; vector < vectors; ++vector) f(t, count, vector, std::min(lanes, channels - vector * lanes));
+    }
+  }
+
+  const CemaParams& params;
+  const int64_t width, modes;
+  int64_t first = 0;              // channel
+  int channels = 0, vectors = 0;  // less than the width in the last strip
+  Scratch<R> coefs, omega;  // (vectors, N, kCoefs, lanes), (vectors, lanes)
+  Scratch<R> state;         // (vectors, N, 2 or 4, lanes)
+  Scratch<R> in, out, x;    // (kTileSteps, lanes)
+  FetchAhead fetch;
+};
+
+}  // namespace megalodon::MEGALODON_ISA

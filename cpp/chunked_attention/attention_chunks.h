@@ -1,0 +1,262 @@
+// What the forward and the backward of chunked attention share: the chunks, the rows they read, the masks, and how
+// chunks meet threads.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <queue>
+#include <vector>
+
+#include "chunked_attention.h"
+#include "padding.h"
+#include "panels.h"
+#include "parallel.h"
+#include "philox.h"
+#include "stream.h"
+
+namespace megalodon::MEGALODON_ISA {
+
+// A chunk, as far as this call fills it. Its rows are numbered from its start: those below `cached` are keys of the
+// cache, the others are tokens.
+struct Chunk {
+  int64_t sequence;
+  int64_t start;   // on the sequence's chunk grid
+  int64_t cached;
+  int64_t token;   // the token of row `cached`
+  int64_t keys;    // rows
+
+  int64_t queries() const { return keys - cached; }
+};
+
+inline std::vector<Chunk> list_chunks(const ChunkedAttentionParams& p) {
+  std::vector<Chunk> chunks;
+  for (int64_t s = 0; s < p.sequences.count; ++s) {
+    const int64_t position = p.position ? p.position[s] : 0, end = position + p.sequences.length(s);
+    for (int64_t at = position; at < end;) {
+      const int64_t start = at - at % p.chunk_size, stop = p.chunk_size < end - start ? start + p.chunk_size : end;
+      chunks.push_back({s, start, at - start, p.sequences.begin(s) + at - position, stop - start});
+      at = stop;
+    }
+  }
+  return chunks;
+}
+
+// The rows of one head of a chunk, in the form panels.h asks for. Null: past the end, or cached without a cache.
+template <class T>
+struct ChunkRows {
+  const T* cache;
+  const T* tokens;
+  int64_t cached, keys, stride;
+
+  MEGALODON_INLINE const T* operator()(int64_t row) const {
+    if (row >= keys) return nullptr;
+    if (row >= cached) return tokens + (row - cached) * stride;
+    return cache ? cache + row * stride : nullptr;
+  }
+};
+
+template <class T>
+ChunkRows<T> chunk_rows(const ChunkedAttentionParams& p, const Chunk& chunk, int64_t head, const void* cache,
+                        const void* tokens, int64_t width) {
+  const int64_t stride = p.heads * width;
+  return {cache ? static_cast<const T*>(cache) + chunk.sequence * p.chunk_size * stride + head * width : nullptr,
+          static_cast<const T*>(tokens) + chunk.token * stride + head * width, chunk.cached, chunk.keys, stride};
+}
+
+// Rows of up to four tensors that are read or written next, fetched into the L2 a few at a time between the tiles of
+// this work. The rows of one head lie apart, and each would wait for memory when it is packed or stored; wide ones the
+// processor itself fetches ahead.
+class RowsAhead {
+ public:
+  // Rows [begin, end) that are tokens.
+  template <class T>
+  void add(const ChunkRows<T>& rows, int64_t width, int64_t begin, int64_t end) {
+    constexpr int64_t kWide = 1024, element = sizeof(T);
+    begin = std::max(begin, rows.cached);
+    end = std::min(end, rows.keys);
+    if (begin >= end || width * element >= kWide) return;
+    parts_[count_++] = {reinterpret_cast<const char*>(rows(begin)), rows.stride * element, width * element,
+                        end - begin};
+    bytes_ += (end - begin) * width * element;
+  }
+
+  // The rows come in so many turns.
+  void pace(int64_t turns) { bytes_a_turn_ = ceil_div(bytes_, std::max<int64_t>(turns, 1)); }
+
+  MEGALODON_INLINE void operator()() {
+    for (int64_t left = bytes_a_turn_; left > 0 && count_ > 0;) {
+      Part& part = parts_[count_ - 1];
+      for (int64_t at = 0; at < part.width; at += kLineBytes) __builtin_prefetch(part.row + at, 0, 2);
+      left -= part.width;
+      part.row += part.stride;
+      if (--part.rows == 0) --count_;
+    }
+  }
+
+ private:
+  struct Part {
+    const char* row;
+    int64_t stride, width, rows;
+  };
+  Part parts_[4];
+  int count_ = 0;
+  int64_t bytes_ = 0, bytes_a_turn_ = 0;
+};
+
+template <class R>
+MEGALODON_INLINE Vec<R> lane_numbers() {
+  Vec<R> lanes;
+  for (int i = 0; i < kLanes<R>; ++i) lanes[i] = static_cast<R>(i);
+  return lanes;
+}
+
+// A block of scores is one panel of S^T: row r holds the scores of key `key + r` for the queries from `query` on.
+// Sets the score of every key after the query to -inf.
+template <class R>
+void mask_future(R* scores, int64_t key, int64_t keys, int64_t query) {
+  for (int64_t r = query < key ? 0 : query + 1 - key; r < keys; ++r)
+    for (int64_t c = 0; c < kTileColumns<R>; c += kLanes<R>) {
+      R* at = scores + r * kTileColumns<R> + c;
+      const Vec<R> behind = lane_numbers<R>() + static_cast<R>(query + c - key - r);
+      store(at, behind < R{0} ? splat(-std::numeric_limits<R>::infinity()) : load(static_cast<const R*>(at)));
+    }
+}
+
+// DropKey: the score of (row, column) is dropped if word column % 4 of Philox(seed; column / 4, row, head, sequence) is
+// less than dropkey * 2^32. Rows and columns are numbered on the sequence's chunk grid.
+class DropKey {
+ public:
+  explicit DropKey(const ChunkedAttentionParams& p)
+      : seed_(p.seed ? *p.seed : 0), threshold_(static_cast<uint64_t>(p.dropkey * 0x1p32)) {}
+
+  MEGALODON_INLINE explicit operator bool() const { return threshold_ != 0; }
+
+  // Sets the dropped scores of a block to -inf.
+  template <class R>
+  void apply(R* scores, int64_t key, int64_t keys, int64_t query, const Chunk& chunk, int64_t head) const {
+    using Narrow = typename VecOf<uint32_t, kLanes<R>>::type;
+    using Wide = typename VecOf<std::conditional_t<sizeof(R) == 4, uint32_t, uint64_t>, kLanes<R>>::type;
+    const int64_t first = chunk.start + key, last = first + keys;
+    const Wide largest = Wide{} + static_cast<uint32_t>(threshold_ - 1);
+    uint32_t words[4][kTileColumns<R>];
+    for (int64_t quad = first / 4; quad * 4 < last; ++quad) {
+      for (int lane = 0; lane < kTileColumns<R>; lane += kPhiloxStreams) {
+        PhiloxWord word[4];
+        draw(word, splat_word(quad), splat_word(chunk.start + query + lane) + stream_numbers(), chunk, head);
+        for (int e = 0; e < 4; ++e)
+          store_raw(&words[e][lane], __builtin_convertvector(word[e], typename VecOf<uint32_t, kPhiloxStreams>::type));
+      }
+      for (int e = 0; e < 4; ++e) {
+        const int64_t column = quad * 4 + e;
+        if (column < first || column >= last) continue;
+        for (int c = 0; c < kTileColumns<R>; c += kLanes<R>) {
+          R* at = scores + (column - first) * kTileColumns<R> + c;
+          const Wide word = __builtin_convertvector(load_raw<Narrow>(&words[e][c]), Wide);
+          store(at, word <= largest ? splat(-std::numeric_limits<R>::infinity()) : load(static_cast<const R*>(at)));
+        }
+      }
+    }
+  }
+
+  // The same for the scores of one query, in a row.
+  template <class R>
+  void apply_to_row(R* scores, int64_t key, int64_t keys, int64_t query, const Chunk& chunk, int64_t head) const {
+    const int64_t first = chunk.start + key, last = first + keys;
+    for (int64_t quad = first / 4; quad * 4 < last; quad += kPhiloxStreams) {
+      PhiloxWord word[4];
+      draw(word, splat_word(quad) + stream_numbers(), splat_word(chunk.start + query), chunk, head);
+      const int64_t begin = std::max(first, quad * 4), end = std::min(last, (quad + kPhiloxStreams) * 4);
+      for (int64_t column = begin; column < end; ++column)
+        if (static_cast<uint32_t>(word[column % 4][column / 4 - quad]) < threshold_)
+          scores[column - first] = -std::numeric_limits<R>::infinity();
+    }
+  }
+
+ private:
+  static MEGALODON_INLINE PhiloxWord splat_word(int64_t word) { return PhiloxWord{} + static_cast<uint64_t>(word); }
+  static MEGALODON_INLINE PhiloxWord stream_numbers() {
+    PhiloxWord numbers;
+    for (int i = 0; i < kPhiloxStreams; ++i) numbers[i] = static_cast<uint64_t>(i);
+    return numbers;
+  }
+  MEGALODON_INLINE void draw(PhiloxWord (&word)[4], PhiloxWord quad, PhiloxWord row, const Chunk& chunk,
+                             int64_t head) const {
+    word[0] = quad;
+    word[1] = row;
+    word[2] = splat_word(head);
+    word[3] = splat_word(chunk.sequence);
+    philox(word, seed_);
+  }
+
+  uint64_t seed_, threshold_;
+};
+
+// Calls body(chunk, head) for every head of every chunk. They take a thread each, with body = make(1) for each; or
+// chunks that are a large part of the work come first, on the caller with body = make(threads), so that the
+// parallel_jobs inside body spread their blocks of `block` rows over the threads, whichever is done sooner. One head of
+// one chunk alone is on the caller as well. work(chunk) counts for each head.
+template <class Work, class Make>
+void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
+  const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  double total = 0;
+  std::vector<const Chunk*> order;
+  for (const Chunk& chunk : chunks) {
+    total += work(chunk) * static_cast<double>(heads);
+    order.push_back(&chunk);
+  }
+  const auto first = order.begin(), first_small = std::stable_partition(first, order.end(), [&](const Chunk* chunk) {
+    return threads > 1 && work(*chunk) * 2 * threads > total;
+  });
+  // When the chunks from `at` on are done, a thread each.
+  const auto end_from = [&](auto at) {
+    struct Thread {
+      double end;
+      bool operator<(const Thread& other) const { return end > other.end; }  // at the top the one that is free first
+    };
+    std::priority_queue<Thread> team({}, std::vector<Thread>(static_cast<size_t>(threads)));
+    double last = 0;
+    for (; at != order.end(); ++at)
+      for (int64_t head = 0; head < heads; ++head) {
+        const double end = team.top().end + work(**at);
+        team.pop();
+        team.push({end});
+        last = std::max(last, end);
+      }
+    return last;
+  };
+  double spread = 0;
+  for (auto at = first; at != first_small; ++at) {
+    // Block i of a chunk meets i + 1 blocks of keys: the blocks keep half as many threads busy.
+    const double busy = static_cast<double>(ceil_div((*at)->keys, block) + 1) / 2;
+    spread += work(**at) * static_cast<double>(heads) / std::min<double>(threads, busy);
+  }
+  auto rest = first;
+  if (first != first_small && spread + end_from(first_small) < end_from(first)) {
+    auto body = make(threads);
+    for (; rest != first_small; ++rest)
+      for (int64_t head = 0; head < heads; ++head) body(**rest, head);
+  }
+  if (rest == order.end()) return;
+  const int64_t jobs = (order.end() - rest) * heads;
+  parallel_jobs(jobs, total, [&] {
+    return [&, body = make(jobs == 1 ? threads : 1)](int64_t job) mutable { body(*rest[job / heads], job % heads); };
+  });
+}
+
+// Scratch memory S(params) for each thread of the region inside a body of for_each_chunk.
+template <class S>
+class PerThread {
+ public:
+  PerThread(int threads, const ChunkedAttentionParams& params) {
+    slots_.reserve(static_cast<size_t>(threads));
+    for (int i = 0; i < threads; ++i) slots_.emplace_back(params);
+  }
+  // More than these must not run inside the body.
+  int threads() const { return static_cast<int>(slots_.size()); }
+  const S& get() const { return slots_[slots_.size() > 1 ? static_cast<size_t>(omp_get_thread_num()) : 0]; }
+
+ private:
+  std::vector<S> slots_;
+};
+
+}  // namespace megalodon::MEGALODON_ISA

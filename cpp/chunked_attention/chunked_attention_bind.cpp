@@ -1,0 +1,144 @@
+#include "bindings.h"
+#include "chunked_attention.h"
+#include "target.h"
+#include "tensor_view.h"
+
+#include <limits>
+
+namespace megalodon {
+namespace {
+
+constexpr const char* kOp = "chunked_attention";
+
+struct Inputs {
+  TensorView k, v, cache_k, cache_v, position;
+};
+
+// Checks and fills what all three launchers share: everything but q.
+Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::handle cache_k, py::handle cache_v,
+            py::handle position, int64_t chunk_size, py::handle cu_seqlens, py::handle lengths) {
+  const Inputs in{{kOp, "k", k_},
+                  {kOp, "v", v_},
+                  {kOp, "state.k", cache_k},
+                  {kOp, "state.v", cache_v},
+                  {kOp, "state.position", position}};
+  const TensorView &k = in.k, &v = in.v;
+  params.dtype = k.rank("(B, L, H, K)", 4).floating();
+  params.sequences = make_sequences(kOp, k.size(0), k.size(1), cu_seqlens, lengths);
+  const int64_t B = k.size(0), L = k.size(1), H = k.size(2), K = k.size(3), S = params.sequences.count;
+  const int64_t V = v.rank("(B, L, H, V)", 4).size(3), C = chunk_size;
+  if (C < 1) throw py::value_error("chunked_attention: `chunk_size` must be positive, got " + std::to_string(C) + ".");
+  params.heads = H;
+  params.key_dim = K;
+  params.value_dim = V;
+  params.chunk_size = C;
+  params.k = k.data();
+  params.v = v.shape("(B, L, H, V)", {B, L, H, V}).dtype(k.scalar(), "as `k`").data();
+  if (!in.position.given()) {
+    in.cache_k.absent("a `state.position` to go with it");
+    in.cache_v.absent("a `state.position` to go with it");
+  } else {
+    params.position = in.position.shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<const int64_t>();
+    params.cache_k = in.cache_k.present().shape("(S, C, H, K)", {S, C, H, K}).dtype(k.scalar(), "as `k`").data();
+    params.cache_v = in.cache_v.present().shape("(S, C, H, V)", {S, C, H, V}).dtype(k.scalar(), "as `k`").data();
+    for (int64_t s = 0; kReadable && s < S; ++s)
+      if (params.position[s] < 0 || params.position[s] >= C)
+        in.position.fail("in [0, " + std::to_string(C) + "), got " + std::to_string(params.position[s]) + " at " +
+                         std::to_string(s));
+  }
+  return in;
+}
+
+// The same with q, the scale and DropKey. The seed is an int64 tensor of one element.
+Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, py::handle v, py::handle cache_k,
+            py::handle cache_v, py::handle position, int64_t chunk_size, double scale, double dropkey,
+            py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths) {
+  const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
+  params.q = q.like(in.k).data();
+  check_range(kOp, "scale", scale, std::numeric_limits<double>::lowest(), "finite");
+  params.scale = scale;
+  params.dropkey = dropkey;
+  if (!(dropkey >= 0 && dropkey < 1))
+    throw py::value_error("chunked_attention: `dropkey` must be a probability in [0, 1), got " +
+                          std::to_string(dropkey) + ".");
+  if (dropkey > 0)
+    params.seed = TensorView(kOp, "dropkey_seed", dropkey_seed)
+                      .present()
+                      .shape("(1,)", {1})
+                      .dtype(Scalar::i64, "a seed")
+                      .data_as<const uint64_t>();
+  return in;
+}
+
+void chunked_attention_fwd(const Target& target, py::handle q_, py::handle k, py::handle v, py::handle cache_k,
+                           py::handle cache_v, py::handle position, int64_t chunk_size, double scale, double dropkey,
+                           py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths, py::handle o,
+                           py::handle lse) {
+  ChunkedAttentionFwdParams params{};
+  const TensorView q(kOp, "q", q_);
+  const Inputs in =
+      fill(params, q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths);
+  params.o = TensorView(kOp, "o", o).like(in.v).data();
+  params.lse = TensorView(kOp, "lse", lse)
+                   .present()
+                   .shape("(B, L, H)", {q.size(0), q.size(1), q.size(2)})
+                   .dtype(real_of(params.dtype), kRealDtype)
+                   .data();
+  MEGALODON_LAUNCH(target, chunked_attention_fwd, params);
+}
+
+void chunked_attention_bwd(const Target& target, py::handle q_, py::handle k, py::handle v, py::handle cache_k,
+                           py::handle cache_v, py::handle position, int64_t chunk_size, double scale, double dropkey,
+                           py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths, py::handle o,
+                           py::handle lse, py::handle d_o, py::handle dq, py::handle dk, py::handle dv) {
+  ChunkedAttentionBwdParams params{};
+  const TensorView q(kOp, "q", q_);
+  const Inputs in =
+      fill(params, q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths);
+  params.o = TensorView(kOp, "o", o).like(in.v).data();
+  params.lse = TensorView(kOp, "lse", lse)
+                   .present()
+                   .shape("(B, L, H)", {q.size(0), q.size(1), q.size(2)})
+                   .dtype(real_of(params.dtype), kRealDtype)
+                   .data();
+  params.d_o = TensorView(kOp, "do", d_o).like(in.v).data();
+  params.dq = TensorView(kOp, "dq", dq).like(in.k).data();
+  params.dk = TensorView(kOp, "dk", dk).like(in.k).data();
+  params.dv = TensorView(kOp, "dv", dv).like(in.v).data();
+  MEGALODON_LAUNCH(target, chunked_attention_bwd, params);
+}
+
+void chunked_attention_state(const Target& target, py::handle k, py::handle v, py::handle cache_k, py::handle cache_v,
+                             py::handle position, int64_t chunk_size, py::handle cu_seqlens, py::handle lengths,
+                             py::handle cache_k_out, py::handle cache_v_out, py::handle position_out) {
+  ChunkedAttentionStateParams params{};
+  const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
+  const int64_t S = params.sequences.count, C = params.chunk_size, H = params.heads, K = params.key_dim,
+                V = params.value_dim;
+  const TensorView k_out(kOp, "cache_k_out", cache_k_out), v_out(kOp, "cache_v_out", cache_v_out);
+  const TensorView positions(kOp, "position_out", position_out);
+  const Scalar scalar = in.k.scalar();
+  params.cache_k_out = k_out.present().shape("(S, C, H, K)", {S, C, H, K}).dtype(scalar, "as `k`").data();
+  params.cache_v_out = v_out.present().shape("(S, C, H, V)", {S, C, H, V}).dtype(scalar, "as `k`").data();
+  params.position_out = positions.present().shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<int64_t>();
+  MemoryRanges memory;
+  memory.add(in.k, false);
+  memory.add(in.v, false);
+  memory.add_update(in.cache_k, k_out);
+  memory.add_update(in.cache_v, v_out);
+  memory.add_update(in.position, positions);
+  memory.add({kOp, "cu_seqlens", cu_seqlens}, false);
+  memory.add({kOp, "lengths", lengths}, false);
+  memory.check();
+  MEGALODON_LAUNCH(target, chunked_attention_state, params);
+}
+
+}  // namespace
+
+void bind_chunked_attention(py::module_& module) {
+  define(module, "chunked_attention_fwd", &chunked_attention_fwd);
+  define(module, "chunked_attention_bwd", &chunked_attention_bwd);
+  define(module, "chunked_attention_state", &chunked_attention_state);
+}
+
+}  // namespace megalodon

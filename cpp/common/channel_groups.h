@@ -1,0 +1,168 @@
+// Rows of channels that fall into groups of any size: sums over each group, and group values spread over the channels.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace megalodon::MEGALODON_ISA {
+
+MEGALODON_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class R> using LaneInt = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
+template <class R> using LaneIndex = typename VecOf<LaneInt<R>, kLanes<R>>::type;
+
+// How D channels in G groups fall into vectors. The last vector may overlap the one before it.
+template <class R>
+class Channels {
+ public:
+  static constexpr int lanes = kLanes<R>;
+
+  Channels(int64_t channels, int64_t groups)
+      : count(channels), groups(groups), group_size(channels / groups), vectors((channels + lanes - 1) / lanes),
+        width(smaller(channels, lanes)), one_group_a_vector(group_size % lanes == 0),
+        first_group_(one_group_a_vector ? 0 : vectors), index_(one_group_a_vector ? 0 : vectors) {
+    if (one_group_a_vector) return;
+    for (int64_t j = 0; j < vectors; ++j) {
+      first_group_[j] = offset(j) / group_size;
+      for (int lane = 0; lane < lanes; ++lane)
+        index_[j][lane] = smaller(offset(j) + lane, channels - 1) / group_size - first_group_[j];
+    }
+  }
+  int64_t offset(int64_t j) const { return smaller(j * lanes, count - width); }
+
+  // For each vector j of channels: op(j, offset, width, s), where s[row][i] holds statistic i of the row for them.
+  // statistics[i] points to (rows, G) values and may be read kLanes past its end.
+  template <int rows, int kinds, class Op>
+  MEGALODON_INLINE void for_each_vector_with_statistics(const R* const (&statistics)[kinds], Op&& op) const {
+    Vec<R> s[rows][kinds];
+    if (one_group_a_vector) {
+      // Copies, as the compiler cannot know that op() does not write to the members.
+      const int64_t all = groups, end = count, size = group_size;
+      for (int64_t g = 0, c = 0; c < end; ++g) {
+        for (int row = 0; row < rows; ++row)
+          for (int i = 0; i < kinds; ++i) s[row][i] = splat(statistics[i][row * all + g]);
+        for (const int64_t next = c + size; c < next; c += lanes) op(c / lanes, c, int64_t{lanes}, s);
+      }
+      return;
+    }
+    for (int64_t j = 0; j < vectors; ++j) {
+      for (int row = 0; row < rows; ++row)
+        for (int i = 0; i < kinds; ++i)
+          s[row][i] = __builtin_shuffle(load(statistics[i] + row * groups + first_group_[j]), index_[j]);
+      op(j, offset(j), width, s);
+    }
+  }
+
+  const int64_t count, groups, group_size, vectors, width;
+  const bool one_group_a_vector;
+
+ private:
+  Scratch<int64_t> first_group_;
+  Scratch<LaneIndex<R>> index_;
+};
+
+// Loads a vector of which n elements are wanted; the others are whatever follows, as far as `end` allows.
+template <class T>
+MEGALODON_INLINE Vec<Compute<T>> load_within(const T* from, int64_t n, const T* end) {
+  return n >= kLanes<Compute<T>> || end - from >= kLanes<Compute<T>> ? load(from) : load_first(from, n);
+}
+
+template <class R>
+MEGALODON_INLINE Vec<R> keep_first(Vec<R> v, int64_t n) {
+  if (n >= kLanes<R>) return v;
+  LaneIndex<R> lane{};
+  for (int i = 0; i < kLanes<R>; ++i) lane[i] = i;
+  return lane < lane - lane + static_cast<LaneInt<R>>(n) ? v : zeros<R>();
+}
+
+// Lanes to be merged: kept[i], other[i] are a[i], a[i ^ bit] where i has the bit clear, else b[i], b[i ^ bit].
+template <class R>
+struct LanePairs {
+  Vec<R> kept, other;
+};
+template <class R, int bit, int... i>
+MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b, std::integer_sequence<int, i...>) {
+#if defined(__AVX512F__)
+  // One instruction each. For the first the compiler would take a shuffle, which only one port executes.
+  const Vec<R> other = __builtin_shufflevector(a, b, (i & bit ? (i ^ bit) + kLanes<R> : i ^ bit)...);
+  constexpr unsigned mask = ((i & bit ? 1u << i : 0u) | ...);
+  if constexpr (sizeof(R) == 4)
+    return {bit_cast<Vec<R>>(_mm512_mask_blend_ps(mask, bit_cast<__m512>(a), bit_cast<__m512>(b))), other};
+  else return {bit_cast<Vec<R>>(_mm512_mask_blend_pd(mask, bit_cast<__m512d>(a), bit_cast<__m512d>(b))), other};
+#else
+  const Vec<R> other = __builtin_shufflevector(a, b, (i & bit ? i : i + kLanes<R>)...);
+  return {__builtin_shufflevector(a, b, (i & bit ? i + kLanes<R> : i)...),
+          __builtin_shufflevector(other, other, (i ^ bit)...)};
+#endif
+}
+template <class R, int bit>
+MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b) {
+  return pair_crosswise<R, bit>(a, b, std::make_integer_sequence<int, kLanes<R>>{});
+}
+
+// Several vectors that are summed side by side.
+template <class R, int n>
+struct Terms {
+  Vec<R> v[n];
+  MEGALODON_INLINE Terms operator+(const Terms& other) const {
+    Terms sum;
+    for (int i = 0; i < n; ++i) sum.v[i] = v[i] + other.v[i];
+    return sum;
+  }
+};
+
+// Lane i of sum k of the result: the sum of the lanes of sum k of group(i). Depth first, so that few vectors wait.
+template <class R, int kSums, int bit = 1, class Group>
+MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
+  if constexpr (bit == kLanes<R>) return group(first);
+  else {
+    const Terms<R, kSums> a = sum_each<R, kSums, 2 * bit>(first, group);
+    const Terms<R, kSums> b = sum_each<R, kSums, 2 * bit>(first + bit, group);
+    Terms<R, kSums> sum;
+    for (int k = 0; k < kSums; ++k) {
+      const auto pairs = pair_crosswise<R, bit>(a.v[k], b.v[k]);
+      sum.v[k] = pairs.kept + pairs.other;
+    }
+    return sum;
+  }
+}
+
+// Lane i of sum k is the sum over the `size` elements of group i, for `groups` <= kLanes groups.
+// term(i, offset, n) gives the Terms of n <= kLanes elements of group i, zero in the other lanes.
+template <class R, int kSums, class Term>
+MEGALODON_INLINE Terms<R, kSums> sum_groups(int64_t groups, int64_t size, Term&& term) {
+  constexpr int64_t lanes = kLanes<R>, chains = 4;
+  if (size == 2 * lanes)
+    return sum_each<R, kSums>(0, [&](int lane) __attribute__((always_inline)) {
+      const int64_t i = smaller(lane, groups - 1);
+      return term(i, 0, lanes) + term(i, lanes, lanes);
+    });
+  if (size == 4 * lanes)
+    return sum_each<R, kSums>(0, [&](int lane) __attribute__((always_inline)) {
+      const int64_t i = smaller(lane, groups - 1);
+      return (term(i, 0, lanes) + term(i, lanes, lanes)) + (term(i, 2 * lanes, lanes) + term(i, 3 * lanes, lanes));
+    });
+  Terms<R, kSums> sums[lanes] = {};
+  const auto each_group = [&](auto&& sum_group) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < groups; ++i) sums[i] = sum_group(i);
+  };
+  if (size < lanes) {
+    each_group([&](int64_t i) __attribute__((always_inline)) { return term(i, 0, size); });
+  } else {
+    each_group([&](int64_t i) __attribute__((always_inline)) {
+      Terms<R, kSums> chain[chains] = {};
+      int64_t k = 0;
+      for (; k + chains * lanes <= size; k += chains * lanes)
+        for (int c = 0; c < chains; ++c) chain[c] = chain[c] + term(i, k + c * lanes, lanes);
+      for (; k + lanes <= size; k += lanes) chain[0] = chain[0] + term(i, k, lanes);
+      if (k < size) chain[1] = chain[1] + term(i, k, size - k);
+      return (chain[0] + chain[1]) + (chain[2] + chain[3]);
+    });
+  }
+  return sum_each<R, kSums>(0, [&](int i) __attribute__((always_inline)) { return sums[i]; });
+}
+
+}  // namespace megalodon::MEGALODON_ISA

@@ -1,0 +1,109 @@
+// Reads torch tensors through DLPack's C exchange, or Python attributes where torch is too old for it or something is
+// amiss, so that the module needs no torch header and links no torch library.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "dtype.h"
+#include "sequences.h"
+#include "target.h"
+
+namespace megalodon {
+
+enum class Scalar { f32, f64, bf16, f16, c64, c128, i64, other };
+
+// A contiguous tensor on the module's target, or the absence of one (None). Every check names the op, the argument, what was expected and what came.
+class TensorView {
+ public:
+  TensorView(const char* op, const char* name, py::handle object);
+
+  bool given() const { return given_; }
+  Scalar scalar() const { return scalar_; }
+  int axes() const { return rank_; }
+  int64_t size(int axis) const { return shape_[axis]; }
+  int64_t elements() const {
+    int64_t count = 1;
+    for (int axis = 0; axis < rank_; ++axis) count *= shape_[axis];
+    return count;
+  }
+  int64_t bytes() const;
+  void* data() const { return data_; }
+  template <class T> T* data_as() const { return static_cast<T*>(data_); }
+
+  // The tensor must be given and have as many axes as `letters` names, such as "(B, L, D)".
+  const TensorView& rank(const char* letters, int rank) const;
+  // Where the tensor is given, it must have exactly this shape.
+  const TensorView& shape(const char* letters, std::initializer_list<int64_t> sizes) const;
+  // Where the tensor is given, it must have this dtype; `why` says where the demand comes from.
+  const TensorView& dtype(Scalar expected, const char* why) const;
+  // The tensor must not be None.
+  const TensorView& present() const;
+  // The tensor must be None, as `needed` is missing.
+  void absent(const char* needed) const;
+  // The tensor must have the shape and dtype of `other`.
+  const TensorView& like(const TensorView& other) const;
+  // One of float32, float64, bfloat16, float16.
+  DType floating() const;
+
+  const char* op() const { return op_; }
+  const char* name() const { return name_; }
+  [[noreturn]] void fail(const std::string& expected, const std::string& fix = "") const;
+
+ private:
+  bool read_dlpack(py::handle object);  // false: something is not as it should be, or cannot be told
+  void read_attributes(py::handle object);
+  void check_memory() const;  // not that of a storage that was resized to nothing
+  std::string shape_text() const;
+
+  static constexpr int kMaxRank = 8;
+  const char* op_;
+  const char* name_;
+  bool given_ = false;
+  Scalar scalar_ = Scalar::other;
+  int rank_ = 0;
+  int64_t shape_[kMaxRank] = {};
+  void* data_ = nullptr;
+  std::string dtype_text_;
+};
+
+// The memory of a kernel's tensors, of which those that it writes may lie over no other.
+class MemoryRanges {
+ public:
+  void add(const TensorView& tensor, bool written);
+  // A tensor that is read, and then `after`, which is written and may be the very same: in place.
+  void add_update(const TensorView& before, const TensorView& after);
+  // Raises where a tensor that is written shares memory with another.
+  void check();
+
+ private:
+  struct Range {
+    uintptr_t begin, end;
+    const char *op, *name;
+    bool written;
+  };
+  std::vector<Range> ranges_;
+};
+
+// What an error says of a dtype that follows from the activations'.
+constexpr const char* kRealDtype = "float64 for float64 activations, else float32";
+constexpr const char* kComplexDtype = "complex128 for float64 activations, else complex64";
+
+// The accumulation type R of a tensor of `dtype`, and its complex counterpart.
+inline Scalar real_of(DType dtype) { return dtype == DType::f64 ? Scalar::f64 : Scalar::f32; }
+inline Scalar complex_of(DType dtype) { return dtype == DType::f64 ? Scalar::c128 : Scalar::c64; }
+inline Scalar scalar_of(DType dtype) {
+  constexpr Scalar scalars[] = {Scalar::f32, Scalar::f64, Scalar::bf16, Scalar::f16};
+  return scalars[static_cast<int>(dtype)];
+}
+
+// Raises unless `value` is finite and at least `least`.
+void check_range(const char* op, const char* name, double value, double least, const char* expected);
+
+// The sequences of a (B, L, ...) batch; checks, where it can read them, that they are ordered and inside the tokens.
+Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths);
+
+}  // namespace megalodon

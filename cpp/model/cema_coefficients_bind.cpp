@@ -1,0 +1,80 @@
+#include "bindings.h"
+#include "cema_coefficients.h"
+#include "target.h"
+#include "tensor_view.h"
+
+namespace megalodon {
+namespace {
+
+constexpr const char* kOp = "cema_coefficients";
+constexpr const char* kAsAlpha = "that of `alpha`";
+constexpr const char* kComplexAsAlpha = "complex128 for a float64 `alpha`, else complex64";
+
+// Checks and fills what the forward and the backward share; returns alpha.
+TensorView fill(CemaCoefficientsParams& params, py::handle alpha_, py::handle delta, py::handle theta) {
+  const TensorView alpha(kOp, "alpha", alpha_);
+  params.dtype = alpha.rank("(D, N, 1)", 3).floating();
+  alpha.dtype(real_of(params.dtype), "or float64");
+  const int64_t D = params.channels = alpha.size(0), N = params.modes = alpha.size(1);
+  params.alpha = alpha.shape("(D, N, 1)", {D, N, 1}).data();
+  params.delta = TensorView(kOp, "delta", delta).like(alpha).data();
+  params.theta = TensorView(kOp, "theta", theta)
+                     .present()
+                     .shape("(D, 1, 1)", {D, 1, 1})
+                     .dtype(real_of(params.dtype), kAsAlpha)
+                     .data();
+  return alpha;
+}
+
+// A tensor of shape (D, N, 2), pairs of reals.
+void* of_pairs(const CemaCoefficientsParams& params, const char* name, py::handle object) {
+  return TensorView(kOp, name, object)
+      .present()
+      .shape("(D, N, 2)", {params.channels, params.modes, 2})
+      .dtype(real_of(params.dtype), kAsAlpha)
+      .data();
+}
+
+// A tensor of shape (D, N), real or complex.
+void* of_modes(const CemaCoefficientsParams& params, const char* name, py::handle object, bool is_complex) {
+  return TensorView(kOp, name, object)
+      .present()
+      .shape("(D, N)", {params.channels, params.modes})
+      .dtype(is_complex ? complex_of(params.dtype) : real_of(params.dtype), is_complex ? kComplexAsAlpha : kAsAlpha)
+      .data();
+}
+
+void cema_coefficients_fwd(const Target& target, py::handle alpha, py::handle delta, py::handle theta,
+                           py::handle gamma, py::handle p, py::handle q, py::handle scaled) {
+  CemaCoefficientsFwdParams params{};
+  fill(params, alpha, delta, theta);
+  params.gamma = of_pairs(params, "gamma", gamma);
+  params.p = of_modes(params, "p", p, false);
+  params.q = of_modes(params, "q", q, true);
+  params.scaled = of_modes(params, "scaled", scaled, true);
+  MEGALODON_LAUNCH(target, cema_coefficients_fwd, params);
+}
+
+void cema_coefficients_bwd(const Target& target, py::handle dp, py::handle dq, py::handle dscaled, py::handle alpha_,
+                           py::handle delta, py::handle theta_, py::handle dalpha, py::handle ddelta,
+                           py::handle dtheta, py::handle dgamma) {
+  CemaCoefficientsBwdParams params{};
+  const TensorView alpha = fill(params, alpha_, delta, theta_), theta(kOp, "theta", theta_);
+  params.dp = of_modes(params, "dp", dp, false);
+  params.dq = of_modes(params, "dq", dq, true);
+  params.dscaled = of_modes(params, "dscaled", dscaled, true);
+  params.dalpha = TensorView(kOp, "dalpha", dalpha).like(alpha).data();
+  params.ddelta = TensorView(kOp, "ddelta", ddelta).like(alpha).data();
+  params.dtheta = TensorView(kOp, "dtheta", dtheta).like(theta).data();
+  params.dgamma = of_pairs(params, "dgamma", dgamma);
+  MEGALODON_LAUNCH(target, cema_coefficients_bwd, params);
+}
+
+}  // namespace
+
+void bind_cema_coefficients(py::module_& module) {
+  define(module, "cema_coefficients_fwd", &cema_coefficients_fwd);
+  define(module, "cema_coefficients_bwd", &cema_coefficients_bwd);
+}
+
+}  // namespace megalodon

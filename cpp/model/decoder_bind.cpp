@@ -1,0 +1,412 @@
+// A few tokens through a model on the CPU, as in decoding: the kernels that its layers call one by one, with nothing in
+// between. A decoder is made once from the configuration and the model's tensors by name; it writes the state in place.
+
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "cema.h"
+#include "cema_coefficients.h"
+#include "chunked_attention.h"
+#include "embedding.h"
+#include "gated_silu.h"
+#include "layer_norm.h"
+#include "linear.h"
+#include "normalized_qk.h"
+#include "residual.h"
+#include "target.h"
+#include "tensor_view.h"
+#include "timestep_norm.h"
+
+namespace megalodon {
+namespace {
+
+constexpr const char* kOp = "Decoder";
+
+// Memory that lives as long as the decoder.
+class Arena {
+ public:
+  void* operator()(int64_t bytes) {
+    void* memory = std::aligned_alloc(64, (static_cast<size_t>(bytes) + 127) / 64 * 64);
+    if (!memory) throw std::bad_alloc();
+    return blocks_.emplace_back(memory, &std::free).get();
+  }
+
+ private:
+  std::vector<std::unique_ptr<void, decltype(&std::free)>> blocks_;
+};
+
+struct Sizes {
+  DType dtype;       // of activations and matrices
+  int64_t B;         // rows, each a sequence
+  int64_t max_tokens;  // in a call, all rows together
+  int64_t D, N, G, H, K, V, F, C;  // F: hidden units of the FFN
+  double eps;
+
+  Scalar scalar() const { return scalar_of(dtype); }
+  Scalar real() const { return real_of(dtype); }
+  int64_t element() const { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+  int64_t real_element() const { return dtype == DType::f64 ? 8 : 4; }
+};
+
+// The model's parameters and "state.<...>" tensors by name. What is absent or None is a TensorView of None.
+class Tensors {
+ public:
+  Tensors(py::dict tensors, const Sizes& sizes) : tensors_(std::move(tensors)), sizes_(sizes) {}
+
+  TensorView operator()(const std::string& name) {
+    const char* kept = names_.emplace_back(name).c_str();
+    return TensorView(kOp, kept, tensors_.contains(kept) ? py::object(tensors_[kept]) : py::none());
+  }
+  void* real(const std::string& name, const char* letters, std::initializer_list<int64_t> shape) {
+    return (*this)(name).present().shape(letters, shape).dtype(sizes_.real(), kRealDtype).data();
+  }
+  void* real_or_null(const std::string& name, const char* letters, std::initializer_list<int64_t> shape) {
+    return (*this)(name).shape(letters, shape).dtype(sizes_.real(), kRealDtype).data();
+  }
+  void* activation(const std::string& name, const char* letters, std::initializer_list<int64_t> shape) {
+    return (*this)(name).present().shape(letters, shape).dtype(sizes_.scalar(), "as the other matrices").data();
+  }
+  // (S,) integers in [0, end).
+  int64_t* integers(const std::string& name, int64_t end) {
+    const TensorView view = (*this)(name);
+    int64_t* values = view.present().shape("(S,)", {sizes_.B}).dtype(Scalar::i64, "a count").data_as<int64_t>();
+    for (int64_t s = 0; s < sizes_.B; ++s)
+      if (values[s] < 0 || values[s] >= end)
+        view.fail("in [0, " + std::to_string(end) + "), got " + std::to_string(values[s]));
+    return values;
+  }
+
+ private:
+  const py::dict tensors_;
+  const Sizes& sizes_;
+  std::deque<std::string> names_;  // to which the views point
+};
+
+// What one kernel hands to the next, for as many tokens as a call may have. Every block uses the same.
+struct Activations {
+  Activations(const Sizes& s, Arena& arena) {
+    const auto rows = [&](int64_t columns) { return arena(s.max_tokens * columns * s.element()); };
+    x[0] = rows(s.D), x[1] = rows(s.D);
+    t = rows(s.D), c = rows(s.D), m = rows(s.D);
+    z = rows(s.H * s.K), q = rows(s.H * s.K), k = rows(s.H * s.K);
+    v = rows(s.H * s.V), o = rows(s.H * s.V), r = rows(s.H * s.V);
+    lse = arena(s.max_tokens * s.H * s.real_element());
+    a = rows(s.D), b = rows(s.D), y = rows(s.D), n = rows(s.D);
+    hidden = rows(s.F), gate = rows(s.F);
+  }
+  void* x[2];           // (T, D) between blocks, in turns
+  void *t, *c, *m;      // (T, D) timestep_norm(x), cema(t), rms_norm(c)
+  void *z, *q, *k;      // (T, H, K)
+  void *v, *o, *r;      // (T, H, V) values, attention, gate
+  void* lse;            // (T, H) R
+  void *a, *b, *y, *n;  // (T, D) what a half adds, the first half's output, layer_norm(y)
+  void *hidden, *gate;  // (T, F)
+};
+
+TimestepNormFwdParams timestep_norm(const Sizes& s, Tensors& tensors, const std::string& name, const std::string& state) {
+  TimestepNormFwdParams p{};
+  p.dtype = s.dtype;
+  p.channels = s.D;
+  p.groups = s.G;
+  p.eps = s.eps;
+  p.weight = tensors.real(name + ".weight", "(D,)", {s.D});
+  p.bias = tensors.real(name + ".bias", "(D,)", {s.D});
+  p.count = p.count_out = tensors.integers(state + ".count", INT64_MAX);
+  p.mean = p.mean_out = tensors.real(state + ".mean", "(S, G)", {s.B, s.G});
+  p.var = p.var_out = tensors.real(state + ".var", "(S, G)", {s.B, s.G});
+  p.residual = p.residual_out = tensors.real(state + ".residual", "(S, 2, G)", {s.B, 2, s.G});
+  return p;
+}
+
+LinearFewRowsParams linear(const Sizes& s, Tensors& tensors, const std::string& name, int64_t inputs, int64_t outputs,
+                           const void* x, void* y) {
+  LinearFewRowsParams p{};
+  p.dtype = s.dtype;
+  p.inputs = inputs;
+  p.outputs = outputs;
+  p.weight = tensors.activation(name + ".weight", "(outputs, inputs)", {outputs, inputs});
+  p.bias = tensors(name + ".bias").shape("(outputs,)", {outputs}).dtype(s.scalar(), "as the weight").data();
+  p.x = x;
+  p.y = y;
+  return p;
+}
+
+LayerNormFwdParams norm_of_rows(const Sizes& s, Tensors& tensors, const std::string& name, bool is_rms_norm,
+                                const void* x, void* y) {
+  LayerNormFwdParams p{};
+  p.dtype = s.dtype;
+  p.channels = s.D;
+  p.eps = s.eps;
+  p.is_rms_norm = is_rms_norm;
+  p.weight = tensors.real_or_null(name + ".weight", "(D,)", {s.D});
+  p.bias = tensors.real_or_null(name + ".bias", "(D,)", {s.D});
+  p.x = x;
+  p.y = y;
+  return p;
+}
+
+// The parameters of every kernel of a block. What depends on the number of tokens is filled in for each call.
+class Block {
+ public:
+  Block(const Sizes& sizes, const Activations& activations, const void* rotary, Tensors& tensors,
+        const std::string& name, const std::string& state, Arena& arena)
+      : s(sizes), a(activations) {
+    const std::string mega = name + ".mega", nffn = name + ".nffn";
+    timenorm_ = timestep_norm(s, tensors, mega + ".timenorm", state + ".norm");
+    timenorm_.y = a.t;
+
+    cema_.dtype = s.dtype;
+    cema_.channels = s.D;
+    cema_.modes = s.N;
+    cema_.x = a.t;
+    cema_.y = a.c;
+    make_coefficients(tensors, mega + ".cema", arena);
+    cema_.state = cema_.state_out = tensors(state + ".cema")
+                                        .present()
+                                        .shape("(S, D, N)", {s.B, s.D, s.N})
+                                        .dtype(complex_of(s.dtype), "complex128 for a float64 model, else complex64")
+                                        .data();
+    rms_norm_ = norm_of_rows(s, tensors, mega + ".rmsnorm", true, a.c, a.m);
+
+    const int64_t Z = s.H * s.K, values = s.H * s.V;
+    wz_ = linear(s, tensors, mega + ".wz", s.D, Z, a.m, a.z);
+    qk_.dtype = s.dtype;
+    qk_.heads = s.H;
+    qk_.key_dim = s.K;
+    qk_.chunk_size = qk_.table_rows = s.C;
+    qk_.eps = s.eps;
+    qk_.z = a.z;
+    qk_.gamma = tensors.real(mega + ".gamma", "(2, H * K)", {2, Z});
+    qk_.beta = tensors.real(mega + ".beta", "(2, H * K)", {2, Z});
+    qk_.rotary = rotary;
+    qk_.q = a.q;
+    qk_.k = a.k;
+
+    wv_ = linear(s, tensors, mega + ".wv", s.D, values, a.t, a.v);
+    append_.dtype = s.dtype;
+    append_.heads = s.H;
+    append_.key_dim = s.K;
+    append_.value_dim = s.V;
+    append_.chunk_size = s.C;
+    append_.scale = 1;
+    append_.q = a.q;
+    append_.k = a.k;
+    append_.v = a.v;
+    const std::string cache = state + ".attention";
+    append_.cache_k = append_.cache_k_out =
+        tensors.activation(cache + ".k", "(S, C, H, K)", {s.B, s.C, s.H, s.K});
+    append_.cache_v = append_.cache_v_out =
+        tensors.activation(cache + ".v", "(S, C, H, V)", {s.B, s.C, s.H, s.V});
+    append_.position_out = tensors.integers(cache + ".position", s.C);
+    qk_.position = append_.position = append_.position_out;
+
+    wr_ = linear(s, tensors, mega + ".wr", s.D, values, a.m, a.r);
+    wh1_ = linear(s, tensors, mega + ".wh1", s.D, s.D, a.m, a.a);
+    wh2_ = linear(s, tensors, mega + ".wh2", values, s.D, a.r, a.b);
+
+    layer_norm_ = norm_of_rows(s, tensors, nffn + ".norm", false, a.y, a.n);
+    fc1_ = linear(s, tensors, nffn + ".fc1", s.D, s.F, a.n, a.hidden);
+    fc2_ = linear(s, tensors, nffn + ".fc2", s.F, s.D, a.hidden, a.a);
+    gated_ = tensors(nffn + ".fc3.weight").given();
+    if (gated_) fc3_ = linear(s, tensors, nffn + ".fc3", s.D, s.F, a.n, a.gate);
+    scale_ = tensors.real_or_null(nffn + ".alpha", "(D,)", {s.D});
+  }
+
+  // x (B, L, D) to y.
+  void run(int64_t L, const void* x, void* y) {
+    T = s.B * L;
+    timenorm_.sequences = cema_.sequences = qk_.sequences = append_.sequences = Sequences{s.B, T, L};
+    timenorm_.x = x;
+    launch_timestep_norm_fwd_cpu(timenorm_);
+    launch_cema_fwd_cpu(cema_);
+    run(rms_norm_);
+
+    run(wz_);
+    launch_normalized_qk_fwd_cpu(qk_);
+    run(wv_);
+    gate(a.v, nullptr, s.H * s.V);
+    ChunkedAttentionFwdParams attention{};
+    static_cast<ChunkedAttentionParams&>(attention) = append_;
+    attention.o = a.o;
+    attention.lse = a.lse;
+    launch_chunked_attention_fwd_cpu(attention);
+    launch_chunked_attention_state_cpu(append_);
+    run(wr_);
+    gate(a.r, a.o, s.H * s.V);
+    run(wh1_);
+    run(wh2_);
+    launch_residual_cpu({s.dtype, T, s.D, x, a.a, a.b, nullptr, a.y});
+
+    run(layer_norm_);
+    run(fc1_);
+    if (gated_) run(fc3_);
+    gate(a.hidden, gated_ ? a.gate : nullptr, s.F);
+    run(fc2_);
+    launch_residual_cpu({s.dtype, T, s.D, x, a.a, nullptr, scale_, y});
+  }
+
+ private:
+  // Once, as they are those of all tokens.
+  void make_coefficients(Tensors& tensors, const std::string& name, Arena& arena) {
+    CemaCoefficientsFwdParams p{};
+    p.dtype = s.dtype == DType::f64 ? DType::f64 : DType::f32;
+    p.channels = s.D;
+    p.modes = s.N;
+    p.alpha = tensors.real(name + ".alpha", "(D, N, 1)", {s.D, s.N, 1});
+    p.delta = tensors.real(name + ".delta", "(D, N, 1)", {s.D, s.N, 1});
+    p.theta = tensors.real(name + ".theta", "(D, 1, 1)", {s.D, 1, 1});
+    p.gamma = tensors.real(name + ".gamma", "(D, N, 2)", {s.D, s.N, 2});
+    cema_.p = p.p = arena(s.D * s.N * s.real_element());
+    cema_.q = p.q = arena(s.D * s.N * 2 * s.real_element());
+    cema_.gamma = p.scaled = arena(s.D * s.N * 2 * s.real_element());
+    cema_.omega = tensors.real(name + ".omega", "(D, 1)", {s.D, 1});
+    launch_cema_coefficients_fwd_cpu(p);
+  }
+
+  void run(LinearFewRowsParams& p) const {
+    p.rows = T;
+    launch_linear_few_rows_cpu(p);
+  }
+  void run(LayerNormFwdParams& p) const {
+    p.rows = T;
+    launch_layer_norm_fwd_cpu(p);
+  }
+  // x = silu(x) value
+  void gate(void* x, const void* value, int64_t columns) const {
+    GatedSiluFwdParams p{};
+    p.dtype = s.dtype;
+    p.elements = T * columns;
+    p.x = p.y = x;
+    p.value = value;
+    launch_gated_silu_fwd_cpu(p);
+  }
+
+  const Sizes& s;
+  const Activations& a;
+  int64_t T = 0;
+  TimestepNormFwdParams timenorm_;
+  CemaFwdParams cema_{};
+  LayerNormFwdParams rms_norm_, layer_norm_;
+  LinearFewRowsParams wv_, wz_, wr_, wh1_, wh2_, fc1_, fc2_, fc3_{};
+  NormalizedQkFwdParams qk_{};
+  ChunkedAttentionStateParams append_{};
+  bool gated_;
+  const void* scale_;  // (D) R or null: one
+};
+
+int64_t integer(py::handle config, const char* name) { return config.attr(name).cast<int64_t>(); }
+
+Sizes sizes_of(py::handle config, DType dtype, int64_t batch, int64_t max_tokens) {
+  const int64_t H = integer(config, "num_heads");
+  return {dtype, batch, max_tokens, integer(config, "model_dim"), integer(config, "cema_ndim"),
+          integer(config, "norm_num_groups"), H, integer(config, "z_dim") / H, integer(config, "value_dim") / H,
+          integer(config, "ffn_hidden_dim"), integer(config, "chunk_size"), config.attr("norm_eps").cast<double>()};
+}
+
+// The layers [first, end) of a model; `embeds`: the embedding before them; `writes_logits`: final norm and output matrix
+// after them. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).
+class Decoder {
+ public:
+  Decoder(py::object config, py::dict tensors, py::object rotary, py::object like, int64_t batch, int64_t max_tokens,
+          bool embeds, int64_t first, int64_t end, bool writes_logits)
+      : held_(py::make_tuple(tensors, rotary)),
+        s(sizes_of(config, TensorView(kOp, "embed.weight", like).floating(), batch, max_tokens)),
+        activations_(s, arena_),
+        embeds_(embeds),
+        writes_logits_(writes_logits) {
+    const int64_t vocabulary = integer(config, "vocab_size"), outputs = integer(config, "num_outputs");
+    Tensors named(std::move(tensors), s);
+    if (embeds) {
+      vocabulary_ = vocabulary;
+      embedding_.dtype = s.dtype;
+      embedding_.channels = s.D;
+      embedding_.weight = named.activation("embed.weight", "(vocabulary, D)", {vocabulary, s.D});
+      embedding_.scale = config.attr("embedding_scale").cast<double>();
+    }
+    const TensorView table(kOp, "rotary", rotary);
+    table.present().shape("(C, K / 2, 2)", {s.C, s.K / 2, 2}).dtype(s.real(), kRealDtype);
+    for (int64_t layer = first; layer < end; ++layer) {
+      const std::string name = "layers." + std::to_string(layer);
+      blocks_.emplace_back(s, activations_, table.data(), named, name, "state." + name, arena_);
+    }
+    if (writes_logits) {
+      norm_ = timestep_norm(s, named, "output.final_norm", "state.norm");
+      norm_.y = activations_.n;
+      output_ = linear(s, named, "output.output", s.D, outputs, activations_.n, nullptr);
+    }
+  }
+
+  // Tokens (B, L) or x (B, L, D) to y: logits (B, L, outputs) or (B, L, D).
+  void run(py::handle x_, py::handle y_) {
+    const TensorView x(kOp, embeds_ ? "tokens" : "x", x_), y(kOp, "y", y_);
+    if (embeds_) x.rank("(B, L)", 2).dtype(Scalar::i64, "tokens");
+    else x.rank("(B, L, D)", 3).shape("(B, L, D)", {s.B, x.size(1), s.D}).dtype(s.scalar(), "as the model");
+    const int64_t L = x.size(1), T = s.B * L;
+    if (x.size(0) != s.B || T > s.max_tokens)
+      x.fail("of " + std::to_string(s.B) + " rows and at most " + std::to_string(s.max_tokens) + " tokens, got " +
+             std::to_string(x.size(0)) + " rows of " + std::to_string(L));
+    y.present().shape("(B, L, columns)", {s.B, L, writes_logits_ ? output_.outputs : s.D}).dtype(s.scalar(), "as the model");
+    if (embeds_) check_tokens(x.data_as<const int64_t>(), T);
+
+    const py::gil_scoped_release unlocked;
+    const std::lock_guard<std::mutex> alone(busy_);
+    const void* from = x.data();
+    if (embeds_) {
+      embedding_.rows = T;
+      embedding_.tokens = x.data_as<const int64_t>();
+      embedding_.y = blocks_.empty() && !writes_logits_ ? y.data() : activations_.x[0];
+      launch_embedding_cpu(embedding_);
+      from = embedding_.y;
+    }
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      void* to = i + 1 == blocks_.size() && !writes_logits_ ? y.data() : activations_.x[(i + 1) % 2];
+      blocks_[i].run(L, from, to);
+      from = to;
+    }
+    if (!writes_logits_) return;
+    norm_.sequences = Sequences{s.B, T, L};
+    norm_.x = from;
+    launch_timestep_norm_fwd_cpu(norm_);
+    output_.rows = T;
+    output_.y = y.data();
+    launch_linear_few_rows_cpu(output_);
+  }
+
+ private:
+  void check_tokens(const int64_t* tokens, int64_t count) const {
+    for (int64_t t = 0; t < count; ++t)
+      if (tokens[t] < 0 || tokens[t] >= vocabulary_)
+        throw py::index_error(std::string(kOp) + ": `tokens` must be in [0, " + std::to_string(vocabulary_) + "), got " +
+                              std::to_string(tokens[t]) + ".");
+  }
+
+  const py::tuple held_;  // the tensors whose memory the kernels use
+  const Sizes s;
+  Arena arena_;
+  const Activations activations_;
+  const bool embeds_, writes_logits_;
+  int64_t vocabulary_ = 0;
+  EmbeddingParams embedding_{};
+  std::deque<Block> blocks_;
+  TimestepNormFwdParams norm_{};
+  LinearFewRowsParams output_{};
+  std::mutex busy_;
+};
+
+}  // namespace
+
+void bind_decoder(py::module_& module) {
+  py::class_<Decoder>(module, "Decoder")
+      .def(py::init<py::object, py::dict, py::object, py::object, int64_t, int64_t, bool, int64_t, int64_t, bool>(),
+           py::arg("config"), py::arg("tensors"), py::arg("rotary"), py::arg("like"), py::arg("batch"),
+           py::arg("max_tokens"), py::arg("embeds"), py::arg("first"), py::arg("end"), py::arg("writes_logits"))
+      .def("run", &Decoder::run);
+}
+
+}  // namespace megalodon

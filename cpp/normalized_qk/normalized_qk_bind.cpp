@@ -1,0 +1,96 @@
+#include "bindings.h"
+#include "normalized_qk.h"
+#include "target.h"
+#include "tensor_view.h"
+
+namespace megalodon {
+namespace {
+
+constexpr const char* kOp = "normalized_qk";
+
+// Checks and fills what the forward and the backward share; returns z.
+TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py::handle beta_, int64_t num_heads,
+                int64_t chunk_size, double eps, py::handle rotary_, py::handle position_, py::handle cu_seqlens,
+                py::handle lengths) {
+  const TensorView z(kOp, "z", z_), gamma(kOp, "gamma", gamma_), beta(kOp, "beta", beta_);
+  const TensorView rotary(kOp, "rotary", rotary_), position(kOp, "position", position_);
+  params.dtype = z.rank("(B, L, Z)", 3).floating();
+  params.sequences = make_sequences(kOp, z.size(0), z.size(1), cu_seqlens, lengths);
+  const Scalar real = real_of(params.dtype);
+  const int64_t Z = z.size(2), S = params.sequences.count;
+  if (num_heads < 1 || Z % num_heads || Z / num_heads % 2)
+    throw py::value_error("normalized_qk: `num_heads` must divide Z = " + std::to_string(Z) +
+                          " into heads of even size, got " + std::to_string(num_heads) + ".");
+  if (chunk_size < 1)
+    throw py::value_error("normalized_qk: `chunk_size` must be positive, got " + std::to_string(chunk_size) + ".");
+  check_range(kOp, "eps", eps, 0, "finite and at least 0");
+  params.heads = num_heads;
+  params.key_dim = Z / num_heads;
+  params.chunk_size = chunk_size;
+  params.eps = eps;
+  params.z = z.data();
+  params.gamma = gamma.present().shape("(2, Z)", {2, Z}).dtype(real, kRealDtype).data();
+  params.beta = beta.present().shape("(2, Z)", {2, Z}).dtype(real, kRealDtype).data();
+  params.position = position.shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<const int64_t>();
+  params.table_rows = rotary.rank("(rows, K / 2, 2)", 3).size(0);
+  params.rotary =
+      rotary.shape("(rows, K / 2, 2)", {params.table_rows, params.key_dim / 2, 2}).dtype(real, kRealDtype).data();
+  // A row for every position that can occur.
+  const int64_t longest = z.size(1), needed = position.given() || longest > chunk_size ? chunk_size : longest;
+  if (params.table_rows < needed)
+    rotary.fail("of at least " + std::to_string(needed) + " rows, got " + std::to_string(params.table_rows));
+  for (int64_t s = 0; kReadable && params.position && s < S; ++s)
+    if (params.position[s] < 0 || params.position[s] >= chunk_size)
+      position.fail("in [0, " + std::to_string(chunk_size) + "), got " + std::to_string(params.position[s]) + " at " +
+                    std::to_string(s));
+  return z;
+}
+
+void normalized_qk_fwd(const Target& target, py::handle z_, py::handle gamma, py::handle beta, int64_t num_heads,
+                       int64_t chunk_size, double eps, py::handle rotary, py::handle position, py::handle cu_seqlens,
+                       py::handle lengths, py::handle q, py::handle k) {
+  NormalizedQkFwdParams params{};
+  const TensorView z = fill(params, z_, gamma, beta, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
+  const auto heads = [&](const char* name, py::handle object) {
+    return TensorView(kOp, name, object)
+        .present()
+        .shape("(B, L, H, K)", {z.size(0), z.size(1), params.heads, params.key_dim})
+        .dtype(z.scalar(), "as `z`")
+        .data();
+  };
+  params.q = heads("q", q);
+  params.k = heads("k", k);
+  MEGALODON_LAUNCH(target, normalized_qk_fwd, params);
+}
+
+void normalized_qk_bwd(const Target& target, py::handle z_, py::handle gamma, py::handle beta_, int64_t num_heads,
+                       int64_t chunk_size, double eps, py::handle rotary, py::handle position, py::handle cu_seqlens,
+                       py::handle lengths, py::handle dq, py::handle dk, py::handle dz, py::handle dgamma,
+                       py::handle dbeta) {
+  NormalizedQkBwdParams params{};
+  const TensorView z =
+      fill(params, z_, gamma, beta_, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
+  const TensorView beta(kOp, "beta", beta_);
+  const auto heads = [&](const char* name, py::handle object) {
+    return TensorView(kOp, name, object)
+        .present()
+        .shape("(B, L, H, K)", {z.size(0), z.size(1), params.heads, params.key_dim})
+        .dtype(z.scalar(), "as `z`")
+        .data();
+  };
+  params.dq = heads("dq", dq);
+  params.dk = heads("dk", dk);
+  params.dz = TensorView(kOp, "dz", dz).like(z).data();
+  params.dgamma = TensorView(kOp, "dgamma", dgamma).like(beta).data();
+  params.dbeta = TensorView(kOp, "dbeta", dbeta).like(beta).data();
+  MEGALODON_LAUNCH(target, normalized_qk_bwd, params);
+}
+
+}  // namespace
+
+void bind_normalized_qk(py::module_& module) {
+  define(module, "normalized_qk_fwd", &normalized_qk_fwd);
+  define(module, "normalized_qk_bwd", &normalized_qk_bwd);
+}
+
+}  // namespace megalodon

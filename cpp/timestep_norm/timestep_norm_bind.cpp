@@ -1,0 +1,100 @@
+#include "bindings.h"
+#include "target.h"
+#include "tensor_view.h"
+#include "timestep_norm.h"
+
+namespace megalodon {
+namespace {
+
+constexpr const char* kOp = "timestep_norm";
+
+// Checks and fills what the forward and the backward share; returns x.
+TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, py::handle bias_, int64_t num_groups,
+                double eps, py::handle count_, py::handle mean_, py::handle var_, py::handle residual_,
+                py::handle cu_seqlens, py::handle lengths) {
+  const TensorView x(kOp, "x", x_), weight(kOp, "weight", weight_), bias(kOp, "bias", bias_);
+  const TensorView count(kOp, "state.count", count_), mean(kOp, "state.mean", mean_), var(kOp, "state.var", var_);
+  const TensorView residual(kOp, "state.residual", residual_);
+  params.dtype = x.rank("(B, L, D)", 3).floating();
+  params.sequences = make_sequences(kOp, x.size(0), x.size(1), cu_seqlens, lengths);
+  const Scalar real = real_of(params.dtype);
+  const int64_t S = params.sequences.count, D = x.size(2), G = num_groups;
+  if (G < 1 || D % G)
+    throw py::value_error("timestep_norm: `num_groups` must be positive and divide D = " + std::to_string(D) +
+                          ", got " + std::to_string(G) + ".");
+  check_range(kOp, "eps", eps, 0, "finite and at least 0");
+  params.channels = D;
+  params.groups = G;
+  params.eps = eps;
+  params.x = x.data();
+  params.weight = weight.present().shape("(D,)", {D}).dtype(real, kRealDtype).data();
+  params.bias = bias.present().shape("(D,)", {D}).dtype(real, kRealDtype).data();
+  if (!count.given()) {
+    for (const TensorView* part : {&mean, &var, &residual}) part->absent("a `state.count` to go with it");
+  } else {
+    params.count = count.shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<const int64_t>();
+    params.mean = mean.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+    params.var = var.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+    params.residual = residual.shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
+    for (int64_t s = 0; kReadable && s < S; ++s)
+      if (params.count[s] < 0) count.fail("non-negative, got " + std::to_string(params.count[s]));
+  }
+  return x;
+}
+
+void timestep_norm_fwd(const Target& target, py::handle x_, py::handle weight, py::handle bias, int64_t num_groups,
+                       double eps, py::handle count, py::handle mean, py::handle var, py::handle residual,
+                       py::handle cu_seqlens, py::handle lengths, py::handle y, py::handle stats, py::handle count_out,
+                       py::handle mean_out, py::handle var_out, py::handle residual_out) {
+  TimestepNormFwdParams params{};
+  const TensorView x = fill(params, x_, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
+  const Scalar real = real_of(params.dtype);
+  const int64_t B = x.size(0), L = x.size(1), S = params.sequences.count, G = params.groups;
+  params.y = TensorView(kOp, "y", y).like(x).data();
+  params.stats = TensorView(kOp, "stats", stats).shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kRealDtype).data();
+  const TensorView count_view(kOp, "count_out", count_out);
+  if (count_view.given()) {
+    params.count_out = count_view.shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<int64_t>();
+    params.mean_out = TensorView(kOp, "mean_out", mean_out).present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+    params.var_out = TensorView(kOp, "var_out", var_out).present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+    params.residual_out =
+        TensorView(kOp, "residual_out", residual_out).present().shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
+  }
+  MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
+}
+
+void timestep_norm_bwd(const Target& target, py::handle x_, py::handle weight_, py::handle bias, int64_t num_groups,
+                       double eps, py::handle count, py::handle mean, py::handle var, py::handle residual,
+                       py::handle cu_seqlens, py::handle lengths, py::handle stats, py::handle dy, py::handle dmean_out,
+                       py::handle dvar_out, py::handle dx, py::handle dweight, py::handle dbias, py::handle dmean,
+                       py::handle dvar) {
+  TimestepNormBwdParams params{};
+  const TensorView x =
+      fill(params, x_, weight_, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
+  const TensorView weight(kOp, "weight", weight_);
+  const Scalar real = real_of(params.dtype);
+  const int64_t B = x.size(0), L = x.size(1), S = params.sequences.count, G = params.groups;
+  const auto per_group = [&](const char* name, py::handle object) {
+    return TensorView(kOp, name, object).shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+  };
+  params.stats =
+      TensorView(kOp, "stats", stats).present().shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kRealDtype).data();
+  params.dy = TensorView(kOp, "dy", dy).like(x).data();
+  params.dmean_out = per_group("dmean_out", dmean_out);
+  params.dvar_out = per_group("dvar_out", dvar_out);
+  params.dx = TensorView(kOp, "dx", dx).like(x).data();
+  params.dweight = TensorView(kOp, "dweight", dweight).like(weight).data();
+  params.dbias = TensorView(kOp, "dbias", dbias).like(weight).data();
+  params.dmean = per_group("dmean", dmean);
+  params.dvar = per_group("dvar", dvar);
+  MEGALODON_LAUNCH(target, timestep_norm_bwd, params);
+}
+
+}  // namespace
+
+void bind_timestep_norm(py::module_& module) {
+  define(module, "timestep_norm_fwd", &timestep_norm_fwd);
+  define(module, "timestep_norm_bwd", &timestep_norm_bwd);
+}
+
+}  // namespace megalodon

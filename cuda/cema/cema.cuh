@@ -1,0 +1,389 @@
+// CEMA: reference/cema.py. What its kernels share; the kernels are in cema_scan.cuh, cema_step.cuh and cema_bwd.cuh.
+//
+//   u_t = q u_{t-1} + x_t      h = p u      y_t = Re(sum_n c_n u_t[n]) + omega x_t,  c = gamma p
+//
+// The adjoint is the same scan against time: with r_t = q r_{t+1} + dy_t, g = conj(gamma r) and
+// dx_t = Re(sum_n c_n r_t[n]) + omega dy_t. A `Scan` is either of them, over positions 0 .. T - 1 in its own order.
+//
+// Basis. u = re + i Im(q) v is kept as the pair (re + shear v, v), which takes 3 multiply-adds a step and not 4:
+//
+//   first' = alpha first + beta second + x     second' = first + delta second      alpha, delta = Re(q) +- shear
+//
+// That is the complex product with its imaginary part in units of Im(q), as stable as the product itself: each of the
+// pair is rounded relative to its own size. The eigenvalues are q where alpha + delta = 2 Re(q) and
+// -beta = Im(q)^2 + shear^2. The shear, at most |Im(q)| / 2000, is chosen so that such a beta is a float: what the
+// rounded coefficients advance by is q to within 2^-35. (A rounded Im(q)^2 would turn q by up to 2^-25, every step in
+// the same direction.) The multiply-adds are written as such: alpha and delta are near 1 where q is, and a product of
+// theirs that is rounded by itself is off by the same amount for many steps, as long as the state changes little.
+//
+// Carried states must be divided by p (the adjoint's by gamma) and by Im(q). Where there are any, these count as at
+// least kLeastScale and kLeastPhase, which moves p x, gamma and q by less than a rounding error of the state's size.
+//
+// The flat row of T tokens is cut into tiles of `tile` steps, whatever the sequences:
+//   1. table:   for each mode and channel alpha .. and the matrices that advance `tile` and 8 `tile` steps
+//   2. local:   the state at each tile's end, from zero or, where a sequence starts in the tile, from its start
+//   3. carry:   states at each tile's end -> states that enter each tile; a tile with a start in it stops the carry
+//   4. output:  from the entering states the rows of y, or of dx, and the states where sequences end
+// The backward adds up its parameters' gradients from both scans' entering states: cema_bwd.cuh.
+//
+// Bytes: x is read by 2 and once more by 4, y written once; states are 8 N / tile bytes a channel and step.
+#pragma once
+
+#include "cema.h"
+#include "complex.cuh"
+#include "sequences.cuh"
+#include "vec.cuh"
+
+namespace megalodon {
+namespace cema {
+
+constexpr int kThreads = 128;   // of a block, or fewer where there are few channels
+constexpr int kMostModes = 32;  // of a launch; more are taken in groups
+constexpr int kSpan = 8;        // tiles of a thread in the carry
+constexpr int64_t kLeastTile = 32, kMostTile = 512;
+static_assert(kLeastTile % kSpan == 0 && (kLeastTile & (kLeastTile - 1)) == 0, "powers of q are taken by squaring");
+
+template <class T> constexpr int kBatch = sizeof(T) == 2 ? 8 : 4;   // steps that are loaded at once
+template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // of an SM, at least
+template <class R> constexpr double kLeastScale = sizeof(R) == 4 ? 0x1p-32 : 0x1p-200;
+template <class R> constexpr double kLeastPhase = sizeof(R) == 4 ? 0x1p-44 : 0x1p-200;
+
+// Rows of the table, (N', D') each; then come the bases. Matrices are stored by rows, then what rounding them to R has
+// lost.
+enum Plane {
+  kAlpha, kBeta, kDelta,
+  kOutFirst, kOutSecond,  // y = sum of kOutFirst first + kOutSecond second
+  kTileMatrix,
+  kSpanMatrix = kTileMatrix + 8,
+  kPlanes = kSpanMatrix + 8,
+};
+constexpr int kBasis = 8;  // numbers of a basis
+
+// One scan over time of up to 32 modes. (N', D') below is `lanes` modes, a power of two, and `width` channels, even;
+// the modes and channels that this adds are zero. A pair is a (first, second) as above.
+struct Scan {
+  Sequences sequences;
+  int64_t channels, modes;  // D, N of the tensors
+  int64_t first_mode;       // of this group of modes
+  int64_t width, lanes;     // D', N'
+  int64_t tile, tiles;
+  bool reverse;             // against time
+  bool whole;               // two channels may be accessed at once
+  bool resume, more;        // the sums over modes start from, or end in, `sums`
+  const void* in;           // (T, D)
+  void* out;                // (T, D)
+  const void* omega;        // (D) R
+  const void* initial;      // (S, D, N) complex R, or null: zero
+  void* final;              // (S, D, N) complex R, or null: not wanted
+  void* table;              // (kPlanes, N', D') R and (N', D', kBasis) R
+  void* states;             // (tiles, N', D') pairs of R: ends of tiles, and then what enters tiles
+  int32_t* stops;           // (tiles): whether a tile's end does not depend on what enters it
+  void* sums;               // (T, D) R, where N > 32
+  const void* factor;       // (T, D), or null: then no `products`
+  void* products;           // (tiles, 2, N', D') R: sum over a tile of factor_t times the pair after step t
+  int64_t products_stride;  // from tile to tile
+
+  // The positions of tile k, which holds the tokens k tile .. (k + 1) tile - 1 in either direction.
+  MEGALODON_INLINE int64_t begin(int64_t k) const {
+    const int64_t T = sequences.tokens, end = (k + 1) * tile;
+    return !reverse ? k * tile : end < T ? T - end : 0;
+  }
+  MEGALODON_INLINE int64_t end(int64_t k) const {
+    const int64_t T = sequences.tokens, end = (k + 1) * tile;
+    return reverse ? T - k * tile : end < T ? end : T;
+  }
+  MEGALODON_INLINE int64_t token(int64_t position) const {
+    return reverse ? sequences.tokens - 1 - position : position;
+  }
+  MEGALODON_INLINE int64_t step() const { return reverse ? -channels : channels; }
+  MEGALODON_INLINE int64_t sequence_begin(int64_t s) const {
+    return reverse ? sequences.tokens - sequences.end(s) : sequences.begin(s);
+  }
+  MEGALODON_INLINE int64_t sequence_end(int64_t s) const {
+    return reverse ? sequences.tokens - sequences.begin(s) : sequences.end(s);
+  }
+  template <class R>
+  MEGALODON_INLINE R* pairs(int64_t k, int64_t mode, int64_t channel) const {
+    return static_cast<R*>(states) + ((k * lanes + mode) * width + channel) * 2;
+  }
+  template <class R>
+  MEGALODON_INLINE R* plane(int index) const { return static_cast<R*>(table) + index * lanes * width; }
+};
+
+// The positions [begin, end) up to `to` that are of one sequence, or of the padding between two.
+struct Run {
+  int64_t end;
+  int sequence;  // or -1: padding
+  bool starts;   // whether `begin` is the sequence's first position
+
+  GPU_INLINE Run(const Scan& scan, int64_t begin, int64_t to) {
+    // In the scan's order, the first sequence that ends after `begin`.
+    const int count = static_cast<int>(scan.sequences.count);
+    const auto named = [&](int i) { return scan.reverse ? count - 1 - i : i; };
+    int low = 0;
+    for (int high = count; low < high;) {
+      const int middle = low + (high - low) / 2;
+      if (scan.sequence_end(named(middle)) > begin) high = middle;
+      else low = middle + 1;
+    }
+    const int64_t first = low < count ? scan.sequence_begin(named(low)) : to;
+    sequence = first <= begin ? named(low) : -1;
+    starts = first == begin;
+    end = sequence < 0 ? first : scan.sequence_end(sequence);
+    end = end > begin && end < to ? end : to;
+  }
+  GPU_INLINE bool ends(const Scan& scan) const { return scan.sequence_end(sequence) == end; }
+};
+
+// A thread's two channels, its part of the modes, and its tile: neighbouring lanes share two channels.
+struct Place {
+  int64_t tile, channel;
+  int first_mode, part;
+  bool active, second;  // whether the channels exist, and the second of them
+};
+
+GPU_INLINE Place place(const Scan& scan, int modes) {
+  const unsigned split = static_cast<unsigned>(scan.lanes / modes);
+  const unsigned blocks = gridDim.x / static_cast<unsigned>(scan.tiles);
+  const unsigned thread = blockIdx.x % blocks * blockDim.x + threadIdx.x;
+  const int64_t channel = int64_t{thread / split} * 2;
+  const int part = static_cast<int>(thread % split);
+  const bool active = channel < scan.width;
+  return {int64_t{blockIdx.x / blocks}, active ? channel : 0, part * modes, part, active,
+          active && channel + 1 < scan.channels};
+}
+
+// Two channels of n rows, `step` elements apart.
+template <int n, class T>
+GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, bool whole, bool second) {
+  if (whole) {
+    GPU_UNROLL
+    for (int i = 0; i < n; ++i, from += step) gpu::load(to[i], from);
+  } else {
+    GPU_UNROLL
+    for (int i = 0; i < n; ++i, from += step) {
+      to[i][0] = gpu::to_real(from[0]);
+      to[i][1] = second ? gpu::to_real(from[1]) : 0;
+    }
+  }
+}
+
+template <class R>
+struct alignas(2 * sizeof(R)) Pair {
+  R first, second;
+};
+
+// The basis of one mode and channel: conversion of complex numbers to pairs and back.
+template <class R>
+struct Basis {
+  gpu::Complex<R> q, gamma;
+  R p, shear, phase;  // phase: Im(q), or kLeastPhase
+  bool adjoint;
+
+  GPU_INLINE static R* place(const Scan& scan, int64_t mode, int64_t channel) {
+    return scan.plane<R>(kPlanes) + (mode * scan.width + channel) * kBasis;
+  }
+  Basis() = default;
+  GPU_INLINE Basis(const Scan& scan, int64_t mode, int64_t channel) : adjoint(scan.reverse) {
+    R value[kBasis];
+    gpu::load_wide(value, place(scan, mode, channel));
+    q = {value[0], value[1]};
+    gamma = {value[2], value[3]};
+    p = value[4];
+    shear = value[5];
+    phase = value[6];
+  }
+  GPU_INLINE void store(const Scan& scan, int64_t mode, int64_t channel) const {
+    R* const to = place(scan, mode, channel);
+    const R low[4] = {q.re, q.im, gamma.re, gamma.im}, high[4] = {p, shear, phase, 0};
+    for (int i = 0; i < 4; ++i) {
+      to[i] = low[i];
+      to[4 + i] = high[i];
+    }
+  }
+  GPU_INLINE Pair<R> to_pair(gpu::Complex<R> z) const {
+    const R second = z.im / phase;
+    return {z.re + shear * second, second};
+  }
+  GPU_INLINE gpu::Complex<R> from_pair(Pair<R> z) const { return {z.first - shear * z.second, phase * z.second}; }
+  GPU_INLINE Pair<R> multiply(Pair<R> a, Pair<R> b) const {
+    const R a_re = a.first - shear * a.second, b_re = b.first - shear * b.second;
+    const R second = a_re * b.second + a.second * b_re;
+    return {a_re * b_re - (phase * a.second) * (phase * b.second) + shear * second, second};
+  }
+  // The initial state at index `at` of (S, D, N), as Modes::enter takes it; zero for -1.
+  GPU_INLINE Pair<R> initial(const Scan& scan, int64_t at, bool before_step) const {
+    if (at < 0) return {0, 0};
+    const auto z = gpu::ld<gpu::Complex<R>>(static_cast<const gpu::Complex<R>*>(scan.initial) + at);
+    if (adjoint) return to_pair((1 / (gamma.re * gamma.re + gamma.im * gamma.im)) * gpu::conj(z * gamma));
+    return to_pair((1 / p) * (before_step ? z : q * z));
+  }
+  // The final state of a pair: p u, or conj(gamma q r) for the adjoint.
+  GPU_INLINE gpu::Complex<R> final(Pair<R> pair) const {
+    const gpu::Complex<R> z = from_pair(pair);
+    return adjoint ? gpu::conj(gamma * (q * z)) : p * z;
+  }
+};
+
+// What is rare is done in a loop over modes that is not unrolled, for which a thread's pairs go through shared memory:
+// the pair of mode m and channel e is slots[(2 m + e) kThreads]. Calls f(basis, slot, index in an (S, D, N) tensor),
+// where the index is -1 if the tensor has no such mode or channel.
+template <int modes, class R, class F>
+GPU_INLINE void for_each_slot(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots, F&& f) {
+#pragma unroll 1
+  for (int i = 0; i < 2 * modes; ++i) {
+    const int64_t mode = place.first_mode + i / 2, channel = place.channel + i % 2, n = scan.first_mode + mode;
+    const bool exists = place.active && n < scan.modes && channel < scan.channels;
+    const Basis<R> basis(scan, mode, channel);
+    f(basis, slots + i * kThreads, exists ? (sequence * scan.channels + channel) * scan.modes + n : -1);
+  }
+}
+
+template <class R, int modes>
+GPU_INLINE void to_slots(Pair<R>* slots, const R (&first)[modes][2], const R (&second)[modes][2]) {
+  GPU_UNROLL
+  for (int m = 0; m < modes; ++m) {
+    GPU_UNROLL
+    for (int e = 0; e < 2; ++e) gpu::st_shared(&slots[(2 * m + e) * kThreads], Pair<R>{first[m][e], second[m][e]});
+  }
+}
+
+// The states of `modes` modes of two channels, and what advances them.
+template <class R, int modes>
+struct Modes {
+  R first[modes][2], second[modes][2];
+  R alpha[modes][2], beta[modes][2], delta[modes][2];
+
+  GPU_INLINE Modes(const Scan& scan, const Place& place) {
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      const int64_t at = (place.first_mode + m) * scan.width + place.channel;
+      gpu::load(alpha[m], scan.plane<R>(kAlpha) + at);
+      gpu::load(beta[m], scan.plane<R>(kBeta) + at);
+      gpu::load(delta[m], scan.plane<R>(kDelta) + at);
+    }
+    clear();
+  }
+  GPU_INLINE void clear() {
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) first[m][0] = first[m][1] = second[m][0] = second[m][1] = 0;
+  }
+  GPU_INLINE void step(const R (&x)[2]) {
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      GPU_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const R before = first[m][e];
+        first[m][e] = fma(alpha[m][e], before, fma(beta[m][e], second[m][e], x[e]));
+        second[m][e] = fma(delta[m][e], second[m][e], before);
+      }
+    }
+  }
+  // Adds the initial state h / p before a sequence's first step, or q h / p after it; conj(dstate_out) / gamma after
+  // the first step of the adjoint.
+  GPU_INLINE void enter(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots,
+                        bool before_step = false) {
+    for_each_slot<modes>(scan, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
+      gpu::st_shared(slot, basis.initial(scan, at, before_step));
+    });
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      GPU_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const auto pair = gpu::ld_shared<Pair<R>>(&slots[(2 * m + e) * kThreads]);
+        first[m][e] += pair.first;
+        second[m][e] += pair.second;
+      }
+    }
+  }
+  // Stores the state after a sequence's last step.
+  GPU_INLINE void leave(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots) const {
+    to_slots(slots, first, second);
+    for_each_slot<modes>(scan, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
+      const auto pair = gpu::ld_shared<Pair<R>>(slot);
+      if (at >= 0) gpu::st(static_cast<gpu::Complex<R>*>(scan.final) + at, basis.final(pair));
+    });
+  }
+  // The states of tile k, stored for two channels at once.
+  GPU_INLINE void load(const Scan& scan, const Place& place) {
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      R both[4];
+      gpu::load_wide(both, scan.pairs<R>(place.tile, place.first_mode + m, place.channel));
+      GPU_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        first[m][e] = both[2 * e];
+        second[m][e] = both[2 * e + 1];
+      }
+    }
+  }
+  GPU_INLINE void store(const Scan& scan, const Place& place) const {
+    if (!place.active) return;
+    GPU_UNROLL
+    for (int m = 0; m < modes; ++m) {
+      R* const to = scan.pairs<R>(place.tile, place.first_mode + m, place.channel);
+      GPU_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const R pair[2] = {first[m][e], second[m][e]};
+        gpu::store(to + 2 * e, pair);
+      }
+    }
+  }
+};
+
+// Host side.
+
+
+// The grid of a kernel whose threads take `modes` modes of two channels of a tile; y over `scans` of them.
+struct Grid {
+  dim3 blocks;
+  unsigned threads;
+
+  Grid(const Scan& scan, int modes, int scans = 1) {
+    const int64_t all = ceil_div(scan.width / 2 * (scan.lanes / modes), gpu::kWarp) * gpu::kWarp;
+    threads = static_cast<unsigned>(all < kThreads ? all : kThreads);
+    blocks = dim3(static_cast<unsigned>(scan.tiles * ceil_div(all, threads)), static_cast<unsigned>(scans));
+  }
+};
+
+// Whether two channels of (T, D) tensors can be accessed at once.
+inline bool takes_pairs(DType dtype, int64_t channels, std::initializer_list<const void*> tensors) {
+  bool all = channels % 2 == 0;
+  dispatch_dtype(dtype, [&](auto type) {
+    for (const void* tensor : tensors) all = all && gpu::aligned<2>(static_cast<const decltype(type)*>(tensor));
+  });
+  return all;
+}
+
+// Calls f with `scan` set to each group of modes.
+template <class F>
+void for_each_group(Scan& scan, F&& f) {
+  for (scan.first_mode = 0; scan.first_mode < scan.modes; scan.first_mode += kMostModes) {
+    scan.resume = scan.first_mode > 0;
+    scan.more = scan.first_mode + kMostModes < scan.modes;
+    f();
+  }
+}
+
+// In cema_scan.cu:
+
+// A scan without tensors: sizes, and how it is cut.
+Scan make_scan(const CemaParams& params);
+// Bytes of a table, of the states of a scan with its stops, and of `sums`; multiples of 256.
+int64_t table_bytes(const CemaParams& params);
+int64_t states_bytes(const CemaParams& params);
+int64_t sums_bytes(const CemaParams& params);
+// Takes the states and stops of `scan` from `memory`; returns what follows.
+char* take_states(Scan& scan, const CemaParams& params, char* memory);
+
+// 1. The table of the scan's group of modes. `carried`: states, or gradients of states, are given.
+void launch_table(const CemaParams& params, const Scan& scan, bool carried, void* stream);
+// 2. and 3. The entering states of one scan, or of two at once.
+void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream);
+// 4. The output.
+void launch_output(DType dtype, const Scan& scan, void* stream);
+// Hands the initial states of sequences without tokens through.
+void launch_empty(DType dtype, const Scan& scan, void* stream);
+
+}  // namespace cema
+}  // namespace megalodon

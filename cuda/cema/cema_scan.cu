@@ -1,0 +1,119 @@
+#include "cema_scan.cuh"
+
+namespace megalodon {
+namespace cema {
+namespace {
+
+int64_t real_bytes(const CemaParams& params) { return params.dtype == DType::f64 ? 8 : 4; }
+// A multiple of the alignment of every part of the workspace.
+
+template <class F>
+void dispatch_lanes(int64_t lanes, F&& f) {
+  switch (lanes) {
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 8: return f(std::integral_constant<int, 8>{});
+    case 16: return f(std::integral_constant<int, 16>{});
+    default: return f(std::integral_constant<int, kMostModes>{});
+  }
+}
+
+template <class T, bool kProducts>
+void launch_output_of(const Scan& scan, void* stream) {
+  dispatch_lanes(scan.lanes, [&](auto lanes) {
+    // 8 where registers allow it.
+    constexpr int modes = lanes == 4 || kProducts || sizeof(T) == 8 || (lanes == 32 && sizeof(T) == 4) ? 4 : 8;
+    const Grid grid(scan, modes);
+    LAUNCH((cema_output_kernel<T, modes, lanes / modes, kProducts>), grid.blocks, grid.threads, 0, stream, scan);
+  });
+}
+
+}  // namespace
+
+Scan make_scan(const CemaParams& params) {
+  Scan scan{};
+  scan.sequences = params.sequences;
+  scan.channels = params.channels;
+  scan.modes = params.modes;
+  scan.width = ceil_div(params.channels, 2) * 2;
+  const int64_t T = params.sequences.tokens, work = T * params.channels * params.modes;
+  // Longer tiles mean fewer states, and fewer threads.
+  for (scan.tile = kLeastTile; scan.tile < kMostTile && work >> 16 >= scan.tile * scan.tile;) scan.tile *= 2;
+  scan.tile = LAUNCH_SIZE(cema_tile, scan.tile);
+  scan.tiles = ceil_div(T, scan.tile);
+  for (scan.lanes = 4; scan.lanes < kMostModes && scan.lanes < params.modes;) scan.lanes *= 2;
+  return scan;
+}
+
+int64_t table_bytes(const CemaParams& params) {
+  const Scan scan = make_scan(params);
+  return workspace_part((kPlanes + kBasis) * scan.lanes * scan.width * real_bytes(params));
+}
+
+int64_t states_bytes(const CemaParams& params) {
+  const Scan scan = make_scan(params);
+  return workspace_part(scan.tiles * scan.lanes * scan.width * 2 * real_bytes(params)) + workspace_part(scan.tiles * 4);
+}
+
+int64_t sums_bytes(const CemaParams& params) {
+  const Scan scan = make_scan(params);
+  return params.modes > kMostModes ? workspace_part(params.sequences.tokens * scan.channels * real_bytes(params)) : 0;
+}
+
+char* take_states(Scan& scan, const CemaParams& params, char* memory) {
+  const int64_t bytes = states_bytes(params);
+  scan.states = memory;
+  scan.stops = reinterpret_cast<int32_t*>(memory + bytes - workspace_part(scan.tiles * 4));
+  return memory + bytes;
+}
+
+void launch_table(const CemaParams& params, const Scan& scan, bool carried, void* stream) {
+  const auto launch = [&](auto real) {
+    using R = decltype(real);
+    const auto blocks = static_cast<unsigned>(ceil_div(scan.lanes * scan.width, kThreads));
+    LAUNCH(cema_table_kernel<R>, blocks, kThreads, 0, stream, scan, static_cast<const R*>(params.p),
+           static_cast<const gpu::Complex<R>*>(params.q), static_cast<const gpu::Complex<R>*>(params.gamma), carried);
+  };
+  params.dtype == DType::f64 ? launch(double{}) : launch(float{});
+}
+
+void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream) {
+  if (a.tiles <= 1) return;  // nothing enters the only tile
+  const Scans scans{{a, b ? *b : a}};
+  const int count = b ? 2 : 1;
+  dispatch_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto launch = [&](auto modes) {
+      const Grid grid(a, modes, count);
+      LAUNCH((cema_local_kernel<T, modes>), grid.blocks, grid.threads, 0, stream, scans);
+    };
+    if constexpr (sizeof(T) < 8) {
+      if (a.lanes > 4) launch(std::integral_constant<int, 8>{});
+      else launch(std::integral_constant<int, 4>{});
+    } else {
+      launch(std::integral_constant<int, 4>{});
+    }
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.lanes * a.width, gpu::kWarp)), static_cast<unsigned>(count));
+    LAUNCH(cema_carry_kernel<Compute<T>>, grid, kCarryWarps * gpu::kWarp, 0, stream, scans);
+  });
+}
+
+void launch_output(DType dtype, const Scan& scan, void* stream) {
+  if (scan.tiles == 0) return;
+  dispatch_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    if (scan.factor) launch_output_of<T, true>(scan, stream);
+    else launch_output_of<T, false>(scan, stream);
+  });
+}
+
+void launch_empty(DType dtype, const Scan& scan, void* stream) {
+  const Sequences& sequences = scan.sequences;
+  const bool all_full = !sequences.cu_seqlens && !sequences.lengths && sequences.tokens > 0;
+  if (all_full || sequences.count == 0 || !scan.final) return;
+  const auto blocks = static_cast<unsigned>(sequences.count);
+  if (dtype == DType::f64) LAUNCH(cema_empty_kernel<double>, blocks, kThreads, 0, stream, scan);
+  else LAUNCH(cema_empty_kernel<float>, blocks, kThreads, 0, stream, scan);
+}
+
+}  // namespace cema
+}  // namespace megalodon

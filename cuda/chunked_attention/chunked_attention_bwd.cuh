@@ -1,0 +1,362 @@
+// Chunked attention, backward: reference/chunked_attention.py.
+//
+//   P_ij = exp(scale q_i . k_j - lse_i), 0 where j > i or dropped      dS_ij = P_ij (do_i . v_j - delta_i)
+//   dv_j = sum_i P_ij do_i     dk_j = scale sum_i dS_ij q_i     dq_i = scale sum_j dS_ij k_j     delta_i = do_i . o_i
+//
+// q, k (T, H, K), v, o, do (T, H, V) of type T, lse (T, H) of type R, as in chunked_attention.h. No limit on K or V.
+// P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk, those on and below the diagonal. Each
+// is made once and kept in the workspace in type T, so no product is made twice: 3 K + 2 V multiplications a score.
+//
+// Phases: 1. prepare, a warp for each token and head: delta, and zeros in the gradients of padding;
+//         2. scores, a block for each tile: S = q k^T, dP = do v^T; P from S, dS from P and dP;
+//         3. products, a block for each kEdge rows of dq, dk or dv by kEdge channels: sums over the tiles of a row of
+//            tiles (dq = dS k) or of a column of tiles, a panel (dk = dS^T q, dv = P^T do).
+// 2 and 3 run in rounds of as many panels as fit kTileBytes or an eighth of the tensors, at least one (2 kEdge C of T).
+// dk and dv of a panel are complete within its round. A chunk cut by rounds hands its sums of dq on in type R, from one
+// buffer to the other, keys in order. Blocks of cached rows alone have no queries and take no gradient: left out.
+// If a chunk is one block of rows, phase 2 scales the rows of P to sum 1 and takes delta_i = sum_j P_ij dP_ij: where
+// terms cancel, as they do among few keys, o's rounding to 16 bits would show.
+//
+// A block has 256 threads and a ring of three slabs of both operands (block_product.cuh), filled by cp.async.
+//   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, and 1 KiB for scores; a multiprocessor has 1 block of scores or, if
+//                 its memory allows, 2 of products
+//   float         kEdge 128, slabs 16 deep, 49 KiB; double: kEdge 64, 49 KiB; by multiply-adds
+// Registers: scores 223, products 126, or 159 where rows are no vectors; float 254, 194. No spills but in products on
+// sm_100 and sm_120 (10 and 14 registers).
+//
+// What is not finite: tiles on the diagonal hold zeros for the pairs that do not see each other, and 0 times a NaN of a row
+// of q, k or do is NaN. So elements of a product that are not finite are made again, without the zeros (`repair`).
+//
+// Bytes: q, k, v, do twice and o once, dq, dk, dv once, each more often from L2: 4 kEdge (K + V) elements of operands a
+// tile, P V / kEdge times, dS 2 K / kEdge times.
+// H100, (B 8, L 2048, H 1, K 256, V 2048, C 2048) bf16: 173 GFLOP, 10 of them above the diagonal, 175 us at
+// 990 TFLOP/s; 302 MB of tensors, 90 us at 3.35 TB/s; 2.7 GB from L2, 64 FLOP for each byte. Workspace 64 MiB.
+//
+// Example: kEdge 2, C 5: three panels, of the tiles (0,0) (1,0) (2,0), then (1,1) (2,1), then (2,2). Of a round of two
+// panels and one of one, the first finishes rows 0-3 of dq, dk and dv, and hands row 4 of dq to the second.
+#pragma once
+
+#include "block_product.cuh"
+#include "chunked_attention_bwd_prepare.cuh"
+
+namespace megalodon {
+namespace chunked_attention {
+
+constexpr int kStages = 3;  // of the ring of slabs
+
+GPU_INLINE float exponential(float x) { return gpu::exp2_approx(x * 1.44269504f); }
+GPU_INLINE double exponential(double x) { return exp(x); }
+
+// Bit r kMicro + c: the thread's element (r, c) of the tile at (row, column) of the sequence's grid is dropped.
+template <class Product>
+GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t column) {
+  constexpr int kMicro = Product::kMicro;
+  uint64_t bits = 0;
+  if constexpr (sizeof(typename Product::T) == 2) {
+    for (int i = 0; column % 4 == 0 && i < 16; ++i) {
+      float kept[4] = {1, 1, 1, 1};
+      const int top = i / 4 * 2, left = i % 4 * 2;  // of the fragment, in the thread's elements
+      drop.apply(kept, static_cast<uint32_t>(row + Product::warp_row() + 8 * top),
+                 static_cast<uint32_t>((column + Product::warp_column()) / 4 + left), 0);
+      GPU_UNROLL
+      for (int e = 0; e < 4; ++e)
+        bits |= static_cast<uint64_t>(kept[e] == 0) << ((top + e / 2) * kMicro + left + e % 2);
+    }
+    if (column % 4 == 0) return bits;
+  }
+  for (int i = 0; i < kMicro * kMicro; ++i)
+    bits |= static_cast<uint64_t>(drop.dropped(row + Product::row(i / kMicro), column + Product::column(i % kMicro)))
+            << i;
+  return bits;
+}
+
+// Where every row of a chunk lies in one block: P rows get the sum 1, and delta their mean of dP.
+template <class Product>
+GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Product::Sum& dp,
+                               typename Product::R* partial, typename Product::R* gains,
+                               typename Product::R* delta) {
+  using R = typename Product::R;
+  constexpr int pitch = Product::kSlots + 1;
+  R* const sums = partial + Product::kEdge * pitch;
+  __syncthreads();  // the slabs, where `partial` lies, are done with
+  GPU_UNROLL
+  for (int r = 0; r < Product::kMicro; ++r) {
+    R sum = 0, product = 0;
+    GPU_UNROLL
+    for (int c = 0; c < Product::kMicro; ++c) {
+      sum += prob.at(r, c);
+      product += prob.at(r, c) == 0 ? R{0} : prob.at(r, c) * dp.at(r, c);  // dp may be NaN where a row sees no key
+    }
+    sums[Product::row(r) * pitch + Product::slot()] = sum;
+    partial[Product::row(r) * pitch + Product::slot()] = product;
+  }
+  __syncthreads();
+  if (threadIdx.x < Product::kEdge) {
+    R sum = 0, product = 0;
+    for (int slot = 0; slot < Product::kSlots; ++slot) {
+      sum += sums[threadIdx.x * pitch + slot];
+      product += partial[threadIdx.x * pitch + slot];
+    }
+    const R gain = sum == 0 || sum != sum ? R{1} : 1 / sum;  // a row that is NaN keeps the zeros of what it does not see
+    delta[threadIdx.x] = product * gain;
+    gains[threadIdx.x] = gain;
+  }
+  __syncthreads();
+  GPU_UNROLL
+  for (int r = 0; r < Product::kMicro; ++r) {
+    const R gain = gains[Product::row(r)];
+    GPU_UNROLL
+    for (int c = 0; c < Product::kMicro; ++c) prob.at(r, c) *= gain;
+  }
+}
+
+// Tiles of P and dS: phase 1 and 2.
+template <class Product>
+__global__ void __launch_bounds__(Product::kThreads, 1)
+    chunked_attention_bwd_scores_kernel(ChunkedAttentionBwdParams p, BwdPlan plan, int64_t round) {
+  using T = typename Product::T;
+  using R = typename Product::R;
+  constexpr int kEdge = Product::kEdge, kDepth = Product::kDepth, kMicro = Product::kMicro;
+  static_assert(2 * (Product::kSlots + 1) * kEdge * sizeof(R) <= 2 * kStages * Product::kSlab * sizeof(T));
+  SMEM_DYN(T, slabs);
+  SMEM_ARRAY(R, lse, kEdge);
+  SMEM_ARRAY(R, delta, kEdge);
+  const int64_t panel = blockIdx.x / plan.blocks;
+  ChunkBlock block;
+  if (!find_block<kEdge>(block, p, plan, round * plan.panels + panel)) return;
+  const int key = block.first, query = key + static_cast<int>(blockIdx.x % plan.blocks) * kEdge;
+  if (query >= block.rows || query + kEdge <= block.cached) return;
+
+  // exp(s - inf): a row without queries, or whose scores were all dropped, has no probabilities.
+  R my_lse = INFINITY, my_delta = 0;
+  const int my_row = query + static_cast<int>(threadIdx.x);
+  if (threadIdx.x < kEdge && my_row >= block.cached && my_row < block.rows) {
+    const int64_t at = (block.token + my_row - block.cached) * p.heads + block.head;
+    my_lse = typed<R>(p.lse)[at];
+    if (plan.delta) my_delta = typed<R>(plan.delta)[at];
+  }
+  const auto q = chunk_rows(p, block, typed<T>(p.q), p.key_dim);
+  const auto k = chunk_rows<true>(p, block, typed<T>(p.k), p.key_dim, typed<T>(p.cache_k));
+  const auto d_o = chunk_rows(p, block, typed<T>(p.d_o), p.value_dim);
+  const auto v = chunk_rows<true>(p, block, typed<T>(p.v), p.value_dim, typed<T>(p.cache_v));
+  const int key_slabs = static_cast<int>((p.key_dim + kDepth - 1) / kDepth);
+  const int value_slabs = static_cast<int>((p.value_dim + kDepth - 1) / kDepth);
+  typename Product::Sum prob, ds;  // first S and dP
+  gpu::pipeline<kStages, sizeof(T) == 2>(
+      key_slabs + value_slabs,
+      [&](int slab, int stage) {
+        T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+        if (slab < key_slabs) {
+          const int at = slab * kDepth;
+          Product::template load<false>(a, p.key_dim - at, q.from(query, at));
+          Product::template load<false>(b, p.key_dim - at, k.from(key, at));
+        } else {
+          const int at = (slab - key_slabs) * kDepth;
+          Product::template load<false>(a, p.value_dim - at, d_o.from(query, at));
+          Product::template load<false>(b, p.value_dim - at, v.from(key, at));
+        }
+      },
+      [&](int slab, int stage) {
+        const T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+        const int64_t depth = slab < key_slabs ? p.key_dim - slab * kDepth : p.value_dim - (slab - key_slabs) * kDepth;
+        if (slab < key_slabs)
+          Product::template multiply<false, false>(prob, a, b, depth, block.rows - query, block.rows - key);
+        else Product::template multiply<false, false>(ds, a, b, depth, block.rows - query, block.rows - key);
+      });
+
+  if (threadIdx.x < kEdge) {
+    lse[threadIdx.x] = my_lse == -R{INFINITY} ? R{INFINITY} : my_lse;
+    delta[threadIdx.x] = my_delta;
+  }
+  __syncthreads();
+
+  const R scale = static_cast<R>(p.scale);
+  const DropKey drop(p, block.head, block.sequence);
+  const uint64_t dropped = drop ? dropped_scores<Product>(drop, block.start + query, block.start + key) : 0;
+  GPU_UNROLL
+  for (int r = 0; r < kMicro; ++r) {
+    const int row = query + Product::row(r);
+    const R shift = lse[Product::row(r)];
+    GPU_UNROLL
+    for (int c = 0; c < kMicro; ++c) {
+      const bool seen = key + Product::column(c) <= row && !(dropped >> (r * kMicro + c) & 1);
+      prob.at(r, c) = seen ? exponential(prob.at(r, c) * scale - shift) : R{0};
+    }
+  }
+  if (block.rows <= kEdge) normalize_rows<Product>(prob, ds, reinterpret_cast<R*>(slabs), lse, delta);
+  GPU_UNROLL
+  for (int r = 0; r < kMicro; ++r) {
+    const R mean = delta[Product::row(r)];
+    GPU_UNROLL
+    for (int c = 0; c < kMicro; ++c)
+      ds.at(r, c) = prob.at(r, c) == 0 ? R{0} : prob.at(r, c) * (ds.at(r, c) - mean);
+  }
+  T* const tile = typed<T>(plan.tiles) + (2 * panel * plan.blocks * kEdge + query) * kEdge;
+  Product::template store<true>(prob, kEdge, TileRows<T>{tile, kEdge});
+  Product::template store<true>(ds, kEdge, TileRows<T>{tile + plan.blocks * kEdge * kEdge, kEdge});
+}
+
+template <class Product>
+GPU_INLINE void scale_by(typename Product::Sum& sum, typename Product::R factor) {
+  GPU_UNROLL
+  for (int r = 0; r < Product::kMicro; ++r) {
+    GPU_UNROLL
+    for (int c = 0; c < Product::kMicro; ++c) sum.at(r, c) *= factor;
+  }
+}
+
+// Elements of a product with P or dS that are not finite, made again without the terms whose weight is 0: of pairs that
+// do not see each other, and there a NaN must stay where it is. weight(i, r), i < depth, belongs to row r of the tile;
+// right(i) is a row, or null.
+template <class Product, class Weight, class Right>
+GPU_INLINE void repair(typename Product::Sum& sum, int64_t depth, int64_t rows, int64_t columns, Weight&& weight,
+                       Right&& right) {
+  using R = typename Product::R;
+  constexpr int kMicro = Product::kMicro;
+  uint64_t odd = 0;
+  GPU_UNROLL
+  for (int e = 0; e < kMicro * kMicro; ++e)
+    odd |= static_cast<uint64_t>(sum.at(e / kMicro, e % kMicro) - sum.at(e / kMicro, e % kMicro) != 0) << e;
+#pragma unroll 1
+  for (; odd; odd &= odd - 1) {
+    const int at = __ffsll(static_cast<long long>(odd)) - 1;
+    const int row = Product::row(at / kMicro), column = Product::column(at % kMicro);
+    if (row >= rows || column >= columns) continue;
+    R value = 0;
+#pragma unroll 1
+    for (int64_t i = 0; i < depth && value == value; ++i) {
+      const R w = gpu::to_real(weight(i, row));
+      const auto* const from = right(i);
+      if (w != 0 && from) value += w * gpu::to_real(from[column]);
+    }
+    GPU_UNROLL
+    for (int e = 0; e < kMicro * kMicro; ++e)
+      if (e == at) sum.at(e / kMicro, e % kMicro) = value;
+  }
+}
+
+// dv, or dk, of a panel: the products of its P, or dS, with kEdge columns of do, or q.
+template <class Product>
+GPU_INLINE void differentiate_keys(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
+                                   int64_t panel, bool values, int64_t column, typename Product::T* slabs) {
+  using T = typename Product::T;
+  using R = typename Product::R;
+  constexpr int kEdge = Product::kEdge, kDepth = Product::kDepth;
+  ChunkBlock block;
+  if (!find_block<kEdge>(block, p, plan, round * plan.panels + panel)) return;
+  const int64_t width = values ? p.value_dim : p.key_dim;
+  const int key = block.first;
+  if (key + kEdge <= block.cached) return;
+  const T* tile = typed<T>(plan.tiles) + (2 * panel + !values) * plan.blocks * kEdge * kEdge;
+  const auto right = chunk_rows(p, block, typed<T>(values ? p.d_o : p.q), width);
+  const int first = key > block.cached ? key : block.cached / kDepth * kDepth;  // of the queries
+  typename Product::Sum sum;
+  gpu::pipeline<kStages, false>(
+      (block.rows - first + kDepth - 1) / kDepth,
+      [&](int slab, int stage) {
+        T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+        const int at = first + slab * kDepth;
+        Product::template load<true, true>(a, kEdge, TileRows<const T>{tile + int64_t{at} * kEdge, kEdge});
+        Product::template load<true>(b, width - column, right.from(at, column));
+      },
+      [&](int slab, int stage) {
+        const T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+        Product::template multiply<true, true>(sum, a, b, block.rows - first - slab * kDepth, block.rows - key,
+                                               width - column);
+      });
+  repair<Product>(
+      sum, block.rows - first, block.rows - key, width - column,
+      [&](int64_t i, int row) { return tile[(first + i) * kEdge + row]; },
+      [&](int64_t i) {
+        const T* const from = right(static_cast<int>(first + i));
+        return from ? from + column : from;
+      });
+  if (!values) scale_by<Product>(sum, static_cast<R>(p.scale));
+  const auto out = chunk_rows(p, block, typed<T>(values ? p.dv : p.dk), width);
+  Product::store(sum, width - column, out.from(key, column));
+}
+
+// dq of a block of queries: the products of dS with kEdge columns of k, over the keys whose panels are in the round.
+template <class Product>
+GPU_INLINE void differentiate_queries(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
+                                      int64_t number, int64_t column, typename Product::T* slabs) {
+  using T = typename Product::T;
+  using R = typename Product::R;
+  constexpr int kEdge = Product::kEdge, kDepth = Product::kDepth, kMicro = Product::kMicro;
+  ChunkBlock block;
+  if (!find_block<kEdge>(block, p, plan, round * plan.panels + number)) return;
+  // The panel that the chunk's block 0 is or would be, and the keys [key, stop) that the round and the queries share.
+  const int64_t zero = block.number - round * plan.panels, end = (plan.panels - zero) * kEdge;
+  const int query = block.first, key = zero < 0 ? static_cast<int>(-zero) * kEdge : 0;
+  const int seen = query + kEdge < block.rows ? query + kEdge : block.rows;
+  const int stop = end < seen ? static_cast<int>(end) : seen;
+  if (stop <= key || query + kEdge <= block.cached) return;
+  const auto k = chunk_rows<true>(p, block, typed<T>(p.k), p.key_dim, typed<T>(p.cache_k));
+  typename Product::Sum sum;
+  gpu::pipeline<kStages, false>(
+      (stop - key + kDepth - 1) / kDepth,
+      [&](int slab, int stage) {
+        T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+        const int at = key + slab * kDepth;
+        const T* tile = typed<T>(plan.tiles) + ((2 * (zero + at / kEdge) + 1) * plan.blocks * kEdge + query) * kEdge;
+        Product::template load<false, true>(a, kDepth, TileRows<const T>{tile + at % kEdge, kEdge});
+        Product::template load<true>(b, p.key_dim - column, k.from(at, column));
+      },
+      [&](int slab, int stage) {
+        const T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+        Product::template multiply<false, true>(sum, a, b, stop - key - slab * kDepth, block.rows - query,
+                                                p.key_dim - column);
+      });
+
+  repair<Product>(
+      sum, stop - key, block.rows - query, p.key_dim - column,
+      [&](int64_t i, int row) {
+        const int64_t at = key + i;
+        return typed<T>(plan.tiles)[((2 * (zero + at / kEdge) + 1) * plan.blocks * kEdge + query + row) * kEdge + at % kEdge];
+      },
+      [&](int64_t i) {
+        const T* const from = k(static_cast<int>(key + i));
+        return from ? from + column : from;
+      });
+
+  const R* before = key > 0 ? typed<R>(round % 2 ? plan.dq_sums[1] : plan.dq_sums[0]) : nullptr;
+  R* after = stop < seen ? typed<R>(round % 2 ? plan.dq_sums[0] : plan.dq_sums[1]) : nullptr;
+  GPU_UNROLL
+  for (int r = 0; r < kMicro; ++r) {
+    const int row = query + Product::row(r);
+    const bool live = row >= block.cached && row < block.rows;
+    GPU_UNROLL
+    for (int c = 0; c < kMicro; ++c) {
+      const int64_t channel = column + Product::column(c), at = row * p.key_dim + channel;
+      if (!live || channel >= p.key_dim) continue;
+      if (before) sum.at(r, c) += before[at];
+      if (after) after[at] = sum.at(r, c);
+    }
+  }
+  if (after) return;
+  scale_by<Product>(sum, static_cast<R>(p.scale));
+  const auto out = chunk_rows(p, block, typed<T>(p.dq), p.key_dim);
+  Product::store(sum, p.key_dim - column, out.from(query, column));
+}
+
+// Phase 3: a block of the grid for each block of queries and kEdge channels of dq, then for each panel and kEdge
+// channels of dv and dk.
+template <class Product>
+__global__ void __launch_bounds__(Product::kThreads, Product::kVectors ? 2 : 1)
+    chunked_attention_bwd_products_kernel(ChunkedAttentionBwdParams p, BwdPlan plan, int64_t round) {
+  SMEM_DYN(typename Product::T, slabs);
+  constexpr int kEdge = Product::kEdge;
+  const int64_t value_slices = (p.value_dim + kEdge - 1) / kEdge, key_slices = (p.key_dim + kEdge - 1) / kEdge;
+  const int64_t of_keys = blockIdx.x - (plan.panels + plan.blocks - 1) * key_slices;
+  if (of_keys < 0) {
+    differentiate_queries<Product>(p, plan, round, blockIdx.x / key_slices, blockIdx.x % key_slices * kEdge, slabs);
+  } else {
+    const int64_t slices = value_slices + key_slices, slice = of_keys % slices;
+    const bool values = slice < value_slices;
+    differentiate_keys<Product>(p, plan, round, of_keys / slices, values,
+                                (values ? slice : slice - value_slices) * kEdge, slabs);
+  }
+}
+
+}  // namespace chunked_attention
+}  // namespace megalodon

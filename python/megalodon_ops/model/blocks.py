@@ -1,0 +1,209 @@
+"""The blocks of MEGALODON. Parameter names are those of the released checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MegalodonConfig, check_config
+from ..ops.gated_silu import gated_silu
+from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, TimestepNorm, WideParameters
+from ..ops.library import accumulation_dtype
+from ..ops.normalized_attention import attend
+from ..ops.normalized_qk import rotary_table
+from ..ops.states import AttentionState, TimestepNormState, fields_of
+
+
+class BlockState(NamedTuple):
+    """What one block passes on to the next call.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, cema_ndim=4)
+        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
+        >>> state.cema.shape
+        torch.Size([1, 64, 4])
+    """
+
+    norm: TimestepNormState
+    cema: Tensor
+    """(S, D, N) complex"""
+    attention: AttentionState
+
+
+_LARGEST_ROTARY = 1 << 24  # numbers: 64 MiB; the released models' tables have 2^19 and 2^20
+
+
+class NormalizedAttention(WideParameters):
+    """The first half of a block: timestep norm, CEMA, gated normalized attention, its residual.
+
+    t = timestep_norm(x);  m = rms_norm(cema(t))
+    z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
+    y = x + wh1 m + wh2 (a * r)
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96)
+        >>> mo.NormalizedAttention(config)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        check_config("NormalizedAttention", config)
+        super().__init__()
+        self.config = config
+        dim, z_dim, value_dim = config.model_dim, config.z_dim, config.value_dim
+        self.timenorm = TimestepNorm(dim, config.norm_num_groups, config.norm_eps)
+        self.cema = ComplexEMA(dim, config.cema_ndim)
+        self.rmsnorm = RMSNorm(dim, config.norm_eps, config.norm_affine)
+        self.wv = Linear(dim, value_dim)
+        self.wz = Linear(dim, z_dim)
+        self.wr = Linear(dim, value_dim)
+        self.wh1 = Linear(dim, dim)
+        self.wh2 = Linear(value_dim, dim, bias=False)
+        self.gamma = nn.Parameter(torch.empty(2, z_dim))
+        self.beta = nn.Parameter(torch.empty(2, z_dim))
+        self.register_buffer("rotary", None, persistent=False)
+        self._rotary_made_for = None
+        self._keep_rotary()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
+        nn.init.zeros_(self.beta)
+
+    def _rotary_for(self, like: Tensor) -> tuple:
+        """What :func:`rotary_table` makes a table from that serves a tensor like this one."""
+        config = self.config
+        key_dim, dtype = config.z_dim // config.num_heads, accumulation_dtype(like.dtype)
+        return config.chunk_size, key_dim, config.rotary_base, dtype, like.device
+
+    def _keep_rotary(self) -> None:
+        """Makes the buffer `rotary` for the parameters' device and dtype; a very large table is made by each call instead."""
+        rows, key_dim, *_ = wanted = self._rotary_for(self.gamma)
+        if rows * key_dim <= _LARGEST_ROTARY and wanted != self._rotary_made_for:
+            self.rotary, self._rotary_made_for = rotary_table(*wanted), wanted
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts the parameters alone, then makes the rotary table anew.
+
+        A table that was cast would be rounded twice, and `to_empty` would lose its values.
+        """
+        rotary = self._buffers.pop("rotary")
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers["rotary"] = rotary
+        self._keep_rotary()
+        return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._keep_rotary()  # as assign=True brings parameters of another device or dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: BlockState | None = None,
+        return_state: bool = False,
+        inplace_state: bool = False,
+        **sequences: Tensor | None,
+    ) -> Tensor | tuple[Tensor, BlockState]:
+        """x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` being the whole block's."""
+        config, training = self.config, self.training
+        norm_state, cema_state, attention_state = fields_of("MegalodonBlock", state, BlockState)
+        t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences)
+        c, cema_state = self.cema(t, state=cema_state, return_state=True, **sequences)
+        m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
+        z = self.wz(m)
+        rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
+        a = attend(
+            z, gated_silu(self.wv(t)), self.gamma, self.beta, rotary,
+            num_heads=config.num_heads, chunk_size=config.chunk_size, rope_base=config.rotary_base,
+            eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
+            dropkey=config.attention_dropout if training else 0.0, **sequences,
+        )  # fmt: skip
+        if return_state:
+            a, attention_state = a
+        gated = F.dropout(gated_silu(self.wr(m), a), config.hidden_dropout, training)
+        y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
+        return (y, BlockState(norm_state, cema_state, attention_state)) if return_state else y
+
+
+class NormalizedFFN(WideParameters):
+    """The second half of a block: fc2(silu(fc1 n) [* fc3 n]) of n = layer_norm(y), without its residual.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, swiglu=True)
+        >>> mo.NormalizedFFN(config)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
+        check_config("NormalizedFFN", config)
+        super().__init__()
+        self.config, self.layer = config, layer
+        dim, hidden = config.model_dim, config.ffn_hidden_dim
+        self.norm = LayerNorm(dim, config.norm_eps, config.norm_affine)
+        self.fc1 = Linear(dim, hidden, bias=False)
+        self.fc2 = Linear(hidden, dim, bias=False)
+        self.fc3 = Linear(dim, hidden, bias=False) if config.swiglu else None
+        self.register_parameter("alpha", nn.Parameter(torch.empty(dim)) if config.rescale_nffn else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.alpha is not None:
+            nn.init.constant_(self.alpha, 0.1 * 0.5**self.layer)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y (B, L, D), the first half's output, to (B, L, D)."""
+        config, training = self.config, self.training
+        n = self.norm(y)
+        hidden = gated_silu(self.fc1(n), None if self.fc3 is None else self.fc3(n))
+        f = F.dropout(self.fc2(F.dropout(hidden, config.hidden_dropout, training)), config.dropout, training)
+        return f if self.alpha is None else (self.alpha * f).to(f.dtype)
+
+
+class MegalodonBlock(nn.Module):
+    """One layer. Two-hop residual: the FFN reads the attention's output, and adds to the block's input.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, chunk_size=16)
+        >>> block = mo.MegalodonBlock(config)
+        >>> y, state = block(torch.randn(2, 10, 64), return_state=True)
+        >>> y, state = block(torch.randn(2, 7, 64), state=state, return_state=True)
+        >>> state.attention.position
+        tensor([1, 1])
+    """
+
+    def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
+        check_config("MegalodonBlock", config)
+        super().__init__()
+        self.mega = NormalizedAttention(config)
+        self.nffn = NormalizedFFN(config, layer)
+
+    def forward(
+        self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
+    ) -> Tensor | tuple[Tensor, BlockState]:
+        """x (B, L, D); options as in :func:`normalized_attention`: inplace_state, cu_seqlens, lengths."""
+        y = self.mega(x, state=state, return_state=return_state, **options)
+        if return_state:
+            y, state = y
+            return x + self.nffn(y), state
+        return x + self.nffn(y)
+
+
+class Output(nn.Module):
+    """Final timestep norm and the output matrix."""
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__()
+        self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
+        self.output = Linear(config.model_dim, config.num_outputs, bias=False)

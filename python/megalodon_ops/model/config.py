@@ -1,0 +1,213 @@
+"""The configuration of a model, with the released fields and presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..ops.values import as_float, described, is_whole, shown
+
+
+@dataclass(frozen=True)
+class MegalodonConfig:
+    """Sizes and options of a :class:`Megalodon` model; fields and defaults are those of the released `config.json`.
+
+    Example:
+        >>> import megalodon_ops as mo
+        >>> mo.MegalodonConfig.preset("mega200M", vocab_size=32000).num_layers
+        12
+    """
+
+    num_layers: int = 8
+    model_dim: int = 1024
+    """D"""
+    z_dim: int = 256
+    """H * K, the shared queries and keys"""
+    value_dim: int = 2048
+    """H * V"""
+    num_heads: int = 1
+    """H"""
+    ffn_hidden_dim: int = 2048
+    cema_ndim: int = 16
+    """N, complex states a channel"""
+    chunk_size: int = 2048
+    """C, steps an attention chunk"""
+    init_mode: str = "he"
+    """initialisation of the linear layers; "he" is the one that exists"""
+    vocab_size: int = 32000
+    output_size: int = -1
+    """logits a step; -1: vocab_size"""
+    norm_num_groups: int = 32
+    """G, groups of the timestep norms"""
+    norm_affine: bool = True
+    """False: the RMS norm and the FFN's layer norm have no parameters (the timestep norms keep theirs)"""
+    norm_eps: float = 1e-5
+    rope_base: float | None = None
+    """None: 10000"""
+    dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    """probability of DropKey"""
+    swiglu: bool = False
+    rescale_nffn: bool = False
+    """a learned gain on each FFN's output, starting at 0.1 * 0.5^layer"""
+    scale_emb: bool = False
+    """multiply embeddings by sqrt(D)"""
+    share_emb: bool = False
+    """the output matrix is the embedding"""
+    layerwise_ckpt: bool = False
+    """recompute each layer in the backward (training only): memory of one layer instead of all"""
+
+    def __post_init__(self) -> None:
+        def check(holds: bool, field: str, expected: str) -> None:
+            if not holds:
+                raise ValueError(f"MegalodonConfig: `{field}` must be {expected}, got {shown(getattr(self, field))}.")
+
+        def keep(kind: type, field: str) -> None:
+            """Makes a number of NumPy's one of Python's, which JSON knows."""
+            object.__setattr__(self, field, kind(getattr(self, field)))
+
+        for field in ("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim",
+                      "chunk_size", "vocab_size", "norm_num_groups"):  # fmt: skip
+            check(is_whole(getattr(self, field), 1, 2**31 - 1), field, "a positive integer below 2^31")
+            keep(int, field)
+        for field in ("dropout", "hidden_dropout", "attention_dropout"):
+            check(0 <= as_float(getattr(self, field)) < 1, field, "a probability in [0, 1)")
+            keep(float, field)
+        for field in ("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt"):
+            check(isinstance(getattr(self, field), bool), field, "True or False")
+        check(self.z_dim % (2 * self.num_heads) == 0, "z_dim", f"a multiple of 2 * num_heads = {2 * self.num_heads}")
+        check(self.value_dim % self.num_heads == 0, "value_dim", f"a multiple of num_heads = {self.num_heads}")
+        check(
+            self.model_dim % self.norm_num_groups == 0, "norm_num_groups", f"a divisor of model_dim = {self.model_dim}"
+        )
+        check(0 <= as_float(self.norm_eps) <= _LARGEST_FLOAT32, "norm_eps", "at least 0 and finite in float32")
+        keep(float, "norm_eps")
+        if self.rope_base is not None:
+            of_base = 0 < as_float(self.rope_base) <= _LARGEST_FLOAT32
+            check(of_base, "rope_base", "positive or None, and finite in float32")
+            keep(float, "rope_base")
+        size = self.output_size
+        check(is_whole(size, -1, 2**31 - 1) and size != 0, "output_size", "a positive integer or -1, and below 2^31")
+        keep(int, "output_size")
+        check(self.init_mode == "he", "init_mode", '"he"')
+        if self.share_emb:
+            check(size in (-1, self.vocab_size), "output_size", "-1 or vocab_size where share_emb is set")
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits a step."""
+        return self.vocab_size if self.output_size == -1 else self.output_size
+
+    @property
+    def embedding_scale(self) -> float:
+        """The factor on the embeddings."""
+        return math.sqrt(self.model_dim) if self.scale_emb else 1.0
+
+    @property
+    def rotary_base(self) -> float:
+        return self.rope_base or 10000.0
+
+    def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every parameter that a model has, in the model's order, without making the model.
+
+        Example:
+            >>> import megalodon_ops as mo
+            >>> next(mo.MegalodonConfig(vocab_size=256).parameter_shapes())
+            ('embed.weight', (256, 1024))
+        """
+        D = self.model_dim
+        yield "embed.weight", (self.vocab_size, D)
+        of_layer = self._layer_shapes()
+        for layer in range(self.num_layers):
+            for name, shape in of_layer.items():
+                yield f"layers.{layer}.{name}", shape
+        yield from self._output_shapes().items()
+
+    def num_parameters(self) -> int:
+        """How many numbers a model learns, computed without making the model, however large it would be.
+
+        Example:
+            >>> import megalodon_ops as mo
+            >>> f"{mo.MegalodonConfig.preset('mega7.1B', vocab_size=32000).num_parameters():,}"
+            '7,117,381,632'
+        """
+        of_layer, of_output = (
+            sum(map(math.prod, shapes.values())) for shapes in (self._layer_shapes(), self._output_shapes())
+        )
+        return self.vocab_size * self.model_dim + self.num_layers * of_layer + of_output
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        D, N, Z, V, F = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim, self.ffn_hidden_dim
+        shapes = {
+            "mega.gamma": (2, Z), "mega.beta": (2, Z), "mega.timenorm.weight": (D,), "mega.timenorm.bias": (D,),
+            "mega.cema.alpha": (D, N, 1), "mega.cema.delta": (D, N, 1), "mega.cema.theta": (D, 1, 1),
+            "mega.cema.gamma": (D, N, 2), "mega.cema.omega": (D, 1), "mega.rmsnorm.weight": (D,),
+            "mega.wv.weight": (V, D), "mega.wv.bias": (V,), "mega.wz.weight": (Z, D), "mega.wz.bias": (Z,),
+            "mega.wr.weight": (V, D), "mega.wr.bias": (V,), "mega.wh1.weight": (D, D), "mega.wh1.bias": (D,),
+            "mega.wh2.weight": (D, V), "nffn.alpha": (D,), "nffn.norm.weight": (D,), "nffn.norm.bias": (D,),
+            "nffn.fc1.weight": (F, D), "nffn.fc2.weight": (D, F), "nffn.fc3.weight": (F, D),
+        }  # fmt: skip
+        absent = set() if self.norm_affine else {"mega.rmsnorm.weight", "nffn.norm.weight", "nffn.norm.bias"}
+        absent |= set() if self.rescale_nffn else {"nffn.alpha"}
+        absent |= set() if self.swiglu else {"nffn.fc3.weight"}
+        return {name: shape for name, shape in shapes.items() if name not in absent}
+
+    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
+        D = self.model_dim
+        shapes = {"output.final_norm.weight": (D,), "output.final_norm.bias": (D,)}
+        return shapes if self.share_emb else {**shapes, "output.output.weight": (self.num_outputs, D)}
+
+    @staticmethod
+    def presets() -> tuple[str, ...]:
+        """Names that :meth:`preset` knows."""
+        return tuple(_PRESETS)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> MegalodonConfig:
+        """The released configuration `name`, with single fields replaced."""
+        if not isinstance(name, str) or name not in _PRESETS:
+            raise ValueError(f"MegalodonConfig: `name` must be one of {', '.join(_PRESETS)}, got {shown(name)}.")
+        return cls(**{**_PRESETS[name], **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types; :meth:`from_dict` makes a configuration of them again."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
+        """The configuration of a released `config.json`'s `model` object or of :meth:`to_dict`; an unknown field raises."""
+        if not isinstance(values, dict):
+            raise ValueError(f"MegalodonConfig: `values` must be a dictionary of fields, got {shown(values)}.")
+        fields = dict(values)
+        kernels = fields.pop("efficient_attn", None)  # which of two kernels with equal results the released code takes
+        if kernels not in (None, "swift", "fused"):
+            raise ValueError(
+                f'MegalodonConfig: `efficient_attn` must be None, "swift" or "fused", got {shown(kernels)}.'
+            )
+        unknown = [name for name in fields if name not in {field.name for field in dataclasses.fields(cls)}]
+        if unknown:
+            raise ValueError(f"MegalodonConfig: unknown field {', '.join(map(shown, unknown))}.")
+        return cls(**fields)
+
+
+def check_config(module: str, config: object) -> None:
+    """Raises a TypeError unless `config`, which `module` is made from, is a configuration."""
+    if not isinstance(config, MegalodonConfig):
+        raise TypeError(f"{module}: `config` must be a MegalodonConfig, got {described(config)}.")
+
+
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+_MEGA_1_3B = dict(num_layers=24, model_dim=2048, z_dim=512, value_dim=4096, num_heads=2, norm_num_groups=64)
+_MEGA_7B = dict(num_layers=32, model_dim=4096, z_dim=1024, value_dim=8192, num_heads=4, norm_num_groups=64)
+_PRESETS: dict[str, dict[str, Any]] = {
+    "mega200M": dict(num_layers=12, model_dim=1024, z_dim=256, value_dim=2048, num_heads=1, ffn_hidden_dim=2560),
+    "mega1.3B": dict(**_MEGA_1_3B, ffn_hidden_dim=4864),
+    "mega1.3B_pg19": dict(**_MEGA_1_3B, ffn_hidden_dim=3584, swiglu=True, scale_emb=True, share_emb=True),
+    "mega7.1B": dict(**_MEGA_7B, ffn_hidden_dim=11264),
+    "mega7.3B": dict(**_MEGA_7B, ffn_hidden_dim=8192, swiglu=True),
+    "paper7B": dict(**_MEGA_7B, ffn_hidden_dim=8192, swiglu=True, chunk_size=4096, rope_base=1e5),
+}

@@ -1,0 +1,237 @@
+"""The layers that MEGALODON's blocks are made of. Parameter names are those of the released checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops.cema import cema
+from ..ops.cema_coefficients import cema_coefficients
+from ..ops.layer_norm import layer_norm, rms_norm
+from ..ops.linear import KERNEL_TYPES, linear
+from ..ops.states import TimestepNormState
+from ..ops.timestep_norm import timestep_norm
+from ..ops.values import check_number, check_size, described
+
+_SHORT = (torch.bfloat16, torch.float16)
+
+
+class WideParameters(nn.Module):
+    """A module whose own parameters stay float32 (or float64): see :func:`wide_parameters`."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Widens a 16-bit parameter, wherever it comes from: a constructor, an assignment, a checkpoint."""
+        if param is not None and param.dtype in _SHORT:
+            param = nn.Parameter(param.detach().float(), requires_grad=param.requires_grad)
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def keep_wide(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype in _SHORT else result
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keep_wide, recurse=False)
+
+
+def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that stay float32 beside 16-bit activations, by name: of CEMA, the norms and the attention's affine map.
+
+    Their modules keep them wide: under `model.to(torch.bfloat16)`, a 16-bit default dtype, `load_state_dict(assign=True)`
+    and wherever a parameter is set as an attribute. What writes to `module._parameters` past that, as FSDP2's
+    MixedPrecisionPolicy does, ends in a TypeError of the op. There, shard the linear layers and the embedding with the
+    policy, and then their blocks without one:
+
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        for block in model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        register_fsdp_forward_method(model, "loss")
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> model = mo.Megalodon(config).to(torch.bfloat16)
+        >>> {parameter.dtype for parameter in mo.wide_parameters(model).values()}
+        {torch.float32}
+        >>> "layers.0.mega.cema.alpha" in mo.wide_parameters(model)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wide_parameters: `model` must be a torch.nn.Module, got {described(model)}.")
+    owners = ((name, module) for name, module in model.named_modules() if isinstance(module, WideParameters))
+    return {
+        f"{name}.{own}".removeprefix("."): parameter
+        for name, module in owners
+        for own, parameter in module.named_parameters(recurse=False)
+    }
+
+
+class TimestepNorm(WideParameters):
+    """:func:`timestep_norm` with its parameters: weight and bias (D,), zero at the start; the gain is 1 + weight.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> mo.TimestepNorm(64, num_groups=4)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, dim: int, num_groups: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        dim = check_size("TimestepNorm", "dim", dim)
+        self.num_groups = check_size("TimestepNorm", "num_groups", num_groups)
+        self.eps = check_number("TimestepNorm", "eps", eps, "a finite number of at least 0", 0.0)
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, TimestepNormState]:
+        """x (B, L, D); options as in :func:`timestep_norm`."""
+        return timestep_norm(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, num_groups={self.num_groups}, eps={self.eps}"
+
+
+class ComplexEMA(WideParameters):
+    """:func:`cema` with its parameters, D channels of N states.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> mo.ComplexEMA(64, ndim=16)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, dim: int, ndim: int = 16) -> None:
+        super().__init__()
+        dim, ndim = check_size("ComplexEMA", "dim", dim), check_size("ComplexEMA", "ndim", ndim)
+        self.alpha = nn.Parameter(torch.empty(dim, ndim, 1))
+        self.delta = nn.Parameter(torch.empty(dim, ndim, 1))
+        self.theta = nn.Parameter(torch.empty(dim, 1, 1))
+        self.gamma = nn.Parameter(torch.empty(dim, ndim, 2))
+        self.omega = nn.Parameter(torch.empty(dim, 1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        dim = self.alpha.shape[0]
+        nn.init.normal_(self.alpha, std=0.2)
+        nn.init.normal_(self.delta, std=0.2)
+        # Base angles spread geometrically from 1 down to 1 / D. The last would be logit(1 / D); none is logit(1).
+        angles = torch.exp(-torch.arange(1, dim + 1, dtype=torch.float64) * (math.log(dim) / dim)).clamp(max=1 - 1e-6)
+        self.theta.copy_(torch.logit(angles)[torch.randperm(dim)].reshape(dim, 1, 1))
+        nn.init.normal_(self.gamma[..., 0])
+        nn.init.zeros_(self.gamma[..., 1])
+        nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """p (D, N), q and gamma (D, N) complex, omega (D,), as :func:`cema` takes them."""
+        return *cema_coefficients(self.alpha, self.delta, self.theta, self.gamma), self.omega.squeeze(-1)
+
+    def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, L, D); options as in :func:`cema`."""
+        return cema(x, *self.coefficients(), **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.alpha.shape[0]}, ndim={self.alpha.shape[1]}"
+
+
+class _Norm(WideParameters):
+    """The base of RMSNorm and LayerNorm: their parameters, which are zero at the start."""
+
+    def __init__(self, dim: int, eps: float, affine: bool, bias: bool) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.register_parameter("weight", nn.Parameter(torch.empty(dim)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(dim)) if affine and bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, affine={self.weight is not None}"
+
+
+class RMSNorm(_Norm):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight): :func:`megalodon_ops.rms_norm`."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(dim, eps, affine, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class LayerNorm(_Norm):
+    """(x - mean(x)) / sqrt(var(x) + eps) * (1 + weight) + bias: :func:`megalodon_ops.layer_norm`."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(dim, eps, affine, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class Linear(nn.Linear):
+    """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
+
+    On the CPU its products take the fastest way there is, :func:`megalodon_ops.linear`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=(3 * self.in_features) ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def to_torch_linears(model: nn.Module) -> nn.Module:
+    """The model, whose linear layers have become torch's own `nn.Linear`, in place, with their parameters and hooks.
+
+    For tools that look for exactly this type: `torch.ao.quantization.quantize_dynamic` leaves a subclass as it is without
+    a word. Tools that take subclasses, such as torchao's `quantize_`, need no such call. The results are those of before
+    up to rounding; products are torch's, and a :class:`Decoder` of such a model runs its layers.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> type(mo.to_torch_linears(mo.Megalodon(config)).output.output)
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = nn.Linear
+    return model
+
+
+_LINEAR_FORWARD = Linear.forward
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module gives :func:`megalodon_ops.linear` of its weight and bias, and nothing else.
+
+    Any other class (an adapter, a parametrization and a sharded module have their own), hooks, another forward and
+    parameters that are a subclass of torch's may compute what they like: such a module has to be called.
+    """
+    if type(module) is not Linear or getattr(module.forward, "__func__", None) is not _LINEAR_FORWARD:
+        return False
+    if _has_any_global_hook() or any(getattr(module, hooks) for hooks in _HOOKS):
+        return False
+    return all(tensor is None or type(tensor) in KERNEL_TYPES for tensor in (module.weight, module.bias))

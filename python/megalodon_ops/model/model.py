@@ -1,0 +1,362 @@
+"""The MEGALODON language model: embedding, blocks, final timestep norm, logits; streaming and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import BlockState, MegalodonBlock, Output
+from .config import MegalodonConfig, check_config
+from .layers import is_plain_linear
+from ..ops.loss import blockwise_cross_entropy, has_integers, linear_cross_entropy
+from ..ops.states import TimestepNormState
+from ..ops.values import (
+    LEAST_POSITIVE,
+    check_flag,
+    check_integer,
+    check_number,
+    check_optional_tensor,
+    check_size,
+    check_tensor,
+    described,
+)
+
+_FEW_TOKENS = 1024
+
+
+class MegalodonState(NamedTuple):
+    """What a call of the model passes on to the next: constant in size however long the past is.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3]]), return_state=True)
+        >>> len(state.layers), state.norm.count
+        (2, tensor([3]))
+    """
+
+    layers: tuple[BlockState, ...]
+    norm: TimestepNormState
+    """of the final norm"""
+
+    def detach(self) -> MegalodonState:
+        """The same values without their history, for truncated backpropagation through time."""
+        return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, self)
+
+
+class Megalodon(nn.Module):
+    """A MEGALODON language model.
+
+    Parameters carry the names of the released checkpoints. Cast to a 16-bit dtype, the parameters of CEMA, of the norms
+    and of the attention's affine map stay float32, and so do all recurrent states.
+
+    Source: arXiv 2404.08801 and the released code.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96,
+        ...                             chunk_size=16, vocab_size=256)
+        >>> model = mo.Megalodon(config)
+        >>> tokens = torch.randint(256, (1, 50))
+        >>> model(tokens).shape
+        torch.Size([1, 50, 256])
+        >>> logits, state = model(tokens[:, :20], return_state=True)
+        >>> rest = model(tokens[:, 20:], state=state)
+        >>> torch.allclose(rest, model(tokens)[:, 20:], atol=1e-4)
+        True
+    """
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        check_config("Megalodon", config)
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
+        self.output = Output(config)
+        self.reset_parameters()
+        self.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """Initialises the embedding and the output matrix; every other layer initialises its own."""
+        std = self.config.model_dim**-0.5
+        for weight in (self.embed.weight, self.output.output.weight):
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+    def tie_weights(self) -> None:
+        """Makes the output matrix the embedding, where the configuration says so."""
+        if self.config.share_emb:
+            self.output.output.weight = self.embed.weight
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        state: MegalodonState | None = None,
+        return_state: bool = False,
+        inplace_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, MegalodonState]:
+        """Logits of the next token after every token.
+
+        Args:
+            tokens: (B, L) integers.
+            state: the past, as an earlier call returned it; None: the tokens begin their sequences.
+            return_state: also return the state after the last token. Any way of cutting a sequence into calls gives the
+                same logits, up to rounding.
+            inplace_state: write into `state` where that saves a copy, as of the attention's part; for generation. The
+                state before is lost.
+            cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1).
+            lengths: (B,) tokens in each right-padded row.
+
+        Returns:
+            logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding.
+        """
+        sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
+        self._check(tokens, state, return_state, **sequences)
+        check_flag("Megalodon", "inplace_state", inplace_state)
+        x, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, **sequences)
+        logits = at_least_float32(self.output.output(x))
+        return (logits, state) if return_state else logits
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        state: MegalodonState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, MegalodonState]:
+        """Cross-entropy of the logits with `targets`, computed for a block of tokens at a time.
+
+        Padding, by `cu_seqlens` or `lengths`, counts no more than a target of `ignore_index`, whatever stands there.
+
+        Args:
+            tokens, state, return_state, cu_seqlens, lengths: as in :meth:`forward`.
+            targets: (B, L) integers, what follows each token, or `ignore_index`.
+            reduction, ignore_index: as in :func:`megalodon_ops.linear_cross_entropy`.
+
+        Returns:
+            the mean loss of a target, or what `reduction` says, float32 (float64 for a float64 model); with
+            `return_state` also the state.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> model, tokens = mo.Megalodon(config), torch.randint(9, (2, 21))
+            >>> model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        """
+        sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
+        self._check(tokens, state, return_state, **sequences)
+        check_tensor("Megalodon", "targets", targets)
+        ignore_index = check_integer("Megalodon", "ignore_index", ignore_index, "an integer below 2^63", -(2**63))
+        if not has_integers(targets):
+            raise TypeError(f"Megalodon: `targets` must be integers, got {targets.dtype}.")
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"Megalodon: `targets` must have shape {tuple(tokens.shape)} as `tokens`, got {tuple(targets.shape)}."
+            )
+        hidden, state = self._hidden(self._embed(tokens), state, return_state, False, **sequences)
+        position, targets = torch.arange(tokens.shape[1], device=tokens.device), targets.long()
+        if lengths is not None:
+            targets = targets.where(position < lengths[:, None], ignore_index)
+        if cu_seqlens is not None:
+            targets = targets.where((position >= cu_seqlens[0]) & (position < cu_seqlens[-1]), ignore_index)
+        output, options = self.output.output, dict(reduction=reduction, ignore_index=ignore_index)
+        if is_plain_linear(output) and output.bias is None:
+            loss = linear_cross_entropy(hidden, output.weight, targets, **options)
+        else:
+            loss = blockwise_cross_entropy(hidden, output, targets, width=self.config.num_outputs, **options)
+        return (loss, state) if return_state else loss
+
+    def _check(
+        self,
+        tokens: Tensor,
+        state: MegalodonState | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
+    ) -> None:
+        check_tensor("Megalodon", "tokens", tokens)
+        check_flag("Megalodon", "return_state", return_state)
+        check_optional_tensor("Megalodon", "cu_seqlens", cu_seqlens)
+        check_optional_tensor("Megalodon", "lengths", lengths)
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"Megalodon: `tokens` must be integers (B, L), int64 or int32, got {tokens.dtype} {tuple(tokens.shape)}."
+            )
+        if state is not None and not isinstance(state, MegalodonState):
+            raise TypeError(f"Megalodon: `state` must be a MegalodonState or None, got {described(state)}.")
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ValueError(f"Megalodon: `state` must have {len(self.layers)} layers, got {len(state.layers)}.")
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """(B, L, D)"""
+        try:
+            x = self.embed(tokens)
+        except IndexError as error:
+            outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+            if len(outside) == 0:
+                raise
+            raise IndexError(
+                f"Megalodon: `tokens` must be in [0, {self.config.vocab_size}), got {outside[0].item()}."
+            ) from error
+        return x * self.config.embedding_scale if self.config.scale_emb else x
+
+    def _hidden(
+        self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
+    ) -> tuple[Tensor, MegalodonState | None]:
+        """The normalized last layer (B, L, D) and the state after it."""
+        recompute = self.config.layerwise_ckpt and self.training and torch.is_grad_enabled()
+        states = (None,) * len(self.layers) if state is None else state.layers
+        layer_states = []
+        for layer, layer_state in zip(self.layers, states, strict=True):
+            options = dict(state=layer_state, return_state=return_state, **sequences)
+            if recompute:
+                x = checkpoint(layer, x, use_reentrant=False, **options)
+            else:
+                x = layer(x, inplace_state=inplace_state, **options)
+            if return_state:
+                x, layer_state = x
+                layer_states.append(layer_state)
+        norm_state = None if state is None else state.norm
+        x, norm_state = self.output.final_norm(x, state=norm_state, return_state=True, **sequences)
+        return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
+
+    def stream(
+        self,
+        prompt: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """The continuation of `prompt` (B, L >= 1) without end, one token (B,) for each row at a time.
+
+        The prompt is read in pieces of a chunk, so memory does not grow with its length; `lengths` (B,) >= 1 are the
+        prompts' lengths where rows are right-padded. Temperature 0 takes the likeliest token; otherwise tokens are
+        drawn from the top_k likeliest, or from the fewest that hold probability top_p, or from all.
+
+        Raises FloatingPointError on the CPU where the logits are not numbers to draw by, as weights that overflow give.
+        """
+        check_tensor("generate", "prompt", prompt)
+        check_optional_tensor("generate", "lengths", lengths)
+        if prompt.dim() != 2 or prompt.shape[1] < 1 or prompt.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                "generate: `prompt` must be integers (B, L) with L >= 1, int64 or int32, "
+                f"got {prompt.dtype} {tuple(prompt.shape)}."
+            )
+        temperature = check_number("generate", "temperature", temperature, "a finite number of at least 0", 0.0)
+        top_k = None if top_k is None else check_size("generate", "top_k", top_k)
+        if top_p is not None:
+            top_p = check_number("generate", "top_p", top_p, "a probability in (0, 1]", LEAST_POSITIVE, 1.0)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generate: `generator` must be a torch.Generator or None, got {described(generator)}.")
+        B, L = prompt.shape
+        if lengths is None:
+            lengths = torch.full((B,), L, device=prompt.device)
+        elif not has_integers(lengths):
+            raise TypeError(f"generate: `lengths` must be integers, got {lengths.dtype}.")
+        elif lengths.shape != (B,) or not bool(((lengths >= 1) & (lengths <= L)).all()):
+            raise ValueError(f"generate: `lengths` must have shape ({B},) and be in [1, {L}], got {lengths.tolist()}.")
+        return self._stream(prompt, lengths, lambda logits: _sample(logits, temperature, top_k, top_p, generator))
+
+    @torch.no_grad()
+    def _stream(self, prompt: Tensor, lengths: Tensor, sample: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        from .decoder import Decoder  # which is made of models
+
+        state, last = None, None
+        for start in range(0, prompt.shape[1], self.config.chunk_size):
+            piece = prompt[:, start : start + self.config.chunk_size]
+            left = (lengths - start).clamp(0, piece.shape[1])
+            hidden, state = self._hidden(self._embed(piece), state, True, state is not None, lengths=left)
+            end = hidden[torch.arange(len(left), device=left.device), (left - 1).clamp(min=0)]
+            last = end if last is None else torch.where((left > 0)[:, None], end, last)
+        decoder = Decoder(self, state)
+        logits = at_least_float32(self.output.output(last))
+        while True:
+            token = sample(logits)
+            yield token
+            logits = decoder(token[:, None])[:, 0]
+
+    def generate(self, prompt: Tensor, *, max_new_tokens: int, lengths: Tensor | None = None, **sampling) -> Tensor:
+        """Continues `prompt` (B, L) by `max_new_tokens`; sampling options as in :meth:`stream`.
+
+        Returns (B, L + max_new_tokens); each row's new tokens follow its own prompt, and what remains of a padded row
+        after them is zero.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> mo.Megalodon(config).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, temperature=0.8).shape
+            torch.Size([1, 8])
+        """
+        expected = "an integer of at least 0, below 2^31"
+        max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, expected, 0, 2**31 - 1)
+        stream = self.stream(prompt, lengths=lengths, **sampling)
+        batch, length = prompt.shape
+        rows = torch.arange(batch, device=prompt.device)
+        ends = torch.full_like(rows, length) if lengths is None else lengths.to(rows)
+        result = torch.zeros((batch, length + max_new_tokens), dtype=prompt.dtype, device=prompt.device)
+        inside = torch.arange(length, device=prompt.device) < ends[:, None]
+        result[:, :length] = torch.where(inside, prompt, 0)
+        for step, token in zip(range(max_new_tokens), stream):
+            result[rows, ends + step] = token
+        return result
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def _sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draws one token (B,) for each row of logits (B, vocab)."""
+    if temperature == 0:
+        likeliest = logits.argmax(-1, keepdim=True)  # NaN, if there is one
+        _check_numbers(logits.gather(-1, likeliest))
+        return likeliest.squeeze(-1)
+    probability, tokens = (logits / temperature).softmax(-1), None
+    _check_numbers(probability)
+    if top_k is not None:
+        probability, tokens = probability.topk(min(top_k, probability.shape[-1]))
+        probability = probability / probability.sum(-1, keepdim=True)
+    if top_p is not None and top_p < 1:
+        if tokens is None:
+            probability, tokens = _likeliest(probability, top_p)
+        of_likelier = probability.cumsum(-1) - probability
+        probability = probability.masked_fill(of_likelier >= top_p, 0)
+    drawn = torch.multinomial(probability, 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1)
+
+
+def _check_numbers(values: Tensor) -> None:
+    """Raises where there is a NaN on the CPU; elsewhere a look would wait for the device."""
+    if values.is_cpu and bool(values.isnan().any()):
+        raise FloatingPointError(
+            "generate: logits / temperature must be numbers, got NaN or infinity; "
+            "the weights are too large or damaged, or the temperature is too small."
+        )
+
+
+def _likeliest(probability: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """In order, the likeliest tokens' probabilities, enough to hold `share` of each row, and those tokens."""
+    if probability.is_cpu:  # where to sort a large vocabulary takes as long as all else for a token
+        few = probability.topk(min(_FEW_TOKENS, probability.shape[-1]))
+        if bool((few.values.sum(-1) >= share).all()):
+            return few
+    return probability.sort(descending=True)

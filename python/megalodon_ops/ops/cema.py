@@ -1,0 +1,131 @@
+"""`cema`: the complex exponential moving average, a recurrence in time with N complex states a channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arrays import call_with_arrays
+from .library import call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
+from .memory import empty_like
+from .values import check_flag, check_rank
+
+
+def cema(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    *,
+    state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Complex exponential moving average of `x` along time.
+
+    .. math:: h_t = q\, h_{t-1} + p\, x_t, \qquad y_t = \mathrm{Re} \sum_n \gamma_n h_{t,n} + \omega x_t
+
+    Args:
+        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (one that is not contiguous is copied once).
+        p: (D, N) float32, or float64 for a float64 `x`.
+        q, gamma: (D, N) complex64, or complex128 for a float64 `x`; \|q\| <= 1 for a stable recurrence.
+        omega: (D,) as `p`.
+        state: (S, D, N) complex, h before the first step; None: zero. S is B, or the number of packed sequences.
+        return_state: also return h after each sequence's last step.
+        cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
+        lengths: (B,) int64 or int32, steps in each right-padded row.
+
+    Returns:
+        y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the state (S, D, N). States
+        and sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Gradients go to every tensor, `state` included, complex ones in torch's convention. The inputs are all that is kept
+    for the backward, which is deterministic whatever the number of threads.
+
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+
+    Source: arXiv 2404.08801, section 3.1. The mathematics: :func:`megalodon_ops.reference.cema`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> x, p = torch.ones(1, 3, 1), torch.ones(1, 1)
+        >>> q, gamma, omega = torch.tensor([[0.5 + 0j]]), torch.tensor([[1 + 0j]]), torch.zeros(1)
+        >>> mo.cema(x, p, q, gamma, omega).flatten()
+        tensor([1.0000, 1.5000, 1.7500])
+    """
+    if not isinstance(x, Tensor):
+        return call_with_arrays(cema, **locals())
+    check_rank("cema", "x", x, "(B, L, D)", 3)
+    check_flag("cema", "return_state", return_state)
+    y, state_out = call(
+        cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths), return_state
+    )
+    return (y, state_out) if return_state else y
+
+
+def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
+    x = x.contiguous()
+    y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state)
+    coefficients = (p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous())
+    written = (y, state_out if return_state else None)
+    launch("cema_fwd", x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, *written)
+    return y, state_out
+
+
+def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
+    """A state that nobody wants is empty: torch's schemas know no optional result."""
+    shape = (num_sequences(x.shape[0], cu_seqlens), *q.shape) if return_state else (0,)
+    return empty_like(x), q.new_empty(shape)
+
+
+def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
+    x, p, q, gamma, omega = x.contiguous(), p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous()
+    *grads, dstate = _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    launch(
+        "cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths,
+        dy.contiguous(), contiguous_or_none(dstate_out), *grads, None if state is None else dstate,
+    )  # fmt: skip
+    return *grads, dstate
+
+
+def _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
+    """The gradient of a state that was not given is empty."""
+    grads = map(empty_like, (x, p, q, gamma, omega))
+    return *grads, q.new_empty(0) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, return_state = inputs
+    if not return_state:
+        ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dy, dstate_out):
+    x, p, q, gamma, omega, state, cu_seqlens, lengths = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    *grads, dstate = call(cema_bwd, dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    return *grads, None if state is None else dstate, None, None, None
+
+
+cema_fwd = define_op(
+    "cema_fwd(Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, Tensor? cu_seqlens, "
+    "Tensor? lengths, bool return_state) -> (Tensor y, Tensor state_out)",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+cema_bwd = define_op(
+    "cema_bwd(Tensor dy, Tensor? dstate_out, Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, "
+    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dx, Tensor dp, Tensor dq, Tensor dgamma, Tensor domega, Tensor dstate)",
+    kernel=_bwd,
+    fake=_bwd_fake,
+)

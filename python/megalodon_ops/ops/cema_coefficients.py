@@ -1,0 +1,99 @@
+"""`cema_coefficients`: what :func:`megalodon_ops.cema` takes, from the parameters that are trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .library import call, define_op, has_cpu_kernel, launch
+from .values import check_device, check_tensor
+
+
+def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Input weights, decays and output weights of a complex EMA, on the CPU in one pass, forward and backward.
+
+    .. math:: p = \sigma(\alpha), \qquad q_n = (1 - p_n \sigma(\delta_n)) e^{2 \pi i \sigma(\theta) n / N}, \qquad
+              \gamma_n = (\gamma_{n,0} + i \gamma_{n,1}) / \sqrt{N}, \qquad n = 1, ..., N
+
+    On other devices torch computes it.
+
+    Args:
+        alpha, delta: (D, N, 1) float32 or float64.
+        theta: (D, 1, 1) as `alpha`.
+        gamma: (D, N, 2) as `alpha`, real and imaginary parts.
+
+    Returns:
+        p (D, N) as `alpha`; q and gamma (D, N) complex64, or complex128 for a float64 `alpha`.
+
+    Raises:
+        ValueError: a shape is wrong. TypeError: a dtype is wrong. NotImplementedError: second derivatives are not
+        supported on the CPU.
+
+    alpha, delta and theta are kept for the backward.
+
+    Source: arXiv 2404.08801, section 3.1, and the released code, whose parameters have these shapes. The mathematics:
+    :func:`megalodon_ops.reference.cema_coefficients`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> zeros, angle = torch.zeros(1, 2, 1), torch.zeros(1, 1, 1)
+        >>> p, q, gamma = mo.cema_coefficients(zeros, zeros, angle, torch.ones(1, 2, 2))
+        >>> p, q.abs(), q.angle()
+        (tensor([[0.5000, 0.5000]]), tensor([[0.7500, 0.7500]]), tensor([[ 1.5708, -3.1416]]))
+    """
+    for name, value in ("alpha", alpha), ("delta", delta), ("theta", theta), ("gamma", gamma):
+        check_tensor("cema_coefficients", name, value)
+    if not alpha.is_floating_point():
+        raise TypeError(f"cema_coefficients: `alpha` must be float32 or float64, got {alpha.dtype}; convert it.")
+    if has_cpu_kernel(alpha):
+        return call(cema_coefficients_fwd, alpha, delta, theta, gamma)
+    for name, value in ("delta", delta), ("theta", theta), ("gamma", gamma):
+        check_device("cema_coefficients", name, value, alpha)
+    return reference.cema_coefficients(alpha, delta, theta, gamma)
+
+
+def _fwd(alpha, delta, theta, gamma):
+    outputs = _fwd_fake(alpha, delta, theta, gamma)
+    parameters = (t.contiguous() for t in (alpha, delta, theta, gamma))
+    launch("cema_coefficients_fwd", *parameters, *outputs)
+    return outputs
+
+
+def _fwd_fake(alpha, delta, theta, gamma):
+    shape, dtype = alpha.shape[:2], alpha.dtype.to_complex()
+    return alpha.new_empty(shape), alpha.new_empty(shape, dtype=dtype), alpha.new_empty(shape, dtype=dtype)
+
+
+def _bwd(dp, dq, dscaled, alpha, delta, theta):
+    grads = _bwd_fake(dp, dq, dscaled, alpha, delta, theta)
+    launch("cema_coefficients_bwd", *(t.contiguous() for t in (dp, dq, dscaled, alpha, delta, theta)), *grads)
+    return grads
+
+
+def _bwd_fake(dp, dq, dscaled, alpha, delta, theta):
+    dalpha, ddelta, dtheta = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (alpha, delta, theta))
+    return dalpha, ddelta, dtheta, alpha.new_empty((*alpha.shape[:2], 2))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx, *grads):
+    return call(cema_coefficients_bwd, *grads, *ctx.saved_tensors)
+
+
+cema_coefficients_fwd = define_op(
+    "cema_coefficients_fwd(Tensor alpha, Tensor delta, Tensor theta, Tensor gamma) -> (Tensor p, Tensor q, Tensor scaled)",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+cema_coefficients_bwd = define_op(
+    "cema_coefficients_bwd(Tensor dp, Tensor dq, Tensor dscaled, Tensor alpha, Tensor delta, Tensor theta) "
+    "-> (Tensor dalpha, Tensor ddelta, Tensor dtheta, Tensor dgamma)",
+    kernel=_bwd,
+    fake=_bwd_fake,
+)

@@ -1,0 +1,238 @@
+"""`chunked_attention`: causal softmax attention inside chunks of C steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arrays import call_with_arrays
+from .library import (
+    accumulation_dtype,
+    autocast,
+    call,
+    contiguous_or_none,
+    define_op,
+    int64_or_none,
+    launch,
+    num_sequences,
+)
+from .memory import empty, empty_like
+from .states import AttentionState, fields_of
+from .values import LARGEST_BELOW_1, check_flag, check_number, check_size
+
+
+def chunked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_size: int,
+    scale: float = 1.0,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    inplace_state: bool = False,
+    dropkey: float = 0.0,
+    dropkey_seed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor | tuple[Tensor, AttentionState]:
+    r"""Softmax attention of each step to the steps of its chunk up to itself.
+
+    .. math:: o_i = \sum_{j \le i} \mathrm{softmax}_j(\mathrm{scale}\; q_i^\top k_j)\, v_j, \qquad i, j \text{ in one chunk}
+
+    Args:
+        q, k: (B, L, H, K) float32, float64, bfloat16 or float16.
+        v: (B, L, H, V), V and K are independent.
+        chunk_size: C. Each sequence starts its own chunk grid, at `state.position` if it has a state.
+        scale: factor on the scores.
+        state: keys and values of the unfinished chunk; None: empty. Constant in the backward: it takes no gradient.
+        return_state: also return the state after each sequence's last step.
+        inplace_state: append to the tensors of `state` instead of copying them; for generation. A backward that needs
+            what they were raises.
+        dropkey: probability in [0, 1) that a score becomes -inf before the softmax. No rescaling; a row that loses
+            every score gives zeros. Positions count from the call's beginning, so pieces of a sequence lose other scores
+            than the whole.
+        dropkey_seed: (1,) int64 seed of the mask; None: drawn from the device's default generator.
+        cu_seqlens, lengths: sequences as in :func:`cema`.
+
+    Returns:
+        o (B, L, H, V), zero at tokens in no sequence; with `return_state` also the :class:`AttentionState`.
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Scores live in blocks that fit the cache, never as a C x C matrix; sums are float32 (float64 for float64). For the
+    backward, q, k, v, o and one log-sum-exp for each row and head are kept.
+
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+
+    Source: arXiv 2404.08801, section 3.3; DropKey: arXiv 2208.02646. The mathematics:
+    :func:`megalodon_ops.reference.chunked_attention`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> q = k = torch.zeros(1, 4, 1, 2)  # equal scores: the mean of the chunk so far
+        >>> v = torch.tensor([1.0, 3.0, 10.0, 20.0]).reshape(1, 4, 1, 1)
+        >>> mo.chunked_attention(q, k, v, chunk_size=2).flatten()
+        tensor([ 1.,  2., 10., 15.])
+    """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return call_with_arrays(chunked_attention, **locals())
+    q, k, v = autocast(q, k, v)
+    cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
+    chunk_size = check_size("chunked_attention", "chunk_size", chunk_size)
+    scale = check_number("chunked_attention", "scale", scale, "a finite number")
+    dropkey = check_number("chunked_attention", "dropkey", dropkey, "a probability in [0, 1)", 0.0, LARGEST_BELOW_1)
+    check_flag("chunked_attention", "return_state", return_state)
+    check_flag("chunked_attention", "inplace_state", inplace_state)
+    if dropkey and dropkey_seed is None:
+        dropkey_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    if inplace_state and state is None:
+        raise ValueError("chunked_attention: `inplace_state` needs a `state` to append to, got None.")
+    cache_k, cache_v, position = fields_of("chunked_attention", state, AttentionState)
+    constants = state[:2] if state and torch.is_grad_enabled() else ()
+    if any(cache.requires_grad for cache in constants):
+        raise ValueError(
+            "chunked_attention: `state` must not require gradients, it is constant in the backward; detach it."
+        )
+    o, _ = call(
+        chunked_attention_fwd,
+        q,
+        k,
+        v,
+        cache_k,
+        cache_v,
+        position,
+        chunk_size,
+        scale,
+        dropkey,
+        dropkey_seed,
+        cu_seqlens,
+        lengths,
+    )
+    if inplace_state:
+        chunked_attention_state_(k.detach(), v.detach(), *state, chunk_size, cu_seqlens, lengths)
+        return (o, state) if return_state else o
+    if return_state:
+        return o, AttentionState(
+            *call(
+                chunked_attention_state,
+                k.detach(),
+                v.detach(),
+                cache_k,
+                cache_v,
+                position,
+                chunk_size,
+                cu_seqlens,
+                lengths,
+            )
+        )
+    return o
+
+
+def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    o, lse = _fwd_fake(
+        q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+    )
+    launch(
+        "chunked_attention_fwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
+        scale, dropkey, dropkey_seed, cu_seqlens, lengths, o, lse,
+    )  # fmt: skip
+    return o, lse
+
+
+def _fwd_fake(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
+    return empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+
+
+def _bwd(
+    do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+):
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    grads = tuple(map(empty_like, (q, k, v)))
+    launch(
+        "chunked_attention_bwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
+        scale, dropkey, dropkey_seed, cu_seqlens, lengths, o.contiguous(), lse.contiguous(), do.contiguous(), *grads,
+    )  # fmt: skip
+    return grads
+
+
+def _bwd_fake(
+    do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+):
+    return tuple(map(empty_like, (q, k, v)))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cache_k, cache_v, position, *ctx.scalars, dropkey_seed, cu_seqlens, lengths = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, o, lse, cache_k, cache_v, position, dropkey_seed, cu_seqlens, lengths)
+
+
+def _backward(ctx, do, _dlse):
+    q, k, v, o, lse, cache_k, cache_v, position, dropkey_seed, cu_seqlens, lengths = ctx.saved_tensors
+    grads = call(
+        chunked_attention_bwd, do, q, k, v, o, lse, cache_k, cache_v, position, *ctx.scalars, dropkey_seed, cu_seqlens,
+        lengths,
+    )  # fmt: skip
+    return *grads, *(None,) * 9
+
+
+def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+    k, v = k.contiguous(), v.contiguous()
+    outputs = _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths)
+    launch(
+        "chunked_attention_state", k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
+        cu_seqlens, lengths, *outputs,
+    )  # fmt: skip
+    return outputs
+
+
+def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+    sequences = num_sequences(k.shape[0], cu_seqlens)
+    return (
+        empty(k, (sequences, chunk_size, *k.shape[2:])),
+        empty(v, (sequences, chunk_size, *v.shape[2:])),
+        k.new_empty((sequences,), dtype=torch.int64),
+    )
+
+
+def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+    state = (cache_k, cache_v, position)
+    launch("chunked_attention_state", k.contiguous(), v.contiguous(), *state, chunk_size, cu_seqlens, lengths, *state)
+
+
+def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+    return None
+
+
+chunked_attention_fwd = define_op(
+    "chunked_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, "
+    "int chunk_size, float scale, float dropkey, Tensor? dropkey_seed, Tensor? cu_seqlens, Tensor? lengths) "
+    "-> (Tensor o, Tensor lse)",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+chunked_attention_bwd = define_op(
+    "chunked_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cache_k, "
+    "Tensor? cache_v, Tensor? position, int chunk_size, float scale, float dropkey, Tensor? dropkey_seed, "
+    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dq, Tensor dk, Tensor dv)",
+    kernel=_bwd,
+    fake=_bwd_fake,
+)
+chunked_attention_state = define_op(
+    "chunked_attention_state(Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, int chunk_size, "
+    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
+    kernel=_state,
+    fake=_state_fake,
+)
+chunked_attention_state_ = define_op(
+    "chunked_attention_state_(Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) position, "
+    "int chunk_size, Tensor? cu_seqlens, Tensor? lengths) -> ()",
+    kernel=_state_inplace,
+    fake=_state_inplace_fake,
+)

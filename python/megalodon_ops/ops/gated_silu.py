@@ -1,0 +1,92 @@
+"""`gated_silu`: SiLU, and SiLU of one tensor times another, around the linear layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import call, contiguous_or_none, define_op, has_cpu_kernel, launch
+from .memory import empty_like
+from .values import check_device, check_optional_tensor, check_tensor
+
+
+def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
+    r"""SiLU of `x` times `value`, on the CPU in one pass over memory, forward and backward.
+
+    .. math:: y = x \sigma(x) \cdot \mathrm{value}, \qquad \sigma(x) = 1 / (1 + e^{-x})
+
+    The result is rounded once. On other devices, and where dtypes differ, torch computes `silu(x) * value`.
+
+    Args:
+        x: float32, float64, bfloat16 or float16, any shape and strides.
+        value: as `x`; None: one.
+
+    Returns:
+        y as `x`.
+
+    Raises:
+        ValueError: shapes differ. NotImplementedError: second derivatives are not supported on the CPU.
+
+    x and value are kept for the backward.
+
+    Source: arXiv 1702.03118 (SiLU), 2002.05202 (SwiGLU). The mathematics: :func:`megalodon_ops.reference.gated_silu`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> mo.gated_silu(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 2.0]))
+        tensor([-0.2689,  0.0000,  1.4621])
+    """
+    check_tensor("gated_silu", "x", x)
+    check_optional_tensor("gated_silu", "value", value)
+    if value is not None and value.shape != x.shape:
+        raise ValueError(
+            f"gated_silu: `value` must have shape {tuple(x.shape)} as `x`, got {tuple(value.shape)}; expand it."
+        )
+    if value is not None:
+        check_device("gated_silu", "value", value, x)
+    if has_cpu_kernel(x) and (value is None or (value.is_cpu and value.dtype == x.dtype)):
+        return call(gated_silu_fwd, x, value)
+    return F.silu(x) if value is None else F.silu(x) * value
+
+
+def _fwd(x, value):
+    y = _fwd_fake(x, value)
+    launch("gated_silu_fwd", x.contiguous(), contiguous_or_none(value), y)
+    return y
+
+
+def _fwd_fake(x, value):
+    return empty_like(x)
+
+
+def _bwd(dy, x, value):
+    dx, dvalue = _bwd_fake(dy, x, value)
+    launch("gated_silu_bwd", x.contiguous(), contiguous_or_none(value), dy.contiguous(), dx, dvalue)
+    return dx, dvalue
+
+
+def _bwd_fake(dy, x, value):
+    """Without a value its gradient is empty: torch's schemas know no optional result."""
+    return empty_like(x), x.new_empty(0) if value is None else empty_like(x)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy):
+    x, value = ctx.saved_tensors
+    dx, dvalue = call(gated_silu_bwd, dy, x, value)
+    return dx, None if value is None else dvalue
+
+
+gated_silu_fwd = define_op(
+    "gated_silu_fwd(Tensor x, Tensor? value) -> Tensor",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+gated_silu_bwd = define_op(
+    "gated_silu_bwd(Tensor dy, Tensor x, Tensor? value) -> (Tensor dx, Tensor dvalue)", kernel=_bwd, fake=_bwd_fake
+)

@@ -1,0 +1,125 @@
+"""`layer_norm` and `rms_norm`: each row normalized by itself, with a gain of 1 + weight."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import accumulation_dtype, call, contiguous_or_none, define_op, has_cpu_kernel, launch
+from .memory import empty_like
+from .values import check_device, check_number, check_optional_tensor, check_tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    r"""Layer norm over the last dimension, on the CPU in one pass over memory, forward and backward.
+
+    .. math:: y = (x - \mathrm{mean}(x)) / \sqrt{\mathrm{var}(x) + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
+
+    Statistics are float32, the result is rounded once. On other devices torch computes it.
+
+    Args:
+        x: (..., D) float32, float64, bfloat16 or float16, any strides.
+        weight, bias: (D,) float32, or float64 for a float64 `x`; None: zero. The gain is 1 + weight.
+        eps: added to the variance, which is the biased one.
+
+    Returns:
+        y as `x`.
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. NotImplementedError: second derivatives
+        are not supported on the CPU.
+
+    x and weight are kept for the backward, which is deterministic.
+
+    Source: arXiv 1607.06450. The mathematics: :func:`megalodon_ops.reference.layer_norm`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> mo.layer_norm(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 5.0]), eps=0.0)
+        tensor([-1.,  7.])
+    """
+    return _norm(x, weight, bias, eps, False)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    r"""RMS norm over the last dimension; everything else is as in :func:`layer_norm`.
+
+    .. math:: y = x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot (1 + \mathrm{weight})
+
+    Source: arXiv 1910.07467. The mathematics: :func:`megalodon_ops.reference.rms_norm`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> mo.rms_norm(torch.tensor([1.0, 7.0]), eps=0.0)
+        tensor([0.2000, 1.4000])
+    """
+    return _norm(x, weight, None, eps, True)
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
+    op = "rms_norm" if is_rms_norm else "layer_norm"
+    check_tensor(op, "x", x)
+    check_optional_tensor(op, "weight", weight)
+    check_optional_tensor(op, "bias", bias)
+    eps = check_number(op, "eps", eps, "a finite number of at least 0", 0.0)
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: `x` must be floating point, got {x.dtype}; convert it with .to(torch.float32).")
+    if has_cpu_kernel(x):
+        return call(layer_norm_fwd, x, weight, bias, eps, is_rms_norm)
+    for name, parameter in ("weight", weight), ("bias", bias):
+        if parameter is not None:
+            check_device(op, name, parameter, x)
+    wide, gain = x.to(accumulation_dtype(x.dtype)), None if weight is None else 1 + weight
+    if is_rms_norm:
+        return F.rms_norm(wide, x.shape[-1:], gain, eps).to(x.dtype)
+    return F.layer_norm(wide, x.shape[-1:], gain, bias, eps).to(x.dtype)
+
+
+def _fwd(x, weight, bias, eps, is_rms_norm):
+    y = _fwd_fake(x, weight, bias, eps, is_rms_norm)
+    launch("layer_norm_fwd", x.contiguous(), contiguous_or_none(weight), contiguous_or_none(bias), eps, is_rms_norm, y)
+    return y
+
+
+def _fwd_fake(x, weight, bias, eps, is_rms_norm):
+    return empty_like(x)
+
+
+def _bwd(dy, x, weight, bias, eps, is_rms_norm):
+    dx, dweight, dbias = _bwd_fake(dy, x, weight, bias, eps, is_rms_norm)
+    launch(
+        "layer_norm_bwd", x.contiguous(), contiguous_or_none(weight), eps, is_rms_norm, dy.contiguous(), dx,
+        None if weight is None else dweight, None if bias is None else dbias,
+    )  # fmt: skip
+    return dx, dweight, dbias
+
+
+def _bwd_fake(dy, x, weight, bias, eps, is_rms_norm):
+    """The gradient of what is None is empty: torch's schemas know no optional result."""
+    return empty_like(x), *(x.new_empty(0) if t is None else empty_like(t) for t in (weight, bias))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.eps, ctx.is_rms_norm = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx, dy):
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = call(layer_norm_bwd, dy, x, weight, bias, ctx.eps, ctx.is_rms_norm)
+    return dx, None if weight is None else dweight, None if bias is None else dbias, None, None
+
+
+layer_norm_fwd = define_op(
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, bool is_rms_norm) -> Tensor",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+layer_norm_bwd = define_op(
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, float eps, bool is_rms_norm) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    kernel=_bwd,
+    fake=_bwd_fake,
+)

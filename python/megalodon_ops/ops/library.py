@@ -1,0 +1,231 @@
+"""How every op is registered with torch: schema, kernels, fake kernel, autograd; and how a kernel is launched."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _C
+from . import flops
+from .arrays import refuse_arguments
+from .cuda_driver import launch_problem
+
+_library = torch.library.Library("megalodon_ops", "DEF")
+
+
+def define_op(
+    schema: str,
+    *,
+    kernel: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Defines `megalodon_ops::<schema>` and returns the callable op.
+
+    `kernel` computes it on the CPU and on CUDA devices, where the op has kernels for them. `fake` computes the outputs'
+    shapes for tracing. Without `backward` the op is a backward itself or has no derivative, and differentiating through
+    it raises; so does forward mode through any op.
+    """
+    name = schema.split("(")[0]
+    qualified = f"megalodon_ops::{name}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.megalodon_ops, name).default
+    if "!" in schema:
+        kernel = _noting_writes(op, kernel)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
+    torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
+    flops.register(op)
+    if "!" not in schema:
+        function = _autograd_function(name, setup_context, backward or _no_derivative(name))
+        _library.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
+    return op
+
+
+def _noting_writes(op: Callable, kernel: Callable) -> Callable:
+    """`kernel`, and then autograd knows what it has written: a backward that needs what was there before raises."""
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def noting(*args):
+        kernel(*args)
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
+
+    return noting
+
+
+def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
+    """Its nodes in a graph are named after the op: those of `cema_fwd` are `CemaBackward`."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            *args, kernel = args
+            result = kernel(*args)
+            if setup_context is not None:
+                setup_context(ctx, args, result)
+            return result
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise NotImplementedError(
+                f"{name}: forward-mode derivatives are not supported; use reverse mode, or megalodon_ops.reference."
+            )
+
+    title = "".join(word.capitalize() for word in name.removesuffix("_fwd").split("_"))
+    return type(Function)(title, (Function,), {})
+
+
+def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> Callable:
+    """What torch.library.register_autograd makes, less what none of these ops needs, which takes longer than a short call."""
+
+    def kernel(keyset, *args):
+        def below(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        differentiated = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if differentiated or in_forward_mode():
+            return function.apply(*args, below)
+        return below(*args)
+
+    return kernel
+
+
+def call(op: Callable, *args):
+    """The op's result, or an error that names the argument that torch or the kernel could not take."""
+    try:
+        return op(*args)
+    except (RuntimeError, TypeError, AttributeError) as error:  # the last of None, which torch takes for a tensor
+        refuse_arguments(op, args)
+        if torch._C._are_functorch_transforms_active():
+            public = op._schema.name.split("::")[1].removesuffix("_fwd")
+            raise NotImplementedError(
+                f"{public}: expected a call outside of torch.func's transformations, got one inside; differentiate with "
+                "torch.autograd, or transform the function of that name in megalodon_ops.reference."
+            ) from error
+        raise
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents of forward-mode derivatives, which torch then computes under no_grad, too."""
+    return forward_ad._current_level >= 0
+
+
+def _on_one_device(op: Callable, fake: Callable) -> Callable:
+    """`fake`, which torch also calls if just one of the tensors is on the meta device, with a check of that."""
+
+    def checked(*args):
+        devices = [(a.name, value.device) for a, value in zip(op._schema.arguments, args) if isinstance(value, Tensor)]
+        usual, _ = Counter(device for _, device in devices).most_common(1)[0]
+        for name, device in devices:
+            if device != usual:
+                public = op._schema.name.split("::")[1].removesuffix("_fwd").removesuffix("_bwd")
+                raise ValueError(
+                    f"{public}: `{name}` must be on {usual} as the others, got device {device}; move it there."
+                )
+        return fake(*args)
+
+    return checked
+
+
+def has_cpu_kernel(x: Tensor) -> bool:
+    """Whether an op that has kernels for the CPU alone takes them for `x`; all else is left to torch."""
+    return x.is_cpu and x.is_floating_point()
+
+
+def launch(name: str, *args) -> None:
+    """Runs a kernel on contiguous tensors, in place on those that it writes. The first argument is a tensor."""
+    if args[0].is_cuda:
+        _launch_cuda(name, args)
+    else:
+        getattr(_C, name)(*args)
+
+
+def has_cuda_kernels() -> bool:
+    return importlib.util.find_spec("megalodon_ops._cuda") is not None
+
+
+@functools.cache
+def cuda_extension() -> ModuleType:
+    """The module of the CUDA kernels, imported at the first use."""
+    if not has_cuda_kernels():
+        raise NotImplementedError(
+            "megalodon_ops: expected tensors on the CPU, got CUDA tensors, and this build has no CUDA kernels; move the "
+            "tensors with .cpu(), or install again where nvcc is on the PATH."
+        )
+    return importlib.import_module("megalodon_ops._cuda")
+
+
+def _launch_cuda(name: str, args: tuple) -> None:
+    """On the tensors' device and its current stream, with scratch memory from torch's allocator."""
+    device = args[0].device
+    for tensor in args:
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise ValueError(f"{name}: all tensors must be on {device}, got one on {tensor.device}; move it there.")
+    kernels = cuda_extension()
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        try:
+            getattr(kernels, name)(stream, lambda n: torch.empty(n, dtype=torch.uint8, device=device), *args)
+        except RuntimeError as error:
+            built_for, capability = kernels.build_info()["architectures"], torch.cuda.get_device_capability(device)
+            problem = launch_problem(str(error), *kernels.cuda_versions(), built_for, capability)
+            if problem is None:
+                raise
+            raise RuntimeError(f"{error}: {problem}.") from error
+
+
+def _no_derivative(name: str) -> Callable:
+    def raise_error(ctx, *grads):
+        raise NotImplementedError(f"{name}: second derivatives are not supported; do not use create_graph=True.")
+
+    return raise_error
+
+
+def int64_or_none(tensor: Tensor | None) -> Tensor | None:
+    """Offsets and lengths as the kernels read them: int32 becomes int64; what is neither is left for them to refuse."""
+    if tensor is None or not isinstance(tensor, Tensor):
+        return tensor
+    return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()
+
+
+def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    """S: the number of packed sequences, or of rows."""
+    return batch if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything shorter."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_autocast_enabled(device: str) -> bool:
+    """False on a type of device that torch.autocast does not know, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as a matrix product under torch.autocast would see them; float64 is left alone."""
+    device = tensors[0].device.type
+    if not is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -1,0 +1,238 @@
+"""`linear`: x weight^T + bias by torch or by a kernel of our own, whichever is the fastest on the processor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import _C
+from .library import autocast, call, contiguous_or_none, define_op, in_forward_mode, launch
+from .memory import OWN_TYPES, empty, empty_like
+from .values import check_optional_tensor, check_tensor
+
+_CPUINFO = Path("/proc/cpuinfo")
+KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # that the kernels, or their fakes, take
+
+
+class Ways(NamedTuple):
+    """Which products of one dtype leave torch on a processor, and for which kernel.
+
+    Without gradients a product of at most `few` rows takes the kernel that reads the weights once. One of more rows
+    takes the op `linear_fwd` where there is a kernel for `many` rows; so does one with gradients, if it is large.
+    """
+
+    few: int
+    """most rows for which the kernel for few rows is faster than torch"""
+    many: int | None = None
+    """fewest rows for which the kernel for many rows is faster than the one for few; None: torch is faster than both"""
+    worth: int | None = None
+    """fewest multiply-adds with gradients for which `linear_fwd` gains more than its call takes; None: never"""
+    casts: bool = False
+    """whether that kernel, under torch.autocast without gradients, gains more than torch does by keeping cast weights"""
+
+
+def ways(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, Ways]:
+    """The ways of each dtype on a processor with this instruction set."""
+    by_torch, slow_torch = Ways(32), Ways(32, 64, 1 << 20, casts=True)
+    if isa == "v4_amx":
+        # Of bfloat16, torch's product is the fastest; linear_fwd is there for the gradient of the weights.
+        float32, bfloat16, float16 = Ways(15, 16, 1 << 26), Ways(8, None, 1 << 26), by_torch
+    else:
+        float32 = Ways(32, 129, 1 << 26) if mkl_is_slow else by_torch
+        bfloat16 = {"v4_bf16": Ways(32, 64, 1 << 29), "generic": by_torch}.get(isa, slow_torch)
+        float16 = by_torch if isa == "generic" else slow_torch
+    return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: by_torch}
+
+
+def _mkl_is_slow() -> bool:
+    """Whether torch computes float32 products with MKL and the processor is not one of its maker's."""
+    has_mkl = torch.backends.mkl.is_available() and _CPUINFO.exists()
+    return has_mkl and "GenuineIntel" not in _CPUINFO.read_text()
+
+
+_CHOICE = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
+if _CHOICE not in ("auto", "torch"):
+    raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_CHOICE}.")
+WAYS = ways(_C.active_isa(), _mkl_is_slow()) if _CHOICE == "auto" else {}
+"""Of this process; no dtype where all is left to torch"""
+_ALL_BY_TORCH = Ways(few=0)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, on the CPU in the fastest of three ways: torch's, or one of two kernels.
+
+    Products of few rows, as in decoding, take a kernel that reads the weights once; products of many rows take another
+    where torch's libraries are slower on the processor. `docs/cpu.md` has the table, :class:`Ways` and :func:`ways` are
+    its code. The choice depends on processor, dtype and sizes, never on a measurement; results differ by rounding alone,
+    but with AMX an infinite float32, or one above 3.38e38, gives NaN. `MEGALODON_OPS_LINEAR=torch` in the environment
+    leaves every product to torch.
+
+    Under torch.autocast the tensors are cast first, except where torch, which keeps weights that it has cast, is faster.
+
+    Args:
+        x: (..., I). weight: (O, I). bias: (O,) or None.
+
+    Returns:
+        (..., O).
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> mo.linear(torch.ones(2, 3), torch.ones(4, 3)).shape
+        torch.Size([2, 4])
+    """
+    check_tensor("linear", "x", x)
+    check_tensor("linear", "weight", weight)
+    check_optional_tensor("linear", "bias", bias)
+    if takes_few_rows(x, weight, bias):
+        return call(linear_few_rows, x, weight, bias)
+    if WAYS and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x):
+        x, weight, *given = autocast(x, weight, *(() if bias is None else (bias,)))
+        bias = given[0] if given else None
+    if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
+        return call(linear_fwd, x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _ways_of(dtype: torch.dtype) -> Ways:
+    return WAYS.get(dtype, _ALL_BY_TORCH)
+
+
+def _has_rows(x: Tensor, count: int) -> bool:
+    """Whether x has at least so many, in all its dimensions but the last."""
+    return x.numel() >= count * x.shape[-1]
+
+
+def _suits_casting(x: Tensor) -> bool:
+    """Whether the tensors are cast for autocast here. Torch keeps weights that it has cast, which gains more for few rows."""
+    of_dtype = _ways_of(torch.get_autocast_dtype("cpu"))
+    return torch.is_grad_enabled() or (of_dtype.casts and _has_rows(x, of_dtype.many))
+
+
+def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
+    of_dtype, size = _ways_of(x.dtype), x.numel() * weight.shape[0]
+    if size == 0:
+        return False
+    if torch.is_grad_enabled():
+        return of_dtype.worth is not None and size >= of_dtype.worth
+    return of_dtype.many is not None
+
+
+def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the product goes to the kernel for few rows."""
+    if torch.is_grad_enabled() or x.numel() == 0:
+        return False
+    return x.numel() <= most_few_rows(x.dtype) * x.shape[-1] and _is_plain(x, weight, bias)
+
+
+def most_few_rows(dtype: torch.dtype) -> int:
+    """Up to so many rows the kernel for few of them takes; none where all is left to torch."""
+    return _ways_of(dtype).few
+
+
+def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
+    """On the CPU, in one floating dtype, which autocast does not change, without tangents and of no other type."""
+    if in_forward_mode() or not all(t is None or type(t) in KERNEL_TYPES for t in (x, weight, other)):
+        return False
+    same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
+    cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu")
+    return same and x.is_cpu and weight.is_cpu and not cast
+
+
+def _few_rows(x, weight, bias):
+    y = _fwd_fake(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    launch("linear_few_rows", rows, weight.contiguous(), contiguous_or_none(bias), y.view(len(rows), -1))
+    return y
+
+
+def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) -> None:
+    """y = x weight^T, or y += x weight^T, outside autograd; y may be float32 where they are shorter.
+
+    Where that takes two steps, for `rows` of y at a time, as suits the cache.
+    """
+    has_kernel = _ways_of(x.dtype).many is not None
+    if has_kernel and _is_plain(x, weight, None) and y.dtype in (x.dtype, torch.float32):
+        _many_rows(x, weight, None, y, add=add)
+        return
+    for part, of_x in zip(y.split(rows), x.split(rows), strict=True):
+        product = linear(of_x, weight)
+        part.add_(product) if add else part.copy_(product)
+
+
+def _fwd(x, weight, bias):
+    many = _ways_of(x.dtype).many
+    if many is None:
+        return _by_torch(x, weight, bias)
+    if weight.is_contiguous() and not _has_rows(x, many):
+        return _few_rows(x, weight, bias)
+    y = _fwd_fake(x, weight, bias)
+    _many_rows(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
+    return y
+
+
+def _by_torch(x, weight, bias):
+    """Two transposed bfloat16 matrices, as for a gradient of weights, take it twice as long: the smaller is copied."""
+    if x.dtype != torch.bfloat16 or bias is not None or not _is_transposed(x) or not _is_transposed(weight):
+        return F.linear(x, weight, bias)
+    if x.numel() <= weight.numel() + x.shape[0] * weight.shape[0]:
+        return F.linear(_by_rows(x), weight)
+    return _by_rows(F.linear(_by_rows(weight), x).t())
+
+
+def _many_rows(x, weight, bias, y, add):
+    matrices = *_contiguous_or_transposed(x), *_contiguous_or_transposed(weight)
+    launch("linear_many_rows", *matrices, contiguous_or_none(bias), y, add)
+
+
+def _contiguous_or_transposed(matrix: Tensor) -> tuple[Tensor, bool]:
+    """A contiguous matrix, and whether it is the transpose of the one that is given."""
+    transposed = _is_transposed(matrix)
+    return (matrix.t() if transposed else matrix.contiguous()), transposed
+
+
+def _is_transposed(matrix: Tensor) -> bool:
+    return matrix.dim() == 2 and not matrix.is_contiguous() and matrix.t().is_contiguous()
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    """Contiguous. The transposed matrix of a weight's gradient is copied faster than torch does."""
+    if not _is_transposed(x):
+        return x.contiguous()
+    rows = empty_like(x)
+    launch("transpose", x.t(), rows)
+    return rows
+
+
+def _fwd_fake(x, weight, bias):
+    return empty(x, (*x.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = call(linear_fwd, dy, weight.t(), None) if ctx.needs_input_grad[0] else None
+    dweight = call(linear_fwd, rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if ctx.needs_input_grad[1] else None
+    return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+linear_fwd = define_op(
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+linear_few_rows = define_op(
+    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", kernel=_few_rows, fake=_fwd_fake
+)

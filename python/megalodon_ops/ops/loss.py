@@ -1,0 +1,291 @@
+"""The loss of an output matrix, or of any function to logits, without the logits of all tokens in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .library import (
+    accumulation_dtype,
+    autocast,
+    call,
+    contiguous_or_none,
+    define_op,
+    has_cpu_kernel,
+    is_autocast_enabled,
+    launch,
+)
+from .linear import linear, put_product_
+from .memory import empty
+from .values import check_device, check_integer, check_tensor, described
+
+# Values in a block. On the CPU just under the 32 MiB from which glibc gives freed memory back to the system.
+_CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
+_SLAB = 1 << 20  # values of the weight's gradient that stay in a cache until they are added
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100
+) -> Tensor:
+    r"""Cross-entropy of the logits z_t = W x_t, computed for a block of tokens at a time.
+
+    .. math:: \ell_t = \log \sum_v e^{z_{tv}} - z_{t,\mathrm{target}_t}
+
+    "mean" and "sum" compute their gradients in the same pass over the blocks, so logits are computed once and never
+    kept. "none" does not know yet what its losses will be weighted with: its backward computes the logits again. Where
+    all logits are one block, or fewer than a quarter of `hidden`, this is `torch.nn.functional.cross_entropy`.
+
+    Args:
+        hidden: (..., D) float32, float64, bfloat16 or float16, any strides: x.
+        weight: (V, D) as `hidden`: W. Under torch.autocast both are cast as for a matrix product.
+        targets: (...) integers in [0, V), or `ignore_index`.
+        reduction: "mean" over the targets that count (NaN where none does), "sum", or "none".
+        ignore_index: a target of this value has loss zero and gives no gradient.
+
+    Returns:
+        The loss, float32 (float64 for float64): a scalar, for "none" (...). Softmax, sums and the gradient of `weight`
+        are accumulated in that type.
+
+    Raises:
+        ValueError: a shape or `reduction` is wrong. TypeError: a dtype is wrong. IndexError: a target is out of bounds.
+        NotImplementedError: second derivatives of more than one block are not supported.
+
+    Kept for the backward are the gradients, for "none" the inputs. Same bits on every run.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> hidden, weight = torch.ones(2, 3, 4), torch.zeros(10, 4)
+        >>> mo.linear_cross_entropy(hidden, weight, torch.tensor([[1, 2, 3], [4, -100, -100]]))  # log 10
+        tensor(2.3026)
+    """
+    _check(hidden, weight, targets, reduction)
+    ignore_index = check_integer(
+        "linear_cross_entropy", "ignore_index", ignore_index, "an integer below 2^63", -(2**63)
+    )
+    try:
+        return _linear_cross_entropy(hidden, weight, targets, reduction, ignore_index)
+    except IndexError as error:
+        raise _out_of_bounds(targets, weight.shape[0], ignore_index) or error from error
+
+
+def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
+    hidden, weight = autocast(hidden, weight)
+    x, index = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).long()
+    (T, D), V = x.shape, weight.shape[0]
+    wants = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight)]
+    if T * V <= _block(x.device) or (any(wants) and 4 * V <= D):
+        logits = linear(x, weight).to(accumulation_dtype(x.dtype))
+        loss = F.cross_entropy(logits, index, reduction=reduction, ignore_index=ignore_index)
+        return loss.reshape(targets.shape) if reduction == "none" else loss
+    counted = index != ignore_index
+    if reduction != "none" and any(wants):
+        scales = counted.to(accumulation_dtype(x.dtype))
+        loss, _, _ = linear_cross_entropy_sum(x, weight, index.where(counted, 0), scales, *wants)
+    else:
+        losses = call(linear_cross_entropy_fwd, x, weight, index, ignore_index)
+        loss = losses.reshape(targets.shape) if reduction == "none" else losses.sum()
+    return _mean(loss, counted) if reduction == "mean" else loss
+
+
+def blockwise_cross_entropy(
+    hidden: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    width: int,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """Cross-entropy of the logits that any function makes of `hidden`, called on a block of steps at a time.
+
+    Gradients reach whatever the function reads. Where there is more than one block, the backward calls it again.
+
+    Args:
+        hidden: (B, L, D).
+        logits_of: (B, l, D), some of the steps, to (B, l, `width`).
+        targets, reduction, ignore_index: as in :func:`linear_cross_entropy`.
+
+    Returns:
+        As :func:`linear_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from megalodon_ops.ops.loss import blockwise_cross_entropy
+        >>> layer = torch.nn.Linear(4, 10)
+        >>> hidden, targets = torch.ones(2, 3, 4), torch.tensor([[1, 2, 3], [4, -100, -100]])
+        >>> blockwise_cross_entropy(hidden, layer, targets, width=10).backward()
+    """
+    _check_reduction(reduction)
+
+    def losses_of(x: Tensor, index: Tensor) -> Tensor:
+        logits = logits_of(x)
+        logits = logits.to(accumulation_dtype(logits.dtype)).flatten(0, -2)
+        losses = F.cross_entropy(logits, index.flatten(), reduction="none", ignore_index=ignore_index)
+        return losses.view(index.shape)
+
+    steps = max(_block(hidden.device) // max(width * hidden.shape[0], 1), 1)
+    blocks = list(zip(hidden.split(steps, 1), targets.long().split(steps, 1), strict=True))
+    try:
+        if torch.is_grad_enabled() and len(blocks) > 1:
+            losses = torch.cat([checkpoint(losses_of, *block, use_reentrant=False) for block in blocks], 1)
+        else:
+            losses = torch.cat([losses_of(*block) for block in blocks], 1)
+    except IndexError as error:
+        raise _out_of_bounds(targets, width, ignore_index) or error from error
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else _mean(losses.sum(), targets != ignore_index)
+
+
+def _out_of_bounds(targets: Tensor, classes: int, ignore_index: int) -> IndexError | None:
+    """The error that names the first target which is no class, if there is one."""
+    outside = targets[((targets < 0) | (targets >= classes)) & (targets != ignore_index)]
+    if len(outside) == 0:
+        return None
+    return IndexError(
+        f"linear_cross_entropy: `targets` must be in [0, {classes}) or ignore_index = {ignore_index}, "
+        f"got {outside[0].item()}."
+    )
+
+
+def _mean(total: Tensor, counted: Tensor) -> Tensor:
+    """NaN where none counts, and then gradients are zero."""
+    count = counted.sum()
+    return (total / count.clamp(min=1)).where(count > 0, torch.nan)
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
+    for argument, value in ("hidden", hidden), ("weight", weight), ("targets", targets):
+        check_tensor("linear_cross_entropy", argument, value)
+
+    def check(holds: bool, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
+        if not holds:
+            raise error(f"linear_cross_entropy: `{argument}` must {expected}, got {got}.")
+
+    check(hidden.dim() >= 1, "hidden", "have shape (..., D)", tuple(hidden.shape))
+    *shape, D = hidden.shape
+    check(weight.dim() == 2 and weight.shape[1] == D, "weight", f"have shape (V, {D})", tuple(weight.shape))
+    check(targets.shape == hidden.shape[:-1], "targets", f"have shape {tuple(shape)}", tuple(targets.shape))
+    check(hidden.is_floating_point(), "hidden", "be floating point", hidden.dtype, TypeError)
+    cast = weight.is_floating_point() and is_autocast_enabled(hidden.device.type)
+    check(weight.dtype == hidden.dtype or cast, "weight", f"be {hidden.dtype} as `hidden`", weight.dtype, TypeError)
+    check(has_integers(targets), "targets", "be integers", targets.dtype, TypeError)
+    check_device("linear_cross_entropy", "weight", weight, hidden)
+    check_device("linear_cross_entropy", "targets", targets, hidden)
+    _check_reduction(reduction)
+
+
+def has_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _check_reduction(reduction: str) -> None:
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f'linear_cross_entropy: `reduction` must be "mean", "sum" or "none", got {described(reduction)}.'
+        )
+
+
+def _block(device: torch.device) -> int:
+    return _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
+
+
+def _rows(width: int, values: int) -> int:
+    """Rows of `width` columns in so many values: a multiple of 64, which suits matrix products."""
+    return max(values // width // 64, 1) * 64
+
+
+def _cross_entropy(logits: Tensor, index: Tensor, scales: Tensor | None = None) -> Tensor:
+    """The losses (T,) of logits (T, V). Where scales (T,) are given, logits become the gradient of sum scales_t loss_t."""
+    if has_cpu_kernel(logits):
+        losses = torch.empty_like(index, dtype=accumulation_dtype(logits.dtype))
+        launch("cross_entropy", logits, index.contiguous(), contiguous_or_none(scales), losses)
+        return losses
+    probabilities = torch.log_softmax(logits, -1, dtype=accumulation_dtype(logits.dtype))
+    losses = F.nll_loss(probabilities, index, reduction="none")
+    if scales is not None:
+        # scale (probabilities - onehot)
+        probabilities.exp_().scatter_(1, index[:, None], torch.expm1(-losses)[:, None]).mul_(scales[:, None])
+        logits.copy_(probabilities)
+    return losses
+
+
+def _fwd(x, weight, index, ignore_index):
+    counted = index != ignore_index
+    index, rows = index.where(counted, 0), _rows(weight.shape[0], _block(x.device))
+    blocks = zip(x.split(rows), index.split(rows), strict=True)
+    return torch.cat([_cross_entropy(linear(x, weight), i) for x, i in blocks]).where(counted, 0)
+
+
+def _fwd_fake(x, weight, index, ignore_index):
+    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.ignore_index = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dlosses):
+    x, weight, index = ctx.saved_tensors
+    counted, wants = index != ctx.ignore_index, ctx.needs_input_grad[:2]
+    _, dx, dweight = linear_cross_entropy_sum(x, weight, index.where(counted, 0), dlosses.where(counted, 0), *wants)
+    return dx.to(x.dtype) if wants[0] else None, dweight.to(weight.dtype) if wants[1] else None, None, None
+
+
+def _sum(x, weight, index, scales, wants_dx, wants_dweight):
+    """sum of scales_t loss_t, and its gradients in the accumulation dtype: empty where they are not wanted."""
+    _, dx, dweight = _sum_fake(x, weight, index, scales, wants_dx, wants_dweight)
+    losses, rows, slab = [], _rows(weight.shape[0], _block(x.device)), _rows(x.shape[1], _SLAB)
+    for begin in range(0, x.shape[0], rows):
+        block = slice(begin, begin + rows)
+        dlogits = linear(x[block], weight)
+        losses.append(_cross_entropy(dlogits, index[block], scales[block]))
+        if wants_dx:
+            put_product_(dx[block], dlogits, weight.t(), rows, add=False)
+        if wants_dweight:
+            put_product_(dweight, dlogits.t(), x[block].t(), slab, add=begin > 0)
+    return torch.cat(losses).dot(scales), dx, dweight
+
+
+def _sum_fake(x, weight, index, scales, wants_dx, wants_dweight):
+    dx, dweight = (empty(scales, t.shape if wanted else (0,)) for t, wanted in ((x, wants_dx), (weight, wants_dweight)))
+    return scales.new_empty(()), dx, dweight
+
+
+def _sum_setup_context(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _sum_backward(ctx, dtotal, *second):
+    if any(grad is not None for grad in second):
+        raise NotImplementedError(
+            "linear_cross_entropy: second derivatives are not supported; do not use create_graph=True."
+        )
+    if dtotal is None:
+        return (None,) * 6
+    grads = zip(ctx.saved_tensors, ctx.needs_input_grad)
+    return *((grad * dtotal).to(ctx.dtype) if needed else None for grad, needed in grads), None, None, None, None
+
+
+linear_cross_entropy_fwd = define_op(
+    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor index, int ignore_index) -> Tensor",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+linear_cross_entropy_sum = define_op(
+    "linear_cross_entropy_sum(Tensor x, Tensor weight, Tensor index, Tensor scales, bool wants_dx, bool wants_dweight) "
+    "-> (Tensor total, Tensor dx, Tensor dweight)",
+    kernel=_sum,
+    fake=_sum_fake,
+    setup_context=_sum_setup_context,
+    backward=_sum_backward,
+)

@@ -1,0 +1,197 @@
+"""`normalized_qk`: the queries and keys of normalized attention, from one shared z."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .arrays import call_with_arrays
+from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none, launch
+from .memory import empty, empty_like
+from .values import LEAST_POSITIVE, check_number, check_rank, check_size
+
+
+def normalized_qk(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Per-head RMS norm of `z`, one affine map for queries and one for keys, rotary position embedding.
+
+    .. math::
+        \hat z = z / \sqrt{\mathrm{mean}_{head}(z^2) + \epsilon}, \qquad
+        q = \mathrm{rope}(\hat z (1 + \gamma_0) / \sqrt K + \beta_0), \quad
+        k = \mathrm{rope}(\hat z (1 + \gamma_1) / \sqrt K + \beta_1)
+
+    Args:
+        z: (B, L, H * K) float32, float64, bfloat16 or float16, K even.
+        gamma, beta: (2, H * K) float32, or float64 for a float64 `z`; row 0 for queries, row 1 for keys.
+        num_heads: H.
+        chunk_size: C. The rotary position restarts with each chunk.
+        rope_base: angle of the pair (2i, 2i + 1) at position m is m * rope_base^(-2i/K).
+        eps: added to the mean square.
+        position: (S,) int64, position inside its chunk of each sequence's first step; None: zero.
+        cu_seqlens, lengths: sequences as in :func:`cema`.
+
+    Returns:
+        q, k: (B, L, H, K) in z's dtype, zero at tokens in no sequence. Angles are computed in float64.
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Gradients go to z, gamma and beta; z is all that is kept for the backward.
+
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+
+    Source: arXiv 2404.08801, section 3.3, and the released code. The mathematics:
+    :func:`megalodon_ops.reference.normalized_qk`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> z, zeros = torch.tensor([[[3.0, 4.0]]]), torch.zeros(2, 2)
+        >>> q, k = mo.normalized_qk(z, zeros, zeros, num_heads=1, chunk_size=8, eps=0.0)
+        >>> q.flatten()
+        tensor([0.6000, 0.8000])
+    """
+    if not isinstance(z, Tensor):
+        return call_with_arrays(normalized_qk, **locals())
+    return rotated_queries_and_keys(
+        z, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
+        position=position, cu_seqlens=cu_seqlens, lengths=lengths,
+    )  # fmt: skip
+
+
+def rotated_queries_and_keys(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    rotary: Tensor | None,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float,
+    eps: float,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`normalized_qk` with a table of the caller's, :func:`rotary_table`; None: the op looks after one itself."""
+    check_rank("normalized_qk", "z", z, "(B, L, H * K)", 3)
+    num_heads = check_size("normalized_qk", "num_heads", num_heads)
+    chunk_size = check_size("normalized_qk", "chunk_size", chunk_size)
+    rope_base = check_number("normalized_qk", "rope_base", rope_base, "a positive finite number", LEAST_POSITIVE)
+    eps = check_number("normalized_qk", "eps", eps, "a finite number of at least 0", 0.0)
+    (z,) = autocast(z)
+    return call(
+        normalized_qk_fwd, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, int64_or_none(position),
+        int64_or_none(cu_seqlens), int64_or_none(lengths),
+    )  # fmt: skip
+
+
+def rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, K / 2, 2) on `device`: cosine and sine of position * rope_base^(-2i/K), rounded once from float64.
+
+    Callers on the CPU share one. Elsewhere each call copies from the host, so the caller keeps what it gets: a CUDA graph
+    that was captured with a table knows its address alone.
+    """
+    if device.type == "meta":
+        return torch.empty((rows, (key_dim + 1) // 2, 2), dtype=dtype, device=device)
+    fake = _get_current_dispatch_mode() is not None  # whose tensors may not serve others
+    return (_make_table if fake else _shared_table)(rows, key_dim, rope_base, dtype, torch.device("cpu")).to(device)
+
+
+def _make_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd keeps it, whoever asks first
+        exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device=device) / key_dim
+        angle = torch.arange(rows, dtype=torch.float64, device=device)[:, None] * rope_base**-exponent
+        return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
+
+
+_shared_table = functools.lru_cache(maxsize=16)(_make_table)  # of the CPU alone: its kernels hold on to no address
+
+
+def _rotary(
+    z: Tensor, rotary: Tensor | None, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None
+) -> Tensor:
+    """A table with a row for every position that can occur: the caller's; else on the CPU one that calls share.
+
+    On a GPU without the caller's, the table is made there for this call alone. Then nothing has to outlive a captured
+    graph, lie in its pool after the call, or come from the host.
+    """
+    if rotary is not None:
+        return rotary
+    longest = z.shape[1]
+    if z.is_cpu:  # rounded up, so that few tables serve all lengths
+        longest = 1 << max(longest - 1, 0).bit_length()
+    rows = chunk_size if position is not None else min(chunk_size, longest)
+    make = rotary_table if z.is_cpu else _make_table
+    return make(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype), z.device)
+
+
+def _fwd(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+    z = z.contiguous()
+    q, k = _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths)
+    rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
+    launch(
+        "normalized_qk_fwd", z, gamma.contiguous(), beta.contiguous(), num_heads, chunk_size, eps, rotary,
+        contiguous_or_none(position), cu_seqlens, lengths, q, k,
+    )  # fmt: skip
+    return q, k
+
+
+def _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+    shape = (*z.shape[:-1], num_heads, z.shape[-1] // num_heads)
+    return empty(z, shape), empty(z, shape)
+
+
+def _bwd(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+    z, gamma, beta = z.contiguous(), gamma.contiguous(), beta.contiguous()
+    grads = tuple(map(empty_like, (z, gamma, beta)))
+    rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
+    launch(
+        "normalized_qk_bwd", z, gamma, beta, num_heads, chunk_size, eps, rotary,
+        contiguous_or_none(position), cu_seqlens, lengths, dq.contiguous(), dk.contiguous(), *grads,
+    )  # fmt: skip
+    return grads
+
+
+def _bwd_fake(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+    return tuple(map(empty_like, (z, gamma, beta)))
+
+
+def _setup_context(ctx, inputs, output):
+    z, gamma, beta, rotary, *ctx.scalars, position, cu_seqlens, lengths = inputs
+    ctx.save_for_backward(z, gamma, beta, rotary, position, cu_seqlens, lengths)
+
+
+def _backward(ctx, dq, dk):
+    z, gamma, beta, rotary, *sequences = ctx.saved_tensors
+    return *call(normalized_qk_bwd, dq, dk, z, gamma, beta, rotary, *ctx.scalars, *sequences), *(None,) * 8
+
+
+normalized_qk_fwd = define_op(
+    "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, int chunk_size, "
+    "float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor q, Tensor k)",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+normalized_qk_bwd = define_op(
+    "normalized_qk_bwd(Tensor dq, Tensor dk, Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, "
+    "int chunk_size, float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) "
+    "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
+    kernel=_bwd,
+    fake=_bwd_fake,
+)

@@ -1,0 +1,185 @@
+"""`timestep_norm`: group norm whose statistics accumulate along time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arrays import call_with_arrays
+from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
+from .memory import empty, empty_like
+from .states import TimestepNormState, fields_of
+from .values import check_flag, check_number, check_rank, check_size
+
+
+def timestep_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: TimestepNormState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor | tuple[Tensor, TimestepNormState]:
+    r"""Normalizes each step with the mean and the variance of its group over all steps so far, itself included.
+
+    .. math:: y_t = (x_t - \mu_t) / \sqrt{\sigma^2_t + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
+
+    Args:
+        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (one that is not contiguous is copied once).
+        weight, bias: (D,) float32, or float64 for a float64 `x`. The gain is 1 + weight.
+        num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on.
+        eps: added to the variance.
+        state: statistics before the first step, one for each of the S sequences; None: fresh.
+        return_state: also return the statistics after each sequence's last step.
+        cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
+        lengths: (B,) int64 or int32, steps in each right-padded row.
+
+    Returns:
+        y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the
+        :class:`TimestepNormState`: count (S,), mean and var (S, G), and their rounding residuals.
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Statistics run in float64 inside a call. Gradients go to x, weight, bias and the state's mean and var; x and three
+    numbers for each step and group are kept for the backward, which is deterministic.
+
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+
+    Source: arXiv 2404.08801, section 3.2. The mathematics: :func:`megalodon_ops.reference.timestep_norm`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> x = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])  # means so far 2 and 4, variances 1 and 5
+        >>> mo.timestep_norm(x, torch.zeros(2), torch.zeros(2), num_groups=1, eps=0.0)
+        tensor([[[-1.0000,  1.0000],
+                 [ 0.4472,  1.3416]]])
+    """
+    if not isinstance(x, Tensor):
+        return call_with_arrays(timestep_norm, **locals())
+    check_rank("timestep_norm", "x", x, "(B, L, D)", 3)
+    count, mean, var, residual = fields_of("timestep_norm", state, TimestepNormState)
+    num_groups = check_size("timestep_norm", "num_groups", num_groups)
+    eps = check_number("timestep_norm", "eps", eps, "a finite number of at least 0", 0.0)
+    check_flag("timestep_norm", "return_state", return_state)
+    y, _, *state_out = call(
+        timestep_norm_fwd, x, weight, bias, num_groups, eps, int64_or_none(count), mean, var, residual,
+        int64_or_none(cu_seqlens), int64_or_none(lengths), torch.is_grad_enabled(), return_state,
+    )  # fmt: skip
+    return (y, TimestepNormState(*state_out)) if return_state else y
+
+
+def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state):
+    x = x.contiguous()
+    y, stats, *state_out = outputs = _fwd_fake(
+        x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
+    )
+    launch(
+        "timestep_norm_fwd", x, weight.contiguous(), bias.contiguous(), num_groups, eps, count, contiguous_or_none(mean),
+        contiguous_or_none(var), contiguous_or_none(residual), cu_seqlens, lengths,
+        y, stats if return_stats else None, *(state_out if return_state else (None,) * 4),
+    )  # fmt: skip
+    return outputs
+
+
+def _fwd_fake(
+    x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
+):
+    """Results that nobody wants are empty: torch's schemas know no optional result."""
+    sequences, dtype = num_sequences(x.shape[0], cu_seqlens), accumulation_dtype(x.dtype)
+
+    def of_state(*shape, dtype=dtype):
+        return x.new_empty((sequences, *shape) if return_state else (0,), dtype=dtype)
+
+    return (
+        empty_like(x),
+        empty(x, (3, *x.shape[:2], num_groups) if return_stats else (0,), dtype),
+        of_state(dtype=torch.int64),
+        of_state(num_groups),
+        of_state(num_groups),
+        of_state(2, num_groups),
+    )
+
+
+def _bwd(
+    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
+):
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    *grads, dmean, dvar = _bwd_fake(
+        dy,
+        dmean_out,
+        dvar_out,
+        x,
+        weight,
+        bias,
+        num_groups,
+        eps,
+        count,
+        mean,
+        var,
+        residual,
+        cu_seqlens,
+        lengths,
+        stats,
+    )
+    launch(
+        "timestep_norm_bwd", x, weight, bias, num_groups, eps, count, contiguous_or_none(mean), contiguous_or_none(var),
+        contiguous_or_none(residual), cu_seqlens, lengths, stats.contiguous(), dy.contiguous(),
+        contiguous_or_none(dmean_out), contiguous_or_none(dvar_out), *grads,
+        *((None, None) if count is None else (dmean, dvar)),
+    )  # fmt: skip
+    return *grads, dmean, dvar
+
+
+def _bwd_fake(
+    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
+):
+    """The gradients of a state that was not given are empty."""
+    shape = (0,) if count is None else (count.shape[0], num_groups)
+    return *map(empty_like, (x, weight, bias)), weight.new_empty(shape), weight.new_empty(shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.num_groups, ctx.eps, *state, cu_seqlens, lengths, return_stats, return_state = inputs
+    _, stats, _, mean_out, var_out, residual_out = output
+    ctx.return_stats = return_stats
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats, residual_out, *(() if return_state else (mean_out, var_out)))
+    ctx.save_for_backward(x, weight, bias, *state, cu_seqlens, lengths, stats)
+
+
+def _backward(ctx, dy, _dstats, _dcount, dmean_out, dvar_out, _dresidual):
+    x, weight, bias, count, mean, var, residual, cu_seqlens, lengths, stats = ctx.saved_tensors
+    if not ctx.return_stats:
+        raise ValueError("timestep_norm: `return_stats` must be True where gradients are wanted, got False.")
+    if dy is None:
+        dy = torch.zeros_like(x)
+    dx, dweight, dbias, dmean, dvar = call(
+        timestep_norm_bwd, dy, dmean_out, dvar_out, x, weight, bias, ctx.num_groups, ctx.eps, count, mean, var,
+        residual, cu_seqlens, lengths, stats,
+    )  # fmt: skip
+    if count is None:
+        dmean = dvar = None
+    return dx, dweight, dbias, None, None, None, dmean, dvar, *(None,) * 5
+
+
+timestep_norm_fwd = define_op(
+    "timestep_norm_fwd(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? count, Tensor? mean, "
+    "Tensor? var, Tensor? residual, Tensor? cu_seqlens, Tensor? lengths, bool return_stats, bool return_state) "
+    "-> (Tensor y, Tensor stats, Tensor count_out, Tensor mean_out, Tensor var_out, Tensor residual_out)",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+timestep_norm_bwd = define_op(
+    "timestep_norm_bwd(Tensor dy, Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor weight, Tensor bias, "
+    "int num_groups, float eps, Tensor? count, Tensor? mean, Tensor? var, Tensor? residual, Tensor? cu_seqlens, "
+    "Tensor? lengths, Tensor stats) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
+    kernel=_bwd,
+    fake=_bwd_fake,
+)
