@@ -1,20 +1,29 @@
-"""The README's Python examples run as they stand."""
+"""The Python examples of the README and of the pages in docs/ run as they stand, and links lead somewhere."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = {page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.S) for page in PAGES}
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 2
+    assert len(EXAMPLES["README.md"]) >= 2
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example_runs(number):
+@pytest.mark.parametrize("page", [name for name, examples in EXAMPLES.items() if examples])
+def test_examples_run(page):
     scope = {}
-    for code in EXAMPLES[: number + 1]:  # a later example may use the names of an earlier one
+    for code in EXAMPLES[page]:  # a later example may use the names of an earlier one
         exec(code, scope)
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
