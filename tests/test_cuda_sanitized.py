@@ -16,6 +16,9 @@ OVERRUNS = {
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def library() -> Path:
     if sanitized.runtime() is None:

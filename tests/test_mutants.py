@@ -211,9 +211,8 @@ def test_the_table_keeps_explanations(tmp_path, monkeypatch):
 
 
 def test_the_table_names_mutants_that_there_are():
-    """With reasons. What has changed in a kernel is run again."""
+    """With reasons: a row whose expression has gone from the kernels goes, too."""
     found = {(file.name, *numbered) for file in mutate.kernel_files([]) for numbered in mutate.numbered(file)}
     text = mutate.TABLE.read_text()
     rows = mutate.rows_of(text)
-    assert [row for row in rows if row[:3] not in found or not row.why] == []
-    assert f"{len(found)} mutants, {len(found) - len(rows)} killed, {len(rows)} alive.\n" in text
+    assert rows and [row for row in rows if row[:3] not in found or not row.why] == []

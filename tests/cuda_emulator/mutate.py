@@ -61,7 +61,7 @@ class Job:
 def kernel_files(only: list[str]) -> list[Path]:
     """cuda/, and of cuda/common what the emulator compiles as nvcc does: the rest has tests of its own. Files in which there
     is nothing to break are left out."""
-    files = [*sorted((ROOT / "cuda").glob("*.cu*")), *sorted((ROOT / "cuda" / "common").glob("*.cuh"))]
+    files = sorted((ROOT / "cuda").rglob("*.cu*"))
     differ = re.compile(r"GPU_EMULATED|cuda_runtime\.h")
     portable = [file for file in files if not differ.search(text := file.read_text()) and mutants(text)]
     return [f.relative_to(ROOT) for f in portable if not only or any(f.name.startswith(word) for word in only)]
@@ -229,7 +229,8 @@ def write_table(done: list[tuple[Job, str]], barriers: bool = False) -> None:
         "`python tests/cuda_emulator/mutate.py` breaks the kernels in small ways, one at a time, and writes here which the",
         "tests do not notice; the last column, why that does no harm, is written by hand. Bugs of real sizes, planted by hand,",
         "are in `tests/cuda_emulator/known_bugs.py`; `python -m pytest -m slow tests/test_cuda_known_bugs.py` runs them.",
-        "The rows are of one run of all, and of later runs of what had changed since.",
+        "The rows are of one run of all and of later runs of what had changed. Mutants that the kernels have gained since the",
+        "last run are not counted.",
         "",
         f"{total} mutants, {total - len(rows)} killed, {len(rows)} alive." + f" Not run: {missing}." * bool(missing),
         "By file: " + ", ".join(f"{file} {count}" for file, count in sorted(ran.items())) + ".",
