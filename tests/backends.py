@@ -29,6 +29,10 @@ ISA_PARAMS = [name if name == DEFAULT_ISA else pytest.param(name, marks=pytest.m
 each_isa = pytest.mark.parametrize("name", ISA_PARAMS)
 # The fixture `backend` takes each of DEVICES; for tests of numbers, this takes each instruction set in place of "cpu".
 every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, "cuda-emulated", *FAST[1:]], indirect=True)
+# For tests so wide that the emulated kernels take seconds for them: there they are slow tests.
+_SLOW_EMULATED = [pytest.param("cuda-emulated", marks=pytest.mark.slow), *FAST[1:]]
+wide_every_device = pytest.mark.parametrize("backend", ["cpu", *_SLOW_EMULATED], indirect=True)
+wide_every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, *_SLOW_EMULATED], indirect=True)
 # For tests of data that any implementation must reproduce.
 each_implementation = pytest.mark.parametrize(
     ("implementation", "backend"),

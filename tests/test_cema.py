@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
-from backends import each_implementation, every_backend
+from backends import each_implementation, every_backend, wide_every_backend
 from cases import cema_case, evaluate, streamed
 from golden import TOLERANCE, golden_case, golden_config
 
@@ -59,7 +59,7 @@ def test_no_channels(backend):
         assert value.numel() == 0, name
 
 
-@every_backend
+@wide_every_backend
 @pytest.mark.parametrize("poles", HARD_POLES.values(), ids=HARD_POLES)
 @pytest.mark.parametrize(
     "shape", [{"B": 1, "L": 2003, "D": 3, "N": 16}, {"B": 2, "L": 257, "D": 33, "N": 5}], ids=["long", "odd"]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_all_close, assert_close, assert_refuses
-from backends import each_implementation, every_backend
+from backends import each_implementation, every_backend, wide_every_backend
 from cases import chunked_attention_case, evaluate, forward, streamed
 from golden import TOLERANCE, golden_case, golden_config
 
@@ -73,7 +73,7 @@ SHAPES = {
 }
 
 
-@every_backend
+@wide_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes_of_models(shape, dtype, backend):
@@ -84,7 +84,7 @@ def test_shapes_of_models(shape, dtype, backend):
     assert_all_as_accurate_as(evaluate(mo.chunked_attention, case), same, exact, factor=factor, floor=floor)
 
 
-@every_backend
+@wide_every_backend
 @pytest.mark.parametrize(("cached", "L"), [(0, 64), (9, 230), (44, 200), (100, 156)])
 @pytest.mark.parametrize(("K", "V"), [(32, 16), (16, 32), (64, 64)])
 def test_tiles_of_any_height_end_with_their_block(K, V, cached, L, backend):
@@ -146,7 +146,7 @@ def observed_mask(seed, dropkey, *, H=2, L=70, C=32, B=2, state=None, lengths=No
     return o > 0
 
 
-@every_backend
+@wide_every_backend
 @pytest.mark.parametrize("seed", [0, 12345, 2**32, 2**63 - 1, -1], ids=str)
 @pytest.mark.parametrize("dropkey", [0.1, 0.5, 0.99])
 def test_dropkey_mask_is_philox(seed, dropkey, backend):

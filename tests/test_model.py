@@ -3,6 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+from backends import wide_every_device
 import torch.nn.functional as F
 from golden import DATA, MODEL, golden_model
 from hypothesis import given
@@ -47,6 +48,7 @@ def test_golden_gradients(golden, backend):
         assert error < 1e-10, f"{name}: relative error {error:.1e}"
 
 
+@wide_every_device
 @pytest.mark.parametrize("plan", MODEL["plans"])
 def test_golden_streaming_plans(golden, plan, backend):
     model, io = golden

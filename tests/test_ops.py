@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
-from backends import FAST, every_backend
+from backends import FAST, every_backend, wide_every_device
 from cases import (
     BUILDERS,
     OPS,
@@ -78,6 +78,7 @@ def test_results_and_gradients_match_the_reference(op, backend, data):
     assert_matches_reference(evaluate(function(op), case), case)
 
 
+@wide_every_device
 @all_ops
 @given(data=st.data())
 def test_pieces_give_the_whole(op, data):
@@ -91,6 +92,7 @@ def test_pieces_give_the_whole(op, data):
     assert_all_close(carried(op, cut), carried(op, whole), tolerance=TOLERANCE, terms=case.terms)
 
 
+@wide_every_device
 @all_ops
 @given(data=st.data())
 def test_packed_equals_separate(op, data):
@@ -102,6 +104,7 @@ def test_packed_equals_separate(op, data):
     assert_all_close(together, separate, tolerance=TOLERANCE, terms=case.terms)
 
 
+@wide_every_device
 @pytest.mark.parametrize("filler", [torch.nan, torch.inf, -1e4], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -152,6 +155,7 @@ LAYOUTS = {
 }
 
 
+@wide_every_device
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @all_ops
 def test_layouts_change_nothing(op, layout):
@@ -223,6 +227,7 @@ def test_without_gradients_the_outputs_are_the_same(op):
         assert_bit_equal(forward(function(op), SMALL[op]), expected)
 
 
+@wide_every_device
 @all_ops
 def test_each_gradient_alone_is_the_same(op):
     """One input at a time takes a gradient, one output at a time gives one."""
@@ -359,6 +364,7 @@ NO_ELEMENTS = {
 }
 
 
+@wide_every_device
 @pytest.mark.parametrize(
     "sequences",
     [

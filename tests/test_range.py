@@ -137,7 +137,7 @@ ON_CUDA = {
 
 
 @pytest.mark.parametrize("backend", DEVICES[1:], indirect=True)
-@pytest.mark.parametrize("tensor", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("tensor", ["v", *(pytest.param(name, marks=pytest.mark.slow) for name in ("q", "k", "do"))])
 @pytest.mark.parametrize(("shape", "dtype"), ON_CUDA.values(), ids=ON_CUDA)
 def test_attention_on_cuda_passes_it_to_what_depends_on_it(shape, dtype, tensor, backend):
     case, L = attention_case(**shape, dtype=dtype), shape["L"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
-from backends import ISA_PARAMS, each_implementation, every_backend
+from backends import ISA_PARAMS, each_implementation, every_backend, wide_every_backend
 from cases import evaluate, generator, randn, timestep_norm_case, uniform
 from golden import TOLERANCE, golden_case, golden_config
 from torch.utils._pytree import tree_map
@@ -61,7 +61,7 @@ SHAPES = {
 }
 
 
-@every_backend
+@wide_every_backend
 @pytest.mark.parametrize("values", HARD_VALUES.values(), ids=HARD_VALUES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_hard_values(values, shape, backend):

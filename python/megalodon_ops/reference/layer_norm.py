@@ -20,6 +20,7 @@ from megalodon_ops.reference.sequences import accumulation_dtype, inverse_rms
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Normalizes the rows of x (..., D) to mean 0 and variance 1, then scales by 1 + weight (D,) and adds bias (D,).
 
+    >>> import torch
     >>> layer_norm(torch.tensor([1.0, 5.0]), eps=0.0)
     tensor([-1.,  1.])
     """
@@ -30,6 +31,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Scales the rows of x (..., D) to a mean square of 1, then by 1 + weight (D,).
 
+    >>> import torch
     >>> rms_norm(torch.tensor([1.0, 7.0]), eps=0.0)
     tensor([0.2000, 1.4000])
     """
