@@ -18,7 +18,9 @@ from megalodon_ops import _C
 ORDERS = ("forward", "reverse", "random")
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=pytest.mark.slow) if op.endswith("attention") else op for op in OPS]
+)
 def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
     """A kernel, its launcher and its binding, from the public function on. Aligned memory: test_ops.py."""
     emulator = Emulator(emulated_module)

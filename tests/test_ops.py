@@ -315,6 +315,7 @@ def recorded_calls():
     return recorder.calls
 
 
+@wide_every_device
 def test_opcheck():
     """Schema, fake kernel, autograd registration and tracing of every op that is registered."""
     calls = recorded_calls()

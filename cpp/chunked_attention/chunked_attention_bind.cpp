@@ -8,7 +8,7 @@
 namespace megalodon {
 namespace {
 
-constexpr const char* kOp = "chunked_attention";
+constexpr const char* kAttention = "chunked_attention";
 
 struct Inputs {
   TensorView k, v, cache_k, cache_v, position;
@@ -17,14 +17,14 @@ struct Inputs {
 // Checks and fills what all three launchers share: everything but q.
 Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::handle cache_k, py::handle cache_v,
             py::handle position, int64_t chunk_size, py::handle cu_seqlens, py::handle lengths) {
-  const Inputs in{{kOp, "k", k_},
-                  {kOp, "v", v_},
-                  {kOp, "state.k", cache_k},
-                  {kOp, "state.v", cache_v},
-                  {kOp, "state.position", position}};
+  const Inputs in{{kAttention, "k", k_},
+                  {kAttention, "v", v_},
+                  {kAttention, "state.k", cache_k},
+                  {kAttention, "state.v", cache_v},
+                  {kAttention, "state.position", position}};
   const TensorView &k = in.k, &v = in.v;
   params.dtype = k.rank("(B, L, H, K)", 4).floating();
-  params.sequences = make_sequences(kOp, k.size(0), k.size(1), cu_seqlens, lengths);
+  params.sequences = make_sequences(kAttention, k.size(0), k.size(1), cu_seqlens, lengths);
   const int64_t B = k.size(0), L = k.size(1), H = k.size(2), K = k.size(3), S = params.sequences.count;
   const int64_t V = v.rank("(B, L, H, V)", 4).size(3), C = chunk_size;
   if (C < 1) throw py::value_error("chunked_attention: `chunk_size` must be positive, got " + std::to_string(C) + ".");
@@ -55,14 +55,14 @@ Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, p
             py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths) {
   const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
   params.q = q.like(in.k).data();
-  check_range(kOp, "scale", scale, std::numeric_limits<double>::lowest(), "finite");
+  check_range(kAttention, "scale", scale, std::numeric_limits<double>::lowest(), "finite");
   params.scale = scale;
   params.dropkey = dropkey;
   if (!(dropkey >= 0 && dropkey < 1))
     throw py::value_error("chunked_attention: `dropkey` must be a probability in [0, 1), got " +
                           std::to_string(dropkey) + ".");
   if (dropkey > 0)
-    params.seed = TensorView(kOp, "dropkey_seed", dropkey_seed)
+    params.seed = TensorView(kAttention, "dropkey_seed", dropkey_seed)
                       .present()
                       .shape("(1,)", {1})
                       .dtype(Scalar::i64, "a seed")
@@ -75,11 +75,11 @@ void chunked_attention_fwd(const Target& target, py::handle q_, py::handle k, py
                            py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths, py::handle o,
                            py::handle lse) {
   ChunkedAttentionFwdParams params{};
-  const TensorView q(kOp, "q", q_);
+  const TensorView q(kAttention, "q", q_);
   const Inputs in =
       fill(params, q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths);
-  params.o = TensorView(kOp, "o", o).like(in.v).data();
-  params.lse = TensorView(kOp, "lse", lse)
+  params.o = TensorView(kAttention, "o", o).like(in.v).data();
+  params.lse = TensorView(kAttention, "lse", lse)
                    .present()
                    .shape("(B, L, H)", {q.size(0), q.size(1), q.size(2)})
                    .dtype(real_of(params.dtype), kRealDtype)
@@ -92,19 +92,19 @@ void chunked_attention_bwd(const Target& target, py::handle q_, py::handle k, py
                            py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths, py::handle o,
                            py::handle lse, py::handle d_o, py::handle dq, py::handle dk, py::handle dv) {
   ChunkedAttentionBwdParams params{};
-  const TensorView q(kOp, "q", q_);
+  const TensorView q(kAttention, "q", q_);
   const Inputs in =
       fill(params, q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths);
-  params.o = TensorView(kOp, "o", o).like(in.v).data();
-  params.lse = TensorView(kOp, "lse", lse)
+  params.o = TensorView(kAttention, "o", o).like(in.v).data();
+  params.lse = TensorView(kAttention, "lse", lse)
                    .present()
                    .shape("(B, L, H)", {q.size(0), q.size(1), q.size(2)})
                    .dtype(real_of(params.dtype), kRealDtype)
                    .data();
-  params.d_o = TensorView(kOp, "do", d_o).like(in.v).data();
-  params.dq = TensorView(kOp, "dq", dq).like(in.k).data();
-  params.dk = TensorView(kOp, "dk", dk).like(in.k).data();
-  params.dv = TensorView(kOp, "dv", dv).like(in.v).data();
+  params.d_o = TensorView(kAttention, "do", d_o).like(in.v).data();
+  params.dq = TensorView(kAttention, "dq", dq).like(in.k).data();
+  params.dk = TensorView(kAttention, "dk", dk).like(in.k).data();
+  params.dv = TensorView(kAttention, "dv", dv).like(in.v).data();
   MEGALODON_LAUNCH(target, chunked_attention_bwd, params);
 }
 
@@ -115,8 +115,8 @@ void chunked_attention_state(const Target& target, py::handle k, py::handle v, p
   const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
   const int64_t S = params.sequences.count, C = params.chunk_size, H = params.heads, K = params.key_dim,
                 V = params.value_dim;
-  const TensorView k_out(kOp, "cache_k_out", cache_k_out), v_out(kOp, "cache_v_out", cache_v_out);
-  const TensorView positions(kOp, "position_out", position_out);
+  const TensorView k_out(kAttention, "cache_k_out", cache_k_out), v_out(kAttention, "cache_v_out", cache_v_out);
+  const TensorView positions(kAttention, "position_out", position_out);
   const Scalar scalar = in.k.scalar();
   params.cache_k_out = k_out.present().shape("(S, C, H, K)", {S, C, H, K}).dtype(scalar, "as `k`").data();
   params.cache_v_out = v_out.present().shape("(S, C, H, V)", {S, C, H, V}).dtype(scalar, "as `k`").data();
@@ -127,8 +127,8 @@ void chunked_attention_state(const Target& target, py::handle k, py::handle v, p
   memory.add_update(in.cache_k, k_out);
   memory.add_update(in.cache_v, v_out);
   memory.add_update(in.position, positions);
-  memory.add({kOp, "cu_seqlens", cu_seqlens}, false);
-  memory.add({kOp, "lengths", lengths}, false);
+  memory.add({kAttention, "cu_seqlens", cu_seqlens}, false);
+  memory.add({kAttention, "lengths", lengths}, false);
   memory.check();
   MEGALODON_LAUNCH(target, chunked_attention_state, params);
 }

@@ -6,19 +6,19 @@
 namespace megalodon {
 namespace {
 
-constexpr const char* kOp = "cema_coefficients";
+constexpr const char* kCemaCoefficients = "cema_coefficients";
 constexpr const char* kAsAlpha = "that of `alpha`";
 constexpr const char* kComplexAsAlpha = "complex128 for a float64 `alpha`, else complex64";
 
 // Checks and fills what the forward and the backward share; returns alpha.
 TensorView fill(CemaCoefficientsParams& params, py::handle alpha_, py::handle delta, py::handle theta) {
-  const TensorView alpha(kOp, "alpha", alpha_);
+  const TensorView alpha(kCemaCoefficients, "alpha", alpha_);
   params.dtype = alpha.rank("(D, N, 1)", 3).floating();
   alpha.dtype(real_of(params.dtype), "or float64");
   const int64_t D = params.channels = alpha.size(0), N = params.modes = alpha.size(1);
   params.alpha = alpha.shape("(D, N, 1)", {D, N, 1}).data();
-  params.delta = TensorView(kOp, "delta", delta).like(alpha).data();
-  params.theta = TensorView(kOp, "theta", theta)
+  params.delta = TensorView(kCemaCoefficients, "delta", delta).like(alpha).data();
+  params.theta = TensorView(kCemaCoefficients, "theta", theta)
                      .present()
                      .shape("(D, 1, 1)", {D, 1, 1})
                      .dtype(real_of(params.dtype), kAsAlpha)
@@ -28,7 +28,7 @@ TensorView fill(CemaCoefficientsParams& params, py::handle alpha_, py::handle de
 
 // A tensor of shape (D, N, 2), pairs of reals.
 void* of_pairs(const CemaCoefficientsParams& params, const char* name, py::handle object) {
-  return TensorView(kOp, name, object)
+  return TensorView(kCemaCoefficients, name, object)
       .present()
       .shape("(D, N, 2)", {params.channels, params.modes, 2})
       .dtype(real_of(params.dtype), kAsAlpha)
@@ -37,7 +37,7 @@ void* of_pairs(const CemaCoefficientsParams& params, const char* name, py::handl
 
 // A tensor of shape (D, N), real or complex.
 void* of_modes(const CemaCoefficientsParams& params, const char* name, py::handle object, bool is_complex) {
-  return TensorView(kOp, name, object)
+  return TensorView(kCemaCoefficients, name, object)
       .present()
       .shape("(D, N)", {params.channels, params.modes})
       .dtype(is_complex ? complex_of(params.dtype) : real_of(params.dtype), is_complex ? kComplexAsAlpha : kAsAlpha)
@@ -59,13 +59,13 @@ void cema_coefficients_bwd(const Target& target, py::handle dp, py::handle dq, p
                            py::handle delta, py::handle theta_, py::handle dalpha, py::handle ddelta,
                            py::handle dtheta, py::handle dgamma) {
   CemaCoefficientsBwdParams params{};
-  const TensorView alpha = fill(params, alpha_, delta, theta_), theta(kOp, "theta", theta_);
+  const TensorView alpha = fill(params, alpha_, delta, theta_), theta(kCemaCoefficients, "theta", theta_);
   params.dp = of_modes(params, "dp", dp, false);
   params.dq = of_modes(params, "dq", dq, true);
   params.dscaled = of_modes(params, "dscaled", dscaled, true);
-  params.dalpha = TensorView(kOp, "dalpha", dalpha).like(alpha).data();
-  params.ddelta = TensorView(kOp, "ddelta", ddelta).like(alpha).data();
-  params.dtheta = TensorView(kOp, "dtheta", dtheta).like(theta).data();
+  params.dalpha = TensorView(kCemaCoefficients, "dalpha", dalpha).like(alpha).data();
+  params.ddelta = TensorView(kCemaCoefficients, "ddelta", ddelta).like(alpha).data();
+  params.dtheta = TensorView(kCemaCoefficients, "dtheta", dtheta).like(theta).data();
   params.dgamma = of_pairs(params, "dgamma", dgamma);
   MEGALODON_LAUNCH(target, cema_coefficients_bwd, params);
 }

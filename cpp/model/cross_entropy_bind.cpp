@@ -6,12 +6,12 @@
 namespace megalodon {
 namespace {
 
-constexpr const char* kOp = "cross_entropy";
+constexpr const char* kCrossEntropy = "cross_entropy";
 
 void cross_entropy(const Target& target, py::handle logits_, py::handle targets_, py::handle scales_,
                    py::handle losses_) {
   CrossEntropyParams params{};
-  const TensorView logits(kOp, "logits", logits_), targets(kOp, "targets", targets_);
+  const TensorView logits(kCrossEntropy, "logits", logits_), targets(kCrossEntropy, "targets", targets_);
   params.dtype = logits.rank("(T, V)", 2).floating();
   params.rows = logits.size(0);
   params.classes = logits.size(1);
@@ -22,8 +22,8 @@ void cross_entropy(const Target& target, py::handle logits_, py::handle targets_
     const char* why = "float64 for float64 `logits`, else float32";
     return view.shape("(T,)", {params.rows}).dtype(real_of(params.dtype), why).data();
   };
-  params.scales = real(TensorView(kOp, "scales", scales_));
-  params.losses = real(TensorView(kOp, "losses", losses_).present());
+  params.scales = real(TensorView(kCrossEntropy, "scales", scales_));
+  params.losses = real(TensorView(kCrossEntropy, "losses", losses_).present());
   for (int64_t t = 0; t < params.rows; ++t)
     if (params.targets[t] < 0 || params.targets[t] >= params.classes)
       throw py::index_error("Target " + std::to_string(params.targets[t]) + " is out of bounds.");

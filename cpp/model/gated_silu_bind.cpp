@@ -6,11 +6,11 @@
 namespace megalodon {
 namespace {
 
-constexpr const char* kOp = "gated_silu";
+constexpr const char* kGatedSilu = "gated_silu";
 
 // Checks and fills what the forward and the backward share; returns x.
 TensorView fill(GatedSiluParams& params, py::handle x_, py::handle value_) {
-  const TensorView x(kOp, "x", x_), value(kOp, "value", value_);
+  const TensorView x(kGatedSilu, "x", x_), value(kGatedSilu, "value", value_);
   params.dtype = x.present().floating();
   params.elements = x.elements();
   params.x = x.data();
@@ -21,7 +21,7 @@ TensorView fill(GatedSiluParams& params, py::handle x_, py::handle value_) {
 void gated_silu_fwd(const Target& target, py::handle x_, py::handle value, py::handle y) {
   GatedSiluFwdParams params{};
   const TensorView x = fill(params, x_, value);
-  params.y = TensorView(kOp, "y", y).like(x).data();
+  params.y = TensorView(kGatedSilu, "y", y).like(x).data();
   MEGALODON_LAUNCH(target, gated_silu_fwd, params);
 }
 
@@ -29,9 +29,9 @@ void gated_silu_bwd(const Target& target, py::handle x_, py::handle value, py::h
                     py::handle dvalue) {
   GatedSiluBwdParams params{};
   const TensorView x = fill(params, x_, value);
-  params.dy = TensorView(kOp, "dy", dy).like(x).data();
-  params.dx = TensorView(kOp, "dx", dx).like(x).data();
-  if (params.value) params.dvalue = TensorView(kOp, "dvalue", dvalue).like(x).data();
+  params.dy = TensorView(kGatedSilu, "dy", dy).like(x).data();
+  params.dx = TensorView(kGatedSilu, "dx", dx).like(x).data();
+  if (params.value) params.dvalue = TensorView(kGatedSilu, "dvalue", dvalue).like(x).data();
   MEGALODON_LAUNCH(target, gated_silu_bwd, params);
 }
 

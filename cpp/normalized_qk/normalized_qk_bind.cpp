@@ -6,16 +6,16 @@
 namespace megalodon {
 namespace {
 
-constexpr const char* kOp = "normalized_qk";
+constexpr const char* kQk = "normalized_qk";
 
 // Checks and fills what the forward and the backward share; returns z.
 TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py::handle beta_, int64_t num_heads,
                 int64_t chunk_size, double eps, py::handle rotary_, py::handle position_, py::handle cu_seqlens,
                 py::handle lengths) {
-  const TensorView z(kOp, "z", z_), gamma(kOp, "gamma", gamma_), beta(kOp, "beta", beta_);
-  const TensorView rotary(kOp, "rotary", rotary_), position(kOp, "position", position_);
+  const TensorView z(kQk, "z", z_), gamma(kQk, "gamma", gamma_), beta(kQk, "beta", beta_);
+  const TensorView rotary(kQk, "rotary", rotary_), position(kQk, "position", position_);
   params.dtype = z.rank("(B, L, Z)", 3).floating();
-  params.sequences = make_sequences(kOp, z.size(0), z.size(1), cu_seqlens, lengths);
+  params.sequences = make_sequences(kQk, z.size(0), z.size(1), cu_seqlens, lengths);
   const Scalar real = real_of(params.dtype);
   const int64_t Z = z.size(2), S = params.sequences.count;
   if (num_heads < 1 || Z % num_heads || Z / num_heads % 2)
@@ -23,7 +23,7 @@ TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py
                           " into heads of even size, got " + std::to_string(num_heads) + ".");
   if (chunk_size < 1)
     throw py::value_error("normalized_qk: `chunk_size` must be positive, got " + std::to_string(chunk_size) + ".");
-  check_range(kOp, "eps", eps, 0, "finite and at least 0");
+  check_range(kQk, "eps", eps, 0, "finite and at least 0");
   params.heads = num_heads;
   params.key_dim = Z / num_heads;
   params.chunk_size = chunk_size;
@@ -52,7 +52,7 @@ void normalized_qk_fwd(const Target& target, py::handle z_, py::handle gamma, py
   NormalizedQkFwdParams params{};
   const TensorView z = fill(params, z_, gamma, beta, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
   const auto heads = [&](const char* name, py::handle object) {
-    return TensorView(kOp, name, object)
+    return TensorView(kQk, name, object)
         .present()
         .shape("(B, L, H, K)", {z.size(0), z.size(1), params.heads, params.key_dim})
         .dtype(z.scalar(), "as `z`")
@@ -70,9 +70,9 @@ void normalized_qk_bwd(const Target& target, py::handle z_, py::handle gamma, py
   NormalizedQkBwdParams params{};
   const TensorView z =
       fill(params, z_, gamma, beta_, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
-  const TensorView beta(kOp, "beta", beta_);
+  const TensorView beta(kQk, "beta", beta_);
   const auto heads = [&](const char* name, py::handle object) {
-    return TensorView(kOp, name, object)
+    return TensorView(kQk, name, object)
         .present()
         .shape("(B, L, H, K)", {z.size(0), z.size(1), params.heads, params.key_dim})
         .dtype(z.scalar(), "as `z`")
@@ -80,9 +80,9 @@ void normalized_qk_bwd(const Target& target, py::handle z_, py::handle gamma, py
   };
   params.dq = heads("dq", dq);
   params.dk = heads("dk", dk);
-  params.dz = TensorView(kOp, "dz", dz).like(z).data();
-  params.dgamma = TensorView(kOp, "dgamma", dgamma).like(beta).data();
-  params.dbeta = TensorView(kOp, "dbeta", dbeta).like(beta).data();
+  params.dz = TensorView(kQk, "dz", dz).like(z).data();
+  params.dgamma = TensorView(kQk, "dgamma", dgamma).like(beta).data();
+  params.dbeta = TensorView(kQk, "dbeta", dbeta).like(beta).data();
   MEGALODON_LAUNCH(target, normalized_qk_bwd, params);
 }
 

@@ -6,23 +6,23 @@
 namespace megalodon {
 namespace {
 
-constexpr const char* kOp = "timestep_norm";
+constexpr const char* kNorm = "timestep_norm";
 
 // Checks and fills what the forward and the backward share; returns x.
 TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, py::handle bias_, int64_t num_groups,
                 double eps, py::handle count_, py::handle mean_, py::handle var_, py::handle residual_,
                 py::handle cu_seqlens, py::handle lengths) {
-  const TensorView x(kOp, "x", x_), weight(kOp, "weight", weight_), bias(kOp, "bias", bias_);
-  const TensorView count(kOp, "state.count", count_), mean(kOp, "state.mean", mean_), var(kOp, "state.var", var_);
-  const TensorView residual(kOp, "state.residual", residual_);
+  const TensorView x(kNorm, "x", x_), weight(kNorm, "weight", weight_), bias(kNorm, "bias", bias_);
+  const TensorView count(kNorm, "state.count", count_), mean(kNorm, "state.mean", mean_), var(kNorm, "state.var", var_);
+  const TensorView residual(kNorm, "state.residual", residual_);
   params.dtype = x.rank("(B, L, D)", 3).floating();
-  params.sequences = make_sequences(kOp, x.size(0), x.size(1), cu_seqlens, lengths);
+  params.sequences = make_sequences(kNorm, x.size(0), x.size(1), cu_seqlens, lengths);
   const Scalar real = real_of(params.dtype);
   const int64_t S = params.sequences.count, D = x.size(2), G = num_groups;
   if (G < 1 || D % G)
     throw py::value_error("timestep_norm: `num_groups` must be positive and divide D = " + std::to_string(D) +
                           ", got " + std::to_string(G) + ".");
-  check_range(kOp, "eps", eps, 0, "finite and at least 0");
+  check_range(kNorm, "eps", eps, 0, "finite and at least 0");
   params.channels = D;
   params.groups = G;
   params.eps = eps;
@@ -50,15 +50,15 @@ void timestep_norm_fwd(const Target& target, py::handle x_, py::handle weight, p
   const TensorView x = fill(params, x_, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
   const Scalar real = real_of(params.dtype);
   const int64_t B = x.size(0), L = x.size(1), S = params.sequences.count, G = params.groups;
-  params.y = TensorView(kOp, "y", y).like(x).data();
-  params.stats = TensorView(kOp, "stats", stats).shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kRealDtype).data();
-  const TensorView count_view(kOp, "count_out", count_out);
+  params.y = TensorView(kNorm, "y", y).like(x).data();
+  params.stats = TensorView(kNorm, "stats", stats).shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kRealDtype).data();
+  const TensorView count_view(kNorm, "count_out", count_out);
   if (count_view.given()) {
     params.count_out = count_view.shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<int64_t>();
-    params.mean_out = TensorView(kOp, "mean_out", mean_out).present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
-    params.var_out = TensorView(kOp, "var_out", var_out).present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+    params.mean_out = TensorView(kNorm, "mean_out", mean_out).present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+    params.var_out = TensorView(kNorm, "var_out", var_out).present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
     params.residual_out =
-        TensorView(kOp, "residual_out", residual_out).present().shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
+        TensorView(kNorm, "residual_out", residual_out).present().shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
   }
   MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
 }
@@ -71,20 +71,20 @@ void timestep_norm_bwd(const Target& target, py::handle x_, py::handle weight_, 
   TimestepNormBwdParams params{};
   const TensorView x =
       fill(params, x_, weight_, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
-  const TensorView weight(kOp, "weight", weight_);
+  const TensorView weight(kNorm, "weight", weight_);
   const Scalar real = real_of(params.dtype);
   const int64_t B = x.size(0), L = x.size(1), S = params.sequences.count, G = params.groups;
   const auto per_group = [&](const char* name, py::handle object) {
-    return TensorView(kOp, name, object).shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+    return TensorView(kNorm, name, object).shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
   };
   params.stats =
-      TensorView(kOp, "stats", stats).present().shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kRealDtype).data();
-  params.dy = TensorView(kOp, "dy", dy).like(x).data();
+      TensorView(kNorm, "stats", stats).present().shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kRealDtype).data();
+  params.dy = TensorView(kNorm, "dy", dy).like(x).data();
   params.dmean_out = per_group("dmean_out", dmean_out);
   params.dvar_out = per_group("dvar_out", dvar_out);
-  params.dx = TensorView(kOp, "dx", dx).like(x).data();
-  params.dweight = TensorView(kOp, "dweight", dweight).like(weight).data();
-  params.dbias = TensorView(kOp, "dbias", dbias).like(weight).data();
+  params.dx = TensorView(kNorm, "dx", dx).like(x).data();
+  params.dweight = TensorView(kNorm, "dweight", dweight).like(weight).data();
+  params.dbias = TensorView(kNorm, "dbias", dbias).like(weight).data();
   params.dmean = per_group("dmean", dmean);
   params.dvar = per_group("dvar", dvar);
   MEGALODON_LAUNCH(target, timestep_norm_bwd, params);
