@@ -78,15 +78,16 @@ def test_each_tensor_alone_may_be_misaligned(emulator, op, dtype):
         assert len(moved) >= 10, moved
 
 
-@pytest.mark.parametrize("op", ALIGNED)
-def test_more_sequences_than_1024(emulator, op):
+# Attention that goes on from a state, a few tokens a sequence, takes other kernels than attention from the start.
+@pytest.mark.parametrize(("op", "goes_on"), [*((op, True) for op in ALIGNED), ("chunked_attention", False)])
+def test_more_sequences_than_1024(emulator, op, goes_on):
     """Each token finds its own: of 1,100 the first and the last have some, and those between none."""
     lengths = [2] + [0] * 1069 + [(s % 3 + 1) // 2 for s in range(30)]
     lengths[1090] = 40
     cu_seqlens = [sum(lengths[:s]) for s in range(1101)]
     small = {"cema": {"D": 2, "N": 1}, "timestep_norm": {"G": 1, "width": 2}, "normalized_qk": {"H": 1, "K": 2}}
     shape = small.get(op, {"H": 1, "K": 2, "V": 2, "C": 3})
-    with_state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": True})
+    with_state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": goes_on})
     case = BUILDERS[op](B=1, L=cu_seqlens[-1] + 3, cu_seqlens=cu_seqlens, **shape, **with_state)
     with emulator.replacing(_C):
         results = evaluate(getattr(mo, op), case)

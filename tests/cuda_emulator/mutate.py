@@ -158,8 +158,8 @@ class Session:
         return _cause(answer["code"], output) if answer["code"] else SURVIVED, traces
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # which closes its pipes and waits for it
+            pass
 
 
 def _cause(code: int, output: str) -> str:
