@@ -184,7 +184,6 @@ def reset_peak_memory() -> int | None:
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        mo.release_memory()
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     except (AttributeError, OSError):

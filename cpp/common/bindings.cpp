@@ -16,7 +16,6 @@ PYBIND11_MODULE(_C, module) {
   bind_cema_coefficients(module);
   bind_cross_entropy(module);
   bind_decoder(module);
-  bind_memory_pool(module);
   module.def("num_threads", [] { return omp_get_max_threads(); });
   module.def("build_info", [] {
     py::dict info;

@@ -20,6 +20,5 @@ void bind_gated_silu(py::module_& module);
 void bind_cema_coefficients(py::module_& module);
 void bind_cross_entropy(py::module_& module);
 void bind_decoder(py::module_& module);
-void bind_memory_pool(py::module_& module);
 
 }  // namespace megalodon

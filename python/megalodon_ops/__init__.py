@@ -25,7 +25,7 @@ from .ops.gated_silu import gated_silu
 from .ops.layer_norm import layer_norm, rms_norm
 from .ops.linear import linear
 from .ops.loss import linear_cross_entropy
-from .ops.memory import keep_freed_memory, release_memory
+from .ops.memory import keep_freed_memory
 from .ops.normalized_attention import normalized_attention
 from .ops.normalized_qk import normalized_qk
 from .ops.states import AttentionState, TimestepNormState
@@ -60,7 +60,6 @@ __all__ = [
     "normalized_attention",
     "normalized_qk",
     "reference",
-    "release_memory",
     "rms_norm",
     "timestep_norm",
     "to_torch_linears",

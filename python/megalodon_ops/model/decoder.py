@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _C
 from ..ops import linear
-from ..ops.library import accumulation_dtype, is_autocast_enabled
-from ..ops.memory import OWN_TYPES
+from ..ops.library import OWN_TYPES, accumulation_dtype, is_autocast_enabled
 from .model import Megalodon, MegalodonState, at_least_float32
 from ..ops.normalized_qk import rotary_table
 from ..ops.states import TimestepNormState

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .files import file_size
-from ..ops.memory import OWN_TYPES
+from ..ops.library import OWN_TYPES
 from ..ops.values import shown
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .arrays import call_with_arrays
-from .library import call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
-from .memory import empty_like
+from .library import call, contiguous_or_none, define_op, empty_like, int64_or_none, launch, num_sequences
 from .values import check_flag, check_rank
 
 

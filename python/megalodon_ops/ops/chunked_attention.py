@@ -12,11 +12,11 @@ from .library import (
     call,
     contiguous_or_none,
     define_op,
+    empty_like,
     int64_or_none,
     launch,
     num_sequences,
 )
-from .memory import empty, empty_like
 from .states import AttentionState, fields_of
 from .values import LARGEST_BELOW_1, check_flag, check_number, check_size
 
@@ -193,8 +193,8 @@ def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
 def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     sequences = num_sequences(k.shape[0], cu_seqlens)
     return (
-        empty(k, (sequences, chunk_size, *k.shape[2:])),
-        empty(v, (sequences, chunk_size, *v.shape[2:])),
+        k.new_empty((sequences, chunk_size, *k.shape[2:])),
+        v.new_empty((sequences, chunk_size, *v.shape[2:])),
         k.new_empty((sequences,), dtype=torch.int64),
     )
 

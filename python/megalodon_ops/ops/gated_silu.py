@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import call, contiguous_or_none, define_op, has_cpu_kernel, launch
-from .memory import empty_like
+from .library import call, contiguous_or_none, define_op, empty_like, has_cpu_kernel, launch
 from .values import check_device, check_optional_tensor, check_tensor
 
 

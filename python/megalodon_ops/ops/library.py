@@ -19,6 +19,8 @@ from .arrays import refuse_arguments
 from .cuda_driver import launch_problem
 
 _library = torch.library.Library("megalodon_ops", "DEF")
+OWN_TYPES = (Tensor, torch.nn.Parameter)
+"""Torch's own types of tensors; a subclass may mean something else than what its memory holds"""
 
 
 def define_op(
@@ -201,6 +203,11 @@ def int64_or_none(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or not isinstance(tensor, Tensor):
         return tensor
     return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """An uninitialised tensor with the shape, dtype and device of `x`, contiguous whatever the strides of `x`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:

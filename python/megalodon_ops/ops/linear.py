@@ -12,8 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _C
-from .library import autocast, call, contiguous_or_none, define_op, in_forward_mode, launch
-from .memory import OWN_TYPES, empty, empty_like
+from .library import OWN_TYPES, autocast, call, contiguous_or_none, define_op, empty_like, in_forward_mode, launch
 from .values import check_optional_tensor, check_tensor
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -210,7 +209,7 @@ def _by_rows(x: Tensor) -> Tensor:
 
 
 def _fwd_fake(x, weight, bias):
-    return empty(x, (*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _setup_context(ctx, inputs, output):

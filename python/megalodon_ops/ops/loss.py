@@ -20,7 +20,6 @@ from .library import (
     launch,
 )
 from .linear import linear, put_product_
-from .memory import empty
 from .values import check_device, check_integer, check_tensor, described
 
 # Values in a block. On the CPU just under the 32 MiB from which glibc gives freed memory back to the system.
@@ -253,7 +252,9 @@ def _sum(x, weight, index, scales, wants_dx, wants_dweight):
 
 
 def _sum_fake(x, weight, index, scales, wants_dx, wants_dweight):
-    dx, dweight = (empty(scales, t.shape if wanted else (0,)) for t, wanted in ((x, wants_dx), (weight, wants_dweight)))
+    dx, dweight = (
+        scales.new_empty(t.shape if wanted else (0,)) for t, wanted in ((x, wants_dx), (weight, wants_dweight))
+    )
     return scales.new_empty(()), dx, dweight
 
 

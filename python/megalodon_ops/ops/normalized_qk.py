@@ -9,8 +9,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .arrays import call_with_arrays
-from .library import accumulation_dtype, autocast, call, contiguous_or_none, define_op, int64_or_none, launch
-from .memory import empty, empty_like
+from .library import (
+    accumulation_dtype,
+    autocast,
+    call,
+    contiguous_or_none,
+    define_op,
+    empty_like,
+    int64_or_none,
+    launch,
+)
 from .values import LEAST_POSITIVE, check_number, check_rank, check_size
 
 
@@ -152,7 +160,7 @@ def _fwd(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position
 
 def _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     shape = (*z.shape[:-1], num_heads, z.shape[-1] // num_heads)
-    return empty(z, shape), empty(z, shape)
+    return z.new_empty(shape), z.new_empty(shape)
 
 
 def _bwd(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from .arrays import call_with_arrays
-from .library import accumulation_dtype, call, contiguous_or_none, define_op, int64_or_none, launch, num_sequences
-from .memory import empty, empty_like
+from .library import (
+    accumulation_dtype,
+    call,
+    contiguous_or_none,
+    define_op,
+    empty_like,
+    int64_or_none,
+    launch,
+    num_sequences,
+)
 from .states import TimestepNormState, fields_of
 from .values import check_flag, check_number, check_rank, check_size
 
@@ -97,7 +105,7 @@ def _fwd_fake(
 
     return (
         empty_like(x),
-        empty(x, (3, *x.shape[:2], num_groups) if return_stats else (0,), dtype),
+        x.new_empty((3, *x.shape[:2], num_groups) if return_stats else (0,), dtype=dtype),
         of_state(dtype=torch.int64),
         of_state(num_groups),
         of_state(num_groups),
