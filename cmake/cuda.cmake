@@ -24,15 +24,15 @@ endfunction()
 # What CMAKE_CUDA_ARCHITECTURES should be for the value `wanted` of MEGALODON_OPS_ARCHITECTURES.
 function(choose_architectures architectures wanted nvcc version)
   if(wanted STREQUAL "all")
-    # PTX of the lowest one is for architectures between these, such as 110, that of the highest for those to come.
-    # Blackwell needs nvcc 12.8.
+    # PTX of the lowest architecture is for those between the listed ones, such as 110, PTX of the highest for later
+    # ones. Blackwell needs nvcc 12.8.
     set(chosen 80 90)
     if(version VERSION_GREATER_EQUAL 12.8)
       set(chosen 80 90-real 100-real 120)
     endif()
   elseif(wanted STREQUAL "AUTO")
-    # Without a GPU to look at, the code of 80 is what cards of compute capability 8.x run as it is, and its PTX is what
-    # every later card compiles at the first launch.
+    # Without a GPU to look at, 80 is chosen: cards of compute capability 8.x run its code as it is, and every later
+    # card compiles its PTX at the first launch.
     _architectures_of_gpus(chosen "${nvcc}")
     if(NOT chosen)
       set(chosen 80)
@@ -43,8 +43,8 @@ function(choose_architectures architectures wanted nvcc version)
   set(${architectures} "${chosen}" PARENT_SCOPE)
 endfunction()
 
-# Of this machine's GPUs, those that the kernels run on. One that is newer than nvcc gets nvcc's newest, whose PTX it
-# compiles.
+# The architectures of this machine's GPUs that the kernels run on. A GPU that is newer than nvcc gets nvcc's newest
+# architecture, whose PTX is compiled for that GPU.
 function(_architectures_of_gpus architectures nvcc)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
       OUTPUT_VARIABLE capabilities ERROR_QUIET RESULT_VARIABLE failed)
@@ -67,7 +67,7 @@ function(_architectures_of_gpus architectures nvcc)
   set(${architectures} "${chosen}" PARENT_SCOPE)
 endfunction()
 
-# The CUDA that the torch in `folder` was built with, such as 12.8; "" if there is no torch, or one for CPUs. Its
+# The CUDA that the torch in `folder` was built with, such as 12.8; "" if there is no torch, or one for CPUs. torch's
 # version.py is read as text, since importing torch takes seconds.
 function(find_torch_cuda cuda folder)
   set(lines "")
@@ -78,7 +78,7 @@ function(find_torch_cuda cuda folder)
   set(${cuda} "${CMAKE_MATCH_1}" PARENT_SCOPE)
 endfunction()
 
-# Says so if nvcc is of a later major version than the CUDA of torch: the driver that runs torch may be too old then.
+# Warns if nvcc is of a later major version than the CUDA of torch: the driver that runs torch may be too old then.
 function(compare_with_torch version folder)
   find_torch_cuda(torch_cuda "${folder}")
   string(REGEX MATCH "^[0-9]+" major "${version}")

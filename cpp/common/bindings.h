@@ -13,7 +13,7 @@ void bind_timestep_norm(py::module_& module);
 void bind_normalized_qk(py::module_& module);
 void bind_chunked_attention(py::module_& module);
 
-// Of _C alone.
+// These are parts of _C alone.
 void bind_linear(py::module_& module);
 void bind_layer_norm(py::module_& module);
 void bind_gated_silu(py::module_& module);

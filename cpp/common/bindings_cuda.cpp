@@ -15,7 +15,7 @@ PYBIND11_MODULE(_cuda, module) {
     info["architectures"] = MEGALODON_CUDA_ARCHITECTURES;
     return info;
   });
-  // (what the driver supports, the runtime that is linked): 13000 is CUDA 13.0. Without a driver, 0.
+  // (version that the driver supports, or 0 without one; version of the linked runtime): 13000 is CUDA 13.0.
   module.def("cuda_versions", [] {
     int driver = 0, runtime = 0;
     if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;

@@ -33,13 +33,13 @@ class Channels {
   }
   int64_t offset(int64_t j) const { return smaller(j * lanes, count - width); }
 
-  // For each vector j of channels: op(j, offset, width, s), where s[row][i] holds statistic i of the row for them.
+  // Calls op(j, offset, width, s) for each vector j of channels, where s[row][i] holds statistic i of the row for them.
   // statistics[i] points to (rows, G) values and may be read kLanes past its end.
   template <int rows, int kinds, class Op>
   MEGALODON_INLINE void for_each_vector_with_statistics(const R* const (&statistics)[kinds], Op&& op) const {
     Vec<R> s[rows][kinds];
     if (one_group_a_vector) {
-      // Copies, as the compiler cannot know that op() does not write to the members.
+      // These are copies, as the compiler cannot know that op() does not write to the members.
       const int64_t all = groups, end = count, size = group_size;
       for (int64_t g = 0, c = 0; c < end; ++g) {
         for (int row = 0; row < rows; ++row)
@@ -64,7 +64,7 @@ class Channels {
   Scratch<LaneIndex<R>> index_;
 };
 
-// Loads a vector of which n elements are wanted; the others are whatever follows, as far as `end` allows.
+// Loads a vector of which n elements are wanted; the lanes beyond them hold what follows, or zero close to `end`.
 template <class T>
 MEGALODON_INLINE Vec<Compute<T>> load_within(const T* from, int64_t n, const T* end) {
   return n >= kLanes<Compute<T>> || end - from >= kLanes<Compute<T>> ? load(from) : load_first(from, n);
@@ -86,7 +86,7 @@ struct LanePairs {
 template <class R, int bit, int... i>
 MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b, std::integer_sequence<int, i...>) {
 #if defined(__AVX512F__)
-  // One instruction each. For the first the compiler would take a shuffle, which only one port executes.
+  // Each of the two is one instruction. For `kept` the compiler would take a shuffle, which only one port executes.
   const Vec<R> other = __builtin_shufflevector(a, b, (i & bit ? (i ^ bit) + kLanes<R> : i ^ bit)...);
   constexpr unsigned mask = ((i & bit ? 1u << i : 0u) | ...);
   if constexpr (sizeof(R) == 4)
@@ -114,7 +114,7 @@ struct Terms {
   }
 };
 
-// Lane i of sum k of the result: the sum of the lanes of sum k of group(i). Depth first, so that few vectors wait.
+// Lane i of sum k of the result is the sum of the lanes of sum k of group(i). Sums go depth first: few vectors wait.
 template <class R, int kSums, int bit = 1, class Group>
 MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
   if constexpr (bit == kLanes<R>) return group(first);

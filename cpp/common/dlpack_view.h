@@ -19,7 +19,7 @@ struct DlpackTensor {
     uint16_t lanes;
   } dtype;
   int64_t* shape;
-  int64_t* strides;  // of elements
+  int64_t* strides;  // in elements
   uint64_t byte_offset;
 };
 
@@ -38,7 +38,8 @@ struct DlpackExchange {
   void* current_stream;
 };
 
-// Fills `out`, whose pointers live as long as the tensor. False: no exchange in this torch, or another type of object.
+// Fills `out`, whose pointers live as long as the tensor. Returns false if this torch has no exchange, or if the object
+// is of another type or has no view.
 inline bool dlpack_view(py::handle object, DlpackTensor& out) {
   static const struct Torch {
     PyTypeObject *tensor, *parameter;

@@ -1,4 +1,4 @@
-// What tells that numbers have left the range of their type.
+// Tests of whether numbers have left the range of their type.
 #pragma once
 
 #include <limits>
@@ -12,7 +12,7 @@ namespace megalodon::MEGALODON_ISA {
 template <class R>
 MEGALODON_INLINE bool is_finite(Vec<R> v) { return sum_lanes<R>(v - v) == 0; }
 
-// What holds squares of any R without overflow. (Where long double is no wider than double, those of double may.)
+// A type that holds squares of any R without overflow, unless long double is no wider than double and R is double.
 template <class R> using WideOf = std::conditional_t<sizeof(R) == 4, double, long double>;
 // Whether a mean of squares, plus eps, tells that none of the squares overflowed, and none that matters vanished.
 template <class R>

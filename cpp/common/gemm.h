@@ -6,18 +6,18 @@
 //   same wherever the element lies, so a packed matrix serves as A either way:
 //     A = M     rows of the tile are rows of M, the depth runs along its columns (panel after panel)
 //     A = M^T   rows of the tile are columns of M, the depth runs along its rows (within one panel)
-//   Tile: 8 rows x 3 vectors with AVX-512 (24 sums, 3 of B, the rest for A), 4 x 3 with AVX2, 4 x 2 without FMA, 8 x 2 of
-//   float and 4 x 2 of double on Arm. The panel at the right edge uses as many vectors as it needs, with AVX-512 in tiles
-//   of as many sums where there are rows enough, 12 x 2 and 24 x 1. Rows are padded to kTileRows, the depth to a unit.
+//   Tile: 8 rows x 3 vectors with AVX-512 (24 sums, 3 of B, the rest for A), 4 x 3 with AVX2, 4 x 2 without FMA, 8 x 2
+//   of float and 4 x 2 of double on Arm. The panel at the right edge uses as many vectors as hold columns; with AVX-512
+//   and rows enough its tiles, too, have 24 sums, 12 x 2 or 24 x 1. Rows are padded to kTileRows, the depth to a unit.
 //
 //   A unit is what one lane multiplies in one step: one element of the compute type, or, where the CPU has AVX512-BF16,
 //   a pair of bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns
 //   for A = M, along the rows for A = M^T and B. With one element to a unit the two formats are the same.
 //
 //   With AMX a tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 bfloat16. B
-//   is packed as above; A has panels of 32 columns, so that a tile register is one stream of 1 KiB, and there is no
-//   A = M^T: where that is needed the transposed product is made instead. Tile: 16 rows x 3 registers. Both operands are
-//   zero where the depth is padded to 32.
+//   has panels of kTileColumns columns; A has panels of 32, so that a tile register is one stream of 1 KiB. There is no
+//   A = M^T: a caller that needs it makes the transposed product instead. Tile: 16 rows x 3 registers. Both operands
+//   are zero where the depth is padded to 32.
 #pragma once
 
 #include <type_traits>
@@ -50,7 +50,7 @@ template <class U> inline constexpr bool kUsesAmx = false;
 inline constexpr int kRowPadding = kRegisters == 32 ? 8 : 4;
 #endif
 
-inline constexpr bool kWide = kVectorBytes == 64;  // with 32 registers, which Arm has of 16 bytes each
+inline constexpr bool kWide = kVectorBytes == 64;  // AVX-512; Arm's 32 registers have 16 bytes each
 template <class U>
 inline constexpr int kTileRows = kUsesAmx<U> ? 16 : kWide || (kRegisters == 32 && sizeof(U) == 4) ? 8 : 4;
 inline constexpr int kTileVectors = kVectorBytes >= 32 ? 3 : 2;
@@ -67,7 +67,7 @@ constexpr int vectors_in_panel(int64_t columns, int64_t panel) {
   return static_cast<int>(left < kTileVectors ? left : kTileVectors);
 }
 
-// A packed matrix in memory owned by another. `rows` is a multiple of kRowPadding.
+// A packed matrix in memory that its maker owns. `rows` is a multiple of kRowPadding.
 template <class U, int kColumns = kTileColumns<U>>
 struct Packed {
   static_assert(kColumns % kTileRows<U> == 0 && kTileRows<U> % kUnitDepth<U> == 0 && kRowPadding % kDepthStep<U> == 0);
@@ -78,7 +78,7 @@ struct Packed {
 
   static int64_t size(int64_t rows, int64_t columns) { return rows * ceil_div(columns, kColumns) * kRowUnits; }
   MEGALODON_INLINE int64_t panel_units() const { return rows * kRowUnits; }
-  // Either format; where rows are paired, `row` is even.
+  // Row `row` of a panel, in either format; `row` is even where rows are paired.
   MEGALODON_INLINE U* at(int64_t panel, int64_t row) const { return data + panel * panel_units() + row * kRowUnits; }
 };
 template <class U> using PackedLeft = Packed<U, kLeftColumns<U>>;  // A = M
@@ -99,7 +99,7 @@ MEGALODON_INLINE Bits pair_units(Vec<float> low, Vec<float> high) {
 }
 #endif
 
-// The tiles of a product prefetch, each a part, the panel that B will be in the next one, whose depth is the same.
+// Each tile of a product prefetches a part of the panel that is B in the next product, which has the same depth.
 template <class U>
 struct Ahead {
   static constexpr int64_t kStepBytes = 16;  // for a step of the depth
@@ -163,15 +163,15 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
   }
 }
 
-// Rows that tall tiles make together, one of 24 x 1 or two of 12 x 2, and rows made next where `rows` are left: a
-// multiple of kTileRows, so that no tile reaches beyond the padding or into the next block.
+// kTallRows rows are made together, by one tile of 24 x 1 or two of 12 x 2. tile_rows() is the number of rows made next
+// where `rows` are left: a multiple of kTileRows, so that no tile reaches beyond the padding or into the next block.
 template <class U> inline constexpr int kTallRows = kTileRows<U> * (kWide ? kTileVectors : 1);
 template <class U>
 MEGALODON_INLINE int64_t tile_rows(int vectors, int64_t rows) {
   return vectors < kTileVectors && rows >= kTallRows<U> ? kTallRows<U> : kTileRows<U>;
 }
 
-// tile_rows() rows.
+// `rows` is tile_rows().
 template <bool kTransposeA, class U>
 MEGALODON_INLINE void multiply_tile(int vectors, int64_t rows, int64_t depth, const U* a, int64_t a_panel, const U* b,
                                     SumOf<U> gain, const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
@@ -194,11 +194,11 @@ MEGALODON_INLINE void multiply_tile(int vectors, int64_t rows, int64_t depth, co
 }
 
 #if defined(__AMX_BF16__)
-// Makes all tile registers 16 rows of 64 bytes for the thread that makes it, and gives them up at the end.
+// Makes all tile registers of the thread that constructs it 16 rows of 64 bytes; the destructor gives them up.
 class TileRegisters {
  public:
   TileRegisters() {
-    // Static, as the intrinsic does not tell the compiler that it reads all of it.
+    // The config is static, as the intrinsic does not tell the compiler that all of it is read.
     alignas(64) static constexpr struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -243,7 +243,7 @@ __attribute__((noinline)) void multiply_registers(int64_t depth, const Bf16Pair*
   if constexpr (kVectors > 2) _tile_stored(2, c + 32, kStride);
 }
 
-// In blocks of the depth, so that those of B stay in the nearest cache for all rows.
+// Goes through the depth in blocks, so that a block of B stays in the nearest cache for all rows.
 template <class Between>
 void multiply_rows_amx(int vectors, int64_t rows, int64_t depth, const Bf16Pair* a, int64_t a_panel, const Bf16Pair* b,
                        bool add, float* c, Between&& between) {
@@ -272,7 +272,7 @@ class TileRegisters {
 template <class... Arguments> void multiply_rows_amx(Arguments...) = delete;
 #endif
 
-// As factors of all rows of a tile. Static, as otherwise two versions of the module in one process would share one.
+// Factors of the rows of a tile, static, as otherwise two versions of the module in one process would share them.
 template <class R>
 static constexpr R kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 

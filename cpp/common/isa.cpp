@@ -22,7 +22,7 @@ constexpr const char* kNames[] = {
 #undef MEGALODON_STRING_OF_
 constexpr int kIsas = sizeof(kNames) / sizeof(kNames[0]);
 
-// Whether the processor has AMX with bfloat16 and the system lets this process use it, for which it must be asked.
+// Whether the processor has AMX with bfloat16 and the system, which must be asked, lets this process use AMX.
 bool amx_supported() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;

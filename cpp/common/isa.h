@@ -4,8 +4,9 @@
 #include "dtype.h"
 
 // The names double as namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v4 = AVX-512, v4_bf16 adds AVX512-BF16,
-// v4_amx adds AMX-BF16 to that. Every kernel is compiled for the lowest, and for those others that the table of kernels
-// in CMakeLists.txt lists. What is above v4 multiplies and rounds to bfloat16, so that code for it is of bfloat16 alone.
+// v4_amx adds AMX-BF16 to v4_bf16. Every kernel is compiled for the lowest level, and for the others that the table of
+// kernels in CMakeLists.txt lists. Levels above v4 add products of bfloat16 and rounding to it, so that code for them
+// is of bfloat16 alone, except in linear_amx_cpu.cpp.
 #if defined(__x86_64__)
 #define MEGALODON_LOWEST_ISA v2
 #define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) \
@@ -46,9 +47,9 @@ bool computes(Isa, const Params&) { return true; }
 // In a file of kernels: declares `name(const Params&)` in the namespace that the file is being compiled for.
 #define MEGALODON_CPU_KERNEL(name, Params) MEGALODON_DECLARE_IN_(MEGALODON_ISA, name, Params, MEGALODON_HIDDEN_)
 #else
-// Elsewhere: defines launch_<name>(params), which calls the kernel compiled for the active instruction set or, if there
-// is none for the parameters' dtype, for the next lower one. The linker gives null for the address of a weak function that
-// nothing defines; if the kernel is not defined for the lowest instruction set, it fails.
+// In other files: defines launch_<name>(params), which calls the kernel compiled for the active instruction set or, if
+// there is none for the parameters' dtype, for the next lower one. The linker gives null for the address of a weak
+// function that nothing defines; if the kernel is not defined for the lowest instruction set, it fails.
 #define MEGALODON_CPU_KERNEL(name, Params)                                                       \
   MEGALODON_DECLARE_IN_(MEGALODON_LOWEST_ISA, name, Params, MEGALODON_HIDDEN_)                   \
   MEGALODON_FOR_EACH_HIGHER_ISA(MEGALODON_DECLARE_IN_, name, Params, MEGALODON_WEAK_)            \

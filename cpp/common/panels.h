@@ -13,7 +13,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Whether all elements that it was shown are finite: the largest of their bits without the signs tells.
+// Tells whether all elements that see() was given are finite, from the largest of their bits without the signs.
 template <class T>
 class Finiteness {
   static constexpr bool kPairs = kUnitDepth<Unit<T>> == 2, kDouble = sizeof(T) == 8;
@@ -61,7 +61,7 @@ template <class U> using PackedLeftMatrix = PackedMatrix<U, kLeftColumns<U>>;
 #define MEGALODON_SHUFFLE_(a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
 #endif
 
-// Exchanges the blocks of `step` lanes off the diagonal: the high one of a with the low one of b.
+// Exchanges the blocks of `step` lanes off the diagonal: the high block of a with the low block of b.
 template <int step, class V, int... lane>
 MEGALODON_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, lane...>) {
   constexpr int n = sizeof...(lane);
@@ -81,7 +81,7 @@ MEGALODON_INLINE void transpose(Vec<R> (&row)[kLanes<R>]) {
   if constexpr (step > 1) transpose<R, step / 2>(row);
 }
 
-// Lane i of the result is the sum of the lanes of row[i], which are used up: sum_lanes of each, to the same bits.
+// Lane i of the result is the sum of the lanes of row[i], to the bits of sum_lanes(). The rows are overwritten.
 template <class R, int step = kLanes<R> / 2>
 MEGALODON_INLINE Vec<R> sum_rows(Vec<R> (&row)[kLanes<R>]) {
 #pragma GCC unroll 8
@@ -93,7 +93,7 @@ MEGALODON_INLINE Vec<R> sum_rows(Vec<R> (&row)[kLanes<R>]) {
   else return row[0];
 }
 
-// kLanes units of a row that has n elements left; beyond them is zero.
+// Loads kLanes units of a row that has n elements left, with zeros beyond the n.
 template <class T>
 MEGALODON_INLINE Vec<Compute<T>> load_units(const T* from, int64_t n) {
   if constexpr (kUnitDepth<Unit<T>> == 1) {
@@ -117,7 +117,7 @@ MEGALODON_INLINE void for_each_vector_of_row(Packed<U, kColumns> matrix, int64_t
   }
 }
 
-// Rows [begin, end) in the format for A = M.
+// Packs rows [begin, end) in the format for A = M.
 template <class T, class RowAt, class Watch = NotAsked>
 void pack_by_columns(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to,
                      Watch&& watch = {}) {
@@ -133,14 +133,14 @@ void pack_by_columns(int64_t begin, int64_t end, int64_t columns, RowAt&& row, P
   }
 }
 
-// Elements of two rows, one of which may be null, as pairs.
+// Elements of two rows as pairs; a null row counts as zero.
 template <class T>
 MEGALODON_INLINE Bits load_pairs(const T* even, const T* odd, int64_t n) {
   const Bits low = even ? bit_cast<Bits>(load_first(even, n)) >> 16 : Bits{};
   return odd ? low | bit_cast<Bits>(load_first(odd, n)) : low;
 }
 
-// Rows [begin, end) in the format for A = M^T and for B. Where rows are paired both bounds are even.
+// Packs rows [begin, end) in the format for A = M^T and for B. Where rows are paired both bounds are even.
 template <class T, class RowAt, class Watch = NotAsked>
 void pack_by_rows(int64_t begin, int64_t end, int64_t columns, RowAt&& row, Packed<Unit<T>> to, Watch&& watch = {}) {
   using U = Unit<T>;
@@ -158,8 +158,8 @@ void pack_by_rows(int64_t begin, int64_t end, int64_t columns, RowAt&& row, Pack
   }
 }
 
-// The transpose of the rows [begin, end), in the format for B: row r becomes column r, the columns become the depth.
-// begin is a multiple of the vector.
+// Packs the transpose of the rows [begin, end) in the format for B: row r becomes column r, the columns become the
+// depth. begin is a multiple of kLanes.
 template <class T, class RowAt>
 void pack_transposed(int64_t begin, int64_t end, int64_t columns, RowAt&& row, Packed<Unit<T>> to) {
   using U = Unit<T>;
@@ -191,8 +191,8 @@ void pack_transposed(int64_t begin, int64_t end, int64_t columns, RowAt&& row, P
   }
 }
 
-// The same in the format for A = M: the columns become rows. begin is a multiple of kDepthStep, up to which rows beyond
-// end are zero.
+// Packs the transpose of the rows [begin, end) in the format for A = M: columns become rows. begin is a multiple of
+// kDepthStep; rows from end to the next multiple count as zero.
 template <class T, class RowAt, class Watch = NotAsked>
 void pack_transposed_left(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to,
                           Watch&& watch = {}) {
@@ -214,7 +214,8 @@ void pack_transposed_left(int64_t begin, int64_t end, int64_t columns, RowAt&& r
   }
 }
 
-// An element of a packed matrix whose rows are the depth: in the format for A = M^T and B, and in that for A = M.
+// An element of a packed matrix: element_by_rows() reads the format for A = M^T and B, element_by_columns() the one for
+// A = M.
 template <class U, int kColumns>
 MEGALODON_INLINE SumOf<U> element_by_rows(Packed<U, kColumns> matrix, int64_t row, int64_t column) {
   const int64_t panel = column / kColumns, at = column % kColumns;
@@ -228,7 +229,7 @@ MEGALODON_INLINE SumOf<U> element_by_columns(PackedLeft<U> matrix, int64_t row, 
   else return widen(reinterpret_cast<const bf16*>(matrix.at(panel, row))[at]);
 }
 
-// Adds weight times a row of `columns` elements, of which panel `panel` has its own, to row `row` of sums.
+// Adds weight times a row of `columns` elements to row `row` of sums, in panel `panel` alone.
 template <class T, class R = Compute<T>>
 void add_to_row(Packed<R> sums, int64_t panel, int64_t row, R weight, const T* from, int64_t columns) {
   const int64_t first = panel * kTileColumns<R>, n = columns - first < kTileColumns<R> ? columns - first : kTileColumns<R>;
@@ -247,7 +248,7 @@ void add_to_column(Packed<R> sums, int64_t column, R weight, const T* from, int6
   }
 }
 
-// Row `row` of sums, times gain, to `to`.
+// Writes row `row` of `from`, times gain, to `to`.
 template <class T>
 void unpack_row(Packed<Compute<T>> from, int64_t row, int64_t columns, Compute<T> gain, T* to) {
   using R = Compute<T>;
@@ -258,8 +259,8 @@ void unpack_row(Packed<Compute<T>> from, int64_t row, int64_t columns, Compute<T
   }
 }
 
-// Column `column` + i of sums, times gain[i], to row(i), for i < n: `column` is a multiple of the vector, n at most one.
-// A null row is left out.
+// Writes column `column` + i of `from`, times gain[i], to row(i) for i < n, unless row(i) is null. `column` is a
+// multiple of kLanes, and n <= kLanes.
 template <class T, class RowAt>
 void unpack_columns(Packed<Compute<T>> from, int64_t column, int64_t n, int64_t rows, Vec<Compute<T>> gain, RowAt&& row) {
   using R = Compute<T>;

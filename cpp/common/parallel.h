@@ -53,16 +53,16 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
-// In which order jobs begin. `forward` and `backward`: that of their numbers, so that one may wait for those before it.
-// `shares`: each thread has neighbouring ones, and when it is done helps the next thread. Where jobs read memory from
-// end to end, processors then fetch no lines ahead that another thread reads.
+// The order in which jobs begin. `forward` and `backward`: the order of their numbers, so that a job may wait for those
+// before it. `shares`: each thread has neighbouring jobs, and a thread that has done its own helps the next thread.
+// Where jobs read memory from end to end, `shares` keeps processors from fetching ahead what another thread reads.
 enum class Order { forward, backward, shares };
 
-// Calls body(job) for every job in [0, jobs), each thread its own body = make(). The caller makes them all before the
-// threads start, as what make() and only make() allocates may be too much; a body may neither allocate nor throw. What
-// must be made on the thread itself, and goes when it is done, are the Guards. If all jobs run at once, job i is on
-// thread i: what it touches may still be in that core's cache from the call before. Which thread runs a job must not
-// change its result. `work` is a rough count of operations: little work stays on the caller.
+// Calls body(job) for every job in [0, jobs), each thread its own body = make(). The caller makes all bodies before
+// the threads start, as make() may throw where it allocates; a body may neither allocate nor throw. The Guards are made
+// on each thread itself, and go when the thread is done. If all jobs run at once, job i is on thread i: what the job
+// touches may still be in that core's cache from the call before. Which thread runs a job must not change the job's
+// result. `work` is a rough count of operations: little work stays on the caller.
 template <class... Guards, class Make>
 void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::forward) {
   constexpr double kWorkWorthAThread = 4e4;
@@ -78,7 +78,7 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::
   }
   struct Worker {
     alignas(64) decltype(make()) body;
-    alignas(64) int64_t begun = 0;  // of its share, or on the first worker of all jobs
+    alignas(64) int64_t begun = 0;  // jobs of the worker's share, or in workers[0] of all jobs
     int64_t next() { return __atomic_fetch_add(&begun, 1, __ATOMIC_RELAXED); }
   };
   std::vector<Worker> workers;

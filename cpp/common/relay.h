@@ -8,12 +8,12 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Which places of an order are done. They begin in order or all at once, so that waiting for an earlier one always
-// ends.
+// Tells which places of an order are done. Places begin in order or all at once, so that waiting for an earlier place
+// always ends.
 class Milestones {
  public:
   explicit Milestones(int64_t places) : done_(places) { forget(places); }
-  // The first `places` are not done.
+  // Marks the first `places` as not done.
   void forget(int64_t places) { std::memset(done_.get(), 0, static_cast<size_t>(places) * sizeof(int64_t)); }
   void publish(int64_t place) { __atomic_store_n(&done_[place], 1, __ATOMIC_RELEASE); }
   void wait(int64_t place) const {

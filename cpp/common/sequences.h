@@ -6,11 +6,12 @@
 namespace megalodon {
 
 // Sequence s holds the tokens [begin(s), end(s)). Sequences are in order and do not overlap; tokens in none of
-// them are padding. Dense: cu_seqlens and lengths are null and S = B. Right-padded: lengths (S). Packed: cu_seqlens (S + 1).
+// them are padding. Dense: cu_seqlens and lengths are null and S = B. Right-padded: lengths (S). Packed:
+// cu_seqlens (S + 1).
 //
-// On a GPU nobody has looked at the numbers before a kernel does. Whatever they are, 0 <= begin(s) <= end(s) <= T: an
-// offset beyond the row counts as the row's end, and a sequence that would end before it begins is empty. Offsets that
-// decrease may give two sequences one token, whose results are then either's.
+// On a GPU nobody has checked cu_seqlens and lengths before a kernel reads them. Whatever they hold,
+// 0 <= begin(s) <= end(s) <= T: an offset beyond the row counts as the row's end, and a sequence that would end before
+// it begins is empty. Offsets that decrease may give two sequences one token, whose results are then either's.
 struct Sequences {
   int64_t count;                        // S
   int64_t tokens;                       // T = B * L
@@ -35,7 +36,8 @@ struct Sequences {
     return n < least ? least : n > most ? most : n;
   }
 
-  // Cuts the tokens [from, to) into runs, in order: f(s, begin, end) for each part of a sequence, f(-1, begin, end) for padding.
+  // Cuts the tokens [from, to) into runs, in order: f(s, begin, end) for each part of a sequence, f(-1, begin, end) for
+  // padding.
   MEGALODON_NO_EXEC_CHECK
   template <class F>
   MEGALODON_INLINE void for_each_run(int64_t from, int64_t to, F&& f) const {

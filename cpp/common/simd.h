@@ -78,8 +78,8 @@ MEGALODON_INLINE Vec<float> widen_bf16(Half h) { return bit_cast<Vec<float>>(wid
 MEGALODON_INLINE Half narrow_bf16(Vec<float> v) {
   const Bits bits = bit_cast<Bits>(v);
 #if defined(__AVX512BF16__)
-  // The instruction rounds the same way, but takes denormals for zero whatever the mode. Where the mode does too, the
-  // class finds none.
+  // The instruction rounds to nearest, ties to even, but takes denormals for zero whatever the mode. In a mode that
+  // does so too, fpclass finds none.
   constexpr int kDenormal = 0x20;
   if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(v), kDenormal) == 0, 1))
     return bit_cast<Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
@@ -132,7 +132,7 @@ MEGALODON_INLINE void store(double* to, Vec<double> v) { store_raw(to, v); }
 MEGALODON_INLINE void store(bf16* to, Vec<float> v) { store_raw(to, narrow_bf16(v)); }
 MEGALODON_INLINE void store(fp16* to, Vec<float> v) { store_raw(to, narrow_f16(v)); }
 
-// The same for the first n lanes, n in [0, kLanes]; the other lanes load zero and are not stored.
+// load_first(), store_first(): the first n lanes, n in [0, kLanes]; the lanes after them load zero and are not stored.
 #if defined(__AVX512BW__)
 MEGALODON_INLINE Vec<float> load_some(const float* from, uint32_t lanes) {
   return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from));
@@ -207,7 +207,7 @@ MEGALODON_INLINE Vec<float> load_splat(const bf16* from) {
   return bit_cast<Vec<float>>(Bits{} + (static_cast<uint32_t>(from->bits) << 16));
 }
 
-// One element.
+// Converts one element.
 template <class T>
 MEGALODON_INLINE Compute<T> widen(T value) {
   if constexpr (sizeof(T) >= 4) return value;

@@ -131,7 +131,7 @@ void TensorView::read_attributes(py::handle object) {
 }
 
 void TensorView::check_memory() const {
-  // Such a tensor has the address null plus its offset; no system maps the first 64 KiB.
+  // A tensor without storage has the address null plus its offset; no system maps the first 64 KiB.
   constexpr uintptr_t kLeastAddress = 1 << 16;
   if (reinterpret_cast<uintptr_t>(data_) < kLeastAddress && elements() > 0)
     fail("in memory, got a tensor whose storage was resized to 0 bytes", "resize it back first");
@@ -240,7 +240,7 @@ void MemoryRanges::add_update(const TensorView& before, const TensorView& after)
 
 void MemoryRanges::check() {
   std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  const Range *read = nullptr, *written = nullptr;  // those that reach the farthest so far
+  const Range *read = nullptr, *written = nullptr;  // the ranges that reach the farthest so far
   for (const Range& range : ranges_) {
     const Range* const other = written && range.begin < written->end                 ? written
                                : range.written && read && range.begin < read->end ? read

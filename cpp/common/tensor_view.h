@@ -16,7 +16,8 @@ namespace megalodon {
 
 enum class Scalar { f32, f64, bf16, f16, c64, c128, i64, other };
 
-// A contiguous tensor on the module's target, or the absence of one (None). Every check names the op, the argument, what was expected and what came.
+// A contiguous tensor on the module's target, or the absence of one (None). Every check names the op, the argument,
+// what was expected and what came.
 class TensorView {
  public:
   TensorView(const char* op, const char* name, py::handle object);
@@ -46,7 +47,7 @@ class TensorView {
   void absent(const char* needed) const;
   // The tensor must have the shape and dtype of `other`.
   const TensorView& like(const TensorView& other) const;
-  // One of float32, float64, bfloat16, float16.
+  // The dtype must be float32, float64, bfloat16 or float16.
   DType floating() const;
 
   const char* op() const { return op_; }
@@ -54,9 +55,9 @@ class TensorView {
   [[noreturn]] void fail(const std::string& expected, const std::string& fix = "") const;
 
  private:
-  bool read_dlpack(py::handle object);  // false: something is not as it should be, or cannot be told
+  bool read_dlpack(py::handle object);  // false: no exchange, or a tensor that fails a check
   void read_attributes(py::handle object);
-  void check_memory() const;  // not that of a storage that was resized to nothing
+  void check_memory() const;  // fails if the storage was resized to nothing
   std::string shape_text() const;
 
   static constexpr int kMaxRank = 8;
@@ -70,11 +71,11 @@ class TensorView {
   std::string dtype_text_;
 };
 
-// The memory of a kernel's tensors, of which those that it writes may lie over no other.
+// The memory of a kernel's tensors. A tensor that the kernel writes may overlap no other.
 class MemoryRanges {
  public:
   void add(const TensorView& tensor, bool written);
-  // A tensor that is read, and then `after`, which is written and may be the very same: in place.
+  // Adds `before`, which is read, and `after`, which is written and may be the very same memory: in place.
   void add_update(const TensorView& before, const TensorView& after);
   // Raises where a tensor that is written shares memory with another.
   void check();

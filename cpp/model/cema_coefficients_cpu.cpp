@@ -2,12 +2,12 @@
 //
 //   p = s(alpha);  r = 1 - p s(delta);  t_n = s(theta) n / N;  q = r e^(2 pi i t);  scaled = gamma / sqrt(N)
 //
-// Backward, which computes them again, with (a, b) = dq e^(-2 pi i t):
+// Backward, which computes p, r and t again, with (a, b) = dq e^(-2 pi i t):
 //   dp += -a s(delta);  dalpha = dp p (1 - p);  ddelta = -a p s(delta) (1 - s(delta))
 //   dtheta = s(theta) (1 - s(theta)) sum_n b r 2 pi n / N;  dgamma = dscaled / sqrt(N)
 //
-// A job is a block of channels. Their s(theta) come first, a vector of channels at a time, then each channel's modes.
-// The phase is kept in turns: taking whole quarters off is exact, which it is not in radians.
+// A job is a block of channels. The block's s(theta) come first, a vector of channels at a time, then each channel's
+// modes. The phase is kept in turns, off which whole quarters are taken exactly; in radians they would not be.
 
 #include "cema_coefficients.h"
 
@@ -72,7 +72,7 @@ void for_each_block(const CemaCoefficientsParams& p, Body&& body) {
   });
 }
 
-// Of modes n + 1, n + 2, ..., the first `count` lanes: what both directions need.
+// What forward and backward need of modes n + 1, n + 2, ..., in the first `count` lanes.
 template <class R>
 struct Modes {
   MEGALODON_INLINE Modes(const CemaCoefficientsParams& params, R theta, int64_t at, int64_t n, int64_t count)
@@ -128,7 +128,7 @@ void backward(const CemaCoefficientsBwdParams& params) {
         const int64_t at = d * N + n, count = std::min(N - n, int64_t{kLanes<R>});
         const Modes<R> m(params, s, at, n, count);
         const Complex<R> g = load_complex(dq + 2 * at, count);
-        const Vec<R> along = g.re * m.phase.cos + g.im * m.phase.sin;  // what moves the radius
+        const Vec<R> along = g.re * m.phase.cos + g.im * m.phase.sin;  // a: the gradient of r
         const Vec<R> across = g.im * m.phase.cos - g.re * m.phase.sin;
         store_first(dalpha + at, (load_first(dp + at, count) - along * m.delta) * (m.p * (1 - m.p)), count);
         store_first(ddelta + at, -along * m.p * (m.delta * (1 - m.delta)), count);

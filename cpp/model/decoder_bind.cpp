@@ -1,5 +1,5 @@
-// A few tokens through a model on the CPU, as in decoding: the kernels that its layers call one by one, with nothing in
-// between. A decoder is made once from the configuration and the model's tensors by name; it writes the state in place.
+// Takes a few tokens through a model on the CPU, as in decoding: the kernels of its layers run one by one, with nothing
+// in between. A decoder is made once, from the configuration and the model's tensors by name; it updates the state.
 
 #include <cstdlib>
 #include <deque>
@@ -88,7 +88,7 @@ class Tensors {
   std::deque<std::string> names_;  // to which the views point
 };
 
-// What one kernel hands to the next, for as many tokens as a call may have. Every block uses the same.
+// What one kernel hands to the next, for as many tokens as a call may have. All blocks share these buffers.
 struct Activations {
   Activations(const Sizes& s, Arena& arena) {
     const auto rows = [&](int64_t columns) { return arena(s.max_tokens * columns * s.element()); };
@@ -252,7 +252,7 @@ class Block {
   }
 
  private:
-  // Once, as they are those of all tokens.
+  // Runs once, as all tokens share the coefficients.
   void make_coefficients(Tensors& tensors, const std::string& name, Arena& arena) {
     CemaCoefficientsFwdParams p{};
     p.dtype = s.dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -309,8 +309,8 @@ Sizes sizes_of(py::handle config, DType dtype, int64_t batch, int64_t max_tokens
           integer(config, "ffn_hidden_dim"), integer(config, "chunk_size"), config.attr("norm_eps").cast<double>()};
 }
 
-// The layers [first, end) of a model; `embeds`: the embedding before them; `writes_logits`: final norm and output matrix
-// after them. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).
+// The layers [first, end) of a model; `embeds`: the embedding before them; `writes_logits`: final norm and output
+// matrix after them. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).
 class Decoder {
  public:
   Decoder(py::object config, py::dict tensors, py::object rotary, py::object like, int64_t batch, int64_t max_tokens,

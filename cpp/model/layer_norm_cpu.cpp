@@ -10,7 +10,7 @@
 //   1. sums x: its mean, rounded, is `high` (layer norm alone);
 //   2. sums d = x - high and d^2, which give what the mean lacks, `low`, and r; backward: also e and e d;
 //   3. writes y, or dx and adds to the block's dweight and dbias, R.
-// Meanwhile what comes next is fetched: in 2 the row of y or dx, whose stores would hold up those of the sums, in 3 the next row.
+// Step 2 also prefetches the row of y or dx, whose stores would hold up the stores of sums, and step 3 the next row.
 // The mean in two parts keeps rows accurate whose mean is far larger than their spread. Blocks add their dweight and
 // dbias to one of at most kParts sums in double, each over neighbouring blocks in order; the parts are added in order.
 //
@@ -64,7 +64,7 @@ struct Statistics {
   MEGALODON_INLINE Vec<R> normalize(Vec<R> x) const { return ((x - high) - low) * rstd; }
 };
 
-// 1 + weight, or what stands for it.
+// 1 + weight, or 1 where weight is null.
 template <class R>
 void fill_gain(const LayerNormParams& p, R* gain) {
   const R* weight = static_cast<const R*>(p.weight);
@@ -82,7 +82,7 @@ MEGALODON_INLINE Compute<T> rounded_mean(const LayerNormParams& p, const T* x) {
   return sum[0] / static_cast<R>(p.channels);
 }
 
-// From the sums of d = x - high and d^2. rstd is 0 where squares left the range of R.
+// Statistics from the sums of d = x - high and d^2. rstd is 0 where squares left the range of R.
 template <class R>
 MEGALODON_INLINE Statistics<R> statistics(const LayerNormParams& p, R high, R sum, R squares) {
   const R D = static_cast<R>(p.channels), low = p.is_rms_norm ? 0 : sum / D, var = squares / D - low * low;
@@ -90,7 +90,7 @@ MEGALODON_INLINE Statistics<R> statistics(const LayerNormParams& p, R high, R su
   return {high, low, squares_in_range(shifted) ? 1 / std::sqrt(shifted) : 0};
 }
 
-// The same in a wider type, and the means of e and e xn, which only the backward has.
+// Statistics computed in a wider type, and the means of e and e xn, which only the backward has.
 template <class R>
 struct WideStatistics {
   Statistics<R> of_x;

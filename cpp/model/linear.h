@@ -18,7 +18,7 @@ struct LinearFewRowsParams {
   void* y;             // (T, O)
 };
 
-// y = x weight^T + bias, or y += that. Each matrix is contiguous.
+// y = x weight^T + bias, plus y where `add`. Each matrix is contiguous.
 struct LinearManyRowsParams {
   DType dtype;      // of all tensors: f32, bf16 or f16, with AMX f32 alone; sums are float
   bool y_is_float;  // whatever dtype is

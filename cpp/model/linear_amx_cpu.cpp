@@ -1,22 +1,22 @@
-// float32 products on AMX, which multiplies bfloat16. A number is the sum of three of those, which hold its 24 bits:
+// float32 products on AMX, which multiplies bfloat16. A number is the sum of three bfloat16, which hold its 24 bits:
 //
 //   a = a0 + a1 + a2:  a0 = a to 8 bits, |a - a0| <= 2^-8 |a|;  a1 = the next 8 bits, |a2| < 2^-16 |a|
 //   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + less than 2^-22 |a b|, 2^-26 in the mean square
 //
 // (Henry, Tang and Heinecke 2019, arXiv 1904.06376). a0 is rounded to the nearest, so that what is left out has either
 // sign. The six products are exact, and an instruction adds those of 32 steps of the depth to a sum at once, which is
-// thus rounded less often than by multiply-adds. Six products at 16 times the rate of float32 leave 2.7.
+// thus rounded less often than by multiply-adds. Six products at 16 times float32's rate leave 2.7 times that rate.
 //
-// An infinity gives NaN, as does what bfloat16 rounds to one, from 2^128 (1 - 2^-9) on; a number below 2^-110 loses low
-// bits, as bfloat16 has float32's exponents and the instruction takes denormals for zero.
+// An infinity gives NaN, as does a number that bfloat16 rounds to infinity, from 2^128 (1 - 2^-9) on; a number below
+// 2^-110 loses low bits, as bfloat16 has float32's exponents and the instruction takes denormals for zero.
 //
 // Matrices are packed in slices of 16 rows (of x and of weight), a slice in steps of 32 of the depth, a step in three
-// tiles of 1 KiB, one for each part. A tile of x has its rows. One of weight has pairs of the depth for rows, as a
-// right operand must: 16 rows of weight lie side by side. The pairs are steps d and d + 16, of both.
+// tiles of 1 KiB, one for each part. The rows of a tile of x are rows of x. The rows of a tile of weight are pairs of
+// the depth, as in any right operand: 16 rows of weight lie side by side. In both tiles a pair is steps d and d + 16.
 //
 // A job owns kRows rows of y, or some columns of them. For each kDepth of the depth it packs its rows of x, which stay
-// in the L2, and for each kColumns columns the weights, and makes squares of 2 x 2 tiles of y: 24 products and 16 loads
-// of tiles a step. Sums follow the order of the depth, whoever runs a job.
+// in the L2, and for each kColumns columns the weights, and makes squares of 2 x 2 tiles of y: 24 products and 14 loads
+// of tiles a step. Sums follow the order of the depth, whichever thread runs a job.
 
 #include "linear.h"
 
@@ -35,8 +35,8 @@ constexpr int64_t kTileUnits = kSide * kSide;  // Bf16Pair
 constexpr int64_t kStepUnits = kParts * kTileUnits;
 constexpr int64_t kRows = 256, kColumns = 64, kDepth = 512;  // with three parts, 0.75 MiB of x and 0.2 MiB of weights
 
-// What a thread packs, in one huge page: where small pages happen to lie, some of those that
-// the L2 should hold would take each other's place in it.
+// Memory for what a thread packs, in one huge page: of small pages, which may lie anywhere, some of those that the L2
+// should hold would take each other's place in the L2.
 struct Workspace {
   static constexpr size_t kBytes = kHugePage;
   static constexpr int64_t kLeft = kRows / kSide * (kDepth / kStep) * kStepUnits;
@@ -66,7 +66,7 @@ Workspace kept_workspace(size_t helper) {
   return Workspace(pages[helper].get());
 }
 
-// A whole step of a slice. Element (r, d) lies at r stride + d or, if transposed, at d stride + r.
+// Packs a whole step of a slice. Element (r, d) lies at r stride + d or, if transposed, at d stride + r.
 template <bool transposed>
 void split_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
   Vec<float> low[kSide], high[kSide];  // of the depth
@@ -97,13 +97,13 @@ struct Matrix {
   int64_t rows, depth;
   bool transposed;
 
-  // Slices from `row` to `end`, in whole squares, and `steps` of the depth from `first` on; zeros beyond the matrix.
+  // Packs slices from `row` to `end`, in whole squares, `steps` of the depth from `first` on; zeros beyond the matrix.
   void pack(int64_t row, int64_t end, int64_t first, int64_t steps, bool left, Bf16Pair* to) const {
     const int64_t slices = round_up(end - row, kSquare) / kSide;
     const auto pack_one = [&](int64_t slice, int64_t step) {
       pack_step(row + slice * kSide, first + step * kStep, left, to + (slice * steps + step) * kStepUnits);
     };
-    // In the order of memory.
+    // Packs in the order of memory.
     if (transposed)
       for (int64_t step = 0; step < steps; ++step)
         for (int64_t slice = 0; slice < slices; ++slice) pack_one(slice, step);

@@ -2,13 +2,13 @@
 //
 //   y_to = sum_i x_ti w_oi + b_o
 //
-// A thread owns neighbouring rows of the weights, which it streams without a pause and far from what the others read: of
-// shares that alternate, processors fetch some lines twice. It walks along one row at once, or with several rows of x,
-// which stay in L1 or L2, along kTogether: each vector that is loaded serves many sums, in registers. The order of a sum
-// depends on I, the vector and the number of rows alone.
+// A thread owns neighbouring rows of the weights, which it streams without a pause and far from what other threads
+// read: if shares alternated, processors would fetch some lines twice. A thread walks along one row at once or, with
+// several rows of x, which stay in L1 or L2, along kTogether: each vector that is loaded serves many sums, in
+// registers. The order of a sum depends on I, the vector and the number of rows alone.
 //
-// The transposed copy takes squares of kLanes^2, in bands of kBand rows of x. It is streamed at any size: the rows of y
-// are far apart, often by a power of two, so that lines kept in a cache would drive each other out.
+// The transposed copy takes squares of kLanes^2, in bands of kBand rows of x. y is streamed at any size: its rows are
+// far apart, often by a power of two, so that lines kept in a cache would drive each other out.
 
 #include "linear.h"
 
@@ -35,7 +35,7 @@ struct Factors {
   MEGALODON_INLINE Vec<R> times(const Factors& other, Vec<R> sum) const { return sum + values * other.values; }
 };
 #if defined(__AVX512BF16__)
-// Pairs, whose products are exact. Denormal ones count as zero.
+// Pairs of bfloat16, whose products are exact. Denormals count as zero.
 template <>
 struct Factors<bf16> {
   static constexpr int64_t kCount = 2 * kLanes<float>;
@@ -58,7 +58,7 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
   constexpr int chains = kRegisters / 2 / (rows * outputs);
   const T* x = static_cast<const T*>(p.x) + row * p.inputs;
   const T* weight = static_cast<const T*>(p.weight) + output * p.inputs;
-  // Several rows at once: what follows the last of them, unless that is far away.
+  // Several rows at once prefetch the next group of rows, or less far if the group is long.
   const int64_t group = outputs * p.inputs * static_cast<int64_t>(sizeof(T));
   const int64_t ahead = outputs == 1 ? kAhead : std::min(4 * kAhead, group);
   Vec<R> sums[chains][rows][outputs] = {};

@@ -3,10 +3,10 @@
 //   y_to (+)= sum_i x_ti w_oi + b_o
 //
 // The weights are packed a block of at most kColumns outputs and kDepth inputs at a time, by all threads together, and
-// stay in the last cache. Then a job packs as much of the depth of some rows of x, which stay in the L2, and meets them
-// with the panels of the block (gemm.h): a tile is made in registers and put to y. What is deeper than a block is
-// summed up in y, or, where that is shorter than float, beside it for kSumRows rows of y at a time. A sum is one of
-// runs of kRunDepth, in the order of the depth, whoever runs a job.
+// stay in the last cache. Then a job packs the block's inputs of some rows of x, which stay in the L2, and multiplies
+// them by the panels of the block (gemm.h): a tile is made in registers and put to y. Products deeper than a block are
+// summed up in y, or, where y is shorter than float, in a buffer for kSumRows rows of y at a time. A sum adds up runs
+// of kRunDepth in the order of the depth, whichever thread runs a job.
 
 #include "linear.h"
 
@@ -17,7 +17,8 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-// Of the product: `rows` rows of y from `row` on, `columns` outputs from `column` on, `depth` inputs from `first` on.
+// A part of the product: `rows` rows of y from `row` on, `columns` outputs from `column` on, `depth` inputs from
+// `first` on.
 struct Block { int64_t row, rows, column, columns, first, depth; };
 
 // What a tile is added to, and where it is put.
@@ -30,8 +31,8 @@ struct Place {
   bool add, first, last;
 };
 
-// Memory for packed operands and sums that a calling thread keeps from call to call, for itself (0) and its helpers. Its
-// size depends on U and the purpose alone.
+// Memory for packed operands and sums that a calling thread keeps from call to call, for itself (0) and its helpers.
+// Its size depends on U and the purpose alone.
 enum class For { weights, x, sums };
 template <class U, For purpose>
 U* kept(int64_t rows, int64_t columns, size_t helper = 0) {
@@ -48,7 +49,7 @@ class Product {
   static constexpr int kWidth = kTileColumns<U>, kHeight = kTileRows<U>, kLanes = MEGALODON_ISA::kLanes<float>;
   static constexpr int64_t kDepth = 1280 * kUnitDepth<U>, kColumns = 2112, kSumRows = 1152;
   static constexpr int64_t kRows = 144, kLeastRows = 24;  // of a job
-  // So much of a float32 product is summed up by itself, so that rounding errors grow with the root of the depth.
+  // A float32 product is summed up in runs of this depth, so that rounding errors grow with the root of the depth.
   static constexpr int64_t kRunDepth = std::is_same_v<T, float> ? 288 : kDepth;
   static_assert(kColumns % kWidth == 0 && kRows % kWidth == 0 && kRows % kTallRows<U> == 0);
   static_assert(kRunDepth % kWidth == 0 || kRunDepth == kDepth);
@@ -77,7 +78,7 @@ class Product {
     return all > 0 ? round_up(ceil_div(all, ceil_div(all, most)), unit) : unit;
   }
 
-  // So that the threads' shares are as even as can be.
+  // Makes the threads' shares as even as can be.
   static int64_t rows_of_job(int64_t rows, int64_t threads) {
     const auto longest_share = [&](int64_t each) { return ceil_div(ceil_div(rows, each), threads) * each; };
     int64_t best = kRows;
@@ -109,7 +110,7 @@ class Product {
     });
   }
 
-  // Where the sums of a block of y gather that is not deep enough yet. Null: they are whole at once.
+  // Where the sums gather if the product is deeper than a block. Null: the sums are whole at once.
   float* sums_of(const Block& block) const {
     if constexpr (kSumsInY) {
       return y_ + block.row * p.outputs + block.column;
@@ -117,7 +118,7 @@ class Product {
       return block.depth < p.inputs ? kept<float, For::sums>(kSumRows, kColumns + kLanes) : nullptr;
     }
   }
-  // Beside y no power of two, whose rows would take each other's place in a cache.
+  // Outside y a vector is added, as rows a power of two apart would take each other's place in a cache.
   int64_t sums_stride(const Block& block) const {
     return kSumsInY ? p.outputs : round_up(block.columns, kLanes) + kLanes;
   }
@@ -137,7 +138,7 @@ class Product {
     });
   }
 
-  // As A = M^T where x is transposed.
+  // x becomes A = M^T where it is transposed.
   void pack_x(const Block& block, Panels to) const {
     const auto input = [&](int64_t i) {
       return i < block.depth ? x_ + (block.first + i) * p.rows + block.row : nullptr;
@@ -149,7 +150,7 @@ class Product {
     else pack_by_columns<T>(0, round_up(block.rows, kHeight), block.depth, token, to);
   }
 
-  // The rows of the block with the panels [panel, last) of its columns.
+  // Multiplies the rows of the block by the panels [panel, last) of its columns.
   void multiply_panels(const Block& block, Panels x, Panels weights, int64_t panel, int64_t last, float* sums) const {
     alignas(64) float tile_sums[kTallRows<U> * kWidth];
     for (const int64_t begin = panel; panel < last; ++panel) {

@@ -1,4 +1,4 @@
-// The sum at the end of a block's halves on the CPU: y = x + scale (a + b), rounded after each operation as torch's are.
+// The sum at the end of a block's halves on the CPU: y = x + scale (a + b), rounded after each operation as in torch.
 #pragma once
 
 #include "dtype.h"
