@@ -7,7 +7,7 @@ namespace megalodon {
 namespace {
 
 
-// Checks and fills what the forward and the backward share; returns x.
+// Checks and fills the parameters that the forward and the backward share; returns x.
 TensorView fill(CemaParams& params, py::handle x_, py::handle p_, py::handle q_, py::handle gamma_, py::handle omega_,
                 py::handle state_, py::handle cu_seqlens, py::handle lengths) {
   const TensorView x("cema", "x", x_), p("cema", "p", p_), q("cema", "q", q_), gamma("cema", "gamma", gamma_);

@@ -9,24 +9,24 @@
 //
 // Forward, for each span, 32 steps, tile:
 //   for each 4 modes, scan the steps with the state in registers. The first of these passes reads the vectors of x, D
-//   elements apart, and copies them to a row of them (2 KB); the last writes y. Meanwhile the rows of x and y for the
-//   next 32 steps come to the L2, a line every few steps, and the coefficients and state of the next modes to the L1
-// Folded form, u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds a mode and step. A carried state is
-// divided by p only if no p is tiny; else the direct form runs (7). u may overflow where h does not, and then stays so:
-// a call in which the last u of some span is not finite is made once more, in the direct form.
+//   elements apart, and copies them to a contiguous tile (2 KB); the last pass writes y. Meanwhile rows of x and y for
+//   the next 32 steps come to the L2, a line every few steps, and coefficients and state of the next modes to the L1
+// The folded form has u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds a mode and step. A carried
+// state is divided by p only if no p is tiny; else the direct form runs (7 multiply-adds). u may overflow where h does
+// not, and then u stays so: a call in which the last u of some span is not finite is made again, in the direct form.
 //
 // Backward, with w = dh/dq and g = dL/dh; coefficients and states are conjugated, so that sums come out as gradients:
 //   1. upwards:    w_t = q w_{t-1} + h_{t-1};  sum dy w -> dq,  sum dy h -> dgamma, dp,  sum dy x -> domega
-//   2. downwards:  g_t = conj(q) g_{t+1} + conj(gamma) dy_t;  dx_t = sum_n p Re(g_t) + omega dy_t, which is the forward
-//                  scan over rows in reverse, folded likewise
+//   2. downwards:  g_t = conj(q) g_{t+1} + conj(gamma) dy_t;  dx_t = sum_n p Re(g_t) + omega dy_t; this is the forward
+//                  scan over rows in reverse, in folded form too
 //   3. add the groups' sums in order -> dp, dq, dgamma, domega
 // Since w runs forwards, nothing is stored for each step and scratch is O(D N) a group, at 18 multiply-adds a mode and
 // step; recomputing h under a reverse scan would take 20, and checkpoints. Sums go from R to double after each tile.
-// With a state or its gradient the direct forms run (21), and dp = sum x Re(g): no division, no cancellation. They also
-// run, once more, where a sum or the last u or g of some span is not finite.
+// With a state or its gradient the direct forms run (21 multiply-adds), and dp = sum x Re(g): no division, no
+// cancellation. The direct forms also run, once more, where a sum or the last u or g of some span is not finite.
 //
-// Pieces of sequences: every span scans from zero first (4 multiply-adds); h -> q^length h + local, merged along the
-// sequence in double, then gives each span the state it starts from and, downwards, its dstate_out.
+// Pieces of sequences: every span scans from zero first (4 multiply-adds); a merge along the sequence in double,
+// h -> q^length h + local, then gives each span the state it starts from and, downwards, its dstate_out.
 //
 // Short sequences, as in decoding: a lane is a mode, and states stay in their (D, N) order.
 //
@@ -52,7 +52,7 @@ constexpr double kFoldable = 0x1p-40;  // least p that a state is divided by
 
 double scan_work(const CemaParams& params) { return 6.0 * params.sequences.tokens * params.channels * params.modes; }
 
-// Short sequences: a lane is a mode of (channels, N), which need no copy to lanes.
+// Short sequences: a lane is a mode of (channels, N), so states and coefficients need no copy to lanes.
 template <class T>
 struct Stepper {
   using R = Compute<T>;
@@ -67,7 +67,7 @@ struct Stepper {
   void step(const T* x_row, T* y_row, int64_t channels, const R* from, R* to, const R* p, const R* q, const R* gamma,
             const R* omega) const {
     for (int64_t d = 0; d < channels; d += lanes) store(&x[d], load_first(x_row + d, channels - d));
-    // Each channel's splat ends in the next one's place.
+    // Each channel's splat runs into the next channel's place, which is written later.
     for (int64_t d = 0; d < channels; ++d)
       for (int64_t n = 0; n < modes; n += lanes) store(&drive[d * modes + n], splat(x[d]));
     R *const parts = part.get(), *const drives = drive.get();
@@ -119,7 +119,7 @@ void forward_steps(const CemaFwdParams& params) {
   });
 }
 
-// Whether every state of the spans is finite.
+// Returns whether every span of the job ends in a finite state.
 template <class T>
 bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& plan, bool folded, int64_t job) {
   bool finite = true;
@@ -155,7 +155,7 @@ bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& p
   return finite;
 }
 
-// Whether every state is finite.
+// Returns whether every last state is finite.
 template <class T>
 bool run_form(const CemaFwdParams& params, const CemaPlan& plan, bool folded) {
   bool finite = true;
@@ -167,7 +167,7 @@ bool run_form(const CemaFwdParams& params, const CemaPlan& plan, bool folded) {
   return finite;
 }
 
-// Where y is not wanted, the direct form nevertheless has one, at `spare`.
+// Where y is not wanted, the direct form nevertheless writes its y, to `spare`.
 template <class T>
 void run_forward(const CemaFwdParams& params, const CemaPlan& plan, void* spare) {
   using R = Compute<T>;
@@ -176,7 +176,7 @@ void run_forward(const CemaFwdParams& params, const CemaPlan& plan, void* spare)
                                                    [](auto value) { return std::abs(value) >= kFoldable; });
   if (!folded) return static_cast<void>(run_form<T>(params, plan, false));
   const int64_t states = state && state == params.state_out ? plan.count * params.channels * params.modes * 2 : 0;
-  const Scratch<R> kept(states);  // what the first run overwrites
+  const Scratch<R> kept(states);  // the states that the first run overwrites
   std::copy_n(state, states, kept.get());
   if (run_form<T>(params, plan, true)) return;
   CemaFwdParams again = params;
@@ -257,7 +257,7 @@ void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int
   }
 }
 
-// Phase 2 of the backward. Whether the last state is finite.
+// Phase 2 of the backward. Returns whether the last state is finite.
 template <class T>
 bool downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded, double* sums) {
   using R = Compute<T>;
@@ -289,8 +289,8 @@ bool downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, i
   return strip.state_is_finite(2);
 }
 
-// Phases 1 and 2. sums (groups, strips, sums_of_strip) are made here; null where only dstate is wanted. Whether every
-// sum and state is finite.
+// Phases 1 and 2. sums (groups, strips, sums_of_strip) are made here; sums are null where only dstate is wanted.
+// Returns whether every sum and last state is finite.
 template <class T>
 bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded, double* sums) {
   const int64_t size = sums_of_strip(plan, params.modes);
@@ -361,7 +361,8 @@ void backward(const CemaBwdParams& params) {
   zero_padding(params.sequences, params.dx, params.channels * static_cast<int64_t>(sizeof(T)));
   const CemaPlan plan(params, kLanes<R>, omp_get_max_threads());
   const Scratch<double> sums(plan.groups * plan.strips * sums_of_strip(plan, params.modes));
-  // Folded where it may be and nothing overflows; returns which it was. The direct form always makes dx and sums.
+  // Returns true if the folded form may run and nothing overflows; else runs the direct form, which always makes dx
+  // and sums.
   const auto run = [&](CemaBwdParams of, double* wanted_sums) {
     if (!of.state && !of.dstate_out && run_backward<T>(of, plan, true, wanted_sums)) return true;
     of.dx = params.dx;
@@ -394,7 +395,7 @@ void backward(const CemaBwdParams& params) {
 
 }  // namespace
 
-// Without tokens there are only states, and where nobody wants those, no loop over the sequences, which may be 2^60.
+// Without tokens there are only states; where nobody wants states, no loop runs over the sequences, which may be 2^60.
 void cema_fwd_cpu(const CemaFwdParams& params) {
   if (params.channels == 0 || (params.sequences.tokens == 0 && !params.state_out)) return;
   dispatch_dtype(params.dtype, [&](auto element) { forward<decltype(element)>(params); });

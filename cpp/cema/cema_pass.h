@@ -2,8 +2,8 @@
 // registers. coefs point to (N, kCoefs, lanes); state to (N, 2 or 4, lanes).
 //
 // The product of Re(q), rounded by itself, would be off by nearly the same amount at every step where the state turns
-// slowly, since Re(q) then is near 1. So it is fused with what the step adds; without such an instruction, Re(q) is cut
-// into a whole number, whose product is exact, and a rest, whose product is small.
+// slowly, since Re(q) then is near 1. So the product is fused with the sum of the step; without a fused instruction,
+// Re(q) is cut into a whole number, whose product is exact, and a rest, whose product is small.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int kTileSteps = 32;
-// Modes of a pass fill 32 registers (q, c, s: 6 a mode; q, u, w and two sums: 10). With 16, coefficients become memory
-// operands, which is cheaper than the latency that fewer modes would leave open.
+// Modes of a pass fill 32 registers (scan: q, c, s, 6 a mode; sensitivity: q, u, w and two sums, 10). With 16,
+// coefficients become memory operands, which is cheaper than the latency that fewer modes would leave open.
 inline constexpr int kScanModes = 4;
 inline constexpr int kSensitivityModes = 2;
 
@@ -25,14 +25,14 @@ enum Coef { kQRe, kQIm, kCRe, kCIm, kP, kCoefs };
 // Sums over steps, kept in double: gradients before the factors that do not depend on the step.
 enum Sum { kSumWRe, kSumWIm, kSumHRe, kSumHIm, kSumP, kSumEndRe, kSumEndIm, kSums };
 
-// out = omega in, and then
+// out = omega in; then each mode, at each step:
 // folded:  s = q s + in,    out += Re(c s)
 // direct:  s = q s + p in,  out += Re(c s)
 // adjoint: g = s + c in,    out += p Re(g),  kSumP += x Re(g),  s = q g
 enum class Form { folded, direct, adjoint };
 
 // The first pass over a tile takes its input from the rows and leaves it in the tile; in a scan it applies omega. The
-// last pass of a scan leaves its output in the rows. All else stays in the tile.
+// last pass of a scan leaves its output in the rows. All other input and output stays in the tile.
 enum class Part { first, inner, last };
 
 // A vector of channels for some steps: from, x_from and to point to rows `stride` elements apart; in, out and x to
@@ -46,7 +46,6 @@ struct Tile {
   R *__restrict in, *__restrict out, *__restrict x;
 };
 
-// Splits N modes into passes of nearly equal size and calls pass(first mode, integral_constant of the size).
 template <int most, class F>
 MEGALODON_INLINE void with_size(int64_t size, F&& f) {
   if constexpr (most > 1) {
@@ -54,6 +53,7 @@ MEGALODON_INLINE void with_size(int64_t size, F&& f) {
   }
   f(std::integral_constant<int, most>{});
 }
+// Splits N modes into passes of nearly equal size and calls pass(first mode, integral_constant of the size).
 template <int most, class F>
 MEGALODON_INLINE void for_each_pass(int64_t modes, F&& pass) {
   const int64_t passes = (modes + most - 1) / most;
@@ -69,12 +69,12 @@ struct FetchAhead {
   static constexpr int kBlock = 4;  // steps, unrolled
 
   const char *a = nullptr, *b = nullptr;  // the next lines
-  int64_t count = 0, left = 0;            // lines of a run, and left of this one
-  int64_t runs = 0;                       // left
-  int64_t step = 0, skip = 0;             // bytes from line to line, and from the last to the next run's first
-  int burst = 1, pause = 1;               // lines at a time, every so many blocks, a power of two
+  int64_t count = 0, left = 0;            // lines of a run, and lines left of the current run
+  int64_t runs = 0;                       // runs left
+  int64_t step = 0, skip = 0;             // bytes from line to line, and from a run's last line to the next run's first
+  int burst = 1, pause = 1;               // lines at a time; blocks from burst to burst, a power of two
 
-  // A line at least every `steps` steps.
+  // Sets a pace of at least a line in `steps` steps.
   void set_pace(int64_t steps) {
     burst = static_cast<int>((kBlock + steps - 1) / steps);
     for (pause = 1; 2 * pause * kBlock <= steps;) pause *= 2;
@@ -91,7 +91,7 @@ struct FetchAhead {
     a += skip;
     b += skip;
   }
-  // f(t) for each step of a pass; meanwhile, the next pass's coefficients and state come from the L2.
+  // Calls f(t) for each step of a pass; meanwhile, the next pass's coefficients and state come from the L2.
   template <class R, class F>
   MEGALODON_INLINE void each_step(int64_t steps, const R* next_coefs, const R* next_state, F&& f) {
     FetchAhead local = *this;
@@ -129,7 +129,7 @@ struct Factor {
 #else
   MEGALODON_INLINE void operator=(V q) {
     const V one = splat(R{1}), nearest = q >= R(0.5) ? one : q <= R(-0.5) ? -one : zeros<R>();
-    whole = q > 2 || q < -2 ? zeros<R>() : nearest;  // beyond, the rest could not be exact
+    whole = q > 2 || q < -2 ? zeros<R>() : nearest;  // where |q| > 2, the rest could not be exact
     rest = q - whole;
   }
   template <class Addend>
@@ -205,7 +205,7 @@ MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, co
   }
 }
 
-// u = q u + x (or p x), w = dw/dq: w_t = q w_{t-1} + u_{t-1}; adds sum_t dy_t w_t and sum_t dy_t u_t to the sums.
+// u = q u + x (or p x), w = du/dq: w_t = q w_{t-1} + u_{t-1}; adds sum_t dy_t w_t and sum_t dy_t u_t to the sums.
 template <bool kFolded, Part part, int modes, class T, class R>
 MEGALODON_INLINE void sensitivity_pass(const Tile<T>& tile, int steps, const R* coefs, R* state, double* sums,
                                        FetchAhead& ahead) {

@@ -13,10 +13,10 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-inline constexpr int64_t kSplitBelow = 4;  // vectors of channels times sequences: fewer, and sequences are cut
+inline constexpr int64_t kSplitBelow = 4;  // vectors of channels times sequences, below which sequences are cut
 inline constexpr int64_t kSplitJobs = 16;
 inline constexpr int64_t kMinSpan = 16 * kTileSteps;
-inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer where threads need them
+inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer where threads need more strips
 inline constexpr int64_t kJobs = 32;                       // least strips times groups
 inline constexpr int64_t kMinGroup = 4 * kTileSteps;       // tokens
 
@@ -64,7 +64,8 @@ struct CemaPlan {
       group_begin[g] = i;
     }
     const int64_t vectors = ceil_div(params.channels, lanes);
-    // As wide as keeps the threads busy for 9/10 of the time, as memory is fast at long rows; then all nearly equal.
+    // Strips are as wide as keeps the threads busy for 9/10 of the time, as memory is fast at long rows; their widths
+    // are then made nearly equal.
     int64_t width = std::min(vectors, max_strip());
     const auto busy = [&](int64_t w) {
       const int64_t rounds = ceil_div(groups * ceil_div(vectors, w), threads);
@@ -109,7 +110,7 @@ void merge(const CemaParams& params, const CemaPlan& plan, bool conjugated, cons
   auto* states = reinterpret_cast<std::complex<R>*>(ends);
   for (int64_t i = 0; i < size; ++i) {
     Complex carry, power;
-    int64_t length = -1;  // whose power `power` is
+    int64_t length = -1;  // the exponent of `power`
     for (int64_t k = 0; k < count; ++k) {
       const int64_t at = conjugated ? count - 1 - k : k;
       const Span& span = plan.spans[at];

@@ -13,7 +13,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Coefficients and state of all its channels in lanes, one tile, the sweep over a span.
+// A strip holds the coefficients and state of all its channels in lanes, and one tile, and sweeps over spans.
 template <class T>
 struct Strip {
   using R = Compute<T>;
@@ -24,7 +24,7 @@ struct Strip {
       : params(params), width(plan.channels), modes(params.modes), coefs(width * modes * kCoefs), omega(width),
         state(width * modes * 4), in(kTileSize), out(kTileSize), x(kTileSize) {}
 
-  // Takes up strip `index`: c = gamma p where folded, else gamma; q and gamma conjugated for the backward.
+  // Takes up strip `index`: c = gamma p where folded, else gamma; q and gamma are conjugated for the backward.
   void select(int64_t index, bool folded, bool conjugated) {
     first = index * width;
     channels = static_cast<int>(std::min(width, params.channels - first));
@@ -45,7 +45,7 @@ struct Strip {
     });
   }
 
-  // This strip's part of a (D, N, parts) tensor, and of row `index` of an (S, D, N) complex one.
+  // This strip's part of a (D, N, parts) tensor, and of row `index` of a complex (S, D, N) tensor.
   const R* modal(const void* tensor, int parts = 1) const {
     return static_cast<const R*>(tensor) + first * modes * parts;
   }
@@ -55,19 +55,19 @@ struct Strip {
   R* modal_row(void* tensor, int64_t index) const {
     return static_cast<R*>(tensor) + (index * params.channels + first) * modes * 2;
   }
-  // Its first element of a row of x, y, dy or dx; null if the tensor is.
+  // The strip's first element of row `token` of x, y, dy or dx; null if the tensor is null.
   template <class Void, class E = std::conditional_t<std::is_const_v<Void>, const T, T>>
   E* row(Void* tensor, int64_t token) const {
     return tensor ? static_cast<E*>(tensor) + token * params.channels + first : nullptr;
   }
 
-  // f(i, vector, lane): mode i of (channels, N) is in lane `lane` of vector `vector` of (vectors, N).
+  // Calls f(i, vector, lane): mode i of (channels, N) is in lane `lane` of vector `vector` of (vectors, N).
   template <class F>
   MEGALODON_INLINE void each_mode(F&& f) const {
     for (int64_t d = 0; d < channels; ++d)
       for (int64_t n = 0; n < modes; ++n) f(d * modes + n, d / lanes * modes + n, d % lanes);
   }
-  // f(i, re, im) with the first complex number of each mode's `row` vectors of state.
+  // Calls f(i, re, im) with the first complex number of each mode's `row` vectors of state.
   template <class F>
   MEGALODON_INLINE void each_state(int row, F&& f) const {
     each_mode([&](int64_t i, int64_t vector, int64_t lane) {
@@ -76,7 +76,7 @@ struct Strip {
     });
   }
   void clear_state() { std::fill_n(state.get(), width * modes * 4, R(0)); }
-  // Of the first `row` numbers of each mode. Once a state is not finite, it stays so.
+  // Whether all states, of `row` numbers a mode, are finite. Once a state is not finite, it stays so.
   bool state_is_finite(int row) const {
     Vec<R> sum{};
     for (int64_t i = 0; i < int64_t{vectors} * modes * row * lanes; i += lanes) sum += load(state.get() + i) * R(0);
@@ -91,7 +91,7 @@ struct Strip {
       const int64_t at = t * stride + vector * lanes;
       const Tile<T> tile{from + at, x_from + at, kOutput ? to + at : nullptr, stride, in.get(), out.get(), x.get()};
       const Vec<R> scale = load(omega.get() + vector * lanes);
-      const bool whole = size == lanes;  // its rows can be worked on in place
+      const bool whole = size == lanes;  // the rows of a whole vector are worked on in place
       if (!whole) {
         load_rows(tile.from, stride, count, size, tile.in);
         for (int i = 0; i < count; ++i) store(tile.out + i * lanes, scale * load(tile.in + i * lanes));
@@ -113,8 +113,8 @@ struct Strip {
   }
 
   // Calls f(first step, steps, vector, channels) for every tile of `steps` steps. The passes of f, each of at most `most`
-  // modes, prefetch the next tile's rows of a and b. They go along the rows, where the processor's own prefetcher joins
-  // in. In a narrow strip, though, that prefetcher runs past the strip's end and takes cache lines from the thread that is
+  // modes, prefetch the next tile's rows of a and b, along the rows, where the processor's own prefetcher joins in.
+  // In a narrow strip, though, that prefetcher runs past the strip's end and takes cache lines from the thread that is
   // about to write them; so strips of more than two lines and less than half a page are prefetched column by column.
   template <int most, class F>
   void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {

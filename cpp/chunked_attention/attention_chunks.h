@@ -16,8 +16,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// A chunk, as far as this call fills it. Its rows are numbered from its start: those below `cached` are keys of the
-// cache, the others are tokens.
+// A chunk, as far as this call fills it. A chunk's rows are numbered from its start: rows below `cached` are keys of
+// the cache, rows from `cached` on are tokens.
 struct Chunk {
   int64_t sequence;
   int64_t start;   // on the sequence's chunk grid
@@ -41,7 +41,8 @@ inline std::vector<Chunk> list_chunks(const ChunkedAttentionParams& p) {
   return chunks;
 }
 
-// The rows of one head of a chunk, in the form panels.h asks for. Null: past the end, or cached without a cache.
+// The rows of one head of a chunk, in the form panels.h asks for. A row past the end, or cached without a cache, is
+// null.
 template <class T>
 struct ChunkRows {
   const T* cache;
@@ -63,12 +64,12 @@ ChunkRows<T> chunk_rows(const ChunkedAttentionParams& p, const Chunk& chunk, int
           static_cast<const T*>(tokens) + chunk.token * stride + head * width, chunk.cached, chunk.keys, stride};
 }
 
-// Rows of up to four tensors that are read or written next, fetched into the L2 a few at a time between the tiles of
-// this work. The rows of one head lie apart, and each would wait for memory when it is packed or stored; wide ones the
-// processor itself fetches ahead.
+// Fetches rows of up to four tensors that are read or written next into the L2, a few at a time between the tiles of
+// the present work. The rows of one head lie apart, and each would wait for memory when it is packed or stored; the
+// processor itself fetches wide rows ahead.
 class RowsAhead {
  public:
-  // Rows [begin, end) that are tokens.
+  // Adds the tokens among rows [begin, end).
   template <class T>
   void add(const ChunkRows<T>& rows, int64_t width, int64_t begin, int64_t end) {
     constexpr int64_t kWide = 1024, element = sizeof(T);
@@ -80,7 +81,7 @@ class RowsAhead {
     bytes_ += (end - begin) * width * element;
   }
 
-  // The rows come in so many turns.
+  // Spreads the fetches over `turns` calls.
   void pace(int64_t turns) { bytes_a_turn_ = ceil_div(bytes_, std::max<int64_t>(turns, 1)); }
 
   MEGALODON_INLINE void operator()() {
@@ -158,7 +159,7 @@ class DropKey {
     }
   }
 
-  // The same for the scores of one query, in a row.
+  // Sets the dropped scores of one query, in a row, to -inf.
   template <class R>
   void apply_to_row(R* scores, int64_t key, int64_t keys, int64_t query, const Chunk& chunk, int64_t head) const {
     const int64_t first = chunk.start + key, last = first + keys;
@@ -191,10 +192,10 @@ class DropKey {
   uint64_t seed_, threshold_;
 };
 
-// Calls body(chunk, head) for every head of every chunk. They take a thread each, with body = make(1) for each; or
-// chunks that are a large part of the work come first, on the caller with body = make(threads), so that the
-// parallel_jobs inside body spread their blocks of `block` rows over the threads, whichever is done sooner. One head of
-// one chunk alone is on the caller as well. work(chunk) counts for each head.
+// Calls body(chunk, head) for every head of every chunk. Each call takes one thread, with a body = make(1) for
+// each; or, where this is done sooner, chunks that are a large part of the work come first, on the caller with
+// body = make(threads), so that the parallel_jobs inside body spread their blocks of `block` rows over the threads. One
+// head of one chunk alone is on the caller as well. work(chunk) is the work of one head.
 template <class Work, class Make>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
   const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
@@ -207,11 +208,11 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   const auto first = order.begin(), first_small = std::stable_partition(first, order.end(), [&](const Chunk* chunk) {
     return threads > 1 && work(*chunk) * 2 * threads > total;
   });
-  // When the chunks from `at` on are done, a thread each.
+  // When the chunks from `at` on are done, with one thread for each head.
   const auto end_from = [&](auto at) {
     struct Thread {
       double end;
-      bool operator<(const Thread& other) const { return end > other.end; }  // at the top the one that is free first
+      bool operator<(const Thread& other) const { return end > other.end; }  // at the top: the thread free first
     };
     std::priority_queue<Thread> team({}, std::vector<Thread>(static_cast<size_t>(threads)));
     double last = 0;
@@ -226,7 +227,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   };
   double spread = 0;
   for (auto at = first; at != first_small; ++at) {
-    // Block i of a chunk meets i + 1 blocks of keys: the blocks keep half as many threads busy.
+    // Block i of a chunk meets i + 1 blocks of keys: n blocks keep (n + 1) / 2 threads busy.
     const double busy = static_cast<double>(ceil_div((*at)->keys, block) + 1) / 2;
     spread += work(**at) * static_cast<double>(heads) / std::min<double>(threads, busy);
   }
@@ -251,7 +252,7 @@ class PerThread {
     slots_.reserve(static_cast<size_t>(threads));
     for (int i = 0; i < threads; ++i) slots_.emplace_back(params);
   }
-  // More than these must not run inside the body.
+  // No more threads than this may run inside the body.
   int threads() const { return static_cast<int>(slots_.size()); }
   const S& get() const { return slots_[slots_.size() > 1 ? static_cast<size_t>(omp_get_thread_num()) : 0]; }
 

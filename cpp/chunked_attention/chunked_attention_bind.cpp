@@ -14,7 +14,7 @@ struct Inputs {
   TensorView k, v, cache_k, cache_v, position;
 };
 
-// Checks and fills what all three launchers share: everything but q.
+// Checks and fills the parameters that all three launchers share.
 Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::handle cache_k, py::handle cache_v,
             py::handle position, int64_t chunk_size, py::handle cu_seqlens, py::handle lengths) {
   const Inputs in{{kAttention, "k", k_},
@@ -49,7 +49,7 @@ Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::ha
   return in;
 }
 
-// The same with q, the scale and DropKey. The seed is an int64 tensor of one element.
+// Fills the shared parameters, and those of q, the scale and DropKey. The seed is an int64 tensor of one element.
 Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, py::handle v, py::handle cache_k,
             py::handle cache_v, py::handle position, int64_t chunk_size, double scale, double dropkey,
             py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths) {

@@ -1,4 +1,4 @@
-// Chunked attention, backward, on the CPU. Probabilities come again from the scores and the log-sum-exp.
+// Chunked attention, backward, on the CPU. Probabilities are recomputed from the scores and the log-sum-exp.
 //
 //   P_ij = exp(scale q_i . k_j - lse_i);  delta_i = do_i . o_i;  dS_ij = P_ij (do_i . v_j - delta_i)
 //   dv_j = sum_i P_ij do_i;  dk_j = scale sum_i dS_ij q_i;  dq_i = scale sum_j dS_ij k_j
@@ -10,13 +10,13 @@
 //   3. dQ_i += dS K                             (A = (dS^T)^T), with AMX dQ_i^T += K^T dS^T
 // Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: a pair
 // waits for (i, j + 1) and (i - 1, j), which add to dQ_i and to dK_j and dV_j before it. So every sum has the same
-// order on any number of threads: i - j = 0, 1, 2, ... As jobs begin in that order, they seldom wait.
+// order on any number of threads: i - j = 0, 1, 2, ... As jobs begin in the order of i - j, they seldom wait.
 //
-// A tile of rows shares a depth in 2 and 3, where the P and dS of pairs that do not see each other are 0. Where some q,
+// A tile of rows shares a depth in 2 and 3, where the P and dS of keys that a query does not see are 0. Where some q,
 // k or do of the chunk is not finite, as packing notes, 0 times it would be NaN: then a tile shares the depth that all
-// its rows see, and the rest is added row by row. Rows whose log-sum-exp is NaN get NaN for what they see, else 0.
+// its rows see, and the rest is added row by row. Rows whose log-sum-exp is NaN get NaN for keys that they see, else 0.
 //
-// In a chunk of one block, delta_i comes from P and dP instead, free of the rounding of o.
+// In a chunk of one block, delta_i comes from P and dP, free of the rounding of o.
 // Operands are packed once for each chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.
 // Scratch, in elements for each chunk at work: C (5 K + 4 V); for each thread P^T and dS^T, 2 kBlock^2. Queries are
 // numbered like keys, from the chunk's start; rows that are in the cache stand there as zero queries, which add
@@ -100,7 +100,7 @@ class ChunkBackward {
           p(kPaired ? kBlock : 0, kBlock),
           ds(kPaired ? kBlock : 0, kBlock),
           ds_rows(kPaired ? kBlock : 0, kBlock) {}
-    PackedMatrix<R> s, dp;      // S^T and dP^T, and where elements are not paired then P^T and dS^T
+    PackedMatrix<R> s, dp;      // S^T and dP^T; later, where elements are not paired, P^T and dS^T
     PackedLeftMatrix<U> p, ds;  // P^T and dS^T by columns
     PackedMatrix<U> ds_rows;    // dS^T by rows
   };
@@ -118,7 +118,7 @@ class ChunkBackward {
     return chunk_rows<T>(p_, chunk, head, nullptr, tokens, width);
   }
 
-  // Query rows of blocks without queries are not kept.
+  // First row that is kept as a query: that of the first block with queries.
   static int64_t first_row(const Chunk& chunk) { return chunk.cached / kBlock * kBlock; }
 
   void pack(const Chunk& chunk, int64_t head, int64_t block) {
@@ -173,8 +173,8 @@ class ChunkBackward {
     const auto visible = [&](int64_t at) {
       return round_up(std::min(key_end, query + at + kColumns) - key, std::max(kRows, kDepthStep<U>));
     };
-    // In blocks of the depth, so that one of B stays in the nearest cache for all keys, and one of A in the next cache
-    // for all queries. With AMX multiply_rows does that.
+    // Multiplies in blocks of the depth, so that a block of B stays in the nearest cache for all keys, and a block of A
+    // in the next cache for all queries. With AMX multiply_rows cuts the depth.
     const auto multiply = [&](const PackedLeft<U>& a, const Packed<U>& b, int64_t depth, R gain, const Packed<R>& c) {
       const int64_t block = kAmx ? depth : std::min(kBlock, depth);
       int64_t d = 0;
@@ -209,14 +209,14 @@ class ChunkBackward {
         const int vectors = vectors_in_panel<U>(width, column);
         const Ahead<U> ahead{b.at(column + 1, query - base), kBlock};
         int64_t tile = 0, rows;
-        // Tiles of any height begin where they do in the panels of queries, below whose last row these hold no keys.
+        // A panel of queries holds no keys below its last row, so tiles of any height begin where tiles of panels do.
         constexpr int64_t kStart = kAmx ? kRows : kTallRows<U>;
         static_assert(kColumns % kStart == 0 && kBlock % kStart == 0);
         for (int64_t row = std::max(key, chunk.cached / kStart * kStart); row < key_end; row += rows, ++tile) {
           rows = kAmx ? kRows : tile_rows<U>(vectors, key_end - row);
           const int64_t seen_by_some = std::max<int64_t>(row - query, 0) / kLeftColumns<U> * kLeftColumns<U>;
           const int64_t seen_by_all = std::max<int64_t>(row + rows - 1 - query, 0);
-          // The first query of the product.
+          // `at` is the first query of the product.
           const bool shared = finite_ || seen_by_all <= seen_by_some;
           const int64_t at = shared ? seen_by_some : std::min(round_up(seen_by_all, kLeftColumns<U>), columns);
           multiply_rows(vectors, rows, std::max<int64_t>(queries - at, 0), a.at(at / kLeftColumns<U>, row - key),
@@ -235,7 +235,7 @@ class ChunkBackward {
 
     const bool first_of_queries = query_block == key_block;
     const ChunkRows<T> k = key_rows(chunk, head);
-    // Of `depth` keys that some of the queries from `at` on see, those that go into one product.
+    // The number of keys that go into one product, of `depth` keys that some of the queries from `at` on see.
     const auto shared_depth = [&](int64_t depth, int64_t at) {
       const int64_t of_first = std::max<int64_t>(query + at + 1 - key, 0);
       return finite_ || of_first >= depth ? depth : of_first / kDepthStep<U> * kDepthStep<U>;
@@ -275,7 +275,8 @@ class ChunkBackward {
     }
   }
 
-  // Scores of queries whose log-sum-exp is NaN: NaN for keys that they see, -inf for others, and a log-sum-exp of 0.
+  // Scores of queries whose log-sum-exp is NaN become NaN for keys that they see, and stay -inf for other keys; returns
+  // a log-sum-exp of 0 for these queries.
   static Vec<R> spread_nan(R* scores, int64_t rows, Vec<R> lse) {
     for (R* at = scores; at < scores + rows * kColumns; at += kColumns) {
       const Vec<R> s = load(static_cast<const R*>(at));
@@ -284,7 +285,7 @@ class ChunkBackward {
     return lse == lse ? lse : zeros<R>();
   }
 
-  // S^T and dP^T of `rows` keys, all there are of these queries if kWholeRows, become P^T and dS^T.
+  // S^T and dP^T of `rows` keys become P^T and dS^T. With kWholeRows, the queries see no other keys.
   template <bool kWholeRows>
   void differentiate(int vectors, int64_t panel, int64_t rows, int64_t query, const PairScratch& scratch) const {
     for (int64_t c = 0; c < vectors * kLanes<R>; c += kLanes<R>) {
@@ -295,7 +296,7 @@ class ChunkBackward {
         return softmax_exp(load(static_cast<const R*>(p) + r * kColumns) - lse);
       };
       Vec<R> gain = splat(R{1}), delta = load(&delta_[query + c]);
-      if constexpr (kWholeRows) {  // need neither lse nor o to the last digit
+      if constexpr (kWholeRows) {  // whole rows need neither lse nor o to the last digit
         Vec<R> total = zeros<R>(), product = zeros<R>();
         for (int64_t r = 0; r < rows; ++r) {
           const Vec<R> now = exponential(r);
@@ -311,7 +312,7 @@ class ChunkBackward {
             product += now == 0 ? zeros<R>() : now * load(static_cast<const R*>(dp) + r * kColumns);
           }
         }
-        // A row with every score dropped keeps its zeros, one that is NaN those of what it does not see.
+        // A row with every score dropped keeps its zeros; a row of NaN keeps the zeros of keys that it does not see.
         gain = total == 0 || total != total ? splat(R{1}) : 1 / total;
         delta = product * gain;
       }

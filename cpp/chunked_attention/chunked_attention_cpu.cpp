@@ -7,9 +7,10 @@
 //   2. online softmax: m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P   (P replaces S)
 //   3. O = diag(f) O + P V                                                                         (A = (P^T)^T, B = V)
 //      with AMX O^T = O^T diag(f) + V^T P^T                                                        (A = V^T, B = P^T)
-// and ends with o = O / l, lse = m + log l. Key tiles above the diagonal are skipped, in 1 for each panel of queries
-// and in 3 for each tile of queries. K and V of a chunk are packed once: before its jobs where these share threads,
-// otherwise when queries come to need them, whose rows are fetched during the job before. Every job packs its own Q^T.
+// The job ends with o = O / l, lse = m + log l. Key tiles above the diagonal are skipped, in 1 for each panel of
+// queries and in 3 for each tile of queries. K and V of a chunk are packed once: before its jobs where the jobs share
+// threads, otherwise when queries first need the rows, which are fetched during the job before. Every job packs its own
+// Q^T.
 // Few queries on top of a cache, as in decoding, go to few_query_attention.h instead, which reads keys where they lie.
 //
 // A tile of rows of O shares a depth, for which the probabilities of keys that a row does not see are 0. Where some
@@ -38,17 +39,17 @@ namespace {
 constexpr int64_t kQueryBlock = 96;
 constexpr int64_t kKeyBlock = 256;
 
-// One panel of S^T becomes P^T. For each query: running maximum, running sum, and the factor by which earlier sums
-// shrink.
+// One panel of S^T becomes P^T. For each query, `max` and `sum` are updated, and `factor` becomes the factor by which
+// earlier sums shrink.
 template <class U>
 void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, SumOf<U>* sum, SumOf<U>* factor) {
   using R = SumOf<U>;
   constexpr int64_t kRow = kTileColumns<R>;
   constexpr R kInfinity = std::numeric_limits<R>::infinity();
-  // Keys that do not exist, up to the next step of the depth.
+  // Keys that do not exist, up to the next step of the depth, score -inf.
   for (int64_t at = keys * kRow; at < round_up(keys, kDepthStep<U>) * kRow; at += kLanes<R>)
     store(scores + at, splat(-kInfinity));
-  // All columns at once, as one maximum waits for the last. Those beyond `vectors` are not used.
+  // All columns advance at once, as each maximum waits for the one before. Columns beyond `vectors` are not used.
   Vec<R> maxima[kTileVectors];
   for (int j = 0; j < kTileVectors; ++j) maxima[j] = load(static_cast<const R*>(max) + j * kLanes<R>);
   for (const R* at = scores; at < scores + keys * kRow; at += kRow)
@@ -119,7 +120,7 @@ class ChunkForward {
     });
     parallel_jobs<FlushDenormals, TileRegisters>(blocks, pack_work * static_cast<double>(chunk.queries()), [&] {
       return [&](int64_t job) {
-        // The longest rows first, which levels the threads' shares.
+        // The longest rows come first, which levels the threads' shares.
         const int64_t block = blocks - 1 - job;
         attend(chunk, head, first_row(block), first_row(block + 1), scratch_.get(), {});
       };
@@ -151,7 +152,7 @@ class ChunkForward {
     return chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
   }
 
-  // What the queries after [first, end) read and write.
+  // The rows that the queries after [first, end) read and write.
   RowsAhead rows_ahead(const Chunk& chunk, int64_t head, int64_t first, int64_t end) const {
     RowsAhead ahead;
     const auto add = [&](const void* tokens, int64_t width) {
@@ -165,7 +166,7 @@ class ChunkForward {
     return ahead;
   }
 
-  // Rows [first, end) of the chunk.
+  // Attention of rows [first, end) of the chunk.
   void attend(const Chunk& chunk, int64_t head, int64_t first, int64_t end, const BlockScratch& scratch,
               RowsAhead rows_ahead) const {
     constexpr int64_t kColumns = kTileColumns<R>;
@@ -214,8 +215,8 @@ class ChunkForward {
                           load(&scratch.sum[i]), [&](int64_t j) { return o + row(i + j) * p_.value_dim; });
   }
 
-  // Of `depth` keys that some rows of a tile see, those which go into one product: where values are finite all, else
-  // what the first row sees.
+  // The number of keys that go into one product, of `depth` keys that some rows of a tile see: all where values are
+  // finite, else those that the first row sees.
   int64_t shared_depth(int64_t depth, int64_t of_first_row) const {
     if (finite_ || of_first_row >= depth) return depth;
     return std::max<int64_t>(of_first_row, 0) / kDepthStep<U> * kDepthStep<U>;
@@ -270,7 +271,7 @@ class ChunkForward {
     }
   }
 
-  // Unless every factor is 1, as after most blocks no maximum moves.
+  // Scales columns unless every factor is 1, as after most blocks no maximum moves.
   static void scale_columns(int vectors, int64_t rows, const R* factors, R* matrix) {
     for (int j = 0; j < vectors; ++j) {
       const Vec<R> factor = load(factors + j * kLanes<R>);

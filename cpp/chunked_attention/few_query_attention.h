@@ -2,9 +2,9 @@
 //
 //   s_ij = scale q_i . k_j;  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
-// A job owns one chunk, or where those are few, a segment of its keys, with all heads, so that it reads memory from end
-// to end; the segments' (max, sum, O) are merged in order. In a segment, for each kStrip keys: dot products of one
-// vector of keys at once, online softmax, O += p_j v_j.
+// A job owns one chunk, or where chunks are few, a segment of a chunk's keys, with all heads, so that the job reads
+// memory from end to end; the segments' (max, sum, O) are merged in order. In a segment, for each kStrip keys: dot
+// products of one vector of keys at once, online softmax, O += p_j v_j.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int64_t kFewQueries = 4;
-inline constexpr int64_t kMostSegments = 64;  // of the keys
+inline constexpr int64_t kMostSegments = 64;  // of a chunk's keys
 
 template <class T>
 class FewQueries {
@@ -24,10 +24,10 @@ class FewQueries {
   static constexpr int64_t kLane = kLanes<R>;
   static constexpr int64_t kStrip = 128;
   static constexpr int64_t kOutput = round_up(2 * kFewQueries, kLane);  // where O begins in a partial
-  static constexpr int kRows = 8;  // of the values at once, so that O is seldom loaded
+  static constexpr int kRows = 8;  // rows of values at once, so that O is seldom loaded
 
  public:
-  // Of one head and segment: for each query max, sum, and O (V, in whole vectors).
+  // The partial of one head and segment holds max, sum, and O (V, in whole vectors) of each query.
   static int64_t partial_size(const ChunkedAttentionParams& p) {
     return kOutput + kFewQueries * round_up(p.value_dim, kLane);
   }
@@ -41,7 +41,7 @@ class FewQueries {
         sums_(params.heads * kFewQueries * kLane * kLane),
         scores_(params.heads * kFewQueries * kStrip) {}
 
-  // Keys [begin, end) of the chunk into the partials of all heads.
+  // Attends to keys [begin, end) of the chunk; writes the partials of all heads.
   void attend(const Chunk& chunk, int64_t begin, int64_t end, R* partials) {
     const int64_t count = chunk.queries(), size = partial_size(p_);
     const auto q = chunk_rows<T>(p_, chunk, 0, nullptr, p_.q, p_.key_dim);
@@ -61,7 +61,8 @@ class FewQueries {
       for (int64_t at = 0; at < keys; at += kLane) dot_products(k, key + at, std::min(kLane, keys - at), count, at);
       for (int64_t head = 0; head < p_.heads; ++head)
         for (int64_t i = 0; i < count; ++i) weigh(chunk, head, i, key, keys, partials + head * size);
-      // Keys that every query sees; of the others, a value may be NaN that some query must not meet, not even times 0.
+      // Every query sees the first `seen` keys; the value of a later key may be NaN, which a query that does not
+      // see the key must not meet, not even times 0.
       const int64_t seen = std::min(keys, chunk.cached + 1 - key);
       int64_t at = 0;
       for (; at + kRows <= seen; at += kRows) add_values<kRows>(v, key, at, 0, count, partials);
@@ -101,8 +102,8 @@ class FewQueries {
   R* sums(int64_t head, int64_t i) const { return &sums_[(head * kFewQueries + i) * kLane * kLane]; }
   R* scores(int64_t head, int64_t i) const { return &scores_[(head * kFewQueries + i) * kStrip]; }
 
-  // Scores of up to a vector of keys, the strip's from `at` on: the sums of all rows first, in the order of memory,
-  // then of their lanes.
+  // Scores of up to a vector of the strip's keys, from key `at` on: first a vector of sums for each row, in the order
+  // of memory, then the sums over the lanes of each vector.
   void dot_products(const ChunkRows<T>& k, int64_t key, int64_t keys, int64_t queries, int64_t at) const {
     const int64_t width = p_.key_dim, ahead = kLane * p_.heads * width;  // the next vector's rows
     for (int64_t r = 0; r < keys; ++r) {
@@ -141,7 +142,7 @@ class FewQueries {
         store(output + c, shrink * load(static_cast<const R*>(output) + c));
   }
 
-  // Scores become exp(s - max). Updates max and sum, and returns by how much earlier sums shrink.
+  // Scores become exp(s - max). Updates max and sum, and returns the factor by which earlier sums shrink.
   static R softmax_row(R* s, int64_t padded, R& max, R& sum) {
     Vec<R> most = splat(max);
     for (int64_t r = 0; r < padded; r += kLane) {
@@ -199,12 +200,12 @@ class FewQueries {
   Scratch<R> queries_, sums_, scores_;  // (H, kFewQueries, K or kLane^2 or kStrip)
 };
 
-// Chunks of at most kFewQueries queries.
+// Attention of chunks of at most kFewQueries queries.
 template <class T>
 void few_query_attention(const ChunkedAttentionFwdParams& p, const std::vector<Chunk>& chunks) {
   using R = Compute<T>;
-  // Enough jobs for many threads, yet partials that stay small beside the keys and values; few are a power of two, which
-  // two threads share evenly. Both depend on shapes alone.
+  // Segments are enough for many threads, yet their partials stay small beside the keys and values; few segments are
+  // a power of two, which two threads share evenly. The number of segments depends on the chunks alone.
   constexpr int64_t kSegment = 256, kShortSegment = 64;
   if (chunks.empty()) return;
   const auto count = static_cast<int64_t>(chunks.size());

@@ -8,7 +8,7 @@ namespace {
 
 constexpr const char* kQk = "normalized_qk";
 
-// Checks and fills what the forward and the backward share; returns z.
+// Checks and fills the parameters that the forward and the backward share; returns z.
 TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py::handle beta_, int64_t num_heads,
                 int64_t chunk_size, double eps, py::handle rotary_, py::handle position_, py::handle cu_seqlens,
                 py::handle lengths) {
@@ -35,7 +35,7 @@ TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py
   params.table_rows = rotary.rank("(rows, K / 2, 2)", 3).size(0);
   params.rotary =
       rotary.shape("(rows, K / 2, 2)", {params.table_rows, params.key_dim / 2, 2}).dtype(real, kRealDtype).data();
-  // A row for every position that can occur.
+  // The table needs a row for every position that can occur.
   const int64_t longest = z.size(1), needed = position.given() || longest > chunk_size ? chunk_size : longest;
   if (params.table_rows < needed)
     rotary.fail("of at least " + std::to_string(needed) + " rows, got " + std::to_string(params.table_rows));

@@ -9,7 +9,7 @@
 //
 // Tokens are cut into blocks by their number alone. A thread takes a block, lists its tokens and their rows of the
 // table, and works on one head of a token at a time (backward: of kTile tokens), K values in L1. A vector holds whole
-// (re, im) pairs, and so does one of the table: its even lanes are doubled to cosines, its odd ones to signed sines.
+// (re, im) pairs; of a vector of the table, even lanes are doubled to cosines, odd lanes to signed sines.
 // Backward: tiles add to the block's sums for dgamma and dbeta, (4, H, K) of R in L1 or L2; blocks add these to one of
 // at most kParts sums in double, each over neighbouring blocks in order, and the parts are added in order.
 //
@@ -59,7 +59,7 @@ struct Rotation {
   Vec<R> cos, sin;  // (cos, cos), (-sin, sin)
 };
 
-// 1 / sqrt(mean z^2 + eps) of one head: where squares leave the range of R, and elsewhere.
+// 1 / sqrt(mean z^2 + eps) of one head; wide_inverse_rms is for squares that leave the range of R.
 template <class T>
 __attribute__((noinline)) Compute<T> wide_inverse_rms(const T* z, int64_t key_dim, double eps) {
   WideOf<Compute<T>> sum = 0;
@@ -153,7 +153,7 @@ void forward_block(const NormalizedQkFwdParams& p, const Affine<Compute<T>>& aff
     }
 }
 
-// One head of `rows` tokens. sums (4, H, K) gathers dbeta_0, dbeta_1 and sqrt(K) times dgamma_0, dgamma_1.
+// Backward of one head of `rows` tokens. sums (4, H, K) gathers dbeta_0, dbeta_1 and sqrt(K) times dgamma_0, dgamma_1.
 template <class T, int rows>
 void backward_tile(const NormalizedQkBwdParams& p, const Affine<Compute<T>>& affine, int64_t h, const int64_t* token,
                    const Compute<T>* const* tables, Compute<T>* dzn, Compute<T>* sums) {

@@ -19,8 +19,8 @@ struct TimestepNormParams {
   const void* weight;    // (D) R; the gain is 1 + weight
   const void* bias;      // (D) R
   const int64_t* count;  // (S) timesteps seen, or null: a fresh state
-  const void* mean;      // (S, G) R; null if count is
-  const void* var;       // (S, G) R; null if count is
+  const void* mean;      // (S, G) R; null if count is null
+  const void* var;       // (S, G) R; null if count is null
   const void* residual;  // (S, 2, G) R: of mean, of var; or null: zero
   void* workspace;       // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };

@@ -8,7 +8,7 @@ namespace {
 
 constexpr const char* kNorm = "timestep_norm";
 
-// Checks and fills what the forward and the backward share; returns x.
+// Checks and fills the parameters that the forward and the backward share; returns x.
 TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, py::handle bias_, int64_t num_groups,
                 double eps, py::handle count_, py::handle mean_, py::handle var_, py::handle residual_,
                 py::handle cu_seqlens, py::handle lengths) {

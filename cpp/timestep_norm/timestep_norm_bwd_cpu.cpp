@@ -1,6 +1,6 @@
 // The backward of timestep norm. Phases and bytes moved: timestep_norm_cpu.cpp.
 //
-// From the end. U, V: gradients of mean and var after step t; u = U / n and v = V / n need sums alone:
+// Steps are walked from the end. U, V: gradients of mean and var after step t; u = U / n, v = V / n need sums alone:
 //   db = sum_F dy (1 + weight);  ds = sum_F dy (1 + weight) (x - mean')
 //   v' = v - rstd^3 ds / (2 n');  p = u - rstd db / n';  u' = p - 2 v' (mean' - mean)
 //   dx = dy rstd (1 + weight) + (p + 2 v' (x - mean')) / F;  dweight = sum_T dy (x - mean') rstd;  dbias = sum_T dy
@@ -193,7 +193,7 @@ class Backward {
         });
   }
 
-  // Adds the block's shares of dweight and dbias to slot place % kSlots, after place - kSlots has.
+  // Adds the block's shares of dweight and dbias to slot place % kSlots, after place - kSlots has added its shares.
   void add_shares(int64_t place) {
     const Channels<R>& channels = plan.channels;
     const int64_t last = D > 0 ? channels.vectors - 1 : 0, overlap = last * lanes - channels.offset(last);
@@ -214,7 +214,7 @@ class Backward {
   double* const slots;
   const int64_t G, D;
   Scratch<double> mean_, v_after_, p_;   // mean', v' and p of the block's rows
-  Scratch<double> uv_, before_;          // u and v, then mean and var, before the row that is walked
+  Scratch<double> uv_, before_;          // u and v before the row that is walked; mean, and unused var, before the run
   Scratch<R> hi_, lo_, rstd_;            // mean' = hi + lo and rstd of the block's rows
   Scratch<R> db_then_level_;             // db of the block's rows until write() puts p / F there
   Scratch<R> ds_then_slope_;             // ds of the block's rows until write() puts 2 v' / F there

@@ -13,8 +13,8 @@
 // Only the carry, 2 G doubles, is passed from block to block, so threads wait for a merge, not for each other's rows.
 //
 // Memory traffic, in elements: forward x, y; backward x, dy, dx; plus 3 T G statistics. Rows are read twice: first from
-// memory, fetched a page ahead, then from L2. Large outputs pass the caches by; of others, whose stores read the line that
-// they write to, that line is fetched as well.
+// memory, fetched a page ahead, then from L2. Large outputs pass the caches by; ordinary stores read the line that
+// they write to, so that line is fetched ahead as well.
 //
 // Which channels share a vector: if F is a multiple of kLanes, a vector has one group; else each vector permutes its
 // groups' statistics into place, e.g. F = 3, kLanes = 8: channels 8..15 are groups 2 3 3 3 4 4 4 5.
@@ -57,7 +57,7 @@ class Forward {
  private:
   int64_t scratch_size() const { return plan.rows * G + kLanes<R>; }
 
-  // mean_ and var_ after each of the rows [a, b), which lie at `at` in scratch.
+  // Fills mean_ and var_ after each of the rows [a, b), which lie at `at` in scratch.
   void scan(int64_t s, int64_t a, int64_t b, int64_t at) {
     const T* x = static_cast<const T*>(p.x);
     R *hi = &hi_[at], *lo = &lo_[at], *row_var = &rstd_[at];
@@ -179,7 +179,7 @@ void forward(const TimestepNormFwdParams& p) {
     const double work = 4.0 * static_cast<double>(p.sequences.tokens * p.channels);
     parallel_jobs<StreamFence>(plan.blocks, work, [&] { return Forward<T>(p, plan); });
   }
-  for (int64_t s = 0; p.count_out && s < p.sequences.count; ++s)  // which may be `count`
+  for (int64_t s = 0; p.count_out && s < p.sequences.count; ++s)  // last: count_out may be `count`
     p.count_out[s] = (p.count ? p.count[s] : 0) + p.sequences.length(s);
 }
 

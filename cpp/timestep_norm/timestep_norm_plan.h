@@ -22,7 +22,7 @@ MEGALODON_INLINE Moments<R> merge_moments(const Moments<R>& a, const Moments<R>&
   const Vec<R> difference = a.sum - b.sum;
   return {a.sum + b.sum, a.squares + b.squares + difference * difference * (R{0.5} / static_cast<R>(values))};
 }
-// Of `count` vectors' elements less `shift`, where lanes hold equally many.
+// Moments of the elements of `count` vectors, less `shift`.
 template <int count, class T, class R = Compute<T>>
 MEGALODON_INLINE Moments<R> moments_of(const T* x, Vec<R> shift) {
   constexpr int half = count / 2;
@@ -35,7 +35,8 @@ MEGALODON_INLINE Moments<R> moments_of(const T* x, Vec<R> shift) {
     return merge_moments<R>(moments_of<half>(x, shift), moments_of<half>(x + half * kLanes<R>, shift), half);
   }
 }
-// Lane i: of all lanes of group(i), which holds `values` values a lane. Depth first, so that few vectors wait.
+// Lane i: moments of all lanes of group(i), which holds `values` values a lane. The recursion goes depth first, so that
+// few vectors wait.
 template <class R, int values, int bit = 1, class Group>
 MEGALODON_INLINE Moments<R> moments_of_each(int first, Group&& group) {
   if constexpr (bit == kLanes<R>) return group(first);
@@ -48,7 +49,7 @@ MEGALODON_INLINE Moments<R> moments_of_each(int first, Group&& group) {
 }
 
 // Mean (hi + lo) and biased variance of each of `groups` neighbouring groups of `vectors` vectors, in one pass over
-// their differences from a group's first element. May write kLanes values past the end.
+// their differences from a group's first element. May write kLanes values past the end of hi, lo and var.
 template <int vectors, class T, class R = Compute<T>>
 void even_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* var) {
   constexpr int lanes = kLanes<R>, size = vectors * lanes;
@@ -68,7 +69,8 @@ void even_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* var) {
   }
 }
 
-// The same for groups of any size, in two passes: sums of differences, then of squared differences from the mean.
+// Mean (hi + lo) and biased variance of `groups` neighbouring groups of any size, in two passes: sums of differences,
+// then of squared differences from the mean.
 template <class T, class R = Compute<T>>
 void any_group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, R* hi, R* lo, R* var) {
   constexpr int lanes = kLanes<R>;
@@ -141,7 +143,7 @@ void store_state(const TimestepNormFwdParams& p, int64_t s, const double* mean, 
   }
 }
 
-// u and v after the last step of sequence s: the gradients of its end state over the steps seen.
+// u and v after the last step of sequence s: the gradients of its end state divided by the steps seen.
 template <class R>
 void load_state_gradient(const TimestepNormBwdParams& p, int64_t s, double* uv) {
   const double n = count_before(p, s, p.sequences.end(s));
@@ -150,7 +152,7 @@ void load_state_gradient(const TimestepNormBwdParams& p, int64_t s, double* uv) 
     for (int64_t g = 0; g < p.groups; ++g) uv[i * p.groups + g] = arriving[i] ? arriving[i][s * p.groups + g] / n : 0;
 }
 
-// From u and v before the first step; the state of a fresh sequence does not matter.
+// Gradients of the start state, from u and v before the first step; the state of a fresh sequence does not matter.
 template <class R>
 void store_state_gradient(const TimestepNormBwdParams& p, int64_t s, const double* uv) {
   const double n = count_before(p, s, p.sequences.begin(s));
