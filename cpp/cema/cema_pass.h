@@ -113,8 +113,8 @@ struct FetchAhead {
   }
 };
 
-// Re(q), and its product with v plus addend(), which is called after the product is made: of two products that are added,
-// the compiler fuses the one that it meets first.
+// Re(q), and its product with v plus addend(), which is called after the product is made: of two products that are
+// added, the compiler fuses the one that it meets first.
 template <class R>
 struct Factor {
   using V = Vec<R>;

@@ -112,10 +112,10 @@ struct Strip {
     });
   }
 
-  // Calls f(first step, steps, vector, channels) for every tile of `steps` steps. The passes of f, each of at most `most`
-  // modes, prefetch the next tile's rows of a and b, along the rows, where the processor's own prefetcher joins in.
-  // In a narrow strip, though, that prefetcher runs past the strip's end and takes cache lines from the thread that is
-  // about to write them; so strips of more than two lines and less than half a page are prefetched column by column.
+  // Calls f(first step, steps, vector, channels) for every tile of `steps` steps. The passes of f, of at most `most`
+  // modes each, prefetch the next tile's rows of a and b, along the rows, where the processor's own prefetcher joins
+  // in. In a narrow strip, though, that prefetcher runs past the strip's end and takes cache lines from the thread that
+  // is about to write them; so strips of more than two lines and less than half a page are prefetched column by column.
   template <int most, class F>
   void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
     constexpr int64_t size = sizeof(T);

@@ -7,7 +7,8 @@
 namespace megalodon {
 
 // R is float, or double where dtype is f64. All tensors are contiguous.
-// A sequence whose state holds `position` keys first completes that chunk: its token t lies at position + t on the chunk grid.
+// A sequence whose state holds `position` keys first completes that chunk: its token t lies at position + t on the
+// chunk grid.
 struct ChunkedAttentionParams {
   DType dtype;              // of q, k, v, o, the cache and their gradients
   Sequences sequences;      // S sequences in T tokens

@@ -27,8 +27,8 @@ struct TimestepNormParams {
 
 struct TimestepNormFwdParams : TimestepNormParams {
   void* y;             // (T, D)
-  void* stats;         // (3, T, G) R: mean, residual of mean, 1 / sqrt(var + eps), after step t; on CUDA unwritten if D = 0;
-                       // or null: not wanted
+  void* stats;         // (3, T, G) R: mean, residual of mean, 1 / sqrt(var + eps), after step t; on CUDA unwritten if
+                       // D = 0; or null: not wanted
   int64_t* count_out;  // (S), or null: no end state wanted
   void* mean_out;      // (S, G) R
   void* var_out;       // (S, G) R

@@ -52,8 +52,8 @@ class Backward {
  private:
   int64_t scratch_size() const { return plan.rows * G + lanes; }
 
-  // Walks the rows [a, b), which begin at `at` in scratch, from their end: fills v_after_ and p_, and leaves u and v before
-  // row a in uv_.
+  // Walks the rows [a, b), which begin at `at` in scratch, from their end: fills v_after_ and p_, and leaves u and v
+  // before row a in uv_.
   void scan(int64_t s, int64_t a, int64_t b, int64_t at) {
     const int64_t size = (b - a) * G, plane = p.sequences.tokens * G;
     const R* stats = static_cast<const R*>(p.stats) + a * G;
