@@ -144,7 +144,7 @@ def attention_masked(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int) -> Ten
 
 
 def attention_row_blocks(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, rows: int = 256) -> Tensor:
-    """The same for a block of queries at a time, against the keys up to its last: half the work."""
+    """Masked attention of a block of queries at a time, against the keys up to the block's last: half the work."""
     q, k, v = (_chunks(t, chunk_size) for t in (q, k, v))
     rows = min(rows, chunk_size)
     above = torch.ones(rows, rows, dtype=torch.bool).triu(1)

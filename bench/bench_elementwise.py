@@ -1,8 +1,8 @@
 """Norms and gates around the linear layers: layer_norm, rms_norm and gated_silu, forward and backward.
 
-Bytes an element: norms forward x in, y out, backward x and dy in, dx out; silu the same; with a value forward x and value
-in, y out, backward dy, x and value in, dx and dvalue out. Flops do not count: all are bound by bytes, bf16 ones that lie
-in the cache by conversions and exponentials.
+Bytes an element: norms and silu forward x in, y out, backward x and dy in, dx out; silu with a value forward x and
+value in, y out, backward dy, x and value in, dx and dvalue out. Flops do not count: all are bound by bytes, bf16 ones
+that lie in the cache by conversions and exponentials.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ and for each decoded token the weights and the chunk's keys and values. Other wo
 
 Our training step takes `Megalodon.loss`, rivals torch's cross-entropy of their logits.
 
-The rival is MEGALODON in plain torch with the same weights. A Llama with as many parameters, whose attention sees the whole
-past, does other work and is shown beside it. "Linear layers alone", of the 200M model, and "weights read once" bound from
-below what our time can become. Where plain torch would take minutes, its loss alone is compared, not the gradients.
+The rival is MEGALODON in plain torch with the same weights. A Llama with as many parameters, whose attention sees
+the whole past, does other work and is shown beside it. "Linear layers alone", of the 200M model, and "weights read
+once" bound from below what our time can become. Where plain torch would take minutes, its loss alone is compared, not
+the gradients.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     yield _training(small, 8 * C)
     yield _packed(small, 2 * C, documents=4)
     yield _forward(small, 8 * C)
-    yield _forward(small, 32 * C, llama=False)  # which takes a minute
+    yield _forward(small, 32 * C, llama=False)  # the Llama would take a minute
     yield _decode(small, C - 24)
     yield dataclasses.replace(_decode(small, 32 * C - 24), fewer_threads=False)
     if not quick:
@@ -125,7 +126,7 @@ def _step(loss: Callable[[Tensor, Tensor], Tensor], model: nn.Module, tokens: Te
 
 
 def _next(tokens: Tensor) -> Tensor:
-    """What follows each token; nothing does the last."""
+    """The token that follows each token; none follows the last."""
     return F.pad(tokens[:, 1:], (0, 1), value=-100)
 
 
@@ -217,8 +218,8 @@ def _forward(model: _Model, length: int, llama: bool = True) -> Case:
 
 
 def _decode(model: _Model, context: int) -> Case:
-    """`DECODED` tokens, one call each, after `context` tokens; the attention's chunk is nearly full. The first few are
-    slower, as other work has had the caches.
+    """`DECODED` tokens, one call each, after `context` tokens; the attention's chunk is nearly full. The first few
+    calls are slower, as other work has had the caches.
     """
     C = model.config.chunk_size
     tokens = model.tokens(context + DECODED)
@@ -254,7 +255,7 @@ def _decode(model: _Model, context: int) -> Case:
 
     @torch.no_grad()
     def expected() -> Outputs:
-        """The same tokens in one call."""
+        """Outputs of the decoded tokens in one call."""
         read_context()
         return (model.ours(tokens[:, context:], state=start),)
 

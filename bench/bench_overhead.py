@@ -58,7 +58,7 @@ def _both(name: str, ours: Callable, plain: Callable, inputs: tuple[Tensor, ...]
 
 
 def _appending(qkv: list[Tensor]) -> Case:
-    """A token that appends to a chunk's keys and values, which starts anew every C tokens."""
+    """One token a call, appended to a chunk's keys and values; the chunk starts anew every C tokens."""
     q, k, v = qkv
     caches = [torch.zeros(1, C, H, D // H) for _ in range(4)]
     state = mo.AttentionState(*caches[:2], torch.zeros(1, dtype=torch.int64))

@@ -1,7 +1,7 @@
-"""How threads that wait for each other wait: the command line's default training run on idle cores, and beside two busy processes.
+"""How threads that wait for each other wait: the default training run on idle cores, and beside two busy processes.
 
-A step of that run is hundreds of regions of tens of microseconds, at whose ends threads wait for each other. Threads that
-spin go on at once on idle cores; beside other work they take the processor from those that they wait for. OpenMP
+A step of that run is hundreds of regions of tens of microseconds, at whose ends threads wait for each other. Threads
+that spin go on at once on idle cores; beside other work they take the processor from those that they wait for. OpenMP
 reads how to wait once, when it is loaded, so each setting has a process of its own: the command line's
 (`GOMP_SPINCOUNT`), OpenMP's default, and `OMP_WAIT_POLICY=passive`. Expected are the losses of the default. The cases
 want all of the machine's processors, as two busy processes do.
@@ -62,7 +62,7 @@ class _Run:
         self._ask("start over")
 
     def takes(self, steps: int, busy: int) -> Callable[[], Outputs]:
-        """A call that takes the run's next steps beside so many busy processes and returns their losses."""
+        """A call that takes the run's next steps beside `busy` other processes and returns their losses."""
 
         def call() -> Outputs:
             others = [subprocess.Popen(["sh", "-c", "while kill -0 $PPID; do :; done"]) for _ in range(busy)]

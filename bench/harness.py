@@ -45,8 +45,8 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _SHORT = 1e-3  # seconds; shorter calls are timed several in a row
 _CACHEABLE = 0.1  # seconds; the state of the cache, which fills in a millisecond, does not show in longer calls
 _LONG = 3.0  # seconds; a call that takes longer is timed once, after a first one, samples that did are not taken again
-_SLOW = 1.35  # seconds; a rival whose first call takes longer gets one other
-_VERY_SLOW = 6.0  # seconds; and one whose first call takes even longer, none
+_SLOW = 1.35  # seconds; a rival whose first call takes longer gets one more call
+_VERY_SLOW = 6.0  # seconds; a rival whose first call takes longer gets no other call
 _ATTEMPTS = 3  # to time a case on a machine that has all its cores
 
 
@@ -136,7 +136,7 @@ class Result:
 
     @property
     def best_rival(self) -> Timing | None:
-        """Of those that are right."""
+        """The fastest of the rivals whose results are right."""
         rivals = [t for t in self.timings if t.rival and t.median < math.inf and (t.error or 0) <= self.tolerance]
         return min(rivals, key=lambda t: t.median, default=None)
 
@@ -183,7 +183,7 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bo
 
 
 def _take_samples(runners: list[_Runner], case: Case, threads: int, effort: Effort) -> None:
-    """Step 4."""
+    """Takes the samples: step 4 of measuring a case."""
     for _ in range(_ATTEMPTS):
         for runner in runners:
             runner.timing.warm, runner.timing.cold = [], []

@@ -48,7 +48,7 @@ class Limits:
     """writing memory fresh from the system, whose pages it must clear first"""
 
     def best(self, other: Limits) -> Limits:
-        """The higher of each, as load from outside only lowers them."""
+        """The higher value of each rate, as load from outside only lowers rates."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Limits(*(max((v for v in pair if v is not None), default=None) for pair in pairs))
 

@@ -56,7 +56,7 @@ class Llama(nn.Module):
 
     @classmethod
     def sized_like(cls, model: mo.Megalodon) -> Llama:
-        """As many layers, the same width, and hidden units until the number of parameters is the same."""
+        """A Llama with the layers and width of `model`, and hidden units until the numbers of parameters are equal."""
         config = model.config
         fixed = 2 * config.vocab_size * config.model_dim + 4 * config.num_layers * config.model_dim**2
         hidden = (model.num_parameters() - fixed) / (3 * config.num_layers * config.model_dim)

@@ -46,7 +46,7 @@ def as_tensors(results: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class Bare:
-    """The least that the protocol asks for."""
+    """An array with the least that DLPack's protocol asks for."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array

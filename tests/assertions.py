@@ -24,8 +24,8 @@ def assert_as_accurate_as(
 ) -> None:
     """The worst error of `actual` is at most `factor` times that of plain torch in the same dtype, plus rounding.
 
-    Rounding is `floor` times the spacing of the dtype at the largest value; half is what the best can do. Where larger
-    terms cancel in a sum, it is the spacing at `terms`.
+    Rounding is `floor` times the spacing of the dtype at the largest value, or at `terms` where larger terms cancel in
+    a sum; a correctly rounded result is off by at most half the spacing.
     Errors are measured against float64. A reference that is wrong in its first digit is no yardstick, and is refused.
     """
     _assert_same_kind(actual, same_dtype_reference, name)

@@ -1,7 +1,7 @@
 """The kernels that a test can run on: the CPU's for each instruction set, CUDA's on the emulator, CUDA's on a GPU.
 
-Tests pass CPU tensors whatever the backend. On the CUDA backends the bindings of `_C` are replaced by some that move
-the tensors to the device, launch there and move the results back, so that one suite tests all kernels.
+Tests pass CPU tensors whatever the backend. On the CUDA backends the bindings of `_C` are replaced by functions that
+move the tensors to the device, launch there and move the results back, so that one suite tests all kernels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ HAS_GPU = library.has_cuda_kernels() and torch.cuda.is_available()
 FAST = ["cpu"] + ["cuda"] * HAS_GPU
 DEVICES = ["cpu", "cuda-emulated", *FAST[1:]]
 
-# Instruction sets as parameters: the one in use in every run, the others among the slow tests.
+# Instruction sets as parameters: the one in use is in every run, each other set among the slow tests.
 ISA_PARAMS = [name if name == DEFAULT_ISA else pytest.param(name, marks=pytest.mark.slow) for name in ISAS]
 each_isa = pytest.mark.parametrize("name", ISA_PARAMS)
-# The fixture `backend` takes each of DEVICES; for tests of numbers, this takes each instruction set in place of "cpu".
+# The fixture `backend` takes each of DEVICES; `every_backend`, for tests of numbers, each instruction set for "cpu".
 every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, "cuda-emulated", *FAST[1:]], indirect=True)
-# For tests so wide that the emulated kernels take seconds for them: there they are slow tests.
+# For tests so wide that the emulated kernels take seconds: on the emulator these tests are slow ones.
 _SLOW_EMULATED = [pytest.param("cuda-emulated", marks=pytest.mark.slow), *FAST[1:]]
 wide_every_device = pytest.mark.parametrize("backend", ["cpu", *_SLOW_EMULATED], indirect=True)
 wide_every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, *_SLOW_EMULATED], indirect=True)
@@ -52,13 +52,13 @@ def isa(name: str) -> Iterator[None]:
 
 @contextmanager
 def gpu() -> Iterator[None]:
-    """Within it, the bindings of `_C` launch the CUDA kernels on the current GPU."""
+    """Within the context, the bindings of `_C` launch the CUDA kernels on the current GPU."""
 
     def launcher(name: str):
         inputs = BINDINGS[name].split("->")[0].split()
 
         def launch(*arguments):
-            moved = {id(a): a.cuda() for a in arguments if isinstance(a, Tensor)}  # what is both in and out is one
+            moved = {id(a): a.cuda() for a in arguments if isinstance(a, Tensor)}  # in and out may be one tensor
             library.launch(name, *(moved.get(id(a), a) for a in arguments))
             for result in arguments[len(inputs) :]:
                 if isinstance(result, Tensor):

@@ -42,10 +42,10 @@ class Case:
     tensors: Tensors
     options: dict[str, Any]
     dtype: torch.dtype  # of the tokens; incoming gradients are rounded to it
-    terms: float = 0.1  # size of the terms whose sums make a gradient: what cancels leaves the rounding of its terms
+    terms: float = 0.1  # size of the terms whose sums make a gradient: terms that cancel leave their rounding
 
     def double(self) -> Case:
-        """The same values in float64."""
+        """The case with its values in float64."""
 
         def widen(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -115,7 +115,7 @@ def forward(function: Function, case: Case) -> Tensors:
 def evaluate(function: Function, case: Case, incoming: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
     """Returns the outputs by name and the gradient of every tensor as "d<name>", given random incoming gradients.
 
-    `incoming` may replace them: it gets the output's name and the random gradient.
+    `incoming` may replace an incoming gradient: it gets the output's name and the random gradient.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
     outputs = forward(function, replace(case, tensors=leaves))
@@ -137,7 +137,7 @@ def _random_gradient(gen: torch.Generator, output: Tensor, rounding: torch.dtype
 
 
 def carried(op: str, results: Tensors) -> Tensors:
-    """The results that stay when the sequence is cut: all of them, but only outputs where the state is a constant."""
+    """The results that a cut of the sequence leaves unchanged: all, or outputs alone where the state is a constant."""
     names = [name for name in results if not (OPS[op].constant_state and name.startswith("d"))]
     return {name: results[name] for name in names}
 
@@ -312,7 +312,7 @@ def _dropkey(dropkey: float, seed: int) -> dict[str, Any]:
 def _attention_state(
     gen: torch.Generator, S: int, C: int, H: int, K: int, V: int, dtype: torch.dtype
 ) -> AttentionState:
-    """Every possible position in turn; rows beyond it hold NaN, which nobody may read."""
+    """A state with every possible position in turn; rows beyond a position hold NaN, which nobody may read."""
     position = (torch.arange(S) * 5 + C - 1) % C
     k, v = randn(gen, S, C, H, K, dtype=dtype), randn(gen, S, C, H, V, dtype=dtype)
     for s, end in enumerate(position.tolist()):

@@ -1,4 +1,4 @@
-"""Runs of the command line on models of a moment, for tests: a text, a finished run, and what is read of one."""
+"""Quick runs of the command line, for tests: a text, a finished run, and what is read of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def overflow(run: Path, by: float = 1e30) -> None:
-    """Gives the newest checkpoint of a run larger weights, finite ones, which by default give outputs that are not."""
+    """Makes the weights in a run's newest checkpoint larger: finite still, but by default with outputs that are not."""
     found = checkpoint.load(run, "-")
     record = {name: value for name, value in found.record.items() if name not in ("format", "step", "files")}
     parts = found.parts | {"model": {name: tensor * by for name, tensor in found.parts["model"].items()}}

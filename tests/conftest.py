@@ -17,7 +17,7 @@ from megalodon_ops import _C
 
 pytest_plugins = ["command_line", "cuda_emulator.fixtures"]
 
-# The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones, and more. A backend serves all examples.
+# Every run draws equal examples; HYPOTHESIS_PROFILE=explore draws new ones, and more. One backend serves all of a test.
 WHOLE_TEST = [HealthCheck.function_scoped_fixture]
 settings.register_profile("default", max_examples=15, deadline=None, derandomize=True, suppress_health_check=WHOLE_TEST)
 settings.register_profile(

@@ -11,7 +11,7 @@ TINY = dict(
 
 
 def tiny_model(dtype=torch.float64, **overrides) -> mo.Megalodon:
-    """A model with every parameter random, so that no offset hides behind its zero."""
+    """A model with every parameter random: offsets, which begin as zeros, have an effect, too."""
     torch.manual_seed(0)
     model = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides})).to(dtype)
     with torch.no_grad():

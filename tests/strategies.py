@@ -30,7 +30,7 @@ def lengths_around(C: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def sequences(draw: st.DrawFn, length: st.SearchStrategy[int], kinds: tuple[str, ...]) -> dict[str, Any]:
-    """B, L and, for padded or packed batches, where the sequences lie: some are empty, some tokens are in none."""
+    """B, L and, for padded or packed batches, where the sequences lie; some may be empty, and tokens in no sequence."""
     kind = draw(st.sampled_from(kinds))
     L = draw(length)
     if kind == "packed":
@@ -61,7 +61,7 @@ def timestep_norm_cases(
     """Fresh and old states; means that dwarf the spread; groups of one channel."""
     dtype = draw(dtypes)
     values = [(0.0, 1.0), (3.0, 0.5), (0.0, 30.0)]
-    if dtype == torch.float32:  # narrower types cannot hold them, and for float64 there is no better reference
+    if dtype == torch.float32:  # narrower types lose the spread; float64 has no better reference
         values += [(1e4, 1e-2), (-1e3, 1.0), (0.0, 1e-4)]
     mean, std = draw(st.sampled_from(values))
     return timestep_norm_case(

@@ -96,7 +96,7 @@ def test_nothing_to_do(op, shape):
 
 
 class Addresses(TorchDispatchMode):
-    """Where the tensors lie that registered ops are given and return."""
+    """Records where the tensors lie that registered ops are given and return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def test_a_kind_without_a_namespace_gets_tensors(op):
 
 
 def test_a_kind_may_have_from_dlpack_in_its_package(monkeypatch):
-    """As CuPy had, before its arrays told their namespace."""
+    """CuPy had from_dlpack in its package before its arrays told their namespace."""
     package = types.ModuleType("someones")
     package.Array = type("Array", (Bare,), {"__module__": "someones.core"})
     package.from_dlpack = lambda array: package.Array(np.from_dlpack(array))
@@ -171,7 +171,7 @@ def test_the_first_argument_decides_the_kind():
     assert type(mo.cema(**arguments | {"x": Named(x)})) is Named
     assert (
         type(mo.cema(**dict(reversed((arguments | {"x": Named(x)}).items())))) is Named
-    )  # not the first that is named
+    )  # the first of the signature, not of the call
 
 
 def test_calls_run_without_gradients_and_autocast():
@@ -228,12 +228,12 @@ def test_neither_numpy_nor_anything_else_is_imported():
         x, zeros = Bare(torch.tensor([[[1.0, 3.0]]])), Bare(torch.zeros(2))
         print(mo.timestep_norm(x, zeros, zeros, num_groups=1, eps=0.0).tolist())
     """
-    result = run_python(code, PYTHONWARNINGS="ignore")  # torch's, that there is no NumPy
+    result = run_python(code, PYTHONWARNINGS="ignore")  # torch's warning that there is no NumPy
     assert result.stdout.strip() == "[[[-1.0, 1.0]]]", result.stderr
 
 
 def test_producers_get_the_stream_that_torch_works_on(monkeypatch):
-    """The memory is the CPU's; only what is said about it is a GPU's."""
+    """The memory is the CPU's; only what is said about this memory is a GPU's."""
     streams = []
 
     class OnDevice(Bare):
@@ -260,7 +260,7 @@ def test_producers_get_the_stream_that_torch_works_on(monkeypatch):
     ids=str,
 )
 def test_consumers_wait_for_results_and_torch_for_consumers(monkeypatch, stream, events):
-    """As on a GPU, whose memory must not be reused for another tensor while its consumer still reads it."""
+    """A GPU's memory must not be reused for another tensor while a consumer of the first still reads."""
     happened = []
     tensor = types.SimpleNamespace(
         is_cuda=True,

@@ -92,7 +92,7 @@ def torch_stream(request: pytest.FixtureRequest) -> Iterator[torch.cuda.Stream]:
 
 @pytest.fixture(params=["default", "other"])
 def cupy_stream(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """CuPy's current stream; the other one is not ordered with the default stream."""
+    """CuPy's current stream; stream "other" is not ordered with the default stream."""
     stream = cupy.cuda.Stream.null if request.param == "default" else cupy.cuda.Stream(non_blocking=True)
     with stream:
         yield stream
@@ -110,7 +110,7 @@ def test_cupy_arrays_give_the_bits_of_tensors(op, dtype):
 
 @all_ops
 def test_the_op_waits_for_the_arrays(op, torch_stream, cupy_stream):
-    """Values that arrive late on CuPy's stream; NaN (or 0, within bounds as an offset) is what lies there before."""
+    """The values arrive late on CuPy's stream; before, their memory holds NaN (or 0, within bounds as an offset)."""
     case = BUILDERS[op](torch.float32)
     expected = on_tensors(case)
     pairs = []
@@ -146,7 +146,7 @@ def test_cupy_waits_for_the_results(op, torch_stream, cupy_stream):
 
 @all_ops
 def test_memory_is_not_reused_while_cupy_reads(op, torch_stream, cupy_stream):
-    """Results that are dropped while a copy of them is pending on CuPy's stream."""
+    """The results are dropped while a copy of them is pending on CuPy's stream."""
     case = BUILDERS[op](torch.float32)
     expected = on_tensors(case)
     results = forward(getattr(mo, op), converted(case, from_cpu))

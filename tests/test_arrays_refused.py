@@ -66,7 +66,7 @@ def test_errors_name_the_argument_and_the_fix(argument, change, error, message):
 @pytest.mark.parametrize("change", [Tensor.numpy, Tensor.tolist], ids=["array", "list"])
 @all_ops
 def test_a_call_on_tensors_takes_no_arrays(op, change, gradients):
-    """Each argument in turn, states and offsets included."""
+    """Each argument in turn is no tensor, states and offsets included."""
     case = SMALL[op].with_options(lengths=torch.tensor([3, 9]))
     inputs = OPS[op].tokens + OPS[op].parameters
     with torch.set_grad_enabled(gradients):

@@ -47,7 +47,7 @@ BREAKAGES = {
 
 @pytest.fixture(params=DTYPES, ids=str)
 def exact(request):
-    """Values of float64 (or complex128), and the same rounded to the dtype."""
+    """Values of float64 (or complex128), and those values rounded to the dtype."""
     wide = torch.complex128 if request.param.is_complex else torch.float64
     x = randn(generator(0), 7, 5, dtype=wide)
     return x, x.to(request.param)

@@ -200,7 +200,7 @@ def test_a_kernel_runs_as_compiled_for_the_best_suitable_instruction_set_up_to_t
     compiled = compile_and_link(tmp_path, DISPATCH)
     assert compiled.returncode == 0, compiled.stderr
     lines = subprocess.run([tmp_path / "dispatch"], capture_output=True, text=True, check=True).stdout.splitlines()
-    # Of float32: everywhere, some; of bfloat16 the same.
+    # A line for each active set; columns: `everywhere` and `some` with float32, then with bfloat16.
     assert lines == [
         " v2 v2 v2 v2",
         " v3 v2 v3 v2",

@@ -44,7 +44,7 @@ def wide(tensors):
 
 
 def terms(parameters, grads):
-    """The largest terms of the sums that a gradient is, which can cancel: |dq| times what each part of it meets."""
+    """The largest terms, which can cancel, of the sums that make each gradient: dp and dq times their factors."""
     (p, s, angle), (dp, dq, _) = (torch.sigmoid(t[..., 0]) for t in parameters[:3]), (g.abs() for g in grads)
     number = torch.arange(1, p.shape[1] + 1)
     sizes = {
@@ -93,7 +93,7 @@ def test_the_phase_is_accurate_at_every_angle(name, dtype):
     with isa(name):
         _, q, _ = cema_coefficients(alpha, alpha, theta, torch.zeros(1, modes, 2, dtype=dtype))
     angle = 2 * math.pi * torch.arange(1, modes + 1, dtype=torch.float64) / modes
-    roundings = 4 if dtype == torch.float64 else 1  # of the angle, here and above
+    roundings = 4 if dtype == torch.float64 else 1  # of the angle, by the op and by this test
     rounded = roundings * torch.finfo(dtype).eps / 2 * angle
     error = (q[0].to(torch.complex128) - torch.polar(torch.ones_like(angle), angle)).abs()
     bound = rounded + torch.finfo(dtype).eps

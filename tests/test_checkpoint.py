@@ -106,7 +106,7 @@ def test_killed_while_writing(tmp_path, monkeypatch, call, count):
 
 
 def test_a_draft_that_cannot_be_finished_goes(tmp_path, file_size_limit):
-    """On a full disk the checkpoint before is as it was, and nothing of the new one stays; for every file of it."""
+    """On a disk that is full at any file, the checkpoint before is as it was, and nothing of the new one stays."""
     folder = save(tmp_path, 1)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for limit in (100, 20, 0):  # bytes a file may have: the record fails, then the tensors
@@ -120,7 +120,7 @@ def test_a_draft_that_cannot_be_finished_goes(tmp_path, file_size_limit):
 
 
 def test_options_that_an_older_version_did_not_have(tmp_path):
-    """It took every file of a folder, so that the text of its run is what all patterns match."""
+    """The older version took every file of a folder, so that its text is what all patterns match."""
     assert "glob" not in json.loads((save(tmp_path, 1) / "checkpoint.json").read_text())["options"]
     assert newest(tmp_path).record["options"]["glob"] == ["*"]
 

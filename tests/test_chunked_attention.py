@@ -29,7 +29,7 @@ def rotate(x, chunk):
 @each_implementation
 @pytest.mark.parametrize("name", ["one_chunk", "short", "three_chunks"])
 def test_golden(name, implementation, backend):
-    """q and k of the released code, before its rotary."""
+    """The inputs are q and k of the released code, before its rotary."""
     t, config = golden_case("attention", name), golden_config("attention")[name]
     leaves = {key: t[key].clone().requires_grad_() for key in "qkv"}
     q, k, v = (leaf.unflatten(-1, (config["H"], -1)) for leaf in leaves.values())
@@ -98,7 +98,7 @@ def test_tiles_of_any_height_end_with_their_block(K, V, cached, L, backend):
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keys_without_elements_give_the_mean_of_the_values(dtype, backend):
-    """All scores are 0, whatever the scratch memory held: here those of the call before."""
+    """All scores are 0, whatever the scratch memory held: here scores of the call before."""
     v = torch.randn(1, 70, 2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     q, nothing = torch.arange(70.0).to(dtype)[None, :, None, None].expand(1, 70, 2, 1), v[..., :0]
     mo.chunked_attention(q, q, v, chunk_size=32)
@@ -111,7 +111,7 @@ def test_keys_without_elements_give_the_mean_of_the_values(dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("L", [3, 70])
 def test_the_log_sum_exp_needs_no_values(L, dtype, backend):
-    """It is that of the scores; the backward takes it."""
+    """The log-sum-exp, which the backward takes, is of the scores alone."""
     case = chunked_attention_case(B=2, L=L, C=32, dtype=dtype, state=True)
     (q, k, v), (cache_k, cache_v, position) = case.tensors.values(), case.options["state"]
     forward = torch.ops.megalodon_ops.chunked_attention_fwd.default
@@ -272,7 +272,7 @@ def test_errors(error, argument, changes):
 
 
 def test_a_state_that_wants_gradients_is_refused():
-    """It is a constant: to take a gradient from it would be silently wrong."""
+    """The state is a constant: to take a gradient from it would be silently wrong."""
     state = _state()
     state.k.requires_grad_()
     with pytest.raises(ValueError, match="^chunked_attention: `state` must not require gradients"):

@@ -106,7 +106,7 @@ def test_ctrl_c_during_the_imports_ends_quietly(at_an_import, module):
 
 
 def test_ctrl_c_that_is_ignored_stays_ignored(at_an_import):
-    """As under `nohup` or `&` of a shell."""
+    """Under `nohup`, or `&` of a shell, SIGINT is ignored from the start."""
     line = f"{INTERRUPT}; print('goes on', flush=True); os._exit(0)"
     ended = at_an_import("torch", line, "sh", "-c", f"trap '' INT; exec {shlex.join(shell('info'))}")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "goes on\n", "")

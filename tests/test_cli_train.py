@@ -109,7 +109,7 @@ def test_kill_and_resume(text, tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_in_one_folder(text, tmp_path, capsys):
-    """The second says who the first is, and changes nothing; once the first is killed, another goes on."""
+    """The second run says who the first is, and changes nothing; once the first is killed, a third goes on."""
     out = tmp_path / "run"
     process = subprocess.Popen(
         shell("train", "--data", text, "--out", out, *TINY, "--steps", 100_000, "--checkpoint-every", 5),
@@ -135,7 +135,7 @@ def test_two_runs_in_one_folder(text, tmp_path, capsys):
 
 
 def test_one_of_many_gets_the_lock(tmp_path):
-    """Threads that take and release it at random never hold it together, although each release removes the file."""
+    """Threads that take and release the lock at random never hold it together; each release removes the file."""
     holders, most = 0, 0
 
     def take():
@@ -149,7 +149,7 @@ def test_one_of_many_gets_the_lock(tmp_path):
                     time.sleep(0)
                     holders -= 1
                     taken += 1
-            except (CommandError, FileNotFoundError, FileExistsError):  # or its folder was just being removed
+            except (CommandError, FileNotFoundError, FileExistsError):  # or the folder was just being removed
                 pass
 
     threads = [threading.Thread(target=take) for _ in range(8)]
@@ -166,7 +166,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(text, tmp_path, capsys):
 
 
 def test_full_disk(text, tmp_path, capfd, file_size_limit):
-    """One line, the checkpoint before stays and nothing else, and with room again the run goes on."""
+    """The error is one line, only the checkpoint before stays, and with room again the run goes on."""
     flags = ("--steps", 4, "--checkpoint-every", 2)
     assert train(text, tmp_path, *flags[:1], 2) == 0
     (tensors,) = (tmp_path / "checkpoints").glob("step-*2/model.safetensors")
@@ -215,7 +215,7 @@ def test_one_document(tmp_path):
 
 
 def test_a_finished_run_is_not_evaluated_again(ended, text, capsys):
-    """Resumed, it prints the figure that it has recorded and changes nothing; another text or other flags are refused."""
+    """Resumed, the run prints its recorded figure and changes nothing; another text or other flags are refused."""
     diary = ended / "metrics.jsonl"
     *lines, last = diary.read_text().splitlines()
     end = json.loads(last)
@@ -230,7 +230,7 @@ def test_a_finished_run_is_not_evaluated_again(ended, text, capsys):
     assert main([*resume, "--seed", "7"]) == main([*resume, "--data", __file__]) == 2
     assert {path: path.read_bytes() for path in ended.rglob("*") if path.is_file()} == before
 
-    diary.write_text("\n".join(lines) + "\n")  # stopped before it was evaluated
+    diary.write_text("\n".join(lines) + "\n")  # as if stopped before its evaluation
     assert main(resume) == 0
     assert rows(ended)[-1] == end
     assert main([*resume, "--steps", "62"]) == 0
@@ -287,7 +287,7 @@ def test_weights_that_give_no_numbers_end_a_run_in_one_line(ended, capsys):
 
 
 def test_the_optimizer_is_adamw(finished):
-    """Fused, on any number of threads: torch's plain AdamW up to rounding, the same bits whatever the threads."""
+    """The fused optimizer is torch's plain AdamW up to rounding, with equal bits on any number of threads."""
     found = checkpoint.load(finished, "-")
     record = argparse.Namespace(**found.record["options"])
 

@@ -133,7 +133,7 @@ def odd(path, rng):
 
 
 def reseal(folder):
-    """Checksums made right again, as one who forges would, so that what is behind them is reached."""
+    """Makes checksums right again, as a forger would, so that the checks behind them are reached."""
     record = json.loads((folder / "checkpoint.json").read_text())
     if not isinstance(record.get("files"), dict):
         return
@@ -169,7 +169,7 @@ MANY = pytest.param(2100, marks=pytest.mark.slow)
 @pytest.mark.parametrize("count", [FEW, MANY])
 @pytest.mark.parametrize("forged", [False, True], ids=["damaged", "forged"])
 def test_a_mutated_checkpoint_is_refused_in_one_line_or_runs(run, tmp_path, capsys, forged, count):
-    """Forged ones, whose checksums are right, may be taken with other numbers, and are then not run; damaged ones never."""
+    """Forged folders, of right checksums, may be read with other numbers, and are then not run; damaged ones never."""
     out, text = run
     base = sorted((out / "checkpoints").iterdir())[-1]
     cpu = torch.device("cpu")

@@ -131,7 +131,7 @@ def warm_up(call):
 
 
 def test_a_first_call_may_be_captured():
-    """Its rotary table comes from the device, and neither other calls nor other tables touch it afterwards."""
+    """The captured call's rotary table comes from the device, and no other call or table touches it afterwards."""
     case = on("cuda", "normalized_qk", rope_base=123.0)
     warm_up(lambda: run("normalized_qk", on("cuda", "normalized_qk")))
     graph = torch.cuda.CUDAGraph()
@@ -162,7 +162,7 @@ def test_a_captured_model_keeps_its_rotary_table():
 
 
 def test_graphs_of_a_compiled_call_hold_no_table():
-    """torch checks after each that nothing but its outputs lives in the graph's pool."""
+    """torch checks after each graph that nothing but the graph's outputs lives in its pool."""
     torch.compiler.reset()
     case = on("cuda", "normalized_qk", rope_base=321.0)
     compiled = torch.compile(mo.normalized_qk, mode="reduce-overhead")

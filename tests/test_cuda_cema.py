@@ -43,7 +43,7 @@ def assert_matches_reference(actual, case):
 @pytest.mark.parametrize("N", [3, 8, 11, 17])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_modes_and_type(emulator, dtype, N, state):
-    """Templates of 4, 8, 16 and 32 modes, over several tiles; pairs of channels, and the same with scalar accesses."""
+    """Templates of 4, 8, 16 and 32 modes, over several tiles; pairs of channels, by vector and by scalar accesses."""
     case = cema_case(B=1, L=99, D=4, N=N, dtype=dtype, state=state)
     actual = emulated(emulator, case)
     assert launched(emulator) == SCAN | GRADIENTS
@@ -87,7 +87,7 @@ def test_several_blocks_a_tile(emulator):
 
 @pytest.mark.parametrize("only", ["y", "state"])
 def test_the_gradient_of_one_output(emulator, only):
-    """Without a gradient of the state, or with nothing else."""
+    """One output alone, y or the state, has a gradient that is not 0."""
     case = cema_case(B=2, L=75, D=4, N=4, state=True, dtype=torch.float64)
     run = lambda function: evaluate(function, case, lambda name, grad: grad * (name == only))  # noqa: E731
     with emulator.replacing(_C):
@@ -96,7 +96,7 @@ def test_the_gradient_of_one_output(emulator, only):
 
 
 def test_the_gradient_of_y_without_states(emulator):
-    """Then all of u is made of x, and dp is a sum over y."""
+    """Without states all of u is made of x, and dp is a sum over y."""
     case = cema_case(B=2, L=75, D=4, N=4, dtype=torch.float64)
 
     def gradients(function):
@@ -176,7 +176,7 @@ def test_few_steps_take_one_launch(emulator, sequences, N, state):
 
 @pytest.mark.parametrize("shape", [(1, 8300, 32), (66_000, 1, 1)], ids=["channels", "sequences"])
 def test_few_steps_of_more_than_fills_a_gpu(emulator, shape):
-    """Blocks of channels, or sequences, beyond what a grid may have rows."""
+    """There are more blocks of channels, or sequences, than a grid may have rows."""
     B, D, N = shape
     case = cema_case(B=B, L=1, D=D, N=N)
     with emulator.replacing(_C):

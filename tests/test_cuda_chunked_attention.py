@@ -18,7 +18,7 @@ from megalodon_ops.reference.sequences import accumulation_dtype, sequences
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 ORDERS = ("forward", "reverse", "random")
 
-# Kernel, then shapes; each tiling and each way to a tail. Rows of the sequences, chunks and tiles end everywhere.
+# Kernel, then shapes: each tiling and each way to a tail. Sequences, chunks and tiles end at any row.
 ON_TENSOR_CORES = {
     "64-columns": {"L": 75, "H": 2, "K": 40, "V": 24, "C": 67, "dtype": BF16, "state": True, "dropkey": 0.3},
     "64-columns-chunk-before-the-tiles-end": {"B": 1, "L": 70, "H": 1, "K": 8, "V": 8, "C": 47, "dtype": BF16},
@@ -191,7 +191,7 @@ def test_a_sequence_does_not_see_its_neighbours(emulator, dtype, L):
 
 @pytest.mark.parametrize(("dtype", "rows", "C"), [(BF16, 128, 110), (F32, 64, 50)], ids=str)
 def test_a_block_does_not_see_the_chunk_before_its_first(emulator, dtype, rows, C):
-    """Columns are counted from a multiple of 4, which is in that chunk."""
+    """Columns are counted from a multiple of 4, which is in the chunk before."""
     case = scaled_case(B=1, L=rows + 10, H=1, K=8, V=8, C=C, dtype=dtype)
     spoilt = {name: tensor.clone() for name, tensor in case.tensors.items()}
     for tensor in spoilt.values():
@@ -232,7 +232,7 @@ def test_spans_of_many_steps_have_a_limit(emulator):
 
 @pytest.mark.parametrize(("dtype", "offset"), [(BF16, 0), (BF16, 1), (F32, 0), (F64, 1)], ids=str)
 def test_steps_refuse_queries_that_shared_memory_does_not_hold(emulator, dtype, offset):
-    """What is left of it by a span of scores and the partial sums, in planes of eight vectors and four more."""
+    """A query has, in planes of eight vectors and four more, what a span of scores and the partial sums leave."""
     emulator.set_order("random", shared_limit=24 * 1024)
     size, width = (8 if dtype == F64 else 4), (1 if offset else 16 // dtype.itemsize)
     left = 24 * 1024 // size - 64 - (128 + 4) * width
@@ -245,7 +245,7 @@ def test_steps_refuse_queries_that_shared_memory_does_not_hold(emulator, dtype, 
 
 
 def test_a_chunk_is_read_once_for_each_block_of_rows(emulator):
-    """Named re-reads: queries and keys for each 256 columns of V, keys and values for each 128 rows, up to these."""
+    """Queries and keys are read for each 256 columns of V, keys and values for each 128 rows, up to those rows."""
     case = scaled_case(B=1, L=256, H=1, K=32, V=512, C=256, dtype=BF16)
     run(emulator, case)
     traffic = emulator.traffic("chunked_attention_fwd_mma_kernel")
@@ -258,7 +258,7 @@ def test_a_chunk_is_read_once_for_each_block_of_rows(emulator):
 
 @pytest.mark.parametrize(("dtype", "key_dim", "value_dim", "reads"), [(BF16, 256, 512, 1), (F32, 64, 1024, 2)])
 def test_a_step_reads_the_cached_rows_once(emulator, dtype, key_dim, value_dim, reads):
-    """Keys again for each 512 columns; nothing of the rows beyond the position."""
+    """Keys are read again for each 512 columns, rows beyond the position not at all."""
     case = scaled_case(B=2, L=1, H=1, K=key_dim, V=value_dim, C=150, dtype=dtype, state=True)
     run(emulator, case)
     rows, size = int(case.options["state"].position.sum()) + 2, dtype.itemsize  # of the cache, and two tokens
@@ -291,7 +291,7 @@ STATES = {
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
 @pytest.mark.parametrize("shape", STATES.values(), ids=STATES)
 def test_state(emulator, shape, dtype, offset):
-    """Copied, it equals the reference's, zeros included; in place, the rows up to the position do, and others stay."""
+    """A copied state equals the reference's, zeros included; in place, rows up to the position do, other rows stay."""
     case = chunked_attention_case(**shape, C=6, dtype=dtype, state=True)
     state = case.options["state"]
     expected = forward(mo.reference.chunked_attention, case)
@@ -344,7 +344,7 @@ def test_a_fresh_state_needs_no_old_one(emulator):
 
 
 def test_bytes_moved_by_the_state(emulator):
-    """In place, the new rows alone; copied, the kept rows and the zeros as well. The first sequence ends its chunk."""
+    """In place, the new rows alone move; copied, kept rows and zeros as well. The first sequence ends its chunk."""
     case = chunked_attention_case(B=3, L=1, H=1, K=64, V=256, C=40, dtype=BF16, state=True)
     state, k, v = case.options["state"], case.tensors["k"], case.tensors["v"]
     in_place = AttentionState(*(t.clone() for t in state))

@@ -88,7 +88,7 @@ def test_gradients(gradients, shape, path):
 def test_a_chunk_that_rounds_share(emulator, gradients, empty):
     """A panel is 32 tiles of P and of dS, 2 MiB, and a round has 32.
 
-    Each empty sequence takes two numbers, so that the chunk's three panels are 30 to 32, or 62 to 64; another follows.
+    Each empty sequence takes two numbers, so that the chunk's three panels are 30 to 32, or 62 to 64, before another.
     """
     case = chunked_attention_case(
         B=1, L=32 * 64, H=1, K=1, V=2, C=2048, cu_seqlens=[0] * (empty + 1) + [150, 300], dtype=torch.float64
@@ -115,7 +115,7 @@ def test_a_chunk_of_many_tiles_in_many_rounds(emulator, gradients, path, panels)
 
 
 def test_a_round_has_a_panel_whatever_its_size(emulator):
-    """One is 137 MiB, and its products would take an hour; the workspace tells."""
+    """A panel of 137 MiB, whose products would take an hour; the size of the workspace tells."""
     x, lse, sizes = torch.zeros(1, 70_000, 1, 1, dtype=torch.float64), torch.zeros(1, 70_000, 1).double(), []
     inputs = x, x, x, None, None, None, 70_000, 1.0, 0.0, None, None, None, x, lse, x
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
@@ -129,7 +129,7 @@ def test_a_round_has_a_panel_whatever_its_size(emulator):
     ids=["dense", "packed"],
 )
 def test_the_workspace_has_no_more_panels_than_there_may_be(emulator, B, L, C, cu_seqlens, panels):
-    """Of P and dS each 64 x 64, where a chunk is one block and needs nothing else."""
+    """A panel is 64 x 64 of P and of dS, where a chunk is one block and needs nothing else."""
     x, lse, sizes = torch.zeros(B, L, 1, 3, dtype=torch.float64), torch.zeros(B, L, 1).double(), []
     packed = None if cu_seqlens is None else torch.tensor(cu_seqlens)
     inputs = x, x, x, None, None, None, C, 1.0, 0.0, None, packed, None, x, lse, x
@@ -155,7 +155,7 @@ def test_a_chunk_of_any_size(emulator):
 
 
 def test_sequences_that_begin_at_the_end_of_a_large_chunk(gradients):
-    """Each takes three panels: two of the chunk that the cache ends in, and one of the next."""
+    """Each sequence takes three panels: two of the chunk that the cache ends in, and one of the next."""
     shape = {"B": 1, "L": 6, "H": 1, "K": 8, "V": 8, "C": 140}
     case = chunked_attention_case(**shape, cu_seqlens=[0, 2, 4, 6], dtype=torch.float32, state=True)
     k, v, position = (t.nan_to_num() for t in case.options["state"])
@@ -164,7 +164,7 @@ def test_sequences_that_begin_at_the_end_of_a_large_chunk(gradients):
 
 
 def test_a_value_that_is_not_seen_may_be_nan(emulator):
-    """In a chunk of several tiles."""
+    """The value is in a chunk of several tiles."""
     case = chunked_attention_case(B=1, L=140, H=1, K=8, V=16, dtype=torch.bfloat16)
     v = case.tensors["v"].clone()
     v[:, -1] = torch.nan
@@ -233,7 +233,7 @@ def test_bytes_moved(emulator, gradients):
     assert scores["workspace"]["store_sectors"] * 32 == tiles
     assert all(products[name]["load_sectors"] * 32 == once[name] * 3 // 2 for name in ("q", "k", "do"))
     assert all(products[name]["store_sectors"] * 32 == once[name] for name in ("dq", "dk", "dv"))
-    # P for each of two slices of dv, dS for the one of dk and the one of dq.
+    # P is read for each of two slices of dv, dS for the slice of dk and the slice of dq.
     assert products["workspace"]["load_sectors"] * 32 == 2 * tiles
 
 

@@ -70,7 +70,7 @@ def test_every_planted_bug_is_tested(emulator):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_is_reported_at_its_line(emulator, name, order):
-    """In every order of the threads, those included in which the result happens to be right."""
+    """Every order of the threads shows the bug, orders included in which the result happens to be right."""
     emulator.set_order(order)
     with pytest.raises(emulator.Error, match=rf"in {name}:"):
         run_bug(emulator, name, bug=True)

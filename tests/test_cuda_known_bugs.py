@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 
 
 def test_every_bug_can_be_planted():
-    """The kernels still have the places, and the tests are there."""
+    """The kernels still have the bugs' places, and the tests that notice are there."""
     assert planted(NUMBERS).keys() == {bug.file for bug in BUGS.values()}
     for bug in BUGS.values():
         assert bug.test[1].split("[")[0] in (TESTS / bug.test[0]).read_text()

@@ -32,7 +32,7 @@ def test_cema_scans_offsets_beyond_31_bits(emulator, large):
 
 
 def test_cema_steps_at_offsets_beyond_31_bits(emulator, large):
-    """One step a sequence, which take another kernel."""
+    """Sequences of one step take a kernel of their own."""
     channels, count = 2**20, 2**11 + 8
     x, y = large(count, 1, channels, dtype=BF16), large(count, 1, channels, dtype=BF16)
     emulator.launch("cema_fwd", x, *cema_parameters(large, channels), None, None, None, y, None)

@@ -34,7 +34,7 @@ KEY_DIMS = {  # K, of v elements a vector
 @pytest.mark.parametrize("key_dim", KEY_DIMS.values(), ids=KEY_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_way_to_share_a_head(emulator, dtype, key_dim):
-    """Two parts of the backward; a warp, and a block, has more tokens than one and fewer than it could."""
+    """Two parts of the backward; a warp, and a block, has more than one token and fewer than it could."""
     case = normalized_qk_case(B=1, L=29, H=1, K=key_dim(16 // dtype.itemsize), C=7, dtype=dtype, cu_seqlens=[1, 9, 27])
     assert_matches_reference(run(emulator, case), case)
 
@@ -42,7 +42,7 @@ def test_each_way_to_share_a_head(emulator, dtype, key_dim):
 @pytest.mark.parametrize("key_dim", [6, 64, 98, 134, 514])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_tensors(emulator, dtype, key_dim):
-    """Pairs of elements take the paths that vectors take above."""
+    """Pairs of elements take the paths that vectors take in aligned tensors."""
     case = normalized_qk_case(B=1, L=19, H=2, K=key_dim, C=7, dtype=dtype, position=True, lengths=[18])
     assert_matches_reference(run(emulator, case, offset=1), case)
 
@@ -86,7 +86,7 @@ def test_bytes_moved_by_the_forward(emulator, dtype, key_dim):
 
 @pytest.mark.parametrize(("dtype", "key_dim"), [*WIDE, (torch.float32, 256)])
 def test_bytes_moved_by_the_backward(emulator, dtype, key_dim):
-    """Also a share of dgamma and dbeta from each part of 16 tokens."""
+    """A share of dgamma and dbeta from each part of 16 tokens is moved, too."""
     case = normalized_qk_case(B=2, L=40, H=2, K=key_dim, C=16, dtype=dtype)
     run(emulator, case)
     kernel, shares = "normalized_qk_bwd_warp_kernel", 80 // 16 * 4 * 2 * key_dim * 4

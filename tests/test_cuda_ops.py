@@ -22,7 +22,7 @@ ORDERS = ("forward", "reverse", "random")
     "op", [pytest.param(op, marks=pytest.mark.slow) if op.endswith("attention") else op for op in OPS]
 )
 def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
-    """A kernel, its launcher and its binding, from the public function on. Aligned memory: test_ops.py."""
+    """The public function reaches kernel, launcher and binding. Aligned memory: test_ops.py."""
     emulator = Emulator(emulated_module)
 
     @settings(max_examples=5)
@@ -81,7 +81,7 @@ def test_each_tensor_alone_may_be_misaligned(emulator, op, dtype):
 # Attention that goes on from a state, a few tokens a sequence, takes other kernels than attention from the start.
 @pytest.mark.parametrize(("op", "goes_on"), [*((op, True) for op in ALIGNED), ("chunked_attention", False)])
 def test_more_sequences_than_1024(emulator, op, goes_on):
-    """Each token finds its own: of 1,100 the first and the last have some, and those between none."""
+    """Each token finds its sequence: of 1,100 the first and the last have tokens, those between none."""
     lengths = [2] + [0] * 1069 + [(s % 3 + 1) // 2 for s in range(30)]
     lengths[1090] = 40
     cu_seqlens = [sum(lengths[:s]) for s in range(1101)]

@@ -73,7 +73,7 @@ int main() {
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_kernel_is_allowed_all_shared_memory_once_on_each_device(tmp_path):
-    """From many threads, and again after a failure; its static memory counts."""
+    """Many threads ask, one again after a failure; the kernel's static memory counts."""
     (tmp_path / "cuda_runtime.h").write_text("#pragma once\n" + RUNTIME)
     (tmp_path / "main.cpp").write_text(MAIN)
     include = [f"-I{tmp_path}", f"-I{CUDA / 'common'}"]

@@ -55,7 +55,7 @@ def test_misaligned_tensors(emulator, dtype):
 
 
 def test_a_state_counts_with_its_residual(emulator):
-    """Of float32: after a million steps at 10^4, of a spread of 0.01, a mean's rounding error is as large as x's."""
+    """In float32, after a million steps at 10^4 with a spread of 0.01, a mean's rounding error is as large as x's."""
     case = timestep_norm_case(B=2, L=5, G=3, width=8, mean=1e4, std=1e-2, count=10**6)
 
     def results(function, case):
@@ -75,7 +75,7 @@ def test_a_state_counts_with_its_residual(emulator):
 
 @pytest.mark.parametrize("garbage", [0.0, 1e6])
 def test_a_state_of_count_0_keeps_the_residual_of_a_large_mean(emulator, garbage):
-    """Steps at 10^4 with a spread of 0.01. What a state of no steps has for its mean and variance does not count."""
+    """The steps are at 10^4, with a spread of 0.01. Mean and variance of a state of no steps do not count."""
     case = timestep_norm_case(B=1, L=5, G=3, width=8, mean=1e4, std=1e-2)
     x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
     state = mo.TimestepNormState(
@@ -98,7 +98,7 @@ def test_a_state_may_lack_its_residual(emulator):
 
 
 def test_gradients_of_states_that_nobody_wants(emulator):
-    """Null pointers; one sequence is empty."""
+    """The gradients' pointers are null; one sequence is empty."""
     case = timestep_norm_case(B=2, L=9, G=2, width=4, count=3, lengths=[9, 0])
     launches = []
     call = emulator.call
@@ -125,7 +125,7 @@ def test_no_channels(emulator):
 
 @pytest.mark.parametrize("L", [0, TILE + 5])
 def test_outputs_that_nobody_wants(emulator, L):
-    """Statistics and the end state, of sequences with and without steps."""
+    """Nobody wants statistics or the end state, of sequences with and without steps."""
     case = timestep_norm_case(B=2, L=L, G=2, width=4)
     x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
     y = torch.full_like(x, torch.nan)
@@ -134,7 +134,7 @@ def test_outputs_that_nobody_wants(emulator, L):
 
 
 def test_the_workspace_of_many_channels(emulator):
-    """Where D exceeds what all shares hold, there are still some."""
+    """Where D exceeds what all shares hold, there are still some shares."""
     case = timestep_norm_case(B=1, L=1, G=1, width=2**18 + 1)
     x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
     stats, dy, shares = torch.ones(3, 1, 1, 1), torch.ones_like(x), []

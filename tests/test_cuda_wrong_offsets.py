@@ -1,7 +1,7 @@
 """Offsets, lengths and positions that contradict their tensors, which nobody can check before a CUDA kernel reads them.
 
-Whatever they are, a kernel stays inside of its buffers. Offsets beyond the row count as its end, and a sequence whose
-position is none as padding.
+Whatever the numbers are, a kernel stays inside of its buffers. Offsets beyond the row count as its end, and a sequence
+whose position is out of range as padding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WRONG = st.sampled_from(FAR) | st.sampled_from(FAR).map(lambda n: -n) | st.just(
 
 
 def build(op: str, **options) -> Case:
-    """With a state, and a position where the op has one."""
+    """A case with a state, and a position where the op has one."""
     state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": True})
     return BUILDERS[op](**SMALL[op], **state, **options)
 
@@ -49,7 +49,7 @@ def run(emulator: Emulator, case: Case) -> dict[str, torch.Tensor]:
 
 @st.composite
 def wrong_cases(draw: st.DrawFn, op: str) -> Case:
-    """Some numbers are right, some near what is right, some far."""
+    """Of a case's numbers some are right, some near what is right, some far."""
     L = draw(st.sampled_from([1, 3, 8, 40] if op in WITH_POSITIONS else [1, 3, 8, 70, 140]))
     numbers = st.integers(0, L) | st.integers(-3, L + 3) | WRONG
     kind = draw(st.sampled_from(["packed", "padded", "dense"] if op in WITH_POSITIONS else ["packed", "padded"]))
@@ -95,7 +95,7 @@ def test_what_lies_beyond_the_row_ends_with_it(emulator, op, L):
 @pytest.mark.parametrize("L", [2, 9])
 @pytest.mark.parametrize("op", WITH_POSITIONS)
 def test_a_sequence_whose_position_is_none_counts_as_padding(emulator, op, L, dtype):
-    """As if it had no tokens, but for the end state, whose position says so."""
+    """The results are as if the sequence had no tokens, but for the end state, whose position says so."""
     positions = torch.tensor([2, -1, 6, 2**62, 5])
     case = at_positions(build(op, B=5, L=L, dtype=dtype), positions)
     right = at_positions(case.with_options(lengths=torch.tensor([L, 0, 0, 0, L])), positions % 6)

@@ -52,7 +52,7 @@ def by_decoder(decoder, pieces):
 
 
 def assert_bits_of_layers(model, state, rows=1, length=1, fused=True):
-    """Over more steps than a chunk has left, so that it begins anew."""
+    """Compares bits over more steps than a chunk has left, so that a chunk begins anew."""
     pieces = tokens_of(rows, 5 * length).split(length, 1)
     decoder = mo.Decoder(model, state)
     found, expected = by_decoder(decoder, pieces), by_layers(model, state, pieces)
@@ -237,7 +237,7 @@ BLOCK_CHANGES = {
 
 @pytest.mark.parametrize("change", BLOCK_CHANGES)
 def test_a_changed_block_runs_as_changed(change):
-    """The others are still calls of kernels."""
+    """Unchanged blocks are still calls of kernels."""
     make, where = BLOCK_CHANGES[change]
     model, state = model_and_state(num_layers=4)
     pieces = tokens_of(1, 3).split(1, 1)
@@ -253,7 +253,7 @@ def test_a_changed_block_runs_as_changed(change):
 
 
 def taken_out(model, name, instead):
-    """Something that is no module comes in the place of one."""
+    """Puts something that is no module in the place of one."""
     module = getattr(model, name)
     delattr(model, name)
     setattr(model, name, instead(module))

@@ -19,7 +19,7 @@ ops = torch.ops.megalodon_ops
 
 
 def counted(call) -> dict[str, int]:
-    """By the op's name."""
+    """Flops by the op's name."""
     with FlopCounterMode(display=False) as counter:
         call()
     return {str(op).split(".")[-1]: count for op, count in counter.get_flop_counts().get("Global", {}).items()}
@@ -46,7 +46,7 @@ EXPECTED = {
 @pytest.mark.parametrize(("case", "fwd", "bwd"), EXPECTED.values(), ids=EXPECTED)
 def test_forward_and_backward_are_counted(case, fwd, bwd):
     found = counted(lambda: evaluate(getattr(mo, case.op), case))
-    assert found.pop("chunked_attention_state", 0) == 0  # it copies
+    assert found.pop("chunked_attention_state", 0) == 0  # the op copies
     assert found == {f"{case.op}_fwd": fwd, f"{case.op}_bwd": bwd}
 
 
@@ -61,7 +61,7 @@ def test_padding_counts_nothing(op):
 
 
 def test_attention_counts_pairs_as_they_are():
-    """Also those with cached keys, to which no gradient goes."""
+    """Pairs with cached keys count, too, though no gradient goes to these keys."""
     C, K, V, first, steps = 4, 3, 5, 3, 9
     case = chunked_attention_case(B=1, L=steps, H=1, K=K, V=V, C=C, state=True)
     assert case.options["state"].position.tolist() == [first]

@@ -81,7 +81,7 @@ def test_wrong_arguments_raise(call, message):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
 def test_logits_that_are_no_numbers_are_an_error(options):
-    """On the CPU; torch's own error speaks of a tensor that the caller does not know, and argmax takes NaN for the largest."""
+    """Torch's own error speaks of a tensor that the caller does not know, and argmax takes NaN for the largest."""
     model = tiny_model()
     with torch.no_grad():
         model.output.output.weight.fill_(torch.nan)

@@ -57,7 +57,7 @@ def assert_matches_the_reference(norm, tensors, dy, **scale):
 def test_results_and_gradients_match_the_reference(norm, name, dtype, width, rows):
     tensors, dy = inputs(norm, rows, width, dtype=dtype)
     with isa(name):
-        # Of one channel nothing is left: terms of size 1 / sqrt(eps) cancel.
+        # With one channel nothing is left: terms of size 1 / sqrt(eps) cancel.
         assert_matches_the_reference(norm, tensors, dy, terms=320.0 if width == 1 else 4.0)
 
 
@@ -226,7 +226,7 @@ def test_errors():
 
 
 def test_layers_take_the_kernels(monkeypatch):
-    """Not a slower way of computing the same."""
+    """The layers take no slower way of computing the norms."""
     from megalodon_ops.model.layers import LayerNorm, RMSNorm
 
     names = []

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import megalodon_ops as mo
 from models import TINY, tiny_model, tokens_of
 
-normalized_qk_module = sys.modules["megalodon_ops.ops.normalized_qk"]  # the function has its name
+normalized_qk_module = sys.modules["megalodon_ops.ops.normalized_qk"]  # a function has the module's name
 
 
 def test_initialisation():
@@ -70,7 +70,7 @@ def rotary_of(model):
 
 
 def test_the_rotary_table_is_the_layers_own():
-    """A CUDA graph knows its address alone, so it must outlive the tables that other calls make."""
+    """A CUDA graph knows a table's address alone: the table must outlive those that other calls make."""
     model = tiny_model()
     (first, *_) = rotary_of(model)
     address, values = first.data_ptr(), first.clone()

@@ -208,7 +208,7 @@ def test_many_rows_refuse_other_types():
 def test_put_product(large, dtype, add):
     x, weight = (torch.randn(20, n).to(dtype) for n in (70, 30))
     y = torch.randn(70, 30)
-    rounds = dtype != torch.float32 and module.WAYS[dtype].many is None  # the product before it is added
+    rounds = dtype != torch.float32 and module.WAYS[dtype].many is None  # the product is rounded, then added
     factors = (x, weight) if rounds else (x.double(), weight.double())
     expected = (add * y + F.linear(*(t.t() for t in factors))).float()
     y = y if add else torch.full_like(y, torch.nan)

@@ -258,7 +258,7 @@ def test_never_holds_all_logits(reduction, small_blocks):
 
 
 def test_few_logits_are_kept(monkeypatch):
-    """With gradients, a quarter of hidden's size or less; without, one block at most."""
+    """With gradients, logits of a quarter of hidden's size or less are kept; without, one block at most."""
     monkeypatch.setattr(module, "_CPU_BLOCK", ROWS * V)
     hidden, weight, targets = torch.randn(2 * ROWS, 4 * V), torch.randn(V, 4 * V), torch.zeros(2 * ROWS).long()
     assert largest(linear_cross_entropy, hidden, weight, targets, backward=False).kernels

@@ -45,7 +45,7 @@ MUTANTS = {
     "  g(p.state ? *p.state : 0);": ["`p.state` becomes `true`", "`p.state` becomes `false`"],
     "  for (int i = 0; valid && i < n; ++i) sum += x[i];": [
         "`i <` becomes `i <=`",
-        "`valid` becomes `true`",  # without the other bound it would not end
+        "`valid` becomes `true`",  # without the other bound the loop would not end
     ],
     "  GPU_UNROLL\n  for (int i = 0; i < 4; ++i) sum += x[i];": [],
     "  // if (i < n) __syncthreads();": [],
@@ -165,7 +165,7 @@ def test_a_mutant_that_hangs_or_crashes_is_dead():
 
 
 def test_the_table_keeps_explanations(tmp_path, monkeypatch):
-    """They belong to a file and a mutation, wherever its line has gone; rows of files that were not run stay."""
+    """An explanation belongs to a file and a mutation, wherever its line is; rows of files that were not run stay."""
     texts = {
         "a.cu": "f(a || b);\n__syncthreads();\n__syncthreads();\n",
         "b.cu": "__syncwarp();\n",
@@ -176,7 +176,7 @@ def test_the_table_keeps_explanations(tmp_path, monkeypatch):
     monkeypatch.setattr(mutate, "kernel_files", lambda only: [mutate.Path(name) for name in texts])
 
     def write(dead: dict[str, int], barriers: bool = False) -> str:
-        """The table after a run of these files, in which so many of the first mutants died."""
+        """The table after a run of these files, in which the first `dead` mutants of each died."""
         done = []
         for name, count in dead.items():
             found = enumerate(mutants((tmp_path / name).read_text()))
@@ -211,7 +211,7 @@ def test_the_table_keeps_explanations(tmp_path, monkeypatch):
 
 
 def test_the_table_names_mutants_that_there_are():
-    """With reasons: a row whose expression has gone from the kernels goes, too."""
+    """Every row has a reason; no row is of an expression that has gone from the kernels."""
     found = {(file.name, *numbered) for file in mutate.kernel_files([]) for numbered in mutate.numbered(file)}
     text = mutate.TABLE.read_text()
     rows = mutate.rows_of(text)

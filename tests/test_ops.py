@@ -82,7 +82,7 @@ def test_results_and_gradients_match_the_reference(op, backend, data):
 @all_ops
 @given(data=st.data())
 def test_pieces_give_the_whole(op, data):
-    """Also the gradients, which flow back through the states from piece to piece."""
+    """Gradients, which flow back through the states from piece to piece, are those of the whole, too."""
     case = data.draw(CASES[op](st.just(torch.float64), kinds=("dense", "padded")))
     if "dropkey" in case.options:  # its mask counts from the start of the call
         case = case.with_options(dropkey=0.0)
@@ -256,7 +256,7 @@ def test_each_gradient_alone_is_the_same(op):
 def test_gradcheck(op, sequences, backend):
     """Numerical derivatives, on the emulator along random directions.
 
-    There is no gradgradcheck: second derivatives are refused, see the next test.
+    There is no gradgradcheck: second derivatives are refused.
     """
     state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": True})
     case = BUILDERS[op](**{"B": 2, "L": 5} | sequences, **state, dtype=torch.float64)
@@ -382,7 +382,7 @@ NO_ELEMENTS = {
     [pytest.param(op, sizes, id="-".join([op, *sizes])) for op, shapes in NO_ELEMENTS.items() for sizes in shapes],
 )
 def test_axes_without_elements(op, sizes, dtype, fresh, sequences):
-    """What has elements nevertheless, counts and positions too. The statistics of no channels are NaN."""
+    """Results that have elements nevertheless are right, counts and positions too. Statistics of 0 channels are NaN."""
     state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": True})
     case = BUILDERS[op](**sequences, **sizes, **({} if fresh else state), dtype=dtype)
     results, reference = evaluate(function(op), case), evaluate(getattr(mo.reference, op), case)

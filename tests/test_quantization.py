@@ -35,7 +35,7 @@ def assert_works(model: mo.Megalodon, quantised: mo.Megalodon) -> None:
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Steps of int8 apart; activations, too, may be quantised, by the largest of a call."""
+    """The results are steps of int8 apart; activations, too, may be quantised, by the largest of a call."""
     assert (found - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 

@@ -124,7 +124,7 @@ def test_attention_of_any_shape_passes_it_to_what_depends_on_it(data):
     assert_reaches_only_what_depends_on_it(run_op, case, cached, tensor, step, torch.nan)
 
 
-# Kernels on tensor cores of each width, the others, and the one for few queries; chunks that end within tiles.
+# Kernels on tensor cores of each width, kernels without, and the one for few queries; chunks end within tiles.
 ON_CUDA = {
     "64-columns": ({"cached": 0, "L": 75, "K": 40, "V": 24, "C": 67}, torch.bfloat16),
     "256-columns": ({"cached": 7, "L": 40, "K": 16, "V": 136, "C": 21}, torch.float16),
@@ -216,7 +216,7 @@ def test_cema_in_place_runs_again_from_the_state_that_it_was_given():
 
 @given(data=st.data())
 def test_cema_wherever_its_own_numbers_are_in_range(data):
-    """h, g, y, the gradients and the terms of their sums are; quotients like h / p need not be."""
+    """h, g, y, the gradients and the terms of their sums are in range; quotients like h / p need not be."""
     x, p, gamma, dy, state = (data.draw(st.integers(low, high)) for low, high in
                               [(-30, 36), (-30, 0), (-30, 30), (-30, 36), (-30, 34)])  # fmt: skip
     h = max(x + p, state)
@@ -234,7 +234,7 @@ def test_cema_wherever_its_own_numbers_are_in_range(data):
 @pytest.mark.parametrize("backend", DEVICES[1:], indirect=True)
 @given(data=st.data())
 def test_cema_on_cuda_within_its_bounds(backend, data):
-    """States of up to 1e15, inputs of up to 1e38 / n^2, where p is above 2^-32; any phase. Far from wrong."""
+    """States of up to 1e15, inputs of up to 1e38 / n^2, where p is above 2^-32; any phase."""
     L, p, phase = (
         data.draw(st.sampled_from(values)) for values in ([66, 130], [2.0**-28, 1e-5, 1.0], [0.0, 1e-20, 1e-6, 3.0])
     )

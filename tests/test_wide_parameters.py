@@ -141,7 +141,7 @@ def test_norms_of_integers_are_refused(norm):
 
 
 def sharded(model, shard_all_in_bfloat16):
-    """On one rank."""
+    """Shards a model on one rank."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))

@@ -22,7 +22,7 @@ from torch import Tensor
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 
-# The bindings that launch kernels: arguments -> results, which the caller allocates. A tensor may be both.
+# The bindings that launch kernels: arguments -> results, which the caller allocates. A tensor may be both of these.
 BINDINGS = {
     "cema_fwd": "x p q gamma omega state cu_seqlens lengths -> y state_out",
     "cema_bwd": "x p q gamma omega state cu_seqlens lengths dy dstate_out -> dx dp dq dgamma domega dstate",
@@ -54,7 +54,7 @@ def build(target: str = "_cuda_emulated", verbose: bool = False) -> Path:
     key = hashlib.sha256("\0".join([str(ROOT), sys.executable, compiler]).encode()).hexdigest()[:16]
     folder = cache / key
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # two test runs at once
+    with (folder / "lock").open("w") as lock:  # two test runs may build at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         _compile(folder, compiler, target, verbose)
     (library,) = folder.glob(f"{target}.*")
@@ -109,12 +109,12 @@ class Emulator:
         self.module.reset_counters()
 
     def set_order(self, order: str, seed: int = 1, shared_limit: int = 99 * 1024) -> None:
-        """In which order the threads run between barriers: "forward", "reverse", or "random"."""
+        """Sets the order of the threads between barriers: "forward", "reverse", or "random"."""
         self.module.set_options(getattr(self.module.Order, order), seed, shared_limit)
 
     @contextmanager
     def launch_sizes(self, **sizes: int) -> Iterator[None]:
-        """Within it, launchers take these sizes instead of what they would choose: LAUNCH_SIZE in the kernels' files."""
+        """Within the context, launchers take these sizes instead of their own: LAUNCH_SIZE in the kernels' files."""
         self.module.set_launch_sizes(sizes)
         try:
             yield
@@ -124,10 +124,10 @@ class Emulator:
 
     @contextmanager
     def only_bounds(self, apart: int = 1 << 22, ends: int = 0) -> Iterator[None]:
-        """Within it, races and reads of unwritten memory are no errors: inputs that contradict themselves lead to them.
+        """Within the context, races and reads of unwritten memory are no errors: contradictory inputs lead to both.
 
         Buffers lie `apart` bytes from each other, so that an access far out of bounds does not end in another one.
-        `ends`: of each row of a grid only so many blocks at either end run, for tensors too large to be computed.
+        Of each row of a grid only `ends` blocks at either end run, or all if 0, for tensors too large to be computed.
         """
         self.module.set_bounds(True, apart, ends)
         try:
@@ -136,9 +136,9 @@ class Emulator:
             self.module.set_bounds(False, 256, 0)
 
     def sparse(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "sparse") -> Tensor:
-        """Zeros that take memory where they are written: gigabytes of them, for offsets beyond 2^31.
+        """A tensor of zeros that takes memory where it is written, for offsets beyond 2^31.
 
-        All that the emulator checks of their accesses is that they are in bounds.
+        Of accesses to the tensor the emulator checks the bounds alone.
         """
         count = torch.Size(shape).numel()
         buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, 0, True)
@@ -165,7 +165,7 @@ class Emulator:
 
     @contextmanager
     def only_asking(self, sizes: list[int]) -> Iterator[None]:
-        """Within it, a launch adds the bytes of its workspace to `sizes` and raises InterruptedError."""
+        """Within the context, a launch adds the bytes of its workspace to `sizes` and raises InterruptedError."""
         empty = self.empty
 
         def ask(*shape: int, name: str = "output", **options: Any) -> Tensor:
@@ -194,13 +194,13 @@ class Emulator:
     def call(self, name: str, *arguments: Any, offset: int | dict[str, int] = 0) -> None:
         """Launches with CPU tensors, as the package calls `_C`: moves them to the device and the results back.
 
-        On the device each tensor, or each that `offset` names as BINDINGS does, begins `offset` elements past a multiple
-        of 256 bytes.
+        On the device each tensor, or each that `offset` names as BINDINGS does, begins `offset` elements past a
+        multiple of 256 bytes.
         """
         inputs, results = (names.split() for names in BINDINGS[name].split("->"))
         given, wanted = arguments[: len(inputs)], arguments[len(inputs) :]
         in_place = {id(a) for a in given if isinstance(a, Tensor)} & {id(a) for a in wanted}
-        moved: dict[int, Tensor] = {}  # by the argument's id: what is both is one tensor on the device, too
+        moved: dict[int, Tensor] = {}  # by id: an argument that is also a result is one tensor here, too
 
         def move(label: str, argument: Any) -> Any:
             if isinstance(argument, Tensor) and id(argument) not in moved:
@@ -219,7 +219,7 @@ class Emulator:
 
     @contextmanager
     def replacing(self, compiled: ModuleType, offset: int | dict[str, int] = 0) -> Iterator[None]:
-        """Within it, the bindings of `compiled` (megalodon_ops._C) that have an emulated kernel launch that instead."""
+        """Within the context, bindings of `compiled` (megalodon_ops._C) launch emulated kernels where there are any."""
         originals = {name: getattr(compiled, name) for name in BINDINGS}
         try:
             for name in BINDINGS:

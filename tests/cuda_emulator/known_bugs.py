@@ -1,7 +1,7 @@
 """Bugs that only real sizes show: each was planted by hand once, went unnoticed, and has a test now.
 
-test_cuda_known_bugs.py plants them again. They are compiled all at once; `{on}` is where the number of the one that runs
-is asked for.
+test_cuda_known_bugs.py plants them again. They are compiled all at once; `{on}` asks for the number of the bug that
+runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Bug:
     file: str
     right: str  # which the file has once
     wrong: str
-    test: tuple[str, ...]  # a file of tests, and words of the names of those that notice
+    test: tuple[str, ...]  # a file of tests, and words of the names of the tests that notice
 
 
 _CEMA = ("test_cuda_cema.py",)
@@ -87,8 +87,8 @@ BUGS = {
         "cema/cema_bwd.cu", "{params.x, params.dy, params.dx}", "{params.x, {on} ? params.x : params.dy, {on} ? params.x : params.dx}",
         (*_ALIGNED, "[cema"),
     ),
-    # A first step's mean may lose its residual where walk_rows begins: the step's change, its difference from that mean,
-    # is then the residual. Only what is stored counts.
+    # A first step's mean may lose its residual where walk_rows begins: the step's change, its difference from that
+    # mean, is then the residual. Only what is stored counts.
     "the-residual-of-a-mean-from-count-0": Bug(
         "timestep_norm/timestep_norm_fwd.cuh", "residual[0] = state.mean.lo;", "residual[0] = {on} && initial_count(p, s) == 0 ? 0 : state.mean.lo;",
         ("test_cuda_timestep_norm.py", "a_state_of_count_0"),
@@ -134,7 +134,7 @@ BUGS = {
 
 
 def planted(numbers: dict[str, int]) -> dict[str, str]:
-    """The kernel files that have bugs, by name in cuda/, with all of them, each under its number."""
+    """The kernel files that have bugs, by name in cuda/, with all their bugs, each under its number."""
     texts: dict[str, str] = {}
     for name, number in numbers.items():
         bug = BUGS[name]

@@ -14,12 +14,12 @@ from pathlib import Path
 
 CUDA = Path(__file__).parents[2] / "cuda"
 
-# Of a block's number or the grid's size with another int.
+# A product of a block's number or the grid's size with another int.
 NARROW_PRODUCT = (
     r"\b(?:block|grid)(?:Idx|Dim)\.[xyz]\s*\*\s*(?:k[A-Z]|\d|block|grid|thread|static_cast<int>)"
     r"|(?:\bk[A-Z]\w*|\d|Dim\.[xyz])\s*\*\s*(?:blockIdx|gridDim)\."
 )
-# In kernel files; cuda/common is free of the first group.
+# What kernel files may not contain; cuda/common may.
 ONLY_IN_COMMON = {
     r"\basm\b": "inline PTX belongs in cuda/common",
     r"__shared__": "declare shared memory with SMEM_ARRAY or SMEM_DYN",
@@ -41,8 +41,8 @@ EVERYWHERE = {
     r"\bstatic\b(?!.*\bconstexpr\b)[^;(){}]*(?:=|\{|\([^)]*\)\s*;)":
         "a static initialised at run time does not link in the emulator",
 }  # fmt: skip
-# Sizes of tensors are 64-bit, and so is what they are multiplied to: a cast to 32 bits of a product loses its upper half.
-# These are the products that stay small: of a token's, or a head's, elements alone.
+# Sizes of tensors and their products are 64-bit: a product that is cast to 32 bits loses its upper half. The products
+# below stay small: they count the elements of one token, or of one head.
 SMALL_PRODUCTS = ("p.heads * width",)
 MOST_LINES = 400
 

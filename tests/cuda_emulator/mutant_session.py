@@ -23,7 +23,7 @@ import pytest
 
 
 class Session:
-    """The plugin."""
+    """The plugin that reads the requests."""
 
     def __init__(self, requests: TextIO, answers: TextIO) -> None:
         self.requests, self.answers = requests, answers
@@ -33,7 +33,7 @@ class Session:
         self.module: Any = None
 
     def pytest_sessionstart(self) -> None:
-        """After conftest.py, before the tests are read: who is broken need not be shrunk."""
+        """Runs after conftest.py, before the tests are read. Failing examples need not be shrunk."""
         from cuda_emulator import fixtures
         from cuda_emulator.emulator import build, load
         from hypothesis import Phase, settings
@@ -46,17 +46,17 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
-        """True where all is done, None in a fork, in which pytest goes on."""
+        """Returns True after the last request, None in a fork, in which pytest goes on."""
         tests = {item.nodeid: item for item in session.items}
         gc.collect()
-        gc.freeze()  # so that a fork's collections leave them where they are
+        gc.freeze()  # so that a fork's collections do not copy the objects
         self._answer(list(tests))
         for line in self.requests:
             request = json.loads(line)
             read, self.record = os.pipe()
             sys.stdout.flush()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of threads, of which there are none
+                warnings.simplefilter("ignore")  # of forks with threads: there are none
                 child = os.fork()
             if child == 0:
                 self._become(request)
@@ -82,7 +82,7 @@ class Session:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """SIGPROF ends a process."""
+        """Runs a test; SIGPROF ends the process at the test's limit."""
         start = time.process_time()
         self.module.mutants_that_matter()
         signal.setitimer(signal.ITIMER_PROF, self.limits[item.nodeid])

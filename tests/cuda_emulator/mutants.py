@@ -1,7 +1,7 @@
 """Small breakages of a kernel file, each of which some test should notice.
 
-Deleted: every barrier, every wait for a copy and every commit; a wait also leaves one group more in flight. Guards:
-conditions of `if` and `?:` and operands of `&&` and `||` become constants. Loops run once more.
+Every barrier, wait for a copy and commit is deleted; a wait also leaves one group more in flight. Conditions of `if`
+and `?:` and operands of `&&` and `||` become constants. Loops run once more.
 
 A file can be rewritten so that it holds all of its mutants, of which a number chooses one at run time.
 """
@@ -18,7 +18,7 @@ BOUNDARY = r"&&|\|\||\?|(?<!:):(?!:)|;|,|(?<![=<>!])=(?!=)|\breturn\b|[{}]"
 OPENING, CLOSING = "([{", ")]}"
 
 
-# Of the emulator: the number of the mutant that runs, and functions that note what others would have changed.
+# The emulator has the number of the mutant that runs, and functions that note which mutants would have mattered.
 SWITCH = """
 extern "C" {
 extern const int gpu_mutant;
@@ -54,7 +54,7 @@ def mutants(text: str) -> list[Mutant]:
 def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
     """The file with all these mutants, line for line: it behaves as the one whose number is in gpu_mutant.
 
-    To kernels that is a constant, so that they read it without the emulator's notice.
+    To kernels gpu_mutant is a constant, so that they read it without the emulator's notice.
     """
     code = _without_comments(text)
     inserted = [((re.match(r"(#.*\n)*", text).end(), 0, 0, 0), " ".join(SWITCH.split()) + " ")]
@@ -84,7 +84,7 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
 
 
 def _edits(code: str) -> Iterator[tuple[int, int, str]]:
-    """(start, end, replacement)"""
+    """Yields (start, end, replacement)."""
     for call in re.finditer(SYNCHRONISATION, code):
         end = _closing(code, call.end() - 1) + 1
         if re.match(r"\s*;", code[end:]):
@@ -97,7 +97,7 @@ def _edits(code: str) -> Iterator[tuple[int, int, str]]:
         yield condition.end(), end, "false" if leaves else "true"
     for definition in re.finditer(r"\bbool (?=\w+ = )", code):
         at = definition.end()
-        while name := re.compile(r"\s*\w+ = ").match(code, at):  # several, between commas
+        while name := re.compile(r"\s*\w+ = ").match(code, at):  # several definitions, between commas
             start, end = _right_operand(code, name.end(), r",(?=\s+\w+ = )|;")
             yield start, end, "true"
             at = end + 1
@@ -106,7 +106,7 @@ def _edits(code: str) -> Iterator[tuple[int, int, str]]:
         constant = "true" if operator[1] == "&&" else "false"
         for start, end in (_left_operand(code, operator.start(1)), _right_operand(code, operator.end(1))):
             if not any(a <= start < b and set(re.findall(r"\w+", code[start:end])) & names for a, b, names in loops):
-                yield start, end, constant  # else it would never end
+                yield start, end, constant  # else the loop would never end
     for choice in re.finditer(r"\s\?\s", code):
         start, end = _left_operand(code, choice.start() + 1, through_logic=True)
         yield start, end, "true"
@@ -140,7 +140,7 @@ def _left_operand(code: str, end: int, through_logic: bool = False) -> tuple[int
 
 
 def _boundary_before(code: str, at: int, through_logic: bool) -> bool:
-    if code[at - 1] == "{":  # whose end is in the operand
+    if code[at - 1] == "{":  # the brace closes in the operand
         return False
     if code[at - 1] in CLOSING:
         return code[at - 1] == "}" and not re.search(r"[\w>]\{[^{}]*\}$", code[:at])  # R{0} is part of an operand
@@ -175,7 +175,7 @@ def _closing(code: str, opening: int) -> int:
 
 
 def _is_constant(code: str, at: int) -> bool:
-    """In a statement that the compiler evaluates."""
+    """Whether `at` lies in a statement that the compiler evaluates."""
     start = max(code.rfind(c, 0, at) for c in ";{}") + 1
     size_of_array = r"^\s*(?!return\b)\w[\w:<>, ]* \w+\[[^=(]*$"
     return bool(re.search(rf"\b(constexpr|static_assert|template|using)\b|{size_of_array}", code[start:at]))

@@ -52,15 +52,15 @@ OP_TESTS = {"test_cuda_ops.py": [], "test_cuda_wrong_offsets.py": [], "test_ops.
 class Job:
     file: Path  # relative to ROOT
     mutant: Mutant
-    key: str  # of what was tested and with what
+    key: str  # a hash of the kernels and of the tests
 
     def __str__(self) -> str:
         return f"{self.file}:{self.mutant.line} {self.mutant.change}"
 
 
 def kernel_files(only: list[str]) -> list[Path]:
-    """cuda/, and of cuda/common what the emulator compiles as nvcc does: the rest has tests of its own. Files in which there
-    is nothing to break are left out."""
+    """The files of cuda/, and those of cuda/common that the emulator compiles as nvcc does: the rest has tests of its
+    own. Files in which there is nothing to break are left out."""
     files = sorted((ROOT / "cuda").rglob("*.cu*"))
     differ = re.compile(r"GPU_EMULATED|cuda_runtime\.h")
     portable = [file for file in files if not differ.search(text := file.read_text()) and mutants(text)]
@@ -68,7 +68,7 @@ def kernel_files(only: list[str]) -> list[Path]:
 
 
 def test_files(file: Path) -> list[tuple[str, list[str]]]:
-    """Where its tests are and words of their names: an op's own tests, then those that all ops share."""
+    """Test files of a kernel file and words of the tests' names: an op's own tests, then those that all ops share."""
     op, tests = op_of(file.stem), sorted((ROOT / "tests").glob("test_cuda_*.py"))
     own = [(test.name, []) for test in tests if (of := op_of(test.stem[len("test_cuda_") :])) and op in (None, of)]
     shared = [(test, words + [op] * (op is not None)) for test, words in OP_TESTS.items()]
@@ -96,7 +96,7 @@ class Workshop:
         sources, copies = (self._files(root) for root in (ROOT, folder))
         for file in copies - sources:
             (folder / file).unlink()
-        for file in sources:  # one that has not changed keeps its time, and is not compiled again
+        for file in sources:  # an unchanged file keeps its time, and is not compiled again
             content = broken[file].encode() if file in broken else (ROOT / file).read_bytes()
             if file not in copies or (folder / file).read_bytes() != content:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class Workshop:
         shutil.copy(ROOT / "pyproject.toml", folder)
 
     def key(self) -> str:
-        """Of all that is in it."""
+        """A hash of all files in the workshop."""
         content = hashlib.sha256()
         for name in sorted(self._files(self.folder)):
             content.update(str(name).encode() + b"\0" + (self.folder / name).read_bytes())
@@ -117,14 +117,14 @@ class Workshop:
 
 
 class Trace(NamedTuple):
-    """Of one test without a mutant."""
+    """What one test took without a mutant."""
 
     seconds: float
     mattered: Collection[int]  # the mutants that would have changed something, whether or not the result
 
 
 class Session:
-    """A process of mutant_session.py in a workshop. `tests` are all that it has collected."""
+    """A process of mutant_session.py in a workshop. `tests` are all that the process has collected."""
 
     def __init__(self, workshop: Workshop, name: str, files: set[str]) -> None:
         self.workshop, self.folder, self.output = workshop, workshop.folder, workshop.folder / f"{name}.txt"
@@ -158,7 +158,7 @@ class Session:
         return _cause(answer["code"], output) if answer["code"] else SURVIVED, traces
 
     def close(self) -> None:
-        with self.process:  # which closes its pipes and waits for it
+        with self.process:  # which closes the pipes and waits for the end
             pass
 
 
@@ -205,7 +205,7 @@ def numbered(file: Path) -> list[tuple[str, int]]:
 
 
 def write_table(done: list[tuple[Job, str]], barriers: bool = False) -> None:
-    """With the survivors of other files and, where only barriers were run, of other mutations."""
+    """Writes the survivors; rows of files and, where only barriers were run, of mutations that did not run stay."""
     before = TABLE.read_text() if TABLE.exists() else ""
     known = {row[:3]: row.why for row in rows_of(before)}
     files = {file.name: numbered(file) for file in kernel_files([])}
@@ -238,7 +238,7 @@ def write_table(done: list[tuple[Job, str]], barriers: bool = False) -> None:
         "| file | mutation | why it survives |",
         "|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: row.file):  # else in the order of lines
+    for row in sorted(rows, key=lambda row: row.file):  # within a file in the order of lines
         change = row.change + f", number {row.nth}" * (row.nth > 1)
         lines.append(f"| {row.file} | {change.replace('|', chr(92) + '|')} | {row.why.replace('|', chr(92) + '|')} |")
     TABLE.parent.mkdir(exist_ok=True)
@@ -282,7 +282,7 @@ def run(jobs: list[Job], scratch: Path, workers: int) -> list[tuple[Job, str]]:
 
 
 def workshop_of_all(folder: Path) -> tuple[Workshop, dict[tuple[Path, str], int]]:
-    """With all mutants, and their numbers by file and text."""
+    """A workshop with all mutants, and their numbers by file and text."""
     numbers, broken = {}, {}
     for i, file in enumerate(kernel_files([]), start=1):
         text = (ROOT / file).read_text()
@@ -293,7 +293,7 @@ def workshop_of_all(folder: Path) -> tuple[Workshop, dict[tuple[Path, str], int]
 
 
 def _baseline(sessions: list[Session], jobs: list[Job], scratch: Path) -> dict[str, Trace]:
-    """Traces of the tests without a mutant. What fails unbroken kills nothing."""
+    """Traces of the tests without a mutant. A test that fails without a mutant kills nothing."""
     record = scratch / "traces.json"
     key = sessions[0].workshop.key()
     known = json.loads(record.read_text()) if record.exists() else {}

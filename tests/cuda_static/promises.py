@@ -31,7 +31,7 @@ class Promise:
     kernel: str  # a regular expression for the whole name, as `sass.py` prints it
     registers: int  # at most, on every architecture
     uses: tuple[str, ...] = ()  # regular expressions for the beginning of an opcode; each finds one
-    avoids: tuple[str, ...] = ()  # and these find none
+    avoids: tuple[str, ...] = ()  # expressions that find no opcode
     doubles: str = ""  # why a kernel of narrower types calculates in fp64
     stack: dict[int, str] = field(default_factory=dict)  # why it spills or has an array in memory, by architecture
 

@@ -1,8 +1,9 @@
 // CUDA's built-in names for kernel files that the host compiler builds: portable.cuh includes this where nvcc is not
 // at work.
 //
-// Kernel files are compiled with -fsanitize=thread, which calls a hook at each load and store (tsan_hooks.cpp). What is
-// here is exempt, and not inlined where the runtime asks for the caller's address, from which reports name the line.
+// Kernel files are compiled with -fsanitize=thread, which calls a hook at each load and store (tsan_hooks.cpp). The
+// functions here are exempt, and not inlined where the runtime asks for the caller's address, by which reports name the
+// line.
 #pragma once
 
 #include <math.h>  // not <cmath>: sqrt of a float is a float's without std::, too
@@ -19,7 +20,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-// As many no-ops at the beginning of the kernel as its blocks may have warps, which launch() counts.
+// The kernel begins with as many no-ops as its blocks may have warps; launch() counts them.
 #define __launch_bounds__(...) __attribute__((patchable_function_entry(emu::warps_of(__VA_ARGS__))))
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))

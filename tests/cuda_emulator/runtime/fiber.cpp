@@ -76,11 +76,11 @@ const bool kSanitized = true;
 namespace {
 
 void (*entry_of_fibers)();
-Fiber* left = nullptr;  // which the running one was switched to from
+Fiber* left = nullptr;  // the fiber that switched to the running one
 
 }  // namespace
 
-// AddressSanitizer is told whose stack is in use. Only the scheduler's, which the process began with, is asked of it.
+// AddressSanitizer is told whose stack is in use. Only the scheduler's stack, the process's first, is asked for.
 void Fiber::arrive() {
   const void* stack;
   size_t bytes;

@@ -176,7 +176,7 @@ __attribute__((noinline)) void mma(Mma type, float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// Reads what it compares with past all checks, as a debugger would: the load has been checked already.
+// Reads the elements at `element` past all checks, as a debugger would: their load has been checked already.
 __attribute__((noinline)) void check_fragment(Operand operand, size_t element_size, const uint32_t* registers,
                                               ElementAt element, const void* functor) {
   const char name = operand == Operand::a ? 'a' : 'b';

@@ -29,7 +29,7 @@ size_t shared_top, static_shared_bytes;
 
 uint64_t repeated(uint8_t flag) { return flag * 0x0101010101010101ull; }
 
-// Flags that all bytes have, in every byte of `all`, and those that some have, somewhere in `any`.
+// Flags that all bytes have, in every byte of `all`, and flags that some bytes have, somewhere in `any`.
 struct FlagSummary {
   uint64_t all, any;
 };
@@ -82,7 +82,7 @@ void check_outside(const void* p, Access access, const void* address) {
 
 void set_flags(size_t offset, size_t size, uint8_t value) { std::memset(flags + offset, value, size); }
 
-// The nearest of the candidates to an address that need not lie in any.
+// Where an address lies, in a buffer or beside it.
 std::string describe_in(const Buffer& buffer, size_t offset, const char* kind) {
   const std::string name = std::string(kind) + " '" + buffer.name + "' (" + std::to_string(buffer.size) + " bytes)";
   if (offset < buffer.offset) return std::to_string(buffer.offset - offset) + " bytes before " + name;
@@ -151,7 +151,7 @@ std::string describe(size_t offset) {
 }
 
 void access(const void* p, size_t size, Access access, const void* address) {
-  if (!current || kSanitized) return;  // the launcher itself; a build that sees some of the accesses only
+  if (!current || kSanitized) return;  // host code, or a build that sees only some accesses
   const char* stack = stack_of(*current);
   if (p >= stack && p < stack + kStackBytes) return;
   const size_t offset = offset_of(p);
@@ -212,7 +212,7 @@ void release(char* p) {
   const auto found = buffers.find(offset_of(p));
   const auto [offset, size, name] = found->second;
   if (!is_sparse(offset)) set_flags(offset, size, 0);
-  else madvise(arena + offset / kPage * kPage, offset % kPage + size, MADV_DONTNEED);  // zeros again
+  else madvise(arena + offset / kPage * kPage, offset % kPage + size, MADV_DONTNEED);  // pages are zeros again
   buffers.erase(found);
 }
 

@@ -3,8 +3,8 @@
 //
 // Each thread numbers its intervals between synchronisations. A barrier passes on to its participants what all of them
 // have seen. A cell, two bytes of memory, keeps the interval of its last write and of the reads since then: one
-// reader, or a clock for each thread of the block. An access is ordered after another if its thread has seen that
-// one's interval. Blocks of one launch see nothing of each other; launches follow each other.
+// reader, or a clock for each thread of the block. An access is ordered after an earlier one if its thread has seen
+// the earlier one's interval. Blocks of one launch see nothing of each other; launches follow each other.
 #include <sys/mman.h>
 
 #include "state.h"
@@ -101,7 +101,7 @@ void record_read(Cell& cell, const Event& now, bool shared) {
   Clocks& clocks = readers[read.clock];
   if (clocks[now.thread] == now.clock) return;
   clocks[now.thread] = now.clock;
-  // After a barrier the first reader replaces all the others.
+  // After a barrier the first reader replaces all readers before it.
   for (int t = 0; t < launch_.threads; ++t)
     if (clocks[t] && !seen(t, clocks[t])) return;
   free_readers.push_back(read.clock);

@@ -57,8 +57,8 @@ struct Options {
 };
 
 // What a test of hostile inputs sets: races and reads of what nobody has written are no errors, and buffers lie so far
-// apart that an access far out of one is in no other. Of each row of a grid only the first and the last `ends` blocks
-// run, where that is not 0.
+// apart that an access far out of one is in no other. If `ends` is not 0, of each row of a grid only the first and the
+// last `ends` blocks run.
 struct Bounds {
   bool only = false;
   size_t red_zone = 256;
@@ -101,7 +101,7 @@ constexpr size_t kStackBytes = 256 * 1024;
 
 // synchronise.cpp
 void reset_synchronisation();
-bool report_waiting();  // of threads that wait though none can run; whether there are any
+bool report_waiting();  // reports threads that wait though none can run; returns whether there are any
 
 // races.cpp
 enum class Access { read, write };
@@ -111,8 +111,8 @@ void check_race(size_t offset, size_t size, Access access, const void* address);
 
 // memory.cpp
 constexpr size_t kArenaBytes = size_t{1} << 30;
-// Behind it lie sparse buffers, gigabytes of zeros that take no memory until they are written. Accesses to them are held
-// against their bounds alone.
+// Behind the arena lie sparse buffers, gigabytes of zeros that take no memory until they are written. Accesses to
+// sparse buffers are held against their bounds alone.
 constexpr size_t kSparseBytes = size_t{256} << 30;
 constexpr size_t kSharedWindow = size_t{1} << 20;  // the arena begins with the block's shared memory; buffers follow
 extern char* arena;
@@ -128,7 +128,7 @@ struct Buffer {
   size_t offset, size;
   std::string name;
 };
-// `misalignment` bytes past a multiple of 256.
+// The buffer begins `misalignment` bytes past a multiple of 256.
 char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool sparse);
 void release(char* p);
 void mark_written(char* p, size_t bytes);

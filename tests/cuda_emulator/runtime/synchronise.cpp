@@ -1,4 +1,4 @@
-// Barriers of blocks and warps, and the exchange of values between lanes. Who waits for whom, and who never comes.
+// Barriers of blocks and warps, exchange of values between lanes: who waits for whom, and who never comes.
 #include <map>
 
 #include "state.h"
@@ -96,7 +96,7 @@ __attribute__((noinline)) void named_barrier(int id, int count) {
 
 void warp_barrier(unsigned mask, Place place) { meet(mask, nullptr, 0, "__syncwarp", place); }
 
-// Lanes that exchange values learn nothing of each other's memory: only a barrier orders that.
+// Lanes that exchange values learn nothing of each other's memory: only a barrier orders accesses.
 const unsigned char* exchange(unsigned mask, const void* value, size_t size, const char* what, Place place) {
   return meet(mask, value, size, what, place);
 }
