@@ -169,9 +169,8 @@ def test_the_first_argument_decides_the_kind():
     arguments = dict(zip(case.tensors, [x, *map(Named, rest)], strict=True))
     assert type(mo.cema(**arguments)) is np.ndarray
     assert type(mo.cema(**arguments | {"x": Named(x)})) is Named
-    assert (
-        type(mo.cema(**dict(reversed((arguments | {"x": Named(x)}).items())))) is Named
-    )  # the first of the signature, not of the call
+    in_reverse = dict(reversed((arguments | {"x": Named(x)}).items()))  # the signature's first decides, not the call's
+    assert type(mo.cema(**in_reverse)) is Named
 
 
 def test_calls_run_without_gradients_and_autocast():

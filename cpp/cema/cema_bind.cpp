@@ -6,7 +6,6 @@
 namespace megalodon {
 namespace {
 
-
 // Checks and fills the parameters that the forward and the backward share; returns x.
 TensorView fill(CemaParams& params, py::handle x_, py::handle p_, py::handle q_, py::handle gamma_, py::handle omega_,
                 py::handle state_, py::handle cu_seqlens, py::handle lengths) {
@@ -57,7 +56,8 @@ void cema_bwd(const Target& target, py::handle x_, py::handle p, py::handle q, p
   params.dq = TensorView("cema", "dq", dq).like(q_view).data();
   params.dgamma = TensorView("cema", "dgamma", dgamma).like(q_view).data();
   params.domega = TensorView("cema", "domega", domega).like(omega_view).data();
-  params.dstate = TensorView("cema", "dstate", dstate).shape("(S, D, N)", {S, D, N}).dtype(complex, kComplexDtype).data();
+  params.dstate =
+      TensorView("cema", "dstate", dstate).shape("(S, D, N)", {S, D, N}).dtype(complex, kComplexDtype).data();
   MEGALODON_LAUNCH(target, cema_bwd, params);
 }
 

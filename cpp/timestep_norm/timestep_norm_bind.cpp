@@ -55,10 +55,11 @@ void timestep_norm_fwd(const Target& target, py::handle x_, py::handle weight, p
   const TensorView count_view(kNorm, "count_out", count_out);
   if (count_view.given()) {
     params.count_out = count_view.shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<int64_t>();
-    params.mean_out = TensorView(kNorm, "mean_out", mean_out).present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
-    params.var_out = TensorView(kNorm, "var_out", var_out).present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
-    params.residual_out =
-        TensorView(kNorm, "residual_out", residual_out).present().shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
+    const TensorView new_mean(kNorm, "mean_out", mean_out), new_var(kNorm, "var_out", var_out);
+    const TensorView new_residual(kNorm, "residual_out", residual_out);
+    params.mean_out = new_mean.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+    params.var_out = new_var.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+    params.residual_out = new_residual.present().shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
   }
   MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
 }
