@@ -19,20 +19,20 @@ def is_command_line() -> bool:
 
 
 def prepare() -> None:
-    """Sets how OpenMP's threads wait, which OpenMP reads once, when torch loads it; lets Ctrl-C end the process quietly.
+    """Sets how OpenMP's threads wait, before torch loads OpenMP, which reads it once; lets Ctrl-C end the process.
 
-    By default, threads that wait spin for milliseconds and take the processor from what else runs there. Whoever has
-    set one of the two variables decides instead.
+    By default, threads that wait spin for milliseconds and take the processor from other programs. Where the user has
+    set OMP_WAIT_POLICY or GOMP_SPINCOUNT, the user's value stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` and `&` may have it ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` and `&` may have SIGINT ignored
         signal.signal(signal.SIGINT, _end)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, as Python has it; before and after, it ends the command line quietly."""
+    """Inside the block, Ctrl-C raises KeyboardInterrupt; before and after, Ctrl-C ends the command line quietly."""
     quiet = signal.getsignal(signal.SIGINT) is _end
     if quiet:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,5 +44,5 @@ def interruptible() -> Iterator[None]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Ends the process at once: an exception in the middle of an import may be taken for a fault of what is imported."""
+    """Ends the process at once: an exception in the middle of an import may be taken for a fault of the module."""
     os._exit(128 + number)

@@ -21,7 +21,7 @@ EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit code: 0 done, 2 a line on stderr says what to put right, 128 + n stopped by signal n."""
-    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is shown as an escape
+    for stream in (sys.stdout, sys.stderr):  # a character that the encoding lacks is shown as an escape
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = parse(arguments)
@@ -30,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = _load(options.command)
         with startup.interruptible():
             code = command.run(options)
-            sys.stdout.flush()  # where a reader that has gone is met below, and not at the interpreter's end
+            sys.stdout.flush()  # if the reader has gone, this raises here and not at the interpreter's end
             return code
-    except BrokenPipeError:  # `... generate | head`: the reader has gone, and so must what is still buffered for it
+    except BrokenPipeError:  # `... generate | head`: the reader has gone, so output still buffered is thrown away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ SMALL = "small"
 
 DEFAULTS = {
     "preset": SMALL,
-    "context": "streamed",  # at the same number of bytes it ends lower than packed rows: the past is not cut off
+    "context": "streamed",  # after as many bytes the loss is lower than with packed rows: the past is not cut off
     "batch": 16,
     "length": 64,
     "lr": 5e-3,
@@ -150,7 +150,7 @@ def _number(kind: Callable, accepts: Callable[[float], bool], wanted: str) -> Ca
     def parse_number(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:  # also of an integer of thousands of digits
+        except ValueError:  # int refuses thousands of digits, too
             value = math.nan
         if not (abs(value) < 2**63 and accepts(value)):
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {text[:40]}{'...' * (len(text) > 40)}")
@@ -160,7 +160,7 @@ def _number(kind: Callable, accepts: Callable[[float], bool], wanted: str) -> Ca
 
 
 def is_glob(pattern: str) -> bool:
-    """Whether it is a pattern that `Path.match` takes."""
+    """Whether `Path.match` takes the pattern."""
     try:
         Path("name").match(pattern)
     except ValueError:
@@ -198,7 +198,7 @@ EXAMPLES = {
         "generate --checkpoint runs/prose --prompt-file - --temperature 0.7 --top-p 0.9 < chapter.txt",
     ],
 }
-"""Of every command, as its help shows them; the help of all shows the first of each"""
+"""Examples of every command for its help; the main help shows the first of each command"""
 
 MODEL_FLAGS = {
     "model_dim": ("--dim", _natural, "width of the model"),
@@ -215,7 +215,7 @@ MODEL_FLAGS = {
     "hidden_dropout": ("--hidden-dropout", _probability, "inside the halves"),
     "attention_dropout": ("--attention-dropout", _probability, "probability of DropKey"),
 }
-"""Fields of the configuration: their flags, what these accept, and what it is"""
+"""Fields of the configuration: flag, what the flag accepts, what the field is"""
 MODEL_SWITCHES = {
     "--swiglu": "gate the feed-forward half by a third matrix",
     "--rescale-nffn": "a learned gain on the feed-forward half's output",

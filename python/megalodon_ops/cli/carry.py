@@ -13,7 +13,7 @@ from megalodon_ops import AttentionState, BlockState, MegalodonConfig, Megalodon
 
 
 def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
-    """The state of the sequences `rows`; a row of -1 becomes a fresh one. Where all of them go on, it is not copied."""
+    """The state of the sequences `rows`; a row of -1 becomes a fresh state. Where all rows go on, nothing is copied."""
     if torch.equal(rows, torch.arange(len(state.norm.count), device=rows.device)):
         return state
     fresh, source = (rows < 0).nonzero()[:, 0], rows.clamp(min=0)

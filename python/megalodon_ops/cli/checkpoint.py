@@ -4,8 +4,8 @@
 
 A folder is written under another name, flushed to the disk and renamed, so a process killed at any moment leaves the
 newest complete checkpoint as it was; a folder that cannot be finished, on a full disk, is removed. `checkpoint.json`
-holds the sizes and sha256 sums of the other files and one of its own content. A folder that does not agree with it, or
-with what a run writes (`schema`), is passed over.
+holds the sizes and sha256 sums of the other files and a sum of its own content. A folder that does not agree with
+`checkpoint.json`, or with what a run writes (`schema`), is passed over.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megalodon_ops.model.official import is_official
 from megalodon_ops.ops.values import is_whole, shown
 
 FORMAT = 2
-"""Counts the changes of what the files hold; checkpoints of another format are not read"""
+"""Counts the changes of the files' content; checkpoints of another format are not read"""
 KEPT = 2
 """How many checkpoints of a run stay"""
 
@@ -48,7 +48,7 @@ class Checkpoint(NamedTuple):
 def save(run: Path, step: int, record: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> Path:
     root = run / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".*"):  # of a process that was killed here
+    for leftover in root.glob(".*"):  # drafts of a process that was killed
         shutil.rmtree(leftover)
 
     folder = root / f"step-{step:08d}"
@@ -76,7 +76,7 @@ def save(run: Path, step: int, record: dict[str, Any], parts: dict[str, dict[str
 
 
 def load(path: Path, flag: str) -> Checkpoint:
-    """The newest complete checkpoint of a run's folder, or the one the folder is; `flag` is what errors name."""
+    """The newest complete checkpoint of a run's folder, or the checkpoint that the folder is; errors name `flag`."""
     if not path.is_dir():
         raise CommandError(f"{flag} {path}: {'a file, name its folder' if path.is_file() else 'no such folder'}")
     if is_official(path):
@@ -136,7 +136,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoin
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file by its new content or, if this process is killed meanwhile, by nothing."""
+    """Replace the content of a file; if this process is killed meanwhile, the old content stays."""
     draft = path.with_name(f".{path.name}")
     with _drafting(draft):
         draft.write_bytes(content)
@@ -200,7 +200,7 @@ def _read_part(folder: Path, part: str, config: MegalodonConfig, record: dict[st
 
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
-"""Of safetensors, those that a checkpoint has"""
+"""The dtypes in a checkpoint, by safetensors' names"""
 
 
 def _sha256(path: Path) -> str:
@@ -212,7 +212,7 @@ def _sha256(path: Path) -> str:
 
 
 def _checksum(record: dict[str, Any]) -> str:
-    """Of what the record says, however it is laid out."""
+    """The sha256 sum of a record's content, whatever its layout."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

@@ -12,12 +12,12 @@ from tqdm import tqdm
 class Progress:
     """The bar: loss, bits per byte, tokens (bytes) a second; how much of the run is done.
 
-    That is its share of the steps or, in a run of a given time, of the seconds: how many steps these will hold is not
-    known before, and what the pace so far makes of it goes up and down.
+    The bar shows a share of the steps or, in a run of a given time, of the seconds: how many steps the seconds will
+    hold is not known before, and an estimate by the pace so far goes up and down.
     """
 
     def __init__(self, row: dict[str, Any], steps: int | None, seconds: float | None):
-        """For a run that is at this row, and ends after so many steps or so many seconds, whichever comes first."""
+        """For a run that is at `row`, and ends after `steps` steps or `seconds` seconds, whichever comes first."""
         self.held_out: float | None = None
         self.loss: float | None = None
         self.steps, self.seconds = steps, seconds
@@ -53,7 +53,7 @@ class Progress:
 
 
 class StopSignals:
-    """Ctrl-C and kill let the step finish; a second one ends the process at once."""
+    """Ctrl-C and kill let the step finish; a second signal ends the process at once."""
 
     def __enter__(self) -> StopSignals:
         self.received = 0

@@ -24,7 +24,7 @@ class Corpus(NamedTuple):
     train: list[bytes]
     held_out: list[bytes]
     fingerprint: str
-    """sha256 of what is in either part, whatever the files are called and in whatever order they came"""
+    """sha256 of the documents of both parts, whatever the files are called and in whatever order they came"""
 
 
 class FileDocument:
@@ -60,7 +60,7 @@ def check_glob(globs: Sequence[str] | None, paths: Sequence[str | Path] | None) 
 def find_files(paths: Iterable[str | Path], globs: Sequence[str] | None = None) -> list[Path]:
     """The files named, and of the folders named those that match one of the patterns, whatever they hold.
 
-    Without patterns it is the folders' files of text, and how many others were skipped is said once.
+    Without patterns the folders' files of text are taken, and one message says how many other files were skipped.
     """
     found: list[Path] = []
     skipped: list[Path] = []
@@ -99,7 +99,7 @@ def _choose(folder: Path, globs: Sequence[str] | None) -> tuple[list[Path], list
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is UTF-8 without a NUL byte, read in pieces up to the first that is not."""
+    """Whether a file is UTF-8 without a NUL byte, read in pieces up to the first piece that is not."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         with open(path, "rb") as file:
@@ -131,8 +131,8 @@ def standard_library() -> list[Path]:
 def split(documents: Iterable[bytes]) -> Corpus:
     """Hold out a twentieth of the bytes by whole documents; of identical documents one is kept.
 
-    Documents are taken in the order of their hash while they fit. Where they are too few or too long to fill half of
-    the twentieth, the end of the longest one is held out too.
+    Documents are taken in the order of their hash while they fit. Where documents are too few or too long to fill half
+    of the twentieth, the end of the longest one is held out too.
     """
     unique = {hashlib.sha256(document).digest(): document for document in documents if document}
     total = sum(map(len, unique.values()))

@@ -84,7 +84,7 @@ def bits_per_byte(
     autocast: AbstractContextManager,
     bar: tqdm | None = None,
 ) -> float:
-    """Every byte of every document predicted from all bytes before it, read in pieces of `length`.
+    """Bits per byte, every byte of every document predicted from all bytes before it, read in pieces of `length`.
 
     Raises FloatingPointError where a loss is infinite or NaN.
     """

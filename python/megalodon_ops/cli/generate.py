@@ -20,7 +20,7 @@ from megalodon_ops.cli.evaluate import trained_model
 from megalodon_ops.cli.models import precision, usable_device
 
 PROMPT, SAMPLE = 300, 600
-"""Bytes of the held-out beginning that ends a training run, and of its continuation"""
+"""Bytes of the held-out beginning shown at the end of a training run, and of its continuation"""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def sample(model: Megalodon, prompt: bytes, count: int, *, seed: int, **sampling
     generator = torch.Generator(device).manual_seed(seed)
     for token in itertools.islice(model.stream(tokens, generator=generator, **sampling), count):
         byte = int(token)
-        if byte == START:  # a model with tied embeddings can predict it: the document's end
+        if byte == START:  # a model with tied embeddings can predict START: the document's end
             return
         yield bytes([byte])
 

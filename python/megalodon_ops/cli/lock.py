@@ -15,8 +15,8 @@ from megalodon_ops.cli.errors import CommandError
 class Lock:
     """Holds a run's folder, which it makes if there is none, until the block or the process ends, however it ends.
 
-    The file `lock` says who holds it. What counts is the system's lock on that file, which ends with its process, so
-    the file of a process that was killed keeps nobody out.
+    The file `lock` says who holds the folder. What counts is the system's lock on that file, which ends with its
+    process, so the file of a process that was killed keeps nobody out.
     """
 
     def __init__(self, folder: Path):
@@ -39,7 +39,7 @@ class Lock:
                 raise CommandError(f"{self.file}: could not be locked: {error.strerror}") from error
             if self._is_the_file():
                 break
-            os.close(self.handle)  # its holder has removed it meanwhile
+            os.close(self.handle)  # its holder has removed the file meanwhile
         os.ftruncate(self.handle, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(self.handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
@@ -48,7 +48,7 @@ class Lock:
     def __exit__(self, *error: object) -> None:
         self.file.unlink(missing_ok=True)
         if self.made:
-            with suppress(OSError):  # the run has left something there
+            with suppress(OSError):  # the run has left something in the folder
                 self.folder.rmdir()
         os.close(self.handle)
 

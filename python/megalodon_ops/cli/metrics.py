@@ -1,4 +1,4 @@
-"""The run's diary: one JSON object a line, and the picture of it."""
+"""The run's diary: one JSON object a line, and the picture of the diary."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.model.files import file_size
 from megalodon_ops.ops.values import is_number, is_whole
 
-_MOST_BITS = 1e30  # a byte; no loss is as large
+_MOST_BITS = 1e30  # bits a byte; no loss is as large
 
 
 class Diary:
-    """`metrics.jsonl`, each line in the file as soon as it is written."""
+    """`metrics.jsonl`; each line is in the file as soon as it is written."""
 
     def __init__(self, path: Path, step: int):
         """Go on after `step`: later lines, which the run is about to write again, and a line cut short are dropped.
 
-        So are damaged ones, of which the user is told.
+        Damaged lines are dropped too, and the user is told.
         """
         self.path = path
         if os.path.lexists(path):
@@ -62,12 +62,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def is_end(row: dict[str, Any]) -> bool:
-    """Whether it is the line that a finished run ends with: of all held-out text, beside compressors."""
+    """Whether the row is the last of a finished run: figures of all held-out text, beside those of compressors."""
     return row.get("final") is True and "held_out_bits_per_byte" in row and "compressors" in row
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Every line that is as a run writes it, and the numbers of those that are not, but for one cut short at the end."""
+    """The rows that are as a run writes them, and the numbers of damaged lines. A last line cut short is neither."""
     try:
         file_size(path)  # refuses what is no file
     except ValueError as error:
@@ -87,7 +87,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether what is read of a line later, here and by `draw`, is there and of its kind."""
+    """Whether the row has a step, and its figures, which `draw` reads, are numbers that a run can write."""
     if not isinstance(row, dict) or not is_whole(row.get("step"), 0):
         return False
     compressors = row.get("compressors", {})

@@ -29,7 +29,7 @@ WIDTHS = ("z_dim", "value_dim", "ffn_hidden_dim")
 
 
 def byte_config(preset: str, flags: dict[str, Any]) -> MegalodonConfig:
-    """The preset over bytes, changed by flags; widths not among them keep the preset's proportion to `model_dim`."""
+    """The preset over bytes, changed by flags; widths without a flag keep the preset's proportion to `model_dim`."""
     values = dict(SMALL_CONFIG) if preset == SMALL else MegalodonConfig.preset(preset).to_dict()
     scale = flags.get("model_dim", values["model_dim"]) / values["model_dim"]
     unit = 2 * flags.get("num_heads", values["num_heads"])  # a head of z is made of pairs

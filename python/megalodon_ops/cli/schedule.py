@@ -2,9 +2,9 @@
 
     lr = peak * min(1, max((step + 1) / warmup, 10 progress)) * (1 + cos(pi progress)) / 2
 
-With --steps, progress is step / steps. With --minutes it runs along a straight line that `set_pace` draws from the time
-spent to the end of the budget, at every checkpoint and only there: the line is part of the checkpoint, so the losses
-after it are the same whenever they are computed.
+With --steps, progress is step / steps. With --minutes, progress runs along a straight line that `set_pace` draws from
+the time spent to the end of the budget, at every checkpoint and only there: the line is part of the checkpoint, so the
+losses after a checkpoint are the same whenever they are computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Schedule:
         self.peak, self.warmup, self.steps = lr, warmup, steps
         self.budget = 60 * minutes if minutes else None
         self.anchor = (0, 0.0)  # (step, progress) where the line starts
-        self.end = steps if self.budget is None else None  # the step where it ends; None until the pace is known
+        self.end = steps if self.budget is None else None  # the step where the line ends; None until the pace is known
 
     def progress(self, step: int) -> float:
         start, done = self.anchor
@@ -46,7 +46,7 @@ class Schedule:
         return {"steps": self.steps, "budget": self.budget, "anchor": list(self.anchor), "end": self.end}
 
     def seek(self, position: dict[str, Any], step: int, seconds: float) -> None:
-        """Take up the line of a checkpoint or, for a run that was given another length, draw one from there."""
+        """Take up the line of a checkpoint or, for a run that was given another length, draw a line from there."""
         if (self.steps, self.budget) == (position["steps"], position["budget"]):
             self.anchor, self.end = tuple(position["anchor"]), position["end"]
         elif step:

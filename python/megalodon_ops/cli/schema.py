@@ -43,12 +43,12 @@ def check_record(record: dict[str, Any]) -> MegalodonConfig:
 
 
 def complete(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a checkpoint with the options that the version which wrote it did not have, and what it did instead."""
+    """The record of a checkpoint, with the options that the version which wrote it lacked, as that version behaved."""
     return {**record, "options": {**_OPTIONS_BEFORE, **record["options"]}}
 
 
 def layout(part: str, config: MegalodonConfig, record: dict[str, Any]) -> Layout:
-    """What is in a file of tensors. It is drawn up one by one, as a configuration may name 10^9 layers."""
+    """The tensors of a file. They are listed one by one, as a configuration may name 10^9 layers."""
     options, begun = record["options"], record["step"] > 0
     if part == "model":
         for name, shape in config.parameter_shapes():
@@ -67,7 +67,7 @@ def layout(part: str, config: MegalodonConfig, record: dict[str, Any]) -> Layout
 
 
 def check_layout(found: dict[str, tuple[torch.dtype | None, tuple[int, ...]]], wanted: Layout) -> None:
-    """Raises unless a file has the tensors wanted and no other; it stops at the first that is missing."""
+    """Raises unless a file has the tensors wanted and no other; the check stops at the first missing tensor."""
     known = set()
     for name, dtype, shape in wanted:
         known.add(name)

@@ -18,7 +18,7 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import byte_config
 
 MAY_CHANGE = {"data", "glob", "steps", "minutes", "eval_every", "checkpoint_every", "device"}
-"""Flags a resumed run may be given anew (the text is compared by content); the others make its losses what they are"""
+"""Flags a resumed run may be given anew (the text is compared by content); the other flags decide its losses"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Settings:
     data: list[str] | None
     """None: the standard library"""
     glob: list[str] | None
-    """Patterns of the files to take of folders; None: those of text"""
+    """Patterns of the files to take of folders; None: files of text"""
     steps: int | None
     minutes: float | None
     preset: str
@@ -51,7 +51,7 @@ class Settings:
 
 
 def run_folder(options: argparse.Namespace) -> Path:
-    """The folder of the run; one to be resumed is there."""
+    """The folder of the run; the folder of a run to resume must exist."""
     resume = getattr(options, "resume", False)
     if not hasattr(options, "out"):
         if resume:
@@ -63,7 +63,7 @@ def run_folder(options: argparse.Namespace) -> Path:
 
 
 def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoint | None]:
-    """The settings of the run in `out` and, if it goes on from one, the checkpoint."""
+    """The settings of the run in `out`, and the checkpoint if the run goes on from one."""
     given = {name: value for name, value in vars(options).items() if name not in ("command", "out", "resume")}
     if "data" in given:
         given["data"] = [str(path.absolute()) for path in given["data"]]

@@ -31,11 +31,11 @@ from megalodon_ops.cli.settings import Settings, resolve, run_folder
 from megalodon_ops.ops.memory import check_fits
 
 LOOK = 1 << 15
-"""Held-out bytes evaluated during the run; the end of it takes all"""
+"""Held-out bytes evaluated during the run; its end evaluates all bytes"""
 LOOK_SHAPE = (8, 2048)
-"""Rows and length of the batches that evaluate them"""
+"""Rows and length of the batches of held-out bytes"""
 FIRST_PACE = 8
-"""Steps that tell how long a step takes"""
+"""Fewest steps that tell how long a step takes"""
 PARALLEL_PARAMETER = 1 << 16
 """Numbers in a parameter, on average, from which the optimizer is done sooner with all threads than with one"""
 
@@ -60,7 +60,7 @@ def _run(settings: Settings, saved: checkpoint.Checkpoint | None) -> int:
 
 
 def check_memory(settings: Settings) -> None:
-    """Refuses, before anything is allocated, what this machine cannot hold, whatever else a step needs."""
+    """Refuses, before anything is allocated, a run whose parameters and activations alone do not fit in memory."""
     weights_gradients_and_moments, token_target_and_activations = 4, 4 + settings.config.num_layers
     numbers = weights_gradients_and_moments * settings.config.num_parameters()
     tokens = settings.batch * settings.length
@@ -188,7 +188,7 @@ class Trainer:
         return bits
 
     def _finish(self) -> None:
-        """The whole held-out text, beside what compressors make of it; the picture; a sample."""
+        """Writes and shows the figures of all held-out text and of compressors; the picture; a sample."""
         documents = self.corpus.held_out
         bits = bits_per_byte(self.model, documents, *LOOK_SHAPE, self.autocast)
         compressors = compressed_bits(documents)
@@ -196,7 +196,7 @@ class Trainer:
         self.diary.write(**end)
         self._draw(compressors)
         show_figures(self.corpus, end)
-        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss, to a MiB
+        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # units of ru_maxrss in a MiB
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(f"{self._seconds():.0f} s, peak memory {peak:,.0f} MiB; curve and checkpoint in {self.settings.out}")
         show_sample(self.model, documents, self.settings.seed, self.autocast)
@@ -211,7 +211,7 @@ class Trainer:
 
     def _set_pace(self) -> None:
         now = time.monotonic()
-        if self.step - self.paced_step < FIRST_PACE:  # too few to tell
+        if self.step - self.paced_step < FIRST_PACE:  # too few steps to tell
             return
         self.schedule.set_pace(self.step, self._seconds(), (now - self.paced_at) / (self.step - self.paced_step))
         self.paced_at, self.paced_step = now, self.step
@@ -263,7 +263,7 @@ class Trainer:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Inside, torch's operations take so many threads."""
+    """Inside the block, torch's operations take `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -19,7 +19,7 @@ from ..ops.states import AttentionState, TimestepNormState, fields_of
 
 
 class BlockState(NamedTuple):
-    """What one block passes on to the next call.
+    """What one call of a block passes on to the next call.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -35,7 +35,7 @@ class BlockState(NamedTuple):
     attention: AttentionState
 
 
-_LARGEST_ROTARY = 1 << 24  # numbers: 64 MiB; the released models' tables have 2^19 and 2^20
+_LARGEST_ROTARY = 1 << 24  # numbers, 64 MiB in float32; the released models' tables have 2^19 and 2^20
 
 
 class NormalizedAttention(WideParameters):
@@ -77,7 +77,7 @@ class NormalizedAttention(WideParameters):
         nn.init.zeros_(self.beta)
 
     def _rotary_for(self, like: Tensor) -> tuple:
-        """What :func:`rotary_table` makes a table from that serves a tensor like this one."""
+        """The arguments of :func:`rotary_table` for a table that serves tensors like this one."""
         config = self.config
         key_dim, dtype = config.z_dim // config.num_heads, accumulation_dtype(like.dtype)
         return config.chunk_size, key_dim, config.rotary_base, dtype, like.device
@@ -103,7 +103,7 @@ class NormalizedAttention(WideParameters):
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
-        self._keep_rotary()  # as assign=True brings parameters of another device or dtype
+        self._keep_rotary()  # assign=True may bring parameters of another device or dtype
 
     def forward(
         self,

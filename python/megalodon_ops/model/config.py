@@ -67,7 +67,7 @@ class MegalodonConfig:
                 raise ValueError(f"MegalodonConfig: `{field}` must be {expected}, got {shown(getattr(self, field))}.")
 
         def keep(kind: type, field: str) -> None:
-            """Makes a number of NumPy's one of Python's, which JSON knows."""
+            """Turns a NumPy number into a Python number, which JSON knows."""
             object.__setattr__(self, field, kind(getattr(self, field)))
 
         for field in ("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim",

@@ -23,19 +23,19 @@ from ..ops.values import check_tensor, described
 class Decoder:
     """The logits after each next token of B sequences, without gradients.
 
-    On the CPU one call goes from the tokens to the logits: the kernels of the model's layers, and their bits, without
-    Python between them. Where a module was wrapped, hooked, quantised or replaced, its block runs as a module between
-    such calls. Elsewhere every layer runs as a module: on other devices, under torch.autocast, with dropout in training,
-    for more rows than the kernels for few take (32, with AMX 15 in float32 and 8 in bfloat16), and with
-    MEGALODON_OPS_LINEAR=torch. What holds when the decoder is made holds for its life; it then belongs to the model as it
-    is: make it anew after the parameters, their memory or the modules have changed.
+    On the CPU one call computes the logits from the tokens: it runs the kernels of the model's layers, with the same
+    bits as the layers, without Python between kernels. Where a module was wrapped, hooked, quantised or replaced, its
+    block runs as a module between such calls. Every layer runs as a module on other devices, under torch.autocast, with
+    dropout in training, for more rows than the kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), and
+    with MEGALODON_OPS_LINEAR=torch. The decoder decides once, by the model as it is when the decoder is made: make
+    a new decoder after the parameters, their memory or the modules have changed.
 
     Args:
-        model: whose next tokens to compute.
-        state: of B sequences, as a call of the model returned it. The decoder takes a copy.
+        model: the model that gives the logits.
+        state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
 
     Attributes:
-        fused: whether one call of kernels computes everything. If a module is the reason why not, a warning has named it.
+        fused: whether one call of kernels computes everything. If a module prevents it, a warning has named the module.
 
     Raises:
         ValueError: the state is not one of this model. TypeError: a dtype is wrong.
@@ -95,7 +95,7 @@ class Decoder:
         return self._like.is_cpu and not torch.is_autocast_enabled("cpu") and not drops and not watched
 
     def _plan(self) -> list[Callable[[Tensor], Tensor]]:
-        """What runs one after another: calls of kernels, and modules where these are not as the configuration makes them."""
+        """The parts to run in order: calls of kernels, and modules that are not as the configuration makes them."""
         model, made = self._model, _as_made(self._model.config)
         whole = _change(model, made, "model", recurse=False) or _change(
             model.layers, made.layers, "layers", recurse=False
@@ -125,7 +125,7 @@ class Decoder:
         return parts
 
     def _kernels(self, begin: int, end: int) -> Callable[[Tensor], Tensor]:
-        """One call for the units [begin, end): 0 is the embedding, i + 1 layer i, the last the output."""
+        """One call for the units [begin, end): unit 0 is the embedding, unit i + 1 layer i, the last the output."""
         model, config, last = self._model, self._model.config, self._model.config.num_layers + 1
         tensors = {name: p.detach().contiguous() for name, p in model.named_parameters(remove_duplicate=False)}
         tensors |= {f"state.{name}": tensor for name, tensor in _named(self._state).items()}
@@ -178,13 +178,13 @@ class Decoder:
 
 @functools.lru_cache(maxsize=8)
 def _as_made(config) -> Megalodon:
-    """A model as its configuration makes it, without memory, to compare others with."""
+    """A model as the configuration makes it, without memory, to compare other models with."""
     with torch.device("meta"):
         return Megalodon(config)
 
 
 def _change(module: nn.Module, made: nn.Module, name: str, recurse: bool = True) -> str | None:
-    """The name of the first module in `module` that does not compute what the one in `made` would; None: there is none."""
+    """The name of the first module in `module` that does not compute what its counterpart in `made` does, or None."""
     if not isinstance(module, nn.Module):
         return name
     settings = {key: value for key, value in vars(made).items() if key[0] != "_" and key not in ("training", "layer")}
@@ -209,7 +209,7 @@ def _change(module: nn.Module, made: nn.Module, name: str, recurse: bool = True)
 
 
 def _own(state: MegalodonState) -> MegalodonState:
-    """A copy of the state whose tensors are contiguous and all there, to be written in place."""
+    """A copy of the state to write in place: every tensor is contiguous, and no tensor is missing."""
 
     def norm(norm_state: TimestepNormState) -> TimestepNormState:
         if norm_state.residual is not None:
@@ -224,7 +224,7 @@ def _own(state: MegalodonState) -> MegalodonState:
 
 
 def _named(state: MegalodonState) -> dict[str, Tensor]:
-    """Its tensors under names such as layers.0.norm.mean."""
+    """The state's tensors under names such as layers.0.norm.mean."""
     tensors = {}
     for i, layer in enumerate(state.layers):
         tensors |= {f"layers.{i}.norm.{field}": tensor for field, tensor in layer.norm._asdict().items()}
@@ -234,7 +234,7 @@ def _named(state: MegalodonState) -> dict[str, Tensor]:
 
 
 def _write(into: object, after: object) -> None:
-    """The values of a state's tensors to those of another, where they are not the same tensors."""
+    """Copies the values of `after` into the tensors of `into`, except where both are one tensor."""
     for old, new in zip(tree_leaves(into), tree_leaves(after), strict=True):
         if old is not new:
             old.copy_(new)

@@ -1,4 +1,4 @@
-"""Files that come from anywhere: opened only if they are files, JSON read only if it is small, flat and unambiguous.
+"""Reads files that come from anywhere: only regular files are opened, only small, flat and unambiguous JSON is read.
 
 Every fault is a ValueError of one line that begins with the file's path, or a FileNotFoundError.
 """
@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 from ..ops.values import shown
 
 LARGEST_JSON = 16 << 20
-"""Bytes of a JSON file at most; a configuration takes less than a thousandth"""
+"""Most bytes of a JSON file; a configuration takes less than a thousandth of these"""
 DEEPEST_JSON = 32
-"""Objects and lists inside one another at most"""
+"""Most objects and lists inside one another"""
 _STRING, _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile(r"[\[\]{}]")
-_LONGEST_INTEGER = 40  # digits at most: twice as many as an integer of 64 bits has
+_LONGEST_INTEGER = 40  # most digits: twice as many as an integer of 64 bits has
 
 
 def file_size(path: Path) -> int:

@@ -43,10 +43,10 @@ class WideParameters(nn.Module):
 def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that stay float32 beside 16-bit activations, by name: of CEMA, the norms and the attention's affine map.
 
-    Their modules keep them wide: under `model.to(torch.bfloat16)`, a 16-bit default dtype, `load_state_dict(assign=True)`
-    and wherever a parameter is set as an attribute. What writes to `module._parameters` past that, as FSDP2's
-    MixedPrecisionPolicy does, ends in a TypeError of the op. There, shard the linear layers and the embedding with the
-    policy, and then their blocks without one:
+    Their modules keep these parameters wide under `model.to(torch.bfloat16)`, a 16-bit default dtype,
+    `load_state_dict(assign=True)` and wherever a parameter is set as an attribute. A tool that writes to
+    `module._parameters` directly, as FSDP2's MixedPrecisionPolicy does, ends in a TypeError of the op. With FSDP2,
+    shard the linear layers and the embedding with the policy, and then their blocks without a policy:
 
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -129,7 +129,7 @@ class ComplexEMA(WideParameters):
         dim = self.alpha.shape[0]
         nn.init.normal_(self.alpha, std=0.2)
         nn.init.normal_(self.delta, std=0.2)
-        # Base angles spread geometrically from 1 down to 1 / D. The last would be logit(1 / D); none is logit(1).
+        # Base angles fall geometrically from D^(-1/D) to 1 / D; the clamp keeps the logit finite for D = 1.
         angles = torch.exp(-torch.arange(1, dim + 1, dtype=torch.float64) * (math.log(dim) / dim)).clamp(max=1 - 1e-6)
         self.theta.copy_(torch.logit(angles)[torch.randperm(dim)].reshape(dim, 1, 1))
         nn.init.normal_(self.gamma[..., 0])
@@ -189,7 +189,7 @@ class LayerNorm(_Norm):
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
-    On the CPU its products take the fastest way there is, :func:`megalodon_ops.linear`.
+    The layer computes by :func:`megalodon_ops.linear`, which takes the fastest way on the CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,9 +204,9 @@ class Linear(nn.Linear):
 def to_torch_linears(model: nn.Module) -> nn.Module:
     """The model, whose linear layers have become torch's own `nn.Linear`, in place, with their parameters and hooks.
 
-    For tools that look for exactly this type: `torch.ao.quantization.quantize_dynamic` leaves a subclass as it is without
-    a word. Tools that take subclasses, such as torchao's `quantize_`, need no such call. The results are those of before
-    up to rounding; products are torch's, and a :class:`Decoder` of such a model runs its layers.
+    This serves tools that look for exactly `nn.Linear`: `torch.ao.quantization.quantize_dynamic` leaves a subclass as
+    it is without a word. Tools that take subclasses, such as torchao's `quantize_`, need no such call. The results
+    change by rounding alone; torch computes the products, and a :class:`Decoder` runs the layers as modules.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -228,7 +228,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling the module gives :func:`megalodon_ops.linear` of its weight and bias, and nothing else.
 
     Any other class (an adapter, a parametrization and a sharded module have their own), hooks, another forward and
-    parameters that are a subclass of torch's may compute what they like: such a module has to be called.
+    parameters of a subclass of torch's types may compute anything: a module with one of these has to be called.
     """
     if type(module) is not Linear or getattr(module.forward, "__func__", None) is not _LINEAR_FORWARD:
         return False

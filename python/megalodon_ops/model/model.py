@@ -29,7 +29,7 @@ _FEW_TOKENS = 1024
 
 
 class MegalodonState(NamedTuple):
-    """What a call of the model passes on to the next: constant in size however long the past is.
+    """What a call of the model passes on to the next call; its size is constant however long the past is.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -41,10 +41,10 @@ class MegalodonState(NamedTuple):
 
     layers: tuple[BlockState, ...]
     norm: TimestepNormState
-    """of the final norm"""
+    """the final norm's"""
 
     def detach(self) -> MegalodonState:
-        """The same values without their history, for truncated backpropagation through time."""
+        """The state without its history, for truncated backpropagation through time."""
         return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, self)
 
 
@@ -111,8 +111,8 @@ class Megalodon(nn.Module):
             state: the past, as an earlier call returned it; None: the tokens begin their sequences.
             return_state: also return the state after the last token. Any way of cutting a sequence into calls gives the
                 same logits, up to rounding.
-            inplace_state: write into `state` where that saves a copy, as of the attention's part; for generation. The
-                state before is lost.
+            inplace_state: overwrite the parts of `state`, such as the attention's, where this saves a copy; for
+                generation. The old state is lost.
             cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1).
             lengths: (B,) tokens in each right-padded row.
 
@@ -140,11 +140,11 @@ class Megalodon(nn.Module):
     ) -> Tensor | tuple[Tensor, MegalodonState]:
         """Cross-entropy of the logits with `targets`, computed for a block of tokens at a time.
 
-        Padding, by `cu_seqlens` or `lengths`, counts no more than a target of `ignore_index`, whatever stands there.
+        Padding, by `cu_seqlens` or `lengths`, counts no more than a target of `ignore_index`, whatever its target is.
 
         Args:
             tokens, state, return_state, cu_seqlens, lengths: as in :meth:`forward`.
-            targets: (B, L) integers, what follows each token, or `ignore_index`.
+            targets: (B, L) integers, the token after each token, or `ignore_index`.
             reduction, ignore_index: as in :func:`megalodon_ops.linear_cross_entropy`.
 
         Returns:
@@ -202,7 +202,7 @@ class Megalodon(nn.Module):
             raise ValueError(f"Megalodon: `state` must have {len(self.layers)} layers, got {len(state.layers)}.")
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """(B, L, D)"""
+        """Embeddings (B, L, D)."""
         try:
             x = self.embed(tokens)
         except IndexError as error:
@@ -250,7 +250,7 @@ class Megalodon(nn.Module):
         prompts' lengths where rows are right-padded. Temperature 0 takes the likeliest token; otherwise tokens are
         drawn from the top_k likeliest, or from the fewest that hold probability top_p, or from all.
 
-        Raises FloatingPointError on the CPU where the logits are not numbers to draw by, as weights that overflow give.
+        Raises FloatingPointError on the CPU where the logits are no numbers to draw by, as of weights that overflow.
         """
         check_tensor("generate", "prompt", prompt)
         check_optional_tensor("generate", "lengths", lengths)
@@ -276,7 +276,7 @@ class Megalodon(nn.Module):
 
     @torch.no_grad()
     def _stream(self, prompt: Tensor, lengths: Tensor, sample: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-        from .decoder import Decoder  # which is made of models
+        from .decoder import Decoder  # here: decoder.py imports this file
 
         state, last = None, None
         for start in range(0, prompt.shape[1], self.config.chunk_size):
@@ -327,7 +327,7 @@ def _sample(
 ) -> Tensor:
     """Draws one token (B,) for each row of logits (B, vocab)."""
     if temperature == 0:
-        likeliest = logits.argmax(-1, keepdim=True)  # NaN, if there is one
+        likeliest = logits.argmax(-1, keepdim=True)  # argmax takes a NaN, if there is one
         _check_numbers(logits.gather(-1, likeliest))
         return likeliest.squeeze(-1)
     probability, tokens = (logits / temperature).softmax(-1), None
@@ -345,7 +345,7 @@ def _sample(
 
 
 def _check_numbers(values: Tensor) -> None:
-    """Raises where there is a NaN on the CPU; elsewhere a look would wait for the device."""
+    """Raises where a value on the CPU is NaN; on other devices the check would wait for the device."""
     if values.is_cpu and bool(values.isnan().any()):
         raise FloatingPointError(
             "generate: logits / temperature must be numbers, got NaN or infinity; "
@@ -354,8 +354,8 @@ def _check_numbers(values: Tensor) -> None:
 
 
 def _likeliest(probability: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """In order, the likeliest tokens' probabilities, enough to hold `share` of each row, and those tokens."""
-    if probability.is_cpu:  # where to sort a large vocabulary takes as long as all else for a token
+    """In order, the likeliest tokens' probabilities, enough to hold `share` of each row, and the tokens."""
+    if probability.is_cpu:  # on the CPU, sorting a large vocabulary takes as long as all else for a token
         few = probability.topk(min(_FEW_TOKENS, probability.shape[-1]))
         if bool((few.values.sum(-1) >= share).all()):
             return few

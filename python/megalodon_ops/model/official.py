@@ -24,7 +24,7 @@ _SPLIT_DIM_0 = re.compile(
     r".*\.cema\.\w+|.*\.(timenorm|final_norm)\.(weight|bias)|.*\.(wv|wz|wr|wh1)\.(weight|bias)|.*\.(fc1|fc3)\.weight"
 )
 _BUFFERS = re.compile(r"(.*\.)?(rope\.freqs|prior_(count|mean|logv))")
-_SHOWN = 4  # names of parameters in an error
+_SHOWN = 4  # most names of parameters in an error
 
 Shards = dict[Path, dict[str, Tensor]]
 
@@ -67,7 +67,7 @@ def load_official(
 
 
 def is_official(directory: Path) -> bool:
-    """Whether the folder holds what the released code writes."""
+    """Whether the folder holds a checkpoint of the released code."""
     return any(directory.glob("consolidated*.pth"))
 
 
@@ -119,7 +119,7 @@ def _model_fields(path: Path) -> dict[str, Any]:
 
 
 def _config(path: Path, fields: dict[str, Any], shards: Shards) -> MegalodonConfig:
-    """The configuration; a vocabulary that it does not name is the embedding's."""
+    """The configuration; where `fields` names no vocabulary, it has the embedding's size."""
     if is_whole(fields.get("vocab_size", -1), -1, 0):
         embed = next(iter(shards.values())).get("embed.weight")
         if not isinstance(embed, Tensor) or embed.dim() != 2:
@@ -182,7 +182,7 @@ def _check_parameters(directory: Path, config: MegalodonConfig, shards: Shards) 
 
 
 def _second_output(config: MegalodonConfig, shards: Shards) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of the output matrix where the checkpoint holds it beside the embedding that it shares."""
+    """Name and shape of the output matrix where a checkpoint holds the shared embedding a second time."""
     twice = config.share_emb and any("output.output.weight" in shard for shard in shards.values())
     return [("output.output.weight", (config.vocab_size, config.model_dim))] if twice else []
 

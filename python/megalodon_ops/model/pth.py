@@ -23,12 +23,12 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` file by name, their memory mapped from the file.
 
     Every byte of the archive is compared with its CRC32 first, at about 2 GB/s a core; unpickling is with
-    `weights_only=True`. A file that is not such an archive, or holds anything but tensors, is a ValueError.
+    `weights_only=True`. A file that is no archive of torch.save, or holds anything but tensors, is a ValueError.
     """
     _check_archive(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of kinds of tensors that are refused below
+            warnings.simplefilter("ignore")  # torch warns of kinds of tensors that `check_tensor` refuses
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a pickle can make the unpickler raise anything
         reason = shown((str(error).splitlines() or [type(error).__name__])[0][:150])
@@ -42,7 +42,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensor(path: Path, name: str, tensor: object, shape: tuple[int, ...]) -> None:
-    """Raises a ValueError unless the tensor is a plain one of real floating-point numbers in that shape."""
+    """Raises a ValueError unless `tensor` is a plain tensor of real floating-point numbers with this shape."""
     problem = None
     if type(tensor) not in OWN_TYPES:
         problem = f"must be a tensor, got {type(tensor).__name__}"

@@ -1,1 +1,1 @@
-"""The ops: public function, torch op, fake kernel and autograd, one module each; and what they share."""
+"""The ops: public function, torch op, fake kernel and autograd, one module each; and what these modules share."""

@@ -1,4 +1,4 @@
-"""`cema_coefficients`: what :func:`megalodon_ops.cema` takes, from the parameters that are trained."""
+"""`cema_coefficients`: the coefficients for :func:`megalodon_ops.cema`, from the parameters that are trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
     .. math:: p = \sigma(\alpha), \qquad q_n = (1 - p_n \sigma(\delta_n)) e^{2 \pi i \sigma(\theta) n / N}, \qquad
               \gamma_n = (\gamma_{n,0} + i \gamma_{n,1}) / \sqrt{N}, \qquad n = 1, ..., N
 
-    On other devices torch computes it.
+    On other devices torch computes the coefficients.
 
     Args:
         alpha, delta: (D, N, 1) float32 or float64.

@@ -45,10 +45,10 @@ def chunked_attention(
         v: (B, L, H, V), V and K are independent.
         chunk_size: C. Each sequence starts its own chunk grid, at `state.position` if it has a state.
         scale: factor on the scores.
-        state: keys and values of the unfinished chunk; None: empty. Constant in the backward: it takes no gradient.
+        state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward.
         return_state: also return the state after each sequence's last step.
         inplace_state: append to the tensors of `state` instead of copying them; for generation. A backward that needs
-            what they were raises.
+            the old values raises.
         dropkey: probability in [0, 1) that a score becomes -inf before the softmax. No rescaling; a row that loses
             every score gives zeros. Positions count from the call's beginning, so pieces of a sequence lose other scores
             than the whole.

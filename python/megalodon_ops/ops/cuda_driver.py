@@ -1,18 +1,18 @@
-"""What the NVIDIA driver must be for the CUDA kernels of this build, and why a launch failed that it does not run.
+"""Which NVIDIA driver the CUDA kernels of this build need, and why a launch of a kernel failed.
 
-Versions are CUDA's: 13000 for 13.0. The kernels hold the CUDA runtime that they were built with, and a driver runs those of
-its own major version and of older ones.
+Versions are CUDA's: 13000 for 13.0. The kernels hold the CUDA runtime that they were built with, and a driver runs
+runtimes of its own major version and of older major versions.
 """
 
 from __future__ import annotations
 
-_FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}  # of each major version of CUDA, on Linux
+_FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}  # by major version of CUDA, on Linux
 
 
 def driver_problem(driver: int, runtime: int) -> str | None:
     """Why a driver that supports CUDA `driver`, 0 if there is none, does not run kernels built with `runtime`.
 
-    None if it does.
+    None if the driver runs them.
     """
     major, of_kernels = driver // 1000, runtime // 1000
     if major >= of_kernels:
@@ -30,9 +30,9 @@ def driver_problem(driver: int, runtime: int) -> str | None:
 def launch_problem(
     message: str, driver: int, runtime: int, architectures: str, capability: tuple[int, int]
 ) -> str | None:
-    """What to do about a launch that failed with CUDA's `message`, on a GPU of that compute capability.
+    """What to do about a launch that failed with CUDA's `message`, on a GPU of compute capability `capability`.
 
-    None if neither the driver nor what the kernels were built for explains it. `architectures` is what they were built for.
+    None if neither the driver nor `architectures`, which the kernels were built for, explains the failure.
     """
     if problem := driver_problem(driver, runtime):
         return problem

@@ -1,9 +1,9 @@
 """How many floating-point operations each op counts in `torch.utils.flop_counter`, forward and backward.
 
-Matrix products and attention count as torch counts its own: two for each multiply-add, none for a bias or a softmax.
+Matrix products and attention count as torch counts its own ops: two for each multiply-add, none for a bias or softmax.
 Attention counts the pairs of a query and a key that its chunks allow. Every other op counts one for each sum, product,
-quotient, root, exponential, sine or cosine of an element in its definition, in :mod:`megalodon_ops.reference`; what it
-does once for a channel or a head does not count. Tokens in no sequence count nothing; where the sequences' ends cannot
+quotient, root, exponential, sine or cosine of an element in its definition, in :mod:`megalodon_ops.reference`; work
+done once for a channel or a head does not count. Tokens in no sequence count nothing; where the sequences' ends cannot
 be read, as those of fake tensors, whole rows count.
 
 Example:
@@ -29,7 +29,7 @@ _formulas: dict[str, Callable[..., int]] = {}
 
 
 def register(op: Callable) -> None:
-    """Tells torch the formula of a registered op, which must be one of this module."""
+    """Tells torch this module's formula of a registered op."""
     arguments = [argument.name for argument in op._schema.arguments]
     formula = _formulas[op._schema.name.split("::")[1]]
 
@@ -40,19 +40,19 @@ def register(op: Callable) -> None:
 
 
 def _formula(function: Callable[..., int]) -> Callable[..., int]:
-    """The function, which has the name and the arguments of its op, and is its formula."""
+    """Notes a function as the formula of the op whose name and arguments the function has."""
     _formulas[function.__name__] = function
     return function
 
 
 def _values(tensor: Tensor | None, otherwise: list[int]) -> list[int]:
-    """What stands in a tensor of integers. `otherwise`: it is None, or nothing stands in it."""
+    """The integers in a tensor, or `otherwise` if the tensor is None or has no values to read."""
     readable = tensor is not None and type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
     return tensor.tolist() if readable else otherwise
 
 
 def _steps(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[int]:
-    """Of each sequence."""
+    """The steps of each sequence."""
     batch, length = x.shape[:2]
     ends = None if cu_seqlens is None else cu_seqlens.diff()
     return _values(lengths if ends is None else ends, [length] * batch)
@@ -105,7 +105,7 @@ def normalized_qk_bwd(
 def _pairs(
     q: Tensor, position: Tensor | None, chunk_size: int, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Iterator[tuple[int, int]]:
-    """Of each sequence, how many pairs of a query and a key its chunks allow, and how many of them have a cached key."""
+    """For each sequence, how many pairs of a query and a key its chunks allow, and how many pairs have a cached key."""
 
     def until(end: int) -> int:
         chunks, rest = end // chunk_size, end % chunk_size
@@ -138,7 +138,7 @@ def chunked_attention_bwd(
 
 @_formula
 def chunked_attention_state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
-    return 0  # it copies
+    return 0  # the op only copies
 
 
 @_formula

@@ -65,7 +65,7 @@ def _bwd(dy, x, value):
 
 
 def _bwd_fake(dy, x, value):
-    """Without a value its gradient is empty: torch's schemas know no optional result."""
+    """Without `value`, the gradient of `value` is empty: torch's schemas know no optional result."""
     return empty_like(x), x.new_empty(0) if value is None else empty_like(x)
 
 

@@ -14,7 +14,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
     .. math:: y = (x - \mathrm{mean}(x)) / \sqrt{\mathrm{var}(x) + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
 
-    Statistics are float32, the result is rounded once. On other devices torch computes it.
+    Statistics are float32, the result is rounded once. On other devices torch computes the norm.
 
     Args:
         x: (..., D) float32, float64, bfloat16 or float16, any strides.
@@ -94,7 +94,7 @@ def _bwd(dy, x, weight, bias, eps, is_rms_norm):
 
 
 def _bwd_fake(dy, x, weight, bias, eps, is_rms_norm):
-    """The gradient of what is None is empty: torch's schemas know no optional result."""
+    """The gradient of a parameter that is None is empty: torch's schemas know no optional result."""
     return empty_like(x), *(x.new_empty(0) if t is None else empty_like(t) for t in (weight, bias))
 
 

@@ -33,9 +33,9 @@ def define_op(
 ) -> Callable:
     """Defines `megalodon_ops::<schema>` and returns the callable op.
 
-    `kernel` computes it on the CPU and on CUDA devices, where the op has kernels for them. `fake` computes the outputs'
-    shapes for tracing. Without `backward` the op is a backward itself or has no derivative, and differentiating through
-    it raises; so does forward mode through any op.
+    `kernel` computes the op on the CPU, and on CUDA devices where the op has kernels for them. `fake` computes the
+    outputs' shapes for tracing. Without `backward` the op is a backward itself or has no derivative, and
+    differentiating through the op raises; forward mode through any op raises, too.
     """
     name = schema.split("(")[0]
     qualified = f"megalodon_ops::{name}"
@@ -54,7 +54,7 @@ def define_op(
 
 
 def _noting_writes(op: Callable, kernel: Callable) -> Callable:
-    """`kernel`, and then autograd knows what it has written: a backward that needs what was there before raises."""
+    """`kernel`, which then tells autograd what it has written: a backward that needs an overwritten value raises."""
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def noting(*args):
@@ -66,7 +66,7 @@ def _noting_writes(op: Callable, kernel: Callable) -> Callable:
 
 
 def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
-    """Its nodes in a graph are named after the op: those of `cema_fwd` are `CemaBackward`."""
+    """The op's autograd function. Its graph nodes are named after the op: `CemaBackward` for `cema_fwd`."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -92,7 +92,7 @@ def _autograd_function(name: str, setup_context: Callable | None, backward: Call
 
 
 def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> Callable:
-    """What torch.library.register_autograd makes, less what none of these ops needs, which takes longer than a short call."""
+    """torch.library.register_autograd's kernel, less the steps that no op here needs: they outlast a short call."""
 
     def kernel(keyset, *args):
         def below(*args):
@@ -111,7 +111,7 @@ def call(op: Callable, *args):
     """The op's result, or an error that names the argument that torch or the kernel could not take."""
     try:
         return op(*args)
-    except (RuntimeError, TypeError, AttributeError) as error:  # the last of None, which torch takes for a tensor
+    except (RuntimeError, TypeError, AttributeError) as error:  # AttributeError: None in the place of a tensor
         refuse_arguments(op, args)
         if torch._C._are_functorch_transforms_active():
             public = op._schema.name.split("::")[1].removesuffix("_fwd")
@@ -128,7 +128,7 @@ def in_forward_mode() -> bool:
 
 
 def _on_one_device(op: Callable, fake: Callable) -> Callable:
-    """`fake`, which torch also calls if just one of the tensors is on the meta device, with a check of that."""
+    """`fake`, with a check of the devices: torch calls `fake` even if just one tensor is on the meta device."""
 
     def checked(*args):
         devices = [(a.name, value.device) for a, value in zip(op._schema.arguments, args) if isinstance(value, Tensor)]
@@ -145,7 +145,7 @@ def _on_one_device(op: Callable, fake: Callable) -> Callable:
 
 
 def has_cpu_kernel(x: Tensor) -> bool:
-    """Whether an op that has kernels for the CPU alone takes them for `x`; all else is left to torch."""
+    """Whether an op that has kernels for the CPU alone runs them on `x`; otherwise torch computes the op."""
     return x.is_cpu and x.is_floating_point()
 
 
@@ -173,7 +173,7 @@ def cuda_extension() -> ModuleType:
 
 
 def _launch_cuda(name: str, args: tuple) -> None:
-    """On the tensors' device and its current stream, with scratch memory from torch's allocator."""
+    """Runs a CUDA kernel on the tensors' device and its current stream, with scratch memory from torch's allocator."""
     device = args[0].device
     for tensor in args:
         if isinstance(tensor, Tensor) and tensor.device != device:
@@ -199,7 +199,7 @@ def _no_derivative(name: str) -> Callable:
 
 
 def int64_or_none(tensor: Tensor | None) -> Tensor | None:
-    """Offsets and lengths as the kernels read them: int32 becomes int64; what is neither is left for them to refuse."""
+    """Offsets and lengths as the kernels read them: int32 becomes int64; the kernels refuse other dtypes."""
     if tensor is None or not isinstance(tensor, Tensor):
         return tensor
     return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()
@@ -225,7 +225,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_autocast_enabled(device: str) -> bool:
-    """False on a type of device that torch.autocast does not know, such as meta."""
+    """Whether torch.autocast is on; False for a type of device that it does not know, such as meta."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

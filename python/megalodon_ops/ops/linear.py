@@ -16,14 +16,14 @@ from .library import OWN_TYPES, autocast, call, contiguous_or_none, define_op, e
 from .values import check_optional_tensor, check_tensor
 
 _CPUINFO = Path("/proc/cpuinfo")
-KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # that the kernels, or their fakes, take
+KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # types that the kernels, or their fakes, take
 
 
 class Ways(NamedTuple):
     """Which products of one dtype leave torch on a processor, and for which kernel.
 
-    Without gradients a product of at most `few` rows takes the kernel that reads the weights once. One of more rows
-    takes the op `linear_fwd` where there is a kernel for `many` rows; so does one with gradients, if it is large.
+    Without gradients a product of at most `few` rows takes the kernel that reads the weights once. A product of more
+    rows takes the op `linear_fwd` where there is a kernel for `many` rows; so does a large product with gradients.
     """
 
     few: int
@@ -33,14 +33,14 @@ class Ways(NamedTuple):
     worth: int | None = None
     """fewest multiply-adds with gradients for which `linear_fwd` gains more than its call takes; None: never"""
     casts: bool = False
-    """whether that kernel, under torch.autocast without gradients, gains more than torch does by keeping cast weights"""
+    """whether, under autocast without gradients, the kernel for many rows gains more than torch's kept cast weights"""
 
 
 def ways(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, Ways]:
     """The ways of each dtype on a processor with this instruction set."""
     by_torch, slow_torch = Ways(32), Ways(32, 64, 1 << 20, casts=True)
     if isa == "v4_amx":
-        # Of bfloat16, torch's product is the fastest; linear_fwd is there for the gradient of the weights.
+        # In bfloat16, torch's product is the fastest; linear_fwd serves the gradient of the weights.
         float32, bfloat16, float16 = Ways(15, 16, 1 << 26), Ways(8, None, 1 << 26), by_torch
     else:
         float32 = Ways(32, 129, 1 << 26) if mkl_is_slow else by_torch
@@ -59,7 +59,7 @@ _CHOICE = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
 if _CHOICE not in ("auto", "torch"):
     raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_CHOICE}.")
 WAYS = ways(_C.active_isa(), _mkl_is_slow()) if _CHOICE == "auto" else {}
-"""Of this process; no dtype where all is left to torch"""
+"""The ways of this process; empty where all is left to torch"""
 _ALL_BY_TORCH = Ways(few=0)
 
 
@@ -67,10 +67,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on the CPU in the fastest of three ways: torch's, or one of two kernels.
 
     Products of few rows, as in decoding, take a kernel that reads the weights once; products of many rows take another
-    where torch's libraries are slower on the processor. `docs/cpu.md` has the table, :class:`Ways` and :func:`ways` are
-    its code. The choice depends on processor, dtype and sizes, never on a measurement; results differ by rounding alone,
-    but with AMX an infinite float32, or one above 3.38e38, gives NaN. `MEGALODON_OPS_LINEAR=torch` in the environment
-    leaves every product to torch.
+    kernel where torch's libraries are slower on the processor. `docs/cpu.md` has the table, :class:`Ways` and
+    :func:`ways` are its code. The choice depends on processor, dtype and sizes, never on a measurement; results differ
+    by rounding alone, but with AMX an infinite float32, or one above 3.38e38, gives NaN. `MEGALODON_OPS_LINEAR=torch`
+    in the environment leaves every product to torch.
 
     Under torch.autocast the tensors are cast first, except where torch, which keeps weights that it has cast, is faster.
 
@@ -103,7 +103,7 @@ def _ways_of(dtype: torch.dtype) -> Ways:
 
 
 def _has_rows(x: Tensor, count: int) -> bool:
-    """Whether x has at least so many, in all its dimensions but the last."""
+    """Whether x has at least `count` rows, in all its dimensions but the last."""
     return x.numel() >= count * x.shape[-1]
 
 
@@ -130,12 +130,12 @@ def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 
 
 def most_few_rows(dtype: torch.dtype) -> int:
-    """Up to so many rows the kernel for few of them takes; none where all is left to torch."""
+    """The most rows that the kernel for few rows takes; 0 where all is left to torch."""
     return _ways_of(dtype).few
 
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
-    """On the CPU, in one floating dtype, which autocast does not change, without tangents and of no other type."""
+    """Whether the tensors are on the CPU, of KERNEL_TYPES, without tangents, in one float dtype that autocast keeps."""
     if in_forward_mode() or not all(t is None or type(t) in KERNEL_TYPES for t in (x, weight, other)):
         return False
     same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
@@ -151,9 +151,9 @@ def _few_rows(x, weight, bias):
 
 
 def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) -> None:
-    """y = x weight^T, or y += x weight^T, outside autograd; y may be float32 where they are shorter.
+    """y = x weight^T, or y += x weight^T, outside autograd; y may be float32 where x and weight have 16 bits.
 
-    Where that takes two steps, for `rows` of y at a time, as suits the cache.
+    Without a kernel that writes to y, the product is made for `rows` of y at a time, as suits the cache.
     """
     has_kernel = _ways_of(x.dtype).many is not None
     if has_kernel and _is_plain(x, weight, None) and y.dtype in (x.dtype, torch.float32):
@@ -176,7 +176,7 @@ def _fwd(x, weight, bias):
 
 
 def _by_torch(x, weight, bias):
-    """Two transposed bfloat16 matrices, as for a gradient of weights, take it twice as long: the smaller is copied."""
+    """Two transposed bfloat16 matrices, as in weights' gradients, take torch twice as long: the smaller is copied."""
     if x.dtype != torch.bfloat16 or bias is not None or not _is_transposed(x) or not _is_transposed(weight):
         return F.linear(x, weight, bias)
     if x.numel() <= weight.numel() + x.shape[0] * weight.shape[0]:
@@ -190,7 +190,7 @@ def _many_rows(x, weight, bias, y, add):
 
 
 def _contiguous_or_transposed(matrix: Tensor) -> tuple[Tensor, bool]:
-    """A contiguous matrix, and whether it is the transpose of the one that is given."""
+    """A contiguous matrix, and whether it is the transpose of `matrix`."""
     transposed = _is_transposed(matrix)
     return (matrix.t() if transposed else matrix.contiguous()), transposed
 
@@ -200,7 +200,7 @@ def _is_transposed(matrix: Tensor) -> bool:
 
 
 def _by_rows(x: Tensor) -> Tensor:
-    """Contiguous. The transposed matrix of a weight's gradient is copied faster than torch does."""
+    """`x`, contiguous. A transposed matrix, as in a weight's gradient, is copied faster than by torch."""
     if not _is_transposed(x):
         return x.contiguous()
     rows = empty_like(x)

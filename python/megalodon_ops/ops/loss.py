@@ -22,7 +22,7 @@ from .library import (
 from .linear import linear, put_product_
 from .values import check_device, check_integer, check_tensor, described
 
-# Values in a block. On the CPU just under the 32 MiB from which glibc gives freed memory back to the system.
+# Values in a block. On the CPU, a block is just under 32 MiB, from which glibc gives freed memory back to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
 _SLAB = 1 << 20  # values of the weight's gradient that stay in a cache until they are added
 
@@ -36,7 +36,7 @@ def linear_cross_entropy(
 
     "mean" and "sum" compute their gradients in the same pass over the blocks, so logits are computed once and never
     kept. "none" does not know yet what its losses will be weighted with: its backward computes the logits again. Where
-    all logits are one block, or fewer than a quarter of `hidden`, this is `torch.nn.functional.cross_entropy`.
+    all logits are one block, or at most a quarter of `hidden`, `torch.nn.functional.cross_entropy` computes the loss.
 
     Args:
         hidden: (..., D) float32, float64, bfloat16 or float16, any strides: x.
@@ -47,13 +47,13 @@ def linear_cross_entropy(
 
     Returns:
         The loss, float32 (float64 for float64): a scalar, for "none" (...). Softmax, sums and the gradient of `weight`
-        are accumulated in that type.
+        are accumulated in the loss's dtype.
 
     Raises:
         ValueError: a shape or `reduction` is wrong. TypeError: a dtype is wrong. IndexError: a target is out of bounds.
         NotImplementedError: second derivatives of more than one block are not supported.
 
-    Kept for the backward are the gradients, for "none" the inputs. Same bits on every run.
+    Kept for the backward are the gradients, for "none" the inputs. Every run gives the same bits.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -101,7 +101,7 @@ def blockwise_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of the logits that any function makes of `hidden`, called on a block of steps at a time.
 
-    Gradients reach whatever the function reads. Where there is more than one block, the backward calls it again.
+    Gradients reach whatever the function reads. With more than one block, the backward calls the function again.
 
     Args:
         hidden: (B, L, D).
@@ -152,7 +152,7 @@ def _out_of_bounds(targets: Tensor, classes: int, ignore_index: int) -> IndexErr
 
 
 def _mean(total: Tensor, counted: Tensor) -> Tensor:
-    """NaN where none counts, and then gradients are zero."""
+    """The mean over the targets that count; NaN, with gradients of zero, where none counts."""
     count = counted.sum()
     return (total / count.clamp(min=1)).where(count > 0, torch.nan)
 
@@ -194,7 +194,7 @@ def _block(device: torch.device) -> int:
 
 
 def _rows(width: int, values: int) -> int:
-    """Rows of `width` columns in so many values: a multiple of 64, which suits matrix products."""
+    """Rows of `width` columns in `values` numbers: a multiple of 64, which suits matrix products."""
     return max(values // width // 64, 1) * 64
 
 
@@ -237,7 +237,7 @@ def _backward(ctx, dlosses):
 
 
 def _sum(x, weight, index, scales, wants_dx, wants_dweight):
-    """sum of scales_t loss_t, and its gradients in the accumulation dtype: empty where they are not wanted."""
+    """The sum of scales_t loss_t, and its gradients in the accumulation dtype; an unwanted gradient is empty."""
     _, dx, dweight = _sum_fake(x, weight, index, scales, wants_dx, wants_dweight)
     losses, rows, slab = [], _rows(weight.shape[0], _block(x.device)), _rows(x.shape[1], _SLAB)
     for begin in range(0, x.shape[0], rows):

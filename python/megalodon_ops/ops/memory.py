@@ -1,4 +1,4 @@
-"""Memory of tensors on the CPU: how much there is, and what becomes of what a process has freed."""
+"""Memory of tensors on the CPU: how much there is, and what becomes of memory that a process has freed."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ def check_fits(size: int, what: str) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass over memory, where `isfinite` writes an array first."""
+    """Whether no element is NaN or infinite; one pass over memory, while `isfinite` would write an array first."""
     return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor.detach()))
 
 
 def keep_freed_memory() -> bool:
-    """Makes the C library keep freed CPU memory of any size for the next tensors. For long programs.
+    """Makes the C library of a long-running program keep freed CPU memory of any size for the next tensors.
 
     By default glibc gives blocks of 32 MiB and more, and free memory at the end of its heap, back to the system, which
-    clears every page anew for the next tensor: a training step of 25M parameters and 8,192 tokens takes a tenth less without
-    that. The process's peak stays about the same, but the process holds on to it. No tensor that exists moves, so call this
-    before you load a model. Commands of `python -m megalodon_ops` do; importing the package does not.
+    clears every page anew for the next tensor: a training step of 25M parameters and 8,192 tokens takes a tenth less
+    time if no page is cleared. The process's peak memory stays about the same, but the process holds on to that memory.
+    No tensor that exists moves, so call this function before you load a model. Commands of `python -m megalodon_ops`
+    call this function; importing the package does not.
 
     Returns:
-        False where there is no glibc, whose `mallopt` this is; then nothing has changed.
+        False where there is no glibc, and so no `mallopt`; then nothing has changed.
 
     Example:
         >>> import megalodon_ops

@@ -94,7 +94,7 @@ def rotated_queries_and_keys(
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`normalized_qk` with a table of the caller's, :func:`rotary_table`; None: the op looks after one itself."""
+    """:func:`normalized_qk` with the caller's table from :func:`rotary_table`; None: the op gets a table itself."""
     check_rank("normalized_qk", "z", z, "(B, L, H * K)", 3)
     num_heads = check_size("normalized_qk", "num_heads", num_heads)
     chunk_size = check_size("normalized_qk", "chunk_size", chunk_size)
@@ -110,32 +110,32 @@ def rotated_queries_and_keys(
 def rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, K / 2, 2) on `device`: cosine and sine of position * rope_base^(-2i/K), rounded once from float64.
 
-    Callers on the CPU share one. Elsewhere each call copies from the host, so the caller keeps what it gets: a CUDA graph
-    that was captured with a table knows its address alone.
+    Callers on the CPU share one table. On other devices each call copies a table from the host, and the caller keeps
+    the table: a CUDA graph that was captured with a table knows the table's address alone.
     """
     if device.type == "meta":
         return torch.empty((rows, (key_dim + 1) // 2, 2), dtype=dtype, device=device)
-    fake = _get_current_dispatch_mode() is not None  # whose tensors may not serve others
+    fake = _get_current_dispatch_mode() is not None  # tensors of a fake mode must not serve other calls
     return (_make_table if fake else _shared_table)(rows, key_dim, rope_base, dtype, torch.device("cpu")).to(device)
 
 
 def _make_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # autograd keeps it, whoever asks first
+    with torch.inference_mode(False):  # so that autograd can keep the table, whoever asks first
         exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device=device) / key_dim
         angle = torch.arange(rows, dtype=torch.float64, device=device)[:, None] * rope_base**-exponent
         return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
 
 
-_shared_table = functools.lru_cache(maxsize=16)(_make_table)  # of the CPU alone: its kernels hold on to no address
+_shared_table = functools.lru_cache(maxsize=16)(_make_table)  # of CPU tables alone: no CPU kernel keeps an address
 
 
 def _rotary(
     z: Tensor, rotary: Tensor | None, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None
 ) -> Tensor:
-    """A table with a row for every position that can occur: the caller's; else on the CPU one that calls share.
+    """A table with a row for every position that can occur: the caller's; else, on the CPU, a table that calls share.
 
-    On a GPU without the caller's, the table is made there for this call alone. Then nothing has to outlive a captured
-    graph, lie in its pool after the call, or come from the host.
+    On a GPU, without the caller's table, a table is made for this call alone. Then no table has to outlive a captured
+    graph, lie in the graph's pool after the call, or come from the host.
     """
     if rotary is not None:
         return rotary

@@ -13,7 +13,7 @@ _STATES_WITHIN = ("norm", "attention")  # fields of a block's state that are sta
 
 
 def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
-    """The fields of a state; a field that may be left out, and every field where there is no state, is None."""
+    """The fields of a state; a field that was left out, and every field of a `state` of None, is None."""
     fields, defaults = kind._fields, kind._field_defaults
     if state is None:
         return (None,) * len(fields)

@@ -37,7 +37,7 @@ def timestep_norm(
     .. math:: y_t = (x_t - \mu_t) / \sqrt{\sigma^2_t + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
 
     Args:
-        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (one that is not contiguous is copied once).
+        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
         weight, bias: (D,) float32, or float64 for a float64 `x`. The gain is 1 + weight.
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on.
         eps: added to the variance.

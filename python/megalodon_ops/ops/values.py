@@ -1,4 +1,4 @@
-"""What a value from a caller or a file is, and how an error names it."""
+"""Checks of values from a caller or a file, and how an error names a value."""
 
 from __future__ import annotations
 

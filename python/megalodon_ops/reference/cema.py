@@ -67,7 +67,7 @@ def cema_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The adjoint of `cema`: the same scan, backwards in time. Returns dx, dp, dq, dgamma, domega, dstate.
+    """The adjoint of `cema`: a scan backwards in time. Returns dx, dp, dq, dgamma, domega, dstate.
 
     The gradient of a real loss with respect to a complex z is written dz = dloss/dRe z + i dloss/dIm z (torch's
     convention), so a small change of z changes the loss by Re(conj(dz) delta z). A product w = a z then gives

@@ -44,7 +44,7 @@ def cema_coefficients_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dalpha, ddelta, dtheta, dgamma. With a + i b = dq exp(-2 pi i t), what dq has along q and across it:
 
-    r   ->   a                        and r = 1 - p s(delta) passes it on:
+    r   ->   a                        and r = 1 - p s(delta) passes a on:
     t   ->   2 pi r b
     p   ->   dp - a s(delta),         dalpha = (dp - a s(delta)) p (1 - p)      as ds/dx = s (1 - s)
                                       ddelta = -a p s(delta) (1 - s(delta))

@@ -6,15 +6,15 @@ Tokens of a sequence lie on a grid of chunks; row i sees the columns j <= i of i
     P_ij = exp(s_ij) / sum_j exp(s_ij)         zero where all columns were dropped
     o_i  = sum_j P_ij v_j
 
-A sequence that goes on from a state first completes that chunk: the state's `position` keys are columns 0 .. position
+A sequence that goes on from a state first completes its chunk: the state's `position` keys are columns 0 .. position
 - 1, and token t is row position + t. Key and value sizes differ: q and k have K channels a head, v and o have V.
 
-A value that is not finite reaches the rows that see it and no others, although they give it the weight 0; in the backward
-likewise.
+Forward and backward, a value that is not finite reaches the rows that see the value and no others, although these rows
+give it the weight 0.
 
 DropKey drops each score with probability `dropkey`, without a rescale: the softmax renormalizes. The mask (philox.py)
-depends on seed, sequence, head, row and column, all counted on the grid of the call, so it is not the mask of another
-split of the same sequence.
+depends on seed, sequence, head, row and column, all counted on the grid of the call, so another split of
+the sequence has another mask.
 
 dtypes: q, k, v, o and the state float32, float64, bfloat16 or float16; scores, softmax and sums float32, or float64
 for float64.

@@ -49,7 +49,7 @@ def layer_norm_bwd(
         r = (mean((x - m)^2) + eps)^(-1/2)   ->   dx = ... - dr r^3 (x - m) / D      this gives m no gradient
         m = mean(x)                    ->   dx = ... + dm / D
 
-    With (x - m) = xn / r that is dx = r (e - mean(e) - xn mean(e xn)); RMS norm has no m, and lacks mean(e).
+    With (x - m) = xn / r this gives dx = r (e - mean(e) - xn mean(e xn)); for RMS norm, without m, dx lacks mean(e).
     """
     xn, r = _normalized(x, eps, is_rms_norm)
     e = dy.to(xn.dtype) if weight is None else dy.to(xn.dtype) * (1 + weight)

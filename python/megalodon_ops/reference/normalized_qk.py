@@ -80,7 +80,7 @@ def normalized_qk_bwd(
 
     A rotation is orthogonal, so the gradient passes it by the opposite angle; the rest is elementwise but for one mean:
 
-        q = R u_0                               ->   du_0 = R^T dq          (the same for k, j = 1)
+        q = R u_0                               ->   du_0 = R^T dq          du_1 = R^T dk
         u_j = zn (1 + gamma_j) / sqrt(K)        ->   dzn = sum_j du_j (1 + gamma_j) / sqrt(K)
               + beta_j                               dgamma_j = sum_t du_j zn / sqrt(K)      dbeta_j = sum_t du_j
         zn = z r                                ->   dz = r dzn + ...           dr = sum dzn z

@@ -15,7 +15,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, slice]]:
-    """Returns (batch row, tokens) of each of the S sequences in x (B, L, ...), so that x[row, tokens] is one of them.
+    """Returns (batch row, tokens) of each of the S sequences in x (B, L, ...), so that x[row, tokens] is one sequence.
 
     A dense batch is B sequences of L tokens; `lengths` (B,) ends each row early; `cu_seqlens` (S+1,) cuts a single row.
     """

@@ -11,7 +11,7 @@ and with the mean gm and the biased variance gv of x_t inside a group,
 
 This is Welford's update, which does not cancel when |mean| >> std as E[x^2] - mean^2 does. A fresh state has n = 0,
 hence c1 = 0: its mean and var do not matter. Two spans with statistics (n_a, mean_a, var_a) and (n_b, mean_b, var_b)
-merge by the same formula, with n' = n_a + n_b and c2 = n_b / n', in any order of brackets: that is how a sequence is
+merge by the same formula, with n' = n_a + n_b and c2 = n_b / n', in any order of brackets: by merging, a sequence is
 cut into parallel chunks.
 
 A variance that is no number of the state's dtype, beyond 3e38 for float32, gives NaN.
@@ -76,7 +76,7 @@ def timestep_norm(
 def timestep_norm_bwd(
     dy: Tensor,  # (B, L, D)
     dmean: Tensor | None,  # (S, G), gradient of the returned mean
-    dvar: Tensor | None,  # (S, G), of the returned var
+    dvar: Tensor | None,  # (S, G), gradient of the returned var
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -90,12 +90,13 @@ def timestep_norm_bwd(
     """Walks back through time with the gradients of mean and var. Returns dx, dweight, dbias, dmean, dvar.
 
     Let w = 1 + weight, r = rstd_t, and let U and V be the gradients of mean_t and var_t that arrive from step t + 1
-    (from the returned state, at the end). y_t also depends on both. With sums over the channels of a group,
+    (from the returned state, at the end). y_t also depends on mean_t and var_t. With sums over the channels of a group,
 
         y = (x - mean') r w + bias          ->   du = U - r sum dy w
         r = (var' + eps)^(-1/2)             ->   dv = V - r^3 / 2  sum dy w (x - mean')         as dr/dvar' = -r^3 / 2
 
-    are the whole gradients of mean' and var'. The update hands them on. With k = 2 c1 c2 (gm - mean) dv,
+    where du and dv are the whole gradients of mean' and var', which the update hands on. With
+    k = 2 c1 c2 (gm - mean) dv,
 
         mean' = c1 mean + c2 gm             ->   dgm = c2 du + k       U <- c1 du - k
         var'  = c1 var + c2 gv              ->   dgv = c2 dv           V <- c1 dv
@@ -111,8 +112,8 @@ def timestep_norm_bwd(
         v' = v - r^3 / (2 n') sum dy w (x - mean')      p = u - r / n' sum dy w      u <- p - 2 v' (mean' - mean)
         dx = dy r w + [ p + 2 v' (x - mean') ] / (D/G)                               v <- v'
 
-    which is how the kernels walk. What is left of U and V before the first step is the gradient of the given state:
-    zero if it was fresh, as then c1 = 0. No gradient goes to the count or the residual.
+    which are the formulas of the kernels. What is left of U and V before the first step is the gradient of the given
+    state: zero for a fresh state, where c1 = 0. No gradient goes to the count or the residual.
     """
     real = accumulation_dtype(x.dtype)
     w = (1 + weight.double()).unflatten(0, (num_groups, -1))  # (G, D/G)
