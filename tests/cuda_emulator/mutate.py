@@ -6,10 +6,10 @@
     python tests/cuda_emulator/mutate.py --list          what would be run
 
 All mutants are compiled at once, in a copy of cuda/, cpp/ and tests/, and a number chooses one at run time. Each job is
-a process that has collected the tests and forks for each mutant (mutant_session.py). The fork runs those tests that
-without a mutant came to its place and found what it would change; the others would do the same again. What is done is
-kept in the scratch folder, so that a run that was stopped goes on, and a change of a kernel, of cuda/common or of the
-tests begins anew. The table's last column is written by hand: why a mutant that survives does no harm.
+a process that has collected the tests and forks for each mutant (mutant_session.py). The fork runs the tests that, without
+a mutant, came to the mutant's place and found values that the mutant would change; no other test could notice it. Outcomes
+are kept in the scratch folder, so that a run that was stopped goes on; a change of a kernel, of cuda/common or of the tests
+begins anew. The table's last column is written by hand: why a mutant that survives does no harm.
 """
 
 from __future__ import annotations
