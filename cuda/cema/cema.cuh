@@ -9,24 +9,25 @@
 //
 //   first' = alpha first + beta second + x     second' = first + delta second      alpha, delta = Re(q) +- shear
 //
-// That is the complex product with its imaginary part in units of Im(q), as stable as the product itself: each of the
-// pair is rounded relative to its own size. The eigenvalues are q where alpha + delta = 2 Re(q) and
-// -beta = Im(q)^2 + shear^2. The shear, at most |Im(q)| / 2000, is chosen so that such a beta is a float: what the
-// rounded coefficients advance by is q to within 2^-35. (A rounded Im(q)^2 would turn q by up to 2^-25, every step in
-// the same direction.) The multiply-adds are written as such: alpha and delta are near 1 where q is, and a product of
-// theirs that is rounded by itself is off by the same amount for many steps, as long as the state changes little.
+// This is the complex product with its imaginary part in units of Im(q), as stable as the product itself: each number
+// of the pair is rounded relative to its own size. The eigenvalues are q where alpha + delta = 2 Re(q) and
+// -beta = Im(q)^2 + shear^2. The shear, at most |Im(q)| / 2000, is chosen so that this beta is a float: the
+// rounded coefficients advance by q to within 2^-35. (A rounded Im(q)^2 would turn q by up to 2^-25, every step in
+// the same direction.) The multiply-adds are written as fma: alpha and delta are near 1 where q is, and a product with
+// either that is rounded by itself is off by the same amount for many steps, as long as the state changes little.
 //
-// Carried states must be divided by p (the adjoint's by gamma) and by Im(q). Where there are any, these count as at
-// least kLeastScale and kLeastPhase, which moves p x, gamma and q by less than a rounding error of the state's size.
+// Carried states must be divided by p (the adjoint's by gamma) and by Im(q). Where there are carried states, p and
+// gamma count as at least kLeastScale and Im(q) as at least kLeastPhase, which moves p x, gamma and q by less than a
+// rounding error of the state's size.
 //
 // The flat row of T tokens is cut into tiles of `tile` steps, whatever the sequences:
-//   1. table:   for each mode and channel alpha .. and the matrices that advance `tile` and 8 `tile` steps
+//   1. table:   for each mode and channel the coefficients, and matrices that advance `tile` and 8 `tile` steps
 //   2. local:   the state at each tile's end, from zero or, where a sequence starts in the tile, from its start
 //   3. carry:   states at each tile's end -> states that enter each tile; a tile with a start in it stops the carry
 //   4. output:  from the entering states the rows of y, or of dx, and the states where sequences end
 // The backward adds up its parameters' gradients from both scans' entering states: cema_bwd.cuh.
 //
-// Bytes: x is read by 2 and once more by 4, y written once; states are 8 N / tile bytes a channel and step.
+// Bytes: x is read by phase 2 and again by phase 4, y is written once; states are 8 N / tile bytes a channel and step.
 #pragma once
 
 #include "cema.h"
@@ -60,7 +61,7 @@ enum Plane {
 constexpr int kBasis = 8;  // numbers of a basis
 
 // One scan over time of up to 32 modes. (N', D') below is `lanes` modes, a power of two, and `width` channels, even;
-// the modes and channels that this adds are zero. A pair is a (first, second) as above.
+// modes and channels beyond the tensors' are zero. A pair is (first, second) of the basis at the top of this file.
 struct Scan {
   Sequences sequences;
   int64_t channels, modes;  // D, N of the tensors
@@ -153,7 +154,7 @@ GPU_INLINE Place place(const Scan& scan, int modes) {
           active && channel + 1 < scan.channels};
 }
 
-// Two channels of n rows, `step` elements apart.
+// Loads two channels of n rows that are `step` elements apart.
 template <int n, class T>
 GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, bool whole, bool second) {
   if (whole) {
@@ -211,7 +212,7 @@ struct Basis {
     const R second = a_re * b.second + a.second * b_re;
     return {a_re * b_re - (phase * a.second) * (phase * b.second) + shear * second, second};
   }
-  // The initial state at index `at` of (S, D, N), as Modes::enter takes it; zero for -1.
+  // The initial state at index `at` of (S, D, N), as the pair that Modes::enter adds; zero if `at` is -1.
   GPU_INLINE Pair<R> initial(const Scan& scan, int64_t at, bool before_step) const {
     if (at < 0) return {0, 0};
     const auto z = gpu::ld<gpu::Complex<R>>(static_cast<const gpu::Complex<R>*>(scan.initial) + at);
@@ -225,8 +226,8 @@ struct Basis {
   }
 };
 
-// What is rare is done in a loop over modes that is not unrolled, for which a thread's pairs go through shared memory:
-// the pair of mode m and channel e is slots[(2 m + e) kThreads]. Calls f(basis, slot, index in an (S, D, N) tensor),
+// Rare work runs in this loop over modes, which is not unrolled. A thread's pairs go through shared memory for it: the
+// pair of mode m and channel e is slots[(2 m + e) kThreads]. Calls f(basis, slot, index in an (S, D, N) tensor),
 // where the index is -1 if the tensor has no such mode or channel.
 template <int modes, class R, class F>
 GPU_INLINE void for_each_slot(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots, F&& f) {
@@ -304,7 +305,7 @@ struct Modes {
       if (at >= 0) gpu::st(static_cast<gpu::Complex<R>*>(scan.final) + at, basis.final(pair));
     });
   }
-  // The states of tile k, stored for two channels at once.
+  // The states that enter the thread's tile, read for two channels at once.
   GPU_INLINE void load(const Scan& scan, const Place& place) {
     GPU_UNROLL
     for (int m = 0; m < modes; ++m) {
@@ -334,7 +335,7 @@ struct Modes {
 // Host side.
 
 
-// The grid of a kernel whose threads take `modes` modes of two channels of a tile; y over `scans` of them.
+// The grid of a kernel whose threads take `modes` modes of two channels of a tile; y is over `scans` scans.
 struct Grid {
   dim3 blocks;
   unsigned threads;
@@ -382,7 +383,7 @@ void launch_table(const CemaParams& params, const Scan& scan, bool carried, void
 void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream);
 // 4. The output.
 void launch_output(DType dtype, const Scan& scan, void* stream);
-// Hands the initial states of sequences without tokens through.
+// Copies the initial states of sequences without tokens to their final states.
 void launch_empty(DType dtype, const Scan& scan, void* stream);
 
 }  // namespace cema

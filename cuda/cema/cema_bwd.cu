@@ -5,7 +5,7 @@ namespace {
 
 using namespace cema;
 
-// Sizes and inputs; no workspace yet.
+// Sizes and tensors; no workspace yet.
 Gradients make_gradients(const CemaBwdParams& params) {
   Gradients g{};
   g.scan = make_scan(params);

@@ -9,14 +9,14 @@
 //
 // Since w and u both run forwards, nothing is kept for each step: 11 multiply-adds a mode and step.
 //
-// Grid of the sums: as the scan's (cema_scan.cuh), a thread has two channels and 4 modes of a tile.
+// Grid of cema_sums_kernel: as the scan's (cema_scan.cuh); a thread has two channels and 4 modes of a tile.
 //   1. for each run of a sequence in the tile, load or clear u, w = 0; for each kRows rows, load x and dy, step, add
 //   2. at the run's end add K w; 3. store the tile's sums.
-// Grid of the end: x over 32 channels, y over modes, and omega last; 8 warps add an eighth of the tiles each, in
-// double, then the first warp adds theirs and applies the factors. The order of every sum depends on sizes alone.
+// Grid of cema_finish_kernel: x over 32 channels, y over modes, and omega last; 8 warps add an eighth of the tiles each
+// in double, then the first warp adds the sums and applies the factors. The order of every sum depends on sizes alone.
 //
-// Registers: at most 168 for the sums (12 warps an SM), no spills. Shared memory: 8 KB for the sums, for what is rare,
-// and 12 KB at the end.
+// Registers: at most 168 in cema_sums_kernel (12 warps an SM), no spills. Shared memory: 8 KB there, for initial
+// states and K w, and 12 KB in cema_finish_kernel.
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 3.0 G multiply-adds, 88 us at 67 TFLOP/s; bytes: x, dy 67 MB,
 // sums 34 MB out and in, states 34 MB: 169 MB, 50 us. The whole backward (two local scans 3 + 3, output 5, sums 11):
 // 5.9 G multiply-adds, 176 us, and 70 MB of workspace.
@@ -28,7 +28,7 @@
 namespace megalodon {
 namespace cema {
 
-constexpr int kRows = 4;         // that are loaded at once
+constexpr int kRows = 4;         // rows that are loaded at once
 template <class R> constexpr int kSumModes = sizeof(R) == 4 ? 4 : 2;  // of a thread
 constexpr int kFinishWarps = 8;
 
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kerne
     gpu::store(to_mode + kSumWFirst * plane, state.sum_w_first[m]);
     gpu::store(to_mode + kSumWSecond * plane, state.sum_w_second[m]);
   }
-  // Neighbours that share the channels have the same sum.
+  // Neighbouring lanes that share the channels have equal sums for domega.
   if (place.part == 0) gpu::store(sums + p.kinds * plane + place.channel, state.sum_omega);
 }
 

@@ -5,7 +5,6 @@ namespace cema {
 namespace {
 
 int64_t real_bytes(const CemaParams& params) { return params.dtype == DType::f64 ? 8 : 4; }
-// A multiple of the alignment of every part of the workspace.
 
 template <class F>
 void dispatch_lanes(int64_t lanes, F&& f) {
@@ -20,7 +19,7 @@ void dispatch_lanes(int64_t lanes, F&& f) {
 template <class T, bool kProducts>
 void launch_output_of(const Scan& scan, void* stream) {
   dispatch_lanes(scan.lanes, [&](auto lanes) {
-    // 8 where registers allow it.
+    // 8 modes a thread where registers allow it.
     constexpr int modes = lanes == 4 || kProducts || sizeof(T) == 8 || (lanes == 32 && sizeof(T) == 4) ? 4 : 8;
     const Grid grid(scan, modes);
     LAUNCH((cema_output_kernel<T, modes, lanes / modes, kProducts>), grid.blocks, grid.threads, 0, stream, scan);

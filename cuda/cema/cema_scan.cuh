@@ -1,19 +1,19 @@
 // The kernels of cema.cuh's phases 1 to 4.
 //
-// Grid of 2 and 4: blocks of at most 128 threads; those of a tile's channels are neighbours. A thread owns two
+// Grid of phases 2 and 4: blocks of at most 128 threads; the blocks of a tile are neighbours. A thread owns two
 // neighbouring channels and 8 modes (4 where `modes` below says so), states and coefficients in registers. The lanes
 // that share two channels are neighbours, too, read the same elements and add up y by shuffles, kStored steps at once,
 // of which each lane keeps and stores its own: rows are read and written 64 bytes or more a warp, 32 for N = 32.
-// Grid of 3: a warp takes 32 modes and channels, its block's 16 warps 8 tiles each: 128 tiles a round. The states stay
-// in registers between the aggregation and the entering states, which replace them in memory.
+// Grid of phase 3: a warp takes 32 modes and channels, its block's 16 warps 8 tiles each: 128 tiles a round. The states
+// at the tiles' ends stay in registers until the states that enter the tiles replace them in memory.
 //
 // Registers: at most 168 (12 warps an SM), 255 for double; no spills. Shared memory: 16 KB for the states of sequences
-// that start or end, 4.2 KB in 3 (8.3 for double).
-// Multiply-adds a mode and step: 3 in 2, 5 in 4; two more with products.
-// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB and
-// again as a named re-read, y 33.5 MB, and states of 17 MB four times, which stay in L2: 30 us at 3.35 TB/s.
+// that start or end, 4.2 KB in phase 3 (8.3 for double).
+// Multiply-adds a mode and step: 3 in phase 2, 5 in phase 4, two more with products.
+// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB
+// twice, y 33.5 MB, and states of 17 MB four times, which stay in L2: 30 us at 3.35 TB/s.
 // Example: T = 300, tile 32: 10 tiles, the last of 12 steps; two sequences from 0 and from 100: tiles 0 and 3 hold a
-// start, so what enters 1 .. 3 comes from 0 and what enters 4 .. 9 from token 100.
+// start, so what enters tiles 1 .. 3 comes from token 0 on, and what enters tiles 4 .. 9 from token 100 on.
 #pragma once
 
 #include "cema.cuh"
@@ -55,7 +55,7 @@ GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re,
   }
 }
 
-// A thread takes a mode and channel, channels side by side.
+// A thread takes a mode and channel; neighbouring threads take neighbouring channels.
 template <class R>
 __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* q, const gpu::Complex<R>* gamma,
                                   bool carried) {
@@ -76,7 +76,7 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
     if (fabs(scale) < kLeastScale<R>) scale = kLeastScale<R>;
     if (g.re < least && -g.re < least && g.im < least && -g.im < least) g = {least, 0};
   }
-  // A number above Im(q)^2, and the shear that makes it exact; Re(q) - shear is exact, being smaller than Re(q).
+  // -beta is a number above Im(q)^2, and shear^2 is the difference; Re(q) - shear is exact, being smaller than Re(q).
   const double phase2 = phase * phase, ulp = sizeof(R) == 4 ? 0x1p-23 : 0x1p-52;
   const double beta = set(kBeta, -phase2 * (1 + ulp)), gap = -beta - phase2;
   const double root = sqrt(gap > 0 ? gap : 0), alpha = set(kAlpha, pole.re < 0 ? pole.re - root : pole.re + root);
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_carry_kernel(Sca
   const int64_t pairs = scan.lanes * scan.width, mine = int64_t{blockIdx.x} * gpu::kWarp + lane;
   const int64_t at = mine < pairs ? mine : 0;
   const Matrix<R> over_tile(scan, kTileMatrix, at), over_span(scan, kSpanMatrix, at);
-  Pair<R> enters{0, 0};  // the round
+  Pair<R> enters{0, 0};  // enters the round
   for (int64_t round = 0; round < scan.tiles; round += kCarryWarps * kSpan) {
     const int64_t begin = round + warp * kSpan;
     const auto tile = [&](int i) { return scan.reverse ? scan.tiles - 1 - (begin + i) : begin + i; };
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_carry_kernel(Sca
 }
 
 // Adds y over the `split` lanes of two channels; n and split are powers of two. Lane `part` gets the sums of n / split
-// steps in order or, with fewer steps than lanes, split / n neighbours get those of one step.
+// steps in order or, with fewer steps than lanes, split / n neighbours get the sums of one step.
 template <int split, int n, class R>
 GPU_INLINE void add_parts(R (&y)[n][2], int part) {
   GPU_UNROLL
@@ -236,7 +236,7 @@ struct Output {
     }
   }
 
-  // n steps of sequence `sequence`, the first at element `at`; the sequence starts there if `enters`.
+  // Takes n steps of sequence `sequence`, the first at element `at`; an initial state enters there if `enters`.
   template <int n>
   GPU_INLINE void advance(int64_t at, bool enters, int64_t sequence) {
     const int64_t step = scan.step();
@@ -282,7 +282,7 @@ struct Output {
     }
   }
 
-  // The rows that add_parts has left to this lane.
+  // Stores the rows that add_parts has left to this lane.
   template <int n>
   GPU_INLINE void store_rows(int64_t at, R (&y)[n][2]) const {
     constexpr int rows = n > split ? n / split : 1, lanes = n > split ? 1 : split / n;

@@ -5,7 +5,7 @@
 // Grid: x over channels, y over sequences; a block takes every gridDim.y-th sequence, its coefficients in registers. A
 // lane owns a mode of a channel; `lanes` neighbours, a power of two, own a channel. For each sequence:
 //   1. load the state; 2. for each kSteps rows, load x, step, add y over the lanes by shuffles; 3. store the state.
-//   4. The first lane zeroes the rows of padding before the sequence and, with the last one, those after it.
+//   4. The first lane zeroes the rows of padding before the sequence and, for the last sequence, the rows after it.
 //
 // Registers: at most 64, no spills. Shared memory: none.
 // Bytes: states in and out, 16 N a channel and sequence, dwarf x and y; coefficients, 20 N a channel, from L2.

@@ -6,8 +6,8 @@
 // cu_seqlens, lengths and position are known to the device alone, so a launcher counts blocks of rows from T and S:
 //   dense, padded   each of the B rows of L tokens is a range
 //   packed          the ranges are the padding in front, the S sequences, and the padding behind
-// A range is cut into blocks of kRows tokens. Those of range r are numbered from begin(r) / kRows + r on (packed),
-// which leaves at least ceil(length / kRows) numbers to each; numbers in excess get no rows.
+// A range is cut into blocks of kRows tokens. The blocks of range r are numbered from begin(r) / kRows + r on (packed),
+// which leaves at least ceil(length / kRows) numbers to each range; numbers in excess get no rows.
 // Example: kRows 4, cu_seqlens 0, 5, 6, T 6: the first blocks of [0, 0), [0, 5), [5, 6), [6, 6) are 0, 1, 3, 4.
 #pragma once
 
@@ -19,21 +19,21 @@
 namespace megalodon {
 namespace chunked_attention {
 
-// The sequence whose rows `token` is one of, or -1: padding, and sequences whose position is none.
+// The sequence that holds `token`, or -1 for padding and for sequences whose position is not in [0, C).
 GPU_INLINE int64_t find_live_sequence(const ChunkedAttentionParams& p, int64_t token) {
   const int64_t s = gpu::find_sequence(p.sequences, token);
   return s < 0 || gpu::find_position(p.position, s, p.chunk_size) < 0 ? -1 : s;
 }
 
-// Neighbouring tokens of one range: `live` of a sequence, then padding up to `rows`.
+// `rows` neighbouring tokens of one range: the first `live` are of a sequence, the rest are padding.
 struct RowBlock {
   int64_t sequence;  // of the live rows
-  int64_t position;  // rows of its grid that the cache holds
+  int64_t position;  // rows of the sequence's grid that the cache holds
   int64_t begin;     // the token at row `position`
-  int64_t token;     // the first of the block
+  int64_t token;     // the first token of the block
   int rows, live;
 
-  GPU_INLINE int64_t row() const { return position + token - begin; }  // of the first token
+  GPU_INLINE int64_t row() const { return position + token - begin; }  // of `token`, on the grid
 };
 
 // How many blocks of kRows tokens a launcher must provide.
@@ -55,7 +55,7 @@ GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t numb
     end = sequences.end(sequence);
     first = number % blocks * kRows;
   } else {
-    // Range r begins where sequence r - 1 does; the last one that has its first block at `number` or before.
+    // Range r begins where sequence r - 1 does. Sought: the last range that has its first block at `number` or before.
     const auto range_begin = [&](int64_t r) { return r == 0 ? int64_t{0} : sequences.begin(r - 1); };
     int64_t range = 0;
     for (int64_t high = sequences.count + 2; high - range > 1;) {
@@ -128,8 +128,9 @@ class DropKey {
     return bits;
   }
 
-  // Replaces the dropped of a warp's scores in the layout of an mma's result: 16 rows from `row` on, and 8 columns from
-  // column 4 `quad` on. Lanes 2 i and 2 i + 1 share the words of two rows: each draws one and passes half on.
+  // Replaces the dropped ones among a warp's scores in the layout of an mma's result: 16 rows from `row` on, and 8
+  // columns from column 4 `quad` on. Lanes 2 i and 2 i + 1 share the words of two rows: each lane draws the words of
+  // one row and passes half of them on.
   GPU_INLINE void apply(float (&score)[4], uint32_t row, uint32_t quad, float replacement) const {
     const unsigned lane = threadIdx.x % gpu::kWarp, odd = lane % 2;
     uint32_t word[4];

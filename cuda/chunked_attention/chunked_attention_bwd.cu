@@ -5,8 +5,8 @@ namespace {
 
 using namespace chunked_attention;
 
-constexpr int64_t kTileBytes = int64_t{64} << 20;  // of a round, at least as far as there is work for them
-constexpr int64_t kTensorsPerTiles = 8;            // and for large tensors this part of them, which bounds the rounds
+constexpr int64_t kTileBytes = int64_t{64} << 20;  // a round's tiles may take this in any case
+constexpr int64_t kTensorsPerTiles = 8;            // a round's tiles may take 1/8 of the tensors' bytes: few rounds
 
 
 // Sets all of `plan` and returns the workspace's bytes.

@@ -3,17 +3,18 @@
 //   P_ij = exp(scale q_i . k_j - lse_i), 0 where j > i or dropped      dS_ij = P_ij (do_i . v_j - delta_i)
 //   dv_j = sum_i P_ij do_i     dk_j = scale sum_i dS_ij q_i     dq_i = scale sum_j dS_ij k_j     delta_i = do_i . o_i
 //
-// q, k (T, H, K), v, o, do (T, H, V) of type T, lse (T, H) of type R, as in chunked_attention.h. No limit on K or V.
-// P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk, those on and below the diagonal. Each
+// q, k (T, H, K), v, o, do (T, H, V) of type T, lse (T, H) of type R, as in chunked_attention.h. K and V have no limit.
+// P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk. Each tile on and below the diagonal
 // is made once and kept in the workspace in type T, so no product is made twice: 3 K + 2 V multiplications a score.
 //
 // Phases: 1. prepare, a warp for each token and head: delta, and zeros in the gradients of padding;
 //         2. scores, a block for each tile: S = q k^T, dP = do v^T; P from S, dS from P and dP;
 //         3. products, a block for each kEdge rows of dq, dk or dv by kEdge channels: sums over the tiles of a row of
 //            tiles (dq = dS k) or of a column of tiles, a panel (dk = dS^T q, dv = P^T do).
-// 2 and 3 run in rounds of as many panels as fit kTileBytes or an eighth of the tensors, at least one (2 kEdge C of T).
-// dk and dv of a panel are complete within its round. A chunk cut by rounds hands its sums of dq on in type R, from one
-// buffer to the other, keys in order. Blocks of cached rows alone have no queries and take no gradient: left out.
+// Phases 2 and 3 run in rounds of as many panels as fit kTileBytes or an eighth of the tensors, at least one (2 kEdge C
+// elements of T). dk and dv of a panel are complete within its round. A chunk cut by rounds hands its sums of dq on in
+// type R, from one of two buffers to the other, keys in order. Blocks that hold cached rows alone have no queries, take
+// no gradient and are left out.
 // If a chunk is one block of rows, phase 2 scales the rows of P to sum 1 and takes delta_i = sum_j P_ij dP_ij: where
 // terms cancel, as they do among few keys, o's rounding to 16 bits would show.
 //
@@ -24,16 +25,16 @@
 // Registers: scores 223, products 126, or 159 where rows are no vectors; float 254, 194. No spills but in products on
 // sm_100 and sm_120 (10 and 14 registers).
 //
-// What is not finite: tiles on the diagonal hold zeros for the pairs that do not see each other, and 0 times a NaN of a row
-// of q, k or do is NaN. So elements of a product that are not finite are made again, without the zeros (`repair`).
+// Not finite: tiles on the diagonal hold zeros for the pairs that do not see each other, and 0 times a NaN of a row of
+// q, k or do is NaN. So elements of a product that are not finite are made again, without the zeros (`repair`).
 //
 // Bytes: q, k, v, do twice and o once, dq, dk, dv once, each more often from L2: 4 kEdge (K + V) elements of operands a
 // tile, P V / kEdge times, dS 2 K / kEdge times.
 // H100, (B 8, L 2048, H 1, K 256, V 2048, C 2048) bf16: 173 GFLOP, 10 of them above the diagonal, 175 us at
 // 990 TFLOP/s; 302 MB of tensors, 90 us at 3.35 TB/s; 2.7 GB from L2, 64 FLOP for each byte. Workspace 64 MiB.
 //
-// Example: kEdge 2, C 5: three panels, of the tiles (0,0) (1,0) (2,0), then (1,1) (2,1), then (2,2). Of a round of two
-// panels and one of one, the first finishes rows 0-3 of dq, dk and dv, and hands row 4 of dq to the second.
+// Example: kEdge 2, C 5: three panels, of the tiles (0,0) (1,0) (2,0), then (1,1) (2,1), then (2,2). If the first round
+// takes two panels, it finishes rows 0-3 of dq, dk and dv, and hands row 4 of dq to the second round.
 #pragma once
 
 #include "block_product.cuh"
@@ -47,7 +48,7 @@ constexpr int kStages = 3;  // of the ring of slabs
 GPU_INLINE float exponential(float x) { return gpu::exp2_approx(x * 1.44269504f); }
 GPU_INLINE double exponential(double x) { return exp(x); }
 
-// Bit r kMicro + c: the thread's element (r, c) of the tile at (row, column) of the sequence's grid is dropped.
+// Bit r kMicro + c: whether the thread's element (r, c) of the tile at (row, column) of the sequence's grid is dropped.
 template <class Product>
 GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t column) {
   constexpr int kMicro = Product::kMicro;
@@ -55,7 +56,7 @@ GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t col
   if constexpr (sizeof(typename Product::T) == 2) {
     for (int i = 0; column % 4 == 0 && i < 16; ++i) {
       float kept[4] = {1, 1, 1, 1};
-      const int top = i / 4 * 2, left = i % 4 * 2;  // of the fragment, in the thread's elements
+      const int top = i / 4 * 2, left = i % 4 * 2;  // the fragment's first element (top, left) of the thread's
       drop.apply(kept, static_cast<uint32_t>(row + Product::warp_row() + 8 * top),
                  static_cast<uint32_t>((column + Product::warp_column()) / 4 + left), 0);
       GPU_UNROLL
@@ -70,7 +71,7 @@ GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t col
   return bits;
 }
 
-// Where every row of a chunk lies in one block: P rows get the sum 1, and delta their mean of dP.
+// For a chunk of one block: scales each row of P to the sum 1, and sets delta to the mean of dP under that row of P.
 template <class Product>
 GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Product::Sum& dp,
                                typename Product::R* partial, typename Product::R* gains,
@@ -97,7 +98,7 @@ GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Produ
       sum += sums[threadIdx.x * pitch + slot];
       product += partial[threadIdx.x * pitch + slot];
     }
-    const R gain = sum == 0 || sum != sum ? R{1} : 1 / sum;  // a row that is NaN keeps the zeros of what it does not see
+    const R gain = sum == 0 || sum != sum ? R{1} : 1 / sum;  // a NaN row keeps the zeros of what it does not see
     delta[threadIdx.x] = product * gain;
     gains[threadIdx.x] = gain;
   }
@@ -110,7 +111,7 @@ GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Produ
   }
 }
 
-// Tiles of P and dS: phase 1 and 2.
+// Phase 2: tiles of P and dS.
 template <class Product>
 __global__ void __launch_bounds__(Product::kThreads, 1)
     chunked_attention_bwd_scores_kernel(ChunkedAttentionBwdParams p, BwdPlan plan, int64_t round) {
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
   const int key = block.first, query = key + static_cast<int>(blockIdx.x % plan.blocks) * kEdge;
   if (query >= block.rows || query + kEdge <= block.cached) return;
 
-  // exp(s - inf): a row without queries, or whose scores were all dropped, has no probabilities.
+  // An lse of infinity makes P = 0: a row without a query, or whose scores were all dropped, has no probabilities.
   R my_lse = INFINITY, my_delta = 0;
   const int my_row = query + static_cast<int>(threadIdx.x);
   if (threadIdx.x < kEdge && my_row >= block.cached && my_row < block.rows) {
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
   const auto v = chunk_rows<true>(p, block, typed<T>(p.v), p.value_dim, typed<T>(p.cache_v));
   const int key_slabs = static_cast<int>((p.key_dim + kDepth - 1) / kDepth);
   const int value_slabs = static_cast<int>((p.value_dim + kDepth - 1) / kDepth);
-  typename Product::Sum prob, ds;  // first S and dP
+  typename Product::Sum prob, ds;  // S and dP until P and dS are made of them
   gpu::pipeline<kStages, sizeof(T) == 2>(
       key_slabs + value_slabs,
       [&](int slab, int stage) {
@@ -205,9 +206,9 @@ GPU_INLINE void scale_by(typename Product::Sum& sum, typename Product::R factor)
   }
 }
 
-// Elements of a product with P or dS that are not finite, made again without the terms whose weight is 0: of pairs that
-// do not see each other, and there a NaN must stay where it is. weight(i, r), i < depth, belongs to row r of the tile;
-// right(i) is a row, or null.
+// Makes the elements of a product with P or dS again that are not finite, without the terms whose weight is 0: such
+// terms are of pairs that do not see each other, between which a NaN must not pass. weight(i, r), i < depth, is the
+// weight of term i in row r of the product; right(i) is the row that term i multiplies, or null.
 template <class Product, class Weight, class Right>
 GPU_INLINE void repair(typename Product::Sum& sum, int64_t depth, int64_t rows, int64_t columns, Weight&& weight,
                        Right&& right) {
@@ -235,7 +236,7 @@ GPU_INLINE void repair(typename Product::Sum& sum, int64_t depth, int64_t rows, 
   }
 }
 
-// dv, or dk, of a panel: the products of its P, or dS, with kEdge columns of do, or q.
+// dv, or dk, of a panel: the products of the panel's P, or dS, with kEdge columns of do, or q.
 template <class Product>
 GPU_INLINE void differentiate_keys(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
                                    int64_t panel, bool values, int64_t column, typename Product::T* slabs) {
@@ -249,7 +250,7 @@ GPU_INLINE void differentiate_keys(const ChunkedAttentionBwdParams& p, const Bwd
   if (key + kEdge <= block.cached) return;
   const T* tile = typed<T>(plan.tiles) + (2 * panel + !values) * plan.blocks * kEdge * kEdge;
   const auto right = chunk_rows(p, block, typed<T>(values ? p.d_o : p.q), width);
-  const int first = key > block.cached ? key : block.cached / kDepth * kDepth;  // of the queries
+  const int first = key > block.cached ? key : block.cached / kDepth * kDepth;  // the first row of queries to add
   typename Product::Sum sum;
   gpu::pipeline<kStages, false>(
       (block.rows - first + kDepth - 1) / kDepth,
@@ -285,7 +286,7 @@ GPU_INLINE void differentiate_queries(const ChunkedAttentionBwdParams& p, const 
   constexpr int kEdge = Product::kEdge, kDepth = Product::kDepth, kMicro = Product::kMicro;
   ChunkBlock block;
   if (!find_block<kEdge>(block, p, plan, round * plan.panels + number)) return;
-  // The panel that the chunk's block 0 is or would be, and the keys [key, stop) that the round and the queries share.
+  // The panel of this round that the chunk's block 0 is or would be, and the keys [key, stop) of round and queries.
   const int64_t zero = block.number - round * plan.panels, end = (plan.panels - zero) * kEdge;
   const int query = block.first, key = zero < 0 ? static_cast<int>(-zero) * kEdge : 0;
   const int seen = query + kEdge < block.rows ? query + kEdge : block.rows;

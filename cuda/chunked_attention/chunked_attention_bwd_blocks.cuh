@@ -1,11 +1,11 @@
 // The backward of chunked attention: how its launches share the work, and where the rows of a block lie.
 //
-// Row blocks follow the chunks' grid. They are numbered by sequence, chunk, head and block, so that the blocks of one
+// Row blocks follow the chunks' grid and are numbered by sequence, chunk, head and block, so that the blocks of one
 // head of a chunk are neighbours. A launcher does not know cu_seqlens, so numbers are spaced by sizes alone:
 //   dense, padded   as if every sequence were full, and every position the last
-//   packed          sequence s from number begin(s) blocks / most_rows + 2 s on, which leaves enough to each
-// and numbers in excess get no rows. Example: kEdge 2, C 3 (two blocks a chunk), cu_seqlens 0, 4, 5: the sequences
-// begin at 0 and 4; sequence 0 takes the numbers 0, 1 (rows 0, 1 and 2) and 2 (row 3), and 3 is in excess.
+//   packed          sequence s from number begin(s) blocks / most_rows + 2 s on, which leaves each sequence enough
+// Numbers in excess get no rows. Example: kEdge 2, C 3 (two blocks a chunk), cu_seqlens 0, 4, 5: the sequences
+// begin at the numbers 0 and 4; sequence 0 takes the numbers 0, 1 (rows 0, 1 and 2) and 2 (row 3), and 3 is in excess.
 #pragma once
 
 #include "chunked_attention.cuh"
@@ -16,7 +16,7 @@ namespace chunked_attention {
 // How the launches share the work; all of it follows from sizes alone.
 struct BwdPlan {
   int64_t most_rows;  // of a chunk, at most
-  int64_t blocks;     // of kEdge rows that these make
+  int64_t blocks;     // of kEdge rows that most_rows make
   int64_t total;      // numbers of blocks, over all sequences and heads
   int64_t panels;     // of a round
   int64_t rounds;
@@ -31,12 +31,12 @@ struct ChunkBlock {
   int64_t start;   // the chunk's, on the grid of its sequence
   int64_t token;   // of row `cached`
   int64_t number;  // of the chunk's block 0 for this head
-  int cached;      // rows below are keys of the cache, the others tokens
+  int cached;      // rows below `cached` are keys of the cache, later rows are tokens
   int rows;
-  int first;       // row of the block
+  int first;       // the block's first row
 };
 
-// Blocks are numbered by sequence, chunk, head and block. The first number of sequence s, for one head:
+// The first block number of sequence s, for one head.
 template <int kEdge>
 MEGALODON_INLINE int64_t first_number(const ChunkedAttentionParams& p, const BwdPlan& plan, int64_t s, int64_t begin) {
   const int64_t cached_blocks = p.position ? plan.blocks : 0;
@@ -46,14 +46,15 @@ MEGALODON_INLINE int64_t first_number(const ChunkedAttentionParams& p, const Bwd
   return s * (rows / p.chunk_size * plan.blocks + (rest + kEdge - 1) / kEdge);
 }
 
-// False: the number is in excess. Whole warps call it.
+// Finds the block that has `number`, or returns false if the number gets no rows. Whole warps call find_block.
 template <int kEdge>
 GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, const BwdPlan& plan, int64_t number) {
   const Sequences& sequences = p.sequences;
   const auto first_of = [&](int64_t s) {
     return first_number<kEdge>(p, plan, s, sequences.cu_seqlens ? sequences.begin(s) : 0) * p.heads;
   };
-  // The last sequence that begins at `number` or before, or the first: each lane looks at one of 32 from s to high.
+  // Sought: the last sequence whose first number is at most `number`, or sequence 0. Each lane tests one of 32
+  // sequences from s to high.
   int64_t s = 0;
   for (int64_t high = sequences.count; high - s > 1;) {
     const int64_t step = (high - s + gpu::kWarp - 1) / gpu::kWarp, mine = s + threadIdx.x % gpu::kWarp * step;
@@ -84,11 +85,11 @@ GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, c
 // The rows of one head of a chunk in a tensor of `width` elements a head: of tokens, or of keys, some of them cached.
 template <class T, bool kKeys = false>
 struct ChunkRows {
-  T *tensor, *cache, *tokens;  // its first element, and where row 0 is, or would be
+  T *tensor, *cache, *tokens;  // the tensor's first element; where row 0 is, or would be, in cache and tokens
   int stride;         // less than 2^31, or a token would have gigabytes
   int cached, rows;
 
-  // Null where there is none.
+  // Where row `row` lies, or null where there is none.
   GPU_INLINE T* operator()(int row) const {
     if (row >= rows || (!kKeys && row < cached)) return nullptr;
     const uint64_t shift = uint64_t{static_cast<unsigned>(row)} * static_cast<unsigned>(stride);
@@ -97,7 +98,7 @@ struct ChunkRows {
 
   GPU_INLINE T* anywhere() const { return tensor; }
 
-  // The rows from `row` on, from `column` on.
+  // These rows from row `row` on, each from `column` on.
   GPU_INLINE ChunkRows from(int row, int64_t column) const {
     const int64_t shift = int64_t{row} * stride + column;
     return {tensor, cache + shift, tokens + shift, stride, cached - row, rows - row};

@@ -1,4 +1,4 @@
-// Phase 1 of the backward of chunked attention (chunked_attention_bwd.cuh): delta, and zeros in the gradients of padding.
+// Phase 1 of chunked attention's backward (chunked_attention_bwd.cuh): delta, and zeros in the gradients of padding.
 #pragma once
 
 #include "chunked_attention_bwd_blocks.cuh"
@@ -7,7 +7,7 @@
 namespace megalodon {
 namespace chunked_attention {
 
-constexpr int kTokens = 32;  // of a block, which looks their sequences up at once
+constexpr int kTokens = 32;  // of a block, whose lanes look up a token's sequence each
 constexpr int kPrepareWarps = 8;
 
 template <class Product>

@@ -3,20 +3,20 @@
 //   s_ij = scale q_i . k_j (j <= i, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // Shapes as in chunked_attention_mma.cuh; R is double for float64, else float.
-// float32 could go through tensor cores as three products of tf32, but these truncate each sum that they make: over the
-// thousands of terms of an output that leaves less than float32 promises. Multiply-adds round to nearest.
+// float32 could go through tensor cores as three products of tf32, but tensor cores truncate each sum that they make,
+// which over the thousands of terms of an output leaves less than float32 promises. Multiply-adds round to nearest.
 //
 // Grid: a block owns 64 tokens of a sequence (find_row_block), a head and kColumns columns of V; late rows come first.
-// It walks the keys that its rows see in tiles of 64, and for each tile through slices of two kinds, each copied into
-// one of two stages while the other is at work:
-//   1. 128 bytes of channels of 64 queries and 64 keys: a thread adds to 4 x 4 scores, which it stores after the last
+// The block walks the keys that its rows see in tiles of 64, and each tile in slices of two kinds. A slice is
+// copied into one of two stages while the other stage is at work:
+//   1. 128 bytes of channels of 64 queries and 64 keys: a thread adds to 4 x 4 scores, stored after the last slice
 //   2. 4 threads a row: mask, DropKey; m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P
 //   3. 16 KiB of values: a thread adds to kColumns / 32 x 8 sums of O, which f has scaled before
-// and ends with o = O / l, lse = m + log l. Where every score is dropped, l = 0 and o = 0. NaN as in the other kernel.
-// V beyond kColumns: other blocks, which compute the scores again: for K = 256, V = 2048 that is 4 * 256 + 2048
-// products a pair instead of 2304 at kColumns 512 (float), 8 * 256 + 2048 at 256 (double).
+// The block ends with o = O / l, lse = m + log l. Where every score is dropped, l = 0 and o = 0. NaN as in
+// chunked_attention_mma.cuh. Columns of V beyond kColumns go to other blocks, which compute the scores again: K = 256,
+// V = 2048 takes 4 * 256 + 2048 products a pair, not 2304, at kColumns 512 (float), 8 * 256 + 2048 at 256 (double).
 //
-// Shared memory: two stages, P and 2 numbers a row: 50 KiB for float, 66 KiB for double. Units of slices are permuted
+// Shared memory: two stages, P and 3 numbers a row: 50 KiB for float, 66 KiB for double. Units of slices are permuted
 // and rows of P padded by 16 bytes, so that accesses have no bank conflicts.
 // Registers: kColumns / 4 sums a thread; at most 255 (one block a SM), no spills.
 // Bytes as in chunked_attention_mma.cuh. H100 (67 TFLOP/s), T = 16384, H 1, K 256, V 2048, C 2048, float32: 3072
@@ -56,8 +56,8 @@ GPU_INLINE int slice_place(int row, int channel) {
 }
 
 // Fills kRows rows of kWidth elements, in 16-byte vectors at place(row, column), with the elements [0, valid) of the
-// rows that row_of(r) points to, and with zeros where there are none. By cp.async where `whole` and no conversion
-// allows it.
+// rows that row_of(r) points to, and with zeros where there are none. Copies go by cp.async where `whole` holds and
+// no conversion is needed.
 template <int kRows, int kWidth, class T, class R, class Place, class RowOf>
 GPU_INLINE void copy_slice(R* to, int64_t valid, bool whole, Place&& place, RowOf&& row_of) {
   constexpr int vector = gpu::kVectorWidth<R>, threads = kFmaThreads / kRows > 8 ? kFmaThreads / kRows : 8;  // of a row
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   if (block.live == 0) return;
 
   SMEM_DYN(R, shared);
-  R* const scores = shared + 2 * Tiling::kStage;  // (64, kKeys), then probabilities
+  R* const scores = shared + 2 * Tiling::kStage;  // (64, kKeys), probabilities once the softmax is done
   R* const factors = scores + kFmaRows * Tiling::kScorePitch;
   R *const sums = factors + kFmaRows, *const maxima = sums + kFmaRows;
 
@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   };
 
   const int thread = threadIdx.x, lane = thread % gpu::kWarp, warp = thread / gpu::kWarp;
-  const int row_group = lane % 8 + warp % 2 * 8;  // scores of the rows row_group + 16 i
-  const int key_group = lane / 8 + warp / 2 * 4;  // and the keys key_group + 16 j
+  const int row_group = lane % 8 + warp % 2 * 8;  // the thread has scores of the rows row_group + 16 i
+  const int key_group = lane / 8 + warp / 2 * 4;  // the thread has scores of the keys key_group + 16 j
   const int softmax_row = lane % 8 + warp * 8, softmax_key = lane / 8;
   const int column_group = thread % Tiling::kColumnGroups, first_row = thread / Tiling::kColumnGroups * kThreadRows;
   const int row = window.row0 + softmax_row, start = window.start(row);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   // Waits for a slice, begins to copy the next one, and returns where the slice lies.
   const auto take = [&](int column, int slice) {
     gpu::cp_async_wait<0>();
-    __syncthreads();  // this slice is there, and nobody needs the last one any more
+    __syncthreads();  // this slice is there, and no thread reads the slice before it any more
     const R* const stage = shared + turn * Tiling::kStage;
     turn ^= 1;
     if (++slice == slices) slice = 0, column += kKeys;

@@ -14,19 +14,19 @@ constexpr R kInfinity = static_cast<R>(INFINITY);
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 
-// How many slices of `size` elements K or V makes. Without elements there is an empty one, as there are scores and lse.
+// How many slices of `size` elements K or V makes: one, which is empty, without elements, as scores and lse exist.
 MEGALODON_INLINE int64_t count_slices(int64_t width, int size) { return width > 0 ? ceil_div(width, size) : 1; }
 
 GPU_INLINE float exponential(float x) { return gpu::exp2_approx(x * kLog2e); }
 GPU_INLINE double exponential(double x) { return exp(x); }
 
-// The rows of a block, which are the last columns that it sees, and the columns before them. All count from `origin`, a
-// multiple of 4 on the sequence's grid, so that DropKey's groups of four columns keep together.
+// The rows of a block, which are the last columns that it sees, and the columns before those rows. All count from
+// `origin`, a multiple of 4 on the sequence's grid, so that DropKey's groups of four columns keep together.
 struct Window {
   int64_t origin;
   int begin;      // the first column that the first row sees
   int row0, end;  // the rows of the block
-  int chunk;      // C, as far as it matters
+  int chunk;      // C, or 2^31 - 1 if C is more
 
   GPU_INLINE Window(const ChunkedAttentionParams& p, const RowBlock& block) {
     constexpr int64_t kMost = 0x7fffffff;
@@ -43,9 +43,9 @@ struct Window {
   GPU_INLINE bool holds(int column) const { return column >= begin && column < end; }
 };
 
-// What is not finite. A tile's rows share keys, to which some of them give the weight 0, and 0 times a NaN of a value
-// is NaN. So an output that is not finite, of a row whose sum is, is made again if the row sees only finite values.
-// q, k and v are rows by their number on the window's grid; exp_of(score) is the weight.
+// Makes an output again that is not finite, though its row's sum is; a row that sees a value that is not finite keeps
+// `output`. Such outputs arise because a tile's rows share keys, some rows give a key the weight 0, and 0 times a NaN
+// of a value is NaN. q is the row's query; k and v give rows by number on the window's grid, exp_of(score) the weight.
 template <class T, class R, class Rows, class ExpOf>
 GPU_INLINE R repaired(R output, const ChunkedAttentionFwdParams& p, const Window& window, const DropKey& drop, int row,
                       const T* q, const Rows& k, const Rows& v, int64_t column, ExpOf&& exp_of) {
@@ -70,7 +70,7 @@ GPU_INLINE R repaired(R output, const ChunkedAttentionFwdParams& p, const Window
 template <class R>
 GPU_INLINE bool is_finite(R value) { return value - value == 0; }
 
-// Zeros for the rows [live, rows) of a block, which are padding, in `columns` columns of o.
+// Stores zeros for the rows [live, rows) of a block, which are padding, in `columns` columns of o, and in lse.
 template <class T>
 GPU_INLINE void store_padding(const ChunkedAttentionFwdParams& p, const RowBlock& block, int64_t head, int64_t column,
                               int columns) {

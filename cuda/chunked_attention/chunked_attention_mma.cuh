@@ -11,14 +11,15 @@
 //   1. S = Q K^T                                          while the values of the tile are copied
 //   2. mask, DropKey; m' = max(m, max_j s), P = 2^(S - m'), f = 2^(m - m'), l = f l + sum_j P
 //   3. O = f O + P V, P rounded to T                      2 and 3 while the keys of the next tile are copied
-// and ends with o = O / l, lse = (m + log2 l) ln 2, the output staged in shared memory for whole rows. Scores count in
-// units of log2 e. A warp passes over tiles that none of its rows sees. Where every score is dropped, l = 0 and o = 0.
+// The block ends with o = O / l, lse = (m + log2 l) ln 2, the output staged in shared memory for whole rows. Scores are
+// kept times log2 e. A warp passes over tiles that none of its rows sees. Where every score is dropped, l = o = 0.
 // Zeros stand for keys outside the rows seen by the block. Outputs that are not finite are looked at once more
 // (`repaired`): a later token's NaN must not reach them.
 //
-// V beyond kColumns: other blocks, which compute the scores again. For K = 256 and V = 2048 that is 8 * 256 + 2048
-// products a pair instead of 2304, 1.8 times as many. More columns a block would save of these, but 64 rows instead of
-// 128 would read keys and values twice as often from L2, 40 bytes a clock and SM, which it does not deliver.
+// Columns of V beyond kColumns go to other blocks, which compute the scores again: K = 256, V = 2048 takes
+// 8 * 256 + 2048 products a pair instead of 2304, 1.8 times as many. More columns a block would save products, but a
+// block of 64 rows instead of 128 would read keys and values twice as often from L2, 40 bytes a clock and SM, more than
+// L2 delivers.
 //
 // Shared memory: Q (or the output), a tile of keys, one of values, K padded to a multiple of 64; 96 KiB at K = 256,
 // kColumns = 256. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks a SM), else 255
@@ -42,7 +43,7 @@ inline size_t mma_shared_bytes(int64_t key_dim, int columns, int keys) {
   return size_t{2} * (kMmaRows * (depth > columns ? depth : columns) + keys * depth + keys * columns);
 }
 
-// What the two rows of a lane, g and g + 8 of its warp's, have gathered.
+// What a lane has gathered for its two rows, g and g + 8 of the warp's, g = lane / 4.
 template <int kColumns>
 struct RowSums {
   float output[kColumns / 8][4] = {}, max[2] = {-kInfinity<float>, -kInfinity<float>}, sum[2] = {};
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
   copy_keys(0);
 
   const int lane = threadIdx.x % gpu::kWarp, warp_row = static_cast<int>(threadIdx.x) / gpu::kWarp * kWarpRows;
-  const int top = window.row0 + warp_row;  // of the warp's rows, of which those from the window's end on are not stored
+  const int top = window.row0 + warp_row;  // the warp's first row; rows from the window's end on are not stored
   const int row[2] = {top + lane / 4, top + lane / 4 + 8};
   const int start[2] = {window.start(row[0]), window.start(row[1])};
   const float scale = static_cast<float>(p.scale) * kLog2e;
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
   RowSums<kColumns> rows;
   for (int column = 0; column < window.end; column += kKeys) {
     gpu::cp_async_wait<0>();
-    __syncthreads();  // the keys are there, and nobody needs the last values any more
+    __syncthreads();  // the keys are there, and no thread reads the values before them any more
     copy_values(column);
     const bool seen = __any_sync(
         gpu::kFullMask, row[0] < window.end && column <= row[1] && column + kKeys > start[0]);
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
       }
     }
     gpu::cp_async_wait<0>();
-    __syncthreads();  // the values are there, and nobody needs the keys any more
+    __syncthreads();  // the values are there, and no thread reads the keys any more
     if (column + kKeys < window.end) copy_keys(column + kKeys);
     if (!seen) continue;
 
@@ -178,8 +179,8 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     }
   }
 
-  // Nobody has read the queries since the last barrier: they make room for the output. This __syncwarp orders nothing;
-  // without it ptxas spills two registers for sm_120.
+  // No thread has read the queries since the last barrier: the output takes their place. This __syncwarp orders
+  // nothing; without it ptxas spills two registers for sm_120.
   __syncwarp();
   float inverse[2];
   GPU_UNROLL

@@ -2,13 +2,13 @@
 //
 // k (T, H, K), v (T, H, V) and the caches (S, C, H, K), (S, C, H, V), of T. The rows of the new state are `kept` rows
 // of the old one, where the chunk is still the same, `fresh` rows of the last tokens, and zeros. In place, only the
-// fresh rows are written. A position that is none stays none, -1, and has no rows.
+// fresh rows are written. A position outside [0, C) becomes -1 and has no rows.
 //
-// 1. rows kernel: a block owns one row of a sequence's new caches, in place one that may be fresh.
-// 2. position kernel: a thread owns a sequence. It comes second, as position_out may be position, which 1 reads.
+// 1. rows kernel: a block owns one row of a sequence's new caches, or in place one row that may be fresh.
+// 2. position kernel: a thread owns a sequence. This kernel comes second: position_out may be position, which 1 reads.
 // Rows are copied in units of 16 bytes where alignment allows it, else element by element.
 // Bytes: each row in use read and written once, the minimum; in place, the fresh rows alone.
-// H100, decoding in place, S 8, K 256, V 2048, bf16: 74 KB, which is launch time.
+// H100, decoding in place, S 8, K 256, V 2048, bf16: 74 KB; the time is the launch's.
 #include "chunked_attention_fwd.cuh"
 
 namespace megalodon {
@@ -67,7 +67,7 @@ void launch_rows(const ChunkedAttentionStateParams& p, int64_t element, void* st
   const int64_t key = p.heads * p.key_dim * element, value = p.heads * p.value_dim * element;
   const auto unit = static_cast<int64_t>(sizeof(U));
   StatePlan plan{p, {{p.cache_k, p.k, p.cache_k_out, key / unit}, {p.cache_v, p.v, p.cache_v_out, value / unit}}, 0};
-  // A sequence has at most row_length tokens, which is T where they are packed.
+  // A sequence has at most row_length tokens, which is T where sequences are packed.
   const bool in_place = plan.caches[0].in_place() && plan.caches[1].in_place();
   plan.rows = in_place && p.sequences.row_length < p.chunk_size ? p.sequences.row_length : p.chunk_size;
   if (plan.rows > 0)

@@ -6,8 +6,8 @@
 // q, k (T, H, K), v, o (T, H, V), lse (T, H) R; cache_k (S, C, H, K), cache_v (S, C, H, V), of which the rows in use
 // are read. R is double for float64, else float.
 //
-// 1. step_kernel: an item is a token and a head; a block owns `span` keys of its chunk and kStepColumns columns of V.
-//    a. scores: a group of lanes, a power of two, takes a key, 16 bytes a lane; each warp kKeysInFlight such rounds
+// 1. step_kernel: an item is a token and a head; a block owns `span` keys of its item and kStepColumns columns of V.
+//    a. scores: a group of lanes, a power of two, takes kKeysInFlight keys at a time, 16 bytes of each a lane
 //    b. max, P = exp(S - max) and their sum over the block's keys
 //    c. the columns' sums of P v: a thread takes a vector of columns of every n-th key, kKeysInFlight keys at a time,
 //       and the n threads of a vector add up through shared memory
@@ -30,7 +30,7 @@
 namespace megalodon {
 namespace chunked_attention {
 
-constexpr int kStepTokens = 8;     // a sequence, on average, at most
+constexpr int kStepTokens = 8;     // most tokens a sequence, on average
 constexpr int kStepThreads = 128;
 constexpr int kMostStepColumns = 512;
 template <int kWidth>
@@ -67,8 +67,8 @@ inline StepPlan plan_steps(const ChunkedAttentionParams& p) {
 }
 
 // Vectors of kWidth numbers in shared memory, as planes of their parts of 16 bytes, so that neighbouring lanes do not
-// meet in a bank. Planes begin 64 bytes past a multiple of 128 from each other, which does the same for neighbouring
-// numbers.
+// meet in a bank. Planes begin 64 bytes past a multiple of 128 from each other, so that neighbouring numbers do not
+// meet in a bank either.
 template <class R, int kWidth>
 struct Planes {
   static constexpr int kPart = kWidth < gpu::kVectorWidth<R> ? kWidth : gpu::kVectorWidth<R>;
@@ -77,7 +77,7 @@ struct Planes {
 
   MEGALODON_INLINE static constexpr int plane(int vectors) { return ((vectors + 7) / 8 * 8 + 4) * kPart; }
   MEGALODON_INLINE static constexpr int size(int vectors) { return plane(vectors) * (kWidth / kPart); }
-  // The most vectors whose planes take no more than so many numbers.
+  // The most vectors whose planes take at most `numbers` numbers.
   static constexpr int64_t most_vectors(int64_t numbers) { return (numbers / kWidth - 4) / 8 * 8; }
   GPU_INLINE R& at(int vector, int i) const {
     return data[i / kPart * plane(vectors) + vector * kPart + i % kPart];
@@ -102,7 +102,7 @@ struct Planes {
   }
 };
 
-// q, each thread's sums, and the scores.
+// The bytes of q, of each thread's sums, and of the scores.
 template <class R, int kWidth>
 inline size_t step_shared_bytes(const ChunkedAttentionParams& p, const StepPlan& plan) {
   using Vectors = Planes<R, kWidth>;
@@ -110,7 +110,7 @@ inline size_t step_shared_bytes(const ChunkedAttentionParams& p, const StepPlan&
   return static_cast<size_t>(Vectors::size(vectors) + Vectors::size(kStepThreads) + plan.span) * sizeof(R);
 }
 
-// Refuses queries that leave no room for the rest.
+// Refuses queries that leave no room for the sums and the scores.
 template <class R, int kWidth>
 inline void check_step(const ChunkedAttentionParams& p, const StepPlan& plan) {
   using Vectors = Planes<R, kWidth>;

@@ -1,6 +1,6 @@
 // cp.async: copies from global to shared memory that go on while the thread computes.
 //
-// A thread sees its own copies after cp_async_commit and cp_async_wait; other threads after a barrier that follows.
+// A thread sees its own copies after cp_async_commit and cp_async_wait; others see them after a barrier that follows.
 #pragma once
 
 #include "portable.cuh"

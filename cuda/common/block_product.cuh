@@ -9,9 +9,9 @@
 // the threads with slot() = 0 .. kSlots - 1.
 //
 // load() fills a slab, for the caller to commit and wait for: row r is the first `valid` elements from row_of(r) on, in
-// global memory, then zeros; zeros alone where that is null. row_of.anywhere() is an aligned address in global memory.
-// multiply() leaves out what lies beyond `depth`, `rows` and `columns`, as far as that is cheap. store() writes the
-// columns [0, valid) of row r of D to row_of(r), unless that is null.
+// global memory, then zeros; zeros alone where row_of(r) is null. row_of.anywhere() is an aligned address in global
+// memory. multiply() leaves out terms beyond `depth` and elements beyond `rows` and `columns` where leaving them out is
+// cheap. store() writes the columns [0, valid) of row r of D to row_of(r), unless row_of(r) is null.
 // pipeline() runs load and multiply over all slabs, kStages - 1 of them in flight.
 #pragma once
 
@@ -26,7 +26,7 @@ struct TensorProduct {
   static constexpr bool kVectors = kVectors_;
   static constexpr int kThreads = 256, kEdge = 128, kDepth = 64, kMicro = 8, kSlots = 16;
   static constexpr int kSlab = kEdge * kDepth;            // elements
-  static constexpr int kWarpRows = 64, kWarpColumns = 32;  // of D; the warps stand 2 x 4
+  static constexpr int kWarpRows = 64, kWarpColumns = 32;  // a warp's part of D; the warps stand 2 x 4
   static_assert(kThreads / kWarp == kEdge / kWarpRows * (kEdge / kWarpColumns));
 
   struct Sum {
@@ -54,7 +54,7 @@ struct TensorProduct {
     return static_cast<int>(threadIdx.x / kWarp % 4) * 4 + lane() % 4;
   }
 
-  // kWhole: these rows are vectors, even if others are not.
+  // kWhole: the rows that row_of gives consist of 16-byte vectors, even where kVectors is false.
   template <bool kByDepth, bool kWhole = kVectors, class RowOf>
   GPU_INLINE static void load(T* slab, int64_t valid, RowOf&& row_of) {
     constexpr int rows = kByDepth ? kDepth : kEdge, width = kByDepth ? kEdge : kDepth, units = width / Tile<T>::kUnit;
@@ -68,7 +68,7 @@ struct TensorProduct {
       const int first = static_cast<int>(threadIdx.x / units), column = threadIdx.x % units * Tile<T>::kUnit;
       const bool inside = column < valid;
       T* const to = tile.unit(first, column);
-      _Pragma("unroll 2")  // as with the steps of multiply()
+      _Pragma("unroll 2")  // more rows at once take more registers, as more steps of multiply() do
       for (int r = 0; r < rows; r += step) {
         const T* from = row_of(first + r);
         const bool live = from && inside;
@@ -133,8 +133,8 @@ struct TensorProduct {
   }
 
  private:
-  // Where the unit from (row, column) on lies in a slab. 16 rows further on, units are in the same order; 16, 32 or 48
-  // columns further on in the same 64, those bits of the place are flipped.
+  // Where the unit from (row, column) on lies in a slab. Rows that are 16 apart have their units in one order; the unit
+  // from (row, column ^ 16 j) on, j < 4, lies at this place ^ 16 j.
   GPU_INLINE static int place(const T* slab, int width, int row, int column) {
     return static_cast<int>(Tile<T>(const_cast<T*>(slab), width).unit(row, column) - slab);
   }
@@ -237,9 +237,9 @@ struct PlainProduct {
   }
 };
 
-// load(i, s) brings slab i into stage s of the ring, use(i, s) takes it from there. All threads of the block call it.
-// kStagger: half of the warps load after they use, so that addresses are computed while the tensor cores work, even if
-// a multiprocessor has one block.
+// load(i, s) brings slab i into stage s of the ring, use(i, s) reads slab i there. All threads of the block call
+// pipeline(). kStagger: half of the warps load after they use, so that addresses are computed while the tensor cores
+// work, even if a multiprocessor has one block.
 template <int kStages, bool kStagger, class Load, class Use>
 GPU_INLINE void pipeline(int slabs, Load&& load, Use&& use) {
   const auto load_if = [&](int slab, int stage) {
@@ -248,7 +248,7 @@ GPU_INLINE void pipeline(int slabs, Load&& load, Use&& use) {
   };
   for (int i = 0; i < kStages - 1; ++i) load_if(i, i);
   const bool late = kStagger && threadIdx.x >= blockDim.x / 2;
-  int stage = 0, free = kStages - 1;  // the stage in use, and the one that was last
+  int stage = 0, free = kStages - 1;  // the stage in use, and the stage to load into
   for (int i = 0; i < slabs; ++i) {
     cp_async_wait<kStages - 2>();
     __syncthreads();

@@ -1,4 +1,4 @@
-// Conversions between element types and the type that a kernel computes in. All round to nearest, ties to even.
+// Conversions between element types and the type that a kernel computes in. All but to_tf32 round ties to even.
 #pragma once
 
 #include "portable.cuh"
@@ -70,7 +70,7 @@ template <> GPU_INLINE fp16 from_real<fp16>(float x) {
 #endif
 }
 
-// Two 16-bit values in a register, `low` in the lower half, which is also the one at the lower address.
+// Two 16-bit values in a register, `low` in the lower half, which has the lower address in memory.
 template <class T> GPU_INLINE uint32_t pack2(float low, float high);
 template <> GPU_INLINE uint32_t pack2<bf16>(float low, float high) {
 #if GPU_EMULATED

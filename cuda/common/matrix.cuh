@@ -44,7 +44,8 @@ GPU_INLINE void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
 }
 
 // Loads kCount = 1, 2 or 4 matrices of 8 x 8 16-bit elements. Lane 8 m + j gives the address of row j of matrix m, a
-// multiple of 16; lanes from 8 kCount on give any. r[m] of lane l becomes elements 2 (l % 4) and the next of row l / 4.
+// multiple of 16; lanes from 8 kCount on give any address. r[m] of lane l becomes elements 2 (l % 4) and the next of
+// row l / 4 of matrix m.
 template <int kCount>
 GPU_INLINE void ldmatrix(uint32_t (&r)[kCount], const void* row) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);
@@ -63,7 +64,8 @@ GPU_INLINE void ldmatrix(uint32_t (&r)[kCount], const void* row) {
 #endif
 }
 
-// The same, transposed: r[m] of lane l becomes the elements l / 4 of the rows 2 (l % 4) and the next.
+// Loads matrices as ldmatrix does, each transposed: r[m] of lane l becomes the elements l / 4 of the rows 2 (l % 4) and
+// the next of matrix m.
 template <int kCount>
 GPU_INLINE void ldmatrix_trans(uint32_t (&r)[kCount], const void* row) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);
@@ -82,9 +84,9 @@ GPU_INLINE void ldmatrix_trans(uint32_t (&r)[kCount], const void* row) {
 #endif
 }
 
-// Whether the registers of each lane hold the elements of A that the table above names for T = bf16, fp16 or float
-// (tf32, rounded or not): element(row, column) points to that of the 16 x 16 or 16 x 8 matrix, or is null where it is
-// zero. The emulator reports a wrong fragment at the caller's line; for nvcc there is nothing to do.
+// Checks that the registers of each lane hold the elements of A that the table above names for T = bf16, fp16 or float
+// (tf32, rounded or not). element(row, column) points to an element of the 16 x 16 or 16 x 8 matrix, or is null where
+// the element is zero. The emulator reports a wrong fragment at the caller's line; under nvcc check_a does nothing.
 template <class T, class Element>
 GPU_INLINE void check_a([[maybe_unused]] const uint32_t (&a)[4], [[maybe_unused]] const Element& element) {
 #if GPU_EMULATED
@@ -92,7 +94,7 @@ GPU_INLINE void check_a([[maybe_unused]] const uint32_t (&a)[4], [[maybe_unused]
 #endif
 }
 
-// The same for B, 16 x 8 or 8 x 8.
+// Checks a fragment of B, 16 x 8 or 8 x 8, as check_a checks one of A.
 template <class T, class Element>
 GPU_INLINE void check_b([[maybe_unused]] const uint32_t (&b)[2], [[maybe_unused]] const Element& element) {
 #if GPU_EMULATED

@@ -4,11 +4,13 @@
 //   SMEM_DYN(T, name)          T* name: the launch's dynamic shared memory, one array a kernel
 //   LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)    launches and checks; throws std::runtime_error.
 //                              A kernel with commas in its template arguments goes in parentheses.
-//   LAUNCH_SIZE(name, chosen)  how large a launcher makes what `name` says: `chosen`, or what a test of the emulator set
+//   LAUNCH_SIZE(name, chosen)  how large a launcher makes what `name` says: `chosen`, or what an emulator test set
 //   GPU_INLINE                 a device function
 //   GPU_UNROLL                 unrolls the loop that follows
-//   gpu::max_shared_bytes()    of a block on the current device; gpu::refuse(message) throws a launcher's ValueError
-//   gpu::ld<V>, gpu::st<V>     one access of a V of up to 16 bytes in global memory; ld_shared, st_shared in shared
+//   gpu::max_shared_bytes()    shared memory that a block may use on the current device
+//   gpu::refuse(message)       throws a launcher's ValueError
+//   gpu::ld<V>, gpu::st<V>     one access of a V of up to 16 bytes in global memory
+//   gpu::ld_shared, st_shared  one access of a V in shared memory
 //   GPU_EMULATED               1 in the emulator, else 0; for this folder alone
 //
 // threadIdx, __syncthreads, __syncwarp, __shfl_*_sync, __ballot_sync, __any_sync, __all_sync and <cmath> are used as in
@@ -172,7 +174,7 @@ GPU_INLINE void st(void* to, const V& v) {
 #endif
 }
 
-// The same in shared memory.
+// One access of a whole V of 2, 4, 8 or 16 bytes, aligned to its size, in shared memory.
 template <class V>
 GPU_INLINE V ld_shared(const void* from) {
   static_assert(detail::kOneAccess<V>);

@@ -1,5 +1,5 @@
-// A token's sequence, and the position of a sequence's state, looked up inside a kernel. Both are safe whatever a caller's
-// tensors hold: see cpp/common/sequences.h.
+// A token's sequence, and the position of a sequence's state, looked up inside a kernel. Both look-ups are safe
+// whatever a caller's tensors hold: see cpp/common/sequences.h.
 #pragma once
 
 #include "portable.cuh"
@@ -23,8 +23,8 @@ GPU_INLINE int64_t find_sequence(const megalodon::Sequences& sequences, int64_t 
   return s < sequences.count && sequences.begin(s) <= token && token < sequences.end(s) ? s : -1;
 }
 
-// The position (S) of sequence s in its chunk, 0 without a state, or -1 if what the state holds is not in [0, chunk_size):
-// the sequence's tokens then count as padding.
+// The position of sequence s in its chunk: 0 without a state, or -1 if position[s] is not in [0, chunk_size), where the
+// sequence's tokens count as padding.
 GPU_INLINE int64_t find_position(const int64_t* position, int64_t s, int64_t chunk_size) {
   const int64_t found = position ? position[s] : 0;
   return found >= 0 && found < chunk_size ? found : -1;

@@ -1,8 +1,9 @@
-// How much shared memory a kernel may take. For nvcc alone: portable.cuh includes this.
+// How much shared memory a kernel may take. portable.cuh includes this file, for nvcc alone.
 //
-// A block has at most 48 KiB, static and dynamic together, unless its kernel was allowed more. Each kernel is allowed all
-// that a device has, by the first launch there that needs dynamic memory, and the limit stays. Set before every launch, a
-// limit would undo what another thread has set for its own, and cudaFuncSetAttribute may wait for copies under way.
+// A block has at most 48 KiB, static and dynamic together, unless its kernel was allowed more. A kernel's first launch
+// with dynamic memory on a device allows the kernel all that the device has, and the limit stays. A limit set
+// before every launch would undo what another thread has set for its launch, and cudaFuncSetAttribute may wait for
+// copies under way.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,8 +29,8 @@ inline size_t max_shared_bytes() {
   return static_cast<size_t>(bytes);
 }
 
-// Allows `kernel` all the shared memory of the current device, if no thread has done so before. What fails, the next
-// launch tries again.
+// Allows `kernel` all the shared memory of the current device, if no thread has done so before. After a failure,
+// the next launch tries again.
 inline void allow_shared_memory(const void* kernel, const char* name) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;  // kernels and devices

@@ -2,7 +2,7 @@
 //
 // A tile is cut into units of 8 elements, 16 bytes. Unit u of row r lies in the place of unit u ^ (r % 8), so that 8
 // neighbouring units of a row, and one unit of 8 neighbouring rows, lie in different banks: neither copies nor ldmatrix
-// have bank conflicts. Kernels name elements by (row, column) and never see this.
+// have bank conflicts. Kernels name elements by (row, column) and never see the places.
 //
 // Fragments, each loaded by a whole warp (matrix.cuh says who holds what):
 //   load_a       A (16 x 16)       A[i][k] = tile[row + i][column + k]
@@ -25,15 +25,15 @@ class Tile {
   static_assert(sizeof(T) == 2);
 
  public:
-  static constexpr int kUnit = 8, kBlock = 64;  // elements; units keep to their block
+  static constexpr int kUnit = 8, kBlock = 64;  // elements; a unit's place is in its block
 
-  // Elements from row to row of a tile whose rows have `width`.
+  // Elements from row to row of a tile whose rows have `width` elements.
   MEGALODON_INLINE static constexpr int pitch(int width) { return (width + kBlock - 1) / kBlock * kBlock; }
 
-  // rows * pitch(width) elements from `data` on, a multiple of 128 bytes.
+  // The tile takes rows * pitch(width) elements from `data` on, an address that is a multiple of 128.
   GPU_INLINE Tile(T* data, int width) : data_(data), pitch_(pitch(width)) {}
 
-  // Where the 8 elements from `column` on lie.
+  // Where the 8 elements of `row` from `column` on lie.
   GPU_INLINE T* unit(int row, int column) const {
     const unsigned r = static_cast<unsigned>(row), u = static_cast<unsigned>(column) / kUnit;
     return data_ + row * pitch_ + u / 8 * kBlock + (u % 8 ^ r % 8) * kUnit;
@@ -42,7 +42,7 @@ class Tile {
   // Where one element lies.
   GPU_INLINE const T* at(int row, int column) const { return unit(row, column) + column % kUnit; }
 
-  // The tile from `column` on, a multiple of kBlock.
+  // The tile's columns from `column` on, a multiple of kBlock.
   GPU_INLINE Tile from(int column) const {
     Tile tile = *this;
     tile.data_ += column;
@@ -50,12 +50,13 @@ class Tile {
   }
 
   // Fills the rows [0, rows) with the elements [0, valid) of the rows of global memory that row_of(r) points to, and
-  // the columns from there to `width`, a multiple of 8, with zeros; rows whose pointer is null with zeros altogether.
-  // All threads of the block call it. kWhole: by cp.async, for the caller to commit and wait for; `valid` is a multiple
-  // of 8 and the pointers of 16 bytes. Else element by element, done on return. A barrier makes it known to others.
+  // the columns [valid, width) with zeros, `width` a multiple of 8; a row whose pointer is null gets zeros alone. All
+  // threads of the block call load(). kWhole: load() uses cp.async, for the caller to commit and wait for; `valid` is a
+  // multiple of 8 and the pointers are multiples of 16 bytes. Else load() copies element by element and is done on
+  // return. Other threads see the tile after a barrier.
   template <bool kWhole, class RowOf>
   GPU_INLINE void load(int rows, int width, int valid, RowOf&& row_of) const {
-    // 8 threads share a row, each every 8th unit.
+    // 8 threads share a row, each takes every 8th unit.
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
     const int first = thread % 8 * kUnit;
     for (int row = thread / 8; row < rows; row += threads / 8) {

@@ -10,11 +10,11 @@ struct alignas(n * sizeof(T)) Pack {
   T element[n];
 };
 
-// The elements of T in a 128-bit access.
+// How many elements of T a 128-bit access holds.
 template <class T> constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 
-// n elements of global memory from `from` on. kWhole: in one access of n * sizeof(T) <= 16 bytes at a multiple of
-// that; else one by one.
+// Loads n elements of global memory from `from` on. kWhole: in one access of n * sizeof(T) <= 16 bytes, at an address
+// that is a multiple of its size; else one by one.
 template <bool kWhole = true, class T, int n>
 GPU_INLINE void load(Compute<T> (&to)[n], const T* from) {
   if constexpr (kWhole) {
@@ -40,7 +40,7 @@ GPU_INLINE void store(T* to, const Compute<T> (&from)[n]) {
   }
 }
 
-// The same, whole, in shared memory.
+// Loads n elements of shared memory in one access of n * sizeof(T) <= 16 bytes; store_shared stores them so.
 template <class T, int n>
 GPU_INLINE void load_shared(Compute<T> (&to)[n], const T* from) {
   const Pack<T, n> pack = ld_shared<Pack<T, n>>(from);
@@ -56,7 +56,8 @@ GPU_INLINE void store_shared(T* to, const Compute<T> (&from)[n]) {
   st_shared(to, pack);
 }
 
-// n elements of R in as many 128-bit accesses as it takes, for parameters, which stay in the type of the sums.
+// Loads n elements of R for parameters, which stay in the type of the sums. kWhole: in accesses of up to 128 bits; else
+// one by one.
 template <bool kWhole = true, class R, int n>
 GPU_INLINE void load_wide(R (&to)[n], const R* from) {
   constexpr int width = !kWhole ? 1 : n < kVectorWidth<R> ? n : kVectorWidth<R>;

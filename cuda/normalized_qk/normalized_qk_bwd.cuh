@@ -6,21 +6,21 @@
 // z, dq, dk, dz (T, H, K) of type T; gamma, dgamma, dbeta (2, H, K), rotary (rows, K / 2, 2) of type R, float or
 // double.
 //
-// Grid: a block takes one head of a part, some neighbouring tokens: at most kMaxParts parts, of kLeastTokens or more.
+// Grid: a block takes one head of a part, kLeastTokens or more neighbouring tokens; at most kMaxParts parts.
 //   K <= 32 kVectors vectors: a warp takes each kWarps-th token, a lane the vectors lane, lane + 32, ...
 //   larger K:                 a block takes a token, a thread the vectors thread, thread + 256, ...
-// Phases of the first: 1. lanes find the rows of the rotary table of the warp's next kTokens. Then for each token
+// Phases of a warp: 1. lanes find the rows of the rotary table of the warp's next kTokens. Then for each token
 //   2. e, dzn, and by shuffles the sums of z^2 and of dzn z; 3. dz, and the lane's sums of e and e zn, in registers;
 //   the next token's vectors are on their way meanwhile. 4. The warps' sums are added in order: the part's share.
-// Phases of the second, for kTokens tokens: 1. as above; 2. the two sums of each token; 3. the vectors again, now from
-//   L1 or L2, one after the other: dz, and the sums over these tokens, which the thread adds to its part's share.
+// Phases of a block, for kTokens tokens: 1. lanes find the tokens' rows; 2. the two sums of each token; 3. the vectors
+//   again, from L1 or L2: dz, and sums of e and e zn over these tokens, which the thread adds to its part's share.
 // Then gpu::sum_shares adds the parts' shares in order.
 //
 // Shared memory: 9 KB. Registers: at most 128, two blocks an SM (f64: 150, one block); no spills.
 // Bytes: z, dq, dk and dz once, which is the minimum; the shares, 16 K bytes a part and head, written and read once: 3%
 // each in bf16 where parts have 64 tokens or more; the table from L2.
 // H100, (B 8, L 2048, H 1, K 256) bf16: 33.6 MB + 2.1 MB of table + 2.1 MB of shares, 11.3 us at 3.35 TB/s.
-// Example: that shape gives 256 parts of 64 tokens, 8 a warp; fp32: lane l has channels 4 l .. 4 l + 3 and 128 on.
+// Example: T 16384, H 1, K 256: 256 parts of 64 tokens, 8 a warp; fp32: lane l has channels 4 l .. 4 l + 3 and 128 on.
 #pragma once
 
 #include "normalized_qk.cuh"
@@ -39,7 +39,7 @@ constexpr int64_t kMaxParts = 256;
 constexpr int64_t kLeastTokens = 16;  // of a part
 
 struct Parts {
-  int64_t tokens, count;  // tokens of each, number
+  int64_t tokens, count;  // tokens of a part, number of parts
 };
 
 inline Parts make_parts(const NormalizedQkBwdParams& p) {
@@ -114,7 +114,7 @@ GPU_INLINE void unpack(Vectors<R, n>& in, const Packed<T, n>& packed, const Norm
   }
 }
 
-// Of a head: the sums of z^2 and of sqrt(K) dzn z.
+// The sums of z^2 and of sqrt(K) dzn z over a head.
 template <class R>
 struct Sums {
   template <int n>
@@ -128,13 +128,13 @@ struct Sums {
   R squares = 0, products = 0;
 };
 
-// What they come to.
+// What a head's Sums come to.
 template <class R>
 struct Scales {
-  R r, projection;  // the latter is sqrt(K) mean(dzn zn)
+  R r, projection;  // projection = sqrt(K) mean(dzn zn)
 };
 
-// again(scale) gives the sum of squares of z times scale; all threads that share the sums call it.
+// again(scale) gives the sum of squares of z times scale; all threads that share the sums call make_scales.
 template <class R, class Again>
 GPU_INLINE Scales<R> make_scales(const NormalizedQkBwdParams& p, const Sums<R>& sums, Again&& again) {
   const R size = static_cast<R>(p.key_dim), mean = sums.squares / size + static_cast<R>(p.eps);
@@ -157,7 +157,7 @@ GPU_INLINE void store_zeros(const NormalizedQkBwdParams& p, int64_t at) {
   gpu::store<kWhole>(static_cast<T*>(p.dz) + at, zeros);
 }
 
-// Of e_0, e_1, e_0 zn, e_1 zn.
+// Adds a token's e_0, e_1, e_0 zn, e_1 zn to `share`.
 template <class R, int n>
 GPU_INLINE void add_to_share(R (&share)[4][n], const Vectors<R, n>& in, R r) {
   GPU_UNROLL
@@ -171,7 +171,7 @@ GPU_INLINE void add_to_share(R (&share)[4][n], const Vectors<R, n>& in, R r) {
   }
 }
 
-// A token a warp, kVectors vectors a lane.
+// A warp takes a token, a lane kVectors vectors of it.
 template <class T, int kWidth, int kVectors, bool kWhole>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     normalized_qk_bwd_warp_kernel(NormalizedQkBwdParams p, Parts parts) {
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   }
 }
 
-// A token a block, any K.
+// A block takes a token of any K.
 template <class T, int kWidth, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2) normalized_qk_bwd_block_kernel(NormalizedQkBwdParams p, Parts parts) {
   using R = Compute<T>;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalized_qk_bwd_block_kernel(No
         }
         return gpu::block_sum(squares);
       });
-      if (threadIdx.x > 0) continue;  // block_sum's barriers have kept it from scales that others still read
+      if (threadIdx.x > 0) continue;  // block_sum's barriers keep thread 0 from scales that others still read
       scale[2 * i] = scales.r;
       scale[2 * i + 1] = scales.projection;
     }

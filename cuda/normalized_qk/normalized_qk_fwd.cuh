@@ -10,8 +10,8 @@
 // Phases: 1. lane i finds the row of the rotary table of the item's token i. Then for each token
 //         2. the sum of squares over z's head, by shuffles (and for a block's item through shared memory);
 //         3. scale, shift, rotate and store q and k.
-// A lane keeps its vector's gains and shifts in registers for all tokens of an item; a block's item reads them, and z,
-// again from the cache. The vectors are 16 bytes where alignment and K allow it, else pairs, element by element.
+// A lane keeps its vector's gains and shifts in registers for all tokens of an item; a block's item reads gains, shifts
+// and z again from the cache. The vectors are 16 bytes where alignment and K allow it, else pairs, element by element.
 //
 // Shared memory: none; 128 bytes for a block's item. Registers: at most 80 (sm_80 to sm_120), no spills.
 // Bytes: z once, q and k once, which is the minimum; gamma and beta, 16 K / kTokens bytes a row, and the table from L2.
@@ -74,7 +74,7 @@ GPU_INLINE void store_zeros(const NormalizedQkFwdParams& p, int64_t at) {
   gpu::store<kWhole>(static_cast<T*>(p.k) + at, zeros);
 }
 
-// An item a warp, a vector a lane.
+// A warp takes an item, a lane a vector.
 template <class T, int kWidth, bool kWhole>
 __global__ void __launch_bounds__(kWarpsPerBlock* gpu::kWarp) normalized_qk_fwd_warp_kernel(NormalizedQkFwdParams p) {
   using R = Compute<T>;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* gpu::kWarp) normalized_qk_fwd_
     const R mean = gpu::warp_sum(squares) / static_cast<R>(p.key_dim) + static_cast<R>(p.eps);
     const R scale = square_scale(mean);
     R r = rsqrt(mean);
-    if (scale != 1) {  // of the whole warp
+    if (scale != 1) {  // the whole warp has one scale
       squares = 0;
       add_squares(squares, z, scale);
       r = inverse_rms(p, gpu::warp_sum(squares), scale);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* gpu::kWarp) normalized_qk_fwd_
   }
 }
 
-// An item a block, any K.
+// A block takes an item of any K.
 template <class T, int kWidth, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads) normalized_qk_fwd_block_kernel(NormalizedQkFwdParams p) {
   using R = Compute<T>;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kMaxThreads) normalized_qk_fwd_block_kernel(No
     const R mean = gpu::block_sum(squares) / static_cast<R>(p.key_dim) + static_cast<R>(p.eps);
     const R scale = square_scale(mean);
     R r = rsqrt(mean);
-    if (scale != 1) {  // of the whole block
+    if (scale != 1) {  // the whole block has one scale
       squares = 0;
       for (int64_t e = start; row >= 0 && e < p.key_dim; e += step) {
         gpu::load<kWhole>(z, from + e);

@@ -51,16 +51,16 @@ struct Place {
         exists(slice_group + in_slice < p.groups), group(exists ? slice_group + in_slice : p.groups - 1) {}
 
   GPU_INLINE int64_t token(int r) const { return first + warp * kRows + r; }            // of the warp's row r
-  GPU_INLINE int64_t readable_token(int r) const { return start + (r < rows ? r : 0); }  // the same, or another below T
+  GPU_INLINE int64_t readable_token(int r) const { return start + (r < rows ? r : 0); }  // token(r), or another below T
 
   int warp, lane, lanes;
-  int vector;           // the first of the lane's, in its group
+  int vector;           // the lane's first vector, in its group
   int in_slice;         // the group, counted from slice_group
   int64_t tile, first;  // the tile and its first token
   int64_t start;        // the warp's first token, or T - 1
-  int rows;             // of the warp's, those below T; none if not positive
+  int rows;             // the warp's rows below T; none if not positive
   int64_t slice_group;
-  bool exists;          // else the group is another lane's
+  bool exists;          // whether the lane's group exists; else `group` is another lane's
   int64_t group;
 };
 
@@ -109,12 +109,12 @@ struct Moments {
   Pair<R> mean, var;
 };
 
-// Where the residual (S, 2, G) holds that of the mean; that of var follows p.groups later.
+// Where `residual` (S, 2, G) holds the mean's residual; the variance's residual follows p.groups later.
 GPU_INLINE int64_t residual_at(const TimestepNormParams& p, int64_t s, int64_t group) {
   return 2 * s * p.groups + group;
 }
 
-// The state that sequence s starts from; zeros if it is fresh.
+// The state that sequence s starts from; zeros if the sequence is fresh.
 template <class R>
 GPU_INLINE Moments<R> initial_moments(const TimestepNormParams& p, int64_t s, int64_t group) {
   Moments<R> state = {};
@@ -131,9 +131,9 @@ GPU_INLINE Moments<R> initial_moments(const TimestepNormParams& p, int64_t s, in
 template <class R>
 struct Rows {
   int64_t* sequence;  // -1: padding
-  int* step;          // of the sequence's steps, those before this row, at most kTile; -1: padding
-  int* left;          // those after it, likewise
-  R* share;           // 1 / steps seen, this one included
+  int* step;          // steps of the sequence before this row, at most kTile; -1: padding
+  int* left;          // steps of the sequence after this row, at most kTile; -1: padding
+  R* share;           // 1 / steps seen, this row's included
 };
 
 template <class R>
@@ -145,7 +145,7 @@ GPU_INLINE Rows<R> make_rows() {
   return {sequence, step, left, share};
 }
 
-// Thread i looks up row i, and returns the steps that the row's sequence has seen after it. A barrier must follow.
+// Thread i looks up row i, and returns the steps that the sequence has seen, the row's included. A barrier must follow.
 template <class R>
 GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int64_t first) {
   const int i = threadIdx.x;
@@ -159,9 +159,9 @@ GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int
   return seen;
 }
 
-// Two numbers a tile and group in the workspace, first of the tile alone, then of all that comes before it in the
-// order of the scan; and `steps`: those seen, or kContinues where one sequence fills the tile and enters it from
-// outside.
+// Two numbers a tile and group in the workspace: of the tile alone until the scan, then of all that comes before the
+// tile in the order of the scan. `steps`: the steps that the tile's last sequence has seen (backward: 0), or kContinues
+// where one sequence fills the tile and enters it from outside.
 constexpr int64_t kContinues = -1;
 struct Carries {
   double *first, *second;  // (tiles, G)
@@ -173,8 +173,9 @@ struct Carries {
 inline int64_t carries_bytes(int64_t tiles, int64_t groups) { return tiles * (2 * groups * 8 + 8); }
 
 // An exclusive scan along tiles. A block has kCarryGroups neighbouring groups, a thread a chunk of one group's tiles:
-// 1. it folds them; 2. the threads scan their sums; 3. it walks its chunk again and stores what comes before each tile.
-// Source: load(i, group) gives an Element, store(i, group, element); combine(before, after) makes one of two.
+// 1. a thread folds its chunk; 2. the threads scan their sums; 3. a thread walks its chunk again and stores what comes
+// before each tile. Source: load(i, group) gives an Element, store(i, group, element) takes one; combine(before, after)
+// makes one Element of two.
 constexpr int kCarryGroups = 4;  // a sector of doubles
 constexpr int kCarryThreads = 512;
 
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kCarryThreads)
   if (group >= groups || begin >= end) return;
   Element own = source.load(begin, group);
   for (int64_t i = begin; i < end; ++i) {
-    const Element next = i + 1 < end ? source.load(i + 1, group) : Element{};  // on its way before the store
+    const Element next = i + 1 < end ? source.load(i + 1, group) : Element{};  // loads go out before the store
     source.store(i, group, sum);
     sum = combine(sum, own);
     own = next;
@@ -217,7 +218,7 @@ void launch_carry(const Source& source, int64_t tiles, int64_t groups, void* str
          source, tiles, groups);
 }
 
-// Whether this thread passes on what its group's warps have, group threadIdx.x of the slice.
+// Whether this thread merges what the warps have of group threadIdx.x of the slice.
 GPU_INLINE bool merges(const TimestepNormParams& p, const Layout& layout, const Place& place) {
   return static_cast<int>(threadIdx.x) < gpu::kWarp >> layout.log_lanes && place.slice_group + threadIdx.x < p.groups;
 }

@@ -6,7 +6,7 @@
 //
 // The sum is linear in x_t: u + 2 v (x_t - m) about any pivot m, which moves to m' by u' = u + 2 v (m' - m). So sums of
 // neighbouring spans add up, once they have one pivot. The gradient of the end state joins with a = dmean / n,
-// b = dvar / n, and that of the first state is n u, n v about its mean.
+// b = dvar / n, and the gradient of the first state is n u, n v about the first state's mean.
 //
 // x, dy, dx (T, D) of type T; weight, dweight, dbias (D), stats (3, T, G), states (S, G) of type R, float or double.
 //
@@ -25,8 +25,8 @@
 // Shared memory: 8 KB in sums, 10 KB in bwd, 16 KB in the carry kernel. Registers: at most 128, two blocks an SM
 // (sums for f64, and where a lane loops over vectors: 210, one block); no spills.
 // Bytes: the minimum is x, dy and dx once and stats once. x, dy and stats are read again by timestep_norm_bwd, from L2
-// where that holds them. u and v, written and read: 16 bytes a token and group, 8% of x, dy and dx for F = 32 in bf16,
-// 4% in fp32. Shares: 2% of them or less, written and read. Gains come from L1 for 7 of 8 warps.
+// where L2 holds them. u and v, written and read: 16 bytes a token and group, 8% of x, dy and dx for F = 32 in bf16,
+// 4% in fp32. Shares: 2% of x, dy, dx or less, written and read. Gains come from L1 for 7 of 8 warps.
 // H100, (B 8, L 2048, D 1024, G 32) bf16: 101 + 6.3 MB, 32 us at 3.35 TB/s; 55 us if all is read twice from memory.
 // Example: T = 100 in one sequence: tile 1 has rows 64 .. 99, whose sums enter tile 0, about the mean of row 64.
 #pragma once
@@ -136,7 +136,7 @@ GPU_INLINE void store_rows(R* to, const R (&value)[kRows]) {
   }
 }
 
-// u + 2 v (x - pivot)
+// The sum u + 2 v (x - pivot) over a span of steps.
 struct Sums {
   double u, v, pivot;
   bool closed;  // by the end of a sequence, so that nothing later counts
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
   const Rows<R> rows = make_rows<R>();
   look_up(rows, p, place.first);
   Pair<R> mean[kRows];
-  R u[kRows], v[kRows];
+  R u[kRows], v[kRows];  // db and ds until the walk from the last row
   GPU_UNROLL
   for (int r = 0; r < kRows; ++r) mean[r] = mean_after<R>(p, place.readable_token(r), place.group);
   sum_rows<T, kWidth, kOne>(p, layout, place, mean, u, v);
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
   store_rows(local + p.groups * kTile, v);
 }
 
-// Tiles from the last to the first.
+// What timestep_norm_carry scans: tiles from the last to the first.
 template <class R>
 struct SumsSource {
   using Element = Sums;
@@ -336,14 +336,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A thread a sequence without steps, or without channels, and group.
+// A thread takes a group of a sequence without steps, or without channels.
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_bwd_empty_kernel(TimestepNormBwdParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= p.sequences.count * p.groups || (p.channels > 0 && p.sequences.length(i / p.groups) > 0)) return;
   const bool fresh = initial_count(p, i / p.groups) == 0;
   const R *dmean = static_cast<const R*>(p.dmean_out), *dvar = static_cast<const R*>(p.dvar_out);
-  const R rest = p.sequences.length(i / p.groups) > 0 ? NAN : 0;  // of statistics of no channels
+  const R rest = p.sequences.length(i / p.groups) > 0 ? NAN : 0;  // statistics of no channels are NaN
   if (p.dmean) static_cast<R*>(p.dmean)[i] = fresh ? 0 : dmean ? dmean[i] + rest : rest;
   if (p.dvar) static_cast<R*>(p.dvar)[i] = fresh ? 0 : dvar ? dvar[i] + rest : rest;
 }

@@ -8,7 +8,7 @@
 //
 // Grid: a block a tile and slice of the channels, neighbouring blocks neighbouring slices: see timestep_norm.cuh.
 // Launches: timestep_norm_fwd_moments, phases 1 to 3 without a carry, which leaves each tile's moments;
-//   timestep_norm_carry, which scans them; timestep_norm_fwd, all phases, the last tiles first, as L2 still holds
+//   timestep_norm_carry, which scans the moments; timestep_norm_fwd, all phases, last tiles first, as L2 still holds
 //   those. The first two are left out where no sequence passes from a tile to the next: a step of decoding is one
 //   launch. timestep_norm_fwd_empty copies the states of sequences without steps, where there may be some.
 // Phases: 1. a warp reduces its rows, F channels to gm and gv, by sums of differences from the group's first channel
@@ -19,11 +19,11 @@
 //            pair, so that R serves: errors are relative to the changes, and states do not drift;
 //         5. y.
 // If F is no whole number of vectors, or a tensor is misaligned, a lane's vectors have one element; there, and where a
-// group has more vectors than the warp lanes, phases 1 and 5 read x again, mostly from L1.
+// group has more vectors than a warp has lanes, phases 1 and 5 read x again, mostly from L1.
 //
 // Shared memory: 6 KB; 16 KB in the carry kernel. Registers: at most 128, so two blocks an SM; no spills (but 12 bytes
 // for fp16 on sm_80).
-// Bytes: the minimum is x and y once and stats once; x is read again in timestep_norm_fwd, from L2 where that holds it.
+// Bytes: the minimum is x and y once and stats once; x is read again in timestep_norm_fwd, from L2 where L2 holds x.
 // Carries: 16 bytes a tile and group, written and read twice: 1% of x for F = 32 in bf16. Gains and shifts come from L1
 // for 7 of 8 warps.
 // H100, (B 8, L 2048, D 1024, G 32) bf16: 67 + 6.3 MB, 22 us at 3.35 TB/s, 32 us if x comes from memory twice.
@@ -79,7 +79,7 @@ class RowMoments {
     }
   }
 
-  // f(vector, x) for the lane's vectors of row r.
+  // Calls f(vector, x) for the lane's vectors of row r.
   template <class F>
   GPU_INLINE void for_each_vector_of(int r, F&& f) const {
     R x[kWidth];
@@ -99,7 +99,7 @@ class RowMoments {
   R var[kRows];
 
  private:
-  // f(r, x) for the lane's vectors of all rows.
+  // Calls f(r, x) for the lane's vectors of all rows.
   template <class F>
   GPU_INLINE void for_each_vector(F&& f) const {
     if constexpr (kHeld) {
@@ -123,11 +123,11 @@ class RowMoments {
   Vector held_[kHeld ? kRows : 1];
 };
 
-// Phases 2 and 3 by way of shared memory.
+// What phases 2 and 3 hand on in shared memory.
 template <class R>
 struct Exchange {
   double *mean, *var;  // (kWarps, 32): of a warp's last rows, then what enters the warp
-  double* weight;      // (kWarps): the share of those rows in all that their sequence has seen
+  double* weight;      // (kWarps): the share of a warp's last rows in all that their sequence has seen
 };
 
 template <class R>
@@ -138,11 +138,11 @@ GPU_INLINE Exchange<R> make_exchange() {
   return {mean, var, weight};
 }
 
-// The warp's rows in the sequence of its last row: all of them if step >= kRows, 0 if that is padding.
+// How many of a warp's rows are in the sequence of its last row, which is at `step` there; none if that row is padding.
 GPU_INLINE int rows_of_last(int step) { return step < kRows ? step + 1 : kRows; }
 
 // The thread that looked up a warp's last row weighs the warp's rows. kFromTile: a sequence that enters the tile is
-// counted from there.
+// counted from the tile's first row.
 template <bool kFromTile, class R>
 GPU_INLINE void weigh_rows(const Exchange<R>& exchange, const Rows<R>& rows, int64_t seen) {
   const int row = threadIdx.x;
@@ -172,7 +172,8 @@ GPU_INLINE void merge_rows(const Exchange<R>& exchange, const Rows<R>& rows, con
   exchange.var[at] = var;
 }
 
-// Thread i takes group i of the slice; leaves what enters each warp, and returns what leaves the last in mean and var.
+// Thread i takes group i of the slice and leaves in `exchange` what enters each warp. mean and var are what enters the
+// tile, on return what leaves its last warp.
 template <class R>
 GPU_INLINE void merge_warps(const Exchange<R>& exchange, const Rows<R>& rows, const TimestepNormParams& p,
                             int64_t group, double& mean, double& var) {
@@ -181,7 +182,7 @@ GPU_INLINE void merge_warps(const Exchange<R>& exchange, const Rows<R>& rows, co
     const double own_mean = exchange.mean[at], own_var = exchange.var[at], weight = exchange.weight[warp];
     exchange.mean[at] = mean;
     exchange.var[at] = var;
-    if (step < kRows) {  // what enters the warp ends in it
+    if (step < kRows) {  // what enters the warp ends inside the warp
       const Moments<R> state = step < 0 ? Moments<R>{} : initial_moments<R>(p, rows.sequence[row], group);
       mean = widen(state.mean);
       var = widen(state.var);
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Moments of neighbouring tiles.
 struct Span {
   double steps, mean, var;
-  bool closed;  // began inside
+  bool closed;  // the last sequence began inside
 };
 
 GPU_INLINE Span combine(const Span& before, const Span& after) {
@@ -244,7 +245,7 @@ struct SpanSource {
   }
 };
 
-// After the last step of sequence s.
+// Stores the state after the last step of sequence s.
 template <class R>
 GPU_INLINE void store_state(const TimestepNormFwdParams& p, int64_t s, int64_t group, const Moments<R>& state) {
   const int64_t at = s * p.groups + group;
@@ -297,7 +298,7 @@ GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, c
   }
 }
 
-// All phases.
+// Phases 1 to 5.
 template <class T, int kWidth, bool kHeld>
 __global__ void __launch_bounds__(kThreads, 2)
     timestep_norm_fwd_kernel(TimestepNormFwdParams p, Layout layout, Carries carries) {
@@ -323,7 +324,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int64_t channel = place.group * layout.vectors * kWidth;
   const R *weight = static_cast<const R*>(p.weight) + channel, *bias = static_cast<const R*>(p.bias) + channel;
-  R gain[kWidth] = {}, shift[kWidth] = {};  // of the lane's vector, if it has only one
+  R gain[kWidth] = {}, shift[kWidth] = {};  // of the lane's vector, if the lane has only one
   const auto load_affine = [&](int64_t vector) {
     gpu::load_wide<kWhole>(gain, weight + vector * kWidth);
     gpu::load_wide<kWhole>(shift, bias + vector * kWidth);
@@ -347,14 +348,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A thread a sequence without steps, or without channels, and group.
+// A thread takes a group of a sequence without steps, or without channels.
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_fwd_empty_kernel(TimestepNormFwdParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, count = p.sequences.count * p.groups;
   if (i >= count || !p.count_out || (p.channels > 0 && p.sequences.length(i / p.groups) > 0)) return;
   const int64_t s = i / p.groups, group = i % p.groups;
   Moments<R> state = initial_moments<R>(p, s, group);
-  if (p.sequences.length(s) > 0) state = {{NAN, NAN}, {NAN, NAN}};  // statistics of no channels
+  if (p.sequences.length(s) > 0) state = {{NAN, NAN}, {NAN, NAN}};  // statistics of no channels are NaN
   store_state(p, s, group, state);
 }
 
