@@ -334,7 +334,6 @@ struct Modes {
 
 // Host side.
 
-
 // The grid of a kernel whose threads take `modes` modes of two channels of a tile; y is over `scans` scans.
 struct Grid {
   dim3 blocks;

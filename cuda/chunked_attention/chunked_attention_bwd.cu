@@ -8,7 +8,6 @@ using namespace chunked_attention;
 constexpr int64_t kTileBytes = int64_t{64} << 20;  // a round's tiles may take this in any case
 constexpr int64_t kTensorsPerTiles = 8;            // a round's tiles may take 1/8 of the tensors' bytes: few rounds
 
-
 // Sets all of `plan` and returns the workspace's bytes.
 template <class Product>
 int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {

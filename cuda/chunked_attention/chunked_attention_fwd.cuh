@@ -13,7 +13,6 @@ template <class R>
 constexpr R kInfinity = static_cast<R>(INFINITY);
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-
 // How many slices of `size` elements K or V makes: one, which is empty, without elements, as scores and lse exist.
 MEGALODON_INLINE int64_t count_slices(int64_t width, int size) { return width > 0 ? ceil_div(width, size) : 1; }
 
