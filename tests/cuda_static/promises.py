@@ -44,7 +44,8 @@ PROMISES = (
     Promise(
         r"normalized_qk_fwd_(warp|block)_kernel<\w+, \d, true>", 80, uses=(LOAD_128, STORE_128), avoids=(NOT_STORE_128,)
     ),
-    Promise(r"normalized_qk_fwd_(warp|block)_kernel<\w+, \d, false>", 64),
+    Promise(r"normalized_qk_fwd_(warp|block)_kernel<(bf16|fp16|float), \d, false>", 64),
+    Promise(r"normalized_qk_fwd_(warp|block)_kernel<double, \d, false>", 72),
     Promise(r"normalized_qk_bwd_(warp|block)_kernel<(bf16|fp16|float), .*, true>", 128, uses=(LOAD_128, STORE_128)),
     Promise(r"normalized_qk_bwd_(warp|block)_kernel<double, .*, true>", 160, uses=(LOAD_128, STORE_128)),
     Promise(r"normalized_qk_bwd_(warp|block)_kernel<.*, false>", 160),
