@@ -40,6 +40,7 @@
 #include <complex>
 
 #include "cema_plan.h"
+#include "cema_steps.h"
 #include "cema_tile.h"
 #include "padding.h"
 #include "parallel.h"
@@ -51,45 +52,6 @@ constexpr int64_t kShort = 4;          // mean length up to which sequences are 
 constexpr double kFoldable = 0x1p-40;  // least p that a state is divided by
 
 double scan_work(const CemaParams& params) { return 6.0 * params.sequences.tokens * params.channels * params.modes; }
-
-// Short sequences: a lane is a mode of (channels, N), so states and coefficients need no copy to lanes.
-template <class T>
-struct Stepper {
-  using R = Compute<T>;
-  static constexpr int lanes = kLanes<R>;
-  static constexpr int64_t kWidth = kMinStrip * lanes;  // channels
-
-  explicit Stepper(int64_t modes)
-      : modes(modes), x(kWidth), y(kWidth), drive(kWidth * modes + lanes), part(kWidth * modes + lanes),
-        state(kWidth * modes * 2) {}
-
-  // to = q from + p x and y = Re(sum_n gamma to) + omega x of `channels` channels. `to` may be `from`.
-  void step(const T* x_row, T* y_row, int64_t channels, const R* from, R* to, const R* p, const R* q, const R* gamma,
-            const R* omega) const {
-    for (int64_t d = 0; d < channels; d += lanes) store(&x[d], load_first(x_row + d, channels - d));
-    // Each channel's splat runs into the next channel's place, which is written later.
-    for (int64_t d = 0; d < channels; ++d)
-      for (int64_t n = 0; n < modes; n += lanes) store(&drive[d * modes + n], splat(x[d]));
-    R *const parts = part.get(), *const drives = drive.get();
-#pragma omp simd
-    for (int64_t i = 0; i < channels * modes; ++i) {
-      const R re = q[2 * i] * from[2 * i] - q[2 * i + 1] * from[2 * i + 1] + p[i] * drives[i];
-      const R im = q[2 * i] * from[2 * i + 1] + q[2 * i + 1] * from[2 * i];
-      to[2 * i] = re;
-      to[2 * i + 1] = im;
-      parts[i] = gamma[2 * i] * re - gamma[2 * i + 1] * im;
-    }
-    for (int64_t d = 0; d < channels; ++d) {
-      R sum = omega[d] * x[d];
-      for (int64_t n = 0; n < modes; ++n) sum += parts[d * modes + n];
-      y[d] = sum;
-    }
-    for (int64_t d = 0; d < channels; d += lanes) store_first(y_row + d, load(&y[d]), channels - d);
-  }
-
-  const int64_t modes;
-  Scratch<R> x, y, drive, part, state;
-};
 
 template <class T>
 void forward_steps(const CemaFwdParams& params) {

@@ -1,11 +1,8 @@
 // Takes a few tokens through a model on the CPU, as in decoding: the kernels of its layers run one by one, with nothing
 // in between. A decoder is made once, from the configuration and the model's tensors by name; it updates the state.
 
-#include <cstdlib>
-#include <deque>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <string>
 #include <vector>
 
@@ -13,6 +10,7 @@
 #include "cema.h"
 #include "cema_coefficients.h"
 #include "chunked_attention.h"
+#include "decoder_parts.h"
 #include "embedding.h"
 #include "gated_silu.h"
 #include "layer_norm.h"
@@ -25,89 +23,6 @@
 
 namespace megalodon {
 namespace {
-
-constexpr const char* kOp = "Decoder";
-
-// Memory that lives as long as the decoder.
-class Arena {
- public:
-  void* operator()(int64_t bytes) {
-    void* memory = std::aligned_alloc(64, (static_cast<size_t>(bytes) + 127) / 64 * 64);
-    if (!memory) throw std::bad_alloc();
-    return blocks_.emplace_back(memory, &std::free).get();
-  }
-
- private:
-  std::vector<std::unique_ptr<void, decltype(&std::free)>> blocks_;
-};
-
-struct Sizes {
-  DType dtype;       // of activations and matrices
-  int64_t B;         // rows, each a sequence
-  int64_t max_tokens;  // in a call, all rows together
-  int64_t D, N, G, H, K, V, F, C;  // F: hidden units of the FFN
-  double eps;
-
-  Scalar scalar() const { return scalar_of(dtype); }
-  Scalar real() const { return real_of(dtype); }
-  int64_t element() const { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-  int64_t real_element() const { return dtype == DType::f64 ? 8 : 4; }
-};
-
-// The model's parameters and "state.<...>" tensors by name. What is absent or None is a TensorView of None.
-class Tensors {
- public:
-  Tensors(py::dict tensors, const Sizes& sizes) : tensors_(std::move(tensors)), sizes_(sizes) {}
-
-  TensorView operator()(const std::string& name) {
-    const char* kept = names_.emplace_back(name).c_str();
-    return TensorView(kOp, kept, tensors_.contains(kept) ? py::object(tensors_[kept]) : py::none());
-  }
-  void* real(const std::string& name, const char* letters, std::initializer_list<int64_t> shape) {
-    return (*this)(name).present().shape(letters, shape).dtype(sizes_.real(), kRealDtype).data();
-  }
-  void* real_or_null(const std::string& name, const char* letters, std::initializer_list<int64_t> shape) {
-    return (*this)(name).shape(letters, shape).dtype(sizes_.real(), kRealDtype).data();
-  }
-  void* activation(const std::string& name, const char* letters, std::initializer_list<int64_t> shape) {
-    return (*this)(name).present().shape(letters, shape).dtype(sizes_.scalar(), "as the other matrices").data();
-  }
-  // (S,) integers in [0, end).
-  int64_t* integers(const std::string& name, int64_t end) {
-    const TensorView view = (*this)(name);
-    int64_t* values = view.present().shape("(S,)", {sizes_.B}).dtype(Scalar::i64, "a count").data_as<int64_t>();
-    for (int64_t s = 0; s < sizes_.B; ++s)
-      if (values[s] < 0 || values[s] >= end)
-        view.fail("in [0, " + std::to_string(end) + "), got " + std::to_string(values[s]));
-    return values;
-  }
-
- private:
-  const py::dict tensors_;
-  const Sizes& sizes_;
-  std::deque<std::string> names_;  // to which the views point
-};
-
-// What one kernel hands to the next, for as many tokens as a call may have. All blocks share these buffers.
-struct Activations {
-  Activations(const Sizes& s, Arena& arena) {
-    const auto rows = [&](int64_t columns) { return arena(s.max_tokens * columns * s.element()); };
-    x[0] = rows(s.D), x[1] = rows(s.D);
-    t = rows(s.D), c = rows(s.D), m = rows(s.D);
-    z = rows(s.H * s.K), q = rows(s.H * s.K), k = rows(s.H * s.K);
-    v = rows(s.H * s.V), o = rows(s.H * s.V), r = rows(s.H * s.V);
-    lse = arena(s.max_tokens * s.H * s.real_element());
-    a = rows(s.D), b = rows(s.D), y = rows(s.D), n = rows(s.D);
-    hidden = rows(s.F), gate = rows(s.F);
-  }
-  void* x[2];           // (T, D) between blocks, in turns
-  void *t, *c, *m;      // (T, D) timestep_norm(x), cema(t), rms_norm(c)
-  void *z, *q, *k;      // (T, H, K)
-  void *v, *o, *r;      // (T, H, V) values, attention, gate
-  void* lse;            // (T, H) R
-  void *a, *b, *y, *n;  // (T, D) what a half adds, the first half's output, layer_norm(y)
-  void *hidden, *gate;  // (T, F)
-};
 
 TimestepNormFwdParams timestep_norm(const Sizes& s, Tensors& tensors, const std::string& name, const std::string& state) {
   TimestepNormFwdParams p{};
@@ -316,7 +231,7 @@ class Decoder {
   Decoder(py::object config, py::dict tensors, py::object rotary, py::object like, int64_t batch, int64_t max_tokens,
           bool embeds, int64_t first, int64_t end, bool writes_logits)
       : held_(py::make_tuple(tensors, rotary)),
-        s(sizes_of(config, TensorView(kOp, "embed.weight", like).floating(), batch, max_tokens)),
+        s(sizes_of(config, TensorView(kDecoder, "embed.weight", like).floating(), batch, max_tokens)),
         activations_(s, arena_),
         embeds_(embeds),
         writes_logits_(writes_logits) {
@@ -329,7 +244,7 @@ class Decoder {
       embedding_.weight = named.activation("embed.weight", "(vocabulary, D)", {vocabulary, s.D});
       embedding_.scale = config.attr("embedding_scale").cast<double>();
     }
-    const TensorView table(kOp, "rotary", rotary);
+    const TensorView table(kDecoder, "rotary", rotary);
     table.present().shape("(C, K / 2, 2)", {s.C, s.K / 2, 2}).dtype(s.real(), kRealDtype);
     for (int64_t layer = first; layer < end; ++layer) {
       const std::string name = "layers." + std::to_string(layer);
@@ -344,7 +259,7 @@ class Decoder {
 
   // Tokens (B, L) or x (B, L, D) to y: logits (B, L, outputs) or (B, L, D).
   void run(py::handle x_, py::handle y_) {
-    const TensorView x(kOp, embeds_ ? "tokens" : "x", x_), y(kOp, "y", y_);
+    const TensorView x(kDecoder, embeds_ ? "tokens" : "x", x_), y(kDecoder, "y", y_);
     if (embeds_) x.rank("(B, L)", 2).dtype(Scalar::i64, "tokens");
     else x.rank("(B, L, D)", 3).shape("(B, L, D)", {s.B, x.size(1), s.D}).dtype(s.scalar(), "as the model");
     const int64_t L = x.size(1), T = s.B * L;
@@ -382,7 +297,7 @@ class Decoder {
   void check_tokens(const int64_t* tokens, int64_t count) const {
     for (int64_t t = 0; t < count; ++t)
       if (tokens[t] < 0 || tokens[t] >= vocabulary_)
-        throw py::index_error(std::string(kOp) + ": `tokens` must be in [0, " + std::to_string(vocabulary_) + "), got " +
+        throw py::index_error(std::string(kDecoder) + ": `tokens` must be in [0, " + std::to_string(vocabulary_) + "), got " +
                               std::to_string(tokens[t]) + ".");
   }
 

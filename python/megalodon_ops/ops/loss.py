@@ -204,12 +204,12 @@ def _cross_entropy(logits: Tensor, index: Tensor, scales: Tensor | None = None) 
         losses = torch.empty_like(index, dtype=accumulation_dtype(logits.dtype))
         launch("cross_entropy", logits, index.contiguous(), contiguous_or_none(scales), losses)
         return losses
-    probabilities = torch.log_softmax(logits, -1, dtype=accumulation_dtype(logits.dtype))
-    losses = F.nll_loss(probabilities, index, reduction="none")
+    log_probabilities = torch.log_softmax(logits, -1, dtype=accumulation_dtype(logits.dtype))
+    losses = F.nll_loss(log_probabilities, index, reduction="none")
     if scales is not None:
-        # scale (probabilities - onehot)
-        probabilities.exp_().scatter_(1, index[:, None], torch.expm1(-losses)[:, None]).mul_(scales[:, None])
-        logits.copy_(probabilities)
+        # scale (probabilities - onehot), in the memory of the log-probabilities
+        dlogits = log_probabilities.exp_().scatter_(1, index[:, None], torch.expm1(-losses)[:, None])
+        logits.copy_(dlogits.mul_(scales[:, None]))
     return losses
 
 
