@@ -16,8 +16,9 @@ from .model.blocks import BlockState, MegalodonBlock, NormalizedAttention, Norma
 from .model.config import MegalodonConfig
 from .model.decoder import Decoder
 from .model.layers import ComplexEMA, TimestepNorm, to_torch_linears, wide_parameters
-from .model.model import Megalodon, MegalodonState
+from .model.model import Megalodon
 from .model.official import load_official
+from .model.states import MegalodonState
 from .ops.cema import cema
 from .ops.cema_coefficients import cema_coefficients
 from .ops.chunked_attention import chunked_attention

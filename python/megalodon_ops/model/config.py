@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -177,6 +179,20 @@ class MegalodonConfig:
         """The fields as plain JSON types; :meth:`from_dict` makes a configuration of them again."""
         return dataclasses.asdict(self)
 
+    def meaning(self) -> dict[str, Any]:
+        """The fields that decide what a trained model computes and what its states mean: not dropout and the like."""
+        return {name: value for name, value in self.to_dict().items() if name not in _OF_TRAINING}
+
+    def fingerprint(self) -> str:
+        """The sha256 sum of :meth:`meaning`; models of one fingerprint can take each other's states.
+
+        Example:
+            >>> import megalodon_ops as mo
+            >>> mo.MegalodonConfig(dropout=0.1).fingerprint() == mo.MegalodonConfig().fingerprint()
+            True
+        """
+        return hashlib.sha256(json.dumps(self.meaning(), sort_keys=True).encode()).hexdigest()
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
         """The configuration of a released `config.json`'s `model` object or of :meth:`to_dict`; an unknown field raises."""
@@ -200,6 +216,7 @@ def check_config(module: str, config: object) -> None:
         raise TypeError(f"{module}: `config` must be a MegalodonConfig, got {described(config)}.")
 
 
+_OF_TRAINING = {"init_mode", "dropout", "hidden_dropout", "attention_dropout", "layerwise_ckpt"}
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _MEGA_1_3B = dict(num_layers=24, model_dim=2048, z_dim=512, value_dim=4096, num_heads=2, norm_num_groups=64)
 _MEGA_7B = dict(num_layers=32, model_dim=4096, z_dim=1024, value_dim=8192, num_heads=4, norm_num_groups=64)

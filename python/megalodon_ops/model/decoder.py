@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .. import _C
 from ..ops import linear
 from ..ops.library import OWN_TYPES, accumulation_dtype, is_autocast_enabled
-from .model import Megalodon, MegalodonState, at_least_float32
+from .model import Megalodon, at_least_float32
+from .states import MegalodonState, complete, named_tensors
 from ..ops.normalized_qk import rotary_table
-from ..ops.states import TimestepNormState
 from ..ops.values import check_tensor, described
 
 
@@ -128,7 +128,7 @@ class Decoder:
         """One call for the units [begin, end): unit 0 is the embedding, unit i + 1 layer i, the last the output."""
         model, config, last = self._model, self._model.config, self._model.config.num_layers + 1
         tensors = {name: p.detach().contiguous() for name, p in model.named_parameters(remove_duplicate=False)}
-        tensors |= {f"state.{name}": tensor for name, tensor in _named(self._state).items()}
+        tensors |= {f"state.{name}": tensor for name, tensor in named_tensors(self._state).items()}
         real = accumulation_dtype(self._like.dtype)
         rotary = rotary_table(
             config.chunk_size, config.z_dim // config.num_heads, config.rotary_base, real, self._like.device
@@ -210,27 +210,10 @@ def _change(module: nn.Module, made: nn.Module, name: str, recurse: bool = True)
 
 def _own(state: MegalodonState) -> MegalodonState:
     """A copy of the state to write in place: every tensor is contiguous, and no tensor is missing."""
-
-    def norm(norm_state: TimestepNormState) -> TimestepNormState:
-        if norm_state.residual is not None:
-            return norm_state
-        return norm_state._replace(residual=torch.stack([torch.zeros_like(norm_state.mean)] * 2, dim=1))
-
-    layers = tuple(layer._replace(norm=norm(layer.norm)) for layer in state.layers)
     with torch.inference_mode(False), torch.no_grad():
         return tree_map_only(
-            Tensor, lambda t: t.clone(memory_format=torch.contiguous_format), MegalodonState(layers, norm(state.norm))
+            Tensor, lambda tensor: tensor.clone(memory_format=torch.contiguous_format), complete(state)
         )
-
-
-def _named(state: MegalodonState) -> dict[str, Tensor]:
-    """The state's tensors under names such as layers.0.norm.mean."""
-    tensors = {}
-    for i, layer in enumerate(state.layers):
-        tensors |= {f"layers.{i}.norm.{field}": tensor for field, tensor in layer.norm._asdict().items()}
-        tensors |= {f"layers.{i}.attention.{field}": tensor for field, tensor in layer.attention._asdict().items()}
-        tensors[f"layers.{i}.cema"] = layer.cema
-    return tensors | {f"norm.{field}": tensor for field, tensor in state.norm._asdict().items()}
 
 
 def _write(into: object, after: object) -> None:

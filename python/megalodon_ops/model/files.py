@@ -1,15 +1,18 @@
-"""Reads files that come from anywhere: only regular files are opened, only small, flat and unambiguous JSON is read.
+"""Writes files that are complete or not there, and reads files that come from anywhere.
 
-Every fault is a ValueError of one line that begins with the file's path, or a FileNotFoundError.
+Only regular files are opened, only small, flat and unambiguous JSON is read. Every fault of a file that is read is a ValueError of one line that begins with the file's path, or a FileNotFoundError.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import stat
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +54,38 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {shown(content)}")
     return content
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yields the path of a draft to write, then flushes the draft to the disk and gives it the name `path`.
+
+    If the process is killed meanwhile, what was at `path` stays. A draft that cannot be finished is removed: its remains
+    would keep a full disk full.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        yield draft
+        flush(draft)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Has the system write a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def one_line(error: Exception) -> str:
+    """The error's text without line breaks, at most 1,000 characters of it."""
+    return " ".join(str(error).split())[:1000]
 
 
 def _check_depth(text: str) -> None:

@@ -32,7 +32,7 @@ class WideParameters(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def keep_wide(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            return tensor.to(result.device) if result.dtype in _SHORT else result
+            return tensor.to(result.device, torch.float32) if result.dtype in _SHORT else result
 
         if recurse:
             for child in self.children():

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import BlockState, MegalodonBlock, Output
+from .blocks import MegalodonBlock, Output
 from .config import MegalodonConfig, check_config
 from .layers import is_plain_linear
+from .states import MegalodonState
 from ..ops.loss import blockwise_cross_entropy, has_integers, linear_cross_entropy
-from ..ops.states import TimestepNormState
 from ..ops.values import (
     LEAST_POSITIVE,
     check_flag,
@@ -26,26 +25,6 @@ from ..ops.values import (
 )
 
 _FEW_TOKENS = 1024
-
-
-class MegalodonState(NamedTuple):
-    """What a call of the model passes on to the next call; its size is constant however long the past is.
-
-    Example:
-        >>> import torch, megalodon_ops as mo
-        >>> config = mo.MegalodonConfig(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
-        >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3]]), return_state=True)
-        >>> len(state.layers), state.norm.count
-        (2, tensor([3]))
-    """
-
-    layers: tuple[BlockState, ...]
-    norm: TimestepNormState
-    """the final norm's"""
-
-    def detach(self) -> MegalodonState:
-        """The state without its history, for truncated backpropagation through time."""
-        return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, self)
 
 
 class Megalodon(nn.Module):

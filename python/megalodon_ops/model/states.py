@@ -1,0 +1,408 @@
+"""`MegalodonState`: what one call of the model passes on to the next, its sequences, and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .. import _C, extras
+from .blocks import BlockState
+from .config import MegalodonConfig, check_config
+from .files import file_size, one_line, write_atomically
+from ..ops.library import accumulation_dtype
+from ..ops.memory import check_fits, is_finite
+from ..ops.states import AttentionState, TimestepNormState
+from ..ops.values import check_size, described, shown
+
+FILE_FORMAT = "megalodon_ops.state"
+FILE_VERSION = "1"
+"""Counts the changes of a state's file; files of another version are not read"""
+_ACTIVATIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ROWS = "a slice, a list of integers or a 1-D tensor of integers or bools"
+
+Rows = slice | Sequence[int] | Tensor
+Layout = Iterator[tuple[str, torch.dtype, tuple[int, ...]]]
+"""Name, dtype and shape of each tensor; complex tensors as pairs of reals"""
+
+
+class MegalodonState(NamedTuple):
+    """What a call of the model passes on to the next call; its size is constant however long the past is.
+
+    A state is a pytree of tensors whose first dimension is the S sequences of a batch. `state[rows]` is the state of
+    some of the sequences, in any order and any number of times: a slice, a list or a 1-D tensor of integers or bools
+    names them. No method changes the state it is called on, and no result of `clone`, `reset`, `cat` and `state[rows]`
+    shares memory with it.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3], [4, 5, 6]]), return_state=True)
+        >>> len(state.layers), state.norm.count
+        (2, tensor([3, 3]))
+        >>> state[[1, 1, 0]].num_sequences, state.reset([0]).norm.count
+        (3, tensor([0, 3]))
+    """
+
+    layers: tuple[BlockState, ...]
+    norm: TimestepNormState
+    """the final norm's"""
+
+    @staticmethod
+    def fresh(
+        config: MegalodonConfig,
+        num_sequences: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> MegalodonState:
+        """The state of sequences that have not begun: the model computes from it what it computes from state=None.
+
+        Args:
+            num_sequences: S.
+            dtype: that of the model's activations.
+        """
+        check_config("MegalodonState.fresh", config)
+        rows = check_size("MegalodonState.fresh", "num_sequences", num_sequences)
+        _check_activations("MegalodonState.fresh", dtype)
+        tensors = {
+            name: torch.zeros(shape, dtype=kind, device=device) for name, kind, shape in layout(config, rows, dtype)
+        }
+        return from_named(tensors, config)
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.norm.count.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in tree_leaves(self) if tensor is not None)
+
+    def __getitem__(self, rows: Rows) -> MegalodonState:
+        """The state of the sequences `rows`; gradients flow through.
+
+        An integer is the index of a field, as in every tuple: state[0] is state.layers, and state[[0]] the state of one
+        sequence.
+        """
+        if isinstance(rows, int) and not isinstance(rows, bool):
+            return tuple.__getitem__(self, rows)
+        index = self._index(rows)
+        return _map(lambda tensor: tensor.index_select(0, index), self)
+
+    def reset(self, rows: Rows) -> MegalodonState:
+        """The state in which the sequences `rows` have not begun, for new documents inside a batch."""
+        index = self._index(rows)
+        return _map(lambda tensor: tensor.index_fill(0, index, 0), self)
+
+    @staticmethod
+    def cat(states: Iterable[MegalodonState]) -> MegalodonState:
+        """The state of all sequences of some states of one model, in order."""
+        states = list(states)
+        if not states or not all(isinstance(state, MegalodonState) for state in states):
+            got = "none" if not states else next(described(s) for s in states if not isinstance(s, MegalodonState))
+            raise TypeError(f"MegalodonState.cat: `states` must be one MegalodonState or more, got {got}.")
+        parts = [named_tensors(complete(state)) for state in states]
+        if any(part.keys() != parts[0].keys() for part in parts):
+            layers = ", ".join(str(len(state.layers)) for state in states)
+            raise ValueError(f"MegalodonState.cat: `states` must be of one model, got states of {layers} layers.")
+        for name, first in parts[0].items():
+            for part in parts:
+                if (tensor := part[name]).shape[1:] != first.shape[1:] or tensor.dtype != first.dtype:
+                    raise ValueError(
+                        f"MegalodonState.cat: `states` must be of one model, got {name} as {first.dtype} "
+                        f"{tuple(first.shape)} and {tensor.dtype} {tuple(tensor.shape)}."
+                    )
+        return _from_named(
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, len(states[0].layers)
+        )
+
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> MegalodonState:
+        """The state on another device or for activations of another dtype; `state.to(torch.bfloat16)` works, too.
+
+        Keys and values take the dtype. What recurs over steps becomes float32, or float64 for float64 activations.
+        """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(f"MegalodonState.to: `device` must be a device or None, got {device}.")
+            device, dtype = None, device
+        if dtype is None:
+            return _map(lambda tensor: tensor.to(device), self)
+        _check_activations("MegalodonState.to", dtype)
+        real = accumulation_dtype(dtype)
+        recurrent = {False: real, True: torch.complex128 if real == torch.float64 else torch.complex64}
+
+        def convert(tensor: Tensor) -> Tensor:
+            integers = not (tensor.is_floating_point() or tensor.is_complex())
+            return tensor.to(device) if integers else tensor.to(device, recurrent[tensor.is_complex()])
+
+        def convert_block(block: BlockState) -> BlockState:
+            attention = block.attention
+            activations = dict(k=attention.k.to(device, dtype), v=attention.v.to(device, dtype))
+            position = attention.position.to(device)
+            return BlockState(
+                _map(convert, block.norm), convert(block.cema), AttentionState(**activations, position=position)
+            )
+
+        return MegalodonState(tuple(map(convert_block, self.layers)), _map(convert, self.norm))
+
+    def clone(self) -> MegalodonState:
+        """A copy; gradients flow through."""
+        return _map(Tensor.clone, self)
+
+    def detach(self) -> MegalodonState:
+        """The state without its history, for truncated backpropagation through time. Memory is shared."""
+        return _map(Tensor.detach, self)
+
+    def save(self, path: str | os.PathLike, config: MegalodonConfig) -> None:
+        """Writes the state to one safetensors file, which is complete or not there.
+
+        Args:
+            path: the file; a file that exists is replaced.
+            config: the configuration of the state's model. :meth:`load` refuses the file for another one.
+
+        Raises:
+            ValueError: the state is not one of this configuration. OSError: the file cannot be written.
+
+        Example:
+            >>> import tempfile, torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3]]), return_state=True)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     state.save(f"{folder}/state.safetensors", config)
+            ...     mo.MegalodonState.load(f"{folder}/state.safetensors", config).norm.count
+            tensor([3])
+        """
+        check_config("MegalodonState.save", config)
+        path = _path("MegalodonState.save", path)
+        safetensors = extras.load("safetensors.torch", "train")
+        tensors = {name: _as_real(tensor.detach()) for name, tensor in named_tensors(complete(self)).items()}
+        try:
+            activations = self.layers[0].attention.k.dtype
+            check_layout(
+                {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
+                layout(config, self.num_sequences, activations),
+            )
+        except ValueError as error:
+            raise ValueError(f"MegalodonState.save: the state is not one of `config`: {error}.") from error
+        metadata = {
+            "format": FILE_FORMAT,
+            "version": FILE_VERSION,
+            "config": json.dumps(config.meaning()),
+            "fingerprint": config.fingerprint(),
+            "megalodon_ops": _C.build_info()["version"],
+        }
+        with write_atomically(path) as draft:
+            on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            try:
+                safetensors.save_file(on_cpu, draft, metadata=metadata)
+            except safetensors.SafetensorError as error:
+                raise OSError(f"{path}: could not be written: {one_line(error)}") from error
+
+    @staticmethod
+    def load(path: str | os.PathLike, config: MegalodonConfig, *, device: torch.device | str = "cpu") -> MegalodonState:
+        """The state that :meth:`save` wrote for a model of this configuration.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: the file is not one that :meth:`save` wrote for this
+            configuration, or it is damaged, or it holds what no state holds, such as NaN.
+        """
+        check_config("MegalodonState.load", config)
+        path = _path("MegalodonState.load", path)
+        file_size(path)
+        safetensors = extras.load("safetensors", "train")
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                _check_metadata(file.metadata() or {}, config)
+                tensors = {}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: (DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
+                rows, activations = _batch_of(found)
+                check_layout(found, layout(config, rows, activations))
+                check_fits(path.stat().st_size, "the state")
+                tensors = {name: file.get_tensor(name) for name in found}
+            check_values(tensors, config)
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path}: {one_line(error)}") from error
+        return from_named(tensors, config).to(device)
+
+    def _index(self, rows: Rows) -> Tensor:
+        """The sequences `rows` as (n,) int64 on the state's device."""
+        count, device = self.num_sequences, self.norm.count.device
+        if isinstance(rows, slice):
+            return torch.arange(count, device=device)[rows]
+        if isinstance(rows, (list, tuple, range)):
+            if not all(isinstance(row, int) and not isinstance(row, bool) for row in rows):
+                raise TypeError(f"MegalodonState: `rows` must be {_ROWS}, got {described(rows)}.")
+            rows = torch.tensor(rows, dtype=torch.int64)
+        if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
+            hint = f"; [{rows}] names one sequence" if isinstance(rows, int) else ""
+            raise TypeError(f"MegalodonState: `rows` must be {_ROWS}, got {described(rows)}{hint}.")
+        if rows.dim() != 1 or (rows.dtype == torch.bool and len(rows) != count):
+            raise ValueError(
+                f"MegalodonState: `rows` must be {_ROWS} (of bools: ({count},)), got {rows.dtype} {tuple(rows.shape)}."
+            )
+        if rows.dtype == torch.bool:
+            return rows.nonzero()[:, 0].to(device)
+        if rows.is_cpu and bool(((rows < -count) | (rows >= count)).any()):
+            raise IndexError(f"MegalodonState: `rows` must be in [-{count}, {count}), got {rows.tolist()}.")
+        return torch.where(rows < 0, rows + count, rows).to(device, torch.int64)
+
+
+def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    return tree_map_only(Tensor, function, state)
+
+
+def complete(state: MegalodonState) -> MegalodonState:
+    """The state with zeros for residuals that it does not have."""
+
+    def norm(norm_state: TimestepNormState) -> TimestepNormState:
+        if norm_state.residual is not None:
+            return norm_state
+        return norm_state._replace(residual=torch.stack([torch.zeros_like(norm_state.mean)] * 2, dim=1))
+
+    return MegalodonState(tuple(layer._replace(norm=norm(layer.norm)) for layer in state.layers), norm(state.norm))
+
+
+def named_tensors(state: MegalodonState) -> dict[str, Tensor]:
+    """The state's tensors, as they are, under names such as `layers.0.norm.mean`."""
+    tensors = {}
+    for i, layer in enumerate(state.layers):
+        tensors |= {f"layers.{i}.norm.{field}": tensor for field, tensor in layer.norm._asdict().items()}
+        tensors |= {f"layers.{i}.attention.{field}": tensor for field, tensor in layer.attention._asdict().items()}
+        tensors[f"layers.{i}.cema"] = layer.cema
+    tensors |= {f"norm.{field}": tensor for field, tensor in state.norm._asdict().items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def from_named(tensors: dict[str, Tensor], config: MegalodonConfig) -> MegalodonState:
+    """The state of tensors under the names of :func:`named_tensors`; `cema` may be pairs of reals."""
+    return _from_named(tensors, config.num_layers)
+
+
+def _from_named(tensors: dict[str, Tensor], num_layers: int) -> MegalodonState:
+    def norm(prefix: str) -> TimestepNormState:
+        return TimestepNormState(*(tensors.get(prefix + field) for field in TimestepNormState._fields))
+
+    def block(prefix: str) -> BlockState:
+        cema = tensors[prefix + "cema"]
+        return BlockState(
+            norm=norm(prefix + "norm."),
+            cema=cema if cema.is_complex() else torch.view_as_complex(cema),
+            attention=AttentionState(*(tensors[f"{prefix}attention.{field}"] for field in AttentionState._fields)),
+        )
+
+    return MegalodonState(tuple(block(f"layers.{i}.") for i in range(num_layers)), norm("norm."))
+
+
+def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layout:
+    """The tensors of a state of `rows` sequences, one by one, as a configuration may name 10^9 layers."""
+    real, heads = accumulation_dtype(activations), config.num_heads
+
+    def norm(prefix: str) -> Layout:
+        groups = config.norm_num_groups
+        yield f"{prefix}count", torch.int64, (rows,)
+        yield f"{prefix}mean", real, (rows, groups)
+        yield f"{prefix}var", real, (rows, groups)
+        yield f"{prefix}residual", real, (rows, 2, groups)
+
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        yield from norm(f"{prefix}norm.")
+        yield f"{prefix}cema", real, (rows, config.model_dim, config.cema_ndim, 2)
+        for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
+            yield f"{prefix}attention.{name}", activations, (rows, config.chunk_size, heads, dim // heads)
+        yield f"{prefix}attention.position", torch.int64, (rows,)
+    yield from norm("norm.")
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
+    "U8": torch.uint8,
+}  # fmt: skip
+"""The dtypes in our files, by safetensors' names"""
+
+
+def check_layout(found: dict[str, tuple[torch.dtype | None, tuple[int, ...]]], wanted: Layout) -> None:
+    """Raises a ValueError unless there are the tensors wanted and no other, at the first missing tensor."""
+    known = set()
+    for name, dtype, shape in wanted:
+        known.add(name)
+        if name not in found:
+            raise ValueError(f"its tensors are not those of its config: `{name}` is missing")
+        if found[name] != (dtype, shape):
+            raise ValueError(
+                f"its tensors are not those of its config: `{name}` must be {dtype} {shape}, "
+                f"got {' '.join(map(str, found[name]))}"
+            )
+    if unknown := [name for name in found if name not in known]:
+        raise ValueError(f"its tensors are not those of its config: {shown(unknown[0])} is unknown")
+
+
+def check_values(tensors: dict[str, Tensor], config: MegalodonConfig) -> None:
+    """Raises a ValueError where a tensor of :func:`layout` holds what no call of a model gives."""
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            continue
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ValueError(f"`{name}` must be finite, got NaN or infinity")
+        if name.endswith((".count", ".position", ".var")):
+            least, most = (bound.item() for bound in torch.aminmax(tensor))
+            below = config.chunk_size if name.endswith(".position") else None
+            if least < 0 or (below is not None and most >= below):
+                expected = "at least 0" if below is None else f"in [0, {below})"
+                raise ValueError(f"`{name}` must be {expected}, got values from {least} to {most}")
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _batch_of(found: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> tuple[int, torch.dtype]:
+    """The number of sequences and the dtype of activations that two of a file's tensors say."""
+    _, count = found.get("norm.count", (None, ()))
+    activations, _ = found.get("layers.0.attention.k", (None, ()))
+    if len(count) != 1 or activations not in _ACTIVATIONS:
+        raise ValueError("its tensors are not those of a state")
+    return count[0], activations
+
+
+def _check_metadata(metadata: dict[str, str], config: MegalodonConfig) -> None:
+    if metadata.get("format") != FILE_FORMAT:
+        raise ValueError(f"must be a file of MegalodonState.save, got the format {shown(metadata.get('format'))}")
+    if (version := metadata.get("version")) != FILE_VERSION:
+        raise ValueError(f"its version is {shown(version)}, and this version of megalodon_ops reads {FILE_VERSION}")
+    if metadata.get("fingerprint") != config.fingerprint():
+        raise ValueError(f"is the state of another configuration{_difference(metadata.get('config', ''), config)}")
+
+
+def _difference(saved: str, config: MegalodonConfig) -> str:
+    """The first field in which the configuration in a file's metadata differs, for an error."""
+    try:
+        fields = json.loads(saved)
+        name = next(name for name, value in config.meaning().items() if fields.get(name) != value)
+    except (ValueError, AttributeError, RecursionError, StopIteration):
+        return ""
+    return f": its `{name}` is {shown(fields.get(name))}, the model's {shown(config.meaning()[name])}"
+
+
+def _check_activations(function: str, dtype: object) -> None:
+    if dtype not in _ACTIVATIONS:
+        raise ValueError(
+            f"{function}: `dtype` must be torch.float32, float64, bfloat16 or float16, got {shown(dtype)}."
+        )
+
+
+def _path(function: str, path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{function}: `path` must be a path, got {described(path)}.")
+    return Path(path)

@@ -1,0 +1,270 @@
+"""A model's state as its users handle it: sequences picked, joined and begun anew, moved, kept in a file."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from models import TINY, tiny_model, tokens_of
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import megalodon_ops as mo
+from megalodon_ops.model.states import layout, named_tensors
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().eval()
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    """Of three sequences of 5, 8 and 11 tokens: before, at and after the end of a chunk."""
+    with torch.no_grad():
+        return model(tokens_of(3, 11), lengths=torch.tensor([5, 8, 11]), return_state=True)[1]
+
+
+def goes_on(model, state, tokens):
+    with torch.no_grad():
+        return model(tokens, state=state)
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def assert_equal(a, b):
+    for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+
+
+ROWS = {
+    "slice": (slice(1, None), [1, 2]),
+    "backwards": ([2, 1, 0], [2, 1, 0]),
+    "repeated": ([1, 1, 1, 0], [1, 1, 1, 0]),
+    "range": (range(2), [0, 1]),
+    "from the end": ([-1], [2]),
+    "int32": (torch.tensor([2, 0], dtype=torch.int32), [2, 0]),
+    "bools": (torch.tensor([True, False, True]), [0, 2]),
+    "none": ([], []),
+}
+
+
+@pytest.mark.parametrize("rows, wanted", ROWS.values(), ids=ROWS)
+def test_rows_of_a_state_go_on_as_those_rows(model, state, rows, wanted):
+    more = tokens_of(3, 6)
+    picked = state[rows]
+    assert picked.num_sequences == len(wanted)
+    assert close(goes_on(model, picked, more[wanted]), goes_on(model, state, more)[wanted])
+
+
+@pytest.mark.parametrize(
+    "rows, error, match",
+    [
+        (True, TypeError, "slice"),
+        ([True], TypeError, "list of integers"),
+        ([0.0], TypeError, "list of integers"),
+        ("0", TypeError, "slice"),
+        (torch.tensor([0.0]), TypeError, "integers or bools"),
+        (torch.tensor([[0]]), ValueError, "1-D"),
+        (torch.tensor([True]), ValueError, r"\(3,\)"),
+        ([3], IndexError, r"\[-3, 3\)"),
+        ([-4], IndexError, r"\[-3, 3\)"),
+    ],
+)
+def test_what_names_no_rows_is_refused(state, rows, error, match):
+    for function in (state.__getitem__, state.reset):
+        with pytest.raises(error, match=f"MegalodonState: `rows` must be .*{match}"):
+            function(rows)
+
+
+def test_an_integer_is_the_index_of_a_field_as_in_every_tuple(state):
+    assert state[0] is state.layers and state[-1] is state.norm
+    with pytest.raises(TypeError, match=r"got 0; \[0\] names one sequence"):
+        state.reset(0)
+
+
+def test_reset_rows_begin_a_new_document_and_the_others_go_on(model, state):
+    more = tokens_of(3, 6)
+    logits = goes_on(model, state.reset([1]), more)
+    assert close(logits[1:2], model(more[1:2]))
+    kept = torch.tensor([0, 2])
+    assert close(logits[kept], goes_on(model, state, more)[kept])
+
+
+def test_fresh_is_the_state_before_the_first_token(model):
+    tokens = tokens_of(2, 9)
+    fresh = mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64)
+    assert close(goes_on(model, fresh, tokens), model(tokens))
+
+
+def test_cat_joins_what_rows_took_apart(model, state):
+    assert_equal(mo.MegalodonState.cat([state[[0]], state[1:]]), state)
+    without_residual = state._replace(norm=state.norm._replace(residual=None))
+    assert mo.MegalodonState.cat([without_residual, state]).num_sequences == 6
+
+
+def test_cat_refuses_states_that_do_not_belong_together(state):
+    other = mo.MegalodonState.fresh(mo.MegalodonConfig(**{**TINY, "cema_ndim": 5}), 1, dtype=torch.float64)
+    fewer = mo.MegalodonState.fresh(mo.MegalodonConfig(**{**TINY, "num_layers": 1}), 1, dtype=torch.float64)
+    for states, error in (
+        ([state, other], "cema"),
+        ([state, fewer], "2, 1 layers"),
+        ([state, state.to(torch.float32)], "float32"),
+    ):
+        with pytest.raises(ValueError, match=f"MegalodonState.cat: `states` must be of one model.*{error}"):
+            mo.MegalodonState.cat(states)
+    for states in ([], [state, None]):
+        with pytest.raises(TypeError, match="MegalodonState.cat: `states` must be"):
+            mo.MegalodonState.cat(states)
+
+
+def test_no_result_shares_memory_but_a_detached_one(state):
+    def memory(one):
+        return {tensor.data_ptr() for tensor in tree_leaves(one)}
+
+    for other in (state.clone(), state[:], state.reset([]), mo.MegalodonState.cat([state])):
+        assert not memory(other) & memory(state)
+        assert_equal(other, state)
+    assert memory(state.detach()) == memory(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_to_a_dtype_gives_the_state_that_a_model_of_that_dtype_takes(model, state, dtype):
+    moved = state.to(dtype)
+    assert_equal(moved, state.to(dtype=dtype))
+    wanted = dict((name, kind) for name, kind, _ in layout(model.config, 3, dtype))
+    for name, tensor in named_tensors(moved).items():
+        assert (torch.float32 if tensor.is_complex() else tensor.dtype) == wanted[name]
+    logits = goes_on(copy.deepcopy(model).to(dtype), moved, tokens_of(3, 6))
+    error = (logits - goes_on(model, state, tokens_of(3, 6))).abs().max()
+    assert error < (1e-4 if dtype == torch.float32 else 0.3)
+
+
+def test_to_a_device_moves_every_tensor(state):
+    assert {tensor.device.type for tensor in tree_leaves(state.to("meta"))} == {"meta"}
+    assert state.to("meta", torch.float32).layers[0].attention.k.dtype == torch.float32
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(ValueError, match="MegalodonState.to: `dtype` must be"):
+            state.to(dtype)
+
+
+def test_nbytes_counts_every_tensor(model, state):
+    sizes = [torch.Size(shape).numel() * kind.itemsize for _, kind, shape in layout(model.config, 3, torch.float64)]
+    assert state.nbytes == sum(sizes)
+
+
+def test_gradients_flow_through_rows_cat_and_clone(model):
+    _, state = model(tokens_of(2, 5), return_state=True)
+    again = mo.MegalodonState.cat([state[[1]], state[[0]]]).clone()
+    model(tokens_of(2, 3), state=again).sum().backward()
+    alone = tiny_model().eval()
+    _, state = alone(tokens_of(2, 5), return_state=True)
+    alone(tokens_of(2, 3).flip(0), state=state).flip(0).sum().backward()
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-10)
+    model.zero_grad()
+
+
+def test_a_state_is_a_pytree_of_tensors_that_pickles(state):
+    assert_equal(tree_map_only(torch.Tensor, lambda tensor: tensor, state), state)
+    assert_equal(pickle.loads(pickle.dumps(state)), state)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    assert_equal(torch.load(buffer, weights_only=True), state)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_takes_and_returns_states(model, state):
+    step = torch.compile(lambda tokens, past: model(tokens, state=past, return_state=True), backend="aot_eager")
+    logits, after = step(tokens_of(3, 6), state)
+    assert isinstance(after, mo.MegalodonState)
+    assert close(logits, goes_on(model, state, tokens_of(3, 6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_file_brings_the_state_back_bit_for_bit(tmp_path, model, state, dtype):
+    saved = state.to(dtype)
+    saved.save(tmp_path / "state.safetensors", model.config)
+    loaded = mo.MegalodonState.load(str(tmp_path / "state.safetensors"), model.config)
+    assert isinstance(loaded, mo.MegalodonState)
+    assert_equal(loaded, saved)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_model_that_was_trained_on_with_dropout_takes_the_state(tmp_path, model, state):
+    state.save(tmp_path / "state", model.config)
+    mo.MegalodonState.load(tmp_path / "state", replace(model.config, dropout=0.1, layerwise_ckpt=True))
+
+
+def test_a_state_of_another_configuration_is_refused(tmp_path, model, state):
+    state.save(tmp_path / "state", model.config)
+    with pytest.raises(ValueError, match="of another configuration: its `norm_eps` is 1e-05, the model's 1e-06"):
+        mo.MegalodonState.load(tmp_path / "state", replace(model.config, norm_eps=1e-6))
+    with pytest.raises(ValueError, match=r"MegalodonState.save: the state is not one of `config`: .*`layers.0.cema`"):
+        state.save(tmp_path / "other", replace(model.config, cema_ndim=5))
+    assert not (tmp_path / "other").exists()
+
+
+SPOILED = {
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "must be a file, got a folder"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-8]), ""),
+    "no safetensors": (lambda path: path.write_bytes(b"PK" * 100), ""),
+    "empty": (lambda path: path.write_bytes(b""), ""),
+}
+
+
+@pytest.mark.parametrize("spoil, match", SPOILED.values(), ids=SPOILED)
+def test_a_file_that_is_no_state_gets_one_line_with_its_path(tmp_path, model, state, spoil, match):
+    path = tmp_path / "state"
+    state.save(path, model.config)
+    spoil(path)
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ": " + match) as error:
+        mo.MegalodonState.load(path, model.config)
+    assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        mo.MegalodonState.load(tmp_path / "nowhere", model.config)
+
+
+@pytest.mark.parametrize(
+    "name, spoil, match",
+    [
+        ("norm.mean", lambda t: t.mul_(float("nan")), "`norm.mean` must be finite"),
+        ("layers.0.attention.position", lambda t: t.fill_(8), r"must be in \[0, 8\)"),
+        ("layers.1.norm.count", lambda t: t.fill_(-1), "must be at least 0"),
+        ("layers.1.norm.var", lambda t: t.fill_(-1), "must be at least 0"),
+        ("layers.1.cema", lambda t: t.resize_(3, 32, 4, 1), "must be torch.float64"),
+        ("layers.1.cema", None, "`layers.1.cema` is missing"),
+    ],
+)
+def test_values_that_no_state_holds_are_refused(tmp_path, model, state, name, spoil, match):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "state"
+    state.save(path, model.config)
+    tensors, metadata = safetensors.load_file(path), read_metadata(path)
+    tensors.pop(name) if spoil is None else spoil(tensors[name])
+    safetensors.save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match=match):
+        mo.MegalodonState.load(path, model.config)
+
+
+@pytest.mark.parametrize("change", [{"version": "2"}, {"format": "pt"}, {"fingerprint": "0" * 64, "config": "[[["}])
+def test_another_version_or_format_is_refused(tmp_path, model, state, change):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "state"
+    state.save(path, model.config)
+    safetensors.save_file(safetensors.load_file(path), path, metadata=read_metadata(path) | change)
+    with pytest.raises(ValueError, match=f"{path}: (its version|must be a file of|is the state of another)"):
+        mo.MegalodonState.load(path, model.config)
+
+
+def read_metadata(path):
+    content = path.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
