@@ -1,5 +1,8 @@
 """Memory of tensors on the CPU: outputs are tensors like any other, and a process may keep what it has freed."""
 
+import mmap
+import re
+
 import pytest
 import torch
 from programs import run_python
@@ -23,6 +26,45 @@ def test_the_storage_of_an_output_can_be_resized():
     y.untyped_storage().resize_(0)
     y.untyped_storage().resize_(y.numel() * y.element_size())
     assert y.fill_(1).sum() == y.numel()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages to ask for")
+def test_large_parameters_move_to_huge_pages_and_nothing_else_changes():
+    config = mo.MegalodonConfig(
+        num_layers=1, model_dim=1024, z_dim=64, value_dim=64, ffn_hidden_dim=64, vocab_size=600, share_emb=True
+    )
+    model = mo.Megalodon(config)
+    parameters = dict(model.named_parameters())
+    before = {name: (parameter.data_ptr(), parameter.detach().clone()) for name, parameter in parameters.items()}
+    if not mo.use_huge_pages(model):
+        pytest.skip("this kernel has no huge pages")
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name] and parameter.equal(before[name][1])
+    assert model.output.output.weight is model.embed.weight
+    moved = {name for name, parameter in parameters.items() if parameter.data_ptr() != before[name][0]}
+    assert moved == {"embed.weight", "layers.0.mega.wh1.weight"}  # 2.4 and 4 MB
+    for name in moved:
+        assert parameters[name].data_ptr() % (2 << 20) == 0
+        assert "hg" in flags_of(parameters[name].data_ptr()), "Linux was not asked for huge pages"
+        assert "sh" not in flags_of(parameters[name].data_ptr()), "shared memory gets huge pages by another rule"
+    model.loss(torch.randint(600, (1, 8)), torch.randint(600, (1, 8))).backward()
+
+
+def flags_of(address):
+    """The flags of the memory map that holds an address."""
+    inside = False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                return line.split()[1:]
+    raise AssertionError("no map holds this address")
+
+
+def test_use_huge_pages_takes_a_module():
+    with pytest.raises(TypeError, match="use_huge_pages: `model` must be a torch.nn.Module, got 3"):
+        mo.use_huge_pages(3)
 
 
 FEWEST_FAULTS_OF_A_TENSOR = """

@@ -18,9 +18,9 @@
 //
 // In a chunk of one block, delta_i comes from P and dP, free of the rounding of o.
 // Operands are packed once for each chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.
-// Scratch, in elements for each chunk at work: C (5 K + 4 V); for each thread P^T and dS^T, 2 kBlock^2. Queries are
-// numbered like keys, from the chunk's start; rows that are in the cache stand there as zero queries, which add
-// nothing.
+// Scratch, in elements for each chunk at work: C (5 K + 4 V), and C K more where units are pairs (K by rows); for each
+// thread P^T and dS^T, 2 kBlock^2. Queries are numbered like keys, from the chunk's start; rows that are in the cache
+// stand there as zero queries, which add nothing.
 
 #include "chunked_attention.h"
 

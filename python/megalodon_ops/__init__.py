@@ -26,7 +26,7 @@ from .ops.gated_silu import gated_silu
 from .ops.layer_norm import layer_norm, rms_norm
 from .ops.linear import linear
 from .ops.loss import linear_cross_entropy
-from .ops.memory import keep_freed_memory
+from .ops.memory import keep_freed_memory, use_huge_pages
 from .ops.normalized_attention import normalized_attention
 from .ops.normalized_qk import normalized_qk
 from .ops.states import AttentionState, TimestepNormState
@@ -64,5 +64,6 @@ __all__ = [
     "rms_norm",
     "timestep_norm",
     "to_torch_linears",
+    "use_huge_pages",
     "wide_parameters",
 ]

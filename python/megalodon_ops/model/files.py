@@ -1,6 +1,7 @@
 """Writes files that are complete or not there, and reads files that come from anywhere.
 
-Only regular files are opened, only small, flat and unambiguous JSON is read. Every fault of a file that is read is a ValueError of one line that begins with the file's path, or a FileNotFoundError.
+Only regular files are opened, only small, flat and unambiguous JSON is read. Every fault of a file that is read is a
+ValueError of one line that begins with the file's path, or a FileNotFoundError.
 """
 
 from __future__ import annotations

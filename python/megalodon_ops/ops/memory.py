@@ -8,8 +8,11 @@ import os
 import resource
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .values import described
+
+_HUGE_PAGE = 2 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt(3)
 
 
@@ -34,6 +37,46 @@ def check_fits(size: int, what: str) -> None:
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; one pass over memory, while `isfinite` would write an array first."""
     return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor.detach()))
+
+
+def use_huge_pages(model: nn.Module) -> bool:
+    """Moves the model's large parameters on the CPU to memory that Linux may give huge pages (2 MiB).
+
+    A decoded token reads every weight once, and looking up the addresses of small pages takes a share of that time: on 2
+    cores of an Intel Xeon a token of 200M parameters takes PLACEHOLDER less. Call this function after the weights are loaded
+    and before a :class:`Decoder` is made. Parameters stay the objects that they are; their memory is new and cannot be
+    resized, as FSDP wants. `python -m megalodon_ops generate` calls this function; importing the package does not.
+
+    Returns:
+        False where the system has no huge pages to ask for; then nothing has changed.
+
+    Example:
+        >>> import megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=512, z_dim=64, ffn_hidden_dim=512, vocab_size=256)
+        >>> model = mo.Megalodon(config)
+        >>> moved = mo.use_huge_pages(model)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"use_huge_pages: `model` must be a torch.nn.Module, got {described(model)}.")
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    for parameter in model.parameters():
+        if parameter.is_cpu and type(parameter) is nn.Parameter and parameter.nbytes >= _HUGE_PAGE:
+            try:
+                memory = _huge_pages(parameter.nbytes)
+            except OSError:  # a kernel without huge pages
+                return False
+            parameter.data = memory.view(parameter.dtype).view(parameter.shape).copy_(parameter.detach())
+    return True
+
+
+def _huge_pages(size: int) -> Tensor:
+    """(size,) uint8 that begins at a huge page; Linux is asked for huge pages as far as they are whole."""
+    mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    begin = -memory.data_ptr() % _HUGE_PAGE
+    mapping.madvise(mmap.MADV_HUGEPAGE, begin, size // _HUGE_PAGE * _HUGE_PAGE)
+    return memory[begin : begin + size]
 
 
 def keep_freed_memory() -> bool:
