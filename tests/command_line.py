@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from megalodon_ops.cli import checkpoint, main, metrics
-from megalodon_ops.cli.train import threads
+from megalodon_ops import Megalodon
+from megalodon_ops.cli import main, metrics
+from megalodon_ops.cli.train import adamw, threads
+from megalodon_ops.training import schema
+from megalodon_ops.training.checkpoint import load_checkpoint, save_checkpoint
 
 TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --lr 0.01".split()
 
@@ -36,10 +40,16 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 def overflow(run: Path, by: float = 1e30) -> None:
     """Makes the weights in a run's newest checkpoint larger: finite still, but by default with outputs that are not."""
-    found = checkpoint.load(run, "-")
-    record = {name: value for name, value in found.record.items() if name not in ("format", "step", "files")}
-    parts = found.parts | {"model": {name: tensor * by for name, tensor in found.parts["model"].items()}}
-    checkpoint.save(run, found.record["step"], record, parts)
+    found = load_checkpoint(run)
+    model = Megalodon(found.config)
+    found.load_weights(model)
+    optimizer = adamw(model, argparse.Namespace(lr=1.0, weight_decay=0.0))
+    found.load_optimizer(optimizer, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(by)
+    record = {name: value for name, value in found.record.items() if name not in schema.OWN}
+    save_checkpoint(run, found.step, model, optimizer=optimizer, state=found.state, record=record)
 
 
 @contextmanager

@@ -1,16 +1,18 @@
-"""Checkpoints: complete or not there, whatever happens while they are written."""
+"""Checkpoints of a run: complete or not there, whatever happens while they are written."""
 
 import json
+import logging
 import os
 
 import pytest
 import torch
 from torch import nn
 
-from megalodon_ops import Megalodon, MegalodonConfig
-from megalodon_ops.cli import checkpoint
-from megalodon_ops.cli.errors import CommandError
-
+from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
+from megalodon_ops.cli import schema
+from megalodon_ops.errors import FileError
+from megalodon_ops.model import files
+from megalodon_ops.training.checkpoint import load_any, load_checkpoint, save_checkpoint
 
 CONFIG = MegalodonConfig(
     num_layers=1, model_dim=4, z_dim=2, value_dim=2, ffn_hidden_dim=2, cema_ndim=1, chunk_size=2, norm_num_groups=1,
@@ -18,72 +20,82 @@ CONFIG = MegalodonConfig(
 )  # fmt: skip
 
 
-def record(step):
+def record(step, **options):
+    """What `train` adds to a checkpoint."""
     options = {
-        "data": None, "steps": 9, "minutes": None, "preset": "small", "context": "packed", "batch": 1, "length": 3,
-        "lr": 0.01, "warmup": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "device": "cpu", "dtype": "float32",
-        "eval_every": 1, "checkpoint_every": 1,
+        "data": None, "glob": None, "steps": 9, "minutes": None, "preset": "small", "context": "packed", "batch": 1,
+        "length": 3, "lr": 0.01, "warmup": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "device": "cpu",
+        "dtype": "float32", "eval_every": 1, "checkpoint_every": 1, **options,
     }  # fmt: skip
-    position = {"taken": step, "readers": [[-1, 0]]}
     return {
-        "megalodon_ops": "1", "torch": "2", "threads": 1, "options": options, "config": CONFIG.to_dict(),
-        "data": {"fingerprint": "0" * 64, "position": position}, "seconds": float(step),
-        "schedule": {"steps": 9, "budget": None, "anchor": [0, 0.0], "end": 9},
+        "options": options, "data": {"fingerprint": "0" * 64, "position": {"taken": step, "readers": [[-1, 0]]}},
+        "schedule": {"steps": 9, "budget": None, "anchor": [0, 0.0], "end": 9}, "seconds": float(step),
     }  # fmt: skip
 
 
 def save(run, step, value=None, **options):
-    model, optimizer = Megalodon(CONFIG), {}
-    for name, parameter in model.named_parameters():
+    model = Megalodon(CONFIG)
+    for parameter in model.parameters():
         nn.init.constant_(parameter, step if value is None else value)
-        for what, shape in {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items():
-            optimizer[f"{name}/{what}"] = torch.zeros(shape)
-    parts = {
-        "model": checkpoint.model_tensors(model), "optimizer": optimizer if step else {}, "state": {},
-        "random": {"cpu": torch.get_rng_state()},
-    }  # fmt: skip
-    content = record(step)
-    return checkpoint.save(run, step, {**content, "options": {**content["options"], **options}}, parts)
+    return save_checkpoint(run, step, model, record=record(step, **options))
 
 
-def newest(run):
-    return checkpoint.load(run, "--resume")
+def first_weight(run):
+    return load_any(run)[0].embed.weight[0, 0].item()
 
 
 def test_round_trip(tmp_path):
     folder = save(tmp_path, 12)
-    for path in (tmp_path, folder):
-        found = newest(path)
+    for path in (tmp_path, folder, str(folder)):
+        found = load_checkpoint(path)
         assert found.folder == folder
-        assert found.record["step"] == found.record["data"]["position"]["taken"] == 12
-        assert found.parts["state"] == {}
-        assert torch.equal(found.parts["model"]["embed.weight"], torch.full((9, 4), 12.0))
-    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+        assert found.step == found.record["data"]["position"]["taken"] == 12
+        assert found.config == CONFIG
+        assert found.state is None and found.optimizer == {}
+        assert first_weight(path) == 12.0
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "random.safetensors", "training.json",
+    }  # fmt: skip
+
+
+def test_a_checkpoint_is_a_model(tmp_path):
+    """The plain loader of models reads a checkpoint's folder, and a run's only by its checkpoint's name."""
+    folder = save(tmp_path, 12)
+    assert Megalodon.load(folder).embed.weight[0, 0] == 12
+    with pytest.raises(FileNotFoundError, match="it is a run of .*: name a folder in its checkpoints/"):
+        Megalodon.load(tmp_path)
 
 
 def test_the_newest_is_read_and_old_ones_go(tmp_path):
     for step in (8, 9, 10, 100):
         save(tmp_path, step)
-    assert newest(tmp_path).record["step"] == 100
+    assert load_checkpoint(tmp_path).step == 100
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000100"]
+
+
+def test_more_are_kept_where_asked(tmp_path):
+    for step in range(4):
+        save_checkpoint(tmp_path, step, Megalodon(CONFIG), keep=3)
+    assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["1", "2", "3"]
 
 
 def test_the_same_step_again_replaces(tmp_path):
     save(tmp_path, 5, value=1)
     save(tmp_path, 5, value=2)
-    assert newest(tmp_path).parts["model"]["embed.weight"][0, 0] == 2
+    assert first_weight(tmp_path) == 2
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-@pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_killed_while_writing(tmp_path, monkeypatch, call, count):
-    """At any flush or rename of the writer the checkpoint before is still read, and the next writing succeeds."""
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
+@pytest.mark.parametrize("count", range(8))
+@pytest.mark.parametrize("step", [2, 3])
+def test_killed_while_writing(tmp_path, monkeypatch, call, count, step):
+    """At any flush or rename of the writer a whole checkpoint is read, and the next writing succeeds and tidies up."""
     save(tmp_path, 1)
     save(tmp_path, 2)
-
-    class Killed(BaseException):
-        pass
-
     real, calls = getattr(os, call), 0
 
     def die_at(*arguments):
@@ -95,13 +107,14 @@ def test_killed_while_writing(tmp_path, monkeypatch, call, count):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, die_at)
+        patch.setattr(files.shutil, "rmtree", lambda *a, **k: None)  # a killed process removes nothing
         try:
-            save(tmp_path, 3)
+            save(tmp_path, step, value=7)
         except Killed:
             pass
-    assert newest(tmp_path).record["step"] in (2, 3)
+    assert (load_checkpoint(tmp_path).step, first_weight(tmp_path)) in {(2, 2), (step, 7)}
     save(tmp_path, 4)
-    assert newest(tmp_path).record["step"] == 4
+    assert load_checkpoint(tmp_path).step == 4
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -109,81 +122,99 @@ def test_a_draft_that_cannot_be_finished_goes(tmp_path, file_size_limit):
     """On a disk that is full at any file, the checkpoint before is as it was, and nothing of the new one stays."""
     folder = save(tmp_path, 1)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    for limit in (100, 20, 0):  # bytes a file may have: the record fails, then the tensors
-        with file_size_limit(limit), pytest.raises(CommandError, match="step-00000002: could not be written: .*large"):
-            checkpoint.save(tmp_path, 2, {"note": "x" * 100}, {"state": {}})
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    for limit in (sizes["random.safetensors"] - 1, sizes["config.json"] - 1, 0):
+        with file_size_limit(limit), pytest.raises(OSError, match="step-00000002: could not be written: .*large"):
+            save(tmp_path, 2)
         assert list((tmp_path / "checkpoints").iterdir()) == [folder]
-        with file_size_limit(limit), pytest.raises(CommandError, match="curve.png: could not be written: .*large"):
-            checkpoint.write_whole(tmp_path / "curve.png", b"x" * 101)
+        with file_size_limit(limit), pytest.raises(OSError, match="curve.png: could not be written: .*large"):
+            files.write_whole(tmp_path / "curve.png", b"x" * 10000)
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_options_that_an_older_version_did_not_have(tmp_path):
-    """The older version took every file of a folder, so that its text is what all patterns match."""
-    assert "glob" not in json.loads((save(tmp_path, 1) / "checkpoint.json").read_text())["options"]
-    assert newest(tmp_path).record["options"]["glob"] == ["*"]
 
 
 @pytest.mark.parametrize(
     "glob, is_read", [(None, True), (["*.py", "a/*"], True), ([], False), ([""], False), ("*", False)]
 )
 def test_globs_in_a_checkpoint(tmp_path, glob, is_read):
-    save(tmp_path, 1, glob=glob)
+    save(tmp_path, 0, glob=glob)
     if is_read:
-        assert newest(tmp_path).record["options"]["glob"] == glob
+        assert load_checkpoint(tmp_path, check=schema.check).record["options"]["glob"] == glob
     else:
-        with pytest.raises(CommandError, match="`options.glob` must be a list of patterns of file names, or null"):
-            newest(tmp_path)
+        with pytest.raises(FileError, match="`options.glob` must be a list of patterns of file names, or null"):
+            load_checkpoint(tmp_path, check=schema.check)
 
 
 def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: truncate(folder / "model.safetensors"),
-        lambda folder: truncate(folder / "checkpoint.json"),
-        lambda folder: (folder / "state.safetensors").unlink(),
-        lambda folder: (folder / "checkpoint.json").write_text("{}"),
-        lambda folder: (folder / "model.safetensors").write_bytes(b"x" * (folder / "model.safetensors").stat().st_size),
-    ],
-    ids=["short tensors", "short record", "missing tensors", "empty record", "noise"],
-)
-def test_damaged_checkpoints_are_passed_over(tmp_path, capsys, damage):
+def noise(path):
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+DAMAGE = {
+    "short tensors": lambda folder: truncate(folder / "model.safetensors"),
+    "short record": lambda folder: truncate(folder / "training.json"),
+    "missing tensors": lambda folder: (folder / "random.safetensors").unlink(),
+    "missing weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "missing config": lambda folder: (folder / "config.json").unlink(),
+    "empty record": lambda folder: (folder / "training.json").write_text("{}"),
+    "noise": lambda folder: noise(folder / "model.safetensors"),
+    "a file more": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    "an optimizer more": lambda folder: (folder / "optimizer.safetensors").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints_are_passed_over(tmp_path, caplog, damage):
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
-    damage(folder)
-    assert newest(tmp_path).record["step"] == 1
-    assert f"passing over {folder}" in capsys.readouterr().err
+    DAMAGE[damage](folder)
+    with caplog.at_level(logging.WARNING):
+        assert load_checkpoint(tmp_path).step == 1
+    (line,) = caplog.messages
+    assert line.startswith(f"passing over {folder}/")
+    with pytest.raises((FileError, FileNotFoundError)):
+        load_any(folder)
 
 
 def test_nothing_to_read(tmp_path):
-    with pytest.raises(CommandError, match="--resume .*: no complete checkpoint"):
-        newest(tmp_path)
-    with pytest.raises(CommandError, match="--resume .*missing: no such folder"):
-        newest(tmp_path / "missing")
+    with pytest.raises(FileError, match=f"^{tmp_path}: no complete checkpoint"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/missing: no such folder"):
+        load_checkpoint(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}: no model in this folder: "):
+        load_any(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=f"^{tmp_path}/file: a file; name its folder"):
+        load_any(tmp_path / "file")
 
 
 @pytest.mark.parametrize("number", [1, 99, "2", None, True])
 def test_another_format_is_refused(tmp_path, number):
-    path = save(tmp_path, 1) / "checkpoint.json"
+    path = save(tmp_path, 1) / "training.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": number}))
-    with pytest.raises(CommandError, match="no complete checkpoint in this folder; .*: checkpoint.json: its format is"):
-        newest(tmp_path)
-    with pytest.raises(CommandError, match=f"--resume {path.parent}: checkpoint.json: its format is"):
-        newest(path.parent)
+    with pytest.raises(FileError, match="no complete checkpoint in this folder; .*/training.json: its format is"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(FileError, match=f"^{path}: its format is .*, and this version reads 3"):
+        load_checkpoint(path.parent)
 
 
-def network(seed):
+def test_a_checkpoint_of_an_old_version_is_refused_by_its_name(tmp_path):
+    (tmp_path / "checkpoint.json").write_text('{"format": 2, "megalodon_ops": "0.1.0"}')
+    for load in (load_any, load_checkpoint):
+        with pytest.raises(
+            FileError, match=r"checkpoint.json: is a checkpoint of format 2, .* of version '0.1.0', reads it"
+        ):
+            load(tmp_path)
+
+
+def network(seed, kind=torch.optim.AdamW, **options):
     torch.manual_seed(seed)
     model = Megalodon(CONFIG)
-    groups = [
-        {"params": [p for p in model.parameters() if (p.ndim == 2) == d], "weight_decay": 0.1 * d} for d in (1, 0)
-    ]
-    return model, torch.optim.AdamW(groups, lr=0.01)
+    groups = [{"params": [p for p in model.parameters() if (p.ndim == 2) == d]} for d in (1, 0)]
+    return model, kind(groups, lr=0.01, **options)
 
 
 def descend(model, optimizer, steps):
@@ -194,21 +225,48 @@ def descend(model, optimizer, steps):
         optimizer.step()
 
 
+OPTIMIZERS = {
+    "AdamW": (torch.optim.AdamW, {}), "AMSGrad": (torch.optim.AdamW, {"amsgrad": True}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}), "SGD": (torch.optim.SGD, {}),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("before", [0, 3])
-def test_model_and_optimizer_go_on_exactly(tmp_path, before):
-    model, optimizer = network(0)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_model_optimizer_state_and_random_numbers_go_on_exactly(tmp_path, before, kind):
+    kind, options = OPTIMIZERS[kind]
+    model, optimizer = network(0, kind, **options)
     descend(model, optimizer, before)
-    parts = {
-        "model": checkpoint.model_tensors(model),
-        "optimizer": checkpoint.optimizer_tensors(optimizer, model),
-        "state": {},
-        "random": {"cpu": torch.get_rng_state()},
-    }
-    checkpoint.save(tmp_path, before, record(before), parts)
-    other, its_optimizer = network(1)
-    checkpoint.load_model(other, newest(tmp_path))
-    checkpoint.load_optimizer(its_optimizer, other, newest(tmp_path))
+    _, state = model(torch.tensor([[1, 2, 3]]), return_state=True)
+    save_checkpoint(tmp_path, before, model, optimizer=optimizer, state=state)
+    drawn = torch.rand(3)
+
+    other, its_optimizer = network(1, kind, **options)
+    found = load_checkpoint(tmp_path)
+    found.load_weights(other)
+    found.load_optimizer(its_optimizer, other)
+    torch.testing.assert_close(found.state, state, rtol=0, atol=0)
+    assert isinstance(found.state, MegalodonState)
+    found.restore_random()
+    assert torch.equal(torch.rand(3), drawn)
     descend(model, optimizer, 4)
     descend(other, its_optimizer, 4)
     for one, another in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, another)
+
+
+def test_an_optimizer_of_another_kind_is_refused(tmp_path):
+    model, optimizer = network(0)
+    descend(model, optimizer, 1)
+    save_checkpoint(tmp_path, 1, model, optimizer=optimizer)
+    _, other = network(0, torch.optim.SGD)
+    with pytest.raises(FileError, match="optimizer.safetensors: is the state of AdamW, and the optimizer is SGD"):
+        load_checkpoint(tmp_path).load_optimizer(other, model)
+
+
+def test_what_is_no_record(tmp_path):
+    model = Megalodon(CONFIG)
+    for wrong in ([], {"step": 1}, {"x": float("nan")}, {"x": object()}):
+        with pytest.raises(ValueError, match="^save_checkpoint: `record` must be"):
+            save_checkpoint(tmp_path, 1, model, record=wrong)
+    assert list(tmp_path.iterdir()) == []

@@ -154,7 +154,7 @@ ERRORS = {
     "resume another seed": (["train", "--resume", "--out", "{run}", "--seed", "7"], "--seed: the run in {run} has 0"),
     "resume another text": (["train", "--resume", "--out", "{run}", "--data", __file__], "the text is not the one"),
     "eval nothing": (["eval", "--checkpoint", "{tmp}/missing"], "--checkpoint {tmp}/missing: no such folder"),
-    "eval no checkpoint": (["eval", "--checkpoint", "{tmp}"], "--checkpoint {tmp}: no complete checkpoint"),
+    "eval no checkpoint": (["eval", "--checkpoint", "{tmp}"], "--checkpoint {tmp}: no model in this folder"),
     "eval empty text": (["eval", "--checkpoint", "{run}", "--data", "{tmp}/empty"], "empty: the file is empty"),
     "no checkpoint": (["generate"], "the following arguments are required: --checkpoint"),
     "generate nothing": (["generate", "--checkpoint", "{tmp}/missing"], "no such folder"),

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from megalodon_ops import Megalodon
-from megalodon_ops.cli import carry, metrics
+from megalodon_ops.cli import metrics
 from megalodon_ops.cli.batches import START, Batches
 from megalodon_ops.cli.console import Progress
-from megalodon_ops.cli.evaluate import Reader, bits_per_byte
+from megalodon_ops.cli.evaluate import Reader, bits_per_byte, select
 from megalodon_ops.cli.models import byte_config
 from megalodon_ops.cli.schedule import Schedule
+from megalodon_ops.model.states import from_named, named_tensors
 
 
 def test_pieces_do_not_matter():
@@ -39,7 +40,7 @@ def test_state_survives_as_tensors():
     with torch.no_grad():
         reader.loss(batches.next())
         rows = reader.rows()
-        back = carry.from_tensors(carry.to_tensors(rows), config.num_layers)
+        back = from_named(named_tensors(rows), config)
         torch.testing.assert_close(back, rows, rtol=0, atol=0)
         other = Reader(reader.model)
         other.seek(back)
@@ -58,11 +59,11 @@ def test_select_starts_fresh_at_minus_one():
     _, state = model(torch.randint(256, (1, 12)), return_state=True, cu_seqlens=bounds)
     tokens = torch.randint(256, (1, 9))
     with torch.no_grad():
-        picked = carry.select(state, torch.tensor([1, -1, 0]))
+        picked = select(state, torch.tensor([1, -1, 0]))
         logits = model(tokens, state=picked, cu_seqlens=torch.tensor([0, 3, 6, 9]))
-        one = model(tokens[:, :3], state=carry.select(state, torch.tensor([1])))
+        one = model(tokens[:, :3], state=select(state, torch.tensor([1])))
         new = model(tokens[:, 3:6])
-        two = model(tokens[:, 6:], state=carry.select(state, torch.tensor([0])))
+        two = model(tokens[:, 6:], state=select(state, torch.tensor([0])))
     torch.testing.assert_close(logits, torch.cat([one, new, two], 1), rtol=1e-5, atol=1e-5)
 
 
@@ -156,7 +157,7 @@ def test_the_bar_of_a_run_of_given_steps_shows_them(capsys):
 def test_a_state_that_goes_on_in_every_row_is_not_copied():
     config = byte_config("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
     _, state = Megalodon(config)(torch.randint(256, (3, 5)), return_state=True)
-    assert carry.select(state, torch.arange(3)) is state
+    assert select(state, torch.arange(3)) is state
     for rows in ([0, 1], [0, 2, 1], [0, 1, -1], [0, 1, 2, 2]):
-        assert torch.equal(carry.select(state, torch.tensor(rows)).norm.mean[0], state.norm.mean[0])
-        assert len(carry.select(state, torch.tensor(rows)).norm.count) == len(rows)
+        assert torch.equal(select(state, torch.tensor(rows)).norm.mean[0], state.norm.mean[0])
+        assert len(select(state, torch.tensor(rows)).norm.count) == len(rows)

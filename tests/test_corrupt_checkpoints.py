@@ -1,149 +1,59 @@
-"""Mutated checkpoints and folders of the released format: refused in one line, or loaded with the original weights."""
+"""Mutated checkpoints of every format, and states: refused in one line, or loaded with numbers that make sense."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
-from models import tiny_model
+from models import tiny_model, tokens_of
+from mutations import edit_header, edit_json, flip, mutate
 from test_official import save_released
 
 import megalodon_ops as mo
-from megalodon_ops.cli import checkpoint, main
-from megalodon_ops.cli.evaluate import trained_model
+from megalodon_ops.cli import main, schema
+from megalodon_ops.errors import FileError
+from megalodon_ops.training import checkpoint
 
 SEED = 20260
-HOSTILE = [
-    None,
-    True,
-    -1,
-    0,
-    2**31,
-    2**64,
-    10**6,
-    -1.5,
-    1e308,
-    "x",
-    "",
-    [],
-    {},
-    [[]],
-    "8",
-    [0, 10**9],
-    "../model",
-    "cuda",
-    "a\nb",
-]
 TINY = "--dim 16 --layers 1 --chunk 4 --batch 2 --length 8 --norm-groups 4 --warmup 2 --steps 3 --checkpoint-every 1".split()
 
 
-def leaves(node, at=()):
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        yield (*at, key)
-        yield from leaves(value, (*at, key))
+def counts(few, many):
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
-def edit_json(path, rng):
-    content = json.loads(path.read_text())
-    at = rng.choice(list(leaves(content)))
-    node = content
-    for key in at[:-1]:
-        node = node[key]
-    if rng.random() < 0.2 and isinstance(node, dict):
-        del node[at[-1]]
-        what = "deleted"
-    else:
-        node[at[-1]] = what = rng.choice(HOSTILE)
-    path.write_text(json.dumps(content))
-    return f"{path.name}: {at} = {what!r}"
+@contextmanager
+def seconds(most: int) -> Iterator[None]:
+    def alarm(*_):
+        raise AssertionError("hangs")
 
-
-def edit_header(path, rng):
-    data = path.read_bytes()
-    n = struct.unpack("<Q", data[:8])[0]
-    head = json.loads(data[8 : 8 + n])
-    names = [k for k in head if k != "__metadata__"]
-    if not names:
-        return flip(path, rng)
-    name = rng.choice(names)
-    kind = rng.choice(["dtype", "shape", "name", "offsets"])
-    if kind == "dtype":
-        head[name]["dtype"] = rng.choice(["I32", "F16", "U32", "F64", "BOGUS"])
-    elif kind == "shape":
-        head[name]["shape"] = rng.choice([[], head[name]["shape"][::-1] + [1], [2**62, 4], [-1]])
-    elif kind == "name":
-        head[name + "x"] = head.pop(name)
-    else:
-        head[name]["data_offsets"] = rng.choice([[0, 4], [0, 2**63], [8, 4]])
-    new = json.dumps(head).encode()
-    path.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + n :])
-    return f"{path.name}: header {name} {kind}"
-
-
-def flip(path, rng):
-    data = bytearray(path.read_bytes())
-    bits = [rng.randrange(8 * len(data)) for _ in range(rng.choice([1, 1, 3, 50]))]
-    for bit in bits:
-        data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
-    return f"{path.name}: bits {bits[:3]}"
-
-
-def cut(path, rng):
-    n = rng.randrange(path.stat().st_size)
-    os.truncate(path, n)
-    return f"{path.name}: cut to {n}"
-
-
-def splice(path, rng):
-    data = path.read_bytes()
-    at = rng.randrange(len(data) + 1)
-    n = rng.choice([1, 4, 64, 5000])
-    m = rng.choice([0, n])
-    path.write_bytes(data[:at] + rng.randbytes(n) + data[at + m :])
-    return f"{path.name}: {n} bytes over {m} at {at}"
-
-
-def swap(path, rng):
-    other = rng.choice([p for p in path.parent.iterdir() if p != path and p.is_file()])
-    x = path.read_bytes()
-    path.write_bytes(other.read_bytes())
-    other.write_bytes(x)
-    return f"{path.name} <-> {other.name}"
-
-
-def odd(path, rng):
-    path.unlink()
-    kind = rng.choice(["gone", "pipe", "folder", "zero", "loop"])
-    {
-        "gone": lambda: None,
-        "pipe": lambda: os.mkfifo(path),
-        "folder": path.mkdir,
-        "zero": lambda: path.symlink_to("/dev/zero"),
-        "loop": lambda: path.symlink_to(path),
-    }[kind]()
-    return f"{path.name}: {kind}"
+    before = signal.signal(signal.SIGALRM, alarm)
+    signal.alarm(most)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def reseal(folder):
     """Makes checksums right again, as a forger would, so that the checks behind them are reached."""
-    record = json.loads((folder / "checkpoint.json").read_text())
+    path = folder / "training.json"
+    record = json.loads(path.read_text())
     if not isinstance(record.get("files"), dict):
         return
-    for part, facts in record["files"].items():
-        p = folder / f"{part}.safetensors"
-        if isinstance(facts, dict) and p.is_file():
-            facts.update(bytes=p.stat().st_size, sha256=checkpoint._sha256(p))
+    for name, facts in record["files"].items():
+        if isinstance(facts, dict) and (folder / name).is_file():
+            facts.update(checkpoint._facts(folder / name))
     record.pop("checksum", None)
     record["checksum"] = checkpoint._checksum(record)
-    (folder / "checkpoint.json").write_text(json.dumps(record))
+    path.write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -151,48 +61,37 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     text = out / "text"
     text.write_bytes(b"to be or not to be, that is the question. " * 30)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr("megalodon_ops.cli.generate.SAMPLE", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megalodon_ops.cli.generate.SAMPLE", 3)
         assert main(["train", "--data", str(text), "--out", str(out / "r"), *TINY]) == 0
         yield out / "r", text
+    torch.set_num_threads(threads)
 
 
-def alarm(*_):
-    raise AssertionError("hangs")
-
-
-FEW = 40
-MANY = pytest.param(2100, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("count", [FEW, MANY])
+@counts(40, 1000)
 @pytest.mark.parametrize("forged", [False, True], ids=["damaged", "forged"])
-def test_a_mutated_checkpoint_is_refused_in_one_line_or_runs(run, tmp_path, capsys, forged, count):
+def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_path, capsys, forged, count):
     """Forged folders, of right checksums, may be read with other numbers, and are then not run; damaged ones never."""
     out, text = run
     base = sorted((out / "checkpoints").iterdir())[-1]
-    cpu = torch.device("cpu")
-    want = trained_model(checkpoint.load(base, "-"), cpu).state_dict()
+    want = checkpoint.load_any(base)[0].state_dict()
     rng = random.Random(SEED + forged)
     bad = []
-    signal.signal(signal.SIGALRM, alarm)
     for i in range(count):
         r = tmp_path / "r"
         shutil.rmtree(r, ignore_errors=True)
         folder = r / "checkpoints" / base.name
         shutil.copytree(base, folder)
         path = rng.choice(sorted(folder.iterdir()))
-        js = path.suffix == ".json"
-        how = rng.choice([flip, cut, splice, swap, odd] + ([edit_json] * 6 if js else [edit_header] * 3))
         if forged:
-            part = rng.choice(["model", "optimizer", "state", "random"])
-            path = folder / ("checkpoint.json" if rng.random() < 0.6 else f"{part}.safetensors")
-            how = edit_json if path.suffix == ".json" else rng.choice([edit_header, flip])
-        what = how(path, rng)
-        if forged:
+            if rng.random() < 0.4:
+                path = folder / "training.json"
+            what = (edit_json if path.suffix == ".json" else rng.choice([edit_header, flip]))(path, rng)
             reseal(folder)
-        signal.alarm(30)
+        else:
+            what = mutate(path, rng)
         command = [
             ["eval", "--checkpoint", str(folder), "--data", str(text)],
             ["generate", "--checkpoint", str(r), "--bytes", "3"],
@@ -200,59 +99,117 @@ def test_a_mutated_checkpoint_is_refused_in_one_line_or_runs(run, tmp_path, caps
         ][i % 3]
         capsys.readouterr()
         try:
-            try:
-                found = checkpoint.load(folder, "-")
-                weights = trained_model(found, cpu).state_dict()
-            except checkpoint.CommandError:
-                weights = None
-            capsys.readouterr()
-            if forged and weights is not None:
-                continue
-            code = main(command)
-            err = capsys.readouterr().err
-        except BaseException as e:
-            bad.append((what, command[0], repr(e)[:300]))
+            with seconds(30):
+                try:
+                    checkpoint.load_checkpoint(folder, check=schema.check)
+                    weights = checkpoint.load_any(folder)[0].state_dict()
+                except (FileError, FileNotFoundError):
+                    weights = None
+                if forged and weights is not None:
+                    continue
+                capsys.readouterr()
+                code = main(command)
+                err = capsys.readouterr().err
+        except BaseException as error:
+            bad.append((what, command[0], repr(error)[:300]))
             continue
-        finally:
-            signal.alarm(0)
-        if weights is not None and not forged and any(not torch.equal(weights[n], want[n]) for n in want):
+        if weights is not None and any(not torch.equal(weights[name], want[name]) for name in want):
             bad.append((what, "other weights"))
         if code not in (0, 2) or (code == 2 and (err.count("\n") != 1 or not err.startswith("megalodon_ops"))):
             bad.append((what, code, err[:300]))
-        if weights is None and code == 0:
+        if weights is None and code == 0 and (not forged or command[0] == "train"):
             bad.append((what, "refused by load, taken by", command[0]))
     assert not bad, bad[:12]
 
 
-@pytest.mark.parametrize("count", [FEW, pytest.param(300, marks=pytest.mark.slow)])
+def fault_of(error: Exception, beginning: str) -> str | None:
+    """What is wrong with an error about a file: it must be one line that begins so."""
+    plain = isinstance(error, (FileError, FileNotFoundError)) and str(error).isprintable()
+    return None if plain and str(error).startswith(beginning) else repr(error)[:300]
+
+
+@counts(60, 1500)
+def test_a_mutated_folder_of_our_format_is_refused_in_one_line_or_computes(tmp_path, count):
+    """Nothing guards a byte of a weight that is a number still; all else is as it was, or refused."""
+    bases = {}
+    for name, dtype, shard in (("one", torch.float32, 1 << 30), ("shards", torch.bfloat16, 20_000)):
+        model = tiny_model(torch.float32, share_emb=name == "one").to(dtype)
+        model.save(tmp_path / name, max_shard_bytes=shard)
+        bases[name] = model.config
+    rng = random.Random(SEED + 3)
+    bad, refused = [], 0
+    for i in range(count):
+        name = ("one", "shards")[i % 2]
+        folder = tmp_path / "d"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / name, folder)
+        what = mutate(rng.choice(sorted(folder.iterdir())), rng)
+        try:
+            with seconds(30):
+                model = mo.Megalodon.load(folder)
+                if all(torch.equal(p, p) for p in model.parameters()) and model.config.vocab_size == 31:
+                    model(tokens_of(1, 5))
+                else:
+                    bad.append((what, "not finite, or another vocabulary"))
+        except (ValueError, FileNotFoundError) as error:
+            refused += 1
+            if fault := fault_of(error, "load: "):
+                bad.append((what, fault))
+        except BaseException as error:
+            bad.append((what, repr(error)[:300]))
+    assert not bad, bad[:12]
+    assert refused > count / 2
+
+
+@counts(40, 400)
 def test_a_mutated_folder_of_the_released_format_is_refused_or_gives_its_weights(tmp_path, count):
     model = tiny_model(torch.float32)
+    want = model.state_dict()
     rng = random.Random(SEED + 2)
     bad = []
-    signal.signal(signal.SIGALRM, alarm)
     for shards in (1, 2):
         base = tmp_path / f"b{shards}"
         base.mkdir()
         save_released(model, base, shards)
-        want = model.state_dict()
         for _ in range(count):
-            d = tmp_path / "d"
-            shutil.rmtree(d, ignore_errors=True)
-            shutil.copytree(base, d)
-            path = rng.choice(sorted(d.iterdir()))
-            js = path.suffix == ".json"
-            how = rng.choice([flip, cut, splice, swap, odd] + [edit_json] * 6 * js)
-            what = how(path, rng)
-            signal.alarm(30)
+            folder = tmp_path / "d"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(base, folder)
+            what = mutate(rng.choice(sorted(folder.iterdir())), rng)
             try:
-                got = mo.load_official(d).state_dict()
+                with seconds(30):
+                    got = mo.load_official(folder).state_dict()
                 if any(not torch.equal(got[name], want[name]) for name in want):
                     bad.append((what, "other weights"))
             except (ValueError, FileNotFoundError) as error:
-                if not (str(error).isprintable() and str(error).startswith("load_official: ")):
-                    bad.append((what, str(error)[:200]))
+                if fault := fault_of(error, "load_official: "):
+                    bad.append((what, fault))
             except BaseException as error:
-                bad.append((what, repr(error)[:200]))
-            finally:
-                signal.alarm(0)
+                bad.append((what, repr(error)[:300]))
+    assert not bad, bad[:12]
+
+
+@counts(30, 400)
+def test_a_mutated_state_is_refused_or_one_that_a_model_takes(tmp_path, count):
+    model = tiny_model(torch.float32)
+    _, state = model(tokens_of(2, 5), return_state=True)
+    state.save(tmp_path / "state.safetensors", model.config)
+    rng = random.Random(SEED + 4)
+    bad = []
+    for _ in range(count):
+        folder = tmp_path / "d"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        path = folder / "state.safetensors"
+        shutil.copy(tmp_path / path.name, path)
+        what = mutate(path, rng)
+        try:
+            with seconds(30):
+                found = mo.MegalodonState.load(path, model.config)
+                model(tokens_of(2, 3), state=found)
+        except (ValueError, FileNotFoundError) as error:
+            if not (str(error).isprintable() and str(path) in str(error)):
+                bad.append((what, repr(error)[:300]))
+        except BaseException as error:
+            bad.append((what, repr(error)[:300]))
     assert not bad, bad[:12]

@@ -7,12 +7,13 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from megalodon_ops import startup
 from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.errors import FileError
 from megalodon_ops.ops.memory import keep_freed_memory
 
 COMMANDS = {"info": "info", "train": "train", "eval": "evaluate", "generate": "generate"}
@@ -27,9 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     keep_freed_memory()
     try:
-        command = _load(options.command)
-        with startup.interruptible():
-            code = command.run(options)
+        with _needing_the_extra(), startup.interruptible():
+            code = importlib.import_module(f"megalodon_ops.cli.{COMMANDS[options.command]}").run(options)
             sys.stdout.flush()  # if the reader has gone, this raises here and not at the interpreter's end
             return code
     except BrokenPipeError:  # `... generate | head`: the reader has gone, so output still buffered is thrown away
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (CommandError, FloatingPointError, OSError) as error:
+    except (CommandError, FileError, FloatingPointError, OSError) as error:
         print(f"megalodon_ops {options.command}: error: {_text(error)}", file=sys.stderr)
         return 2
 
@@ -46,9 +46,11 @@ def _text(error: Exception) -> str:
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
-def _load(command: str) -> ModuleType:
+@contextmanager
+def _needing_the_extra() -> Iterator[None]:
+    """Inside the block, a package that is missing and belongs to the extra `train` is a CommandError."""
     try:
-        return importlib.import_module(f"megalodon_ops.cli.{COMMANDS[command]}")
+        yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:

@@ -8,17 +8,17 @@ import lzma
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
-from megalodon_ops.cli import carry, checkpoint
+from megalodon_ops import Megalodon, MegalodonState
 from megalodon_ops.cli.batches import Batch, Batches, Document
 from megalodon_ops.cli.data import FileDocument, check_glob, find_files, load_corpus
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.models import precision, usable_device
+from megalodon_ops.cli.models import precision, trained_model, usable_device
 
 
 class Reader:
@@ -40,14 +40,14 @@ class Reader:
             return self.model.loss(tokens, targets, **options)
         state = None
         if self.state is not None and self.last is not None:
-            state = carry.select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
+            state = select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
         loss, self.state = self.model.loss(tokens, targets, state=state, return_state=True, **options)
         self.state, self.last = self.state.detach(), last
         return loss
 
     def rows(self) -> MegalodonState | None:
         """The state of each row, for a checkpoint."""
-        return None if self.state is None or self.last is None else carry.select(self.state, self.last)
+        return None if self.state is None or self.last is None else select(self.state, self.last)
 
     def seek(self, rows: MegalodonState | None) -> None:
         self.state = rows
@@ -56,12 +56,11 @@ class Reader:
 
 def run(options: argparse.Namespace) -> int:
     device = usable_device(options.device)
-    found = checkpoint.load(options.checkpoint, "--checkpoint")
-    dtype = options.dtype or found.record["options"]["dtype"]
-    model = trained_model(found, device)
-    documents, text = _documents(options, found)
+    model, record = trained_model(options.checkpoint, device)
+    dtype = options.dtype or record["options"]["dtype"]
+    documents, text = _documents(options, record)
     total = sum(map(len, documents))
-    print(f"{text}: {len(documents)} documents, {total:,} bytes; step {found.record['step']}")
+    print(f"{text}: {len(documents)} documents, {total:,} bytes; step {record['step']}")
     with tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar:
         bits = bits_per_byte(model, documents, options.batch, options.piece, precision(device, dtype), bar)
     perplexity = torch.tensor(bits, dtype=torch.float64).exp2().item()  # infinite from 1024 bits on
@@ -69,10 +68,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def trained_model(found: checkpoint.Checkpoint, device: torch.device) -> Megalodon:
-    model = Megalodon(MegalodonConfig.from_dict(found.record["config"])).to(device).eval()
-    checkpoint.load_model(model, found)
-    return model
+def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
+    """The state of the sequences `rows`; a row of -1 becomes a fresh state. Where all rows go on, nothing is copied."""
+    if torch.equal(rows, torch.arange(state.num_sequences, device=rows.device)):
+        return state
+    return state[rows.clamp(min=0)].reset(rows < 0)
 
 
 @torch.no_grad()
@@ -115,12 +115,12 @@ def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def _documents(options: argparse.Namespace, found: checkpoint.Checkpoint) -> tuple[Sequence[Document], str]:
+def _documents(options: argparse.Namespace, record: dict[str, Any]) -> tuple[Sequence[Document], str]:
     globs = getattr(options, "glob", None)
     if hasattr(options, "data"):
         return [FileDocument(path) for path in find_files(options.data, globs)], " ".join(map(str, options.data))
     check_glob(globs, None)
-    corpus = load_corpus(found.record["options"]["data"], found.record["options"]["glob"])
-    if corpus.fingerprint != found.record["data"]["fingerprint"]:
+    corpus = load_corpus(record["options"]["data"], record["options"]["glob"])
+    if corpus.fingerprint != record["data"]["fingerprint"]:
         raise CommandError("the text of the run has changed since, so what was held out is not known; give --data")
     return corpus.held_out, "held-out text of the run"

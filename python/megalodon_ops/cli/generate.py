@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from megalodon_ops import Megalodon
-from megalodon_ops.cli import checkpoint
 from megalodon_ops.cli.batches import START
-from megalodon_ops.cli.evaluate import trained_model
-from megalodon_ops.cli.models import precision, usable_device
+from megalodon_ops.cli.models import precision, trained_model, usable_device
 
 PROMPT, SAMPLE = 300, 600
 """Bytes of the held-out beginning shown at the end of a training run, and of its continuation"""
@@ -26,12 +24,11 @@ PROMPT, SAMPLE = 300, 600
 def run(options: argparse.Namespace) -> int:
     device = usable_device(options.device)
     prompt = _prompt(options)
-    found = checkpoint.load(options.checkpoint, "--checkpoint")
-    model = trained_model(found, device)
+    model, record = trained_model(options.checkpoint, device)
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     print(decoder.decode(prompt), end="", flush=True)
-    with precision(device, options.dtype or found.record["options"]["dtype"]):
+    with precision(device, options.dtype or record["options"]["dtype"]):
         for byte in sample(model, prompt, options.bytes, seed=options.seed, **sampling):
             print(decoder.decode(byte), end="", flush=True)
     print(decoder.decode(b"", final=True))

@@ -15,9 +15,8 @@ import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megalodon_ops.cli.checkpoint import write_whole
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.model.files import file_size
+from megalodon_ops.model.files import file_size, write_whole
 from megalodon_ops.ops.values import is_number, is_whole
 
 _MOST_BITS = 1e30  # bits a byte; no loss is as large

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megalodon_ops import MegalodonConfig
+from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli.arguments import SMALL
 from megalodon_ops.cli.batches import VOCABULARY
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.errors import FileError
 from megalodon_ops.ops.library import has_cuda_kernels
+from megalodon_ops.training.checkpoint import load_any
 
 SMALL_CONFIG = {
     "num_layers": 4,
@@ -52,6 +55,17 @@ def usable_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not has_cuda_kernels()):
         raise CommandError(f"--device {name}: this build of megalodon_ops has no kernels for it")
     return device
+
+
+def trained_model(path: Path, device: torch.device) -> tuple[Megalodon, dict[str, Any]]:
+    """The model of a run's folder or of one checkpoint of a run, and what `train` has written beside it."""
+    try:
+        model, _, record = load_any(path, device=device)
+    except (FileError, FileNotFoundError) as error:
+        raise CommandError(f"--checkpoint {error}") from error
+    if record is None:
+        raise CommandError(f"--checkpoint {path}: holds no run of `train`, so it is not known what its tokens are")
+    return model, record
 
 
 def precision(device: torch.device, dtype: str) -> torch.autocast:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megalodon_ops import MegalodonConfig
-from megalodon_ops.cli import checkpoint
+from megalodon_ops.cli import schema
 from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, flag_of
-from megalodon_ops.cli.checkpoint import Checkpoint
 from megalodon_ops.cli.data import check_glob
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import byte_config
+from megalodon_ops.errors import FileError
+from megalodon_ops.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 
 MAY_CHANGE = {"data", "glob", "steps", "minutes", "eval_every", "checkpoint_every", "device"}
 """Flags a resumed run may be given anew (the text is compared by content); the other flags decide its losses"""
@@ -68,12 +69,15 @@ def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoin
     if "data" in given:
         given["data"] = [str(path.absolute()) for path in given["data"]]
     if not getattr(options, "resume", False):
-        if checkpoint.exists(out):
+        if has_checkpoint(out):
             raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
         check_glob(given.get("glob"), given.get("data"))
         return _settings(out, {**DEFAULTS, "data": None, "glob": None, **_length(given, {}), **given}), None
-    saved = checkpoint.load(out, "--resume")
-    before, config = saved.record["options"], saved.record["config"]
+    try:
+        saved = load_checkpoint(out, check=schema.check)
+    except (FileError, FileNotFoundError) as error:
+        raise CommandError(f"--resume {error}") from error
+    before, config = saved.record["options"], saved.config.to_dict()
     for name, value in given.items():
         if name not in MAY_CHANGE and (old := {**config, **before}[name]) != value:
             raise CommandError(
@@ -81,7 +85,7 @@ def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoin
             )
     flags = {**before, **given, **_length(given, before)}
     check_glob(given.get("glob"), flags["data"])
-    return _settings(out, flags, MegalodonConfig.from_dict(config)), saved
+    return _settings(out, flags, saved.config), saved
 
 
 def _settings(out: Path, flags: dict[str, Any], config: MegalodonConfig | None = None) -> Settings:

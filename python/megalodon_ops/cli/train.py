@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import megalodon_ops
 from megalodon_ops import Megalodon
-from megalodon_ops.cli import carry, checkpoint, metrics
+from megalodon_ops.cli import metrics
 from megalodon_ops.cli.batches import Batches
 from megalodon_ops.cli.console import Progress, StopSignals
 from megalodon_ops.cli.data import Corpus, load_corpus
@@ -29,6 +28,7 @@ from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.schedule import Schedule
 from megalodon_ops.cli.settings import Settings, resolve, run_folder
 from megalodon_ops.ops.memory import check_fits
+from megalodon_ops.training.checkpoint import Checkpoint, save_checkpoint
 
 LOOK = 1 << 15
 """Held-out bytes evaluated during the run; its end evaluates all bytes"""
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         return _run(*resolve(options, lock.folder))
 
 
-def _run(settings: Settings, saved: checkpoint.Checkpoint | None) -> int:
+def _run(settings: Settings, saved: Checkpoint | None) -> int:
     device = usable_device(settings.device)
     check_memory(settings)
     corpus = load_corpus(settings.data, settings.glob)
@@ -72,7 +72,7 @@ def check_memory(settings: Settings) -> None:
         raise CommandError(f"{error}; make --dim, --layers, --batch or --length smaller") from error
 
 
-def recorded_end(settings: Settings, saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
+def recorded_end(settings: Settings, saved: Checkpoint) -> dict[str, Any] | None:
     """The last line of the run's diary, if the run ends where the checkpoint is and the line has been written."""
     schedule = Schedule(settings.lr, settings.warmup, settings.steps, settings.minutes)
     step = saved.record["step"]
@@ -99,7 +99,7 @@ class Trainer:
         corpus: Corpus,
         device: torch.device,
         diary: metrics.Diary,
-        saved: checkpoint.Checkpoint | None,
+        saved: Checkpoint | None,
     ):
         self.settings, self.corpus, self.device, self.diary = settings, corpus, device, diary
         torch.manual_seed(settings.seed)
@@ -220,43 +220,27 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
-        rows = self.reader.rows()
         record = {
-            "megalodon_ops": megalodon_ops.__version__,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
             "options": self.settings.record(),
-            "config": self.settings.config.to_dict(),
             "data": {"fingerprint": self.corpus.fingerprint, "position": self.batches.position()},
             "schedule": self.schedule.position(),
             "seconds": self._seconds(),
         }
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        parts = {
-            "model": checkpoint.model_tensors(self.model),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model),
-            "state": {} if rows is None else carry.to_tensors(rows),
-            "random": random,
-        }
-        checkpoint.save(self.settings.out, self.step, record, parts)
+        save_checkpoint(
+            self.settings.out, self.step, self.model, optimizer=self.optimizer, state=self.reader.rows(), record=record
+        )
         self.saved_step = self.step
 
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        record, parts = saved.record, saved.parts
-        checkpoint.load_model(self.model, saved)
-        checkpoint.load_optimizer(self.optimizer, self.model, saved)
-        if parts["state"]:
-            on_device = {name: tensor.to(self.device) for name, tensor in parts["state"].items()}
-            self.reader.seek(carry.from_tensors(on_device, self.settings.config.num_layers))
+    def _restore(self, saved: Checkpoint) -> None:
+        record = saved.record
+        saved.load_weights(self.model)
+        saved.load_optimizer(self.optimizer, self.model)
+        self.reader.seek(None if saved.state is None else saved.state.to(self.device))
         self.batches.seek(record["data"]["position"])
-        self.step = self.saved_step = record["step"]
+        self.step = self.saved_step = saved.step
         self.spent = record["seconds"]
         self.schedule.seek(record["schedule"], self.step, self.spent)
-        torch.set_rng_state(parts["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in parts["random"]:
-            torch.cuda.set_rng_state(parts["random"]["cuda"], self.device)
+        saved.restore_random(self.device)
 
     def _draw(self, compressors: dict[str, float]) -> None:
         metrics.draw(self.settings.out / "loss_curve.png", metrics.read(self.diary.path), compressors)

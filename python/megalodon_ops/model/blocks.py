@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .config import MegalodonConfig, check_config
 from ..ops.gated_silu import gated_silu
-from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, TimestepNorm, WideParameters
+from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, TimestepNorm, WideParameters, reset_all_parameters
 from ..ops.library import accumulation_dtype
 from ..ops.normalized_attention import attend
 from ..ops.normalized_qk import rotary_table
@@ -73,6 +73,7 @@ class NormalizedAttention(WideParameters):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialises `gamma` and `beta`; the layers inside have a `reset_parameters` of their own."""
         nn.init.zeros_(self.gamma)
         nn.init.zeros_(self.beta)
 
@@ -158,6 +159,7 @@ class NormalizedFFN(WideParameters):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialises `alpha`; the layers inside have a `reset_parameters` of their own."""
         if self.alpha is not None:
             nn.init.constant_(self.alpha, 0.1 * 0.5**self.layer)
 
@@ -189,6 +191,10 @@ class MegalodonBlock(nn.Module):
         self.mega = NormalizedAttention(config)
         self.nffn = NormalizedFFN(config, layer)
 
+    def reset_parameters(self) -> None:
+        """Initialises every parameter of the block."""
+        reset_all_parameters(self)
+
     def forward(
         self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
     ) -> Tensor | tuple[Tensor, BlockState]:
@@ -206,4 +212,8 @@ class Output(nn.Module):
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
         self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
-        self.output = Linear(config.model_dim, config.num_outputs, bias=False)
+        self.output = Linear(config.model_dim, config.num_outputs, bias=False, of_tokens=True)
+
+    def reset_parameters(self) -> None:
+        """Initialises the norm and the matrix."""
+        reset_all_parameters(self)

@@ -6,11 +6,17 @@ ValueError of one line that begins with the file's path, or a FileNotFoundError.
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import glob
 import json
 import math
 import os
 import re
+import shutil
 import stat
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +81,104 @@ def write_atomically(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces the content of a file; if this process is killed meanwhile, the old content stays."""
+    try:
+        with write_atomically(path) as draft:
+            draft.write_bytes(content)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def write_folder_atomically(folder: Path) -> Iterator[Path]:
+    """Yields the path of an empty draft folder to fill with files, then flushes it and gives it the name `folder`.
+
+    A folder that exists is exchanged for the draft in one step (renameat2 of Linux) and then removed. If the process is
+    killed at any moment, `folder` is the old one or the new one, whole. Where the file system cannot exchange folders,
+    the old one is first renamed to `.<name>.old`, and a process killed at that moment leaves it there. A draft that
+    cannot be finished is removed; one whose process was killed is removed by the next call for the same folder.
+    """
+    folder = Path(os.path.realpath(folder))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_drafts(folder.parent, glob.escape(folder.name))
+        draft = folder.with_name(f".{folder.name}.draft-{uuid.uuid4().hex[:8]}")
+        draft.mkdir()
+        handle = _lock(draft)
+        try:
+            yield draft
+            for path in draft.iterdir():
+                flush(path)
+            flush(draft)
+            _put(draft, folder)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        finally:
+            os.close(handle)
+        flush(folder.parent)
+    except OSError as error:
+        raise OSError(f"{folder}: could not be written: {error.strerror or error}") from error
+
+
+def remove_drafts(parent: Path, name: str) -> None:
+    """Removes the drafts that killed processes have left of the folder `name`, which may be a pattern."""
+    for draft in parent.glob(f".{name}.draft-*"):
+        if draft.is_dir():
+            handle = _lock(draft, wanted=True)
+            if handle is not None:
+                shutil.rmtree(draft, ignore_errors=True)
+                os.close(handle)
+
+
+def _lock(folder: Path, wanted: bool = False) -> int | None:
+    """A handle of the folder that holds the system's lock on it, where there are locks; None if it is held and `wanted`."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if wanted:
+            os.close(handle)
+            return None
+    return handle
+
+
+def _put(draft: Path, folder: Path) -> None:
+    """Gives the draft the name `folder`; what was there goes."""
+    try:
+        os.rename(draft, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    else:
+        return
+    if _exchange(draft, folder):
+        shutil.rmtree(draft)
+        return
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(folder, old)
+    os.rename(draft, folder)
+    shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two paths in one step; False where the system cannot do this."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    if renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    if (number := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2(2)
+
+
 def flush(path: Path) -> None:
     """Has the system write a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -84,9 +188,10 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def one_line(error: Exception) -> str:
-    """The error's text without line breaks, at most 1,000 characters of it."""
-    return " ".join(str(error).split())[:1000]
+def one_line(error: BaseException) -> str:
+    """The error's text without line breaks and characters that a terminal would obey, at most 1,000 of it."""
+    text = " ".join(str(error).split())[:1000]
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _check_depth(text: str) -> None:

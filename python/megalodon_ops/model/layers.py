@@ -189,16 +189,43 @@ class LayerNorm(_Norm):
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
-    The layer computes by :func:`megalodon_ops.linear`, which takes the fastest way on the CPU.
+    With `of_tokens`, a matrix with a row for each token, weights begin as an embedding's do. The layer computes by
+    :func:`megalodon_ops.linear`, which takes the fastest way on the CPU.
     """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, of_tokens: bool = False) -> None:
+        self.of_tokens = of_tokens
+        super().__init__(in_features, out_features, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=(3 * self.in_features) ** -0.5)
+        if self.of_tokens:
+            _init_token_rows(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=(3 * self.in_features) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """A row of D numbers for each token, at the start normal with std 1 / sqrt(D), cut at 3 std."""
+
+    def reset_parameters(self) -> None:
+        _init_token_rows(self.weight)
+
+
+def _init_token_rows(weight: Tensor) -> None:
+    std = weight.shape[-1] ** -0.5
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+def reset_all_parameters(module: nn.Module) -> None:
+    """Gives every parameter inside the module its initial value, by the `reset_parameters` of the module that owns it."""
+    for part in module.modules():
+        if any(True for _ in part.parameters(recurse=False)):
+            part.reset_parameters()
 
 
 def to_torch_linears(model: nn.Module) -> nn.Module:

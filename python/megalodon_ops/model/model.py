@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, Output
 from .config import MegalodonConfig, check_config
-from .layers import is_plain_linear
+from .layers import Embedding, is_plain_linear, reset_all_parameters
 from .states import MegalodonState
 from ..ops.loss import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from ..ops.values import (
@@ -53,22 +55,95 @@ class Megalodon(nn.Module):
         check_config("Megalodon", config)
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.model_dim)
+        self.embed = Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
         self.output = Output(config)
-        self.reset_parameters()
         self.tie_weights()
 
     def reset_parameters(self) -> None:
-        """Initialises the embedding and the output matrix; every other layer initialises its own."""
-        std = self.config.model_dim**-0.5
-        for weight in (self.embed.weight, self.output.output.weight):
-            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+        """Initialises every parameter, as a new model's, for a model that was built on the device `meta`.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> with torch.device("meta"):
+            ...     model = mo.Megalodon(config)
+            >>> model.to_empty(device="cpu").reset_parameters()
+            >>> model(torch.tensor([[1, 2, 3]])).shape
+            torch.Size([1, 3, 9])
+        """
+        reset_all_parameters(self)
 
     def tie_weights(self) -> None:
         """Makes the output matrix the embedding, where the configuration says so."""
         if self.config.share_emb:
             self.output.output.weight = self.embed.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts all parameters. A shared embedding stays shared, which leaving `meta` would end."""
+        shared = _own_weight(self.embed) is not None and _own_weight(self.embed) is _own_weight(self.output.output)
+        super()._apply(fn, recurse)
+        if shared:
+            self.output.output.weight = self.embed.weight
+        return self
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Megalodon:
+        """A model from a folder that :meth:`save`, `python -m megalodon_ops train` or transformers wrote.
+
+        On the CPU the weights are memory-mapped: a tensor is read from the disk when it is first used, no second copy is
+        made, and a change of a weight stays in memory. Do not cut or overwrite files that a model was loaded from; to
+        replace the folder by :meth:`save` is safe, as the old files stay on the disk until the model is gone.
+
+        Args:
+            directory: holds `config.json` and `model.safetensors`, or shards that `model.safetensors.index.json` names.
+            dtype: that of the linear layers and the embedding; None: the folder's. Wide parameters stay float32 under a
+                16-bit dtype.
+            device: the device of the parameters.
+
+        Returns:
+            the model, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: the folder or a file in it is missing. ValueError: a file is damaged, or not what
+            :meth:`save` writes, or the model is larger than the machine's memory. The message names the file and the
+            fault. Nothing in a file is run.
+        """
+        from .checkpoint import load_model  # here: checkpoint.py makes models
+
+        return load_model(cls, directory, dtype=dtype, device=device)
+
+    def save(self, directory: str | os.PathLike, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30) -> None:
+        """Writes the model to a folder that :meth:`load` and transformers' `from_pretrained` read.
+
+        Args:
+            directory: a new folder, an empty one, or one that holds a checkpoint, which is replaced: files that this
+                method does not write itself stay, and so does a tokenizer unless another is given.
+            tokenizer: one with a method `save(folder)`, such as those of :mod:`megalodon_ops.tokenizers`, to go along.
+            max_shard_bytes: a model whose weights take more becomes several files of at most so many bytes (a parameter
+                is never cut) and an index.
+
+        The folder is complete or not there: it is written under another name, flushed to the disk and renamed. If the
+        process is killed while it replaces a checkpoint, the folder holds the old one or the new one, whole; where the
+        file system cannot exchange two folders in one step, it may be left under the name `.<name>.old`.
+
+        Raises:
+            ValueError: the model's parameters are not those of its configuration (merge adapters first), or not finite,
+            or the folder holds other things. OSError: the folder cannot be written; nothing is left then.
+
+        Example:
+            >>> import tempfile, torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     mo.Megalodon(config).save(f"{folder}/model")
+            ...     mo.Megalodon.load(f"{folder}/model", dtype=torch.bfloat16).config == config
+            True
+        """
+        from .checkpoint import save_model
+
+        save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -295,6 +370,10 @@ class Megalodon(nn.Module):
         for step, token in zip(range(max_new_tokens), stream):
             result[rows, ends + step] = token
         return result
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    return module._parameters.get("weight")
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import as_device, as_path
 from .config import MegalodonConfig
 from .files import read_json
 from ..ops.memory import check_fits, is_finite
 from .model import Megalodon
 from .pth import check_tensor, read_pth
-from ..ops.values import described, is_whole, shown
+from ..errors import FileError
+from ..ops.values import is_whole, shown
 
 # How a model-parallel checkpoint splits its parameters: along dim 1, along dim 0, or not at all.
 _SPLIT_DIM_1 = re.compile(r"embed\.weight|.*\.mega\.(gamma|beta)|.*\.(wh2|fc2)\.weight|output\.output\.weight")
@@ -50,20 +52,13 @@ def load_official(
     """
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"load_official: `dtype` must be a torch dtype of 16 bits or more, got {shown(dtype)}.")
-    if not isinstance(directory, (str, os.PathLike)):
-        raise TypeError(f"load_official: `directory` must be a path, got {described(directory)}.")
+    directory, device = as_path("load_official", "directory", directory), as_device("load_official", device)
     try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(
-            f'load_official: `device` must be a device as torch names them, such as "cpu", got {shown(device)}.'
-        ) from None
-    try:
-        return _load(Path(directory), dtype, device)
+        return read_official(directory, dtype, device)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"load_official: {error}") from error
     except ValueError as error:
-        raise ValueError(f"load_official: {error}") from error
+        raise FileError(f"load_official: {error}") from error
 
 
 def is_official(directory: Path) -> bool:
@@ -71,7 +66,8 @@ def is_official(directory: Path) -> bool:
     return any(directory.glob("consolidated*.pth"))
 
 
-def _load(directory: Path, dtype: torch.dtype, device: torch.device) -> Megalodon:
+def read_official(directory: Path, dtype: torch.dtype, device: torch.device) -> Megalodon:
+    """:func:`load_official` of arguments that were checked."""
     _check_folder(directory)
     fields = _model_fields(directory / "config.json")
     shards = _read_shards(directory)
@@ -104,7 +100,7 @@ def _check_folder(directory: Path) -> None:
     if not directory.is_dir():
         raise ValueError(f"{directory}: must be a folder that the released code wrote, got a file")
     if not os.path.lexists(directory / "config.json"):
-        own = os.path.lexists(directory / "checkpoint.json") or os.path.lexists(directory / "checkpoints")
+        own = os.path.lexists(directory / "checkpoints")
         hint = "; `python -m megalodon_ops train` wrote it, and `eval` and `generate` read it" if own else ""
         raise FileNotFoundError(
             f"{directory}: no config.json in this folder, so the released code did not write it{hint}"

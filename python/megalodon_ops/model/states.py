@@ -184,7 +184,7 @@ class MegalodonState(NamedTuple):
         """
         check_config("MegalodonState.save", config)
         path = _path("MegalodonState.save", path)
-        safetensors = extras.load("safetensors.torch", "train")
+        save_file = extras.load("safetensors.torch", "train").save_file
         tensors = {name: _as_real(tensor.detach()) for name, tensor in named_tensors(complete(self)).items()}
         try:
             activations = self.layers[0].attention.k.dtype
@@ -204,8 +204,8 @@ class MegalodonState(NamedTuple):
         with write_atomically(path) as draft:
             on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
             try:
-                safetensors.save_file(on_cpu, draft, metadata=metadata)
-            except safetensors.SafetensorError as error:
+                save_file(on_cpu, draft, metadata=metadata)
+            except extras.load("safetensors", "train").SafetensorError as error:
                 raise OSError(f"{path}: could not be written: {one_line(error)}") from error
 
     @staticmethod

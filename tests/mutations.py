@@ -1,0 +1,137 @@
+"""Ways to spoil a file: damage of disks, cut transfers, and edits of somebody who means harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HOSTILE = [
+    None, True, -1, 0, 2**31, 2**64, 10**6, -1.5, 1e308, "x", "", [], {}, [[]], "8", [0, 10**9], "../model", "cuda", "a\nb",
+    "\x1b[31m", "/etc/passwd", "model.safetensors",
+]  # fmt: skip
+
+
+def leaves(node: Any, at: tuple = ()) -> Iterator[tuple]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield (*at, key)
+        yield from leaves(value, (*at, key))
+
+
+def edit_json(path: Path, rng: random.Random) -> str:
+    content = json.loads(path.read_text())
+    at = rng.choice(list(leaves(content)))
+    node = content
+    for key in at[:-1]:
+        node = node[key]
+    kind = rng.random()
+    if kind < 0.2 and isinstance(node, dict):
+        del node[at[-1]]
+        what = "deleted"
+    elif kind < 0.3 and isinstance(node, dict):
+        node[str(at[-1]) + "x"] = what = rng.choice(HOSTILE)
+    else:
+        node[at[-1]] = what = rng.choice(HOSTILE)
+    path.write_text(json.dumps(content))
+    return f"{path.name}: {at} = {what!r}"
+
+
+def edit_header(path: Path, rng: random.Random) -> str:
+    """Edits the JSON at the beginning of a safetensors file."""
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    head = json.loads(data[8 : 8 + size])
+    names = [name for name in head if name != "__metadata__"]
+    if not names:
+        return flip(path, rng)
+    name = rng.choice(names)
+    kind = rng.choice(["dtype", "shape", "name", "offsets", "value", "metadata", "size"])
+    if kind == "dtype":
+        head[name]["dtype"] = rng.choice(["I32", "F16", "U32", "F64", "BOGUS", "BF16", "BOOL"])
+    elif kind == "shape":
+        head[name]["shape"] = rng.choice([[], head[name]["shape"][::-1] + [1], [2**62, 4], [-1], [2**32, 2**32]])
+    elif kind == "name":
+        head[name + "x"] = head.pop(name)
+    elif kind == "offsets":
+        head[name]["data_offsets"] = rng.choice([[0, 4], [0, 2**63], [8, 4], [1, 5]])
+    elif kind == "value":
+        head[name] = rng.choice(HOSTILE)
+    elif kind == "metadata":
+        head["__metadata__"] = rng.choice([{"format": rng.choice(["pt", "np", "x", ""])}, *HOSTILE])
+    new = json.dumps(head).encode()
+    size = rng.choice([0, 1, 2**40, 2**63, len(new) + 8, len(data)]) if kind == "size" else len(new)
+    path.write_bytes(struct.pack("<Q", size) + new + data[8 + struct.unpack("<Q", data[:8])[0] :])
+    return f"{path.name}: header {name} {kind}"
+
+
+def not_finite(path: Path, rng: random.Random) -> str:
+    """Overwrites some numbers at the end of a safetensors file by NaN and infinity."""
+    data = bytearray(path.read_bytes())
+    end = len(data) - 4 * rng.randrange(1, 20)
+    data[end : end + 4] = struct.pack("<f", rng.choice([float("nan"), float("inf")]))
+    path.write_bytes(data)
+    return f"{path.name}: no number at {end}"
+
+
+def flip(path: Path, rng: random.Random) -> str:
+    data = bytearray(path.read_bytes())
+    bits = [rng.randrange(8 * len(data)) for _ in range(rng.choice([1, 1, 3, 50]))]
+    for bit in bits:
+        data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    return f"{path.name}: bits {bits[:3]}"
+
+
+def cut(path: Path, rng: random.Random) -> str:
+    size = rng.randrange(path.stat().st_size)
+    os.truncate(path, size)
+    return f"{path.name}: cut to {size}"
+
+
+def splice(path: Path, rng: random.Random) -> str:
+    data = path.read_bytes()
+    at = rng.randrange(len(data) + 1)
+    size = rng.choice([1, 4, 64, 5000])
+    over = rng.choice([0, size])
+    path.write_bytes(data[:at] + rng.randbytes(size) + data[at + over :])
+    return f"{path.name}: {size} bytes over {over} at {at}"
+
+
+def swap(path: Path, rng: random.Random) -> str:
+    others = [other for other in sorted(path.parent.iterdir()) if other != path and other.is_file()]
+    if not others:
+        return cut(path, rng)
+    other = rng.choice(others)
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    return f"{path.name} <-> {other.name}"
+
+
+def odd(path: Path, rng: random.Random) -> str:
+    """Puts something else in the file's place."""
+    path.unlink()
+    kind = rng.choice(["gone", "pipe", "folder", "zero", "loop"])
+    {
+        "gone": lambda: None,
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "zero": lambda: path.symlink_to("/dev/zero"),
+        "loop": lambda: path.symlink_to(path),
+    }[kind]()
+    return f"{path.name}: {kind}"
+
+
+def mutate(path: Path, rng: random.Random) -> str:
+    """Spoils a file in one way, and says how."""
+    ways = [flip, cut, splice, swap, odd]
+    if path.suffix == ".json":
+        ways += [edit_json] * 6
+    elif path.suffix == ".safetensors":
+        ways += [edit_header] * 4 + [not_finite]
+    return rng.choice(ways)(path, rng)
