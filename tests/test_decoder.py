@@ -339,7 +339,7 @@ def test_generation_decodes_and_says_what_runs_as_a_module():
     with pytest.warns(UserWarning, match="`layers.1.mega.wv`"):
         found = model.generate(prompt, max_new_tokens=4, temperature=0)
     assert torch.equal(found, expected)
-    prompts, new_tokens = 2, 3  # pieces of the prompt; the last token is not read any more
+    prompts, new_tokens = 2, 4  # pieces of the prompt but its last token; calls after that one and three new ones
     assert len(seen) == prompts + new_tokens
 
 

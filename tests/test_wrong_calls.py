@@ -114,6 +114,11 @@ NO_MODEL_STATE = {
     "of another model": lambda s: s._replace(layers=s.layers[:1]),
 }
 
+NO_TOKENS = {
+    "bool": True, "string": "12", "float": 2.0, "negative": -1, "beyond": 31, "of floats": [1.0], "of strings": ["1"],
+    "of bools": [True], "with one beyond": [1, 31], "tensor": torch.tensor([1, 2]), "dictionary": {1: 2},
+}  # fmt: skip
+
 CALLS = {
     "cema": Call(
         mo.cema,
@@ -243,19 +248,36 @@ CALLS = {
     ),
     "generate": Call(
         model.generate,
-        dict(prompt=tokens, max_new_tokens=2, lengths=lengths, temperature=0.0),
+        dict(prompt=tokens, max_new_tokens=2, lengths=lengths, temperature=0.0, state=model_state, seed=[1, 2]),
         dict(prompt=TOKENS, max_new_tokens={k: w for k, w in NO_SIZE.items() if k != "zero"}, lengths=OPTIONAL_INTEGERS,
              temperature={**NO_NUMBER, **NEGATIVE}, top_k={k: w for k, w in NO_SIZE.items() if k != "none"},
              top_p={k: w for k, w in NO_NUMBER.items() if k != "none"} | {**NEGATIVE, **ZERO, "two": 2},
-             generator={"integer": 3, "string": "x"}),
+             min_p={k: w for k, w in NO_NUMBER.items() if k != "none"} | {**NEGATIVE, "two": 2},
+             repetition_penalty={k: w for k, w in NO_NUMBER.items() if k != "none"} | {**NEGATIVE, **ZERO},
+             stop_tokens=NO_TOKENS, stop_sequences={**NO_TOKENS, "flat": [1], "with an empty one": [[1], []]},
+             num_samples={**NO_SIZE, "two at temperature 0": 2}, state=NO_MODEL_STATE | {"of one row": lambda s: s[[0]]},
+             seed={"float": 1.0, "bool": True, "string": "1", "negative": -1, "2^63": 2**63, "short": [1], "long": [1, 2, 3],
+                   "of floats": [1.0, 2.0], "tensor": torch.tensor([1, 2]), "nan": math.nan},
+             generator={"integer": 3, "string": "x"}, padding={"none": None, "bool": True, "other": "both", "list": []},
+             return_state=NO_FLAG, return_lengths=NO_FLAG),
         speakers=("Megalodon",),
-        numbers=dict(max_new_tokens=np.int64(2), temperature=np.float32(0), top_k=np.int64(3), top_p=np.float32(0.5)),
+        numbers=dict(max_new_tokens=np.int64(2), temperature=np.float32(0), top_k=np.int64(3), top_p=np.float32(0.5),
+                     min_p=np.float32(0.5), repetition_penalty=np.float64(1.5), stop_tokens=np.int64(3),
+                     num_samples=np.int64(1)),
     ),
     "stream": Call(
         lambda **arguments: next(model.stream(**arguments)),
-        dict(prompt=tokens, lengths=lengths, temperature=0.0),
-        dict(prompt=TOKENS, lengths=OPTIONAL_INTEGERS, temperature=NO_NUMBER, top_k={"zero": 0, "float": 2.0}),
+        dict(prompt=tokens, lengths=lengths),
+        dict(prompt=TOKENS, lengths=OPTIONAL_INTEGERS, temperature=NO_NUMBER, top_k={"zero": 0, "float": 2.0},
+             generator={"integer": 3, "string": "x"}, stop_tokens=NO_TOKENS),
         "generate", speakers=("Megalodon",),
+        numbers=dict(temperature=np.float32(0.5), seed=np.int64(3)),
+    ),
+    "StopStrings": Call(
+        mo.StopStrings,
+        dict(decode=bytes, strings=["a"]),
+        dict(decode={"none": None, "string": "x", "tensor": torch.zeros(2)},
+             strings={"none": None, "integer": 3, "of integers": [3], "of an empty one": ["a", ""], "empty": "", "tensor": x}),
     ),
     "Decoder": Call(
         mo.Decoder,

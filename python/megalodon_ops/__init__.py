@@ -15,10 +15,12 @@ from . import _C, reference
 from .model.blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
 from .model.config import MegalodonConfig
 from .model.decoder import Decoder
+from .model.generation import TokenStream
 from .model.layers import ComplexEMA, TimestepNorm, to_torch_linears, wide_parameters
 from .model.model import Megalodon
 from .model.official import load_official
 from .model.states import MegalodonState
+from .model.stops import StopStrings
 from .ops.cema import cema
 from .ops.cema_coefficients import cema_coefficients
 from .ops.chunked_attention import chunked_attention
@@ -47,8 +49,10 @@ __all__ = [
     "MegalodonState",
     "NormalizedAttention",
     "NormalizedFFN",
+    "StopStrings",
     "TimestepNorm",
     "TimestepNormState",
+    "TokenStream",
     "cema",
     "cema_coefficients",
     "chunked_attention",

@@ -73,6 +73,10 @@ class Decoder:
         """A copy of the state after all tokens so far."""
         return tree_map_only(Tensor, torch.clone, self._state)
 
+    def state_of(self, rows: Tensor) -> MegalodonState:
+        """A copy of the state of the sequences `rows` (n,) after all tokens so far."""
+        return self._state[rows]
+
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model)."""
         check_tensor("Decoder", "tokens", tokens)

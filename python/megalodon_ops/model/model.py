@@ -1,9 +1,8 @@
-"""The MEGALODON language model: embedding, blocks, final timestep norm, logits; streaming and generation."""
+"""The MEGALODON language model: embedding, blocks, final timestep norm, logits, loss."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,21 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, Output
 from .config import MegalodonConfig, check_config
+from .generation import generate, stream
 from .layers import Embedding, is_plain_linear, reset_all_parameters
 from .states import MegalodonState
 from ..ops.loss import blockwise_cross_entropy, has_integers, linear_cross_entropy
-from ..ops.values import (
-    LEAST_POSITIVE,
-    check_flag,
-    check_integer,
-    check_number,
-    check_optional_tensor,
-    check_size,
-    check_tensor,
-    described,
-)
-
-_FEW_TOKENS = 1024
+from ..ops.values import check_flag, check_integer, check_optional_tensor, check_tensor, described
 
 
 class Megalodon(nn.Module):
@@ -288,88 +277,8 @@ class Megalodon(nn.Module):
         x, norm_state = self.output.final_norm(x, state=norm_state, return_state=True, **sequences)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 
-    def stream(
-        self,
-        prompt: Tensor,
-        *,
-        lengths: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """The continuation of `prompt` (B, L >= 1) without end, one token (B,) for each row at a time.
-
-        The prompt is read in pieces of a chunk, so memory does not grow with its length; `lengths` (B,) >= 1 are the
-        prompts' lengths where rows are right-padded. Temperature 0 takes the likeliest token; otherwise tokens are
-        drawn from the top_k likeliest, or from the fewest that hold probability top_p, or from all.
-
-        Raises FloatingPointError on the CPU where the logits are no numbers to draw by, as of weights that overflow.
-        """
-        check_tensor("generate", "prompt", prompt)
-        check_optional_tensor("generate", "lengths", lengths)
-        if prompt.dim() != 2 or prompt.shape[1] < 1 or prompt.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "generate: `prompt` must be integers (B, L) with L >= 1, int64 or int32, "
-                f"got {prompt.dtype} {tuple(prompt.shape)}."
-            )
-        temperature = check_number("generate", "temperature", temperature, "a finite number of at least 0", 0.0)
-        top_k = None if top_k is None else check_size("generate", "top_k", top_k)
-        if top_p is not None:
-            top_p = check_number("generate", "top_p", top_p, "a probability in (0, 1]", LEAST_POSITIVE, 1.0)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generate: `generator` must be a torch.Generator or None, got {described(generator)}.")
-        B, L = prompt.shape
-        if lengths is None:
-            lengths = torch.full((B,), L, device=prompt.device)
-        elif not has_integers(lengths):
-            raise TypeError(f"generate: `lengths` must be integers, got {lengths.dtype}.")
-        elif lengths.shape != (B,) or not bool(((lengths >= 1) & (lengths <= L)).all()):
-            raise ValueError(f"generate: `lengths` must have shape ({B},) and be in [1, {L}], got {lengths.tolist()}.")
-        return self._stream(prompt, lengths, lambda logits: _sample(logits, temperature, top_k, top_p, generator))
-
-    @torch.no_grad()
-    def _stream(self, prompt: Tensor, lengths: Tensor, sample: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-        from .decoder import Decoder  # here: decoder.py imports this file
-
-        state, last = None, None
-        for start in range(0, prompt.shape[1], self.config.chunk_size):
-            piece = prompt[:, start : start + self.config.chunk_size]
-            left = (lengths - start).clamp(0, piece.shape[1])
-            hidden, state = self._hidden(self._embed(piece), state, True, state is not None, lengths=left)
-            end = hidden[torch.arange(len(left), device=left.device), (left - 1).clamp(min=0)]
-            last = end if last is None else torch.where((left > 0)[:, None], end, last)
-        decoder = Decoder(self, state)
-        logits = at_least_float32(self.output.output(last))
-        while True:
-            token = sample(logits)
-            yield token
-            logits = decoder(token[:, None])[:, 0]
-
-    def generate(self, prompt: Tensor, *, max_new_tokens: int, lengths: Tensor | None = None, **sampling) -> Tensor:
-        """Continues `prompt` (B, L) by `max_new_tokens`; sampling options as in :meth:`stream`.
-
-        Returns (B, L + max_new_tokens); each row's new tokens follow its own prompt, and what remains of a padded row
-        after them is zero.
-
-        Example:
-            >>> import torch, megalodon_ops as mo
-            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
-            >>> mo.Megalodon(config).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, temperature=0.8).shape
-            torch.Size([1, 8])
-        """
-        expected = "an integer of at least 0, below 2^31"
-        max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, expected, 0, 2**31 - 1)
-        stream = self.stream(prompt, lengths=lengths, **sampling)
-        batch, length = prompt.shape
-        rows = torch.arange(batch, device=prompt.device)
-        ends = torch.full_like(rows, length) if lengths is None else lengths.to(rows)
-        result = torch.zeros((batch, length + max_new_tokens), dtype=prompt.dtype, device=prompt.device)
-        inside = torch.arange(length, device=prompt.device) < ends[:, None]
-        result[:, :length] = torch.where(inside, prompt, 0)
-        for step, token in zip(range(max_new_tokens), stream):
-            result[rows, ends + step] = token
-        return result
+    stream = stream
+    generate = generate
 
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:
@@ -378,43 +287,3 @@ def _own_weight(module: nn.Module) -> nn.Parameter | None:
 
 def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-
-
-def _sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """Draws one token (B,) for each row of logits (B, vocab)."""
-    if temperature == 0:
-        likeliest = logits.argmax(-1, keepdim=True)  # argmax takes a NaN, if there is one
-        _check_numbers(logits.gather(-1, likeliest))
-        return likeliest.squeeze(-1)
-    probability, tokens = (logits / temperature).softmax(-1), None
-    _check_numbers(probability)
-    if top_k is not None:
-        probability, tokens = probability.topk(min(top_k, probability.shape[-1]))
-        probability = probability / probability.sum(-1, keepdim=True)
-    if top_p is not None and top_p < 1:
-        if tokens is None:
-            probability, tokens = _likeliest(probability, top_p)
-        of_likelier = probability.cumsum(-1) - probability
-        probability = probability.masked_fill(of_likelier >= top_p, 0)
-    drawn = torch.multinomial(probability, 1, generator=generator)
-    return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1)
-
-
-def _check_numbers(values: Tensor) -> None:
-    """Raises where a value on the CPU is NaN; on other devices the check would wait for the device."""
-    if values.is_cpu and bool(values.isnan().any()):
-        raise FloatingPointError(
-            "generate: logits / temperature must be numbers, got NaN or infinity; "
-            "the weights are too large or damaged, or the temperature is too small."
-        )
-
-
-def _likeliest(probability: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """In order, the likeliest tokens' probabilities, enough to hold `share` of each row, and the tokens."""
-    if probability.is_cpu:  # on the CPU, sorting a large vocabulary takes as long as all else for a token
-        few = probability.topk(min(_FEW_TOKENS, probability.shape[-1]))
-        if bool((few.values.sum(-1) >= share).all()):
-            return few
-    return probability.sort(descending=True)

@@ -12,8 +12,10 @@ from torch import Tensor
 MASK_32 = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the four 32-bit words of each counter, held in int64. The key is (low, high) half of the 64-bit seed.
+
+    A tensor of seeds, int64, is broadcast against the counters.
 
     >>> zero = torch.zeros((), dtype=torch.int64)
     >>> [hex(int(word)) for word in philox((zero, zero, zero, zero), seed=0)]

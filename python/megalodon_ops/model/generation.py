@@ -1,0 +1,309 @@
+"""Continues prompts: `Megalodon.stream` token by token, `Megalodon.generate` at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .sampling import Sampling, check_generator, check_seeds, numbers_of_generator, numbers_of_seeds
+from .states import MegalodonState
+from .stops import Ends, check_stops
+from ..ops.loss import has_integers
+from ..ops.values import (
+    check_flag,
+    check_integer,
+    check_optional_tensor,
+    check_size,
+    check_tensor,
+    shown,
+)
+
+if TYPE_CHECKING:
+    from .model import Megalodon
+
+_STOPPED = -1
+
+
+class TokenStream:
+    """The continuation of prompts, one token for each row at a time, as :meth:`Megalodon.stream` makes it.
+
+    Iterating gives (rows,) int64, -1 for a row that has stopped, and ends when all rows have.
+
+    Attributes:
+        stopped: (rows,) bools.
+
+    Example:
+        >>> import itertools, torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> stream = mo.Megalodon(config).stream(torch.tensor([[1, 2, 3]]), seed=0)
+        >>> tokens = list(itertools.islice(stream, 4))
+        >>> tokens[0].shape, stream.state.norm.count          # three tokens of the prompt, and all but the last new one
+        (torch.Size([1]), tensor([6]))
+    """
+
+    def __init__(
+        self,
+        model: Megalodon,
+        prompts: _Prompts,
+        state: MegalodonState | None,
+        sampling: Sampling,
+        numbers: Callable[[Tensor], Iterator[Tensor]],
+        stops: list[list[int]],
+    ) -> None:
+        from .decoder import Decoder  # here: decoder.py imports model.py, which imports this file
+
+        state = prompts.read(model, state)[prompts.samples]
+        self._prompts, self._decoder = prompts, Decoder(model, state)
+        self._last = prompts.last[prompts.samples]
+        self._sampling, self._numbers = sampling, numbers(state.norm.count + 1)
+        self._seen = prompts.contained(model.config.num_outputs)[prompts.samples] if sampling.penalises else None
+        self._ends = Ends(stops, self._last) if stops else None
+        self.stopped = torch.zeros_like(self._last, dtype=torch.bool)
+        self._all_stopped = False
+        self._states_of_stopped: list[tuple[Tensor, MegalodonState]] = []
+
+    def __iter__(self) -> TokenStream:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        if self._all_stopped:
+            raise StopIteration
+        logits = self._decoder(self._last[:, None])[:, 0]
+        token = self._last = self._sampling.choose(logits, self._numbers, self._seen)
+        if self._seen is not None:
+            self._seen.scatter_(1, token[:, None], True)
+        return token if self._ends is None else self._stop(token)
+
+    @property
+    def state(self) -> MegalodonState:
+        """A copy of the state after all tokens of a row, of its prompt and new ones, but the last.
+
+        The last token begins the prompt that goes on from here.
+        """
+        state = self._decoder.state
+        if not self._states_of_stopped:
+            return state
+        rows, states = zip(*self._states_of_stopped)
+        index = torch.arange(len(self.stopped), device=self.stopped.device)
+        stopped = torch.cat(rows)
+        index[stopped] = len(index) + torch.arange(len(stopped), device=index.device)
+        return MegalodonState.cat([state, *states])[index]
+
+    def _stop(self, token: Tensor) -> Tensor:
+        """The tokens, -1 in place of those of rows that have stopped before; notes which rows stop now."""
+        ending = self._ends.after(token) & ~self.stopped
+        token = token.masked_fill(self.stopped, _STOPPED)
+        if bool(ending.any()):
+            self.stopped = self.stopped | ending
+            self._all_stopped = bool(self.stopped.all())
+            if not self._all_stopped:  # the decoder goes on with every row; what it makes of these ones is not used
+                rows = ending.nonzero()[:, 0]
+                self._states_of_stopped.append((rows, self._decoder.state_of(rows)))
+        return token
+
+
+class _Prompts:
+    """The prompts of a batch, right-padded with zeros whatever the padding was."""
+
+    def __init__(self, prompt: Tensor, lengths: Tensor, padding: str, num_samples: int) -> None:
+        width = prompt.shape[1]
+        column = torch.arange(width, device=prompt.device)
+        self.lengths, self.padding = lengths.to(prompt.device, torch.int64), padding
+        inside = column < self.lengths[:, None]
+        if padding == "left":
+            prompt = prompt.gather(1, (column - self.lengths[:, None]) % width)
+        self.tokens = torch.where(inside, prompt, 0)
+        self.last = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0].long()
+        self.samples = torch.arange(len(prompt), device=prompt.device).repeat_interleave(num_samples)
+
+    @torch.no_grad()
+    def read(self, model: Megalodon, state: MegalodonState | None) -> MegalodonState:
+        """The state after all tokens but each row's last, which the decoder reads; in pieces of a chunk."""
+        lengths, size = self.lengths - 1, model.config.chunk_size
+        for start in range(0, max(int(lengths.max()), 1), size):
+            left = (lengths - start).clamp(0, size)
+            piece = self.tokens[:, start : start + min(size, int(left.max()))]
+            _, state = model._hidden(model._embed(piece), state, True, start > 0, lengths=left)
+        return state
+
+    def contained(self, num_tokens: int) -> Tensor:
+        """Which tokens stand in each prompt: (rows, num_tokens) bools."""
+        outside = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.lengths[:, None]
+        token = torch.where(outside | (self.tokens >= num_tokens), num_tokens, self.tokens).long()
+        found = torch.zeros((len(token), num_tokens + 1), dtype=torch.bool, device=token.device)
+        return found.scatter_(1, token, True)[:, :num_tokens]
+
+    def followed_by(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Each sample's prompt and new tokens, of which those from -1 on are none, padded as the prompts were; lengths."""
+        tokens, lengths = self.tokens[self.samples], self.lengths[self.samples]
+        width, count = tokens.shape[1], new.shape[1]
+        column = torch.arange(width + count, device=new.device)
+        result = torch.cat([tokens, torch.zeros_like(new)], 1)
+        result.scatter_(1, lengths[:, None] + column[:count], new.clamp(min=0))
+        if self.padding == "left":
+            result = result.gather(1, (column + lengths[:, None] - width) % (width + count))
+        return result, lengths + (new != _STOPPED).sum(1)
+
+
+def stream(
+    self: Megalodon,
+    prompt: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    padding: str = "right",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop_tokens: int | Sequence[int] | None = None,
+    stop_sequences: Sequence[Sequence[int]] | None = None,
+    num_samples: int = 1,
+    state: MegalodonState | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> TokenStream:
+    """The continuation of prompts, token by token.
+
+    Each row is what it would be alone, up to rounding, whatever its neighbours are and whether they have stopped. A prompt
+    is read once, in pieces of a chunk, so that memory does not grow with its length.
+
+    Args:
+        prompt: (B, L >= 1) integers.
+        lengths: (B,) >= 1, the prompts' lengths; what pads them may be anything.
+        padding: where `lengths` are less than L, the side that is padded, "right" or "left".
+        temperature: divides the logits; 0 takes the likeliest token and draws nothing.
+        top_k: draws from the top_k likeliest tokens.
+        top_p: draws from the fewest of these that hold the probability top_p.
+        min_p: draws from those of these that are at least min_p times as likely as the likeliest.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens in the prompt and of
+            new ones. What `state` has read does not count, as a state does not know it.
+        stop_tokens: a token or several; a row stops after one of them.
+        stop_sequences: lists of tokens; a row stops after new tokens that are one of them. For strings, see `StopStrings`.
+        num_samples: continuations of each prompt, which is read once; rows b * num_samples and following are prompt b's.
+        state: the past of the B prompts, as `stream.state`, `generate` or a call of the model returned it.
+        seed: for draws that a row repeats alone, in any batch, on any device, and however many calls its tokens are drawn
+            by: each depends on the row's seed and position. One for each row of B * num_samples; one integer s stands for
+            s, s + 1, s + 2 and so on.
+        generator: draws a number for each row in turn, stopped or not. Neither: torch's own generator does.
+
+    Returns:
+        an iterator of (B * num_samples,) int64 without end, or, with stops, until all rows have stopped; a row that has
+        stopped gives -1. Its `state` goes on later.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or two do not go together: `seed` and `generator`, `num_samples` with
+        temperature 0, padding "left" without `lengths`. FloatingPointError, on the CPU: the logits are no numbers to draw
+        by, as of weights that overflow.
+    """
+    _check_prompt(self, prompt, state)
+    rows = len(prompt) * check_size("generate", "num_samples", num_samples)
+    prompts = _Prompts(prompt, _check_lengths(prompt, lengths, padding), padding, num_samples)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if num_samples > 1 and sampling.temperature == 0:
+        raise ValueError(
+            f"generate: `num_samples` must be 1 with temperature 0, got {num_samples}; the samples would be equal."
+        )
+    check_generator(generator, prompt.device)
+    seeds = check_seeds(seed, rows)
+    if seeds is not None and generator is not None:
+        raise ValueError("generate: `seed` must be None with a `generator`, got both; the generator has a seed.")
+
+    def numbers(positions: Tensor) -> Iterator[Tensor]:
+        if seeds is not None:
+            return numbers_of_seeds(seeds, positions, prompt.device)
+        return numbers_of_generator(generator, rows, prompt.device)
+
+    stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
+    return TokenStream(self, prompts, state, sampling, numbers, stops)
+
+
+def generate(
+    self: Megalodon,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    lengths: Tensor | None = None,
+    padding: str = "right",
+    num_samples: int = 1,
+    return_lengths: bool = False,
+    return_state: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor | MegalodonState, ...]:
+    """Continues prompts by up to `max_new_tokens`; all other options as in :meth:`stream`.
+
+    Args:
+        prompt: (B, L >= 1) integers.
+        max_new_tokens: how many tokens a row gets that does not stop before.
+        return_lengths: also return (B * num_samples,) int64, how many tokens of the prompt and new ones a row has.
+        return_state: also return the state after all tokens of a row but its last. A call that goes on takes the state,
+            and the last token as the beginning of its prompt: the tokens are those of one call, up to rounding.
+
+    Returns:
+        tokens (B * num_samples, L + n), n new tokens of the row that has most. A row's new tokens, the one that stops it
+        included, follow its prompt; zeros pad what is left. With padding "left", all new tokens begin at column L. Then,
+        if asked for, lengths, and the state.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> model = mo.Megalodon(config).eval()
+        >>> tokens, state = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, seed=0, return_state=True)
+        >>> more = model.generate(tokens[:, -1:], max_new_tokens=5, seed=0, state=state)
+        >>> whole = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=10, seed=0)
+        >>> torch.equal(torch.cat([tokens, more[:, 1:]], dim=1), whole)
+        True
+    """
+    expected = "an integer of at least 0, below 2^31"
+    max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, expected, 0, 2**31 - 1)
+    check_flag("generate", "return_lengths", return_lengths)
+    check_flag("generate", "return_state", return_state)
+    tokens = self.stream(prompt, lengths=lengths, padding=padding, num_samples=num_samples, **options)
+    new = torch.empty((len(tokens.stopped), min(max_new_tokens, 1024)), dtype=prompt.dtype, device=prompt.device)
+    count = 0
+    for token in itertools.islice(tokens, max_new_tokens):
+        if count == new.shape[1]:
+            new = torch.cat([new, torch.empty_like(new)], 1)
+        new[:, count] = token
+        count += 1
+    new = new[:, :count]
+    result, ends = tokens._prompts.followed_by(new)
+    found = [result, *([ends] if return_lengths else []), *([tokens.state] if return_state else [])]
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def _check_prompt(model: Megalodon, prompt: Tensor, state: MegalodonState | None) -> None:
+    check_tensor("generate", "prompt", prompt)
+    if prompt.dim() != 2 or prompt.numel() < 1 or prompt.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            "generate: `prompt` must be integers (B, L) with B, L >= 1, int64 or int32, "
+            f"got {prompt.dtype} {tuple(prompt.shape)}."
+        )
+    model._check(prompt, state, True, None, None)
+    if state is not None and state.num_sequences != len(prompt):
+        raise ValueError(
+            f"generate: `state` must be one of {len(prompt)} sequences as `prompt`, got {state.num_sequences}; "
+            "state[rows] selects and repeats."
+        )
+
+
+def _check_lengths(prompt: Tensor, lengths: Tensor | None, padding: str) -> Tensor:
+    """The lengths of the prompts (B,)."""
+    B, L = prompt.shape
+    check_optional_tensor("generate", "lengths", lengths)
+    if padding not in ("right", "left"):
+        raise ValueError(f'generate: `padding` must be "right" or "left", got {shown(padding)}.')
+    if lengths is None and padding == "left":
+        raise ValueError('generate: `lengths` must be given with padding "left", got None; else padding would be read.')
+    if lengths is None:
+        return torch.full((B,), L, device=prompt.device)
+    if not has_integers(lengths):
+        raise TypeError(f"generate: `lengths` must be integers, got {lengths.dtype}.")
+    if lengths.shape != (B,) or not bool(((lengths >= 1) & (lengths <= L)).all()):
+        raise ValueError(f"generate: `lengths` must have shape ({B},) and be in [1, {L}], got {lengths.tolist()}.")
+    return lengths

@@ -1,0 +1,133 @@
+"""Where a text ends: rows whose tokens end with one of some sequences, and strings in the text of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.values import described, is_whole, shown
+
+_NEVER, _ANY = -2, -3  # where a row has no token yet; what every token matches
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}".encode()
+_CONTEXT = 16  # tokens that are decoded with a new one, which may depend on them
+
+
+class Ends:
+    """Finds the rows whose new tokens end with one of some sequences."""
+
+    def __init__(self, sequences: list[list[int]], like: Tensor) -> None:
+        longest = max(map(len, sequences))
+        padded = [[_ANY] * (longest - len(sequence)) + sequence for sequence in sequences]
+        self._sequences = torch.tensor(padded, device=like.device)
+        self._any = self._sequences == _ANY
+        self._recent = torch.full((len(like), longest), _NEVER, device=like.device)
+
+    def after(self, token: Tensor) -> Tensor:
+        """Takes the next token of each row; returns (rows,) bools."""
+        self._recent = torch.cat([self._recent[:, 1:], token[:, None]], 1)
+        return ((self._recent[:, None] == self._sequences) | self._any).all(-1).any(-1)
+
+
+def check_stops(tokens: object, sequences: object, vocab_size: int) -> list[list[int]]:
+    """The sequences that stop a row; a token is a sequence of one."""
+
+    def check(argument: str, value: object, expected: str) -> list[int]:
+        of_ids = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        if not of_ids or not all(is_whole(token, 0, vocab_size - 1) for token in value):
+            got = shown(next(t for t in value if not is_whole(t, 0, vocab_size - 1))) if of_ids else described(value)
+            raise ValueError(f"generate: `{argument}` must be {expected} in [0, {vocab_size}), got {got}.")
+        return [int(token) for token in value]
+
+    single = is_whole(tokens, 0, vocab_size - 1)
+    stops = (
+        [] if tokens is None else check("stop_tokens", [tokens] if single else tokens, "a token or a list of tokens")
+    )
+    if sequences is None:
+        return [[token] for token in stops]
+    expected = "a list of lists of tokens"
+    if not isinstance(sequences, Sequence) or isinstance(sequences, (str, bytes)):
+        raise TypeError(f"generate: `stop_sequences` must be {expected}, got {described(sequences)}.")
+    if not all(isinstance(one, Sequence) and len(one) for one in sequences):
+        raise ValueError(f"generate: `stop_sequences` must be {expected}, none of them empty, got {shown(sequences)}.")
+    return [[token] for token in stops] + [check("stop_sequences", one, expected) for one in sequences]
+
+
+class StopStrings:
+    """Makes text of tokens that come one by one, up to the first of some strings.
+
+    Bytes that may be the beginning of a string, and those of an unfinished character where `decode` shows it as U+FFFD, are
+    held back until more tokens tell.
+
+    Args:
+        decode: gives the bytes of a list of token ids. More ids give the bytes of fewer and more.
+        strings: text or bytes, none of them empty; they may be none at all.
+
+    Attributes:
+        stopped: whether a string was found.
+
+    Example:
+        >>> import megalodon_ops as mo
+        >>> stop = mo.StopStrings(bytes, ["END"])  # each token of this decoder is a byte
+        >>> b"".join(stop.add(token) for token in b"The E in EN. END of it"), stop.stopped
+        (b'The E in EN. ', True)
+    """
+
+    def __init__(self, decode: Callable[[list[int]], bytes], strings: Iterable[str | bytes] = ()) -> None:
+        if not callable(decode):
+            raise TypeError(
+                f"StopStrings: `decode` must be a function of a list of token ids, got {described(decode)}."
+            )
+        if isinstance(strings, (str, bytes)):
+            strings = [strings]
+        strings = list(strings) if isinstance(strings, Iterable) and not isinstance(strings, Tensor) else [strings]
+        for string in strings:
+            if not isinstance(string, (str, bytes)) or not string:
+                raise ValueError(f"StopStrings: `strings` must be text or bytes, not empty, got {described(string)}.")
+        self._strings = [string.encode() if isinstance(string, str) else string for string in strings]
+        self._decode, self._tokens, self._decoded, self._held = decode, [], b"", b""
+        self.stopped = False
+
+    def add(self, token: int) -> bytes:
+        """The bytes that are certain now to come before a string."""
+        if self.stopped:
+            return b""
+        self._held += self._new_bytes(int(token))
+        found = [at for string in self._strings if (at := self._held.find(string)) >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found))
+        return self._release(len(self._held) - self._may_begin())
+
+    def rest(self) -> bytes:
+        """The bytes still held back, when no more tokens come."""
+        text = b"" if self.stopped else self._held + self._decode(self._tokens)[len(self._decoded) :]
+        self._held, self._decoded = b"", self._decode(self._tokens)
+        return text
+
+    def _new_bytes(self, token: int) -> bytes:
+        """What the token adds to the text; only the last tokens are decoded again, as text before is known."""
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        while text.endswith(_UNFINISHED):
+            text = text.removesuffix(_UNFINISHED)
+        if not text.startswith(self._decoded):
+            return b""
+        new, self._decoded = text[len(self._decoded) :], text
+        if new and len(self._tokens) >= 2 * _CONTEXT:
+            self._tokens = self._tokens[-_CONTEXT:]
+            self._decoded = self._decode(self._tokens)
+        return new
+
+    def _may_begin(self) -> int:
+        """How many bytes at the end may be the beginning of a string."""
+        longest = min(max(map(len, self._strings), default=1) - 1, len(self._held))
+        for length in range(longest, 0, -1):
+            if any(string.startswith(self._held[-length:]) for string in self._strings):
+                return length
+        return 0
+
+    def _release(self, count: int) -> bytes:
+        text, self._held = self._held[:count], self._held[count:]
+        return text

@@ -1,0 +1,157 @@
+"""What is drawn from logits, and by which random numbers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from models import tiny_model, tokens_of
+
+from megalodon_ops.model import sampling
+from megalodon_ops.model.sampling import Sampling, numbers_of_generator, numbers_of_seeds
+
+OPTIONS = [
+    {}, {"temperature": 0.5}, {"temperature": 1.5}, {"top_k": 3}, {"top_k": 99}, {"top_p": 0.6}, {"top_p": 1.0},
+    {"top_k": 8, "top_p": 0.8}, {"min_p": 0.2}, {"min_p": 0.0}, {"min_p": 1.0}, {"top_k": 6, "top_p": 0.9, "min_p": 0.3},
+    {"top_p": 0.7, "temperature": 0.8, "repetition_penalty": 1.4}, {"repetition_penalty": 0.5}, {"top_p": 1e-9},
+]  # fmt: skip
+
+
+def expected_probabilities(logits, seen, options):
+    """By the definitions, one filter after the other, of one row."""
+    logits = logits.double().clone()
+    penalty = options.get("repetition_penalty", 1.0)
+    logits[seen] = torch.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+    probability, tokens = (logits / options.get("temperature", 1.0)).softmax(0).sort(descending=True)
+    probability[options.get("top_k", len(tokens)) :] = 0
+    probability /= probability.sum()
+    probability[probability.cumsum(0) - probability >= options.get("top_p", 1.0)] = 0
+    probability[probability < options.get("min_p", 0.0) * probability.max()] = 0
+    return torch.zeros_like(probability).scatter(0, tokens, probability / probability.sum())
+
+
+@pytest.mark.parametrize("few", [1024, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_evenly_spaced_numbers_draw_each_token_by_its_probability(monkeypatch, options, few, dtype):
+    monkeypatch.setattr(sampling, "_FEW_TOKENS", few)
+    logits = 2 * torch.randn(3, 31, dtype=dtype, generator=torch.Generator().manual_seed(5))
+    seen, draws = torch.rand(3, 31, generator=torch.Generator().manual_seed(6)) < 0.3, 5000
+    numbers = (torch.arange(draws).double() + 0.5) / draws
+    for row in range(3):
+        drawn = Sampling(**options).choose(logits[row].expand(draws, -1), iter([numbers]), seen[row].expand(draws, -1))
+        share = drawn.bincount(minlength=31) / draws
+        expected = expected_probabilities(logits[row], seen[row], options)
+        assert (share - expected).abs().max() <= 1.01 / draws
+        assert not share[expected == 0].any()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_row_is_drawn_alike_whatever_its_neighbours_are(monkeypatch, options, flat):
+    """Neighbours decide whether a few of the likeliest suffice; equal logits, as of bfloat16, have no order of their own."""
+    monkeypatch.setattr(sampling, "_FEW_TOKENS", 8)
+    logits = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)).mul(2).round()
+    logits[1::2] = 0.0 if flat else 30 * logits[1::2]
+    seen, numbers = torch.rand(20, 40) < 0.2, torch.rand(20, dtype=torch.float64)
+    together = Sampling(**options).choose(logits, iter([numbers]), seen)
+    for row in range(20):
+        one = slice(row, row + 1)
+        assert Sampling(**options).choose(logits[one], iter([numbers[one]]), seen[one]) == together[row]
+
+
+def test_a_large_vocabulary_is_sorted_only_where_it_must_be(monkeypatch):
+    logits = 4 * torch.randn(1, 32000, generator=torch.Generator().manual_seed(0))
+    number = torch.tensor([0.77], dtype=torch.float64)
+    drawn = Sampling(top_p=0.9).choose(logits, iter([number]))
+    monkeypatch.setattr(sampling, "_FEW_TOKENS", 1)
+    assert Sampling(top_p=0.9).choose(logits, iter([number])) == drawn
+    monkeypatch.undo()
+
+    def refused(*args, **options):
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(torch.Tensor, "sort", refused)
+    for options in ({"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}, {}):
+        Sampling(**options).choose(logits, iter([number]))
+    with pytest.raises(AssertionError, match="sorted"):
+        Sampling(top_p=0.9).choose(0 * logits, iter([number]))
+
+
+@pytest.mark.parametrize("size", [1, 3, 31, 32000])
+def test_the_largest_number_draws_a_token_that_may_be_drawn(size):
+    largest = torch.tensor([1 - 2.0**-52], dtype=torch.float64)
+    for seed in range(50):
+        logits = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
+        logits[:, size // 2 + 1 :] = -torch.inf
+        assert 0 <= Sampling().choose(logits, iter([largest])) <= size // 2
+        assert 0 <= Sampling().choose(logits, iter([0 * largest])) <= size // 2
+
+
+def test_numbers_of_a_seed_depend_on_seed_and_position_alone():
+    def numbers(seeds, positions, count):
+        stream = numbers_of_seeds(seeds, torch.tensor(positions), torch.device("cpu"))
+        return torch.stack(list(itertools.islice(stream, count)), 1)
+
+    long = numbers([5, 2**63 - 1], [0, 2**40], 300)
+    assert torch.equal(numbers([5], [70], 100)[0], long[0, 70:170])
+    assert torch.equal(numbers([3, 2**63 - 1, 5], [9, 2**40 + 1, 0], 299)[1], long[1, 1:])
+    everything = numbers(list(range(500)), [0] * 500, 200)
+    assert everything.unique().numel() == everything.numel()
+    assert everything.min() >= 0 and everything.max() < 1 and everything.dtype == torch.float64
+    counts = (everything.flatten() * 100).long().bincount(minlength=100)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 160  # chi-squared, 99 degrees of freedom
+    for shifted in (everything[:-1] * everything[1:], everything[:, :-1] * everything[:, 1:]):
+        assert abs(shifted.mean() - 0.25) < 4 * 0.22 / shifted.numel() ** 0.5  # neighbours do not know each other
+
+
+def test_numbers_of_a_generator():
+    stream = numbers_of_generator(torch.Generator().manual_seed(3), 1000, torch.device("cpu"))
+    numbers = torch.stack(list(itertools.islice(stream, 100)))
+    assert numbers.min() >= 0 and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.004
+    again = numbers_of_generator(torch.Generator().manual_seed(3), 1000, torch.device("cpu"))
+    assert torch.equal(next(again), numbers[0])
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    model, draws = tiny_model(), 4000
+    with torch.no_grad():
+        probability = model(tokens_of(1, 1))[0, -1].softmax(0)
+    generator = torch.Generator().manual_seed(3)
+    for how in (dict(generator=generator), dict(seed=3)):
+        drawn = model.generate(tokens_of(1, 1), max_new_tokens=1, num_samples=draws, **how)[:, 1]
+        share = drawn.bincount(minlength=31) / draws
+        assert ((share - probability).abs() <= 5 * (probability * (1 - probability) / draws).sqrt()).all()
+
+
+def test_draws_depend_on_the_generator_alone():
+    model, prompt = tiny_model(), tokens_of(1, 1).expand(200, 1)
+    draw = lambda seed: model.generate(prompt, max_new_tokens=2, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    assert torch.equal(draw(7), draw(7)) and not torch.equal(draw(7), draw(8))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    draw(7), model.generate(prompt, max_new_tokens=2, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_filters_are_those_of_transformers(options):
+    """Up to tokens as likely as the last that stays: transformers keeps those for top_k, and not for top_p."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = 2 * torch.randn(1, 31, generator=torch.Generator().manual_seed(5))
+    prompt, scores = torch.tensor([[3, 5, 3, 30]]), logits.clone()
+    order = {
+        "repetition_penalty": processors.RepetitionPenaltyLogitsProcessor, "temperature": processors.TemperatureLogitsWarper,
+        "top_k": processors.TopKLogitsWarper, "top_p": processors.TopPLogitsWarper, "min_p": processors.MinPLogitsWarper,
+    }  # fmt: skip
+    for name, processor in order.items():
+        if name in options:
+            scores = processor(options[name])(prompt, scores)
+    seen, draws = torch.zeros(1, 31, dtype=torch.bool).scatter(1, prompt, True), 5000
+    numbers = (torch.arange(draws).double() + 0.5) / draws
+    drawn = Sampling(**options).choose(logits.expand(draws, -1), iter([numbers]), seen.expand(draws, -1))
+    share = drawn.bincount(minlength=31) / draws
+    assert (share - scores[0].softmax(0)).abs().max() <= 1.01 / draws

@@ -1,0 +1,91 @@
+"""Strings that end a text of tokens which come one by one."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from assertions import assert_refuses
+from hypothesis import given
+
+import megalodon_ops as mo
+
+TEXT = st.text(alphabet="ab\né€😀", max_size=60)
+STRINGS = st.lists(st.text(alphabet="ab\né", min_size=1, max_size=4), max_size=3)
+
+
+def run(decode, strings, tokens):
+    """What comes of the tokens, and whether a string was found."""
+    watch, parts = mo.StopStrings(decode, strings), []
+    for token in tokens:
+        parts.append(watch.add(token))
+        if watch.stopped:
+            break
+    stopped = watch.stopped
+    return b"".join([*parts, watch.rest()]), stopped
+
+
+def first_end(text, strings):
+    """The text up to the string that is complete first, and whether there is one."""
+    for end in range(len(text) + 1):
+        starts = [end - len(s) for s in strings if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+@given(text=TEXT, strings=STRINGS, cuts=st.lists(st.integers(0, 240), max_size=40))
+def test_the_text_ends_before_the_first_string(text, strings, cuts):
+    content, bounds = text.encode(), sorted({0, *cuts})
+    vocabulary = [content[a:b] for a, b in zip(bounds, [*bounds[1:], None], strict=True)]
+    expected, stopped = first_end(content, [s.encode() for s in strings])
+    found = run(lambda tokens: b"".join(vocabulary[t] for t in tokens), strings, range(len(vocabulary)))
+    if stopped and found != (expected, True):  # a token may complete several strings: the one that begins first counts
+        positions = [at for s in strings if (at := content.find(s.encode())) >= 0]
+        assert found[1] and found[0] in {content[:at] for at in positions} and len(found[0]) <= len(expected)
+    else:
+        assert found == (expected, stopped)
+
+
+@given(text=TEXT, strings=STRINGS)
+def test_bytes_as_tokens(text, strings):
+    content = text.encode()
+    assert run(bytes, strings, content) == first_end(content, [s.encode() for s in strings])
+
+
+@given(text=TEXT, strings=STRINGS)
+def test_a_decoder_of_text_shows_unfinished_characters_as_replacements(text, strings):
+    content = text.encode()
+    found = run(lambda tokens: bytes(tokens).decode(errors="replace").encode(), strings, content)
+    assert found[1] == any(s.encode() in content for s in strings)
+    assert content.startswith(found[0]) and (found[1] or found[0] == content)
+
+
+def test_a_decoder_that_drops_the_first_space_keeps_the_others():
+    words = ["▁the", "▁cat", "s", "▁sat"] * 40
+    decode = lambda tokens: "".join(words[t] for t in tokens).replace("▁", " ").removeprefix(" ").encode()  # noqa: E731
+    found, stopped = run(decode, ["dog"], range(len(words)))
+    assert found == decode(range(len(words))) and not stopped
+
+
+def test_text_comes_as_soon_as_it_is_certain():
+    watch = mo.StopStrings(bytes, ["<end>"])
+    parts = [watch.add(token) for token in b"a<e<end>b"]
+    assert parts == [b"a", b"", b"", b"<e", b"", b"", b"", b"", b""] and watch.stopped and watch.rest() == b""
+    watch = mo.StopStrings(bytes, "<end>")
+    assert [watch.add(token) for token in b"a<e"] == [b"a", b"", b""] and watch.rest() == b"<e" and watch.rest() == b""
+
+
+def test_decoding_takes_the_last_tokens_alone():
+    most = 0
+
+    def decode(tokens):
+        nonlocal most
+        most = max(most, len(tokens))
+        return bytes(tokens)
+
+    assert run(decode, [], b"x" * 500) == (b"x" * 500, False) and most < 40
+
+
+@pytest.mark.parametrize("strings", [[""], [b""], [3], ["a", None]])
+def test_wrong_strings_are_refused(strings):
+    assert_refuses(ValueError, "StopStrings", "strings", lambda: mo.StopStrings(bytes, strings))
