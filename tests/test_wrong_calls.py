@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
+from megalodon_ops.evaluation import evaluate
 
 NO_TENSOR = {
     "list": [1.0], "string": "x", "integer": 3, "float": 2.5, "bool": True, "object": object(), "dictionary": {},
@@ -298,6 +299,17 @@ CALLS = {
     ),
     "load_official of a folder": Call(
         mo.load_official, {}, dict(directory={"none": None, "integer": 3, "list": [], "bool": True})
+    ),
+    "evaluate": Call(
+        evaluate,
+        dict(model=model, documents=[[1, 2, 3]], contexts=[2, "all"]),
+        dict(model={"none": None, **NO_TENSOR, "layer": torch.nn.Linear(2, 2)},
+             documents={"none": None, "tokens": tokens[0], "string": "text", "integer": 3, "empty": [], "one shot": iter([])},
+             contexts={"none": None, "integer": 3, "string": "all", "empty": [], "zero": [0], "other": ["most"],
+                       "float": [2.0], "bool": [True], "endless": [2**62]},
+             protocol={"none": None, "other": "exact", "list": []}, rows=NO_SIZE, piece=NO_SIZE,
+             progress={k: w for k, w in NO_TENSOR.items() if k != "class"}),
+        numbers=dict(rows=np.int64(2), piece=np.int32(2)),
     ),
     "TimestepNorm": Call(
         mo.TimestepNorm, dict(dim=8, num_groups=2), dict(dim=NO_SIZE, num_groups=NO_SIZE, eps={**NO_NUMBER, **NEGATIVE})

@@ -1,0 +1,106 @@
+"""The figures of an evaluation, and the sums that they are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .windows import Segment
+
+BINS_AN_OCTAVE = 4
+_FIRST = torch.tensor(sorted({int(2 ** (i / BINS_AN_OCTAVE)) for i in range(62 * BINS_AN_OCTAVE)}), device="cpu")
+"""The first position of each bin: 1, 2, 3, 4, 5, 6, 8, 9, 11, 13, 16, 19, ..."""
+
+Context = int | Literal["all"]
+
+
+class PositionBin(NamedTuple):
+    """The predictions that were made from `first` to `last` tokens."""
+
+    first: int
+    last: int
+    tokens: int
+    """how many predictions"""
+    nats: float
+    """the sum of their losses"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses of one context."""
+
+    context: Context
+    nats: float
+    """the sum of the losses of all tokens"""
+    tokens: int
+    """how many were predicted"""
+    num_bytes: int | None
+    """bytes of the text; None where a document did not say"""
+    by_position: tuple[PositionBin, ...]
+    """the losses by how many tokens a prediction was made from, in bins of a quarter of an octave"""
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; infinite where it is no float."""
+        return _exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """What compares models across tokenizers."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None
+
+    @property
+    def perplexity_per_byte(self) -> float | None:
+        return _exp(self.nats / self.num_bytes) if self.num_bytes else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON has them: an infinite perplexity, which JSON has not, becomes None."""
+        figures = {name: getattr(self, name) for name in ("perplexity", "bits_per_byte", "perplexity_per_byte")}
+        figures = {name: None if value is None or math.isinf(value) else value for name, value in figures.items()}
+        return {**dataclasses.asdict(self), **figures, "by_position": [bin._asdict() for bin in self.by_position]}
+
+
+class Tally:
+    """Sums of losses, in float64."""
+
+    def __init__(self) -> None:
+        self.num_bytes: int | None = 0
+        self.nats = torch.zeros(len(_FIRST), dtype=torch.float64, device="cpu")
+        self.tokens = torch.zeros(len(_FIRST), dtype=torch.int64, device="cpu")
+        self.longest = 0  # tokens that a prediction was made from
+
+    def add_bytes(self, count: int | None) -> None:
+        self.num_bytes = None if count is None or self.num_bytes is None else self.num_bytes + count
+
+    def add(self, segments: list[Segment], losses: Tensor) -> None:
+        losses = losses.double().cpu()
+        if not math.isfinite(total := losses.sum().item()):
+            raise FloatingPointError(
+                f"the loss of the text to predict is {total}; the model's weights are too large, or damaged"
+            )
+        spans = [(s.start + 1, s.start + len(s.inputs) + 1) for s in segments]
+        held = torch.cat([torch.arange(*span, device="cpu") for span in spans])
+        bins = torch.bucketize(held, _FIRST, right=True) - 1
+        self.nats += torch.bincount(bins, losses, minlength=len(_FIRST))
+        self.tokens += torch.bincount(bins, minlength=len(_FIRST))
+        self.longest = max(self.longest, int(held.max()))
+
+    def result(self, context: Context) -> Evaluation:
+        bins = []
+        for i in self.tokens.nonzero()[:, 0].tolist():
+            last = min(int(_FIRST[i + 1]) - 1, self.longest)
+            bins.append(PositionBin(int(_FIRST[i]), last, int(self.tokens[i]), self.nats[i].item()))
+        nats = math.fsum(bin.nats for bin in bins)
+        return Evaluation(context, nats, sum(bin.tokens for bin in bins), self.num_bytes, tuple(bins))
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,284 @@
+"""`megalodon_ops.evaluation`: the same losses whatever the pieces, and those of one call on every window."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import TINY, tiny_model, tokens_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import megalodon_ops as mo
+from megalodon_ops.evaluation import Document, Evaluation, evaluate
+from megalodon_ops.reference import cema, cema_coefficients, normalized_attention, timestep_norm
+
+C = TINY["chunk_size"]
+MODEL = tiny_model().eval()
+LENGTHS = (1, 2, 3, C, C + 1, 4 * C + 3, 9, 8 * C + 1, 5)
+
+
+def documents(*lengths: int) -> list[Tensor]:
+    return [
+        tokens_of(sum(lengths))[start : start + n] for start, n in zip([0, *torch.tensor(lengths).cumsum(0)], lengths)
+    ]
+
+
+def naive_losses(model: mo.Megalodon, document: Tensor, context: int) -> list[Tensor]:
+    """The losses of each window, by one call of the model on it."""
+    inputs, targets = document[:-1].split(context), document[1:].split(context)
+    return [F.cross_entropy(model(i[None])[0], t, reduction="none") for i, t in zip(inputs, targets)]
+
+
+@pytest.mark.parametrize("context", [1, 3, C, C + 5, 3 * C, 1000, "all"])
+def test_every_token_is_predicted_once_from_what_its_window_holds(context):
+    texts = documents(*LENGTHS)
+    losses = [
+        loss
+        for text in texts
+        if len(text) > 1
+        for loss in naive_losses(MODEL, text, 10**6 if context == "all" else context)
+    ]
+    (found,) = evaluate(MODEL, [Document(text, 3 * len(text)) for text in texts], contexts=[context], rows=3, piece=11)
+    assert found.tokens == sum(LENGTHS) - len(LENGTHS) == sum(map(len, losses))
+    assert found.nats == pytest.approx(sum(loss.sum().item() for loss in losses), rel=1e-11)
+    assert found.num_bytes == 3 * sum(LENGTHS)
+    assert found.perplexity == pytest.approx(math.exp(found.nats / found.tokens))
+    assert found.bits_per_byte == pytest.approx(found.nats / math.log(2) / found.num_bytes)
+    assert found.perplexity_per_byte == pytest.approx(2**found.bits_per_byte)
+    by_position = [0.0] * max(map(len, losses))
+    for loss in losses:
+        for position, nats in enumerate(loss.tolist()):
+            by_position[position] += nats
+    for bin in found.by_position:
+        assert bin.nats == pytest.approx(sum(by_position[bin.first - 1 : bin.last]), rel=1e-10)
+        assert bin.tokens == sum(max(0, min(len(loss), bin.last) - bin.first + 1) for loss in losses)
+    firsts, lasts = [bin.first for bin in found.by_position], [bin.last for bin in found.by_position]
+    assert firsts == [1, *(last + 1 for last in lasts[:-1])] and lasts[-1] == len(by_position)
+    assert all(last - first < max(1, first / 4) for first, last in zip(firsts, lasts))
+
+
+CASES = dict(
+    lengths=st.lists(st.integers(1, 14 * C), min_size=1, max_size=5),
+    context=st.sampled_from([1, 2, C - 1, C, 3 * C, 9 * C + 1, 11 * C, "all"]),
+    rows=st.integers(1, 4),
+    piece=st.integers(1, 5 * C),
+    cuts=st.integers(1, 3 * C),
+    protocol=st.sampled_from(["streamed", "released"]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(**CASES)
+def test_rows_and_pieces_change_nothing(lengths, context, rows, piece, cuts, protocol):
+    """Neither the pieces that the model reads nor those that a document comes in."""
+    if sum(lengths) == len(lengths):
+        lengths = [*lengths, 2]
+    texts = documents(*lengths)
+    options = dict(contexts=[context], protocol=protocol)
+    (whole,) = evaluate(MODEL, texts, rows=1, piece=10**6, **options)
+    (found,) = evaluate(MODEL, [text.split(cuts) for text in texts], rows=rows, piece=piece, **options)
+    assert (found.tokens, [bin[:3] for bin in found.by_position]) == (
+        whole.tokens, [bin[:3] for bin in whole.by_position],
+    )  # fmt: skip
+    assert found.nats == pytest.approx(whole.nats, rel=1e-10)
+    assert [b.nats for b in found.by_position] == pytest.approx([b.nats for b in whole.by_position], rel=1e-9)
+
+
+# The released code's evaluation, in reference mathematics: whole chunks first, two a call, then the rest. A call that
+# ends at 8 chunks or later, unless it is the last, is followed by another on the 6 chunks before its end, with no past
+# at all: the statistics that this one leaves in the norms replace those that the evaluation would have gone on with.
+
+
+def reference_call(model: mo.Megalodon, tokens: Tensor, past: tuple | None) -> tuple[Tensor, tuple]:
+    """Logits (L, V) and what follows a call that starts at a chunk's border: the norms' statistics, CEMA's states."""
+    config, x = model.config, model.embed.weight[tokens[None]] * model.config.embedding_scale
+    norms, states = past or ([None] * (config.num_layers + 1), [None] * config.num_layers)
+    norms, states = list(norms), list(states)
+    norm = dict(num_groups=config.norm_num_groups, eps=config.norm_eps, return_state=True)
+    for i, layer in enumerate(model.layers):
+        mega, nffn = layer.mega, layer.nffn
+        t, norms[i] = timestep_norm(x, mega.timenorm.weight, mega.timenorm.bias, state=norms[i], **norm)
+        coefficients = cema_coefficients(mega.cema.alpha, mega.cema.delta, mega.cema.theta, mega.cema.gamma)
+        c, states[i] = cema(t, *coefficients, mega.cema.omega[:, 0], state=states[i], return_state=True)
+        m = c / (c.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * (1 + mega.rmsnorm.weight)
+        z, v = F.linear(m, mega.wz.weight, mega.wz.bias), F.silu(F.linear(t, mega.wv.weight, mega.wv.bias))
+        a = normalized_attention(
+            z, v, mega.gamma, mega.beta, num_heads=config.num_heads, chunk_size=config.chunk_size, eps=config.norm_eps
+        )
+        gated = a * F.silu(F.linear(m, mega.wr.weight, mega.wr.bias))
+        y = x + F.linear(m, mega.wh1.weight, mega.wh1.bias) + F.linear(gated, mega.wh2.weight)
+        n = F.layer_norm(y, y.shape[-1:], 1 + nffn.norm.weight, nffn.norm.bias, config.norm_eps)
+        x = x + F.linear(F.silu(F.linear(n, nffn.fc1.weight)), nffn.fc2.weight)
+    final = model.output.final_norm
+    x, norms[-1] = timestep_norm(x, final.weight, final.bias, state=norms[-1], **norm)
+    return F.linear(x, model.output.output.weight)[0], (norms, states)
+
+
+def released_losses(model: mo.Megalodon, tokens: Tensor, targets: Tensor) -> Tensor:
+    chunks, past, losses = len(tokens) // C, None, []
+    for first in range(0, chunks, 2):
+        begin, end = first * C, min(first + 2, chunks) * C
+        logits, past = reference_call(model, tokens[begin:end], past)
+        losses.append(F.cross_entropy(logits, targets[begin:end], reduction="none"))
+        if 8 * C <= end < len(tokens):
+            _, (norms, _) = reference_call(model, tokens[end - 6 * C : end], None)
+            past = norms, past[1]
+    if chunks * C < len(tokens):
+        logits, _ = reference_call(model, tokens[chunks * C :], past)
+        losses.append(F.cross_entropy(logits, targets[chunks * C :], reduction="none"))
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize("length", [1, 8 * C, 8 * C + 1, 9 * C, 9 * C + 3, 10 * C, 13 * C + 5, 16 * C + 1])
+@torch.no_grad()
+def test_the_released_protocol(length):
+    (text,) = documents(length + 1)
+    expected = released_losses(MODEL, text[:-1], text[1:])
+    (found,) = evaluate(MODEL, [text], protocol="released", piece=3 * C + 1)
+    assert found.nats == pytest.approx(expected.sum().item(), rel=1e-11)
+    for bin in found.by_position:
+        assert bin.nats == pytest.approx(expected[bin.first - 1 : bin.last].sum().item(), rel=1e-9)
+    (streamed,) = evaluate(MODEL, [text])
+    if length <= 8 * C:
+        assert found.nats == pytest.approx(streamed.nats, rel=1e-12)
+    else:
+        assert abs(found.nats - streamed.nats) > 1e-4
+
+
+@torch.no_grad()
+def test_the_released_protocol_of_windows_and_of_documents_side_by_side():
+    texts, context = documents(12 * C + 2, 11 * C, 25 * C, 3), 11 * C + 2
+    expected = sum(
+        released_losses(MODEL, *window).sum().item()
+        for text in texts
+        for window in zip(text[:-1].split(context), text[1:].split(context))
+    )
+    (found,) = evaluate(MODEL, texts, contexts=[context], protocol="released", rows=3, piece=2 * C + 1)
+    assert found.nats == pytest.approx(expected, rel=1e-11)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Notes the most bytes of tensors that live at once, of those made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[weakref.ref[Tensor]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.alive += [weakref.ref(t) for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        living = [tensor for ref in self.alive if (tensor := ref()) is not None]
+        self.alive = [weakref.ref(tensor) for tensor in living]
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in living}
+        self.peak = max(self.peak, sum(sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize("protocol", ["streamed", "released"])
+@pytest.mark.parametrize("context", [2 * C, "all"])
+def test_memory_does_not_grow_with_the_text(context, protocol):
+    def peak(pieces: int) -> int:
+        text = (tokens_of(4 * C) for _ in range(pieces))  # made when they are read
+        with LiveBytes() as live:
+            evaluate(MODEL, [Document(text)], contexts=[context], protocol=protocol, piece=4 * C)
+        return live.peak
+
+    assert peak(4) == peak(12)
+    assert peak(1) > 4 * C * TINY["model_dim"] * 8, "the measure sees what the layers make"
+
+
+def test_documents_in_many_forms_are_the_same_document():
+    numpy = pytest.importorskip("numpy")
+    ids = tokens_of(50)
+    array = numpy.frombuffer(ids.numpy().astype(numpy.uint16).tobytes(), numpy.uint16)  # cannot be written to
+    forms = [
+        ids,
+        ids.int(),
+        ids.tolist(),
+        array,
+        ids.split(7),
+        (part.tolist() for part in ids.split(7)),
+        [array[:20], array[20:]],
+    ]
+    results = [evaluate(MODEL, [form])[0] for form in forms]
+    assert all(result == results[0] for result in results) and results[0].num_bytes is None
+    assert results[0].bits_per_byte is results[0].perplexity_per_byte is None
+
+
+def test_a_context_that_cuts_no_document_is_read_once():
+    texts, calls = documents(40, 70), []
+    contexts = ["all", 100, 2, 69]
+    found = evaluate(MODEL, texts, contexts=contexts, progress=calls.append)
+    assert [result.context for result in found] == contexts and sum(calls) == 2 * 108
+    assert found[0].nats == found[1].nats == found[3].nats != found[2].nats
+    assert len({result.tokens for result in found}) == 1
+
+
+def test_figures_as_json():
+    (found,) = evaluate(MODEL, [Document(tokens_of(30), 60)], contexts=[8])
+    back = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert back["context"] == 8 and back["tokens"] == 29 and back["num_bytes"] == 60
+    assert back["by_position"][0] == found.by_position[0]._asdict()
+    assert back["bits_per_byte"] == found.bits_per_byte and back["perplexity"] == found.perplexity
+    endless = Evaluation("all", 1e6, 10, 10, ())
+    assert math.isinf(endless.perplexity) and endless.to_dict()["perplexity"] is None
+
+
+def test_evaluation_leaves_the_model_as_it_was():
+    model = tiny_model(torch.float32, dropout=0.5, hidden_dropout=0.5).train()
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    first, second = (evaluate(model, documents(20))[0] for _ in range(2))
+    assert first == second, "without dropout"
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("where", ["weights", "nan"])
+def test_losses_that_are_no_numbers_are_an_error(where):
+    model = tiny_model(torch.float32)
+    with torch.no_grad():
+        model.output.output.weight.mul_(1e38 if where == "weights" else math.nan)
+    with pytest.raises(FloatingPointError, match="weights are too large, or damaged"):
+        evaluate(model, documents(20))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "`documents` must hold a token to predict"),
+        ([[3]], {}, ValueError, "`documents` must hold a token to predict"),
+        (["text"], {}, TypeError, "`tokens` must be integers, got 'text'; encode text by a tokenizer"),
+        ([b"text"], {}, TypeError, "encode text by a tokenizer"),
+        ([[0.5, 1.0]], {}, ValueError, "`tokens` must be integers"),
+        ([["a"]], {}, TypeError, "`tokens` must be integers"),
+        ([[[1, 2], [[3]]]], {}, ValueError, r"`tokens` must be integers \(n,\) or pieces of them, got .* \(1, 1\)"),
+        ([[1, 2, -100]], {}, IndexError, "`tokens` must be at least 0, got -100"),
+        ([[1, 99, 1]], {}, IndexError, r"`tokens` must be in \[0, 31\), got 99"),
+        ([[1, 2, 99]], {}, IndexError, r"`targets` must be in \[0, 31\)"),
+        ([Document([1, 2], -1)], {}, ValueError, "`num_bytes` must be an integer of at least 0, got -1"),
+        (iter([[1, 2]]), {"contexts": [2, "all"]}, ValueError, "`documents` must be iterable again"),
+        ([iter([[1, 2], [3]])], {"contexts": [1, "all"]}, ValueError, "the same tokens for every context, got 2"),
+    ],
+)  # fmt: skip
+def test_wrong_documents(texts, options, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(MODEL, texts, **options)
+
+
+def test_a_model_in_bfloat16_under_autocast():
+    texts, model = documents(50, 20), tiny_model(torch.float32)
+    (exact,), (wide,) = evaluate(model.double(), texts), evaluate(model.float(), texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        (short,) = evaluate(model, texts, piece=7)
+    assert wide.nats == pytest.approx(exact.nats, rel=1e-5)
+    assert short.nats == pytest.approx(exact.nats, rel=0.02) and short.nats != wide.nats
