@@ -50,7 +50,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, add_flags, summary in (
         ("info", lambda _: None, "what was built, and what it runs on"),
         ("train", _train_flags, "train a byte-level model on text; without --data, on Python's standard library"),
-        ("eval", _eval_flags, "bits per byte of a trained model on held-out or given text of any length"),
+        (
+            "eval",
+            _eval_flags,
+            "perplexity and bits per byte of a model by context, on held-out or given text of any length",
+        ),
         ("generate", _generate_flags, "print a sampled continuation"),
     ):
         command = commands.add_parser(
@@ -105,8 +109,17 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
 def _eval_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flag(parser)
     _data_flags(parser, "files and folders of text (the held-out text of the run)")
+    context = (
+        "predict from at most N tokens, in windows that each start afresh, or from all before ('all', the default)"
+    )
+    parser.add_argument("--context", nargs="+", type=_context, default=["all"], metavar="N", help=context)
+    protocol = "'released' follows the released code beyond 8 chunks: norms know the last 6 chunks alone (streamed)"
+    parser.add_argument("--protocol", choices=["streamed", "released"], default="streamed", help=protocol)
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all figures")
+    picture = "draw the loss by how many tokens a prediction is made from"
+    parser.add_argument("--by-position", type=Path, default=None, metavar="FILE", help=picture)
     parser.add_argument("--batch", type=_natural, default=8, help="documents read side by side (8)")
-    piece = "bytes of a document in memory at once, which changes time and memory but not the result (2048)"
+    piece = "tokens of a document in memory at once, which changes time and memory but not the result (2048)"
     parser.add_argument("--piece", type=_natural, default=2048, metavar="N", help=piece)
     _device_flags(parser, "cpu", None)
 
@@ -174,6 +187,11 @@ def _glob(text: str) -> str:
     return text
 
 
+def _context(text: str) -> int | str:
+    return text if text == "all" else _tokens(text)
+
+
+_tokens = _number(int, lambda x: 0 < x < 2**62, "'all' or a whole number above 0 and below 2^62")
 _natural = _number(int, lambda x: x > 0, "a whole number above 0 and below 2^63")
 _seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
 _positive = _number(float, lambda x: x > 0, "a number above 0")
@@ -191,7 +209,8 @@ EXAMPLES = {
     ],
     "eval": [
         "eval --checkpoint runs/prose",
-        "eval --checkpoint runs/prose --data other.txt --piece 8192",
+        "eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all",
+        "eval --checkpoint runs/prose --data other.txt --json figures.json --by-position loss.png --piece 8192",
     ],
     "generate": [
         "generate --checkpoint runs/prose --prompt 'Call me ' --bytes 500",

@@ -1,24 +1,32 @@
-"""`eval`: bits per byte of a trained model, on text of any length in constant memory."""
+"""`eval`: perplexity and bits per byte as a function of context, on text of any length in constant memory."""
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import lzma
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megalodon_ops import Megalodon, MegalodonState
-from megalodon_ops.cli.batches import Batch, Batches, Document
+import megalodon_ops
+from megalodon_ops import Megalodon, MegalodonState, evaluation, extras
+from megalodon_ops.cli import plots
+from megalodon_ops.cli.batches import START, Batch, Document
 from megalodon_ops.cli.data import FileDocument, check_glob, find_files, load_corpus
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
+from megalodon_ops.evaluation import Evaluation, evaluate
+from megalodon_ops.model.files import write_atomically
+
+READ = 1 << 14
+"""Bytes of a document that are read at once"""
 
 
 class Reader:
@@ -55,17 +63,77 @@ class Reader:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_outputs(options)
     device = usable_device(options.device)
     model, record = trained_model(options.checkpoint, device)
     dtype = options.dtype or record["options"]["dtype"]
     documents, text = _documents(options, record)
     total = sum(map(len, documents))
     print(f"{text}: {len(documents)} documents, {total:,} bytes; step {record['step']}")
-    with tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar:
-        bits = bits_per_byte(model, documents, options.batch, options.piece, precision(device, dtype), bar)
-    perplexity = torch.tensor(bits, dtype=torch.float64).exp2().item()  # infinite from 1024 bits on
-    print(f"{bits:.4f} bits per byte, perplexity {perplexity:.4f} per byte")
+    contexts = list(dict.fromkeys(options.context))
+    tokenizer = Bytes()
+    with (
+        tqdm(total=total * len(contexts), unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar,
+        precision(device, dtype),
+    ):
+        results = evaluate(
+            model, encoded(documents, tokenizer, bar.update), contexts=contexts, protocol=options.protocol,
+            rows=options.batch, piece=options.piece,
+        )  # fmt: skip
+    print("\n".join(report(results)))
+    if options.json is not None:
+        write_json(options, results, text, len(documents))
+    if options.by_position is not None:
+        plots.draw_by_position(options.by_position, results, "byte" if tokenizer.byte_level else "token")
     return 0
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Refuses, before anything is computed, files that cannot be written at its end."""
+    for flag, path in (("--json", options.json), ("--by-position", options.by_position)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise CommandError(f"{flag} {path}: no such folder: {path.absolute().parent}")
+        if path is not None and path.is_dir():
+            raise CommandError(f"{flag} {path}: a folder, name a file")
+    if options.by_position is not None:
+        if options.by_position.suffix not in plots.FORMATS:
+            formats = ", ".join(plots.FORMATS)
+            raise CommandError(f"--by-position {options.by_position}: the name must end in one of {formats}")
+        try:
+            extras.load("matplotlib", "train")
+        except ModuleNotFoundError as error:
+            raise CommandError(f"--by-position: {error}") from error
+
+
+def report(results: Sequence[Evaluation]) -> list[str]:
+    """What the user reads: a line for one context, a table for more."""
+    if len(results) == 1:
+        (only,) = results
+        per_token = "" if only.tokens == only.num_bytes else f", {only.perplexity:.4f} per token"
+        return [
+            f"{only.bits_per_byte:.4f} bits per byte, perplexity {only.perplexity_per_byte:.4f} per byte{per_token}"
+        ]
+    lines = [f"{'context':>12} {'bits per byte':>14} {'perplexity per byte':>20} {'per token':>12} {'tokens':>14}"]
+    for result in results:
+        context = result.context if result.context == "all" else f"{result.context:,}"
+        lines.append(
+            f"{context:>12} {result.bits_per_byte:>14.4f} {result.perplexity_per_byte:>20.4f} "
+            f"{result.perplexity:>12.4f} {result.tokens:>14,}"
+        )
+    return lines
+
+
+def write_json(options: argparse.Namespace, results: Sequence[Evaluation], text: str, documents: int) -> None:
+    content = {
+        "megalodon_ops": megalodon_ops.__version__,
+        "checkpoint": str(options.checkpoint),
+        "text": text,
+        "documents": documents,
+        "protocol": options.protocol,
+        "contexts": [result.to_dict() for result in results],
+    }
+    with write_atomically(options.json) as draft:
+        draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
@@ -75,37 +143,48 @@ def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
     return state[rows.clamp(min=0)].reset(rows < 0)
 
 
-@torch.no_grad()
+class Bytes:
+    start, byte_level = START, True
+
+    def encode_pieces(self, pieces):
+        return (numpy.frombuffer(piece, numpy.uint8) for piece in pieces)
+
+
+class Encoded:
+    """The tokens of a document, encoded while they are read; a new iteration reads the document again."""
+
+    def __init__(self, document: Document, tokenizer: Bytes, read: Callable[[int], object]):
+        self.document, self.tokenizer, self.read = document, tokenizer, read
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        yield [self.tokenizer.start]
+        yield from self.tokenizer.encode_pieces(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes]:
+        for start in range(0, len(self.document), READ):
+            piece = self.document[start : start + READ]
+            self.read(len(piece))
+            yield piece
+
+
+def encoded(
+    documents: Sequence[Document], tokenizer: Bytes, read: Callable[[int], object] = lambda _: None
+) -> list[evaluation.Document]:
+    """Documents as `evaluate` takes them, the longest first; `read` is called with the bytes that were read."""
+    longest_first = sorted(documents, key=len, reverse=True)
+    return [evaluation.Document(Encoded(document, tokenizer, read), len(document)) for document in longest_first]
+
+
 def bits_per_byte(
-    model: Megalodon,
-    documents: Sequence[Document],
-    rows: int,
-    length: int,
-    autocast: AbstractContextManager,
-    bar: tqdm | None = None,
+    model: Megalodon, documents: Sequence[Document], rows: int, length: int, autocast: AbstractContextManager
 ) -> float:
-    """Bits per byte, every byte of every document predicted from all bytes before it, read in pieces of `length`.
+    """Bits per byte, every token of every document predicted from all before it, read in pieces of `length`.
 
     Raises FloatingPointError where a loss is infinite or NaN.
     """
-    training = model.training
-    model.eval()
-    batches = Batches(documents, min(rows, len(documents)), length, context="streamed", seed=None)
-    reader = Reader(model)
-    nats, count = 0.0, 0
-    while (batch := batches.next()) is not None:
-        with autocast:
-            losses = reader.loss(batch, "none")
-        nats += losses.double().sum().item()
-        count += losses.numel()
-        if bar is not None:
-            bar.update(losses.numel())
-    model.train(training)
-    if not math.isfinite(nats):
-        raise FloatingPointError(
-            f"the loss of the text to predict is {nats}; the model's weights are too large, or damaged"
-        )
-    return nats / count / math.log(2)
+    with autocast:
+        (result,) = evaluate(model, encoded(documents, Bytes()), rows=rows, piece=length)
+    return result.bits_per_byte
 
 
 def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:

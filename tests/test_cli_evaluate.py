@@ -1,0 +1,105 @@
+"""`eval`: the table by context, the JSON, the picture, the released protocol."""
+
+import json
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from megalodon_ops.cli import checkpoint, main
+from megalodon_ops.cli.evaluate import trained_model
+from megalodon_ops.evaluation import evaluate
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def book(text, tmp_path_factory):
+    """One document of 6,000 bytes, and the tokens of it."""
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_bytes(b"".join((text / f"{i}.py").read_bytes() for i in range(12)))
+    return path
+
+
+def run(capsys, *flags) -> list[str]:
+    assert main(["eval", *map(str, flags)]) == 0
+    said = capsys.readouterr()
+    assert all("B/s" in part or not part.strip() for part in said.err.splitlines())
+    return said.out.splitlines()
+
+
+def test_a_table_by_context(finished, book, capsys):
+    command = ["--checkpoint", finished, "--data", book, "--context", 16, "all", 100]
+    title, head, *rows = run(capsys, *command)
+    assert title.endswith("book.txt: 1 documents, 6,000 bytes; step 60")
+    assert head.split("  ")[-1].strip() == "tokens" and "perplexity per byte" in head
+    figures = {row.split()[0]: [float(cell.replace(",", "")) for cell in row.split()[1:]] for row in rows}
+    assert list(figures) == ["16", "all", "100"]
+    model = trained_model(checkpoint.load(finished, "-"), torch.device("cpu"))
+    document = [256, *book.read_bytes()]
+    for (bits, per_byte, per_token, tokens), expected in zip(
+        figures.values(), evaluate(model, [document], contexts=[16, "all", 100]), strict=True
+    ):
+        assert tokens == 6000 == expected.tokens and per_byte == per_token
+        assert per_token == pytest.approx(expected.perplexity, abs=1e-4) == pytest.approx(2**bits, rel=1e-3)
+    assert figures["16"][0] > figures["100"][0], "a model that has learned something reads better with more context"
+    (_, line) = run(capsys, "--checkpoint", finished, "--data", book)
+    assert line == f"{figures['all'][0]:.4f} bits per byte, perplexity {figures['all'][1]:.4f} per byte"
+
+
+def test_json_and_picture(finished, book, tmp_path, capsys, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **kw: (drawn.append(figure), save(figure, *a, **kw)))
+    picture, figures = tmp_path / "loss.png", tmp_path / "figures.json"
+    options = ["--context", 7, "all", "--json", figures, "--by-position", picture]
+    run(capsys, "--checkpoint", finished, "--data", book, *options)
+    content = json.loads(figures.read_text())
+    assert content["protocol"] == "streamed" and content["checkpoint"] == str(finished) and content["documents"] == 1
+    seven, whole = content["contexts"]
+    assert (seven["context"], whole["context"]) == (7, "all")
+    for result in content["contexts"]:
+        assert result["tokens"] == result["num_bytes"] == sum(bin["tokens"] for bin in result["by_position"]) == 6000
+        assert result["nats"] == pytest.approx(sum(bin["nats"] for bin in result["by_position"]))
+    assert [bin["last"] for bin in seven["by_position"]] == [1, 2, 3, 4, 5, 7]
+    assert picture.read_bytes().startswith(b"\x89PNG") and sorted(tmp_path.iterdir()) == sorted([picture, figures])
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("bytes of context", "bits per byte", "log")
+    labels = [label.get_text().partition(" (mean")[0] for label in axes.get_legend().get_texts()]
+    assert labels == ["context 7", "context all"]
+    assert [len(line.get_xdata()) for line in axes.lines] == [len(r["by_position"]) for r in content["contexts"]]
+
+
+def test_the_released_protocol(finished, text, capsys):
+    """The run's chunk is 16: the two protocols part beyond 128 bytes."""
+    command = ["--checkpoint", finished, "--data", text / "3.py", "--context", 128, "all"]
+    streamed, released = run(capsys, *command), run(capsys, *command, "--protocol", "released", "--piece", 40)
+    assert streamed[2] == released[2] and streamed[3] != released[3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--context", "0"], "argument --context: must be 'all' or a whole number above 0 and below 2^62, got 0"),
+        (["--context", "most"], "argument --context: must be 'all' or a whole number"),
+        (["--json", "{tmp}/none/x.json"], "--json {tmp}/none/x.json: no such folder: {tmp}/none"),
+        (["--json", "{tmp}"], "--json {tmp}: a folder, name a file"),
+        (["--by-position", "{tmp}/x.txt"], "--by-position {tmp}/x.txt: the name must end in one of .png, .pdf, .svg"),
+        (["--by-position", "{tmp}/none/x.png"], "--by-position {tmp}/none/x.png: no such folder"),
+        (["--protocol", "exact"], "argument --protocol: invalid choice: 'exact'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_before_anything_is_computed(finished, tmp_path, capsys, flags, message):
+    try:
+        code = main(["eval", "--checkpoint", str(finished), *(flag.format(tmp=tmp_path) for flag in flags)])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    assert code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert message.format(tmp=tmp_path) in said.err
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_draft(finished, book, tmp_path, capsys, file_size_limit):
+    with file_size_limit(1000):
+        code = main(["eval", "--checkpoint", str(finished), "--data", str(book), "--by-position", f"{tmp_path}/a.png"])
+    assert code == 2 and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.splitlines()[-1].startswith("megalodon_ops eval: error: ")
