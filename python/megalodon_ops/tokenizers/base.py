@@ -1,0 +1,178 @@
+"""What all tokenizers do alike, and the tokenizer of bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy
+
+from .files import START_TOKEN, byte_json, write_files
+from .text import BYTE_CHARACTERS, as_bytes, windows_of
+from ..extras import load
+from ..ops.values import check_size, shown
+
+_BATCH = 64
+"""How many windows are encoded side by side"""
+_NO_IDS = numpy.empty(0, numpy.int32)
+
+
+class Tokenizer:
+    """Text to ids and back; made by :meth:`from_file`, :meth:`train` or :func:`load_tokenizer`.
+
+    Text that looks like a special token is text. Bytes that are no UTF-8 become the vocabulary's tokens of single bytes
+    where it has all 256, else U+FFFD.
+
+    Example:
+        >>> from megalodon_ops.tokenizers import Tokenizer
+        >>> tokenizer = Tokenizer.train([b"to be or not to be, that is the question " * 9], vocab_size=270)
+        >>> ids = tokenizer.encode("to be")
+        >>> len(ids) < 5, tokenizer.decode(ids), tokenizer.vocab_size, tokenizer.start, tokenizer.output_size
+        (True, b'to be', 270, 269, 269)
+    """
+
+    vocab_size: int
+    """Ids are from 0 to below it; `start` is one of them"""
+    start: int
+    """The id that opens a document; `encode` leaves it out"""
+    fingerprint: str
+    """sha256 of all that decides the ids"""
+    byte_level: ClassVar[bool] = False
+    """Whether each id is one byte"""
+
+    @property
+    def output_size(self) -> int:
+        """How many ids a model predicts: all but `start` where that is the last, as nothing is ever followed by it."""
+        return self.vocab_size - (self.start == self.vocab_size - 1)
+
+    @staticmethod
+    def from_file(path: str | Path, *, start: str | None = None) -> Tokenizer:
+        """The tokenizer in a JSON file of the `tokenizers` package or in a sentencepiece model.
+
+        start: the text of the token that opens a document. None: the first of `START_TOKENS` that the vocabulary has
+        (for a sentencepiece model, its own), else a token that is added as the last id.
+
+        Raises FileError where the file holds no tokenizer, FileNotFoundError, and ImportError where the package that
+        reads it is missing.
+        """
+        from .vocabularies import read_file
+
+        return read_file(Path(path), start)
+
+    @staticmethod
+    def train(documents: Iterable[bytes | str], *, vocab_size: int) -> Tokenizer:
+        """A byte-level BPE learned from documents, of at most `vocab_size` ids: 256 bytes, merges, `START_TOKEN`."""
+        vocab_size = check_size("Tokenizer.train", "vocab_size", vocab_size)
+        if vocab_size <= 257:
+            raise ValueError(
+                "Tokenizer.train: `vocab_size` must be above 257, which 256 bytes and the start of a document take, "
+                f"got {vocab_size}."
+            )
+        load("tokenizers", "train")
+        from tokenizers import Tokenizer as Model
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        from .vocabularies import JSONTokenizer
+
+        model = Model(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        alphabet = [BYTE_CHARACTERS[byte] for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+        windows = (window for document in documents for window in windows_of([as_bytes("Tokenizer.train", document)]))
+        model.train_from_iterator((window.decode(errors="replace") for window in windows), trainer)
+        return JSONTokenizer(model.to_str().encode(), "Tokenizer.train", None)
+
+    def encode(self, text: bytes | str) -> numpy.ndarray:
+        """The ids of a text, int32, without `start`."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, documents: Iterable[bytes | str]) -> list[numpy.ndarray]:
+        """The ids of each document, int32; documents are encoded side by side on all cores."""
+        found: list[list[numpy.ndarray]] = []
+        open_windows: list[tuple[int, bytes, bool]] = []
+
+        def encode_open() -> None:
+            encoded = self._encode_windows([(window, later) for _, window, later in open_windows])
+            for (document, _, _), ids in zip(open_windows, encoded, strict=True):
+                found[document].append(ids)
+            open_windows.clear()
+
+        for document in documents:
+            found.append([])
+            for number, window in enumerate(windows_of([as_bytes("encode_batch", document)])):
+                open_windows.append((len(found) - 1, window, number > 0))
+                if len(open_windows) == _BATCH:
+                    encode_open()
+        encode_open()
+        return [parts[0] if len(parts) == 1 else numpy.concatenate([_NO_IDS, *parts]) for parts in found]
+
+    def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[numpy.ndarray]:
+        """The ids of one document that comes in pieces of any sizes, in arrays; laid end to end, they are :meth:`encode`'s.
+
+        Memory is taken for one piece and one window, however long the document is.
+        """
+        later = False
+        for window in windows_of(pieces):
+            yield self._encode_windows([(window, later)])[0]
+            later = True
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The text of a document's ids; `start` has none."""
+        return b"".join(self.text_of(ids))
+
+    def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
+        """The bytes that each id adds to a text, one by one; `after`: the ids before the first, in the document.
+
+        A token may hold a part of a letter: UTF-8 is complete at the end of the text, not of every token.
+        """
+        raise NotImplementedError
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer into a folder, which is made if there is none, where :func:`load_tokenizer` finds it."""
+        raise NotImplementedError
+
+    def _encode_windows(self, windows: list[tuple[bytes, bool]]) -> list[numpy.ndarray]:
+        """The ids of each window, int32; the flag says that the window goes on with a text."""
+        raise NotImplementedError
+
+    def _check_id(self, value: int) -> int:
+        number = int(value)
+        if not 0 <= number < self.vocab_size:
+            raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {shown(number)}.")
+        return number
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are bytes, 256 opens a document.
+
+    Example:
+        >>> from megalodon_ops.tokenizers import ByteTokenizer
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer.encode("caf\\u00e9").tolist(), tokenizer.start, tokenizer.vocab_size, tokenizer.output_size
+        ([99, 97, 102, 195, 169], 256, 257, 256)
+        >>> tokenizer.decode([256, 99, 97, 102, 195, 169]).decode()
+        'caf\\u00e9'
+    """
+
+    vocab_size = 257
+    start = 256
+    fingerprint = hashlib.sha256(b"bytes, and 256 opens a document").hexdigest()
+    byte_level = True
+
+    def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[numpy.ndarray]:
+        return (numpy.frombuffer(piece, numpy.uint8).astype(numpy.int32) for piece in pieces if len(piece))
+
+    def encode_batch(self, documents: Iterable[bytes | str]) -> list[numpy.ndarray]:
+        texts = (as_bytes("encode_batch", document) for document in documents)
+        return [numpy.frombuffer(text, numpy.uint8).astype(numpy.int32) for text in texts]
+
+    def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
+        for value in ids:
+            number = self._check_id(value)
+            yield b"" if number == self.start else bytes([number])
+
+    def save(self, folder: str | Path) -> None:
+        write_files(folder, "tokenizer.json", byte_json(), START_TOKEN)
