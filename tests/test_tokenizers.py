@@ -60,7 +60,7 @@ def with_its_own_start(folder):
 def spaced_bpe(folder):
     """A BPE over U+2581 with tokens of single bytes, as vocabularies made from sentencepiece models are."""
     package("tokenizers")
-    from tokenizers import decoders, models, normalizers, trainers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Model
 
     model = Model(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -68,6 +68,7 @@ def spaced_bpe(folder):
     model.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     model.train_from_iterator(
         SOURCE.decode().split("\n")[:300],
@@ -75,6 +76,7 @@ def spaced_bpe(folder):
     )
     content = json.loads(model.to_str())
     content["added_tokens"] = content["added_tokens"][:3]
+    content["pre_tokenizer"] = None  # as in such vocabularies, whose merges stay inside words all the same
     (folder / "tokenizer.json").write_text(json.dumps(content))
     return Tokenizer.from_file(folder / "tokenizer.json")
 
@@ -242,7 +244,7 @@ def test_a_tokenizer_that_drops_text(tmp_path):
     after = [tokenizer.start, *ids[:1].tolist()]
     assert b"".join(tokenizer.text_of(ids[1:].tolist(), after=after)).startswith(b" the argument")
     assert tokenizer.start == tokenizer.vocab_size - 1
-    sp = sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc", byte_fallback=False, model_type="unigram")
+    sp = sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc", byte_fallback=False, remove_extra_whitespaces=True)
     assert sp.decode(sp.encode("two  words\n")) == b"two words"
 
 
@@ -310,7 +312,7 @@ def test_wrong_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer.json and no tokenizer.model in this folder"):
         load_tokenizer(tmp_path)
     ByteTokenizer().save(tmp_path)
-    for content, message in (('{"bos_token": 3}', "`bos_token` must be a token's text"), ("[", "JSON"), ("x", "")):
+    for content, message in (('{"bos_token": 3}', "`bos_token` must be a token's text"), ("[", "Expecting value"), ("x", "Expecting value")):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(FileError, match=message):
             load_tokenizer(tmp_path)

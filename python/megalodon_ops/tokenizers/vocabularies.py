@@ -257,4 +257,5 @@ def faults(name: str) -> Iterator[None]:
     except BaseException as error:
         if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
-        raise FileError(f"{name}: {' '.join(str(error).split())[:300]}") from error
+        said = "".join(letter if letter.isprintable() else " " for letter in str(error)[:300])
+        raise FileError(f"{name}: {' '.join(said.split())}") from error
