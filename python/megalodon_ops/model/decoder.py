@@ -77,6 +77,32 @@ class Decoder:
         """A copy of the state of the sequences `rows` (n,) after all tokens so far."""
         return self._state[rows]
 
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self._batch
+
+    @torch.no_grad()
+    def reorder(self, rows: Tensor) -> None:
+        """Lets sequence i go on from what sequence rows[i] has been, in place, as beam search does; rows (B,) integers."""
+        check_tensor("Decoder", "rows", rows)
+        if rows.shape != (self._batch,) or rows.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"Decoder: `rows` must be int64 or int32 ({self._batch},), got {rows.dtype} {tuple(rows.shape)}."
+            )
+        rows = rows.long().to(self._like.device)
+        changed = (rows != torch.arange(self._batch, device=rows.device)).nonzero().squeeze(1)
+        if len(changed) == 0:
+            return
+        sources = rows[changed]
+        for layer in self._state.layers:
+            used = int(layer.attention.position.max())  # the rest of the chunk's rows are yet to be written
+            kept = (layer.attention.k[:, :used], layer.attention.v[:, :used], layer.attention.position)
+            for tensor in (*layer.norm, layer.cema, *kept):
+                tensor[changed] = tensor[sources]
+        for tensor in self._state.norm:
+            tensor[changed] = tensor[sources]
+
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model)."""
         check_tensor("Decoder", "tokens", tokens)

@@ -211,17 +211,28 @@ class Megalodon(nn.Module):
                 f"Megalodon: `targets` must have shape {tuple(tokens.shape)} as `tokens`, got {tuple(targets.shape)}."
             )
         hidden, state = self._hidden(self._embed(tokens), state, return_state, False, **sequences)
-        position, targets = torch.arange(tokens.shape[1], device=tokens.device), targets.long()
+        loss = self._cross_entropy(hidden, targets, reduction, ignore_index, **sequences)
+        return (loss, state) if return_state else loss
+
+    def _cross_entropy(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        reduction: str,
+        ignore_index: int,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """The loss of the normalized last layer (B, L, D)."""
+        position, targets = torch.arange(targets.shape[1], device=targets.device), targets.long()
         if lengths is not None:
             targets = targets.where(position < lengths[:, None], ignore_index)
         if cu_seqlens is not None:
             targets = targets.where((position >= cu_seqlens[0]) & (position < cu_seqlens[-1]), ignore_index)
         output, options = self.output.output, dict(reduction=reduction, ignore_index=ignore_index)
         if is_plain_linear(output) and output.bias is None:
-            loss = linear_cross_entropy(hidden, output.weight, targets, **options)
-        else:
-            loss = blockwise_cross_entropy(hidden, output, targets, width=self.config.num_outputs, **options)
-        return (loss, state) if return_state else loss
+            return linear_cross_entropy(hidden, output.weight, targets, **options)
+        return blockwise_cross_entropy(hidden, output, targets, width=self.config.num_outputs, **options)
 
     def _check(
         self,

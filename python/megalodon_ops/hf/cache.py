@@ -1,0 +1,167 @@
+"""What `generate` carries from call to call: a `MegalodonState`, or the decoder that has taken it over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..model.decoder import Decoder
+from ..model.states import MegalodonState
+from ..ops.library import is_autocast_enabled
+from ..ops.values import described
+
+if TYPE_CHECKING:
+    from .model import MegalodonPreTrainedModel
+
+
+class MegalodonCache(Cache):
+    """The past of B sequences for a model in transformers; its size is constant however long the past is.
+
+    A model makes a cache, updates it in place and returns it. Single tokens without gradients go through a
+    :class:`megalodon_ops.Decoder`, which the cache makes when they begin, and anew once weights have changed in place,
+    the mode of training or autocast has changed, or :meth:`renew` was called.
+
+    Args:
+        state: the past to go on from, as `Megalodon` or another cache gave it; None: the sequences begin.
+
+    Example:
+        >>> import torch, megalodon_ops.hf as hf
+        >>> config = hf.MegalodonHFConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> model = hf.MegalodonForCausalLM(config).eval()
+        >>> cache = hf.MegalodonCache()
+        >>> _ = model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        >>> cache.get_seq_length(), cache.state.norm.count
+        (3, tensor([3]))
+    """
+
+    def __init__(self, state: MegalodonState | None = None) -> None:
+        if state is not None and not isinstance(state, MegalodonState):
+            raise TypeError(f"MegalodonCache: `state` must be a MegalodonState or None, got {described(state)}.")
+        super().__init__(layers=[])
+        self._state = state
+        self._decoder: Decoder | None = None
+        self._watched: _Watched | None = None
+        self._columns = 0 if state is None else int(state.norm.count.max())
+
+    @property
+    def state(self) -> MegalodonState | None:
+        """The state after all tokens so far, or None before the first."""
+        return self._state if self._decoder is None else self._decoder.state
+
+    def advance(self, state: MegalodonState, columns: int) -> None:
+        """Takes the state after `columns` more tokens, padding included, of each sequence."""
+        self._state, self._decoder = state, None
+        self._columns += columns
+
+    def decode(self, model: MegalodonPreTrainedModel, tokens: Tensor) -> Tensor:
+        """Logits (B, 1, num_outputs) after one more token (B, 1) of each sequence, without gradients."""
+        if self._decoder is None or self._watched.has_changed():
+            self._decoder = Decoder(model.megalodon, self.state)
+            self._state, self._watched = None, _Watched(model, tokens.device.type)
+        logits = self._decoder(tokens)
+        self._columns += 1
+        return logits
+
+    def renew(self) -> None:
+        """Lets go of the decoder, so that the next token sees modules that were wrapped, hooked or replaced meanwhile."""
+        self._state, self._decoder = self.state, None
+
+    def detach(self) -> None:
+        """Cuts the state's history, for truncated backpropagation through time."""
+        self.renew()
+        self._state = None if self._state is None else self._state.detach()
+
+    def reset(self) -> None:
+        """Forgets the past; the next call begins new sequences, of any number."""
+        self._state, self._decoder, self._columns = None, None, 0
+
+    def reset_rows(self, rows: slice | list[int] | Tensor) -> None:
+        """Forgets the past of some sequences, for new documents inside a batch."""
+        self._replace(lambda state: state.reset(rows))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on from what row beam_idx[i] has been, as beam search asks."""
+        if self._decoder is not None and len(beam_idx) == self.batch_size:
+            self._decoder.reorder(beam_idx)
+        else:
+            self._replace(lambda state: state[beam_idx.to(state.norm.count.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times, one next to another."""
+        rows = torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats)
+        self._replace(lambda state: state[rows.to(state.norm.count.device)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The sequences `indices` alone."""
+        self._replace(lambda state: state[indices.to(state.norm.count.device)])
+
+    def _replace(self, change) -> None:
+        self.renew()
+        if self._state is not None:
+            self._state = change(self._state)
+
+    def crop(self, *_: int) -> None:
+        raise NotImplementedError(
+            "MegalodonCache: `crop` cannot take tokens back, as the state has summed them up; keep a copy.deepcopy of the "
+            "cache to return to, and use no assisted or contrastive generation."
+        )
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("MegalodonCache: `update` must not be called: the cache holds no keys by layer.")
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far, the padding of the longest row included."""
+        return self._columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no longest past."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of an attention mask over the past and the next tokens."""
+        length = query_length if isinstance(query_length, int) else len(query_length)
+        return self._columns + length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """B, or -1 before the first token."""
+        past = self._state if self._decoder is None else self._decoder
+        return -1 if past is None else past.num_sequences
+
+    max_batch_size = batch_size
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.batch_size >= 0
+
+    # generate compiles no forward with this cache, takes no token back, and gives the model only tokens that are new.
+    is_compileable = is_croppable = False
+    is_linear = is_sliding = [False]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: the state without the decoder."""
+        return {**vars(self), "_state": self.state, "_decoder": None, "_watched": None}
+
+    def __repr__(self) -> str:
+        return f"MegalodonCache({self._columns} tokens of {max(self.batch_size, 0)} sequences)"
+
+
+class _Watched:
+    """What a decoder depends on and a caller may change between two tokens, cheap enough to look at for each."""
+
+    def __init__(self, model: MegalodonPreTrainedModel, device: str) -> None:
+        self._model, self._device, self._weights = model, device, list(model.parameters())
+        self._seen = self._look()
+
+    def has_changed(self) -> bool:
+        return self._look() != self._seen
+
+    def _look(self) -> tuple:
+        weights = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self._weights]
+        autocast = is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
+        return self._model.training, autocast, weights

@@ -1,0 +1,66 @@
+"""The configuration of a model in transformers: the fields of `MegalodonConfig` and those of transformers, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .. import _C
+from ..model.config import MegalodonConfig, check_config
+
+_FORMAT = 1
+"""Counts the changes of a checkpoint folder's format"""
+
+
+class MegalodonHFConfig(PreTrainedConfig):
+    """The configuration of :class:`MegalodonForCausalLM`: every field of :class:`megalodon_ops.MegalodonConfig` by its name.
+
+    transformers' names `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size` and
+    `tie_word_embeddings` stand for `model_dim`, `num_layers`, `num_heads`, `ffn_hidden_dim` and `share_emb`.
+
+    Args:
+        use_cache: whether a call outside training returns a cache where its argument `use_cache` is None.
+        fields: the fields of MegalodonConfig, with its defaults, and whatever PreTrainedConfig takes.
+
+    Raises ValueError where MegalodonConfig does.
+
+    Example:
+        >>> import megalodon_ops as mo, megalodon_ops.hf as hf
+        >>> config = hf.MegalodonHFConfig(num_layers=2, model_dim=32, z_dim=16, value_dim=32, vocab_size=9)
+        >>> config.hidden_size, config.to_megalodon().model_dim
+        (32, 32)
+        >>> hf.MegalodonHFConfig.from_megalodon(mo.MegalodonConfig.preset("mega200M")).num_hidden_layers
+        12
+    """
+
+    model_type = "megalodon"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    attribute_map = {
+        "hidden_size": "model_dim",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "ffn_hidden_dim",
+        "tie_word_embeddings": "share_emb",
+    }
+
+    def __init__(self, *, use_cache: bool = True, **fields: Any) -> None:
+        for field in dataclasses.fields(MegalodonConfig):
+            setattr(self, field.name, fields.pop(field.name, field.default))
+        self.use_cache = use_cache
+        self.format, self.megalodon_ops_version = _FORMAT, _C.build_info()["version"]
+        super().__init__(**fields)
+        self.to_megalodon()
+
+    @classmethod
+    def from_megalodon(cls, config: MegalodonConfig, **others: Any) -> MegalodonHFConfig:
+        """The same fields; `others` are fields of transformers."""
+        check_config("MegalodonHFConfig", config)
+        return cls(**config.to_dict(), **others)
+
+    def to_megalodon(self) -> MegalodonConfig:
+        """The fields that decide what the model computes."""
+        return MegalodonConfig(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(MegalodonConfig)}
+        )
