@@ -59,7 +59,7 @@ def current_mask(op: str, attention_mask: Tensor | None, batch: int, length: int
     return None if bool(present.all()) else present
 
 
-def padding_of(op: str, present: Tensor, continues: bool) -> Padding:
+def padding_of(op: str, present: Tensor) -> Padding:
     """Where the tokens of each row are; `present` (B, L) must be one run of True in each row."""
     lengths, first = present.sum(1), present.int().argmax(1)
     columns = torch.arange(present.shape[1], device=present.device)
@@ -68,11 +68,6 @@ def padding_of(op: str, present: Tensor, continues: bool) -> Padding:
         raise ValueError(
             f"{op}: `attention_mask` must have a row's padding before or after all its tokens, got padding between "
             "tokens; move the tokens of a row together."
-        )
-    if continues and bool((lengths == 0).any()):
-        raise ValueError(
-            f"{op}: `attention_mask` must leave every row a token once there is a cache, got a row without; "
-            "cache.batch_select_indices(rows) goes on with some of the rows."
         )
     return Padding(first, lengths)
 

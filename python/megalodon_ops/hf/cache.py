@@ -141,7 +141,7 @@ class MegalodonCache(Cache):
 
     # generate compiles no forward with this cache, takes no token back, and gives the model only tokens that are new.
     is_compileable = is_croppable = False
-    is_linear = is_sliding = [False]
+    is_linear = is_sliding = (False,)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: the state without the decoder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -67,6 +68,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MegalodonHFConfig) -> None:
         super().__init__(config)
+        if torch.get_default_dtype() not in (torch.bfloat16, torch.float16):
+            self.dtype_plan = {}  # transformers 5.0 would load these parameters as float32 for a float64 model, too
         made = Megalodon(config.to_megalodon())
         self.embed, self.layers, self.output = made.embed, made.layers, made.output
         self.gradient_checkpointing = False
@@ -183,6 +186,12 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         cu_seqlens = packing_of(op, shape, position_ids=position_ids, present=present, **packing)
         if cu_seqlens is not None and (cache is not None or use_cache):
             raise ValueError(f"{op}: packed documents end in the call, so there must be no cache.")
+        padding = None if present is None else padding_of(op, present)
+        if padding is not None and past and bool(((padding.lengths == 0) & (cache.state.norm.count > 0)).any()):
+            raise ValueError(
+                f"{op}: `attention_mask` must leave a token to every row that has begun, got a row without; "
+                "cache.batch_select_indices(rows) goes on with some of the rows."
+            )
         wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
         return _Batch(
             tokens=input_ids,
@@ -190,7 +199,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             cache=cache,
             returns_cache=cache is not None or (wanted and cu_seqlens is None),
             present=present,
-            padding=None if present is None else padding_of(op, present, continues=past > 0),
+            padding=padding,
             cu_seqlens=cu_seqlens,
         )
 
@@ -380,7 +389,10 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         cache_position: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits of the next token after every token, and the loss.
+        """Logits (B, K, vocab_size) of the next token after K of the tokens, by default all, and the loss.
+
+        A token that the model reads but never predicts, as the start of a document is in a model of bytes, has the logit
+        -inf.
 
         Args:
             input_ids: (B, L) integers.
@@ -413,7 +425,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         columns = _columns(logits_to_keep, batch)
         with self._recording(output_hidden_states, batch) as layers:
             if batch.is_next_token() and labels is None and layers is None:
-                logits = batch.cache.decode(self, batch.tokens)
+                logits = self._all_tokens(batch.cache.decode(self, batch.tokens))
                 return self._returned(
                     CausalLMOutputWithPast, batch, return_dict, logits=logits if columns is None else logits[:, columns]
                 )
@@ -423,10 +435,15 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             loss = self._loss(hidden, labels, batch, num_items_in_batch)
             hidden = hidden if columns is None else select(hidden, columns)
         if labels is None or logits_to_keep is not None or not self.training:
-            logits = at_least_float32(self.output.output(hidden))
+            logits = self._all_tokens(at_least_float32(self.output.output(hidden)))
         return self._returned(
             CausalLMOutputWithPast, batch, return_dict, loss=loss, logits=logits, hidden_states=layers
         )
+
+    def _all_tokens(self, logits: Tensor) -> Tensor:
+        """Logits (B, K, vocab_size), as transformers expects: -inf for tokens that the model reads but never predicts."""
+        missing = self.config.vocab_size - logits.shape[-1]
+        return logits if missing <= 0 else nn.functional.pad(logits, (0, missing), value=-math.inf)
 
     def _loss(self, hidden: Tensor, labels: Tensor, batch: _Batch, num_items: int | Tensor | None) -> Tensor:
         op, config = type(self).__name__, self.config.to_megalodon()

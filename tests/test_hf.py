@@ -1,0 +1,529 @@
+"""transformers: one file of weights, padded and packed batches, generation with every way of choosing tokens."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import megalodon_ops as mo
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+import megalodon_ops.hf as hf
+from megalodon_ops.hf.model import _CACHE
+
+SIZES = dict(
+    num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=32, cema_ndim=4, chunk_size=8,
+    norm_num_groups=4, vocab_size=50,
+)  # fmt: skip
+VARIANTS = {
+    "plain": {},
+    "released": dict(share_emb=True, scale_emb=True, swiglu=True, rescale_nffn=True),
+    "bytes": dict(vocab_size=51, output_size=50),
+    "no affine norms": dict(norm_affine=False),
+}
+LENGTHS = (21, 3, 13)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(5)
+
+
+def made(dtype: torch.dtype = torch.float32, **fields) -> hf.MegalodonForCausalLM:
+    """A model with parameters as after some training: no parameter is zero, so that each matters."""
+    core = mo.Megalodon(mo.MegalodonConfig(**{**SIZES, **fields})).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return hf.MegalodonForCausalLM.from_megalodon(core)
+
+
+def prompts() -> list[Tensor]:
+    return [torch.randint(50, (length,)) for length in LENGTHS]
+
+
+def padded(rows: list[Tensor], side: str, value: int = 0) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.full((2, len(rows), width), value)
+    mask.zero_()
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return dict(input_ids=ids, attention_mask=mask)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# Weights and folders
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+def test_reads_what_it_wrote(tmp_path: Path, fields: dict) -> None:
+    model, ids = made(**fields), torch.randint(50, (2, 21))
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is hf.MegalodonForCausalLM and not again.training
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        base = transformers.AutoModel.from_pretrained(tmp_path)
+        close(base(ids).last_hidden_state @ model.output.output.weight.T, model.megalodon(ids))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).to_megalodon() == model.megalodon.config
+    tied = again.output.output.weight is again.embed.weight
+    assert tied == bool(fields.get("share_emb"))
+    assert again.layers[0].mega._rotary_made_for == model.layers[0].mega._rotary_made_for
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_loads_dtypes_without_rounding_wide_parameters(tmp_path: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
+    model = made(stored)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == stored
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    cast = copy.deepcopy(model).to(dtype)
+    for (name, weight), other in zip(again.named_parameters(), cast.parameters(), strict=True):
+        assert weight.dtype == other.dtype and torch.equal(weight, other), name
+
+
+def test_shares_the_modules_of_a_megalodon() -> None:
+    core = mo.Megalodon(mo.MegalodonConfig(**SIZES))
+    model = hf.MegalodonForCausalLM.from_megalodon(core)
+    assert list(model.state_dict()) == list(core.state_dict())
+    assert model.layers is core.layers is model.megalodon.layers
+    assert model.training and model.megalodon.training and not model.eval().megalodon.training
+    with pytest.raises(TypeError, match="must be a Megalodon"):
+        hf.MegalodonForCausalLM.from_megalodon(model)
+
+
+def test_new_models_are_initialised_once_and_as_ours() -> None:
+    torch.manual_seed(3)
+    ours = mo.Megalodon(mo.MegalodonConfig(**SIZES))
+    torch.manual_seed(3)
+    theirs = transformers.AutoModelForCausalLM.from_config(hf.MegalodonHFConfig(**SIZES))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_initialises_what_a_checkpoint_lacks(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = made()
+    model.save_pretrained(tmp_path)
+    tensors = model.state_dict()
+    absent = ["embed.weight", "layers.0.mega.cema.theta", "layers.1.mega.wv.weight", "output.output.weight"]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in absent}
+    safetensors.save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in again.state_dict().items():
+        assert tensor.isfinite().all() and torch.equal(tensor, tensors[name]) == (name not in absent), name
+    assert 0.5 < again.embed.weight.std() * SIZES["model_dim"] ** 0.5 < 1.5
+    assert 0.5 < again.layers[1].mega.wv.weight.std() * (3 * SIZES["model_dim"]) ** 0.5 < 1.5
+
+
+def test_resized_embeddings() -> None:
+    model, ids = made(vocab_size=51, output_size=50), torch.randint(50, (1, 9))
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(60, mean_resizing=False)
+        close(model(ids).logits[..., :50], before[..., :50])
+    assert model.megalodon.config.num_outputs == 60
+    cache = model(ids).get(_CACHE)
+    assert mo.Decoder(model.megalodon, cache.state).fused
+    assert model.generate(torch.tensor([[55]]), max_new_tokens=3, do_sample=False).shape == (1, 4)
+
+
+def test_configuration_refuses_what_ours_does() -> None:
+    with pytest.raises(ValueError, match="z_dim"):
+        hf.MegalodonHFConfig(**{**SIZES, "z_dim": 15})
+    config = hf.MegalodonHFConfig(**SIZES, bos_token_id=3)
+    assert config.hidden_size == config.model_dim == 32 and config.bos_token_id == 3
+
+
+# What a call returns
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+def test_padded_rows_equal_single_runs(side: str, fields: dict) -> None:
+    model, rows = made(**fields), prompts()
+    batch = padded(rows, side, value=-1)
+    with torch.no_grad():
+        output = model(**batch, labels=batch["input_ids"])
+        hidden = model(**batch, output_hidden_states=True).hidden_states
+        assert len(hidden) == 3
+        total = 0
+        for i, row in enumerate(rows):
+            single = model(row[None], labels=row[None], output_hidden_states=True)
+            present = batch["attention_mask"][i] == 1
+            close(output.logits[i, present], single.logits[0])
+            for layer, alone in zip(hidden, single.hidden_states, strict=True):
+                close(layer[i, present], alone[0])
+            total += single.loss * (len(row) - 1)
+            cache = output.get(_CACHE).state[[i]]
+            for a, b in zip(
+                torch.utils._pytree.tree_leaves(cache), torch.utils._pytree.tree_leaves(single.get(_CACHE).state)
+            ):
+                close(a, b)
+    close(output.loss, total / (sum(map(len, rows)) - len(rows)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_go_on_after_padded_rows(side: str) -> None:
+    """A conversation: the second turn is padded as well, with a mask over both turns or over its own columns."""
+    model, first, second = made(), prompts(), [torch.randint(50, (length,)) for length in (2, 7, 5)]
+    turns = padded(first, "left"), padded(second, side)
+    for mask in (turns[1]["attention_mask"], torch.cat([turn["attention_mask"] for turn in turns], dim=1)):
+        with torch.no_grad():
+            cache = model(**turns[0]).get(_CACHE)
+            logits = model(turns[1]["input_ids"], attention_mask=mask, past_key_values=cache).logits
+            for i, rows in enumerate(zip(first, second)):
+                present = turns[1]["attention_mask"][i] == 1
+                close(logits[i, present], model(torch.cat(rows)[None]).logits[0, -len(rows[1]) :])
+
+
+def test_masks_that_are_refused() -> None:
+    model, ids = made(), torch.randint(50, (2, 6))
+    hole = torch.ones(2, 6, dtype=torch.long)
+    hole[0, 2] = 0
+    with pytest.raises(ValueError, match="padding between tokens"):
+        model(ids, attention_mask=hole)
+    with pytest.raises(ValueError, match="1 for a token and 0 for padding"):
+        model(ids, attention_mask=hole * 2)
+    with pytest.raises(ValueError, match=r"must be \(2, 6\), got \(2, 1, 6, 6\)"):
+        model(ids, attention_mask=torch.ones(2, 1, 6, 6))
+    cache = model(ids).get(_CACHE)
+    empty = torch.tensor([[0, 0], [1, 1]])
+    with pytest.raises(ValueError, match="leave a token to every row that has begun"):
+        model(ids[:, :2], attention_mask=empty, past_key_values=cache)
+
+
+PACKINGS = {
+    "cu_seqlens": lambda ends, numbers: dict(cu_seqlens=ends),
+    "cu_seq_lens_q": lambda ends, numbers: dict(cu_seq_lens_q=ends.int(), cu_seq_lens_k=ends.int(), max_length_q=9),
+    "position_ids": lambda ends, numbers: dict(position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None]),
+    "position_ids from 2": lambda ends, numbers: dict(position_ids=torch.cat([torch.arange(2, n + 2) for n in LENGTHS])[None]),
+    "seq_idx": lambda ends, numbers: dict(seq_idx=numbers),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
+def test_packed_documents_equal_single_runs(packing) -> None:
+    model, rows = made(), prompts()
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    numbers = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS))[None]
+    ids = torch.cat(rows)[None]
+    with torch.no_grad():
+        output = model(ids, labels=ids, **packing(ends, numbers))
+        singles = [model(row[None], labels=row[None]) for row in rows]
+    close(output.logits, torch.cat([single.logits for single in singles], dim=1))
+    close(output.loss, sum(s.loss * (len(row) - 1) for s, row in zip(singles, rows)) / (len(ids[0]) - len(rows)))
+    assert output.get(_CACHE) is None
+
+
+def test_packing_that_is_refused() -> None:
+    model, ids = made(), torch.randint(50, (2, 6))
+    restart = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(ValueError, match="packed into one row"):
+        model(ids, position_ids=restart)
+    with pytest.raises(ValueError, match="no cache"):
+        model(ids[:1], position_ids=restart, use_cache=True)
+    with pytest.raises(ValueError, match="cu_seq_lens_k"):
+        model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 6]), cu_seq_lens_k=torch.tensor([0, 6]))
+
+
+def test_loss_is_that_of_the_logits() -> None:
+    model, ids = made(vocab_size=51, output_size=50), torch.randint(50, (2, 12))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[0, 7] = 50  # the start of a document, which the model never predicts
+    output = model(ids, labels=labels)
+    expected = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1, :50].reshape(-1, 50), labels[:, 1:].masked_fill(labels[:, 1:] == 50, -100).reshape(-1)
+    )
+    close(output.loss, expected)
+    assert output.logits.shape == (2, 12, 51) and (output.logits[..., 50] == -torch.inf).all()
+    close(model(ids, labels=labels, num_items_in_batch=torch.tensor(30)).loss, expected * 15 / 30)
+    model.train()
+    trained = model(ids, labels=labels)
+    assert trained.logits is None and trained.get(_CACHE) is None
+    close(trained.loss, expected)
+    close(model(ids, labels=labels, logits_to_keep=2).logits, output.logits[:, -2:])
+
+
+def test_logits_to_keep_and_embeddings() -> None:
+    model, rows = made(**VARIANTS["released"]), prompts()
+    batch = padded(rows, "left")
+    with torch.no_grad():
+        all_logits = model(**batch).logits
+        close(model(**batch, logits_to_keep=2).logits, all_logits[:, -2:])
+        close(model(**batch, logits_to_keep=torch.tensor([20, 18])).logits, all_logits[:, [20, 18]])
+        close(model(batch["input_ids"], logits_to_keep=99).logits, model(batch["input_ids"]).logits)
+        embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
+        close(model(**batch, inputs_embeds=embeddings).logits[:, -3:], all_logits[:, -3:])
+    assert len(model(**batch, inputs_embeds=embeddings, return_dict=False)) == 2
+
+
+def test_wrong_calls() -> None:
+    model, ids = made(), torch.randint(50, (2, 6))
+    with pytest.raises(ValueError, match="exactly one of"):
+        model()
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    with pytest.raises(TypeError, match="must be a megalodon_ops.hf.MegalodonCache"):
+        model(ids, past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match="two names"):
+        model(ids, cache=hf.MegalodonCache(), past_key_values=hf.MegalodonCache())
+    with pytest.raises(ValueError, match="labels"):
+        model(ids, labels=ids[:, 1:])
+    with pytest.raises(IndexError, match=r"in \[0, 50\)"):
+        model(ids + 50)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        model(ids, token_type_ids=ids)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for recompute in ("no", "enabled", "configured"):
+        torch.manual_seed(1)
+        model = made(layerwise_ckpt=recompute == "configured").train()
+        if recompute == "enabled":
+            model.gradient_checkpointing_enable()
+        ids = torch.arange(40)[None]
+        calls = []
+        model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        model(ids, labels=ids).loss.backward()
+        assert len(calls) == (1 if recompute == "no" else 2)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for others in gradients[1:]:
+        for a, b in zip(gradients[0], others, strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+# Generation
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+def test_greedy_generation_equals_ours(fields: dict) -> None:
+    model, prompt = made(**fields), torch.randint(50, (2, 21))
+    expected = model.megalodon.generate(prompt, max_new_tokens=20, temperature=0.0)
+    for options in ({}, dict(use_cache=False)):
+        assert torch.equal(model.generate(prompt, max_new_tokens=20, do_sample=False, **options), expected)
+
+
+def test_sampling_draws_by_the_model_s_logits() -> None:
+    model, prompt = made(**VARIANTS["bytes"]), torch.randint(50, (2, 9))
+    output = model.generate(
+        prompt, max_new_tokens=12, do_sample=True, top_k=0, temperature=0.7, output_logits=True, output_scores=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model.megalodon(output.sequences)[:, 8:-1]
+    close(torch.stack(output.logits, 1)[..., :50], logits)
+    close(torch.stack(output.scores, 1)[..., :50], logits / 0.7)
+    assert output.sequences.max() < 50
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(num_beams=3), dict(prefill_chunk_size=5)], ids=["greedy", "beams", "chunked"]
+)
+def test_rows_of_a_padded_batch_generate_as_if_alone(side: str, options: dict) -> None:
+    model, rows = made(), prompts()
+    batch = padded(rows, side)
+    if "prefill_chunk_size" in options:
+        if side == "right":
+            return
+        options = {**options, "past_key_values": hf.MegalodonCache()}
+    together = model.generate(**batch, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
+    for i, row in enumerate(rows):
+        options.pop("past_key_values", None)
+        alone = model.generate(
+            row[None], max_new_tokens=12, do_sample=False, **{k: v for k, v in options.items() if k == "num_beams"}
+        )
+        assert torch.equal(together[i, 21:], alone[0, len(row) :])
+
+
+def test_beam_search_finds_what_scoring_whole_sequences_does() -> None:
+    """With as many beams as there are tokens, two steps of beam search find the likeliest pair of tokens."""
+    model = made(vocab_size=6)
+    prompt = torch.randint(6, (1, 11))
+    output = model.generate(
+        prompt, max_new_tokens=2, num_beams=6, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    with torch.no_grad():
+        scores = model.megalodon(torch.cat([prompt.expand(36, -1), pairs], dim=1)).log_softmax(-1)
+    scores = scores[:, 10].gather(1, pairs[:, :1]) + scores[:, 11].gather(1, pairs[:, 1:])
+    assert torch.equal(output.sequences[0, 11:], pairs[scores.argmax()])
+    close(output.sequences_scores[0], scores.max() / 2)
+
+
+def test_several_samples_and_group_of_options() -> None:
+    model, prompt = made(), torch.randint(50, (2, 9))
+    samples = model.generate(prompt, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert samples.shape == (6, 13) and torch.equal(samples[:3, :9], prompt[:1].expand(3, -1))
+    beams = model.generate(prompt, max_new_tokens=4, do_sample=True, num_beams=2, repetition_penalty=1.2, top_p=0.9)
+    assert beams.shape == (2, 13)
+    stopped = model.generate(prompt[:1], max_new_tokens=30, do_sample=False)
+    end = stopped[0, 15].item()
+    again = model.generate(prompt[:1], max_new_tokens=30, do_sample=False, eos_token_id=end, pad_token_id=0)
+    assert torch.equal(again[0], stopped[0, : again.shape[1]]) and again[0, -1] == end and again.shape[1] <= 16
+
+
+def test_generation_goes_on_with_a_cache() -> None:
+    model, prompt = made(), torch.randint(50, (2, 9))
+    whole = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    cache = first.get(_CACHE)
+    assert cache.get_seq_length() == 13  # the last token has not been read
+    for past in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
+        rest = model.generate(first.sequences, past_key_values=past, max_new_tokens=7, do_sample=False)
+        assert torch.equal(rest, whole)
+    _, state = model.megalodon(prompt[:, :8], return_state=True)
+    rest = model.generate(prompt, past_key_values=hf.MegalodonCache(state), max_new_tokens=12, do_sample=False)
+    assert torch.equal(rest, whole)
+    with pytest.raises((ValueError, IndexError)):  # before 5.24, transformers itself fails
+        model.generate(prompt[:, :3], past_key_values=cache, max_new_tokens=7)
+    with pytest.raises(ValueError, match="must be a token"):
+        model(prompt[:, :0], past_key_values=cache)
+
+
+def test_generation_that_is_refused() -> None:
+    model, prompt = made(), torch.randint(50, (1, 9))
+    for options, message in (
+        (dict(penalty_alpha=0.6, top_k=4, do_sample=False), "contrastive search"),
+        (dict(assistant_model=made(), do_sample=False), "assisted generation"),
+        (dict(prompt_lookup_num_tokens=3), "assisted generation"),
+        (dict(cache_implementation="static"), "cache_implementation"),
+        (dict(cache_implementation="quantized"), "cache_implementation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt, max_new_tokens=3, **options)
+    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+        model(prompt).get(_CACHE).crop(-1)
+
+
+def test_long_prompts_are_read_in_pieces() -> None:
+    model, ids = made(), torch.randint(50, (2, 50))
+    lengths = []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        pieces = model(ids)
+        kept = model(**padded([ids[0], ids[1, :7]], "left"), logits_to_keep=9)
+    assert max(lengths) == 8
+    close(pieces.logits, model(ids).logits)  # with gradients: in one piece
+    assert max(lengths) == 50
+    close(kept.logits[0], pieces.logits[0, -9:])
+    close(kept.logits[1, -7:], pieces.logits[1, :7])
+
+
+# The cache and its decoder
+
+
+def decoding(model: hf.MegalodonForCausalLM, ids: Tensor) -> hf.MegalodonCache:
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).get(_CACHE)
+        model(ids[:, :1], past_key_values=cache)
+    assert cache._decoder.fused
+    return cache
+
+
+def test_one_decoder_serves_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = made(), []
+    monkeypatch.setattr("megalodon_ops.hf.cache.Decoder", lambda *a: calls.append(mo.Decoder(*a)) or calls[-1])
+    model.generate(torch.randint(50, (2, 9)), max_new_tokens=9, do_sample=False)
+    model.generate(torch.randint(50, (2, 9)), max_new_tokens=9, num_beams=4, do_sample=False)
+    assert [decoder.fused for decoder in calls] == [True, True]
+
+
+def test_cache_changes_rows() -> None:
+    model, ids = made(), torch.randint(50, (3, 13))
+    token = torch.randint(50, (3, 1))
+    for begun in (False, True):
+        with torch.no_grad():
+            alone = [
+                model(torch.cat([row, *([row[:1]] if begun else [])])[None], use_cache=True).get(_CACHE) for row in ids
+            ]
+
+            def cache() -> hf.MegalodonCache:
+                return decoding(model, ids) if begun else model(ids).get(_CACHE)
+
+            def same(changed: hf.MegalodonCache, rows: list[int]) -> None:
+                assert changed.batch_size == len(rows)
+                logits = model(token[rows], past_key_values=changed).logits
+                for i, row in enumerate(rows):
+                    close(logits[i], model(token[[row]], past_key_values=copy.deepcopy(alone[row])).logits[0])
+
+            (reordered := cache()).reorder_cache(torch.tensor([0, 1, 2]))
+            same(reordered, [0, 1, 2])
+            (selected := cache()).batch_select_indices(torch.tensor([2, 0]))
+            same(selected, [2, 0])
+            (repeated := cache()).batch_repeat_interleave(2)
+            same(repeated, [0, 0, 1, 1, 2, 2])
+            (reordered := cache()).reorder_cache(torch.tensor([2, 2, 0]))
+            logits = model(token[[2, 2, 0]], past_key_values=reordered).logits
+            close(logits[1], model(token[[2]], past_key_values=copy.deepcopy(alone[2])).logits[0])
+            close(logits[2], model(token[[0]], past_key_values=copy.deepcopy(alone[0])).logits[0])
+            (part := cache()).reset_rows([1])
+            close(model(token, past_key_values=part).logits[1], model(token[[1]]).logits[0])
+            (whole := cache()).reset()
+            assert whole.get_seq_length() == 0 and not whole.is_initialized
+            close(model(ids[:2], past_key_values=whole).logits, model(ids[:2]).logits)
+
+
+def test_decoder_reorders_in_place() -> None:
+    model, ids = made(), torch.randint(50, (3, 13))
+    decoder = mo.Decoder(model.megalodon, decoding(model, ids).state)
+    expected = decoder.state[torch.tensor([1, 0, 0])]
+    decoder.reorder(torch.tensor([1, 0, 0]))
+    token = torch.randint(50, (3, 1))
+    assert torch.equal(decoder(token), mo.Decoder(model.megalodon, expected)(token))
+    with pytest.raises(ValueError, match=r"int64 or int32 \(3,\)"):
+        decoder.reorder(torch.tensor([1, 0]))
+
+
+def test_decoder_is_never_stale() -> None:
+    model, ids = made(), torch.randint(50, (2, 13))
+    token = ids[:, :1]
+
+    def agrees(cache: hf.MegalodonCache) -> None:
+        before = cache.state
+        with torch.no_grad():
+            close(model(token, past_key_values=cache).logits, model.megalodon(token, state=before))
+
+    with torch.no_grad():
+        cache = decoding(model, ids)
+        model.layers[0].mega.cema.alpha.add_(1.0)
+        agrees(cache)
+        model.layers[0].mega.cema.alpha.data = model.layers[0].mega.cema.alpha.data * 2
+        agrees(cache)
+        model.layers[1].mega.wz = torch.nn.Linear(32, 16)
+        cache.renew()
+        with pytest.warns(UserWarning, match="layers.1"):
+            agrees(cache)
+
+
+def test_gradients_flow_through_a_cache_until_it_is_detached() -> None:
+    model, ids = made(), torch.randint(50, (1, 30))
+    embeddings = model.embed(ids[:, :20]).detach().requires_grad_()
+    cache = model(inputs_embeds=embeddings, use_cache=True).get(_CACHE)
+    detached = hf.MegalodonCache(cache.state)
+    detached.detach()
+    model(ids[:, 20:], past_key_values=detached).logits.sum().backward()
+    assert embeddings.grad is None
+    model(ids[:, 20:], past_key_values=cache).logits.sum().backward()
+    assert embeddings.grad.abs().max() > 0
