@@ -289,7 +289,7 @@ def test_wrong_calls() -> None:
         model(ids, labels=ids[:, 1:])
     with pytest.raises(IndexError, match=r"in \[0, 50\)"):
         model(ids + 50)
-    with pytest.raises(TypeError, match="unexpected keyword"):
+    with pytest.raises(TypeError, match="unexpected argument `token_type_ids`"):
         model(ids, token_type_ids=ids)
 
 

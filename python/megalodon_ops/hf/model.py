@@ -72,6 +72,9 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             self.dtype_plan = {}  # transformers 5.0 would load these parameters as float32 for a float64 model, too
         made = Megalodon(config.to_megalodon())
         self.embed, self.layers, self.output = made.embed, made.layers, made.output
+        # The Megalodon that computes is no module of this one, but has its modules, whatever they become.
+        made._modules = self._modules
+        self.__dict__["_megalodon"] = made
         self.gradient_checkpointing = False
         if not self.embed.weight.is_meta:
             for module in self.modules():
@@ -82,10 +85,14 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         """This model as a :class:`megalodon_ops.Megalodon` with the same modules, in which a change shows in both."""
         model = Megalodon.__new__(Megalodon)
         nn.Module.__init__(model)
-        model.config = self.config.to_megalodon()
+        model.config, model.training = self.config.to_megalodon(), self.training
         model.embed, model.layers, model.output = self.embed, self.layers, self.output
-        model.training = self.training
         return model
+
+    def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
+        super().train(mode)
+        self._megalodon.training = mode
+        return self
 
     @classmethod
     def from_megalodon(cls, model: Megalodon) -> MegalodonPreTrainedModel:
@@ -96,7 +103,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             result = cls(MegalodonHFConfig.from_megalodon(model.config))
         result.config.dtype = model.embed.weight.dtype
         result._take(model)
-        result.training = model.training
+        result.training = result._megalodon.training = model.training
         return result
 
     def _take(self, model: Megalodon) -> None:
@@ -131,6 +138,14 @@ class MegalodonPreTrainedModel(PreTrainedModel):
                 "leave out other options."
             )
         self.gradient_checkpointing = enable
+        self._configure()
+
+    def _configure(self) -> None:
+        """Gives the Megalodon that computes what the configuration and gradient checkpointing say now."""
+        config = self.config.to_megalodon()
+        self._megalodon.config = (
+            dataclasses.replace(config, layerwise_ckpt=True) if self.gradient_checkpointing else config
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
@@ -148,6 +163,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         for module in self.layers.modules():
             if hasattr(module, "config"):
                 module.config = config
+        self._configure()
         return embeddings
 
     def _read(
@@ -210,9 +226,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         row. Without gradients, the tokens are read in pieces of a chunk: memory does not grow with their number but for
         the result.
         """
-        model, padding = self.megalodon, batch.padding
-        if self.gradient_checkpointing:
-            model.config = dataclasses.replace(model.config, layerwise_ckpt=True)
+        model, padding = self._megalodon, batch.padding
         tokens, embeddings = batch.tokens, batch.embeddings
         if padding is not None and embeddings is None:
             tokens = padding.shift(tokens)
@@ -323,8 +337,10 @@ class MegalodonModel(MegalodonPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        **others,
     ) -> BaseModelOutputWithPast | tuple:
         """The normalized last layer (B, L, D); arguments as in :meth:`MegalodonForCausalLM.forward`."""
+        _check_others("MegalodonModel", others)
         batch = self._read(
             input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions,
             cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, seq_idx=seq_idx,
@@ -383,11 +399,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
         seq_idx: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        cache_position: Tensor | None = None,
+        **others,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits (B, K, vocab_size) of the next token after K of the tokens, by default all, and the loss.
 
@@ -412,12 +426,13 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             cu_seqlens: (S + 1,) offsets of documents packed into one row; it counts before `cu_seq_lens_q`, `position_ids`
                 and `seq_idx`, in which transformers' collators say the same.
             num_items_in_batch: divides the loss in place of the number of labels, as Trainer asks.
-            max_length_q, max_length_k, cache_position: read by other models.
+            others: what transformers gives every model: `tokenizer`, `cache_position`, `max_length_q`, `max_length_k`.
 
         Raises:
             ValueError: padding between the tokens of a row; a mask that is not 2-D; several documents in a row of several;
-            attention weights asked for. TypeError: the cache is not a MegalodonCache.
+            attention weights asked for. TypeError: the cache is not a MegalodonCache; an unknown argument.
         """
+        _check_others("MegalodonForCausalLM", others)
         batch = self._read(
             input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions,
             cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, seq_idx=seq_idx,
@@ -446,12 +461,12 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         return logits if missing <= 0 else nn.functional.pad(logits, (0, missing), value=-math.inf)
 
     def _loss(self, hidden: Tensor, labels: Tensor, batch: _Batch, num_items: int | Tensor | None) -> Tensor:
-        op, config = type(self).__name__, self.config.to_megalodon()
+        op, config = type(self).__name__, self._megalodon.config
         if labels.shape != batch.shape:
             raise ValueError(f"{op}: `labels` must be {batch.shape} as the tokens, got {tuple(labels.shape)}.")
         targets = targets_of(op, labels, config.num_outputs, config.vocab_size, batch.present, batch.cu_seqlens)
         padding = batch.padding
-        loss = self.megalodon._cross_entropy(
+        loss = self._megalodon._cross_entropy(
             hidden,
             (targets if padding is None else padding.shift(targets)).to(hidden.device),
             reduction="mean" if num_items is None else "sum",
@@ -494,6 +509,16 @@ _MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
+
+
+_READ_BY_OTHERS = ("tokenizer", "cache_position", "max_length_q", "max_length_k")
+
+
+def _check_others(op: str, others: dict) -> None:
+    """Raises for an argument that other models read and that would change what this one computes, or that none reads."""
+    for name, value in others.items():
+        if name not in _READ_BY_OTHERS and value is not None:
+            raise TypeError(f"{op}: unexpected argument `{name}`, got {described(value)}; leave it out.")
 
 
 def _columns(logits_to_keep: int | Tensor | None, batch: _Batch) -> Tensor | None:

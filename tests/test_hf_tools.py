@@ -1,0 +1,308 @@
+"""Programs that are written for transformers: pipelines, Trainer, PEFT, accelerate, lm-eval. All of it offline."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import megalodon_ops as mo
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # these packages warn of one another
+    pytest.mark.filterwarnings("error::UserWarning:megalodon_ops"),
+]
+
+import megalodon_ops.hf as hf
+from megalodon_ops.hf.model import _CACHE
+
+SENTENCE = "the quick brown fox jumps over the lazy dog. "
+SIZES = dict(
+    num_layers=2, model_dim=64, z_dim=32, value_dim=64, num_heads=2, ffn_hidden_dim=64, cema_ndim=4, chunk_size=32,
+    norm_num_groups=4, vocab_size=257, output_size=256,
+)  # fmt: skip
+
+
+def train(model: torch.nn.Module, steps: int = 120) -> None:
+    text = torch.tensor([256, *(SENTENCE * 5).encode()])[None]
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
+    for _ in range(steps):
+        model(text, labels=text).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of bytes that has learnt one sentence, as `Megalodon.save` writes it, and its tokenizer."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES)).train()
+    train(model)
+    model.save_pretrained(path)
+    write_tokenizer(path)
+    return path
+
+
+def write_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    of_byte = {c: b for b, c in enumerate(_characters())}
+    assert sorted(of_byte) == alphabet
+    tokenizer = Tokenizer(models.BPE(vocab=of_byte, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|startoftext|>"])
+    start = ("<|startoftext|>", 256)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|startoftext|> $A", special_tokens=[start])
+    tokenizer.save(str(path / "tokenizer.json"))
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|startoftext|>")
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **special}
+    (path / "tokenizer_config.json").write_text(json.dumps(fields))
+
+
+def _characters() -> list[str]:
+    marks = {*range(33, 127), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in marks else next(others)) for byte in range(256)]
+
+
+def loaded(folder: Path) -> tuple[hf.MegalodonForCausalLM, transformers.PreTrainedTokenizerFast]:
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(folder),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
+
+
+def test_pipeline(folder: Path) -> None:
+    pipe = transformers.pipeline("text-generation", model=str(folder))
+    text = SENTENCE * 2
+    assert pipe("the quick", max_new_tokens=30, do_sample=False)[0]["generated_text"] == text[:39]
+    prompts = ["the quick brown fox", "the lazy dog. the", "jumps over"]
+    found = pipe(prompts, max_new_tokens=9, do_sample=False, batch_size=3, return_full_text=False)
+    for prompt, (output,) in zip(prompts, found, strict=True):
+        at = text.index(prompt) + len(prompt)
+        assert output["generated_text"] == text[at : at + 9]
+    features = transformers.pipeline("feature-extraction", model=str(folder))("the quick")
+    assert torch.tensor(features).shape == (1, 10, 64)
+
+
+def test_streamer_and_stop_strings(folder: Path) -> None:
+    model, tokenizer = loaded(folder)
+    streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True)
+    inputs = tokenizer("the quick", return_tensors="pt")
+    output = model.generate(
+        **inputs, max_new_tokens=60, do_sample=False, streamer=streamer, stop_strings=["lazy"], tokenizer=tokenizer
+    )
+    assert "".join(streamer) == tokenizer.decode(output[0, 10:]) == SENTENCE[9 : SENTENCE.index(" dog")]
+
+
+@pytest.mark.parametrize("packing", ["position_ids", "cu_seq_lens", "seq_idx", "cu_seqlens"])
+def test_trainer_with_packed_documents(tmp_path: Path, packing: str) -> None:
+    """Each step's loss and gradient are those of the mean over all tokens of the documents, each read alone."""
+    documents = [SENTENCE[: 5 + 7 * i] for i in range(6)]
+    data = [{"input_ids": [256, *document.encode()]} for document in documents]
+    collators = {
+        "position_ids": transformers.DataCollatorWithFlattening(),
+        "cu_seq_lens": transformers.DataCollatorWithFlattening(
+            return_position_ids=False, return_flash_attn_kwargs=True
+        ),
+        "seq_idx": transformers.DataCollatorWithFlattening(return_position_ids=False, return_seq_idx=True),
+        "cu_seqlens": offsets_collator,
+    }
+    model = transformers.AutoModelForCausalLM.from_config(hf.MegalodonHFConfig(**SIZES))
+    expected = hf.MegalodonForCausalLM(model.config)
+    expected.load_state_dict(model.state_dict())
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=1,
+        learning_rate=1e-3, weight_decay=0.0, max_grad_norm=0.0, lr_scheduler_type="constant", report_to=[], use_cpu=True,
+        save_strategy="no", logging_steps=1, disable_tqdm=True, optim="sgd",
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collators[packing])
+    trainer.train()
+    losses = [
+        expected(ids := torch.tensor([row["input_ids"]]), labels=ids).loss * len(row["input_ids"][1:]) for row in data
+    ]
+    loss = sum(losses) / sum(len(row["input_ids"]) - 1 for row in data)
+    loss.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - 1e-3 * theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def offsets_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
+    ids = torch.cat([torch.tensor(row["input_ids"]) for row in rows])[None]
+    ends = torch.tensor([0, *(len(row["input_ids"]) for row in rows)]).cumsum(0)
+    labels = ids.index_fill(1, ends[:-1], -100)  # Trainer counts the labels that are not -100
+    return dict(input_ids=ids, labels=labels, cu_seqlens=ends)
+
+
+def test_trainer_learns_evaluates_saves_and_resumes(tmp_path: Path) -> None:
+    ids = [256, *SENTENCE.encode()]
+    model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES))
+    arguments = dict(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, learning_rate=5e-3, report_to=[], use_cpu=True,
+        save_steps=20, logging_steps=10, disable_tqdm=True, gradient_checkpointing=True, eval_strategy="steps",
+        eval_steps=20, lr_scheduler_type="constant",
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": [-100, *ids[1:]]}] * 160  # 5.0 counts every label that is not -100
+    parts = dict(train_dataset=data, eval_dataset=data[:3], data_collator=transformers.default_data_collator)
+    trainer = transformers.Trainer(
+        model=model, args=transformers.TrainingArguments(**arguments, num_train_epochs=1), **parts
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] / 3
+    evaluated = trainer.evaluate()
+    again = hf.MegalodonForCausalLM.from_pretrained(tmp_path / "checkpoint-40")
+    with torch.no_grad():
+        row = torch.tensor([ids])
+        assert again(row, labels=row).loss.item() == pytest.approx(evaluated["eval_loss"], rel=1e-4)
+    fresh = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES))
+    trainer = transformers.Trainer(model=fresh, args=transformers.TrainingArguments(**arguments, max_steps=41), **parts)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
+    assert trainer.state.global_step == 41 and trainer.evaluate()["eval_loss"] < 2 * evaluated["eval_loss"]
+
+
+def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, tokenizer = loaded(folder)
+    prompt = tokenizer("the quick", return_tensors="pt")
+    base = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["wv", "wz", "wr", "wh1", "wh2", "fc1", "fc2"])
+    adapted = peft.get_peft_model(model, config)
+    adapted.gradient_checkpointing_enable()
+    text = torch.tensor([256, *(b"the slow green turtle creeps under a busy cat. " * 5)])[None]
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
+    adapted.train()
+    for _ in range(80):
+        (loss := adapted(input_ids=text, labels=text).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.5
+    adapted.eval()
+    model.gradient_checkpointing_disable()
+    with pytest.warns(UserWarning, match="Decoder"):
+        unmerged = adapted.generate(**prompt, max_new_tokens=20, do_sample=False)
+    assert not torch.equal(unmerged, base)
+    with adapted.disable_adapter():
+        with pytest.warns(UserWarning, match="Decoder"):
+            assert torch.equal(adapted.generate(**prompt, max_new_tokens=20, do_sample=False), base)
+    adapted.save_pretrained(tmp_path / "adapter")
+    restored = peft.PeftModel.from_pretrained(hf.MegalodonForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    merged = restored.merge_and_unload()
+    assert type(merged) is hf.MegalodonForCausalLM
+    assert torch.equal(merged.generate(**prompt, max_new_tokens=20, do_sample=False), unmerged)
+    cache = merged(**prompt, use_cache=True).get(_CACHE)
+    assert mo.Decoder(merged.megalodon, cache.state).fused
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(again.generate(**prompt, max_new_tokens=20, do_sample=False), unmerged)
+
+
+@pytest.mark.parametrize("target", ["cpu", "auto", "disk"])
+def test_device_maps(folder: Path, tmp_path: Path, target: str) -> None:
+    pytest.importorskip("accelerate")
+    places = {"cpu": {"": "cpu"}, "auto": "auto"}
+    places["disk"] = {"embed": "cpu", "layers.0": "cpu", "layers.1": "disk", "output": "disk"}
+    model, tokenizer = loaded(folder)
+    placed = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places[target], offload_folder=tmp_path
+    )
+    inputs = tokenizer(["the quick", "lazy"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        torch.testing.assert_close(placed(**inputs).logits, model(**inputs).logits)
+        loss = placed(**inputs, labels=inputs.input_ids).loss
+        torch.testing.assert_close(loss, model(**inputs, labels=inputs.input_ids).loss)
+    hooked = pytest.warns(UserWarning, match="Decoder") if target == "disk" else contextlib.nullcontext()
+    with hooked:
+        output = placed.generate(**inputs, max_new_tokens=9, do_sample=False)
+    assert torch.equal(output, model.generate(**inputs, max_new_tokens=9, do_sample=False))
+
+
+def test_compiled_forward(folder: Path) -> None:
+    model, tokenizer = loaded(folder)
+    ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
+    model.train()
+    compiled(ids, labels=ids).loss.backward()
+    gradient = model.embed.weight.grad.clone()
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(gradient, model.embed.weight.grad)
+
+
+def test_lm_eval(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local task of two kinds of answers, scored in padded batches as one by one."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    words = SENTENCE.strip(". ").split()
+    rows = [
+        {"start": " ".join(words[:n]), "choices": [" " + words[n], " " + words[n][::-1]], "answer": 0}
+        for n in range(2, len(words))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{tmp_path}/rows.jsonl"}}}}
+test_split: test
+doc_to_text: "{{{{start}}}}"
+target_delimiter: ""
+"""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "choice.yaml").write_text(
+        f"task: fox_choice\noutput_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer{common}"
+        "metric_list: [{metric: acc}]\n"
+    )
+    (tasks / "words.yaml").write_text(
+        f'task: fox_words\noutput_type: generate_until\ndoc_to_target: "{{{{choices[0]}}}}"{common}'
+        'generation_kwargs: {until: [" ", "."], max_gen_toks: 8, do_sample: false}\n'
+        "metric_list: [{metric: exact_match, ignore_punctuation: true}]\n"
+    )
+    model, tokenizer = loaded(folder)
+    results = []
+    for batch in (1, 4):
+        found = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=64),
+            tasks=["fox_choice"], task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            bootstrap_iters=0,
+        )  # fmt: skip
+        results.append(found["results"]["fox_choice"]["acc,none"])
+        samples = [sample["resps"] for sample in found["samples"]["fox_choice"]]
+        results.append(torch.tensor([[response[0][0] for response in sample] for sample in samples]))
+    assert results[0] == results[2] == 1.0
+    torch.testing.assert_close(results[1], results[3], rtol=1e-3, atol=1e-3)
+
+
+def test_error_names_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'transformers'\", name='transformers')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run(
+        [sys.executable, "-c", "import megalodon_ops.hf"], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and 'pip install "megalodon_ops[hf]"' in run.stderr.splitlines()[-1]
+    (tmp_path / "transformers.py").write_text("__version__ = '4.57.1'")
+    run = subprocess.run(
+        [sys.executable, "-c", "import megalodon_ops.hf"], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "transformers 5.0 or newer, got 4.57.1" in run.stderr.splitlines()[-1]
