@@ -61,6 +61,7 @@ def test_every_token_is_predicted_once_from_what_its_window_holds(context):
         assert bin.tokens == sum(max(0, min(len(loss), bin.last) - bin.first + 1) for loss in losses)
     firsts, lasts = [bin.first for bin in found.by_position], [bin.last for bin in found.by_position]
     assert firsts == [1, *(last + 1 for last in lasts[:-1])] and lasts[-1] == len(by_position)
+    assert {2**i for i in range(len(by_position).bit_length())} <= set(lasts), "powers of 2 end bins"
     assert all(last - first < max(1, first / 4) for first, last in zip(firsts, lasts))
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from .windows import Segment
 
 BINS_AN_OCTAVE = 4
-_FIRST = torch.tensor(sorted({int(2 ** (i / BINS_AN_OCTAVE)) for i in range(62 * BINS_AN_OCTAVE)}), device="cpu")
-"""The first position of each bin: 1, 2, 3, 4, 5, 6, 8, 9, 11, 13, 16, 19, ..."""
+_LAST = torch.tensor(sorted({int(2 ** (i / BINS_AN_OCTAVE)) for i in range(62 * BINS_AN_OCTAVE + 1)}), device="cpu")
+"""The end of each bin: 1, 2, 3, 4, 5, 6, 8, 9, 11, 13, 16, ... Powers of 2 end bins, so windows of such lengths do."""
 
 Context = int | Literal["all"]
 
@@ -70,8 +70,8 @@ class Tally:
 
     def __init__(self) -> None:
         self.num_bytes: int | None = 0
-        self.nats = torch.zeros(len(_FIRST), dtype=torch.float64, device="cpu")
-        self.tokens = torch.zeros(len(_FIRST), dtype=torch.int64, device="cpu")
+        self.nats = torch.zeros(len(_LAST), dtype=torch.float64, device="cpu")
+        self.tokens = torch.zeros(len(_LAST), dtype=torch.int64, device="cpu")
         self.longest = 0  # tokens that a prediction was made from
 
     def add_bytes(self, count: int | None) -> None:
@@ -85,16 +85,16 @@ class Tally:
             )
         spans = [(s.start + 1, s.start + len(s.inputs) + 1) for s in segments]
         held = torch.cat([torch.arange(*span, device="cpu") for span in spans])
-        bins = torch.bucketize(held, _FIRST, right=True) - 1
-        self.nats += torch.bincount(bins, losses, minlength=len(_FIRST))
-        self.tokens += torch.bincount(bins, minlength=len(_FIRST))
+        bins = torch.bucketize(held, _LAST)
+        self.nats += torch.bincount(bins, losses, minlength=len(_LAST))
+        self.tokens += torch.bincount(bins, minlength=len(_LAST))
         self.longest = max(self.longest, int(held.max()))
 
     def result(self, context: Context) -> Evaluation:
         bins = []
         for i in self.tokens.nonzero()[:, 0].tolist():
-            last = min(int(_FIRST[i + 1]) - 1, self.longest)
-            bins.append(PositionBin(int(_FIRST[i]), last, int(self.tokens[i]), self.nats[i].item()))
+            first, last = int(_LAST[i - 1]) + 1 if i else 1, min(int(_LAST[i]), self.longest)
+            bins.append(PositionBin(first, last, int(self.tokens[i]), self.nats[i].item()))
         nats = math.fsum(bin.nats for bin in bins)
         return Evaluation(context, nats, sum(bin.tokens for bin in bins), self.num_bytes, tuple(bins))
 
