@@ -1,10 +1,10 @@
 // Takes a few tokens through a model on the CPU, as in decoding: the kernels of its layers run one by one, with nothing
-// in between. A decoder is made once, from the configuration and the model's tensors by name; it updates the state.
+// in between but the functions that stand for changed linear layers. A decoder is made once, from the configuration and
+// the model's tensors by name; it updates the state.
 
-#include <memory>
-#include <mutex>
+#include <deque>
+#include <optional>
 #include <string>
-#include <vector>
 
 #include "bindings.h"
 #include "cema.h"
@@ -14,7 +14,6 @@
 #include "embedding.h"
 #include "gated_silu.h"
 #include "layer_norm.h"
-#include "linear.h"
 #include "normalized_qk.h"
 #include "residual.h"
 #include "target.h"
@@ -24,7 +23,8 @@
 namespace megalodon {
 namespace {
 
-TimestepNormFwdParams timestep_norm(const Sizes& s, Tensors& tensors, const std::string& name, const std::string& state) {
+TimestepNormFwdParams timestep_norm(const Sizes& s, Tensors& tensors, const std::string& name,
+                                    const std::string& state) {
   TimestepNormFwdParams p{};
   p.dtype = s.dtype;
   p.channels = s.D;
@@ -36,19 +36,6 @@ TimestepNormFwdParams timestep_norm(const Sizes& s, Tensors& tensors, const std:
   p.mean = p.mean_out = tensors.real(state + ".mean", "(S, G)", {s.B, s.G});
   p.var = p.var_out = tensors.real(state + ".var", "(S, G)", {s.B, s.G});
   p.residual = p.residual_out = tensors.real(state + ".residual", "(S, 2, G)", {s.B, 2, s.G});
-  return p;
-}
-
-LinearFewRowsParams linear(const Sizes& s, Tensors& tensors, const std::string& name, int64_t inputs, int64_t outputs,
-                           const void* x, void* y) {
-  LinearFewRowsParams p{};
-  p.dtype = s.dtype;
-  p.inputs = inputs;
-  p.outputs = outputs;
-  p.weight = tensors.activation(name + ".weight", "(outputs, inputs)", {outputs, inputs});
-  p.bias = tensors(name + ".bias").shape("(outputs,)", {outputs}).dtype(s.scalar(), "as the weight").data();
-  p.x = x;
-  p.y = y;
   return p;
 }
 
@@ -71,8 +58,17 @@ class Block {
  public:
   Block(const Sizes& sizes, const Activations& activations, const void* rotary, Tensors& tensors,
         const std::string& name, const std::string& state, Arena& arena)
-      : s(sizes), a(activations) {
+      : s(sizes),
+        a(activations),
+        wz_(s, tensors, name + ".mega.wz", s.D, s.H * s.K, a.m, a.z),
+        wv_(s, tensors, name + ".mega.wv", s.D, s.H * s.V, a.t, a.v),
+        wr_(s, tensors, name + ".mega.wr", s.D, s.H * s.V, a.m, a.r),
+        wh1_(s, tensors, name + ".mega.wh1", s.D, s.D, a.m, a.a),
+        wh2_(s, tensors, name + ".mega.wh2", s.H * s.V, s.D, a.r, a.b),
+        fc1_(s, tensors, name + ".nffn.fc1", s.D, s.F, a.n, a.hidden),
+        fc2_(s, tensors, name + ".nffn.fc2", s.F, s.D, a.hidden, a.a) {
     const std::string mega = name + ".mega", nffn = name + ".nffn";
+    if (s.gated) fc3_.emplace(s, tensors, nffn + ".fc3", s.D, s.F, a.n, a.gate);
     timenorm_ = timestep_norm(s, tensors, mega + ".timenorm", state + ".norm");
     timenorm_.y = a.t;
 
@@ -89,8 +85,7 @@ class Block {
                                         .data();
     rms_norm_ = norm_of_rows(s, tensors, mega + ".rmsnorm", true, a.c, a.m);
 
-    const int64_t Z = s.H * s.K, values = s.H * s.V;
-    wz_ = linear(s, tensors, mega + ".wz", s.D, Z, a.m, a.z);
+    const int64_t Z = s.H * s.K;
     qk_.dtype = s.dtype;
     qk_.heads = s.H;
     qk_.key_dim = s.K;
@@ -103,7 +98,6 @@ class Block {
     qk_.q = a.q;
     qk_.k = a.k;
 
-    wv_ = linear(s, tensors, mega + ".wv", s.D, values, a.t, a.v);
     append_.dtype = s.dtype;
     append_.heads = s.H;
     append_.key_dim = s.K;
@@ -121,15 +115,7 @@ class Block {
     append_.position_out = tensors.integers(cache + ".position", s.C);
     qk_.position = append_.position = append_.position_out;
 
-    wr_ = linear(s, tensors, mega + ".wr", s.D, values, a.m, a.r);
-    wh1_ = linear(s, tensors, mega + ".wh1", s.D, s.D, a.m, a.a);
-    wh2_ = linear(s, tensors, mega + ".wh2", values, s.D, a.r, a.b);
-
     layer_norm_ = norm_of_rows(s, tensors, nffn + ".norm", false, a.y, a.n);
-    fc1_ = linear(s, tensors, nffn + ".fc1", s.D, s.F, a.n, a.hidden);
-    fc2_ = linear(s, tensors, nffn + ".fc2", s.F, s.D, a.hidden, a.a);
-    gated_ = tensors(nffn + ".fc3.weight").given();
-    if (gated_) fc3_ = linear(s, tensors, nffn + ".fc3", s.D, s.F, a.n, a.gate);
     scale_ = tensors.real_or_null(nffn + ".alpha", "(D,)", {s.D});
   }
 
@@ -142,9 +128,9 @@ class Block {
     launch_cema_fwd_cpu(cema_);
     run(rms_norm_);
 
-    run(wz_);
+    wz_.run(T);
     launch_normalized_qk_fwd_cpu(qk_);
-    run(wv_);
+    wv_.run(T);
     gate(a.v, nullptr, s.H * s.V);
     ChunkedAttentionFwdParams attention{};
     static_cast<ChunkedAttentionParams&>(attention) = append_;
@@ -152,17 +138,17 @@ class Block {
     attention.lse = a.lse;
     launch_chunked_attention_fwd_cpu(attention);
     launch_chunked_attention_state_cpu(append_);
-    run(wr_);
+    wr_.run(T);
     gate(a.r, a.o, s.H * s.V);
-    run(wh1_);
-    run(wh2_);
+    wh1_.run(T);
+    wh2_.run(T);
     launch_residual_cpu({s.dtype, T, s.D, x, a.a, a.b, nullptr, a.y});
 
     run(layer_norm_);
-    run(fc1_);
-    if (gated_) run(fc3_);
-    gate(a.hidden, gated_ ? a.gate : nullptr, s.F);
-    run(fc2_);
+    fc1_.run(T);
+    if (fc3_) fc3_->run(T);
+    gate(a.hidden, fc3_ ? a.gate : nullptr, s.F);
+    fc2_.run(T);
     launch_residual_cpu({s.dtype, T, s.D, x, a.a, nullptr, scale_, y});
   }
 
@@ -184,10 +170,6 @@ class Block {
     launch_cema_coefficients_fwd_cpu(p);
   }
 
-  void run(LinearFewRowsParams& p) const {
-    p.rows = T;
-    launch_linear_few_rows_cpu(p);
-  }
   void run(LayerNormFwdParams& p) const {
     p.rows = T;
     launch_layer_norm_fwd_cpu(p);
@@ -208,10 +190,10 @@ class Block {
   TimestepNormFwdParams timenorm_;
   CemaFwdParams cema_{};
   LayerNormFwdParams rms_norm_, layer_norm_;
-  LinearFewRowsParams wv_, wz_, wr_, wh1_, wh2_, fc1_, fc2_, fc3_{};
+  LinearLayer wz_, wv_, wr_, wh1_, wh2_, fc1_, fc2_;
+  std::optional<LinearLayer> fc3_;  // where the FFN is gated
   NormalizedQkFwdParams qk_{};
   ChunkedAttentionStateParams append_{};
-  bool gated_;
   const void* scale_;  // (D) R or null: one
 };
 
@@ -221,19 +203,21 @@ Sizes sizes_of(py::handle config, DType dtype, int64_t batch, int64_t max_tokens
   const int64_t H = integer(config, "num_heads");
   return {dtype, batch, max_tokens, integer(config, "model_dim"), integer(config, "cema_ndim"),
           integer(config, "norm_num_groups"), H, integer(config, "z_dim") / H, integer(config, "value_dim") / H,
-          integer(config, "ffn_hidden_dim"), integer(config, "chunk_size"), config.attr("norm_eps").cast<double>()};
+          integer(config, "ffn_hidden_dim"), integer(config, "chunk_size"), config.attr("swiglu").cast<bool>(),
+          config.attr("norm_eps").cast<double>()};
 }
 
-// The layers [first, end) of a model; `embeds`: the embedding before them; `writes_logits`: final norm and output
-// matrix after them. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).
+// The layers [first, end) of a model; `embeds`: the embedding before them; `norms`: the final norm after them;
+// `writes_logits`: the output matrix at the end. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).
 class Decoder {
  public:
   Decoder(py::object config, py::dict tensors, py::object rotary, py::object like, int64_t batch, int64_t max_tokens,
-          bool embeds, int64_t first, int64_t end, bool writes_logits)
+          bool embeds, int64_t first, int64_t end, bool norms, bool writes_logits)
       : held_(py::make_tuple(tensors, rotary)),
         s(sizes_of(config, TensorView(kDecoder, "embed.weight", like).floating(), batch, max_tokens)),
-        activations_(s, arena_),
+        a(s, arena_),
         embeds_(embeds),
+        norms_(norms),
         writes_logits_(writes_logits) {
     const int64_t vocabulary = integer(config, "vocab_size"), outputs = integer(config, "num_outputs");
     Tensors named(std::move(tensors), s);
@@ -248,16 +232,13 @@ class Decoder {
     table.present().shape("(C, K / 2, 2)", {s.C, s.K / 2, 2}).dtype(s.real(), kRealDtype);
     for (int64_t layer = first; layer < end; ++layer) {
       const std::string name = "layers." + std::to_string(layer);
-      blocks_.emplace_back(s, activations_, table.data(), named, name, "state." + name, arena_);
+      blocks_.emplace_back(s, a, table.data(), named, name, "state." + name, arena_);
     }
-    if (writes_logits) {
-      norm_ = timestep_norm(s, named, "output.final_norm", "state.norm");
-      norm_.y = activations_.n;
-      output_ = linear(s, named, "output.output", s.D, outputs, activations_.n, nullptr);
-    }
+    if (norms) norm_ = timestep_norm(s, named, "output.final_norm", "state.norm");
+    if (writes_logits) output_ = matrix(s, named, "output.output", s.D, outputs, nullptr, nullptr);
   }
 
-  // Tokens (B, L) or x (B, L, D) to y: logits (B, L, outputs) or (B, L, D).
+  // Tokens (B, L) or x (B, L, D) to y: logits (B, L, outputs) or (B, L, D). One call at a time.
   void run(py::handle x_, py::handle y_) {
     const TensorView x(kDecoder, embeds_ ? "tokens" : "x", x_), y(kDecoder, "y", y_);
     if (embeds_) x.rank("(B, L)", 2).dtype(Scalar::i64, "tokens");
@@ -266,61 +247,68 @@ class Decoder {
     if (x.size(0) != s.B || T > s.max_tokens)
       x.fail("of " + std::to_string(s.B) + " rows and at most " + std::to_string(s.max_tokens) + " tokens, got " +
              std::to_string(x.size(0)) + " rows of " + std::to_string(L));
-    y.present().shape("(B, L, columns)", {s.B, L, writes_logits_ ? output_.outputs : s.D}).dtype(s.scalar(), "as the model");
+    const int64_t columns = writes_logits_ ? output_.outputs : s.D;
+    y.present().shape("(B, L, columns)", {s.B, L, columns}).dtype(s.scalar(), "as the model");
     if (embeds_) check_tokens(x.data_as<const int64_t>(), T);
 
     const py::gil_scoped_release unlocked;
-    const std::lock_guard<std::mutex> alone(busy_);
     const void* from = x.data();
+    size_t left = embeds_ + blocks_.size() + norms_ + writes_logits_;  // steps to run; the last step writes to y
+    const auto target = [&](void* buffer) { return --left == 0 ? y.data() : buffer; };
     if (embeds_) {
       embedding_.rows = T;
       embedding_.tokens = x.data_as<const int64_t>();
-      embedding_.y = blocks_.empty() && !writes_logits_ ? y.data() : activations_.x[0];
+      from = embedding_.y = target(a.x[0]);
       launch_embedding_cpu(embedding_);
-      from = embedding_.y;
     }
     for (size_t i = 0; i < blocks_.size(); ++i) {
-      void* to = i + 1 == blocks_.size() && !writes_logits_ ? y.data() : activations_.x[(i + 1) % 2];
+      void* to = target(a.x[(i + 1) % 2]);
       blocks_[i].run(L, from, to);
       from = to;
     }
-    if (!writes_logits_) return;
-    norm_.sequences = Sequences{s.B, T, L};
-    norm_.x = from;
-    launch_timestep_norm_fwd_cpu(norm_);
-    output_.rows = T;
-    output_.y = y.data();
-    launch_linear_few_rows_cpu(output_);
+    if (norms_) {
+      norm_.sequences = Sequences{s.B, T, L};
+      norm_.x = from;
+      from = norm_.y = target(a.n);
+      launch_timestep_norm_fwd_cpu(norm_);
+    }
+    if (writes_logits_) {
+      output_.rows = T;
+      output_.x = from;
+      output_.y = target(nullptr);
+      launch_linear_few_rows_cpu(output_);
+    }
   }
 
  private:
   void check_tokens(const int64_t* tokens, int64_t count) const {
     for (int64_t t = 0; t < count; ++t)
       if (tokens[t] < 0 || tokens[t] >= vocabulary_)
-        throw py::index_error(std::string(kDecoder) + ": `tokens` must be in [0, " + std::to_string(vocabulary_) + "), got " +
-                              std::to_string(tokens[t]) + ".");
+        throw py::index_error(std::string(kDecoder) + ": `tokens` must be in [0, " + std::to_string(vocabulary_) +
+                              "), got " + std::to_string(tokens[t]) + ".");
   }
 
   const py::tuple held_;  // the tensors whose memory the kernels use
   const Sizes s;
   Arena arena_;
-  const Activations activations_;
-  const bool embeds_, writes_logits_;
+  const Activations a;
+  const bool embeds_, norms_, writes_logits_;
   int64_t vocabulary_ = 0;
   EmbeddingParams embedding_{};
   std::deque<Block> blocks_;
   TimestepNormFwdParams norm_{};
   LinearFewRowsParams output_{};
-  std::mutex busy_;
 };
 
 }  // namespace
 
 void bind_decoder(py::module_& module) {
   py::class_<Decoder>(module, "Decoder")
-      .def(py::init<py::object, py::dict, py::object, py::object, int64_t, int64_t, bool, int64_t, int64_t, bool>(),
+      .def(py::init<py::object, py::dict, py::object, py::object, int64_t, int64_t, bool, int64_t, int64_t, bool,
+                    bool>(),
            py::arg("config"), py::arg("tensors"), py::arg("rotary"), py::arg("like"), py::arg("batch"),
-           py::arg("max_tokens"), py::arg("embeds"), py::arg("first"), py::arg("end"), py::arg("writes_logits"))
+           py::arg("max_tokens"), py::arg("embeds"), py::arg("first"), py::arg("end"), py::arg("norms"),
+           py::arg("writes_logits"))
       .def("run", &Decoder::run);
 }
 

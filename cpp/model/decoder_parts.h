@@ -1,4 +1,4 @@
-// What a decoder holds: sizes, the model's tensors by name, and memory for what one kernel hands to the next.
+// What a decoder holds: sizes, the model's tensors by name, memory for what one kernel hands to the next, and layers.
 #pragma once
 
 #include <cstdlib>
@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "linear.h"
 #include "tensor_view.h"
 
 namespace megalodon {
@@ -34,6 +35,7 @@ struct Sizes {
   int64_t B;         // rows, each a sequence
   int64_t max_tokens;  // in a call, all rows together
   int64_t D, N, G, H, K, V, F, C;  // F: hidden units of the FFN
+  bool gated;  // the FFN, by fc3
   double eps;
 
   Scalar scalar() const { return scalar_of(dtype); }
@@ -42,7 +44,8 @@ struct Sizes {
   int64_t real_element() const { return dtype == DType::f64 ? 8 : 4; }
 };
 
-// The model's parameters and "state.<...>" tensors by name. What is absent or None is a TensorView of None.
+// The model's parameters and "state.<...>" tensors by name. What is absent or None is a TensorView of None. Under the
+// name of a linear layer stands the function to call in its place, if there is one.
 class Tensors {
  public:
   Tensors(py::dict tensors, const Sizes& sizes) : tensors_(std::move(tensors)), sizes_(sizes) {}
@@ -50,6 +53,9 @@ class Tensors {
   TensorView operator()(const std::string& name) {
     const char* kept = names_.emplace_back(name).c_str();
     return TensorView(kDecoder, kept, tensors_.contains(kept) ? py::object(tensors_[kept]) : py::none());
+  }
+  py::object function(const std::string& name) const {
+    return tensors_.contains(name.c_str()) ? py::object(tensors_[name.c_str()]) : py::object();
   }
   void* real(const std::string& name, const char* letters, std::initializer_list<int64_t> shape) {
     return (*this)(name).present().shape(letters, shape).dtype(sizes_.real(), kRealDtype).data();
@@ -95,6 +101,47 @@ struct Activations {
   void* lse;            // (T, H) R
   void *a, *b, *y, *n;  // (T, D) what a half adds, the first half's output, layer_norm(y)
   void *hidden, *gate;  // (T, F)
+};
+
+inline LinearFewRowsParams matrix(const Sizes& s, Tensors& tensors, const std::string& name, int64_t inputs,
+                                  int64_t outputs, const void* x, void* y) {
+  LinearFewRowsParams p{};
+  p.dtype = s.dtype;
+  p.inputs = inputs;
+  p.outputs = outputs;
+  p.weight = tensors.activation(name + ".weight", "(outputs, inputs)", {outputs, inputs});
+  p.bias = tensors(name + ".bias").shape("(outputs,)", {outputs}).dtype(s.scalar(), "as the weight").data();
+  p.x = x;
+  p.y = y;
+  return p;
+}
+
+// x (T, inputs) to y (T, outputs): the kernel of the layer's matrix, or the function of Python that stands for the
+// layer. The function gets the memory of both; it may write to x as well, as a hook of a layer may.
+class LinearLayer {
+ public:
+  LinearLayer(const Sizes& s, Tensors& tensors, const std::string& name, int64_t inputs, int64_t outputs, void* x,
+              void* y)
+      : function_(tensors.function(name)), x_(x), y_(y), x_row_(inputs * s.element()), y_row_(outputs * s.element()) {
+    if (!function_) matrix_ = matrix(s, tensors, name, inputs, outputs, x, y);
+  }
+
+  // Called while other threads may run Python.
+  void run(int64_t rows) {
+    if (!function_) {
+      matrix_.rows = rows;
+      launch_linear_few_rows_cpu(matrix_);
+      return;
+    }
+    const py::gil_scoped_acquire locked;
+    function_(py::memoryview::from_memory(x_, rows * x_row_), py::memoryview::from_memory(y_, rows * y_row_));
+  }
+
+ private:
+  const py::object function_;
+  LinearFewRowsParams matrix_{};
+  void *x_, *y_;
+  int64_t x_row_, y_row_;  // bytes
 };
 
 }  // namespace megalodon

@@ -1,5 +1,7 @@
 """Types of the compiled module. The kernel entry points take contiguous CPU tensors and check them; outputs are written in place."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 def active_isa() -> str: ...
@@ -211,7 +213,7 @@ class Decoder:
     def __init__(
         self,
         config: object,
-        tensors: dict[str, Tensor],
+        tensors: dict[str, Tensor | Callable[[memoryview, memoryview], None]],
         rotary: Tensor,
         like: Tensor,
         batch: int,
@@ -219,6 +221,7 @@ class Decoder:
         embeds: bool,
         first: int,
         end: int,
+        norms: bool,
         writes_logits: bool,
     ) -> None: ...
     def run(self, x: Tensor, y: Tensor, /) -> None: ...

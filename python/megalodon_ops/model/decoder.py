@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +26,25 @@ class Decoder:
     """The logits after each next token of B sequences, without gradients.
 
     On the CPU one call computes the logits from the tokens: it runs the kernels of the model's layers, with the same
-    bits as the layers, without Python between kernels. Where a module was wrapped, hooked, quantised or replaced, its
-    block runs as a module between such calls. Every layer runs as a module on other devices, under torch.autocast, with
-    dropout in training, for more rows than the kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), and
-    with MEGALODON_OPS_LINEAR=torch. The decoder decides once, by the model as it is when the decoder is made: make
-    a new decoder after the parameters, their memory or the modules have changed.
+    bits as the layers, without Python between kernels. Where a linear layer inside a block was wrapped (LoRA), hooked,
+    quantised or replaced, that layer is called between two kernels of the call. Where another module was changed, the
+    call ends and the module runs: a block as a whole, the embedding, the final norm, the output matrix. All modules run,
+    and no kernels' call, on other devices, under torch.autocast, with dropout in training, for more rows than the
+    kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), and with MEGALODON_OPS_LINEAR=torch. The decoder
+    decides once, by the model as it is when the decoder is made: make a new decoder after the parameters, their memory
+    or the modules have changed. Threads that call one decoder wait for each other.
 
     Args:
         model: the model that gives the logits.
         state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
 
     Attributes:
-        fused: whether one call of kernels computes everything. If a module prevents it, a warning has named the module.
+        fused: whether one call of kernels computes everything, and no module is called. If a changed module prevents it,
+            a warning has named the first such module.
 
     Raises:
-        ValueError: the state is not one of this model. TypeError: a dtype is wrong.
+        ValueError: the state is not one of this model. TypeError: a dtype is wrong. RuntimeError: an earlier call
+        raised amid the layers, or a module calls the decoder that runs it.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -65,13 +71,15 @@ class Decoder:
         self._batch = self._like.shape[0]
         self._most_tokens = linear.most_few_rows(self._like.dtype) if self._runs_kernels() else 0
         self._autocast = torch.autocast(self._like.device.type, **_autocast_now(self._like.device.type))
-        self._parts = self._plan() if self._most_tokens >= self._batch else []
-        self.fused = len(self._parts) == 1
+        self._alone, self._state_is_whole = threading.RLock(), True
+        self._parts, self.fused = self._plan() if self._most_tokens >= self._batch else ([], False)
 
     @property
     def state(self) -> MegalodonState:
         """A copy of the state after all tokens so far."""
-        return tree_map_only(Tensor, torch.clone, self._state)
+        with self._alone:
+            self._check_state()
+            return tree_map_only(Tensor, torch.clone, self._state)
 
     def state_of(self, rows: Tensor) -> MegalodonState:
         """A copy of the state of the sequences `rows` (n,) after all tokens so far."""
@@ -110,13 +118,36 @@ class Decoder:
             raise ValueError(
                 f"Decoder: `tokens` must be int64 or int32 ({self._batch}, L), got {tokens.dtype} {tuple(tokens.shape)}."
             )
-        x = tokens.long().contiguous()
-        if self._parts and 0 < x.numel() <= self._most_tokens:
+        tokens = tokens.long().contiguous()
+        with self._alone:
+            self._check_state()
+            self._state_is_whole = False
+            try:
+                logits = self._run(tokens)
+            except BaseException as error:
+                outside = (tokens < 0) | (tokens >= self._model.config.vocab_size)  # refused before a layer runs
+                self._state_is_whole = isinstance(error, IndexError) and bool(outside.any())
+                raise
+            self._state_is_whole = True
+        return at_least_float32(logits)
+
+    def _check_state(self) -> None:
+        if not self._state_is_whole:
+            raise RuntimeError(
+                "Decoder: the state must be whole, but some layers have read tokens that others have not: a call was "
+                "interrupted by an error, or a module calls the decoder that runs it; make a new decoder from a state."
+            )
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        if not self._parts or not 0 < tokens.numel() <= self._most_tokens:
+            return self._run_model(tokens)
+        if self.fused:
+            return self._parts[0](tokens)
+        x = tokens
+        with torch.no_grad(), self._autocast:
             for part in self._parts:
                 x = part(x)
-        else:
-            x = self._run_model(x)
-        return at_least_float32(x)
+        return x
 
     def _runs_kernels(self) -> bool:
         config = self._model.config
@@ -124,59 +155,86 @@ class Decoder:
         watched = _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks
         return self._like.is_cpu and not torch.is_autocast_enabled("cpu") and not drops and not watched
 
-    def _plan(self) -> list[Callable[[Tensor], Tensor]]:
-        """The parts to run in order: calls of kernels, and modules that are not as the configuration makes them."""
-        model, made = self._model, _as_made(self._model.config)
-        whole = _change(model, made, "model", recurse=False) or _change(
-            model.layers, made.layers, "layers", recurse=False
-        )
-        changes = [whole]
-        if whole is None:
-            layers = [_change(*pair, f"layers.{i}") for i, pair in enumerate(zip(model.layers, made.layers))]
-            changes = [_change(model.embed, made.embed, "embed"), *layers, _change(model.output, made.output, "output")]
-        if named := next(filter(None, changes), None):
+    def _plan(self) -> tuple[list[Callable[[Tensor], Tensor]], bool]:
+        """The parts to run in order, and whether they are one call of kernels.
+
+        A part is a call of kernels for units that stand in a row, or the module of one unit. The units are the
+        embedding, each block, the final norm and the output matrix. No parts: the model runs as a whole.
+        """
+        model = self._model
+        modules = dict(model.named_modules(remove_duplicate=False))
+        changes = list(_changes(model, _as_made(model.config), ""))
+        linears = {name for name in changes if _LINEAR_OF_BLOCK.fullmatch(name) and name in modules}
+        if changes:
+            of_how_many = f", the first of {len(changes)} such modules," if len(changes) > 1 else ""
             warnings.warn(
-                f"Decoder: `{named}` is not as the configuration makes it (wrapped, hooked, quantised or replaced), so "
-                "modules run there instead of kernels in one call, which takes longer; merge or remove what was added.",
-                stacklevel=4,
+                f"Decoder: `{changes[0] or 'model'}`{of_how_many} is not as the configuration makes it (wrapped, hooked, "
+                "quantised or replaced), so modules run there instead of kernels in one call, which takes longer; merge "
+                "or remove what was added.",
+                stacklevel=3,
             )
-        if whole is not None:
-            return []
+        others = [f"{name}." for name in changes if name not in linears]
+        if not {".", "layers."}.isdisjoint(others):
+            return [], False
+        units = ["embed", *(f"layers.{i}" for i in range(len(model.layers))), "output.final_norm", "output.output"]
+        is_module = [any(o.startswith(f"{unit}.") or f"{unit}.".startswith(o) for o in others) for unit in units]
+        calls = {name: self._call_of(name, modules[name]) for name in linears}
         parts: list[Callable[[Tensor], Tensor]] = []
         begin = 0
-        for unit, change in enumerate([*changes, ""]):
-            if change is None:
-                continue
-            if begin < unit:
-                parts.append(self._kernels(begin, unit))
-            if unit < len(changes):
-                parts.append(self._module(unit))
-            begin = unit + 1
-        return parts
+        for end in (*(unit for unit, changed in enumerate(is_module) if changed), len(units)):
+            if begin < end:
+                parts.append(self._kernels(begin, end, calls))
+            if end < len(units):
+                parts.append(self._module(end))
+            begin = end + 1
+        return parts, not changes
 
-    def _kernels(self, begin: int, end: int) -> Callable[[Tensor], Tensor]:
-        """One call for the units [begin, end): unit 0 is the embedding, unit i + 1 layer i, the last the output."""
-        model, config, last = self._model, self._model.config, self._model.config.num_layers + 1
+    def _kernels(self, begin: int, end: int, calls: dict[str, Callable]) -> Callable[[Tensor], Tensor]:
+        """One call of kernels for the units [begin, end), which are numbered as in `_plan`, and of the linear layers `calls`."""
+        model, config, norm = self._model, self._model.config, self._model.config.num_layers + 1
         tensors = {name: p.detach().contiguous() for name, p in model.named_parameters(remove_duplicate=False)}
         tensors |= {f"state.{name}": tensor for name, tensor in named_tensors(self._state).items()}
         real = accumulation_dtype(self._like.dtype)
         rotary = rotary_table(
             config.chunk_size, config.z_dim // config.num_heads, config.rotary_base, real, self._like.device
         )
-        embeds, writes_logits = begin == 0, end == last + 1
-        layers = dict(first=max(begin - 1, 0), end=min(end - 1, config.num_layers))
+        writes_logits = end == norm + 2
         kernels = _C.Decoder(
-            config=config, tensors=tensors, rotary=rotary, like=self._like, batch=self._batch,
-            max_tokens=self._most_tokens, embeds=embeds, writes_logits=writes_logits, **layers,
+            config=config, tensors=tensors | calls, rotary=rotary, like=self._like, batch=self._batch,
+            max_tokens=self._most_tokens, embeds=begin == 0, first=max(begin - 1, 0), end=min(end, norm) - 1,
+            norms=begin <= norm < end, writes_logits=writes_logits,
         )  # fmt: skip
-        columns = config.num_outputs if writes_logits else config.model_dim
+        like, columns = self._like, config.num_outputs if writes_logits else config.model_dim
 
         def run(x: Tensor) -> Tensor:
-            y = self._like.new_empty((*x.shape[:2], columns))
+            y = like.new_empty((*x.shape[:2], columns))
             kernels.run(x, y)
             return y
 
         return run
+
+    def _call_of(self, name: str, layer: nn.Module) -> Callable[[memoryview, memoryview], None]:
+        """What the kernels' call runs in the place of a linear layer: it takes the memory of the input and of the output.
+
+        The layer gets a tensor of its own, which a hook may keep.
+        """
+        made = _as_made(self._model.config).get_submodule(name)
+        dtype, batch, inputs, outputs = self._like.dtype, self._batch, made.in_features, made.out_features
+
+        def call(x: memoryview, y: memoryview) -> None:
+            rows = torch.frombuffer(x, dtype=dtype).view(batch, -1, inputs)
+            given = rows.clone()
+            result = layer(given)
+            rows.copy_(given)  # other layers read it, too, and a hook may have written to it
+            check_tensor("Decoder", f"{name}(x)", result)
+            if result.shape != (*rows.shape[:2], outputs) or result.dtype != dtype:
+                raise ValueError(
+                    f"Decoder: `{name}` must return {dtype} {(*rows.shape[:2], outputs)} as the layer in whose place it "
+                    f"stands, got {result.dtype} {tuple(result.shape)}."
+                )
+            torch.frombuffer(y, dtype=dtype).view_as(result).copy_(result)
+
+        return call
 
     @torch.no_grad()
     def _run_model(self, tokens: Tensor) -> Tensor:
@@ -186,24 +244,27 @@ class Decoder:
         return logits
 
     def _module(self, unit: int) -> Callable[[Tensor], Tensor]:
-        """The embedding (unit 0), layer unit - 1, or the output as the module that it is."""
-        model, state = self._model, self._state
+        """The module of a unit, which is numbered as in `_plan`."""
+        model, state, norm = self._model, self._state, len(self._model.layers) + 1
 
-        @torch.no_grad()
         def run_layer(x: Tensor) -> Tensor:
             y, after = model.layers[unit - 1](x, state=state.layers[unit - 1], return_state=True, inplace_state=True)
             _write(state.layers[unit - 1], after)
             return y.contiguous()
 
-        @torch.no_grad()
-        def run_output(x: Tensor) -> Tensor:
-            x, after = model.output.final_norm(x, state=state.norm, return_state=True)
+        def run_norm(x: Tensor) -> Tensor:
+            y, after = model.output.final_norm(x, state=state.norm, return_state=True)
             _write(state.norm, after)
-            return model.output.output(x)
+            return y.contiguous()
 
         if unit == 0:
-            return torch.no_grad()(lambda tokens: model._embed(tokens).contiguous())
-        return run_layer if unit <= len(model.layers) else run_output
+            return lambda tokens: model._embed(tokens).contiguous()
+        if unit < norm:
+            return run_layer
+        return run_norm if unit == norm else lambda x: model.output.output(x)
+
+
+_LINEAR_OF_BLOCK = re.compile(r"layers\.\d+\.(mega\.(wz|wv|wr|wh1|wh2)|nffn\.(fc1|fc2|fc3))")
 
 
 @functools.lru_cache(maxsize=8)
@@ -213,10 +274,11 @@ def _as_made(config) -> Megalodon:
         return Megalodon(config)
 
 
-def _change(module: nn.Module, made: nn.Module, name: str, recurse: bool = True) -> str | None:
-    """The name of the first module in `module` that does not compute what its counterpart in `made` does, or None."""
+def _changes(module: nn.Module, made: nn.Module, name: str) -> Iterator[str]:
+    """The names of the modules that do not compute what their counterparts in `made` do, and of none inside of them."""
     if not isinstance(module, nn.Module):
-        return name
+        yield name
+        return
     settings = {key: value for key, value in vars(made).items() if key[0] != "_" and key not in ("training", "layer")}
     parameters = module._parameters.values()
     same = (
@@ -230,12 +292,10 @@ def _change(module: nn.Module, made: nn.Module, name: str, recurse: bool = True)
         and all(getattr(module, key, None) == value for key, value in settings.items())
     )
     if not same:
-        return name
-    if recurse:
-        for child, part in made._modules.items():
-            if (change := _change(module._modules[child], part, f"{name}.{child}")) is not None:
-                return change
-    return None
+        yield name
+        return
+    for child, part in made._modules.items():
+        yield from _changes(module._modules[child], part, f"{name}.{child}".removeprefix("."))
 
 
 def _own(state: MegalodonState) -> MegalodonState:
