@@ -264,6 +264,7 @@ class Decoder:
         return run_norm if unit == norm else lambda x: model.output.output(x)
 
 
+_OF_NO_RESULT = ("training", "layer", "of_tokens")  # attributes of modules that initialise, or that change with time
 _LINEAR_OF_BLOCK = re.compile(r"layers\.\d+\.(mega\.(wz|wv|wr|wh1|wh2)|nffn\.(fc1|fc2|fc3))")
 
 
@@ -279,7 +280,7 @@ def _changes(module: nn.Module, made: nn.Module, name: str) -> Iterator[str]:
     if not isinstance(module, nn.Module):
         yield name
         return
-    settings = {key: value for key, value in vars(made).items() if key[0] != "_" and key not in ("training", "layer")}
+    of_results = {key: value for key, value in vars(made).items() if key[0] != "_" and key not in _OF_NO_RESULT}
     parameters = module._parameters.values()
     same = (
         type(module) is type(made)
@@ -289,7 +290,7 @@ def _changes(module: nn.Module, made: nn.Module, name: str) -> Iterator[str]:
         and module._parameters.keys() == made._parameters.keys()
         and module._buffers.keys() == made._buffers.keys()
         and all(parameter is None or type(parameter) in OWN_TYPES for parameter in parameters)
-        and all(getattr(module, key, None) == value for key, value in settings.items())
+        and all(getattr(module, key, None) == value for key, value in of_results.items())
     )
     if not same:
         yield name
