@@ -26,7 +26,7 @@ def test_examples_run(module):
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in ("numpy", "safetensors", "tqdm", "matplotlib"):  # of the extra `train`
+        if error.name not in ("numpy", "safetensors", "tqdm", "matplotlib", "transformers"):  # of extras
             raise
         pytest.skip(f"needs {error.name}")
     failed, _ = doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE)

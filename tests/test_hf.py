@@ -99,6 +99,47 @@ def test_loads_dtypes_without_rounding_wide_parameters(tmp_path: Path, stored: t
         assert weight.dtype == other.dtype and torch.equal(weight, other), name
 
 
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+def test_our_folder_and_theirs_are_one(tmp_path: Path, fields: dict) -> None:
+    pytest.importorskip("safetensors")
+    model, ids = made(**fields), torch.randint(50, (1, 21))
+    with torch.no_grad():
+        expected = model.megalodon(ids)
+        model.save_pretrained(tmp_path / "theirs")
+        assert torch.equal(mo.Megalodon.load(tmp_path / "theirs")(ids), expected)
+        mo.Megalodon.load(tmp_path / "theirs").save(tmp_path / "ours", max_shard_bytes=20_000)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        assert torch.equal(again.megalodon(ids), expected)
+        again.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+        assert torch.equal(mo.Megalodon.load(tmp_path / "sharded")(ids), expected)
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
+
+
+def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    from megalodon_ops.tokenizers import ByteTokenizer
+
+    model = made(vocab_size=257, output_size=256)
+    model.megalodon.save(tmp_path / "ours", tokenizer=ByteTokenizer())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    batch = tokenizer(["to be", "or"], padding=True, return_tensors="pt")
+    assert batch["input_ids"].tolist() == [[256, *b"to be"], [256, 256, 256, 256, *b"or"]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [0, 0, 0, 1, 1, 1]]
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "to be"
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path / "ours"))
+    for prompt, (output,) in zip(
+        ["to be", "or"], pipe(["to be", "or"], max_new_tokens=5, do_sample=False, batch_size=2)
+    ):
+        ids = torch.tensor([[256, *prompt.encode()]])
+        expected = model.megalodon.generate(ids, max_new_tokens=5, temperature=0.0)
+        assert output["generated_text"] == bytes(expected[0, 1:].tolist()).decode(errors="replace")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "theirs")
+    from megalodon_ops.tokenizers import load_tokenizer
+
+    assert load_tokenizer(tmp_path / "theirs").fingerprint == ByteTokenizer.fingerprint
+
+
 def test_shares_the_modules_of_a_megalodon() -> None:
     core = mo.Megalodon(mo.MegalodonConfig(**SIZES))
     model = hf.MegalodonForCausalLM.from_megalodon(core)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ pytestmark = [
 
 import megalodon_ops.hf as hf
 from megalodon_ops.hf.model import _CACHE
+from megalodon_ops.tokenizers import ByteTokenizer
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 SIZES = dict(
@@ -42,38 +44,13 @@ def train(model: torch.nn.Module, steps: int = 120) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of bytes that has learnt one sentence, as `Megalodon.save` writes it, and its tokenizer."""
+    """A folder with a model of bytes that has learnt one sentence, and its tokenizer, as `Megalodon.save` writes them."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
+    path = tmp_path_factory.mktemp("models") / "fox"
     model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES)).train()
     train(model)
-    model.save_pretrained(path)
-    write_tokenizer(path)
+    model.megalodon.save(path, tokenizer=ByteTokenizer())
     return path
-
-
-def write_tokenizer(path: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    of_byte = {c: b for b, c in enumerate(_characters())}
-    assert sorted(of_byte) == alphabet
-    tokenizer = Tokenizer(models.BPE(vocab=of_byte, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|startoftext|>"])
-    start = ("<|startoftext|>", 256)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|startoftext|> $A", special_tokens=[start])
-    tokenizer.save(str(path / "tokenizer.json"))
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|startoftext|>")
-    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **special}
-    (path / "tokenizer_config.json").write_text(json.dumps(fields))
-
-
-def _characters() -> list[str]:
-    marks = {*range(33, 127), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in marks else next(others)) for byte in range(256)]
 
 
 def loaded(folder: Path) -> tuple[hf.MegalodonForCausalLM, transformers.PreTrainedTokenizerFast]:
@@ -290,6 +267,21 @@ target_delimiter: ""
         results.append(torch.tensor([[response[0][0] for response in sample] for sample in samples]))
     assert results[0] == results[2] == 1.0
     torch.testing.assert_close(results[1], results[3], rtol=1e-3, atol=1e-3)
+
+
+def test_page_runs(folder: Path, tmp_path: Path) -> None:
+    """The programs in docs/transformers.md, in order, as one."""
+    pytest.importorskip("peft")
+    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    (tmp_path / "model").symlink_to(folder)
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    run = subprocess.run(
+        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(blocks) >= 4
 
 
 def test_error_names_the_extra(tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .. import _C
+from ..model.checkpoint import FORMAT
 from ..model.config import MegalodonConfig, check_config
-
-_FORMAT = 1
-"""Counts the changes of a checkpoint folder's format"""
 
 
 class MegalodonHFConfig(PreTrainedConfig):
@@ -49,7 +47,7 @@ class MegalodonHFConfig(PreTrainedConfig):
         for field in dataclasses.fields(MegalodonConfig):
             setattr(self, field.name, fields.pop(field.name, field.default))
         self.use_cache = use_cache
-        self.format, self.megalodon_ops_version = _FORMAT, _C.build_info()["version"]
+        self.format, self.megalodon_ops_version = FORMAT, _C.build_info()["version"]
         super().__init__(**fields)
         self.to_megalodon()
 

@@ -16,7 +16,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..model.blocks import NormalizedAttention
-from ..model.layers import Linear
+from ..model.layers import Embedding, Linear
 from ..model.model import Megalodon, at_least_float32
 from ..model.states import MegalodonState
 from ..ops.values import check_integer, described
@@ -112,15 +112,15 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises the parameters that a checkpoint lacks, and makes again what no checkpoint holds."""
+        if type(module) is nn.Embedding:  # resize_token_embeddings has made it, and the output matrix below
+            module.__class__ = Embedding
+        elif type(module) is nn.Linear:
+            module.__class__, module.of_tokens = Linear, True
         own = dict(module.named_parameters(recurse=False))
         loaded = {name: weight for name, weight in own.items() if getattr(weight, "_is_hf_initialized", False)}
         if len(loaded) < len(own):
             kept = {name: weight.clone() for name, weight in loaded.items()}
-            if isinstance(module, nn.Embedding) or module is getattr(self.output, "output", None):
-                std = self.config.model_dim**-0.5
-                nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
-            elif hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            module.reset_parameters()
             for name, weight in kept.items():
                 own[name].copy_(weight)
         if isinstance(module, NormalizedAttention):
@@ -157,8 +157,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         """As in transformers; the model then has as many logits as tokens."""
         embeddings = super().resize_token_embeddings(*args, **options)
         self.config.output_size = -1
-        if type(head := getattr(self.output, "output", None)) is nn.Linear:
-            head.__class__ = Linear
         config = self.config.to_megalodon()
         for module in self.layers.modules():
             if hasattr(module, "config"):

@@ -103,13 +103,15 @@ class Decoder:
         if len(changed) == 0:
             return
         sources = rows[changed]
-        for layer in self._state.layers:
-            used = int(layer.attention.position.max())  # the rest of the chunk's rows are yet to be written
-            kept = (layer.attention.k[:, :used], layer.attention.v[:, :used], layer.attention.position)
-            for tensor in (*layer.norm, layer.cema, *kept):
+        with self._alone:
+            self._check_state()
+            for layer in self._state.layers:
+                used = int(layer.attention.position.max())  # the rest of the chunk's rows are yet to be written
+                kept = (layer.attention.k[:, :used], layer.attention.v[:, :used], layer.attention.position)
+                for tensor in (*layer.norm, layer.cema, *kept):
+                    tensor[changed] = tensor[sources]
+            for tensor in self._state.norm:
                 tensor[changed] = tensor[sources]
-        for tensor in self._state.norm:
-            tensor[changed] = tensor[sources]
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model)."""

@@ -95,6 +95,8 @@ def write_files(folder: str | Path, name: str, content: bytes, start: str | None
     config = {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "tokenizer.json" else {}
     if start is not None:
         config["bos_token"] = start
+        if name == "tokenizer.json":  # transformers pads with it, and takes no token that also ends a text for padding
+            config |= {"eos_token": start, "pad_token": start, "padding_side": "left"}
     config["clean_up_tokenization_spaces"] = False
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
