@@ -8,11 +8,11 @@ from pathlib import Path
 
 import megalodon_ops
 import torch
-from megalodon_ops.cli import metrics
 from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.data import load_corpus
 from megalodon_ops.cli.settings import resolve
 from megalodon_ops.cli.train import Trainer
+from megalodon_ops.training import Metrics
 
 
 def main() -> None:
@@ -20,10 +20,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings, _ = resolve(parse(["train"]), Path(folder, "run"))
         corpus = load_corpus(settings.data)
-        with metrics.Diary(Path(folder, "metrics.jsonl"), 0) as diary:
+        with Metrics(Path(folder, "metrics.jsonl")) as metrics:
             for line in sys.stdin:
                 if line == "start over\n":
-                    trainer = Trainer(settings, corpus, torch.device(settings.device), diary, None)
+                    trainer = Trainer(settings, corpus, torch.device(settings.device), metrics, None)
                     print(flush=True)
                 else:
                     print(*(trainer.train_step()["loss"] for _ in range(int(line))), flush=True)

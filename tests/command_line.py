@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from megalodon_ops import Megalodon
-from megalodon_ops.cli import main, metrics
-from megalodon_ops.cli.train import adamw, threads
-from megalodon_ops.training import schema
+from megalodon_ops.cli import main
+from megalodon_ops.training import adamw, read_metrics, schema, threads
 from megalodon_ops.training.checkpoint import load_checkpoint, save_checkpoint
 
 TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --lr 0.01".split()
@@ -34,7 +33,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     """The run's metrics without what the clock says."""
     return [
         {name: value for name, value in row.items() if "second" not in name}
-        for row in metrics.read(out / "metrics.jsonl")
+        for row in read_metrics(out / "metrics.jsonl")
     ]
 
 
@@ -43,13 +42,13 @@ def overflow(run: Path, by: float = 1e30) -> None:
     found = load_checkpoint(run)
     model = Megalodon(found.config)
     found.load_weights(model)
-    optimizer = adamw(model, argparse.Namespace(lr=1.0, weight_decay=0.0))
+    optimizer = adamw(model, lr=1.0, weight_decay=0.0)
     found.load_optimizer(optimizer, model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(by)
     record = {name: value for name, value in found.record.items() if name not in schema.OWN}
-    save_checkpoint(run, found.step, model, optimizer=optimizer, state=found.state, record=record)
+    save_checkpoint(run, found.step, model, optimizer=optimizer, state=found.state, tokenizer=found.tokenizer(), record=record)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ CONFIG = MegalodonConfig(
 def record(step, **options):
     """What `train` adds to a checkpoint."""
     options = {
-        "data": None, "glob": None, "steps": 9, "minutes": None, "preset": "small", "context": "packed", "batch": 1,
+        "data": None, "glob": None, "tokenizer_file": None, "steps": 9, "minutes": None, "preset": "small", "context": "packed", "batch": 1,
         "length": 3, "lr": 0.01, "warmup": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "device": "cpu",
         "dtype": "float32", "eval_every": 1, "checkpoint_every": 1, **options,
     }  # fmt: skip

@@ -56,7 +56,7 @@ def test_version(capsys):
     assert stopped.value.code == 0 and capsys.readouterr().out == f"megalodon_ops {megalodon_ops.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["info", "train", "eval", "generate"])
+@pytest.mark.parametrize("command", ["info", "train", "eval", "generate", "tokenizer"])
 def test_examples_in_the_help_are_commands(command, capsys):
     def examples(*arguments):
         with pytest.raises(SystemExit) as stopped:
@@ -160,7 +160,7 @@ ERRORS = {
     "generate nothing": (["generate", "--checkpoint", "{tmp}/missing"], "no such folder"),
     "missing prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}/none"], "none: No such file"),
     "temperature": (["generate", "--checkpoint", "{run}", "--temperature", "-1"], "--temperature: must be a number"),
-    "no command": ([], "required: {info,train,eval,generate}"),
+    "no command": ([], "required: {info,train,eval,generate,tokenizer}"),
     "unknown command": (["fly"], "invalid choice: 'fly'"),
 }  # fmt: skip
 

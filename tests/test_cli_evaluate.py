@@ -6,8 +6,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from megalodon_ops.cli import checkpoint, main
-from megalodon_ops.cli.evaluate import trained_model
+from megalodon_ops.cli import main
+from megalodon_ops.cli.models import trained_model
 from megalodon_ops.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -35,7 +35,7 @@ def test_a_table_by_context(finished, book, capsys):
     assert head.split("  ")[-1].strip() == "tokens" and "perplexity per byte" in head
     figures = {row.split()[0]: [float(cell.replace(",", "")) for cell in row.split()[1:]] for row in rows}
     assert list(figures) == ["16", "all", "100"]
-    model = trained_model(checkpoint.load(finished, "-"), torch.device("cpu"))
+    model = trained_model(finished, torch.device("cpu")).model
     document = [256, *book.read_bytes()]
     for (bits, per_byte, per_token, tokens), expected in zip(
         figures.values(), evaluate(model, [document], contexts=[16, "all", 100]), strict=True

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from megalodon_ops import Megalodon
-from megalodon_ops.cli import metrics
-from megalodon_ops.cli.batches import START, Batches
 from megalodon_ops.cli.console import Progress
-from megalodon_ops.cli.evaluate import Reader, bits_per_byte, select
-from megalodon_ops.cli.models import byte_config
-from megalodon_ops.cli.schedule import Schedule
+from megalodon_ops.cli.evaluate import bits_per_byte
+from megalodon_ops.cli.models import configured
 from megalodon_ops.model.states import from_named, named_tensors
+from megalodon_ops.tokenizers import ByteTokenizer
+from megalodon_ops.training import START, Batches, Metrics, Reader, Schedule, draw_metrics, read_metrics
+from megalodon_ops.training.reader import select
 
 
 def test_pieces_do_not_matter():
     """Streamed in any rows and pieces, a text has the bits per byte of one call for each document."""
     torch.manual_seed(0)
-    model = Megalodon(byte_config("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4}))
+    model = Megalodon(configured("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4}))
     documents = [bytes(torch.randint(256, (n,)).tolist()) for n in (1, 7, 8, 30, 65, 3)]
     nats = 0.0
     for document in documents:
@@ -28,13 +28,13 @@ def test_pieces_do_not_matter():
         nats += torch.nn.functional.cross_entropy(logits[0], torch.tensor(list(document)), reduction="sum").item()
     whole = nats / math.log(2) / sum(map(len, documents))
     for rows, length in ((1, 200), (1, 1), (2, 5), (4, 16), (3, 13)):
-        assert bits_per_byte(model, documents, rows, length, nullcontext()) == pytest.approx(whole, rel=1e-5)
+        assert bits_per_byte(model, ByteTokenizer(), documents, rows, length, nullcontext()) == pytest.approx(whole, rel=1e-5)
     assert model.training
 
 
 def test_state_survives_as_tensors():
     torch.manual_seed(0)
-    config = byte_config("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4})
+    config = configured("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4})
     reader = Reader(Megalodon(config))
     batches = Batches([bytes(range(50)), bytes(range(60, 90))], 2, 11, context="streamed", seed=None)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_state_survives_as_tensors():
 
 def test_select_starts_fresh_at_minus_one():
     torch.manual_seed(0)
-    config = byte_config("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
+    config = configured("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
     model = Megalodon(config)
     bounds = torch.tensor([0, 5, 12])
     _, state = model(torch.randint(256, (1, 12)), return_state=True, cu_seqlens=bounds)
@@ -97,19 +97,19 @@ def test_schedule_by_minutes():
 
 
 def test_widths_follow_dim():
-    whole, half = byte_config("mega200M", {}), byte_config("mega200M", {"model_dim": 512, "value_dim": 640})
+    whole, half = configured("mega200M", {}), configured("mega200M", {"model_dim": 512, "value_dim": 640})
     assert (half.z_dim, half.ffn_hidden_dim) == (whole.z_dim // 2, whole.ffn_hidden_dim // 2)
     assert half.value_dim == 640
     assert (whole.vocab_size, whole.num_outputs) == (257, 256)
-    assert byte_config("mega1.3B_pg19", {}).num_outputs == 257
+    assert configured("mega1.3B_pg19", {}).num_outputs == 257
 
 
 def test_diary_drops_what_comes_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.30000000000000004}\n{"step": 3}\n{"st')
-    with metrics.Diary(path, step=2) as diary:
-        diary.write(step=3, loss=0.5)
-    assert metrics.read(path) == [
+    with Metrics(path, step=2) as metrics:
+        metrics.write(step=3, loss=0.5)
+    assert read_metrics(path) == [
         {"step": 1, "loss": 0.1},
         {"step": 2, "loss": 0.30000000000000004},
         {"step": 3, "loss": 0.5},
@@ -126,19 +126,19 @@ def test_curve_has_labelled_axes(tmp_path, monkeypatch):
     )
     rows = [{"step": i, "bits_per_byte": 8.0 / (1 + i)} for i in range(50)]
     rows += [{"step": 20, "held_out_bits_per_byte": 3.0}, {"step": 50, "held_out_bits_per_byte": 2.0, "final": True}]
-    metrics.draw(tmp_path / "curve.png", rows, {"gzip -9": 2.2})
+    draw_metrics(tmp_path / "curve.png", rows, {"gzip -9": 2.2})
     (axes,) = drawn[0].axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "bits per byte")
     labels = [label.get_text() for label in axes.get_legend().get_texts()]
     assert labels == ["training, smoothed", "held-out, a part", "held-out, all", "gzip -9 (2.20)"]
-    metrics.draw(tmp_path / "nothing.png", [], {})
+    draw_metrics(tmp_path / "nothing.png", [], {})
 
 
 def test_the_bar_of_a_run_of_given_time_shows_the_share_of_the_time(capsys):
     with Progress({"step": 7, "seconds": 30.0}, None, 300.0) as progress:
         progress.bar.mininterval = 0
         for step, seconds in ((8, 75.0), (9, 150.0), (30, 299.0), (31, 301.0)):
-            progress.show({"step": step, "seconds": seconds, "loss": 1.0, "bytes_per_second": 5})
+            progress.show({"step": step, "seconds": seconds, "loss": 1.0, "bits_per_byte": 0.5, "tokens_per_second": 5})
     shown = capsys.readouterr().err
     figures = re.findall(r"(\d+)%\|.*?\| (\d+)/300 s(?:, step=(\d+),)?", shown)
     assert list(dict.fromkeys(figures)) == [
@@ -150,12 +150,13 @@ def test_the_bar_of_a_run_of_given_time_shows_the_share_of_the_time(capsys):
 def test_the_bar_of_a_run_of_given_steps_shows_them(capsys):
     with Progress({"step": 7, "seconds": 30.0}, 10, None) as progress:
         progress.bar.mininterval = 0
-        progress.show({"step": 8, "seconds": 75.0, "loss": 1.0, "bytes_per_second": 5})
+        progress.show({"step": 8, "seconds": 75.0, "loss": 1.0, "bits_per_byte": 0.5, "tokens_per_second": 5})
     assert "80%|" in (shown := capsys.readouterr().err) and "| 8/10 [" in shown
+    assert "loss=1.000, bits/byte=0.500, tokens/s=5" in shown
 
 
 def test_a_state_that_goes_on_in_every_row_is_not_copied():
-    config = byte_config("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
+    config = configured("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
     _, state = Megalodon(config)(torch.randint(256, (3, 5)), return_state=True)
     assert select(state, torch.arange(3)) is state
     for rows in ([0, 1], [0, 2, 1], [0, 1, -1], [0, 1, 2, 2]):

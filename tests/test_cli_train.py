@@ -14,10 +14,10 @@ import pytest
 import torch
 from command_line import TINY, overflow, rows, shell, train
 
-from megalodon_ops.cli import main, metrics
+from megalodon_ops.cli import main
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.lock import Lock
-from megalodon_ops.cli.train import adamw, threads
+from megalodon_ops.training import Metrics, adamw, read_metrics, threads
 from megalodon_ops.training.checkpoint import load_any, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -68,7 +68,7 @@ def test_interrupt_and_resume(text, tmp_path, monkeypatch, capsys, context, numb
     flags = ("--steps", 30, "--eval-every", 8, "--context", context, "--dropout", 0.1, "--attention-dropout", 0.1)
     assert train(text, tmp_path / "whole", *flags) == 0
 
-    write = metrics.Diary.write
+    write = Metrics.write
 
     def write_and_interrupt(diary, **row):
         write(diary, **row)
@@ -76,7 +76,7 @@ def test_interrupt_and_resume(text, tmp_path, monkeypatch, capsys, context, numb
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.Diary, "write", write_and_interrupt)
+        patch.setattr(Metrics, "write", write_and_interrupt)
         assert train(text, tmp_path / "parts", *flags) == 128 + number
     assert f"--out {tmp_path}/parts --resume" in capsys.readouterr().out
     assert rows(tmp_path / "parts")[-1]["step"] == 13
@@ -182,18 +182,18 @@ def test_full_disk(text, tmp_path, capfd, file_size_limit):
 
 
 def test_full_disk_in_the_diary(tmp_path, file_size_limit):
-    with metrics.Diary(tmp_path / "metrics.jsonl", 0) as diary:
-        diary.write(step=1)
-        with file_size_limit(20), pytest.raises(CommandError, match="metrics.jsonl: could not be written"):
-            diary.write(step=2)
-    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    with Metrics(tmp_path / "metrics.jsonl") as metrics:
+        metrics.write(step=1)
+        with file_size_limit(20), pytest.raises(OSError, match="metrics.jsonl: could not be written"):
+            metrics.write(step=2)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_minutes(text, tmp_path, capsys):
     begin = time.monotonic()
     assert train(text, tmp_path, "--minutes", 0.05, "--lr", 0.01, "--eval-every", 1000, "--checkpoint-every", 50) == 0
     assert time.monotonic() - begin < 30
-    curve = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
+    curve = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
     assert 2 < curve[-1]["seconds"] < 6
     assert max(row["learning_rate"] for row in curve) > 0.009
     assert curve[-1]["learning_rate"] < 0.003, "the cosine ends with the budget"
@@ -293,7 +293,7 @@ def test_the_optimizer_is_adamw(finished):
 
     def after_steps(number_of_threads, **kind):
         model, _, _ = load_any(finished)
-        optimizer = adamw(model, record)
+        optimizer = adamw(model, lr=record.lr, weight_decay=record.weight_decay)
         for group in optimizer.param_groups:
             group.update(kind)
         generator = torch.Generator().manual_seed(0)

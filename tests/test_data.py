@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalodon_ops.cli.batches import START, Batches
-from megalodon_ops.cli.data import FileDocument, find_files, load_corpus, split, standard_library
+from megalodon_ops.cli.data import FileDocument, find_files, load_corpus, standard_library
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.training import START, Batches, hold_out
 
 documents = st.lists(st.binary(max_size=200), max_size=30)
 
@@ -21,12 +21,12 @@ documents = st.lists(st.binary(max_size=200), max_size=30)
 def test_split_is_a_partition_of_distinct_documents(documents, random):
     distinct = {document for document in documents if document}
     if sum(map(len, distinct)) < 2:
-        with pytest.raises(CommandError, match="at least 2 bytes"):
-            split(documents)
+        with pytest.raises(ValueError, match="hold_out: `documents` must have at least 2 bytes"):
+            hold_out(documents)
         return
-    corpus = split(documents)
+    corpus = hold_out(documents)
     shuffled = random.sample(documents, len(documents)) + documents[:3]
-    assert split(shuffled) == corpus, "neither order nor repetition matters"
+    assert hold_out(shuffled) == corpus, "neither order nor repetition matters"
 
     whole = [document for document in corpus.train + corpus.held_out if document in distinct]
     assert sum(map(len, corpus.train)) + sum(map(len, corpus.held_out)) == sum(map(len, distinct))
@@ -41,19 +41,19 @@ def test_split_is_a_partition_of_distinct_documents(documents, random):
 )
 def test_about_a_twentieth_is_held_out(sizes):
     random = numpy.random.default_rng(0)
-    corpus = split([random.bytes(size) for size in sizes])
+    corpus = hold_out([random.bytes(size) for size in sizes])
     assert 0.025 * sum(sizes) <= sum(map(len, corpus.held_out)) <= 0.05 * sum(sizes)
 
 
 def test_one_document_gives_its_end():
     text = bytes(range(200))
-    corpus = split([text])
+    corpus = hold_out([text])
     assert corpus.train == [text[:190]]
     assert corpus.held_out == [text[190:]]
 
 
 def test_fingerprint_tells_texts_apart():
-    assert split([b"one", b"two"]).fingerprint != split([b"one", b"too"]).fingerprint
+    assert hold_out([b"one", b"two"]).fingerprint != hold_out([b"one", b"too"]).fingerprint
 
 
 def test_files_of_folders(tmp_path):
@@ -64,7 +64,7 @@ def test_files_of_folders(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     found = find_files([tmp_path / "d.txt", tmp_path])
     assert [str(path.relative_to(tmp_path)) for path in found] == ["d.txt", "b.txt", "d.txt", "a/c.bin"]
-    assert load_corpus([tmp_path]) == split([b"d.txt", b"b.txt", b"a/c.bin"])
+    assert load_corpus([tmp_path]) == hold_out([b"d.txt", b"b.txt", b"a/c.bin"])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_folder_without_text(tmp_path):
     ):
         load_corpus([folder])
     (tmp_path / "a.png").write_bytes(PNG + b"other")
-    assert load_corpus([folder], ["*.png"]) == split([PNG, PNG + b"other"])
+    assert load_corpus([folder], ["*.png"]) == hold_out([PNG, PNG + b"other"])
 
 
 def test_standard_library():

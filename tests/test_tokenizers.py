@@ -18,7 +18,14 @@ from megalodon_ops.tokenizers import START_TOKEN, WINDOW, ByteTokenizer, Tokeniz
 
 SOURCE = Path(argparse.__file__).read_bytes()
 NOT_UTF8 = b"caf\xc3\xa9 \xff\xfe then \xe2\x98 more \xc3"
-TEXTS = [b"", b"to be or not", b" two  spaces\n\n\tand tabs", "na\u00efve \u2603 \U0001f600".encode(), b"a\0b", SOURCE[:3000]]
+TEXTS = [
+    b"",
+    b"to be or not",
+    b" two  spaces\n\n\tand tabs",
+    "na\u00efve \u2603 \U0001f600".encode(),
+    b"a\0b",
+    SOURCE[:3000],
+]
 
 
 def package(name):
@@ -312,7 +319,11 @@ def test_wrong_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer.json and no tokenizer.model in this folder"):
         load_tokenizer(tmp_path)
     ByteTokenizer().save(tmp_path)
-    for content, message in (('{"bos_token": 3}', "`bos_token` must be a token's text"), ("[", "Expecting value"), ("x", "Expecting value")):
+    for content, message in (
+        ('{"bos_token": 3}', "`bos_token` must be a token's text"),
+        ("[", "Expecting value"),
+        ("x", "Expecting value"),
+    ):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(FileError, match=message):
             load_tokenizer(tmp_path)
@@ -347,7 +358,9 @@ def mutated(content, rng):
                 keys = list(child) if isinstance(child, dict) else list(range(len(child)))
                 places += [(child, k) for k in keys[:30]]
         node, key = rng.choice(places)
-        node[key] = rng.choice([None, True, -1, 2**31, 2**64, 1e308, "x", "", [], {}, [[]], "\ud800", "(a+)+$", [0, 10**9]])
+        node[key] = rng.choice(
+            [None, True, -1, 2**31, 2**64, 1e308, "x", "", [], {}, [[]], "\ud800", "(a+)+$", [0, 10**9]]
+        )
         return json.dumps(fields).encode()
     data = bytearray(content)
     for _ in range(rng.choice([1, 1, 3, 50])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -16,8 +17,8 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
 from megalodon_ops.ops.memory import keep_freed_memory
 
-COMMANDS = {"info": "info", "train": "train", "eval": "evaluate", "generate": "generate"}
-EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib"}
+COMMANDS = {"info": "info", "train": "train", "eval": "evaluate", "generate": "generate", "tokenizer": "tokenizer"}
+EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib", "tokenizers", "sentencepiece"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,12 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = parse(arguments)
+    logging.getLogger("megalodon_ops").addHandler(_WARNINGS)
     keep_freed_memory()
     try:
-        with _needing_the_extra(), startup.interruptible():
-            code = importlib.import_module(f"megalodon_ops.cli.{COMMANDS[options.command]}").run(options)
-            sys.stdout.flush()  # if the reader has gone, this raises here and not at the interpreter's end
-            return code
+        with _needing_the_extra():
+            command = importlib.import_module(f"megalodon_ops.cli.{COMMANDS[options.command]}")
+            with startup.interruptible():
+                code = command.run(options)
+                sys.stdout.flush()  # if the reader has gone, this raises here and not at the interpreter's end
+                return code
     except BrokenPipeError:  # `... generate | head`: the reader has gone, so output still buffered is thrown away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -40,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CommandError, FileError, FloatingPointError, OSError) as error:
         print(f"megalodon_ops {options.command}: error: {_text(error)}", file=sys.stderr)
         return 2
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"megalodon_ops: {record.getMessage()}", file=sys.stderr)
+
+
+_WARNINGS = _Warnings()
 
 
 def _text(error: Exception) -> str:

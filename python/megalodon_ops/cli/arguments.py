@@ -46,16 +46,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     description, examples = "MEGALODON: train, evaluate, sample.", _examples(lines[0] for lines in EXAMPLES.values())
     parser = Parser(prog="megalodon_ops", description=description, epilog=examples, **style)
     parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,train,eval,generate}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(EXAMPLES)}}}")
     for name, add_flags, summary in (
         ("info", lambda _: None, "what was built, and what it runs on"),
-        ("train", _train_flags, "train a byte-level model on text; without --data, on Python's standard library"),
+        (
+            "train",
+            _train_flags,
+            "train a model of bytes, or of tokens, on text; without --data, on Python's standard library",
+        ),
         (
             "eval",
             _eval_flags,
             "perplexity and bits per byte of a model by context, on held-out or given text of any length",
         ),
         ("generate", _generate_flags, "print a sampled continuation"),
+        ("tokenizer", _tokenizer_flags, "train a byte-level BPE on text, or see what a tokenizer makes of text"),
     ):
         command = commands.add_parser(
             name, help=summary, description=summary, epilog=_examples(EXAMPLES[name]),
@@ -71,7 +76,9 @@ def _examples(lines: Iterable[str]) -> str:
 
 def _train_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
-    _data_flags(run, "files and folders of text, read as bytes (Python's standard library)")
+    _data_flags(run, "files and folders of text (Python's standard library)")
+    file = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
+    run.add_argument("--tokenizer", dest="tokenizer_file", type=Path, metavar="FILE", help=file)
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/<time>)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out; other flags come from it")
     run.add_argument("--steps", type=_natural, help="stop after N steps; nothing then depends on the clock")
@@ -94,7 +101,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
 
     batch = parser.add_argument_group("batches and optimizer (AdamW)")
     batch.add_argument("--batch", type=_natural, help=_default("rows in a batch", "batch"))
-    batch.add_argument("--length", type=_natural, help=_default("bytes in a row", "length"))
+    batch.add_argument("--length", type=_natural, help=_default("bytes, or tokens, in a row", "length"))
     batch.add_argument(
         "--context",
         choices=["streamed", "packed"],
@@ -121,6 +128,7 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_natural, default=8, help="documents read side by side (8)")
     piece = "tokens of a document in memory at once, which changes time and memory but not the result (2048)"
     parser.add_argument("--piece", type=_natural, default=2048, metavar="N", help=piece)
+    _tokenizer_flag(parser)
     _device_flags(parser, "cpu", None)
 
 
@@ -129,17 +137,53 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="text to continue (none: a new document)")
     prompt.add_argument("--prompt-file", type=Path, metavar="PATH", help="file to continue; - is standard input")
-    parser.add_argument("--bytes", type=_natural, default=1000, metavar="N", help="how many to write (1000)")
-    parser.add_argument("--temperature", type=_not_negative, default=0.8, help="0 takes the likeliest byte (0.8)")
-    parser.add_argument("--top-k", type=_natural, default=None, help="sample among the K likeliest bytes")
-    parser.add_argument("--top-p", type=_fraction, default=None, help="sample among the likeliest bytes of mass P")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--bytes", type=_natural, default=1000, metavar="N", help="how many to write (1000)")
+    length.add_argument(
+        "--tokens", type=_natural, default=None, metavar="N", help="how many to write, instead of bytes"
+    )
+    parser.add_argument(
+        "--stop", action="append", type=_text, default=[], metavar="TEXT", help="end before it; repeatable"
+    )
+    parser.add_argument("--samples", type=_natural, default=1, metavar="N", help="continuations of the prompt (1)")
+    parser.add_argument("--temperature", type=_not_negative, default=0.8, help="0 takes the likeliest token (0.8)")
+    parser.add_argument("--top-k", type=_natural, default=None, help="sample among the K likeliest tokens")
+    parser.add_argument("--top-p", type=_fraction, default=None, help="sample among the likeliest tokens of mass P")
+    min_p = "sample among tokens at least P times as likely as the likeliest"
+    parser.add_argument("--min-p", type=_fraction, default=None, metavar="P", help=min_p)
+    penalty = "above 1, makes tokens that were read or written before less likely"
+    parser.add_argument("--repetition-penalty", type=_positive, default=None, metavar="R", help=penalty)
     parser.add_argument("--seed", type=_seed, default=0, help="of the samples (0)")
+    _tokenizer_flag(parser)
     _device_flags(parser, "cpu", None)
+
+
+def _tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", default=[], type=Path, metavar="FILE", help="text, or folders of it")
+    glob = "of folders, take the files that match; repeatable (those of text)"
+    parser.add_argument("--glob", action="append", type=_glob, metavar="PATTERN", help=glob)
+    train = "learn from the FILEs (Python's standard library) what `train` learns from, without what it holds out"
+    parser.add_argument("--train", action="store_true", default=False, help=train)
+    size = "most ids: 256 bytes, merges, and one that opens a document"
+    parser.add_argument("--vocab-size", type=_vocabulary, default=None, metavar="N", help=size)
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the file to write")
+    see = "a tokenizer's file, or a folder with one, to see what it makes of the FILEs"
+    parser.add_argument("--tokenizer", type=Path, default=None, metavar="FILE", help=see)
+
+
+def _tokenizer_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer", type=Path, default=None, metavar="FILE", help="of a checkpoint whose folder has none"
+    )
 
 
 def _checkpoint_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's folder, or one checkpoint's"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run's folder, one checkpoint's, or any that holds a model",
     )
 
 
@@ -187,12 +231,19 @@ def _glob(text: str) -> str:
     return text
 
 
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be text, got none")
+    return text
+
+
 def _context(text: str) -> int | str:
     return text if text == "all" else _tokens(text)
 
 
 _tokens = _number(int, lambda x: 0 < x < 2**62, "'all' or a whole number above 0 and below 2^62")
 _natural = _number(int, lambda x: x > 0, "a whole number above 0 and below 2^63")
+_vocabulary = _number(int, lambda x: 257 < x < 2**24, "a whole number above 257 and below 2^24")
 _seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
 _positive = _number(float, lambda x: x > 0, "a number above 0")
 _not_negative = _number(float, lambda x: x >= 0, "a number, 0 or above")
@@ -205,6 +256,7 @@ EXAMPLES = {
         "train",
         "train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose",
         "train --out runs/prose --resume --minutes 60",
+        "train --tokenizer bpe.json --data book.txt",
         "train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 2e-3 --seed 1",
     ],
     "eval": [
@@ -215,6 +267,11 @@ EXAMPLES = {
     "generate": [
         "generate --checkpoint runs/prose --prompt 'Call me ' --bytes 500",
         "generate --checkpoint runs/prose --prompt-file - --temperature 0.7 --top-p 0.9 < chapter.txt",
+        "generate --checkpoint runs/prose --prompt 'Q: ' --stop 'Q:' --samples 3 --tokens 100 --min-p 0.05",
+    ],
+    "tokenizer": [
+        "tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'",
+        "tokenizer --tokenizer bpe.json other.txt",
     ],
 }
 """Examples of every command for its help; the main help shows the first of each command"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from typing import Any
 
@@ -10,7 +9,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """The bar: loss, bits per byte, tokens (bytes) a second; how much of the run is done.
+    """The bar: loss, bits per byte, tokens a second; how much of the run is done.
 
     The bar shows a share of the steps or, in a run of a given time, of the seconds: how many steps the seconds will
     hold is not known before, and an estimate by the pace so far goes up and down.
@@ -19,7 +18,7 @@ class Progress:
     def __init__(self, row: dict[str, Any], steps: int | None, seconds: float | None):
         """For a run that is at `row`, and ends after `steps` steps or `seconds` seconds, whichever comes first."""
         self.held_out: float | None = None
-        self.loss: float | None = None
+        self.smooth: dict[str, float] = {}
         self.steps, self.seconds = steps, seconds
         timed = dict(unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}")
         self.bar = tqdm(
@@ -36,14 +35,15 @@ class Progress:
         self.bar.close()
 
     def show(self, row: dict[str, Any]) -> None:
-        self.loss = row["loss"] if self.loss is None else 0.95 * self.loss + 0.05 * row["loss"]
+        for name in ("loss", "bits_per_byte"):
+            self.smooth[name] = 0.95 * self.smooth.get(name, row[name]) + 0.05 * row[name]
         figures = {}
         if self.seconds is not None:
             figures["step"] = str(row["step"]) if self.steps is None else f"{row['step']}/{self.steps}"
-        figures |= {"loss": f"{self.loss:.3f}", "bits/byte": f"{self.loss / math.log(2):.3f}"}
+        figures |= {"loss": f"{self.smooth['loss']:.3f}", "bits/byte": f"{self.smooth['bits_per_byte']:.3f}"}
         if self.held_out is not None:
             figures["held-out"] = f"{self.held_out:.3f}"
-        figures["tokens/s"] = f"{row['bytes_per_second']:,}"
+        figures["tokens/s"] = f"{row['tokens_per_second']:,}"
         self.bar.set_postfix(figures, refresh=False)
         self.bar.update(self._done(row) - self.bar.n)
 

@@ -6,25 +6,16 @@ A document has a length and slices of bytes: `bytes` for training, a `FileDocume
 from __future__ import annotations
 
 import codecs
-import hashlib
 import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.training.corpus import Corpus, hold_out
 
-HELD_OUT_FRACTION = 0.05
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-
-
-class Corpus(NamedTuple):
-    train: list[bytes]
-    held_out: list[bytes]
-    fingerprint: str
-    """sha256 of the documents of both parts, whatever the files are called and in whatever order they came"""
 
 
 class FileDocument:
@@ -47,9 +38,15 @@ class FileDocument:
         return piece
 
 
-def load_corpus(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None) -> Corpus:
+def load_corpus(
+    paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None, *, flag: str = "--data "
+) -> Corpus:
     """Read the documents of `paths`, or the standard library's sources for None, and hold some of them out."""
-    return split(path.read_bytes() for path in (find_files(paths, globs) if paths else standard_library()))
+    files = find_files(paths, globs, flag=flag) if paths else standard_library()
+    try:
+        return hold_out(path.read_bytes() for path in files)
+    except ValueError as error:
+        raise CommandError("the text must have at least 2 bytes, one to learn and one to hold out") from error
 
 
 def check_glob(globs: Sequence[str] | None, paths: Sequence[str | Path] | None) -> None:
@@ -57,44 +54,45 @@ def check_glob(globs: Sequence[str] | None, paths: Sequence[str | Path] | None) 
         raise CommandError("--glob: chooses among the files of --data, which is not given")
 
 
-def find_files(paths: Iterable[str | Path], globs: Sequence[str] | None = None) -> list[Path]:
+def find_files(paths: Iterable[str | Path], globs: Sequence[str] | None = None, *, flag: str = "--data ") -> list[Path]:
     """The files named, and of the folders named those that match one of the patterns, whatever they hold.
 
-    Without patterns the folders' files of text are taken, and one message says how many other files were skipped.
+    Without patterns the folders' files of text are taken, and one message says how many other files were skipped. Errors
+    begin with `flag`.
     """
     found: list[Path] = []
     skipped: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            chosen, others = _choose(path, globs)
+            chosen, others = _choose(path, globs, flag)
             found += chosen
             skipped += others
         elif path.is_file():
             if not path.stat().st_size:
-                raise CommandError(f"--data {path}: the file is empty")
+                raise CommandError(f"{flag}{path}: the file is empty")
             found.append(path)
         else:
-            raise CommandError(f"--data {path}: no such file or folder")
+            raise CommandError(f"{flag}{path}: no such file or folder")
     if skipped:
         print(f"megalodon_ops: skipping {_not_text(skipped)}", file=sys.stderr)
     return found
 
 
-def _choose(folder: Path, globs: Sequence[str] | None) -> tuple[list[Path], list[Path]]:
+def _choose(folder: Path, globs: Sequence[str] | None, flag: str) -> tuple[list[Path], list[Path]]:
     """The files of a folder to take, at least one, and those to skip because they are not text."""
     files = list(_walk(folder))
     if not files:
-        raise CommandError(f"--data {folder}: no file with content in this folder")
+        raise CommandError(f"{flag}{folder}: no file with content in this folder")
     if globs:
         chosen = [file for file in files if any(file.relative_to(folder).match(glob) for glob in globs)]
         if not chosen:
-            raise CommandError(f"--data {folder}: no file in this folder matches {' or '.join(globs)}")
+            raise CommandError(f"{flag}{folder}: no file in this folder matches {' or '.join(globs)}")
         return chosen, []
     chosen, others = [], []
     for file in files:
         (chosen if is_text(file) else others).append(file)
     if not chosen:
-        raise CommandError(f"--data {folder}: no text in this folder, but {_not_text(others)}")
+        raise CommandError(f"{flag}{folder}: no text in this folder, but {_not_text(others)}")
     return chosen, others
 
 
@@ -126,35 +124,6 @@ def standard_library() -> list[Path]:
     if not files:
         raise CommandError(f"no Python source under {root}; name some text with --data PATH")
     return files
-
-
-def split(documents: Iterable[bytes]) -> Corpus:
-    """Hold out a twentieth of the bytes by whole documents; of identical documents one is kept.
-
-    Documents are taken in the order of their hash while they fit. Where documents are too few or too long to fill half
-    of the twentieth, the end of the longest one is held out too.
-    """
-    unique = {hashlib.sha256(document).digest(): document for document in documents if document}
-    total = sum(map(len, unique.values()))
-    if total < 2:
-        raise CommandError("the text must have at least 2 bytes, one to learn and one to hold out")
-    goal = max(1, int(HELD_OUT_FRACTION * total))
-
-    train: list[bytes] = []
-    held_out: list[bytes] = []
-    held = 0
-    for key in sorted(unique):
-        fits = held + len(unique[key]) <= goal
-        held += len(unique[key]) if fits else 0
-        (held_out if fits else train).append(unique[key])
-    if held < goal / 2:
-        longest = max(range(len(train)), key=lambda i: len(train[i]))
-        cut = len(train[longest]) - (goal - held)
-        held_out.append(train[longest][cut:])
-        train[longest] = train[longest][:cut]
-
-    fingerprint = hashlib.sha256(b"".join(sorted(unique)))
-    return Corpus(train, held_out, fingerprint.hexdigest())
 
 
 def _walk(root: Path, skip: Iterable[str] = ()) -> Iterator[Path]:

@@ -10,68 +10,33 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import megalodon_ops
-from megalodon_ops import Megalodon, MegalodonState, evaluation, extras
+from megalodon_ops import Megalodon, evaluation, extras
 from megalodon_ops.cli import plots
-from megalodon_ops.cli.batches import START, Batch, Document
 from megalodon_ops.cli.data import FileDocument, check_glob, find_files, load_corpus
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
 from megalodon_ops.evaluation import Evaluation, evaluate
 from megalodon_ops.model.files import write_atomically
+from megalodon_ops.tokenizers import Tokenizer
+from megalodon_ops.training.batches import Document
 
 READ = 1 << 14
 """Bytes of a document that are read at once"""
 
 
-class Reader:
-    """A model that reads batch after batch, each row going on from the state the batch before left it in.
-
-    With carries=False every batch starts afresh, which is all that packed batches ask for.
-    """
-
-    def __init__(self, model: Megalodon, carries: bool = True):
-        self.model, self.carries = model, carries
-        self.state: MegalodonState | None = None  # of each sequence of the last batch
-        self.last: Tensor | None = None  # (R,) the sequence that ended each row
-
-    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        """Nats a target, float32; with reduction "none" those of every target, (1, T)."""
-        tokens, targets, bounds, going_on, last = (tensor.to(next(self.model.parameters()).device) for tensor in batch)
-        options = dict(reduction=reduction, cu_seqlens=bounds)
-        if not self.carries:
-            return self.model.loss(tokens, targets, **options)
-        state = None
-        if self.state is not None and self.last is not None:
-            state = select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
-        loss, self.state = self.model.loss(tokens, targets, state=state, return_state=True, **options)
-        self.state, self.last = self.state.detach(), last
-        return loss
-
-    def rows(self) -> MegalodonState | None:
-        """The state of each row, for a checkpoint."""
-        return None if self.state is None or self.last is None else select(self.state, self.last)
-
-    def seek(self, rows: MegalodonState | None) -> None:
-        self.state = rows
-        self.last = None if rows is None else torch.arange(len(rows.norm.count), device=rows.norm.count.device)
-
-
 def run(options: argparse.Namespace) -> int:
     check_outputs(options)
     device = usable_device(options.device)
-    model, record = trained_model(options.checkpoint, device)
-    dtype = options.dtype or record["options"]["dtype"]
+    model, tokenizer, record = trained = trained_model(options.checkpoint, device, options.tokenizer)
+    dtype = options.dtype or trained.dtype
     documents, text = _documents(options, record)
     total = sum(map(len, documents))
-    print(f"{text}: {len(documents)} documents, {total:,} bytes; step {record['step']}")
+    step = "" if record is None else f"; step {record['step']}"
+    print(f"{text}: {len(documents)} documents, {total:,} bytes{step}")
     contexts = list(dict.fromkeys(options.context))
-    tokenizer = Bytes()
     with (
         tqdm(total=total * len(contexts), unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar,
         precision(device, dtype),
@@ -136,24 +101,10 @@ def write_json(options: argparse.Namespace, results: Sequence[Evaluation], text:
         draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
-    """The state of the sequences `rows`; a row of -1 becomes a fresh state. Where all rows go on, nothing is copied."""
-    if torch.equal(rows, torch.arange(state.num_sequences, device=rows.device)):
-        return state
-    return state[rows.clamp(min=0)].reset(rows < 0)
-
-
-class Bytes:
-    start, byte_level = START, True
-
-    def encode_pieces(self, pieces):
-        return (numpy.frombuffer(piece, numpy.uint8) for piece in pieces)
-
-
 class Encoded:
     """The tokens of a document, encoded while they are read; a new iteration reads the document again."""
 
-    def __init__(self, document: Document, tokenizer: Bytes, read: Callable[[int], object]):
+    def __init__(self, document: Document, tokenizer: Tokenizer, read: Callable[[int], object]):
         self.document, self.tokenizer, self.read = document, tokenizer, read
 
     def __iter__(self) -> Iterator[Sequence[int]]:
@@ -168,7 +119,7 @@ class Encoded:
 
 
 def encoded(
-    documents: Sequence[Document], tokenizer: Bytes, read: Callable[[int], object] = lambda _: None
+    documents: Sequence[Document], tokenizer: Tokenizer, read: Callable[[int], object] = lambda _: None
 ) -> list[evaluation.Document]:
     """Documents as `evaluate` takes them, the longest first; `read` is called with the bytes that were read."""
     longest_first = sorted(documents, key=len, reverse=True)
@@ -176,14 +127,19 @@ def encoded(
 
 
 def bits_per_byte(
-    model: Megalodon, documents: Sequence[Document], rows: int, length: int, autocast: AbstractContextManager
+    model: Megalodon,
+    tokenizer: Tokenizer,
+    documents: Sequence[Document],
+    rows: int,
+    length: int,
+    autocast: AbstractContextManager,
 ) -> float:
     """Bits per byte, every token of every document predicted from all before it, read in pieces of `length`.
 
     Raises FloatingPointError where a loss is infinite or NaN.
     """
     with autocast:
-        (result,) = evaluate(model, encoded(documents, Bytes()), rows=rows, piece=length)
+        (result,) = evaluate(model, encoded(documents, tokenizer), rows=rows, piece=length)
     return result.bits_per_byte
 
 
@@ -194,11 +150,15 @@ def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def _documents(options: argparse.Namespace, record: dict[str, Any]) -> tuple[Sequence[Document], str]:
+def _documents(options: argparse.Namespace, record: dict[str, Any] | None) -> tuple[Sequence[Document], str]:
     globs = getattr(options, "glob", None)
     if hasattr(options, "data"):
         return [FileDocument(path) for path in find_files(options.data, globs)], " ".join(map(str, options.data))
     check_glob(globs, None)
+    if record is None:
+        raise CommandError(
+            f"--checkpoint {options.checkpoint}: is no run of `train`, which holds text out; give --data"
+        )
     corpus = load_corpus(record["options"]["data"], record["options"]["glob"])
     if corpus.fingerprint != record["data"]["fingerprint"]:
         raise CommandError("the text of the run has changed since, so what was held out is not known; give --data")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli.arguments import SMALL
-from megalodon_ops.cli.batches import VOCABULARY
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
 from megalodon_ops.ops.library import has_cuda_kernels
+from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from megalodon_ops.training.checkpoint import load_any
 
 SMALL_CONFIG = {
@@ -31,15 +31,16 @@ SMALL_CONFIG = {
 WIDTHS = ("z_dim", "value_dim", "ffn_hidden_dim")
 
 
-def byte_config(preset: str, flags: dict[str, Any]) -> MegalodonConfig:
-    """The preset over bytes, changed by flags; widths without a flag keep the preset's proportion to `model_dim`."""
+def configured(preset: str, flags: dict[str, Any], tokenizer: Tokenizer | None = None) -> MegalodonConfig:
+    """The preset over a tokenizer's ids, or bytes; widths without a flag keep the preset's proportion to `model_dim`."""
+    tokenizer = tokenizer or ByteTokenizer()
     values = dict(SMALL_CONFIG) if preset == SMALL else MegalodonConfig.preset(preset).to_dict()
     scale = flags.get("model_dim", values["model_dim"]) / values["model_dim"]
     unit = 2 * flags.get("num_heads", values["num_heads"])  # a head of z is made of pairs
     values |= {name: max(1, round(values[name] * scale / unit)) * unit for name in WIDTHS}
     values |= flags
     tied = values.get("share_emb", False)
-    values |= {"vocab_size": VOCABULARY, "output_size": -1 if tied else VOCABULARY - 1}  # START is never predicted
+    values |= {"vocab_size": tokenizer.vocab_size, "output_size": -1 if tied else tokenizer.output_size}
     try:
         return MegalodonConfig(**values)
     except (TypeError, ValueError) as error:
@@ -57,15 +58,49 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def trained_model(path: Path, device: torch.device) -> tuple[Megalodon, dict[str, Any]]:
-    """The model of a run's folder or of one checkpoint of a run, and what `train` has written beside it."""
+class Trained(NamedTuple):
+    model: Megalodon
+    tokenizer: Tokenizer
+    record: dict[str, Any] | None
+    """What `train` has written beside the model"""
+
+    @property
+    def dtype(self) -> str:
+        """That of the run, for autocast; a model that no run left computes in its own."""
+        return "float32" if self.record is None else self.record["options"]["dtype"]
+
+
+def trained_model(path: Path, device: torch.device, tokenizer: Path | None = None) -> Trained:
+    """The model and the tokenizer of a folder: a run's, one checkpoint of a run, or any other that holds a model.
+
+    tokenizer: a file for a folder that holds none.
+    """
     try:
-        model, _, record = load_any(path, device=device)
+        model, found, record = load_any(path, device=device)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--checkpoint {error}") from error
-    if record is None:
-        raise CommandError(f"--checkpoint {path}: holds no run of `train`, so it is not known what its tokens are")
-    return model, record
+    if tokenizer is not None:
+        given = read_tokenizer(tokenizer)
+        if found is not None and found.fingerprint != given.fingerprint:
+            raise CommandError(f"--tokenizer {tokenizer}: {path} holds another tokenizer; leave the flag out")
+        found = given
+    if found is None:
+        raise CommandError(
+            f"--checkpoint {path}: holds no tokenizer.json and no tokenizer.model, so it is not known what its tokens are; "
+            "name the file with --tokenizer"
+        )
+    if found.vocab_size > model.config.vocab_size:
+        raise CommandError(
+            f"--checkpoint {path}: its tokenizer has {found.vocab_size} ids, and the model knows {model.config.vocab_size}"
+        )
+    return Trained(model, found, record)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(path)
+    except (FileError, FileNotFoundError) as error:
+        raise CommandError(f"--tokenizer {error}") from error
 
 
 def precision(device: torch.device, dtype: str) -> torch.autocast:

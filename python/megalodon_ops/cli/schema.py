@@ -56,6 +56,7 @@ RECORD: dict[str, Any] = {
     "options": {
         "data": or_null(_PATHS),
         "glob": or_null(_GLOBS),
+        "tokenizer_file": or_null(schema.TEXT),
         "steps": or_null(whole(1)),
         "minutes": or_null(POSITIVE),
         "preset": one_of(SMALL, *MegalodonConfig.presets()),

@@ -14,22 +14,29 @@ from megalodon_ops.cli import schema
 from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, flag_of
 from megalodon_ops.cli.data import check_glob
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.models import byte_config
+from megalodon_ops.cli.models import configured, read_tokenizer
 from megalodon_ops.errors import FileError
+from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
 
-MAY_CHANGE = {"data", "glob", "steps", "minutes", "eval_every", "checkpoint_every", "device"}
-"""Flags a resumed run may be given anew (the text is compared by content); the other flags decide its losses"""
+MAY_CHANGE = {"data", "glob", "tokenizer_file", "steps", "minutes", "eval_every", "checkpoint_every", "device"}
+"""Flags a resumed run may be given anew (text and tokenizer are compared by content); the other flags decide its losses"""
+
+
+_NO_OPTIONS = ("out", "config", "tokenizer")
 
 
 @dataclass(frozen=True)
 class Settings:
     out: Path
     config: MegalodonConfig
+    tokenizer: Tokenizer
     data: list[str] | None
     """None: the standard library"""
     glob: list[str] | None
     """Patterns of the files to take of folders; None: files of text"""
+    tokenizer_file: str | None
+    """None: bytes"""
     steps: int | None
     minutes: float | None
     preset: str
@@ -47,8 +54,8 @@ class Settings:
     checkpoint_every: int
 
     def record(self) -> dict[str, Any]:
-        """All but `out` and `config`, as JSON."""
-        return {name: value for name, value in vars(self).items() if name not in ("out", "config")}
+        """All but `out` and what has files of its own in a checkpoint, as JSON."""
+        return {name: value for name, value in vars(self).items() if name not in _NO_OPTIONS}
 
 
 def run_folder(options: argparse.Namespace) -> Path:
@@ -68,11 +75,16 @@ def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoin
     given = {name: value for name, value in vars(options).items() if name not in ("command", "out", "resume")}
     if "data" in given:
         given["data"] = [str(path.absolute()) for path in given["data"]]
+    if "tokenizer_file" in given:
+        given["tokenizer_file"] = str(given["tokenizer_file"].absolute())
     if not getattr(options, "resume", False):
         if has_checkpoint(out):
             raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
         check_glob(given.get("glob"), given.get("data"))
-        return _settings(out, {**DEFAULTS, "data": None, "glob": None, **_length(given, {}), **given}), None
+        nothing = {"data": None, "glob": None, "tokenizer_file": None}
+        flags = {**DEFAULTS, **nothing, **_length(given, {}), **given}
+        file = flags["tokenizer_file"]
+        return _settings(out, flags, ByteTokenizer() if file is None else read_tokenizer(Path(file))), None
     try:
         saved = load_checkpoint(out, check=schema.check)
     except (FileError, FileNotFoundError) as error:
@@ -83,16 +95,22 @@ def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoin
             raise CommandError(
                 f"{flag_of(name)}: the run in {out} has {old}, got {value}; leave the flag out, or start another run"
             )
+    tokenizer = saved.tokenizer() or ByteTokenizer()
+    if file := given.get("tokenizer_file"):
+        if read_tokenizer(Path(file)).fingerprint != tokenizer.fingerprint:
+            raise CommandError(f"--tokenizer {file}: the run in {out} has another; leave the flag out")
     flags = {**before, **given, **_length(given, before)}
     check_glob(given.get("glob"), flags["data"])
-    return _settings(out, flags, saved.config), saved
+    return _settings(out, flags, tokenizer, saved.config), saved
 
 
-def _settings(out: Path, flags: dict[str, Any], config: MegalodonConfig | None = None) -> Settings:
+def _settings(
+    out: Path, flags: dict[str, Any], tokenizer: Tokenizer, config: MegalodonConfig | None = None
+) -> Settings:
     fields = {field.name for field in dataclasses.fields(Settings)}
     own = {name: value for name, value in flags.items() if name in fields}
     model = {name: value for name, value in flags.items() if name not in fields}
-    return Settings(out=out, config=config or byte_config(flags["preset"], model), **own)
+    return Settings(out=out, config=config or configured(flags["preset"], model, tokenizer), tokenizer=tokenizer, **own)
 
 
 def _length(given: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`train`: a byte-level model, from text to a checkpoint, a loss curve and a sample."""
+"""`train`: a model of bytes or tokens, from text to a checkpoint, a loss curve and a sample."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from megalodon_ops import Megalodon
-from megalodon_ops.cli import metrics
-from megalodon_ops.cli.batches import Batches
 from megalodon_ops.cli.console import Progress, StopSignals
-from megalodon_ops.cli.data import Corpus, load_corpus
+from megalodon_ops.cli.data import load_corpus
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.evaluate import Reader, bits_per_byte, compressed_bits
+from megalodon_ops.cli.evaluate import bits_per_byte, compressed_bits
 from megalodon_ops.cli.generate import show_sample
 from megalodon_ops.cli.lock import Lock
 from megalodon_ops.cli.models import precision, usable_device
-from megalodon_ops.cli.schedule import Schedule
 from megalodon_ops.cli.settings import Settings, resolve, run_folder
 from megalodon_ops.ops.memory import check_fits
-from megalodon_ops.training.checkpoint import Checkpoint, save_checkpoint
+from megalodon_ops.tokenizers import Tokenizer
+from megalodon_ops.training import (
+    Batches, Checkpoint, Corpus, Metrics, Reader, Schedule, adamw, draw_metrics, optimizer_threads, read_metrics,
+    save_checkpoint, threads,
+)  # fmt: skip
+from megalodon_ops.training.batches import Document
+from megalodon_ops.training.metrics import is_end
 
+METRICS = "metrics.jsonl"
 LOOK = 1 << 15
 """Held-out bytes evaluated during the run; its end evaluates all bytes"""
 LOOK_SHAPE = (8, 2048)
 """Rows and length of the batches of held-out bytes"""
 FIRST_PACE = 8
 """Fewest steps that tell how long a step takes"""
-PARALLEL_PARAMETER = 1 << 16
-"""Numbers in a parameter, on average, from which the optimizer takes all threads: a guess between the default run's 2^13,
-where one thread takes a quarter of the time of two, and a matrix's 2^20 and more"""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -56,8 +56,8 @@ def _run(settings: Settings, saved: Checkpoint | None) -> int:
         print(f"{settings.out}: finished after step {end['step']}; it goes on with a larger --steps or --minutes")
         show_figures(corpus, end)
         return 0
-    with metrics.Diary(settings.out / "metrics.jsonl", saved.record["step"] if saved else 0) as diary:
-        return Trainer(settings, corpus, device, diary, saved).run()
+    with Metrics(settings.out / METRICS, saved.step if saved else 0) as metrics:
+        return Trainer(settings, corpus, device, metrics, saved).run()
 
 
 def check_memory(settings: Settings) -> None:
@@ -73,18 +73,18 @@ def check_memory(settings: Settings) -> None:
 
 
 def recorded_end(settings: Settings, saved: Checkpoint) -> dict[str, Any] | None:
-    """The last line of the run's diary, if the run ends where the checkpoint is and the line has been written."""
+    """The last line of the run's metrics, if the run ends where the checkpoint is and the line has been written."""
     schedule = Schedule(settings.lr, settings.warmup, settings.steps, settings.minutes)
     step = saved.record["step"]
     schedule.seek(saved.record["schedule"], step, saved.record["seconds"])
     if not schedule.finished(step):
         return None
-    rows = metrics.read(settings.out / "metrics.jsonl")
-    return next((row for row in rows if metrics.is_end(row) and row["step"] == step), None)
+    rows = read_metrics(settings.out / METRICS)
+    return next((row for row in rows if is_end(row) and row["step"] == step), None)
 
 
 def show_figures(corpus: Corpus, end: dict[str, Any]) -> None:
-    """Prints how well the held-out text is predicted, beside compressors, as the last line of the run's diary has it."""
+    """Prints how well the held-out text is predicted, beside compressors, as the last line of the run's metrics has it."""
     print(f"\nheld-out text, {sum(map(len, corpus.held_out)):,} bytes     bits per byte")
     for name, bits in {f"this model, step {end['step']}": end["held_out_bits_per_byte"], **end["compressors"]}.items():
         print(f"  {name:<28} {bits:.3f}")
@@ -98,18 +98,20 @@ class Trainer:
         settings: Settings,
         corpus: Corpus,
         device: torch.device,
-        diary: metrics.Diary,
+        metrics: Metrics,
         saved: Checkpoint | None,
     ):
-        self.settings, self.corpus, self.device, self.diary = settings, corpus, device, diary
+        self.settings, self.corpus, self.device, self.metrics = settings, corpus, device, metrics
         torch.manual_seed(settings.seed)
         self.model = Megalodon(settings.config).to(device).train()
-        self.optimizer = adamw(self.model, settings)
-        small = self.model.num_parameters() < PARALLEL_PARAMETER * len(list(self.model.parameters()))
-        self.optimizer_threads = 1 if small else torch.get_num_threads()
+        self.optimizer = adamw(self.model, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer_threads = optimizer_threads(self.model)
+        documents = encoded(corpus.train, settings.tokenizer)
+        self.bytes_per_token = sum(map(len, corpus.train)) / sum(map(len, documents))
         self.batches = Batches(
-            corpus.train, settings.batch, settings.length, context=settings.context, seed=settings.seed
-        )
+            documents, settings.batch, settings.length, start=settings.tokenizer.start, context=settings.context,
+            seed=settings.seed,
+        )  # fmt: skip
         self.reader = Reader(self.model, carries=settings.context == "streamed")
         self.schedule = Schedule(settings.lr, settings.warmup, settings.steps, settings.minutes)
         self.autocast = precision(device, settings.dtype)
@@ -156,9 +158,7 @@ class Trainer:
         begin = time.monotonic()
         batch = self.batches.next()
         assert batch is not None, "training batches never end"
-        lr = self.schedule.lr(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self.schedule.apply(self.optimizer, self.step)
         with self.autocast:
             loss = self.reader.loss(batch)
         loss.backward()
@@ -172,35 +172,38 @@ class Trainer:
         row = {
             "step": self.step,
             "loss": loss.item(),
-            "bits_per_byte": loss.item() / math.log(2),
+            "bits_per_byte": loss.item() / math.log(2) / self.bytes_per_token,
             "learning_rate": lr,
             "gradient_norm": norm.item(),
-            "bytes": self.step * self.settings.batch * self.settings.length,
+            "tokens": self.step * self.settings.batch * self.settings.length,
             "seconds": round(self._seconds(), 3),
-            "bytes_per_second": round(batch.tokens.numel() / (time.monotonic() - begin)),
+            "tokens_per_second": round(batch.tokens.numel() / (time.monotonic() - begin)),
         }
-        self.diary.write(**row)
+        self.metrics.write(**row)
         return row
 
     def _look(self) -> float:
         """Bits per byte of a part of the held-out text."""
-        bits = bits_per_byte(self.model, excerpt(self.corpus.held_out, LOOK), *LOOK_SHAPE, self.autocast)
-        self.diary.write(step=self.step, held_out_bits_per_byte=bits)
+        bits = self._held_out_bits(excerpt(self.corpus.held_out, LOOK))
+        self.metrics.write(step=self.step, held_out_bits_per_byte=bits)
         return bits
+
+    def _held_out_bits(self, documents: list[bytes]) -> float:
+        return bits_per_byte(self.model, self.settings.tokenizer, documents, *LOOK_SHAPE, self.autocast)
 
     def _finish(self) -> None:
         """Writes and shows the figures of all held-out text and of compressors; the picture; a sample."""
         documents = self.corpus.held_out
-        bits = bits_per_byte(self.model, documents, *LOOK_SHAPE, self.autocast)
+        bits = self._held_out_bits(documents)
         compressors = compressed_bits(documents)
         end = {"step": self.step, "final": True, "held_out_bits_per_byte": bits, "compressors": compressors}
-        self.diary.write(**end)
+        self.metrics.write(**end)
         self._draw(compressors)
         show_figures(self.corpus, end)
         unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # units of ru_maxrss in a MiB
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(f"{self._seconds():.0f} s, peak memory {peak:,.0f} MiB; curve and checkpoint in {self.settings.out}")
-        show_sample(self.model, documents, self.settings.seed, self.autocast)
+        show_sample(self.model, self.settings.tokenizer, documents, self.settings.seed, self.autocast)
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.started
@@ -227,8 +230,9 @@ class Trainer:
             "seconds": self._seconds(),
         }
         save_checkpoint(
-            self.settings.out, self.step, self.model, optimizer=self.optimizer, state=self.reader.rows(), record=record
-        )
+            self.settings.out, self.step, self.model, optimizer=self.optimizer, state=self.reader.rows(),
+            tokenizer=self.settings.tokenizer, record=record,
+        )  # fmt: skip
         self.saved_step = self.step
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -236,34 +240,17 @@ class Trainer:
         saved.load_weights(self.model)
         saved.load_optimizer(self.optimizer, self.model)
         self.reader.seek(None if saved.state is None else saved.state.to(self.device))
-        self.batches.seek(record["data"]["position"])
+        try:
+            self.batches.seek(record["data"]["position"])
+        except ValueError as error:
+            raise CommandError(f"--resume {saved.folder}: {error}") from error
         self.step = self.saved_step = saved.step
         self.spent = record["seconds"]
         self.schedule.seek(record["schedule"], self.step, self.spent)
         saved.restore_random(self.device)
 
     def _draw(self, compressors: dict[str, float]) -> None:
-        metrics.draw(self.settings.out / "loss_curve.png", metrics.read(self.diary.path), compressors)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Inside the block, torch's operations take `count` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """The paper's AdamW. Weight decay is for matrices: not for norms, biases, CEMA and the attention's affine map."""
-    matrices = {name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim == 2}
-    decayed = [parameter for name, parameter in model.named_parameters() if name in matrices]
-    others = [parameter for name, parameter in model.named_parameters() if name not in matrices]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        draw_metrics(self.settings.out / "loss_curve.png", read_metrics(self.metrics.path), compressors)
 
 
 def excerpt(documents: list[bytes], size: int) -> list[bytes]:
@@ -275,3 +262,13 @@ def excerpt(documents: list[bytes], size: int) -> list[bytes]:
         taken.append(document[:left])
         left -= len(taken[-1])
     return taken
+
+
+def encoded(documents: list[bytes], tokenizer: Tokenizer) -> Sequence[Document]:
+    """The documents' ids, those of bytes as the bytes themselves; documents of which a tokenizer leaves nothing go."""
+    if tokenizer.byte_level:
+        return documents
+    found = [ids for ids in tokenizer.encode_batch(documents) if len(ids)]
+    if not found:
+        raise CommandError("--tokenizer: makes no token of the text")
+    return found

@@ -41,6 +41,12 @@ class Tokenizer:
     """sha256 of all that decides the ids"""
     byte_level: ClassVar[bool] = False
     """Whether each id is one byte"""
+    content: bytes
+    """The content of its file"""
+    file_name: ClassVar[str] = "tokenizer.json"
+    """What its file is called in a checkpoint's folder"""
+    start_token: str | None
+    """The text of `start` in its file, if it is there"""
 
     @property
     def output_size(self) -> int:
@@ -132,7 +138,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer into a folder, which is made if there is none, where :func:`load_tokenizer` finds it."""
-        raise NotImplementedError
+        write_files(Path(folder), self.file_name, self.content, self.start_token)
 
     def _encode_windows(self, windows: list[tuple[bytes, bool]]) -> list[numpy.ndarray]:
         """The ids of each window, int32; the flag says that the window goes on with a text."""
@@ -153,14 +159,16 @@ class ByteTokenizer(Tokenizer):
         >>> tokenizer = ByteTokenizer()
         >>> tokenizer.encode("caf\\u00e9").tolist(), tokenizer.start, tokenizer.vocab_size, tokenizer.output_size
         ([99, 97, 102, 195, 169], 256, 257, 256)
-        >>> tokenizer.decode([256, 99, 97, 102, 195, 169]).decode()
-        'caf\\u00e9'
+        >>> tokenizer.decode([256, 99, 97, 102, 195, 169])
+        b'caf\\xc3\\xa9'
     """
 
     vocab_size = 257
     start = 256
     fingerprint = hashlib.sha256(b"bytes, and 256 opens a document").hexdigest()
     byte_level = True
+    content = byte_json()
+    start_token = START_TOKEN
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[numpy.ndarray]:
         return (numpy.frombuffer(piece, numpy.uint8).astype(numpy.int32) for piece in pieces if len(piece))
@@ -173,6 +181,3 @@ class ByteTokenizer(Tokenizer):
         for value in ids:
             number = self._check_id(value)
             yield b"" if number == self.start else bytes([number])
-
-    def save(self, folder: str | Path) -> None:
-        write_files(folder, "tokenizer.json", byte_json(), START_TOKEN)

@@ -88,8 +88,7 @@ def is_byte_json(fields: dict[str, Any]) -> bool:
     )
 
 
-def write_files(folder: str | Path, name: str, content: bytes, start: str | None) -> None:
-    folder = Path(folder)
+def write_files(folder: Path, name: str, content: bytes, start: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
     config = {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "tokenizer.json" else {}

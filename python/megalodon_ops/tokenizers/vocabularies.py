@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from .base import ByteTokenizer, Tokenizer
-from .files import START_TOKEN, START_TOKENS, decoder_kinds, is_byte_json, json_object, with_start, write_files
+from .files import START_TOKEN, START_TOKENS, decoder_kinds, is_byte_json, json_object, with_start
 from .text import BYTE_CHARACTERS, WINDOW, bytes_of_characters, bytes_of_spaced, bytes_of_words
 from ..errors import FileError
 from ..extras import load
@@ -128,7 +128,7 @@ class JSONTokenizer(VocabularyTokenizer):
             start, content = START_TOKEN, with_start(fields, max(vocabulary.values(), default=-1) + 1)
             fields, self._model = json_object(content, name), self._read(content)
             vocabulary = self._vocabulary()
-        self._content, self._start_token = content, start
+        self.content, self.start_token = content, start
         self.start = vocabulary[start]
         self.vocab_size = max(vocabulary.values()) + 1
         self.fingerprint = hashlib.sha256(content + b"\n%d" % self.start).hexdigest()
@@ -196,15 +196,14 @@ class JSONTokenizer(VocabularyTokenizer):
             if place >= 0:
                 yield text.encode(errors="replace")
 
-    def save(self, folder: str | Path) -> None:
-        write_files(folder, "tokenizer.json", self._content, self._start_token)
-
 
 class SentencePieceTokenizer(VocabularyTokenizer):
     """A sentencepiece model."""
 
+    file_name = "tokenizer.model"
+
     def __init__(self, content: bytes, name: str, start: str | None):
-        self._name, self._content = name, content
+        self._name, self.content = name, content
         self._model = load("sentencepiece", "train").SentencePieceProcessor()
         with faults(name):
             if not content or not self._model.LoadFromSerializedProto(content):
@@ -223,7 +222,7 @@ class SentencePieceTokenizer(VocabularyTokenizer):
         self.start = own if 0 <= own < size else size
         self.vocab_size = max(size, self.start + 1)
         self.fingerprint = hashlib.sha256(content + b"\n%d" % self.start).hexdigest()
-        self._start_token = pieces[self.start] if self.start < size else None
+        self.start_token = pieces[self.start] if self.start < size else None
         self._table += [b""] * (self.vocab_size - size)
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         self._bytes = [of_byte[token] for token in names] if all(token in of_byte for token in names) else None
@@ -242,9 +241,6 @@ class SentencePieceTokenizer(VocabularyTokenizer):
 
     def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
         return self._texts_from_table(ids, after)
-
-    def save(self, folder: str | Path) -> None:
-        write_files(folder, "tokenizer.model", self._content, self._start_token)
 
 
 @contextmanager

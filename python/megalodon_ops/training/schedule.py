@@ -2,9 +2,9 @@
 
     lr = peak * min(1, max((step + 1) / warmup, 10 progress)) * (1 + cos(pi progress)) / 2
 
-With --steps, progress is step / steps. With --minutes, progress runs along a straight line that `set_pace` draws from
-the time spent to the end of the budget, at every checkpoint and only there: the line is part of the checkpoint, so the
-losses after a checkpoint are the same whenever they are computed.
+For a number of steps, progress is step / steps. For minutes, progress runs along a straight line that `set_pace` draws
+from the time spent to the end of the budget, at every checkpoint and only there: the line is part of the checkpoint, so
+the losses after a checkpoint are the same whenever they are computed.
 """
 
 from __future__ import annotations
@@ -12,26 +12,57 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
+from ..ops.values import LEAST_POSITIVE, check_integer, check_number, check_size
+
 
 class Schedule:
-    def __init__(self, lr: float, warmup: int, steps: int | None, minutes: float | None):
+    """Warmup and a cosine to zero, over `steps` steps, over `minutes`, or over what ends first.
+
+    Example:
+        >>> from megalodon_ops.training import Schedule
+        >>> schedule = Schedule(lr=1e-3, warmup=10, steps=100)
+        >>> [round(schedule.lr(step), 6) for step in (0, 9, 50, 99)], schedule.finished(100)
+        ([0.0001, 0.00098, 0.0005, 0.0], True)
+    """
+
+    def __init__(self, lr: float, warmup: int, steps: int | None = None, minutes: float | None = None):
+        lr = check_number("Schedule", "lr", lr, "a positive number", LEAST_POSITIVE)
+        warmup = check_size("Schedule", "warmup", warmup)
+        if steps is not None:
+            steps = check_integer("Schedule", "steps", steps, "a positive integer, or None", 1)
+        if minutes is not None:
+            minutes = check_number("Schedule", "minutes", minutes, "a positive number, or None", LEAST_POSITIVE)
+        if steps is None and minutes is None:
+            raise ValueError("Schedule: `steps` or `minutes` must be given, got neither.")
         self.peak, self.warmup, self.steps = lr, warmup, steps
         self.budget = 60 * minutes if minutes else None
         self.anchor = (0, 0.0)  # (step, progress) where the line starts
         self.end = steps if self.budget is None else None  # the step where the line ends; None until the pace is known
 
     def progress(self, step: int) -> float:
+        """How much of the run is done before a step, from 0 to 1."""
         start, done = self.anchor
         along = 0.0 if self.end is None else (step - start) / max(1, self.end - start)
         by_steps = step / self.steps if self.steps else 0.0
         return min(1.0, max(done + (1 - done) * along, by_steps))
 
     def lr(self, step: int) -> float:
+        """The learning rate of a step, the first of which is 0."""
         progress = self.progress(step)
         ramp = min(1.0, max((step + 1) / self.warmup, 10 * progress))
         return self.peak * ramp * (1 + math.cos(math.pi * progress)) / 2
 
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Gives every group of the optimizer the learning rate of a step, and returns the rate."""
+        rate = self.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
     def finished(self, step: int) -> bool:
+        """Whether the run ends before a step."""
         return self.end is not None and step >= self.end
 
     def set_pace(self, step: int, seconds: float, seconds_per_step: float) -> None:
@@ -43,6 +74,7 @@ class Schedule:
         self.end = min(step + left, self.steps or step + left)
 
     def position(self) -> dict[str, Any]:
+        """The line that progress runs along, as JSON."""
         return {"steps": self.steps, "budget": self.budget, "anchor": list(self.anchor), "end": self.end}
 
     def seek(self, position: dict[str, Any], step: int, seconds: float) -> None:

@@ -1,12 +1,12 @@
-"""The run's diary: one JSON object a line, and the picture of the diary."""
+"""A run's metrics: one JSON object a line, and their picture."""
 
 from __future__ import annotations
 
 import errno
 import io
 import json
+import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,63 @@ import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.model.files import file_size, write_whole
-from megalodon_ops.ops.values import is_number, is_whole
+from ..errors import FileError
+from ..model.files import file_size, write_whole
+from ..ops.values import is_number, is_whole
 
+_log = logging.getLogger("megalodon_ops")
 _MOST_BITS = 1e30  # bits a byte; no loss is as large
 
 
-class Diary:
-    """`metrics.jsonl`; each line is in the file as soon as it is written."""
+class Metrics:
+    """A file of JSON lines, each of which is in the file as soon as it is written.
 
-    def __init__(self, path: Path, step: int):
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from megalodon_ops.training import Metrics, read_metrics
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Metrics(Path(folder, "metrics.jsonl")) as metrics:
+        ...         metrics.write(step=1, loss=5.5)
+        ...     read_metrics(metrics.path)
+        [{'step': 1, 'loss': 5.5}]
+    """
+
+    def __init__(self, path: str | os.PathLike, step: int = 0):
         """Go on after `step`: later lines, which the run is about to write again, and a line cut short are dropped.
 
-        Damaged lines are dropped too, and the user is told.
+        Damaged lines are dropped too, and the log `megalodon_ops` is told.
         """
-        self.path = path
+        self.path = path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(path):
             rows, damaged = _read(path)
             if damaged:
                 lines = f"{len(damaged)} damaged lines, the first" if len(damaged) > 1 else "1 damaged line"
-                print(f"megalodon_ops: dropping {lines} at {damaged[0]} of {path}", file=sys.stderr)
+                _log.warning("dropping %s at %d of %s", lines, damaged[0], path)
             kept = [row for row in rows if row["step"] <= step and not is_end(row)]
             write_whole(path, "".join(map(_line, kept)).encode())
         self._file = open(path, "ab", buffering=0)
 
     def write(self, **row: Any) -> None:
+        """Adds a line; it names its `step`."""
         line = _line(row).encode()
         try:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise CommandError(f"{self.path}: could not be written: {error.strerror}") from error
+            raise OSError(f"{self.path}: could not be written: {error.strerror}") from error
 
-    def __enter__(self) -> Diary:
+    def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl` that are complete and undamaged; none of a run that has not begun."""
-    return _read(path)[0] if os.path.lexists(path) else []
+    return _read(Path(path))[0] if os.path.lexists(path) else []
 
 
 def is_end(row: dict[str, Any]) -> bool:
@@ -70,7 +84,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     try:
         file_size(path)  # refuses what is no file
     except ValueError as error:
-        raise CommandError(str(error)) from error
+        raise FileError(str(error)) from error
     rows, damaged = [], []
     *lines, _cut_short = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -86,7 +100,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether the row has a step, and its figures, which `draw` reads, are numbers that a run can write."""
+    """Whether the row has a step, and its figures, which `draw_metrics` reads, are numbers that a run can write."""
     if not isinstance(row, dict) or not is_whole(row.get("step"), 0):
         return False
     compressors = row.get("compressors", {})
@@ -96,8 +110,14 @@ def _is_row(row: Any) -> bool:
     return all(is_number(figure) and abs(figure) < _MOST_BITS for figure in [*figures, *compressors.values()])
 
 
-def draw(path: Path, rows: list[dict[str, Any]], references: dict[str, float]) -> None:
-    """Bits per byte against steps, in training and on held-out text; `references` are lines to compare with."""
+def draw_metrics(
+    path: str | os.PathLike, rows: list[dict[str, Any]], references: dict[str, float] | None = None
+) -> None:
+    """Draws bits per byte against steps, in training and on held-out text, as a PNG file.
+
+    rows: those that `read_metrics` gives, with `bits_per_byte` or `held_out_bits_per_byte`, and `final` where the figure
+    is of all held-out text. references: figures to compare with, by name.
+    """
     train = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
     looks = [row for row in rows if "held_out_bits_per_byte" in row]
     held_out, final = (
@@ -106,7 +126,7 @@ def draw(path: Path, rows: list[dict[str, Any]], references: dict[str, float]) -
     )
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="next-byte loss")
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="next-token loss")
     if train:
         steps, bits = numpy.array(train).T
         axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -116,14 +136,14 @@ def draw(path: Path, rows: list[dict[str, Any]], references: dict[str, float]) -
         axes.plot(*numpy.array(held_out).T, color="tab:orange", marker="o", markersize=3, label="held-out, a part")
     if final:
         axes.plot(*numpy.array(final).T, color="tab:red", marker="*", markersize=9, linestyle="", label="held-out, all")
-    for (name, bits), style in zip(references.items(), ("--", ":"), strict=False):
+    for (name, bits), style in zip((references or {}).items(), ("--", ":"), strict=False):
         axes.axhline(bits, color="gray", linestyle=style, label=f"{name} ({bits:.2f})")
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": f"matplotlib {matplotlib.__version__}"})
-    write_whole(path, picture.getvalue())
+    write_whole(Path(path), picture.getvalue())
 
 
 def _line(row: dict[str, Any]) -> str:

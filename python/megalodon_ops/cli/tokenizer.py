@@ -1,0 +1,65 @@
+"""`tokenizer`: a byte-level BPE trained on text, or what a tokenizer's file makes of text."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalodon_ops.cli.data import find_files, load_corpus
+from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.models import read_tokenizer
+from megalodon_ops.model.files import write_whole
+from megalodon_ops.tokenizers import Tokenizer
+
+
+def run(options: argparse.Namespace) -> int:
+    files, globs = options.files or None, getattr(options, "glob", None)
+    if globs and not files:
+        raise CommandError("--glob: chooses among the files of folders, and none is named")
+    if options.train:
+        return _train(options, files, globs)
+    for flag, given in (("--out", options.out), ("--vocab-size", options.vocab_size)):
+        if given is not None:
+            raise CommandError(f"{flag}: belongs to --train")
+    if options.tokenizer is None:
+        raise CommandError("give --train to train one, or --tokenizer FILE to see what it makes of text")
+    tokenizer = read_tokenizer(options.tokenizer)
+    documents = [path.read_bytes() for path in find_files(files or [], globs, flag="")]
+    opens = "" if tokenizer.start_token is None else f", {tokenizer.start_token}"
+    print(f"{options.tokenizer}: {tokenizer.vocab_size:,} ids; {tokenizer.start}{opens} opens a document")
+    if documents:
+        print(_figures(tokenizer, documents, "the text"))
+    return 0
+
+
+def _train(options: argparse.Namespace, files: Sequence[Path] | None, globs: Sequence[str] | None) -> int:
+    if options.out is None:
+        raise CommandError("--train: name the file to write with --out FILE")
+    if options.vocab_size is None:
+        raise CommandError("--train: say with --vocab-size N how many ids it may have")
+    if options.tokenizer is not None:
+        raise CommandError("--tokenizer: does not go with --train, which makes a new one")
+    if options.out.is_dir():
+        raise CommandError(f"--out {options.out}: a folder, name a file")
+    corpus = load_corpus(files, globs, flag="")
+    begin = time.monotonic()
+    tokenizer = Tokenizer.train(corpus.train, vocab_size=options.vocab_size)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(options.out, tokenizer.content)
+    seconds = time.monotonic() - begin
+    size = sum(map(len, corpus.train))
+    print(f"{options.out}: {tokenizer.vocab_size:,} ids, from {size:,} bytes of text in {seconds:.1f} s")
+    print(_figures(tokenizer, corpus.held_out, "text that was held out"))
+    print(f"train with it: python -m megalodon_ops train --tokenizer {options.out}")
+    return 0
+
+
+def _figures(tokenizer: Tokenizer, documents: Sequence[bytes], of: str) -> str:
+    ids = tokenizer.encode_batch(documents)
+    tokens, size = sum(map(len, ids)), sum(map(len, documents))
+    comes_back = sum(tokenizer.decode(found) == document for found, document in zip(ids, documents, strict=True))
+    exact = "" if comes_back == len(documents) else f"; {len(documents) - comes_back} do not come back as they were"
+    per_token = f"{size / tokens:.3f}" if tokens else "no"
+    return f"{of}: {len(documents)} documents, {size:,} bytes, {tokens:,} tokens: {per_token} bytes a token{exact}"

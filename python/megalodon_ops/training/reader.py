@@ -1,0 +1,63 @@
+"""A model that reads batch after batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+from ..model.model import Megalodon
+from ..model.states import MegalodonState
+
+
+class Reader:
+    """A model that reads batch after batch, each row going on from the state the batch before left it in.
+
+    With carries=False every batch starts afresh, which is all that packed batches ask for.
+
+    Example:
+        >>> import megalodon_ops as mo
+        >>> from megalodon_ops.training import Batches, Reader
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=257)
+        >>> reader = Reader(mo.Megalodon(config))
+        >>> for batch in Batches([b"to be or not to be"], rows=1, length=8, seed=None):
+        ...     print(batch.tokens.shape, reader.loss(batch).shape)
+        torch.Size([1, 8]) torch.Size([])
+        torch.Size([1, 8]) torch.Size([])
+        torch.Size([1, 2]) torch.Size([])
+    """
+
+    def __init__(self, model: Megalodon, carries: bool = True):
+        self.model, self.carries = model, carries
+        self.state: MegalodonState | None = None  # of each sequence of the last batch
+        self.last: Tensor | None = None  # (R,) the sequence that ended each row
+
+    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
+        """Nats a target, float32; with reduction "none" those of every target, (1, T)."""
+        tokens, targets, bounds, going_on, last = (tensor.to(next(self.model.parameters()).device) for tensor in batch)
+        options = dict(reduction=reduction, cu_seqlens=bounds)
+        if not self.carries:
+            return self.model.loss(tokens, targets, **options)
+        state = None
+        if self.state is not None and self.last is not None:
+            state = select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
+        loss, self.state = self.model.loss(tokens, targets, state=state, return_state=True, **options)
+        self.state, self.last = self.state.detach(), last
+        return loss
+
+    def rows(self) -> MegalodonState | None:
+        """The state of each row, for a checkpoint; None before the first batch."""
+        return None if self.state is None or self.last is None else select(self.state, self.last)
+
+    def seek(self, rows: MegalodonState | None) -> None:
+        """Goes on from the state of each row that :meth:`rows` gave."""
+        self.state = rows
+        self.last = None if rows is None else torch.arange(rows.num_sequences, device=rows.norm.count.device)
+
+
+def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
+    """The state of the sequences `rows`; a row of -1 becomes a fresh state. Where all rows go on, nothing is copied."""
+    if torch.equal(rows, torch.arange(state.num_sequences, device=rows.device)):
+        return state
+    picked, fresh = state[rows.clamp(min=0)], rows < 0
+    return picked.reset(fresh) if bool(fresh.any()) else picked

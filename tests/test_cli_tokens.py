@@ -1,0 +1,216 @@
+"""`tokenizer`, and `train`, `eval`, `generate` over the tokens of one."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from command_line import quick_commands, rows, train
+
+from megalodon_ops.cli import main
+from megalodon_ops.cli.data import load_corpus
+from megalodon_ops.cli.models import trained_model
+from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from megalodon_ops.training import load_checkpoint
+
+pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.usefixtures("quick")
+SIZE = 400
+
+
+@pytest.fixture(scope="module")
+def bpe(text, tmp_path_factory):
+    """The file of a BPE of 400 ids."""
+    path = tmp_path_factory.mktemp("bpe") / "new" / "bpe.json"
+    assert main(["tokenizer", "--train", "--vocab-size", str(SIZE), "--out", str(path), str(text)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(text, bpe, tmp_path_factory):
+    """A run of 40 steps over its tokens."""
+    out = tmp_path_factory.mktemp("tokens") / "run"
+    with quick_commands():
+        assert train(text, out, "--steps", 40, "--eval-every", 20, "--tokenizer", bpe) == 0
+    return out
+
+
+def said(capsys, *arguments):
+    assert main([*map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_trained_tokenizer(text, bpe, tmp_path, capsys):
+    out = said(capsys, "tokenizer", "--train", "--vocab-size", 300, "--out", tmp_path / "bpe.json", text)
+    assert re.search(r"bpe.json: 300 ids, from 19,\d{3} bytes of text in [\d.]+ s\n", out)
+    assert re.search(
+        r"text that was held out: \d+ documents, [\d,]+ bytes, [\d,]+ tokens: 1\.\d{3} bytes a token\n", out
+    )
+    assert f"python -m megalodon_ops train --tokenizer {tmp_path}/bpe.json" in out
+    tokenizer = Tokenizer.from_file(bpe)
+    assert (tokenizer.vocab_size, tokenizer.start, tokenizer.output_size) == (SIZE, SIZE - 1, SIZE - 1)
+    learned = Tokenizer.train(load_corpus([text]).train, vocab_size=SIZE)
+    assert learned.fingerprint == tokenizer.fingerprint, "it learns from what `train` learns from"
+
+
+def test_what_a_tokenizer_makes_of_text(text, bpe, tmp_path, capsys):
+    out = said(capsys, "tokenizer", "--tokenizer", bpe, text / "0.py", text / "1.py")
+    assert out.startswith(f"{bpe}: 400 ids; 399, <|startoftext|> opens a document\n")
+    assert re.search(r"the text: 2 documents, 1,000 bytes, \d+ tokens: [12]\.\d{3} bytes a token\n$", out)
+    ByteTokenizer().save(tmp_path)
+    assert "1,000 tokens: 1.000 bytes a token" in said(
+        capsys, "tokenizer", "--tokenizer", tmp_path, text / "0.py", text / "1.py"
+    )
+
+
+def test_a_run_over_tokens_reports_bits_per_byte(run, bpe, text):
+    curve = [row for row in rows(run) if "loss" in row]
+    corpus = load_corpus([text])
+    tokenizer = load_tokenizer(bpe)
+    per_token = sum(map(len, corpus.train)) / sum(map(len, tokenizer.encode_batch(corpus.train)))
+    assert per_token > 1.3
+    for row in curve:
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] / 0.6931471805599453 / per_token)
+    assert sum(row["bits_per_byte"] for row in curve[-5:]) / 5 < curve[0]["bits_per_byte"] - 0.5
+    assert (curve[-1]["step"], curve[-1]["tokens"]) == (40, 40 * 3 * 24)
+    held_out = [row["held_out_bits_per_byte"] for row in rows(run) if "held_out_bits_per_byte" in row]
+    assert 1 < held_out[-1] < held_out[0] < 8
+    folder = load_checkpoint(run).folder
+    assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint, "the tokenizer travels with the checkpoint"
+    assert (folder / "tokenizer.json").read_bytes() == bpe.read_bytes()
+
+
+def test_eval_repeats_the_end_of_training(run, text, capsys):
+    out = said(capsys, "eval", "--checkpoint", run, "--piece", 50, "--batch", 2)
+    bits = float(out.splitlines()[-1].split()[0])
+    assert bits == pytest.approx(rows(run)[-1]["held_out_bits_per_byte"], abs=2e-4)
+    out = said(capsys, "eval", "--checkpoint", run, "--data", text / "0.py", "--context", 8, "all")
+    assert "1 documents, 500 bytes" in out and len(out.splitlines()) == 4
+
+
+def test_generate_writes_whole_letters(run, capsys):
+    def generate(*flags):
+        return said(capsys, "generate", "--checkpoint", run, "--prompt", "caf\u00e9 ", *flags)
+
+    text = generate("--bytes", 60)
+    assert text.startswith("caf\u00e9 ") and 60 <= len(text.encode()) - 6 < 90
+    assert generate("--bytes", 60) == text and generate("--bytes", 60, "--seed", 1) != text
+    few = generate("--tokens", 7, "--temperature", 0)
+    tokenizer, model = load_tokenizer(load_checkpoint(run).folder), trained_model(run, torch.device("cpu")).model
+    ids = torch.tensor([[tokenizer.start, *tokenizer.encode("caf\u00e9 ")]])
+    expected = model.generate(ids, max_new_tokens=7, temperature=0.0)[0].tolist()
+    assert few == tokenizer.decode(expected).decode(errors="replace") + "\n"
+
+
+def test_generate_stops_before_a_string(run, capsys):
+    command = ["generate", "--checkpoint", run, "--prompt", "def ", "--bytes", 200]
+    whole = said(capsys, *command)[len("def ") : -1]
+    stop = whole[20:23]
+    text = said(capsys, *command, "--stop", "no such text", "--stop", stop)[len("def ") : -1]
+    assert text == whole[: whole.index(stop)]
+    assert said(capsys, *command, "--min-p", "1.0", "--top-k", "9") == said(capsys, *command, "--temperature", "0")
+    assert said(capsys, *command, "--repetition-penalty", "5") != said(capsys, *command)
+
+
+def test_samples_of_a_prompt(run, capsys):
+    out = said(capsys, "generate", "--checkpoint", run, "--prompt", "def ", "--bytes", 30, "--samples", 3)
+    samples = re.split(r"^--- sample \d\n", out, flags=re.M)[1:]
+    assert len(set(samples)) == 3 and all(sample.startswith("def ") for sample in samples)
+    alone = said(capsys, "generate", "--checkpoint", run, "--prompt", "def ", "--bytes", 30)
+    assert samples[0] == alone, "the first sample is the one of a single draw"
+
+
+def test_interrupted_and_resumed(text, bpe, tmp_path, capsys):
+    """The tokenizer comes from the checkpoint: its file may be gone. Another one is refused."""
+    flags = ["--tokenizer", tmp_path / "bpe.json", "--dropout", 0.1]
+    shutil.copy(bpe, tmp_path / "bpe.json")
+    assert train(text, tmp_path / "whole", *flags, "--steps", 12) == 0
+    assert train(text, tmp_path / "parts", *flags, "--steps", 12, "--checkpoint-every", 6) == 0
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000012")
+    (tmp_path / "bpe.json").unlink()
+    resume = ["train", "--resume", "--out", str(tmp_path / "parts")]
+    assert main(resume) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert main([*resume, "--tokenizer", str(bpe)]) == 0
+    capsys.readouterr()
+    Tokenizer.train([b"other text " * 9], vocab_size=SIZE).save(tmp_path)
+    assert main([*resume, "--tokenizer", str(tmp_path)]) == 2
+    assert "has another; leave the flag out" in capsys.readouterr().err
+
+
+def test_sentencepiece(text, tmp_path, capsys):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    source = tmp_path / "all.txt"
+    source.write_bytes(b"".join(path.read_bytes() for path in sorted(text.glob("*.py"))))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(source), model_prefix=str(tmp_path / "sp"), vocab_size=400, minloglevel=2, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, model_type="bpe", bos_id=-1,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    assert train(text, tmp_path / "run", "--steps", 3, "--tokenizer", tmp_path / "sp.model") == 0
+    found = load_checkpoint(tmp_path / "run")
+    assert (found.folder / "tokenizer.model").exists() and found.config.vocab_size == found.tokenizer().vocab_size
+    assert said(capsys, "generate", "--checkpoint", tmp_path / "run", "--prompt", "def", "--tokens", 3).find("def") >= 0
+
+
+def test_a_folder_without_a_tokenizer(run, bpe, tmp_path, capsys):
+    trained = trained_model(run, torch.device("cpu"))
+    trained.model.save(tmp_path / "bare")
+    command = ["generate", "--checkpoint", str(tmp_path / "bare"), "--tokens", "5"]
+    assert main(command) == 2
+    assert "holds no tokenizer.json and no tokenizer.model" in capsys.readouterr().err
+    assert main([*command, "--tokenizer", str(bpe)]) == 0
+    assert main(["eval", "--checkpoint", str(tmp_path / "bare"), "--tokenizer", str(bpe)]) == 2
+    assert "is no run of `train`, which holds text out; give --data" in capsys.readouterr().err
+    assert main(["eval", *command[1:3], "--tokenizer", str(bpe), "--data", __file__]) == 0
+    trained.model.save(tmp_path / "whole", tokenizer=trained.tokenizer)
+    assert main(["generate", "--checkpoint", str(tmp_path / "whole"), "--tokens", "5"]) == 0
+
+
+def test_bytes_have_a_tokenizer_file_too(finished):
+    folder = load_checkpoint(finished).folder
+    assert isinstance(load_tokenizer(folder), ByteTokenizer)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["bos_token"] == "<|startoftext|>"
+
+
+ERRORS = {
+    "no file": (["train", "--tokenizer", "{tmp}/none"], "--tokenizer {tmp}/none: no such file"),
+    "no tokenizer": (["train", "--tokenizer", "{tmp}/noise"], "--tokenizer {tmp}/noise: "),
+    "empty folder": (["train", "--tokenizer", "{tmp}"], "--tokenizer {tmp}: no tokenizer.json and no tokenizer.model"),
+    "no JSON": (["train", "--tokenizer", "{tmp}/half.json"], "--tokenizer {tmp}/half.json: is no JSON"),
+    "another": (["generate", "--checkpoint", "{run}", "--tokenizer", "{bytes}"], "{run} holds another tokenizer"),
+    "too many ids": (
+        ["generate", "--checkpoint", "{small}", "--tokenizer", "{bpe}"],
+        "its tokenizer has 400 ids, and the model knows 257",
+    ),
+    "samples": (["generate", "--checkpoint", "{run}", "--samples", "2", "--temperature", "0"], "--samples: must be 1"),
+    "both": (["generate", "--checkpoint", "{run}", "--bytes", "2", "--tokens", "2"], "not allowed with argument"),
+    "stop": (["generate", "--checkpoint", "{run}", "--stop", ""], "argument --stop: must be text, got none"),
+    "nothing": (["tokenizer"], "give --train to train one, or --tokenizer FILE to see"),
+    "no out": (["tokenizer", "--train", "--vocab-size", "300"], "--train: name the file to write with --out FILE"),
+    "no size": (["tokenizer", "--train", "--out", "{tmp}/x"], "--train: say with --vocab-size N how many ids"),
+    "small": (["tokenizer", "--train", "--out", "x", "--vocab-size", "257"], "must be a whole number above 257"),
+    "out folder": (["tokenizer", "--train", "--vocab-size", "300", "--out", "{tmp}"], "--out {tmp}: a folder, name a file"),
+    "out alone": (["tokenizer", "--tokenizer", "{bpe}", "--out", "x"], "--out: belongs to --train"),
+    "glob": (["tokenizer", "--tokenizer", "{bpe}", "--glob", "*"], "--glob: chooses among the files of folders, and"),
+    "no text": (["tokenizer", "--tokenizer", "{bpe}", "{tmp}/none"], "error: {tmp}/none: no such file or folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_one_line_and_exit_code_2(name, run, bpe, finished, tmp_path, capsys):
+    (tmp_path / "noise").write_bytes(b"\x00\x01noise")
+    (tmp_path / "half.json").write_bytes(b'{"model": {')
+    ByteTokenizer().save(tmp_path / "bytes")
+    arguments, message = ERRORS[name]
+    if "{small}" in arguments:
+        trained_model(finished, torch.device("cpu")).model.save(tmp_path / "small")
+    paths = dict(tmp=tmp_path, run=run, bpe=bpe, bytes=tmp_path / "bytes", small=tmp_path / "small")
+    try:
+        code = main([argument.format(**paths) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and message.format(**paths) in err
+    assert err.startswith("megalodon_ops") and err.count("\n") == 1 and out == ""

@@ -1,0 +1,202 @@
+"""`megalodon_ops.training`: a training loop of one's own over the tokens of a BPE, from text to equal losses after a resume."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import megalodon_ops as mo
+from megalodon_ops import training
+from megalodon_ops.cli.data import standard_library
+from megalodon_ops.evaluation import Document, evaluate
+from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
+
+SIZE = dict(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, chunk_size=16, norm_num_groups=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Faster on models this small."""
+    with training.threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Some sources of Python's standard library, 200 KB."""
+    files = {path.name: path for path in standard_library() if path.parent.name.startswith("python3")}
+    return training.hold_out(files[f"{name}.py"].read_bytes() for name in ("argparse", "ast", "bdb", "cmd", "code"))
+
+
+@pytest.fixture(scope="module")
+def bpe(text):
+    pytest.importorskip("tokenizers")
+    return Tokenizer.train(text.train, vocab_size=500)
+
+
+class Loop:
+    """A user's training loop."""
+
+    def __init__(self, text, tokenizer, context="streamed"):
+        torch.manual_seed(0)
+        self.tokenizer = tokenizer
+        config = mo.MegalodonConfig(vocab_size=tokenizer.vocab_size, output_size=tokenizer.output_size, **SIZE)
+        self.model = mo.Megalodon(config)
+        self.optimizer = training.adamw(self.model, lr=1e-2)
+        self.schedule = training.Schedule(lr=1e-2, warmup=5, steps=60)
+        tokens = tokenizer.encode_batch(text.train)
+        self.batches = training.Batches(tokens, 4, 32, start=tokenizer.start, context=context)
+        self.reader = training.Reader(self.model, carries=context == "streamed")
+        self.step = 0
+
+    def run(self, steps):
+        losses = []
+        for batch in self.batches:
+            self.schedule.apply(self.optimizer, self.step)
+            loss = self.reader.loss(batch)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.item())
+            self.step += 1
+            if len(losses) == steps:
+                return losses
+
+    def save(self, run):
+        record = {"batches": self.batches.position(), "schedule": self.schedule.position()}
+        training.save_checkpoint(
+            run, self.step, self.model, optimizer=self.optimizer, state=self.reader.rows(), tokenizer=self.tokenizer,
+            record=record,
+        )  # fmt: skip
+
+    def load(self, run):
+        found = training.load_checkpoint(run)
+        found.load_weights(self.model)
+        found.load_optimizer(self.optimizer, self.model)
+        self.batches.seek(found.record["batches"])
+        self.schedule.seek(found.record["schedule"], found.step, 0.0)
+        self.reader.seek(found.state)
+        self.step = found.step
+
+
+@pytest.mark.parametrize("context", ["streamed", "packed"])
+def test_a_loop_over_bpe_tokens_resumes_to_equal_losses(text, bpe, tmp_path, context):
+    whole = Loop(text, bpe, context)
+    before = whole.run(20)
+    whole.save(tmp_path)
+    after = whole.run(20)
+    assert sum(after[-5:]) / 5 < before[0] - 1 and before[0] == pytest.approx(math.log(bpe.output_size), rel=0.2)
+
+    again = Loop(text, bpe, context)
+    again.run(3)
+    again.load(tmp_path)
+    assert again.run(20) == after
+    found = training.load_checkpoint(tmp_path)
+    assert found.tokenizer().fingerprint == bpe.fingerprint
+    model, tokenizer, _ = training.load_any(tmp_path)
+    ids = torch.tensor([[tokenizer.start, *tokenizer.encode("def ")]])
+    written = model.generate(ids, max_new_tokens=20, temperature=0.0)[0, 1:].tolist()
+    assert tokenizer.decode(written).startswith(b"def ")
+
+
+def test_a_uniform_model_has_the_bits_of_its_ids(text, bpe):
+    """log2(ids) * tokens / bytes: so figures of bytes and of a BPE on one text compare."""
+    document = text.held_out[0][:5000]
+    bits = {}
+    for tokenizer in (ByteTokenizer(), bpe):
+        config = mo.MegalodonConfig(vocab_size=tokenizer.vocab_size, output_size=tokenizer.output_size, **SIZE)
+        model = mo.Megalodon(config)
+        torch.nn.init.zeros_(model.output.output.weight)
+        ids = tokenizer.encode(document)
+        whole = Document(torch.tensor([tokenizer.start, *ids]), num_bytes=len(document))
+        (result,) = evaluate(model, [whole])
+        bits[tokenizer.byte_level] = result.bits_per_byte
+        assert result.tokens == len(ids)
+        expected = math.log2(tokenizer.output_size) * len(ids) / len(document)
+        assert result.bits_per_byte == pytest.approx(expected, rel=1e-5)
+        batches = training.Batches([ids], 2, 100, start=tokenizer.start, seed=None)
+        reader = training.Reader(model)
+        nats = sum(reader.loss(batch, "none").double().sum().item() for batch in batches)
+        assert nats / math.log(2) / len(document) == pytest.approx(expected, rel=1e-5)
+    assert bits[True] == pytest.approx(8) and bits[False] < 6
+
+
+KINDS = {
+    "bytes": bytes, "bytearray": bytearray, "list": list, "array": lambda ids: np.array(ids, np.int32),
+    "unsigned": lambda ids: np.array(ids, np.uint16), "tensor": torch.tensor,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_any_kind_of_ids_are_those_of_bytes(kind):
+    documents = [bytes(range(n, n + 30)) for n in range(0, 90, 30)] + [b""]
+    wanted = training.Batches(documents, 2, 7, seed=3)
+    found = training.Batches([KINDS[kind](list(document)) for document in documents], 2, 7, seed=3)
+    for _ in range(20):
+        for one, other in zip(found.next(), wanted.next(), strict=True):
+            assert torch.equal(one, other) and one.dtype == torch.int64
+
+
+def test_batches_of_a_memory_map(tmp_path):
+    np.arange(1000, dtype=np.int32).tofile(tmp_path / "tokens")
+    tokens = np.memmap(tmp_path / "tokens", dtype=np.int32, mode="r")
+    read = [batch.targets[0] for batch in training.Batches([tokens], 1, 64, start=5, seed=None)]
+    assert torch.cat(read).tolist() == list(range(1000))
+
+
+def test_parameter_groups():
+    model = mo.Megalodon(mo.MegalodonConfig(vocab_size=9, **SIZE))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, others = ({names[p] for p in group["params"]} for group in training.parameter_groups(model))
+    assert decayed | others == set(names.values()) and not decayed & others
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert {"embed.weight", "output.output.weight", "layers.0.mega.wz.weight"} <= decayed
+    assert {"layers.0.mega.cema.alpha", "layers.1.mega.gamma", "layers.0.mega.wz.bias"} <= others
+    model.requires_grad_(False)
+    model.embed.weight.requires_grad_(True)
+    assert [len(group["params"]) for group in training.parameter_groups(model, weight_decay=0.2)] == [1, 0]
+
+
+def test_the_schedule_sets_the_rate_of_every_group():
+    model = mo.Megalodon(mo.MegalodonConfig(vocab_size=9, **SIZE))
+    optimizer, schedule = training.adamw(model, lr=1.0), training.Schedule(lr=1.0, warmup=2, steps=10)
+    for step in range(10):
+        assert schedule.apply(optimizer, step) == schedule.lr(step)
+        assert {group["lr"] for group in optimizer.param_groups} == {schedule.lr(step)}
+    assert schedule.finished(10) and not schedule.finished(9)
+
+
+WRONG = {
+    "rows": (lambda: training.Batches([b"a"], 0, 3), "Batches: `rows` must be a positive integer"),
+    "length": (lambda: training.Batches([b"a"], 1, 2.5), "Batches: `length` must be a positive integer"),
+    "start": (lambda: training.Batches([b"a"], 1, 2, start=-1), "Batches: `start` must be"),
+    "context": (lambda: training.Batches([b"a"], 1, 2, context="both"), 'Batches: `context` must be "streamed" or'),
+    "seed": (lambda: training.Batches([b"a"], 1, 2, seed="x"), "Batches: `seed` must be an integer of at least 0"),
+    "no documents": (lambda: training.Batches([], 1, 2), "Batches: `documents` must hold a token, got none"),
+    "empty documents": (lambda: training.Batches([b""], 1, 2), "Batches: `documents` must hold a token, got none"),
+    "one document": (lambda: training.Batches(b"text", 1, 2), "Batches: `documents` must be a list of documents"),
+    "a str": (lambda: training.Batches(["text"], 1, 2), "Batches: `documents` must be of bytes or of ids, got a str"),
+    "position": (lambda: training.Batches([b"a"], 1, 2).seek({}), "Batches.seek: `position` must be one of 1 readers"),
+    "past the end": (
+        lambda: training.Batches([b"a"], 1, 2).seek({"taken": 1, "readers": [[0, 5]]}),
+        "Batches.seek: `position` must be inside the documents, got token 5 of document 0",
+    ),
+    "model": (lambda: training.parameter_groups(3), "parameter_groups: `model` must be a module, got 3"),
+    "decay": (
+        lambda: training.parameter_groups(torch.nn.Linear(2, 2), weight_decay=-1),
+        "parameter_groups: `weight_decay` must be a number of at least 0, got -1",
+    ),
+    "lr": (lambda: training.Schedule(lr=0.0, warmup=1, steps=1), "Schedule: `lr` must be a positive number"),
+    "steps": (lambda: training.Schedule(lr=1.0, warmup=1, steps=0), "Schedule: `steps` must be a positive integer"),
+    "endless": (lambda: training.Schedule(lr=1.0, warmup=1), "Schedule: `steps` or `minutes` must be given, got neither"),
+    "text": (lambda: training.hold_out([b"a"]), "hold_out: `documents` must have at least 2 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls(name):
+    call, message = WRONG[name]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert str(caught.value).startswith(message)
