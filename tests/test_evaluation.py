@@ -276,10 +276,21 @@ def test_wrong_documents(texts, options, error, message):
         evaluate(MODEL, texts, **options)
 
 
-def test_a_model_in_bfloat16_under_autocast():
-    texts, model = documents(50, 20), tiny_model(torch.float32)
-    (exact,), (wide,) = evaluate(model.double(), texts), evaluate(model.float(), texts)
+@pytest.mark.parametrize("protocol", ["streamed", "released"])
+def test_in_bfloat16(protocol):
+    """A model that is cast, and an autocast around the call."""
+    texts, model = documents(11 * C, 20), tiny_model(torch.float32)
+    (exact,) = evaluate(tiny_model(torch.float32).double(), texts, protocol=protocol)
+    (wide,) = evaluate(model, texts, protocol=protocol)
     with torch.autocast("cpu", torch.bfloat16):
-        (short,) = evaluate(model, texts, piece=7)
+        (short,) = evaluate(model, texts, protocol=protocol, piece=7)
+    (cast,) = evaluate(model.to(torch.bfloat16), texts, protocol=protocol, piece=7)
     assert wide.nats == pytest.approx(exact.nats, rel=1e-5)
-    assert short.nats == pytest.approx(exact.nats, rel=0.02) and short.nats != wide.nats
+    for found in (short, cast):
+        assert found.nats == pytest.approx(exact.nats, rel=0.01) and found.nats != wide.nats
+
+
+def test_contexts_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    (found,) = evaluate(MODEL, documents(20), contexts=[numpy.int64(5)])
+    assert type(found.context) is int and json.dumps(found.to_dict())

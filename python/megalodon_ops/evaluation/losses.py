@@ -65,6 +65,7 @@ def evaluate(
     """
     _check(model, documents, contexts, protocol, progress)
     rows, piece = check_size("evaluate", "rows", rows), check_size("evaluate", "piece", piece)
+    contexts = [context if context == "all" else int(context) for context in contexts]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     found: dict[Context, Evaluation] = {}
@@ -186,7 +187,7 @@ def _with_norms(state: MegalodonState, rows: Tensor, other: MegalodonState) -> M
 
 
 def _length(context: Context) -> int:
-    return ENDLESS if context == "all" else int(context)
+    return ENDLESS if context == "all" else context
 
 
 def _check(model: object, documents: object, contexts: object, protocol: object, progress: object) -> None:
