@@ -157,9 +157,9 @@ class _Reader:
         begin = [i for i, (_, segment) in enumerate(parts) if segment.start == 0]
         if self.state is None or len(begin) == len(parts):
             return None
-        state, rows = self.state, [self.lanes.index(lane) if segment.start else 0 for lane, segment in parts]
-        if begin or rows != list(range(state.num_sequences)):
-            state = state[rows].reset(begin)
+        state = self.state
+        if begin:  # else every lane goes on, in the state's order
+            state = state[[self.lanes.index(lane) if segment.start else 0 for lane, segment in parts]].reset(begin)
         recalling = [i for i, (_, segment) in enumerate(parts) if segment.recall is not None]
         if recalling:
             pasts = torch.stack([parts[i][1].recall for i in recalling]).to(self.device)
