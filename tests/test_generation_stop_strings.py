@@ -60,6 +60,13 @@ def test_a_decoder_of_text_shows_unfinished_characters_as_replacements(text, str
     assert content.startswith(found[0]) and (found[1] or found[0] == content)
 
 
+def test_a_token_may_end_inside_a_character():
+    content = "é".encode() * 300
+    vocabulary = [content[0:1], content[1:3]]  # the second: the end of one character, the beginning of the next
+    decode = lambda tokens: b"".join(vocabulary[t] for t in tokens).decode(errors="replace").encode()  # noqa: E731
+    assert run(decode, ["x"], [0] + [1] * 299) == ("é".encode() * 299 + "\ufffd".encode(), False)
+
+
 def test_a_decoder_that_drops_the_first_space_keeps_the_others():
     words = ["▁the", "▁cat", "s", "▁sat"] * 40
     decode = lambda tokens: "".join(words[t] for t in tokens).replace("▁", " ").removeprefix(" ").encode()  # noqa: E731

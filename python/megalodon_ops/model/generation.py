@@ -13,14 +13,7 @@ from .sampling import Sampling, check_generator, check_seeds, numbers_of_generat
 from .states import MegalodonState
 from .stops import Ends, check_stops
 from ..ops.loss import has_integers
-from ..ops.values import (
-    check_flag,
-    check_integer,
-    check_optional_tensor,
-    check_size,
-    check_tensor,
-    shown,
-)
+from ..ops.values import check_flag, check_integer, check_optional_tensor, check_size, check_tensor, shown
 
 if TYPE_CHECKING:
     from .model import Megalodon
@@ -56,7 +49,9 @@ class TokenStream:
     ) -> None:
         from .decoder import Decoder  # here: decoder.py imports model.py, which imports this file
 
-        state = prompts.read(model, state)[prompts.samples]
+        state = prompts.read(model, state)
+        if len(prompts.samples) > len(prompts.tokens):
+            state = state[prompts.samples]
         self._prompts, self._decoder = prompts, Decoder(model, state)
         self._last = prompts.last[prompts.samples]
         self._sampling, self._numbers = sampling, numbers(state.norm.count + 1)
@@ -88,7 +83,7 @@ class TokenStream:
         state = self._decoder.state
         if not self._states_of_stopped:
             return state
-        rows, states = zip(*self._states_of_stopped)
+        rows, states = zip(*self._states_of_stopped, strict=True)
         index = torch.arange(len(self.stopped), device=self.stopped.device)
         stopped = torch.cat(rows)
         index[stopped] = len(index) + torch.arange(len(stopped), device=index.device)

@@ -102,23 +102,30 @@ class StopStrings:
 
     def rest(self) -> bytes:
         """The bytes still held back, when no more tokens come."""
-        text = b"" if self.stopped else self._held + self._decode(self._tokens)[len(self._decoded) :]
-        self._held, self._decoded = b"", self._decode(self._tokens)
+        if self.stopped:
+            return b""
+        decoded = self._decode(self._tokens)
+        text, self._held, self._decoded = self._held + decoded[len(self._decoded) :], b"", decoded
         return text
 
     def _new_bytes(self, token: int) -> bytes:
         """What the token adds to the text; only the last tokens are decoded again, as text before is known."""
         self._tokens.append(token)
-        text = self._decode(self._tokens)
-        while text.endswith(_UNFINISHED):
-            text = text.removesuffix(_UNFINISHED)
+        text = self._certain_text()
         if not text.startswith(self._decoded):
             return b""
         new, self._decoded = text[len(self._decoded) :], text
         if new and len(self._tokens) >= 2 * _CONTEXT:
             self._tokens = self._tokens[-_CONTEXT:]
-            self._decoded = self._decode(self._tokens)
+            self._decoded = self._certain_text()
         return new
+
+    def _certain_text(self) -> bytes:
+        """The text of the tokens kept, without a character at its end that may be unfinished."""
+        text = self._decode(self._tokens)
+        while text.endswith(_UNFINISHED):
+            text = text.removesuffix(_UNFINISHED)
+        return text
 
     def _may_begin(self) -> int:
         """How many bytes at the end may be the beginning of a string."""
