@@ -1,0 +1,198 @@
+"""Any way of feeding documents gives each document's logits: pieces, rows that are picked, joined and begun anew, files.
+
+A run feeds a batch piece by piece and does things to the state between pieces. It keeps, for each row, the document's
+tokens so far and the logits that came for them; in the end the model reads every document in one call.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from models import TINY, tiny_model
+
+import megalodon_ops as mo
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+VARIANTS = {
+    "plain": {}, "swiglu": dict(swiglu=True), "rescale_nffn": dict(rescale_nffn=True), "scale_emb": dict(scale_emb=True),
+    "share_emb": dict(share_emb=True), "not affine": dict(norm_affine=False), "one head": dict(num_heads=1),
+    "four heads": dict(num_heads=4), "N 1": dict(cema_ndim=1), "N 17": dict(cema_ndim=17), "chunk 1": dict(chunk_size=1),
+    "chunk 3": dict(chunk_size=3), "chunk 64": dict(chunk_size=64), "one layer": dict(num_layers=1), "rope": dict(rope_base=10.0),
+    "one group": dict(norm_num_groups=1), "all": dict(swiglu=True, rescale_nffn=True, scale_emb=True, share_emb=True, norm_affine=False),
+}  # fmt: skip
+
+
+@dataclass
+class Document:
+    """What a row has read since it began, and the logits that it got."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def copy(self) -> Document:
+        return Document(list(self.tokens), list(self.logits))
+
+
+class Run:
+    """A batch of documents that a model reads; `act` does one thing, `check` compares with one call for each document."""
+
+    def __init__(self, model: mo.Megalodon, dtype: torch.dtype, rows: int, seed: int):
+        self.model, self.dtype, self.random = model, dtype, torch.Generator().manual_seed(seed)
+        self.state, self.documents, self.ended = None, [Document() for _ in range(rows)], []
+
+    def number(self, least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (1,), generator=self.random))
+
+    def tokens(self, *shape: int) -> torch.Tensor:
+        return torch.randint(TINY["vocab_size"], shape, generator=self.random)
+
+    def needs_state(self) -> mo.MegalodonState:
+        if self.state is None:
+            self.state = mo.MegalodonState.fresh(self.model.config, len(self.documents), dtype=self.dtype)
+        return self.state
+
+    def note(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        self.documents[row].tokens += tokens.tolist()
+        self.documents[row].logits += logits.unbind(0)
+
+    def feed(self) -> None:
+        """A piece of one length."""
+        tokens = self.tokens(len(self.documents), self.number(0, 20))
+        inplace = self.state is not None and self.number(0, 1) == 1
+        logits, self.state = self.model(tokens, state=self.state, return_state=True, inplace_state=inplace)
+        for row in range(len(tokens)):
+            self.note(row, tokens[row], logits[row])
+
+    def feed_padded(self) -> None:
+        """Pieces of several lengths, some of them 0, in right-padded rows."""
+        tokens = self.tokens(len(self.documents), 17)
+        lengths = torch.tensor([self.number(0, 17) for _ in self.documents])
+        logits, self.state = self.model(tokens, state=self.state, return_state=True, lengths=lengths)
+        for row, length in enumerate(lengths.tolist()):
+            self.note(row, tokens[row, :length], logits[row, :length])
+
+    def feed_packed(self) -> None:
+        """Pieces of several lengths in one row."""
+        bounds = [0]
+        for _ in self.documents:
+            bounds.append(bounds[-1] + self.number(0, 11))
+        tokens = self.tokens(1, bounds[-1])
+        logits, self.state = self.model(tokens, state=self.state, return_state=True, cu_seqlens=torch.tensor(bounds))
+        for row, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            self.note(row, tokens[0, start:end], logits[0, start:end])
+
+    def decode(self) -> None:
+        """Tokens one by one."""
+        decoder = mo.Decoder(self.model, self.needs_state())
+        for _ in range(self.number(1, 4)):
+            tokens = self.tokens(len(self.documents), 1)
+            logits = decoder(tokens)
+            for row in range(len(tokens)):
+                self.note(row, tokens[row], logits[row])
+        self.state = decoder.state
+
+    def select(self) -> None:
+        """Rows in any order, any number of times; the others end."""
+        count = len(self.documents)
+        rows = [self.number(0, count - 1) for _ in range(self.number(1, 4))]
+        self.ended += self.documents
+        self.state = self.needs_state()[torch.tensor(rows) if self.number(0, 1) else rows]
+        self.documents = [self.documents[row].copy() for row in rows]
+
+    def join(self) -> None:
+        """Fresh rows and copies of rows beside those that there are."""
+        state, rows = self.needs_state(), [self.number(0, len(self.documents) - 1)]
+        fresh = mo.MegalodonState.fresh(self.model.config, 1, dtype=self.dtype)
+        self.state = mo.MegalodonState.cat([fresh, state, state[rows]])
+        self.documents = [Document(), *self.documents, self.documents[rows[0]].copy()][:6]
+        self.state = self.state[: len(self.documents)]
+
+    def reset(self) -> None:
+        """New documents in some of the rows."""
+        rows = [row for row in range(len(self.documents)) if self.number(0, 1)]
+        self.state = self.needs_state().reset(rows)
+        self.ended += [self.documents[row] for row in rows]
+        self.documents = [Document() if row in rows else old for row, old in enumerate(self.documents)]
+
+    def through_file(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "state.safetensors")
+            self.needs_state().save(path, self.model.config)
+            self.state = mo.MegalodonState.load(path, self.model.config)
+
+    @torch.no_grad()
+    def act(self, name: str) -> None:
+        getattr(self, name)()
+
+    @torch.no_grad()
+    def check(self) -> None:
+        for document in filter(lambda document: document.tokens, self.ended + self.documents):
+            whole = self.model(torch.tensor([document.tokens]))[0]
+            error = (torch.stack(document.logits) - whole).abs().max().item()
+            assert error <= TOLERANCE[self.dtype], f"{error:.1e} after {len(document.tokens)} tokens"
+
+
+FEEDS = ["feed", "feed_padded", "feed_packed", "decode"]
+CHANGES = ["select", "join", "reset", "through_file"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_change_between_pieces_in_every_configuration(variant, dtype):
+    run = Run(tiny_model(dtype, **VARIANTS[variant]).eval(), dtype, rows=3, seed=0)
+    for change in CHANGES:
+        for feed in FEEDS:
+            run.act(feed)
+        run.act(change)
+    run.act("feed")
+    run.check()
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict:
+    heads = draw(st.sampled_from([1, 2, 4]))
+    flags = {name: draw(st.booleans()) for name in ("swiglu", "rescale_nffn", "scale_emb", "share_emb", "norm_affine")}
+    return flags | dict(
+        num_layers=draw(st.integers(1, 3)), num_heads=heads, z_dim=2 * heads * draw(st.integers(1, 5)),
+        value_dim=heads * draw(st.integers(1, 9)), ffn_hidden_dim=draw(st.integers(1, 50)),
+        cema_ndim=draw(st.sampled_from([1, 2, 4, 16, 17, 32])), chunk_size=draw(st.sampled_from([1, 2, 5, 8, 16, 33])),
+        norm_num_groups=draw(st.sampled_from([1, 2, 8, 32])), rope_base=draw(st.sampled_from([None, 50.0])),
+        norm_eps=draw(st.sampled_from([1e-5, 1e-3])),
+    )  # fmt: skip
+
+
+def check_a_run(config, dtype, rows, actions, seed):
+    run = Run(tiny_model(dtype, **config).eval(), dtype, rows, seed)
+    for action in actions:
+        run.act(action)
+    run.check()
+
+
+ANY_RUN = given(
+    config=configurations(), dtype=st.sampled_from(list(TOLERANCE)), rows=st.integers(1, 4),
+    actions=st.lists(st.sampled_from(FEEDS + CHANGES), min_size=1, max_size=12), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+test_any_run = ANY_RUN(check_a_run)
+test_very_many_runs = pytest.mark.slow(settings(max_examples=1500)(ANY_RUN(check_a_run)))
+
+
+def test_a_run_that_is_wrong_is_found():
+    """The state of one row taken for another's, and a piece that is fed twice."""
+    model = tiny_model().eval()
+    for wrong in (
+        lambda run: run.state[[1, 0]],
+        lambda run: run.model(run.tokens(2, 1), state=run.state, return_state=True)[1],
+    ):
+        run = Run(model, torch.float64, rows=2, seed=0)
+        run.act("feed")
+        with torch.no_grad():
+            run.state = wrong(run)
+        run.act("feed")
+        with pytest.raises(AssertionError, match="after"):
+            run.check()
