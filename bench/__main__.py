@@ -18,7 +18,7 @@ import torch
 
 from . import gpu, harness, report
 
-BENCHES = ("cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model", "waiting")
+BENCHES = ("cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model", "stream", "waiting")
 
 
 def main() -> int:

@@ -8,8 +8,9 @@ import time
 
 import pytest
 import torch
+from models import tiny_model
 
-from bench import gpu, harness, machine
+from bench import bench_stream, gpu, harness, machine, stream_memory
 from bench.harness import OURS, Case, Disagreement, Effort, Path
 
 X = torch.arange(4.0)
@@ -121,3 +122,23 @@ def test_fewer_threads_meet_the_best_rival_alone(two_threads):
     )
     assert (first.threads, second.threads) == (2, 1)
     assert [t.path for t in second.timings] == [OURS, "best"] and not second.ours.cold
+
+
+def test_memory_of_a_stream_is_sampled_at_powers_of_two(monkeypatch):
+    sizes = iter([100 << 20, 101 << 20, 103 << 20])
+    monkeypatch.setattr(stream_memory, "resident", lambda: next(sizes))
+    samples = stream_memory.sample(iter(range(100, 2501, 100)), 2500)
+    assert [count for count, _ in samples] == [1000, 2000, 2500]
+    assert stream_memory.growth(samples) == pytest.approx(0.03)
+    assert stream_memory.table({"reading": samples}).endswith("| reading | 2,500 | 103.0 | +3.0 |")
+
+
+def test_streams_pass_all_their_tokens():
+    model = tiny_model(torch.float32).eval()
+    assert list(stream_memory.read(model, 20)) == [8, 16, 20] and list(stream_memory.decode(model, 3)) == [1, 2, 3]
+    assert stream_memory.resident() > 10 << 20
+
+
+def test_states_of_a_stream_agree_however_it_is_cut():
+    coarse, fine = (case.paths[0].call() for case in bench_stream.cases(quick=True, gpu=False))
+    torch.testing.assert_close(coarse, fine, rtol=1e-4, atol=1e-4)
