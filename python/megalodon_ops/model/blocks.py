@@ -15,9 +15,10 @@ from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, TimestepNorm, WidePa
 from ..ops.library import accumulation_dtype
 from ..ops.normalized_attention import attend
 from ..ops.normalized_qk import rotary_table
-from ..ops.states import AttentionState, TimestepNormState, fields_of
+from ..ops.states import AttentionState, TimestepNormState, fields_of, named_in_programs
 
 
+@named_in_programs
 class BlockState(NamedTuple):
     """What one call of a block passes on to the next call.
 

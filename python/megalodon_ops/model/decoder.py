@@ -7,6 +7,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _C
 from ..ops import linear
-from ..ops.library import OWN_TYPES, accumulation_dtype, is_autocast_enabled
+from ..ops.library import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
 from .model import Megalodon, at_least_float32
 from .states import MegalodonState, complete, named_tensors
 from ..ops.normalized_qk import rotary_table
 from ..ops.values import check_tensor, described
+
+_INSTEAD = "call the model there, with its state: model(tokens, state=state, return_state=True)"
 
 
 class Decoder:
@@ -32,7 +35,7 @@ class Decoder:
     and no kernels' call, on other devices, under torch.autocast, with dropout in training, for more rows than the
     kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), and with MEGALODON_OPS_LINEAR=torch. The decoder
     decides once, by the model as it is when the decoder is made: make a new decoder after the parameters, their memory
-    or the modules have changed. Threads that call one decoder wait for each other.
+    or the modules have changed. Threads that call one decoder wait for each other. A decoder cannot be copied or pickled.
 
     Args:
         model: the model that gives the logits.
@@ -59,6 +62,7 @@ class Decoder:
     """
 
     def __init__(self, model: Megalodon, state: MegalodonState) -> None:
+        check_runs_now("Decoder", _INSTEAD)
         if not isinstance(model, Megalodon):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {described(model)}.")
         if not isinstance(state, MegalodonState) or len(state.layers) != model.config.num_layers:
@@ -116,6 +120,7 @@ class Decoder:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model)."""
         check_tensor("Decoder", "tokens", tokens)
+        check_runs_now("Decoder", _INSTEAD)
         if tokens.dim() != 2 or tokens.shape[0] != self._batch or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"Decoder: `tokens` must be int64 or int32 ({self._batch}, L), got {tokens.dtype} {tuple(tokens.shape)}."
@@ -132,6 +137,12 @@ class Decoder:
                 raise
             self._state_is_whole = True
         return at_least_float32(logits)
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError(
+            "Decoder: expected no copy, no pickling and no torch.save, as a decoder holds the memory of its kernels; make "
+            "another one from the model and `decoder.state`, which can be copied and saved."
+        )
 
     def _check_state(self) -> None:
         if not self._state_is_whole:

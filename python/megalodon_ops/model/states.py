@@ -18,7 +18,7 @@ from .config import MegalodonConfig, check_config
 from .files import file_size, one_line, write_atomically
 from ..ops.library import accumulation_dtype
 from ..ops.memory import check_fits, is_finite
-from ..ops.states import AttentionState, TimestepNormState
+from ..ops.states import AttentionState, TimestepNormState, named_in_programs
 from ..ops.values import check_size, described, shown
 
 FILE_FORMAT = "megalodon_ops.state"
@@ -32,6 +32,7 @@ Layout = Iterator[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of each tensor; complex tensors as pairs of reals"""
 
 
+@named_in_programs
 class MegalodonState(NamedTuple):
     """What a call of the model passes on to the next call; its size is constant however long the past is.
 

@@ -111,7 +111,7 @@ def chunked_attention(
         lengths,
     )
     if inplace_state:
-        chunked_attention_state_(k.detach(), v.detach(), *state, chunk_size, cu_seqlens, lengths)
+        call(chunked_attention_state_, k.detach(), v.detach(), *state, chunk_size, cu_seqlens, lengths)
         return (o, state) if return_state else o
     if return_state:
         return o, AttentionState(

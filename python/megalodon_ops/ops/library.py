@@ -122,6 +122,23 @@ def call(op: Callable, *args):
         raise
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.7 has it
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing: what depends on sizes must then be chosen by an op, in each run of the program."""
+    return _is_exporting()
+
+
+def check_runs_now(function: str, instead: str) -> None:
+    """Raises inside torch.func's transformations and torch.export, whose tensors have no memory for kernels to read."""
+    for tracer, active in ("torch.func's transformations", torch._C._are_functorch_transforms_active()), (
+        "torch.export", is_exporting()
+    ):  # fmt: skip
+        if active:
+            raise NotImplementedError(f"{function}: expected a call outside of {tracer}, got one inside; {instead}.")
+
+
 def in_forward_mode() -> bool:
     """Whether tensors may carry tangents of forward-mode derivatives, which torch then computes under no_grad, too."""
     return forward_ad._current_level >= 0

@@ -12,7 +12,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _C
-from .library import OWN_TYPES, autocast, call, contiguous_or_none, define_op, empty_like, in_forward_mode, launch
+from .library import (
+    OWN_TYPES,
+    autocast,
+    call,
+    contiguous_or_none,
+    define_op,
+    empty_like,
+    in_forward_mode,
+    is_exporting,
+    launch,
+)
 from .values import check_optional_tensor, check_tensor
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -73,6 +83,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     in the environment leaves every product to torch.
 
     Under torch.autocast the tensors are cast first, except where torch, which keeps weights that it has cast, is faster.
+    In a program of torch.export the op `linear_fwd` chooses anew in each run, by the rows of that run.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
@@ -88,6 +99,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_tensor("linear", "x", x)
     check_tensor("linear", "weight", weight)
     check_optional_tensor("linear", "bias", bias)
+    if is_exporting():
+        return call(linear_fwd, x, weight, bias) if _is_plain(x, weight, bias) else F.linear(x, weight, bias)
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
     if WAYS and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x):
@@ -165,11 +178,13 @@ def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) 
 
 
 def _fwd(x, weight, bias):
-    many = _ways_of(x.dtype).many
+    few, many, *_ = _ways_of(x.dtype)
+    if not x.is_cpu or x.numel() == 0:
+        return F.linear(x, weight, bias)
+    if weight.is_contiguous() and not _has_rows(x, many or few + 1):
+        return _few_rows(x, weight, bias)
     if many is None:
         return _by_torch(x, weight, bias)
-    if weight.is_contiguous() and not _has_rows(x, many):
-        return _few_rows(x, weight, bias)
     y = _fwd_fake(x, weight, bias)
     _many_rows(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
     return y

@@ -17,6 +17,7 @@ from .library import (
     define_op,
     has_cpu_kernel,
     is_autocast_enabled,
+    is_exporting,
     launch,
 )
 from .linear import linear, put_product_
@@ -36,7 +37,8 @@ def linear_cross_entropy(
 
     "mean" and "sum" compute their gradients in the same pass over the blocks, so logits are computed once and never
     kept. "none" does not know yet what its losses will be weighted with: its backward computes the logits again. Where
-    all logits are one block, or at most a quarter of `hidden`, `torch.nn.functional.cross_entropy` computes the loss.
+    all logits are one block, or at most a quarter of `hidden`, `torch.nn.functional.cross_entropy` computes the loss,
+    except in a program of torch.export, which may run with other sizes than it is made with.
 
     Args:
         hidden: (..., D) float32, float64, bfloat16 or float16, any strides: x.
@@ -76,7 +78,7 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduc
     x, index = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).long()
     (T, D), V = x.shape, weight.shape[0]
     wants = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight)]
-    if T * V <= _block(x.device) or (any(wants) and 4 * V <= D):
+    if not is_exporting() and (T * V <= _block(x.device) or (any(wants) and 4 * V <= D)):
         logits = linear(x, weight).to(accumulation_dtype(x.dtype))
         loss = F.cross_entropy(logits, index, reduction=reduction, ignore_index=ignore_index)
         return loss.reshape(targets.shape) if reduction == "none" else loss
@@ -101,7 +103,8 @@ def blockwise_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of the logits that any function makes of `hidden`, called on a block of steps at a time.
 
-    Gradients reach whatever the function reads. With more than one block, the backward calls the function again.
+    Gradients reach whatever the function reads. With more than one block, the backward calls the function again. A
+    program of torch.export has one block, as the number of blocks would depend on the sizes that it is made with.
 
     Args:
         hidden: (B, L, D).
@@ -127,7 +130,9 @@ def blockwise_cross_entropy(
         return losses.view(index.shape)
 
     steps = max(_block(hidden.device) // max(width * hidden.shape[0], 1), 1)
-    blocks = list(zip(hidden.split(steps, 1), targets.long().split(steps, 1), strict=True))
+    blocks = [(hidden, targets.long())]
+    if not is_exporting():
+        blocks = list(zip(hidden.split(steps, 1), targets.long().split(steps, 1), strict=True))
     try:
         if torch.is_grad_enabled() and len(blocks) > 1:
             losses = torch.cat([checkpoint(losses_of, *block, use_reentrant=False) for block in blocks], 1)

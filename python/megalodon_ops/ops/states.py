@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from .values import check_tensor, described
 
@@ -28,6 +29,13 @@ def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
     return (*state, *(None,) * (len(fields) - len(state)))
 
 
+def named_in_programs(kind: type[tuple]) -> type[tuple]:
+    """The class of states itself, under whose name torch.export.save writes a program that takes or returns such a state."""
+    _register_namedtuple(kind, serialized_type_name=f"megalodon_ops.{kind.__name__}")
+    return kind
+
+
+@named_in_programs
 class TimestepNormState(NamedTuple):
     """Running statistics of S sequences in G groups.
 
@@ -50,6 +58,7 @@ class TimestepNormState(NamedTuple):
     """(S, 2, G), the low-order parts of mean and var; None counts as zero"""
 
 
+@named_in_programs
 class AttentionState(NamedTuple):
     """Keys and values of each sequence's unfinished chunk of C steps; rows [0, position) are valid.
 
