@@ -1,0 +1,409 @@
+"""What programs do with a model: export, copy, save, call it with other parameters, transform, compile, wrap its layers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from assertions import assert_refuses
+from models import tiny_model, tokens_of
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+import megalodon_ops as mo
+from megalodon_ops.ops import loss
+
+EACH_MODE = pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
+EACH_GRAD = pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+SIZES = [(1, 1), (2, 7), (3, 60)]  # 1 to 180 tokens: products of these take each of the kernels
+ALL = dict(swiglu=True, rescale_nffn=True, scale_emb=True, share_emb=True)
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, model: mo.Megalodon) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, targets):
+        return self.model.loss(tokens, targets)
+
+
+def small_model(dtype=torch.float32, **overrides) -> mo.Megalodon:
+    return tiny_model(dtype, **{"num_layers": 1, **overrides}).eval()
+
+
+def state_of(model, rows=2, seen=5):
+    with torch.no_grad():
+        return model(tokens_of(rows, seen), return_state=True)[1]
+
+
+def others_parameters(model, factor=1.1):
+    """A model of the same configuration with other parameters, and these by name."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(factor)
+    return other, dict(other.named_parameters())
+
+
+def dims(*names: str) -> dict[int, torch.export.Dim]:
+    return {i: torch.export.Dim(name, max=1 << 20) for i, name in enumerate(names)}
+
+
+def assert_equal(found, expected) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True))
+
+
+def assert_near(found, expected, tolerance=1e-5) -> None:
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# Export
+
+
+@EACH_MODE
+@EACH_GRAD
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+def test_an_exported_forward_takes_any_batch_and_length(strict, grad, dtype):
+    model = small_model(dtype, **ALL)
+    with torch.set_grad_enabled(grad):
+        shapes = dict(tokens=dims("rows", "length"))
+        program = torch.export.export(model, (tokens_of(2, 20),), dynamic_shapes=shapes, strict=strict).module()
+        for size in SIZES:
+            assert_near(program(tokens_of(*size)), model(tokens_of(*size)), 1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_an_exported_program_of_a_wider_model_takes_any_length():
+    """Products of this model's layers pass the sizes from which, with gradients, the op for many rows is worth its call."""
+    model = small_model(model_dim=512, value_dim=1024, ffn_hidden_dim=2048)
+    program = torch.export.export(
+        model, (tokens_of(1, 9),), dynamic_shapes=dict(tokens={1: dims("length")[0]})
+    ).module()
+    for length in (1, 9, 150):
+        assert_near(program(tokens_of(1, length)), model(tokens_of(1, length)), 1e-4)
+
+
+@EACH_MODE
+@pytest.mark.parametrize("kind", ["lengths", "cu_seqlens"])
+def test_an_exported_forward_takes_padded_and_packed_batches(strict, kind):
+    model = small_model()
+    if kind == "lengths":
+        made_with, runs_with = (tokens_of(2, 9), [9, 4]), (tokens_of(3, 20), [1, 20, 8])
+        shapes = dict(tokens=dims("rows", "length"), lengths=dims("rows"))
+        shapes["lengths"] = {0: shapes["tokens"][0]}
+    else:
+        made_with, runs_with = (tokens_of(1, 9), [0, 4, 9]), (tokens_of(1, 20), [0, 1, 13, 20])
+        shapes = dict(tokens={1: dims("length")[0]}, cu_seqlens={0: torch.export.Dim("ends", min=3)})
+    options = {kind: torch.tensor(made_with[1])}
+    program = torch.export.export(model, made_with[:1], options, dynamic_shapes=shapes, strict=strict).module()
+    tokens, options = runs_with[0], {kind: torch.tensor(runs_with[1])}
+    assert_near(program(tokens, **options), model(tokens, **options))
+
+
+@EACH_MODE
+def test_an_exported_step_decodes_any_batch_from_a_file(strict):
+    """Over a chunk's end, from a program that was saved and loaded."""
+    model = small_model(**ALL)
+    state, rows = state_of(model), dims("rows")
+    shapes = dict(tokens=rows, state=tree_map(lambda _: rows, state), return_state=None)
+    options = dict(state=state, return_state=True)
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens_of(2, 1),), options, dynamic_shapes=shapes, strict=strict)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        step = torch.export.load(file).module()
+        for batch in (1, 3):
+            found = expected = state_of(model, batch)
+            for token in tokens_of(batch, 6).split(1, 1):
+                found_logits, found = step(token, state=found, return_state=True)
+                logits, expected = model(token, state=expected, return_state=True)
+                assert_near((found_logits, found), (logits, expected))
+                assert isinstance(found, mo.MegalodonState)
+
+
+def test_an_exported_step_may_write_its_state_in_place():
+    model = small_model()
+    token, state = tokens_of(2, 1), state_of(model)
+    options = dict(return_state=True, inplace_state=True)
+    with torch.no_grad():
+        step = torch.export.export(model, (token,), dict(state=state.clone(), **options)).module()
+        written = state.clone()
+        found = step(token, state=written, **options)
+        assert_near(found, model(token, state=state, return_state=True))
+        assert_equal(written.layers[0].attention, found[1].layers[0].attention)
+
+
+@EACH_MODE
+@EACH_GRAD
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+def test_an_exported_loss_takes_any_batch_and_length(strict, grad, hooked, monkeypatch):
+    """Both its kinds, and with fewer and with more logits than are one block."""
+    model = small_model()
+    if hooked:
+        model.output.output.register_forward_hook(lambda module, args, y: 2 * y)
+    monkeypatch.setattr(loss, "_CPU_BLOCK", 31 * 64)
+    with torch.set_grad_enabled(grad):
+        tokens, shape = tokens_of(2, 20), dims("rows", "length")
+        shapes = dict(tokens=shape, targets=shape)
+        program = torch.export.export(Loss(model), (tokens, tokens), dynamic_shapes=shapes, strict=strict).module()
+        for size in SIZES:
+            tokens = tokens_of(*size)
+            found, expected = program(tokens, tokens), model.loss(tokens, tokens)
+            assert_near(found, expected)
+            if grad:
+                found.backward()
+                exported = {name.removeprefix("model."): p.grad for name, p in program.named_parameters()}
+                program.zero_grad()
+                expected.backward()
+                for name, parameter in model.named_parameters():
+                    assert_near(exported[name], parameter.grad)
+                model.zero_grad()
+
+
+class Generates(torch.nn.Module):
+    def __init__(self, model: mo.Megalodon, what: str) -> None:
+        super().__init__()
+        self.model, self.what = model, what
+        self.decoder = mo.Decoder(model, state_of(model))
+
+    def forward(self, tokens):
+        if self.what == "decoder":
+            return self.decoder(tokens)
+        return self.model.generate(tokens, max_new_tokens=2, temperature=0)
+
+
+def test_a_decoder_is_not_exported():
+    model = small_model()
+    with pytest.raises(
+        NotImplementedError, match="Decoder: expected a call outside of torch.export.*call the model there"
+    ):
+        torch.export.export(Generates(model, "decoder"), (tokens_of(2, 1),), strict=False)
+
+
+# Copies
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": pickled, "torch.save": saved}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_copied_model_computes_what_the_model_does(how, dtype):
+    model, tokens = small_model(dtype, share_emb=True), tokens_of(2, 12)
+    copied = COPIES[how](model)
+    assert copied.embed.weight is copied.output.output.weight
+    assert (copied.embed.weight is model.embed.weight) == (how == "copy")
+    assert mo.wide_parameters(copied).keys() == mo.wide_parameters(model).keys()
+    assert_equal(copied(tokens), model(tokens))
+    copied.loss(tokens, tokens).backward()
+    assert_equal(
+        copied.generate(tokens, max_new_tokens=3, temperature=0),
+        model.generate(tokens, max_new_tokens=3, temperature=0),
+    )
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copied_state_is_a_state(how):
+    model = small_model()
+    state = state_of(model)
+    copied = COPIES[how](state)
+    assert isinstance(copied, mo.MegalodonState)
+    assert_equal(copied, state)
+    assert_equal(mo.Decoder(model, copied)(tokens_of(2, 1)), mo.Decoder(model, state)(tokens_of(2, 1)))
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_decoder_is_not_copied(how):
+    model = small_model()
+    decoder = mo.Decoder(model, state_of(model))
+    with pytest.raises(TypeError, match=r"Decoder: expected no copy.*`decoder.state`"):
+        COPIES[how](decoder)
+
+
+# Other parameters, and torch.func
+
+
+def test_functional_call_computes_with_the_parameters_given():
+    model, tokens = small_model(**ALL), tokens_of(2, 12)
+    other, parameters = others_parameters(model)
+    options = dict(state=state_of(model), return_state=True)
+    assert_equal(functional_call(model, parameters, (tokens,)), other(tokens))
+    assert_equal(functional_call(model, parameters, (tokens,), options), other(tokens, **options))
+    with torch.no_grad():
+        assert_equal(functional_call(model, parameters, (tokens[:, :1],), options), other(tokens[:, :1], **options))
+
+
+def test_the_gradients_of_functional_calls_reach_the_parameters_given():
+    model, tokens = small_model(), tokens_of(2, 12)
+    other, parameters = others_parameters(model)
+    named = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    found, expected = functional_call(Loss(model), named, (tokens, tokens)), other.loss(tokens, tokens)
+    assert_equal(found, expected)
+    gradients = [torch.autograd.grad(value, list(other.parameters())) for value in (found, expected)]
+    assert_equal(*gradients)
+
+
+TRANSFORMS = {
+    "grad": lambda function, parameters: torch.func.grad(function)(parameters),
+    "vjp": lambda function, parameters: torch.func.vjp(function, parameters),
+    "jvp": lambda function, parameters: torch.func.jvp(function, (parameters,), (parameters,)),
+    "jacrev": lambda function, parameters: torch.func.jacrev(function)(parameters),
+    "grad of each sample": lambda function, parameters: torch.func.vmap(
+        lambda _: torch.func.grad(function)(parameters)
+    )(torch.zeros(2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("output", ["logits", "loss"])
+def test_differentiating_with_torch_func_is_refused(transform, output):
+    model, tokens = small_model(), tokens_of(2, 12)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def function(parameters):
+        if output == "logits":
+            return functional_call(model, parameters, (tokens,)).sum()
+        return functional_call(Loss(model), {f"model.{name}": p for name, p in parameters.items()}, (tokens, tokens))
+
+    with pytest.raises(
+        NotImplementedError, match="expected a call outside of torch.func's.*differentiate with torch.autograd"
+    ):
+        TRANSFORMS[transform](function, parameters)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@EACH_GRAD
+def test_vmap_computes_sequences_and_models_side_by_side(grad):
+    model, tokens = small_model(), tokens_of(2, 12)
+    other, parameters = others_parameters(model)
+    models = {name: torch.stack([own, parameters[name]]) for name, own in model.named_parameters()}
+    with torch.set_grad_enabled(grad):
+        sequences = torch.func.vmap(lambda row: model(row[None])[0])(tokens)
+        both = torch.func.vmap(lambda parameters: functional_call(model, parameters, (tokens,)))(models)
+        assert_near(sequences, model(tokens))
+        assert_near(both, torch.stack([model(tokens), other(tokens)]))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_of_a_decoder_is_refused():
+    model, tokens = small_model(), tokens_of(3, 2, 4)
+    decoder = mo.Decoder(model, state_of(model))
+    refused = r"expected a call outside of torch.func's transformations"
+    with pytest.raises(NotImplementedError, match=f"Decoder: {refused}"):
+        torch.func.vmap(decoder)(tokens)
+    with pytest.raises(NotImplementedError, match=refused):
+        torch.func.vmap(lambda prompt: model.generate(prompt, max_new_tokens=2, temperature=0))(tokens)
+
+
+# Compilation
+
+
+def test_a_compiled_step_decodes_over_the_end_of_a_chunk():
+    model = small_model(**ALL)
+    torch.compiler.reset()
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = expected = state_of(model)
+    with torch.no_grad():
+        for token in tokens_of(2, 6).split(1, 1):
+            found_logits, found = step(token, state=found, return_state=True)
+            logits, expected = model(token, state=expected, return_state=True)
+            assert_near((found_logits, found), (logits, expected))
+
+
+@pytest.mark.parametrize("options", [dict(dynamic=True), dict()], ids=["dynamic", ""])
+def test_a_compiled_loss_takes_other_lengths(options):
+    model = small_model(**ALL)
+    torch.compiler.reset()
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager", **options)
+    for size in ((2, 12), (2, 20), (3, 33)):
+        tokens, results = tokens_of(*size), []
+        for function in (compiled, model.loss):
+            model.zero_grad()
+            value, state = function(tokens, tokens, return_state=True)
+            value.backward()
+            results.append((value, state, [parameter.grad for parameter in model.parameters()]))
+        assert_near(*results)
+
+
+# Layers that are wrapped, over int8 weights
+
+
+class Int8WithAdapter(torch.nn.Module):
+    """A frozen linear layer in int8, one scale a row, and a trained product of low rank beside it."""
+
+    def __init__(self, linear: torch.nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.down = torch.nn.Linear(linear.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, linear.out_features, bias=False)
+        torch.nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.scale, self.bias) + self.up(self.down(x))
+
+    def merged(self) -> mo.model.layers.Linear:
+        weight = self.weight * self.scale + self.up.weight @ self.down.weight
+        layer = mo.model.layers.Linear(*reversed(weight.shape), bias=self.bias is not None)
+        layer.weight = torch.nn.Parameter(weight.detach())
+        if self.bias is not None:
+            layer.bias = torch.nn.Parameter(self.bias)
+        return layer
+
+
+def test_wrapped_int8_layers_train_and_decode():
+    """Training lowers the loss through frozen int8 layers, decoding has the bits of the layers, merging changes nothing."""
+    model, tokens = tiny_model(torch.float32, dropout=0.0), tokens_of(4, 25)
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, Int8WithAdapter(model.get_submodule(name)))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.Adam(trained, lr=0.01), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        value = model.loss(tokens[:, :-1], tokens[:, 1:])
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert len(trained) == 2 * len(names) and all(parameter.grad.any() for parameter in trained)
+
+    model.eval()
+    state = state_of(model)
+    with pytest.warns(UserWarning, match=f"Decoder: `layers.0.mega.wv`, the first of {len(names)} such modules, is"):
+        decoder = mo.Decoder(model, state)
+    assert not decoder.fused
+    found, past = [], state
+    with torch.no_grad():
+        for token in tokens_of(2, 6).split(1, 1):
+            found.append(decoder(token))
+            expected, past = model(token, state=past, return_state=True)
+            assert_equal(found[-1], expected)
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, model.get_submodule(name).merged())
+    decoder = mo.Decoder(model, state)
+    assert decoder.fused
+    for logits, token in zip(found, tokens_of(2, 6).split(1, 1)):
+        assert_near(decoder(token), logits, 1e-4)
