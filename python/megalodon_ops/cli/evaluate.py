@@ -30,7 +30,7 @@ READ = 1 << 14
 def run(options: argparse.Namespace) -> int:
     check_outputs(options)
     device = usable_device(options.device)
-    model, tokenizer, record = trained = trained_model(options.checkpoint, device, options.tokenizer)
+    model, tokenizer, record = trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
     dtype = options.dtype or trained.dtype
     documents, text = _documents(options, record)
     total = sum(map(len, documents))
@@ -41,10 +41,13 @@ def run(options: argparse.Namespace) -> int:
         tqdm(total=total * len(contexts), unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar,
         precision(device, dtype),
     ):
-        results = evaluate(
-            model, encoded(documents, tokenizer, bar.update), contexts=contexts, protocol=options.protocol,
-            rows=options.batch, piece=options.piece,
-        )  # fmt: skip
+        try:
+            results = evaluate(
+                model, encoded(documents, tokenizer, bar.update), contexts=contexts, protocol=options.protocol,
+                rows=options.batch, piece=options.piece,
+            )  # fmt: skip
+        except IndexError as error:
+            raise CommandError(f"--data: the text has tokens that the model does not predict: {error}") from error
     print("\n".join(report(results)))
     if options.json is not None:
         write_json(options, results, text, len(documents))

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError("--samples: must be 1 with --temperature 0, which draws nothing")
     device = usable_device(options.device)
     prompt = _prompt(options)
-    trained = trained_model(options.checkpoint, device, options.tokenizer)
+    trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = {name: getattr(options, name) for name in names}
     limits = {"num_bytes": None if options.tokens else options.bytes, "num_tokens": options.tokens}

@@ -70,13 +70,13 @@ class Trained(NamedTuple):
         return "float32" if self.record is None else self.record["options"]["dtype"]
 
 
-def trained_model(path: Path, device: torch.device, tokenizer: Path | None = None) -> Trained:
+def trained_model(path: Path, device: torch.device, tokenizer: Path | None = None, dtype: str | None = None) -> Trained:
     """The model and the tokenizer of a folder: a run's, one checkpoint of a run, or any other that holds a model.
 
-    tokenizer: a file for a folder that holds none.
+    tokenizer: a file for a folder that holds none. dtype: "float32" computes in it, whatever the folder's weights are in.
     """
     try:
-        model, found, record = load_any(path, device=device)
+        model, found, record = load_any(path, dtype=torch.float32 if dtype == "float32" else None, device=device)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--checkpoint {error}") from error
     if tokenizer is not None:
