@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from ..ops.cema import cema
 from ..ops.cema_coefficients import cema_coefficients
@@ -259,6 +259,6 @@ def is_plain_linear(module: nn.Module) -> bool:
     """
     if type(module) is not Linear or getattr(module.forward, "__func__", None) is not _LINEAR_FORWARD:
         return False
-    if _has_any_global_hook() or any(getattr(module, hooks) for hooks in _HOOKS):
+    if any(getattr(torch_module, f"_global{hooks}") or getattr(module, hooks) for hooks in _HOOKS):
         return False
     return all(tensor is None or type(tensor) in KERNEL_TYPES for tensor in (module.weight, module.bias))
