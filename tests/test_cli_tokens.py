@@ -139,16 +139,19 @@ def test_interrupted_and_resumed(text, bpe, tmp_path, capsys):
     assert "has another; leave the flag out" in capsys.readouterr().err
 
 
-def test_sentencepiece(text, tmp_path, capsys):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_sentencepiece(text, tmp_path, capsys, keeps):
+    """A model with its defaults drops line ends and spaces, which `train` says."""
     sentencepiece = pytest.importorskip("sentencepiece")
     source = tmp_path / "all.txt"
     source.write_bytes(b"".join(path.read_bytes() for path in sorted(text.glob("*.py"))))
     sentencepiece.SentencePieceTrainer.train(
         input=str(source), model_prefix=str(tmp_path / "sp"), vocab_size=400, minloglevel=2, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, model_type="bpe", bos_id=-1,
-        hard_vocab_limit=False,
+        model_type="bpe", bos_id=-1, hard_vocab_limit=False,
+        **(dict(normalization_rule_name="identity", remove_extra_whitespaces=False) if keeps else {}),
     )  # fmt: skip
     assert train(text, tmp_path / "run", "--steps", 3, "--tokenizer", tmp_path / "sp.model") == 0
+    assert ("the tokenizer drops or changes a part of" in capsys.readouterr().out) == (not keeps)
     found = load_checkpoint(tmp_path / "run")
     assert (found.folder / "tokenizer.model").exists() and found.config.vocab_size == found.tokenizer().vocab_size
     assert said(capsys, "generate", "--checkpoint", tmp_path / "run", "--prompt", "def", "--tokens", 3).find("def") >= 0

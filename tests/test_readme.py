@@ -20,7 +20,8 @@ def test_there_are_examples():
 
 
 @pytest.mark.parametrize("page", [name for name, examples in EXAMPLES.items() if examples])
-def test_examples_run(page):
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # examples may write files
     scope = {}
     for code in EXAMPLES[page]:  # a later example may use the names of an earlier one
         exec(code, scope)

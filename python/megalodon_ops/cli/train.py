@@ -130,6 +130,8 @@ class Trainer:
             f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out",
             flush=True,
         )
+        if note := dropped(settings.tokenizer, excerpt(corpus.held_out, LOOK)):
+            print(note, flush=True)
         self._save()
         begun = {"step": self.step, "seconds": self.spent}
         with StopSignals() as signals, Progress(begun, settings.steps, self.schedule.budget) as progress:
@@ -262,6 +264,17 @@ def excerpt(documents: list[bytes], size: int) -> list[bytes]:
         taken.append(document[:left])
         left -= len(taken[-1])
     return taken
+
+
+def dropped(tokenizer: Tokenizer, documents: list[bytes]) -> str:
+    """What the user is told where a tokenizer does not give documents back as they were."""
+    changed = sum(tokenizer.decode(ids) != text for ids, text in zip(tokenizer.encode_batch(documents), documents))
+    if not changed:
+        return ""
+    return (
+        f"the tokenizer drops or changes a part of {changed} of {len(documents)} held-out documents: bits per byte are of "
+        "what it keeps, over the bytes of the whole text"
+    )
 
 
 def encoded(documents: list[bytes], tokenizer: Tokenizer) -> Sequence[Document]:

@@ -16,28 +16,26 @@ _LINES = re.compile(rb"[!-~]\n(?=[!-~])")
 
 def windows_of(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """A text that comes in pieces, cut into windows; where it is cut depends on its bytes alone."""
-    rest = b""
+    rest = bytearray()
     for piece in pieces:
-        rest = rest + piece if rest else bytes(piece)
+        rest += piece
         at = 0
         while len(rest) - at > WINDOW:
-            window = rest[at : at + WINDOW]
-            cut = _cut(window + rest[at + WINDOW : at + WINDOW + 1])
-            yield window[:cut]
+            text = bytes(rest[at : at + WINDOW + 1])
+            cut = _cut(text)
+            yield text[:cut]
             at += cut
-        rest = rest[at:]
+        del rest[:at]
     if rest:
-        yield rest
+        yield bytes(rest)
 
 
 def _cut(text: bytes) -> int:
     """Where to cut a text of more than a window: at a word's end, else at a line's, else at a letter's."""
     for pattern, area in ((_WORDS, len(text) // 16), (_WORDS, len(text)), (_LINES, len(text))):
-        last = None
-        for last in pattern.finditer(text, len(text) - area):
-            pass
-        if last is not None and last.end() < len(text):
-            return last.end()
+        ends = [found.end() for found in pattern.finditer(text, len(text) - area)]
+        if ends:
+            return ends[-1]
     cut = len(text) - 1
     while cut > len(text) - 5 and text[cut] & 0xC0 == 0x80:  # inside a letter of UTF-8
         cut -= 1

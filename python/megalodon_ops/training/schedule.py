@@ -66,9 +66,10 @@ class Schedule:
         return self.end is not None and step >= self.end
 
     def set_pace(self, step: int, seconds: float, seconds_per_step: float) -> None:
-        """Draw the line anew, after `seconds` of the budget, for steps that take `seconds_per_step`."""
+        """Draws the line anew, after `seconds` of the budget, for steps that take `seconds_per_step`."""
         if self.budget is None:
             return
+        seconds_per_step = check_number("Schedule", "seconds_per_step", seconds_per_step, "positive", LEAST_POSITIVE)
         left = max(0, round((self.budget - seconds) / seconds_per_step))
         self.anchor = (step, min(1.0, seconds / self.budget))
         self.end = min(step + left, self.steps or step + left)
@@ -77,8 +78,11 @@ class Schedule:
         """The line that progress runs along, as JSON."""
         return {"steps": self.steps, "budget": self.budget, "anchor": list(self.anchor), "end": self.end}
 
-    def seek(self, position: dict[str, Any], step: int, seconds: float) -> None:
-        """Take up the line of a checkpoint or, for a run that was given another length, draw a line from there."""
+    def seek(self, position: dict[str, Any], step: int, seconds: float = 0.0) -> None:
+        """Takes up the line of a checkpoint or, for a run that was given another length, draws a line from there.
+
+        seconds: those spent so far, which a schedule by the clock needs.
+        """
         if (self.steps, self.budget) == (position["steps"], position["budget"]):
             self.anchor, self.end = tuple(position["anchor"]), position["end"]
         elif step:
