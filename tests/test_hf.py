@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import megalodon_ops as mo
@@ -20,7 +22,7 @@ pytestmark = [
 ]
 
 import megalodon_ops.hf as hf
-from megalodon_ops.hf.model import _CACHE
+from megalodon_ops.hf.pretrained import CACHE
 
 SIZES = dict(
     num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=32, cema_ndim=4, chunk_size=8,
@@ -150,6 +152,17 @@ def test_shares_the_modules_of_a_megalodon() -> None:
         hf.MegalodonForCausalLM.from_megalodon(model)
 
 
+def test_copies_are_whole() -> None:
+    model, ids = made(), torch.randint(50, (1, 9))
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            again.layers[0].mega.wv.weight.add_(1.0)
+            assert not torch.equal(again(ids).logits, model(ids).logits)
+            close(again(ids).logits, again.megalodon(ids))
+            again.embed = torch.nn.Embedding(50, 32)
+            close(again(ids).logits, again.megalodon(ids))
+
+
 def test_new_models_are_initialised_once_and_as_ours() -> None:
     torch.manual_seed(3)
     ours = mo.Megalodon(mo.MegalodonConfig(**SIZES))
@@ -180,7 +193,7 @@ def test_resized_embeddings() -> None:
         model.resize_token_embeddings(60, mean_resizing=False)
         close(model(ids).logits[..., :50], before[..., :50])
     assert model.megalodon.config.num_outputs == 60
-    cache = model(ids).get(_CACHE)
+    cache = model(ids).get(CACHE)
     assert mo.Decoder(model.megalodon, cache.state).fused
     assert model.generate(torch.tensor([[55]]), max_new_tokens=3, do_sample=False).shape == (1, 4)
 
@@ -212,9 +225,9 @@ def test_padded_rows_equal_single_runs(side: str, fields: dict) -> None:
             for layer, alone in zip(hidden, single.hidden_states, strict=True):
                 close(layer[i, present], alone[0])
             total += single.loss * (len(row) - 1)
-            cache = output.get(_CACHE).state[[i]]
+            cache = output.get(CACHE).state[[i]]
             for a, b in zip(
-                torch.utils._pytree.tree_leaves(cache), torch.utils._pytree.tree_leaves(single.get(_CACHE).state)
+                torch.utils._pytree.tree_leaves(cache), torch.utils._pytree.tree_leaves(single.get(CACHE).state)
             ):
                 close(a, b)
     close(output.loss, total / (sum(map(len, rows)) - len(rows)))
@@ -227,11 +240,38 @@ def test_padded_rows_go_on_after_padded_rows(side: str) -> None:
     turns = padded(first, "left"), padded(second, side)
     for mask in (turns[1]["attention_mask"], torch.cat([turn["attention_mask"] for turn in turns], dim=1)):
         with torch.no_grad():
-            cache = model(**turns[0]).get(_CACHE)
+            cache = model(**turns[0]).get(CACHE)
             logits = model(turns[1]["input_ids"], attention_mask=mask, past_key_values=cache).logits
             for i, rows in enumerate(zip(first, second)):
                 present = turns[1]["attention_mask"][i] == 1
                 close(logits[i, present], model(torch.cat(rows)[None]).logits[0, -len(rows[1]) :])
+
+
+@given(st.data())
+def test_any_padding_and_any_split_equal_single_runs(data: st.DataObject) -> None:
+    """Rows with padding on both sides, some empty, that go on in calls of any widths, with and without a decoder."""
+    model = made(torch.float64)
+    batch = data.draw(st.integers(1, 3))
+    widths = data.draw(st.lists(st.integers(1, 19), min_size=1, max_size=4))
+    cache, past = hf.MegalodonCache(), [[] for _ in range(batch)]
+    with torch.no_grad() if data.draw(st.booleans()) else torch.enable_grad():
+        for width in widths:
+            ids, mask = torch.full((batch, width), -1), torch.zeros(batch, width, dtype=torch.long)
+            for i in range(batch):
+                begin = data.draw(st.integers(0, width - 1))
+                end = data.draw(st.integers(begin + 1 if past[i] else begin, width))
+                ids[i, begin:end], mask[i, begin:end] = torch.randint(50, (end - begin,)), 1
+                past[i] += ids[i, begin:end].tolist()
+            logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+            for i in range(batch):
+                if new := int(mask[i].sum()):
+                    alone = model.megalodon(torch.tensor([past[i]]))[0, -new:]
+                    torch.testing.assert_close(logits[i, mask[i] == 1], alone, rtol=1e-9, atol=1e-9)
+                    end = int(mask[i].nonzero().max())
+                    torch.testing.assert_close(
+                        logits[i, end:], logits[i, end].expand(width - end, -1), rtol=1e-9, atol=1e-9
+                    )
+    assert cache.get_seq_length() == sum(widths)
 
 
 def test_masks_that_are_refused() -> None:
@@ -244,7 +284,7 @@ def test_masks_that_are_refused() -> None:
         model(ids, attention_mask=hole * 2)
     with pytest.raises(ValueError, match=r"must be \(2, 6\), got \(2, 1, 6, 6\)"):
         model(ids, attention_mask=torch.ones(2, 1, 6, 6))
-    cache = model(ids).get(_CACHE)
+    cache = model(ids).get(CACHE)
     empty = torch.tensor([[0, 0], [1, 1]])
     with pytest.raises(ValueError, match="leave a token to every row that has begun"):
         model(ids[:, :2], attention_mask=empty, past_key_values=cache)
@@ -270,7 +310,7 @@ def test_packed_documents_equal_single_runs(packing) -> None:
         singles = [model(row[None], labels=row[None]) for row in rows]
     close(output.logits, torch.cat([single.logits for single in singles], dim=1))
     close(output.loss, sum(s.loss * (len(row) - 1) for s, row in zip(singles, rows)) / (len(ids[0]) - len(rows)))
-    assert output.get(_CACHE) is None
+    assert output.get(CACHE) is None
 
 
 def test_packing_that_is_refused() -> None:
@@ -298,7 +338,7 @@ def test_loss_is_that_of_the_logits() -> None:
     close(model(ids, labels=labels, num_items_in_batch=torch.tensor(30)).loss, expected * 15 / 30)
     model.train()
     trained = model(ids, labels=labels)
-    assert trained.logits is None and trained.get(_CACHE) is None
+    assert trained.logits is None and trained.get(CACHE) is None
     close(trained.loss, expected)
     close(model(ids, labels=labels, logits_to_keep=2).logits, output.logits[:, -2:])
 
@@ -365,6 +405,12 @@ def test_greedy_generation_equals_ours(fields: dict) -> None:
         assert torch.equal(model.generate(prompt, max_new_tokens=20, do_sample=False, **options), expected)
 
 
+def test_bfloat16_generation_equals_ours() -> None:
+    model, prompt = made(torch.bfloat16), torch.randint(50, (2, 21))
+    expected = model.megalodon.generate(prompt, max_new_tokens=20, temperature=0.0)
+    assert torch.equal(model.generate(prompt, max_new_tokens=20, do_sample=False), expected)
+
+
 def test_sampling_draws_by_the_model_s_logits() -> None:
     model, prompt = made(**VARIANTS["bytes"]), torch.randint(50, (2, 9))
     output = model.generate(
@@ -429,7 +475,7 @@ def test_generation_goes_on_with_a_cache() -> None:
     model, prompt = made(), torch.randint(50, (2, 9))
     whole = model.generate(prompt, max_new_tokens=12, do_sample=False)
     first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    cache = first.get(_CACHE)
+    cache = first.get(CACHE)
     assert cache.get_seq_length() == 13  # the last token has not been read
     for past in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
         rest = model.generate(first.sequences, past_key_values=past, max_new_tokens=7, do_sample=False)
@@ -455,7 +501,7 @@ def test_generation_that_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             model.generate(prompt, max_new_tokens=3, **options)
     with pytest.raises(NotImplementedError, match="cannot take tokens back"):
-        model(prompt).get(_CACHE).crop(-1)
+        model(prompt).get(CACHE).crop(-1)
 
 
 def test_long_prompts_are_read_in_pieces() -> None:
@@ -477,7 +523,7 @@ def test_long_prompts_are_read_in_pieces() -> None:
 
 def decoding(model: hf.MegalodonForCausalLM, ids: Tensor) -> hf.MegalodonCache:
     with torch.no_grad():
-        cache = model(ids, use_cache=True).get(_CACHE)
+        cache = model(ids, use_cache=True).get(CACHE)
         model(ids[:, :1], past_key_values=cache)
     assert cache._decoder.fused
     return cache
@@ -497,11 +543,11 @@ def test_cache_changes_rows() -> None:
     for begun in (False, True):
         with torch.no_grad():
             alone = [
-                model(torch.cat([row, *([row[:1]] if begun else [])])[None], use_cache=True).get(_CACHE) for row in ids
+                model(torch.cat([row, *([row[:1]] if begun else [])])[None], use_cache=True).get(CACHE) for row in ids
             ]
 
             def cache() -> hf.MegalodonCache:
-                return decoding(model, ids) if begun else model(ids).get(_CACHE)
+                return decoding(model, ids) if begun else model(ids).get(CACHE)
 
             def same(changed: hf.MegalodonCache, rows: list[int]) -> None:
                 assert changed.batch_size == len(rows)
@@ -561,7 +607,7 @@ def test_decoder_is_never_stale() -> None:
 def test_gradients_flow_through_a_cache_until_it_is_detached() -> None:
     model, ids = made(), torch.randint(50, (1, 30))
     embeddings = model.embed(ids[:, :20]).detach().requires_grad_()
-    cache = model(inputs_embeds=embeddings, use_cache=True).get(_CACHE)
+    cache = model(inputs_embeds=embeddings, use_cache=True).get(CACHE)
     detached = hf.MegalodonCache(cache.state)
     detached.detach()
     model(ids[:, 20:], past_key_values=detached).logits.sum().backward()

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 import megalodon_ops.hf as hf
-from megalodon_ops.hf.model import _CACHE
+from megalodon_ops.hf.pretrained import CACHE
 from megalodon_ops.tokenizers import ByteTokenizer
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
@@ -179,7 +179,7 @@ def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
     merged = restored.merge_and_unload()
     assert type(merged) is hf.MegalodonForCausalLM
     assert torch.equal(merged.generate(**prompt, max_new_tokens=20, do_sample=False), unmerged)
-    cache = merged(**prompt, use_cache=True).get(_CACHE)
+    cache = merged(**prompt, use_cache=True).get(CACHE)
     assert mo.Decoder(merged.megalodon, cache.state).fused
     merged.save_pretrained(tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -225,16 +225,17 @@ def test_lm_eval(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETSCACHE", str(tmp_path / "cache"))
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     words = SENTENCE.strip(". ").split()
-    rows = [
-        {"start": " ".join(words[:n]), "choices": [" " + words[n], " " + words[n][::-1]], "answer": 0}
-        for n in range(2, len(words))
-    ]
+    rows = []
+    for n in range(2, len(words)):
+        start, word = " ".join(words[:n]), words[n]
+        rows.append({"start": start, "choices": [f" {word}", f" {word[::-1]}"], "answer": 0})
+        rows[-1]["next"] = (SENTENCE * 2)[len(start) :][:8]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = f"""
 dataset_path: json
@@ -250,19 +251,20 @@ target_delimiter: ""
         "metric_list: [{metric: acc}]\n"
     )
     (tasks / "words.yaml").write_text(
-        f'task: fox_words\noutput_type: generate_until\ndoc_to_target: "{{{{choices[0]}}}}"{common}'
-        'generation_kwargs: {until: [" ", "."], max_gen_toks: 8, do_sample: false}\n'
-        "metric_list: [{metric: exact_match, ignore_punctuation: true}]\n"
+        f"task: fox_words\noutput_type: generate_until\ndoc_to_target: next{common}"
+        'generation_kwargs: {until: ["#"], max_gen_toks: 8, do_sample: false}\n'
+        "metric_list: [{metric: exact_match}]\n"
     )
     model, tokenizer = loaded(folder)
     results = []
     for batch in (1, 4):
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=64),
-            tasks=["fox_choice"], task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            tasks=["fox_choice", "fox_words"], task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
             bootstrap_iters=0,
         )  # fmt: skip
         results.append(found["results"]["fox_choice"]["acc,none"])
+        assert found["results"]["fox_words"]["exact_match,none"] == 1.0
         samples = [sample["resps"] for sample in found["samples"]["fox_choice"]]
         results.append(torch.tensor([[response[0][0] for response in sample] for sample in samples]))
     assert results[0] == results[2] == 1.0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.values import check_tensor
+from .cache import MegalodonCache
+from .configuration import MegalodonHFConfig
+from ..ops.values import check_integer, check_tensor, described
 
 IGNORED = -100
 """The label of a token that is not learnt"""
@@ -40,7 +43,7 @@ def select(rows: Tensor, columns: Tensor) -> Tensor:
     return rows.gather(1, columns if rows.dim() == 2 else columns[..., None].expand(-1, -1, rows.shape[2]))
 
 
-def current_mask(op: str, attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
+def _current_mask(op: str, attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
     """The columns (B, L) of an attention mask that this call's tokens have, or None if every column holds a token."""
     if attention_mask is None:
         return None
@@ -59,7 +62,7 @@ def current_mask(op: str, attention_mask: Tensor | None, batch: int, length: int
     return None if bool(present.all()) else present
 
 
-def padding_of(op: str, present: Tensor) -> Padding:
+def _padding_of(op: str, present: Tensor) -> Padding:
     """Where the tokens of each row are; `present` (B, L) must be one run of True in each row."""
     lengths, first = present.sum(1), present.int().argmax(1)
     columns = torch.arange(present.shape[1], device=present.device)
@@ -72,7 +75,7 @@ def padding_of(op: str, present: Tensor) -> Padding:
     return Padding(first, lengths)
 
 
-def packing_of(
+def _packing_of(
     op: str,
     shape: tuple[int, int],
     cu_seqlens: Tensor | None,
@@ -134,3 +137,116 @@ def targets_of(
     if cu_seqlens is not None:
         targets[:, cu_seqlens.long() - 1] = IGNORED  # -1, of an offset of 0, is the row's end
     return targets
+
+
+@dataclass
+class Batch:
+    """The arguments of one call, as the model's ops take them."""
+
+    tokens: Tensor | None
+    """(B, L)"""
+    embeddings: Tensor | None
+    """(B, L, D), in the place of tokens"""
+    cache: MegalodonCache | None
+    returns_cache: bool
+    present: Tensor | None
+    """(B, L): which columns hold a token; None: all"""
+    padding: Padding | None
+    cu_seqlens: Tensor | None
+
+    @property
+    def given(self) -> Tensor:
+        """Tokens or embeddings."""
+        return self.tokens if self.embeddings is None else self.embeddings
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and L."""
+        return tuple(self.given.shape[:2])
+
+    def is_next_token(self) -> bool:
+        """Whether a decoder can take the call: one more token, without gradients, of sequences that have begun."""
+        begun = self.cache is not None and self.cache.is_initialized
+        one = self.tokens is not None and self.tokens.shape[1] == 1 and self.padding is None
+        return begun and one and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def read_batch(
+    op: str,
+    config: MegalodonHFConfig,
+    training: bool,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: MegalodonCache | None,
+    past_key_values: MegalodonCache | None,
+    inputs_embeds: Tensor | None,
+    use_cache: bool | None,
+    output_attentions: bool | None,
+    others: dict,
+    **packing: Tensor | None,
+) -> Batch:
+    """The arguments of a call of the model `op`, checked."""
+    for name, value in others.items():
+        if name not in _READ_BY_OTHER_MODELS and value is not None:
+            raise TypeError(f"{op}: unexpected argument `{name}`, got {described(value)}; leave it out.")
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(f"{op}: exactly one of `input_ids` and `inputs_embeds` must be given.")
+    if output_attentions or (output_attentions is None and config.output_attentions):
+        raise ValueError(f"{op}: `output_attentions` must be False, as the kernels keep no attention weights.")
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError(f"{op}: `cache` and `past_key_values` are two names of one argument; give one of them.")
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not isinstance(cache, MegalodonCache):
+        raise TypeError(
+            f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {described(cache)}; a state is no list "
+            "of keys and values."
+        )
+    batch = Batch(input_ids, inputs_embeds, cache, cache is not None, None, None, None)
+    if (dims := batch.given.dim()) != (expected := 2 if inputs_embeds is None else 3):
+        name = "`input_ids` must be (B, L)" if inputs_embeds is None else "`inputs_embeds` must be (B, L, D)"
+        raise ValueError(f"{op}: {name}, of {expected} dimensions, got {dims}.")
+    if batch.shape[1] == 0:
+        raise ValueError(
+            f"{op}: there must be a token, got {batch.shape}; `generate` with a cache takes all tokens so far, or the new "
+            "tokens and an `attention_mask` over the past ones and them."
+        )
+    past = 0 if cache is None else cache.get_seq_length()
+    batch.present = present = _current_mask(op, attention_mask, *batch.shape, past)
+    batch.cu_seqlens = _packing_of(op, batch.shape, position_ids=position_ids, present=present, **packing)
+    if batch.cu_seqlens is not None and (cache is not None or use_cache):
+        raise ValueError(f"{op}: packed documents end in the call, so there must be no cache.")
+    batch.returns_cache |= batch.cu_seqlens is None and (
+        config.use_cache and not training if use_cache is None else use_cache
+    )
+    batch.padding = padding = None if present is None else _padding_of(op, present)
+    if padding is not None and past and bool(((padding.lengths == 0) & (cache.state.norm.count > 0)).any()):
+        raise ValueError(
+            f"{op}: `attention_mask` must leave a token to every row that has begun, got a row without; "
+            "cache.batch_select_indices(rows) goes on with some of the rows."
+        )
+    return batch
+
+
+_READ_BY_OTHER_MODELS = ("tokenizer", "cache_position", "max_length_q", "max_length_k")
+
+
+def kept_steps(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -> Tensor | None:
+    """The steps whose logits are wanted: (K,) for all rows, (B, K) where rows are padded, None for all steps."""
+    length = batch.shape[1]
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"{op}: `logits_to_keep` must be an integer or a 1-D tensor of integers, got {logits_to_keep.dtype} "
+                f"{tuple(logits_to_keep.shape)}."
+            )
+        kept = torch.where(logits_to_keep < 0, logits_to_keep + length, logits_to_keep).long()
+    elif logits_to_keep:
+        most = check_integer(op, "logits_to_keep", logits_to_keep, "an integer of at least 0", 0)
+        kept = torch.arange(max(length - most, 0), length, device=batch.given.device)
+    else:
+        kept = None
+    if batch.padding is None:
+        return kept
+    steps = batch.padding.steps(length)
+    return steps if kept is None else steps[:, kept]

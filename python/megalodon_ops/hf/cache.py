@@ -14,7 +14,7 @@ from ..ops.library import is_autocast_enabled
 from ..ops.values import described
 
 if TYPE_CHECKING:
-    from .model import MegalodonPreTrainedModel
+    from .model import MegalodonForCausalLM
 
 
 class MegalodonCache(Cache):
@@ -56,7 +56,7 @@ class MegalodonCache(Cache):
         self._state, self._decoder = state, None
         self._columns += columns
 
-    def decode(self, model: MegalodonPreTrainedModel, tokens: Tensor) -> Tensor:
+    def decode(self, model: MegalodonForCausalLM, tokens: Tensor) -> Tensor:
         """Logits (B, 1, num_outputs) after one more token (B, 1) of each sequence, without gradients."""
         if self._decoder is None or self._watched.has_changed():
             self._decoder = Decoder(model.megalodon, self.state)
@@ -154,7 +154,7 @@ class MegalodonCache(Cache):
 class _Watched:
     """What a decoder depends on and a caller may change between two tokens, cheap enough to look at for each."""
 
-    def __init__(self, model: MegalodonPreTrainedModel, device: str) -> None:
+    def __init__(self, model: MegalodonForCausalLM, device: str) -> None:
         self._model, self._device, self._weights = model, device, list(model.parameters())
         self._seen = self._look()
 
