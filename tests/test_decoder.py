@@ -1,17 +1,16 @@
-"""`Decoder`: the bits of the layers, whatever the configuration, and whatever somebody has made of the modules."""
+"""`Decoder`: the bits of the layers, whatever the configuration; see test_decoder_changes.py for changed modules."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import threading
-import warnings
 import weakref
 
 import pytest
 import torch
 from assertions import assert_refuses
+from decoding import DTYPES, assert_bits_of_layers, by_decoder, by_layers, model_and_state
 from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -19,7 +18,6 @@ import megalodon_ops as mo
 from backends import each_isa, isa
 from megalodon_ops.ops import linear
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 VARIANTS = {
     "plain": {},
     "swiglu": dict(swiglu=True, rescale_nffn=True),
@@ -30,37 +28,6 @@ VARIANTS = {
     ),
 }
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-def model_and_state(dtype=torch.float32, rows=1, seen=5, **overrides):
-    """A model in evaluation mode and its state after some tokens."""
-    model = tiny_model(dtype, **overrides).eval()
-    with torch.no_grad():
-        _, state = model(tokens_of(rows, seen), return_state=True)
-    return model, state
-
-
-def by_layers(model, state, pieces):
-    """Logits of the pieces and the state after them, by the model's layers."""
-    outputs, state = [], tree_map_only(torch.Tensor, torch.clone, state)
-    with torch.no_grad():
-        for piece in pieces:
-            logits, state = model(piece, state=state, return_state=True, inplace_state=True)
-            outputs.append(logits)
-    return tree_leaves((outputs, state))
-
-
-def by_decoder(decoder, pieces):
-    return tree_leaves(([decoder(piece) for piece in pieces], decoder.state))
-
-
-def assert_bits_of_layers(model, state, rows=1, length=1, fused=True):
-    """Compares bits over more steps than a chunk has left, so that a chunk begins anew."""
-    pieces = tokens_of(rows, 5 * length).split(length, 1)
-    decoder = mo.Decoder(model, state)
-    found, expected = by_decoder(decoder, pieces), by_layers(model, state, pieces)
-    assert decoder.fused is fused
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @each_isa
@@ -163,199 +130,6 @@ def test_threads_do_not_change_its_bits(two_threads):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-class OtherLinear(torch.nn.Linear):
-    pass
-
-
-class Doubled(torch.Tensor):
-    """Counts twice in every function of torch."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        plain = lambda tensor: tensor.as_subclass(torch.Tensor)  # noqa: E731
-        factor = 2 if func is torch.nn.functional.linear else 1
-        return func(*tree_map_only(cls, lambda tensor: factor * plain(tensor), args), **(kwargs or {}))
-
-
-def replaced(block):
-    other = OtherLinear(*reversed(block.mega.wz.weight.shape))
-    other.load_state_dict(block.mega.wz.state_dict())
-    with torch.no_grad():
-        other.weight.add_(1)
-    block.mega.wz = other
-
-
-def with_subclass(block):
-    block.mega.wv._parameters["weight"] = block.mega.wv.weight.detach().as_subclass(Doubled)
-
-
-def wrapped(block):
-    forward = block.nffn.fc2.forward
-    block.nffn.fc2.forward = lambda x: forward(x) + 1
-
-
-def as_attribute(block):
-    tensor = block.mega.wz.weight.detach() + 1
-    del block.mega.wz.weight
-    block.mega.wz.weight = tensor
-
-
-def as_buffer(block):
-    tensor = block.mega.wv.bias.detach() + 1
-    del block.mega.wv.bias
-    block.mega.wv.register_buffer("bias", tensor)
-
-
-def as_function(block):
-    norm = block.mega.rmsnorm
-    del block.mega.rmsnorm
-    block.mega.rmsnorm = lambda x: norm(x) + 1
-
-
-def parametrized(block):
-    class AddOne(torch.nn.Module):
-        def forward(self, weight):
-            return weight + 1
-
-    torch.nn.utils.parametrize.register_parametrization(block.mega.wr, "weight", AddOne())
-
-
-BLOCK_CHANGES = {
-    "hook": (lambda block: block.mega.wv.register_forward_hook(lambda module, args, y: y + 1), ".mega.wv"),
-    "pre-hook": (lambda block: block.nffn.register_forward_pre_hook(lambda module, args: (args[0] + 1,)), ".nffn"),
-    "hook of the block": (lambda block: block.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1])), ""),
-    "replaced": (replaced, ".mega.wz"),
-    "subclass": (with_subclass, ".mega.wv"),
-    "wrapped": (wrapped, ".nffn.fc2"),
-    "attribute": (as_attribute, ".mega.wz"),
-    "buffer": (as_buffer, ".mega.wv"),
-    "function": (as_function, ".mega"),
-    "parametrized": (parametrized, ".mega.wr"),
-    "eps": (lambda block: setattr(block.mega.rmsnorm, "eps", 0.1), ".mega.rmsnorm"),
-    "config": (
-        lambda block: setattr(block.mega, "config", dataclasses.replace(block.mega.config, rope_base=10.0)), ".mega"
-    ),
-    "no gate": (lambda block: setattr(block.nffn, "fc3", None), ".nffn.fc3"),
-}  # fmt: skip
-LINEAR_LAYERS = [f"mega.{name}" for name in ("wv", "wz", "wr", "wh1", "wh2")] + [f"nffn.fc{i}" for i in (1, 2, 3)]
-
-
-@pytest.mark.parametrize("change", BLOCK_CHANGES)
-def test_a_changed_block_runs_as_changed(change):
-    """A linear layer is called amid the kernels; of other changes a block runs as a module between calls of kernels."""
-    make, where = BLOCK_CHANGES[change]
-    model, state = model_and_state(num_layers=4, swiglu=True)
-    pieces = tokens_of(1, 3).split(1, 1)
-    as_made = by_decoder(mo.Decoder(model, state), pieces)
-    make(model.layers[1])
-    expected = by_layers(model, state, pieces)
-    with pytest.warns(UserWarning, match=f"`layers.1{where}` is"):
-        decoder = mo.Decoder(model, state)
-    found = by_decoder(decoder, pieces)
-    is_linear = where.removeprefix(".") in LINEAR_LAYERS and change != "no gate"
-    assert not decoder.fused and len(decoder._parts) == (1 if is_linear else 3)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert not torch.equal(found[0], as_made[0])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("names", [*([name] for name in LINEAR_LAYERS), LINEAR_LAYERS], ids=lambda names: names[-1])
-def test_every_linear_layer_of_a_block_is_called_in_its_place(names, dtype):
-    rows, length = 3, 2
-    model, state = model_and_state(dtype, rows, num_layers=3, swiglu=True)
-    calls = {f"layers.{i}.{name}": [] for i in (0, 2) for name in names}
-    for name, seen in calls.items():
-        hook = lambda module, args, y, seen=seen: [seen.append((args[0], y)), y + args[0].mean()][-1]  # noqa: E731
-        model.get_submodule(name).register_forward_hook(hook)
-    pieces = tokens_of(rows, 5 * length).split(length, 1)
-    with pytest.warns(UserWarning, match=f"`{next(iter(calls))}`, the first of {len(calls)} such modules, is"):
-        decoder = mo.Decoder(model, state)
-    assert len(decoder._parts) == 1
-    found = by_decoder(decoder, pieces)
-    assert all(len(seen) == len(pieces) for seen in calls.values())
-    expected = by_layers(model, state, pieces)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    for seen in calls.values():  # what the hooks have kept, too: no tensor was overwritten since
-        ours, of_layers = tree_leaves(seen[: len(pieces)]), tree_leaves(seen[len(pieces) :])
-        assert all(torch.equal(a, b) for a, b in zip(ours, of_layers, strict=True))
-
-
-def test_what_a_hook_writes_to_an_input_reaches_the_other_layers():
-    model, state = model_and_state(swiglu=True)
-
-    def write(module, args):
-        args[0].add_(1)
-
-    for name in ("mega.wz", "nffn.fc1"):  # their inputs are those of wr and wh1, and of fc3
-        model.layers[0].get_submodule(name).register_forward_pre_hook(write)
-    pieces = tokens_of(1, 3).split(1, 1)
-    expected = by_layers(model, state, pieces)
-    with pytest.warns(UserWarning, match="`layers.0.mega.wz`"):
-        decoder = mo.Decoder(model, state)
-    assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, pieces), expected, strict=True))
-
-
-@pytest.mark.parametrize("inference_mode", [False, True])
-def test_adapters_are_called_amid_the_kernels(inference_mode):
-    peft = pytest.importorskip("peft")
-    model, state = model_and_state(swiglu=True)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["wv", "fc3"]), model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    with torch.inference_mode(inference_mode):
-        pieces = tokens_of(1, 3).split(1, 1)
-        expected = by_layers(model, state, pieces)
-        with pytest.warns(UserWarning, match="`layers.0.mega.wv`, the first of 4 such modules, is"):
-            decoder = mo.Decoder(model, state)
-        assert len(decoder._parts) == 1
-        assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, pieces), expected, strict=True))
-
-
-def test_modules_run_under_the_autocast_of_the_decoders_making():
-    model, state = model_and_state()
-    model.layers[0].mega.wv.register_forward_hook(lambda module, args, y: y @ torch.eye(y.shape[-1]))
-    model.layers[1].register_forward_hook(lambda module, args, out: out)
-    token = tokens_of(1, 1)
-    expected = by_layers(model, state, [token])[0]
-    with pytest.warns(UserWarning, match="`layers.0.mega.wv`"):
-        decoder = mo.Decoder(model, state)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(decoder(token), expected)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "got"),
-    [
-        (lambda y: y.double(), "float64"),
-        (lambda y: y[..., :1], r"\(1, 1, 1\)"),
-        (lambda y: y[0], r"\(1, 24\)"),
-        (lambda y: (y, y), "tuple"),
-    ],
-)
-def test_a_layer_must_return_what_the_next_kernel_reads(wrong, got):
-    model, state = model_and_state()
-    handle = model.layers[1].mega.wv.register_forward_hook(lambda module, args, y: wrong(y))
-    with pytest.warns(UserWarning, match="`layers.1.mega.wv`"):
-        decoder = mo.Decoder(model, state)
-    with pytest.raises((ValueError, TypeError), match=rf"Decoder: `layers.1.mega.wv.*got .*{got}"):
-        decoder(tokens_of(1, 1))
-    handle.remove()
-    for use in (lambda: decoder(tokens_of(1, 1)), lambda: decoder.state):
-        with pytest.raises(RuntimeError, match="Decoder: the state must be whole"):
-            use()
-
-
-def test_a_module_that_calls_its_own_decoder_is_refused():
-    model, state = model_and_state()
-    model.layers[1].mega.wv.register_forward_hook(lambda module, args, y: decoder(tokens_of(1, 1)))
-    with pytest.warns(UserWarning, match="`layers.1.mega.wv`"):
-        decoder = mo.Decoder(model, state)
-    with pytest.raises(RuntimeError, match="Decoder: the state must be whole"):
-        decoder(tokens_of(1, 1))
-
-
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.filterwarnings("ignore:Decoder")
 def test_threads_that_call_one_decoder_wait_for_each_other(hooked):
@@ -383,67 +157,6 @@ def test_a_decoder_and_its_state_go_with_its_last_reference():
         gc.enable()
 
 
-def test_the_warning_stands_where_the_decoder_is_made():
-    model, state = model_and_state()
-    model.layers[0].mega.wv.register_forward_hook(lambda module, args, y: y)
-    with pytest.warns(UserWarning, match="Decoder: ") as caught:
-        mo.Decoder(model, state)
-    assert [warning.filename for warning in caught] == [__file__]
-
-
-def taken_out(model, name, instead):
-    """Puts something that is no module in the place of one."""
-    module = getattr(model, name)
-    delattr(model, name)
-    setattr(model, name, instead(module))
-
-
-def hooked_output(model):
-    model.output.output.register_forward_hook(lambda module, args, y: y + 1)
-
-
-def wrapped_output(model):
-    forward = model.output.output.forward
-    model.output.output.forward = lambda x: forward(x) + 1
-
-
-class OtherOutput(torch.nn.Module):
-    def __init__(self, output):
-        super().__init__()
-        self.final_norm, self.output = output.final_norm, torch.nn.Sequential(output.output, torch.nn.Tanh())
-
-
-MODEL_CHANGES = {
-    "hooked embedding": (lambda model: model.embed.register_forward_hook(lambda module, args, x: x + 1), "`embed`"),
-    "renormalised embedding": (lambda model: setattr(model.embed, "max_norm", 0.5), "`embed`"),
-    "eps of the final norm": (lambda model: setattr(model.output.final_norm, "eps", 0.1), "`output.final_norm`"),
-    "other output": (lambda model: setattr(model, "output", OtherOutput(model.output)), "`output`"),
-    "hooked output": (hooked_output, "`output.output`"),
-    "wrapped output": (wrapped_output, "`output.output`"),
-    "hooked model": (lambda model: model.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1])), "`model`"),
-    "list of layers": (lambda model: taken_out(model, "layers", lambda layers: list(layers)[::-1]), "`model`"),
-    "embedding a function": (
-        lambda model: taken_out(model, "embed", lambda embed: lambda tokens: embed(tokens) + 1), "`model`"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", MODEL_CHANGES)
-def test_a_changed_model_runs_as_changed(change):
-    make, named = MODEL_CHANGES[change]
-    model, state = model_and_state()
-    pieces = tokens_of(1, 3).split(1, 1)
-    as_made = by_decoder(mo.Decoder(model, state), pieces)
-    make(model)
-    expected = by_layers(model, state, pieces)
-    with pytest.warns(UserWarning, match=named):
-        decoder = mo.Decoder(model, state)
-    found = by_decoder(decoder, pieces)
-    assert not decoder.fused
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert not torch.equal(found[0], as_made[0])
-
-
 def test_layers_in_another_order_are_still_calls_of_kernels():
     model, state = model_and_state(num_layers=3)
     model.layers = model.layers[::-1]
@@ -461,32 +174,6 @@ def test_dropout_in_training_runs_the_layers():
     model, state = model_and_state(dropout=0.5)
     assert mo.Decoder(model, state).fused
     assert not mo.Decoder(model.train(), state).fused
-
-
-def test_a_hook_on_every_module_sees_every_module():
-    model, state = model_and_state()
-    seen = []
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(module))
-    try:
-        decoder = mo.Decoder(model, state)
-        decoder(tokens_of(1, 1))
-    finally:
-        handle.remove()
-    assert not decoder.fused and {model.output.output, model.layers[0].mega.wz} <= set(seen)
-
-
-def test_generation_decodes_and_says_what_runs_as_a_module():
-    model, prompt = tiny_model(torch.float32).eval(), tokens_of(2, 11)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        expected = model.generate(prompt, max_new_tokens=4, temperature=0)
-    seen = []
-    model.layers[1].mega.wv.register_forward_hook(lambda module, args, y: seen.append(y.shape))
-    with pytest.warns(UserWarning, match="`layers.1.mega.wv`"):
-        found = model.generate(prompt, max_new_tokens=4, temperature=0)
-    assert torch.equal(found, expected)
-    prompts, new_tokens = 2, 4  # pieces of the prompt but its last token; calls after that one and three new ones
-    assert len(seen) == prompts + new_tokens
 
 
 def test_errors():

@@ -8,12 +8,12 @@ import pickle
 
 import pytest
 import torch
-from assertions import assert_refuses
 from models import tiny_model, tokens_of
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 import megalodon_ops as mo
+from megalodon_ops.model.layers import Linear
 from megalodon_ops.ops import loss
 
 EACH_MODE = pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
@@ -165,24 +165,36 @@ def test_an_exported_loss_takes_any_batch_and_length(strict, grad, hooked, monke
                 model.zero_grad()
 
 
-class Generates(torch.nn.Module):
-    def __init__(self, model: mo.Megalodon, what: str) -> None:
+@EACH_MODE
+def test_layers_that_would_be_recomputed_are_exported_as_they_are(strict):
+    model, tokens = small_model(layerwise_ckpt=True).train(), tokens_of(2, 12)
+    program = torch.export.export(model, (tokens,), strict=strict).module()
+    assert_near(program(tokens), model(tokens))
+
+
+class Decodes(torch.nn.Module):
+    def __init__(self, model: mo.Megalodon) -> None:
         super().__init__()
-        self.model, self.what = model, what
         self.decoder = mo.Decoder(model, state_of(model))
 
     def forward(self, tokens):
-        if self.what == "decoder":
-            return self.decoder(tokens)
+        return self.decoder(tokens)
+
+
+class Generates(torch.nn.Module):
+    def __init__(self, model: mo.Megalodon) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
         return self.model.generate(tokens, max_new_tokens=2, temperature=0)
 
 
-def test_a_decoder_is_not_exported():
-    model = small_model()
-    with pytest.raises(
-        NotImplementedError, match="Decoder: expected a call outside of torch.export.*call the model there"
-    ):
-        torch.export.export(Generates(model, "decoder"), (tokens_of(2, 1),), strict=False)
+@pytest.mark.parametrize(("function", "kind"), [("Decoder", Decodes), ("generate", Generates)])
+def test_a_decoder_is_not_exported(function, kind):
+    refused = f"{function}: expected a call outside of torch.export, got one inside; call the model there"
+    with pytest.raises(NotImplementedError, match=refused):
+        torch.export.export(kind(small_model()), (tokens_of(2, 1),), strict=False)
 
 
 # Copies
@@ -305,10 +317,10 @@ def test_vmap_computes_sequences_and_models_side_by_side(grad):
 def test_vmap_of_a_decoder_is_refused():
     model, tokens = small_model(), tokens_of(3, 2, 4)
     decoder = mo.Decoder(model, state_of(model))
-    refused = r"expected a call outside of torch.func's transformations"
+    refused = "expected a call outside of torch.func's transformations, got one inside; call the model there"
     with pytest.raises(NotImplementedError, match=f"Decoder: {refused}"):
         torch.func.vmap(decoder)(tokens)
-    with pytest.raises(NotImplementedError, match=refused):
+    with pytest.raises(NotImplementedError, match=f"generate: {refused}"):
         torch.func.vmap(lambda prompt: model.generate(prompt, max_new_tokens=2, temperature=0))(tokens)
 
 
@@ -327,9 +339,10 @@ def test_a_compiled_step_decodes_over_the_end_of_a_chunk():
             assert_near((found_logits, found), (logits, expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(dynamic=True), dict()], ids=["dynamic", ""])
 def test_a_compiled_loss_takes_other_lengths(options):
-    model = small_model(**ALL)
+    model = small_model()
     torch.compiler.reset()
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager", **options)
     for size in ((2, 12), (2, 20), (3, 33)):
@@ -361,9 +374,9 @@ class Int8WithAdapter(torch.nn.Module):
     def forward(self, x):
         return torch.nn.functional.linear(x, self.weight * self.scale, self.bias) + self.up(self.down(x))
 
-    def merged(self) -> mo.model.layers.Linear:
+    def merged(self) -> Linear:
         weight = self.weight * self.scale + self.up.weight @ self.down.weight
-        layer = mo.model.layers.Linear(*reversed(weight.shape), bias=self.bias is not None)
+        layer = Linear(*reversed(weight.shape), bias=self.bias is not None)
         layer.weight = torch.nn.Parameter(weight.detach())
         if self.bias is not None:
             layer.bias = torch.nn.Parameter(self.bias)

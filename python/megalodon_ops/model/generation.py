@@ -12,6 +12,7 @@ from torch import Tensor
 from .sampling import Sampling, check_generator, check_seeds, numbers_of_generator, numbers_of_seeds
 from .states import MegalodonState
 from .stops import Ends, check_stops
+from ..ops.library import check_runs_now
 from ..ops.loss import has_integers
 from ..ops.values import check_flag, check_integer, check_optional_tensor, check_size, check_tensor, shown
 
@@ -274,6 +275,7 @@ def generate(
 
 def _check_prompt(model: Megalodon, prompt: Tensor, state: MegalodonState | None) -> None:
     check_tensor("generate", "prompt", prompt)
+    check_runs_now("generate", "call the model there for each token, and sample outside")
     if prompt.dim() != 2 or prompt.numel() < 1 or prompt.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             "generate: `prompt` must be integers (B, L) with B, L >= 1, int64 or int32, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .config import MegalodonConfig, check_config
 from .generation import generate, stream
 from .layers import Embedding, is_plain_linear, reset_all_parameters
 from .states import MegalodonState
+from ..ops.library import is_exporting
 from ..ops.loss import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from ..ops.values import check_flag, check_integer, check_optional_tensor, check_tensor, described
 
@@ -272,7 +274,7 @@ class Megalodon(nn.Module):
         self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
     ) -> tuple[Tensor, MegalodonState | None]:
         """The normalized last layer (B, L, D) and the state after it."""
-        recompute = self.config.layerwise_ckpt and self.training and torch.is_grad_enabled()
+        recompute = self.config.layerwise_ckpt and self.training and torch.is_grad_enabled() and not is_exporting()
         states = (None,) * len(self.layers) if state is None else state.layers
         layer_states = []
         for layer, layer_state in zip(self.layers, states, strict=True):

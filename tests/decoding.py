@@ -1,0 +1,40 @@
+"""A decoder beside the layers of its model, for tests: the bits must be the same."""
+
+import torch
+from models import tiny_model, tokens_of
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import megalodon_ops as mo
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def model_and_state(dtype=torch.float32, rows=1, seen=5, **overrides):
+    """A model in evaluation mode and its state after some tokens."""
+    model = tiny_model(dtype, **overrides).eval()
+    with torch.no_grad():
+        _, state = model(tokens_of(rows, seen), return_state=True)
+    return model, state
+
+
+def by_layers(model, state, pieces):
+    """Logits of the pieces and the state after them, by the model's layers."""
+    outputs, state = [], tree_map_only(torch.Tensor, torch.clone, state)
+    with torch.no_grad():
+        for piece in pieces:
+            logits, state = model(piece, state=state, return_state=True, inplace_state=True)
+            outputs.append(logits)
+    return tree_leaves((outputs, state))
+
+
+def by_decoder(decoder, pieces):
+    return tree_leaves(([decoder(piece) for piece in pieces], decoder.state))
+
+
+def assert_bits_of_layers(model, state, rows=1, length=1, fused=True):
+    """Compares bits over more steps than a chunk has left, so that a chunk begins anew."""
+    pieces = tokens_of(rows, 5 * length).split(length, 1)
+    decoder = mo.Decoder(model, state)
+    found, expected = by_decoder(decoder, pieces), by_layers(model, state, pieces)
+    assert decoder.fused is fused
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
