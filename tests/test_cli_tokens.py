@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
 from command_line import quick_commands, rows, train
+from test_official import save_released
 
 from megalodon_ops.cli import main
 from megalodon_ops.cli.data import load_corpus
@@ -169,6 +171,31 @@ def test_a_folder_without_a_tokenizer(run, bpe, tmp_path, capsys):
     assert main(["eval", *command[1:3], "--tokenizer", str(bpe), "--data", __file__]) == 0
     trained.model.save(tmp_path / "whole", tokenizer=trained.tokenizer)
     assert main(["generate", "--checkpoint", str(tmp_path / "whole"), "--tokens", "5"]) == 0
+
+
+def test_a_released_folder_with_a_tokenizer(run, bpe, tmp_path, capsys):
+    trained = trained_model(run, torch.device("cpu"))
+    (tmp_path / "released").mkdir()
+    save_released(trained.model, tmp_path / "released", 2)
+    flags = ["--prompt", "def ", "--tokens", 9]
+    expected = said(capsys, "generate", "--checkpoint", run, *flags)
+    assert said(capsys, "generate", "--checkpoint", tmp_path / "released", "--tokenizer", bpe, *flags) == expected
+    trained.tokenizer.save(tmp_path / "released")
+    assert said(capsys, "generate", "--checkpoint", tmp_path / "released", *flags) == expected
+
+
+def test_without_the_package(run, bpe, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for command in (
+        ["train", "--data", text, "--out", tmp_path / "run", "--tokenizer", bpe],
+        ["generate", "--checkpoint", run],
+        ["tokenizer", "--train", "--vocab-size", "300", "--out", tmp_path / "x"],
+    ):
+        assert main([*map(str, command)]) == 2
+        err = capsys.readouterr().err
+        assert err.endswith('needs tokenizers, which is not installed: pip install "megalodon_ops[train]"\n')
+        assert err.count("\n") == 1
+    assert train(text, tmp_path / "bytes", "--steps", 1) == 0, "bytes need no package"
 
 
 def test_bytes_have_a_tokenizer_file_too(finished):
