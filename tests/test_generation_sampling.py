@@ -48,13 +48,15 @@ def test_evenly_spaced_numbers_draw_each_token_by_its_probability(monkeypatch, o
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("flat", [False, True])
-def test_a_row_is_drawn_alike_whatever_its_neighbours_are(monkeypatch, options, flat):
+@pytest.mark.parametrize("neighbours", [0.0, 0.01, 30.0])
+def test_a_row_is_drawn_alike_whatever_its_neighbours_are(monkeypatch, options, neighbours):
     """Neighbours decide whether a few of the likeliest suffice; equal logits, as of bfloat16, have no order of their own."""
     monkeypatch.setattr(sampling, "_FEW_TOKENS", 8)
-    logits = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)).mul(2).round()
-    logits[1::2] = 0.0 if flat else 30 * logits[1::2]
-    seen, numbers = torch.rand(20, 40) < 0.2, torch.rand(20, dtype=torch.float64)
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, 40, generator=random)
+    logits[::2] = (2 * logits[::2]).round()
+    logits[1::2] *= neighbours
+    seen, numbers = torch.rand(20, 40, generator=random) < 0.2, torch.rand(20, generator=random).double()
     together = Sampling(**options).choose(logits, iter([numbers]), seen)
     for row in range(20):
         one = slice(row, row + 1)
@@ -80,13 +82,14 @@ def test_a_large_vocabulary_is_sorted_only_where_it_must_be(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 3, 31, 32000])
-def test_the_largest_number_draws_a_token_that_may_be_drawn(size):
+def test_the_least_and_the_largest_number_draw_tokens_that_may_be_drawn(size):
     largest = torch.tensor([1 - 2.0**-52], dtype=torch.float64)
     for seed in range(50):
         logits = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
-        logits[:, size // 2 + 1 :] = -torch.inf
-        assert 0 <= Sampling().choose(logits, iter([largest])) <= size // 2
-        assert 0 <= Sampling().choose(logits, iter([0 * largest])) <= size // 2
+        first, last = size // 4, size // 2
+        logits[:, :first] = logits[:, last + 1 :] = -torch.inf
+        assert Sampling().choose(logits, iter([0 * largest])) == first
+        assert Sampling().choose(logits, iter([largest])) == last
 
 
 def test_numbers_of_a_seed_depend_on_seed_and_position_alone():
@@ -97,6 +100,7 @@ def test_numbers_of_a_seed_depend_on_seed_and_position_alone():
     long = numbers([5, 2**63 - 1], [0, 2**40], 300)
     assert torch.equal(numbers([5], [70], 100)[0], long[0, 70:170])
     assert torch.equal(numbers([3, 2**63 - 1, 5], [9, 2**40 + 1, 0], 299)[1], long[1, 1:])
+    assert not torch.isin(numbers([5], [2**32], 300), long[0]).any()  # the upper half of a position counts
     everything = numbers(list(range(500)), [0] * 500, 200)
     assert everything.unique().numel() == everything.numel()
     assert everything.min() >= 0 and everything.max() < 1 and everything.dtype == torch.float64
