@@ -1,14 +1,17 @@
 """`eval` and `generate`: what is made of a trained model."""
 
-import json
 import os
 import signal
 import subprocess
 
 import pytest
+import torch
 from command_line import overflow, rows, shell, train
+from models import tiny_model
 
 from megalodon_ops.cli import main
+from megalodon_ops.tokenizers import ByteTokenizer
+from megalodon_ops.training.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -85,3 +88,14 @@ def test_eval_of_a_folder_takes_what_matches(finished, text, capsys):
     command = ["eval", "--checkpoint", str(finished), "--data", str(text)]
     assert main([*command, "--glob", "1.py", "--glob", "2?.py"]) == 0
     assert "11 documents, 5,500 bytes" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_program_is_evaluated_and_continued(text, tmp_path, capsys):
+    """What such a program has recorded is not taken for the record of `train`, so the text must be named."""
+    model = tiny_model(torch.float32, vocab_size=257, output_size=256)
+    save_checkpoint(tmp_path, 1, model, tokenizer=ByteTokenizer(), record={"position": 3})
+    assert main(["eval", "--checkpoint", str(tmp_path), "--data", str(text / "0.py")]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    assert main(["generate", "--checkpoint", str(tmp_path), "--prompt", "a"]) == 0
+    assert main(["eval", "--checkpoint", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
+from megalodon_ops.training.checkpoint import load_any, load_checkpoint, save_checkpoint
 from megalodon_ops.evaluation import evaluate
 
 NO_TENSOR = {
@@ -55,6 +56,9 @@ NO_NUMBER = {
     "nan": math.nan, "inf": math.inf, "huge": 10**400, "array": np.array([0.5]),
 }  # fmt: skip
 NO_FLAG = {"none": None, "one": 1, "zero": 0, "string": "no", "list": [], "float": 1.0}
+NO_PATH = {"none": None, "integer": 3, "list": [], "bool": True}
+NO_WEIGHTS = {"string": "float32", "integers": torch.int64, "complex": torch.complex64, "float8": torch.float8_e4m3fn}
+NO_DEVICE = {"none": None, "other": "nonsense", "float": 1.5, "list": []}
 NEGATIVE, ZERO, ONE = {"negative": -1.0}, {"zero": 0.0}, {"one": 1}
 
 TENSOR = {"none": None, **NO_TENSOR, **SHAPES, **REAL}
@@ -300,6 +304,36 @@ CALLS = {
     "load_official of a folder": Call(
         mo.load_official, {}, dict(directory={"none": None, "integer": 3, "list": [], "bool": True})
     ),
+    "save": Call(
+        partial(model.save, "nowhere"), {},
+        dict(max_shard_bytes={"none": None, "zero": 0, "float": 1e9, "bool": True}, tokenizer={"string": "x", "integer": 3}),
+        "save",
+    ),
+    "save to a folder": Call(model.save, {}, dict(directory=NO_PATH)),
+    "load": Call(partial(mo.Megalodon.load, "nowhere"), {}, dict(dtype=NO_WEIGHTS, device=NO_DEVICE), "load"),
+    "load of a folder": Call(mo.Megalodon.load, {}, dict(directory=NO_PATH), "load"),
+    "save_official": Call(
+        partial(mo.save_official, directory="nowhere"), dict(), dict(model={"none": None, **NO_TENSOR}), "save_official"
+    ),
+    "save_official to a folder": Call(
+        partial(mo.save_official, model), {},
+        dict(directory=NO_PATH), "save_official",
+    ),
+    "save_official in shards": Call(
+        partial(mo.save_official, model, "nowhere"), {}, dict(shards={**NO_SIZE, "many": 100, "of no head": 3}), "save_official"
+    ),
+    "save_checkpoint": Call(
+        partial(save_checkpoint, "nowhere", model=model), {},
+        dict(step={"none": None, "negative": -1, "float": 1.0, "2^63": 2**63}), "save_checkpoint",
+    ),
+    "save_checkpoint of a step": Call(
+        partial(save_checkpoint, "nowhere", 1, model), {},
+        dict(keep={"none": None, "zero": 0, "float": 2.0, "bool": True}, record={"list": [], "object": {"a": object()}, "nan": {"a": math.nan}, "own": {"step": 2}},
+             tokenizer={"string": "x"}), "save_checkpoint",
+    ),
+    "load_checkpoint": Call(load_checkpoint, {}, dict(path=NO_PATH)),
+    "load_any": Call(partial(load_any, "nowhere"), {}, dict(dtype=NO_WEIGHTS, device=NO_DEVICE), "load_any"),
+    "load_any of a folder": Call(load_any, {}, dict(path=NO_PATH)),
     "evaluate": Call(
         evaluate,
         dict(model=model, documents=[[1, 2, 3]], contexts=[2, "all"]),

@@ -18,7 +18,7 @@ from .model.decoder import Decoder
 from .model.generation import TokenStream
 from .model.layers import ComplexEMA, TimestepNorm, to_torch_linears, wide_parameters
 from .model.model import Megalodon
-from .model.official import load_official
+from .model.official import load_official, save_official
 from .model.states import MegalodonState
 from .model.stops import StopStrings
 from .ops.cema import cema
@@ -66,6 +66,7 @@ __all__ = [
     "normalized_qk",
     "reference",
     "rms_norm",
+    "save_official",
     "timestep_norm",
     "to_torch_linears",
     "use_huge_pages",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megalodon_ops import Megalodon, MegalodonConfig
+from megalodon_ops.cli import schema
 from megalodon_ops.cli.arguments import SMALL
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
@@ -76,7 +77,8 @@ def trained_model(path: Path, device: torch.device, tokenizer: Path | None = Non
     tokenizer: a file for a folder that holds none. dtype: "float32" computes in it, whatever the folder's weights are in.
     """
     try:
-        model, found, record = load_any(path, dtype=torch.float32 if dtype == "float32" else None, device=device)
+        wanted = torch.float32 if dtype == "float32" else None
+        model, found, record = load_any(path, dtype=wanted, device=device, check=schema.check_where_trained)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--checkpoint {error}") from error
     if tokenizer is not None:
@@ -93,7 +95,7 @@ def trained_model(path: Path, device: torch.device, tokenizer: Path | None = Non
         raise CommandError(
             f"--checkpoint {path}: its tokenizer has {found.vocab_size} ids, and the model knows {model.config.vocab_size}"
         )
-    return Trained(model, found, record)
+    return Trained(model, found, record if schema.is_of_train(record) else None)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -40,6 +40,17 @@ def check(found: Checkpoint) -> None:
         raise ValueError(f"the state must be that of {wanted or 'no'} rows")
 
 
+def check_where_trained(found: Checkpoint) -> None:
+    """Raises as :func:`check` does, but lets a checkpoint of another training program be."""
+    if is_of_train(found.record):
+        check(found)
+
+
+def is_of_train(record: dict[str, Any] | None) -> bool:
+    """Whether `train` has written a record, and not another training program."""
+    return record is not None and "options" in record
+
+
 def _is_reader(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and is_whole(value[0], -1) and is_whole(value[1], 0)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +44,17 @@ _OF_TRANSFORMERS = frozenset({
 """Fields that transformers writes into every model's config.json, and that change nothing of what ours computes"""
 
 
+def transformers_fields() -> frozenset[str]:
+    """Names of fields of a `config.json` that change nothing of what a model of ours computes."""
+    return _OF_TRANSFORMERS | set(_OWN)
+
+
 def save_model(model: Megalodon, directory: str | os.PathLike, *, tokenizer: Any, max_shard_bytes: int) -> None:
     """:meth:`Megalodon.save`."""
     folder = as_path("save", "directory", directory)
     max_shard_bytes = check_integer("save", "max_shard_bytes", max_shard_bytes, "a positive integer", 1)
     check_tokenizer("save", tokenizer)
-    kept = _kept_files(folder, tokenizer is not None)
+    kept = kept_files("save", folder, _is_ours(folder), (CONFIG, *_tokenizer_files(tokenizer)))
     with write_folder_atomically(folder) as draft:
         write_model(model, draft, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, caller="save")
         for path in kept:
@@ -90,8 +96,17 @@ def load_model(
 
 
 def is_own(folder: Path) -> bool:
-    """Whether the folder looks like one that :meth:`Megalodon.save` or transformers wrote."""
-    return any(os.path.lexists(folder / name) for name in (WHOLE, INDEX))
+    """Whether the folder holds weights, or a configuration, as :meth:`Megalodon.save` and transformers write them."""
+    return any(os.path.lexists(folder / name) for name in (WHOLE, INDEX, CONFIG))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the folder's configuration is that of a model of ours, which saving another one may replace."""
+    try:
+        fields = read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return False
+    return fields.get("model_type") == "megalodon"
 
 
 def read_config(path: Path) -> tuple[MegalodonConfig, torch.dtype | None]:
@@ -180,31 +195,37 @@ def check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"{folder}: no {CONFIG} in this folder{hint}")
 
 
-def _kept_files(folder: Path, new_tokenizer: bool) -> list[Path]:
+def kept_files(caller: str, folder: Path, is_checkpoint: bool, written: Iterable[str]) -> list[Path]:
     """The files of a folder that saving a model there leaves as they are; raises where saving would harm others."""
     if not os.path.lexists(folder):
         return []
     if not folder.is_dir():
-        raise ValueError(f"save: `directory` must be a folder, got the file {folder}.")
+        raise ValueError(f"{caller}: `directory` must be a folder, got the file {folder}.")
     if Path.cwd() == (real := folder.resolve()) or real in Path.cwd().parents:
-        raise ValueError(f"save: `directory` must not be the working directory, got {folder}; name a folder inside it.")
-    paths = sorted(folder.iterdir())
-    if paths and not (folder / CONFIG).is_file():
         raise ValueError(
-            f"save: `directory` must be a new folder or a checkpoint, got {folder}, which holds other files."
+            f"{caller}: `directory` must not be the working directory, got {folder}; name a folder inside it."
+        )
+    paths = sorted(folder.iterdir())
+    if paths and not is_checkpoint:
+        raise ValueError(
+            f"{caller}: `directory` must be a new folder or a checkpoint, got {folder}, which holds other files."
         )
     for path in paths:
         if path.name in _OF_A_RUN:
-            raise ValueError(f"save: `directory` must not be a checkpoint of a training run, got {folder}.")
+            raise ValueError(f"{caller}: `directory` must not be a checkpoint of a training run, got {folder}.")
         if path.is_dir() and not path.is_symlink():
             raise ValueError(
-                f"save: `directory` must be a folder of files alone, got {folder}, which holds {path.name}/."
+                f"{caller}: `directory` must be a folder of files alone, got {folder}, which holds {path.name}/."
             )
-    written = {CONFIG, *(TOKENIZER_FILES if new_tokenizer else ())}
     return [path for path in paths if path.name not in written and not is_weight_file(path.name)]
 
 
+def _tokenizer_files(tokenizer: Any) -> tuple[str, ...]:
+    return () if tokenizer is None else TOKENIZER_FILES
+
+
 def check_tokenizer(caller: str, tokenizer: Any) -> None:
+    """Raises a TypeError unless the tokenizer can write itself or is None."""
     if tokenizer is not None and not callable(getattr(tokenizer, "save", None)):
         raise TypeError(
             f"{caller}: `tokenizer` must have a method `save(folder)` or be None, got {described(tokenizer)}."

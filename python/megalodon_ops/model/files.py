@@ -23,6 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import Tensor
+
+from .. import extras
 from ..ops.values import shown
 
 LARGEST_JSON = 16 << 20
@@ -177,6 +180,28 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2(2)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes the tensors to one file; a tensor that shares memory with others is written once for each name.
+
+    What goes wrong is an OSError. Without `metadata`, the file's is what transformers wants to find.
+    """
+    save_file = extras.load("safetensors.torch", "train").save_file
+    seen: set[int] = set()
+    plain = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        begin = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if begin in seen else tensor
+        seen.add(begin)
+    path.touch()
+    mode = path.stat().st_mode  # that of a user's new files; the library's are their owner's alone
+    try:
+        save_file(plain, path, metadata=metadata or {"format": "pt"})
+    except extras.load("safetensors", "train").SafetensorError as error:
+        raise OSError(one_line(error)) from error
+    path.chmod(mode)
 
 
 def flush(path: Path) -> None:

@@ -1,24 +1,27 @@
-"""Loads checkpoints in the format of the released code."""
+"""Checkpoints in the format of the released code."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import as_device, as_path
+from .checkpoint import CONFIG, as_device, as_path, check_tokenizer, kept_files
 from .config import MegalodonConfig
-from .files import read_json
+from .files import read_json, write_folder_atomically
 from ..ops.memory import check_fits, is_finite
 from .model import Megalodon
 from .pth import check_tensor, read_pth
 from ..errors import FileError
-from ..ops.values import is_whole, shown
+from .weights import plain_tensors
+from ..ops.values import check_integer, described, is_whole, shown
 
 # How a model-parallel checkpoint splits its parameters: along dim 1, along dim 0, or not at all.
 _SPLIT_DIM_1 = re.compile(r"embed\.weight|.*\.mega\.(gamma|beta)|.*\.(wh2|fc2)\.weight|output\.output\.weight")
@@ -26,6 +29,9 @@ _SPLIT_DIM_0 = re.compile(
     r".*\.cema\.\w+|.*\.(timenorm|final_norm)\.(weight|bias)|.*\.(wv|wz|wr|wh1)\.(weight|bias)|.*\.(fc1|fc3)\.weight"
 )
 _BUFFERS = re.compile(r"(.*\.)?(rope\.freqs|prior_(count|mean|logv))")
+_PARALLEL = "consolidate_config.json"
+_OF_WEIGHTS = re.compile(r"consolidated(\.\d\d)?\.pth")
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SHOWN = 4  # most names of parameters in an error
 
 Shards = dict[Path, dict[str, Tensor]]
@@ -61,6 +67,84 @@ def load_official(
         raise FileError(f"load_official: {error}") from error
 
 
+def save_official(model: Megalodon, directory: str | os.PathLike, *, shards: int = 1, tokenizer: Any = None) -> None:
+    """Writes the model as the released code does: :func:`load_official`, that code and megalodon-jax read the folder.
+
+    Args:
+        directory: a new folder, an empty one, or one in this format, whose weights are replaced.
+        shards: of how many model-parallel ranks. A rank has whole heads and whole groups of the norms, so that it must
+            divide `num_heads`, `norm_num_groups` and `ffn_hidden_dim`.
+        tokenizer: one with a method `save(folder)`, to go along.
+
+    The buffers that the released code keeps beside its parameters are written, too. The folder is complete or not there,
+    as after :meth:`Megalodon.save`.
+
+    Raises:
+        ValueError: the model's parameters are not those of its configuration, not finite or float64, or cannot be shared
+        out so. OSError: the folder cannot be written.
+
+    Example:
+        >>> import tempfile, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=32,
+        ...                             vocab_size=9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mo.save_official(mo.Megalodon(config), f"{folder}/model", shards=2)
+        ...     mo.load_official(f"{folder}/model").config == config
+        True
+    """
+    if not isinstance(model, Megalodon):
+        raise TypeError(f"save_official: `model` must be a Megalodon, got {described(model)}.")
+    folder, config = as_path("save_official", "directory", directory), model.config
+    shards = check_integer("save_official", "shards", shards, "an integer from 1 to 99", 1, 99)
+    check_tokenizer("save_official", tokenizer)
+    for field in ("num_heads", "norm_num_groups", "ffn_hidden_dim"):
+        if (size := getattr(config, field)) % shards:
+            raise ValueError(f"save_official: `shards` must divide {field} = {size}, got {shards}.")
+    weights = plain_tensors(model, config.parameter_shapes(), "save_official")
+    if (dtype := weights["embed.weight"].dtype) not in _NAMES:
+        raise ValueError(f"save_official: `model` must be {', '.join(map(str, _NAMES))}, got {dtype}.")
+    weights = {name: weight.detach().cpu() for name, weight in weights.items()}
+    if config.share_emb:
+        weights["output.output.weight"] = weights["embed.weight"]
+    kept = kept_files("save_official", folder, is_official(folder), (CONFIG, _PARALLEL))
+    with write_folder_atomically(folder) as draft:
+        for path in kept:
+            if not _OF_WEIGHTS.fullmatch(path.name):
+                shutil.copy2(path, draft / path.name, follow_symlinks=False)
+        if tokenizer is not None:
+            tokenizer.save(draft)
+        for rank in range(shards):
+            part = _part(weights, rank, shards) | _buffers(config, shards)
+            torch.save(part, draft / ("consolidated.pth" if shards == 1 else f"consolidated.{rank:02d}.pth"))
+        has_tokenizer = (draft / "tokenizer.model").exists()
+        fields = {"path": str(folder.absolute() / "tokenizer.model") if has_tokenizer else None}
+        (draft / CONFIG).write_text(json.dumps({"model": config.to_dict(), "tokenizer": fields}, indent=1) + "\n")
+        facts = {"model_parallel_size": shards, "dtype": _NAMES[dtype]}
+        (draft / _PARALLEL).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _part(weights: dict[str, Tensor], rank: int, shards: int) -> dict[str, Tensor]:
+    """What the file of one rank holds; a shared embedding is one tensor under two names."""
+    parts: dict[int, Tensor] = {}
+    for weight, dim in ((weight, _split_dim(name)) for name, weight in weights.items()):
+        if id(weight) not in parts:
+            whole = dim is None or shards == 1
+            parts[id(weight)] = weight.contiguous() if whole else weight.chunk(shards, dim)[rank].clone()
+    return {name: parts[id(weight)] for name, weight in weights.items()}
+
+
+def _buffers(config: MegalodonConfig, shards: int) -> dict[str, Tensor]:
+    """The released code's buffers in one shard: rotary frequencies, and the state that its norms begin with."""
+    pairs = config.z_dim // config.num_heads // 2
+    periods = torch.tensor([config.rotary_base ** (pair / pairs) for pair in range(pairs)], dtype=torch.float32)
+    buffers = {"rope.freqs": 1 / periods}
+    for norm in (*(f"layers.{layer}.mega.timenorm" for layer in range(config.num_layers)), "output.final_norm"):
+        buffers[f"{norm}.prior_count"] = torch.tensor(0)
+        buffers[f"{norm}.prior_mean"] = torch.zeros(config.norm_num_groups // shards)
+        buffers[f"{norm}.prior_logv"] = torch.zeros(config.norm_num_groups // shards)
+    return buffers
+
+
 def is_official(directory: Path) -> bool:
     """Whether the folder holds a checkpoint of the released code."""
     return any(directory.glob("consolidated*.pth"))
@@ -77,8 +161,9 @@ def read_official(directory: Path, dtype: torch.dtype, device: torch.device) -> 
     with torch.device("meta"):
         model = Megalodon(config).to(dtype)
     weights: dict[str, Tensor] = {}
+    places: set[int] = set()
     for name, parameter in model.named_parameters():
-        weight = _joined(name, shards).detach().to(device=device, dtype=parameter.dtype, copy=True)
+        weight = _own(_joined(name, shards).detach(), places).to(device=device, dtype=parameter.dtype)
         if not is_finite(weight):
             raise ValueError(f"{_files(shards)}: `{name}` must be finite as {parameter.dtype}, got NaN or infinity")
         weights[name] = weight
@@ -136,11 +221,11 @@ def _read_shards(directory: Path) -> Shards:
         if path.name != f"consolidated.{rank:02d}.pth":
             raise FileNotFoundError(f"{directory / f'consolidated.{rank:02d}.pth'}: no such file")
     paths = paths or [whole]
-    parallel = directory / "consolidate_config.json"
+    parallel = directory / _PARALLEL
     if os.path.lexists(parallel):
         found = read_json(parallel)
         expected, dtype = found.get("model_parallel_size", 1), found.get("dtype", "fp32")
-        if not is_whole(expected, 1) or dtype not in ("fp32", "bf16", "fp16"):
+        if not is_whole(expected, 1) or dtype not in _NAMES.values():
             raise ValueError(
                 f"{parallel}: must hold a positive integer `model_parallel_size` and a `dtype` of fp32, bf16 or fp16, "
                 f"got {shown(expected)} and {shown(dtype)}"
@@ -205,6 +290,14 @@ def _joined(name: str, shards: Shards) -> Tensor:
         if not torch.equal(parts[first], parts[other]):
             raise ValueError(f"{other}: `{name}` must be as in {first.name}, got other values")
     return parts[first]
+
+
+def _own(weight: Tensor, places: set[int]) -> Tensor:
+    """The weight, memory-mapped as it is, or a copy where it is a part of other memory or shares its own with others."""
+    storage = weight.untyped_storage()
+    alone = weight.is_contiguous() and storage.nbytes() == weight.nbytes and storage.data_ptr() not in places
+    places.add(storage.data_ptr())
+    return weight if alone else weight.clone(memory_format=torch.contiguous_format)
 
 
 def _files(shards: Shards) -> str:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .. import _C, extras
 from .blocks import BlockState
 from .config import MegalodonConfig, check_config
-from .files import file_size, one_line, write_atomically
+from .files import file_size, one_line, write_atomically, write_safetensors
 from ..ops.library import accumulation_dtype
 from ..ops.memory import check_fits, is_finite
 from ..ops.states import AttentionState, TimestepNormState, named_in_programs
@@ -185,7 +185,6 @@ class MegalodonState(NamedTuple):
         """
         check_config("MegalodonState.save", config)
         path = _path("MegalodonState.save", path)
-        save_file = extras.load("safetensors.torch", "train").save_file
         tensors = {name: _as_real(tensor.detach()) for name, tensor in named_tensors(complete(self)).items()}
         try:
             activations = self.layers[0].attention.k.dtype
@@ -202,12 +201,11 @@ class MegalodonState(NamedTuple):
             "fingerprint": config.fingerprint(),
             "megalodon_ops": _C.build_info()["version"],
         }
-        with write_atomically(path) as draft:
-            on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-            try:
-                save_file(on_cpu, draft, metadata=metadata)
-            except extras.load("safetensors", "train").SafetensorError as error:
-                raise OSError(f"{path}: could not be written: {one_line(error)}") from error
+        try:
+            with write_atomically(path) as draft:
+                write_safetensors(draft, tensors, metadata)
+        except OSError as error:
+            raise OSError(f"{path}: could not be written: {error.strerror or error}") from error
 
     @staticmethod
     def load(path: str | os.PathLike, config: MegalodonConfig, *, device: torch.device | str = "cpu") -> MegalodonState:

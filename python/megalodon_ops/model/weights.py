@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import extras
-from .files import file_size, one_line, read_json
+from .files import file_size, one_line, read_json, write_safetensors
 from .states import DTYPES
 from ..ops.library import OWN_TYPES
 from ..ops.memory import is_finite
@@ -55,22 +55,6 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_bytes: int) -> N
         weight_map |= dict.fromkeys(shard, name)
     total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=1) + "\n")
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes the tensors to one file; a tensor that shares memory with others is written once for each name."""
-    save_file = extras.load("safetensors.torch", "train").save_file
-    seen: set[int] = set()
-    plain = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        begin = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if begin in seen else tensor
-        seen.add(begin)
-    try:
-        save_file(plain, path, metadata={"format": "pt"})
-    except extras.load("safetensors", "train").SafetensorError as error:
-        raise OSError(one_line(error)) from error
 
 
 class WeightFiles:
@@ -129,16 +113,20 @@ class WeightFiles:
                 if len(missing) > _SHOWN:
                     break
                 continue
-            dtype, found = self.found[name]
-            if dtype not in WEIGHT_DTYPES:
-                raise ValueError(f"{self.where[name]}: `{name}` must be float32, bfloat16, float16 or float64")
-            if found != shape:
-                raise ValueError(f"{self.where[name]}: `{name}` must have shape {shape}, got {found}")
+            self.check_one(name, shape)
         unknown = sorted(self.found.keys() - known)
         for names, problem in ((missing, "are missing"), (unknown, "are none of them")):
             if names:
                 listed = ", ".join(shown(name) for name in names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
                 raise ValueError(f"{self._place(names[0])}: must hold the parameters {of}; {listed} {problem}")
+
+    def check_one(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises unless a tensor, which is there, is one of weights and has this shape."""
+        dtype, found = self.found[name]
+        if dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{self.where[name]}: `{name}` must be float32, bfloat16, float16 or float64")
+        if found != shape:
+            raise ValueError(f"{self.where[name]}: `{name}` must have shape {shape}, got {found}")
 
     def _place(self, name: str) -> Path:
         paths = list(self._files)
@@ -179,9 +167,8 @@ class reading:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, (FileNotFoundError, ModuleNotFoundError, MemoryError)):
             return
-        if (
-            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
-        ):  # of Rust, which safetensors is made of
+        panic = type(error).__name__ == "PanicException"  # of Rust, which safetensors is written in
+        if not (isinstance(error, Exception) or panic):
             return
         text = one_line(error)
         raise ValueError(text if text.startswith(str(self.path)) else f"{self.path}: {text}") from error

@@ -34,11 +34,11 @@ from ..model.checkpoint import (
     read_model_files, write_model,
 )  # fmt: skip
 from ..model.config import MegalodonConfig
-from ..model.files import file_size, read_json, remove_drafts, write_folder_atomically
+from ..model.files import file_size, read_json, remove_drafts, write_folder_atomically, write_safetensors
 from ..model.model import Megalodon
 from ..model.official import is_official, read_official
 from ..model.states import MegalodonState
-from ..model.weights import WEIGHT_DTYPES, WeightFiles, is_weight_file, reading, write_safetensors
+from ..model.weights import WEIGHT_DTYPES, WeightFiles, is_weight_file, reading
 from ..ops.memory import is_finite
 from ..ops.values import check_integer, described, is_whole, shown
 
@@ -74,7 +74,7 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was saved along, or None."""
-        return _tokenizer(self.folder)
+        return find_tokenizer(self.folder)
 
     def load_weights(self, model: Megalodon) -> None:
         """Copies the checkpoint's weights into the model, which must be of the checkpoint's configuration."""
@@ -86,6 +86,9 @@ class Checkpoint:
         with _faults(), reading(self.folder / _OPTIMIZER):
             if (kind := type(optimizer).__name__) != self.record["optimizer"] and self.optimizer:
                 raise ValueError(f"is the state of {self.record['optimizer']}, and the optimizer is {kind}")
+            amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
+            if self.optimizer and amsgrad != any(key.endswith("/max_exp_avg_sq") for key in self.optimizer):
+                raise ValueError("must be of an optimizer with the same `amsgrad`")
             names = {parameter: name for name, parameter in model.named_parameters()}
             ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
             states: dict[int, dict[str, Tensor]] = {}
@@ -115,7 +118,7 @@ def save_checkpoint(
     record: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Writes `run/checkpoints/step-<step>/`, and removes all but the newest `keep` checkpoints of the run.
+    """Writes `run/checkpoints/step-<step>/`, and of it and those before removes all but the newest `keep`.
 
     Args:
         optimizer: one whose state is tensors, of parameters of the model.
@@ -174,11 +177,20 @@ def save_checkpoint(
         files = {path.name: _facts(path) for path in sorted(draft.iterdir())}
         content["files"] = files
         (draft / RECORD).write_text(json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n")
-    for old in sorted(root.glob("step-*"))[:-keep]:
+    for old in [path for path in _in_order(root) if _order(path) <= _order(folder)][:-keep]:
         hidden = old.with_name(f".{old.name}.draft-old")
         os.rename(old, hidden)  # a folder is whole or not there
         shutil.rmtree(hidden)
     return folder
+
+
+def _order(folder: Path) -> tuple[int, str]:
+    """Sorts folders by their steps, of eight digits or more."""
+    return len(folder.name), folder.name
+
+
+def _in_order(root: Path) -> list[Path]:
+    return sorted(root.glob("step-*"), key=_order)
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -201,7 +213,7 @@ def load_checkpoint(path: str | os.PathLike, *, check: Callable[[Checkpoint], No
         if any(os.path.lexists(path / name) for name in (RECORD, _OLD_RECORD)):
             return _read(path, check)
         faults = []
-        for folder in sorted((path / "checkpoints").glob("step-*"), reverse=True):
+        for folder in reversed(_in_order(path / "checkpoints")):
             try:
                 found = _read(folder, check)
             except (OSError, ValueError) as error:
@@ -214,7 +226,11 @@ def load_checkpoint(path: str | os.PathLike, *, check: Callable[[Checkpoint], No
 
 
 def load_any(
-    path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    check: Callable[[Checkpoint], None] | None = None,
 ) -> tuple[Megalodon, Tokenizer | None, dict[str, Any] | None]:
     """A model, its tokenizer and, of a training run, the content of `training.json`, from any folder with a model.
 
@@ -222,6 +238,7 @@ def load_any(
         path: a run's folder, one of its checkpoints, a folder of `Megalodon.save` or of transformers, or one in the format
             of the released code.
         dtype: that of the linear layers and the embedding; None: the folder's, or float32 for the released format.
+        check: as in :func:`load_checkpoint`.
 
     Returns:
         the model in evaluation mode; its tokenizer, or None where the folder has none; the record, or None.
@@ -230,12 +247,12 @@ def load_any(
     check_dtype("load_any", dtype)
     with _faults():
         if not path.is_dir() or any(os.path.lexists(path / name) for name in (RECORD, _OLD_RECORD, "checkpoints")):
-            found = load_checkpoint(path)
+            found = load_checkpoint(path, check=check)
             return read_model(Megalodon, found.folder, dtype, device), found.tokenizer(), found.record
         if is_official(path):
-            return read_official(path, dtype or torch.float32, device), _tokenizer(path), None
-        if is_own(path) or os.path.lexists(path / CONFIG):
-            return read_model(Megalodon, path, dtype, device), _tokenizer(path), None
+            return read_official(path, dtype or torch.float32, device), find_tokenizer(path), None
+        if is_own(path):
+            return read_model(Megalodon, path, dtype, device), find_tokenizer(path), None
         raise FileNotFoundError(
             f"{path}: no model in this folder: neither a run's checkpoints/, nor {CONFIG} and weights"
         )
@@ -251,7 +268,8 @@ class _faults:
             raise FileError(str(error)) from error
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder, or None where there is none."""
     if not any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model")):
         return None
     from ..tokenizers import load_tokenizer

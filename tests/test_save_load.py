@@ -1,0 +1,468 @@
+"""`Megalodon.save` and `Megalodon.load`: one folder, whole or not there, checked before it is used."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from models import TINY, tiny_model, tokens_of
+from safetensors.torch import load_file, save_file
+
+import megalodon_ops as mo
+from megalodon_ops.errors import FileError
+from megalodon_ops.model import files
+
+CONFIGS = {
+    "plain": {}, "gated, rescaled": dict(swiglu=True, rescale_nffn=True, scale_emb=True), "shared": dict(share_emb=True),
+    "no affine norms": dict(norm_affine=False, output_size=29), "all else": dict(rope_base=1e5, dropout=0.1, norm_eps=1e-3),
+}  # fmt: skip
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def same(one, other):
+    return all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one.parameters(), other.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shard", [1 << 30, 5000], ids=["one file", "shards"])
+def test_round_trip(tmp_path, config, dtype, shard):
+    model = tiny_model(torch.float64, **CONFIGS[config]).to(dtype).eval()
+    model.save(tmp_path / "m", max_shard_bytes=shard)
+    loaded = mo.Megalodon.load(tmp_path / "m")
+    assert loaded.config == model.config and not loaded.training
+    assert same(loaded, model)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert (loaded.output.output.weight is loaded.embed.weight) == model.config.share_emb
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(loaded(tokens_of(1, 20)), model(tokens_of(1, 20)))
+    loaded(tokens_of(1, 5)).sum().backward()
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert ("model.safetensors" in names) == (shard > 5000) == (len(names) == 2)
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("asked", DTYPES, ids=str)
+def test_another_dtype(tmp_path, stored, asked):
+    """The linear layers take the dtype asked for; what stays wide does not lose digits that the file has."""
+    model = tiny_model(torch.float64).to(stored)
+    model.save(tmp_path / "m")
+    loaded = mo.Megalodon.load(tmp_path / "m", dtype=asked)
+    assert same(loaded, tiny_model(torch.float64).to(stored).to(asked))
+    for name, parameter in mo.wide_parameters(loaded).items():
+        assert parameter.dtype == (torch.float64 if asked == torch.float64 else torch.float32), name
+
+
+def test_what_the_folder_holds(tmp_path):
+    """The layout of Hugging Face's hub: names without prefix, an index of shards no larger than asked for."""
+    model = tiny_model(torch.float32, share_emb=True)
+    model.save(tmp_path / "m", max_shard_bytes=9000)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config == {
+        "model_type": "megalodon", "architectures": ["MegalodonForCausalLM"], "format": 1, "dtype": "float32",
+        "megalodon_ops_version": mo.__version__, **model.config.to_dict(),
+    }  # fmt: skip
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 4 * model.num_parameters()}
+    names = [name for name, _ in model.named_parameters()]
+    assert list(index["weight_map"]) == names and "output.output.weight" not in names
+    shards = sorted(set(index["weight_map"].values()))
+    assert shards == [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for shard in shards:
+        tensors = load_file(tmp_path / "m" / shard)
+        assert set(tensors) == {name for name, place in index["weight_map"].items() if place == shard}
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 9000 or len(tensors) == 1
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    tiny_model(torch.float32).save(tmp_path / "m")
+    before = torch.get_rng_state()
+    mo.Megalodon.load(tmp_path / "m")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loaded_model_trains_and_the_file_stays(tmp_path):
+    """Weights are mapped privately: a step changes the model as it changes one in plain memory, and not the file."""
+    model = tiny_model(torch.float32).eval()
+    model.save(tmp_path / "m")
+    content = (tmp_path / "m" / "model.safetensors").read_bytes()
+    loaded = mo.Megalodon.load(tmp_path / "m")
+    for each in (model, loaded):
+        optimizer = torch.optim.AdamW(each.parameters(), lr=0.1)
+        each.loss(tokens_of(2, 9), tokens_of(2, 9)).backward()
+        optimizer.step()
+    assert same(loaded, model)
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == content
+    loaded.save(tmp_path / "m")  # over the file that the model is mapped from
+    assert same(mo.Megalodon.load(tmp_path / "m"), model)
+
+
+class Tokenizer:
+    def __init__(self, name):
+        self.name = name
+
+    def save(self, folder):
+        (folder / self.name).write_text("{}")
+
+
+def test_what_stays_when_a_checkpoint_is_replaced(tmp_path):
+    """Files of others stay, weights of the model before do not, and a tokenizer gives way to a tokenizer only."""
+    model, folder = tiny_model(torch.float32), tmp_path / "m"
+    model.save(folder, max_shard_bytes=5000, tokenizer=Tokenizer("tokenizer.model"))
+    (folder / "README.md").write_text("a card")
+    model.save(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.model", "README.md"}
+    model.save(folder, tokenizer=Tokenizer("tokenizer.json"))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert (folder / "README.md").read_text() == "a card"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    model = tiny_model(torch.float32)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    model.save(tmp_path / "link")
+    model.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and same(mo.Megalodon.load(tmp_path / "real"), model)
+
+
+def test_folders_that_are_none_of_ours_are_left_alone(tmp_path, monkeypatch):
+    model = tiny_model(torch.float32)
+
+    def refused(message, folder):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=f"^save: `directory` must {message}"):
+            model.save(folder)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    (tmp_path / "file").write_text("")
+    refused("be a folder, got the file", tmp_path / "file")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("")
+    refused("be a new folder or a checkpoint, got .*, which holds other files", tmp_path / "work")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    refused("be a new folder or a checkpoint, got .*, which holds other files", tmp_path / "other")
+    model.save(tmp_path / "m")
+    (tmp_path / "m" / ".git").mkdir()
+    refused(r"be a folder of files alone, got .*, which holds \.git/", tmp_path / "m")
+    (tmp_path / "m" / ".git").rmdir()
+    (tmp_path / "m" / "training.json").write_text("{}")
+    refused("not be a checkpoint of a training run", tmp_path / "m")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    refused("not be the working directory", ".")
+
+
+def test_models_that_no_file_can_hold(tmp_path):
+    def refused(message, model):
+        with pytest.raises(ValueError, match=f"^save: {message}"):
+            model.save(tmp_path / "m")
+        assert not list(tmp_path.iterdir())
+
+    model = tiny_model(torch.float32)
+    with torch.no_grad():
+        model.layers[1].mega.wv.weight[3, 4] = float("nan")
+    refused("`layers.1.mega.wv.weight` must be finite", model)
+    with torch.device("meta"):
+        refused("`embed.weight` must be a tensor .* with values, got a meta tensor", mo.Megalodon(model.config))
+    model = tiny_model(torch.float32)
+    model.layers[0].mega.wv = torch.nn.Sequential(model.layers[0].mega.wv)
+    refused("`model` must have the parameters of its configuration, got no `layers.0.mega.wv.weight`; merge", model)
+    model = tiny_model(torch.float32)
+    model.embed = torch.nn.Embedding(32, 32)
+    refused(r"`embed.weight` must have shape \(31, 32\), got \(32, 32\)", model)
+
+
+def test_matrices_that_share_memory_without_share_emb(tmp_path):
+    model = tiny_model(torch.float32)
+    model.output.output.weight = model.embed.weight
+    model.save(tmp_path / "m")
+    loaded = mo.Megalodon.load(tmp_path / "m")
+    assert torch.equal(loaded.output.output.weight, model.embed.weight)
+    assert loaded.output.output.weight is not loaded.embed.weight
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, file_size_limit):
+    model = tiny_model(torch.float32)
+    model.save(tmp_path / "m")
+    before = {path: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    other = tiny_model(torch.float32, model_dim=64)
+    for limit in (10, 10_000):
+        with file_size_limit(limit), pytest.raises(OSError, match=f"^{tmp_path}/m: could not be written: .*large"):
+            other.save(tmp_path / "m")
+        assert {path: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def _save_for_ever(folder):
+    model = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    for number in itertools.count():
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, number)
+        model.save(folder)
+
+
+_LOAD = """
+import re, sys, torch, megalodon_ops as mo
+def resident(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+load, small, folder, dtype = mo.Megalodon.load if sys.argv[1] == "own" else mo.load_official, *sys.argv[2:]
+load(small)  # imports what loading needs
+before = resident("VmRSS")
+model = load(folder, dtype=getattr(torch, dtype))
+print((resident("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dtype"), [("own", "float32"), ("own", "bfloat16"), ("official", "float32")])
+def test_loading_takes_the_weights_memory_once(tmp_path, kind, dtype):
+    """In a process of its own, whose peak is compared with what it had before; the model has 86M parameters."""
+    config = mo.MegalodonConfig(
+        num_layers=6, model_dim=1024, z_dim=256, value_dim=2048, ffn_hidden_dim=2560, chunk_size=512, vocab_size=4000
+    )
+    model = mo.Megalodon(config).to(getattr(torch, dtype))
+    save = mo.Megalodon.save if kind == "own" else mo.save_official
+    save(tiny_model(torch.float32), tmp_path / "small")
+    save(model, tmp_path / "m")
+    command = [sys.executable, "-c", _LOAD, kind, tmp_path / "small", tmp_path / "m", dtype]
+    ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 1 <= ratio < 1.1
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_the_folder_is_the_old_or_the_new(tmp_path):
+    """A process that saves again and again is killed 30 times; the folder is always there and whole."""
+    folder = tmp_path / "m"
+    model = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0)
+    model.save(folder)
+    for i in range(30):
+        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(folder,))
+        process.start()
+        time.sleep(0.1 + 0.0137 * i)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        weights = mo.Megalodon.load(folder).state_dict()
+        assert len(torch.cat([weight.flatten() for weight in weights.values()]).unique()) == 1
+    model.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("count", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 5, 6, 7)), 4])
+@pytest.mark.parametrize("call", ["rename", "fsync"])
+def test_killed_at_each_step(tmp_path, monkeypatch, exchanges, count, call):
+    """The folder is the old one or the new one; without an exchange, the old one may be left under another name."""
+    old, new = tiny_model(torch.float32), tiny_model(torch.float32, swiglu=True)
+    old.save(tmp_path / "m")
+    real, calls = getattr(os, call), 0
+
+    def die_at(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > count:
+            raise Killed
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, die_at)
+        patch.setattr(files.shutil, "rmtree", lambda *a, **k: None)  # a killed process removes nothing
+        if not exchanges:
+            patch.setattr(files, "_exchange", lambda one, other: False)
+        try:
+            new.save(tmp_path / "m")
+        except Killed:
+            pass
+    if exchanges or (tmp_path / "m").exists():
+        assert mo.Megalodon.load(tmp_path / "m").config in (old.config, new.config)
+    else:
+        assert mo.Megalodon.load(tmp_path / ".m.old").config == old.config
+    new.save(tmp_path / "m")
+    assert mo.Megalodon.load(tmp_path / "m").config == new.config
+    assert {path.name for path in tmp_path.iterdir()} <= {"m", ".m.old"}
+
+
+def test_drafts_of_a_process_that_is_alive_stay(tmp_path):
+    with files.write_folder_atomically(tmp_path / "m") as draft:
+        (draft / "x").write_text("1")
+        with files.write_folder_atomically(tmp_path / "m") as other:
+            (other / "x").write_text("2")
+    assert (tmp_path / "m" / "x").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+TRANSFORMERS = {
+    "transformers_version": "5.24.0", "id2label": {"0": "LABEL_0"}, "use_cache": True, "bos_token_id": 256,
+    "tie_word_embeddings": False, "_name_or_path": "x", "torch_dtype": "float32", "chunk_size_feed_forward": 0,
+}  # fmt: skip
+
+
+def test_what_transformers_writes_beside_it_is_accepted(tmp_path):
+    model = tiny_model(torch.float32)
+    model.save(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **TRANSFORMERS}))
+    (tmp_path / "m" / "generation_config.json").write_text("{}")
+    assert same(mo.Megalodon.load(tmp_path / "m"), model)
+
+
+def fields(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        content = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: value for name, value in content.items() if value != "absent"}))
+
+    return change
+
+
+def tensors(**changes):
+    def change(folder):
+        path = folder / "model.safetensors"
+        found = load_file(path) | {name.replace("__", "."): value for name, value in changes.items()}
+        save_file({name: t for name, t in found.items() if t is not None}, path)
+
+    return change
+
+
+def index(**changes):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        tiny_model(torch.float32).save(folder, max_shard_bytes=20_000)
+        path = folder / "model.safetensors.index.json"
+        content = json.loads(path.read_text())
+        content["weight_map"] = {n: f for n, f in (content["weight_map"] | changes).items() if f is not None}
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+ONE = torch.ones(1)
+FAULTS = {
+    "type": (fields(model_type="llama"), 'config.json: `model_type` must be "megalodon", got \'llama\''),
+    "format": (fields(format=2), "config.json: `format` must be 1, got 2: a newer megalodon_ops wrote it"),
+    "format true": (fields(format=True), "config.json: `format` must be 1, got True"),
+    "dtype": (fields(dtype="int8"), "config.json: `dtype` must be one of float32, .*, got 'int8'"),
+    "dtype list": (fields(dtype=[]), "config.json: `dtype` must be one of"),
+    "missing": (fields(norm_eps="absent"), "config.json: `norm_eps` is missing"),
+    "unknown": (fields(quantization_config={}), "config.json: 'quantization_config' is an unknown field"),
+    "range": (fields(num_layers=0), "config.json: MegalodonConfig: `num_layers` must be a positive integer"),
+    "kind": (fields(swiglu=1), "config.json: MegalodonConfig: `swiglu` must be True or False, got 1"),
+    "released": (fields(model={}), "config.json: is that of a folder of the released code; .*load_official reads it"),
+    "too large": (fields(num_layers=10**9), "config.json: a model of this configuration takes [0-9,.]+ GiB of memory, and"),
+    "layers": (fields(num_layers=3), "model.safetensors: must hold the parameters of config.json; 'layers.2.mega.gamma', .* are missing"),
+    "fewer layers": (fields(num_layers=1), "model.safetensors: must hold the parameters of config.json; 'layers.1.mega.beta', .* are none of them"),
+    "width": (fields(ffn_hidden_dim=41), r"model.safetensors: `layers.0.nffn.fc1.weight` must have shape \(41, 32\), got \(40, 32\)"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
+    "both": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "holds both model.safetensors and model.safetensors.index.json"),
+    "cut": (lambda f: os.truncate(f / "model.safetensors", 9000), "model.safetensors: "),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: "),
+    "huge header": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**62)), "model.safetensors: "),
+    "nan": (tensors(embed__weight=torch.full((31, 32), float("nan"))), "model.safetensors: `embed.weight` must be finite as torch.float32"),
+    "integers": (tensors(embed__weight=torch.zeros(31, 32).int()), "model.safetensors: `embed.weight` must be float32, bfloat16"),
+    "one more": (tensors(x=ONE), "model.safetensors: must hold the parameters of config.json; 'x' are none of them"),
+    "odd name": (tensors(**{"x\x1b[1m": ONE}), r"model.safetensors: must hold the parameters of config.json; 'x\\x1b\[1m' are none"),
+    "one less": (tensors(embed__weight=None), "model.safetensors: must hold the parameters of config.json; 'embed.weight' are missing"),
+    "path": (index(**{"embed.weight": "../model-00001-of-00002.safetensors"}), r"index.json: files must be named as .*, got '../model-000"),
+    "absolute": (index(**{"embed.weight": "/etc/passwd"}), "index.json: files must be named as .*, got '/etc/passwd'"),
+    "no file": (index(**{"embed.weight": "model-00009-of-00002.safetensors"}), "model-00009-of-00002.safetensors: no such file"),
+    "moved": (index(**{"output.output.weight": "model-00001-of-00004.safetensors"}), "model-00001-of-00004.safetensors: does not hold 'output.output.weight', which"),
+    "unnamed": (index(**{"embed.weight": None}), "model-00001-of-00004.safetensors: holds 'embed.weight', which .* does not name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_faults_are_one_line(tmp_path, kind):
+    spoil, message = FAULTS[kind]
+    folder = tmp_path / "m"
+    tiny_model(torch.float32).save(folder)
+    spoil(folder)
+    with pytest.raises((FileError, FileNotFoundError), match=f"^load: {folder}(/[a-z0-9-]*)?.*{message}") as raised:
+        mo.Megalodon.load(folder)
+    assert str(raised.value).isprintable()
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^load: {tmp_path}/m: no such folder$"):
+        mo.Megalodon.load(tmp_path / "m")
+    with pytest.raises(FileNotFoundError, match=f"^load: {tmp_path}: no config.json in this folder$"):
+        mo.Megalodon.load(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=f"^load: {tmp_path}/file: must be a folder, got a file$"):
+        mo.Megalodon.load(tmp_path / "file")
+
+
+def test_a_subclass_loads_itself(tmp_path):
+    class Mine(mo.Megalodon):
+        pass
+
+    tiny_model(torch.float32).save(tmp_path / "m")
+    assert type(Mine.load(tmp_path / "m")) is Mine
+
+
+def test_reset_parameters_after_to_empty():
+    """A model from `meta` begins as one that was made at once, and every parameter of every module has a beginning."""
+    config = mo.MegalodonConfig(
+        **{**TINY, "model_dim": 256, "vocab_size": 300}, rescale_nffn=True, swiglu=True, share_emb=True
+    )
+    torch.manual_seed(0)
+    plain = mo.Megalodon(config)
+    with torch.device("meta"):
+        model = mo.Megalodon(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    model.reset_parameters()
+    assert model.output.output.weight is model.embed.weight
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert one.mean().item() == pytest.approx(other.mean().item(), abs=0.2), name
+        if one.std() > 0 and one.numel() > 500:
+            assert one.std().item() == pytest.approx(other.std().item(), rel=0.1), name
+    assert torch.isfinite(model(tokens_of(2, 20))).all()
+    assert model(tokens_of(2, 20)).std().item() == pytest.approx(plain(tokens_of(2, 20)).std().item(), rel=0.1)
+
+
+def test_module_by_module_resets_all():
+    """The way of FSDP and others: `reset_parameters` of every module that owns parameters, in any order."""
+    with torch.device("meta"):
+        model = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    for module in reversed(list(model.modules())):
+        if list(module.parameters(recurse=False)):
+            module.reset_parameters()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert model.embed.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert model.output.output.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+    for block in (model.layers[0], model.output):
+        torch.nn.init.constant_(next(block.parameters()), float("nan"))
+        block.reset_parameters()
+        assert all(torch.isfinite(parameter).all() for parameter in block.parameters())
+
+
+def test_a_shared_embedding_stays_shared_when_it_leaves_meta():
+    with torch.device("meta"):
+        model = mo.Megalodon(mo.MegalodonConfig(**TINY, share_emb=True))
+    assert (model := model.to_empty(device="cpu")).output.output.weight is model.embed.weight
+    assert len(list(model.parameters())) == len(dict(model.named_parameters(remove_duplicate=False))) - 1
