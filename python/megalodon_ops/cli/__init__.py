@@ -17,7 +17,10 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
 from megalodon_ops.ops.memory import keep_freed_memory
 
-COMMANDS = {"info": "info", "train": "train", "eval": "evaluate", "generate": "generate", "tokenizer": "tokenizer"}
+COMMANDS = {
+    "info": "info", "train": "train", "eval": "evaluate", "generate": "generate", "convert": "convert",
+    "tokenizer": "tokenizer",
+}  # fmt: skip
 EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib", "tokenizers", "sentencepiece"}
 
 

@@ -61,6 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ),
         ("generate", _generate_flags, "print a sampled continuation"),
         ("tokenizer", _tokenizer_flags, "train a byte-level BPE on text, or see what a tokenizer makes of text"),
+        ("convert", _convert_flags, "write a checkpoint in another format"),
     ):
         command = commands.add_parser(
             name, help=summary, description=summary, epilog=_examples(EXAMPLES[name]),
@@ -177,6 +178,28 @@ def _tokenizer_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+    formats = (
+        "own and hf are one: a folder that Megalodon.save, train or transformers wrote; official: the released code's"
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder to read")
+    parser.add_argument("target", type=Path, metavar="DST", help="new folder to write")
+    parser.add_argument(
+        "--from", dest="origin", choices=["own", "hf", "official", "port"], required=True,
+        help=f"{formats}; port: megalodon-hf 0.1.5, whose timestep norm differs: by how much is measured and printed",
+    )  # fmt: skip
+    parser.add_argument("--to", choices=["own", "hf", "official"], required=True, help=formats)
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16", "float64"], default=None,
+        help="of the linear layers and the embedding (that of SRC, or float32)",
+    )  # fmt: skip
+    parser.add_argument("--shards", type=_natural, default=1, metavar="N", help="files of N ranks, for official (1)")
+    parser.add_argument(
+        "--tokens", type=Path, default=None, metavar="FILE",
+        help="ids to measure a port's difference on, with spaces between them (random words)",
+    )  # fmt: skip
+
+
 def _checkpoint_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
@@ -272,6 +295,11 @@ EXAMPLES = {
     "tokenizer": [
         "tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'",
         "tokenizer --tokenizer bpe.json other.txt",
+    ],
+    "convert": [
+        "convert --from official --to own released/ model/",
+        "convert --from own --to official --shards 2 runs/prose released/",
+        "convert --from port --to hf port/ model/ --tokens ids.txt",
     ],
 }
 """Examples of every command for its help; the main help shows the first of each command"""
