@@ -1,5 +1,6 @@
 """`tokenizer`, and `train`, `eval`, `generate` over the tokens of one."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,11 +11,13 @@ import torch
 from command_line import quick_commands, rows, train
 from test_official import save_released
 
+import megalodon_ops as mo
 from megalodon_ops.cli import main
 from megalodon_ops.cli.data import load_corpus
 from megalodon_ops.cli.models import trained_model
+from megalodon_ops.cli.train import dropped
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from megalodon_ops.training import load_checkpoint
+from megalodon_ops.training import load_checkpoint, save_checkpoint
 
 pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.usefixtures("quick")
@@ -182,6 +185,28 @@ def test_a_released_folder_with_a_tokenizer(run, bpe, tmp_path, capsys):
     assert said(capsys, "generate", "--checkpoint", tmp_path / "released", "--tokenizer", bpe, *flags) == expected
     trained.tokenizer.save(tmp_path / "released")
     assert said(capsys, "generate", "--checkpoint", tmp_path / "released", *flags) == expected
+
+
+def test_a_checkpoint_of_another_training_program(run, bpe, tmp_path, capsys):
+    """No options of `train` are read from it; a model may know more ids than the tokenizer."""
+    tokenizer = load_tokenizer(bpe)
+    config = trained_model(run, torch.device("cpu")).model.config
+    model = mo.Megalodon(dataclasses.replace(config, vocab_size=512, output_size=-1))
+    save_checkpoint(tmp_path / "own", 3, model, tokenizer=tokenizer, record={"options": {"dtype": 5}})
+    flags = ["--checkpoint", tmp_path / "own"]
+    assert said(capsys, "generate", *flags, "--tokens", 99).count("\ufffd") > 9
+    assert " bits per byte" in said(capsys, "eval", *flags, "--data", __file__)
+    assert main(["eval", *map(str, flags)]) == 2
+    assert "is no run of `train`, which holds text out; give --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("letters", ["plain", "caf\u00e9 " * 40, "caf\u00e9"])
+def test_a_tokenizer_that_drops_text_is_told(bpe, letters):
+    tokenizer = load_tokenizer(bpe)
+    assert dropped(tokenizer, [letters.encode()[:-1], b"\xff" + letters.encode()]) == ""
+    tokenizer._bytes = None  # as of a vocabulary without single bytes
+    assert dropped(tokenizer, [letters.encode()[:-1]]) == ""
+    assert "a part of 1 of 2 held-out documents" in dropped(tokenizer, [letters.encode(), b"\xff" + letters.encode()])
 
 
 def test_without_the_package(run, bpe, text, tmp_path, monkeypatch, capsys):

@@ -340,6 +340,8 @@ def test_wrong_calls(tokenizer):
     for wrong in (-1, tokenizer.vocab_size, 2**70):
         with pytest.raises(ValueError, match=r"decode: `ids` must be in \[0, "):
             tokenizer.decode([wrong])
+    with pytest.raises(TypeError, match="decode: `ids` must be integers, got 2.5"):
+        tokenizer.decode([2.5])
     for wrong in (0, 257, -5):
         with pytest.raises(ValueError, match="Tokenizer.train: `vocab_size` must be"):
             Tokenizer.train([SOURCE], vocab_size=wrong)

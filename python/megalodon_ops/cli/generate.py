@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from megalodon_ops.tokenizers import Tokenizer
 
 PROMPT, SAMPLE = 300, 600
 """Bytes of the held-out beginning shown at the end of a training run, and of its continuation"""
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+"""Text of an id that the model knows and the tokenizer does not"""
 CONTEXT = 16
 """Tokens of the prompt that may change how the first new token is written"""
 
@@ -82,7 +85,10 @@ def continued(
     stream = model.stream(torch.tensor([ids], device=device), num_samples=samples, **sampling)
 
     def decode(new: list[int]) -> bytes:
-        return b"".join(tokenizer.text_of(new, after=ids[-CONTEXT:]))
+        parts: list[bytes] = []
+        for known, group in itertools.groupby(new, lambda token: token < tokenizer.vocab_size):
+            parts += tokenizer.text_of(group, after=ids[-CONTEXT:]) if known else [UNKNOWN for _ in group]
+        return b"".join(parts)
 
     texts = [StopStrings(decode, stops) for _ in range(samples)]
     written, going_on = [0] * samples, list(range(samples))

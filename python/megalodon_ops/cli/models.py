@@ -63,7 +63,7 @@ class Trained(NamedTuple):
     model: Megalodon
     tokenizer: Tokenizer
     record: dict[str, Any] | None
-    """What `train` has written beside the model"""
+    """What `train` has written beside the model; None where another program has saved it"""
 
     @property
     def dtype(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from operator import index
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import numpy
 from .files import START_TOKEN, byte_json, write_files
 from .text import BYTE_CHARACTERS, as_bytes, windows_of
 from ..extras import load
-from ..ops.values import check_size, shown
+from ..ops.values import check_size, described, shown
 
 _BATCH = 64
 """How many windows are encoded side by side"""
@@ -145,7 +146,10 @@ class Tokenizer:
         raise NotImplementedError
 
     def _check_id(self, value: int) -> int:
-        number = int(value)
+        try:
+            number = index(value)
+        except TypeError as error:
+            raise TypeError(f"decode: `ids` must be integers, got {described(value)}.") from error
         if not 0 <= number < self.vocab_size:
             raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {shown(number)}.")
         return number
