@@ -76,6 +76,9 @@ class Decoder:
         self._most_tokens = linear.most_few_rows(self._like.dtype) if self._runs_kernels() else 0
         self._autocast = torch.autocast(self._like.device.type, **_autocast_now(self._like.device.type))
         self._alone, self._state_is_whole = threading.RLock(), True
+        self._tokens_read = 0
+        self._alike_at = torch.full((self._batch, self._batch), -(2**62), device="cpu")
+        """(B, B): how many tokens had been read when two sequences were last the same"""
         self._parts, self.fused = self._plan() if self._most_tokens >= self._batch else ([], False)
 
     @property
@@ -96,26 +99,34 @@ class Decoder:
 
     @torch.no_grad()
     def reorder(self, rows: Tensor) -> None:
-        """Lets sequence i go on from what sequence rows[i] has been, in place, as beam search does; rows (B,) integers."""
+        """Lets sequence i go on from what sequence rows[i] has been, in place, as beam search does; rows (B,) integers.
+
+        Keys and values are copied from where two sequences have parted: the beams of one text share nearly all.
+        """
         check_tensor("Decoder", "rows", rows)
         if rows.shape != (self._batch,) or rows.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"Decoder: `rows` must be int64 or int32 ({self._batch},), got {rows.dtype} {tuple(rows.shape)}."
             )
-        rows = rows.long().to(self._like.device)
-        changed = (rows != torch.arange(self._batch, device=rows.device)).nonzero().squeeze(1)
-        if len(changed) == 0:
+        rows = rows.long().cpu()
+        targets = (rows != torch.arange(self._batch)).nonzero().squeeze(1)
+        if len(targets) == 0:
             return
-        sources = rows[changed]
+        sources = rows[targets]
         with self._alone:
             self._check_state()
+            since_parting = self._tokens_read - self._alike_at[targets, sources]
+            self._alike_at.fill_diagonal_(self._tokens_read)
+            self._alike_at = self._alike_at[rows][:, rows]
+            targets, sources = targets.to(self._like.device), sources.to(self._like.device)
             for layer in self._state.layers:
-                used = int(layer.attention.position.max())  # the rest of the chunk's rows are yet to be written
-                kept = (layer.attention.k[:, :used], layer.attention.v[:, :used], layer.attention.position)
-                for tensor in (*layer.norm, layer.cema, *kept):
-                    tensor[changed] = tensor[sources]
+                k, v, position = layer.attention
+                ends = position[sources].cpu()
+                new = slice(int((ends - since_parting).clamp(min=0).min()), int(ends.max()))
+                for tensor in (*layer.norm, layer.cema, k[:, new], v[:, new], position):
+                    tensor[targets] = tensor[sources]
             for tensor in self._state.norm:
-                tensor[changed] = tensor[sources]
+                tensor[targets] = tensor[sources]
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model)."""
@@ -136,6 +147,7 @@ class Decoder:
                 self._state_is_whole = isinstance(error, IndexError) and bool(outside.any())
                 raise
             self._state_is_whole = True
+            self._tokens_read += tokens.shape[1]
         return at_least_float32(logits)
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
