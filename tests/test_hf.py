@@ -202,6 +202,7 @@ def test_configuration_refuses_what_ours_does() -> None:
     with pytest.raises(ValueError, match="z_dim"):
         hf.MegalodonHFConfig(**{**SIZES, "z_dim": 15})
     config = hf.MegalodonHFConfig(**SIZES, bos_token_id=3)
+    assert config == copy.deepcopy(config) != hf.MegalodonHFConfig(**{**SIZES, "num_layers": 3}, bos_token_id=3)
     assert config.hidden_size == config.model_dim == 32 and config.bos_token_id == 3
 
 
@@ -608,6 +609,9 @@ def test_decoder_is_never_stale() -> None:
         model.layers[0].mega.cema.alpha.add_(1.0)
         agrees(cache)
         model.layers[0].mega.cema.alpha.data = model.layers[0].mega.cema.alpha.data * 2
+        agrees(cache)
+        other, before = made(share_emb=True), cache.state
+        close(other(token, past_key_values=cache).logits, other.megalodon(token, state=before))
         agrees(cache)
         model.layers[1].mega.wz = torch.nn.Linear(32, 16)
         cache.renew()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +59,7 @@ class MegalodonCache(Cache):
 
     def decode(self, model: MegalodonForCausalLM, tokens: Tensor) -> Tensor:
         """Logits (B, 1, num_outputs) after one more token (B, 1) of each sequence, without gradients."""
-        if self._decoder is None or self._watched.has_changed():
+        if self._decoder is None or self._watched.has_changed(model):
             self._decoder = Decoder(model.megalodon, self.state)
             self._state, self._watched = None, _Watched(model, tokens.device.type)
         logits = self._decoder(tokens)
@@ -98,7 +99,7 @@ class MegalodonCache(Cache):
         """The sequences `indices` alone."""
         self._replace(lambda state: state[indices.to(state.norm.count.device)])
 
-    def _replace(self, change) -> None:
+    def _replace(self, change: Callable[[MegalodonState], MegalodonState]) -> None:
         self.renew()
         if self._state is not None:
             self._state = change(self._state)
@@ -158,8 +159,8 @@ class _Watched:
         self._model, self._device, self._weights = model, device, list(model.parameters())
         self._seen = self._look()
 
-    def has_changed(self) -> bool:
-        return self._look() != self._seen
+    def has_changed(self, model: MegalodonForCausalLM) -> bool:
+        return model is not self._model or self._look() != self._seen
 
     def _look(self) -> tuple:
         weights = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self._weights]

@@ -51,6 +51,12 @@ class MegalodonHFConfig(PreTrainedConfig):
         super().__init__(**fields)
         self.to_megalodon()
 
+    def __eq__(self, other: object) -> bool:
+        """Compares all fields, those of a MegalodonConfig too; the comparison that transformers makes knows only its own."""
+        return isinstance(other, MegalodonHFConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # fields may be assigned
+
     @classmethod
     def from_megalodon(cls, config: MegalodonConfig, **others: Any) -> MegalodonHFConfig:
         """The same fields; `others` are fields of transformers."""
