@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalodon_ops.errors import FileError
-from megalodon_ops.tokenizers import START_TOKEN, WINDOW, ByteTokenizer, Tokenizer, load_tokenizer
+from megalodon_ops.tokenizers import START_TOKEN, WINDOW, ByteTokenizer, Tokenizer, load_tokenizer, text
 
 SOURCE = Path(argparse.__file__).read_bytes()
 NOT_UTF8 = b"caf\xc3\xa9 \xff\xfe then \xe2\x98 more \xc3"
@@ -119,15 +119,15 @@ def library_ids(tokenizer, text):
     return model.encode(text, add_special_tokens=False).ids if hasattr(model, "to_str") else model.Encode(text)
 
 
-@pytest.mark.parametrize("text", [*TEXTS, NOT_UTF8, random.Random(0).randbytes(500)], ids=lambda text: repr(text[:12]))
-def test_text_comes_back(tokenizer, text):
-    ids = tokenizer.encode(text)
+@pytest.mark.parametrize("document", [*TEXTS, NOT_UTF8, random.Random(0).randbytes(500)], ids=lambda text: repr(text[:12]))
+def test_text_comes_back(tokenizer, document):
+    ids = tokenizer.encode(document)
     assert ids.dtype == np.int32 and all(0 <= i < tokenizer.output_size for i in ids)
     assert tokenizer.start not in ids
-    assert tokenizer.decode(ids) == tokenizer.decode([tokenizer.start, *ids]) == text
-    assert tokenizer.encode(bytearray(text)).tolist() == ids.tolist()
-    if text.isascii():
-        assert tokenizer.encode(text.decode()).tolist() == ids.tolist()
+    assert tokenizer.decode(ids) == tokenizer.decode([tokenizer.start, *ids]) == document
+    assert tokenizer.encode(bytearray(document)).tolist() == ids.tolist()
+    if document.isascii():
+        assert tokenizer.encode(document.decode()).tolist() == ids.tolist()
 
 
 @given(st.binary(max_size=60), st.text(max_size=40))
@@ -136,19 +136,31 @@ def test_any_text_comes_back(tokenizer, some_bytes, text):
         assert tokenizer.decode(tokenizer.encode(content)) == content
 
 
+SMALL = 4096
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Long texts are cut often."""
+    assert WINDOW == text.WINDOW > SMALL
+    monkeypatch.setattr(text, "WINDOW", SMALL)
+
+
+@pytest.mark.usefixtures("small_windows")
 def test_the_ids_are_the_package_s(tokenizer):
     if tokenizer.byte_level:
         assert tokenizer.encode(SOURCE).tolist() == list(SOURCE)
         return
-    long = b" ".join([SOURCE[500:]] * 3) + "\n\n  \u2603 end  \n".encode()
-    assert len(long) > 3 * WINDOW
+    long = SOURCE[500:60_000] + "\n\n  \u2603 end  \n".encode()
+    assert len(list(tokenizer.encode_pieces([long]))) > 14
     assert tokenizer.encode(long).tolist() == library_ids(tokenizer, long.decode())
 
 
+@pytest.mark.usefixtures("small_windows")
 def test_pieces_of_any_sizes_give_equal_ids(tokenizer):
-    long = SOURCE + "\u4e2d\u6587".encode() * (WINDOW // 4) + SOURCE[:-1] + b"\xff"  # where no word ends, letters do
+    long = SOURCE[:9000] + "\u4e2d\u6587".encode() * SMALL + SOURCE[:9000] + b"\xff"  # where no word ends, letters do
     whole = tokenizer.encode(long)
-    for sizes in ([1000], [WINDOW, 1, 17], [3 * WINDOW]):
+    for sizes in ([100], [SMALL, 1, 17], [3 * SMALL]):
         parts, at, turn = [], 0, 0
         while at < len(long):
             parts.append(long[at : at + sizes[turn % len(sizes)]])
@@ -156,8 +168,10 @@ def test_pieces_of_any_sizes_give_equal_ids(tokenizer):
         found = list(tokenizer.encode_pieces(iter(parts)))
         assert np.array_equal(np.concatenate(found), whole)
     assert tokenizer.encode_batch([long, b"", b"x"])[0].tolist() == whole.tolist()
+    assert tokenizer.decode(tokenizer.encode(long[:9000])) == long[:9000]
 
 
+@pytest.mark.usefixtures("small_windows")
 def test_long_text_takes_memory_for_a_piece(tokenizer):
     """No array is longer than a window, and an array comes before the next pieces are asked for."""
     asked = 0
@@ -166,10 +180,10 @@ def test_long_text_takes_memory_for_a_piece(tokenizer):
         nonlocal asked
         for _ in range(40):
             asked += 1
-            yield SOURCE[: WINDOW // 2]
+            yield SOURCE[: SMALL // 2]
 
     for number, ids in enumerate(tokenizer.encode_pieces(pieces()), 1):
-        assert len(ids) <= WINDOW
+        assert len(ids) <= SMALL
         if number == 3:
             assert asked <= 8
 
@@ -337,9 +351,18 @@ def test_wrong_calls(tokenizer):
     for wrong in (None, 3, [1, 2], object()):
         with pytest.raises(TypeError, match="`text` must be bytes or str, got"):
             tokenizer.encode(wrong)
+        with pytest.raises(TypeError, match="encode_pieces: `(pieces|text)` must be"):
+            list(tokenizer.encode_pieces(wrong))
+    with pytest.raises(TypeError, match="encode_pieces: `pieces` must be an iterable of bytes, got b'text'"):
+        tokenizer.encode_pieces(b"text")
     for wrong in (-1, tokenizer.vocab_size, 2**70):
         with pytest.raises(ValueError, match=r"decode: `ids` must be in \[0, "):
             tokenizer.decode([wrong])
+    for call, name in ((load_tokenizer, "load_tokenizer: `path`"), (tokenizer.save, "Tokenizer.save: `folder`")):
+        with pytest.raises(TypeError, match=f"{name} must be a path, got 3"):
+            call(3)
+    with pytest.raises(TypeError, match="Tokenizer.from_file: `path` must be a path, got None"):
+        Tokenizer.from_file(None)
     with pytest.raises(TypeError, match="decode: `ids` must be integers, got 2.5"):
         tokenizer.decode([2.5])
     for wrong in (0, 257, -5):

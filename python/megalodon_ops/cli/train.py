@@ -9,11 +9,12 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from megalodon_ops import Megalodon
 from megalodon_ops.cli.console import Progress, StopSignals
@@ -293,7 +294,14 @@ def encoded(documents: list[bytes], tokenizer: Tokenizer) -> Sequence[Document]:
     """The documents' ids, those of bytes as the bytes themselves; documents of which a tokenizer leaves nothing go."""
     if tokenizer.byte_level:
         return documents
-    found = [ids for ids in tokenizer.encode_batch(documents) if len(ids)]
+    with tqdm(total=sum(map(len, documents)), unit="B", unit_scale=True, desc="encoding", leave=False, delay=1) as bar:
+
+        def read() -> Iterator[bytes]:
+            for document in documents:
+                yield document
+                bar.update(len(document))
+
+        found = [ids for ids in tokenizer.encode_batch(read()) if len(ids)]
     if not found:
         raise CommandError("--tokenizer: makes no token of the text")
     return found

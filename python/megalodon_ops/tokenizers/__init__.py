@@ -18,6 +18,7 @@ from .files import START_TOKEN, START_TOKENS, configured_start
 from .text import WINDOW
 from .vocabularies import read_file
 from ..errors import FileError
+from ..model.checkpoint import as_path
 
 __all__ = ["START_TOKEN", "START_TOKENS", "WINDOW", "ByteTokenizer", "FileError", "Tokenizer", "load_tokenizer"]
 
@@ -29,7 +30,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises FileError where a file is damaged, FileNotFoundError where there is none.
     """
-    path = Path(path)
+    path = as_path("load_tokenizer", "path", path)
     if not path.is_dir():
         return read_file(path, None)
     for name in ("tokenizer.json", "tokenizer.model"):

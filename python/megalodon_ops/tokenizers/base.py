@@ -11,8 +11,9 @@ from typing import ClassVar
 import numpy
 
 from .files import START_TOKEN, byte_json, write_files
-from .text import BYTE_CHARACTERS, as_bytes, windows_of
+from .text import BYTE_CHARACTERS, as_bytes, as_pieces, windows_of
 from ..extras import load
+from ..model.checkpoint import as_path
 from ..ops.values import check_size, described, shown
 
 _BATCH = 64
@@ -66,7 +67,7 @@ class Tokenizer:
         """
         from .vocabularies import read_file
 
-        return read_file(Path(path), start)
+        return read_file(as_path("Tokenizer.from_file", "path", path), start)
 
     @staticmethod
     def train(documents: Iterable[bytes | str], *, vocab_size: int) -> Tokenizer:
@@ -121,10 +122,8 @@ class Tokenizer:
 
         Memory is taken for one piece and one window, however long the document is.
         """
-        later = False
-        for window in windows_of(pieces):
-            yield self._encode_windows([(window, later)])[0]
-            later = True
+        windows = enumerate(windows_of(as_pieces(pieces)))
+        return (self._encode_windows([(window, number > 0)])[0] for number, window in windows)
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """The text of a document's ids; `start` has none."""
@@ -139,7 +138,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer into a folder, which is made if there is none, where :func:`load_tokenizer` finds it."""
-        write_files(Path(folder), self.file_name, self.content, self.start_token)
+        write_files(as_path("Tokenizer.save", "folder", folder), self.file_name, self.content, self.start_token)
 
     def _encode_windows(self, windows: list[tuple[bytes, bool]]) -> list[numpy.ndarray]:
         """The ids of each window, int32; the flag says that the window goes on with a text."""
@@ -175,7 +174,7 @@ class ByteTokenizer(Tokenizer):
     start_token = START_TOKEN
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[numpy.ndarray]:
-        return (numpy.frombuffer(piece, numpy.uint8).astype(numpy.int32) for piece in pieces if len(piece))
+        return (numpy.frombuffer(piece, numpy.uint8).astype(numpy.int32) for piece in as_pieces(pieces) if piece)
 
     def encode_batch(self, documents: Iterable[bytes | str]) -> list[numpy.ndarray]:
         texts = (as_bytes("encode_batch", document) for document in documents)
