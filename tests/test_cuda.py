@@ -234,8 +234,26 @@ def test_a_loss_equals_the_cpus(reduction, blocks, monkeypatch):
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"seed": 3},
+        {"seed": 3, "top_p": 0.9, "repetition_penalty": 1.2},
+        {"seed": 3, "top_k": 5, "min_p": 0.1},
+    ],
+    ids=str,
+)
 @torch.inference_mode()
-def test_generation_equals_the_cpus():
-    model, prompt = tiny_model(), tokens_of(2, 11)
-    expected = model.generate(prompt, max_new_tokens=20, temperature=0.0)
-    assert torch.equal(model.cuda().generate(prompt.cuda(), max_new_tokens=20, temperature=0.0).cpu(), expected)
+def test_generation_equals_the_cpus(options, deterministic):
+    model, prompt, lengths = tiny_model(), tokens_of(2, 11), torch.tensor([11, 4])
+    options = dict(max_new_tokens=20, stop_tokens=[1], return_lengths=True, return_state=True, **options)
+    tokens, ends, state = model.generate(prompt, lengths=lengths, **options)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = model.cuda().generate(prompt.cuda(), lengths=lengths.cuda(), **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found[0].cpu(), tokens) and torch.equal(found[1].cpu(), ends)
+    torch.testing.assert_close(found[2].norm.mean.cpu(), state.norm.mean, rtol=1e-9, atol=1e-11)

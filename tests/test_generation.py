@@ -260,6 +260,18 @@ def test_a_stream_gives_the_tokens_of_generate_and_its_state(model):
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(stream.state), tree_leaves(state), strict=True))
 
 
+def test_inference_mode_begins_and_ends_anywhere(model):
+    options = dict(seed=5, repetition_penalty=1.3, stop_tokens=[3])
+    expected = model.generate(PROMPT[:2], max_new_tokens=8, **options)[:, 19:]
+    with torch.inference_mode():
+        stream = model.stream(PROMPT[:2], **options)
+        tokens = [next(stream)]
+    tokens += list(itertools.islice(stream, 3))
+    with torch.inference_mode():
+        tokens += list(itertools.islice(stream, 4))
+    assert torch.equal(torch.stack(tokens, 1).clamp(min=0), expected)
+
+
 def test_more_tokens_than_are_collected_at_first(model):
     found = model.generate(PROMPT[:1], max_new_tokens=1100, seed=0)
     assert found.shape == (1, 1119)

@@ -72,7 +72,7 @@ class TokenStream:
         logits = self._decoder(self._last[:, None])[:, 0]
         token = self._last = self._sampling.choose(logits, self._numbers, self._seen)
         if self._seen is not None:
-            self._seen.scatter_(1, token[:, None], True)
+            self._seen = self._seen.scatter(1, token[:, None], True)
         return token if self._ends is None else self._stop(token)
 
     @property

@@ -85,7 +85,7 @@ class Sampling:
         least = self._least_likely(probability)
         if least is not None:
             probability = torch.where(probability >= least, probability, 0)
-        cumulative = probability.cumsum(-1, dtype=torch.float64)
+        cumulative = _running_sums(probability)
         drawn = next(numbers)[:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, drawn, right=True).squeeze(-1)
 
@@ -101,7 +101,7 @@ class Sampling:
             likeliest = probability.topk(top_k).values
             least = likeliest[:, -1:]
             if sorts:
-                cumulative = likeliest.cumsum(-1, dtype=torch.float64)
+                cumulative = _running_sums(likeliest)
                 total = cumulative[:, -1:]
         elif sorts:
             likeliest, cumulative = _likeliest(probability, self.top_p)
@@ -118,11 +118,18 @@ def _likeliest(probability: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """The probabilities in descending order, as many as hold `share` of each row or more, and their running sums."""
     if probability.is_cpu:  # on the CPU, sorting a large vocabulary takes as long as all else for a token
         few = probability.topk(min(_FEW_TOKENS, probability.shape[-1])).values
-        cumulative = few.cumsum(-1, dtype=torch.float64)
+        cumulative = _running_sums(few)
         if bool((cumulative[:, -1] >= share).all()):
             return few, cumulative
     every = probability.sort(descending=True).values
-    return every, every.cumsum(-1, dtype=torch.float64)
+    return every, _running_sums(every)
+
+
+def _running_sums(values: Tensor) -> Tensor:
+    """Sums of each row's first values, float64. Torch has no deterministic ones on CUDA, and refuses where it shall have."""
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(-1, dtype=torch.float64).to(values.device)
+    return values.cumsum(-1, dtype=torch.float64)
 
 
 def _check_numbers(holds: Tensor) -> None:
