@@ -133,7 +133,8 @@ def test_every_linear_layer_of_a_block_is_called_in_its_place(names, dtype):
         assert all(torch.equal(a, b) for a, b in zip(ours, of_layers, strict=True))
 
 
-def test_what_a_hook_writes_to_an_input_reaches_the_other_layers():
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_what_a_hook_writes_to_an_input_reaches_the_other_layers(inference_mode):
     model, state = model_and_state(swiglu=True)
 
     def write(module, args):
@@ -143,27 +144,95 @@ def test_what_a_hook_writes_to_an_input_reaches_the_other_layers():
         model.layers[0].get_submodule(name).register_forward_pre_hook(write)
     pieces = tokens_of(1, 3).split(1, 1)
     expected = by_layers(model, state, pieces)
-    with pytest.warns(UserWarning, match="`layers.0.mega.wz`"):
+    with torch.inference_mode(inference_mode), pytest.warns(UserWarning, match="`layers.0.mega.wz`"):
         decoder = mo.Decoder(model, state)
-    assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, pieces), expected, strict=True))
+        first = decoder(pieces[0])
+    found = tree_leaves(([first, *(decoder(piece) for piece in pieces[1:])], decoder.state))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("inference_mode", [False, True])
-def test_adapters_are_called_amid_the_kernels(inference_mode):
+def with_adapters(dtype=torch.float32, targets=("wv", "fc3"), **options):
+    """PEFT, a model with an adapter around two linear layers of each block, whose values matter, and the model's state."""
     peft = pytest.importorskip("peft")
-    model, state = model_and_state(swiglu=True)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["wv", "fc3"]), model)
+    model, state = model_and_state(torch.float32, rows=2, swiglu=True)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=list(targets), **options), model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    with torch.inference_mode(inference_mode):
-        pieces = tokens_of(1, 3).split(1, 1)
-        expected = by_layers(model, state, pieces)
-        with pytest.warns(UserWarning, match="`layers.0.mega.wv`, the first of 4 such modules, is"):
-            decoder = mo.Decoder(model, state)
-        assert len(decoder._parts) == 1
-        assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, pieces), expected, strict=True))
+    return peft, model.to(dtype), tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.dim() == 4 else t, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_adapters_run_as_kernels(dtype):
+    _, model, state = with_adapters(dtype)
+    if dtype == torch.float64:
+        state = state.to(dtype=dtype)
+    pieces, tolerance = tokens_of(2, 10).split(2, 1), {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 0.05)
+    decoder = mo.Decoder(model, state)  # without a warning
+    assert decoder.fused
+    for found, expected in zip(by_decoder(decoder, pieces), by_layers(model, state, pieces), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    decoder, before = mo.Decoder(model, state), mo.Decoder(model, state)(pieces[0])
+    with torch.no_grad():
+        model.layers[1].mega.wv.lora_B["default"].weight.zero_()  # a change in place is seen
+    changed = decoder(pieces[0])
+    torch.testing.assert_close(changed, by_layers(model, state, pieces[:1])[0], rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(changed, before, rtol=tolerance, atol=tolerance)
+
+
+def hooked_adapter(peft, layer):
+    layer.lora_B["default"].register_forward_hook(lambda module, args, y: y + 1)
+
+
+def second_adapter(peft, layer):
+    layer.update_layer("second", 2, lora_alpha=4, config=peft.LoraConfig(r=2))
+    torch.nn.init.normal_(layer.lora_B["second"].weight)
+    layer.set_adapter(["default", "second"])
+
+
+def in_another_dtype(peft, layer):
+    layer.lora_A.double()
+    layer.lora_B.double()
+
+
+def of_another_class(peft, layer):
+    class Squared(type(layer)):
+        def forward(self, x):
+            return super().forward(x).square()
+
+    layer.__class__ = Squared
+
+
+ADAPTERS = {
+    "hooked": ({}, hooked_adapter),
+    "two adapters": ({}, second_adapter),
+    "another dtype": ({}, in_another_dtype),
+    "another class": ({}, of_another_class),
+    "merged": ({}, lambda peft, layer: layer.merge()),
+    "disabled": ({}, lambda peft, layer: layer.enable_adapters(False)),
+    "hooked base": ({}, lambda peft, layer: layer.base_layer.register_forward_hook(lambda module, args, y: y + 1)),
+    "wrapped base": ({}, lambda peft, layer: setattr(layer, "base_layer", torch.nn.Sequential(layer.base_layer))),
+    "bias": (dict(lora_bias=True), lambda peft, layer: torch.nn.init.ones_(layer.lora_B["default"].bias)),
+    "DoRA": (dict(use_dora=True), lambda peft, layer: None),
+    "dropout in training": (dict(lora_dropout=0.5), lambda peft, layer: layer.train()),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters_are_called_amid_the_kernels(kind):
+    options, change = ADAPTERS[kind]
+    peft, model, state = with_adapters(targets=["wv"], **options)
+    for layer in model.layers:
+        change(peft, layer.mega.wv)
+    with pytest.warns(UserWarning, match="`layers.0.mega.wv`, the first of 2 such modules, is"):
+        decoder = mo.Decoder(model, state)
+    assert not decoder.fused and len(decoder._parts) == 1
+    pieces = tokens_of(2, 3).split(1, 1)
+    torch.manual_seed(1)
+    expected = by_layers(model, state, pieces)
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, pieces), expected, strict=True))
 
 
 def test_modules_run_under_the_autocast_of_the_decoders_making():

@@ -60,15 +60,15 @@ class Block {
         const std::string& name, const std::string& state, Arena& arena)
       : s(sizes),
         a(activations),
-        wz_(s, tensors, name + ".mega.wz", s.D, s.H * s.K, a.m, a.z),
-        wv_(s, tensors, name + ".mega.wv", s.D, s.H * s.V, a.t, a.v),
-        wr_(s, tensors, name + ".mega.wr", s.D, s.H * s.V, a.m, a.r),
-        wh1_(s, tensors, name + ".mega.wh1", s.D, s.D, a.m, a.a),
-        wh2_(s, tensors, name + ".mega.wh2", s.H * s.V, s.D, a.r, a.b),
-        fc1_(s, tensors, name + ".nffn.fc1", s.D, s.F, a.n, a.hidden),
-        fc2_(s, tensors, name + ".nffn.fc2", s.F, s.D, a.hidden, a.a) {
+        wz_(s, tensors, name + ".mega.wz", s.D, s.H * s.K, a.m, a.z, arena),
+        wv_(s, tensors, name + ".mega.wv", s.D, s.H * s.V, a.t, a.v, arena),
+        wr_(s, tensors, name + ".mega.wr", s.D, s.H * s.V, a.m, a.r, arena),
+        wh1_(s, tensors, name + ".mega.wh1", s.D, s.D, a.m, a.a, arena),
+        wh2_(s, tensors, name + ".mega.wh2", s.H * s.V, s.D, a.r, a.b, arena),
+        fc1_(s, tensors, name + ".nffn.fc1", s.D, s.F, a.n, a.hidden, arena),
+        fc2_(s, tensors, name + ".nffn.fc2", s.F, s.D, a.hidden, a.a, arena) {
     const std::string mega = name + ".mega", nffn = name + ".nffn";
-    if (s.gated) fc3_.emplace(s, tensors, nffn + ".fc3", s.D, s.F, a.n, a.gate);
+    if (s.gated) fc3_.emplace(s, tensors, nffn + ".fc3", s.D, s.F, a.n, a.gate, arena);
     timenorm_ = timestep_norm(s, tensors, mega + ".timenorm", state + ".norm");
     timenorm_.y = a.t;
 

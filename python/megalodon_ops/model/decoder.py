@@ -7,7 +7,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .. import _C
 from ..ops import linear
 from ..ops.library import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
+from .adapters import low_rank_of
 from .model import Megalodon, at_least_float32
 from .states import MegalodonState, complete, named_tensors
 from ..ops.normalized_qk import rotary_table
@@ -29,13 +30,15 @@ class Decoder:
     """The logits after each next token of B sequences, without gradients.
 
     On the CPU one call computes the logits from the tokens: it runs the kernels of the model's layers, with the same
-    bits as the layers, without Python between kernels. Where a linear layer inside a block was wrapped (LoRA), hooked,
-    quantised or replaced, that layer is called between two kernels of the call. Where another module was changed, the
-    call ends and the module runs: a block as a whole, the embedding, the final norm, the output matrix. All modules run,
-    and no kernels' call, on other devices, under torch.autocast, with dropout in training, for more rows than the
-    kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), and with MEGALODON_OPS_LINEAR=torch. The decoder
-    decides once, by the model as it is when the decoder is made: make a new decoder after the parameters, their memory
-    or the modules have changed. Threads that call one decoder wait for each other. A decoder cannot be copied or pickled.
+    bits as the layers, without Python between kernels. A linear layer of a block inside an adapter of PEFT's LoRA runs
+    as kernels, too, equal to the layers up to rounding: where one adapter is active, not merged, of the layer's dtype,
+    and nothing but scale up(down(x)), unlike DoRA. A linear layer of a block that was wrapped otherwise, hooked,
+    quantised or replaced is called between two kernels of the call. Where another module was changed, the call ends and
+    the module runs: a block as a whole, the embedding, the final norm, the output matrix. All modules run, and no call
+    of kernels, on other devices, under torch.autocast, with dropout in training, for more rows than the kernels for few
+    rows take (32; AMX: 15 in float32, 8 in bfloat16), and with MEGALODON_OPS_LINEAR=torch. The decoder decides once, by
+    the model as it is when the decoder is made: make a new decoder after the parameters, their memory, the modules or
+    their adapters have changed. Threads that call one decoder wait for each other. A decoder cannot be copied or pickled.
 
     Args:
         model: the model that gives the logits.
@@ -190,6 +193,8 @@ class Decoder:
         modules = dict(model.named_modules(remove_duplicate=False))
         changes = list(_changes(model, _as_made(model.config), ""))
         linears = {name for name in changes if _LINEAR_OF_BLOCK.fullmatch(name) and name in modules}
+        adapters = {name: low_rank for name in linears if (low_rank := low_rank_of(modules[name])) is not None}
+        changes, linears = [name for name in changes if name not in adapters], linears - adapters.keys()
         if changes:
             of_how_many = f", the first of {len(changes)} such modules," if len(changes) > 1 else ""
             warnings.warn(
@@ -203,19 +208,24 @@ class Decoder:
             return [], False
         units = ["embed", *(f"layers.{i}" for i in range(len(model.layers))), "output.final_norm", "output.output"]
         is_module = [any(o.startswith(f"{unit}.") or f"{unit}.".startswith(o) for o in others) for unit in units]
-        calls = {name: self._call_of(name, modules[name]) for name in linears}
+        wrapped = {name: self._call_of(name, modules[name]) for name in linears}
+        for name, adapter in adapters.items():
+            wrapped |= adapter.tensors(name, accumulation_dtype(self._like.dtype))
         parts: list[Callable[[Tensor], Tensor]] = []
         begin = 0
         for end in (*(unit for unit, changed in enumerate(is_module) if changed), len(units)):
             if begin < end:
-                parts.append(self._kernels(begin, end, calls))
+                parts.append(self._kernels(begin, end, wrapped))
             if end < len(units):
                 parts.append(self._module(end))
             begin = end + 1
         return parts, not changes
 
-    def _kernels(self, begin: int, end: int, calls: dict[str, Callable]) -> Callable[[Tensor], Tensor]:
-        """One call of kernels for the units [begin, end), which are numbered as in `_plan`, and of the linear layers `calls`."""
+    def _kernels(self, begin: int, end: int, wrapped: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """One call of kernels for the units [begin, end), which are numbered as in `_plan`.
+
+        `wrapped` has what stands for wrapped linear layers: functions to call, or the tensors of adapters.
+        """
         model, config, norm = self._model, self._model.config, self._model.config.num_layers + 1
         tensors = {name: p.detach().contiguous() for name, p in model.named_parameters(remove_duplicate=False)}
         tensors |= {f"state.{name}": tensor for name, tensor in named_tensors(self._state).items()}
@@ -225,7 +235,7 @@ class Decoder:
         )
         writes_logits = end == norm + 2
         kernels = _C.Decoder(
-            config=config, tensors=tensors | calls, rotary=rotary, like=self._like, batch=self._batch,
+            config=config, tensors=tensors | wrapped, rotary=rotary, like=self._like, batch=self._batch,
             max_tokens=self._most_tokens, embeds=begin == 0, first=max(begin - 1, 0), end=min(end, norm) - 1,
             norms=begin <= norm < end, writes_logits=writes_logits,
         )  # fmt: skip

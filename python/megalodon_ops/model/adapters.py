@@ -1,0 +1,61 @@
+"""Adapters of low rank that the decoder's kernels compute: y = base(x) + scale up(down(x)), as the library PEFT makes them."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import is_plain_linear
+
+
+class LowRank(NamedTuple):
+    """The parts of an adapter whose matrices all have one dtype."""
+
+    base: nn.Linear
+    down: Tensor
+    """(rank, inputs)"""
+    up: Tensor
+    """(outputs, rank)"""
+    scale: float
+
+    def tensors(self, name: str, real: torch.dtype) -> dict[str, Tensor | None]:
+        """The tensors as the decoder's kernels look for them; `name` is the layer's, `real` the dtype of accumulation."""
+        scale = torch.full((len(self.up),), self.scale, dtype=real)
+        tensors = {"weight": self.base.weight, "bias": self.base.bias, "down.weight": self.down, "up.weight": self.up}
+        tensors |= {"scale": scale}
+        return {f"{name}.{own}": None if t is None else t.detach().contiguous() for own, t in tensors.items()}
+
+
+@torch.no_grad()
+def low_rank_of(layer: nn.Module) -> LowRank | None:
+    """The parts of a layer of PEFT's that is one plain LoRA adapter around a linear layer of ours; None for all others.
+
+    That the layer computes nothing else shows in the bits of its result for one input.
+    """
+    peft = sys.modules.get("peft.tuners.lora.layer")
+    if peft is None or type(layer) is not peft.Linear or not is_plain_linear(layer.base_layer):
+        return None
+    adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(adapters) != 1 or layer.disable_adapters or layer.merged:
+        return None
+    base, scale = layer.base_layer, layer.scaling[adapters[0]]
+    down, up, dropout = (parts[adapters[0]] for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    parts = [layer, down, up, dropout]
+    watched = any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts)
+    random = not isinstance(dropout, nn.Identity) and dropout.training
+    if watched or random or not type(down) is type(up) is nn.Linear or not isinstance(scale, float | int):
+        return None
+    weights = base.weight, down.weight, up.weight
+    if (
+        down.bias is not None
+        or up.bias is not None
+        or any(w.dtype != base.weight.dtype or not w.is_cpu for w in weights)
+    ):
+        return None
+    x = torch.linspace(-1, 1, base.in_features).to(base.weight.dtype).view(1, 1, -1)
+    if not torch.equal(layer(x), base(x) + up(down(x)) * scale):
+        return None
+    return LowRank(base, down.weight, up.weight, float(scale))
