@@ -48,7 +48,7 @@ def check_where_trained(found: Checkpoint) -> None:
 
 def is_of_train(record: dict[str, Any] | None) -> bool:
     """Whether `train` has written a record, and not another training program."""
-    return record is not None and "options" in record
+    return record is not None and record.keys() >= RECORD.keys()
 
 
 def _is_reader(value: Any) -> bool:
