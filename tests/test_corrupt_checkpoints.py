@@ -14,10 +14,13 @@ import torch
 from models import tiny_model, tokens_of
 from mutations import edit_header, edit_json, flip, mutate
 from test_official import save_released
+from test_port import model_of as port_model
+from test_port import save_port
 
 import megalodon_ops as mo
 from megalodon_ops.cli import main, schema
 from megalodon_ops.errors import FileError
+from megalodon_ops.model.port import load_port
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training import checkpoint
 
@@ -214,6 +217,30 @@ def test_a_mutated_state_is_refused_or_one_that_a_model_takes(tmp_path, count):
                 model(tokens_of(2, 3), state=found)
         except (ValueError, FileNotFoundError) as error:
             if not (str(error).isprintable() and str(path) in str(error)):
+                bad.append((what, repr(error)[:300]))
+        except BaseException as error:
+            bad.append((what, repr(error)[:300]))
+    assert not bad, bad[:12]
+
+
+@counts(30, 400)
+def test_a_mutated_folder_of_the_port_is_refused_or_computes(tmp_path, count):
+    model = port_model("plain", torch.float32)
+    for kind, binary in (("safetensors", False), ("bin", True)):
+        save_port(tmp_path / kind, model, binary=binary)
+    rng = random.Random(SEED + 5)
+    bad = []
+    for i in range(count):
+        folder = tmp_path / "d"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / ("safetensors", "bin")[i % 2], folder)
+        what = mutate(rng.choice(sorted(folder.iterdir())), rng)
+        try:
+            with seconds(30):
+                load_port(folder)(tokens_of(1, 5))
+        except (ValueError, FileNotFoundError, IndexError) as error:
+            smaller = isinstance(error, IndexError) and "`tokens` must be in" in str(error)  # a smaller vocabulary
+            if not smaller and not (str(error).isprintable() and str(error).startswith(str(folder))):
                 bad.append((what, repr(error)[:300]))
         except BaseException as error:
             bad.append((what, repr(error)[:300]))

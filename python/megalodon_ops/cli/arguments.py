@@ -196,7 +196,7 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=_natural, default=1, metavar="N", help="files of N ranks, for official (1)")
     parser.add_argument(
         "--tokens", type=Path, default=None, metavar="FILE",
-        help="ids to measure a port's difference on, with spaces between them (random words)",
+        help="ids to measure a port's difference on, with spaces between them; the first 4,096 count (random words)",
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from megalodon_ops.model.official import is_official, read_official
 from megalodon_ops.model.port import difference, load_port, pseudo_text
 from megalodon_ops.training.checkpoint import find_tokenizer, load_any
 
-_MOST_TOKENS = 1 << 16
+_MOST_TOKENS = 1 << 12
 
 
 def run(options: argparse.Namespace) -> int:

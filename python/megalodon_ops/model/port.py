@@ -24,6 +24,7 @@ The biases of the port's fc1, fc2 and fc3 have no counterpart: a checkpoint in w
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ from ..ops.values import shown
 
 _BIN = "pytorch_model.bin"
 _LEAST_VARIANCE = 1e-6
+_ROWS = 256  # of logits that are compared at once
 _OF_THE_PORT = {
     "max_positions", "max_cache_len", "cache_unbounded", "efficient_attn", "gradient_checkpointing",
     "num_attention_heads",
@@ -109,22 +111,37 @@ def load_port(directory: Path, *, dtype: torch.dtype = torch.float32) -> Megalod
 def difference(model: Megalodon, tokens: Tensor) -> Difference:
     """Compares the model's logits for tokens (1, L >= 2) with those that it has under the port's timestep norm."""
     with torch.inference_mode():
-        logits = model(tokens)[0].double()
+        logits = model(tokens)[0]
         norms = [(layer.mega, "timenorm") for layer in model.layers] + [(model.output, "final_norm")]
         before = [getattr(owner, name) for owner, name in norms]
         try:
             for (owner, name), norm in zip(norms, before, strict=True):
                 setattr(owner, name, PortTimestepNorm(norm.weight, norm.bias, norm.num_groups, norm.eps))
-            port = model(tokens)[0].double()
+            port = model(tokens)[0]
         finally:
             for (owner, name), norm in zip(norms, before, strict=True):
                 setattr(owner, name, norm)
-    losses = [_loss(of_each, tokens[0]) for of_each in (logits, port)]
-    gap = logits - port
-    same = (logits.argmax(-1) == port.argmax(-1)).double().mean().item()
+        return _compare(logits, port, tokens[0])
+
+
+def _compare(logits: Tensor, port: Tensor, tokens: Tensor) -> Difference:
+    """The figures of logits (L, V) after tokens (L,), a few rows at a time in float64."""
+    targets = torch.cat([tokens[1:].where(tokens[1:] < logits.shape[-1], -100), tokens.new_tensor([-100])])
+    mean, squares, gaps, largest, same = logits.mean(dtype=torch.float64), 0.0, 0.0, 0.0, 0
+    losses = [0.0, 0.0]
+    for rows in torch.arange(len(logits)).split(_ROWS):
+        ours, theirs = logits[rows].double(), port[rows].double()
+        squares += (ours - mean).square().sum().item()
+        gaps += (ours - theirs).square().sum().item()
+        largest = max(largest, (ours - theirs).abs().max().item())
+        same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+        for i, of_each in enumerate((ours, theirs)):
+            losses[i] += nn.functional.cross_entropy(of_each, targets[rows], ignore_index=-100, reduction="sum").item()
+    count = max(1, (targets >= 0).sum().item())
     return Difference(
-        tokens.shape[1], logits.std().item(), gap.abs().max().item(), gap.square().mean().sqrt().item(), *losses, same
-    )
+        len(tokens), math.sqrt(squares / (logits.numel() - 1)), largest, math.sqrt(gaps / logits.numel()),
+        losses[0] / count, losses[1] / count, same / len(tokens),
+    )  # fmt: skip
 
 
 def pseudo_text(vocab_size: int, length: int = 512) -> Tensor:
@@ -154,12 +171,6 @@ class PortTimestepNorm(nn.Module):
         var = ((1 + ((step_mean - before) * (step_mean - mean)).cumsum(1)) / count).clamp(min=_LEAST_VARIANCE)
         y = (groups - mean[..., None]) * (var[..., None] + self.eps).rsqrt()
         return (y.reshape(B, L, D) * (1 + self.weight) + self.bias).to(x.dtype), None
-
-
-def _loss(logits: Tensor, tokens: Tensor) -> float:
-    """Nats a next token, of those that the model can predict."""
-    targets = tokens[1:].where(tokens[1:] < logits.shape[-1], -100)
-    return nn.functional.cross_entropy(logits[:-1], targets, ignore_index=-100).item()
 
 
 def _config(path: Path) -> MegalodonConfig:
