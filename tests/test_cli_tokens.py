@@ -61,7 +61,7 @@ def test_a_trained_tokenizer(text, bpe, tmp_path, capsys):
 
 def test_what_a_tokenizer_makes_of_text(text, bpe, tmp_path, capsys):
     out = said(capsys, "tokenizer", "--tokenizer", bpe, text / "0.py", text / "1.py")
-    assert out.startswith(f"{bpe}: 400 ids; 399, <|startoftext|> opens a document\n")
+    assert out.startswith(f"{bpe}: 400 ids; 399, <|startoftext|>, opens a document\n")
     assert re.search(r"the text: 2 documents, 1,000 bytes, \d+ tokens: [12]\.\d{3} bytes a token\n$", out)
     ByteTokenizer().save(tmp_path)
     assert "1,000 tokens: 1.000 bytes a token" in said(

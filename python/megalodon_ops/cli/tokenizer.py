@@ -27,8 +27,9 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError("give --train to train one, or --tokenizer FILE to see what it makes of text")
     tokenizer = read_tokenizer(options.tokenizer)
     documents = [path.read_bytes() for path in find_files(files or [], globs, flag="")]
-    opens = "" if tokenizer.start_token is None else f", {tokenizer.start_token}"
-    print(f"{options.tokenizer}: {tokenizer.vocab_size:,} ids; {tokenizer.start}{opens} opens a document")
+    print(
+        f"{options.tokenizer}: {tokenizer.vocab_size:,} ids; {tokenizer.start}, {tokenizer.start_token}, opens a document"
+    )
     if documents:
         print(_figures(tokenizer, documents, "the text"))
     return 0

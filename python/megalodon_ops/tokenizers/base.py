@@ -47,8 +47,8 @@ class Tokenizer:
     """The content of its file"""
     file_name: ClassVar[str] = "tokenizer.json"
     """What its file is called in a checkpoint's folder"""
-    start_token: str | None
-    """The text of `start` in its file, if it is there"""
+    start_token: str
+    """The text of `start`"""
 
     @property
     def output_size(self) -> int:
@@ -60,7 +60,7 @@ class Tokenizer:
         """The tokenizer in a JSON file of the `tokenizers` package or in a sentencepiece model.
 
         start: the text of the token that opens a document. None: the first of `START_TOKENS` that the vocabulary has
-        (for a sentencepiece model, its own), else a token that is added as the last id.
+        (for a sentencepiece model, its own), else `START_TOKEN`, added as the last id.
 
         Raises FileError where the file holds no tokenizer, FileNotFoundError, and ImportError where the package that
         reads it is missing.

@@ -88,15 +88,13 @@ def is_byte_json(fields: dict[str, Any]) -> bool:
     )
 
 
-def write_files(folder: Path, name: str, content: bytes, start: str | None) -> None:
+def write_files(folder: Path, name: str, content: bytes, start: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "tokenizer.json" else {}
-    if start is not None:
-        config["bos_token"] = start
-        if name == "tokenizer.json":  # transformers pads with it, and takes no token that also ends a text for padding
-            config |= {"eos_token": start, "pad_token": start, "padding_side": "left"}
-    config["clean_up_tokenization_spaces"] = False
+    config: dict[str, Any] = {"bos_token": start, "clean_up_tokenization_spaces": False}
+    if name == "tokenizer.json":  # transformers pads with it, and takes no token that also ends a text for padding
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": start, "pad_token": start}
+        config |= {"padding_side": "left"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 

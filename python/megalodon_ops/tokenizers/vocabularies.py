@@ -215,6 +215,8 @@ class SentencePieceTokenizer(VocabularyTokenizer):
             if start is not None:
                 own = self._model.PieceToId(start)
                 if self._model.IdToPiece(own) != start:
+                    own = -1
+                if own < 0 and start != START_TOKEN:
                     raise ValueError(f"the start of a document, {shown(start)}, must be a piece of its vocabulary")
             pieces = [self._model.IdToPiece(number) for number in range(size)]
             self._table = [self._bytes_of(number, piece) for number, piece in enumerate(pieces)]
@@ -222,7 +224,7 @@ class SentencePieceTokenizer(VocabularyTokenizer):
         self.start = own if 0 <= own < size else size
         self.vocab_size = max(size, self.start + 1)
         self.fingerprint = hashlib.sha256(content + b"\n%d" % self.start).hexdigest()
-        self.start_token = pieces[self.start] if self.start < size else None
+        self.start_token = pieces[self.start] if self.start < size else START_TOKEN
         self._table += [b""] * (self.vocab_size - size)
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         self._bytes = [of_byte[token] for token in names] if all(token in of_byte for token in names) else None
