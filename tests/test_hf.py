@@ -523,6 +523,30 @@ def test_long_prompts_are_read_in_pieces() -> None:
 # The cache and its decoder
 
 
+def test_a_cache_that_nobody_asked_for_is_computed_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = made(), [torch.randint(50, (length,)) for length in (8, 3)]
+    batch, token = padded(rows, "left"), torch.randint(50, (2, 1))
+    kept = []
+    hidden = model._megalodon._hidden
+    spy = lambda *a, **options: kept.append(options["return_state"]) or hidden(*a, **options)
+    monkeypatch.setitem(vars(model._megalodon), "_hidden", spy)
+    with torch.no_grad():
+        given = batch["input_ids"].clone()
+        cache = model(given, batch["attention_mask"]).get(CACHE)
+        assert kept == [False] and cache.get_seq_length() == 8 and cache.is_initialized
+        given.zero_()
+        logits = model(token, past_key_values=cache).logits
+        assert kept == [False, True]
+        for i, row in enumerate(rows):
+            close(logits[i, 0], model(torch.cat([row, token[i]])[None], use_cache=False).logits[0, -1])
+        cache = model(**batch).get(CACHE)
+        model.output.final_norm.bias.add_(1.0)
+        with pytest.raises(RuntimeError, match="by use_cache=True"):
+            copy.deepcopy(cache)
+        assert model(**batch, use_cache=True).get(CACHE).state.num_sequences == 2
+    assert model(**batch).get(CACHE).state.norm.mean.requires_grad
+
+
 def decoding(model: hf.MegalodonForCausalLM, ids: Tensor) -> hf.MegalodonCache:
     with torch.no_grad():
         cache = model(ids, use_cache=True).get(CACHE)

@@ -149,6 +149,8 @@ class Batch:
     """(B, L, D), in the place of tokens"""
     cache: MegalodonCache | None
     returns_cache: bool
+    must_keep_state: bool
+    """Whether somebody has asked for a cache; else its state is computed only once it is used"""
     present: Tensor | None
     """(B, L): which columns hold a token; None: all"""
     padding: Padding | None
@@ -202,7 +204,8 @@ def read_batch(
             f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {described(cache)}; a state is no list "
             "of keys and values."
         )
-    batch = Batch(input_ids, inputs_embeds, cache, cache is not None, None, None, None)
+    asked = cache is not None or bool(use_cache)
+    batch = Batch(input_ids, inputs_embeds, cache, asked, asked, None, None, None)
     if (dims := batch.given.dim()) != (expected := 2 if inputs_embeds is None else 3):
         name = "`input_ids` must be (B, L)" if inputs_embeds is None else "`inputs_embeds` must be (B, L, D)"
         raise ValueError(f"{op}: {name}, of {expected} dimensions, got {dims}.")
@@ -216,9 +219,7 @@ def read_batch(
     batch.cu_seqlens = _packing_of(op, batch.shape, position_ids=position_ids, present=present, **packing)
     if batch.cu_seqlens is not None and (cache is not None or use_cache):
         raise ValueError(f"{op}: packed documents end in the call, so there must be no cache.")
-    batch.returns_cache |= batch.cu_seqlens is None and (
-        config.use_cache and not training if use_cache is None else use_cache
-    )
+    batch.returns_cache |= use_cache is None and config.use_cache and not training and batch.cu_seqlens is None
     batch.padding = padding = None if present is None else _padding_of(op, present)
     if padding is not None and past and bool(((padding.lengths == 0) & (cache.state.norm.count > 0)).any()):
         raise ValueError(

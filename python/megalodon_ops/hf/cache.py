@@ -43,13 +43,16 @@ class MegalodonCache(Cache):
             raise TypeError(f"MegalodonCache: `state` must be a MegalodonState or None, got {described(state)}.")
         super().__init__(layers=[])
         self._state = state
+        self._postponed: Callable[[], MegalodonState] | None = None
         self._decoder: Decoder | None = None
-        self._watched: _Watched | None = None
+        self._watched: Watched | None = None
         self._columns = 0 if state is None else int(state.norm.count.max())
 
     @property
     def state(self) -> MegalodonState | None:
         """The state after all tokens so far, or None before the first."""
+        if self._postponed is not None:
+            self._state, self._postponed = self._postponed(), None
         return self._state if self._decoder is None else self._decoder.state
 
     def advance(self, state: MegalodonState, columns: int) -> None:
@@ -57,11 +60,15 @@ class MegalodonCache(Cache):
         self._state, self._decoder = state, None
         self._columns += columns
 
+    def postpone(self, state: Callable[[], MegalodonState], columns: int) -> None:
+        """Takes what computes the state after the first `columns` tokens of each sequence, for when it is asked for."""
+        self._postponed, self._columns = state, columns
+
     def decode(self, model: MegalodonForCausalLM, tokens: Tensor) -> Tensor:
         """Logits (B, 1, num_outputs) after one more token (B, 1) of each sequence, without gradients."""
         if self._decoder is None or self._watched.has_changed(model):
             self._decoder = Decoder(model.megalodon, self.state)
-            self._state, self._watched = None, _Watched(model, tokens.device.type)
+            self._state, self._watched = None, Watched(model, tokens.device.type)
         logits = self._decoder(tokens)
         self._columns += 1
         return logits
@@ -77,7 +84,7 @@ class MegalodonCache(Cache):
 
     def reset(self) -> None:
         """Forgets the past; the next call begins new sequences, of any number."""
-        self._state, self._decoder, self._columns = None, None, 0
+        self._state, self._postponed, self._decoder, self._columns = None, None, None, 0
 
     def reset_rows(self, rows: slice | list[int] | Tensor) -> None:
         """Forgets the past of some sequences, for new documents inside a batch."""
@@ -131,14 +138,14 @@ class MegalodonCache(Cache):
     @property
     def batch_size(self) -> int:
         """B, or -1 before the first token."""
-        past = self._state if self._decoder is None else self._decoder
+        past = self.state if self._decoder is None else self._decoder
         return -1 if past is None else past.num_sequences
 
     max_batch_size = batch_size
 
     @property
     def is_initialized(self) -> bool:
-        return self.batch_size >= 0
+        return self._columns > 0
 
     # generate compiles no forward with this cache, takes no token back, and gives the model only tokens that are new.
     is_compileable = is_croppable = False
@@ -146,13 +153,13 @@ class MegalodonCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: the state without the decoder."""
-        return {**vars(self), "_state": self.state, "_decoder": None, "_watched": None}
+        return {**vars(self), "_state": self.state, "_postponed": None, "_decoder": None, "_watched": None}
 
     def __repr__(self) -> str:
-        return f"MegalodonCache({self._columns} tokens of {max(self.batch_size, 0)} sequences)"
+        return f"MegalodonCache({self._columns} tokens)"
 
 
-class _Watched:
+class Watched:
     """What a decoder depends on and a caller may change between two tokens, cheap enough to look at for each."""
 
     def __init__(self, model: MegalodonForCausalLM, device: str) -> None:

@@ -161,7 +161,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             inputs_embeds: (B, L, D) instead of `input_ids`, as `get_input_embeddings()` gives them.
             labels: (B, L), the token at each place; the call shifts them. -100, padding, a document's first token and
                 tokens without a logit are not learnt.
-            use_cache: whether to make a cache where there is none; None: as the configuration says, but not in training.
+            use_cache: whether to make a cache where there is none. None: as the configuration says, but not in training;
+                without gradients, its state is then computed once it is used, by reading the tokens again.
             output_hidden_states: also return the embeddings and what each layer returns.
             logits_to_keep: logits of the last n columns, or of the columns in a 1-D tensor; 0: of all. None: of all, but
                 none in training with labels, where the loss is computed for a block of tokens at a time.

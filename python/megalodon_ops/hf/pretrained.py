@@ -18,7 +18,7 @@ from ..model.layers import Embedding, Linear
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
 from .batches import Batch, select
-from .cache import MegalodonCache
+from .cache import MegalodonCache, Watched
 from .configuration import MegalodonHFConfig
 
 CACHE = next(
@@ -127,8 +127,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         elif padding is not None:
             embeddings = padding.shift(embeddings)
         lengths = None if padding is None else padding.lengths
-        cache = batch.cache
-        state = None if cache is None else cache.state
+        state = None if batch.cache is None else batch.cache.state
         if tokens is not None:
             model._check(tokens, state, True, batch.cu_seqlens, lengths)
 
@@ -139,6 +138,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
         (_, length), chunk = batch.shape, model.config.chunk_size
         whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None or length <= chunk
+        eager = torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens is None or not whole
+        keeps = batch.returns_cache and (batch.must_keep_state or eager)
         pieces, result = [], None
         for begin in range(0, length, length if whole else chunk):
             end = length if whole else min(begin + chunk, length)
@@ -146,7 +147,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             piece, state = model._hidden(
                 embed(begin, end),
                 state,
-                return_state=batch.returns_cache or not whole,
+                return_state=keeps or not whole,
                 inplace_state=begin > 0,  # the first piece's state is the caller's
                 cu_seqlens=batch.cu_seqlens,
                 lengths=left,
@@ -158,11 +159,28 @@ class MegalodonPreTrainedModel(PreTrainedModel):
                 is_inside = ((steps >= begin) & (steps < end))[..., None]
                 result = part if result is None else torch.where(is_inside, part, result)
         if batch.returns_cache:
-            batch.cache = cache = MegalodonCache() if cache is None else cache
-            cache.advance(state, length)
+            batch.cache = MegalodonCache() if batch.cache is None else batch.cache
+            batch.cache.advance(state, length) if keeps else batch.cache.postpone(self._later(batch), length)
         if steps is not None:
             return result
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _later(self, batch: Batch) -> Callable[[], MegalodonState]:
+        """What reads a batch again for its state, which takes memory for a whole chunk of each sequence."""
+        again = dataclasses.replace(batch, tokens=batch.tokens.clone(), cache=None, must_keep_state=True)
+        watched = Watched(self, batch.tokens.device.type)
+
+        @torch.no_grad()
+        def state() -> MegalodonState:
+            if watched.has_changed(self):
+                raise RuntimeError(
+                    f"{type(self).__name__}: the weights, the mode of training or autocast have changed since the call that "
+                    "returned this cache; ask for the cache in that call, by use_cache=True."
+                )
+            self._hidden(again, torch.arange(0, device=again.tokens.device), whole=False)
+            return again.cache.state
+
+        return state
 
     @contextmanager
     def _recording(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
