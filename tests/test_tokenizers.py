@@ -119,7 +119,9 @@ def library_ids(tokenizer, text):
     return model.encode(text, add_special_tokens=False).ids if hasattr(model, "to_str") else model.Encode(text)
 
 
-@pytest.mark.parametrize("document", [*TEXTS, NOT_UTF8, random.Random(0).randbytes(500)], ids=lambda text: repr(text[:12]))
+@pytest.mark.parametrize(
+    "document", [*TEXTS, NOT_UTF8, random.Random(0).randbytes(500)], ids=lambda text: repr(text[:12])
+)
 def test_text_comes_back(tokenizer, document):
     ids = tokenizer.encode(document)
     assert ids.dtype == np.int32 and all(0 <= i < tokenizer.output_size for i in ids)
@@ -345,6 +347,20 @@ def test_wrong_folders(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "nowhere"}')
     with pytest.raises(FileError, match="the start of a document, 'nowhere', must be a token of its vocabulary"):
         load_tokenizer(tmp_path)
+
+
+def test_ids_with_gaps_need_a_start_of_their_own(tmp_path):
+    package("tokenizers")
+    from tokenizers import Tokenizer as Model
+    from tokenizers import models
+
+    words = {"a": 0, "b": 1, "<begin>": 5}
+    with pytest.raises(FileError, match="its ids have gaps, so none can be added; name one as `bos_token`"):
+        from_json(Model(models.WordLevel(words, unk_token="b")), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<begin>"}}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.start, tokenizer.vocab_size, tokenizer.output_size) == (5, 6, 5)
+    assert tokenizer.encode("a").tolist() == [0]
 
 
 def test_wrong_calls(tokenizer):

@@ -284,10 +284,8 @@ def dropped(tokenizer: Tokenizer, documents: list[bytes]) -> str:
 
 
 def _without_a_cut_letter(text: bytes) -> bytes:
-    valid = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(
-        text
-    )  # keeps back what may be a part of one
-    return valid.encode(errors="surrogateescape")
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # keeps back what may be a part of a letter
+    return decoder.decode(text).encode(errors="surrogateescape")
 
 
 def encoded(documents: list[bytes], tokenizer: Tokenizer) -> Sequence[Document]:

@@ -125,9 +125,15 @@ class JSONTokenizer(VocabularyTokenizer):
             raise FileError(f"{name}: the start of a document, {shown(start)}, must be a token of its vocabulary")
         start = start or next((token for token in START_TOKENS if token in vocabulary), None)
         if start is None:
-            start, content = START_TOKEN, with_start(fields, max(vocabulary.values(), default=-1) + 1)
+            last = max(vocabulary.values(), default=-1) + 1
+            start, content = START_TOKEN, with_start(fields, last)
             fields, self._model = json_object(content, name), self._read(content)
             vocabulary = self._vocabulary()
+            if vocabulary.get(start) != last:
+                raise FileError(
+                    f"{name}: has no token that opens a document, and its ids have gaps, so none can be added; name one as "
+                    "`bos_token` in a tokenizer_config.json beside it"
+                )
         self.content, self.start_token = content, start
         self.start = vocabulary[start]
         self.vocab_size = max(vocabulary.values()) + 1
