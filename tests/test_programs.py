@@ -282,7 +282,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*torch.jit.script")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("output", ["logits", "loss"])
 def test_differentiating_with_torch_func_is_refused(transform, output):

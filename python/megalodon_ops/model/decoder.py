@@ -93,7 +93,9 @@ class Decoder:
 
     def state_of(self, rows: Tensor) -> MegalodonState:
         """A copy of the state of the sequences `rows` (n,) after all tokens so far."""
-        return self._state[rows]
+        with self._alone:
+            self._check_state()
+            return self._state[rows]
 
     @property
     def num_sequences(self) -> int:

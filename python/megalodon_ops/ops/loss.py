@@ -129,9 +129,9 @@ def blockwise_cross_entropy(
         losses = F.cross_entropy(logits, index.flatten(), reduction="none", ignore_index=ignore_index)
         return losses.view(index.shape)
 
-    steps = max(_block(hidden.device) // max(width * hidden.shape[0], 1), 1)
     blocks = [(hidden, targets.long())]
     if not is_exporting():
+        steps = max(_block(hidden.device) // max(width * hidden.shape[0], 1), 1)
         blocks = list(zip(hidden.split(steps, 1), targets.long().split(steps, 1), strict=True))
     try:
         if torch.is_grad_enabled() and len(blocks) > 1:
