@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,8 @@ def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model, tokenizer = loaded(folder)
     prompt = tokenizer("the quick", return_tensors="pt")
-    base = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+    greedy = dict(**prompt, max_new_tokens=20, do_sample=False)
+    base = model.generate(**greedy)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["wv", "wz", "wr", "wh1", "wh2", "fc1", "fc2"])
     adapted = peft.get_peft_model(model, config)
     adapted.gradient_checkpointing_enable()
@@ -166,24 +168,31 @@ def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.5
-    adapted.eval()
-    model.gradient_checkpointing_disable()
-    with pytest.warns(UserWarning, match="Decoder"):
-        unmerged = adapted.generate(**prompt, max_new_tokens=20, do_sample=False)
-    assert not torch.equal(unmerged, base)
-    with adapted.disable_adapter():
-        with pytest.warns(UserWarning, match="Decoder"):
-            assert torch.equal(adapted.generate(**prompt, max_new_tokens=20, do_sample=False), base)
     adapted.save_pretrained(tmp_path / "adapter")
+
     restored = peft.PeftModel.from_pretrained(hf.MegalodonForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    learnt = restored.generate(**greedy)
+    assert not torch.equal(learnt, base)
+    with restored.disable_adapter(), pytest.warns(UserWarning, match="Decoder"):
+        assert torch.equal(restored.generate(**greedy), base)
+    with torch.no_grad():
+        cache, token = restored(**prompt, use_cache=True).get(CACHE), prompt.input_ids[:, -1:]
+        for switched in (False, True, False):  # amid a sequence
+            before, switch = cache.state, restored.disable_adapter() if switched else contextlib.nullcontext()
+            with switch, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                expected = restored.get_base_model().megalodon(token, state=before)
+                found = restored(input_ids=token, past_key_values=cache).logits[..., :256]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
     merged = restored.merge_and_unload()
     assert type(merged) is hf.MegalodonForCausalLM
-    assert torch.equal(merged.generate(**prompt, max_new_tokens=20, do_sample=False), unmerged)
+    assert torch.equal(merged.generate(**greedy), learnt)
     cache = merged(**prompt, use_cache=True).get(CACHE)
     assert mo.Decoder(merged.megalodon, cache.state).fused
     merged.save_pretrained(tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(again.generate(**prompt, max_new_tokens=20, do_sample=False), unmerged)
+    assert torch.equal(again.generate(**greedy), learnt)
 
 
 @pytest.mark.parametrize("target", ["cpu", "auto", "disk"])

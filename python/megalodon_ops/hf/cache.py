@@ -23,7 +23,7 @@ class MegalodonCache(Cache):
 
     A model makes a cache, updates it in place and returns it. Single tokens without gradients go through a
     :class:`megalodon_ops.Decoder`, which the cache makes when they begin, and anew once weights have changed in place,
-    the mode of training or autocast has changed, or :meth:`renew` was called.
+    PEFT's adapters were switched, the mode of training or autocast has changed, or :meth:`renew` was called.
 
     Args:
         state: the past to go on from, as `Megalodon` or another cache gave it; None: the sequences begin.
@@ -164,6 +164,7 @@ class Watched:
 
     def __init__(self, model: MegalodonForCausalLM, device: str) -> None:
         self._model, self._device, self._weights = model, device, list(model.parameters())
+        self._adapters = [layer for layer in model.modules() if hasattr(layer, "merged_adapters")]  # PEFT's
         self._seen = self._look()
 
     def has_changed(self, model: MegalodonForCausalLM) -> bool:
@@ -171,5 +172,16 @@ class Watched:
 
     def _look(self) -> tuple:
         weights = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self._weights]
+        adapters = [
+            (
+                layer.disable_adapters,
+                *layer.active_adapters,
+                None,
+                *layer.merged_adapters,
+                None,
+                *layer.scaling.values(),
+            )
+            for layer in self._adapters
+        ]
         autocast = is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
-        return self._model.training, autocast, weights
+        return self._model.training, autocast, weights, adapters
