@@ -14,7 +14,7 @@ from megalodon_ops.model.sampling import Sampling, numbers_of_generator, numbers
 OPTIONS = [
     {}, {"temperature": 0.5}, {"temperature": 1.5}, {"top_k": 3}, {"top_k": 99}, {"top_p": 0.6}, {"top_p": 1.0},
     {"top_k": 8, "top_p": 0.8}, {"min_p": 0.2}, {"min_p": 0.0}, {"min_p": 1.0}, {"top_k": 6, "top_p": 0.9, "min_p": 0.3},
-    {"top_p": 0.7, "temperature": 0.8, "repetition_penalty": 1.4}, {"repetition_penalty": 0.5}, {"top_p": 1e-9},
+    {"top_p": 0.7, "temperature": 0.8, "repetition_penalty": 1.4}, {"repetition_penalty": 0.5}, {"top_p": 1e-9}, {"top_k": 2, "top_p": 5e-324},
 ]  # fmt: skip
 
 
@@ -26,7 +26,9 @@ def expected_probabilities(logits, seen, options):
     probability, tokens = (logits / options.get("temperature", 1.0)).softmax(0).sort(descending=True)
     probability[options.get("top_k", len(tokens)) :] = 0
     probability /= probability.sum()
-    probability[probability.cumsum(0) - probability >= options.get("top_p", 1.0)] = 0
+    probability[
+        (probability.cumsum(0) - probability >= options.get("top_p", 1.0)) & (torch.arange(len(tokens)) > 0)
+    ] = 0
     probability[probability < options.get("min_p", 0.0) * probability.max()] = 0
     return torch.zeros_like(probability).scatter(0, tokens, probability / probability.sum())
 

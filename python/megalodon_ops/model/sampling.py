@@ -107,7 +107,7 @@ class Sampling:
             likeliest, cumulative = _likeliest(probability, self.top_p)
         if sorts:
             inside = cumulative - likeliest < self.top_p * total
-            least = likeliest.gather(-1, inside.sum(-1, keepdim=True) - 1)
+            least = likeliest.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
         if self.min_p:
             of_likeliest = self.min_p * probability.amax(-1, keepdim=True)
             least = of_likeliest if least is None else torch.maximum(least, of_likeliest)
