@@ -213,12 +213,14 @@ def test_another_format_is_refused(tmp_path, number):
 
 
 def test_a_checkpoint_of_an_old_version_is_refused_by_its_name(tmp_path):
-    (tmp_path / "checkpoint.json").write_text('{"format": 2, "megalodon_ops": "0.1.0"}')
-    for load in (load_any, load_checkpoint):
-        with pytest.raises(
-            FileError, match=r"checkpoint.json: is a checkpoint of format 2, .* of version '0.1.0', reads it"
-        ):
-            load(tmp_path)
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").write_text('{"format": 2, "megalodon_ops": "0.1.0"}')
+    for path in (tmp_path, folder):
+        for load in (load_any, load_checkpoint):
+            message = r"checkpoint.json: is a checkpoint of format 2, .* of version '0.1.0', reads it"
+            with pytest.raises(FileError, match=message):
+                load(path)
 
 
 def network(seed, kind=torch.optim.AdamW, **options):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from . import schema
+from .parts import optimizer_tensors, random_states, read_optimizer, read_random
 from .. import _C
 from ..errors import FileError
 from ..model.checkpoint import (
@@ -38,8 +39,7 @@ from ..model.files import file_size, read_json, remove_drafts, write_folder_atom
 from ..model.model import Megalodon
 from ..model.official import is_official, read_official
 from ..model.states import MegalodonState
-from ..model.weights import WEIGHT_DTYPES, WeightFiles, is_weight_file, reading
-from ..ops.memory import is_finite
+from ..model.weights import is_weight_file, reading
 from ..ops.values import check_integer, described, is_whole, shown
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ FORMAT = 3
 RECORD = "training.json"
 _OLD_RECORD = "checkpoint.json"  # of format 2 and before
 _OPTIMIZER, _STATE, _RANDOM = "optimizer.safetensors", "state.safetensors", "random.safetensors"
-_SQUARES = ("/exp_avg_sq", "/max_exp_avg_sq", "/step")
 _log = logging.getLogger("megalodon_ops")
 
 
@@ -164,7 +163,7 @@ def save_checkpoint(
         "optimizer": None if optimizer is None else type(optimizer).__name__,
         **_as_json(record),
     }
-    tensors = {} if optimizer is None else _optimizer_tensors(optimizer, model)
+    tensors = {} if optimizer is None else optimizer_tensors(optimizer, model)
     remove_drafts(root, "step-*")
     folder = root / f"step-{step:08d}"
     with write_folder_atomically(folder) as draft:
@@ -173,7 +172,7 @@ def save_checkpoint(
             write_safetensors(draft / _OPTIMIZER, tensors)
         if state is not None:
             state.save(draft / _STATE, model.config)
-        write_safetensors(draft / _RANDOM, _random_states(model))
+        write_safetensors(draft / _RANDOM, random_states(model))
         files = {path.name: _facts(path) for path in sorted(draft.iterdir())}
         content["files"] = files
         (draft / RECORD).write_text(json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n")
@@ -300,9 +299,9 @@ def _read(folder: Path, check: Callable[[Checkpoint], None] | None) -> Checkpoin
         if name not in files and (name in (_OPTIMIZER, _STATE, *TOKENIZER_FILES) or is_weight_file(name)):
             raise ValueError(f"{file}: is not one of the files that {RECORD} lists")
     config, _, _ = read_model_files(folder)
-    optimizer = _read_optimizer(folder / _OPTIMIZER, config, record["optimizer"]) if _OPTIMIZER in files else {}
+    optimizer = read_optimizer(folder / _OPTIMIZER, config, record["optimizer"]) if _OPTIMIZER in files else {}
     state = MegalodonState.load(folder / _STATE, config) if _STATE in files else None
-    found = Checkpoint(folder, config, record, optimizer, state, _read_random(folder / _RANDOM))
+    found = Checkpoint(folder, config, record, optimizer, state, read_random(folder / _RANDOM))
     if check is not None:
         with reading(path):
             check(found)
@@ -328,84 +327,6 @@ def _check_file(path: Path, wanted: dict[str, Any] | None) -> None:
         raise ValueError(f"{path}: has {size} bytes instead of {wanted['bytes']}")
     if _sha256(path) != wanted["sha256"]:
         raise ValueError(f"{path}: was changed after it was written: its checksum is another")
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state under `<parameter>/<what>`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {}
-    for parameter, state in optimizer.state.items():
-        if parameter not in names:
-            raise ValueError("save_checkpoint: `optimizer` must be of parameters of the model, got another's.")
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"save_checkpoint: `optimizer` must have a state of tensors, got `{key}` as {described(value)}."
-                )
-            tensors[f"{names[parameter]}/{key}"] = value
-    return tensors
-
-
-def _read_optimizer(path: Path, config: MegalodonConfig, kind: str | None) -> dict[str, Tensor]:
-    """The optimizer's state by name, with the layout of Adam's where the optimizer is one of that family."""
-    files = WeightFiles([path])
-    of_parameter: dict[str, dict[str, tuple[int, ...]]] = {}
-    with reading(path):
-        for key, (dtype, shape) in files.found.items():
-            if dtype is None:
-                raise ValueError(f"{shown(key)} must be of floating-point numbers or integers")
-            of_parameter.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = shape
-        left = set(of_parameter)
-        for name, shape in config.parameter_shapes():
-            if name in left:
-                _check_moments(name, of_parameter[name], shape, kind)
-                left.remove(name)
-                if not left:
-                    break
-        if left:
-            raise ValueError(f"holds {shown(min(left))}, which is no parameter of {CONFIG}")
-        tensors = {key: files.get_as_it_is(key) for key in files.found}
-        for key, tensor in tensors.items():
-            if tensor.dtype in WEIGHT_DTYPES and not is_finite(tensor):
-                raise ValueError(f"`{key}` must be finite, got NaN or infinity")
-            if key.endswith(_SQUARES) and tensor.numel() and tensor.min() < 0:
-                raise ValueError(f"`{key}` must be at least 0, got {tensor.min().item():g}")
-    return tensors
-
-
-def _check_moments(name: str, found: dict[str, tuple[int, ...]], shape: tuple[int, ...], kind: str | None) -> None:
-    if kind not in ("Adam", "AdamW"):
-        return
-    wanted = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-    if "max_exp_avg_sq" in found:
-        wanted["max_exp_avg_sq"] = shape
-    if found != wanted:
-        raise ValueError(f"the state of `{name}` must be {wanted}, got {found}")
-
-
-def _random_states(model: nn.Module) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _read_random(path: Path) -> dict[str, Tensor]:
-    files = WeightFiles([path])
-    with reading(path):
-        wanted = {"cpu": tuple(torch.get_rng_state().shape), "cuda": (16,)}
-        for name, (dtype, shape) in files.found.items():
-            if dtype != torch.uint8 or wanted.get(name) != shape:
-                raise ValueError(f"{shown(name)} must be a state of torch's generator")
-        if "cpu" not in files.found:
-            raise ValueError("`cpu` is missing")
-        tensors = {name: files.get_as_it_is(name).clone() for name in files.found}
-        try:
-            torch.Generator().set_state(tensors["cpu"])
-        except RuntimeError as error:
-            raise ValueError("`cpu` must be a state of torch's generator") from error
-    return tensors
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""What a checkpoint of a run holds beside the model: the optimizer's state, and the states of random generators.
+
+Every fault of a file is a ValueError that names the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..model.checkpoint import CONFIG
+from ..model.config import MegalodonConfig
+from ..model.weights import WEIGHT_DTYPES, WeightFiles, reading
+from ..ops.memory import is_finite
+from ..ops.values import described, shown
+
+_SQUARES = ("/exp_avg_sq", "/max_exp_avg_sq", "/step")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state under `<parameter>/<what>`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {}
+    for parameter, state in optimizer.state.items():
+        if parameter not in names:
+            raise ValueError("save_checkpoint: `optimizer` must be of parameters of the model, got another's.")
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"save_checkpoint: `optimizer` must have a state of tensors, got `{key}` as {described(value)}."
+                )
+            tensors[f"{names[parameter]}/{key}"] = value
+    return tensors
+
+
+def read_optimizer(path: Path, config: MegalodonConfig, kind: str | None) -> dict[str, Tensor]:
+    """The optimizer's state by name, with the layout of Adam's where the optimizer is one of that family."""
+    files = WeightFiles([path])
+    of_parameter: dict[str, dict[str, tuple[int, ...]]] = {}
+    with reading(path):
+        for key, (dtype, shape) in files.found.items():
+            if dtype is None:
+                raise ValueError(f"{shown(key)} must be of floating-point numbers or integers")
+            of_parameter.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = shape
+        left = set(of_parameter)
+        for name, shape in config.parameter_shapes():
+            if name in left:
+                _check_moments(name, of_parameter[name], shape, kind)
+                left.remove(name)
+                if not left:
+                    break
+        if left:
+            raise ValueError(f"holds {shown(min(left))}, which is no parameter of {CONFIG}")
+        tensors = {key: files.get_as_it_is(key) for key in files.found}
+        for key, tensor in tensors.items():
+            if tensor.dtype in WEIGHT_DTYPES and not is_finite(tensor):
+                raise ValueError(f"`{key}` must be finite, got NaN or infinity")
+            if key.endswith(_SQUARES) and tensor.numel() and tensor.min() < 0:
+                raise ValueError(f"`{key}` must be at least 0, got {tensor.min().item():g}")
+    return tensors
+
+
+def _check_moments(name: str, found: dict[str, tuple[int, ...]], shape: tuple[int, ...], kind: str | None) -> None:
+    if kind not in ("Adam", "AdamW"):
+        return
+    wanted = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    if "max_exp_avg_sq" in found:
+        wanted["max_exp_avg_sq"] = shape
+    if found != wanted:
+        raise ValueError(f"the state of `{name}` must be {wanted}, got {found}")
+
+
+def random_states(model: nn.Module) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def read_random(path: Path) -> dict[str, Tensor]:
+    files = WeightFiles([path])
+    with reading(path):
+        wanted = {"cpu": tuple(torch.get_rng_state().shape), "cuda": (16,)}
+        for name, (dtype, shape) in files.found.items():
+            if dtype != torch.uint8 or wanted.get(name) != shape:
+                raise ValueError(f"{shown(name)} must be a state of torch's generator")
+        if "cpu" not in files.found:
+            raise ValueError("`cpu` is missing")
+        tensors = {name: files.get_as_it_is(name).clone() for name in files.found}
+        try:
+            torch.Generator().set_state(tensors["cpu"])
+        except RuntimeError as error:
+            raise ValueError("`cpu` must be a state of torch's generator") from error
+    return tensors
