@@ -28,10 +28,11 @@ from megalodon_ops.cli.settings import Settings, resolve, run_folder
 from megalodon_ops.ops.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import (
-    Batches, Checkpoint, Corpus, Metrics, Reader, Schedule, adamw, draw_metrics, optimizer_threads, read_metrics,
+    Batches, Checkpoint, Corpus, Metrics, Reader, Schedule, adamw, optimizer_threads, read_metrics,
     save_checkpoint, threads,
 )  # fmt: skip
 from megalodon_ops.training.batches import Document
+from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.metrics import is_end
 
 METRICS = "metrics.jsonl"

@@ -7,13 +7,18 @@
 `python -m megalodon_ops train` is made of these; docs/training.md has a program of one's own.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .batches import START, Batch, Batches
 from .checkpoint import Checkpoint, load_any, load_checkpoint, save_checkpoint
 from .corpus import Corpus, hold_out
-from .metrics import Metrics, draw_metrics, read_metrics
+from .metrics import Metrics, read_metrics
 from .optimizer import adamw, optimizer_threads, parameter_groups, threads
 from .reader import Reader
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from .curve import draw_metrics
 
 __all__ = [
     "START",
@@ -35,3 +40,11 @@ __all__ = [
     "save_checkpoint",
     "threads",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "draw_metrics":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .curve import draw_metrics  # here: matplotlib takes long to load, and programs that draw nothing do without
+
+    return draw_metrics
