@@ -91,6 +91,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     """
 
     accepts_loss_kwargs = True
+    logits_in_training = True
+    """False: a call in training with labels leaves the logits out, and so the memory for them; Trainer reads none"""
     _tied_weights_keys = {"output.output.weight": "embed.weight"}
 
     def __init__(self, config: MegalodonHFConfig) -> None:
@@ -164,8 +166,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             use_cache: whether to make a cache where there is none. None: as the configuration says, but not in training;
                 without gradients, its state is then computed once it is used, by reading the tokens again.
             output_hidden_states: also return the embeddings and what each layer returns.
-            logits_to_keep: logits of the last n columns, or of the columns in a 1-D tensor; 0: of all. None: of all, but
-                none in training with labels, where the loss is computed for a block of tokens at a time.
+            logits_to_keep: logits of the last n columns, or of the columns in a 1-D tensor; 0: of all. None: of all, or
+                none in training with labels where `model.logits_in_training` is False. The loss needs none: it is
+                computed for a block of tokens at a time.
             cu_seqlens: (S + 1,) offsets of documents packed into one row; it counts before `cu_seq_lens_q`, `position_ids`
                 and `seq_idx`, in which transformers' collators say the same.
             num_items_in_batch: divides the loss in place of the number of labels, as Trainer asks.
@@ -192,7 +195,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self._loss(hidden, labels, batch, num_items_in_batch)
             hidden = hidden if steps is None else select(hidden, steps)
-        if labels is None or logits_to_keep is not None or not self.training:
+        if labels is None or logits_to_keep is not None or self.logits_in_training or not self.training:
             logits = self._all_tokens(at_least_float32(self.output.output(hidden)))
         return self._returned(
             CausalLMOutputWithPast, batch, return_dict, loss=loss, logits=logits, hidden_states=layers
