@@ -256,6 +256,17 @@ def test_convert(tmp_path, capsys, to):
     assert "On 512 tokens" in out
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [({}, False), ({"max_cache_len": None}, False), ({"max_cache_len": 64}, True), ({"cache_unbounded": True}, True)],
+)
+def test_convert_says_where_the_ports_decoding_looks_beyond_the_chunk(tmp_path, capsys, fields, said):
+    port = save_port(tmp_path / "port", model_of("plain", torch.float32), **fields)
+    assert main(["convert", "--from", "port", "--to", "own", str(port), str(tmp_path / "m")]) == 0
+    out = capsys.readouterr().out
+    assert ("attend to earlier chunks" in out) == said and out.count("\n\n") == 1
+
+
 def test_convert_measures_on_given_tokens(tmp_path, capsys):
     port = save_port(tmp_path / "port", model_of("plain", torch.float32))
     (tmp_path / "ids").write_text("1 2 3\n4 5")

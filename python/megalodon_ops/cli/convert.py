@@ -12,7 +12,7 @@ from megalodon_ops import Megalodon, save_official
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
 from megalodon_ops.model.official import is_official, read_official
-from megalodon_ops.model.port import difference, load_port, pseudo_text
+from megalodon_ops.model.port import difference, load_port, looks_beyond_its_chunk, pseudo_text
 from megalodon_ops.training.checkpoint import find_tokenizer, load_any
 
 _MOST_TOKENS = 1 << 12
@@ -39,7 +39,11 @@ def run(options: argparse.Namespace) -> int:
     print(f"{target}: {model.num_parameters():,} parameters, {kind}, read by {_READER[options.to]}")
     if options.origin == "port":
         tokens = _tokens(options.tokens, model.config.vocab_size)
-        print(f"\n{difference(model, tokens).paragraph()}")
+        beyond = (
+            " The port's `max_cache_len` or `cache_unbounded` also lets its decoding with a cache attend to earlier chunks, "
+            "which its training does not, nor this model."
+        )
+        print(f"\n{difference(model, tokens).paragraph()}{beyond * looks_beyond_its_chunk(source)}")
     return 0
 
 

@@ -18,7 +18,10 @@ The variance inside a group is left out, and a variance of 1 counts as one step.
     nffn.alpha                          the constant 0.1 * 0.5^i
     output.final_norm.*                 model.norm.*
 
-The biases of the port's fc1, fc2 and fc3 have no counterpart: a checkpoint in which one is not zero is refused.
+The biases of the port's fc1, fc2 and fc3 have no counterpart: a checkpoint in which one is not zero is refused. Its
+`attention_dropout` is of probabilities after the softmax, here of keys (in training alone). Its `max_cache_len` and
+`cache_unbounded` let decoding with a cache look beyond the chunk that training and whole sequences attend in: see
+`looks_beyond_its_chunk`.
 """
 
 from __future__ import annotations
@@ -106,6 +109,12 @@ def load_port(directory: Path, *, dtype: torch.dtype = torch.float32) -> Megalod
     model.load_state_dict(values, strict=True, assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def looks_beyond_its_chunk(directory: Path) -> bool:
+    """Whether the port, when it decodes with a cache, attends to earlier chunks; no model here and no training there does."""
+    fields = read_json(directory / CONFIG)
+    return fields.get("cache_unbounded") is True or fields.get("max_cache_len") not in (None, -1, fields["chunk_size"])
 
 
 def difference(model: Megalodon, tokens: Tensor) -> Difference:
