@@ -215,8 +215,11 @@ ADAPTERS = {
     "wrapped base": ({}, lambda peft, layer: setattr(layer, "base_layer", torch.nn.Sequential(layer.base_layer))),
     "bias": (dict(lora_bias=True), lambda peft, layer: torch.nn.init.ones_(layer.lora_B["default"].bias)),
     "DoRA": (dict(use_dora=True), lambda peft, layer: None),
+    "DoRA before training": (
+        dict(use_dora=True), lambda peft, layer: torch.nn.init.zeros_(layer.lora_B["default"].weight)
+    ),
     "dropout in training": (dict(lora_dropout=0.5), lambda peft, layer: layer.train()),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import is_plain_linear
+from ..ops.library import OWN_TYPES
 
 
 class LowRank(NamedTuple):
@@ -23,9 +24,9 @@ class LowRank(NamedTuple):
 
     def tensors(self, name: str, real: torch.dtype) -> dict[str, Tensor | None]:
         """The tensors as the decoder's kernels look for them; `name` is the layer's, `real` the dtype of accumulation."""
-        scale = torch.full((len(self.up),), self.scale, dtype=real)
-        tensors = {"weight": self.base.weight, "bias": self.base.bias, "down.weight": self.down, "up.weight": self.up}
-        tensors |= {"scale": scale}
+        scale = torch.full((len(self.up),), self.scale, dtype=real, device=self.up.device)
+        tensors = {"weight": self.base.weight, "bias": self.base.bias, "scale": scale}
+        tensors |= {"down.weight": self.down, "up.weight": self.up}
         return {f"{name}.{own}": None if t is None else t.detach().contiguous() for own, t in tensors.items()}
 
 
@@ -39,23 +40,27 @@ def low_rank_of(layer: nn.Module) -> LowRank | None:
     if peft is None or type(layer) is not peft.Linear or not is_plain_linear(layer.base_layer):
         return None
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(adapters) != 1 or layer.disable_adapters or layer.merged:
+    if len(adapters) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant.get(adapters[0]) is not None:
         return None
     base, scale = layer.base_layer, layer.scaling[adapters[0]]
     down, up, dropout = (parts[adapters[0]] for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    parts = [layer, down, up, dropout]
-    watched = any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts)
-    random = not isinstance(dropout, nn.Identity) and dropout.training
-    if watched or random or not type(down) is type(up) is nn.Linear or not isinstance(scale, float | int):
+    if not (_is_matrix(down, base) and _is_matrix(up, base) and isinstance(scale, float | int)):
         return None
-    weights = base.weight, down.weight, up.weight
-    if (
-        down.bias is not None
-        or up.bias is not None
-        or any(w.dtype != base.weight.dtype or not w.is_cpu for w in weights)
-    ):
+    watched = any(
+        "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in (layer, dropout)
+    )
+    if watched or (dropout.training and not isinstance(dropout, nn.Identity)):
         return None
-    x = torch.linspace(-1, 1, base.in_features).to(base.weight.dtype).view(1, 1, -1)
+    x = torch.linspace(-1, 1, base.in_features, dtype=torch.float32, device=base.weight.device).to(base.weight.dtype)
+    x = x.view(1, 1, -1)
     if not torch.equal(layer(x), base(x) + up(down(x)) * scale):
         return None
     return LowRank(base, down.weight, up.weight, float(scale))
+
+
+def _is_matrix(layer: nn.Module, like: nn.Linear) -> bool:
+    """Whether the layer is torch's linear layer without bias and hooks, its weight of the dtype and device of `like`."""
+    if type(layer) is not nn.Linear or layer.bias is not None or type(layer.weight) not in OWN_TYPES:
+        return False
+    watched = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    return not watched and layer.weight.dtype == like.weight.dtype and layer.weight.device == like.weight.device
