@@ -40,7 +40,9 @@ def low_rank_of(layer: nn.Module) -> LowRank | None:
     if peft is None or type(layer) is not peft.Linear or not is_plain_linear(layer.base_layer):
         return None
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(adapters) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant.get(adapters[0]) is not None:
+    if len(adapters) != 1 or layer.disable_adapters or layer.merged:
+        return None
+    if any(getattr(layer, variants, {}).get(adapters[0]) for variants in ("lora_variant", "use_dora")):
         return None
     base, scale = layer.base_layer, layer.scaling[adapters[0]]
     down, up, dropout = (parts[adapters[0]] for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout))
