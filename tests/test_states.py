@@ -15,7 +15,8 @@ from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
-from megalodon_ops.model.states import layout, named_tensors
+from megalodon_ops.model.state_layout import layout
+from megalodon_ops.model.states import named_tensors
 
 
 @pytest.fixture(scope="module")

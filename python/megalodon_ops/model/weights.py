@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import extras
 from .files import file_size, one_line, read_json, write_safetensors
-from .states import DTYPES
+from .state_layout import DTYPES
 from ..ops.library import OWN_TYPES
 from ..ops.memory import is_finite
 from ..ops.values import shown
