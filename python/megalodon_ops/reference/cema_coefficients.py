@@ -44,12 +44,14 @@ def cema_coefficients_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dalpha, ddelta, dtheta, dgamma. With a + i b = dq exp(-2 pi i t), what dq has along q and across it:
 
-    r   ->   a                        and r = 1 - p s(delta) passes a on:
-    t   ->   2 pi r b
-    p   ->   dp - a s(delta),         dalpha = (dp - a s(delta)) p (1 - p)      as ds/dx = s (1 - s)
+        r       ->   a                and r = 1 - p s(delta) passes a on:
+        t       ->   2 pi r b
+        p       ->   dp - a s(delta), dalpha = (dp - a s(delta)) p (1 - p)
                                       ddelta = -a p s(delta) (1 - s(delta))
                                       dtheta = s(theta) (1 - s(theta)) sum_n 2 pi r_n b_n n / N
-    gamma -> dgamma = dscaled / sqrt(N), its real and imaginary parts
+        gamma   ->   dgamma = dscaled / sqrt(N), its real and imaginary parts
+
+    p (1 - p) and its likes are the derivative of the sigmoid, ds/dx = s (1 - s).
     """
     ndim = alpha.shape[1]
     p, radius, phase = _polar(alpha, delta, theta)

@@ -25,8 +25,10 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
 def gated_silu_bwd(dy: Tensor, x: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Returns dx, dvalue. One line is differentiated:
 
-    y = x s value   ->   dvalue = dy x s
-                         dx = dy value (s + x s (1 - s))      as ds/dx = s (1 - s)
+        y = x s value   ->   dvalue = dy x s
+                             dx = dy value (s + x s (1 - s))
+
+    The last factor is the derivative of x s, as ds/dx = s (1 - s).
     """
     real = accumulation_dtype(x.dtype)
     wide, dsilu = x.to(real), dy.to(real)

@@ -1,0 +1,106 @@
+"""Sphinx configuration of the pages: `python tools/build_docs.py` builds them.
+
+The source directory is the repository, so that links between docs/, the README and the benches are links between pages
+here as on a forge. `include_patterns` says which Markdown files are pages.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import megalodon_ops
+
+REPOSITORY = Path(__file__).parent.parent
+
+project = "megalodon_ops"
+author = "the authors of megalodon_ops"
+release = version = megalodon_ops.__version__
+root_doc = "docs/index"
+
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "bench/**.md", "tests/*/README.md"]
+exclude_patterns = [".*", "build", "dist", "runs", "**/__pycache__"]
+
+extensions = [
+    "matplotlib.sphinxext.plot_directive",
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",  # MathJax beside the pages: formulas are drawn without a network
+    "sphinx_copybutton",
+]
+
+html_theme = "furo"
+html_title = "megalodon_ops"
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
+html_copy_source = False
+html_show_copyright = False
+html_show_sourcelink = False
+pygments_style = "friendly"
+
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+myst_links_external_new_tab = False
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+
+plot_basedir = "pictures"
+plot_formats = ["svg"]
+plot_html_show_formats = False
+plot_html_show_source_link = False
+plot_rcparams = {"svg.fonttype": "path", "svg.hashsalt": "megalodon_ops"}
+plot_apply_rcparams = True
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+_SECTION = re.compile(r"^(Args|Attributes|Example|Raises|Returns|Yields):$")
+
+
+def keep_formulas_as_written(app, what, name, obj, options, lines: list[str]) -> None:
+    """Makes literal blocks of indented formulas in docstrings, which stand between paragraphs of plain text."""
+    if lines and lines[0].startswith(
+        "Alias for field number"
+    ):  # what a named tuple says of a field without a docstring
+        lines.clear()
+    plain = name.startswith("megalodon_ops.reference")  # the others mark up their text
+    result, in_block = [], False
+    for i, line in enumerate(lines):
+        if _SECTION.match(line):
+            result += lines[i:]
+            break
+        if line.strip():
+            indented = line.startswith("  ")
+            if indented and not in_block and result and not result[-1].strip() and _ends_a_paragraph(result):
+                result += [".. code-block:: text", ""]
+                in_block = True
+            in_block = in_block and indented
+            if plain and not in_block and not line.startswith((">>>", "...")):
+                line = re.sub(r"([|*])", r"\\\1", line)
+        result.append(line)
+    lines[:] = result
+
+
+def _ends_a_paragraph(lines: list[str]) -> bool:
+    """Whether the last line with text is text, and neither a directive nor something that one contains."""
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return bool(last) and not last.startswith((" ", "..", ">>>"))
+
+
+def send_the_root_to_the_index(app, exception) -> None:
+    """The pages begin at docs/index.html; a visitor of the folder itself goes there."""
+    if exception is None and app.builder.name == "html":
+        page = '<!DOCTYPE html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html">'
+        (Path(app.outdir) / "index.html").write_text(f'{page}<a href="docs/index.html">megalodon_ops</a>\n')
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", keep_formulas_as_written)
+    app.connect("build-finished", send_the_root_to_the_index)

@@ -1,0 +1,147 @@
+"""Measures the errors that docs/numerics.md shows, against float64.
+
+    python docs/error_tables.py            # prints the tables
+    python docs/error_tables.py --write    # puts them into the page
+
+An error is max |got - expected| / max |expected| over a tensor. Expected comes from `megalodon_ops.reference` in float64 on
+the same inputs, which are numbers of the type measured; "plain torch" is the reference in that type. Inputs are drawn
+with fixed seeds, so that a processor's figures are the same on every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import megalodon_ops as mo
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAGE = Path(__file__).parent / "numerics.md"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LENGTH, CHUNK, STREAM = 600, 256, 1_000_000
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The same numbers in float64 or complex128."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return ((widened(got) - expected).abs().max() / expected.abs().max()).item()
+
+
+def forward_backward(op: Callable, inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
+    """The output, and the gradients of sum(output * weight) for the inputs."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    y = op(*inputs)
+    return [y.detach(), *torch.autograd.grad((y * weight.to(y.dtype)).sum(), inputs)]
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable, Callable, list[Tensor]]]:
+    """Name, our op, plain torch and inputs: activations of the type, parameters in float32."""
+    L, D, N, G, H, K, V = LENGTH, 64, 16, 4, 2, 32, 64
+    x = torch.randn(1, L, D).to(dtype)
+    yield "cema", mo.cema, mo.reference.cema, [x, *mo.ComplexEMA(D, N).coefficients()]
+    affine = [0.1 * torch.randn(D), 0.1 * torch.randn(D)]
+    of_norm = [partial(op, num_groups=G) for op in (mo.timestep_norm, mo.reference.timestep_norm)]
+    yield "timestep_norm", *of_norm, [x, *affine]
+    yield "timestep_norm, mean 100 times the spread", *of_norm, [(x.float() + 100).to(dtype), *affine]
+    z, v = torch.randn(1, L, H * K).to(dtype), torch.randn(1, L, H * V).to(dtype)
+    of_qk = [0.1 * torch.randn(2, H * K), 0.1 * torch.randn(2, H * K)]
+    both = (mo.normalized_attention, mo.reference.normalized_attention)
+    yield "normalized_attention", *(partial(op, num_heads=H, chunk_size=CHUNK) for op in both), [z, v, *of_qk]
+    q, k = (torch.randn(1, L, H, K).to(dtype) for _ in range(2))
+    both = (mo.chunked_attention, mo.reference.chunked_attention)
+    qkv = [q, k, v.unflatten(-1, (H, V))]
+    yield "chunked_attention", *(partial(op, chunk_size=CHUNK, scale=K**-0.5) for op in both), qkv
+    yield "layer_norm", mo.layer_norm, mo.reference.layer_norm, [x, *affine]
+    yield "gated_silu", mo.gated_silu, mo.reference.gated_silu, [x, torch.randn(1, L, D).to(dtype)]
+    hidden, matrix = torch.randn(4 * L, D).to(dtype), (torch.randn(5000, D) * D**-0.5).to(dtype)
+    targets = torch.randint(5000, (4 * L,))
+
+    def plain_loss(x, weight):
+        return F.cross_entropy(F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32)), targets)
+
+    yield "linear_cross_entropy", lambda x, w: mo.linear_cross_entropy(x, w, targets), plain_loss, [hidden, matrix]
+
+
+def op_table() -> list[tuple[str, ...]]:
+    """For each op the error of the output, and the largest of its gradients' errors."""
+    rows = {}
+    for dtype in DTYPES.values():
+        torch.manual_seed(0)
+        for name, ours, plain, inputs in cases(dtype):
+            weight = torch.randn_like(ours(*inputs), dtype=torch.float32).to(dtype)
+            expected = forward_backward(plain, [widened(t) for t in inputs], weight)
+            for op in (ours, plain):
+                got = forward_backward(op, inputs, weight)
+                errors = [error(a, b) for a, b in zip(got, expected, strict=True)]
+                rows.setdefault(name, []).extend((errors[0], max(errors[1:])))
+    return [(name, *(f"{value:.0e}" for value in values)) for name, values in rows.items()]
+
+
+def stream_table() -> list[tuple[str, ...]]:
+    """Errors after a million steps, in one call and in calls of 1,000 steps, against the op in float64 in one call."""
+    torch.manual_seed(0)
+    D, N, piece = 8, 4, 1000
+    x = torch.randn(1, STREAM, D) + 10
+    q = torch.polar(torch.full((D, N), 1 - 1e-5), torch.rand(D, N))
+    p, gamma = torch.full((D, N), 1e-2), torch.ones(D, N, dtype=torch.complex64)
+    coefficients = (p, q, gamma, torch.zeros(D))
+
+    def norm(x, state):
+        affine = torch.zeros(2, D, dtype=x.dtype)
+        _, state = mo.timestep_norm(x, *affine, num_groups=2, state=state, return_state=True)
+        return state, state.mean
+
+    def cema(x, state):
+        like_x = map(widened, coefficients) if x.dtype == torch.float64 else coefficients
+        _, state = mo.cema(x, *like_x, state=state, return_state=True)
+        return state, state
+
+    rows = []
+    for name, call in ("timestep_norm, mean", norm), ("cema with radius 0.99999, state", cema):
+        _, expected = call(x.double(), None)
+        _, whole = call(x, None)
+        state = None
+        for start in range(0, STREAM, piece):
+            state, in_pieces = call(x[:, start : start + piece], state)
+        rows.append((name, f"{error(whole, expected):.0e}", f"{error(in_pieces, expected):.0e}"))
+    return rows
+
+
+def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))
+
+
+def tables() -> dict[str, str]:
+    """The tables by the name that marks their place in the page."""
+    of_types = [
+        f"{label}: {path} {what}" for label in DTYPES for path in ("", "plain torch ") for what in ("y", "gradients")
+    ]
+    header = ("op", *(re.sub(" +", " ", title) for title in of_types))
+    return {
+        "ops": markdown(header, op_table()),
+        "streams": markdown(("after 1,000,000 steps", "one call", "1,000 calls"), stream_table()),
+    }
+
+
+def in_page(name: str) -> re.Pattern:
+    return re.compile(rf"(<!-- {name}: begin -->\n\n).*?(\n\n<!-- {name}: end -->)", re.S)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
+    write = parser.parse_args().write
+    for name, table in tables().items():
+        print(f"{table}\n")
+        if write:
+            page, count = in_page(name).subn(lambda match, table=table: match[1] + table + match[2], PAGE.read_text())
+            assert count == 1, f"{PAGE}: no place for the table {name}"
+            PAGE.write_text(page)

@@ -1,0 +1,62 @@
+"""What the pictures share: ink, colours, and axes without a frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+INK, GREY, LIGHT = "#24292f", "#8c959f", "#eaeef2"
+BLUE, ORANGE, GREEN, RED = "#2f6fb0", "#d9822b", "#3a8f5c", "#b5433f"
+SEQUENCES = [BLUE, ORANGE, GREEN]
+
+_FONT = {"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+_AXES = {"axes.edgecolor": GREY, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+def panels(width: float, height: float, columns: int = 1) -> tuple[Figure, Axes]:
+    """A figure of `width` by `height` inches for plots of numbers, and its axes, side by side."""
+    plt.rcParams.update(_FONT | _AXES)
+    return plt.subplots(1, columns, figsize=(width, height))
+
+
+def sheet(width: float, height: float, x: tuple[float, float], y: tuple[float, float]) -> Axes:
+    """Axes of `width` by `height` inches to draw on, without ticks; a unit is as long in both directions or not."""
+    plt.rcParams.update(_FONT)
+    figure = plt.figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(*x)
+    axes.set_ylim(*y)
+    axes.axis("off")
+    return axes
+
+
+def box(axes: Axes, x: float, y: float, text: str, width: float, height: float = 0.62, colour: str = LIGHT) -> None:
+    """A box with rounded corners around its middle (x, y)."""
+    corner = (x - width / 2, y - height / 2)
+    style = "round,pad=0,rounding_size=0.12"
+    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=colour, edgecolor=GREY, zorder=3))
+    axes.text(x, y, text, ha="center", va="center", zorder=4)
+
+
+def arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, width: float = 1.3) -> None:
+    """A line through the points, with a head at the last."""
+    *before, last = points
+    axes.plot(*zip(*before, last), color=colour, linewidth=width, zorder=2, solid_capstyle="round")
+    axes.annotate(
+        "",
+        last,
+        before[-1],
+        zorder=2,
+        arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkB": 0},
+    )
+
+
+def node(axes: Axes, x: float, y: float, text: str) -> None:
+    """A small circle that says what is done with what comes in."""
+    axes.plot(x, y, "o", markersize=17, color="white", markeredgecolor=GREY, zorder=3)
+    axes.text(x, y - 0.02, text, ha="center", va="center", zorder=4, fontsize=13)

@@ -1,0 +1,73 @@
+"""The pages build without a warning, name everything that is public, and show the errors that are measured."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import megalodon_ops as mo
+import pytest
+from pages import PAGES, ROOT
+
+
+def index_entries() -> set[str]:
+    """Every page that some page's toctree leads to, relative to docs/."""
+    entries = set()
+    for page in PAGES:
+        for tree in re.findall(r"^```\{toctree\}\n(.*?)^```$", page.read_text(), re.S | re.M):
+            named = (re.sub(r".*<(.*)>", r"\1", line.strip()) for line in tree.splitlines())
+            entries |= {(page.parent / f"{name}.md").resolve() for name in named if name and not name.startswith(":")}
+    return entries
+
+
+def test_every_page_is_in_the_menu():
+    assert {*PAGES} - index_entries() == {ROOT / "docs" / "index.md"}
+
+
+def test_every_public_name_has_a_page():
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    documented = set(re.findall(r":: megalodon_ops\.(\w+)$", text, re.M))
+    assert {*mo.__all__} - {"reference"} <= documented
+
+
+def test_every_reference_function_has_a_page():
+    text = (ROOT / "docs" / "api" / "reference.md").read_text()
+    documented = {name.strip() for names in re.findall(r":members: (.*)", text) for name in names.split(",")}
+    assert {*mo.reference.__all__} <= documented
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning(tmp_path):
+    for package in ("sphinx", "myst_parser", "furo", "sphinx_copybutton", "sphinx-mathjax-offline", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}, of the extra `docs`")
+    done = subprocess.run(
+        [sys.executable, "tools/build_docs.py", str(tmp_path / "pages")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "pages" / "docs" / "ops" / "cema.html").exists()
+
+
+@pytest.fixture(scope="module")
+def error_tables():
+    spec = importlib.util.spec_from_file_location("error_tables", ROOT / "docs" / "error_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_the_page(error_tables):
+    page = (ROOT / "docs" / "numerics.md").read_text()
+    for name, measured in error_tables.tables().items():
+        shown = error_tables.in_page(name).search(page)[0]
+        rows = [
+            [cell.strip() for cell in line.strip("| ").split(" | ")]
+            for line in shown.splitlines()
+            if line.startswith("| ")
+        ]
+        new = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in measured.splitlines()]
+        assert [row[0] for row in rows] == [row[0] for row in new] and rows[0] == new[0]
+        for old_row, new_row in zip(rows[2:], new[2:], strict=True):
+            for old, now in zip(old_row[1:], new_row[1:], strict=True):
+                assert float(now) <= 3 * float(old), f"{name}, {new_row[0]}: {now} where the page shows {old}"
