@@ -94,6 +94,20 @@ def _ends_a_paragraph(lines: list[str]) -> bool:
     return bool(last) and not last.startswith((" ", "..", ">>>"))
 
 
+_attributes: dict[str, list[str]] = {}
+
+
+def note_attribute(app, what, name, obj, options, lines: list[str]) -> None:
+    """Keeps an attribute's docstring from napoleon, which takes the words before a colon for a type."""
+    if what == "attribute":
+        _attributes[name] = list(lines)
+
+
+def restore_attribute(app, what, name, obj, options, lines: list[str]) -> None:
+    if what == "attribute":
+        lines[:] = _attributes.pop(name)
+
+
 def send_the_root_to_the_index(app, exception) -> None:
     """The pages begin at docs/index.html; a visitor of the folder itself goes there."""
     if exception is None and app.builder.name == "html":
@@ -103,4 +117,6 @@ def send_the_root_to_the_index(app, exception) -> None:
 
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", keep_formulas_as_written)
+    app.connect("autodoc-process-docstring", note_attribute, priority=499)  # napoleon's is 500
+    app.connect("autodoc-process-docstring", restore_attribute, priority=501)
     app.connect("build-finished", send_the_root_to_the_index)

@@ -50,7 +50,7 @@ for i, ((processor, found), colour) in enumerate(zip(by_processor, (ORANGE, BLUE
     axes.barh(y, [found[name] for name in names], height, color=colour, label=processor)
 axes.axvline(1, color="#24292f", linewidth=1)
 axes.set(xscale="log", xlabel="times faster than the best in plain torch", ylim=(len(names) - 0.4, -0.6))
-axes.set_yticks(range(len(names)), names, fontsize=7)
+axes.set_yticks(range(len(names)), names, fontsize=8.5)
 axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
 axes.minorticks_off()
 axes.legend(loc="lower right")
