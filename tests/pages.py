@@ -23,7 +23,11 @@ def name_of(page: Path) -> str:
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """Language and text of each block of code, in order."""
-    return _BLOCK.findall(page.read_text())
+    return blocks_of(page.read_text())
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    return _BLOCK.findall(text)
 
 
 def has_commands(page: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 
+import pages
 import pytest
 from pages import PAGES, ROOT, follow, has_commands, has_examples, name_of
 
@@ -24,6 +25,20 @@ def test_examples_run(page, tmp_path, monkeypatch):
 def test_examples_and_commands_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     follow(page, tmp_path)
+
+
+def test_a_page_that_is_wrong_fails(tmp_path, monkeypatch):
+    def follow_page(text):
+        page = ROOT / "docs" / "wrong.md"
+        monkeypatch.setattr(pages, "FOLLOWED", [page])
+        monkeypatch.setattr(pages, "blocks", lambda _: pages.blocks_of(text))
+        follow(page, tmp_path)
+
+    follow_page("```python\n# saved.py\nprint(1 + 1)\n```\n\n```bash\ntest $(python saved.py) = 2\n```\n")
+    with pytest.raises(ZeroDivisionError):
+        follow_page("```python\n1 / 0\n```\n")
+    with pytest.raises(AssertionError, match="no_such_command"):
+        follow_page("```bash\nno_such_command\n```\n")
 
 
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]
