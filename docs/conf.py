@@ -42,6 +42,7 @@ html_show_sourcelink = False
 pygments_style = "friendly"
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_fence_as_directive = ["math"]  # what forges draw as a formula
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
