@@ -117,7 +117,7 @@ def send_the_root_to_the_index(app, exception) -> None:
 
 
 def setup(app) -> None:
-    app.connect("autodoc-process-docstring", keep_formulas_as_written)
+    app.connect("autodoc-process-docstring", keep_formulas_as_written, priority=498)
     app.connect("autodoc-process-docstring", note_attribute, priority=499)  # napoleon's is 500
     app.connect("autodoc-process-docstring", restore_attribute, priority=501)
     app.connect("build-finished", send_the_root_to_the_index)
