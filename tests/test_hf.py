@@ -449,6 +449,14 @@ def test_rows_of_a_padded_batch_generate_as_if_alone(side: str, options: dict) -
         assert torch.equal(together[i, 21:], alone[0, len(row) :])
 
 
+def test_generation_from_embeddings() -> None:
+    model, batch = made(**VARIANTS["released"]), padded(prompts(), "left")
+    expected = model.generate(**batch, max_new_tokens=9, do_sample=False)[:, 21:]
+    embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
+    found = model.generate(inputs_embeds=embeddings, **batch, max_new_tokens=9, do_sample=False)
+    assert torch.equal(found, expected)
+
+
 def test_beam_search_finds_what_scoring_whole_sequences_does() -> None:
     """With as many beams as there are tokens, two steps of beam search find the likeliest pair of tokens."""
     model = made(vocab_size=6)
