@@ -280,6 +280,17 @@ target_delimiter: ""
     torch.testing.assert_close(results[1], results[3], rtol=1e-3, atol=1e-3)
 
 
+def test_reads_a_checkpoint_of_a_training_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megalodon_ops", "train", "--minutes", "0.1", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
+    *_, last = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    model, tokenizer = loaded(last)
+    ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits[..., :256], mo.Megalodon.load(last)(ids))
+
+
 def test_page_runs(folder: Path, tmp_path: Path) -> None:
     """The programs in docs/transformers.md, in order, as one."""
     pytest.importorskip("peft")
