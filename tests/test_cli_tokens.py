@@ -17,7 +17,7 @@ from megalodon_ops.cli.data import load_corpus
 from megalodon_ops.cli.models import trained_model
 from megalodon_ops.cli.train import dropped
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from megalodon_ops.training import load_checkpoint, save_checkpoint
+from megalodon_ops.training import Batches, load_checkpoint, save_checkpoint
 
 pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.usefixtures("quick")
@@ -86,6 +86,22 @@ def test_a_run_over_tokens_reports_bits_per_byte(run, bpe, text):
     assert (folder / "tokenizer.json").read_bytes() == bpe.read_bytes()
 
 
+def test_what_the_batches_are_made_of(text, bpe, tmp_path, monkeypatch):
+    made = {}
+
+    def batches(documents, *shape, **options):
+        made.update(options, documents=documents)
+        return Batches(documents, *shape, **options)
+
+    monkeypatch.setattr("megalodon_ops.cli.train.Batches", batches)
+    assert train(text, tmp_path / "run", "--steps", 1, "--tokenizer", bpe) == 0
+    tokenizer, corpus = load_tokenizer(bpe), load_corpus([text])
+    assert (made["start"], made["context"], made["seed"]) == (tokenizer.start, "streamed", 0)
+    assert [tokenizer.decode(ids) for ids in made["documents"]] == corpus.train
+    assert train(text, tmp_path / "bytes", "--steps", 1) == 0
+    assert (made["start"], made["documents"]) == (256, corpus.train)
+
+
 def test_eval_repeats_the_end_of_training(run, text, capsys):
     out = said(capsys, "eval", "--checkpoint", run, "--piece", 50, "--batch", 2)
     bits = float(out.splitlines()[-1].split()[0])
@@ -116,6 +132,12 @@ def test_generate_stops_before_a_string(run, capsys):
     assert text == whole[: whole.index(stop)]
     assert said(capsys, *command, "--min-p", "1.0", "--top-k", "9") == said(capsys, *command, "--temperature", "0")
     assert said(capsys, *command, "--repetition-penalty", "5") != said(capsys, *command)
+
+
+def test_a_text_that_ends_like_a_stop_is_written_whole(run, capsys):
+    command = ["generate", "--checkpoint", run, "--prompt", "def ", "--tokens", 9, "--temperature", 0]
+    whole = said(capsys, *command)
+    assert said(capsys, *command, "--stop", whole[-4:-1] + "\x00 and more") == whole
 
 
 def test_samples_of_a_prompt(run, capsys):

@@ -122,6 +122,31 @@ def test_a_uniform_model_has_the_bits_of_its_ids(text, bpe):
     assert bits[True] == pytest.approx(8) and bits[False] < 6
 
 
+@pytest.mark.parametrize("shape", [(1, 200), (1, 1), (2, 5), (3, 13), (4, 16)], ids=str)
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_reader_carries_each_rows_document_on(shape, seed):
+    """Streamed in any rows and pieces, every token has the loss of one call for its document."""
+    torch.manual_seed(0)
+    model = mo.Megalodon(mo.MegalodonConfig(vocab_size=50, output_size=49, **SIZE)).eval()
+    documents = [torch.randint(49, (n,)) for n in (1, 7, 8, 30, 65, 3)]
+    whole = {}
+    for document in documents:
+        logits = model(torch.cat([torch.tensor([49]), document[:-1]])[None])[0]
+        losses = torch.nn.functional.cross_entropy(logits, document, reduction="none").tolist()
+        whole.update({(*document[: end + 1].tolist(),): loss for end, loss in enumerate(losses)})
+    batches, reader = training.Batches(documents, *shape, start=49, seed=seed), training.Reader(model)
+    rows: list[list[int]] = [[] for _ in range(shape[0])]
+    for batch, _ in zip(batches, range(60), strict=False):
+        losses = reader.loss(batch, "none")[0].tolist()
+        before, bounds = rows, batch.cu_seqlens.tolist()
+        read = [[] if row < 0 else list(before[row]) for row in batch.carry.tolist()]
+        for sequence, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            for token, loss in zip(batch.targets[0, begin:end].tolist(), losses[begin:end], strict=True):
+                read[sequence].append(token)
+                assert loss == pytest.approx(whole[(*read[sequence],)], rel=1e-4, abs=1e-4)
+        rows = [read[sequence] for sequence in batch.last.tolist()]
+
+
 KINDS = {
     "bytes": bytes, "bytearray": bytearray, "list": list, "array": lambda ids: np.array(ids, np.int32),
     "unsigned": lambda ids: np.array(ids, np.uint16), "tensor": torch.tensor,
