@@ -233,7 +233,7 @@ def to_torch_linears(model: nn.Module) -> nn.Module:
 
     This serves tools that look for exactly `nn.Linear`: `torch.ao.quantization.quantize_dynamic` leaves a subclass as
     it is without a word. Tools that take subclasses, such as torchao's `quantize_`, need no such call. The results
-    change by rounding alone; torch computes the products, and a :class:`Decoder` runs the layers as modules.
+    change by rounding alone; torch computes the products, and a :class:`Decoder` calls the layers between its kernels.
 
     Example:
         >>> import torch, megalodon_ops as mo
