@@ -102,7 +102,7 @@ def plot(streams: dict[str, Samples], path: Path) -> None:
     for name, samples in streams.items():
         axes.plot(*zip(*((count, size / 2**20) for count, size in samples), strict=True), marker="o", label=name)
     axes.set(xscale="log", xlabel="tokens", ylabel="resident memory, MiB", ylim=(0, None))
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
