@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megalodon_ops import Megalodon, StopStrings
+from megalodon_ops import Megalodon, StopStrings, use_huge_pages
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
 from megalodon_ops.tokenizers import Tokenizer
@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     device = usable_device(options.device)
     prompt = _prompt(options)
     trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
+    use_huge_pages(trained.model)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = {name: getattr(options, name) for name in names}
     limits = {"num_bytes": None if options.tokens else options.bytes, "num_tokens": options.tokens}

