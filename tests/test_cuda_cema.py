@@ -174,6 +174,7 @@ def test_few_steps_take_one_launch(emulator, sequences, N, state):
             assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, name=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 8300, 32), (66_000, 1, 1)], ids=["channels", "sequences"])
 def test_few_steps_of_more_than_fills_a_gpu(emulator, shape):
     """There are more blocks of channels, or sequences, than a grid may have rows."""

@@ -84,7 +84,7 @@ def test_gradients(gradients, shape, path):
     assert_right(gradients(case, offset), case)
 
 
-@pytest.mark.parametrize("empty", [15, 31])
+@pytest.mark.parametrize("empty", [15, pytest.param(31, marks=pytest.mark.slow)])
 def test_a_chunk_that_rounds_share(emulator, gradients, empty):
     """A panel is 32 tiles of P and of dS, 2 MiB, and a round has 32.
 

@@ -79,6 +79,7 @@ def test_each_tensor_alone_may_be_misaligned(emulator, op, dtype):
 
 
 # Attention that goes on from a state, a few tokens a sequence, takes other kernels than attention from the start.
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "goes_on"), [*((op, True) for op in ALIGNED), ("chunked_attention", False)])
 def test_more_sequences_than_1024(emulator, op, goes_on):
     """Each token finds its sequence: of 1,100 the first and the last have tokens, those between none."""

@@ -177,6 +177,7 @@ def test_sequences_that_begin_and_end_anywhere_in_tiles(emulated_module):
     check()
 
 
+@pytest.mark.slow
 def test_more_tiles_than_threads_that_scan_them_and_than_shares(emulator):
     """The CPU kernels, in float64, are the reference: plain torch takes long for so many steps."""
     tokens = 257 * TILE + 70  # two tiles a share, one in the last
