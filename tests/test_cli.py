@@ -42,7 +42,7 @@ assert main(["info"]) == 0
 while absent:
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert main(["train"]) == 2
-    line = r'megalodon_ops train: error: needs (\\w+), which .*: pip install "megalodon_ops\\[train\\]"\\n'
+    line = r'megalodon_ops train: error: needs (\\w+), which .*: pip install ".*\\[train\\]"\\n'
     absent.remove(re.fullmatch(line, said.getvalue())[1])
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
@@ -108,7 +108,7 @@ def test_ctrl_c_during_the_imports_ends_quietly(at_an_import, module):
 def test_ctrl_c_that_is_ignored_stays_ignored(at_an_import):
     """Under `nohup`, or `&` of a shell, SIGINT is ignored from the start."""
     line = f"{INTERRUPT}; print('goes on', flush=True); os._exit(0)"
-    ended = at_an_import("torch", line, "sh", "-c", f"trap '' INT; exec {shlex.join(shell('info'))}")
+    ended = at_an_import("torch", line, "/bin/sh", "-c", f"trap '' INT; exec {shlex.join(shell('info'))}")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "goes on\n", "")
 
 

@@ -17,6 +17,8 @@ import torch
 import megalodon_ops as mo
 
 transformers = pytest.importorskip("transformers")
+if not transformers.utils.is_torch_available():
+    pytest.skip("this transformers needs a newer torch", allow_module_level=True)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("default"),  # these packages warn of one another
@@ -314,7 +316,7 @@ def test_error_names_the_extra(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", "import megalodon_ops.hf"], env=environment, capture_output=True, text=True
     )
-    assert run.returncode == 1 and 'pip install "megalodon_ops[hf]"' in run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and run.stderr.endswith('[hf]"\n')
     (tmp_path / "transformers.py").write_text("__version__ = '4.57.1'")
     run = subprocess.run(
         [sys.executable, "-c", "import megalodon_ops.hf"], env=environment, capture_output=True, text=True

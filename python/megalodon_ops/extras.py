@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import json
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 
 def load(module: str, extra: str) -> ModuleType:
@@ -14,5 +17,18 @@ def load(module: str, extra: str) -> ModuleType:
         package = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != package:
             raise
-        message = f'needs {package}, which is not installed: pip install "megalodon_ops[{extra}]"'
-        raise ModuleNotFoundError(message, name=package) from error
+        raise ModuleNotFoundError(missing(package, extra), name=package) from error
+
+
+def missing(package: str, extra: str) -> str:
+    """What to tell a user whose call needs a package that the extra brings."""
+    return f'needs {package}, which is not installed: pip install "{_origin()}[{extra}]"'
+
+
+def _origin() -> str:
+    """What pip installed this package from: its folder, if it was a folder, else its name."""
+    try:
+        origin = json.loads(importlib.metadata.distribution("megalodon_ops").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return "megalodon_ops"
+    return unquote(urlsplit(origin["url"]).path) if "dir_info" in origin else "megalodon_ops"

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from megalodon_ops import startup
+from megalodon_ops import extras, startup
 from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
@@ -70,4 +70,4 @@ def _needing_the_extra() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:
             raise
-        raise CommandError(f'needs {package}, which is not installed: pip install "megalodon_ops[train]"') from error
+        raise CommandError(extras.missing(package, "train")) from error

@@ -1,0 +1,61 @@
+"""Tests the installed package: runs the tests that need no checkout, in a folder where there is none.
+
+    python tools/test_installed.py
+
+Left out are tests that read or compile sources, those of benches and pages, and CUDA kernels in the emulator.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OF_THE_CHECKOUT = ("test_bench.py", "test_build.py", "test_cuda*", "test_docs.py", "test_mutants.py", "test_readme.py")
+
+OPENMP_RUNTIMES = """
+import torch, megalodon_ops
+torch.ones(1 << 20).add(1), megalodon_ops.timestep_norm(torch.ones(1, 64, 64), *torch.zeros(2, 64), num_groups=8)
+print(open("/proc/self/maps").read())
+"""
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        check_openmp(folder)
+        left_out = shutil.ignore_patterns(*OF_THE_CHECKOUT, "__pycache__")
+        tests = shutil.copytree(ROOT / "tests", Path(folder, "tests"), ignore=left_out)
+        options = [
+            "-c",
+            ROOT / "pyproject.toml",
+            "--rootdir",
+            tests,
+            "-p",
+            "no:cacheprovider",
+            "-q",
+            "-k",
+            "not emulated",
+        ]
+        return python(folder, "-m", "pytest", *options, tests).returncode
+
+
+def check_openmp(folder: str) -> None:
+    """Raises unless a process has one OpenMP runtime, torch's: a second one would have threads of its own."""
+    maps = python(folder, "-c", OPENMP_RUNTIMES, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = set(re.findall(r"\S+/lib[gi]omp\S*", maps))
+    assert len(found) == 1, f"a process must have one OpenMP runtime, got {found or 'none'}"
+    print("OpenMP:", *found, flush=True)
+
+
+def python(folder: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # no package but the installed one
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=variables, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
