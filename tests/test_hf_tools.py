@@ -17,8 +17,7 @@ import torch
 import megalodon_ops as mo
 
 transformers = pytest.importorskip("transformers")
-if not transformers.utils.is_torch_available():
-    pytest.skip("this transformers needs a newer torch", allow_module_level=True)
+pytest.importorskip("megalodon_ops.hf", exc_type=ImportError)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("default"),  # these packages warn of one another

@@ -126,6 +126,7 @@ def test_an_exported_step_decodes_any_batch_from_a_file(strict):
                 assert isinstance(found, mo.MegalodonState)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 cannot trace it")
 def test_an_exported_step_may_write_its_state_in_place():
     model = small_model()
     token, state = tokens_of(2, 1), state_of(model)
