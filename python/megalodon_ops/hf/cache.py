@@ -11,7 +11,6 @@ from transformers.cache_utils import Cache
 
 from ..model.decoder import Decoder
 from ..model.states import MegalodonState
-from ..ops.library import is_autocast_enabled
 from ..ops.values import described
 
 if TYPE_CHECKING:
@@ -21,9 +20,8 @@ if TYPE_CHECKING:
 class MegalodonCache(Cache):
     """The past of B sequences for a model in transformers; its size is constant however long the past is.
 
-    A model makes a cache, updates it in place and returns it. Single tokens without gradients go through a
-    :class:`megalodon_ops.Decoder`, which the cache makes when they begin, and anew once weights have changed in place,
-    PEFT's adapters were switched, the mode of training or autocast has changed, or :meth:`renew` was called.
+    A model makes a cache, updates it in place and returns it. While `generate` runs, single tokens go through a
+    :class:`megalodon_ops.Decoder`, which the cache makes when they begin.
 
     Args:
         state: the past to go on from, as `Megalodon` or another cache gave it; None: the sequences begin.
@@ -45,7 +43,6 @@ class MegalodonCache(Cache):
         self._state = state
         self._postponed: Callable[[], MegalodonState] | None = None
         self._decoder: Decoder | None = None
-        self._watched: Watched | None = None
         self._columns = 0 if state is None else int(state.norm.count.max())
 
     @property
@@ -66,15 +63,14 @@ class MegalodonCache(Cache):
 
     def decode(self, model: MegalodonForCausalLM, tokens: Tensor) -> Tensor:
         """Logits (B, 1, num_outputs) after one more token (B, 1) of each sequence, without gradients."""
-        if self._decoder is None or self._watched.has_changed(model):
-            self._decoder = Decoder(model.megalodon, self.state)
-            self._state, self._watched = None, Watched(model, tokens.device.type)
+        if self._decoder is None:
+            self._decoder, self._state = Decoder(model.megalodon, self.state), None
         logits = self._decoder(tokens)
         self._columns += 1
         return logits
 
     def renew(self) -> None:
-        """Lets go of the decoder, so that the next token sees modules that were wrapped, hooked or replaced meanwhile."""
+        """Lets go of the decoder; the next single token of a generation makes another one of the model as it is then."""
         self._state, self._decoder = self.state, None
 
     def detach(self) -> None:
@@ -153,35 +149,7 @@ class MegalodonCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: the state without the decoder."""
-        return {**vars(self), "_state": self.state, "_postponed": None, "_decoder": None, "_watched": None}
+        return {**vars(self), "_state": self.state, "_postponed": None, "_decoder": None}
 
     def __repr__(self) -> str:
         return f"MegalodonCache({self._columns} tokens)"
-
-
-class Watched:
-    """What a decoder depends on and a caller may change between two tokens, cheap enough to look at for each."""
-
-    def __init__(self, model: MegalodonForCausalLM, device: str) -> None:
-        self._model, self._device, self._weights = model, device, list(model.parameters())
-        self._adapters = [layer for layer in model.modules() if hasattr(layer, "merged_adapters")]  # PEFT's
-        self._seen = self._look()
-
-    def has_changed(self, model: MegalodonForCausalLM) -> bool:
-        return model is not self._model or self._look() != self._seen
-
-    def _look(self) -> tuple:
-        weights = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self._weights]
-        adapters = [
-            (
-                layer.disable_adapters,
-                *layer.active_adapters,
-                None,
-                *layer.merged_adapters,
-                None,
-                *layer.scaling.values(),
-            )
-            for layer in self._adapters
-        ]
-        autocast = is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
-        return self._model.training, autocast, weights, adapters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        use_decoder: bool = False,
         **others,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits (B, K, vocab_size) of the next token after K of the tokens, by default all, and the loss.
@@ -172,6 +174,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             cu_seqlens: (S + 1,) offsets of documents packed into one row; it counts before `cu_seq_lens_q`, `position_ids`
                 and `seq_idx`, in which transformers' collators say the same.
             num_items_in_batch: divides the loss in place of the number of labels, as Trainer asks.
+            use_decoder: lets a :class:`megalodon_ops.Decoder`, which the cache keeps, take a single token without gradients,
+                as `generate` asks. Between two calls that do, weights and modules must stay as they are.
             others: what transformers gives every model: `tokenizer`, `cache_position`, `max_length_q`, `max_length_k`.
 
         Raises:
@@ -185,7 +189,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         steps = kept_steps("MegalodonForCausalLM", logits_to_keep, batch)
         with self._recording(output_hidden_states, batch) as layers:
-            if batch.is_next_token() and labels is None and layers is None:
+            if use_decoder and batch.is_next_token() and labels is None and layers is None:
                 logits = self._all_tokens(batch.cache.decode(self, batch.tokens))
                 return self._returned(
                     CausalLMOutputWithPast, batch, return_dict, logits=logits if steps is None else logits[:, steps]
@@ -221,6 +225,13 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             lengths=None if padding is None else padding.lengths,
         )
         return loss if num_items is None else loss / num_items
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs
+    ) -> dict[str, Any]:
+        """The arguments of the next call of `generate`, during which nobody changes the model."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return {**inputs, "use_decoder": True}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *others, **options) -> None:
         """Refuses caches of other models' kinds; the first call makes the cache where the caller gives none."""

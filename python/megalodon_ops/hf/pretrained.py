@@ -17,8 +17,9 @@ from ..model.blocks import NormalizedAttention
 from ..model.layers import Embedding, Linear
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
+from ..ops.library import is_autocast_enabled
 from .batches import Batch, select
-from .cache import MegalodonCache, Watched
+from .cache import MegalodonCache
 from .configuration import MegalodonHFConfig
 
 CACHE = next(
@@ -168,11 +169,11 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     def _later(self, batch: Batch) -> Callable[[], MegalodonState]:
         """What reads a batch again for its state, which takes memory for a whole chunk of each sequence."""
         again = dataclasses.replace(batch, tokens=batch.tokens.clone(), cache=None, must_keep_state=True)
-        watched = Watched(self, batch.tokens.device.type)
+        before = self._what_decides(batch.tokens.device.type)
 
         @torch.no_grad()
         def state() -> MegalodonState:
-            if watched.has_changed(self):
+            if self._what_decides(batch.tokens.device.type) != before:
                 raise RuntimeError(
                     f"{type(self).__name__}: the weights, the mode of training or autocast have changed since the call that "
                     "returned this cache; ask for the cache in that call, by use_cache=True."
@@ -181,6 +182,22 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             return again.cache.state
 
         return state
+
+    def _what_decides(self, device: str) -> tuple:
+        """What a state depends on besides the tokens, to be compared."""
+        weights = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.parameters()]
+        adapters = [  # PEFT's
+            (
+                layer.disable_adapters,
+                tuple(layer.active_adapters),
+                tuple(layer.merged_adapters),
+                tuple(layer.scaling.items()),
+            )
+            for layer in self.modules()
+            if hasattr(layer, "merged_adapters")
+        ]
+        autocast = is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return self.training, autocast, weights, adapters
 
     @contextmanager
     def _recording(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
