@@ -44,7 +44,7 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
     """
     for name, value in ("alpha", alpha), ("delta", delta), ("theta", theta), ("gamma", gamma):
         check_tensor("cema_coefficients", name, value)
-    if not alpha.is_floating_point():
+    if alpha.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"cema_coefficients: `alpha` must be float32 or float64, got {alpha.dtype}; convert it.")
     if has_cpu_kernel(alpha):
         return call(cema_coefficients_fwd, alpha, delta, theta, gamma)
