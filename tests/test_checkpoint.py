@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from killed import killed_at
 from torch import nn
 
 from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
@@ -96,10 +97,6 @@ def test_the_same_step_again_replaces(tmp_path):
     assert first_weight(tmp_path) == 2
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
 @pytest.mark.parametrize("count", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 5, 6, 7)), 4])
 @pytest.mark.parametrize("step", [2, 3])
@@ -107,22 +104,8 @@ def test_killed_while_writing(tmp_path, monkeypatch, call, count, step):
     """At any flush or rename of the writer a whole checkpoint is read, and the next writing succeeds and tidies up."""
     save(tmp_path, 1)
     save(tmp_path, 2)
-    real, calls = getattr(os, call), 0
-
-    def die_at(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls > count:
-            raise Killed
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, die_at)
-        patch.setattr(files.shutil, "rmtree", lambda *a, **k: None)  # a killed process removes nothing
-        try:
-            save(tmp_path, step, value=7)
-        except Killed:
-            pass
+    with killed_at(monkeypatch, call, count):
+        save(tmp_path, step, value=7)
     assert (load_checkpoint(tmp_path).step, first_weight(tmp_path)) in {(2, 2), (step, 7)}
     save(tmp_path, 4)
     assert load_checkpoint(tmp_path).step == 4

@@ -1,14 +1,10 @@
 """`Megalodon.save` and `Megalodon.load`: one folder, whole or not there, checked before it is used."""
 
-import itertools
 import json
-import multiprocessing
 import os
-import signal
 import struct
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import megalodon_ops as mo
 from megalodon_ops.errors import FileError
-from megalodon_ops.model import files
 
 CONFIGS = {
     "plain": {}, "gated, rescaled": dict(swiglu=True, rescale_nffn=True, scale_emb=True), "shared": dict(share_emb=True),
@@ -195,26 +190,6 @@ def test_matrices_that_share_memory_without_share_emb(tmp_path):
     assert loaded.output.output.weight is not loaded.embed.weight
 
 
-def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, file_size_limit):
-    model = tiny_model(torch.float32)
-    model.save(tmp_path / "m")
-    before = {path: path.read_bytes() for path in (tmp_path / "m").iterdir()}
-    other = tiny_model(torch.float32, model_dim=64)
-    for limit in (10, 10_000):
-        with file_size_limit(limit), pytest.raises(OSError, match=f"^{tmp_path}/m: could not be written: .*large"):
-            other.save(tmp_path / "m")
-        assert {path: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
-        assert [path.name for path in tmp_path.iterdir()] == ["m"]
-
-
-def _save_for_ever(folder):
-    model = mo.Megalodon(mo.MegalodonConfig(**TINY))
-    for number in itertools.count():
-        for parameter in model.parameters():
-            torch.nn.init.constant_(parameter, number)
-        model.save(folder)
-
-
 _LOAD = """
 import re, sys, torch, megalodon_ops as mo
 def resident(field):
@@ -241,73 +216,6 @@ def test_loading_takes_the_weights_memory_once(tmp_path, kind, dtype):
     command = [sys.executable, "-c", _LOAD, kind, tmp_path / "small", tmp_path / "m", dtype]
     ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert 1 <= ratio < 1.1
-
-
-@pytest.mark.slow
-def test_killed_at_any_time_the_folder_is_the_old_or_the_new(tmp_path):
-    """A process that saves again and again is killed 30 times; the folder is always there and whole."""
-    folder = tmp_path / "m"
-    model = mo.Megalodon(mo.MegalodonConfig(**TINY))
-    for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, 0)
-    model.save(folder)
-    for i in range(30):
-        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(folder,))
-        process.start()
-        time.sleep(0.1 + 0.0137 * i)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        weights = mo.Megalodon.load(folder).state_dict()
-        assert len(torch.cat([weight.flatten() for weight in weights.values()]).unique()) == 1
-    model.save(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("exchanges", [True, False])
-@pytest.mark.parametrize("count", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 5, 6, 7)), 4])
-@pytest.mark.parametrize("call", ["rename", "fsync"])
-def test_killed_at_each_step(tmp_path, monkeypatch, exchanges, count, call):
-    """The folder is the old one or the new one; without an exchange, the old one may be left under another name."""
-    old, new = tiny_model(torch.float32), tiny_model(torch.float32, swiglu=True)
-    old.save(tmp_path / "m")
-    real, calls = getattr(os, call), 0
-
-    def die_at(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls > count:
-            raise Killed
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, die_at)
-        patch.setattr(files.shutil, "rmtree", lambda *a, **k: None)  # a killed process removes nothing
-        if not exchanges:
-            patch.setattr(files, "_exchange", lambda one, other: False)
-        try:
-            new.save(tmp_path / "m")
-        except Killed:
-            pass
-    if exchanges or (tmp_path / "m").exists():
-        assert mo.Megalodon.load(tmp_path / "m").config in (old.config, new.config)
-    else:
-        assert mo.Megalodon.load(tmp_path / ".m.old").config == old.config
-    new.save(tmp_path / "m")
-    assert mo.Megalodon.load(tmp_path / "m").config == new.config
-    assert {path.name for path in tmp_path.iterdir()} <= {"m", ".m.old"}
-
-
-def test_drafts_of_a_process_that_is_alive_stay(tmp_path):
-    with files.write_folder_atomically(tmp_path / "m") as draft:
-        (draft / "x").write_text("1")
-        with files.write_folder_atomically(tmp_path / "m") as other:
-            (other / "x").write_text("2")
-    assert (tmp_path / "m" / "x").read_text() == "1"
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 TRANSFORMERS = {

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizer_kinds import tokenizer  # noqa: F401, a fixture
+from tokenizer_kinds import (
+    KINDS,
+    SOURCE,
+    byte_level_bpe,
+    from_json,
+    other,
+    package,
+    sentencepiece,
+    spaced_bpe,
+    with_its_own_start,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megalodon_ops.errors import FileError
 from megalodon_ops.tokenizers import START_TOKEN, WINDOW, ByteTokenizer, Tokenizer, load_tokenizer, text
 
-SOURCE = Path(argparse.__file__).read_bytes()
 NOT_UTF8 = b"caf\xc3\xa9 \xff\xfe then \xe2\x98 more \xc3"
 TEXTS = [
     b"",
@@ -26,91 +34,6 @@ TEXTS = [
     b"a\0b",
     SOURCE[:3000],
 ]
-
-
-def package(name):
-    return pytest.importorskip(name)
-
-
-def from_json(model, folder, **options):
-    path = folder / "tokenizer.json"
-    model.save(str(path))
-    return Tokenizer.from_file(path, **options)
-
-
-def byte_level_bpe(folder):
-    package("tokenizers")
-    return Tokenizer.train([SOURCE], vocab_size=600)
-
-
-def with_its_own_start(folder):
-    """A byte-level BPE with the regular expression of newer vocabularies, and <|endoftext|> as its first id."""
-    package("tokenizers")
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Model
-
-    model = Model(models.BPE())
-    words = r"'s|'t|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), byte_level])
-    model.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator([SOURCE.decode()], trainer)
-    model.enable_truncation(5)
-    model.enable_padding(length=7, pad_id=0, pad_token="<|endoftext|>")
-    return from_json(model, folder)
-
-
-def spaced_bpe(folder):
-    """A BPE over U+2581 with tokens of single bytes, as vocabularies made from sentencepiece models are."""
-    package("tokenizers")
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Model
-
-    model = Model(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    model.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    model.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    model.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    model.train_from_iterator(
-        SOURCE.decode().split("\n")[:300],
-        trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False, limit_alphabet=80),
-    )
-    content = json.loads(model.to_str())
-    content["added_tokens"] = content["added_tokens"][:3]
-    content["pre_tokenizer"] = None  # as in such vocabularies, whose merges stay inside words all the same
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    return Tokenizer.from_file(folder / "tokenizer.json")
-
-
-def sentencepiece(folder, **options):
-    sp = package("sentencepiece")
-    (folder / "text").write_bytes(SOURCE)
-    options = dict(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False) | options
-    sp.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=500, minloglevel=2, **options
-    )
-    return Tokenizer.from_file(folder / "tokenizer.model")
-
-
-KINDS = {
-    "bytes": lambda folder: ByteTokenizer(),
-    "byte-level BPE": byte_level_bpe,
-    "its own start": with_its_own_start,
-    "spaced BPE": spaced_bpe,
-    "sentencepiece": lambda folder: sentencepiece(folder, model_type="bpe"),
-    "no start": lambda folder: sentencepiece(folder, model_type="bpe", bos_id=-1),
-}
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def tokenizer(request, tmp_path_factory):
-    return KINDS[request.param](tmp_path_factory.mktemp("tokenizer"))
 
 
 def library_ids(tokenizer, text):
@@ -295,58 +218,9 @@ def test_the_byte_tokenizer_needs_no_package(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     ByteTokenizer().save(tmp_path)
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
-    for call in (lambda: Tokenizer.train([SOURCE], vocab_size=300), lambda: load_tokenizer(_other(tmp_path))):
+    for call in (lambda: Tokenizer.train([SOURCE], vocab_size=300), lambda: load_tokenizer(other(tmp_path))):
         with pytest.raises(ImportError, match=r'needs tokenizers, .*: pip install ".*\[train\]"'):
             call()
-
-
-def _other(folder):
-    path = folder / "other.json"
-    path.write_text((folder / "tokenizer.json").read_text().replace("<|startoftext|>", "<|begin|>"))
-    return path
-
-
-WRONG = {
-    "missing": (None, "no such file"),
-    "empty": (b"", "neither a JSON file of the `tokenizers` package nor a sentencepiece model"),
-    "noise": (b"\xff\x00noise" * 9, ""),
-    "no JSON": (b'{"model": ', "is no JSON"),
-    "deep": (b'{"a":' * 100_000, "is no JSON"),
-    "another JSON": (b'{"num_layers": 3}', ""),
-    "no list": (b'{"added_tokens": [1]}', "is no tokenizer"),
-    "model": (b'{"version": "1.0", "model": {"type": "None"}}', ""),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_files_are_refused_in_one_line(name, tmp_path):
-    package("tokenizers"), package("sentencepiece")
-    content, message = WRONG[name]
-    for path in (tmp_path / "tokenizer.json", tmp_path / "tokenizer.model"):
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises((FileError, FileNotFoundError)) as caught:
-            load_tokenizer(path)
-        assert message in str(caught.value) and str(caught.value).isprintable() and str(path) in str(caught.value)
-        assert len(str(caught.value)) < 600
-
-
-def test_wrong_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json and no tokenizer.model in this folder"):
-        load_tokenizer(tmp_path)
-    ByteTokenizer().save(tmp_path)
-    for content, message in (
-        ('{"bos_token": 3}', "`bos_token` must be a token's text"),
-        ("[", "Expecting value"),
-        ("x", "Expecting value"),
-    ):
-        (tmp_path / "tokenizer_config.json").write_text(content)
-        with pytest.raises(FileError, match=message):
-            load_tokenizer(tmp_path)
-    package("tokenizers")
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "nowhere"}')
-    with pytest.raises(FileError, match="the start of a document, 'nowhere', must be a token of its vocabulary"):
-        load_tokenizer(tmp_path)
 
 
 def test_ids_with_gaps_need_a_start_of_their_own(tmp_path):
@@ -361,68 +235,3 @@ def test_ids_with_gaps_need_a_start_of_their_own(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.start, tokenizer.vocab_size, tokenizer.output_size) == (5, 6, 5)
     assert tokenizer.encode("a").tolist() == [0]
-
-
-def test_wrong_calls(tokenizer):
-    for wrong in (None, 3, [1, 2], object()):
-        with pytest.raises(TypeError, match="`text` must be bytes or str, got"):
-            tokenizer.encode(wrong)
-        with pytest.raises(TypeError, match="encode_pieces: `(pieces|text)` must be"):
-            list(tokenizer.encode_pieces(wrong))
-    with pytest.raises(TypeError, match="encode_pieces: `pieces` must be an iterable of bytes, got b'text'"):
-        tokenizer.encode_pieces(b"text")
-    for wrong in (-1, tokenizer.vocab_size, 2**70):
-        with pytest.raises(ValueError, match=r"decode: `ids` must be in \[0, "):
-            tokenizer.decode([wrong])
-    for call, name in ((load_tokenizer, "load_tokenizer: `path`"), (tokenizer.save, "Tokenizer.save: `folder`")):
-        with pytest.raises(TypeError, match=f"{name} must be a path, got 3"):
-            call(3)
-    with pytest.raises(TypeError, match="Tokenizer.from_file: `path` must be a path, got None"):
-        Tokenizer.from_file(None)
-    with pytest.raises(TypeError, match="decode: `ids` must be integers, got 2.5"):
-        tokenizer.decode([2.5])
-    for wrong in (0, 257, -5):
-        with pytest.raises(ValueError, match="Tokenizer.train: `vocab_size` must be"):
-            Tokenizer.train([SOURCE], vocab_size=wrong)
-    with pytest.raises(TypeError, match="Tokenizer.train: `vocab_size` must be"):
-        Tokenizer.train([SOURCE], vocab_size="many")
-
-
-def mutated(content, rng):
-    """The file with an edit somewhere: a value of its JSON, or some bytes."""
-    if content.lstrip().startswith(b"{") and rng.random() < 0.6:
-        fields = json.loads(content)
-        places = [(fields, key) for key in fields]
-        for node, key in places:
-            child = node[key]
-            if isinstance(child, (dict, list)) and len(places) < 400:
-                keys = list(child) if isinstance(child, dict) else list(range(len(child)))
-                places += [(child, k) for k in keys[:30]]
-        node, key = rng.choice(places)
-        node[key] = rng.choice(
-            [None, True, -1, 2**31, 2**64, 1e308, "x", "", [], {}, [[]], "\ud800", "(a+)+$", [0, 10**9]]
-        )
-        return json.dumps(fields).encode()
-    data = bytearray(content)
-    for _ in range(rng.choice([1, 1, 3, 50])):
-        data[rng.randrange(len(data))] = rng.randrange(256)
-    return bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
-
-
-@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
-def test_mutated_files_are_refused_or_encode(tmp_path, capfd, count):
-    rng = random.Random(7)
-    for name in ("spaced BPE", "its own start", "sentencepiece"):
-        (tmp_path / name).mkdir()
-        tokenizer = KINDS[name](tmp_path / name)
-        path = next((tmp_path / name).glob("tokenizer.[jm]*"))
-        content = path.read_bytes()
-        for _ in range(count):
-            path.write_bytes(mutated(content, rng))
-            try:
-                tokenizer = load_tokenizer(path)
-                ids = tokenizer.encode(SOURCE[:200])
-                tokenizer.decode(ids)
-                assert (ids < tokenizer.vocab_size).all() and 0 <= tokenizer.start < tokenizer.vocab_size
-            except FileError as error:
-                assert str(error).startswith(str(path)) and str(error).isprintable() and len(str(error)) < 700

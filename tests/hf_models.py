@@ -1,0 +1,56 @@
+"""Small models of transformers, and batches for them, that the tests of `megalodon_ops.hf` share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import megalodon_ops as mo
+
+transformers = pytest.importorskip("transformers")
+hf = pytest.importorskip("megalodon_ops.hf", exc_type=ImportError)
+
+SIZES = dict(
+    num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=32, cema_ndim=4, chunk_size=8,
+    norm_num_groups=4, vocab_size=50,
+)  # fmt: skip
+VARIANTS = {
+    "plain": {},
+    "released": dict(share_emb=True, scale_emb=True, swiglu=True, rescale_nffn=True),
+    "bytes": dict(vocab_size=51, output_size=50),
+    "no affine norms": dict(norm_affine=False),
+}
+LENGTHS = (21, 3, 13)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(5)
+
+
+def made(dtype: torch.dtype = torch.float32, **fields) -> hf.MegalodonForCausalLM:
+    """A model with parameters as after some training: no parameter is zero, so that each matters."""
+    core = mo.Megalodon(mo.MegalodonConfig(**{**SIZES, **fields})).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return hf.MegalodonForCausalLM.from_megalodon(core)
+
+
+def prompts() -> list[Tensor]:
+    return [torch.randint(50, (length,)) for length in LENGTHS]
+
+
+def padded(rows: list[Tensor], side: str, value: int = 0) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.full((2, len(rows), width), value)
+    mask.zero_()
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return dict(input_ids=ids, attention_mask=mask)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

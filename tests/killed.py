@@ -1,0 +1,34 @@
+"""A process that is killed while it writes files, as far as the files show it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from megalodon_ops.model import files
+
+
+class _Killed(BaseException):
+    pass
+
+
+@contextmanager
+def killed_at(monkeypatch: pytest.MonkeyPatch, call: str, count: int) -> Iterator[pytest.MonkeyPatch]:
+    """Ends the block at its call of `os.<call>` after `count` ones, if there are as many; nothing is tidied up."""
+    real, calls = getattr(os, call), 0
+
+    def die_at(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > count:
+            raise _Killed
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, die_at)
+        patch.setattr(files.shutil, "rmtree", lambda *a, **k: None)  # a killed process removes nothing
+        with suppress(_Killed):
+            yield patch

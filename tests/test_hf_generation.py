@@ -1,0 +1,287 @@
+"""transformers: generation with every way of choosing tokens, its cache and its decoder."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hf_models import seed  # noqa: F401, a fixture
+from hf_models import VARIANTS, close, hf, made, padded, prompts, transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import megalodon_ops as mo
+from megalodon_ops.hf.pretrained import CACHE
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+# Generation
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+def test_greedy_generation_equals_ours(fields: dict) -> None:
+    model, prompt = made(**fields), torch.randint(50, (2, 21))
+    expected = model.megalodon.generate(prompt, max_new_tokens=20, temperature=0.0)
+    for options in ({}, dict(use_cache=False)):
+        assert torch.equal(model.generate(prompt, max_new_tokens=20, do_sample=False, **options), expected)
+
+
+def test_bfloat16_generation_equals_ours() -> None:
+    model, prompt = made(torch.bfloat16), torch.randint(50, (2, 21))
+    expected = model.megalodon.generate(prompt, max_new_tokens=20, temperature=0.0)
+    assert torch.equal(model.generate(prompt, max_new_tokens=20, do_sample=False), expected)
+
+
+def test_sampling_draws_by_the_model_s_logits() -> None:
+    model, prompt = made(**VARIANTS["bytes"]), torch.randint(50, (2, 9))
+    output = model.generate(
+        prompt, max_new_tokens=12, do_sample=True, top_k=0, temperature=0.7, output_logits=True, output_scores=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model.megalodon(output.sequences)[:, 8:-1]
+    close(torch.stack(output.logits, 1)[..., :50], logits)
+    close(torch.stack(output.scores, 1)[..., :50], logits / 0.7)
+    assert output.sequences.max() < 50
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(num_beams=3), dict(prefill_chunk_size=5)], ids=["greedy", "beams", "chunked"]
+)
+def test_rows_of_a_padded_batch_generate_as_if_alone(side: str, options: dict) -> None:
+    model, rows = made(), prompts()
+    batch = padded(rows, side)
+    if "prefill_chunk_size" in options:
+        if side == "right":
+            return
+        options = {**options, "past_key_values": hf.MegalodonCache()}
+    together = model.generate(**batch, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
+    for i, row in enumerate(rows):
+        options.pop("past_key_values", None)
+        alone = model.generate(
+            row[None], max_new_tokens=12, do_sample=False, **{k: v for k, v in options.items() if k == "num_beams"}
+        )
+        assert torch.equal(together[i, 21:], alone[0, len(row) :])
+
+
+def test_generation_from_embeddings() -> None:
+    model, batch = made(**VARIANTS["released"]), padded(prompts(), "left")
+    expected = model.generate(**batch, max_new_tokens=9, do_sample=False)[:, 21:]
+    embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
+    found = model.generate(inputs_embeds=embeddings, **batch, max_new_tokens=9, do_sample=False)
+    assert torch.equal(found, expected)
+
+
+def test_beam_search_finds_what_scoring_whole_sequences_does() -> None:
+    """With as many beams as there are tokens, two steps of beam search find the likeliest pair of tokens."""
+    model = made(vocab_size=6)
+    prompt = torch.randint(6, (1, 11))
+    output = model.generate(
+        prompt, max_new_tokens=2, num_beams=6, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    with torch.no_grad():
+        scores = model.megalodon(torch.cat([prompt.expand(36, -1), pairs], dim=1)).log_softmax(-1)
+    scores = scores[:, 10].gather(1, pairs[:, :1]) + scores[:, 11].gather(1, pairs[:, 1:])
+    assert torch.equal(output.sequences[0, 11:], pairs[scores.argmax()])
+    close(output.sequences_scores[0], scores.max() / 2)
+
+
+def test_several_samples_and_group_of_options() -> None:
+    model, prompt = made(), torch.randint(50, (2, 9))
+    samples = model.generate(prompt, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert samples.shape == (6, 13) and torch.equal(samples[:3, :9], prompt[:1].expand(3, -1))
+    beams = model.generate(prompt, max_new_tokens=4, do_sample=True, num_beams=2, repetition_penalty=1.2, top_p=0.9)
+    assert beams.shape == (2, 13)
+    stopped = model.generate(prompt[:1], max_new_tokens=30, do_sample=False)
+    end = stopped[0, 15].item()
+    again = model.generate(prompt[:1], max_new_tokens=30, do_sample=False, eos_token_id=end, pad_token_id=0)
+    assert torch.equal(again[0], stopped[0, : again.shape[1]]) and again[0, -1] == end and again.shape[1] <= 16
+
+
+def test_generation_goes_on_with_a_cache() -> None:
+    model, prompt = made(), torch.randint(50, (2, 9))
+    whole = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    cache = first.get(CACHE)
+    assert cache.get_seq_length() == 13  # the last token has not been read
+    for past in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
+        rest = model.generate(first.sequences, past_key_values=past, max_new_tokens=7, do_sample=False)
+        assert torch.equal(rest, whole)
+    _, state = model.megalodon(prompt[:, :8], return_state=True)
+    rest = model.generate(prompt, past_key_values=hf.MegalodonCache(state), max_new_tokens=12, do_sample=False)
+    assert torch.equal(rest, whole)
+    with pytest.raises((ValueError, IndexError)):  # before 5.24, transformers itself fails
+        model.generate(prompt[:, :3], past_key_values=cache, max_new_tokens=7)
+    with pytest.raises(ValueError, match="must be a token"):
+        model(prompt[:, :0], past_key_values=cache)
+
+
+def test_generation_that_is_refused() -> None:
+    model, prompt = made(), torch.randint(50, (1, 9))
+    for options, message in (
+        (dict(penalty_alpha=0.6, top_k=4, do_sample=False), "contrastive search"),
+        (dict(assistant_model=made(), do_sample=False), "assisted generation"),
+        (dict(prompt_lookup_num_tokens=3), "assisted generation"),
+        (dict(cache_implementation="static"), "cache_implementation"),
+        (dict(cache_implementation="quantized"), "cache_implementation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt, max_new_tokens=3, **options)
+    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+        model(prompt).get(CACHE).crop(-1)
+
+
+def test_long_prompts_are_read_in_pieces() -> None:
+    model, ids = made(), torch.randint(50, (2, 50))
+    lengths = []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        pieces = model(ids)
+        kept = model(**padded([ids[0], ids[1, :7]], "left"), logits_to_keep=9)
+    assert max(lengths) == 8
+    close(pieces.logits, model(ids).logits)  # with gradients: in one piece
+    assert max(lengths) == 50
+    close(kept.logits[0], pieces.logits[0, -9:])
+    close(kept.logits[1, -7:], pieces.logits[1, :7])
+
+
+# The cache and its decoder
+
+
+def test_a_cache_that_nobody_asked_for_is_computed_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = made(), [torch.randint(50, (length,)) for length in (8, 3)]
+    batch, token = padded(rows, "left"), torch.randint(50, (2, 1))
+    kept = []
+    hidden = model._megalodon._hidden
+    spy = lambda *a, **options: kept.append(options["return_state"]) or hidden(*a, **options)
+    monkeypatch.setitem(vars(model._megalodon), "_hidden", spy)
+    with torch.no_grad():
+        given = batch["input_ids"].clone()
+        cache = model(given, batch["attention_mask"]).get(CACHE)
+        assert kept == [False] and cache.get_seq_length() == 8 and cache.is_initialized
+        given.zero_()
+        logits = model(token, past_key_values=cache).logits
+        assert kept == [False, True, True]  # the tokens again, then the next one
+        for i, row in enumerate(rows):
+            close(logits[i, 0], model(torch.cat([row, token[i]])[None], use_cache=False).logits[0, -1])
+        cache = model(**batch).get(CACHE)
+        model.output.final_norm.bias.add_(1.0)
+        with pytest.raises(RuntimeError, match="by use_cache=True"):
+            copy.deepcopy(cache)
+        assert model(**batch, use_cache=True).get(CACHE).state.num_sequences == 2
+    assert model(**batch).get(CACHE).state.norm.mean.requires_grad
+
+
+def decoding(model: hf.MegalodonForCausalLM, ids: Tensor) -> hf.MegalodonCache:
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).get(CACHE)
+        model(ids[:, :1], past_key_values=cache, use_decoder=True)
+    assert cache._decoder.fused
+    return cache
+
+
+def test_one_decoder_serves_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = made(), []
+    monkeypatch.setattr("megalodon_ops.hf.cache.Decoder", lambda *a: calls.append(mo.Decoder(*a)) or calls[-1])
+    model.generate(torch.randint(50, (2, 9)), max_new_tokens=9, do_sample=False)
+    model.generate(torch.randint(50, (2, 9)), max_new_tokens=9, num_beams=4, do_sample=False)
+    assert [decoder.fused for decoder in calls] == [True, True]
+
+
+def test_cache_changes_rows() -> None:
+    model, ids = made(), torch.randint(50, (3, 13))
+    token = torch.randint(50, (3, 1))
+    for begun in (False, True):
+        with torch.no_grad():
+            alone = [
+                model(torch.cat([row, *([row[:1]] if begun else [])])[None], use_cache=True).get(CACHE) for row in ids
+            ]
+
+            def cache() -> hf.MegalodonCache:
+                return decoding(model, ids) if begun else model(ids).get(CACHE)
+
+            def same(changed: hf.MegalodonCache, rows: list[int]) -> None:
+                assert changed.batch_size == len(rows)
+                logits = model(token[rows], past_key_values=changed).logits
+                for i, row in enumerate(rows):
+                    close(logits[i], model(token[[row]], past_key_values=copy.deepcopy(alone[row])).logits[0])
+
+            (reordered := cache()).reorder_cache(torch.tensor([0, 1, 2]))
+            same(reordered, [0, 1, 2])
+            (selected := cache()).batch_select_indices(torch.tensor([2, 0]))
+            same(selected, [2, 0])
+            (repeated := cache()).batch_repeat_interleave(2)
+            same(repeated, [0, 0, 1, 1, 2, 2])
+            (reordered := cache()).reorder_cache(torch.tensor([2, 2, 0]))
+            logits = model(token[[2, 2, 0]], past_key_values=reordered).logits
+            close(logits[1], model(token[[2]], past_key_values=copy.deepcopy(alone[2])).logits[0])
+            close(logits[2], model(token[[0]], past_key_values=copy.deepcopy(alone[0])).logits[0])
+            (part := cache()).reset_rows([1])
+            close(model(token, past_key_values=part).logits[1], model(token[[1]]).logits[0])
+            (whole := cache()).reset()
+            assert whole.get_seq_length() == 0 and not whole.is_initialized
+            close(model(ids[:2], past_key_values=whole).logits, model(ids[:2]).logits)
+
+
+@given(st.data())
+def test_decoder_reorders_in_place(data: st.DataObject) -> None:
+    """Any tokens and orders, over the bounds of chunks, give what decoders made anew of chosen rows give, to the bit."""
+    torch.manual_seed(5)
+    model, batch = made(), data.draw(st.integers(1, 4))
+    ids = torch.randint(50, (batch, 13))
+    ids = ids[:1].expand(batch, -1) if data.draw(st.booleans()) else ids
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, 13), min_size=batch, max_size=batch)))
+    with torch.no_grad():
+        _, state = model.megalodon(ids, lengths=lengths, return_state=True)
+    decoder = mo.Decoder(model.megalodon, state)
+    for _ in range(data.draw(st.integers(1, 6))):
+        rows = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=batch, max_size=batch)))
+        tokens = torch.randint(50, (batch, data.draw(st.integers(1, 5))))
+        expected = mo.Decoder(model.megalodon, decoder.state[rows])
+        decoder.reorder(rows)
+        assert torch.equal(decoder(tokens), expected(tokens))
+    with pytest.raises(ValueError, match=rf"int64 or int32 \({batch},\)"):
+        decoder.reorder(rows[None])
+
+
+def test_calls_outside_of_generate_see_the_model_as_it_is() -> None:
+    model, ids = made(), torch.randint(50, (2, 13))
+    token = ids[:, :1]
+
+    def agrees(cache: hf.MegalodonCache) -> None:
+        before = cache.state
+        with torch.no_grad():
+            close(model(token, past_key_values=cache).logits, model.megalodon(token, state=before))
+
+    with torch.no_grad():
+        cache = decoding(model, ids)
+        model.layers[0].mega.cema.alpha.add_(1.0)
+        agrees(cache)
+        model.layers[0].mega.cema.alpha.data = model.layers[0].mega.cema.alpha.data * 2
+        agrees(cache)
+        other, before = made(share_emb=True), cache.state
+        close(other(token, past_key_values=cache).logits, other.megalodon(token, state=before))
+        agrees(cache)
+        model.layers[1].mega.wz = torch.nn.Linear(32, 16)
+        agrees(cache)
+
+
+def test_gradients_flow_through_a_cache_until_it_is_detached() -> None:
+    model, ids = made(), torch.randint(50, (1, 30))
+    embeddings = model.embed(ids[:, :20]).detach().requires_grad_()
+    cache = model(inputs_embeds=embeddings, use_cache=True).get(CACHE)
+    detached = hf.MegalodonCache(cache.state)
+    detached.detach()
+    model(ids[:, 20:], past_key_values=detached).logits.sum().backward()
+    assert embeddings.grad is None
+    model(ids[:, 20:], past_key_values=cache).logits.sum().backward()
+    assert embeddings.grad.abs().max() > 0

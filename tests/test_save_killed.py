@@ -1,0 +1,84 @@
+"""A model's folder is whole, whatever happens to the process that writes it."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from killed import killed_at
+from models import TINY, tiny_model
+
+import megalodon_ops as mo
+from megalodon_ops.model import files
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, file_size_limit):
+    model = tiny_model(torch.float32)
+    model.save(tmp_path / "m")
+    before = {path: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    other = tiny_model(torch.float32, model_dim=64)
+    for limit in (10, 10_000):
+        with file_size_limit(limit), pytest.raises(OSError, match=f"^{tmp_path}/m: could not be written: .*large"):
+            other.save(tmp_path / "m")
+        assert {path: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def _save_for_ever(folder):
+    model = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    for number in itertools.count():
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, number)
+        model.save(folder)
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_the_folder_is_the_old_or_the_new(tmp_path):
+    """A process that saves again and again is killed 30 times; the folder is always there and whole."""
+    folder = tmp_path / "m"
+    model = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0)
+    model.save(folder)
+    for i in range(30):
+        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(folder,))
+        process.start()
+        time.sleep(0.1 + 0.0137 * i)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        weights = mo.Megalodon.load(folder).state_dict()
+        assert len(torch.cat([weight.flatten() for weight in weights.values()]).unique()) == 1
+    model.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("count", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 5, 6, 7)), 4])
+@pytest.mark.parametrize("call", ["rename", "fsync"])
+def test_killed_at_each_step(tmp_path, monkeypatch, exchanges, count, call):
+    """The folder is the old one or the new one; without an exchange, the old one may be left under another name."""
+    old, new = tiny_model(torch.float32), tiny_model(torch.float32, swiglu=True)
+    old.save(tmp_path / "m")
+    with killed_at(monkeypatch, call, count) as patch:
+        if not exchanges:
+            patch.setattr(files, "_exchange", lambda one, other: False)
+        new.save(tmp_path / "m")
+    if exchanges or (tmp_path / "m").exists():
+        assert mo.Megalodon.load(tmp_path / "m").config in (old.config, new.config)
+    else:
+        assert mo.Megalodon.load(tmp_path / ".m.old").config == old.config
+    new.save(tmp_path / "m")
+    assert mo.Megalodon.load(tmp_path / "m").config == new.config
+    assert {path.name for path in tmp_path.iterdir()} <= {"m", ".m.old"}
+
+
+def test_drafts_of_a_process_that_is_alive_stay(tmp_path):
+    with files.write_folder_atomically(tmp_path / "m") as draft:
+        (draft / "x").write_text("1")
+        with files.write_folder_atomically(tmp_path / "m") as other:
+            (other / "x").write_text("2")
+    assert (tmp_path / "m" / "x").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -1,0 +1,121 @@
+"""Files that are no tokenizer's, damaged and mutated ones, and wrong calls."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from tokenizer_kinds import tokenizer  # noqa: F401, a fixture
+from tokenizer_kinds import KINDS, SOURCE, package
+
+from megalodon_ops.errors import FileError
+from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+
+
+WRONG = {
+    "missing": (None, "no such file"),
+    "empty": (b"", "neither a JSON file of the `tokenizers` package nor a sentencepiece model"),
+    "noise": (b"\xff\x00noise" * 9, ""),
+    "no JSON": (b'{"model": ', "is no JSON"),
+    "deep": (b'{"a":' * 100_000, "is no JSON"),
+    "another JSON": (b'{"num_layers": 3}', ""),
+    "no list": (b'{"added_tokens": [1]}', "is no tokenizer"),
+    "model": (b'{"version": "1.0", "model": {"type": "None"}}', ""),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_files_are_refused_in_one_line(name, tmp_path):
+    package("tokenizers"), package("sentencepiece")
+    content, message = WRONG[name]
+    for path in (tmp_path / "tokenizer.json", tmp_path / "tokenizer.model"):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises((FileError, FileNotFoundError)) as caught:
+            load_tokenizer(path)
+        assert message in str(caught.value) and str(caught.value).isprintable() and str(path) in str(caught.value)
+        assert len(str(caught.value)) < 600
+
+
+def test_wrong_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json and no tokenizer.model in this folder"):
+        load_tokenizer(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    for content, message in (
+        ('{"bos_token": 3}', "`bos_token` must be a token's text"),
+        ("[", "Expecting value"),
+        ("x", "Expecting value"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(FileError, match=message):
+            load_tokenizer(tmp_path)
+    package("tokenizers")
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "nowhere"}')
+    with pytest.raises(FileError, match="the start of a document, 'nowhere', must be a token of its vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+def test_wrong_calls(tokenizer):
+    for wrong in (None, 3, [1, 2], object()):
+        with pytest.raises(TypeError, match="`text` must be bytes or str, got"):
+            tokenizer.encode(wrong)
+        with pytest.raises(TypeError, match="encode_pieces: `(pieces|text)` must be"):
+            list(tokenizer.encode_pieces(wrong))
+    with pytest.raises(TypeError, match="encode_pieces: `pieces` must be an iterable of bytes, got b'text'"):
+        tokenizer.encode_pieces(b"text")
+    for wrong in (-1, tokenizer.vocab_size, 2**70):
+        with pytest.raises(ValueError, match=r"decode: `ids` must be in \[0, "):
+            tokenizer.decode([wrong])
+    for call, name in ((load_tokenizer, "load_tokenizer: `path`"), (tokenizer.save, "Tokenizer.save: `folder`")):
+        with pytest.raises(TypeError, match=f"{name} must be a path, got 3"):
+            call(3)
+    with pytest.raises(TypeError, match="Tokenizer.from_file: `path` must be a path, got None"):
+        Tokenizer.from_file(None)
+    with pytest.raises(TypeError, match="decode: `ids` must be integers, got 2.5"):
+        tokenizer.decode([2.5])
+    for wrong in (0, 257, -5):
+        with pytest.raises(ValueError, match="Tokenizer.train: `vocab_size` must be"):
+            Tokenizer.train([SOURCE], vocab_size=wrong)
+    with pytest.raises(TypeError, match="Tokenizer.train: `vocab_size` must be"):
+        Tokenizer.train([SOURCE], vocab_size="many")
+
+
+def mutated(content, rng):
+    """The file with an edit somewhere: a value of its JSON, or some bytes."""
+    if content.lstrip().startswith(b"{") and rng.random() < 0.6:
+        fields = json.loads(content)
+        places = [(fields, key) for key in fields]
+        for node, key in places:
+            child = node[key]
+            if isinstance(child, (dict, list)) and len(places) < 400:
+                keys = list(child) if isinstance(child, dict) else list(range(len(child)))
+                places += [(child, k) for k in keys[:30]]
+        node, key = rng.choice(places)
+        node[key] = rng.choice(
+            [None, True, -1, 2**31, 2**64, 1e308, "x", "", [], {}, [[]], "\ud800", "(a+)+$", [0, 10**9]]
+        )
+        return json.dumps(fields).encode()
+    data = bytearray(content)
+    for _ in range(rng.choice([1, 1, 3, 50])):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
+def test_mutated_files_are_refused_or_encode(tmp_path, capfd, count):
+    rng = random.Random(7)
+    for name in ("spaced BPE", "its own start", "sentencepiece"):
+        (tmp_path / name).mkdir()
+        tokenizer = KINDS[name](tmp_path / name)
+        path = next((tmp_path / name).glob("tokenizer.[jm]*"))
+        content = path.read_bytes()
+        for _ in range(count):
+            path.write_bytes(mutated(content, rng))
+            try:
+                tokenizer = load_tokenizer(path)
+                ids = tokenizer.encode(SOURCE[:200])
+                tokenizer.decode(ids)
+                assert (ids < tokenizer.vocab_size).all() and 0 <= tokenizer.start < tokenizer.vocab_size
+            except FileError as error:
+                assert str(error).startswith(str(path)) and str(error).isprintable() and len(str(error)) < 700
