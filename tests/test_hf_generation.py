@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from hf_models import seed  # noqa: F401, a fixture
-from hf_models import VARIANTS, close, hf, made, padded, prompts, transformers
+from hf_models import VARIANTS, close, hf, made, padded, prompts
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
