@@ -18,9 +18,8 @@ from megalodon_ops import _C
 ORDERS = ("forward", "reverse", "random")
 
 
-@pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=pytest.mark.slow) if op.endswith("attention") else op for op in OPS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
 def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
     """The public function reaches kernel, launcher and binding. Aligned memory: test_ops.py."""
     emulator = Emulator(emulated_module)
@@ -54,7 +53,8 @@ TENSORS = {op: sorted({name for binding, names in BINDINGS.items() if binding.st
                        for name in names.replace("->", "").split()}) for op in ALIGNED}  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ALIGNED)
 def test_each_tensor_alone_may_be_misaligned(emulator, op, dtype):
     """A launcher looks at the address of every tensor that its kernels read or write in vectors."""
