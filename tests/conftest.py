@@ -12,6 +12,7 @@ import pytest
 import torch
 from cuda_emulator.emulator import Emulator
 from hypothesis import HealthCheck, settings
+from ranks import Ranks
 
 from megalodon_ops import _C
 
@@ -48,6 +49,14 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for `ranks.run(function, world_size, *args)`."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

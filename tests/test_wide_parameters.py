@@ -142,7 +142,7 @@ def test_norms_of_integers_are_refused(norm):
 
 def sharded(model, shard_all_in_bfloat16):
     """Shards a model on one rank."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -155,7 +155,6 @@ def sharded(model, shard_all_in_bfloat16):
         for block in model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
 
 
 @pytest.fixture

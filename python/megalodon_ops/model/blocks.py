@@ -120,12 +120,13 @@ class NormalizedAttention(WideParameters):
         config, training = self.config, self.training
         norm_state, cema_state, attention_state = fields_of("MegalodonBlock", state, BlockState)
         t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences)
+        v = gated_silu(self.wv(t))  # before cema, whose state may still be on its way from other processes
         c, cema_state = self.cema(t, state=cema_state, return_state=True, **sequences)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
         z = self.wz(m)
         rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
         a = attend(
-            z, gated_silu(self.wv(t)), self.gamma, self.beta, rotary,
+            z, v, self.gamma, self.beta, rotary,
             num_heads=config.num_heads, chunk_size=config.chunk_size, rope_base=config.rotary_base,
             eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
             dropkey=config.attention_dropout if training else 0.0, **sequences,

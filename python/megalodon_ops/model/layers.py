@@ -54,7 +54,6 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for block in model.layers:
             fully_shard(block)
         fully_shard(model)
-        register_fsdp_forward_method(model, "loss")
 
     Example:
         >>> import torch, megalodon_ops as mo

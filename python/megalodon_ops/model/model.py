@@ -142,17 +142,21 @@ class Megalodon(nn.Module):
     def forward(
         self,
         tokens: Tensor,
+        targets: Tensor | None = None,
         *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
         state: MegalodonState | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MegalodonState]:
-        """Logits of the next token after every token.
+        """Logits of the next token after every token; with `targets`, their loss, as :meth:`loss` says.
 
         Args:
             tokens: (B, L) integers.
+            targets, reduction, ignore_index: as in :meth:`loss`; None: the logits are wanted.
             state: the past, as an earlier call returned it; None: the tokens begin their sequences.
             return_state: also return the state after the last token. Any way of cutting a sequence into calls gives the
                 same logits, up to rounding.
@@ -162,35 +166,33 @@ class Megalodon(nn.Module):
             lengths: (B,) tokens in each right-padded row.
 
         Returns:
-            logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding.
+            logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding. Or the loss.
         """
         sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
         self._check(tokens, state, return_state, **sequences)
         check_flag("Megalodon", "inplace_state", inplace_state)
-        x, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, **sequences)
-        logits = at_least_float32(self.output.output(x))
-        return (logits, state) if return_state else logits
+        if targets is not None:
+            ignore_index = _check_targets(tokens, targets, ignore_index)
+        hidden, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, **sequences)
+        if targets is None:
+            result = at_least_float32(self.output.output(hidden))
+        else:
+            result = self._cross_entropy(hidden, targets, reduction, ignore_index, **sequences)
+        return (result, state) if return_state else result
 
-    def loss(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        state: MegalodonState | None = None,
-        return_state: bool = False,
-        cu_seqlens: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, MegalodonState]:
+    def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
         """Cross-entropy of the logits with `targets`, computed for a block of tokens at a time.
 
-        Padding, by `cu_seqlens` or `lengths`, counts no more than a target of `ignore_index`, whatever its target is.
+        This is `self(tokens, targets, ...)`, so whatever is hooked to a call of the model serves its loss, too: those of
+        FSDP2, for one. Padding, by `cu_seqlens` or `lengths`, counts no more than a target of `ignore_index`, whatever its
+        target is.
 
         Args:
-            tokens, state, return_state, cu_seqlens, lengths: as in :meth:`forward`.
+            tokens: (B, L) integers.
             targets: (B, L) integers, the token after each token, or `ignore_index`.
-            reduction, ignore_index: as in :func:`megalodon_ops.linear_cross_entropy`.
+            reduction: "mean", "sum" or "none", as in :func:`megalodon_ops.linear_cross_entropy`.
+            ignore_index: the target that does not count, -100.
+            state, return_state, inplace_state, cu_seqlens, lengths: as in :meth:`forward`.
 
         Returns:
             the mean loss of a target, or what `reduction` says, float32 (float64 for a float64 model); with
@@ -202,19 +204,8 @@ class Megalodon(nn.Module):
             >>> model, tokens = mo.Megalodon(config), torch.randint(9, (2, 21))
             >>> model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
         """
-        sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
-        self._check(tokens, state, return_state, **sequences)
         check_tensor("Megalodon", "targets", targets)
-        ignore_index = check_integer("Megalodon", "ignore_index", ignore_index, "an integer below 2^63", -(2**63))
-        if not has_integers(targets):
-            raise TypeError(f"Megalodon: `targets` must be integers, got {targets.dtype}.")
-        if targets.shape != tokens.shape:
-            raise ValueError(
-                f"Megalodon: `targets` must have shape {tuple(tokens.shape)} as `tokens`, got {tuple(targets.shape)}."
-            )
-        hidden, state = self._hidden(self._embed(tokens), state, return_state, False, **sequences)
-        loss = self._cross_entropy(hidden, targets, reduction, ignore_index, **sequences)
-        return (loss, state) if return_state else loss
+        return self(tokens, targets, **options)
 
     def _cross_entropy(
         self,
@@ -292,6 +283,18 @@ class Megalodon(nn.Module):
 
     stream = stream
     generate = generate
+
+
+def _check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
+    """`ignore_index`, as an integer, or an error where it or the targets are not what they must be."""
+    check_tensor("Megalodon", "targets", targets)
+    if not has_integers(targets):
+        raise TypeError(f"Megalodon: `targets` must be integers, got {targets.dtype}.")
+    if targets.shape != tokens.shape:
+        raise ValueError(
+            f"Megalodon: `targets` must have shape {tuple(tokens.shape)} as `tokens`, got {tuple(targets.shape)}."
+        )
+    return check_integer("Megalodon", "ignore_index", ignore_index, "an integer below 2^63", -(2**63))
 
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:

@@ -1,0 +1,117 @@
+"""Tests of several processes: a pool of them, each of which keeps what it has imported from test to test."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+MOST_RANKS = 4
+TIMEOUT = 120.0
+"""Seconds that a function may take in all ranks, of a machine that is busy with other things"""
+
+
+class RankError(AssertionError):
+    """What was raised in the ranks, or which of them never answered."""
+
+
+class Ranks:
+    """Processes that are started when they are first needed and started anew after a failure."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[multiprocessing.Process, Connection]] = []
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+        """`function(*args)` in each of `world_size` ranks, inside a process group of gloo; their results in order.
+
+        `function` stands at the top of a module, so that a new process finds it. An exception in a rank, and a rank that
+        has not answered after `timeout` seconds, raise a RankError here and end all processes.
+        """
+        workers = self._first(world_size)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                for rank, (_, connection) in enumerate(workers):
+                    connection.send((function, args, rank, world_size, f"{folder}/store", timeout))
+                answers = _answers([connection for _, connection in workers], timeout)
+            except BaseException:
+                self.close()
+                raise
+        faults = [f"rank {rank}: {fault}" for rank, (fault, _) in enumerate(answers) if fault]
+        if faults:
+            self.close()
+            raise RankError("\n".join(faults))
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers = []
+
+    def _first(self, count: int) -> list[tuple[multiprocessing.Process, Connection]]:
+        context = multiprocessing.get_context("spawn")
+        while len(self._workers) < count:
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+        return self._workers[:count]
+
+
+def _answers(connections: list[Connection], timeout: float) -> list[tuple[str, Any]]:
+    """What each rank has sent: a fault, or "" and a result. After a first fault the others have five seconds more."""
+    answers: dict[Connection, tuple[str, Any]] = {}
+    end = time.monotonic() + timeout
+    while len(answers) < len(connections):
+        left = [connection for connection in connections if connection not in answers]
+        ready = wait(left, max(0.0, end - time.monotonic()))
+        if not ready:
+            answers.update((connection, (f"no answer in {timeout:.0f} s", None)) for connection in left)
+        for connection in ready:
+            try:
+                answers[connection] = connection.recv()
+            except EOFError:
+                answers[connection] = ("the process has ended", None)
+            if answers[connection][0]:
+                end = min(end, time.monotonic() + 5)
+    return [answers[connection] for connection in connections]
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, world_size, store, timeout = connection.recv()
+        except EOFError:
+            return
+        try:
+            with _process_group(rank, world_size, store, timeout):
+                answer = ("", function(*args))
+        except BaseException:
+            answer = (traceback.format_exc(), None)
+        connection.send(answer)
+
+
+@contextlib.contextmanager
+def _process_group(rank: int, world_size: int, store: str, timeout: float):
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
