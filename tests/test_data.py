@@ -221,7 +221,7 @@ def test_packed_rows_lay_documents_end_to_end(documents, shape, seed):
         assert set(range(0, rows * length + 1, length)) <= set(bounds), "no sequence crosses a row's end"
         assert (batch.carry == -1).all()
         text += bytes(batch.targets[0].tolist())
-    order = batches._shuffled(0)
+    order = batches._shuffled(0).tolist()
     assert text[:total] == b"".join(documents[i] for i in order)
     assert sorted(order) == list(range(len(documents)))
 

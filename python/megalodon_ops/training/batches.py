@@ -7,6 +7,10 @@ first token is predicted too:
     inputs      START 'd' 'e' 'f' ' '    targets   'd'  'e' 'f' ' ' 'f' |  'i'  'm' 'p' ...
 
 A batch of R rows of L tokens is one packed row (1, R*L): no padding, and no state passes from document to document.
+
+Several processes share a batch by its rows. Each counts how far all rows are, which takes the documents' lengths alone,
+and reads the text of its own rows. So a position is that of the whole batch, equal in every process, and a run goes on
+from it in any number of processes.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ class Document(Protocol):
 
 
 class Batch(NamedTuple):
-    """T tokens in S sequences."""
+    """T tokens in S sequences of R rows."""
 
     tokens: Tensor
     """(1, T) int64"""
@@ -42,7 +46,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor
     """(S + 1,) int64"""
     carry: Tensor
-    """(S,) int64, the row of the batch before whose state the sequence continues, -1 where it starts afresh"""
+    """(S,) int64, which of the R rows of the batch before has the state that the sequence goes on from, -1 where it starts afresh"""
     last: Tensor
     """(R,) int64, the sequence at each row's end, whose state the next batch may carry on; -1 for a row without text"""
 
@@ -55,25 +59,40 @@ class Batches:
 
     Documents without tokens are left out. :meth:`position` and :meth:`seek` go on later, with equal documents.
 
+    Args:
+        documents: bytes, arrays or tensors of ids, or what reads them piece by piece, such as :class:`Shards`. A sequence
+            with an array `lengths` of its documents' lengths is asked for a document only when a row reads it.
+        rows: how many rows a batch has; or, as a range, those of its `batch` rows that this process reads.
+        length: tokens in a row.
+        batch: the rows of the whole batch, where `rows` is a range of them.
+
+    A process whose rows are out of text while other rows are not gets a batch of no tokens; this takes `seed=None`.
+
     Example:
         >>> from megalodon_ops.training import Batches
-        >>> batches = Batches([b"to be or not to be", b"that is"], rows=2, length=8, seed=0)
+        >>> documents = [b"to be or not to be", b"that is"]
+        >>> batches = Batches(documents, rows=2, length=8, seed=0)
         >>> batch = next(iter(batches))
         >>> batch.tokens.shape, batch.cu_seqlens.tolist(), batch.carry.tolist()
         (torch.Size([1, 16]), [0, 8, 15, 16], [-1, -1, -1])
+        >>> second = Batches(documents, rows=range(1, 2), batch=2, length=8, seed=0)  # in another process
+        >>> bool((next(iter(second)).tokens == batch.tokens[:, 8:]).all()), second.position() == batches.position()
+        (True, True)
     """
 
     def __init__(
         self,
         documents: Sequence[Document],
-        rows: int,
+        rows: int | range,
         length: int,
         *,
+        batch: int | None = None,
         start: int = START,
         context: str = "streamed",
         seed: int | None = 0,
     ):
-        self.rows, self.length = check_size("Batches", "rows", rows), check_size("Batches", "length", length)
+        self.batch, self.rows = _check_rows(rows, batch)
+        self.length = check_size("Batches", "length", length)
         self.start = check_integer("Batches", "start", start, "the id that opens a document, at least 0", 0)
         if not isinstance(context, str) or context not in ("streamed", "packed"):
             raise ValueError(f'Batches: `context` must be "streamed" or "packed", got {shown(context)}.')
@@ -81,27 +100,23 @@ class Batches:
             seed = check_integer("Batches", "seed", seed, "an integer of at least 0, or None", 0)
         if isinstance(documents, (str, bytes)) or not isinstance(documents, Sequence):
             raise TypeError(f"Batches: `documents` must be a list of documents, got {described(documents)}.")
-        if any(isinstance(document, str) for document in documents):
-            raise TypeError("Batches: `documents` must be of bytes or of ids, got a str; encode it.")
-        self.documents = [document for document in documents if len(document)]
-        if not self.documents:
-            raise ValueError("Batches: `documents` must hold a token, got none.")
+        self.documents, self.lengths = _with_tokens(documents)
         self.seed, self.streamed = seed, context == "streamed"
         self.taken = 0
-        self.readers: list[tuple[int, int]] = [(-1, 0)] * (self.rows if self.streamed else 1)  # (document, offset)
-        self._order: tuple[int, list[int]] = (-1, [])
+        self.readers: list[tuple[int, int]] = [(-1, 0)] * (self.batch if self.streamed else 1)  # (document, offset)
+        self._order: tuple[int, numpy.ndarray] = (-1, numpy.empty(0, numpy.uint32))
 
     def position(self) -> dict[str, Any]:
-        """Where the next batch goes on, as JSON."""
+        """Where the next batch goes on, as JSON: that of all rows, whichever this process reads."""
         return {"taken": self.taken, "readers": [list(reader) for reader in self.readers]}
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes on at a position of batches of equal documents, rows, length, context and seed."""
+        """Goes on at a position of batches of equal documents, length, context and seed, and as many rows in all."""
         taken, readers = position.get("taken"), position.get("readers")
         if not is_whole(taken, 0) or not isinstance(readers, list) or len(readers) != len(self.readers):
             raise ValueError(f"Batches.seek: `position` must be one of {len(self.readers)} readers, got {position}.")
         for document, offset in readers:
-            if document >= len(self.documents) or (document >= 0 and offset >= len(self.documents[document])):
+            if document >= len(self.lengths) or (document >= 0 and offset >= self.lengths[document]):
                 raise ValueError(
                     f"Batches.seek: `position` must be inside the documents, got token {offset} of document {document}."
                 )
@@ -114,62 +129,111 @@ class Batches:
 
     def next(self) -> Batch | None:
         """The next batch; None when a single pass is over."""
-        tokens = numpy.empty(self.rows * self.length, numpy.int64)
-        targets = numpy.empty_like(tokens)
+        pieces = [self._pieces(row) for row in range(self.batch)]
+        if not any(pieces):
+            return None
+        mine = [pieces[row] for row in self.rows]
+        size = sum(stop - offset for row in mine for _, offset, stop in row)
+        tokens, targets = numpy.empty(size, numpy.int64), numpy.empty(size, numpy.int64)
         bounds: list[int] = [0]
         carry: list[int] = []
         last: list[int] = []
-        for row in range(self.rows):
-            end = bounds[-1] + self.length
-            first = len(carry)
-            while bounds[-1] < end and (piece := self._read(row, end - bounds[-1])) is not None:
-                offset, before, text = piece
-                start, stop = bounds[-1], bounds[-1] + len(text)
-                tokens[start] = before
-                tokens[start + 1 : stop] = text[:-1]
-                targets[start:stop] = text
-                bounds.append(stop)
+        for row, row_pieces in enumerate(mine):
+            for index, offset, stop in row_pieces:
+                before, text = self._read(index, offset, stop)
+                begin, end = bounds[-1], bounds[-1] + len(text)
+                tokens[begin] = before
+                tokens[begin + 1 : end] = text[:-1]
+                targets[begin:end] = text
+                bounds.append(end)
                 carry.append(row if self.streamed and offset else -1)
-            last.append(len(carry) - 1 if len(carry) > first else -1)
-        if not carry:
-            return None
+            last.append(len(carry) - 1 if row_pieces else -1)
         return Batch(
-            torch.from_numpy(tokens[: bounds[-1]])[None],
-            torch.from_numpy(targets[: bounds[-1]])[None],
+            torch.from_numpy(tokens)[None],
+            torch.from_numpy(targets)[None],
             torch.tensor(bounds),
-            torch.tensor(carry),
+            torch.tensor(carry, dtype=torch.int64),
             torch.tensor(last),
         )
 
-    def _read(self, row: int, room: int) -> tuple[int, int, numpy.ndarray] | None:
-        """At most `room` tokens of the row's document: (where they start in it, the token before them, the tokens)."""
-        reader = row if self.streamed else 0
-        index, offset = self.readers[reader]
-        if index < 0:
-            if not self._left():
-                return None
-            index = self._take()
-        document = self.documents[index]
-        stop = min(offset + room, len(document))
-        piece = document[max(offset - 1, 0) : stop]
+    def _pieces(self, row: int) -> list[tuple[int, int, int]]:
+        """What the row reads next, (document, first token, end), up to `length` tokens; its reader moves on."""
+        reader, room = row if self.streamed else 0, self.length
+        found: list[tuple[int, int, int]] = []
+        while room:
+            index, offset = self.readers[reader]
+            if index < 0:
+                if not self._left():
+                    break
+                index = self._take()
+            stop = min(offset + room, int(self.lengths[index]))
+            self.readers[reader] = (index, stop) if stop < self.lengths[index] else (-1, 0)
+            found.append((index, offset, stop))
+            room -= stop - offset
+        return found
+
+    def _read(self, index: int, offset: int, stop: int) -> tuple[int, numpy.ndarray]:
+        """The token before a piece of a document, and the piece."""
+        piece = self.documents[index][max(offset - 1, 0) : stop]
         text = numpy.frombuffer(piece, numpy.uint8) if isinstance(piece, (bytes, bytearray)) else numpy.asarray(piece)
-        self.readers[reader] = (index, stop) if stop < len(document) else (-1, 0)
-        return (offset, int(text[0]), text[1:]) if offset else (0, self.start, text)
+        return (int(text[0]), text[1:]) if offset else (self.start, text)
 
     def _left(self) -> bool:
-        return self.seed is not None or self.taken < len(self.documents)
+        return self.seed is not None or self.taken < len(self.lengths)
 
     def _take(self) -> int:
-        epoch, place = divmod(self.taken, len(self.documents))
+        epoch, place = divmod(self.taken, len(self.lengths))
         if self._order[0] != epoch:
             self._order = (epoch, self._shuffled(epoch))
         self.taken += 1
-        return self._order[1][place]
+        return int(self._order[1][place])
 
-    def _shuffled(self, epoch: int) -> list[int]:
+    def _shuffled(self, epoch: int) -> numpy.ndarray:
+        """The documents of an epoch in the order in which they are taken, 4 bytes a document."""
         if self.seed is None:
-            return sorted(range(len(self.documents)), key=lambda i: -len(self.documents[i]))
-        # A hash rather than a library's generator: the order must outlive versions.
-        return sorted(
-            range(len(self.documents)), key=lambda i: hashlib.sha256(f"{self.seed} {epoch} {i}".encode()).digest()
-        )
+            keys = -self.lengths.astype(numpy.int64)
+        else:
+            keys = _hashes(f"{self.seed} {epoch} ".encode(), len(self.lengths))
+        order = numpy.argsort(keys, kind="stable")
+        return order.astype(numpy.uint32) if len(order) <= 1 << 32 else order
+
+
+def _hashes(begin: bytes, count: int) -> numpy.ndarray:
+    """(count,) numbers that sort documents into an order that outlives versions, which no library's generator promises."""
+    keys, block = numpy.empty(count, numpy.uint64), 4096
+    for first in range(0, count, block):
+        digests = [hashlib.sha256(begin + b"%d" % i).digest()[:8] for i in range(first, min(first + block, count))]
+        keys[first : first + block] = numpy.frombuffer(b"".join(digests), ">u8")
+    return keys
+
+
+def _check_rows(rows: int | range, batch: int | None) -> tuple[int, range]:
+    """The rows of the whole batch, and those of them to read."""
+    if not isinstance(rows, range):
+        rows = range(check_size("Batches", "rows", rows))
+        if batch is not None and batch != len(rows):
+            raise ValueError(
+                "Batches: `batch` must be left out where `rows` is a number; `rows` may be a range of them."
+            )
+        return len(rows), rows
+    if batch is None:
+        raise ValueError(f"Batches: `batch` must say how many rows there are in all, as `rows` is {rows}.")
+    batch = check_size("Batches", "batch", batch)
+    if not (len(rows) and rows.step == 1 and 0 <= rows.start and rows.stop <= batch):
+        raise ValueError(f"Batches: `rows` must be neighbouring rows of the {batch} of a batch, got {rows}.")
+    return batch, rows
+
+
+def _with_tokens(documents: Sequence[Document]) -> tuple[Sequence[Document], numpy.ndarray]:
+    """The documents that have tokens, and their lengths."""
+    lengths = getattr(documents, "lengths", None)
+    if lengths is None:
+        if any(isinstance(document, str) for document in documents):
+            raise TypeError("Batches: `documents` must be of bytes or of ids, got a str; encode it.")
+        documents = [document for document in documents if len(document)]
+        lengths = numpy.fromiter(map(len, documents), numpy.int64, len(documents))
+    if not len(lengths):
+        raise ValueError("Batches: `documents` must hold a token, got none.")
+    if not lengths.all():
+        raise ValueError("Batches: `documents.lengths` must be of documents that have tokens, got a length of 0.")
+    return documents, lengths
