@@ -1,1 +1,7 @@
 """Training and evaluation on several processes, by torch.distributed: the batch and the sequence split over ranks."""
+
+from .mesh import make_mesh
+from .model import ParallelMegalodon
+from .parallelize import parallelize
+
+__all__ = ["ParallelMegalodon", "make_mesh", "parallelize"]

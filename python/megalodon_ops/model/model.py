@@ -217,11 +217,7 @@ class Megalodon(nn.Module):
         lengths: Tensor | None,
     ) -> Tensor:
         """The loss of the normalized last layer (B, L, D)."""
-        position, targets = torch.arange(targets.shape[1], device=targets.device), targets.long()
-        if lengths is not None:
-            targets = targets.where(position < lengths[:, None], ignore_index)
-        if cu_seqlens is not None:
-            targets = targets.where((position >= cu_seqlens[0]) & (position < cu_seqlens[-1]), ignore_index)
+        targets = masked_targets(targets, ignore_index, cu_seqlens, lengths)
         output, options = self.output.output, dict(reduction=reduction, ignore_index=ignore_index)
         if is_plain_linear(output) and output.bias is None:
             return linear_cross_entropy(hidden, output.weight, targets, **options)
@@ -295,6 +291,16 @@ def _check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
             f"Megalodon: `targets` must have shape {tuple(tokens.shape)} as `tokens`, got {tuple(targets.shape)}."
         )
     return check_integer("Megalodon", "ignore_index", ignore_index, "an integer below 2^63", -(2**63))
+
+
+def masked_targets(targets: Tensor, ignore_index: int, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The targets (B, L), int64; those of padding are `ignore_index`."""
+    position, targets = torch.arange(targets.shape[1], device=targets.device), targets.long()
+    if lengths is not None:
+        targets = targets.where(position < lengths[:, None], ignore_index)
+    if cu_seqlens is not None:
+        targets = targets.where((position >= cu_seqlens[0]) & (position < cu_seqlens[-1]), ignore_index)
+    return targets
 
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:

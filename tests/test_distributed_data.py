@@ -1,0 +1,198 @@
+"""Data parallel: any number of processes trains as one process does, on the whole batch."""
+
+import copy
+
+import data_parallel
+import pytest
+import torch
+import torch.distributed as dist
+from data_parallel import WITH_ALL, batch_of, mesh_of_all, own_rows, train, train_parallel, whole
+from models import TINY, tiny_model, tokens_of
+
+import megalodon_ops as mo
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
+
+from megalodon_ops.distributed import ParallelMegalodon, parallelize  # noqa: E402
+
+STEPS = 20
+SLOW = pytest.mark.slow
+
+
+def assert_same_training(found, wanted, tolerance=1e-5):
+    (losses, norms, parameters), (wanted_losses, wanted_norms, wanted_parameters) = found, wanted
+    assert losses == pytest.approx(wanted_losses, rel=tolerance)
+    assert norms == pytest.approx(wanted_norms, rel=tolerance)
+    assert min(wanted_norms) > 0.5, "every step clips"
+    for name, parameter in wanted_parameters.items():
+        torch.testing.assert_close(parameters[name], parameter, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "world_size, data, overrides",
+    [
+        (2, "shard", {}),
+        (2, "replicate", WITH_ALL),
+        pytest.param(1, "shard", {}, marks=SLOW),
+        pytest.param(1, "replicate", {}, marks=SLOW),
+        pytest.param(2, "replicate", {}, marks=SLOW),
+        pytest.param(2, "shard", WITH_ALL, marks=SLOW),
+        pytest.param(4, "shard", {}, marks=SLOW),
+        pytest.param(4, "replicate", {}, marks=SLOW),
+        pytest.param(4, "shard", WITH_ALL, marks=SLOW),
+    ],
+    ids=lambda value: "all" if value is WITH_ALL else "plain" if value == {} else str(value),
+)
+def test_ranks_train_as_one_process_does(ranks, world_size, data, overrides):
+    wanted = train(tiny_model(torch.float32, **overrides), STEPS)
+    results = ranks.run(train_parallel, world_size, data, STEPS, 1, overrides, {})
+    assert all(losses == results[0][0] for losses, _, _ in results), "every rank has the loss of all"
+    assert_same_training(results[0], wanted)
+
+
+def gradients(data, reshard):
+    model = parallelize(tiny_model(torch.float64), mesh_of_all(), data=data, reshard=reshard)
+    tokens, targets = batch_of(1)
+    rows = own_rows()
+    found = []
+    for reduction in ("mean", "sum", "none"):
+        model.zero_grad()
+        loss = model.loss(tokens[rows], targets[rows], reduction=reduction)
+        ranks = dist.get_world_size()  # gradients are averaged over them
+        (loss if reduction != "none" else ranks * (loss * weights_of(loss, rows)).sum()).backward()
+        found.append((loss.detach(), {name: whole(p.grad) for name, p in model.named_parameters()}))
+    return found
+
+
+def weights_of(losses, rows):
+    return torch.linspace(0, 1, data_parallel.ROWS * losses.shape[1], dtype=losses.dtype).view(-1, losses.shape[1])[
+        rows
+    ]
+
+
+@pytest.mark.parametrize("data, reshard", [("shard", False), pytest.param("replicate", True, marks=SLOW)])
+def test_gradients_of_every_reduction_are_those_of_the_whole_batch(ranks, data, reshard):
+    model = tiny_model(torch.float64)
+    tokens, targets = batch_of(1)
+    results = ranks.run(gradients, 2, data, reshard)
+    for i, reduction in enumerate(("mean", "sum", "none")):
+        model.zero_grad()
+        wanted = model.loss(tokens, targets, reduction=reduction)
+        (wanted if reduction != "none" else (wanted * weights_of(wanted, slice(None))).sum()).backward()
+        losses = [result[i][0] for result in results]
+        found = torch.cat(losses) if reduction == "none" else losses[0]
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=1e-12)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(results[0][i][1][name], parameter.grad, rtol=1e-10, atol=1e-12)
+
+
+def loss_without_targets():
+    model = parallelize(tiny_model(torch.float32), mesh_of_all())
+    tokens, targets = tokens_of(2, 9), torch.full((2, 9), -100)
+    loss = model.loss(tokens, targets)
+    loss.backward()
+    padded = model.loss(tokens, tokens, lengths=torch.tensor([9, 9]) if dist.get_rank() else torch.tensor([1, 0]))
+    return loss.detach(), max(p.grad.to_local().abs().sum().item() for p in model.parameters()), padded.item()
+
+
+def test_padding_and_batches_without_targets_count_as_in_one_process(ranks):
+    tokens = tokens_of(2, 9)
+    both, lengths = torch.cat([tokens, tokens]), torch.tensor([1, 0, 9, 9])
+    wanted = tiny_model(torch.float32).loss(both, both, lengths=lengths).item()
+    for loss, gradient, padded in ranks.run(loss_without_targets, 2):
+        assert loss.isnan() and gradient == 0
+        assert padded == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("data", ["shard", pytest.param("replicate", marks=SLOW)])
+def test_accumulated_gradients_are_exchanged_once(ranks, data):
+    wanted = train(tiny_model(torch.float32), 5, accumulate=3)
+    results = ranks.run(train_parallel, 2, data, 5, 3, {}, {})
+    assert_same_training(results[0], wanted)
+
+
+def bfloat16_steps(data, overrides):
+    model = parallelize(tiny_model(torch.float32, **overrides), mesh_of_all(), data=data, param_dtype=torch.bfloat16)
+    found = train(model, STEPS)
+    state = model(tokens_of(1, 5), return_state=True)[1]
+    return found, {p.dtype for p in model.parameters()}, state.layers[0].cema.dtype, state.layers[0].attention.k.dtype
+
+
+@pytest.mark.parametrize(
+    "data, overrides",
+    [("shard", WITH_ALL), pytest.param("replicate", {}, marks=SLOW)],
+    ids=["shard-all", "replicate-plain"],
+)
+def test_matrices_compute_in_bfloat16_and_wide_parameters_do_not(ranks, data, overrides):
+    model = tiny_model(torch.float32, **overrides)
+    short = copy.deepcopy(model).to(torch.bfloat16).loss(*batch_of(0)).item()
+    losses, norms, parameters = train(model, STEPS)
+    for found, dtypes, cema, keys in ranks.run(bfloat16_steps, 2, data, overrides):
+        assert found[0][0] == pytest.approx(short, rel=1e-5) and found[0][0] != pytest.approx(losses[0], rel=1e-7)
+        assert found[0] == pytest.approx(losses, rel=1e-2) and found[1] == pytest.approx(norms, rel=5e-2)
+        assert (dtypes, cema, keys) == ({torch.float32}, torch.complex64, torch.bfloat16)
+        for name, parameter in parameters.items():  # Adam's steps have the length of the rate, whatever the gradient is
+            torch.testing.assert_close(found[2][name], parameter, rtol=1e-2, atol=STEPS * 1e-3)
+
+
+def trained_on_meta(overrides):
+    torch.manual_seed(7 if dist.get_rank() == 0 else 8)
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        model = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides}))
+    model = parallelize(model, mesh_of_all(), param_dtype=torch.bfloat16)
+    begun = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    assert torch.equal(torch.get_rng_state(), before)
+    model.loss(*batch_of(0)).backward()
+    return begun
+
+
+@pytest.mark.parametrize("overrides", [{}, pytest.param(WITH_ALL, marks=SLOW)], ids=["plain", "all"])
+def test_a_model_on_meta_begins_as_one_process_begins(ranks, overrides):
+    torch.manual_seed(7)
+    wanted = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides}))
+    for begun in ranks.run(trained_on_meta, 2, overrides):
+        assert begun.keys() == dict(wanted.named_parameters()).keys()
+        for name, parameter in wanted.named_parameters():
+            assert torch.equal(begun[name], parameter), name
+
+
+def every_linear_layer_alone():
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    model = tiny_model(torch.float64)
+    for module in [*model.modules()]:
+        if isinstance(module, torch.nn.Linear):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    tokens, targets = tokens_of(4, 9)[own_rows()], tokens_of(4, 10)[:, 1:][own_rows()]
+    loss = model.loss(tokens, targets)
+    loss.backward()
+    dist.all_reduce(loss.detach())
+    return loss.item() / 2, {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def with_ddp():
+    model = torch.nn.parallel.DistributedDataParallel(tiny_model(torch.float64))
+    loss = model(tokens_of(4, 9)[own_rows()], targets=tokens_of(4, 10)[:, 1:][own_rows()])
+    loss.backward()
+    dist.all_reduce(loss.detach())
+    return loss.item() / 2, {name: parameter.grad for name, parameter in model.module.named_parameters()}
+
+
+@pytest.mark.parametrize("function", [every_linear_layer_alone, with_ddp])
+def test_torchs_own_wrappers_train_the_loss(ranks, function):
+    model = tiny_model(torch.float64)
+    wanted = model.loss(tokens_of(4, 9), tokens_of(4, 10)[:, 1:])
+    wanted.backward()
+    for loss, gradients in ranks.run(function, 2):
+        assert loss == pytest.approx(wanted.item(), rel=1e-12)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_class_is_that_of_a_parallel_model():
+    assert issubclass(ParallelMegalodon, mo.Megalodon)

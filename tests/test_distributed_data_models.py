@@ -1,0 +1,197 @@
+"""What else a model does whose parameters are sharded: it generates, is saved and loaded, and refuses what cannot be."""
+
+import datetime
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from data_parallel import WITH_ALL, batch_of, mesh_of_all, own_rows, whole
+from models import TINY, tiny_model, tokens_of
+
+import megalodon_ops as mo
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
+
+from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize  # noqa: E402
+
+PROMPT, NEW = tokens_of(4, 13), 40
+SLOW = pytest.mark.slow
+
+
+def stop_of(rank):
+    """A token that the ranks stop after, each at another time; the last rank does not stop."""
+    return None if rank == dist.get_world_size() - 1 else list(range(rank + 1))
+
+
+def generated(data, reshard, param_dtype):
+    model = tiny_model(torch.float32, **WITH_ALL).eval()
+    model = parallelize(model, mesh_of_all(), data=data, reshard=reshard, param_dtype=param_dtype)
+    rows = own_rows()
+    options = dict(max_new_tokens=NEW, seed=list(range(4))[rows], stop_tokens=stop_of(dist.get_rank()))
+    tokens = model.generate(PROMPT[rows], **options)
+    model.loss(*(tensor[rows] for tensor in batch_of(0))).backward()  # training goes on
+    assert type(next(model.parameters())).__name__ == "DTensor" or not reshard
+    stream = model.stream(PROMPT[rows], seed=list(range(4))[rows])
+    return tokens, stream.state, [next(stream) for _ in range(1 + dist.get_rank())]
+
+
+@pytest.mark.parametrize(
+    "data, reshard, param_dtype",
+    [("shard", False, torch.bfloat16), pytest.param("replicate", True, None, marks=SLOW)],
+    ids=str,
+)
+def test_ranks_generate_alone(ranks, data, reshard, param_dtype):
+    model = tiny_model(torch.float32, **WITH_ALL).eval().to(param_dtype or torch.float32)
+    results = ranks.run(generated, 2, data, reshard, param_dtype)
+    for rank, (tokens, state, streamed) in enumerate(results):
+        rows = slice(2 * rank, 2 * rank + 2)
+        options = dict(seed=list(range(4))[rows], stop_tokens=[None, [0]][1 - rank])
+        wanted = model.generate(PROMPT[rows], max_new_tokens=NEW, **options)
+        assert torch.equal(tokens, wanted)
+        assert state.norm.count.tolist() == [12, 12] and len(streamed) == rank + 1
+    assert results[0][0].shape != results[1][0].shape, "the ranks stop at other times"
+
+
+def saved(folder, overrides):
+    model = parallelize(tiny_model(torch.float32, **overrides), mesh_of_all(), param_dtype=torch.bfloat16)
+    model.save(folder)
+    written = os.path.exists(f"{folder}/config.json")
+    again = parallelize(mo.Megalodon.load(folder), mesh_of_all())
+    same = all(torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    with pytest.raises(ValueError, match="`directory` must be a folder, got the file"):
+        model.save(f"{folder}/config.json")
+    return written and same
+
+
+@pytest.mark.parametrize("overrides", [WITH_ALL, pytest.param({}, marks=SLOW)], ids=["all", "plain"])
+def test_a_saved_model_loads_in_one_process_and_in_ranks(ranks, tmp_path, overrides):
+    assert ranks.run(saved, 2, f"{tmp_path}/model", overrides) == [True, True]
+    loaded, wanted = mo.Megalodon.load(tmp_path / "model"), tiny_model(torch.float32, **overrides)
+    for (name, parameter), other in zip(loaded.named_parameters(), wanted.parameters(), strict=True):
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, other), name
+
+
+def evaluated():
+    model = parallelize(tiny_model(torch.float64).eval(), mesh_of_all(), reshard=False)
+    rows = own_rows()
+    with torch.no_grad():
+        logits, state = model(PROMPT[rows, :6], return_state=True)
+        more = model(PROMPT[rows, 6:], state=state)
+    assert all(hasattr(parameter, "to_local") for parameter in model.parameters()), "nothing stays gathered"
+    return torch.cat([logits, more], 1)
+
+
+def test_logits_are_those_of_the_ranks_own_rows(ranks):
+    wanted = tiny_model(torch.float64)(PROMPT).detach()
+    torch.testing.assert_close(torch.cat(ranks.run(evaluated, 2)), wanted, rtol=1e-12, atol=1e-12)
+
+
+def refusals():
+    """What each rank is told of what differs between ranks, or is wrong in one."""
+    rank, mesh = dist.get_rank(), mesh_of_all()
+    texts = []
+
+    def refused(call, error=ValueError):
+        with pytest.raises(error) as caught:
+            call()
+        texts.append(str(caught.value))
+
+    refused(lambda: parallelize(tiny_model(**({"num_layers": 3} if rank else {})), mesh))
+    torch.manual_seed(rank)
+    refused(lambda: parallelize(mo.Megalodon(mo.MegalodonConfig(**TINY)), mesh))
+    model = tiny_model()
+    refused(lambda: parallelize(model, mesh, data="both" if rank else "shard"))
+    refused(lambda: parallelize(model, mesh, param_dtype=torch.bfloat16 if rank else None))
+    assert type(model) is mo.Megalodon, "a refused model is as it was"
+    assert isinstance(parallelize(model, mesh), ParallelMegalodon)
+    refused(lambda: parallelize(model, mesh))
+    refused(lambda: make_mesh("data=2" if rank else "chunk=2", device_type="cpu"))
+    refused(lambda: make_mesh("data=2,chunk=3", device_type="cpu"))
+    refused(lambda: make_mesh("data=4" if rank else "data=2", device_type="cpu"))
+    return texts
+
+
+def test_a_fault_in_one_rank_is_an_error_in_all(ranks):
+    first, second = ranks.run(refusals, 2)
+    assert first == second
+    config, weights, data, dtype, twice, names, product, one = first
+    assert "`model.config.num_layers` must be equal on " in config and "3 on rank 1" in config
+    assert "`model.embed.weight` must be equal on " in weights and "checksum" in weights
+    assert "on rank 1" in data and '`data` must be "shard" or "replicate", got \'both\'' in data
+    assert "`param_dtype` must be equal on " in dtype and "torch.bfloat16 on rank 1" in dtype
+    assert "`model` must be one of a single process, got one that is parallel already" in twice
+    assert "`sizes` must be equal on " in names and "chunk=2" in names and "data=2" in names
+    assert product == (
+        "make_mesh: `sizes` must have a product of 2 for 2 processes, got data 2 x chunk 3 = 6; change a size, or their number."
+    )
+    assert "on rank 1" in one and "got data 4 = 4" in one
+
+
+@pytest.fixture
+def alone(tmp_path):
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "sizes, error, words",
+    [
+        ("dta=2", ValueError, "`sizes` must be sizes of data, chunk and tensor, .* got 'dta=2'."),
+        ("data", ValueError, "got 'data'."),
+        ("data=0", ValueError, "got 'data=0'."),
+        ("data=1,data=1", ValueError, "got 'data=1,data=1'."),
+        ("data=-1", ValueError, "got 'data=-1'."),
+        ("", ValueError, "got ''."),
+        ({}, ValueError, r"got \{\}."),
+        ({"data": 1.0}, ValueError, r"got \{'data': 1.0\}."),
+        (["data=1"], TypeError, "got list."),
+        ("data=2,chunk=2", ValueError, "product of 1 for 1 process, .* start it by torchrun --nproc-per-node 4."),
+    ],
+    ids=str,
+)
+def test_wrong_sizes_are_refused_and_leave_no_process_group(sizes, error, words, alone):
+    with pytest.raises(error, match=f"^make_mesh: .*{words}$"):
+        make_mesh(sizes, device_type="cpu")
+    assert not dist.is_initialized()
+
+
+def test_dimensions_have_their_order_and_one_process_is_enough(alone):
+    mesh = make_mesh({"tensor": 1, "data": 1}, device_type="cpu", timeout=5)
+    assert mesh.mesh_dim_names == ("data", "tensor")
+    assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(seconds=5)
+    assert isinstance(parallelize(tiny_model(), mesh), ParallelMegalodon)
+
+
+def test_wrong_arguments_are_refused(alone):
+    mesh = make_mesh("data=1", device_type="cpu")
+    other = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
+    for model, given, error, words in (
+        ("model", mesh, TypeError, "`model` must be a Megalodon, got 'model'."),
+        (torch.nn.Linear(1, 1), mesh, ValueError, "`model` must be a Megalodon, got torch.nn.modules.linear.Linear."),
+        (tiny_model(), None, TypeError, "`mesh` must be a torch.distributed DeviceMesh, got None."),
+        (tiny_model(), other, ValueError, "`mesh` must have dimensions named any of data, chunk, tensor, .* got dp."),
+    ):
+        with pytest.raises(error, match=f"^parallelize: {words}$"):
+            parallelize(model, given)
+    with pytest.raises(ValueError, match="`param_dtype` must be .*, got torch.int8."):
+        parallelize(tiny_model(), mesh, param_dtype=torch.int8)
+    with pytest.raises(TypeError, match="`reshard` must be True or False, got 2."):
+        parallelize(tiny_model(), mesh, reshard=2)
+
+
+def waits_in_vain():
+    mesh = make_mesh("data=2", device_type="cpu", timeout=2)
+    model = parallelize(tiny_model(), mesh)
+    if dist.get_rank() == 0:
+        return None
+    with pytest.raises(RuntimeError) as caught:
+        model.loss(*(tensor[own_rows()] for tensor in batch_of(0)))
+    return str(caught.value)
+
+
+def test_a_missing_rank_is_an_error_after_the_time_out(ranks):
+    assert ranks.run(waits_in_vain, 2, timeout=60)[1]
