@@ -13,7 +13,7 @@ import numpy as np
 from .harness import Result
 from .machine import Limits
 
-_HEAD = """# Benches, {device}, {date}
+_HEAD = """# {title}
 
 {machine}
 
@@ -53,8 +53,7 @@ def write(
     rows = [[name, *(_number(getattr(limits[t], key)) for t in limits)] for key, name in _LIMIT_NAMES.items()]
     parts = [
         _HEAD.format(
-            date=date,
-            device=device.upper(),
+            title=_title(machine, [result.bench for result in results], date),
             machine="\n".join(f"- {key}: {value}" for key, value in machine.items()),
             limits=_table(["", *(_threads(t) for t in limits)], rows),
             minutes=seconds / 60,
@@ -68,6 +67,13 @@ def write(
         plot(mine, stem.with_name(f"{stem.name}-{bench}.png"))
         parts.append(f"## {bench}\n\n{ours_table(mine, limits)}\n\nEvery path, all threads:\n\n{paths_table(mine)}\n")
     stem.with_name(stem.name + ".md").write_text("\n".join(parts))
+
+
+def _title(machine: dict[str, str], benches: Iterable[str], date: str) -> str:
+    """What was measured, on which processor or card: a page's name in a list of pages."""
+    where = machine["card"].partition(",")[0] if "card" in machine else f"{machine['processor']}, {machine['cores']} cores"
+    names = list(dict.fromkeys(benches))
+    return f"{where}: {' and '.join(names) if len(names) < 3 else 'times of all ops and of models'}, {date}"
 
 
 def ours_table(results: Iterable[Result], limits: dict[int, Limits]) -> str:
