@@ -56,7 +56,7 @@ def test_version(capsys):
     assert stopped.value.code == 0 and capsys.readouterr().out == f"megalodon_ops {megalodon_ops.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["info", "train", "eval", "generate", "tokenizer"])
+@pytest.mark.parametrize("command", ["info", "train", "eval", "generate", "tokenizer", "convert"])
 def test_examples_in_the_help_are_commands(command, capsys):
     def examples(*arguments):
         with pytest.raises(SystemExit) as stopped:

@@ -1,14 +1,26 @@
 """The pages build without a warning, name everything that is public, and show the errors that are measured."""
 
+import html
 import importlib
 import importlib.util
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import megalodon_ops as mo
 import pytest
-from pages import PAGES, ROOT
+from pages import PAGES, ROOT, name_of
+
+
+def load(script: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "docs" / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def index_entries() -> set[str]:
@@ -25,12 +37,12 @@ def test_every_page_is_in_the_menu():
     assert {*PAGES} - index_entries() == {ROOT / "docs" / "index.md"}
 
 
-@pytest.mark.parametrize("module", ["", ".evaluation", ".tokenizers", ".training"])
+@pytest.mark.parametrize("module", ["", ".evaluation", ".hf", ".tokenizers", ".training"])
 def test_every_public_name_has_a_page(module):
     try:
         public = importlib.import_module(f"megalodon_ops{module}").__all__
     except ModuleNotFoundError as error:
-        if error.name not in ("numpy", "safetensors", "tqdm", "matplotlib"):  # of the extra `train`
+        if error.name not in ("numpy", "safetensors", "tqdm", "matplotlib", "transformers"):  # of extras
             raise
         pytest.skip(f"needs {error.name}")
     text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
@@ -42,6 +54,36 @@ def test_every_reference_function_has_a_page():
     text = (ROOT / "docs" / "api" / "reference.md").read_text()
     documented = {name.strip() for names in re.findall(r":members: (.*)", text) for name in names.split(",")}
     assert {*mo.reference.__all__} <= documented
+
+
+def described_in(svg: Path) -> str:
+    return html.unescape(re.search(r"<dc:description>(.*?)</dc:description>", svg.read_text())[1])
+
+
+def test_pictures_of_the_readme_are_what_their_scripts_draw(tmp_path):
+    """To the byte under the matplotlib that drew them, else the figures; what a reader without pictures gets has them too."""
+    matplotlib = pytest.importorskip("matplotlib")
+    if not (ROOT / "bench" / "results").exists():
+        pytest.skip("needs bench/results, which a source distribution does not hold")
+    text = (ROOT / "README.md").read_text()
+    shown = dict((path, alt) for alt, path in re.findall(r"!\[(.*?)\]\((docs/pictures/.*?)\)", text))
+    pictures = load("pictures/readme.py")
+    assert [*shown] == [f"docs/pictures/{name}.svg" for name in pictures.PICTURES]
+    for path, alt in shown.items():
+        drawn = pictures.draw(Path(path).stem, tmp_path)
+        assert described_in(ROOT / path) == described_in(drawn), "run python docs/pictures/readme.py"
+        if f"Matplotlib v{matplotlib.__version__}," in (ROOT / path).read_text():
+            assert drawn.read_text() == (ROOT / path).read_text(), "run python docs/pictures/readme.py"
+        for rates in json.loads(described_in(drawn)).values():
+            for rate in rates.values():
+                assert f"{rate:,.0f}" in alt, (rate, alt)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "bench" / "results").glob("*.md")), ids=name_of)
+def test_titles_of_results_say_processor_and_content(page):
+    title, text = page.read_text().split("\n", 1)
+    where = re.search(r"- (?:processor|card): ([^,\n]*)", text)[1]
+    assert title.startswith(f"# {where}") and "times of" in title and title.endswith(page.name[:10])
 
 
 @pytest.mark.slow
@@ -60,10 +102,7 @@ def test_the_pages_build_without_a_warning(tmp_path):
 
 @pytest.fixture(scope="module")
 def error_tables():
-    spec = importlib.util.spec_from_file_location("error_tables", ROOT / "docs" / "error_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("error_tables.py")
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ import re
 
 import pages
 import pytest
-from pages import PAGES, ROOT, follow, has_commands, has_examples, name_of
+from pages import PAGES, ROOT, SERIES, follow, has_commands, has_examples, name_of
 
 OF_OTHER_TESTS = ("docs/transformers.md",)  # test_hf_tools.py runs it, with a model in a folder
-RUN = [page for page in PAGES if has_examples(page) and name_of(page) not in OF_OTHER_TESTS]
+RUN = [page for page in PAGES if has_examples(page) and name_of(page) not in OF_OTHER_TESTS and page not in SERIES]
+NEEDS = {"lora": ("transformers", "peft", "accelerate")}
+"""Packages of a tutorial beyond the extra `train`"""
 
 
 def test_there_are_examples():
@@ -25,6 +27,34 @@ def test_examples_run(page, tmp_path, monkeypatch):
 def test_examples_and_commands_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     follow(page, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder_of_the_series(tmp_path_factory):
+    """A folder in which the first tutorial of the series has been followed."""
+    folder = tmp_path_factory.mktemp("series")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        follow(SERIES[0], folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SERIES[1:], ids=name_of)
+def test_tutorials_follow_each_other(page, folder_of_the_series, monkeypatch):
+    for package in NEEDS.get(page.stem, ()):
+        pytest.importorskip(package)
+    monkeypatch.chdir(folder_of_the_series)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    follow(page, folder_of_the_series)
+
+
+def test_each_tutorial_says_what_to_read_next():
+    for page in (ROOT / "docs" / "tutorials").glob("*.md"):
+        last = page.read_text().rstrip().split("\n\n")[-1]
+        assert "](" in last, name_of(page)
+    for page, after in zip(SERIES, SERIES[1:]):
+        assert "Next: [" in page.read_text() and f"({after.name})" in page.read_text()
 
 
 def test_a_page_that_is_wrong_fails(tmp_path, monkeypatch):
