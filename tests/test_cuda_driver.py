@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ctypes.util
+import os
+import re
+import shutil
+import subprocess
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from programs import run_python
 from test_package import needs_cuda_kernels
 
 from megalodon_ops.ops import library
 from megalodon_ops.cli import info
-from megalodon_ops.ops.cuda_driver import driver_problem, launch_problem
+from megalodon_ops.ops.cuda_driver import driver_problem, launch_problem, text
 
 TOO_OLD = (
     "the driver supports CUDA 12.8, the kernels were built with CUDA 13.0; update the driver to 580 or newer, or install "
-    "again with the nvcc of CUDA 12"
+    "from source with an nvcc of CUDA 12 in CUDACXX"
 )
 NO_DRIVER = "no driver; the kernels were built with CUDA 13.0, install driver 580 or newer"
 
@@ -27,7 +33,8 @@ NO_DRIVER = "no driver; the kernels were built with CUDA 13.0, install driver 58
         (0, 13000, NO_DRIVER),
         (0, 12040, "no driver; the kernels were built with CUDA 12.4, install driver 525 or newer"),
         (13000, 14010, "the driver supports CUDA 13.0, the kernels were built with CUDA 14.1; update the driver to one of "
-         "CUDA 14, or install again with the nvcc of CUDA 13"),
+         "CUDA 14, or install from source with an nvcc of CUDA 13 in CUDACXX"),
+        (10020, 12090, "the driver supports CUDA 10.2, the kernels were built with CUDA 12.9; update the driver to 525 or newer"),
         (13000, 13000, None),
         (13000, 13010, None),  # machine code of a newer minor version runs
         (13000, 12080, None),
@@ -114,3 +121,66 @@ def test_versions_of_this_build():
     major, minor = map(int, library.cuda_extension().build_info()["compiler"].removeprefix("nvcc ").split(".")[:2])
     assert runtime // 10 == major * 100 + minor
     assert (driver == 0) == (ctypes.util.find_library("cuda") is None)
+
+
+# A driver that is nothing but its version and says so when a runtime goes on to use it. It has no device, so that a
+# runtime which accepts it fails later, for another reason.
+DRIVER = """
+#include <stdio.h>
+#include <stdlib.h>
+int cuDriverGetVersion(int* version) { *version = atoi(getenv("DRIVER_VERSION")); return 0; }
+int cuInit(unsigned flags) { (void)flags; puts("initialised"); fflush(stdout); return 100; }
+"""
+DRIVERS = (10020, 11080, 12000, 12080, 12090, 13000)
+
+# A process of its own for each driver, as a process asks for the version once.
+LAUNCHES = f"""
+import contextlib, os, types, torch
+from cuda_emulator.emulator import DeviceTensor
+from megalodon_ops.cli import info
+from megalodon_ops.ops import library
+
+torch.cuda.device = lambda device: contextlib.nullcontext()
+torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0)
+torch.cuda.get_device_capability = lambda device: (9, 0)
+arguments = [torch.zeros(1, 4, 6), torch.zeros(2, 6), torch.zeros(2, 6), 1, 4, 1e-5, torch.zeros(4, 3, 2)]
+arguments += [None, None, None, torch.zeros(1, 4, 1, 6), torch.zeros(1, 4, 1, 6)]
+arguments = [DeviceTensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+arguments[0].device = "cuda:0"
+for version in {DRIVERS}:
+    if os.fork():
+        os.wait()
+        continue
+    os.environ["DRIVER_VERSION"] = str(version)
+    print(version, flush=True)
+    try:
+        library._launch_cuda("normalized_qk_fwd", arguments)
+    except RuntimeError as error:
+        print(error, info._cuda()["NVIDIA driver"], sep="\\n", flush=True)
+    os._exit(0)
+"""
+
+
+@needs_cuda_kernels
+def test_the_runtime_in_the_kernels_refuses_drivers_of_older_major_versions(tmp_path):
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    subprocess.run([compiler, "-shared", "-fPIC", "driver.c", "-o", "libcuda.so.1"], cwd=tmp_path, check=True)
+    ran = run_python(LAUNCHES, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
+
+    _, runtime = library.cuda_extension().cuda_versions()
+    refused, accepted = (
+        "CUDA driver version is insufficient for CUDA runtime version",
+        "no CUDA-capable device is detected",
+    )
+    expected = []
+    for driver in DRIVERS:
+        if problem := driver_problem(driver, runtime):
+            expected += [f"{driver}", f"{refused}: {problem}.", problem]
+        else:
+            enough = f"supports CUDA {text(driver)}, enough for the kernels' {text(runtime)}"
+            expected += [f"{driver}", "initialised", accepted, enough]
+    kernel = r"(?m)^\(normalized_qk_fwd_\w+<.*?>\): "
+    assert re.sub(kernel, "", ran.stdout).splitlines() == expected, ran.stderr

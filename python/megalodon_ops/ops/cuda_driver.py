@@ -1,12 +1,14 @@
 """Which NVIDIA driver the CUDA kernels of this build need, and why a launch of a kernel failed.
 
 Versions are CUDA's: 13000 for 13.0. The kernels hold the CUDA runtime that they were built with, and a driver runs
-runtimes of its own major version and of older major versions.
+runtimes of its own major version and of older major versions. A runtime that finds an older driver refuses every call
+before it has made one to the driver but for the version (docs/cuda.md), so that no kernel runs.
 """
 
 from __future__ import annotations
 
 _FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}  # by major version of CUDA, on Linux
+_FIRST_NVCC = 11  # the oldest major version that compiles the kernels
 
 
 def driver_problem(driver: int, runtime: int) -> str | None:
@@ -21,10 +23,8 @@ def driver_problem(driver: int, runtime: int) -> str | None:
     built = f"the kernels were built with CUDA {text(runtime)}"
     if driver == 0:
         return f"no driver; {built}, install driver {needed}"
-    return (
-        f"the driver supports CUDA {text(driver)}, {built}; update the driver to {needed}, or install again with the nvcc "
-        f"of CUDA {major}"
-    )
+    other = f", or install from source with an nvcc of CUDA {major} in CUDACXX" if major >= _FIRST_NVCC else ""
+    return f"the driver supports CUDA {text(driver)}, {built}; update the driver to {needed}{other}"
 
 
 def launch_problem(
