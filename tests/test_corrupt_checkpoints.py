@@ -20,9 +20,11 @@ from test_port import save_port
 import megalodon_ops as mo
 from megalodon_ops.cli import main, schema
 from megalodon_ops.errors import FileError
+from megalodon_ops.model.files import file_facts
 from megalodon_ops.model.port import load_port
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training import checkpoint
+from megalodon_ops.training import record as record_of_a_checkpoint
 
 SEED = 20260
 TINY = "--dim 16 --layers 1 --chunk 4 --batch 2 --length 8 --norm-groups 4 --warmup 2 --steps 3 --checkpoint-every 1".split()
@@ -54,9 +56,9 @@ def reseal(folder):
         return
     for name, facts in record["files"].items():
         if isinstance(facts, dict) and (folder / name).is_file():
-            facts.update(checkpoint._facts(folder / name))
+            facts.update(file_facts(folder / name))
     record.pop("checksum", None)
-    record["checksum"] = checkpoint._checksum(record)
+    record["checksum"] = record_of_a_checkpoint._checksum(record)
     path.write_text(json.dumps(record))
 
 

@@ -35,8 +35,7 @@ def check(found: Checkpoint) -> None:
         raise ValueError(
             "the optimizer's state must be that of every parameter after the first step, and of none before"
         )
-    wanted = rows if streamed and step else None
-    if wanted != (None if found.state is None else found.state.num_sequences):
+    if found.num_rows != (wanted := rows if streamed and step else 0):
         raise ValueError(f"the state must be that of {wanted or 'no'} rows")
 
 

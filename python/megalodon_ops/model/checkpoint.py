@@ -16,7 +16,9 @@ from torch import Tensor
 from .. import _C
 from .config import MegalodonConfig
 from .files import read_json, write_folder_atomically
-from .weights import INDEX, WEIGHT_DTYPES, WHOLE, WeightFiles, dtype_name, is_weight_file, plain_tensors, write_weights
+from .weights import (
+    INDEX, WEIGHT_DTYPES, WHOLE, StoredTensors, dtype_name, is_weight_file, plain_tensors, stored_weights, write_weights,
+)  # fmt: skip
 from ..errors import FileError
 from ..ops.memory import check_fits
 from ..ops.values import check_integer, described, is_whole, shown
@@ -67,18 +69,23 @@ def write_model(
 ) -> None:
     """Writes the files of a model and its tokenizer into a folder that exists."""
     tensors = plain_tensors(model, model.config.parameter_shapes(), caller)
+    write_config(model.config, tensors["embed.weight"].dtype, folder)
+    write_weights(folder, tensors, max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def write_config(config: MegalodonConfig, dtype: torch.dtype, folder: Path) -> None:
+    """Writes `config.json` of a model whose linear layers have this dtype."""
     fields = {
         "model_type": "megalodon",
         "architectures": ["MegalodonForCausalLM"],
         "format": FORMAT,
         "megalodon_ops_version": _C.build_info()["version"],
-        "dtype": dtype_name(tensors["embed.weight"].dtype),
-        **model.config.to_dict(),
+        "dtype": dtype_name(dtype),
+        **config.to_dict(),
     }
     (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n")
-    write_weights(folder, tensors, max_shard_bytes)
-    if tokenizer is not None:
-        tokenizer.save(folder)
 
 
 def load_model(
@@ -144,11 +151,11 @@ def _config_of(fields: dict[str, Any]) -> tuple[MegalodonConfig, torch.dtype | N
     return MegalodonConfig(**{field: fields[field] for field in known}), names.get(name)
 
 
-def read_model_files(folder: Path) -> tuple[MegalodonConfig, torch.dtype | None, WeightFiles]:
-    """Configuration, dtype in `config.json` and files of weights, once they agree and the model fits in memory."""
+def read_model_files(folder: Path) -> tuple[MegalodonConfig, torch.dtype | None, StoredTensors]:
+    """Configuration, dtype in `config.json` and weights on the disk, once they agree and the model fits in memory."""
     config, dtype = read_config(folder / CONFIG)
     check_fits(config.num_parameters() * torch.bfloat16.itemsize, f"{folder / CONFIG}: a model of this configuration")
-    weights = WeightFiles.of_folder(folder)
+    weights = stored_weights(folder)
     weights.check(config.parameter_shapes(), of=f"of {CONFIG}")
     return config, dtype, weights
 
@@ -174,13 +181,14 @@ def read_model(kind: type[Megalodon], folder: Path, dtype: torch.dtype | None, d
 
 
 def load_weights(model: Megalodon, folder: Path) -> None:
-    """Copies the weights of a folder of the model's configuration into the model's own memory."""
+    """Copies the weights of a folder of the model's configuration into the model's own memory.
+
+    Of a model that is split over processes, each takes its own part.
+    """
     config, _, weights = read_model_files(folder)
     if config != model.config:
         raise ValueError(f"{folder / CONFIG}: must be the model's configuration, got another")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.get(name, parameter.dtype, torch.device("cpu")))
+    weights.fill(dict(model.named_parameters()))
 
 
 def check_folder(folder: Path) -> None:

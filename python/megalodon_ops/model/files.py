@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import math
 import os
@@ -47,6 +48,15 @@ def file_size(path: Path) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path}: must be a file, got {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}")
     return found.st_size
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Bytes and sha256 sum of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class MegalodonState(NamedTuple):
         """
         check_config("MegalodonState.save", config)
         path = _path("MegalodonState.save", path)
-        tensors = {name: _as_real(tensor.detach()) for name, tensor in named_tensors(complete(self)).items()}
+        tensors = {name: as_real(tensor.detach()) for name, tensor in named_tensors(complete(self)).items()}
         try:
             activations = self.layers[0].attention.k.dtype
             check_layout(
@@ -301,7 +301,8 @@ def _from_named(tensors: dict[str, Tensor], num_layers: int) -> MegalodonState:
     return MegalodonState(tuple(block(f"layers.{i}.") for i in range(num_layers)), norm("norm."))
 
 
-def _as_real(tensor: Tensor) -> Tensor:
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, as files hold it."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

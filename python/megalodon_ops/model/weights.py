@@ -23,6 +23,8 @@ from ..ops.memory import is_finite
 from ..ops.values import shown
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DISTRIBUTED = "distributed"
+"""The folder inside a folder, of files that several processes have written together"""
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SHOWN = 4  # most names of tensors in an error
@@ -57,13 +59,66 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_bytes: int) -> N
     (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=1) + "\n")
 
 
-class WeightFiles:
-    """The tensors of one file of safetensors or of several: their names, dtypes and shapes, and on demand their values."""
+class StoredTensors:
+    """Tensors on the disk: their names, dtypes and shapes, and on demand their values."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self) -> None:
         self.found: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
         """Dtype and shape by name; a dtype that no weight has is None"""
         self.where: dict[str, Path] = {}
+
+    def check(self, wanted: Shapes, *, of: str) -> None:
+        """Raises unless the tensors are those wanted and no other; a wanted list may be endless, so few are looked for.
+
+        `of` says in the error what wants them.
+        """
+        known, missing = set(), []
+        for name, shape in wanted:
+            known.add(name)
+            if name not in self.found:
+                missing.append(name)
+                if len(missing) > _SHOWN:
+                    break
+                continue
+            self.check_one(name, shape)
+        unknown = sorted(self.found.keys() - known)
+        for names, problem in ((missing, "are missing"), (unknown, "are none of them")):
+            if names:
+                listed = ", ".join(shown(name) for name in names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+                raise ValueError(f"{self._place(names[0])}: must hold the parameters {of}; {listed} {problem}")
+
+    def check_one(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises unless a tensor, which is there, is one of weights and has this shape."""
+        dtype, found = self.found[name]
+        if dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{self.where[name]}: `{name}` must be float32, bfloat16, float16 or float64")
+        if found != shape:
+            raise ValueError(f"{self.where[name]}: `{name}` must have shape {shape}, got {found}")
+
+    def get(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor, finite in the dtype asked for."""
+        raise NotImplementedError
+
+    def get_as_it_is(self, name: str) -> Tensor:
+        """A tensor as it is on the disk; its values are not looked at."""
+        raise NotImplementedError
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Gives tensors the values that are on the disk under their names; of a DTensor, each rank its own part.
+
+        With DTensors among them, all ranks of their mesh call this function.
+        """
+        raise NotImplementedError
+
+    def _place(self, name: str) -> Path:
+        raise NotImplementedError
+
+
+class WeightFiles(StoredTensors):
+    """The tensors of one file of safetensors or of several."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        super().__init__()
         self._files: dict[Path, Any] = {}
         for path in paths:
             with reading(path):
@@ -100,38 +155,6 @@ class WeightFiles:
             raise ValueError(f"{files.where[unknown[0]]}: holds {shown(unknown[0])}, which {INDEX} does not name")
         return files
 
-    def check(self, wanted: Shapes, *, of: str) -> None:
-        """Raises unless the tensors are those wanted and no other; a wanted list may be endless, so few are looked for.
-
-        `of` says in the error what wants them.
-        """
-        known, missing = set(), []
-        for name, shape in wanted:
-            known.add(name)
-            if name not in self.found:
-                missing.append(name)
-                if len(missing) > _SHOWN:
-                    break
-                continue
-            self.check_one(name, shape)
-        unknown = sorted(self.found.keys() - known)
-        for names, problem in ((missing, "are missing"), (unknown, "are none of them")):
-            if names:
-                listed = ", ".join(shown(name) for name in names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
-                raise ValueError(f"{self._place(names[0])}: must hold the parameters {of}; {listed} {problem}")
-
-    def check_one(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises unless a tensor, which is there, is one of weights and has this shape."""
-        dtype, found = self.found[name]
-        if dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"{self.where[name]}: `{name}` must be float32, bfloat16, float16 or float64")
-        if found != shape:
-            raise ValueError(f"{self.where[name]}: `{name}` must have shape {shape}, got {found}")
-
-    def _place(self, name: str) -> Path:
-        paths = list(self._files)
-        return self.where.get(name) or (paths[0] if len(paths) == 1 else paths[0].parent)
-
     def get(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor, finite in the dtype asked for; as it is on the disk, it is memory-mapped and changes privately."""
         path = self.where[name]
@@ -150,10 +173,36 @@ class WeightFiles:
         with reading(path):
             return self._files[path].get_tensor(name)
 
+    @torch.no_grad()
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            value = self.get(name, tensor.dtype, torch.device("cpu"))
+            if type(tensor) not in OWN_TYPES:  # a DTensor; its module takes long to load
+                from ..distributed.checkpoint import as_parts
+
+                value = as_parts(value, tensor)
+            tensor.copy_(value)
+
+    def _place(self, name: str) -> Path:
+        paths = list(self._files)
+        return self.where.get(name) or (paths[0] if len(paths) == 1 else paths[0].parent)
+
     @staticmethod
     def _open(path: Path) -> Any:
         file_size(path)
         return extras.load("safetensors", "train").safe_open(path, "pt")
+
+
+def stored_weights(folder: Path) -> StoredTensors:
+    """The weights in a folder, in files of safetensors or in the files of the processes that wrote them together."""
+    if not os.path.lexists(folder / DISTRIBUTED):
+        return WeightFiles.of_folder(folder)
+    for name in (WHOLE, INDEX):
+        if os.path.lexists(folder / name):
+            raise ValueError(f"{folder}: holds both {name} and {DISTRIBUTED}/; one of them must go")
+    from ..distributed.checkpoint import Archive  # here: torch.distributed.checkpoint takes long to load
+
+    return Archive(folder).part("model")
 
 
 class reading:

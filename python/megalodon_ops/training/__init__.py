@@ -2,7 +2,7 @@
 
     documents   hold_out                                     batches      Batches, Batch, Reader
     optimizer   parameter_groups, adamw, Schedule            metrics      Metrics, read_metrics, draw_metrics
-    checkpoint  save_checkpoint, load_checkpoint
+    checkpoint  save_checkpoint, load_checkpoint, Saver
 
 `python -m megalodon_ops train` is made of these; docs/training.md has a program of one's own.
 """
@@ -15,6 +15,7 @@ from .corpus import Corpus, hold_out
 from .metrics import Metrics, read_metrics
 from .optimizer import adamw, optimizer_threads, parameter_groups, threads
 from .reader import Reader
+from .saver import Saver
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "Corpus",
     "Metrics",
     "Reader",
+    "Saver",
     "Schedule",
     "adamw",
     "draw_metrics",

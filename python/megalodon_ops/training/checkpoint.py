@@ -3,6 +3,9 @@
     run/checkpoints/step-00000100/  config.json, model.safetensors, tokenizer.json    what Megalodon.load reads
                                     optimizer.safetensors, state.safetensors, random.safetensors
                                     training.json
+    run/checkpoints/step-00000200/  config.json, tokenizer.json                       where several processes write
+                                    distributed/    of all the tensors what each process holds (saver.py)
+                                    training.json
 
 A folder is complete or not there, whatever happens to the process that writes it. `training.json` holds the step, what
 the training program adds, the sizes and sha256 sums of the other files and a sum of its own content. A folder that does
@@ -13,12 +16,10 @@ Every fault of a file is a FileError of one line, or a FileNotFoundError.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,29 +27,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import schema
-from .parts import optimizer_tensors, random_states, read_optimizer, read_random
-from .. import _C
+from .parts import (
+    LazyTensors, check_generator, check_optimizer_layout, check_random, check_squares, optimizer_tensors,
+    random_states, read_optimizer, read_random, seed_of_reader,
+)  # fmt: skip
+from .record import OLD_RECORD, RECORD, check_file, new_record, read_record, write_record
 from ..errors import FileError
 from ..model.checkpoint import (
     CONFIG, TOKENIZER_FILES, as_device, as_path, check_dtype, check_tokenizer, is_own, load_weights, read_model,
     read_model_files, write_model,
 )  # fmt: skip
 from ..model.config import MegalodonConfig
-from ..model.files import file_size, read_json, remove_drafts, write_folder_atomically, write_safetensors
+from ..model.files import remove_drafts, write_folder_atomically, write_safetensors
 from ..model.model import Megalodon
 from ..model.official import is_official, read_official
-from ..model.states import MegalodonState
-from ..model.weights import is_weight_file, reading
-from ..ops.values import check_integer, described, is_whole, shown
+from ..model.state_layout import batch_of, check_layout, check_values, layout
+from ..model.states import MegalodonState, from_named
+from ..model.weights import DISTRIBUTED, StoredTensors, WeightFiles, is_weight_file, reading
+from ..ops.values import check_integer
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ..distributed.team import Team
     from ..tokenizers import Tokenizer
 
-FORMAT = 3
-"""Counts the changes of the files' content; checkpoints of another format are not read"""
-RECORD = "training.json"
-_OLD_RECORD = "checkpoint.json"  # of format 2 and before
 _OPTIMIZER, _STATE, _RANDOM = "optimizer.safetensors", "state.safetensors", "random.safetensors"
 _log = logging.getLogger("megalodon_ops")
 
@@ -61,15 +64,39 @@ class Checkpoint:
     config: MegalodonConfig
     record: dict[str, Any]
     """The content of `training.json`, the training program's fields among it"""
-    optimizer: dict[str, Tensor] = field(repr=False)
-    """The optimizer's state, memory-mapped, under `<parameter>/<what>`; empty where none was saved"""
-    state: MegalodonState | None = field(repr=False)
-    """The state that the next batch goes on from, on the CPU"""
-    random: dict[str, Tensor] = field(repr=False)
+    optimizer: Mapping[str, Tensor] = field(repr=False)
+    """The optimizer's state, memory-mapped or read on demand, under `<parameter>/<what>`; empty where none was saved"""
+    random: Mapping[str, Tensor] = field(repr=False)
+    """States of torch's generators; of several processes, under names such as `1/cpu`"""
+    _moments: StoredTensors | None = field(repr=False)
+    _state: MegalodonState | StoredTensors | None = field(repr=False)
 
     @property
     def step(self) -> int:
         return self.record["step"]
+
+    @property
+    def num_rows(self) -> int:
+        """Of how many rows the state was saved."""
+        if isinstance(self._state, StoredTensors):
+            return batch_of(self._state.found)[0]
+        return 0 if self._state is None else self._state.num_sequences
+
+    @property
+    def state(self) -> MegalodonState | None:
+        """The state that the next batch goes on from, of all rows, on the CPU."""
+        return self.state_of(None)
+
+    def state_of(self, mesh: DeviceMesh | None) -> MegalodonState | None:
+        """The state of the rows that this process has where the mesh's dimension `data` splits them equally."""
+        state = self._state
+        if isinstance(state, StoredTensors):
+            return _state_of(state, self.config, mesh)
+        if state is None or mesh is None or "data" not in (mesh.mesh_dim_names or ()):
+            return state
+        share = state.num_sequences // mesh["data"].size()
+        first = mesh.get_local_rank("data") * share
+        return state[first : first + share]
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was saved along, or None."""
@@ -81,29 +108,68 @@ class Checkpoint:
             load_weights(model, self.folder)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Gives the optimizer of the model the state that was saved; its learning rates and the like stay."""
-        with _faults(), reading(self.folder / _OPTIMIZER):
+        """Gives the optimizer of the model the state that was saved; its learning rates and the like stay.
+
+        Of a model that is split over processes, each takes its own part.
+        """
+        with _faults(), reading(self._place_of_moments):
             if (kind := type(optimizer).__name__) != self.record["optimizer"] and self.optimizer:
                 raise ValueError(f"is the state of {self.record['optimizer']}, and the optimizer is {kind}")
             amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
             if self.optimizer and amsgrad != any(key.endswith("/max_exp_avg_sq") for key in self.optimizer):
                 raise ValueError("must be of an optimizer with the same `amsgrad`")
-            names = {parameter: name for name, parameter in model.named_parameters()}
+            parameters = dict(model.named_parameters())
+            names = {parameter: name for name, parameter in parameters.items()}
             ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            values: dict[str, Tensor] = {}
             states: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in self.optimizer.items():
+            for key, (dtype, shape) in ({} if self._moments is None else self._moments.found).items():
                 name, _, what = key.rpartition("/")
                 if name not in ordered:
                     raise ValueError(f"holds `{key}`, and the optimizer has no such parameter")
-                states.setdefault(ordered.index(name), {})[what] = tensor.clone()
+                like = parameters[name]
+                values[key] = (
+                    torch.empty_like(like, dtype=dtype) if like.shape == shape else torch.empty(shape, dtype=dtype)
+                )
+                states.setdefault(ordered.index(name), {})[what] = values[key]
+            if self._moments is not None:
+                self._moments.fill(values)
+            for key, value in values.items():
+                check_squares(key, _local(value))
             optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
-    def restore_random(self, device: torch.device | str = "cpu") -> None:
-        """Sets torch's random generators, the CPU's and a CUDA device's, to what they were."""
+    @property
+    def _place_of_moments(self) -> Path:
+        return self.folder / (DISTRIBUTED if "mesh" in self.record else _OPTIMIZER)
+
+    def restore_random(self, device: torch.device | str = "cpu", *, reader: int = 0, readers: int = 1) -> None:
+        """Sets torch's random generators, the CPU's and a CUDA device's, to what they were.
+
+        Each of several processes has generators of its own. Where other processes go on than those that saved, as
+        `reader` of `readers` parts of a batch, their generators are seeded anew from the state of the first.
+        """
         device = as_device("restore_random", device)
-        torch.set_rng_state(self.random["cpu"])
-        if device.type == "cuda" and "cuda" in self.random:
-            torch.cuda.set_rng_state(self.random["cuda"], device)
+        before = readers_of(self.record)
+        prefix = f"{reader}/" if "mesh" in self.record else ""
+        if before != readers:
+            torch.manual_seed(seed_of_reader(self.random["0/cpu" if "mesh" in self.record else "cpu"], reader, readers))
+            return
+        state = self.random[f"{prefix}cpu"]
+        with _faults(), reading(self.folder):
+            check_generator(f"{prefix}cpu", state)
+        torch.set_rng_state(state)
+        if device.type == "cuda" and f"{prefix}cuda" in self.random:
+            torch.cuda.set_rng_state(self.random[f"{prefix}cuda"], device)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def readers_of(record: dict[str, Any]) -> int:
+    """In how many parts, each by a process with generators of its own, the run that saved a checkpoint read a batch."""
+    mesh = record.get("mesh", {})
+    return mesh.get("data", 1) * mesh.get("chunk", 1)
 
 
 def save_checkpoint(
@@ -150,22 +216,10 @@ def save_checkpoint(
     step = check_integer("save_checkpoint", "step", step, "an integer of at least 0, below 2^63", 0)
     keep = check_integer("save_checkpoint", "keep", keep, "a positive integer", 1)
     check_tokenizer("save_checkpoint", tokenizer)
-    record = {} if record is None else record
-    if not isinstance(record, dict) or schema.OWN.keys() & record.keys():
-        got = described(record) if not isinstance(record, dict) else shown(min(schema.OWN.keys() & record.keys()))
-        raise ValueError(f"save_checkpoint: `record` must be a dictionary without {', '.join(schema.OWN)}, got {got}.")
-    content = {
-        "format": FORMAT,
-        "step": step,
-        "megalodon_ops": _C.build_info()["version"],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "optimizer": None if optimizer is None else type(optimizer).__name__,
-        **_as_json(record),
-    }
+    content = new_record(step, optimizer, record)
     tensors = {} if optimizer is None else optimizer_tensors(optimizer, model)
     remove_drafts(root, "step-*")
-    folder = root / f"step-{step:08d}"
+    folder = checkpoint_folder(root.parent, step)
     with write_folder_atomically(folder) as draft:
         write_model(model, draft, tokenizer=tokenizer, caller="save_checkpoint")
         if tensors:
@@ -173,14 +227,21 @@ def save_checkpoint(
         if state is not None:
             state.save(draft / _STATE, model.config)
         write_safetensors(draft / _RANDOM, random_states(model))
-        files = {path.name: _facts(path) for path in sorted(draft.iterdir())}
-        content["files"] = files
-        (draft / RECORD).write_text(json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n")
-    for old in [path for path in _in_order(root) if _order(path) <= _order(folder)][:-keep]:
+        write_record(draft, content)
+    keep_newest(root, folder, keep)
+    return folder
+
+
+def keep_newest(root: Path, written: Path, keep: int) -> None:
+    """Removes, of the checkpoint just written and those of earlier steps, all but the newest `keep`."""
+    for old in [path for path in _in_order(root) if _order(path) <= _order(written)][:-keep]:
         hidden = old.with_name(f".{old.name}.draft-old")
         os.rename(old, hidden)  # a folder is whole or not there
         shutil.rmtree(hidden)
-    return folder
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def _order(folder: Path) -> tuple[int, str]:
@@ -197,11 +258,16 @@ def has_checkpoint(run: Path) -> bool:
     return any((run / "checkpoints").glob("step-*"))
 
 
-def load_checkpoint(path: str | os.PathLike, *, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: str | os.PathLike, *, check: Callable[[Checkpoint], None] | None = None, team: Team | None = None
+) -> Checkpoint:
     """The newest complete checkpoint of a run's folder, or the checkpoint that the folder is.
 
-    check: raises a ValueError where the training program's own fields are not what they must be. A checkpoint of a run
-    for which it does is passed over, as a damaged one is, with a warning in the log `megalodon_ops`.
+    Args:
+        check: raises a ValueError where the training program's own fields are not what they must be. A checkpoint of a run
+            for which it does is passed over, as a damaged one is, with a warning in the log `megalodon_ops`.
+        team: several processes that all call this function and find the same: each looks for damage in its share of the
+            files.
     """
     path = as_path("load_checkpoint", "path", path)
     with _faults():
@@ -209,19 +275,23 @@ def load_checkpoint(path: str | os.PathLike, *, check: Callable[[Checkpoint], No
             if os.path.lexists(path):
                 raise ValueError(f"{path}: a file; name its folder")
             raise FileNotFoundError(f"{path}: no such folder")
-        if any(os.path.lexists(path / name) for name in (RECORD, _OLD_RECORD)):
-            return _read(path, check)
+        if any(os.path.lexists(path / name) for name in (RECORD, OLD_RECORD)):
+            return _read(path, check, None)
         faults = []
         for folder in reversed(_in_order(path / "checkpoints")):
+            found = fault = None
             try:
-                found = _read(folder, check)
+                found = _read(folder, check, team)
             except (OSError, ValueError) as error:
-                faults.append(str(error))
+                fault = str(error)
+            fault = next(filter(None, [fault] if team is None else team.gather(fault)), None)
+            if found is None or fault is not None:
+                faults.append(fault)
                 continue
             for fault in faults:
                 _log.warning("passing over %s", fault)
             return found
-        raise ValueError("; ".join([f"{path}: no complete checkpoint in this folder", *faults]))
+        raise ValueError("; ".join([f"{path}: no complete checkpoint in this folder", *map(str, faults)]))
 
 
 def load_any(
@@ -245,7 +315,7 @@ def load_any(
     path, device = as_path("load_any", "path", path), as_device("load_any", device)
     check_dtype("load_any", dtype)
     with _faults():
-        if not path.is_dir() or any(os.path.lexists(path / name) for name in (RECORD, _OLD_RECORD, "checkpoints")):
+        if not path.is_dir() or any(os.path.lexists(path / name) for name in (RECORD, OLD_RECORD, "checkpoints")):
             found = load_checkpoint(path, check=check)
             return read_model(Megalodon, found.folder, dtype, device), found.tokenizer(), found.record
         if is_official(path):
@@ -276,79 +346,62 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
     return load_tokenizer(folder)
 
 
-def _read(folder: Path, check: Callable[[Checkpoint], None] | None) -> Checkpoint:
-    """The checkpoint in a folder, each file of which has been compared with what it must be."""
-    path = folder / RECORD
-    if not os.path.lexists(path) and os.path.lexists(folder / _OLD_RECORD):
-        raise ValueError(f"{folder / _OLD_RECORD}: {_of_an_old_version(folder / _OLD_RECORD)}")
-    record = read_json(path)
-    with reading(path):
-        if not is_whole(number := record.get("format"), FORMAT, FORMAT):
-            raise ValueError(
-                f"its format is {shown(number)}, and this version reads {FORMAT}; the version that wrote it reads it"
-            )
-        schema.check_own(record)
-        content = {name: value for name, value in record.items() if name != "checksum"}
-        if _checksum(content) != record["checksum"]:
-            raise ValueError("was changed after it was written: its checksum is another")
+def _read(folder: Path, check: Callable[[Checkpoint], None] | None, team: Team | None) -> Checkpoint:
+    """The checkpoint in a folder, each file of which has been compared with what it must be; each by one process."""
+    record = read_record(folder)
     files = record["files"]
-    for name in (CONFIG, _RANDOM, *files):
-        _check_file(folder / name, files.get(name))
+    is_archive = "mesh" in record
+    parts = [f"{DISTRIBUTED}/.metadata"] if is_archive else [_RANDOM]
+    names = list(dict.fromkeys([CONFIG, *parts, *files]))
+    for name in names if team is None else names[team.rank :: team.size]:
+        check_file(folder / name, files.get(name))
     for file in sorted(folder.iterdir()):
         name = file.name
-        if name not in files and (name in (_OPTIMIZER, _STATE, *TOKENIZER_FILES) or is_weight_file(name)):
+        known = name in (_OPTIMIZER, _STATE, *TOKENIZER_FILES) or is_weight_file(name)
+        if name not in files and (known or (name == DISTRIBUTED and not is_archive)):
             raise ValueError(f"{file}: is not one of the files that {RECORD} lists")
     config, _, _ = read_model_files(folder)
-    optimizer = read_optimizer(folder / _OPTIMIZER, config, record["optimizer"]) if _OPTIMIZER in files else {}
-    state = MegalodonState.load(folder / _STATE, config) if _STATE in files else None
-    found = Checkpoint(folder, config, record, optimizer, state, read_random(folder / _RANDOM))
+    if is_archive:
+        found = _from_archive(folder, config, record)
+    else:
+        stored = WeightFiles([folder / _OPTIMIZER]) if _OPTIMIZER in files else None
+        optimizer = {} if stored is None else read_optimizer(folder / _OPTIMIZER, stored, config, record["optimizer"])
+        state = MegalodonState.load(folder / _STATE, config) if _STATE in files else None
+        found = Checkpoint(folder, config, record, optimizer, read_random(folder / _RANDOM), stored, state)
     if check is not None:
-        with reading(path):
+        with reading(folder / RECORD):
             check(found)
     return found
 
 
-def _of_an_old_version(path: Path) -> str:
-    try:
-        record = read_json(path)
-    except (OSError, ValueError):
-        record = {}
-    return (
-        f"is a checkpoint of format {shown(record.get('format'))}, of megalodon_ops before checkpoints were folders with "
-        f"a {CONFIG}; the commit that wrote it, of version {shown(record.get('megalodon_ops'))}, reads it"
+def _from_archive(folder: Path, config: MegalodonConfig, record: dict[str, Any]) -> Checkpoint:
+    from ..distributed.checkpoint import Archive  # here: torch.distributed.checkpoint takes long to load
+
+    archive = Archive(folder)
+    for name in archive.files:
+        if f"{DISTRIBUTED}/{name}" not in record["files"]:
+            raise ValueError(f"{archive.path / name}: is not one of the files that {RECORD} lists")
+    stored, state, random = (archive.part(name) for name in ("optimizer", "state", "random"))
+    with reading(archive.path):
+        check_optimizer_layout(stored.found, config, record["optimizer"])
+        if state.found:
+            check_layout(state.found, layout(config, *batch_of(state.found)))
+        check_random(random.found, [f"{reader}/" for reader in range(readers_of(record))])
+    return Checkpoint(
+        folder, config, record, LazyTensors(stored), LazyTensors(random), stored, state if state.found else None
     )
 
 
-def _check_file(path: Path, wanted: dict[str, Any] | None) -> None:
-    if wanted is None:
-        raise ValueError(f"{path}: is not one of the files that {RECORD} lists")
-    size = file_size(path)
-    if size != wanted["bytes"]:
-        raise ValueError(f"{path}: has {size} bytes instead of {wanted['bytes']}")
-    if _sha256(path) != wanted["sha256"]:
-        raise ValueError(f"{path}: was changed after it was written: its checksum is another")
+def _state_of(stored: StoredTensors, config: MegalodonConfig, mesh: DeviceMesh | None) -> MegalodonState:
+    """The state of all rows, or of this process's, where the mesh's dimension `data` splits them."""
+    from ..distributed.checkpoint import as_rows, local
 
-
-def _facts(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    """The sha256 sum of a record's content, whatever its layout."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _as_json(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as reading it back gives it."""
-    try:
-        return json.loads(json.dumps(record, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"save_checkpoint: `record` must be JSON, got what is none: {error}.") from error
+    rows = batch_of(stored.found)[0]
+    share = rows // mesh["data"].size() if mesh is not None and "data" in (mesh.mesh_dim_names or ()) else rows
+    tensors = {name: torch.empty((share, *shape[1:]), dtype=dtype) for name, (dtype, shape) in stored.found.items()}
+    parts = tensors if mesh is None else {name: as_rows(tensor, mesh) for name, tensor in tensors.items()}
+    with _faults(), reading(stored.where["norm.count"]):
+        stored.fill(parts)
+        tensors = {name: local(tensor) for name, tensor in parts.items()}
+        check_values(tensors, config)
+    return from_named(tensors, config)

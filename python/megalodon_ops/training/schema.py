@@ -75,7 +75,7 @@ NOT_NEGATIVE = Rule(lambda value: is_number(value) and 0 <= value <= _LARGEST, f
 SHA256 = matching("[0-9a-f]{64}", "a sha256 in hexadecimal digits")
 
 _FILE = {"bytes": whole(0), "sha256": SHA256}
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*|distributed/(__\d+_\d+\.distcp|\.metadata)")
 
 
 def _is_list_of_files(value: Any) -> bool:
@@ -88,6 +88,10 @@ def _is_list_of_files(value: Any) -> bool:
     return True
 
 
+def _is_mesh(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0 and all(is_whole(size, 1) for size in value.values())
+
+
 OWN: dict[str, Any] = {
     "format": whole(1),
     "step": whole(0),
@@ -97,10 +101,13 @@ OWN: dict[str, Any] = {
     "optimizer": or_null(TEXT),
     "files": Rule(_is_list_of_files, "an object of facts by file name"),
     "checksum": SHA256,
+    "mesh": Rule(_is_mesh, "an object of sizes by dimension"),
 }
 """The fields that every `training.json` has; the others are the training program's"""
+OPTIONAL = frozenset({"mesh"})
+"""Those of them that are there only where several processes have written the folder"""
 
 
 def check_own(record: dict[str, Any]) -> None:
     """Raises unless the fields that every `training.json` has are there and fit."""
-    check_fields({name: value for name, value in record.items() if name in OWN}, OWN)
+    check_fields({name: value for name, value in record.items() if name in OWN}, OWN, optional=OPTIONAL)

@@ -1,0 +1,325 @@
+"""Checkpoints that several processes write together: whole or not there, and read by any number of processes."""
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import resource
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from megalodon_ops import Megalodon, MegalodonConfig
+from megalodon_ops.cli import main
+from megalodon_ops.distributed import checkpoint as distributed
+from megalodon_ops.distributed.team import Team
+from megalodon_ops.errors import FileError, TeamError
+from megalodon_ops.model.files import file_facts
+from megalodon_ops.training import Saver, adamw, load_any, load_checkpoint, record as records, save_checkpoint
+
+CONFIG = MegalodonConfig(
+    num_layers=2, model_dim=12, z_dim=4, value_dim=6, ffn_hidden_dim=10, cema_ndim=2, chunk_size=4, norm_num_groups=3,
+    vocab_size=9,
+)  # fmt: skip
+ROWS = 4
+
+
+def begin(seed=0):
+    torch.manual_seed(seed)
+    model = Megalodon(CONFIG)
+    return model, adamw(model, lr=0.01)
+
+
+def begin_split(mesh, seed=0):
+    """A model whose parameters are split over all processes."""
+    torch.manual_seed(seed)
+    model = Megalodon(CONFIG)
+    over = mesh if mesh.ndim == 1 else mesh["data", "chunk"]._flatten()
+    for block in model.layers:
+        fully_shard(block, mesh=over)
+    fully_shard(model, mesh=over)
+    return model, adamw(model, lr=0.01)
+
+
+def descend(model, optimizer, steps, first=0):
+    """Steps on a batch that is the same in all processes, so their mean gradient is that of one."""
+    for step in range(first, first + steps):
+        tokens = torch.randint(9, (ROWS, 7), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+
+
+def whole_values(model, optimizer):
+    """Every tensor of a model and of its optimizer, whole."""
+    values = {name: distributed.whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for what, tensor in optimizer.state[parameter].items():
+            values[f"{name}/{what}"] = distributed.whole(tensor).clone()
+    return values
+
+
+def state_of_rows(rows):
+    """A state of which every row is another."""
+    torch.manual_seed(1)
+    tokens = torch.randint(9, (ROWS, 6))
+    with torch.no_grad():
+        return Megalodon(CONFIG)(tokens, return_state=True)[1][list(rows)]
+
+
+@contextlib.contextmanager
+def team_of(**sizes):
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    yield Team(mesh)
+
+
+def rows_of(team):
+    share = ROWS // team.extent("data")
+    return range(team.place("data") * share, (team.place("data") + 1) * share)
+
+
+def saving(run, sizes, steps=3, step=3):
+    with team_of(**sizes) as team:
+        model, optimizer = begin_split(team.mesh)
+        descend(model, optimizer, steps)
+        values = whole_values(model, optimizer)
+        torch.manual_seed(100 + team.reader)
+        saver = Saver(run, team)
+        saver.save(step, model, optimizer=optimizer, state=state_of_rows(rows_of(team)), record={"position": 5})
+        drawn = torch.rand(3)
+        descend(model, optimizer, 1)  # changes every parameter before the folder is there
+        saver.wait()
+        saver.close()
+        return {name: tensor.numpy() for name, tensor in values.items()}, drawn.tolist()
+
+
+def resuming(run, sizes):
+    with team_of(**sizes) as team:
+        model, optimizer = begin_split(team.mesh, seed=7)
+        found = load_checkpoint(run, team=team)
+        found.load_weights(model)
+        found.load_optimizer(optimizer, model)
+        values = {name: tensor.numpy() for name, tensor in whole_values(model, optimizer).items()}
+        torch.testing.assert_close(found.state_of(team.mesh), state_of_rows(rows_of(team)), rtol=0, atol=0)
+        found.restore_random(reader=team.reader, readers=team.readers)
+        return values, torch.rand(3).tolist()
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] == value).all(), name
+
+
+MESHES = [dict(data=1), dict(data=2), dict(data=2, chunk=2), dict(data=4), dict(chunk=2)]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory):
+    """A run of four processes, what they had, and what they drew next."""
+    run = tmp_path_factory.mktemp("saved")
+    results = ranks.run(saving, 4, run, dict(data=2, chunk=2))
+    return run, results[0][0], [drawn for _, drawn in results]
+
+
+def test_what_a_checkpoint_holds(saved):
+    run, _, _ = saved
+    (folder,) = (run / "checkpoints").iterdir()
+    assert folder.name == "step-00000003"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "training.json", "distributed"}
+    record = json.loads((folder / "training.json").read_text())
+    assert record["mesh"] == {"data": 2, "chunk": 2} and record["position"] == 5
+    on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"training.json"}
+    assert record["files"].keys() == on_disk
+    assert len(on_disk) == 6, "config.json, .metadata and a file of each process"
+    for name, facts in record["files"].items():
+        assert facts == file_facts(folder / name)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_any_mesh_goes_on(ranks, saved, sizes):
+    """Weights, the optimizer's state and rows to the last bit; on as many processes, each one's generator."""
+    run, values, drawn = saved
+    world = max(1, torch.tensor(list(sizes.values())).prod().item())
+    results = ranks.run(resuming, world, run, sizes)
+    for found, _ in results:
+        assert_equal(found, values)
+    again = [numbers for _, numbers in results]
+    if world == 4:
+        assert again == drawn
+    else:
+        assert len({tuple(numbers) for numbers in again}) == world, "each process draws numbers of its own"
+        assert [numbers for _, numbers in ranks.run(resuming, world, run, sizes)] == again
+
+
+def test_one_process_reads_it_without_a_process_group(saved, tmp_path, recwarn):
+    run, values, _ = saved
+    found = load_checkpoint(run)
+    model, optimizer = begin(seed=7)
+    found.load_weights(model)
+    found.load_optimizer(optimizer, model)
+    assert_equal({name: tensor.numpy() for name, tensor in whole_values(model, optimizer).items()}, values)
+    torch.testing.assert_close(found.state, state_of_rows(range(ROWS)), rtol=0, atol=0)
+    assert found.num_rows == ROWS and found.step == 3 and found.config == CONFIG
+    found.restore_random()
+    once = torch.rand(3)
+    found.restore_random()
+    assert torch.equal(torch.rand(3), once)
+    for loaded in (Megalodon.load(found.folder), load_any(run)[0], load_any(found.folder)[0]):
+        assert_equal(
+            {name: p.detach().numpy() for name, p in loaded.named_parameters()},
+            dict(list(values.items())[: len(list(model.parameters()))]),
+        )
+    half = Megalodon.load(found.folder, dtype=torch.bfloat16)
+    assert half.embed.weight.dtype == torch.bfloat16 and half.layers[0].mega.cema.alpha.dtype == torch.float32
+    assert main(["convert", "--from", "own", "--to", "own", str(run), str(tmp_path / "plain")]) == 0
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {"config.json", "model.safetensors"}
+    torch.testing.assert_close(
+        dict(Megalodon.load(tmp_path / "plain").named_parameters()), dict(load_any(run)[0].named_parameters())
+    )
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2), dict(data=2, chunk=2)], ids=str)
+def test_several_processes_go_on_from_the_folder_of_one(ranks, tmp_path, sizes):
+    model, optimizer = begin()
+    descend(model, optimizer, 3)
+    save_checkpoint(tmp_path, 3, model, optimizer=optimizer, state=state_of_rows(range(ROWS)))
+    wanted = {name: tensor.numpy() for name, tensor in whole_values(model, optimizer).items()}
+    for found, _ in ranks.run(resuming, 2 * sizes.get("chunk", 1), tmp_path, sizes):
+        assert_equal(found, wanted)
+
+
+def saving_slowly(run):
+    """Saves while the writer is held up, and returns what is to be seen meanwhile and afterwards."""
+    with team_of(data=2) as team:
+        go_on = threading.Event()
+        write = distributed.ArchiveWriter.write_data
+
+        def held_up(writer, plan, planner):
+            assert go_on.wait(60)
+            return write(writer, plan, planner)
+
+        distributed.ArchiveWriter.write_data = held_up
+        try:
+            model, optimizer = begin_split(team.mesh)
+            saver = Saver(run, team, keep=2)
+            seen = []
+            for step in (1, 2, 3):
+                saver.save(step, model, optimizer=optimizer)
+                descend(model, optimizer, 1)
+                dist.barrier()
+                seen.append(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
+                dist.barrier()
+                go_on.set()
+            saver.wait()
+            saver.close()
+        finally:
+            distributed.ArchiveWriter.write_data = write
+        dist.barrier()
+        return seen[0], sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(ranks, tmp_path):
+    for during, afterwards in ranks.run(saving_slowly, 2, tmp_path):
+        assert during == [] and afterwards == ["step-00000002", "step-00000003"]
+
+
+def saving_on_a_full_disk(run, rank):
+    with team_of(data=2) as team:
+        model, optimizer = begin_split(team.mesh)
+        saver = Saver(run, team)
+        saver.save(1, model, optimizer=optimizer)
+        saver.wait()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if team.rank == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        try:
+            saver.save(2, model, optimizer=optimizer)
+            with pytest.raises(TeamError) as caught:
+                saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        there = sorted(path.name for path in (run / "checkpoints").iterdir())
+        dist.barrier()
+        saver.save(3, model, optimizer=optimizer)
+        saver.wait()
+        saver.close()
+        return str(caught.value), there
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_is_full_for_one_process(ranks, tmp_path, rank):
+    """All processes raise one line; nothing of the folder stays, and the next one is whole."""
+    (one, there), (other, _) = ranks.run(saving_on_a_full_disk, 2, tmp_path, rank)
+    assert (
+        one == other and one.count("\n") == 0 and "step-00000002: could not be written" in one and f"rank {rank}" in one
+    )
+    assert there == ["step-00000001"]
+    assert load_checkpoint(tmp_path).step == 3
+
+
+@pytest.fixture
+def damaged(saved, tmp_path):
+    """A copy of the run with two checkpoints, the newer of which a test damages."""
+    import shutil
+
+    run, _, _ = saved
+    shutil.copytree(run, tmp_path / "run")
+    older = tmp_path / "run" / "checkpoints" / "step-00000003"
+    newer = older.with_name("step-00000004")
+    shutil.copytree(older, newer)
+    path = newer / "training.json"
+    record = json.loads(path.read_text())
+    del record["checksum"]
+    record["step"] = 4
+    path.write_text(json.dumps({**record, "checksum": records._checksum(record)}))
+    assert load_checkpoint(tmp_path / "run").step == 4
+    return newer
+
+
+DAMAGE = {
+    "short": lambda path: os.truncate(path / "__1_0.distcp", 100),
+    "changed": lambda path: (path / "__2_0.distcp").write_bytes(b"x" * (path / "__2_0.distcp").stat().st_size),
+    "missing": lambda path: (path / "__3_0.distcp").unlink(),
+    "no metadata": lambda path: (path / ".metadata").unlink(),
+    "short metadata": lambda path: os.truncate(path / ".metadata", 1000),
+    "safetensors beside": lambda path: (path.parent / "model.safetensors").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_one_is_passed_over(damaged, caplog, damage):
+    DAMAGE[damage](damaged / "distributed")
+    with caplog.at_level(logging.WARNING):
+        assert load_checkpoint(damaged.parents[1]).step == 3
+    (line,) = caplog.messages
+    assert line.startswith(f"passing over {damaged}/") and "\n" not in line
+    with pytest.raises((FileError, FileNotFoundError)):
+        load_any(damaged)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+@pytest.mark.parametrize("content", [Trap(), [1, 2], {"a": Trap()}], ids=["call", "list", "inside"])
+def test_metadata_that_would_run_something_is_refused(damaged, tmp_path, monkeypatch, content):
+    """Even where all checksums are right."""
+    monkeypatch.chdir(tmp_path)
+    (damaged / "distributed" / ".metadata").write_bytes(pickle.dumps(content))
+    record = json.loads((damaged / "training.json").read_text())
+    record["files"]["distributed/.metadata"] = file_facts(damaged / "distributed" / ".metadata")
+    del record["checksum"]
+    (damaged / "training.json").write_text(json.dumps({**record, "checksum": records._checksum(record)}))
+    for read in (Megalodon.load, load_any, load_checkpoint):
+        with pytest.raises(FileError, match=r"distributed/\.metadata: ") as caught:
+            read(damaged)
+        assert str(caught.value).count("\n") == 0
+    assert not (tmp_path / "trapped").exists()
