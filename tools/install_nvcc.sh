@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs nvcc and a compiler for its host code in a manylinux_2_28 container, from NVIDIA's repository for RHEL 8 and
+# AlmaLinux's own. `NVCC_VERSION=13.0 tools/install_nvcc.sh` chooses another version than the one that releases use.
+#
+# nvcc 12.9 compiles for Blackwell and leaves drivers from 525 on enough; nvcc 13 would ask for 580. It takes GCC up to 14,
+# and the container's own is 15, so that all of a wheel is compiled with GCC 14.
+set -euo pipefail
+version=${NVCC_VERSION:-12.9}
+declare -A repository=([x86_64]=x86_64 [aarch64]=sbsa)
+dnf -y config-manager --add-repo \
+    "https://developer.download.nvidia.com/compute/cuda/repos/rhel8/${repository[$(uname -m)]}/cuda-rhel8.repo"
+dnf -y install "cuda-nvcc-${version/./-}" "cuda-cudart-devel-${version/./-}" gcc-toolset-14-gcc-c++
+ln -sfn "/usr/local/cuda-$version" /usr/local/cuda
+/usr/local/cuda/bin/nvcc --version
