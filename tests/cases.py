@@ -70,7 +70,7 @@ class Op:
 
     tokens: tuple[str, ...]
     parameters: tuple[str, ...]
-    outputs: tuple[str, ...]  # (B, L, ...)
+    outputs: tuple[str, ...]  # (B, L, ...); none where the op returns the end state alone
     call: Callable[[Function, list[Tensor], Tensors, dict[str, Any]], Tensors]
     constant_state: bool = False  # a cut inside a chunk cuts the gradient, too
 
@@ -88,6 +88,19 @@ def _call_timestep_norm(function: Function, inputs: list[Tensor], tensors: Tenso
     return {"y": y, "mean": state.mean, "var": state.var, "count": state.count}
 
 
+def _call_cema_end_state(
+    function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]
+) -> Tensors:
+    return {"state": function(*inputs, **options)}
+
+
+def _call_timestep_norm_end_state(
+    function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]
+) -> Tensors:
+    state = function(*inputs, **options)
+    return {"mean": state.mean, "var": state.var, "count": state.count}
+
+
 def _call_normalized_qk(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
     q, k = function(*inputs, **options)
     return {"q": q, "k": k}
@@ -101,6 +114,8 @@ def _call_attention(function: Function, inputs: list[Tensor], tensors: Tensors, 
 OPS = {
     "cema": Op(("x",), ("p", "q", "gamma", "omega"), ("y",), _call_cema),
     "timestep_norm": Op(("x",), ("weight", "bias"), ("y",), _call_timestep_norm),
+    "cema_end_state": Op(("x",), ("p", "q"), (), _call_cema_end_state),
+    "timestep_norm_end_state": Op(("x",), (), (), _call_timestep_norm_end_state),
     "normalized_qk": Op(("z",), ("gamma", "beta"), ("q", "k"), _call_normalized_qk),
     "chunked_attention": Op(("q", "k", "v"), (), ("o",), _call_attention, constant_state=True),
     "normalized_attention": Op(("z", "v"), ("gamma", "beta"), ("o",), _call_attention, constant_state=True),
@@ -143,7 +158,10 @@ def carried(op: str, results: Tensors) -> Tensors:
 
 
 def streamed(function: Function, op: str, pieces: Sequence[int]) -> Function:
-    """A function like `function` that feeds the sequence in pieces of these lengths, passing the state on."""
+    """A function like `function` that feeds the sequence in pieces of these lengths, passing the state on.
+
+    End states of the pieces are merged.
+    """
     count = len(OPS[op].tokens)
 
     def run(*inputs: Tensor, lengths: Tensor | None = None, **options: Any) -> Any:
@@ -157,15 +175,32 @@ def streamed(function: Function, op: str, pieces: Sequence[int]) -> Function:
                 first = (0 if position is None else position) + torch.full((len(part[0]),), start)
                 first = first % options["chunk_size"]
                 outputs.append(function(*part, *parameters, lengths=ends, position=first, **options))
+            elif not OPS[op].outputs:
+                state = merged(op, parameters, state, function(*part, *parameters, lengths=ends, **options), size, ends)
             else:
                 output, state = function(*part, *parameters, lengths=ends, state=state, **options)
                 outputs.append(output)
             start += size
         if op == "normalized_qk":
             return tuple(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
-        return torch.cat(outputs, dim=1), state
+        return (torch.cat(outputs, dim=1), state) if outputs else state
 
     return run
+
+
+def merged(op: str, parameters: Sequence[Tensor], before: Any, after: Any, size: int, ends: Tensor | None) -> Any:
+    """The end state of two pieces, of which the second has `size` steps, or `ends`; `before` is None at the start."""
+    if before is None:
+        return after
+    if op == "cema_end_state":
+        _, q = parameters
+        steps = torch.full((len(after),), size) if ends is None else ends
+        return q ** steps[:, None, None] * before + after
+    count = before.count + after.count
+    share = (after.count.to(before.mean.dtype) / count.clamp(min=1))[:, None]
+    d = after.mean - before.mean
+    var = before.var + share * ((after.var - before.var) + (1 - share) * d * d)
+    return TimestepNormState(count, before.mean + share * d, var)
 
 
 def packed(function: Function, op: str, before: int = 0, after: int = 0) -> Function:
@@ -196,7 +231,7 @@ def packed(function: Function, op: str, before: int = 0, after: int = 0) -> Func
         result = function(*map(pack, tokens), *parameters, cu_seqlens=cu_seqlens, **options)
         if op == "normalized_qk":
             return tuple(map(unpack, result))
-        return unpack(result[0]), result[1]
+        return (unpack(result[0]), result[1]) if OPS[op].outputs else result
 
     return run
 
@@ -249,6 +284,19 @@ def timestep_norm_case(
         options["residual"] = halves * uniform(gen, -1, 1, S, 2, G).to(real)
     rstd = 1 / max(eps, std**2 / 100 if width > 1 else 0.0) ** 0.5  # of a first step, whose variance may be small
     return Case("timestep_norm", tensors, options, dtype, terms=rstd)
+
+
+def cema_end_state_case(**sizes: Any) -> Case:
+    """The inputs that `cema_case` has for these sizes, less what only an output needs."""
+    case = cema_case(**sizes)
+    return replace(case, op="cema_end_state", tensors={name: case.tensors[name] for name in ("x", "p", "q")})
+
+
+def timestep_norm_end_state_case(**sizes: Any) -> Case:
+    """The inputs that `timestep_norm_case` has for these sizes, less what only an output needs."""
+    case = timestep_norm_case(**sizes)
+    options = {name: value for name, value in case.options.items() if name != "eps"}
+    return Case("timestep_norm_end_state", {"x": case.tensors["x"]}, options, case.dtype)
 
 
 def normalized_qk_case(
@@ -323,7 +371,18 @@ def _attention_state(
 BUILDERS = {
     "cema": cema_case,
     "timestep_norm": timestep_norm_case,
+    "cema_end_state": cema_end_state_case,
+    "timestep_norm_end_state": timestep_norm_end_state_case,
     "normalized_qk": normalized_qk_case,
     "chunked_attention": chunked_attention_case,
     "normalized_attention": normalized_attention_case,
+}
+
+# What a builder is given for a state to start from.
+WITH_STATE = {
+    "cema": {"state": True},
+    "timestep_norm": {"count": 2},
+    "normalized_qk": {"position": True},
+    "chunked_attention": {"state": True},
+    "normalized_attention": {"state": True},
 }

@@ -9,10 +9,12 @@ import torch
 from cases import (
     Case,
     cema_case,
+    cema_end_state_case,
     chunked_attention_case,
     normalized_attention_case,
     normalized_qk_case,
     timestep_norm_case,
+    timestep_norm_end_state_case,
 )
 from hypothesis import strategies as st
 
@@ -41,16 +43,44 @@ def sequences(draw: st.DrawFn, length: st.SearchStrategy[int], kinds: tuple[str,
 
 
 @st.composite
-def cema_cases(
-    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
-) -> Case:
+def cema_sizes(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype], kinds: tuple[str, ...]) -> dict[str, Any]:
     """Poles anywhere in the disc, hard by the unit circle, and with a phase near 0."""
     N = draw(st.integers(1, 32))
     radius = draw(st.sampled_from([(0.0, 0.2), (0.3, 0.99), (1 - 1e-3, 1 - 1e-5), (1 - 1e-5, 1 - 1e-5)]))
     angle = draw(st.sampled_from([(-3.2, 3.2), (0.0, 1e-4), (0.0, 0.0), (3.1, 3.2)]))
-    return cema_case(
+    return dict(
         **draw(sequences(lengths_around(32), kinds)), D=draw(CHANNELS), N=N, radius=radius, angle=angle,
-        state=draw(st.booleans()), dtype=draw(dtypes), seed=draw(SEEDS),
+        dtype=draw(dtypes), seed=draw(SEEDS),
+    )  # fmt: skip
+
+
+@st.composite
+def cema_cases(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
+) -> Case:
+    return cema_case(**draw(cema_sizes(dtypes, kinds)), state=draw(st.booleans()))
+
+
+@st.composite
+def cema_end_state_cases(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
+) -> Case:
+    return cema_end_state_case(**draw(cema_sizes(dtypes, kinds)))
+
+
+@st.composite
+def timestep_norm_sizes(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype], kinds: tuple[str, ...]
+) -> dict[str, Any]:
+    """Means that dwarf the spread; groups of one channel."""
+    dtype = draw(dtypes)
+    values = [(0.0, 1.0), (3.0, 0.5), (0.0, 30.0)]
+    if dtype == torch.float32:  # narrower types lose the spread; float64 has no better reference
+        values += [(1e4, 1e-2), (-1e3, 1.0), (0.0, 1e-4)]
+    mean, std = draw(st.sampled_from(values))
+    return dict(
+        **draw(sequences(lengths_around(32), kinds)), G=draw(st.sampled_from([1, 2, 3, 5, 8])),
+        width=draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33])), mean=mean, std=std, dtype=dtype, seed=draw(SEEDS),
     )  # fmt: skip
 
 
@@ -58,18 +88,18 @@ def cema_cases(
 def timestep_norm_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
-    """Fresh and old states; means that dwarf the spread; groups of one channel."""
-    dtype = draw(dtypes)
-    values = [(0.0, 1.0), (3.0, 0.5), (0.0, 30.0)]
-    if dtype == torch.float32:  # narrower types lose the spread; float64 has no better reference
-        values += [(1e4, 1e-2), (-1e3, 1.0), (0.0, 1e-4)]
-    mean, std = draw(st.sampled_from(values))
+    """Fresh and old states."""
     return timestep_norm_case(
-        **draw(sequences(lengths_around(32), kinds)), G=draw(st.sampled_from([1, 2, 3, 5, 8])),
-        width=draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33])), mean=mean, std=std,
-        count=draw(st.sampled_from([None, 0, 1, 1000, 10**6])), eps=draw(st.sampled_from([1e-5, 1e-3])),
-        dtype=dtype, seed=draw(SEEDS),
+        **draw(timestep_norm_sizes(dtypes, kinds)), count=draw(st.sampled_from([None, 0, 1, 1000, 10**6])),
+        eps=draw(st.sampled_from([1e-5, 1e-3])),
     )  # fmt: skip
+
+
+@st.composite
+def timestep_norm_end_state_cases(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
+) -> Case:
+    return timestep_norm_end_state_case(**draw(timestep_norm_sizes(dtypes, kinds)))
 
 
 @st.composite
@@ -114,6 +144,8 @@ def normalized_attention_cases(
 CASES: dict[str, Callable[..., st.SearchStrategy[Case]]] = {
     "cema": cema_cases,
     "timestep_norm": timestep_norm_cases,
+    "cema_end_state": cema_end_state_cases,
+    "timestep_norm_end_state": timestep_norm_end_state_cases,
     "normalized_qk": normalized_qk_cases,
     "chunked_attention": chunked_attention_cases,
     "normalized_attention": normalized_attention_cases,

@@ -13,11 +13,13 @@ from cases import (
     OPS,
     Case,
     cema_case,
+    cema_end_state_case,
     chunked_attention_case,
     forward,
     normalized_attention_case,
     normalized_qk_case,
     timestep_norm_case,
+    timestep_norm_end_state_case,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -37,6 +39,8 @@ DELAY = 200_000_000  # cycles, about 0.1 s
 BUILDERS = {
     "cema": lambda dtype: cema_case(B=2, L=300, D=64, state=True, dtype=dtype),
     "timestep_norm": lambda dtype: timestep_norm_case(B=2, L=300, G=4, width=16, count=2, dtype=dtype),
+    "cema_end_state": lambda dtype: cema_end_state_case(B=2, L=300, D=64, dtype=dtype),
+    "timestep_norm_end_state": lambda dtype: timestep_norm_end_state_case(B=2, L=300, G=4, width=16, dtype=dtype),
     "normalized_qk": lambda dtype: normalized_qk_case(B=2, L=300, H=2, K=32, C=64, position=True, dtype=dtype),
     "chunked_attention": lambda dtype: chunked_attention_case(
         B=2, L=300, H=2, K=32, V=48, C=64, state=True, dropkey=0.2, dtype=dtype

@@ -44,6 +44,13 @@ def test_cema_differentiates_at_offsets_beyond_31_bits(emulator, large):
     emulator.launch("cema_bwd", x, *cema_parameters(large, D), None, None, None, dy, None, dx, *gradients, None)
 
 
+def test_end_states_of_cema_at_offsets_beyond_31_bits(emulator, large):
+    x, dx, state = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(1, D, 1, dtype=C64)
+    p, q, dp, dq = large(D, 1), large(D, 1, dtype=C64), large(D, 1), large(D, 1, dtype=C64)
+    emulator.launch("cema_end_state_fwd", x, p, q, None, None, state)
+    emulator.launch("cema_end_state_bwd", x, p, q, None, None, state, dx, dp, dq)
+
+
 GROUPS = 2**10
 
 
@@ -57,6 +64,13 @@ def test_timestep_norm_differentiates_at_offsets_beyond_31_bits(emulator, large)
     x, dy, dx = (large(1, T, D, dtype=BF16) for _ in range(3))
     inputs = x, large(D), large(D), GROUPS, 1e-5, *[None] * 6, large(3, 1, T, GROUPS), dy, None, None
     emulator.launch("timestep_norm_bwd", *inputs, dx, large(D), large(D), None, None)
+
+
+def test_end_states_of_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
+    x, dx, mean, residual = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(1, GROUPS), large(1, 2, GROUPS)
+    state = mean, large(1, GROUPS), residual, large(1, dtype=torch.int64)
+    emulator.launch("timestep_norm_end_state_fwd", x, GROUPS, None, None, *state)
+    emulator.launch("timestep_norm_end_state_bwd", x, GROUPS, None, None, mean, residual, mean, mean, dx)
 
 
 def test_a_sparse_tensor_has_bounds(emulator):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_bit_equal
-from cases import BUILDERS, Case, evaluate
+from cases import BUILDERS, WITH_STATE, Case, evaluate
 from cuda_emulator.emulator import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +21,8 @@ BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SMALL = {
     "cema": {"D": 6, "N": 5},
     "timestep_norm": {"G": 3, "width": 8},
+    "cema_end_state": {"D": 6, "N": 5},
+    "timestep_norm_end_state": {"G": 3, "width": 8},
     "normalized_qk": {"H": 2, "K": 8, "C": 6},
     "chunked_attention": {"H": 2, "K": 8, "V": 16, "C": 6},
 }
@@ -31,7 +33,7 @@ WRONG = st.sampled_from(FAR) | st.sampled_from(FAR).map(lambda n: -n) | st.just(
 
 def build(op: str, **options) -> Case:
     """A case with a state, and a position where the op has one."""
-    state = {"timestep_norm": {"count": 2}, "normalized_qk": {"position": True}}.get(op, {"state": True})
+    state = WITH_STATE.get(op, {})
     return BUILDERS[op](**SMALL[op], **state, **options)
 
 

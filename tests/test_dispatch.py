@@ -6,14 +6,23 @@ import pytest
 import torch
 from assertions import assert_bit_equal
 from backends import every_backend
-from cases import cema_case, evaluate, forward, timestep_norm_case
+from cases import (
+    cema_case,
+    cema_end_state_case,
+    evaluate,
+    forward,
+    timestep_norm_case,
+    timestep_norm_end_state_case,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megalodon_ops as mo
 
 CASES = {"cema": cema_case(B=3, L=11, state=True), "timestep_norm": timestep_norm_case(B=3, L=11, count=2)}
+END_STATES = {"cema_end_state": cema_end_state_case(), "timestep_norm_end_state": timestep_norm_end_state_case()}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+end_states_too = pytest.mark.parametrize("case", [*CASES.values(), *END_STATES.values()], ids=[*CASES, *END_STATES])
 ops = torch.ops.megalodon_ops
 
 
@@ -38,7 +47,7 @@ class Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_case
+@end_states_too
 def test_modes_see_the_ops(case):
     with Calls() as calls:
         evaluate(getattr(mo, case.op), case)
@@ -50,7 +59,7 @@ def test_modes_see_the_ops(case):
     assert f"megalodon_ops.{case.op}_fwd.default" in functions.names
 
 
-@every_case
+@end_states_too
 def test_the_profiler_sees_the_ops(case):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         evaluate(getattr(mo, case.op), case)

@@ -12,7 +12,15 @@ import torch
 
 import megalodon_ops as mo
 
-OPS = ["cema", "timestep_norm", "normalized_qk", "chunked_attention", "normalized_attention"]
+OPS = [
+    "cema",
+    "cema_end_state",
+    "timestep_norm",
+    "timestep_norm_end_state",
+    "normalized_qk",
+    "chunked_attention",
+    "normalized_attention",
+]
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(mo.__path__, "megalodon_ops.")

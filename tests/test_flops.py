@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import OPS, cema_case, chunked_attention_case, evaluate, forward, normalized_qk_case, timestep_norm_case
+from cases import (
+    BUILDERS,
+    OPS,
+    cema_case,
+    cema_end_state_case,
+    chunked_attention_case,
+    evaluate,
+    forward,
+    normalized_qk_case,
+    timestep_norm_case,
+    timestep_norm_end_state_case,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -35,6 +46,8 @@ ELEMENTS = 2 * 9  # steps of a case
 EXPECTED = {
     "cema": (cema_case(D=5, N=4), ELEMENTS * 5 * (12 * 4 + 2), ELEMENTS * 5 * (34 * 4 + 4)),
     "timestep_norm": (timestep_norm_case(G=3, width=4), ELEMENTS * 12 * 8, ELEMENTS * 12 * 13),
+    "cema_end_state": (cema_end_state_case(D=5, N=4), ELEMENTS * 5 * 8 * 4, ELEMENTS * 5 * 26 * 4),
+    "timestep_norm_end_state": (timestep_norm_end_state_case(G=3, width=4), ELEMENTS * 12 * 4, ELEMENTS * 12 * 3),
     "normalized_qk": (normalized_qk_case(H=2, K=6), ELEMENTS * 12 * 13, ELEMENTS * 12 * 23),
     # Nine steps in chunks of four allow 10 + 10 + 1 pairs.
     "chunked_attention": (
@@ -50,10 +63,9 @@ def test_forward_and_backward_are_counted(case, fwd, bwd):
     assert found == {f"{case.op}_fwd": fwd, f"{case.op}_bwd": bwd}
 
 
-@pytest.mark.parametrize("op", ["cema", "timestep_norm", "normalized_qk", "chunked_attention"])
+@pytest.mark.parametrize("op", EXPECTED)
 def test_padding_counts_nothing(op):
-    build = {"cema": cema_case, "timestep_norm": timestep_norm_case, "normalized_qk": normalized_qk_case}
-    build = build.get(op, chunked_attention_case)
+    build = BUILDERS[op]
     rows = [counted(lambda n=n: evaluate(getattr(mo, op), build(B=1, L=n))) for n in (9, 3)]
     expected = {name: rows[0][name] + rows[1][name] for name in rows[0]}
     for case in (build(B=3, lengths=[9, 0, 3]), build(B=1, L=15, cu_seqlens=[1, 10, 13])):
@@ -75,8 +87,7 @@ def test_attention_counts_pairs_as_they_are():
 
 @pytest.mark.parametrize("op", OPS)
 def test_fake_tensors_count_whole_rows(op):
-    build = {"cema": cema_case, "timestep_norm": timestep_norm_case, "normalized_qk": normalized_qk_case}
-    build = build.get(op, chunked_attention_case)
+    build = BUILDERS["chunked_attention" if op == "normalized_attention" else op]
     real = counted(lambda: forward(getattr(mo, build().op), build()))
     with FakeTensorMode() as mode:
         padded = build(lengths=[2, 3])
@@ -111,7 +122,7 @@ def test_layers_around_the_ops():
 
 
 @pytest.mark.parametrize("dispatched", [False, True])
-@pytest.mark.parametrize("op", ["cema", "timestep_norm", "normalized_qk", "chunked_attention"])
+@pytest.mark.parametrize("op", EXPECTED)
 def test_nodes_are_named_after_their_op(op, dispatched):
     case = EXPECTED[op][0]
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}

@@ -45,6 +45,10 @@ def explicit_gradients(case, incoming):
         state = None if count is None else TimestepNormState(count, tensors["mean"], tensors["var"], residual)
         grads = backward(*(incoming[name] for name in ("y", "mean", "var")), *inputs, state=state, **options)
         names += ["dmean", "dvar"]
+    elif case.op == "cema_end_state":
+        grads = backward(incoming["state"], *inputs, **options)
+    elif case.op == "timestep_norm_end_state":
+        grads = [backward(incoming["mean"], incoming["var"], *inputs, **options)]
     else:
         grads = backward(*(incoming[name] for name in op.outputs), *inputs, **options)
     return {name: grad for name, grad in zip(names, grads, strict=True) if name[1:] in tensors}

@@ -14,6 +14,7 @@ from backends import each_isa, isa
 from cases import (
     OPS,
     cema_case,
+    cema_end_state_case,
     chunked_attention_case,
     evaluate,
     generator,
@@ -21,6 +22,7 @@ from cases import (
     normalized_qk_case,
     randn,
     timestep_norm_case,
+    timestep_norm_end_state_case,
 )
 
 import megalodon_ops as mo
@@ -44,6 +46,13 @@ CASES = {
     "timestep_norm-one": timestep_norm_case(B=1, L=3001, G=3, width=13),
     "timestep_norm-many": timestep_norm_case(B=7, L=211, G=5, width=16, count=3),
     "timestep_norm-packed": timestep_norm_case(B=1, L=1501, G=2, width=33, cu_seqlens=[1, 400, 400, 1499]),
+    "cema_end_state-pieces": cema_end_state_case(B=1, L=2503, D=13, N=5),
+    "cema_end_state-strips": cema_end_state_case(B=1, L=301, D=211, N=7),
+    "cema_end_state-groups": cema_end_state_case(B=1, L=1200, D=9, N=4, cu_seqlens=[3, 5, 5, 290, 1100, 1191]),
+    "timestep_norm_end_state-one": timestep_norm_end_state_case(B=1, L=3001, G=3, width=13),
+    "timestep_norm_end_state-packed": timestep_norm_end_state_case(
+        B=1, L=1501, G=2, width=33, cu_seqlens=[1, 400, 400, 1499]
+    ),
     "normalized_qk-blocks": normalized_qk_case(B=1, L=1501, H=3, K=18, C=67),
     "normalized_qk-parts": normalized_qk_case(B=3, L=1501, H=1, K=10, C=64, lengths=[1501, 7, 900]),
     "attention-one-chunk": chunked_attention_case(B=1, L=691, H=1, K=17, V=35, C=701, dropkey=0.1),

@@ -146,6 +146,23 @@ CALLS = {
              return_state=NO_FLAG, lengths=OPTIONAL_INTEGERS),
         numbers=dict(num_groups=np.int64(G), eps=np.float64(1e-5)),
     ),
+    "cema_end_state": Call(
+        mo.cema_end_state,
+        dict(x=x, p=torch.rand(D, N), q=poles, lengths=lengths),
+        dict(x=TENSOR, p=TENSOR, q=COMPLEX_TENSOR, lengths=OPTIONAL_INTEGERS),
+    ),
+    "cema_end_state of packed sequences": Call(
+        mo.cema_end_state,
+        dict(x=x[:1], p=torch.rand(D, N), q=poles, **packed),
+        dict(cu_seqlens={**OPTIONAL_INTEGERS, "descending": lambda t: t.flip(0), "empty": lambda t: t[:0]}),
+    ),
+    "timestep_norm_end_state": Call(
+        mo.timestep_norm_end_state,
+        dict(x=x, num_groups=G, lengths=lengths),
+        dict(x={k: w for k, w in TENSOR.items() if k not in ("longer", "shorter", "meta")},
+             num_groups={**NO_SIZE, "no divisor": 3}, lengths=OPTIONAL_INTEGERS),
+        numbers=dict(num_groups=np.int64(G)),
+    ),
     "normalized_qk": Call(
         mo.normalized_qk,
         dict(z=z, gamma=affine, beta=affine, **sizes, position=torch.tensor([0, 3]), lengths=lengths),

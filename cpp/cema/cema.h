@@ -15,25 +15,25 @@ struct CemaParams {
   const void* x;        // (T, D)
   const void* p;        // (D, N) R
   const void* q;        // (D, N) complex R
-  const void* gamma;    // (D, N) complex R
-  const void* omega;    // (D) R
+  const void* gamma;    // (D, N) complex R; null where there is neither y nor dy
+  const void* omega;    // (D) R; null with gamma
   const void* state;    // (S, D, N) complex R, or null: zero
   void* workspace;      // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
 struct CemaFwdParams : CemaParams {
-  void* y;        // (T, D)
+  void* y;          // (T, D), or null: the end states alone are wanted
   void* state_out;  // (S, D, N) complex R, or null: not wanted
 };
 
 struct CemaBwdParams : CemaParams {
-  const void* dy;         // (T, D)
+  const void* dy;         // (T, D), or null: zero
   const void* dstate_out;  // (S, D, N) complex R, or null: zero
   void* dx;               // (T, D)
   void* dp;               // (D, N) R
   void* dq;               // (D, N) complex R
-  void* dgamma;           // (D, N) complex R
-  void* domega;           // (D) R
+  void* dgamma;           // (D, N) complex R; null if dy is null
+  void* domega;           // (D) R; null if dy is null
   void* dstate;           // (S, D, N) complex R, or null: not wanted
 };
 

@@ -6,21 +6,31 @@
 namespace megalodon {
 namespace {
 
-// Checks and fills the parameters that the forward and the backward share; returns x.
-TensorView fill(CemaParams& params, py::handle x_, py::handle p_, py::handle q_, py::handle gamma_, py::handle omega_,
-                py::handle state_, py::handle cu_seqlens, py::handle lengths) {
-  const TensorView x("cema", "x", x_), p("cema", "p", p_), q("cema", "q", q_), gamma("cema", "gamma", gamma_);
-  const TensorView omega("cema", "omega", omega_), state("cema", "state", state_);
+constexpr const char* kCemaEndState = "cema_end_state";
+
+// Checks and fills what a scan of states needs; returns x.
+TensorView fill_scan(const char* op, CemaParams& params, py::handle x_, py::handle p_, py::handle q_,
+                     py::handle cu_seqlens, py::handle lengths) {
+  const TensorView x(op, "x", x_), p(op, "p", p_), q(op, "q", q_);
   params.dtype = x.rank("(B, L, D)", 3).floating();
-  params.sequences = make_sequences("cema", x.size(0), x.size(1), cu_seqlens, lengths);
+  params.sequences = make_sequences(op, x.size(0), x.size(1), cu_seqlens, lengths);
   params.channels = x.size(2);
   params.modes = p.rank("(D, N)", 2).size(1);
   if (params.modes < 1) p.fail("of at least one state a channel, got N = 0");
+  const int64_t D = params.channels, N = params.modes;
+  params.x = x.data();
+  params.p = p.shape("(D, N)", {D, N}).dtype(real_of(params.dtype), kRealDtype).data();
+  params.q = q.present().shape("(D, N)", {D, N}).dtype(complex_of(params.dtype), kComplexDtype).data();
+  return x;
+}
+
+// Checks and fills the parameters that the forward and the backward share; returns x.
+TensorView fill(CemaParams& params, py::handle x_, py::handle p_, py::handle q_, py::handle gamma_, py::handle omega_,
+                py::handle state_, py::handle cu_seqlens, py::handle lengths) {
+  const TensorView gamma("cema", "gamma", gamma_), omega("cema", "omega", omega_), state("cema", "state", state_);
+  const TensorView x = fill_scan("cema", params, x_, p_, q_, cu_seqlens, lengths);
   const Scalar real = real_of(params.dtype), complex = complex_of(params.dtype);
   const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
-  params.x = x.data();
-  params.p = p.shape("(D, N)", {D, N}).dtype(real, kRealDtype).data();
-  params.q = q.present().shape("(D, N)", {D, N}).dtype(complex, kComplexDtype).data();
   params.gamma = gamma.present().shape("(D, N)", {D, N}).dtype(complex, kComplexDtype).data();
   params.omega = omega.present().shape("(D,)", {D}).dtype(real, kRealDtype).data();
   params.state = state.shape("(S, D, N)", {S, D, N}).dtype(complex, kComplexDtype).data();
@@ -61,11 +71,42 @@ void cema_bwd(const Target& target, py::handle x_, py::handle p, py::handle q, p
   MEGALODON_LAUNCH(target, cema_bwd, params);
 }
 
+// A state or its gradient, (S, D, N).
+void* end_state(const char* name, const CemaParams& params, py::handle object) {
+  return TensorView(kCemaEndState, name, object)
+      .present()
+      .shape("(S, D, N)", {params.sequences.count, params.channels, params.modes})
+      .dtype(complex_of(params.dtype), kComplexDtype)
+      .data();
+}
+
+void cema_end_state_fwd(const Target& target, py::handle x, py::handle p, py::handle q, py::handle cu_seqlens,
+                        py::handle lengths, py::handle state_out) {
+  CemaFwdParams params{};
+  fill_scan(kCemaEndState, params, x, p, q, cu_seqlens, lengths);
+  params.state_out = end_state("state_out", params, state_out);
+  MEGALODON_LAUNCH(target, cema_fwd, params);
+}
+
+void cema_end_state_bwd(const Target& target, py::handle x_, py::handle p, py::handle q, py::handle cu_seqlens,
+                        py::handle lengths, py::handle dstate_out, py::handle dx, py::handle dp, py::handle dq) {
+  CemaBwdParams params{};
+  const TensorView x = fill_scan(kCemaEndState, params, x_, p, q, cu_seqlens, lengths);
+  const TensorView p_view(kCemaEndState, "p", p), q_view(kCemaEndState, "q", q);
+  params.dstate_out = end_state("dstate_out", params, dstate_out);
+  params.dx = TensorView(kCemaEndState, "dx", dx).like(x).data();
+  params.dp = TensorView(kCemaEndState, "dp", dp).like(p_view).data();
+  params.dq = TensorView(kCemaEndState, "dq", dq).like(q_view).data();
+  MEGALODON_LAUNCH(target, cema_bwd, params);
+}
+
 }  // namespace
 
 void bind_cema(py::module_& module) {
   define(module, "cema_fwd", &cema_fwd);
   define(module, "cema_bwd", &cema_bwd);
+  define(module, "cema_end_state_fwd", &cema_end_state_fwd);
+  define(module, "cema_end_state_bwd", &cema_end_state_bwd);
 }
 
 }  // namespace megalodon

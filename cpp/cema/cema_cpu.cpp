@@ -25,6 +25,9 @@
 // With a state or its gradient the direct forms run (21 multiply-adds), and dp = sum x Re(g): no division, no
 // cancellation. The direct forms also run, once more, where a sum or the last u or g of some span is not finite.
 //
+// End states alone: without y a scan keeps no output (4 multiply-adds), and without dy both scans of the backward, in
+// the direct form, read none (14): x is read and nothing written, or x read twice and dx written.
+//
 // Pieces of sequences: every span scans from zero first (4 multiply-adds); a merge along the sequence in double,
 // h -> q^length h + local, then gives each span the state it starts from and, downwards, its dstate_out.
 //
@@ -102,9 +105,10 @@ bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& p
     const T* x = strip.row(params.x, span.begin);
     T* y = strip.row(params.y, span.begin);
     const int64_t steps = span.end - span.begin, ahead = params.sequences.tokens - span.begin;
-    if (!params.y) strip.template sweep<Form::folded, false>(x, y, x, stride, steps, ahead, nullptr);
-    else if (folded) strip.template sweep<Form::folded>(x, y, x, stride, steps, ahead, nullptr);
-    else strip.template sweep<Form::direct>(x, y, x, stride, steps, ahead, nullptr);
+    if (y && folded) strip.template sweep<Form::folded>(x, y, x, stride, steps, ahead, nullptr);
+    else if (y) strip.template sweep<Form::direct>(x, y, x, stride, steps, ahead, nullptr);
+    else if (folded) strip.template sweep<Form::folded, false>(x, y, x, stride, steps, ahead, nullptr);
+    else strip.template sweep<Form::direct, false>(x, y, x, stride, steps, ahead, nullptr);
     finite = finite && strip.state_is_finite(2);
     if (params.state_out) {
       R* state_out = strip.modal_row(params.state_out, s);
@@ -129,9 +133,8 @@ bool run_form(const CemaFwdParams& params, const CemaPlan& plan, bool folded) {
   return finite;
 }
 
-// Where y is not wanted, the direct form nevertheless writes its y, to `spare`.
 template <class T>
-void run_forward(const CemaFwdParams& params, const CemaPlan& plan, void* spare) {
+void run_forward(const CemaFwdParams& params, const CemaPlan& plan) {
   using R = Compute<T>;
   const auto *p = static_cast<const R*>(params.p), *state = static_cast<const R*>(params.state);
   const bool folded = !params.state || std::all_of(p, p + params.channels * params.modes,
@@ -143,35 +146,37 @@ void run_forward(const CemaFwdParams& params, const CemaPlan& plan, void* spare)
   if (run_form<T>(params, plan, true)) return;
   CemaFwdParams again = params;
   if (states) again.state = kept.get();
-  if (!again.y) again.y = spare;
   run_form<T>(again, plan, false);
 }
 
 template <class T>
 void forward(const CemaFwdParams& params) {
   using R = Compute<T>;
-  zero_padding(params.sequences, params.y, params.channels * static_cast<int64_t>(sizeof(T)));
-  if (params.sequences.tokens <= kShort * params.sequences.count) return forward_steps<T>(params);
+  if (params.y) {
+    zero_padding(params.sequences, params.y, params.channels * static_cast<int64_t>(sizeof(T)));
+    if (params.sequences.tokens <= kShort * params.sequences.count) return forward_steps<T>(params);
+  }
   const CemaPlan plan(params, kLanes<R>, omp_get_max_threads());
-  if (!plan.split) return run_forward<T>(params, plan, nullptr);
+  if (!plan.split) return run_forward<T>(params, plan);
   const Scratch<R> starts(plan.count * params.channels * params.modes * 2);
   CemaFwdParams local = params;
   local.y = nullptr;
   local.state = nullptr;
   local.state_out = starts.get();
-  run_forward<T>(local, plan, params.y);
+  run_forward<T>(local, plan);
   merge(params, plan, false, params.state, starts.get(), params.state_out);
+  if (!params.y) return;
   local = params;
   local.state = starts.get();
   local.state_out = nullptr;
-  run_forward<T>(local, plan, nullptr);
+  run_forward<T>(local, plan);
 }
 
 // (vectors, N, kSums, lanes), and then (vectors, lanes) for domega.
 int64_t sums_of_strip(const CemaPlan& plan, int64_t modes) { return plan.channels * (modes * kSums + 1); }
 
-// Phase 1 of the backward.
-template <bool kFolded, class T>
+// Phase 1 of the backward, with a dy or without one.
+template <bool kFolded, bool kInput, class T>
 void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, double* sums) {
   using R = Compute<T>;
   constexpr int lanes = kLanes<R>;
@@ -183,7 +188,7 @@ void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int
       im = -state[2 * i + 1];
     });
   }
-  const T *x = strip.row(params.x, span.begin), *dy = strip.row(params.dy, span.begin);
+  const T *x = strip.row(params.x, span.begin), *dy = kInput ? strip.row(params.dy, span.begin) : x;
   const int64_t stride = params.channels, steps = span.end - span.begin, modes = strip.modes;
   double* sum_omega = sums + strip.width * modes * kSums;
   const int64_t ahead = params.sequences.tokens - span.begin;
@@ -193,19 +198,19 @@ void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int
     const bool whole = size == lanes;
     if (!whole) {
       load_rows(vectors.x_from, stride, count, size, vectors.x);
-      load_rows(vectors.from, stride, count, size, vectors.in);
+      if (kInput) load_rows(vectors.from, stride, count, size, vectors.in);
     }
     for_each_pass<kSensitivityModes>(modes, [&](int64_t n, auto pass_modes) {
       const int64_t mode = vector * modes + n;
       const auto pass = [&](auto part) {
-        sensitivity_pass<kFolded, part, pass_modes>(vectors, count, strip.coefs.get() + mode * kCoefs * lanes,
-                                                    strip.state.get() + mode * 4 * lanes,
-                                                    sums + mode * kSums * lanes, strip.fetch);
+        sensitivity_pass<kFolded, kInput, part, pass_modes>(vectors, count, strip.coefs.get() + mode * kCoefs * lanes,
+                                                            strip.state.get() + mode * 4 * lanes,
+                                                            sums + mode * kSums * lanes, strip.fetch);
       };
       if (whole && n == 0) pass(std::integral_constant<Part, Part::first>{});
       else pass(std::integral_constant<Part, Part::inner>{});
     });
-    add_lanes<R>(sum_omega + vector * lanes, dot_steps(vectors.x, vectors.in, count));
+    if (kInput) add_lanes<R>(sum_omega + vector * lanes, dot_steps(vectors.x, vectors.in, count));
   };
   strip.template each_tile<kSensitivityModes>(x, dy, stride, steps, ahead, tile);
   if (params.dstate_out) {
@@ -235,7 +240,8 @@ bool downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, i
   if (steps > 0) {
     const T *x = strip.row(params.x, span.end - 1), *dy = strip.row(params.dy, span.end - 1);
     T* dx = strip.row(params.dx, span.end - 1);
-    if (!params.dx) strip.template sweep<Form::folded, false>(dy, dx, x, -stride, steps, span.end, sums);
+    if (!dy) strip.template sweep<Form::adjoint, true, false>(x, dx, x, -stride, steps, span.end, sums);
+    else if (!dx) strip.template sweep<Form::folded, false>(dy, dx, x, -stride, steps, span.end, sums);
     else if (folded) strip.template sweep<Form::folded>(dy, dx, x, -stride, steps, span.end, sums);
     else strip.template sweep<Form::adjoint>(dy, dx, x, -stride, steps, span.end, sums);
   }
@@ -264,7 +270,8 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
       double *sum = sums ? sums + job * size : nullptr, total = 0;
       if (sums) {
         std::fill_n(sum, size, 0.0);
-        const auto upwards_of = folded ? upwards<true, T> : upwards<false, T>;
+        const auto with_dy = folded ? upwards<true, true, T> : upwards<false, true, T>;
+        const auto upwards_of = params.dy ? with_dy : upwards<false, false, T>;
         for (int64_t s = begin; s < end; ++s) upwards_of(strip, params, plan.spans[s], s, sum);
       }
       for (int64_t s = end - 1; s >= begin; --s)
@@ -290,17 +297,20 @@ void finish(const CemaBwdParams& params, const CemaPlan& plan, bool folded, cons
         for (int64_t g = 0; g < plan.groups; ++g) sum += sums[(g * plan.strips + strip) * size + at];
         return sum;
       };
-      static_cast<R*>(params.domega)[channel] = static_cast<R>(total(plan.channels * modes * kSums + d));
+      if (params.domega)
+        static_cast<R*>(params.domega)[channel] = static_cast<R>(total(plan.channels * modes * kSums + d));
       for (int64_t n = 0; n < modes; ++n) {
         const int64_t i = channel * modes + n;
         const auto sum = [&](int k) { return total(((d / lanes * modes + n) * kSums + k) * lanes + d % lanes); };
         const std::complex<double> h(sum(kSumHRe), sum(kSumHIm)), w(sum(kSumWRe), sum(kSumWIm));
-        const std::complex<double> end(sum(kSumEndRe), sum(kSumEndIm)), g(gamma[2 * i], -gamma[2 * i + 1]);
+        const std::complex<double> end(sum(kSumEndRe), sum(kSumEndIm));
+        const std::complex<double> g = gamma ? std::complex<double>(gamma[2 * i], -gamma[2 * i + 1]) : 0;
         const double scale = folded ? p[i] : 1;
         const std::complex<double> dgamma = scale * h, dq = scale * g * w + end;
         static_cast<R*>(params.dp)[i] = static_cast<R>(folded ? std::real(g * h) : sum(kSumP));
         static_cast<R*>(params.dq)[2 * i] = static_cast<R>(dq.real());
         static_cast<R*>(params.dq)[2 * i + 1] = static_cast<R>(dq.imag());
+        if (!params.dgamma) continue;
         static_cast<R*>(params.dgamma)[2 * i] = static_cast<R>(dgamma.real());
         static_cast<R*>(params.dgamma)[2 * i + 1] = static_cast<R>(dgamma.imag());
       }
@@ -313,8 +323,8 @@ void clear_parameter_gradients(const CemaBwdParams& params) {
   const int64_t size = params.channels * params.modes;
   std::fill_n(static_cast<R*>(params.dp), size, R{0});
   std::fill_n(static_cast<R*>(params.dq), 2 * size, R{0});
-  std::fill_n(static_cast<R*>(params.dgamma), 2 * size, R{0});
-  std::fill_n(static_cast<R*>(params.domega), params.channels, R{0});
+  if (params.dgamma) std::fill_n(static_cast<R*>(params.dgamma), 2 * size, R{0});
+  if (params.domega) std::fill_n(static_cast<R*>(params.domega), params.channels, R{0});
 }
 
 template <class T>
@@ -339,13 +349,14 @@ void backward(const CemaBwdParams& params) {
   const Scratch<R> starts(states), ends(states);
   CemaFwdParams local_fwd{params, nullptr, starts.get()};
   local_fwd.state = nullptr;
-  run_forward<T>(local_fwd, plan, params.dx);
+  run_forward<T>(local_fwd, plan);
   merge(params, plan, false, params.state, starts.get(), nullptr);
   CemaBwdParams local = params;
   local.state = local.dstate_out = nullptr;
   local.dx = nullptr;
   local.dstate = ends.get();
-  run(local, nullptr);
+  if (params.dy) run(local, nullptr);
+  else std::fill_n(ends.get(), states, R(0));
   merge(params, plan, true, params.dstate_out, ends.get(), params.dstate);
   local = params;
   local.state = starts.get();

@@ -29,6 +29,7 @@ enum Sum { kSumWRe, kSumWIm, kSumHRe, kSumHIm, kSumP, kSumEndRe, kSumEndIm, kSum
 // folded:  s = q s + in,    out += Re(c s)
 // direct:  s = q s + p in,  out += Re(c s)
 // adjoint: g = s + c in,    out += p Re(g),  kSumP += x Re(g),  s = q g
+// Without kInput all of `in` is zero, and not read; without kOutput there is no `out`.
 enum class Form { folded, direct, adjoint };
 
 // The first pass over a tile takes its input from the rows and leaves it in the tile; in a scan it applies omega. The
@@ -145,7 +146,7 @@ MEGALODON_INLINE void add_lanes(double* sum, Vec<R> v) {
   for (int i = 0; i < kLanes<R>; ++i) sum[i] += lanes[i];
 }
 
-template <Form form, bool kOutput, Part part, int modes, class T, class R>
+template <Form form, bool kOutput, bool kInput, Part part, int modes, class T, class R>
 MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, const R* coefs, R* state, double* sums,
                                 FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
@@ -170,13 +171,13 @@ MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, co
     sum_p[m] = V{};
   }
   const auto step = [&](int64_t t) __attribute__((always_inline)) {
-    const V input = part == Part::first ? load(from + t * stride) : load(in + t * lanes);
-    if (part == Part::first) store(in + t * lanes, input);
+    const V input = !kInput ? V{} : part == Part::first ? load(from + t * stride) : load(in + t * lanes);
+    if (kInput && part == Part::first) store(in + t * lanes, input);
     V sum{};
 #pragma GCC unroll 8
     for (int m = 0; m < modes; ++m) {
       if constexpr (form == Form::adjoint) {
-        const V g_re = re[m] + c_re[m] * input, g_im = im[m] + c_im[m] * input;
+        const V g_re = kInput ? re[m] + c_re[m] * input : re[m], g_im = kInput ? im[m] + c_im[m] * input : im[m];
         sum += p[m] * g_re;
         sum_p[m] += load(x + t * lanes) * g_re;
         re[m] = q_re[m].times(g_re, [&] { return -(q_im[m] * g_im); });
@@ -192,7 +193,7 @@ MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, co
       }
     }
     if (!kOutput) return;
-    sum += part == Part::first ? omega * input : load(out + t * lanes);
+    if (kInput || part != Part::first) sum += part == Part::first ? omega * input : load(out + t * lanes);
     if (part == Part::last) store(to + t * stride, sum);
     else store(out + t * lanes, sum);
   };
@@ -205,8 +206,9 @@ MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, co
   }
 }
 
-// u = q u + x (or p x), w = du/dq: w_t = q w_{t-1} + u_{t-1}; adds sum_t dy_t w_t and sum_t dy_t u_t to the sums.
-template <bool kFolded, Part part, int modes, class T, class R>
+// u = q u + x (or p x), w = du/dq: w_t = q w_{t-1} + u_{t-1}; adds sum_t dy_t w_t and sum_t dy_t u_t to the sums if there
+// is a dy, kInput.
+template <bool kFolded, bool kInput, Part part, int modes, class T, class R>
 MEGALODON_INLINE void sensitivity_pass(const Tile<T>& tile, int steps, const R* coefs, R* state, double* sums,
                                        FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
@@ -231,10 +233,10 @@ MEGALODON_INLINE void sensitivity_pass(const Tile<T>& tile, int steps, const R* 
   }
   const auto step = [&](int64_t t) __attribute__((always_inline)) {
     const V xt = part == Part::first ? load(x_from + t * stride) : load(x + t * lanes);
-    const V dyt = part == Part::first ? load(from + t * stride) : load(dy + t * lanes);
+    const V dyt = !kInput ? V{} : part == Part::first ? load(from + t * stride) : load(dy + t * lanes);
     if (part == Part::first) {
       store(x + t * lanes, xt);
-      store(dy + t * lanes, dyt);
+      if (kInput) store(dy + t * lanes, dyt);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < modes; ++m) {
@@ -246,6 +248,7 @@ MEGALODON_INLINE void sensitivity_pass(const Tile<T>& tile, int steps, const R* 
       w_im[m] = next_w_im;
       u_re[m] = next_u_re;
       u_im[m] = next_u_im;
+      if (!kInput) continue;
       sum_w_re[m] += dyt * next_w_re;
       sum_w_im[m] += dyt * next_w_im;
       sum_u_re[m] += dyt * next_u_re;
@@ -259,6 +262,7 @@ MEGALODON_INLINE void sensitivity_pass(const Tile<T>& tile, int steps, const R* 
     store(state + (4 * m + 1) * lanes, u_im[m]);
     store(state + (4 * m + 2) * lanes, w_re[m]);
     store(state + (4 * m + 3) * lanes, w_im[m]);
+    if (!kInput) continue;
     double* sum = sums + m * kSums * lanes;
     add_lanes<R>(sum + kSumWRe * lanes, sum_w_re[m]);
     add_lanes<R>(sum + kSumWIm * lanes, sum_w_im[m]);

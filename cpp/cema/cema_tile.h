@@ -31,17 +31,21 @@ struct Strip {
     vectors = static_cast<int>(ceil_div(channels, lanes));
     std::fill_n(coefs.get(), width * modes * kCoefs, R(0));
     std::fill_n(omega.get(), width, R(0));
-    std::copy_n(static_cast<const R*>(params.omega) + first, channels, omega.get());
-    const R *p = modal(params.p), *q = modal(params.q, 2), *gamma = modal(params.gamma, 2);
+    const R *p = modal(params.p), *q = modal(params.q, 2), *gamma = nullptr;
+    if (params.gamma) {
+      std::copy_n(static_cast<const R*>(params.omega) + first, channels, omega.get());
+      gamma = modal(params.gamma, 2);
+    }
     const R sign = conjugated ? -1 : 1;
     each_mode([&](int64_t i, int64_t vector, int64_t lane) {
       R* coef = coefs.get() + vector * kCoefs * lanes + lane;
       const R scale = folded ? p[i] : 1;
       coef[kQRe * lanes] = q[2 * i];
       coef[kQIm * lanes] = sign * q[2 * i + 1];
+      coef[kP * lanes] = p[i];
+      if (!gamma) return;
       coef[kCRe * lanes] = scale * gamma[2 * i];
       coef[kCIm * lanes] = sign * scale * gamma[2 * i + 1];
-      coef[kP * lanes] = p[i];
     });
   }
 
@@ -83,8 +87,9 @@ struct Strip {
     return is_finite<R>(sum);
   }
 
-  // Scans `steps` rows from `from` on, `stride` apart, to the rows of `to`; `ahead` rows exist from `from` on.
-  template <Form form, bool kOutput = true>
+  // Scans `steps` rows from `from` on, `stride` apart, to the rows of `to`; `ahead` rows exist from `from` on. Without
+  // kInput, the rows count as zero and `from` says only where they would be.
+  template <Form form, bool kOutput = true, bool kInput = true>
   void sweep(const T* from, T* to, const T* x_from, int64_t stride, int64_t steps, int64_t ahead, double* sums) {
     const T* const fetched = kOutput ? to : from;
     each_tile<kScanModes>(from, fetched, stride, steps, ahead, [&](int64_t t, int count, int vector, int size) {
@@ -93,14 +98,15 @@ struct Strip {
       const Vec<R> scale = load(omega.get() + vector * lanes);
       const bool whole = size == lanes;  // the rows of a whole vector are worked on in place
       if (!whole) {
-        load_rows(tile.from, stride, count, size, tile.in);
-        for (int i = 0; i < count; ++i) store(tile.out + i * lanes, scale * load(tile.in + i * lanes));
+        if (kInput) load_rows(tile.from, stride, count, size, tile.in);
+        for (int i = 0; i < count; ++i)
+          store(tile.out + i * lanes, kInput ? scale * load(tile.in + i * lanes) : zeros<R>());
       }
       if (form == Form::adjoint) load_rows(tile.x_from, stride, count, size, tile.x);
       for_each_pass<kScanModes>(modes, [&](int64_t n, auto pass_modes) {
         const int64_t mode = vector * modes + n;
         const auto pass = [&](auto part) {
-          scan_pass<form, kOutput, part, pass_modes>(
+          scan_pass<form, kOutput, kInput, part, pass_modes>(
               tile, count, scale, coefs.get() + mode * kCoefs * lanes, state.get() + mode * 2 * lanes,
               form == Form::adjoint ? sums + mode * kSums * lanes : nullptr, fetch);
         };

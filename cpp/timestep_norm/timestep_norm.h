@@ -16,8 +16,8 @@ struct TimestepNormParams {
   int64_t groups;        // G, divides D
   double eps;
   const void* x;         // (T, D)
-  const void* weight;    // (D) R; the gain is 1 + weight
-  const void* bias;      // (D) R
+  const void* weight;    // (D) R; the gain is 1 + weight; null where there is no y
+  const void* bias;      // (D) R; null with weight
   const int64_t* count;  // (S) timesteps seen, or null: a fresh state
   const void* mean;      // (S, G) R; null if count is null
   const void* var;       // (S, G) R; null if count is null
@@ -26,7 +26,7 @@ struct TimestepNormParams {
 };
 
 struct TimestepNormFwdParams : TimestepNormParams {
-  void* y;             // (T, D)
+  void* y;             // (T, D), or null: the end states alone are wanted, and no stats
   void* stats;         // (3, T, G) R: mean, residual of mean, 1 / sqrt(var + eps), after step t; on CUDA unwritten if
                        // D = 0; or null: not wanted
   int64_t* count_out;  // (S), or null: no end state wanted
@@ -47,9 +47,26 @@ struct TimestepNormBwdParams : TimestepNormParams {
   void* dvar;            // (S, G) R, or null: not wanted
 };
 
+// The backward where the end states alone were wanted, of fresh sequences.
+struct TimestepNormEndStateBwdParams {
+  DType dtype;               // of x, dx
+  Sequences sequences;       // S sequences in T tokens
+  int64_t channels;          // D
+  int64_t groups;            // G, divides D
+  const void* x;             // (T, D)
+  const void* mean_out;      // (S, G) R, from the forward
+  const void* residual_out;  // (S, 2, G) R, from the forward
+  const void* dmean_out;     // (S, G) R, or null: zero
+  const void* dvar_out;      // (S, G) R, or null: zero
+  void* dx;                  // (T, D)
+  void* workspace;           // as in TimestepNormParams
+};
+
 MEGALODON_CPU_KERNEL(timestep_norm_fwd_cpu, TimestepNormFwdParams)
 MEGALODON_CPU_KERNEL(timestep_norm_bwd_cpu, TimestepNormBwdParams)
+MEGALODON_CPU_KERNEL(timestep_norm_end_state_bwd_cpu, TimestepNormEndStateBwdParams)
 MEGALODON_CUDA_KERNEL(timestep_norm_fwd_cuda, TimestepNormFwdParams)
 MEGALODON_CUDA_KERNEL(timestep_norm_bwd_cuda, TimestepNormBwdParams)
+MEGALODON_CUDA_KERNEL(timestep_norm_end_state_bwd_cuda, TimestepNormEndStateBwdParams)
 
 }  // namespace megalodon

@@ -7,26 +7,50 @@ namespace megalodon {
 namespace {
 
 constexpr const char* kNorm = "timestep_norm";
+constexpr const char* kNormEndState = "timestep_norm_end_state";
+
+// Checks and fills x, its groups and its sequences; returns x.
+template <class Params>
+TensorView fill_x(const char* op, Params& params, py::handle x_, int64_t num_groups, py::handle cu_seqlens,
+                  py::handle lengths) {
+  const TensorView x(op, "x", x_);
+  params.dtype = x.rank("(B, L, D)", 3).floating();
+  params.sequences = make_sequences(op, x.size(0), x.size(1), cu_seqlens, lengths);
+  const int64_t D = x.size(2), G = num_groups;
+  if (G < 1 || D % G)
+    throw py::value_error(std::string(op) + ": `num_groups` must be positive and divide D = " + std::to_string(D) +
+                          ", got " + std::to_string(G) + ".");
+  params.channels = D;
+  params.groups = G;
+  params.x = x.data();
+  return x;
+}
+
+// Checks and fills where the end states go.
+void fill_end_states(const char* op, TimestepNormFwdParams& params, const TensorView& count, py::handle mean_out,
+                     py::handle var_out, py::handle residual_out) {
+  const Scalar real = real_of(params.dtype);
+  const int64_t S = params.sequences.count, G = params.groups;
+  const TensorView mean(op, "mean_out", mean_out), var(op, "var_out", var_out);
+  const TensorView residual(op, "residual_out", residual_out);
+  params.count_out = count.present().shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<int64_t>();
+  params.mean_out = mean.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+  params.var_out = var.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+  params.residual_out = residual.present().shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
+}
 
 // Checks and fills the parameters that the forward and the backward share; returns x.
 TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, py::handle bias_, int64_t num_groups,
                 double eps, py::handle count_, py::handle mean_, py::handle var_, py::handle residual_,
                 py::handle cu_seqlens, py::handle lengths) {
-  const TensorView x(kNorm, "x", x_), weight(kNorm, "weight", weight_), bias(kNorm, "bias", bias_);
+  const TensorView weight(kNorm, "weight", weight_), bias(kNorm, "bias", bias_);
   const TensorView count(kNorm, "state.count", count_), mean(kNorm, "state.mean", mean_), var(kNorm, "state.var", var_);
   const TensorView residual(kNorm, "state.residual", residual_);
-  params.dtype = x.rank("(B, L, D)", 3).floating();
-  params.sequences = make_sequences(kNorm, x.size(0), x.size(1), cu_seqlens, lengths);
+  const TensorView x = fill_x(kNorm, params, x_, num_groups, cu_seqlens, lengths);
   const Scalar real = real_of(params.dtype);
-  const int64_t S = params.sequences.count, D = x.size(2), G = num_groups;
-  if (G < 1 || D % G)
-    throw py::value_error("timestep_norm: `num_groups` must be positive and divide D = " + std::to_string(D) +
-                          ", got " + std::to_string(G) + ".");
+  const int64_t S = params.sequences.count, D = params.channels, G = params.groups;
   check_range(kNorm, "eps", eps, 0, "finite and at least 0");
-  params.channels = D;
-  params.groups = G;
   params.eps = eps;
-  params.x = x.data();
   params.weight = weight.present().shape("(D,)", {D}).dtype(real, kRealDtype).data();
   params.bias = bias.present().shape("(D,)", {D}).dtype(real, kRealDtype).data();
   if (!count.given()) {
@@ -49,18 +73,11 @@ void timestep_norm_fwd(const Target& target, py::handle x_, py::handle weight, p
   TimestepNormFwdParams params{};
   const TensorView x = fill(params, x_, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
   const Scalar real = real_of(params.dtype);
-  const int64_t B = x.size(0), L = x.size(1), S = params.sequences.count, G = params.groups;
+  const int64_t B = x.size(0), L = x.size(1), G = params.groups;
   params.y = TensorView(kNorm, "y", y).like(x).data();
   params.stats = TensorView(kNorm, "stats", stats).shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kRealDtype).data();
   const TensorView count_view(kNorm, "count_out", count_out);
-  if (count_view.given()) {
-    params.count_out = count_view.shape("(S,)", {S}).dtype(Scalar::i64, "timesteps").data_as<int64_t>();
-    const TensorView new_mean(kNorm, "mean_out", mean_out), new_var(kNorm, "var_out", var_out);
-    const TensorView new_residual(kNorm, "residual_out", residual_out);
-    params.mean_out = new_mean.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
-    params.var_out = new_var.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
-    params.residual_out = new_residual.present().shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
-  }
+  if (count_view.given()) fill_end_states(kNorm, params, count_view, mean_out, var_out, residual_out);
   MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
 }
 
@@ -91,11 +108,40 @@ void timestep_norm_bwd(const Target& target, py::handle x_, py::handle weight_, 
   MEGALODON_LAUNCH(target, timestep_norm_bwd, params);
 }
 
+void timestep_norm_end_state_fwd(const Target& target, py::handle x, int64_t num_groups, py::handle cu_seqlens,
+                                 py::handle lengths, py::handle mean_out, py::handle var_out, py::handle residual_out,
+                                 py::handle count_out) {
+  TimestepNormFwdParams params{};
+  fill_x(kNormEndState, params, x, num_groups, cu_seqlens, lengths);
+  const TensorView count(kNormEndState, "count_out", count_out);
+  fill_end_states(kNormEndState, params, count, mean_out, var_out, residual_out);
+  MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
+}
+
+void timestep_norm_end_state_bwd(const Target& target, py::handle x_, int64_t num_groups, py::handle cu_seqlens,
+                                 py::handle lengths, py::handle mean_out, py::handle residual_out, py::handle dmean_out,
+                                 py::handle dvar_out, py::handle dx) {
+  TimestepNormEndStateBwdParams params{};
+  const TensorView x = fill_x(kNormEndState, params, x_, num_groups, cu_seqlens, lengths);
+  const Scalar real = real_of(params.dtype);
+  const int64_t S = params.sequences.count, G = params.groups;
+  const TensorView mean(kNormEndState, "mean_out", mean_out), residual(kNormEndState, "residual_out", residual_out);
+  const TensorView dmean(kNormEndState, "dmean_out", dmean_out), dvar(kNormEndState, "dvar_out", dvar_out);
+  params.mean_out = mean.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+  params.residual_out = residual.present().shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
+  params.dmean_out = dmean.shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+  params.dvar_out = dvar.shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
+  params.dx = TensorView(kNormEndState, "dx", dx).like(x).data();
+  MEGALODON_LAUNCH(target, timestep_norm_end_state_bwd, params);
+}
+
 }  // namespace
 
 void bind_timestep_norm(py::module_& module) {
   define(module, "timestep_norm_fwd", &timestep_norm_fwd);
   define(module, "timestep_norm_bwd", &timestep_norm_bwd);
+  define(module, "timestep_norm_end_state_fwd", &timestep_norm_end_state_fwd);
+  define(module, "timestep_norm_end_state_bwd", &timestep_norm_end_state_bwd);
 }
 
 }  // namespace megalodon

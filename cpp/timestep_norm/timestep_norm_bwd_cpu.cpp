@@ -246,10 +246,89 @@ void backward(const TimestepNormBwdParams& p) {
   }
 }
 
+// One thread's backward of end states alone, for a sequence of n fresh steps:
+//   dx = (dmean + 2 dvar (x - mean)) / (n F)
+template <class T>
+class EndStateBackward {
+  using R = Compute<T>;
+
+ public:
+  EndStateBackward(const TimestepNormEndStateBwdParams& params, const Channels<R>& channels, int64_t block_rows)
+      : p(params), channels(channels), block_rows(block_rows), G(p.groups), D(p.channels), mean_(G + kLanes<R>),
+        level_(G + kLanes<R>), slope_(G + kLanes<R>),
+        streams_(worth_streaming(static_cast<const T*>(p.dx), p.sequences.tokens, D)) {}
+
+  void operator()(int64_t block) {
+    const int64_t from = block * block_rows, to = smaller(from + block_rows, p.sequences.tokens);
+    p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) {
+      if (s < 0) {
+        std::memset(static_cast<T*>(p.dx) + a * D, 0, static_cast<size_t>((b - a) * D) * sizeof(T));
+        return;
+      }
+      take_up(s);
+      for (int64_t row = a; row < b; ++row) streams_ ? write_row<true>(row) : write_row<false>(row);
+    });
+  }
+
+ private:
+  // dx = level + slope (x - mean), with the mean's residual in the level.
+  void take_up(int64_t s) {
+    const double share = 1 / static_cast<double>(p.sequences.length(s) * (D / G));
+    const R *mean = static_cast<const R*>(p.mean_out) + s * G, *residual = static_cast<const R*>(p.residual_out) + 2 * s * G;
+    const R *dmean = static_cast<const R*>(p.dmean_out), *dvar = static_cast<const R*>(p.dvar_out);
+    for (int64_t g = 0; g < G; ++g) {
+      const double slope = dvar ? 2 * share * dvar[s * G + g] : 0;
+      mean_[g] = mean[g];
+      slope_[g] = static_cast<R>(slope);
+      level_[g] = static_cast<R>((dmean ? share * dmean[s * G + g] : 0) - slope * residual[g]);
+    }
+  }
+
+  template <bool kStream>
+  void write_row(int64_t row) {
+    const R* const stats[3] = {mean_.get(), level_.get(), slope_.get()};
+    const T* x = static_cast<const T*>(p.x) + row * D;
+    T* dx = static_cast<T*>(p.dx) + row * D;
+    channels.template for_each_vector_with_statistics<1>(
+        stats, [=](int64_t, int64_t c, int64_t n, auto& s) __attribute__((always_inline)) {
+          fetch_ahead(x + c, c);
+          const Vec<R> out = s[0][1] + s[0][2] * (load_first(x + c, n) - s[0][0]);
+          if constexpr (kStream) {
+            stream(dx + c, out);
+          } else {
+            fetch_ahead<1>(dx + c, c);
+            store_first(dx + c, out, n);
+          }
+        });
+  }
+
+  const TimestepNormEndStateBwdParams& p;
+  const Channels<R>& channels;
+  const int64_t block_rows, G, D;
+  Scratch<R> mean_, level_, slope_;  // of the sequence that is worked on
+  const bool streams_;
+};
+
+template <class T>
+void end_state_backward(const TimestepNormEndStateBwdParams& p) {
+  using R = Compute<T>;
+  const int64_t tokens = p.sequences.tokens;
+  if (tokens * p.channels == 0) return;
+  const Channels<R> channels(p.channels, p.groups);
+  const int64_t rows = TimestepNormPlan<R>::block_rows(p, sizeof(T));
+  const double work = 4.0 * static_cast<double>(tokens * p.channels);
+  parallel_jobs<StreamFence>((tokens + rows - 1) / rows, work, [&] { return EndStateBackward<T>(p, channels, rows); },
+                             Order::shares);
+}
+
 }  // namespace
 
 void timestep_norm_bwd_cpu(const TimestepNormBwdParams& params) {
   dispatch_dtype(params.dtype, [&](auto type) { backward<decltype(type)>(params); });
+}
+
+void timestep_norm_end_state_bwd_cpu(const TimestepNormEndStateBwdParams& params) {
+  dispatch_dtype(params.dtype, [&](auto type) { end_state_backward<decltype(type)>(params); });
 }
 
 }  // namespace megalodon::MEGALODON_ISA

@@ -9,7 +9,7 @@
 //   1. reduces each row's groups, F channels to two numbers, kLanes groups at a time, merging lanes by a transposition;
 //   2. scans each run of one sequence along time, in double, G values a row. A run that its block cuts off from the
 //      start of its sequence is scanned as if fresh, and merged with the carry of the block before when that arrives;
-//   3. writes y, or dx and the block's share of dweight and dbias.
+//   3. writes y, or dx and the block's share of dweight and dbias; nothing where the end states alone are wanted.
 // Only the carry, 2 G doubles, is passed from block to block, so threads wait for a merge, not for each other's rows.
 //
 // Memory traffic, in elements: forward x, y; backward x, dy, dx; plus 3 T G statistics. Rows are read twice: first from
@@ -51,6 +51,7 @@ class Forward {
       merge(plan.relay.carry(block - 1), count_before(p, cut_s, from), cut_end - from);
       deliver(block, cut_s, cut_end, (cut_end - 1 - from) * G);
     }
+    if (!p.y) return;
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) { write(s, a, b, (a - from) * G); });
   }
 

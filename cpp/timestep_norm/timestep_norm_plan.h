@@ -168,9 +168,10 @@ struct TimestepNormPlan {
   TimestepNormPlan(const TimestepNormParams& p, int64_t element_bytes)
       : channels(p.channels, p.groups), rows(block_rows(p, element_bytes)),
         blocks((p.sequences.tokens + rows - 1) / rows), gain(p.channels + kLanes<R>), relay(blocks, 2 * p.groups) {
-    for (int64_t c = 0; c < p.channels; ++c) gain[c] = 1 + static_cast<const R*>(p.weight)[c];
+    for (int64_t c = 0; p.weight && c < p.channels; ++c) gain[c] = 1 + static_cast<const R*>(p.weight)[c];
   }
-  static int64_t block_rows(const TimestepNormParams& p, int64_t element_bytes) {
+  template <class Params>
+  static int64_t block_rows(const Params& p, int64_t element_bytes) {
     const int64_t row_bytes = p.channels * element_bytes + p.groups * 3 * static_cast<int64_t>(sizeof(double));
     const int64_t fitting = smaller(kBlockBytes / row_bytes, kMaxRows), most = fitting < 4 ? 4 : fitting;
     const int64_t tokens = p.sequences.tokens;

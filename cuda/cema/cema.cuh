@@ -71,7 +71,7 @@ struct Scan {
   bool reverse;             // against time
   bool whole;               // two channels may be accessed at once
   bool resume, more;        // the sums over modes start from, or end in, `sums`
-  const void* in;           // (T, D)
+  const void* in;           // (T, D), or null: zero; then `factor` is not null
   void* out;                // (T, D)
   const void* omega;        // (D) R
   const void* initial;      // (S, D, N) complex R, or null: zero
@@ -380,8 +380,9 @@ char* take_states(Scan& scan, const CemaParams& params, char* memory);
 void launch_table(const CemaParams& params, const Scan& scan, bool carried, void* stream);
 // 2. and 3. The entering states of one scan, or of two at once.
 void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream);
-// 4. The output.
+// 4. The output, or the final states alone.
 void launch_output(DType dtype, const Scan& scan, void* stream);
+void launch_ends(DType dtype, const Scan& scan, void* stream);
 // Copies the initial states of sequences without tokens to their final states.
 void launch_empty(DType dtype, const Scan& scan, void* stream);
 

@@ -61,7 +61,8 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
       launch_output(params.dtype, g.adjoint, stream);
       if (g.scan.tiles > 0) {
         const Grid grid(g.scan, kSumModes<R>);
-        LAUNCH(cema_sums_kernel<T>, grid.blocks, grid.threads, 0, stream, g);
+        if (g.dy) LAUNCH((cema_sums_kernel<T, true>), grid.blocks, grid.threads, 0, stream, g);
+        else LAUNCH((cema_sums_kernel<T, false>), grid.blocks, grid.threads, 0, stream, g);
       }
       const int64_t left = g.scan.modes - g.scan.first_mode;
       const dim3 blocks(static_cast<unsigned>((g.scan.width + gpu::kWarp - 1) / gpu::kWarp),

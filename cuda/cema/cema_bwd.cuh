@@ -36,10 +36,10 @@ enum Sum { kSumFirst, kSumSecond, kSumWFirst, kSumWSecond, kProductFirst, kProdu
 
 struct Gradients {
   Scan scan, adjoint;
-  const void* dy;  // (T, D)
+  const void* dy;  // (T, D), or null: zero
   void* sums;      // (tiles, stride) R: a tile's (kinds, N', D') of enum Sum, then (D') for domega
   int64_t kinds, stride;
-  void *dp, *dq, *dgamma, *domega;
+  void *dp, *dq, *dgamma, *domega;  // dgamma and domega are null if dy is
 };
 
 template <class R, int modes = kSumModes<R>>
@@ -62,6 +62,8 @@ struct Sensitivity {
     GPU_UNROLL
     for (int m = 0; m < modes; ++m) w_first[m][0] = w_first[m][1] = w_second[m][0] = w_second[m][1] = 0;
   }
+  // kInput: there is a dy; else it is zero.
+  template <bool kInput>
   GPU_INLINE void step(const R (&x)[2], const R (&dy)[2]) {
     GPU_UNROLL
     for (int m = 0; m < modes; ++m) {
@@ -73,6 +75,7 @@ struct Sensitivity {
       }
     }
     u.step(x);
+    if constexpr (!kInput) return;
     GPU_UNROLL
     for (int e = 0; e < 2; ++e) {
       sum_omega[e] += dy[e] * x[e];
@@ -108,7 +111,7 @@ struct Sensitivity {
   }
 };
 
-template <class T>
+template <class T, bool kInput>
 __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kernel(Gradients p) {
   using R = Compute<T>;
   SMEM_ARRAY(Pair<R>, slots, 2 * kSumModes<R> * kThreads);
@@ -118,12 +121,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kerne
   if (scan.tiles > 1) state.u.load(scan, place);
   const auto advance = [&](auto rows, int64_t t) {
     constexpr int n = decltype(rows)::value;
-    R x[n][2], dy[n][2];
+    R x[n][2], dy[n][2] = {};
     const int64_t at = t * scan.channels + place.channel;
     load_rows(x, static_cast<const T*>(scan.in) + at, scan.channels, scan.whole, place.second);
-    load_rows(dy, static_cast<const T*>(p.dy) + at, scan.channels, scan.whole, place.second);
+    if constexpr (kInput) load_rows(dy, static_cast<const T*>(p.dy) + at, scan.channels, scan.whole, place.second);
     GPU_UNROLL
-    for (int i = 0; i < n; ++i) state.step(x[i], dy[i]);
+    for (int i = 0; i < n; ++i) state.template step<kInput>(x[i], dy[i]);
   };
   for (int64_t t = scan.begin(place.tile), to = scan.end(place.tile); t < to;) {
     const Run run(scan, t, to);
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
     for (int w = 0; w < kFinishWarps; ++w) sum[i] += parts[(w * kMostSums + i) * gpu::kWarp + lane];
   }
   if (of_omega) {
-    static_cast<R*>(p.domega)[d] = static_cast<R>(sum[0]);
+    if (p.domega) static_cast<R*>(p.domega)[d] = static_cast<R>(sum[0]);
     return;
   }
   const Basis<R> basis(scan, blockIdx.y, d);
@@ -198,6 +201,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   const int64_t to = d * scan.modes + n;
   static_cast<R*>(p.dp)[to] = static_cast<R>(gpu::real_of_product(gamma, of_x));
   gpu::st(static_cast<gpu::Complex<R>*>(p.dq) + to, gpu::Complex<R>{static_cast<R>(dq.re), static_cast<R>(-dq.im)});
+  if (!p.dgamma) return;
   gpu::st(static_cast<gpu::Complex<R>*>(p.dgamma) + to,
           gpu::Complex<R>{static_cast<R>(dgamma.re), static_cast<R>(-dgamma.im)});
 }

@@ -1,5 +1,7 @@
 #include "cema_scan.cuh"
 
+#include "cema_ends.cuh"
+
 namespace megalodon {
 namespace cema {
 namespace {
@@ -16,14 +18,24 @@ void dispatch_lanes(int64_t lanes, F&& f) {
   }
 }
 
-template <class T, bool kProducts>
+template <class T, bool kProducts, bool kInput>
 void launch_output_of(const Scan& scan, void* stream) {
   dispatch_lanes(scan.lanes, [&](auto lanes) {
     // 8 modes a thread where registers allow it.
     constexpr int modes = lanes == 4 || kProducts || sizeof(T) == 8 || (lanes == 32 && sizeof(T) == 4) ? 4 : 8;
     const Grid grid(scan, modes);
-    LAUNCH((cema_output_kernel<T, modes, lanes / modes, kProducts>), grid.blocks, grid.threads, 0, stream, scan);
+    LAUNCH((cema_output_kernel<T, modes, lanes / modes, kProducts, kInput>), grid.blocks, grid.threads, 0, stream,
+           scan);
   });
+}
+
+// Calls f with the number of modes of a thread that only advances states, as an integral_constant.
+template <class T, class F>
+void dispatch_modes(const Scan& scan, F&& f) {
+  if constexpr (sizeof(T) < 8) {
+    if (scan.lanes > 4) return f(std::integral_constant<int, 8>{});
+  }
+  f(std::integral_constant<int, 4>{});
 }
 
 }  // namespace
@@ -81,16 +93,10 @@ void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream) {
   const int count = b ? 2 : 1;
   dispatch_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    const auto launch = [&](auto modes) {
+    dispatch_modes<T>(a, [&](auto modes) {
       const Grid grid(a, modes, count);
       LAUNCH((cema_local_kernel<T, modes>), grid.blocks, grid.threads, 0, stream, scans);
-    };
-    if constexpr (sizeof(T) < 8) {
-      if (a.lanes > 4) launch(std::integral_constant<int, 8>{});
-      else launch(std::integral_constant<int, 4>{});
-    } else {
-      launch(std::integral_constant<int, 4>{});
-    }
+    });
     const dim3 grid(static_cast<unsigned>(ceil_div(a.lanes * a.width, gpu::kWarp)), static_cast<unsigned>(count));
     LAUNCH(cema_carry_kernel<Compute<T>>, grid, kCarryWarps * gpu::kWarp, 0, stream, scans);
   });
@@ -100,8 +106,20 @@ void launch_output(DType dtype, const Scan& scan, void* stream) {
   if (scan.tiles == 0) return;
   dispatch_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    if (scan.factor) launch_output_of<T, true>(scan, stream);
-    else launch_output_of<T, false>(scan, stream);
+    if (!scan.in) launch_output_of<T, true, false>(scan, stream);
+    else if (scan.factor) launch_output_of<T, true, true>(scan, stream);
+    else launch_output_of<T, false, true>(scan, stream);
+  });
+}
+
+void launch_ends(DType dtype, const Scan& scan, void* stream) {
+  if (scan.tiles == 0) return;
+  dispatch_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    dispatch_modes<T>(scan, [&](auto modes) {
+      const Grid grid(scan, modes);
+      LAUNCH((cema_ends_kernel<T, modes>), grid.blocks, grid.threads, 0, stream, scan);
+    });
   });
 }
 

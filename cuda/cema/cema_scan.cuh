@@ -10,6 +10,7 @@
 // Registers: at most 168 (12 warps an SM), 255 for double; no spills. Shared memory: 16 KB for the states of sequences
 // that start or end, 4.2 KB in phase 3 (8.3 for double).
 // Multiply-adds a mode and step: 3 in phase 2, 5 in phase 4, two more with products.
+// Where the end states alone are wanted, cema_ends_kernel of cema_ends.cuh takes the place of phase 4.
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB
 // twice, y 33.5 MB, and states of 17 MB four times, which stay in L2: 30 us at 3.35 TB/s.
 // Example: T = 300, tile 32: 10 tiles, the last of 12 steps; two sequences from 0 and from 100: tiles 0 and 3 hold a
@@ -68,7 +69,8 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   }
   const auto set = [&](int plane, double value) { return scan.plane<R>(plane)[at] = static_cast<R>(value); };
   const gpu::Complex<R> pole = gpu::ld<gpu::Complex<R>>(q + d * scan.modes + n);
-  gpu::Complex<R> g = gpu::ld<gpu::Complex<R>>(gamma + d * scan.modes + n);
+  gpu::Complex<R> g{1, 0};  // without y and dy
+  if (gamma) g = gpu::ld<gpu::Complex<R>>(gamma + d * scan.modes + n);
   double phase = pole.im, scale = p[d * scan.modes + n];
   if (carried) {
     const R least = static_cast<R>(kLeastScale<R>);
@@ -104,6 +106,29 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   store_matrix<R>(scan, kSpanMatrix, at, re, v, phase2, shear);
 }
 
+// Takes `count` steps, the first at element `at`; `in` may be null, of zeros.
+template <int modes, class T, class R>
+GPU_INLINE void walk(const Scan& scan, const Place& place, Modes<R, modes>& state, const T* in, int64_t at, int count) {
+  const int64_t step = scan.step();
+  if (!in) {
+    const R zeros[2] = {0, 0};
+    for (; count > 0; --count) state.step(zeros);
+    return;
+  }
+  in += at;
+  for (; count >= kBatch<T>; count -= kBatch<T>, in += kBatch<T> * step) {
+    R x[kBatch<T>][2];
+    load_rows(x, in, step, scan.whole, place.second);
+    GPU_UNROLL
+    for (int j = 0; j < kBatch<T>; ++j) state.step(x[j]);
+  }
+  for (; count > 0; --count, in += step) {
+    R x[1][2];
+    load_rows(x, in, step, scan.whole, place.second);
+    state.step(x[0]);
+  }
+}
+
 template <class T, int modes>
 __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_local_kernel(Scans scans) {
   using R = Compute<T>;
@@ -116,27 +141,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_local_kern
   if (threadIdx.x == 0 && blockIdx.x % (gridDim.x / scan.tiles) == 0) scan.stops[place.tile] = start >= from;
   Modes<R, modes> state(scan, place);
   const int64_t first = start < from ? from : start, step = scan.step();
-  const T* in = static_cast<const T*>(scan.in) + scan.token(first) * scan.channels + place.channel;
+  int64_t at = scan.token(first) * scan.channels + place.channel;
   int left = static_cast<int>(to - first);
-  bool enters = scan.initial && start >= from;
-  while (left > 0) {
-    if (left >= kBatch<T> && !enters) {
-      R x[kBatch<T>][2];
-      load_rows(x, in, step, scan.whole, place.second);
-      GPU_UNROLL
-      for (int j = 0; j < kBatch<T>; ++j) state.step(x[j]);
-      in += kBatch<T> * step;
-      left -= kBatch<T>;
-    } else {
-      R x[1][2];
-      load_rows(x, in, step, scan.whole, place.second);
-      state.step(x[0]);
-      if (enters) state.enter(scan, place, sequence, slots + threadIdx.x);
-      enters = false;
-      in += step;
-      --left;
-    }
+  if (scan.initial && start >= from && left > 0) {
+    walk(scan, place, state, static_cast<const T*>(scan.in), at, 1);
+    state.enter(scan, place, sequence, slots + threadIdx.x);
+    at += step;
+    --left;
   }
+  walk(scan, place, state, static_cast<const T*>(scan.in), at, left);
   state.store(scan, place);
 }
 
@@ -208,7 +221,8 @@ GPU_INLINE void add_parts(R (&y)[n][2], int part) {
   }
 }
 
-template <class T, int modes, int split, bool kProducts>
+// kProducts: adds up factor_t times the states, too. Without kInput all of `in` is zero, and not read.
+template <class T, int modes, int split, bool kProducts, bool kInput>
 struct Output {
   using R = Compute<T>;
   const Scan& scan;
@@ -226,7 +240,7 @@ struct Output {
       gpu::load(out_first[m], scan.plane<R>(kOutFirst) + at);
       gpu::load(out_second[m], scan.plane<R>(kOutSecond) + at);
     }
-    const bool adds_omega = place.part == 0 && !scan.resume;
+    const bool adds_omega = kInput && place.part == 0 && !scan.resume;
     omega[0] = adds_omega ? static_cast<const R*>(scan.omega)[place.channel] : 0;
     omega[1] = adds_omega && place.second ? static_cast<const R*>(scan.omega)[place.channel + 1] : 0;
     GPU_UNROLL
@@ -240,8 +254,8 @@ struct Output {
   template <int n>
   GPU_INLINE void advance(int64_t at, bool enters, int64_t sequence) {
     const int64_t step = scan.step();
-    R x[n][2], factor[n][2];
-    load_rows(x, static_cast<const T*>(scan.in) + at, step, scan.whole, place.second);
+    R x[n][2] = {}, factor[n][2];
+    if constexpr (kInput) load_rows(x, static_cast<const T*>(scan.in) + at, step, scan.whole, place.second);
     if constexpr (kProducts) load_rows(factor, static_cast<const T*>(scan.factor) + at, step, scan.whole, place.second);
     constexpr int most = split < kStored ? split : kStored, rows = n < most ? n : most;
     GPU_UNROLL
@@ -262,7 +276,7 @@ struct Output {
   GPU_INLINE void read(R (&y)[2], const R (&x)[2]) const {
     GPU_UNROLL
     for (int e = 0; e < 2; ++e) {
-      y[e] = omega[e] * x[e];
+      y[e] = kInput ? omega[e] * x[e] : 0;
       GPU_UNROLL
       for (int m = 0; m < modes; ++m) {
         y[e] += out_first[m][e] * state.first[m][e];
@@ -314,12 +328,12 @@ struct Output {
   }
 };
 
-template <class T, int modes, int split, bool kProducts>
+template <class T, int modes, int split, bool kProducts, bool kInput>
 __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_output_kernel(Scan scan) {
   using R = Compute<T>;
   SMEM_ARRAY(Pair<R>, slots, 2 * modes * kThreads);
   const Place place = cema::place(scan, modes);
-  Output<T, modes, split, kProducts> output(scan, place, slots + threadIdx.x);
+  Output<T, modes, split, kProducts, kInput> output(scan, place, slots + threadIdx.x);
   if (scan.tiles > 1) output.state.load(scan, place);
   for (int64_t begin = scan.begin(place.tile), to = scan.end(place.tile); begin < to;) {
     const Run run(scan, begin, to);

@@ -11,6 +11,8 @@
 //   timestep_norm_carry, which scans the moments; timestep_norm_fwd, all phases, last tiles first, as L2 still holds
 //   those. The first two are left out where no sequence passes from a tile to the next: a step of decoding is one
 //   launch. timestep_norm_fwd_empty copies the states of sequences without steps, where there may be some.
+//   Where the end states alone are wanted, timestep_norm_end_state takes the place of timestep_norm_fwd: phases 1 to 4
+//   of the tiles in which a sequence ends. x is then read once, and again in these tiles.
 // Phases: 1. a warp reduces its rows, F channels to gm and gv, by sums of differences from the group's first channel
 //            and then from the mean; gm is a pair of R. A lane keeps its vectors of the rows for phase 5.
 //         2. a warp merges those of its rows that belong to its last sequence;
@@ -298,6 +300,37 @@ GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, c
   }
 }
 
+// Phases 2 to 4, after a barrier.
+template <class T, int kWidth, bool kHeld, class R>
+GPU_INLINE void walk_tile(const TimestepNormFwdParams& p, const Layout& layout, const Carries& carries,
+                          const Rows<R>& rows, const Exchange<R>& exchange, const Place& place,
+                          RowMoments<T, kWidth, kHeld>& of) {
+  merge_rows(exchange, rows, place, of);
+  __syncthreads();
+  if (merges(p, layout, place)) {
+    const int64_t group = place.slice_group + threadIdx.x, at = place.tile * p.groups + group;
+    double mean = rows.step[0] > 0 ? carries.first[at] : 0, var = rows.step[0] > 0 ? carries.second[at] : 0;
+    merge_warps(exchange, rows, p, group, mean, var);
+  }
+  __syncthreads();
+  if (place.exists) walk_rows(p, rows, exchange, place, of);
+}
+
+template <class T, int kWidth, bool kHeld>
+__global__ void __launch_bounds__(kThreads, 2)
+    timestep_norm_end_state_kernel(TimestepNormFwdParams p, Layout layout, Carries carries) {
+  using R = Compute<T>;
+  const Place place(p, layout, gridDim.x - 1 - blockIdx.x);
+  const Rows<R> rows = make_rows<R>();
+  const Exchange<R> exchange = make_exchange<R>();
+  const int64_t seen = look_up(rows, p, place.first);
+  __syncthreads();
+  if (rows.left[0] == kTile) return;  // one sequence fills the tile and goes on
+  RowMoments<T, kWidth, kHeld> of(p, layout, place);
+  weigh_rows<false>(exchange, rows, seen);
+  walk_tile(p, layout, carries, rows, exchange, place, of);
+}
+
 // Phases 1 to 5.
 template <class T, int kWidth, bool kHeld>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -310,17 +343,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   RowMoments<T, kWidth, kHeld> of(p, layout, place);
   weigh_rows<false>(exchange, rows, look_up(rows, p, place.first));
   __syncthreads();
-  merge_rows(exchange, rows, place, of);
-  __syncthreads();
-  if (merges(p, layout, place)) {
-    const int64_t group = place.slice_group + threadIdx.x, at = place.tile * p.groups + group;
-    double mean = rows.step[0] > 0 ? carries.first[at] : 0, var = rows.step[0] > 0 ? carries.second[at] : 0;
-    merge_warps(exchange, rows, p, group, mean, var);
-  }
-  __syncthreads();
+  walk_tile(p, layout, carries, rows, exchange, place, of);
   if (!place.exists) return;
-
-  walk_rows(p, rows, exchange, place, of);
 
   const int64_t channel = place.group * layout.vectors * kWidth;
   const R *weight = static_cast<const R*>(p.weight) + channel, *bias = static_cast<const R*>(p.bias) + channel;

@@ -42,6 +42,27 @@ def cema_bwd(
     dstate: Tensor | None,
     /,
 ) -> None: ...
+def cema_end_state_fwd(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    state_out: Tensor,
+    /,
+) -> None: ...
+def cema_end_state_bwd(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    dstate_out: Tensor,
+    dx: Tensor,
+    dp: Tensor,
+    dq: Tensor,
+    /,
+) -> None: ...
 def timestep_norm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -83,6 +104,29 @@ def timestep_norm_bwd(
     dbias: Tensor,
     dmean: Tensor | None,
     dvar: Tensor | None,
+    /,
+) -> None: ...
+def timestep_norm_end_state_fwd(
+    x: Tensor,
+    num_groups: int,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    mean_out: Tensor,
+    var_out: Tensor,
+    residual_out: Tensor,
+    count_out: Tensor,
+    /,
+) -> None: ...
+def timestep_norm_end_state_bwd(
+    x: Tensor,
+    num_groups: int,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    mean_out: Tensor,
+    residual_out: Tensor,
+    dmean_out: Tensor | None,
+    dvar_out: Tensor | None,
+    dx: Tensor,
     /,
 ) -> None: ...
 def normalized_qk_fwd(

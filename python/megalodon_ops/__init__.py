@@ -21,7 +21,7 @@ from .model.model import Megalodon
 from .model.official import load_official, save_official
 from .model.states import MegalodonState
 from .model.stops import StopStrings
-from .ops.cema import cema
+from .ops.cema import cema, cema_end_state
 from .ops.cema_coefficients import cema_coefficients
 from .ops.chunked_attention import chunked_attention
 from .ops.gated_silu import gated_silu
@@ -32,7 +32,7 @@ from .ops.memory import keep_freed_memory, use_huge_pages
 from .ops.normalized_attention import normalized_attention
 from .ops.normalized_qk import normalized_qk
 from .ops.states import AttentionState, TimestepNormState
-from .ops.timestep_norm import timestep_norm
+from .ops.timestep_norm import timestep_norm, timestep_norm_end_state
 
 _torch.serialization.add_safe_globals([AttentionState, BlockState, MegalodonState, TimestepNormState])
 
@@ -55,6 +55,7 @@ __all__ = [
     "TokenStream",
     "cema",
     "cema_coefficients",
+    "cema_end_state",
     "chunked_attention",
     "gated_silu",
     "keep_freed_memory",
@@ -68,6 +69,7 @@ __all__ = [
     "rms_norm",
     "save_official",
     "timestep_norm",
+    "timestep_norm_end_state",
     "to_torch_linears",
     "use_huge_pages",
     "wide_parameters",

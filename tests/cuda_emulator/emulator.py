@@ -26,10 +26,14 @@ ROOT = FOLDER.parents[1]
 BINDINGS = {
     "cema_fwd": "x p q gamma omega state cu_seqlens lengths -> y state_out",
     "cema_bwd": "x p q gamma omega state cu_seqlens lengths dy dstate_out -> dx dp dq dgamma domega dstate",
+    "cema_end_state_fwd": "x p q cu_seqlens lengths -> state_out",
+    "cema_end_state_bwd": "x p q cu_seqlens lengths dstate_out -> dx dp dq",
     "timestep_norm_fwd": "x weight bias num_groups eps count mean var residual cu_seqlens lengths "
     "-> y stats count_out mean_out var_out residual_out",
     "timestep_norm_bwd": "x weight bias num_groups eps count mean var residual cu_seqlens lengths stats dy dmean_out "
     "dvar_out -> dx dweight dbias dmean dvar",
+    "timestep_norm_end_state_fwd": "x num_groups cu_seqlens lengths -> mean_out var_out residual_out count_out",
+    "timestep_norm_end_state_bwd": "x num_groups cu_seqlens lengths mean_out residual_out dmean_out dvar_out -> dx",
     "normalized_qk_fwd": "z gamma beta num_heads chunk_size eps rotary position cu_seqlens lengths -> q k",
     "normalized_qk_bwd": "z gamma beta num_heads chunk_size eps rotary position cu_seqlens lengths dq dk "
     "-> dz dgamma dbeta",

@@ -1,4 +1,7 @@
-"""`cema`: the complex exponential moving average, a recurrence in time with N complex states a channel."""
+"""`cema`: the complex exponential moving average, a recurrence in time with N complex states a channel.
+
+`cema_end_state`: the state that the recurrence ends in, without its output.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +70,53 @@ def cema(
     return (y, state_out) if return_state else y
 
 
+def cema_end_state(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    r"""The state of :func:`cema` after each sequence, from a state of zero; no output is computed.
+
+    .. math:: h_L = \sum_{t=1}^{L} q^{L-t}\, p\, x_t
+
+    A piece of c steps maps a state h to :math:`q^c h` plus its own end state, so that pieces of a sequence may be
+    scanned apart, on several devices, too, and their states merged.
+
+    Args:
+        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
+        p: (D, N) float32, or float64 for a float64 `x`.
+        q: (D, N) complex64, or complex128 for a float64 `x`.
+        cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
+        lengths: (B,) int64 or int32, steps in each right-padded row.
+
+    Returns:
+        (S, D, N) complex as `q`: what ``cema(..., return_state=True)`` returns; zero for a sequence without steps.
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Gradients go to x, p and q, in torch's convention. The inputs are all that is kept for the backward, which is
+    deterministic whatever the number of threads.
+
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+
+    Source: arXiv 2404.08801, section 3.1. The mathematics: :func:`megalodon_ops.reference.cema_end_state`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> x, p, q = torch.ones(1, 3, 1), torch.ones(1, 1), torch.tensor([[0.5 + 0j]])
+        >>> mo.cema_end_state(x, p, q)
+        tensor([[[1.7500+0.j]]])
+    """
+    if not isinstance(x, Tensor):
+        return call_with_arrays(cema_end_state, **locals())
+    check_rank("cema_end_state", "x", x, "(B, L, D)", 3)
+    return call(cema_end_state_fwd, x, p, q, int64_or_none(cu_seqlens), int64_or_none(lengths))
+
+
 def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
     x = x.contiguous()
     y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state)
@@ -127,4 +177,48 @@ cema_bwd = define_op(
     "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dx, Tensor dp, Tensor dq, Tensor dgamma, Tensor domega, Tensor dstate)",
     kernel=_bwd,
     fake=_bwd_fake,
+)
+
+
+def _end_state_fwd(x, p, q, cu_seqlens, lengths):
+    state_out = _end_state_fwd_fake(x, p, q, cu_seqlens, lengths)
+    launch("cema_end_state_fwd", x.contiguous(), p.contiguous(), q.contiguous(), cu_seqlens, lengths, state_out)
+    return state_out
+
+
+def _end_state_fwd_fake(x, p, q, cu_seqlens, lengths):
+    return q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape))
+
+
+def _end_state_bwd(dstate_out, x, p, q, cu_seqlens, lengths):
+    x, p, q = x.contiguous(), p.contiguous(), q.contiguous()
+    grads = _end_state_bwd_fake(dstate_out, x, p, q, cu_seqlens, lengths)
+    launch("cema_end_state_bwd", x, p, q, cu_seqlens, lengths, dstate_out.contiguous(), *grads)
+    return grads
+
+
+def _end_state_bwd_fake(dstate_out, x, p, q, cu_seqlens, lengths):
+    return tuple(map(empty_like, (x, p, q)))
+
+
+def _end_state_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _end_state_backward(ctx, dstate_out):
+    return *call(cema_end_state_bwd, dstate_out, *ctx.saved_tensors), None, None
+
+
+cema_end_state_fwd = define_op(
+    "cema_end_state_fwd(Tensor x, Tensor p, Tensor q, Tensor? cu_seqlens, Tensor? lengths) -> Tensor state_out",
+    kernel=_end_state_fwd,
+    fake=_end_state_fwd_fake,
+    setup_context=_end_state_setup_context,
+    backward=_end_state_backward,
+)
+cema_end_state_bwd = define_op(
+    "cema_end_state_bwd(Tensor dstate_out, Tensor x, Tensor p, Tensor q, Tensor? cu_seqlens, Tensor? lengths) "
+    "-> (Tensor dx, Tensor dp, Tensor dq)",
+    kernel=_end_state_bwd,
+    fake=_end_state_bwd_fake,
 )

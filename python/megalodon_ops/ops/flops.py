@@ -72,6 +72,19 @@ def cema_bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
 
 
 @_formula
+def cema_end_state_fwd(x, p, q, cu_seqlens, lengths):
+    channels, modes = p.shape
+    return sum(_steps(x, cu_seqlens, lengths)) * channels * 8 * modes
+
+
+@_formula
+def cema_end_state_bwd(dstate_out, x, p, q, cu_seqlens, lengths):
+    channels, modes = p.shape
+    h, g, dx, dp, dq = 8, 6, 2, 2, 8
+    return sum(_steps(x, cu_seqlens, lengths)) * channels * (h + g + dx + dp + dq) * modes
+
+
+@_formula
 def timestep_norm_fwd(
     x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
 ):
@@ -85,6 +98,18 @@ def timestep_norm_bwd(
 ):
     sums, dx, dweight, dbias = 5, 4, 3, 1
     return sum(_steps(x, cu_seqlens, lengths)) * x.shape[2] * (sums + dx + dweight + dbias)
+
+
+@_formula
+def timestep_norm_end_state_fwd(x, num_groups, cu_seqlens, lengths):
+    statistics = 4
+    return sum(_steps(x, cu_seqlens, lengths)) * x.shape[2] * statistics
+
+
+@_formula
+def timestep_norm_end_state_bwd(dmean_out, dvar_out, x, mean_out, residual_out, num_groups, cu_seqlens, lengths):
+    dx = 3
+    return sum(_steps(x, cu_seqlens, lengths)) * x.shape[2] * dx
 
 
 @_formula

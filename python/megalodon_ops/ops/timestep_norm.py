@@ -1,4 +1,7 @@
-"""`timestep_norm`: group norm whose statistics accumulate along time."""
+"""`timestep_norm`: group norm whose statistics accumulate along time.
+
+`timestep_norm_end_state`: the statistics after the last step alone.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,56 @@ def timestep_norm(
         int64_or_none(cu_seqlens), int64_or_none(lengths), torch.is_grad_enabled(), return_state,
     )  # fmt: skip
     return (y, TimestepNormState(*state_out)) if return_state else y
+
+
+def timestep_norm_end_state(
+    x: Tensor,
+    *,
+    num_groups: int,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> TimestepNormState:
+    r"""The statistics of :func:`timestep_norm` after each sequence, from a fresh state; no output is computed.
+
+    .. math:: \mu = \frac{1}{L F} \sum x, \qquad \sigma^2 = \frac{1}{L F} \sum (x - \mu)^2
+
+    over the L steps and the F = D / G channels of a group. States of neighbouring pieces of a sequence merge, so that
+    the pieces may be read apart, on several devices, too.
+
+    Args:
+        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
+        num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on.
+        cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
+        lengths: (B,) int64 or int32, steps in each right-padded row.
+
+    Returns:
+        The :class:`TimestepNormState` that ``timestep_norm(..., return_state=True)`` returns: count (S,), mean and var
+        (S, G), and their rounding residuals; zeros for a sequence without steps.
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Gradients of mean and var go to x; counts and residuals are constants. x and the state are kept for the backward,
+    which is deterministic.
+
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+
+    Source: arXiv 2404.08801, section 3.2. The mathematics: :func:`megalodon_ops.reference.timestep_norm_end_state`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> x = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])
+        >>> state = mo.timestep_norm_end_state(x, num_groups=1)
+        >>> state.count, state.mean, state.var
+        (tensor([2]), tensor([[4.]]), tensor([[5.]]))
+    """
+    if not isinstance(x, Tensor):
+        return call_with_arrays(timestep_norm_end_state, **locals())
+    check_rank("timestep_norm_end_state", "x", x, "(B, L, D)", 3)
+    num_groups = check_size("timestep_norm_end_state", "num_groups", num_groups)
+    sequences = (int64_or_none(cu_seqlens), int64_or_none(lengths))
+    mean, var, residual, count = call(timestep_norm_end_state_fwd, x, num_groups, *sequences)
+    return TimestepNormState(count, mean, var, residual)
 
 
 def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state):
@@ -190,4 +243,63 @@ timestep_norm_bwd = define_op(
     "Tensor? lengths, Tensor stats) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
     kernel=_bwd,
     fake=_bwd_fake,
+)
+
+
+def _end_state_fwd(x, num_groups, cu_seqlens, lengths):
+    state_out = _end_state_fwd_fake(x, num_groups, cu_seqlens, lengths)
+    launch("timestep_norm_end_state_fwd", x.contiguous(), num_groups, cu_seqlens, lengths, *state_out)
+    return state_out
+
+
+def _end_state_fwd_fake(x, num_groups, cu_seqlens, lengths):
+    """The count comes last, as torch's opcheck adds all results up in the dtype of the first."""
+    sequences, dtype = num_sequences(x.shape[0], cu_seqlens), accumulation_dtype(x.dtype)
+    parts = (x.new_empty((sequences, *shape, num_groups), dtype=dtype) for shape in ((), (), (2,)))
+    return *parts, x.new_empty(sequences, dtype=torch.int64)
+
+
+def _end_state_bwd(dmean_out, dvar_out, x, mean_out, residual_out, num_groups, cu_seqlens, lengths):
+    x = x.contiguous()
+    dx = empty_like(x)
+    launch(
+        "timestep_norm_end_state_bwd", x, num_groups, cu_seqlens, lengths, mean_out.contiguous(),
+        residual_out.contiguous(), contiguous_or_none(dmean_out), contiguous_or_none(dvar_out), dx,
+    )  # fmt: skip
+    return dx
+
+
+def _end_state_bwd_fake(dmean_out, dvar_out, x, mean_out, residual_out, num_groups, cu_seqlens, lengths):
+    return empty_like(x)
+
+
+def _end_state_setup_context(ctx, inputs, output):
+    x, ctx.num_groups, cu_seqlens, lengths = inputs
+    mean_out, _, residual_out, count_out = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(count_out, residual_out)
+    ctx.save_for_backward(x, mean_out, residual_out, cu_seqlens, lengths)
+
+
+def _end_state_backward(ctx, dmean_out, dvar_out, _dresidual, _dcount):
+    x, mean_out, residual_out, cu_seqlens, lengths = ctx.saved_tensors
+    dx = call(
+        timestep_norm_end_state_bwd, dmean_out, dvar_out, x, mean_out, residual_out, ctx.num_groups, cu_seqlens, lengths
+    )
+    return dx, None, None, None
+
+
+timestep_norm_end_state_fwd = define_op(
+    "timestep_norm_end_state_fwd(Tensor x, int num_groups, Tensor? cu_seqlens, Tensor? lengths) "
+    "-> (Tensor mean_out, Tensor var_out, Tensor residual_out, Tensor count_out)",
+    kernel=_end_state_fwd,
+    fake=_end_state_fwd_fake,
+    setup_context=_end_state_setup_context,
+    backward=_end_state_backward,
+)
+timestep_norm_end_state_bwd = define_op(
+    "timestep_norm_end_state_bwd(Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor mean_out, Tensor residual_out, "
+    "int num_groups, Tensor? cu_seqlens, Tensor? lengths) -> Tensor dx",
+    kernel=_end_state_bwd,
+    fake=_end_state_bwd_fake,
 )

@@ -111,6 +111,40 @@ def cema_bwd(
     return dx, dp, dq, dgamma, domega, _stack(dstates, q)
 
 
+def cema_end_state(
+    x: Tensor,  # (B, L, D)
+    p: Tensor,  # (D, N)
+    q: Tensor,  # (D, N) complex
+    *,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    lengths: Tensor | None = None,  # (B,)
+) -> Tensor:
+    """The last h of each sequence (S, D, N) from h_0 = 0: h_L = sum_t q^(L-t) p x_t.
+
+    >>> cema_end_state(torch.tensor([[[4.0], [2.0], [1.0]]]), torch.ones(1, 1), torch.tensor([[0.5j]])).item()
+    1j
+    """
+    xs, p, q, *_ = _widen(x, p, q, q, p, None)
+    return _stack([_scan(xs[row, tokens], p, q, None)[-1] for row, tokens in sequences(x, cu_seqlens, lengths)], q)
+
+
+def cema_end_state_bwd(
+    dstate: Tensor,  # (S, D, N) complex
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of `cema_end_state`: that of `cema` where y has no gradient. Returns dx, dp, dq.
+
+    g_L = dstate,    g_t = conj(q) g_{t+1}                          t = L-1 .. 1
+    dx_t = sum_n p_n Re g_t[n],    dp = sum_t x_t Re g_t,    dq = sum_t conj(h_{t-1}) g_t
+    """
+    no_gamma, no_omega = torch.zeros_like(q), torch.zeros_like(p[:, 0])
+    return cema_bwd(torch.zeros_like(x), dstate, x, p, q, no_gamma, no_omega, None, cu_seqlens, lengths)[:3]
+
+
 def _scan(x: Tensor, p: Tensor, q: Tensor, h: Tensor | None) -> Tensor:
     """x (n, D) -> h_0 .. h_n (n + 1, D, N)."""
     h = torch.zeros_like(q) if h is None else h

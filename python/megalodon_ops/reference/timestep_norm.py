@@ -147,6 +147,49 @@ def timestep_norm_bwd(
     return dx, dw.flatten().to(real), db.flatten().to(real), dmeans.to(real), dvars.to(real)
 
 
+def timestep_norm_end_state(
+    x: Tensor,  # (B, L, D)
+    *,
+    num_groups: int,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    lengths: Tensor | None = None,  # (B,)
+) -> TimestepNormState:
+    """The statistics after the last step of each sequence, from a fresh state.
+
+    >>> state = timestep_norm_end_state(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]), num_groups=1)
+    >>> state.count.item(), state.mean.item(), state.var.item()
+    (2, 2.0, 0.5)
+    """
+    zeros = torch.zeros(x.shape[-1], dtype=accumulation_dtype(x.dtype), device=x.device)
+    options = {"num_groups": num_groups, "return_state": True, "cu_seqlens": cu_seqlens, "lengths": lengths}
+    return timestep_norm(x, zeros, zeros, **options)[1]
+
+
+def timestep_norm_end_state_bwd(
+    dmean: Tensor | None,  # (S, G)
+    dvar: Tensor | None,  # (S, G)
+    x: Tensor,
+    *,
+    num_groups: int,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Returns dx. Over the n steps of a sequence and the F channels of a group,
+
+        mean = sum x / (n F)               ->   dx = dmean / (n F)
+        var  = sum (x - mean)^2 / (n F)    ->   dx = ... + 2 dvar (x - mean) / (n F),
+
+    as the sum of x - mean is 0, whatever a change of the mean does to it.
+    """
+    dx = torch.zeros_like(x)
+    for s, (row, tokens) in enumerate(sequences(x, cu_seqlens, lengths)):
+        x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (n, G, F)
+        centred, total = x_s - x_s.mean((0, 2), keepdim=True), len(x_s) * x_s.shape[-1]
+        of_mean, of_var = (0.0 if d is None else d[s].double()[:, None] / max(total, 1) for d in (dmean, dvar))
+        dx[row, tokens] = (of_mean + 2 * of_var * centred).flatten(-2).to(x.dtype)
+    return dx
+
+
 def _rstd(var: Tensor, eps: float, real: torch.dtype) -> Tensor:
     """Returns 1 / sqrt(var + eps), or NaN where a state of this dtype could not hold the variance."""
     return (var + eps).rsqrt() + 0 * (var + eps).to(real)

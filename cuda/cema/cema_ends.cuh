@@ -1,0 +1,35 @@
+// The states in which sequences end, where no output is wanted: phase 4 of cema.cuh without y.
+//
+// Grid: as the scan's (cema_scan.cuh); a thread has two channels and some modes of a tile. Of the sequences in the tile it
+// walks those that end there, each from its start or from what enters the tile, and stores the state after the last step.
+//
+// Registers and shared memory: as in phase 2. Multiply-adds a mode and step: 3, of the steps before an end in its tile.
+// Bytes: x of these steps; phase 2 has read all of x, once.
+#pragma once
+
+#include "cema_scan.cuh"
+
+namespace megalodon {
+namespace cema {
+
+template <class T, int modes>
+__global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_ends_kernel(Scan scan) {
+  using R = Compute<T>;
+  SMEM_ARRAY(Pair<R>, slots, 2 * modes * kThreads);
+  const Place place = cema::place(scan, modes);
+  const int64_t from = scan.begin(place.tile), to = scan.end(place.tile);
+  for (int64_t begin = from; begin < to;) {
+    const Run run(scan, begin, to);
+    if (run.sequence >= 0 && run.ends(scan)) {
+      Modes<R, modes> state(scan, place);
+      if (!run.starts && scan.tiles > 1) state.load(scan, place);
+      const int64_t at = scan.token(begin) * scan.channels + place.channel;
+      walk(scan, place, state, static_cast<const T*>(scan.in), at, static_cast<int>(run.end - begin));
+      state.leave(scan, place, run.sequence, slots + threadIdx.x);
+    }
+    begin = run.end;
+  }
+}
+
+}  // namespace cema
+}  // namespace megalodon

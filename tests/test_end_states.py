@@ -1,0 +1,146 @@
+"""cema_end_state and timestep_norm_end_state against the ops whose states they are; hard values; what they keep.
+
+What every op promises, and that states of pieces merge to the whole's: test_ops.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_all_as_accurate_as, assert_all_close, assert_bit_equal
+from backends import ISA_PARAMS, every_backend, wide_every_backend
+from cases import (
+    BUILDERS,
+    Case,
+    cema_end_state_case,
+    evaluate,
+    forward,
+    timestep_norm_end_state_case,
+)
+from test_cema import HARD_POLES
+from test_timestep_norm import HARD_VALUES, SHAPES
+
+import megalodon_ops as mo
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+END_STATES = ("cema_end_state", "timestep_norm_end_state")
+# Sequences of more than a few steps, which cema would step through; pieces of a sequence, strips, groups of sequences.
+SEQUENCES = {
+    "one": {"B": 1, "L": 2100},
+    "rows": {"B": 3, "L": 77},
+    "padded": {"B": 4, "L": 80, "lengths": [80, 0, 33, 64]},
+    "packed": {"B": 1, "L": 200, "cu_seqlens": [3, 5, 5, 90, 154, 191]},
+}
+FRESH_VALUES = {name: values for name, values in HARD_VALUES.items() if "count" not in values}
+each_sequences = pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+
+
+def whole_case(case: Case) -> Case:
+    """The call of the op that also has an output, on the inputs of a call of its end state."""
+    op = case.op.removesuffix("_end_state")
+    sizes = {"D": case.tensors["x"].shape[2], "N": case.tensors["p"].shape[1]} if op == "cema" else {}
+    if op == "timestep_norm":
+        G = case.options["num_groups"]
+        sizes = {"G": G, "width": case.tensors["x"].shape[2] // G}
+    B, L = case.tensors["x"].shape[:2]
+    whole = BUILDERS[op](B=B, L=L, dtype=case.dtype, **sizes)
+    return whole.with_tensors(**case.tensors).with_options(**case.options)
+
+
+def gradients_of_states(case: Case) -> tuple[dict, dict]:
+    """Results of the op and of the one with an output, given the same gradients of states and none of the output."""
+    incoming = {}
+
+    def only_of_states(name, grad):
+        return torch.zeros_like(grad) if name == "y" else incoming.setdefault(name, grad)
+
+    found = evaluate(getattr(mo, case.op), case, only_of_states)
+    whole = whole_case(case)
+    expected = evaluate(getattr(mo, whole.op), whole, only_of_states)
+    return found, {name: expected[name] for name in found}
+
+
+@every_backend
+@each_dtype
+@each_sequences
+@pytest.mark.parametrize(("op", "sizes"), [("cema_end_state", {"D": 19, "N": 5}), ("timestep_norm_end_state", {})])
+def test_states_have_the_bits_of_those_beside_an_output(op, sizes, sequences, dtype, backend):
+    case = BUILDERS[op](**sequences, **sizes, dtype=dtype)
+    whole = whole_case(case)
+    expected = forward(getattr(mo, whole.op), whole)
+    assert_bit_equal(forward(getattr(mo, op), case), {k: v for k, v in expected.items() if k != "y"})
+
+
+@pytest.mark.parametrize("D", [19, 300])
+@pytest.mark.parametrize("backend", ISA_PARAMS, indirect=True)
+@each_dtype
+@each_sequences
+def test_gradients_of_cema_have_the_bits_of_those_without_dy(sequences, dtype, D, backend):
+    """On the CPU: a scan without dy adds nothing where the scan with dy adds zeros."""
+    assert_bit_equal(*gradients_of_states(cema_end_state_case(**sequences, D=D, N=5, dtype=dtype)))
+
+
+@every_backend
+@each_sequences
+def test_gradients_of_timestep_norm_are_those_without_dy(sequences, backend):
+    case = timestep_norm_end_state_case(**sequences, G=3, width=8, dtype=torch.float64)
+    assert_all_close(*gradients_of_states(case), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [None, [9, 0]], ids=["dense", "padded"])
+def test_counts_and_residuals_are_those_of_timestep_norm(lengths):
+    case = timestep_norm_end_state_case(B=2, L=9, mean=1e4, **({"lengths": lengths} if lengths else {}))
+    x = case.tensors["x"].requires_grad_()
+    state = mo.timestep_norm_end_state(x, **case.options)
+    zeros = torch.zeros(x.shape[2])
+    _, expected = mo.timestep_norm(x, zeros, zeros, **case.options, return_state=True)
+    assert isinstance(state, mo.TimestepNormState)
+    assert all(torch.equal(*parts) for parts in zip(state, expected))
+    assert state.residual.abs().max() > 0
+    assert [part.requires_grad for part in state] == [False, True, True, False]
+
+
+@wide_every_backend
+@pytest.mark.parametrize("poles", HARD_POLES.values(), ids=HARD_POLES)
+@pytest.mark.parametrize(
+    "shape", [{"B": 1, "L": 2003, "D": 3, "N": 16}, {"B": 2, "L": 257, "D": 33, "N": 5}], ids=["long", "odd"]
+)
+def test_hard_poles_on_long_sequences(poles, shape, backend):
+    assert_as_accurate_as_plain_torch(cema_end_state_case(**shape, **poles))
+
+
+@wide_every_backend
+@pytest.mark.parametrize("values", FRESH_VALUES.values(), ids=FRESH_VALUES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_hard_values(values, shape, backend):
+    assert_as_accurate_as_plain_torch(timestep_norm_end_state_case(**shape, **values))
+
+
+def assert_as_accurate_as_plain_torch(case, run=evaluate):
+    reference = getattr(mo.reference, case.op)
+    exact, same = run(reference, case.double()), run(reference, case)
+    assert_all_as_accurate_as(run(getattr(mo, case.op), case), same, exact, factor=4, floor=8)
+
+
+@pytest.mark.parametrize("L", [40, 4000], ids=["whole", "pieces"])
+@pytest.mark.parametrize("backend", ISA_PARAMS, indirect=True)
+def test_a_state_in_range_whose_quotient_by_p_is_not(L, backend):
+    """h / p overflows: h is then scanned as it is. The gradient of p is out of range."""
+    case = cema_end_state_case(B=1, L=L, D=3, N=4, radius=(0.99, 0.99), angle=(0.0, 0.0))
+    x, p = torch.full_like(case.tensors["x"], 1e38), torch.full_like(case.tensors["p"], 1e-3)
+    assert_as_accurate_as_plain_torch(case.with_tensors(x=x, p=p), run=forward)
+
+
+@pytest.mark.parametrize("name", END_STATES)
+def test_inputs_and_states_are_all_that_is_kept(name):
+    case = BUILDERS[name](B=2, L=50, lengths=[50, 7])
+    leaves = {key: tensor.clone().requires_grad_() for key, tensor in case.tensors.items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        results = forward(getattr(mo, name), case.with_tensors(**leaves))
+    known = {tensor.data_ptr() for tensor in (*leaves.values(), *case.options.values()) if hasattr(tensor, "data_ptr")}
+    others = [tensor for tensor in kept if tensor.data_ptr() not in known]
+    of_states = 3 * sum(t.numel() for n, t in results.items() if n in ("state", "mean"))
+    assert sum(tensor.numel() for tensor in others) <= of_states < leaves["x"].numel() / 2
