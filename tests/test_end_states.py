@@ -25,12 +25,12 @@ import megalodon_ops as mo
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 END_STATES = ("cema_end_state", "timestep_norm_end_state")
-# Sequences of more than a few steps, which cema would step through; pieces of a sequence, strips, groups of sequences.
+# Pieces of a sequence, strips, groups of sequences; more steps than cema takes one by one.
 SEQUENCES = {
     "one": {"B": 1, "L": 2100},
     "rows": {"B": 3, "L": 77},
     "padded": {"B": 4, "L": 80, "lengths": [80, 0, 33, 64]},
-    "packed": {"B": 1, "L": 200, "cu_seqlens": [3, 5, 5, 90, 154, 191]},
+    "packed": {"B": 1, "L": 400, "cu_seqlens": [3, 5, 5, 90, 254, 391]},
 }
 FRESH_VALUES = {name: values for name, values in HARD_VALUES.items() if "count" not in values}
 each_sequences = pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)

@@ -19,7 +19,7 @@ Gradients make_gradients(const CemaBwdParams& params) {
   g.adjoint.out = params.dx;
   g.adjoint.initial = params.dstate_out;
   g.adjoint.final = params.dstate;
-  g.adjoint.factor = params.state || params.dstate_out ? params.x : nullptr;
+  g.adjoint.factor = params.state || params.dstate_out || !params.dy ? params.x : nullptr;
   g.kinds = g.adjoint.factor ? kMostSums : kProductFirst;
   g.stride = (g.kinds * g.scan.lanes + 1) * g.scan.width;
   g.dy = params.dy;
