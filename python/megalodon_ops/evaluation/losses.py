@@ -66,6 +66,7 @@ def evaluate(
     _check(model, documents, contexts, protocol, progress)
     rows, piece = check_size("evaluate", "rows", rows), check_size("evaluate", "piece", piece)
     contexts = [context if context == "all" else int(context) for context in contexts]
+    model = model.alone()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     found: dict[Context, Evaluation] = {}

@@ -50,10 +50,10 @@ class TokenStream:
     ) -> None:
         from .decoder import Decoder  # here: decoder.py imports model.py, which imports this file
 
-        state = prompts.read(model, state)
+        state = model._read(prompts.tokens, prompts.lengths - 1, state)
         if len(prompts.samples) > len(prompts.tokens):
             state = state[prompts.samples]
-        self._prompts, self._decoder = prompts, Decoder(model, state)
+        self._prompts, self._decoder = prompts, Decoder(model.alone(), state)
         self._last = prompts.last[prompts.samples]
         self._sampling, self._numbers = sampling, numbers(state.norm.count + 1)
         self._seen = prompts.contained(model.config.num_outputs)[prompts.samples] if sampling.penalises else None
@@ -117,16 +117,6 @@ class _Prompts:
         self.last = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0].long()
         self.samples = torch.arange(len(prompt), device=prompt.device).repeat_interleave(num_samples)
 
-    @torch.no_grad()
-    def read(self, model: Megalodon, state: MegalodonState | None) -> MegalodonState:
-        """The state after all tokens but each row's last, which the decoder reads; in pieces of a chunk."""
-        lengths, size = self.lengths - 1, model.config.chunk_size
-        for start in range(0, max(int(lengths.max()), 1), size):
-            left = (lengths - start).clamp(0, size)
-            piece = self.tokens[:, start : start + min(size, int(left.max()))]
-            _, state = model._hidden(model._embed(piece), state, True, start > 0, lengths=left)
-        return state
-
     def contained(self, num_tokens: int) -> Tensor:
         """Which tokens stand in each prompt: (rows, num_tokens) bools."""
         outside = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.lengths[:, None]
@@ -144,6 +134,17 @@ class _Prompts:
         if self.padding == "left":
             result = result.gather(1, (column + lengths[:, None] - width) % (width + count))
         return result, lengths + (new != _STOPPED).sum(1)
+
+
+@torch.no_grad()
+def read(self: Megalodon, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
+    """The state after the first `lengths` (B,) of right-padded tokens (B, L), read in pieces of a chunk."""
+    size = self.config.chunk_size
+    for start in range(0, max(int(lengths.max()), 1), size):
+        left = (lengths - start).clamp(0, size)
+        piece = tokens[:, start : start + min(size, int(left.max()))]
+        _, state = self._hidden(self._embed(piece), state, True, start > 0, lengths=left)
+    return state
 
 
 def stream(

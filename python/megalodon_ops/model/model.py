@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, Output
 from .config import MegalodonConfig, check_config
-from .generation import generate, stream
+from .generation import generate, read, stream
 from .layers import Embedding, is_plain_linear, reset_all_parameters
 from .states import MegalodonState
 from ..ops.library import is_exporting
@@ -136,6 +136,14 @@ class Megalodon(nn.Module):
 
         save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
+    def alone(self) -> Megalodon:
+        """The model as one process calls it, on whole sequences: itself, unless it is split over several ranks.
+
+        Of a model that :func:`megalodon_ops.distributed.parallelize` has changed, this is another one with the same
+        parameters, which exchanges no states and no losses.
+        """
+        return self
+
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
@@ -172,7 +180,7 @@ class Megalodon(nn.Module):
         self._check(tokens, state, return_state, **sequences)
         check_flag("Megalodon", "inplace_state", inplace_state)
         if targets is not None:
-            ignore_index = _check_targets(tokens, targets, ignore_index)
+            ignore_index = check_targets(tokens, targets, ignore_index)
         hidden, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, **sequences)
         if targets is None:
             result = at_least_float32(self.output.output(hidden))
@@ -277,11 +285,22 @@ class Megalodon(nn.Module):
         x, norm_state = self.output.final_norm(x, state=norm_state, return_state=True, **sequences)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 
+    _read = read
     stream = stream
     generate = generate
 
 
-def _check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
+def masked_targets(targets: Tensor, ignore_index: int, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The targets (B, L) as int64, `ignore_index` in the place of those in no sequence."""
+    position, targets = torch.arange(targets.shape[1], device=targets.device), targets.long()
+    if lengths is not None:
+        targets = targets.where(position < lengths[:, None], ignore_index)
+    if cu_seqlens is not None:
+        targets = targets.where((position >= cu_seqlens[0]) & (position < cu_seqlens[-1]), ignore_index)
+    return targets
+
+
+def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
     """`ignore_index`, as an integer, or an error where it or the targets are not what they must be."""
     check_tensor("Megalodon", "targets", targets)
     if not has_integers(targets):

@@ -121,7 +121,7 @@ def blockwise_cross_entropy(
         >>> hidden, targets = torch.ones(2, 3, 4), torch.tensor([[1, 2, 3], [4, -100, -100]])
         >>> blockwise_cross_entropy(hidden, layer, targets, width=10).backward()
     """
-    _check_reduction(reduction)
+    check_reduction(reduction)
 
     def losses_of(x: Tensor, index: Tensor) -> Tensor:
         logits = logits_of(x)
@@ -180,14 +180,14 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> N
     check(has_integers(targets), "targets", "be integers", targets.dtype, TypeError)
     check_device("linear_cross_entropy", "weight", weight, hidden)
     check_device("linear_cross_entropy", "targets", targets, hidden)
-    _check_reduction(reduction)
+    check_reduction(reduction)
 
 
 def has_integers(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _check_reduction(reduction: str) -> None:
+def check_reduction(reduction: str) -> None:
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(
             f'linear_cross_entropy: `reduction` must be "mean", "sum" or "none", got {described(reduction)}.'
