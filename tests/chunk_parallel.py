@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from models import TINY, tiny_model
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 import megalodon_ops as mo
 from megalodon_ops.distributed.model import enable
@@ -93,8 +92,11 @@ def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tenso
         if name.endswith((".k", ".v")):  # rows from the position on hold nothing
             empty = torch.arange(results[name].shape[1]) >= position[:, None]
             results[name][empty] = 0
-        if name.endswith("residual"):
-            results[name] = torch.zeros(())  # compared with the value that it belongs to
+        if name.endswith(".residual"):  # counts with the values that it belongs to
+            norm = name.removesuffix(".residual")
+            for field, residual in zip(("mean", "var"), results[name].unbind(1)):
+                results[f"{norm}.{field}"] = results[f"{norm}.{field}"].double() + residual.double()
+            results[name] = torch.zeros(())
     if not work.grad:
         return results
     total = loss

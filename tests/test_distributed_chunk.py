@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from chunk_parallel import Work, compare, worst
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 EXACT, FLOAT32 = 1e-10, 1e-5
 C = 8  # the tiny model's chunk
@@ -18,9 +22,82 @@ BATCHES = {
     "padded with a state": Work((13, 8, 5), rows=3, lengths=(26, 14, 0), past=(3, C + 3, 2)),
     "packed with a state": Work((12, 8, 10), cu_seqlens=(1, 6, 6, 29), past=(3, 5, 2)),
 }
+CONFIGS = {
+    "one head": dict(num_heads=1),
+    "swiglu, rescaled": dict(swiglu=True, rescale_nffn=True),
+    "shared embedding": dict(share_emb=True, scale_emb=True),
+    "recomputed": dict(layerwise_ckpt=True),
+    "no affine norms, one state": dict(norm_affine=False, cema_ndim=1, norm_num_groups=32),
+}
+DENSE = Work((16, 8, 11), rows=2)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_equals_one_process(ranks, batch):
     error, where = worst(ranks.run(compare, 3, BATCHES[batch]))
+    assert error < EXACT, where
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_equals_one_process_in_every_configuration(ranks, config):
+    error, where = worst(ranks.run(compare, 2, Work((16, 13), rows=2, config=CONFIGS[config])))
+    assert error < EXACT, where
+
+
+@pytest.mark.parametrize("pieces", [(16, 9), (8, 8, 8, 8), (0, 16, 0, 3), (24, 0), (0, 0, 5)], ids=str)
+def test_equals_one_process_whatever_the_pieces(ranks, pieces):
+    error, where = worst(ranks.run(compare, len(pieces), Work(pieces, rows=2)))
+    assert error < EXACT, where
+
+
+@pytest.mark.parametrize("batch", ["padded with a state", "packed with a state"])
+def test_equals_one_process_in_float32(ranks, batch):
+    error, where = worst(ranks.run(compare, 3, replace(BATCHES[batch], dtype=torch.float32)))
+    assert error < FLOAT32, where
+
+
+def test_recomputed_blocks_exchange_in_step_with_a_state_and_packed_sequences(ranks):
+    work = replace(BATCHES["packed with a state"], config=dict(layerwise_ckpt=True))
+    error, where = worst(ranks.run(compare, 3, work))
+    assert error < EXACT, where
+
+
+def test_16_bit_parameters_differ_by_their_rounding_alone(ranks):
+    error, where = worst(ranks.run(compare, 2, replace(DENSE, pieces=(16, 13), dtype=torch.bfloat16)))
+    assert error < 0.1, where  # two roundings of bfloat16 are 0.008
+
+
+def test_the_sum_of_losses(ranks):
+    error, where = worst(ranks.run(compare, 2, Work((16, 13), rows=2, reduction="sum")))
+    assert error < EXACT, where
+
+
+def test_without_gradients(ranks):
+    error, where = worst(ranks.run(compare, 2, Work((16, 13), rows=2, past=(0, 8), grad=False)))
+    assert error < EXACT, where
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(data=st.data())
+def test_equals_one_process_at_random_cuts(ranks, data):
+    ends = st.integers(0, 6)
+    count = data.draw(st.integers(2, 4))
+    cuts = sorted(data.draw(st.lists(ends, min_size=count - 1, max_size=count - 1)))
+    rest, kind = data.draw(st.integers(0, 2 * C)), data.draw(st.sampled_from(["dense", "padded", "packed"]))
+    bounds = [0, *(C * cut for cut in cuts), C * cuts[-1] + rest]
+    total, rows = bounds[-1], data.draw(st.integers(1, 3))
+    options = {}
+    if kind == "padded":
+        options["lengths"] = tuple(data.draw(st.lists(st.integers(0, total), min_size=rows, max_size=rows)))
+    if kind == "packed":  # sequences of whole chunks and, after the last cut, any
+        grid = [C * n for n in range(cuts[-1] + 1)]
+        offsets = data.draw(st.lists(st.sampled_from([*grid, *range(bounds[-2], total + 1)]), min_size=2, max_size=5))
+        rows, options["cu_seqlens"] = 1, tuple(sorted(offsets))
+    work = Work(tuple(b - a for a, b in zip(bounds, bounds[1:])), rows=rows, **options)
+    if data.draw(st.booleans()):
+        past = st.integers(0, 3).map(lambda n: C * n)
+        work = replace(work, past=tuple(data.draw(past) for _ in range(work.sequences)))
+    work = replace(work, config=dict(layerwise_ckpt=data.draw(st.booleans())), grad=data.draw(st.booleans()))
+    error, where = worst(ranks.run(compare, count, work))
     assert error < EXACT, where

@@ -3,5 +3,6 @@
 from .mesh import make_mesh
 from .model import ParallelMegalodon
 from .parallelize import parallelize
+from .split import split
 
-__all__ = ["ParallelMegalodon", "make_mesh", "parallelize"]
+__all__ = ["ParallelMegalodon", "make_mesh", "parallelize", "split"]

@@ -38,10 +38,8 @@ class Parallel:
         self.pieces: Pieces | None = None
         """those of the call that runs now"""
         parameter = next(model.parameters())
-        facts = {
-            "config": str(model.config), "dtype": str(parameter.dtype), "device": parameter.device.type,
-            "size of the chunk group": self.ranks,
-        }  # fmt: skip
+        facts = {f"config.{name}": value for name, value in model.config.to_dict().items()}
+        facts |= {"dtype": str(parameter.dtype), "device": parameter.device.type, "ranks of a chunk group": self.ranks}
         self.agree(facts)
         self.hooks = None if self.ranks == 1 else Hooks(model, chunk_group)
 
@@ -134,12 +132,12 @@ class ParallelMegalodon(Megalodon):
                 tokens, targets, reduction="sum" if total else reduction, ignore_index=ignore_index,
                 return_state=return_state, **local,
             )  # fmt: skip
-        result, after = result if return_state else (result, None)
-        if total:
-            count = (targets != ignore_index).sum()
-            result = total_loss(result, count, self._parallel.loss_group, mean=reduction == "mean")
-        if pieces is not None and return_state:
-            after = whole_state(after, state, pieces, self.config.chunk_size, self._parallel.chunk_group)
+            result, after = result if return_state else (result, None)
+            if total:
+                count = (targets != ignore_index).sum()
+                result = total_loss(result, count, self._parallel.loss_group, mean=reduction == "mean")
+            if pieces is not None and return_state:
+                after = whole_state(after, state, pieces, self.config.chunk_size, self._parallel.chunk_group)
         return (result, after) if return_state else result
 
     def alone(self) -> Megalodon:
@@ -194,7 +192,7 @@ class ParallelMegalodon(Megalodon):
             piece, local = tokens[:, first : first + widths[parallel.rank]], _local(pieces, state, tokens.device)
             with self._of(pieces):
                 _, after = self._hidden(self._embed(piece), local.pop("state"), True, False, **local)
-            state = whole_state(after, state, pieces, size, parallel.chunk_group)
+                state = whole_state(after, state, pieces, size, parallel.chunk_group)
         return state
 
     def _hidden(
@@ -206,10 +204,14 @@ class ParallelMegalodon(Megalodon):
 
     @contextlib.contextmanager
     def _of(self, pieces: Pieces | None) -> Iterator[None]:
-        """Calls of blocks inside are for these pieces."""
+        """Calls of blocks inside are for these pieces. A rank that fails leaves the group, and no rank waits for it."""
         self._parallel.pieces = pieces
         try:
             yield
+        except BaseException:
+            if pieces is not None and hasattr(self._parallel.chunk_group, "abort"):  # torch 2.6 has it
+                self._parallel.chunk_group.abort()
+            raise
         finally:
             self._parallel.pieces = None
 

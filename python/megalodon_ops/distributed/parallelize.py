@@ -75,7 +75,7 @@ def parallelize(
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None
     batch = batch_mesh(mesh)
-    enable(model, None, batch.get_group())
+    enable(model, mesh.get_group("chunk") if "chunk" in names else None, batch.get_group())
     model.__class__ = ShardedMegalodon
     model._param_dtype = param_dtype
     over = batch if data == "shard" else replicating_mesh(mesh)
@@ -108,8 +108,6 @@ def _fault(model: nn.Module, names: tuple[str, ...], mesh: DeviceMesh, data: obj
         return "parallelize: `model` must be on `meta` as a whole or not at all, got some parameters there."
     if not set(names) & set(OF_BATCH):
         return f"parallelize: `mesh` must have a dimension data or chunk, got {', '.join(names)}."
-    if "chunk" in names and mesh["chunk"].size() > 1:
-        return "parallelize: `mesh` must have chunk = 1, got more."
     if "tensor" in names and mesh["tensor"].size() > 1:
         return "parallelize: `mesh` must have tensor = 1, got more."
     if not isinstance(data, str) or data not in ("shard", "replicate"):

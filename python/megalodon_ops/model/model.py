@@ -312,16 +312,6 @@ def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
     return check_integer("Megalodon", "ignore_index", ignore_index, "an integer below 2^63", -(2**63))
 
 
-def masked_targets(targets: Tensor, ignore_index: int, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """The targets (B, L), int64; those of padding are `ignore_index`."""
-    position, targets = torch.arange(targets.shape[1], device=targets.device), targets.long()
-    if lengths is not None:
-        targets = targets.where(position < lengths[:, None], ignore_index)
-    if cu_seqlens is not None:
-        targets = targets.where((position >= cu_seqlens[0]) & (position < cu_seqlens[-1]), ignore_index)
-    return targets
-
-
 def _own_weight(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("weight")
 

@@ -1,0 +1,115 @@
+"""`split`: which part of a batch is this rank's."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..ops.loss import has_integers
+from ..ops.values import check_integer, check_size, check_tensor, described
+
+
+def split(
+    tokens: Tensor,
+    mesh: DeviceMesh,
+    *,
+    chunk_size: int,
+    dim: int = 1,
+    cu_seqlens: Tensor | None = None,
+    position: int = 0,
+) -> Tensor:
+    """This rank's rows of a batch, and its piece of their columns.
+
+    Rows are shared out over the mesh's dimension `data`, the columns over `chunk`, in contiguous pieces of about equal
+    length that end at chunk boundaries, but for the end of the row; other dimensions of a mesh do not count. A sequence
+    of fewer chunks than ranks leaves some ranks pieces without columns, which a model takes as well.
+
+    Args:
+        tokens: (B, L, ...), the whole batch, on every rank.
+        mesh: with named dimensions.
+        chunk_size: the model's.
+        dim: the axis of the columns.
+        cu_seqlens: (S + 1,) offsets of sequences packed into one row, each with chunks of its own.
+        position: how much of its unfinished chunk every row has filled before, as in a state's `attention.position`.
+
+    Returns:
+        a view of `tokens`.
+
+    Raises:
+        ValueError: the mesh has no names, or `data` does not divide the rows. TypeError: an argument is of a wrong type.
+
+    Example:
+        >>> import tempfile, torch, torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from megalodon_ops.distributed import split
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+        ...     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("chunk",))
+        ...     split(torch.arange(6).view(2, 3), mesh, chunk_size=4).shape
+        ...     dist.destroy_process_group()
+        torch.Size([2, 3])
+    """
+    check_tensor("split", "tokens", tokens)
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"split: `mesh` must be a DeviceMesh with named dimensions, got {described(mesh)}.")
+    if mesh.mesh_dim_names is None:
+        raise ValueError("split: `mesh` must have names of dimensions such as data and chunk, got none.")
+    chunk_size = check_size("split", "chunk_size", chunk_size)
+    dim = check_integer("split", "dim", dim, f"an axis of {tuple(tokens.shape)} after the first", 1, tokens.dim() - 1)
+    position = check_integer("split", "position", position, "an integer in [0, chunk_size)", 0, chunk_size - 1)
+    rank, ranks = _place(mesh, "data")
+    if len(tokens) % ranks:
+        raise ValueError(
+            f"split: `tokens` must have a number of rows that the {ranks} ranks of `data` divide, got {len(tokens)}."
+        )
+    rows, length = len(tokens) // ranks, tokens.shape[dim]
+    offsets = [0, length]
+    if cu_seqlens is not None:
+        check_tensor("split", "cu_seqlens", cu_seqlens)
+        offsets = cu_seqlens.tolist()
+        ordered = has_integers(cu_seqlens) and offsets == sorted(offsets)
+        if cu_seqlens.dim() != 1 or not ordered or not offsets or offsets[0] < 0 or offsets[-1] > length:
+            raise ValueError(f"split: `cu_seqlens` must be ascending offsets in [0, {length}], got {offsets}.")
+    tokens = tokens.narrow(0, rank * rows, rows)
+    rank, ranks = _place(mesh, "chunk")
+    begin, end = columns(rank, ranks, length, chunk_size, offsets, position)
+    return tokens.narrow(dim, begin, end - begin)
+
+
+def columns(
+    rank: int, ranks: int, length: int, chunk_size: int, offsets: Sequence[int], position: int = 0
+) -> tuple[int, int]:
+    """The columns [begin, end) of a rank's piece of sequences at `offsets`.
+
+    Example:
+        >>> from megalodon_ops.distributed.split import columns
+        >>> [columns(rank, 3, 40, 8, [0, 40]) for rank in range(3)]
+        [(0, 16), (16, 24), (24, 40)]
+    """
+    bounds = [0]
+    for cut in range(1, ranks):
+        bounds.append(max(_nearest_cut(cut * length / ranks, length, chunk_size, offsets, position), bounds[-1]))
+    bounds.append(length)
+    return bounds[rank], bounds[rank + 1]
+
+
+def _nearest_cut(ideal: float, length: int, chunk_size: int, offsets: Sequence[int], position: int) -> int:
+    """The chunk boundary nearest to a place; between sequences, any place is one."""
+    s = bisect_right(offsets, ideal) - 1
+    if s < 0 or s + 1 >= len(offsets):
+        return round(ideal)
+    begin, end = offsets[s], offsets[s + 1]
+    chunk = (ideal - begin + position) // chunk_size
+    before = max(begin + int(chunk) * chunk_size - position, begin)
+    after = min(begin + int(chunk + 1) * chunk_size - position, end)
+    return before if ideal - before <= after - ideal else after
+
+
+def _place(mesh: DeviceMesh, name: str) -> tuple[int, int]:
+    """This rank's number along a dimension of the mesh, and how many ranks there are."""
+    if name not in mesh.mesh_dim_names:
+        return 0, 1
+    return mesh.get_local_rank(name), mesh.size(mesh.mesh_dim_names.index(name))
