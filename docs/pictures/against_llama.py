@@ -8,10 +8,10 @@ from style import BLUE, GREY, ORANGE, REPOSITORY, panels
 
 PATHS = {"megalodon_ops": BLUE, "plain torch": GREY, "Llama": ORANGE}
 WORK = {
-    ("training step", "25M L 2048"): ("texts of 2,048 tokens", 2048),
-    ("training step", "25M L 8192"): ("of 8,192", 8192),
-    ("decode 16 tokens after 1000", "25M"): ("after 1,000 tokens", 16),
-    ("decode 16 tokens after 32744", "25M"): ("after 32,744", 16),
+    ("training step", "25M L 2048"): ("2,048 tokens", 2048),
+    ("training step", "25M L 8192"): ("8,192", 8192),
+    ("decode 16 tokens after 1000", "25M"): ("after 1,000", 16),
+    ("decode 16 tokens after 32744", "25M"): ("32,744 tokens", 16),
 }
 """Rows of the bench `model` in float32: what stands below their bars, and the tokens of a call"""
 PAGE = sorted((REPOSITORY / "bench" / "results").glob("*-cpu.md"))[-1]
@@ -47,12 +47,12 @@ def draw(axes, title: str, groups: dict[str, dict[str, float]]) -> None:
 
 
 rates = tokens_a_second()
-figure, both = panels(8.4, 3.1, columns=2)
+figure, both = panels(6.4, 3.4, columns=2)
 for axes, title, labels in zip(both, ("training", "decoding"), (list(rates)[:2], list(rates)[2:])):
     draw(axes, f"{title}, tokens a second", {label: rates[label] for label in labels})
 patches = [Patch(color=colour) for colour in PATHS.values()]
-names = ["MEGALODON, this package", "MEGALODON, plain torch", "Llama"]
-figure.legend(patches, names, loc="lower left", ncols=3, fontsize=9, handlelength=1, columnspacing=1.2)
+names = ["this package", "MEGALODON in plain torch", "Llama"]
+figure.legend(patches, names, loc="lower left", bbox_to_anchor=(0, 0.06), ncols=3, handlelength=1, columnspacing=1.2)
 processor = re.search(r"- processor: (.*)", PAGE.read_text())[1]
-figure.text(0.99, 0.035, f"25M parameters, float32, 2 cores, {processor}", ha="right", color=GREY, fontsize=9)
-figure.tight_layout(rect=(0, 0.1, 1, 1))
+figure.text(0.015, 0.02, f"25M parameters, float32, two cores of an {processor}", color=GREY, fontsize=10)
+figure.tight_layout(rect=(0, 0.16, 1, 1))
