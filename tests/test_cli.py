@@ -138,13 +138,28 @@ ERRORS = {
     "eval glob": (["eval", "--checkpoint", "{run}", "--glob", "*"], "--glob: chooses among the files of --data, which"),
     "steps": (["train", "--steps", "0"], "argument --steps: must be a whole number above 0 and below 2^63, got 0"),
     "minutes": (["train", "--minutes", "nan"], "argument --minutes: must be a number above 0, got nan"),
-    "unknown flag": (["train", "--stops", "3"], "unrecognized arguments: --stops 3"),
+    "unknown flag": (["train", "--stops", "3"], "train: error: unrecognized arguments: --stops 3; did you mean --steps?"),
+    "another's flag": (["train", "--epochs", "3"], "--epochs 3; python -m megalodon_ops train --help says what there is"),
+    "no flag": (["eval", "--checkpoint", "{run}", "book.txt"], "eval: error: unrecognized arguments: book.txt; python -m"),
+    "before the command": (["--steps", "3", "train"], "error: "),
+    "two bytes": (["train", "--data", "{tmp}/one"], "--data {tmp}/one: must have at least 2 bytes of text, one to learn and"),
+    "out in the text": (["train", "--data", "{text}", "--out", "{text}/run"], "--out {text}/run: lies in {text}, so that what"),
+    "no out": (["train", "--out", "/proc/none"], "--out /proc/none: no such folder can be made: No such file"),
+    "card": (["train", "--device", "cuda:99"], "--device cuda:99: "),
+    "mps": (["train", "--device", "mps"], "--device mps: must be cpu, cuda or one card, such as cuda:1; there are no kernels"),
+    "preset's groups": (["train", "--dim", "40"], "--norm-groups: must be a divisor of --dim = 40, got 32, that of the preset; give"),
+    "heads": (["train", "--z-dim", "33"], "--z-dim: must be a multiple of 2 * --heads = 2, got 33."),
+    "eval batch": (["eval", "--checkpoint", "{run}", "--batch", "9999999999"], "--batch: must be a whole number above 0 and below 2^31"),
+    "eval piece": (["eval", "--checkpoint", "{run}", "--piece", "9999999999"], "--piece: must be a whole number above 0 and below 2^31"),
+    "top-k": (["generate", "--checkpoint", "{run}", "--top-k", "9999999999"], "--top-k: must be a whole number above 0 and below"),
+    "samples": (["generate", "--checkpoint", "{run}", "--samples", "999999999"], "--samples: the state of 999,999,999 samples takes "),
+    "prompt folder": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}"], "--prompt-file {tmp}: a folder, name a file"),
     "abbreviation": (["train", "--step", "3"], "unrecognized arguments: --step 3"),
     "unknown preset": (["train", "--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
-    "config": (["train", "--dim", "33"], "`norm_num_groups` must be a divisor of model_dim = 33"),
+    "config": (["train", "--dim", "33"], "--norm-groups: must be a divisor of --dim = 33"),
     "device": (["train", "--device", "abacus"], "--device abacus"),
-    "meta device": (["train", "--device", "meta"], "--device meta: this build of megalodon_ops has no kernels for it"),
-    "out is a file": (["train", "--data", "{text}", "--out", "{tmp}/empty"], "empty: File exists"),
+    "meta device": (["train", "--device", "meta"], "--device meta: must be cpu, cuda or one card, such as cuda:1"),
+    "out is a file": (["train", "--data", "{text}", "--out", "{tmp}/empty"], "--out {tmp}/empty: a file; name a folder"),
     "out holds a run": (["train", "--out", "{run}"], "holds a run already; continue it with --resume"),
     "resume nothing": (["train", "--resume", "--out", "{tmp}/missing"], "--resume {tmp}/missing: no such folder"),
     "resume no checkpoint": (["train", "--resume", "--out", "{tmp}"], "--resume {tmp}: no complete checkpoint"),
@@ -158,7 +173,7 @@ ERRORS = {
     "eval empty text": (["eval", "--checkpoint", "{run}", "--data", "{tmp}/empty"], "empty: the file is empty"),
     "no checkpoint": (["generate"], "the following arguments are required: --checkpoint"),
     "generate nothing": (["generate", "--checkpoint", "{tmp}/missing"], "no such folder"),
-    "missing prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}/none"], "none: No such file"),
+    "missing prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}/none"], "--prompt-file {tmp}/none: No such file"),
     "temperature": (["generate", "--checkpoint", "{run}", "--temperature", "-1"], "--temperature: must be a number"),
     "no command": ([], "required: {info,train,eval,generate,tokenizer,convert}"),
     "unknown command": (["fly"], "invalid choice: 'fly'"),
@@ -174,6 +189,7 @@ def test_one_line_and_exit_code_2(name, finished, text, tmp_path, capsys):
 
     arguments, message = ERRORS[name]
     (tmp_path / "empty").touch()
+    (tmp_path / "one").write_text("x")
     before = rows(finished)
     try:
         code = main([fill(word) for word in arguments])

@@ -52,7 +52,7 @@ def test_a_trained_tokenizer(text, bpe, tmp_path, capsys):
     assert re.search(
         r"text that was held out: \d+ documents, [\d,]+ bytes, [\d,]+ tokens: 1\.\d{3} bytes a token\n", out
     )
-    assert f"python -m megalodon_ops train --tokenizer {tmp_path}/bpe.json" in out
+    assert f"python -m megalodon_ops train --data {text} --tokenizer {tmp_path}/bpe.json" in out
     tokenizer = Tokenizer.from_file(bpe)
     assert (tokenizer.vocab_size, tokenizer.start, tokenizer.output_size) == (SIZE, SIZE - 1, SIZE - 1)
     learned = Tokenizer.train(load_corpus([text]).train, vocab_size=SIZE)
@@ -253,7 +253,9 @@ def test_bytes_have_a_tokenizer_file_too(finished):
 
 ERRORS = {
     "no file": (["train", "--tokenizer", "{tmp}/none"], "--tokenizer {tmp}/none: no such file"),
-    "no tokenizer": (["train", "--tokenizer", "{tmp}/noise"], "--tokenizer {tmp}/noise: "),
+    "no tokenizer": (["train", "--tokenizer", "{tmp}/noise"], "--tokenizer {tmp}/noise: neither a JSON file of the"),
+    "a run": (["train", "--tokenizer", "{run}"], "no tokenizer.model in this folder; that of a run is in each folder of its ch"),
+    "out nowhere": (["tokenizer", "--train", "--vocab-size", "300", "--out", "/proc/none/x"], "--out /proc/none/x: could not be"),
     "empty folder": (["train", "--tokenizer", "{tmp}"], "--tokenizer {tmp}: no tokenizer.json and no tokenizer.model"),
     "no JSON": (["train", "--tokenizer", "{tmp}/half.json"], "--tokenizer {tmp}/half.json: is no JSON"),
     "another": (["generate", "--checkpoint", "{run}", "--tokenizer", "{bytes}"], "{run} holds another tokenizer"),

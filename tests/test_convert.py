@@ -64,9 +64,9 @@ def test_dtype_and_shards(sources, model, tmp_path):
 
 ERRORS = {
     "no folder": (["--from", "own", "--to", "own", "{tmp}/none", "{tmp}/m"], "{tmp}/none: no such folder"),
-    "no official": (["--from", "official", "--to", "own", "{own}", "{tmp}/m"], "config.json: `config.json` must hold an object `model`"),
+    "no official": (["--from", "official", "--to", "own", "{own}", "{tmp}/m"], "got None; Megalodon.save, train or transformers wrote this folder, and"),
     "official as own": (["--from", "own", "--to", "own", "{official}", "{tmp}/m"], "--from official reads it"),
-    "no port": (["--from", "port", "--to", "own", "{own}", "{tmp}/m"], "config.json: is not that of the port"),
+    "no port": (["--from", "port", "--to", "own", "{own}", "{tmp}/m"], "`max_positions` is missing; Megalodon.save, train or transformers wrote this"),
     "exists": (["--from", "own", "--to", "official", "{own}", "{own}"], "{own}: exists; name a new folder"),
     "shards of own": (["--from", "own", "--to", "own", "--shards", "2", "{own}", "{tmp}/m"], "--shards: only the released format"),
     "too many shards": (["--from", "own", "--to", "official", "--shards", "3", "{own}", "{tmp}/m"], "`shards` must divide num_heads = 4, got 3"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,9 +38,30 @@ def flag_of(name: str) -> str:
     return MODEL_FLAGS[name][0] if name in MODEL_FLAGS else f"--{name.replace('_', '-')}"
 
 
+def in_flags(message: str, given: Container[str]) -> str:
+    """An error of MegalodonConfig, with the flags' names in the place of its fields'."""
+    message = message.removeprefix("MegalodonConfig: ")
+    refused = re.match(r"`(\w+)`", message)
+    for field, (flag, *_) in MODEL_FLAGS.items():
+        message = re.sub(rf"^`{field}`", f"{flag}:", message)
+        message = re.sub(rf"(?<![\w-]){field}(?!\w)", flag, message)
+    if refused and refused[1] in MODEL_FLAGS and refused[1] not in given:
+        message = f"{message.removesuffix('.')}, that of the preset; give {flag_of(refused[1])}, too"
+    return message
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses what this parser does not know here, where a command knows its flags, and not in the parser of commands."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.7)
+            fix = f"did you mean {near[0]}?" if near else f"python -m {self.prog} --help says what there is"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}; {fix}")
+        return options, unknown
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -126,9 +149,9 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all figures")
     picture = "draw the loss by how many tokens a prediction is made from"
     parser.add_argument("--by-position", type=Path, default=None, metavar="FILE", help=picture)
-    parser.add_argument("--batch", type=_natural, default=8, help="documents read side by side (8)")
+    parser.add_argument("--batch", type=_size, default=8, help="documents read side by side (8)")
     piece = "tokens of a document in memory at once, which changes time and memory but not the result (2048)"
-    parser.add_argument("--piece", type=_natural, default=2048, metavar="N", help=piece)
+    parser.add_argument("--piece", type=_size, default=2048, metavar="N", help=piece)
     _tokenizer_flag(parser)
     _device_flags(parser, "cpu", None)
 
@@ -146,9 +169,9 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", type=_text, default=[], metavar="TEXT", help="end before it; repeatable"
     )
-    parser.add_argument("--samples", type=_natural, default=1, metavar="N", help="continuations of the prompt (1)")
+    parser.add_argument("--samples", type=_size, default=1, metavar="N", help="continuations of the prompt (1)")
     parser.add_argument("--temperature", type=_not_negative, default=0.8, help="0 takes the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=_natural, default=None, help="sample among the K likeliest tokens")
+    parser.add_argument("--top-k", type=_size, default=None, help="sample among the K likeliest tokens")
     parser.add_argument("--top-p", type=_fraction, default=None, help="sample among the likeliest tokens of mass P")
     min_p = "sample among tokens at least P times as likely as the likeliest"
     parser.add_argument("--min-p", type=_fraction, default=None, metavar="P", help=min_p)
@@ -266,6 +289,7 @@ def _context(text: str) -> int | str:
 
 _tokens = _number(int, lambda x: 0 < x < 2**62, "'all' or a whole number above 0 and below 2^62")
 _natural = _number(int, lambda x: x > 0, "a whole number above 0 and below 2^63")
+_size = _number(int, lambda x: 0 < x < 2**31, "a whole number above 0 and below 2^31")
 _vocabulary = _number(int, lambda x: 257 < x < 2**24, "a whole number above 257 and below 2^24")
 _seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
 _positive = _number(float, lambda x: x > 0, "a number above 0")

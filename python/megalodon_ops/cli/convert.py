@@ -11,6 +11,7 @@ from torch import Tensor
 from megalodon_ops import Megalodon, save_official
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
+from megalodon_ops.model.checkpoint import read_config
 from megalodon_ops.model.official import is_official, read_official
 from megalodon_ops.model.port import difference, load_port, looks_beyond_its_chunk, pseudo_text
 from megalodon_ops.training.checkpoint import find_tokenizer, load_any
@@ -55,14 +56,26 @@ _READER = {
 
 
 def _read(source: Path, origin: str, dtype: torch.dtype | None) -> tuple[Megalodon, object]:
-    if origin == "port":
-        return load_port(source, dtype=dtype or torch.float32), find_tokenizer(source)
-    if origin == "official":
-        return read_official(source, dtype or torch.float32, torch.device("cpu")), find_tokenizer(source)
+    if origin in ("official", "port"):
+        try:
+            if origin == "port":
+                return load_port(source, dtype=dtype or torch.float32), find_tokenizer(source)
+            return read_official(source, dtype or torch.float32, torch.device("cpu")), find_tokenizer(source)
+        except ValueError as error:
+            raise FileError(f"{error}{_whose(source)}") from error
     if source.is_dir() and is_official(source):
         raise FileError(f"{source}: a folder in the format of the released code; --from official reads it")
     model, tokenizer, _ = load_any(source, dtype=dtype)
     return model, tokenizer
+
+
+def _whose(source: Path) -> str:
+    """What an error adds where the folder's configuration is one of this package."""
+    try:
+        read_config(source / "config.json")
+    except (FileNotFoundError, ValueError):
+        return ""
+    return "; Megalodon.save, train or transformers wrote this folder, and --from own reads it"
 
 
 def _tokens(path: Path | None, vocab_size: int) -> Tensor:

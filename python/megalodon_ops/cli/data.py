@@ -46,7 +46,10 @@ def load_corpus(
     try:
         return hold_out(path.read_bytes() for path in files)
     except ValueError as error:
-        raise CommandError("the text must have at least 2 bytes, one to learn and one to hold out") from error
+        raise CommandError(
+            f"{flag}{' '.join(map(str, paths or ()))}: must have at least 2 bytes of text, one to learn and one to hold out; "
+            "name more"
+        ) from error
 
 
 def check_glob(globs: Sequence[str] | None, paths: Sequence[str | Path] | None) -> None:

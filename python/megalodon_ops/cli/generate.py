@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from megalodon_ops import Megalodon, StopStrings, use_huge_pages
+from megalodon_ops import Megalodon, MegalodonState, StopStrings, use_huge_pages
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
+from megalodon_ops.ops.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
 
 PROMPT, SAMPLE = 300, 600
@@ -32,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     device = usable_device(options.device)
     prompt = _prompt(options)
     trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
+    check_memory(trained.model, options.samples)
     use_huge_pages(trained.model)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = {name: getattr(options, name) for name in names}
@@ -45,6 +47,16 @@ def run(options: argparse.Namespace) -> int:
         else:
             _print_samples(prompt, texts, options.samples)
     return 0
+
+
+def check_memory(model: Megalodon, samples: int) -> None:
+    """Refuses, before the prompt is read, more samples than there is memory for their states and logits."""
+    state = MegalodonState.fresh(model.config, 1, dtype=model.embed.weight.dtype, device="meta").nbytes
+    logits = 2 * model.config.num_outputs * torch.float32.itemsize  # of the decoder, and as the sampler orders them
+    try:
+        check_fits(samples * (state + logits), f"the state of {samples:,} samples")
+    except ValueError as error:
+        raise CommandError(f"--samples: {error}; ask for fewer") from error
 
 
 def _print_as_it_comes(prompt: bytes, texts: Iterator[bytes]) -> None:
@@ -126,5 +138,12 @@ def show_sample(
 
 def _prompt(options: argparse.Namespace) -> bytes:
     if hasattr(options, "prompt_file"):
-        return sys.stdin.buffer.read() if str(options.prompt_file) == "-" else options.prompt_file.read_bytes()
+        if str(options.prompt_file) == "-":
+            return sys.stdin.buffer.read()
+        try:
+            return options.prompt_file.read_bytes()
+        except IsADirectoryError as error:
+            raise CommandError(f"--prompt-file {options.prompt_file}: a folder, name a file") from error
+        except OSError as error:
+            raise CommandError(f"--prompt-file {options.prompt_file}: {error.strerror}") from error
     return os.fsencode(getattr(options, "prompt", ""))

@@ -24,7 +24,12 @@ class Lock:
 
     def __enter__(self) -> Lock:
         self.made = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise CommandError(f"--out {self.folder}: a file; name a folder") from error
+        except OSError as error:
+            raise CommandError(f"--out {self.folder}: no such folder can be made: {error.strerror}") from error
         while True:
             self.handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
             try:

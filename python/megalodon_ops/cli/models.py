@@ -9,7 +9,7 @@ import torch
 
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli import schema
-from megalodon_ops.cli.arguments import SMALL
+from megalodon_ops.cli.arguments import SMALL, in_flags
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
 from megalodon_ops.ops.library import has_cuda_kernels
@@ -45,18 +45,28 @@ def configured(preset: str, flags: dict[str, Any], tokenizer: Tokenizer | None =
     try:
         return MegalodonConfig(**values)
     except (TypeError, ValueError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(in_flags(str(error), flags)) from error
 
 
 def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device {name}: {_DEVICES}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device {name}: {_DEVICES}")
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not has_cuda_kernels()):
-        raise CommandError(f"--device {name}: this build of megalodon_ops has no kernels for it")
+        raise CommandError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu does without a GPU") from error
+    if device.type == "cuda" and not has_cuda_kernels():
+        raise CommandError(
+            f"--device {name}: this build of megalodon_ops has no kernels for it; python -m megalodon_ops info says why"
+        )
     return device
+
+
+_DEVICES = "must be cpu, cuda or one card, such as cuda:1; there are no kernels for other devices"
 
 
 class Trained(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoin
         if has_checkpoint(out):
             raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
         check_glob(given.get("glob"), given.get("data"))
+        _check_apart(out, given.get("data") or [], given.get("glob"))
         nothing = {"data": None, "glob": None, "tokenizer_file": None}
         flags = {**DEFAULTS, **nothing, **_length(given, {}), **given}
         file = flags["tokenizer_file"]
@@ -111,6 +113,16 @@ def _settings(
     own = {name: value for name, value in flags.items() if name in fields}
     model = {name: value for name, value in flags.items() if name not in fields}
     return Settings(out=out, config=config or configured(flags["preset"], model, tokenizer), tokenizer=tokenizer, **own)
+
+
+def _check_apart(out: Path, data: Sequence[str], globs: Sequence[str] | None) -> None:
+    """Refuses a run in a folder of its text, which the run's own files would become a part of."""
+    for path in map(Path, data):
+        if not globs and path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise CommandError(
+                f"--out {out}: lies in {path}, so that what the run writes would be text to learn from; "
+                "name a folder outside, or choose the text with --glob"
+            )
 
 
 def _length(given: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

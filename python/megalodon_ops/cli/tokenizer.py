@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,14 +48,24 @@ def _train(options: argparse.Namespace, files: Sequence[Path] | None, globs: Seq
     corpus = load_corpus(files, globs, flag="")
     begin = time.monotonic()
     tokenizer = Tokenizer.train(corpus.train, vocab_size=options.vocab_size)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out, tokenizer.content)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(options.out, tokenizer.content)
+    except OSError as error:
+        raise CommandError(f"--out {options.out}: could not be written: {error.strerror}") from error
     seconds = time.monotonic() - begin
     size = sum(map(len, corpus.train))
     print(f"{options.out}: {tokenizer.vocab_size:,} ids, from {size:,} bytes of text in {seconds:.1f} s")
     print(_figures(tokenizer, corpus.held_out, "text that was held out"))
-    print(f"train with it: python -m megalodon_ops train --tokenizer {options.out}")
+    print(f"train with it: python -m megalodon_ops train {_same_text(files, globs)}--tokenizer {shlex.quote(str(options.out))}")
     return 0
+
+
+def _same_text(files: Sequence[Path] | None, globs: Sequence[str] | None) -> str:
+    """The flags of `train` for the text that the tokenizer has learnt from."""
+    named = ["--data", *map(str, files)] if files else []
+    chosen = [word for glob in globs or () for word in ("--glob", glob)]
+    return f"{shlex.join([*named, *chosen])} " if named else ""
 
 
 def _figures(tokenizer: Tokenizer, documents: Sequence[bytes], of: str) -> str:

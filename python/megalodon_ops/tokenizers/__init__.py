@@ -36,4 +36,5 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (path / name).exists():
             return read_file(path / name, configured_start(path / "tokenizer_config.json"))
-    raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this folder")
+    fix = "; that of a run is in each folder of its checkpoints" if (path / "checkpoints").is_dir() else ""
+    raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this folder{fix}")

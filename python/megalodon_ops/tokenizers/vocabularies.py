@@ -211,9 +211,13 @@ class SentencePieceTokenizer(VocabularyTokenizer):
     def __init__(self, content: bytes, name: str, start: str | None):
         self._name, self.content = name, content
         self._model = load("sentencepiece", "train").SentencePieceProcessor()
+        try:
+            is_model = bool(content) and self._model.LoadFromSerializedProto(content)
+        except (RuntimeError, ValueError):
+            is_model = False
+        if not is_model:
+            raise FileError(f"{name}: neither a JSON file of the `tokenizers` package nor a sentencepiece model")
         with faults(name):
-            if not content or not self._model.LoadFromSerializedProto(content):
-                raise ValueError("neither a JSON file of the `tokenizers` package nor a sentencepiece model")
             size, own = self._model.GetPieceSize(), self._model.bos_id()
         if not 0 < size < LARGEST_VOCABULARY:
             raise FileError(f"{name}: must have from 1 to {LARGEST_VOCABULARY - 1} pieces, got {size}")
