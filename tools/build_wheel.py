@@ -41,7 +41,9 @@ def main() -> None:
     options = parser.parse_args()
 
     tools = environment(BUILD / "wheel-tools", BUILD_TOOLS)
-    wheel = repaired(built(tools, options.cuda), tools)
+    wheel = built(tools, options.cuda)
+    check_instructions(BUILD / "-".join(wheel.stem.split("-")[2:]))
+    wheel = repaired(wheel, tools)
     check(wheel, tools, LARGEST_CUDA if options.cuda else LARGEST_CPU)
     for version in [] if options.no_proof else options.torch:
         prove(wheel, version)
@@ -67,6 +69,27 @@ def repaired(wheel: Path, tools: Path) -> Path:
     (found,) = folder.glob("*.whl")
     DIST.mkdir(exist_ok=True)
     return Path(shutil.copy2(found, DIST / found.name))
+
+
+def check_instructions(build: Path) -> None:
+    """Raises where code that every processor runs has instructions that only some have.
+
+    That is all code but the CPU kernels of higher instruction sets, which cmake/check_isa_symbols.cmake keeps apart.
+    """
+    if platform.machine() != "x86_64":
+        return  # where all code is for one instruction set
+    everywhere, higher = [], []
+    for path in build.rglob("*.o"):
+        dispatched = "kernels_v" in str(path) and "kernels_v2.dir" not in str(path)
+        (higher if dispatched else everywhere).append(path)
+    assert not (found := [path for path in everywhere if uses_avx(path)]), f"AVX outside of the kernels for it: {found}"
+    assert any(uses_avx(path) for path in higher), f"{build} must have kernels with AVX, or this check finds nothing"
+
+
+def uses_avx(path: Path) -> bool:
+    """Whether an object holds an instruction of AVX or later: names begin with v, or a register has 32 bytes or more."""
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True)
+    return re.search(r"^\s+[0-9a-f]+:\t(v\w+ |.*%[yz]mm)", listing.stdout, re.MULTILINE) is not None
 
 
 def check(wheel: Path, tools: Path, largest: int) -> None:
