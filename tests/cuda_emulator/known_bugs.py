@@ -110,6 +110,14 @@ BUGS = {
         "cema/cema_step.cuh", "rows[(t + i) * p.channels]", "rows[{on} ? static_cast<int>((t + i) * p.channels) : (t + i) * p.channels]",
         (*_LARGE, "cema"),
     ),
+    "32-bit-offsets-of-the-ends-of-cema": Bug(
+        "cema/cema_ends.cuh", "scan.token(begin) * scan.channels", "({on} ? static_cast<int>(scan.token(begin) * scan.channels) : scan.token(begin) * scan.channels)",
+        (*_LARGE, "end_states_of_cema"),
+    ),
+    "32-bit-offsets-of-end-states-gradients-in-timestep_norm": Bug(
+        "timestep_norm/timestep_norm_end_state_bwd.cuh", "(first + row) * p.channels", "({on} ? static_cast<int>((first + row) * p.channels) : (first + row) * p.channels)",
+        (*_LARGE, "end_states_of_timestep_norm"),
+    ),
     "32-bit-offsets-of-rows-in-timestep_norm": Bug(
         "timestep_norm/timestep_norm_fwd.cuh", "place.readable_token(r) * p.channels", "({on} ? static_cast<int>(place.readable_token(r) * p.channels) : place.readable_token(r) * p.channels)",
         (*_LARGE, "timestep_norm"),

@@ -1,0 +1,126 @@
+"""The CUDA kernels of cema_end_state, emulated: every template, sequences against tiles, orders of threads, bytes moved.
+
+test_ops.py and test_end_states.py show that the public op on these kernels keeps what it promises.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_bit_equal
+from cases import cema_end_state_case, evaluate, forward
+from test_cuda_cema import DTYPES, SEQUENCES, TILES
+from test_cuda_timestep_norm import sectors
+from test_ops import assert_matches_reference
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+
+FORWARD = {f"cema_{name}_kernel" for name in ("table", "local", "carry", "ends")}
+BACKWARD = {f"cema_{name}_kernel" for name in ("table", "local", "carry", "output", "sums", "finish")}
+
+
+def emulated(emulator, case, offset=0, run=evaluate):
+    with emulator.replacing(_C, offset=offset):
+        return run(mo.cema_end_state, case)
+
+
+def launched(emulator):
+    return set(emulator.module.traffic())
+
+
+@pytest.mark.parametrize("N", [3, 8, 11, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_of_modes_and_type(emulator, dtype, N):
+    """Templates of 4, 8, 16 and 32 modes, over several tiles; pairs of channels, by vector and by scalar accesses."""
+    case = cema_end_state_case(B=1, L=99, D=4, N=N, dtype=dtype)
+    actual = emulated(emulator, case)
+    assert launched(emulator) == FORWARD | BACKWARD
+    assert_matches_reference(actual, case)
+    assert_bit_equal(emulated(emulator, case, offset=1), actual)
+
+
+def test_the_forward_alone_and_few_steps_take_the_scan(emulator):
+    emulated(emulator, cema_end_state_case(B=3, L=1, D=4, N=4), run=forward)
+    assert launched(emulator) == {"cema_table_kernel", "cema_ends_kernel"}
+
+
+@pytest.mark.parametrize("sequences", [{"B": 2, "L": 40}, {"B": 1, "cu_seqlens": [1, 4, 4, 40, 70], "L": 80}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_more_modes_than_a_launch_takes(emulator, dtype, sequences):
+    case = cema_end_state_case(**sequences, D=3, N=70, dtype=dtype)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+@pytest.mark.parametrize("D", [1, 6, 70])
+@pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
+def test_sequences_against_tiles(emulator, sequences, D):
+    case = cema_end_state_case(**sequences, D=D, N=5)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+@pytest.mark.parametrize("tile", TILES[1:])
+def test_sequences_against_longer_tiles(emulator, tile):
+    """A sequence that fills tiles, some that begin and end inside of one, padding, and a last tile that is cut short."""
+    ends = [3, 2 * tile + 9, 2 * tile + 9, 2 * tile + 20, 3 * tile + 5]
+    case = cema_end_state_case(B=1, L=3 * tile + 7, D=2, N=3, radius=(0.9, 1.0), cu_seqlens=ends)
+    with emulator.launch_sizes(cema_tile=tile):
+        assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_small_weights_keep_their_gradients(emulator):
+    """p and Im(q) of 0, by which a state's gradient cannot be divided."""
+    case = cema_end_state_case(B=1, L=100, D=3, N=4)
+    zero = torch.tensor([0.0, 1e-30, 1e-6, 1.0])
+    q = torch.complex(case.tensors["q"].real, case.tensors["q"].imag * zero)
+    case = case.with_tensors(p=case.tensors["p"] * zero.flip(0), q=q)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_moved_by_the_forward(emulator, dtype):
+    """x is read once, and again in the two of ten tiles in which the sequences end; nothing of x's size is written."""
+    case = cema_end_state_case(B=2, L=160, D=64, N=16, dtype=dtype)
+    emulated(emulator, case, run=forward)
+    x, state = case.tensors["x"].nbytes, 2 * 64 * 16 * 8
+    assert sectors(emulator, "cema_local_kernel", "x", "load") == x
+    assert sectors(emulator, "cema_ends_kernel", "x", "load") == x // 5
+    assert emulator.traffic("cema_ends_kernel")["state_out"]["store_bytes"] == state
+    written = {
+        name for kernel in launched(emulator) for name, t in emulator.traffic(kernel).items() if t["store_bytes"]
+    }
+    assert written == {"workspace", "state_out"}
+
+
+def test_bytes_moved_by_the_backward(emulator):
+    """No dy: x is read for the states, for dp and for dq; dx is written once."""
+    case = cema_end_state_case(B=2, L=160, D=64, N=16, dtype=torch.bfloat16)
+    with emulator.replacing(_C):
+        leaves = {name: t.clone().requires_grad_() for name, t in case.tensors.items()}
+        state = mo.cema_end_state(*leaves.values())
+        emulator.module.reset_counters()
+        state.abs().sum().backward()
+    x = case.tensors["x"].nbytes
+    for kernel in ("cema_local_kernel", "cema_output_kernel", "cema_sums_kernel"):
+        assert sectors(emulator, kernel, "x", "load") == x, kernel
+    assert sectors(emulator, "cema_output_kernel", "dx", "store") == x
+
+
+def test_orders_of_threads_give_equal_bits(emulator):
+    case = cema_end_state_case(B=1, L=130, D=5, N=16, cu_seqlens=[2, 40, 40, 105, 125])
+    results = []
+    for order in ("forward", "reverse", "random"):
+        emulator.set_order(order)
+        results.append(emulated(emulator, case))
+    assert_bit_equal(results[1], results[0])
+    assert_bit_equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_bank_conflicts(emulator, dtype):
+    emulated(emulator, cema_end_state_case(B=1, L=70, D=34, N=16, dtype=dtype))
+    for kernel in FORWARD - {"cema_table_kernel"}:
+        sites = [site for site in emulator.sites(kernel) if site["shared"]]
+        assert sites
+        for site in sites:
+            assert site["transactions"] <= site["ideal"], site

@@ -1,0 +1,99 @@
+"""The CUDA kernels of timestep_norm_end_state, emulated: every path, sequences across tiles, order of threads, bytes moved.
+
+test_ops.py and test_end_states.py show that the public op on these kernels keeps what it promises.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_bit_equal
+from cases import evaluate, forward, timestep_norm_end_state_case
+from cuda_emulator.emulator import Emulator
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cuda_timestep_norm import DTYPES, TILE, WIDE, WIDTHS, footprint, sectors, tiled_cases, vector
+from test_ops import assert_matches_reference
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+
+
+def emulated(emulator, case, offset=0, run=evaluate):
+    with emulator.replacing(_C, offset=offset):
+        return run(mo.timestep_norm_end_state, case)
+
+
+def launched(emulator):
+    return set(emulator.module.traffic())
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_way_to_share_a_row(emulator, dtype, width):
+    """Three groups, which leave lanes of a warp over; two tiles, of which the second is cut short."""
+    case = timestep_norm_end_state_case(B=1, L=TILE + 5, G=3, width=width(vector(dtype)), dtype=dtype)
+    actual = emulated(emulator, case)
+    assert_matches_reference(actual, case)
+    assert_matches_reference(emulated(emulator, case, offset=1), case)
+
+
+def test_sequences_that_begin_and_end_anywhere_in_tiles(emulated_module):
+    emulator = Emulator(emulated_module)
+
+    @given(case=tiled_cases(), order=st.sampled_from(["forward", "reverse", "random"]))
+    def check(case, order):
+        sizes = {"G": case.options["num_groups"], "width": case.tensors["x"].shape[2] // case.options["num_groups"]}
+        L, cu_seqlens = case.tensors["x"].shape[1], case.options["cu_seqlens"].tolist()
+        case = timestep_norm_end_state_case(B=1, L=L, cu_seqlens=cu_seqlens, **sizes, dtype=case.dtype)
+        emulator.set_order(order)
+        assert_matches_reference(emulated(emulator, case), case)
+
+    check()
+
+
+@pytest.mark.parametrize(("dtype", "width"), WIDE)
+def test_bytes_moved_by_the_forward(emulator, dtype, width):
+    """x is read once, and again in the last of six tiles; all else is small."""
+    case = timestep_norm_end_state_case(B=1, L=6 * TILE, G=8, width=width, dtype=dtype)
+    emulated(emulator, case, run=forward)
+    x = case.tensors["x"].nbytes
+    kernels = [f"timestep_norm_{name}_kernel" for name in ("fwd_moments", "end_state", "carry")]
+    assert launched(emulator) == set(kernels)
+    assert sectors(emulator, kernels[0], "x", "load") == x
+    assert sectors(emulator, kernels[1], "x", "load") == x // 6
+    assert sum(footprint(emulator, kernel) for kernel in kernels) - x // 6 <= 1.15 * x
+
+
+@pytest.mark.parametrize(("dtype", "width"), WIDE)
+def test_bytes_moved_by_the_backward(emulator, dtype, width):
+    case = timestep_norm_end_state_case(B=1, L=6 * TILE, G=8, width=width, dtype=dtype)
+    emulated(emulator, case)
+    x, kernel = case.tensors["x"].nbytes, "timestep_norm_end_state_bwd_kernel"
+    assert sectors(emulator, kernel, "x", "load") == sectors(emulator, kernel, "dx", "store") == x
+    assert footprint(emulator, kernel) <= 1.05 * 2 * x
+
+
+def test_one_launch_where_no_sequence_passes_from_tile_to_tile(emulator):
+    emulated(emulator, timestep_norm_end_state_case(B=3, L=32, G=2, width=8), run=forward)
+    assert launched(emulator) == {"timestep_norm_end_state_kernel"}
+
+
+def test_orders_of_threads_give_equal_bits(emulator):
+    case = timestep_norm_end_state_case(B=3, L=TILE + 9, G=3, width=16, lengths=[TILE + 9, 0, 30])
+    results = []
+    for order in ("forward", "reverse", "random"):
+        emulator.set_order(order)
+        results.append(emulated(emulator, case))
+    assert_bit_equal(results[1], results[0])
+    assert_bit_equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_bank_conflicts(emulator, dtype):
+    emulated(emulator, timestep_norm_end_state_case(B=1, L=3 * TILE, G=8, width=32, dtype=dtype))
+    for kernel in ("timestep_norm_end_state_kernel", "timestep_norm_end_state_bwd_kernel"):
+        sites = [site for site in emulator.sites(kernel) if site["shared"]]
+        assert sites
+        for site in sites:
+            assert site["transactions"] <= site["ideal"], site
