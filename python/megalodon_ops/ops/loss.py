@@ -253,6 +253,7 @@ def _sum(x, weight, index, scales, wants_dx, wants_dweight):
             put_product_(dx[block], dlogits, weight.t(), rows, add=False)
         if wants_dweight:
             put_product_(dweight, dlogits.t(), x[block].t(), slab, add=begin > 0)
+        del dlogits  # before the next block's logits are made
     return torch.cat(losses).dot(scales), dx, dweight
 
 
