@@ -19,7 +19,7 @@ from megalodon_ops.ops.memory import keep_freed_memory
 
 COMMANDS = {
     "info": "info", "train": "train", "eval": "evaluate", "generate": "generate", "convert": "convert",
-    "tokenizer": "tokenizer",
+    "tokenizer": "tokenizer", "plan": "plan",
 }  # fmt: skip
 EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib", "tokenizers", "sentencepiece"}
 

@@ -85,6 +85,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("generate", _generate_flags, "print a sampled continuation"),
         ("tokenizer", _tokenizer_flags, "train a byte-level BPE on text, or see what a tokenizer makes of text"),
         ("convert", _convert_flags, "write a checkpoint in another format"),
+        ("plan", _plan_flags, "what a training step will take on given devices: memory, operations, exchange, time"),
     ):
         command = commands.add_parser(
             name, help=summary, description=summary, epilog=_examples(EXAMPLES[name]),
@@ -223,6 +224,12 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    from megalodon_ops.cli.plan_flags import add_flags  # here: the module takes this one's
+
+    add_flags(parser)
+
+
 def _checkpoint_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
@@ -296,6 +303,7 @@ _positive = _number(float, lambda x: x > 0, "a number above 0")
 _not_negative = _number(float, lambda x: x >= 0, "a number, 0 or above")
 _probability = _number(float, lambda x: 0 <= x < 1, "a probability, from 0 to below 1")
 _fraction = _number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+natural, positive, fraction = _natural, _positive, _fraction
 
 EXAMPLES = {
     "info": ["info"],
@@ -324,6 +332,11 @@ EXAMPLES = {
         "convert --from official --to own released/ model/",
         "convert --from own --to official --shards 2 runs/prose released/",
         "convert --from port --to hf port/ model/ --tokens ids.txt",
+    ],
+    "plan": [
+        "plan --preset paper7B --devices 256 --mesh data=128,chunk=2 --context 32768 --card a100",
+        "plan --preset mega1.3B --mesh data=8 --context 8192 --batch 64 --card h100 --recompute --efficiency 0.4",
+        "plan --config runs/prose --card cpu --memory 64 --tflops 2 --bandwidth 100 --dtype float32 --json -",
     ],
 }
 """Examples of every command for its help; the main help shows the first of each command"""

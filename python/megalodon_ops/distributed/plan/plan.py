@@ -295,7 +295,7 @@ def _checked_efficiency(efficiency: float | Sequence[float]) -> tuple[float, flo
 def _check_division(config: MegalodonConfig, mesh: dict[str, int], context: int, batch: int) -> None:
     def check(divisor: str, what: str, size: int) -> None:
         if size % mesh[divisor]:
-            raise ValueError(f"plan: `mesh` must have a {divisor} that divides {what}, {size:,}, got {mesh[divisor]}.")
+            raise ValueError(f"plan: `mesh` must have a size of {divisor} that divides {what} ({size:,}), got {mesh[divisor]}.")
 
     check("data", "the batch's sequences", batch)
     for what, size in (
