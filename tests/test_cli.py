@@ -175,7 +175,7 @@ ERRORS = {
     "generate nothing": (["generate", "--checkpoint", "{tmp}/missing"], "no such folder"),
     "missing prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}/none"], "--prompt-file {tmp}/none: No such file"),
     "temperature": (["generate", "--checkpoint", "{run}", "--temperature", "-1"], "--temperature: must be a number"),
-    "no command": ([], "required: {info,train,eval,generate,tokenizer,convert}"),
+    "no command": ([], "required: {info,train,eval,generate,tokenizer,convert,plan}"),
     "unknown command": (["fly"], "invalid choice: 'fly'"),
 }  # fmt: skip
 

@@ -165,7 +165,8 @@ def _memory(found: Plan, otherwise: Plan) -> Iterable[str]:
     yield from _title("memory of a device", "GB")
     for name, size in (
         ("parameters", memory.parameters), ("Adam's moments", memory.optimizer),
-        ("batch and rotary tables", memory.batch + memory.rotary), ("gradients", peak.gradients),
+        ("batch, rotary tables, states", memory.batch + memory.rotary + memory.states),
+        (f"gradients that exist then, of {memory.gradients / _GB:,.2f} in all", peak.gradients),
         ("kept for the backward", peak.activations), ("gathered parameters, gradients on their way", peak.gathered),
         ("temporary", peak.temporary),
     ):  # fmt: skip

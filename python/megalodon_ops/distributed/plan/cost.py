@@ -70,8 +70,7 @@ def ops_around_blocks(share: Share) -> Iterator[Op]:
 
 def skipped_when_recomputed(share: Share) -> int:
     """Operations of a block's forward that torch leaves out of a second one: what nothing kept depends on."""
-    f = share.widths[5]
-    return 0 if share.config.rescale_nffn else 2 * share.tokens * f * share.config.model_dim
+    return 0 if share.keeps_fc2 else 2 * share.tokens * share.widths[5] * share.config.model_dim
 
 
 def _product(share: Share, name: str, inputs: int, outputs: int) -> Op:

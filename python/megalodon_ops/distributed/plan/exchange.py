@@ -124,7 +124,7 @@ def _of_tensors(share: Share, layout: Layout, recompute: bool) -> list[Exchange]
     """
     group, layers = Group(layout.tensor, 1), share.config.num_layers
     activation = share.tokens * share.config.model_dim * share.narrow
-    again = (5 if share.config.rescale_nffn else 4) * recompute
+    again = (4 + share.keeps_fc2) * recompute
     of_loss = 2 * 3 * share.tokens * WIDE  # all-reduces of the largest logit, the sum and the target's
     return [
         Exchange("activations, forward", activation * (5 + again) * layers + activation + of_loss, group, False),

@@ -13,7 +13,7 @@ import torch
 from .activations import block_input, by_kind, kept_around_blocks, kept_by_block
 from .cards import CARDS, Card
 from .cost import Flops, block_ops, flops, step_ops
-from .exchange import Exchange, Layout, exchanges, gathered_bytes, stored_bytes
+from .exchange import Exchange, Layout, exchanges, gathered_bytes, state_bytes, stored_bytes
 from .peak import Gradients, Peak, peak
 from .share import WIDE, Parameter, Share
 from ...model.config import MegalodonConfig, check_config
@@ -33,6 +33,10 @@ class Memory(NamedTuple):
     """tokens and targets"""
     rotary: int
     """tables of sines and cosines"""
+    states: int
+    """end states of all pieces of the sequences, which each process gathers"""
+    gradients: int
+    """of all parameters, after the backward; of these, as many as exist at the peak are in `peak`"""
     kept: dict[str, int]
     """what the backward needs, by kind, without recomputation"""
     kept_recomputing: dict[str, int]
@@ -43,7 +47,7 @@ class Memory(NamedTuple):
     @property
     def total(self) -> int:
         """Bytes at the peak."""
-        return self.parameters + self.optimizer + self.batch + self.rotary + self.peak.total
+        return self.parameters + self.optimizer + self.batch + self.rotary + self.states + self.peak.total
 
 
 class Time(NamedTuple):
@@ -218,9 +222,11 @@ def _memory(share: Share, layout: Layout, recompute: bool, optimizer_dtype: torc
     kept = {**{kind: config.num_layers * size for kind, size in blocks.items()}, **around}
     recomputing = {"residual stream": config.num_layers * block_input(share), **around}
     rotary = config.num_layers * config.chunk_size * (config.z_dim // config.num_heads) * WIDE
+    tables = rotary if share.device == "cuda" else rotary // config.num_layers  # on the CPU all layers share one
+    states = layout.chunk * share.rows * sum(state_bytes(share)) if layout.chunk > 1 else 0
     return Memory(
-        own, moments, 2 * share.tokens * torch.int64.itemsize, rotary if share.device == "cuda" else rotary // config.num_layers,
-        kept, recomputing, peak(share, recompute, _gradients(share, layout, own)),
+        own, moments, 2 * share.tokens * torch.int64.itemsize, tables, states, own, kept, recomputing,
+        peak(share, recompute, _gradients(share, layout, own)),
     )  # fmt: skip
 
 

@@ -103,6 +103,11 @@ class Share:
             return self.tokens
         return min(max(_BLOCK[self.device] // self.classes // 64, 1) * 64, self.tokens)
 
+    @property
+    def keeps_fc2(self) -> bool:
+        """Whether the backward of a block needs what comes after the last product: a gain's input, a mask of dropout."""
+        return self.config.rescale_nffn or self.config.dropout > 0
+
     def parameters(self) -> Iterator[Parameter]:
         """Every parameter of the model, as much of it as this process has before sharding."""
         for name, shape in self.config.parameter_shapes():

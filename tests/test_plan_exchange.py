@@ -1,0 +1,87 @@
+"""The bytes that a plan says are exchanged, against those of the collectives that a parallel model really runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import megalodon_ops as mo
+from megalodon_ops.distributed import make_mesh, parallelize, split
+from megalodon_ops.distributed.plan import plan
+
+MODEL = dict(
+    num_layers=2, model_dim=32, z_dim=16, value_dim=24, num_heads=2, ffn_hidden_dim=40, cema_ndim=4, chunk_size=8,
+    vocab_size=31, norm_num_groups=4,
+)  # fmt: skip
+KINDS = {
+    "_allgather_base_": "gathered", "all_gather_into_tensor": "gathered", "_reduce_scatter_base_": "scattered",
+    "reduce_scatter_tensor": "scattered", "alltoall_base_": "to all", "allreduce_": "reduced",
+}  # fmt: skip
+WHOLE_BATCH = 2, 32
+VOTES = 512
+"""Bytes, at most, of the small integers that ranks agree on, and of the loss's sum"""
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of the largest tensor of each collective, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        if func.namespace == "c10d" or func.namespace == "_c10d_functional":
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.bytes[KINDS.get(name, name)] += max(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(sizes: dict[str, int], fields: dict, options: dict) -> dict[str, int]:
+    """What the collectives of a step move, on this rank."""
+    torch.manual_seed(0)
+    mesh = make_mesh(sizes, device_type="cpu")
+    model = parallelize(mo.Megalodon(mo.MegalodonConfig(**{**MODEL, **fields})), mesh, **options).train()
+    piece = split(torch.zeros(WHOLE_BATCH, dtype=torch.int64), mesh, chunk_size=MODEL["chunk_size"])
+    with Collectives() as collectives:
+        model.loss(piece, piece).backward()
+    return dict(collectives.bytes)
+
+
+CASES = {
+    "sharded": ({"data": 2}, {}, {}),
+    "sharded, uneven": ({"data": 2}, dict(cema_ndim=3), {}),
+    "sharded, bfloat16": ({"data": 2}, {}, dict(param_dtype=torch.bfloat16)),
+    "sharded, not freed": ({"data": 2}, {}, dict(reshard=False)),
+    "sharded, recomputed": ({"data": 2}, dict(layerwise_ckpt=True), {}),
+    "replicated": ({"data": 2}, {}, dict(data="replicate")),
+    "chunk": ({"chunk": 2}, {}, {}),
+    "chunk, recomputed": ({"chunk": 2}, dict(layerwise_ckpt=True), {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_those_of_the_collectives(ranks, case):
+    sizes, fields, options = CASES[case]
+    found = ranks.run(counted, 2, sizes, fields, options)
+    rows, context = WHOLE_BATCH
+    config = mo.MegalodonConfig(**{**MODEL, **fields})
+    foreseen = plan(
+        config, sizes, context=context, batch=rows, dtype=options.get("param_dtype", torch.float32),
+        data=options.get("data", "shard"), reshard=options.get("reshard", True),
+    )  # fmt: skip
+    expected = Counter()
+    for exchange in foreseen.exchange:
+        kind = {"states, forward": "gathered", "states, backward": "to all"}.get(exchange.name)
+        kind = kind or {"all-gather": "gathered", "reduce-scatter": "scattered", "all-reduce": "reduced"}[
+            next(word for word in ("all-gather", "reduce-scatter", "all-reduce") if word in exchange.name)
+        ]
+        expected[kind] += exchange.total // (2 if kind == "reduced" else 1)
+    for counts in found:
+        assert counts.keys() >= expected.keys()
+        for kind, size in counts.items():
+            assert 0 <= size - expected[kind] <= VOTES, (case, kind, counts, dict(expected))

@@ -1,0 +1,225 @@
+"""The memory and the operations that a plan foresees, against what torch really keeps, allocates and counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import megalodon_ops as mo
+from megalodon_ops.distributed.plan import activations, cost, peak, plan
+from megalodon_ops.distributed.plan.cards import Card
+from megalodon_ops.distributed.plan.share import Share
+from megalodon_ops.ops import linear, loss
+from megalodon_ops.training import adamw
+
+SMALL = dict(
+    num_layers=3, model_dim=64, z_dim=32, value_dim=96, num_heads=2, ffn_hidden_dim=80, cema_ndim=4, chunk_size=16,
+    vocab_size=300, norm_num_groups=8,
+)  # fmt: skip
+MODELS = {
+    "plain": {},
+    "swiglu": dict(swiglu=True),
+    "gain": dict(swiglu=True, rescale_nffn=True),
+    "no affine, tied": dict(norm_affine=False, share_emb=True),
+    "dropout": dict(dropout=0.1, hidden_dropout=0.1, attention_dropout=0.1),
+    "several blocks of logits": dict(vocab_size=2500),
+}
+DTYPES = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "autocast": (torch.bfloat16, True)}
+CPU = Card("cpu", 1e12, 1e12, 1e12, 1e11, 1e9, 1e9, source="", kind="cpu")
+
+
+def share_of(config: mo.MegalodonConfig, rows: int, length: int, dtype: str, device: str = "cpu") -> Share:
+    return Share(config, rows, length, 1, *DTYPES[dtype], device)
+
+
+def model_and_tokens(config: mo.MegalodonConfig, rows: int, length: int, dtype: str) -> tuple[mo.Megalodon, Tensor]:
+    model = mo.Megalodon(config).train()
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    return model.to(torch.bfloat16) if dtype == "bfloat16" else model, tokens
+
+
+def autocast(dtype: str) -> contextlib.AbstractContextManager:
+    return torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
+
+
+def saved(model: mo.Megalodon, tokens: Tensor, dtype: str = "float32") -> int:
+    """Bytes of the memory that autograd saves for the backward of the loss, parameters and tokens apart."""
+    given = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), tokens)}
+    found = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that no other memory gets its name
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor), autocast(dtype):
+        model.loss(tokens, tokens)
+    return sum(tensor.untyped_storage().nbytes() for name, tensor in found.items() if name not in given)
+
+
+def allocated(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of tensors on the CPU that a call leaves allocated, and the most that it had at any moment.
+
+    What a product's library allocates and frees inside the product does not count: it is each processor's own.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()
+    changes = sorted(allocations(profiler.profiler.kineto_results.experimental_event_tree()))
+    del kept
+    total = most = 0
+    for (_, change, op), (_, following, _) in zip(changes, [*changes[1:], (0, 0, "")], strict=True):
+        total += change
+        if not (op in ("aten::mm", "aten::addmm") and following == -change):
+            most = max(most, total)
+    return total, most
+
+
+def allocations(events, op: str = "") -> Iterator[tuple[int, int, str]]:
+    """When, how many bytes more or less, in which op."""
+    for event in events:
+        if event.typed[0] == _EventType.Allocation:
+            yield event.start_time_ns, event.typed[1].alloc_size, op
+        yield from allocations(event.children, event.name)
+
+
+def kept(share: Share, recompute: bool = False) -> int:
+    block = activations.block_input(share) if recompute else sum(activations.kept_by_block(share).values())
+    return share.config.num_layers * block + sum(activations.kept_around_blocks(share).values())
+
+
+SCALARS = 64  # bytes: the loss, counts, a seed of dropout
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_kept_is_what_autograd_saves(name, dtype, monkeypatch):
+    """To the byte, but for scalars: no bound of per cent is needed."""
+    if name == "several blocks of logits":
+        monkeypatch.setattr(loss, "_CPU_BLOCK", 1 << 17)
+        monkeypatch.setattr("megalodon_ops.distributed.plan.share._BLOCK", {"cpu": 1 << 17})
+    config = mo.MegalodonConfig(**{**SMALL, **MODELS[name]})
+    for rows, length in ((2, 100), (1, 37)):
+        model, tokens = model_and_tokens(config, rows, length, dtype)
+        share = share_of(config, rows, length, dtype)
+        assert share.loss_is_one_block == (name != "several blocks of logits" or length < 50)
+        assert abs(saved(model, tokens, dtype) - kept(share)) <= SCALARS * config.num_layers
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_kept_is_what_stays_allocated(dtype, recompute):
+    config = mo.MegalodonConfig(**SMALL, swiglu=True, layerwise_ckpt=recompute)
+    model, tokens = model_and_tokens(config, 2, 320, dtype)
+    model.loss(tokens, tokens)  # tables are made
+
+    def step():
+        with autocast(dtype):
+            return model.loss(tokens, tokens)
+
+    expected = kept(share_of(config, 2, 320, dtype), recompute)
+    found, _ = allocated(step)
+    assert abs(found - expected) <= (0.02 if recompute else 0.001) * expected  # a second forward needs random states, too
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Keeps what torch's kernel for GPUs keeps since torch 2.9: the properties of FusedRmsNormBackward0."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], 1), weight)
+        return torch.empty_like(x)
+
+
+GPU_MODELS = {name: fields for name, fields in MODELS.items() if name not in ("dropout", "several blocks of logits")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*GPU_MODELS, "paper7B"])
+def test_what_is_kept_where_torch_computes_norms_and_gates(name, dtype, monkeypatch):
+    """Tensors on `meta` take the way of GPUs, and a model of any size fits."""
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight))
+    rows, length = (1, 16384) if name == "paper7B" else (2, 100)
+    config = mo.MegalodonConfig.preset(name) if name == "paper7B" else mo.MegalodonConfig(**{**SMALL, **MODELS[name]})
+    with torch.device("meta"):
+        model, tokens = model_and_tokens(config, rows, length, dtype)
+    assert abs(saved(model, tokens) - kept(share_of(config, rows, length, dtype, "cuda"))) <= SCALARS
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["swiglu", "wide", "several blocks of logits"])
+def test_peak_of_a_step(name, dtype, recompute, monkeypatch):
+    """Within 5 % of what a step allocates at its peak, where torch makes all products."""
+    monkeypatch.setattr(linear, "WAYS", {})  # the CPU's kernels copy transposed matrices, each processor's others
+    monkeypatch.setattr(loss, "_CPU_BLOCK", 1 << 18)
+    monkeypatch.setattr("megalodon_ops.distributed.plan.share._BLOCK", {"cpu": 1 << 18})
+    fields = {
+        "wide": dict(ffn_hidden_dim=256, vocab_size=64, num_layers=4),
+        "several blocks of logits": dict(vocab_size=600),
+        "swiglu": dict(swiglu=True, vocab_size=150),
+    }[name]
+    config = mo.MegalodonConfig(**{**SMALL, **fields}, layerwise_ckpt=recompute)
+    model, tokens = model_and_tokens(config, 2, 800, dtype)
+    optimizer = adamw(model, lr=1e-3)
+
+    def step() -> None:
+        with autocast(dtype):
+            value = model.loss(tokens, tokens)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # the optimizer's state is made
+    half = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    found = plan(
+        config, {"data": 1}, context=800, batch=2, card=CPU, dtype=DTYPES[dtype][0], autocast=DTYPES[dtype][1],
+        param_dtype=half,
+    )  # fmt: skip
+    assert found.memory.parameters == sum(p.nbytes for p in model.parameters())
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    assert found.memory.optimizer == sum(t.nbytes for t in moments)
+    _, most = allocated(step)
+    assert found.memory.peak.total == pytest.approx(most, rel=0.05)
+
+
+def test_shards_are_those_of_the_parameters():
+    config = mo.MegalodonConfig(**SMALL)
+    whole = sum(p.numel() for p in mo.Megalodon(config).parameters())
+    share = share_of(config, 1, 16, "float32")
+    assert sum(p.size for p in share.parameters()) == whole
+    one, four = (plan(config, {"data": n}, context=16, dtype=torch.float32).memory for n in (1, 4))
+    assert one.parameters == 4 * whole and one.optimizer == 8 * whole
+    wide = mo.wide_parameters(mo.Megalodon(config))
+    assert {p.name for p in share.parameters() if p.is_wide} == wide.keys()
+    assert sum(-(-shape[0] // 4) * torch.Size(shape[1:]).numel() for _, shape in config.parameter_shapes()) * 4 == four.parameters
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_operations_are_those_that_torch_counts(name, recompute, monkeypatch):
+    monkeypatch.setattr(linear, "WAYS", {})  # torch's products: a second forward ends before the last
+    config = mo.MegalodonConfig(**{**SMALL, **MODELS[name]}, layerwise_ckpt=recompute)
+    for rows, length in ((2, 100), (1, 32)):
+        model, tokens = model_and_tokens(config, rows, length, "float32")
+        with FlopCounterMode(display=False) as counter:
+            model.loss(tokens, tokens).backward()
+        found = cost.flops(share_of(config, rows, length, "float32"), recompute)
+        assert found.total + found.recomputed == counter.get_total_flops()
+        assert bool(found.recomputed) == recompute
+
+
+def test_the_largest_moment_is_taken():
+    """More layers make the backward of the last block the peak; a large vocabulary makes the loss the peak."""
+    deep = mo.MegalodonConfig(**{**SMALL, "num_layers": 40, "vocab_size": 20, "ffn_hidden_dim": 256})
+    broad = mo.MegalodonConfig(**{**SMALL, "num_layers": 1, "vocab_size": 9000})
+    whens = [plan(config, {}, context=800, card=CPU, dtype=torch.float32).memory.peak.when for config in (deep, broad)]
+    assert "block 40" in whens[0] and "loss" in whens[1]
+    assert peak.peak(share_of(deep, 1, 16, "float32"), False, peak.Gradients(0, 0, 0, after=10**12)).when == "the optimizer's step"
