@@ -151,7 +151,11 @@ def test_numbers_of_the_table_are_those_of_json(capsys, tmp_path):
 
 def test_a_runs_model(finished, capsys):
     config = mo.Megalodon.load(next(finished.glob("checkpoints/step-*"))).config
-    for path in (finished, next(finished.glob("checkpoints/step-*")), next(finished.glob("checkpoints/step-*")) / "config.json"):
+    for path in (
+        finished,
+        next(finished.glob("checkpoints/step-*")),
+        next(finished.glob("checkpoints/step-*")) / "config.json",
+    ):
         assert main(["plan", "--config", str(path), "--context", "64"]) == 0
         assert f"{config.num_parameters():,} parameters" in capsys.readouterr().out
     assert main(["plan", "--config", str(finished), "--layers", "5", "--vocab", "900", "--json", "-"]) == 0
@@ -174,7 +178,11 @@ def test_model_flags_are_those_of_train(capsys):
     assert main([*flags.split(), "--devices", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["config"]["model_dim"] == 256 and found["config"]["swiglu"] and found["recompute"]
-    assert found["memory"]["optimizer"] == found["memory"]["parameters"] == 4 * mo.MegalodonConfig(**found["config"]).num_parameters()
+    assert (
+        found["memory"]["optimizer"]
+        == found["memory"]["parameters"]
+        == 4 * mo.MegalodonConfig(**found["config"]).num_parameters()
+    )
 
 
 ERRORS = {

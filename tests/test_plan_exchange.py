@@ -77,9 +77,12 @@ def test_bytes_are_those_of_the_collectives(ranks, case):
     expected = Counter()
     for exchange in foreseen.exchange:
         kind = {"states, forward": "gathered", "states, backward": "to all"}.get(exchange.name)
-        kind = kind or {"all-gather": "gathered", "reduce-scatter": "scattered", "all-reduce": "reduced"}[
-            next(word for word in ("all-gather", "reduce-scatter", "all-reduce") if word in exchange.name)
-        ]
+        kind = (
+            kind
+            or {"all-gather": "gathered", "reduce-scatter": "scattered", "all-reduce": "reduced"}[
+                next(word for word in ("all-gather", "reduce-scatter", "all-reduce") if word in exchange.name)
+            ]
+        )
         expected[kind] += exchange.total // (2 if kind == "reduced" else 1)
     for counts in found:
         assert counts.keys() >= expected.keys()

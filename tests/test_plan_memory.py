@@ -126,7 +126,12 @@ def test_what_is_kept_is_what_stays_allocated(dtype, recompute):
 
     expected = kept(share_of(config, 2, 320, dtype), recompute)
     found, _ = allocated(step)
-    assert abs(found - expected) <= (0.02 if recompute else 0.001) * expected  # a second forward needs random states, too
+    assert (
+        abs(found - expected) <= (0.02 if recompute else 0.001) * expected
+    )  # a second forward needs random states, too
+
+
+QUICK = {("swiglu", "float32"), ("several blocks of logits", "bfloat16")}
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -154,8 +159,14 @@ def test_what_is_kept_where_torch_computes_norms_and_gates(name, dtype, monkeypa
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["swiglu", "wide", "several blocks of logits"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in QUICK else pytest.mark.slow)
+        for name in ("swiglu", "wide", "several blocks of logits")
+        for dtype in DTYPES
+    ],
+)
 def test_peak_of_a_step(name, dtype, recompute, monkeypatch):
     """Within 5 % of what a step allocates at its peak, where torch makes all products."""
     monkeypatch.setattr(linear, "WAYS", {})  # the CPU's kernels copy transposed matrices, each processor's others
@@ -199,7 +210,10 @@ def test_shards_are_those_of_the_parameters():
     assert one.parameters == 4 * whole and one.optimizer == 8 * whole
     wide = mo.wide_parameters(mo.Megalodon(config))
     assert {p.name for p in share.parameters() if p.is_wide} == wide.keys()
-    assert sum(-(-shape[0] // 4) * torch.Size(shape[1:]).numel() for _, shape in config.parameter_shapes()) * 4 == four.parameters
+    assert (
+        sum(-(-shape[0] // 4) * torch.Size(shape[1:]).numel() for _, shape in config.parameter_shapes()) * 4
+        == four.parameters
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -222,4 +236,7 @@ def test_the_largest_moment_is_taken():
     broad = mo.MegalodonConfig(**{**SMALL, "num_layers": 1, "vocab_size": 9000})
     whens = [plan(config, {}, context=800, card=CPU, dtype=torch.float32).memory.peak.when for config in (deep, broad)]
     assert "block 40" in whens[0] and "loss" in whens[1]
-    assert peak.peak(share_of(deep, 1, 16, "float32"), False, peak.Gradients(0, 0, 0, after=10**12)).when == "the optimizer's step"
+    assert (
+        peak.peak(share_of(deep, 1, 16, "float32"), False, peak.Gradients(0, 0, 0, after=10**12)).when
+        == "the optimizer's step"
+    )

@@ -123,7 +123,7 @@ def card_of(options: argparse.Namespace, devices: int) -> Card:
     needed = ("memory", "tflops", "bandwidth", *(("link", "network") if devices > 1 else ()))
     if missing := [f"--{name}" for name in needed if name not in given]:
         raise CommandError(f"--card cpu: has no data sheet; give {', '.join(missing)}")
-    return Card(CPU, **{"link": math.inf, "network": math.inf, **figures}, source="the command's flags", kind="cpu")
+    return Card(CPU, **{"link": 0.0, "network": 0.0, **figures}, source="the command's flags", kind="cpu")
 
 
 def lines(found: Plan, otherwise: Plan, arguments: dict[str, Any]) -> Iterable[str]:
@@ -173,7 +173,9 @@ def _memory(found: Plan, otherwise: Plan) -> Iterable[str]:
         yield _row(name, f"{size / _GB:,.2f}")
     difference = (found.card.memory - memory.total) / _GB
     verdict = f"{difference:,.2f} left" if found.fits else f"DOES NOT FIT, {-difference:,.2f} too many"
-    yield _row(f"at the peak: {peak.when}", f"{memory.total / _GB:,.2f}", f"of {found.card.memory / _GB:,.2f}: {verdict}")
+    yield _row(
+        f"at the peak: {peak.when}", f"{memory.total / _GB:,.2f}", f"of {found.card.memory / _GB:,.2f}: {verdict}"
+    )
     plain, again = (found, otherwise) if otherwise.recompute else (otherwise, found)
     yield from _title("kept for the backward", "GB", "recomputed")
     for kind, size in memory.kept.items():

@@ -27,7 +27,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     mesh = "how they share a batch: rows over data, length over chunk, matrices over tensor (data=<--devices>)"
     where.add_argument("--mesh", type=sizes, metavar="data=N,chunk=M", help=mesh)
     cards = [*ALIASES, *CARDS, CPU]
-    where.add_argument("--card", choices=cards, default="a100", help="a100 is of 80 GB; cpu needs the figures below (a100)")
+    where.add_argument(
+        "--card", choices=cards, default="a100", help="a100 is of 80 GB; cpu needs the figures below (a100)"
+    )
     for name, (unit, meaning) in FIGURES.items():
         where.add_argument(f"--{name}", type=positive, metavar=unit, help=f"{meaning} (the card's)")
     where.add_argument("--node", type=natural, default=8, metavar="N", help="devices that fast links join (8)")
@@ -36,7 +38,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     work = parser.add_argument_group("work")
     work.add_argument("--context", type=natural, metavar="N", help="tokens of a sequence (8 chunks)")
-    work.add_argument("--batch", type=natural, metavar="N", help="sequences of a step, of all devices (one for each of data)")
+    work.add_argument(
+        "--batch", type=natural, metavar="N", help="sequences of a step, of all devices (one for each of data)"
+    )
     dtypes = "of products and activations; autocast: bfloat16 products of float32 parameters (bfloat16)"
     work.add_argument("--dtype", choices=["float32", "bfloat16", "autocast"], default="bfloat16", help=dtypes)
     stored = "in which matrices and their gradients are stored (float32)"
@@ -48,14 +52,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--shard", dest="data", action="store_const", const="shard", default="shard",
         help="a device keeps a part of the parameters (the default)",
     )  # fmt: skip
-    kept.add_argument("--replicate", dest="data", action="store_const", const="replicate", help="a device keeps all of them")
+    kept.add_argument(
+        "--replicate", dest="data", action="store_const", const="replicate", help="a device keeps all of them"
+    )
     work.add_argument(
         "--reshard", action=argparse.BooleanOptionalAction, default=True,
         help="free gathered parameters after the forward (--reshard)",
     )  # fmt: skip
     again = "compute each block again in the backward (as the model's configuration says)"
     work.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=None, help=again)
-    work.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all figures; - prints them instead")
+    work.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write all figures; - prints them instead"
+    )
 
     model = parser.add_argument_group("model", "widths that are not given keep the preset's proportion to --dim")
     choice = model.add_mutually_exclusive_group()
@@ -74,7 +82,11 @@ def sizes(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if name not in ("data", "chunk", "tensor") or name in found or not (size.isascii() and size.isdigit() and int(size[:9])):
+        if (
+            name not in ("data", "chunk", "tensor")
+            or name in found
+            or not (size.isascii() and size.isdigit() and int(size[:9]))
+        ):
             raise argparse.ArgumentTypeError(
                 f"must be sizes of data, chunk and tensor such as data=2,chunk=4, got {text[:40]!r}"
             )

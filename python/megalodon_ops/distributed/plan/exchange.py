@@ -80,7 +80,11 @@ def stored_bytes(parameters: list[Parameter], layout: Layout) -> int:
 
 def exchanges(share: Share, layout: Layout, recompute: bool) -> list[Exchange]:
     """Every exchange of a step; those of groups of one process are left out."""
-    found = [*_of_parameters(share, layout), *_of_states(share, layout, recompute), *_of_tensors(share, layout, recompute)]
+    found = [
+        *_of_parameters(share, layout),
+        *_of_states(share, layout, recompute),
+        *_of_tensors(share, layout, recompute),
+    ]
     return [exchange for exchange in found if exchange.group.size > 1 and exchange.total]
 
 

@@ -16,7 +16,7 @@ class Gradients(NamedTuple):
     of_block: int
     """what stays of a block's gradients until the optimizer's step"""
     of_output: int
-    """gradients of the final norm and the output matrix, whole until the end of the backward"""
+    """gradients of the final norm and the output matrix; with shards whole until the backward ends"""
     of_embedding: int
     after: int
     """all gradients, after the backward"""
@@ -51,15 +51,20 @@ def peak(share: Share, recompute: bool, gradients: Gradients) -> Peak:
     each, around = (stream if recompute else block), kept_around_blocks(share)
     final_norm, loss = around["final norm"], around["loss"]
     gathered, all_blocks = gradients.gathered, layers * gradients.of_block
+    around_blocks = gradients.of_output + gradients.of_embedding
+    stays, passes = (0, around_blocks) if gradients.passing else (around_blocks, 0)
     moments = [
         Peak("the loss", layers * each + final_norm, 0, gathered, _of_loss(share, loss)),
         Peak("the loss's backward", layers * each + final_norm, 0, gathered, _of_loss_backward(share, loss)),
-        Peak("the embedding's backward", 0, all_blocks + gradients.of_output + gradients.of_embedding, gathered, stream),
+        Peak("the embedding's backward", 0, all_blocks + stays, gathered + passes, stream),
         Peak("the optimizer's step", 0, gradients.after, 0, 0),
     ]
     for layer in (layers - 1, 0):
-        done = gradients.of_output + (layers - 1 - layer) * gradients.of_block
-        passing = gradients.passing if layer < layers - 1 else 0
+        done, passing = (layers - 1 - layer) * gradients.of_block, gradients.passing * (layer < layers - 1)
+        if gradients.passing:
+            passing += gradients.of_output
+        else:
+            done += gradients.of_output
         temporary = _largest_of_block(share, kept) - block
         when = f"the backward of block {layer + 1} of {layers}"
         moments.append(Peak(when, layer * each + block, done, gathered + passing, temporary))
@@ -114,7 +119,11 @@ def _largest_of_block(share: Share, kept: dict[str, int]) -> int:
         step(makes=wide + weight["fc3"], frees=hidden)
     step(makes=wide + weight["fc1"], frees=hidden + wide * config.swiglu, keeps=("n",))
     step(makes=wide + cast, frees=wide + cast, keeps=("layer_input", "norm_extras"))
-    step(makes=value + narrow * share.autocast + weight["wh2"], frees=wide - narrow if share.autocast else 0, keeps=("gated",))
+    step(
+        makes=value + narrow * share.autocast + weight["wh2"],
+        frees=wide - narrow if share.autocast else 0,
+        keeps=("gated",),
+    )
     step(makes=wide + weight["wh1"], frees=narrow)
     step(makes=2 * value, frees=value, keeps=("r_input", "silu_r"))
     step(makes=wide + weight["wr"], frees=value + wide)

@@ -117,14 +117,22 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain JSON types."""
-        found = {name: getattr(self, name) for name in ("mesh", "context", "batch", "recompute", "devices", "tokens", "fits")}
+        found = {
+            name: getattr(self, name) for name in ("mesh", "context", "batch", "recompute", "devices", "tokens", "fits")
+        }
         memory = {**self.memory._asdict(), "peak": self.memory.peak._asdict(), "total": self.memory.total}
         times = {
-            name: {**time._asdict(), "step": time.step, "bound": time.bound, "tokens_per_second": self.tokens_per_second(time)}
+            name: {
+                **time._asdict(),
+                "step": time.step,
+                "bound": time.bound,
+                "tokens_per_second": self.tokens_per_second(time),
+            }
             for name, time in (("at_peak", self.at_peak), ("estimate", self.estimate))
         }
         exchange = [
-            {"name": e.name, "received": e.received, "processes": e.group.size, "hidden": e.hidden} for e in self.exchange
+            {"name": e.name, "received": e.received, "processes": e.group.size, "hidden": e.hidden}
+            for e in self.exchange
         ]
         return {
             "config": self.config.to_dict(), "card": dataclasses.asdict(self.card), **found, "memory": memory,
@@ -186,7 +194,11 @@ def plan(
     batch = sizes["data"] if batch is None else check_size("plan", "batch", batch)
     node, shares = check_size("plan", "node", node), _checked_efficiency(efficiency)
     card = _checked_card(card)
-    for name, value in ("dtype", dtype), ("param_dtype", param_dtype), ("optimizer_dtype", optimizer_dtype or param_dtype):
+    for name, value in (
+        ("dtype", dtype),
+        ("param_dtype", param_dtype),
+        ("optimizer_dtype", optimizer_dtype or param_dtype),
+    ):
         if value not in _DTYPES:
             raise ValueError(f"plan: `{name}` must be torch.float32, bfloat16 or float16, got {shown(value)}.")
     for name, flag in ("autocast", autocast), ("reshard", reshard):
@@ -267,13 +279,18 @@ def _time(
             by_compute += times * computing * (computing >= moving)
             by_bandwidth += times * moving * (computing < moving)
     own = stored_bytes(list(share.parameters()), layout)
-    seconds = {hidden: sum(e.group.seconds(e.total, card, node) for e in found if e.hidden is hidden) / links for hidden in (True, False)}
+    seconds = {
+        hidden: sum(e.group.seconds(e.total, card, node) for e in found if e.hidden is hidden) / links
+        for hidden in (True, False)
+    }
     return Time(by_compute, by_bandwidth, seconds[True], seconds[False], 7 * own / (card.bandwidth * bandwidth))
 
 
 def _checked_mesh(mesh: Mapping[str, int]) -> dict[str, int]:
     if not isinstance(mesh, Mapping):
-        raise TypeError(f'plan: `mesh` must be sizes of data, chunk and tensor, such as {{"data": 2}}, got {described(mesh)}.')
+        raise TypeError(
+            f'plan: `mesh` must be sizes of data, chunk and tensor, such as {{"data": 2}}, got {described(mesh)}.'
+        )
     for name in mesh:
         if name not in DIMENSIONS:
             raise ValueError(f"plan: `mesh` must have dimensions named data, chunk or tensor, got {shown(name)}.")
@@ -301,7 +318,9 @@ def _checked_efficiency(efficiency: float | Sequence[float]) -> tuple[float, flo
 def _check_division(config: MegalodonConfig, mesh: dict[str, int], context: int, batch: int) -> None:
     def check(divisor: str, what: str, size: int) -> None:
         if size % mesh[divisor]:
-            raise ValueError(f"plan: `mesh` must have a size of {divisor} that divides {what} ({size:,}), got {mesh[divisor]}.")
+            raise ValueError(
+                f"plan: `mesh` must have a size of {divisor} that divides {what} ({size:,}), got {mesh[divisor]}."
+            )
 
     check("data", "the batch's sequences", batch)
     for what, size in (
