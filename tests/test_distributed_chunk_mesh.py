@@ -1,0 +1,122 @@
+"""Data and chunk parallel together: a mesh of four processes trains, generates and evaluates as one process does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import TINY, tiny_model, tokens_of
+from torch.nn.parallel import DistributedDataParallel
+
+import megalodon_ops as mo
+from megalodon_ops.distributed.model import enable
+from megalodon_ops.evaluation import evaluate
+
+pytest.importorskip("torch.distributed.fsdp")
+from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
+
+ROWS, LENGTH, C = 4, 37, TINY["chunk_size"]
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows have ever fewer targets that count."""
+    tokens, targets = tokens_of(2 * ROWS, LENGTH).split(ROWS)
+    generator = torch.Generator().manual_seed(2)
+    return tokens, targets.masked_fill(torch.rand(ROWS, LENGTH, generator=generator) < torch.arange(ROWS)[:, None] / 5, -100)
+
+
+def trained(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[float], dict[str, list]]:
+    """Losses of two steps in float64, the state passed on, and the parameters after them."""
+    model = tiny_model(torch.float64, **config)
+    (tokens, targets), state = batch(), None
+    if sizes is not None:
+        mesh = make_mesh(sizes, device_type="cpu")
+        model = parallelize(model, mesh, data=data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for start, end in ((0, 2 * C), (2 * C, LENGTH)):
+        part, wanted = tokens[:, start:end], targets[:, start:end]
+        if sizes is not None:
+            part, wanted = (split(tensor, mesh, chunk_size=C) for tensor in (part, wanted))
+        loss, state = model.loss(part, wanted, state=state, return_state=True)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        state = state.detach()
+        losses.append(loss.item())
+    values = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    return losses, {name: value.tolist() for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    "sizes, data, config",
+    [
+        ("data=2,chunk=2", "shard", dict(layerwise_ckpt=True, share_emb=True)),
+        pytest.param("data=2,chunk=2", "replicate", {}, marks=pytest.mark.slow),
+        pytest.param("chunk=4", "shard", dict(swiglu=True), marks=pytest.mark.slow),
+    ],
+    ids=["shard", "replicate", "chunk alone"],
+)
+def test_trains_as_one_process(ranks, sizes, data, config):
+    losses, parameters = trained(None, data, config)
+    for found, values in ranks.run(trained, 4, sizes, data, config):
+        assert found == pytest.approx(losses, rel=1e-10)
+        assert values.keys() == parameters.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(torch.tensor(value), torch.tensor(parameters[name]), rtol=1e-7, atol=1e-8)
+
+
+def generated() -> tuple[list, float]:
+    """Tokens of this rank's prompts, and the bits of a byte of some documents, which every rank computes."""
+    mesh = make_mesh("data=2,chunk=2", device_type="cpu")
+    model = parallelize(tiny_model(torch.float64).eval(), mesh)
+    prompt = split(tokens_of(ROWS, LENGTH), mesh, chunk_size=C)
+    seed = mesh.get_local_rank("data") * ROWS // 2
+    tokens = model.generate(prompt, max_new_tokens=5, seed=seed)
+    return tokens.tolist(), evaluate(model, [tokens_of(1, 40)[0]])[0].nats
+
+
+def test_generates_and_evaluates_as_one_process(ranks):
+    model = tiny_model(torch.float64).eval()
+    tokens = model.generate(tokens_of(ROWS, LENGTH), max_new_tokens=5, seed=0).tolist()
+    nats = evaluate(model, [tokens_of(1, 40)[0]])[0].nats
+    for rank, (found, found_nats) in enumerate(ranks.run(generated, 4)):
+        half = rank // 2 * (ROWS // 2)
+        assert found == tokens[half : half + ROWS // 2] and found_nats == pytest.approx(nats, rel=1e-10)
+
+
+def with_ddp() -> float:
+    """The largest difference of a gradient, averaged by DDP over both pieces, from that of one process."""
+    alone, model = tiny_model(), enable(tiny_model(), dist.group.WORLD)
+    tokens, targets = batch()
+    piece = slice(0, 2 * C) if dist.get_rank() == 0 else slice(2 * C, None)
+    training = DistributedDataParallel(model)
+    training(tokens[:, piece], targets[:, piece]).backward()
+    alone.loss(tokens, targets).backward()
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return max((a.grad - b.grad).abs().max().item() for a, b in pairs)
+
+
+def test_with_ddp(ranks):
+    assert max(ranks.run(with_ddp, 2)) < 1e-10
+
+
+def subclass() -> None:
+    class Own(mo.Megalodon):
+        def twice(self, tokens):
+            return 2 * self(tokens)
+
+    torch.manual_seed(0)
+    model = Own(tiny_model().config)
+    parallel = enable(model, dist.group.WORLD)
+    assert parallel is model and isinstance(model, Own) and type(model).__name__ == "ParallelOwn"
+    assert torch.equal(model.twice(tokens_of(1, 8)), 2 * model(tokens_of(1, 8))) and type(model.alone()) is Own
+    with pytest.raises(TypeError, match="`model` must be a Megalodon that is not parallel yet"):
+        enable(model, dist.group.WORLD)
+
+
+def test_a_subclass_becomes_parallel(ranks):
+    ranks.run(subclass, 2)
