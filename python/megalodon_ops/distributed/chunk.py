@@ -15,10 +15,10 @@ from torch.distributed import ProcessGroup
 
 from ..model.blocks import BlockState, NormalizedAttention
 from ..model.layers import ComplexEMA, TimestepNorm
-from ..ops.cema import cema
+from ..ops.cema import cema_end_state
 from ..ops.library import accumulation_dtype
 from ..ops.states import TimestepNormState
-from ..ops.timestep_norm import timestep_norm
+from ..ops.timestep_norm import timestep_norm_end_state
 from .exchange import Arriving, send_to_all
 from .merge import merged_cema, merged_norm, norm_in_float64
 from .pieces import Pieces
@@ -35,8 +35,7 @@ class Hooks:
         self._group = group
         self._pieces: Pieces | None = None
         self._start: BlockState | None = None
-        self._arriving: Arriving | None = None
-        self._ends_of_cema: Tensor | None = None
+        self._arriving: tuple[Tensor, Arriving] | None = None  # the poles, and the ends of cema
         for block in model.layers:
             half: NormalizedAttention = block.mega
             half.register_forward_pre_hook(self.enter_block, with_kwargs=True)
@@ -76,21 +75,21 @@ class Hooks:
     def after_norm(self, layer: ComplexEMA, t: Tensor) -> None:
         """Sends off the end of `cema` over the norm's output."""
         if self._pieces is not None:
-            p, q, gamma, omega = layer.coefficients()
+            p, q, _, _ = layer.coefficients()
             t, options = _exchanged(self._pieces, t)
-            _, ends = cema(t, p, q, gamma, omega, return_state=True, **options)
+            ends = cema_end_state(t, p, q, **options)
             start = None if self._start is None else torch.view_as_real(self._start.cema)
-            self._arriving = send_to_all(torch.view_as_real(ends), start, self._group)
+            self._arriving = q, send_to_all(torch.view_as_real(ends), start, self._group)
 
     def before_cema(self, module: ComplexEMA, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Waits for what `after_norm` has sent, and gives `cema` the state that its piece begins with."""
-        pieces, arriving = self._pieces, self._arriving
+        pieces = self._pieces
         if pieces is None:
             return None
+        q, arriving = self._arriving
         self._pieces = self._start = self._arriving = None  # the block needs them no more
         ends, start = arriving.wait()
         ends, start = torch.view_as_complex(ends), None if start is None else torch.view_as_complex(start)
-        _, q, _, _ = module.coefficients()
         state = merged_cema(q, ends, pieces.sources, pieces.steps, _of_open(pieces, start))
         return args, kwargs | {"state": _with_rest(pieces, state, start)}
 
@@ -99,10 +98,7 @@ class Hooks:
     ) -> TimestepNormState:
         real = accumulation_dtype(x.dtype)
         part, options = _exchanged(pieces, x)
-        _, ends = timestep_norm(
-            part, module.weight.detach(), module.bias.detach(), num_groups=module.num_groups, eps=module.eps,
-            return_state=True, **options,
-        )  # fmt: skip
+        ends = timestep_norm_end_state(part, num_groups=module.num_groups, **options)
         given, count = (None, None) if start is None else (norm_in_float64(start), start.count)
         ends, given = send_to_all(norm_in_float64(ends), given, self._group).wait()
         open_count = _of_open(pieces, count)
