@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -63,5 +64,7 @@ def mesh_of_all() -> torch.distributed.device_mesh.DeviceMesh:
 
 
 def train_parallel(data: str, steps: int, accumulate: int, overrides: dict, options: dict):
-    model = parallelize(tiny_model(torch.float32, **overrides), mesh_of_all(), data=data, **options)
-    return train(model, steps, accumulate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # FSDP2 would warn of a linear layer that is sharded by itself
+        model = parallelize(tiny_model(torch.float32, **overrides), mesh_of_all(), data=data, **options)
+        return train(model, steps, accumulate)

@@ -1,6 +1,7 @@
 """Data parallel: any number of processes trains as one process does, on the whole batch."""
 
 import copy
+import warnings
 
 import data_parallel
 import pytest
@@ -114,8 +115,12 @@ def test_accumulated_gradients_are_exchanged_once(ranks, data):
 
 
 def bfloat16_steps(data, overrides):
-    model = parallelize(tiny_model(torch.float32, **overrides), mesh_of_all(), data=data, param_dtype=torch.bfloat16)
-    found = train(model, STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = parallelize(
+            tiny_model(torch.float32, **overrides), mesh_of_all(), data=data, param_dtype=torch.bfloat16
+        )
+        found = train(model, STEPS)
     state = model(tokens_of(1, 5), return_state=True)[1]
     return found, {p.dtype for p in model.parameters()}, state.layers[0].cema.dtype, state.layers[0].attention.k.dtype
 

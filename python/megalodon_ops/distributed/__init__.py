@@ -3,6 +3,7 @@
 from .mesh import make_mesh
 from .model import ParallelMegalodon
 from .parallelize import parallelize
+from .sharded import ShardedMegalodon
 from .split import split
 
-__all__ = ["ParallelMegalodon", "make_mesh", "parallelize", "split"]
+__all__ = ["ParallelMegalodon", "ShardedMegalodon", "make_mesh", "parallelize", "split"]

@@ -29,7 +29,7 @@ def parallelize(
     data: str = "shard",
     param_dtype: torch.dtype | None = None,
     reshard: bool = True,
-) -> ParallelMegalodon:
+) -> ShardedMegalodon:
     """Makes a model run on all ranks of a mesh, in place.
 
     Every rank calls this with its copy of the model, and then calls the model with its own rows of the batch: its loss and
@@ -49,7 +49,7 @@ def parallelize(
             less exchange.
 
     Returns:
-        the model, whose class is :class:`ParallelMegalodon` now.
+        the model, whose class is :class:`ShardedMegalodon` now, and FSDP2's `FSDPModule`.
 
     Raises:
         ValueError: an argument is wrong in some rank, or ranks have other configurations, parameters or arguments; every
