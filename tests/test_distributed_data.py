@@ -16,7 +16,7 @@ fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
     pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
 
-from megalodon_ops.distributed import ParallelMegalodon, parallelize  # noqa: E402
+from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
 
 STEPS = 20
 SLOW = pytest.mark.slow
@@ -199,5 +199,27 @@ def test_torchs_own_wrappers_train_the_loss(ranks, function):
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_the_class_is_that_of_a_parallel_model():
-    assert issubclass(ParallelMegalodon, mo.Megalodon)
+def over_a_mesh(sizes, overrides):
+    mesh = make_mesh(sizes, device_type="cpu")
+    model = parallelize(tiny_model(torch.float64, **overrides), mesh)
+    pieces = [split(tensor, mesh, chunk_size=TINY["chunk_size"]) for tensor in batch_of(1)]
+    loss = model.loss(*pieces)
+    loss.backward()
+    alone = evaluation_loss(model)
+    return loss.item(), {name: whole(parameter.grad) for name, parameter in model.named_parameters()}, alone
+
+
+def evaluation_loss(model):
+    with torch.no_grad():
+        return model.alone().loss(*batch_of(1)).item()
+
+
+@pytest.mark.parametrize("sizes", ["chunk=2", pytest.param("data=2,chunk=2", marks=SLOW)])
+def test_sequences_that_are_split_too_have_the_gradients_of_one_process(ranks, sizes):
+    model = tiny_model(torch.float64, **WITH_ALL)
+    wanted = model.loss(*batch_of(1))
+    wanted.backward()
+    for loss, gradients, alone in ranks.run(over_a_mesh, 2 if sizes == "chunk=2" else 4, sizes, WITH_ALL):
+        assert loss == pytest.approx(wanted.item(), rel=1e-12) and alone == pytest.approx(wanted.item(), rel=1e-12)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11)

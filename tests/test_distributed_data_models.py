@@ -15,7 +15,7 @@ fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
     pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
 
-from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize  # noqa: E402
+from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize, split  # noqa: E402
 
 PROMPT = tokens_of(4, 13)
 SLOW = pytest.mark.slow
@@ -82,6 +82,47 @@ def evaluated():
 def test_logits_are_those_of_the_ranks_own_rows(ranks):
     wanted = tiny_model(torch.float64)(PROMPT).detach()
     torch.testing.assert_close(torch.cat(ranks.run(evaluated, 2)), wanted, rtol=1e-12, atol=1e-12)
+
+
+def goes_on_after_errors():
+    model = parallelize(tiny_model(torch.float64), mesh_of_all())
+    tokens, targets = (tensor[own_rows()] for tensor in batch_of(1))
+    wrong = tokens.clone()
+    wrong[-1, -1] = TINY["vocab_size"] if dist.get_rank() else 0
+    losses = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match="on rank 1 of 2: Megalodon: `tokens` must be in"):
+            model.loss(wrong, targets)
+        model.zero_grad()
+        loss = model.loss(tokens, targets)
+        loss.backward()
+        losses.append((loss.item(), whole(model.embed.weight.grad), whole(model.layers[0].mega.wz.weight.grad)))
+    return losses
+
+
+@pytest.mark.skipif(not hasattr(fsdp.FSDPModule, "reset_iter_state"), reason="this torch cannot go on after an error")
+def test_after_an_error_in_all_ranks_training_goes_on(ranks):
+    model = tiny_model(torch.float64)
+    wanted = model.loss(*batch_of(1))
+    wanted.backward()
+    for losses in ranks.run(goes_on_after_errors, 2):
+        for loss, embedding, matrix in losses:
+            assert loss == pytest.approx(wanted.item(), rel=1e-12)
+            torch.testing.assert_close(embedding, model.embed.weight.grad, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(matrix, model.layers[0].mega.wz.weight.grad, rtol=1e-10, atol=1e-12)
+
+
+def reads_a_split_prompt():
+    mesh = make_mesh("chunk=2", device_type="cpu")
+    model = parallelize(tiny_model(torch.float32).eval(), mesh)
+    piece = split(PROMPT, mesh, chunk_size=TINY["chunk_size"])
+    return model.generate(piece, max_new_tokens=12, seed=0)
+
+
+@pytest.mark.slow
+def test_ranks_read_a_split_prompt_together(ranks):
+    wanted = tiny_model(torch.float32).eval().generate(PROMPT, max_new_tokens=12, seed=0)
+    assert all(torch.equal(found, wanted) for found in ranks.run(reads_a_split_prompt, 2))
 
 
 def refusals():

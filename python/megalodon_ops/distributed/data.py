@@ -75,6 +75,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def forget_call(model: nn.Module) -> None:
+    """Makes the model ready for a next call after one that has raised before its end, in all ranks alike."""
+    if hasattr(model, "reset_iter_state"):  # an older torch cannot go on after an error
+        model.reset_iter_state()
+
+
 @torch.no_grad()
 def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None:
     """Gives the shards of a model that was on `meta` the values of a new model, one module in memory at a time.

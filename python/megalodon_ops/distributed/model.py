@@ -345,7 +345,7 @@ def _for_votes(group: ProcessGroup | None) -> ProcessGroup | None:
 
 def _without_hooks(module: nn.Module, hooks: Hooks | None) -> Any:
     """A copy of the module, and of those in it, with the same parameters and buffers and all hooks but these."""
-    made = object.__new__(module.__class__)  # without what FSDP2 does in a class of its own
+    made = object.__new__(module.__class__)  # FSDP2's classes have a __new__ that makes the class without shards
     made.__dict__.update(module.__dict__)
     made._modules = {
         name: child if child is None else _without_hooks(child, hooks) for name, child in module._modules.items()

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ..model.generation import TokenStream
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
-from .data import gathered, whole_model
+from .data import forget_call, gathered, whole_model
 from .model import ParallelMegalodon, enable
 from .vote import agree
 
@@ -24,6 +24,14 @@ class ShardedMegalodon(ParallelMegalodon):
     """A :class:`ParallelMegalodon` whose parameters are DTensors, as :func:`parallelize` makes it."""
 
     _param_dtype: torch.dtype | None
+
+    def forward(self, *args: Any, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
+        """As :meth:`ParallelMegalodon.forward`. After an error in all ranks, such as one of their arguments, calls go on."""
+        try:
+            return super().forward(*args, **options)
+        except Exception:
+            forget_call(self)
+            raise
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -41,8 +49,9 @@ class ShardedMegalodon(ParallelMegalodon):
     def stream(self, prompt: Tensor, **options: Any) -> TokenStream:
         """The continuation of this rank's own prompts, as :meth:`megalodon_ops.Megalodon.stream`.
 
-        All parameters are gathered once, when this is called, and are freed with the stream: ranks need no other then, and
-        may stop at any token. Every rank must call this.
+        All parameters are gathered once, when this is called, and are freed with the stream: no rank waits for another
+        then, and each may stop at any token. Every rank must call this. On a mesh that splits sequences, the prompt is a
+        piece, as for :meth:`ParallelMegalodon.stream`.
         """
         return self._gathered().stream(prompt, **options)
 
@@ -51,7 +60,7 @@ class ShardedMegalodon(ParallelMegalodon):
         return self._gathered().generate(prompt, **options)
 
     def _gathered(self) -> Megalodon:
-        """A model with all parameters, which needs other ranks for no more than a sequence that is split over them."""
+        """A model of plain parameters, all of them, which reads sequences that are split over ranks with these ranks."""
         model = gathered(self, self._param_dtype)
         if self._parallel.ranks > 1:
             enable(model, self._parallel.chunk_group, self._parallel.loss_group)
