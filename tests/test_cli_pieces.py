@@ -9,7 +9,7 @@ import torch
 
 from megalodon_ops import Megalodon
 from megalodon_ops.cli.console import Progress
-from megalodon_ops.cli.evaluate import bits_per_byte
+from megalodon_ops.cli.evaluate import nats_and_bytes
 from megalodon_ops.cli.models import configured
 from megalodon_ops.model.states import from_named, named_tensors
 from megalodon_ops.tokenizers import ByteTokenizer
@@ -28,7 +28,8 @@ def test_pieces_do_not_matter():
         nats += torch.nn.functional.cross_entropy(logits[0], torch.tensor(list(document)), reduction="sum").item()
     whole = nats / math.log(2) / sum(map(len, documents))
     for rows, length in ((1, 200), (1, 1), (2, 5), (4, 16), (3, 13)):
-        assert bits_per_byte(model, ByteTokenizer(), documents, rows, length, nullcontext()) == pytest.approx(whole, rel=1e-5)
+        nats, num_bytes = nats_and_bytes(model, ByteTokenizer(), documents, rows, length, nullcontext())
+        assert nats / math.log(2) / num_bytes == pytest.approx(whole, rel=1e-5)
     assert model.training
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli import main
 from megalodon_ops.distributed import checkpoint as distributed
-from megalodon_ops.distributed.team import Team
+from megalodon_ops.training.team import Team
 from megalodon_ops.errors import FileError, TeamError
 from megalodon_ops.model.files import file_facts
 from megalodon_ops.training import Saver, adamw, load_any, load_checkpoint, record as records, save_checkpoint

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from megalodon_ops import extras, startup
+from megalodon_ops.cli import launch
 from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.errors import FileError
+from megalodon_ops.errors import FileError, TeamLost, UserFault
 from megalodon_ops.ops.memory import keep_freed_memory
 
 COMMANDS = {
@@ -44,8 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (CommandError, FileError, FloatingPointError, OSError) as error:
-        print(f"megalodon_ops {options.command}: error: {_text(error)}", file=sys.stderr)
+    except (UserFault, FileError, FloatingPointError, OSError) as error:
+        if launch.speaks_for(error):
+            print(f"megalodon_ops {options.command}: error: {_text(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, TeamLost):  # what still waits for the lost process, in a thread, would wait long
+            os._exit(2)
         return 2
 
 

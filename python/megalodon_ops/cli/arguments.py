@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ def in_flags(message: str, given: Container[str]) -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which all have the same arguments
+        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
 
     def parse_known_args(self, args=None, namespace=None):
         """Refuses what this parser does not know here, where a command knows its flags, and not in the parser of commands."""
@@ -96,7 +98,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _examples(lines: Iterable[str]) -> str:
-    return "\n".join(["examples:", *(f"  python -m megalodon_ops {line}" for line in lines)])
+    return "\n".join(["examples:", *(f"  {command(line)}" for line in lines)])
+
+
+def command(example: str) -> str:
+    """What to type for an example."""
+    if example.startswith(SEVERAL):
+        return f"{SEVERAL}-m megalodon_ops {example.removeprefix(SEVERAL)}"
+    return f"python -m megalodon_ops {example}"
 
 
 def _train_flags(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +123,16 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--seed", type=_seed, help=_default("of weights, order of documents, dropout", "seed"))
     _device_flags(run, argparse.SUPPRESS, argparse.SUPPRESS)
+
+    several = parser.add_argument_group("several processes", "started by torchrun, on one machine or many")
+    mesh = "how they share a batch: its rows over data, its length over chunk (data=<their number>)"
+    several.add_argument("--mesh", type=_mesh, metavar="data=N,chunk=M", help=mesh)
+    several.add_argument(
+        "--timeout",
+        type=_positive,
+        metavar="SECONDS",
+        help="how long they wait for each other before they give up (600)",
+    )
 
     model = parser.add_argument_group("model", "widths that are not given keep the preset's proportion to --dim")
     model.add_argument(
@@ -278,6 +297,20 @@ def is_glob(pattern: str) -> bool:
     return True
 
 
+def _mesh(text: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("data", "chunk", "tensor") or name in sizes or not size.isascii() or not size.isdigit():
+            raise argparse.ArgumentTypeError(
+                f"must be sizes of data, chunk and tensor such as data=2,chunk=2, got {text[:40]!r}"
+            )
+        sizes[name] = int(size[:10])
+    if 0 in sizes.values():
+        raise argparse.ArgumentTypeError(f"must have sizes of at least 1, got {text[:40]!r}")
+    return sizes
+
+
 def _glob(text: str) -> str:
     if not is_glob(text):
         raise argparse.ArgumentTypeError(f"must be a pattern of file names such as '*.py', got {text!r}")
@@ -305,6 +338,8 @@ _probability = _number(float, lambda x: 0 <= x < 1, "a probability, from 0 to be
 _fraction = _number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
 natural, positive, fraction = _natural, _positive, _fraction
 
+SEVERAL = "torchrun --nproc-per-node 4 --max-restarts 3 "
+"""How an example begins that runs in several processes"""
 EXAMPLES = {
     "info": ["info"],
     "train": [
@@ -313,6 +348,7 @@ EXAMPLES = {
         "train --out runs/prose --resume --minutes 60",
         "train --tokenizer bpe.json --data book.txt",
         "train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 2e-3 --seed 1",
+        f"{SEVERAL}train --mesh data=2,chunk=2 --batch 4 --length 8192 --chunk 1024 --out runs/four",
     ],
     "eval": [
         "eval --checkpoint runs/prose",

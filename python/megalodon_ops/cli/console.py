@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -52,8 +54,19 @@ class Progress:
         return row["step"] if self.seconds is None else min(row["seconds"], self.seconds)
 
 
+ECHO = 5.0
+"""Seconds after a signal in which torchrun may send it to a process that has it already"""
+
+
 class StopSignals:
-    """Ctrl-C and kill let the step finish; a second signal ends the process at once."""
+    """Ctrl-C and kill let the step finish; a second signal ends the process at once.
+
+    launched: torchrun, which has started the process, sends the signals on that it gets, and a terminal sends Ctrl-C to
+    both; so a signal that follows within seconds is no second one.
+    """
+
+    def __init__(self, launched: bool = False):
+        self.echo = ECHO if launched else 0.0
 
     def __enter__(self) -> StopSignals:
         self.received = 0
@@ -61,9 +74,18 @@ class StopSignals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._restore()
 
     def _note(self, number: int, frame: object) -> None:
-        self.received = number
-        signal.signal(number, self._before[signal.Signals(number)])
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._first = number, now
+            if not self.echo:
+                self._restore()
+        elif now - self._first > self.echo:
+            self._restore()
+            os.kill(os.getpid(), number)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -129,21 +129,23 @@ def encoded(
     return [evaluation.Document(Encoded(document, tokenizer, read), len(document)) for document in longest_first]
 
 
-def bits_per_byte(
+def nats_and_bytes(
     model: Megalodon,
     tokenizer: Tokenizer,
     documents: Sequence[Document],
     rows: int,
     length: int,
     autocast: AbstractContextManager,
-) -> float:
-    """Bits per byte, every token of every document predicted from all before it, read in pieces of `length`.
+) -> tuple[float, int]:
+    """The losses of all tokens of the documents, each predicted from all before it, in pieces of `length`; and the bytes.
 
     Raises FloatingPointError where a loss is infinite or NaN.
     """
+    if not documents:
+        return 0.0, 0
     with autocast:
         (result,) = evaluate(model, encoded(documents, tokenizer), rows=rows, piece=length)
-    return result.bits_per_byte
+    return result.nats, sum(map(len, documents))
 
 
 def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:

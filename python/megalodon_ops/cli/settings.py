@@ -19,11 +19,14 @@ from megalodon_ops.cli.models import configured, read_tokenizer
 from megalodon_ops.errors import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
+from megalodon_ops.training.team import Team
 
 MAY_CHANGE = {"data", "glob", "tokenizer_file", "steps", "minutes", "eval_every", "checkpoint_every", "device"}
 """Flags a resumed run may be given anew (text and tokenizer are compared by content); the other flags decide its losses"""
 
 
+_OF_THE_LAUNCH = ("command", "out", "resume", "mesh", "timeout")
+"""Flags that say nothing of the run itself"""
 _NO_OPTIONS = ("out", "config", "tokenizer")
 
 
@@ -71,9 +74,9 @@ def run_folder(options: argparse.Namespace) -> Path:
     return options.out
 
 
-def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoint | None]:
-    """The settings of the run in `out`, and the checkpoint if the run goes on from one."""
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "out", "resume")}
+def resolve(options: argparse.Namespace, out: Path, team: Team | None = None) -> tuple[Settings, Checkpoint | None]:
+    """The settings of the run in `out`, and the checkpoint if the run goes on from one; each process calls this function."""
+    given = {name: value for name, value in vars(options).items() if name not in _OF_THE_LAUNCH}
     if "data" in given:
         given["data"] = [str(path.absolute()) for path in given["data"]]
     if "tokenizer_file" in given:
@@ -88,7 +91,7 @@ def resolve(options: argparse.Namespace, out: Path) -> tuple[Settings, Checkpoin
         file = flags["tokenizer_file"]
         return _settings(out, flags, ByteTokenizer() if file is None else read_tokenizer(Path(file))), None
     try:
-        saved = load_checkpoint(out, check=schema.check)
+        saved = load_checkpoint(out, check=schema.check, team=team)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--resume {error}") from error
     before, config = saved.record["options"], saved.config.to_dict()

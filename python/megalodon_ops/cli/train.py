@@ -1,4 +1,4 @@
-"""`train`: a model of bytes or tokens, from text to a checkpoint, a loss curve and a sample."""
+"""`train`: a model of bytes or tokens, from text to a checkpoint, a loss curve and a sample; by one process or several."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,23 +18,29 @@ from torch import nn
 from tqdm import tqdm
 
 from megalodon_ops import Megalodon
+from megalodon_ops.cli import launch
 from megalodon_ops.cli.console import Progress, StopSignals
 from megalodon_ops.cli.data import load_corpus
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.evaluate import bits_per_byte, compressed_bits
+from megalodon_ops.cli.evaluate import compressed_bits, nats_and_bytes
 from megalodon_ops.cli.generate import show_sample
 from megalodon_ops.cli.lock import Lock
 from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.settings import Settings, resolve, run_folder
+from megalodon_ops.cli.shares import check_shares, gathered, new_model, shared_out, whole_norm
+from megalodon_ops.errors import TeamError
+from megalodon_ops.model.files import remove_drafts
 from megalodon_ops.ops.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import (
-    Batches, Checkpoint, Corpus, Metrics, Reader, Schedule, adamw, optimizer_threads, read_metrics,
-    save_checkpoint, threads,
+    Batches, Checkpoint, Corpus, Metrics, Reader, Saver, Schedule, adamw, optimizer_threads, read_metrics, threads,
 )  # fmt: skip
-from megalodon_ops.training.batches import Document
+from megalodon_ops.training.batches import Batch, Document
+from megalodon_ops.training.checkpoint import has_checkpoint
 from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.metrics import is_end
+from megalodon_ops.training.parts import seed_of_reader
+from megalodon_ops.training.team import Team, telling
 
 METRICS = "metrics.jsonl"
 LOOK = 1 << 15
@@ -45,32 +52,51 @@ FIRST_PACE = 8
 
 
 def run(options: argparse.Namespace) -> int:
-    with Lock(run_folder(options)) as lock:
-        return _run(*resolve(options, lock.folder))
+    with launch.joined(options) as team, telling(), ExitStack() as stack:
+        folder = team.tell(team.in_first(launch.folder_of_run, options, run_folder))
+        team.in_first(lambda: stack.enter_context(Lock(folder)))
+        again = team.tell(launch.is_of_this_launch(folder) and has_checkpoint(folder))
+        options.resume = again or getattr(options, "resume", False)
+        settings, saved = team.together(resolve, options, folder, team)
+        team.alike({"the options": settings.record(), "the model": settings.config.to_dict()})
+        team.alike({"the checkpoint": None if saved is None else saved.step})
+        team.in_first(launch.sign, folder)
+        return _run(settings, saved, team, getattr(options, "mesh", None))
 
 
-def _run(settings: Settings, saved: Checkpoint | None) -> int:
-    device = usable_device(settings.device)
-    check_memory(settings)
-    corpus = load_corpus(settings.data, settings.glob)
+def _run(settings: Settings, saved: Checkpoint | None, team: Team, mesh: dict[str, int] | None) -> int:
+    device = team.together(usable_device, settings.device)
+    if team.size > 1:
+        from megalodon_ops.distributed import make_mesh
+
+        sizes = mesh or {"data": team.size}
+        team.together(check_shares, settings, sizes)
+        team.mesh = make_mesh(sizes, device_type=device.type, timeout=team.timeout)
+    team.together(check_memory, settings, team.size)
+    corpus = team.together(load_corpus, settings.data, settings.glob)
+    team.alike({"the text": corpus.fingerprint})
     if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
-        raise CommandError("--resume: the text is not the one this run was started with; start another run")
-    if saved and (end := recorded_end(settings, saved)):
+        raise TeamError("--resume: the text is not the one this run was started with; start another run")
+    if saved and (end := team.tell(team.in_first(recorded_end, settings, saved))):
         print(f"{settings.out}: finished after step {end['step']}; it goes on with a larger --steps or --minutes")
         show_figures(corpus, end)
         return 0
-    with Metrics(settings.out / METRICS, saved.step if saved else 0) as metrics:
-        return Trainer(settings, corpus, device, metrics, saved).run()
+    with ExitStack() as stack:
+        step = saved.step if saved else 0
+        metrics = team.in_first(lambda: stack.enter_context(Metrics(settings.out / METRICS, step)))
+        return Trainer(settings, corpus, device, metrics, saved, team).run()
 
 
-def check_memory(settings: Settings) -> None:
+def check_memory(settings: Settings, processes: int = 1) -> None:
     """Refuses, before anything is allocated, a run whose parameters and activations alone do not fit in memory."""
     weights_gradients_and_moments, token_target_and_activations = 4, 4 + settings.config.num_layers
     numbers = weights_gradients_and_moments * settings.config.num_parameters()
     tokens = settings.batch * settings.length
     numbers += token_target_and_activations * tokens * settings.config.model_dim
     try:
-        check_fits(numbers * torch.float32.itemsize, f"training {settings.config.num_parameters():,} parameters")
+        check_fits(
+            numbers * torch.float32.itemsize // processes, f"training {settings.config.num_parameters():,} parameters"
+        )
     except ValueError as error:
         raise CommandError(f"{error}; make --dim, --layers, --batch or --length smaller") from error
 
@@ -94,30 +120,39 @@ def show_figures(corpus: Corpus, end: dict[str, Any]) -> None:
 
 
 class Trainer:
-    """A run from its start, or from a checkpoint, to its end."""
+    """A run from its start, or from a checkpoint, to its end; in each of its processes."""
 
     def __init__(
         self,
         settings: Settings,
         corpus: Corpus,
         device: torch.device,
-        metrics: Metrics,
+        metrics: Metrics | None,
         saved: Checkpoint | None,
+        team: Team,
     ):
-        self.settings, self.corpus, self.device, self.metrics = settings, corpus, device, metrics
+        """metrics: None in all processes but the first."""
+        self.settings, self.corpus, self.device, self.metrics, self.team = settings, corpus, device, metrics, team
         torch.manual_seed(settings.seed)
-        self.model = Megalodon(settings.config).to(device).train()
+        self.model = new_model(settings.config, device, team)
+        if team.size > 1:  # from here on, each process draws numbers of its own
+            torch.manual_seed(seed_of_reader(torch.get_rng_state(), team.reader, team.readers))
         self.optimizer = adamw(self.model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.optimizer_threads = optimizer_threads(self.model)
         documents = encoded(corpus.train, settings.tokenizer)
         self.bytes_per_token = sum(map(len, corpus.train)) / sum(map(len, documents))
+        share = settings.batch // team.extent("data")
+        first = share * team.place("data")
         self.batches = Batches(
-            documents, settings.batch, settings.length, start=settings.tokenizer.start, context=settings.context,
-            seed=settings.seed,
+            documents, range(first, first + share), settings.length, batch=settings.batch, start=settings.tokenizer.start,
+            context=settings.context, seed=settings.seed,
         )  # fmt: skip
-        self.reader = Reader(self.model, carries=settings.context == "streamed")
+        self.reader = Reader(
+            self.model, carries=settings.context == "streamed", part=team.place("chunk"), parts=team.extent("chunk")
+        )
         self.schedule = Schedule(settings.lr, settings.warmup, settings.steps, settings.minutes)
         self.autocast = precision(device, settings.dtype)
+        self.saver = Saver(settings.out, team)
         self.step, self.saved_step = 0, -1
         self.spent = 0.0  # seconds before this process
         if saved:
@@ -126,9 +161,10 @@ class Trainer:
         self.paced_step = self.step
 
     def run(self) -> int:
-        settings, corpus = self.settings, self.corpus
+        settings, corpus, team = self.settings, self.corpus, self.team
+        processes = "" if team.size == 1 else f"{team.size} processes, {launch.text_of(team.sizes())}; "
         print(
-            f"{settings.out}: {self.model.num_parameters():,} parameters; "
+            f"{settings.out}: {processes}{self.model.num_parameters():,} parameters; "
             f"{sum(map(len, corpus.train)):,} bytes in {len(corpus.train)} documents to learn from, "
             f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out",
             flush=True,
@@ -137,9 +173,16 @@ class Trainer:
             print(note, flush=True)
         self._save()
         begun = {"step": self.step, "seconds": self.spent}
-        with StopSignals() as signals, Progress(begun, settings.steps, self.schedule.budget) as progress:
-            while not self.schedule.finished(self.step) and not signals.received:
-                row = self.train_step()
+        stopped = 0
+        with StopSignals(team.size > 1) as signals, Progress(begun, settings.steps, self.schedule.budget) as progress:
+            while not self.schedule.finished(self.step):
+                place = self.batches.position()
+                with team.mine():
+                    batch = self.batches.next()
+                if stopped := team.most(signals.received):
+                    self.batches.seek(place)
+                    break
+                row = self.train_step(batch)
                 progress.show(row)
                 due = self._checkpoint_due()
                 if due:
@@ -149,57 +192,71 @@ class Trainer:
                 if due:
                     self._save()
             self._save()
-        if signals.received:
-            self._draw({})
+            self.saver.wait()
+        if stopped:
+            if team.first:
+                self._draw({})
             print(
                 f"stopped after step {self.step}; continue with: "
                 f"python -m megalodon_ops train --out {shlex.quote(str(settings.out))} --resume"
             )
-            return 128 + signals.received
+            return 128 + stopped
         self._finish()
         return 0
 
-    def train_step(self) -> dict[str, Any]:
+    def train_step(self, batch: Batch) -> dict[str, Any]:
         begin = time.monotonic()
-        batch = self.batches.next()
-        assert batch is not None, "training batches never end"
         lr = self.schedule.apply(self.optimizer, self.step)
         with self.autocast:
             loss = self.reader.loss(batch)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        if not math.isfinite(loss.item()):
-            raise CommandError(f"the loss is {loss.item()} at step {self.step + 1}; a lower --lr may help")
+        norm = whole_norm(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip))
+        if not math.isfinite(loss.item()):  # that of all processes
+            raise TeamError(f"the loss is {loss.item()} at step {self.step + 1}; a lower --lr may help")
         with threads(self.optimizer_threads):
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        tokens = self.settings.batch * self.settings.length
         row = {
             "step": self.step,
             "loss": loss.item(),
             "bits_per_byte": loss.item() / math.log(2) / self.bytes_per_token,
             "learning_rate": lr,
             "gradient_norm": norm.item(),
-            "tokens": self.step * self.settings.batch * self.settings.length,
+            "tokens": self.step * tokens,
             "seconds": round(self._seconds(), 3),
-            "tokens_per_second": round(batch.tokens.numel() / (time.monotonic() - begin)),
+            "tokens_per_second": round(tokens / (time.monotonic() - begin)),
         }
-        self.metrics.write(**row)
+        self._note(**row)
         return row
+
+    def _note(self, **row: Any) -> None:
+        """Adds a line to the metrics, which the first process writes."""
+        with self.team.mine():
+            if self.metrics is not None:
+                self.metrics.write(**row)
 
     def _look(self) -> float:
         """Bits per byte of a part of the held-out text."""
-        bits = self._held_out_bits(excerpt(self.corpus.held_out, LOOK))
-        self.metrics.write(step=self.step, held_out_bits_per_byte=bits)
+        bits = self._held_out_bits(gathered(self.model), excerpt(self.corpus.held_out, LOOK))
+        self._note(step=self.step, held_out_bits_per_byte=bits)
         return bits
 
-    def _held_out_bits(self, documents: list[bytes]) -> float:
-        return bits_per_byte(self.model, self.settings.tokenizer, documents, *LOOK_SHAPE, self.autocast)
+    def _held_out_bits(self, model: Megalodon, documents: list[bytes]) -> float:
+        """What the processes make of it together, each of its share of the documents."""
+        share = shared_out(documents, self.team)
+        own = self.team.together(nats_and_bytes, model, self.settings.tokenizer, share, *LOOK_SHAPE, self.autocast)
+        nats, num_bytes = zip(*self.team.gather(own), strict=True)
+        return math.fsum(nats) / math.log(2) / sum(num_bytes)
 
     def _finish(self) -> None:
         """Writes and shows the figures of all held-out text and of compressors; the picture; a sample."""
         documents = self.corpus.held_out
-        bits = self._held_out_bits(documents)
+        model = gathered(self.model)
+        bits = self._held_out_bits(model, documents)
+        if not self.team.first:
+            return
         compressors = compressed_bits(documents)
         end = {"step": self.step, "final": True, "held_out_bits_per_byte": bits, "compressors": compressors}
         self.metrics.write(**end)
@@ -208,7 +265,7 @@ class Trainer:
         unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # units of ru_maxrss in a MiB
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(f"{self._seconds():.0f} s, peak memory {peak:,.0f} MiB; curve and checkpoint in {self.settings.out}")
-        show_sample(self.model, self.settings.tokenizer, documents, self.settings.seed, self.autocast)
+        show_sample(model, self.settings.tokenizer, documents, self.settings.seed, self.autocast)
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.started
@@ -219,10 +276,11 @@ class Trainer:
         return step % every == 0 or early
 
     def _set_pace(self) -> None:
-        now = time.monotonic()
-        if self.step - self.paced_step < FIRST_PACE:  # too few steps to tell
+        """Draws the schedule's line anew, by the clock of the first process."""
+        now, steps = time.monotonic(), self.step - self.paced_step
+        if self.schedule.budget is None or steps < FIRST_PACE:  # too few steps to tell
             return
-        self.schedule.set_pace(self.step, self._seconds(), (now - self.paced_at) / (self.step - self.paced_step))
+        self.schedule.set_pace(self.step, *self.team.tell((self._seconds(), (now - self.paced_at) / steps)))
         self.paced_at, self.paced_step = now, self.step
 
     def _save(self) -> None:
@@ -234,9 +292,9 @@ class Trainer:
             "schedule": self.schedule.position(),
             "seconds": self._seconds(),
         }
-        save_checkpoint(
-            self.settings.out, self.step, self.model, optimizer=self.optimizer, state=self.reader.rows(),
-            tokenizer=self.settings.tokenizer, record=record,
+        self.saver.save(
+            self.step, self.model, optimizer=self.optimizer, state=self.reader.rows(), tokenizer=self.settings.tokenizer,
+            record=record,
         )  # fmt: skip
         self.saved_step = self.step
 
@@ -244,7 +302,8 @@ class Trainer:
         record = saved.record
         saved.load_weights(self.model)
         saved.load_optimizer(self.optimizer, self.model)
-        self.reader.seek(None if saved.state is None else saved.state.to(self.device))
+        state = saved.state_of(self.team.mesh)
+        self.reader.seek(None if state is None else state.to(self.device))
         try:
             self.batches.seek(record["data"]["position"])
         except ValueError as error:
@@ -252,7 +311,9 @@ class Trainer:
         self.step = self.saved_step = saved.step
         self.spent = record["seconds"]
         self.schedule.seek(record["schedule"], self.step, self.spent)
-        saved.restore_random(self.device)
+        saved.restore_random(self.device, reader=self.team.reader, readers=self.team.readers)
+        if self.team.first:
+            remove_drafts(saved.folder.parent, "step-*")
 
     def _draw(self, compressors: dict[str, float]) -> None:
         draw_metrics(self.settings.out / "loss_curve.png", read_metrics(self.metrics.path), compressors)

@@ -49,7 +49,7 @@ from ..ops.values import check_integer
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from ..distributed.team import Team
+    from .team import Team
     from ..tokenizers import Tokenizer
 
 _OPTIMIZER, _STATE, _RANDOM = "optimizer.safetensors", "state.safetensors", "random.safetensors"

@@ -27,8 +27,10 @@ class Reader:
         torch.Size([1, 2]) torch.Size([])
     """
 
-    def __init__(self, model: Megalodon, carries: bool = True):
+    def __init__(self, model: Megalodon, carries: bool = True, *, part: int = 0, parts: int = 1):
+        """part, parts: which piece of the batches a model reads whose sequences ranks share, and how many there are."""
         self.model, self.carries = model, carries
+        self.part, self.parts = part, parts
         self.state: MegalodonState | None = None  # of each sequence of the last batch
         self.last: Tensor | None = None  # (R,) the sequence that ended each row
 
@@ -36,14 +38,25 @@ class Reader:
         """Nats a target, float32; with reduction "none" those of every target, (1, T)."""
         tokens, targets, bounds, going_on, last = (tensor.to(next(self.model.parameters()).device) for tensor in batch)
         options = dict(reduction=reduction, cu_seqlens=bounds)
-        if not self.carries:
-            return self.model.loss(tokens, targets, **options)
         state = None
         if self.state is not None and self.last is not None:
             state = select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
+        if self.parts > 1:
+            piece = self._piece(bounds, state)
+            tokens, targets = tokens[:, piece], targets[:, piece]
+        if not self.carries:
+            return self.model.loss(tokens, targets, **options)
         loss, self.state = self.model.loss(tokens, targets, state=state, return_state=True, **options)
         self.state, self.last = self.state.detach(), last
         return loss
+
+    def _piece(self, bounds: Tensor, state: MegalodonState | None) -> slice:
+        """The columns of the batch that the model reads here."""
+        from ..distributed.cuts import cuts
+
+        positions = None if state is None else state.layers[0].attention.position.tolist()
+        ends = cuts(bounds.tolist(), positions, self.model.config.chunk_size, self.parts)
+        return slice(ends[self.part], ends[self.part + 1])
 
     def rows(self) -> MegalodonState | None:
         """The state of each row, for a checkpoint; None before the first batch."""

@@ -23,7 +23,7 @@ from ..ops.memory import is_finite
 from ..ops.values import check_integer
 
 if TYPE_CHECKING:
-    from ..distributed.team import Team
+    from .team import Team
 
 
 class Saver:
@@ -150,16 +150,11 @@ class Saver:
                 _done(writing, draft)
                 if content is not None:
                     facts = {f"{DISTRIBUTED}/{name}": of_file for name, of_file in sorted(writer.facts.items())}
-                    write_record(draft, {**content, "mesh": mesh_sizes(self.team)}, facts)
+                    write_record(draft, {**content, "mesh": self.team.sizes()}, facts)
             if content is not None:
                 keep_newest(self.run / "checkpoints", checkpoint_folder(self.run, step), self.keep)
 
         return self._thread.submit(finish)
-
-
-def mesh_sizes(team: Team) -> dict[str, int]:
-    """The sizes of the team's mesh by dimension."""
-    return {name: team.extent(name) for name in team.mesh.mesh_dim_names}
 
 
 def _done(writing: Future, folder: Path) -> None:

@@ -1,0 +1,81 @@
+"""`train` in several processes, for tests: inside the pool of processes, or by torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch.distributed as dist
+from command_line import TINY as ALONE
+
+from megalodon_ops.cli import main
+
+TINY = [*ALONE, "--batch", "4", "--length", "48"]
+"""Rows that four processes share, of which each is three chunks long"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def flags(text: Path, out: Path, *more: object) -> list[str]:
+    return ["train", "--data", str(text), "--out", str(out), *TINY, *map(str, more)]
+
+
+def command(arguments: Sequence[str], environment: dict[str, str] | None = None, patch: Any = None) -> Result:
+    """Runs a command in this process of the pool, as torchrun would start it.
+
+    patch: a function that is called with pytest's MonkeyPatch before.
+    """
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as changed:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}.items():
+            changed.setenv(name, value)
+        for name, value in {"OMP_NUM_THREADS": "1", **(environment or {})}.items():
+            changed.setenv(name, value)
+        changed.setattr("megalodon_ops.cli.generate.SAMPLE", 20)
+        if patch is not None:
+            patch(changed)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(list(arguments))
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines that are no bar's."""
+    return [line for line in text.splitlines() if line and "step/s" not in line and "s/step" not in line]
+
+
+def run_in(ranks: Any, world: int, arguments: Sequence[str], **options: Any) -> list[Result]:
+    """The command in each of the pool's first processes; one process is a plain one."""
+    return ranks.run(command, world, arguments, *options.values())
+
+
+def copy_without_the_last(run: Path, target: Path) -> Path:
+    """A copy of a run as it was when it had written all but its last checkpoint and what follows that."""
+    shutil.copytree(run, target)
+    newest = max((target / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    return target
+
+
+@contextlib.contextmanager
+def ended_afterwards(process: Any) -> Iterator[Any]:
+    """Kills a process group that a test has started, however the test ends."""
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
