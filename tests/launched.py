@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch.distributed as dist
 from command_line import TINY as ALONE
+from ranks import TIMEOUT
 
 from megalodon_ops.cli import main
 
@@ -47,8 +49,12 @@ def command(arguments: Sequence[str], environment: dict[str, str] | None = None,
         changed.setattr("megalodon_ops.cli.generate.SAMPLE", 20)
         if patch is not None:
             patch(changed)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(list(arguments))
+        faulthandler.dump_traceback_later(TIMEOUT - 10, file=sys.__stderr__)  # where a process waits forever
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(list(arguments))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
     return Result(code, out.getvalue(), err.getvalue())
 
 

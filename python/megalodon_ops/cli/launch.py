@@ -102,10 +102,15 @@ def _is_torchrun_s_own_setting() -> bool:
     """Whether torchrun has set OMP_NUM_THREADS to 1, as it does for several processes of users who have not set it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["OMP_NUM_THREADS"] != "1":
         return False
-    try:  # the environment that torchrun was started in
-        return b"OMP_NUM_THREADS=" not in Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    return b"OMP_NUM_THREADS=" not in _environment_of_the_launcher()
+
+
+def _environment_of_the_launcher() -> bytes:
+    """What torchrun itself was started in, `name=value` with zeros between; OMP_NUM_THREADS= where it is not known."""
+    try:
+        return Path(f"/proc/{os.getppid()}/environ").read_bytes()
     except OSError:
-        return False
+        return b"OMP_NUM_THREADS="
 
 
 @contextmanager

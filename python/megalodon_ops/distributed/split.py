@@ -80,9 +80,9 @@ def split(
 
 
 def columns(
-    rank: int, ranks: int, length: int, chunk_size: int, offsets: Sequence[int], position: int = 0
+    rank: int, ranks: int, length: int, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int] = 0
 ) -> tuple[int, int]:
-    """The columns [begin, end) of a rank's piece of sequences at `offsets`.
+    """The columns [begin, end) of a rank's piece of sequences at `offsets`; `position` may be of each sequence.
 
     Example:
         >>> from megalodon_ops.distributed.split import columns
@@ -96,12 +96,15 @@ def columns(
     return bounds[rank], bounds[rank + 1]
 
 
-def _nearest_cut(ideal: float, length: int, chunk_size: int, offsets: Sequence[int], position: int) -> int:
+def _nearest_cut(
+    ideal: float, length: int, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int]
+) -> int:
     """The chunk boundary nearest to a place; between sequences, any place is one."""
     s = bisect_right(offsets, ideal) - 1
     if s < 0 or s + 1 >= len(offsets):
         return round(ideal)
     begin, end = offsets[s], offsets[s + 1]
+    position = position if isinstance(position, int) else position[s]
     chunk = (ideal - begin + position) // chunk_size
     before = max(begin + int(chunk) * chunk_size - position, begin)
     after = min(begin + int(chunk + 1) * chunk_size - position, end)

@@ -52,11 +52,11 @@ class Reader:
 
     def _piece(self, bounds: Tensor, state: MegalodonState | None) -> slice:
         """The columns of the batch that the model reads here."""
-        from ..distributed.cuts import cuts
+        from ..distributed.split import columns
 
-        positions = None if state is None else state.layers[0].attention.position.tolist()
-        ends = cuts(bounds.tolist(), positions, self.model.config.chunk_size, self.parts)
-        return slice(ends[self.part], ends[self.part + 1])
+        positions = 0 if state is None else state.layers[0].attention.position.tolist()
+        offsets = bounds.tolist()
+        return slice(*columns(self.part, self.parts, offsets[-1], self.model.config.chunk_size, offsets, positions))
 
     def rows(self) -> MegalodonState | None:
         """The state of each row, for a checkpoint; None before the first batch."""
