@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from command_line import rows
-from launched import TINY, TORCHRUN, ended_afterwards, flags, lines_of
+from launched import TORCHRUN, ended_afterwards, flags, lines_of
 from test_distributed_train import assert_losses
 
 from megalodon_ops.cli import launch
