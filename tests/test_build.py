@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -214,3 +215,28 @@ def test_a_kernel_runs_as_compiled_for_the_best_suitable_instruction_set_up_to_t
 def test_a_kernel_that_the_lowest_instruction_set_lacks_does_not_link(tmp_path):
     linked = compile_and_link(tmp_path, DISPATCH.replace("DEFINE(v2, some) ", ""))
     assert linked.returncode != 0 and "megalodon::v2::some" in linked.stderr
+
+
+# Wheels
+
+
+@needs_x86
+def test_a_wheel_with_avx_in_code_that_every_processor_runs_is_refused(tmp_path):
+    spec = importlib.util.spec_from_file_location("build_wheel", ROOT / "tools" / "build_wheel.py")
+    build_wheel = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_wheel)
+    (tmp_path / "doubles.cpp").write_text("void f(float* x) { for (int i = 0; i < 64; ++i) x[i] *= 2; }")
+
+    def compiled(name: str, *flags: str) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        command = [os.environ.get("CXX", "g++"), "-O3", *flags, "-c", "doubles.cpp", "-o", name]
+        subprocess.run(command, cwd=tmp_path, check=True)
+
+    compiled("kernels_v2.dir/doubles.o")
+    with pytest.raises(AssertionError, match="must have kernels with AVX"):
+        build_wheel.check_instructions(tmp_path)
+    compiled("kernels_v3.dir/doubles.o", "-mavx2")
+    build_wheel.check_instructions(tmp_path)
+    compiled("_C.dir/doubles.o", "-mavx2")
+    with pytest.raises(AssertionError, match=r"AVX outside of the kernels for it.*_C\.dir/doubles\.o"):
+        build_wheel.check_instructions(tmp_path)
