@@ -2,9 +2,12 @@
 
 #include <omp.h>
 
+#include "fork.h"
+
 PYBIND11_MODULE(_C, module) {
   using namespace megalodon;
   module.doc() = "Compiled kernels of megalodon_ops. Use the functions of the package, which call these.";
+  end_threads_before_forks();
   bind_isa(module);
   bind_cema(module);
   bind_timestep_norm(module);

@@ -15,6 +15,7 @@
 #endif
 
 #include "dtype.h"
+#include "fork.h"
 
 namespace megalodon::MEGALODON_ISA {
 
@@ -67,7 +68,7 @@ template <class... Guards, class Make>
 void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::forward) {
   constexpr double kWorkWorthAThread = 4e4;
   const int threads =
-      jobs < 2 || work < kWorkWorthAThread || omp_in_parallel()
+      jobs < 2 || work < kWorkWorthAThread || omp_in_parallel() || threads_lost
           ? 1
           : static_cast<int>(jobs < omp_get_max_threads() ? jobs : omp_get_max_threads());
   if (threads == 1) {
