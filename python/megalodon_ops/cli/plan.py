@@ -105,7 +105,7 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
         "reshard": options.reshard,
         "recompute": options.recompute,
         "node": options.node,
-        "efficiency": options.efficiency * (4 - len(options.efficiency) if len(options.efficiency) == 1 else 1),
+        "efficiency": options.efficiency if len(options.efficiency) == 3 else options.efficiency[0],
     }
 
 

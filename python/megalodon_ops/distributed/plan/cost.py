@@ -68,9 +68,9 @@ def ops_around_blocks(share: Share) -> Iterator[Op]:
     )
 
 
-def skipped_when_recomputed(share: Share) -> int:
-    """Operations of a block's forward that torch leaves out of a second one: what nothing kept depends on."""
-    return 0 if share.keeps_fc2 else 2 * share.tokens * share.widths[5] * share.config.model_dim
+def ops_computed_again(share: Share) -> list[Op]:
+    """The ops of a block's second forward, where it is recomputed: torch ends it when all that is kept exists again."""
+    return [op for op in block_ops(share) if op.name != "fc2" or share.keeps_fc2]
 
 
 def _product(share: Share, name: str, inputs: int, outputs: int) -> Op:
@@ -119,7 +119,7 @@ def flops(share: Share, recompute: bool) -> Flops:
     by_part = dict.fromkeys(PARTS, 0)
     for op, times in step_ops(share):
         by_part[op.part] += times * (op.forward + op.backward)
-    again = sum(op.forward for op in block_ops(share)) - skipped_when_recomputed(share)
+    again = sum(op.forward for op in ops_computed_again(share))
     return Flops(by_part, share.config.num_layers * again * recompute)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .activations import block_input, by_kind, kept_around_blocks, kept_by_block
 from .cards import CARDS, Card
-from .cost import Flops, block_ops, flops, step_ops
+from .cost import Flops, flops, ops_computed_again, step_ops
 from .exchange import Exchange, Layout, exchanges, gathered_bytes, state_bytes, stored_bytes
 from .peak import Gradients, Peak, peak
 from .share import WIDE, Parameter, Share
@@ -270,7 +270,7 @@ def _time(
 ) -> Time:  # fmt: skip
     operations, bandwidth, links = efficiency
     by_compute = by_bandwidth = 0.0
-    again = set(block_ops(share)) if recompute else set()
+    again = set(ops_computed_again(share)) if recompute else set()
     for op, times in step_ops(share):
         rate = (card.peak(share.dtype) if op.is_product else card.float32) * operations
         passes = [(op.forward, op.forward_moves)] * (2 if op in again else 1) + [(op.backward, op.backward_moves)]
