@@ -46,7 +46,9 @@ def compare(work: Work) -> dict[str, float]:
     enable(model, dist.group.WORLD)
     end = list(accumulate(work.pieces))[rank]
     mine = slice(end - work.pieces[rank], end)
-    whole = _results(work, alone, slice(None))
+    shared = [_results(work, alone, slice(None)) if rank == 0 else None]
+    dist.broadcast_object_list(shared)
+    (whole,) = shared
     piece = _results(work, model, mine)
     for name in ("logits", "losses"):
         whole[name] = whole[name][:, mine]

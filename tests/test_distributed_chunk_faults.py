@@ -108,7 +108,9 @@ def enables(chunk_sizes: tuple[int, ...]) -> str:
 
 def test_configurations_must_be_equal(ranks):
     errors = ranks.run(enables, 3, (8, 8, 16))
-    assert len({*errors}) == 1 and "`config.chunk_size` must be equal on the ranks 0 to 2, got 16 on rank 2" in errors[0]
+    assert (
+        len({*errors}) == 1 and "`config.chunk_size` must be equal on the ranks 0 to 2, got 16 on rank 2" in errors[0]
+    )
 
 
 def waits_for_nobody(what: str) -> tuple[str, float]:
@@ -132,7 +134,9 @@ def fail(*_: object) -> None:
 @pytest.mark.parametrize("what", ["away", "failing"])
 def test_no_rank_waits_for_one_that_is_missing(ranks, what):
     (error, seconds), (of_other, _) = ranks.run(waits_for_nobody, 2, what)
-    assert error.startswith("RuntimeError: Megalodon: all ranks 0, 1 must take part in this call, but the exchange has failed")
+    assert error.startswith(
+        "RuntimeError: Megalodon: all ranks 0, 1 must take part in this call, but the exchange has failed"
+    )
     assert seconds < AT_ONCE
     assert what == "away" or of_other == "ValueError: amid the layers"
 
@@ -148,17 +152,23 @@ def dies() -> None:
 def test_no_rank_waits_for_one_that_has_died():
     pool, start = Ranks(), time.monotonic()
     try:
-        with pytest.raises(RankError, match="rank 0: .*(?s:.*)must take part in this call.*(?s:.*)rank 1: the process has ended"):
+        with pytest.raises(
+            RankError, match="rank 0: .*(?s:.*)must take part in this call.*(?s:.*)rank 1: the process has ended"
+        ):
             pool.run(dies, 2)
     finally:
         pool.close()
     assert time.monotonic() - start < 2 * AT_ONCE
 
 
-def votes(facts: list[dict[str, Any]], faults: list[str | None], teams: list[int], of_team: list[dict[str, Any]]) -> Any:
+def votes(
+    facts: list[dict[str, Any]], faults: list[str | None], teams: list[int], of_team: list[dict[str, Any]]
+) -> Any:
     rank = dist.get_rank()
     try:
-        return agree(dist.group.WORLD, facts[rank], faults[rank], own=[rank, 7], team=teams[rank], of_team=of_team[rank])
+        return agree(
+            dist.group.WORLD, facts[rank], faults[rank], own=[rank, 7], team=teams[rank], of_team=of_team[rank]
+        )
     except ValueError as error:
         return str(error)
 

@@ -73,7 +73,9 @@ def test_200_000_steps_are_exact():
     gen = torch.Generator().manual_seed(0)
     p, q = coefficients(torch.float32, gen)
     steps = 200_000
-    merged = merged_cema(q, torch.zeros(2, 1, D, N, dtype=torch.complex64), [0, 1], [steps, 7], torch.ones(1, D, N) + 0j)
+    merged = merged_cema(
+        q, torch.zeros(2, 1, D, N, dtype=torch.complex64), [0, 1], [steps, 7], torch.ones(1, D, N) + 0j
+    )
     for value, pole in zip(merged.flatten().tolist(), q.flatten().tolist()):
         exact = math.exp((steps + 7) * math.log(abs(pole)))  # |q^n| by logarithms of float64
         assert abs(value) == pytest.approx(exact, rel=1e-6, abs=1e-40)

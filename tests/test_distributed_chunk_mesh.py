@@ -24,7 +24,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     """Rows have ever fewer targets that count."""
     tokens, targets = tokens_of(2 * ROWS, LENGTH).split(ROWS)
     generator = torch.Generator().manual_seed(2)
-    return tokens, targets.masked_fill(torch.rand(ROWS, LENGTH, generator=generator) < torch.arange(ROWS)[:, None] / 5, -100)
+    return tokens, targets.masked_fill(
+        torch.rand(ROWS, LENGTH, generator=generator) < torch.arange(ROWS)[:, None] / 5, -100
+    )
 
 
 def trained(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[float], dict[str, list]]:

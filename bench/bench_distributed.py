@@ -1,0 +1,338 @@
+"""`python -m bench.bench_distributed`: chunk parallel against passing states down the line, on processes of this machine.
+
+A training step of one long row, cut into equal pieces for P processes. As the processes share the machine's cores, seconds
+on a clock would say how many cores there are. Each process instead notes how much of a processor's time it has used when it
+comes to each exchange, and the critical path is counted from these: a rank goes on when what it waits for has been sent, as
+if each rank had a core of its own and a message took no time. "In step" is the same where no rank begins a block before
+the others do, as blocks whose parameters are sharded make them: a line of ranks, of which the first could else be some blocks
+ahead of the last, then waits in every block. To this, a network adds what the last columns say: how
+many exchanges a step makes one after another, and the bytes that a rank sends for a layer, there and, for gradients, back.
+
+Both ways give one process's loss and gradients, or the exit status is 1. Writes a page, and the numbers as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from megalodon_ops.distributed import chunk, exchange, vote
+from megalodon_ops.distributed.model import enable
+
+import megalodon_ops as mo
+
+from . import machine
+from .hand_over import HandOver
+
+CONFIG = dict(
+    num_layers=4, model_dim=256, num_heads=1, z_dim=128, value_dim=512, ffn_hidden_dim=512, cema_ndim=16, chunk_size=512,
+    vocab_size=256, norm_num_groups=32,
+)  # fmt: skip
+QUICK = CONFIG | dict(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=64, chunk_size=128)
+WAYS = {"chunk parallel": lambda model, before: enable(model, dist.group.WORLD), "hand-over": HandOver}
+TOLERANCE = 1e-4
+
+
+class Event(NamedTuple):
+    """A place where a rank starts to send, or waits."""
+
+    kind: str
+    """start, wait, all (both at once), send, recv, block (where parameters of a block would be gathered), end"""
+    key: str
+    """equal for events that belong together"""
+    seconds: float
+    """of a processor, since the event before"""
+    bytes: int
+    """sent to other ranks"""
+
+
+class Trace:
+    """The events of one step on this rank."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._counts: dict[str, int] = {}
+        self._last = 0.0
+
+    def note(self, kind: str, key: str, sent: int = 0) -> None:
+        now = time.thread_time()
+        self.events.append(Event(kind, key, now - self._last, sent))
+        self._last = now
+
+    def key(self, name: str) -> str:
+        self._counts[name] = self._counts.get(name, -1) + 1
+        return f"{name} {self._counts[name]}"
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Exchanges inside are noted."""
+        rank, ranks, gather = dist.get_rank(), dist.get_world_size(), exchange.all_gather
+        originals = {name: getattr(dist, name) for name in ("all_to_all_single", "all_reduce", "send", "recv")}
+
+        def traced_gather(out: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+            key, asynchronous = self.key("gather"), options.get("async_op", False)
+            self.note("start" if asynchronous else "all", key, value.nbytes * (ranks - 1))
+            work = gather(out, value, **options)
+            return _Work(work, lambda: self.note("wait", key)) if asynchronous else work
+
+        def all_to_all_single(out: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+            self.note("all", self.key("back"), value.nbytes // ranks * (ranks - 1))
+            return originals["all_to_all_single"](out, value, **options)
+
+        def all_reduce(value: torch.Tensor, **options: Any) -> Any:
+            self.note("all", self.key("reduce"), value.nbytes * 2 * (ranks - 1) // ranks)
+            return originals["all_reduce"](value, **options)
+
+        def send(value: torch.Tensor, other: int) -> Any:
+            self.note("send", self.key(f"{rank} to {other}"), value.nbytes)
+            return originals["send"](value, other)
+
+        def recv(value: torch.Tensor, other: int) -> Any:
+            self.note("recv", self.key(f"{other} to {rank}"))
+            return originals["recv"](value, other)
+
+        dist.all_to_all_single, dist.all_reduce, dist.send, dist.recv = all_to_all_single, all_reduce, send, recv
+        exchange.all_gather = vote.all_gather = traced_gather
+        self._last = time.thread_time()
+        try:
+            yield
+        finally:
+            self.note("end", "end")
+            exchange.all_gather = vote.all_gather = gather
+            for name, function in originals.items():
+                setattr(dist, name, function)
+
+
+class _Work:
+    def __init__(self, work: dist.Work, waits: Callable[[], None]) -> None:
+        self._work, self._waits = work, waits
+
+    def wait(self) -> None:
+        self._waits()
+        self._work.wait()
+
+
+def critical_path(traces: list[list[Event]], *, in_step: bool = False) -> tuple[float, int]:
+    """Seconds until the last rank has ended, and how many exchanges come one after another until then.
+
+    With `in_step`, no rank begins a block before all others do, as where parameters are sharded. A rank's clock goes on by what it computes, and to the latest time at which what it waits for was sent. The number of
+    exchanges is counted in the same way, each as one and all else as nothing.
+    """
+    ranks = range(len(traces))
+    clocks, depths, done = [0.0 for _ in ranks], [0 for _ in ranks], [0 for _ in ranks]
+    sent: dict[str, dict[int, tuple[float, int]]] = {}
+    at_wait: set[int] = set()  # ranks whose clock is at their event already
+    while any(done[rank] < len(traces[rank]) for rank in ranks):
+        for rank in ranks:
+            while done[rank] < len(traces[rank]):
+                event = traces[rank][done[rank]]
+                meets = event.kind == "all" or (in_step and event.kind == "block")
+                if rank not in at_wait:
+                    clocks[rank] += event.seconds
+                    if meets or event.kind in ("start", "send"):
+                        sent.setdefault(event.key, {})[rank] = clocks[rank], depths[rank]
+                if meets or event.kind in ("wait", "recv"):
+                    arrived = sent.get(event.key, {})
+                    if len(arrived) < (1 if event.kind == "recv" else len(traces)):
+                        at_wait.add(rank)
+                        break
+                    clocks[rank] = max(clocks[rank], *(clock for clock, _ in arrived.values()))
+                    depths[rank] = max(
+                        depths[rank], *(depth + (event.kind != "block") for _, depth in arrived.values())
+                    )
+                at_wait.discard(rank)
+                done[rank] += 1
+    return max(clocks), max(depths)
+
+
+def run_rank(
+    rank: int, ranks: int, way: str, config: dict[str, Any], tokens: int, steps: int, store: str, out: Any
+) -> None:
+    """Some steps on one rank: their traces, each with the smallest times of all steps, the loss, and norms of gradients."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    in_hooks = _time_hooks()
+    torch.manual_seed(0)
+    model = mo.Megalodon(mo.MegalodonConfig(**config))
+    row, targets = torch.randint(config["vocab_size"], (2, 1, tokens), generator=torch.Generator().manual_seed(1))
+    piece = slice(rank * tokens // ranks, (rank + 1) * tokens // ranks)
+    if ranks > 1:
+        WAYS[way](model, piece.start)
+    forwards, backwards, shares, now = [], [], [], Trace()
+    for block in model.layers:
+        block.register_forward_pre_hook(lambda *_: now.note("block", now.key("block")))
+        block.register_full_backward_pre_hook(lambda *_: now.note("block", now.key("block")))
+    for _ in range(steps):
+        model.zero_grad()
+        now = forward = Trace()
+        in_hooks[0] = 0.0
+        with forward.recording():
+            if way == "hand-over" or ranks == 1:
+                loss = model.loss(row[:, piece], targets[:, piece], reduction="sum") / tokens
+            else:
+                loss = model.loss(row[:, piece], targets[:, piece])
+        shares.append(in_hooks[0])
+        now = backward = Trace()
+        with backward.recording():
+            loss.backward()
+        forwards.append(forward.events)
+        backwards.append(backward.events)
+    total = loss.detach().clone()
+    grads = [parameter.grad for parameter in model.parameters()]
+    for tensor in (total, *grads):
+        dist.all_reduce(tensor)
+    if ranks > 1 and way != "hand-over":  # each rank has the loss of all, and gradients times their number
+        total /= ranks
+        for grad in grads:
+            grad /= ranks
+    norms = [grad.norm().item() for grad in grads]
+    out.put((rank, [_fastest(forwards), _fastest(backwards)], min(shares), total.item(), norms))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _time_hooks() -> list[float]:
+    """Makes the hooks of chunk parallel add the processor's time that they take to the only item of the result."""
+    spent = [0.0]
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            begin = time.thread_time()
+            try:
+                return function(*args)
+            finally:
+                spent[0] += time.thread_time() - begin
+
+        return run
+
+    for name in ("before_norm", "before_final_norm", "after_norm", "before_cema"):
+        setattr(chunk.Hooks, name, timed(getattr(chunk.Hooks, name)))
+    return spent
+
+
+def _fastest(steps: list[list[Event]]) -> list[Event]:
+    """The events of a step, the time before each being the smallest of all steps."""
+    return [min(same, key=lambda event: event.seconds) for same in zip(*steps, strict=True)]
+
+
+class Row(NamedTuple):
+    """What a way of P processes takes for a step."""
+
+    ranks: int
+    way: str
+    forward: float
+    step: float
+    """seconds of the critical path"""
+    in_step: float
+    """seconds of the critical path of a step in which no rank begins a block before the others"""
+    processors: float
+    """seconds of all processors together"""
+    hooks: float
+    """share of the end states, their exchange and their merge in a forward's time of processors"""
+    depth: int
+    """exchanges one after another"""
+    bytes_forward: float
+    bytes_backward: float
+    """that the rank sends which sends most, a layer"""
+    loss: float
+    norms: list[float]
+
+
+def measure(ranks: int, way: str, config: dict[str, Any], tokens: int, steps: int) -> Row:
+    context = torch.multiprocessing.get_context("spawn")
+    out = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        args = (ranks, way, config, tokens, steps, f"{folder}/store", out)
+        processes = [context.Process(target=run_rank, args=(rank, *args)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        results = sorted(out.get(timeout=900) for _ in processes)
+        for process in processes:
+            process.join()
+    traces = [[result[1][part] for result in results] for part in (0, 1)]
+    (forward, depth), (backward, depth_back) = map(critical_path, traces)
+    in_step = sum(critical_path(part, in_step=True)[0] for part in traces)
+    processors = [sum(event.seconds for trace in part for event in trace) for part in traces]
+    sent = [max(sum(event.bytes for event in trace) for trace in part) / config["num_layers"] for part in traces]
+    return Row(
+        ranks, way if ranks > 1 else "one process", forward, forward + backward, in_step, sum(processors),
+        sum(result[2] for result in results) / processors[0], depth + depth_back, *sent, results[0][3], results[0][4],
+    )  # fmt: skip
+
+
+def agrees(row: Row, alone: Row) -> bool:
+    pairs = [(row.loss, alone.loss), *zip(row.norms, alone.norms, strict=True)]
+    return all(abs(a - b) <= TOLERANCE * max(abs(b), 1e-3) for a, b in pairs)
+
+
+def table(rows: list[Row]) -> str:
+    alone = rows[0]
+    lines = [
+        "| processes | way | forward s | times faster | step s | times faster | in step s | times faster | processors s | exchange, of a forward | "
+        "exchanges in a row | KiB a layer, forward | backward |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sent = (f"{count / 1024:.0f}" if row.ranks > 1 else "" for count in (row.bytes_forward, row.bytes_backward))
+        share = f"{100 * row.hooks:.1f} %" if row.way == "chunk parallel" else ""
+        lines.append(
+            f"| {row.ranks} | {row.way} | {row.forward:.2f} | {alone.forward / row.forward:.2f} | {row.step:.2f} | "
+            f"{alone.step / row.step:.2f} | {row.in_step:.2f} | {alone.step / row.in_step:.2f} | {row.processors:.2f} | {share} | {row.depth or ''} | {' | '.join(sent)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_distributed", description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", nargs="+", type=int, default=[2, 4, 8], metavar="P", help="2 4 8")
+    parser.add_argument("--tokens", type=int, help="of the row, a multiple of P chunks (16,384)")
+    parser.add_argument("--steps", type=int, default=3, help="of each way; the smallest times count (3)")
+    parser.add_argument("--quick", action="store_true", help="a small model, to test the bench itself")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
+    options = parser.parse_args()
+    config = QUICK if options.quick else CONFIG
+    tokens = options.tokens or (8 * config["chunk_size"] if options.quick else 1 << 14)
+    if any(count < 2 or tokens % (count * config["chunk_size"]) for count in options.processes):
+        parser.error(f"--tokens must be whole chunks of {config['chunk_size']} for each of 2 processes or more")
+    load = os.getloadavg()[0]
+    rows = [measure(1, "", config, tokens, options.steps)]
+    for count in options.processes:
+        for way in WAYS:
+            rows.append(measure(count, way, config, tokens, options.steps))
+            print(f"{count} processes, {way}: {rows[-1].step:.2f} s", file=sys.stderr)
+    wrong = [f"{row.ranks} processes, {row.way}" for row in rows if not agrees(row, rows[0])]
+    date = datetime.date.today().isoformat()
+    facts = {
+        "model": ", ".join(f"{name} {value}" for name, value in config.items()), "tokens": f"{tokens:,} in one row, float32",
+        "load": f"{load:.1f} processes wanted a core when the bench began, {os.getloadavg()[0]:.1f} when it ended",
+        **machine.describe(),
+    }  # fmt: skip
+    page = [
+        f"# Chunk parallel, {date}", __doc__.split("\n\n", 1)[1].strip(),
+        "\n".join(f"- {name}: {value}" for name, value in facts.items()), table(rows),
+        *([f"Failed: {', '.join(wrong)}"] if wrong else []),
+    ]  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = options.out / f"{date}-distributed{'-quick' if options.quick else ''}"
+    stem.with_suffix(".md").write_text("\n\n".join(page) + "\n")
+    stem.with_suffix(".json").write_text(
+        json.dumps(dict(date=date, **facts, rows=[row._asdict() for row in rows]), indent=1) + "\n"
+    )
+    print(table(rows))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
