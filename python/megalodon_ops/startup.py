@@ -23,7 +23,12 @@ def prepare() -> None:
 
     By default, threads that wait spin for milliseconds and take the processor from other programs. Where the user has
     set OMP_WAIT_POLICY or GOMP_SPINCOUNT, the user's value stays.
+
+    Where a launcher has started several processes, torch would print the stack of each connection that fails, beside the
+    error that a command shows in one line: it prints nothing of it, unless the user has set TORCH_CPP_LOG_LEVEL.
     """
+    if "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` and `&` may have SIGINT ignored
