@@ -61,6 +61,10 @@ def test_sources_include_no_torch_header():
 def test_nothing_is_unpickled_unchecked():
     for source in PACKAGE.rglob("*.py"):
         text = source.read_text()
+        if source == PACKAGE / "distributed" / "checkpoint.py":  # an unpickler of a few classes
+            assert re.findall(r"pickle\.\w+", text).count("pickle.Unpickler") == 1 and "def find_class" in text
+            assert "pickle.load" not in text
+            continue
         assert not re.search(r"^\s*(import|from) (pickle|dill|joblib|shelve|marshal)\b", text, re.M), source
         for call in re.findall(r"torch\.load\(.*\)", text):
             assert "weights_only=True" in call, source

@@ -199,7 +199,7 @@ ERRORS = {
     "--efficiency 1.5": "argument --efficiency: must be above 0 and at most 1, got 1.5",
     "--config /nowhere": "--config /nowhere/config.json: no such file",
     "--param-dtype bfloat16 --dtype float32": "--param-dtype bfloat16: needs --dtype bfloat16, got float32",
-    "--dim 33": "`norm_num_groups` must be a divisor of model_dim = 33",
+    "--dim 33": "--norm-groups: must be a divisor of --dim = 33",
     "--context 10000000000": "`context` must be a positive integer below 2^31",
 }
 

@@ -95,7 +95,7 @@ def take_a_share_of_the_threads() -> None:
     """Gives each process of a machine as many threads as it has cores, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ or _is_torchrun_s_own_setting():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])))
 
 
 def _is_torchrun_s_own_setting() -> bool:

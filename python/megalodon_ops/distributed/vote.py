@@ -48,13 +48,12 @@ def agree(
         voted before the group's time-out, or has ended.
 
     Example:
-        >>> import tempfile, torch.distributed as dist
+        >>> import torch.distributed as dist
         >>> from megalodon_ops.distributed.vote import agree
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
-        ...     agree(dist.group.WORLD, {"chunk_size": 2048}, own=[17])
-        ...     dist.destroy_process_group()
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> agree(dist.group.WORLD, {"chunk_size": 2048}, own=[17])
         [[17, 0]]
+        >>> dist.destroy_process_group()
     """
     of_team = of_team or {}
     row = [fault is not None, team, *_digest(facts), *_digest(of_team), *own, *[0] * (_OWN - len(own))]
