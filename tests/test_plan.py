@@ -187,9 +187,9 @@ def test_model_flags_are_those_of_train(capsys):
 
 ERRORS = {
     "--mesh data=3,chunk=2 --devices 7": "--mesh data=3,chunk=2: has 6 processes, got --devices 7",
-    "--mesh rows=2": "argument --mesh: must be sizes of data, chunk and tensor such as data=2,chunk=4, got 'rows=2'",
-    "--mesh data=0": "argument --mesh: must be sizes",
-    "--mesh data=2 --batch 3": "`mesh` must have a size of data that divides the batch's sequences (3), got 2",
+    "--mesh rows=2": "argument --mesh: must be sizes of data, chunk and tensor such as data=2,chunk=2, got 'rows=2'",
+    "--mesh data=0": "argument --mesh: must have sizes of at least 1",
+    "--mesh data=2 --batch 3": "--mesh: must have a size of data that divides the batch's sequences (3), got 2",
     "--preset mega7.3B --mesh tensor=8": "size of tensor that divides the heads (4), got 8",
     "--preset mega7.3B --mesh chunk=3": "size of chunk that divides the chunks of the context (8), got 3",
     "--card cpu": "--card cpu: has no data sheet; give --memory, --tflops, --bandwidth",
@@ -200,7 +200,7 @@ ERRORS = {
     "--config /nowhere": "--config /nowhere/config.json: no such file",
     "--param-dtype bfloat16 --dtype float32": "--param-dtype bfloat16: needs --dtype bfloat16, got float32",
     "--dim 33": "--norm-groups: must be a divisor of --dim = 33",
-    "--context 10000000000": "`context` must be a positive integer below 2^31",
+    "--context 10000000000": "--context: must be a positive integer below 2^31, got 10000000000\n",
 }
 
 

@@ -6,12 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
 from megalodon_ops.distributed import make_mesh, parallelize, split
-from megalodon_ops.distributed.plan import plan
+from megalodon_ops.distributed.plan import activations, plan
+from megalodon_ops.distributed.plan.share import Share
 
 MODEL = dict(
     num_layers=2, model_dim=32, z_dim=16, value_dim=24, num_heads=2, ffn_hidden_dim=40, cema_ndim=4, chunk_size=8,
@@ -21,7 +23,7 @@ KINDS = {
     "_allgather_base_": "gathered", "all_gather_into_tensor": "gathered", "_reduce_scatter_base_": "scattered",
     "reduce_scatter_tensor": "scattered", "alltoall_base_": "to all", "allreduce_": "reduced",
 }  # fmt: skip
-WHOLE_BATCH = 2, 32
+WHOLE_BATCH, LONG_BATCH = (2, 32), (2, 1024)
 VOTES = 512
 """Bytes, at most, of the small integers that ranks agree on, and of the loss's sum"""
 
@@ -50,6 +52,26 @@ def counted(sizes: dict[str, int], fields: dict, options: dict) -> dict[str, int
     with Collectives() as collectives:
         model.loss(piece, piece).backward()
     return dict(collectives.bytes)
+
+
+def saved(sizes: dict[str, int], fields: dict, options: dict) -> int:
+    """Bytes that autograd keeps on this rank for the backward of a longer batch, parameters and tokens apart."""
+    torch.manual_seed(0)
+    mesh = make_mesh(sizes, device_type="cpu")
+    model = parallelize(mo.Megalodon(mo.MegalodonConfig(**{**MODEL, **fields})), mesh, **options).train()
+    piece = split(torch.zeros(LONG_BATCH, dtype=torch.int64), mesh, chunk_size=MODEL["chunk_size"])
+    found = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.loss(piece, piece)
+    given = {t.untyped_storage()._cdata for t in (piece, *model.buffers())}
+    size = sum(t.untyped_storage().nbytes() for name, t in found.items() if name not in given)
+    loss.backward()  # ranks leave together
+    return size
 
 
 CASES = {
@@ -88,3 +110,23 @@ def test_bytes_are_those_of_the_collectives(ranks, case):
         assert counts.keys() >= expected.keys()
         for kind, size in counts.items():
             assert 0 <= size - expected[kind] <= VOTES, (case, kind, counts, dict(expected))
+
+
+@pytest.mark.parametrize("case", ["sharded", "sharded, bfloat16", "chunk"])
+def test_what_is_kept_on_several_processes(ranks, case):
+    """Within 5 %: exchanged states and copies of CEMA's coefficients are not all foreseen."""
+    sizes, fields, options = CASES[case]
+    rows, context = LONG_BATCH
+    config = mo.MegalodonConfig(**{**MODEL, **fields})
+    share = Share(
+        config,
+        rows // sizes.get("data", 1),
+        context // sizes.get("chunk", 1),
+        1,
+        options.get("param_dtype", torch.float32),
+        False,
+        "cpu",
+    )
+    blocks = config.num_layers * sum(activations.kept_by_block(share).values())
+    expected = blocks + sum(activations.kept_around_blocks(share).values())
+    assert ranks.run(saved, 2, sizes, fields, options) == pytest.approx([expected] * 2, rel=0.05)

@@ -336,7 +336,8 @@ _positive = _number(float, lambda x: x > 0, "a number above 0")
 _not_negative = _number(float, lambda x: x >= 0, "a number, 0 or above")
 _probability = _number(float, lambda x: 0 <= x < 1, "a probability, from 0 to below 1")
 _fraction = _number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
-natural, positive, fraction = _natural, _positive, _fraction
+natural, positive, fraction, mesh_sizes = _natural, _positive, _fraction, _mesh
+"""What flags of `plan` accept, too"""
 
 SEVERAL = "torchrun --nproc-per-node 4 --max-restarts 3 "
 """How an example begins that runs in several processes"""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megalodon_ops import MegalodonConfig
-from megalodon_ops.cli.arguments import MODEL_FLAGS, MODEL_SWITCHES, SMALL
+from megalodon_ops.cli.arguments import MODEL_FLAGS, MODEL_SWITCHES, SMALL, flag_of
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import configured
 from megalodon_ops.cli.plan_flags import ALIASES, CPU, FIGURES
@@ -45,7 +45,8 @@ def _planned(config: MegalodonConfig, arguments: dict[str, Any]) -> Plan:
     try:
         return plan(config, **arguments)
     except ValueError as error:
-        raise CommandError(str(error).removeprefix("plan: ")) from error
+        name, _, fault = str(error).removeprefix("plan: `").partition("` ")
+        raise CommandError(f"{flag_of(name)}: {fault.removesuffix('.')}") from error
 
 
 class _Tokenizer(NamedTuple):

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 
 from megalodon_ops import MegalodonConfig
-from megalodon_ops.cli.arguments import MODEL_FLAGS, MODEL_SWITCHES, SMALL, fraction, natural, positive
+from megalodon_ops.cli.arguments import (
+    MODEL_FLAGS,
+    MODEL_SWITCHES,
+    SMALL,
+    fraction,
+    mesh_sizes,
+    natural,
+    positive,
+)
 from megalodon_ops.distributed.plan import CARDS
 
 ALIASES = {"a100": "a100-80"}
@@ -25,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("devices")
     where.add_argument("--devices", type=natural, metavar="N", help="how many (those of --mesh, or 1)")
     mesh = "how they share a batch: rows over data, length over chunk, matrices over tensor (data=<--devices>)"
-    where.add_argument("--mesh", type=sizes, metavar="data=N,chunk=M", help=mesh)
+    where.add_argument("--mesh", type=mesh_sizes, metavar="data=N,chunk=M", help=mesh)
     cards = [*ALIASES, *CARDS, CPU]
     where.add_argument(
         "--card", choices=cards, default="a100", help="a100 is of 80 GB; cpu needs the figures below (a100)"
@@ -75,20 +83,3 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for flag, meaning in MODEL_SWITCHES.items():
         if flag != "--layerwise-ckpt":  # --recompute
             model.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
-
-
-def sizes(text: str) -> dict[str, int]:
-    """The dimensions of a mesh, such as data=2,chunk=4."""
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if (
-            name not in ("data", "chunk", "tensor")
-            or name in found
-            or not (size.isascii() and size.isdigit() and int(size[:9]))
-        ):
-            raise argparse.ArgumentTypeError(
-                f"must be sizes of data, chunk and tensor such as data=2,chunk=4, got {text[:40]!r}"
-            )
-        found[name] = int(size[:9])
-    return found
