@@ -224,7 +224,8 @@ CALLS = {
     "linear": Call(
         mo.linear,
         dict(x=x, weight=torch.randn(9, D), bias=torch.randn(9)),
-        dict(x={"none": None, **NO_TENSOR}, weight={"none": None, **NO_TENSOR}, bias=NO_TENSOR),
+        dict(x={"none": None, **NO_TENSOR, "no axes": SHAPES["no axes"], "longer": SHAPES["longer"]},
+             weight={"none": None, **NO_TENSOR, **SHAPES}, bias=NO_TENSOR),
     ),
     "Megalodon": Call(
         mo.Megalodon,
@@ -363,8 +364,21 @@ CALLS = {
         numbers=dict(rows=np.int64(2), piece=np.int32(2)),
     ),
     "TimestepNorm": Call(
-        mo.TimestepNorm, dict(dim=8, num_groups=2), dict(dim=NO_SIZE, num_groups=NO_SIZE, eps={**NO_NUMBER, **NEGATIVE})
+        mo.TimestepNorm, dict(dim=8, num_groups=2),
+        dict(dim=NO_SIZE, num_groups={**NO_SIZE, "no divisor": 3}, eps={**NO_NUMBER, **NEGATIVE}),
     ),
+    "TimestepNorm of x": Call(
+        mo.TimestepNorm(D, num_groups=G).forward, dict(x=x), dict(x={**TENSOR, "wide": Tensor.double}), "TimestepNorm",
+        speakers=("timestep_norm",),
+    ),
+    "ComplexEMA of x": Call(
+        mo.ComplexEMA(D, ndim=N).forward, dict(x=x), dict(x={**TENSOR, "wide": Tensor.double}), "ComplexEMA", speakers=("cema",)
+    ),
+    "MegalodonBlock of x": Call(
+        model.layers[0].forward, dict(x=torch.randn(2, 5, TINY["model_dim"])), dict(x={**TENSOR, "wide": Tensor.double}),
+        "MegalodonBlock", speakers=("TimestepNorm", "timestep_norm"),
+    ),
+    "to_torch_linears": Call(mo.to_torch_linears, dict(), dict(model={"none": None, **NO_TENSOR})),
     "ComplexEMA": Call(mo.ComplexEMA, dict(dim=8, ndim=2), dict(dim=NO_SIZE, ndim=NO_SIZE)),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from ..ops.layer_norm import layer_norm, rms_norm
 from ..ops.linear import KERNEL_TYPES, linear
 from ..ops.states import TimestepNormState
 from ..ops.timestep_norm import timestep_norm
-from ..ops.values import check_number, check_size, described
+from ..ops.values import check_channels, check_number, check_size, described
 
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -87,6 +87,8 @@ class TimestepNorm(WideParameters):
         super().__init__()
         dim = check_size("TimestepNorm", "dim", dim)
         self.num_groups = check_size("TimestepNorm", "num_groups", num_groups)
+        if dim % self.num_groups:
+            raise ValueError(f"TimestepNorm: `num_groups` must divide dim = {dim}, got {self.num_groups}.")
         self.eps = check_number("TimestepNorm", "eps", eps, "a finite number of at least 0", 0.0)
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(dim))
@@ -98,6 +100,7 @@ class TimestepNorm(WideParameters):
 
     def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, TimestepNormState]:
         """x (B, L, D); options as in :func:`timestep_norm`."""
+        check_channels("TimestepNorm", x, self.weight.shape[0], self.weight)
         return timestep_norm(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
 
     def extra_repr(self) -> str:
@@ -141,6 +144,7 @@ class ComplexEMA(WideParameters):
 
     def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, L, D); options as in :func:`cema`."""
+        check_channels("ComplexEMA", x, self.alpha.shape[0], self.alpha)
         return cema(x, *self.coefficients(), **options)
 
     def extra_repr(self) -> str:
@@ -240,6 +244,8 @@ def to_torch_linears(model: nn.Module) -> nn.Module:
         >>> type(mo.to_torch_linears(mo.Megalodon(config)).output.output)
         <class 'torch.nn.modules.linear.Linear'>
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"to_torch_linears: `model` must be a torch.nn.Module, got {described(model)}.")
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = nn.Linear

@@ -99,6 +99,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_tensor("linear", "x", x)
     check_tensor("linear", "weight", weight)
     check_optional_tensor("linear", "bias", bias)
+    if type(weight) in KERNEL_TYPES and (weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]):
+        raise ValueError(
+            f"linear: `weight` must have shape (O, I) beside an x (..., I), got {tuple(weight.shape)} and {tuple(x.shape)}."
+        )
     if is_exporting():
         return call(linear_fwd, x, weight, bias) if _is_plain(x, weight, bias) else F.linear(x, weight, bias)
     if takes_few_rows(x, weight, bias):

@@ -96,6 +96,19 @@ def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) 
         raise ValueError(f"{op}: `{argument}` must have shape {letters}, got {tuple(tensor.shape)}{fix}.")
 
 
+def check_channels(layer: str, x: object, dim: int, parameter: Tensor) -> None:
+    """Raises unless x is a tensor (B, L, D) of as many channels as the layer has, and not wider than its parameters."""
+    check_tensor(layer, "x", x)
+    if x.dim() != 3 or x.shape[-1] != dim:
+        fix = "; add a batch dimension" if x.dim() == 2 and x.shape[-1] == dim else ""
+        raise ValueError(f"{layer}: `x` must have shape (B, L, {dim}), got {tuple(x.shape)}{fix}.")
+    if x.dtype == torch.float64 != parameter.dtype:
+        raise TypeError(
+            f"{layer}: `x` must be float32 or narrower beside parameters of {parameter.dtype}, got {x.dtype}; call .double() "
+            "on the layer, too."
+        )
+
+
 def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
     """Raises a ValueError unless the tensor is on the device of `like`, the op's first argument."""
     if tensor.device != like.device:

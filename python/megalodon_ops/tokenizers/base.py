@@ -78,6 +78,8 @@ class Tokenizer:
                 "Tokenizer.train: `vocab_size` must be above 257, which 256 bytes and the start of a document take, "
                 f"got {vocab_size}."
             )
+        if isinstance(documents, (bytes, str)):
+            raise TypeError(f"Tokenizer.train: `documents` must be a list of texts, got {described(documents)}; put it in a list.")
         load("tokenizers", "train")
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
