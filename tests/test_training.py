@@ -216,6 +216,10 @@ WRONG = {
     "steps": (lambda: training.Schedule(lr=1.0, warmup=1, steps=0), "Schedule: `steps` must be a positive integer"),
     "endless": (lambda: training.Schedule(lr=1.0, warmup=1), "Schedule: `steps` or `minutes` must be given, got neither"),
     "text": (lambda: training.hold_out([b"a"]), "hold_out: `documents` must have at least 2 bytes"),
+    "text as a str": (lambda: training.hold_out(["text"]), "hold_out: `documents` must be of bytes, got 'text'; encode text."),
+    "one text": (lambda: training.hold_out(b"text"), "hold_out: `documents` must be a list of documents, got b'text'; put it"),
+    "no model": (lambda: training.Reader(3), "Reader: `model` must be a Megalodon, got 3."),
+    "adamw": (lambda: training.adamw(torch.nn.Linear(2, 2), lr="a"), "adamw: `lr` must be a number of at least 0, got 'a'"),
 }  # fmt: skip
 
 

@@ -180,7 +180,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: padding between the tokens of a row; a mask that is not 2-D; several documents in a row of several;
-            attention weights asked for. TypeError: the cache is not a MegalodonCache; an unknown argument.
+                attention weights asked for.
+            TypeError: the cache is not a MegalodonCache; an unknown argument.
         """
         batch = read_batch(
             type(self).__name__, self.config, self.training, input_ids, attention_mask, position_ids, cache, past_key_values,

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..ops.values import described
+
 HELD_OUT_FRACTION = 0.05
 
 
@@ -28,7 +30,9 @@ def hold_out(documents: Iterable[bytes]) -> Corpus:
         >>> [len(document) for document in corpus.train], [len(document) for document in corpus.held_out]
         ([100, 100], [5])
     """
-    unique = {hashlib.sha256(document).digest(): document for document in documents if document}
+    if isinstance(documents, (bytes, str)):
+        raise TypeError(f"hold_out: `documents` must be a list of documents, got {described(documents)}; put it in a list.")
+    unique = {hashlib.sha256(document).digest(): document for document in map(_checked, documents) if document}
     total = sum(map(len, unique.values()))
     if total < 2:
         raise ValueError(
@@ -51,3 +55,9 @@ def hold_out(documents: Iterable[bytes]) -> Corpus:
 
     fingerprint = hashlib.sha256(b"".join(sorted(unique)))
     return Corpus(train, held_out, fingerprint.hexdigest())
+
+
+def _checked(document: object) -> bytes:
+    if not isinstance(document, bytes):
+        raise TypeError(f"hold_out: `documents` must be of bytes, got {described(document)}; encode text.")
+    return document

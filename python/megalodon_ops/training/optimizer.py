@@ -51,6 +51,7 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> torch.op
         (0.9, 0.95)
     """
     groups = parameter_groups(model, weight_decay=weight_decay)
+    lr = check_number("adamw", "lr", lr, "a number of at least 0", 0.0)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 

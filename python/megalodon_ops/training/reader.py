@@ -8,6 +8,7 @@ from torch import Tensor
 from .batches import Batch
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
+from ..ops.values import described
 
 
 class Reader:
@@ -29,6 +30,8 @@ class Reader:
 
     def __init__(self, model: Megalodon, carries: bool = True, *, part: int = 0, parts: int = 1):
         """part, parts: which piece of the batches a model reads whose sequences ranks share, and how many there are."""
+        if not callable(getattr(model, "loss", None)):
+            raise TypeError(f"Reader: `model` must be a Megalodon, got {described(model)}.")
         self.model, self.carries = model, carries
         self.part, self.parts = part, parts
         self.state: MegalodonState | None = None  # of each sequence of the last batch
