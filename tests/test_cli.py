@@ -64,6 +64,9 @@ def test_examples_in_the_help_are_commands(command, capsys):
         assert stopped.value.code == 0
         return re.findall(r"^  python -m megalodon_ops (.*)$", capsys.readouterr().out, re.M)
 
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"usage: python -m megalodon_ops {command} " in capsys.readouterr().out
     of_command = examples(command)
     assert of_command and len(set(of_command)) == len(of_command)
     for example in of_command:

@@ -14,7 +14,19 @@ from typing import NoReturn
 from megalodon_ops import MegalodonConfig, __version__
 
 SMALL = "small"
-"""The preset of the default run; see `models.SMALL_CONFIG`"""
+"""The preset of the default run"""
+SMALL_CONFIG = {
+    "num_layers": 4,
+    "model_dim": 128,
+    "z_dim": 32,
+    "value_dim": 256,
+    "num_heads": 1,
+    "ffn_hidden_dim": 256,
+    "cema_ndim": 8,
+    "chunk_size": 256,
+    "norm_num_groups": 32,
+}
+"""Sized for a run of minutes on a few cores"""
 
 DEFAULTS = {
     "preset": SMALL,
@@ -54,14 +66,15 @@ def in_flags(message: str, given: Container[str]) -> str:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which all have the same arguments
-        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+        name = self.prog.removeprefix("python -m ")
+        self.exit(2, f"{name}: error: {message}\n" if first else None)
 
     def parse_known_args(self, args=None, namespace=None):
         """Refuses what this parser does not know here, where a command knows its flags, and not in the parser of commands."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.7)
-            fix = f"did you mean {near[0]}?" if near else f"python -m {self.prog} --help says what there is"
+            fix = f"did you mean {near[0]}?" if near else f"{self.prog} --help says what there is"
             self.error(f"unrecognized arguments: {' '.join(unknown)}; {fix}")
         return options, unknown
 
@@ -69,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     description, examples = "MEGALODON: train, evaluate, sample.", _examples(lines[0] for lines in EXAMPLES.values())
-    parser = Parser(prog="megalodon_ops", description=description, epilog=examples, **style)
+    parser = Parser(prog="python -m megalodon_ops", description=description, epilog=examples, **style)
     parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(EXAMPLES)}}}")
     for name, add_flags, summary in (
@@ -115,13 +128,13 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--tokenizer", dest="tokenizer_file", type=Path, metavar="FILE", help=file)
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/<time>)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out; other flags come from it")
-    run.add_argument("--steps", type=_natural, help="stop after N steps; nothing then depends on the clock")
-    run.add_argument("--minutes", type=_positive, help=f"stop after M minutes ({MINUTES:g}, unless --steps is given)")
-    run.add_argument("--eval-every", type=_natural, help=_default("steps between looks at held-out text", "eval_every"))
+    run.add_argument("--steps", type=_natural, metavar="N", help="stop after N steps; nothing then depends on the clock")
+    run.add_argument("--minutes", type=_positive, metavar="M", help=f"stop after M minutes ({MINUTES:g}, unless --steps is given)")
+    run.add_argument("--eval-every", type=_natural, metavar="N", help=_default("steps between looks at held-out text", "eval_every"))
     run.add_argument(
-        "--checkpoint-every", type=_natural, help=_default("steps between checkpoints", "checkpoint_every")
+        "--checkpoint-every", type=_natural, metavar="N", help=_default("steps between checkpoints", "checkpoint_every")
     )
-    run.add_argument("--seed", type=_seed, help=_default("of weights, order of documents, dropout", "seed"))
+    run.add_argument("--seed", type=_seed, metavar="N", help=_default("of weights, order of documents, dropout", "seed"))
     _device_flags(run, argparse.SUPPRESS, argparse.SUPPRESS)
 
     several = parser.add_argument_group("several processes", "started by torchrun, on one machine or many")
@@ -134,27 +147,29 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
         help="how long they wait for each other before they give up (600)",
     )
 
-    model = parser.add_argument_group("model", "widths that are not given keep the preset's proportion to --dim")
+    sizes = ", ".join(f"{MODEL_FLAGS[field][0]} {size}" for field, size in SMALL_CONFIG.items())
+    proportion = "widths that are not given keep the preset's proportion to --dim"
+    model = parser.add_argument_group("model", f"{proportion}; small is\n{sizes}")
     model.add_argument(
         "--preset", choices=[SMALL, *MegalodonConfig.presets()], help=_default("where to start", "preset")
     )
     for field, (flag, kind, meaning) in MODEL_FLAGS.items():
-        model.add_argument(flag, dest=field, type=kind, help=meaning)
+        model.add_argument(flag, dest=field, type=kind, metavar="N" if kind is _natural else "X", help=meaning)
     for flag, meaning in MODEL_SWITCHES.items():
         model.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
 
     batch = parser.add_argument_group("batches and optimizer (AdamW)")
-    batch.add_argument("--batch", type=_natural, help=_default("rows in a batch", "batch"))
-    batch.add_argument("--length", type=_natural, help=_default("bytes, or tokens, in a row", "length"))
+    batch.add_argument("--batch", type=_natural, metavar="N", help=_default("rows in a batch", "batch"))
+    batch.add_argument("--length", type=_natural, metavar="N", help=_default("bytes, or tokens, in a row", "length"))
     batch.add_argument(
         "--context",
         choices=["streamed", "packed"],
         help=_default("carry each row's state on to the next batch, or start every row afresh", "context"),
     )
-    batch.add_argument("--lr", type=_positive, help=_default("peak learning rate", "lr"))
-    batch.add_argument("--warmup", type=_natural, help=_default("steps of warmup, then a cosine to zero", "warmup"))
-    batch.add_argument("--weight-decay", type=_not_negative, help=_default("of weight matrices", "weight_decay"))
-    batch.add_argument("--clip", type=_positive, help=_default("largest norm of the gradient", "clip"))
+    batch.add_argument("--lr", type=_positive, metavar="X", help=_default("peak learning rate", "lr"))
+    batch.add_argument("--warmup", type=_natural, metavar="N", help=_default("steps of warmup, then a cosine to zero", "warmup"))
+    batch.add_argument("--weight-decay", type=_not_negative, metavar="X", help=_default("of weight matrices", "weight_decay"))
+    batch.add_argument("--clip", type=_positive, metavar="X", help=_default("largest norm of the gradient", "clip"))
 
 
 def _eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +184,7 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all figures")
     picture = "draw the loss by how many tokens a prediction is made from"
     parser.add_argument("--by-position", type=Path, default=None, metavar="FILE", help=picture)
-    parser.add_argument("--batch", type=_size, default=8, help="documents read side by side (8)")
+    parser.add_argument("--batch", type=_size, default=8, metavar="N", help="documents read side by side (8)")
     piece = "tokens of a document in memory at once, which changes time and memory but not the result (2048)"
     parser.add_argument("--piece", type=_size, default=2048, metavar="N", help=piece)
     _tokenizer_flag(parser)
@@ -190,14 +205,14 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", type=_text, default=[], metavar="TEXT", help="end before it; repeatable"
     )
     parser.add_argument("--samples", type=_size, default=1, metavar="N", help="continuations of the prompt (1)")
-    parser.add_argument("--temperature", type=_not_negative, default=0.8, help="0 takes the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=_size, default=None, help="sample among the K likeliest tokens")
-    parser.add_argument("--top-p", type=_fraction, default=None, help="sample among the likeliest tokens of mass P")
+    parser.add_argument("--temperature", type=_not_negative, metavar="T", default=0.8, help="0 takes the likeliest token (0.8)")
+    parser.add_argument("--top-k", type=_size, metavar="K", default=None, help="sample among the K likeliest tokens")
+    parser.add_argument("--top-p", type=_fraction, metavar="P", default=None, help="sample among the likeliest tokens of mass P")
     min_p = "sample among tokens at least P times as likely as the likeliest"
     parser.add_argument("--min-p", type=_fraction, default=None, metavar="P", help=min_p)
     penalty = "above 1, makes tokens that were read or written before less likely"
     parser.add_argument("--repetition-penalty", type=_positive, default=None, metavar="R", help=penalty)
-    parser.add_argument("--seed", type=_seed, default=0, help="of the samples (0)")
+    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the samples (0)")
     _tokenizer_flag(parser)
     _device_flags(parser, "cpu", None)
 

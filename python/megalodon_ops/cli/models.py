@@ -9,25 +9,12 @@ import torch
 
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli import schema
-from megalodon_ops.cli.arguments import SMALL, in_flags
+from megalodon_ops.cli.arguments import SMALL, SMALL_CONFIG, in_flags
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
 from megalodon_ops.ops.library import has_cuda_kernels
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from megalodon_ops.training.checkpoint import load_any
-
-SMALL_CONFIG = {
-    "num_layers": 4,
-    "model_dim": 128,
-    "z_dim": 32,
-    "value_dim": 256,
-    "num_heads": 1,
-    "ffn_hidden_dim": 256,
-    "cema_ndim": 8,
-    "chunk_size": 256,
-    "norm_num_groups": 32,
-}
-"""Sized for a run of minutes on a few cores"""
 
 WIDTHS = ("z_dim", "value_dim", "ffn_hidden_dim")
 
