@@ -8,7 +8,7 @@ import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
 from backends import each_implementation, every_backend, wide_every_backend
-from cases import cema_case, evaluate, streamed
+from cases import cema_case, evaluate, forward, streamed
 from golden import TOLERANCE, golden_case, golden_config
 
 import megalodon_ops as mo
@@ -57,6 +57,13 @@ def test_no_channels(backend):
     case = cema_case(B=2, L=5, D=0, N=3, state=True)
     for name, value in evaluate(mo.cema, case).items():
         assert value.numel() == 0, name
+
+
+@every_backend
+@pytest.mark.parametrize("sequences", [{"L": 0}, {"L": 5, "lengths": [0, 0]}], ids=["no-steps", "empty-rows"])
+def test_a_call_without_steps_returns_the_bits_of_the_state(sequences, backend):
+    case = cema_case(B=2, D=67, N=5, state=True, **sequences)
+    assert_bit_equal({"state": forward(mo.cema, case)["state"]}, {"state": case.tensors["state"]})
 
 
 @wide_every_backend

@@ -15,15 +15,16 @@ struct CemaParams {
   const void* x;        // (T, D)
   const void* p;        // (D, N) R
   const void* q;        // (D, N) complex R
-  const void* gamma;    // (D, N) complex R; null where there is neither y nor dy
-  const void* omega;    // (D) R; null with gamma
+  const void* gamma;    // (D, N) complex R; null where end states alone are wanted, and in the backward without dy
+  const void* omega;    // (D) R; null as gamma
   const void* state;    // (S, D, N) complex R, or null: zero
   void* workspace;      // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
 struct CemaFwdParams : CemaParams {
-  void* y;          // (T, D), or null: the end states alone are wanted
+  void* y;          // (T, D)
   void* state_out;  // (S, D, N) complex R, or null: not wanted
+  bool ends_only;   // the end states alone are wanted: y is null
 };
 
 struct CemaBwdParams : CemaParams {

@@ -85,6 +85,7 @@ void cema_end_state_fwd(const Target& target, py::handle x, py::handle p, py::ha
   CemaFwdParams params{};
   fill_scan(kCemaEndState, params, x, p, q, cu_seqlens, lengths);
   params.state_out = end_state("state_out", params, state_out);
+  params.ends_only = true;
   MEGALODON_LAUNCH(target, cema_fwd, params);
 }
 

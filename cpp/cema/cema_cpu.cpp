@@ -25,7 +25,7 @@
 // With a state or its gradient the direct forms run (21 multiply-adds), and dp = sum x Re(g): no division, no
 // cancellation. The direct forms also run, once more, where a sum or the last u or g of some span is not finite.
 //
-// End states alone: without y a scan keeps no output (4 multiply-adds), and without dy both scans of the backward, in
+// End states alone: without an output a scan takes 4 multiply-adds, and without dy both scans of the backward, in
 // the direct form, read none (14): x is read and nothing written, or x read twice and dx written.
 //
 // Pieces of sequences: every span scans from zero first (4 multiply-adds); a merge along the sequence in double,
@@ -152,7 +152,7 @@ void run_forward(const CemaFwdParams& params, const CemaPlan& plan) {
 template <class T>
 void forward(const CemaFwdParams& params) {
   using R = Compute<T>;
-  if (params.y) {
+  if (!params.ends_only) {
     zero_padding(params.sequences, params.y, params.channels * static_cast<int64_t>(sizeof(T)));
     if (params.sequences.tokens <= kShort * params.sequences.count) return forward_steps<T>(params);
   }
@@ -165,7 +165,7 @@ void forward(const CemaFwdParams& params) {
   local.state_out = starts.get();
   run_forward<T>(local, plan);
   merge(params, plan, false, params.state, starts.get(), params.state_out);
-  if (!params.y) return;
+  if (params.ends_only) return;
   local = params;
   local.state = starts.get();
   local.state_out = nullptr;
@@ -347,7 +347,7 @@ void backward(const CemaBwdParams& params) {
   }
   const int64_t states = plan.count * params.channels * params.modes * 2;
   const Scratch<R> starts(states), ends(states);
-  CemaFwdParams local_fwd{params, nullptr, starts.get()};
+  CemaFwdParams local_fwd{params, nullptr, starts.get(), true};
   local_fwd.state = nullptr;
   run_forward<T>(local_fwd, plan);
   merge(params, plan, false, params.state, starts.get(), nullptr);

@@ -16,8 +16,8 @@ struct TimestepNormParams {
   int64_t groups;        // G, divides D
   double eps;
   const void* x;         // (T, D)
-  const void* weight;    // (D) R; the gain is 1 + weight; null where there is no y
-  const void* bias;      // (D) R; null with weight
+  const void* weight;    // (D) R; the gain is 1 + weight; null where end states alone are wanted
+  const void* bias;      // (D) R; null as weight
   const int64_t* count;  // (S) timesteps seen, or null: a fresh state
   const void* mean;      // (S, G) R; null if count is null
   const void* var;       // (S, G) R; null if count is null
@@ -26,13 +26,14 @@ struct TimestepNormParams {
 };
 
 struct TimestepNormFwdParams : TimestepNormParams {
-  void* y;             // (T, D), or null: the end states alone are wanted, and no stats
+  void* y;             // (T, D)
   void* stats;         // (3, T, G) R: mean, residual of mean, 1 / sqrt(var + eps), after step t; on CUDA unwritten if
                        // D = 0; or null: not wanted
   int64_t* count_out;  // (S), or null: no end state wanted
   void* mean_out;      // (S, G) R
   void* var_out;       // (S, G) R
   void* residual_out;  // (S, 2, G) R
+  bool ends_only;      // the end states alone are wanted: y and stats are null
 };
 
 struct TimestepNormBwdParams : TimestepNormParams {

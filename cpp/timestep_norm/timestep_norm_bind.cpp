@@ -115,6 +115,7 @@ void timestep_norm_end_state_fwd(const Target& target, py::handle x, int64_t num
   fill_x(kNormEndState, params, x, num_groups, cu_seqlens, lengths);
   const TensorView count(kNormEndState, "count_out", count_out);
   fill_end_states(kNormEndState, params, count, mean_out, var_out, residual_out);
+  params.ends_only = true;
   MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
 }
 

@@ -51,7 +51,7 @@ class Forward {
       merge(plan.relay.carry(block - 1), count_before(p, cut_s, from), cut_end - from);
       deliver(block, cut_s, cut_end, (cut_end - 1 - from) * G);
     }
-    if (!p.y) return;
+    if (p.ends_only) return;
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) { write(s, a, b, (a - from) * G); });
   }
 

@@ -6,10 +6,11 @@ namespace {
 
 using namespace cema;
 
-// Whether one launch that walks each sequence from its first step to its last, for y, beats a scan of four launches.
+// Whether one launch that walks each sequence from its first step to its last beats a scan of four launches.
 bool has_few_steps(const CemaFwdParams& p) {
+  if (p.ends_only) return false;
   const int64_t T = p.sequences.tokens, S = p.sequences.count;
-  return p.y && S > 0 && p.modes <= kMostModes && (T <= 4 * S || (T <= 64 * S && T * p.channels * p.modes <= 1 << 22));
+  return S > 0 && p.modes <= kMostModes && (T <= 4 * S || (T <= 64 * S && T * p.channels * p.modes <= 1 << 22));
 }
 
 void launch_steps(const CemaFwdParams& params, void* stream) {
@@ -47,8 +48,8 @@ void launch_cema_fwd_cuda(const CemaFwdParams& params, void* stream) {
   for_each_group(scan, [&] {
     launch_table(params, scan, params.state != nullptr, stream);
     launch_states(params.dtype, scan, nullptr, stream);
-    if (params.y) launch_output(params.dtype, scan, stream);
-    else launch_ends(params.dtype, scan, stream);
+    if (params.ends_only) launch_ends(params.dtype, scan, stream);
+    else launch_output(params.dtype, scan, stream);
   });
 }
 

@@ -14,8 +14,9 @@ void launch_tiles(const TimestepNormFwdParams& p, const Layout& layout, void* st
     LAUNCH((timestep_norm_fwd_moments_kernel<T, kWidth, kHeld>), blocks, kThreads, 0, stream, p, layout, carries);
     launch_carry(SpanSource{carries, p.groups}, count, p.groups, stream);
   }
-  if (p.y) LAUNCH((timestep_norm_fwd_kernel<T, kWidth, kHeld>), blocks, kThreads, 0, stream, p, layout, carries);
-  else LAUNCH((timestep_norm_end_state_kernel<T, kWidth, kHeld>), blocks, kThreads, 0, stream, p, layout, carries);
+  if (p.ends_only)
+    LAUNCH((timestep_norm_end_state_kernel<T, kWidth, kHeld>), blocks, kThreads, 0, stream, p, layout, carries);
+  else LAUNCH((timestep_norm_fwd_kernel<T, kWidth, kHeld>), blocks, kThreads, 0, stream, p, layout, carries);
 }
 
 template <class T>
