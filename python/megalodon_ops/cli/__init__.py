@@ -20,7 +20,7 @@ from megalodon_ops.ops.memory import keep_freed_memory
 
 COMMANDS = {
     "info": "info", "train": "train", "eval": "evaluate", "generate": "generate", "convert": "convert",
-    "tokenizer": "tokenizer", "plan": "plan",
+    "tokenizer": "tokenizer", "tokenize": "tokenize", "plan": "plan",
 }  # fmt: skip
 EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib", "tokenizers", "sentencepiece"}
 

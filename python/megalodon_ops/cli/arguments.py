@@ -99,6 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ),
         ("generate", _generate_flags, "print a sampled continuation"),
         ("tokenizer", _tokenizer_flags, "train a byte-level BPE on text, or see what a tokenizer makes of text"),
+        ("tokenize", _tokenize_flags, "encode text into a folder of tokens, which `train --data` maps into memory"),
         ("convert", _convert_flags, "write a checkpoint in another format"),
         ("plan", _plan_flags, "what a training step will take on given devices: memory, operations, exchange, time"),
     ):
@@ -123,7 +124,7 @@ def command(example: str) -> str:
 
 def _train_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
-    _data_flags(run, "files and folders of text (Python's standard library)")
+    _data_flags(run, "files and folders of text, or a folder that `tokenize` made (Python's standard library)")
     file = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
     run.add_argument("--tokenizer", dest="tokenizer_file", type=Path, metavar="FILE", help=file)
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/<time>)")
@@ -228,6 +229,23 @@ def _tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the file to write")
     see = "a tokenizer's file, or a folder with one, to see what it makes of the FILEs"
     parser.add_argument("--tokenizer", type=Path, default=None, metavar="FILE", help=see)
+
+
+def _tokenize_flags(parser: argparse.ArgumentParser) -> None:
+    files = "text, each file a document; .jsonl, each line an object with a document; or folders (Python's standard library)"
+    parser.add_argument("files", nargs="*", default=[], type=Path, metavar="FILE", help=files)
+    glob = "of folders, take the files that match; repeatable (those of text)"
+    parser.add_argument("--glob", action="append", type=_glob, metavar="PATTERN", help=glob)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make, or to go on with")
+    file = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
+    parser.add_argument("--tokenizer", type=Path, default=None, metavar="FILE", help=file)
+    parser.add_argument("--field", type=_text, default="text", help="of lines of JSON, what holds the document (text)")
+    workers = "processes, which change the time but not the result (one a core)"
+    parser.add_argument("--workers", type=_natural, default=None, metavar="N", help=workers)
+    size = "MiB of text in a shard, what is made anew after a kill; a longer file of text stays whole (64)"
+    parser.add_argument("--shard-size", type=_shard_size, default=64, metavar="N", help=size)
+    check = "compare the folder --out with its checksums instead, all tokens among it"
+    parser.add_argument("--check", action="store_true", default=False, help=check)
 
 
 def _tokenizer_flag(parser: argparse.ArgumentParser) -> None:
@@ -346,6 +364,7 @@ _tokens = _number(int, lambda x: 0 < x < 2**62, "'all' or a whole number above 0
 _natural = _number(int, lambda x: x > 0, "a whole number above 0 and below 2^63")
 _size = _number(int, lambda x: 0 < x < 2**31, "a whole number above 0 and below 2^31")
 _vocabulary = _number(int, lambda x: 257 < x < 2**24, "a whole number above 257 and below 2^24")
+_shard_size = _number(int, lambda x: 0 < x < 2**20, "a whole number of MiB above 0 and below 2^20")
 _seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
 _positive = _number(float, lambda x: x > 0, "a number above 0")
 _not_negative = _number(float, lambda x: x >= 0, "a number, 0 or above")
@@ -363,6 +382,7 @@ EXAMPLES = {
         "train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose",
         "train --out runs/prose --resume --minutes 60",
         "train --tokenizer bpe.json --data book.txt",
+        "train --data tokens --out runs/long",
         "train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 2e-3 --seed 1",
         f"{SEVERAL}train --mesh data=2,chunk=2 --batch 4 --length 8192 --chunk 1024 --out runs/four",
     ],
@@ -379,6 +399,10 @@ EXAMPLES = {
     "tokenizer": [
         "tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'",
         "tokenizer --tokenizer bpe.json other.txt",
+    ],
+    "tokenize": [
+        "tokenize --tokenizer bpe.json --out tokens crawl.jsonl books --workers 8",
+        "tokenize --check --out tokens",
     ],
     "convert": [
         "convert --from official --to own released/ model/",

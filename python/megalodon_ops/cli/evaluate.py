@@ -15,7 +15,7 @@ from tqdm import tqdm
 import megalodon_ops
 from megalodon_ops import Megalodon, evaluation, extras
 from megalodon_ops.cli import plots
-from megalodon_ops.cli.data import FileDocument, check_glob, find_files, load_corpus
+from megalodon_ops.cli.data import FileDocument, check_glob, find_files, load_data
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
 from megalodon_ops.evaluation import Evaluation, evaluate
@@ -164,7 +164,7 @@ def _documents(options: argparse.Namespace, record: dict[str, Any] | None) -> tu
         raise CommandError(
             f"--checkpoint {options.checkpoint}: is no run of `train`, which holds text out; give --data"
         )
-    corpus = load_corpus(record["options"]["data"], record["options"]["glob"])
+    corpus = load_data(record["options"]["data"], record["options"]["glob"])
     if corpus.fingerprint != record["data"]["fingerprint"]:
         raise CommandError("the text of the run has changed since, so what was held out is not known; give --data")
     return corpus.held_out, "held-out text of the run"

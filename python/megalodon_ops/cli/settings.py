@@ -13,7 +13,7 @@ from typing import Any
 from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli import schema
 from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, flag_of
-from megalodon_ops.cli.data import check_glob
+from megalodon_ops.cli.data import check_glob, tokens_folder
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import configured, read_tokenizer
 from megalodon_ops.errors import FileError
@@ -88,8 +88,7 @@ def resolve(options: argparse.Namespace, out: Path, team: Team | None = None) ->
         _check_apart(out, given.get("data") or [], given.get("glob"))
         nothing = {"data": None, "glob": None, "tokenizer_file": None}
         flags = {**DEFAULTS, **nothing, **_length(given, {}), **given}
-        file = flags["tokenizer_file"]
-        return _settings(out, flags, ByteTokenizer() if file is None else read_tokenizer(Path(file))), None
+        return _settings(out, flags, _tokenizer(flags["data"], flags["tokenizer_file"])), None
     try:
         saved = load_checkpoint(out, check=schema.check, team=team)
     except (FileError, FileNotFoundError) as error:
@@ -107,6 +106,17 @@ def resolve(options: argparse.Namespace, out: Path, team: Team | None = None) ->
     flags = {**before, **given, **_length(given, before)}
     check_glob(given.get("glob"), flags["data"])
     return _settings(out, flags, tokenizer, saved.config), saved
+
+
+def _tokenizer(data: list[str] | None, file: str | None) -> Tokenizer:
+    """The tokenizer of a folder of tokens; else that of a file, or the one of bytes."""
+    given = None if file is None else read_tokenizer(Path(file))
+    if (folder := tokens_folder(data)) is None:
+        return given or ByteTokenizer()
+    tokenizer = read_tokenizer(folder)
+    if given is not None and given.fingerprint != tokenizer.fingerprint:
+        raise CommandError(f"--tokenizer {file}: the tokens in {folder} are another's; leave the flag out")
+    return tokenizer
 
 
 def _settings(

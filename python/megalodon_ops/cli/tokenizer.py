@@ -54,7 +54,7 @@ def _train(options: argparse.Namespace, files: Sequence[Path] | None, globs: Seq
     except OSError as error:
         raise CommandError(f"--out {options.out}: could not be written: {error.strerror}") from error
     seconds = time.monotonic() - begin
-    size = sum(map(len, corpus.train))
+    size = corpus.num_bytes
     print(f"{options.out}: {tokenizer.vocab_size:,} ids, from {size:,} bytes of text in {seconds:.1f} s")
     print(_figures(tokenizer, corpus.held_out, "text that was held out"))
     print(f"train with it: python -m megalodon_ops train {_same_text(files, globs)}--tokenizer {shlex.quote(str(options.out))}")

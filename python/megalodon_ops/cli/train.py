@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megalodon_ops import Megalodon
 from megalodon_ops.cli import launch
 from megalodon_ops.cli.console import Progress, StopSignals
-from megalodon_ops.cli.data import load_corpus
+from megalodon_ops.cli.data import load_data
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.evaluate import compressed_bits, nats_and_bytes
 from megalodon_ops.cli.generate import show_sample
@@ -40,6 +40,7 @@ from megalodon_ops.training.checkpoint import has_checkpoint
 from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.metrics import is_end
 from megalodon_ops.training.parts import seed_of_reader
+from megalodon_ops.training.shards import ShardDocuments
 from megalodon_ops.training.team import Team, telling
 
 METRICS = "metrics.jsonl"
@@ -73,7 +74,7 @@ def _run(settings: Settings, saved: Checkpoint | None, team: Team, mesh: dict[st
         team.together(check_shares, settings, sizes)
         team.mesh = make_mesh(sizes, device_type=device.type, timeout=team.timeout)
     team.together(check_memory, settings, team.size)
-    corpus = team.together(load_corpus, settings.data, settings.glob)
+    corpus = team.together(load_data, settings.data, settings.glob)
     team.alike({"the text": corpus.fingerprint})
     if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
         raise TeamError("--resume: the text is not the one this run was started with; start another run")
@@ -140,13 +141,13 @@ class Trainer:
         self.optimizer = adamw(self.model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.optimizer_threads = optimizer_threads(self.model)
         documents = encoded(corpus.train, settings.tokenizer)
-        self.bytes_per_token = sum(map(len, corpus.train)) / sum(map(len, documents))
         share = settings.batch // team.extent("data")
         first = share * team.place("data")
         self.batches = Batches(
             documents, range(first, first + share), settings.length, batch=settings.batch, start=settings.tokenizer.start,
             context=settings.context, seed=settings.seed,
         )  # fmt: skip
+        self.bytes_per_token = corpus.num_bytes / int(self.batches.lengths.sum(dtype="int64"))
         self.reader = Reader(
             self.model, carries=settings.context == "streamed", part=team.place("chunk"), parts=team.extent("chunk")
         )
@@ -165,7 +166,7 @@ class Trainer:
         processes = "" if team.size == 1 else f"{team.size} processes, {launch.text_of(team.sizes())}; "
         print(
             f"{settings.out}: {processes}{self.model.num_parameters():,} parameters; "
-            f"{sum(map(len, corpus.train)):,} bytes in {len(corpus.train)} documents to learn from, "
+            f"{corpus.num_bytes:,} bytes in {len(corpus.train)} documents to learn from, "
             f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out",
             flush=True,
         )
@@ -350,9 +351,9 @@ def _without_a_cut_letter(text: bytes) -> bytes:
     return decoder.decode(text).encode(errors="surrogateescape")
 
 
-def encoded(documents: list[bytes], tokenizer: Tokenizer) -> Sequence[Document]:
+def encoded(documents: Sequence[bytes] | ShardDocuments, tokenizer: Tokenizer) -> Sequence[Document]:
     """The documents' ids, those of bytes as the bytes themselves; documents of which a tokenizer leaves nothing go."""
-    if tokenizer.byte_level:
+    if tokenizer.byte_level or isinstance(documents, ShardDocuments):
         return documents
     with tqdm(total=sum(map(len, documents)), unit="B", unit_scale=True, desc="encoding", leave=False, delay=1) as bar:
 

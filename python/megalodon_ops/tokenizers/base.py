@@ -18,7 +18,6 @@ from ..ops.values import check_size, described, shown
 
 _BATCH = 64
 """How many windows are encoded side by side"""
-_NO_IDS = numpy.empty(0, numpy.int32)
 
 
 class Tokenizer:
@@ -101,23 +100,42 @@ class Tokenizer:
 
     def encode_batch(self, documents: Iterable[bytes | str]) -> list[numpy.ndarray]:
         """The ids of each document, int32; documents are encoded side by side on all cores."""
-        found: list[list[numpy.ndarray]] = []
-        open_windows: list[tuple[int, bytes, bool]] = []
+        found: list[numpy.ndarray] = []
+        parts: list[numpy.ndarray] = []
+        for ids, _, is_last in self.encode_stream([as_bytes("encode_batch", document)] for document in documents):
+            parts.append(ids)
+            if is_last:
+                found.append(ids if len(parts) == 1 else numpy.concatenate(parts))
+                parts = []
+        return found
 
-        def encode_open() -> None:
-            encoded = self._encode_windows([(window, later) for _, window, later in open_windows])
-            for (document, _, _), ids in zip(open_windows, encoded, strict=True):
-                found[document].append(ids)
-            open_windows.clear()
+    def encode_stream(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[numpy.ndarray, int, bool]]:
+        """The ids of documents that each come in pieces, window by window, in memory that none of them makes larger.
 
-        for document in documents:
-            found.append([])
-            for number, window in enumerate(windows_of([as_bytes("encode_batch", document)])):
-                open_windows.append((len(found) - 1, window, number > 0))
-                if len(open_windows) == _BATCH:
-                    encode_open()
-        encode_open()
-        return [parts[0] if len(parts) == 1 else numpy.concatenate([_NO_IDS, *parts]) for parts in found]
+        For each window of text: its ids, int32, how many bytes it has, and whether it is the last of its document. Windows
+        are encoded side by side on all cores.
+        """
+        windows: list[tuple[bytes, bool, bool]] = []  # text, whether it goes on with a document, whether it ends one
+
+        def encoded() -> Iterator[tuple[numpy.ndarray, int, bool]]:
+            ids = self._encode_windows([(text, later) for text, later, _ in windows])
+            for found, (text, _, is_last) in zip(ids, windows, strict=True):
+                yield found, len(text), is_last
+            windows.clear()
+
+        for pieces in documents:
+            before, later = b"", False
+            for window in windows_of(as_pieces(pieces)):
+                if before:
+                    windows.append((before, later, False))
+                    later = True
+                    if len(windows) == _BATCH:
+                        yield from encoded()
+                before = window
+            windows.append((before, later, True))
+            if len(windows) == _BATCH:
+                yield from encoded()
+        yield from encoded()
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[numpy.ndarray]:
         """The ids of one document that comes in pieces of any sizes, in arrays; laid end to end, they are :meth:`encode`'s.
@@ -178,9 +196,8 @@ class ByteTokenizer(Tokenizer):
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[numpy.ndarray]:
         return (numpy.frombuffer(piece, numpy.uint8).astype(numpy.int32) for piece in as_pieces(pieces) if piece)
 
-    def encode_batch(self, documents: Iterable[bytes | str]) -> list[numpy.ndarray]:
-        texts = (as_bytes("encode_batch", document) for document in documents)
-        return [numpy.frombuffer(text, numpy.uint8).astype(numpy.int32) for text in texts]
+    def _encode_windows(self, windows: list[tuple[bytes, bool]]) -> list[numpy.ndarray]:
+        return [numpy.frombuffer(text, numpy.uint8).astype(numpy.int32) for text, _ in windows]
 
     def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
         for value in ids:

@@ -1,6 +1,6 @@
 """What a training program needs around the model; needs the extra `train`.
 
-    documents   hold_out                                     batches      Batches, Batch, Reader
+    documents   hold_out, Shards                             batches      Batches, Batch, Reader
     optimizer   parameter_groups, adamw, Schedule            metrics      Metrics, read_metrics, draw_metrics
     checkpoint  save_checkpoint, load_checkpoint, Saver
 
@@ -17,6 +17,7 @@ from .optimizer import adamw, optimizer_threads, parameter_groups, threads
 from .reader import Reader
 from .saver import Saver
 from .schedule import Schedule
+from .shards import Shards
 
 if TYPE_CHECKING:
     from .curve import draw_metrics
@@ -31,6 +32,7 @@ __all__ = [
     "Reader",
     "Saver",
     "Schedule",
+    "Shards",
     "adamw",
     "draw_metrics",
     "hold_out",

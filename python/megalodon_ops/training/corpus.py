@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy
+
+if TYPE_CHECKING:
+    from .shards import ShardDocuments
 
 from ..ops.values import described
 
@@ -12,10 +17,17 @@ HELD_OUT_FRACTION = 0.05
 
 
 class Corpus(NamedTuple):
-    train: list[bytes]
+    train: Sequence[bytes] | ShardDocuments
+    """Documents to learn from: texts, or the ids of :class:`Shards`"""
     held_out: list[bytes]
     fingerprint: str
-    """sha256 of the documents of both parts, whatever the files are called and in whatever order they came"""
+    """sha256 of the documents of both parts, whatever the files are called and in whatever order they came; that of Shards"""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text to learn from."""
+        known = getattr(self.train, "num_bytes", None)
+        return sum(map(len, self.train)) if known is None else known
 
 
 def hold_out(documents: Iterable[bytes]) -> Corpus:
@@ -40,16 +52,14 @@ def hold_out(documents: Iterable[bytes]) -> Corpus:
         )
     goal = max(1, int(HELD_OUT_FRACTION * total))
 
-    train: list[bytes] = []
-    held_out: list[bytes] = []
-    held = 0
-    for key in sorted(unique):
-        fits = held + len(unique[key]) <= goal
-        held += len(unique[key]) if fits else 0
-        (held_out if fits else train).append(unique[key])
-    if held < goal / 2:
+    texts = [unique[key] for key in sorted(unique)]
+    fits = taken_while_they_fit(numpy.fromiter(map(len, texts), numpy.int64, len(texts)), goal)
+    train = [text for text, held in zip(texts, fits, strict=True) if not held]
+    held_out = [text for text, held in zip(texts, fits, strict=True) if held]
+    left = goal - sum(map(len, held_out))
+    if left > goal / 2:
         longest = max(range(len(train)), key=lambda i: len(train[i]))
-        cut = len(train[longest]) - (goal - held)
+        cut = len(train[longest]) - left
         held_out.append(train[longest][cut:])
         train[longest] = train[longest][:cut]
 
@@ -61,3 +71,15 @@ def _checked(document: object) -> bytes:
     if not isinstance(document, bytes):
         raise TypeError(f"hold_out: `documents` must be of bytes, got {described(document)}; encode text.")
     return document
+
+
+def taken_while_they_fit(sizes: numpy.ndarray, room: int) -> numpy.ndarray:
+    """(N,) bool: which of N sizes are taken by one who goes through them in order and takes each that still fits."""
+    taken = numpy.zeros(len(sizes), bool)
+    left = numpy.arange(len(sizes))
+    while len(left := left[sizes[left] <= room]):
+        count = int(numpy.searchsorted(numpy.cumsum(sizes[left]), room, side="right"))
+        taken[left[:count]] = True
+        room -= int(sizes[left[:count]].sum())
+        left = left[count:]
+    return taken
