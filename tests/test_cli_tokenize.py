@@ -157,13 +157,19 @@ def test_what_it_makes_and_says(mixed, bpe, tmp_path, capsys):
     assert not list(tmp_path.glob("tokens/.*")) and not (tmp_path / "tokens" / "lock").exists()
 
 
-@pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
-def test_killed_at_any_moment_and_done_again(mixed, tmp_path, monkeypatch, call, capsys):
-    """After a kill at every rename and every flush, the same command gives the same files; what was whole is not made again."""
+@pytest.mark.parametrize(
+    ("call", "counts"),
+    [
+        ("rename", range(0, 6, 2)), ("replace", range(3)), ("fsync", range(0, 40, 9)),
+        pytest.param("rename", range(6), marks=pytest.mark.slow), pytest.param("fsync", range(40), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_killed_at_any_moment_and_done_again(mixed, tmp_path, monkeypatch, call, counts, capsys):
+    """After a kill at a rename or a flush, the same command gives the same files; what was whole is not made again."""
     wanted = tmp_path / "whole"
     assert tokenize(wanted, mixed, "--shard-size", 1) == 0
     assert len(list(wanted.glob("shard-*"))) == 4
-    for count in {"rename": range(6), "replace": range(3), "fsync": range(0, 34, 3)}[call]:
+    for count in counts:
         out = tmp_path / f"{call}-{count}"
         with killed_at(monkeypatch, call, count):
             tokenize(out, mixed, "--shard-size", 1)
@@ -321,7 +327,9 @@ def test_one_line_and_exit_code_2(mixed, bpe, tmp_path, capsys):
     assert tokenize(out, mixed / "c.ndjson") == 0
     capsys.readouterr()
     assert f"--out {out}: holds tokens already; name another folder" in said(mixed, "--out", out)
-    assert f"error: {out}: holds tokens, which `train --data` reads; name text" in said(out, "--out", tmp_path / "x")
+    assert f"error: {out}: is a folder of tokens, which `train --data` reads; name text" in said(
+        out, "--out", tmp_path / "x"
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -344,7 +352,8 @@ def test_an_unfinished_folder_goes_on_with_what_it_was_begun_with(
     capsys.readouterr()
     assert tokenize(out, mixed, "--shard-size", 1, *(flags if isinstance(flags, list) else [])) == 2
     assert message in capsys.readouterr().err
-    assert main(["train", "--data", str(out), "--out", str(tmp_path / "run")]) == 2
+    assert train(out, tmp_path / "run", "--steps", 1) == 2
+    assert f"--data {out}: is not finished; run the command `tokenize` again, which goes on" in capsys.readouterr().err
 
 
 def test_a_file_that_changes_while_it_is_read(mixed, tmp_path, monkeypatch, capsys):
@@ -430,11 +439,11 @@ def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
     assert f"--data {tokens}: holds tokens, so it must be named alone" in said("train", "--data", tokens, text, *new)
     assert "--glob: chooses among files of text" in said("train", "--data", tokens, "--glob", "*", *new)
     assert not (tmp_path / "run").exists()
-    assert f"{tokens}: holds tokens, which `train --data` reads; name text" in said(
+    assert f"{tokens}: is a folder of tokens, which `train --data` reads; name text" in said(
         "tokenizer", "--train", "--vocab-size", 300, "--out", tmp_path / "x", tokens
     )
     assert train(tokens, tmp_path / "run", "--steps", 1) == 0
-    assert f"--data {tokens}: holds tokens, which `train --data` reads; name text" in said(
+    assert f"--data {tokens}: is a folder of tokens, which `train --data` reads; name text" in said(
         "eval", "--checkpoint", tmp_path / "run", "--data", tokens
     )
     assert tokenize(tmp_path / "others", text / "0.py", text / "1.py") == 0

@@ -162,7 +162,7 @@ def flip(path, at):
 
 DAMAGE = {
     "no folder": (lambda f: shutil.rmtree(f), "dataset.json: no such file; the command `tokenize` makes"),
-    "unfinished": (lambda f: (f / "dataset.json").unlink(), "tokens: is not finished; run the command `tokenize` again"),
+    "unfinished": (lambda f: (f / "dataset.json").rename(f / "tokenize.json"), "tokens: is not finished; run the command `tokenize` again"),
     "no JSON": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json: "),
     "format": (lambda f: edit(f / "dataset.json", lambda r: r | {"format": 2}), "its format is 2, and this version reads 1"),
     "changed": (lambda f: edit(f / "dataset.json", lambda r: r | {"tokens": 1}), "dataset.json: was changed after it"),
@@ -207,3 +207,9 @@ def test_tokens_are_compared_when_that_is_asked_for(tmp_path):
 def test_too_little_to_hold_out(tmp_path, documents):
     with pytest.raises(FileError, match="must hold 2 bytes of text"):
         Shards(shards_of(tmp_path / "tokens", documents)).hold_out()
+
+
+@pytest.mark.parametrize("folder", [None, 3, ["tokens"]])
+def test_a_folder_is_a_path(folder):
+    with pytest.raises(TypeError, match="Shards: `folder` must be"):
+        Shards(folder)

@@ -1,4 +1,4 @@
-"""`python -m megalodon_ops {info, train, eval, generate}`."""
+"""`python -m megalodon_ops {info, train, eval, generate, convert, tokenizer, tokenize}`."""
 
 from megalodon_ops.cli import main
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.training.corpus import Corpus, hold_out
-from megalodon_ops.training.shards import Shards, is_complete
+from megalodon_ops.training.shards import Shards, is_complete, is_tokens
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -55,8 +55,7 @@ def load_corpus(
 
 def load_data(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None) -> Corpus:
     """What `train` learns from and holds out: the text of :func:`load_corpus`, or the tokens of a folder."""
-    folder = tokens_folder(paths)
-    if folder is None:
+    if (folder := tokens_folder(paths)) is None:
         return load_corpus(paths, globs)
     if globs:
         raise CommandError(f"--glob: chooses among files of text, and {folder} holds tokens")
@@ -64,12 +63,14 @@ def load_data(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = 
 
 
 def tokens_folder(paths: Sequence[str | Path] | None) -> Path | None:
-    """The folder of tokens that --data names, if it names one; CommandError if it names anything else beside it."""
-    folders = [Path(path) for path in paths or () if is_complete(Path(path))]
+    """The folder of tokens that --data names, if it names one; CommandError if it names anything else beside it, too."""
+    folders = [Path(path) for path in paths or () if is_tokens(Path(path))]
     if not folders:
         return None
     if len(paths or ()) > 1:
         raise CommandError(f"--data {folders[0]}: holds tokens, so it must be named alone")
+    if not is_complete(folders[0]):
+        raise CommandError(f"--data {folders[0]}: is not finished; run the command `tokenize` again, which goes on")
     return folders[0]
 
 
@@ -87,8 +88,8 @@ def find_files(paths: Iterable[str | Path], globs: Sequence[str] | None = None, 
     found: list[Path] = []
     skipped: list[Path] = []
     for path in map(Path, paths):
-        if is_complete(path):
-            raise CommandError(f"{flag}{path}: holds tokens, which `train --data` reads; name text")
+        if is_tokens(path):
+            raise CommandError(f"{flag}{path}: is a folder of tokens, which `train --data` reads; name text")
         if path.is_dir():
             chosen, others = _choose(path, globs, flag)
             found += chosen

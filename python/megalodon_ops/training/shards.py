@@ -34,13 +34,15 @@ from .schema import SHA256, Rule, check_fields, list_of, matching, one_of, whole
 from .. import _C
 from ..errors import FileError
 from ..model.checkpoint import as_path
-from ..model.files import file_size, read_json, write_folder_atomically, write_whole
+from ..model.files import file_size, flush, read_json, write_folder_atomically, write_whole
 from ..ops.values import shown
 from ..tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = 1
 """Counts the changes of the folder's content; folders of another format are not read"""
 RECORD, SHARD_RECORD = "dataset.json", "shard.json"
+PLAN = "tokenize.json"
+"""What an unfinished folder is being made of"""
 TOKENS, DOCUMENTS, CUTS = "tokens.npy", "documents.npy", "cuts.npy"
 MOST_HELD_OUT = 8 << 20
 """Bytes of text that are held out at most, whose loss is to be computed now and then"""
@@ -73,6 +75,11 @@ _DATASET = {
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds tokens, all of them."""
     return os.path.lexists(folder / RECORD)
+
+
+def is_tokens(folder: Path) -> bool:
+    """Whether a folder holds tokens, or is to hold them once it is finished."""
+    return is_complete(folder) or os.path.lexists(folder / PLAN)
 
 
 def shard_name(number: int) -> str:
@@ -132,6 +139,8 @@ def write_shard(
 def finish(folder: Path, tokenizer: Tokenizer, names: Sequence[str]) -> None:
     """Completes a folder whose shards are all there, in the order of `names`."""
     tokenizer.save(folder)
+    for path in folder.glob("tokenizer*"):
+        flush(path)
     totals, skipped, shards = Counter[str](), Counter[str](), []
     for name in names:
         record = read_shard_record(folder / name)
@@ -199,7 +208,7 @@ class Shards:
         self.folder = as_path("Shards", "folder", folder)
         path = self.folder / RECORD
         if not is_complete(self.folder):
-            if any(self.folder.glob(f"{shard_name(0)[:-6]}*")):
+            if is_tokens(self.folder):
                 raise FileError(f"{self.folder}: is not finished; run the command `tokenize` again, which goes on")
             raise FileNotFoundError(f"{path}: no such file; the command `tokenize` makes a folder of tokens")
         try:
