@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -88,6 +89,43 @@ def test_generates_and_evaluates_as_one_process(ranks):
     for rank, (found, found_nats) in enumerate(ranks.run(generated, 4)):
         half = rank // 2 * (ROWS // 2)
         assert found == tokens[half : half + ROWS // 2] and found_nats == pytest.approx(nats, rel=1e-10)
+
+
+def splits() -> tuple[list, list[str]]:
+    """This rank's parts of two batches, and the errors of wrong calls."""
+    mesh = make_mesh("data=2,chunk=2", device_type="cpu")
+    row, pair = torch.arange(40).view(1, 40), torch.arange(80).view(2, 40)
+    parts = [split(pair, mesh, chunk_size=C), split(pair.t()[None].repeat(2, 1, 1), mesh, chunk_size=C)[0, :, 0]]
+    packed = split(pair, mesh, chunk_size=C, cu_seqlens=torch.tensor([0, 13, 40]))
+    resumed = split(pair, mesh, chunk_size=C, position=3)
+    calls = [
+        lambda: split(row, mesh, chunk_size=C),
+        lambda: split(pair, "data=2", chunk_size=C),
+        lambda: split(pair.tolist(), mesh, chunk_size=C),
+        lambda: split(pair, mesh, chunk_size=0),
+        lambda: split(pair, mesh, chunk_size=C, dim=0),
+        lambda: split(pair, mesh, chunk_size=C, position=C),
+        lambda: split(pair, mesh, chunk_size=C, cu_seqlens=torch.tensor([0, 41])),
+        lambda: split(pair, mesh, chunk_size=C, cu_seqlens=[0, 40]),
+    ]
+    errors = []
+    for call in calls:
+        try:
+            errors.append(f"no error: {call()}")
+        except (TypeError, ValueError) as error:
+            errors.append(str(error))
+    return [part.tolist() for part in (*parts, packed, resumed)], errors
+
+
+def test_split(ranks):
+    results = ranks.run(splits, 4)
+    for rank, ((piece, transposed, packed, resumed), errors) in enumerate(results):
+        first, columns = rank // 2 * 40, (range(16), range(16, 40))[rank % 2]
+        assert piece == [[first + column for column in columns]]
+        assert transposed == [*columns]
+        assert packed == [[first + column for column in (range(21), range(21, 40))[rank % 2]]]
+        assert resumed == [[first + column for column in (range(21), range(21, 40))[rank % 2]]]
+        assert len(errors) == 8 and all(re.match(r"split: `\w+` must .*, got .*\.$", error) for error in errors), errors
 
 
 def with_ddp() -> float:

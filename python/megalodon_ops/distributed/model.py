@@ -172,6 +172,16 @@ class ParallelMegalodon(Megalodon):
                 generator = self._shared_generator(generator, prompt.device)
         return super().stream(prompt, lengths=lengths, state=state, generator=generator, **options)
 
+    def generate(self, prompt: Tensor, **options: Any) -> Tensor | tuple[Tensor | MegalodonState, ...]:
+        """Continues prompts as :meth:`Megalodon.generate` does, of pieces as in :meth:`stream`; whole rows on every rank."""
+        found = super().generate(prompt, **options)
+        if self._parallel.ranks > 1:  # processors that round otherwise could have drawn others
+            tokens = found[0] if isinstance(found, tuple) else found
+            self._parallel.agree(
+                {"call": "the end of generate"}, of_team={"tokens": integers(tokens.flatten().tolist())}
+            )
+        return found
+
     @torch.no_grad()
     def _read(self, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
         """The state after whole prompts, which all ranks have: they read a chunk each at a time, and exchange states."""
