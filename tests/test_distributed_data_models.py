@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ if not hasattr(fsdp, "fully_shard"):
     pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
 
 from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize, split  # noqa: E402
+from megalodon_ops.distributed.mesh import await_workers  # noqa: E402
 
 PROMPT = tokens_of(4, 13)
 SLOW = pytest.mark.slow
@@ -231,3 +234,26 @@ def waits_in_vain():
 
 def test_a_missing_rank_is_an_error_after_the_time_out(ranks):
     assert ranks.run(waits_in_vain, 2, timeout=60)[1]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads Linux's states of threads")
+def test_a_process_ends_when_the_threads_of_gloo_have_nothing_to_do():
+    ends, begun = threading.Event(), threading.Event()
+
+    def work():
+        with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as file:
+            file.write("pt_gloo_runloop")
+        begun.set()
+        while not ends.is_set():
+            pass
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    begun.wait()
+    begin = time.monotonic()
+    await_workers(timeout=0.3)
+    assert time.monotonic() - begin >= 0.3, "the thread is busy"
+    threading.Timer(0.2, ends.set).start()
+    await_workers(timeout=60)
+    assert ends.is_set() and time.monotonic() - begin < 30
+    worker.join()
