@@ -150,6 +150,8 @@ def trained_on_meta(overrides):
     model = parallelize(model, mesh_of_all(), param_dtype=torch.bfloat16)
     begun = {name: whole(parameter) for name, parameter in model.named_parameters()}
     assert torch.equal(torch.get_rng_state(), before)
+    held, all_of_them = (sum(f(p) for p in model.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
+    assert held == pytest.approx(all_of_them / 2, rel=0.02)
     model.loss(*batch_of(0)).backward()
     return begun
 

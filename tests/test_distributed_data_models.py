@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import socket
 import threading
 import time
 
@@ -234,6 +235,19 @@ def waits_in_vain():
 
 def test_a_missing_rank_is_an_error_after_the_time_out(ranks):
     assert ranks.run(waits_in_vain, 2, timeout=60)[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_comes_is_an_error_after_the_time_out(rank, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    words = f"make_mesh: expected 2 processes, but they did not find each other within 0.5 s; this is rank {rank}."
+    with pytest.raises(RuntimeError, match=words):
+        make_mesh("data=2", device_type="cpu", timeout=0.5)
+    assert not dist.is_initialized()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads Linux's states of threads")
