@@ -202,7 +202,10 @@ def _are_busy() -> Iterator[bool]:
 
 def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
     """Makes the group's calls give up after so long; new groups do not take this from the default group."""
-    dist.distributed_c10d._set_pg_timeout(timeout, group)
+    if hasattr(dist, "set_timeout"):  # torch 2.15
+        dist.set_timeout(timeout, group)
+    else:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _timeout_of(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
