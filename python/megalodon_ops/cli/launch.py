@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import math
 import os
 import socket
@@ -78,6 +79,9 @@ def _start(timeout: timedelta) -> None:
     """Starts the process group of all processes."""
     import torch.distributed as dist
 
+    from megalodon_ops.distributed.mesh import await_workers
+
+    atexit.register(await_workers)
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
