@@ -174,7 +174,7 @@ def test_a_missing_process(text, tmp_path, rank):
     )  # fmt: skip
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    begin = f"megalodon_ops train: error: rank {rank} of 2: the processes have not found each other within 2 s, which --timeout sets: "
+    begin = f"megalodon_ops train: error: rank {rank} of 2: the processes have not found each other, which --timeout gives 2 s for: "
     assert line.startswith(begin)
     assert not (tmp_path / "run").exists()
 

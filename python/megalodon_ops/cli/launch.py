@@ -77,7 +77,7 @@ def text_of(mesh: dict[str, int]) -> str:
 
 def _start(timeout: timedelta) -> None:
     """Starts the process group of all processes."""
-    import torch.distributed as dist
+    from megalodon_ops.distributed.start import start
 
     from megalodon_ops.distributed.mesh import await_workers
 
@@ -86,12 +86,12 @@ def _start(timeout: timedelta) -> None:
     if has_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timeout)
+        start("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise CommandError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: the processes have not found each other within "
-            f"{timeout.total_seconds():g} s, which --timeout sets: {reason}"
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: the processes have not found each other, which "
+            f"--timeout gives {timeout.total_seconds():g} s for: {reason}"
         ) from error
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .start import start
 from .vote import agree
 from ..ops.values import check_number, described, is_whole, shown
 
@@ -167,7 +168,7 @@ def _start(device_type: str, timeout: float | None) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group(backend, **options)
+        start(backend, options.get("timeout"))
     except dist.DistError as error:
         waited = "the time-out" if timeout is None else f"{timeout:g} s"
         raise RuntimeError(
