@@ -13,7 +13,7 @@ from command_line import rows, shell
 import megalodon_ops
 from megalodon_ops import startup
 from megalodon_ops.cli import main
-from megalodon_ops.cli.arguments import parse
+from megalodon_ops.cli.arguments import EXAMPLES, parse
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -178,7 +178,7 @@ ERRORS = {
     "generate nothing": (["generate", "--checkpoint", "{tmp}/missing"], "no such folder"),
     "missing prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}/none"], "--prompt-file {tmp}/none: No such file"),
     "temperature": (["generate", "--checkpoint", "{run}", "--temperature", "-1"], "--temperature: must be a number"),
-    "no command": ([], "required: {info,train,eval,generate,tokenizer,convert,plan}"),
+    "no command": ([], f"required: {{{','.join(EXAMPLES)}}}"),
     "unknown command": (["fly"], "invalid choice: 'fly'"),
 }  # fmt: skip
 
