@@ -51,7 +51,7 @@ class Parallel:
             if fault is not None:
                 raise ValueError(fault)
             return [length]
-        votes = agree(self.votes, facts, fault, own=(length, self.rank), team=self.team, of_team=of_team)
+        votes = agree(self.votes, facts, fault, own=[length], team=self.team, of_team=of_team)
         if self.chunk_group is None:
             return [length]
         members = dist.get_process_group_ranks(self.chunk_group)
