@@ -71,6 +71,18 @@ def assert_values_close(found, wanted):
         assert (one - other).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    "mesh, batch, context", [("chunk=2", 1, "streamed"), ("data=2,chunk=2", 2, "streamed"), ("chunk=2", 1, "packed")]
+)
+def test_rows_that_are_cut_between_two_chunks(ranks, text, tmp_path, mesh, batch, context):
+    """Documents of 500 bytes in rows that processes share, carried on from batch to batch at any place of a chunk."""
+    options = (*STEPS, "--batch", batch, "--length", 193 // batch, "--context", context)
+    assert train(text, tmp_path / "alone", *TINY, *options) == 0
+    results = ranks.run(command, MESHES[mesh], flags(text, tmp_path / "split", *options, "--mesh", mesh))
+    assert [result.code for result in results] == [0] * MESHES[mesh], results
+    assert_losses(tmp_path / "split", tmp_path / "alone", 1e-4)
+
+
 def test_the_first_process_alone_is_heard(split):
     out, (first, *others) = split("data=2,chunk=2")
     assert [(result.out, result.err) for result in others] == [("", "")] * 3

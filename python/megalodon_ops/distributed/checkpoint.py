@@ -163,6 +163,8 @@ def as_parts(tensor: Tensor, like: Tensor) -> Tensor:
 def as_rows(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     """A tensor whose rows, dim 0, are split over the mesh's dimension `data`, made of this process's equal share."""
     placements = [Shard(0) if name == "data" else Replicate() for name in mesh.mesh_dim_names or ()]
+    if tensor.storage_offset() or not tensor.is_contiguous():  # torch cannot copy a DTensor of such a view
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(tensor, mesh, placements, run_check=False)
 
 

@@ -131,7 +131,7 @@ class Saver:
             tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(optimizer, model).items()}
         if state is not None:
             for name, tensor in named_tensors(complete(state)).items():
-                tensors[f"state/{name}"] = as_rows(as_real(tensor.detach()).contiguous(), self.team.mesh)
+                tensors[f"state/{name}"] = as_rows(as_real(tensor.detach()), self.team.mesh)
         random = random_states(model)
         return tensors | {f"random/{self.team.reader}/{name}": tensor for name, tensor in random.items()}
 
