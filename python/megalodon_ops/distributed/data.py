@@ -116,9 +116,9 @@ def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None
 
 
 def _local_part(full: Tensor, like: DTensor) -> Tensor:
-    """This rank's part of a tensor that is whole in every rank, split as `like` is."""
-    for dimension, placement in enumerate(like.placements):
-        if placement.is_shard():
+    """This rank's part of a tensor that is whole in every rank, split as `like` is: by the mesh's last dimension first."""
+    for dimension, placement in reversed(list(enumerate(like.placements))):
+        if not placement.is_replicate():
             parts = full.chunk(like.device_mesh.size(dimension), placement.dim)
             rank = like.device_mesh.get_local_rank(dimension)
             full = parts[rank] if rank < len(parts) else full.narrow(placement.dim, 0, 0)

@@ -101,16 +101,26 @@ def batch_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return flat
 
 
-def replicating_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The ranks of :func:`batch_mesh` as copies of one shard: (ranks, 1), which FSDP2 replicates over."""
+def with_batch(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh, with a dimension data of one rank where it has tensor alone."""
+    if set(mesh.mesh_dim_names) & set(OF_BATCH):
+        return mesh
+    return DeviceMesh(mesh.device_type, mesh.mesh.unsqueeze(0), mesh_dim_names=("data", *mesh.mesh_dim_names))
+
+
+def replicating_meshes(mesh: DeviceMesh) -> tuple[DeviceMesh, DeviceMesh]:
+    """The ranks of :func:`batch_mesh` as copies of one shard: (ranks, 1), which FSDP2 replicates over.
+
+    The second is that mesh with the dimension tensor: both are parts of one.
+    """
     if mesh.size() != dist.get_world_size():
         raise ValueError(
             f'parallelize: `mesh` must have all {dist.get_world_size()} processes for data="replicate", got {mesh.size()}.'
         )
     others = mesh["tensor"].size() if "tensor" in mesh.mesh_dim_names else 1
     ranks = mesh.mesh.reshape(-1, 1, others)
-    whole = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("replicate", "shard", "others"))
-    return whole["replicate", "shard"]
+    whole = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("replicate", "shard", "tensor"))
+    return whole["replicate", "shard"], whole
 
 
 def _device_type(wanted: str | None) -> str:

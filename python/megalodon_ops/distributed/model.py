@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..model.generation import TokenStream
 from ..model.model import Megalodon, check_targets, masked_targets
@@ -28,13 +30,22 @@ from .vote import agree, clear_errors, device_of, integers
 class Parallel:
     """The ranks that a model is split over, and the hooks that carry states between them."""
 
-    def __init__(self, model: Megalodon, chunk_group: ProcessGroup | None, loss_group: ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        model: Megalodon,
+        chunk_group: ProcessGroup | None,
+        loss_group: ProcessGroup | None,
+        tensor_mesh: DeviceMesh | None,
+        everyone: ProcessGroup | None,
+    ) -> None:
         self.of_class = type(model)
         self.chunk_group, self.loss_group = chunk_group, loss_group
         self.ranks = 1 if chunk_group is None else dist.get_world_size(chunk_group)
         self.rank = 0 if chunk_group is None else dist.get_rank(chunk_group)
         self.team = 0 if chunk_group is None else dist.get_global_rank(chunk_group, 0)
-        self.votes = _for_votes(loss_group)
+        self.votes = _for_votes(loss_group if tensor_mesh is None else everyone)
+        self.tensor_groups = [] if tensor_mesh is None else _groups_of(tensor_mesh, self.votes)
+        """ranks of those that vote, by group of ranks that share layers"""
         self.pieces: Pieces | None = None
         """those of the call that runs now"""
         parameter = next(model.parameters())
@@ -44,14 +55,26 @@ class Parallel:
         self.hooks = None if self.ranks == 1 else Hooks(model, chunk_group)
 
     def agree(
-        self, facts: dict[str, Any], fault: str | None = None, length: int = 0, of_team: dict[str, Any] | None = None
+        self, facts: dict[str, Any], fault: str | None = None, length: int = 0, of_team: dict[str, Any] | None = None,
+        content: Sequence[Tensor | None] = (),
     ) -> list[int]:
-        """A vote of all ranks; returns the lengths of those of the chunk group, in order."""
+        """A vote of all ranks; returns the lengths of those of the chunk group, in order.
+
+        Ranks that share layers must have equal `content`.
+        """
         if self.votes is None:
             if fault is not None:
                 raise ValueError(fault)
             return [length]
-        votes = agree(self.votes, facts, fault, own=[length], team=self.team, of_team=of_team)
+        checksum = _checksum(content) if self.tensor_groups and fault is None else 0
+        votes = agree(self.votes, facts, fault, own=(length, checksum), team=self.team, of_team=of_team)
+        for members in self.tensor_groups:
+            if len({votes[member][1] for member in members}) > 1:
+                ranks = [dist.get_global_rank(self.votes, member) for member in members]
+                raise ValueError(
+                    f"Megalodon: `tokens`, `targets` and sequences must be equal on the ranks of a tensor group, got "
+                    f"different ones on ranks {', '.join(map(str, ranks))}."
+                )
         if self.chunk_group is None:
             return [length]
         members = dist.get_process_group_ranks(self.chunk_group)
@@ -59,7 +82,12 @@ class Parallel:
 
 
 def enable(
-    model: Megalodon, chunk_group: ProcessGroup | None = None, loss_group: ProcessGroup | None = None
+    model: Megalodon,
+    chunk_group: ProcessGroup | None = None,
+    loss_group: ProcessGroup | None = None,
+    *,
+    tensor_mesh: DeviceMesh | None = None,
+    everyone: ProcessGroup | None = None,
 ) -> Megalodon:
     """Makes a model one whose sequence is split over the ranks of a group, in place; all ranks call this function.
 
@@ -69,6 +97,8 @@ def enable(
         model: the same on every rank.
         chunk_group: the ranks that hold the pieces of one sequence, in order; None: each rank has whole sequences.
         loss_group: all ranks whose losses are one loss: those of the chunk groups together. None: the chunk group.
+        tensor_mesh: of the ranks that share this rank's layers, as a part of the mesh of all; None: it shares none.
+        everyone: beside `tensor_mesh`, the ranks of all loss groups.
 
     Returns:
         the model, a :class:`ParallelMegalodon`.
@@ -79,7 +109,8 @@ def enable(
     """
     if not isinstance(model, Megalodon) or isinstance(model, ParallelMegalodon):
         raise TypeError(f"enable: `model` must be a Megalodon that is not parallel yet, got {described(model)}.")
-    model._parallel = Parallel(model, chunk_group, loss_group if loss_group is not None else chunk_group)
+    loss_group = loss_group if loss_group is not None else chunk_group
+    model._parallel = Parallel(model, chunk_group, loss_group, tensor_mesh, everyone)
     of_class = type(model)
     model.__class__ = (
         ParallelMegalodon
@@ -253,7 +284,9 @@ class ParallelMegalodon(Megalodon):
                 of_team |= self._facts_of(state, len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1)
         except (TypeError, ValueError, IndexError) as error:
             fault = str(error)
-        piece_lengths = self._parallel.agree(facts, fault, length, of_team)
+        piece_lengths = self._parallel.agree(
+            facts, fault, length, of_team, content=(tokens, targets, cu_seqlens, lengths)
+        )
         if self._parallel.ranks == 1:
             return None
         position = None if state is None else state.layers[0].attention.position.tolist()
@@ -344,6 +377,24 @@ def _integers(name: str, values: Tensor | None) -> list[int] | None:
     if not has_integers(values) or values.dim() != 1:
         raise ValueError(f"Megalodon: `{name}` must be integers (n,), got {values.dtype} {tuple(values.shape)}.")
     return values.tolist()
+
+
+def _groups_of(tensor_mesh: DeviceMesh, votes: ProcessGroup) -> list[tuple[int, ...]]:
+    """Every group of ranks that share layers, as ranks of the group that votes."""
+    own = tuple(dist.get_group_rank(votes, rank) for rank in dist.get_process_group_ranks(tensor_mesh.get_group()))
+    everyone: list[Any] = [None] * dist.get_world_size(votes)
+    dist.all_gather_object(everyone, own, group=votes)
+    return sorted({*everyone})
+
+
+def _checksum(tensors: Sequence[Tensor | None]) -> int:
+    """A number that depends on every value of some integers, and on shapes."""
+    digest = hashlib.blake2b(digest_size=7)
+    for tensor in tensors:
+        digest.update(b"None" if tensor is None else repr(tuple(tensor.shape)).encode())
+        if tensor is not None:
+            digest.update(tensor.detach().long().cpu().contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _for_votes(group: ProcessGroup | None) -> ProcessGroup | None:

@@ -11,9 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .data import check_torch, initialise, shard
-from .mesh import OF_BATCH, batch_mesh, check_mesh, replicating_mesh
+from .mesh import batch_mesh, check_mesh, replicating_meshes, with_batch
 from .model import ParallelMegalodon, enable
-from .sharded import ShardedMegalodon
+from .sharded import ShardedMegalodon, ShardedTensorMegalodon
+from .tensor import TensorMegalodon, fault_of, split_over
 from .vote import agree
 from ..model.model import Megalodon
 from ..ops.values import check_flag, described, shown
@@ -39,7 +40,8 @@ def parallelize(
         model: equal in all ranks, on any device: it moves to the mesh's. One on `meta` begins as a new model of one process
             does whose generator is as that of the first rank is; no rank holds more than one whole module of it at a time.
         mesh: of dimensions named any of data, chunk and tensor, as :func:`make_mesh` makes it. The batch's rows are split
-            over data; parameters are sharded or replicated over data x chunk together.
+            over data; parameters are sharded or replicated over data x chunk together. The layers are split over tensor:
+            its ranks have the same tokens.
         data: "shard": each rank keeps a part of every parameter, of its gradient and of the optimizer's state, and gathers a
             block when the block runs (FSDP2). "replicate": each keeps all of them, and only gradients are exchanged.
         param_dtype: computes with the matrices in this dtype, torch.bfloat16 for one, while the parameters, their gradients
@@ -71,16 +73,25 @@ def parallelize(
     check_torch()
     check_flag("parallelize", "reshard", reshard)
     fault = _fault(model, names, mesh, data, param_dtype)
-    agree(_group(mesh), {} if fault else _facts(model, data, param_dtype, reshard), fault, op="parallelize")
+    everyone = _group(mesh)
+    agree(everyone, {} if fault else _facts(model, data, param_dtype, reshard), fault, op="parallelize")
+    mesh = with_batch(mesh)
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None
     batch = batch_mesh(mesh)
-    enable(model, mesh.get_group("chunk") if "chunk" in names else None, batch.get_group())
-    model.__class__ = ShardedMegalodon
-    model._param_dtype = param_dtype
-    over = batch if data == "shard" else replicating_mesh(mesh)
+    over, tensor = (batch, mesh) if data == "shard" else replicating_meshes(mesh)
     if not on_meta:
         model.to(mesh.device_type)  # the rotary tables, too
+    is_split = "tensor" in names and mesh["tensor"].size() > 1
+    if is_split:
+        model.__class__ = TensorMegalodon
+        split_over(model, tensor["tensor"])
+    enable(
+        model, mesh.get_group("chunk") if "chunk" in names else None, batch.get_group(),
+        tensor_mesh=mesh["tensor"] if is_split else None, everyone=everyone,
+    )  # fmt: skip
+    model.__class__ = ShardedTensorMegalodon if is_split else ShardedMegalodon
+    model._param_dtype = param_dtype
     shard(model, over, param_dtype=param_dtype, reshard=reshard)
     if on_meta:
         initialise(model, plain, _device(mesh))
@@ -89,7 +100,9 @@ def parallelize(
 
 def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The group of all ranks of the mesh."""
-    return dist.group.WORLD if mesh.size() == dist.get_world_size() else batch_mesh(mesh).get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten("_".join((*mesh.mesh_dim_names, "together"))).get_group()
 
 
 def _device(mesh: DeviceMesh) -> torch.device:
@@ -106,10 +119,15 @@ def _fault(model: nn.Module, names: tuple[str, ...], mesh: DeviceMesh, data: obj
         return "parallelize: `model` must have plain parameters, got some that are sharded already."
     if len({parameter.is_meta for parameter in model.parameters()}) > 1:
         return "parallelize: `model` must be on `meta` as a whole or not at all, got some parameters there."
-    if not set(names) & set(OF_BATCH):
-        return f"parallelize: `mesh` must have a dimension data or chunk, got {', '.join(names)}."
     if "tensor" in names and mesh["tensor"].size() > 1:
-        return "parallelize: `mesh` must have tensor = 1, got more."
+        wanted = {name for name, _ in model.config.parameter_shapes()}
+        if odd := sorted({name for name, _ in model.named_parameters()} ^ wanted):
+            return (
+                f"parallelize: `model` must have the parameters of its configuration for tensor > 1, got others, such as "
+                f"{odd[0]}; merge adapters first."
+            )
+        if (fault := fault_of(model.config, mesh["tensor"].size())) is not None:
+            return fault
     if not isinstance(data, str) or data not in ("shard", "replicate"):
         return f'parallelize: `data` must be "shard" or "replicate", got {described(data)}.'
     if param_dtype not in _PARAM_DTYPES:

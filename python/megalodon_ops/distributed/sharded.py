@@ -17,6 +17,7 @@ from ..model.model import Megalodon
 from ..model.states import MegalodonState
 from .data import forget_call, gathered, whole_model
 from .model import ParallelMegalodon, enable
+from .tensor import TensorMegalodon
 from .vote import agree
 
 
@@ -85,3 +86,7 @@ class ShardedMegalodon(ParallelMegalodon):
             if error is not None:
                 raise error from None
             raise
+
+
+class ShardedTensorMegalodon(ShardedMegalodon, TensorMegalodon):
+    """A :class:`ShardedMegalodon` whose layers are split over ranks, too."""

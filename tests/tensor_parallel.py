@@ -1,0 +1,99 @@
+"""Runs a model whose layers are split over processes, and compares it with one process; for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import TINY, tiny_model
+from torch import Tensor
+
+import megalodon_ops as mo
+from megalodon_ops.distributed import make_mesh, parallelize, split
+from megalodon_ops.model.states import named_tensors
+
+
+@dataclass(frozen=True)
+class Work:
+    """A mesh, a batch and the model that reads it."""
+
+    sizes: str = "tensor=2"
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+    rows: int = 2
+    length: int = 21
+    lengths: tuple[int, ...] | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+    past: int = 0
+    """how many tokens the sequences have read before, into the state that is given"""
+    reduction: str = "mean"
+    options: dict[str, Any] = field(default_factory=dict)
+    """of `parallelize`"""
+
+
+def compare(work: Work) -> dict[str, float]:
+    """The largest error of each result and gradient on this rank, relative to the largest value of one process's."""
+    mesh = make_mesh(work.sizes, device_type="cpu")
+    model = parallelize(_model(work), mesh, **work.options)
+    shared = [_results(work, _model(work), None) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    (whole,) = shared
+    part = _results(work, model, mesh)
+    for name in ("logits", "losses"):
+        whole[name] = split(whole[name], mesh, chunk_size=TINY["chunk_size"])
+    if "data" in mesh.mesh_dim_names:
+        size = work.rows // mesh["data"].size()
+        rows = slice(mesh.get_local_rank("data") * size, (mesh.get_local_rank("data") + 1) * size)
+        whole = {name: value[rows] if name.startswith("state ") else value for name, value in whole.items()}
+    assert whole.keys() == part.keys(), whole.keys() ^ part.keys()
+    return {name: _error(part[name], value) for name, value in whole.items()}
+
+
+def worst(results: list[dict[str, float]]) -> tuple[float, str]:
+    return max((error, f"{name} on rank {rank}") for rank, of in enumerate(results) for name, error in of.items())
+
+
+def _model(work: Work) -> mo.Megalodon:
+    return tiny_model(torch.float64, **work.config).to(work.dtype).train()
+
+
+def _results(work: Work, model: mo.Megalodon, mesh: Any) -> dict[str, Tensor]:
+    """Logits, losses, state and gradients; with a mesh, of this rank's part of the batch."""
+    gen = torch.Generator().manual_seed(3)
+    tokens, targets = torch.randint(TINY["vocab_size"], (2, work.rows, work.length), generator=gen)
+    past = torch.randint(TINY["vocab_size"], (work.rows, work.past), generator=gen)
+    targets[:, ::5] = -100
+    options = {
+        name: torch.tensor(getattr(work, name))
+        for name in ("lengths", "cu_seqlens") if getattr(work, name) is not None
+    }  # fmt: skip
+    if mesh is not None:
+        tokens, targets = (split(tensor, mesh, chunk_size=TINY["chunk_size"]) for tensor in (tokens, targets))
+        past = split(past, mesh, chunk_size=TINY["chunk_size"])
+    state = model(past, return_state=True)[1] if work.past else None  # gradients flow through it
+    results = {"logits": model(tokens, state=state, **options).detach()}
+    if work.lengths is not None and mesh is None:
+        results["logits"][torch.arange(work.length) >= options["lengths"][:, None]] = 0
+    elif work.lengths is not None:
+        results["logits"][torch.arange(tokens.shape[1]) >= options["lengths"][:, None]] = 0
+    loss, after = model.loss(tokens, targets, state=state, return_state=True, reduction=work.reduction, **options)
+    losses = model.loss(tokens, targets, state=state, reduction="none", **options)
+    results |= {"loss": loss.detach(), "losses": losses.detach()}
+    results |= {f"state {name}": tensor.detach() for name, tensor in named_tensors(after).items()}
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        results[f"d {name}"] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).double()
+    return results
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape and got.dtype == expected.dtype, (got.shape, expected.shape, got.dtype)
+    if not got.numel():
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    difference = (got.to(wide) - expected.to(wide)).abs().max().item()
+    scale = max(expected.to(wide).abs().max().item(), 1e-3)
+    return difference / scale if difference == difference else float("inf")
