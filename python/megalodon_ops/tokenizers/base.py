@@ -16,8 +16,8 @@ from ..extras import load
 from ..model.checkpoint import as_path
 from ..ops.values import check_size, described, shown
 
-_BATCH = 64
-"""How many windows are encoded side by side"""
+_BATCH, _BATCH_BYTES = 64, 1 << 20
+"""Windows, and bytes of them, that are encoded side by side; the packages take a hundred bytes for a token meanwhile"""
 
 
 class Tokenizer:
@@ -123,17 +123,20 @@ class Tokenizer:
                 yield found, len(text), is_last
             windows.clear()
 
+        def is_full() -> bool:
+            return len(windows) >= _BATCH or sum(len(text) for text, _, _ in windows) >= _BATCH_BYTES
+
         for pieces in documents:
             before, later = b"", False
             for window in windows_of(as_pieces(pieces)):
                 if before:
                     windows.append((before, later, False))
                     later = True
-                    if len(windows) == _BATCH:
+                    if is_full():
                         yield from encoded()
                 before = window
             windows.append((before, later, True))
-            if len(windows) == _BATCH:
+            if is_full():
                 yield from encoded()
         yield from encoded()
 
