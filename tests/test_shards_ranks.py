@@ -1,0 +1,32 @@
+"""`train` in two processes from a folder of tokens: the losses of one process that reads the text, before and after a resume."""
+
+import pytest
+from command_line import rows, train
+from launched import TINY, command, copy_without_the_last, flags
+
+from megalodon_ops.cli import main
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.mark.parametrize("context", ["streamed", pytest.param("packed", marks=pytest.mark.slow)])
+def test_two_processes_read_the_tokens_and_one_goes_on(ranks, text, tmp_path, context):
+    steps = ("--steps", 8, "--checkpoint-every", 4, "--eval-every", 8, "--context", context)
+    assert main(["tokenize", str(text), "--out", str(tmp_path / "tokens"), "--workers", "1"]) == 0
+    assert train(text, tmp_path / "alone", *TINY, *steps) == 0
+    wanted = rows(tmp_path / "alone")
+
+    def assert_equal(run):
+        found = rows(run)
+        assert [row["step"] for row in found] == [row["step"] for row in wanted]
+        for row, other in zip(found, wanted, strict=True):
+            assert row.keys() == other.keys()
+            for name in row.keys() & {"loss", "bits_per_byte", "held_out_bits_per_byte"}:
+                assert row[name] == pytest.approx(other[name], rel=1e-4), (row["step"], name)
+
+    results = ranks.run(command, 2, flags(tmp_path / "tokens", tmp_path / "two", *steps, "--mesh", "data=2"))
+    assert [result.code for result in results] == [0, 0], results
+    assert_equal(tmp_path / "two")
+    again = copy_without_the_last(tmp_path / "two", tmp_path / "again")
+    assert main(["train", "--out", str(again), "--resume"]) == 0
+    assert_equal(again)
