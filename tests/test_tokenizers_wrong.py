@@ -64,6 +64,9 @@ def test_wrong_calls(tokenizer):
             list(tokenizer.encode_pieces(wrong))
     with pytest.raises(TypeError, match="encode_pieces: `pieces` must be an iterable of bytes, got b'text'"):
         tokenizer.encode_pieces(b"text")
+    for wrong in (3, [b"text"], ["text"], [[3]], [3], b"text"):
+        with pytest.raises(TypeError, match="encode_stream: `(documents|text)` must be"):
+            list(tokenizer.encode_stream(wrong))
     for wrong in (-1, tokenizer.vocab_size, 2**70):
         with pytest.raises(ValueError, match=r"decode: `ids` must be in \[0, "):
             tokenizer.decode([wrong])

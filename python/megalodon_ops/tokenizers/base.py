@@ -78,7 +78,9 @@ class Tokenizer:
                 f"got {vocab_size}."
             )
         if isinstance(documents, (bytes, str)):
-            raise TypeError(f"Tokenizer.train: `documents` must be a list of texts, got {described(documents)}; put it in a list.")
+            raise TypeError(
+                f"Tokenizer.train: `documents` must be a list of texts, got {described(documents)}; put it in a list."
+            )
         load("tokenizers", "train")
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -114,7 +116,17 @@ class Tokenizer:
 
         For each window of text: its ids, int32, how many bytes it has, and whether it is the last of its document. Windows
         are encoded side by side on all cores.
+
+        Example:
+            >>> from megalodon_ops.tokenizers import ByteTokenizer
+            >>> documents = [[b"to ", b"be"], [b"or not"]]
+            >>> [(bytes(ids.tolist()), size, is_last) for ids, size, is_last in ByteTokenizer().encode_stream(documents)]
+            [(b'to be', 5, True), (b'or not', 6, True)]
         """
+        if not isinstance(documents, Iterable):
+            raise TypeError(
+                f"encode_stream: `documents` must be an iterable of texts in pieces, got {described(documents)}."
+            )
         windows: list[tuple[bytes, bool, bool]] = []  # text, whether it goes on with a document, whether it ends one
 
         def encoded() -> Iterator[tuple[numpy.ndarray, int, bool]]:
@@ -128,7 +140,7 @@ class Tokenizer:
 
         for pieces in documents:
             before, later = b"", False
-            for window in windows_of(as_pieces(pieces)):
+            for window in windows_of(as_pieces(pieces, "encode_stream", "documents")):
                 if before:
                     windows.append((before, later, False))
                     later = True

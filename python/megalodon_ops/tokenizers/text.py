@@ -42,11 +42,11 @@ def _cut(text: bytes) -> int:
     return cut
 
 
-def as_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def as_pieces(pieces: Iterable[bytes], function: str = "encode_pieces", argument: str = "pieces") -> Iterator[bytes]:
     """The pieces of a text, once each is known to be one."""
     if isinstance(pieces, (str, bytes, bytearray, memoryview)) or not isinstance(pieces, Iterable):
-        raise TypeError(f"encode_pieces: `pieces` must be an iterable of bytes, got {described(pieces)}.")
-    return (as_bytes("encode_pieces", piece) for piece in pieces)
+        raise TypeError(f"{function}: `{argument}` must be an iterable of bytes, got {described(pieces)}.")
+    return (as_bytes(function, piece) for piece in pieces)
 
 
 def as_bytes(function: str, text: bytes | str) -> bytes:
