@@ -373,6 +373,16 @@ def test_a_file_that_changes_while_it_is_read(mixed, tmp_path, monkeypatch, caps
         monkeypatch.undo()
 
 
+def test_a_draft_that_a_killed_process_left_is_in_nobodys_way(mixed, tmp_path):
+    out = tmp_path / "tokens"
+    (out / ".shard-000000.draft-12345678").mkdir(parents=True)
+    (out / ".shard-000000.draft-12345678" / "tokens.npy").write_bytes(b"half")
+    for name in (".tokenize.json.draft", ".dataset.json.draft"):
+        (out / name).write_text('{"half')
+    assert tokenize(out, mixed) == 0
+    assert not list(out.glob(".*"))
+
+
 def test_a_full_disk(mixed, tmp_path, capfd, file_size_limit):
     with file_size_limit(100_000):
         assert tokenize(tmp_path / "tokens", mixed) == 2

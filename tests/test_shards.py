@@ -166,6 +166,10 @@ DAMAGE = {
     "no JSON": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json: "),
     "format": (lambda f: edit(f / "dataset.json", lambda r: r | {"format": 2}), "its format is 2, and this version reads 1"),
     "changed": (lambda f: edit(f / "dataset.json", lambda r: r | {"tokens": 1}), "dataset.json: was changed after it"),
+    "a name": (
+        lambda f: edit(f / "dataset.json", lambda r: r | {"shards": [{"name": "../x", "sha256": "0" * 64}]}),
+        "dataset.json: `shards` must be a list of names and sha256 sums",
+    ),
     "a field": (lambda f: edit(f / "dataset.json", lambda r: r | {"more": 1}), "dataset.json: 'more' is unknown"),
     "tokenizer": (lambda f: Tokenizer.train([b"others " * 90], vocab_size=280).save(f), "its tokenizer is not the one that made the tokens"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json and no tokenizer.model"),

@@ -77,7 +77,8 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     if not path.exists():
         if is_complete(folder):
             raise CommandError(f"--out {folder}: holds tokens already; name another folder")
-        if others := sorted(other.name for other in folder.iterdir() if other.name != "lock"):
+        others = sorted(other.name for other in folder.iterdir() if other.name != "lock" and other.name[0] != ".")
+        if others:
             raise CommandError(f"--out {folder}: holds other files, such as {others[0]}; name another folder")
         write_whole(path, json.dumps(plan, indent=1).encode() + b"\n")
         return

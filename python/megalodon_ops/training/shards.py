@@ -56,8 +56,12 @@ _SKIPPED = Rule(
 )
 
 
+_NAME = matching(r"shard-\d{6,12}", "a shard's name")
+
+
 def _is_listed_shard(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"name", "sha256"} and SHA256.holds(value["sha256"])
+    listed = isinstance(value, dict) and value.keys() == {"name", "sha256"}
+    return listed and SHA256.holds(value["sha256"]) and _NAME.holds(value["name"])
 
 
 _SHARD = {
@@ -279,8 +283,6 @@ class Shards:
 
     def _open_shard(self, name: str, sha256: str) -> dict[str, Any]:
         folder = self.folder / name
-        if not isinstance(name, str) or folder.name != name:
-            raise FileError(f"{self.folder / RECORD}: a shard must have a folder's name, got {shown(name)}")
         record = read_shard_record(folder)
         if _sha256(folder / SHARD_RECORD) != sha256:
             raise FileError(f"{folder / SHARD_RECORD}: was changed after it was written: its checksum is another")
