@@ -117,32 +117,39 @@ def test_configurations_must_be_equal(ranks):
     )
 
 
-def waits_for_nobody(what: str) -> tuple[str, float]:
-    """The error of rank 0 where rank 1 does not vote, or fails amid the layers; and how long it took."""
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=1 if what == "away" else 100))
-    model = enable(tiny_model(), group)
-    away = dist.get_rank() == 1
-    if away and what == "failing":
-        model.layers[1].nffn.register_forward_hook(fail)
-    if away and what == "away":
+def waits_for_nobody(what: str) -> list[str]:
+    """The errors of two calls, of which rank 1 does not come to the first, or fails amid its layers or its loss."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=1)) if what == "away" else dist.group.WORLD
+    model, others = enable(tiny_model(), group), dist.get_rank() == 0
+    if not others and what == "failing in a layer":
+        model.layers[1].mega.wv.register_forward_hook(fail)
+    if not others and what == "failing in the loss":
+        model.output.output.register_forward_hook(fail)
+    if not others and what == "away":
         time.sleep(2)
-        return "", 0.0
-    start = time.monotonic()
-    return error_of(lambda: model(tokens_of(1, 8))), time.monotonic() - start
+        return []
+    begin = time.monotonic()
+    errors = [error_of(lambda: model.loss(tokens_of(1, 8), tokens_of(1, 8)))]
+    errors.append(error_of(lambda: model(tokens_of(1, 8))))
+    assert time.monotonic() - begin < AT_ONCE
+    if what != "away":
+        dist.barrier()  # the process group of both is as it was
+    return errors
 
 
 def fail(*_: object) -> None:
     raise ValueError("amid the layers")
 
 
-@pytest.mark.parametrize("what", ["away", "failing"])
+@pytest.mark.parametrize("what", ["away", "failing in a layer", "failing in the loss"])
 def test_no_rank_waits_for_one_that_is_missing(ranks, what):
-    (error, seconds), (of_other, _) = ranks.run(waits_for_nobody, 2, what)
-    assert error.startswith(
-        "RuntimeError: Megalodon: all ranks 0, 1 must take part in this call, but the exchange has failed"
+    (first, second), of_other = ranks.run(waits_for_nobody, 2, what)
+    assert first.startswith(
+        "RuntimeError: Megalodon: all ranks 0, 1 must take part in this call, but the exchange has "
     )
-    assert seconds < AT_ONCE
-    assert what == "away" or of_other == "ValueError: amid the layers"
+    if what != "away":
+        left = "RuntimeError: Megalodon: all ranks must have come through their last call, but one of this rank's has failed"
+        assert of_other[0] == "ValueError: amid the layers" and second.startswith(left) and of_other[1] == second
 
 
 def dies() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from ..model.blocks import BlockState, NormalizedAttention
 from ..model.layers import ComplexEMA, TimestepNorm
@@ -22,6 +21,7 @@ from ..ops.timestep_norm import timestep_norm_end_state
 from .exchange import Arriving, send_to_all
 from .merge import merged_cema, merged_norm, norm_in_float64
 from .pieces import Pieces
+from .vote import Members
 
 
 class Hooks:
@@ -31,8 +31,8 @@ class Hooks:
     finds those of its own call. A block that is called without them computes as ever.
     """
 
-    def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, model: nn.Module, members: Members) -> None:
+        self._members = members
         self._pieces: Pieces | None = None
         self._start: BlockState | None = None
         self._arriving: tuple[Tensor, Arriving] | None = None  # the poles, and the ends of cema
@@ -48,6 +48,10 @@ class Hooks:
     def owns(hooks: Hooks | None, hook: Any) -> bool:
         """Whether `hook`, of a module, is one of these hooks."""
         return hooks is not None and hooks in (getattr(hook, "__self__", None), getattr(hook, "hooks", None))
+
+    def forget(self) -> None:
+        """Drops what the block that runs now has begun."""
+        self._pieces = self._start = self._arriving = None
 
     def enter_block(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Takes the pieces, and the states of all whole sequences; the block keeps the attention's, for this piece."""
@@ -79,7 +83,7 @@ class Hooks:
             t, options = _exchanged(self._pieces, t)
             ends = cema_end_state(t, p, q, **options)
             start = None if self._start is None else torch.view_as_real(self._start.cema)
-            self._arriving = q, send_to_all(torch.view_as_real(ends), start, self._group)
+            self._arriving = q, send_to_all(torch.view_as_real(ends), start, self._members)
 
     def before_cema(self, module: ComplexEMA, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Waits for what `after_norm` has sent, and gives `cema` the state that its piece begins with."""
@@ -87,7 +91,7 @@ class Hooks:
         if pieces is None:
             return None
         q, arriving = self._arriving
-        self._pieces = self._start = self._arriving = None  # the block needs them no more
+        self.forget()  # the block needs them no more
         ends, start = arriving.wait()
         ends, start = torch.view_as_complex(ends), None if start is None else torch.view_as_complex(start)
         state = merged_cema(q, ends, pieces.sources, pieces.steps, _of_open(pieces, start))
@@ -100,7 +104,7 @@ class Hooks:
         part, options = _exchanged(pieces, x)
         ends = timestep_norm_end_state(part, num_groups=module.num_groups, **options)
         given, count = (None, None) if start is None else (norm_in_float64(start), start.count)
-        ends, given = send_to_all(norm_in_float64(ends), given, self._group).wait()
+        ends, given = send_to_all(norm_in_float64(ends), given, self._members).wait()
         open_count = _of_open(pieces, count)
         merged = merged_norm(ends, pieces.sources, pieces.steps, _of_open(pieces, given), open_count, dtype=real)
         if not pieces.is_packed:

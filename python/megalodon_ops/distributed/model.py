@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from .chunk import Hooks
 from .exchange import total_loss, whole_rows
 from .pieces import Pieces, pieces_of
 from .states import state_of_piece, whole_state
-from .vote import agree, clear_errors, device_of, integers
+from .vote import Members, agree, clear_errors, device_of, integers
 
 
 class Parallel:
@@ -38,47 +39,77 @@ class Parallel:
         tensor_mesh: DeviceMesh | None,
         everyone: ProcessGroup | None,
     ) -> None:
-        self.of_class = type(model)
         self.chunk_group, self.loss_group = chunk_group, loss_group
         self.ranks = 1 if chunk_group is None else dist.get_world_size(chunk_group)
         self.rank = 0 if chunk_group is None else dist.get_rank(chunk_group)
         self.team = 0 if chunk_group is None else dist.get_global_rank(chunk_group, 0)
-        self.votes = _for_votes(loss_group if tensor_mesh is None else everyone)
-        self.tensor_groups = [] if tensor_mesh is None else _groups_of(tensor_mesh, self.votes)
-        """ranks of those that vote, by group of ranks that share layers"""
         self.pieces: Pieces | None = None
         """those of the call that runs now"""
+        self.members = None if self.ranks == 1 else Members(chunk_group)
+        """of the chunk group"""
+        voters = loss_group if tensor_mesh is None else everyone
+        self.voters = None if voters is None else Members(voters, "gloo")
+        """all ranks, on the CPU: a vote need not wait for a GPU"""
+        self.tensor_groups = [] if tensor_mesh is None else _groups_of(tensor_mesh, self.voters.group)
+        """ranks of those that vote, by group of ranks that share layers"""
         parameter = next(model.parameters())
         facts = {f"config.{name}": value for name, value in model.config.to_dict().items()}
         facts |= {"dtype": str(parameter.dtype), "device": parameter.device.type, "ranks of a chunk group": self.ranks}
         self.agree(facts)
-        self.hooks = None if self.ranks == 1 else Hooks(model, chunk_group)
+        self._hook(model)
+
+    def _hook(self, model: Megalodon) -> None:
+        self.of_class = type(model)
+        self.hooks = None if self.members is None else Hooks(model, self.members)
+
+    def of(self, model: Megalodon) -> Parallel:
+        """The same ranks for another model of this configuration."""
+        made = copy.copy(self)
+        made._hook(model)
+        return made
 
     def agree(
-        self, facts: dict[str, Any], fault: str | None = None, length: int = 0, of_team: dict[str, Any] | None = None,
+        self,
+        facts: dict[str, Any],
+        fault: str | None = None,
+        length: int = 0,
+        of_team: dict[str, Any] | None = None,
         content: Sequence[Tensor | None] = (),
     ) -> list[int]:
         """A vote of all ranks; returns the lengths of those of the chunk group, in order.
 
         Ranks that share layers must have equal `content`.
         """
-        if self.votes is None:
+        if self.voters is None:
             if fault is not None:
                 raise ValueError(fault)
             return [length]
         checksum = _checksum(content) if self.tensor_groups and fault is None else 0
-        votes = agree(self.votes, facts, fault, own=(length, checksum), team=self.team, of_team=of_team)
+        votes = agree(self.voters.group, facts, fault, own=(length, checksum), team=self.team, of_team=of_team)
         for members in self.tensor_groups:
             if len({votes[member][1] for member in members}) > 1:
-                ranks = [dist.get_global_rank(self.votes, member) for member in members]
+                ranks = [dist.get_global_rank(self.voters.group, member) for member in members]
                 raise ValueError(
                     f"Megalodon: `tokens`, `targets` and sequences must be equal on the ranks of a tensor group, got "
                     f"different ones on ranks {', '.join(map(str, ranks))}."
                 )
-        if self.chunk_group is None:
+        if self.members is None:
             return [length]
-        members = dist.get_process_group_ranks(self.chunk_group)
-        return [votes[dist.get_group_rank(self.votes, member)][0] for member in members]
+        members = dist.get_process_group_ranks(self.members.group)
+        return [votes[dist.get_group_rank(self.voters.group, member)][0] for member in members]
+
+    def group_for(self, loss: Tensor) -> ProcessGroup | None:
+        """The group of all ranks that exchanges a loss."""
+        are_voters = self.voters is not None and not self.tensor_groups
+        return self.voters.group if are_voters and loss.is_cpu else self.loss_group
+
+    def leave(self) -> None:
+        """Ends what this rank has to do with the others, after a fault amid a call: none waits for it then."""
+        for members in (self.members, self.voters):
+            if members is not None:
+                members.leave()
+        if self.hooks is not None:
+            self.hooks.forget()
 
 
 def enable(
@@ -109,13 +140,16 @@ def enable(
     """
     if not isinstance(model, Megalodon) or isinstance(model, ParallelMegalodon):
         raise TypeError(f"enable: `model` must be a Megalodon that is not parallel yet, got {described(model)}.")
-    loss_group = loss_group if loss_group is not None else chunk_group
-    model._parallel = Parallel(model, chunk_group, loss_group, tensor_mesh, everyone)
-    of_class = type(model)
+    loss_group = chunk_group if loss_group is None else loss_group
+    return become_parallel(model, Parallel(model, chunk_group, loss_group, tensor_mesh, everyone))
+
+
+def become_parallel(model: Megalodon, parallel: Parallel) -> Megalodon:
+    """The model, whose class is a :class:`ParallelMegalodon` now."""
+    of_class, model._parallel = type(model), parallel
+    is_own = of_class is not Megalodon
     model.__class__ = (
-        ParallelMegalodon
-        if of_class is Megalodon
-        else type(f"Parallel{of_class.__name__}", (ParallelMegalodon, of_class), {})
+        type(f"Parallel{of_class.__name__}", (ParallelMegalodon, of_class), {}) if is_own else ParallelMegalodon
     )
     return model
 
@@ -166,9 +200,9 @@ class ParallelMegalodon(Megalodon):
             result, after = result if return_state else (result, None)
             if total:
                 count = (targets != ignore_index).sum()
-                result = total_loss(result, count, self._parallel.loss_group, mean=reduction == "mean")
+                result = total_loss(result, count, self._parallel.group_for(result), mean=reduction == "mean")
             if pieces is not None and return_state:
-                after = whole_state(after, state, pieces, self.config.chunk_size, self._parallel.chunk_group)
+                after = whole_state(after, state, pieces, self.config.chunk_size, self._parallel.members)
         return (result, after) if return_state else result
 
     def alone(self) -> Megalodon:
@@ -233,7 +267,7 @@ class ParallelMegalodon(Megalodon):
             piece, local = tokens[:, first : first + widths[parallel.rank]], _local(pieces, state, tokens.device)
             with self._of(pieces):
                 _, after = self._hidden(self._embed(piece), local.pop("state"), True, False, **local)
-                state = whole_state(after, state, pieces, size, parallel.chunk_group)
+                state = whole_state(after, state, pieces, size, parallel.members)
         return state
 
     def _hidden(
@@ -250,8 +284,7 @@ class ParallelMegalodon(Megalodon):
         try:
             yield
         except BaseException:
-            if pieces is not None and hasattr(self._parallel.chunk_group, "abort"):  # torch 2.6 has it
-                self._parallel.chunk_group.abort()
+            self._parallel.leave()
             raise
         finally:
             self._parallel.pieces = None
@@ -334,11 +367,11 @@ class ParallelMegalodon(Megalodon):
         except (TypeError, ValueError, IndexError) as error:
             fault = str(error)
         widths = self._parallel.agree(facts, fault, length, of_team)
-        return whole_rows(prompt, widths, self._parallel.chunk_group)
+        return whole_rows(prompt, widths, self._parallel.members)
 
     def _shared_generator(self, generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
         """A generator that draws on every rank what that of the chunk group's first rank, or torch's own there, draws."""
-        group = self._parallel.chunk_group
+        group = self._parallel.members.group
         if generator is not None:
             state = generator.get_state()
         else:
@@ -395,13 +428,6 @@ def _checksum(tensors: Sequence[Tensor | None]) -> int:
         if tensor is not None:
             digest.update(tensor.detach().long().cpu().contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest(), "little")
-
-
-def _for_votes(group: ProcessGroup | None) -> ProcessGroup | None:
-    """The same ranks with a backend of the CPU, on which a vote need not wait for a GPU."""
-    if group is None or "gloo" in dist.get_backend(group):
-        return group
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
 
 
 def _without_hooks(module: nn.Module, hooks: Hooks | None) -> Any:

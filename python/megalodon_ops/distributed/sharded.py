@@ -16,7 +16,7 @@ from ..model.generation import TokenStream
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
 from .data import forget_call, gathered, whole_model
-from .model import ParallelMegalodon, enable
+from .model import ParallelMegalodon, become_parallel
 from .tensor import TensorMegalodon
 from .vote import agree
 
@@ -64,7 +64,7 @@ class ShardedMegalodon(ParallelMegalodon):
         """A model of plain parameters, all of them, which reads sequences that are split over ranks with these ranks."""
         model = gathered(self, self._param_dtype)
         if self._parallel.ranks > 1:
-            enable(model, self._parallel.chunk_group, self._parallel.loss_group)
+            become_parallel(model, self._parallel.of(model))
         return model
 
     def save(self, directory: str | os.PathLike, **options: Any) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ..model.blocks import BlockState
 from ..model.states import MegalodonState, complete
 from ..ops.states import AttentionState, TimestepNormState
 from .exchange import broadcast_rows, rows_of_owners
 from .pieces import Pieces
+from .vote import Members
 
 
 def state_of_piece(state: MegalodonState, pieces: Pieces) -> MegalodonState:
@@ -34,7 +34,7 @@ def _attention_of_piece(attention: AttentionState, pieces: Pieces) -> AttentionS
 
 
 def whole_state(
-    after: MegalodonState, before: MegalodonState | None, pieces: Pieces, chunk_size: int, group: ProcessGroup
+    after: MegalodonState, before: MegalodonState | None, pieces: Pieces, chunk_size: int, members: Members
 ) -> MegalodonState:
     """The state after the whole sequences, equal on all ranks: each sequence's comes from the rank with its last step.
 
@@ -49,7 +49,7 @@ def whole_state(
         [pieces.local(s) for s in pieces.owners.get(pieces.rank, ())], dtype=torch.int64, device=after.norm.mean.device
     )
     lengths = torch.tensor([end - begin for begin, end in pieces.spans], device=own.device)
-    exchange = _Exchange(pieces, own, lengths, group)
+    exchange = _Exchange(pieces, own, lengths, members)
     layers = []
     for i, layer in enumerate(after.layers):
         old = None if before is None else before.layers[i]
@@ -65,8 +65,8 @@ def whole_state(
 class _Exchange:
     """How the states of a batch's sequences come together."""
 
-    def __init__(self, pieces: Pieces, own: Tensor, lengths: Tensor, group: ProcessGroup) -> None:
-        self.own, self.lengths, self.group, self.owners = own, lengths, group, pieces.owners
+    def __init__(self, pieces: Pieces, own: Tensor, lengths: Tensor, members: Members) -> None:
+        self.own, self.lengths, self.members, self.owners = own, lengths, members, pieces.owners
         owned = [s for rows in pieces.owners.values() for s in rows]
         self.of_none = [s for s in range(len(pieces.spans)) if s not in {*owned}]
 
@@ -81,7 +81,7 @@ class _Exchange:
         rows, groups = len(self.lengths), norm.mean.shape[1]
         flat = _flat(norm, cema)
         others = flat.new_zeros((rows, flat.shape[1])) if norm_before is None else _flat(norm_before, cema_before)
-        whole = rows_of_owners(flat.index_select(0, self.own), others, self.owners, self.group)
+        whole = rows_of_owners(flat.index_select(0, self.own), others, self.owners, self.members)
         mean, var, residual, rest = whole.split([groups, groups, 2 * groups, whole.shape[1] - 4 * groups], 1)
         count = self.lengths if norm_before is None else norm_before.count + self.lengths
         state = TimestepNormState(count, mean, var, residual.detach().unflatten(1, (2, groups)))
@@ -101,7 +101,7 @@ class _Exchange:
             for owner, rows in self.owners.items():
                 if most := max(filled[s] for s in rows):
                     sent = own[self.own, :most]
-                    broadcast_rows(result[:, :most], sent, {owner: rows}, self.group)
+                    broadcast_rows(result[:, :most], sent, {owner: rows}, self.members)
             whole.append(result)
         return AttentionState(*whole, position=position)
 

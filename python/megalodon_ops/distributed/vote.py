@@ -76,6 +76,36 @@ def agree(
     return [vote[-_OWN:] for vote in votes]
 
 
+class Members:
+    """The ranks of a process group, in a group of their own, which a rank that fails leaves: no other waits for it then.
+
+    Nothing else may keep the group: its connections end, and with them the waiting of the others, when it is freed.
+    """
+
+    def __init__(self, like: ProcessGroup, backend: str | None = None) -> None:
+        options = getattr(like._get_backend(device_of(like)), "options", None)
+        timeout = getattr(options, "_timeout", None)
+        ranks = dist.get_process_group_ranks(like)
+        self._group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+
+    @property
+    def group(self) -> ProcessGroup:
+        if self._group is None:
+            raise RuntimeError(
+                "Megalodon: all ranks must have come through their last call, but one of this rank's has failed, and the "
+                "rank has left the others; start all ranks again."
+            )
+        return self._group
+
+    def leave(self) -> None:
+        """Ends what this rank has to do with the others, if there are any."""
+        if self._group is not None and dist.get_world_size(self._group) > 1:
+            if "nccl" in dist.get_backend(self._group) and hasattr(self._group, "abort"):  # torch 2.6 has it
+                self._group.abort()
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+
 def integers(values: Sequence[int]) -> str:
     """A fact of any number of integers, short enough to be shown in an error."""
     text = str(list(values))
