@@ -128,6 +128,50 @@ def test_split(ranks):
         assert len(errors) == 8 and all(re.match(r"split: `\w+` must .*, got .*\.$", error) for error in errors), errors
 
 
+def streams_split_layers() -> float:
+    """The largest difference of losses and states of a text in two calls, on layers and pieces that are split."""
+    mesh = make_mesh("chunk=2,tensor=2", device_type="cpu")
+    model, alone = parallelize(tiny_model(), mesh, data="replicate"), tiny_model()
+    tokens, state, whole, errors = tokens_of(2, LENGTH), None, None, []
+    for part in (tokens[:, : 2 * C], tokens[:, 2 * C :]):
+        piece = split(part, mesh, chunk_size=C)
+        loss, state = model.loss(piece, piece, state=state, return_state=True)
+        wanted, whole = alone.loss(part, part, state=whole, return_state=True)
+        pairs = [(loss, wanted), (state.layers[1].cema, whole.layers[1].cema), (state.norm.var, whole.norm.var)]
+        errors += [(a - b).abs().max().item() for a, b in pairs]
+        state, whole = state.detach(), whole.detach()
+    return max(errors)
+
+
+def test_streams_through_layers_that_are_split_too(ranks):
+    assert max(ranks.run(streams_split_layers, 4)) < 1e-10
+
+
+def cuts_a_chunk() -> list[str]:
+    """The errors of two calls, of which the first is wrong on the second half of the ranks alone: the past of their rows."""
+    mesh = make_mesh("data=2,chunk=2", device_type="cpu")
+    model = parallelize(tiny_model(), mesh, data="replicate")
+    past = 8 if mesh.get_local_rank("data") == 0 else 3
+    _, state = tiny_model()(tokens_of(1, past), return_state=True)
+    errors = []
+    for _ in range(2):
+        try:
+            errors.append(str(model.loss(tokens_of(1, 8), tokens_of(1, 8), state=state).item()))
+        except (RuntimeError, ValueError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
+
+
+def test_no_rank_waits_for_another_ones_sequence(ranks):
+    """Ranks of another sequence have voted for a call that is wrong: they learn of it at once, or before the next call."""
+    for rank, (first, second) in enumerate(ranks.run(cuts_a_chunk, 4)):
+        if rank < 2:
+            assert first.startswith("RuntimeError: Megalodon: all ranks 0 to 3 must take part in this call")
+        else:
+            assert first.startswith("ValueError: Megalodon: `tokens` must end at a chunk boundary")
+        assert second.startswith("RuntimeError: Megalodon: all ranks must have come through their last call")
+
+
 def with_ddp() -> float:
     """The largest difference of a gradient, averaged by DDP over both pieces, from that of one process."""
     alone, model = tiny_model(), enable(tiny_model(), dist.group.WORLD)
