@@ -20,10 +20,11 @@ except ImportError:  # before torch 2.6
 
 
 def check_torch() -> None:
-    """Raises where this torch has no FSDP2."""
-    if fully_shard is None:
+    """Raises where this torch has no FSDP2, or none that runs on CPUs."""
+    if fully_shard is None or not hasattr(torch.cpu.Stream, "record_event"):
         raise ImportError(
-            f"parallelize: needs torch 2.6 or newer, for torch.distributed.fsdp.fully_shard, got {torch.__version__}."
+            f"parallelize: needs torch 2.7 or newer, whose torch.distributed.fsdp.fully_shard runs on CPUs, got "
+            f"{torch.__version__}."
         )
 
 
