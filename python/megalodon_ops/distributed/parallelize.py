@@ -80,10 +80,10 @@ def parallelize(
     plain = copy.deepcopy(model) if on_meta else None
     batch = batch_mesh(mesh)
     over, tensor = (batch, mesh) if data == "shard" else replicating_meshes(mesh)
-    if not on_meta:
-        model.to(mesh.device_type)  # the rotary tables, too
     is_split = "tensor" in names and mesh["tensor"].size() > 1
     if is_split:
+        if not on_meta:
+            model.to(mesh.device_type)
         model.__class__ = TensorMegalodon
         split_over(model, tensor["tensor"])
     enable(
@@ -92,9 +92,11 @@ def parallelize(
     )  # fmt: skip
     model.__class__ = ShardedTensorMegalodon if is_split else ShardedMegalodon
     model._param_dtype = param_dtype
-    shard(model, over, param_dtype=param_dtype, reshard=reshard)
+    shard(model, over, param_dtype=param_dtype, reshard=reshard)  # moves a block's parameters to the mesh's device first
     if on_meta:
         initialise(model, plain, _device(mesh))
+    for block in model.layers:
+        block.mega._keep_rotary()  # for the parameters' device
     return model
 
 
