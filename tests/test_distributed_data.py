@@ -13,8 +13,8 @@ from models import TINY, tiny_model, tokens_of
 import megalodon_ops as mo
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
-if not hasattr(fsdp, "fully_shard") or not hasattr(torch.cpu.Stream, "record_event"):
-    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard that runs on CPUs", allow_module_level=True)
+if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
+    pytest.skip("parallelize asks for a newer torch", allow_module_level=True)
 
 from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
 

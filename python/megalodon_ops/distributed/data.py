@@ -15,16 +15,16 @@ from ..model.model import Megalodon
 
 try:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-except ImportError:  # before torch 2.6
+except ImportError:  # torch 2.5
     fully_shard = None
 
 
 def check_torch() -> None:
-    """Raises where this torch has no FSDP2, or none that runs on CPUs."""
-    if fully_shard is None or not hasattr(torch.cpu.Stream, "record_event"):
+    """Raises where this torch has no FSDP2, or one that adds gradients up on CPUs, as 2.7's does, instead of averaging them."""
+    if fully_shard is None or not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ImportError(
-            f"parallelize: needs torch 2.7 or newer, whose torch.distributed.fsdp.fully_shard runs on CPUs, got "
-            f"{torch.__version__}."
+            "parallelize: needs a torch whose torch.distributed.fsdp.fully_shard averages gradients with gloo, such as "
+            f"2.13, got {torch.__version__}."
         )
 
 
@@ -50,6 +50,10 @@ def shard(model: Megalodon, mesh: DeviceMesh, *, param_dtype: torch.dtype | None
     if not _has_one_dtype(model.output, param_dtype):
         fully_shard(model.output.final_norm, **wide)
     fully_shard(model, **matrices)
+    if mesh.device_type == "cpu":  # not every gloo has an average
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
     if not reshard:  # without a backward, nothing else would free what was gathered
         model.register_forward_hook(_reshard_without_backward)
 
