@@ -140,7 +140,7 @@ class Trainer:
             torch.manual_seed(seed_of_reader(torch.get_rng_state(), team.reader, team.readers))
         self.optimizer = adamw(self.model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.optimizer_threads = optimizer_threads(self.model)
-        documents = encoded(corpus.train, settings.tokenizer)
+        documents = team.together(encoded, corpus.train, settings.tokenizer)
         share = settings.batch // team.extent("data")
         first = share * team.place("data")
         self.batches = Batches(
@@ -157,7 +157,7 @@ class Trainer:
         self.step, self.saved_step = 0, -1
         self.spent = 0.0  # seconds before this process
         if saved:
-            self._restore(saved)
+            team.together(self._restore, saved)
         self.started = self.paced_at = time.monotonic()
         self.paced_step = self.step
 

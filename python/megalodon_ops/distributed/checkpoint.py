@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..model.files import file_facts, file_size
 from ..model.weights import DISTRIBUTED, StoredTensors, reading
@@ -151,13 +151,6 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its elements in every process, each of which calls this function."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def as_parts(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has whole, split over them as `like` is."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
 def as_rows(tensor: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -115,12 +115,12 @@ def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None
             for key, parameter in own.items():
                 target = model.get_parameter(f"{name}.{key}".removeprefix("."))
                 if id(target) not in filled:  # a tied matrix begins as the first module that has it begins
-                    target.to_local().copy_(_local_part(part._parameters[key], target))
+                    target.to_local().copy_(local_part(part._parameters[key], target))
                 filled.add(id(target))
                 part._parameters[key] = parameter
 
 
-def _local_part(full: Tensor, like: DTensor) -> Tensor:
+def local_part(full: Tensor, like: DTensor) -> Tensor:
     """This rank's part of a tensor that is whole in every rank, split as `like` is: by the mesh's last dimension first."""
     for dimension, placement in reversed(list(enumerate(like.placements))):
         if not placement.is_replicate():

@@ -82,10 +82,11 @@ class _Exchange:
         flat = _flat(norm, cema)
         others = flat.new_zeros((rows, flat.shape[1])) if norm_before is None else _flat(norm_before, cema_before)
         whole = rows_of_owners(flat.index_select(0, self.own), others, self.owners, self.members)
-        mean, var, residual, rest = whole.split([groups, groups, 2 * groups, whole.shape[1] - 4 * groups], 1)
+        sizes = [groups, groups, 2 * groups, whole.shape[1] - 4 * groups]
+        mean, var, residual, rest = torch.split_with_sizes_copy(whole, sizes, 1)  # no views: FSDP2 warns of them
         count = self.lengths if norm_before is None else norm_before.count + self.lengths
         state = TimestepNormState(count, mean, var, residual.detach().unflatten(1, (2, groups)))
-        return state, None if cema is None else torch.view_as_complex(rest.unflatten(1, (*cema.shape[1:], 2)))
+        return state, None if cema is None else torch.view_as_complex(rest.unflatten(1, (*cema.shape[1:], 2))).clone()
 
     @torch.no_grad()
     def attention(self, after: AttentionState, before: AttentionState | None, chunk_size: int) -> AttentionState:

@@ -104,10 +104,7 @@ class StoredTensors:
         raise NotImplementedError
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Gives tensors the values that are on the disk under their names; of a DTensor, each rank its own part.
-
-        With DTensors among them, all ranks of their mesh call this function.
-        """
+        """Gives tensors the values that are on the disk under their names; of a DTensor, the part of this process."""
         raise NotImplementedError
 
     def _place(self, name: str) -> Path:
@@ -178,9 +175,9 @@ class WeightFiles(StoredTensors):
         for name, tensor in tensors.items():
             value = self.get(name, tensor.dtype, torch.device("cpu"))
             if type(tensor) not in OWN_TYPES:  # a DTensor; its module takes long to load
-                from ..distributed.checkpoint import as_parts
+                from ..distributed.data import local_part
 
-                value = as_parts(value, tensor)
+                tensor, value = tensor.to_local(), local_part(value, tensor)
             tensor.copy_(value)
 
     def _place(self, name: str) -> Path:
