@@ -13,6 +13,10 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.training import Batches, Metrics, read_metrics
 from megalodon_ops.training.checkpoint import load_checkpoint
 
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
+
 pytestmark = pytest.mark.usefixtures("quick")
 
 STEPS = ("--steps", 20, "--eval-every", 8, "--checkpoint-every", 10)
@@ -129,7 +133,7 @@ def missing_file(changed):
     def missing(*arguments):
         raise CommandError("--data book.txt: no such file or folder")
 
-    changed.setattr("megalodon_ops.cli.train.load_corpus", missing)
+    changed.setattr("megalodon_ops.cli.train.load_data", missing)
 
 
 def unreadable_text(changed):

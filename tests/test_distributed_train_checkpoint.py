@@ -6,21 +6,27 @@ import logging
 import os
 import pickle
 import resource
+import shutil
 import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli import main
-from megalodon_ops.distributed import checkpoint as distributed
-from megalodon_ops.training.team import Team
 from megalodon_ops.errors import FileError, TeamError
 from megalodon_ops.model.files import file_facts
-from megalodon_ops.training import Saver, adamw, load_any, load_checkpoint, record as records, save_checkpoint
+from megalodon_ops.training import Saver, adamw, load_any, load_checkpoint, save_checkpoint
+from megalodon_ops.training import record as records
+from megalodon_ops.training.team import Team
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
+
+from megalodon_ops.distributed import checkpoint as distributed  # noqa: E402
 
 CONFIG = MegalodonConfig(
     num_layers=2, model_dim=12, z_dim=4, value_dim=6, ffn_hidden_dim=10, cema_ndim=2, chunk_size=4, norm_num_groups=3,
@@ -41,8 +47,8 @@ def begin_split(mesh, seed=0):
     model = Megalodon(CONFIG)
     over = mesh if mesh.ndim == 1 else mesh["data", "chunk"]._flatten()
     for block in model.layers:
-        fully_shard(block, mesh=over)
-    fully_shard(model, mesh=over)
+        fsdp.fully_shard(block, mesh=over)
+    fsdp.fully_shard(model, mesh=over)
     return model, adamw(model, lr=0.01)
 
 
@@ -267,8 +273,6 @@ def test_a_disk_that_is_full_for_one_process(ranks, tmp_path, rank):
 @pytest.fixture
 def damaged(saved, tmp_path):
     """A copy of the run with two checkpoints, the newer of which a test damages."""
-    import shutil
-
     run, _, _ = saved
     shutil.copytree(run, tmp_path / "run")
     older = tmp_path / "run" / "checkpoints" / "step-00000003"

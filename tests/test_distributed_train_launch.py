@@ -14,10 +14,16 @@ import pytest
 import torch
 from command_line import rows
 from launched import TORCHRUN, ended_afterwards, flags, lines_of
-from test_distributed_train import assert_losses
 
 from megalodon_ops.cli import launch
 from megalodon_ops.training.checkpoint import load_checkpoint
+
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
+
+from test_distributed_train import assert_losses  # noqa: E402
 
 slow = pytest.mark.slow
 LIMIT = 240
