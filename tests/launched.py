@@ -63,11 +63,6 @@ def lines_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if line and "step/s" not in line and "s/step" not in line]
 
 
-def run_in(ranks: Any, world: int, arguments: Sequence[str], **options: Any) -> list[Result]:
-    """The command in each of the pool's first processes; one process is a plain one."""
-    return ranks.run(command, world, arguments, *options.values())
-
-
 def copy_without_the_last(run: Path, target: Path) -> Path:
     """A copy of a run as it was when it had written all but its last checkpoint and what follows that."""
     shutil.copytree(run, target)
@@ -76,12 +71,31 @@ def copy_without_the_last(run: Path, target: Path) -> Path:
     return target
 
 
+def workers(process: Any) -> list[int]:
+    """The processes that torchrun has started, in order of their ranks."""
+    found = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+            if parent == process.pid:
+                with open(f"/proc/{pid}/environ") as file:
+                    environment = dict(pair.partition("=")[::2] for pair in file.read().split("\0"))
+                found[int(environment["RANK"])] = pid
+        except (OSError, KeyError):
+            continue
+    return [found[rank] for rank in sorted(found)]
+
+
 @contextlib.contextmanager
 def ended_afterwards(process: Any) -> Iterator[Any]:
-    """Kills a process group that a test has started, however the test ends."""
+    """Kills torchrun and the processes that it has started, each of which leads a session, however the test ends."""
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+        for pid in [process.pid, *workers(process)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
         process.wait()
+        for pipe in (process.stdout, process.stderr):
+            pipe.close()

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from command_line import rows
-from launched import TORCHRUN, ended_afterwards, flags, lines_of
+from launched import TORCHRUN, ended_afterwards, flags, lines_of, workers
 
 from megalodon_ops.cli import launch
 from megalodon_ops.training.checkpoint import load_checkpoint
@@ -57,22 +57,6 @@ def wait_for(condition, process, seconds=LIMIT):
 
 def losses(out):
     return [row for row in rows(out) if "loss" in row] if (out / "metrics.jsonl").exists() else []
-
-
-def workers(process):
-    """The processes that torchrun has started, in order of their ranks."""
-    found = {}
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                parent = int(file.read().rpartition(")")[2].split()[1])
-            if parent == process.pid:
-                with open(f"/proc/{pid}/environ") as file:
-                    environment = dict(pair.partition("=")[::2] for pair in file.read().split("\0"))
-                found[int(environment["RANK"])] = pid
-        except (OSError, KeyError):
-            continue
-    return [found[rank] for rank in sorted(found)]
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +106,9 @@ def test_killed_at_random_moments(whole, text, tmp_path, seed):
 
 
 @slow
-@pytest.mark.parametrize("whom", ["all, as a terminal does", "torchrun", "one process"])
+@pytest.mark.parametrize("whom", ["all", "torchrun", "one process"])
 def test_signals(text, tmp_path, whom):
-    """All stop at one step, with a checkpoint; torchrun passes on what it gets, and a terminal sends to all."""
+    """All stop at one step, with a checkpoint; torchrun passes on what it gets, so a process may get a signal twice."""
     out = tmp_path / "run"
     process = start([2], flags(text, out, "--steps", 100_000, "--checkpoint-every", 100_000), tmp_path)
     with ended_afterwards(process):
@@ -134,7 +118,8 @@ def test_signals(text, tmp_path, whom):
         elif whom == "one process":
             os.kill(workers(process)[1], signal.SIGTERM)
         else:
-            os.killpg(process.pid, signal.SIGINT)
+            for pid in [*workers(process), process.pid]:
+                os.kill(pid, signal.SIGINT)
         printed, err = process.communicate(timeout=LIMIT)
     step = losses(out)[-1]["step"]
     assert f"stopped after step {step}; continue with: " in printed, (printed, err)
@@ -157,7 +142,7 @@ def test_a_process_that_does_not_answer(text, tmp_path):
         printed, err = process.communicate(timeout=LIMIT)
     (line,) = lines_of_the_command(err)
     assert "another process of the run has ended, or has not answered within --timeout: " in line
-    assert "Traceback" not in err.partition("torch.distributed.elastic")[0]
+    assert "/megalodon_ops/" not in err, "no traceback but torchrun's own"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
