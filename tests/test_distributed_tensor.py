@@ -6,9 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from models import TINY, tiny_model, tokens_of
 from tensor_parallel import Work, compare, worst
 
+import megalodon_ops as mo
+from megalodon_ops.model import blocks
+
 pytest.importorskip("torch.distributed.fsdp")
+from megalodon_ops.distributed import make_mesh, parallelize  # noqa: E402
 
 EXACT, FLOAT32 = 1e-10, 1e-5
 CONFIGS = {
@@ -33,7 +39,7 @@ def test_equals_one_process_in_float32(ranks):
 
 
 MESHES = {
-    "data, tensor": ("data=2,tensor=2", 4, Work(past=8)),
+    "data, tensor": ("data=2,tensor=2", 4, Work(past=8, config=dict(ffn_hidden_dim=42))),  # shards of 11 and 10
     "replicated": ("data=2,tensor=2", 4, Work(options=dict(data="replicate"), config=dict(share_emb=True))),
     "chunk, tensor": ("chunk=2,tensor=2", 4, Work(past=16, lengths=(21, 17), config=dict(num_heads=1))),
     "heads shared by two": ("tensor=4", 4, Work(past=11)),
@@ -54,3 +60,82 @@ def test_data_chunk_and_tensor_on_eight_processes_equal_one(ranks, dtype, most):
     work = Work("data=2,chunk=2,tensor=2", config=dict(swiglu=True, share_emb=True), rows=4, past=8, dtype=dtype)
     error, where = worst(ranks.run(compare, 8, work))
     assert error < most, where
+
+
+def void(_: object) -> None:
+    """What a hook must give."""
+
+
+def dropped(config: dict, recompute: bool):
+    """What a rank drops, the seeds of its attention, and all gradients; ranks have generators of their own."""
+    model = tiny_model(**config, dropout=0.2, hidden_dropout=0.3, attention_dropout=0.2, layerwise_ckpt=recompute)
+    model = parallelize(model.train(), make_mesh("tensor=2", device_type="cpu"))
+    half, found = model.layers[0].mega, {}
+
+    def note(module: torch.nn.Module, name: str) -> None:
+        module.register_forward_pre_hook(lambda _, args: void(found.setdefault(name, args[0] == 0)))
+
+    note(half.wz, "m")
+    note(half.wh2, "gated")
+    note(model.layers[0].nffn.fc2, "hidden")
+    attend, seeds = blocks.attend, []
+    blocks.attend = lambda *args, **options: seeds.append(torch.initial_seed()) or attend(*args, **options)
+    torch.manual_seed(dist.get_rank())
+    try:
+        model.loss(*tokens_of(4, 21).split(2)).backward()
+    finally:
+        blocks.attend = attend
+    after = torch.rand(())
+    grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    return found, seeds[: len(model.layers)], grads, after
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_dropout_is_alike_where_ranks_have_the_same_and_differs_where_they_do_not(ranks, heads):
+    config = dict(num_heads=heads)
+    (first, seeds, grads, after), (second, others, _, other_after) = ranks.run(dropped, 2, config, False)
+    assert torch.equal(first["m"], second["m"]) and 0.2 < first["m"].double().mean() < 0.4
+    assert not torch.equal(first["gated"], second["gated"]) and not torch.equal(first["hidden"], second["hidden"])
+    assert len({*seeds}) == 2 and (seeds == others) == (heads == 1)
+    assert after != other_after, "each rank's generator goes on as its own"
+    ((_, _, again, same), *_) = ranks.run(dropped, 2, config, True)
+    assert same == after
+    for name, grad in grads.items():
+        torch.testing.assert_close(again[name], grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def refusals() -> list[str]:
+    mesh, texts = make_mesh("tensor=2", device_type="cpu"), []
+    for config in (
+        dict(norm_num_groups=1),
+        dict(value_dim=25, num_heads=1),
+        dict(ffn_hidden_dim=41),
+        dict(num_heads=3, z_dim=12),
+    ):
+        model = tiny_model(**config)
+        with pytest.raises(ValueError) as caught:
+            parallelize(model, mesh)
+        texts.append(str(caught.value))
+        assert type(model) is mo.Megalodon
+    model = tiny_model()
+    model.layers[0].mega.wv.extra = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError) as caught:
+        parallelize(model, mesh)
+    texts.append(str(caught.value))
+    model = parallelize(tiny_model(), mesh)
+    tokens = tokens_of(1, 9)
+    with pytest.raises(ValueError) as caught:
+        model((tokens + dist.get_rank()) % TINY["vocab_size"])
+    texts.append(str(caught.value))
+    return texts
+
+
+def test_what_cannot_be_split_is_refused_on_every_rank(ranks):
+    first, second = ranks.run(refusals, 2)
+    assert first == second
+    groups, values, hidden, heads, others, tokens = first
+    assert "`mesh` must have a size of tensor that divides norm_num_groups = 1, got 2" in groups
+    assert "divides value_dim = 25" in values and "divides ffn_hidden_dim = 41" in hidden
+    assert "divides num_heads = 3 or that it divides, got 2" in heads
+    assert "such as layers.0.mega.wv.extra; merge adapters first" in others
+    assert "must be equal on the ranks of a tensor group, got different ones on ranks 0, 1" in tokens

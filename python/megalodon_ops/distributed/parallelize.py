@@ -104,7 +104,9 @@ def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The group of all ranks of the mesh."""
     if mesh.size() == dist.get_world_size():
         return dist.group.WORLD
-    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten("_".join((*mesh.mesh_dim_names, "together"))).get_group()
+    return (
+        mesh.get_group() if mesh.ndim == 1 else mesh._flatten("_".join((*mesh.mesh_dim_names, "together"))).get_group()
+    )
 
 
 def _device(mesh: DeviceMesh) -> torch.device:

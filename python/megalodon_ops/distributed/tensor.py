@@ -27,6 +27,9 @@ it is, and every loss is exact.
 
 Where the ranks are more than the heads, some ranks share a head: each computes the head's queries and keys, and its own
 part of the head's values.
+
+Dropout draws one mask on all ranks for m, which all ranks have, one on those that share a head for its keys, and another
+on each rank for what is split. All come from the generator of the group's first rank.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -56,7 +60,9 @@ Placement = Shard | Replicate | Partial
 _CHANNELS = Shard(-1)
 
 
-def exchanged(x: Tensor, mesh: DeviceMesh, has: Placement, wanted: Placement, gradient: Placement | None = None) -> Tensor:
+def exchanged(
+    x: Tensor, mesh: DeviceMesh, has: Placement, wanted: Placement, gradient: Placement | None = None
+) -> Tensor:
     """A plain tensor placed otherwise over the ranks.
 
     Args:
@@ -94,7 +100,9 @@ class _OwnPart:
                 if isinstance(parameter, DTensor):
                     is_whole = parameter.placements[-1].is_replicate()
                     own = parameter.to_local(grad_placements=[Partial()] if is_whole else None)
-                    self._parameters[name] = own.narrow(*self.of_shared_head[name]) if name in self.of_shared_head else own
+                    self._parameters[name] = (
+                        own.narrow(*self.of_shared_head[name]) if name in self.of_shared_head else own
+                    )
             yield
         finally:
             self._parameters.update(given)
@@ -115,9 +123,58 @@ class OwnComplexEMA(_OwnPart, ComplexEMA):
 class OwnAttention(_OwnPart, NormalizedAttention):
     """The first half of a block with a rank's own heads and values."""
 
+    first_head: int
+    """number of the first of this rank's heads, among those of all"""
+    heads_of_all: int
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        if not _draws(self):
+            return super().forward(x, **options)
+        with _random_again(x.device) as seed:
+            streams = (self.wz, 1 + self.first_head), (self.wr, 1 + self.heads_of_all + self.mesh.get_local_rank())
+            hooks = [
+                layer.register_forward_pre_hook(lambda *_, number=number: _seed(x.device, seed, number))
+                for layer, number in streams
+            ]
+            _seed(x.device, seed, 0)  # for m
+            try:
+                return super().forward(x, **options)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
 
 class OwnFFN(_OwnPart, NormalizedFFN):
     """The second half of a block with a rank's own hidden units."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        if not _draws(self):
+            return super().forward(y)
+        with _random_again(y.device) as seed:
+            _seed(y.device, seed, self.mesh.get_local_rank())
+            return super().forward(y)
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether the module drops anything now."""
+    config = module.config
+    return module.training and max(config.dropout, config.hidden_dropout, config.attention_dropout) > 0
+
+
+@contextlib.contextmanager
+def _random_again(device: torch.device) -> Iterator[int]:
+    """A seed from torch's generator, which goes on after the block as it was when the seed was drawn."""
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        yield seed
+
+
+def _seed(device: torch.device, seed: int, number: int) -> None:
+    """Makes torch's generators draw the stream `number` of a seed."""
+    seed = (seed + number * 0x9E3779B97F4A7C15) % 2**63
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 class OwnEmbedding(_OwnPart, Embedding):
@@ -199,7 +256,10 @@ class _Style(ParallelStyle):
                 own = _placed(parameter, device_mesh, self.dim)
                 module._parameters[name] = nn.Parameter(own, requires_grad=parameter.requires_grad)
                 if self.shared_head is not None:
-                    module.of_shared_head[name] = (parameter.dim() - 1 if self.of_class is OwnAttention else 0, *self.shared_head)
+                    module.of_shared_head[name] = (
+                        parameter.dim() - 1 if self.of_class is OwnAttention else 0,
+                        *self.shared_head,
+                    )
         return module
 
 
@@ -259,7 +319,8 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh, plan)
     own = replace(config, num_heads=heads, z_dim=heads * key_dim, value_dim=config.value_dim // ranks)
     for layer in model.layers:
-        layer.mega.config = own
+        layer.mega.config, layer.mega.heads_of_all = own, config.num_heads
+        layer.mega.first_head = rank * config.num_heads // ranks
         layer.mega.timenorm.num_groups //= ranks
     model.output.final_norm.num_groups //= ranks
     model.tie_weights()
@@ -281,7 +342,8 @@ class TensorMegalodon(Megalodon):
         """As :meth:`Megalodon.forward`."""
         if isinstance(state, MegalodonState):
             state = self._own_state(state)
-        result = super().forward(tokens, targets, state=state, return_state=return_state, **options)
+        with self._one_generator() if _draws(self) else contextlib.nullcontext():
+            result = super().forward(tokens, targets, state=state, return_state=return_state, **options)
         return (result[0], self._whole_state(result[1])) if return_state else result
 
     def _cross_entropy(
@@ -298,6 +360,17 @@ class TensorMegalodon(Megalodon):
             return output.all_tokens(loss, targets.shape)
         total = exchanged(loss, self.tensor_mesh, Partial(), Replicate())
         return total / (targets != ignore_index).sum() if reduction == "mean" else total
+
+    @contextlib.contextmanager
+    def _one_generator(self) -> Iterator[None]:
+        """Makes torch's generators draw on every rank what they draw on the group's first rank."""
+        device = self.embed.weight.device
+        with _random_again(device) as seed:
+            shared = torch.tensor(seed, device=device)
+            group = self.tensor_mesh.get_group()
+            dist.broadcast(shared, dist.get_global_rank(group, 0), group=group)
+            _seed(device, int(shared), 0)
+            yield
 
     def _own_state(self, state: MegalodonState) -> MegalodonState:
         """What this rank's layers take of a whole state."""
