@@ -11,10 +11,11 @@ from models import TINY, tiny_model, tokens_of
 from tensor_parallel import Work, compare, worst
 
 import megalodon_ops as mo
+from megalodon_ops.evaluation import evaluate
 from megalodon_ops.model import blocks
 
 pytest.importorskip("torch.distributed.fsdp")
-from megalodon_ops.distributed import make_mesh, parallelize  # noqa: E402
+from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
 
 EXACT, FLOAT32 = 1e-10, 1e-5
 CONFIGS = {
@@ -139,3 +140,65 @@ def test_what_cannot_be_split_is_refused_on_every_rank(ranks):
     assert "divides num_heads = 3 or that it divides, got 2" in heads
     assert "such as layers.0.mega.wv.extra; merge adapters first" in others
     assert "must be equal on the ranks of a tensor group, got different ones on ranks 0, 1" in tokens
+
+
+PROMPT = tokens_of(2, 13)
+
+
+def continues_saves_and_begins_on_meta(folder: str):
+    """Tokens, whether what was saved loads, and parameters of a model that began on `meta`, in one process's dtype."""
+    mesh = make_mesh("tensor=2", device_type="cpu")
+    model = parallelize(tiny_model(torch.float32, share_emb=True).eval(), mesh)
+    tokens = model.generate(PROMPT, max_new_tokens=9, seed=[0, 1])
+    nats = evaluate(model, [PROMPT[0]])[0].nats
+    model.save(folder)
+    again = parallelize(mo.Megalodon.load(folder), mesh, data="replicate")
+    same = all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in zip(model.parameters(), again.parameters()))
+    torch.manual_seed(7 + dist.get_rank())
+    with torch.device("meta"):
+        fresh = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    fresh = parallelize(fresh, mesh)
+    return tokens, nats, same, {name: p.full_tensor().detach() for name, p in fresh.named_parameters()}
+
+
+def test_generates_evaluates_is_saved_and_begins_on_meta(ranks, tmp_path):
+    model = tiny_model(torch.float32, share_emb=True).eval()
+    wanted = model.generate(PROMPT, max_new_tokens=9, seed=[0, 1])
+    nats = evaluate(model, [PROMPT[0]])[0].nats
+    torch.manual_seed(7)
+    fresh = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    for tokens, found_nats, same, values in ranks.run(continues_saves_and_begins_on_meta, 2, f"{tmp_path}/model"):
+        assert torch.equal(tokens, wanted) and found_nats == pytest.approx(nats, rel=1e-5) and same
+        for name, parameter in fresh.named_parameters():
+            assert torch.equal(values[name], parameter), name
+    for name, parameter in mo.Megalodon.load(tmp_path / "model").named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def trained(sizes: str | None, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and parameters of some steps of AdamW with clipping, in float64."""
+    model = tiny_model(torch.float64, ffn_hidden_dim=42)
+    if sizes is not None:
+        mesh = make_mesh(sizes, device_type="cpu")
+        model = parallelize(model, mesh)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for step in range(steps):
+        batch = torch.randint(TINY["vocab_size"], (4, 22), generator=torch.Generator().manual_seed(step))
+        batch = batch if sizes is None else split(batch, mesh, chunk_size=64)
+        loss = model.loss(batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    values = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    return losses, {name: value.detach() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("sizes", ["tensor=2", pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])
+def test_trains_as_one_process(ranks, sizes):
+    losses, parameters = trained(None, 3)
+    for found, values in ranks.run(trained, 4 if "data" in sizes else 2, sizes, 3):
+        assert found == pytest.approx(losses, rel=1e-10)
+        for name, value in parameters.items():
+            torch.testing.assert_close(values[name], value, rtol=1e-7, atol=1e-8, msg=name)
