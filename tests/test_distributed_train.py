@@ -20,7 +20,7 @@ if not hasattr(fsdp, "fully_shard"):
 pytestmark = pytest.mark.usefixtures("quick")
 
 STEPS = ("--steps", 20, "--eval-every", 8, "--checkpoint-every", 10)
-MESHES = {"data=2": 2, "data=4": 4, "chunk=2": 2, "data=2,chunk=2": 4}
+MESHES = {"data=2": 2, "data=4": 4, "chunk=2": 2, "data=2,chunk=2": 4, "data=2,tensor=2": 4}
 
 
 def assert_losses(out, wanted, tolerance, first=1):
@@ -107,6 +107,7 @@ def test_the_first_process_alone_is_heard(split):
         ("data=2", "data=4"),
         ("data=2,chunk=2", "data=2"),
         ("data=4", "chunk=2"),
+        ("data=2,tensor=2", "data=2"),
     ],
 )
 def test_a_run_goes_on_in_another_number_of_processes(ranks, alone, split, tmp_path, before, after):

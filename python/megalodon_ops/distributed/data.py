@@ -125,7 +125,7 @@ def local_part(full: Tensor, like: DTensor) -> Tensor:
     for dimension, placement in reversed(list(enumerate(like.placements))):
         if not placement.is_replicate():
             parts = full.chunk(like.device_mesh.size(dimension), placement.dim)
-            rank = like.device_mesh.get_local_rank(dimension)
+            rank = like.device_mesh.get_coordinate()[dimension]  # asks for no group, which may be one that has ended
             full = parts[rank] if rank < len(parts) else full.narrow(placement.dim, 0, 0)
     return full
 
