@@ -89,6 +89,24 @@ def test_streams_evaluates_and_saves(ranks):
     ranks.run(streams_and_evaluates, 2)
 
 
+def rounds_otherwise() -> str:
+    """The error of a rank whose output matrix is not that of the other one, when both have generated."""
+    model, _ = models()
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.output.output.weight.neg_()
+    try:
+        model.generate(tokens_of(1, 8), max_new_tokens=5, temperature=0.0)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_draw_other_tokens_say_so(ranks):
+    first, second = ranks.run(rounds_otherwise, 2)
+    assert first == second and first.startswith("generate: `generated tokens` must be equal on the ranks 0, 1, got ")
+
+
 def lone_model_shares_parameters() -> None:
     model, _ = models()
     alone = model.alone()

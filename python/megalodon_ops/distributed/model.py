@@ -24,7 +24,7 @@ from .exchange import total_loss, whole_rows
 from .pieces import Pieces, pieces_of
 from .ranks import Parallel
 from .states import state_of_piece, whole_state
-from .vote import clear_errors, device_of, integers
+from .vote import agree, clear_errors, device_of, integers
 
 
 def enable(
@@ -157,9 +157,8 @@ class ParallelMegalodon(Megalodon):
         found = super().generate(prompt, **options)
         if self._parallel.ranks > 1:  # processors that round otherwise could have drawn others
             tokens = found[0] if isinstance(found, tuple) else found
-            self._parallel.agree(
-                {"call": "the end of generate"}, of_team={"tokens": integers(tokens.flatten().tolist())}
-            )
+            facts = {"generated tokens": integers(tokens.flatten().tolist())}
+            agree(self._parallel.members.group, facts, op="generate")
         return found
 
     @torch.no_grad()
