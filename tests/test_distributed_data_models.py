@@ -158,7 +158,9 @@ def test_a_fault_in_one_rank_is_an_error_in_all(ranks):
     first, second = ranks.run(refusals, 2)
     assert first == second
     config, weights, data, dtype, twice, names, product, one = first
-    assert "`model.config.num_layers` must be equal on " in config and "3 on rank 1" in config
+    assert config == (
+        "parallelize: `model.config.num_layers` must be equal on the ranks 0, 1, got 3 on rank 1 and 2 on rank 0."
+    )
     assert "`model.embed.weight` must be equal on " in weights and "checksum" in weights
     assert "on rank 1" in data and '`data` must be "shard" or "replicate", got \'both\'' in data
     assert "`param_dtype` must be equal on " in dtype and "torch.bfloat16 on rank 1" in dtype
