@@ -197,7 +197,7 @@ WRONG = {
         "--length 31: the mesh's chunk=2 shares 1 row of 31 tokens, which must be at least 2 chunks of 16, or a multiple of 2 rows",
     ),
     "mesh": ([["--mesh", "data=3"]] * 2, "--mesh data=3: is of 3 processes, and there are 2"),
-    "seeds": ([["--seed", 1], ["--seed", 2]], "the options must be the same in all processes, got "),
+    "seeds": ([["--seed", 1], ["--seed", 2]], "--seed must be the same in all processes, got 1 in rank 0 and 2 in rank 1"),
     "loss": ([["--lr", 1e18]] * 2, "the loss is "),
     "device": ([["--device", "cuda:1"]] * 2, "--device cuda:1: "),
 }

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from megalodon_ops import Megalodon
 from megalodon_ops.cli import launch
+from megalodon_ops.cli.arguments import flag_of
 from megalodon_ops.cli.console import Progress, StopSignals
 from megalodon_ops.cli.data import load_data
 from megalodon_ops.cli.errors import CommandError
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         again = team.tell(launch.is_of_this_launch(folder) and has_checkpoint(folder))
         options.resume = again or getattr(options, "resume", False)
         settings, saved = team.together(resolve, options, folder, team)
-        team.alike({"the options": settings.record(), "the model": settings.config.to_dict()})
+        team.alike({flag_of(name): value for name, value in {**settings.record(), **settings.config.to_dict()}.items()})
         team.alike({"the checkpoint": None if saved is None else saved.step})
         team.in_first(launch.sign, folder)
         return _run(settings, saved, team, getattr(options, "mesh", None))
