@@ -87,6 +87,18 @@ def test_rows_that_are_cut_between_two_chunks(ranks, text, tmp_path, mesh, batch
     assert_losses(tmp_path / "split", tmp_path / "alone", 1e-4)
 
 
+def test_layers_that_are_split_and_whole_again(ranks, text, tmp_path):
+    options = (*STEPS, "--heads", 2)
+    assert train(text, tmp_path / "alone", *TINY, *options) == 0
+    results = ranks.run(command, 4, flags(text, tmp_path / "split", *options, "--mesh", "data=2,tensor=2"))
+    assert [result.code for result in results] == [0] * 4, results
+    assert_losses(tmp_path / "split", tmp_path / "alone", 1e-4)
+    out = copy_without_the_last(tmp_path / "split", tmp_path / "run")
+    results = ranks.run(command, 2, ["train", "--out", str(out), "--resume", "--mesh", "data=2"])
+    assert [result.code for result in results] == [0] * 2, results
+    assert_losses(out, tmp_path / "alone", 1e-4)
+
+
 def test_the_first_process_alone_is_heard(split):
     out, (first, *others) = split("data=2,chunk=2")
     assert [(result.out, result.err) for result in others] == [("", "")] * 3
@@ -197,7 +209,10 @@ WRONG = {
         "--length 31: the mesh's chunk=2 shares 1 row of 31 tokens, which must be at least 2 chunks of 16, or a multiple of 2 rows",
     ),
     "mesh": ([["--mesh", "data=3"]] * 2, "--mesh data=3: is of 3 processes, and there are 2"),
-    "seeds": ([["--seed", 1], ["--seed", 2]], "--seed must be the same in all processes, got 1 in rank 0 and 2 in rank 1"),
+    "seeds": (
+        [["--seed", 1], ["--seed", 2]],
+        "--seed must be the same in all processes, got 1 in rank 0 and 2 in rank 1",
+    ),
     "loss": ([["--lr", 1e18]] * 2, "the loss is "),
     "device": ([["--device", "cuda:1"]] * 2, "--device cuda:1: "),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import logging
 import math
 import os
 import socket
@@ -77,9 +78,8 @@ def text_of(mesh: dict[str, int]) -> str:
 
 def _start(timeout: timedelta) -> None:
     """Starts the process group of all processes."""
-    from megalodon_ops.distributed.start import start
-
     from megalodon_ops.distributed.mesh import await_workers
+    from megalodon_ops.distributed.start import start
 
     atexit.register(await_workers)
     has_gpu = torch.cuda.is_available()
@@ -119,7 +119,11 @@ def _environment_of_the_launcher() -> bytes:
 
 @contextmanager
 def only_the_first_is_heard(team: Team) -> Iterator[None]:
-    """Inside the block, what the other processes print is thrown away."""
+    """Inside the block, what the other processes print is thrown away.
+
+    torch's notes on how its own exchanges could be faster, which every process logs, are left out.
+    """
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     if team.first:
         yield
         return
