@@ -129,21 +129,13 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--tokenizer", dest="tokenizer_file", type=Path, metavar="FILE", help=file)
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/<time>)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out; other flags come from it")
-    run.add_argument(
-        "--steps", type=_natural, metavar="N", help="stop after N steps; nothing then depends on the clock"
-    )
-    run.add_argument(
-        "--minutes", type=_positive, metavar="M", help=f"stop after M minutes ({MINUTES:g}, unless --steps is given)"
-    )
-    run.add_argument(
-        "--eval-every", type=_natural, metavar="N", help=_default("steps between looks at held-out text", "eval_every")
-    )
+    run.add_argument("--steps", type=_natural, metavar="N", help="stop after N steps; nothing then depends on the clock")
+    run.add_argument("--minutes", type=_positive, metavar="M", help=f"stop after M minutes ({MINUTES:g}, unless --steps is given)")
+    run.add_argument("--eval-every", type=_natural, metavar="N", help=_default("steps between looks at held-out text", "eval_every"))
     run.add_argument(
         "--checkpoint-every", type=_natural, metavar="N", help=_default("steps between checkpoints", "checkpoint_every")
     )
-    run.add_argument(
-        "--seed", type=_seed, metavar="N", help=_default("of weights, order of documents, dropout", "seed")
-    )
+    run.add_argument("--seed", type=_seed, metavar="N", help=_default("of weights, order of documents, dropout", "seed"))
     _device_flags(run, argparse.SUPPRESS, argparse.SUPPRESS)
 
     several = parser.add_argument_group("several processes", "started by torchrun, on one machine or many")
@@ -176,12 +168,8 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
         help=_default("carry each row's state on to the next batch, or start every row afresh", "context"),
     )
     batch.add_argument("--lr", type=_positive, metavar="X", help=_default("peak learning rate", "lr"))
-    batch.add_argument(
-        "--warmup", type=_natural, metavar="N", help=_default("steps of warmup, then a cosine to zero", "warmup")
-    )
-    batch.add_argument(
-        "--weight-decay", type=_not_negative, metavar="X", help=_default("of weight matrices", "weight_decay")
-    )
+    batch.add_argument("--warmup", type=_natural, metavar="N", help=_default("steps of warmup, then a cosine to zero", "warmup"))
+    batch.add_argument("--weight-decay", type=_not_negative, metavar="X", help=_default("of weight matrices", "weight_decay"))
     batch.add_argument("--clip", type=_positive, metavar="X", help=_default("largest norm of the gradient", "clip"))
 
 
@@ -218,13 +206,9 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", type=_text, default=[], metavar="TEXT", help="end before it; repeatable"
     )
     parser.add_argument("--samples", type=_size, default=1, metavar="N", help="continuations of the prompt (1)")
-    parser.add_argument(
-        "--temperature", type=_not_negative, metavar="T", default=0.8, help="0 takes the likeliest token (0.8)"
-    )
+    parser.add_argument("--temperature", type=_not_negative, metavar="T", default=0.8, help="0 takes the likeliest token (0.8)")
     parser.add_argument("--top-k", type=_size, metavar="K", default=None, help="sample among the K likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=_fraction, metavar="P", default=None, help="sample among the likeliest tokens of mass P"
-    )
+    parser.add_argument("--top-p", type=_fraction, metavar="P", default=None, help="sample among the likeliest tokens of mass P")
     min_p = "sample among tokens at least P times as likely as the likeliest"
     parser.add_argument("--min-p", type=_fraction, default=None, metavar="P", help=min_p)
     penalty = "above 1, makes tokens that were read or written before less likely"
