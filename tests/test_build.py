@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import pybind11
 import pytest
@@ -220,11 +222,17 @@ def test_a_kernel_that_the_lowest_instruction_set_lacks_does_not_link(tmp_path):
 # Wheels
 
 
+def tool(name: str) -> ModuleType:
+    """A program in tools/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @needs_x86
 def test_a_wheel_with_avx_in_code_that_every_processor_runs_is_refused(tmp_path):
-    spec = importlib.util.spec_from_file_location("build_wheel", ROOT / "tools" / "build_wheel.py")
-    build_wheel = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build_wheel)
+    build_wheel = tool("build_wheel")
     (tmp_path / "doubles.cpp").write_text("void f(float* x) { for (int i = 0; i < 64; ++i) x[i] *= 2; }")
 
     def compiled(name: str, *flags: str) -> None:
@@ -240,3 +248,24 @@ def test_a_wheel_with_avx_in_code_that_every_processor_runs_is_refused(tmp_path)
     compiled("_C.dir/doubles.o", "-mavx2")
     with pytest.raises(AssertionError, match=r"AVX outside of the kernels for it.*_C\.dir/doubles\.o"):
         build_wheel.check_instructions(tmp_path)
+
+
+# The project's address
+
+
+def test_a_release_says_where_the_project_is(tmp_path):
+    """Every relative link of the README becomes one to a file of the commit, and nothing else changes."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("docs", "bench"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    url = "https://example.org/someone/megalodon_ops"
+    tool("name_repository").name_repository(tmp_path, url, "abc123")
+    before, after = (ROOT / "README.md").read_text(), (tmp_path / "README.md").read_text()
+    relative = re.findall(r"\]\((?!https?:|#)([^)]+)\)", before)
+    assert len(relative) > 20 and not re.findall(r"\]\((?!https?:|#)([^)]+)\)", after)
+    for kind in ("raw", "tree", "blob"):
+        after = after.replace(f"({url}/{kind}/abc123/", "(")
+    assert after == before
+    assert re.search(rf"!\[[^\]]*\]\({url}/raw/abc123/docs/pictures/\w+\.svg\)", (tmp_path / "README.md").read_text())
+    assert f'[project.urls]\nRepository = "{url}"\n' in (tmp_path / "pyproject.toml").read_text()
