@@ -87,18 +87,6 @@ def test_rows_that_are_cut_between_two_chunks(ranks, text, tmp_path, mesh, batch
     assert_losses(tmp_path / "split", tmp_path / "alone", 1e-4)
 
 
-def test_layers_that_are_split_and_whole_again(ranks, text, tmp_path):
-    options = (*STEPS, "--heads", 2)
-    assert train(text, tmp_path / "alone", *TINY, *options) == 0
-    results = ranks.run(command, 4, flags(text, tmp_path / "split", *options, "--mesh", "data=2,tensor=2"))
-    assert [result.code for result in results] == [0] * 4, results
-    assert_losses(tmp_path / "split", tmp_path / "alone", 1e-4)
-    out = copy_without_the_last(tmp_path / "split", tmp_path / "run")
-    results = ranks.run(command, 2, ["train", "--out", str(out), "--resume", "--mesh", "data=2"])
-    assert [result.code for result in results] == [0] * 2, results
-    assert_losses(out, tmp_path / "alone", 1e-4)
-
-
 def test_the_first_process_alone_is_heard(split):
     out, (first, *others) = split("data=2,chunk=2")
     assert [(result.out, result.err) for result in others] == [("", "")] * 3
