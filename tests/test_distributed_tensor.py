@@ -39,6 +39,12 @@ def test_equals_one_process_in_float32(ranks):
     assert error < FLOAT32, where
 
 
+def test_16_bit_matrices_differ_by_their_rounding_alone(ranks):
+    work = replace(CONFIGS["one head"], dtype=torch.float32, options=dict(param_dtype=torch.bfloat16))
+    error, where = worst(ranks.run(compare, 2, work))
+    assert 1e-4 < error < 0.15, where  # a rounding of bfloat16 is 0.004
+
+
 MESHES = {
     "data, tensor": ("data=2,tensor=2", 4, Work(past=8, config=dict(ffn_hidden_dim=42))),  # shards of 11 and 10
     "replicated": ("data=2,tensor=2", 4, Work(options=dict(data="replicate"), config=dict(share_emb=True))),

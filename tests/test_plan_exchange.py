@@ -21,8 +21,10 @@ MODEL = dict(
 )  # fmt: skip
 KINDS = {
     "_allgather_base_": "gathered", "all_gather_into_tensor": "gathered", "_reduce_scatter_base_": "scattered",
-    "reduce_scatter_tensor": "scattered", "alltoall_base_": "to all", "allreduce_": "reduced",
+    "reduce_scatter_tensor": "scattered", "alltoall_base_": "to all", "allreduce_": "reduced", "all_reduce": "reduced",
+    "all_gather_single": "gathered", "reduce_scatter_single": "scattered",
 }  # fmt: skip
+NO_EXCHANGE = ("wait_tensor", "_wrap_tensor_autograd")
 WHOLE_BATCH, LONG_BATCH = (2, 32), (2, 1024)
 VOTES = 512
 """Bytes, at most, of the small integers that ranks agree on, and of the loss's sum"""
@@ -36,11 +38,11 @@ class Collectives(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split("::")[1].split(".")[0]
-        if func.namespace == "c10d" or func.namespace == "_c10d_functional":
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        name, result = func.name().split("::")[1].split(".")[0], func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and name not in NO_EXCHANGE:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
             self.bytes[KINDS.get(name, name)] += max(tensor.nbytes for tensor in tensors)
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def counted(sizes: dict[str, int], fields: dict, options: dict) -> dict[str, int]:
@@ -83,6 +85,9 @@ CASES = {
     "replicated": ({"data": 2}, {}, dict(data="replicate")),
     "chunk": ({"chunk": 2}, {}, {}),
     "chunk, recomputed": ({"chunk": 2}, dict(layerwise_ckpt=True), {}),
+    "tensor": ({"tensor": 2}, {}, {}),
+    "tensor, recomputed, gain kept": ({"tensor": 2}, dict(layerwise_ckpt=True, rescale_nffn=True), {}),
+    "tensor, one head, bfloat16": ({"tensor": 2}, dict(num_heads=1), dict(param_dtype=torch.bfloat16)),
 }
 
 
@@ -112,7 +117,7 @@ def test_bytes_are_those_of_the_collectives(ranks, case):
             assert 0 <= size - expected[kind] <= VOTES, (case, kind, counts, dict(expected))
 
 
-@pytest.mark.parametrize("case", ["sharded", "sharded, bfloat16", "chunk"])
+@pytest.mark.parametrize("case", ["sharded", "sharded, bfloat16", "chunk", "tensor", "tensor, one head, bfloat16"])
 def test_what_is_kept_on_several_processes(ranks, case):
     """Within 5 %: exchanged states and copies of CEMA's coefficients are not all foreseen."""
     sizes, fields, options = CASES[case]
@@ -122,7 +127,7 @@ def test_what_is_kept_on_several_processes(ranks, case):
         config,
         rows // sizes.get("data", 1),
         context // sizes.get("chunk", 1),
-        1,
+        sizes.get("tensor", 1),
         options.get("param_dtype", torch.float32),
         False,
         "cpu",

@@ -144,7 +144,7 @@ class _TotalLoss(torch.autograd.Function):
                 dist.all_reduce(total, group=group)
         ranks = 1 if group is None else dist.get_world_size(group)
         ctx.save_for_backward(ranks / total[1] if mean else torch.full_like(total[1], ranks))
-        return (total[0] / total[1] if mean else total[0]).to(loss_sum.dtype)
+        return (total[0] / total[1] if mean else total[0].clone()).to(loss_sum.dtype)  # no view
 
     @staticmethod
     @torch.autograd.function.once_differentiable

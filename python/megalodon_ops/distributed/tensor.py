@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.utils._pytree import tree_map
 
 from ..model.blocks import BlockState, NormalizedAttention, NormalizedFFN
 from ..model.config import MegalodonConfig
@@ -196,7 +197,9 @@ class SummingLinear(OwnLinear):
     """A rank's own columns of a matrix, times its part of the input: own channels of the sum over ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return exchanged(super().forward(x), self.mesh, Partial(), _CHANNELS)
+        return exchanged(
+            super().forward(x), self.mesh, Partial(), _CHANNELS
+        ).clone()  # FSDP2 warns of outputs that are views
 
 
 class GatheringRMSNorm(_OwnPart, RMSNorm):
@@ -239,7 +242,7 @@ class SharedOutput(_OwnPart, Linear):
     def all_tokens(self, own: Tensor, shape: torch.Size) -> Tensor:
         """(B, L, ...) on every rank, of which all ranks make the same use."""
         whole = exchanged(own, self.mesh, Shard(0), Replicate())
-        return whole[: shape.numel()].unflatten(0, shape)
+        return whole[: shape.numel()].unflatten(0, shape).clone()
 
 
 class _Style(ParallelStyle):
@@ -358,7 +361,7 @@ class TensorMegalodon(Megalodon):
         )  # fmt: skip
         if reduction == "none":
             return output.all_tokens(loss, targets.shape)
-        total = exchanged(loss, self.tensor_mesh, Partial(), Replicate())
+        total = exchanged(loss, self.tensor_mesh, Partial(), Replicate()).clone()
         return total / (targets != ignore_index).sum() if reduction == "mean" else total
 
     @contextlib.contextmanager
@@ -399,7 +402,7 @@ class TensorMegalodon(Megalodon):
             k, v = whole(own.k, 2), whole(own.v.flatten(2), 2).unflatten(2, (heads, -1))
             return AttentionState(k[:, :, :: max(mesh.size() // heads, 1)], v, own.position)
 
-        return _parts(state, whole, of_attention)
+        return tree_map(torch.clone, _parts(state, whole, of_attention))
 
 
 def _parts(

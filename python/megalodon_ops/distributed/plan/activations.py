@@ -84,10 +84,11 @@ def kept_around_blocks(share: Share) -> dict[str, int]:
     d, g, *_ = share.widths
     D, classes = config.model_dim, share.classes
     if share.loss_is_one_block:
-        loss = T * D * share.narrow + T * classes * WIDE + WIDE  # the logits' logarithms of probabilities
+        loss = T * D * share.narrow + share.loss_tokens * classes * WIDE + WIDE  # logits' logarithms of probabilities
+        loss += share.gathered_output
         loss += classes * D * share.narrow * share.autocast
     else:
-        loss = WIDE * (T + classes) * D  # gradients, made in the same pass as the loss
+        loss = WIDE * (share.loss_tokens + classes) * D  # gradients, made in the same pass as the loss
     return {"final norm": T * d * share.residual + 3 * T * g * WIDE, "loss": loss}
 
 

@@ -59,8 +59,8 @@ def ops_around_blocks(share: Share) -> Iterator[Op]:
     d = share.widths[0]
     yield Op("embedding", "output and loss", 0, 0, 2 * T * d * share.narrow, 2 * T * d * share.narrow, False)
     yield _elementwise("final norm", T * d, 8, 13, share.residual)
-    loss = _product(share, "output", config.model_dim, share.classes)
-    logits = T * share.classes * (share.narrow + WIDE)
+    loss = _product(share, "output", config.model_dim, share.classes, share.loss_tokens)
+    logits = share.loss_tokens * share.classes * (share.narrow + WIDE)
     yield loss._replace(
         part="output and loss",
         forward_moves=loss.forward_moves + logits,
@@ -73,8 +73,8 @@ def ops_computed_again(share: Share) -> list[Op]:
     return [op for op in block_ops(share) if op.name != "fc2" or share.keeps_fc2]
 
 
-def _product(share: Share, name: str, inputs: int, outputs: int) -> Op:
-    T, e, weight = share.tokens, share.narrow, inputs * outputs
+def _product(share: Share, name: str, inputs: int, outputs: int, tokens: int | None = None) -> Op:
+    T, e, weight = share.tokens if tokens is None else tokens, share.narrow, inputs * outputs
     moved = (T * (inputs + outputs) + weight) * e
     cast = (WIDE + e) * weight * share.autocast
     return Op(name, "matrix products", 2 * T * weight, 4 * T * weight, moved + cast, 2 * moved + cast, True)

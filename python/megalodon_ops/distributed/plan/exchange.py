@@ -122,15 +122,23 @@ def _of_states(share: Share, layout: Layout, recompute: bool) -> list[Exchange]:
 
 
 def _of_tensors(share: Share, layout: Layout, recompute: bool) -> list[Exchange]:
-    """In a block t, CEMA's output and the feed-forward half's input are gathered, and the sums of wh2 and fc2 scattered.
+    """What the processes that share blocks exchange: see distributed/tensor.py.
 
-    The backward does the opposite of each. A block that is computed again stops before the sums of fc2.
+    In a block t, CEMA's output and the feed-forward half's input are gathered, and the sums of wh2 and fc2 scattered; the
+    last layer is gathered for the loss, and so is the output matrix. The backward does the opposite of each. A block that
+    is computed again stops before the sum of fc2.
     """
     group, layers = Group(layout.tensor, 1), share.config.num_layers
-    activation = share.tokens * share.config.model_dim * share.narrow
-    again = (4 + share.keeps_fc2) * recompute
-    of_loss = 2 * 3 * share.tokens * WIDE  # all-reduces of the largest logit, the sum and the target's
-    return [
-        Exchange("activations, forward", activation * (5 + again) * layers + activation + of_loss, group, False),
-        Exchange("activations, backward", activation * 5 * layers + activation, group, False),
-    ]
+    size = share.tokens * share.config.model_dim
+    gathered, summed = size * share.residual, size * share.narrow
+    whole = sum(p.size * (WIDE if p.is_wide or share.autocast else share.narrow) for p in share.whole_in_block())
+    found = {
+        "activations, all-gather forward": gathered * (3 * layers * (1 + recompute) + 1),
+        "activations, reduce-scatter forward": summed * layers * (2 + (1 + share.keeps_fc2) * recompute),
+        "activations, reduce-scatter backward": gathered * (3 * layers + 1),
+        "activations, all-gather backward": summed * 2 * layers,
+        "output matrix, all-gather": share.gathered_output,
+        "output matrix, reduce-scatter": share.gathered_output,
+        "gradients of what is whole, all-reduce": 2 * whole * layers,
+    }
+    return [Exchange(name, total, group, False) for name, total in found.items()]

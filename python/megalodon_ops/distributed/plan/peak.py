@@ -77,16 +77,16 @@ def _of_loss(share: Share, loss: int) -> int:
     if share.loss_is_one_block:  # logits in their dtype and in float32, or in float32 and their logarithms
         return max(loss - logits * WIDE + logits * (share.narrow + WIDE * (share.narrow < WIDE)), loss + logits * WIDE)
     if share.device == "cuda":  # torch's logarithms of probabilities
-        return loss + stream + logits * (share.narrow + WIDE)
+        return loss + stream + logits * (share.narrow + WIDE) + share.gathered_output
     product = min(_SLAB, share.classes * share.config.model_dim) * share.narrow
-    return loss + stream + logits * share.narrow + product
+    return loss + stream + logits * share.narrow + product + share.gathered_output
 
 
 def _of_loss_backward(share: Share, loss: int) -> int:
     logits, D = share.loss_rows * share.classes, share.config.model_dim
     if share.loss_is_one_block:  # the gradient of the logarithms, and of the logits
         return loss + 2 * logits * WIDE
-    hidden, weight = share.tokens * D, share.classes * D
+    hidden, weight = share.loss_tokens * D, share.classes * D
     scaled_weight = weight * (WIDE + share.narrow * (share.narrow < WIDE))
     return loss + max(hidden * (WIDE + share.narrow * (share.narrow < WIDE)), hidden * share.narrow + scaled_weight)
 

@@ -324,11 +324,12 @@ def _check_division(config: MegalodonConfig, mesh: dict[str, int], context: int,
 
     check("data", "the batch's sequences", batch)
     for what, size in (
-        ("the heads", config.num_heads), ("the norm groups", config.norm_num_groups), ("the channels", config.model_dim),
-        ("the width of values", config.value_dim), ("the hidden units", config.ffn_hidden_dim),
-        ("the outputs", config.num_outputs),
+        ("the norm groups", config.norm_num_groups), ("the width of values", config.value_dim),
+        ("the hidden units", config.ffn_hidden_dim),
     ):  # fmt: skip
         check("tensor", what, size)
+    if mesh["tensor"] % config.num_heads:  # otherwise processes share heads
+        check("tensor", "the heads", config.num_heads)
     if mesh["chunk"] > 1:
         if context % config.chunk_size:
             raise ValueError(

@@ -12,8 +12,9 @@ import torch
 from ...model.config import MegalodonConfig
 
 _BLOCK = {"cpu": (1 << 23) - 1024, "cuda": 1 << 26}  # logits in a block of the loss: ops/loss.py
-_SPLIT_BY_ROWS = ("cema.", "timenorm.", "final_norm.", "wv.", "wz.", "wr.", "wh1.", "fc1.", "fc3.", "output.output.")
-_SPLIT_BY_COLUMNS = ("embed.", "mega.gamma", "mega.beta", "wh2.", "fc2.")
+_SPLIT_BY_ROWS = ("cema.", "timenorm.", "final_norm.", "wv.", "wr.", "wh1.", "fc1.", "fc3.", "nffn.alpha")
+_SPLIT_BY_COLUMNS = ("embed.", "output.output.", "wh2.", "fc2.")
+_SPLIT_BY_HEADS = {"wz.": 0, "mega.gamma": 1, "mega.beta": 1}  # whole where heads are shared
 WIDE = 4
 """bytes of a number that stays float32 beside 16-bit activations"""
 
@@ -41,7 +42,7 @@ class Share:
     """The work of the process that has most of it.
 
     `rows` sequences of `length` tokens each; `tensor` processes share every block: channels, norm groups, heads, value
-    and hidden dimensions are split between them.
+    and hidden dimensions are split between them, and the tokens of the loss. Where they are more than the heads, some share one.
     """
 
     config: MegalodonConfig
@@ -72,17 +73,26 @@ class Share:
     def widths(self) -> tuple[int, int, int, int, int, int]:
         """This process's channels, norm groups, heads, and widths of keys, values and the feed-forward half."""
         config = self.config
-        whole = (
-            config.model_dim, config.norm_num_groups, config.num_heads, config.z_dim, config.value_dim,
-            config.ffn_hidden_dim,
-        )  # fmt: skip
-        d, g, h, z, v, f = (size // self.tensor for size in whole)
-        return d, g, h, z, v, f
+        whole = (config.model_dim, config.norm_num_groups, config.value_dim, config.ffn_hidden_dim)
+        d, g, v, f = (size // self.tensor for size in whole)
+        heads = max(config.num_heads // self.tensor, 1)
+        return d, g, heads, heads * config.z_dim // config.num_heads, v, f
 
     @property
     def classes(self) -> int:
-        """This process's part of the vocabulary."""
-        return self.config.num_outputs // self.tensor
+        """The vocabulary that logits are of."""
+        return self.config.num_outputs
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens whose loss this process computes."""
+        return -(-self.tokens // self.tensor)
+
+    @property
+    def gathered_output(self) -> int:
+        """Bytes of the output matrix where it is gathered from the processes that share blocks."""
+        width = WIDE if self.autocast else self.narrow
+        return self.classes * self.config.model_dim * width * (self.tensor > 1)
 
     @property
     def pairs(self) -> int:
@@ -94,14 +104,14 @@ class Share:
     @property
     def loss_is_one_block(self) -> bool:
         """Whether all logits exist at once: see `linear_cross_entropy`."""
-        return self.tokens * self.classes <= _BLOCK[self.device] or 4 * self.classes <= self.config.model_dim
+        return self.loss_tokens * self.classes <= _BLOCK[self.device] or 4 * self.classes <= self.config.model_dim
 
     @property
     def loss_rows(self) -> int:
         """Tokens in a block of the loss."""
         if self.loss_is_one_block:
-            return self.tokens
-        return min(max(_BLOCK[self.device] // self.classes // 64, 1) * 64, self.tokens)
+            return self.loss_tokens
+        return min(max(_BLOCK[self.device] // self.classes // 64, 1) * 64, self.loss_tokens)
 
     @property
     def keeps_fc2(self) -> bool:
@@ -123,7 +133,19 @@ class Share:
         """Embedding, final norm and output matrix."""
         return [parameter for parameter in self.parameters() if not parameter.name.startswith("layers.")]
 
+    def whole_in_block(self) -> list[Parameter]:
+        """The parameters of a block that every process which shares it has whole."""
+        if self.tensor == 1:
+            return []
+        whole = dict(self.config.parameter_shapes())
+        return [parameter for parameter in self.of_block() if parameter.shape == tuple(whole[parameter.name])]
+
     def _split(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        by_heads = next((dim for part, dim in _SPLIT_BY_HEADS.items() if part in name), None)
+        if by_heads is not None:
+            if self.config.num_heads % self.tensor:
+                return shape
+            return tuple(size // self.tensor if dim == by_heads else size for dim, size in enumerate(shape))
         if any(part in name for part in _SPLIT_BY_ROWS):
             return (shape[0] // self.tensor, *shape[1:])
         if any(part in name for part in _SPLIT_BY_COLUMNS):
