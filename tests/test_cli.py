@@ -13,7 +13,8 @@ from command_line import rows, shell
 import megalodon_ops
 from megalodon_ops import startup
 from megalodon_ops.cli import main
-from megalodon_ops.cli.arguments import EXAMPLES, parse
+from megalodon_ops.cli.arguments import parse
+from megalodon_ops.cli.examples import EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -14,7 +14,8 @@ from megalodon_ops.errors import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training import Batches, Shards, hold_out
 from megalodon_ops.training.corpus import taken_while_they_fit
-from megalodon_ops.training.shards import MOST_HELD_OUT, finish, shard_name, write_shard
+from megalodon_ops.training.shard_files import dtype_of, finish, shard_name, write_shard
+from megalodon_ops.training.shards import MOST_HELD_OUT
 
 BYTES = ByteTokenizer()
 texts = st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=25)
@@ -124,12 +125,11 @@ def test_any_program_reads_the_files(tmp_path, bpe):
     ("size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32"), (1 << 24, "uint32")]
 )
 def test_ids_take_few_bytes(size, dtype):
-    from megalodon_ops.training.shards import _dtype
 
     class Sized(ByteTokenizer):
         output_size = size
 
-    assert _dtype(Sized()) == dtype
+    assert dtype_of(Sized()) == dtype
 
 
 def test_a_document_without_tokens_is_counted(tmp_path):

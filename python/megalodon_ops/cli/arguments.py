@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from megalodon_ops import MegalodonConfig, __version__
+from megalodon_ops.cli import kinds
+from megalodon_ops.cli.examples import EXAMPLES, SEVERAL
 
 SMALL = "small"
 """The preset of the default run"""
@@ -129,21 +130,38 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--tokenizer", dest="tokenizer_file", type=Path, metavar="FILE", help=file)
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/<time>)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out; other flags come from it")
-    run.add_argument("--steps", type=_natural, metavar="N", help="stop after N steps; nothing then depends on the clock")
-    run.add_argument("--minutes", type=_positive, metavar="M", help=f"stop after M minutes ({MINUTES:g}, unless --steps is given)")
-    run.add_argument("--eval-every", type=_natural, metavar="N", help=_default("steps between looks at held-out text", "eval_every"))
     run.add_argument(
-        "--checkpoint-every", type=_natural, metavar="N", help=_default("steps between checkpoints", "checkpoint_every")
+        "--steps", type=kinds.natural, metavar="N", help="stop after N steps; nothing then depends on the clock"
     )
-    run.add_argument("--seed", type=_seed, metavar="N", help=_default("of weights, order of documents, dropout", "seed"))
+    run.add_argument(
+        "--minutes",
+        type=kinds.positive,
+        metavar="M",
+        help=f"stop after M minutes ({MINUTES:g}, unless --steps is given)",
+    )
+    run.add_argument(
+        "--eval-every",
+        type=kinds.natural,
+        metavar="N",
+        help=_default("steps between looks at held-out text", "eval_every"),
+    )
+    run.add_argument(
+        "--checkpoint-every",
+        type=kinds.natural,
+        metavar="N",
+        help=_default("steps between checkpoints", "checkpoint_every"),
+    )
+    run.add_argument(
+        "--seed", type=kinds.seed, metavar="N", help=_default("of weights, order of documents, dropout", "seed")
+    )
     _device_flags(run, argparse.SUPPRESS, argparse.SUPPRESS)
 
     several = parser.add_argument_group("several processes", "started by torchrun, on one machine or many")
     mesh = "how they share a batch, its rows over data and its length over chunk, and layers over tensor (data=<their number>)"
-    several.add_argument("--mesh", type=_mesh, metavar="data=N,chunk=M", help=mesh)
+    several.add_argument("--mesh", type=kinds.mesh_sizes, metavar="data=N,chunk=M", help=mesh)
     several.add_argument(
         "--timeout",
-        type=_positive,
+        type=kinds.positive,
         metavar="SECONDS",
         help="how long they wait for each other before they give up (600)",
     )
@@ -155,22 +173,30 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
         "--preset", choices=[SMALL, *MegalodonConfig.presets()], help=_default("where to start", "preset")
     )
     for field, (flag, kind, meaning) in MODEL_FLAGS.items():
-        model.add_argument(flag, dest=field, type=kind, metavar="N" if kind is _natural else "X", help=meaning)
+        model.add_argument(flag, dest=field, type=kind, metavar="N" if kind is kinds.natural else "X", help=meaning)
     for flag, meaning in MODEL_SWITCHES.items():
         model.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
 
     batch = parser.add_argument_group("batches and optimizer (AdamW)")
-    batch.add_argument("--batch", type=_natural, metavar="N", help=_default("rows in a batch", "batch"))
-    batch.add_argument("--length", type=_natural, metavar="N", help=_default("bytes, or tokens, in a row", "length"))
+    batch.add_argument("--batch", type=kinds.natural, metavar="N", help=_default("rows in a batch", "batch"))
+    batch.add_argument(
+        "--length", type=kinds.natural, metavar="N", help=_default("bytes, or tokens, in a row", "length")
+    )
     batch.add_argument(
         "--context",
         choices=["streamed", "packed"],
         help=_default("carry each row's state on to the next batch, or start every row afresh", "context"),
     )
-    batch.add_argument("--lr", type=_positive, metavar="X", help=_default("peak learning rate", "lr"))
-    batch.add_argument("--warmup", type=_natural, metavar="N", help=_default("steps of warmup, then a cosine to zero", "warmup"))
-    batch.add_argument("--weight-decay", type=_not_negative, metavar="X", help=_default("of weight matrices", "weight_decay"))
-    batch.add_argument("--clip", type=_positive, metavar="X", help=_default("largest norm of the gradient", "clip"))
+    batch.add_argument("--lr", type=kinds.positive, metavar="X", help=_default("peak learning rate", "lr"))
+    batch.add_argument(
+        "--warmup", type=kinds.natural, metavar="N", help=_default("steps of warmup, then a cosine to zero", "warmup")
+    )
+    batch.add_argument(
+        "--weight-decay", type=kinds.not_negative, metavar="X", help=_default("of weight matrices", "weight_decay")
+    )
+    batch.add_argument(
+        "--clip", type=kinds.positive, metavar="X", help=_default("largest norm of the gradient", "clip")
+    )
 
 
 def _eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -179,15 +205,17 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
     context = (
         "predict from at most N tokens, in windows that each start afresh, or from all before ('all', the default)"
     )
-    parser.add_argument("--context", nargs="+", type=_context, default=["all"], metavar="N", help=context)
+    parser.add_argument("--context", nargs="+", type=kinds.context_length, default=["all"], metavar="N", help=context)
     protocol = "'released' follows the released code beyond 8 chunks: norms know the last 6 chunks alone (streamed)"
     parser.add_argument("--protocol", choices=["streamed", "released"], default="streamed", help=protocol)
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all figures")
     picture = "draw the loss by how many tokens a prediction is made from"
     parser.add_argument("--by-position", type=Path, default=None, metavar="FILE", help=picture)
-    parser.add_argument("--batch", type=_size, default=8, metavar="N", help="documents read side by side (8)")
+    parser.add_argument(
+        "--batch", type=kinds.small_natural, default=8, metavar="N", help="documents read side by side (8)"
+    )
     piece = "tokens of a document in memory at once, which changes time and memory but not the result (2048)"
-    parser.add_argument("--piece", type=_size, default=2048, metavar="N", help=piece)
+    parser.add_argument("--piece", type=kinds.small_natural, default=2048, metavar="N", help=piece)
     _tokenizer_flag(parser)
     _device_flags(parser, "cpu", None)
 
@@ -198,22 +226,30 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", help="text to continue (none: a new document)")
     prompt.add_argument("--prompt-file", type=Path, metavar="PATH", help="file to continue; - is standard input")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--bytes", type=_natural, default=1000, metavar="N", help="how many to write (1000)")
+    length.add_argument("--bytes", type=kinds.natural, default=1000, metavar="N", help="how many to write (1000)")
     length.add_argument(
-        "--tokens", type=_natural, default=None, metavar="N", help="how many to write, instead of bytes"
+        "--tokens", type=kinds.natural, default=None, metavar="N", help="how many to write, instead of bytes"
     )
     parser.add_argument(
-        "--stop", action="append", type=_text, default=[], metavar="TEXT", help="end before it; repeatable"
+        "--stop", action="append", type=kinds.some_text, default=[], metavar="TEXT", help="end before it; repeatable"
     )
-    parser.add_argument("--samples", type=_size, default=1, metavar="N", help="continuations of the prompt (1)")
-    parser.add_argument("--temperature", type=_not_negative, metavar="T", default=0.8, help="0 takes the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=_size, metavar="K", default=None, help="sample among the K likeliest tokens")
-    parser.add_argument("--top-p", type=_fraction, metavar="P", default=None, help="sample among the likeliest tokens of mass P")
+    parser.add_argument(
+        "--samples", type=kinds.small_natural, default=1, metavar="N", help="continuations of the prompt (1)"
+    )
+    parser.add_argument(
+        "--temperature", type=kinds.not_negative, metavar="T", default=0.8, help="0 takes the likeliest token (0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=kinds.small_natural, metavar="K", default=None, help="sample among the K likeliest tokens"
+    )
+    parser.add_argument(
+        "--top-p", type=kinds.fraction, metavar="P", default=None, help="sample among the likeliest tokens of mass P"
+    )
     min_p = "sample among tokens at least P times as likely as the likeliest"
-    parser.add_argument("--min-p", type=_fraction, default=None, metavar="P", help=min_p)
+    parser.add_argument("--min-p", type=kinds.fraction, default=None, metavar="P", help=min_p)
     penalty = "above 1, makes tokens that were read or written before less likely"
-    parser.add_argument("--repetition-penalty", type=_positive, default=None, metavar="R", help=penalty)
-    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the samples (0)")
+    parser.add_argument("--repetition-penalty", type=kinds.positive, default=None, metavar="R", help=penalty)
+    parser.add_argument("--seed", type=kinds.seed, metavar="N", default=0, help="of the samples (0)")
     _tokenizer_flag(parser)
     _device_flags(parser, "cpu", None)
 
@@ -221,11 +257,11 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
 def _tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", default=[], type=Path, metavar="FILE", help="text, or folders of it")
     glob = "of folders, take the files that match; repeatable (those of text)"
-    parser.add_argument("--glob", action="append", type=_glob, metavar="PATTERN", help=glob)
+    parser.add_argument("--glob", action="append", type=kinds.glob_pattern, metavar="PATTERN", help=glob)
     train = "learn from the FILEs (Python's standard library) what `train` learns from, without what it holds out"
     parser.add_argument("--train", action="store_true", default=False, help=train)
     size = "most ids: 256 bytes, merges, and one that opens a document"
-    parser.add_argument("--vocab-size", type=_vocabulary, default=None, metavar="N", help=size)
+    parser.add_argument("--vocab-size", type=kinds.vocabulary, default=None, metavar="N", help=size)
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the file to write")
     see = "a tokenizer's file, or a folder with one, to see what it makes of the FILEs"
     parser.add_argument("--tokenizer", type=Path, default=None, metavar="FILE", help=see)
@@ -235,15 +271,17 @@ def _tokenize_flags(parser: argparse.ArgumentParser) -> None:
     files = "text, each file a document; .jsonl, each line an object with a document; or folders (Python's standard library)"
     parser.add_argument("files", nargs="*", default=[], type=Path, metavar="FILE", help=files)
     glob = "of folders, take the files that match; repeatable (those of text)"
-    parser.add_argument("--glob", action="append", type=_glob, metavar="PATTERN", help=glob)
+    parser.add_argument("--glob", action="append", type=kinds.glob_pattern, metavar="PATTERN", help=glob)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make, or to go on with")
     file = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
     parser.add_argument("--tokenizer", type=Path, default=None, metavar="FILE", help=file)
-    parser.add_argument("--field", type=_text, default="text", help="of lines of JSON, what holds the document (text)")
+    parser.add_argument(
+        "--field", type=kinds.some_text, default="text", help="of lines of JSON, what holds the document (text)"
+    )
     workers = "processes, which change the time but not the result (one a core)"
-    parser.add_argument("--workers", type=_natural, default=None, metavar="N", help=workers)
+    parser.add_argument("--workers", type=kinds.natural, default=None, metavar="N", help=workers)
     size = "MiB of text in a shard, what is made anew after a kill; a longer file of text stays whole (64)"
-    parser.add_argument("--shard-size", type=_shard_size, default=64, metavar="N", help=size)
+    parser.add_argument("--shard-size", type=kinds.shard_size, default=64, metavar="N", help=size)
     check = "compare the folder --out with its checksums instead, all tokens among it"
     parser.add_argument("--check", action="store_true", default=False, help=check)
 
@@ -269,7 +307,9 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16", "float64"], default=None,
         help="of the linear layers and the embedding (that of SRC, or float32)",
     )  # fmt: skip
-    parser.add_argument("--shards", type=_natural, default=1, metavar="N", help="files of N ranks, for official (1)")
+    parser.add_argument(
+        "--shards", type=kinds.natural, default=1, metavar="N", help="files of N ranks, for official (1)"
+    )
     parser.add_argument(
         "--tokens", type=Path, default=None, metavar="FILE",
         help="ids to measure a port's difference on, with spaces between them; the first 4,096 count (random words)",
@@ -295,7 +335,7 @@ def _checkpoint_flag(parser: argparse.ArgumentParser) -> None:
 def _data_flags(parser: argparse._ActionsContainer, meaning: str) -> None:
     parser.add_argument("--data", nargs="+", type=Path, metavar="PATH", help=meaning)
     glob = "of folders, take the files that match, such as '*.py' or 'src/*.c', text or not; repeatable (those of text)"
-    parser.add_argument("--glob", action="append", type=_glob, metavar="PATTERN", help=glob)
+    parser.add_argument("--glob", action="append", type=kinds.glob_pattern, metavar="PATTERN", help=glob)
 
 
 def _device_flags(parser: argparse._ActionsContainer, device: str, dtype: str | None) -> None:
@@ -308,129 +348,20 @@ def _default(text: str, name: str) -> str:
     return f"{text} ({DEFAULTS[name]})"
 
 
-def _number(kind: Callable, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    def parse_number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:  # int refuses thousands of digits, too
-            value = math.nan
-        if not (abs(value) < 2**63 and accepts(value)):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text[:40]}{'...' * (len(text) > 40)}")
-        return value
-
-    return parse_number
-
-
-def is_glob(pattern: str) -> bool:
-    """Whether `Path.match` takes the pattern."""
-    try:
-        Path("name").match(pattern)
-    except ValueError:
-        return False
-    return True
-
-
-def _mesh(text: str) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in ("data", "chunk", "tensor") or name in sizes or not size.isascii() or not size.isdigit():
-            raise argparse.ArgumentTypeError(
-                f"must be sizes of data, chunk and tensor such as data=2,chunk=2, got {text[:40]!r}"
-            )
-        sizes[name] = int(size[:10])
-    if 0 in sizes.values():
-        raise argparse.ArgumentTypeError(f"must have sizes of at least 1, got {text[:40]!r}")
-    return sizes
-
-
-def _glob(text: str) -> str:
-    if not is_glob(text):
-        raise argparse.ArgumentTypeError(f"must be a pattern of file names such as '*.py', got {text!r}")
-    return text
-
-
-def _text(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must be text, got none")
-    return text
-
-
-def _context(text: str) -> int | str:
-    return text if text == "all" else _tokens(text)
-
-
-_tokens = _number(int, lambda x: 0 < x < 2**62, "'all' or a whole number above 0 and below 2^62")
-_natural = _number(int, lambda x: x > 0, "a whole number above 0 and below 2^63")
-_size = _number(int, lambda x: 0 < x < 2**31, "a whole number above 0 and below 2^31")
-_vocabulary = _number(int, lambda x: 257 < x < 2**24, "a whole number above 257 and below 2^24")
-_shard_size = _number(int, lambda x: 0 < x < 2**20, "a whole number of MiB above 0 and below 2^20")
-_seed = _number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
-_positive = _number(float, lambda x: x > 0, "a number above 0")
-_not_negative = _number(float, lambda x: x >= 0, "a number, 0 or above")
-_probability = _number(float, lambda x: 0 <= x < 1, "a probability, from 0 to below 1")
-_fraction = _number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
-natural, positive, fraction, mesh_sizes = _natural, _positive, _fraction, _mesh
-"""What flags of `plan` accept, too"""
-
-SEVERAL = "torchrun --nproc-per-node 4 --max-restarts 3 "
-"""How an example begins that runs in several processes"""
-EXAMPLES = {
-    "info": ["info"],
-    "train": [
-        "train",
-        "train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose",
-        "train --out runs/prose --resume --minutes 60",
-        "train --tokenizer bpe.json --data book.txt",
-        "train --data tokens --out runs/long",
-        "train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 2e-3 --seed 1",
-        f"{SEVERAL}train --mesh data=2,chunk=2 --batch 4 --length 8192 --chunk 1024 --out runs/four",
-    ],
-    "eval": [
-        "eval --checkpoint runs/prose",
-        "eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all",
-        "eval --checkpoint runs/prose --data other.txt --json figures.json --by-position loss.png --piece 8192",
-    ],
-    "generate": [
-        "generate --checkpoint runs/prose --prompt 'Call me ' --bytes 500",
-        "generate --checkpoint runs/prose --prompt-file - --temperature 0.7 --top-p 0.9 < chapter.txt",
-        "generate --checkpoint runs/prose --prompt 'Q: ' --stop 'Q:' --samples 3 --tokens 100 --min-p 0.05",
-    ],
-    "tokenizer": [
-        "tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'",
-        "tokenizer --tokenizer bpe.json other.txt",
-    ],
-    "tokenize": [
-        "tokenize --tokenizer bpe.json --out tokens crawl.jsonl books --workers 8",
-        "tokenize --check --out tokens",
-    ],
-    "convert": [
-        "convert --from official --to own released/ model/",
-        "convert --from own --to official --shards 2 runs/prose released/",
-        "convert --from port --to hf port/ model/ --tokens ids.txt",
-    ],
-    "plan": [
-        "plan --preset paper7B --devices 256 --mesh data=128,chunk=2 --context 32768 --card a100",
-        "plan --preset mega1.3B --mesh data=8 --context 8192 --batch 64 --card h100 --recompute --efficiency 0.4",
-        "plan --config runs/prose --card cpu --memory 64 --tflops 2 --bandwidth 100 --dtype float32 --json -",
-    ],
-}
-"""Examples of every command for its help; the main help shows the first of each command"""
-
 MODEL_FLAGS = {
-    "model_dim": ("--dim", _natural, "width of the model"),
-    "num_layers": ("--layers", _natural, "blocks"),
-    "num_heads": ("--heads", _natural, "of the attention"),
-    "chunk_size": ("--chunk", _natural, "steps that attend to each other"),
-    "z_dim": ("--z-dim", _natural, "width of queries and keys, all heads"),
-    "value_dim": ("--value-dim", _natural, "width of values, all heads"),
-    "ffn_hidden_dim": ("--ffn-dim", _natural, "hidden units of the feed-forward half"),
-    "cema_ndim": ("--cema-ndim", _natural, "complex states a channel"),
-    "norm_num_groups": ("--norm-groups", _natural, "groups of the timestep norms"),
-    "rope_base": ("--rope-base", _positive, "of rotary frequencies, 10000 unless given"),
-    "dropout": ("--dropout", _probability, "of what each half of a block adds"),
-    "hidden_dropout": ("--hidden-dropout", _probability, "inside the halves"),
-    "attention_dropout": ("--attention-dropout", _probability, "probability of DropKey"),
+    "model_dim": ("--dim", kinds.natural, "width of the model"),
+    "num_layers": ("--layers", kinds.natural, "blocks"),
+    "num_heads": ("--heads", kinds.natural, "of the attention"),
+    "chunk_size": ("--chunk", kinds.natural, "steps that attend to each other"),
+    "z_dim": ("--z-dim", kinds.natural, "width of queries and keys, all heads"),
+    "value_dim": ("--value-dim", kinds.natural, "width of values, all heads"),
+    "ffn_hidden_dim": ("--ffn-dim", kinds.natural, "hidden units of the feed-forward half"),
+    "cema_ndim": ("--cema-ndim", kinds.natural, "complex states a channel"),
+    "norm_num_groups": ("--norm-groups", kinds.natural, "groups of the timestep norms"),
+    "rope_base": ("--rope-base", kinds.positive, "of rotary frequencies, 10000 unless given"),
+    "dropout": ("--dropout", kinds.probability, "of what each half of a block adds"),
+    "hidden_dropout": ("--hidden-dropout", kinds.probability, "inside the halves"),
+    "attention_dropout": ("--attention-dropout", kinds.probability, "probability of DropKey"),
 }
 """Fields of the configuration: flag, what the flag accepts, what the field is"""
 MODEL_SWITCHES = {

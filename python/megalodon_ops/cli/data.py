@@ -14,7 +14,8 @@ from pathlib import Path
 
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.training.corpus import Corpus, hold_out
-from megalodon_ops.training.shards import Shards, is_complete, is_tokens
+from megalodon_ops.training.shard_files import is_complete, is_tokens
+from megalodon_ops.training.shards import Shards
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 

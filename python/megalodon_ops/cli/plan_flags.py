@@ -6,15 +6,8 @@ import argparse
 from pathlib import Path
 
 from megalodon_ops import MegalodonConfig
-from megalodon_ops.cli.arguments import (
-    MODEL_FLAGS,
-    MODEL_SWITCHES,
-    SMALL,
-    fraction,
-    mesh_sizes,
-    natural,
-    positive,
-)
+from megalodon_ops.cli import kinds
+from megalodon_ops.cli.arguments import MODEL_FLAGS, MODEL_SWITCHES, SMALL
 from megalodon_ops.distributed.plan import CARDS
 
 ALIASES = {"a100": "a100-80"}
@@ -31,23 +24,23 @@ FIGURES = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("devices")
-    where.add_argument("--devices", type=natural, metavar="N", help="how many (those of --mesh, or 1)")
+    where.add_argument("--devices", type=kinds.natural, metavar="N", help="how many (those of --mesh, or 1)")
     mesh = "how they share a batch: rows over data, length over chunk, matrices over tensor (data=<--devices>)"
-    where.add_argument("--mesh", type=mesh_sizes, metavar="data=N,chunk=M", help=mesh)
+    where.add_argument("--mesh", type=kinds.mesh_sizes, metavar="data=N,chunk=M", help=mesh)
     cards = [*ALIASES, *CARDS, CPU]
     where.add_argument(
         "--card", choices=cards, default="a100", help="a100 is of 80 GB; cpu needs the figures below (a100)"
     )
     for name, (unit, meaning) in FIGURES.items():
-        where.add_argument(f"--{name}", type=positive, metavar=unit, help=f"{meaning} (the card's)")
-    where.add_argument("--node", type=natural, default=8, metavar="N", help="devices that fast links join (8)")
+        where.add_argument(f"--{name}", type=kinds.positive, metavar=unit, help=f"{meaning} (the card's)")
+    where.add_argument("--node", type=kinds.natural, default=8, metavar="N", help="devices that fast links join (8)")
     shares = "share of the peak rates that is assumed to be reached: one, or of operations, memory and links (0.5)"
-    where.add_argument("--efficiency", type=fraction, nargs="+", default=[0.5], metavar="E", help=shares)
+    where.add_argument("--efficiency", type=kinds.fraction, nargs="+", default=[0.5], metavar="E", help=shares)
 
     work = parser.add_argument_group("work")
-    work.add_argument("--context", type=natural, metavar="N", help="tokens of a sequence (8 chunks)")
+    work.add_argument("--context", type=kinds.natural, metavar="N", help="tokens of a sequence (8 chunks)")
     work.add_argument(
-        "--batch", type=natural, metavar="N", help="sequences of a step, of all devices (one for each of data)"
+        "--batch", type=kinds.natural, metavar="N", help="sequences of a step, of all devices (one for each of data)"
     )
     dtypes = "of products and activations; autocast: bfloat16 products of float32 parameters (bfloat16)"
     work.add_argument("--dtype", choices=["float32", "bfloat16", "autocast"], default="bfloat16", help=dtypes)
@@ -77,7 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     choice = model.add_mutually_exclusive_group()
     choice.add_argument("--preset", choices=[SMALL, *MegalodonConfig.presets()], help=f"where to start ({SMALL})")
     choice.add_argument("--config", type=Path, metavar="PATH", help="a folder with a model, a run's, or a config.json")
-    model.add_argument("--vocab", type=natural, metavar="N", help="ids of the tokenizer (the preset's, or bytes)")
+    model.add_argument("--vocab", type=kinds.natural, metavar="N", help="ids of the tokenizer (the preset's, or bytes)")
     for field, (flag, kind, meaning) in MODEL_FLAGS.items():
         model.add_argument(flag, dest=field, type=kind, help=meaning)
     for flag, meaning in MODEL_SWITCHES.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megalodon_ops.cli.arguments import SMALL, is_glob
+from megalodon_ops.cli.arguments import SMALL
+from megalodon_ops.cli.kinds import is_glob
 from megalodon_ops.model.config import MegalodonConfig
 from megalodon_ops.ops.values import is_number, is_whole
 from megalodon_ops.training import schema

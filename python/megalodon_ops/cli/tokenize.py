@@ -28,7 +28,8 @@ from megalodon_ops.cli.models import read_tokenizer
 from megalodon_ops.errors import FileError
 from megalodon_ops.model.files import read_json, remove_drafts, write_whole
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
-from megalodon_ops.training.shards import PLAN, Shards, finish, is_complete, read_shard_record, shard_name, write_shard
+from megalodon_ops.training.shard_files import PLAN, finish, is_complete, read_shard_record, shard_name, write_shard
+from megalodon_ops.training.shards import Shards
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,175 +1,33 @@
 """Documents as tokens in files that are memory-mapped: the folder that `python -m megalodon_ops tokenize` writes.
 
-    tokens/  dataset.json                   counts, the tokenizer's fingerprint, the sha256 of each shard.json
-             tokenizer.json ...             the tokenizer's files
-             shard-000000/  tokens.npy      (T,) uint8, uint16 or uint32: the ids of the documents, end to end
-                            documents.npy   (N, 3) uint64, a row for each document: where it ends in the shard's tokens,
-                                            where in the shard's text, and its key
-                            cuts.npy        (M, 2) uint64: tokens and bytes of the shard before each place inside a long
-                                            document where a window of text begins
-                            shard.json      counts, sha256 of these files, how many documents were skipped and why
-
-The id that opens a document is not stored. A document's key is the first 8 bytes of the sha256 of its text, as a
-big-endian number. `dataset.json` is written last: a folder that has one is complete.
-
-A shard takes no memory beyond the pages that are being read, which are the system's cache. :class:`Shards` holds 12 bytes
-a document.
+shard_files.py says what is in the folder. A shard takes no memory beyond the pages that are being read, which are the
+system's cache. :class:`Shards` holds 12 bytes a document.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from array import array
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy
 
 from .corpus import HELD_OUT_FRACTION, Corpus, taken_while_they_fit
-from .schema import SHA256, Rule, check_fields, list_of, matching, one_of, whole
-from .. import _C
+from .shard_files import (
+    COUNTS, CUTS, DATASET, DOCUMENTS, FORMAT, HEADER, RECORD, SHARD_RECORD, TOKENS, check, checksum_of, is_complete,
+    is_tokens, mapped, read_shard_record, sha256_of,
+)  # fmt: skip
 from ..errors import FileError
 from ..model.checkpoint import as_path
-from ..model.files import file_size, flush, read_json, write_folder_atomically, write_whole
+from ..model.files import file_size, read_json
 from ..ops.values import shown
 from ..tokenizers import Tokenizer, load_tokenizer
 
-FORMAT = 1
-"""Counts the changes of the folder's content; folders of another format are not read"""
-RECORD, SHARD_RECORD = "dataset.json", "shard.json"
-PLAN = "tokenize.json"
-"""What an unfinished folder is being made of"""
-TOKENS, DOCUMENTS, CUTS = "tokens.npy", "documents.npy", "cuts.npy"
 MOST_HELD_OUT = 8 << 20
 """Bytes of text that are held out at most, whose loss is to be computed now and then"""
-_DTYPES = ("uint8", "uint16", "uint32")
-_HEADER = 128  # bytes of an .npy file before its numbers
 _OPEN = 64  # shards whose tokens are mapped at once
-
-_COUNTS = {"documents": whole(0), "tokens": whole(0), "bytes": whole(0)}
-_SKIPPED = Rule(
-    lambda value: isinstance(value, dict) and all(whole(1).holds(count) for count in value.values()), "counts by reason"
-)
-
-
-_NAME = matching(r"shard-\d{6,12}", "a shard's name")
-
-
-def _is_listed_shard(value: Any) -> bool:
-    listed = isinstance(value, dict) and value.keys() == {"name", "sha256"}
-    return listed and SHA256.holds(value["sha256"]) and _NAME.holds(value["name"])
-
-
-_SHARD = {
-    **_COUNTS, "skipped": _SKIPPED, "dtype": one_of(*_DTYPES), "cuts": whole(0),
-    "sha256": {TOKENS: SHA256, DOCUMENTS: SHA256, CUTS: SHA256},
-}  # fmt: skip
-_DATASET = {
-    "format": whole(1), "megalodon_ops": matching(".*", "a version"),
-    "tokenizer": {"fingerprint": SHA256, "vocab_size": whole(1), "start": whole(0)},
-    **_COUNTS, "skipped": _SKIPPED, "shards": Rule(list_of(_is_listed_shard), "a list of names and sha256 sums"),
-    "checksum": SHA256,
-}  # fmt: skip
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds tokens, all of them."""
-    return os.path.lexists(folder / RECORD)
-
-
-def is_tokens(folder: Path) -> bool:
-    """Whether a folder holds tokens, or is to hold them once it is finished."""
-    return is_complete(folder) or os.path.lexists(folder / PLAN)
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:06d}"
-
-
-def write_shard(
-    folder: Path,
-    tokenizer: Tokenizer,
-    documents: Iterable[Iterable[bytes]],
-    skipped: Counter[str],
-) -> None:
-    """Encodes documents, each of which comes in pieces of text, into a shard's folder, which is whole or not there.
-
-    Documents of which the tokenizer leaves nothing are counted in `skipped`, as is what the reader of the documents has
-    counted there when they end. Memory is that of a few windows of text, and 24 bytes a document.
-    """
-    dtype = numpy.dtype(_dtype(tokenizer)).newbyteorder("<")
-    keys: deque[Any] = deque()
-    index, cuts = array("Q"), array("Q")
-    ends = [0, 0]  # tokens and bytes of the documents so far
-    tokens = size = 0  # of the open document
-    before = 0  # length of `cuts` when that document began
-    with write_folder_atomically(folder) as draft, open(draft / TOKENS, "wb") as file:
-        file.write(bytes(_HEADER))
-        for ids, length, is_last in tokenizer.encode_stream(_hashed(documents, keys)):
-            if len(ids) and int(ids.max()) > numpy.iinfo(dtype).max:
-                raise FileError(f"{folder}: the tokenizer gave the id {ids.max()}, of {tokenizer.vocab_size}")
-            file.write(ids.astype(dtype).data)
-            tokens, size = tokens + len(ids), size + length
-            if not is_last:
-                cuts.extend((ends[0] + tokens, ends[1] + size))
-                continue
-            key = int.from_bytes(keys.popleft().digest()[:8], "big")
-            if tokens:
-                ends = [ends[0] + tokens, ends[1] + size]
-                index.extend((*ends, key))
-            else:
-                skipped["documents without tokens"] += 1
-                del cuts[before:]
-            tokens, size, before = 0, 0, len(cuts)
-        file.seek(0)
-        file.write(_npy_header(dtype, (ends[0],)))
-        file.close()
-        for name, values, columns in ((DOCUMENTS, index, 3), (CUTS, cuts, 2)):
-            with open(draft / name, "wb") as table:
-                table.write(_npy_header(numpy.dtype("<u8"), (len(values) // columns, columns)))
-                table.write(numpy.frombuffer(values, numpy.uint64).astype("<u8").data)
-        record = {
-            "documents": len(index) // 3, "tokens": ends[0], "bytes": ends[1], "skipped": dict(sorted(skipped.items())),
-            "dtype": dtype.name, "cuts": len(cuts) // 2,
-            "sha256": {name: _sha256(draft / name) for name in (TOKENS, DOCUMENTS, CUTS)},
-        }  # fmt: skip
-        (draft / SHARD_RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def finish(folder: Path, tokenizer: Tokenizer, names: Sequence[str]) -> None:
-    """Completes a folder whose shards are all there, in the order of `names`."""
-    tokenizer.save(folder)
-    for path in folder.glob("tokenizer*"):
-        flush(path)
-    totals, skipped, shards = Counter[str](), Counter[str](), []
-    for name in names:
-        record = read_shard_record(folder / name)
-        totals.update({count: record[count] for count in _COUNTS})
-        skipped.update(record["skipped"])
-        shards.append({"name": name, "sha256": _sha256(folder / name / SHARD_RECORD)})
-    content = {
-        "format": FORMAT, "megalodon_ops": _C.build_info()["version"],
-        "tokenizer": {
-            "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "start": tokenizer.start,
-        },
-        **{count: totals[count] for count in _COUNTS}, "skipped": dict(sorted(skipped.items())), "shards": shards,
-    }  # fmt: skip
-    write_whole(folder / RECORD, json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode() + b"\n")
-
-
-def read_shard_record(folder: Path) -> dict[str, Any]:
-    """The content of a shard's `shard.json`; a FileError where it is damaged."""
-    path = folder / SHARD_RECORD
-    try:
-        record = read_json(path)
-    except ValueError as error:
-        raise FileError(str(error)) from error
-    _check(path, record, _SHARD)
-    return record
 
 
 class Shards:
@@ -221,17 +79,17 @@ class Shards:
             raise FileError(str(error)) from error
         if record.get("format") != FORMAT:
             raise FileError(f"{path}: its format is {shown(record.get('format'))}, and this version reads {FORMAT}")
-        _check(path, record, _DATASET)
-        if _checksum({name: value for name, value in record.items() if name != "checksum"}) != record["checksum"]:
+        check(path, record, DATASET)
+        if checksum_of({name: value for name, value in record.items() if name != "checksum"}) != record["checksum"]:
             raise FileError(f"{path}: was changed after it was written: its checksum is another")
         self.tokenizer = load_tokenizer(self.folder)
         if self.tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
             raise FileError(f"{self.folder}: its tokenizer is not the one that made the tokens")
-        self.num_documents, self.num_tokens, self.num_bytes = (record[count] for count in _COUNTS)
+        self.num_documents, self.num_tokens, self.num_bytes = (record[count] for count in COUNTS)
         self.num_shards, self.skipped = len(record["shards"]), record["skipped"]
         self._names = [shard["name"] for shard in record["shards"]]
         self._shards = [self._open_shard(shard["name"], shard["sha256"]) for shard in record["shards"]]
-        for count, total in zip(_COUNTS, (self.num_documents, self.num_tokens, self.num_bytes), strict=True):
+        for count, total in zip(COUNTS, (self.num_documents, self.num_tokens, self.num_bytes), strict=True):
             if sum(shard[count] for shard in self._shards) != total:
                 raise FileError(f"{path}: `{count}` must be the sum of the shards', got {total}")
         self._first = numpy.cumsum([0, *(shard["documents"] for shard in self._shards)])  # documents before each shard
@@ -278,13 +136,13 @@ class Shards:
         """Reads all tokens and compares them with their sha256; `read` is called with the bytes that were read."""
         for name, shard in zip(self._names, self._shards, strict=True):
             path = self.folder / name / TOKENS
-            if _sha256(path, read) != shard["sha256"][TOKENS]:
+            if sha256_of(path, read) != shard["sha256"][TOKENS]:
                 raise FileError(f"{path}: was changed after it was written: its checksum is another")
 
     def _open_shard(self, name: str, sha256: str) -> dict[str, Any]:
         folder = self.folder / name
         record = read_shard_record(folder)
-        if _sha256(folder / SHARD_RECORD) != sha256:
+        if sha256_of(folder / SHARD_RECORD) != sha256:
             raise FileError(f"{folder / SHARD_RECORD}: was changed after it was written: its checksum is another")
         width = numpy.dtype(record["dtype"]).itemsize
         sizes = {TOKENS: record["tokens"] * width, DOCUMENTS: record["documents"] * 24, CUTS: record["cuts"] * 16}
@@ -293,16 +151,16 @@ class Shards:
                 found = file_size(folder / file)
             except ValueError as error:
                 raise FileError(str(error)) from error
-            if found != _HEADER + size:
-                raise FileError(f"{folder / file}: has {found} bytes instead of {_HEADER + size}")
+            if found != HEADER + size:
+                raise FileError(f"{folder / file}: has {found} bytes instead of {HEADER + size}")
         for file in (DOCUMENTS, CUTS):
-            if _sha256(folder / file) != record["sha256"][file]:
+            if sha256_of(folder / file) != record["sha256"][file]:
                 raise FileError(f"{folder / file}: was changed after it was written: its checksum is another")
         return record
 
     def _open_index(self, shard: int) -> numpy.ndarray:
         path, record = self.folder / self._names[shard] / DOCUMENTS, self._shards[shard]
-        index = _mapped(path, numpy.dtype("<u8"), (record["documents"], 3))
+        index = mapped(path, numpy.dtype("<u8"), (record["documents"], 3))
         if len(index) and not (
             (index[:, :2] > numpy.vstack([numpy.zeros((1, 2), numpy.uint64), index[:-1, :2]])).all()
             and index[-1, :2].tolist() == [record["tokens"], record["bytes"]]
@@ -316,7 +174,7 @@ class Shards:
             return self._maps[shard]
         record = self._shards[shard]
         dtype = numpy.dtype(record["dtype"]).newbyteorder("<")
-        self._maps[shard] = _mapped(self.folder / self._names[shard] / TOKENS, dtype, (record["tokens"],))
+        self._maps[shard] = mapped(self.folder / self._names[shard] / TOKENS, dtype, (record["tokens"],))
         if len(self._maps) > _OPEN:
             self._maps.popitem(last=False)
         return self._maps[shard]
@@ -348,7 +206,7 @@ class Shards:
         shard = int(numpy.searchsorted(self._first, number, side="right")) - 1
         index, row = self._indices[shard], number - int(self._first[shard])
         begin = index[row - 1, :2].astype(numpy.int64) if row else numpy.zeros(2, numpy.int64)
-        cuts = _mapped(self.folder / self._names[shard] / CUTS, numpy.dtype("<u8"), (self._shards[shard]["cuts"], 2))
+        cuts = mapped(self.folder / self._names[shard] / CUTS, numpy.dtype("<u8"), (self._shards[shard]["cuts"], 2))
         before = int(numpy.searchsorted(cuts[:, 1], int(begin[1]) + size, side="right"))
         window = cuts[before - 1].astype(numpy.int64) if before else begin
         window = (window if window[1] > begin[1] else begin) - begin
@@ -381,61 +239,6 @@ class ShardDocuments(Sequence):
         return self._shards.document(int(self._numbers[index]))[: int(self.lengths[index])]
 
 
-def _dtype(tokenizer: Tokenizer) -> str:
-    """The narrowest type of every id that follows another."""
-    return next(name for name in _DTYPES if tokenizer.output_size - 1 <= numpy.iinfo(name).max)
-
-
 def _compact(numbers: numpy.ndarray) -> numpy.ndarray:
     """The numbers in 4 bytes each, if they fit."""
     return numbers.astype(numpy.uint32) if not len(numbers) or int(numbers.max()) < 1 << 32 else numbers
-
-
-def _hashed(documents: Iterable[Iterable[bytes]], keys: deque[Any]) -> Iterator[Iterator[bytes]]:
-    """The documents; a sha256 for each joins `keys`, of what has been read of its pieces."""
-
-    def read(pieces: Iterable[bytes], digest: Any) -> Iterator[bytes]:
-        for piece in pieces:
-            digest.update(piece)
-            yield piece
-
-    for pieces in documents:
-        keys.append(hashlib.sha256())
-        yield read(pieces, keys[-1])
-
-
-def _npy_header(dtype: numpy.dtype, shape: tuple[int, ...]) -> bytes:
-    """The head of an .npy file of version 1.0, of 128 bytes whatever the shape."""
-    fields = repr({"descr": dtype.str, "fortran_order": False, "shape": shape}).encode()
-    return b"\x93NUMPY\x01\x00" + (_HEADER - 10).to_bytes(2, "little") + fields.ljust(_HEADER - 11) + b"\n"
-
-
-def _mapped(path: Path, dtype: numpy.dtype, shape: tuple[int, ...]) -> numpy.ndarray:
-    """The numbers of an .npy file, which must have this type and shape."""
-    if not shape[0]:  # an empty file cannot be mapped
-        return numpy.empty(shape, dtype)
-    with open(path, "rb") as file:
-        header: BinaryIO = file
-        if header.read(_HEADER) != _npy_header(dtype, shape):
-            raise FileError(f"{path}: must be an array {shape} of {dtype}, got another, or none")
-    return numpy.memmap(path, dtype, "r", _HEADER, shape)
-
-
-def _check(path: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
-    try:
-        check_fields(record, wanted)
-    except ValueError as error:
-        raise FileError(f"{path}: {error}") from error
-
-
-def _sha256(path: Path, read: Callable[[int], object] = lambda _: None) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            read(len(block))
-    return digest.hexdigest()
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

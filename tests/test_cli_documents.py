@@ -1,0 +1,83 @@
+"""How `tokenize` finds the documents in files: text, lines of JSON, and files that are divided between processes."""
+
+import json
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalodon_ops.cli import documents as reading
+from megalodon_ops.cli.documents import divided, documents_of
+
+TEXT = st.text(max_size=30)
+LINES = st.one_of(
+    TEXT.map(lambda text: (json.dumps({"text": text}).encode(), text.encode() if text else "empty documents")),
+    TEXT.map(lambda text: (json.dumps({"id": [1], "text": text + "x"}, ensure_ascii=False).encode(), (text + "x").encode())),
+    st.sampled_from(["", " ", "\t \r"]).map(lambda blank: (blank.encode(), None)),
+    st.sampled_from(
+        [b"{", b"[1]", b"3", b"null", b'"text"', b"\xff\xfe", b'{"text": "\xff"}', b'{"text": 1e999' + b"9" * 5000 + b"}",
+         b"[" * 100_000, b'{"a": ' * 5000, b'{"text": "a"} {"text": "b"}', b"\0\0\0"]
+    ).map(lambda line: (line, "lines without a JSON object")),
+    st.sampled_from([b"{}", b'{"body": "a"}', b'{"text": null}', b'{"text": ["a"]}', b'{"TEXT": "a"}', b'{"text": 5}']).map(
+        lambda line: (line, "lines without a text 'text'")
+    ),
+    st.just((rb'{"text": "a \ud800 b"}', "a \ufffd b".encode())),
+    st.just((rb'{"text": "\ud83d\ude00"}', "\U0001f600".encode())),
+)  # fmt: skip
+
+
+@given(lines=st.lists(LINES, max_size=12), size=st.integers(1, 300), ends=st.booleans())
+def test_lines_are_documents_however_files_are_divided(tmp_path, lines, size, ends):
+    """Each line is a document, or is counted by what is wrong with it; each byte of the file is reported as read once."""
+    path, other = tmp_path / "some.jsonl", tmp_path / "other.txt"
+    path.write_bytes(b"\n".join(line for line, _ in lines) + b"\n" * ends)
+    other.write_bytes(b"text")
+    skipped, read, found = Counter(), Counter(), []
+    files = [path, other] if path.stat().st_size else [other]
+    units = divided(files, size)
+    for unit in units:
+        for pieces in documents_of(unit, "text", skipped, lambda size: read.update(bytes=size)):
+            found.append(b"".join(pieces))
+    assert found == [wanted for _, wanted in lines if isinstance(wanted, bytes)] + [b"text"]
+    assert skipped == Counter(wanted for _, wanted in lines if isinstance(wanted, str))
+    assert (
+        read["bytes"] == path.stat().st_size + 4 == reading.total_size(units) + (path.stat().st_size + 4) * (not units)
+    )
+
+
+@given(sizes=st.lists(st.tuples(st.integers(1, 100), st.booleans()), min_size=1, max_size=20), size=st.integers(1, 150))
+def test_files_are_divided_into_units_of_about_a_size(tmp_path, sizes, size):
+    files = []
+    for number, (length, lines) in enumerate(sizes):
+        files.append(tmp_path / f"{number}{'.jsonl' if lines else '.txt'}")
+        files[-1].write_bytes(b" " * length)
+    units = divided(files, size)
+    parts = [part for unit in units for part in unit]
+    for file, (length, lines) in zip(files, sizes, strict=True):
+        mine = [part for part in parts if part.path == str(file)]
+        assert [mine[0].begin, *(part.end for part in mine)] == [*(part.begin for part in mine), length]
+        assert lines or len(mine) == 1
+    for unit in units[:-1]:
+        assert size <= sum(part.end - part.begin for part in unit) and sum(p.end - p.begin for p in unit[:-1]) < size
+
+
+def test_a_line_that_is_too_long_takes_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(reading, "READ", 64)
+    path = tmp_path / "long.jsonl"
+    fits = json.dumps({"text": "x" * (1000 - 12)}).encode()
+    assert len(fits) == 1000
+    path.write_bytes(fits + b"\n" + fits.replace(b"x", b"xx", 1) + b'\n{"text": "short"}\n' + b"y" * 5000)
+    for size in (100, 999, 1000, 3000, 10_000):
+        skipped = Counter()
+        units = divided([path], size)
+        found = [b"".join(p) for unit in units for p in documents_of(unit, "text", skipped, lambda _: None)]
+        assert [len(text) for text in found] == [988, 5] and skipped == {"lines too long": 2}
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    (unit,) = divided([path], 1000)
+    skipped = Counter()
+    assert [b"".join(p) for p in documents_of(unit, "text", skipped, lambda _: None)] == [b"a", b"b"] and not skipped
