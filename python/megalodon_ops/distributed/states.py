@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..model.blocks import BlockState
 from ..model.states import MegalodonState, complete
@@ -59,7 +60,7 @@ def whole_state(
         attention = exchange.attention(layer.attention, None if old is None else old.attention, chunk_size)
         layers.append(BlockState(norm, cema, attention))
     norm, _ = exchange.recurrent(after.norm, None, None if before is None else before.norm, None)
-    return MegalodonState(tuple(layers), norm)
+    return tree_map(torch.clone, MegalodonState(tuple(layers), norm))  # FSDP2 warns of outputs that are views
 
 
 class _Exchange:
