@@ -28,6 +28,15 @@ def check_torch() -> None:
         )
 
 
+def forget_ended_groups() -> None:
+    """Makes DTensors find their groups anew: torch keeps those of a mesh for an equal one, though a process group has ended."""
+    try:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache as forget
+    except ImportError:  # this torch offers no way
+        return
+    forget()
+
+
 def shard(model: Megalodon, mesh: DeviceMesh, *, param_dtype: torch.dtype | None, reshard: bool) -> None:
     """Shards every parameter over the last dimension of the mesh, in place, and copies the shards over the first of two.
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .data import check_torch, initialise, shard
+from .data import check_torch, forget_ended_groups, initialise, shard
 from .mesh import batch_mesh, check_mesh, replicating_meshes, with_batch
 from .model import ParallelMegalodon, enable
 from .sharded import ShardedMegalodon, ShardedTensorMegalodon
@@ -76,6 +76,7 @@ def parallelize(
     everyone = _group(mesh)
     agree(everyone, {} if fault else _facts(model, data, param_dtype, reshard), fault, op="parallelize")
     mesh = with_batch(mesh)
+    forget_ended_groups()
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None
     batch = batch_mesh(mesh)
