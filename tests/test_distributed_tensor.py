@@ -40,6 +40,30 @@ def test_equals_one_process_in_float32(ranks):
     assert error < FLOAT32, where
 
 
+def gradients(parallel: bool) -> dict[str, torch.Tensor]:
+    """Of what a caller makes of logits, of single losses and of a state that is returned."""
+    model, (tokens, targets) = tiny_model(num_heads=1), tokens_of(4, 13).split(2)
+    if parallel:
+        model = parallelize(model, make_mesh("tensor=2", device_type="cpu"))
+    logits, state = model(tokens, return_state=True)
+    losses = model.loss(tokens, targets, reduction="none")
+    weights = torch.arange(losses.numel(), dtype=losses.dtype).view_as(losses)
+    total = logits.square().sum() + (losses * weights).sum()
+    total = total + state.layers[0].cema.abs().sum() + state.norm.mean.square().sum()
+    total.backward()
+    return {
+        name: parameter.grad.full_tensor() if parallel else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+
+
+def test_gradients_of_logits_losses_and_states_are_those_of_one_process(ranks):
+    wanted = gradients(False)
+    for found in ranks.run(gradients, 2, True):
+        for name, grad in wanted.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
 def test_16_bit_matrices_differ_by_their_rounding_alone(ranks):
     work = replace(CONFIGS["one head"], dtype=torch.float32, options=dict(param_dtype=torch.bfloat16))
     error, where = worst(ranks.run(compare, 2, work))
@@ -137,6 +161,21 @@ def refusals() -> list[str]:
         model((tokens + dist.get_rank()) % TINY["vocab_size"])
     texts.append(str(caught.value))
     return texts
+
+
+def of_some_ranks() -> str:
+    mesh = dist.device_mesh.DeviceMesh("cpu", [0, 1], mesh_dim_names=("tensor",))
+    if dist.get_rank() == 2:
+        return ""
+    with pytest.raises(ValueError) as caught:
+        parallelize(tiny_model(), mesh)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_mesh_without_some_processes_is_refused(ranks):
+    words = "parallelize: `mesh` must have all 3 processes for tensor > 1, got 2."
+    assert ranks.run(of_some_ranks, 3) == [words, words, ""]
 
 
 def test_what_cannot_be_split_is_refused_on_every_rank(ranks):

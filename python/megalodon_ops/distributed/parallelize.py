@@ -93,7 +93,9 @@ def parallelize(
     )  # fmt: skip
     model.__class__ = ShardedTensorMegalodon if is_split else ShardedMegalodon
     model._param_dtype = param_dtype
-    shard(model, over, param_dtype=param_dtype, reshard=reshard)  # moves a block's parameters to the mesh's device first
+    shard(
+        model, over, param_dtype=param_dtype, reshard=reshard
+    )  # moves a block's parameters to the mesh's device first
     if on_meta:
         initialise(model, plain, _device(mesh))
     for block in model.layers:
@@ -105,9 +107,7 @@ def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The group of all ranks of the mesh."""
     if mesh.size() == dist.get_world_size():
         return dist.group.WORLD
-    return (
-        mesh.get_group() if mesh.ndim == 1 else mesh._flatten("_".join((*mesh.mesh_dim_names, "together"))).get_group()
-    )
+    return (mesh if mesh.ndim == 1 else batch_mesh(mesh)).get_group()
 
 
 def _device(mesh: DeviceMesh) -> torch.device:
@@ -125,6 +125,8 @@ def _fault(model: nn.Module, names: tuple[str, ...], mesh: DeviceMesh, data: obj
     if len({parameter.is_meta for parameter in model.parameters()}) > 1:
         return "parallelize: `model` must be on `meta` as a whole or not at all, got some parameters there."
     if "tensor" in names and mesh["tensor"].size() > 1:
+        if mesh.size() != dist.get_world_size():
+            return f"parallelize: `mesh` must have all {dist.get_world_size()} processes for tensor > 1, got {mesh.size()}."
         wanted = {name for name, _ in model.config.parameter_shapes()}
         if odd := sorted({name for name, _ in model.named_parameters()} ^ wanted):
             return (
