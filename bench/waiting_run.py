@@ -13,6 +13,7 @@ from megalodon_ops.cli.data import load_corpus
 from megalodon_ops.cli.settings import resolve
 from megalodon_ops.cli.train import Trainer
 from megalodon_ops.training import Metrics
+from megalodon_ops.training.team import Team
 
 
 def main() -> None:
@@ -23,10 +24,10 @@ def main() -> None:
         with Metrics(Path(folder, "metrics.jsonl")) as metrics:
             for line in sys.stdin:
                 if line == "start over\n":
-                    trainer = Trainer(settings, corpus, torch.device(settings.device), metrics, None)
+                    trainer = Trainer(settings, corpus, torch.device(settings.device), metrics, None, Team())
                     print(flush=True)
                 else:
-                    print(*(trainer.train_step()["loss"] for _ in range(int(line))), flush=True)
+                    print(*(trainer.train_step(trainer.batches.next())["loss"] for _ in range(int(line))), flush=True)
 
 
 if __name__ == "__main__":
