@@ -1,0 +1,139 @@
+"""The models of the claims by name: MEGALODON, the Llama of its size, and MEGALODON with one part exchanged.
+
+Each exchange leaves the rest as it is. "no ema" has fewer parameters; it gets hidden units of the feed-forward half in
+exchange. "ema" keeps the parameters that angles and imaginary parts had, some 0.1 % at width 128 for the angles, without use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import megalodon_ops as mo
+from megalodon_ops.ops.states import TimestepNormState
+
+from .llama import Llama
+
+MEGALODON, LLAMA = "megalodon", "llama"
+
+
+def build(name: str, config: mo.MegalodonConfig, window: int, seed: int) -> nn.Module:
+    """The model `name` of the size of `config`; `window` is what the Llama's state keeps."""
+    torch.manual_seed(seed)
+    if name == LLAMA:
+        return Llama.sized_like(config, window)
+    if name == MEGALODON:
+        return mo.Megalodon(config)
+    if name not in ABLATIONS:
+        raise ValueError(f"no model {name!r}: {', '.join((MEGALODON, LLAMA, *ABLATIONS))}")
+    if name == NO_EMA:
+        freed = config.model_dim * (4 * config.cema_ndim + 2)
+        config = dataclasses.replace(
+            config, ffn_hidden_dim=config.ffn_hidden_dim + round(freed / ((3 if config.swiglu else 2) * config.model_dim))
+        )
+    return ABLATIONS[name](mo.Megalodon(config))
+
+
+class StepNorm(mo.TimestepNorm):
+    """Layer norm in the place of timestep norm: each step by its own mean and variance, over all channels."""
+
+    def forward(
+        self, x: Tensor, *, state: Any = None, return_state: bool = False, cu_seqlens: Tensor | None = None, **_: Any
+    ) -> Any:
+        y = mo.layer_norm(x, self.weight, self.bias, eps=self.eps)
+        if not return_state:
+            return y
+        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        zeros = torch.zeros(sequences, self.num_groups, device=x.device)
+        count = torch.zeros(sequences, dtype=torch.int64, device=x.device)
+        return y, TimestepNormState(count, zeros, zeros.clone(), zeros.new_zeros(sequences, 2, self.num_groups))
+
+
+class NoEMA(nn.Module):
+    """Nothing in the place of CEMA: its output is its input."""
+
+    def __init__(self, dim: int, ndim: int) -> None:
+        super().__init__()
+        self.shape = (dim, ndim)
+
+    def forward(
+        self, x: Tensor, *, state: Any = None, return_state: bool = False, cu_seqlens: Tensor | None = None, **_: Any
+    ) -> Any:
+        if not return_state:
+            return x
+        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        return x, torch.zeros(sequences, *self.shape, dtype=torch.complex64, device=x.device)
+
+
+class OneHopBlock(mo.MegalodonBlock):
+    """The feed-forward half adds to its own input, not to the block's."""
+
+    def forward(self, x: Tensor, *, state: Any = None, return_state: bool = False, **options: Any) -> Any:
+        y, state = self.mega(x, state=state, return_state=True, **options)
+        return (y + self.nffn(y), state) if return_state else y + self.nffn(y)
+
+
+class PlainGain(nn.Module):
+    """The gain that gives scores q k / sqrt(K) of z as it is, for a kernel that divides z by sqrt(mean(z^2) + EPS).
+
+    Beside EPS = 10^12 the mean is nothing, so the kernel divides by 10^6 whatever z is, and this gain multiplies by it.
+    """
+
+    EPS = 1e12
+
+    def __init__(self, key_dim: int) -> None:
+        super().__init__()
+        self.factor = self.EPS**0.5 * key_dim**0.25
+
+    def forward(self, gamma: Tensor) -> Tensor:
+        return self.factor * (1 + gamma) - 1
+
+
+def layer_norms(model: mo.Megalodon) -> mo.Megalodon:
+    for module in [*model.modules()]:
+        if type(module) is mo.TimestepNorm:
+            module.__class__ = StepNorm
+    return model
+
+
+def real_ema(model: mo.Megalodon) -> mo.Megalodon:
+    """Angles of 0, so that q is real, which leaves of CEMA the multi-dimensional damped EMA of Mega."""
+    for layer in model.layers:
+        theta = layer.mega.cema.theta.requires_grad_(False)
+        theta.fill_(-1e4)  # whose sigmoid is 0
+    return model
+
+
+def without_ema(model: mo.Megalodon) -> mo.Megalodon:
+    for layer in model.layers:
+        layer.mega.cema = NoEMA(model.config.model_dim, model.config.cema_ndim)
+    return model
+
+
+def plain_attention(model: mo.Megalodon) -> mo.Megalodon:
+    """Queries and keys of z as it is, with the gains and offsets of the normalized attention."""
+    for layer in model.layers:
+        config = layer.mega.config
+        layer.mega.config = dataclasses.replace(config, norm_eps=PlainGain.EPS)  # which the attention alone reads
+        parametrize.register_parametrization(
+            layer.mega, "gamma", PlainGain(config.z_dim // config.num_heads), unsafe=True
+        )
+    return model
+
+
+def one_hop(model: mo.Megalodon) -> mo.Megalodon:
+    for layer in model.layers:
+        layer.__class__ = OneHopBlock
+    return model
+
+
+NO_EMA = "no ema"
+ABLATIONS: dict[str, Callable[[mo.Megalodon], mo.Megalodon]] = {
+    "layer norm": layer_norms, "ema": real_ema, NO_EMA: without_ema, "plain attention": plain_attention,
+    "one hop": one_hop,
+}  # fmt: skip
