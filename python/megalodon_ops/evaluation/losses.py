@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .results import Context, Evaluation, Tally
@@ -33,7 +33,10 @@ def evaluate(
     """The losses of the documents' tokens, each predicted from what its window holds before it.
 
     Args:
-        model: computes in its own dtype, or in that of an autocast around the call, and in evaluation mode.
+        model: computes in its own dtype, or in that of an autocast around the call, and in evaluation mode. To compare a
+            model of another kind by the same windows, give a module whose `loss` takes `cu_seqlens`, `reduction="none"`,
+            `state` and `return_state` as Megalodon's does, whose states have `state[rows]` and `state.reset(rows)`, and
+            whose `alone()` gives the module itself.
         documents: each a :class:`Document`, or its tokens alone. They are read once for every context, so with more
             than one context they must be iterable again, as lists are. The longest first are read the fastest.
         contexts: lengths N of windows, and "all" for windows without end; see :mod:`megalodon_ops.evaluation`.
@@ -193,7 +196,10 @@ def _length(context: Context) -> int:
 
 def _check(model: object, documents: object, contexts: object, protocol: object, progress: object) -> None:
     if not isinstance(model, Megalodon):
-        raise TypeError(f"evaluate: `model` must be a Megalodon, got {described(model)}.")
+        if not (isinstance(model, nn.Module) and callable(getattr(model, "loss", None)) and hasattr(model, "alone")):
+            raise TypeError(f"evaluate: `model` must be a Megalodon, got {described(model)}.")
+        if protocol == "released":
+            raise TypeError(f'evaluate: `model` must be a Megalodon for protocol="released", got {described(model)}.')
     if isinstance(documents, (str, bytes, Tensor)) or not isinstance(documents, Iterable):
         raise TypeError(f"evaluate: `documents` must be a list of documents' tokens, got {described(documents)}.")
     wanted = 'a list of "all" and of positive integers below 2^62'

@@ -1,0 +1,68 @@
+"""`python -m bench.claims CLAIM`: the runs of a claim; `--plan` says how long they take, `report` makes tables and plots.
+
+A call that was cut off goes on where it was. Results go to bench/claims/results/<claim>/, one small JSON a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from . import ablation, context, loss, memory, report, speed, task_runs
+from .runs import Session, duration
+
+CLAIMS = {
+    "loss": loss, "speed": speed, "context": context, "tasks": task_runs, "memory": memory, "ablation": ablation,
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    names = [*CLAIMS] if options.claim in ("all", "report") else [options.claim]
+    if options.claim == "report":
+        return _report(options, names)
+    total = 0.0
+    for name in names:
+        session = Session(name, options.out, options.quick, options.plan, options.seed)
+        CLAIMS[name].run(session, options.data)
+        if options.plan:
+            left = sum(seconds for _, seconds, done in session.planned if not done)
+            for run, seconds, done in session.planned if options.claim != "all" else []:
+                print(f"  {'done' if done else duration(seconds):>8}  {run}")
+            print(f"{name}: {len(session.planned)} runs, {duration(left)} left on 2 quiet cores (estimated)")
+            total += left
+    if options.plan and len(names) > 1:
+        print(f"all: {duration(total)}")
+    return 0
+
+
+def _report(options: argparse.Namespace, names: list[str]) -> int:
+    found = 0
+    for name in names:
+        page = report.report(name, CLAIMS[name], Session(name, options.out, options.quick).folder)
+        if page:
+            print(page)
+            found += 1
+    if not found:
+        raise SystemExit(f"--out {options.out}: holds no results")
+    return 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.claims", description=__doc__.split("\n")[0])
+    parser.add_argument("claim", choices=[*CLAIMS, "all", "report"], metavar="CLAIM", help=", ".join([*CLAIMS, "all", "report"]))
+    parser.add_argument("--plan", action="store_true", help="list the runs and their estimated times; run nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny runs in a folder of their own, to test the programs")
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds (0)")
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="files and folders of text, absolute (the standard library; long text of Debian)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""Claim c: the loss of a model that is trained on carried states falls as the context grows, far beyond a row of training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megalodon_ops.evaluation import evaluate
+
+from . import models, text, verdict
+from .runs import Session
+from .train import Recipe, config, estimate, train_on_text
+
+TITLE = "Loss as the context grows"
+RULE = (
+    "One held-out text is predicted in windows of 1,024 tokens, 2,048, and so on, the last as long as the text, every token once "
+    "for each. Held where the mean over the seeds falls at every doubling; not held where it rises at one by more than 3 "
+    "standard errors of the rises over the seeds, and by more than 0.0005 bits per byte; undecided else."
+)
+LEAST = 5e-4
+CHUNK, LENGTH, ROWS, LR, PIECE = 128, 512, 8, 2e-3, 4096
+SIZE, TOKENS, LONGEST = "1M", 4_000_000, 1 << 20
+QUICK = ("100k", 60_000, 1 << 14)
+SHORTEST = 1 << 10
+
+
+def run(session: Session, data: list[str] | None) -> None:
+    size, tokens, longest = QUICK if session.quick else (SIZE, TOKENS, LONGEST)
+    contexts = round(math.log2(longest / SHORTEST)) + 1
+    reading = contexts * estimate(size, CHUNK, models.MEGALODON, longest, LENGTH, training=False)
+    took = estimate(size, CHUNK, models.MEGALODON, tokens, LENGTH) + reading
+    for seed in session.seeds():
+        session.run(f"seed={seed}", work, took, size=size, tokens=tokens, longest=longest, seed=seed, data=data)
+
+
+def work(
+    scratch: Path, *, size: str, tokens: int, longest: int, seed: int, data: list[str] | None
+) -> dict[str, Any]:
+    long = text.long_text(data, longest, ROWS)
+    model = models.build(models.MEGALODON, config(size, CHUNK), LENGTH, seed)
+    result = train_on_text(model, Recipe(tokens, ROWS, LENGTH, LR), long.train, scratch, seed=seed, carries=True)
+    contexts = [SHORTEST << i for i in range(round(math.log2(longest / SHORTEST)) + 1)]
+    found = evaluate(model, text.to_evaluate([long.held_out]), contexts=contexts, rows=1, piece=PIECE)
+    positions = [[bin.last, round(bin.nats / bin.tokens / math.log(2), 5), bin.tokens] for bin in found[-1].by_position]
+    bits = {str(each.context): each.bits_per_byte for each in found}
+    return result | {
+        "bits_per_byte": bits, "by_position": positions, "text": long.fingerprint, "sources": long.sources,
+        "train_bytes": sum(map(len, long.train)), "parameters": model.num_parameters(),
+    }  # fmt: skip
+
+
+def curves(results: list[dict[str, Any]]) -> tuple[list[int], list[list[float]]]:
+    bits = [content["result"]["bits_per_byte"] for content in results]
+    contexts = sorted(map(int, bits[0]))
+    return contexts, [[of_seed[str(context)] for context in contexts] for of_seed in bits]
+
+
+def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
+    contexts, found = curves(results)
+    said = {"claim": verdict.falls(found, LEAST)}
+    first, last = ([curve[i] for curve in found] for i in (0, -1))
+    return said | {f"lower at {contexts[-1]:,} than at {contexts[0]:,}": verdict.lower(last, first)}
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    contexts, found = curves(results)
+    lines = ["| context | bits per byte | by seed |", "| --- | --- | --- |"]
+    for i, context in enumerate(contexts):
+        values = [curve[i] for curve in found]
+        lines.append(f"| {context:,} | {verdict.spread(values)} | {', '.join(f'{value:.4f}' for value in values)} |")
+    return lines
+
+
+def plot(results: list[dict[str, Any]], figure: Any) -> None:
+    left, right = figure.subplots(1, 2)
+    contexts, found = curves(results)
+    for content, curve in zip(results, found, strict=True):
+        left.plot(contexts, curve, marker="o", label=content["run"])
+        last, bits, _ = zip(*content["result"]["by_position"], strict=True)
+        right.plot(last, bits, lw=0.8)
+    left.set(xscale="log", xlabel="context, tokens", ylabel="bits per byte of the whole text")
+    right.set(xscale="log", xlabel="tokens that a prediction is made from", ylabel="bits")
+    left.legend()

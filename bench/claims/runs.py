@@ -1,0 +1,117 @@
+"""Runs of a claim, each with a result on the disk: what is finished is not run again, and what was cut off goes on.
+
+    OUT/<claim>/<run>.json                  settings, result, seconds, machine, versions, time
+    OUT/<claim>/unfinished/<run>.pt         how far a run has come; removed at its end
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megalodon_ops as mo
+from bench import machine
+
+FORMAT = 1
+Work = Callable[..., dict[str, Any]]
+
+
+
+@dataclass
+class Session:
+    """The runs of one claim in a folder; with `plan`, nothing is run and only the estimates are kept."""
+
+    claim: str
+    out: Path
+    quick: bool = False
+    plan: bool = False
+    seed: int = 0
+    planned: list[tuple[str, float, bool]] = field(default_factory=list)
+    """Name, estimated seconds, and whether it is done, of every run that was asked for"""
+
+    @property
+    def folder(self) -> Path:
+        return self.out / (f"{self.claim}-quick" if self.quick else self.claim)
+
+    def seeds(self, count: int = 3) -> range:
+        return range(self.seed, self.seed + count)
+
+    def run(self, name: str, work: Work, seconds: float, **settings: Any) -> dict[str, Any] | None:
+        """The result of `work(scratch, **settings)`; None where it was only planned.
+
+        scratch: where the work may keep how far it has come. settings: JSON that decides the result.
+        """
+        stem = re.sub(r"[^\w.=-]+", "_", name)
+        path = self.folder / f"{stem}.json"
+        settings = json.loads(json.dumps(settings))
+        done = read(path, settings)
+        self.planned.append((name, seconds, done is not None))
+        if done is not None or self.plan:
+            return None if done is None else done["result"]
+        scratch = self.folder / "unfinished" / f"{stem}.pt"
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{self.claim}: {name}, about {duration(seconds)}", flush=True)
+        load, begin = os.getloadavg()[0], time.monotonic()
+        result = work(scratch, **settings)
+        took = result.pop("seconds", None) or time.monotonic() - begin
+        content = {
+            "format": FORMAT, "claim": self.claim, "run": name, "settings": settings, "result": result,
+            "seconds": round(took, 1), "estimated_seconds": round(seconds, 1),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "load_at_start": round(load, 2), "machine": facts(),
+        }  # fmt: skip
+        write(path, json.dumps(content, indent=1) + "\n")
+        scratch.unlink(missing_ok=True)
+        print(f"{self.claim}: {name}, took {duration(took)}", flush=True)
+        return result
+
+
+def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of a finished run of these settings; None where there is none. Another run's is an error."""
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    if content["format"] != FORMAT or content["settings"] != settings:
+        raise SystemExit(f"{path}: is the result of other settings; remove it, or name another folder with --out")
+    return content
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The contents of all finished runs of a claim, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file that is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def facts() -> dict[str, Any]:
+    """The machine and the versions, as a result states them."""
+    import transformers
+
+    described = machine.describe()
+    return {
+        **{name: described[name] for name in ("processor", "cores", "kernels in use", "torch", "python", "system")},
+        "threads": torch.get_num_threads(),
+        "megalodon_ops": mo._C.build_info()["version"],
+        "transformers": transformers.__version__,
+    }
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

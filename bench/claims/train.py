@@ -1,0 +1,211 @@
+"""Training of either model by one loop: equal batches, tokens, optimizer, schedule. A run that was cut off goes on.
+
+    python -m bench.claims.train --model llama --size 1M --tokens 200000 --out runs/llama
+
+What differs is the past: MEGALODON goes on from the state that the batch before left in each row; the Llama sees the
+tokens of its row, at most `length`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import megalodon_ops as mo
+from megalodon_ops.evaluation import evaluate
+from megalodon_ops.model.states import complete, from_named, named_tensors
+from megalodon_ops.training import START, Batches, Reader, Schedule, adamw, optimizer_threads, threads
+
+from . import models, runs, text
+
+VOCABULARY = START + 1
+WEIGHT_DECAY, CLIP = 0.1, 1.0
+SAVE_EVERY = 60.0
+"""Seconds between two savings of how far a run has come"""
+KEPT_POINTS = 64
+"""Points of the loss curve that a result keeps"""
+
+
+class Recipe(NamedTuple):
+    """What decides a training run but for model, text and seed."""
+
+    tokens: int
+    rows: int
+    length: int
+    lr: float
+    warmup: int = 100
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.tokens / (self.rows * self.length)))
+
+
+def config(size: str, chunk_size: int) -> mo.MegalodonConfig:
+    """MEGALODON of a named size, with one rule of widths: values and hidden units 2 D, keys D / 2, groups of 16 channels."""
+    layers, dim = SIZES[size]
+    return mo.MegalodonConfig(
+        num_layers=layers, model_dim=dim, z_dim=dim // 2, value_dim=2 * dim, num_heads=1, ffn_hidden_dim=2 * dim,
+        norm_num_groups=dim // 16, chunk_size=chunk_size, vocab_size=VOCABULARY,
+    )  # fmt: skip
+
+
+SIZES = {"1M": (5, 128), "4M": (5, 256), "100k": (2, 64), "tiny": (1, 32)}
+"""Layers and width D; the parameters are 1,058,368, 4,000,896, 137,280 and 30,800"""
+
+
+def train(
+    model: nn.Module,
+    recipe: Recipe,
+    next_loss: Callable[[], torch.Tensor],
+    scratch: Path,
+    *,
+    position: Callable[[], dict[str, Any]],
+    seek: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Trains the model on what `next_loss` gives, step after step; from `scratch` where an earlier call had come to.
+
+    position, seek: how far the source of the losses is, as torch.save takes it, and going on from there.
+    """
+    optimizer = adamw(model, lr=recipe.lr, weight_decay=WEIGHT_DECAY)
+    schedule = Schedule(recipe.lr, recipe.warmup, recipe.steps)
+    step, losses, spent = 0, [], 0.0
+    if scratch.exists():
+        saved = torch.load(scratch, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        seek(saved["position"])
+        step, losses, spent = saved["step"], saved["losses"], saved["seconds"]
+    model.train()
+    begin = saved_at = time.monotonic()
+    while step < recipe.steps:
+        schedule.apply(optimizer, step)
+        loss = next_loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        with threads(optimizer_threads(model)):
+            optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        step += 1
+        if not math.isfinite(losses[-1]):  # a learning rate too high is a result
+            break
+        if time.monotonic() - saved_at > SAVE_EVERY or step == recipe.steps:
+            saved_at = time.monotonic()
+            content = {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "position": position(), "step": step,
+                "losses": losses, "seconds": spent + saved_at - begin,
+            }  # fmt: skip
+            draft = scratch.with_suffix(".draft")
+            torch.save(content, draft)
+            draft.replace(scratch)
+    seconds = spent + time.monotonic() - begin
+    return {"train_loss": _last_tenth(losses), "curve": _thinned(losses), "train_seconds": round(seconds, 1), "steps": step}
+
+
+def train_on_text(
+    model: nn.Module, recipe: Recipe, documents: Sequence[bytes], scratch: Path, *, seed: int, carries: bool
+) -> dict[str, Any]:
+    """Bytes of documents, the same batches for every model of a seed; carries: whether the state goes from batch to batch."""
+    batches = Batches(documents, recipe.rows, recipe.length, seed=seed)
+    reader = Reader(model, carries=carries)
+
+    def position() -> dict[str, Any]:
+        rows = reader.rows()
+        state = None if rows is None else named_tensors(complete(rows))
+        return {"batches": json.dumps(batches.position()), "state": state}
+
+    def seek(found: dict[str, Any]) -> None:
+        batches.seek(json.loads(found["batches"]))
+        if found["state"] is not None:
+            reader.seek(from_named(found["state"], model.config))
+
+    return train(model, recipe, lambda: reader.loss(batches.next()), scratch, position=position, seek=seek)
+
+
+def bits_per_byte(model: nn.Module, texts: list[bytes], contexts: list[Any], piece: int) -> dict[str, float | None]:
+    """By context; a model whose loss is infinite or NaN has None."""
+    try:
+        found = evaluate(model, text.to_evaluate(texts), contexts=contexts, piece=piece)
+    except FloatingPointError:
+        return dict.fromkeys(map(str, contexts))
+    return {str(result.context): result.bits_per_byte for result in found}
+
+
+def flops_a_token(size: mo.MegalodonConfig, name: str, length: int, training: bool = True) -> float:
+    """Useful operations of a token, by the formulas of bench_model.py for MEGALODON; the Llama attends to `length` / 2."""
+    matrices = size.num_parameters() - size.vocab_size * size.model_dim
+    if name == models.LLAMA:
+        attention = size.num_layers * 4 * size.model_dim * length / 2
+    else:
+        span = min(size.chunk_size, length) / 2
+        attention = size.num_layers * (2 * (size.z_dim + size.value_dim) * span + 12 * size.cema_ndim * size.model_dim)
+    return (2 * matrices + attention) * (3.5 if training else 1)
+
+
+RATES = {"4M": 90e9, "1M": 45e9, "100k": 15e9, "tiny": 2e9}
+"""Operations a second that a size is taken to reach on 2 cores: guesses, from the 160 to 190 GFLOP/s of models of 25M and 200M
+in bench/results; small models lose time between the ops. Results state the seconds estimated beside those taken."""
+
+
+def estimate(size: str, chunk: int, name: str, tokens: float, length: int, *, training: bool = True) -> float:
+    """Seconds on 2 quiet cores."""
+    return tokens * flops_a_token(config(size, chunk), name, length, training) / RATES[size]
+
+
+def _last_tenth(losses: list[float]) -> float | None:
+    """The mean over the last tenth of the steps; None where it is not finite."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    mean = sum(tail) / len(tail)
+    return mean if math.isfinite(mean) else None
+
+
+def _thinned(losses: list[float]) -> list[list[float]]:
+    """Step and mean loss of up to KEPT_POINTS equal stretches."""
+    size = -(-len(losses) // KEPT_POINTS)
+    stretches = [(min(i + size, len(losses)), losses[i : i + size]) for i in range(0, len(losses), size)]
+    return [[end, round(sum(part) / len(part), 5)] for end, part in stretches if math.isfinite(sum(part))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.claims.train", description=__doc__.split("\n")[0])
+    names = [models.MEGALODON, models.LLAMA, *models.ABLATIONS]
+    parser.add_argument("--model", choices=names, default=models.LLAMA, help=", ".join(names))
+    parser.add_argument("--size", choices=SIZES, default="1M")
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="files and folders of text (the standard library)")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="to train on (1,000,000)")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=128, help="MEGALODON's chunk size")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder for result.json; a run that was cut off goes on")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    corpus = text.documents(options.data)
+    size = config(options.size, options.chunk)
+    model = models.build(options.model, size, options.length // 2, options.seed)
+    recipe = Recipe(options.tokens, options.rows, options.length, options.lr)
+    carries = options.model != models.LLAMA
+    result = train_on_text(
+        model, recipe, corpus.train, options.out / "unfinished.pt", seed=options.seed, carries=carries
+    )
+    piece = 2048 if carries else options.length // 2
+    result["parameters"] = model.num_parameters()
+    result["held_out_bits_per_byte"] = bits_per_byte(model, corpus.held_out, [options.length], options.length)
+    result["held_out_bits_per_byte"] |= bits_per_byte(model, corpus.held_out, ["all"], piece)
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    content = {"settings": settings, "machine": runs.facts(), "result": result}
+    runs.write(options.out / "result.json", json.dumps(content, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name != "curve"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

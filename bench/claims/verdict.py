@@ -1,0 +1,63 @@
+"""How a claim is decided, from results alone; written down before there were any.
+
+Two models are told apart when the difference of their means over the seeds is larger than 3 standard errors of that
+difference, and larger than a least difference that would matter. With fewer than 3 seeds each, nothing is decided.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+HELD, NOT_HELD, UNDECIDED = "held", "not held", "undecided"
+STANDARD_ERRORS = 3.0
+SEEDS = 3
+
+
+def lower(ours: Sequence[float], others: Sequence[float], least: float = 0.0) -> str:
+    """Whether figures of ours are lower than those of others: held, not held where they are higher, or undecided."""
+    if min(len(ours), len(others)) < SEEDS or not all(map(math.isfinite, (*ours, *others))):
+        return UNDECIDED
+    difference = statistics.fmean(others) - statistics.fmean(ours)
+    error = math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(others) / len(others))
+    if abs(difference) <= max(STANDARD_ERRORS * error, least):
+        return UNDECIDED
+    return HELD if difference > 0 else NOT_HELD
+
+
+def higher(ours: Sequence[float], others: Sequence[float], least: float = 0.0) -> str:
+    return lower([-figure for figure in ours], [-figure for figure in others], least)
+
+
+def falls(curves: Sequence[Sequence[float]], least: float = 0.0) -> str:
+    """Whether curves, one a seed, fall from each point to the next.
+
+    held: at every step the mean falls. not held: at a step the mean rises by more than `least` and by more than 3 standard
+    errors of the rises over the seeds. Anything else, and fewer than 3 seeds, is undecided. Values of a curve are over the
+    same tokens, so the rises and falls are compared within a seed.
+    """
+    if len(curves) < SEEDS:
+        return UNDECIDED
+    verdict = HELD
+    for before, after in zip(list(zip(*curves, strict=True)), list(zip(*curves, strict=True))[1:]):
+        steps = [b - a for a, b in zip(before, after, strict=True)]
+        mean, error = statistics.fmean(steps), statistics.stdev(steps) / math.sqrt(len(steps))
+        if mean > max(least, STANDARD_ERRORS * error):
+            return NOT_HELD
+        if mean >= 0:
+            verdict = UNDECIDED
+    return verdict
+
+
+def together(verdicts: Sequence[str]) -> str:
+    """Held where all are, not held where one is not."""
+    if NOT_HELD in verdicts:
+        return NOT_HELD
+    return HELD if verdicts and all(verdict == HELD for verdict in verdicts) else UNDECIDED
+
+
+def spread(figures: Sequence[float]) -> str:
+    """Mean ± standard deviation over the seeds, as tables show it."""
+    mean = statistics.fmean(figures)
+    return f"{mean:.4f}" + (f" ± {statistics.stdev(figures):.4f}" if len(figures) > 1 else "")
