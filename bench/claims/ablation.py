@@ -13,7 +13,7 @@ RULE = (
     "a third of the tokens. A part helps (held) where the held-out bits per byte of MEGALODON in windows of a row are lower "
     "than those without the part, by more than 3 standard errors over the seeds. The claim is held where every part helps."
 )
-SIZE, TOKENS = "1M", 1_500_000
+SIZE, TOKENS = "1M", 4_000_000
 QUICK = ("100k", 40_000)
 
 

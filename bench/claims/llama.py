@@ -56,7 +56,7 @@ class Llama(nn.Module):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         super().__init__()
-        self.window = window
+        self.window, self.dim = window, dim
         config = LlamaConfig(
             vocab_size=vocab, hidden_size=dim, intermediate_size=hidden, num_hidden_layers=num_layers,
             num_attention_heads=dim // head_dim(dim), max_position_embeddings=1 << 20, tie_word_embeddings=False,
@@ -94,7 +94,8 @@ class Llama(nn.Module):
         whole = [torch.cat(pair) for pair in zip(past, own, strict=True)]
         hidden: list[Any] = [None] * len(own)
         for group in similar([len(ids) for ids in whole]):
-            found = self.net.model(pad_sequence([whole[i] for i in group], batch_first=True)).last_hidden_state
+            ids = pad_sequence([whole[i] for i in group], batch_first=True)
+            found = self.net.model(ids).last_hidden_state if ids.numel() else self.net.lm_head.weight.new_empty(*ids.shape, self.dim)
             for i, row in zip(group, found, strict=True):
                 hidden[i] = row[len(past[i]) : len(whole[i])]
         joined = torch.cat(hidden).view(*tokens.shape, -1)

@@ -22,7 +22,7 @@ LONGER = 2
 """How often a sweep goes on beyond its ends"""
 BOTH = (models.MEGALODON, models.LLAMA)
 CHUNK, LENGTH, ROWS = 128, 256, 8
-TOKENS = {"1M": 5_000_000, "4M": 5_000_000}
+TOKENS = {"1M": 10_000_000, "4M": 10_000_000}
 QUICK = {"100k": 60_000}
 
 

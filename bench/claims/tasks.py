@@ -4,7 +4,7 @@ A task gives tokens (B, L) and targets (B, L), int64 below 257; a target of -100
 
     mqar               keys and values, then some of the keys: after such a key, its value (Zoology, 2312.04927)
     parity             bits; after each, whether an odd number of ones has come
-    s5                 permutations of five things; after each, the product of those that have come
+    s5                 permutations of five places; after each, where all that have come, one after another, send each place
     selective copying  letters among noise; at the end, the letters in their order (Mamba, 2312.00752)
     needle             bytes of text in which a sentence gives a name a code; at the end, the name's code is asked for
     listops            a nested expression of MIN, MAX, MED and SM (sum modulo 10); at its end, its value (Long Range Arena)
@@ -61,7 +61,7 @@ PERMUTATIONS = list(itertools.permutations(range(5)))
 
 
 def _products() -> numpy.ndarray:
-    """(120, 120): the number of the permutation that does the first one, then the second one."""
+    """(120, 120): the number of the permutation that sends each place where the first one, then the second one sends it."""
     number = {permutation: i for i, permutation in enumerate(PERMUTATIONS)}
     return numpy.array([[number[tuple(b[i] for i in a)] for b in PERMUTATIONS] for a in PERMUTATIONS])
 
@@ -100,7 +100,7 @@ def needle(random: numpy.random.Generator, count: int, length: int, text: bytes)
     """A stretch of `text` with the needle at a random depth; the row ends before the code's last digit, which is a target."""
     tokens, targets = _blank(count, length)
     for row in range(count):
-        name = bytes(97 + random.integers(26, size=4))
+        name = bytes((97 + random.integers(26, size=4)).tolist())
         code = b"%0*d" % (DIGITS, random.integers(10**DIGITS))
         sentence, question = b"\nThe code of %s is %s.\n" % (name, code), b"\nThe code of %s is " % name
         hay = length - len(sentence) - len(question) - DIGITS + 1

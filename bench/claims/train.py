@@ -150,9 +150,10 @@ def flops_a_token(size: mo.MegalodonConfig, name: str, length: int, training: bo
     return (2 * matrices + attention) * (3.5 if training else 1)
 
 
-RATES = {"4M": 90e9, "1M": 45e9, "100k": 15e9, "tiny": 2e9}
-"""Operations a second that a size is taken to reach on 2 cores: guesses, from the 160 to 190 GFLOP/s of models of 25M and 200M
-in bench/results; small models lose time between the ops. Results state the seconds estimated beside those taken."""
+RATES = {"4M": 175e9, "1M": 124e9, "100k": 69e9, "tiny": 4e9}
+"""Operations a second on 2 cores. One thread did 127, 90 and 52 GFLOP in a second of processor time, training MEGALODON of 4M,
+1M and 100k parameters on the processor of bench/results/2026-11-26-cpu.md, and 106, 75 and 40 training the Llama; two threads are
+taken to do the mean of the two 1.5 times. Results state the seconds estimated beside those taken."""
 
 
 def estimate(size: str, chunk: int, name: str, tokens: float, length: int, *, training: bool = True) -> float:

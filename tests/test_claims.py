@@ -1,0 +1,380 @@
+"""The claims' programs: the Llama to compare with, models with a part exchanged, training that goes on, verdicts, commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import megalodon_ops as mo
+from megalodon_ops.evaluation import evaluate
+from megalodon_ops.training import Batches, Reader
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from bench.claims import ablation, context, loss, memory, models, report, runs, speed, task_runs, text, train, verdict  # noqa: E402
+from bench.claims.__main__ import CLAIMS, main  # noqa: E402
+from bench.claims.llama import Llama, WindowState, hidden_like, similar  # noqa: E402
+
+CONFIG = dataclasses.replace(train.config("tiny", 8), num_layers=2)
+EXCHANGED = [*models.ABLATIONS]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(256, (1, 31), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return models.build(models.LLAMA, CONFIG, 6, 0)
+
+
+def nats(model, inputs, targets, **options):
+    return model.loss(inputs, targets, reduction="none", **options)
+
+
+# the Llama
+
+
+@pytest.mark.parametrize("size", train.SIZES)
+def test_sizes_are_equal_by_the_rule(size):
+    config = train.config(size, 64)
+    step = 3 * config.num_layers * config.model_dim
+    built = Llama.sized_like(config, 8) if size != "4M" else None
+    if built is not None:
+        assert abs(built.num_parameters() - config.num_parameters()) <= step / 2
+    assert hidden_like(config) > config.model_dim
+
+
+def test_the_llama_is_that_of_transformers(llama, tokens):
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = llama.net(inputs).logits
+    torch.testing.assert_close(llama(inputs), logits)
+    torch.testing.assert_close(llama.loss(inputs, targets), F.cross_entropy(logits[0], targets[0]))
+    assert llama.net.config._attn_implementation == "sdpa" and llama.net.config.hidden_act == "silu"
+
+
+def test_packed_documents_do_not_see_each_other(llama, tokens):
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    bounds = torch.tensor([0, 3, 3, 17, 19, 30])
+    packed = nats(llama, inputs, targets, cu_seqlens=bounds)
+    apart = [nats(llama, inputs[:, a:b], targets[:, a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    torch.testing.assert_close(packed, torch.cat(apart, 1))
+    assert [sorted(group) for group in similar([3, 14, 2, 11])] == [[1, 3], [0, 2]]
+
+
+def test_a_state_is_a_window_of_tokens(llama, tokens):
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    _, state = nats(llama, inputs[:, :20], targets[:, :20], return_state=True)
+    assert [past.tolist() for past in state.past] == [inputs[0, 14:20].tolist()]
+    got = nats(llama, inputs[:, 20:24], targets[:, 20:24], state=state)
+    torch.testing.assert_close(got, nats(llama, inputs[:, 14:24], targets[:, 14:24])[:, 6:])
+
+
+def test_states_are_picked_and_reset():
+    state = WindowState([torch.tensor([1, 2]), torch.tensor([3])])
+    picked = state[torch.tensor([1, 0, 1])]
+    assert [past.tolist() for past in picked.past] == [[3], [1, 2], [3]] and picked.num_sequences == 3
+    assert [past.tolist() for past in picked.reset([1]).past] == [[3], [], [3]]
+    assert [past.tolist() for past in picked.reset(torch.tensor([True, False, False])).past] == [[], [1, 2], [3]]
+
+
+def test_the_llama_is_evaluated_by_the_same_windows(llama):
+    documents = [torch.randint(256, (length,)) for length in (40, 23, 9)]
+    by_hand = 0.0
+    for document in documents:
+        for begin in range(0, len(document) - 1, 8):
+            inputs, targets = document[begin : begin + 8], document[begin + 1 : begin + 9]
+            by_hand += nats(llama, inputs[None, : len(targets)], targets[None]).sum().item()
+    small, whole = evaluate(llama, documents, contexts=[8, "all"], piece=6)
+    assert small.nats == pytest.approx(by_hand, rel=1e-5) and small.tokens == whole.tokens == 69
+    sliding = 0.0
+    for document in documents:
+        for begin in range(0, len(document) - 1, 6):
+            past, n = min(begin, 6), min(6, len(document) - 1 - begin)
+            window = document[begin - past : begin + n + 1]
+            sliding += nats(llama, window[None, :-1], window[None, 1:])[:, past:].sum().item()
+    assert whole.nats == pytest.approx(sliding, rel=1e-5)
+    with pytest.raises(TypeError, match='protocol="released"'):
+        evaluate(llama, documents, protocol="released")
+    with pytest.raises(TypeError, match="`model` must be a Megalodon, got torch.nn"):
+        evaluate(torch.nn.Linear(1, 1), documents)
+
+
+def test_a_reader_carries_the_window(llama):
+    batches = Batches([bytes(range(65, 115))], rows=1, length=10, seed=None)
+    reader = Reader(llama)
+    for _ in range(2):
+        found = reader.loss(batches.next(), "none")
+    ids = torch.tensor([[256, *range(65, 115)]])
+    torch.testing.assert_close(found, nats(llama, ids[:, 4:20], ids[:, 5:21])[:, 6:])
+
+
+# models with a part exchanged
+
+
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_exchanged_models_differ_stream_and_learn(name, tokens):
+    model, whole = models.build(name, CONFIG, 8, 0), models.build(models.MEGALODON, CONFIG, 8, 0)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    found = nats(model, inputs, targets)
+    assert (found - nats(whole, inputs, targets)).abs().max() > 1e-3
+    first, state = nats(model, inputs[:, :13], targets[:, :13], return_state=True)
+    second = nats(model, inputs[:, 13:], targets[:, 13:], state=state)
+    torch.testing.assert_close(torch.cat((first, second), 1), found, rtol=1e-4, atol=1e-5)
+    packed = nats(model, inputs, targets, cu_seqlens=torch.tensor([0, 13, 30]))
+    torch.testing.assert_close(packed[:, 13:], nats(model, inputs[:, 13:], targets[:, 13:]))
+    model.loss(inputs, targets).backward()
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(torch.isfinite(p.grad).all() for p in learnt) and sum(bool(p.grad.any()) for p in learnt) > 0.8 * len(learnt)
+    assert abs(sum(p.numel() for p in model.parameters()) / CONFIG.num_parameters() - 1) < 0.01
+
+
+def test_layer_norm_knows_no_past():
+    norm = models.build("layer norm", CONFIG, 8, 0).layers[0].mega.timenorm
+    x = torch.randn(2, 5, CONFIG.model_dim)
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (CONFIG.model_dim,)))
+
+
+def test_ema_is_real_and_no_ema_is_nothing():
+    _, q, _, _ = models.build("ema", CONFIG, 8, 0).layers[0].mega.cema.coefficients()
+    assert not q.imag.any() and (q.real > 0).all()
+    x = torch.randn(2, 5, CONFIG.model_dim)
+    assert models.build("no ema", CONFIG, 8, 0).layers[0].mega.cema(x) is x
+
+
+def test_plain_attention_does_not_normalize():
+    mega = models.build("plain attention", CONFIG, 8, 0).layers[0].mega
+    z, v = torch.randn(1, 8, CONFIG.z_dim), torch.randn(1, 8, CONFIG.value_dim)
+    seen = mo.normalized_attention(z, v, mega.gamma, mega.beta, num_heads=1, chunk_size=8, eps=mega.config.norm_eps)
+    angle = torch.arange(8.0)[:, None] * 10000.0 ** (-torch.arange(0, CONFIG.z_dim, 2) / CONFIG.z_dim)
+    turned = torch.view_as_real(torch.view_as_complex(z[0].unflatten(-1, (-1, 2)).contiguous()) * torch.exp(1j * angle)).flatten(1)
+    plain = F.scaled_dot_product_attention(turned[None], turned[None], v, is_causal=True)
+    torch.testing.assert_close(seen, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_one_hop_adds_to_the_halfs_own_input():
+    block = models.build("one hop", CONFIG, 8, 0).layers[0]
+    x = torch.randn(1, 5, CONFIG.model_dim)
+    torch.testing.assert_close(block(x), block.mega(x) + block.nffn(block.mega(x)))
+
+
+# training
+
+
+DOCUMENTS = [bytes((7 * i + j) % 251 for j in range(90)) for i in range(5)]
+RECIPE = train.Recipe(tokens=8 * 2 * 12, rows=2, length=12, lr=1e-2, warmup=2)
+
+
+@pytest.mark.parametrize("name", loss.BOTH)
+def test_training_that_was_cut_off_gives_the_same_losses(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+    carries = name == models.MEGALODON
+
+    def trained(scratch, stop=None):
+        model, calls, of_reader = models.build(name, CONFIG, 6, 1), [0], Reader.loss
+
+        def counted(self, batch, reduction="mean"):
+            calls[0] += 1
+            if calls[0] == stop:
+                raise KeyboardInterrupt
+            return of_reader(self, batch, reduction)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Reader, "loss", counted)
+            return train.train_on_text(model, RECIPE, DOCUMENTS, scratch, seed=3, carries=carries), calls[0]
+
+    whole, _ = trained(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut.pt", stop=6)
+    again, calls = trained(tmp_path / "cut.pt")
+    assert calls == 3 and again["curve"] == whole["curve"] and again["steps"] == 8
+
+
+def test_both_models_read_the_same_batches(tmp_path, monkeypatch):
+    seen = {}
+    for name in loss.BOTH:
+        of_reader = Reader.loss
+
+        def kept(self, batch, reduction="mean", name=name, of_reader=of_reader):
+            seen.setdefault(name, []).append(batch.tokens)
+            return of_reader(self, batch, reduction)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Reader, "loss", kept)
+            model = models.build(name, CONFIG, 6, 1)
+            train.train_on_text(model, RECIPE, DOCUMENTS, tmp_path / f"{name}.pt", seed=3, carries=name != models.LLAMA)
+    assert torch.equal(torch.cat(seen["megalodon"], 1), torch.cat(seen["llama"], 1))
+
+
+def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
+    model = models.build(models.MEGALODON, CONFIG, 6, 1)
+    position = dict(position=dict, seek=lambda _: None)
+    wrong = lambda: model.embed.weight.sum() * math.nan  # noqa: E731
+    result = train.train(model, RECIPE, wrong, tmp_path / "x.pt", **position)
+    assert result["train_loss"] is None and result["steps"] == 1 and json.dumps(result, allow_nan=False)
+
+
+def test_sweeps_go_on_beyond_their_ends():
+    assert loss.sweep(lambda rate: abs(math.log(rate / 2e-3)), (1e-3, 2e-3, 4e-3)) == 2e-3
+    asked = []
+    assert loss.sweep(lambda rate: asked.append(rate) or -rate, (1.0, 2.0, 4.0)) == 16.0 and asked == [1, 2, 4, 8, 16]
+    assert loss.sweep(lambda rate: math.inf if rate > 1 else rate, (1.0, 2.0, 4.0)) == 0.25
+    assert loss.sweep(lambda rate: None, (1.0, 2.0, 4.0)) == 2.0
+
+
+# text
+
+
+def test_long_text_is_cut_from_the_middle(tmp_path):
+    parts = [bytes([65 + i]) * 1000 for i in range(6)]
+    for i, part in enumerate(parts):
+        (tmp_path / f"{i}.txt").write_bytes(part)
+    found = text.long_text([str(tmp_path)], 1000, 3)
+    whole = b"\n".join(parts)
+    begin = (len(whole) - 1000) // 2
+    assert found.held_out == whole[begin : begin + 1000] and len(found.train) == 3
+    assert b"".join(found.train) == whole[:begin] + whole[begin + 1000 :]
+    with pytest.raises(SystemExit, match="6,005 bytes, and 8,000 are needed"):
+        text.long_text([str(tmp_path)], 2000, 3)
+
+
+# verdicts
+
+
+def test_models_are_told_apart_by_the_spread_over_seeds():
+    assert verdict.lower([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]) == verdict.HELD
+    assert verdict.lower([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]) == verdict.NOT_HELD
+    assert verdict.lower([1.0, 2.0, 3.0], [1.5, 2.5, 3.5]) == verdict.UNDECIDED
+    assert verdict.lower([1.0, 1.0], [2.0, 2.0]) == verdict.UNDECIDED  # too few seeds
+    assert verdict.lower([1.0, 1.0, 1.0], [math.inf] * 3) == verdict.UNDECIDED
+    assert verdict.higher([0.9] * 3, [0.89] * 3, 0.02) == verdict.UNDECIDED
+    assert verdict.higher([0.9] * 3, [0.8] * 3, 0.02) == verdict.HELD
+
+
+def test_curves_fall_or_do_not():
+    falling = [[3.0 + s, 2.0 + s, 1.0 + s] for s in (0, 0.5, 1)]
+    assert verdict.falls(falling) == verdict.HELD and verdict.falls(falling[:2]) == verdict.UNDECIDED
+    assert verdict.falls([[3, 2, 2.1], [3, 2, 2.11], [3, 2, 2.12]]) == verdict.NOT_HELD
+    assert verdict.falls([[3, 2, 2.1], [3, 2, 1.9], [3, 2, 2.1]]) == verdict.UNDECIDED
+    assert verdict.falls([[3, 2, 2.0001]] * 3, 5e-4) == verdict.UNDECIDED
+    assert verdict.together([verdict.HELD, verdict.UNDECIDED]) == verdict.UNDECIDED
+    assert verdict.together([verdict.HELD, verdict.NOT_HELD]) == verdict.NOT_HELD
+    assert verdict.together([]) == verdict.UNDECIDED
+
+
+def content(settings, result):
+    return {"settings": settings, "result": result, "run": "seed", "seconds": 1.0, "date": "2026-01-01", "machine": runs.facts()}
+
+
+def test_speed_compares_with_the_faster_llama():
+    def of(length, ours, first, second):
+        times = zip((speed.harness.OURS, *speed.LLAMAS), (ours, first, second), strict=True)
+        return content({"length": length}, {"times": {name: {"seconds": [t] * bool(t)} for name, t in times}})
+
+    found = [of(4096, 1.0, 1.02, 3.0), of(32768, 1.0, None, 1.5)]
+    assert speed.rates(found)[4096] == (4096.0, pytest.approx(4096 / 1.02), speed.LLAMAS[0])
+    assert speed.verdicts(found)["claim"] == verdict.HELD
+    assert speed.verdicts([found[0], of(32768, 1.0, 1.33, 1.2)])["claim"] == verdict.NOT_HELD
+    assert speed.verdicts([found[0], of(32768, 1.0, 1.33, None)])["claim"] == verdict.UNDECIDED
+    assert speed.verdicts(found[1:])["claim"] == verdict.UNDECIDED
+
+
+def test_memory_is_decided_by_bytes_a_token_and_by_growth():
+    def of(kind, length, result):
+        return content({"work_of": kind, "model": models.MEGALODON, "length": length}, result)
+
+    def stream(end):
+        return of("streaming", 9, {"resident": [[1000, 100], [9000, end]]})
+
+    even = [of("training", n, {"peak_bytes": 10 * n}) for n in (16, 2)]
+    assert memory.verdicts([*even, stream(101)])["claim"] == verdict.HELD
+    assert memory.verdicts([*even, stream(103)])["claim"] == verdict.NOT_HELD
+    assert memory.verdicts([of("training", 16, {"peak_bytes": 180}), even[1], stream(101)])["claim"] == verdict.NOT_HELD
+    assert memory.verdicts([stream(101)])["claim"] == verdict.UNDECIDED
+
+
+# commands
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Quick runs that are quicker, of a text of a few kilobytes."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.txt").write_bytes(b" ".join(b"%d" % (j * j + i) for j in range(900)))
+    monkeypatch.setattr(loss, "QUICK", {"tiny": 600})
+    monkeypatch.setattr(loss, "LENGTH", 32)
+    monkeypatch.setattr(loss, "RATES", (2e-3,))
+    monkeypatch.setattr(loss, "LONGER", 0)
+    monkeypatch.setattr(ablation, "QUICK", ("tiny", 600))
+    monkeypatch.setattr(context, "QUICK", ("tiny", 4096, 1 << 11))
+    monkeypatch.setattr(task_runs, "QUICK", ("tiny", 1, 2))
+    monkeypatch.setattr(task_runs, "TASKS", {name: task_runs.TASKS[name] for name in ("mqar", "needle")})
+    monkeypatch.setattr(task_runs, "TIMES", (1, 2))
+    monkeypatch.setattr(speed, "QUICK", ("tiny", 16, [32, 64]))
+    monkeypatch.setattr(
+        loss, "WHAT", {"held out": lambda result: result["held_out_bits_per_byte"]["32"], **dict([*loss.WHAT.items()][1:])}
+    )
+    return ["--quick", "--out", str(tmp_path / "out"), "--threads", "1", "--data", str(folder)]
+
+
+@pytest.mark.parametrize("claim", ["loss", "context", "tasks", pytest.param("speed", marks=pytest.mark.slow), pytest.param("ablation", marks=pytest.mark.slow)])
+def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monkeypatch):
+    assert main([claim, "--plan", *small]) == 0
+    planned = capsys.readouterr().out
+    assert not (tmp_path / "out").exists() and "left on 2 quiet cores" in planned
+    assert main([claim, *small]) == 0
+    folder = tmp_path / "out" / f"{claim}-quick"
+    found = runs.results(folder)
+    assert len(found) >= int(planned.split(f"{claim}: ")[1].split()[0])
+    assert not list((folder / "unfinished").iterdir()) and all(path.stat().st_size < 20_000 for path in folder.glob("*.json"))
+    assert all(c["machine"]["torch"] == torch.__version__ and c["seconds"] >= 0 and c["date"] for c in found)
+    monkeypatch.setattr(runs.machine, "describe", None)  # what is finished is not run again
+    assert main([claim, *small]) == 0
+    assert main(["report", *small]) == 0
+    page = capsys.readouterr().out
+    assert re.search(r"^# .*: (.*)$", page, re.M)[1] in (verdict.HELD, verdict.NOT_HELD, verdict.UNDECIDED)
+    assert "says nothing of the claim" in page and (tmp_path / "out" / f"{claim}-quick.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_processes_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "QUICK", ("tiny", 64, [256, 2048]))
+    monkeypatch.setattr(memory, "QUICK_STREAMS", {models.MEGALODON: 2000, models.LLAMA: 2000})
+    assert main(["memory", "--quick", "--out", str(tmp_path)]) == 0
+    page = report.report("memory", memory, tmp_path / "memory-quick")
+    assert "training, beyond what was there | megalodon | 2,048" in page and "reading a stream" in page
+
+
+def test_other_settings_are_not_mixed(tmp_path):
+    session = runs.Session("loss", tmp_path)
+    assert session.run("a", lambda scratch, x: {"y": x}, 1.0, x=1) == {"y": 1}
+    assert session.run("a", None, 1.0, x=1) == {"y": 1}
+    with pytest.raises(SystemExit, match="is the result of other settings"):
+        session.run("a", None, 1.0, x=2)
+    assert runs.Session("loss", tmp_path, plan=True).run("b", None, 1.0, x=2) is None
+
+
+def test_the_plan_of_everything_fits_half_a_day(tmp_path, capsys):
+    assert main(["all", "--plan", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(CLAIMS) + 1 and float(lines[-1].split()[1]) <= 12 and lines[-1].endswith("h")
+    with pytest.raises(SystemExit, match="holds no results"):
+        main(["report", "--out", str(tmp_path)])
