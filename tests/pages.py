@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FOLLOWED = [ROOT / "docs" / "start.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+FOLLOWED = [ROOT / "docs" / "start.md", ROOT / "docs" / "recipes.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
 """Pages whose commands are followed too"""
 SERIES = [ROOT / "docs" / "tutorials" / f"{name}.md" for name in ("your-text", "book", "context", "lora")]
 """Tutorials that are followed in one folder: the first makes the model of the others"""
