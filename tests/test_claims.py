@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import re
@@ -141,7 +142,9 @@ def test_exchanged_models_differ_stream_and_learn(name, tokens):
     torch.testing.assert_close(packed[:, 13:], nats(model, inputs[:, 13:], targets[:, 13:]))
     model.loss(inputs, targets).backward()
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(torch.isfinite(p.grad).all() for p in learnt) and sum(bool(p.grad.any()) for p in learnt) > 0.8 * len(learnt)
+    assert all(torch.isfinite(p.grad).all() for p in learnt) and sum(bool(p.grad.any()) for p in learnt) > 0.8 * len(
+        learnt
+    )
     assert abs(sum(p.numel() for p in model.parameters()) / CONFIG.num_parameters() - 1) < 0.01
 
 
@@ -163,7 +166,9 @@ def test_plain_attention_does_not_normalize():
     z, v = torch.randn(1, 8, CONFIG.z_dim), torch.randn(1, 8, CONFIG.value_dim)
     seen = mo.normalized_attention(z, v, mega.gamma, mega.beta, num_heads=1, chunk_size=8, eps=mega.config.norm_eps)
     angle = torch.arange(8.0)[:, None] * 10000.0 ** (-torch.arange(0, CONFIG.z_dim, 2) / CONFIG.z_dim)
-    turned = torch.view_as_real(torch.view_as_complex(z[0].unflatten(-1, (-1, 2)).contiguous()) * torch.exp(1j * angle)).flatten(1)
+    turned = torch.view_as_real(
+        torch.view_as_complex(z[0].unflatten(-1, (-1, 2)).contiguous()) * torch.exp(1j * angle)
+    ).flatten(1)
     plain = F.scaled_dot_product_attention(turned[None], turned[None], v, is_causal=True)
     torch.testing.assert_close(seen, plain, rtol=1e-4, atol=1e-4)
 
@@ -243,15 +248,24 @@ def test_sweeps_go_on_beyond_their_ends():
 
 def test_long_text_is_cut_from_the_middle(tmp_path):
     parts = [bytes([65 + i]) * 1000 for i in range(6)]
+    (tmp_path / "a").mkdir()
     for i, part in enumerate(parts):
-        (tmp_path / f"{i}.txt").write_bytes(part)
-    found = text.long_text([str(tmp_path)], 1000, 3)
+        (tmp_path / "a" / f"{i}.txt").write_bytes(part)
+    other = bytes(range(250)) * 20
+    (tmp_path / "b.gz").write_bytes(gzip.compress(other))
+    found = text.long_text([str(tmp_path / "a"), str(tmp_path / "b.gz")], 1000, 3)
     whole = b"\n".join(parts)
     begin = (len(whole) - 1000) // 2
-    assert found.held_out == whole[begin : begin + 1000] and len(found.train) == 3
-    assert b"".join(found.train) == whole[:begin] + whole[begin + 1000 :]
-    with pytest.raises(SystemExit, match="6,005 bytes, and 8,000 are needed"):
-        text.long_text([str(tmp_path)], 2000, 3)
+    assert found.held_out == {"a": whole[begin : begin + 1000], "b.gz": other[2000:3000]} and len(found.train) == 3
+    assert b"".join(found.train) == whole[:begin] + whole[begin + 1000 :] + other[:2000] + other[3000:]
+    with pytest.raises(SystemExit, match="a has 6,005 bytes, and 8,000 are needed"):
+        text.long_text([str(tmp_path / "a")], 2000, 3)
+
+
+def test_text_of_packages_that_are_not_there_is_asked_for(monkeypatch):
+    monkeypatch.setattr(text, "LONG", {"of-nobody": ("/nowhere/*", "/nowhere/*")})
+    with pytest.raises(SystemExit, match="no text of of-nobody: apt-get install of-nobody"):
+        text.long_text(None, 10, 2)
 
 
 # verdicts
@@ -265,6 +279,8 @@ def test_models_are_told_apart_by_the_spread_over_seeds():
     assert verdict.lower([1.0, 1.0, 1.0], [math.inf] * 3) == verdict.UNDECIDED
     assert verdict.higher([0.9] * 3, [0.89] * 3, 0.02) == verdict.UNDECIDED
     assert verdict.higher([0.9] * 3, [0.8] * 3, 0.02) == verdict.HELD
+    near = ([1.0, 1.1, 0.9], [1.33, 1.43, 1.23])  # 4 standard errors
+    assert verdict.lower(*near) == verdict.HELD and verdict.lower(*near, errors=verdict.OF_MANY) == verdict.UNDECIDED
 
 
 def test_curves_fall_or_do_not():
@@ -279,7 +295,14 @@ def test_curves_fall_or_do_not():
 
 
 def content(settings, result):
-    return {"settings": settings, "result": result, "run": "seed", "seconds": 1.0, "date": "2026-01-01", "machine": runs.facts()}
+    return {
+        "settings": settings,
+        "result": result,
+        "run": "seed",
+        "seconds": 1.0,
+        "date": "2026-01-01",
+        "machine": runs.facts(),
+    }
 
 
 def test_speed_compares_with_the_faster_llama():
@@ -330,12 +353,23 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(task_runs, "TIMES", (1, 2))
     monkeypatch.setattr(speed, "QUICK", ("tiny", 16, [32, 64]))
     monkeypatch.setattr(
-        loss, "WHAT", {"held out": lambda result: result["held_out_bits_per_byte"]["32"], **dict([*loss.WHAT.items()][1:])}
+        loss,
+        "WHAT",
+        {"held out": lambda result: result["held_out_bits_per_byte"]["32"], **dict([*loss.WHAT.items()][1:])},
     )
     return ["--quick", "--out", str(tmp_path / "out"), "--threads", "1", "--data", str(folder)]
 
 
-@pytest.mark.parametrize("claim", ["loss", "context", "tasks", pytest.param("speed", marks=pytest.mark.slow), pytest.param("ablation", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "loss",
+        "context",
+        "tasks",
+        pytest.param("speed", marks=pytest.mark.slow),
+        pytest.param("ablation", marks=pytest.mark.slow),
+    ],
+)
 def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monkeypatch):
     assert main([claim, "--plan", *small]) == 0
     planned = capsys.readouterr().out
@@ -344,7 +378,9 @@ def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monke
     folder = tmp_path / "out" / f"{claim}-quick"
     found = runs.results(folder)
     assert len(found) >= int(planned.split(f"{claim}: ")[1].split()[0])
-    assert not list((folder / "unfinished").iterdir()) and all(path.stat().st_size < 20_000 for path in folder.glob("*.json"))
+    assert not list((folder / "unfinished").iterdir()) and all(
+        path.stat().st_size < 20_000 for path in folder.glob("*.json")
+    )
     assert all(c["machine"]["torch"] == torch.__version__ and c["seconds"] >= 0 and c["date"] for c in found)
     monkeypatch.setattr(runs.machine, "describe", None)  # what is finished is not run again
     assert main([claim, *small]) == 0

@@ -105,7 +105,9 @@ def value(words):
 
 @pytest.mark.parametrize("length", [32, 256])
 def test_listops(length):
-    words = {1 + digit: str(digit) for digit in range(10)} | {i: name for name, i in tasks.OPERATORS.items()} | {15: "]"}
+    words = (
+        {1 + digit: str(digit) for digit in range(10)} | {i: name for name, i in tasks.OPERATORS.items()} | {15: "]"}
+    )
     for tokens, targets in examples("listops", 12, length):
         size = max(i for i, token in enumerate(tokens) if token) + 1
         expression = [words[token] for token in tokens[:size]]
@@ -129,4 +131,8 @@ def test_listops(length):
 
 def test_values_of_operators():
     assert tasks.value_of("MED", [1, 4]) == 2 and tasks.value_of("MED", [9, 1, 5]) == 5
-    assert tasks.value_of("SM", [9, 9, 5]) == 3 and tasks.value_of("MIN", [3, 2]) == 2 and tasks.value_of("MAX", [3, 2]) == 3
+    assert (
+        tasks.value_of("SM", [9, 9, 5]) == 3
+        and tasks.value_of("MIN", [3, 2]) == 2
+        and tasks.value_of("MAX", [3, 2]) == 3
+    )

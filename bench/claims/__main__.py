@@ -52,11 +52,18 @@ def _report(options: argparse.Namespace, names: list[str]) -> int:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.claims", description=__doc__.split("\n")[0])
-    parser.add_argument("claim", choices=[*CLAIMS, "all", "report"], metavar="CLAIM", help=", ".join([*CLAIMS, "all", "report"]))
+    parser.add_argument(
+        "claim", choices=[*CLAIMS, "all", "report"], metavar="CLAIM", help=", ".join([*CLAIMS, "all", "report"])
+    )
     parser.add_argument("--plan", action="store_true", help="list the runs and their estimated times; run nothing")
     parser.add_argument("--quick", action="store_true", help="tiny runs in a folder of their own, to test the programs")
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds (0)")
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="files and folders of text, absolute (the standard library; long text of Debian)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="files and folders of text, absolute (the standard library; long text of Debian)",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     options = parser.parse_args(arguments)

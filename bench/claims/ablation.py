@@ -23,7 +23,7 @@ def run(session: Session, data: list[str] | None) -> None:
     for name in models.ABLATIONS:
         for seed in session.seeds():
             session.run(
-                f"{size} {name} seed={seed}", loss.work, loss.seconds(name, size, tokens), model=name, size=size, data=data,
+                f"{size} {name} seed={seed}", loss.work, loss.seconds(name, size, tokens, True), model=name, size=size, data=data,
                 tokens=tokens, lr=rate, seed=seed, held_out=True,
             )  # fmt: skip
 
@@ -43,6 +43,8 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     found = loss.figures(results, next(iter(loss.WHAT.values())))
     names = sorted(name for _, name in found)
     for (_, name), values in found.items():
-        axes.plot(values, [names.index(name)] * len(values), "o", color="tab:blue" if name == models.MEGALODON else "tab:gray")
+        axes.plot(
+            values, [names.index(name)] * len(values), "o", color="tab:blue" if name == models.MEGALODON else "tab:gray"
+        )
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel=next(iter(loss.WHAT)))

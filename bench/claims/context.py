@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from megalodon_ops.evaluation import evaluate
+from megalodon_ops.evaluation import Evaluation, evaluate
 
 from . import models, text, verdict
 from .runs import Session
@@ -14,8 +15,8 @@ from .train import Recipe, config, estimate, train_on_text
 
 TITLE = "Loss as the context grows"
 RULE = (
-    "One held-out text is predicted in windows of 1,024 tokens, 2,048, and so on, the last as long as the text, every token once "
-    "for each. Held where the mean over the seeds falls at every doubling; not held where it rises at one by more than 3 "
+    "The middle million bytes of each source, held out, are predicted in windows of 1,024 tokens, 2,048, and so on, the last as "
+    "long as the document, every token once for each; figures are means over the sources. Held where the mean over the seeds falls at every doubling; not held where it rises at one by more than 3 "
     "standard errors of the rises over the seeds, and by more than 0.0005 bits per byte; undecided else."
 )
 LEAST = 5e-4
@@ -28,26 +29,37 @@ SHORTEST = 1 << 10
 def run(session: Session, data: list[str] | None) -> None:
     size, tokens, longest = QUICK if session.quick else (SIZE, TOKENS, LONGEST)
     contexts = round(math.log2(longest / SHORTEST)) + 1
-    reading = contexts * estimate(size, CHUNK, models.MEGALODON, longest, LENGTH, training=False)
+    sources = len(data or text.LONG)
+    reading = sources * contexts * estimate(size, CHUNK, models.MEGALODON, longest, LENGTH, training=False)
     took = estimate(size, CHUNK, models.MEGALODON, tokens, LENGTH) + reading
     for seed in session.seeds():
         session.run(f"seed={seed}", work, took, size=size, tokens=tokens, longest=longest, seed=seed, data=data)
 
 
-def work(
-    scratch: Path, *, size: str, tokens: int, longest: int, seed: int, data: list[str] | None
-) -> dict[str, Any]:
+def work(scratch: Path, *, size: str, tokens: int, longest: int, seed: int, data: list[str] | None) -> dict[str, Any]:
     long = text.long_text(data, longest, ROWS)
     model = models.build(models.MEGALODON, config(size, CHUNK), LENGTH, seed)
     result = train_on_text(model, Recipe(tokens, ROWS, LENGTH, LR), long.train, scratch, seed=seed, carries=True)
     contexts = [SHORTEST << i for i in range(round(math.log2(longest / SHORTEST)) + 1)]
-    found = evaluate(model, text.to_evaluate([long.held_out]), contexts=contexts, rows=1, piece=PIECE)
-    positions = [[bin.last, round(bin.nats / bin.tokens / math.log(2), 5), bin.tokens] for bin in found[-1].by_position]
-    bits = {str(each.context): each.bits_per_byte for each in found}
+    by_source = {
+        name: evaluate(model, text.to_evaluate([document]), contexts=contexts, rows=1, piece=PIECE)
+        for name, document in long.held_out.items()
+    }
+    bits = {name: {str(each.context): each.bits_per_byte for each in found} for name, found in by_source.items()}
     return result | {
-        "bits_per_byte": bits, "by_position": positions, "text": long.fingerprint, "sources": long.sources,
-        "train_bytes": sum(map(len, long.train)), "parameters": model.num_parameters(),
+        "bits_per_byte": {str(context): fmean(of_source[str(context)] for of_source in bits.values()) for context in contexts},
+        "by_source": bits, "by_position": by_position([found[-1] for found in by_source.values()]),
+        "text": long.fingerprint, "train_bytes": sum(map(len, long.train)), "parameters": model.num_parameters(),
     }  # fmt: skip
+
+
+def by_position(found: list[Evaluation]) -> list[list[float]]:
+    """The last position of each bin, bits a byte of all sources there, and how many predictions."""
+    rows = []
+    for bins in zip(*(each.by_position for each in found), strict=True):
+        count = sum(bin.tokens for bin in bins)
+        rows.append([bins[0].last, round(math.fsum(bin.nats for bin in bins) / count / math.log(2), 5), count])
+    return rows
 
 
 def curves(results: list[dict[str, Any]]) -> tuple[list[int], list[list[float]]]:
@@ -59,16 +71,21 @@ def curves(results: list[dict[str, Any]]) -> tuple[list[int], list[list[float]]]
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     contexts, found = curves(results)
     said = {"claim": verdict.falls(found, LEAST)}
+    for name in results[0]["result"]["by_source"]:
+        of_source = [content["result"]["by_source"][name] for content in results]
+        said[f"falls in {name}"] = verdict.falls([[bits[str(c)] for c in contexts] for bits in of_source], LEAST)
     first, last = ([curve[i] for curve in found] for i in (0, -1))
     return said | {f"lower at {contexts[-1]:,} than at {contexts[0]:,}": verdict.lower(last, first)}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     contexts, found = curves(results)
-    lines = ["| context | bits per byte | by seed |", "| --- | --- | --- |"]
+    sources = [*results[0]["result"]["by_source"]]
+    lines = [f"| context | bits per byte | {' | '.join(sources)} |", "| --- | --- |" + " --- |" * len(sources)]
     for i, context in enumerate(contexts):
         values = [curve[i] for curve in found]
-        lines.append(f"| {context:,} | {verdict.spread(values)} | {', '.join(f'{value:.4f}' for value in values)} |")
+        of_sources = [[c["result"]["by_source"][name][str(context)] for c in results] for name in sources]
+        lines.append(f"| {context:,} | {' | '.join(map(verdict.spread, (values, *of_sources)))} |")
     return lines
 
 

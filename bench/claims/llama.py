@@ -95,7 +95,11 @@ class Llama(nn.Module):
         hidden: list[Any] = [None] * len(own)
         for group in similar([len(ids) for ids in whole]):
             ids = pad_sequence([whole[i] for i in group], batch_first=True)
-            found = self.net.model(ids).last_hidden_state if ids.numel() else self.net.lm_head.weight.new_empty(*ids.shape, self.dim)
+            found = (
+                self.net.model(ids).last_hidden_state
+                if ids.numel()
+                else self.net.lm_head.weight.new_empty(*ids.shape, self.dim)
+            )
             for i, row in zip(group, found, strict=True):
                 hidden[i] = row[len(past[i]) : len(whole[i])]
         joined = torch.cat(hidden).view(*tokens.shape, -1)

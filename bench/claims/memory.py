@@ -42,9 +42,20 @@ def run(session: Session, data: list[str] | None) -> None:
     for name, tokens in (QUICK_STREAMS if session.quick else STREAMS).items():
         for length in lengths:
             took = START_UP + 2 * estimate(size, chunk, name, length, length)
-            session.run(f"training {name} {length}", work, took, work_of="training", model=name, size=size, chunk=chunk, length=length)
+            session.run(
+                f"training {name} {length}",
+                work,
+                took,
+                work_of="training",
+                model=name,
+                size=size,
+                chunk=chunk,
+                length=length,
+            )
         took = START_UP + estimate(size, chunk, name, tokens, tokens, training=False)
-        session.run(f"streaming {name}", work, took, work_of="streaming", model=name, size=size, chunk=chunk, length=tokens)
+        session.run(
+            f"streaming {name}", work, took, work_of="streaming", model=name, size=size, chunk=chunk, length=tokens
+        )
 
 
 def work(scratch: Path, *, work_of: str, model: str, size: str, chunk: int, length: int) -> dict[str, Any]:
@@ -130,7 +141,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     for name, of_model in by_model(results, "training").items():
         for length, peak in of_model.items():
             if peak is not None:
-                lines.append(f"| training, beyond what was there | {name} | {length:,} | {peak / 2**20:,.1f} | {peak / length:,.0f} |")
+                lines.append(
+                    f"| training, beyond what was there | {name} | {length:,} | {peak / 2**20:,.1f} | {peak / length:,.0f} |"
+                )
     for name, samples in by_model(results, "streaming").items():
         for tokens, size in samples:
             lines.append(f"| reading a stream, whole process | {name} | {tokens:,} | {size / 2**20:,.1f} | |")

@@ -34,7 +34,8 @@ def build(name: str, config: mo.MegalodonConfig, window: int, seed: int) -> nn.M
     if name == NO_EMA:
         freed = config.model_dim * (4 * config.cema_ndim + 2)
         config = dataclasses.replace(
-            config, ffn_hidden_dim=config.ffn_hidden_dim + round(freed / ((3 if config.swiglu else 2) * config.model_dim))
+            config,
+            ffn_hidden_dim=config.ffn_hidden_dim + round(freed / ((3 if config.swiglu else 2) * config.model_dim)),
         )
     return ABLATIONS[name](mo.Megalodon(config))
 

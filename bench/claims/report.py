@@ -23,10 +23,19 @@ def report(claim: str, module: ModuleType, folder: Path) -> str | None:
 def page_of(claim: str, module: ModuleType, found: list[dict[str, Any]], folder: Path) -> list[str]:
     said = module.verdicts(found)
     machines = sorted({f"{c['machine']['processor']}, {c['machine']['threads']} threads" for c in found})
-    versions = sorted({f"megalodon_ops {c['machine']['megalodon_ops']}, torch {c['machine']['torch']}, transformers {c['machine']['transformers']}" for c in found})
+    versions = sorted(
+        {
+            f"megalodon_ops {c['machine']['megalodon_ops']}, torch {c['machine']['torch']}, transformers {c['machine']['transformers']}"
+            for c in found
+        }
+    )
     dates = sorted(c["date"][:10] for c in found)
     spent = sum(c["seconds"] for c in found)
-    quick = ["", "**A quick run: it tests the programs, and says nothing of the claim.**"] if folder.name.endswith("-quick") else []
+    quick = (
+        ["", "**A quick run: it tests the programs, and says nothing of the claim.**"]
+        if folder.name.endswith("-quick")
+        else []
+    )
     seeds = sorted({c["settings"]["seed"] for c in found if "seed" in c["settings"]})
     return [
         f"# {module.TITLE}: {said['claim']}", *quick, "", module.RULE, "", *module.table(found), "",

@@ -1,7 +1,7 @@
 """Runs of a claim, each with a result on the disk: what is finished is not run again, and what was cut off goes on.
 
-    OUT/<claim>/<run>.json                  settings, result, seconds, machine, versions, time
-    OUT/<claim>/unfinished/<run>.pt         how far a run has come; removed at its end
+OUT/<claim>/<run>.json                  settings, result, seconds, machine, versions, time
+OUT/<claim>/unfinished/<run>.pt         how far a run has come; removed at its end
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from bench import machine
 
 FORMAT = 1
 Work = Callable[..., dict[str, Any]]
-
 
 
 @dataclass

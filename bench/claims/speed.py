@@ -37,7 +37,9 @@ def run(session: Session, data: list[str] | None) -> None:
     for length in lengths:
         ours, llama = (estimate(size, chunk, name, length, length) for name in (models.MEGALODON, models.LLAMA))
         took = CALLS * ours + 2 * (2 * llama if llama < 6 else llama)
-        session.run(f"length={length}", work, took, size=size, chunk=chunk, length=length, threads=torch.get_num_threads())
+        session.run(
+            f"length={length}", work, took, size=size, chunk=chunk, length=length, threads=torch.get_num_threads()
+        )
 
 
 def work(scratch: Path, *, size: str, chunk: int, length: int, threads: int) -> dict[str, Any]:
@@ -84,7 +86,10 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    lines = ["| length | MEGALODON, tokens/s | Llama, tokens/s | times faster | which Llama |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| length | MEGALODON, tokens/s | Llama, tokens/s | times faster | which Llama |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for length, (ours, other, best) in rates(results).items():
         lines.append(f"| {length:,} | {ours:,.0f} | {other:,.0f} | {ours / other:.2f} | {best} |")
     return lines

@@ -71,7 +71,10 @@ PRODUCTS = _products()
 
 def s5(random: numpy.random.Generator, count: int, length: int) -> Examples:
     """Numbers of PERMUTATIONS, and the number of the product of all up to each."""
-    tokens, targets = random.integers(len(PERMUTATIONS), size=(count, length)), numpy.empty((count, length), numpy.int64)
+    tokens, targets = (
+        random.integers(len(PERMUTATIONS), size=(count, length)),
+        numpy.empty((count, length), numpy.int64),
+    )
     product = tokens[:, 0]
     targets[:, 0] = product
     for step in range(1, length):
@@ -182,7 +185,9 @@ class Task:
     """settings that are harder at the trained length"""
     needs_text: bool = False
 
-    def examples(self, random: numpy.random.Generator, count: int, length: int, **settings: Any) -> tuple[Tensor, Tensor]:
+    def examples(
+        self, random: numpy.random.Generator, count: int, length: int, **settings: Any
+    ) -> tuple[Tensor, Tensor]:
         tokens, targets = self.sample(random, count, length, **settings)
         return torch.from_numpy(tokens), torch.from_numpy(targets)
 

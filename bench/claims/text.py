@@ -13,19 +13,18 @@ from megalodon_ops.evaluation import Document
 from megalodon_ops.training import START, Corpus
 
 LONG = {
-    "wordnet": ("/usr/share/wordnet/data.*",),
-    "dict-gcide": ("/usr/share/dictd/gcide.dict.dz",),
-    "perl-doc": ("/usr/share/perl/5*.*/pod/*.pod",),
-    "vim-runtime": ("/usr/share/vim/vim*/doc/*.txt",),
+    "perl-doc": ("/usr/share/perl/5.*/pod/perlfunc.pod", "/usr/share/perl/5.*/pod/*.pod"),
+    "dict-gcide": ("/usr/share/dictd/gcide.dict.dz", "/usr/share/dictd/gcide.dict.dz"),
+    "wordnet-base": ("/usr/share/wordnet/data.noun", "/usr/share/wordnet/data.*"),
 }
-"""Packages of Debian with long texts, and their files"""
+"""Packages of Debian with long texts: a file that is there where the package is, and the files of its text"""
 
 
 class LongText(NamedTuple):
     train: list[bytes]
-    held_out: bytes
+    held_out: dict[str, bytes]
+    """by source, equally long documents"""
     fingerprint: str
-    sources: list[str]
 
 
 def documents(paths: list[str] | None) -> Corpus:
@@ -34,29 +33,33 @@ def documents(paths: list[str] | None) -> Corpus:
 
 
 def long_text(paths: list[str] | None, held_out: int, books: int) -> LongText:
-    """Long documents: all files end to end in the order of their names, but for `held_out` bytes cut into `books` of one length.
+    """Long documents: the files of each source end to end in the order of their names. A source is a path, or a package of LONG.
 
-    The held-out bytes, one document, are the middle of the text, so that what comes before and after them is like them.
+    The middle `held_out` bytes of each source are a document to predict, so that what comes before and after is like it. What
+    is left of all sources, end to end, becomes `books` documents of one length to learn from.
     """
-    if paths:
-        sources, files = paths, find_files(paths)
-    else:
-        found = {name: sorted(file for pattern in patterns for file in glob.glob(pattern)) for name, patterns in LONG.items()}
-        sources = [name for name, of_package in found.items() if of_package]
-        files = [Path(file) for of_package in found.values() for file in dict.fromkeys(map(real, of_package))]
-    text = b"\n".join(map(content, files))
-    if len(text) < 4 * held_out:
-        raise SystemExit(
-            f"--data: the text has {len(text):,} bytes, and {4 * held_out:,} are needed; "
-            f"apt-get install {' '.join(LONG)}, or name other text"
-        )
-    begin = (len(text) - held_out) // 2
-    rest = text[:begin] + text[begin + held_out :]
-    size = -(-len(rest) // books)
-    return LongText(
-        [rest[i : i + size] for i in range(0, len(rest), size)], text[begin : begin + held_out],
-        hashlib.sha256(text).hexdigest(), sources,
-    )  # fmt: skip
+    sources = (
+        {Path(path).name: find_files([path]) for path in paths} if paths else {name: _files(name) for name in LONG}
+    )
+    rest, held, digest = [], {}, hashlib.sha256()
+    for name, files in sources.items():
+        text = b"\n".join(map(content, files))
+        if len(text) < 4 * held_out:
+            raise SystemExit(f"--data: {name} has {len(text):,} bytes, and {4 * held_out:,} are needed")
+        begin = (len(text) - held_out) // 2
+        held[name] = text[begin : begin + held_out]
+        rest += [text[:begin], text[begin + held_out :]]
+        digest.update(text)
+    joined = b"".join(rest)
+    size = -(-len(joined) // books)
+    return LongText([joined[i : i + size] for i in range(0, len(joined), size)], held, digest.hexdigest())
+
+
+def _files(package: str) -> list[Path]:
+    there, files = LONG[package]
+    if not glob.glob(there):
+        raise SystemExit(f"no text of {package}: apt-get install {' '.join(LONG)}, or name text with --data")
+    return [Path(file) for file in sorted({real(file) for file in glob.glob(files)})]
 
 
 def real(file: str) -> str:
