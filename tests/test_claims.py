@@ -386,7 +386,11 @@ def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monke
     assert main([claim, *small]) == 0
     assert main(["report", *small]) == 0
     page = capsys.readouterr().out
-    assert re.search(r"^# .*: (.*)$", page, re.M)[1] in (verdict.HELD, verdict.NOT_HELD, verdict.UNDECIDED)
+    assert re.search(r"^# .*: a quick run \((.*)\)$", page, re.M)[1] in (
+        verdict.HELD,
+        verdict.NOT_HELD,
+        verdict.UNDECIDED,
+    )
     assert "says nothing of the claim" in page and (tmp_path / "out" / f"{claim}-quick.png").stat().st_size > 5000
 
 

@@ -145,7 +145,7 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
         settings = content["settings"]
         if settings["held_out"]:
             steps, losses = zip(*content["result"]["curve"], strict=True)
-            colour = "tab:blue" if settings["model"] == models.MEGALODON else "tab:orange"
+            colour = models.COLOURS[settings["model"]]
             style = "-" if settings["size"] != "4M" else "--"
             axes.plot(steps, losses, style, color=colour, lw=0.8, label=f"{settings['model']} {settings['size']}")
     axes.set(xlabel="step", ylabel="training loss, nats a byte", yscale="log")

@@ -153,12 +153,18 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     left, right = figure.subplots(1, 2)
     for name, of_model in by_model(results, "training").items():
-        left.plot([*of_model], [(peak or 0) / 2**20 for peak in of_model.values()], marker="o", label=name)
+        left.plot(
+            [*of_model],
+            [(peak or 0) / 2**20 for peak in of_model.values()],
+            marker="o",
+            label=name,
+            color=models.COLOURS[name],
+        )
     for name, samples in by_model(results, "streaming").items():
         tokens, sizes = zip(*samples, strict=True)
-        right.plot(tokens, [size / 2**20 for size in sizes], marker="o", label=name)
+        right.plot(tokens, [(size - sizes[0]) / 2**20 for size in sizes], marker="o", color=models.COLOURS[name])
     left.set(xscale="log", yscale="log", xlabel="tokens of a row", ylabel="training, MiB")
-    right.set(xscale="log", xlabel="tokens read", ylabel="resident, MiB", ylim=(0, None))
+    right.set(xscale="log", xlabel="tokens read", ylabel="more resident than after 1,000 tokens, MiB")
     left.legend()
 
 

@@ -20,6 +20,8 @@ from megalodon_ops.ops.states import TimestepNormState
 from .llama import Llama
 
 MEGALODON, LLAMA = "megalodon", "llama"
+COLOURS = {MEGALODON: "tab:blue", LLAMA: "tab:orange"}
+"""Of plots"""
 
 
 def build(name: str, config: mo.MegalodonConfig, window: int, seed: int) -> nn.Module:

@@ -174,12 +174,15 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     for axes, task in zip(figure.subplots(2, 3, sharey=True).flat, TASKS):
-        for model, colour in zip(loss.BOTH, ("tab:blue", "tab:orange"), strict=True):
+        for model in loss.BOTH:
             for content in chosen(results).get((task, model), []):
                 rows = [row for row in content["result"]["accuracy"] if "pairs" not in row]
-                axes.plot(
-                    [r["length"] for r in rows], [r["targets"] for r in rows], color=colour, marker=".", label=model
-                )
-        axes.set(title=task, xscale="log", ylim=(0, 1.02))
+                lengths, shares = [row["length"] for row in rows], [row["targets"] for row in rows]
+                axes.plot(lengths, shares, color=models.COLOURS[model], marker=".", label=model)
+        axes.set(title=task, xscale="log", ylim=(-0.02, 1.02))
+        lengths = [TASKS[task].length * times for times in TIMES]
+        axes.set_xticks(lengths, map(str, lengths))
+        axes.minorticks_off()
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=2)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
+    figure.supylabel("share of right targets")
