@@ -1,7 +1,7 @@
 """The models of the claims by name: MEGALODON, the Llama of its size, and MEGALODON with one part exchanged.
 
 Each exchange leaves the rest as it is. "no ema" has fewer parameters; it gets hidden units of the feed-forward half in
-exchange. "ema" keeps the parameters that angles and imaginary parts had, some 0.1 % at width 128 for the angles, without use.
+exchange. "ema" keeps the parameters of angles and imaginary parts, 1 % of the 1M model's, without use.
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ def page_of(claim: str, module: ModuleType, found: list[dict[str, Any]], folder:
         else []
     )
     seeds = sorted({c["settings"]["seed"] for c in found if "seed" in c["settings"]})
-    verdict = f"a quick run ({said['claim']})" if quick else said["claim"]
+    title = f"a quick run ({said['claim']})" if quick else said["claim"]
     return [
-        f"# {module.TITLE}: {verdict}", *quick, "", module.RULE, "", *module.table(found), "",
+        f"# {module.TITLE}: {title}", *quick, "", module.RULE, "", *module.table(found), "",
         "| of this | is said |", "| --- | --- |", *(f"| {what} | {verdict} |" for what, verdict in said.items() if what != "claim"), "",
         f"![{module.TITLE}]({folder.name}.png)", "",
         f"`python -m bench.claims {claim}`, {len(found)} runs, {duration(spent)} in all, {dates[0]} to {dates[-1]}"
