@@ -30,25 +30,24 @@ def _blank(count: int, length: int) -> Examples:
     return numpy.zeros((count, length), numpy.int64), numpy.full((count, length), NONE, numpy.int64)
 
 
-KEYS = 128
+KEYS = 32
 
 
 def mqar(random: numpy.random.Generator, count: int, length: int, pairs: int = 8) -> Examples:
-    """`pairs` distinct keys 1..128, each before its value 129..256, fill the row's first 2 `pairs` tokens; 0 fills the rest.
+    """`pairs` distinct keys 1..32, each before its value 33..64, are the row's beginning, and random ones of them its last quarter.
 
-    In the last quarter of the row stand keys again, each once and as many as have room, in random order at random places.
+    Between them stands 0, so that the distance from a key to where it is asked for grows with the length.
     """
-    asked, begin = min(pairs, length // 4), length - length // 4
-    if 2 * pairs > begin:
-        raise ValueError(f"mqar: `length` must be at least {2 * pairs * 4 // 3 + 4} for {pairs} pairs, got {length}.")
+    begin = length - length // 4
+    if not 2 * pairs <= min(begin, 2 * KEYS):
+        raise ValueError(f"mqar: `pairs` must be at most {min(begin // 2, KEYS)} in {length} tokens, got {pairs}.")
     tokens, targets = _blank(count, length)
     for row in range(count):
         keys = 1 + random.permutation(KEYS)[:pairs]
         values = 1 + KEYS + random.integers(KEYS, size=pairs)
         tokens[row, 0 : 2 * pairs : 2], tokens[row, 1 : 2 * pairs : 2] = keys, values
-        places = begin + random.permutation(length - begin)[:asked]
-        which = random.permutation(pairs)[:asked]
-        tokens[row, places], targets[row, places] = keys[which], values[which]
+        which = random.integers(pairs, size=length - begin)
+        tokens[row, begin:], targets[row, begin:] = keys[which], values[which]
     return tokens, targets
 
 
