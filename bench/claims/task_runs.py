@@ -23,10 +23,10 @@ RULE = (
     "MEGALODON is worse nowhere and better somewhere, and not held where it is worse anywhere."
 )
 SIZE, CHUNK, BATCH, RATES, LEAST = "100k", 128, 32, (1e-3, 3e-3), 0.05
-STEPS, ASKED = 2000, 512
+STEPS, ASKED = 4000, 512
 QUICK = ("tiny", 12, 32)
 TIMES = (1, 2, 4, 8)
-GENERATING = {"listops": 0.1}
+GENERATING = {"listops": 0.05}
 """Seconds that a batch's examples take to generate, where it shows"""
 OF_EVALUATION = 1 << 32
 """Added to a seed, so that no example of training is asked"""

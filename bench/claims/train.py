@@ -155,10 +155,10 @@ def flops_a_token(size: mo.MegalodonConfig, name: str, length: int, training: bo
     return (2 * matrices + attention) * (3.5 if training else 1)
 
 
-RATES = {"4M": 175e9, "1M": 124e9, "100k": 69e9, "tiny": 4e9}
-"""Operations a second on 2 cores. One thread did 127, 90 and 52 GFLOP in a second of processor time, training MEGALODON of 4M,
-1M and 100k parameters on an Intel Xeon with AMX, and 106, 75 and 40 training the Llama; two threads are
-taken to do the mean of the two 1.5 times. Results state the seconds estimated beside those taken."""
+RATES = {"4M": 220e9, "1M": 160e9, "100k": 80e9, "tiny": 4e9}
+"""Operations a second on 2 cores of an Intel Xeon with AMX. One thread did 167, 120 and 73 GFLOP in a second of processor time,
+training MEGALODON of 4M, 1M and 100k parameters, and 131, 94 and 48 training the Llama; two threads are taken to do the mean of the
+two 1.5 times, of 100k 1.3 times. Results state the seconds estimated beside those taken."""
 
 
 def estimate(size: str, chunk: int, name: str, tokens: float, length: int, *, training: bool = True) -> float:

@@ -1,0 +1,72 @@
+"""The rules by which claims are decided, on results that are made up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from bench.claims import memory, models, runs, speed, verdict  # noqa: E402
+
+
+def test_models_are_told_apart_by_the_spread_over_seeds():
+    assert verdict.lower([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]) == verdict.HELD
+    assert verdict.lower([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]) == verdict.NOT_HELD
+    assert verdict.lower([1.0, 2.0, 3.0], [1.5, 2.5, 3.5]) == verdict.UNDECIDED
+    assert verdict.lower([1.0, 1.0], [2.0, 2.0]) == verdict.UNDECIDED  # too few seeds
+    assert verdict.lower([1.0, 1.0, 1.0], [math.inf] * 3) == verdict.UNDECIDED
+    assert verdict.higher([0.9] * 3, [0.89] * 3, 0.02) == verdict.UNDECIDED
+    assert verdict.higher([0.9] * 3, [0.8] * 3, 0.02) == verdict.HELD
+    near = ([1.0, 1.1, 0.9], [1.33, 1.43, 1.23])  # 4 standard errors
+    assert verdict.lower(*near) == verdict.HELD and verdict.lower(*near, errors=verdict.OF_MANY) == verdict.UNDECIDED
+
+
+def test_curves_fall_or_do_not():
+    falling = [[3.0 + s, 2.0 + s, 1.0 + s] for s in (0, 0.5, 1)]
+    assert verdict.falls(falling) == verdict.HELD and verdict.falls(falling[:2]) == verdict.UNDECIDED
+    assert verdict.falls([[3, 2, 2.1], [3, 2, 2.11], [3, 2, 2.12]]) == verdict.NOT_HELD
+    assert verdict.falls([[3, 2, 2.1], [3, 2, 1.9], [3, 2, 2.1]]) == verdict.UNDECIDED
+    assert verdict.falls([[3, 2, 2.0001]] * 3, 5e-4) == verdict.UNDECIDED
+    assert verdict.together([verdict.HELD, verdict.UNDECIDED]) == verdict.UNDECIDED
+    assert verdict.together([verdict.HELD, verdict.NOT_HELD]) == verdict.NOT_HELD
+    assert verdict.together([]) == verdict.UNDECIDED
+
+
+def content(settings, result):
+    return {
+        "settings": settings,
+        "result": result,
+        "run": "seed",
+        "seconds": 1.0,
+        "date": "2026-01-01",
+        "machine": runs.facts(),
+    }
+
+
+def test_speed_compares_with_the_faster_llama():
+    def of(length, ours, first, second):
+        times = zip((speed.harness.OURS, *speed.LLAMAS), (ours, first, second), strict=True)
+        return content({"length": length}, {"times": {name: {"seconds": [t] * bool(t)} for name, t in times}})
+
+    found = [of(4096, 1.0, 1.02, 3.0), of(32768, 1.0, None, 1.5)]
+    assert speed.rates(found)[4096] == (4096.0, pytest.approx(4096 / 1.02), speed.LLAMAS[0])
+    assert speed.verdicts(found)["claim"] == verdict.HELD
+    assert speed.verdicts([found[0], of(32768, 1.0, 1.33, 1.2)])["claim"] == verdict.NOT_HELD
+    assert speed.verdicts([found[0], of(32768, 1.0, 1.33, None)])["claim"] == verdict.UNDECIDED
+    assert speed.verdicts(found[1:])["claim"] == verdict.UNDECIDED
+
+
+def test_memory_is_decided_by_bytes_a_token_and_by_growth():
+    def of(kind, length, result):
+        return content({"work_of": kind, "model": models.MEGALODON, "length": length}, result)
+
+    def stream(end):
+        return of("streaming", 9, {"resident": [[1000, 100], [9000, end]]})
+
+    even = [of("training", n, {"peak_bytes": 10 * n}) for n in (16, 2)]
+    assert memory.verdicts([*even, stream(101)])["claim"] == verdict.HELD
+    assert memory.verdicts([*even, stream(103)])["claim"] == verdict.NOT_HELD
+    assert memory.verdicts([of("training", 16, {"peak_bytes": 180}), even[1], stream(101)])["claim"] == verdict.NOT_HELD
+    assert memory.verdicts([stream(101)])["claim"] == verdict.UNDECIDED
