@@ -348,6 +348,15 @@ def test_other_settings_are_not_mixed(tmp_path):
     assert runs.Session("loss", tmp_path, plan=True).run("b", None, 1.0, x=2) is None
 
 
+def test_a_claim_that_is_stopped_says_how_it_goes_on(tmp_path, capsys, monkeypatch):
+    def stop(session, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loss, "run", stop)
+    assert main(["loss", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().out == "loss: stopped; the same command goes on\n"
+
+
 def test_the_plan_of_everything_fits_half_a_day(tmp_path, capsys):
     assert main(["all", "--plan", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -26,7 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
     total = 0.0
     for name in names:
         session = Session(name, options.out, options.quick, options.plan, options.seed)
-        CLAIMS[name].run(session, options.data)
+        try:
+            CLAIMS[name].run(session, options.data)
+        except KeyboardInterrupt:
+            print(f"{name}: stopped; the same command goes on")
+            return 130
         if options.plan:
             left = sum(seconds for _, seconds, done in session.planned if not done)
             for run, seconds, done in session.planned if options.claim != "all" else []:
