@@ -38,17 +38,18 @@ def explicit_gradients(case, incoming):
     inputs = [tensors[name] for name in op.tokens + op.parameters]
     names = [f"d{name}" for name in op.tokens + op.parameters]
     if case.op == "cema":
-        grads = backward(incoming["y"], incoming["state"], *inputs, state=tensors.get("state"), **options)
+        grads = backward(incoming["y"], incoming.get("state"), *inputs, state=tensors.get("state"), **options)
         names.append("dstate")
     elif case.op == "timestep_norm":
         count, residual = options.pop("count", None), options.pop("residual", None)
         state = None if count is None else TimestepNormState(count, tensors["mean"], tensors["var"], residual)
-        grads = backward(*(incoming[name] for name in ("y", "mean", "var")), *inputs, state=state, **options)
+        # Of a sequence without steps and without a state, mean and var depend on nothing.
+        grads = backward(*(incoming.get(name) for name in ("y", "mean", "var")), *inputs, state=state, **options)
         names += ["dmean", "dvar"]
     elif case.op == "cema_end_state":
         grads = backward(incoming["state"], *inputs, **options)
     elif case.op == "timestep_norm_end_state":
-        grads = [backward(incoming["mean"], incoming["var"], *inputs, **options)]
+        grads = [backward(incoming.get("mean"), incoming.get("var"), *inputs, **options)]
     else:
         grads = backward(*(incoming[name] for name in op.outputs), *inputs, **options)
     return {name: grad for name, grad in zip(names, grads, strict=True) if name[1:] in tensors}

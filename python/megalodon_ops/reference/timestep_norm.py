@@ -143,7 +143,8 @@ def timestep_norm_bwd(
             dx_s[t] += ((c2 * du + k)[:, None] + 2 * c2 * dv[:, None] * (x_s[t] - gm[t, :, None])) / x_s.shape[-1]
             u, v = c1 * du - k, c1 * dv
         dx[row, tokens] = dx_s.flatten(-2).to(x.dtype)
-        dmeans[s], dvars[s] = u, v
+        if n:  # else the state is fresh: its mean and variance are not read, even where there is no step
+            dmeans[s], dvars[s] = u, v
     return dx, dw.flatten().to(real), db.flatten().to(real), dmeans.to(real), dvars.to(real)
 
 
