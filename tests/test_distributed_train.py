@@ -19,6 +19,7 @@ if not hasattr(fsdp, "fully_shard"):
 
 pytestmark = pytest.mark.usefixtures("quick")
 
+slow = pytest.mark.slow
 STEPS = ("--steps", 20, "--eval-every", 8, "--checkpoint-every", 10)
 MESHES = {"data=2": 2, "data=4": 4, "chunk=2": 2, "data=2,chunk=2": 4, "data=2,tensor=2": 4}
 
@@ -57,7 +58,9 @@ def split(ranks, text, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", [mesh if mesh in ("data=2", "data=2,chunk=2") else pytest.param(mesh, marks=slow) for mesh in MESHES]
+)
 def test_the_losses_are_those_of_one_process(alone, split, mesh):
     out, results = split(mesh)
     assert [result.code for result in results] == [0] * MESHES[mesh], results
@@ -76,7 +79,12 @@ def assert_values_close(found, wanted):
 
 
 @pytest.mark.parametrize(
-    "mesh, batch, context", [("chunk=2", 1, "streamed"), ("data=2,chunk=2", 2, "streamed"), ("chunk=2", 1, "packed")]
+    "mesh, batch, context",
+    [
+        ("chunk=2", 1, "streamed"),
+        pytest.param("data=2,chunk=2", 2, "streamed", marks=slow),
+        pytest.param("chunk=2", 1, "packed", marks=slow),
+    ],
 )
 def test_rows_that_are_cut_between_two_chunks(ranks, text, tmp_path, mesh, batch, context):
     """Documents of 500 bytes in rows that processes share, carried on from batch to batch at any place of a chunk."""
@@ -102,12 +110,12 @@ def test_the_first_process_alone_is_heard(split):
 @pytest.mark.parametrize(
     "before, after",
     [
-        ("data=4", None),
-        (None, "data=2,chunk=2"),
-        ("data=2", "data=4"),
+        pytest.param("data=4", None, marks=slow),
+        pytest.param(None, "data=2,chunk=2", marks=slow),
+        pytest.param("data=2", "data=4", marks=slow),
         ("data=2,chunk=2", "data=2"),
-        ("data=4", "chunk=2"),
-        ("data=2,tensor=2", "data=2"),
+        pytest.param("data=4", "chunk=2", marks=slow),
+        pytest.param("data=2,tensor=2", "data=2", marks=slow),
     ],
 )
 def test_a_run_goes_on_in_another_number_of_processes(ranks, alone, split, tmp_path, before, after):
@@ -243,7 +251,13 @@ def command_with_a_signal(arguments, numbers):
 
 
 @pytest.mark.parametrize(
-    "numbers", [(0, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM, 0)], ids=["one", "all", "first"]
+    "numbers",
+    [
+        (0, signal.SIGTERM),
+        pytest.param((signal.SIGINT, signal.SIGINT), marks=slow),
+        pytest.param((signal.SIGTERM, 0), marks=slow),
+    ],
+    ids=["one", "all", "first"],
 )
 def test_a_signal_stops_all_at_one_step_and_the_run_goes_on(ranks, split, text, tmp_path, numbers):
     whole, _ = split("data=2")
@@ -260,6 +274,7 @@ def test_a_signal_stops_all_at_one_step_and_the_run_goes_on(ranks, split, text, 
     assert_losses(tmp_path / "run", whole, 1e-6)
 
 
+@slow
 def test_minutes_end_all_at_one_step(ranks, text, tmp_path):
     options = ("--minutes", 0.05, "--eval-every", 1000, "--checkpoint-every", 50)
     results = ranks.run(command, 2, flags(text, tmp_path, *options))
@@ -299,6 +314,7 @@ def launch(count, run_id="launch-1"):
     return {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": str(count), "TORCHELASTIC_RUN_ID": run_id}
 
 
+@slow
 def test_a_launch_that_is_started_again_goes_on(ranks, split, text, tmp_path):
     """The command is the same, without --resume; steps after the last checkpoint are computed again and counted once."""
     whole, _ = split("data=2")

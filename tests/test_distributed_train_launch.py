@@ -145,6 +145,7 @@ def test_a_process_that_does_not_answer(text, tmp_path):
     assert "/megalodon_ops/" not in err, "no traceback but torchrun's own"
 
 
+@slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_missing_process(text, tmp_path, rank):
     """One line, soon after --timeout."""
