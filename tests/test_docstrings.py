@@ -37,6 +37,11 @@ def test_examples_run(module):
         if error.name not in ("numpy", "safetensors", "tqdm", "matplotlib", "transformers"):  # of extras
             raise
         pytest.skip(f"needs {error.name}")
+    if module.startswith("megalodon_ops.distributed."):
+        try:
+            importlib.import_module("megalodon_ops.distributed.data").check_torch()
+        except ImportError as error:
+            pytest.skip(str(error))
     failed, _ = doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
 
