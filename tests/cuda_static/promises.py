@@ -66,7 +66,7 @@ PROMISES = (
     Promise(r"timestep_norm_end_state_kernel<\w+, [248], \w+>", 128, uses=(LOAD_128,), doubles=_SCAN),
     Promise(r"timestep_norm_end_state_kernel<\w+, 1, false>", 128, doubles=_SCAN),
     Promise(r"timestep_norm_end_state_bwd_kernel<\w+, [248]>", 128, uses=(LOAD_128, STORE_128)),
-    Promise(r"timestep_norm_end_state_bwd_kernel<\w+, 1>", 64),
+    Promise(r"timestep_norm_end_state_bwd_kernel<\w+, 1>", 72),
     Promise(r"timestep_norm_bwd_kernel<\w+, [248]>", 128, uses=(LOAD_128, STORE_128)),
     Promise(r"timestep_norm_bwd_kernel<\w+, 1>", 128),
     Promise(r"timestep_norm_bwd_sums_kernel<(float|bf16|fp16), [48], true>", 128, uses=(LOAD_128,), doubles=_SCAN),
