@@ -54,7 +54,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Processes for `ranks.run(function, world_size, *args)`; skips beside a torch that the package refuses to run them with."""
-    from megalodon_ops.distributed.data import check_torch
+    from megalodon_ops.distributed.fsdp import check_torch
 
     try:
         check_torch()

@@ -58,7 +58,7 @@ def reseal(folder):
         if isinstance(facts, dict) and (folder / name).is_file():
             facts.update(file_facts(folder / name))
     record.pop("checksum", None)
-    record["checksum"] = record_of_a_checkpoint._checksum(record)
+    record["checksum"] = record_of_a_checkpoint.checksum_of(record)
     path.write_text(json.dumps(record))
 
 

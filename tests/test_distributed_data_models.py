@@ -19,7 +19,7 @@ if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_c
     pytest.skip("parallelize asks for a newer torch", allow_module_level=True)
 
 from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize, split  # noqa: E402
-from megalodon_ops.distributed.mesh import await_workers  # noqa: E402
+from megalodon_ops.distributed.start import await_workers  # noqa: E402
 
 PROMPT = tokens_of(4, 13)
 SLOW = pytest.mark.slow

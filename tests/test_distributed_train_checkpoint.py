@@ -282,7 +282,7 @@ def damaged(saved, tmp_path):
     record = json.loads(path.read_text())
     del record["checksum"]
     record["step"] = 4
-    path.write_text(json.dumps({**record, "checksum": records._checksum(record)}))
+    path.write_text(json.dumps({**record, "checksum": records.checksum_of(record)}))
     assert load_checkpoint(tmp_path / "run").step == 4
     return newer
 
@@ -321,7 +321,7 @@ def test_metadata_that_would_run_something_is_refused(damaged, tmp_path, monkeyp
     record = json.loads((damaged / "training.json").read_text())
     record["files"]["distributed/.metadata"] = file_facts(damaged / "distributed" / ".metadata")
     del record["checksum"]
-    (damaged / "training.json").write_text(json.dumps({**record, "checksum": records._checksum(record)}))
+    (damaged / "training.json").write_text(json.dumps({**record, "checksum": records.checksum_of(record)}))
     for read in (Megalodon.load, load_any, load_checkpoint):
         with pytest.raises(FileError, match=r"distributed/\.metadata: ") as caught:
             read(damaged)

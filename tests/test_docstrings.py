@@ -39,7 +39,7 @@ def test_examples_run(module):
         pytest.skip(f"needs {error.name}")
     if module.startswith("megalodon_ops.distributed."):
         try:
-            importlib.import_module("megalodon_ops.distributed.data").check_torch()
+            importlib.import_module("megalodon_ops.distributed.fsdp").check_torch()
         except ImportError as error:
             pytest.skip(str(error))
     failed, _ = doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import logging
 import math
 import os
@@ -78,15 +77,10 @@ def text_of(mesh: dict[str, int]) -> str:
 
 def _start(timeout: timedelta) -> None:
     """Starts the process group of all processes."""
-    from megalodon_ops.distributed.mesh import await_workers
     from megalodon_ops.distributed.start import start
 
-    atexit.register(await_workers)
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        start("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout)
+        start("cuda" if torch.cuda.is_available() else "cpu", timeout)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise CommandError(

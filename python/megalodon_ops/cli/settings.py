@@ -18,7 +18,8 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import configured, read_tokenizer
 from megalodon_ops.errors import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
-from megalodon_ops.training.checkpoint import Checkpoint, has_checkpoint, load_checkpoint
+from megalodon_ops.training.checkpoint import Checkpoint, load_checkpoint
+from megalodon_ops.training.run_folder import has_checkpoint
 from megalodon_ops.training.team import Team
 
 MAY_CHANGE = {"data", "glob", "tokenizer_file", "steps", "minutes", "eval_every", "checkpoint_every", "device"}

@@ -43,7 +43,7 @@ def new_model(config: MegalodonConfig, device: torch.device, team: Team) -> Mega
         model = Megalodon(config)
     try:
         return parallelize(model, team.mesh).train()
-    except ValueError as error:  # the same in all processes
+    except (ValueError, ImportError) as error:  # the same in all processes
         raise TeamError(str(error)) from error
 
 
@@ -51,7 +51,7 @@ def gathered(model: Megalodon) -> Megalodon:
     """The model as a process alone has it, for what each does by itself; of several processes, all call this function."""
     if type(model) is Megalodon:
         return model
-    from megalodon_ops.distributed.data import gathered as of_shards
+    from megalodon_ops.distributed.fsdp import gathered as of_shards
 
     return of_shards(model, None)
 

@@ -37,10 +37,10 @@ from megalodon_ops.training import (
     Batches, Checkpoint, Corpus, Metrics, Reader, Saver, Schedule, adamw, optimizer_threads, read_metrics, threads,
 )  # fmt: skip
 from megalodon_ops.training.batches import Batch, Document
-from megalodon_ops.training.checkpoint import has_checkpoint
 from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.metrics import is_end
 from megalodon_ops.training.parts import seed_of_reader
+from megalodon_ops.training.run_folder import has_checkpoint
 from megalodon_ops.training.shards import ShardDocuments
 from megalodon_ops.training.team import Team, telling
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,7 +19,6 @@ DIMENSIONS = ("data", "chunk", "tensor")
 """What a mesh may split, in the order of its dimensions: neighbouring ranks are those of the last one"""
 OF_BATCH = ("data", "chunk")
 """The dimensions whose ranks hold different tokens of one batch"""
-_WORKER = "pt_gloo_runloop"
 """Linux's name of the threads that run gloo's calls"""
 _EXPECTED = 'sizes of data, chunk and tensor, such as "data=2,chunk=2"'
 
@@ -169,46 +165,14 @@ def _written(shape: Mapping[str, int]) -> str:
 
 def _start(device_type: str, timeout: float | None) -> None:
     """Starts the default process group."""
-    atexit.register(await_workers)
-    backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
-    options = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
-        return
-    if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        start(backend, options.get("timeout"))
+        start(device_type, None if timeout is None else timedelta(seconds=timeout))
     except dist.DistError as error:
         waited = "the time-out" if timeout is None else f"{timeout:g} s"
         raise RuntimeError(
             f"make_mesh: expected {os.environ['WORLD_SIZE']} processes, but they did not find each other within {waited}; "
             f"this is rank {os.environ['RANK']}. {str(error).splitlines()[0]}"
         ) from error
-
-
-def await_workers(timeout: float = 10.0) -> None:
-    """Waits until gloo's threads have nothing to do, before the interpreter ends.
-
-    A thread that has answered a call may not have let go of its tensors yet, where the machine is busy. Once the
-    interpreter ends, letting go of a tensor that Python has seen aborts the process (torch 2.13), and `torchrun` takes a
-    run that has ended well for one that has failed. Destroying the process group does not help, as torch's caches keep it.
-    """
-    end, idle = time.monotonic() + timeout, 0
-    while idle < 3 and time.monotonic() < end:
-        time.sleep(0.002)  # lets go of the interpreter's lock, which the threads need
-        idle = 0 if any(_are_busy()) else idle + 1
-
-
-def _are_busy() -> Iterator[bool]:
-    """Of each of gloo's threads, whether it runs or waits for a processor; of none outside Linux."""
-    for file in Path("/proc/self/task").glob("*/stat"):
-        try:
-            name, state = file.read_text().rsplit(")", 1)
-        except OSError:  # the thread has ended
-            continue
-        if _WORKER in name:
-            yield state.split()[0] == "R"
 
 
 def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .data import check_torch, forget_ended_groups, initialise, shard
+from .fsdp import check_torch, forget_ended_groups, initialise, shard
 from .mesh import batch_mesh, check_mesh, replicating_meshes, with_batch
 from .model import ParallelMegalodon, enable
 from .sharded import ShardedMegalodon, ShardedTensorMegalodon
@@ -93,9 +93,8 @@ def parallelize(
     )  # fmt: skip
     model.__class__ = ShardedTensorMegalodon if is_split else ShardedMegalodon
     model._param_dtype = param_dtype
-    shard(
-        model, over, param_dtype=param_dtype, reshard=reshard
-    )  # moves a block's parameters to the mesh's device first
+    # A block's parameters move to the mesh's device when the block is sharded.
+    shard(model, over, param_dtype=param_dtype, reshard=reshard)
     if on_meta:
         initialise(model, plain, _device(mesh))
     for block in model.layers:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ..model.generation import TokenStream
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
-from .data import forget_call, gathered, whole_model
+from .fsdp import forget_call, gathered, whole_model
 from .model import ParallelMegalodon, become_parallel
 from .tensor import TensorMegalodon
 from .vote import agree

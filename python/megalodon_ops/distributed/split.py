@@ -42,15 +42,12 @@ def split(
         ValueError: the mesh has no names, or `data` does not divide the rows. TypeError: an argument is of a wrong type.
 
     Example:
-        >>> import tempfile, torch, torch.distributed as dist
-        >>> from torch.distributed.device_mesh import init_device_mesh
-        >>> from megalodon_ops.distributed import split
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
-        ...     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("chunk",))
-        ...     split(torch.arange(6).view(2, 3), mesh, chunk_size=4).shape
-        ...     dist.destroy_process_group()
+        >>> import torch
+        >>> from megalodon_ops.distributed import make_mesh, split
+        >>> mesh = make_mesh("data=1,chunk=1", device_type="cpu")  # under torchrun: "data=2,chunk=4" and so on
+        >>> split(torch.arange(6).view(2, 3), mesh, chunk_size=4).shape
         torch.Size([2, 3])
+        >>> torch.distributed.destroy_process_group()
     """
     check_tensor("split", "tokens", tokens)
     if not isinstance(mesh, DeviceMesh):

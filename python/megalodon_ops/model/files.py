@@ -19,7 +19,7 @@ import shutil
 import stat
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,11 +52,17 @@ def file_size(path: Path) -> int:
 
 def file_facts(path: Path) -> dict[str, Any]:
     """Bytes and sha256 sum of a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def file_sha256(path: Path, read: Callable[[int], object] = lambda _: None) -> str:
+    """The sha256 sum of a file; `read` is told how many bytes were read, block by block."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+            read(len(block))
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

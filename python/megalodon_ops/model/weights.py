@@ -175,7 +175,7 @@ class WeightFiles(StoredTensors):
         for name, tensor in tensors.items():
             value = self.get(name, tensor.dtype, torch.device("cpu"))
             if type(tensor) not in OWN_TYPES:  # a DTensor; its module takes long to load
-                from ..distributed.data import local_part
+                from ..distributed.fsdp import local_part
 
                 tensor, value = tensor.to_local(), local_part(value, tensor)
             tensor.copy_(value)

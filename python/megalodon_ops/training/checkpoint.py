@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from .parts import (
     LazyTensors, check_generator, check_optimizer_layout, check_random, check_squares, optimizer_tensors,
     random_states, read_optimizer, read_random, seed_of_reader,
 )  # fmt: skip
+from .run_folder import checkpoint_folder, in_order, keep_newest
 from .record import OLD_RECORD, RECORD, check_file, new_record, read_record, write_record
 from ..errors import FileError
 from ..model.checkpoint import (
@@ -232,32 +232,6 @@ def save_checkpoint(
     return folder
 
 
-def keep_newest(root: Path, written: Path, keep: int) -> None:
-    """Removes, of the checkpoint just written and those of earlier steps, all but the newest `keep`."""
-    for old in [path for path in _in_order(root) if _order(path) <= _order(written)][:-keep]:
-        hidden = old.with_name(f".{old.name}.draft-old")
-        os.rename(old, hidden)  # a folder is whole or not there
-        shutil.rmtree(hidden)
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def _order(folder: Path) -> tuple[int, str]:
-    """Sorts folders by their steps, of eight digits or more."""
-    return len(folder.name), folder.name
-
-
-def _in_order(root: Path) -> list[Path]:
-    return sorted(root.glob("step-*"), key=_order)
-
-
-def has_checkpoint(run: Path) -> bool:
-    """Whether a run's folder holds a checkpoint, complete or damaged."""
-    return any((run / "checkpoints").glob("step-*"))
-
-
 def load_checkpoint(
     path: str | os.PathLike, *, check: Callable[[Checkpoint], None] | None = None, team: Team | None = None
 ) -> Checkpoint:
@@ -278,7 +252,7 @@ def load_checkpoint(
         if any(os.path.lexists(path / name) for name in (RECORD, OLD_RECORD)):
             return _read(path, check, None)
         faults = []
-        for folder in reversed(_in_order(path / "checkpoints")):
+        for folder in reversed(in_order(path / "checkpoints")):
             found = fault = None
             try:
                 found = _read(folder, check, team)

@@ -16,7 +16,7 @@ import torch
 from . import schema
 from .. import _C
 from ..model.checkpoint import CONFIG
-from ..model.files import file_facts, file_size, read_json
+from ..model.files import file_facts, file_sha256, file_size, read_json
 from ..model.weights import reading
 from ..ops.values import described, is_whole, shown
 
@@ -47,7 +47,7 @@ def write_record(folder: Path, content: dict[str, Any], others: dict[str, dict[s
     """Writes `training.json` beside the files that are in the folder; `others` are facts of files in folders inside."""
     files = {path.name: file_facts(path) for path in sorted(folder.iterdir()) if path.is_file()}
     content = {**content, "files": files | (others or {})}
-    (folder / RECORD).write_text(json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps({**content, "checksum": checksum_of(content)}, indent=1) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             )
         schema.check_own(record)
         content = {name: value for name, value in record.items() if name != "checksum"}
-        if _checksum(content) != record["checksum"]:
+        if checksum_of(content) != record["checksum"]:
             raise ValueError("was changed after it was written: its checksum is another")
     return record
 
@@ -86,11 +86,11 @@ def check_file(path: Path, wanted: dict[str, Any] | None) -> None:
     size = file_size(path)
     if size != wanted["bytes"]:
         raise ValueError(f"{path}: has {size} bytes instead of {wanted['bytes']}")
-    if file_facts(path)["sha256"] != wanted["sha256"]:
+    if file_sha256(path) != wanted["sha256"]:
         raise ValueError(f"{path}: was changed after it was written: its checksum is another")
 
 
-def _checksum(record: dict[str, Any]) -> str:
+def checksum_of(record: dict[str, Any]) -> str:
     """The sha256 sum of a record's content, whatever its layout."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 

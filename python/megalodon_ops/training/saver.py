@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import checkpoint_folder, keep_newest, save_checkpoint
+from .checkpoint import save_checkpoint
 from .parts import optimizer_tensors, random_states
 from .record import new_record, write_record
+from .run_folder import checkpoint_folder, keep_newest
 from ..model.checkpoint import as_path, check_tokenizer, write_config
 from ..model.files import one_line, remove_drafts, write_folder_atomically
 from ..model.model import Megalodon

@@ -20,16 +20,17 @@ import json
 import os
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy
 
+from .record import checksum_of
 from .schema import SHA256, Rule, check_fields, list_of, matching, one_of, whole
 from .. import _C
 from ..errors import FileError
-from ..model.files import flush, read_json, write_folder_atomically, write_whole
+from ..model.files import file_sha256, flush, read_json, write_folder_atomically, write_whole
 from ..tokenizers import Tokenizer
 
 FORMAT = 1
@@ -126,7 +127,7 @@ def write_shard(
         record = {
             "documents": len(index) // 3, "tokens": ends[0], "bytes": ends[1], "skipped": dict(sorted(skipped.items())),
             "dtype": dtype.name, "cuts": len(cuts) // 2,
-            "sha256": {name: sha256_of(draft / name) for name in (TOKENS, DOCUMENTS, CUTS)},
+            "sha256": {name: file_sha256(draft / name) for name in (TOKENS, DOCUMENTS, CUTS)},
         }  # fmt: skip
         (draft / SHARD_RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
@@ -141,7 +142,7 @@ def finish(folder: Path, tokenizer: Tokenizer, names: Sequence[str]) -> None:
         record = read_shard_record(folder / name)
         totals.update({count: record[count] for count in COUNTS})
         skipped.update(record["skipped"])
-        shards.append({"name": name, "sha256": sha256_of(folder / name / SHARD_RECORD)})
+        shards.append({"name": name, "sha256": file_sha256(folder / name / SHARD_RECORD)})
     content = {
         "format": FORMAT, "megalodon_ops": _C.build_info()["version"],
         "tokenizer": {
@@ -203,16 +204,3 @@ def check(path: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
         check_fields(record, wanted)
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
-
-
-def sha256_of(path: Path, read: Callable[[int], object] = lambda _: None) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            read(len(block))
-    return digest.hexdigest()
-
-
-def checksum_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -15,13 +15,14 @@ from typing import Any
 import numpy
 
 from .corpus import HELD_OUT_FRACTION, Corpus, taken_while_they_fit
+from .record import checksum_of
 from .shard_files import (
-    COUNTS, CUTS, DATASET, DOCUMENTS, FORMAT, HEADER, RECORD, SHARD_RECORD, TOKENS, check, checksum_of, is_complete,
-    is_tokens, mapped, read_shard_record, sha256_of,
+    COUNTS, CUTS, DATASET, DOCUMENTS, FORMAT, HEADER, RECORD, SHARD_RECORD, TOKENS, check, is_complete, is_tokens,
+    mapped, read_shard_record,
 )  # fmt: skip
 from ..errors import FileError
 from ..model.checkpoint import as_path
-from ..model.files import file_size, read_json
+from ..model.files import file_sha256, file_size, read_json
 from ..ops.values import shown
 from ..tokenizers import Tokenizer, load_tokenizer
 
@@ -136,13 +137,13 @@ class Shards:
         """Reads all tokens and compares them with their sha256; `read` is called with the bytes that were read."""
         for name, shard in zip(self._names, self._shards, strict=True):
             path = self.folder / name / TOKENS
-            if sha256_of(path, read) != shard["sha256"][TOKENS]:
+            if file_sha256(path, read) != shard["sha256"][TOKENS]:
                 raise FileError(f"{path}: was changed after it was written: its checksum is another")
 
     def _open_shard(self, name: str, sha256: str) -> dict[str, Any]:
         folder = self.folder / name
         record = read_shard_record(folder)
-        if sha256_of(folder / SHARD_RECORD) != sha256:
+        if file_sha256(folder / SHARD_RECORD) != sha256:
             raise FileError(f"{folder / SHARD_RECORD}: was changed after it was written: its checksum is another")
         width = numpy.dtype(record["dtype"]).itemsize
         sizes = {TOKENS: record["tokens"] * width, DOCUMENTS: record["documents"] * 24, CUTS: record["cuts"] * 16}
@@ -154,7 +155,7 @@ class Shards:
             if found != HEADER + size:
                 raise FileError(f"{folder / file}: has {found} bytes instead of {HEADER + size}")
         for file in (DOCUMENTS, CUTS):
-            if sha256_of(folder / file) != record["sha256"][file]:
+            if file_sha256(folder / file) != record["sha256"][file]:
                 raise FileError(f"{folder / file}: was changed after it was written: its checksum is another")
         return record
 
