@@ -112,6 +112,7 @@ def _process_group(rank: int, world_size: int, store: str, timeout: float):
         "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
     )
     try:
+        dist.barrier()  # a rank that has nothing to do must not close connections which another one is still making
         yield
     finally:
         dist.destroy_process_group()

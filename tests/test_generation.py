@@ -313,7 +313,7 @@ REFUSED = {
 @pytest.mark.parametrize(
     ("argument", "options"),
     [(argument, wrong) for argument, all_wrong in REFUSED.items() for wrong in all_wrong],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_what_is_invalid_alone_or_together_is_refused(model, argument, options):
     for call in (model.stream, lambda *a, **k: model.generate(*a, max_new_tokens=1, **k)):
