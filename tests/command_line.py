@@ -18,7 +18,7 @@ from megalodon_ops.cli import main
 from megalodon_ops.training import adamw, read_metrics, schema, threads
 from megalodon_ops.training.checkpoint import load_checkpoint, save_checkpoint
 
-TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --lr 0.01".split()
+TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --optimizer adamw --lr 0.01".split()
 
 
 def train(text: Path, out: Path, *flags: object) -> int:

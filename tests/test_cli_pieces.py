@@ -71,15 +71,12 @@ def test_select_starts_fresh_at_minus_one():
 def test_schedule_by_steps():
     schedule = Schedule(lr=1.0, warmup=10, steps=100, minutes=None)
     rates = [schedule.lr(step) for step in range(100)]
-    assert rates[:3] == sorted(rates[:3])
-    assert max(rates) == pytest.approx(1.0, abs=0.05)
-    assert rates[50] == pytest.approx(0.5)
-    assert 0 < rates[99] < 0.001
+    assert [rates[step] for step in (0, 4, 9, 10, 50, 99)] == pytest.approx([0.1, 0.5 * 0.96, 0.91, 0.9, 0.5, 0.01])
     assert schedule.finished(100) and not schedule.finished(99)
 
 
 def test_schedule_by_minutes():
-    """Steps that take twice as long from the middle on: the cosine still ends when the budget does."""
+    """Steps that take twice as long from the middle on: the decay still ends when the budget does."""
     schedule = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
     seconds, step, rates = 0.0, 0, []
     while not schedule.finished(step):
@@ -92,7 +89,7 @@ def test_schedule_by_minutes():
             resumed.seek(schedule.position(), step, seconds)
             assert [resumed.lr(step + i) for i in range(30)] == [schedule.lr(step + i) for i in range(30)]
     assert 58 < seconds < 62
-    assert 0.99 < max(rates) <= 1
+    assert 0.95 < max(rates) <= 1
     assert rates[-1] < 0.01
     assert rates[40:] == sorted(rates[40:], reverse=True)
 
@@ -131,7 +128,7 @@ def test_curve_has_labelled_axes(tmp_path, monkeypatch):
     (axes,) = drawn[0].axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "bits per byte")
     labels = [label.get_text() for label in axes.get_legend().get_texts()]
-    assert labels == ["training, smoothed", "held-out, a part", "held-out, all", "gzip -9 (2.20)"]
+    assert labels == ["training, smoothed", "held-out, a sample of all", "held-out, all", "gzip -9 (2.20)"]
     draw_metrics(tmp_path / "nothing.png", [], {})
 
 

@@ -79,7 +79,7 @@ def test_weights_that_give_no_numbers_are_an_error(ended, capsys, flags):
 
 def test_perplexity_beyond_float64(ended, capsys):
     """Weights that are wrong but give numbers are evaluated, however bad the figure."""
-    overflow(ended, by=1e5)
+    overflow(ended, by=1e4)
     assert main(["eval", "--checkpoint", str(ended)]) == 0
     assert capsys.readouterr().out.endswith(" bits per byte, perplexity inf per byte\n")
 

@@ -245,3 +245,23 @@ def test_seed_and_epoch_change_the_order():
     batches = [Batches([b"x"] * 20, 1, 1, context="streamed", seed=seed) for seed in (0, 1)]
     orders = [tuple(b._shuffled(epoch)) for b in batches for epoch in (0, 1)]
     assert len(set(orders)) == 4
+
+
+def test_long_documents_are_cut_where_rows_would_read_the_same():
+    """Of one book, each of the rows reads a part of its own in an epoch, and all parts together are the book."""
+    book, note = bytes(range(200)), b"ab"
+    batches = Batches([book, note], rows=4, length=10, cut_long=True)
+    assert batches.lengths.tolist() == [50, 50, 50, 50, 2]
+    seen = [batches.next() for _ in range(6)]
+    firsts = {int(batch.targets[0, row * 10]) for batch in seen[:1] for row in range(4)}
+    assert len(firsts) == 4
+    tokens = [int(token) for batch in seen for token in batch.targets[0]]
+    assert set(tokens) >= set(book)
+    again = Batches([book, note], rows=4, length=10, cut_long=True)
+    again.seek({"taken": batches.taken, "readers": [list(reader) for reader in batches.readers]})
+    assert torch.equal(again.next().tokens, batches.next().tokens)
+
+
+def test_documents_that_fit_a_row_are_not_cut():
+    documents = [bytes(range(size)) for size in (30, 40, 50)]
+    assert Batches(documents, rows=2, length=8, cut_long=True).documents == documents

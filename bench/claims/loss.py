@@ -21,7 +21,7 @@ RATES = (1e-3, 2e-3, 4e-3)
 LONGER = 2
 """How often a sweep goes on beyond its ends"""
 BOTH = (models.MEGALODON, models.LLAMA)
-CHUNK, LENGTH, ROWS = 128, 256, 8
+CHUNK, LENGTH, ROWS = 128, 256, 32
 TOKENS = {"1M": 10_000_000, "4M": 10_000_000}
 QUICK = {"100k": 60_000}
 

@@ -17,33 +17,36 @@ from megalodon_ops.cli.examples import EXAMPLES, SEVERAL
 SMALL = "small"
 """The preset of the default run"""
 SMALL_CONFIG = {
-    "num_layers": 4,
+    "num_layers": 3,
     "model_dim": 128,
-    "z_dim": 32,
+    "z_dim": 64,
     "value_dim": 256,
     "num_heads": 1,
-    "ffn_hidden_dim": 256,
+    "ffn_hidden_dim": 192,
     "cema_ndim": 8,
     "chunk_size": 256,
-    "norm_num_groups": 32,
+    "norm_num_groups": 8,
+    "swiglu": True,
 }
-"""Sized for a run of minutes on a few cores"""
+"""Sized for a run of minutes on a few cores: docs/training.md"""
 
 DEFAULTS = {
     "preset": SMALL,
     "context": "streamed",  # after as many bytes the loss is lower than with packed rows: the past is not cut off
-    "batch": 16,
+    "batch": 64,  # many documents at once: each row reads one document for long, and what a batch teaches is of all its rows
     "length": 64,
-    "lr": 5e-3,
+    "optimizer": "muon",
     "warmup": 100,
     "weight_decay": 0.1,
     "clip": 1.0,
     "seed": 0,
     "device": "cpu",
     "dtype": "float32",
-    "eval_every": 250,
+    "eval_every": 400,
     "checkpoint_every": 200,
 }
+LEARNING_RATES = {"muon": 2e-2, "adamw": 1e-2}
+"""The default peak at a width of 128, by optimizer; of another width D it is 128 / D of this: docs/training.md"""
 MINUTES = 5.0
 """How long a run takes that names neither --steps nor --minutes"""
 
@@ -166,9 +169,9 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
         help="how long they wait for each other before they give up (600)",
     )
 
-    sizes = ", ".join(f"{MODEL_FLAGS[field][0]} {size}" for field, size in SMALL_CONFIG.items())
+    sizes = ", ".join(f"{MODEL_FLAGS[field][0]} {size}" for field, size in SMALL_CONFIG.items() if field in MODEL_FLAGS)
     proportion = "widths that are not given keep the preset's proportion to --dim"
-    model = parser.add_argument_group("model", f"{proportion}; small is\n{sizes}")
+    model = parser.add_argument_group("model", f"{proportion}; small is\n{sizes}, --swiglu")
     model.add_argument(
         "--preset", choices=[SMALL, *MegalodonConfig.presets()], help=_default("where to start", "preset")
     )
@@ -177,7 +180,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     for flag, meaning in MODEL_SWITCHES.items():
         model.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
 
-    batch = parser.add_argument_group("batches and optimizer (AdamW)")
+    batch = parser.add_argument_group("batches and optimizer")
     batch.add_argument("--batch", type=kinds.natural, metavar="N", help=_default("rows in a batch", "batch"))
     batch.add_argument(
         "--length", type=kinds.natural, metavar="N", help=_default("bytes, or tokens, in a row", "length")
@@ -187,9 +190,12 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
         choices=["streamed", "packed"],
         help=_default("carry each row's state on to the next batch, or start every row afresh", "context"),
     )
-    batch.add_argument("--lr", type=kinds.positive, metavar="X", help=_default("peak learning rate", "lr"))
+    muon = "muon for the matrices of the blocks and adamw for all else, or adamw for all"
+    batch.add_argument("--optimizer", choices=[*LEARNING_RATES], help=_default(muon, "optimizer"))
+    rates = ", ".join(f"{rate * 128:g} / width with {name}" for name, rate in LEARNING_RATES.items())
+    batch.add_argument("--lr", type=kinds.positive, metavar="X", help=f"peak learning rate ({rates})")
     batch.add_argument(
-        "--warmup", type=kinds.natural, metavar="N", help=_default("steps of warmup, then a cosine to zero", "warmup")
+        "--warmup", type=kinds.natural, metavar="N", help=_default("steps of warmup, then a line to zero", "warmup")
     )
     batch.add_argument(
         "--weight-decay", type=kinds.not_negative, metavar="X", help=_default("of weight matrices", "weight_decay")

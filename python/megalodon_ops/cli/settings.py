@@ -12,7 +12,7 @@ from typing import Any
 
 from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli import schema
-from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, flag_of
+from megalodon_ops.cli.arguments import DEFAULTS, LEARNING_RATES, MINUTES, flag_of
 from megalodon_ops.cli.data import check_glob, tokens_folder
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import configured, read_tokenizer
@@ -48,6 +48,7 @@ class Settings:
     context: str
     batch: int
     length: int
+    optimizer: str
     lr: float
     warmup: int
     weight_decay: float
@@ -126,7 +127,9 @@ def _settings(
     fields = {field.name for field in dataclasses.fields(Settings)}
     own = {name: value for name, value in flags.items() if name in fields}
     model = {name: value for name, value in flags.items() if name not in fields}
-    return Settings(out=out, config=config or configured(flags["preset"], model, tokenizer), tokenizer=tokenizer, **own)
+    config = config or configured(flags["preset"], model, tokenizer)
+    own.setdefault("lr", float(f"{LEARNING_RATES[own['optimizer']] * 128 / config.model_dim:.2g}"))
+    return Settings(out=out, config=config, tokenizer=tokenizer, **own)
 
 
 def _check_apart(out: Path, data: Sequence[str], globs: Sequence[str] | None) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,21 +35,23 @@ from megalodon_ops.model.files import remove_drafts
 from megalodon_ops.ops.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import (
-    Batches, Checkpoint, Corpus, Metrics, Reader, Saver, Schedule, adamw, optimizer_threads, read_metrics, threads,
+    Batches, Checkpoint, Corpus, Metrics, Muon, Reader, Saver, Schedule, adamw, optimizer_threads, read_metrics, threads,
 )  # fmt: skip
 from megalodon_ops.training.batches import Batch, Document
 from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.metrics import is_end
 from megalodon_ops.training.parts import seed_of_reader
 from megalodon_ops.training.run_folder import has_checkpoint
+from megalodon_ops.training.sample import HeldOutSample
 from megalodon_ops.training.shards import ShardDocuments
 from megalodon_ops.training.team import Team, telling
 
 METRICS = "metrics.jsonl"
-LOOK = 1 << 15
-"""Held-out bytes evaluated during the run; its end evaluates all bytes"""
-LOOK_SHAPE = (8, 2048)
-"""Rows and length of the batches of held-out bytes"""
+EVALUATED = (8, 2048)
+"""Rows and length of the batches of held-out text at the end of a run"""
+TRIED = 1 << 15
+"""Bytes of held-out text that tell, before the run, whether the tokenizer gives it back"""
+OPTIMIZERS = {"muon": Muon, "adamw": adamw}
 FIRST_PACE = 8
 """Fewest steps that tell how long a step takes"""
 
@@ -139,14 +142,14 @@ class Trainer:
         self.model = new_model(settings.config, device, team)
         if team.size > 1:  # from here on, each process draws numbers of its own
             torch.manual_seed(seed_of_reader(torch.get_rng_state(), team.reader, team.readers))
-        self.optimizer = adamw(self.model, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = OPTIMIZERS[settings.optimizer](self.model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.optimizer_threads = optimizer_threads(self.model)
         documents = team.together(encoded, corpus.train, settings.tokenizer)
         share = settings.batch // team.extent("data")
         first = share * team.place("data")
         self.batches = Batches(
             documents, range(first, first + share), settings.length, batch=settings.batch, start=settings.tokenizer.start,
-            context=settings.context, seed=settings.seed,
+            context=settings.context, seed=settings.seed, cut_long=settings.context == "streamed",
         )  # fmt: skip
         self.bytes_per_token = corpus.num_bytes / int(self.batches.lengths.sum(dtype="int64"))
         self.reader = Reader(
@@ -171,7 +174,7 @@ class Trainer:
             f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out",
             flush=True,
         )
-        if note := dropped(settings.tokenizer, excerpt(corpus.held_out, LOOK)):
+        if note := dropped(settings.tokenizer, excerpt(corpus.held_out, TRIED)):
             print(note, flush=True)
         self._save()
         begun = {"step": self.step, "seconds": self.spent}
@@ -239,24 +242,36 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.write(**row)
 
+    @cached_property
+    def sample(self) -> HeldOutSample:
+        chunk = max(1, round(self.settings.config.chunk_size * self.bytes_per_token))
+        return HeldOutSample(self.corpus.held_out, self.settings.tokenizer, chunk)
+
     def _look(self) -> float:
-        """Bits per byte of a part of the held-out text."""
-        bits = self._held_out_bits(gathered(self.model), excerpt(self.corpus.held_out, LOOK))
+        """Bits per byte of the sample of held-out text."""
+        model, team = gathered(self.model), self.team
+        with self.autocast:
+            own = team.together(self.sample.nats_and_bytes, model, team.rank, team.size)
+        bits = self._bits_per_byte(own)
         self._note(step=self.step, held_out_bits_per_byte=bits)
         return bits
 
-    def _held_out_bits(self, model: Megalodon, documents: list[bytes]) -> float:
-        """What the processes make of it together, each of its share of the documents."""
-        share = shared_out(documents, self.team)
-        own = self.team.together(nats_and_bytes, model, self.settings.tokenizer, share, *LOOK_SHAPE, self.autocast)
+    def _held_out_bits(self, model: Megalodon) -> float:
+        """Bits per byte of all held-out text, each document predicted from its beginning on."""
+        share = shared_out(self.corpus.held_out, self.team)
+        own = self.team.together(nats_and_bytes, model, self.settings.tokenizer, share, *EVALUATED, self.autocast)
+        return self._bits_per_byte(own)
+
+    def _bits_per_byte(self, own: tuple[float, float]) -> float:
+        """Of the nats and bytes of all processes."""
         nats, num_bytes = zip(*self.team.gather(own), strict=True)
-        return math.fsum(nats) / math.log(2) / sum(num_bytes)
+        return math.fsum(nats) / math.log(2) / math.fsum(num_bytes)
 
     def _finish(self) -> None:
         """Writes and shows the figures of all held-out text and of compressors; the picture; a sample."""
         documents = self.corpus.held_out
         model = gathered(self.model)
-        bits = self._held_out_bits(model, documents)
+        bits = self._held_out_bits(model)
         if not self.team.first:
             return
         compressors = compressed_bits(documents)

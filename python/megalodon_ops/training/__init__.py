@@ -1,7 +1,7 @@
 """What a training program needs around the model; needs the extra `train`.
 
-    documents   hold_out, Shards                             batches      Batches, Batch, Reader
-    optimizer   parameter_groups, adamw, Schedule            metrics      Metrics, read_metrics, draw_metrics
+    documents   hold_out, Shards                                batches   Batches, Batch, Reader
+    optimizer   parameter_groups, adamw, Muon, Schedule    metrics   Metrics, read_metrics, draw_metrics
     checkpoint  save_checkpoint, load_checkpoint, Saver
 
 `python -m megalodon_ops train` is made of these; docs/training.md has a program of one's own.
@@ -13,7 +13,7 @@ from .batches import START, Batch, Batches
 from .checkpoint import Checkpoint, load_any, load_checkpoint, save_checkpoint
 from .corpus import Corpus, hold_out
 from .metrics import Metrics, read_metrics
-from .optimizer import adamw, optimizer_threads, parameter_groups, threads
+from .optimizer import Muon, adamw, optimizer_threads, parameter_groups, threads
 from .reader import Reader
 from .saver import Saver
 from .schedule import Schedule
@@ -29,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "Corpus",
     "Metrics",
+    "Muon",
     "Reader",
     "Saver",
     "Schedule",

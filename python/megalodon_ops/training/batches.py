@@ -65,6 +65,8 @@ class Batches:
         rows: how many rows a batch has; or, as a range, those of its `batch` rows that this process reads.
         length: tokens in a row.
         batch: the rows of the whole batch, where `rows` is a range of them.
+        cut_long: cut a document that is longer than a row's share of all tokens into equal parts that are not, each of which
+            is read as a document. So the rows of a few long books read different text; else each reads whole books.
 
     A process whose rows are out of text while other rows are not gets a batch of no tokens; this takes `seed=None`.
 
@@ -90,6 +92,7 @@ class Batches:
         start: int = START,
         context: str = "streamed",
         seed: int | None = 0,
+        cut_long: bool = False,
     ):
         self.batch, self.rows = _check_rows(rows, batch)
         self.length = check_size("Batches", "length", length)
@@ -102,6 +105,10 @@ class Batches:
             raise TypeError(f"Batches: `documents` must be a list of documents, got {described(documents)}.")
         self.documents, self.lengths = _with_tokens(documents)
         self.seed, self.streamed = seed, context == "streamed"
+        share = -(-int(self.lengths.sum(dtype="int64")) // self.batch)
+        if cut_long and self.lengths.max() > share:
+            self.documents = _Parts(self.documents, self.lengths, share)
+            self.lengths = self.documents.lengths
         self.taken = 0
         self.readers: list[tuple[int, int]] = [(-1, 0)] * (self.batch if self.streamed else 1)  # (document, offset)
         self._order: tuple[int, numpy.ndarray] = (-1, numpy.empty(0, numpy.uint32))
@@ -196,6 +203,39 @@ class Batches:
             keys = _hashes(f"{self.seed} {epoch} ".encode(), len(self.lengths))
         order = numpy.argsort(keys, kind="stable")
         return order.astype(numpy.uint32) if len(order) <= 1 << 32 else order
+
+
+class _Part:
+    """Tokens of a document from `start` on."""
+
+    def __init__(self, document: Document, start: int, length: int):
+        self.document, self.start, self.length = document, start, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> Any:
+        return self.document[self.start + part.start : self.start + part.stop]
+
+
+class _Parts(Sequence[Document]):
+    """Documents, those of more than `longest` tokens in the fewest equal parts that are not longer."""
+
+    def __init__(self, documents: Sequence[Document], lengths: numpy.ndarray, longest: int):
+        self.documents = documents
+        lengths = lengths.astype(numpy.int64)
+        counts = -(-lengths // longest)
+        self.numbers = numpy.repeat(numpy.arange(len(lengths)), counts)
+        place = numpy.arange(len(self.numbers)) - numpy.repeat(counts.cumsum() - counts, counts)
+        whole, count = lengths[self.numbers], counts[self.numbers]
+        self.starts = place * whole // count
+        self.lengths = (place + 1) * whole // count - self.starts
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _Part(self.documents[int(self.numbers[index])], int(self.starts[index]), int(self.lengths[index]))
 
 
 def _hashes(begin: bytes, count: int) -> numpy.ndarray:

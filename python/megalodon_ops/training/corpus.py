@@ -43,7 +43,9 @@ def hold_out(documents: Iterable[bytes]) -> Corpus:
         ([100, 100], [5])
     """
     if isinstance(documents, (bytes, str)):
-        raise TypeError(f"hold_out: `documents` must be a list of documents, got {described(documents)}; put it in a list.")
+        raise TypeError(
+            f"hold_out: `documents` must be a list of documents, got {described(documents)}; put it in a list."
+        )
     unique = {hashlib.sha256(document).digest(): document for document in map(_checked, documents) if document}
     total = sum(map(len, unique.values()))
     if total < 2:

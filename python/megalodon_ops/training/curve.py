@@ -38,7 +38,9 @@ def draw_metrics(
         axes.plot(steps, _smooth(bits), color="tab:blue", label="training, smoothed")
         axes.set_ylim(top=max(4.5, float(numpy.percentile(bits, 95))))
     if held_out:
-        axes.plot(*numpy.array(held_out).T, color="tab:orange", marker="o", markersize=3, label="held-out, a part")
+        axes.plot(
+            *numpy.array(held_out).T, color="tab:orange", marker="o", markersize=3, label="held-out, a sample of all"
+        )
     if final:
         axes.plot(*numpy.array(final).T, color="tab:red", marker="*", markersize=9, linestyle="", label="held-out, all")
     for (name, bits), style in zip((references or {}).items(), ("--", ":"), strict=False):

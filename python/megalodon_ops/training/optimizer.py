@@ -1,13 +1,13 @@
-"""The paper's optimizer: which parameters decay, and how many threads a step takes."""
+"""The paper's optimizer, and Muon: which parameters each takes, which decay, and how many threads a step takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.values import check_number, described
 
@@ -52,7 +52,116 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> torch.op
     """
     groups = parameter_groups(model, weight_decay=weight_decay)
     lr = check_number("adamw", "lr", lr, "a number of at least 0", 0.0)
+    return _adamw(groups, lr)
+
+
+def _adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon/) for the matrices of the blocks, :func:`adamw` for all else.
+
+    Muon moves a matrix by its momentum made orthogonal, all singular values of which are near 1:
+
+        momentum <- 0.95 momentum + 0.05 gradient
+        matrix   <- (1 - lr weight_decay) matrix - 0.2 sqrt(max(rows, columns)) lr orthogonal(0.95 momentum + 0.05 gradient)
+
+    The factor makes its steps as large as AdamW's (arXiv 2502.16982), so that one learning rate serves all parameters.
+    The matrices are those between the embedding and the output layer. Of a model that is sharded over processes, each
+    matrix is gathered for its step.
+
+    `torch.optim.Muon` does the same, but for bfloat16 in the place of float32 on the CPU, where most processors have no
+    such products: a matrix of 256 x 128 takes it 39 ms with AVX2, and this class 2 ms.
+
+    Example:
+        >>> import megalodon_ops as mo
+        >>> from megalodon_ops.training import Muon
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> optimizer = Muon(mo.Megalodon(config), lr=5e-3)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+        [(7, 0.1), (2, 0.1), (18, 0.0)]
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, model: nn.Module, *, lr: float, weight_decay: float = 0.1):
+        matrices, others = parameter_groups(model, weight_decay=weight_decay)
+        lr = check_number("Muon", "lr", lr, "a number of at least 0", 0.0)
+        inner = {parameter for name, parameter in model.named_parameters() if "layers" in name.split(".")}
+        outside = [parameter for parameter in matrices["params"] if parameter not in inner]
+        blocks = {**matrices, "params": [parameter for parameter in matrices["params"] if parameter in inner], "lr": lr}
+        self._rest = _adamw([{**matrices, "params": outside}, others], lr)
+        super().__init__([blocks, *self._rest.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Gives AdamW its part of this optimizer's groups, and the state of all."""
+        self._rest.param_groups, self._rest.state = self.param_groups[1:], self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step_of_matrices(self.param_groups[0])
+        self._rest.step()
+        return loss
+
+    def _step_of_matrices(self, group: dict[str, Any]) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        for matrix in group["params"]:
+            if matrix.grad is None:
+                continue
+            state = self.state[matrix]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - self.MOMENTUM)
+            update = _whole(matrix.grad.lerp(momentum, self.MOMENTUM))
+            rows, columns = matrix.shape
+            key = (min(rows, columns), max(rows, columns))
+            by_shape.setdefault(key, []).append((matrix, update if rows <= columns else update.mT))
+        for (_, longer), found in by_shape.items():
+            directions = orthogonal(torch.stack([update for _, update in found]))
+            for (matrix, _), direction in zip(found, directions, strict=True):
+                direction = direction if matrix.shape[0] <= matrix.shape[1] else direction.mT
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(_part_like(matrix, direction), alpha=-0.2 * longer**0.5 * group["lr"])
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (B, M, N), M <= N, with singular values brought to between 0.7 and 1.2 by Newton-Schulz steps, all but tiny ones.
+
+    Each step makes a singular value s into 3.4445 s - 4.775 s^3 + 2.0315 s^5. Products are in float32, on GPUs in bfloat16.
+    """
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # no singular value above 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.to(matrices.dtype)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor of all processes, where each has a part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _part_like(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """Of a tensor that all processes have whole, what this process has of the parameter."""
+    if not hasattr(parameter, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
+        placements=parameter.placements
+    )
 
 
 def optimizer_threads(model: nn.Module) -> int:

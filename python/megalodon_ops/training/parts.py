@@ -76,7 +76,9 @@ def check_squares(key: str, tensor: Tensor) -> None:
 
 
 def _check_moments(name: str, found: dict[str, tuple[int, ...]], shape: tuple[int, ...], kind: str | None) -> None:
-    if kind not in ("Adam", "AdamW"):
+    if kind not in ("Adam", "AdamW", "Muon"):
+        return
+    if kind == "Muon" and found == {"momentum_buffer": shape}:
         return
     wanted = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
     if "max_exp_avg_sq" in found:

@@ -1,6 +1,6 @@
 """How far a run has come, and the learning rate there.
 
-    lr = peak * min(1, max((step + 1) / warmup, 10 progress)) * (1 + cos(pi progress)) / 2
+    lr = peak * min(1, max((step + 1) / warmup, 10 progress)) * (1 - progress)
 
 For a number of steps, progress is step / steps. For minutes, progress runs along a straight line that `set_pace` draws
 from the time spent to the end of the budget, at every checkpoint and only there: the line is part of the checkpoint, so
@@ -9,7 +9,6 @@ the losses after a checkpoint are the same whenever they are computed.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from ..ops.values import LEAST_POSITIVE, check_integer, check_number, check_size
 
 
 class Schedule:
-    """Warmup and a cosine to zero, over `steps` steps, over `minutes`, or over what ends first.
+    """Warmup and a line to zero, over `steps` steps, over `minutes`, or over what ends first.
 
     Example:
         >>> from megalodon_ops.training import Schedule
         >>> schedule = Schedule(lr=1e-3, warmup=10, steps=100)
         >>> [round(schedule.lr(step), 6) for step in (0, 9, 50, 99)], schedule.finished(100)
-        ([0.0001, 0.00098, 0.0005, 0.0], True)
+        ([0.0001, 0.00091, 0.0005, 1e-05], True)
     """
 
     def __init__(self, lr: float, warmup: int, steps: int | None = None, minutes: float | None = None):
@@ -52,7 +51,7 @@ class Schedule:
         """The learning rate of a step, the first of which is 0."""
         progress = self.progress(step)
         ramp = min(1.0, max((step + 1) / self.warmup, 10 * progress))
-        return self.peak * ramp * (1 + math.cos(math.pi * progress)) / 2
+        return self.peak * ramp * (1 - progress)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Gives every group of the optimizer the learning rate of a step, and returns the rate."""

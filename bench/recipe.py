@@ -1,0 +1,131 @@
+"""What the defaults of `train` were chosen by: runs of that command, and their table.
+
+    python -m bench.recipe                          # all runs; a call that was cut off goes on
+    python -m bench.recipe --only rates --jobs 4    # a part of them, four at a time
+
+Each run is a process of one thread. Runs of as many steps compare choices that cost the same; runs of as many seconds of
+the processor compare models and batches whose steps cost more or less. The result of a run is what `train` itself says of
+all held-out text. Results go to bench/results/recipe.json and .md; docs/training.md draws the conclusions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megalodon_ops.training import read_metrics
+
+from . import machine
+from .claims.runs import write
+
+BYTES = 1_638_400
+"""Read by each run that is not by the clock"""
+
+
+def _flags(rows: int = 64, length: int = 64, bytes_read: int = BYTES, **others: object) -> str:
+    given = {"steps": bytes_read // (rows * length), "batch": rows, "length": length, **others}
+    return " ".join(f"--{name} {value}" for name, value in given.items())
+
+
+GROUPS: dict[str, list[str]] = {
+    "rows: as many bytes in batches of another shape": [
+        _flags(rows, length, lr=rate, optimizer=name)
+        for name, rate in (("muon", 0.02), ("adamw", 0.01))
+        for rows, length in ((16, 64), (16, 256), (64, 64), (128, 32))
+    ],
+    "rates: the peak of the learning rate": [
+        *(_flags(lr=rate) for rate in (0.005, 0.01, 0.02, 0.04)),
+        *(_flags(lr=rate, optimizer="adamw") for rate in (0.005, 0.01, 0.02)),
+    ],
+    "widths: the peak of the learning rate at other widths": [
+        *(_flags(dim=64, lr=rate) for rate in (0.02, 0.04, 0.08)),
+        *(_flags(dim=256, lr=rate, bytes_read=BYTES // 2) for rate in (0.005, 0.01, 0.02)),
+    ],
+    "sizes: models, ten minutes of one thread each": [
+        f"--minutes 10 --dim {width} --layers {layers}"
+        for width, layers in ((64, 6), (96, 4), (128, 3), (128, 5), (192, 4))
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.recipe", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help=", ".join(name.split(":")[0] for name in GROUPS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each of one thread (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
+    options = parser.parse_args()
+    path = options.out / "recipe.json"
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    chosen = [name for name in GROUPS if not options.only or name.split(":")[0] in options.only]
+    runs = [(group, f"{flags} --seed {options.seed}") for group in chosen for flags in GROUPS[group]]
+
+    def work(run: tuple[str, str]) -> None:
+        group, flags = run
+        if (key := f"{group}: {flags}") not in found:
+            found[key] = {"group": group, "flags": flags, **measured(flags)}
+            write(path, json.dumps(found, indent=1) + "\n")
+            write(path.with_suffix(".md"), "\n".join(page([*found.values()])) + "\n")
+            print(found[key], flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(work, runs))
+
+
+def measured(flags: str) -> dict[str, Any]:
+    """What `train` with these flags comes to."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "megalodon_ops", "train", "--out", f"{folder}/run", *flags.split()]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        rows = read_metrics(Path(folder, "run", "metrics.jsonl"))
+        record = json.loads(next(Path(folder, "run", "checkpoints").glob("*/training.json")).read_text())
+    steps = [row for row in rows if "loss" in row]
+    last = steps[-max(1, len(steps) // 20) :]
+    return {
+        "parameters": int(done.stdout.split(" parameters")[0].split()[-1].replace(",", "")),
+        "learning rate": record["options"]["lr"],
+        "held out": round(rows[-1]["held_out_bits_per_byte"], 4),
+        "training, last twentieth": round(sum(row["bits_per_byte"] for row in last) / len(last), 4),
+        "steps": steps[-1]["step"],
+        "bytes": steps[-1]["tokens"],
+        "seconds": round(time.monotonic() - begin),
+        "processor": machine.describe()["processor"],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def page(results: list[dict[str, Any]]) -> list[str]:
+    lines = ["# The recipe of `train`", "", __doc__.split("\n\n", 2)[2].strip().replace("\n", " "), ""]
+    columns = ["parameters", "learning rate", "held out", "training, last twentieth", "steps", "bytes"]
+    for group in dict.fromkeys(result["group"] for result in results):
+        lines += [
+            f"## {group.capitalize()}",
+            "",
+            f"| flags | {' | '.join(columns)} |",
+            "| --- |" + " ---: |" * len(columns),
+        ]
+        for result in results:
+            if result["group"] == group:
+                cells = (
+                    f"{result[name]:,}" if isinstance(result[name], int) else f"{result[name]:g}" for name in columns
+                )
+                lines.append(f"| `{result['flags']}` | {' | '.join(cells)} |")
+        lines.append("")
+    where = sorted({f"{result['processor']}, {result['date']}" for result in results})
+    return [*lines, f"`python -m bench.recipe`; bits per byte; {'; '.join(where)}."]
+
+
+if __name__ == "__main__":
+    main()
