@@ -38,7 +38,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
         for name, busy in {"idle": 0, f"beside {BUSY} busy processes": BUSY}.items():
             paths = [Path(label, run.takes(steps, busy), before=run.start_over) for label, run in runs.items()]
             yield Case(
-                name=f"steps of the default run, {name}", shape=f"0.83M, {steps} steps", dtype="fp32", paths=paths,
+                name=f"steps of the default run, {name}", shape=f"0.67M, {steps} steps", dtype="fp32", paths=paths,
                 expected=runs["OpenMP's default"].from_the_start(steps), tolerance=1e-6, units=steps * 16 * 64,
                 unit="token", cold=False, fewer_threads=False,
             )  # fmt: skip

@@ -79,6 +79,22 @@ def assert_values_close(found, wanted):
 
 
 @pytest.mark.parametrize(
+    "mesh", ["data=2", pytest.param("data=2,tensor=2", marks=slow), pytest.param("chunk=2", marks=slow)]
+)
+def test_muon_moves_matrices_of_several_processes_as_those_of_one(ranks, text, tmp_path, mesh):
+    options = (*STEPS, "--optimizer", "muon")
+    assert train(text, tmp_path / "alone", *TINY, *options) == 0
+    results = ranks.run(command, MESHES[mesh], flags(text, tmp_path / "split", *options, "--mesh", mesh))
+    assert [result.code for result in results] == [0] * MESHES[mesh], results
+    assert_losses(tmp_path / "split", tmp_path / "alone", 1e-4)
+    again = copy_without_the_last(tmp_path / "split", tmp_path / "again")
+    from megalodon_ops.cli import main
+
+    assert main(["train", "--out", str(again), "--resume"]) == 0
+    assert_losses(again, tmp_path / "alone", 1e-4)
+
+
+@pytest.mark.parametrize(
     "mesh, batch, context",
     [
         ("chunk=2", 1, "streamed"),
