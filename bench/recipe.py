@@ -47,7 +47,7 @@ GROUPS: dict[str, list[str]] = {
         *(_flags(lr=rate, optimizer="adamw") for rate in (0.005, 0.01, 0.02)),
     ],
     "widths: the peak of the learning rate at other widths": [
-        *(_flags(dim=64, lr=rate) for rate in (0.02, 0.04, 0.08)),
+        *(_flags(dim=64, lr=rate) for rate in (0.01, 0.02, 0.04)),
         *(_flags(dim=256, lr=rate, bytes_read=BYTES // 2) for rate in (0.005, 0.01, 0.02)),
     ],
     "sizes: models, ten minutes of one thread each": [

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from megalodon_ops import Megalodon
+from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.evaluate import nats_and_bytes
 from megalodon_ops.cli.models import configured
+from megalodon_ops.cli.settings import resolve
 from megalodon_ops.model.states import from_named, named_tensors
 from megalodon_ops.tokenizers import ByteTokenizer
 from megalodon_ops.training import START, Batches, Metrics, Reader, Schedule, draw_metrics, read_metrics
@@ -100,6 +102,14 @@ def test_widths_follow_dim():
     assert half.value_dim == 640
     assert (whole.vocab_size, whole.num_outputs) == (257, 256)
     assert configured("mega1.3B_pg19", {}).num_outputs == 257
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"), [((), 0.01), (("--dim", 256), 0.005), (("--preset", "mega7.1B"), 3.1e-4), (("--lr", 0.3), 0.3)]
+)
+def test_the_learning_rate_follows_the_width(tmp_path, flags, rate):
+    settings, _ = resolve(parse(["train", *map(str, flags)]), tmp_path / "run")
+    assert settings.lr == rate and settings.record()["lr"] == rate
 
 
 def test_diary_drops_what_comes_after_the_checkpoint(tmp_path):

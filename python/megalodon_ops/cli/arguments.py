@@ -45,8 +45,8 @@ DEFAULTS = {
     "eval_every": 400,
     "checkpoint_every": 200,
 }
-LEARNING_RATES = {"muon": 2e-2, "adamw": 1e-2}
-"""The default peak at a width of 128, by optimizer; of another width D it is 128 / D of this: docs/training.md"""
+RATE_TIMES_WIDTH = 1.28
+"""The default peak of the learning rate, times the model's width: docs/training.md"""
 MINUTES = 5.0
 """How long a run takes that names neither --steps nor --minutes"""
 
@@ -191,9 +191,8 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
         help=_default("carry each row's state on to the next batch, or start every row afresh", "context"),
     )
     muon = "muon for the matrices of the blocks and adamw for all else, or adamw for all"
-    batch.add_argument("--optimizer", choices=[*LEARNING_RATES], help=_default(muon, "optimizer"))
-    rates = ", ".join(f"{rate * 128:g} / width with {name}" for name, rate in LEARNING_RATES.items())
-    batch.add_argument("--lr", type=kinds.positive, metavar="X", help=f"peak learning rate ({rates})")
+    batch.add_argument("--optimizer", choices=["muon", "adamw"], help=_default(muon, "optimizer"))
+    batch.add_argument("--lr", type=kinds.positive, metavar="X", help=f"peak learning rate ({RATE_TIMES_WIDTH} / width)")
     batch.add_argument(
         "--warmup", type=kinds.natural, metavar="N", help=_default("steps of warmup, then a line to zero", "warmup")
     )

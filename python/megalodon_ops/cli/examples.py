@@ -10,7 +10,7 @@ EXAMPLES = {
         "train --out runs/prose --resume --minutes 60",
         "train --tokenizer bpe.json --data book.txt",
         "train --data tokens --out runs/long",
-        "train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 2e-3 --seed 1",
+        "train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 3e-3 --seed 1",
         f"{SEVERAL}train --mesh data=2,chunk=2 --batch 4 --length 8192 --chunk 1024 --out runs/four",
     ],
     "eval": [

@@ -12,7 +12,7 @@ from typing import Any
 
 from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli import schema
-from megalodon_ops.cli.arguments import DEFAULTS, LEARNING_RATES, MINUTES, flag_of
+from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, RATE_TIMES_WIDTH, flag_of
 from megalodon_ops.cli.data import check_glob, tokens_folder
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import configured, read_tokenizer
@@ -128,7 +128,7 @@ def _settings(
     own = {name: value for name, value in flags.items() if name in fields}
     model = {name: value for name, value in flags.items() if name not in fields}
     config = config or configured(flags["preset"], model, tokenizer)
-    own.setdefault("lr", float(f"{LEARNING_RATES[own['optimizer']] * 128 / config.model_dim:.2g}"))
+    own.setdefault("lr", float(f"{RATE_TIMES_WIDTH / config.model_dim:.2g}"))
     return Settings(out=out, config=config, tokenizer=tokenizer, **own)
 
 
