@@ -265,3 +265,4 @@ def test_long_documents_are_cut_where_rows_would_read_the_same():
 def test_documents_that_fit_a_row_are_not_cut():
     documents = [bytes(range(size)) for size in (30, 40, 50)]
     assert Batches(documents, rows=2, length=8, cut_long=True).documents == documents
+    assert Batches(documents, rows=64, length=50, cut_long=True).documents == documents, "of so little text, none"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import megalodon_ops as mo
-from megalodon_ops.training import Muon, adamw
+from megalodon_ops.training import Muon, adamw, optimizer
 from megalodon_ops.training.optimizer import orthogonal
 
 CONFIG = mo.MegalodonConfig(
@@ -20,13 +20,13 @@ def model_and_batches(steps: int):
     return mo.Megalodon(CONFIG), torch.randint(9, (steps, 4, 25), generator=torch.Generator().manual_seed(1))
 
 
-def train(model: mo.Megalodon, optimizer: torch.optim.Optimizer, batches: torch.Tensor) -> list[float]:
+def train(model: mo.Megalodon, by: torch.optim.Optimizer, batches: torch.Tensor) -> list[float]:
     losses = []
     for tokens in batches:
         loss = model.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        by.step()
+        by.zero_grad()
         losses.append(loss.item())
     return losses
 
@@ -47,7 +47,7 @@ def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values(shape):
 def test_a_step_is_that_of_the_formula():
     """Of a matrix: 0.2 sqrt(max(rows, columns)) lr times the orthogonal direction of Nesterov's momentum, and decay."""
     model, batches = model_and_batches(2)
-    optimizer = Muon(model, lr=0.01, weight_decay=0.5)
+    muon = Muon(model, lr=0.01, weight_decay=0.5)
     matrix = model.layers[0].mega.wv.weight
     momentum = torch.zeros_like(matrix)
     for tokens in batches:
@@ -55,8 +55,8 @@ def test_a_step_is_that_of_the_formula():
         before, gradient = matrix.detach().clone(), matrix.grad.clone()
         momentum = 0.95 * momentum + 0.05 * gradient
         direction = orthogonal((0.95 * momentum + 0.05 * gradient).mT[None])[0].mT
-        optimizer.step()
-        optimizer.zero_grad()
+        muon.step()
+        muon.zero_grad()
         wanted = (1 - 0.01 * 0.5) * before - 0.01 * 0.2 * 48**0.5 * direction
         torch.testing.assert_close(matrix, wanted, rtol=1e-5, atol=1e-6)
 
@@ -102,25 +102,33 @@ def test_all_else_moves_by_adamw():
 
 def test_it_goes_on_from_its_state_to_the_last_bit():
     model, batches = model_and_batches(6)
-    optimizer = Muon(model, lr=0.01)
-    train(model, optimizer, batches[:3])
+    muon = Muon(model, lr=0.01)
+    train(model, muon, batches[:3])
     again = copy.deepcopy(model)
     other = Muon(again, lr=0.01)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert train(model, optimizer, batches[3:]) == train(again, other, batches[3:])
+    other.load_state_dict(copy.deepcopy(muon.state_dict()))
+    assert train(model, muon, batches[3:]) == train(again, other, batches[3:])
 
 
 def test_frozen_matrices_and_matrices_without_a_gradient_stay():
     model, batches = model_and_batches(2)
     model.layers[0].mega.wv.weight.requires_grad_(False)
     before = model.layers[0].mega.wv.weight.clone()
-    optimizer = Muon(model, lr=0.01)
-    train(model, optimizer, batches)
+    muon = Muon(model, lr=0.01)
+    train(model, muon, batches)
     assert torch.equal(model.layers[0].mega.wv.weight, before)
-    optimizer.step()  # no gradients at all
+    muon.step()  # no gradients at all
 
 
 def test_it_learns():
     model, batches = model_and_batches(1)
     losses = train(model, Muon(model, lr=0.02), batches.expand(40, -1, -1))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_matrices_few_at_a_time_take_the_same_steps(monkeypatch):
+    (model, batches), (other, _) = model_and_batches(3), model_and_batches(3)
+    train(model, Muon(model, lr=0.01), batches)
+    monkeypatch.setattr(optimizer, "AT_ONCE", 1)
+    train(other, Muon(other, lr=0.01), batches)
+    torch.testing.assert_close([*model.parameters()], [*other.parameters()], rtol=1e-4, atol=1e-5)

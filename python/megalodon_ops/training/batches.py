@@ -65,8 +65,8 @@ class Batches:
         rows: how many rows a batch has; or, as a range, those of its `batch` rows that this process reads.
         length: tokens in a row.
         batch: the rows of the whole batch, where `rows` is a range of them.
-        cut_long: cut a document that is longer than a row's share of all tokens into equal parts that are not, each of which
-            is read as a document. So the rows of a few long books read different text; else each reads whole books.
+        cut_long: cut a document that is longer than a row, and than a row's share of all tokens, into equal parts that are
+            not, each of which is read as a document. So the rows of a few long books read different text; else each reads whole books.
 
     A process whose rows are out of text while other rows are not gets a batch of no tokens; this takes `seed=None`.
 
@@ -105,7 +105,7 @@ class Batches:
             raise TypeError(f"Batches: `documents` must be a list of documents, got {described(documents)}.")
         self.documents, self.lengths = _with_tokens(documents)
         self.seed, self.streamed = seed, context == "streamed"
-        share = -(-int(self.lengths.sum(dtype="int64")) // self.batch)
+        share = max(self.length, -(-int(self.lengths.sum(dtype="int64")) // self.batch))
         if cut_long and self.lengths.max() > share:
             self.documents = _Parts(self.documents, self.lengths, share)
             self.lengths = self.documents.lengths

@@ -59,6 +59,10 @@ def _adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+AT_ONCE = 1 << 24
+"""Numbers in the matrices that Muon makes orthogonal together, which takes four times as much memory"""
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon/) for the matrices of the blocks, :func:`adamw` for all else.
 
@@ -114,32 +118,37 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_of_matrices(self, group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for matrix in group["params"]:
-            if matrix.grad is None:
-                continue
-            state = self.state[matrix]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(matrix)
-            momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - self.MOMENTUM)
-            update = _whole(matrix.grad.lerp(momentum, self.MOMENTUM))
-            rows, columns = matrix.shape
-            key = (min(rows, columns), max(rows, columns))
-            by_shape.setdefault(key, []).append((matrix, update if rows <= columns else update.mT))
-        for (_, longer), found in by_shape.items():
-            directions = orthogonal(torch.stack([update for _, update in found]))
-            for (matrix, _), direction in zip(found, directions, strict=True):
-                direction = direction if matrix.shape[0] <= matrix.shape[1] else direction.mT
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(_part_like(matrix, direction), alpha=-0.2 * longer**0.5 * group["lr"])
+            if matrix.grad is not None:
+                by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+        for (shorter, longer), matrices in by_shape.items():
+            count = max(1, AT_ONCE // (shorter * longer))
+            for first in range(0, len(matrices), count):
+                some = matrices[first : first + count]
+                directions = orthogonal(torch.stack([_wide(self._update(matrix)) for matrix in some]))
+                for matrix, direction in zip(some, directions, strict=True):
+                    direction = direction if direction.shape == matrix.shape else direction.mT
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(_part_like(matrix, direction), alpha=-0.2 * longer**0.5 * group["lr"])
+
+    def _update(self, matrix: nn.Parameter) -> Tensor:
+        """What is to be made orthogonal, whole in every process."""
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - self.MOMENTUM)
+        update = matrix.grad.lerp(momentum, self.MOMENTUM)
+        return update.full_tensor() if hasattr(update, "full_tensor") else update
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     """Matrices (B, M, N), M <= N, with singular values brought to between 0.7 and 1.2 by Newton-Schulz steps, all but tiny ones.
 
-    Each step makes a singular value s into 3.4445 s - 4.775 s^3 + 2.0315 s^5. Products are in float32, on GPUs in bfloat16.
+    Each step makes a singular value s into 3.4445 s - 4.775 s^3 + 2.0315 s^5. Products are in float32, or
+    float64, and on GPUs in bfloat16.
     """
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32))
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # no singular value above 1
     for _ in range(steps):
         gram = x @ x.mT
@@ -147,9 +156,9 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.to(matrices.dtype)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor of all processes, where each has a part."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _wide(matrix: Tensor) -> Tensor:
+    """The matrix, or its transposed one, with no more rows than columns."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
 def _part_like(parameter: nn.Parameter, whole: Tensor) -> Tensor:
