@@ -3,8 +3,8 @@
     python -m bench.recipe                          # all runs; a call that was cut off goes on
     python -m bench.recipe --only rates --jobs 4    # a part of them, four at a time
 
-Each run is a process of one thread. Runs of as many steps compare choices that cost the same; runs of as many seconds of
-the processor compare models and batches whose steps cost more or less. The result of a run is what `train` itself says of
+Each run is a process of one thread. Runs of as many steps compare choices that cost the same; runs of as many minutes,
+which want an idle machine, compare models whose steps cost more or less. The result of a run is what `train` itself says of
 all held-out text. Results go to bench/results/recipe.json and .md; docs/training.md draws the conclusions.
 """
 

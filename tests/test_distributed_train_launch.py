@@ -199,7 +199,7 @@ def test_threads(monkeypatch, environment, expected):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(11)), raising=False)
-    monkeypatch.setattr(launch, "_environment_of_the_launcher", lambda: b"PATH=/bin\0HOME=/root\0")
+    monkeypatch.setattr(launch, "_environment_of_the_launcher", lambda: b"PATH=/bin\0HOME=/home\0")
     taken = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     launch.take_a_share_of_the_threads()

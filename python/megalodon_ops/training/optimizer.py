@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (B, M, N), M <= N, with singular values brought to between 0.7 and 1.2 by Newton-Schulz steps, all but tiny ones.
+    """Matrices (B, M, N), M <= N, with singular values brought to about 0.7 to 1.2 by Newton-Schulz steps, all but tiny ones.
 
     Each step makes a singular value s into 3.4445 s - 4.775 s^3 + 2.0315 s^5. Products are in float32, or
     float64, and on GPUs in bfloat16.
