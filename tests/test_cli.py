@@ -213,6 +213,7 @@ def test_one_line_and_exit_code_2(name, finished, text, tmp_path, capsys):
         ["--batch", 10**12],
         ["--length", 10**20],
         ["--layers", 10**8],
+        ["--cema-ndim", 10**6, "--batch", 10**4],
         ["--steps", "1" + "0" * 400],
         ["--vocab", 3],
     ],

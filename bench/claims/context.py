@@ -20,7 +20,7 @@ RULE = (
     "standard errors of the rises over the seeds, and by more than 0.0005 bits per byte; undecided else."
 )
 LEAST = 5e-4
-CHUNK, LENGTH, ROWS, LR, PIECE = 128, 512, 8, 2e-3, 4096
+CHUNK, LENGTH, ROWS, LR, PIECE = 128, 512, 16, 4e-3, 4096
 SIZE, TOKENS, LONGEST = "1M", 12_000_000, 1 << 20
 QUICK = ("100k", 60_000, 1 << 14)
 SHORTEST = 1 << 10

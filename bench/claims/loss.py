@@ -17,7 +17,7 @@ RULE = (
     "training loss, which goes on by a factor of 2, twice at most, where the best is at the sweep's end. Held where MEGALODON's "
     "held-out figure is lower by more than 3 standard errors over the seeds at every size."
 )
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 LONGER = 2
 """How often a sweep goes on beyond its ends"""
 BOTH = (models.MEGALODON, models.LLAMA)

@@ -93,17 +93,16 @@ def _run(settings: Settings, saved: Checkpoint | None, team: Team, mesh: dict[st
 
 
 def check_memory(settings: Settings, processes: int = 1) -> None:
-    """Refuses, before anything is allocated, a run whose parameters and activations alone do not fit in memory."""
-    weights_gradients_and_moments, token_target_and_activations = 4, 4 + settings.config.num_layers
-    numbers = weights_gradients_and_moments * settings.config.num_parameters()
-    tokens = settings.batch * settings.length
-    numbers += token_target_and_activations * tokens * settings.config.model_dim
+    """Refuses, before anything is allocated, a run whose parameters, activations and states alone do not fit in memory."""
+    config, complex_numbers = settings.config, 2
+    weights_gradients_and_moments, token_target_and_activations = 4, 4 + config.num_layers
+    numbers = weights_gradients_and_moments * config.num_parameters()
+    numbers += token_target_and_activations * settings.batch * settings.length * config.model_dim
+    numbers += complex_numbers * settings.batch * config.num_layers * config.model_dim * config.cema_ndim
     try:
-        check_fits(
-            numbers * torch.float32.itemsize // processes, f"training {settings.config.num_parameters():,} parameters"
-        )
+        check_fits(numbers * torch.float32.itemsize // processes, f"training {config.num_parameters():,} parameters")
     except ValueError as error:
-        raise CommandError(f"{error}; make --dim, --layers, --batch or --length smaller") from error
+        raise CommandError(f"{error}; make --dim, --layers, --cema-ndim, --batch or --length smaller") from error
 
 
 def recorded_end(settings: Settings, saved: Checkpoint) -> dict[str, Any] | None:
