@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from bench.claims.llama import Llama, WindowState, hidden_like, similar  # noqa:
 
 CONFIG = dataclasses.replace(train.config("tiny", 8), num_layers=2)
 EXCHANGED = [*models.ABLATIONS]
+CLAIMS_PAGE = Path(__file__).parents[1] / "docs" / "claims.md"
 
 
 @pytest.fixture(autouse=True)
@@ -328,6 +330,18 @@ def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monke
         verdict.UNDECIDED,
     )
     assert "says nothing of the claim" in page and (tmp_path / "out" / f"{claim}-quick.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_pages_and_verdicts_are_those_of_the_results(claim):
+    folder = Path(report.__file__).with_name("results") / claim
+    if not folder.with_suffix(".md").exists():
+        pytest.skip("its runs have not all been made")
+    found = runs.results(folder)
+    page = report.page_of(claim, CLAIMS[claim], found, folder)
+    assert folder.with_suffix(".md").read_text() == "\n".join(page) + "\n", "run python -m bench.claims report"
+    row = re.search(rf"^\| \[.*\]\(\.\./bench/claims/results/{claim}\.md\) \| (.*?) \|", CLAIMS_PAGE.read_text(), re.M)
+    assert row[1] == CLAIMS[claim].verdicts(found)["claim"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from bench.claims import memory, models, runs, speed, verdict  # noqa: E402
+from bench.claims import loss, memory, models, runs, speed, task_runs, verdict  # noqa: E402
 
 
 def test_models_are_told_apart_by_the_spread_over_seeds():
@@ -70,3 +70,25 @@ def test_memory_is_decided_by_bytes_a_token_and_by_growth():
     assert memory.verdicts([*even, stream(103)])["claim"] == verdict.NOT_HELD
     assert memory.verdicts([of("training", 16, {"peak_bytes": 180}), even[1], stream(101)])["claim"] == verdict.NOT_HELD
     assert memory.verdicts([stream(101)])["claim"] == verdict.UNDECIDED
+
+
+def test_a_loss_is_decided_when_all_sizes_have_run():
+    def of(size, model, seed):
+        bits = {models.MEGALODON: 2.0, models.LLAMA: 3.0}[model] + 0.01 * seed
+        settings = {"size": size, "model": model, "held_out": True}
+        return content(settings, {"train_loss": bits, "held_out_bits_per_byte": {str(loss.LENGTH): bits, "all": bits}})
+
+    found = [of(size, model, seed) for size in loss.TOKENS for model in loss.BOTH for seed in range(3)]
+    assert loss.verdicts(found)["claim"] == verdict.HELD
+    one_size = loss.verdicts(found[:6])
+    assert verdict.HELD in one_size.values() and one_size["claim"] == verdict.UNDECIDED
+
+
+def test_tasks_are_decided_when_all_have_run():
+    def of(task, model, seed):
+        accuracy = [{"length": 128, "targets": 0.9 - 0.5 * (model == models.LLAMA) + 0.01 * seed, "rows": 0.0}]
+        return content({"task": task, "model": model, "lr": 1e-3, "seed": seed}, {"accuracy": accuracy})
+
+    found = [of(task, model, seed) for task in task_runs.TASKS for model in loss.BOTH for seed in range(3)]
+    assert task_runs.verdicts(found)["claim"] == verdict.HELD
+    assert task_runs.verdicts(found[6:])["claim"] == verdict.UNDECIDED

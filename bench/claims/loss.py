@@ -121,7 +121,9 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
             ours, others = found.get((size, models.MEGALODON), []), found.get((size, models.LLAMA), [])
             said[f"{size}, {what}"] = verdict.lower(ours, others)
     first = [said[key] for key in said if key.endswith(next(iter(WHAT)))]
-    return {"claim": verdict.together(first), **said}
+    sizes = {content["settings"]["size"] for content in results}
+    not_run = [verdict.UNDECIDED for size in TOKENS if size not in sizes and sizes <= TOKENS.keys()]
+    return {"claim": verdict.together(first + not_run), **said}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from bench import machine, stream_memory
 
 from . import models, verdict
+from .report import axis_of_tokens
 from .runs import Session
 from .train import config, estimate
 
@@ -163,8 +164,10 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     for name, samples in by_model(results, "streaming").items():
         tokens, sizes = zip(*samples, strict=True)
         right.plot(tokens, [(size - sizes[0]) / 2**20 for size in sizes], marker="o", color=models.COLOURS[name])
-    left.set(xscale="log", yscale="log", xlabel="tokens of a row", ylabel="training, MiB")
-    right.set(xscale="log", xlabel="tokens read", ylabel="more resident than after 1,000 tokens, MiB")
+    axis_of_tokens(left, "tokens of a row")
+    left.set(yscale="log", ylabel="training, MiB")
+    axis_of_tokens(right, "tokens read")
+    right.set_ylabel("more resident than after 1,000 tokens, MiB")
     left.legend()
 
 

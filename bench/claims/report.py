@@ -22,7 +22,7 @@ def report(claim: str, module: ModuleType, folder: Path) -> str | None:
 
 def page_of(claim: str, module: ModuleType, found: list[dict[str, Any]], folder: Path) -> list[str]:
     said = module.verdicts(found)
-    machines = sorted({f"{c['machine']['processor']}, {c['machine']['threads']} threads" for c in found})
+    machines = sorted({f"{c['machine']['processor']}, threads: {c['machine']['threads']}" for c in found})
     versions = sorted(
         {
             f"megalodon_ops {c['machine']['megalodon_ops']}, torch {c['machine']['torch']}, transformers {c['machine']['transformers']}"
@@ -57,3 +57,17 @@ def draw(module: ModuleType, found: list[dict[str, Any]], path: Path) -> None:
     module.plot(found, figure)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def axis_of_tokens(axes: Any, label: str) -> None:
+    """Makes the axis of x one of numbers of tokens: powers of two, as 512, 1k, 1M."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
+    axes.set_xlabel(label)
+
+
+def short(tokens: float) -> str:
+    for size, letter in ((1 << 20, "M"), (1 << 10, "k")):
+        if tokens >= size:
+            return f"{tokens / size:g}{letter}"
+    return f"{tokens:g}"

@@ -13,6 +13,7 @@ import megalodon_ops as mo
 from bench import bench_model, harness
 
 from . import models, verdict
+from .report import axis_of_tokens
 from .runs import Session
 from .train import config, estimate
 
@@ -99,5 +100,6 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     axes, found = figure.add_subplot(), rates(results)
     axes.plot([*found], [ours for ours, _, _ in found.values()], marker="o", label="MEGALODON")
     axes.plot([*found], [other for _, other, _ in found.values()], marker="o", label="Llama, the faster of two")
-    axes.set(xscale="log", yscale="log", xlabel="tokens of a row", ylabel="tokens a second")
+    axis_of_tokens(axes, "tokens of a row")
+    axes.set(yscale="log", ylabel="tokens a second")
     axes.legend()

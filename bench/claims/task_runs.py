@@ -154,13 +154,15 @@ def cells(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, list
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
+    found = cells(results)
     said = {
         f"{task}, {asked}": verdict.higher(
             shares.get(models.MEGALODON, []), shares.get(models.LLAMA, []), LEAST, verdict.OF_MANY
         )
-        for (task, asked), shares in cells(results).items()
+        for (task, asked), shares in found.items()
     }
-    held, lost = verdict.HELD in said.values(), verdict.NOT_HELD in said.values()
+    all_tasks = {task for task, _ in found} == TASKS.keys()
+    held, lost = verdict.HELD in said.values() and all_tasks, verdict.NOT_HELD in said.values()
     return {"claim": verdict.NOT_HELD if lost else verdict.HELD if held else verdict.UNDECIDED, **said}
 
 
