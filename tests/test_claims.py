@@ -243,6 +243,7 @@ def test_sweeps_go_on_beyond_their_ends():
     assert loss.sweep(lambda rate: asked.append(rate) or -rate, (1.0, 2.0, 4.0)) == 16.0 and asked == [1, 2, 4, 8, 16]
     assert loss.sweep(lambda rate: math.inf if rate > 1 else rate, (1.0, 2.0, 4.0)) == 0.25
     assert loss.sweep(lambda rate: None, (1.0, 2.0, 4.0)) == 2.0
+    assert loss.sweep(lambda rate: -rate if rate <= 4 else None, (1.0, 2.0, 4.0)) == 4.0
 
 
 # text

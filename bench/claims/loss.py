@@ -22,7 +22,7 @@ LONGER = 2
 """How often a sweep goes on beyond its ends"""
 BOTH = (models.MEGALODON, models.LLAMA)
 CHUNK, LENGTH, ROWS = 128, 256, 32
-TOKENS = {"1M": 10_000_000, "4M": 10_000_000}
+TOKENS = {"1M": 10_000_000, "4M": 6_000_000}
 QUICK = {"100k": 60_000}
 
 
@@ -54,16 +54,17 @@ def train_seeds(session: Session, name: str, size: str, tokens: int, data: list[
 
 
 def sweep(loss: Callable[[float], float | None], rates: tuple[float, ...]) -> float:
-    """The rate of the lowest loss; the middle one where losses are only planned."""
+    """The rate of the lowest loss; where losses are only planned, which is None, the middle one or the best that has been run."""
     found = {rate: loss(rate) for rate in rates}
     if None in found.values():
         return rates[len(rates) // 2]
     for _ in range(LONGER):
         best = min(found, key=found.get)
         further = best / 2 if best == min(found) else 2 * best if best == max(found) else None
-        if further is None:
+        figure = None if further is None else loss(further)
+        if figure is None:
             break
-        found[further] = loss(further)
+        found[further] = figure
     return min(found, key=found.get)
 
 

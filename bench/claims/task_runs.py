@@ -18,12 +18,12 @@ from .train import Recipe, config, estimate, train
 TITLE = "Tasks"
 RULE = (
     "Each task is trained at one length and asked at this length and at 2, 4 and 8 times it, MQAR at more pairs too. A learning "
-    "rate is chosen for each model and task by a run at each of two. At each length, better or worse is a difference of the "
+    "rate is chosen for each model and task by a run at each of three. At each length, better or worse is a difference of the "
     "share of right targets by more than 5 standard errors over the seeds and by more than 0.05. The claim is held where "
     "MEGALODON is worse nowhere and better somewhere, and not held where it is worse anywhere."
 )
-SIZE, CHUNK, BATCH, RATES, LEAST = "100k", 128, 32, (1e-3, 3e-3), 0.05
-STEPS, ASKED = 4000, 512
+SIZE, CHUNK, BATCH, RATES, LEAST = "100k", 128, 32, (1e-3, 4e-3, 16e-3), 0.05
+STEPS, ASKED = 3000, 512
 QUICK = ("tiny", 12, 32)
 TIMES = (1, 2, 4, 8)
 GENERATING = {"listops": 0.05}
