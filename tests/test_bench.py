@@ -60,7 +60,7 @@ def case(*paths, expected=lambda: (2 * X,)):
 
 
 def measured(*paths, threads=(1,), **options):
-    return list(harness.measure("test", case(*paths, **options), threads, Effort(samples=3, seconds=0.01)))
+    return list(harness.measure("test", case(*paths, **options), threads, Effort(samples=3, seconds=10.0)))
 
 
 def twice(offset=0.0, seconds=0.0):
