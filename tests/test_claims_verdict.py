@@ -72,16 +72,38 @@ def test_memory_is_decided_by_bytes_a_token_and_by_growth():
     assert memory.verdicts([stream(101)])["claim"] == verdict.UNDECIDED
 
 
-def test_a_loss_is_decided_when_all_sizes_have_run():
-    def of(size, model, seed):
-        bits = {models.MEGALODON: 2.0, models.LLAMA: 3.0}[model] + 0.01 * seed
-        settings = {"size": size, "model": model, "held_out": True}
-        return content(settings, {"train_loss": bits, "held_out_bits_per_byte": {str(loss.LENGTH): bits, "all": bits}})
+def test_a_loss_is_decided_by_what_the_sweeps_chose_when_all_sizes_have_run():
+    def of(size, model, seed, lr=2e-3, held_out=True, chunk=loss.LENGTH, train_loss=1.0):
+        bits = {2e-3: {models.MEGALODON: 2.0, models.LLAMA: 3.0}[model], 1e-3: 4.0}[lr] + 0.01 * seed
+        settings = {"size": size, "model": model, "chunk": chunk, "lr": lr, "held_out": held_out}
+        result = {
+            "parameters": 1,
+            "train_loss": train_loss,
+            "held_out_bits_per_byte": {str(loss.LENGTH): bits, "all": bits},
+        }
+        return content(settings, result)
 
-    found = [of(size, model, seed) for size in loss.TOKENS for model in loss.BOTH for seed in range(3)]
-    assert loss.verdicts(found)["claim"] == verdict.HELD
-    one_size = loss.verdicts(found[:6])
-    assert verdict.HELD in one_size.values() and one_size["claim"] == verdict.UNDECIDED
+    def sweep(size, **settings):
+        return [
+            of(size, model, 0, lr, False, train_loss=nats, **settings)
+            for model in loss.BOTH
+            for lr, nats in ((1e-3, 1.1), (2e-3, 1.0))
+        ]
+
+    one_size, other_size = (
+        [*sweep(size), *(of(size, model, seed) for model in loss.BOTH for seed in range(3))] for size in loss.TOKENS
+    )
+    assert loss.verdicts(one_size + other_size)["claim"] == verdict.HELD
+    said = loss.verdicts(one_size)
+    assert verdict.HELD in said.values() and said["claim"] == verdict.UNDECIDED
+    beside = [of("1M", models.MEGALODON, seed, 1e-3) for seed in range(3)]
+    said = loss.verdicts(one_size + other_size + beside)
+    assert said["claim"] == verdict.HELD and [*said.values()].count(verdict.NOT_HELD) == 2
+    assert said[f"1M in chunks of {loss.LENGTH} at the rate 0.001, {next(iter(loss.WHAT))}"] == verdict.NOT_HELD
+    half = loss.LENGTH // 2
+    beside = [of("1M", models.MEGALODON, seed, chunk=half) for seed in range(3)] + sweep("1M", chunk=half)
+    assert loss.verdicts(one_size + other_size + beside)["claim"] == verdict.HELD
+    assert [row.split(" | ")[4] for row in loss.table(one_size)[2:]] == ["0.002, the sweep's"] * 2
 
 
 def test_tasks_are_decided_when_all_have_run():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import models, text, verdict
 from .runs import Session
@@ -15,42 +15,57 @@ RULE = (
     "At each size, bits per byte of the held-out text in windows of the length of a row are compared, and training losses, the "
     "mean of a run's last tenth. A learning rate is chosen for each model by a sweep of runs of a third of the tokens, by their "
     "training loss, which goes on by a factor of 2, twice at most, where the best is at the sweep's end. Held where MEGALODON's "
-    "held-out figure is lower by more than 3 standard errors over the seeds at every size."
+    "held-out figure is lower by more than 3 standard errors over the seeds at every size. Beside these, at the smallest size: "
+    "each model at half its rate, and MEGALODON in chunks of half a row, which decide nothing."
 )
 RATES = (2e-3, 4e-3, 8e-3)
 LONGER = 2
 """How often a sweep goes on beyond its ends"""
 BOTH = (models.MEGALODON, models.LLAMA)
-CHUNK, LENGTH, ROWS = 128, 256, 32
+LENGTH, ROWS = 256, 32
+"""Of a batch; MEGALODON's chunk is a row, which is what the Llama sees"""
 TOKENS = {"1M": 10_000_000, "4M": 6_000_000}
 QUICK = {"100k": 60_000}
 
 
 def run(session: Session, data: list[str] | None) -> None:
-    for size, tokens in (QUICK if session.quick else TOKENS).items():
-        for name in BOTH:
-            train_seeds(session, name, size, tokens, data)
+    sizes = QUICK if session.quick else TOKENS
+    smallest = next(iter(sizes))
+    for size, tokens in sizes.items():
+        for model in BOTH:
+            what = dict(model=model, size=size, tokens=tokens, chunk=LENGTH, data=data)
+            rate = train_by_sweep(session, f"{size} {model}", **what)
+            if size == smallest:
+                train_seeds(session, f"{size} {model} lr={rate / 2:g}", rate / 2, **what)
+    what = dict(model=models.MEGALODON, size=smallest, tokens=sizes[smallest], chunk=LENGTH // 2, data=data)
+    train_by_sweep(session, f"{smallest} {models.MEGALODON} chunk={LENGTH // 2}", **what)
 
 
-def train_seeds(session: Session, name: str, size: str, tokens: int, data: list[str] | None, seeds: int = 3) -> float:
+def train_by_sweep(session: Session, label: str, *, model: str, size: str, tokens: int, chunk: int, data: Any) -> float:
     """The sweep, then runs of all seeds by the best rate, which is returned."""
-    common = dict(model=name, size=size, data=data)
+    what = dict(model=model, size=size, chunk=chunk, data=data)
     third = tokens // 3
 
     def at(rate: float) -> float | None:
         found = session.run(
-            f"{size} {name} sweep lr={rate:g}", work, seconds(name, size, third), **common, tokens=third, lr=rate,
+            f"{label} sweep lr={rate:g}", work, seconds(model, size, third, chunk), **what, tokens=third, lr=rate,
             seed=session.seed, held_out=False,
         )  # fmt: skip
         return None if found is None else as_figure(found["train_loss"])
 
     rate = sweep(at, RATES)
-    for seed in session.seeds(seeds):
-        session.run(
-            f"{size} {name} seed={seed}", work, seconds(name, size, tokens, True), **common, tokens=tokens, lr=rate, seed=seed,
-            held_out=True,
-        )  # fmt: skip
+    train_seeds(session, label, rate, **what, tokens=tokens)
     return rate
+
+
+def train_seeds(
+    session: Session, label: str, rate: float, *, model: str, size: str, tokens: int, chunk: int, data: Any
+) -> None:
+    """Runs of all seeds at one rate, read on the held-out text."""
+    what = dict(model=model, size=size, tokens=tokens, chunk=chunk, data=data)
+    for seed in session.seeds():
+        took = seconds(model, size, tokens, chunk, held_out=True)
+        session.run(f"{label} seed={seed}", work, took, **what, lr=rate, seed=seed, held_out=True)
 
 
 def sweep(loss: Callable[[float], float | None], rates: tuple[float, ...]) -> float:
@@ -76,17 +91,26 @@ HELD_OUT = 600_000
 """Bytes of the standard library that are held out, about"""
 
 
-def seconds(name: str, size: str, tokens: int, held_out: bool = False) -> float:
+def seconds(model: str, size: str, tokens: int, chunk: int, held_out: bool = False) -> float:
     """The held-out text is read in windows of a row, and as a whole, by the Llama twice: its windows overlap."""
-    reading = HELD_OUT * (3 if name == models.LLAMA else 2) * held_out
-    return estimate(size, CHUNK, name, tokens, LENGTH) + estimate(size, CHUNK, name, reading, LENGTH, training=False)
+    reading = HELD_OUT * (3 if model == models.LLAMA else 2) * held_out
+    return estimate(size, chunk, model, tokens, LENGTH) + estimate(size, chunk, model, reading, LENGTH, training=False)
 
 
 def work(
-    scratch: Path, *, model: str, size: str, tokens: int, lr: float, seed: int, data: list[str] | None, held_out: bool
+    scratch: Path,
+    *,
+    model: str,
+    size: str,
+    data: list[str] | None,
+    chunk: int,
+    tokens: int,
+    lr: float,
+    seed: int,
+    held_out: bool,
 ) -> dict[str, Any]:
     corpus = text.documents(data)
-    built = models.build(model, config(size, CHUNK), LENGTH // 2, seed)
+    built = models.build(model, config(size, chunk), LENGTH // 2, seed)
     carries = model != models.LLAMA
     result = train_on_text(built, Recipe(tokens, ROWS, LENGTH, lr), corpus.train, scratch, seed=seed, carries=carries)
     result |= {"parameters": built.num_parameters(), "text": corpus.fingerprint}
@@ -97,14 +121,40 @@ def work(
     return result
 
 
-def figures(results: list[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]) -> dict[tuple[str, str], list[float]]:
-    """By size and model, the figures of the seeds of the runs that were not for the sweep."""
-    found: dict[tuple[str, str], list[float]] = {}
+class Trained(NamedTuple):
+    """What the runs of one row of the table have in common; they differ by their seeds."""
+
+    size: str
+    model: str
+    chunk: int
+    lr: float
+
+
+def trained(settings: dict[str, Any]) -> Trained:
+    return Trained(*(settings[name] for name in Trained._fields))
+
+
+def figures(results: list[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]) -> dict[Trained, list[float]]:
+    """The figures of the seeds of all runs that were not for a sweep."""
+    found: dict[Trained, list[float]] = {}
     for content in results:
-        settings = content["settings"]
-        if settings["held_out"]:
-            found.setdefault((settings["size"], settings["model"]), []).append(as_figure(pick(content["result"])))
-    return found
+        if content["settings"]["held_out"]:
+            found.setdefault(trained(content["settings"]), []).append(as_figure(pick(content["result"])))
+    return dict(sorted(found.items()))
+
+
+def chosen(results: list[dict[str, Any]]) -> set[Trained]:
+    """What the sweeps chose: of size, model and chunk, the rate of the lowest training loss."""
+    swept: dict[tuple[str, str, int], dict[Trained, float]] = {}
+    for content in results:
+        if not content["settings"]["held_out"]:
+            key = trained(content["settings"])
+            swept.setdefault(key[:3], {})[key] = as_figure(content["result"]["train_loss"])
+    return {min(losses, key=losses.get) for losses in swept.values()}
+
+
+def of_the_claim(results: list[dict[str, Any]]) -> set[Trained]:
+    return {key for key in chosen(results) if key.chunk == LENGTH}
 
 
 WHAT = {
@@ -115,28 +165,35 @@ WHAT = {
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
-    said: dict[str, str] = {}
+    decisive = of_the_claim(results)
+    of_claim, beside = {}, {}
     for what, pick in WHAT.items():
         found = figures(results, pick)
-        for size in sorted({size for size, _ in found}):
-            ours, others = found.get((size, models.MEGALODON), []), found.get((size, models.LLAMA), [])
-            said[f"{size}, {what}"] = verdict.lower(ours, others)
-    first = [said[key] for key in said if key.endswith(next(iter(WHAT)))]
-    sizes = {content["settings"]["size"] for content in results}
+        llamas = {key.size: found.get(key, []) for key in decisive if key.model == models.LLAMA}
+        for key in found:
+            if key.model != models.MEGALODON:
+                continue
+            said = verdict.lower(found[key], llamas.get(key.size, []))
+            if key in decisive:
+                of_claim[f"{key.size}, {what}"] = said
+            else:
+                beside[f"{key.size} in chunks of {key.chunk} at the rate {key.lr:g}, {what}"] = said
+    first = [said for key, said in of_claim.items() if key.endswith(next(iter(WHAT)))]
+    sizes = {key.size for key in decisive}
     not_run = [verdict.UNDECIDED for size in TOKENS if size not in sizes and sizes <= TOKENS.keys()]
-    return {"claim": verdict.together(first + not_run), **said}
+    return {"claim": verdict.together(first + not_run), **of_claim, **beside}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    lines = ["| size | model | parameters | learning rate | seeds | " + " | ".join(WHAT) + " |"]
-    lines.append("|" + " --- |" * (5 + len(WHAT)))
+    lines = ["| size | model | parameters | chunk | learning rate | seeds | " + " | ".join(WHAT) + " |"]
+    lines.append("|" + " --- |" * (6 + len(WHAT)))
     found = [figures(results, pick) for pick in WHAT.values()]
-    for size, model in sorted(found[0]):
-        of_run = [c for c in results if (c["settings"]["size"], c["settings"]["model"]) == (size, model)]
-        last = next(c for c in of_run if c["settings"]["held_out"])
+    parameters = {(c["settings"]["size"], c["settings"]["model"]): c["result"]["parameters"] for c in results}
+    for key in found[0]:
         cells = [
-            size, model, f"{last['result']['parameters']:,}", f"{last['settings']['lr']:g}",
-            str(len(found[0][size, model])), *(verdict.spread(of_what[size, model]) for of_what in found),
+            key.size, key.model, f"{parameters[key.size, key.model]:,}", "" if key.model == models.LLAMA else str(key.chunk),
+            f"{key.lr:g}" + (", the sweep's" if key in chosen(results) else ""), str(len(found[0][key])),
+            *(verdict.spread(of_what[key]) for of_what in found),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -144,9 +201,10 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     axes = figure.add_subplot()
+    decisive = of_the_claim(results)
     for content in results:
         settings = content["settings"]
-        if settings["held_out"]:
+        if settings["held_out"] and trained(settings) in decisive:
             steps, losses = zip(*content["result"]["curve"], strict=True)
             colour = models.COLOURS[settings["model"]]
             style = "-" if settings["size"] != "4M" else "--"
