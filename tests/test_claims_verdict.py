@@ -96,6 +96,8 @@ def test_a_loss_is_decided_by_what_the_sweeps_chose_when_all_sizes_have_run():
     assert loss.verdicts(one_size + other_size)["claim"] == verdict.HELD
     said = loss.verdicts(one_size)
     assert verdict.HELD in said.values() and said["claim"] == verdict.UNDECIDED
+    without_ours = [c for c in other_size if c["settings"]["model"] == models.LLAMA]
+    assert loss.verdicts(one_size + without_ours)["claim"] == verdict.UNDECIDED
     beside = [of("1M", models.MEGALODON, seed, 1e-3) for seed in range(3)]
     said = loss.verdicts(one_size + other_size + beside)
     assert said["claim"] == verdict.HELD and [*said.values()].count(verdict.NOT_HELD) == 2

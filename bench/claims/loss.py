@@ -41,7 +41,9 @@ def run(session: Session, data: list[str] | None) -> None:
     train_by_sweep(session, f"{smallest} {models.MEGALODON} chunk={LENGTH // 2}", **what)
 
 
-def train_by_sweep(session: Session, label: str, *, model: str, size: str, tokens: int, chunk: int, data: Any) -> float:
+def train_by_sweep(
+    session: Session, label: str, *, model: str, size: str, tokens: int, chunk: int, data: list[str] | None
+) -> float:
     """The sweep, then runs of all seeds by the best rate, which is returned."""
     what = dict(model=model, size=size, chunk=chunk, data=data)
     third = tokens // 3
@@ -59,7 +61,7 @@ def train_by_sweep(session: Session, label: str, *, model: str, size: str, token
 
 
 def train_seeds(
-    session: Session, label: str, rate: float, *, model: str, size: str, tokens: int, chunk: int, data: Any
+    session: Session, label: str, rate: float, *, model: str, size: str, tokens: int, chunk: int, data: list[str] | None
 ) -> None:
     """Runs of all seeds at one rate, read on the held-out text."""
     what = dict(model=model, size=size, tokens=tokens, chunk=chunk, data=data)
@@ -154,6 +156,7 @@ def chosen(results: list[dict[str, Any]]) -> set[Trained]:
 
 
 def of_the_claim(results: list[dict[str, Any]]) -> set[Trained]:
+    """What the claim compares: of both models the sweep's rate, in chunks of a row."""
     return {key for key in chosen(results) if key.chunk == LENGTH}
 
 
@@ -166,7 +169,7 @@ WHAT = {
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     decisive = of_the_claim(results)
-    of_claim, beside = {}, {}
+    of_claim, beside, by_size = {}, {}, {}
     for what, pick in WHAT.items():
         found = figures(results, pick)
         llamas = {key.size: found.get(key, []) for key in decisive if key.model == models.LLAMA}
@@ -176,12 +179,12 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
             said = verdict.lower(found[key], llamas.get(key.size, []))
             if key in decisive:
                 of_claim[f"{key.size}, {what}"] = said
+                by_size.setdefault(key.size, said)  # the first of WHAT decides
             else:
                 beside[f"{key.size} in chunks of {key.chunk} at the rate {key.lr:g}, {what}"] = said
-    first = [said for key, said in of_claim.items() if key.endswith(next(iter(WHAT)))]
-    sizes = {key.size for key in decisive}
-    not_run = [verdict.UNDECIDED for size in TOKENS if size not in sizes and sizes <= TOKENS.keys()]
-    return {"claim": verdict.together(first + not_run), **of_claim, **beside}
+    asked = TOKENS if by_size.keys() <= TOKENS.keys() else by_size
+    claim = verdict.together([by_size.get(size, verdict.UNDECIDED) for size in asked])
+    return {"claim": claim, **of_claim, **beside}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
