@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
+from collections import Counter
 
 import numpy
 import pytest
@@ -28,6 +29,20 @@ def examples(name, count, length, seed=0, **settings):
 def test_a_seed_decides_the_examples(name):
     first, again, other = ([*examples(name, 3, 128, seed)] for seed in (0, 0, 1))
     assert first == again and first != other
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_likeliest_answer_is_right_as_often_as_a_guess(name):
+    counts = Counter(
+        target
+        for _, targets in examples(name, 400, 128)
+        for target in targets[-(TASKS[name].last or 0) :]
+        if target != NONE
+    )
+    total = counts.total()
+    share = max(counts.values()) / total
+    spread = (TASKS[name].guess * (1 - TASKS[name].guess) / total) ** 0.5
+    assert TASKS[name].guess - 3 * spread < share < TASKS[name].guess + 5 * spread
 
 
 @pytest.mark.parametrize(("length", "pairs"), [(128, 8), (128, 32), (1024, 8), (16, 2)])

@@ -109,10 +109,17 @@ def test_a_loss_is_decided_by_what_the_sweeps_chose_when_all_sizes_have_run():
 
 
 def test_tasks_are_decided_when_all_have_run():
-    def of(task, model, seed):
-        accuracy = [{"length": 128, "targets": 0.9 - 0.5 * (model == models.LLAMA) + 0.01 * seed, "rows": 0.0}]
-        return content({"task": task, "model": model, "lr": 1e-3, "seed": seed}, {"accuracy": accuracy})
+    def of(task, entrant, seed, right=None):
+        right = (0.9 if entrant == task_runs.OURS else 0.4) if right is None else right
+        accuracy = [{"length": 128, "targets": right + 0.01 * seed, "rows": 0.0}]
+        return content({"task": task, **entrant._asdict(), "lr": 1e-3, "seed": seed}, {"accuracy": accuracy})
 
-    found = [of(task, model, seed) for task in task_runs.TASKS for model in loss.BOTH for seed in range(3)]
+    found = [of(task, e, seed) for task in task_runs.TASKS for e in task_runs.COMPARED for seed in range(3)]
     assert task_runs.verdicts(found)["claim"] == verdict.HELD
     assert task_runs.verdicts(found[6:])["claim"] == verdict.UNDECIDED
+    assert task_runs.verdicts(found[:-1])["claim"] == verdict.UNDECIDED
+    beside = [of("mqar", task_runs.BESIDE, seed, right=0.1) for seed in range(3)]
+    assert task_runs.verdicts(found + beside)["claim"] == verdict.HELD
+    assert " 0.1100 ± " in next(line for line in task_runs.table(found + beside) if line.startswith("| mqar"))
+    worse = [of("mqar", task_runs.OURS, seed, right=0.2) for seed in range(3)]
+    assert task_runs.verdicts(worse + found[3:])["claim"] == verdict.NOT_HELD

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -20,9 +21,10 @@ RULE = (
     "Each task is trained at one length and asked at this length and at 2, 4 and 8 times it, MQAR at more pairs too. A learning "
     "rate is chosen for each model and task by a run at each of three. At each length, better or worse is a difference of the "
     "share of right targets by more than 5 standard errors over the seeds and by more than 0.05. The claim is held where "
-    "MEGALODON is worse nowhere and better somewhere, and not held where it is worse anywhere."
+    "MEGALODON is worse nowhere and better somewhere, and not held where it is worse anywhere. Its chunk is the trained length. "
+    "Beside this, MEGALODON in chunks of a quarter of it, which decides nothing."
 )
-SIZE, CHUNK, BATCH, RATES, LEAST = "100k", 128, 32, (1e-3, 4e-3, 16e-3), 0.05
+SIZE, BATCH, RATES, LEAST = "100k", 32, (1e-3, 4e-3, 16e-3), 0.05
 STEPS, ASKED = 3000, 512
 QUICK = ("tiny", 12, 32)
 TIMES = (1, 2, 4, 8)
@@ -32,40 +34,51 @@ OF_EVALUATION = 1 << 32
 """Added to a seed, so that no example of training is asked"""
 
 
+class Entrant(NamedTuple):
+    """A model as it takes part in a task."""
+
+    model: str
+    chunk: int
+    """MEGALODON's; of the Llama, the length that it is trained on"""
+
+    @property
+    def label(self) -> str:
+        return self.model if self in COMPARED else f"{self.model} chunk={self.chunk}"
+
+
+OURS, THEIRS = COMPARED = Entrant(models.MEGALODON, 128), Entrant(models.LLAMA, 128)
+BESIDE = Entrant(models.MEGALODON, 32)
+
+
 def run(session: Session, data: list[str] | None) -> None:
+    for task, entrant in [*itertools.product(TASKS, COMPARED), *itertools.product(TASKS, (BESIDE,))]:
+        train_by_sweep(session, task, entrant, data if TASKS[task].needs_text else None)
+
+
+def train_by_sweep(session: Session, task: str, entrant: Entrant, data: list[str] | None) -> None:
+    """The first seed at each rate, then the others at the rate of the lowest training loss."""
     size, steps, asked = QUICK if session.quick else (SIZE, STEPS, ASKED)
-    for task in TASKS:
-        for model in loss.BOTH:
-            common = dict(
-                task=task, model=model, size=size, steps=steps, asked=asked, data=data if needs_text(task) else None
-            )
-            took = seconds(size, model, task, steps, asked)
+    took = seconds(size, entrant, task, steps, asked)
 
-            def at(
-                rate: float, seed: int, common: dict[str, Any] = common, took: float = took
-            ) -> dict[str, Any] | None:
-                name = f"{common['task']} {common['model']} lr={rate:g} seed={seed}"
-                return session.run(name, work, took, **common, lr=rate, seed=seed)
+    def at(rate: float, seed: int) -> dict[str, Any] | None:
+        return session.run(
+            f"{task} {entrant.label} lr={rate:g} seed={seed}", work, took, task=task, **entrant._asdict(), size=size,
+            steps=steps, asked=asked, data=data, lr=rate, seed=seed,
+        )  # fmt: skip
 
-            first, *others = session.seeds()
-            found = {rate: at(rate, first) for rate in RATES}
-            losses = {
-                rate: loss.as_figure(result["train_loss"]) for rate, result in found.items() if result is not None
-            }
-            rate = min(losses, key=losses.get) if losses else RATES[0]
-            for seed in others:
-                at(rate, seed)
+    first, *others = session.seeds()
+    found = {rate: at(rate, first) for rate in RATES}
+    losses = {rate: loss.as_figure(result["train_loss"]) for rate, result in found.items() if result is not None}
+    rate = min(losses, key=losses.get) if losses else RATES[0]
+    for seed in others:
+        at(rate, seed)
 
 
-def needs_text(task: str) -> bool:
-    return TASKS[task].needs_text
-
-
-def seconds(size: str, model: str, task: str, steps: int, asked: int) -> float:
-    length = TASKS[task].length
-    training = estimate(size, CHUNK, model, steps * BATCH * length, length) + steps * GENERATING.get(task, 0.0)
+def seconds(size: str, entrant: Entrant, task: str, steps: int, asked: int) -> float:
+    length, (model, chunk) = TASKS[task].length, entrant
+    training = estimate(size, chunk, model, steps * BATCH * length, length) + steps * GENERATING.get(task, 0.0)
     return training + sum(
-        estimate(size, CHUNK, model, asked * length * times, length * times, training=False) for times in TIMES
+        estimate(size, chunk, model, asked * length * times, length * times, training=False) for times in TIMES
     )
 
 
@@ -74,6 +87,7 @@ def work(
     *,
     task: str,
     model: str,
+    chunk: int,
     size: str,
     steps: int,
     asked: int,
@@ -86,7 +100,7 @@ def work(
     if spec.needs_text:
         corpus = text.documents(data)
         held = {"train": {"text": b"\n".join(corpus.train)}, "ask": {"text": b"\n".join(corpus.held_out)}}
-    built = models.build(model, config(size, CHUNK), spec.length, seed)
+    built = models.build(model, config(size, chunk), spec.length, seed)
     done = 0
 
     def next_loss() -> torch.Tensor:
@@ -133,58 +147,68 @@ def share_right(
     return {"targets": right / total, "rows": rows / count}
 
 
-def chosen(results: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """By task and model, the runs of the learning rate that most seeds have, which is the one of the lower loss."""
-    found: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+def chosen(results: list[dict[str, Any]]) -> dict[tuple[str, Entrant], list[dict[str, Any]]]:
+    """By task and entrant, the runs of the learning rate that most seeds have, which is the one of the lowest loss."""
+    found: dict[tuple[str, Entrant], dict[float, list[dict[str, Any]]]] = {}
     for content in results:
         s = content["settings"]
-        found.setdefault((s["task"], s["model"]), {}).setdefault(s["lr"], []).append(content)
+        found.setdefault((s["task"], Entrant(s["model"], s["chunk"])), {}).setdefault(s["lr"], []).append(content)
     return {key: max(by_rate.values(), key=len) for key, by_rate in found.items()}
 
 
-def cells(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """By task and what is asked, the shares of right targets of each model over the seeds."""
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for (task, model), contents in chosen(results).items():
-        for content in contents:
+def cells(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[Entrant, list[float]]]:
+    """By task and what is asked, the shares of right targets of each entrant over the seeds; in the order of TASKS."""
+    found: dict[tuple[str, str], dict[Entrant, list[float]]] = {}
+    runs_of = chosen(results)
+    for task, entrant in itertools.product(TASKS, (*COMPARED, BESIDE)):
+        for content in runs_of.get((task, entrant), []):
             for row in content["result"]["accuracy"]:
                 asked = f"length {row['length']}" + (f", {row['pairs']} pairs" if "pairs" in row else "")
-                found.setdefault((task, asked), {}).setdefault(model, []).append(row["targets"])
+                found.setdefault((task, asked), {}).setdefault(entrant, []).append(row["targets"])
     return found
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     found = cells(results)
     said = {
-        f"{task}, {asked}": verdict.higher(
-            shares.get(models.MEGALODON, []), shares.get(models.LLAMA, []), LEAST, verdict.OF_MANY
-        )
+        f"{task}, {asked}": verdict.higher(shares.get(OURS, []), shares.get(THEIRS, []), LEAST, verdict.OF_MANY)
         for (task, asked), shares in found.items()
     }
-    all_tasks = {task for task, _ in found} == TASKS.keys()
-    held, lost = verdict.HELD in said.values() and all_tasks, verdict.NOT_HELD in said.values()
+    complete = {
+        task
+        for (task, _), shares in found.items()
+        if all(len(shares.get(entrant, [])) >= verdict.SEEDS for entrant in COMPARED)
+    }
+    held, lost = verdict.HELD in said.values() and complete == TASKS.keys(), verdict.NOT_HELD in said.values()
     return {"claim": verdict.NOT_HELD if lost else verdict.HELD if held else verdict.UNDECIDED, **said}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    lines = ["| task | asked at | MEGALODON, right targets | Llama, right targets |", "| --- | --- | --- | --- |"]
+    columns = (*COMPARED, BESIDE)
+    lines = [
+        f"| task | asked at | a guess | {' | '.join(entrant.label for entrant in columns)} |",
+        "|" + " --- |" * (3 + len(columns)),
+    ]
     for (task, asked), shares in cells(results).items():
-        shown = [verdict.spread(shares[name]) if name in shares else "" for name in loss.BOTH]
-        lines.append(f"| {task} | {asked} | {shown[0]} | {shown[1]} |")
-    return lines
+        shown = [verdict.spread(shares[entrant]) if entrant in shares else "" for entrant in columns]
+        lines.append(f"| {task} | {asked} | {TASKS[task].guess:.4f} | {' | '.join(shown)} |")
+    return ["Shares of right targets; a guess is the likeliest answer, whatever the example.", "", *lines]
 
 
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
-    for axes, task in zip(figure.subplots(2, 3, sharey=True).flat, TASKS):
-        for model in loss.BOTH:
-            for content in chosen(results).get((task, model), []):
+    runs_of = chosen(results)
+    for axes, (task, spec) in zip(figure.subplots(2, 3, sharey=True).flat, TASKS.items()):
+        for entrant in (*COMPARED, BESIDE):
+            for content in runs_of.get((task, entrant), []):
                 rows = [row for row in content["result"]["accuracy"] if "pairs" not in row]
                 lengths, shares = [row["length"] for row in rows], [row["targets"] for row in rows]
-                axes.plot(lengths, shares, color=models.COLOURS[model], marker=".", label=model)
+                style = ":" if entrant == BESIDE else "-"
+                axes.plot(lengths, shares, style, color=models.COLOURS[entrant.model], marker=".", label=entrant.label)
+        axes.axhline(spec.guess, color="gray", lw=0.6)
         axes.set(title=task, xscale="log", ylim=(-0.02, 1.02))
-        lengths = [TASKS[task].length * times for times in TIMES]
+        lengths = [spec.length * times for times in TIMES]
         axes.set_xticks(lengths, map(str, lengths))
         axes.minorticks_off()
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
-    figure.supylabel("share of right targets")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.supylabel("share of right targets; gray: a guess")

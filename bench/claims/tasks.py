@@ -177,6 +177,8 @@ class Task:
     """A task with the length that models are trained on."""
 
     sample: Callable[..., Examples]
+    guess: float
+    """the share of right targets of the likeliest answer, whatever the example"""
     length: int = 128
     last: int | None = None
     """count the targets of the last so many tokens alone, which have all the row before them; None: all targets"""
@@ -192,10 +194,10 @@ class Task:
 
 
 TASKS = {
-    "mqar": Task(mqar, more=({"pairs": 16}, {"pairs": 32})),
-    "parity": Task(parity, last=16),
-    "s5": Task(s5, last=16),
-    "selective copying": Task(selective_copying),
-    "needle": Task(needle, needs_text=True),
-    "listops": Task(listops),
+    "mqar": Task(mqar, 1 / KEYS, more=({"pairs": 16}, {"pairs": 32})),
+    "parity": Task(parity, 1 / 2, last=16),
+    "s5": Task(s5, 1 / len(PERMUTATIONS), last=16),
+    "selective copying": Task(selective_copying, 1 / LETTERS),
+    "needle": Task(needle, 1 / 10, needs_text=True),
+    "listops": Task(listops, 0.155),  # of 20,000 expressions of 128 tokens; 0 and 9 are the likeliest
 }
