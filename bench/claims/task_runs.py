@@ -209,6 +209,8 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
         lengths = [spec.length * times for times in TIMES]
         axes.set_xticks(lengths, map(str, lengths))
         axes.minorticks_off()
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    handles = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     figure.supylabel("share of right targets; gray: a guess")
