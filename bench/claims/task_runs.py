@@ -21,8 +21,8 @@ RULE = (
     "Each task is trained at one length and asked at this length and at 2, 4 and 8 times it, MQAR at more pairs too. A learning "
     "rate is chosen for each model and task by a run at each of three. At each length, better or worse is a difference of the "
     "share of right targets by more than 5 standard errors over the seeds and by more than 0.05. The claim is held where "
-    "MEGALODON is worse nowhere and better somewhere, and not held where it is worse anywhere. Its chunk is the trained length. "
-    "Beside this, MEGALODON in chunks of a quarter of it, which decides nothing."
+    "MEGALODON is worse nowhere and better somewhere, and not held where it is worse anywhere. MEGALODON's chunk is the "
+    "trained length. Beside this, MEGALODON in chunks of a quarter of that length, which decides nothing."
 )
 SIZE, BATCH, RATES, LEAST = "100k", 32, (1e-3, 4e-3, 16e-3), 0.05
 STEPS, ASKED = 3000, 512
@@ -48,6 +48,7 @@ class Entrant(NamedTuple):
 
 OURS, THEIRS = COMPARED = Entrant(models.MEGALODON, 128), Entrant(models.LLAMA, 128)
 BESIDE = Entrant(models.MEGALODON, 32)
+ENTRANTS = (*COMPARED, BESIDE)
 
 
 def run(session: Session, data: list[str] | None) -> None:
@@ -160,7 +161,7 @@ def cells(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[Entrant, 
     """By task and what is asked, the shares of right targets of each entrant over the seeds; in the order of TASKS."""
     found: dict[tuple[str, str], dict[Entrant, list[float]]] = {}
     runs_of = chosen(results)
-    for task, entrant in itertools.product(TASKS, (*COMPARED, BESIDE)):
+    for task, entrant in itertools.product(TASKS, ENTRANTS):
         for content in runs_of.get((task, entrant), []):
             for row in content["result"]["accuracy"]:
                 asked = f"length {row['length']}" + (f", {row['pairs']} pairs" if "pairs" in row else "")
@@ -184,13 +185,12 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    columns = (*COMPARED, BESIDE)
     lines = [
-        f"| task | asked at | a guess | {' | '.join(entrant.label for entrant in columns)} |",
-        "|" + " --- |" * (3 + len(columns)),
+        f"| task | asked at | a guess | {' | '.join(entrant.label for entrant in ENTRANTS)} |",
+        "|" + " --- |" * (3 + len(ENTRANTS)),
     ]
     for (task, asked), shares in cells(results).items():
-        shown = [verdict.spread(shares[entrant]) if entrant in shares else "" for entrant in columns]
+        shown = [verdict.spread(shares[entrant]) if entrant in shares else "" for entrant in ENTRANTS]
         lines.append(f"| {task} | {asked} | {TASKS[task].guess:.4f} | {' | '.join(shown)} |")
     return ["Shares of right targets; a guess is the likeliest answer, whatever the example.", "", *lines]
 
@@ -198,7 +198,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     runs_of = chosen(results)
     for axes, (task, spec) in zip(figure.subplots(2, 3, sharey=True).flat, TASKS.items()):
-        for entrant in (*COMPARED, BESIDE):
+        for entrant in ENTRANTS:
             for content in runs_of.get((task, entrant), []):
                 rows = [row for row in content["result"]["accuracy"] if "pairs" not in row]
                 lengths, shares = [row["length"] for row in rows], [row["targets"] for row in rows]
