@@ -5,13 +5,15 @@
 
 Each run is a process of one thread. Runs of as many steps compare choices that cost the same; runs of as many minutes,
 which want an idle machine, compare models whose steps cost more or less. The result of a run is what `train` itself says of
-all held-out text. Results go to bench/results/recipe.json and .md; docs/training.md draws the conclusions.
+all held-out text. The other texts are of Debian's packages perl-doc and wordnet-base. Results go to
+bench/results/recipe.json and .md; docs/training.md draws the conclusions.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import glob
 import json
 import os
 import subprocess
@@ -49,12 +51,19 @@ GROUPS: dict[str, list[str]] = {
     "widths: the peak of the learning rate at other widths": [
         *(_flags(dim=64, lr=rate) for rate in (0.01, 0.02, 0.04)),
         *(_flags(dim=256, lr=rate, bytes_read=BYTES // 2) for rate in (0.005, 0.01, 0.02)),
+        *(_flags(dim=512, lr=rate, bytes_read=BYTES // 2) for rate in (0.00125, 0.0025, 0.005)),
     ],
-    "sizes: models, ten minutes of one thread each": [
-        f"--minutes 10 --dim {width} --layers {layers}"
-        for width, layers in ((64, 6), (96, 4), (128, 3), (128, 5), (192, 4))
+    "minutes: models and batches, ten minutes of one thread each": [
+        "--minutes 10",
+        "--minutes 10 --batch 128 --length 32",
+        "--minutes 10 --dim 96 --layers 4",
+        "--minutes 10 --dim 192 --layers 4",
+    ],
+    "texts: the defaults on text that they were not chosen by, ten minutes of one thread each": [
+        f"--minutes 10 --data {files}" for files in ("/usr/share/perl/5.*/pod", "/usr/share/wordnet/data.*")
     ],
 }
+"""Flags of `train` by group; wildcards are expanded, as by a shell"""
 
 
 def main() -> None:
@@ -85,7 +94,8 @@ def measured(flags: str) -> dict[str, Any]:
     """What `train` with these flags comes to."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "megalodon_ops", "train", "--out", f"{folder}/run", *flags.split()]
+        given = [path for flag in flags.split() for path in sorted(glob.glob(flag)) or [flag]]
+        command = [sys.executable, "-m", "megalodon_ops", "train", "--out", f"{folder}/run", *given]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
@@ -97,6 +107,7 @@ def measured(flags: str) -> dict[str, Any]:
         "parameters": int(done.stdout.split(" parameters")[0].split()[-1].replace(",", "")),
         "learning rate": record["options"]["lr"],
         "held out": round(rows[-1]["held_out_bits_per_byte"], 4),
+        "xz -9": round(rows[-1]["compressors"]["xz -9"], 4),
         "training, last twentieth": round(sum(row["bits_per_byte"] for row in last) / len(last), 4),
         "steps": steps[-1]["step"],
         "bytes": steps[-1]["tokens"],
@@ -108,20 +119,21 @@ def measured(flags: str) -> dict[str, Any]:
 
 def page(results: list[dict[str, Any]]) -> list[str]:
     lines = ["# The recipe of `train`", "", __doc__.split("\n\n", 2)[2].strip().replace("\n", " "), ""]
-    columns = ["parameters", "learning rate", "held out", "training, last twentieth", "steps", "bytes"]
-    for group in dict.fromkeys(result["group"] for result in results):
+    columns = ["parameters", "learning rate", "held out", "xz -9", "training, last twentieth", "steps", "bytes"]
+    by_group: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_group.setdefault(result["group"], []).append(result)
+    for group, members in by_group.items():
+        shown = [name for name in columns if all(name in result for result in members)]
         lines += [
             f"## {group.capitalize()}",
             "",
-            f"| flags | {' | '.join(columns)} |",
-            "| --- |" + " ---: |" * len(columns),
+            f"| flags | {' | '.join(shown)} |",
+            "| --- |" + " ---: |" * len(shown),
         ]
-        for result in results:
-            if result["group"] == group:
-                cells = (
-                    f"{result[name]:,}" if isinstance(result[name], int) else f"{result[name]:g}" for name in columns
-                )
-                lines.append(f"| `{result['flags']}` | {' | '.join(cells)} |")
+        for result in members:
+            cells = (f"{result[name]:,}" if isinstance(result[name], int) else f"{result[name]:g}" for name in shown)
+            lines.append(f"| `{result['flags']}` | {' | '.join(cells)} |")
         lines.append("")
     where = sorted({f"{result['processor']}, {result['date']}" for result in results})
     return [*lines, f"`python -m bench.recipe`; bits per byte; {'; '.join(where)}."]
