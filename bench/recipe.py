@@ -4,7 +4,8 @@
     python -m bench.recipe --only rates --jobs 4    # a part of them, four at a time
 
 Each run is a process of one thread. Runs of as many steps compare choices that cost the same; runs of as many minutes,
-which want an idle machine, compare models whose steps cost more or less. The result of a run is what `train` itself says of
+which want an idle machine, compare models whose steps cost more or less. What was swept before the context length was
+chosen reads whole documents (--context-length 1000000000). The result of a run is what `train` itself says of
 all held-out text. The other texts are of Debian's packages perl-doc and wordnet-base. Results go to
 bench/results/recipe.json and .md; docs/training.md draws the conclusions.
 """
@@ -30,15 +31,32 @@ from . import machine
 from .claims.runs import write
 
 BYTES = 1_638_400
-"""Read by each run that is not by the clock"""
+"""Read by each run that is not by the clock, or a part of it or a multiple"""
+WHOLE = 10**9
+"""A context length that no document has"""
 
 
-def _flags(rows: int = 64, length: int = 64, bytes_read: int = BYTES, **others: object) -> str:
+def _flags(
+    rows: int = 64, length: int = 64, bytes_read: int = BYTES, context_length: int = WHOLE, **others: object
+) -> str:
     given = {"steps": bytes_read // (rows * length), "batch": rows, "length": length, **others}
+    given["context-length"] = context_length
     return " ".join(f"--{name} {value}" for name, value in given.items())
 
 
 GROUPS: dict[str, list[str]] = {
+    "beside: rates, rows, a width and a length beside the defaults, at the context length that is the default": [
+        _flags(context_length=512, bytes_read=3 * BYTES, lr=0.02),
+        *(_flags(context_length=512, lr=rate) for rate in (0.005, 0.02)),
+        *(_flags(128, 32, context_length=length) for length in (256, 512)),
+        *(_flags(context_length=512, dim=256, lr=rate, bytes_read=BYTES // 2) for rate in (0.0025, 0.005, 0.01)),
+        _flags(context_length=512, bytes_read=2 * BYTES),
+    ],
+    "context: documents of more tokens are cut": [
+        _flags(bytes_read=size, context_length=length)
+        for size in (BYTES, 3 * BYTES)
+        for length in (256, 512, 1024, 4096, WHOLE)
+    ],
     "rows: as many bytes in batches of another shape": [
         _flags(rows, length, lr=rate, optimizer=name)
         for name, rate in (("muon", 0.02), ("adamw", 0.01))
@@ -54,13 +72,13 @@ GROUPS: dict[str, list[str]] = {
         *(_flags(dim=512, lr=rate, bytes_read=BYTES // 2) for rate in (0.00125, 0.0025, 0.005)),
     ],
     "minutes: models and batches, ten minutes of one thread each": [
-        "--minutes 10",
-        "--minutes 10 --batch 128 --length 32",
-        "--minutes 10 --dim 96 --layers 4",
-        "--minutes 10 --dim 192 --layers 4",
+        f"--minutes 10 {flags}--context-length {WHOLE}"
+        for flags in ("", "--batch 128 --length 32 ", "--dim 96 --layers 4 ", "--dim 192 --layers 4 ")
     ],
-    "texts: the defaults on text that they were not chosen by, ten minutes of one thread each": [
-        f"--minutes 10 --data {files}" for files in ("/usr/share/perl/5.*/pod", "/usr/share/wordnet/data.*")
+    "texts: the recipe on text that it was not chosen by, ten minutes of one thread each": [
+        f"--minutes 10 {flags}--data {files}"
+        for flags in ("", f"--context-length {WHOLE} ")
+        for files in ("/usr/share/perl/5.*/pod", "/usr/share/wordnet/data.*")
     ],
 }
 """Flags of `train` by group; wildcards are expanded, as by a shell"""

@@ -142,6 +142,8 @@ ERRORS = {
     "eval glob": (["eval", "--checkpoint", "{run}", "--glob", "*"], "--glob: chooses among the files of --data, which"),
     "steps": (["train", "--steps", "0"], "argument --steps: must be a whole number above 0 and below 2^63, got 0"),
     "minutes": (["train", "--minutes", "nan"], "argument --minutes: must be a number above 0, got nan"),
+    "context length": (["train", "--context", "packed", "--context-length", "9"], "--context-length: goes with --context streamed;"),
+    "resume another context length": (["train", "--resume", "--out", "{run}", "--context-length", "9"], "--context-length: the run in {run} has 192, got 9"),
     "unknown flag": (["train", "--stops", "3"], "train: error: unrecognized arguments: --stops 3; did you mean --steps?"),
     "another's flag": (["train", "--epochs", "3"], "--epochs 3; python -m megalodon_ops train --help says what there is"),
     "no flag": (["eval", "--checkpoint", "{run}", "book.txt"], "eval: error: unrecognized arguments: book.txt; python -m"),

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.lock import Lock
 from megalodon_ops.training import Metrics, adamw, read_metrics, threads
 from megalodon_ops.training.checkpoint import load_any, load_checkpoint
+from megalodon_ops.training.record import checksum_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -86,6 +88,30 @@ def test_interrupt_and_resume(text, tmp_path, monkeypatch, capsys, context, numb
     assert (tmp_path / "parts" / "loss_curve.png").exists()
     assert main(["train", "--out", str(tmp_path / "parts"), "--resume"]) == 0
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("context", "before"), [("streamed", ("--context-length", 10**12)), ("packed", ())])
+def test_a_run_of_before_there_was_a_context_length_goes_on(text, tmp_path, context, before):
+    """It reads documents to their end, as it has done."""
+    flags = ("--context", context, "--steps", 9, "--checkpoint-every", 6)
+    assert train(text, tmp_path / "whole", *flags, *before) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000009")
+    path = tmp_path / "parts" / "checkpoints" / "step-00000006" / "training.json"
+    old = json.loads(path.read_text())
+    del old["options"]["context_length"], old["checksum"]
+    path.write_text(json.dumps({**old, "checksum": checksum_of(old)}))
+
+    assert main(["train", "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_the_context_length_is_eight_rows_unless_given(text, tmp_path):
+    losses = []
+    for name, flags in {"default": (), "given": ("--context-length", 192), "longer": ("--context-length", 500)}.items():
+        assert train(text, tmp_path / name, "--steps", 10, *flags) == 0
+        losses.append([row["loss"] for row in rows(tmp_path / name) if "loss" in row])
+    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.slow

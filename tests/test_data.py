@@ -247,22 +247,36 @@ def test_seed_and_epoch_change_the_order():
     assert len(set(orders)) == 4
 
 
-def test_long_documents_are_cut_where_rows_would_read_the_same():
+def test_documents_are_cut_into_parts_of_the_context_length():
+    """Parts are equal, are all of the text, and are taken in random order, each as a document of its own."""
+    book, note = bytes(range(200)), b"ab"
+    batches = Batches([book, note], rows=1, length=10, context_length=30)
+    assert batches.lengths.tolist() == [28, 29, 28, 29, 28, 29, 29, 2]
+    seen = [batches.next() for _ in range(21)]
+    epoch = torch.cat([batch.targets[0] for batch in seen])[:202].tolist()
+    assert sorted(epoch) == sorted(book + note)
+    begun = [int(batch.targets[0, begin]) for batch in seen for begin in batch.cu_seqlens[:-1][batch.carry < 0]][:8]
+    assert sorted(begun) == [0, 28, 57, 85, ord("a"), 114, 142, 171] and begun != sorted(begun)
+    again = Batches([book, note], rows=1, length=10, context_length=30)
+    again.seek(batches.position())
+    assert torch.equal(again.next().tokens, batches.next().tokens)
+
+
+@pytest.mark.parametrize("context_length", [51, 10**12])
+def test_long_documents_are_cut_where_rows_would_read_the_same(context_length):
     """Of one book, each of the rows reads a part of its own in an epoch, and all parts together are the book."""
     book, note = bytes(range(200)), b"ab"
-    batches = Batches([book, note], rows=4, length=10, cut_long=True)
+    batches = Batches([book, note], rows=4, length=10, context_length=context_length)
     assert batches.lengths.tolist() == [50, 50, 50, 50, 2]
     seen = [batches.next() for _ in range(6)]
     firsts = {int(batch.targets[0, row * 10]) for batch in seen[:1] for row in range(4)}
     assert len(firsts) == 4
     tokens = [int(token) for batch in seen for token in batch.targets[0]]
     assert set(tokens) >= set(book)
-    again = Batches([book, note], rows=4, length=10, cut_long=True)
-    again.seek({"taken": batches.taken, "readers": [list(reader) for reader in batches.readers]})
-    assert torch.equal(again.next().tokens, batches.next().tokens)
 
 
 def test_documents_that_fit_a_row_are_not_cut():
     documents = [bytes(range(size)) for size in (30, 40, 50)]
-    assert Batches(documents, rows=2, length=8, cut_long=True).documents == documents
-    assert Batches(documents, rows=64, length=50, cut_long=True).documents == documents, "of so little text, none"
+    assert Batches(documents, rows=2, length=8, context_length=50).documents == documents
+    assert Batches(documents, rows=64, length=50, context_length=50).documents == documents, "of so little text, none"
+    assert Batches(documents, rows=64, length=50).documents == documents

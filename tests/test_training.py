@@ -197,6 +197,10 @@ WRONG = {
     "length": (lambda: training.Batches([b"a"], 1, 2.5), "Batches: `length` must be a positive integer"),
     "start": (lambda: training.Batches([b"a"], 1, 2, start=-1), "Batches: `start` must be"),
     "context": (lambda: training.Batches([b"a"], 1, 2, context="both"), 'Batches: `context` must be "streamed" or'),
+    "context_length": (
+        lambda: training.Batches([b"a"], 1, 2, context_length=0),
+        "Batches: `context_length` must be a positive integer, or None, got 0",
+    ),
     "seed": (lambda: training.Batches([b"a"], 1, 2, seed="x"), "Batches: `seed` must be an integer of at least 0"),
     "no documents": (lambda: training.Batches([], 1, 2), "Batches: `documents` must hold a token, got none"),
     "empty documents": (lambda: training.Batches([b""], 1, 2), "Batches: `documents` must hold a token, got none"),

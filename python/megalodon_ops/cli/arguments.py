@@ -33,7 +33,7 @@ SMALL_CONFIG = {
 DEFAULTS = {
     "preset": SMALL,
     "context": "streamed",  # after as many bytes the loss is lower than with packed rows: the past is not cut off
-    "batch": 64,  # many documents at once: each row reads one document for long, and what a batch teaches is of all its rows
+    "batch": 64,  # many documents at once: a batch teaches as much as its rows differ
     "length": 64,
     "optimizer": "muon",
     "warmup": 100,
@@ -42,9 +42,11 @@ DEFAULTS = {
     "seed": 0,
     "device": "cpu",
     "dtype": "float32",
-    "eval_every": 400,
+    "eval_every": 500,
     "checkpoint_every": 200,
 }
+ROWS_OF_CONTEXT = 8
+"""The default context length in rows' lengths: docs/training.md"""
 RATE_TIMES_WIDTH = 1.28
 """The default peak of the learning rate, times the model's width: docs/training.md"""
 MINUTES = 5.0
@@ -190,9 +192,15 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
         choices=["streamed", "packed"],
         help=_default("carry each row's state on to the next batch, or start every row afresh", "context"),
     )
+    context_length = (
+        f"cut documents of more tokens into parts that are read as documents ({ROWS_OF_CONTEXT} times --length)"
+    )
+    batch.add_argument("--context-length", type=kinds.natural, metavar="N", help=context_length)
     muon = "muon for the matrices of the blocks and adamw for all else, or adamw for all"
     batch.add_argument("--optimizer", choices=["muon", "adamw"], help=_default(muon, "optimizer"))
-    batch.add_argument("--lr", type=kinds.positive, metavar="X", help=f"peak learning rate ({RATE_TIMES_WIDTH} / width)")
+    batch.add_argument(
+        "--lr", type=kinds.positive, metavar="X", help=f"peak learning rate ({RATE_TIMES_WIDTH} / width)"
+    )
     batch.add_argument(
         "--warmup", type=kinds.natural, metavar="N", help=_default("steps of warmup, then a line to zero", "warmup")
     )

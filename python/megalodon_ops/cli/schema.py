@@ -23,11 +23,18 @@ from megalodon_ops.training.schema import (
 )
 
 
+LONGEST = (1 << 63) - 1
+"""A context length that no document has"""
+
+
 def check(found: Checkpoint) -> None:
     """Raises unless the fields are as a run writes them, and the optimizer and the state are those of such a run."""
     record, step = found.record, found.step
     if isinstance(record.get("options"), dict):
         record["options"].setdefault("optimizer", "adamw")  # runs of before there was a choice
+        record["options"].setdefault(
+            "context_length", None if record["options"].get("context") == "packed" else LONGEST
+        )
     schema.check_fields({name: value for name, value in record.items() if name not in schema.OWN}, RECORD)
     options, readers = record["options"], record["data"]["position"]["readers"]
     streamed = options["context"] == "streamed"
@@ -76,6 +83,7 @@ RECORD: dict[str, Any] = {
         "context": one_of("streamed", "packed"),
         "batch": whole(1),
         "length": whole(1),
+        "context_length": or_null(whole(1)),
         "optimizer": one_of("muon", "adamw"),
         "lr": POSITIVE,
         "warmup": whole(1),

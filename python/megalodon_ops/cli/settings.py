@@ -12,7 +12,7 @@ from typing import Any
 
 from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli import schema
-from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, RATE_TIMES_WIDTH, flag_of
+from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, RATE_TIMES_WIDTH, ROWS_OF_CONTEXT, flag_of
 from megalodon_ops.cli.data import check_glob, tokens_folder
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import configured, read_tokenizer
@@ -48,6 +48,8 @@ class Settings:
     context: str
     batch: int
     length: int
+    context_length: int | None
+    """None: no document is cut but at a row's end, which is so where rows are packed"""
     optimizer: str
     lr: float
     warmup: int
@@ -128,6 +130,11 @@ def _settings(
     own = {name: value for name, value in flags.items() if name in fields}
     model = {name: value for name, value in flags.items() if name not in fields}
     config = config or configured(flags["preset"], model, tokenizer)
+    if own["context"] == "packed" and own.setdefault("context_length", None) is not None:
+        raise CommandError(
+            "--context-length: goes with --context streamed; packed rows have --length tokens of context"
+        )
+    own.setdefault("context_length", ROWS_OF_CONTEXT * own["length"])
     own.setdefault("lr", float(f"{RATE_TIMES_WIDTH / config.model_dim:.2g}"))
     return Settings(out=out, config=config, tokenizer=tokenizer, **own)
 

@@ -148,7 +148,7 @@ class Trainer:
         first = share * team.place("data")
         self.batches = Batches(
             documents, range(first, first + share), settings.length, batch=settings.batch, start=settings.tokenizer.start,
-            context=settings.context, seed=settings.seed, cut_long=settings.context == "streamed",
+            context=settings.context, seed=settings.seed, context_length=settings.context_length,
         )  # fmt: skip
         self.bytes_per_token = corpus.num_bytes / int(self.batches.lengths.sum(dtype="int64"))
         self.reader = Reader(

@@ -65,8 +65,10 @@ class Batches:
         rows: how many rows a batch has; or, as a range, those of its `batch` rows that this process reads.
         length: tokens in a row.
         batch: the rows of the whole batch, where `rows` is a range of them.
-        cut_long: cut a document that is longer than a row, and than a row's share of all tokens, into equal parts that are
-            not, each of which is read as a document. So the rows of a few long books read different text; else each reads whole books.
+        context_length: cut a document of more tokens into the fewest equal parts that have no more, each of which is read
+            as a document, at random. So batches, which share most of their documents with the batches before, change them
+            sooner. However long it is, a document longer than a row, and than a row's share of all tokens, is cut, so that
+            the rows of a few books read different text. None: no document is cut.
 
     A process whose rows are out of text while other rows are not gets a batch of no tokens; this takes `seed=None`.
 
@@ -92,7 +94,7 @@ class Batches:
         start: int = START,
         context: str = "streamed",
         seed: int | None = 0,
-        cut_long: bool = False,
+        context_length: int | None = None,
     ):
         self.batch, self.rows = _check_rows(rows, batch)
         self.length = check_size("Batches", "length", length)
@@ -105,13 +107,18 @@ class Batches:
             raise TypeError(f"Batches: `documents` must be a list of documents, got {described(documents)}.")
         self.documents, self.lengths = _with_tokens(documents)
         self.seed, self.streamed = seed, context == "streamed"
-        share = max(self.length, -(-int(self.lengths.sum(dtype="int64")) // self.batch))
-        if cut_long and self.lengths.max() > share:
-            self.documents = _Parts(self.documents, self.lengths, share)
-            self.lengths = self.documents.lengths
+        if context_length is not None:
+            self._cut(check_integer("Batches", "context_length", context_length, "a positive integer, or None", 1))
         self.taken = 0
         self.readers: list[tuple[int, int]] = [(-1, 0)] * (self.batch if self.streamed else 1)  # (document, offset)
         self._order: tuple[int, numpy.ndarray] = (-1, numpy.empty(0, numpy.uint32))
+
+    def _cut(self, context_length: int) -> None:
+        share = max(self.length, -(-int(self.lengths.sum(dtype="int64")) // self.batch))
+        longest = min(context_length, share)
+        if self.lengths.max() > longest:
+            self.documents = _Parts(self.documents, self.lengths, longest)
+            self.lengths = self.documents.lengths
 
     def position(self) -> dict[str, Any]:
         """Where the next batch goes on, as JSON: that of all rows, whichever this process reads."""

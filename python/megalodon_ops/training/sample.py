@@ -65,7 +65,7 @@ class HeldOutSample:
         tokenizer: Tokenizer,
         chunk: int,
         *,
-        num_bytes: int = 1 << 16,
+        num_bytes: int = 1 << 17,
         stretch: int = 128,
     ):
         parts = _parts(documents, num_bytes, stretch)
