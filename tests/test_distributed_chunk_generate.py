@@ -82,7 +82,10 @@ def streams_and_evaluates() -> None:
         assert torch.equal(by_itself(prompt), alone(prompt))
         with tempfile.TemporaryDirectory() as folder:
             model.save(f"{folder}/model")
-            assert torch.equal(mo.Megalodon.load(f"{folder}/model")(prompt), alone(prompt))
+            loaded = mo.Megalodon.load(f"{folder}/model")
+        assert all(map(torch.equal, loaded.parameters(), alone.parameters()))
+        # MKL's float64 products round by where in memory a matrix begins, on some processors
+        torch.testing.assert_close(loaded(prompt), alone(prompt), rtol=0, atol=1e-12)
 
 
 def test_streams_evaluates_and_saves(ranks):

@@ -92,8 +92,9 @@ def outcomes(isa: str, rooms: list[int]) -> list[list[str]]:
 
 
 def test_out_of_memory_is_an_error():
-    found = outcomes(DEFAULT_ISA, [2, 10, 40, 400])
-    assert len(found) == 7 * 2 * 4
+    rooms = [2, 10, 20, 25, 30, 35, 40, 50, 400]  # where a kernel's own buffer does not fit depends on the processor
+    found = outcomes(DEFAULT_ISA, rooms)
+    assert len(found) == 7 * 2 * len(rooms)
     assert {"MemoryError", "RuntimeError"} <= {word for words in found for word in words}
     for name, dtype, room, *outcome in found:  # 400 MiB are enough for each of them
         assert room != "400" or outcome == (["result"] if name == "decoding" else ["result", "gradient"]), (name, dtype)
