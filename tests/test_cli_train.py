@@ -106,12 +106,14 @@ def test_a_run_of_before_there_was_a_context_length_goes_on(text, tmp_path, cont
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
-def test_the_context_length_is_eight_rows_unless_given(text, tmp_path):
+def test_the_context_length_is_eight_rows_unless_given(text, tmp_path, capsys):
     losses = []
     for name, flags in {"default": (), "given": ("--context-length", 192), "longer": ("--context-length", 500)}.items():
         assert train(text, tmp_path / name, "--steps", 10, *flags) == 0
         losses.append([row["loss"] for row in rows(tmp_path / name) if "loss" in row])
     assert losses[0] == losses[1] != losses[2]
+    begun = [line for line in capsys.readouterr().out.splitlines() if "to learn from" in line]
+    assert ["parts of at most 167 tokens" in line for line in begun] == [True, True, False], begun
 
 
 @pytest.mark.slow

@@ -166,10 +166,13 @@ class Trainer:
 
     def run(self) -> int:
         settings, corpus, team = self.settings, self.corpus, self.team
+        lengths = self.batches.lengths
+        cut = len(lengths) > len(corpus.train)
+        parts = f" ({len(lengths):,} parts of at most {lengths.max():,} tokens)" if cut else ""
         processes = "" if team.size == 1 else f"{team.size} processes, {launch.text_of(team.sizes())}; "
         print(
             f"{settings.out}: {processes}{self.model.num_parameters():,} parameters; "
-            f"{corpus.num_bytes:,} bytes in {len(corpus.train)} documents to learn from, "
+            f"{corpus.num_bytes:,} bytes in {len(corpus.train)} documents to learn from{parts}, "
             f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out",
             flush=True,
         )
