@@ -39,8 +39,13 @@ WHOLE = 10**9
 def _flags(
     rows: int = 64, length: int = 64, bytes_read: int = BYTES, context_length: int = WHOLE, **others: object
 ) -> str:
-    given = {"steps": bytes_read // (rows * length), "batch": rows, "length": length, **others}
-    given["context-length"] = context_length
+    given = {
+        "steps": bytes_read // (rows * length),
+        "batch": rows,
+        "length": length,
+        **others,
+        "context-length": context_length,
+    }
     return " ".join(f"--{name} {value}" for name, value in given.items())
 
 

@@ -65,10 +65,10 @@ class Batches:
         rows: how many rows a batch has; or, as a range, those of its `batch` rows that this process reads.
         length: tokens in a row.
         batch: the rows of the whole batch, where `rows` is a range of them.
-        context_length: cut a document of more tokens into the fewest equal parts that have no more, each of which is read
-            as a document, at random. So batches, which share most of their documents with the batches before, change them
-            sooner. However long it is, a document longer than a row, and than a row's share of all tokens, is cut, so that
-            the rows of a few books read different text. None: no document is cut.
+        context_length: cut a document of more tokens into the fewest equal parts that have no more; each part is then a
+            document like the others, so that a batch shares fewer documents with the batches before it. Whatever the
+            length, a document longer than a row, and than a row's share of all tokens, is cut as well, so that the rows of
+            a few books read different text. None: no document is cut.
 
     A process whose rows are out of text while other rows are not gets a batch of no tokens; this takes `seed=None`.
 
