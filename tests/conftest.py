@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+
+# Before torch loads OpenMP: tests run beside each other, and threads that spin would take the other tests' cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -17,6 +23,11 @@ from ranks import Ranks
 from megalodon_ops import _C
 
 pytest_plugins = ["command_line", "cuda_emulator.fixtures"]
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # `pytest &`: tests of Ctrl-C, and their children, heed it all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Every run draws equal examples; HYPOTHESIS_PROFILE=explore draws new ones, and more. One backend serves all of a test.
 WHOLE_TEST = [HealthCheck.function_scoped_fixture]
