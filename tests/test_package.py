@@ -89,7 +89,9 @@ def test_variable_forces_instruction_set(isa):
 
 def test_best_instruction_set_is_the_default_and_a_wrong_one_raises():
     result = run_python("import megalodon_ops as mo; print(mo._C.active_isa())", MEGALODON_OPS_ISA=None)
-    assert result.stdout.strip() == _C.available_isas()[-1]
+    by_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    best = [isa for isa in _C.available_isas() if isa != "v4_bf16" or not by_intel]  # slower than v4 there
+    assert result.stdout.strip() == best[-1]
     result = run_python("import megalodon_ops", MEGALODON_OPS_ISA="v9")
     assert result.returncode == 1
     assert "ImportError: megalodon_ops: MEGALODON_OPS_ISA: instruction set `v9` is not available here" in result.stderr

@@ -54,6 +54,16 @@ bool supported(int i) {
 #endif
 }
 
+// Whether an instruction set that runs here makes a training step slower than the next lower one does. AVX512-BF16 does on
+// Intel's processors, where AMX is not there to take its place: docs/cpu.md.
+bool is_slower_than_the_next(int i) {
+#if defined(__x86_64__)
+  return static_cast<Isa>(i) == Isa::v4_bf16 && __builtin_cpu_is("intel");
+#else
+  return i < 0;
+#endif
+}
+
 std::string available_text() {
   std::string text;
   for (int i = 0; i < kIsas; ++i)
@@ -64,7 +74,7 @@ std::string available_text() {
 // Makes the named instruction set the active one; an empty name takes the best.
 void set_isa(const std::string& name) {
   for (int i = kIsas - 1; i >= 0; --i)
-    if ((name.empty() || name == kNames[i]) && supported(i)) {
+    if ((name.empty() ? !is_slower_than_the_next(i) : name == kNames[i]) && supported(i)) {
       active_isa = static_cast<Isa>(i);
       return;
     }
