@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from megalodon_ops.distributed import chunk, exchange, vote
-from megalodon_ops.distributed.model import enable
+from megalodon_ops.distributed import alike, chunk, exchange
+from megalodon_ops.distributed.model import Ranks, become_parallel
 
 import megalodon_ops as mo
 
@@ -41,7 +41,13 @@ CONFIG = dict(
     vocab_size=256, norm_num_groups=32,
 )  # fmt: skip
 QUICK = CONFIG | dict(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=64, chunk_size=128)
-WAYS = {"chunk parallel": lambda model, before: enable(model, dist.group.WORLD), "hand-over": HandOver}
+
+
+def cut(model: mo.Megalodon, before: int) -> None:
+    become_parallel(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
+
+
+WAYS = {"chunk parallel": cut, "hand-over": HandOver}
 TOLERANCE = 1e-4
 
 
@@ -104,13 +110,13 @@ class Trace:
             return originals["recv"](value, other)
 
         dist.all_to_all_single, dist.all_reduce, dist.send, dist.recv = all_to_all_single, all_reduce, send, recv
-        exchange.all_gather = vote.all_gather = traced_gather
+        exchange.all_gather = alike.all_gather = traced_gather
         self._last = time.thread_time()
         try:
             yield
         finally:
             self.note("end", "end")
-            exchange.all_gather = vote.all_gather = gather
+            exchange.all_gather = alike.all_gather = gather
             for name, function in originals.items():
                 setattr(dist, name, function)
 
@@ -217,7 +223,7 @@ def _time_hooks() -> list[float]:
 
         return run
 
-    for name in ("before_norm", "before_final_norm", "after_norm", "before_cema"):
+    for name in ("before_norm", "after_norm", "before_cema"):
         setattr(chunk.Hooks, name, timed(getattr(chunk.Hooks, name)))
     return spent
 

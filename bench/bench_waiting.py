@@ -39,7 +39,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
             paths = [Path(label, run.takes(steps, busy), before=run.start_over) for label, run in runs.items()]
             yield Case(
                 name=f"steps of the default run, {name}", shape=f"0.67M, {steps} steps", dtype="fp32", paths=paths,
-                expected=runs["OpenMP's default"].from_the_start(steps), tolerance=1e-6, units=steps * 16 * 64,
+                expected=runs["OpenMP's default"].from_the_start(steps), tolerance=1e-6, units=steps * 64 * 64,
                 unit="token", cold=False, fewer_threads=False,
             )  # fmt: skip
     finally:

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-import megalodon_ops
+import megalodon_ops as mo
 import torch
-from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.data import load_corpus
-from megalodon_ops.cli.settings import resolve
-from megalodon_ops.cli.train import Trainer
-from megalodon_ops.training import Metrics
-from megalodon_ops.training.team import Team
+from megalodon_ops.cli.flags import parse
+from megalodon_ops.cli.options import COMMANDS
+from megalodon_ops.cli.settings import begun
+from megalodon_ops.training import Batches, Corpus, Muon, Reader, optimizer_threads, threads
+
+
+def steps(corpus: Corpus) -> Iterator[float]:
+    """The losses of the default run's steps, at the learning rate of the peak."""
+    options, config, tokenizer = begun(parse(["train"], COMMANDS)[1], Path("run"))
+    torch.manual_seed(options.seed)
+    model = mo.Megalodon(config).train()
+    optimizer = Muon(model, lr=options.lr, weight_decay=options.weight_decay)
+    batches = Batches(
+        corpus.train, options.batch, options.length, start=tokenizer.start, context=options.context, seed=options.seed,
+        context_length=options.context_length,
+    )  # fmt: skip
+    reader = Reader(model)
+    while True:
+        loss = reader.loss(batches.next())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        with threads(optimizer_threads(model)):
+            optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
 
 
 def main() -> None:
-    megalodon_ops.keep_freed_memory()  # as the command line does
-    with tempfile.TemporaryDirectory() as folder:
-        settings, _ = resolve(parse(["train"]), Path(folder, "run"))
-        corpus = load_corpus(settings.data)
-        with Metrics(Path(folder, "metrics.jsonl")) as metrics:
-            for line in sys.stdin:
-                if line == "start over\n":
-                    trainer = Trainer(settings, corpus, torch.device(settings.device), metrics, None, Team())
-                    print(flush=True)
-                else:
-                    print(*(trainer.train_step(trainer.batches.next())["loss"] for _ in range(int(line))), flush=True)
+    mo.keep_freed_memory()  # as the command line does
+    corpus = load_corpus(None)
+    for line in sys.stdin:
+        if line == "start over\n":
+            losses = steps(corpus)
+            print(flush=True)
+        else:
+            print(*(next(losses) for _ in range(int(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from models import TINY, tiny_model
 from torch import Tensor
 
 import megalodon_ops as mo
-from megalodon_ops.distributed.model import enable
+from megalodon_ops.distributed.model import Ranks, become_parallel
 from megalodon_ops.model.states import named_tensors
 
 
@@ -43,7 +43,7 @@ def compare(work: Work) -> dict[str, float]:
     """The largest error of each result and gradient on this rank, relative to the largest value of one process's."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model, alone = _model(work), _model(work)
-    enable(model, dist.group.WORLD)
+    cut_over_all_ranks(model)
     end = list(accumulate(work.pieces))[rank]
     mine = slice(end - work.pieces[rank], end)
     shared = [_results(work, alone, slice(None)) if rank == 0 else None]
@@ -58,6 +58,11 @@ def compare(work: Work) -> dict[str, float]:
             value /= ranks
     assert whole.keys() == piece.keys(), whole.keys() ^ piece.keys()
     return {name: _error(piece[name], value) for name, value in whole.items()}
+
+
+def cut_over_all_ranks(model: mo.Megalodon) -> mo.Megalodon:
+    """The model, called on a piece of the sequence by each rank, with all of its parameters as they are."""
+    return become_parallel(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
 
 
 def worst(results: Sequence[dict[str, float]]) -> tuple[float, str]:

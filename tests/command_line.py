@@ -15,8 +15,9 @@ import torch
 
 from megalodon_ops import Megalodon
 from megalodon_ops.cli import main
-from megalodon_ops.training import adamw, read_metrics, schema, threads
+from megalodon_ops.training import adamw, read_metrics, threads
 from megalodon_ops.training.checkpoint import load_checkpoint, save_checkpoint
+from megalodon_ops.training.record import Record
 
 TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --optimizer adamw --lr 0.01".split()
 
@@ -47,8 +48,10 @@ def overflow(run: Path, by: float = 1e30) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(by)
-    record = {name: value for name, value in found.record.items() if name not in schema.OWN}
-    save_checkpoint(run, found.step, model, optimizer=optimizer, state=found.state, tokenizer=found.tokenizer(), record=record)
+    record = {name: value for name, value in found.record.items() if name not in Record.__struct_fields__}
+    save_checkpoint(
+        run, found.step, model, optimizer=optimizer, state=found.state, tokenizer=found.tokenizer(), record=record
+    )
 
 
 @contextmanager

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 
-def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess:
-    """Runs the code with these variables changed; None takes one away."""
+def run_python(code: str, *arguments: object, **environment: str | None) -> subprocess.CompletedProcess:
+    """Runs the code with these arguments and these variables changed; None takes a variable away."""
     environment = {name: value for name, value in (os.environ | environment).items() if value is not None}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )

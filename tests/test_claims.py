@@ -113,8 +113,6 @@ def test_the_llama_is_evaluated_by_the_same_windows(llama):
             window = document[begin - past : begin + n + 1]
             sliding += nats(llama, window[None, :-1], window[None, 1:])[:, past:].sum().item()
     assert whole.nats == pytest.approx(sliding, rel=1e-5)
-    with pytest.raises(TypeError, match='protocol="released"'):
-        evaluate(llama, documents, protocol="released")
     with pytest.raises(TypeError, match="`model` must be a Megalodon, got torch.nn"):
         evaluate(torch.nn.Linear(1, 1), documents)
 

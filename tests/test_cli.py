@@ -13,8 +13,8 @@ from command_line import rows, shell
 import megalodon_ops
 from megalodon_ops import startup
 from megalodon_ops.cli import main
-from megalodon_ops.cli.arguments import parse
-from megalodon_ops.cli.examples import EXAMPLES
+from megalodon_ops.cli.flags import parse
+from megalodon_ops.cli.options import COMMANDS
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -29,10 +29,10 @@ def test_info():
 
 
 def test_without_the_extra(tmp_path):
-    """`info` needs torch alone; `train` says how to get what is missing, whichever package it is."""
+    """`info` does without; `train` says how to get what is missing, whichever package it is."""
     program = """
 import contextlib, io, re, sys
-absent = {"numpy", "safetensors", "tqdm", "matplotlib"}
+absent = {"msgspec", "tqdm", "matplotlib"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in absent:
@@ -57,13 +57,13 @@ def test_version(capsys):
     assert stopped.value.code == 0 and capsys.readouterr().out == f"megalodon_ops {megalodon_ops.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["info", "train", "eval", "generate", "tokenizer", "convert"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_examples_in_the_help_are_commands(command, capsys):
     def examples(*arguments):
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--help"])
         assert stopped.value.code == 0
-        return re.findall(r"^  python -m megalodon_ops (.*)$", capsys.readouterr().out, re.M)
+        return re.findall(r"^  (?:python|torchrun .*) -m megalodon_ops (.*)$", capsys.readouterr().out, re.M)
 
     with pytest.raises(SystemExit):
         main([command, "--help"])
@@ -71,7 +71,7 @@ def test_examples_in_the_help_are_commands(command, capsys):
     of_command = examples(command)
     assert of_command and len(set(of_command)) == len(of_command)
     for example in of_command:
-        assert parse(shlex.split(example.partition(" < ")[0])).command == command
+        assert parse(shlex.split(example.partition(" < ")[0]), COMMANDS)[0] == command
     assert of_command[0] in examples()
 
 
@@ -94,7 +94,8 @@ def at_an_import(tmp_path):
 
     def run(module, line, *command, **variables):
         clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-        environment = clean | {"PYTHONPATH": str(tmp_path), "AT": module, "DO": line} | variables
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = clean | {"PYTHONPATH": path, "AT": module, "DO": line} | variables
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     return run
@@ -136,30 +137,31 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(at_an_import, vari
 ERRORS = {
     "missing text": (["train", "--data", "{tmp}/missing"], "missing: no such file or folder"),
     "empty text": (["train", "--data", "{tmp}/empty"], "empty: the file is empty"),
-    "glob": (["train", "--glob", ""], "argument --glob: must be a pattern of file names such as '*.py', got ''"),
+    "glob": (["train", "--glob", ""], "--glob: must be a pattern of file names such as '*.py', got ''"),
     "glob alone": (["train", "--glob", "*.py"], "--glob: chooses among the files of --data, which is not given"),
     "no match": (["train", "--data", "{text}", "--glob", "*.c"], "{text}: no file in this folder matches *.c"),
     "eval glob": (["eval", "--checkpoint", "{run}", "--glob", "*"], "--glob: chooses among the files of --data, which"),
-    "steps": (["train", "--steps", "0"], "argument --steps: must be a whole number above 0 and below 2^63, got 0"),
-    "minutes": (["train", "--minutes", "nan"], "argument --minutes: must be a number above 0, got nan"),
+    "steps": (["train", "--steps", "0"], "--steps: must be a whole number >= 1, got '0'"),
+    "minutes": (["train", "--minutes", "nan"], "--minutes: must be a number > 0.0, got 'nan'"),
     "context length": (["train", "--context", "packed", "--context-length", "9"], "--context-length: goes with --context streamed;"),
     "resume another context length": (["train", "--resume", "--out", "{run}", "--context-length", "9"], "--context-length: the run in {run} has 192, got 9"),
     "unknown flag": (["train", "--stops", "3"], "train: error: unrecognized arguments: --stops 3; did you mean --steps?"),
     "another's flag": (["train", "--epochs", "3"], "--epochs 3; python -m megalodon_ops train --help says what there is"),
     "no flag": (["eval", "--checkpoint", "{run}", "book.txt"], "eval: error: unrecognized arguments: book.txt; python -m"),
     "before the command": (["--steps", "3", "train"], "error: "),
-    "two bytes": (["train", "--data", "{tmp}/one"], "--data {tmp}/one: must have at least 2 bytes of text, one to learn and"),
+    "two bytes": (["train", "--data", "{tmp}/one"], "--data {tmp}/one: must have at least 2 bytes, one to learn and"),
     "out in the text": (["train", "--data", "{text}", "--out", "{text}/run"], "--out {text}/run: lies in {text}, so that what"),
+    "out without a name": (["train", "--out", ""], "--out: must name a file or a folder, got ''"),
     "no out": (["train", "--out", "/proc/none"], "--out /proc/none: no such folder can be made: No such file"),
     "card": (["train", "--device", "cuda:99"], "--device cuda:99: "),
     "mps": (["train", "--device", "mps"], "--device mps: must be cpu, cuda or one card, such as cuda:1; there are no kernels"),
     "preset's groups": (["train", "--dim", "42"], "--norm-groups: must be a divisor of --dim = 42, got 8, that of the preset; give"),
     "heads": (["train", "--z-dim", "33"], "--z-dim: must be a multiple of 2 * --heads = 2, got 33."),
-    "eval batch": (["eval", "--checkpoint", "{run}", "--batch", "9999999999"], "--batch: must be a whole number above 0 and below 2^31"),
-    "eval piece": (["eval", "--checkpoint", "{run}", "--piece", "9999999999"], "--piece: must be a whole number above 0 and below 2^31"),
-    "top-k": (["generate", "--checkpoint", "{run}", "--top-k", "9999999999"], "--top-k: must be a whole number above 0 and below"),
+    "eval batch": (["eval", "--checkpoint", "{run}", "--batch", "9999999999"], "--batch: must be a whole number <= 2147483647"),
+    "eval piece": (["eval", "--checkpoint", "{run}", "--piece", "9999999999"], "--piece: must be a whole number <= 2147483647"),
+    "top-k": (["generate", "--checkpoint", "{run}", "--top-k", "9999999999"], "--top-k: must be a whole number <= 2147483647"),
     "samples": (["generate", "--checkpoint", "{run}", "--samples", "999999999"], "--samples: the state of 999,999,999 samples takes "),
-    "prompt folder": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}"], "--prompt-file {tmp}: a folder, name a file"),
+    "prompt folder": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}"], "--prompt-file {tmp}: Is a directory"),
     "abbreviation": (["train", "--step", "3"], "unrecognized arguments: --step 3"),
     "unknown preset": (["train", "--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
     "config": (["train", "--dim", "33"], "--norm-groups: must be a divisor of --dim = 33"),
@@ -179,9 +181,10 @@ ERRORS = {
     "eval empty text": (["eval", "--checkpoint", "{run}", "--data", "{tmp}/empty"], "empty: the file is empty"),
     "no checkpoint": (["generate"], "the following arguments are required: --checkpoint"),
     "generate nothing": (["generate", "--checkpoint", "{tmp}/missing"], "no such folder"),
+    "endless prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "/dev/zero"], "--prompt-file /dev/zero: must have at most 100,000,000 bytes"),
     "missing prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}/none"], "--prompt-file {tmp}/none: No such file"),
-    "temperature": (["generate", "--checkpoint", "{run}", "--temperature", "-1"], "--temperature: must be a number"),
-    "no command": ([], f"required: {{{','.join(EXAMPLES)}}}"),
+    "temperature": (["generate", "--checkpoint", "{run}", "--temperature", "-1"], "--temperature: must be a number >= 0.0"),
+    "no command": ([], f"required: {{{','.join(COMMANDS)}}}"),
     "unknown command": (["fly"], "invalid choice: 'fly'"),
 }  # fmt: skip
 

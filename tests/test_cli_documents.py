@@ -3,11 +3,13 @@
 import json
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megalodon_ops.cli import documents as reading
 from megalodon_ops.cli.documents import divided, documents_of
+from megalodon_ops.errors import FileError
 
 TEXT = st.text(max_size=30)
 LINES = st.one_of(
@@ -15,9 +17,9 @@ LINES = st.one_of(
     TEXT.map(lambda text: (json.dumps({"id": [1], "text": text + "x"}, ensure_ascii=False).encode(), (text + "x").encode())),
     st.sampled_from(["", " ", "\t \r"]).map(lambda blank: (blank.encode(), None)),
     st.sampled_from(
-        [b"{", b"[1]", b"3", b"null", b'"text"', b"\xff\xfe", b'{"text": "\xff"}', b'{"text": 1e999' + b"9" * 5000 + b"}",
+        [b"{", b"[1]", b"3", b"null", b'"text"', b"\xff\xfe", b'{"text": "\xff"}', b'{"text": 1' + b"9" * 5000 + b"}",
          b"[" * 100_000, b'{"a": ' * 5000, b'{"text": "a"} {"text": "b"}', b"\0\0\0"]
-    ).map(lambda line: (line, "lines without a JSON object")),
+    ).map(lambda line: (line, "lines without a text 'text'")),
     st.sampled_from([b"{}", b'{"body": "a"}', b'{"text": null}', b'{"text": ["a"]}', b'{"TEXT": "a"}', b'{"text": 5}']).map(
         lambda line: (line, "lines without a text 'text'")
     ),
@@ -40,9 +42,7 @@ def test_lines_are_documents_however_files_are_divided(tmp_path, lines, size, en
             found.append(b"".join(pieces))
     assert found == [wanted for _, wanted in lines if isinstance(wanted, bytes)] + [b"text"]
     assert skipped == Counter(wanted for _, wanted in lines if isinstance(wanted, str))
-    assert (
-        read["bytes"] == path.stat().st_size + 4 == reading.total_size(units) + (path.stat().st_size + 4) * (not units)
-    )
+    assert read["bytes"] == path.stat().st_size + 4 == reading.size_of(units) + (path.stat().st_size + 4) * (not units)
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 100), st.booleans()), min_size=1, max_size=20), size=st.integers(1, 150))
@@ -52,13 +52,13 @@ def test_files_are_divided_into_units_of_about_a_size(tmp_path, sizes, size):
         files.append(tmp_path / f"{number}{'.jsonl' if lines else '.txt'}")
         files[-1].write_bytes(b" " * length)
     units = divided(files, size)
-    parts = [part for unit in units for part in unit]
+    spans = [span for unit in units for span in unit]
     for file, (length, lines) in zip(files, sizes, strict=True):
-        mine = [part for part in parts if part.path == str(file)]
-        assert [mine[0].begin, *(part.end for part in mine)] == [*(part.begin for part in mine), length]
+        mine = [span for span in spans if span.path == file]
+        assert [mine[0].begin, *(span.end for span in mine)] == [*(span.begin for span in mine), length]
         assert lines or len(mine) == 1
     for unit in units[:-1]:
-        assert size <= sum(part.end - part.begin for part in unit) and sum(p.end - p.begin for p in unit[:-1]) < size
+        assert size <= reading.size_of([unit]) and reading.size_of([unit[:-1]]) < size
 
 
 def test_a_line_that_is_too_long_takes_no_memory(tmp_path, monkeypatch):
@@ -81,3 +81,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     (unit,) = divided([path], 1000)
     skipped = Counter()
     assert [b"".join(p) for p in documents_of(unit, "text", skipped, lambda _: None)] == [b"a", b"b"] and not skipped
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for name in ("gone.txt", "gone.jsonl"):
+        (tmp_path / name).write_bytes(b"text")
+        units = divided([tmp_path / name], 1000)
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+        with pytest.raises(FileError, match=f"{name}: Is a directory"):
+            [list(pieces) for pieces in documents_of(units[0], "text", Counter(), lambda _: None)]

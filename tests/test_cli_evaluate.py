@@ -1,4 +1,4 @@
-"""`eval`: the table by context, the JSON, the picture, the released protocol."""
+"""`eval`: the table by context, the JSON, the picture."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_json_and_picture(finished, book, tmp_path, capsys, monkeypatch):
     options = ["--context", 7, "all", "--json", figures, "--by-position", picture]
     run(capsys, "--checkpoint", finished, "--data", book, *options)
     content = json.loads(figures.read_text())
-    assert content["protocol"] == "streamed" and content["checkpoint"] == str(finished) and content["documents"] == 1
+    assert content["checkpoint"] == str(finished) and content["documents"] == 1
     seven, whole = content["contexts"]
     assert (seven["context"], whole["context"]) == (7, "all")
     for result in content["contexts"]:
@@ -69,23 +69,15 @@ def test_json_and_picture(finished, book, tmp_path, capsys, monkeypatch):
     assert [len(line.get_xdata()) for line in axes.lines] == [len(r["by_position"]) for r in content["contexts"]]
 
 
-def test_the_released_protocol(finished, text, capsys):
-    """The run's chunk is 16: the two protocols part beyond 128 bytes."""
-    command = ["--checkpoint", finished, "--data", text / "3.py", "--context", 128, "all"]
-    streamed, released = run(capsys, *command), run(capsys, *command, "--protocol", "released", "--piece", 40)
-    assert streamed[2] == released[2] and streamed[3] != released[3]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--context", "0"], "argument --context: must be 'all' or a whole number above 0 and below 2^62, got 0"),
-        (["--context", "most"], "argument --context: must be 'all' or a whole number"),
+        (["--context", "0"], "--context: must be a whole number >= 1, got '0'"),
+        (["--context", "most"], "--context: must be a whole number, or a word that --help names, got "),
         (["--json", "{tmp}/none/x.json"], "--json {tmp}/none/x.json: no such folder: {tmp}/none"),
         (["--json", "{tmp}"], "--json {tmp}: a folder, name a file"),
         (["--by-position", "{tmp}/x.txt"], "--by-position {tmp}/x.txt: the name must end in one of .png, .pdf, .svg"),
         (["--by-position", "{tmp}/none/x.png"], "--by-position {tmp}/none/x.png: no such folder"),
-        (["--protocol", "exact"], "argument --protocol: invalid choice: 'exact'"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_before_anything_is_computed(finished, tmp_path, capsys, flags, message):

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from megalodon_ops import Megalodon
-from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.evaluate import nats_and_bytes
+from megalodon_ops.cli.flags import parse
 from megalodon_ops.cli.models import configured
-from megalodon_ops.cli.settings import resolve
+from megalodon_ops.cli.options import COMMANDS
+from megalodon_ops.cli.settings import begun
 from megalodon_ops.model.states import from_named, named_tensors
 from megalodon_ops.tokenizers import ByteTokenizer
 from megalodon_ops.training import START, Batches, Metrics, Reader, Schedule, draw_metrics, read_metrics
@@ -43,7 +44,7 @@ def test_state_survives_as_tensors():
     with torch.no_grad():
         reader.loss(batches.next())
         rows = reader.rows()
-        back = from_named(named_tensors(rows), config)
+        back = from_named(named_tensors(rows))
         torch.testing.assert_close(back, rows, rtol=0, atol=0)
         other = Reader(reader.model)
         other.seek(back)
@@ -108,8 +109,8 @@ def test_widths_follow_dim():
     ("flags", "rate"), [((), 0.01), (("--dim", 256), 0.005), (("--preset", "mega7.1B"), 3.1e-4), (("--lr", 0.3), 0.3)]
 )
 def test_the_learning_rate_follows_the_width(tmp_path, flags, rate):
-    settings, _ = resolve(parse(["train", *map(str, flags)]), tmp_path / "run")
-    assert settings.lr == rate and settings.record()["lr"] == rate
+    options = begun(parse(["train", *map(str, flags)], COMMANDS)[1], tmp_path / "run").options
+    assert options.lr == rate and options.record()["lr"] == rate
 
 
 def test_diary_drops_what_comes_after_the_checkpoint(tmp_path):

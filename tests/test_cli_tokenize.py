@@ -18,6 +18,7 @@ from megalodon_ops.cli import main
 from megalodon_ops.cli.data import load_corpus
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import Shards, load_checkpoint
+from megalodon_ops.training.shards import Index, shard_paths
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -60,7 +61,7 @@ def test_what_it_makes_and_says(mixed, bpe, tmp_path, capsys):
     assert out.splitlines() == [
         f"{tmp_path}/tokens: 12,003 documents, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens in 4 shards: "
         f"{shards.num_bytes / shards.num_tokens:.3f} bytes a token",
-        "skipped: empty documents (1), lines without a JSON object (1), lines without a text 'text' (1)",
+        "skipped: empty documents (1), lines without a text 'text' (2)",
         f"train with it: python -m megalodon_ops train --data {tmp_path}/tokens",
     ]
     assert "tokenizing" in err
@@ -71,41 +72,53 @@ def test_what_it_makes_and_says(mixed, bpe, tmp_path, capsys):
     assert [tokenizer.decode(shards.document(n).tolist()) for n in (12_001, 12_002)] == [b"one", b"two"]
     assert tokenize(tmp_path / "tokens", "--check") == 0
     assert "as it was written; 12,003 documents" in capsys.readouterr().out
-    assert not list(tmp_path.glob("tokens/.*")) and not (tmp_path / "tokens" / "lock").exists()
+    assert [path.name for path in tmp_path.glob("tokens/.*")] == [".lock"]
 
 
 @pytest.mark.parametrize(
     ("call", "counts"),
     [
-        ("rename", range(0, 6, 2)), ("replace", range(3)), ("fsync", range(0, 40, 9)),
-        pytest.param("rename", range(6), marks=pytest.mark.slow), pytest.param("fsync", range(40), marks=pytest.mark.slow),
+        ("rename", range(0, 15, 2)), ("fsync", range(0, 30, 9)),
+        pytest.param("rename", range(15), marks=pytest.mark.slow), pytest.param("fsync", range(32), marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_killed_at_any_moment_and_done_again(mixed, tmp_path, monkeypatch, call, counts, capsys):
-    """After a kill at a rename or a flush, the same command gives the same files; what was whole is not made again."""
+    """The same command gives the same files, also after its end; what the index lists is not made again."""
     wanted = tmp_path / "whole"
     assert tokenize(wanted, mixed, "--shard-size", 1) == 0
-    assert len(list(wanted.glob("shard-*"))) == 4
+    assert len(list(wanted.glob("shard-*.tokens.npy"))) == 4
     for count in counts:
         out = tmp_path / f"{call}-{count}"
         with killed_at(monkeypatch, call, count):
             tokenize(out, mixed, "--shard-size", 1)
-        if (out / "tokenize.json").exists() or not any(out.glob("*")):
-            made = {path: path.stat().st_ino for path in out.glob("shard-*/shard.json")}
-            assert tokenize(out, mixed, "--shard-size", 1) == 0
-            assert all(path.stat().st_ino == node for path, node in made.items())
+        listed = Index.read(out).shards if (out / "dataset.json").exists() else []
+        paths = [path for number, shard in enumerate(listed) if shard for path in shard_paths(out, number)]
+        made = {path: path.stat().st_ino for path in paths}
+        assert tokenize(out, mixed, "--shard-size", 1) == 0
+        assert all(path.stat().st_ino == node for path, node in made.items())
         assert contents(out) == contents(wanted)
         shutil.rmtree(out)
     assert capsys.readouterr().err.count("error") == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_processes_change_nothing(mixed, bpe, tmp_path, kind):
-    flags = ["--shard-size", 1, *(["--tokenizer", bpe] if kind == "bpe" else [])]
+def test_done_again_after_its_end(mixed, tmp_path, capsys):
+    """As by a program that does not know whether the command has ended: nothing is written, and the last lines are said."""
+    out = tmp_path / "tokens"
+    assert tokenize(out, mixed) == 0
+    said, made = capsys.readouterr().out, {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert tokenize(out, mixed) == 0
+    assert capsys.readouterr().out == said and {path: path.stat().st_mtime_ns for path in out.iterdir()} == made
+
+
+@pytest.mark.parametrize("kind", ["bytes", pytest.param("bpe", marks=pytest.mark.slow)])
+def test_processes_change_nothing(mixed, bpe, tmp_path, monkeypatch, kind):
+    """Two, for many more shards than there are processes."""
+    monkeypatch.setattr("megalodon_ops.cli.tokenize.divided", lambda files, size: reading.divided(files, 100_000))
+    flags = ["--tokenizer", bpe] if kind == "bpe" else []
     assert tokenize(tmp_path / "one", mixed, "--workers", 1, *flags) == 0
-    assert tokenize(tmp_path / "three", mixed, "--workers", 3, *flags) == 0
-    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert tokenize(tmp_path / "two", mixed, "--workers", 2, *flags) == 0
+    assert Shards(tmp_path / "two").num_shards == 34
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def children_of(process):
@@ -123,7 +136,7 @@ def test_killed_with_its_processes(mixed, bpe, tmp_path, number, capsys):
         shell("tokenize", mixed, "--out", tmp_path / "parts", "--workers", 2, *flags),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while process.poll() is None and not list((tmp_path / "parts").glob("shard-*")):
+    while process.poll() is None and not list((tmp_path / "parts").glob("shard-*.npy")):
         time.sleep(0.01)
     processes = children_of(process.pid)
     process.send_signal(number)
@@ -145,7 +158,7 @@ def test_a_process_that_dies_ends_the_command_in_one_line(mixed, bpe, tmp_path):
         shell("tokenize", mixed, "--out", tmp_path / "parts", "--workers", 2, "--shard-size", 1, "--tokenizer", bpe),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while process.poll() is None and not list((tmp_path / "parts").glob("shard-*")):
+    while process.poll() is None and not list((tmp_path / "parts").glob("shard-*.npy")):
         time.sleep(0.01)
     commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children_of(process.pid)}
     os.kill(next(child for child, command in commands.items() if b"spawn_main" in command), signal.SIGKILL)
@@ -231,79 +244,66 @@ def test_one_line_and_exit_code_2(mixed, bpe, tmp_path, capsys):
     assert "the following arguments are required: --out" in said(mixed)
     assert "error: " + str(tmp_path / "none") + ": no such file or folder" in said(tmp_path / "none", "--out", out)
     assert "--tokenizer" in said(mixed, "--tokenizer", tmp_path / "none", "--out", out)
-    assert "argument --field: must be text, got none" in said(mixed, "--field", "", "--out", out)
-    assert "whole number of MiB above 0" in said(mixed, "--shard-size", "0", "--out", out)
+    assert "--field: must be text, got ''" in said(mixed, "--field", "", "--out", out)
+    assert "--shard-size: must be a whole number >= 1, got '0'" in said(mixed, "--shard-size", "0", "--out", out)
     assert "no document in these files; skipped: lines without a text 'body' (2)" in said(
         mixed / "c.ndjson", "--field", "body", "--out", out
     )
     assert not out.exists()
+    out.mkdir()
+    (out / ".mine").write_text("a user's")
     (tmp_path / "blank.jsonl").write_text("\n \n")
     assert "no document in these files; they are blank" in said(tmp_path / "blank.jsonl", "--out", out)
+    assert contents(out) == {Path(".mine"): b"a user's", Path(".lock"): b""}, (
+        "what the command has made goes, and nothing else"
+    )
     assert f"--out {mixed}: holds other files, such as a.jsonl; name another folder" in said(mixed, "--out", mixed)
     assert "--check: reads the folder --out alone" in said(mixed, "--check", "--out", out)
-    assert "dataset.json: no such file" in said("--check", "--out", out)
+    assert "dataset.json: No such file or directory" in said("--check", "--out", out)
     assert tokenize(out, mixed / "c.ndjson") == 0
     capsys.readouterr()
-    assert f"--out {out}: holds tokens already; name another folder" in said(mixed, "--out", out)
+    assert f"--out {out}: was begun with other files, flags or another tokenizer, or a file was changed since" in said(
+        mixed, "--out", out
+    )
     assert f"error: {out}: is a folder of tokens, which `train --data` reads; name text" in said(
         out, "--out", tmp_path / "x"
     )
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda mixed: ["--shard-size", "2"], "was begun with another --shard-size; give what it was begun with"),
-        (lambda mixed: ["--field", "body"], "was begun with another --field"),
-        (lambda mixed: os.utime(mixed / "a.jsonl", (0, 0)), "was begun of other files, or some were changed since"),
-        (lambda mixed: (mixed / "e.txt").write_text("more"), "was begun of other files, or some were changed since"),
-    ],
-)
-def test_an_unfinished_folder_goes_on_with_what_it_was_begun_with(
-    mixed, tmp_path, monkeypatch, capsys, change, message
-):
+@pytest.mark.parametrize("change", ["--shard-size", "--field", "--tokenizer", "another time", "another file"])
+def test_an_unfinished_folder_goes_on_with_what_it_was_begun_with(mixed, bpe, tmp_path, monkeypatch, capsys, change):
     out = tmp_path / "tokens"
-    with killed_at(monkeypatch, "rename", 1):
+    with killed_at(monkeypatch, "rename", 4):
         tokenize(out, mixed, "--shard-size", 1)
-    flags = change(mixed)
+    flags = {"--shard-size": ["--shard-size", 2], "--field": ["--field", "body"], "--tokenizer": ["--tokenizer", bpe]}
+    if change == "another time":
+        os.utime(mixed / "a.jsonl", (0, 0))
+    elif change == "another file":
+        (mixed / "e.txt").write_text("more")
     capsys.readouterr()
-    assert tokenize(out, mixed, "--shard-size", 1, *(flags if isinstance(flags, list) else [])) == 2
-    assert message in capsys.readouterr().err
+    assert tokenize(out, mixed, "--shard-size", 1, *flags.get(change, [])) == 2
+    assert "was begun with other files, flags or another tokenizer, or a file was changed" in capsys.readouterr().err
     assert train(out, tmp_path / "run", "--steps", 1) == 2
-    assert f"--data {out}: is not finished; run the command `tokenize` again, which goes on" in capsys.readouterr().err
+    assert f"{out}: is not finished; run the command `tokenize` again, which goes on" in capsys.readouterr().err
 
 
-def test_a_file_that_changes_while_it_is_read(mixed, tmp_path, monkeypatch, capsys):
-    for name in ("a.jsonl", "b.txt"):
-        real = reading.divided
+@pytest.mark.parametrize("name", ["a.jsonl", "b.txt"])
+def test_a_file_that_changes_while_it_is_read(mixed, tmp_path, monkeypatch, capsys, name):
+    def cut(files, size):
+        units = reading.divided(files, size)
+        os.truncate(mixed / name, 1000)
+        return units
 
-        def cut(files, size, name=name, real=real):
-            units = real(files, size)
-            os.truncate(mixed / name, 1000)
-            return units
-
-        monkeypatch.setattr("megalodon_ops.cli.tokenize.divided", cut)
-        assert tokenize(tmp_path / "tokens", mixed) == 2
-        assert f"{mixed}/{name}: the file became shorter while it was read" in capsys.readouterr().err
-        shutil.rmtree(tmp_path / "tokens")
-        monkeypatch.undo()
-
-
-def test_a_draft_that_a_killed_process_left_is_in_nobodys_way(mixed, tmp_path):
-    out = tmp_path / "tokens"
-    (out / ".shard-000000.draft-12345678").mkdir(parents=True)
-    (out / ".shard-000000.draft-12345678" / "tokens.npy").write_bytes(b"half")
-    for name in (".tokenize.json.draft", ".dataset.json.draft"):
-        (out / name).write_text('{"half')
-    assert tokenize(out, mixed) == 0
-    assert not list(out.glob(".*"))
+    monkeypatch.setattr("megalodon_ops.cli.tokenize.divided", cut)
+    assert tokenize(tmp_path / "tokens", mixed) == 2
+    assert "a file was changed while it was read; remove the folder" in capsys.readouterr().err
 
 
 def test_a_full_disk(mixed, tmp_path, capfd, file_size_limit):
     with file_size_limit(100_000):
         assert tokenize(tmp_path / "tokens", mixed) == 2
-    assert "could not be written" in capfd.readouterr().err
+    assert "shard-000000.tokens.npy: could not be written: File too large" in capfd.readouterr().err
     assert tokenize(tmp_path / "tokens", mixed) == 0
 
 
@@ -328,7 +328,7 @@ def test_training_from_tokens_is_training_from_text(text, bpe, tmp_path, kind, c
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     found = load_checkpoint(tmp_path / "parts")
     assert found.tokenizer().fingerprint == Shards(tmp_path / "tokens").tokenizer.fingerprint
-    assert found.record["data"]["fingerprint"] == Shards(tmp_path / "tokens").fingerprint
+    assert found.record["data"]["fingerprint"] == Shards(tmp_path / "tokens").hold_out().fingerprint
     capsys.readouterr()
     assert main(["eval", "--checkpoint", str(tmp_path / "parts")]) == 0
     bits = float(capsys.readouterr().out.splitlines()[-1].split()[0])
@@ -343,10 +343,14 @@ def test_a_start_encodes_nothing(text, bpe, tmp_path, monkeypatch):
 
     monkeypatch.setattr("megalodon_ops.cli.train.tqdm", refuse)
     monkeypatch.setattr("megalodon_ops.cli.train.dropped", lambda *held_out: "")
-    monkeypatch.setattr("megalodon_ops.cli.train.Trainer._look", lambda trainer: 1.0)
-    monkeypatch.setattr("megalodon_ops.cli.train.Trainer._finish", lambda trainer: None)
-    monkeypatch.setattr("megalodon_ops.tokenizers.base.Tokenizer.encode_batch", refuse)
-    assert train(tmp_path / "tokens", tmp_path / "run", "--steps", 2) == 0
+    monkeypatch.setattr("megalodon_ops.cli.train.HeldOutSample", lambda *held_out: None)
+    monkeypatch.setattr("megalodon_ops.tokenizers.Tokenizer.encode_batch", refuse)
+
+    def interrupt(progress, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megalodon_ops.cli.train.Progress.show", interrupt)
+    assert train(tmp_path / "tokens", tmp_path / "run", "--steps", 2) == 130
 
 
 def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
@@ -379,5 +383,5 @@ def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
     assert "--resume: the text is not the one this run was started with" in said(*resume, tmp_path / "others")
     shutil.move(tokens, tmp_path / "moved")
     assert main([*map(str, resume), str(tmp_path / "moved")]) == 0
-    (tmp_path / "moved" / "shard-000000" / "tokens.npy").write_bytes(b"")
-    assert "shard-000000/tokens.npy: has 0 bytes instead of" in said(*resume, tmp_path / "moved", "--steps", 3)
+    (tmp_path / "moved" / "shard-000000.tokens.npy").write_bytes(b"")
+    assert "shard-000000.tokens.npy: " in said(*resume, tmp_path / "moved", "--steps", 3)

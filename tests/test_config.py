@@ -62,8 +62,8 @@ def test_config_round_trip_and_released_fields():
         ({"num_layers": 10**5000}, "`num_layers` must be .* got an integer of 16610 bits"),
         ({"chunk_size": float("nan")}, "`chunk_size` must be a positive integer"),
         ({"vocab_size": [1] * 10**6}, "`vocab_size` must be .* got a list of 1000000"),
-        ({"output_size": True}, "`output_size` must be a positive integer or -1"),
-        ({"output_size": "-1"}, "`output_size` must be a positive integer or -1"),
+        ({"output_size": True}, "`output_size` must be a positive integer of at most vocab_size = 32000, or -1"),
+        ({"output_size": "-1"}, "`output_size` must be a positive integer"),
         ({"swiglu": "no"}, "`swiglu` must be True or False, got 'no'"),
         ({"share_emb": 1}, "`share_emb` must be True or False, got 1"),
         ({"norm_affine": None}, "`norm_affine` must be True or False, got None"),
@@ -80,8 +80,12 @@ def test_config_round_trip_and_released_fields():
         ({"init_mode": None}, "`init_mode`"),
         ({"model_dim": "64"}, "`model_dim` must be a positive integer"),
         ({"rope_base": 0.0}, "`rope_base` must be positive or None"),
-        ({"output_size": 0}, "`output_size` must be a positive integer or -1"),
-        ({"output_size": -5}, "`output_size` must be a positive integer or -1"),
+        ({"output_size": 0}, "`output_size` must be a positive integer"),
+        ({"output_size": -5}, "`output_size` must be a positive integer"),
+        (
+            {"vocab_size": 9, "output_size": 10},
+            "`output_size` must be a positive integer of at most vocab_size = 9, or -1",
+        ),
         ({"dropout": 1.0}, "`dropout` must be a probability"),
         ({"z_dim": 6, "num_heads": 2}, "`z_dim` must be a multiple of 2"),
         ({"value_dim": 5, "num_heads": 2}, "`value_dim` must be a multiple"),
@@ -100,7 +104,5 @@ def test_unknown_config_field_and_preset_raise():
         mo.MegalodonConfig.from_dict({"widht": 3})
     with pytest.raises(ValueError, match="`values` must be a dictionary"):
         mo.MegalodonConfig.from_dict([("num_layers", 3)])
-    with pytest.raises(ValueError, match="`efficient_attn` must be None"):
-        mo.MegalodonConfig.from_dict({"efficient_attn": "slow"})
     with pytest.raises(ValueError, match="`name` must be one of"):
         mo.MegalodonConfig.preset("mega3B")

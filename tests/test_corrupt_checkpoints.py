@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -12,19 +11,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from models import tiny_model, tokens_of
-from mutations import edit_header, edit_json, flip, mutate
+from mutations import mutate
 from test_official import save_released
-from test_port import model_of as port_model
-from test_port import save_port
 
 import megalodon_ops as mo
-from megalodon_ops.cli import main, schema
+from megalodon_ops.cli import main
 from megalodon_ops.errors import FileError
-from megalodon_ops.model.files import file_facts
-from megalodon_ops.model.port import load_port
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training import checkpoint
-from megalodon_ops.training import record as record_of_a_checkpoint
 
 SEED = 20260
 TINY = "--dim 16 --layers 1 --chunk 4 --batch 2 --length 8 --norm-groups 4 --warmup 2 --steps 3 --checkpoint-every 1".split()
@@ -48,20 +42,6 @@ def seconds(most: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def reseal(folder):
-    """Makes checksums right again, as a forger would, so that the checks behind them are reached."""
-    path = folder / "training.json"
-    record = json.loads(path.read_text())
-    if not isinstance(record.get("files"), dict):
-        return
-    for name, facts in record["files"].items():
-        if isinstance(facts, dict) and (folder / name).is_file():
-            facts.update(file_facts(folder / name))
-    record.pop("checksum", None)
-    record["checksum"] = record_of_a_checkpoint.checksum_of(record)
-    path.write_text(json.dumps(record))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
@@ -76,28 +56,20 @@ def run(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-@counts(40, 1000)
-@pytest.mark.parametrize("forged", [False, True], ids=["damaged", "forged"])
-def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_path, capsys, forged, count):
-    """Forged folders, of right checksums, may be read with other numbers, and are then not run; damaged ones never."""
+@counts(40, 500)
+def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_path, capsys, count):
+    """A damaged file is refused; nothing guards a number of `training.json`, with which the run then goes on."""
     out, text = run
     base = sorted((out / "checkpoints").iterdir())[-1]
     want = checkpoint.load_any(base)[0].state_dict()
-    rng = random.Random(SEED + forged)
-    bad = []
+    rng = random.Random(SEED)
+    bad, refused = [], 0
     for i in range(count):
         r = tmp_path / "r"
         shutil.rmtree(r, ignore_errors=True)
         folder = r / "checkpoints" / base.name
         shutil.copytree(base, folder)
-        path = rng.choice(sorted(folder.iterdir()))
-        if forged:
-            if rng.random() < 0.4:
-                path = folder / "training.json"
-            what = (edit_json if path.suffix == ".json" else rng.choice([edit_header, flip]))(path, rng)
-            reseal(folder)
-        else:
-            what = mutate(path, rng)
+        what = mutate(rng.choice(sorted(folder.iterdir())), rng)
         command = [
             ["eval", "--checkpoint", str(folder), "--data", str(text)],
             ["generate", "--checkpoint", str(r), "--bytes", "3"],
@@ -107,12 +79,10 @@ def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_p
         try:
             with seconds(30):
                 try:
-                    checkpoint.load_checkpoint(folder, check=schema.check)
                     weights = checkpoint.load_any(folder)[0].state_dict()
                 except (FileError, FileNotFoundError):
                     weights = None
-                if forged and weights is not None:
-                    continue
+                    refused += 1
                 capsys.readouterr()
                 code = main(command)
                 err = capsys.readouterr().err
@@ -124,9 +94,10 @@ def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_p
         if code not in (0, 2) or (code == 2 and (err.count("\n") != 1 or not err.startswith("megalodon_ops"))):
             bad.append((what, code, err[:300]))
         of_a_run = (folder / "training.json").exists()  # without it, the folder is that of a model, which `eval` reads
-        if weights is None and code == 0 and (command[0] == "train" or (not forged and of_a_run)):
+        if weights is None and code == 0 and (command[0] == "train" or of_a_run):
             bad.append((what, "refused by load, taken by", command[0]))
     assert not bad, bad[:12]
+    assert refused > count / 2
 
 
 def fault_of(error: Exception, beginning: str) -> str | None:
@@ -135,7 +106,7 @@ def fault_of(error: Exception, beginning: str) -> str | None:
     return None if plain and str(error).startswith(beginning) else repr(error)[:300]
 
 
-@counts(60, 1500)
+@counts(60, 800)
 def test_a_mutated_folder_of_our_format_is_refused_in_one_line_or_computes(tmp_path, count):
     """Nothing guards a byte of a weight that is a number still; all else is as it was, or refused."""
     text = b"to be or not to be, that is the question " * 9
@@ -172,7 +143,7 @@ def test_a_mutated_folder_of_our_format_is_refused_in_one_line_or_computes(tmp_p
     assert refused > count / 3
 
 
-@counts(40, 400)
+@counts(40, 200)
 def test_a_mutated_folder_of_the_released_format_is_refused_or_gives_its_weights(tmp_path, count):
     model = tiny_model(torch.float32)
     want = model.state_dict()
@@ -200,7 +171,7 @@ def test_a_mutated_folder_of_the_released_format_is_refused_or_gives_its_weights
     assert not bad, bad[:12]
 
 
-@counts(30, 400)
+@counts(30, 300)
 def test_a_mutated_state_is_refused_or_one_that_a_model_takes(tmp_path, count):
     model = tiny_model(torch.float32)
     _, state = model(tokens_of(2, 5), return_state=True)
@@ -220,30 +191,6 @@ def test_a_mutated_state_is_refused_or_one_that_a_model_takes(tmp_path, count):
                 model(tokens_of(2, 3), state=found)
         except (ValueError, FileNotFoundError) as error:
             if not (str(error).isprintable() and str(path) in str(error)):
-                bad.append((what, repr(error)[:300]))
-        except BaseException as error:
-            bad.append((what, repr(error)[:300]))
-    assert not bad, bad[:12]
-
-
-@counts(30, 400)
-def test_a_mutated_folder_of_the_port_is_refused_or_computes(tmp_path, count):
-    model = port_model("plain", torch.float32)
-    for kind, binary in (("safetensors", False), ("bin", True)):
-        save_port(tmp_path / kind, model, binary=binary)
-    rng = random.Random(SEED + 5)
-    bad = []
-    for i in range(count):
-        folder = tmp_path / "d"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(tmp_path / ("safetensors", "bin")[i % 2], folder)
-        what = mutate(rng.choice(sorted(folder.iterdir())), rng)
-        try:
-            with seconds(30):
-                load_port(folder)(tokens_of(1, 5))
-        except (ValueError, FileNotFoundError, IndexError) as error:
-            smaller = isinstance(error, IndexError) and "`tokens` must be in" in str(error)  # a smaller vocabulary
-            if not smaller and not (str(error).isprintable() and str(error).startswith(str(folder))):
                 bad.append((what, repr(error)[:300]))
         except BaseException as error:
             bad.append((what, repr(error)[:300]))

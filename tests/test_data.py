@@ -1,6 +1,5 @@
 """Documents, the held-out split and batches of the command line's training."""
 
-import os
 import sysconfig
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalodon_ops.cli.data import FileDocument, find_files, load_corpus, standard_library
+from megalodon_ops.cli.data import find_files, load_corpus, standard_library
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.training import START, Batches, hold_out
 
@@ -141,18 +140,6 @@ def test_standard_library():
     parts = {part for path in files for part in path.relative_to(root).parts}
     assert not parts & {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
     assert sum(path.stat().st_size for path in files) > 5_000_000
-
-
-def test_file_document_reads_pieces(tmp_path):
-    path = tmp_path / "text"
-    path.write_bytes(bytes(range(100)))
-    document = FileDocument(path)
-    assert len(document) == 100
-    assert document[10:13] == bytes([10, 11, 12])
-    assert document[90:200] == bytes(range(90, 100))
-    os.truncate(path, 50)
-    with pytest.raises(CommandError, match="became shorter"):
-        document[40:60]
 
 
 class Follower:

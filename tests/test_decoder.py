@@ -184,6 +184,9 @@ def test_errors():
     for wrong in (-1, TINY["vocab_size"]):
         with pytest.raises(IndexError, match=rf"Decoder: `tokens` must be in \[0, 31\), got {wrong}"):
             decoder(torch.full_like(token, wrong))
+    for wrong in ([0, 2], [-1, 0]):
+        with pytest.raises(IndexError, match=r"Decoder: `rows` must be in \[0, 2\)"):
+            decoder.reorder(torch.tensor(wrong))
     expected = by_layers(model, state, [token])
     assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, [token]), expected, strict=True))
     assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, None))

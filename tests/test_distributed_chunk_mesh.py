@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from chunk_parallel import cut_over_all_ranks
 from models import TINY, tiny_model, tokens_of
 from torch.nn.parallel import DistributedDataParallel
 
 import megalodon_ops as mo
-from megalodon_ops.distributed.model import enable
 from megalodon_ops.evaluation import evaluate
 
 pytest.importorskip("torch.distributed.fsdp")
@@ -147,34 +147,9 @@ def test_streams_through_layers_that_are_split_too(ranks):
     assert max(ranks.run(streams_split_layers, 4)) < 1e-10
 
 
-def cuts_a_chunk() -> list[str]:
-    """The errors of two calls, of which the first is wrong on the second half of the ranks alone: the past of their rows."""
-    mesh = make_mesh("data=2,chunk=2", device_type="cpu")
-    model = parallelize(tiny_model(), mesh, data="replicate")
-    past = 8 if mesh.get_local_rank("data") == 0 else 3
-    _, state = tiny_model()(tokens_of(1, past), return_state=True)
-    errors = []
-    for _ in range(2):
-        try:
-            errors.append(str(model.loss(tokens_of(1, 8), tokens_of(1, 8), state=state).item()))
-        except (RuntimeError, ValueError) as error:
-            errors.append(f"{type(error).__name__}: {error}")
-    return errors
-
-
-def test_no_rank_waits_for_another_ones_sequence(ranks):
-    """Ranks of another sequence have voted for a call that is wrong: they learn of it at once, or before the next call."""
-    for rank, (first, second) in enumerate(ranks.run(cuts_a_chunk, 4)):
-        if rank < 2:
-            assert first.startswith("RuntimeError: Megalodon: all ranks 0 to 3 must take part in this call")
-        else:
-            assert first.startswith("ValueError: Megalodon: `tokens` must end at a chunk boundary")
-        assert second.startswith("RuntimeError: Megalodon: all ranks must have come through their last call")
-
-
 def with_ddp() -> float:
     """The largest difference of a gradient, averaged by DDP over both pieces, from that of one process."""
-    alone, model = tiny_model(), enable(tiny_model(), dist.group.WORLD)
+    alone, model = tiny_model(), cut_over_all_ranks(tiny_model())
     tokens, targets = batch()
     piece = slice(0, 2 * C) if dist.get_rank() == 0 else slice(2 * C, None)
     training = DistributedDataParallel(model)
@@ -188,19 +163,16 @@ def test_with_ddp(ranks):
     assert max(ranks.run(with_ddp, 2)) < 1e-10
 
 
-def subclass() -> None:
-    class Own(mo.Megalodon):
-        def twice(self, tokens):
-            return 2 * self(tokens)
-
-    torch.manual_seed(0)
-    model = Own(tiny_model().config)
-    parallel = enable(model, dist.group.WORLD)
-    assert parallel is model and isinstance(model, Own) and type(model).__name__ == "ParallelOwn"
-    assert torch.equal(model.twice(tokens_of(1, 8)), 2 * model(tokens_of(1, 8))) and type(model.alone()) is Own
-    with pytest.raises(TypeError, match="`model` must be a Megalodon that is not parallel yet"):
-        enable(model, dist.group.WORLD)
+class Own(mo.Megalodon):
+    """A class whose forward could be another one."""
 
 
-def test_a_subclass_becomes_parallel(ranks):
-    ranks.run(subclass, 2)
+def subclass() -> str:
+    with pytest.raises(TypeError) as caught:
+        parallelize(Own(tiny_model().config), make_mesh("chunk=2", device_type="cpu"))
+    return str(caught.value)
+
+
+def test_a_subclass_is_refused(ranks):
+    for message in ranks.run(subclass, 2):
+        assert message.startswith("parallelize: `model` must be a Megalodon that is not parallel yet, got ")

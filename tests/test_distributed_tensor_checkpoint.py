@@ -13,18 +13,17 @@ from test_distributed_train_checkpoint import assert_equal, descend, whole_value
 
 from megalodon_ops.distributed import make_mesh, parallelize  # noqa: E402
 from megalodon_ops.training import Saver, adamw, load_checkpoint, save_checkpoint  # noqa: E402
-from megalodon_ops.training.team import Team  # noqa: E402
 
 CONFIG = replace(MegalodonConfig(**TINY), ffn_hidden_dim=42, num_heads=1)  # shards of 21, 11 and 10
 
 
 def begin(sizes, seed=0):
     torch.manual_seed(seed)
-    model, team = Megalodon(CONFIG), None
+    model, mesh = Megalodon(CONFIG), None
     if sizes is not None:
-        team = Team(make_mesh(sizes, device_type="cpu"))
-        model = parallelize(model, team.mesh)
-    return model, adamw(model, lr=0.01), team
+        mesh = make_mesh(sizes, device_type="cpu")
+        model = parallelize(model, mesh)
+    return model, adamw(model, lr=0.01), mesh
 
 
 def values_of(model, optimizer):
@@ -32,21 +31,20 @@ def values_of(model, optimizer):
 
 
 def saving(run, sizes):
-    model, optimizer, team = begin(sizes)
+    model, optimizer, mesh = begin(sizes)
     tokens = torch.arange(20).view(2, 10) % 9
     descend(model, optimizer, 2)
     _, state = model(tokens[:1], return_state=True)  # one row of each part of `data`
     values = values_of(model, optimizer)
-    saver = Saver(run, team)
+    saver = Saver(run, mesh)
     saver.save(2, model, optimizer=optimizer, state=state.detach(), record={"position": 5})
     saver.wait()
-    saver.close()
     return values
 
 
 def resuming(run, sizes):
-    model, optimizer, team = begin(sizes, seed=7)
-    found = load_checkpoint(run, team=team)
+    model, optimizer, _ = begin(sizes, seed=7)
+    found = load_checkpoint(run)
     found.load_weights(model)
     found.load_optimizer(optimizer, model)
     return values_of(model, optimizer)

@@ -1,6 +1,5 @@
 """`train` as torchrun starts it: signals, killed and missing processes, threads."""
 
-import json
 import os
 import random
 import re
@@ -9,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import rows
 from launched import TORCHRUN, ended_afterwards, flags, lines_of, workers
 
-from megalodon_ops.cli import launch
+from megalodon_ops.cli import processes
 from megalodon_ops.training.checkpoint import load_checkpoint
 
 
@@ -30,13 +30,13 @@ LIMIT = 240
 """Seconds that a launch may take on a machine that is busy with other things"""
 
 
-def start(options, arguments, cwd, **environment):
+def start(options, arguments, cwd, program=("-m", "megalodon_ops"), **environment):
     """torchrun in a process group of its own, with a port of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return subprocess.Popen(
-        [*TORCHRUN, *map(str, options), "--master-port", str(port), "-m", "megalodon_ops", *arguments],
+        [*TORCHRUN, *map(str, options), "--master-port", str(port), *map(str, program), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **environment},
     )  # fmt: skip
@@ -77,7 +77,7 @@ LONG = ("--steps", 120, "--checkpoint-every", 10, "--eval-every", 50)
 def test_a_launch_prints_what_one_process_prints(whole):
     out, printed = whole
     assert printed.count("bits per byte") == printed.count("2 processes, data=2") == 1
-    assert "continued by the model" in printed
+    assert "continued by the model, 3 of 3" in printed
     assert load_checkpoint(out).record["mesh"] == {"data": 2}
 
 
@@ -124,7 +124,7 @@ def test_signals(text, tmp_path, whom):
     step = losses(out)[-1]["step"]
     assert f"stopped after step {step}; continue with: " in printed, (printed, err)
     assert load_checkpoint(out).step == step
-    assert lines_of_the_command(err) == [] and not (out / "lock").exists()
+    assert lines_of_the_command(err) == []
 
 
 @slow
@@ -142,7 +142,6 @@ def test_a_process_that_does_not_answer(text, tmp_path):
         printed, err = process.communicate(timeout=LIMIT)
     (line,) = lines_of_the_command(err)
     assert "another process of the run has ended, or has not answered within --timeout: " in line
-    assert "/megalodon_ops/" not in err, "no traceback but torchrun's own"
 
 
 @slow
@@ -165,8 +164,8 @@ def test_a_missing_process(text, tmp_path, rank):
         capture_output=True, text=True, timeout=LIMIT, env={**os.environ, **environment},
     )  # fmt: skip
     assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    begin = f"megalodon_ops train: error: rank {rank} of 2: the processes have not found each other, which --timeout gives 2 s for: "
+    (line,) = lines_of(result.stderr)
+    begin = f"megalodon_ops train: error: rank {rank}: the processes have not found each other, which --timeout gives 2 s for: "
     assert line.startswith(begin)
     assert not (tmp_path / "run").exists()
 
@@ -177,64 +176,75 @@ def test_what_does_not_divide_is_said_once(text, tmp_path):
     with ended_afterwards(process):
         _, err = process.communicate(timeout=LIMIT)
     assert process.returncode != 0
-    assert lines_of_the_command(err) == [
-        "megalodon_ops train: error: --batch 3: must be a multiple of the mesh's data=2"
-    ]
+    (line,) = lines_of_the_command(err)
+    assert re.fullmatch(
+        r"megalodon_ops train: error: rank [01]: --batch 3: must be a multiple of the mesh's data=2", line
+    )
     assert re.search(r"exitcode\s*: 2 ", err), "that of the processes"
 
 
 @pytest.mark.parametrize(
-    "environment, expected",
+    "fault, rank, message",
     [
-        (dict(), None), (dict(OMP_NUM_THREADS="3"), 3), (dict(OMP_NUM_THREADS="1"), 1),
-        (dict(OMP_NUM_THREADS="1", TORCHELASTIC_RUN_ID="none"), None),
+        ("broken backward", 1, None),
+        ("unreadable text", 1, "book.txt: Input/output error"),
+        pytest.param("missing file", 1, "--data book.txt: no such file or folder", marks=slow),
+        pytest.param("full disk", 0, "metrics.jsonl: could not be written: No space left on device", marks=slow),
+        pytest.param("bad evaluation", 1, "the loss of the text to predict is nan", marks=slow),
     ],
-    ids=["by hand", "said", "said to be 1", "by torchrun"],
-)  # fmt: skip
+)
+def test_a_process_that_fails_says_why_and_ends_all(text, tmp_path, fault, rank, message):
+    """Within seconds, wherever the others wait; they say nothing. A fault of the program has its traceback."""
+    program = (Path(__file__).with_name("failing_rank.py"), fault, rank)
+    process = start([2], flags(text, tmp_path / "run", "--steps", 6, "--eval-every", 4), tmp_path, program)
+    with ended_afterwards(process):
+        _, err = process.communicate(timeout=120)  # of processes that wait for each other for ten minutes
+    assert process.returncode != 0
+    if message is None:
+        assert "ZeroDivisionError" in err and lines_of_the_command(err) == []
+    else:
+        assert lines_of_the_command(err) == [f"megalodon_ops train: error: rank {rank}: {message}"]
+
+
+@slow
+def test_where_torchrun_is_killed_its_processes_stop_with_a_checkpoint(text, tmp_path):
+    out = tmp_path / "run"
+    process = start([2], flags(text, out, "--steps", 100_000, "--checkpoint-every", 100_000), tmp_path)
+    started = []
+    try:
+        wait_for(lambda: len(losses(out)) > 5, process)
+        started = workers(process)
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 60
+        while any(map(is_running, started)):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        for pid in filter(is_running, started):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+    assert load_checkpoint(out).step == losses(out)[-1]["step"] > 5
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "environment, expected", [({}, 2), ({"OMP_NUM_THREADS": "1"}, 2), ({"OMP_NUM_THREADS": "3"}, None)]
+)
 def test_threads(monkeypatch, environment, expected):
     """A share of the cores, but where OMP_NUM_THREADS is the user's; torchrun sets it to 1 where the user has not."""
-    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in {**environment, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(11)), raising=False)
-    monkeypatch.setattr(launch, "_environment_of_the_launcher", lambda: b"PATH=/bin\0HOME=/home\0")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)), raising=False)
     taken = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    launch.take_a_share_of_the_threads()
-    assert taken == ([5] if expected is None else [])
-
-
-def test_a_launch_is_known_by_its_process(tmp_path, monkeypatch):
-    """Without an identifier of its own, a launch is the process of torchrun and the moment when that began."""
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    launch.sign(tmp_path)
-    assert not launch.is_of_this_launch(tmp_path), "the first start"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert launch.is_of_this_launch(tmp_path)
-    mark = tmp_path / launch.LAUNCH
-    mark.write_text(re.sub(r"\d+$", "12345", mark.read_text().strip()))
-    assert not launch.is_of_this_launch(tmp_path)
-
-
-def test_a_launch_finds_the_folder_that_it_has_named_itself(tmp_path, monkeypatch):
-    """A run without --out has a folder named by the time, which is another when the run is started again."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
-    for name, run_id in (("1", "b"), ("2", "a"), ("3", "b")):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / launch.LAUNCH).write_text(f"{run_id}\n")
-
-    class Options:
-        pass
-
-    def choose(options):
-        return "new"
-
-    assert launch.folder_of_run(Options(), choose) == "new"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert str(launch.folder_of_run(Options(), choose)) == "runs/2"
-    assert json.dumps(sorted(os.listdir("runs"))) == '["1", "2", "3"]'
+    processes.take_a_share_of_the_threads()
+    assert taken == ([] if expected is None else [expected])

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megalodon_ops as mo
 from megalodon_ops.evaluation import Document, Evaluation, evaluate
-from megalodon_ops.reference import cema, cema_coefficients, normalized_attention, timestep_norm
 
 C = TINY["chunk_size"]
 MODEL = tiny_model().eval()
@@ -71,99 +70,23 @@ CASES = dict(
     rows=st.integers(1, 4),
     piece=st.integers(1, 5 * C),
     cuts=st.integers(1, 3 * C),
-    protocol=st.sampled_from(["streamed", "released"]),
 )
 
 
 @settings(max_examples=25, deadline=None)
 @given(**CASES)
-def test_rows_and_pieces_change_nothing(lengths, context, rows, piece, cuts, protocol):
+def test_rows_and_pieces_change_nothing(lengths, context, rows, piece, cuts):
     """Neither the pieces that the model reads nor those that a document comes in."""
     if sum(lengths) == len(lengths):
         lengths = [*lengths, 2]
     texts = documents(*lengths)
-    options = dict(contexts=[context], protocol=protocol)
-    (whole,) = evaluate(MODEL, texts, rows=1, piece=10**6, **options)
-    (found,) = evaluate(MODEL, [text.split(cuts) for text in texts], rows=rows, piece=piece, **options)
+    (whole,) = evaluate(MODEL, texts, contexts=[context], rows=1, piece=10**6)
+    (found,) = evaluate(MODEL, [text.split(cuts) for text in texts], contexts=[context], rows=rows, piece=piece)
     assert (found.tokens, [bin[:3] for bin in found.by_position]) == (
         whole.tokens, [bin[:3] for bin in whole.by_position],
     )  # fmt: skip
     assert found.nats == pytest.approx(whole.nats, rel=1e-10)
     assert [b.nats for b in found.by_position] == pytest.approx([b.nats for b in whole.by_position], rel=1e-9)
-
-
-# The released code's evaluation, in reference mathematics: whole chunks first, two a call, then the rest. A call that
-# ends at 8 chunks or later, unless it is the last, is followed by another on the 6 chunks before its end, with no past
-# at all: the statistics that this one leaves in the norms replace those that the evaluation would have gone on with.
-
-
-def reference_call(model: mo.Megalodon, tokens: Tensor, past: tuple | None) -> tuple[Tensor, tuple]:
-    """Logits (L, V) and what follows a call that starts at a chunk's border: the norms' statistics, CEMA's states."""
-    config, x = model.config, model.embed.weight[tokens[None]] * model.config.embedding_scale
-    norms, states = past or ([None] * (config.num_layers + 1), [None] * config.num_layers)
-    norms, states = list(norms), list(states)
-    norm = dict(num_groups=config.norm_num_groups, eps=config.norm_eps, return_state=True)
-    for i, layer in enumerate(model.layers):
-        mega, nffn = layer.mega, layer.nffn
-        t, norms[i] = timestep_norm(x, mega.timenorm.weight, mega.timenorm.bias, state=norms[i], **norm)
-        coefficients = cema_coefficients(mega.cema.alpha, mega.cema.delta, mega.cema.theta, mega.cema.gamma)
-        c, states[i] = cema(t, *coefficients, mega.cema.omega[:, 0], state=states[i], return_state=True)
-        m = c / (c.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * (1 + mega.rmsnorm.weight)
-        z, v = F.linear(m, mega.wz.weight, mega.wz.bias), F.silu(F.linear(t, mega.wv.weight, mega.wv.bias))
-        a = normalized_attention(
-            z, v, mega.gamma, mega.beta, num_heads=config.num_heads, chunk_size=config.chunk_size, eps=config.norm_eps
-        )
-        gated = a * F.silu(F.linear(m, mega.wr.weight, mega.wr.bias))
-        y = x + F.linear(m, mega.wh1.weight, mega.wh1.bias) + F.linear(gated, mega.wh2.weight)
-        n = F.layer_norm(y, y.shape[-1:], 1 + nffn.norm.weight, nffn.norm.bias, config.norm_eps)
-        x = x + F.linear(F.silu(F.linear(n, nffn.fc1.weight)), nffn.fc2.weight)
-    final = model.output.final_norm
-    x, norms[-1] = timestep_norm(x, final.weight, final.bias, state=norms[-1], **norm)
-    return F.linear(x, model.output.output.weight)[0], (norms, states)
-
-
-def released_losses(model: mo.Megalodon, tokens: Tensor, targets: Tensor) -> Tensor:
-    chunks, past, losses = len(tokens) // C, None, []
-    for first in range(0, chunks, 2):
-        begin, end = first * C, min(first + 2, chunks) * C
-        logits, past = reference_call(model, tokens[begin:end], past)
-        losses.append(F.cross_entropy(logits, targets[begin:end], reduction="none"))
-        if 8 * C <= end < len(tokens):
-            _, (norms, _) = reference_call(model, tokens[end - 6 * C : end], None)
-            past = norms, past[1]
-    if chunks * C < len(tokens):
-        logits, _ = reference_call(model, tokens[chunks * C :], past)
-        losses.append(F.cross_entropy(logits, targets[chunks * C :], reduction="none"))
-    return torch.cat(losses)
-
-
-@pytest.mark.parametrize("length", [1, 8 * C, 8 * C + 1, 9 * C, 9 * C + 3, 10 * C, 13 * C + 5, 16 * C + 1])
-@torch.no_grad()
-def test_the_released_protocol(length):
-    (text,) = documents(length + 1)
-    expected = released_losses(MODEL, text[:-1], text[1:])
-    (found,) = evaluate(MODEL, [text], protocol="released", piece=3 * C + 1)
-    assert found.nats == pytest.approx(expected.sum().item(), rel=1e-11)
-    for bin in found.by_position:
-        assert bin.nats == pytest.approx(expected[bin.first - 1 : bin.last].sum().item(), rel=1e-9)
-    (streamed,) = evaluate(MODEL, [text])
-    if length <= 8 * C:
-        assert found.nats == pytest.approx(streamed.nats, rel=1e-12)
-    else:
-        assert abs(found.nats - streamed.nats) > 1e-4
-
-
-@torch.no_grad()
-def test_the_released_protocol_of_windows_and_of_documents_side_by_side():
-    """Lanes are out of step: after a short document the second lane is first to come to 8 chunks."""
-    texts, context = documents(C + 3, 25 * C, 12 * C + 2, 11 * C, 3), 11 * C + 2
-    expected = sum(
-        released_losses(MODEL, *window).sum().item()
-        for text in texts
-        for window in zip(text[:-1].split(context), text[1:].split(context))
-    )
-    (found,) = evaluate(MODEL, texts, contexts=[context], protocol="released", rows=2, piece=2 * C + 1)
-    assert found.nats == pytest.approx(expected, rel=1e-11)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -184,13 +107,12 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("protocol", ["streamed", "released"])
 @pytest.mark.parametrize("context", [2 * C, "all"])
-def test_memory_does_not_grow_with_the_text(context, protocol):
+def test_memory_does_not_grow_with_the_text(context):
     def peak(pieces: int) -> int:
         text = (tokens_of(4 * C) for _ in range(pieces))  # made when they are read
         with LiveBytes() as live:
-            evaluate(MODEL, [Document(text)], contexts=[context], protocol=protocol, piece=4 * C)
+            evaluate(MODEL, [Document(text)], contexts=[context], piece=4 * C)
         return live.peak
 
     assert peak(4) == peak(12)
@@ -228,10 +150,17 @@ def test_documents_in_many_forms_are_the_same_document():
 
 
 def test_a_context_that_cuts_no_document_is_read_once():
-    texts, calls = documents(40, 70), []
+    class Counted(list):
+        times = 0
+
+        def __iter__(self):
+            Counted.times += 1
+            return super().__iter__()
+
     contexts = ["all", 100, 2, 69]
-    found = evaluate(MODEL, texts, contexts=contexts, progress=calls.append)
-    assert [result.context for result in found] == contexts and sum(calls) == 2 * 108
+    found = evaluate(MODEL, Counted(documents(40, 70)), contexts=contexts)
+    assert [result.context for result in found] == contexts
+    assert Counted.times == 3, "one look whether it can be read again, and one reading each for 2 and for 69"
     assert found[0].nats == found[1].nats == found[3].nats != found[2].nats
     assert len({result.tokens for result in found}) == 1
 
@@ -289,15 +218,14 @@ def test_wrong_documents(texts, options, error, message):
         evaluate(MODEL, texts, **options)
 
 
-@pytest.mark.parametrize("protocol", ["streamed", "released"])
-def test_in_bfloat16(protocol):
+def test_in_bfloat16():
     """A model that is cast, and an autocast around the call."""
     texts, model = documents(11 * C, 20), tiny_model(torch.float32)
-    (exact,) = evaluate(tiny_model(torch.float32).double(), texts, protocol=protocol)
-    (wide,) = evaluate(model, texts, protocol=protocol)
+    (exact,) = evaluate(tiny_model(torch.float32).double(), texts)
+    (wide,) = evaluate(model, texts)
     with torch.autocast("cpu", torch.bfloat16):
-        (short,) = evaluate(model, texts, protocol=protocol, piece=7)
-    (cast,) = evaluate(model.to(torch.bfloat16), texts, protocol=protocol, piece=7)
+        (short,) = evaluate(model, texts, piece=7)
+    (cast,) = evaluate(model.to(torch.bfloat16), texts, piece=7)
     assert wide.nats == pytest.approx(exact.nats, rel=1e-5)
     for found in (short, cast):
         assert found.nats == pytest.approx(exact.nats, rel=0.01) and found.nats != wide.nats

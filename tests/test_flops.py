@@ -17,9 +17,11 @@ from cases import (
     timestep_norm_end_state_case,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import megalodon_ops as mo
+from megalodon_ops.ops import loss
 from megalodon_ops.ops.cema_coefficients import cema_coefficients
 from megalodon_ops.ops.gated_silu import gated_silu
 from megalodon_ops.ops.layer_norm import layer_norm, rms_norm
@@ -119,6 +121,54 @@ def test_layers_around_the_ops():
     assert losses == {"linear_cross_entropy_fwd": product, "linear_cross_entropy_sum": 2 * product}
     total = counted(lambda: linear_cross_entropy_sum(x, matrix, index, torch.ones(3), True, True))
     assert total == {"linear_cross_entropy_sum": 3 * product}
+
+
+class WithoutHooks(TorchDispatchMode):
+    """Counts as FlopCounterMode counts, and hooks on to no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def test_who_counts_a_step_does_not_change_it(monkeypatch):
+    """FlopCounterMode hooks on to every module; the loss of several blocks of logits still computes each block once."""
+    config = mo.MegalodonConfig(
+        num_layers=2, model_dim=64, z_dim=32, value_dim=96, num_heads=2, ffn_hidden_dim=80, cema_ndim=4, chunk_size=16,
+        vocab_size=300, norm_num_groups=8, swiglu=True,
+    )  # fmt: skip
+    rows, length = 2, 64
+    monkeypatch.setattr(loss, "_CPU_BLOCK", 64 * config.vocab_size)  # two blocks
+    model, tokens = mo.Megalodon(config), torch.zeros(rows, length, dtype=torch.int64)
+
+    def step():
+        model.loss(tokens, tokens).backward()
+
+    D, N, T, V, F = config.model_dim, config.cema_ndim, rows * length, config.value_dim, config.ffn_hidden_dim
+    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    pairs = T * (config.chunk_size + 1) // 2  # a token and those before it in its chunk
+    attention = 2 * pairs * (4 * config.z_dim + 3 * V)
+    norms = T * D * (8 + 13 + 4 + 11 + 7 + 16) + T * config.z_dim * (13 + 23)  # timestep, RMS, layer; queries and keys
+    gates = T * V * (4 + 8 + 5 + 11) + T * F * (5 + 11)
+    cema = T * D * (46 * N + 6) + D * N * (15 + 31)
+    expected = 6 * T * matrices + 2 * (attention + norms + gates + cema) + T * D * 21  # the final norm
+    with WithoutHooks() as counter:
+        step()
+    assert counter.total == expected
+    assert sum(counted(step).values()) == expected
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        with WithoutHooks() as counter:
+            step()
+    finally:
+        handle.remove()
+    assert counter.total == expected
 
 
 @pytest.mark.parametrize("dispatched", [False, True])

@@ -302,7 +302,7 @@ def test_the_repetition_penalty_ignores_tokens_that_are_never_predicted():
 
 REFUSED = {
     "seed": [dict(seed=1, generator=torch.Generator()), dict(seed=[1, 2]), dict(seed=-1), dict(seed=[0, 0, 0, 0, -1])],
-    "num_samples": [dict(num_samples=2, temperature=0), dict(num_samples=0)],
+    "num_samples": [dict(num_samples=2, temperature=0), dict(num_samples=0), dict(num_samples=10**9)],
     "lengths": [dict(padding="left"), dict(lengths=LENGTHS[:2]), dict(lengths=LENGTHS - 1), dict(lengths=LENGTHS + 1)],
     "padding": [dict(padding="both"), dict(padding=None)],
     "stop_tokens": [dict(stop_tokens=31), dict(stop_tokens=[1, -1]), dict(stop_tokens="end"), dict(stop_tokens=[[1]])],

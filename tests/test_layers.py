@@ -138,3 +138,30 @@ def test_a_table_made_in_inference_mode_or_of_fake_tensors_serves_no_other_model
     with torch.inference_mode():
         mo.Megalodon(config)
     mo.Megalodon(config)(tokens_of(1, 5)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (
+            lambda: mo.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(1)),
+            ValueError,
+            r"`bias` .* \(4,\), got \(1,\)",
+        ),
+        (
+            lambda: mo.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(3)),
+            ValueError,
+            r"`bias` .* \(4,\), got \(3,\)",
+        ),
+        (
+            lambda: mo.gated_silu(torch.ones(3, dtype=torch.long)),
+            TypeError,
+            "`x` must be floating point, got torch.int64",
+        ),
+        (lambda: mo.gated_silu(torch.ones(3), torch.ones(3).long()), TypeError, "`value` must be floating point"),
+    ],
+)
+def test_a_layer_s_function_refuses_what_torch_broadcasts_or_does_not_name(call, error, match):
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(error, match=match):
+            call()

@@ -123,7 +123,7 @@ def test_only_an_output_as_it_was_made_is_plain(monkeypatch):
         change(model.output)
         assert is_plain_linear(model.output.output) == (change is biased)  # whose bias is for the caller to see
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: None)
-    assert not is_plain_linear(Linear(3, 4))
+    assert is_plain_linear(Linear(3, 4))  # a hook of all modules only looks on
     handle.remove()
     monkeypatch.setattr(Linear, "forward", lambda self, x: x)
     assert not is_plain_linear(Linear(3, 4))

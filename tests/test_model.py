@@ -228,6 +228,14 @@ def test_compiles_to_one_graph():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_tokens_on_meta_are_refused_by_a_model_with_values():
+    tokens = tokens_of(1, 3).to("meta")
+    with pytest.raises(ValueError, match="`tokens` must have values, got a tensor on the device meta"):
+        tiny_model()(tokens)
+    with torch.device("meta"):
+        assert mo.Megalodon(mo.MegalodonConfig(**TINY))(tokens).shape == (1, 3, TINY["vocab_size"])
+
+
 def test_shared_and_scaled_embedding():
     model = tiny_model(share_emb=True, scale_emb=True)
     assert model.output.output.weight is model.embed.weight

@@ -87,3 +87,27 @@ def test_loss_compiles_to_one_graph(blocks):
         found = function(tokens[:, :-1], tokens[:, 1:], lengths=lengths)
         grads.append((found.detach(), *torch.autograd.grad(found, tuple(model.parameters()))))
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_rows_that_do_not_count_may_hold_nan(blocks, reduction, is_plain):
+    """Neither the loss nor a gradient is NaN, whatever stands in the rows of ignored targets."""
+    hidden, targets = torch.randn(1, 150, 8), torch.randint(9, (1, 150))
+    targets[0, 3:90:7] = -100
+    weight = torch.randn(9, 8, requires_grad=True)
+
+    def run(hidden):
+        hidden, weight.grad = hidden.requires_grad_(), None
+        if is_plain:
+            value = loss.linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+        else:
+            logits_of = lambda x: x @ weight.t()  # noqa: E731
+            value = loss.blockwise_cross_entropy(hidden, logits_of, targets, width=9, reduction=reduction)
+        value.sum().backward()
+        return value.detach(), hidden.grad, weight.grad
+
+    expected = run(hidden.clone())
+    found = run(hidden.clone().masked_fill((targets == -100)[..., None], torch.nan))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.isfinite().all() and torch.equal(ours, theirs)

@@ -57,23 +57,18 @@ def test_load_official_errors(tmp_path):
         assert text.startswith(f"load_official: {tmp_path / 'f'}") and text.isprintable() and "Errno" not in text
 
     refused("f: no such folder", FileNotFoundError)
-    (tmp_path / "f").write_bytes(b"")
-    refused("f: must be a folder that the released code wrote, got a file")
-    (tmp_path / "f").unlink()
     folder = tmp_path / "f"
     folder.mkdir()
     refused("f: no config.json in this folder", FileNotFoundError)
-    (folder / "checkpoints").mkdir()
-    refused("`python -m megalodon_ops train` wrote it", FileNotFoundError)
     save_released(model, folder)
     (folder / "consolidated.pth").unlink()
     refused("consolidated.pth: no such file", FileNotFoundError)
     save_released(model, folder)
     (folder / "consolidate_config.json").write_text('{"model_parallel_size": 2}')
-    refused("expected 2 shards as consolidate_config.json says, got 1")
-    for content in ('{"model_parallel_size": true}', '{"model_parallel_size": "1"}', '{"dtype": "int8"}'):
+    refused("consolidate_config.json: says `model_parallel_size` 2, and there are 1 shards")
+    for content in ('{"model_parallel_size": true}', '{"model_parallel_size": "1"}'):
         (folder / "consolidate_config.json").write_text(content)
-        refused("consolidate_config.json: must hold a positive integer `model_parallel_size` and a `dtype`")
+        refused("consolidate_config.json: says `model_parallel_size`")
     save_released(model, folder, num_layers=3)
     refused("missing parameters: layers.2")
     save_released(model, folder, num_layers=1)
@@ -81,8 +76,8 @@ def test_load_official_errors(tmp_path):
     save_released(model, folder, num_layers=10**9)
     refused("a model of its configuration takes .* GiB of memory")
     save_released(model, folder, ffn_hidden_dim=41)
-    refused("consolidated.pth: `layers.0.nffn.fc1.weight` must have shape")
-    for field, value in (("swiglu", "no"), ("num_layers", True), ("norm_eps", "1"), ("efficient_attn", 3), ("new", 1)):
+    refused("consolidated.pth: `layers.0.nffn.fc1.weight` must be a dense tensor of real numbers of shape")
+    for field, value in (("swiglu", "no"), ("num_layers", True), ("norm_eps", "1"), ("new", 1)):
         save_released(model, folder, **{field: value})
         refused(f"config.json: MegalodonConfig: .*{field}")
     save_released(model, folder, shards=2)
@@ -90,9 +85,9 @@ def test_load_official_errors(tmp_path):
     (folder / "consolidated.pth").unlink()
     part = torch.load(folder / "consolidated.01.pth", weights_only=True)
     torch.save({k: v for k, v in part.items() if k != "layers.0.mega.wv.weight"}, folder / "consolidated.01.pth")
-    refused(r"`layers.0.mega.wv.weight` must be in every shard, got none in consolidated.01.pth")
+    refused("consolidated.01.pth: missing parameters: layers.0.mega.wv.weight")
     torch.save({**part, "layers.0.mega.rmsnorm.weight": torch.ones(32)}, folder / "consolidated.01.pth")
-    refused("consolidated.01.pth: `layers.0.mega.rmsnorm.weight` must be as in consolidated.00.pth, got other values")
+    refused("consolidated.00.pth or another shard: `layers.0.mega.rmsnorm.weight` must be equal in every shard")
     (folder / "consolidated.01.pth").rename(folder / "consolidated.02.pth")
     refused("consolidated.01.pth: no such file", FileNotFoundError)
     (folder / "consolidated.02.pth").unlink()
@@ -106,23 +101,23 @@ def test_load_official_errors(tmp_path):
     refused("missing parameters: embed.weight")
     for content in ("{}", '{"model": 3}', '{"model": [1]}'):
         (folder / "config.json").write_text(content)
-        refused("config.json: `config.json` must hold an object `model`, got")
+        refused("config.json: must hold an object `model`, got")
 
 
 PARAMETERS = {
-    "sparse": (torch.eye(31, 32).to_sparse(), "must be a dense tensor, got torch.sparse_coo"),
-    "meta": (torch.empty(31, 32, device="meta"), "must be a dense tensor, got a meta tensor"),
-    "complex": (torch.zeros(31, 32, dtype=torch.complex64), "must be float32, .* got torch.complex64"),
-    "integers": (torch.zeros(31, 32, dtype=torch.int32), "must be float32, .* got torch.int32"),
-    "float8": (torch.zeros(31, 32).to(torch.float8_e4m3fn), "must be float32, .* got torch.float8_e4m3fn"),
-    "bool": (torch.zeros(31, 32, dtype=torch.bool), "must be float32, .* got torch.bool"),
+    "sparse": (torch.eye(31, 32).to_sparse(), "must be a dense tensor .* got torch.sparse_coo"),
+    "meta": (torch.empty(31, 32, device="meta"), "must be a dense tensor .* got a meta tensor"),
+    "complex": (torch.zeros(31, 32, dtype=torch.complex64), "must be .* real numbers .* of torch.complex64"),
+    "integers": (torch.zeros(31, 32, dtype=torch.int32), "must be .* real numbers .* of torch.int32"),
+    "float8": (torch.zeros(31, 32).to(torch.float8_e4m3fn), "must be .* real numbers .* of torch.float8_e4m3fn"),
+    "bool": (torch.zeros(31, 32, dtype=torch.bool), "must be .* real numbers .* of torch.bool"),
     "nan": (torch.zeros(31, 32).fill_diagonal_(float("nan")), "must be finite as torch.float32, got NaN or infinity"),
     "infinite": (torch.zeros(31, 32).fill_diagonal_(float("-inf")), "must be finite"),
     "too large for its type": (torch.full((31, 32), 1e300, dtype=torch.float64), "must be finite as torch.float32"),
-    "turned": (torch.zeros(32, 31), r"must have shape \(31, 32\), got \(32, 31\)"),
-    "a number": (3.0, "must be a tensor, got float"),
-    "a list": ([[0.0] * 32] * 31, "must be a tensor, got list"),
-    "none": (None, "must be a tensor, got NoneType"),
+    "turned": (torch.zeros(32, 31), r"must be .* of shape \(31, 32\), got \(32, 31\)"),
+    "a number": (3.0, "must be a dense tensor .* got float"),
+    "a list": ([[0.0] * 32] * 31, "must be a dense tensor .* got list"),
+    "none": (None, "must be a dense tensor .* got NoneType"),
 }
 
 
@@ -142,7 +137,7 @@ def test_quantized_parameters_are_refused(tmp_path):
     save_released(model, tmp_path)
     quantized = torch.quantize_per_tensor(torch.zeros(31, 32), 0.1, 0, torch.qint8)
     torch.save({**model.state_dict(), "embed.weight": quantized}, tmp_path / "consolidated.pth")
-    with pytest.raises(ValueError, match="`embed.weight` must be a dense tensor, got quantized"):
+    with pytest.raises(ValueError, match="`embed.weight` must be a dense tensor .* got torch.strided of torch.qint8"):
         mo.load_official(tmp_path)
 
 
@@ -159,27 +154,26 @@ def test_a_changed_byte_of_a_parameter_is_noticed(tmp_path):
         mo.load_official(tmp_path)
 
 
-def zipped_again(path, compression=zipfile.ZIP_STORED, repeat=False):
+def zipped_again(path, compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: archive.read(record) for record in archive.infolist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in [*records.items(), *(list(records.items())[:1] if repeat else [])]:
+        for name, content in records.items():
             archive.writestr(name, content)
 
 
 ARCHIVES = {
     "not zipped": (
         lambda path, weights: torch.save(weights, path, _use_new_zipfile_serialization=False),
-        "is in the format that torch had before 1.6; torch.load it and torch.save it again",
+        "is no archive of torch.save, or is cut short",
     ),
-    "empty": (lambda path, weights: path.write_bytes(b""), "is no archive that torch.save wrote"),
-    "safetensors": (lambda path, weights: path.write_bytes(safetensors.torch.save(weights)), "is no archive that"),
-    "cut short": (lambda path, weights: os.truncate(path, path.stat().st_size - 9), "is damaged or cut short"),
-    "longer before": (lambda path, weights: path.write_bytes(b"PK\3\4" + path.read_bytes()), "is no archive as"),
+    "empty": (lambda path, weights: path.write_bytes(b""), "is no archive of torch.save, or is cut short"),
+    "safetensors": (lambda path, weights: path.write_bytes(safetensors.torch.save(weights)), "is no archive of"),
+    "cut short": (lambda path, weights: os.truncate(path, path.stat().st_size - 9), "is no archive of torch.save, or is cut short"),
+    "longer before": (lambda path, weights: path.write_bytes(b"PK\3\4" + path.read_bytes()), "holds something else than tensors, or is damaged"),
     "compressed": (lambda path, weights: zipped_again(path, zipfile.ZIP_DEFLATED), "is compressed"),
-    "a name twice": (lambda path, weights: zipped_again(path, repeat=True), "is no archive as torch.save writes"),
     "a list": (lambda path, weights: torch.save(list(weights.values()), path), "must hold a dictionary of tensors"),
-    "numbers for names": (lambda path, weights: torch.save({3: torch.ones(2)}, path), "names of tensors must be strings"),
+    "numbers for names": (lambda path, weights: torch.save({3: torch.ones(2)}, path), "must hold a dictionary of tensors by name"),
     "a folder": (lambda path, weights: (path.unlink(), path.mkdir()), "must be a file, got a folder"),
     "a pipe": (lambda path, weights: (path.unlink(), os.mkfifo(path)), "must be a file, got a pipe"),
     "a device": (lambda path, weights: (path.unlink(), path.symlink_to("/dev/zero")), "must be a file, got a device"),
@@ -187,7 +181,6 @@ ARCHIVES = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("kind", ARCHIVES)
 def test_files_that_are_no_archives(tmp_path, kind):
     model = tiny_model(torch.float32)
@@ -223,13 +216,12 @@ def test_a_shared_embedding_that_stands_there_twice(tmp_path, same):
 
 
 JSONS = {
-    "deep": ('{"model": ' + "[" * 10**5 + "]" * 10**5 + "}", "JSON nested more than 32 deep"),
-    "open": ("[" * 10**6, "JSON nested more than 32 deep"),
-    "nan": ('{"model": {"norm_eps": NaN}}', "NaN is no JSON"),
-    "infinite": ('{"model": {"norm_eps": -Infinity}}', "-Infinity is no JSON"),
-    "huge": ('{"model": {"norm_eps": 1e999}}', "the number '1e999' is infinite"),
-    "long": ('{"model": {"num_layers": ' + "9" * 10**5 + "}}", "an integer of 100000 digits"),
-    "twice": ('{"model": {"num_layers": 2, "num_layers": 1}}', "the name 'num_layers' stands twice in one object"),
+    "deep": ('{"model": ' + "[" * 10**5 + "]" * 10**5 + "}", "recursion"),
+    "open": ("[" * 10**6, "recursion"),
+    "nan": ('{"model": {"norm_eps": NaN}}', "`norm_eps` must be at least 0 and finite in float32, got nan"),
+    "infinite": ('{"model": {"norm_eps": -Infinity}}', "`norm_eps` must be at least 0 and finite in float32, got -inf"),
+    "huge": ('{"model": {"norm_eps": 1e999}}', "`norm_eps` must be at least 0 and finite in float32, got inf"),
+    "long": ('{"model": {"num_layers": ' + "9" * 10**5 + "}}", "Exceeds the limit"),
     "bytes": (b"\xff\xfe{}".decode("latin1"), "codec can't decode|Expecting value|BOM"),
     "list": ("[]", "must hold a JSON object, got a list of 0"),
     "nothing": ("", "Expecting value"),
@@ -261,5 +253,5 @@ def test_load_official_never_unpickles_code(tmp_path):
 
     save_released(tiny_model(torch.float32), tmp_path)
     torch.save({"embed.weight": Evil()}, tmp_path / "consolidated.pth")
-    with pytest.raises(ValueError, match="torch.load with weights_only=True refuses it"):
+    with pytest.raises(ValueError, match="weights_only=True refuses it$"):
         mo.load_official(tmp_path)

@@ -138,27 +138,27 @@ def test_folders_that_are_none_of_ours_are_left_alone(tmp_path, monkeypatch):
 
     def refused(message, folder):
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(ValueError, match=f"^save: `directory` must {message}"):
+        with pytest.raises(ValueError, match=f"^save: `directory` must be a new folder or .* got .*{message}"):
             model.save(folder)
         assert sorted(tmp_path.rglob("*")) == before
 
     (tmp_path / "file").write_text("")
-    refused("be a folder, got the file", tmp_path / "file")
+    refused("/file, a file", tmp_path / "file")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.tex").write_text("")
-    refused("be a new folder or a checkpoint, got .*, which holds other files", tmp_path / "work")
+    refused("which holds other files", tmp_path / "work")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
-    refused("be a new folder or a checkpoint, got .*, which holds other files", tmp_path / "other")
+    refused("which holds other files", tmp_path / "other")
     model.save(tmp_path / "m")
     (tmp_path / "m" / ".git").mkdir()
-    refused(r"be a folder of files alone, got .*, which holds \.git/", tmp_path / "m")
+    refused(r"which holds \.git/", tmp_path / "m")
     (tmp_path / "m" / ".git").rmdir()
     (tmp_path / "m" / "training.json").write_text("{}")
-    refused("not be a checkpoint of a training run", tmp_path / "m")
+    refused("a training run's", tmp_path / "m")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    refused("not be the working directory", ".")
+    refused("the working directory", ".")
 
 
 def test_models_that_no_file_can_hold(tmp_path):
@@ -271,29 +271,28 @@ FAULTS = {
     "dtype": (fields(dtype="int8"), "config.json: `dtype` must be one of float32, .*, got 'int8'"),
     "dtype list": (fields(dtype=[]), "config.json: `dtype` must be one of"),
     "missing": (fields(norm_eps="absent"), "config.json: `norm_eps` is missing"),
-    "unknown": (fields(quantization_config={}), "config.json: 'quantization_config' is an unknown field"),
+    "a slip": (fields(swiglu="absent", swigloo=True), "config.json: `swiglu` is missing"),
     "range": (fields(num_layers=0), "config.json: MegalodonConfig: `num_layers` must be a positive integer"),
     "kind": (fields(swiglu=1), "config.json: MegalodonConfig: `swiglu` must be True or False, got 1"),
     "released": (fields(model={}), "config.json: is that of a folder of the released code; .*load_official reads it"),
     "too large": (fields(num_layers=10**9), "config.json: a model of this configuration takes [0-9,.]+ GiB of memory, and"),
-    "layers": (fields(num_layers=3), "model.safetensors: must hold the parameters of config.json; 'layers.2.mega.gamma', .* are missing"),
-    "fewer layers": (fields(num_layers=1), "model.safetensors: must hold the parameters of config.json; 'layers.1.mega.beta', .* are none of them"),
-    "width": (fields(ffn_hidden_dim=41), r"model.safetensors: `layers.0.nffn.fc1.weight` must have shape \(41, 32\), got \(40, 32\)"),
+    "layers": (fields(num_layers=3), "model.safetensors: must hold the parameters of config.json; 'layers.2.mega.gamma' is missing"),
+    "fewer layers": (fields(num_layers=1), "model.safetensors: must hold the parameters of config.json; 'layers.1.mega.beta' is none of them"),
+    "width": (fields(ffn_hidden_dim=41), r"model.safetensors: `layers.0.nffn.fc1.weight` must be .* of shape \(41, 32\), got torch.float32 \(40, 32\)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "both": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "holds both model.safetensors and model.safetensors.index.json"),
     "cut": (lambda f: os.truncate(f / "model.safetensors", 9000), "model.safetensors: "),
+    "huge": (lambda f: os.truncate(f / "model.safetensors", 1 << 40), "model.safetensors: "),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: "),
     "huge header": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**62)), "model.safetensors: "),
     "nan": (tensors(embed__weight=torch.full((31, 32), float("nan"))), "model.safetensors: `embed.weight` must be finite as torch.float32"),
-    "integers": (tensors(embed__weight=torch.zeros(31, 32).int()), "model.safetensors: `embed.weight` must be float32, bfloat16"),
-    "one more": (tensors(x=ONE), "model.safetensors: must hold the parameters of config.json; 'x' are none of them"),
-    "odd name": (tensors(**{"x\x1b[1m": ONE}), r"model.safetensors: must hold the parameters of config.json; 'x\\x1b\[1m' are none"),
-    "one less": (tensors(embed__weight=None), "model.safetensors: must hold the parameters of config.json; 'embed.weight' are missing"),
+    "integers": (tensors(embed__weight=torch.zeros(31, 32).int()), "model.safetensors: `embed.weight` must be floating-point numbers of shape .*, got torch.int32"),
+    "one more": (tensors(x=ONE), "model.safetensors: must hold the parameters of config.json; 'x' is none of them"),
+    "odd name": (tensors(**{"x\x1b[1m": ONE}), r"model.safetensors: must hold the parameters of config.json; 'x\\x1b\[1m' is none"),
+    "one less": (tensors(embed__weight=None), "model.safetensors: must hold the parameters of config.json; 'embed.weight' is missing"),
     "path": (index(**{"embed.weight": "../model-00001-of-00002.safetensors"}), r"index.json: files must be named as .*, got '../model-000"),
     "absolute": (index(**{"embed.weight": "/etc/passwd"}), "index.json: files must be named as .*, got '/etc/passwd'"),
     "no file": (index(**{"embed.weight": "model-00009-of-00002.safetensors"}), "model-00009-of-00002.safetensors: no such file"),
-    "moved": (index(**{"output.output.weight": "model-00001-of-00004.safetensors"}), "model-00001-of-00004.safetensors: does not hold 'output.output.weight', which"),
-    "unnamed": (index(**{"embed.weight": None}), "model-00001-of-00004.safetensors: holds 'embed.weight', which .* does not name"),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Folders of tokens: what is written is read, what is held out is what is held out of text, and damage is one clear line."""
 
-import json
+import os
 import shutil
 from collections import Counter
 
@@ -9,13 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-
 from megalodon_ops.errors import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training import Batches, Shards, hold_out
-from megalodon_ops.training.corpus import taken_while_they_fit
-from megalodon_ops.training.shard_files import dtype_of, finish, shard_name, write_shard
-from megalodon_ops.training.shards import MOST_HELD_OUT
+from megalodon_ops.training.corpus import split
+from megalodon_ops.training.shards import MOST_HELD_OUT, Index, dtype_of, write_shard
 
 BYTES = ByteTokenizer()
 texts = st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=25)
@@ -26,11 +24,17 @@ def shards_of(folder, documents, tokenizer=BYTES, count=3):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     bounds = [len(documents) * i // count for i in range(count + 1)]
-    names = [shard_name(i) for i in range(count)]
-    for name, first, last in zip(names, bounds[:-1], bounds[1:], strict=True):
-        write_shard(folder / name, tokenizer, ([text] for text in documents[first:last]), Counter())
-    finish(folder, tokenizer, names)
+    shards = [
+        write_shard(folder, number, tokenizer, ([text] for text in documents[first:last]), Counter())
+        for number, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+    ]
+    finish(folder, tokenizer, shards)
     return folder
+
+
+def finish(folder, tokenizer, shards):
+    tokenizer.save(folder)
+    Index(2, tokenizer.fingerprint, "0" * 64, shards).write(folder)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +49,8 @@ def test_documents_are_read_as_they_were_written(tmp_path, bpe, documents, count
         shards = Shards(shards_of(tmp_path / "tokens", documents, tokenizer, count))
         wanted = tokenizer.encode_batch(documents)
         assert [shards.document(i).tolist() for i in range(len(documents))] == [ids.tolist() for ids in wanted]
-        assert shards.lengths().tolist() == [len(ids) for ids in wanted]
-        assert shards.lengths(column=1).tolist() == [len(text) for text in documents]
+        assert shards.num_tokens == sum(map(len, wanted))
         assert shards.num_documents == len(documents) and shards.num_bytes == sum(map(len, documents))
-        assert shards.fingerprint == Shards(shards_of(tmp_path / "one", documents, tokenizer, 1)).fingerprint
         shards.verify()
 
 
@@ -58,6 +60,7 @@ def test_what_is_held_out_is_what_is_held_out_of_text(tmp_path, documents, count
     if len({*documents}) == 1 and len(documents[0]) == 1:
         return
     corpus = Shards(shards_of(tmp_path / "tokens", documents, BYTES, count)).hold_out()
+    assert corpus.fingerprint == Shards(shards_of(tmp_path / "one", documents, BYTES, 1)).hold_out().fingerprint
     wanted = hold_out(documents)
     assert [bytes(ids.tolist()) for ids in corpus.train] == wanted.train
     assert corpus.held_out == wanted.held_out
@@ -66,13 +69,13 @@ def test_what_is_held_out_is_what_is_held_out_of_text(tmp_path, documents, count
 
 
 def test_a_long_document_is_cut_between_tokens(tmp_path, bpe):
-    """Within a window, and beyond many; what is held out and what is not are the text."""
+    """What is held out and what is not are the text."""
     for copies in (40, 20_000):
         text = b"to be or not to be, that is the question. " * copies
         corpus = Shards(shards_of(tmp_path / "tokens", [text], bpe, 1)).hold_out()
         (rest,), (end,) = corpus.train, corpus.held_out
         assert bpe.decode(rest.tolist()) + end == text
-        assert len(text) // 20 <= len(end) < len(text) // 20 + 20
+        assert abs(len(end) - len(text) // 20) <= 43, "but for the text's period"
         assert corpus.num_bytes == len(text) - len(end) and corpus.train.lengths.tolist() == [len(rest)]
 
 
@@ -83,42 +86,45 @@ def test_at_most_8_mib_are_held_out(tmp_path, monkeypatch):
     assert [len(text) for text in held_out] == [40, 40] and MOST_HELD_OUT == 8 << 20
 
 
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(0, 300))
-def test_sizes_are_taken_while_they_fit(sizes, room):
-    wanted, left = [], room
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=200), st.integers(1, 300))
+def test_sizes_are_taken_while_they_fit(sizes, most):
+    held_out, goal = [], min(max(1, sum(sizes) // 20), most)
+    left = goal
     for size in sizes:
-        wanted.append(size <= left)
-        left -= size if size <= left else 0
-    assert taken_while_they_fit(numpy.array(sizes, numpy.int64), room).tolist() == wanted
+        if size <= left:
+            held_out.append(bytes(size))
+            left -= size
+    if left > goal / 2:
+        held_out.append(bytes(left))
+    lengths = numpy.array(sizes)
+    corpus = split(lambda number: bytes(sizes[number]), numpy.arange(len(sizes)), lengths, lengths, bytes, most)
+    assert corpus.held_out == held_out
+    assert corpus.num_bytes == sum(map(len, corpus.train)) == sum(sizes) - sum(map(len, held_out))
 
 
 def test_shards_are_mapped_when_they_are_read(tmp_path, monkeypatch):
-    """Few are mapped at once; batches of their documents are those of lists."""
-    monkeypatch.setattr("megalodon_ops.training.shards._OPEN", 2)
+    """Two shards are mapped at once; batches of their documents are those of lists."""
+    monkeypatch.setattr("megalodon_ops.training.shards.OPEN", 2)
     documents = [bytes([i]) * (3 + i) for i in range(20)]
     corpus = Shards(shards_of(tmp_path / "tokens", documents, BYTES, 7)).hold_out()
-    shards = corpus.train._shards
-    assert len(shards._maps) <= 2
+    shards = corpus.train.document.__self__
     lists = Batches([ids.tolist() for ids in corpus.train], 3, 8)
     assert isinstance(corpus.train[0], numpy.memmap)
     mapped = Batches(corpus.train, 3, 8)
     for _ in range(50):
         assert (mapped.next().targets == lists.next().targets).all()
-        assert len(shards._maps) <= 2
+        assert shards._opened.cache_info().currsize <= 2
     assert mapped.position() == lists.position()
 
 
 def test_any_program_reads_the_files(tmp_path, bpe):
     documents = [b"to be", b"or not " * 20_000, b"that is"]
-    folder = shards_of(tmp_path / "tokens", documents, bpe, 1) / "shard-000000"
-    tokens, index, cuts = (numpy.load(folder / f"{name}.npy") for name in ("tokens", "documents", "cuts"))
-    assert tokens.dtype == numpy.uint16 and index.dtype == cuts.dtype == numpy.uint64
+    folder = shards_of(tmp_path / "tokens", documents, bpe, 1)
+    tokens, index = (numpy.load(folder / f"shard-000000.{name}.npy") for name in ("tokens", "documents"))
+    assert tokens.dtype == numpy.uint16 and index.dtype == numpy.uint64
     assert bpe.decode(tokens[: int(index[0, 0])].tolist()) == b"to be"
     assert bpe.decode(tokens[int(index[1, 0]) :].tolist()) == b"that is"
     assert index[:, 1].tolist() == [5, 140_005, 140_012]
-    assert len(cuts) == 2 and all(5 < size < 140_005 for size in cuts[:, 1])
-    for end, size in cuts.tolist():
-        assert bpe.decode(tokens[int(index[0, 0]) : end].tolist()) == documents[1][: size - 5]
 
 
 @pytest.mark.parametrize(
@@ -141,17 +147,16 @@ def test_a_document_without_tokens_is_counted(tmp_path):
     folder = tmp_path / "tokens"
     folder.mkdir()
     documents = [[b"a b"], [b" " * 200_000], [b"c" * 70_000, b" " * 70_000], [b"  "]]
-    write_shard(folder / "shard-000000", Dropping(), documents, skipped)
-    finish(folder, Dropping(), ["shard-000000"])
+    finish(folder, Dropping(), [write_shard(folder, 0, Dropping(), documents, skipped)])
+    assert Index.read(folder).shards[0].skipped == {"documents without tokens": 2, "empty documents": 2}
     shards = Shards(folder)
-    assert shards.skipped == {"documents without tokens": 2, "empty documents": 2}
     assert (shards.num_documents, shards.num_bytes, shards.num_tokens) == (2, 140_003, 70_002)
-    cuts = numpy.load(folder / "shard-000000" / "cuts.npy")
-    assert len(cuts) == 2 and (cuts[:, 1] > 3).all(), "those of the documents that are there"
 
 
-def edit(path, change):
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+def edit(path, before, after):
+    content = path.read_bytes()
+    assert content.count(before) >= 1
+    path.write_bytes(content.replace(before, after, 1))
 
 
 def flip(path, at):
@@ -160,28 +165,30 @@ def flip(path, at):
     path.write_bytes(content)
 
 
+def refuse_to_be_read(path):
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE = {
-    "no folder": (lambda f: shutil.rmtree(f), "dataset.json: no such file; the command `tokenize` makes"),
-    "unfinished": (lambda f: (f / "dataset.json").rename(f / "tokenize.json"), "tokens: is not finished; run the command `tokenize` again"),
-    "no JSON": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json: "),
-    "format": (lambda f: edit(f / "dataset.json", lambda r: r | {"format": 2}), "its format is 2, and this version reads 1"),
-    "changed": (lambda f: edit(f / "dataset.json", lambda r: r | {"tokens": 1}), "dataset.json: was changed after it"),
-    "a name": (
-        lambda f: edit(f / "dataset.json", lambda r: r | {"shards": [{"name": "../x", "sha256": "0" * 64}]}),
-        "dataset.json: `shards` must be a list of names and sha256 sums",
-    ),
-    "a field": (lambda f: edit(f / "dataset.json", lambda r: r | {"more": 1}), "dataset.json: 'more' is unknown"),
+    "no folder": (lambda f: shutil.rmtree(f), "No such file or directory: "),
+    "unfinished": (lambda f: Index(2, BYTES.fingerprint, "0" * 64, [None]).write(f), "tokens: is not finished; run the command `tokenize` again"),
+    "no JSON": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json: Input data was truncated"),
+    "no text": (lambda f: (f / "dataset.json").write_bytes(b"\xff" * 9), "dataset.json: "),
+    "deep": (lambda f: (f / "dataset.json").write_text('{"format": ' + "[" * 10**6), "dataset.json: "),
+    "a folder": (lambda f: refuse_to_be_read(f / "dataset.json"), "dataset.json: Is a directory"),
+    "format": (lambda f: edit(f / "dataset.json", b'"format": 2', b'"format": 1'), "dataset.json: Invalid enum value 1 - at `$.format`"),
+    "a count": (lambda f: edit(f / "dataset.json", b'"tokens": ', b'"tokens": -'), "Expected `int` >= 0 - at `$.shards[0].tokens`"),
+    "a field": (lambda f: edit(f / "dataset.json", b"{", b'{"more": 1, '), "contains unknown field `more`"),
     "tokenizer": (lambda f: Tokenizer.train([b"others " * 90], vocab_size=280).save(f), "its tokenizer is not the one that made the tokens"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json and no tokenizer.model"),
-    "shard": (lambda f: shutil.rmtree(f / "shard-000001"), "shard-000001/shard.json: no such file"),
-    "record": (lambda f: edit(f / "shard-000001/shard.json", lambda r: r), "shard.json: was changed after it was written"),
-    "index": (lambda f: flip(f / "shard-000001/documents.npy", 130), "documents.npy: was changed after it was written"),
-    "cuts": (lambda f: flip(f / "shard-000001/cuts.npy", 20), "cuts.npy: was changed after it was written"),
-    "short": (lambda f: (f / "shard-000001/tokens.npy").write_bytes(b"x" * 130), "tokens.npy: has 130 bytes instead of"),
-    "a link": (
-        lambda f: ((f / "shard-000001/tokens.npy").unlink(), (f / "shard-000001/tokens.npy").symlink_to("/dev/zero")),
-        "tokens.npy: must be a file, got a device",
-    ),
+    "shard": (lambda f: (f / "shard-000001.tokens.npy").unlink(), "No such file or directory: '"),
+    "documents": (lambda f: edit(f / "shard-000001.documents.npy", b"(1, 3)", b"(3, 1)"), "documents.npy: must hold (1, 3) numbers of uint64, got (3, 1)"),
+    "type": (lambda f: edit(f / "shard-000001.tokens.npy", b"<u2", b"<i2"), " numbers of uint16, got (4,) of int16"),
+    "another shard's": (lambda f: shutil.copy(f / "shard-000000.documents.npy", f / "shard-000001.documents.npy"), "documents.npy: must end where the shard does"),
+    "short": (lambda f: (f / "shard-000001.tokens.npy").write_bytes(b"x" * 130), "shard-000001.tokens.npy: "),
+    "cut": (lambda f: os.truncate(f / "shard-000001.tokens.npy", 130), "shard-000001.tokens.npy: "),
+    "objects": (lambda f: numpy.save(f / "shard-000001.tokens.npy", numpy.array([{}] * 6)), "shard-000001.tokens.npy: Array can't be memory-mapped"),
 }  # fmt: skip
 
 
@@ -191,25 +198,30 @@ def test_damage_is_one_line(tmp_path, bpe, name):
     damage, message = DAMAGE[name]
     damage(folder)
     with pytest.raises((FileError, FileNotFoundError)) as caught:
-        Shards(folder)
+        Shards(folder).hold_out()
     assert message in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_tokens_are_compared_when_that_is_asked_for(tmp_path):
+@pytest.mark.parametrize("name", ["tokens", "documents"])
+def test_shards_are_compared_when_that_is_asked_for(tmp_path, name):
     folder = shards_of(tmp_path / "tokens", [b"to be", b"or not to be", b"that is"])
-    flip(folder / "shard-000001" / "tokens.npy", 130)
+    Shards(folder).verify()
+    flip(folder / f"shard-000001.{name}.npy", 128 if name == "tokens" else 128 + 16)
     shards = Shards(folder)
-    with pytest.raises(FileError, match="shard-000001/tokens.npy: was changed after it was written"):
+    with pytest.raises(FileError, match=f"shard-000001.{name}.npy: was changed after it was written"):
         shards.verify()
-    flip(folder / "shard-000001" / "tokens.npy", 130)
-    flip(folder / "shard-000001" / "tokens.npy", 30)
-    with pytest.raises(FileError, match="tokens.npy: must be an array"):
-        shards.document(1)
+
+
+def test_documents_that_end_before_they_begin(tmp_path):
+    folder = shards_of(tmp_path / "tokens", [b"to be", b"or not to be", b"that is"], count=1)
+    flip(folder / "shard-000000.documents.npy", 128 + 7)  # the highest byte of the first document's end
+    with pytest.raises(FileError, match="shard-000000.documents.npy: documents must end one after another"):
+        Shards(folder).hold_out()
 
 
 @pytest.mark.parametrize("documents", [[], [b"x"], [b"x", b"x"]], ids=["none", "one byte", "copies"])
 def test_too_little_to_hold_out(tmp_path, documents):
-    with pytest.raises(FileError, match="must hold 2 bytes of text"):
+    with pytest.raises(FileError, match="tokens: hold_out: `documents` must have at least 2 bytes"):
         Shards(shards_of(tmp_path / "tokens", documents)).hold_out()
 
 

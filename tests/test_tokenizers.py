@@ -223,14 +223,20 @@ def test_the_byte_tokenizer_needs_no_package(tmp_path, monkeypatch):
             call()
 
 
-def test_ids_with_gaps_need_a_start_of_their_own(tmp_path):
+def test_ids_with_gaps(tmp_path):
+    """The package gives an added token the number of tokens for an id, which another token may have."""
     package("tokenizers")
     from tokenizers import Tokenizer as Model
     from tokenizers import models
 
-    words = {"a": 0, "b": 1, "<begin>": 5}
-    with pytest.raises(FileError, match="its ids have gaps, so none can be added; name one as `bos_token`"):
+    words = {"a": 0, "b": 1, "c": 3}
+    with pytest.raises(FileError, match="two tokens have the id 3, "):
         from_json(Model(models.WordLevel(words, unk_token="b")), tmp_path)
+    words = {"a": 0, "b": 1, "<begin>": 5}
+    tokenizer = from_json(Model(models.WordLevel(words, unk_token="b")), tmp_path)
+    assert (tokenizer.start, tokenizer.vocab_size, tokenizer.output_size) == (3, 6, 6)
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<begin>"}}')
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.start, tokenizer.vocab_size, tokenizer.output_size) == (5, 6, 5)

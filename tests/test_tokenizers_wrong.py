@@ -17,10 +17,10 @@ WRONG = {
     "missing": (None, "no such file"),
     "empty": (b"", "neither a JSON file of the `tokenizers` package nor a sentencepiece model"),
     "noise": (b"\xff\x00noise" * 9, ""),
-    "no JSON": (b'{"model": ', "is no JSON"),
-    "deep": (b'{"a":' * 100_000, "is no JSON"),
+    "no JSON": (b'{"model": ', "EOF while parsing"),
+    "deep": (b'{"a":' * 100_000, "expected `,` or `}`"),
     "another JSON": (b'{"num_layers": 3}', ""),
-    "no list": (b'{"added_tokens": [1]}', "is no tokenizer"),
+    "no list": (b'{"added_tokens": [1]}', ""),
     "model": (b'{"version": "1.0", "model": {"type": "None"}}', ""),
 }
 
@@ -58,14 +58,20 @@ def test_wrong_folders(tmp_path):
 
 def test_wrong_calls(tokenizer):
     for wrong in (None, 3, [1, 2], object()):
-        with pytest.raises(TypeError, match="`text` must be bytes or str, got"):
+        with pytest.raises(TypeError, match="`documents` must hold bytes or str, got"):
             tokenizer.encode(wrong)
-        with pytest.raises(TypeError, match="encode_pieces: `(pieces|text)` must be"):
+        with pytest.raises(TypeError, match="encode_pieces: `pieces` must"):
             list(tokenizer.encode_pieces(wrong))
-    with pytest.raises(TypeError, match="encode_pieces: `pieces` must be an iterable of bytes, got b'text'"):
-        tokenizer.encode_pieces(b"text")
-    for wrong in (3, [b"text"], ["text"], [[3]], [3], b"text"):
-        with pytest.raises(TypeError, match="encode_stream: `(documents|text)` must be"):
+    for wrong in ("abc", b"abc", bytearray(b"abc")):
+        for name, call in (
+            ("encode_batch: `documents`", tokenizer.encode_batch),
+            ("encode_pieces: `pieces`", lambda texts: list(tokenizer.encode_pieces(texts))),
+            ("Tokenizer.train: `documents`", lambda texts: Tokenizer.train(texts, vocab_size=300)),
+        ):
+            with pytest.raises(TypeError, match=f"{name} must be a list of texts, got .*; put it in a list"):
+                call(wrong)
+    for wrong in ([b"text"], ["text"], [[3]], [3], b"text"):
+        with pytest.raises(TypeError, match="encode_stream: `documents` must"):
             list(tokenizer.encode_stream(wrong))
     for wrong in (-1, tokenizer.vocab_size, 2**70):
         with pytest.raises(ValueError, match=r"decode: `ids` must be in \[0, "):
@@ -75,13 +81,39 @@ def test_wrong_calls(tokenizer):
             call(3)
     with pytest.raises(TypeError, match="Tokenizer.from_file: `path` must be a path, got None"):
         Tokenizer.from_file(None)
-    with pytest.raises(TypeError, match="decode: `ids` must be integers, got 2.5"):
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
         tokenizer.decode([2.5])
     for wrong in (0, 257, -5):
         with pytest.raises(ValueError, match="Tokenizer.train: `vocab_size` must be"):
             Tokenizer.train([SOURCE], vocab_size=wrong)
     with pytest.raises(TypeError, match="Tokenizer.train: `vocab_size` must be"):
         Tokenizer.train([SOURCE], vocab_size="many")
+
+
+TWO_OF_ONE_ID = {
+    "of the model": lambda fields: fields["model"]["vocab"].update(b=0),
+    "added": lambda fields: fields["added_tokens"].append({**fields["added_tokens"][0], "content": "<t>"}),
+    "added over the model's": lambda fields: fields["added_tokens"][0].update(id=1),
+}
+
+
+@pytest.mark.parametrize("case", TWO_OF_ONE_ID)
+def test_two_tokens_of_one_id_are_refused(tmp_path, case):
+    """One of them would be lost: the package takes such a file."""
+    package("tokenizers")
+    from tokenizers import Tokenizer as Model
+    from tokenizers import models
+
+    model = Model(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    model.add_special_tokens(["<s>"])
+    fields = json.loads(model.to_str())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    assert load_tokenizer(path).vocab_size == 3
+    TWO_OF_ONE_ID[case](fields)
+    path.write_text(json.dumps(fields))
+    with pytest.raises(FileError, match=rf"^{path}: two tokens have the id \d, '.*' and '.*'$"):
+        load_tokenizer(path)
 
 
 def mutated(content, rng):

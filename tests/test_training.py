@@ -195,35 +195,38 @@ def test_the_schedule_sets_the_rate_of_every_group():
 WRONG = {
     "rows": (lambda: training.Batches([b"a"], 0, 3), "Batches: `rows` must be a positive integer"),
     "length": (lambda: training.Batches([b"a"], 1, 2.5), "Batches: `length` must be a positive integer"),
-    "start": (lambda: training.Batches([b"a"], 1, 2, start=-1), "Batches: `start` must be"),
     "context": (lambda: training.Batches([b"a"], 1, 2, context="both"), 'Batches: `context` must be "streamed" or'),
     "context_length": (
         lambda: training.Batches([b"a"], 1, 2, context_length=0),
         "Batches: `context_length` must be a positive integer, or None, got 0",
     ),
-    "seed": (lambda: training.Batches([b"a"], 1, 2, seed="x"), "Batches: `seed` must be an integer of at least 0"),
     "no documents": (lambda: training.Batches([], 1, 2), "Batches: `documents` must hold a token, got none"),
     "empty documents": (lambda: training.Batches([b""], 1, 2), "Batches: `documents` must hold a token, got none"),
     "one document": (lambda: training.Batches(b"text", 1, 2), "Batches: `documents` must be a list of documents"),
-    "a str": (lambda: training.Batches(["text"], 1, 2), "Batches: `documents` must be of bytes or of ids, got a str"),
-    "position": (lambda: training.Batches([b"a"], 1, 2).seek({}), "Batches.seek: `position` must be one of 1 readers"),
+    "a str": (lambda: training.Batches(["text"], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got <U2"),
+    "float ids": (lambda: training.Batches([[1.5, 2]], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got float64"),
+    "a tensor of floats": (lambda: training.Batches([torch.ones(3)], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got float32"),
+    "negative ids": (lambda: training.Batches([np.array([3, -1])], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got -1"),
+    "no position": (lambda: training.Batches([b"a"], 1, 2).seek(None), "Expected `object`, got `null`"),
+    "position": (lambda: training.Batches([b"a"], 1, 2).seek({}), "Object missing"),
+    "another batch's": (
+        lambda: training.Batches([b"a"], 1, 2).seek(training.Batches([b"a"], 2, 2).position()),
+        "Batches.seek: `position` must be of as many rows, inside these documents",
+    ),
+    "before the start": (
+        lambda: training.Batches([b"a"], 1, 2).seek({"taken": 1, "readers": [[0, -1]]}),
+        "Batches.seek: `position` must be of as many rows, inside these documents",
+    ),
     "past the end": (
         lambda: training.Batches([b"a"], 1, 2).seek({"taken": 1, "readers": [[0, 5]]}),
-        "Batches.seek: `position` must be inside the documents, got token 5 of document 0",
+        "Batches.seek: `position` must be of as many rows, inside these documents",
     ),
-    "model": (lambda: training.parameter_groups(3), "parameter_groups: `model` must be a module, got 3"),
-    "decay": (
-        lambda: training.parameter_groups(torch.nn.Linear(2, 2), weight_decay=-1),
-        "parameter_groups: `weight_decay` must be a number of at least 0, got -1",
-    ),
-    "lr": (lambda: training.Schedule(lr=0.0, warmup=1, steps=1), "Schedule: `lr` must be a positive number"),
-    "steps": (lambda: training.Schedule(lr=1.0, warmup=1, steps=0), "Schedule: `steps` must be a positive integer"),
+    "rate": (lambda: training.Muon(torch.nn.Linear(2, 2), lr=-1.0), "Invalid learning rate: -1"),
+    "steps": (lambda: training.Schedule(lr=1.0, warmup=1, steps=0), "Schedule: `steps` or `minutes` must be given"),
     "endless": (lambda: training.Schedule(lr=1.0, warmup=1), "Schedule: `steps` or `minutes` must be given, got neither"),
     "text": (lambda: training.hold_out([b"a"]), "hold_out: `documents` must have at least 2 bytes"),
     "text as a str": (lambda: training.hold_out(["text"]), "hold_out: `documents` must be of bytes, got 'text'; encode text."),
-    "one text": (lambda: training.hold_out(b"text"), "hold_out: `documents` must be a list of documents, got b'text'; put it"),
-    "no model": (lambda: training.Reader(3), "Reader: `model` must be a Megalodon, got 3."),
-    "adamw": (lambda: training.adamw(torch.nn.Linear(2, 2), lr="a"), "adamw: `lr` must be a number of at least 0, got 'a'"),
+    "one text": (lambda: training.hold_out(b"text"), "hold_out: `documents` must be of bytes, got 116"),
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def train_on_text(
     def seek(found: dict[str, Any]) -> None:
         batches.seek(json.loads(found["batches"]))
         if found["state"] is not None:
-            reader.seek(from_named(found["state"], model.config))
+            reader.seek(from_named(found["state"]))
 
     return train(model, recipe, lambda: reader.loss(batches.next()), scratch, position=position, seek=seek)
 

@@ -60,15 +60,15 @@ class Block {
         const std::string& name, const std::string& state, Arena& arena)
       : s(sizes),
         a(activations),
-        wz_(s, tensors, name + ".mega.wz", s.D, s.H * s.K, a.m, a.z, arena),
-        wv_(s, tensors, name + ".mega.wv", s.D, s.H * s.V, a.t, a.v, arena),
-        wr_(s, tensors, name + ".mega.wr", s.D, s.H * s.V, a.m, a.r, arena),
-        wh1_(s, tensors, name + ".mega.wh1", s.D, s.D, a.m, a.a, arena),
-        wh2_(s, tensors, name + ".mega.wh2", s.H * s.V, s.D, a.r, a.b, arena),
-        fc1_(s, tensors, name + ".nffn.fc1", s.D, s.F, a.n, a.hidden, arena),
-        fc2_(s, tensors, name + ".nffn.fc2", s.F, s.D, a.hidden, a.a, arena) {
+        wz_(s, tensors, name + ".mega.wz", s.D, s.H * s.K, a.m, a.z),
+        wv_(s, tensors, name + ".mega.wv", s.D, s.H * s.V, a.t, a.v),
+        wr_(s, tensors, name + ".mega.wr", s.D, s.H * s.V, a.m, a.r),
+        wh1_(s, tensors, name + ".mega.wh1", s.D, s.D, a.m, a.a),
+        wh2_(s, tensors, name + ".mega.wh2", s.H * s.V, s.D, a.r, a.b),
+        fc1_(s, tensors, name + ".nffn.fc1", s.D, s.F, a.n, a.hidden),
+        fc2_(s, tensors, name + ".nffn.fc2", s.F, s.D, a.hidden, a.a) {
     const std::string mega = name + ".mega", nffn = name + ".nffn";
-    if (s.gated) fc3_.emplace(s, tensors, nffn + ".fc3", s.D, s.F, a.n, a.gate, arena);
+    if (s.gated) fc3_.emplace(s, tensors, nffn + ".fc3", s.D, s.F, a.n, a.gate);
     timenorm_ = timestep_norm(s, tensors, mega + ".timenorm", state + ".norm");
     timenorm_.y = a.t;
 
@@ -207,77 +207,52 @@ Sizes sizes_of(py::handle config, DType dtype, int64_t batch, int64_t max_tokens
           config.attr("norm_eps").cast<double>()};
 }
 
-// The layers [first, end) of a model; `embeds`: the embedding before them; `norms`: the final norm after them;
-// `writes_logits`: the output matrix at the end. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).
+// A whole model, from tokens to logits. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).
 class Decoder {
  public:
-  Decoder(py::object config, py::dict tensors, py::object rotary, py::object like, int64_t batch, int64_t max_tokens,
-          bool embeds, int64_t first, int64_t end, bool norms, bool writes_logits)
+  Decoder(py::object config, py::dict tensors, py::object rotary, py::object like, int64_t batch, int64_t max_tokens)
       : held_(py::make_tuple(tensors, rotary)),
         s(sizes_of(config, TensorView(kDecoder, "embed.weight", like).floating(), batch, max_tokens)),
         a(s, arena_),
-        embeds_(embeds),
-        norms_(norms),
-        writes_logits_(writes_logits) {
-    const int64_t vocabulary = integer(config, "vocab_size"), outputs = integer(config, "num_outputs");
+        vocabulary_(integer(config, "vocab_size")),
+        outputs_(integer(config, "num_outputs")) {
     Tensors named(std::move(tensors), s);
-    if (embeds) {
-      vocabulary_ = vocabulary;
-      embedding_.dtype = s.dtype;
-      embedding_.channels = s.D;
-      embedding_.weight = named.activation("embed.weight", "(vocabulary, D)", {vocabulary, s.D});
-      embedding_.scale = config.attr("embedding_scale").cast<double>();
-    }
+    embedding_.dtype = s.dtype;
+    embedding_.channels = s.D;
+    embedding_.weight = named.activation("embed.weight", "(vocabulary, D)", {vocabulary_, s.D});
+    embedding_.scale = config.attr("embedding_scale").cast<double>();
+    embedding_.y = a.x[0];
     const TensorView table(kDecoder, "rotary", rotary);
     table.present().shape("(C, K / 2, 2)", {s.C, s.K / 2, 2}).dtype(s.real(), kRealDtype);
-    for (int64_t layer = first; layer < end; ++layer) {
+    for (int64_t layer = 0; layer < integer(config, "num_layers"); ++layer) {
       const std::string name = "layers." + std::to_string(layer);
       blocks_.emplace_back(s, a, table.data(), named, name, "state." + name, arena_);
     }
-    if (norms) norm_ = timestep_norm(s, named, "output.final_norm", "state.norm");
-    if (writes_logits) output_ = matrix(s, named, "output.output", s.D, outputs, nullptr, nullptr);
+    norm_ = timestep_norm(s, named, "output.final_norm", "state.norm");
+    norm_.y = a.n;
+    output_.emplace(s, named, "output.output", s.D, outputs_, a.n, nullptr);
   }
 
-  // Tokens (B, L) or x (B, L, D) to y: logits (B, L, outputs) or (B, L, D). One call at a time.
-  void run(py::handle x_, py::handle y_) {
-    const TensorView x(kDecoder, embeds_ ? "tokens" : "x", x_), y(kDecoder, "y", y_);
-    if (embeds_) x.rank("(B, L)", 2).dtype(Scalar::i64, "tokens");
-    else x.rank("(B, L, D)", 3).shape("(B, L, D)", {s.B, x.size(1), s.D}).dtype(s.scalar(), "as the model");
-    const int64_t L = x.size(1), T = s.B * L;
-    if (x.size(0) != s.B || T > s.max_tokens)
-      x.fail("of " + std::to_string(s.B) + " rows and at most " + std::to_string(s.max_tokens) + " tokens, got " +
-             std::to_string(x.size(0)) + " rows of " + std::to_string(L));
-    const int64_t columns = writes_logits_ ? output_.outputs : s.D;
-    y.present().shape("(B, L, columns)", {s.B, L, columns}).dtype(s.scalar(), "as the model");
-    if (embeds_) check_tokens(x.data_as<const int64_t>(), T);
+  // Tokens (B, L) to logits (B, L, outputs). One call at a time.
+  void run(py::handle tokens_, py::handle logits_) {
+    const TensorView tokens(kDecoder, "tokens", tokens_), logits(kDecoder, "logits", logits_);
+    tokens.rank("(B, L)", 2).dtype(Scalar::i64, "tokens");
+    const int64_t L = tokens.size(1), T = s.B * L;
+    if (tokens.size(0) != s.B || T > s.max_tokens)
+      tokens.fail("of " + std::to_string(s.B) + " rows and at most " + std::to_string(s.max_tokens) + " tokens, got " +
+                  std::to_string(tokens.size(0)) + " rows of " + std::to_string(L));
+    logits.present().shape("(B, L, outputs)", {s.B, L, outputs_}).dtype(s.scalar(), "as the model");
+    check_tokens(tokens.data_as<const int64_t>(), T);
 
     const py::gil_scoped_release unlocked;
-    const void* from = x.data();
-    size_t left = embeds_ + blocks_.size() + norms_ + writes_logits_;  // steps to run; the last step writes to y
-    const auto target = [&](void* buffer) { return --left == 0 ? y.data() : buffer; };
-    if (embeds_) {
-      embedding_.rows = T;
-      embedding_.tokens = x.data_as<const int64_t>();
-      from = embedding_.y = target(a.x[0]);
-      launch_embedding_cpu(embedding_);
-    }
-    for (size_t i = 0; i < blocks_.size(); ++i) {
-      void* to = target(a.x[(i + 1) % 2]);
-      blocks_[i].run(L, from, to);
-      from = to;
-    }
-    if (norms_) {
-      norm_.sequences = Sequences{s.B, T, L};
-      norm_.x = from;
-      from = norm_.y = target(a.n);
-      launch_timestep_norm_fwd_cpu(norm_);
-    }
-    if (writes_logits_) {
-      output_.rows = T;
-      output_.x = from;
-      output_.y = target(nullptr);
-      launch_linear_few_rows_cpu(output_);
-    }
+    embedding_.rows = T;
+    embedding_.tokens = tokens.data_as<const int64_t>();
+    launch_embedding_cpu(embedding_);
+    for (size_t i = 0; i < blocks_.size(); ++i) blocks_[i].run(L, a.x[i % 2], a.x[(i + 1) % 2]);
+    norm_.sequences = Sequences{s.B, T, L};
+    norm_.x = a.x[blocks_.size() % 2];
+    launch_timestep_norm_fwd_cpu(norm_);
+    output_->run(T, logits.data());
   }
 
  private:
@@ -292,23 +267,19 @@ class Decoder {
   const Sizes s;
   Arena arena_;
   const Activations a;
-  const bool embeds_, norms_, writes_logits_;
-  int64_t vocabulary_ = 0;
+  const int64_t vocabulary_, outputs_;
   EmbeddingParams embedding_{};
   std::deque<Block> blocks_;
   TimestepNormFwdParams norm_{};
-  LinearFewRowsParams output_{};
+  std::optional<LinearLayer> output_;
 };
 
 }  // namespace
 
 void bind_decoder(py::module_& module) {
   py::class_<Decoder>(module, "Decoder")
-      .def(py::init<py::object, py::dict, py::object, py::object, int64_t, int64_t, bool, int64_t, int64_t, bool,
-                    bool>(),
-           py::arg("config"), py::arg("tensors"), py::arg("rotary"), py::arg("like"), py::arg("batch"),
-           py::arg("max_tokens"), py::arg("embeds"), py::arg("first"), py::arg("end"), py::arg("norms"),
-           py::arg("writes_logits"))
+      .def(py::init<py::object, py::dict, py::object, py::object, int64_t, int64_t>(), py::arg("config"),
+           py::arg("tensors"), py::arg("rotary"), py::arg("like"), py::arg("batch"), py::arg("max_tokens"))
       .def("run", &Decoder::run);
 }
 

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "linear.h"
-#include "residual.h"
 #include "tensor_view.h"
 
 namespace megalodon {
@@ -106,66 +105,45 @@ struct Activations {
 };
 
 inline LinearFewRowsParams matrix(const Sizes& s, Tensors& tensors, const std::string& name, int64_t inputs,
-                                  int64_t outputs, const void* x, void* y) {
+                                  int64_t outputs) {
   LinearFewRowsParams p{};
   p.dtype = s.dtype;
   p.inputs = inputs;
   p.outputs = outputs;
   p.weight = tensors.activation(name + ".weight", "(outputs, inputs)", {outputs, inputs});
   p.bias = tensors(name + ".bias").shape("(outputs,)", {outputs}).dtype(s.scalar(), "as the weight").data();
-  p.x = x;
-  p.y = y;
   return p;
 }
 
-// x (T, inputs) to y (T, outputs): the kernel of the layer's matrix, plus scale up(down(x)) where the layer has an
-// adapter of low rank; or the function of Python that stands for the layer. The function gets the memory of x and y; it
-// may write to x as well, as a hook of a layer may.
+// x (T, inputs) to y (T, outputs): the kernel of the layer's matrix, or the function of Python that stands for the
+// layer. The function gets the memory of x and y; it may write to x as well, as a hook of a layer may.
 class LinearLayer {
  public:
   LinearLayer(const Sizes& s, Tensors& tensors, const std::string& name, int64_t inputs, int64_t outputs, void* x,
-              void* y, Arena& arena)
-      : function_(tensors.function(name)), x_(x), y_(y), x_row_(inputs * s.element()), y_row_(outputs * s.element()) {
-    if (function_) return;
-    matrix_ = matrix(s, tensors, name, inputs, outputs, x, y);
-    const TensorView down = tensors(name + ".down.weight");
-    if (!down.given()) return;
-    const int64_t rank = down.rank("(rank, inputs)", 2).size(0);
-    void* low = arena(s.max_tokens * rank * s.element());
-    adapter_ = Adapter{matrix(s, tensors, name + ".down", inputs, rank, x, low),
-                       matrix(s, tensors, name + ".up", rank, outputs, low, arena(s.max_tokens * y_row_)),
-                       tensors.real(name + ".scale", "(outputs,)", {outputs})};
+              void* y)
+      : function_(tensors.function(name)), x_row_(inputs * s.element()), y_row_(outputs * s.element()) {
+    if (!function_) matrix_ = matrix(s, tensors, name, inputs, outputs);
+    matrix_.x = x;
+    matrix_.y = y;
   }
 
   // Called while other threads may run Python.
-  void run(int64_t rows) {
+  void run(int64_t rows) { run(rows, matrix_.y); }
+  void run(int64_t rows, void* y) {
     if (function_) {
       const py::gil_scoped_acquire locked;
-      function_(py::memoryview::from_memory(x_, rows * x_row_), py::memoryview::from_memory(y_, rows * y_row_));
+      function_(py::memoryview::from_memory(const_cast<void*>(matrix_.x), rows * x_row_),
+                py::memoryview::from_memory(y, rows * y_row_));
       return;
     }
-    run(matrix_, rows);
-    if (!adapter_) return;
-    run(adapter_->down, rows);
-    run(adapter_->up, rows);
-    launch_residual_cpu({matrix_.dtype, rows, matrix_.outputs, y_, adapter_->up.y, nullptr, adapter_->scale, y_});
+    matrix_.rows = rows;
+    matrix_.y = y;
+    launch_linear_few_rows_cpu(matrix_);
   }
 
  private:
-  struct Adapter {
-    LinearFewRowsParams down, up;
-    const void* scale;  // (outputs) R
-  };
-
-  static void run(LinearFewRowsParams& p, int64_t rows) {
-    p.rows = rows;
-    launch_linear_few_rows_cpu(p);
-  }
-
   const py::object function_;
   LinearFewRowsParams matrix_{};
-  std::optional<Adapter> adapter_;
-  void *x_, *y_;
   int64_t x_row_, y_row_;  // bytes
 };
 

@@ -262,10 +262,5 @@ class Decoder:
         like: Tensor,
         batch: int,
         max_tokens: int,
-        embeds: bool,
-        first: int,
-        end: int,
-        norms: bool,
-        writes_logits: bool,
     ) -> None: ...
-    def run(self, x: Tensor, y: Tensor, /) -> None: ...
+    def run(self, tokens: Tensor, logits: Tensor, /) -> None: ...

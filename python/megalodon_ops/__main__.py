@@ -1,5 +1,5 @@
 """`python -m megalodon_ops {info, train, eval, generate, tokenizer, tokenize, convert, plan}`."""
 
-from megalodon_ops.cli import main
+from megalodon_ops.cli import process
 
-raise SystemExit(main())
+process()

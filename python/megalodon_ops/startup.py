@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SPIN_COUNT = 20_000
+SPIN_COUNT = 3_000
 """How often a thread that waits for another looks before it sleeps"""
 
 

@@ -8,21 +8,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from megalodon_ops import extras, startup
-from megalodon_ops.cli import launch
-from megalodon_ops.cli.arguments import parse
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.errors import FileError, TeamLost, UserFault
+from megalodon_ops.errors import FileError
 from megalodon_ops.ops.memory import keep_freed_memory
 
-COMMANDS = {
-    "info": "info", "train": "train", "eval": "evaluate", "generate": "generate", "convert": "convert",
-    "tokenizer": "tokenizer", "tokenize": "tokenize", "plan": "plan",
-}  # fmt: skip
-EXTRA = {"numpy", "safetensors", "tqdm", "matplotlib", "tokenizers", "sentencepiece"}
+EXTRA = {"msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock"}
+MODULES = {"eval": "evaluate"}
+"""The modules of commands whose names are not theirs"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,14 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a character that the encoding lacks is shown as an escape
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    options = parse(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words else ""
     logging.getLogger("megalodon_ops").addHandler(_WARNINGS)
     keep_freed_memory()
     try:
         with _needing_the_extra():
-            command = importlib.import_module(f"megalodon_ops.cli.{COMMANDS[options.command]}")
+            command, options = _chosen(words)
             with startup.interruptible():
-                code = command.run(options)
+                code = command(options)
                 sys.stdout.flush()  # if the reader has gone, this raises here and not at the interpreter's end
                 return code
     except BrokenPipeError:  # `... generate | head`: the reader has gone, so output still buffered is thrown away
@@ -45,12 +44,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (UserFault, FileError, FloatingPointError, OSError) as error:
-        if launch.speaks_for(error):
-            print(f"megalodon_ops {options.command}: error: {_text(error)}", file=sys.stderr, flush=True)
-        if isinstance(error, TeamLost):  # what still waits for the lost process, in a thread, would wait long
-            os._exit(2)
-        return 2
+    except (CommandError, FileError, FloatingPointError, OSError) as error:
+        return _say_why(name, error)
+    except RuntimeError as error:
+        from megalodon_ops.cli import processes
+
+        if not processes.is_of_another_process(error):
+            raise
+        lost = "another process of the run has ended, or has not answered within --timeout"
+        return _say_why(name, CommandError(f"{lost}: {processes.first_line(error)}"))
+
+
+def _say_why(name: str, error: Exception) -> int:
+    """Shows an error of a command in one line, unless another process of it has shown what this one comes from."""
+    from megalodon_ops.cli.processes import is_one_of_several, says_why
+
+    if (line := says_why(error)) is not None:
+        begin = "\n" if is_one_of_several() else ""  # the first process's bar may stand in the line
+        print(f"{begin}megalodon_ops {name}: error: {line}", file=sys.stderr, flush=True)
+    return 2
+
+
+def process() -> NoReturn:
+    """Runs the command of this process, and ends the process.
+
+    One process of several ends at once, so that no thread and no connection keeps it which waits for one that is gone.
+    """
+    from megalodon_ops.cli.processes import is_one_of_several, says_why
+
+    if not is_one_of_several():
+        raise SystemExit(main())
+    code: Any = 1
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except Exception as error:
+        if says_why(error) is not None:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _chosen(words: list[str]) -> tuple[Callable[[Any], int], Any]:
+    """The function that runs the command, and its options."""
+    if words == ["info"]:
+        return importlib.import_module("megalodon_ops.cli.info").run, None
+    from megalodon_ops.cli.flags import parse
+    from megalodon_ops.cli.options import COMMANDS
+
+    name, options = parse(words, COMMANDS)
+    run = importlib.import_module(f"megalodon_ops.cli.{MODULES.get(name, name)}").run
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the error of the first process that has failed
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        run = record(run)
+    return run, options
 
 
 class _Warnings(logging.Handler):
@@ -59,10 +109,6 @@ class _Warnings(logging.Handler):
 
 
 _WARNINGS = _Warnings()
-
-
-def _text(error: Exception) -> str:
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -36,6 +38,13 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Says, inside the block, what keeps the bar from going on."""
+        self.bar.set_description_str(what)
+        yield
+        self.bar.set_description_str(None, refresh=False)
+
     def show(self, row: dict[str, Any]) -> None:
         for name in ("loss", "bits_per_byte"):
             self.smooth[name] = 0.95 * self.smooth.get(name, row[name]) + 0.05 * row[name]
@@ -59,18 +68,27 @@ ECHO = 5.0
 
 
 class StopSignals:
-    """Ctrl-C and kill let the step finish; a second signal ends the process at once.
+    """Ctrl-C, kill and the end of the terminal let the step finish; a second signal ends the process at once.
 
     launched: torchrun, which has started the process, sends the signals on that it gets, and a terminal sends Ctrl-C to
-    both; so a signal that follows within seconds is no second one.
+    both; so a signal that follows within seconds is no second one. Where torchrun itself ends, the run stops as well.
     """
 
     def __init__(self, launched: bool = False):
-        self.echo = ECHO if launched else 0.0
+        self.echo, self.launcher = (ECHO, os.getppid()) if launched else (0.0, None)
+        self._received = 0
+
+    @property
+    def received(self) -> int:
+        """The number of the signal that has come, or 0."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            return self._received or signal.SIGTERM
+        return self._received
 
     def __enter__(self) -> StopSignals:
-        self.received = 0
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]  # by `nohup`, say
+        self._before = {number: signal.signal(number, self._note) for number in numbers if number not in ignored}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -78,8 +96,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        if not self.received:
-            self.received, self._first = number, now
+        if not self._received:
+            self._received, self._first = number, now
             if not self.echo:
                 self._restore()
         elif now - self._first > self.echo:

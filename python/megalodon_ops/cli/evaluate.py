@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import lzma
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
+import numpy
 from tqdm import tqdm
 
 import megalodon_ops
 from megalodon_ops import Megalodon, evaluation, extras
 from megalodon_ops.cli import plots
-from megalodon_ops.cli.data import FileDocument, check_glob, find_files, load_data
+from megalodon_ops.cli.data import check_glob, find_files, load_data
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
+from megalodon_ops.cli.options import Eval
+from megalodon_ops.cli.record import TrainRecord
 from megalodon_ops.evaluation import Evaluation, evaluate
-from megalodon_ops.model.files import write_atomically
+from megalodon_ops.model.files import write_whole
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training.batches import Document
 
-READ = 1 << 14
-"""Bytes of a document that are read at once"""
+_READ = 1 << 14  # bytes of a document that are read at once
 
 
-def run(options: argparse.Namespace) -> int:
-    check_outputs(options)
+def run(options: Eval) -> int:
+    _check_outputs(options)
     device = usable_device(options.device)
     model, tokenizer, record = trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
     dtype = options.dtype or trained.dtype
     documents, text = _documents(options, record)
     total = sum(map(len, documents))
-    step = "" if record is None else f"; step {record['step']}"
+    step = "" if record is None else f"; step {record.step}"
     print(f"{text}: {len(documents)} documents, {total:,} bytes{step}")
     contexts = list(dict.fromkeys(options.context))
     with (
@@ -42,21 +42,23 @@ def run(options: argparse.Namespace) -> int:
         precision(device, dtype),
     ):
         try:
-            results = evaluate(
-                model, encoded(documents, tokenizer, bar.update), contexts=contexts, protocol=options.protocol,
-                rows=options.batch, piece=options.piece,
-            )  # fmt: skip
+            texts = encoded(documents, tokenizer, bar.update)
+            results = evaluate(model, texts, contexts=contexts, rows=options.batch, piece=options.piece)
         except IndexError as error:
             raise CommandError(f"--data: the text has tokens that the model does not predict: {error}") from error
-    print("\n".join(report(results)))
+    print(report(results))
     if options.json is not None:
-        write_json(options, results, text, len(documents))
+        content = {
+            "megalodon_ops": megalodon_ops.__version__, "checkpoint": str(options.checkpoint), "text": text,
+            "documents": len(documents), "contexts": [each.to_dict() for each in results],
+        }  # fmt: skip
+        write_whole(options.json, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
     if options.by_position is not None:
         plots.draw_by_position(options.by_position, results, "byte" if tokenizer.byte_level else "token")
     return 0
 
 
-def check_outputs(options: argparse.Namespace) -> None:
+def _check_outputs(options: Eval) -> None:
     """Refuses, before anything is computed, files that cannot be written at its end."""
     for flag, path in (("--json", options.json), ("--by-position", options.by_position)):
         if path is not None and not path.absolute().parent.is_dir():
@@ -64,47 +66,27 @@ def check_outputs(options: argparse.Namespace) -> None:
         if path is not None and path.is_dir():
             raise CommandError(f"{flag} {path}: a folder, name a file")
     if options.by_position is not None:
+        extras.load("matplotlib", "train")
         if options.by_position.suffix not in plots.FORMATS:
             formats = ", ".join(plots.FORMATS)
             raise CommandError(f"--by-position {options.by_position}: the name must end in one of {formats}")
-        try:
-            extras.load("matplotlib", "train")
-        except ModuleNotFoundError as error:
-            raise CommandError(f"--by-position: {error}") from error
 
 
-def report(results: Sequence[Evaluation]) -> list[str]:
+def report(results: Sequence[Evaluation]) -> str:
     """What the user reads: a line for one context, a table for more."""
     if len(results) == 1:
         (only,) = results
         per_token = "" if only.tokens == only.num_bytes else f", {only.perplexity:.4f} per token"
-        return [
-            f"{only.bits_per_byte:.4f} bits per byte, perplexity {only.perplexity_per_byte:.4f} per byte{per_token}"
-        ]
+        return f"{only.bits_per_byte:.4f} bits per byte, perplexity {only.perplexity_per_byte:.4f} per byte{per_token}"
     lines = [f"{'context':>12} {'bits per byte':>14} {'perplexity per byte':>20} {'per token':>12} {'tokens':>14}"]
     for result in results:
         context = result.context if result.context == "all" else f"{result.context:,}"
-        lines.append(
-            f"{context:>12} {result.bits_per_byte:>14.4f} {result.perplexity_per_byte:>20.4f} "
-            f"{result.perplexity:>12.4f} {result.tokens:>14,}"
-        )
-    return lines
+        of_bytes = f"{result.bits_per_byte:>14.4f} {result.perplexity_per_byte:>20.4f}"
+        lines.append(f"{context:>12} {of_bytes} {result.perplexity:>12.4f} {result.tokens:>14,}")
+    return "\n".join(lines)
 
 
-def write_json(options: argparse.Namespace, results: Sequence[Evaluation], text: str, documents: int) -> None:
-    content = {
-        "megalodon_ops": megalodon_ops.__version__,
-        "checkpoint": str(options.checkpoint),
-        "text": text,
-        "documents": documents,
-        "protocol": options.protocol,
-        "contexts": [result.to_dict() for result in results],
-    }
-    with write_atomically(options.json) as draft:
-        draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-class Encoded:
+class _Encoded:
     """The tokens of a document, encoded while they are read; a new iteration reads the document again."""
 
     def __init__(self, document: Document, tokenizer: Tokenizer, read: Callable[[int], object]):
@@ -115,8 +97,8 @@ class Encoded:
         yield from self.tokenizer.encode_pieces(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
-        for start in range(0, len(self.document), READ):
-            piece = self.document[start : start + READ]
+        for start in range(0, len(self.document), _READ):
+            piece = bytes(self.document[start : start + _READ])
             self.read(len(piece))
             yield piece
 
@@ -126,7 +108,7 @@ def encoded(
 ) -> list[evaluation.Document]:
     """Documents as `evaluate` takes them, the longest first; `read` is called with the bytes that were read."""
     longest_first = sorted(documents, key=len, reverse=True)
-    return [evaluation.Document(Encoded(document, tokenizer, read), len(document)) for document in longest_first]
+    return [evaluation.Document(_Encoded(document, tokenizer, read), len(document)) for document in longest_first]
 
 
 def nats_and_bytes(
@@ -136,6 +118,7 @@ def nats_and_bytes(
     rows: int,
     length: int,
     autocast: AbstractContextManager,
+    read: Callable[[int], object] = lambda _: None,
 ) -> tuple[float, int]:
     """The losses of all tokens of the documents, each predicted from all before it, in pieces of `length`; and the bytes.
 
@@ -144,7 +127,7 @@ def nats_and_bytes(
     if not documents:
         return 0.0, 0
     with autocast:
-        (result,) = evaluate(model, encoded(documents, tokenizer), rows=rows, piece=length)
+        (result,) = evaluate(model, encoded(documents, tokenizer, read), rows=rows, piece=length)
     return result.nats, sum(map(len, documents))
 
 
@@ -155,16 +138,16 @@ def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def _documents(options: argparse.Namespace, record: dict[str, Any] | None) -> tuple[Sequence[Document], str]:
-    globs = getattr(options, "glob", None)
-    if hasattr(options, "data"):
-        return [FileDocument(path) for path in find_files(options.data, globs)], " ".join(map(str, options.data))
-    check_glob(globs, None)
+def _documents(options: Eval, record: TrainRecord | None) -> tuple[Sequence[Document], str]:
+    if options.data is not None:
+        files = find_files(options.data, options.glob)
+        return [numpy.memmap(path, mode="r") for path in files], " ".join(map(str, options.data))
+    check_glob(options.glob, None)
     if record is None:
         raise CommandError(
             f"--checkpoint {options.checkpoint}: is no run of `train`, which holds text out; give --data"
         )
-    corpus = load_data(record["options"]["data"], record["options"]["glob"])
-    if corpus.fingerprint != record["data"]["fingerprint"]:
+    corpus = load_data(record.options.data, record.options.glob)
+    if corpus.fingerprint != record.data.fingerprint:
         raise CommandError("the text of the run has changed since, so what was held out is not known; give --data")
     return corpus.held_out, "held-out text of the run"

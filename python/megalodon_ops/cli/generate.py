@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import itertools
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from megalodon_ops import Megalodon, MegalodonState, StopStrings, use_huge_pages
+from megalodon_ops import Megalodon, StopStrings, use_huge_pages
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
-from megalodon_ops.ops.memory import check_fits
+from megalodon_ops.cli.options import Generate
+from megalodon_ops.model.generation import check_samples
 from megalodon_ops.tokenizers import Tokenizer
 
-PROMPT, SAMPLE = 300, 600
-"""Bytes of the held-out beginning shown at the end of a training run, and of its continuation"""
+SAMPLES, SAMPLE = 3, 300
+"""Continuations that are shown at the end of a training run, and bytes of each"""
+READ, SHOWN = 2048, 300
+"""Bytes before a place in a held-out document that the model reads there, and those that are shown"""
+LONGEST_PROMPT = 100_000_000
+"""Bytes of a prompt at most; reading stops there, as a device may have no end"""
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 """Text of an id that the model knows and the tokenizer does not"""
 CONTEXT = 16
 """Tokens of the prompt that may change how the first new token is written"""
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Generate) -> int:
     if options.samples > 1 and options.temperature == 0:
         raise CommandError("--samples: must be 1 with --temperature 0, which draws nothing")
     device = usable_device(options.device)
     prompt = _prompt(options)
     trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
-    check_memory(trained.model, options.samples)
+    try:
+        check_samples(trained.model, options.samples)  # before the prompt is read
+    except ValueError as error:
+        raise CommandError(f"--samples: {error}; ask for fewer") from error
     use_huge_pages(trained.model)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = {name: getattr(options, name) for name in names}
@@ -45,18 +51,17 @@ def run(options: argparse.Namespace) -> int:
         if options.samples == 1:
             _print_as_it_comes(prompt, (text for _, text in texts))
         else:
-            _print_samples(prompt, texts, options.samples)
+            for number, text in enumerate(_whole(texts, options.samples), 1):
+                print(f"--- sample {number}\n{(prompt + text).decode(errors='replace')}")
     return 0
 
 
-def check_memory(model: Megalodon, samples: int) -> None:
-    """Refuses, before the prompt is read, more samples than there is memory for their states and logits."""
-    state = MegalodonState.fresh(model.config, 1, dtype=model.embed.weight.dtype, device="meta").nbytes
-    logits = 2 * model.config.num_outputs * torch.float32.itemsize  # of the decoder, and as the sampler orders them
-    try:
-        check_fits(samples * (state + logits), f"the state of {samples:,} samples")
-    except ValueError as error:
-        raise CommandError(f"--samples: {error}; ask for fewer") from error
+def _whole(texts: Iterable[tuple[int, bytes]], samples: int) -> list[bytes]:
+    """The text of each sample, when all are done: their tokens come side by side."""
+    whole = [b""] * samples
+    for sample, text in texts:
+        whole[sample] += text
+    return whole
 
 
 def _print_as_it_comes(prompt: bytes, texts: Iterator[bytes]) -> None:
@@ -65,15 +70,6 @@ def _print_as_it_comes(prompt: bytes, texts: Iterator[bytes]) -> None:
     for text in texts:
         print(decoder.decode(text), end="", flush=True)
     print(decoder.decode(b"", final=True))
-
-
-def _print_samples(prompt: bytes, texts: Iterator[tuple[int, bytes]], samples: int) -> None:
-    """Prints every sample when all are done, as their tokens come side by side."""
-    whole = [prompt] * samples
-    for sample, text in texts:
-        whole[sample] += text
-    for number, text in enumerate(whole, 1):
-        print(f"--- sample {number}\n{text.decode(errors='replace')}")
 
 
 def continued(
@@ -126,24 +122,28 @@ def continued(
 def show_sample(
     model: Megalodon, tokenizer: Tokenizer, documents: Sequence[bytes], seed: int, autocast: AbstractContextManager
 ) -> None:
-    """Print the beginning of a held-out document and what the model makes of the rest."""
-    prompt = max(documents, key=lambda document: min(len(document), 2 * PROMPT))[:PROMPT]
+    """Prints a place in the middle of a held-out document, and a few ways in which the model goes on from there."""
+    document = max(documents, key=len)
+    middle = document.find(b" ", len(document) // 2) + 1 or len(document) // 2  # where a word begins
+    prompt = document[max(0, middle - READ) : middle]
+    sampling = dict(samples=SAMPLES, seed=seed, temperature=0.8, top_p=0.9)
     model.eval()
     with autocast:
-        pieces = continued(model, tokenizer, prompt, num_bytes=SAMPLE, seed=seed, temperature=0.8)
-        text = b"".join(text for _, text in pieces)
-    print(f"\n--- the first {len(prompt)} bytes of a held-out document\n{prompt.decode(errors='replace')}")
-    print(f"--- continued by the model\n{text.decode(errors='replace')}\n---")
+        texts = _whole(continued(model, tokenizer, prompt, num_bytes=SAMPLE, **sampling), SAMPLES)
+    print(f"\n--- from the middle of a held-out document\n{prompt[-SHOWN:].decode(errors='replace')}")
+    for number, text in enumerate(texts, 1):
+        print(f"--- continued by the model, {number} of {SAMPLES}\n{text.decode(errors='replace')}")
 
 
-def _prompt(options: argparse.Namespace) -> bytes:
-    if hasattr(options, "prompt_file"):
-        if str(options.prompt_file) == "-":
-            return sys.stdin.buffer.read()
-        try:
-            return options.prompt_file.read_bytes()
-        except IsADirectoryError as error:
-            raise CommandError(f"--prompt-file {options.prompt_file}: a folder, name a file") from error
-        except OSError as error:
-            raise CommandError(f"--prompt-file {options.prompt_file}: {error.strerror}") from error
-    return os.fsencode(getattr(options, "prompt", ""))
+def _prompt(options: Generate) -> bytes:
+    if options.prompt_file is None:
+        return os.fsencode(options.prompt)
+    path, is_stdin = options.prompt_file, str(options.prompt_file) == "-"
+    try:
+        with open(0 if is_stdin else path, "rb", closefd=not is_stdin) as file:
+            prompt = file.read(LONGEST_PROMPT + 1)
+    except OSError as error:
+        raise CommandError(f"--prompt-file {path}: {error.strerror}") from error
+    if len(prompt) > LONGEST_PROMPT:
+        raise CommandError(f"--prompt-file {path}: must have at most {LONGEST_PROMPT:,} bytes, got more")
+    return prompt

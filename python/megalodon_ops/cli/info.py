@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 
@@ -14,7 +13,7 @@ from megalodon_ops.ops import cuda_driver
 from megalodon_ops.ops import library
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: object = None) -> int:
     for name, value in facts().items():
         print(f"{name:<18} {value}")
     return 0

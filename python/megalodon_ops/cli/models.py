@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from megalodon_ops import Megalodon, MegalodonConfig
-from megalodon_ops.cli import schema
-from megalodon_ops.cli.arguments import SMALL, SMALL_CONFIG, in_flags
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.flags import flag_of
+from megalodon_ops.cli.options import SMALL, SMALL_CONFIG, ModelOptions, config_field
+from megalodon_ops.cli.record import TrainRecord
 from megalodon_ops.errors import FileError
 from megalodon_ops.ops.library import has_cuda_kernels
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -32,7 +35,20 @@ def configured(preset: str, flags: dict[str, Any], tokenizer: Tokenizer | None =
     try:
         return MegalodonConfig(**values)
     except (TypeError, ValueError) as error:
-        raise CommandError(in_flags(str(error), flags)) from error
+        raise CommandError(_in_flags(str(error), flags)) from error
+
+
+def _in_flags(message: str, given: Container[str]) -> str:
+    """An error of MegalodonConfig, with the flags' names in the place of its fields'."""
+    message = message.removeprefix("MegalodonConfig: ")
+    refused = re.match(r"`(\w+)`", message)
+    flags = {config_field(name): flag_of(name) for name in ModelOptions.__annotations__}
+    for field, flag in flags.items():
+        message = re.sub(rf"^`{field}`", f"{flag}:", message)
+        message = re.sub(rf"(?<![\w-]){field}(?!\w)", flag, message)
+    if refused and refused[1] in flags and refused[1] not in given:
+        message = f"{message.removesuffix('.')}, that of the preset; give {flags[refused[1]]}, too"
+    return message
 
 
 def usable_device(name: str) -> torch.device:
@@ -59,13 +75,13 @@ _DEVICES = "must be cpu, cuda or one card, such as cuda:1; there are no kernels 
 class Trained(NamedTuple):
     model: Megalodon
     tokenizer: Tokenizer
-    record: dict[str, Any] | None
+    record: TrainRecord | None
     """What `train` has written beside the model; None where another program has saved it"""
 
     @property
     def dtype(self) -> str:
         """That of the run, for autocast; a model that no run left computes in its own."""
-        return "float32" if self.record is None else self.record["options"]["dtype"]
+        return "float32" if self.record is None else self.record.options.dtype
 
 
 def trained_model(path: Path, device: torch.device, tokenizer: Path | None = None, dtype: str | None = None) -> Trained:
@@ -75,7 +91,7 @@ def trained_model(path: Path, device: torch.device, tokenizer: Path | None = Non
     """
     try:
         wanted = torch.float32 if dtype == "float32" else None
-        model, found, record = load_any(path, dtype=wanted, device=device, check=schema.check_where_trained)
+        model, found, record = load_any(path, dtype=wanted, device=device)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--checkpoint {error}") from error
     if tokenizer is not None:
@@ -92,7 +108,7 @@ def trained_model(path: Path, device: torch.device, tokenizer: Path | None = Non
         raise CommandError(
             f"--checkpoint {path}: its tokenizer has {found.vocab_size} ids, and the model knows {model.config.vocab_size}"
         )
-    return Trained(model, found, record if schema.is_of_train(record) else None)
+    return Trained(model, found, None if record is None else TrainRecord.of(path, record))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

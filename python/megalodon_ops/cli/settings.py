@@ -1,157 +1,119 @@
-"""What a run is to do: the flags given, over those of the run it resumes or over the defaults."""
+"""What a run of `train` is to do: its options, or those of the run that it goes on with and what is given anew."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+from dataclasses import replace
 
 from megalodon_ops import MegalodonConfig
-from megalodon_ops.cli import schema
-from megalodon_ops.cli.arguments import DEFAULTS, MINUTES, RATE_TIMES_WIDTH, ROWS_OF_CONTEXT, flag_of
 from megalodon_ops.cli.data import check_glob, tokens_folder
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.flags import flag_of
 from megalodon_ops.cli.models import configured, read_tokenizer
-from megalodon_ops.errors import FileError
+from megalodon_ops.cli.options import MINUTES, RATE_TIMES_WIDTH, ROWS_OF_CONTEXT, Train, config_field
+from megalodon_ops.cli.record import TrainRecord
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
-from megalodon_ops.training.checkpoint import Checkpoint, load_checkpoint
-from megalodon_ops.training.run_folder import has_checkpoint
-from megalodon_ops.training.team import Team
+from megalodon_ops.training.checkpoint import Checkpoint
 
-MAY_CHANGE = {"data", "glob", "tokenizer_file", "steps", "minutes", "eval_every", "checkpoint_every", "device"}
-"""Flags a resumed run may be given anew (text and tokenizer are compared by content); the other flags decide its losses"""
-
-
-_OF_THE_LAUNCH = ("command", "out", "resume", "mesh", "timeout")
-"""Flags that say nothing of the run itself"""
-_NO_OPTIONS = ("out", "config", "tokenizer")
+MAY_CHANGE = frozenset({
+    "out", "resume", "mesh", "timeout", "data", "glob", "tokenizer", "steps", "minutes", "eval_every",
+    "checkpoint_every", "device",
+})  # fmt: skip
+"""Options that a run may be given anew (text and tokenizer are compared by content); the others decide its losses"""
 
 
-@dataclass(frozen=True)
-class Settings:
-    out: Path
+class Run(NamedTuple):
+    options: Train
+    """With a value for all that decides the losses"""
     config: MegalodonConfig
     tokenizer: Tokenizer
-    data: list[str] | None
-    """None: the standard library"""
-    glob: list[str] | None
-    """Patterns of the files to take of folders; None: files of text"""
-    tokenizer_file: str | None
-    """None: bytes"""
-    steps: int | None
-    minutes: float | None
-    preset: str
-    context: str
-    batch: int
-    length: int
-    context_length: int | None
-    """None: no document is cut but at a row's end, which is so where rows are packed"""
-    optimizer: str
-    lr: float
-    warmup: int
-    weight_decay: float
-    clip: float
-    seed: int
-    device: str
-    dtype: str
-    eval_every: int
-    checkpoint_every: int
-
-    def record(self) -> dict[str, Any]:
-        """All but `out` and what has files of its own in a checkpoint, as JSON."""
-        return {name: value for name, value in vars(self).items() if name not in _NO_OPTIONS}
 
 
-def run_folder(options: argparse.Namespace) -> Path:
+def run_folder(options: Train, several: bool) -> Path:
     """The folder of the run; the folder of a run to resume must exist."""
-    resume = getattr(options, "resume", False)
-    if not hasattr(options, "out"):
-        if resume:
-            raise CommandError("--resume: name the folder of the run with --out DIR")
+    if options.out is None:
+        if options.resume or several:
+            raise CommandError(
+                f"{'--resume' if options.resume else 'train'}: name the folder of the run with --out DIR"
+            )
         return Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    if resume and not options.out.is_dir():
+    if options.resume and not options.out.is_dir():
         raise CommandError(f"--resume {options.out}: no such folder")
     return options.out
 
 
-def resolve(options: argparse.Namespace, out: Path, team: Team | None = None) -> tuple[Settings, Checkpoint | None]:
-    """The settings of the run in `out`, and the checkpoint if the run goes on from one; each process calls this function."""
-    given = {name: value for name, value in vars(options).items() if name not in _OF_THE_LAUNCH}
-    if "data" in given:
-        given["data"] = [str(path.absolute()) for path in given["data"]]
-    if "tokenizer_file" in given:
-        given["tokenizer_file"] = str(given["tokenizer_file"].absolute())
-    if not getattr(options, "resume", False):
-        if has_checkpoint(out):
-            raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
-        check_glob(given.get("glob"), given.get("data"))
-        _check_apart(out, given.get("data") or [], given.get("glob"))
-        nothing = {"data": None, "glob": None, "tokenizer_file": None}
-        flags = {**DEFAULTS, **nothing, **_length(given, {}), **given}
-        return _settings(out, flags, _tokenizer(flags["data"], flags["tokenizer_file"])), None
-    try:
-        saved = load_checkpoint(out, check=schema.check, team=team)
-    except (FileError, FileNotFoundError) as error:
-        raise CommandError(f"--resume {error}") from error
-    before, config = saved.record["options"], saved.config.to_dict()
-    for name, value in given.items():
-        if name not in MAY_CHANGE and (old := {**config, **before}[name]) != value:
-            raise CommandError(
-                f"{flag_of(name)}: the run in {out} has {old}, got {value}; leave the flag out, or start another run"
-            )
-    tokenizer = saved.tokenizer() or ByteTokenizer()
-    if file := given.get("tokenizer_file"):
-        if read_tokenizer(Path(file)).fingerprint != tokenizer.fingerprint:
-            raise CommandError(f"--tokenizer {file}: the run in {out} has another; leave the flag out")
-    flags = {**before, **given, **_length(given, before)}
-    check_glob(given.get("glob"), flags["data"])
-    return _settings(out, flags, tokenizer, saved.config), saved
-
-
-def _tokenizer(data: list[str] | None, file: str | None) -> Tokenizer:
-    """The tokenizer of a folder of tokens; else that of a file, or the one of bytes."""
-    given = None if file is None else read_tokenizer(Path(file))
-    if (folder := tokens_folder(data)) is None:
-        return given or ByteTokenizer()
-    tokenizer = read_tokenizer(folder)
-    if given is not None and given.fingerprint != tokenizer.fingerprint:
-        raise CommandError(f"--tokenizer {file}: the tokens in {folder} are another's; leave the flag out")
-    return tokenizer
-
-
-def _settings(
-    out: Path, flags: dict[str, Any], tokenizer: Tokenizer, config: MegalodonConfig | None = None
-) -> Settings:
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    own = {name: value for name, value in flags.items() if name in fields}
-    model = {name: value for name, value in flags.items() if name not in fields}
-    config = config or configured(flags["preset"], model, tokenizer)
-    if own["context"] == "packed" and own.setdefault("context_length", None) is not None:
+def begun(options: Train, out: Path) -> Run:
+    """A new run."""
+    check_glob(options.glob, options.data)
+    _check_apart(out, options.data or (), options.glob)
+    options = _absolute(options)
+    tokenizer = _tokenizer(options)
+    config = configured(options.preset, options.of_config(), tokenizer)
+    if options.context == "packed" and options.context_length is not None:
         raise CommandError(
             "--context-length: goes with --context streamed; packed rows have --length tokens of context"
         )
-    own.setdefault("context_length", ROWS_OF_CONTEXT * own["length"])
-    own.setdefault("lr", float(f"{RATE_TIMES_WIDTH / config.model_dim:.2g}"))
-    return Settings(out=out, config=config, tokenizer=tokenizer, **own)
+    if options.context == "streamed" and options.context_length is None:
+        options = replace(options, context_length=ROWS_OF_CONTEXT * options.length)
+    if options.lr is None:
+        options = replace(options, lr=float(f"{RATE_TIMES_WIDTH / config.model_dim:.2g}"))
+    if options.steps is None and options.minutes is None:
+        options = replace(options, minutes=MINUTES)
+    return Run(options, config, tokenizer)
 
 
-def _check_apart(out: Path, data: Sequence[str], globs: Sequence[str] | None) -> None:
+def resumed(options: Train, out: Path, saved: Checkpoint) -> Run:
+    """The run that has saved a checkpoint, with what it is given anew."""
+    record = TrainRecord.of(saved.folder, saved.record)
+    if record is None:
+        raise CommandError(f"--resume {out}: another program than `train` has written this run")
+    config = saved.config.to_dict()
+    new = {name: getattr(options, name) for name in options.given}
+    for name in new.keys() - MAY_CHANGE:
+        if new[name] != (old := config.get(config_field(name), getattr(record.options, name))):
+            raise CommandError(
+                f"{flag_of(name)}: the run in {out} has {old}, got {new[name]}; leave the flag out, or start another run"
+            )
+    if {"steps", "minutes"} & new.keys():
+        new |= {"steps": options.steps, "minutes": options.minutes}
+    tokenizer = saved.tokenizer() or ByteTokenizer()
+    if options.tokenizer is not None and read_tokenizer(options.tokenizer).fingerprint != tokenizer.fingerprint:
+        raise CommandError(f"--tokenizer {options.tokenizer}: the run in {out} has another; leave the flag out")
+    options = _absolute(replace(record.options, **new))
+    check_glob(new.get("glob"), options.data)
+    return Run(options, saved.config, tokenizer)
+
+
+def _absolute(options: Train) -> Train:
+    """The options with paths that mean the same in another folder."""
+    data, file = options.data, options.tokenizer
+    return replace(
+        options,
+        data=None if data is None else tuple(path.absolute() for path in data),
+        tokenizer=None if file is None else file.absolute(),
+    )
+
+
+def _tokenizer(options: Train) -> Tokenizer:
+    """The tokenizer of a folder of tokens; else that of a file, or the one of bytes."""
+    given = None if options.tokenizer is None else read_tokenizer(options.tokenizer)
+    if (folder := tokens_folder(options.data)) is None:
+        return given or ByteTokenizer()
+    tokenizer = read_tokenizer(folder)
+    if given is not None and given.fingerprint != tokenizer.fingerprint:
+        raise CommandError(f"--tokenizer {options.tokenizer}: the tokens in {folder} are another's; leave the flag out")
+    return tokenizer
+
+
+def _check_apart(out: Path, data: Sequence[Path], globs: Sequence[str] | None) -> None:
     """Refuses a run in a folder of its text, which the run's own files would become a part of."""
-    for path in map(Path, data):
+    for path in data:
         if not globs and path.is_dir() and out.resolve().is_relative_to(path.resolve()):
             raise CommandError(
                 f"--out {out}: lies in {path}, so that what the run writes would be text to learn from; "
                 "name a folder outside, or choose the text with --glob"
             )
-
-
-def _length(given: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """--steps and --minutes: those given, else those of the run before, else the default."""
-    for flags in (given, before):
-        if "steps" in flags or "minutes" in flags:
-            return {"steps": flags.get("steps"), "minutes": flags.get("minutes")}
-    return {"steps": None, "minutes": MINUTES}

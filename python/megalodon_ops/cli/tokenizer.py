@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import time
 from collections.abc import Sequence
@@ -11,12 +10,13 @@ from pathlib import Path
 from megalodon_ops.cli.data import find_files, load_corpus
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import read_tokenizer
+from megalodon_ops.cli.options import TrainTokenizer
 from megalodon_ops.model.files import write_whole
 from megalodon_ops.tokenizers import Tokenizer
 
 
-def run(options: argparse.Namespace) -> int:
-    files, globs = options.files or None, getattr(options, "glob", None)
+def run(options: TrainTokenizer) -> int:
+    files, globs = options.files or None, options.glob
     if globs and not files:
         raise CommandError("--glob: chooses among the files of folders, and none is named")
     if options.train:
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace, files: Sequence[Path] | None, globs: Sequence[str] | None) -> int:
+def _train(options: TrainTokenizer, files: Sequence[Path] | None, globs: Sequence[str] | None) -> int:
     if options.out is None:
         raise CommandError("--train: name the file to write with --out FILE")
     if options.vocab_size is None:
@@ -54,18 +54,14 @@ def _train(options: argparse.Namespace, files: Sequence[Path] | None, globs: Seq
     except OSError as error:
         raise CommandError(f"--out {options.out}: could not be written: {error.strerror}") from error
     seconds = time.monotonic() - begin
-    size = corpus.num_bytes
-    print(f"{options.out}: {tokenizer.vocab_size:,} ids, from {size:,} bytes of text in {seconds:.1f} s")
+    print(f"{options.out}: {tokenizer.vocab_size:,} ids, from {corpus.num_bytes:,} bytes of text in {seconds:.1f} s")
     print(_figures(tokenizer, corpus.held_out, "text that was held out"))
-    print(f"train with it: python -m megalodon_ops train {_same_text(files, globs)}--tokenizer {shlex.quote(str(options.out))}")
+    same_text = (
+        ["--data", *map(str, files), *(word for glob in globs or () for word in ("--glob", glob))] if files else []
+    )
+    train = ["python", "-m", "megalodon_ops", "train", *same_text, "--tokenizer", str(options.out)]
+    print(f"train with it: {shlex.join(train)}")
     return 0
-
-
-def _same_text(files: Sequence[Path] | None, globs: Sequence[str] | None) -> str:
-    """The flags of `train` for the text that the tokenizer has learnt from."""
-    named = ["--data", *map(str, files)] if files else []
-    chosen = [word for glob in globs or () for word in ("--glob", glob)]
-    return f"{shlex.join([*named, *chosen])} " if named else ""
 
 
 def _figures(tokenizer: Tokenizer, documents: Sequence[bytes], of: str) -> str:

@@ -4,7 +4,6 @@ from .mesh import make_mesh
 from .model import ParallelMegalodon
 from .parallelize import parallelize
 from .pipeline import pipeline_stage
-from .sharded import ShardedMegalodon
 from .split import split
 
-__all__ = ["ParallelMegalodon", "ShardedMegalodon", "make_mesh", "parallelize", "pipeline_stage", "split"]
+__all__ = ["ParallelMegalodon", "make_mesh", "parallelize", "pipeline_stage", "split"]

@@ -1,27 +1,28 @@
 """Chunk parallel: each rank of a group holds a piece of the sequence, and states cross ranks inside of every block.
 
 A block is not changed: hooks of torch give `timestep_norm` and `cema` the states that their piece begins with. Before
-an op's own pass, each rank makes the state that its piece ends with when begun from nothing, sends it to all, and merges
-what the pieces before its own have sent (merge.py). No rank waits for another one's pass.
+an op's own pass, each rank makes the state that its piece ends with when begun from nothing, sends it to all, and
+merges what the pieces before its own have sent (merge.py). No rank waits for another one's pass.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from ..model.blocks import BlockState, NormalizedAttention
+from ..model.blocks import BlockState
 from ..model.layers import ComplexEMA, TimestepNorm
 from ..ops.cema import cema_end_state
 from ..ops.library import accumulation_dtype
 from ..ops.states import TimestepNormState
 from ..ops.timestep_norm import timestep_norm_end_state
-from .exchange import Arriving, send_to_all
+from .exchange import send_to_all
 from .merge import merged_cema, merged_norm, norm_in_float64
 from .pieces import Pieces
-from .vote import Members
 
 
 class Hooks:
@@ -31,27 +32,18 @@ class Hooks:
     finds those of its own call. A block that is called without them computes as ever.
     """
 
-    def __init__(self, model: nn.Module, members: Members) -> None:
-        self._members = members
+    def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
+        self._group = group
         self._pieces: Pieces | None = None
         self._start: BlockState | None = None
-        self._arriving: tuple[Tensor, Arriving] | None = None  # the poles, and the ends of cema
+        self._arriving: tuple | None = None  # the poles, and the ends of cema on their way
         for block in model.layers:
-            half: NormalizedAttention = block.mega
+            half = block.mega
             half.register_forward_pre_hook(self.enter_block, with_kwargs=True)
             half.timenorm.register_forward_pre_hook(self.before_norm, with_kwargs=True)
-            half.timenorm.register_forward_hook(_After(self, half.cema))
+            half.timenorm.register_forward_hook(partial(self.after_norm, half.cema))
             half.cema.register_forward_pre_hook(self.before_cema, with_kwargs=True)
-        model.output.final_norm.register_forward_pre_hook(self.before_final_norm, with_kwargs=True)
-
-    @staticmethod
-    def owns(hooks: Hooks | None, hook: Any) -> bool:
-        """Whether `hook`, of a module, is one of these hooks."""
-        return hooks is not None and hooks in (getattr(hook, "__self__", None), getattr(hook, "hooks", None))
-
-    def forget(self) -> None:
-        """Drops what the block that runs now has begun."""
-        self._pieces = self._start = self._arriving = None
+        model.output.final_norm.register_forward_pre_hook(self.before_norm, with_kwargs=True)
 
     def enter_block(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Takes the pieces, and the states of all whole sequences; the block keeps the attention's, for this piece."""
@@ -63,65 +55,44 @@ class Hooks:
         return args, kwargs
 
     def before_norm(self, module: TimestepNorm, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Gives the norm of a block the state that its piece begins with."""
-        if self._pieces is None:
+        """Gives a norm the state that its piece begins with; the final norm has the pieces among its arguments."""
+        pieces = kwargs.get("pieces", self._pieces)
+        if pieces is None:
             return None
-        start = None if self._start is None else self._start.norm
-        return args, kwargs | {"state": self._norm_before(self._pieces, module, args[0], start)}
+        x, start = args[0], kwargs["state"] if self._start is None else self._start.norm
+        part, options = _exchanged(pieces, x)
+        ends = timestep_norm_end_state(part, num_groups=module.num_groups, **options)
+        given, count = (None, None) if start is None else (norm_in_float64(start), start.count)
+        ends, given, work = send_to_all(norm_in_float64(ends), given, self._group)
+        work.wait()
+        real, of_open = accumulation_dtype(x.dtype), (_of_open(pieces, given), _of_open(pieces, count))
+        state = merged_norm(ends, pieces.sources, pieces.steps, *of_open, dtype=real)
+        if pieces.is_packed:
+            rest = None if given is None else merged_norm(given[None], [], [], given, count, dtype=real)
+            fields = zip(state, rest or (None,) * len(state))
+            state = TimestepNormState(*(_with_rest(pieces, field, others) for field, others in fields))
+        return args, {name: value for name, value in kwargs.items() if name != "pieces"} | {"state": state}
 
-    def before_final_norm(self, module: TimestepNorm, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Gives the final norm the state that its piece begins with."""
-        if (pieces := kwargs.get("pieces")) is None:
-            return None
-        kwargs = {name: value for name, value in kwargs.items() if name != "pieces"}
-        return args, kwargs | {"state": self._norm_before(pieces, module, args[0], kwargs["state"])}
-
-    def after_norm(self, layer: ComplexEMA, t: Tensor) -> None:
+    def after_norm(self, layer: ComplexEMA, norm: TimestepNorm, args: tuple, output: tuple) -> None:
         """Sends off the end of `cema` over the norm's output."""
         if self._pieces is not None:
             p, q, _, _ = layer.coefficients()
-            t, options = _exchanged(self._pieces, t)
+            t, options = _exchanged(self._pieces, output[0])
             ends = cema_end_state(t, p, q, **options)
             start = None if self._start is None else torch.view_as_real(self._start.cema)
-            self._arriving = q, send_to_all(torch.view_as_real(ends), start, self._members)
+            self._arriving = q, *send_to_all(torch.view_as_real(ends), start, self._group)
 
     def before_cema(self, module: ComplexEMA, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Waits for what `after_norm` has sent, and gives `cema` the state that its piece begins with."""
         pieces = self._pieces
         if pieces is None:
             return None
-        q, arriving = self._arriving
-        self.forget()  # the block needs them no more
-        ends, start = arriving.wait()
+        q, ends, start, work = self._arriving
+        self._pieces = self._start = self._arriving = None  # the block needs them no more
+        work.wait()
         ends, start = torch.view_as_complex(ends), None if start is None else torch.view_as_complex(start)
         state = merged_cema(q, ends, pieces.sources, pieces.steps, _of_open(pieces, start))
         return args, kwargs | {"state": _with_rest(pieces, state, start)}
-
-    def _norm_before(
-        self, pieces: Pieces, module: TimestepNorm, x: Tensor, start: TimestepNormState | None
-    ) -> TimestepNormState:
-        real = accumulation_dtype(x.dtype)
-        part, options = _exchanged(pieces, x)
-        ends = timestep_norm_end_state(part, num_groups=module.num_groups, **options)
-        given, count = (None, None) if start is None else (norm_in_float64(start), start.count)
-        ends, given = send_to_all(norm_in_float64(ends), given, self._members).wait()
-        open_count = _of_open(pieces, count)
-        merged = merged_norm(ends, pieces.sources, pieces.steps, _of_open(pieces, given), open_count, dtype=real)
-        if not pieces.is_packed:
-            return merged
-        rest = None if given is None else merged_norm(given[None], [], [], given, count, dtype=real)
-        fields = zip(merged, rest or (None,) * len(merged))
-        return TimestepNormState(*(_with_rest(pieces, field, others) for field, others in fields))
-
-
-class _After:
-    """The hook after a block's norm, which knows the block's CEMA."""
-
-    def __init__(self, hooks: Hooks, layer: ComplexEMA) -> None:
-        self.hooks, self._layer = hooks, layer
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.hooks.after_norm(self._layer, output[0] if isinstance(output, tuple) else output)
 
 
 def _exchanged(pieces: Pieces, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -132,14 +103,14 @@ def _exchanged(pieces: Pieces, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _of_open(pieces: Pieces, start: Tensor | None) -> Tensor | None:
-    """The states (R, ...) before the sequences that are open at the beginning of the piece, of those of all (S, ...)."""
+    """The states (R, ...) before the sequences that are open where the piece begins, of those of all (S, ...)."""
     if start is None or not pieces.is_packed:
         return start
     return start[pieces.first : pieces.first + 1] if pieces.continues else start.new_zeros((1, *start.shape[1:]))
 
 
 def _with_rest(pieces: Pieces, of_open: Tensor, start: Tensor | None) -> Tensor:
-    """The states of all sequences of the piece: of the one that was open before (1, ...), and of those that begin here."""
+    """The states of the piece's sequences: of the one that was open before (1, ...), and of those that begin here."""
     if not pieces.is_packed:
         return of_open
     known = int(pieces.continues)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..model.layers import WideParameters
+from ..model.layers import WideParameters, wide_parameters
 from ..model.model import Megalodon
 
 try:
@@ -20,7 +20,7 @@ except ImportError:  # torch 2.5
 
 
 def check_torch() -> None:
-    """Raises where this torch has no FSDP2, or one that adds gradients up on CPUs, as 2.7's does, instead of averaging them."""
+    """Raises where this torch has no FSDP2, or one that cannot average gradients on CPUs, such as 2.7's."""
     if fully_shard is None or not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ImportError(
             "parallelize: needs a torch whose torch.distributed.fsdp.fully_shard averages gradients with gloo, such as "
@@ -29,16 +29,15 @@ def check_torch() -> None:
 
 
 def forget_ended_groups() -> None:
-    """Makes DTensors find their groups anew: torch keeps those of a mesh for an equal one, though a process group has ended."""
-    try:
+    """Makes DTensors find their groups anew: torch keeps those of an equal mesh, though its groups have ended."""
+    with contextlib.suppress(ImportError):  # an older torch offers no way
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache as forget
-    except ImportError:  # this torch offers no way
-        return
-    forget()
+
+        forget()
 
 
 def shard(model: Megalodon, mesh: DeviceMesh, *, param_dtype: torch.dtype | None, reshard: bool) -> None:
-    """Shards every parameter over the last dimension of the mesh, in place, and copies the shards over the first of two.
+    """Shards every parameter over the last dimension of the mesh, in place, and copies shards over the first of two.
 
     A block's parameters are gathered by one exchange. Where its matrices are computed with in another dtype than its
     wide parameters, the matrices are gathered by one exchange and the wide parameters, which are few, by another. The
@@ -54,7 +53,8 @@ def shard(model: Megalodon, mesh: DeviceMesh, *, param_dtype: torch.dtype | None
     matrices = {**wide, "mp_policy": policy}
     for block in model.layers:
         if not _has_one_dtype(block, param_dtype):
-            fully_shard([module for module in _owners(block) if not isinstance(module, WideParameters)], **matrices)
+            owners = [module for module in block.modules() if any(True for _ in module.parameters(recurse=False))]
+            fully_shard([module for module in owners if not isinstance(module, WideParameters)], **matrices)
         fully_shard(block, **wide)
     if not _has_one_dtype(model.output, param_dtype):
         fully_shard(model.output.final_norm, **wide)
@@ -67,11 +67,6 @@ def shard(model: Megalodon, mesh: DeviceMesh, *, param_dtype: torch.dtype | None
         model.register_forward_hook(_reshard_without_backward)
 
 
-def _owners(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules inside that own parameters."""
-    return (part for part in module.modules() if next(part.parameters(recurse=False), None) is not None)
-
-
 def _has_one_dtype(module: nn.Module, param_dtype: torch.dtype | None) -> bool:
     """Whether all parameters inside are computed with in the dtype that they are kept in."""
     return param_dtype is None and len({parameter.dtype for parameter in module.parameters()}) <= 1
@@ -79,58 +74,43 @@ def _has_one_dtype(module: nn.Module, param_dtype: torch.dtype | None) -> bool:
 
 def _reshard_without_backward(model: nn.Module, args: tuple, output: object) -> None:
     if not torch.is_grad_enabled():
-        reshard(model)
+        _reshard(model)
 
 
-def reshard(model: nn.Module) -> None:
+def _reshard(model: nn.Module) -> None:
     """Frees what was gathered, so that every parameter of the model is its shard."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def forget_call(model: nn.Module) -> None:
-    """Makes the model ready for a next call after one that has raised before its end, in all ranks alike."""
-    if hasattr(model, "reset_iter_state"):  # an older torch cannot go on after an error
-        model.reset_iter_state()
-
-
 @torch.no_grad()
 def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None:
     """Gives the shards of a model that was on `meta` the values of a new model, one module in memory at a time.
 
-    The values are those of `megalodon_ops.Megalodon(config)` in one process whose generator is as that of the first rank
-    is now. The generators of all ranks stay as they are.
-
-    Args:
-        plain: the model on `meta` as it was before it was sharded.
+    The values are those of `megalodon_ops.Megalodon(config)` in one process whose generator is as that of the first
+    rank is now. The generators of all ranks stay as they are. `plain` is the model as it was before it was sharded.
     """
     model.to_empty(device=device)
-    generators = [torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)]
+    random = torch if device.type == "cpu" else torch.cuda
+    generators = [random.get_rng_state()]
     dist.broadcast_object_list(generators)
-    filled: set[int] = set()
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]), device:
-        if device.type == "cpu":
-            torch.set_rng_state(generators[0])
-        else:
-            torch.cuda.set_rng_state(generators[0], device)
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        random.set_rng_state(generators[0])
         for name, part in plain.named_modules():
-            own = dict(part.named_parameters(recurse=False))
-            if not own:
+            if next(part.parameters(recurse=False), None) is None:
                 continue
-            for key, parameter in own.items():
-                part._parameters[key] = nn.Parameter(torch.empty_like(parameter, device=device))
+            part.to_empty(device=device, recurse=False)
             part.reset_parameters()
-            for key, parameter in own.items():
-                target = model.get_parameter(f"{name}.{key}".removeprefix("."))
-                if id(target) not in filled:  # a tied matrix begins as the first module that has it begins
-                    target.to_local().copy_(local_part(part._parameters[key], target))
-                filled.add(id(target))
-                part._parameters[key] = parameter
+            if not (model.config.share_emb and name == "output.output"):  # one matrix, which begins as the embedding
+                for key, value in part.named_parameters(recurse=False):
+                    shard = model.get_parameter(f"{name}.{key}")
+                    shard.to_local().copy_(local_part(value, shard))
+            part.to_empty(device="meta", recurse=False)
 
 
 def local_part(full: Tensor, like: DTensor) -> Tensor:
-    """This rank's part of a tensor that is whole in every rank, split as `like` is: by the mesh's last dimension first."""
+    """This rank's part of a tensor that every rank has whole, split as `like`: by the mesh's last dimension first."""
     for dimension, placement in reversed(list(enumerate(like.placements))):
         if not placement.is_replicate():
             parts = full.chunk(like.device_mesh.size(dimension), placement.dim)
@@ -140,43 +120,28 @@ def local_part(full: Tensor, like: DTensor) -> Tensor:
 
 
 @torch.no_grad()
-def gathered(model: Megalodon, param_dtype: torch.dtype | None) -> Megalodon:
-    """A model of this process alone with all parameters, in the dtypes that they are computed with in.
-
-    Every rank must call this function.
-    """
-    reshard(model)
-    short = {
-        f"{name}.{key}".removeprefix(".")
-        for name, part in model.named_modules()
-        if not isinstance(part, WideParameters)
-        for key, _ in part.named_parameters(recurse=False)
-    }
-    values = {}
+def gathered(model: Megalodon, param_dtype: torch.dtype | None = None) -> Megalodon:
+    """A model of this process alone with all parameters, the matrices in `param_dtype`; every rank calls this."""
+    _reshard(model)
+    wide, values = wide_parameters(model), {}
     for name, parameter in model.named_parameters():
-        values[name] = _whole(parameter.to(param_dtype) if param_dtype is not None and name in short else parameter)
+        if param_dtype is not None and name not in wide:
+            parameter = parameter.to(param_dtype)
+        values[name] = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
     return whole_model(model, values)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return parameter.detach()
-    local = parameter.to_local()
-    return local.detach() if local.shape == parameter.shape else parameter.full_tensor().detach()
 
 
 def whole_model(model: Megalodon, values: dict[str, Tensor]) -> Megalodon:
     """A plain model of the configuration and mode of `model` with these values, which are not copied."""
     with torch.device("meta"):
         plain = Megalodon(model.config)
-    wanted = plain.state_dict().keys()
     if model.config.share_emb:
         values = {**values, "output.output.weight": values["embed.weight"]}
-    if wanted != values.keys():
-        odd = sorted(wanted ^ values.keys())[0]
+    if odd := sorted(plain.state_dict().keys() ^ values.keys()):
         raise ValueError(
-            f"parallelize: `model` must have the parameters of its configuration, got others, such as {odd}; merge adapters first."
+            f"parallelize: `model` must have the parameters of its configuration, got others, such as {odd[0]}; merge "
+            "adapters first."
         )
-    plain.load_state_dict(values, strict=True, assign=True)
+    plain.load_state_dict(values, assign=True)
     plain.tie_weights()
     return plain.requires_grad_(False).train(model.training)

@@ -2,13 +2,14 @@ r"""The algebra of chunk parallel: what a piece of a sequence begins with, from 
 
 Each rank runs its piece from a zero state, and from a fresh norm, to an end: h_j of `cema`, (n_j, mean_j, var_j) of
 `timestep_norm`. `cema` is linear, so that n steps turn a state h into q^n h plus the end from zero; n steps of
-`timestep_norm` merge with what came before as two samples do (Chan, Golub and LeVeque). Over the pieces j before a piece,
+`timestep_norm` merge with what came before as two samples do (Chan, Golub and LeVeque). Over pieces j before a piece,
 
     h <- q^{n_j} h + h_j
-    c = n_j / (n + n_j);  d = mean_j - mean;  mean <- mean + c d;  var <- (1 - c) var + c var_j + c (1 - c) d^2;  n <- n + n_j
+    c = n_j / (n + n_j);  d = mean_j - mean;  n <- n + n_j
+    mean <- mean + c d;  var <- (1 - c) var + c var_j + c (1 - c) d^2
 
-from the state before the sequence, or from zero. Powers and sums are complex128 and float64, whatever the states' dtype.
-All is plain torch on small tensors, so that gradients flow to ends, poles and the state before the sequence.
+from the state before the sequence, or from zero. Powers and sums are complex128 and float64, whatever the states'
+dtype. All is plain torch on small tensors, so that gradients flow to ends, poles and the state before the sequence.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..ops.states import TimestepNormState
 def merged_cema(
     q: Tensor, ends: Tensor, pieces: Sequence[int], steps: Sequence[int], start: Tensor | None = None
 ) -> Tensor:
-    """The state of `cema` after some pieces in a row.
+    """The state of `cema` (R, D, N), in the dtype of `q`, after some pieces in a row.
 
     Args:
         q: (D, N) complex.
@@ -33,16 +34,6 @@ def merged_cema(
             autograd's graph all the same: what differs between ranks is never whether they take part in a backward.
         steps: how many steps each of these has, at least 1.
         start: (R, D, N) complex, the state before them; None: zero.
-
-    Returns:
-        (R, D, N) of q's dtype.
-
-    Example:
-        >>> import torch
-        >>> from megalodon_ops.distributed.merge import merged_cema
-        >>> ends = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1).to(torch.complex64)
-        >>> merged_cema(torch.tensor([[0.5 + 0j]]), ends, [0, 1], [1, 2]).flatten()  # 0.5^2 * 1 + 2
-        tensor([2.2500+0.j])
     """
     wide = q.to(torch.complex128)
     powers = {n: wide**n for n in {*steps}}
@@ -55,14 +46,9 @@ def merged_cema(
 
 
 def merged_norm(
-    ends: Tensor,
-    pieces: Sequence[int],
-    steps: Sequence[int],
-    start: Tensor | None = None,
-    count: Tensor | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> TimestepNormState:
+    ends: Tensor, pieces: Sequence[int], steps: Sequence[int], start: Tensor | None = None,
+    count: Tensor | None = None, *, dtype: torch.dtype = torch.float32,
+) -> TimestepNormState:  # fmt: skip
     """The state of `timestep_norm` after some pieces in a row.
 
     Args:
@@ -70,15 +56,6 @@ def merged_norm(
         pieces, steps: as in :func:`merged_cema`.
         start: (R, 2, G) float64, mean and variance before them, and count: (R,) int64, of how many steps; None: fresh.
         dtype: that of the returned mean, variance and residual.
-
-    Example:
-        >>> import torch
-        >>> from megalodon_ops.distributed.merge import merged_norm
-        >>> x = torch.randn(7, dtype=torch.float64)
-        >>> ends = torch.stack([torch.stack([a.mean(), a.var(correction=0)]) for a in (x[:4], x[4:])]).view(2, 1, 2, 1)
-        >>> state = merged_norm(ends, [0, 1], [4, 3], dtype=torch.float64)
-        >>> torch.allclose(state.var, x.var(correction=0)), state.count
-        (True, tensor([7]))
     """
     mean, var = ends[:0].sum(0).unbind(-2)
     if count is None:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
+from .alike import check_alike
 from .fsdp import check_torch, forget_ended_groups, initialise, shard
-from .mesh import batch_mesh, check_mesh, replicating_meshes, with_batch
-from .model import ParallelMegalodon, enable
-from .sharded import ShardedMegalodon, ShardedTensorMegalodon
-from .tensor import TensorMegalodon, fault_of, split_over
-from .vote import agree
+from .mesh import batch_and_tensor, check_mesh
+from .model import ParallelMegalodon, Ranks, become_parallel
+from .tensor import check_can_split, split_over
 from ..model.model import Megalodon
 from ..ops.values import check_flag, described, shown
-
-_PARAM_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
-_BLOCK = 1 << 22  # numbers of a parameter that are summed at a time
 
 
 def parallelize(
@@ -30,32 +26,32 @@ def parallelize(
     data: str = "shard",
     param_dtype: torch.dtype | None = None,
     reshard: bool = True,
-) -> ShardedMegalodon:
+) -> ParallelMegalodon:
     """Makes a model run on all ranks of a mesh, in place.
 
-    Every rank calls this with its copy of the model, and then calls the model with its own rows of the batch: its loss and
-    its gradients are those of the whole batch. Parameters become DTensors: make the optimizer afterwards.
+    Every rank calls this with its copy of the model, and then calls the model with its own rows of the batch: its loss
+    and its gradients are those of the whole batch. Parameters become DTensors: make the optimizer afterwards.
 
     Args:
-        model: equal in all ranks, on any device: it moves to the mesh's. One on `meta` begins as a new model of one process
-            does whose generator is as that of the first rank is; no rank holds more than one whole module of it at a time.
-        mesh: of dimensions named any of data, chunk and tensor, as :func:`make_mesh` makes it. The batch's rows are split
-            over data; parameters are sharded or replicated over data x chunk together. The layers are split over tensor:
-            its ranks have the same tokens.
-        data: "shard": each rank keeps a part of every parameter, of its gradient and of the optimizer's state, and gathers a
-            block when the block runs (FSDP2). "replicate": each keeps all of them, and only gradients are exchanged.
-        param_dtype: computes with the matrices in this dtype, torch.bfloat16 for one, while the parameters, their gradients
-            and the optimizer's state keep theirs; parameters of :func:`megalodon_ops.wide_parameters` are never cast.
+        model: equal in all ranks, on any device: it moves to the mesh's. One on `meta` begins as a new model of one
+            process does whose generator is as the first rank's; no rank holds more than one whole module at a time.
+        mesh: of all processes, with dimensions named any of data, chunk and tensor, as :func:`make_mesh` makes it. The
+            batch's rows are split over data, the sequence over chunk; parameters are sharded or replicated over data x
+            chunk together. The layers are split over tensor: its ranks have the same tokens.
+        data: "shard": each rank keeps a part of every parameter, of its gradient and of the optimizer's state, and
+            gathers a block when it runs (FSDP2). "replicate": each keeps all of them, and exchanges only gradients.
+        param_dtype: computes with the matrices in this dtype, torch.bfloat16 for one, while the parameters, their
+            gradients and the optimizer's state keep theirs; :func:`megalodon_ops.wide_parameters` are never cast.
             None: as they are.
-        reshard: free a gathered block after its forward and gather it again for its backward. False takes more memory and
-            less exchange.
+        reshard: free a gathered block after its forward and gather it again for its backward. False takes more memory
+            and less exchange.
 
     Returns:
-        the model, whose class is :class:`ShardedMegalodon` now, and FSDP2's `FSDPModule`.
+        the model, whose class is :class:`ParallelMegalodon` now, and FSDP2's `FSDPModule`.
 
     Raises:
-        ValueError: an argument is wrong in some rank, or ranks have other configurations, parameters or arguments; every
-        rank raises. TypeError: an argument is of a wrong type.
+        ValueError: an argument is wrong, or ranks have other configurations, parameters or arguments, which all of them
+        raise. TypeError: an argument is of a wrong type.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -67,98 +63,59 @@ def parallelize(
         >>> model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
         >>> torch.distributed.destroy_process_group()
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"parallelize: `model` must be a Megalodon, got {described(model)}.")
-    names = check_mesh("parallelize", mesh)
     check_torch()
-    check_flag("parallelize", "reshard", reshard)
-    fault = _fault(model, names, mesh, data, param_dtype)
-    everyone = _group(mesh)
-    agree(everyone, {} if fault else _facts(model, data, param_dtype, reshard), fault, op="parallelize")
-    mesh = with_batch(mesh)
+    sizes = check_mesh("parallelize", mesh)
+    _check(model, sizes.get("tensor", 1), data, param_dtype, reshard)
+    check_alike("parallelize", _facts(model, data=data, param_dtype=param_dtype, reshard=reshard), dist.group.WORLD)
     forget_ended_groups()
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None
-    batch = batch_mesh(mesh)
-    over, tensor = (batch, mesh) if data == "shard" else replicating_meshes(mesh)
-    is_split = "tensor" in names and mesh["tensor"].size() > 1
+    batch, tensor = batch_and_tensor(mesh, replicate=data == "replicate")
+    is_cut, is_split = sizes.get("chunk", 1) > 1, sizes.get("tensor", 1) > 1
     if is_split:
         if not on_meta:
             model.to(mesh.device_type)
-        model.__class__ = TensorMegalodon
-        split_over(model, tensor["tensor"])
-    enable(
-        model, mesh.get_group("chunk") if "chunk" in names else None, batch.get_group(),
-        tensor_mesh=mesh["tensor"] if is_split else None, everyone=everyone,
+        split_over(model, tensor)
+    ranks = Ranks(
+        batch=batch.get_group(0), chunk=mesh.get_group("chunk") if is_cut else None,
+        tensor=tensor if is_split else None, param_dtype=param_dtype,
     )  # fmt: skip
-    model.__class__ = ShardedTensorMegalodon if is_split else ShardedMegalodon
-    model._param_dtype = param_dtype
+    become_parallel(model, ranks)
     # A block's parameters move to the mesh's device when the block is sharded.
-    shard(model, over, param_dtype=param_dtype, reshard=reshard)
+    shard(model, batch, param_dtype=param_dtype, reshard=reshard)
     if on_meta:
-        initialise(model, plain, _device(mesh))
+        cuda = mesh.device_type == "cuda"
+        initialise(model, plain, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
     for block in model.layers:
         block.mega._keep_rotary()  # for the parameters' device
     return model
 
 
-def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The group of all ranks of the mesh."""
-    if mesh.size() == dist.get_world_size():
-        return dist.group.WORLD
-    return (mesh if mesh.ndim == 1 else batch_mesh(mesh)).get_group()
-
-
-def _device(mesh: DeviceMesh) -> torch.device:
-    return torch.device("cpu") if mesh.device_type == "cpu" else torch.device("cuda", torch.cuda.current_device())
-
-
-def _fault(model: nn.Module, names: tuple[str, ...], mesh: DeviceMesh, data: object, param_dtype: object) -> str | None:
-    """What is wrong with the arguments of this rank."""
-    if isinstance(model, ParallelMegalodon):
-        return "parallelize: `model` must be one of a single process, got one that is parallel already."
-    if not isinstance(model, Megalodon):
-        return f"parallelize: `model` must be a Megalodon, got {described(model)}."
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return "parallelize: `model` must have plain parameters, got some that are sharded already."
-    if len({parameter.is_meta for parameter in model.parameters()}) > 1:
-        return "parallelize: `model` must be on `meta` as a whole or not at all, got some parameters there."
-    if "tensor" in names and mesh["tensor"].size() > 1:
-        if mesh.size() != dist.get_world_size():
-            return f"parallelize: `mesh` must have all {dist.get_world_size()} processes for tensor > 1, got {mesh.size()}."
+def _check(model: nn.Module, tensor: int, data: object, param_dtype: object, reshard: object) -> None:
+    """Raises where an argument of this rank is wrong."""
+    if type(model) is not Megalodon:  # its forward is replaced, so that of a subclass would be lost
+        raise TypeError(f"parallelize: `model` must be a Megalodon that is not parallel yet, got {described(model)}.")
+    if tensor > 1:
+        check_can_split(model.config, tensor)
         wanted = {name for name, _ in model.config.parameter_shapes()}
         if odd := sorted({name for name, _ in model.named_parameters()} ^ wanted):
-            return (
-                f"parallelize: `model` must have the parameters of its configuration for tensor > 1, got others, such as "
-                f"{odd[0]}; merge adapters first."
+            raise ValueError(
+                "parallelize: `model` must have the parameters of its configuration for tensor > 1, got others, such "
+                f"as {odd[0]}; merge adapters first."
             )
-        if (fault := fault_of(model.config, mesh["tensor"].size())) is not None:
-            return fault
     if not isinstance(data, str) or data not in ("shard", "replicate"):
-        return f'parallelize: `data` must be "shard" or "replicate", got {described(data)}.'
-    if param_dtype not in _PARAM_DTYPES:
-        return f"parallelize: `param_dtype` must be torch.bfloat16, float16, float32 or None, got {shown(param_dtype)}."
-    return None
+        raise ValueError(f'parallelize: `data` must be "shard" or "replicate", got {described(data)}.')
+    if param_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            f"parallelize: `param_dtype` must be torch.bfloat16, float16, float32 or None, got {shown(param_dtype)}."
+        )
+    check_flag("parallelize", "reshard", reshard)
 
 
-def _facts(model: Megalodon, data: str, param_dtype: torch.dtype | None, reshard: bool) -> dict[str, object]:
+def _facts(model: Megalodon, **options: Any) -> dict[str, Any]:
     """What must be the same in all ranks."""
-    facts = {f"model.config.{name}": value for name, value in model.config.to_dict().items()}
-    facts |= dict(data=data, param_dtype=str(param_dtype), reshard=reshard)
+    facts = {f"model.config.{name}": value for name, value in model.config.to_dict().items()} | options
     for name, parameter in model.named_parameters():
-        about = f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}"
-        about += " on meta" if parameter.is_meta else f" of checksum {_checksum(parameter):x}"
-        facts[f"model.{name}"] = about if parameter.requires_grad else f"{about}, frozen"
+        facts[f"model.{name}"] = parameter
+        facts[f"model.{name}.requires_grad"] = parameter.requires_grad
     return facts
-
-
-@torch.no_grad()
-def _checksum(parameter: torch.Tensor) -> int:
-    """A sum that depends on every bit of a parameter and on its place."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    bits = parameter.detach().contiguous().view(integers).flatten()
-    place = torch.arange(1, 2 * min(_BLOCK, max(len(bits), 1)), 2, device=bits.device)  # odd: no bit is lost
-    total = 0
-    for number, block in enumerate(bits.split(_BLOCK)):
-        total = (total * 31 + int((block * place[: len(block)]).sum())) % 2**64
-    return total

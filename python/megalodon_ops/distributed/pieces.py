@@ -1,13 +1,11 @@
-"""How whole sequences lie over the pieces of ranks, and what a rank needs to know of it. All is integers, without tensors."""
+"""How whole sequences lie over the pieces of ranks, and what a rank needs to know of it, in integers."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-
-from ..ops.values import shown
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
 
 
 @dataclass(frozen=True)
@@ -17,58 +15,34 @@ class Pieces:
     A dense or padded batch exchanges the states of all rows; a packed one that of the sequence which a cut divides.
     """
 
-    rank: int
-    ends: tuple[int, ...]
-    """(P,) the column after each rank's piece"""
-    spans: tuple[tuple[int, int], ...]
-    """(S,) columns [begin, end) of each whole sequence"""
-    sources: tuple[int, ...]
-    """ranks before this one that hold steps of the sequences open at the beginning of its piece"""
-    steps: tuple[int, ...]
-    """how many steps each of these holds"""
-    tail: tuple[int, int] | None = None
-    """packed: the piece's columns in the sequence that is open at its end; None: the batch is not packed"""
-    first: int = 0
-    """packed: the first sequence with tokens in the piece"""
-    count: int = 0
-    """packed: how many sequences, from that one on, the piece holds"""
-    continues: bool = False
-    """packed: whether the first of these began in a piece before"""
-    cu_seqlens: tuple[int, ...] | None = None
-    """packed: the offsets of the piece's sequences in the piece"""
-    lengths: tuple[int, ...] | None = None
-    """padded: how much of the piece each row fills"""
-    owners: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """by rank: the sequences whose last step the rank holds"""
-
-    @property
-    def start(self) -> int:
-        """The column at which the piece begins."""
-        return self.ends[self.rank - 1] if self.rank else 0
+    begin: int  # the column at which the piece begins
+    spans: tuple[tuple[int, int], ...]  # (S,) columns [begin, end) of each whole sequence
+    end_here: tuple[int, ...]  # the sequences whose last step the piece holds
+    sources: tuple[
+        int, ...
+    ]  # ranks before this one that hold steps of the sequences open at the beginning of the piece
+    steps: tuple[int, ...]  # how many steps each of these holds
+    lengths: tuple[int, ...] | None = None  # padded: how much of the piece each row fills
+    # Of a packed batch:
+    tail: tuple[int, int] | None = None  # the piece's columns in the sequence that is open at its end
+    first: int = 0  # the first sequence with tokens in the piece
+    count: int = 0  # how many sequences, from that one on, the piece holds
+    continues: bool = False  # whether the first of these began in a piece before
+    cu_seqlens: tuple[int, ...] | None = None  # the offsets of the piece's sequences in the piece
 
     @property
     def is_packed(self) -> bool:
         return self.tail is not None
 
-    def local(self, sequence: int) -> int:
-        """The number of a sequence among those of the piece."""
-        return sequence - self.first if self.is_packed else sequence
-
     def begin_here(self) -> bool:
         """Whether a sequence begins in this piece, and so from the state that is given."""
-        return self.count > int(self.continues) if self.is_packed else self.start == 0
+        return self.count > int(self.continues) if self.is_packed else self.begin == 0
 
 
 def pieces_of(
-    rank: int,
-    piece_lengths: Sequence[int],
-    *,
-    rows: int,
-    chunk_size: int,
-    cu_seqlens: Sequence[int] | None = None,
-    lengths: Sequence[int] | None = None,
-    positions: Sequence[int] | None = None,
-) -> Pieces:
+    rank: int, piece_lengths: Sequence[int], *, rows: int, chunk_size: int, cu_seqlens: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None, positions: Sequence[int] | None = None,
+) -> Pieces:  # fmt: skip
     """What `rank` needs to know of its piece.
 
     Args:
@@ -79,27 +53,18 @@ def pieces_of(
 
     Raises:
         ValueError: offsets or lengths do not fit, or a piece ends inside of a chunk.
-
-    Example:
-        >>> from megalodon_ops.distributed.pieces import pieces_of
-        >>> pieces_of(1, [8, 8], rows=1, chunk_size=4, cu_seqlens=[0, 3, 4, 16]).sources
-        (0,)
     """
     ends = tuple(accumulate(piece_lengths))
-    total, begin, end = ends[-1], ends[rank] - piece_lengths[rank], ends[rank]
-    spans = _spans(rows, total, cu_seqlens, lengths)
-    _check_cuts(ends, spans, chunk_size, positions or [0] * len(spans), packed=cu_seqlens is not None)
-    owners: dict[int, tuple[int, ...]] = {}
-    for s, (first, last) in enumerate(spans):
-        if first < last:
-            owner = bisect_left(ends, last)
-            owners[owner] = (*owners.get(owner, ()), s)
-    common = dict(rank=rank, ends=ends, spans=spans, owners=owners)
+    begin, end = ends[rank] - piece_lengths[rank], ends[rank]
+    spans = _spans(rows, ends[-1], cu_seqlens, lengths)
+    _check_cuts(ends, spans, chunk_size, positions or [0] * len(spans))
+    end_here = tuple(s for s, (first, last) in enumerate(spans) if first < last and begin < last <= end)
+    common = dict(begin=begin, spans=spans, end_here=end_here)
     if cu_seqlens is None:
         sources = tuple(r for r in range(rank) if piece_lengths[r])
         inside = None if lengths is None else tuple(min(max(n - begin, 0), end - begin) for n in lengths)
         return Pieces(sources=sources, steps=tuple(piece_lengths[r] for r in sources), lengths=inside, **common)
-    with_tokens = [s for s in _between(cu_seqlens, begin, end) if spans[s][0] < spans[s][1]] if begin < end else []
+    with_tokens = [s for s, (first, last) in enumerate(spans) if max(first, begin) < min(last, end)]
     if not with_tokens:
         return Pieces(sources=(), steps=(), tail=(0, 0), cu_seqlens=(0,), **common)
     first, last = with_tokens[0], with_tokens[-1]
@@ -108,63 +73,45 @@ def pieces_of(
     continues = from_column < begin
     sources = tuple(r for r in range(rank) if continues and ends[r] > from_column and piece_lengths[r])
     steps = tuple(ends[r] - max(from_column, ends[r] - piece_lengths[r]) for r in sources)
-    tail = (max(spans[last][0], begin) - begin, end - begin) if to_column > end else (end - begin, end - begin)
+    tail = (max(spans[last][0], begin) - begin if to_column > end else end - begin, end - begin)
     return Pieces(
         sources=sources, steps=steps, tail=tail, first=first, count=last + 1 - first, continues=continues,
         cu_seqlens=bounds, **common,
     )  # fmt: skip
 
 
-def _between(cu_seqlens: Sequence[int], begin: int, end: int) -> range:
-    """The sequences that may have columns in [begin, end)."""
-    first = max(bisect_right(cu_seqlens, begin) - 1, 0)
-    return range(first, min(bisect_left(cu_seqlens, end), len(cu_seqlens) - 1))
-
-
 def _spans(
     rows: int, total: int, cu_seqlens: Sequence[int] | None, lengths: Sequence[int] | None
 ) -> tuple[tuple[int, int], ...]:
+    """The columns of each sequence."""
     if cu_seqlens is not None and lengths is not None:
         raise ValueError("Megalodon: `lengths` must be None beside `cu_seqlens`, got both.")
     if cu_seqlens is not None:
-        ordered = all(a <= b for a, b in zip(cu_seqlens, cu_seqlens[1:]))
+        spans = tuple(pairwise(cu_seqlens))
+        ordered = all(begin <= end for begin, end in spans)
         if rows != 1 or not cu_seqlens or not ordered or cu_seqlens[0] < 0 or cu_seqlens[-1] > total:
             raise ValueError(
                 f"Megalodon: `cu_seqlens` must be ascending offsets of one row, in [0, {total}] for the pieces of all "
-                f"ranks together, got {_listed(cu_seqlens)} for {rows} rows."
+                f"ranks together, got {reprlib.repr(list(cu_seqlens))} for {rows} rows."
             )
-        return tuple(zip(cu_seqlens, cu_seqlens[1:]))
-    if lengths is None:
-        return ((0, total),) * rows
+        return spans
+    lengths = [total] * rows if lengths is None else lengths
     if len(lengths) != rows or any(not 0 <= length <= total for length in lengths):
         raise ValueError(
             f"Megalodon: `lengths` must be {rows} lengths in [0, {total}], the columns of all ranks' pieces together, "
-            f"got {_listed(lengths)}."
+            f"got {reprlib.repr(list(lengths))}."
         )
     return tuple((0, length) for length in lengths)
 
 
 def _check_cuts(
-    ends: Sequence[int], spans: Sequence[tuple[int, int]], chunk_size: int, positions: Sequence[int], *, packed: bool
+    ends: Sequence[int], spans: Sequence[tuple[int, int]], chunk_size: int, positions: Sequence[int]
 ) -> None:
-    starts = [begin for begin, _ in spans]
-    for cut, rank in ((end, rank) for rank, end in enumerate(ends[:-1])):
-        divided = range(bisect_left(starts, cut)) if not packed else _last_before(starts, cut)
-        for s in divided:
-            begin, end = spans[s]
-            if begin < cut < end and (filled := (positions[s] + cut - begin) % chunk_size):
-                whose = f"of sequence {s}" if packed else f"of row {s}"
-                raise ValueError(
-                    f"Megalodon: `tokens` must end at a chunk boundary on every rank but the last, got a piece of rank {rank} "
-                    f"of its group that ends {filled} tokens into a chunk of {chunk_size} {whose}; "
-                    f"split(tokens, mesh, chunk_size={chunk_size}) makes pieces of whole chunks."
-                )
-
-
-def _last_before(starts: Sequence[int], cut: int) -> range:
-    last = bisect_left(starts, cut) - 1
-    return range(max(last, 0), last + 1)
-
-
-def _listed(values: Sequence[int]) -> str:
-    return str(list(values)) if len(values) <= 8 else shown(list(values))
+    """Raises where a piece ends inside of a chunk of a sequence."""
+    for (rank, cut), (s, (begin, end)) in product(enumerate(ends[:-1]), enumerate(spans)):
+        if begin < cut < end and (filled := (positions[s] + cut - begin) % chunk_size):
+            raise ValueError(
+                f"Megalodon: `tokens` must end at a chunk boundary on every rank but the last, got a piece of rank "
+                f"{rank} of its group that ends {filled} tokens into a chunk of {chunk_size} of sequence {s}; "
+                f"split(tokens, mesh, chunk_size={chunk_size}) makes pieces of whole chunks."
+            )

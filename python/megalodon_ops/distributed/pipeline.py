@@ -1,4 +1,4 @@
-"""Pipeline parallel: a contiguous run of a model's blocks for each rank, for the schedules of torch.distributed.pipelining.
+"""Pipeline parallel: a contiguous run of a model's blocks for each rank, for torch.distributed.pipelining.
 
 A stage is an ordinary module of one tensor in and one tensor out, so torch's `PipelineStage` and its schedules move
 activations forward and gradients back; nothing of that is done here. Parameters keep the names that they have in the
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .model import ParallelMegalodon
 from ..model.layers import reset_all_parameters
 from ..model.model import Megalodon, at_least_float32
 from ..ops.loss import linear_cross_entropy
@@ -24,19 +25,19 @@ from ..ops.values import check_integer, check_size, described, is_whole, shown
 def pipeline_stage(
     model: Megalodon, index: int, stages: int, *, blocks: Sequence[int] | None = None
 ) -> PipelineStageModule:
-    """A stage of a model: some of its blocks, the first stage with the embedding, the last with the final norm and the output.
+    """A stage of a model: some blocks, in the first with the embedding, in the last with the final norm and the output.
 
     This exchanges nothing. Give the stage to `torch.distributed.pipelining.PipelineStage`, and its :meth:`loss
     <PipelineStageModule.loss>` to a schedule.
 
     Args:
-        model: the whole model, in evaluation or training mode; it may be on `meta`. The stage has its modules, not copies.
+        model: the whole model, in either mode; it may be on `meta`. The stage has its modules, not copies.
         index: which stage, from 0.
         stages: how many there are.
         blocks: how many blocks each stage has; None: as equally many as can be, later stages having fewer.
 
     Returns:
-        a module that takes tokens (B, L) in the first stage, activations (B, L, D) in the others, and gives activations:
+        a module that takes tokens (B, L) in the first stage, activations (B, L, D) else, and gives activations:
         those of the last stage are the normalized ones that the output matrix reads.
 
     Raises:
@@ -54,8 +55,6 @@ def pipeline_stage(
         >>> torch.equal(last.logits(last(first(tokens))), model(tokens))
         True
     """
-    from .model import ParallelMegalodon
-
     if not isinstance(model, Megalodon) or isinstance(model, ParallelMegalodon):
         raise TypeError(f"pipeline_stage: `model` must be a Megalodon of one process, got {described(model)}.")
     total = len(model.layers)
@@ -65,8 +64,8 @@ def pipeline_stage(
         raise ValueError(f"pipeline_stage: `stages` must be at most num_layers = {total}, got {stages}.")
     if model.config.share_emb and stages > 1:
         raise ValueError(
-            "pipeline_stage: `model` must have share_emb = False for more than one stage, got True: the first stage and the "
-            "last would each have a part of one matrix's gradient."
+            "pipeline_stage: `model` must have share_emb = False for more than one stage, got True: the first "
+            "and the last would each have a part of one matrix's gradient."
         )
     if blocks is None:
         blocks = [total // stages + (stage < total % stages) for stage in range(stages)]
@@ -74,7 +73,7 @@ def pipeline_stage(
     if len(blocks) != stages or not all(is_whole(count, 1, total) for count in blocks) or sum(blocks) != total:
         got = blocks if len(blocks) <= 16 else shown(blocks)
         raise ValueError(
-            f"pipeline_stage: `blocks` must be {stages} positive numbers that add up to num_layers = {total}, got {got}."
+            f"pipeline_stage: `blocks` must be {stages} positive numbers with the sum num_layers = {total}, got {got}."
         )
     end = list(accumulate(blocks))[index]
     return PipelineStageModule(model, range(end - blocks[index], end), is_first=index == 0, is_last=index == stages - 1)
@@ -92,18 +91,14 @@ class PipelineStageModule(nn.Module):
         self.train(model.training)
 
     def reset_parameters(self) -> None:
-        """Initialises every parameter, for a stage of a model on `meta` after `to_empty`; stages draw as they are seeded."""
+        """Initialises every parameter, for a stage of a model on `meta`; stages draw as their processes are seeded."""
         reset_all_parameters(self)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        """Tokens (B, L) integers, in the first stage, or activations (B, L, D), to activations.
-
-        Raises:
-            ValueError: an option, such as a state or `lengths`, is given: a pipeline takes plain batches.
-        """
+        """Tokens (B, L) integers, in the first stage, or activations (B, L, D), to activations; without options."""
         if options:
             raise ValueError(
-                f"pipeline_stage: a stage must be called with a plain batch alone, got {', '.join(map(shown, options))}; "
+                f"pipeline_stage: a stage must be called with a plain batch alone, got {', '.join(options)}; "
                 f"states, packed and padded sequences go through parallelize's dimensions data, chunk and tensor."
             )
         if self.embed is not None:
@@ -115,7 +110,7 @@ class PipelineStageModule(nn.Module):
         return x if self.output is None else self.output.final_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (B, L, num_outputs), as :meth:`megalodon_ops.Megalodon.forward` gives them, of what the last stage gives."""
+        """Logits (B, L, num_outputs), as of :meth:`megalodon_ops.Megalodon.forward`, of what the last stage gives."""
         return at_least_float32(self._last("logits").output(hidden))
 
     def loss(self, hidden: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100) -> Tensor:

@@ -39,7 +39,7 @@ def split(
         a view of `tokens`.
 
     Raises:
-        ValueError: the mesh has no names, or `data` does not divide the rows. TypeError: an argument is of a wrong type.
+        ValueError: the mesh has no names, or `data` does not divide the rows. TypeError: a wrong type.
 
     Example:
         >>> import torch
@@ -79,13 +79,7 @@ def split(
 def columns(
     rank: int, ranks: int, length: int, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int] = 0
 ) -> tuple[int, int]:
-    """The columns [begin, end) of a rank's piece of sequences at `offsets`; `position` may be of each sequence.
-
-    Example:
-        >>> from megalodon_ops.distributed.split import columns
-        >>> [columns(rank, 3, 40, 8, [0, 40]) for rank in range(3)]
-        [(0, 16), (16, 24), (24, 40)]
-    """
+    """The columns [begin, end) of a rank's piece of sequences at `offsets`; `position` may be of each sequence."""
     bounds = [0]
     for cut in range(1, ranks):
         bounds.append(max(_nearest_cut(cut * length / ranks, length, chunk_size, offsets, position), bounds[-1]))

@@ -12,8 +12,8 @@ state is carried from its first token to its last.
 A window is read in pieces, its state passed on, so memory is constant however long contexts and documents are.
 """
 
-from .losses import PROTOCOLS, evaluate
+from .losses import evaluate
 from .results import Context, Evaluation, PositionBin
 from .windows import Document
 
-__all__ = ["PROTOCOLS", "Context", "Document", "Evaluation", "PositionBin", "evaluate"]
+__all__ = ["Context", "Document", "Evaluation", "PositionBin", "evaluate"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from .windows import Segment
 
-BINS_AN_OCTAVE = 4
-_LAST = torch.tensor(sorted({int(2 ** (i / BINS_AN_OCTAVE)) for i in range(62 * BINS_AN_OCTAVE + 1)}), device="cpu")
+_LAST = torch.tensor(sorted({int(2 ** (i / 4)) for i in range(62 * 4 + 1)}), device="cpu")
 """The end of each bin: 1, 2, 3, 4, 5, 6, 8, 9, 11, 13, 16, ... Powers of 2 end bins, so windows of such lengths do."""
 
 Context = int | Literal["all"]
@@ -100,7 +100,4 @@ class Tally:
 
 
 def _exp(nats: float) -> float:
-    try:
-        return math.exp(nats)
-    except OverflowError:
-        return math.inf
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf

@@ -11,14 +11,6 @@ from torch import Tensor
 from ..ops.loss import has_integers
 from ..ops.values import check_integer, described, is_whole
 
-ENDLESS = 2**62
-"""More tokens than any window holds"""
-
-# The released code's evaluation (its file megalodon/inference.py) reads CALL chunks a call. From RECALL chunks on it
-# computes, after each call, the statistics of all timestep norms anew, from the last KEPT chunks alone.
-CALL, RECALL = 2, 8
-KEPT = RECALL - CALL
-
 
 class Document(NamedTuple):
     """A document to predict.
@@ -39,116 +31,69 @@ class Document(NamedTuple):
 class Segment(NamedTuple):
     """What one call of the model reads of one window."""
 
-    inputs: Tensor
-    """(n,) int64"""
-    targets: Tensor
-    """(n,) int64, the token after each input"""
-    start: int
-    """how many inputs of its window earlier segments hold"""
-    ends: bool
-    """whether it is the last of its window"""
-    recall: Tensor | None
-    """(KEPT * C,) the inputs before the segment that the norms' statistics must be of; None: those that they are of"""
+    inputs: Tensor  # (n,) int64
+    targets: Tensor  # (n,) int64, the token after each input
+    start: int  # how many inputs of its window earlier segments hold
+    ends: bool  # whether it is the last of its window
+    ends_document: bool
 
 
-class Lane:
-    """Cuts documents, one after another, into windows and these into segments."""
+def segments_of(documents: Iterator[Iterator[Tensor]], context: int, piece: int) -> Iterator[list[Segment]]:
+    """The segments of documents, one document after another, in lists of what one call of the model reads.
 
-    def __init__(self, queue: Iterator[Iterator[Tensor]], context: int, piece: int, recall_by: int | None):
-        """`queue` gives the pieces of every document, to this lane or another; `recall_by` is the released code's C."""
-        self.queue, self.context, self.piece, self.chunk = queue, context, piece, recall_by
-        self.pieces: Iterator[Tensor] = iter(())  # of the document, those not read yet
-        self.ahead = _no_tokens()  # read from the document, and inputs of no segment yet
-        self.has_cut = False
-        self._begin_window()
-
-    def take(self) -> Iterator[Segment]:
-        """The segments that the next call of the model reads: `piece` tokens, where there are as many.
-
-        No window that one call can hold is cut; only the segments at both ends can be parts of windows.
-        """
-        room = self.piece
-        while room and self._has_text():
-            if self.position == 0 and room < self.context <= self.piece:
-                return
-            if self.position == self.recall_at and room < self.piece:  # the state before the segment must be known
-                return
-            segment = self._segment(room)
-            room -= len(segment.inputs)
-            yield segment
-
-    def _segment(self, room: int) -> Segment:
-        recall = None
-        if self.position == self.recall_at:
-            recall = self.past
-            self.recall_at += self._call()
-        size = min(room, self.context - self.position, self.recall_at - self.position)
-        self._look(size + 2)
-        size = min(size, len(self.ahead) - 1)
-        inputs, targets, start = self.ahead[:size], self.ahead[1 : size + 1], self.position
-        self.ahead, self.position = self.ahead[size:], start + size
-        if self.chunk:
-            self.past = torch.cat([self.past, inputs])[-KEPT * self.chunk :]
-        document_ends = len(self.ahead) < 2
-        ends = document_ends or self.position == self.context
-        self.has_cut |= ends and not document_ends
-        if ends:
-            self._begin_window()
-        return Segment(inputs, targets, start, ends, recall)
-
-    def _begin_window(self) -> None:
-        self.position = 0
-        self.recall_at = RECALL * self.chunk if self.chunk else ENDLESS
-        self.past = _no_tokens()
-
-    def _call(self) -> int:
-        """Tokens that the released code's next call reads: whole chunks, of which an odd one at the end is alone."""
-        self._look(CALL * self.chunk + 1)
-        left = min(len(self.ahead) - 1, self.context - self.position)
-        return CALL * self.chunk if left >= CALL * self.chunk else self.chunk
-
-    def _has_text(self) -> bool:
-        """Whether there is a token to predict, in this document or else in the next that has one."""
-        while self._look(2) < 2:
-            pieces = next(self.queue, None)
-            if pieces is None:
-                return False
-            self.pieces, self.ahead = pieces, self.ahead[:0]
-        return True
-
-    def _look(self, count: int) -> int:
-        """Reads until `ahead` holds `count` tokens, or the rest of the document; how many it holds."""
-        parts, held = [self.ahead], len(self.ahead)
-        while held < count and (piece := next(self.pieces, None)) is not None:
-            parts.append(piece)
-            held += len(piece)
-        if len(parts) > 1:
-            self.ahead = torch.cat(parts)
-        return held
+    A list is of `piece` tokens where there are as many. No window that one call can hold is cut; only the segments at
+    both ends of a list can be parts of windows. Documents are taken from their iterator, which others may share, when
+    their turn comes.
+    """
+    segments: list[Segment] = []
+    room = piece
+    for pieces in documents:
+        ahead, position = _read(torch.empty(0, dtype=torch.int64, device="cpu"), pieces, 2), 0
+        while len(ahead) > 1:
+            if position == 0 and room < context <= piece:
+                yield segments
+                segments, room = [], piece
+            size = min(room, context - position)
+            ahead = _read(ahead, pieces, size + 2)  # enough to know whether a token is left to predict
+            inputs, targets = ahead[:-1][:size], ahead[1:][:size]
+            ahead = ahead[len(inputs) :]
+            ends_document = len(ahead) < 2
+            ends = ends_document or position + size == context
+            segments.append(Segment(inputs, targets, position, ends, ends_document))
+            position = 0 if ends else position + size
+            room -= len(inputs)
+            if room == 0:
+                yield segments
+                segments, room = [], piece
+    if segments:
+        yield segments
 
 
-def _no_tokens() -> Tensor:
-    return torch.empty(0, dtype=torch.int64, device="cpu")
+def _read(ahead: Tensor, pieces: Iterator[Tensor], count: int) -> Tensor:
+    """The tokens ahead and those that follow, until there are `count`, or the rest of the document."""
+    parts, held = [ahead], len(ahead)
+    while held < count and (piece := next(pieces, None)) is not None:
+        parts.append(piece)
+        held += len(piece)
+    return torch.cat(parts) if len(parts) > 1 else ahead
 
 
 def opened(documents: Iterable[Any], count_bytes: Callable[[int | None], object]) -> Iterator[Iterator[Tensor]]:
     """The pieces of each document; `count_bytes` is told its bytes when its turn comes."""
     for document in documents:
-        if not isinstance(document, Document):
-            document = Document(document)
-        size = document.num_bytes
+        tokens, size = document if isinstance(document, Document) else Document(document)
         if size is not None:
             size = check_integer("evaluate", "num_bytes", size, "an integer of at least 0", 0)
         count_bytes(size)
-        yield _pieces(document.tokens)
+        yield _pieces(tokens)
 
 
 def _pieces(tokens: Any) -> Iterator[Tensor]:
     """Tokens in one piece or many, as (n,) int64 on the CPU."""
-    if isinstance(tokens, (str, bytes)) or not (isinstance(tokens, Iterable) or hasattr(tokens, "__array__")):
+    is_array = hasattr(tokens, "__array__")  # tensors have it too
+    if isinstance(tokens, (str, bytes)) or not (is_array or isinstance(tokens, Iterable)):
         raise TypeError(f"evaluate: `tokens` must be integers, got {described(tokens)}; encode text by a tokenizer.")
-    one = isinstance(tokens, Tensor) or hasattr(tokens, "__array__")
-    if one or (isinstance(tokens, Sequence) and all(is_whole(token, 0) for token in tokens[:1])):
+    if is_array or (isinstance(tokens, Sequence) and all(is_whole(token, 0) for token in tokens[:1])):
         tokens = [tokens]
     for piece in tokens:
         try:

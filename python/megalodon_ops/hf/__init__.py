@@ -8,23 +8,12 @@
 B batch, L length, D model dim, as in the rest of the package.
 """
 
-import torch as _torch
-
 from .. import extras
 
 _transformers = extras.load("transformers", "hf")
 
 if int(_transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(
-        f"needs transformers 5.0 or newer, got {_transformers.__version__}: pip install --upgrade 'megalodon_ops[hf]'"
-    )
-
-if not _transformers.utils.is_torch_available():
-    raise ImportError(
-        f"transformers {_transformers.__version__} needs a newer torch than {_torch.__version__}: upgrade torch, or take an "
-        "older transformers",
-        name="transformers",
-    )
+    raise ImportError(f"needs transformers 5.0 or newer, got {_transformers.__version__}")
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..model.decoder import Decoder
+from ..model.model import Megalodon
 from ..model.states import MegalodonState
-from ..ops.values import described
-
-if TYPE_CHECKING:
-    from .model import MegalodonForCausalLM
 
 
 class MegalodonCache(Cache):
@@ -37,19 +34,14 @@ class MegalodonCache(Cache):
     """
 
     def __init__(self, state: MegalodonState | None = None) -> None:
-        if state is not None and not isinstance(state, MegalodonState):
-            raise TypeError(f"MegalodonCache: `state` must be a MegalodonState or None, got {described(state)}.")
         super().__init__(layers=[])
         self._state = state
-        self._postponed: Callable[[], MegalodonState] | None = None
         self._decoder: Decoder | None = None
         self._columns = 0 if state is None else int(state.norm.count.max())
 
     @property
     def state(self) -> MegalodonState | None:
         """The state after all tokens so far, or None before the first."""
-        if self._postponed is not None:
-            self._state, self._postponed = self._postponed(), None
         return self._state if self._decoder is None else self._decoder.state
 
     def advance(self, state: MegalodonState, columns: int) -> None:
@@ -57,14 +49,10 @@ class MegalodonCache(Cache):
         self._state, self._decoder = state, None
         self._columns += columns
 
-    def postpone(self, state: Callable[[], MegalodonState], columns: int) -> None:
-        """Takes what computes the state after the first `columns` tokens of each sequence, for when it is asked for."""
-        self._postponed, self._columns = state, columns
-
-    def decode(self, model: MegalodonForCausalLM, tokens: Tensor) -> Tensor:
+    def decode(self, model: Megalodon, tokens: Tensor) -> Tensor:
         """Logits (B, 1, num_outputs) after one more token (B, 1) of each sequence, without gradients."""
         if self._decoder is None:
-            self._decoder, self._state = Decoder(model.megalodon, self.state), None
+            self._decoder, self._state = Decoder(model, self.state), None
         logits = self._decoder(tokens)
         self._columns += 1
         return logits
@@ -80,7 +68,7 @@ class MegalodonCache(Cache):
 
     def reset(self) -> None:
         """Forgets the past; the next call begins new sequences, of any number."""
-        self._state, self._postponed, self._decoder, self._columns = None, None, None, 0
+        self._state, self._decoder, self._columns = None, None, 0
 
     def reset_rows(self, rows: slice | list[int] | Tensor) -> None:
         """Forgets the past of some sequences, for new documents inside a batch."""
@@ -91,16 +79,15 @@ class MegalodonCache(Cache):
         if self._decoder is not None and len(beam_idx) == self.batch_size:
             self._decoder.reorder(beam_idx)
         else:
-            self._replace(lambda state: state[beam_idx.to(state.norm.count.device)])
+            self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times, one next to another."""
-        rows = torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats)
-        self._replace(lambda state: state[rows.to(state.norm.count.device)])
+        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """The sequences `indices` alone."""
-        self._replace(lambda state: state[indices.to(state.norm.count.device)])
+        self._replace(lambda state: state[indices])
 
     def _replace(self, change: Callable[[MegalodonState], MegalodonState]) -> None:
         self.renew()
@@ -112,9 +99,6 @@ class MegalodonCache(Cache):
             "MegalodonCache: `crop` cannot take tokens back, as the state has summed them up; keep a copy.deepcopy of the "
             "cache to return to, and use no assisted or contrastive generation."
         )
-
-    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("MegalodonCache: `update` must not be called: the cache holds no keys by layer.")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns so far, the padding of the longest row included."""
@@ -149,7 +133,4 @@ class MegalodonCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: the state without the decoder."""
-        return {**vars(self), "_state": self.state, "_postponed": None, "_decoder": None}
-
-    def __repr__(self) -> str:
-        return f"MegalodonCache({self._columns} tokens)"
+        return {**vars(self), "_state": self.state, "_decoder": None}

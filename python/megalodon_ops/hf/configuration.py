@@ -65,6 +65,5 @@ class MegalodonHFConfig(PreTrainedConfig):
 
     def to_megalodon(self) -> MegalodonConfig:
         """The fields that decide what the model computes."""
-        return MegalodonConfig(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(MegalodonConfig)}
-        )
+        names = (field.name for field in dataclasses.fields(MegalodonConfig))
+        return MegalodonConfig(**{name: getattr(self, name) for name in names})

@@ -8,22 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from ..model.model import Megalodon, at_least_float32
-from ..ops.values import described
 from .batches import IGNORED, Batch, kept_steps, read_batch, select, targets_of
 from .cache import MegalodonCache
 from .configuration import MegalodonHFConfig
-from .pretrained import MegalodonPreTrainedModel
-
-_MODES = (
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-)
+from .pretrained import CACHE, MegalodonPreTrainedModel
 
 
 class MegalodonModel(MegalodonPreTrainedModel):
@@ -43,34 +35,20 @@ class MegalodonModel(MegalodonPreTrainedModel):
         del self.output.output
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: MegalodonCache | None = None,
-        past_key_values: MegalodonCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cu_seqlens: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **others,
-    ) -> BaseModelOutputWithPast | tuple:
+        **arguments: Any,
+    ) -> BaseModelOutputWithPast:
         """The normalized last layer (B, L, D); arguments as in :meth:`MegalodonForCausalLM.forward`."""
-        batch = read_batch(
-            type(self).__name__, self.config, self.training, input_ids, attention_mask, position_ids, cache, past_key_values,
-            inputs_embeds, use_cache, output_attentions, others,
-            cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, seq_idx=seq_idx,
-        )  # fmt: skip
+        batch = read_batch(self, input_ids, attention_mask, **arguments)
         with self._recording(output_hidden_states, batch) as layers:
             hidden = self._hidden(batch, kept_steps("MegalodonModel", None, batch), whole=layers is not None)
-        return self._returned(
-            BaseModelOutputWithPast, batch, return_dict, last_hidden_state=hidden, hidden_states=layers
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, hidden_states=layers and tuple(layers), **{CACHE: batch.cache}
         )
 
 
@@ -100,25 +78,14 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.post_init()
 
-    @property
-    def megalodon(self) -> Megalodon:
-        """This model as a :class:`megalodon_ops.Megalodon` with the same modules, in which a change shows in both."""
-        model = Megalodon.__new__(Megalodon)
-        nn.Module.__init__(model)
-        model.config, model.training = self.config.to_megalodon(), self.training
-        model.embed, model.layers, model.output = self.embed, self.layers, self.output
-        return model
-
     @classmethod
     def from_megalodon(cls, model: Megalodon) -> MegalodonForCausalLM:
         """A model of transformers with the modules of `model`, not copies of them."""
-        if not isinstance(model, Megalodon):
-            raise TypeError(f"{cls.__name__}: `model` must be a Megalodon, got {described(model)}.")
         with torch.device("meta"):
             result = cls(MegalodonHFConfig.from_megalodon(model.config))
         result.embed, result.layers, result.output = model.embed, model.layers, model.output
         result.config.dtype = model.embed.weight.dtype
-        result.training = result._megalodon.training = model.training
+        result.training = result.megalodon.training = model.training
         return result
 
     def get_output_embeddings(self) -> nn.Module:
@@ -127,6 +94,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.output.output = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -139,16 +107,14 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         use_decoder: bool = False,
-        **others,
-    ) -> CausalLMOutputWithPast | tuple:
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
         """Logits (B, K, vocab_size) of the next token after K of the tokens, by default all, and the loss.
 
         A token that the model reads but never predicts, as the start of a document is in a model of bytes, has the logit
@@ -165,8 +131,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             inputs_embeds: (B, L, D) instead of `input_ids`, as `get_input_embeddings()` gives them.
             labels: (B, L), the token at each place; the call shifts them. -100, padding, a document's first token and
                 tokens without a logit are not learnt.
-            use_cache: whether to make a cache where there is none. None: as the configuration says, but not in training;
-                without gradients, its state is then computed once it is used, by reading the tokens again.
+            use_cache: whether to make a cache where there is none, which takes time and memory for a chunk of keys and
+                values, however short the tokens are. None: as the configuration says, but not in training.
             output_hidden_states: also return the embeddings and what each layer returns.
             logits_to_keep: logits of the last n columns, or of the columns in a 1-D tensor; 0: of all. None: of all, or
                 none in training with labels where `model.logits_in_training` is False. The loss needs none: it is
@@ -176,7 +142,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             num_items_in_batch: divides the loss in place of the number of labels, as Trainer asks.
             use_decoder: lets a :class:`megalodon_ops.Decoder`, which the cache keeps, take a single token without gradients,
                 as `generate` asks. Between two calls that do, weights and modules must stay as they are.
-            others: what transformers gives every model: `tokenizer`, `cache_position`, `max_length_q`, `max_length_k`.
+            others: what transformers gives every model: `tokenizer`, `cache_position`, `cu_seq_lens_k`,
+                `max_length_q`, `max_length_k`.
 
         Raises:
             ValueError: padding between the tokens of a row; a mask that is not 2-D; several documents in a row of several;
@@ -184,46 +151,38 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             TypeError: the cache is not a MegalodonCache; an unknown argument.
         """
         batch = read_batch(
-            type(self).__name__, self.config, self.training, input_ids, attention_mask, position_ids, cache, past_key_values,
-            inputs_embeds, use_cache, output_attentions, others,
-            cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, seq_idx=seq_idx,
+            self, input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds, use_cache,
+            output_attentions, cu_seqlens, cu_seq_lens_q, seq_idx, **others,
         )  # fmt: skip
         steps = kept_steps("MegalodonForCausalLM", logits_to_keep, batch)
-        with self._recording(output_hidden_states, batch) as layers:
-            if use_decoder and batch.is_next_token() and labels is None and layers is None:
-                logits = self._all_tokens(batch.cache.decode(self, batch.tokens))
-                return self._returned(
-                    CausalLMOutputWithPast, batch, return_dict, logits=logits if steps is None else logits[:, steps]
-                )
-            hidden = self._hidden(batch, steps if labels is None else None, whole=layers is not None)
         loss = logits = None
+        with self._recording(output_hidden_states, batch) as layers:
+            if use_decoder and batch.is_next_token and labels is None and layers is None:
+                logits = batch.cache.decode(self.megalodon, batch.given)
+                logits = logits if steps is None else logits[:, steps]
+            else:
+                hidden = self._hidden(batch, steps if labels is None else None, whole=layers is not None)
         if labels is not None:
             loss = self._loss(hidden, labels, batch, num_items_in_batch)
             hidden = hidden if steps is None else select(hidden, steps)
-        if labels is None or logits_to_keep is not None or self.logits_in_training or not self.training:
-            logits = self._all_tokens(at_least_float32(self.output.output(hidden)))
-        return self._returned(
-            CausalLMOutputWithPast, batch, return_dict, loss=loss, logits=logits, hidden_states=layers
+        leaves_out = labels is not None and logits_to_keep is None and self.training and not self.logits_in_training
+        if logits is None and not leaves_out:
+            logits = at_least_float32(self.output.output(hidden))
+        if logits is not None and (missing := self.config.vocab_size - logits.shape[-1]) > 0:
+            logits = nn.functional.pad(logits, (0, missing), value=-math.inf)  # of tokens that are never predicted
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=layers and tuple(layers), **{CACHE: batch.cache}
         )
 
-    def _all_tokens(self, logits: Tensor) -> Tensor:
-        """Logits (B, K, vocab_size), as transformers expects: -inf for tokens that the model reads but never predicts."""
-        missing = self.config.vocab_size - logits.shape[-1]
-        return logits if missing <= 0 else nn.functional.pad(logits, (0, missing), value=-math.inf)
-
     def _loss(self, hidden: Tensor, labels: Tensor, batch: Batch, num_items: int | Tensor | None) -> Tensor:
-        op, config = type(self).__name__, self._megalodon.config
-        if labels.shape != batch.shape:
-            raise ValueError(f"{op}: `labels` must be {batch.shape} as the tokens, got {tuple(labels.shape)}.")
-        targets = targets_of(op, labels, config.num_outputs, config.vocab_size, batch.present, batch.cu_seqlens)
-        padding = batch.padding
-        loss = self._megalodon._cross_entropy(
+        targets = targets_of(type(self).__name__, labels, self.megalodon.config, batch)
+        loss = self.megalodon._cross_entropy(
             hidden,
-            (targets if padding is None else padding.shift(targets)).to(hidden.device),
+            targets.to(hidden.device),
             reduction="mean" if num_items is None else "sum",
             ignore_index=IGNORED,
             cu_seqlens=batch.cu_seqlens,
-            lengths=None if padding is None else padding.lengths,
+            lengths=None if batch.padding is None else batch.padding.lengths - 1,  # the last token has no target
         )
         return loss if num_items is None else loss / num_items
 
@@ -235,27 +194,19 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         return {**inputs, "use_decoder": True}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *others, **options) -> None:
-        """Refuses caches of other models' kinds; the first call makes the cache where the caller gives none."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"{type(self).__name__}: `cache_implementation` must be left out, got "
-                f"{generation_config.cache_implementation!r}; a MegalodonCache has a constant size already."
-            )
-        generation_config.cache_implementation = None
+        """Refuses a cache of another text; the first call makes one where the caller gives none."""
+        mask = model_kwargs.get("attention_mask")  # transformers takes away one without padding, and notes its width
+        width = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         for name in ("cache", "past_key_values"):
             if isinstance(given := model_kwargs.get(name), MegalodonCache):
                 given.renew()
+                if width is not None and width <= given.get_seq_length():
+                    raise ValueError(
+                        f"{type(self).__name__}: `{name}` has read {given.get_seq_length()} tokens, got {width}; give "
+                        "`generate` all tokens so far, or the new ones and an `attention_mask` over the past ones and them."
+                    )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *others, **options)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
-
-    def _get_deprecated_gen_repo(self, generation_mode: GenerationMode, *others, **options) -> str | None:
-        """Refuses what has to take tokens back, or runs code from elsewhere, before transformers asks for that code."""
-        if generation_mode not in _MODES:
-            raise ValueError(
-                f"{type(self).__name__}: generation must be greedy, by sampling or by beams, got "
-                f"{generation_mode.value.replace('_', ' ')}; its state cannot take tokens back."
-            )
-        return super()._get_deprecated_gen_repo(generation_mode, *others, **options)

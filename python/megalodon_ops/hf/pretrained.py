@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from ..model.blocks import NormalizedAttention
 from ..model.layers import Embedding, Linear
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
-from ..ops.library import is_autocast_enabled
 from .batches import Batch, select
 from .cache import MegalodonCache
 from .configuration import MegalodonHFConfig
@@ -29,11 +28,16 @@ CACHE = next(
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):
-    """What both models share: modules, weights, and how the layers run."""
+    """What both models share: modules, weights, and how the layers run.
+
+    Attributes:
+        megalodon: a :class:`megalodon_ops.Megalodon` with the same modules, in which a change shows in both.
+    """
 
     config_class = MegalodonHFConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    _input_embed_layer = "embed"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _is_stateful = True
@@ -48,7 +52,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         self.embed, self.layers, self.output = made.embed, made.layers, made.output
         # The Megalodon that computes is no module of this one, but has its modules, whatever they become.
         made._modules = self._modules
-        self.__dict__["_megalodon"] = made
+        self.__dict__["megalodon"] = made
         self.gradient_checkpointing = False
         if not self.embed.weight.is_meta:
             for module in self.modules():
@@ -56,7 +60,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
         super().train(mode)
-        self._megalodon.training = mode
+        self.megalodon.training = mode
         return self
 
     @torch.no_grad()
@@ -77,31 +81,18 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             module._keep_rotary()
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **_: Any
     ) -> None:
-        func = gradient_checkpointing_func
-        options = func.keywords if isinstance(func, functools.partial) else {}
-        plain = getattr(func, "func", func) is checkpoint and options in ({}, {"use_reentrant": False})
-        if enable and not (plain and every_n_layers == 1):
-            raise ValueError(
-                f"{type(self).__name__}: gradient checkpointing recomputes every layer with use_reentrant=False; "
-                "leave out other options."
-            )
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(f"{type(self).__name__}: gradient checkpointing must have use_reentrant=False, got True.")
         self.gradient_checkpointing = enable
         self._configure()
 
     def _configure(self) -> None:
         """Gives the Megalodon that computes what the configuration and gradient checkpointing say now."""
         config = self.config.to_megalodon()
-        self._megalodon.config = (
-            dataclasses.replace(config, layerwise_ckpt=True) if self.gradient_checkpointing else config
-        )
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed = value
+        recomputes = config.layerwise_ckpt or self.gradient_checkpointing
+        self.megalodon.config = dataclasses.replace(config, layerwise_ckpt=recomputes)
 
     def resize_token_embeddings(self, *args, **options) -> nn.Embedding:
         """As in transformers; the model then has as many logits as tokens."""
@@ -121,83 +112,39 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         row. Unless the layers need the `whole` batch at once, the tokens are read in pieces of a chunk where there are
         no gradients: memory grows with their number by the result alone.
         """
-        model, padding = self._megalodon, batch.padding
-        tokens, embeddings = batch.tokens, batch.embeddings
-        if padding is not None and embeddings is None:
-            tokens = padding.shift(tokens).masked_fill(padding.lengths[:, None] == 0, 0)  # padding may be no token
-        elif padding is not None:
-            embeddings = padding.shift(embeddings)
-        lengths = None if padding is None else padding.lengths
-        state = None if batch.cache is None else batch.cache.state
-        if tokens is not None:
-            model._check(tokens, state, True, batch.cu_seqlens, lengths)
-
-        def embed(begin: int, end: int) -> Tensor:
-            if embeddings is None:
-                return model._embed(tokens[:, begin:end])
-            return embeddings[:, begin:end] * model.config.embedding_scale
-
-        (_, length), chunk = batch.shape, model.config.chunk_size
-        whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None or length <= chunk
-        eager = torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens is None or not whole
-        keeps = batch.returns_cache and (batch.must_keep_state or eager)
-        pieces, result = [], None
-        for begin in range(0, length, length if whole else chunk):
-            end = length if whole else min(begin + chunk, length)
-            left = None if lengths is None else (lengths - begin).clamp(0, end - begin)
+        model, given, lengths = self.megalodon, batch.given, None
+        (_, length), state = batch.shape, None if batch.cache is None else batch.cache.state
+        if batch.padding is not None:
+            given, lengths = batch.padding.shift(given), batch.padding.lengths
+        if batch.holds_tokens:
+            if lengths is not None:
+                given = given.masked_fill(lengths[:, None] == 0, 0)  # padding may be no token
+            model._check(given, state, True, batch.cu_seqlens, lengths)
+        whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
+        size = length if whole else min(model.config.chunk_size, length)
+        pieces, kept = [], None
+        for begin in range(0, length, size):
+            end = min(begin + size, length)
+            part = given[:, begin:end]
             piece, state = model._hidden(
-                embed(begin, end),
+                model._embed(part) if batch.holds_tokens else part * model.config.embedding_scale,
                 state,
-                return_state=keeps or not whole,
+                return_state=batch.returns_cache or end < length,
                 inplace_state=begin > 0,  # the first piece's state is the caller's
                 cu_seqlens=batch.cu_seqlens,
-                lengths=left,
+                lengths=None if lengths is None else (lengths - begin).clamp(0, end - begin),
             )
             if steps is None:
                 pieces.append(piece)
             else:
-                part = select(piece, (steps - begin).clamp(0, end - begin - 1))
-                is_inside = ((steps >= begin) & (steps < end))[..., None]
-                result = part if result is None else torch.where(is_inside, part, result)
+                piece = select(piece, (steps - begin).clamp(0, end - begin - 1))
+                kept = piece if kept is None else torch.where((steps >= begin)[..., None], piece, kept)
         if batch.returns_cache:
             batch.cache = MegalodonCache() if batch.cache is None else batch.cache
-            batch.cache.advance(state, length) if keeps else batch.cache.postpone(self._later(batch), length)
+            batch.cache.advance(state, length)
         if steps is not None:
-            return result
+            return kept
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-    def _later(self, batch: Batch) -> Callable[[], MegalodonState]:
-        """What reads a batch again for its state, which takes memory for a whole chunk of each sequence."""
-        again = dataclasses.replace(batch, tokens=batch.tokens.clone(), cache=None, must_keep_state=True)
-        before = self._what_decides(batch.tokens.device.type)
-
-        @torch.no_grad()
-        def state() -> MegalodonState:
-            if self._what_decides(batch.tokens.device.type) != before:
-                raise RuntimeError(
-                    f"{type(self).__name__}: the weights, the mode of training or autocast have changed since the call that "
-                    "returned this cache; ask for the cache in that call, by use_cache=True."
-                )
-            self._hidden(again, torch.arange(0, device=again.tokens.device), whole=False)
-            return again.cache.state
-
-        return state
-
-    def _what_decides(self, device: str) -> tuple:
-        """What a state depends on besides the tokens, to be compared."""
-        weights = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.parameters()]
-        adapters = [  # PEFT's
-            (
-                layer.disable_adapters,
-                tuple(layer.active_adapters),
-                tuple(layer.merged_adapters),
-                tuple(layer.scaling.items()),
-            )
-            for layer in self.modules()
-            if hasattr(layer, "merged_adapters")
-        ]
-        autocast = is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return self.training, autocast, weights, adapters
 
     @contextmanager
     def _recording(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
@@ -206,21 +153,14 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             yield None
             return
         found: list[Tensor] = []
-        steps = None if batch.padding is None else batch.padding.steps(batch.shape[1])
+        steps = None if batch.padding is None else batch.padding.steps()
 
         def keep(x: Tensor | tuple[Tensor, MegalodonState]) -> None:
             x = x[0] if isinstance(x, tuple) else x
             found.append(x if steps is None else select(x, steps))
 
-        hooks = [self.layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))]
-        hooks += [layer.register_forward_hook(lambda *call: keep(call[-1])) for layer in self.layers]
-        try:
+        with ExitStack() as hooks:
+            hooks.enter_context(self.layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0])))
+            for layer in self.layers:
+                hooks.enter_context(layer.register_forward_hook(lambda *call: keep(call[-1])))
             yield found
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _returned(self, kind: type, batch: Batch, return_dict: bool | None, *, hidden_states=None, **fields):
-        layers = None if hidden_states is None else tuple(hidden_states)
-        output = kind(**fields, hidden_states=layers, **{CACHE: batch.cache if batch.returns_cache else None})
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -219,3 +219,8 @@ class Output(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises the norm and the matrix."""
         reset_all_parameters(self)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits as a model returns them, whatever dtype the output matrix has."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

@@ -64,40 +64,35 @@ class MegalodonConfig:
     """recompute each layer in the backward (training only): memory of one layer instead of all"""
 
     def __post_init__(self) -> None:
-        def check(holds: bool, field: str, expected: str) -> None:
+        def check(field: str, holds: bool, expected: str, kind: type | None = None) -> None:
+            """Refuses a field that does not hold; makes a NumPy number one of Python's `kind`, which JSON knows."""
+            value = getattr(self, field)
             if not holds:
-                raise ValueError(f"MegalodonConfig: `{field}` must be {expected}, got {shown(getattr(self, field))}.")
-
-        def keep(kind: type, field: str) -> None:
-            """Turns a NumPy number into a Python number, which JSON knows."""
-            object.__setattr__(self, field, kind(getattr(self, field)))
+                raise ValueError(f"MegalodonConfig: `{field}` must be {expected}, got {shown(value)}.")
+            if kind is not None:
+                object.__setattr__(self, field, kind(value))
 
         for field in ("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim",
                       "chunk_size", "vocab_size", "norm_num_groups"):  # fmt: skip
-            check(is_whole(getattr(self, field), 1, 2**31 - 1), field, "a positive integer below 2^31")
-            keep(int, field)
+            check(field, is_whole(getattr(self, field), 1, 2**31 - 1), "a positive integer below 2^31", int)
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
-            check(0 <= as_float(getattr(self, field)) < 1, field, "a probability in [0, 1)")
-            keep(float, field)
+            check(field, 0 <= as_float(getattr(self, field)) < 1, "a probability in [0, 1)", float)
         for field in ("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt"):
-            check(isinstance(getattr(self, field), bool), field, "True or False")
-        check(self.z_dim % (2 * self.num_heads) == 0, "z_dim", f"a multiple of 2 * num_heads = {2 * self.num_heads}")
-        check(self.value_dim % self.num_heads == 0, "value_dim", f"a multiple of num_heads = {self.num_heads}")
-        check(
-            self.model_dim % self.norm_num_groups == 0, "norm_num_groups", f"a divisor of model_dim = {self.model_dim}"
-        )
-        check(0 <= as_float(self.norm_eps) <= _LARGEST_FLOAT32, "norm_eps", "at least 0 and finite in float32")
-        keep(float, "norm_eps")
-        if self.rope_base is not None:
-            of_base = 0 < as_float(self.rope_base) <= _LARGEST_FLOAT32
-            check(of_base, "rope_base", "positive or None, and finite in float32")
-            keep(float, "rope_base")
-        size = self.output_size
-        check(is_whole(size, -1, 2**31 - 1) and size != 0, "output_size", "a positive integer or -1, and below 2^31")
-        keep(int, "output_size")
-        check(self.init_mode == "he", "init_mode", '"he"')
+            check(field, isinstance(getattr(self, field), bool), "True or False")
+        heads, groups, eps, base, size = (
+            self.num_heads, self.norm_num_groups, as_float(self.norm_eps), self.rope_base, self.output_size
+        )  # fmt: skip
+        check("z_dim", self.z_dim % (2 * heads) == 0, f"a multiple of 2 * num_heads = {2 * heads}")
+        check("value_dim", self.value_dim % heads == 0, f"a multiple of num_heads = {heads}")
+        check("norm_num_groups", self.model_dim % groups == 0, f"a divisor of model_dim = {self.model_dim}")
+        check("norm_eps", 0 <= eps <= _LARGEST_FLOAT32, "at least 0 and finite in float32", float)
+        if base is not None:
+            check("rope_base", 0 < as_float(base) <= _LARGEST_FLOAT32, "positive or None, and finite in float32", float)
+        wanted = f"a positive integer of at most vocab_size = {self.vocab_size}, or -1"
+        check("output_size", is_whole(size, -1, self.vocab_size) and size != 0, wanted, int)
         if self.share_emb:
-            check(size in (-1, self.vocab_size), "output_size", "-1 or vocab_size where share_emb is set")
+            check("output_size", size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
+        check("init_mode", self.init_mode == "he", '"he"')
 
     @property
     def num_outputs(self) -> int:
@@ -198,14 +193,10 @@ class MegalodonConfig:
         """The configuration of a released `config.json`'s `model` object or of :meth:`to_dict`; an unknown field raises."""
         if not isinstance(values, dict):
             raise ValueError(f"MegalodonConfig: `values` must be a dictionary of fields, got {shown(values)}.")
-        fields = dict(values)
-        kernels = fields.pop("efficient_attn", None)  # which of two kernels with equal results the released code takes
-        if kernels not in (None, "swift", "fused"):
-            raise ValueError(
-                f'MegalodonConfig: `efficient_attn` must be None, "swift" or "fused", got {shown(kernels)}.'
-            )
-        unknown = [name for name in fields if name not in {field.name for field in dataclasses.fields(cls)}]
-        if unknown:
+        known = {field.name for field in dataclasses.fields(cls)}
+        # `efficient_attn` says which of two kernels with equal results the released code takes
+        fields = {name: value for name, value in values.items() if name != "efficient_attn"}
+        if unknown := [name for name in fields if name not in known]:
             raise ValueError(f"MegalodonConfig: unknown field {', '.join(map(shown, unknown))}.")
         return cls(**fields)
 

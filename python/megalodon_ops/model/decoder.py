@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _global_hooks
+from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _C
 from ..ops import linear
 from ..ops.library import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
-from .adapters import low_rank_of
-from .model import Megalodon, at_least_float32
-from .states import MegalodonState, complete, named_tensors
 from ..ops.normalized_qk import rotary_table
 from ..ops.values import check_tensor, described
+from .blocks import at_least_float32
+from .states import MegalodonState, complete, named_tensors
+
+if TYPE_CHECKING:
+    from .model import Megalodon
 
 _INSTEAD = "call the model there, with its state: model(tokens, state=state, return_state=True)"
 
@@ -30,15 +31,18 @@ class Decoder:
     """The logits after each next token of B sequences, without gradients.
 
     On the CPU one call computes the logits from the tokens: it runs the kernels of the model's layers, with the same
-    bits as the layers, without Python between kernels. A linear layer of a block inside an adapter of PEFT's LoRA runs
-    as kernels, too, equal to the layers up to rounding: where one adapter is active, not merged, of the layer's dtype,
-    and nothing but scale up(down(x)), unlike DoRA. A linear layer of a block that was wrapped otherwise, hooked,
-    quantised or replaced is called between two kernels of the call. Where another module was changed, the call ends and
-    the module runs: a block as a whole, the embedding, the final norm, the output matrix. All modules run, and no call
-    of kernels, on other devices, under torch.autocast, with dropout in training, for more rows than the kernels for few
-    rows take (32; AMX: 15 in float32, 8 in bfloat16), and with MEGALODON_OPS_LINEAR=torch. The decoder decides once, by
-    the model as it is when the decoder is made: make a new decoder after the parameters, their memory, the modules or
-    their adapters have changed. Threads that call one decoder wait for each other. A decoder cannot be copied or pickled.
+    bits as the layers, without Python between kernels. A linear layer that was wrapped (by an adapter that is not
+    merged, for one), hooked, quantised or replaced is called between two kernels of the call. Where another module was
+    changed, the model runs by its modules. So it does on other devices, under torch.autocast, with dropout in training,
+    for more rows than the kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), and with
+    MEGALODON_OPS_LINEAR=torch.
+
+    All of this is chosen once, when the decoder is made. The kernels know the places in memory that parameters had
+    then: they see values that are written there later, as an optimizer's step or `load_state_dict` writes them, but for
+    CEMA's parameters, from which coefficients have been computed, and parameters that are not contiguous, which were
+    copied. Make a new decoder after these have changed, after parameters have got another memory, and after modules,
+    hooks or adapters have changed: this one does not look. Threads that call one decoder wait for each other. A decoder
+    cannot be copied or pickled.
 
     Args:
         model: the model that gives the logits.
@@ -47,6 +51,7 @@ class Decoder:
     Attributes:
         fused: whether one call of kernels computes everything, and no module is called. If a changed module prevents it,
             a warning has named the first such module.
+        num_sequences: B.
 
     Raises:
         ValueError: the state is not one of this model. TypeError: a dtype is wrong. RuntimeError: an earlier call
@@ -66,7 +71,7 @@ class Decoder:
 
     def __init__(self, model: Megalodon, state: MegalodonState) -> None:
         check_runs_now("Decoder", _INSTEAD)
-        if not isinstance(model, Megalodon):
+        if not hasattr(model, "_as_made"):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {described(model)}.")
         if not isinstance(state, MegalodonState) or len(state.layers) != model.config.num_layers:
             raise ValueError(
@@ -75,32 +80,31 @@ class Decoder:
             )
         self._model, self._state = model, _own(state)
         self._like = self._state.layers[0].attention.v
-        self._batch = self._like.shape[0]
-        self._most_tokens = linear.most_few_rows(self._like.dtype) if self._runs_kernels() else 0
-        self._autocast = torch.autocast(self._like.device.type, **_autocast_now(self._like.device.type))
+        self.num_sequences = self._like.shape[0]
+        device = self._like.device.type
+        enabled, dtype = is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self._autocast = torch.autocast(device, enabled=enabled, dtype=dtype)
         self._alone, self._state_is_whole = threading.RLock(), True
         self._tokens_read = 0
-        self._alike_at = torch.full((self._batch, self._batch), -(2**62), device="cpu")
+        self._alike_at = torch.full((self.num_sequences, self.num_sequences), -(2**62), device="cpu")
         """(B, B): how many tokens had been read when two sequences were last the same"""
-        self._parts, self.fused = self._plan() if self._most_tokens >= self._batch else ([], False)
+        self._most_tokens = linear.most_few_rows(self._like.dtype) if self._may_run_kernels(enabled) else 0
+        self._kernels, self.fused = None, False
+        if self._most_tokens >= self.num_sequences:
+            self._kernels, self.fused = self._make_kernels()
 
     @property
     def state(self) -> MegalodonState:
         """A copy of the state after all tokens so far."""
         with self._alone:
             self._check_state()
-            return tree_map_only(Tensor, torch.clone, self._state)
+            return self._state.clone()
 
     def state_of(self, rows: Tensor) -> MegalodonState:
         """A copy of the state of the sequences `rows` (n,) after all tokens so far."""
         with self._alone:
             self._check_state()
             return self._state[rows]
-
-    @property
-    def num_sequences(self) -> int:
-        """B."""
-        return self._batch
 
     @torch.no_grad()
     def reorder(self, rows: Tensor) -> None:
@@ -109,12 +113,13 @@ class Decoder:
         Keys and values are copied from where two sequences have parted: the beams of one text share nearly all.
         """
         check_tensor("Decoder", "rows", rows)
-        if rows.shape != (self._batch,) or rows.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"Decoder: `rows` must be int64 or int32 ({self._batch},), got {rows.dtype} {tuple(rows.shape)}."
-            )
+        B = self.num_sequences
+        if rows.shape != (B,) or rows.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"Decoder: `rows` must be int64 or int32 ({B},), got {rows.dtype} {tuple(rows.shape)}.")
         rows = rows.long().cpu()
-        targets = (rows != torch.arange(self._batch)).nonzero().squeeze(1)
+        if bool(((rows < 0) | (rows >= B)).any()):
+            raise IndexError(f"Decoder: `rows` must be in [0, {B}), got {rows.tolist()}.")
+        targets = (rows != torch.arange(B)).nonzero().squeeze(1)
         if len(targets) == 0:
             return
         sources = rows[targets]
@@ -137,16 +142,18 @@ class Decoder:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model)."""
         check_tensor("Decoder", "tokens", tokens)
         check_runs_now("Decoder", _INSTEAD)
-        if tokens.dim() != 2 or tokens.shape[0] != self._batch or tokens.dtype not in (torch.int64, torch.int32):
+        B = self.num_sequences
+        if tokens.dim() != 2 or tokens.shape[0] != B or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"Decoder: `tokens` must be int64 or int32 ({self._batch}, L), got {tokens.dtype} {tuple(tokens.shape)}."
+                f"Decoder: `tokens` must be int64 or int32 ({B}, L), got {tokens.dtype} {tuple(tokens.shape)}."
             )
         tokens = tokens.long().contiguous()
+        by_kernels = self._kernels is not None and 0 < tokens.numel() <= self._most_tokens
         with self._alone:
             self._check_state()
             self._state_is_whole = False
             try:
-                logits = self._run(tokens)
+                logits = self._run_kernels(tokens) if by_kernels else self._run_model(tokens)
             except BaseException as error:
                 outside = (tokens < 0) | (tokens >= self._model.config.vocab_size)  # refused before a layer runs
                 self._state_is_whole = isinstance(error, IndexError) and bool(outside.any())
@@ -168,35 +175,34 @@ class Decoder:
                 "interrupted by an error, or a module calls the decoder that runs it; make a new decoder from a state."
             )
 
-    def _run(self, tokens: Tensor) -> Tensor:
-        if not self._parts or not 0 < tokens.numel() <= self._most_tokens:
-            return self._run_model(tokens)
+    def _run_kernels(self, tokens: Tensor) -> Tensor:
+        logits = self._like.new_empty((*tokens.shape, self._model.config.num_outputs))
         if self.fused:
-            return self._parts[0](tokens)
-        x = tokens
-        with torch.no_grad(), self._autocast:
-            for part in self._parts:
-                x = part(x)
-        return x
+            self._kernels.run(tokens, logits)
+        else:
+            with torch.no_grad(), self._autocast:  # for the layers that are called
+                self._kernels.run(tokens, logits)
+        return logits
 
-    def _runs_kernels(self) -> bool:
+    @torch.no_grad()
+    def _run_model(self, tokens: Tensor) -> Tensor:
+        with self._autocast:
+            logits, after = self._model(tokens, state=self._state, return_state=True, inplace_state=True)
+        for old, new in zip(tree_leaves(self._state), tree_leaves(after), strict=True):
+            if old is not new:
+                old.copy_(new)
+        return logits
+
+    def _may_run_kernels(self, autocast: bool) -> bool:
         config = self._model.config
         drops = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
-        watched = _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks
-        return self._like.is_cpu and not torch.is_autocast_enabled("cpu") and not drops and not watched
+        watched = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        return self._like.is_cpu and not autocast and not drops and not watched
 
-    def _plan(self) -> tuple[list[Callable[[Tensor], Tensor]], bool]:
-        """The parts to run in order, and whether they are one call of kernels.
-
-        A part is a call of kernels for units that stand in a row, or the module of one unit. The units are the
-        embedding, each block, the final norm and the output matrix. No parts: the model runs as a whole.
-        """
-        model = self._model
-        modules = dict(model.named_modules(remove_duplicate=False))
-        changes = list(_changes(model, _as_made(model.config), ""))
-        linears = {name for name in changes if _LINEAR_OF_BLOCK.fullmatch(name) and name in modules}
-        adapters = {name: low_rank for name in linears if (low_rank := low_rank_of(modules[name])) is not None}
-        changes, linears = [name for name in changes if name not in adapters], linears - adapters.keys()
+    def _make_kernels(self) -> tuple[_C.Decoder | None, bool]:
+        """The call of kernels, and whether it calls no layer; no kernels if the model has to run by its modules."""
+        model, config, made = self._model, self._model.config, self._model._as_made()
+        changes = list(_changes(model, made, ""))
         if changes:
             of_how_many = f", the first of {len(changes)} such modules," if len(changes) > 1 else ""
             warnings.warn(
@@ -205,58 +211,28 @@ class Decoder:
                 "or remove what was added.",
                 stacklevel=3,
             )
-        others = [f"{name}." for name in changes if name not in linears]
-        if not {".", "layers."}.isdisjoint(others):
-            return [], False
-        units = ["embed", *(f"layers.{i}" for i in range(len(model.layers))), "output.final_norm", "output.output"]
-        is_module = [any(o.startswith(f"{unit}.") or f"{unit}.".startswith(o) for o in others) for unit in units]
-        wrapped = {name: self._call_of(name, modules[name]) for name in linears}
-        for name, adapter in adapters.items():
-            wrapped |= adapter.tensors(name, accumulation_dtype(self._like.dtype))
-        parts: list[Callable[[Tensor], Tensor]] = []
-        begin = 0
-        for end in (*(unit for unit, changed in enumerate(is_module) if changed), len(units)):
-            if begin < end:
-                parts.append(self._kernels(begin, end, wrapped))
-            if end < len(units):
-                parts.append(self._module(end))
-            begin = end + 1
-        return parts, not changes
-
-    def _kernels(self, begin: int, end: int, wrapped: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-        """One call of kernels for the units [begin, end), which are numbered as in `_plan`.
-
-        `wrapped` has what stands for wrapped linear layers: functions to call, or the tensors of adapters.
-        """
-        model, config, norm = self._model, self._model.config, self._model.config.num_layers + 1
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if not all(_LINEAR.fullmatch(name) and name in modules for name in changes):
+            return None, False
+        real = accumulation_dtype(self._like.dtype)
         tensors = {name: p.detach().contiguous() for name, p in model.named_parameters(remove_duplicate=False)}
         tensors |= {f"state.{name}": tensor for name, tensor in named_tensors(self._state).items()}
-        real = accumulation_dtype(self._like.dtype)
+        tensors |= {name: self._call_of(name, modules[name], made.get_submodule(name)) for name in changes}
         rotary = rotary_table(
             config.chunk_size, config.z_dim // config.num_heads, config.rotary_base, real, self._like.device
         )
-        writes_logits = end == norm + 2
         kernels = _C.Decoder(
-            config=config, tensors=tensors | wrapped, rotary=rotary, like=self._like, batch=self._batch,
-            max_tokens=self._most_tokens, embeds=begin == 0, first=max(begin - 1, 0), end=min(end, norm) - 1,
-            norms=begin <= norm < end, writes_logits=writes_logits,
+            config=config, tensors=tensors, rotary=rotary, like=self._like, batch=self.num_sequences,
+            max_tokens=self._most_tokens,
         )  # fmt: skip
-        like, columns = self._like, config.num_outputs if writes_logits else config.model_dim
+        return kernels, not changes
 
-        def run(x: Tensor) -> Tensor:
-            y = like.new_empty((*x.shape[:2], columns))
-            kernels.run(x, y)
-            return y
-
-        return run
-
-    def _call_of(self, name: str, layer: nn.Module) -> Callable[[memoryview, memoryview], None]:
+    def _call_of(self, name: str, layer: nn.Module, made: nn.Linear) -> Callable[[memoryview, memoryview], None]:
         """What the kernels' call runs in the place of a linear layer: it takes the memory of the input and of the output.
 
         The layer gets a tensor of its own, which a hook may keep.
         """
-        made = _as_made(self._model.config).get_submodule(name)
-        dtype, batch, inputs, outputs = self._like.dtype, self._batch, made.in_features, made.out_features
+        dtype, batch, inputs, outputs = self._like.dtype, self.num_sequences, made.in_features, made.out_features
 
         def call(x: memoryview, y: memoryview) -> None:
             rows = torch.frombuffer(x, dtype=dtype).view(batch, -1, inputs)
@@ -273,43 +249,9 @@ class Decoder:
 
         return call
 
-    @torch.no_grad()
-    def _run_model(self, tokens: Tensor) -> Tensor:
-        with self._autocast:
-            logits, after = self._model(tokens, state=self._state, return_state=True, inplace_state=True)
-            _write(self._state, after)
-        return logits
-
-    def _module(self, unit: int) -> Callable[[Tensor], Tensor]:
-        """The module of a unit, which is numbered as in `_plan`."""
-        model, state, norm = self._model, self._state, len(self._model.layers) + 1
-
-        def run_layer(x: Tensor) -> Tensor:
-            y, after = model.layers[unit - 1](x, state=state.layers[unit - 1], return_state=True, inplace_state=True)
-            _write(state.layers[unit - 1], after)
-            return y.contiguous()
-
-        def run_norm(x: Tensor) -> Tensor:
-            y, after = model.output.final_norm(x, state=state.norm, return_state=True)
-            _write(state.norm, after)
-            return y.contiguous()
-
-        if unit == 0:
-            return lambda tokens: model._embed(tokens).contiguous()
-        if unit < norm:
-            return run_layer
-        return run_norm if unit == norm else lambda x: model.output.output(x)
-
 
 _OF_NO_RESULT = ("training", "layer", "of_tokens")  # attributes of modules that initialise, or that change with time
-_LINEAR_OF_BLOCK = re.compile(r"layers\.\d+\.(mega\.(wz|wv|wr|wh1|wh2)|nffn\.(fc1|fc2|fc3))")
-
-
-@functools.lru_cache(maxsize=8)
-def _as_made(config) -> Megalodon:
-    """A model as the configuration makes it, without memory, to compare other models with."""
-    with torch.device("meta"):
-        return Megalodon(config)
+_LINEAR = re.compile(r"layers\.\d+\.(mega\.(wz|wv|wr|wh1|wh2)|nffn\.(fc1|fc2|fc3))|output\.output")
 
 
 def _changes(module: nn.Module, made: nn.Module, name: str) -> Iterator[str]:
@@ -342,15 +284,3 @@ def _own(state: MegalodonState) -> MegalodonState:
         return tree_map_only(
             Tensor, lambda tensor: tensor.clone(memory_format=torch.contiguous_format), complete(state)
         )
-
-
-def _write(into: object, after: object) -> None:
-    """Copies the values of `after` into the tensors of `into`, except where both are one tensor."""
-    for old, new in zip(tree_leaves(into), tree_leaves(after), strict=True):
-        if old is not new:
-            old.copy_(new)
-
-
-def _autocast_now(device: str) -> dict:
-    enabled = is_autocast_enabled(device)
-    return dict(enabled=enabled, dtype=torch.get_autocast_dtype(device))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .sampling import Sampling, check_generator, check_seeds, numbers_of_generator, numbers_of_seeds
+from .decoder import Decoder
+from .sampling import Sampling, check_seeds, numbers_of_generator, numbers_of_seeds
 from .states import MegalodonState
 from .stops import Ends, check_stops
 from ..ops.library import check_runs_now
 from ..ops.loss import has_integers
-from ..ops.values import check_flag, check_integer, check_optional_tensor, check_size, check_tensor, shown
+from ..ops.memory import check_fits
+from ..ops.values import check_flag, check_integer, check_size, check_tensor, shown
 
 if TYPE_CHECKING:
     from .model import Megalodon
@@ -45,17 +47,20 @@ class TokenStream:
         prompts: _Prompts,
         state: MegalodonState | None,
         sampling: Sampling,
-        numbers: Callable[[Tensor], Iterator[Tensor]],
         stops: list[list[int]],
+        seeds: list[int] | None,
+        generator: torch.Generator | None,
     ) -> None:
-        from .decoder import Decoder  # here: decoder.py imports model.py, which imports this file
-
         state = model._read(prompts.tokens, prompts.lengths - 1, state)
         if len(prompts.samples) > len(prompts.tokens):
             state = state[prompts.samples]
         self._prompts, self._decoder = prompts, Decoder(model.alone(), state)
         self._last = prompts.last[prompts.samples]
-        self._sampling, self._numbers = sampling, numbers(state.norm.count + 1)
+        self._sampling, rows, device = sampling, len(self._last), self._last.device
+        if seeds is None:
+            self._numbers = numbers_of_generator(generator, rows, device)
+        else:
+            self._numbers = numbers_of_seeds(seeds, state.norm.count + 1, device)
         self._seen = prompts.contained(model.config.num_outputs)[prompts.samples] if sampling.penalises else None
         self._ends = Ends(stops, self._last) if stops else None
         self.stopped = torch.zeros_like(self._last, dtype=torch.bool)
@@ -200,24 +205,23 @@ def stream(
     """
     _check_prompt(self, prompt, state)
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
+    if prompt.is_cpu:
+        try:
+            check_samples(self, rows)
+        except ValueError as error:
+            raise ValueError(f"generate: `num_samples` must be less, got {num_samples:,}: {error}.") from None
     prompts = _Prompts(prompt, _check_lengths(prompt, lengths, padding), padding, num_samples)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if num_samples > 1 and sampling.temperature == 0:
         raise ValueError(
             f"generate: `num_samples` must be 1 with temperature 0, got {num_samples}; the samples would be equal."
         )
-    check_generator(generator, prompt.device)
     seeds = check_seeds(seed, rows)
     if seeds is not None and generator is not None:
         raise ValueError("generate: `seed` must be None with a `generator`, got both; the generator has a seed.")
 
-    def numbers(positions: Tensor) -> Iterator[Tensor]:
-        if seeds is not None:
-            return numbers_of_seeds(seeds, positions, prompt.device)
-        return numbers_of_generator(generator, rows, prompt.device)
-
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
-    return TokenStream(self, prompts, state, sampling, numbers, stops)
+    return TokenStream(self, prompts, state, sampling, stops, seeds, generator)
 
 
 def generate(
@@ -261,17 +265,18 @@ def generate(
     check_flag("generate", "return_lengths", return_lengths)
     check_flag("generate", "return_state", return_state)
     tokens = self.stream(prompt, lengths=lengths, padding=padding, num_samples=num_samples, **options)
-    new = torch.empty((len(tokens.stopped), min(max_new_tokens, 1024)), dtype=prompt.dtype, device=prompt.device)
-    count = 0
-    for token in itertools.islice(tokens, max_new_tokens):
-        if count == new.shape[1]:
-            new = torch.cat([new, torch.empty_like(new)], 1)
-        new[:, count] = token
-        count += 1
-    new = new[:, :count]
+    found = [token.to(prompt.dtype) for token in itertools.islice(tokens, max_new_tokens)]
+    new = torch.stack(found, 1) if found else prompt.new_empty((len(tokens.stopped), 0))
     result, ends = tokens._prompts.followed_by(new)
-    found = [result, *([ends] if return_lengths else []), *([tokens.state] if return_state else [])]
-    return found[0] if len(found) == 1 else tuple(found)
+    results = (result, *([ends] if return_lengths else []), *([tokens.state] if return_state else []))
+    return results[0] if len(results) == 1 else results
+
+
+def check_samples(model: Megalodon, rows: int) -> None:
+    """Raises a ValueError, before a prompt is read, where there is no memory for the states and logits of all rows."""
+    state = MegalodonState.fresh(model.config, 1, dtype=next(model.parameters()).dtype, device="meta").nbytes
+    logits = 2 * model.config.num_outputs * torch.float32.itemsize  # of the decoder, and as the sampler orders them
+    check_fits(rows * (state + logits), f"the state of {rows:,} samples")
 
 
 def _check_prompt(model: Megalodon, prompt: Tensor, state: MegalodonState | None) -> None:
@@ -293,13 +298,13 @@ def _check_prompt(model: Megalodon, prompt: Tensor, state: MegalodonState | None
 def _check_lengths(prompt: Tensor, lengths: Tensor | None, padding: str) -> Tensor:
     """The lengths of the prompts (B,)."""
     B, L = prompt.shape
-    check_optional_tensor("generate", "lengths", lengths)
     if padding not in ("right", "left"):
         raise ValueError(f'generate: `padding` must be "right" or "left", got {shown(padding)}.')
     if lengths is None and padding == "left":
         raise ValueError('generate: `lengths` must be given with padding "left", got None; else padding would be read.')
     if lengths is None:
         return torch.full((B,), L, device=prompt.device)
+    check_tensor("generate", "lengths", lengths)
     if not has_integers(lengths):
         raise TypeError(f"generate: `lengths` must be integers, got {lengths.dtype}.")
     if lengths.shape != (B,) or not bool(((lengths >= 1) & (lengths <= L)).all()):

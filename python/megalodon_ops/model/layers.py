@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..ops.cema import cema
 from ..ops.cema_coefficients import cema_coefficients
@@ -259,11 +258,12 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling the module gives :func:`megalodon_ops.linear` of its weight and bias, and nothing else.
 
-    Any other class (an adapter, a parametrization and a sharded module have their own), hooks, another forward and
-    parameters of a subclass of torch's types may compute anything: a module with one of these has to be called.
+    Any other class (an adapter, a parametrization and a sharded module have their own), hooks of the module's own,
+    another forward and parameters of a subclass of torch's types may compute anything: a module with one of these has
+    to be called. Hooks of all modules, such as those of torch's FlopCounterMode, only look on, and do not count here.
     """
     if type(module) is not Linear or getattr(module.forward, "__func__", None) is not _LINEAR_FORWARD:
         return False
-    if any(getattr(torch_module, f"_global{hooks}") or getattr(module, hooks) for hooks in _HOOKS):
+    if any(getattr(module, hooks) for hooks in _HOOKS):
         return False
     return all(tensor is None or type(tensor) in KERNEL_TYPES for tensor in (module.weight, module.bias))

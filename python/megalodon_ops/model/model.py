@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import MegalodonBlock, Output
+from .blocks import MegalodonBlock, Output, at_least_float32
 from .config import MegalodonConfig, check_config
 from .generation import generate, read, stream
 from .layers import Embedding, is_plain_linear, reset_all_parameters
@@ -117,8 +118,8 @@ class Megalodon(nn.Module):
                 is never cut) and an index.
 
         The folder is complete or not there: it is written under another name, flushed to the disk and renamed. If the
-        process is killed while it replaces a checkpoint, the folder holds the old one or the new one, whole; where the
-        file system cannot exchange two folders in one step, it may be left under the name `.<name>.old`.
+        process is killed while it replaces a checkpoint, the folder holds the old one or the new one, whole; killed
+        between two renames, it leaves the old one beside, under the name `.<name>.draft-...-old`.
 
         Raises:
             ValueError: the model's parameters are not those of its configuration (merge adapters first), or not finite,
@@ -146,6 +147,10 @@ class Megalodon(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _as_made(self) -> Megalodon:
+        """A model as the configuration makes it, without memory: a :class:`Decoder` looks where this one differs."""
+        return _made_without_memory(self.config)
 
     def forward(
         self,
@@ -247,6 +252,10 @@ class Megalodon(nn.Module):
             raise ValueError(
                 f"Megalodon: `tokens` must be integers (B, L), int64 or int32, got {tokens.dtype} {tuple(tokens.shape)}."
             )
+        if tokens.is_meta and not any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError(
+                "Megalodon: `tokens` must have values, got a tensor on the device meta; move the model there."
+            )
         if state is not None and not isinstance(state, MegalodonState):
             raise TypeError(f"Megalodon: `state` must be a MegalodonState or None, got {described(state)}.")
         if state is not None and len(state.layers) != len(self.layers):
@@ -312,9 +321,11 @@ def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
     return check_integer("Megalodon", "ignore_index", ignore_index, "an integer below 2^63", -(2**63))
 
 
+@functools.lru_cache(maxsize=8)
+def _made_without_memory(config: MegalodonConfig) -> Megalodon:
+    with torch.device("meta"):
+        return Megalodon(config)
+
+
 def _own_weight(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("weight")
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

@@ -1,27 +1,29 @@
-"""Checkpoints in the format of the released code."""
+"""Checkpoints in the format of the released code: config.json, and parameters in one `.pth` file or in one a rank."""
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import os
 import re
 import shutil
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import CONFIG, as_device, as_path, check_tokenizer, kept_files
+from .checkpoint import CONFIG, as_device, as_path, check_dtype, check_tokenizer, kept_files
 from .config import MegalodonConfig
-from .files import read_json, write_folder_atomically
-from ..ops.memory import check_fits, is_finite
+from .files import file_size, read_json, reading, write_atomically
 from .model import Megalodon
-from .pth import check_tensor, read_pth
-from ..errors import FileError
 from .weights import plain_tensors
-from ..ops.values import check_integer, described, is_whole, shown
+from ..errors import FileError
+from ..ops.library import OWN_TYPES
+from ..ops.memory import check_fits, is_finite
+from ..ops.values import check_integer, is_whole, shown
 
 # How a model-parallel checkpoint splits its parameters: along dim 1, along dim 0, or not at all.
 _SPLIT_DIM_1 = re.compile(r"embed\.weight|.*\.mega\.(gamma|beta)|.*\.(wh2|fc2)\.weight|output\.output\.weight")
@@ -30,11 +32,12 @@ _SPLIT_DIM_0 = re.compile(
 )
 _BUFFERS = re.compile(r"(.*\.)?(rope\.freqs|prior_(count|mean|logv))")
 _PARALLEL = "consolidate_config.json"
-_OF_WEIGHTS = re.compile(r"consolidated(\.\d\d)?\.pth")
+_SHARD, _OF_WEIGHTS = re.compile(r"consolidated\.\d\d"), re.compile(r"consolidated(\.\d\d)?\.pth")
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_SHOWN = 4  # most names of parameters in an error
+_EMBEDDING, _OUTPUT = "embed.weight", "output.output.weight"
 
 Shards = dict[Path, dict[str, Tensor]]
+"""The parameters in every shard by name"""
 
 
 def load_official(
@@ -50,21 +53,16 @@ def load_official(
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing. ValueError: a file is damaged or not what the released
-        code writes (a field of the configuration of another type or range; a parameter missing, unknown, of another
-        shape, not dense, not real, not finite; another number of shards than `consolidate_config.json` names), or the
-        model is larger than the machine's memory. The message names the file and the fault.
+        code writes, or the model is larger than the machine's memory. The message names the file and the fault.
 
     Files are unpickled with `weights_only=True`, after their checksums were compared.
     """
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise ValueError(f"load_official: `dtype` must be a torch dtype of 16 bits or more, got {shown(dtype)}.")
+    check_dtype("load_official", dtype)
     directory, device = as_path("load_official", "directory", directory), as_device("load_official", device)
     try:
-        return read_official(directory, dtype, device)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"load_official: {error}") from error
-    except ValueError as error:
-        raise FileError(f"load_official: {error}") from error
+        return read_official(directory, dtype or torch.float32, device)
+    except (FileNotFoundError, FileError) as error:
+        raise type(error)(f"load_official: {error}") from error
 
 
 def save_official(model: Megalodon, directory: str | os.PathLike, *, shards: int = 1, tokenizer: Any = None) -> None:
@@ -92,8 +90,6 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, shards: int
         ...     mo.load_official(f"{folder}/model").config == config
         True
     """
-    if not isinstance(model, Megalodon):
-        raise TypeError(f"save_official: `model` must be a Megalodon, got {described(model)}.")
     folder, config = as_path("save_official", "directory", directory), model.config
     shards = check_integer("save_official", "shards", shards, "an integer from 1 to 99", 1, 99)
     check_tokenizer("save_official", tokenizer)
@@ -107,7 +103,7 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, shards: int
     if config.share_emb:
         weights["output.output.weight"] = weights["embed.weight"]
     kept = kept_files("save_official", folder, is_official(folder), (CONFIG, _PARALLEL))
-    with write_folder_atomically(folder) as draft:
+    with write_atomically(folder, folder=True) as draft:
         for path in kept:
             if not _OF_WEIGHTS.fullmatch(path.name):
                 shutil.copy2(path, draft / path.name, follow_symlinks=False)
@@ -126,10 +122,10 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, shards: int
 def _part(weights: dict[str, Tensor], rank: int, shards: int) -> dict[str, Tensor]:
     """What the file of one rank holds; a shared embedding is one tensor under two names."""
     parts: dict[int, Tensor] = {}
-    for weight, dim in ((weight, _split_dim(name)) for name, weight in weights.items()):
+    for name, weight in weights.items():
         if id(weight) not in parts:
-            whole = dim is None or shards == 1
-            parts[id(weight)] = weight.contiguous() if whole else weight.chunk(shards, dim)[rank].clone()
+            dim = None if shards == 1 else _split_dim(name)
+            parts[id(weight)] = weight.contiguous() if dim is None else weight.chunk(shards, dim)[rank].clone()
     return {name: parts[id(weight)] for name, weight in weights.items()}
 
 
@@ -152,144 +148,122 @@ def is_official(directory: Path) -> bool:
 
 def read_official(directory: Path, dtype: torch.dtype, device: torch.device) -> Megalodon:
     """:func:`load_official` of arguments that were checked."""
-    _check_folder(directory)
-    fields = _model_fields(directory / "config.json")
-    shards = _read_shards(directory)
-    config = _config(directory / "config.json", fields, shards)
-    check_fits(config.num_parameters() * dtype.itemsize, f"{directory}: a model of its configuration")
-    _check_parameters(directory, config, shards)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such folder")
+    if not (directory / CONFIG).exists():
+        raise FileNotFoundError(f"{directory}: no config.json in this folder, so the released code did not write it")
+    shards = {path: _read_shard(path) for path in _shard_files(directory)}
+    config = _read_config(directory / CONFIG, next(iter(shards.values())))
+    with reading(directory):
+        check_fits(config.num_parameters() * dtype.itemsize, "a model of its configuration")
+    _check_parameters(config, shards)
     with torch.device("meta"):
         model = Megalodon(config).to(dtype)
     weights: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, parameter in model.named_parameters():
-        weight = _own(_joined(name, shards).detach(), places).to(device=device, dtype=parameter.dtype)
-        if not is_finite(weight):
-            raise ValueError(f"{_files(shards)}: `{name}` must be finite as {parameter.dtype}, got NaN or infinity")
-        weights[name] = weight
+        weights[name] = _own(_joined(name, shards).detach(), places).to(device=device, dtype=parameter.dtype)
+        if not is_finite(weights[name]):
+            raise FileError(f"{_files(shards)}: `{name}` must be finite as {parameter.dtype}, got NaN or infinity")
     if config.share_emb:
-        weights["output.output.weight"] = weights["embed.weight"]
-    for name, _ in _second_output(config, shards):
-        if not torch.equal(_joined(name, shards), _joined("embed.weight", shards)):
-            raise ValueError(
-                f"{_files(shards)}: `{name}` must be the embedding, which `share_emb` says, got other values"
-            )
+        weights[_OUTPUT] = weights[_EMBEDDING]
+        has_both = _OUTPUT in next(iter(shards.values()))
+        if has_both and not torch.equal(_joined(_OUTPUT, shards), _joined(_EMBEDDING, shards)):
+            raise FileError(f"{_files(shards)}: `{_OUTPUT}` must be the embedding by `share_emb`, got other values")
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     return model.eval()
 
 
-def _check_folder(directory: Path) -> None:
-    if not os.path.lexists(directory):
-        raise FileNotFoundError(f"{directory}: no such folder")
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: must be a folder that the released code wrote, got a file")
-    if not os.path.lexists(directory / "config.json"):
-        own = os.path.lexists(directory / "checkpoints")
-        hint = "; `python -m megalodon_ops train` wrote it, and `eval` and `generate` read it" if own else ""
-        raise FileNotFoundError(
-            f"{directory}: no config.json in this folder, so the released code did not write it{hint}"
-        )
-
-
-def _model_fields(path: Path) -> dict[str, Any]:
-    fields = read_json(path).get("model")
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: `config.json` must hold an object `model`, got {shown(fields)}")
-    return fields
-
-
-def _config(path: Path, fields: dict[str, Any], shards: Shards) -> MegalodonConfig:
-    """The configuration; where `fields` names no vocabulary, it has the embedding's size."""
-    if is_whole(fields.get("vocab_size", -1), -1, 0):
-        embed = next(iter(shards.values())).get("embed.weight")
-        if not isinstance(embed, Tensor) or embed.dim() != 2:
-            raise ValueError(f"{path.parent}: missing parameters: embed.weight")
-        fields = {**fields, "vocab_size": embed.shape[0]}
-    try:
-        return MegalodonConfig.from_dict(fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_shards(directory: Path) -> Shards:
-    """The parameters of every shard by name, without the released code's buffers."""
-    paths, whole = sorted(directory.glob("consolidated.[0-9][0-9].pth")), directory / "consolidated.pth"
-    if paths and os.path.lexists(whole):
-        raise ValueError(f"{directory}: holds both {whole.name} and {paths[0].name}; one of them must go")
-    for rank, path in enumerate(paths):
-        if path.name != f"consolidated.{rank:02d}.pth":
-            raise FileNotFoundError(f"{directory / f'consolidated.{rank:02d}.pth'}: no such file")
-    paths = paths or [whole]
-    parallel = directory / _PARALLEL
-    if os.path.lexists(parallel):
-        found = read_json(parallel)
-        expected, dtype = found.get("model_parallel_size", 1), found.get("dtype", "fp32")
-        if not is_whole(expected, 1) or dtype not in _NAMES.values():
-            raise ValueError(
-                f"{parallel}: must hold a positive integer `model_parallel_size` and a `dtype` of fp32, bf16 or fp16, "
-                f"got {shown(expected)} and {shown(dtype)}"
+def _shard_files(directory: Path) -> list[Path]:
+    """The files of weights, in the order of their ranks, as many as `consolidate_config.json` names."""
+    ranks, whole = len(list(directory.glob("consolidated.[0-9][0-9].pth"))), directory / "consolidated.pth"
+    paths = [directory / f"consolidated.{rank:02d}.pth" for rank in range(ranks)] or [whole]
+    if ranks and whole.exists():
+        raise FileError(f"{directory}: holds both {whole.name} and {paths[0].name}; one of them must go")
+    if (parallel := directory / _PARALLEL).exists():
+        expected = read_json(parallel).get("model_parallel_size", 1)
+        if not is_whole(expected, len(paths), len(paths)):
+            raise FileError(
+                f"{parallel}: says `model_parallel_size` {shown(expected)}, and there are {len(paths)} shards"
             )
-        if expected != len(paths):
-            raise ValueError(f"{directory}: expected {expected} shards as {parallel.name} says, got {len(paths)}")
-    return {
-        path: {name: value for name, value in read_pth(path).items() if not _BUFFERS.fullmatch(name)} for path in paths
-    }
+    return paths
 
 
-def _check_parameters(directory: Path, config: MegalodonConfig, shards: Shards) -> None:
-    """Raises unless the shards hold exactly the parameters of the configuration.
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    """The parameters in a file by name, their memory mapped from it, without the released code's buffers.
 
-    The check stops at the first few missing parameters, so that a configuration of 10^9 layers takes no time.
+    Every byte of the archive is compared with its CRC32 first, which torch.load does not do, at about 2 GB/s a core.
     """
-    known, missing = set(), []
-    for name, shape in itertools.chain(config.parameter_shapes(), _second_output(config, shards)):
-        known.add(name)
-        holders = [path for path, shard in shards.items() if name in shard]
-        if not holders:
-            missing.append(name)
-            if len(missing) > _SHOWN:
-                break
-            continue
-        for path, shard in shards.items():
-            if name not in shard:
-                raise ValueError(f"{directory}: `{name}` must be in every shard, got none in {path.name}")
-            check_tensor(path, name, shard[name], _shape_in_shard(directory, name, shape, len(shards)))
-    unknown = sorted(set().union(*shards.values()) - known)
-    for names, problem in ((missing, "missing"), (unknown, "unknown")):
-        if names:
-            listed = ", ".join(name if name.isprintable() else ascii(name) for name in (n[:80] for n in names[:_SHOWN]))
-            raise ValueError(f"{directory}: {problem} parameters: {listed}{', ...' if len(names) > _SHOWN else ''}")
+    file_size(path)
+    with reading(path):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("is no archive of torch.save, or is cut short")
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"is damaged: the checksum of {shown(damaged)} in it is another")
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("is compressed, which torch.save does not do")
+            written_as = min(archive.namelist()).partition("/")[0]
+        if _SHARD.fullmatch(written_as) and written_as != path.stem:
+            raise ValueError(f"was written as {written_as}.pth, another shard")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of kinds of tensors that `_check_parameters` refuses
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # whose text says how to load the file all the same, and run what is in it
+                raise ValueError(
+                    "holds something else than tensors, or is damaged: weights_only=True refuses it"
+                ) from error
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+            raise ValueError(f"must hold a dictionary of tensors by name, got {shown(content)}")
+    return {name: value for name, value in content.items() if not _BUFFERS.fullmatch(name)}
 
 
-def _second_output(config: MegalodonConfig, shards: Shards) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of the output matrix where a checkpoint holds the shared embedding a second time."""
-    twice = config.share_emb and any("output.output.weight" in shard for shard in shards.values())
-    return [("output.output.weight", (config.vocab_size, config.model_dim))] if twice else []
+def _read_config(path: Path, shard: dict[str, Tensor]) -> MegalodonConfig:
+    """The configuration; where it names no vocabulary, it has the embedding's size."""
+    fields = read_json(path).get("model")
+    with reading(path):
+        if not isinstance(fields, dict):
+            raise ValueError(f"must hold an object `model`, got {shown(fields)}")
+        if is_whole(fields.get("vocab_size", -1), -1, 0) and getattr(shard.get(_EMBEDDING), "ndim", 0) == 2:
+            fields = {**fields, "vocab_size": len(shard[_EMBEDDING])}
+        return MegalodonConfig.from_dict(fields)
+
+
+def _check_parameters(config: MegalodonConfig, shards: Shards) -> None:
+    """Raises unless every shard holds its part of exactly the parameters of the configuration."""
+    wanted = dict(config.parameter_shapes())
+    if config.share_emb and all(_OUTPUT in shard for shard in shards.values()):  # the embedding a second time
+        wanted[_OUTPUT] = wanted[_EMBEDDING]
+    for path, shard in shards.items():
+        for names, problem in ((wanted.keys() - shard.keys(), "missing"), (shard.keys() - wanted.keys(), "unknown")):
+            if names:
+                listed = ", ".join(ascii(name[:80])[1:-1] for name in sorted(names)[:4])
+                raise FileError(f"{path}: {problem} parameters: {listed}{', ...' if len(names) > 4 else ''}")
+        for name, shape in wanted.items():
+            if type(tensor := shard[name]) not in OWN_TYPES:
+                got = type(tensor).__name__
+            elif tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in (*_NAMES, torch.float64):
+                got = "a meta tensor" if tensor.is_meta else f"{tensor.layout} of {tensor.dtype}"
+            else:
+                times = [len(shards) if dim == _split_dim(name) else 1 for dim in range(tensor.ndim)]
+                got = tuple(map(math.prod, zip(tensor.shape, times, strict=True)))  # of all shards together
+            if got != shape:
+                raise FileError(f"{path}: `{name}` must be a dense tensor of real numbers of shape {shape}, got {got}")
 
 
 def _split_dim(name: str) -> int | None:
     return 1 if _SPLIT_DIM_1.fullmatch(name) else 0 if _SPLIT_DIM_0.fullmatch(name) else None
 
 
-def _shape_in_shard(directory: Path, name: str, shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
-    dim = _split_dim(name)
-    if dim is None:
-        return shape
-    if shape[dim] % shards:
-        raise ValueError(f"{directory}: {shards} shards cannot hold equal parts of `{name}`, which is {shape}")
-    return tuple(size // shards if d == dim else size for d, size in enumerate(shape))
-
-
 def _joined(name: str, shards: Shards) -> Tensor:
-    parts, dim = {path: shard[name] for path, shard in shards.items()}, _split_dim(name)
-    if dim is not None:
-        return torch.cat(list(parts.values()), dim) if len(parts) > 1 else next(iter(parts.values()))
-    first, *others = parts
-    for other in others:
-        if not torch.equal(parts[first], parts[other]):
-            raise ValueError(f"{other}: `{name}` must be as in {first.name}, got other values")
-    return parts[first]
+    first, *others = (shard[name] for shard in shards.values())
+    if others and (dim := _split_dim(name)) is not None:
+        return torch.cat([first, *others], dim)
+    if not all(torch.equal(first, other) for other in others):
+        raise FileError(f"{_files(shards)}: `{name}` must be equal in every shard, got other values")
+    return first
 
 
 def _own(weight: Tensor, places: set[int]) -> Tensor:

@@ -8,15 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.values import (
-    LARGEST,
-    LEAST_POSITIVE,
-    check_integer,
-    check_number,
-    check_size,
-    described,
-    shown,
-)
+from ..ops.values import LARGEST, LEAST_POSITIVE, check_integer, check_number, check_size
 from ..reference.philox import philox
 
 _FEW_TOKENS = 1024
@@ -25,7 +17,7 @@ _AT_ONCE = 64  # random numbers of a row that are made in one go
 _SEED = "an integer from 0 to 2^63 - 1, one for each row, or None"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampling:
     """Which token follows, given logits; the names and meanings are those of transformers.
 
@@ -42,24 +34,16 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        def keep(field: str, value: float | None) -> None:
-            object.__setattr__(self, field, value)
+        def check(field: str, expected: str, least: float, most: float = LARGEST) -> None:
+            if (value := getattr(self, field)) is not None or field == "temperature":
+                setattr(self, field, check_number("generate", field, value, expected, least, most))
 
-        at_least_0, share = "a finite number of at least 0", "a probability in (0, 1]"
-        keep("temperature", check_number("generate", "temperature", self.temperature, at_least_0, 0.0))
+        check("temperature", "a finite number of at least 0", 0.0)
+        check("top_p", "a probability in (0, 1]", LEAST_POSITIVE, 1.0)
+        check("min_p", "a probability in [0, 1]", 0.0, 1.0)
+        check("repetition_penalty", "a positive finite number", LEAST_POSITIVE)
         if self.top_k is not None:
-            keep("top_k", check_size("generate", "top_k", self.top_k))
-        if self.top_p is not None:
-            keep("top_p", check_number("generate", "top_p", self.top_p, share, LEAST_POSITIVE, 1.0))
-        if self.min_p is not None:
-            keep("min_p", check_number("generate", "min_p", self.min_p, "a probability in [0, 1]", 0.0, 1.0))
-        if self.repetition_penalty is not None:
-            penalty = self.repetition_penalty
-            expected = "a positive finite number"
-            keep(
-                "repetition_penalty",
-                check_number("generate", "repetition_penalty", penalty, expected, LEAST_POSITIVE, LARGEST),
-            )
+            self.top_k = check_size("generate", "top_k", self.top_k)
 
     @property
     def penalises(self) -> bool:
@@ -145,22 +129,12 @@ def check_seeds(seed: object, rows: int) -> list[int] | None:
     """The seed of each row; one seed s stands for s, s + 1, s + 2 and so on."""
     if seed is None:
         return None
-    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
-        seeds = [check_integer("generate", "seed", one, _SEED, 0) for one in seed]
-        if len(seeds) != rows:
-            raise ValueError(f"generate: `seed` must be {_SEED}, got {len(seeds)} for {rows} rows.")
-        return seeds
-    first = check_integer("generate", "seed", seed, _SEED, 0)
-    return [(first + row) % 2**63 for row in range(rows)]
-
-
-def check_generator(generator: object, device: torch.device) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generate: `generator` must be a torch.Generator or None, got {described(generator)}.")
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(
-            f"generate: `generator` must be on {device} as `prompt`, got {shown(str(generator.device))}; make it there."
-        )
+    if not isinstance(seed, Sequence) or isinstance(seed, str):
+        first = check_integer("generate", "seed", seed, _SEED, 0)
+        return [(first + row) % 2**63 for row in range(rows)]
+    if len(seed) != rows:
+        raise ValueError(f"generate: `seed` must be {_SEED}, got {len(seed)} for {rows} rows.")
+    return [check_integer("generate", "seed", one, _SEED, 0) for one in seed]
 
 
 def numbers_of_generator(generator: torch.Generator | None, rows: int, device: torch.device) -> Iterator[Tensor]:
@@ -171,11 +145,7 @@ def numbers_of_generator(generator: torch.Generator | None, rows: int, device: t
 
 
 def numbers_of_seeds(seeds: list[int], positions: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Random numbers (rows,) in [0, 1), float64, made by Philox of each row's seed and position, then of the next position.
-
-    A number depends on seed and position alone: neither on other rows or the device, nor on how many calls have drawn the
-    tokens before.
-    """
+    """Random numbers (rows,) in [0, 1), float64, made by Philox of each row's seed and position, then of the next position."""
     key, position = torch.tensor(seeds)[:, None], positions.cpu()[:, None] + torch.arange(_AT_ONCE)
     while True:
         zero = torch.zeros_like(position)

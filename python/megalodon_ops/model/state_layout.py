@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +20,7 @@ Layout = Iterator[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
 def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layout:
-    """The tensors of a state of `rows` sequences, one by one, as a configuration may name 10^9 layers."""
+    """The tensors of a state of `rows` sequences."""
     real, heads = accumulation_dtype(activations), config.num_heads
 
     def norm(prefix: str) -> Layout:
@@ -39,48 +40,30 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
     yield from norm("norm.")
 
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
-    "U8": torch.uint8,
-}  # fmt: skip
-"""The dtypes in our files, by safetensors' names"""
-
-
-def check_layout(found: dict[str, tuple[torch.dtype | None, tuple[int, ...]]], wanted: Layout) -> None:
-    """Raises a ValueError unless there are the tensors wanted and no other, at the first missing tensor."""
-    known = set()
-    for name, dtype, shape in wanted:
-        known.add(name)
-        if name not in found:
-            raise ValueError(f"its tensors are not those of its config: `{name}` is missing")
-        if found[name] != (dtype, shape):
-            raise ValueError(
-                f"its tensors are not those of its config: `{name}` must be {dtype} {shape}, "
-                f"got {' '.join(map(str, found[name]))}"
-            )
-    if unknown := [name for name in found if name not in known]:
-        raise ValueError(f"its tensors are not those of its config: {shown(unknown[0])} is unknown")
+def check_layout(tensors: dict[str, Tensor], wanted: Layout) -> None:
+    """Raises a ValueError unless there are the tensors wanted and no other, at the first that differs."""
+    expected = {name: (dtype, shape) for name, dtype, shape in wanted}
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for name in [*expected, *found]:
+        if (got := found.get(name)) != (want := expected.get(name)):
+            raise ValueError(f"its tensors are not those of its config: {shown(name)} must be {want}, got {got}")
 
 
 def check_values(tensors: dict[str, Tensor], config: MegalodonConfig) -> None:
     """Raises a ValueError where a tensor of :func:`layout` holds what no call of a model gives."""
     for name, tensor in tensors.items():
-        if not tensor.numel():
-            continue
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ValueError(f"`{name}` must be finite, got NaN or infinity")
-        if name.endswith((".count", ".position", ".var")):
+        if tensor.numel() and name.endswith((".count", ".position", ".var")):
             least, most = (bound.item() for bound in torch.aminmax(tensor))
-            below = config.chunk_size if name.endswith(".position") else None
-            if least < 0 or (below is not None and most >= below):
-                expected = "at least 0" if below is None else f"in [0, {below})"
-                raise ValueError(f"`{name}` must be {expected}, got values from {least} to {most}")
+            below = config.chunk_size if name.endswith(".position") else math.inf
+            if least < 0 or most >= below:
+                raise ValueError(f"`{name}` must be in [0, {below}), got values from {least} to {most}")
 
 
-def batch_of(found: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> tuple[int, torch.dtype]:
+def batch_of(tensors: dict[str, Tensor]) -> tuple[int, torch.dtype]:
     """The number of sequences and the dtype of activations that two of a file's tensors say."""
-    _, count = found.get("norm.count", (None, ()))
-    activations, _ = found.get("layers.0.attention.k", (None, ()))
-    if len(count) != 1 or activations not in ACTIVATIONS:
+    count, keys = tensors.get("norm.count"), tensors.get("layers.0.attention.k")
+    if count is None or count.dim() != 1 or keys is None or keys.dtype not in ACTIVATIONS:
         raise ValueError("its tensors are not those of a state")
-    return count[0], activations
+    return len(count), keys.dtype

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import _C, extras
+from .. import _C
 from .blocks import BlockState
 from .config import MegalodonConfig, check_config
 from .files import file_size, one_line, write_atomically, write_safetensors
-from .state_layout import ACTIVATIONS, DTYPES, batch_of, check_layout, check_values, layout
+from .state_layout import ACTIVATIONS, batch_of, check_layout, check_values, layout
 from ..ops.library import accumulation_dtype
 from ..ops.memory import check_fits
 from ..ops.states import AttentionState, TimestepNormState, named_in_programs
-from ..ops.values import check_size, described, shown
+from ..ops.values import check_size, described, is_whole, shown
 
 FILE_FORMAT = "megalodon_ops.state"
 FILE_VERSION = "1"
@@ -70,10 +71,8 @@ class MegalodonState(NamedTuple):
         check_config("MegalodonState.fresh", config)
         rows = check_size("MegalodonState.fresh", "num_sequences", num_sequences)
         _check_activations("MegalodonState.fresh", dtype)
-        tensors = {
-            name: torch.zeros(shape, dtype=kind, device=device) for name, kind, shape in layout(config, rows, dtype)
-        }
-        return from_named(tensors, config)
+        wanted = layout(config, rows, dtype)
+        return from_named({name: torch.zeros(shape, dtype=kind, device=device) for name, kind, shape in wanted})
 
     @property
     def num_sequences(self) -> int:
@@ -106,22 +105,14 @@ class MegalodonState(NamedTuple):
         """The state of all sequences of some states of one model, in order."""
         states = list(states)
         if not states or not all(isinstance(state, MegalodonState) for state in states):
-            got = "none" if not states else next(described(s) for s in states if not isinstance(s, MegalodonState))
-            raise TypeError(f"MegalodonState.cat: `states` must be one MegalodonState or more, got {got}.")
+            raise TypeError("MegalodonState.cat: `states` must be MegalodonStates, one or more.")
         parts = [named_tensors(complete(state)) for state in states]
-        if any(part.keys() != parts[0].keys() for part in parts):
-            layers = ", ".join(str(len(state.layers)) for state in states)
-            raise ValueError(f"MegalodonState.cat: `states` must be of one model, got states of {layers} layers.")
-        for name, first in parts[0].items():
-            for part in parts:
-                if (tensor := part[name]).shape[1:] != first.shape[1:] or tensor.dtype != first.dtype:
-                    raise ValueError(
-                        f"MegalodonState.cat: `states` must be of one model, got {name} as {first.dtype} "
-                        f"{tuple(first.shape)} and {tensor.dtype} {tuple(tensor.shape)}."
-                    )
-        return _from_named(
-            {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, len(states[0].layers)
-        )
+        kinds = [{name: (tensor.dtype, *tensor.shape[1:]) for name, tensor in part.items()} for part in parts]
+        for kind in kinds:
+            if different := sorted(name for name, _ in kinds[0].items() ^ kind.items()):
+                got = f"{kinds[0].get(different[0])} and {kind.get(different[0])} as {different[0]}"
+                raise ValueError(f"MegalodonState.cat: `states` must be of one model, got {got}.")
+        return from_named({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def to(
         self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
@@ -131,28 +122,20 @@ class MegalodonState(NamedTuple):
         Keys and values take the dtype. What recurs over steps becomes float32, or float64 for float64 activations.
         """
         if isinstance(device, torch.dtype):
-            if dtype is not None:
-                raise TypeError(f"MegalodonState.to: `device` must be a device or None, got {device}.")
             device, dtype = None, device
         if dtype is None:
             return _map(lambda tensor: tensor.to(device), self)
         _check_activations("MegalodonState.to", dtype)
         real = accumulation_dtype(dtype)
-        recurrent = {False: real, True: torch.complex128 if real == torch.float64 else torch.complex64}
 
-        def convert(tensor: Tensor) -> Tensor:
-            integers = not (tensor.is_floating_point() or tensor.is_complex())
-            return tensor.to(device) if integers else tensor.to(device, recurrent[tensor.is_complex()])
+        def convert(name: str, tensor: Tensor) -> Tensor:
+            if tensor.dtype == torch.int64:
+                return tensor.to(device)
+            if name.endswith((".attention.k", ".attention.v")):
+                return tensor.to(device, dtype)
+            return tensor.to(device, real.to_complex() if tensor.is_complex() else real)
 
-        def convert_block(block: BlockState) -> BlockState:
-            attention = block.attention
-            activations = dict(k=attention.k.to(device, dtype), v=attention.v.to(device, dtype))
-            position = attention.position.to(device)
-            return BlockState(
-                _map(convert, block.norm), convert(block.cema), AttentionState(**activations, position=position)
-            )
-
-        return MegalodonState(tuple(map(convert_block, self.layers)), _map(convert, self.norm))
+        return from_named({name: convert(name, tensor) for name, tensor in named_tensors(self).items()})
 
     def clone(self) -> MegalodonState:
         """A copy; gradients flow through."""
@@ -170,7 +153,8 @@ class MegalodonState(NamedTuple):
             config: the configuration of the state's model. :meth:`load` refuses the file for another one.
 
         Raises:
-            ValueError: the state is not one of this configuration. OSError: the file cannot be written.
+            ValueError: the state is not one of this configuration, or holds what no state holds, such as NaN. OSError:
+            the file cannot be written. A file at `path` is then as it was.
 
         Example:
             >>> import tempfile, torch, megalodon_ops as mo
@@ -182,14 +166,11 @@ class MegalodonState(NamedTuple):
             tensor([3])
         """
         check_config("MegalodonState.save", config)
-        path = _path("MegalodonState.save", path)
+        path = Path(path)
         tensors = {name: as_real(tensor.detach()) for name, tensor in named_tensors(complete(self)).items()}
         try:
-            activations = self.layers[0].attention.k.dtype
-            check_layout(
-                {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
-                layout(config, self.num_sequences, activations),
-            )
+            check_layout(tensors, layout(config, self.num_sequences, self.layers[0].attention.k.dtype))
+            check_values(tensors, config)
         except ValueError as error:
             raise ValueError(f"MegalodonState.save: the state is not one of `config`: {error}.") from error
         metadata = {
@@ -199,11 +180,8 @@ class MegalodonState(NamedTuple):
             "fingerprint": config.fingerprint(),
             "megalodon_ops": _C.build_info()["version"],
         }
-        try:
-            with write_atomically(path) as draft:
-                write_safetensors(draft, tensors, metadata)
-        except OSError as error:
-            raise OSError(f"{path}: could not be written: {error.strerror or error}") from error
+        with write_atomically(path) as draft:
+            write_safetensors(draft, tensors, metadata)
 
     @staticmethod
     def load(path: str | os.PathLike, config: MegalodonConfig, *, device: torch.device | str = "cpu") -> MegalodonState:
@@ -214,33 +192,26 @@ class MegalodonState(NamedTuple):
             configuration, or it is damaged, or it holds what no state holds, such as NaN.
         """
         check_config("MegalodonState.load", config)
-        path = _path("MegalodonState.load", path)
+        path = Path(path)
         file_size(path)
-        safetensors = extras.load("safetensors", "train")
         try:
-            with safetensors.safe_open(path, "pt") as file:
+            with safe_open(path, "pt") as file:
                 _check_metadata(file.metadata() or {}, config)
-                tensors = {}
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {name: (DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
-                rows, activations = batch_of(found)
-                check_layout(found, layout(config, rows, activations))
                 check_fits(path.stat().st_size, "the state")
-                tensors = {name: file.get_tensor(name) for name in found}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            check_layout(tensors, layout(config, *batch_of(tensors)))
             check_values(tensors, config)
-        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path}: {one_line(error)}") from error
-        return from_named(tensors, config).to(device)
+        return from_named(tensors).to(device)
 
     def _index(self, rows: Rows) -> Tensor:
         """The sequences `rows` as (n,) int64 on the state's device."""
         count, device = self.num_sequences, self.norm.count.device
         if isinstance(rows, slice):
-            return torch.arange(count, device=device)[rows]
-        if isinstance(rows, (list, tuple, range)):
-            if not all(isinstance(row, int) and not isinstance(row, bool) for row in rows):
-                raise TypeError(f"MegalodonState: `rows` must be {_ROWS}, got {described(rows)}.")
-            rows = torch.tensor(rows, dtype=torch.int64)
+            rows = range(count)[rows]
+        if isinstance(rows, (list, tuple, range)) and all(is_whole(row, -(2**63)) for row in rows):
+            rows = torch.tensor([int(row) for row in rows], dtype=torch.int64)
         if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
             hint = f"; [{rows}] names one sequence" if isinstance(rows, int) else ""
             raise TypeError(f"MegalodonState: `rows` must be {_ROWS}, got {described(rows)}{hint}.")
@@ -250,9 +221,10 @@ class MegalodonState(NamedTuple):
             )
         if rows.dtype == torch.bool:
             return rows.nonzero()[:, 0].to(device)
+        rows = rows.long()
         if rows.is_cpu and bool(((rows < -count) | (rows >= count)).any()):
             raise IndexError(f"MegalodonState: `rows` must be in [-{count}, {count}), got {rows.tolist()}.")
-        return torch.where(rows < 0, rows + count, rows).to(device, torch.int64)
+        return torch.where(rows < 0, rows + count, rows).to(device)
 
 
 def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -281,12 +253,9 @@ def named_tensors(state: MegalodonState) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def from_named(tensors: dict[str, Tensor], config: MegalodonConfig) -> MegalodonState:
+def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
     """The state of tensors under the names of :func:`named_tensors`; `cema` may be pairs of reals."""
-    return _from_named(tensors, config.num_layers)
 
-
-def _from_named(tensors: dict[str, Tensor], num_layers: int) -> MegalodonState:
     def norm(prefix: str) -> TimestepNormState:
         return TimestepNormState(*(tensors.get(prefix + field) for field in TimestepNormState._fields))
 
@@ -298,6 +267,7 @@ def _from_named(tensors: dict[str, Tensor], num_layers: int) -> MegalodonState:
             attention=AttentionState(*(tensors[f"{prefix}attention.{field}"] for field in AttentionState._fields)),
         )
 
+    num_layers = sum(name.endswith(".cema") for name in tensors)
     return MegalodonState(tuple(block(f"layers.{i}.") for i in range(num_layers)), norm("norm."))
 
 
@@ -308,21 +278,16 @@ def as_real(tensor: Tensor) -> Tensor:
 
 def _check_metadata(metadata: dict[str, str], config: MegalodonConfig) -> None:
     if metadata.get("format") != FILE_FORMAT:
-        raise ValueError(f"must be a file of MegalodonState.save, got the format {shown(metadata.get('format'))}")
+        raise ValueError("must be a file of MegalodonState.save")
     if (version := metadata.get("version")) != FILE_VERSION:
         raise ValueError(f"its version is {shown(version)}, and this version of megalodon_ops reads {FILE_VERSION}")
-    if metadata.get("fingerprint") != config.fingerprint():
-        raise ValueError(f"is the state of another configuration{_difference(metadata.get('config', ''), config)}")
-
-
-def _difference(saved: str, config: MegalodonConfig) -> str:
-    """The first field in which the configuration in a file's metadata differs, for an error."""
-    try:
-        fields = json.loads(saved)
-        name = next(name for name, value in config.meaning().items() if fields.get(name) != value)
-    except (ValueError, AttributeError, RecursionError, StopIteration):
-        return ""
-    return f": its `{name}` is {shown(fields.get(name))}, the model's {shown(config.meaning()[name])}"
+    saved = json.loads(metadata.get("config", "{}"))
+    for name, value in config.meaning().items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"is the state of another configuration: its `{name}` is {shown(saved.get(name))}, "
+                f"the model's {shown(value)}"
+            )
 
 
 def _check_activations(function: str, dtype: object) -> None:
@@ -330,9 +295,3 @@ def _check_activations(function: str, dtype: object) -> None:
         raise ValueError(
             f"{function}: `dtype` must be torch.float32, float64, bfloat16 or float16, got {shown(dtype)}."
         )
-
-
-def _path(function: str, path: object) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{function}: `path` must be a path, got {described(path)}.")
-    return Path(path)

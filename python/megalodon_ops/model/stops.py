@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops.values import described, is_whole, shown
+from ..ops.values import described, is_whole
 
 _NEVER, _ANY = -2, -3  # where a row has no token yet; what every token matches
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}".encode()
@@ -33,25 +33,18 @@ class Ends:
 def check_stops(tokens: object, sequences: object, vocab_size: int) -> list[list[int]]:
     """The sequences that stop a row; a token is a sequence of one."""
 
-    def check(argument: str, value: object, expected: str) -> list[int]:
-        of_ids = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-        if not of_ids or not all(is_whole(token, 0, vocab_size - 1) for token in value):
-            got = shown(next(t for t in value if not is_whole(t, 0, vocab_size - 1))) if of_ids else described(value)
-            raise ValueError(f"generate: `{argument}` must be {expected} in [0, {vocab_size}), got {got}.")
-        return [int(token) for token in value]
+    def listed(value: object) -> Sequence[object]:
+        return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
-    single = is_whole(tokens, 0, vocab_size - 1)
-    stops = (
-        [] if tokens is None else check("stop_tokens", [tokens] if single else tokens, "a token or a list of tokens")
-    )
-    if sequences is None:
-        return [[token] for token in stops]
-    expected = "a list of lists of tokens"
-    if not isinstance(sequences, Sequence) or isinstance(sequences, (str, bytes)):
-        raise TypeError(f"generate: `stop_sequences` must be {expected}, got {described(sequences)}.")
-    if not all(isinstance(one, Sequence) and len(one) for one in sequences):
-        raise ValueError(f"generate: `stop_sequences` must be {expected}, none of them empty, got {shown(sequences)}.")
-    return [[token] for token in stops] + [check("stop_sequences", one, expected) for one in sequences]
+    given = {
+        "stop_tokens": [] if tokens is None else [[token] for token in listed(tokens)],
+        "stop_sequences": [] if sequences is None else listed(sequences),
+    }
+    for argument, stops in given.items():
+        for stop in stops:
+            if not isinstance(stop, Sequence) or not stop or not all(is_whole(t, 0, vocab_size - 1) for t in stop):
+                raise ValueError(f"generate: `{argument}` must hold tokens in [0, {vocab_size}), got {str(stop):.80}.")
+    return [[int(token) for token in stop] for stops in given.values() for stop in stops]
 
 
 class StopStrings:
@@ -75,13 +68,7 @@ class StopStrings:
     """
 
     def __init__(self, decode: Callable[[list[int]], bytes], strings: Iterable[str | bytes] = ()) -> None:
-        if not callable(decode):
-            raise TypeError(
-                f"StopStrings: `decode` must be a function of a list of token ids, got {described(decode)}."
-            )
-        if isinstance(strings, (str, bytes)):
-            strings = [strings]
-        strings = list(strings) if isinstance(strings, Iterable) and not isinstance(strings, Tensor) else [strings]
+        strings = [strings] if isinstance(strings, (str, bytes)) else list(strings)
         for string in strings:
             if not isinstance(string, (str, bytes)) or not string:
                 raise ValueError(f"StopStrings: `strings` must be text or bytes, not empty, got {described(string)}.")

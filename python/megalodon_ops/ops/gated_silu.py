@@ -24,7 +24,8 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
         y as `x`.
 
     Raises:
-        ValueError: shapes differ. NotImplementedError: second derivatives are not supported on the CPU.
+        ValueError: shapes differ. TypeError: a dtype is none of these. NotImplementedError: second derivatives are not
+        supported on the CPU.
 
     x and value are kept for the backward.
 
@@ -37,6 +38,9 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
     """
     check_tensor("gated_silu", "x", x)
     check_optional_tensor("gated_silu", "value", value)
+    for argument, tensor in ("x", x), ("value", value):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"gated_silu: `{argument}` must be floating point, got {tensor.dtype}.")
     if value is not None and value.shape != x.shape:
         raise ValueError(
             f"gated_silu: `value` must have shape {tuple(x.shape)} as `x`, got {tuple(value.shape)}; expand it."

@@ -103,6 +103,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"linear: `weight` must have shape (O, I) beside an x (..., I), got {tuple(weight.shape)} and {tuple(x.shape)}."
         )
+    if bias is not None and type(bias) in KERNEL_TYPES and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: `bias` must have shape (O,) = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}.")
     if is_exporting():
         return call(linear_fwd, x, weight, bias) if _is_plain(x, weight, bias) else F.linear(x, weight, bias)
     if takes_few_rows(x, weight, bias):

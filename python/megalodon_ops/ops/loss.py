@@ -45,7 +45,7 @@ def linear_cross_entropy(
         weight: (V, D) as `hidden`: W. Under torch.autocast both are cast as for a matrix product.
         targets: (...) integers in [0, V), or `ignore_index`.
         reduction: "mean" over the targets that count (NaN where none does), "sum", or "none".
-        ignore_index: a target of this value has loss zero and gives no gradient.
+        ignore_index: a target of this value has loss zero and gives no gradient, whatever its row of `hidden` holds.
 
     Returns:
         The loss, float32 (float64 for float64): a scalar, for "none" (...). Softmax, sums and the gradient of `weight`
@@ -76,13 +76,14 @@ def linear_cross_entropy(
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
     hidden, weight = autocast(hidden, weight)
     x, index = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).long()
+    counted = index != ignore_index
+    x = x.where(counted[:, None], 0)  # a row that does not count may hold NaN, which 0 times it would be
     (T, D), V = x.shape, weight.shape[0]
     wants = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight)]
     if not is_exporting() and (T * V <= _block(x.device) or (any(wants) and 4 * V <= D)):
         logits = linear(x, weight).to(accumulation_dtype(x.dtype))
         loss = F.cross_entropy(logits, index, reduction=reduction, ignore_index=ignore_index)
         return loss.reshape(targets.shape) if reduction == "none" else loss
-    counted = index != ignore_index
     if reduction != "none" and any(wants):
         scales = counted.to(accumulation_dtype(x.dtype))
         loss, _, _ = linear_cross_entropy_sum(x, weight, index.where(counted, 0), scales, *wants)
@@ -122,6 +123,7 @@ def blockwise_cross_entropy(
         >>> blockwise_cross_entropy(hidden, layer, targets, width=10).backward()
     """
     check_reduction(reduction)
+    hidden = hidden.where((targets != ignore_index)[..., None], 0)  # a row that does not count may hold NaN
 
     def losses_of(x: Tensor, index: Tensor) -> Tensor:
         logits = logits_of(x)

@@ -1,7 +1,7 @@
 """What a training program needs around the model; needs the extra `train`.
 
     documents   hold_out, Shards                                batches   Batches, Batch, Reader
-    optimizer   parameter_groups, adamw, Muon, Schedule    metrics   Metrics, read_metrics, draw_metrics
+    optimizer   parameter_groups, adamw, Muon, Schedule     metrics   Metrics, read_metrics, draw_metrics
     checkpoint  save_checkpoint, load_checkpoint, Saver
 
 `python -m megalodon_ops train` is made of these; docs/training.md has a program of one's own.
@@ -23,28 +23,10 @@ if TYPE_CHECKING:
     from .curve import draw_metrics
 
 __all__ = [
-    "START",
-    "Batch",
-    "Batches",
-    "Checkpoint",
-    "Corpus",
-    "Metrics",
-    "Muon",
-    "Reader",
-    "Saver",
-    "Schedule",
-    "Shards",
-    "adamw",
-    "draw_metrics",
-    "hold_out",
-    "load_any",
-    "load_checkpoint",
-    "optimizer_threads",
-    "parameter_groups",
-    "read_metrics",
-    "save_checkpoint",
-    "threads",
-]
+    "START", "Batch", "Batches", "Checkpoint", "Corpus", "Metrics", "Muon", "Reader", "Saver", "Schedule", "Shards",
+    "adamw", "draw_metrics", "hold_out", "load_any", "load_checkpoint", "optimizer_threads", "parameter_groups",
+    "read_metrics", "save_checkpoint", "threads",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
+import msgspec
 import numpy
 import torch
 from torch import Tensor
 
-from ..ops.values import check_integer, check_size, described, is_whole, shown
+from .corpus import Parts
+from ..ops.values import check_integer, check_size, described, shown
 
 START = 256
 """The id that opens a document of bytes"""
@@ -33,7 +35,7 @@ class Document(Protocol):
     """Bytes, an array or a tensor of integers, or what reads one piece by piece, such as `numpy.memmap`."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, part: slice) -> Any: ...
+    def __getitem__(self, where: slice) -> Any: ...
 
 
 class Batch(NamedTuple):
@@ -57,20 +59,17 @@ class Batches:
     context "streamed": each row reads a document to its end, over as many batches as it takes, carrying its state.
     context "packed":   one reader fills row after row; a document cut at a row's end goes on without its past.
 
-    Documents without tokens are left out. :meth:`position` and :meth:`seek` go on later, with equal documents.
-
     Args:
-        documents: bytes, arrays or tensors of ids, or what reads them piece by piece, such as :class:`Shards`. A sequence
-            with an array `lengths` of its documents' lengths is asked for a document only when a row reads it.
-        rows: how many rows a batch has; or, as a range, those of its `batch` rows that this process reads.
+        documents: bytes, arrays or tensors of ids, or what reads them when a row asks for them and says in an array
+            `lengths` how long each is, such as the documents of :class:`Shards`. Documents without tokens are left out.
+        rows: how many rows a batch has; or, as a range, those of its `batch` rows that this process reads. A process whose
+            rows are out of text while other rows are not gets a batch of no tokens; this takes `seed=None`.
         length: tokens in a row.
         batch: the rows of the whole batch, where `rows` is a range of them.
         context_length: cut a document of more tokens into the fewest equal parts that have no more; each part is then a
             document like the others, so that a batch shares fewer documents with the batches before it. Whatever the
             length, a document longer than a row, and than a row's share of all tokens, is cut as well, so that the rows of
             a few books read different text. None: no document is cut.
-
-    A process whose rows are out of text while other rows are not gets a batch of no tokens; this takes `seed=None`.
 
     Example:
         >>> from megalodon_ops.training import Batches
@@ -98,27 +97,21 @@ class Batches:
     ):
         self.batch, self.rows = _check_rows(rows, batch)
         self.length = check_size("Batches", "length", length)
-        self.start = check_integer("Batches", "start", start, "the id that opens a document, at least 0", 0)
-        if not isinstance(context, str) or context not in ("streamed", "packed"):
+        self.start = start
+        if context not in ("streamed", "packed"):
             raise ValueError(f'Batches: `context` must be "streamed" or "packed", got {shown(context)}.')
-        if seed is not None:
-            seed = check_integer("Batches", "seed", seed, "an integer of at least 0, or None", 0)
-        if isinstance(documents, (str, bytes)) or not isinstance(documents, Sequence):
-            raise TypeError(f"Batches: `documents` must be a list of documents, got {described(documents)}.")
-        self.documents, self.lengths = _with_tokens(documents)
         self.seed, self.streamed = seed, context == "streamed"
+        self.documents, self.lengths = _with_tokens(documents)
         if context_length is not None:
-            self._cut(check_integer("Batches", "context_length", context_length, "a positive integer, or None", 1))
+            check_integer("Batches", "context_length", context_length, "a positive integer, or None", 1)
+            share = -(-int(self.lengths.sum()) // self.batch)
+            longest = min(context_length, max(self.length, share))
+            if self.lengths.max() > longest:
+                self.documents = _cut(self.documents, self.lengths, longest)
+                self.lengths = self.documents.lengths
         self.taken = 0
         self.readers: list[tuple[int, int]] = [(-1, 0)] * (self.batch if self.streamed else 1)  # (document, offset)
-        self._order: tuple[int, numpy.ndarray] = (-1, numpy.empty(0, numpy.uint32))
-
-    def _cut(self, context_length: int) -> None:
-        share = max(self.length, -(-int(self.lengths.sum(dtype="int64")) // self.batch))
-        longest = min(context_length, share)
-        if self.lengths.max() > longest:
-            self.documents = _Parts(self.documents, self.lengths, longest)
-            self.lengths = self.documents.lengths
+        self._epoch, self._order = -1, numpy.empty(0, numpy.int64)
 
     def position(self) -> dict[str, Any]:
         """Where the next batch goes on, as JSON: that of all rows, whichever this process reads."""
@@ -126,16 +119,12 @@ class Batches:
 
     def seek(self, position: dict[str, Any]) -> None:
         """Goes on at a position of batches of equal documents, length, context and seed, and as many rows in all."""
-        taken, readers = position.get("taken"), position.get("readers")
-        if not is_whole(taken, 0) or not isinstance(readers, list) or len(readers) != len(self.readers):
-            raise ValueError(f"Batches.seek: `position` must be one of {len(self.readers)} readers, got {position}.")
-        for document, offset in readers:
-            if document >= len(self.lengths) or (document >= 0 and offset >= self.lengths[document]):
-                raise ValueError(
-                    f"Batches.seek: `position` must be inside the documents, got token {offset} of document {document}."
-                )
-        self.taken = taken
-        self.readers = [(document, offset) for document, offset in readers]
+        found = msgspec.convert(position, _Position)
+        lengths = [self.lengths[number] if number < len(self.lengths) else 0 for number, _ in found.readers]
+        inside = (number < 0 or 0 <= at < length for (number, at), length in zip(found.readers, lengths, strict=True))
+        if len(found.readers) != len(self.readers) or not all(inside):
+            raise ValueError("Batches.seek: `position` must be of as many rows, inside these documents.")
+        self.taken, self.readers = found.taken, found.readers
 
     def __iter__(self) -> Iterator[Batch]:
         while (batch := self.next()) is not None:
@@ -146,25 +135,20 @@ class Batches:
         pieces = [self._pieces(row) for row in range(self.batch)]
         if not any(pieces):
             return None
-        mine = [pieces[row] for row in self.rows]
-        size = sum(stop - offset for row in mine for _, offset, stop in row)
-        tokens, targets = numpy.empty(size, numpy.int64), numpy.empty(size, numpy.int64)
-        bounds: list[int] = [0]
-        carry: list[int] = []
-        last: list[int] = []
-        for row, row_pieces in enumerate(mine):
-            for index, offset, stop in row_pieces:
-                before, text = self._read(index, offset, stop)
-                begin, end = bounds[-1], bounds[-1] + len(text)
-                tokens[begin] = before
-                tokens[begin + 1 : end] = text[:-1]
-                targets[begin:end] = text
-                bounds.append(end)
+        tokens: list[Any] = [[]]
+        targets: list[Any] = [[]]
+        bounds, carry, last = [0], [], []
+        for row, number in enumerate(self.rows):
+            for document, offset, stop in pieces[number]:
+                before, text = self._read(document, offset, stop)
+                tokens += [[before], text[:-1]]
+                targets.append(text)
+                bounds.append(bounds[-1] + len(text))
                 carry.append(row if self.streamed and offset else -1)
-            last.append(len(carry) - 1 if row_pieces else -1)
+            last.append(len(carry) - 1 if pieces[number] else -1)
         return Batch(
-            torch.from_numpy(tokens)[None],
-            torch.from_numpy(targets)[None],
+            torch.from_numpy(numpy.concatenate(tokens, dtype=numpy.int64, casting="unsafe"))[None],
+            torch.from_numpy(numpy.concatenate(targets, dtype=numpy.int64, casting="unsafe"))[None],
             torch.tensor(bounds),
             torch.tensor(carry, dtype=torch.int64),
             torch.tensor(last),
@@ -175,96 +159,68 @@ class Batches:
         reader, room = row if self.streamed else 0, self.length
         found: list[tuple[int, int, int]] = []
         while room:
-            index, offset = self.readers[reader]
-            if index < 0:
-                if not self._left():
+            document, offset = self.readers[reader]
+            if document < 0:
+                if self.seed is None and self.taken == len(self.lengths):
                     break
-                index = self._take()
-            stop = min(offset + room, int(self.lengths[index]))
-            self.readers[reader] = (index, stop) if stop < self.lengths[index] else (-1, 0)
-            found.append((index, offset, stop))
+                document = self._take()
+            stop = min(offset + room, int(self.lengths[document]))
+            self.readers[reader] = (document, stop) if stop < self.lengths[document] else (-1, 0)
+            found.append((document, offset, stop))
             room -= stop - offset
         return found
 
-    def _read(self, index: int, offset: int, stop: int) -> tuple[int, numpy.ndarray]:
+    def _read(self, document: int, offset: int, stop: int) -> tuple[int, numpy.ndarray]:
         """The token before a piece of a document, and the piece."""
-        piece = self.documents[index][max(offset - 1, 0) : stop]
-        text = numpy.frombuffer(piece, numpy.uint8) if isinstance(piece, (bytes, bytearray)) else numpy.asarray(piece)
-        return (int(text[0]), text[1:]) if offset else (self.start, text)
-
-    def _left(self) -> bool:
-        return self.seed is not None or self.taken < len(self.lengths)
+        ids = numpy.asarray(_ids(self.documents[document][max(offset - 1, 0) : stop]))
+        if ids.dtype.kind not in "iu" or ids.min() < 0:
+            got = ids.min() if ids.dtype.kind in "iu" else ids.dtype
+            raise ValueError(f"Batches: `documents` must be of bytes or ids, integers of at least 0, got {got}.")
+        return (int(ids[0]), ids[1:]) if offset else (self.start, ids)
 
     def _take(self) -> int:
+        """The next document of the epoch."""
         epoch, place = divmod(self.taken, len(self.lengths))
-        if self._order[0] != epoch:
-            self._order = (epoch, self._shuffled(epoch))
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
         self.taken += 1
-        return int(self._order[1][place])
+        return int(self._order[place])
 
     def _shuffled(self, epoch: int) -> numpy.ndarray:
-        """The documents of an epoch in the order in which they are taken, 4 bytes a document."""
-        if self.seed is None:
-            keys = -self.lengths.astype(numpy.int64)
-        else:
-            keys = _hashes(f"{self.seed} {epoch} ".encode(), len(self.lengths))
-        order = numpy.argsort(keys, kind="stable")
-        return order.astype(numpy.uint32) if len(order) <= 1 << 32 else order
+        """The documents of an epoch in the order in which they are taken, which is the same in every version."""
+        keys = -self.lengths
+        if self.seed is not None:
+            texts = (b"%d %d %d" % (self.seed, epoch, number) for number in range(len(keys)))
+            first8 = (int.from_bytes(hashlib.sha256(text).digest()[:8], "big") for text in texts)
+            keys = numpy.fromiter(first8, numpy.uint64, len(keys))
+        return numpy.argsort(keys, kind="stable")
 
 
-class _Part:
-    """Tokens of a document from `start` on."""
-
-    def __init__(self, document: Document, start: int, length: int):
-        self.document, self.start, self.length = document, start, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, part: slice) -> Any:
-        return self.document[self.start + part.start : self.start + part.stop]
+class _Position(msgspec.Struct):
+    taken: Annotated[int, msgspec.Meta(ge=0)]
+    readers: list[tuple[int, int]]
 
 
-class _Parts(Sequence[Document]):
-    """Documents, those of more than `longest` tokens in the fewest equal parts that are not longer."""
-
-    def __init__(self, documents: Sequence[Document], lengths: numpy.ndarray, longest: int):
-        self.documents = documents
-        lengths = lengths.astype(numpy.int64)
-        counts = -(-lengths // longest)
-        self.numbers = numpy.repeat(numpy.arange(len(lengths)), counts)
-        place = numpy.arange(len(self.numbers)) - numpy.repeat(counts.cumsum() - counts, counts)
-        whole, count = lengths[self.numbers], counts[self.numbers]
-        self.starts = place * whole // count
-        self.lengths = (place + 1) * whole // count - self.starts
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: Any) -> Any:
-        return _Part(self.documents[int(self.numbers[index])], int(self.starts[index]), int(self.lengths[index]))
+def _cut(documents: Sequence[Document], lengths: numpy.ndarray, longest: int) -> Parts:
+    """The documents, those of more than `longest` tokens in the fewest equal parts that are not longer."""
+    counts = -(-lengths // longest)
+    numbers = numpy.repeat(numpy.arange(len(lengths)), counts)
+    place = numpy.arange(len(numbers)) - numpy.repeat(counts.cumsum() - counts, counts)
+    whole, count = lengths[numbers], counts[numbers]
+    starts = place * whole // count
+    return Parts(lambda number: _ids(documents[number]), numbers, (place + 1) * whole // count - starts, starts)
 
 
-def _hashes(begin: bytes, count: int) -> numpy.ndarray:
-    """(count,) numbers that sort documents into an order that outlives versions, which no library's generator promises."""
-    keys, block = numpy.empty(count, numpy.uint64), 4096
-    for first in range(0, count, block):
-        digests = [hashlib.sha256(begin + b"%d" % i).digest()[:8] for i in range(first, min(first + block, count))]
-        keys[first : first + block] = numpy.frombuffer(b"".join(digests), ">u8")
-    return keys
+def _ids(document: Document) -> Document:
+    """Bytes as an array, a part of which is no copy."""
+    return numpy.frombuffer(document, numpy.uint8) if isinstance(document, (bytes, bytearray)) else document
 
 
 def _check_rows(rows: int | range, batch: int | None) -> tuple[int, range]:
     """The rows of the whole batch, and those of them to read."""
     if not isinstance(rows, range):
         rows = range(check_size("Batches", "rows", rows))
-        if batch is not None and batch != len(rows):
-            raise ValueError(
-                "Batches: `batch` must be left out where `rows` is a number; `rows` may be a range of them."
-            )
         return len(rows), rows
-    if batch is None:
-        raise ValueError(f"Batches: `batch` must say how many rows there are in all, as `rows` is {rows}.")
     batch = check_size("Batches", "batch", batch)
     if not (len(rows) and rows.step == 1 and 0 <= rows.start and rows.stop <= batch):
         raise ValueError(f"Batches: `rows` must be neighbouring rows of the {batch} of a batch, got {rows}.")
@@ -273,14 +229,12 @@ def _check_rows(rows: int | range, batch: int | None) -> tuple[int, range]:
 
 def _with_tokens(documents: Sequence[Document]) -> tuple[Sequence[Document], numpy.ndarray]:
     """The documents that have tokens, and their lengths."""
+    if isinstance(documents, (str, bytes)) or not isinstance(documents, Sequence):
+        raise TypeError(f"Batches: `documents` must be a list of documents, got {described(documents)}.")
     lengths = getattr(documents, "lengths", None)
     if lengths is None:
-        if any(isinstance(document, str) for document in documents):
-            raise TypeError("Batches: `documents` must be of bytes or of ids, got a str; encode it.")
         documents = [document for document in documents if len(document)]
-        lengths = numpy.fromiter(map(len, documents), numpy.int64, len(documents))
+        lengths = numpy.array([len(document) for document in documents])
     if not len(lengths):
         raise ValueError("Batches: `documents` must hold a token, got none.")
-    if not lengths.all():
-        raise ValueError("Batches: `documents.lengths` must be of documents that have tokens, got a length of 0.")
-    return documents, lengths
+    return documents, lengths.astype(numpy.int64)

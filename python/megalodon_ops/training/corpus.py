@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy
-
-if TYPE_CHECKING:
-    from .shards import ShardDocuments
 
 from ..ops.values import described
 
@@ -17,17 +15,34 @@ HELD_OUT_FRACTION = 0.05
 
 
 class Corpus(NamedTuple):
-    train: Sequence[bytes] | ShardDocuments
+    train: Sequence[bytes] | Parts
     """Documents to learn from: texts, or the ids of :class:`Shards`"""
     held_out: list[bytes]
     fingerprint: str
-    """sha256 of the documents of both parts, whatever the files are called and in whatever order they came; that of Shards"""
+    """sha256 of what tells the documents apart, whatever the files are called and in whatever order they came"""
+    num_bytes: int
+    """Of the text to learn from"""
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the text to learn from."""
-        known = getattr(self.train, "num_bytes", None)
-        return sum(map(len, self.train)) if known is None else known
+
+@dataclass(eq=False)
+class Parts(Sequence):
+    """Documents of a collection, or parts of them, each of which is read when it is asked for."""
+
+    document: Callable[[int], Any]
+    """Gives the document of a number"""
+    numbers: numpy.ndarray
+    """(N,) of the documents"""
+    lengths: numpy.ndarray
+    """(N,) of the parts"""
+    starts: numpy.ndarray | None = None
+    """(N,) where the parts begin in the documents; None: where the documents do"""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        start = 0 if self.starts is None else int(self.starts[index])
+        return self.document(int(self.numbers[index]))[start : start + int(self.lengths[index])]
 
 
 def hold_out(documents: Iterable[bytes]) -> Corpus:
@@ -42,46 +57,57 @@ def hold_out(documents: Iterable[bytes]) -> Corpus:
         >>> [len(document) for document in corpus.train], [len(document) for document in corpus.held_out]
         ([100, 100], [5])
     """
-    if isinstance(documents, (bytes, str)):
-        raise TypeError(
-            f"hold_out: `documents` must be a list of documents, got {described(documents)}; put it in a list."
-        )
-    unique = {hashlib.sha256(document).digest(): document for document in map(_checked, documents) if document}
-    total = sum(map(len, unique.values()))
-    if total < 2:
-        raise ValueError(
-            f"hold_out: `documents` must have at least 2 bytes, one to learn and one to hold out, got {total}."
-        )
-    goal = max(1, int(HELD_OUT_FRACTION * total))
-
-    texts = [unique[key] for key in sorted(unique)]
-    fits = taken_while_they_fit(numpy.fromiter(map(len, texts), numpy.int64, len(texts)), goal)
-    train = [text for text, held in zip(texts, fits, strict=True) if not held]
-    held_out = [text for text, held in zip(texts, fits, strict=True) if held]
-    left = goal - sum(map(len, held_out))
-    if left > goal / 2:
-        longest = max(range(len(train)), key=lambda i: len(train[i]))
-        cut = len(train[longest]) - left
-        held_out.append(train[longest][cut:])
-        train[longest] = train[longest][:cut]
-
-    fingerprint = hashlib.sha256(b"".join(sorted(unique)))
-    return Corpus(train, held_out, fingerprint.hexdigest())
+    texts = [document for document in documents if document]
+    for document in texts:
+        if not isinstance(document, bytes):
+            raise TypeError(f"hold_out: `documents` must be of bytes, got {described(document)}; encode text.")
+    keys = numpy.array([key_of(hashlib.sha256(text)) for text in texts], numpy.uint64)
+    sizes = numpy.array([len(text) for text in texts], numpy.int64)
+    corpus = split(texts.__getitem__, keys, sizes, sizes, bytes)
+    return corpus._replace(train=list(corpus.train))
 
 
-def _checked(document: object) -> bytes:
-    if not isinstance(document, bytes):
-        raise TypeError(f"hold_out: `documents` must be of bytes, got {described(document)}; encode text.")
-    return document
+def key_of(digest: Any) -> int:
+    """The key of a document whose text has this sha256, which decides its place: the first 8 bytes as a big-endian number."""
+    return int.from_bytes(digest.digest()[:8], "big")
 
 
-def taken_while_they_fit(sizes: numpy.ndarray, room: int) -> numpy.ndarray:
-    """(N,) bool: which of N sizes are taken by one who goes through them in order and takes each that still fits."""
-    taken = numpy.zeros(len(sizes), bool)
+def split(
+    document: Callable[[int], Any],
+    keys: numpy.ndarray,
+    sizes: numpy.ndarray,
+    lengths: numpy.ndarray,
+    text_of: Callable[[Any], bytes],
+    most: int | None = None,
+) -> Corpus:
+    """Holds out a twentieth of the text, and at most `most` bytes, as :func:`hold_out` does, of any documents.
+
+    Args:
+        document: gives the bytes or ids of the document of a number.
+        keys, sizes, lengths: (N,) of each document, its key, the bytes of its text and the length of what `document` gives.
+        text_of: gives the text of bytes or ids.
+    """
+    numbers = numpy.unique(keys, return_index=True)[1]  # in the order of their keys, without copies
+    fingerprint = hashlib.sha256(keys[numbers].tobytes()).hexdigest()
+    sizes, lengths = sizes[numbers], lengths[numbers]
+    goal = max(1, int(HELD_OUT_FRACTION * int(sizes.sum())))
+    goal = room = goal if most is None else min(goal, most)
+    held = numpy.zeros(len(sizes), bool)
     left = numpy.arange(len(sizes))
-    while len(left := left[sizes[left] <= room]):
+    while len(left := left[sizes[left] <= room]):  # as many at once as fit one after another
         count = int(numpy.searchsorted(numpy.cumsum(sizes[left]), room, side="right"))
-        taken[left[:count]] = True
+        held[left[:count]] = True
         room -= int(sizes[left[:count]].sum())
         left = left[count:]
-    return taken
+    held_out = [text_of(document(number)) for number in numbers[held].tolist()]
+    numbers, sizes, lengths = numbers[~held], sizes[~held], lengths[~held]
+    train, num_bytes = Parts(document, numbers, lengths), int(sizes.sum())
+    if room > goal / 2 and len(train):
+        longest = int(sizes.argmax())
+        size, ids = int(sizes[longest]), train[longest]
+        lengths[longest] = len(ids) * (size - room) // size  # as large a share of its ids as of its text
+        held_out.append(text_of(ids[lengths[longest] :]))
+        num_bytes -= len(held_out[-1])
+    if not len(train) or not lengths.all():
+        raise ValueError("hold_out: `documents` must have at least 2 bytes, one to learn and one to hold out.")
+    return Corpus(train, held_out, fingerprint, num_bytes)

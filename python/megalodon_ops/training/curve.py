@@ -31,7 +31,7 @@ def draw_metrics(
     )
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="next-token loss")
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="next-token loss, in bits per byte")
     if train:
         steps, bits = numpy.array(train).T
         axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)

@@ -9,12 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
 from ..model.files import file_size, write_whole
-from ..ops.values import is_number, is_whole
+from ..ops.values import is_whole
 
 _log = logging.getLogger("megalodon_ops")
-_MOST_BITS = 1e30  # bits a byte; no loss is as large
 
 
 class Metrics:
@@ -41,8 +39,7 @@ class Metrics:
         if os.path.lexists(path):
             rows, damaged = _read(path)
             if damaged:
-                lines = f"{len(damaged)} damaged lines, the first" if len(damaged) > 1 else "1 damaged line"
-                _log.warning("dropping %s at %d of %s", lines, damaged[0], path)
+                _log.warning("damaged lines dropped: %d, the first at %d of %s", len(damaged), damaged[0], path)
             kept = [row for row in rows if row["step"] <= step and not is_end(row)]
             write_whole(path, "".join(map(_line, kept)).encode())
         self._file = open(path, "ab", buffering=0)
@@ -74,11 +71,8 @@ def is_end(row: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows that are as a run writes them, and the numbers of damaged lines. A last line cut short is neither."""
-    try:
-        file_size(path)  # refuses what is no file
-    except ValueError as error:
-        raise FileError(str(error)) from error
+    """The rows that name their step, and the numbers of damaged lines. A last line cut short is neither."""
+    file_size(path)  # refuses what is no file
     rows, damaged = [], []
     *lines, _cut_short = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -86,22 +80,11 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if _is_row(row):
+        if isinstance(row, dict) and is_whole(row.get("step"), 0):
             rows.append(row)
         else:
             damaged.append(number)
     return rows, damaged
-
-
-def _is_row(row: Any) -> bool:
-    """Whether the row has a step, and its figures, which `draw_metrics` reads, are numbers that a run can write."""
-    if not isinstance(row, dict) or not is_whole(row.get("step"), 0):
-        return False
-    compressors = row.get("compressors", {})
-    if not isinstance(compressors, dict):
-        return False
-    figures = [row[name] for name in ("bits_per_byte", "held_out_bits_per_byte") if name in row]
-    return all(is_number(figure) and abs(figure) < _MOST_BITS for figure in [*figures, *compressors.values()])
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.values import check_number, described
-
 PARALLEL_PARAMETER = 1 << 16
 """Numbers in a parameter, on average, from which the optimizer takes all threads: a guess between the default run's 2^13,
 where one thread takes a quarter of the time of two, and a matrix's 2^20 and more"""
@@ -30,9 +28,6 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.1) -> list[dic
         >>> [(group["weight_decay"], len(group["params"])) for group in groups]
         [(0.1, 9), (0.0, 18)]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"parameter_groups: `model` must be a module, got {described(model)}.")
-    weight_decay = check_number("parameter_groups", "weight_decay", weight_decay, "a number of at least 0", 0.0)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = {name for name, parameter in named if name.endswith("weight") and parameter.ndim == 2}
     decayed = [parameter for name, parameter in named if name in matrices]
@@ -51,7 +46,6 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> torch.op
         (0.9, 0.95)
     """
     groups = parameter_groups(model, weight_decay=weight_decay)
-    lr = check_number("adamw", "lr", lr, "a number of at least 0", 0.0)
     return _adamw(groups, lr)
 
 
@@ -91,7 +85,6 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float = 0.1):
         matrices, others = parameter_groups(model, weight_decay=weight_decay)
-        lr = check_number("Muon", "lr", lr, "a number of at least 0", 0.0)
         inner = {parameter for name, parameter in model.named_parameters() if "layers" in name.split(".")}
         outside = [parameter for parameter in matrices["params"] if parameter not in inner]
         blocks = {**matrices, "params": [parameter for parameter in matrices["params"] if parameter in inner], "lr": lr}

@@ -8,7 +8,6 @@ from torch import Tensor
 from .batches import Batch
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
-from ..ops.values import described
 
 
 class Reader:
@@ -28,12 +27,10 @@ class Reader:
         torch.Size([1, 2]) torch.Size([])
     """
 
-    def __init__(self, model: Megalodon, carries: bool = True, *, part: int = 0, parts: int = 1):
-        """part, parts: which piece of the batches a model reads whose sequences ranks share, and how many there are."""
-        if not callable(getattr(model, "loss", None)):
-            raise TypeError(f"Reader: `model` must be a Megalodon, got {described(model)}.")
+    def __init__(self, model: Megalodon, carries: bool = True, *, rank: int = 0, ranks: int = 1):
+        """rank, ranks: of the processes that share the batches' sequences, which this one is, and how many there are."""
         self.model, self.carries = model, carries
-        self.part, self.parts = part, parts
+        self.rank, self.ranks = rank, ranks
         self.state: MegalodonState | None = None  # of each sequence of the last batch
         self.last: Tensor | None = None  # (R,) the sequence that ended each row
 
@@ -44,22 +41,22 @@ class Reader:
         state = None
         if self.state is not None and self.last is not None:
             state = select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
-        if self.parts > 1:
-            piece = self._piece(bounds, state)
-            tokens, targets = tokens[:, piece], targets[:, piece]
+        if self.ranks > 1:
+            columns = self._columns(bounds, state)
+            tokens, targets = tokens[:, columns], targets[:, columns]
         if not self.carries:
             return self.model.loss(tokens, targets, **options)
         loss, self.state = self.model.loss(tokens, targets, state=state, return_state=True, **options)
         self.state, self.last = self.state.detach(), last
         return loss
 
-    def _piece(self, bounds: Tensor, state: MegalodonState | None) -> slice:
+    def _columns(self, bounds: Tensor, state: MegalodonState | None) -> slice:
         """The columns of the batch that the model reads here."""
         from ..distributed.split import columns
 
         positions = 0 if state is None else state.layers[0].attention.position.tolist()
         offsets = bounds.tolist()
-        return slice(*columns(self.part, self.parts, offsets[-1], self.model.config.chunk_size, offsets, positions))
+        return slice(*columns(self.rank, self.ranks, offsets[-1], self.model.config.chunk_size, offsets, positions))
 
     def rows(self) -> MegalodonState | None:
         """The state of each row, for a checkpoint; None before the first batch."""

@@ -42,21 +42,7 @@ class HeldOutSample:
     count. So every byte of the documents is as likely to count as any other; beginnings of documents alone would be an
     easier text. Of no more than `num_bytes` bytes of text, all count.
 
-    Args:
-        documents: texts.
-        tokenizer: that of the model.
-        chunk: bytes of text in a chunk of the model.
-        num_bytes: how many bytes count, about. stretch: bytes in a stretch.
-
-    Example:
-        >>> import megalodon_ops as mo
-        >>> from megalodon_ops.tokenizers import ByteTokenizer
-        >>> from megalodon_ops.training.sample import HeldOutSample
-        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=257)
-        >>> sample = HeldOutSample([b"to be or not to be, " * 50] * 3, ByteTokenizer(), 2048, num_bytes=600, stretch=60)
-        >>> nats, num_bytes = sample.nats_and_bytes(mo.Megalodon(config))
-        >>> num_bytes
-        600.0
+    chunk: bytes of text in a chunk of the model. num_bytes: how many bytes count, about. stretch: bytes in a stretch.
     """
 
     def __init__(
@@ -69,10 +55,8 @@ class HeldOutSample:
         stretch: int = 128,
     ):
         parts = _parts(documents, num_bytes, stretch)
-        found = [_stretch(text, start, stop, chunk, tokenizer) for text, start, stop in parts]
-        self.stretches = sorted(
-            (part for part in found if len(part.tokens)), key=lambda part: len(part.tokens), reverse=True
-        )
+        found = (_stretch(text, start, stop, chunk, tokenizer) for text, start, stop in parts)
+        self.stretches = sorted((part for part in found if len(part.tokens)), key=lambda part: -len(part.tokens))
 
     @torch.no_grad()
     def nats_and_bytes(self, model: Megalodon, part: int = 0, parts: int = 1) -> tuple[float, float]:

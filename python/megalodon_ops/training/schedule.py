@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from ..ops.values import LEAST_POSITIVE, check_integer, check_number, check_size
-
 
 class Schedule:
     """Warmup and a line to zero, over `steps` steps, over `minutes`, or over what ends first.
@@ -27,13 +25,7 @@ class Schedule:
     """
 
     def __init__(self, lr: float, warmup: int, steps: int | None = None, minutes: float | None = None):
-        lr = check_number("Schedule", "lr", lr, "a positive number", LEAST_POSITIVE)
-        warmup = check_size("Schedule", "warmup", warmup)
-        if steps is not None:
-            steps = check_integer("Schedule", "steps", steps, "a positive integer, or None", 1)
-        if minutes is not None:
-            minutes = check_number("Schedule", "minutes", minutes, "a positive number, or None", LEAST_POSITIVE)
-        if steps is None and minutes is None:
+        if not (steps or minutes):
             raise ValueError("Schedule: `steps` or `minutes` must be given, got neither.")
         self.peak, self.warmup, self.steps = lr, warmup, steps
         self.budget = 60 * minutes if minutes else None
@@ -50,7 +42,7 @@ class Schedule:
     def lr(self, step: int) -> float:
         """The learning rate of a step, the first of which is 0."""
         progress = self.progress(step)
-        ramp = min(1.0, max((step + 1) / self.warmup, 10 * progress))
+        ramp = min(1.0, max((step + 1) / max(1, self.warmup), 10 * progress))
         return self.peak * ramp * (1 - progress)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
@@ -62,13 +54,12 @@ class Schedule:
 
     def finished(self, step: int) -> bool:
         """Whether the run ends before a step."""
-        return self.end is not None and step >= self.end
+        return any(end is not None and step >= end for end in (self.end, self.steps))
 
     def set_pace(self, step: int, seconds: float, seconds_per_step: float) -> None:
         """Draws the line anew, after `seconds` of the budget, for steps that take `seconds_per_step`."""
         if self.budget is None:
             return
-        seconds_per_step = check_number("Schedule", "seconds_per_step", seconds_per_step, "positive", LEAST_POSITIVE)
         left = max(0, round((self.budget - seconds) / seconds_per_step))
         self.anchor = (step, min(1.0, seconds / self.budget))
         self.end = min(step + left, self.steps or step + left)

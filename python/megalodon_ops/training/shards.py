@@ -1,41 +1,83 @@
 """Documents as tokens in files that are memory-mapped: the folder that `python -m megalodon_ops tokenize` writes.
 
-shard_files.py says what is in the folder. A shard takes no memory beyond the pages that are being read, which are the
-system's cache. :class:`Shards` holds 12 bytes a document.
+    tokens/  dataset.json                  what it is made of, the tokenizer, counts and sha256 sums of each shard
+             tokenizer.json ...            the tokenizer's files
+             shard-000000.tokens.npy       (T,) uint8, uint16 or uint32: the ids of the documents, end to end
+             shard-000000.documents.npy    (N, 3) uint64, a row for each document: where it ends in the shard's tokens,
+                                           where in the shard's text, and its key
+
+The id that opens a document is not stored. A document's key is the first 8 bytes of the sha256 of its text, as a
+big-endian number. `dataset.json` lists a shard once its files are on the disk: a folder that lists all is finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
 
+import msgspec
 import numpy
 
-from .corpus import HELD_OUT_FRACTION, Corpus, taken_while_they_fit
-from .record import checksum_of
-from .shard_files import (
-    COUNTS, CUTS, DATASET, DOCUMENTS, FORMAT, HEADER, RECORD, SHARD_RECORD, TOKENS, check, is_complete, is_tokens,
-    mapped, read_shard_record,
-)  # fmt: skip
+from .corpus import Corpus, key_of, split
 from ..errors import FileError
 from ..model.checkpoint import as_path
-from ..model.files import file_sha256, file_size, read_json
-from ..ops.values import shown
+from ..model.files import file_sha256, reading, write_atomically, write_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 
+INDEX = "dataset.json"
 MOST_HELD_OUT = 8 << 20
 """Bytes of text that are held out at most, whose loss is to be computed now and then"""
-_OPEN = 64  # shards whose tokens are mapped at once
+OPEN = 128
+"""Shards that are mapped at once, with two open files each"""
+TOKENS, BYTES, KEYS = 0, 1, 2  # columns of a table of documents
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Shard(msgspec.Struct, forbid_unknown_fields=True):
+    documents: Count
+    tokens: Count
+    bytes: Count
+    """Of the documents' text"""
+    skipped: dict[str, Count]
+    """How many lines or documents of the files are not there, by reason"""
+    sha256: tuple[Sha256, Sha256]
+    """Of the files of tokens and of documents"""
+
+
+class Index(msgspec.Struct, forbid_unknown_fields=True):
+    """The content of `dataset.json`."""
+
+    format: Literal[2]
+    """Counts the changes of the folder's content; folders of another format are not read"""
+    tokenizer: Sha256
+    """Its fingerprint"""
+    made_of: Sha256
+    """Tells the files of text, and how they were read, from others"""
+    shards: list[Shard | None]
+    """None: is still to be made"""
+
+    @staticmethod
+    def read(folder: Path) -> Index:
+        path = folder / INDEX
+        with reading(path):
+            return msgspec.json.decode(path.read_bytes(), type=Index)
+
+    def write(self, folder: Path) -> None:
+        write_whole(folder / INDEX, msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
 
 class Shards:
-    """A folder of tokens that `python -m megalodon_ops tokenize` has written, checked when it is opened.
+    """A folder of tokens that `python -m megalodon_ops tokenize` has written.
 
-    Sizes of all files and the content of all but the tokens are compared with the records; :meth:`verify` reads the
-    tokens, too. Raises a FileError of one line, or a FileNotFoundError.
+    Types and sizes of all files are compared with the index when it is opened; :meth:`verify` reads them all.
+    Raises a FileError of one line, or a FileNotFoundError.
 
     Example:
         >>> import tempfile
@@ -56,190 +98,151 @@ class Shards:
         (2050, 1948, 102, torch.Size([1, 32]))
     """
 
-    tokenizer: Tokenizer
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
-    """Of the documents' text"""
-    num_shards: int
-    skipped: dict[str, int]
-    """How many lines or documents of the files are not there, by reason"""
-    fingerprint: str
-    """sha256 of the tokenizer's fingerprint and the documents' keys in their order, however shards divide them"""
-
     def __init__(self, folder: str | os.PathLike):
         self.folder = as_path("Shards", "folder", folder)
-        path = self.folder / RECORD
-        if not is_complete(self.folder):
-            if is_tokens(self.folder):
-                raise FileError(f"{self.folder}: is not finished; run the command `tokenize` again, which goes on")
-            raise FileNotFoundError(f"{path}: no such file; the command `tokenize` makes a folder of tokens")
-        try:
-            record = read_json(path)
-        except ValueError as error:
-            raise FileError(str(error)) from error
-        if record.get("format") != FORMAT:
-            raise FileError(f"{path}: its format is {shown(record.get('format'))}, and this version reads {FORMAT}")
-        check(path, record, DATASET)
-        if checksum_of({name: value for name, value in record.items() if name != "checksum"}) != record["checksum"]:
-            raise FileError(f"{path}: was changed after it was written: its checksum is another")
+        index = Index.read(self.folder)
+        self._shards = [shard for shard in index.shards if shard is not None]
+        if len(self._shards) < len(index.shards):
+            raise FileError(f"{self.folder}: is not finished; run the command `tokenize` again, which goes on")
         self.tokenizer = load_tokenizer(self.folder)
-        if self.tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
+        if self.tokenizer.fingerprint != index.tokenizer:
             raise FileError(f"{self.folder}: its tokenizer is not the one that made the tokens")
-        self.num_documents, self.num_tokens, self.num_bytes = (record[count] for count in COUNTS)
-        self.num_shards, self.skipped = len(record["shards"]), record["skipped"]
-        self._names = [shard["name"] for shard in record["shards"]]
-        self._shards = [self._open_shard(shard["name"], shard["sha256"]) for shard in record["shards"]]
-        for count, total in zip(COUNTS, (self.num_documents, self.num_tokens, self.num_bytes), strict=True):
-            if sum(shard[count] for shard in self._shards) != total:
-                raise FileError(f"{path}: `{count}` must be the sum of the shards', got {total}")
-        self._first = numpy.cumsum([0, *(shard["documents"] for shard in self._shards)])  # documents before each shard
-        self._indices: list[numpy.ndarray] = [self._open_index(i) for i in range(len(self._shards))]
-        self._maps: OrderedDict[int, numpy.ndarray] = OrderedDict()
-        digest = hashlib.sha256(self.tokenizer.fingerprint.encode())
-        for index in self._indices:
-            digest.update(numpy.ascontiguousarray(index[:, 2]))
-        self.fingerprint = digest.hexdigest()
+        self.num_shards = len(self._shards)
+        self.num_documents = sum(shard.documents for shard in self._shards)
+        self.num_tokens = sum(shard.tokens for shard in self._shards)
+        self.num_bytes = sum(shard.bytes for shard in self._shards)
+        """Of the documents' text"""
+        for number in range(self.num_shards):
+            self._open(number)
+        self._opened = lru_cache(OPEN)(self._open)
+        self._first = numpy.cumsum([0, *(shard.documents for shard in self._shards)])  # documents before each shard
 
     def document(self, number: int) -> numpy.ndarray:
         """The ids of a document, memory-mapped."""
         shard = int(numpy.searchsorted(self._first, number, side="right")) - 1
-        index, row = self._indices[shard], number - int(self._first[shard])
-        return self._tokens(shard)[int(index[row - 1, 0]) if row else 0 : int(index[row, 0])]
+        tokens, table = self._opened(shard)
+        row = number - int(self._first[shard])
+        return tokens[int(table[row - 1, TOKENS]) if row else 0 : int(table[row, TOKENS])]
 
     def hold_out(self) -> Corpus:
         """Holds out a twentieth of the text, of at most 8 MiB, as :func:`hold_out` does of text; of copies one is kept.
 
-        The documents to learn from are ids, read when they are asked for; those held out are text. Where the end of a
-        long document is held out, it is cut between two tokens.
+        The documents to learn from are ids, read when they are asked for; those held out are text. Where the end of the
+        longest document is held out, it is as large a share of its tokens as it is to be of its text.
         """
-        numbers, sizes = self._distinct()
-        total = int(sizes.sum())
-        if total < 2:
-            raise FileError(f"{self.folder}: must hold 2 bytes of text, one to learn and one to hold out, got {total}")
-        goal = max(1, min(int(HELD_OUT_FRACTION * total), MOST_HELD_OUT))
-        held = taken_while_they_fit(sizes, goal)
-        held_out = [self._text(self.document(int(number))) for number in numbers[held]]
-        left = goal - int(sizes[held].sum())
-        numbers, sizes = numbers[~held], sizes[~held]
-        documents = ShardDocuments(self, numbers, total - goal + left)
-        if left > goal / 2:
-            longest = int(sizes.argmax())
-            if documents.lengths[longest] < 2:
-                raise FileError(f"{self.folder}: must hold a second token, one to learn and one to hold out")
-            tokens = self._tokens_of(int(numbers[longest]), int(sizes[longest]) - left)
-            held_out.append(self._text(documents[longest][tokens:]))
-            documents.lengths[longest] = tokens
-            documents.num_bytes -= len(held_out[-1])
-        return Corpus(documents, held_out, self.fingerprint)
+        keys, sizes, lengths = self._column(KEYS), self._lengths(BYTES), self._lengths(TOKENS)
+        with reading(self.folder):
+            corpus = split(self.document, keys, sizes, lengths, self._text, MOST_HELD_OUT)
+        both = self.tokenizer.fingerprint + corpus.fingerprint
+        return corpus._replace(fingerprint=hashlib.sha256(both.encode()).hexdigest())
 
     def verify(self, read: Callable[[int], object] = lambda _: None) -> None:
-        """Reads all tokens and compares them with their sha256; `read` is called with the bytes that were read."""
-        for name, shard in zip(self._names, self._shards, strict=True):
-            path = self.folder / name / TOKENS
-            if file_sha256(path, read) != shard["sha256"][TOKENS]:
-                raise FileError(f"{path}: was changed after it was written: its checksum is another")
+        """Reads all shards and compares them with their sha256; `read` is called with the tokens of each."""
+        for number, shard in enumerate(self._shards):
+            for path, sha256 in zip(shard_paths(self.folder, number), shard.sha256, strict=True):
+                if file_sha256(path) != sha256:
+                    raise FileError(f"{path}: was changed after it was written: its checksum is another")
+            read(shard.tokens)
 
-    def _open_shard(self, name: str, sha256: str) -> dict[str, Any]:
-        folder = self.folder / name
-        record = read_shard_record(folder)
-        if file_sha256(folder / SHARD_RECORD) != sha256:
-            raise FileError(f"{folder / SHARD_RECORD}: was changed after it was written: its checksum is another")
-        width = numpy.dtype(record["dtype"]).itemsize
-        sizes = {TOKENS: record["tokens"] * width, DOCUMENTS: record["documents"] * 24, CUTS: record["cuts"] * 16}
-        for file, size in sizes.items():
-            try:
-                found = file_size(folder / file)
-            except ValueError as error:
-                raise FileError(str(error)) from error
-            if found != HEADER + size:
-                raise FileError(f"{folder / file}: has {found} bytes instead of {HEADER + size}")
-        for file in (DOCUMENTS, CUTS):
-            if file_sha256(folder / file) != record["sha256"][file]:
-                raise FileError(f"{folder / file}: was changed after it was written: its checksum is another")
-        return record
+    def _open(self, number: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """The tokens of a shard, and its table of documents."""
+        shard = self._shards[number]
+        tokens_path, documents_path = shard_paths(self.folder, number)
+        tokens = _mapped(tokens_path, dtype_of(self.tokenizer), (shard.tokens,))
+        table = _mapped(documents_path, numpy.dtype("<u8"), (shard.documents, 3))
+        if shard.documents and table[-1, :KEYS].tolist() != [shard.tokens, shard.bytes]:
+            raise FileError(f"{documents_path}: must end where the shard does; it was changed after it was written")
+        return tokens, table
 
-    def _open_index(self, shard: int) -> numpy.ndarray:
-        path, record = self.folder / self._names[shard] / DOCUMENTS, self._shards[shard]
-        index = mapped(path, numpy.dtype("<u8"), (record["documents"], 3))
-        if len(index) and not (
-            (index[:, :2] > numpy.vstack([numpy.zeros((1, 2), numpy.uint64), index[:-1, :2]])).all()
-            and index[-1, :2].tolist() == [record["tokens"], record["bytes"]]
-        ):
-            raise FileError(f"{path}: documents must end one after another, the last with the shard")
-        return index
+    def _column(self, column: int) -> numpy.ndarray:
+        """(N,) a column of the tables of all shards."""
+        tables = (self._opened(number)[1] for number in range(self.num_shards))
+        return numpy.concatenate([numpy.empty(0, numpy.uint64), *(table[:, column] for table in tables)])
 
-    def _tokens(self, shard: int) -> numpy.ndarray:
-        if shard in self._maps:
-            self._maps.move_to_end(shard)
-            return self._maps[shard]
-        record = self._shards[shard]
-        dtype = numpy.dtype(record["dtype"]).newbyteorder("<")
-        self._maps[shard] = mapped(self.folder / self._names[shard] / TOKENS, dtype, (record["tokens"],))
-        if len(self._maps) > _OPEN:
-            self._maps.popitem(last=False)
-        return self._maps[shard]
-
-    def lengths(self, numbers: numpy.ndarray | None = None, column: int = 0) -> numpy.ndarray:
-        """(N,) how many tokens (column 0) or bytes of text (1) documents have, all or those of `numbers`."""
-        ends = (index[:, column].astype(numpy.int64) for index in self._indices)
-        lengths = [numpy.diff(end, prepend=0) for end in ends]
-        whole = numpy.concatenate(lengths) if lengths else numpy.empty(0, numpy.int64)
-        return whole if numbers is None else whole[numbers]
-
-    def _distinct(self) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """The numbers of documents without copies, in the order of their keys, and the bytes of their text."""
-        keys = numpy.concatenate([numpy.empty(0, numpy.uint64), *(index[:, 2] for index in self._indices)])
-        order = numpy.argsort(keys, kind="stable")
-        ordered = keys[order]
-        first = numpy.ones(len(keys), bool)
-        first[1:] = ordered[1:] != ordered[:-1]
-        numbers = _compact(order[first])
-        return numbers, self.lengths(numbers, 1)
+    def _lengths(self, column: int) -> numpy.ndarray:
+        """(N,) how many tokens or bytes of text documents have."""
+        lengths = [numpy.empty(0, numpy.int64)]
+        for number in range(self.num_shards):
+            lengths.append(numpy.diff(self._opened(number)[1][:, column].astype(numpy.int64), prepend=0))
+            if (lengths[-1] < 1).any():
+                raise FileError(f"{shard_paths(self.folder, number)[1]}: documents must end one after another")
+        return numpy.concatenate(lengths)
 
     def _text(self, ids: numpy.ndarray) -> bytes:
-        return ids.astype(numpy.uint8).tobytes() if self.tokenizer.byte_level else self.tokenizer.decode(ids.tolist())
-
-    def _tokens_of(self, number: int, size: int) -> int:
-        """How many tokens of a document make its first `size` bytes of text, or a part of a token less."""
-        if self.tokenizer.byte_level:
-            return size
-        shard = int(numpy.searchsorted(self._first, number, side="right")) - 1
-        index, row = self._indices[shard], number - int(self._first[shard])
-        begin = index[row - 1, :2].astype(numpy.int64) if row else numpy.zeros(2, numpy.int64)
-        cuts = mapped(self.folder / self._names[shard] / CUTS, numpy.dtype("<u8"), (self._shards[shard]["cuts"], 2))
-        before = int(numpy.searchsorted(cuts[:, 1], int(begin[1]) + size, side="right"))
-        window = cuts[before - 1].astype(numpy.int64) if before else begin
-        window = (window if window[1] > begin[1] else begin) - begin
-        tokens, read = int(window[0]), int(window[1])
-        ids = self.document(number)
-        for text in self.tokenizer.text_of(ids[tokens:].tolist() if len(ids) - tokens < 1 << 17 else ids[tokens:]):
-            read += len(text)
-            if read > size:
-                break
-            tokens += 1
-        return min(max(tokens, 1), len(ids) - 1)
+        return ids.tobytes() if self.tokenizer.byte_level else self.tokenizer.decode(ids.tolist())
 
 
-class ShardDocuments(Sequence):
-    """Documents of shards to learn from: arrays of ids that are mapped when they are read."""
-
-    def __init__(self, shards: Shards, numbers: numpy.ndarray, num_bytes: int):
-        self._shards, self._numbers = shards, numbers
-        self.lengths = _compact(shards.lengths(numbers))
-        """(N,) tokens of each document"""
-        self.num_bytes = num_bytes
-        """Of the documents' text"""
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._shards.document(int(self._numbers[index]))[: int(self.lengths[index])]
+def is_tokens(folder: Path) -> bool:
+    """Whether a folder holds tokens, or is to hold them once it is finished."""
+    return (folder / INDEX).is_file()
 
 
-def _compact(numbers: numpy.ndarray) -> numpy.ndarray:
-    """The numbers in 4 bytes each, if they fit."""
-    return numbers.astype(numpy.uint32) if not len(numbers) or int(numbers.max()) < 1 << 32 else numbers
+def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
+    """The files of tokens and of documents."""
+    return folder / f"shard-{number:06d}.tokens.npy", folder / f"shard-{number:06d}.documents.npy"
+
+
+def dtype_of(tokenizer: Tokenizer) -> numpy.dtype:
+    """The narrowest type of every id that follows another."""
+    return numpy.min_scalar_type(tokenizer.output_size - 1).newbyteorder("<")
+
+
+def write_shard(
+    folder: Path, number: int, tokenizer: Tokenizer, documents: Iterable[Iterable[bytes]], skipped: Counter[str]
+) -> Shard:
+    """Encodes documents, each of which comes in pieces of text, into a shard's files, each of which is whole or not there.
+
+    Documents of which the tokenizer leaves nothing are counted in `skipped`. Memory is that of a few windows of text, and
+    24 bytes a document.
+    """
+    tokens_path, documents_path = paths = shard_paths(folder, number)
+    with write_atomically(tokens_path) as draft, open(draft, "wb") as file:
+        table, tokens, size = _write_tokens(file, tokenizer, documents, skipped)
+    with write_atomically(documents_path) as draft, open(draft, "wb") as file:
+        numpy.save(file, table)
+    return Shard(len(table), tokens, size, dict(sorted(skipped.items())), tuple(map(file_sha256, paths)))
+
+
+def _write_tokens(
+    file: BinaryIO, tokenizer: Tokenizer, documents: Iterable[Iterable[bytes]], skipped: Counter[str]
+) -> tuple[numpy.ndarray, int, int]:
+    """Writes the file of tokens; returns the table of documents, and how many tokens and bytes they have."""
+
+    def write_header(length: int) -> None:  # takes equally many bytes whatever the length
+        fields = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+        numpy.lib.format.write_array_header_1_0(file, fields)
+
+    def hashed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+        digests.append(digest := hashlib.sha256())
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+
+    dtype = dtype_of(tokenizer)
+    digests: deque[Any] = deque()  # of the documents that are being read
+    table = array("Q")
+    tokens = size = before = 0  # of the documents so far; tokens of those before the open one
+    write_header(0)
+    for ids, length, is_last in tokenizer.encode_stream(map(hashed, documents)):
+        file.write(ids.astype(dtype).data)
+        tokens, size = tokens + len(ids), size + length
+        if is_last:
+            key = key_of(digests.popleft())
+            if tokens > before:
+                table.extend((tokens, size, key))
+            else:
+                skipped["documents without tokens"] += 1
+                size = table[-2] if table else 0
+            before = tokens
+    file.seek(0)
+    write_header(tokens)
+    return numpy.array(table, "<u8").reshape(-1, 3), tokens, size
+
+
+def _mapped(path: Path, dtype: numpy.dtype, shape: tuple[int, ...]) -> numpy.ndarray:
+    """The numbers of an .npy file, which must have this type and shape."""
+    with reading(path):
+        found = numpy.lib.format.open_memmap(path, mode="r")
+        if found.dtype != dtype or found.shape != shape:
+            raise ValueError(f"must hold {shape} numbers of {dtype}, got {found.shape} of {found.dtype}")
+    return found

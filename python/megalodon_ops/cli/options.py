@@ -1,0 +1,302 @@
+"""The options of every command: the one place where a flag has its type, bounds, default and help.
+
+The first line of a class's docstring says what the command does, the others are examples for its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, to_builtins
+
+from megalodon_ops import MegalodonConfig
+from megalodon_ops.cli.flags import REQUIRED, Mesh, Options, flag
+
+Natural = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+Count = Annotated[int, Meta(ge=1, lt=1 << 31)]
+Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Positive = Annotated[float, Meta(gt=0, le=1e30)]
+NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
+Probability = Annotated[float, Meta(ge=0, lt=1)]
+Fraction = Annotated[float, Meta(gt=0, le=1)]
+Text = Annotated[str, Meta(min_length=1)]
+Context = Annotated[int, Meta(ge=1, lt=1 << 62)] | Literal["all"]
+Format = Literal["own", "hf", "official"]
+
+RATE_TIMES_WIDTH = 1.28
+"""The default peak of the learning rate, times the model's width: docs/training.md"""
+ROWS_OF_CONTEXT = 8
+"""The default context length in rows' lengths: docs/training.md"""
+MINUTES = 5.0
+"""How long a run takes that names neither --steps nor --minutes"""
+SMALL = "small"
+"""The preset of the default run"""
+SMALL_CONFIG = dict(
+    num_layers=3, model_dim=128, z_dim=64, value_dim=256, num_heads=1, ffn_hidden_dim=192, cema_ndim=8, chunk_size=256,
+    norm_num_groups=8, swiglu=True,
+)  # fmt: skip
+"""Sized for a run of minutes on a few cores: docs/training.md"""
+CONFIG_FIELDS = {
+    "dim": "model_dim", "layers": "num_layers", "heads": "num_heads", "chunk": "chunk_size", "ffn_dim": "ffn_hidden_dim",
+    "norm_groups": "norm_num_groups",
+}  # fmt: skip
+"""Options of a model whose names are shorter than those of MegalodonConfig's fields"""
+
+GLOB = "of folders, take the files that match, such as '*.py' or 'src/*.c', text or not; repeatable (those of text)"
+VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
+CHECKPOINT = "a run's folder, one checkpoint's, or any that holds a model"
+DTYPE = "bfloat16 is autocast (that of the run, or float32)"
+
+
+@dataclass(kw_only=True)
+class Info(Options):
+    """what was built, and what it runs on
+
+    python -m megalodon_ops info
+    """
+
+
+@dataclass(kw_only=True)
+class ModelOptions(Options):
+    """model: widths that are not given keep the preset's proportion to --dim; small is --dim 128 --layers 3 --chunk 256"""
+
+    preset: Literal[(SMALL, *MegalodonConfig.presets())] = flag(SMALL, "where to start")
+    dim: Natural | None = flag(None, "width of the model")
+    layers: Natural | None = flag(None, "blocks")
+    heads: Natural | None = flag(None, "of the attention")
+    chunk: Natural | None = flag(None, "steps that attend to each other")
+    z_dim: Natural | None = flag(None, "width of queries and keys, all heads")
+    value_dim: Natural | None = flag(None, "width of values, all heads")
+    ffn_dim: Natural | None = flag(None, "hidden units of the feed-forward half")
+    cema_ndim: Natural | None = flag(None, "complex states a channel")
+    norm_groups: Natural | None = flag(None, "groups of the timestep norms")
+    rope_base: Positive | None = flag(None, "of rotary frequencies, 10000 unless given")
+    dropout: Probability | None = flag(None, "of what each half of a block adds")
+    hidden_dropout: Probability | None = flag(None, "inside the halves")
+    attention_dropout: Probability | None = flag(None, "probability of DropKey")
+    swiglu: bool | None = flag(None, "gate the feed-forward half by a third matrix")
+    rescale_nffn: bool | None = flag(None, "a learned gain on the feed-forward half's output")
+    scale_emb: bool | None = flag(None, "multiply embeddings by the square root of the width")
+    share_emb: bool | None = flag(None, "take the embedding for the output matrix")
+    layerwise_ckpt: bool | None = flag(None, "recompute each layer in the backward, for less memory")
+
+    def of_config(self) -> dict[str, Any]:
+        """The fields of MegalodonConfig that were given."""
+        names = [name for name in ModelOptions.__annotations__ if name != "preset"]
+        return {config_field(name): value for name in names if (value := getattr(self, name)) is not None}
+
+
+def config_field(name: str) -> str:
+    """The field of MegalodonConfig that an option sets."""
+    return CONFIG_FIELDS.get(name, name)
+
+
+@dataclass(kw_only=True)
+class BatchOptions(ModelOptions):
+    """batches and optimizer"""
+
+    # Many documents at once: a batch teaches as much as its rows differ.
+    batch: Natural = flag(64, "rows in a batch")
+    length: Natural = flag(64, "bytes, or tokens, in a row")
+    # After as many bytes the loss is lower than with packed rows: the past is not cut off.
+    context: Literal["streamed", "packed"] = flag("streamed", "carry a row's state to the next batch, or start afresh")
+    context_length: Natural | None = flag(
+        None, f"cut documents of more tokens into parts that are read as documents ({ROWS_OF_CONTEXT} times --length)"
+    )
+    optimizer: Literal["muon", "adamw"] = flag(
+        "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw"
+    )
+    lr: Positive | None = flag(None, f"peak learning rate ({RATE_TIMES_WIDTH} / width)")
+    warmup: Natural = flag(100, "steps of warmup, then a line to zero")
+    weight_decay: NotNegative = flag(0.1, "of weight matrices")
+    clip: Positive = flag(1.0, "largest norm of the gradient")
+
+
+@dataclass(kw_only=True)
+class Train(BatchOptions):
+    """train a model of bytes, or of tokens, on text; without --data, on Python's standard library
+
+    python -m megalodon_ops train
+    python -m megalodon_ops train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose
+    python -m megalodon_ops train --out runs/prose --resume --minutes 60
+    python -m megalodon_ops train --tokenizer bpe.json --data book.txt
+    python -m megalodon_ops train --data tokens --out runs/long
+    python -m megalodon_ops train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 3e-3 --seed 1
+    torchrun --nproc-per-node 4 --max-restarts 3 -m megalodon_ops train --mesh data=2,chunk=2 --batch 4 --length 8192 --out runs/four
+    """
+
+    data: tuple[Path, ...] | None = flag(
+        None, "files and folders of text, or a folder that `tokenize` made (Python's standard library)"
+    )
+    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
+    tokenizer: Path | None = flag(None, VOCABULARY)
+    out: Path | None = flag(None, "folder of the run (runs/<time>); of several processes it must be named")
+    resume: bool = flag(False, "continue the run in --out; other flags come from it")
+    steps: Natural | None = flag(None, "stop after N steps; nothing then depends on the clock")
+    minutes: Positive | None = flag(None, f"stop after X minutes ({MINUTES:g}, unless --steps is given)")
+    eval_every: Natural = flag(500, "steps between looks at held-out text")
+    checkpoint_every: Natural = flag(200, "steps between checkpoints")
+    seed: Seed = flag(0, "of weights, order of documents, dropout")
+    device: str = flag("cpu", "where to compute")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast")
+    mesh: Mesh | None = flag(
+        None, "how processes that torchrun has started share a batch, its rows over data, its length over chunk and layers "
+        "over tensor (data=<their number>)",
+    )  # fmt: skip
+    timeout: Positive = flag(600.0, "seconds that processes wait for each other before they give up")
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint records: the options of the run, not those of the launch."""
+        return to_builtins(replace(self, out=None, resume=False, mesh=None, timeout=600.0), enc_hook=str)
+
+
+@dataclass(kw_only=True)
+class Eval(Options):
+    """perplexity and bits per byte of a model by context, on held-out or given text of any length
+
+    python -m megalodon_ops eval --checkpoint runs/prose
+    python -m megalodon_ops eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all
+    python -m megalodon_ops eval --checkpoint runs/prose --data other.txt --json figures.json --by-position loss.png --piece 8192
+    """
+
+    checkpoint: Path = flag(REQUIRED, CHECKPOINT)
+    data: tuple[Path, ...] | None = flag(None, "files and folders of text (the held-out text of the run)")
+    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
+    context: tuple[Context, ...] = flag(
+        ("all",), "predict from at most N tokens, in windows that each start afresh, or from all before", metavar="N"
+    )
+    json: Path | None = flag(None, "write all figures", metavar="FILE")
+    by_position: Path | None = flag(None, "draw the loss by how many tokens a prediction is made from", metavar="FILE")
+    batch: Count = flag(8, "documents read side by side")
+    piece: Count = flag(2048, "tokens of a document in memory at once: changes time and memory but not the result")
+    tokenizer: Path | None = flag(None, "of a checkpoint whose folder has none")
+    device: str = flag("cpu", "where to compute")
+    dtype: Literal["float32", "bfloat16"] | None = flag(None, DTYPE)
+
+
+@dataclass(kw_only=True)
+class Generate(Options):
+    """print a sampled continuation
+
+    python -m megalodon_ops generate --checkpoint runs/prose --prompt 'Call me ' --bytes 500
+    python -m megalodon_ops generate --checkpoint runs/prose --prompt-file - --temperature 0.7 --top-p 0.9 < chapter.txt
+    python -m megalodon_ops generate --checkpoint runs/prose --prompt 'Q: ' --stop 'Q:' --samples 3 --tokens 100 --min-p 0.05
+    """
+
+    checkpoint: Path = flag(REQUIRED, CHECKPOINT)
+    prompt: str = flag("", "text to continue (none: a new document)", instead_of="prompt")
+    prompt_file: Path | None = flag(None, "file to continue; - is standard input", instead_of="prompt")
+    bytes: Natural = flag(1000, "how many to write", instead_of="length")
+    tokens: Natural | None = flag(None, "how many to write, instead of bytes", instead_of="length")
+    stop: tuple[Text, ...] = flag((), "end before it; repeatable", action="append", metavar="TEXT")
+    samples: Count = flag(1, "continuations of the prompt")
+    temperature: NotNegative = flag(0.8, "0 takes the likeliest token")
+    top_k: Count | None = flag(None, "sample among the N likeliest tokens")
+    top_p: Fraction | None = flag(None, "sample among the likeliest tokens of mass X")
+    min_p: Fraction | None = flag(None, "sample among tokens at least X times as likely as the likeliest")
+    repetition_penalty: Positive | None = flag(None, "above 1, makes tokens that were read or written less likely")
+    seed: Seed = flag(0, "of the samples")
+    tokenizer: Path | None = flag(None, "of a checkpoint whose folder has none")
+    device: str = flag("cpu", "where to compute")
+    dtype: Literal["float32", "bfloat16"] | None = flag(None, DTYPE)
+
+
+@dataclass(kw_only=True)
+class Convert(Options):
+    """write a checkpoint in another format
+
+    python -m megalodon_ops convert --from official --to own released/ model/
+    python -m megalodon_ops convert --from own --to official --shards 2 runs/prose released/
+    """
+
+    source: Path = flag(REQUIRED, "folder to read", positional=True, metavar="SRC")
+    target: Path = flag(REQUIRED, "new folder to write", positional=True, metavar="DST")
+    from_: Format = flag(REQUIRED, "own and hf are one: a folder that Megalodon.save, train or transformers wrote")
+    to: Format = flag(REQUIRED, "official: the released code's")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = flag(
+        None, "of the linear layers and the embedding (that of SRC, or float32)"
+    )
+    shards: Natural = flag(1, "files of N ranks, for official")
+
+
+@dataclass(kw_only=True)
+class TrainTokenizer(Options):
+    """train a byte-level BPE on text, or see what a tokenizer makes of text
+
+    python -m megalodon_ops tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'
+    python -m megalodon_ops tokenizer --tokenizer bpe.json other.txt
+    """
+
+    files: tuple[Path, ...] = flag((), "text, or folders of it", positional=True, nargs="*", metavar="FILE")
+    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
+    train: bool = flag(False, "learn from the FILEs (Python's standard library) what `train` learns from")
+    vocab_size: Annotated[int, Meta(gt=257, lt=1 << 24)] | None = flag(
+        None, "most ids: 256 bytes, merges, and one that opens a document"
+    )
+    out: Path | None = flag(None, "the file to write", metavar="FILE")
+    tokenizer: Path | None = flag(None, "a tokenizer's file, or a folder with one, to see what it makes of the FILEs")
+
+
+@dataclass(kw_only=True)
+class Tokenize(Options):
+    """encode text into a folder of tokens, which `train --data` maps into memory
+
+    python -m megalodon_ops tokenize --tokenizer bpe.json --out tokens crawl.jsonl books --workers 8
+    python -m megalodon_ops tokenize --check --out tokens
+    """
+
+    files: tuple[Path, ...] = flag(
+        (), "text, each file a document; .jsonl, each line an object with a document; or folders (Python's standard library)",
+        positional=True, nargs="*", metavar="FILE",
+    )  # fmt: skip
+    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
+    out: Path = flag(REQUIRED, "the folder to make, or to go on with", metavar="DIR")
+    tokenizer: Path | None = flag(None, VOCABULARY)
+    field: Text = flag("text", "of lines of JSON, what holds the document")
+    workers: Natural | None = flag(None, "processes, which change the time but not the result (one a core)")
+    shard_size: Annotated[int, Meta(ge=1, lt=1 << 20)] = flag(
+        64, "MiB of text in a shard, what is made anew after a kill; a longer file of text stays whole"
+    )
+    check: bool = flag(False, "compare the folder --out with its checksums instead, all tokens among it")
+
+
+@dataclass(kw_only=True)
+class Plan(ModelOptions):
+    """what a training step will take on given devices: memory, operations, exchange, time
+
+    python -m megalodon_ops plan --preset paper7B --devices 256 --mesh data=128,chunk=2 --context 32768 --card a100
+    python -m megalodon_ops plan --preset mega1.3B --mesh data=8 --context 8192 --batch 64 --card h100 --recompute --efficiency 0.4
+    python -m megalodon_ops plan --config runs/prose --card cpu --memory 64 --tflops 2 --bandwidth 100 --dtype float32 --json -
+    """
+
+    devices: Natural | None = flag(None, "how many (those of --mesh, or 1)")
+    mesh: Mesh | None = flag(None, "how they share a batch: rows over data, length over chunk, matrices over tensor")
+    card: Literal["a100", "a100-40", "a100-80", "h100", "h200", "b200", "cpu"] = flag(
+        "a100", "a100 is of 80 GB; cpu needs the figures below"
+    )
+    memory: Positive | None = flag(None, "memory of a device (the card's)", metavar="GB")
+    tflops: Positive | None = flag(None, "its peak rate of matrix products (the card's)", metavar="TFLOP/s")
+    bandwidth: Positive | None = flag(None, "of its memory (the card's)", metavar="GB/s")
+    link: Positive | None = flag(None, "what it receives inside its node (the card's)", metavar="GB/s")
+    network: Positive | None = flag(None, "what it receives from other nodes (the card's)", metavar="GB/s")
+    node: Natural = flag(8, "devices that fast links join")
+    efficiency: Fraction = flag(0.5, "how much of the peak rates is assumed to be reached")
+    context: Natural | None = flag(None, "tokens of a sequence (8 chunks)")
+    batch: Natural | None = flag(None, "sequences of a step, of all devices (one for each of data)")
+    dtype: Literal["float32", "bfloat16", "autocast"] = flag(
+        "bfloat16", "of products and activations; autocast: bfloat16 products of float32 parameters"
+    )
+    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of matrices, their gradients and Adam's moments")
+    replicate: bool = flag(False, "a device keeps all parameters, and not a part of them")
+    recompute: bool | None = flag(None, "compute each block again in the backward (as the configuration says)")
+    json: Path | None = flag(None, "write all figures; - prints them instead", metavar="FILE")
+    config: Path | None = flag(None, "in place of --preset, a folder with a model, a run's, or a config.json")
+    vocab: Natural | None = flag(None, "ids of the tokenizer (the preset's, or bytes)")
+
+
+COMMANDS: dict[str, type[Options]] = {
+    "info": Info, "train": Train, "eval": Eval, "generate": Generate, "convert": Convert, "tokenizer": TrainTokenizer,
+    "tokenize": Tokenize, "plan": Plan,
+}  # fmt: skip

@@ -1,0 +1,380 @@
+"""Tokenizers of bytes, of JSON files of the `tokenizers` package, and of sentencepiece models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from .text import Window, as_texts, windows_of
+from ..errors import FileError
+from ..extras import load
+from ..model.checkpoint import as_path
+from ..model.files import file_size, read_json, reading
+from ..ops.values import check_integer, shown
+
+START_TOKEN = "<|startoftext|>"
+"""The token that opens a document, in the byte tokenizer and where a tokenizer has none of its own"""
+START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", START_TOKEN, "<|endoftext|>")
+"""Common names of the token that opens a document; the first that a vocabulary has is taken"""
+
+_BYTES_JSON = Path(__file__).with_name("bytes.json").read_bytes()  # the byte tokenizer, as the package has it
+_CHARACTERS = {letter: bytes([byte]) for letter, byte in json.loads(_BYTES_JSON)["model"]["vocab"].items()}
+_BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+_SPACED = {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}  # decoders where U+2581 is a space
+_BATCH = 8  # windows that are encoded side by side; the packages take a hundred bytes for a token meanwhile
+
+
+class Tokenizer:
+    """Text to ids and back; made by :meth:`from_file`, :meth:`train` or :func:`load_tokenizer`.
+
+    Text that looks like a special token is text. Bytes that are no UTF-8 become the vocabulary's tokens of single bytes
+    where it has all 256, else U+FFFD.
+
+    Example:
+        >>> from megalodon_ops.tokenizers import Tokenizer
+        >>> tokenizer = Tokenizer.train([b"to be or not to be, that is the question " * 9], vocab_size=270)
+        >>> ids = tokenizer.encode("to be")
+        >>> len(ids) < 5, tokenizer.decode(ids), tokenizer.vocab_size, tokenizer.start, tokenizer.output_size
+        (True, b'to be', 270, 269, 269)
+    """
+
+    vocab_size: int
+    """Ids are from 0 to below it; `start` is one of them"""
+    start: int
+    """The id that opens a document; `encode` leaves it out"""
+    start_token: str
+    """The text of `start`"""
+    fingerprint: str
+    """sha256 of all that decides the ids"""
+    content: bytes
+    """The content of its file"""
+    file_name = "tokenizer.json"
+    """What its file is called in a checkpoint's folder"""
+    byte_level = False
+    """Whether each id is one byte"""
+
+    @property
+    def output_size(self) -> int:
+        """How many ids a model predicts: all but `start` where that is the last, as nothing is ever followed by it."""
+        return self.vocab_size - (self.start == self.vocab_size - 1)
+
+    @staticmethod
+    def from_file(path: str | Path, *, start: str | None = None) -> Tokenizer:
+        """The tokenizer in a JSON file of the `tokenizers` package or in a sentencepiece model.
+
+        start: the text of the token that opens a document. None: the first of `START_TOKENS` that the vocabulary has
+        (for a sentencepiece model, its own), else `START_TOKEN`, added as the last id.
+
+        Raises FileError where the file holds no tokenizer, FileNotFoundError, and ImportError where the package that
+        reads it is missing.
+        """
+        path = as_path("Tokenizer.from_file", "path", path)
+        file_size(path)
+        content = path.read_bytes()
+        if content.lstrip()[:1] != b"{":
+            return SentencePieceTokenizer(content, str(path), start)
+        if start in (None, START_TOKEN) and _is_of_bytes(content):
+            return ByteTokenizer()
+        return JSONTokenizer(content, str(path), start)
+
+    @staticmethod
+    def train(documents: Iterable[bytes | str], *, vocab_size: int) -> Tokenizer:
+        """A byte-level BPE learned from documents, of at most `vocab_size` ids: 256 bytes, merges, `START_TOKEN`."""
+        wanted = "an integer above 257, which 256 bytes and the start of a document take"
+        vocab_size = check_integer("Tokenizer.train", "vocab_size", vocab_size, wanted, 258)
+        documents = as_texts("Tokenizer.train", "documents", documents)
+        load("tokenizers", "train")
+        from tokenizers import Tokenizer as Model
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        model = Model(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=[*_CHARACTERS], show_progress=False)
+        windows = (window.text for document in documents for window in windows_of([document]))
+        model.train_from_iterator((text.decode(errors="replace") for text in windows), trainer)
+        return JSONTokenizer(model.to_str().encode(), "Tokenizer.train", None)
+
+    def encode(self, text: bytes | str) -> numpy.ndarray:
+        """The ids of a text, int32, without `start`."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, documents: Iterable[bytes | str]) -> list[numpy.ndarray]:
+        """The ids of each document, int32; documents are encoded side by side on all cores."""
+        documents = as_texts("encode_batch", "documents", documents)
+        found: list[list[numpy.ndarray]] = [[]]
+        for ids, _, is_last in self.encode_stream([document] for document in documents):
+            found[-1].append(ids)
+            if is_last:
+                found.append([])
+        return [numpy.concatenate(parts) for parts in found[:-1]]
+
+    def encode_stream(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[numpy.ndarray, int, bool]]:
+        """The ids of documents that each come in pieces, window by window, in memory that none of them makes larger.
+
+        For each window of text: its ids, int32, how many bytes it has, and whether it is the last of its document.
+        Windows are encoded side by side on all cores.
+        """
+        documents = (as_texts("encode_stream", "documents", pieces) for pieces in documents)
+        windows = chain.from_iterable(map(windows_of, documents))
+        while batch := list(islice(windows, _BATCH)):
+            for window, ids in zip(batch, self._encode_windows(batch), strict=True):
+                yield ids, len(window.text), window.is_last
+
+    def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[numpy.ndarray]:
+        """The ids of one document that comes in pieces of any sizes, in arrays; laid end to end, they are :meth:`encode`'s.
+
+        Memory is taken for one piece and one window, however long the document is.
+        """
+        windows = windows_of(as_texts("encode_pieces", "pieces", pieces))
+        return (self._encode_windows([window])[0] for window in windows)
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The text of a document's ids; `start` has none."""
+        return b"".join(self.text_of(ids))
+
+    def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
+        """The bytes that each id adds to a text, one by one; `after`: the ids before the first, in the document.
+
+        A token may hold a part of a letter: UTF-8 is complete at the end of the text, not of every token.
+        """
+        is_first = self._adds_space and all(number == self.start for number in after)
+        for number in self._checked(ids):
+            text = self._table.get(number, b"")  # none of ids between those of tokens
+            yield text.removeprefix(b" ") if is_first else text
+            is_first = is_first and not text
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer into a folder, which is made if there is none, where :func:`load_tokenizer` finds it."""
+        folder = as_path("Tokenizer.save", "folder", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.file_name).write_bytes(self.content)
+        config: dict[str, Any] = {"bos_token": self.start_token, "clean_up_tokenization_spaces": False}
+        if self.file_name == "tokenizer.json":  # transformers pads with it, and takes no token that ends a text too
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.start_token}
+            config |= {"pad_token": self.start_token, "padding_side": "left"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, by the package."""
+        raise NotImplementedError
+
+    def _begin(self, ids: dict[str, int], singles: dict[str, bytes], table: dict[int, bytes] | None) -> None:
+        """Keeps what is known of a vocabulary, and learns what its package does with a space where a text begins.
+
+        ids: of its tokens. singles: tokens of single bytes, which it may have or not. table: the bytes of every id.
+        """
+        self.start, self.vocab_size = ids[self.start_token], max(ids.values()) + 1
+        self.fingerprint = hashlib.sha256(self.content + b"\n%d" % self.start).hexdigest()
+        self._bytes = [ids[token] for token in singles] if singles and singles.keys() <= ids.keys() else None
+        self._table = None if table is None else {**table, self.start: b""}
+        whole, one, spaced, bare = self._encode(["a b", "a", " b", "b"])
+        self._keeps_space = whole == one + spaced or whole != one + bare
+        self._adds_space = table is not None and b"".join(table[number] for number in one).startswith(b" ")
+        # bytes that are no UTF-8, as surrogates; where a text gets a space, with all that stands before the next space
+        rest = "" if self._keeps_space else r"[^ ]*(?: (?=[\udc80-\udcff]|\Z))?"
+        self._no_text = re.compile(rf"([\udc80-\udcff]+{rest})")
+
+    def _encode_windows(self, windows: list[Window]) -> list[numpy.ndarray]:
+        """The ids of each window, int32."""
+        parts = [self._parts(window) for window in windows]
+        encoded = iter(self._encode([part for part in chain.from_iterable(parts) if isinstance(part, str)]))
+        ids = ((next(encoded) if isinstance(part, str) else part for part in of_window) for of_window in parts)
+        return [numpy.fromiter(chain.from_iterable(of_window), numpy.int32) for of_window in ids]
+
+    def _parts(self, window: Window) -> list[str | list[int]]:
+        """A window as texts, and the ids of single bytes where it is no UTF-8."""
+        parts: list[str | list[int]] = []
+        text = window.text.decode(errors="surrogateescape" if self._bytes else "replace")
+        for number, part in enumerate(self._no_text.split(text)):
+            if number % 2:
+                parts.append([self._bytes[byte] for byte in part.encode(errors="surrogateescape")])
+            else:
+                begins = window.is_first and number == 0
+                parts.append(part if begins or self._keeps_space else part.removeprefix(" "))
+        return [part for part in parts if part]
+
+    def _checked(self, ids: Iterable[int]) -> Iterator[int]:
+        for number in map(index, ids):
+            if not 0 <= number < self.vocab_size:
+                raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {shown(number)}.")
+            yield number
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are bytes, 256 opens a document.
+
+    Example:
+        >>> from megalodon_ops.tokenizers import ByteTokenizer
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer.encode("caf\\u00e9").tolist(), tokenizer.start, tokenizer.vocab_size, tokenizer.output_size
+        ([99, 97, 102, 195, 169], 256, 257, 256)
+        >>> tokenizer.decode([256, 99, 97, 102, 195, 169])
+        b'caf\\xc3\\xa9'
+    """
+
+    vocab_size, start, start_token = 257, 256, START_TOKEN
+    fingerprint = hashlib.sha256(b"bytes, and 256 opens a document").hexdigest()
+    content = _BYTES_JSON
+    byte_level = True
+    _adds_space = False
+    _table = {byte: bytes([byte]) for byte in range(256)}
+
+    def _encode_windows(self, windows: list[Window]) -> list[numpy.ndarray]:
+        return [numpy.frombuffer(window.text, numpy.uint8).astype(numpy.int32) for window in windows]
+
+
+class JSONTokenizer(Tokenizer):
+    """A JSON file of the `tokenizers` package.
+
+    An id's bytes come from a table in byte-level vocabularies and in those with U+2581 for a space; else from the package.
+    """
+
+    def __init__(self, content: bytes, path: str, start: str | None):
+        load("tokenizers", "train")
+        from tokenizers import AddedToken, processors
+        from tokenizers import Tokenizer as Model
+
+        self._path, self.content = path, content
+        with reading(path):
+            self._model = model = Model.from_str(content.decode())
+            model.no_truncation()
+            model.no_padding()
+            model.encode_special_tokens = True
+            self.start_token = _start(start, model.get_vocab(), START_TOKENS)
+            if model.token_to_id(self.start_token) is None:
+                model.add_special_tokens([AddedToken(START_TOKEN, normalized=False)])
+                if model.post_processor is None:
+                    special = [(START_TOKEN, model.token_to_id(START_TOKEN))]
+                    opening = processors.TemplateProcessing(f"{START_TOKEN} $A", f"{START_TOKEN} $A $B", special)
+                    model.post_processor = opening
+                self.content = model.to_str().encode()
+            ids, fields = model.get_vocab(), json.loads(self.content)
+            added = {token["content"]: token["id"] for token in fields.get("added_tokens") or ()}
+            _check_ids({**ids, **added})
+            decoder = fields.get("decoder") or {}
+            kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
+            if "ByteLevel" in kinds:
+                singles, table = _CHARACTERS, {number: _of_characters(token) for token, number in ids.items()}
+            elif kinds and kinds <= _SPACED:
+                singles, table = _BYTE_TOKENS, {number: _of_spaced(token) for token, number in ids.items()}
+            else:
+                singles, table = {}, None
+            if table is not None:
+                table |= {number: token.encode(errors="replace") for token, number in added.items()}
+            self._begin(ids, singles, table)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        with reading(self._path):
+            return [found.ids for found in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
+        return self._text_by_package(ids, after) if self._table is None else super().text_of(ids, after=after)
+
+    def _text_by_package(self, ids: Iterable[int], after: Sequence[int]) -> Iterator[bytes]:
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        for place, number in enumerate(self._checked(chain(after, ids)), -len(after)):
+            with reading(self._path):
+                text = None if number == self.start else stream.step(self._model, number)
+            if place >= 0:
+                yield (text or "").encode(errors="replace")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, content: bytes, path: str, start: str | None):
+        self._path, self.content = path, content
+        self._model = model = load("sentencepiece", "train").SentencePieceProcessor()
+        try:
+            is_model = bool(content) and model.LoadFromSerializedProto(content)
+        except (RuntimeError, ValueError):
+            is_model = False
+        if not is_model:
+            raise FileError(f"{path}: neither a JSON file of the `tokenizers` package nor a sentencepiece model")
+        with reading(path):
+            pieces = [model.IdToPiece(number) for number in range(model.GetPieceSize())]
+            ids = {piece: number for number, piece in enumerate(pieces)}
+            self.start_token = _start(start, ids, pieces[model.bos_id() :][:1] if model.bos_id() >= 0 else [])
+            ids.setdefault(self.start_token, len(ids))
+            table = {ids[piece]: b"" if model.IsControl(ids[piece]) else _of_spaced(piece) for piece in pieces}
+            self._begin(ids, _BYTE_TOKENS, {**table, model.unk_id(): "\ufffd".encode()})
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        with reading(self._path):
+            return self._model.Encode(texts)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's folder, its `tokenizer.json` or `tokenizer.model`, or of one such file.
+
+    A `tokenizer_config.json` beside it, if there is one, names the token that opens a document.
+
+    Raises FileError where a file is damaged, FileNotFoundError where there is none.
+    """
+    path = as_path("load_tokenizer", "path", path)
+    if not path.is_dir():
+        return Tokenizer.from_file(path)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).exists():
+            return Tokenizer.from_file(path / name, start=_configured_start(path / "tokenizer_config.json"))
+    fix = "; that of a run is in each folder of its checkpoints" if (path / "checkpoints").is_dir() else ""
+    raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this folder{fix}")
+
+
+def _configured_start(path: Path) -> str | None:
+    token = read_json(path).get("bos_token") if path.exists() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if not (token is None or isinstance(token, str)):
+        raise FileError(f"{path}: `bos_token` must be a token's text or null, got {shown(token)}")
+    return token
+
+
+def _start(wanted: str | None, ids: dict[str, int], usual: Iterable[str]) -> str:
+    """The token that opens a document: the wanted one, else the first usual one, else START_TOKEN, which may be new."""
+    if wanted not in (None, START_TOKEN, *ids):
+        raise ValueError(f"the start of a document, {shown(wanted)}, must be a token of its vocabulary")
+    return wanted or next((token for token in usual if token in ids), START_TOKEN)
+
+
+def _check_ids(ids: dict[str, int]) -> None:
+    tokens = {number: token for token, number in ids.items()}
+    for token, number in ids.items():
+        if tokens[number] != token:
+            raise ValueError(f"two tokens have the id {number}, {shown(token)} and {shown(tokens[number])}")
+        if number >= 1 << 31:
+            raise ValueError(f"ids must be below 2^31, got {number}")
+
+
+def _is_of_bytes(content: bytes) -> bool:
+    """Whether a JSON file is the byte tokenizer's, maybe as a package has written it anew."""
+
+    def facts(fields: dict[str, Any]) -> list[Any]:
+        return [fields["normalizer"], fields["added_tokens"], *(fields["model"][part] for part in ("vocab", "merges"))]
+
+    try:
+        return facts(json.loads(content)) == facts(json.loads(_BYTES_JSON))
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return False
+
+
+def _of_characters(token: str) -> bytes:
+    """The bytes of a token in a byte-level vocabulary."""
+    return b"".join(_CHARACTERS.get(letter) or letter.encode(errors="replace") for letter in token)
+
+
+def _of_spaced(token: str) -> bytes:
+    """The bytes of a token in a vocabulary that has U+2581 for a space."""
+    return _BYTE_TOKENS.get(token) or token.replace("\u2581", " ").encode(errors="replace")

@@ -1,0 +1,209 @@
+"""What goes wrong between ranks: what differs is one clear error on each, and a rank that has ended ends the others."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from chunk_parallel import cut_over_all_ranks
+from launched import TORCHRUN
+from models import TINY, tiny_model, tokens_of
+
+from megalodon_ops.distributed.alike import check_alike
+
+IN_SECONDS = 30.0
+"""In which a process ends that cannot go on, on a machine that is busy; the processes' time-out is longer"""
+
+
+def called(pieces: tuple[int, ...], ours: dict[str, Any], rank_1s: dict[str, Any]) -> str:
+    """The error of a call for which rank 1 has other arguments than the others or has done something before."""
+    options = ours | (rank_1s if dist.get_rank() == 1 else {})
+    model = cut_over_all_ranks(tiny_model())
+    tokens = options.pop("tokens", tokens_of(2, pieces[dist.get_rank()]))
+    if "past" in options:
+        _, options["state"] = model.alone()(
+            tokens_of(options.pop("sequences", 2), options.pop("past")), return_state=True
+        )
+    try:
+        if "max_new_tokens" in options:
+            model.generate(tokens, **options)
+        elif options.pop("loss", False):
+            model.loss(tokens, tokens, **options)
+        else:
+            model(tokens, **options)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+LENGTHS = torch.tensor([20, 9])
+FAULTS = {
+    "a piece that ends inside of a chunk": (
+        (13, 16, 4), {}, {},
+        "Megalodon: `tokens` must end at a chunk boundary on every rank but the last, got a piece of rank 0 of its group "
+        r"that ends 5 tokens into a chunk of 8 of sequence 0; split\(tokens, mesh, chunk_size=8\) makes pieces of whole chunks.",
+    ),
+    "lengths beyond the tokens": (
+        (8, 8, 4), dict(lengths=torch.tensor([21, 3])), {}, r"`lengths` must be 2 lengths in \[0, 20\], .* got \[21, 3\]"
+    ),
+    "offsets of a piece": (
+        (8, 8, 4), dict(cu_seqlens=torch.tensor([0, 5, 21])), {}, r"`cu_seqlens` must be ascending offsets of one row"
+    ),
+    "lengths that are no integers": (
+        (8, 8, 4), dict(lengths=LENGTHS * 1.0), {}, r"`lengths` must be integers \(n,\), got torch.float32 \(2,\)"
+    ),
+    "other lengths": (
+        (8, 8, 4), dict(lengths=LENGTHS), dict(lengths=LENGTHS + torch.tensor([0, 1])),
+        r"`lengths` must be the same on the ranks 0, 1, 2, got \[20, 9\] on rank 0 and \[20, 10\] on rank 1\.",
+    ),
+    "no lengths": ((8, 8, 4), dict(lengths=LENGTHS), dict(lengths=None), r"got \[20, 9\] on rank 0 and None on rank 1"),
+    "other rows": ((8, 8, 4), {}, dict(tokens=tokens_of(3, 8)), "`rows of tokens` must be .* got 2 on rank 0 and 3 on rank 1"),
+    "logits and losses": ((8, 8, 4), {}, dict(loss=True), "`call` must be .* got logits on rank 0 and loss, mean"),
+    "a reduction": ((8, 8, 4), dict(loss=True), dict(reduction="sum"), "`call` must be .* got loss, mean .* and loss, sum"),
+    "what counts": ((8, 8, 4), dict(loss=True), dict(ignore_index=0), "`call` must be .* without -100 .* without 0"),
+    "who wants a state": ((8, 8, 4), {}, dict(return_state=True), "`return_state` must be .* got False .* True on rank 1"),
+    "no state": ((8, 8, 4), {}, dict(past=8), "`state` must be .* got None on rank 0 and given on rank 1"),
+    "another past": (
+        (8, 8, 4), dict(past=8), dict(past=16), r"`state.norm.count` must be .* \[8, 8\] on rank 0 and \[16, 16\] on rank 1"
+    ),
+    "a state of other sequences": ((8, 8, 4), dict(past=8, sequences=3), {}, "`state` must be one of 2 sequences, got 3"),
+    "a cut beside the past's chunks": ((8, 8, 4), dict(past=3), {}, "ends 3 tokens into a chunk of 8 of sequence 0"),
+    "how many to generate": (
+        (8, 8, 4), dict(max_new_tokens=3, seed=0), dict(max_new_tokens=4), "`generated tokens` must be the same"
+    ),
+    "how to draw": (
+        (8, 8, 4), dict(max_new_tokens=3, temperature=0.0), dict(temperature=0.5), "`temperature` must be .* 0.5 on rank 1"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_ranks_of_a_sequence_raise_the_same_error(ranks, fault):
+    pieces, ours, rank_1s, message = FAULTS[fault]
+    errors = ranks.run(called, 3, pieces, ours, rank_1s)
+    assert len({*errors}) == 1, errors
+    assert errors[0].startswith("ValueError: ") and re.search(message, errors[0]), errors[0]
+
+
+def compared(facts: list[dict[str, Any]]) -> Any:
+    try:
+        return check_alike("f", facts[dist.get_rank()], dist.group.WORLD, own=dist.get_rank())
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_comparison_tells_what_differs(ranks):
+    same = {"a": 1, "b": torch.arange(3.0)}
+    assert ranks.run(compared, 3, [same] * 3) == [[0, 1, 2]] * 3
+    for other, words in (
+        ({**same, "a": 2}, "f: `a` must be the same on the ranks 0, 1, 2, got 1 on rank 0 and 2 on rank 2."),
+        ({"b": same["b"]}, "f: `a` must be the same on the ranks 0, 1, 2, got 1 on rank 0 and nothing on rank 2."),
+        (
+            {**same, "b": torch.arange(3.0) + 1},
+            "f: `b` must be the same on the ranks 0, 1, 2, got float32 (3,) of checksum ",
+        ),
+    ):
+        errors = ranks.run(compared, 3, [same, same, other])
+        assert len({*errors}) == 1 and errors[0].startswith(words), errors
+
+
+FAILING = """
+import sys, time, torch, torch.distributed as dist
+import megalodon_ops as mo
+from megalodon_ops.distributed import make_mesh, parallelize
+
+def fail(*_):
+    raise ValueError("amid the layers")
+
+sizes, where = sys.argv[1:]
+mesh = make_mesh(sizes, device_type="cpu", timeout=600)
+torch.manual_seed(0)
+model = parallelize(mo.Megalodon(mo.MegalodonConfig(**CONFIG)), mesh)
+if dist.get_rank() == 1:
+    layer = model.layers[0].mega.wv
+    if where == "forward":
+        layer.register_forward_hook(fail)
+    else:
+        layer.register_full_backward_hook(fail)
+tokens = torch.randint(9, (2, 16))
+if "tensor" in sizes:
+    tokens.fill_(1)
+began = time.monotonic()
+try:
+    for step in range(3):
+        model.loss(tokens, tokens).backward()
+finally:
+    print(f"rank {dist.get_rank()} waited {time.monotonic() - began:.1f} s", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "sizes, where",
+    [
+        ("data=2", "backward"),
+        ("chunk=2", "backward"),
+        pytest.param("tensor=2", "backward", marks=pytest.mark.slow),
+        pytest.param("data=2", "forward", marks=pytest.mark.slow),
+        pytest.param("chunk=2", "forward", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others(sizes, where, tmp_path):
+    """Without a launcher that ends them: the connections of a process that has ended are closed."""
+    program = tmp_path / "train.py"
+    program.write_text(FAILING.replace("CONFIG", repr(TINY)))
+    environment = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, sizes, where], env=environment | dict(RANK=str(rank)),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        (out, other), (_, failed) = (process.communicate(timeout=120) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1], other + failed
+    assert "ValueError: amid the layers" in failed
+    assert re.search(r"(RuntimeError|DistNetworkError|DistBackendError): .*(?i:connection|closed|peer)", other), other
+    assert float(re.search(r"rank 0 waited (\S+) s", out)[1]) < IN_SECONDS, out
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+RESTARTED = """
+import os, torch, torch.distributed as dist
+from megalodon_ops.distributed import make_mesh
+
+mesh = make_mesh("data=2", device_type="cpu")
+total = torch.ones(())
+dist.all_reduce(total)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), 9)
+    dist.all_reduce(total)
+os.write(1, f"sum {total.item()}; ".encode())  # in one piece
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_started_again_find_each_other(tmp_path):
+    program = tmp_path / "again.py"
+    program.write_text(RESTARTED)
+    found = subprocess.run(
+        [*TORCHRUN, "2", "--master-port", str(free_port()), "--max-restarts", "1", program],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert found.returncode == 0 and found.stdout.count("sum 2.0") == 2, found.stderr
