@@ -319,6 +319,8 @@ def test_wrong_calls() -> None:
         model(ids, output_attentions=True)
     with pytest.raises(TypeError, match="must be a megalodon_ops.hf.MegalodonCache"):
         model(ids, past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match="two names"):
+        model(ids, cache=hf.MegalodonCache(), past_key_values=hf.MegalodonCache())
     with pytest.raises(ValueError, match="labels"):
         model(ids, labels=ids[:, 1:])
     with pytest.raises(TypeError, match="`labels` must be integers, got torch.float32"):

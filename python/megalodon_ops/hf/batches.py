@@ -176,6 +176,8 @@ def read_batch(
         raise ValueError(f"{op}: exactly one of `input_ids` and `inputs_embeds` must be given.")
     if output_attentions or (output_attentions is None and config.output_attentions):
         raise ValueError(f"{op}: `output_attentions` must be False, as the kernels keep no attention weights.")
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError(f"{op}: `cache` and `past_key_values` are two names of one argument; give one of them.")
     cache = past_key_values if cache is None else cache
     if cache is not None and not isinstance(cache, MegalodonCache):
         raise TypeError(f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {described(cache)}.")
