@@ -11,20 +11,20 @@ from msgspec import Meta
 from megalodon_ops.cli.flags import convert
 from megalodon_ops.cli.options import NotNegative, Train
 from megalodon_ops.errors import FileError
+from megalodon_ops.training.batches import BatchesPosition
+from megalodon_ops.training.schedule import SchedulePosition
 
 
 class Text(msgspec.Struct):
     fingerprint: str
-    position: dict[str, Any]
-    """That of Batches"""
+    position: BatchesPosition
 
 
 class TrainRecord(msgspec.Struct):
     step: Annotated[int, Meta(ge=0)]
     options: Train
     data: Text
-    schedule: dict[str, Any]
-    """The position of Schedule"""
+    schedule: SchedulePosition
     seconds: NotNegative
 
     @classmethod

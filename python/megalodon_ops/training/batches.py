@@ -119,7 +119,7 @@ class Batches:
 
     def seek(self, position: dict[str, Any]) -> None:
         """Goes on at a position of batches of equal documents, length, context and seed, and as many rows in all."""
-        found = msgspec.convert(position, _Position)
+        found = msgspec.convert(position, BatchesPosition)
         lengths = [self.lengths[number] if number < len(self.lengths) else 0 for number, _ in found.readers]
         inside = (number < 0 or 0 <= at < length for (number, at), length in zip(found.readers, lengths, strict=True))
         if len(found.readers) != len(self.readers) or not all(inside):
@@ -196,7 +196,9 @@ class Batches:
         return numpy.argsort(keys, kind="stable")
 
 
-class _Position(msgspec.Struct):
+class BatchesPosition(msgspec.Struct):
+    """What `Batches.position` gives."""
+
     taken: Annotated[int, msgspec.Meta(ge=0)]
     readers: list[tuple[int, int]]
 

@@ -11,7 +11,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import torch
+
+
+class SchedulePosition(msgspec.Struct):
+    """What `Schedule.position` gives."""
+
+    steps: int | None
+    budget: float | None
+    anchor: tuple[int, float]
+    end: int | None
 
 
 class Schedule:
@@ -73,7 +83,8 @@ class Schedule:
 
         seconds: those spent so far, which a schedule by the clock needs.
         """
-        if (self.steps, self.budget) == (position["steps"], position["budget"]):
-            self.anchor, self.end = tuple(position["anchor"]), position["end"]
+        found = msgspec.convert(position, SchedulePosition)
+        if (self.steps, self.budget) == (found.steps, found.budget):
+            self.anchor, self.end = found.anchor, found.end
         elif step:
             self.set_pace(step, seconds, seconds / step)
