@@ -50,6 +50,8 @@ def test_a_driver_runs_kernels_of_its_major_version_and_older_ones(driver, runti
         ("kernel: CUDA driver version is insufficient for CUDA runtime version", 12080, 13000, TOO_OLD),
         ("kernel: no kernel image is available for execution on the device", 13000, 13000,
          "the kernels were built for 90, the GPU is 8.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),
+        ("kernel: invalid device function", 13000, 13000,
+         "the kernels were built for 90, the GPU is 8.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),
         ("kernel: the provided PTX was compiled with an unsupported toolchain.", 13000, 13010,
          "the driver supports CUDA 13.0 and compiles no PTX of CUDA 13.1; update the driver, or install again with -C "
          "cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),

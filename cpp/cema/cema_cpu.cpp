@@ -283,6 +283,17 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
   return finite;
 }
 
+// Phases 1 and 2 in the folded form, where a state allows it and nothing overflows, else in the direct form. The direct
+// form always makes `all_sums` and `dx`, which the folded form makes only where they are wanted: `sums`, `params.dx`.
+// Returns whether the result is the folded form's.
+template <class T>
+bool run_folded_or_direct(CemaBwdParams params, const CemaPlan& plan, double* sums, double* all_sums, void* dx) {
+  if (!params.state && !params.dstate_out && run_backward<T>(params, plan, true, sums)) return true;
+  params.dx = dx;
+  run_backward<T>(params, plan, false, all_sums);
+  return false;
+}
+
 // Phase 3: adds the groups' sums in order and applies the factors that do not depend on the step.
 template <class R>
 void finish(const CemaBwdParams& params, const CemaPlan& plan, bool folded, const double* sums) {
@@ -333,16 +344,8 @@ void backward(const CemaBwdParams& params) {
   zero_padding(params.sequences, params.dx, params.channels * static_cast<int64_t>(sizeof(T)));
   const CemaPlan plan(params, kLanes<R>, omp_get_max_threads());
   const Scratch<double> sums(plan.groups * plan.strips * sums_of_strip(plan, params.modes));
-  // Returns true if the folded form may run and nothing overflows; else runs the direct form, which always makes dx
-  // and sums.
-  const auto run = [&](CemaBwdParams of, double* wanted_sums) {
-    if (!of.state && !of.dstate_out && run_backward<T>(of, plan, true, wanted_sums)) return true;
-    of.dx = params.dx;
-    run_backward<T>(of, plan, false, sums.get());
-    return false;
-  };
   if (!plan.split) {
-    const bool folded = run(params, sums.get());
+    const bool folded = run_folded_or_direct<T>(params, plan, sums.get(), sums.get(), params.dx);
     return finish<R>(params, plan, folded, sums.get());
   }
   const int64_t states = plan.count * params.channels * params.modes * 2;
@@ -355,14 +358,14 @@ void backward(const CemaBwdParams& params) {
   local.state = local.dstate_out = nullptr;
   local.dx = nullptr;
   local.dstate = ends.get();
-  if (params.dy) run(local, nullptr);
+  if (params.dy) run_folded_or_direct<T>(local, plan, nullptr, sums.get(), params.dx);
   else std::fill_n(ends.get(), states, R(0));
   merge(params, plan, true, params.dstate_out, ends.get(), params.dstate);
   local = params;
   local.state = starts.get();
   local.dstate_out = ends.get();
   local.dstate = nullptr;
-  run(local, sums.get());
+  run_folded_or_direct<T>(local, plan, sums.get(), sums.get(), params.dx);
   finish<R>(params, plan, false, sums.get());
 }
 

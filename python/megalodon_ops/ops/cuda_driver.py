@@ -37,7 +37,7 @@ def launch_problem(
     if problem := driver_problem(driver, runtime):
         return problem
     own = "install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES={}{}".format(*capability)
-    if "no kernel image" in message:
+    if "no kernel image" in message or "invalid device function" in message:  # said of a launch, of its attributes
         return f"the kernels were built for {architectures}, the GPU is {capability[0]}.{capability[1]}; {own}"
     if "unsupported toolchain" in message:  # PTX; machine code of a newer minor version runs
         return f"the driver supports CUDA {text(driver)} and compiles no PTX of CUDA {text(runtime)}; update the driver, or {own}"
