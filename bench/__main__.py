@@ -16,7 +16,7 @@ from pathlib import Path
 import megalodon_ops
 import torch
 
-from . import gpu, harness, report
+from . import gpu, harness, machine, report, summary
 
 BENCHES = ("cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model", "stream", "waiting")
 
@@ -56,6 +56,8 @@ def main() -> int:
         date=date, seconds=time.monotonic() - begin, quick=options.quick,
     )  # fmt: skip
     print(f"wrote {stem}.md", file=sys.stderr)
+    if hardware is machine and not part and not options.quick:
+        print(summary.text(Path(f"{stem}.md")))
     return 1 if failures else 0
 
 

@@ -133,8 +133,9 @@ class _Work:
 def critical_path(traces: list[list[Event]], *, in_step: bool = False) -> tuple[float, int]:
     """Seconds until the last rank has ended, and how many exchanges come one after another until then.
 
-    With `in_step`, no rank begins a block before all others do, as where parameters are sharded. A rank's clock goes on by what it computes, and to the latest time at which what it waits for was sent. The number of
-    exchanges is counted in the same way, each as one and all else as nothing.
+    With `in_step`, no rank begins a block before all others do, as where parameters are sharded. A rank's clock goes on by
+    what it computes, and to the latest time at which what it waits for was sent. The number of exchanges is counted in
+    the same way, each as one and all else as nothing.
     """
     ranks = range(len(traces))
     clocks, depths, done = [0.0 for _ in ranks], [0 for _ in ranks], [0 for _ in ranks]
@@ -285,19 +286,19 @@ def agrees(row: Row, alone: Row) -> bool:
 
 def table(rows: list[Row]) -> str:
     alone = rows[0]
-    lines = [
-        "| processes | way | forward s | times faster | step s | times faster | in step s | times faster | processors s | exchange, of a forward | "
-        "exchanges in a row | KiB a layer, forward | backward |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = [
+        "processes", "way", "forward s", "times faster", "step s", "times faster", "in step s", "times faster",
+        "processors s", "exchange, of a forward", "exchanges in a row", "KiB a layer, forward", "backward",
+    ]  # fmt: skip
+    lines = [columns, ["---"] * len(columns)]
     for row in rows:
         sent = (f"{count / 1024:.0f}" if row.ranks > 1 else "" for count in (row.bytes_forward, row.bytes_backward))
-        share = f"{100 * row.hooks:.1f} %" if row.way == "chunk parallel" else ""
-        lines.append(
-            f"| {row.ranks} | {row.way} | {row.forward:.2f} | {alone.forward / row.forward:.2f} | {row.step:.2f} | "
-            f"{alone.step / row.step:.2f} | {row.in_step:.2f} | {alone.step / row.in_step:.2f} | {row.processors:.2f} | {share} | {row.depth or ''} | {' | '.join(sent)} |"
-        )
-    return "\n".join(lines)
+        lines.append([
+            str(row.ranks), row.way, f"{row.forward:.2f}", f"{alone.forward / row.forward:.2f}", f"{row.step:.2f}",
+            f"{alone.step / row.step:.2f}", f"{row.in_step:.2f}", f"{alone.step / row.in_step:.2f}", f"{row.processors:.2f}",
+            f"{100 * row.hooks:.1f} %" if row.way == "chunk parallel" else "", str(row.depth or ""), *sent,
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> int:

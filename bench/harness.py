@@ -153,8 +153,8 @@ class Effort:
 
 def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
     """Results with the largest number of threads first; with fewer, ours against the best rival alone, warm."""
-    most, *fewer = sorted(threads, reverse=True)
-    result = _measure(bench, case, most, effort)
+    all_threads, *fewer = sorted(threads, reverse=True)
+    result = _measure(bench, case, all_threads, effort)
     yield result
     best = result.best_rival
     rivals = [path for path in case.paths[1:] if best and path.name == best.path and len(best.warm) > 1]

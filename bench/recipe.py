@@ -7,7 +7,7 @@ Each run is a process of one thread. Runs of as many steps compare choices that 
 which want an idle machine, compare models whose steps cost more or less. What was swept before the context length was
 chosen reads whole documents (--context-length 1000000000). The result of a run is what `train` itself says of
 all held-out text. The other texts are of Debian's packages perl-doc and wordnet-base. Results go to
-bench/results/recipe.json and .md; docs/training.md draws the conclusions.
+bench/results/recipe.jsonl and .md; docs/training.md draws the conclusions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from typing import Any
 
 from megalodon_ops.training import read_metrics
 
-from . import machine
-from .claims.runs import write
+from . import machine, records
 
 BYTES = 1_638_400
 """Read by each run that is not by the clock, or a part of it or a multiple"""
@@ -96,21 +95,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     options = parser.parse_args()
-    path = options.out / "recipe.json"
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    path = options.out / "recipe.jsonl"
+    finished = {(record["group"], record["flags"]) for record in records.read(path)}
     chosen = [name for name in GROUPS if not options.only or name.split(":")[0] in options.only]
     runs = [(group, f"{flags} --seed {options.seed}") for group in chosen for flags in GROUPS[group]]
 
     def work(run: tuple[str, str]) -> None:
         group, flags = run
-        if (key := f"{group}: {flags}") not in found:
-            found[key] = {"group": group, "flags": flags, **measured(flags)}
-            write(path, json.dumps(found, indent=1) + "\n")
-            write(path.with_suffix(".md"), "\n".join(page([*found.values()])) + "\n")
-            print(found[key], flush=True)
+        record = {"group": group, "flags": flags, **measured(flags)}
+        records.append(path, record)
+        print(record, flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(work, runs))
+        for _ in pool.map(work, [run for run in runs if run not in finished]):
+            records.write(path.with_suffix(".md"), "\n".join(page(records.read(path))) + "\n")
 
 
 def measured(flags: str) -> dict[str, Any]:

@@ -63,15 +63,18 @@ def write(
     if failures:
         parts.append("## Failed\n\n" + "\n".join(f"- {failure}" for failure in failures) + "\n")
     for bench in dict.fromkeys(result.bench for result in results):
-        mine = [result for result in results if result.bench == bench]
-        plot(mine, stem.with_name(f"{stem.name}-{bench}.png"))
-        parts.append(f"## {bench}\n\n{ours_table(mine, limits)}\n\nEvery path, all threads:\n\n{paths_table(mine)}\n")
+        of_bench = [result for result in results if result.bench == bench]
+        plot(of_bench, stem.with_name(f"{stem.name}-{bench}.png"))
+        tables = f"{ours_table(of_bench, limits)}\n\nEvery path, all threads:\n\n{paths_table(of_bench)}"
+        parts.append(f"## {bench}\n\n{tables}\n")
     stem.with_name(stem.name + ".md").write_text("\n".join(parts))
 
 
 def _title(machine: dict[str, str], benches: Iterable[str], date: str) -> str:
     """What was measured, on which processor or card: a page's name in a list of pages."""
-    where = machine["card"].partition(",")[0] if "card" in machine else f"{machine['processor']}, {machine['cores']} cores"
+    where = (
+        machine["card"].partition(",")[0] if "card" in machine else f"{machine['processor']}, {machine['cores']} cores"
+    )
     names = list(dict.fromkeys(benches))
     return f"{where}: {' and '.join(names) if len(names) < 3 else 'times of all ops and of models'}, {date}"
 
@@ -104,7 +107,7 @@ def ours_table(results: Iterable[Result], limits: dict[int, Limits]) -> str:
 
 def paths_table(results: Sequence[Result]) -> str:
     """Every way of doing the work, at the largest number of threads."""
-    most = max(r.threads for r in results)
+    all_threads = max(r.threads for r in results)
     rows = [
         [
             r.case, r.shape, r.dtype, t.path, _milliseconds(statistics.median(t.warm)) if t.warm else "",
@@ -113,7 +116,7 @@ def paths_table(results: Sequence[Result]) -> str:
             "" if t.peak_memory is None else f"{t.peak_memory / 2**20:,.0f}", t.note,
         ]
         for r in results
-        if r.threads == most
+        if r.threads == all_threads
         for t in r.timings
     ]  # fmt: skip
     head = [
@@ -136,8 +139,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    most = max(r.threads for r in results)
-    results = [r for r in results if r.threads == most]
+    all_threads = max(r.threads for r in results)
+    results = [r for r in results if r.threads == all_threads]
     names = list(dict.fromkeys(t.path for r in results for t in r.timings if t.warm))
     colors = dict(zip(names, plt.colormaps["tab10"].colors * len(names), strict=False))
     figure, axes = plt.subplots(figsize=(11, 1.2 + 0.34 * sum(len(r.timings) + 1 for r in results)))
@@ -151,7 +154,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
             axes.text(high * 1.06, y, _milliseconds(middle / 1e3), va="center", fontsize=7)
             y += 1
         y += 1
-    axes.set(xscale="log", xlabel=f"milliseconds, {_threads(most)}, warm; less is better")
+    axes.set(xscale="log", xlabel=f"milliseconds, {_threads(all_threads)}, warm; less is better")
     axes.set_yticks(*zip(*ticks, strict=True), fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.01)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import tiny_model
 
-from bench import bench_stream, gpu, harness, machine, stream_memory
+from bench import bench_stream, gpu, harness, machine, stream_memory, summary
 from bench.harness import OURS, Case, Disagreement, Effort, Path
 
 X = torch.arange(4.0)
@@ -105,10 +105,10 @@ def test_who_competes(hardware):
     assert all(t.warm for t in result.timings if t.path != "fails")
 
 
-@pytest.mark.parametrize(("seconds", "calls", "note"), [(0.02, 2, "one call"), (0.6, 1, "one call, no warm-up")])
+@pytest.mark.parametrize(("seconds", "calls", "note"), [(0.02, 2, "one call"), (0.3, 1, "one call, no warm-up")])
 def test_slow_rivals_get_one_call(seconds, calls, note, monkeypatch):
     monkeypatch.setattr(harness, "_SLOW", 0.01)
-    monkeypatch.setattr(harness, "_VERY_SLOW", 0.5)
+    monkeypatch.setattr(harness, "_VERY_SLOW", 0.25)
     seen = []
     slow = twice(seconds=seconds)
     (result,) = measured(Path(OURS, twice()), Path("slow", lambda: seen.append(1) or slow()))
@@ -142,3 +142,14 @@ def test_streams_pass_all_their_tokens():
 def test_states_of_a_stream_agree_however_it_is_cut():
     coarse, fine = (case.paths[0].call() for case in bench_stream.cases(quick=True, gpu=False))
     torch.testing.assert_close(coarse, fine, rtol=1e-4, atol=1e-4)
+
+
+def test_pages_show_the_newest_results():
+    if not summary.RESULTS.exists():
+        pytest.skip("needs bench/results, which a source distribution does not hold")
+    page, root = summary.Page(summary.newest()), summary.RESULTS.parents[1]
+    assert len(page.of_readme()) == 2 + len(summary.README)
+    assert "\n".join(page.of_readme()) in (root / "README.md").read_text(), "run python -m bench.summary"
+    for works in (summary.OPS, summary.MODELS):
+        assert len(page.of_performance(works)) >= 2 + len(works)
+        assert "\n".join(page.of_performance(works)) in (root / "docs" / "performance.md").read_text()

@@ -101,7 +101,7 @@ def test_a_loss_is_decided_by_what_the_sweeps_chose_when_all_sizes_have_run():
     beside = [of("1M", models.MEGALODON, seed, 1e-3) for seed in range(3)]
     said = loss.verdicts(one_size + other_size + beside)
     assert said["claim"] == verdict.HELD and [*said.values()].count(verdict.NOT_HELD) == 2
-    assert said[f"1M in chunks of {loss.LENGTH} at the rate 0.001, {next(iter(loss.WHAT))}"] == verdict.NOT_HELD
+    assert said[f"1M in chunks of {loss.LENGTH} at the rate 0.001, {next(iter(loss.FIGURES))}"] == verdict.NOT_HELD
     half = loss.LENGTH // 2
     beside = [of("1M", models.MEGALODON, seed, chunk=half) for seed in range(3)] + sweep("1M", chunk=half)
     assert loss.verdicts(one_size + other_size + beside)["claim"] == verdict.HELD

@@ -16,7 +16,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_THE_CHECKOUT = ("test_bench.py", "test_build.py", "test_cuda*", "test_docs.py", "test_mutants.py", "test_readme.py")
+OF_THE_CHECKOUT = (
+    "test_bench*",
+    "test_build.py",
+    "test_claims*",
+    "test_cuda*",
+    "test_docs.py",
+    "test_mutants.py",
+    "test_readme.py",
+)
 
 OPENMP_RUNTIMES = """
 import torch, megalodon_ops

@@ -1,17 +1,18 @@
 """`python -m bench.claims CLAIM`: the runs of a claim; `--plan` says how long they take, `report` makes tables and plots.
 
-A call that was cut off goes on where it was. Results go to bench/claims/results/<claim>/, one small JSON a run.
+A call that was cut off goes on where it was. Results go to bench/claims/results/<claim>.jsonl, a run a line.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import ablation, context, loss, memory, report, speed, task_runs
-from .runs import Session, duration
+from . import ablation, context, loss, memory, overview, report, speed, task_runs
+from .runs import Session, duration, results
 
 CLAIMS = {
     "loss": loss, "speed": speed, "context": context, "tasks": task_runs, "memory": memory, "ablation": ablation,
@@ -43,14 +44,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace, names: list[str]) -> int:
-    found = 0
-    for name in names:
-        page = report.report(name, CLAIMS[name], Session(name, options.out, options.quick).folder)
-        if page:
-            print(page)
-            found += 1
+    paths = {name: Session(name, options.out, options.quick).path for name in names}
+    pages = {name: report.report(name, CLAIMS[name], path) for name, path in paths.items()}
+    found = {name: page for name, page in pages.items() if page}
     if not found:
         raise SystemExit(f"--out {options.out}: holds no results")
+    print(*found.values(), sep="\n")
+    if found.keys() >= {*overview.DRAWN}:
+        drawn = {name: [*results(paths[name]).values()] for name in overview.DRAWN}
+        report.draw(partial(overview.plot, drawn), options.out / "overview.png")
     return 0
 
 

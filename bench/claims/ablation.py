@@ -19,18 +19,18 @@ QUICK = ("100k", 40_000)
 
 def run(session: Session, data: list[str] | None) -> None:
     size, tokens = QUICK if session.quick else (SIZE, TOKENS)
-    what = dict(size=size, tokens=tokens, chunk=CHUNK, data=data)
-    rate = loss.train_by_sweep(session, f"{size} {models.MEGALODON}", model=models.MEGALODON, **what)
+    settings = dict(size=size, chunk=CHUNK, data=data)
+    rate = loss.train_by_sweep(session, f"{size} {models.MEGALODON}", tokens, model=models.MEGALODON, **settings)
     for model in models.ABLATIONS:
-        loss.train_seeds(session, f"{size} {model}", rate, model=model, **what)
+        loss.train_seeds(session, f"{size} {model}", tokens, rate, model=model, **settings)
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
-    found = loss.figures(results, next(iter(loss.WHAT.values())))
+    found = loss.figures(results, loss.in_windows)
     shown = {key.model: values for key, values in found.items()}
     ours = shown[models.MEGALODON]
-    said = {f"better than with {name}": verdict.lower(ours, shown.get(name, [])) for name in models.ABLATIONS}
-    return {"claim": verdict.together([*said.values()]), **said}
+    by_comparison = {f"better than with {name}": verdict.lower(ours, shown.get(name, [])) for name in models.ABLATIONS}
+    return {"claim": verdict.together([*by_comparison.values()]), **by_comparison}
 
 
 table = loss.table
@@ -38,10 +38,10 @@ table = loss.table
 
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     axes = figure.add_subplot()
-    found = loss.figures(results, next(iter(loss.WHAT.values())))
+    found = loss.figures(results, loss.in_windows)
     names = [key.model for key in found]
     for key, values in found.items():
         colour = "tab:blue" if key.model == models.MEGALODON else "tab:gray"
         axes.plot(values, [names.index(key.model)] * len(values), "o", color=colour)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel=next(iter(loss.WHAT)))
+    axes.set(xlabel=next(iter(loss.FIGURES)))

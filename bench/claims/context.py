@@ -12,13 +12,14 @@ from megalodon_ops.evaluation import Evaluation, evaluate
 from . import models, text, verdict
 from .report import axis_of_tokens
 from .runs import Session
-from .train import Recipe, config, estimate, train_on_text
+from .train import KEPT_POINTS, Recipe, config, estimate, train_on_text
 
 TITLE = "Loss as the context grows"
 RULE = (
-    "The middle million bytes of each source, held out, are predicted in windows of 1,024 tokens, 2,048, and so on, the last as "
-    "long as the document, every token once for each; figures are means over the sources. Held where the mean over the seeds falls at every doubling; not held where it rises at one by more than 3 "
-    "standard errors of the rises over the seeds, and by more than 0.0005 bits per byte; undecided else."
+    "The middle million bytes of each source, held out, are predicted in windows of 1,024 tokens, 2,048, and so on, the last "
+    "as long as the document, every token once for each; figures are means over the sources. Held where the mean over the "
+    "seeds falls at every doubling; not held where it rises at one by more than 3 standard errors of the rises over the "
+    "seeds, and by more than 0.0005 bits per byte; undecided else."
 )
 LEAST = 5e-4
 CHUNK, LENGTH, ROWS, LR, PIECE = 128, 512, 16, 1e-2, 4096
@@ -32,9 +33,9 @@ def run(session: Session, data: list[str] | None) -> None:
     contexts = round(math.log2(longest / SHORTEST)) + 1
     sources = len(data or text.LONG)
     reading = sources * contexts * estimate(size, CHUNK, models.MEGALODON, longest, LENGTH, training=False)
-    took = estimate(size, CHUNK, models.MEGALODON, tokens, LENGTH) + reading
+    estimated = estimate(size, CHUNK, models.MEGALODON, tokens, LENGTH) + reading
     for seed in session.seeds():
-        session.run(f"seed={seed}", work, took, size=size, tokens=tokens, longest=longest, seed=seed, data=data)
+        session.run(f"seed={seed}", work, estimated, size=size, tokens=tokens, longest=longest, seed=seed, data=data)
 
 
 def work(scratch: Path, *, size: str, tokens: int, longest: int, seed: int, data: list[str] | None) -> dict[str, Any]:
@@ -55,11 +56,15 @@ def work(scratch: Path, *, size: str, tokens: int, longest: int, seed: int, data
 
 
 def by_position(found: list[Evaluation]) -> list[list[float]]:
-    """The last position of each bin, bits a byte of all sources there, and how many predictions."""
+    """The last position of each stretch of bins, bits a byte of all sources there, and how many predictions."""
+    bins = [*zip(*(each.by_position for each in found), strict=True)]
+    size = -(-len(bins) // KEPT_POINTS)
     rows = []
-    for bins in zip(*(each.by_position for each in found), strict=True):
-        count = sum(bin.tokens for bin in bins)
-        rows.append([bins[0].last, round(math.fsum(bin.nats for bin in bins) / count / math.log(2), 5), count])
+    for i in range(0, len(bins), size):
+        stretch = [bin for of_sources in bins[i : i + size] for bin in of_sources]
+        count = sum(bin.tokens for bin in stretch)
+        bits = math.fsum(bin.nats for bin in stretch) / count / math.log(2)
+        rows.append([stretch[-1].last, round(bits, 5), count])
     return rows
 
 
@@ -71,12 +76,13 @@ def curves(results: list[dict[str, Any]]) -> tuple[list[int], list[list[float]]]
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     contexts, found = curves(results)
-    said = {"claim": verdict.falls(found, LEAST)}
+    by_comparison = {"claim": verdict.falls(found, LEAST)}
     for name in results[0]["result"]["by_source"]:
         of_source = [content["result"]["by_source"][name] for content in results]
-        said[f"falls in {name}"] = verdict.falls([[bits[str(c)] for c in contexts] for bits in of_source], LEAST)
+        falling = [[bits[str(context)] for context in contexts] for bits in of_source]
+        by_comparison[f"falls in {name}"] = verdict.falls(falling, LEAST)
     ends = [[curve[0], curve[-1]] for curve in found]
-    return said | {f"lower at {contexts[-1]:,} than at {contexts[0]:,}": verdict.falls(ends, LEAST)}
+    return by_comparison | {f"lower at {contexts[-1]:,} than at {contexts[0]:,}": verdict.falls(ends, LEAST)}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

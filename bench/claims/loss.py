@@ -33,41 +33,38 @@ def run(session: Session, data: list[str] | None) -> None:
     smallest = next(iter(sizes))
     for size, tokens in sizes.items():
         for model in BOTH:
-            what = dict(model=model, size=size, tokens=tokens, chunk=LENGTH, data=data)
-            rate = train_by_sweep(session, f"{size} {model}", **what)
+            settings = dict(model=model, size=size, chunk=LENGTH, data=data)
+            rate = train_by_sweep(session, f"{size} {model}", tokens, **settings)
             if size == smallest:
-                train_seeds(session, f"{size} {model} lr={rate / 2:g}", rate / 2, **what)
-    what = dict(model=models.MEGALODON, size=smallest, tokens=sizes[smallest], chunk=LENGTH // 2, data=data)
-    train_by_sweep(session, f"{smallest} {models.MEGALODON} chunk={LENGTH // 2}", **what)
+                train_seeds(session, f"{size} {model} lr={rate / 2:g}", tokens, rate / 2, **settings)
+    chunk = LENGTH // 2
+    settings = dict(model=models.MEGALODON, size=smallest, chunk=chunk, data=data)
+    train_by_sweep(session, f"{smallest} {models.MEGALODON} chunk={chunk}", sizes[smallest], **settings)
 
 
-def train_by_sweep(
-    session: Session, label: str, *, model: str, size: str, tokens: int, chunk: int, data: list[str] | None
-) -> float:
-    """The sweep, then runs of all seeds by the best rate, which is returned."""
-    what = dict(model=model, size=size, chunk=chunk, data=data)
+def train_by_sweep(session: Session, label: str, tokens: int, **settings: Any) -> float:
+    """The sweep, then runs of all seeds by the best rate, which is returned; settings: model, size, chunk and data."""
     third = tokens // 3
 
     def at(rate: float) -> float | None:
         found = session.run(
-            f"{label} sweep lr={rate:g}", work, seconds(model, size, third, chunk), **what, tokens=third, lr=rate,
+            f"{label} sweep lr={rate:g}", work, seconds(third, **settings), **settings, tokens=third, lr=rate,
             seed=session.seed, held_out=False,
         )  # fmt: skip
         return None if found is None else as_figure(found["train_loss"])
 
     rate = sweep(at, RATES)
-    train_seeds(session, label, rate, **what, tokens=tokens)
+    train_seeds(session, label, tokens, rate, **settings)
     return rate
 
 
-def train_seeds(
-    session: Session, label: str, rate: float, *, model: str, size: str, tokens: int, chunk: int, data: list[str] | None
-) -> None:
+def train_seeds(session: Session, label: str, tokens: int, rate: float, **settings: Any) -> None:
     """Runs of all seeds at one rate, read on the held-out text."""
-    what = dict(model=model, size=size, tokens=tokens, chunk=chunk, data=data)
     for seed in session.seeds():
-        took = seconds(model, size, tokens, chunk, held_out=True)
-        session.run(f"{label} seed={seed}", work, took, **what, lr=rate, seed=seed, held_out=True)
+        session.run(
+            f"{label} seed={seed}", work, seconds(tokens, held_out=True, **settings), **settings, tokens=tokens, lr=rate,
+            seed=seed, held_out=True,
+        )  # fmt: skip
 
 
 def sweep(loss: Callable[[float], float | None], rates: tuple[float, ...]) -> float:
@@ -93,24 +90,16 @@ HELD_OUT = 600_000
 """Bytes of the standard library that are held out, about"""
 
 
-def seconds(model: str, size: str, tokens: int, chunk: int, held_out: bool = False) -> float:
+def seconds(tokens: int, *, model: str, size: str, chunk: int, data: Any, held_out: bool = False) -> float:
     """The held-out text is read in windows of a row, and as a whole, by the Llama twice: its windows overlap."""
     reading = HELD_OUT * (3 if model == models.LLAMA else 2) * held_out
     return estimate(size, chunk, model, tokens, LENGTH) + estimate(size, chunk, model, reading, LENGTH, training=False)
 
 
 def work(
-    scratch: Path,
-    *,
-    model: str,
-    size: str,
-    data: list[str] | None,
-    chunk: int,
-    tokens: int,
-    lr: float,
-    seed: int,
+    scratch: Path, *, model: str, size: str, chunk: int, data: list[str] | None, tokens: int, lr: float, seed: int,
     held_out: bool,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     corpus = text.documents(data)
     built = models.build(model, config(size, chunk), LENGTH // 2, seed)
     carries = model != models.LLAMA
@@ -160,8 +149,13 @@ def of_the_claim(results: list[dict[str, Any]]) -> set[Trained]:
     return {key for key in chosen(results) if key.chunk == LENGTH}
 
 
-WHAT = {
-    f"held out, context {LENGTH}, bits per byte": lambda result: result["held_out_bits_per_byte"][str(LENGTH)],
+def in_windows(result: dict[str, Any]) -> float | None:
+    """Held-out bits per byte in windows of a row, by which the claim is decided."""
+    return result["held_out_bits_per_byte"][str(LENGTH)]
+
+
+FIGURES = {
+    f"held out, context {LENGTH}, bits per byte": in_windows,
     "held out, whole past or sliding window, bits per byte": lambda result: result["held_out_bits_per_byte"]["all"],
     "training loss, nats a byte": lambda result: result["train_loss"],
 }
@@ -170,27 +164,27 @@ WHAT = {
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     decisive = of_the_claim(results)
     of_claim, beside, by_size = {}, {}, {}
-    for what, pick in WHAT.items():
+    for what, pick in FIGURES.items():
         found = figures(results, pick)
         llamas = {key.size: found.get(key, []) for key in decisive if key.model == models.LLAMA}
         for key in found:
             if key.model != models.MEGALODON:
                 continue
-            said = verdict.lower(found[key], llamas.get(key.size, []))
+            outcome = verdict.lower(found[key], llamas.get(key.size, []))
             if key in decisive:
-                of_claim[f"{key.size}, {what}"] = said
-                by_size.setdefault(key.size, said)  # the first of WHAT decides
+                of_claim[f"{key.size}, {what}"] = outcome
+                by_size.setdefault(key.size, outcome)  # the first of FIGURES decides
             else:
-                beside[f"{key.size} in chunks of {key.chunk} at the rate {key.lr:g}, {what}"] = said
+                beside[f"{key.size} in chunks of {key.chunk} at the rate {key.lr:g}, {what}"] = outcome
     asked = TOKENS if by_size.keys() <= TOKENS.keys() else by_size
     claim = verdict.together([by_size.get(size, verdict.UNDECIDED) for size in asked])
     return {"claim": claim, **of_claim, **beside}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    lines = ["| size | model | parameters | chunk | learning rate | seeds | " + " | ".join(WHAT) + " |"]
-    lines.append("|" + " --- |" * (6 + len(WHAT)))
-    found = [figures(results, pick) for pick in WHAT.values()]
+    lines = ["| size | model | parameters | chunk | learning rate | seeds | " + " | ".join(FIGURES) + " |"]
+    lines.append("|" + " --- |" * (6 + len(FIGURES)))
+    found = [figures(results, pick) for pick in FIGURES.values()]
     parameters = {(c["settings"]["size"], c["settings"]["model"]): c["result"]["parameters"] for c in results}
     for key in found[0]:
         cells = [

@@ -41,22 +41,12 @@ MOST_BY_TOKEN, PIECE, START_UP = 1.1, 512, 8.0
 def run(session: Session, data: list[str] | None) -> None:
     size, chunk, lengths = QUICK if session.quick else (SIZE, CHUNK, LENGTHS)
     for name, tokens in (QUICK_STREAMS if session.quick else STREAMS).items():
+        settings = dict(model=name, size=size, chunk=chunk)
         for length in lengths:
-            took = START_UP + 2 * estimate(size, chunk, name, length, length)
-            session.run(
-                f"training {name} {length}",
-                work,
-                took,
-                work_of="training",
-                model=name,
-                size=size,
-                chunk=chunk,
-                length=length,
-            )
-        took = START_UP + estimate(size, chunk, name, tokens, tokens, training=False)
-        session.run(
-            f"streaming {name}", work, took, work_of="streaming", model=name, size=size, chunk=chunk, length=tokens
-        )
+            estimated = START_UP + 2 * estimate(size, chunk, name, length, length)
+            session.run(f"training {name} {length}", work, estimated, work_of="training", length=length, **settings)
+        estimated = START_UP + estimate(size, chunk, name, tokens, tokens, training=False)
+        session.run(f"streaming {name}", work, estimated, work_of="streaming", length=tokens, **settings)
 
 
 def work(scratch: Path, *, work_of: str, model: str, size: str, chunk: int, length: int) -> dict[str, Any]:
@@ -111,41 +101,43 @@ def read_with_cache(model: Any, tokens: int) -> Iterator[int]:
         yield start + piece.shape[1]
 
 
-def by_model(results: list[dict[str, Any]], work_of: str) -> dict[str, Any]:
-    """Training: {model: {length: bytes}}; streaming: {model: [(tokens, bytes), ...]}."""
-    found: dict[str, Any] = {}
+def peaks(results: list[dict[str, Any]]) -> dict[str, dict[int, int | None]]:
+    """Peak bytes of training by model and length."""
+    found: dict[str, dict[int, int | None]] = {}
     for content in results:
-        s, result = content["settings"], content["result"]
-        if s["work_of"] == work_of == "training":
-            found.setdefault(s["model"], {})[s["length"]] = result["peak_bytes"]
-        elif s["work_of"] == work_of:
-            found[s["model"]] = result["resident"]
-    return {name: dict(sorted(f.items())) if isinstance(f, dict) else f for name, f in found.items()}
+        settings = content["settings"]
+        if settings["work_of"] == "training":
+            found.setdefault(settings["model"], {})[settings["length"]] = content["result"]["peak_bytes"]
+    return {model: dict(sorted(by_length.items())) for model, by_length in found.items()}
+
+
+def streams(results: list[dict[str, Any]]) -> dict[str, stream_memory.Samples]:
+    """Tokens read and bytes resident then, by model."""
+    runs = [content for content in results if content["settings"]["work_of"] == "streaming"]
+    return {content["settings"]["model"]: content["result"]["resident"] for content in runs}
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
-    peaks, streams = by_model(results, "training"), by_model(results, "streaming")
-    said = {}
-    ours = peaks.get(models.MEGALODON, {})
-    longest = max(ours, default=0)
+    ours, stream = peaks(results).get(models.MEGALODON, {}), streams(results).get(models.MEGALODON)
+    by_comparison, longest = {}, max(ours, default=0)
     if ours.get(longest) and ours.get(longest // 8):
         ratio = ours[longest] / longest / (ours[longest // 8] / (longest // 8))
-        said["training: bytes a token do not grow"] = verdict.HELD if ratio <= MOST_BY_TOKEN else verdict.NOT_HELD
-    if models.MEGALODON in streams:
-        growth = stream_memory.growth(streams[models.MEGALODON])
-        said["streaming: no growth"] = verdict.HELD if growth <= stream_memory.MOST_GROWTH else verdict.NOT_HELD
-    return {"claim": verdict.together([*said.values()]) if len(said) == 2 else verdict.UNDECIDED, **said}
+        by_comparison["training: bytes a token do not grow"] = verdict.decided(ratio <= MOST_BY_TOKEN)
+    if stream:
+        growth = stream_memory.growth(stream)
+        by_comparison["streaming: no growth"] = verdict.decided(growth <= stream_memory.MOST_GROWTH)
+    claim = verdict.together([*by_comparison.values()]) if len(by_comparison) == 2 else verdict.UNDECIDED
+    return {"claim": claim, **by_comparison}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     lines = ["| work | model | tokens | MiB | bytes a token |", "| --- | --- | --- | --- | --- |"]
-    for name, of_model in by_model(results, "training").items():
-        for length, peak in of_model.items():
+    for name, by_length in peaks(results).items():
+        for length, peak in by_length.items():
             if peak is not None:
-                lines.append(
-                    f"| training, beyond what was there | {name} | {length:,} | {peak / 2**20:,.1f} | {peak / length:,.0f} |"
-                )
-    for name, samples in by_model(results, "streaming").items():
+                cells = f"{length:,} | {peak / 2**20:,.1f} | {peak / length:,.0f}"
+                lines.append(f"| training, beyond what was there | {name} | {cells} |")
+    for name, samples in streams(results).items():
         for tokens, size in samples:
             lines.append(f"| reading a stream, whole process | {name} | {tokens:,} | {size / 2**20:,.1f} | |")
     return lines
@@ -153,22 +145,21 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     left, right = figure.subplots(1, 2)
-    for name, of_model in by_model(results, "training").items():
-        left.plot(
-            [*of_model],
-            [(peak or 0) / 2**20 for peak in of_model.values()],
-            marker="o",
-            label=name,
-            color=models.COLOURS[name],
-        )
-    for name, samples in by_model(results, "streaming").items():
-        tokens, sizes = zip(*samples, strict=True)
-        right.plot(tokens, [(size - sizes[0]) / 2**20 for size in sizes], marker="o", color=models.COLOURS[name])
+    for name, by_length in peaks(results).items():
+        mebibytes = [(peak or 0) / 2**20 for peak in by_length.values()]
+        left.plot([*by_length], mebibytes, marker="o", label=name, color=models.COLOURS[name])
     axis_of_tokens(left, "tokens of a row")
     left.set(yscale="log", ylabel="training, MiB")
-    axis_of_tokens(right, "tokens read")
-    right.set_ylabel("more resident than after 1,000 tokens, MiB")
     left.legend()
+    plot_streams(results, right)
+
+
+def plot_streams(results: list[dict[str, Any]], axes: Any) -> None:
+    for name, samples in streams(results).items():
+        tokens, sizes = zip(*samples, strict=True)
+        axes.plot(tokens, [(size - sizes[0]) / 2**20 for size in sizes], marker="o", color=models.COLOURS[name])
+    axis_of_tokens(axes, "tokens read")
+    axes.set_ylabel("more resident than after 1,000 tokens, MiB")
 
 
 if __name__ == "__main__":

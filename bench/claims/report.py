@@ -2,59 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .runs import duration, results, write
+from bench.records import write
+
+from .runs import duration, results
 
 
-def report(claim: str, module: ModuleType, folder: Path) -> str | None:
-    """Writes `<folder>.md` and `<folder>.png`; the page's text, or None where there are no results."""
-    found = results(folder)
+def report(claim: str, module: ModuleType, path: Path) -> str | None:
+    """Writes a page and its plot beside the results in `path`; the page's text, or None where there are no results."""
+    found = [*results(path).values()]
     if not found:
         return None
-    page = "\n".join(page_of(claim, module, found, folder)) + "\n"
-    write(folder.with_suffix(".md"), page)
-    draw(module, found, folder.with_suffix(".png"))
+    page = "\n".join(page_of(claim, module, found, path.stem)) + "\n"
+    write(path.with_suffix(".md"), page)
+    draw(partial(module.plot, found), path.with_suffix(".png"))
     return page
 
 
-def page_of(claim: str, module: ModuleType, found: list[dict[str, Any]], folder: Path) -> list[str]:
-    said = module.verdicts(found)
-    machines = sorted({f"{c['machine']['processor']}, threads: {c['machine']['threads']}" for c in found})
-    versions = sorted(
-        {
-            f"megalodon_ops {c['machine']['megalodon_ops']}, torch {c['machine']['torch']}, transformers {c['machine']['transformers']}"
-            for c in found
-        }
-    )
-    dates = sorted(c["date"][:10] for c in found)
-    spent = sum(c["seconds"] for c in found)
-    quick = (
-        ["", "**A quick run: it tests the programs, and says nothing of the claim.**"]
-        if folder.name.endswith("-quick")
-        else []
-    )
-    seeds = sorted({c["settings"]["seed"] for c in found if "seed" in c["settings"]})
-    title = f"a quick run ({said['claim']})" if quick else said["claim"]
+def page_of(claim: str, module: ModuleType, found: list[dict[str, Any]], name: str) -> list[str]:
+    """The lines of a page whose plot is `<name>.png`."""
+    verdicts = module.verdicts(found)
+    decided = verdicts.pop("claim")
+    machines = [content["machine"] for content in found]
+    processors = sorted({f"{machine['processor']}, threads: {machine['threads']}" for machine in machines})
+    packages = ("megalodon_ops", "torch", "transformers")
+    versions = sorted({", ".join(f"{package} {machine[package]}" for package in packages) for machine in machines})
+    dates = sorted(content["date"][:10] for content in found)
+    spent = duration(sum(content["seconds"] for content in found))
+    seeds = sorted({content["settings"]["seed"] for content in found if "seed" in content["settings"]})
+    quick = []
+    if name.endswith("-quick"):
+        quick = ["", "**A quick run: it tests the programs, and says nothing of the claim.**"]
     return [
-        f"# {module.TITLE}: {title}", *quick, "", module.RULE, "", *module.table(found), "",
-        "| of this | is said |", "| --- | --- |", *(f"| {what} | {verdict} |" for what, verdict in said.items() if what != "claim"), "",
-        f"![{module.TITLE}]({folder.name}.png)", "",
-        f"`python -m bench.claims {claim}`, {len(found)} runs, {duration(spent)} in all, {dates[0]} to {dates[-1]}"
-        + (f", seeds {', '.join(map(str, seeds))}" if seeds else "") + f"; {'; '.join(machines)}; {'; '.join(versions)}.",
+        f"# {module.TITLE}: " + (f"a quick run ({decided})" if quick else decided), *quick, "", module.RULE, "",
+        *module.table(found), "",
+        "| comparison | verdict |", "| --- | --- |", *(f"| {what} | {verdict} |" for what, verdict in verdicts.items()), "",
+        f"![{module.TITLE}]({name}.png)", "",
+        f"`python -m bench.claims {claim}`, {len(found)} runs, {spent} in all, {dates[0]} to {dates[-1]}"
+        + (f", seeds {', '.join(map(str, seeds))}" if seeds else "") + f"; {'; '.join(processors)}; {'; '.join(versions)}.",
     ]  # fmt: skip
 
 
-def draw(module: ModuleType, found: list[dict[str, Any]], path: Path) -> None:
+def draw(plot: Callable[[Any], None], path: Path) -> None:
+    """Saves what `plot` draws on a figure."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(9, 4.5), layout="constrained")
-    module.plot(found, figure)
+    plot(figure)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,7 +1,7 @@
 """Runs of a claim, each with a result on the disk: what is finished is not run again, and what was cut off goes on.
 
-OUT/<claim>/<run>.json                  settings, result, seconds, machine, versions, time
-OUT/<claim>/unfinished/<run>.pt         how far a run has come; removed at its end
+OUT/<claim>.jsonl                   a run a line: settings, result, seconds, machine, versions, time
+OUT/<claim>-unfinished/<run>.pt     how far a run has come; removed at its end
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import megalodon_ops as mo
-from bench import machine
+from bench import machine, records
 
-FORMAT = 1
 Work = Callable[..., dict[str, Any]]
 
 
 @dataclass
 class Session:
-    """The runs of one claim in a folder; with `plan`, nothing is run and only the estimates are kept."""
+    """The runs of one claim in a file; with `plan`, nothing is run and only the estimates are kept."""
 
     claim: str
     out: Path
@@ -38,8 +38,8 @@ class Session:
     """Name, estimated seconds, and whether it is done, of every run that was asked for"""
 
     @property
-    def folder(self) -> Path:
-        return self.out / (f"{self.claim}-quick" if self.quick else self.claim)
+    def path(self) -> Path:
+        return self.out / f"{self.claim}{'-quick' if self.quick else ''}.jsonl"
 
     def seeds(self, count: int = 3) -> range:
         return range(self.seed, self.seed + count)
@@ -49,52 +49,34 @@ class Session:
 
         scratch: where the work may keep how far it has come. settings: JSON that decides the result.
         """
-        stem = re.sub(r"[^\w.=-]+", "_", name)
-        path = self.folder / f"{stem}.json"
         settings = json.loads(json.dumps(settings))
-        done = read(path, settings)
+        done = results(self.path).get(name)
+        if done is not None and done["settings"] != settings:
+            raise SystemExit(f"{self.path}: {name} is of other settings; remove its line, or name another --out")
         self.planned.append((name, seconds, done is not None))
         if done is not None or self.plan:
             return None if done is None else done["result"]
-        scratch = self.folder / "unfinished" / f"{stem}.pt"
+        scratch = self.path.with_name(f"{self.path.stem}-unfinished") / (re.sub(r"[^\w.=-]+", "_", name) + ".pt")
         scratch.parent.mkdir(parents=True, exist_ok=True)
         print(f"{self.claim}: {name}, about {duration(seconds)}", flush=True)
         load, begin = os.getloadavg()[0], time.monotonic()
         result = work(scratch, **settings)
         took = result.pop("seconds", None) or time.monotonic() - begin
-        content = {
-            "format": FORMAT, "claim": self.claim, "run": name, "settings": settings, "result": result,
+        finished = {
+            "claim": self.claim, "run": name, "settings": settings, "result": result,
             "seconds": round(took, 1), "estimated_seconds": round(seconds, 1),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "load_at_start": round(load, 2), "machine": facts(),
         }  # fmt: skip
-        write(path, json.dumps(content, indent=1) + "\n")
+        records.append(self.path, finished)
         scratch.unlink(missing_ok=True)
         print(f"{self.claim}: {name}, took {duration(took)}", flush=True)
         return result
 
 
-def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The content of a finished run of these settings; None where there is none. Another run's is an error."""
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text())
-    if content["format"] != FORMAT or content["settings"] != settings:
-        raise SystemExit(f"{path}: is the result of other settings; remove it, or name another folder with --out")
-    return content
-
-
-def results(folder: Path) -> list[dict[str, Any]]:
-    """The contents of all finished runs of a claim, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file that is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text)
-    draft.replace(path)
+def results(path: Path) -> dict[str, dict[str, Any]]:
+    """The finished runs of a claim by their names and in their order; of two of one name, the later."""
+    return {record["run"]: record for record in sorted(records.read(path), key=itemgetter("run"))}
 
 
 def facts() -> dict[str, Any]:

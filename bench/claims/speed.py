@@ -37,10 +37,9 @@ def run(session: Session, data: list[str] | None) -> None:
     size, chunk, lengths = QUICK if session.quick else (SIZE, CHUNK, LENGTHS)
     for length in lengths:
         ours, llama = (estimate(size, chunk, name, length, length) for name in (models.MEGALODON, models.LLAMA))
-        took = CALLS * ours + 2 * (2 * llama if llama < 6 else llama)
-        session.run(
-            f"length={length}", work, took, size=size, chunk=chunk, length=length, threads=torch.get_num_threads()
-        )
+        estimated = CALLS * ours + 2 * (2 * llama if llama < 6 else llama)
+        settings = dict(size=size, chunk=chunk, length=length, threads=torch.get_num_threads())
+        session.run(f"length={length}", work, estimated, **settings)
 
 
 def work(scratch: Path, *, size: str, chunk: int, length: int, threads: int) -> dict[str, Any]:
@@ -74,16 +73,16 @@ def rates(results: list[dict[str, Any]]) -> dict[int, tuple[float, float, str]]:
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
-    said, found = {}, rates(results)
+    by_comparison, found = {}, rates(results)
     for length, bound in BOUNDS.items():
         key = f"at {length:,}, at least {bound:.2f} times as fast"
         if length not in found:
-            said[key] = verdict.UNDECIDED
+            by_comparison[key] = verdict.UNDECIDED
             continue
         ratio = found[length][0] / found[length][1]
         near = abs(ratio / bound - 1) < MARGIN
-        said[key] = verdict.UNDECIDED if near else verdict.HELD if ratio > bound else verdict.NOT_HELD
-    return {"claim": verdict.together([*said.values()]), **said}
+        by_comparison[key] = verdict.UNDECIDED if near else verdict.decided(ratio > bound)
+    return {"claim": verdict.together([*by_comparison.values()]), **by_comparison}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
@@ -97,9 +96,15 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
-    axes, found = figure.add_subplot(), rates(results)
-    axes.plot([*found], [ours for ours, _, _ in found.values()], marker="o", label="MEGALODON")
-    axes.plot([*found], [other for _, other, _ in found.values()], marker="o", label="Llama, the faster of two")
+    axes = figure.add_subplot()
+    plot_rates(results, axes)
+    axes.legend()
+
+
+def plot_rates(results: list[dict[str, Any]], axes: Any) -> None:
+    ours, others, _ = zip(*rates(results).values(), strict=True)
+    lengths = [*rates(results)]
+    axes.plot(lengths, ours, marker="o", label="MEGALODON", color=models.COLOURS[models.MEGALODON])
+    axes.plot(lengths, others, marker="o", label="Llama, the faster of two", color=models.COLOURS[models.LLAMA])
     axis_of_tokens(axes, "tokens of a row")
     axes.set(yscale="log", ylabel="tokens a second")
-    axes.legend()

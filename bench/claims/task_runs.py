@@ -59,11 +59,11 @@ def run(session: Session, data: list[str] | None) -> None:
 def train_by_sweep(session: Session, task: str, entrant: Entrant, data: list[str] | None) -> None:
     """The first seed at each rate, then the others at the rate of the lowest training loss."""
     size, steps, asked = QUICK if session.quick else (SIZE, STEPS, ASKED)
-    took = seconds(size, entrant, task, steps, asked)
+    estimated = seconds(size, entrant, task, steps, asked)
 
     def at(rate: float, seed: int) -> dict[str, Any] | None:
         return session.run(
-            f"{task} {entrant.label} lr={rate:g} seed={seed}", work, took, task=task, **entrant._asdict(), size=size,
+            f"{task} {entrant.label} lr={rate:g} seed={seed}", work, estimated, task=task, **entrant._asdict(), size=size,
             steps=steps, asked=asked, data=data, lr=rate, seed=seed,
         )  # fmt: skip
 
@@ -84,18 +84,9 @@ def seconds(size: str, entrant: Entrant, task: str, steps: int, asked: int) -> f
 
 
 def work(
-    scratch: Path,
-    *,
-    task: str,
-    model: str,
-    chunk: int,
-    size: str,
-    steps: int,
-    asked: int,
-    lr: float,
-    seed: int,
+    scratch: Path, *, task: str, model: str, chunk: int, size: str, steps: int, asked: int, lr: float, seed: int,
     data: list[str] | None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     spec = TASKS[task]
     held = {"train": {}, "ask": {}}
     if spec.needs_text:
@@ -171,7 +162,7 @@ def cells(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[Entrant, 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     found = cells(results)
-    said = {
+    by_comparison = {
         f"{task}, {asked}": verdict.higher(shares.get(OURS, []), shares.get(THEIRS, []), LEAST, verdict.OF_MANY)
         for (task, asked), shares in found.items()
     }
@@ -180,8 +171,9 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
         for (task, _), shares in found.items()
         if all(len(shares.get(entrant, [])) >= verdict.SEEDS for entrant in COMPARED)
     }
-    held, lost = verdict.HELD in said.values() and complete == TASKS.keys(), verdict.NOT_HELD in said.values()
-    return {"claim": verdict.NOT_HELD if lost else verdict.HELD if held else verdict.UNDECIDED, **said}
+    worse, better = (outcome in by_comparison.values() for outcome in (verdict.NOT_HELD, verdict.HELD))
+    held = better and complete == TASKS.keys()
+    return {"claim": verdict.NOT_HELD if worse else verdict.HELD if held else verdict.UNDECIDED, **by_comparison}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

@@ -24,14 +24,16 @@ from megalodon_ops.evaluation import evaluate
 from megalodon_ops.model.states import complete, from_named, named_tensors
 from megalodon_ops.training import START, Batches, Reader, Schedule, adamw, optimizer_threads, threads
 
+from bench import records
+
 from . import models, runs, text
 
 VOCABULARY = START + 1
 WEIGHT_DECAY, CLIP = 0.1, 1.0
 SAVE_EVERY = 60.0
 """Seconds between two savings of how far a run has come"""
-KEPT_POINTS = 64
-"""Points of the loss curve that a result keeps"""
+KEPT_POINTS = 50
+"""Points of a curve that a result keeps at most"""
 
 
 class Recipe(NamedTuple):
@@ -180,7 +182,7 @@ def _thinned(losses: list[float]) -> list[list[float]]:
     return [[end, round(sum(part) / len(part), 5)] for end, part in stretches if math.isfinite(sum(part))]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.claims.train", description=__doc__.split("\n")[0])
     names = [models.MEGALODON, models.LLAMA, *models.ABLATIONS]
     parser.add_argument("--model", choices=names, default=models.LLAMA, help=", ".join(names))
@@ -192,26 +194,22 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=128, help="MEGALODON's chunk size")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for result.json; a run that was cut off goes on"
-    )
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, required=True, help="folder of result.json; a run that was cut off goes on")
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = text.documents(options.data)
-    size = config(options.size, options.chunk)
-    model = models.build(options.model, size, options.length // 2, options.seed)
+    model = models.build(options.model, config(options.size, options.chunk), options.length // 2, options.seed)
     recipe = Recipe(options.tokens, options.rows, options.length, options.lr)
     carries = options.model != models.LLAMA
-    result = train_on_text(
-        model, recipe, corpus.train, options.out / "unfinished.pt", seed=options.seed, carries=carries
-    )
+    scratch = options.out / "unfinished.pt"
+    result = train_on_text(model, recipe, corpus.train, scratch, seed=options.seed, carries=carries)
     piece = 2048 if carries else options.length // 2
     result["parameters"] = model.num_parameters()
     result["held_out_bits_per_byte"] = bits_per_byte(model, corpus.held_out, [options.length], options.length)
     result["held_out_bits_per_byte"] |= bits_per_byte(model, corpus.held_out, ["all"], piece)
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     content = {"settings": settings, "machine": runs.facts(), "result": result}
-    runs.write(options.out / "result.json", json.dumps(content, indent=1) + "\n")
+    records.write(options.out / "result.json", json.dumps(content, indent=1) + "\n")
     print(json.dumps({name: value for name, value in result.items() if name != "curve"}, indent=1))
 
 

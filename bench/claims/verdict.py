@@ -17,6 +17,10 @@ STANDARD_ERRORS, OF_MANY = 3.0, 5.0
 SEEDS = 3
 
 
+def decided(held: bool) -> str:
+    return HELD if held else NOT_HELD
+
+
 def lower(ours: Sequence[float], others: Sequence[float], least: float = 0.0, errors: float = STANDARD_ERRORS) -> str:
     """Whether figures of ours are lower than those of others: held, not held where they are higher, or undecided."""
     if min(len(ours), len(others)) < SEEDS or not all(map(math.isfinite, (*ours, *others))):
@@ -25,7 +29,7 @@ def lower(ours: Sequence[float], others: Sequence[float], least: float = 0.0, er
     error = math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(others) / len(others))
     if abs(difference) <= max(errors * error, least):
         return UNDECIDED
-    return HELD if difference > 0 else NOT_HELD
+    return decided(difference > 0)
 
 
 def higher(ours: Sequence[float], others: Sequence[float], least: float = 0.0, errors: float = STANDARD_ERRORS) -> str:

@@ -4,42 +4,32 @@ A bar is a row of a bench's first table, for all threads and inputs that a call 
 work and type, the first. Forwards whose backward has a row are left out.
 """
 
-import re
-from pathlib import Path
+import sys
 
 from style import BLUE, GREY, ORANGE, REPOSITORY, panels
 
-RESULTS = REPOSITORY / "bench" / "results"
+sys.path.insert(0, str(REPOSITORY))
+from bench.summary import RESULTS, Page  # noqa: E402
+
 BENCHES = {"cema", "timestep_norm", "attention", "linear", "elementwise", "model"}
 
 
-def rows(page: Path) -> tuple[str, dict[str, float]]:
-    """The processor, and times faster by work, shape and type."""
-    text = page.read_text()
-    processor = re.search(r"- processor: (.*)", text)[1]
-    threads = re.search(r"- cores: (\d+)", text)[1]
+def rows(page: Page) -> dict[str, float]:
+    """Times faster by work, shape and type."""
     found = {}
-    for section in re.split(r"^## ", text, flags=re.M)[1:]:
-        bench = section.split("\n")[0].strip()
-        lines = [line.strip("| \n").split(" | ") for line in section.split("\n") if line.startswith("| ")]
-        if bench not in BENCHES or not lines:
+    for line in page.lines:
+        if line["bench"] not in BENCHES or line.get("cache") != "warm" or line["threads"] != page.cores:
             continue
-        header = [cell.strip() for cell in lines[0]]
-        for cells in lines[2:]:
-            row = dict(zip(header, (cell.strip() for cell in cells)))
-            if cells == header or "path" in row or len(cells) != len(header):
-                break  # the second table, of every path
-            if row["threads"] == threads and row["cache"] == "warm" and row["times faster"]:
-                named = "_" in row["work"] or bench in ("elementwise", "linear")  # the work's name has the op's
-                work = row["work"] if named else f"{bench}: {row['work']}"
-                found.setdefault((work, row["type"]), (row["shape"], float(row["times faster"].strip("*"))))
+        if line["times faster"]:
+            named = "_" in line["work"] or line["bench"] in ("elementwise", "linear")  # the work's name has the op's
+            work = line["work"] if named else f"{line['bench']}: {line['work']}"
+            found.setdefault((work, line["type"]), (line["shape"], float(line["times faster"].strip("*"))))
     found = {key: value for key, value in found.items() if (f"{key[0]} + backward", key[1]) not in found}
-    found = {f"{work}\n{shape}, {dtype}": times for (work, dtype), (shape, times) in found.items()}
-    return processor, found
+    return {f"{work}\n{shape}, {dtype}": times for (work, dtype), (shape, times) in found.items()}
 
 
-pages = sorted(RESULTS.glob("*-cpu.md"))
-by_processor = [rows(page) for page in pages]
+pages = [Page(path) for path in sorted(RESULTS.glob("*-cpu.md"))]
+by_processor = [(page.processor, rows(page)) for page in pages]
 names = [name for name in by_processor[-1][1] if all(name in found for _, found in by_processor)]
 names = sorted(names, key=lambda name: -by_processor[-1][1][name])
 

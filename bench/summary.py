@@ -1,0 +1,137 @@
+"""`python -m bench.summary`: what README.md and docs/performance.md show of the newest page of results, to paste there.
+
+All figures are of one processor and one date. A full run of `python -m bench` ends with those of its own page.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+RESULTS = Path(__file__).with_name("results")
+
+
+class Work(NamedTuple):
+    """A row of a bench that is shown, in all types that were measured."""
+
+    label: str
+    name: str
+    shape: str
+    tokens: int = 0
+    """of a call, whose speed is shown in tokens a second; 0: its time is shown"""
+
+
+OPS = (
+    Work("`cema`, 8,192 steps of 1,024 channels", "forward + backward", "B 1 L 8192 D 1024 N 16"),
+    Work("`timestep_norm`, the same", "forward + backward", "B 1 L 8192 D 1024 G 32"),
+    Work(
+        "`chunked_attention`, chunks of 2,048", "chunked_attention forward + backward", "L 8192 C 2048 K 256 V 2048 H 1"
+    ),
+    Work("linear layer, 2,048 rows, 512 to 2,048", "linear forward + backward", "T 2048 I 512 O 2048"),
+)
+MODELS = (
+    Work("training step, 25M parameters, 2,048 tokens", "training step", "25M L 2048", 2048),
+    Work("training step, 25M, 8,192 tokens", "training step", "25M L 8192", 8192),
+    Work("training step, 200M, 2,048 tokens", "training step", "200M L 2048", 2048),
+    Work("forward, 25M, 32,768 tokens", "forward", "25M L 32768", 32768),
+    Work("decoding, 25M, after 1,000 tokens", "decode 16 tokens after 1000", "25M", 16),
+    Work("decoding, 25M, after 32,744 tokens", "decode 16 tokens after 32744", "25M", 16),
+)
+README = (*OPS[:3], MODELS[0])
+
+
+class Row(NamedTuple):
+    """Milliseconds of one work in one type with all threads, as the page has them; empty where not measured."""
+
+    type: str
+    ours: str
+    torch: str
+    llama: str
+
+
+class Page:
+    """A page of results that `python -m bench` wrote."""
+
+    def __init__(self, path: Path) -> None:
+        self.text = path.read_text()
+        self.processor = re.search(r"- processor: (.*)", self.text)[1]
+        self.cores = re.search(r"- cores: (\d+)", self.text)[1]
+        self.date = path.name[:10]
+        self.lines = _lines(self.text)
+
+    def rows(self, work: Work) -> list[Row]:
+        """What was measured of a work, in the page's order of types."""
+        lines = [line for line in self.lines if (line["work"], line["shape"]) == (work.name, work.shape)]
+        llamas = {line["type"]: line["warm ms"] for line in lines if line.get("path") == "Llama"}
+        return [
+            Row(line["type"], line["ms"], line["its ms"].rstrip("*"), llamas.get(line["type"], ""))
+            for line in lines
+            if line.get("cache") == "warm" and line["threads"] == self.cores
+        ]
+
+    def of_readme(self) -> list[str]:
+        lines = [
+            f"| float32, {self.cores} cores of an {self.processor}, {self.date} | this package | best in plain torch |",
+            "|---|---|---|",
+        ]
+        for work in README:
+            label = work.label if work.tokens else f"{work.label}, with backward"
+            rows = [row for row in self.rows(work) if row.type == "fp32"]
+            lines += [f"| {label} | {_shown(row.ours, work)} | {_shown(row.torch, work)} |" for row in rows]
+        return lines
+
+    def of_performance(self, works: tuple[Work, ...]) -> list[str]:
+        llama = any(work.tokens for work in works)
+        lines = [
+            f"| {self.cores} cores of an {self.processor}, {self.date} | type | this package | best in plain torch |"
+            + " Llama |" * llama,
+            "|---|---|---|---|" + "---|" * llama,
+        ]
+        for work in works:
+            for row in self.rows(work):
+                cells = [work.label, row.type, *(_shown(value, work) for value in row[1 : 3 + llama])]
+                lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+
+def text(path: Path) -> str:
+    page = Page(path)
+    parts = {
+        "README.md, How fast": page.of_readme(),
+        "docs/performance.md, Ops": page.of_performance(OPS),
+        "docs/performance.md, Models": page.of_performance(MODELS),
+    }
+    return "\n".join(f"{where}:\n\n" + "\n".join(lines) + "\n" for where, lines in parts.items())
+
+
+def newest() -> Path:
+    return sorted(RESULTS.glob("????-??-??-cpu.md"))[-1]
+
+
+def _lines(page: str) -> list[dict[str, str]]:
+    """The lines of all tables of works by their columns, and the bench that each is of."""
+    found, bench, head = [], "", []
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")] if line.startswith("| ") else []
+        if line.startswith("## "):
+            bench = line.removeprefix("## ").strip()
+        elif cells[:1] == ["work"]:
+            head = cells
+        elif head and len(cells) == len(head) and not cells[0].startswith("---"):
+            found.append({"bench": bench, **dict(zip(head, cells, strict=True))})
+    return found
+
+
+def tokens_a_second(milliseconds: str, work: Work) -> float:
+    return 1000 * work.tokens / float(milliseconds.replace(",", ""))
+
+
+def _shown(milliseconds: str, work: Work) -> str:
+    if not milliseconds:
+        return ""
+    return f"{tokens_a_second(milliseconds, work):,.0f} tokens/s" if work.tokens else f"{milliseconds} ms"
+
+
+if __name__ == "__main__":
+    print(text(newest()))
