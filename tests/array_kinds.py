@@ -8,30 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import (
-    Case,
-    cema_case,
-    cema_end_state_case,
-    chunked_attention_case,
-    normalized_attention_case,
-    normalized_qk_case,
-    timestep_norm_case,
-    timestep_norm_end_state_case,
-)
+from cases import Case
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import megalodon_ops as mo
-
-SMALL = {
-    "cema": cema_case(state=True),
-    "timestep_norm": timestep_norm_case(count=2),
-    "cema_end_state": cema_end_state_case(),
-    "timestep_norm_end_state": timestep_norm_end_state_case(),
-    "normalized_qk": normalized_qk_case(position=True),
-    "chunked_attention": chunked_attention_case(state=True, dropkey=0.3),
-    "normalized_attention": normalized_attention_case(state=True, dropkey=0.3),
-}
 
 
 def function(op: str) -> Callable[..., Any]:

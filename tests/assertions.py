@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
+from cases import Case, Tensors, evaluate
 from torch import Tensor
 
-from cases import Tensors
+from megalodon_ops import reference
+
+# (factor, floor) of assert_as_accurate_as: sums of float32 may be taken in any order, a 16-bit result is rounded once.
+LIMITS = {
+    torch.float32: (4, 8),
+    torch.complex64: (4, 8),
+    torch.bfloat16: (2, 0.5),
+    torch.float16: (2, 0.5),
+    torch.int64: (0, 0),
+}
+TOLERANCE = 1e-10  # of float64 against float64
+
+
+@contextmanager
+def every_case() -> Iterator[Callable[..., AbstractContextManager[None]]]:
+    """Runs the cases of a loop to its end, then fails with the names and the errors of all cases that failed.
+
+    with every_case() as case:
+        for dtype in dtypes:
+            with case(dtype):
+                ...
+    """
+    failed = []
+
+    @contextmanager
+    def case(*names: object) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, pytest.fail.Exception) as error:
+            text = "".join(traceback.format_exception(error, limit=-1))
+            failed.append(f"{', '.join(map(str, names))}:\n{text}")
+
+    yield case
+    assert not failed, f"{len(failed)} cases failed.\n" + "\n".join(failed)
 
 
 def assert_as_accurate_as(
@@ -57,6 +94,39 @@ def assert_all_as_accurate_as(
         assert_as_accurate_as(
             value, same_dtype_reference[name], float64_reference[name], factor=factor, floor=floor, name=name
         )
+
+
+def references(case: Case, incoming: Callable[[str, Tensor], Tensor] | None = None) -> tuple[Tensors, Tensors]:
+    """What plain torch makes of the case: in the case's dtype, and in float64."""
+    function = getattr(reference, case.op)
+    return evaluate(function, case, incoming), evaluate(function, case.double(), incoming)
+
+
+def with_references(build: Callable[..., Case]) -> Callable[..., tuple[Case, Tensors, Tensors]]:
+    """Makes a function return, beside its case, what `references` gives: once for all backends, as that takes longest."""
+
+    @functools.cache
+    def built(*arguments: str | torch.dtype) -> tuple[Case, Tensors, Tensors]:
+        case = build(*arguments)
+        return case, *references(case)
+
+    return built
+
+
+def assert_matches_reference(actual: Tensors, case: Case) -> None:
+    """Results and gradients of the case, as `evaluate` names them, are the reference's, by the limits of its dtypes."""
+    if case.dtype == torch.float64:
+        exact = evaluate(getattr(reference, case.op), case)
+        assert_all_close(actual, exact, tolerance=TOLERANCE, terms=case.terms)
+        return
+    same, exact = references(case)
+    assert actual.keys() == exact.keys()
+    for name, value in actual.items():
+        factor, floor = LIMITS[value.dtype]
+        terms = case.terms if name.startswith("d") else case.mean_terms if name == "mean" else 0.0
+        if case.op == "normalized_attention" and value.is_floating_point():  # q, k are rounded to the dtype in between
+            floor = max(2 * floor, 0.5 * torch.finfo(case.dtype).eps / torch.finfo(value.dtype).eps)
+        assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, terms=terms, name=name)
 
 
 def assert_close(

@@ -27,12 +27,13 @@ DEVICES = ["cpu", "cuda-emulated", *FAST[1:]]
 # Instruction sets as parameters: the one in use is in every run, each other set among the slow tests.
 ISA_PARAMS = [name if name == DEFAULT_ISA else pytest.param(name, marks=pytest.mark.slow) for name in ISAS]
 each_isa = pytest.mark.parametrize("name", ISA_PARAMS)
-# The fixture `backend` takes each of DEVICES; `every_backend`, for tests of numbers, each instruction set for "cpu".
-every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, "cuda-emulated", *FAST[1:]], indirect=True)
+# The fixture `backend` takes each of DEVICES; tests of numbers take each instruction set for "cpu".
+EVERY_BACKEND = [*ISA_PARAMS, "cuda-emulated", *FAST[1:]]
 # For tests so wide that the emulated kernels take seconds: on the emulator these tests are slow ones.
-_SLOW_EMULATED = [pytest.param("cuda-emulated", marks=pytest.mark.slow), *FAST[1:]]
-wide_every_device = pytest.mark.parametrize("backend", ["cpu", *_SLOW_EMULATED], indirect=True)
-wide_every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, *_SLOW_EMULATED], indirect=True)
+SLOW_EMULATED = [pytest.param("cuda-emulated", marks=pytest.mark.slow), *FAST[1:]]
+WIDE_DEVICES = ["cpu", *SLOW_EMULATED]
+every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
+wide_every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, *SLOW_EMULATED], indirect=True)
 # For tests of data that any implementation must reproduce.
 each_implementation = pytest.mark.parametrize(
     ("implementation", "backend"),

@@ -43,6 +43,7 @@ class Case:
     options: dict[str, Any]
     dtype: torch.dtype  # of the tokens; incoming gradients are rounded to it
     terms: float = 0.1  # size of the terms whose sums make a gradient: terms that cancel leave their rounding
+    mean_terms: float = 0.0  # and of those whose sum makes a mean
 
     def double(self) -> Case:
         """The case with its values in float64."""
@@ -283,7 +284,7 @@ def timestep_norm_case(
         halves = torch.stack([tensors["mean"], tensors["var"]], 1) * torch.finfo(real).eps / 2
         options["residual"] = halves * uniform(gen, -1, 1, S, 2, G).to(real)
     rstd = 1 / max(eps, std**2 / 100 if width > 1 else 0.0) ** 0.5  # of a first step, whose variance may be small
-    return Case("timestep_norm", tensors, options, dtype, terms=rstd)
+    return Case("timestep_norm", tensors, options, dtype, terms=rstd, mean_terms=0.1 * std)
 
 
 def cema_end_state_case(**sizes: Any) -> Case:
@@ -296,7 +297,7 @@ def timestep_norm_end_state_case(**sizes: Any) -> Case:
     """The inputs that `timestep_norm_case` has for these sizes, less what only an output needs."""
     case = timestep_norm_case(**sizes)
     options = {name: value for name, value in case.options.items() if name != "eps"}
-    return Case("timestep_norm_end_state", {"x": case.tensors["x"]}, options, case.dtype)
+    return Case("timestep_norm_end_state", {"x": case.tensors["x"]}, options, case.dtype, mean_terms=case.mean_terms)
 
 
 def normalized_qk_case(
@@ -385,4 +386,10 @@ WITH_STATE = {
     "normalized_qk": {"position": True},
     "chunked_attention": {"state": True},
     "normalized_attention": {"state": True},
+}
+
+# A small call of each op, with a state.
+SMALL = {
+    op: build(**WITH_STATE.get(op, {}), **({"dropkey": 0.3} if "attention" in op else {}))
+    for op, build in BUILDERS.items()
 }

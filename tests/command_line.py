@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,10 @@ import pytest
 import torch
 
 from megalodon_ops import Megalodon
-from megalodon_ops.cli import main
+from megalodon_ops.cli import main, process
 from megalodon_ops.training import adamw, read_metrics, threads
 from megalodon_ops.training.checkpoint import load_checkpoint, save_checkpoint
+from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.record import Record
 
 TINY = "--dim 32 --layers 2 --chunk 16 --batch 3 --length 24 --norm-groups 4 --warmup 5 --optimizer adamw --lr 0.01".split()
@@ -28,6 +33,47 @@ def train(text: Path, out: Path, *flags: object) -> int:
 
 def shell(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "megalodon_ops", *map(str, arguments)]
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """`python -m megalodon_ops` with these arguments, forked off this process, so that it need not import torch."""
+
+    def __init__(
+        self, *arguments: object, stdin: bytes = b"", encoding: str = "utf-8", folder: Path | None = None
+    ) -> None:
+        super().__init__()
+        self._arguments, self._encoding, self._folder = [*map(str, arguments)], encoding, folder
+        self._stdin, self._stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._stdin.write(stdin)
+        self._stdin.seek(0)
+        self._ends = os.pipe()
+        self.stdout = open(self._ends[0], "rb", buffering=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on, where this process has threads
+            self.start()
+        os.close(self._ends[1])
+
+    def run(self) -> None:
+        os.close(self._ends[0])
+        for number, file in enumerate((self._stdin.fileno(), self._ends[1], self._stderr.fileno())):
+            os.dup2(file, number)
+        os.close(self._ends[1])
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(number, mode, encoding=self._encoding) for number, mode in enumerate(("r", "w", "w"))
+        )
+        sys.argv[1:] = self._arguments
+        if self._folder is not None:
+            os.chdir(self._folder)
+        process()
+
+    def wait(self, timeout: float = 60) -> tuple[int | None, bytes]:
+        """The exit code, negative of a signal, None where the process has not ended in time; and what went to stderr."""
+        self.join(timeout)
+        self._stderr.seek(0)
+        said = self._stderr.read()
+        for file in (self._stdin, self.stdout, self._stderr):
+            file.close()
+        return self.exitcode, said
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -54,11 +100,21 @@ def overflow(run: Path, by: float = 1e30) -> None:
     )
 
 
+def draw_nothing(path: Path, rows: list[dict[str, Any]], references: dict[str, float] | None = None) -> None:
+    """In the place of `draw_metrics`, which takes half the time of a short run."""
+    path.write_bytes(b"no picture")
+
+
 @contextmanager
-def quick_commands() -> Iterator[None]:
-    """Inside, commands have one thread, which is faster on models this small, and short samples end a run."""
+def quick_commands(draw: Callable[..., None] = draw_nothing) -> Iterator[None]:
+    """Inside, commands have one thread, which is faster on models this small, samples are short, and runs are drawn by `draw`.
+
+    Nothing waits for the disk either: a process that is killed loses nothing that it has written.
+    """
     with pytest.MonkeyPatch.context() as patch, threads(1):
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr("megalodon_ops.cli.train.draw_metrics", draw)
         patch.setattr("megalodon_ops.cli.generate.SAMPLE", 20)
         yield
 
@@ -81,9 +137,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 60 steps. Tests that change a run take `ended`."""
+    """A run of 60 steps, with its picture. Tests that change a run take `ended`."""
     out = tmp_path_factory.mktemp("finished")
-    with quick_commands():
+    with quick_commands(draw_metrics):
         assert train(text, out, "--steps", 60, "--eval-every", 20, "--checkpoint-every", 25) == 0
     return out
 

@@ -1,4 +1,4 @@
-"""`train` in several processes, for tests: inside the pool of processes, or by torchrun."""
+"""`train` in several processes, for tests: inside the pool of processes, in processes of their own, or by torchrun."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import faulthandler
 import io
 import os
 import shutil
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch.distributed as dist
 from command_line import TINY as ALONE
-from ranks import TIMEOUT
+from ranks import TIMEOUT, forkserver
 
-from megalodon_ops.cli import main
+from megalodon_ops import cli
 
 TINY = [*ALONE, "--batch", "4", "--length", "48"]
 """Rows that four processes share, of which each is three chunks long"""
@@ -52,10 +54,53 @@ def command(arguments: Sequence[str], environment: dict[str, str] | None = None,
         faulthandler.dump_traceback_later(TIMEOUT - 10, file=sys.__stderr__)  # where a process waits forever
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = main(list(arguments))
+                code = cli.main(list(arguments))
         finally:
             faulthandler.cancel_dump_traceback_later()
     return Result(code, out.getvalue(), err.getvalue())
+
+
+class Launch:
+    """Two processes of a command, each of its own as torchrun would start it, but forks of one that has imported torch."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, patch: Callable[[], Any] | None = None) -> None:
+        """folder: for what the processes print; patch: called in each before the command, a function that can be pickled."""
+        self._folder, port = folder, free_port()
+        self.processes = [
+            forkserver().Process(target=_rank, args=(list(arguments), rank, port, folder, patch), daemon=True)
+            for rank in range(2)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def results(self, seconds: float = TIMEOUT) -> list[Result]:
+        """How each process has ended, by signal 9 if it had not after so many seconds, and what it has printed."""
+        end = time.monotonic() + seconds
+        results = []
+        for rank, process in enumerate(self.processes):
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
+            process.join()
+            printed = [(self._folder / f"{rank}.{stream}").read_text() for stream in ("out", "err")]
+            results.append(Result(process.exitcode, *printed))
+        return results
+
+
+def _rank(arguments: list[str], rank: int, port: int, folder: Path, patch: Callable[[], Any] | None) -> None:
+    for number, stream in enumerate(("out", "err"), 1):
+        os.dup2(os.open(folder / f"{rank}.{stream}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    sys.argv[1:] = arguments
+    if patch is not None:
+        patch()
+    cli.process()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def lines_of(text: str) -> list[str]:

@@ -1,61 +1,119 @@
-"""The Markdown pages that people read, their code, and how it runs: to the letter, from top to bottom."""
+"""The Markdown pages that people read, their code, and how it runs: to the letter, from top to bottom.
+
+A block of `text` is what the block of code before it prints: its lines are found in this order among the lines that are printed,
+other lines between them. Words are compared exactly, times (12 ms) not at all, other numbers to 3 % or to what the block says:
+"```text within 20 %".
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+from command_line import Forked
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FOLLOWED = [ROOT / "docs" / "start.md", ROOT / "docs" / "recipes.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+FOLLOWED = [
+    ROOT / "docs" / "start.md",
+    ROOT / "docs" / "recipes.md",
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
+]
 """Pages whose commands are followed too"""
 SERIES = [ROOT / "docs" / "tutorials" / f"{name}.md" for name in ("your-text", "book", "context", "lora")]
 """Tutorials that are followed in one folder: the first makes the model of the others"""
 
-_BLOCK = re.compile(r"^```(python|bash|cpp)\n(.*?)^```$", re.S | re.M)
+_BLOCK = re.compile(r"^```(python|bash|cpp|text)(?: within (\d+) %)?\n(.*?)^```$", re.S | re.M)
+_SHELL = re.compile(r"[|<>$&;*`]")
 _FILE = re.compile(r"^(?:#|//) ([\w.]+\.(?:py|cpp))\n")
+_NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)( ?(?:ms|s|minutes?)\b)?")
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    within: float  # relative tolerance of the numbers in a `text`
 
 
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and text of each block of code, in order."""
+def blocks(page: Path) -> list[Block]:
+    """The page's blocks of code and of text, in order."""
     return blocks_of(page.read_text())
 
 
-def blocks_of(text: str) -> list[tuple[str, str]]:
-    return _BLOCK.findall(text)
+def blocks_of(text: str) -> list[Block]:
+    return [Block(language, code, int(within or 3) / 100) for language, within, code in _BLOCK.findall(text)]
 
 
 def has_commands(page: Path) -> bool:
-    return page in FOLLOWED and any(language == "bash" for language, _ in blocks(page))
+    return page in FOLLOWED and any(block.language == "bash" for block in blocks(page))
 
 
 def has_examples(page: Path) -> bool:
-    return any(language == "python" for language, _ in blocks(page))
+    return any(block.language == "python" for block in blocks(page))
 
 
 def follow(page: Path, folder: Path) -> None:
     """Runs the page's code in a folder. A block that begins with a file's name is saved; a later one may use earlier names."""
-    scope = {"__name__": page.stem}
-    for language, code in blocks(page):
-        if named := _FILE.match(code):
+    scope, printed = {"__name__": page.stem}, ""
+    for language, code, within in blocks(page):
+        if language == "text":
+            missing = first_missing(code, printed, within)
+            assert missing is None, f"{name_of(page)} shows\n{missing}\nwhere its code prints\n{printed}"
+        elif named := _FILE.match(code):
             (folder / named[1]).write_text(code)
         elif language == "python":
-            exec(compile(code, name_of(page), "exec"), scope)
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                exec(compile(code, name_of(page), "exec"), scope)
+            printed = output.getvalue()
         elif language == "bash" and page in FOLLOWED:
-            _run(code, folder)
+            printed = _run(code, folder)
 
 
-def _run(commands: str, folder: Path) -> None:
-    """Runs shell commands in which `python` is this one."""
+def first_missing(shown: str, printed: str, within: float) -> str | None:
+    """The first line of `shown` that is not printed after the lines before it, if there is one."""
+    lines = iter(printed.splitlines())
+    return next((line for line in shown.splitlines() if not any(_alike(line, other, within) for other in lines)), None)
+
+
+def _alike(shown: str, printed: str, within: float) -> bool:
+    """Whether two lines have the same words, and numbers that are near each other."""
+    if _NUMBER.sub("#", shown).split() != _NUMBER.sub("#", printed).split():
+        return False
+    pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
+    numbers = [(float(a.replace(",", "")), float(b.replace(",", ""))) for (a, time), (b, _) in pairs if not time]
+    return all(math.isclose(a, b, rel_tol=within) for a, b in numbers)
+
+
+def _run(commands: str, folder: Path) -> str:
+    """Runs shell commands in which `python` is this one, and returns what they print. A run of minutes takes a tenth of them.
+
+    A command of the package is forked off this process, which has imported torch.
+    """
+    printed = ""
+    commands = re.sub(r"(?<=--minutes )\d+", lambda minutes: str(int(minutes[0]) / 10), commands)
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    done = subprocess.run(
-        ["bash", "-e", "-c", commands], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{commands}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    for command in commands.replace("\\\n", " ").splitlines():
+        words = shlex.split(command, comments=True)
+        if words[:3] == ["python", "-m", "megalodon_ops"] and not _SHELL.search(command):
+            started = Forked(*words[3:], folder=folder)
+            out = started.stdout.readall()
+            code, error = started.wait()
+        else:
+            environment = {**os.environ, "PATH": path}
+            done = subprocess.run(["bash", "-e", "-c", command], cwd=folder, env=environment, capture_output=True)
+            out, code, error = done.stdout, done.returncode, done.stderr
+        assert code == 0, f"{command}\n{out.decode()[-2000:]}\n{error.decode()[-2000:]}"
+        printed += out.decode() + error.decode()
+    return printed

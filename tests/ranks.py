@@ -1,4 +1,7 @@
-"""Tests of several processes: a pool of them, each of which keeps what it has imported from test to test."""
+"""Tests of several processes: a pool of them, forks of one process that has imported what they need.
+
+Each keeps from test to test what it has imported and made.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-MOST_RANKS = 4
+PRELOADED = [
+    "pytest", "hypothesis", "megalodon_ops.cli.train", "megalodon_ops.distributed", "torch._dynamo", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torch.distributed.checkpoint",
+]  # fmt: skip
+"""Imported once, by the process of which those of the pool are forks"""
 TIMEOUT = 120.0
 """Seconds that a function may take in all ranks, of a machine that is busy with other things"""
+AFTER_A_FAULT = 20.0
+"""Seconds that the other ranks have to end in, after one has failed"""
 
 
 class RankError(AssertionError):
@@ -50,15 +59,17 @@ class Ranks:
         return [result for _, result in answers]
 
     def close(self) -> None:
-        for process, connection in self._workers:
+        for _, connection in self._workers:
             connection.close()
-            process.kill()
+        end = time.monotonic() + 1  # in which a process that waits for work ends by itself
         for process, _ in self._workers:
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
             process.join()
         self._workers = []
 
     def _first(self, count: int) -> list[tuple[multiprocessing.Process, Connection]]:
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         while len(self._workers) < count:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there,), daemon=True)
@@ -68,8 +79,15 @@ class Ranks:
         return self._workers[:count]
 
 
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Whose processes are forks of one that has imported torch and the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def _answers(connections: list[Connection], timeout: float) -> list[tuple[str, Any]]:
-    """What each rank has sent: a fault, or "" and a result. After a first fault the others have five seconds more."""
+    """What each rank has sent: a fault, or "" and a result. After a fault the others have AFTER_A_FAULT."""
     answers: dict[Connection, tuple[str, Any]] = {}
     end = time.monotonic() + timeout
     while len(answers) < len(connections):
@@ -83,7 +101,7 @@ def _answers(connections: list[Connection], timeout: float) -> list[tuple[str, A
             except EOFError:
                 answers[connection] = ("the process has ended", None)
             if answers[connection][0]:
-                end = min(end, time.monotonic() + 5)
+                end = min(end, time.monotonic() + AFTER_A_FAULT)
     return [answers[connection] for connection in connections]
 
 

@@ -5,7 +5,6 @@ CuPy's, which need a GPU, are in test_arrays_cupy.py; what is refused is in test
 
 from __future__ import annotations
 
-import gc
 import sys
 import types
 import weakref
@@ -14,9 +13,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from array_kinds import SMALL, Bare, Named, as_tensors, function, on_arrays, read_only
+from array_kinds import Bare, Named, as_tensors, function, on_arrays, read_only
 from assertions import assert_bit_equal
-from cases import BUILDERS, OPS, forward
+from cases import BUILDERS, OPS, SMALL, forward
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import run_python
@@ -125,10 +124,8 @@ def test_a_tensor_keeps_its_array(arrange):
     alive = weakref.ref(array)
     tensor = arrays._as_tensor("op: `x`", array, write=False)
     del array
-    gc.collect()
     assert alive() is not None
     del tensor
-    gc.collect()
     assert alive() is None
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from array_kinds import SMALL, Bare, function, on_arrays, read_only
-from cases import OPS, forward
+from array_kinds import Bare, function, on_arrays, read_only
+from cases import OPS, SMALL, forward
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 

@@ -60,51 +60,53 @@ def evaluate(code: str, folder: Path, **environment: str) -> str:
 # Architectures
 
 
-def architectures(folder: Path, wanted: str, version: str = "13.0.88") -> str:
-    fake_nvcc(folder / "bin", version)
-    return evaluate(
-        f'find_nvcc(nvcc version)\nchoose_architectures(chosen "{wanted}" "${{nvcc}}" "${{version}}")\n'
-        'message("${chosen}")',
-        folder,
-    )
+GPUS = {  # compute capabilities of a machine's cards: architectures of its kernels
+    ("9.0",): "90",
+    ("8.0", "8.0"): "80",
+    ("8.9",): "86",  # the fake nvcc does not know 89
+    ("12.0", "8.0"): "120;80",
+    ("13.0",): "120",  # newer than nvcc: it compiles PTX
+    ("7.5",): "80",  # on which the kernels do not run
+    ("7.5", "9.0"): "90",
+    (): "80",
+}
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "chosen"),
-    [
-        (["9.0"], "90"),
-        (["8.0", "8.0"], "80"),
-        (["8.9"], "86"),  # the fake nvcc does not know 89
-        (["12.0", "8.0"], "120;80"),
-        (["13.0"], "120"),  # newer than nvcc: it compiles PTX
-        (["7.5"], "80"),  # on which the kernels do not run
-        (["7.5", "9.0"], "90"),
-        ([], "80"),
-    ],
-    ids=str,
-)
-def test_by_default_the_kernels_are_for_the_gpus_of_this_machine(tmp_path, capabilities, chosen):
-    fake_nvidia_smi(tmp_path / "bin", *capabilities)
-    assert architectures(tmp_path, "AUTO") == chosen
+def test_by_default_the_kernels_are_for_the_gpus_of_this_machine(tmp_path):
+    fake_nvcc(tmp_path / "bin", "13.0.88")
+    code = "find_nvcc(nvcc version)\n"
+    for number, capabilities in enumerate(GPUS):
+        folder = fake_nvidia_smi(tmp_path / f"machine{number}", *capabilities).parent
+        code += (
+            f'set(ENV{{PATH}} "{folder}:{os.environ["PATH"]}")\n'
+            f'choose_architectures(chosen AUTO "${{nvcc}}" "${{version}}")\nmessage("{capabilities}: ${{chosen}}")\n'
+        )
+    assert evaluate(code, tmp_path).splitlines() == [f"{cards}: {chosen}" for cards, chosen in GPUS.items()]
 
 
 def test_wheels_are_for_every_card(tmp_path):
     fake_nvidia_smi(tmp_path / "bin", "9.0")
-    assert architectures(tmp_path, "all") == "80;90-real;100-real;120"
-    assert architectures(tmp_path, "all", "12.4.1") == "80;90"
-    assert architectures(tmp_path, "90;120-real") == "90;120-real"
+    code = "".join(
+        f'choose_architectures(chosen "{wanted}" nvcc {version})\nmessage("${{chosen}}")\n'
+        for wanted, version in (("all", "13.0.88"), ("all", "12.4.1"), ("90;120-real", "13.0.88"))
+    )
+    assert evaluate(code, tmp_path).splitlines() == ["80;90-real;100-real;120", "80;90", "90;120-real"]
 
 
 # nvcc
 
 
-@pytest.mark.parametrize("version", ["13.0.88", "11.5.119", "8.0"])
-def test_the_version_of_nvcc_is_read(tmp_path, version):
-    nvcc = fake_nvcc(tmp_path / "bin", version)
+def test_the_version_of_nvcc_is_read(tmp_path):
+    """Of the one on the PATH, unless CUDACXX names another."""
     other = fake_nvcc(tmp_path / "other", "9.1.85")
-    code = 'find_nvcc(nvcc version)\nmessage("${nvcc} ${version}")'
-    assert evaluate(code, tmp_path) == f"{nvcc} {version}"
-    assert evaluate(code, tmp_path, CUDACXX=str(other)) == f"{other} 9.1.85"
+    code, wanted = "", []
+    for version in ("13.0.88", "11.5.119", "8.0"):
+        nvcc = fake_nvcc(tmp_path / version, version)
+        for named, found in (("", f"{nvcc} {version}"), (other, f"{other} 9.1.85")):
+            code += f'set(ENV{{CUDACXX}} "{named}")\nset(ENV{{PATH}} "{nvcc.parent}:{os.environ["PATH"]}")\n'
+            code += 'find_nvcc(nvcc version)\nmessage("${nvcc} ${version}")\n'
+            wanted.append(found)
+    assert evaluate(code, tmp_path).splitlines() == wanted
 
 
 def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -114,7 +116,7 @@ def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_an_nvcc_that_is_too_old_leaves_cuda_out(tmp_path):
+def test_an_nvcc_that_is_too_old_or_does_not_work_leaves_cuda_out(tmp_path):
     fake_nvcc(tmp_path / "bin", "11.5.119")
     run = configure(tmp_path)
     assert run.returncode == 0, run.stderr
@@ -125,11 +127,8 @@ def test_an_nvcc_that_is_too_old_leaves_cuda_out(tmp_path):
     run = configure(tmp_path, "-DMEGALODON_OPS_CUDA=ON")
     assert run.returncode != 0
     assert "CUDA kernels: nvcc is 11.5.119, and 11.8 or newer is needed" in " ".join(run.stderr.split())
-
-
-def test_an_nvcc_that_does_not_work_leaves_cuda_out(tmp_path):
     fake_nvcc(tmp_path / "bin", "13.0.88")
-    run = configure(tmp_path)
+    run = configure(tmp_path, "-DMEGALODON_OPS_CUDA=AUTO")
     assert run.returncode == 0, run.stderr
     assert "CUDA kernels: not built (MEGALODON_OPS_CUDA=AUTO" in run.stdout
 
@@ -137,17 +136,18 @@ def test_an_nvcc_that_does_not_work_leaves_cuda_out(tmp_path):
 VERSION = "from typing import Optional\n__version__ = '2.13.0'\ndebug = False\ncuda: Optional[str] = {}\nhip: Optional[str] = None\n"
 
 
-@pytest.mark.parametrize(
-    ("cuda", "warned"),
-    [("'12.8'", True), ("'13.0'", False), ("'13.2'", False), ("None", False), (None, False)],
-)
-def test_an_nvcc_of_a_later_cuda_than_torchs_is_said(tmp_path, cuda, warned):
-    if cuda is not None:
-        (tmp_path / "torch").mkdir()
-        (tmp_path / "torch" / "version.py").write_text(VERSION.format(cuda))
-    said = " ".join(evaluate(f'compare_with_torch("13.0.88" "{tmp_path}")', tmp_path).split())
-    assert ("need an NVIDIA driver that supports CUDA 13. torch is built for CUDA 12.8" in said) == warned
-    assert bool(said) == warned
+def test_an_nvcc_of_a_later_cuda_than_torchs_is_said(tmp_path):
+    code, built_for = "", ["'12.8'", "'13.0'", "'13.2'", "None", None]
+    for number, cuda in enumerate(built_for):
+        folder = tmp_path / str(number)
+        if cuda is not None:
+            (folder / "torch").mkdir(parents=True)
+            (folder / "torch" / "version.py").write_text(VERSION.format(cuda))
+        code += f'message("torch of CUDA {cuda}:")\ncompare_with_torch("13.0.88" "{folder}")\n'
+    said = " ".join(evaluate(code, tmp_path).split())
+    first, *others = re.split(r"torch of CUDA (?:'[\d.]+'|None):", said)[1:]
+    assert "need an NVIDIA driver that supports CUDA 13. torch is built for CUDA 12.8" in first
+    assert len(others) == len(built_for) - 1 and not "".join(others).strip()
 
 
 # Instruction sets

@@ -6,7 +6,15 @@ import math
 
 import pytest
 import torch
-from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
+from assertions import (
+    assert_all_as_accurate_as,
+    assert_bit_equal,
+    assert_close,
+    assert_refuses,
+    every_case,
+    references,
+    with_references,
+)
 from backends import each_implementation, every_backend, wide_every_backend
 from cases import cema_case, evaluate, forward, streamed
 from golden import TOLERANCE, golden_case, golden_config
@@ -66,23 +74,29 @@ def test_a_call_without_steps_returns_the_bits_of_the_state(sequences, backend):
     assert_bit_equal({"state": forward(mo.cema, case)["state"]}, {"state": case.tensors["state"]})
 
 
+HARD_SHAPES = {"long": {"B": 1, "L": 1100, "D": 3, "N": 16}, "odd": {"B": 2, "L": 257, "D": 33, "N": 5}}
+
+
+@with_references
+def hard_case(shape, poles):
+    return cema_case(**HARD_SHAPES[shape], **HARD_POLES[poles], state=True)
+
+
 @wide_every_backend
-@pytest.mark.parametrize("poles", HARD_POLES.values(), ids=HARD_POLES)
-@pytest.mark.parametrize(
-    "shape", [{"B": 1, "L": 2003, "D": 3, "N": 16}, {"B": 2, "L": 257, "D": 33, "N": 5}], ids=["long", "odd"]
-)
-def test_hard_poles_on_long_sequences(poles, shape, backend):
-    case = cema_case(**shape, **poles, state=True)
-    exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
-    assert_all_as_accurate_as(evaluate(mo.cema, case), same, exact, factor=4, floor=8)
+@pytest.mark.parametrize("shape", HARD_SHAPES)
+def test_hard_poles_on_long_sequences(shape, backend):
+    with every_case() as each:
+        for poles in HARD_POLES:
+            with each(poles):
+                case, same, exact = hard_case(shape, poles)
+                assert_all_as_accurate_as(evaluate(mo.cema, case), same, exact, factor=4, floor=8)
 
 
 def test_tiny_input_weights_keep_the_state():
     """p near 0, where folding p into gamma would have to divide by it."""
     case = cema_case(B=2, L=70, D=5, N=4, state=True)
     case = case.with_tensors(p=case.tensors["p"] * torch.tensor([0.0, 1e-30, 1e-6, 1.0]))
-    exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
-    assert_all_as_accurate_as(evaluate(mo.cema, case), same, exact, factor=4, floor=8)
+    assert_all_as_accurate_as(evaluate(mo.cema, case), *references(case), factor=4, floor=8)
 
 
 def test_a_decayed_state_is_zero_not_slow_or_wrong():
@@ -113,14 +127,8 @@ def test_lazily_conjugated_tensors():
 
 def test_one_step_at_a_time():
     case = cema_case(B=2, L=150, D=5, N=4)
-    exact = evaluate(mo.reference.cema, case.double())
-    assert_all_as_accurate_as(
-        evaluate(streamed(mo.cema, "cema", [1] * 150), case),
-        evaluate(mo.reference.cema, case),
-        exact,
-        factor=4,
-        floor=8,
-    )
+    found = evaluate(streamed(mo.cema, "cema", [1] * 150), case)
+    assert_all_as_accurate_as(found, *references(case), factor=4, floor=8)
 
 
 ERRORS = {

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from assertions import assert_all_as_accurate_as, assert_all_close, assert_close, assert_refuses
+from assertions import (
+    assert_all_as_accurate_as,
+    assert_all_close,
+    assert_close,
+    assert_refuses,
+    every_case,
+    with_references,
+)
 from backends import each_implementation, every_backend, wide_every_backend
 from cases import chunked_attention_case, evaluate, forward, streamed
 from golden import TOLERANCE, golden_case, golden_config
@@ -66,33 +74,50 @@ def test_golden_with_fewer_queries_than_keys(name, implementation, backend):
 
 
 SHAPES = {
-    "K64-V64": {"B": 1, "L": 300, "H": 2, "K": 64, "V": 64, "C": 256},
-    "K256-V512": {"B": 1, "L": 130, "H": 1, "K": 256, "V": 512, "C": 128},
+    "K64-V64": {"B": 1, "L": 300, "H": 1, "K": 64, "V": 64, "C": 256},
+    "K256-V512": {"B": 1, "L": 100, "H": 1, "K": 256, "V": 512, "C": 96},
     "K3-V1": {"B": 2, "L": 67, "H": 3, "K": 3, "V": 1, "C": 33},
     "K1-V130": {"B": 1, "L": 40, "H": 2, "K": 1, "V": 130, "C": 7},
 }
 
 
-@wide_every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes_of_models(shape, dtype, backend):
-    case = chunked_attention_case(**shape, dtype=dtype, scale=shape["K"] ** -0.5)
-    exact = evaluate(mo.reference.chunked_attention, case.double())
-    same = evaluate(mo.reference.chunked_attention, case)
-    factor, floor = (4, 8) if dtype == torch.float32 else (2, 0.5)
-    assert_all_as_accurate_as(evaluate(mo.chunked_attention, case), same, exact, factor=factor, floor=floor)
+@with_references
+def model_case(shape, dtype):
+    return chunked_attention_case(**SHAPES[shape], dtype=dtype, scale=SHAPES[shape]["K"] ** -0.5)
 
 
 @wide_every_backend
-@pytest.mark.parametrize(("cached", "L"), [(0, 64), (9, 230), (44, 200), (100, 156)])
-@pytest.mark.parametrize(("K", "V"), [(32, 16), (16, 32), (64, 64)])
-def test_tiles_of_any_height_end_with_their_block(K, V, cached, L, backend):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_models(shape, backend):
+    with every_case() as each:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            with each(dtype):
+                case, same, exact = model_case(shape, dtype)
+                factor, floor = (4, 8) if dtype == torch.float32 else (2, 0.5)
+                results = evaluate(mo.chunked_attention, case)
+                assert_all_as_accurate_as(results, same, exact, factor=factor, floor=floor)
+
+
+@with_references
+def tall_case(K, V, cached, L):
     case = chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=256, state=True, scale=K**-0.5)
     state = case.options["state"]
-    case.options["state"] = AttentionState(state.k, state.v, torch.full_like(state.position, cached))
-    exact, same = (evaluate(mo.reference.chunked_attention, c) for c in (case.double(), case))
-    assert_all_as_accurate_as(evaluate(mo.chunked_attention, case), same, exact, factor=4, floor=8)
+    return case.with_options(state=state._replace(position=torch.full_like(state.position, cached)))
+
+
+TALL = ((9, 230), (44, 200), (100, 156), (0, 64))
+WIDTHS = ((32, 16), (16, 32), (64, 64))
+
+
+@wide_every_backend
+def test_tiles_of_any_height_end_with_their_block(backend):
+    """On the emulator each width with one height: its tiles are in test_cuda_chunked_attention.py."""
+    tiles = zip(WIDTHS, TALL, strict=False) if backend == "cuda-emulated" else itertools.product(WIDTHS, TALL)
+    with every_case() as each:
+        for (K, V), (cached, L) in tiles:
+            with each(K, V, cached, L):
+                case, same, exact = tall_case(K, V, cached, L)
+                assert_all_as_accurate_as(evaluate(mo.chunked_attention, case), same, exact, factor=4, floor=8)
 
 
 @every_backend
@@ -112,7 +137,7 @@ def test_keys_without_elements_give_the_mean_of_the_values(dtype, backend):
 @pytest.mark.parametrize("L", [3, 70])
 def test_the_log_sum_exp_needs_no_values(L, dtype, backend):
     """The log-sum-exp, which the backward takes, is of the scores alone."""
-    case = chunked_attention_case(B=2, L=L, C=32, dtype=dtype, state=True)
+    case = chunked_attention_case(B=1, L=L, C=32, dtype=dtype, state=True)
     (q, k, v), (cache_k, cache_v, position) = case.tensors.values(), case.options["state"]
     forward = torch.ops.megalodon_ops.chunked_attention_fwd.default
     rest = position, 32, 1.0, 0.0, None, None, None
@@ -147,16 +172,17 @@ def observed_mask(seed, dropkey, *, H=2, L=70, C=32, B=2, state=None, lengths=No
 
 
 @wide_every_backend
-@pytest.mark.parametrize("seed", [0, 12345, 2**32, 2**63 - 1, -1], ids=str)
-@pytest.mark.parametrize("dropkey", [0.1, 0.5, 0.99])
-def test_dropkey_mask_is_philox(seed, dropkey, backend):
-    kept = observed_mask(seed, dropkey)  # (B, L, H, C)
+def test_dropkey_mask_is_philox(backend):
     rows = columns = torch.arange(70)
     allowed = (columns <= rows[:, None]) & (columns // 32 == rows[:, None] // 32)
-    for s in range(2):
-        expected = allowed & ~dropkey_mask(dropkey, seed, s, 2, rows, columns)  # (H, L, L)
-        folded = torch.stack([expected[:, i, i // 32 * 32 :][:, :32] for i in range(64)])
-        assert torch.equal(kept[s, :64], folded)
+    with every_case() as each:
+        for seed, dropkey in ((0, 0.1), (12345, 0.5), (2**32, 0.99), (2**63 - 1, 0.1), (-1, 0.5)):
+            with each(seed, dropkey):
+                kept = observed_mask(seed, dropkey)  # (B, L, H, C)
+                for s in range(2):
+                    expected = allowed & ~dropkey_mask(dropkey, seed, s, 2, rows, columns)  # (H, L, L)
+                    folded = torch.stack([expected[:, i, i // 32 * 32 :][:, :32] for i in range(64)])
+                    assert torch.equal(kept[s, :64], folded)
 
 
 def test_dropkey_counts_rows_and_columns_from_the_states_chunk():

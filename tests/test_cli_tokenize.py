@@ -1,6 +1,7 @@
 """`tokenize`: what it makes of text and of lines of JSON, killed and done again, by any number of processes; training from it."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -40,48 +41,60 @@ def bpe(text, tmp_path_factory):
     return folder / "tokenizer.json"
 
 
-@pytest.fixture
-def mixed(tmp_path):
-    """Text, a file of lines, and one with a blank end, of 3.5 MB in all."""
-    folder = tmp_path / "mixed"
+def write_mixed(folder, scale=1):
+    """Text, a file of lines, and one with a blank end, of 200 KB in all, or so many times as much."""
     folder.mkdir()
-    lines = [json.dumps({"text": f"line {i} " * (i % 50 + 1)}) for i in range(12_000)]
+    lines = [json.dumps({"text": f"line {i} " * (i % 50 + 1)}) for i in range(750 * scale)]
     (folder / "a.jsonl").write_text("\n".join(lines))
-    (folder / "b.txt").write_text("to be or not to be, that is the question\n" * 9000)
+    (folder / "b.txt").write_text("to be or not to be, that is the question\n" * 560 * scale)
     (folder / "c.ndjson").write_text('{"text": "one"}\r\n\n{"text": "two", "id": 2}\n\n')
     return folder
 
 
-def test_what_it_makes_and_says(mixed, bpe, tmp_path, capsys):
+@pytest.fixture
+def mixed(tmp_path, monkeypatch):
+    """Files that are divided as ones 16 times as large: --shard-size 1 makes four shards of them."""
+    monkeypatch.setattr("megalodon_ops.cli.tokenize.divided", lambda files, size: reading.divided(files, size >> 4))
+    return write_mixed(tmp_path / "mixed")
+
+
+@pytest.fixture
+def large(tmp_path):
+    """As many shards of text, and a document that takes a process a while."""
+    folder = write_mixed(tmp_path / "large", 16)
+    (folder / "d.txt").write_bytes((folder / "b.txt").read_bytes() * 10)
+    return folder
+
+
+def test_what_it_makes_and_says(mixed, bpe, tmp_path, monkeypatch, capsys):
     (mixed / "d.jsonl").write_text('{"text": ""}\n[]\n{"body": "x"}\n')
+    asked = []
+    monkeypatch.setattr(
+        "megalodon_ops.cli.tokenize.divided",
+        lambda files, size: asked.append(size) or reading.divided(files, size >> 4),
+    )
     assert tokenize(tmp_path / "tokens", mixed, "--tokenizer", bpe, "--shard-size", 1) == 0
     out, err = capsys.readouterr()
     shards = Shards(tmp_path / "tokens")
-    assert (shards.num_documents, shards.num_shards) == (12003, 4)
+    assert (shards.num_documents, shards.num_shards, asked) == (753, 4, [1 << 20])
     assert out.splitlines() == [
-        f"{tmp_path}/tokens: 12,003 documents, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens in 4 shards: "
+        f"{tmp_path}/tokens: 753 documents, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens in 4 shards: "
         f"{shards.num_bytes / shards.num_tokens:.3f} bytes a token",
         "skipped: empty documents (1), lines without a text 'text' (2)",
         f"train with it: python -m megalodon_ops train --data {tmp_path}/tokens",
     ]
     assert "tokenizing" in err
     tokenizer = shards.tokenizer
-    for number in (0, 1, 50, 11_999):
+    for number in (0, 1, 50, 749):
         assert tokenizer.decode(shards.document(number).tolist()) == f"line {number} ".encode() * (number % 50 + 1)
-    assert tokenizer.decode(shards.document(12_000).tolist()) == (mixed / "b.txt").read_bytes()
-    assert [tokenizer.decode(shards.document(n).tolist()) for n in (12_001, 12_002)] == [b"one", b"two"]
+    assert tokenizer.decode(shards.document(750).tolist()) == (mixed / "b.txt").read_bytes()
+    assert [tokenizer.decode(shards.document(n).tolist()) for n in (751, 752)] == [b"one", b"two"]
     assert tokenize(tmp_path / "tokens", "--check") == 0
-    assert "as it was written; 12,003 documents" in capsys.readouterr().out
+    assert "as it was written; 753 documents" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("tokens/.*")] == [".lock"]
 
 
-@pytest.mark.parametrize(
-    ("call", "counts"),
-    [
-        ("rename", range(0, 15, 2)), ("fsync", range(0, 30, 9)),
-        pytest.param("rename", range(15), marks=pytest.mark.slow), pytest.param("fsync", range(32), marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("call", "counts"), [("rename", range(0, 15, 2)), ("fsync", range(0, 30, 9))])
 def test_killed_at_any_moment_and_done_again(mixed, tmp_path, monkeypatch, call, counts, capsys):
     """The same command gives the same files, also after its end; what the index lists is not made again."""
     wanted = tmp_path / "whole"
@@ -110,14 +123,15 @@ def test_done_again_after_its_end(mixed, tmp_path, capsys):
     assert capsys.readouterr().out == said and {path: path.stat().st_mtime_ns for path in out.iterdir()} == made
 
 
-@pytest.mark.parametrize("kind", ["bytes", pytest.param("bpe", marks=pytest.mark.slow)])
-def test_processes_change_nothing(mixed, bpe, tmp_path, monkeypatch, kind):
-    """Two, for many more shards than there are processes."""
-    monkeypatch.setattr("megalodon_ops.cli.tokenize.divided", lambda files, size: reading.divided(files, 100_000))
-    flags = ["--tokenizer", bpe] if kind == "bpe" else []
-    assert tokenize(tmp_path / "one", mixed, "--workers", 1, *flags) == 0
-    assert tokenize(tmp_path / "two", mixed, "--workers", 2, *flags) == 0
-    assert Shards(tmp_path / "two").num_shards == 34
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_processes_change_nothing(mixed, bpe, tmp_path, monkeypatch, start):
+    """Two, for many more shards than there are processes; forked, they need not import torch, as those of the command do."""
+    monkeypatch.setattr("megalodon_ops.cli.tokenize.divided", lambda files, size: reading.divided(files, 6000))
+    context = multiprocessing.get_context(start)
+    monkeypatch.setattr("megalodon_ops.cli.tokenize.multiprocessing.get_context", lambda name: context)
+    assert tokenize(tmp_path / "one", mixed, "--workers", 1, "--tokenizer", bpe) == 0
+    assert tokenize(tmp_path / "two", mixed, "--workers", 2, "--tokenizer", bpe) == 0
+    assert Shards(tmp_path / "two").num_shards > 30
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -126,18 +140,22 @@ def children_of(process):
     return [int(child) for child in path.read_text().split()] if path.exists() else []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_killed_with_its_processes(mixed, bpe, tmp_path, number, capsys):
-    """Once the first process is gone, the others end; another run goes on with the shards that were whole."""
-    (mixed / "d.txt").write_bytes((mixed / "b.txt").read_bytes() * 30)  # takes its process a while
-    flags = ["--shard-size", 1, "--tokenizer", bpe]
+def begun(folder, out, bpe):
+    """The command with two processes, once it has made a shard."""
     process = subprocess.Popen(
-        shell("tokenize", mixed, "--out", tmp_path / "parts", "--workers", 2, *flags),
+        shell("tokenize", folder, "--out", out, "--workers", 2, "--shard-size", 1, "--tokenizer", bpe),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while process.poll() is None and not list((tmp_path / "parts").glob("shard-*.npy")):
+    while process.poll() is None and not list(out.glob("shard-*.npy")):
         time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_with_its_processes(large, bpe, tmp_path, number):
+    """Once the first process is gone, the others end; another run goes on with the shards that were whole."""
+    process = begun(large, tmp_path / "parts", bpe)
     processes = children_of(process.pid)
     process.send_signal(number)
     said = process.communicate(timeout=120)[1]
@@ -146,20 +164,14 @@ def test_killed_with_its_processes(mixed, bpe, tmp_path, number, capsys):
     while any(Path(f"/proc/{child}").exists() for child in processes):
         assert time.monotonic() < end
         time.sleep(0.05)
-    assert tokenize(tmp_path / "parts", mixed, *flags, "--workers", 1) == 0
-    assert tokenize(tmp_path / "whole", mixed, *flags, "--workers", 1) == 0
+    flags = ["--shard-size", 1, "--tokenizer", bpe]
+    assert tokenize(tmp_path / "parts", large, *flags) == tokenize(tmp_path / "whole", large, *flags) == 0
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_command_in_one_line(mixed, bpe, tmp_path):
-    (mixed / "d.txt").write_bytes((mixed / "b.txt").read_bytes() * 30)
-    process = subprocess.Popen(
-        shell("tokenize", mixed, "--out", tmp_path / "parts", "--workers", 2, "--shard-size", 1, "--tokenizer", bpe),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while process.poll() is None and not list((tmp_path / "parts").glob("shard-*.npy")):
-        time.sleep(0.01)
+def test_a_process_that_dies_ends_the_command_in_one_line(large, bpe, tmp_path):
+    process = begun(large, tmp_path / "parts", bpe)
     commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children_of(process.pid)}
     os.kill(next(child for child, command in commands.items() if b"spawn_main" in command), signal.SIGKILL)
     said = process.communicate(timeout=120)[1]
@@ -178,7 +190,7 @@ def anonymous():
     return int(fields["RssAnon"].split()[0]) / 1024
 
 def measured(folder):
-    assert main(["tokenize", folder + "/text", "--out", folder + "/tokens", "--workers", "1", "--shard-size", "4", *sys.argv[2:]]) == 0
+    assert main(["tokenize", folder + "/text", "--out", folder + "/tokens", "--workers", "1", "--shard-size", "1"]) == 0
     corpus = Shards(folder + "/tokens").hold_out()
     for batch in Batches(corpus.train, 8, 2048, seed=None):
         pass
@@ -202,12 +214,10 @@ print(peak - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_memory_does_not_grow_with_the_text(bpe, tmp_path, kind):
+def test_memory_does_not_grow_with_the_text(tmp_path):
     """Ten times more text, in a long file and in lines, is encoded and read in hardly more memory: files that are mapped count not."""
     line = json.dumps({"text": "to be or not to be, that is the question: whether tis nobler " * 30}) + "\n"
-    size = 600 if kind == "bytes" else 200
-    grown = {}
+    size, grown = 300, {}
     for times in (1, 10):
         folder = tmp_path / str(times)
         for name, copies in (("first", size), ("second", size * times)):
@@ -215,9 +225,7 @@ def test_memory_does_not_grow_with_the_text(bpe, tmp_path, kind):
             numbers = (line.replace("question", f"question {i}") for i in range(copies))
             (folder / name / "text" / "lines.jsonl").write_text("".join(numbers))
             (folder / name / "text" / "whole.txt").write_text(line * 10 * copies)
-        flags = [] if kind == "bytes" else ["--tokenizer", str(bpe)]
-        program = f"import sys; sys.argv = ['x', {str(folder)!r}, *{flags!r}]\n" + MEMORY
-        ran = run_python(program, OMP_NUM_THREADS="1")
+        ran = run_python(MEMORY, folder, OMP_NUM_THREADS="1")
         assert ran.returncode == 0, ran.stderr[-2000:]
         grown[times] = float(ran.stdout.splitlines()[-1])
         shutil.rmtree(folder)
@@ -312,7 +320,7 @@ def test_a_full_disk(mixed, tmp_path, capfd, file_size_limit):
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_training_from_tokens_is_training_from_text(text, bpe, tmp_path, kind, capsys):
-    """Document by document, loss by loss, held-out figures and all; interrupted, too. The tokenizer comes with the tokens."""
+    """Document by document, loss by loss, held-out figures and all. The tokenizer comes with the tokens."""
     flags = [] if kind == "bytes" else ["--tokenizer", bpe]
     assert tokenize(tmp_path / "tokens", text, *flags) == 0
     assert train(text, tmp_path / "of-text", "--steps", 8, "--eval-every", 4, *flags) == 0
@@ -322,17 +330,23 @@ def test_training_from_tokens_is_training_from_text(text, bpe, tmp_path, kind, c
     assert rows(tmp_path / "whole") == rows(tmp_path / "of-text")
     learned = "bytes in 38 documents to learn from"
     assert learned in before and learned in after
-    assert train(tmp_path / "tokens", tmp_path / "parts", "--steps", 8, "--eval-every", 4, "--checkpoint-every", 3) == 0
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000008")
-    assert main(["train", "--out", str(tmp_path / "parts"), "--resume"]) == 0
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    found = load_checkpoint(tmp_path / "parts")
+    found = load_checkpoint(tmp_path / "whole")
     assert found.tokenizer().fingerprint == Shards(tmp_path / "tokens").tokenizer.fingerprint
     assert found.record["data"]["fingerprint"] == Shards(tmp_path / "tokens").hold_out().fingerprint
     capsys.readouterr()
-    assert main(["eval", "--checkpoint", str(tmp_path / "parts")]) == 0
+    assert main(["eval", "--checkpoint", str(tmp_path / "whole")]) == 0
     bits = float(capsys.readouterr().out.splitlines()[-1].split()[0])
     assert bits == pytest.approx(rows(tmp_path / "whole")[-1]["held_out_bits_per_byte"], abs=2e-4)
+
+
+def test_a_run_over_tokens_resumes_to_equal_losses(text, bpe, tmp_path):
+    assert tokenize(tmp_path / "tokens", text, "--tokenizer", bpe) == 0
+    flags = ["--steps", 8, "--eval-every", 4, "--checkpoint-every", 3]
+    assert train(tmp_path / "tokens", tmp_path / "run", *flags) == 0
+    whole = rows(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert rows(tmp_path / "run") == whole
 
 
 def test_a_start_encodes_nothing(text, bpe, tmp_path, monkeypatch):

@@ -152,13 +152,14 @@ def test_interrupted_and_resumed(text, bpe, tmp_path, capsys):
     """The tokenizer comes from the checkpoint: its file may be gone. Another one is refused."""
     flags = ["--tokenizer", tmp_path / "bpe.json", "--dropout", 0.1]
     shutil.copy(bpe, tmp_path / "bpe.json")
-    assert train(text, tmp_path / "whole", *flags, "--steps", 12) == 0
-    assert train(text, tmp_path / "parts", *flags, "--steps", 12, "--checkpoint-every", 6) == 0
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000012")
+    out = tmp_path / "run"
+    assert train(text, out, *flags, "--steps", 12, "--checkpoint-every", 6) == 0
+    whole = rows(out)
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
     (tmp_path / "bpe.json").unlink()
-    resume = ["train", "--resume", "--out", str(tmp_path / "parts")]
+    resume = ["train", "--resume", "--out", str(out)]
     assert main(resume) == 0
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert rows(out) == whole
     assert main([*resume, "--tokenizer", str(bpe)]) == 0
     capsys.readouterr()
     Tokenizer.train([b"other text " * 9], vocab_size=SIZE).save(tmp_path)
@@ -255,7 +256,7 @@ ERRORS = {
     "no file": (["train", "--tokenizer", "{tmp}/none"], "--tokenizer {tmp}/none: no such file"),
     "no tokenizer": (["train", "--tokenizer", "{tmp}/noise"], "--tokenizer {tmp}/noise: neither a JSON file of the"),
     "a run": (["train", "--tokenizer", "{run}"], "no tokenizer.model in this folder; that of a run is in each folder of its ch"),
-    "out nowhere": (["tokenizer", "--train", "--vocab-size", "300", "--out", "/proc/none/x"], "--out /proc/none/x: could not be"),
+    "out nowhere": (["tokenizer", "--train", "--vocab-size", "300", "--out", "/proc/none/x", __file__], "--out /proc/none/x: could not be"),
     "empty folder": (["train", "--tokenizer", "{tmp}"], "--tokenizer {tmp}: no tokenizer.json and no tokenizer.model"),
     "no JSON": (["train", "--tokenizer", "{tmp}/half.json"], "--tokenizer {tmp}/half.json: EOF while parsing"),
     "another": (["generate", "--checkpoint", "{run}", "--tokenizer", "{bytes}"], "{run} holds another tokenizer"),

@@ -1,12 +1,10 @@
 """`eval` and `generate`: what is made of a trained model."""
 
-import os
 import signal
-import subprocess
 
 import pytest
 import torch
-from command_line import overflow, rows, shell, train
+from command_line import Forked, overflow, rows, train
 from models import tiny_model
 
 from megalodon_ops.cli import main
@@ -51,19 +49,17 @@ def test_generate(finished, capsys):
 
 
 def test_generate_prints_as_it_comes(finished):
-    command = shell("generate", "--checkpoint", finished, "--bytes", 1_000_000)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.read(20)
-        process.stdout.close()  # as `head` does
-        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
-        assert process.stderr.read() == b""
+    command = Forked("generate", "--checkpoint", finished, "--bytes", 1_000_000)
+    assert command.stdout.read(20)
+    command.stdout.close()  # as `head` does
+    assert command.wait() == (128 + signal.SIGPIPE, b"")
 
 
 def test_a_prompt_from_standard_input_on_a_terminal_that_knows_ascii_alone(finished):
-    command = shell("generate", "--checkpoint", finished, "--prompt-file", "-", "--bytes", 5)
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    ran = subprocess.run(command, input="d\u00e9f ".encode(), capture_output=True, env=environment)
-    assert ran.returncode == 0 and ran.stderr == b"" and ran.stdout.startswith(b"d\\xe9f ")
+    arguments = ["generate", "--checkpoint", finished, "--prompt-file", "-", "--bytes", 5]
+    command = Forked(*arguments, stdin="d\u00e9f ".encode(), encoding="ascii")
+    assert command.stdout.readall().startswith(b"d\\xe9f ")
+    assert command.wait() == (0, b"")
 
 
 @pytest.mark.parametrize(

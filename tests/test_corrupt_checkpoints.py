@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from command_line import quick_commands
 from models import tiny_model, tokens_of
 from mutations import mutate
 from test_official import save_released
@@ -47,16 +48,12 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     text = out / "text"
     text.write_bytes(b"to be or not to be, that is the question. " * 30)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megalodon_ops.cli.generate.SAMPLE", 3)
+    with quick_commands():
         assert main(["train", "--data", str(text), "--out", str(out / "r"), *TINY]) == 0
         yield out / "r", text
-    torch.set_num_threads(threads)
 
 
-@counts(40, 500)
+@counts(20, 500)
 def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_path, capsys, count):
     """A damaged file is refused; nothing guards a number of `training.json`, with which the run then goes on."""
     out, text = run
@@ -106,7 +103,7 @@ def fault_of(error: Exception, beginning: str) -> str | None:
     return None if plain and str(error).startswith(beginning) else repr(error)[:300]
 
 
-@counts(60, 800)
+@counts(30, 800)
 def test_a_mutated_folder_of_our_format_is_refused_in_one_line_or_computes(tmp_path, count):
     """Nothing guards a byte of a weight that is a number still; all else is as it was, or refused."""
     text = b"to be or not to be, that is the question " * 9
@@ -143,7 +140,7 @@ def test_a_mutated_folder_of_our_format_is_refused_in_one_line_or_computes(tmp_p
     assert refused > count / 3
 
 
-@counts(40, 200)
+@counts(15, 200)
 def test_a_mutated_folder_of_the_released_format_is_refused_or_gives_its_weights(tmp_path, count):
     model = tiny_model(torch.float32)
     want = model.state_dict()
@@ -171,7 +168,7 @@ def test_a_mutated_folder_of_the_released_format_is_refused_or_gives_its_weights
     assert not bad, bad[:12]
 
 
-@counts(30, 300)
+@counts(20, 300)
 def test_a_mutated_state_is_refused_or_one_that_a_model_takes(tmp_path, count):
     model = tiny_model(torch.float32)
     _, state = model(tokens_of(2, 5), return_state=True)

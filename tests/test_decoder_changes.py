@@ -112,11 +112,13 @@ def test_a_changed_block_runs_as_changed(change):
     assert not torch.equal(found[0], as_made[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "names",
-    [*([name] for name in ALL_LINEAR_LAYERS[8:]), ALL_LINEAR_LAYERS],
-    ids=lambda names: f"{names[0]}, {len(names)}",
+    ("names", "dtype"),
+    [
+        *(([name], DTYPES[i % len(DTYPES)]) for i, name in enumerate(ALL_LINEAR_LAYERS[8:])),
+        *((ALL_LINEAR_LAYERS, dtype) for dtype in DTYPES),
+    ],
+    ids=lambda value: f"{value[0]}, {len(value)}" if isinstance(value, list) else str(value),
 )
 def test_every_linear_layer_is_called_in_its_place(names, dtype):
     rows, length = 3, 2

@@ -12,10 +12,8 @@ PIECES = (98 * C, 98 * C, 97 * C, TOKENS - 293 * C)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
-)
-def test_200_000_tokens(ranks, dtype, tolerance):
+def test_200_000_tokens_in_float32(ranks):
+    """Where states and counts of norms would lose most to rounding."""
     config = dict(chunk_size=C, layerwise_ckpt=True)
-    error, where = worst(ranks.run(compare, 4, Work(PIECES, dtype=dtype, config=config), timeout=1200))
-    assert error < tolerance, where
+    error, where = worst(ranks.run(compare, 4, Work(PIECES, dtype=torch.float32, config=config), timeout=1200))
+    assert error < 1e-5, where

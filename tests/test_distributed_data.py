@@ -18,7 +18,7 @@ if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_c
 
 from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
 
-STEPS = 20
+STEPS = 5
 SLOW = pytest.mark.slow
 
 
@@ -36,13 +36,10 @@ def assert_same_training(found, wanted, tolerance=1e-5):
     [
         (2, "shard", {}),
         (2, "replicate", WITH_ALL),
-        pytest.param(1, "shard", {}, marks=SLOW),
+        pytest.param(1, "shard", WITH_ALL, marks=SLOW),
         pytest.param(1, "replicate", {}, marks=SLOW),
-        pytest.param(2, "replicate", {}, marks=SLOW),
-        pytest.param(2, "shard", WITH_ALL, marks=SLOW),
-        pytest.param(4, "shard", {}, marks=SLOW),
-        pytest.param(4, "replicate", {}, marks=SLOW),
         pytest.param(4, "shard", WITH_ALL, marks=SLOW),
+        pytest.param(4, "replicate", {}, marks=SLOW),
     ],
     ids=lambda value: "all" if value is WITH_ALL else "plain" if value == {} else str(value),
 )
@@ -109,8 +106,8 @@ def test_padding_and_batches_without_targets_count_as_in_one_process(ranks):
 
 @pytest.mark.parametrize("data", ["shard", pytest.param("replicate", marks=SLOW)])
 def test_accumulated_gradients_are_exchanged_once(ranks, data):
-    wanted = train(tiny_model(torch.float32), 5, accumulate=3)
-    results = ranks.run(train_parallel, 2, data, 5, 3, {}, {})
+    wanted = train(tiny_model(torch.float32), 3, accumulate=2)
+    results = ranks.run(train_parallel, 2, data, 3, 2, {}, {})
     assert_same_training(results[0], wanted)
 
 

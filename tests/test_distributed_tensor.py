@@ -19,11 +19,12 @@ pytest.importorskip("torch.distributed.fsdp")
 from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
 
 EXACT, FLOAT32 = 1e-10, 1e-5
+ONE_HEAD = Work(config=dict(num_heads=1), past=11)
 CONFIGS = {
-    "two heads": Work(),
-    "one head": Work(config=dict(num_heads=1), past=11),
-    "swiglu, rescaled": Work(config=dict(swiglu=True, rescale_nffn=True), past=8),
-    "shared embedding": Work(config=dict(share_emb=True, scale_emb=True, num_heads=1), reduction="sum"),
+    "two heads, swiglu, rescaled": Work(config=dict(swiglu=True, rescale_nffn=True), past=8),
+    "one head, shared embedding": replace(
+        ONE_HEAD, config=dict(share_emb=True, scale_emb=True, num_heads=1), reduction="sum"
+    ),
     "recomputed": Work(config=dict(layerwise_ckpt=True), lengths=(21, 9)),
     "no affine norms": Work(config=dict(norm_affine=False, cema_ndim=1), rows=1, cu_seqlens=(0, 5, 5, 21)),
 }
@@ -33,11 +34,6 @@ CONFIGS = {
 def test_equals_one_process(ranks, case):
     error, where = worst(ranks.run(compare, 2, CONFIGS[case]))
     assert error < EXACT, where
-
-
-def test_equals_one_process_in_float32(ranks):
-    error, where = worst(ranks.run(compare, 2, replace(CONFIGS["one head"], dtype=torch.float32)))
-    assert error < FLOAT32, where
 
 
 def gradients(parallel: bool) -> dict[str, torch.Tensor]:
@@ -65,7 +61,7 @@ def test_gradients_of_logits_losses_and_states_are_those_of_one_process(ranks):
 
 
 def test_16_bit_matrices_differ_by_their_rounding_alone(ranks):
-    work = replace(CONFIGS["one head"], dtype=torch.float32, options=dict(param_dtype=torch.bfloat16))
+    work = replace(ONE_HEAD, dtype=torch.float32, options=dict(param_dtype=torch.bfloat16))
     error, where = worst(ranks.run(compare, 2, work))
     assert 1e-4 < error < 0.15, where  # a rounding of bfloat16 is 0.004
 
@@ -131,6 +127,8 @@ def test_dropout_is_alike_where_ranks_have_the_same_and_differs_where_they_do_no
     assert not torch.equal(first["gated"], second["gated"]) and not torch.equal(first["hidden"], second["hidden"])
     assert len({*seeds}) == 2 and (seeds == others) == (heads == 1)
     assert after != other_after, "each rank's generator goes on as its own"
+    if heads == 1:  # recomputed where ranks have seeds of their own
+        return
     ((_, _, again, same), *_) = ranks.run(dropped, 2, config, True)
     assert same == after
     for name, grad in grads.items():
@@ -249,8 +247,8 @@ def trained(sizes: str | None, steps: int, frozen: str = "") -> tuple[list[float
 @pytest.mark.parametrize("sizes", ["tensor=2", pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])
 def test_trains_as_one_process(ranks, sizes):
     frozen = "rmsnorm" if "data" in sizes else ""
-    losses, parameters = trained(None, 3, frozen)
-    for found, values in ranks.run(trained, 4 if "data" in sizes else 2, sizes, 3, frozen):
+    losses, parameters = trained(None, 2, frozen)
+    for found, values in ranks.run(trained, 4 if "data" in sizes else 2, sizes, 2, frozen):
         assert found == pytest.approx(losses, rel=1e-10)
         for name, value in parameters.items():
             torch.testing.assert_close(values[name], value, rtol=1e-7, atol=1e-8, msg=name)

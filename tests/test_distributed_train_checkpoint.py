@@ -126,7 +126,7 @@ def assert_equal(found, wanted):
         assert (found[name] == value).all(), name
 
 
-MESHES = [dict(data=1), dict(data=2), dict(data=2, chunk=2), dict(data=4), dict(chunk=2)]
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,15 @@ def test_what_a_checkpoint_holds(saved):
         assert facts == {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(data=2, chunk=2),
+        dict(data=2),
+        *(pytest.param(sizes, marks=slow) for sizes in (dict(data=1), dict(chunk=2))),
+    ],
+    ids=str,
+)
 def test_any_mesh_goes_on(ranks, saved, sizes):
     """Weights, the optimizer's state and rows to the last bit; on as many processes, each one's generator."""
     run, values, drawn = saved
@@ -195,13 +203,12 @@ def test_one_process_reads_it_without_a_process_group(saved, tmp_path, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2), dict(data=2, chunk=2)], ids=str)
-def test_several_processes_go_on_from_the_folder_of_one(ranks, tmp_path, sizes):
+def test_several_processes_go_on_from_the_folder_of_one(ranks, tmp_path):
     model, optimizer = begin()
     descend(model, optimizer, 3)
     save_checkpoint(tmp_path, 3, model, optimizer=optimizer, state=state_of_rows(range(ROWS)))
     wanted = {name: tensor.numpy() for name, tensor in whole_values(model, optimizer).items()}
-    for found, _ in ranks.run(resuming, 2 * sizes.get("chunk", 1), tmp_path, sizes):
+    for found, _ in ranks.run(resuming, 2, tmp_path, dict(data=2)):
         assert_equal(found, wanted)
 
 

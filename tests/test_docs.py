@@ -56,6 +56,17 @@ def test_every_reference_function_has_a_page():
     assert {*mo.reference.__all__} <= documented
 
 
+def test_the_walk_names_what_is_in_the_files():
+    """CONTRIBUTING's walk from a call to the loop that computes."""
+    walk = re.search(r"## From a call.*?\n## ", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[0]
+    steps = re.findall(r"`([\w/]+\.\w+)`: ((?:`\w+`(?:, )?)+)", walk)
+    assert len(steps) >= 12
+    for path, names in steps:
+        text = (ROOT / path).read_text()
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"\b{name}\b", text), f"{path}: {name}"
+
+
 def described_in(svg: Path) -> str:
     return html.unescape(re.search(r"<dc:description>(.*?)</dc:description>", svg.read_text())[1])
 
@@ -98,6 +109,21 @@ def test_the_pages_build_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "pages" / "docs" / "ops" / "cema.html").exists()
+    assert dead_links(tmp_path / "pages") == []
+
+
+def dead_links(site: Path) -> list[str]:
+    """Links between pages of the site that lead to no file, or to no place in it."""
+    texts = {page.resolve(): page.read_text() for page in site.rglob("*.html")}
+    places = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in texts.items()}
+    dead = []
+    for page, text in texts.items():
+        for link in set(re.findall(r'<a [^>]*href="([^":]+)"', text)):
+            path, _, place = html.unescape(link).partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (place and place not in places.get(target, {place})):
+                dead.append(f"{page.relative_to(site.resolve())}: {link}")
+    return sorted(dead)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_all_as_accurate_as, assert_all_close, assert_bit_equal
-from backends import ISA_PARAMS, every_backend, wide_every_backend
+from assertions import (
+    assert_all_as_accurate_as,
+    assert_all_close,
+    assert_bit_equal,
+    every_case,
+    references,
+    with_references,
+)
+from backends import ISA_PARAMS, SLOW_EMULATED, every_backend, wide_every_backend
 from cases import (
     BUILDERS,
     Case,
@@ -17,7 +24,7 @@ from cases import (
     forward,
     timestep_norm_end_state_case,
 )
-from test_cema import HARD_POLES
+from test_cema import HARD_POLES, HARD_SHAPES
 from test_timestep_norm import HARD_VALUES, SHAPES
 
 import megalodon_ops as mo
@@ -27,14 +34,13 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 END_STATES = ("cema_end_state", "timestep_norm_end_state")
 # Pieces of a sequence, strips, groups of sequences; more steps than cema takes one by one.
 SEQUENCES = {
-    "one": {"B": 1, "L": 2100},
+    "one": {"B": 1, "L": 1100},
     "rows": {"B": 3, "L": 77},
     "padded": {"B": 4, "L": 80, "lengths": [80, 0, 33, 64]},
     "packed": {"B": 1, "L": 400, "cu_seqlens": [3, 5, 5, 90, 254, 391]},
 }
-FRESH_VALUES = {name: values for name, values in HARD_VALUES.items() if "count" not in values}
-each_sequences = pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+FRESH_VALUES = {name: HARD_VALUES[name] for name in ("mean-1e4-std-1e-2", "mean-1e6-std-1", "tiny", "huge")}
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def whole_case(case: Case) -> Case:
@@ -62,31 +68,44 @@ def gradients_of_states(case: Case) -> tuple[dict, dict]:
     return found, {name: expected[name] for name in found}
 
 
+def cases_of(op, **sizes):
+    """Calls of an op that returns the end state alone, by name: each kind of batch in each dtype, then hard numbers."""
+    cases = {
+        (name, dtype): BUILDERS[op](**sequences, **sizes, dtype=dtype)
+        for name, sequences in SEQUENCES.items() for dtype in DTYPES
+    }  # fmt: skip
+    hard, shape = (HARD_POLES, HARD_SHAPES["odd"]) if op == "cema_end_state" else (FRESH_VALUES, SHAPES["odd"])
+    return cases | {(name,): BUILDERS[op](**shape, **numbers) for name, numbers in hard.items()}
+
+
 @every_backend
-@each_dtype
-@each_sequences
 @pytest.mark.parametrize(("op", "sizes"), [("cema_end_state", {"D": 19, "N": 5}), ("timestep_norm_end_state", {})])
-def test_states_have_the_bits_of_those_beside_an_output(op, sizes, sequences, dtype, backend):
-    case = BUILDERS[op](**sequences, **sizes, dtype=dtype)
-    whole = whole_case(case)
-    expected = forward(getattr(mo, whole.op), whole)
-    assert_bit_equal(forward(getattr(mo, op), case), {k: v for k, v in expected.items() if k != "y"})
+def test_states_have_the_bits_of_those_beside_an_output(op, sizes, backend):
+    with every_case() as each:
+        for name, case in cases_of(op, **sizes).items():
+            with each(*name):
+                whole = whole_case(case)
+                expected = forward(getattr(mo, whole.op), whole)
+                assert_bit_equal(forward(getattr(mo, op), case), {k: v for k, v in expected.items() if k != "y"})
 
 
 @pytest.mark.parametrize("D", [19, 300])
 @pytest.mark.parametrize("backend", ISA_PARAMS, indirect=True)
-@each_dtype
-@each_sequences
-def test_gradients_of_cema_have_the_bits_of_those_without_dy(sequences, dtype, D, backend):
+def test_gradients_of_cema_have_the_bits_of_those_without_dy(D, backend):
     """On the CPU: a scan without dy adds nothing where the scan with dy adds zeros."""
-    assert_bit_equal(*gradients_of_states(cema_end_state_case(**sequences, D=D, N=5, dtype=dtype)))
+    with every_case() as each:
+        for name, case in cases_of("cema_end_state", D=D, N=5).items():
+            with each(*name):
+                assert_bit_equal(*gradients_of_states(case))
 
 
 @every_backend
-@each_sequences
-def test_gradients_of_timestep_norm_are_those_without_dy(sequences, backend):
-    case = timestep_norm_end_state_case(**sequences, G=3, width=8, dtype=torch.float64)
-    assert_all_close(*gradients_of_states(case), tolerance=1e-12)
+def test_gradients_of_timestep_norm_are_those_without_dy(backend):
+    with every_case() as each:
+        for name, sequences in SEQUENCES.items():
+            with each(name):
+                case = timestep_norm_end_state_case(**sequences, G=3, width=8, dtype=torch.float64)
+                assert_all_close(*gradients_of_states(case), tolerance=1e-12)
 
 
 @pytest.mark.parametrize("lengths", [None, [9, 0]], ids=["dense", "padded"])
@@ -102,26 +121,33 @@ def test_counts_and_residuals_are_those_of_timestep_norm(lengths):
     assert [part.requires_grad for part in state] == [False, True, True, False]
 
 
-@wide_every_backend
-@pytest.mark.parametrize("poles", HARD_POLES.values(), ids=HARD_POLES)
-@pytest.mark.parametrize(
-    "shape", [{"B": 1, "L": 2003, "D": 3, "N": 16}, {"B": 2, "L": 257, "D": 33, "N": 5}], ids=["long", "odd"]
-)
-def test_hard_poles_on_long_sequences(poles, shape, backend):
-    assert_as_accurate_as_plain_torch(cema_end_state_case(**shape, **poles))
+@pytest.mark.parametrize("backend", SLOW_EMULATED, indirect=True)
+@pytest.mark.parametrize("shape", HARD_SHAPES)
+def test_hard_poles_on_long_sequences(shape, backend):
+    """The CPU's results have the bits of cema's, whose hard poles are in test_cema.py."""
+    with every_case() as each:
+        for poles, numbers in HARD_POLES.items():
+            with each(poles):
+                case = cema_end_state_case(**HARD_SHAPES[shape], **numbers)
+                results = evaluate(mo.cema_end_state, case)
+                assert_all_as_accurate_as(results, *references(case), factor=4, floor=8)
+
+
+@with_references
+def hard_norm_case(shape, values):
+    return timestep_norm_end_state_case(**SHAPES[shape], **FRESH_VALUES[values])
 
 
 @wide_every_backend
-@pytest.mark.parametrize("values", FRESH_VALUES.values(), ids=FRESH_VALUES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_hard_values(values, shape, backend):
-    assert_as_accurate_as_plain_torch(timestep_norm_end_state_case(**shape, **values))
-
-
-def assert_as_accurate_as_plain_torch(case, run=evaluate):
-    reference = getattr(mo.reference, case.op)
-    exact, same = run(reference, case.double()), run(reference, case)
-    assert_all_as_accurate_as(run(getattr(mo, case.op), case), same, exact, factor=4, floor=8)
+def test_hard_values(backend):
+    """Each shape with two kinds of values, and each kind with two shapes: all with all are in test_timestep_norm.py."""
+    with every_case() as each:
+        for i, shape in enumerate(SHAPES):
+            for values in list(FRESH_VALUES)[i % 2 :: 2]:
+                with each(shape, values):
+                    case, same, exact = hard_norm_case(shape, values)
+                    results = evaluate(mo.timestep_norm_end_state, case)
+                    assert_all_as_accurate_as(results, same, exact, factor=4, floor=8)
 
 
 @pytest.mark.parametrize("L", [40, 4000], ids=["whole", "pieces"])
@@ -130,7 +156,16 @@ def test_a_state_in_range_whose_quotient_by_p_is_not(L, backend):
     """h / p overflows: h is then scanned as it is. The gradient of p is out of range."""
     case = cema_end_state_case(B=1, L=L, D=3, N=4, radius=(0.99, 0.99), angle=(0.0, 0.0))
     x, p = torch.full_like(case.tensors["x"], 1e38), torch.full_like(case.tensors["p"], 1e-3)
-    assert_as_accurate_as_plain_torch(case.with_tensors(x=x, p=p), run=forward)
+    case = case.with_tensors(x=x, p=p)
+    exact, same, found = (
+        forward(function, c)
+        for function, c in (
+            (mo.reference.cema_end_state, case.double()),
+            (mo.reference.cema_end_state, case),
+            (mo.cema_end_state, case),
+        )
+    )
+    assert_all_as_accurate_as(found, same, exact, factor=4, floor=8)
 
 
 @pytest.mark.parametrize("name", END_STATES)

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import TINY, tiny_model, tokens_of
 from torch import Tensor
@@ -65,7 +65,7 @@ def test_every_token_is_predicted_once_from_what_its_window_holds(context):
 
 
 CASES = dict(
-    lengths=st.lists(st.integers(1, 14 * C), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(1, 12 * C), min_size=1, max_size=3),
     context=st.sampled_from([1, 2, C - 1, C, 3 * C, 9 * C + 1, 11 * C, "all"]),
     rows=st.integers(1, 4),
     piece=st.integers(1, 5 * C),
@@ -73,7 +73,6 @@ CASES = dict(
 )
 
 
-@settings(max_examples=25, deadline=None)
 @given(**CASES)
 def test_rows_and_pieces_change_nothing(lengths, context, rows, piece, cuts):
     """Neither the pieces that the model reads nor those that a document comes in."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -352,3 +354,24 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
             assert torch.equal(a, b)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+# The extra
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [
+        ("raise ModuleNotFoundError(\"No module named 'transformers'\", name='transformers')", r"\[hf\]\"$"),
+        ("__version__ = '4.57.1'", "transformers 5.0 or newer, got 4.57.1"),
+    ],
+    ids=["none", "too old"],
+)
+def test_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str, message: str) -> None:
+    (tmp_path / "transformers.py").write_text(installed)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "transformers" or f"{name}.".startswith("megalodon_ops.hf."):
+            monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("megalodon_ops.hf")

@@ -16,7 +16,7 @@ normalized_qk_module = sys.modules["megalodon_ops.ops.normalized_qk"]  # a funct
 def test_initialisation():
     torch.manual_seed(0)
     config = mo.MegalodonConfig(
-        num_layers=2, model_dim=512, z_dim=64, value_dim=256, ffn_hidden_dim=256, rescale_nffn=True
+        num_layers=2, model_dim=512, z_dim=64, value_dim=256, ffn_hidden_dim=256, rescale_nffn=True, vocab_size=2000
     )
     model = mo.Megalodon(config)
     mega, nffn = model.layers[1].mega, model.layers[1].nffn

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import every_case
 from torch.autograd import forward_ad
 
 from backends import ISAS, each_isa, isa
@@ -14,6 +16,7 @@ from megalodon_ops import _C
 from megalodon_ops.ops import linear as module
 from megalodon_ops.ops.linear import Ways, linear, linear_few_rows, linear_fwd, put_product_
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has no AMX")
 
 
@@ -117,21 +120,22 @@ def test_opcheck(large):
 
 
 @each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 5, 8, 23])
-@pytest.mark.parametrize(("I", "O"), [(1, 1), (7, 0), (7, 3), (64, 100), (300, 61), (1031, 5)])
-def test_few_rows(name, dtype, rows, I, O):  # noqa: E741
-    x, weight, bias = (t.detach().to(dtype) for t in inputs(rows, I=I, O=O))
-    expected = F.linear(x.double(), weight.double(), bias.double())
-    size = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())  # of the terms
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows(name, dtype):
     sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    with isa(name), torch.no_grad():
-        found = linear_few_rows(x, weight, bias)
-        without = linear_few_rows(x, weight, None)
-    assert found.dtype == dtype
-    bound = 4 * sums * size + torch.finfo(dtype).eps * expected.abs()
-    assert ((found.double() - expected).abs() <= bound).all()
-    assert ((without.double() - (expected - bias.double())).abs() <= bound + torch.finfo(dtype).eps * size).all()
+    sizes = [(1, 1), (7, 0), (7, 3), (64, 100), (300, 61), (1031, 5)]
+    with every_case() as each, isa(name), torch.no_grad():
+        for rows, (I, O) in itertools.product([1, 2, 5, 8, 23], sizes):  # noqa: E741
+            with each(rows, I, O):
+                x, weight, bias = (t.detach().to(dtype) for t in inputs(rows, I=I, O=O))
+                expected = F.linear(x.double(), weight.double(), bias.double())
+                size = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())  # of the terms
+                found, without = linear_few_rows(x, weight, bias), linear_few_rows(x, weight, None)
+                assert found.dtype == dtype
+                bound = 4 * sums * size + torch.finfo(dtype).eps * expected.abs()
+                assert ((found.double() - expected).abs() <= bound).all()
+                bound += torch.finfo(dtype).eps * size
+                assert ((without.double() - (expected - bias.double())).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
@@ -163,30 +167,42 @@ def many_rows(name, x, weight, bias=None, *, transposed=(False, False), add_to=N
 amx = functools.partial(many_rows, "v4_amx")
 
 
+# More than a block of each of T, I and O; and none.
+MANY_ROWS = [
+    (1, 1, 1), (16, 32, 16), (17, 33, 31), (300, 70, 40), (260, 40, 200), (33, 1100, 129), (40, 600, 1), (30, 20, 2120),
+    (35, 2601, 50), (1160, 2565, 5), (5, 0, 3), (0, 4, 3), (4, 4, 0),
+]  # fmt: skip
+
+
 @each_isa
-@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("T", "I", "O"),
-    [(1, 1, 1), (16, 32, 16), (17, 33, 31), (300, 70, 40), (260, 40, 200), (33, 1100, 129), (40, 600, 1),
-     (30, 20, 2120), (35, 2601, 50), (1160, 2565, 5), (5, 0, 3), (0, 4, 3), (4, 4, 0)],  # more than a block of each
-)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_many_rows(name, T, I, O, bias, transposed, dtype):  # noqa: E741
+def test_many_rows(name, dtype):
+    """Each shape with matrices that lie either way in memory; a bias with each shape and with each way."""
     if name == "v4_amx" and dtype != torch.float32:
         pytest.skip("torch's own")
-    x, weight, offset = (t.detach().to(dtype) for t in inputs(T, I=I, O=O))
-    offset = offset if bias else None
-    y, expected = many_rows(name, x, weight, offset, transposed=transposed), F.linear(x.double(), weight.double())
-    size = F.linear(x.double().abs(), weight.double().abs())  # of the terms
-    if bias:
-        expected, size = expected + offset.double(), size + offset.double().abs()
+    with every_case() as each:
+        for i, (T, I, O) in enumerate(MANY_ROWS):  # noqa: E741
+            x, weight, bias = (t.detach().to(dtype) for t in inputs(T, I=I, O=O))
+            expected = F.linear(x.double(), weight.double())
+            size = F.linear(x.double().abs(), weight.double().abs())  # of the terms
+            for j, transposed in enumerate(itertools.product((False, True), repeat=2)):
+                has_bias = (i + j) % 2 == 0
+                with each(T, I, O, "transposed", *transposed, "bias", has_bias):
+                    assert_many_rows_are_right(
+                        name, x, weight, transposed,
+                        *((bias, expected + bias.double(), size + bias.double().abs()) if has_bias else (None, expected, size)),
+                    )  # fmt: skip
+
+
+def assert_many_rows_are_right(name, x, weight, transposed, bias, expected, size):
+    dtype = x.dtype
+    y = many_rows(name, x, weight, bias, transposed=transposed)
     bound = (2 if name == "v4_amx" else 3) * torch.finfo(torch.float32).eps * size  # seen: up to 2.2
     rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert ((y.double() - expected).abs() <= bound + rounding * expected.abs()).all()
     for sums in {dtype, torch.float32}:
         ones = torch.ones_like(y, dtype=sums)
-        summed = many_rows(name, x, weight, offset, transposed=transposed, add_to=ones)
+        summed = many_rows(name, x, weight, bias, transposed=transposed, add_to=ones)
         rounding = torch.finfo(sums).eps
         assert summed.dtype == sums
         assert ((summed.double() - 1 - expected).abs() <= bound + rounding * (1 + expected.abs())).all()
@@ -269,15 +285,16 @@ def test_many_rows_do_not_depend_on_threads(name, two_threads):
 
 
 @each_isa
-@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (3, 200), (130, 5), (64, 0), (448, 100)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_transposed_copy(name, shape, dtype):
-    x = torch.randn(shape).to(dtype)
-    for offset in (0, 1):  # of y from where vectors begin
-        y = torch.full((offset + x.numel(),), torch.nan, dtype=dtype)[offset:].view(shape[::-1])
-        with isa(name):
-            _C.transpose(x, y)
-        assert torch.equal(y, x.t())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transposed_copy(name, dtype):
+    shapes = [(1, 1), (16, 64), (17, 65), (3, 200), (130, 5), (64, 0), (448, 100)]
+    with every_case() as each, isa(name):
+        for shape, offset in itertools.product(shapes, (0, 1)):  # of y from where vectors begin
+            with each(shape, offset):
+                x = torch.randn(shape).to(dtype)
+                y = torch.full((offset + x.numel(),), torch.nan, dtype=dtype)[offset:].view(shape[::-1])
+                _C.transpose(x, y)
+                assert torch.equal(y, x.t())
 
 
 @pytest.mark.parametrize("rows", [3, 200])

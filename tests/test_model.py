@@ -23,8 +23,9 @@ def test_golden_parameter_names(golden):
     assert [name for name, _ in golden[0].named_parameters()] == MODEL["param_names"]
 
 
-def test_golden_logits_and_hidden_states(golden, backend):
+def test_golden_hidden_states_logits_and_gradients(golden, backend):
     model, io = golden
+    grads = load_file(DATA / "official_c_grads_f64.safetensors")
     hidden = []
     hooks = [layer.register_forward_hook(lambda module, args, out: hidden.append(out)) for layer in model.layers]
     logits = model(io["tokens"])
@@ -33,12 +34,7 @@ def test_golden_logits_and_hidden_states(golden, backend):
     for index, out in enumerate(hidden):
         torch.testing.assert_close(out, io[f"hidden_after_layer{index}"], rtol=0, atol=1e-11)
     torch.testing.assert_close(logits, io["logits"], rtol=0, atol=1e-11)
-
-
-def test_golden_gradients(golden, backend):
-    model, io = golden
-    grads = load_file(DATA / "official_c_grads_f64.safetensors")
-    loss = F.cross_entropy(model(io["tokens"]).flatten(0, 1), io["targets"].flatten())
+    loss = F.cross_entropy(logits.flatten(0, 1), io["targets"].flatten())
     torch.testing.assert_close(loss, io["loss"].reshape(()), rtol=1e-12, atol=0)
     model.zero_grad()
     loss.backward()

@@ -78,7 +78,9 @@ def test_loss_of_a_16_bit_model_and_under_autocast(blocks):
         torch.testing.assert_close(found, wanted, rtol=0.02, atol=0)
 
 
-def test_loss_compiles_to_one_graph(blocks):
+def test_loss_compiles_to_one_graph(monkeypatch):
+    """In blocks: the loss of one block is compiled in test_loss.py."""
+    monkeypatch.setattr(loss, "_CPU_BLOCK", 1)
     model, tokens = tiny_model(torch.float32, num_layers=1), tokens_of(4, 21)
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
     lengths = torch.tensor([20, 3, 11, 20])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_all_as_accurate_as, assert_close, assert_refuses
+from assertions import assert_all_as_accurate_as, assert_close, assert_refuses, with_references
 from backends import every_backend
 from cases import evaluate, forward, generator, normalized_qk_case, randn
 
@@ -13,12 +13,16 @@ import megalodon_ops as mo
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@with_references
+def far_case(dtype):
+    return normalized_qk_case(B=1, L=4100, H=1, K=8, C=4096, rope_base=1e5, dtype=dtype)
+
+
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_angles_keep_their_digits_far_into_a_chunk(dtype, backend):
     """A table of bfloat16 angles would be off by radians at position 4095."""
-    case = normalized_qk_case(B=1, L=4100, H=1, K=8, C=4096, rope_base=1e5, dtype=dtype)
-    exact, same = evaluate(mo.reference.normalized_qk, case.double()), evaluate(mo.reference.normalized_qk, case)
+    case, same, exact = far_case(dtype)
     factor, floor = (4, 8) if dtype == torch.float32 else (2, 8)
     assert_all_as_accurate_as(evaluate(mo.normalized_qk, case), same, exact, factor=factor, floor=floor)
 

@@ -2,89 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
-from backends import FAST, every_backend, wide_every_device
+from assertions import TOLERANCE, assert_all_close, assert_bit_equal, assert_matches_reference, every_case
+from backends import DEVICES, EVERY_BACKEND, FAST, WIDE_DEVICES
 from cases import (
     BUILDERS,
     OPS,
+    SMALL,
     WITH_STATE,
     carried,
-    cema_case,
-    cema_end_state_case,
     chunked_attention_case,
     evaluate,
     forward,
-    normalized_attention_case,
-    normalized_qk_case,
     packed,
     streamed,
-    timestep_norm_case,
-    timestep_norm_end_state_case,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CASES, pieces
+from test_threads import CASES as LARGE
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megalodon_ops as mo
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "backend")
-all_ops = pytest.mark.parametrize("op", OPS)
 
-# (factor, floor) of assert_as_accurate_as: sums of float32 may be taken in any order, a 16-bit result is rounded once.
-LIMITS = {
-    torch.float32: (4, 8),
-    torch.complex64: (4, 8),
-    torch.bfloat16: (2, 0.5),
-    torch.float16: (2, 0.5),
-    torch.int64: (0, 0),
-}
-TOLERANCE = 1e-10  # of float64 against float64
 
-SMALL = {
-    "cema": cema_case(B=3, L=11, state=True),
-    "timestep_norm": timestep_norm_case(B=3, L=11, count=2),
-    "cema_end_state": cema_end_state_case(B=3, L=11),
-    "timestep_norm_end_state": timestep_norm_end_state_case(B=3, L=11),
-    "normalized_qk": normalized_qk_case(B=3, L=11, position=True),
-    "chunked_attention": chunked_attention_case(B=3, L=11, state=True, dropkey=0.3),
-    "normalized_attention": normalized_attention_case(B=3, L=11, state=True, dropkey=0.3),
-}
+def each_op_on(backends):
+    """Each op on each of the backends, but on the emulator no op that has no kernels of its own."""
+    calls = []
+    for op, backend in itertools.product(OPS, backends):
+        name, marks = (backend, ()) if isinstance(backend, str) else (*backend.values, backend.marks)
+        if (op, name) != ("normalized_attention", "cuda-emulated"):
+            calls.append(pytest.param(op, name, marks=marks, id=f"{op}-{name}"))
+    return pytest.mark.parametrize(("op", "backend"), calls, indirect=["backend"])
+
+
+# Of what Python does around a kernel: the emulator, which is given contiguous copies, would add nothing.
+each_op_around_a_kernel = each_op_on(FAST)
+fast_devices = pytest.mark.parametrize("backend", FAST, indirect=True)
 
 
 def function(op):
     return getattr(mo, op)
 
 
-def assert_matches_reference(actual, case):
-    reference = getattr(mo.reference, case.op)
-    exact = evaluate(reference, case.double())
-    if case.dtype == torch.float64:
-        assert_all_close(actual, exact, tolerance=TOLERANCE, terms=case.terms)
-        return
-    same = evaluate(reference, case)
-    assert actual.keys() == exact.keys()
-    for name, value in actual.items():
-        factor, floor = LIMITS[value.dtype]
-        terms = case.terms if name.startswith("d") else 0.0
-        if case.op == "normalized_attention" and value.is_floating_point():  # q, k are rounded to the dtype in between
-            floor = max(2 * floor, 0.5 * torch.finfo(case.dtype).eps / torch.finfo(value.dtype).eps)
-        assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, terms=terms, name=name)
-
-
-@every_backend
-@all_ops
+@each_op_on(EVERY_BACKEND)
 @given(data=st.data())
-def test_results_and_gradients_match_the_reference(op, backend, data):
+def test_results_and_gradients_match_the_reference(op, data):
     case = data.draw(CASES[op]())
     assert_matches_reference(evaluate(function(op), case), case)
 
 
-@wide_every_device
-@all_ops
+@each_op_on(WIDE_DEVICES)
 @given(data=st.data())
 def test_pieces_give_the_whole(op, data):
     """Gradients, which flow back through the states from piece to piece, are those of the whole, too."""
@@ -97,27 +71,25 @@ def test_pieces_give_the_whole(op, data):
     assert_all_close(carried(op, cut), carried(op, whole), tolerance=TOLERANCE, terms=case.terms)
 
 
-@wide_every_device
-@all_ops
+@each_op_on(WIDE_DEVICES)
 @given(data=st.data())
 def test_packed_equals_separate(op, data):
     lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4))
     case = BUILDERS[op](B=len(lengths), L=max(lengths), lengths=lengths, dtype=torch.float64)
     before, after = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
     together = evaluate(packed(function(op), op, before, after), case)
-    separate = evaluate(function(op), case)
-    assert_all_close(together, separate, tolerance=TOLERANCE, terms=case.terms)
+    assert_matches_reference(together, case)  # which computes the sequences separately
 
 
-@wide_every_device
-@pytest.mark.parametrize("filler", [torch.nan, torch.inf, -1e4], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# Values that padding may have: a number, and what a product with 0 does not take away.
+FILLERS = {torch.float32: (torch.nan, -1e4), torch.bfloat16: (torch.inf, torch.nan)}
+
+
+@each_op_on(WIDE_DEVICES)
 @pytest.mark.parametrize(
     "sequences", [{"B": 3, "lengths": [5, 0, 11]}, {"B": 1, "cu_seqlens": [2, 5, 5, 9]}], ids=["padded", "packed"]
 )
-@all_ops
-def test_padding_changes_nothing(op, sequences, dtype, filler):
-    case = BUILDERS[op](L=11, dtype=dtype, **sequences)
+def test_padding_changes_nothing(op, sequences):
     if "lengths" in sequences:
         padding = torch.arange(11) >= torch.tensor(sequences["lengths"])[:, None]
     else:
@@ -126,15 +98,21 @@ def test_padding_changes_nothing(op, sequences, dtype, filler):
     def filled(token, value):
         return torch.where(padding.view(*padding.shape, *[1] * (token.dim() - 2)), value, token)
 
-    def results(value):
+    def results(case, value):
         tokens = {name: filled(case.tensors[name], value) for name in OPS[op].tokens}
         incoming = lambda name, grad: filled(grad, value) if name in OPS[op].outputs else grad  # noqa: E731
         return evaluate(function(op), case.with_tensors(**tokens), incoming)
 
-    clean = results(0.0)
-    assert_bit_equal(results(filler), clean)
-    for name in [*OPS[op].outputs, *(f"d{name}" for name in OPS[op].tokens)]:
-        assert torch.equal(clean[name], filled(clean[name], 0.0)), f"{name} is not zero at the padding"
+    with every_case() as each:
+        for dtype, fillers in FILLERS.items():
+            case = BUILDERS[op](L=11, dtype=dtype, **sequences)
+            clean = results(case, 0.0)
+            for name in [*OPS[op].outputs, *(f"d{name}" for name in OPS[op].tokens)]:
+                with each(dtype, name):
+                    assert torch.equal(clean[name], filled(clean[name], 0.0)), "not zero at the padding"
+            for filler in fillers:
+                with each(dtype, filler):
+                    assert_bit_equal(results(case, filler), clean)
 
 
 def with_gaps(t):
@@ -160,26 +138,27 @@ LAYOUTS = {
 }
 
 
-@wide_every_device
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@all_ops
-def test_layouts_change_nothing(op, layout):
+@each_op_around_a_kernel
+def test_layouts_change_nothing(op):
     """Inputs, states and incoming gradients that are strided, misaligned or broadcast."""
     case = SMALL[op]
 
     def results(arrange):
-        tensors = {name: arrange(tensor) for name, tensor in case.tensors.items()}
-        arranged = case.with_tensors(**tensors)
+        arranged = case.with_tensors(**{name: arrange(tensor) for name, tensor in case.tensors.items()})
         if isinstance(case.options.get("state"), mo.AttentionState):
             k, v, position = case.options["state"]
             state = mo.AttentionState(arrange(k.nan_to_num()), arrange(v.nan_to_num()), with_gaps(position))
             arranged = arranged.with_options(state=state)
         return evaluate(function(op), arranged, lambda _, grad: arrange(grad))
 
-    assert_bit_equal(results(layout), results(lambda t: layout(t).resolve_conj().contiguous().clone()))
+    with every_case() as each:
+        for name, layout in LAYOUTS.items():
+            with each(name):
+                copied = lambda t, layout=layout: layout(t).resolve_conj().contiguous().clone()  # noqa: E731
+                assert_bit_equal(results(layout), results(copied))
 
 
-@all_ops
+@each_op_around_a_kernel
 def test_a_call_leaves_its_arguments_alone(op):
     case, twin = SMALL[op], SMALL[op].double()
     evaluate(function(op), case)
@@ -190,58 +169,24 @@ def test_a_call_leaves_its_arguments_alone(op):
             assert same, f"{name} changed"
 
 
-LARGE = {
-    "cema": {"one-long": cema_case(B=1, L=3000, D=40, N=8), "many": cema_case(B=9, L=100, D=67, N=8)},
-    "timestep_norm": {
-        "one-long": timestep_norm_case(B=1, L=5000, G=4, width=8),
-        "many": timestep_norm_case(B=9, L=200, G=8, width=9),
-    },
-    "cema_end_state": {
-        "one-long": cema_end_state_case(B=1, L=3000, D=40, N=8),
-        "many": cema_end_state_case(B=9, L=100, D=67, N=8),
-    },
-    "timestep_norm_end_state": {
-        "one-long": timestep_norm_end_state_case(B=1, L=5000, G=4, width=8),
-        "many": timestep_norm_end_state_case(B=9, L=200, G=8, width=9),
-    },
-    "normalized_qk": {
-        "one-long": normalized_qk_case(B=1, L=3000, H=2, K=32, C=64),
-        "many": normalized_qk_case(B=9, L=300, H=2, K=32, C=64),
-    },
-    "chunked_attention": {
-        "one-long": chunked_attention_case(B=1, L=700, H=1, K=32, V=48, C=512, dropkey=0.1),
-        "many": chunked_attention_case(B=9, L=100, H=3, K=32, V=48, C=64, dropkey=0.1),
-    },
-    "normalized_attention": {
-        "one-long": normalized_attention_case(B=1, L=700, H=1, K=32, V=48, C=512, dropkey=0.1),
-        "many": normalized_attention_case(B=9, L=100, H=3, K=32, V=48, C=64, dropkey=0.1),
-    },
-}
+@fast_devices
+def test_two_runs_give_equal_bits():
+    """On the CPU test_threads.py shows the same of runs on several threads."""
+    with every_case() as each:
+        for name, case in LARGE.items():
+            with each(name):
+                first, second = (evaluate(function(case.op), case) for _ in range(2))
+                assert_bit_equal(second, first)
 
 
-@pytest.mark.parametrize("backend", FAST, indirect=True)  # the emulator: test_cuda_<op>.py
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", ["one-long", "many"])
-@all_ops
-def test_runs_and_thread_counts_give_equal_bits(op, shape, dtype, two_threads):
-    case = LARGE[op][shape]
-    tokens = {name: case.tensors[name].to(dtype) for name in OPS[op].tokens}
-    case = case.with_tensors(**tokens)
-    first = evaluate(function(op), case)
-    assert_bit_equal(evaluate(function(op), case), first)
-    torch.set_num_threads(1)
-    assert_bit_equal(evaluate(function(op), case), first)
-
-
-@all_ops
+@each_op_on(DEVICES)
 def test_without_gradients_the_outputs_are_the_same(op):
     expected = {name: v for name, v in evaluate(function(op), SMALL[op]).items() if not name.startswith("d")}
     with torch.inference_mode():
         assert_bit_equal(forward(function(op), SMALL[op]), expected)
 
 
-@wide_every_device
-@all_ops
+@each_op_on(WIDE_DEVICES)
 def test_each_gradient_alone_is_the_same(op):
     """One input at a time takes a gradient, one output at a time gives one."""
     case = SMALL[op]
@@ -260,29 +205,26 @@ def test_each_gradient_alone_is_the_same(op):
                 assert torch.equal(grad, expected), f"gradient of {name} with respect to {leaf}"
 
 
-@pytest.mark.parametrize(
-    "sequences",
-    [{}, {"B": 3, "lengths": [3, 0, 5]}, {"B": 1, "cu_seqlens": [1, 3, 3, 5]}],
-    ids=["dense", "padded", "packed"],
-)
-@all_ops
-def test_gradcheck(op, sequences, backend):
-    """Numerical derivatives, on the emulator along random directions.
+@each_op_around_a_kernel
+def test_gradcheck(op):
+    """Numerical derivatives along random directions; the emulator's gradients are compared with the reference's.
 
     There is no gradgradcheck: second derivatives are refused.
     """
-    state = WITH_STATE.get(op, {})
-    case = BUILDERS[op](**{"B": 2, "L": 5} | sequences, **state, dtype=torch.float64)
+    with every_case() as each:
+        for sequences in ({}, {"B": 3, "lengths": [3, 0, 5]}, {"B": 1, "cu_seqlens": [1, 3, 3, 5]}):
+            case = BUILDERS[op](**{"B": 2, "L": 5} | sequences, **WITH_STATE.get(op, {}), dtype=torch.float64)
 
-    def run(*values):
-        outputs = forward(function(op), case.with_tensors(**dict(zip(case.tensors, values, strict=True))))
-        return tuple(output for output in outputs.values() if output.requires_grad)
+            def run(*values, case=case):
+                outputs = forward(function(op), case.with_tensors(**dict(zip(case.tensors, values, strict=True))))
+                return tuple(output for output in outputs.values() if output.requires_grad)
 
-    inputs = tuple(t.detach().requires_grad_() for t in case.tensors.values())
-    assert torch.autograd.gradcheck(run, inputs, fast_mode=backend == "cuda-emulated")
+            with each(sequences):
+                inputs = tuple(t.detach().requires_grad_() for t in case.tensors.values())
+                assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-@all_ops
+@each_op_around_a_kernel
 def test_second_derivatives_are_refused(op):
     case = SMALL[op]
     inputs = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
@@ -295,7 +237,7 @@ def test_second_derivatives_are_refused(op):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
-@all_ops
+@each_op_around_a_kernel
 @pytest.mark.parametrize("gradients", [True, False])
 def test_forward_mode_is_refused(op, gradients):
     case = SMALL[op]
@@ -330,7 +272,7 @@ def recorded_calls():
     return recorder.calls
 
 
-@wide_every_device
+@fast_devices
 def test_opcheck():
     """Schema, fake kernel, autograd registration and tracing of every op that is registered."""
     calls = recorded_calls()
@@ -350,7 +292,7 @@ def test_opcheck():
 
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
-@all_ops
+@each_op_around_a_kernel
 def test_compiles_into_one_graph(op):
     torch.use_deterministic_algorithms(False)
     torch.compiler.reset()
@@ -358,17 +300,31 @@ def test_compiles_into_one_graph(op):
     assert_bit_equal(evaluate(compiled, SMALL[op]), evaluate(function(op), SMALL[op]))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [{"B": 0, "L": 5}, {"B": 2, "L": 0}, {"B": 1, "L": 5, "cu_seqlens": [3]}, {"B": 2, "L": 5, "lengths": [0, 0]}],
-    ids=["no-rows", "no-steps", "no-sequences", "empty-rows"],
-)
-@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "state"])
-@all_ops
-def test_nothing_to_do(op, shape, fresh):
-    state = WITH_STATE.get(op, {})
-    case = BUILDERS[op](**shape, **({} if fresh else state))
-    assert_matches_reference(evaluate(function(op), case), case)
+BATCHES = {
+    "no-rows": {"B": 0, "L": 5},
+    "no-steps": {"B": 2, "L": 0},
+    "no-sequences": {"B": 1, "L": 5, "cu_seqlens": [3]},
+    "empty-rows": {"B": 2, "L": 5, "lengths": [0, 0]},
+    "few-steps": {"B": 2, "L": 5},
+    "padded": {"B": 3, "L": 19, "lengths": [19, 0, 3]},
+    "packed": {"B": 1, "L": 11, "cu_seqlens": [2, 5, 5, 9]},
+}
+
+
+def starts(op):
+    """What builders are given to start afresh and, where an op takes one, from a state."""
+    return [{}, WITH_STATE[op]] if op in WITH_STATE else [{}]
+
+
+@each_op_on(DEVICES)
+def test_batches_of_every_kind(op):
+    """With nothing to do, with few steps, with sequences that are empty; from the start and from a state."""
+    with every_case() as each:
+        for name, batch in BATCHES.items():
+            for state in starts(op):
+                with each(name, *state):
+                    case = BUILDERS[op](**batch, **state, dtype=torch.float64)
+                    assert_matches_reference(evaluate(function(op), case), case)
 
 
 NO_ELEMENTS = {
@@ -382,36 +338,30 @@ NO_ELEMENTS = {
 }
 
 
-@wide_every_device
-@pytest.mark.parametrize(
-    "sequences",
-    [
-        {"B": 0, "L": 5}, {"B": 2, "L": 0}, {"B": 2, "L": 5}, {"B": 2, "L": 70},
-        {"B": 3, "L": 19, "lengths": [19, 0, 3]}, {"B": 1, "L": 11, "cu_seqlens": [2, 5, 5, 9]},
-        {"B": 1, "L": 5, "cu_seqlens": [3]},
-    ],
-    ids=["no-rows", "no-steps", "few-steps", "dense", "padded", "packed", "no-sequences"],
-)  # fmt: skip
-@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "state"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("op", "sizes"),
-    [pytest.param(op, sizes, id="-".join([op, *sizes])) for op, shapes in NO_ELEMENTS.items() for sizes in shapes],
-)
-def test_axes_without_elements(op, sizes, dtype, fresh, sequences):
+@each_op_on(WIDE_DEVICES)
+def test_axes_without_elements(op):
     """Results that have elements nevertheless are right, counts and positions too. Statistics of 0 channels are NaN."""
-    state = WITH_STATE.get(op, {})
-    case = BUILDERS[op](**sequences, **sizes, **({} if fresh else state), dtype=dtype)
-    results, reference = evaluate(function(op), case), evaluate(getattr(mo.reference, op), case)
-    if op.startswith("timestep_norm"):
-        for name, value in reference.items():
-            assert torch.equal(results[name].isnan(), value.isnan()), name
-            assert torch.equal(results[name].nan_to_num(), value.nan_to_num()), name
-    else:
+    batches, dtypes = BATCHES | {"two-tiles": {"B": 1, "L": 70}}, (torch.float32, torch.bfloat16)
+    with every_case() as each:
+        for n, sizes in enumerate(NO_ELEMENTS[op]):
+            for i, (name, batch) in enumerate(batches.items()):
+                for j, state in enumerate(starts(op)):
+                    dtype = dtypes[(i + j + n) % 2]
+                    with each(*sizes, name, dtype, *state):
+                        assert_right_without_elements(BUILDERS[op](**batch, **sizes, **state, dtype=dtype))
+
+
+def assert_right_without_elements(case):
+    results = evaluate(function(case.op), case)
+    if not case.op.startswith("timestep_norm"):
         assert_matches_reference(results, case)
+        return
+    for name, value in evaluate(getattr(mo.reference, case.op), case).items():
+        assert torch.equal(results[name].isnan(), value.isnan()), name
+        assert torch.equal(results[name].nan_to_num(), value.nan_to_num()), name
 
 
-@all_ops
+@each_op_around_a_kernel
 def test_autocast_lowers_attention_and_leaves_the_rest(op):
     case = SMALL[op].with_options(state=None) if "attention" in op else SMALL[op]
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -17,6 +17,7 @@ from megalodon_ops.model.layers import Linear
 from megalodon_ops.ops import loss
 
 EACH_MODE = pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
+SLOW = pytest.mark.slow
 EACH_GRAD = pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 SIZES = [(1, 1), (2, 7), (3, 60)]  # 1 to 180 tokens: products of these take each of the kernels
 ALL = dict(swiglu=True, rescale_nffn=True, scale_emb=True, share_emb=True)
@@ -65,9 +66,13 @@ def assert_near(found, expected, tolerance=1e-5) -> None:
 # Export
 
 
-@EACH_MODE
-@EACH_GRAD
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(  # each two of the three together
+    ("grad", "dtype", "strict"),
+    [
+        (False, torch.float32, False), (True, torch.bfloat16, False),
+        pytest.param(True, torch.float32, True, marks=SLOW), pytest.param(False, torch.bfloat16, True, marks=SLOW),
+    ],
+)  # fmt: skip
 def test_an_exported_forward_takes_any_batch_and_length(strict, grad, dtype):
     model = small_model(dtype, **ALL)
     with torch.set_grad_enabled(grad):
@@ -139,9 +144,13 @@ def test_an_exported_step_may_write_its_state_in_place():
         assert_equal(written.layers[0].attention, found[1].layers[0].attention)
 
 
-@EACH_MODE
-@EACH_GRAD
-@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+@pytest.mark.parametrize(  # each two of the three together
+    ("grad", "hooked", "strict"),
+    [
+        (True, False, False), (False, True, False),
+        pytest.param(True, True, True, marks=SLOW), pytest.param(False, False, True, marks=SLOW),
+    ],
+)  # fmt: skip
 def test_an_exported_loss_takes_any_batch_and_length(strict, grad, hooked, monkeypatch):
     """Both its kinds, and with fewer and with more logits than are one block."""
     model = small_model()

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from assertions import assert_all_as_accurate_as, assert_as_accurate_as, assert_close
+from assertions import (
+    assert_all_as_accurate_as,
+    assert_all_close,
+    assert_as_accurate_as,
+    assert_close,
+    every_case,
+    references,
+    with_references,
+)
 from backends import DEVICES, each_isa, every_backend, isa
 from cases import (
     cema_case,
@@ -23,6 +33,7 @@ import megalodon_ops as mo
 from megalodon_ops import _C, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+TENSORS, RESULTS = ("q", "k", "v", "do"), ("o", "dq", "dk", "dv")  # of attention
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 0.03, torch.float16: 0.004}
 
 
@@ -38,40 +49,45 @@ def reached(name, step, steps):
     }[name]
 
 
-def with_value(tensor, step, head, channel, value):
+def with_values(tensor, places):
+    """The tensor with one number in each of these heads, {head: (step, number)}, replaced."""
     changed = tensor.detach().clone()
-    changed[0, step, head, channel] = value
+    for head, (step, value) in places.items():
+        changed[0, step, head, 1] = value
     return changed
 
 
-def assert_reaches_only_what_depends_on_it(run, case, cached, name, step, value):
-    """run(case, do) gives the results. One number of step `step`, head 0, is `value` instead of what it was."""
-    do = randn(generator(1), *case.tensors["v"].shape, dtype=case.dtype)
-    clean = run(case, do)
+def assert_reaches_only_what_depends_on_it(run, case, do, clean, cached, name, places):
+    """run(case, do) gives the results, `clean` as they are. Of q, k, v or do `places` are replaced, as with_values says."""
     if name == "do":
-        dirty = run(case, with_value(do, step, 0, 1, value))
+        dirty = run(case, with_values(do, places))
     else:
-        dirty = run(case.with_tensors(**{name: with_value(case.tensors[name], step, 0, 1, value)}), do)
-    C = case.options["chunk_size"]
+        dirty = run(case.with_tensors(**{name: with_values(case.tensors[name], places)}), do)
+    C, tolerance = case.options["chunk_size"], TOLERANCE[case.dtype]
     steps = cached + torch.arange(do.shape[1])
-    in_chunk = steps // C == steps[step] // C
-    for result, where in reached(name, steps[step], steps).items():
-        if result not in dirty:
+    for head in range(do.shape[2]):
+        found, expected = ({key: t[:, :, head] for key, t in results.items() if t.dim() == 4 and key in RESULTS}
+                           for results in (dirty, clean))  # fmt: skip
+        if head not in places:
+            assert_all_close(found, expected, tolerance=tolerance)
             continue
-        assert_close(
-            dirty[result][:, ~(in_chunk & where)], clean[result][:, ~(in_chunk & where)],
-            tolerance=TOLERANCE[case.dtype], name=f"{result} of steps that do not depend on it",
-        )  # fmt: skip
-        assert_close(dirty[result][:, :, 1:], clean[result][:, :, 1:], tolerance=TOLERANCE[case.dtype], name="heads")
-    if name == "v":
-        o, seen = dirty["o"][0, :, 0], in_chunk & (steps >= steps[step])
-        assert not o[seen, 1].isfinite().any(), "a value that a row sees was lost"
-        others = torch.arange(o.shape[-1]) != 1
-        assert_close(o[:, others], clean["o"][0, :, 0, others], tolerance=TOLERANCE[case.dtype], name="other channels")
-    elif name in ("q", "k"):  # a product with it may also be the infinity that gives the weight 0
-        assert value == value or not dirty["o"][0, step, 0].isfinite().any(), "NaN was lost"
-    else:
-        assert not dirty["dq"][0, step, 0].isfinite().all(), "a gradient was lost"
+        step, value = places[head]
+        in_chunk = steps // C == steps[step] // C
+        for result, where in reached(name, steps[step], steps).items():
+            kept = ~(in_chunk & where)
+            assert_close(
+                found[result][:, kept], expected[result][:, kept],
+                tolerance=tolerance, name=f"{result} of steps of head {head} that do not depend on it",
+            )  # fmt: skip
+        if name == "v":
+            o, seen = found["o"][0], in_chunk & (steps >= steps[step])
+            assert not o[seen, 1].isfinite().any(), "a value that a row sees was lost"
+            others = torch.arange(o.shape[-1]) != 1
+            assert_close(o[:, others], expected["o"][0][:, others], tolerance=tolerance, name="other channels")
+        elif name in ("q", "k"):  # a product with it may also be the infinity that gives the weight 0
+            assert value == value or not found["o"][0, step].isfinite().any(), "NaN was lost"
+        else:
+            assert not found["dq"][0, step].isfinite().all(), "a gradient was lost"
 
 
 def run_op(case, do):
@@ -84,6 +100,10 @@ def run_reference(case, do):
     return {"o": o} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
 
 
+def gradient_of_o(case):
+    return randn(generator(1), *case.tensors["v"].shape, dtype=case.dtype)
+
+
 def attention_case(cached, L, K, V, C, dtype):
     case = chunked_attention_case(B=1, L=L, H=2, K=K, V=V, C=C, dtype=dtype, state=cached > 0, scale=K**-0.5)
     if cached:
@@ -91,6 +111,19 @@ def attention_case(cached, L, K, V, C, dtype):
         clean = (t.nan_to_num(0.5) for t in state[:2])
         case = case.with_options(state=mo.AttentionState(*clean, torch.tensor([cached])))
     return case
+
+
+def assert_every_place_reaches_only_what_depends_on_it(run, case, cached, steps, values):
+    """Each tensor with each step and with each value, each step with each value."""
+    do = gradient_of_o(case)
+    clean = run(case, do)
+    with every_case() as each:
+        for i, tensor in enumerate(TENSORS):
+            for j, step in enumerate(steps):
+                value = values[(i + j) % len(values)]
+                with each(tensor, step, value):
+                    places = {0: (step, value)}
+                    assert_reaches_only_what_depends_on_it(run, case, do, clean, cached, tensor, places)
 
 
 ATTENTION = {
@@ -103,15 +136,15 @@ ATTENTION = {
 
 
 @each_isa
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", ATTENTION.values(), ids=ATTENTION)
-def test_attention_passes_it_to_what_depends_on_it(shape, dtype, value, name):
+def test_attention_passes_it_to_what_depends_on_it(shape, dtype, name):
     case, L = attention_case(**shape, dtype=dtype), shape["L"]
+    steps = sorted({0, 1, L // 3, L // 2 + 1, L - 2, L - 1})
     with isa(name):
-        for tensor in ("q", "k", "v", "do"):
-            for step in {0, 1, L // 3, L // 2 + 1, L - 2, L - 1}:
-                assert_reaches_only_what_depends_on_it(run_op, case, shape["cached"], tensor, step, value)
+        assert_every_place_reaches_only_what_depends_on_it(
+            run_op, case, shape["cached"], steps, (torch.nan, torch.inf, -torch.inf)
+        )
 
 
 @given(data=st.data())
@@ -120,8 +153,9 @@ def test_attention_of_any_shape_passes_it_to_what_depends_on_it(data):
     cached, L = data.draw(st.integers(0, C - 1)), data.draw(st.integers(1, 2 * C))
     K, V = (data.draw(st.sampled_from([2, 3, 16, 33, 64])) for _ in range(2))
     case = attention_case(cached, L, K, V, C, data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
-    tensor, step = data.draw(st.sampled_from(["q", "k", "v", "do"])), data.draw(st.integers(0, L - 1))
-    assert_reaches_only_what_depends_on_it(run_op, case, cached, tensor, step, torch.nan)
+    tensor, step, do = data.draw(st.sampled_from(TENSORS)), data.draw(st.integers(0, L - 1)), gradient_of_o(case)
+    places = {0: (step, torch.nan)}
+    assert_reaches_only_what_depends_on_it(run_op, case, do, run_op(case, do), cached, tensor, places)
 
 
 # Kernels on tensor cores of each width, kernels without, and the one for few queries; chunks end within tiles.
@@ -140,17 +174,19 @@ ON_CUDA = {
 @pytest.mark.parametrize("tensor", ["v", *(pytest.param(name, marks=pytest.mark.slow) for name in ("q", "k", "do"))])
 @pytest.mark.parametrize(("shape", "dtype"), ON_CUDA.values(), ids=ON_CUDA)
 def test_attention_on_cuda_passes_it_to_what_depends_on_it(shape, dtype, tensor, backend):
+    """NaN in the middle of one head, infinity at the end of the other; all else as the reference has it."""
     case, L = attention_case(**shape, dtype=dtype), shape["L"]
-    for step, value in ((L // 2 + 1, torch.nan), (L - 1, torch.inf)):
-        assert_reaches_only_what_depends_on_it(run_op, case, shape["cached"], tensor, step, value)
+    do, places = gradient_of_o(case), {0: (L // 2 + 1, torch.nan), 1: (L - 1, torch.inf)}
+    exact = evaluate(reference.chunked_attention, case.double(), lambda _, grad: do.double())
+    clean = {name: value.to(dtype) for name, value in exact.items()}
+    assert_reaches_only_what_depends_on_it(run_op, case, do, clean, shape["cached"], tensor, places)
 
 
-@pytest.mark.parametrize("tensor", ["q", "k", "v", "do"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-def test_the_references_attention_passes_it_to_what_depends_on_it(value, tensor):
+def test_the_references_attention_passes_it_to_what_depends_on_it():
     case = attention_case(5, 30, 4, 6, 16, torch.float64)
-    for step in (0, 9, 10, 11, 20, 29):
-        assert_reaches_only_what_depends_on_it(run_reference, case, 5, tensor, step, value)
+    assert_every_place_reaches_only_what_depends_on_it(
+        run_reference, case, 5, (0, 9, 10, 11, 20, 29), (torch.nan, torch.inf)
+    )
 
 
 @each_isa
@@ -168,8 +204,7 @@ def test_products_that_overflow_stay_with_their_pairs(name):
 
 # CEMA.
 def assert_cema_is_right(case, incoming=None):
-    exact, same = (evaluate(mo.reference.cema, c, incoming) for c in (case.double(), case))
-    assert_all_as_accurate_as(evaluate(mo.cema, case, incoming), same, exact, factor=4, floor=8)
+    assert_all_as_accurate_as(evaluate(mo.cema, case, incoming), *references(case, incoming), factor=4, floor=8)
 
 
 @each_isa
@@ -251,21 +286,26 @@ SCALES = [1e-36, 1e-30, 1e-21, 1e-12, 1.0, 1e12, 1e19, 1e21, 1e30, 1e36]
 
 
 @every_backend
-@pytest.mark.parametrize("eps", [0.0, 1e-5])
-@pytest.mark.parametrize("scale", SCALES, ids=str)
-@pytest.mark.parametrize("K", [6, 130])
-def test_normalized_qk_of_any_size(K, scale, eps, backend):
-    case = normalized_qk_case(B=2, L=11, H=2, K=K, size=scale, eps=eps)
-    exact, same = (evaluate(mo.reference.normalized_qk, c) for c in (case.double(), case))
-    assert_all_as_accurate_as(evaluate(mo.normalized_qk, case), same, exact, factor=4, floor=8)
+def test_normalized_qk_of_any_size(backend):
+    """Each size of numbers with each K and each eps."""
+    with every_case() as each:
+        for i, scale in enumerate(SCALES):
+            for K, eps in (((6, 0.0), (130, 1e-5)), ((6, 1e-5), (130, 0.0)))[i % 2]:
+                with each(scale, K, eps):
+                    case = normalized_qk_case(B=2, L=5, H=2, K=K, size=scale, eps=eps)
+                    assert_all_as_accurate_as(evaluate(mo.normalized_qk, case), *references(case), factor=4, floor=8)
 
 
 @each_isa
-@pytest.mark.parametrize("eps", [0.0, 1e-5])
-@pytest.mark.parametrize("scale", SCALES, ids=str)
-@pytest.mark.parametrize("D", [7, 300])
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
-def test_norms_of_rows_of_any_size(norm, D, scale, eps, name):
+def test_norms_of_rows_of_any_size(norm, name):
+    with every_case() as each, isa(name):
+        for D, scale, eps in itertools.product((7, 300), SCALES, (0.0, 1e-5)):
+            with each(D, scale, eps):
+                assert_norm_is_right(norm, D, scale, eps)
+
+
+def assert_norm_is_right(norm, D, scale, eps):
     gen = generator(0)
     x, dy = (randn(gen, 5, D, dtype=torch.float32) for _ in range(2))
     x = (x + 0.5) * scale
@@ -276,11 +316,9 @@ def test_norms_of_rows_of_any_size(norm, D, scale, eps, name):
         y = function(*leaves, eps=eps)
         return {"y": y.detach()} | dict(zip(("dx", "dweight"), torch.autograd.grad(y, leaves, dy), strict=True))
 
-    with isa(name):
-        found = results(getattr(mo, norm), x, dy, weight)
     plain = getattr(reference, norm)
     exact, same = results(plain, x.double(), dy.double(), weight.double()), results(plain, x, dy, weight)
-    assert_all_as_accurate_as(found, same, exact, factor=4, floor=8)
+    assert_all_as_accurate_as(results(getattr(mo, norm), x, dy, weight), same, exact, factor=4, floor=8)
 
 
 @every_backend
@@ -295,7 +333,7 @@ def test_timestep_norm_within_its_bounds(backend, data):
     )
     case = case.with_tensors(x=case.tensors["x"].clamp(-4 * std, 4 * std))
     incoming = lambda name, grad: grad if name == "y" else 0 * grad  # noqa: E731
-    exact, same = (evaluate(mo.reference.timestep_norm, c, incoming) for c in (case.double(), case))
+    same, exact = references(case, incoming)
     for name, value in evaluate(mo.timestep_norm, case, incoming).items():
         terms = {"dx": 1 / std, "mean": std}.get(name, 0.0)
         assert_as_accurate_as(value, same[name], exact[name], factor=4, floor=8, terms=terms, name=name)
@@ -308,10 +346,13 @@ def test_timestep_norm_beyond_its_bounds_is_nan(implementation, backend):
     assert evaluate(implementation.timestep_norm, case)["y"].isnan().all()
 
 
+@with_references
+def slow_poles():
+    return cema_case(B=1, L=4500, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True)
+
+
 # CEMA without fused multiply-adds, where errors of one sign would add up.
 @every_backend
 def test_slow_poles_are_as_accurate_as_the_direct_form(backend):
-    case = cema_case(B=1, L=4500, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True)
-    exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
-    for name, value in evaluate(mo.cema, case).items():
-        assert_as_accurate_as(value, same[name], exact[name], factor=1, floor=4, name=name)
+    case, same, exact = slow_poles()
+    assert_all_as_accurate_as(evaluate(mo.cema, case), same, exact, factor=1, floor=4)

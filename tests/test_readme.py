@@ -65,8 +65,12 @@ def test_a_page_that_is_wrong_fails(tmp_path, monkeypatch):
         follow(page, tmp_path)
 
     follow_page("```python\n# saved.py\nprint(1 + 1)\n```\n\n```bash\ntest $(python saved.py) = 2\n```\n")
+    follow_page("```python\nprint('other\\n1,040 steps in 9 s')\n```\n\n```text within 5 %\n1,000 steps in 2 s\n```\n")
     with pytest.raises(ZeroDivisionError):
         follow_page("```python\n1 / 0\n```\n")
+    for shown in ("1,000 steps", "1,040 tokens", "1,040 steps\nother"):
+        with pytest.raises(AssertionError, match="where its code prints"):
+            follow_page(f"```bash\necho other\necho 1,040 steps\n```\n\n```text\n{shown}\n```\n")
     with pytest.raises(AssertionError, match="no_such_command"):
         follow_page("```bash\nno_such_command\n```\n")
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.mark.parametrize("context", ["streamed", pytest.param("packed", marks=pytest.mark.slow)])
 def test_two_processes_read_the_tokens_and_one_goes_on(ranks, text, tmp_path, context):
-    steps = ("--steps", 8, "--checkpoint-every", 4, "--eval-every", 8, "--context", context)
+    steps = ("--steps", 3, "--checkpoint-every", 2, "--eval-every", 3, "--context", context)
     assert main(["tokenize", str(text), "--out", str(tmp_path / "tokens"), "--workers", "1"]) == 0
     assert train(text, tmp_path / "alone", *TINY, *steps) == 0
     wanted = rows(tmp_path / "alone")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from assertions import assert_bit_equal
+from assertions import assert_bit_equal, every_case
 from backends import each_isa, isa
 from cases import (
     OPS,
@@ -81,16 +81,21 @@ def assert_threads_change_nothing(run):
 
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_ops(case, dtype, name):
+def test_ops(dtype, name):
+    with every_case() as each, isa(name):
+        for key, case in CASES.items():
+            with each(key):
+                case = in_dtype(case, dtype)
+                assert_threads_change_nothing(lambda case=case: evaluate(getattr(mo, case.op), case))
+
+
+def in_dtype(case, dtype):
+    """The case with its tokens, and what a state keeps of tokens, in another dtype."""
     tokens = {token: case.tensors[token].to(dtype) for token in OPS[case.op].tokens}
-    options = dict(case.options)
-    if isinstance(options.get("state"), mo.AttentionState):
-        k, v, position = options["state"]
-        options["state"] = mo.AttentionState(k.to(dtype), v.to(dtype), position)
-    case = case.with_tensors(**tokens).with_options(**options)
-    with isa(name):
-        assert_threads_change_nothing(lambda: evaluate(getattr(mo, case.op), case))
+    state = case.options.get("state")
+    if isinstance(state, mo.AttentionState):
+        case = case.with_options(state=mo.AttentionState(state.k.to(dtype), state.v.to(dtype), state.position))
+    return case.with_tensors(**tokens)
 
 
 def gradients(function, *tensors):
