@@ -149,11 +149,15 @@ class Effort:
     seconds: float = 0.15
     """for each path and state of the cache, three times as many for the first three samples, any number for two, or for
     one of a call that is long"""
+    compiled: bool = True
+    """whether the rivals that torch.compile makes, for seconds each, are measured, too"""
 
 
 def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
     """Results with the largest number of threads first; with fewer, ours against the best rival alone, warm."""
     all_threads, *fewer = sorted(threads, reverse=True)
+    if not effort.compiled:
+        case = dataclasses.replace(case, paths=[path for path in case.paths if not path.compiled])
     result = _measure(bench, case, all_threads, effort)
     yield result
     best = result.best_rival

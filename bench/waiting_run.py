@@ -22,7 +22,7 @@ def steps(corpus: Corpus) -> Iterator[float]:
     model = mo.Megalodon(config).train()
     optimizer = Muon(model, lr=options.lr, weight_decay=options.weight_decay)
     batches = Batches(
-        corpus.train, options.batch, options.length, start=tokenizer.start, context=options.context, seed=options.seed,
+        corpus.train, options.batch, options.length, start=tokenizer.start, seed=options.seed,
         context_length=options.context_length,
     )  # fmt: skip
     reader = Reader(model)

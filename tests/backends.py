@@ -33,6 +33,7 @@ EVERY_BACKEND = [*ISA_PARAMS, "cuda-emulated", *FAST[1:]]
 SLOW_EMULATED = [pytest.param("cuda-emulated", marks=pytest.mark.slow), *FAST[1:]]
 WIDE_DEVICES = ["cpu", *SLOW_EMULATED]
 every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
+wide_every_device = pytest.mark.parametrize("backend", WIDE_DEVICES, indirect=True)
 wide_every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, *SLOW_EMULATED], indirect=True)
 # For tests of data that any implementation must reproduce.
 each_implementation = pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -46,9 +45,10 @@ def train(model: mo.Megalodon, steps: int, accumulate: int = 1) -> tuple[list[fl
         for part in range(accumulate):
             tokens, targets = batch_of(step * accumulate + part)
             last = part == accumulate - 1
-            with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
-                loss = model.loss(tokens[rows], targets[rows]) / accumulate
-                loss.backward()
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(last)
+            loss = model.loss(tokens[rows], targets[rows]) / accumulate
+            loss.backward()
             if not last:
                 assert not dist.is_initialized() or all(p.grad is None for p in model.parameters())
             total += loss.item()

@@ -21,8 +21,8 @@ from ranks import TIMEOUT, forkserver
 
 from megalodon_ops import cli
 
-TINY = [*ALONE, "--batch", "4", "--length", "48"]
-"""Rows that four processes share, of which each is three chunks long"""
+TINY = [*ALONE, "--layers", "1", "--batch", "4", "--length", "48"]
+"""One block, and rows that four processes share, of which each is three chunks long"""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 
 

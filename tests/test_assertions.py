@@ -10,6 +10,7 @@ from assertions import (
     assert_as_accurate_as,
     assert_bit_equal,
     assert_close,
+    every_case,
 )
 from cases import generator, randn
 
@@ -110,3 +111,20 @@ def test_small_elements_count_in_assert_close():
     expected = torch.tensor([1.0, 1.0, 1.0, 1e-3], dtype=torch.float64)
     with pytest.raises(AssertionError, match="1 of 4"):
         assert_close(expected + torch.tensor([0, 0, 0, 1e-9]), expected, tolerance=1e-10)
+
+
+def test_every_case_of_a_loop_runs_and_each_that_fails_is_named():
+    ran = []
+    with pytest.raises(
+        AssertionError, match="(?s)2 cases failed.*one, 1:.*ZeroDivisionError.*three, 3:.*DID NOT RAISE"
+    ):
+        with every_case() as case:
+            with case("one", 1):
+                1 / 0
+            with case("two", 2):
+                ran.append(2)
+            with case("three", 3), pytest.raises(ValueError):
+                ran.append(3)
+    assert ran == [2, 3]
+    with every_case() as case, case("alone"):
+        ran.append(4)

@@ -16,7 +16,7 @@ from torch import nn
 from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
 from megalodon_ops.errors import FileError
 from megalodon_ops.model import files
-from megalodon_ops.training.checkpoint import has_checkpoint, load_any, load_checkpoint, save_checkpoint
+from megalodon_ops.training.checkpoint import checkpoints_of, load_any, load_checkpoint, save_checkpoint
 
 CONFIG = MegalodonConfig(
     num_layers=1, model_dim=4, z_dim=2, value_dim=2, ffn_hidden_dim=2, cema_ndim=1, chunk_size=2, norm_num_groups=1,
@@ -204,7 +204,7 @@ def test_what_a_user_keeps_beside_the_checkpoints_stays_and_is_not_read(tmp_path
     assert names == {"step-00000020", "step-00000030", name}
     shutil.rmtree(folder.with_name("step-00000020"))
     shutil.rmtree(folder.with_name("step-00000030"))
-    assert not has_checkpoint(tmp_path)
+    assert not checkpoints_of(tmp_path)
     with pytest.raises(FileError, match="no complete checkpoint in this folder$"):
         load_checkpoint(tmp_path)
 

@@ -30,19 +30,19 @@ LINES = st.one_of(
 
 @given(lines=st.lists(LINES, max_size=12), size=st.integers(1, 300), ends=st.booleans())
 def test_lines_are_documents_however_files_are_divided(tmp_path, lines, size, ends):
-    """Each line is a document, or is counted by what is wrong with it; each byte of the file is reported as read once."""
+    """Each line is a document, or is counted by what is wrong with it."""
     path, other = tmp_path / "some.jsonl", tmp_path / "other.txt"
     path.write_bytes(b"\n".join(line for line, _ in lines) + b"\n" * ends)
     other.write_bytes(b"text")
-    skipped, read, found = Counter(), Counter(), []
+    skipped, found = Counter(), []
     files = [path, other] if path.stat().st_size else [other]
     units = divided(files, size)
     for unit in units:
-        for pieces in documents_of(unit, "text", skipped, lambda size: read.update(bytes=size)):
+        for pieces in documents_of(unit, "text", skipped):
             found.append(b"".join(pieces))
     assert found == [wanted for _, wanted in lines if isinstance(wanted, bytes)] + [b"text"]
     assert skipped == Counter(wanted for _, wanted in lines if isinstance(wanted, str))
-    assert read["bytes"] == path.stat().st_size + 4 == reading.size_of(units) + (path.stat().st_size + 4) * (not units)
+    assert reading.size_of(units) == path.stat().st_size + 4
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 100), st.booleans()), min_size=1, max_size=20), size=st.integers(1, 150))
@@ -61,26 +61,12 @@ def test_files_are_divided_into_units_of_about_a_size(tmp_path, sizes, size):
         assert size <= reading.size_of([unit]) and reading.size_of([unit[:-1]]) < size
 
 
-def test_a_line_that_is_too_long_takes_no_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "LONGEST_LINE", 1000)
-    monkeypatch.setattr(reading, "READ", 64)
-    path = tmp_path / "long.jsonl"
-    fits = json.dumps({"text": "x" * (1000 - 12)}).encode()
-    assert len(fits) == 1000
-    path.write_bytes(fits + b"\n" + fits.replace(b"x", b"xx", 1) + b'\n{"text": "short"}\n' + b"y" * 5000)
-    for size in (100, 999, 1000, 3000, 10_000):
-        skipped = Counter()
-        units = divided([path], size)
-        found = [b"".join(p) for unit in units for p in documents_of(unit, "text", skipped, lambda _: None)]
-        assert [len(text) for text in found] == [988, 5] and skipped == {"lines too long": 2}
-
-
 def test_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
     (unit,) = divided([path], 1000)
     skipped = Counter()
-    assert [b"".join(p) for p in documents_of(unit, "text", skipped, lambda _: None)] == [b"a", b"b"] and not skipped
+    assert [b"".join(p) for p in documents_of(unit, "text", skipped)] == [b"a", b"b"] and not skipped
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -90,4 +76,4 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (tmp_path / name).unlink()
         (tmp_path / name).mkdir()
         with pytest.raises(FileError, match=f"{name}: Is a directory"):
-            [list(pieces) for pieces in documents_of(units[0], "text", Counter(), lambda _: None)]
+            [list(pieces) for pieces in documents_of(units[0], "text", Counter())]

@@ -1,10 +1,9 @@
-"""`eval`: the table by context, the JSON, the picture."""
+"""`eval`: the table by context, the JSON."""
 
 import json
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from megalodon_ops.cli import main
 from megalodon_ops.cli.models import trained_model
@@ -47,12 +46,9 @@ def test_a_table_by_context(finished, book, capsys):
     assert line == f"{figures['all'][0]:.4f} bits per byte, perplexity {figures['all'][1]:.4f} per byte"
 
 
-def test_json_and_picture(finished, book, tmp_path, capsys, monkeypatch):
-    drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **kw: (drawn.append(figure), save(figure, *a, **kw)))
-    picture, figures = tmp_path / "loss.png", tmp_path / "figures.json"
-    options = ["--context", 7, "all", "--json", figures, "--by-position", picture]
-    run(capsys, "--checkpoint", finished, "--data", book, *options)
+def test_json(finished, book, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    run(capsys, "--checkpoint", finished, "--data", book, "--context", 7, "all", "--json", figures)
     content = json.loads(figures.read_text())
     assert content["checkpoint"] == str(finished) and content["documents"] == 1
     seven, whole = content["contexts"]
@@ -61,12 +57,6 @@ def test_json_and_picture(finished, book, tmp_path, capsys, monkeypatch):
         assert result["tokens"] == result["num_bytes"] == sum(bin["tokens"] for bin in result["by_position"]) == 6000
         assert result["nats"] == pytest.approx(sum(bin["nats"] for bin in result["by_position"]))
     assert [bin["last"] for bin in seven["by_position"]] == [1, 2, 3, 4, 5, 6, 7]
-    assert picture.read_bytes().startswith(b"\x89PNG") and sorted(tmp_path.iterdir()) == sorted([picture, figures])
-    (axes,) = drawn[0].axes
-    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("bytes of context", "bits per byte", "log")
-    labels = [label.get_text().partition(" (mean")[0] for label in axes.get_legend().get_texts()]
-    assert labels == ["context 7", "context all"]
-    assert [len(line.get_xdata()) for line in axes.lines] == [len(r["by_position"]) for r in content["contexts"]]
 
 
 @pytest.mark.parametrize(
@@ -75,9 +65,6 @@ def test_json_and_picture(finished, book, tmp_path, capsys, monkeypatch):
         (["--context", "0"], "--context: must be a whole number >= 1, got '0'"),
         (["--context", "most"], "--context: must be a whole number, or a word that --help names, got "),
         (["--json", "{tmp}/none/x.json"], "--json {tmp}/none/x.json: no such folder: {tmp}/none"),
-        (["--json", "{tmp}"], "--json {tmp}: a folder, name a file"),
-        (["--by-position", "{tmp}/x.txt"], "--by-position {tmp}/x.txt: the name must end in one of .png, .pdf, .svg"),
-        (["--by-position", "{tmp}/none/x.png"], "--by-position {tmp}/none/x.png: no such folder"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_before_anything_is_computed(finished, tmp_path, capsys, flags, message):
@@ -88,10 +75,3 @@ def test_what_cannot_be_done_is_one_line_before_anything_is_computed(finished, t
     said = capsys.readouterr()
     assert code == 2 and said.out == "" and said.err.count("\n") == 1
     assert message.format(tmp=tmp_path) in said.err
-
-
-def test_a_picture_that_cannot_be_written_leaves_no_draft(finished, book, tmp_path, capsys, file_size_limit):
-    with file_size_limit(1000):
-        code = main(["eval", "--checkpoint", str(finished), "--data", str(book), "--by-position", f"{tmp_path}/a.png"])
-    assert code == 2 and list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err.splitlines()[-1].startswith("megalodon_ops eval: error: ")

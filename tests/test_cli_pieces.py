@@ -9,19 +9,20 @@ import torch
 
 from megalodon_ops import Megalodon
 from megalodon_ops.cli.console import Progress
-from megalodon_ops.cli.evaluate import nats_and_bytes
 from megalodon_ops.cli.flags import parse
 from megalodon_ops.cli.models import configured
 from megalodon_ops.cli.options import COMMANDS
+from megalodon_ops.cli.processes import Processes
 from megalodon_ops.cli.settings import begun
+from megalodon_ops.cli.train import bits_per_byte
 from megalodon_ops.model.states import from_named, named_tensors
 from megalodon_ops.tokenizers import ByteTokenizer
 from megalodon_ops.training import START, Batches, Metrics, Reader, Schedule, draw_metrics, read_metrics
 from megalodon_ops.training.reader import select
 
 
-def test_pieces_do_not_matter():
-    """Streamed in any rows and pieces, a text has the bits per byte of one call for each document."""
+def test_processes_share_documents():
+    """Together they have the bits per byte of one call for each document; one may be left without any."""
     torch.manual_seed(0)
     model = Megalodon(configured("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4}))
     documents = [bytes(torch.randint(256, (n,)).tolist()) for n in (1, 7, 8, 30, 65, 3)]
@@ -30,9 +31,15 @@ def test_pieces_do_not_matter():
         logits = model(torch.tensor([[START, *document[:-1]]]))
         nats += torch.nn.functional.cross_entropy(logits[0], torch.tensor(list(document)), reduction="sum").item()
     whole = nats / math.log(2) / sum(map(len, documents))
-    for rows, length in ((1, 200), (1, 1), (2, 5), (4, 16), (3, 13)):
-        nats, num_bytes = nats_and_bytes(model, ByteTokenizer(), documents, rows, length, nullcontext())
-        assert nats / math.log(2) / num_bytes == pytest.approx(whole, rel=1e-5)
+
+    class Rank(Processes):
+        def gather(self, value):
+            return [value]
+
+    for size in (1, 4, 9):
+        ranks = [Rank(rank, size) for rank in range(size)]
+        bits = [bits_per_byte(model, ByteTokenizer(), documents, nullcontext(), rank) for rank in ranks]
+        assert sum(bits) == pytest.approx(whole, rel=1e-5) and (bits[-1] == 0) == (size == 9)
     assert model.training
 
 

@@ -1,16 +1,12 @@
-"""`tokenize`: what it makes of text and of lines of JSON, killed and done again, by any number of processes; training from it."""
+"""`tokenize`: what it makes of text and of lines of JSON, killed and done again; training from it."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from command_line import TINY, rows, shell, train
+from command_line import TINY, rows, train
 from killed import killed_at
 from programs import run_python
 
@@ -25,8 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def tokenize(out, *arguments):
-    """In this process, unless it is told to use others, which take seconds to start."""
-    return main(["tokenize", "--workers", "1", *map(str, arguments), "--out", str(out)])
+    return main(["tokenize", *map(str, arguments), "--out", str(out)])
 
 
 def contents(folder):
@@ -89,8 +84,6 @@ def test_what_it_makes_and_says(mixed, bpe, tmp_path, monkeypatch, capsys):
         assert tokenizer.decode(shards.document(number).tolist()) == f"line {number} ".encode() * (number % 50 + 1)
     assert tokenizer.decode(shards.document(750).tolist()) == (mixed / "b.txt").read_bytes()
     assert [tokenizer.decode(shards.document(n).tolist()) for n in (751, 752)] == [b"one", b"two"]
-    assert tokenize(tmp_path / "tokens", "--check") == 0
-    assert "as it was written; 753 documents" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("tokens/.*")] == [".lock"]
 
 
@@ -123,62 +116,6 @@ def test_done_again_after_its_end(mixed, tmp_path, capsys):
     assert capsys.readouterr().out == said and {path: path.stat().st_mtime_ns for path in out.iterdir()} == made
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_processes_change_nothing(mixed, bpe, tmp_path, monkeypatch, start):
-    """Two, for many more shards than there are processes; forked, they need not import torch, as those of the command do."""
-    monkeypatch.setattr("megalodon_ops.cli.tokenize.divided", lambda files, size: reading.divided(files, 6000))
-    context = multiprocessing.get_context(start)
-    monkeypatch.setattr("megalodon_ops.cli.tokenize.multiprocessing.get_context", lambda name: context)
-    assert tokenize(tmp_path / "one", mixed, "--workers", 1, "--tokenizer", bpe) == 0
-    assert tokenize(tmp_path / "two", mixed, "--workers", 2, "--tokenizer", bpe) == 0
-    assert Shards(tmp_path / "two").num_shards > 30
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
-def children_of(process):
-    path = Path(f"/proc/{process}/task/{process}/children")
-    return [int(child) for child in path.read_text().split()] if path.exists() else []
-
-
-def begun(folder, out, bpe):
-    """The command with two processes, once it has made a shard."""
-    process = subprocess.Popen(
-        shell("tokenize", folder, "--out", out, "--workers", 2, "--shard-size", 1, "--tokenizer", bpe),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while process.poll() is None and not list(out.glob("shard-*.npy")):
-        time.sleep(0.01)
-    return process
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_with_its_processes(large, bpe, tmp_path, number):
-    """Once the first process is gone, the others end; another run goes on with the shards that were whole."""
-    process = begun(large, tmp_path / "parts", bpe)
-    processes = children_of(process.pid)
-    process.send_signal(number)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in said
-    end = time.monotonic() + 60
-    while any(Path(f"/proc/{child}").exists() for child in processes):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    flags = ["--shard-size", 1, "--tokenizer", bpe]
-    assert tokenize(tmp_path / "parts", large, *flags) == tokenize(tmp_path / "whole", large, *flags) == 0
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_ends_the_command_in_one_line(large, bpe, tmp_path):
-    process = begun(large, tmp_path / "parts", bpe)
-    commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children_of(process.pid)}
-    os.kill(next(child for child, command in commands.items() if b"spawn_main" in command), signal.SIGKILL)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 2 and "Traceback" not in said
-    assert "error: a process was killed, maybe for its memory; the same command with fewer --workers goes on" in said
-
-
 MEMORY = """
 import sys, threading, time
 from pathlib import Path
@@ -190,7 +127,7 @@ def anonymous():
     return int(fields["RssAnon"].split()[0]) / 1024
 
 def measured(folder):
-    assert main(["tokenize", folder + "/text", "--out", folder + "/tokens", "--workers", "1", "--shard-size", "1"]) == 0
+    assert main(["tokenize", folder + "/text", "--out", folder + "/tokens", "--shard-size", "1"]) == 0
     corpus = Shards(folder + "/tokens").hold_out()
     for batch in Batches(corpus.train, 8, 2048, seed=None):
         pass
@@ -266,8 +203,6 @@ def test_one_line_and_exit_code_2(mixed, bpe, tmp_path, capsys):
         "what the command has made goes, and nothing else"
     )
     assert f"--out {mixed}: holds other files, such as a.jsonl; name another folder" in said(mixed, "--out", mixed)
-    assert "--check: reads the folder --out alone" in said(mixed, "--check", "--out", out)
-    assert "dataset.json: No such file or directory" in said("--check", "--out", out)
     assert tokenize(out, mixed / "c.ndjson") == 0
     capsys.readouterr()
     assert f"--out {out}: was begun with other files, flags or another tokenizer, or a file was changed since" in said(
@@ -356,8 +291,6 @@ def test_a_start_encodes_nothing(text, bpe, tmp_path, monkeypatch):
         raise AssertionError("encoded")
 
     monkeypatch.setattr("megalodon_ops.cli.train.tqdm", refuse)
-    monkeypatch.setattr("megalodon_ops.cli.train.dropped", lambda *held_out: "")
-    monkeypatch.setattr("megalodon_ops.cli.train.HeldOutSample", lambda *held_out: None)
     monkeypatch.setattr("megalodon_ops.tokenizers.Tokenizer.encode_batch", refuse)
 
     def interrupt(progress, row):
@@ -389,7 +322,7 @@ def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
         "tokenizer", "--train", "--vocab-size", 300, "--out", tmp_path / "x", tokens
     )
     assert train(tokens, tmp_path / "run", "--steps", 1) == 0
-    assert f"--data {tokens}: is a folder of tokens, which `train --data` reads; name text" in said(
+    assert f"error: {tokens}: is a folder of tokens, which `train --data` reads; name text" in said(
         "eval", "--checkpoint", tmp_path / "run", "--data", tokens
     )
     assert tokenize(tmp_path / "others", text / "0.py", text / "1.py") == 0

@@ -24,7 +24,7 @@ def test_a_changed_config_in_the_checkpoint_is_noticed(text, tmp_path, capsys):
 
 
 def test_eval_repeats_the_end_of_training(finished, capsys):
-    assert main(["eval", "--checkpoint", str(finished), "--piece", "50", "--batch", "2"]) == 0
+    assert main(["eval", "--checkpoint", str(finished), "--batch", "2"]) == 0
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert float(last[0]) == pytest.approx(rows(finished)[-1]["held_out_bits_per_byte"], abs=2e-4)
     perplexity = float(last[last.index("perplexity") + 1])
@@ -38,7 +38,7 @@ def test_eval_of_files(finished, text, capsys):
 
 def test_generate(finished, capsys):
     def generate(*flags):
-        assert main(["generate", "--checkpoint", str(finished), "--prompt", "import ", "--bytes", "40", *flags]) == 0
+        assert main(["generate", "--checkpoint", str(finished), "--prompt", "import ", "--tokens", "40", *flags]) == 0
         return capsys.readouterr().out
 
     text = generate()
@@ -49,14 +49,14 @@ def test_generate(finished, capsys):
 
 
 def test_generate_prints_as_it_comes(finished):
-    command = Forked("generate", "--checkpoint", finished, "--bytes", 1_000_000)
+    command = Forked("generate", "--checkpoint", finished, "--tokens", 1_000_000)
     assert command.stdout.read(20)
     command.stdout.close()  # as `head` does
     assert command.wait() == (128 + signal.SIGPIPE, b"")
 
 
 def test_a_prompt_from_standard_input_on_a_terminal_that_knows_ascii_alone(finished):
-    arguments = ["generate", "--checkpoint", finished, "--prompt-file", "-", "--bytes", 5]
+    arguments = ["generate", "--checkpoint", finished, "--prompt-file", "-", "--tokens", 5]
     command = Forked(*arguments, stdin="d\u00e9f ".encode(), encoding="ascii")
     assert command.stdout.readall().startswith(b"d\\xe9f ")
     assert command.wait() == (0, b"")

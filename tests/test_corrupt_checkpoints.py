@@ -69,7 +69,7 @@ def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_p
         what = mutate(rng.choice(sorted(folder.iterdir())), rng)
         command = [
             ["eval", "--checkpoint", str(folder), "--data", str(text)],
-            ["generate", "--checkpoint", str(r), "--bytes", "3"],
+            ["generate", "--checkpoint", str(r), "--tokens", "3"],
             ["train", "--resume", "--out", str(r), "--steps", "4"],
         ][i % 3]
         capsys.readouterr()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from assertions import assert_bit_equal
 from cases import cema_end_state_case, evaluate, forward
-from test_cuda_cema import DTYPES, SEQUENCES, TILES
+from test_cuda_cema import DTYPES, MANY_MODES, MODES, SEQUENCES, TILES
 from test_cuda_timestep_norm import sectors
 from test_ops import assert_matches_reference
 
@@ -29,11 +29,11 @@ def launched(emulator):
     return set(emulator.module.traffic())
 
 
-@pytest.mark.parametrize("N", [3, 8, 11, 17])
+@pytest.mark.parametrize("N", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_modes_and_type(emulator, dtype, N):
-    """Templates of 4, 8, 16 and 32 modes, over several tiles; pairs of channels, by vector and by scalar accesses."""
-    case = cema_end_state_case(B=1, L=99, D=4, N=N, dtype=dtype)
+    """Over several tiles; pairs of channels, by vector and by scalar accesses."""
+    case = cema_end_state_case(B=1, L=67, D=4, N=N, dtype=dtype)
     actual = emulated(emulator, case)
     assert launched(emulator) == FORWARD | BACKWARD
     assert_matches_reference(actual, case)
@@ -45,16 +45,18 @@ def test_the_forward_alone_and_few_steps_take_the_scan(emulator):
     assert launched(emulator) == {"cema_table_kernel", "cema_ends_kernel"}
 
 
-@pytest.mark.parametrize("sequences", [{"B": 2, "L": 40}, {"B": 1, "cu_seqlens": [1, 4, 4, 40, 70], "L": 80}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("dtype", "sequences"), MANY_MODES.values(), ids=MANY_MODES)
 def test_more_modes_than_a_launch_takes(emulator, dtype, sequences):
     case = cema_end_state_case(**sequences, D=3, N=70, dtype=dtype)
     assert_matches_reference(emulated(emulator, case), case)
 
 
-@pytest.mark.parametrize("D", [1, 6, 70])
-@pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
-def test_sequences_against_tiles(emulator, sequences, D):
+CHANNELS = [(1, "starts-in-tiles"), *((6, sequences) for sequences in SEQUENCES), (70, "several-in-a-tile")]
+
+
+@pytest.mark.parametrize(("D", "sequences"), CHANNELS)
+def test_sequences_against_tiles(emulator, D, sequences):
+    sequences = SEQUENCES[sequences]
     case = cema_end_state_case(**sequences, D=D, N=5)
     assert_matches_reference(emulated(emulator, case), case)
 
@@ -79,12 +81,12 @@ def test_small_weights_keep_their_gradients(emulator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_moved_by_the_forward(emulator, dtype):
-    """x is read once, and again in the two of ten tiles in which the sequences end; nothing of x's size is written."""
-    case = cema_end_state_case(B=2, L=160, D=64, N=16, dtype=dtype)
+    """x is read once, and again in the two of six tiles in which the sequences end; nothing of x's size is written."""
+    case = cema_end_state_case(B=2, L=96, D=32, N=16, dtype=dtype)
     emulated(emulator, case, run=forward)
-    x, state = case.tensors["x"].nbytes, 2 * 64 * 16 * 8
+    x, state = case.tensors["x"].nbytes, 2 * 32 * 16 * 8
     assert sectors(emulator, "cema_local_kernel", "x", "load") == x
-    assert sectors(emulator, "cema_ends_kernel", "x", "load") == x // 5
+    assert sectors(emulator, "cema_ends_kernel", "x", "load") == x // 3
     assert emulator.traffic("cema_ends_kernel")["state_out"]["store_bytes"] == state
     written = {
         name for kernel in launched(emulator) for name, t in emulator.traffic(kernel).items() if t["store_bytes"]
@@ -94,7 +96,7 @@ def test_bytes_moved_by_the_forward(emulator, dtype):
 
 def test_bytes_moved_by_the_backward(emulator):
     """No dy: x is read for the states, for dp and for dq; dx is written once."""
-    case = cema_end_state_case(B=2, L=160, D=64, N=16, dtype=torch.bfloat16)
+    case = cema_end_state_case(B=2, L=64, D=32, N=16, dtype=torch.bfloat16)
     with emulator.replacing(_C):
         leaves = {name: t.clone().requires_grad_() for name, t in case.tensors.items()}
         state = mo.cema_end_state(*leaves.values())
@@ -118,7 +120,7 @@ def test_orders_of_threads_give_equal_bits(emulator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_no_bank_conflicts(emulator, dtype):
-    emulated(emulator, cema_end_state_case(B=1, L=70, D=34, N=16, dtype=dtype))
+    emulated(emulator, cema_end_state_case(B=1, L=35, D=34, N=16, dtype=dtype))
     for kernel in FORWARD - {"cema_table_kernel"}:
         sites = [site for site in emulator.sites(kernel) if site["shared"]]
         assert sites

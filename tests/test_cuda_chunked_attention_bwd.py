@@ -73,8 +73,10 @@ PATHS = {
     "single": (torch.float32, 1),
     "double": (torch.float64, 1),
 }
-EVERY_PATH = ("tiles-of-a-chunk", "odd")
-RUNS = [(s, p) for s in SHAPES for p in (PATHS if s in EVERY_PATH else ("vectors", "elements", "single"))]
+RUNS = [(shape, path) for shape in ("tiles-of-a-chunk", "odd") for path in PATHS]
+RUNS += [("a-sequence-more-than-lanes", "single"), ("many-sequences", "vectors")]
+OTHERS = [shape for shape in SHAPES if shape not in dict(RUNS)]  # each of these on two of three paths
+RUNS += [(shape, ("vectors", "elements", "single")[(i + j) % 3]) for i, shape in enumerate(OTHERS) for j in range(2)]
 
 
 @pytest.mark.parametrize(("shape", "path"), RUNS)
@@ -84,28 +86,25 @@ def test_gradients(gradients, shape, path):
     assert_right(gradients(case, offset), case)
 
 
-@pytest.mark.parametrize("empty", [15, pytest.param(31, marks=pytest.mark.slow)])
-def test_a_chunk_that_rounds_share(emulator, gradients, empty):
-    """A panel is 32 tiles of P and of dS, 2 MiB, and a round has 32.
+@pytest.mark.parametrize("panels", [4, pytest.param(32, marks=pytest.mark.slow)])
+def test_a_chunk_that_rounds_share(emulator, gradients, panels):
+    """Each empty sequence takes two numbers, so that of the chunk's three panels a round has two, the next round one.
 
-    Each empty sequence takes two numbers, so that the chunk's three panels are 30 to 32, or 62 to 64, before another.
+    In a chunk of 2048 a panel is 32 tiles of P and of dS, 2 MiB, and the launcher chooses rounds of 32.
     """
-    case = chunked_attention_case(
-        B=1, L=32 * 64, H=1, K=1, V=2, C=2048, cu_seqlens=[0] * (empty + 1) + [150, 300], dtype=torch.float64
-    )
-    assert_right(gradients(case), case)
+    empty, C = panels // 2 - 1, 2048 if panels == 32 else 192
+    sizes = {"B": 1, "L": max(C, 300), "H": 1, "K": 1, "V": 2, "C": C, "cu_seqlens": [0] * (empty + 1) + [150, 300]}
+    case = chunked_attention_case(**sizes, dtype=torch.float64)
+    with emulator.launch_sizes(**({} if panels == 32 else {"attention_panels": panels})):
+        assert_right(gradients(case), case)
     sums = {line for line in stored_lines(emulator, "products") if "after[at] =" in line}
     assert sums, "no sum was handed from one round to the next"
 
 
-@pytest.mark.parametrize(
-    ("path", "panels"),
-    [("vectors", 2), ("vectors", 3)]
-    + [
-        pytest.param(*of, marks=pytest.mark.slow)
-        for of in (("vectors", 1), ("vectors", 5), ("elements", 2), ("single", 3))
-    ],
-)
+SLOW_ROUNDS = [pytest.param("vectors", 1, marks=pytest.mark.slow), pytest.param("single", 3, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("path", "panels"), [("vectors", 2), ("vectors", 3), *SLOW_ROUNDS])
 def test_a_chunk_of_many_tiles_in_many_rounds(emulator, gradients, path, panels):
     """Four row blocks a chunk, so that a round may begin and end with each; the second chunk and head follow."""
     dtype, offset = PATHS[path]
@@ -205,13 +204,12 @@ def stored_lines(emulator, kernel):
             yield source[int(line) - 1]
 
 
-LARGE = {"B": 2, "L": 70, "H": 2, "K": 24, "V": 40, "C": 48, "state": True, "dropkey": 0.2}
-
-
-@pytest.mark.parametrize("path", ["vectors", "elements", "single"])
+@pytest.mark.parametrize("path", ["vectors", "single"])
 def test_the_order_of_threads_changes_nothing(emulator, gradients, path):
+    """Two chunks, the first of which begins in the cache."""
     dtype, offset = PATHS[path]
-    case = chunked_attention_case(**LARGE, dtype=dtype)
+    sizes = {"B": 1, "L": 40, "H": 1, "K": 24, "V": 40, "C": 48}
+    case = chunked_attention_case(**sizes, state=True, dropkey=0.2, dtype=dtype)
     emulator.set_order("forward")
     expected = gradients(case, offset)
     for order in ("reverse", "random"):
@@ -220,12 +218,12 @@ def test_the_order_of_threads_changes_nothing(emulator, gradients, path):
 
 
 def test_bytes_moved(emulator, gradients):
-    """Two chunks of two tiles by two, of which three are made: each reads its operands once and is written once."""
-    K, V, L = 64, 192, 512
-    gradients(chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=256, dtype=torch.bfloat16))
+    """A chunk of two tiles by two, of which three are made: each reads its operands once and is written once."""
+    K, V, L = 64, 192, 256
+    gradients(chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=L, dtype=torch.bfloat16))
     row = {"q": K, "k": K, "v": V, "do": V, "o": V, "dq": K, "dk": K, "dv": V}
     once = {name: 2 * L * width for name, width in row.items()}
-    tiles = 6 * 2 * 2 * EDGE**2  # P and dS
+    tiles = 3 * 2 * 2 * EDGE**2  # P and dS
 
     prepare, scores, products = (emulator.traffic(KERNELS.format(k)) for k in ("prepare", "scores", "products"))
     assert all(prepare[name]["load_sectors"] * 32 == once[name] for name in ("o", "do"))

@@ -67,30 +67,42 @@ def test_every_planted_bug_is_tested(emulator):
     assert set(emulator.module.planted.bugs) == set(BUGS)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", BUGS)
-def test_a_bug_is_reported_at_its_line(emulator, name, order):
-    """Every order of the threads shows the bug, orders included in which the result happens to be right."""
-    emulator.set_order(order)
-    with pytest.raises(emulator.Error, match=rf"in {name}:"):
+def what_is_wrong_with_the_report(emulator, name: str) -> str | None:
+    """Whether the bug is reported as what it is, at its line, in a thread that the launch has."""
+    try:
         run_bug(emulator, name, bug=True)
+    except emulator.Error as error:
+        if f"in {name}:" not in str(error):
+            return f"another kernel is named: {error}"
+    else:
+        return "nothing is reported"
     lines, others = marked_lines("at", name), marked_lines("other", name)
     found = [r for r in emulator.reports() if r["kind"] == BUGS[name]]
-    assert found, emulator.reports()
-    assert lines
+    if not found or not lines:
+        return f"{emulator.reports()} instead of {BUGS[name]} at {lines}"
     for report in found:
         ends = {place.split(" < ")[i] for place in (report["where"], report["other"]) for i in (0, -1)}
-        assert ends & lines, (report, lines)
-        assert not others or ends & others, (report, others)
-        assert max(report["block"]) < 2 and report["thread"][0] < 64 and report["thread"][1:] == (0, 0)
+        if not ends & lines or (others and not ends & others):
+            return f"{report} is not at {lines}, {others}"
+        if max(report["block"]) > 1 or report["thread"][0] > 63 or report["thread"][1:] != (0, 0):
+            return f"{report} is of no thread of the launch"
+    return None
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", BUGS)
-def test_a_correct_kernel_raises_no_alarm(emulator, name, order):
-    for seed in range(3):
-        emulator.set_order(order, seed=seed)
-        run_bug(emulator, name, bug=False)
+def test_every_bug_is_reported_at_its_line(emulator, order):
+    """Every order of the threads shows the bug, orders included in which the result happens to be right."""
+    emulator.set_order(order)
+    problems = {name: what_is_wrong_with_the_report(emulator, name) for name in BUGS}
+    assert {name: problem for name, problem in problems.items() if problem} == {}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_correct_kernel_raises_an_alarm(emulator, order):
+    for name in BUGS:
+        for seed in range(3):
+            emulator.set_order(order, seed=seed)
+            run_bug(emulator, name, bug=False)
 
 
 def test_a_report_names_buffer_thread_and_line(emulator):

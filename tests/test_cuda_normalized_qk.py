@@ -39,8 +39,9 @@ def test_each_way_to_share_a_head(emulator, dtype, key_dim):
     assert_matches_reference(run(emulator, case), case)
 
 
-@pytest.mark.parametrize("key_dim", [6, 64, 98, 134, 514])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("key_dim", "dtype"), [*zip((6, 98, 134, 514), DTYPES, strict=True), (64, torch.bfloat16)], ids=str
+)
 def test_misaligned_tensors(emulator, dtype, key_dim):
     """Pairs of elements take the paths that vectors take in aligned tensors."""
     case = normalized_qk_case(B=1, L=19, H=2, K=key_dim, C=7, dtype=dtype, position=True, lengths=[18])
@@ -55,7 +56,7 @@ def test_parts_of_many_tokens(emulator):
 
 @pytest.mark.parametrize("key_dim", [32, 520])
 def test_any_order_of_threads_gives_equal_bits(emulator, key_dim):
-    case = normalized_qk_case(B=3, L=21, H=2, K=key_dim, C=8, lengths=[21, 0, 9], dtype=torch.bfloat16)
+    case = normalized_qk_case(B=3, L=5, H=1, K=key_dim, C=3, lengths=[5, 0, 2], dtype=torch.bfloat16)
     results = []
     for order in ("forward", "reverse", "random"):
         emulator.set_order(order)

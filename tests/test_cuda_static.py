@@ -1,7 +1,7 @@
 """What nvcc has made of the installed CUDA kernels, for each architecture: no spills, the promised instructions.
 
-Without CUDA kernels, or without nvcc for the planted ones, these tests are skipped. cuda_static/README.md says how to
-read and add promises.
+Without CUDA kernels, or without nvcc for the planted ones, these tests are skipped. The tests of the installed kernels
+are slow ones: nvdisasm takes 18 s for one architecture. cuda_static/README.md says how to read and add promises.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ def planted() -> dict[str, Kernel]:
     return {kernel.name: kernel for kernel in or_skip(lambda: compiled(PLANTED))}
 
 
+@pytest.mark.slow
 def test_kernels_keep_their_promises(kernels):
     print(table(kernels))
     problems = breaches(kernels)
     assert not problems, "\n" + "\n".join(problems)
 
 
+@pytest.mark.slow
 def test_code_and_ptx_are_for_the_architectures_that_the_build_names(kernels):
     named = library.cuda_extension().build_info()["architectures"].split(", ")
     assert {kernel.architecture for kernel in kernels} == {int(name.removesuffix("-real")) for name in named}

@@ -103,7 +103,7 @@ MIXED = {
 def test_of_a_folder_the_text_is_taken_and_the_rest_is_told(tmp_path, capsys):
     folder = folder_of(tmp_path, MIXED)
     assert names(find_files([folder])) == ["a.txt", "c.txt", "f.txt", "h.md"]
-    said = f"skipping 4 files that are not UTF-8 text, the first {folder}/b.png; --glob PATTERN takes what matches, text or not"
+    said = f"skipping 4 of the files, which are not UTF-8 text, such as {folder}/b.png; --glob PATTERN takes what matches, text or not"
     assert capsys.readouterr().err == f"megalodon_ops: {said}\n"
     assert names(find_files([folder / "b.png", folder / "sub"])) == ["b.png", "h.md"], "a file that is named is taken"
     assert capsys.readouterr().err == ""
@@ -126,7 +126,8 @@ def test_globs_choose_among_a_folders_files(tmp_path, capsys):
 def test_a_folder_without_text(tmp_path):
     folder = folder_of(tmp_path, {"b.png": PNG})
     with pytest.raises(
-        CommandError, match="no text in this folder, but 1 file that is not UTF-8 text, .*b.png; --glob"
+        CommandError,
+        match="no text in this folder: skipping 1 of the files, which are not UTF-8 text, such as .*b.png; --glob",
     ):
         load_corpus([folder])
     (tmp_path / "a.png").write_bytes(PNG + b"other")

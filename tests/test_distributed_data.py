@@ -50,8 +50,8 @@ def test_ranks_train_as_one_process_does(ranks, world_size, data, overrides):
     assert_same_training(results[0], wanted)
 
 
-def gradients(data, reshard):
-    model = parallelize(tiny_model(torch.float64), mesh_of_all(), data=data, reshard=reshard)
+def gradients(data):
+    model = parallelize(tiny_model(torch.float64), mesh_of_all(), data=data)
     tokens, targets = batch_of(1)
     rows = own_rows()
     found = []
@@ -70,11 +70,11 @@ def weights_of(losses, rows):
     ]
 
 
-@pytest.mark.parametrize("data, reshard", [("shard", False), pytest.param("replicate", True, marks=SLOW)])
-def test_gradients_of_every_reduction_are_those_of_the_whole_batch(ranks, data, reshard):
+@pytest.mark.parametrize("data", ["shard", pytest.param("replicate", marks=SLOW)])
+def test_gradients_of_every_reduction_are_those_of_the_whole_batch(ranks, data):
     model = tiny_model(torch.float64)
     tokens, targets = batch_of(1)
-    results = ranks.run(gradients, 2, data, reshard)
+    results = ranks.run(gradients, 2, data)
     for i, reduction in enumerate(("mean", "sum", "none")):
         model.zero_grad()
         wanted = model.loss(tokens, targets, reduction=reduction)

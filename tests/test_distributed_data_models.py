@@ -18,7 +18,7 @@ fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
     pytest.skip("parallelize asks for a newer torch", allow_module_level=True)
 
-from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize, split  # noqa: E402
+from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize  # noqa: E402
 from megalodon_ops.distributed.start import await_workers  # noqa: E402
 
 PROMPT = tokens_of(4, 13)
@@ -29,9 +29,9 @@ def new_tokens_of(rank):
     return [5, 40][rank]
 
 
-def generated(data, reshard, param_dtype):
+def generated(data, param_dtype):
     model = tiny_model(torch.float32, **WITH_ALL).eval()
-    model = parallelize(model, mesh_of_all(), data=data, reshard=reshard, param_dtype=param_dtype)
+    model = parallelize(model, mesh_of_all(), data=data, param_dtype=param_dtype)
     rows = own_rows()
     tokens = model.generate(PROMPT[rows], max_new_tokens=new_tokens_of(dist.get_rank()), seed=list(range(4))[rows])
     model.loss(*(tensor[rows] for tensor in batch_of(0))).backward()  # training goes on
@@ -40,13 +40,13 @@ def generated(data, reshard, param_dtype):
 
 
 @pytest.mark.parametrize(
-    "data, reshard, param_dtype",
-    [("shard", False, torch.bfloat16), pytest.param("replicate", True, None, marks=SLOW)],
+    "data, param_dtype",
+    [("shard", torch.bfloat16), pytest.param("replicate", None, marks=SLOW)],
     ids=str,
 )
-def test_ranks_generate_alone(ranks, data, reshard, param_dtype):
+def test_ranks_generate_alone(ranks, data, param_dtype):
     model = tiny_model(torch.float32, **WITH_ALL).eval().to(param_dtype or torch.float32)
-    results = ranks.run(generated, 2, data, reshard, param_dtype)
+    results = ranks.run(generated, 2, data, param_dtype)
     for rank, (tokens, state, streamed) in enumerate(results):
         rows = slice(2 * rank, 2 * rank + 2)
         wanted = model.generate(PROMPT[rows], max_new_tokens=new_tokens_of(rank), seed=list(range(4))[rows])
@@ -72,7 +72,7 @@ def test_a_saved_model_loads_in_one_process_and_in_ranks(ranks, tmp_path, overri
 
 
 def evaluated():
-    model = parallelize(tiny_model(torch.float64).eval(), mesh_of_all(), reshard=False)
+    model = parallelize(tiny_model(torch.float64).eval(), mesh_of_all())
     rows = own_rows()
     with torch.no_grad():
         logits, state = model(PROMPT[rows, :6], return_state=True)
@@ -112,19 +112,6 @@ def test_after_an_error_in_all_ranks_training_goes_on(ranks):
             assert loss == pytest.approx(wanted.item(), rel=1e-12)
             torch.testing.assert_close(embedding, model.embed.weight.grad, rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(matrix, model.layers[0].mega.wz.weight.grad, rtol=1e-10, atol=1e-12)
-
-
-def reads_a_split_prompt():
-    mesh = make_mesh("chunk=2", device_type="cpu")
-    model = parallelize(tiny_model(torch.float32).eval(), mesh)
-    piece = split(PROMPT, mesh, chunk_size=TINY["chunk_size"])
-    return model.generate(piece, max_new_tokens=12, seed=0)
-
-
-@pytest.mark.slow
-def test_ranks_read_a_split_prompt_together(ranks):
-    wanted = tiny_model(torch.float32).eval().generate(PROMPT, max_new_tokens=12, seed=0)
-    assert all(torch.equal(found, wanted) for found in ranks.run(reads_a_split_prompt, 2))
 
 
 def refusals():
@@ -224,8 +211,6 @@ def test_wrong_arguments_are_refused(alone):
             parallelize(model, given)
     with pytest.raises(ValueError, match="`param_dtype` must be .*, got torch.int8."):
         parallelize(tiny_model(), mesh, param_dtype=torch.int8)
-    with pytest.raises(TypeError, match="`reshard` must be True or False, got 2."):
-        parallelize(tiny_model(), mesh, reshard=2)
 
 
 def waits_in_vain():

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from chunk_parallel import cut_over_all_ranks
-from launched import free_port
+from launched import TORCHRUN, free_port
 from models import TINY, tiny_model, tokens_of
 from ranks import RankError, Ranks
 
@@ -35,9 +35,7 @@ def called(pieces: tuple[int, ...], ours: dict[str, Any], rank_1s: dict[str, Any
             tokens_of(options.pop("sequences", 2), options.pop("past")), return_state=True
         )
     try:
-        if "max_new_tokens" in options:
-            model.generate(tokens, **options)
-        elif options.pop("loss", False):
+        if options.pop("loss", False):
             model.loss(tokens, tokens, **options)
         else:
             model(tokens, **options)
@@ -78,12 +76,6 @@ FAULTS = {
     ),
     "a state of other sequences": ((8, 8, 4), dict(past=8, sequences=3), {}, "`state` must be one of 2 sequences, got 3"),
     "a cut beside the past's chunks": ((8, 8, 4), dict(past=3), {}, "ends 3 tokens into a chunk of 8 of sequence 0"),
-    "how many to generate": (
-        (8, 8, 4), dict(max_new_tokens=3, seed=0), dict(max_new_tokens=4), "`generated tokens` must be the same"
-    ),
-    "how to draw": (
-        (8, 8, 4), dict(max_new_tokens=3, temperature=0.0), dict(temperature=0.5), "`temperature` must be .* 0.5 on rank 1"
-    ),
 }  # fmt: skip
 
 
@@ -186,3 +178,29 @@ def test_programs_end_of_which_one_fails(tmp_path):
     assert [process.returncode for process in processes] == [1, 1], other + failed
     assert "ValueError: amid the layers" in failed
     assert re.search(r"(RuntimeError|DistNetworkError|DistBackendError): .*(?i:connection|closed|peer)", other), other
+
+
+RESTARTED = """
+import os, torch, torch.distributed as dist
+from megalodon_ops.distributed import make_mesh
+
+mesh = make_mesh("data=2", device_type="cpu")
+total = torch.ones(())
+dist.all_reduce(total)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), 9)
+    dist.all_reduce(total)
+os.write(1, f"sum {total.item()}; ".encode())  # in one piece
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_started_again_find_each_other(tmp_path):
+    program = tmp_path / "again.py"
+    program.write_text(RESTARTED)
+    found = subprocess.run(
+        [*TORCHRUN, "2", "--master-port", str(free_port()), "--max-restarts", "1", program],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert found.returncode == 0 and found.stdout.count("sum 2.0") == 2, found.stderr

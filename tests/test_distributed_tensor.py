@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from tensor_parallel import Work, compare, worst
 
 import megalodon_ops as mo
 from megalodon_ops.evaluation import evaluate
-from megalodon_ops.model import blocks
 
 pytest.importorskip("torch.distributed.fsdp")
 from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
@@ -84,55 +82,12 @@ def test_meshes_of_four_equal_one_process(ranks, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, most", [(torch.float64, EXACT), (torch.float32, FLOAT32)], ids=str)
-def test_data_chunk_and_tensor_on_eight_processes_equal_one(ranks, dtype, most):
-    work = Work("data=2,chunk=2,tensor=2", config=dict(swiglu=True, share_emb=True), rows=4, past=8, dtype=dtype)
+def test_data_chunk_and_tensor_on_eight_processes_equal_one_in_float32(ranks):
+    work = Work(
+        "data=2,chunk=2,tensor=2", config=dict(swiglu=True, share_emb=True), rows=4, past=8, dtype=torch.float32
+    )
     error, where = worst(ranks.run(compare, 8, work))
-    assert error < most, where
-
-
-def void(_: object) -> None:
-    """What a hook must give."""
-
-
-def dropped(config: dict, recompute: bool):
-    """What a rank drops, the seeds of its attention, and all gradients; ranks have generators of their own."""
-    model = tiny_model(**config, dropout=0.2, hidden_dropout=0.3, attention_dropout=0.2, layerwise_ckpt=recompute)
-    model = parallelize(model.train(), make_mesh("tensor=2", device_type="cpu"))
-    half, found = model.layers[0].mega, {}
-
-    def note(module: torch.nn.Module, name: str) -> None:
-        module.register_forward_pre_hook(lambda _, args: void(found.setdefault(name, args[0] == 0)))
-
-    note(half.wz, "m")
-    note(half.wh2, "gated")
-    note(model.layers[0].nffn.fc2, "hidden")
-    attend, seeds = blocks.attend, []
-    blocks.attend = lambda *args, **options: seeds.append(torch.initial_seed()) or attend(*args, **options)
-    torch.manual_seed(dist.get_rank())
-    try:
-        model.loss(*tokens_of(4, 21).split(2)).backward()
-    finally:
-        blocks.attend = attend
-    after = torch.rand(())
-    grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
-    return found, seeds[: len(model.layers)], grads, after
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_dropout_is_alike_where_ranks_have_the_same_and_differs_where_they_do_not(ranks, heads):
-    config = dict(num_heads=heads)
-    (first, seeds, grads, after), (second, others, _, other_after) = ranks.run(dropped, 2, config, False)
-    assert torch.equal(first["m"], second["m"]) and 0.2 < first["m"].double().mean() < 0.4
-    assert not torch.equal(first["gated"], second["gated"]) and not torch.equal(first["hidden"], second["hidden"])
-    assert len({*seeds}) == 2 and (seeds == others) == (heads == 1)
-    assert after != other_after, "each rank's generator goes on as its own"
-    if heads == 1:  # recomputed where ranks have seeds of their own
-        return
-    ((_, _, again, same), *_) = ranks.run(dropped, 2, config, True)
-    assert same == after
-    for name, grad in grads.items():
-        torch.testing.assert_close(again[name], grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert error < FLOAT32, where
 
 
 def refusals() -> list[str]:
@@ -232,10 +187,11 @@ def trained(sizes: str | None, steps: int, frozen: str = "") -> tuple[list[float
     for step in range(steps):
         batch = torch.randint(TINY["vocab_size"], (4, 22), generator=torch.Generator().manual_seed(step))
         batch = batch if sizes is None else split(batch, mesh, chunk_size=64)
-        with contextlib.nullcontext() if sizes is None else model.no_sync():
-            model.loss(batch[:, :-1], batch[:, 1:]).backward()
-        loss = model.loss(batch[:, 3:-1], batch[:, 4:])
-        loss.backward()
+        for last, part in enumerate((batch, batch[:, 3:])):
+            if sizes is not None:
+                model.set_requires_gradient_sync(bool(last))
+            loss = model.loss(part[:, :-1], part[:, 1:])
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
         optimizer.step()
         optimizer.zero_grad()

@@ -9,7 +9,7 @@ import torch
 from models import tiny_model, tokens_of
 
 from megalodon_ops.model import sampling
-from megalodon_ops.model.sampling import Sampling, numbers_of_generator, numbers_of_seeds
+from megalodon_ops.model.sampling import Sampling, numbers_of_seeds
 
 OPTIONS = [
     {}, {"temperature": 0.5}, {"temperature": 1.5}, {"top_k": 3}, {"top_k": 99}, {"top_p": 0.6}, {"top_p": 1.0},
@@ -112,33 +112,28 @@ def test_numbers_of_a_seed_depend_on_seed_and_position_alone():
         assert abs(shifted.mean() - 0.25) < 4 * 0.22 / shifted.numel() ** 0.5  # neighbours do not know each other
 
 
-def test_numbers_of_a_generator():
-    stream = numbers_of_generator(torch.Generator().manual_seed(3), 1000, torch.device("cpu"))
-    numbers = torch.stack(list(itertools.islice(stream, 100)))
-    assert numbers.min() >= 0 and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.004
-    again = numbers_of_generator(torch.Generator().manual_seed(3), 1000, torch.device("cpu"))
-    assert torch.equal(next(again), numbers[0])
-
-
 def test_tokens_are_drawn_by_their_probabilities():
     model, draws = tiny_model(), 4000
     with torch.no_grad():
         probability = model(tokens_of(1, 1))[0, -1].softmax(0)
-    generator = torch.Generator().manual_seed(3)
-    for how in (dict(generator=generator), dict(seed=3)):
-        drawn = model.generate(tokens_of(1, 1), max_new_tokens=1, num_samples=draws, **how)[:, 1]
+    torch.manual_seed(3)
+    for seed in (None, 3):
+        drawn = model.generate(tokens_of(1, 1), max_new_tokens=1, num_samples=draws, seed=seed)[:, 1]
         share = drawn.bincount(minlength=31) / draws
         assert ((share - probability).abs() <= 5 * (probability * (1 - probability) / draws).sqrt()).all()
 
 
-def test_draws_depend_on_the_generator_alone():
+def test_draws_depend_on_the_seed_alone_or_on_torch_s():
     model, prompt = tiny_model(), tokens_of(1, 1).expand(200, 1)
-    draw = lambda seed: model.generate(prompt, max_new_tokens=2, generator=torch.Generator().manual_seed(seed))  # noqa: E731
-    assert torch.equal(draw(7), draw(7)) and not torch.equal(draw(7), draw(8))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    draw(7), model.generate(prompt, max_new_tokens=2, seed=7)
-    assert torch.equal(torch.get_rng_state(), before)
+    seven = model.generate(prompt, max_new_tokens=2, seed=7)
+    model.generate(prompt, max_new_tokens=2, temperature=0)
+    assert torch.equal(torch.get_rng_state(), before), "nothing was drawn by torch"
+    first, second = (model.generate(prompt, max_new_tokens=2) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(prompt, max_new_tokens=2), first)
+    assert not torch.equal(first, second) and not torch.equal(first, seven)
 
 
 @pytest.mark.slow

@@ -210,7 +210,7 @@ def test_cache_changes_rows() -> None:
             logits = model(token[[2, 2, 0]], past_key_values=reordered).logits
             close(logits[1], model(token[[2]], past_key_values=copy.deepcopy(alone[2])).logits[0])
             close(logits[2], model(token[[0]], past_key_values=copy.deepcopy(alone[0])).logits[0])
-            (part := cache()).reset_rows([1])
+            part = hf.MegalodonCache(cache().state.reset([1]))
             close(model(token, past_key_values=part).logits[1], model(token[[1]]).logits[0])
             (whole := cache()).reset()
             assert whole.get_seq_length() == 0 and not whole.is_initialized
@@ -264,8 +264,7 @@ def test_gradients_flow_through_a_cache_until_it_is_detached() -> None:
     model, ids = made(), torch.randint(50, (1, 30))
     embeddings = model.embed(ids[:, :20]).detach().requires_grad_()
     cache = model(inputs_embeds=embeddings, use_cache=True).get(CACHE)
-    detached = hf.MegalodonCache(cache.state)
-    detached.detach()
+    detached = hf.MegalodonCache(cache.state.detach())
     model(ids[:, 20:], past_key_values=detached).logits.sum().backward()
     assert embeddings.grad is None
     model(ids[:, 20:], past_key_values=cache).logits.sum().backward()

@@ -87,7 +87,7 @@ def test_streamer_and_stop_strings(folder: Path) -> None:
     assert "".join(streamer) == tokenizer.decode(output[0, 10:]) == SENTENCE[9 : SENTENCE.index(" dog")]
 
 
-@pytest.mark.parametrize("packing", ["position_ids", "cu_seq_lens", "seq_idx", "cu_seqlens"])
+@pytest.mark.parametrize("packing", ["position_ids", "cu_seq_lens"])
 def test_trainer_with_packed_documents(tmp_path: Path, packing: str) -> None:
     """Each step's loss and gradient are those of the mean over all tokens of the documents, each read alone."""
     documents = [SENTENCE[: 5 + 7 * i] for i in range(6)]
@@ -97,8 +97,6 @@ def test_trainer_with_packed_documents(tmp_path: Path, packing: str) -> None:
         "cu_seq_lens": transformers.DataCollatorWithFlattening(
             return_position_ids=False, return_flash_attn_kwargs=True
         ),
-        "seq_idx": transformers.DataCollatorWithFlattening(return_position_ids=False, return_seq_idx=True),
-        "cu_seqlens": offsets_collator,
     }
     model = transformers.AutoModelForCausalLM.from_config(hf.MegalodonHFConfig(**SIZES))
     expected = hf.MegalodonForCausalLM(model.config)
@@ -118,13 +116,6 @@ def test_trainer_with_packed_documents(tmp_path: Path, packing: str) -> None:
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-3)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs - 1e-3 * theirs.grad, rtol=1e-4, atol=1e-6)
-
-
-def offsets_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
-    ids = torch.cat([torch.tensor(row["input_ids"]) for row in rows])[None]
-    ends = torch.tensor([0, *(len(row["input_ids"]) for row in rows)]).cumsum(0)
-    labels = ids.index_fill(1, ends[:-1], -100)  # Trainer counts the labels that are not -100
-    return dict(input_ids=ids, labels=labels, cu_seqlens=ends)
 
 
 def test_trainer_learns_evaluates_saves_and_resumes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from backends import ISAS, each_isa, isa
 from megalodon_ops import _C
 from megalodon_ops.ops import linear as module
-from megalodon_ops.ops.linear import Ways, linear, linear_few_rows, linear_fwd, put_product_
+from megalodon_ops.ops.linear import KernelChoice, linear, linear_few_rows, linear_fwd, put_product_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has no AMX")
@@ -23,9 +23,12 @@ needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has 
 @pytest.fixture(params=[pytest.param("v4_amx", marks=needs_amx), "others"])
 def large(request, monkeypatch):
     """Every product with gradients takes the kernel for many rows, however small it is."""
-    always, by_torch = Ways(few=4, many=5, worth=1), Ways(few=4, many=None, worth=1)
+    always, by_torch = (
+        KernelChoice(few_rows_to=4, many_rows_from=5, training_from=1),
+        KernelChoice(few_rows_to=4, many_rows_from=None, training_from=1),
+    )
     short = by_torch if request.param == "v4_amx" else always
-    monkeypatch.setattr(module, "WAYS", {torch.float32: always, torch.bfloat16: short, torch.float16: short})
+    monkeypatch.setattr(module, "CHOICES", {torch.float32: always, torch.bfloat16: short, torch.float16: short})
     with isa(request.param if request.param in ISAS else [name for name in ISAS if name != "v4_amx"][-1]):
         yield
 
@@ -78,7 +81,9 @@ def test_autocast(large, bias):
 
 @pytest.mark.parametrize(("T", "O"), [(33, 20), (33, 200), (300, 17)])  # one matrix is copied or the other
 def test_bfloat16_gradients_by_torch(monkeypatch, T, O):  # noqa: E741
-    monkeypatch.setitem(module.WAYS, torch.bfloat16, Ways(few=8, many=None, worth=1))
+    monkeypatch.setitem(
+        module.CHOICES, torch.bfloat16, KernelChoice(few_rows_to=8, many_rows_from=None, training_from=1)
+    )
     tensors = [t.detach().bfloat16().requires_grad_() for t in inputs(T, O=O)]
     y, grads = assert_like_exact(tensors, rtol=2**-8, atol=1e-4)
     assert type(y.grad_fn) is type(linear_fwd(*tensors).grad_fn)
@@ -224,7 +229,9 @@ def test_many_rows_refuse_other_types():
 def test_put_product(large, dtype, add):
     x, weight = (torch.randn(20, n).to(dtype) for n in (70, 30))
     y = torch.randn(70, 30)
-    rounds = dtype != torch.float32 and module.WAYS[dtype].many is None  # the product is rounded, then added
+    rounds = (
+        dtype != torch.float32 and module.CHOICES[dtype].many_rows_from is None
+    )  # the product is rounded, then added
     factors = (x, weight) if rounds else (x.double(), weight.double())
     expected = (add * y + F.linear(*(t.t() for t in factors))).float()
     y = y if add else torch.full_like(y, torch.nan)

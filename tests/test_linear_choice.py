@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from megalodon_ops import _C
 from megalodon_ops.ops import linear as module
-from megalodon_ops.ops.linear import Ways, linear, linear_fwd, ways
+from megalodon_ops.ops.linear import KernelChoice, choices, linear, linear_fwd
 
 
 def taken(monkeypatch) -> list[str]:
@@ -23,20 +23,25 @@ def taken(monkeypatch) -> list[str]:
     return calls
 
 
-def expected(way: Ways, rows: int, size: int, gradients: bool) -> list[str]:
+def expected(way: KernelChoice, rows: int, size: int, gradients: bool) -> list[str]:
     if gradients:
-        return ["linear_fwd"] if way.worth is not None and size >= way.worth else []
-    return ["linear_few_rows"] if rows <= way.few else [] if way.many is None else ["linear_fwd"]
+        return ["linear_fwd"] if way.training_from is not None and size >= way.training_from else []
+    return ["linear_few_rows"] if rows <= way.few_rows_to else [] if way.many_rows_from is None else ["linear_fwd"]
 
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(
     "way",
-    [Ways(32), Ways(32, 129, 33 * 24 * 40), Ways(15, 16, 16 * 24 * 40), Ways(8, None, 1)],
+    [
+        KernelChoice(32),
+        KernelChoice(32, 129, 33 * 24 * 40),
+        KernelChoice(15, 16, 16 * 24 * 40),
+        KernelChoice(8, None, 1),
+    ],
     ids=["torch", "many rows", "AMX", "AMX, bfloat16"],
 )
 def test_which_way_is_taken(monkeypatch, way, gradients):
-    monkeypatch.setitem(module.WAYS, torch.float32, way)
+    monkeypatch.setitem(module.CHOICES, torch.float32, way)
     calls, weight = taken(monkeypatch), torch.randn(40, 24)
     with torch.set_grad_enabled(gradients):
         for rows in (1, 8, 9, 15, 16, 32, 33, 200):
@@ -46,7 +51,7 @@ def test_which_way_is_taken(monkeypatch, way, gradients):
         for rows, inner in ((0, 24), (16, 0)):
             linear(torch.randn(rows, inner), weight[:, :inner])
         assert not calls
-        monkeypatch.setattr(module, "WAYS", {})
+        monkeypatch.setattr(module, "CHOICES", {})
         linear(torch.randn(8, 24), weight)
         assert not calls
 
@@ -63,18 +68,18 @@ def test_ways_of_processors():
         ("v4_bf16", True, {float32, bfloat16, float16}, 1 << 29),
         ("v4_amx", False, {float32}, 1 << 26),
     ]:
-        table = ways(isa, mkl_is_slow)
-        assert {dtype for dtype, way in table.items() if way.many is not None} == has_many
-        assert table[bfloat16].worth == worth_of_bfloat16 and table[float64] == Ways(32)
-        assert table[float16].casts == (float16 in has_many) and table[float32].casts is False
-        assert table[bfloat16].casts == (isa in ("v2", "v3", "v4"))
+        table = choices(isa, mkl_is_slow)
+        assert {dtype for dtype, way in table.items() if way.many_rows_from is not None} == has_many
+        assert table[bfloat16].training_from == worth_of_bfloat16 and table[float64] == KernelChoice(32)
+        assert table[float16].casts_here == (float16 in has_many) and table[float32].casts_here is False
+        assert table[bfloat16].casts_here == (isa in ("v2", "v3", "v4"))
 
 
 @torch.no_grad()
 def test_which_kernel_is_taken(monkeypatch):
     launched: list[str] = []
     monkeypatch.setattr(module, "launch", lambda name, *args: launched.append(name) or getattr(_C, name)(*args))
-    monkeypatch.setitem(module.WAYS, torch.float32, Ways(32, 129, 1))
+    monkeypatch.setitem(module.CHOICES, torch.float32, KernelChoice(32, 129, 1))
     x, weight = torch.randn(3, 43, 24), torch.randn(40, 24)
     transposed = weight.t().contiguous().t()
     for x_, weight_, name in [(x, weight, "many"), (x[:2], weight, "few"), (x[:2], transposed, "many")]:
@@ -85,7 +90,7 @@ def test_which_kernel_is_taken(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("casts", [False, True])
 def test_when_autocast_without_gradients_takes_the_kernel(monkeypatch, casts):
-    monkeypatch.setitem(module.WAYS, torch.bfloat16, Ways(32, 64, 1, casts))
+    monkeypatch.setitem(module.CHOICES, torch.bfloat16, KernelChoice(32, 64, 1, casts))
     calls, x, weight = taken(monkeypatch), torch.randn(64, 24), torch.randn(40, 24)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == linear(x[:63], weight).dtype == torch.bfloat16
@@ -94,7 +99,7 @@ def test_when_autocast_without_gradients_takes_the_kernel(monkeypatch, casts):
 
 @torch.no_grad()
 def test_what_torch_is_left_with(monkeypatch):
-    monkeypatch.setattr(module, "WAYS", ways("generic", mkl_is_slow=True))
+    monkeypatch.setattr(module, "CHOICES", choices("generic", mkl_is_slow=True))
     calls, x, weight = taken(monkeypatch), torch.randn(33, 24), torch.randn(40, 24)
     for dtype in (torch.bfloat16, torch.float64):
         assert linear(x.to(dtype), weight.to(dtype)).dtype == dtype
@@ -129,7 +134,7 @@ def test_tensors_of_other_types_are_left_to_torch(rows, gradients):
 
 
 def test_variable_leaves_all_to_torch():
-    done = run_python("import megalodon_ops.ops.linear as m; print(m.WAYS)", MEGALODON_OPS_LINEAR="torch")
+    done = run_python("import megalodon_ops.ops.linear as m; print(m.CHOICES)", MEGALODON_OPS_LINEAR="torch")
     assert done.stdout.split() == ["{}"], done.stderr
 
 

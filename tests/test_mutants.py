@@ -97,13 +97,14 @@ MAIN = r"""
 #include <vector>
 namespace emu { extern std::vector<unsigned char> mattered; }
 extern "C" { extern int gpu_mutant; }
-extern unsigned calls;
-int f(int a, int b, int n);
+extern unsigned* const calls_of[];
+extern int (*const f_of[])(int a, int b, int n);
 
 int main(int, char** arguments) {
-  gpu_mutant = std::atoi(arguments[1]);
-  for (int i = 0; i < 250; ++i) std::printf("%d ", f(i % 5 - 1, i / 5 % 5 * 3, i / 25));
-  std::printf("%u\n", calls);
+  const int program = std::atoi(arguments[1]);
+  gpu_mutant = std::atoi(arguments[2]);
+  for (int i = 0; i < 250; ++i) std::printf("%d ", f_of[program](i % 5 - 1, i / 5 % 5 * 3, i / 25));
+  std::printf("%u\n", *calls_of[program]);
   for (size_t i = 0; i < emu::mattered.size(); ++i)
     if (emu::mattered[i]) std::printf("%d ", static_cast<int>(i));
 }
@@ -113,29 +114,34 @@ int main(int, char** arguments) {
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_switch_does_what_the_mutants_do(tmp_path):
     """One program that holds all of them prints what each of them prints by itself, and knows which matter."""
-
-    def compiled(*arguments: str) -> None:
-        subprocess.run(["g++", "-std=c++17", "-w", *arguments], cwd=tmp_path, check=True)
-
-    def program(name: str, text: str) -> str:
-        (tmp_path / f"{name}.cpp").write_text(text)
-        compiled(f"{name}.cpp", "main.o", "mutants.o", "-o", name)
-        return str(tmp_path / name)
-
-    def output(program: str, number: int) -> list[str]:
-        return subprocess.run([program, str(number)], capture_output=True, text=True, check=True).stdout.split("\n")
-
-    (tmp_path / "main.cpp").write_text(MAIN)
-    compiled("-c", "main.cpp", str(FOLDER / "runtime" / "mutants.cpp"))
     found = list(enumerate(mutants(PROGRAM), start=1))
     text = switched(PROGRAM, found)
     assert text.count("\n") == PROGRAM.count("\n")
-    switch = program("switched", text)
-    plain, mattered = output(switch, 0)
-    assert plain == output(program("plain", PROGRAM), 0)[0]
+    programs = [PROGRAM, *(mutant.text for _, mutant in found), text]  # each in a namespace of its own
+    switch = len(programs) - 1
+
+    def table(declaration: str, name: str) -> str:
+        return f"{declaration} = {{{', '.join(name.format(i) for i in range(len(programs)))}}};\n"
+
+    (tmp_path / "main.cpp").write_text(MAIN)
+    (tmp_path / "programs.cpp").write_text(
+        "#include <cstdio>\n#include <cstdlib>\n"
+        + "".join(f"namespace p{i} {{\n{program}}}\n" for i, program in enumerate(programs))
+        + table("extern unsigned* const calls_of[]", "&p{}::calls")
+        + table("extern int (*const f_of[])(int, int, int)", "p{}::f")
+    )
+    sources = ["main.cpp", "programs.cpp", str(FOLDER / "runtime" / "mutants.cpp")]
+    subprocess.run(["g++", "-std=c++17", "-w", *sources, "-o", "all"], cwd=tmp_path, check=True)
+
+    def output(program: int, number: int = 0) -> list[str]:
+        command = [str(tmp_path / "all"), str(program), str(number)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+
+    plain, mattered = output(switch)
+    assert plain == output(0)[0]
     assert len(mattered.split()) == len(found) - 1  # n > 99 is never true
     for number, mutant in found:
-        alone = output(program(f"mutant{number}", mutant.text), 0)[0]
+        alone = output(number)[0]
         assert output(switch, number)[0] == alone, mutant.change
         assert (alone != plain) == (str(number) in mattered.split()), mutant.change
 
@@ -165,54 +171,57 @@ def test_a_mutant_that_hangs_or_crashes_is_dead():
 
 
 def test_the_table_keeps_explanations(tmp_path, monkeypatch):
-    """An explanation belongs to a file and a mutation, wherever its line is; rows of files that were not run stay."""
+    """An explanation belongs to a file and a mutation, wherever its line is; rows of mutants that were not run stay."""
     texts = {
         "a.cu": "f(a || b);\n__syncthreads();\n__syncthreads();\n",
         "b.cu": "__syncwarp();\n",
         "c.cu": "__syncwarp();\n",
     }
     monkeypatch.setattr(mutate, "ROOT", tmp_path)
-    monkeypatch.setattr(mutate, "TABLE", tmp_path / "docs" / "mutation.md")
+    monkeypatch.setattr(mutate, "TABLE", tmp_path / "survivors.tsv")
     monkeypatch.setattr(mutate, "kernel_files", lambda only: [mutate.Path(name) for name in texts])
 
-    def write(dead: dict[str, int], barriers: bool = False) -> str:
-        """The table after a run of these files, in which the first `dead` mutants of each died."""
+    def write(dead: dict[str, int], only: str = "") -> str:
+        """The table after a run of what `only` stands in, of these files, in which the first `dead` of each died."""
         done = []
         for name, count in dead.items():
-            found = enumerate(mutants((tmp_path / name).read_text()))
+            found = enumerate(mutate.numbered(mutate.Path(name)))
             done += [
-                (mutate.Job(mutate.Path(name), m, ""), mutate.SURVIVED if i >= count else "race") for i, m in found
+                (mutate.Job(mutate.Path(name), mutant, nth, ""), mutate.SURVIVED if i >= count else "race")
+                for i, (mutant, nth) in found
+                if only in mutant.change
             ]
-        done = [(job, outcome) for job, outcome in done if not barriers or "sync" in job.mutant.change]
-        mutate.write_table(done, barriers)
+        mutate.write_table(done)
         return mutate.TABLE.read_text()
 
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     table = write({"a.cu": 0, "b.cu": 0})
-    assert "5 mutants, 0 killed, 5 alive. Not run: c.cu.\nBy file: a.cu 4, b.cu 1.\n" in table
-    assert "| a.cu | `__syncthreads()` deleted |  |\n| a.cu | `__syncthreads()` deleted, number 2 |  |" in table
-    explained = table.replace("number 2 |  |", "number 2 | not \\| needed |").replace(
-        "`a` becomes `false` |  |", "`a` becomes `false` | why |"
+    assert table.startswith("# 5 mutants were run: 0 killed, 5 alive.\n# By file: a.cu 4, b.cu 1\n# Not run: c.cu\n")
+    assert "a.cu\t`__syncthreads()` deleted\t1\t\na.cu\t`__syncthreads()` deleted\t2\t\n" in table
+    explained = table.replace("deleted\t2\t\n", "deleted\t2\tnot | needed\n").replace(
+        "`false`\t1\t\n", "`false`\t1\twhy\n"
     )
     mutate.TABLE.write_text(explained)
     (tmp_path / "a.cu").write_text("\n" + texts["a.cu"])  # one line further down
     table = write({"a.cu": 1})
-    assert "5 mutants, 1 killed, 4 alive. Not run: c.cu." in table
-    assert "| a.cu | `__syncthreads()` deleted, number 2 | not \\| needed |" in table
-    assert "`a` becomes" not in table and "| b.cu | `__syncwarp()` deleted |  |" in table
-    table = write({"a.cu": 4}, barriers=True)
-    assert "5 mutants, 3 killed, 2 alive" in table
-    assert "`b` becomes `false`" in table and "syncthreads" not in table and "b.cu | `__syncwarp()`" in table
+    assert table.startswith("# 5 mutants were run: 1 killed, 4 alive.\n")
+    assert "a.cu\t`__syncthreads()` deleted\t2\tnot | needed\n" in table
+    assert "`a` becomes" not in table and "b.cu\t`__syncwarp()` deleted\t1\t\n" in table
+    table = write({"a.cu": 4}, only="sync")
+    assert table.startswith("# 5 mutants were run: 3 killed, 2 alive.\n# By file: a.cu 4, b.cu 1\n")
     assert mutate.rows_of(table) == [
-        mutate.Row("a.cu", "`b` becomes `false`", 1, ""),
+        mutate.Row("a.cu", "`b` becomes `false`", 1, "why"),
         mutate.Row("b.cu", "`__syncwarp()` deleted", 1, ""),
     ]
+    (tmp_path / "a.cu").write_text("f(a);\n")
+    assert mutate.rows_of(write({})) == [mutate.Row("b.cu", "`__syncwarp()` deleted", 1, "")]
 
 
 def test_the_table_names_mutants_that_there_are():
     """Every row has a reason; no row is of an expression that has gone from the kernels."""
-    found = {(file.name, *numbered) for file in mutate.kernel_files([]) for numbered in mutate.numbered(file)}
-    text = mutate.TABLE.read_text()
-    rows = mutate.rows_of(text)
+    found = {
+        (file.name, mutant.change, nth) for file in mutate.kernel_files([]) for mutant, nth in mutate.numbered(file)
+    }
+    rows = mutate.rows_of(mutate.TABLE.read_text())
     assert rows and [row for row in rows if row[:3] not in found or not row.why] == []

@@ -306,6 +306,7 @@ BATCHES = {
     "no-sequences": {"B": 1, "L": 5, "cu_seqlens": [3]},
     "empty-rows": {"B": 2, "L": 5, "lengths": [0, 0]},
     "few-steps": {"B": 2, "L": 5},
+    "several-tiles": {"B": 1, "L": 70},
     "padded": {"B": 3, "L": 19, "lengths": [19, 0, 3]},
     "packed": {"B": 1, "L": 11, "cu_seqlens": [2, 5, 5, 9]},
 }
@@ -318,7 +319,7 @@ def starts(op):
 
 @each_op_on(DEVICES)
 def test_batches_of_every_kind(op):
-    """With nothing to do, with few steps, with sequences that are empty; from the start and from a state."""
+    """With nothing to do, few steps, several tiles, sequences that are empty; from the start and from a state."""
     with every_case() as each:
         for name, batch in BATCHES.items():
             for state in starts(op):
@@ -341,10 +342,10 @@ NO_ELEMENTS = {
 @each_op_on(WIDE_DEVICES)
 def test_axes_without_elements(op):
     """Results that have elements nevertheless are right, counts and positions too. Statistics of 0 channels are NaN."""
-    batches, dtypes = BATCHES | {"two-tiles": {"B": 1, "L": 70}}, (torch.float32, torch.bfloat16)
+    dtypes = torch.float32, torch.bfloat16
     with every_case() as each:
         for n, sizes in enumerate(NO_ELEMENTS[op]):
-            for i, (name, batch) in enumerate(batches.items()):
+            for i, (name, batch) in enumerate(BATCHES.items()):
                 for j, state in enumerate(starts(op)):
                     dtype = dtypes[(i + j + n) % 2]
                     with each(*sizes, name, dtype, *state):

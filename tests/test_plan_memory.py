@@ -201,7 +201,7 @@ def test_what_autocast_keeps_on_a_gpu(monkeypatch):
 )
 def test_peak_of_a_step(name, dtype, recompute, monkeypatch):
     """Within 10 % of what a step allocates at its peak, where torch makes all products."""
-    monkeypatch.setattr(linear, "WAYS", {})  # the CPU's kernels copy transposed matrices, each processor's others
+    monkeypatch.setattr(linear, "CHOICES", {})  # the CPU's kernels copy transposed matrices, each processor's others
     monkeypatch.setattr(loss, "_CPU_BLOCK", 1 << 18)
     fields = {
         "wide": dict(ffn_hidden_dim=256, vocab_size=64, num_layers=4),
@@ -254,7 +254,7 @@ def test_shards_are_those_of_the_parameters():
 )  # fmt: skip
 def test_operations_are_those_that_torch_counts(name, recompute):
     config = mo.MegalodonConfig(**{**SMALL, **MODELS[name]}, layerwise_ckpt=recompute)
-    for rows, length in ((2, 100), (1, 32)):
+    for rows, length in ((2, 100), (1, 32)) if name == "plain" else ((2, 100),):
         model, tokens = model_and_tokens(config, rows, length, "float32")
         with FlopCounterMode(display=False) as counter:
             model.loss(tokens, tokens).backward()

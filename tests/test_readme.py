@@ -6,6 +6,8 @@ import pages
 import pytest
 from pages import PAGES, ROOT, SERIES, follow, has_commands, has_examples, name_of
 
+from megalodon_ops.cli import data
+
 OF_OTHER_TESTS = ("docs/transformers.md",)  # test_hf_tools.py runs it, with a model in a folder
 RUN = [page for page in PAGES if has_examples(page) and name_of(page) not in OF_OTHER_TESTS and page not in SERIES]
 NEEDS = {"lora": ("transformers", "peft", "accelerate")}
@@ -25,6 +27,9 @@ def test_examples_run(page, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in RUN if has_commands(page)], ids=name_of)
 def test_examples_and_commands_run(page, tmp_path, monkeypatch):
+    """Where no text is named, a tenth of the standard library is what is trained on."""
+    library = data.standard_library()[::10]
+    monkeypatch.setattr(data, "standard_library", lambda: library)
     monkeypatch.chdir(tmp_path)
     follow(page, tmp_path)
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from tokenizer_kinds import tokenizer  # noqa: F401, a fixture
-from tokenizer_kinds import KINDS, SOURCE, package
+from tokenizer_kinds import KINDS, SOURCE, of_words, package
 
 from megalodon_ops.errors import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -101,10 +101,7 @@ TWO_OF_ONE_ID = {
 def test_two_tokens_of_one_id_are_refused(tmp_path, case):
     """One of them would be lost: the package takes such a file."""
     package("tokenizers")
-    from tokenizers import Tokenizer as Model
-    from tokenizers import models
-
-    model = Model(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    model = of_words({"a": 0, "b": 1})
     model.add_special_tokens(["<s>"])
     fields = json.loads(model.to_str())
     path = tmp_path / "tokenizer.json"
@@ -114,6 +111,21 @@ def test_two_tokens_of_one_id_are_refused(tmp_path, case):
     path.write_text(json.dumps(fields))
     with pytest.raises(FileError, match=rf"^{path}: two tokens have the id \d, '.*' and '.*'$"):
         load_tokenizer(path)
+
+
+def test_a_vocabulary_that_does_not_say_its_bytes_is_refused(tmp_path):
+    """Such as WordPiece's, whose decoder puts spaces between tokens."""
+    package("tokenizers")
+    from tokenizers import decoders
+
+    for decoder, name in ((decoders.WordPiece(), "'WordPiece'"), (None, "'none'")):
+        model = of_words({"a": 0, "b": 1})
+        model.decoder = decoder
+        model.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(
+            FileError, match=f"^{tmp_path}/tokenizer.json: its decoder must be ByteLevel, or .*got {name}$"
+        ):
+            load_tokenizer(tmp_path)
 
 
 def mutated(content, rng):

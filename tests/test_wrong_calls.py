@@ -334,9 +334,6 @@ CALLS = {
         partial(mo.save_official, model), {},
         dict(directory=NO_PATH), "save_official",
     ),
-    "save_official in shards": Call(
-        partial(mo.save_official, model, "nowhere"), {}, dict(shards={**NO_SIZE, "many": 100, "of no head": 3}), "save_official"
-    ),
     "save_checkpoint": Call(
         partial(save_checkpoint, "nowhere", model=model), {},
         dict(step={"none": None, "negative": -1, "float": 1.0, "2^63": 2**63}), "save_checkpoint",
@@ -374,7 +371,6 @@ CALLS = {
         model.layers[0].forward, dict(x=torch.randn(2, 5, TINY["model_dim"])), dict(x={**TENSOR, "wide": Tensor.double}),
         "MegalodonBlock", speakers=("TimestepNorm", "timestep_norm"),
     ),
-    "to_torch_linears": Call(mo.to_torch_linears, dict(), dict(model={"none": None, **NO_TENSOR})),
     "ComplexEMA": Call(mo.ComplexEMA, dict(dim=8, ndim=2), dict(dim=NO_SIZE, ndim=NO_SIZE)),
 }  # fmt: skip
 

@@ -24,6 +24,16 @@ def from_json(model, folder, **options):
     return Tokenizer.from_file(path, **options)
 
 
+def of_words(ids):
+    """A model of these words alone, which the package takes apart nowhere."""
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models
+
+    model = Model(models.WordLevel(ids, unk_token=next(iter(ids))))
+    model.decoder = decoders.ByteLevel()
+    return model
+
+
 def byte_level_bpe(folder):
     package("tokenizers")
     return Tokenizer.train([SOURCE], vocab_size=600)

@@ -16,7 +16,7 @@ from .model.blocks import BlockState, MegalodonBlock, NormalizedAttention, Norma
 from .model.config import MegalodonConfig
 from .model.decoder import Decoder
 from .model.generation import TokenStream
-from .model.layers import ComplexEMA, TimestepNorm, to_torch_linears, wide_parameters
+from .model.layers import ComplexEMA, TimestepNorm, wide_parameters
 from .model.model import Megalodon
 from .model.official import load_official, save_official
 from .model.states import MegalodonState
@@ -70,7 +70,6 @@ __all__ = [
     "save_official",
     "timestep_norm",
     "timestep_norm_end_state",
-    "to_torch_linears",
     "use_huge_pages",
     "wide_parameters",
 ]

@@ -1,15 +1,15 @@
-"""Breaks the kernels of cuda/ in small ways, one at a time, and writes what no test notices to docs/mutation.md.
+"""Breaks the kernels of cuda/ in small ways, one at a time, and writes what no test notices to survivors.tsv.
 
     python tests/cuda_emulator/mutate.py                 all kernels
     python tests/cuda_emulator/mutate.py --only cema     files whose name begins so; rows of other files stay
-    python tests/cuda_emulator/mutate.py --barriers      barriers, waits and commits; other rows stay
+    python tests/cuda_emulator/mutate.py --barriers      barriers, waits and commits; rows of other mutations stay
     python tests/cuda_emulator/mutate.py --list          what would be run
 
 All mutants are compiled at once, in a copy of cuda/, cpp/ and tests/, and a number chooses one at run time. Each job is
 a process that has collected the tests and forks for each mutant (mutant_session.py). The fork runs the tests that, without
 a mutant, came to the mutant's place and found values that the mutant would change; no other test could notice it. Outcomes
 are kept in the scratch folder, so that a run that was stopped goes on; a change of a kernel, of cuda/common or of the tests
-begins anew. The table's last column is written by hand: why a mutant that survives does no harm.
+begins anew. The last column of survivors.tsv is written by hand: why a mutant that survives does no harm.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from cuda_emulator.lint import op_of
 from cuda_emulator.mutants import Mutant, mutants, switched
 
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "docs" / "mutation.md"
+TABLE = Path(__file__).parent / "survivors.tsv"
 SURVIVED = "survived"
 KINDS = (
     "race", "out of bounds", "uninitialised read", "read-only buffer", "divergent barrier", "deadlock",
@@ -52,6 +52,7 @@ OP_TESTS = {"test_cuda_ops.py": [], "test_cuda_wrong_offsets.py": [], "test_ops.
 class Job:
     file: Path  # relative to ROOT
     mutant: Mutant
+    nth: int  # of the file's mutants that read alike, in the order of lines
     key: str  # a hash of the kernels and of the tests
 
     def __str__(self) -> str:
@@ -84,8 +85,14 @@ def jobs_of(file: Path) -> list[Job]:
         if source.exists():
             context.update(source.read_bytes())
     prefix = f"{context.hexdigest()}\0{file}\0"
+    return [Job(file, m, nth, hashlib.sha256((prefix + m.text).encode()).hexdigest()) for m, nth in numbered(file)]
+
+
+def numbered(file: Path) -> list[tuple[Mutant, int]]:
+    """Each mutant of a file, and how many that read alike there are up to it."""
     found = mutants((ROOT / file).read_text())
-    return [Job(file, mutant, hashlib.sha256((prefix + mutant.text).encode()).hexdigest()) for mutant in found]
+    changes = [mutant.change for mutant in found]
+    return [(mutant, changes[: i + 1].count(mutant.change)) for i, mutant in enumerate(found)]
 
 
 class Workshop:
@@ -175,7 +182,7 @@ def _cause(code: int, output: str) -> str:
 
 
 class Row(NamedTuple):
-    """A mutant that survives: of the equal mutations of a file, the `nth` in the order of lines."""
+    """A mutant that survives: of those of a file that read alike, the `nth` in the order of lines."""
 
     file: str
     change: str
@@ -183,65 +190,37 @@ class Row(NamedTuple):
     why: str
 
 
+HEADER = "file\tmutation\tnumber\twhy it survives"
+
+
 def rows_of(text: str) -> list[Row]:
     """The survivors that a table names."""
-    found = []
-    for line in text.splitlines():
-        cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) == 3 and "becomes" in cells[1] or len(cells) == 3 and "deleted" in cells[1]:
-            change, _, nth = cells[1].partition(", number ")
-            found.append(Row(cells[0], change, int(nth or 1), cells[2]))
-    return found
+    _, _, rows = text.partition(HEADER + "\n")
+    cells = (line.split("\t") for line in rows.splitlines())
+    return [Row(file, change, int(nth), why) for file, change, nth, why in cells]
 
 
-def numbered(file: Path) -> list[tuple[str, int]]:
-    """Each mutant of a file as its change, and how many equal ones there are up to it."""
-    counts: dict[str, int] = {}
-    found = []
-    for mutant in mutants((ROOT / file).read_text()):
-        counts[mutant.change] = counts.get(mutant.change, 0) + 1
-        found.append((mutant.change, counts[mutant.change]))
-    return found
-
-
-def write_table(done: list[tuple[Job, str]], barriers: bool = False) -> None:
-    """Writes the survivors; rows of files and, where only barriers were run, of mutations that did not run stay."""
+def write_table(done: list[tuple[Job, str]]) -> None:
+    """Writes the survivors. Rows of mutants that were not run stay; those of mutants that are no more go."""
     before = TABLE.read_text() if TABLE.exists() else ""
     known = {row[:3]: row.why for row in rows_of(before)}
-    files = {file.name: numbered(file) for file in kernel_files([])}
-    run_before = set(re.findall(r"\w+\.cuh?(?= \d)", before))
-    outcomes = {job.file.name: {} for job, _ in done}
-    for job, outcome in done:
-        counted = outcomes[job.file.name]
-        counted[job.mutant.change] = [*counted.get(job.mutant.change, []), outcome]
-    rows = []
-    for file, found in files.items():
-        for change, nth in found:
-            new = outcomes.get(file, {}).get(change)
-            kept = new is None and (file not in outcomes or (barriers and not re.search(BARRIERS, change)))
-            if (kept and (file, change, nth) in known) or (new and new[nth - 1] == SURVIVED):
-                rows.append(Row(file, change, nth, known.get((file, change, nth), "")))
-    ran = {file: len(found) for file, found in files.items() if file in run_before | outcomes.keys()}
-    total, missing = sum(ran.values()), ", ".join(sorted(files.keys() - ran.keys()))
+    outcomes = {(job.file.name, job.mutant.change, job.nth): outcome for job, outcome in done}
+    ran = {name: int(count) for name, count in re.findall(r"(\w+\.cuh?) (\d+)", before.partition(HEADER)[0])}
+    rows, counts = [], {}
+    for file in sorted(kernel_files([]), key=lambda file: file.name):
+        keys = [(file.name, mutant.change, nth) for mutant, nth in numbered(file)]
+        alive = [key for key in keys if outcomes.get(key, SURVIVED if key in known else "killed") == SURVIVED]
+        rows += [Row(*key, known.get(key, "")) for key in alive]
+        now = sum(key in outcomes for key in keys)
+        counts[file.name] = min(max(ran.get(file.name, 0), now), len(keys))
+    total = sum(counts.values())
     lines = [
-        "# Mutants of the CUDA kernels",
-        "",
-        "`python tests/cuda_emulator/mutate.py` breaks the kernels in small ways, one at a time, and writes here which the",
-        "tests do not notice; the last column, why that does no harm, is written by hand. Bugs of real sizes, planted by hand,",
-        "are in `tests/cuda_emulator/known_bugs.py`; `python -m pytest -m slow tests/test_cuda_known_bugs.py` runs them.",
-        "The rows are of one run of all and of later runs of what had changed. Mutants that the kernels have gained since the",
-        "last run are not counted.",
-        "",
-        f"{total} mutants, {total - len(rows)} killed, {len(rows)} alive." + f" Not run: {missing}." * bool(missing),
-        "By file: " + ", ".join(f"{file} {count}" for file, count in sorted(ran.items())) + ".",
-        "",
-        "| file | mutation | why it survives |",
-        "|---|---|---|",
+        f"# {total} mutants were run: {total - len(rows)} killed, {len(rows)} alive.",
+        "# By file: " + ", ".join(f"{name} {count}" for name, count in counts.items() if count),
+        "# Not run: " + ", ".join(name for name, count in counts.items() if not count),
+        HEADER,
+        *("\t".join(map(str, row)) for row in rows),
     ]
-    for row in sorted(rows, key=lambda row: row.file):  # within a file in the order of lines
-        change = row.change + f", number {row.nth}" * (row.nth > 1)
-        lines.append(f"| {row.file} | {change.replace('|', chr(92) + '|')} | {row.why.replace('|', chr(92) + '|')} |")
-    TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n")
 
 
@@ -340,7 +319,7 @@ def main() -> None:
         return
     start = time.monotonic()
     done = run(jobs, arguments.scratch, arguments.jobs)
-    write_table(done, arguments.barriers)
+    write_table(done)
     unexplained = [row for row in rows_of(TABLE.read_text()) if not row.why]
     print(f"{TABLE}: {len(unexplained)} survivors without an explanation, {time.monotonic() - start:.0f} s")
     sys.exit(bool(unexplained))

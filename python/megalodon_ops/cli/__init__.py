@@ -9,8 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megalodon_ops import extras, startup
@@ -33,17 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("megalodon_ops").addHandler(_WARNINGS)
     keep_freed_memory()
     try:
-        with _needing_the_extra():
-            command, options = _chosen(words)
-            with startup.interruptible():
-                code = command(options)
-                sys.stdout.flush()  # if the reader has gone, this raises here and not at the interpreter's end
-                return code
+        command, options = _chosen(words)
+        with startup.interruptible():
+            code = command(options)
+            sys.stdout.flush()  # if the reader has gone, this raises here and not at the interpreter's end
+            return code
     except BrokenPipeError:  # `... generate | head`: the reader has gone, so output still buffered is thrown away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        return _say_why(name, CommandError(extras.missing(package, "train")))
     except (CommandError, FileError, FloatingPointError, OSError) as error:
         return _say_why(name, error)
     except RuntimeError as error:
@@ -109,15 +112,3 @@ class _Warnings(logging.Handler):
 
 
 _WARNINGS = _Warnings()
-
-
-@contextmanager
-def _needing_the_extra() -> Iterator[None]:
-    """Inside the block, a package that is missing and belongs to the extra `train` is a CommandError."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRA:
-            raise
-        raise CommandError(extras.missing(package, "train")) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,24 +13,22 @@ from tqdm import tqdm
 
 
 class Progress:
-    """The bar: loss, bits per byte, tokens a second; how much of the run is done.
+    """The bar: how much of the run is done, its loss, bits per byte and tokens a second.
 
     The bar shows a share of the steps or, in a run of a given time, of the seconds: how many steps the seconds will
     hold is not known before, and an estimate by the pace so far goes up and down.
     """
 
     def __init__(self, row: dict[str, Any], steps: int | None, seconds: float | None):
-        """For a run that is at `row`, and ends after `steps` steps or `seconds` seconds, whichever comes first."""
+        """For a run that is at `row`, and ends after `seconds` seconds or, where there is no such limit, `steps` steps."""
         self.held_out: float | None = None
         self.smooth: dict[str, float] = {}
-        self.steps, self.seconds = steps, seconds
+        self.seconds = seconds
         timed = dict(unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}")
         self.bar = tqdm(
-            initial=self._done(row), total=steps if seconds is None else seconds, dynamic_ncols=True,
-            **(dict(unit="step") if seconds is None else timed),
+            initial=self._done(row), total=seconds or steps, dynamic_ncols=True, **(timed if seconds else dict(unit="step")),
+            mininterval=0.1 if sys.stderr.isatty() else 10,
         )  # fmt: skip
-        if not self.bar.fp.isatty():
-            self.bar.mininterval = 10
 
     def __enter__(self) -> Progress:
         return self
@@ -48,9 +46,7 @@ class Progress:
     def show(self, row: dict[str, Any]) -> None:
         for name in ("loss", "bits_per_byte"):
             self.smooth[name] = 0.95 * self.smooth.get(name, row[name]) + 0.05 * row[name]
-        figures = {}
-        if self.seconds is not None:
-            figures["step"] = str(row["step"]) if self.steps is None else f"{row['step']}/{self.steps}"
+        figures = {"step": str(row["step"])} if self.seconds else {}
         figures |= {"loss": f"{self.smooth['loss']:.3f}", "bits/byte": f"{self.smooth['bits_per_byte']:.3f}"}
         if self.held_out is not None:
             figures["held-out"] = f"{self.held_out:.3f}"
@@ -60,22 +56,18 @@ class Progress:
 
     def _done(self, row: dict[str, Any]) -> float:
         """How much of the bar's total is done; the last step may take longer than the time that was left."""
-        return row["step"] if self.seconds is None else min(row["seconds"], self.seconds)
-
-
-ECHO = 5.0
-"""Seconds after a signal in which torchrun may send it to a process that has it already"""
+        return min(row["seconds"], self.seconds) if self.seconds else row["step"]
 
 
 class StopSignals:
     """Ctrl-C, kill and the end of the terminal let the step finish; a second signal ends the process at once.
 
-    launched: torchrun, which has started the process, sends the signals on that it gets, and a terminal sends Ctrl-C to
-    both; so a signal that follows within seconds is no second one. Where torchrun itself ends, the run stops as well.
+    launched: by torchrun, which sends on what a terminal has sent to all, so that a second signal says nothing; a process
+    that takes long is ended by torchrun itself. Where torchrun has ended, the run stops as well.
     """
 
     def __init__(self, launched: bool = False):
-        self.echo, self.launcher = (ECHO, os.getppid()) if launched else (0.0, None)
+        self.launcher = os.getppid() if launched else None
         self._received = 0
 
     @property
@@ -92,18 +84,10 @@ class StopSignals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if not self._received:
-            self._received, self._first = number, now
-            if not self.echo:
-                self._restore()
-        elif now - self._first > self.echo:
-            self._restore()
-            os.kill(os.getpid(), number)
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._received = self._received or number
+        if self.launcher is None:
+            self.__exit__()

@@ -24,16 +24,13 @@ def load_data(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = 
     return Shards(folder).hold_out()
 
 
-def load_corpus(
-    paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None, *, flag: str = "--data "
-) -> Corpus:
-    """Read the documents of `paths`, or the standard library's sources for None, and hold some of them out."""
-    files = find_files(paths, globs, flag=flag) if paths else standard_library()
+def load_corpus(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None) -> Corpus:
+    """Reads the documents of `paths`, as :func:`find_files` takes them, and holds some of them out."""
     try:
-        return hold_out(path.read_bytes() for path in files)
+        return hold_out(path.read_bytes() for path in find_files(paths, globs))
     except ValueError as error:
         named = " ".join(map(str, paths or ()))
-        raise CommandError(f"{flag}{named}: must have at least 2 bytes, one to learn and one to hold out") from error
+        raise CommandError(f"{named}: must have at least 2 bytes, one to learn and one to hold out") from error
 
 
 def tokens_folder(paths: Sequence[str | Path] | None) -> Path | None:
@@ -44,41 +41,38 @@ def tokens_folder(paths: Sequence[str | Path] | None) -> Path | None:
     return folders[0] if folders else None
 
 
-def check_glob(globs: Sequence[str] | None, paths: Sequence[str | Path] | None) -> None:
+def find_files(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None) -> list[Path]:
+    """The files named, and of the folders named those that match a pattern or, without patterns, those of text.
+
+    Without names, the Python sources of the standard library. One message says how many files of folders are no text.
+    """
     if "" in (globs or ()):
         raise CommandError("--glob: must be a pattern of file names such as '*.py', got ''")
     if globs and not paths:
-        raise CommandError("--glob: chooses among the files of --data, which is not given")
-
-
-def find_files(paths: Iterable[str | Path], globs: Sequence[str] | None = None, *, flag: str = "--data ") -> list[Path]:
-    """The files named, and of the folders named those that match a pattern or, without patterns, those of text.
-
-    One message says how many files of folders are no text. Errors begin with `flag`.
-    """
-    found: list[Path] = []
+        raise CommandError("--glob: chooses among the files of folders, and none is named")
+    found: list[Path] = [] if paths else standard_library()
     skipped: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(Path, paths or ()):
         if is_tokens(path):
-            raise CommandError(f"{flag}{path}: is a folder of tokens, which `train --data` reads; name text")
+            raise CommandError(f"{path}: is a folder of tokens, which `train --data` reads; name text")
         if path.is_dir():
             files = list(_walk(path))
             if not files:
-                raise CommandError(f"{flag}{path}: no file with content in this folder")
+                raise CommandError(f"{path}: no file with content in this folder")
             if globs:
                 chosen = [file for file in files if any(file.relative_to(path).match(glob) for glob in globs)]
                 none = f"no file in this folder matches {' or '.join(globs)}"
             else:
                 chosen = [file for file in files if is_text(file)]
-                none = f"no text in this folder, but {_not_text(files)}"
+                none = f"no text in this folder: skipping {_not_text(files)}"
                 skipped += sorted({*files} - {*chosen})
             if not chosen:
-                raise CommandError(f"{flag}{path}: {none}")
+                raise CommandError(f"{path}: {none}")
             found += chosen
         elif not path.is_file():
-            raise CommandError(f"{flag}{path}: no such file or folder")
+            raise CommandError(f"{path}: no such file or folder")
         elif not path.stat().st_size:
-            raise CommandError(f"{flag}{path}: the file is empty")
+            raise CommandError(f"{path}: the file is empty")
         else:
             found.append(path)
     if skipped:
@@ -97,8 +91,7 @@ def is_text(path: Path) -> bool:
 
 def _not_text(files: Sequence[Path]) -> str:
     """What the user is told of the files of folders that are not text."""
-    count, first = ("1 file that is", "") if len(files) == 1 else (f"{len(files)} files that are", "the first ")
-    return f"{count} not UTF-8 text, {first}{files[0]}; --glob PATTERN takes what matches, text or not"
+    return f"{len(files)} of the files, which are not UTF-8 text, such as {files[0]}; --glob PATTERN takes what matches, text or not"
 
 
 def standard_library() -> list[Path]:

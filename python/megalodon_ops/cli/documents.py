@@ -2,23 +2,21 @@
 
 A file of text is a document; in a file whose name ends in .jsonl or .ndjson, each line is a JSON object, one field of
 which is a document. How files are divided depends on their sizes alone, and the documents of a unit on its bytes alone:
-units may be read in any order, by any number of processes, again and again.
+units may be read in any order, again and again.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from megalodon_ops.model.files import reading
 from megalodon_ops.ops.values import shown
 
 OF_LINES = (".jsonl", ".ndjson")
-LONGEST_LINE = 64 << 20
-"""Bytes of a line of JSON that is read, which takes memory for the whole line"""
 READ = 1 << 20
 """Bytes that are read at once"""
 
@@ -55,48 +53,36 @@ def size_of(units: Iterable[Unit]) -> int:
     return sum(span.end - span.begin for unit in units for span in unit)
 
 
-def documents_of(
-    unit: Unit, field: str, skipped: Counter[str], read: Callable[[int], object]
-) -> Iterator[Iterable[bytes]]:
+def documents_of(unit: Unit, field: str, skipped: Counter[str]) -> Iterator[Iterable[bytes]]:
     """The documents of a unit, each in pieces of text that are to be taken before the next document.
 
-    Lines that hold no document are counted in `skipped` by the reason; `read` is called with the bytes that were read.
+    Lines that hold no document are counted in `skipped` by the reason.
     """
     for span in unit:
         if span.path.name.endswith(OF_LINES):
-            yield from ([text] for text in _texts(span, field, skipped, read))
+            yield from ([text] for text in _texts(span, field, skipped))
         else:
-            yield _pieces(span, read)
+            yield _pieces(span)
 
 
-def _pieces(span: Span, read: Callable[[int], object]) -> Iterator[bytes]:
+def _pieces(span: Span) -> Iterator[bytes]:
     with reading(span.path), open(span.path, "rb") as file:
         while piece := file.read(READ):
-            read(len(piece))
             yield piece
 
 
-def _texts(span: Span, field: str, skipped: Counter[str], read: Callable[[int], object]) -> Iterator[bytes]:
+def _texts(span: Span, field: str, skipped: Counter[str]) -> Iterator[bytes]:
     with reading(span.path), open(span.path, "rb") as file:
         if span.begin:  # a line that begins before belongs to the span before
             file.seek(span.begin - 1)
-            _skip_line(file)
-        while file.tell() < span.end and (line := file.readline(LONGEST_LINE + 1)):
-            read(len(line))
-            if len(line) > LONGEST_LINE and not line.endswith(b"\n"):
-                _skip_line(file)
-                skipped["lines too long"] += 1
-            elif line.strip():
+            file.readline()
+        while file.tell() < span.end and (line := file.readline()):
+            if line.strip():
                 text = _text(line, field)
                 if isinstance(text, bytes):
                     yield text
                 else:
                     skipped[text] += 1
-
-
-def _skip_line(file: BinaryIO) -> None:
-    while (piece := file.readline(READ)) and not piece.endswith(b"\n"):
-        pass
 
 
 def _text(line: bytes, field: str) -> bytes | str:

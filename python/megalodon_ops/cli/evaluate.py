@@ -6,15 +6,13 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 
 import numpy
 from tqdm import tqdm
 
 import megalodon_ops
-from megalodon_ops import Megalodon, evaluation, extras
-from megalodon_ops.cli import plots
-from megalodon_ops.cli.data import check_glob, find_files, load_data
+from megalodon_ops import evaluation
+from megalodon_ops.cli.data import find_files, load_data
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
 from megalodon_ops.cli.options import Eval
@@ -28,7 +26,8 @@ _READ = 1 << 14  # bytes of a document that are read at once
 
 
 def run(options: Eval) -> int:
-    _check_outputs(options)
+    if options.json is not None and not options.json.absolute().parent.is_dir():  # before anything is computed
+        raise CommandError(f"--json {options.json}: no such folder: {options.json.absolute().parent}")
     device = usable_device(options.device)
     model, tokenizer, record = trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
     dtype = options.dtype or trained.dtype
@@ -42,8 +41,8 @@ def run(options: Eval) -> int:
         precision(device, dtype),
     ):
         try:
-            texts = encoded(documents, tokenizer, bar.update)
-            results = evaluate(model, texts, contexts=contexts, rows=options.batch, piece=options.piece)
+            texts = as_documents(documents, tokenizer, bar.update)
+            results = evaluate(model, texts, contexts=contexts, rows=options.batch)
         except IndexError as error:
             raise CommandError(f"--data: the text has tokens that the model does not predict: {error}") from error
     print(report(results))
@@ -53,23 +52,7 @@ def run(options: Eval) -> int:
             "documents": len(documents), "contexts": [each.to_dict() for each in results],
         }  # fmt: skip
         write_whole(options.json, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    if options.by_position is not None:
-        plots.draw_by_position(options.by_position, results, "byte" if tokenizer.byte_level else "token")
     return 0
-
-
-def _check_outputs(options: Eval) -> None:
-    """Refuses, before anything is computed, files that cannot be written at its end."""
-    for flag, path in (("--json", options.json), ("--by-position", options.by_position)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise CommandError(f"{flag} {path}: no such folder: {path.absolute().parent}")
-        if path is not None and path.is_dir():
-            raise CommandError(f"{flag} {path}: a folder, name a file")
-    if options.by_position is not None:
-        extras.load("matplotlib", "train")
-        if options.by_position.suffix not in plots.FORMATS:
-            formats = ", ".join(plots.FORMATS)
-            raise CommandError(f"--by-position {options.by_position}: the name must end in one of {formats}")
 
 
 def report(results: Sequence[Evaluation]) -> str:
@@ -103,32 +86,12 @@ class _Encoded:
             yield piece
 
 
-def encoded(
+def as_documents(
     documents: Sequence[Document], tokenizer: Tokenizer, read: Callable[[int], object] = lambda _: None
 ) -> list[evaluation.Document]:
     """Documents as `evaluate` takes them, the longest first; `read` is called with the bytes that were read."""
     longest_first = sorted(documents, key=len, reverse=True)
     return [evaluation.Document(_Encoded(document, tokenizer, read), len(document)) for document in longest_first]
-
-
-def nats_and_bytes(
-    model: Megalodon,
-    tokenizer: Tokenizer,
-    documents: Sequence[Document],
-    rows: int,
-    length: int,
-    autocast: AbstractContextManager,
-    read: Callable[[int], object] = lambda _: None,
-) -> tuple[float, int]:
-    """The losses of all tokens of the documents, each predicted from all before it, in pieces of `length`; and the bytes.
-
-    Raises FloatingPointError where a loss is infinite or NaN.
-    """
-    if not documents:
-        return 0.0, 0
-    with autocast:
-        (result,) = evaluate(model, encoded(documents, tokenizer, read), rows=rows, piece=length)
-    return result.nats, sum(map(len, documents))
 
 
 def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
@@ -139,10 +102,9 @@ def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
 
 
 def _documents(options: Eval, record: TrainRecord | None) -> tuple[Sequence[Document], str]:
-    if options.data is not None:
+    if options.data or options.glob:
         files = find_files(options.data, options.glob)
         return [numpy.memmap(path, mode="r") for path in files], " ".join(map(str, options.data))
-    check_glob(options.glob, None)
     if record is None:
         raise CommandError(
             f"--checkpoint {options.checkpoint}: is no run of `train`, which holds text out; give --data"

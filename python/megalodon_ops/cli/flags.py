@@ -27,7 +27,7 @@ REQUIRED = MISSING
 def flag(default: Any, meaning: str, **how: Any) -> Any:
     """A field that is a flag: its default, its help, and what else argparse's `add_argument` takes.
 
-    `positional=True` does without `--name`. Flags of one name `instead_of` exclude each other.
+    `positional=True` does without `--name`.
     """
     return dataclasses.field(default=default, metadata={"help": meaning, **how})
 
@@ -110,8 +110,6 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
             title, _, description = (of_class.__doc__ or "").partition(": ")
             groups[of_class] = parser.add_argument_group(title, description)
         group = groups[of_class]
-        if other := how.pop("instead_of", None):
-            group = groups[other] = groups.get(other) or group.add_mutually_exclusive_group()
         if not isinstance(field.default, (bool, type(None))) and field.default not in (MISSING, "", ()):
             default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
             how["help"] += f" ({default})"

@@ -19,7 +19,7 @@ from megalodon_ops.model.generation import check_samples
 from megalodon_ops.tokenizers import Tokenizer
 
 SAMPLES, SAMPLE = 3, 300
-"""Continuations that are shown at the end of a training run, and bytes of each"""
+"""Continuations that are shown at the end of a training run, and tokens of each"""
 READ, SHOWN = 2048, 300
 """Bytes before a place in a held-out document that the model reads there, and those that are shown"""
 LONGEST_PROMPT = 100_000_000
@@ -43,11 +43,11 @@ def run(options: Generate) -> int:
     use_huge_pages(trained.model)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = {name: getattr(options, name) for name in names}
-    limits = {"num_bytes": None if options.tokens else options.bytes, "num_tokens": options.tokens}
     with precision(device, options.dtype or trained.dtype):
         texts = continued(
-            trained.model, trained.tokenizer, prompt, stops=options.stop, samples=options.samples, **limits, **sampling
-        )
+            trained.model, trained.tokenizer, prompt, num_tokens=options.tokens, stops=options.stop,
+            samples=options.samples, **sampling,
+        )  # fmt: skip
         if options.samples == 1:
             _print_as_it_comes(prompt, (text for _, text in texts))
         else:
@@ -77,15 +77,14 @@ def continued(
     tokenizer: Tokenizer,
     prompt: bytes,
     *,
-    num_bytes: int | None,
-    num_tokens: int | None = None,
+    num_tokens: int,
     stops: Sequence[str] = (),
     samples: int = 1,
     **sampling: Any,
 ) -> Iterator[tuple[int, bytes]]:
     """Text that continues a document which starts with `prompt`, piece by piece: (the sample, its next bytes).
 
-    A sample ends where one of `stops` begins, at the document's end, once it has as many bytes, or as many tokens.
+    A sample ends where one of `stops` begins, at the document's end, or once it has as many tokens.
     """
     device = next(model.parameters()).device
     ids = [tokenizer.start, *tokenizer.encode(prompt).tolist()]
@@ -100,7 +99,7 @@ def continued(
         return b"".join(parts)
 
     texts = [StopStrings(decode, stops) for _ in range(samples)]
-    written, going_on = [0] * samples, list(range(samples))
+    going_on = list(range(samples))
     for count, tokens in enumerate(stream, 1):
         for sample, token in enumerate(tokens.tolist()):
             if sample not in going_on:
@@ -111,9 +110,7 @@ def continued(
                 text += texts[sample].rest()
             if text:
                 yield sample, text
-            written[sample] += len(text)
-            full = count == num_tokens or (num_bytes is not None and written[sample] >= num_bytes)
-            if ends or full or texts[sample].stopped:
+            if ends or count == num_tokens or texts[sample].stopped:
                 going_on.remove(sample)
         if not going_on:
             return
@@ -129,7 +126,7 @@ def show_sample(
     sampling = dict(samples=SAMPLES, seed=seed, temperature=0.8, top_p=0.9)
     model.eval()
     with autocast:
-        texts = _whole(continued(model, tokenizer, prompt, num_bytes=SAMPLE, **sampling), SAMPLES)
+        texts = _whole(continued(model, tokenizer, prompt, num_tokens=SAMPLE, **sampling), SAMPLES)
     print(f"\n--- from the middle of a held-out document\n{prompt[-SHOWN:].decode(errors='replace')}")
     for number, text in enumerate(texts, 1):
         print(f"--- continued by the model, {number} of {SAMPLES}\n{text.decode(errors='replace')}")
@@ -139,6 +136,8 @@ def _prompt(options: Generate) -> bytes:
     if options.prompt_file is None:
         return os.fsencode(options.prompt)
     path, is_stdin = options.prompt_file, str(options.prompt_file) == "-"
+    if options.prompt:
+        raise CommandError("--prompt-file: does not go with --prompt")
     try:
         with open(0 if is_stdin else path, "rb", closefd=not is_stdin) as file:
             prompt = file.read(LONGEST_PROMPT + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,19 +34,16 @@ def configured(preset: str, flags: dict[str, Any], tokenizer: Tokenizer | None =
     try:
         return MegalodonConfig(**values)
     except (TypeError, ValueError) as error:
-        raise CommandError(_in_flags(str(error), flags)) from error
+        raise CommandError(_in_flags(str(error))) from error
 
 
-def _in_flags(message: str, given: Container[str]) -> str:
+def _in_flags(message: str) -> str:
     """An error of MegalodonConfig, with the flags' names in the place of its fields'."""
     message = message.removeprefix("MegalodonConfig: ")
-    refused = re.match(r"`(\w+)`", message)
     flags = {config_field(name): flag_of(name) for name in ModelOptions.__annotations__}
     for field, flag in flags.items():
         message = re.sub(rf"^`{field}`", f"{flag}:", message)
         message = re.sub(rf"(?<![\w-]){field}(?!\w)", flag, message)
-    if refused and refused[1] in flags and refused[1] not in given:
-        message = f"{message.removesuffix('.')}, that of the preset; give {flags[refused[1]]}, too"
     return message
 
 

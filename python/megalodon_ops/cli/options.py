@@ -23,7 +23,6 @@ Probability = Annotated[float, Meta(ge=0, lt=1)]
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(min_length=1)]
 Context = Annotated[int, Meta(ge=1, lt=1 << 62)] | Literal["all"]
-Format = Literal["own", "hf", "official"]
 
 RATE_TIMES_WIDTH = 1.28
 """The default peak of the learning rate, times the model's width: docs/training.md"""
@@ -46,8 +45,6 @@ CONFIG_FIELDS = {
 
 GLOB = "of folders, take the files that match, such as '*.py' or 'src/*.c', text or not; repeatable (those of text)"
 VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
-CHECKPOINT = "a run's folder, one checkpoint's, or any that holds a model"
-DTYPE = "bfloat16 is autocast (that of the run, or float32)"
 
 
 @dataclass(kw_only=True)
@@ -72,13 +69,9 @@ class ModelOptions(Options):
     ffn_dim: Natural | None = flag(None, "hidden units of the feed-forward half")
     cema_ndim: Natural | None = flag(None, "complex states a channel")
     norm_groups: Natural | None = flag(None, "groups of the timestep norms")
-    rope_base: Positive | None = flag(None, "of rotary frequencies, 10000 unless given")
     dropout: Probability | None = flag(None, "of what each half of a block adds")
-    hidden_dropout: Probability | None = flag(None, "inside the halves")
     attention_dropout: Probability | None = flag(None, "probability of DropKey")
     swiglu: bool | None = flag(None, "gate the feed-forward half by a third matrix")
-    rescale_nffn: bool | None = flag(None, "a learned gain on the feed-forward half's output")
-    scale_emb: bool | None = flag(None, "multiply embeddings by the square root of the width")
     share_emb: bool | None = flag(None, "take the embedding for the output matrix")
     layerwise_ckpt: bool | None = flag(None, "recompute each layer in the backward, for less memory")
 
@@ -100,8 +93,6 @@ class BatchOptions(ModelOptions):
     # Many documents at once: a batch teaches as much as its rows differ.
     batch: Natural = flag(64, "rows in a batch")
     length: Natural = flag(64, "bytes, or tokens, in a row")
-    # After as many bytes the loss is lower than with packed rows: the past is not cut off.
-    context: Literal["streamed", "packed"] = flag("streamed", "carry a row's state to the next batch, or start afresh")
     context_length: Natural | None = flag(
         None, f"cut documents of more tokens into parts that are read as documents ({ROWS_OF_CONTEXT} times --length)"
     )
@@ -122,7 +113,6 @@ class Train(BatchOptions):
     python -m megalodon_ops train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose
     python -m megalodon_ops train --out runs/prose --resume --minutes 60
     python -m megalodon_ops train --tokenizer bpe.json --data book.txt
-    python -m megalodon_ops train --data tokens --out runs/long
     python -m megalodon_ops train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 3e-3 --seed 1
     torchrun --nproc-per-node 4 --max-restarts 3 -m megalodon_ops train --mesh data=2,chunk=2 --batch 4 --length 8192 --out runs/four
     """
@@ -153,43 +143,44 @@ class Train(BatchOptions):
 
 
 @dataclass(kw_only=True)
-class Eval(Options):
+class ModelToRead(Options):
+    """model"""
+
+    checkpoint: Path = flag(REQUIRED, "a run's folder, one checkpoint's, or any that holds a model")
+    tokenizer: Path | None = flag(None, "of a checkpoint whose folder has none")
+    device: str = flag("cpu", "where to compute")
+    dtype: Literal["float32", "bfloat16"] | None = flag(None, "bfloat16 is autocast (that of the run, or float32)")
+
+
+@dataclass(kw_only=True)
+class Eval(ModelToRead):
     """perplexity and bits per byte of a model by context, on held-out or given text of any length
 
     python -m megalodon_ops eval --checkpoint runs/prose
     python -m megalodon_ops eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all
-    python -m megalodon_ops eval --checkpoint runs/prose --data other.txt --json figures.json --by-position loss.png --piece 8192
     """
 
-    checkpoint: Path = flag(REQUIRED, CHECKPOINT)
     data: tuple[Path, ...] | None = flag(None, "files and folders of text (the held-out text of the run)")
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
     context: tuple[Context, ...] = flag(
         ("all",), "predict from at most N tokens, in windows that each start afresh, or from all before", metavar="N"
     )
     json: Path | None = flag(None, "write all figures", metavar="FILE")
-    by_position: Path | None = flag(None, "draw the loss by how many tokens a prediction is made from", metavar="FILE")
     batch: Count = flag(8, "documents read side by side")
-    piece: Count = flag(2048, "tokens of a document in memory at once: changes time and memory but not the result")
-    tokenizer: Path | None = flag(None, "of a checkpoint whose folder has none")
-    device: str = flag("cpu", "where to compute")
-    dtype: Literal["float32", "bfloat16"] | None = flag(None, DTYPE)
 
 
 @dataclass(kw_only=True)
-class Generate(Options):
+class Generate(ModelToRead):
     """print a sampled continuation
 
-    python -m megalodon_ops generate --checkpoint runs/prose --prompt 'Call me ' --bytes 500
+    python -m megalodon_ops generate --checkpoint runs/prose --prompt 'Call me ' --tokens 500
     python -m megalodon_ops generate --checkpoint runs/prose --prompt-file - --temperature 0.7 --top-p 0.9 < chapter.txt
     python -m megalodon_ops generate --checkpoint runs/prose --prompt 'Q: ' --stop 'Q:' --samples 3 --tokens 100 --min-p 0.05
     """
 
-    checkpoint: Path = flag(REQUIRED, CHECKPOINT)
-    prompt: str = flag("", "text to continue (none: a new document)", instead_of="prompt")
-    prompt_file: Path | None = flag(None, "file to continue; - is standard input", instead_of="prompt")
-    bytes: Natural = flag(1000, "how many to write", instead_of="length")
-    tokens: Natural | None = flag(None, "how many to write, instead of bytes", instead_of="length")
+    prompt: str = flag("", "text to continue (none: a new document)")
+    prompt_file: Path | None = flag(None, "file to continue instead; - is standard input")
+    tokens: Natural = flag(1000, "how many to write")
     stop: tuple[Text, ...] = flag((), "end before it; repeatable", action="append", metavar="TEXT")
     samples: Count = flag(1, "continuations of the prompt")
     temperature: NotNegative = flag(0.8, "0 takes the likeliest token")
@@ -198,27 +189,6 @@ class Generate(Options):
     min_p: Fraction | None = flag(None, "sample among tokens at least X times as likely as the likeliest")
     repetition_penalty: Positive | None = flag(None, "above 1, makes tokens that were read or written less likely")
     seed: Seed = flag(0, "of the samples")
-    tokenizer: Path | None = flag(None, "of a checkpoint whose folder has none")
-    device: str = flag("cpu", "where to compute")
-    dtype: Literal["float32", "bfloat16"] | None = flag(None, DTYPE)
-
-
-@dataclass(kw_only=True)
-class Convert(Options):
-    """write a checkpoint in another format
-
-    python -m megalodon_ops convert --from official --to own released/ model/
-    python -m megalodon_ops convert --from own --to official --shards 2 runs/prose released/
-    """
-
-    source: Path = flag(REQUIRED, "folder to read", positional=True, metavar="SRC")
-    target: Path = flag(REQUIRED, "new folder to write", positional=True, metavar="DST")
-    from_: Format = flag(REQUIRED, "own and hf are one: a folder that Megalodon.save, train or transformers wrote")
-    to: Format = flag(REQUIRED, "official: the released code's")
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = flag(
-        None, "of the linear layers and the embedding (that of SRC, or float32)"
-    )
-    shards: Natural = flag(1, "files of N ranks, for official")
 
 
 @dataclass(kw_only=True)
@@ -243,8 +213,8 @@ class TrainTokenizer(Options):
 class Tokenize(Options):
     """encode text into a folder of tokens, which `train --data` maps into memory
 
-    python -m megalodon_ops tokenize --tokenizer bpe.json --out tokens crawl.jsonl books --workers 8
-    python -m megalodon_ops tokenize --check --out tokens
+    python -m megalodon_ops tokenize --tokenizer bpe.json --out tokens crawl.jsonl books
+    python -m megalodon_ops tokenize --out tokens pages --glob '*.html'
     """
 
     files: tuple[Path, ...] = flag(
@@ -255,33 +225,23 @@ class Tokenize(Options):
     out: Path = flag(REQUIRED, "the folder to make, or to go on with", metavar="DIR")
     tokenizer: Path | None = flag(None, VOCABULARY)
     field: Text = flag("text", "of lines of JSON, what holds the document")
-    workers: Natural | None = flag(None, "processes, which change the time but not the result (one a core)")
     shard_size: Annotated[int, Meta(ge=1, lt=1 << 20)] = flag(
         64, "MiB of text in a shard, what is made anew after a kill; a longer file of text stays whole"
     )
-    check: bool = flag(False, "compare the folder --out with its checksums instead, all tokens among it")
 
 
 @dataclass(kw_only=True)
 class Plan(ModelOptions):
     """what a training step will take on given devices: memory, operations, exchange, time
 
-    python -m megalodon_ops plan --preset paper7B --devices 256 --mesh data=128,chunk=2 --context 32768 --card a100
+    python -m megalodon_ops plan --preset paper7B --mesh data=128,chunk=2 --context 32768 --card a100-80
     python -m megalodon_ops plan --preset mega1.3B --mesh data=8 --context 8192 --batch 64 --card h100 --recompute --efficiency 0.4
-    python -m megalodon_ops plan --config runs/prose --card cpu --memory 64 --tflops 2 --bandwidth 100 --dtype float32 --json -
     """
 
-    devices: Natural | None = flag(None, "how many (those of --mesh, or 1)")
-    mesh: Mesh | None = flag(None, "how they share a batch: rows over data, length over chunk, matrices over tensor")
-    card: Literal["a100", "a100-40", "a100-80", "h100", "h200", "b200", "cpu"] = flag(
-        "a100", "a100 is of 80 GB; cpu needs the figures below"
+    mesh: Mesh | None = flag(
+        None, "how devices share a batch: rows over data, length over chunk, matrices over tensor (one device)"
     )
-    memory: Positive | None = flag(None, "memory of a device (the card's)", metavar="GB")
-    tflops: Positive | None = flag(None, "its peak rate of matrix products (the card's)", metavar="TFLOP/s")
-    bandwidth: Positive | None = flag(None, "of its memory (the card's)", metavar="GB/s")
-    link: Positive | None = flag(None, "what it receives inside its node (the card's)", metavar="GB/s")
-    network: Positive | None = flag(None, "what it receives from other nodes (the card's)", metavar="GB/s")
-    node: Natural = flag(8, "devices that fast links join")
+    card: Literal["a100-40", "a100-80", "h100", "h200", "b200"] = flag("a100-80", "each of the devices")
     efficiency: Fraction = flag(0.5, "how much of the peak rates is assumed to be reached")
     context: Natural | None = flag(None, "tokens of a sequence (8 chunks)")
     batch: Natural | None = flag(None, "sequences of a step, of all devices (one for each of data)")
@@ -292,11 +252,10 @@ class Plan(ModelOptions):
     replicate: bool = flag(False, "a device keeps all parameters, and not a part of them")
     recompute: bool | None = flag(None, "compute each block again in the backward (as the configuration says)")
     json: Path | None = flag(None, "write all figures; - prints them instead", metavar="FILE")
-    config: Path | None = flag(None, "in place of --preset, a folder with a model, a run's, or a config.json")
     vocab: Natural | None = flag(None, "ids of the tokenizer (the preset's, or bytes)")
 
 
 COMMANDS: dict[str, type[Options]] = {
-    "info": Info, "train": Train, "eval": Eval, "generate": Generate, "convert": Convert, "tokenizer": TrainTokenizer,
+    "info": Info, "train": Train, "eval": Eval, "generate": Generate, "tokenizer": TrainTokenizer,
     "tokenize": Tokenize, "plan": Plan,
 }  # fmt: skip

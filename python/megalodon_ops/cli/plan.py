@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterator
 
@@ -17,16 +16,17 @@ from megalodon_ops.cli.models import configured
 from megalodon_ops.cli.options import SMALL
 from megalodon_ops.cli.options import Plan as Options
 from megalodon_ops.distributed.measure import AGAIN
-from megalodon_ops.distributed.plan import CARDS, Card, Plan, plan
-from megalodon_ops.model.checkpoint import CONFIG, read_config
+from megalodon_ops.distributed.plan import Plan, plan
 from megalodon_ops.model.files import write_whole
-from megalodon_ops.training.checkpoint import checkpoints_of
 
 GIGA, TERA = 1e9, 1e12
 
 
 def run(options: Options) -> int:
-    config = chosen_config(options)
+    config = configured(options.preset, options.of_config())
+    vocab = options.vocab or (None if options.preset == SMALL else MegalodonConfig.preset(options.preset).vocab_size)
+    if vocab is not None:
+        config = dataclasses.replace(config, vocab_size=vocab, output_size=-1)
     try:
         found = plan(config, **arguments_of(options, config))
     except ValueError as error:
@@ -39,55 +39,19 @@ def run(options: Options) -> int:
     return 0
 
 
-def chosen_config(options: Options) -> MegalodonConfig:
-    """The configuration of --config or --preset, with the model's other flags."""
-    vocab, path = options.vocab, options.config
-    if path is None:
-        config = configured(options.preset, options.of_config())
-        vocab = vocab if options.preset == SMALL else vocab or MegalodonConfig.preset(options.preset).vocab_size
-    elif "preset" in options.given:
-        raise CommandError("--preset: does not go with --config")
-    else:
-        file = path if path.is_file() else [path, *checkpoints_of(path)][-1] / CONFIG
-        try:
-            config = dataclasses.replace(read_config(file)[0], **options.of_config())
-        except (TypeError, ValueError, FileNotFoundError) as error:
-            raise CommandError(f"--config {error}") from error
-    return config if vocab is None else dataclasses.replace(config, vocab_size=vocab, output_size=-1)
-
-
 def arguments_of(options: Options, config: MegalodonConfig) -> dict[str, object]:
     """What :func:`plan` takes, beside the configuration."""
-    mesh = options.mesh or {"data": options.devices or 1}
-    devices = math.prod(mesh.values())
-    if options.devices not in (None, devices):
-        raise CommandError(f"--mesh {mesh}: has {devices:,} processes, got --devices {options.devices:,}")
     autocast = options.dtype == "autocast"
     return {
-        "mesh": dict(mesh),
+        "mesh": dict(options.mesh or {}),
         "context": options.context or 8 * config.chunk_size,
-        "card": card_of(options, devices),
+        "card": options.card,
         "dtype": torch.bfloat16 if autocast else getattr(torch, options.dtype),
         "autocast": autocast,
         "param_dtype": getattr(torch, options.param_dtype),
         "data": "replicate" if options.replicate else "shard",
         **{name: getattr(options, name) for name in ("batch", "recompute", "efficiency")},
     }
-
-
-def card_of(options: Options, devices: int) -> Card:
-    """The card of --card, with the figures that the flags give instead of its own."""
-    units = {"memory": GIGA, "tflops": TERA, "bandwidth": GIGA, "link": GIGA, "network": GIGA, "node": 1}
-    given = {name: value * unit for name, unit in units.items() if (value := getattr(options, name)) is not None}
-    if options.card == "cpu":
-        needed = ("memory", "tflops", "bandwidth", *(("link", "network") if devices > 1 else ()))
-        if missing := [flag_of(name) for name in needed if name not in given]:
-            raise CommandError(f"--card cpu: has no data sheet; give {', '.join(missing)}")
-        rate = given.pop("tflops")
-        return Card("cpu", rate, rate, **{"link": 1.0, "network": 1.0, **given})
-    if "tflops" in given:  # of products in one dtype; the rate of a GPU's vector units stays
-        given["float32" if options.dtype == "float32" else "bfloat16"] = given.pop("tflops")
-    return dataclasses.replace(CARDS["a100-80" if options.card == "a100" else options.card], **given)
 
 
 def lines(found: Plan, options: Options) -> Iterator[str]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -62,8 +61,8 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def tell(self, value: Value) -> Value:
-        """The value of the first process."""
+    def broadcast(self, value: Value) -> Value:
+        """The value of the first process, in all."""
         return self.gather(value if self.first else None)[0]  # type: ignore[return-value]
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
@@ -74,14 +73,6 @@ class Processes:
                     raise CommandError(
                         f"{name} must be the same in all processes, got {shown(value)} and in rank {rank} {shown(others[name])}"
                     )
-
-    def largest(self, number: int) -> int:
-        """The largest number of all processes."""
-        if self.size == 1:
-            return number
-        largest = torch.tensor(number)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
 
 
 def is_one_of_several() -> bool:
@@ -94,10 +85,8 @@ def joined(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
     """The processes of the command, or this one alone. Inside the block, only the first one is heard."""
     size, world = math.prod((mesh or {}).values()), int(os.environ["WORLD_SIZE"]) if is_one_of_several() else 1
     if mesh is not None and size != world:
-        there_are = f"there are {world}" if world > 1 else (
-            f"this is one alone; start them by torchrun --nproc-per-node {size} -m megalodon_ops ..."
-        )  # fmt: skip
-        raise CommandError(f"--mesh {mesh}: is of {size} processes, and {there_are}")
+        start_them = f"start them by torchrun --nproc-per-node {size} -m megalodon_ops ..."
+        raise CommandError(f"--mesh {mesh}: is of {size} processes, and there are {world}; {start_them}")
     if world == 1:
         yield Processes()
         return
@@ -107,16 +96,16 @@ def joined(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
         _start(timeout)
     processes = Processes(dist.get_rank(), dist.get_world_size())
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # notes on how torch's own could be faster
-    heard = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as nowhere:
+    with ExitStack() as stack:
         if not processes.first:
-            sys.stdout = sys.stderr = nowhere
-        try:
-            yield processes
-        finally:
-            sys.stdout, sys.stderr = heard
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield processes
     if started:
-        processes.gather(None)  # torchrun ends the others as soon as one has ended after a signal: the first has more to do
+        processes.gather(
+            None
+        )  # torchrun ends the others as soon as one has ended after a signal: the first has more to do
         dist.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dataclasses import replace
 
 from megalodon_ops import MegalodonConfig
-from megalodon_ops.cli.data import check_glob, tokens_folder
+from megalodon_ops.cli.data import tokens_folder
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.flags import flag_of
 from megalodon_ops.cli.models import configured, read_tokenizer
@@ -35,6 +35,8 @@ class Run(NamedTuple):
 
 def run_folder(options: Train, several: bool) -> Path:
     """The folder of the run; the folder of a run to resume must exist."""
+    if options.steps is not None and options.minutes is not None:
+        raise CommandError("--steps: does not go with --minutes")
     if options.out is None:
         if options.resume or several:
             raise CommandError(
@@ -48,16 +50,11 @@ def run_folder(options: Train, several: bool) -> Path:
 
 def begun(options: Train, out: Path) -> Run:
     """A new run."""
-    check_glob(options.glob, options.data)
     _check_apart(out, options.data or (), options.glob)
     options = _absolute(options)
     tokenizer = _tokenizer(options)
     config = configured(options.preset, options.of_config(), tokenizer)
-    if options.context == "packed" and options.context_length is not None:
-        raise CommandError(
-            "--context-length: goes with --context streamed; packed rows have --length tokens of context"
-        )
-    if options.context == "streamed" and options.context_length is None:
+    if options.context_length is None:
         options = replace(options, context_length=ROWS_OF_CONTEXT * options.length)
     if options.lr is None:
         options = replace(options, lr=float(f"{RATE_TIMES_WIDTH / config.model_dim:.2g}"))
@@ -83,9 +80,7 @@ def resumed(options: Train, out: Path, saved: Checkpoint) -> Run:
     tokenizer = saved.tokenizer() or ByteTokenizer()
     if options.tokenizer is not None and read_tokenizer(options.tokenizer).fingerprint != tokenizer.fingerprint:
         raise CommandError(f"--tokenizer {options.tokenizer}: the run in {out} has another; leave the flag out")
-    options = _absolute(replace(record.options, **new))
-    check_glob(new.get("glob"), options.data)
-    return Run(options, saved.config, tokenizer)
+    return Run(_absolute(replace(record.options, **new)), saved.config, tokenizer)
 
 
 def _absolute(options: Train) -> Train:

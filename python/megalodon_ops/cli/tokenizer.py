@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from megalodon_ops.cli.data import find_files, load_corpus
 from megalodon_ops.cli.errors import CommandError
@@ -16,36 +14,33 @@ from megalodon_ops.tokenizers import Tokenizer
 
 
 def run(options: TrainTokenizer) -> int:
-    files, globs = options.files or None, options.glob
-    if globs and not files:
-        raise CommandError("--glob: chooses among the files of folders, and none is named")
     if options.train:
-        return _train(options, files, globs)
+        return _train(options)
     for flag, given in (("--out", options.out), ("--vocab-size", options.vocab_size)):
         if given is not None:
             raise CommandError(f"{flag}: belongs to --train")
     if options.tokenizer is None:
         raise CommandError("give --train to train one, or --tokenizer FILE to see what it makes of text")
     tokenizer = read_tokenizer(options.tokenizer)
-    documents = [path.read_bytes() for path in find_files(files or [], globs, flag="")]
+    files = find_files(options.files, options.glob) if options.files or options.glob else []
     print(
         f"{options.tokenizer}: {tokenizer.vocab_size:,} ids; {tokenizer.start}, {tokenizer.start_token}, opens a document"
     )
-    if documents:
-        print(_figures(tokenizer, documents, "the text"))
+    if files:
+        print(_figures(tokenizer, [path.read_bytes() for path in files], "the text"))
     return 0
 
 
-def _train(options: TrainTokenizer, files: Sequence[Path] | None, globs: Sequence[str] | None) -> int:
-    if options.out is None:
-        raise CommandError("--train: name the file to write with --out FILE")
-    if options.vocab_size is None:
-        raise CommandError("--train: say with --vocab-size N how many ids it may have")
+def _train(options: TrainTokenizer) -> int:
+    if options.out is None or options.vocab_size is None:
+        raise CommandError(
+            "--train: needs --vocab-size N, how many ids there may be, and --out FILE, the file to write"
+        )
     if options.tokenizer is not None:
         raise CommandError("--tokenizer: does not go with --train, which makes a new one")
     if options.out.is_dir():
         raise CommandError(f"--out {options.out}: a folder, name a file")
-    corpus = load_corpus(files, globs, flag="")
+    corpus = load_corpus(options.files, options.glob)
     begin = time.monotonic()
     tokenizer = Tokenizer.train(corpus.train, vocab_size=options.vocab_size)
     try:
@@ -56,11 +51,6 @@ def _train(options: TrainTokenizer, files: Sequence[Path] | None, globs: Sequenc
     seconds = time.monotonic() - begin
     print(f"{options.out}: {tokenizer.vocab_size:,} ids, from {corpus.num_bytes:,} bytes of text in {seconds:.1f} s")
     print(_figures(tokenizer, corpus.held_out, "text that was held out"))
-    same_text = (
-        ["--data", *map(str, files), *(word for glob in globs or () for word in ("--glob", glob))] if files else []
-    )
-    train = ["python", "-m", "megalodon_ops", "train", *same_text, "--tokenizer", str(options.out)]
-    print(f"train with it: {shlex.join(train)}")
     return 0
 
 

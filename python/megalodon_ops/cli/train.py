@@ -5,17 +5,15 @@ The function `run` is the run, from top to bottom; what it calls stands below it
 
 from __future__ import annotations
 
-import codecs
+import hashlib
 import math
-import resource
 import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
 
+import matplotlib.figure  # noqa: F401 - the end of a run draws: a package that is missing is told at the beginning
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -24,7 +22,7 @@ from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli.console import Progress, StopSignals
 from megalodon_ops.cli.data import load_data
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.evaluate import compressed_bits, nats_and_bytes
+from megalodon_ops.cli.evaluate import as_documents, compressed_bits
 from megalodon_ops.cli.flags import Mesh, flag_of
 from megalodon_ops.cli.generate import show_sample
 from megalodon_ops.cli.lock import locked
@@ -33,6 +31,7 @@ from megalodon_ops.cli.options import Train
 from megalodon_ops.cli.processes import Processes, is_one_of_several, joined
 from megalodon_ops.cli.settings import begun, resumed, run_folder
 from megalodon_ops.errors import FileError
+from megalodon_ops.evaluation import evaluate
 from megalodon_ops.ops.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import (
@@ -40,17 +39,14 @@ from megalodon_ops.training import (
     read_metrics, threads,
 )  # fmt: skip
 from megalodon_ops.training.batches import Document
-from megalodon_ops.training.checkpoint import has_checkpoint, reader_of, seed_of_reader
+from megalodon_ops.training.checkpoint import checkpoints_of
 from megalodon_ops.training.corpus import Parts
 from megalodon_ops.training.curve import draw_metrics
-from megalodon_ops.training.metrics import is_end
-from megalodon_ops.training.sample import HeldOutSample
+from megalodon_ops.training.record import RECORD
 
 METRICS, CURVE = "metrics.jsonl", "loss_curve.png"
-EVALUATED = (8, 2048)
-"""Rows and length of the batches of held-out text at the end of a run"""
-TRIED_DOCUMENTS, TRIED = 16, 1 << 12
-"""Held-out documents, and bytes of each, that tell before the run whether the tokenizer gives text back"""
+LOOKED_AT = (64, 2048)
+"""Stretches of held-out text that a run looks at while it goes, and bytes of each"""
 OPTIMIZERS = {"muon": Muon, "adamw": adamw}
 FIRST_PACE = 8
 """Fewest steps that tell how long a step takes"""
@@ -86,44 +82,37 @@ def run(options: Train) -> int:
         if saved:
             step, spent = saved.step, saved.record["seconds"]
             schedule.seek(saved.record["schedule"], step, spent)
-            if end := recorded_end(out, schedule, step):
+            if schedule.finished(step):
                 print(f"{out}: finished after step {step}; it goes on with a larger --steps or --minutes")
-                show_figures(corpus, end)
-                return 0
         torch.manual_seed(options.seed)
         model = new_model(config, device, processes)
-        number, readers = (0, 1) if processes.mesh is None else reader_of(processes.mesh)
-        if processes.size > 1:  # from here on, each process draws numbers of its own
-            torch.manual_seed(seed_of_reader(torch.get_rng_state(), number, readers))
         optimizer = OPTIMIZERS[options.optimizer](model, lr=options.lr, weight_decay=options.weight_decay)
         share = options.batch // processes.extent("data")
         first = share * processes.place("data")
         batches = Batches(
             encoded(corpus.train, tokenizer), range(first, first + share), options.length, batch=options.batch,
-            start=tokenizer.start, context=options.context, seed=options.seed, context_length=options.context_length,
+            start=tokenizer.start, seed=options.seed, context_length=options.context_length,
         )  # fmt: skip
-        reader = Reader(
-            model, carries=options.context == "streamed", rank=processes.place("chunk"), ranks=processes.extent("chunk")
-        )
+        reader = Reader(model, rank=processes.place("chunk"), ranks=processes.extent("chunk"))
         if saved:
             saved.load_weights(model)
             saved.load_optimizer(optimizer, model)
             state = saved.state_of(processes.mesh)
             reader.seek(None if state is None else state.to(device))
-            batches.seek(saved.record["data"]["position"])
-            saved.restore_random(device, reader=number, readers=readers)
+            try:
+                batches.seek(saved.record["data"]["position"])
+            except ValueError as error:
+                raise FileError(f"{saved.folder / RECORD}: {error}") from error
 
         if processes.first:
             print(what_begins(out, options, model, corpus, batches, processes), flush=True)
-            if note := dropped(tokenizer, corpus.held_out):
-                print(note, flush=True)
 
         # The loop.
         metrics = stack.enter_context(Metrics(out / METRICS, step)) if processes.first else None
         autocast = precision(device, options.dtype)
         saver, saved_step = Saver(out, processes.mesh), step if saved else None
         bytes_per_token = corpus.num_bytes / int(batches.lengths.sum(dtype="int64"))
-        sample = HeldOutSample(corpus.held_out, tokenizer, max(1, round(config.chunk_size * bytes_per_token)))
+        sample = sample_of(corpus.held_out)
         begin = paced_at = time.monotonic()
         begin, paced_step = begin - spent, step
 
@@ -144,10 +133,11 @@ def run(options: Train) -> int:
             StopSignals(processes.size > 1) as signals,
             Progress({"step": step, "seconds": spent}, options.steps, schedule.budget) as progress,
         ):
-            while not (stopped := processes.largest(signals.received)) and not schedule.finished(step):
+            while not (stopped := max(processes.gather(signals.received))) and not schedule.finished(step):
                 step_begin = time.monotonic()
                 batch = batches.next()
                 rate = schedule.apply(optimizer, step)
+                torch.manual_seed(seed_of_dropout(options.seed, step, processes))
                 with autocast:
                     loss = reader.loss(batch)
                 loss.backward()
@@ -173,12 +163,11 @@ def run(options: Train) -> int:
                 due = is_checkpoint_due(step, options.checkpoint_every, schedule)
                 if due and schedule.budget is not None and step - paced_step >= FIRST_PACE:
                     pace = (now - paced_at) / (step - paced_step)
-                    schedule.set_pace(step, *processes.tell((now - begin, pace)))
+                    schedule.set_pace(step, *processes.broadcast((now - begin, pace)))
                     paced_at, paced_step = now, step
                 if step % options.eval_every == 0 or schedule.finished(step):
-                    with progress.doing("looking at held-out text"), autocast:
-                        own = sample.nats_and_bytes(model.alone(), processes.rank, processes.size)
-                    progress.held_out = bits_per_byte(processes.gather(own))
+                    with progress.doing("looking at held-out text"):
+                        progress.held_out = bits_per_byte(model.alone(), tokenizer, sample, autocast, processes)
                     if metrics is not None:
                         metrics.write(step=step, held_out_bits_per_byte=progress.held_out)
                 if due:
@@ -196,22 +185,24 @@ def run(options: Train) -> int:
                 f"python -m megalodon_ops train --out {shlex.quote(str(out))} --resume"
             )
             return 128 + stopped
-        alone = model.alone()
-        own = shared_out(corpus.held_out, processes)
+        alone, size = model.alone(), sum(map(len, corpus.held_out))
         with tqdm(
-            total=sum(map(len, own)), unit="B", unit_scale=True, desc="evaluating held-out text", leave=False, delay=1
+            total=size // processes.size,
+            unit="B",
+            unit_scale=True,
+            desc="evaluating held-out text",
+            leave=False,
+            delay=1,
         ) as bar:
-            measured = nats_and_bytes(alone, tokenizer, own, *EVALUATED, autocast, bar.update)
-        bits = bits_per_byte(processes.gather(measured))
+            bits = bits_per_byte(alone, tokenizer, corpus.held_out, autocast, processes, bar.update)
         if processes.first:
             compressors = compressed_bits(corpus.held_out)
-            end = {"step": step, "final": True, "held_out_bits_per_byte": bits, "compressors": compressors}
-            metrics.write(**end)
+            metrics.write(step=step, final=True, held_out_bits_per_byte=bits, compressors=compressors)
             draw_metrics(out / CURVE, read_metrics(out / METRICS), compressors)
-            show_figures(corpus, end)
-            unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # units of ru_maxrss in a MiB
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-            print(f"{time.monotonic() - begin:.0f} s, peak memory {peak:,.0f} MiB; curve and checkpoint in {out}")
+            print(f"\nheld-out text, {size:,} bytes     bits per byte")
+            for name, figure in {f"this model, step {step}": bits, **compressors}.items():
+                print(f"  {name:<28} {figure:.3f}")
+            print(f"{time.monotonic() - begin:.0f} s; curve and checkpoint in {out}")
             show_sample(alone, tokenizer, corpus.held_out, options.seed, autocast)
         return 0
 
@@ -221,14 +212,14 @@ def newest_checkpoint(options: Train, out: Path, processes: Processes) -> Checkp
 
     The first process looks for damage, and tells the others which checkpoint is whole.
     """
-    found = processes.tell(has_checkpoint(out))
+    found = processes.broadcast(bool(checkpoints_of(out)))
     if not options.resume and processes.size == 1 and found:
         raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
     if not options.resume and not found:
         return None
     try:
         saved = load_checkpoint(out) if processes.first else None
-        folder = processes.tell(saved.folder if saved else None)
+        folder = processes.broadcast(saved.folder if saved else None)
         return saved or load_checkpoint(folder, verify=False)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--resume {error}") from error
@@ -241,10 +232,9 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
         raise CommandError(f"--batch {options.batch}: must be a multiple of the mesh's data={data}")
     rows = options.batch // data
     if rows % chunk and rows * options.length < chunk * config.chunk_size:
-        held = f"{rows} row{'s' * (rows > 1)} of {options.length} tokens"
         raise CommandError(
-            f"--length {options.length}: the mesh's chunk={chunk} shares {held}, which must be at least {chunk} chunks of "
-            f"{config.chunk_size}, or a multiple of {chunk} rows"
+            f"--length {options.length}: the mesh's chunk={chunk} shares {rows} x {options.length} tokens, which must be at "
+            f"least {chunk} chunks of {config.chunk_size}, or a multiple of {chunk} rows"
         )
     if ":" in options.device:
         raise CommandError(f"--device {options.device}: each of several processes takes a GPU of its own; say cuda")
@@ -260,20 +250,6 @@ def check_memory(options: Train, config: MegalodonConfig, processes: int) -> Non
         check_fits(numbers * torch.float32.itemsize // processes, f"training {config.num_parameters():,} parameters")
     except ValueError as error:
         raise CommandError(f"{error}; make --dim, --layers, --cema-ndim, --batch or --length smaller") from error
-
-
-def recorded_end(out: Path, schedule: Schedule, step: int) -> dict[str, Any] | None:
-    """The last line of the run's metrics, if the run ends at this step and the line has been written."""
-    if not schedule.finished(step):
-        return None
-    return next((row for row in read_metrics(out / METRICS) if is_end(row) and row["step"] == step), None)
-
-
-def show_figures(corpus: Corpus, end: dict[str, Any]) -> None:
-    """Prints how well the held-out text is predicted, beside compressors, as the last line of the run's metrics has it."""
-    print(f"\nheld-out text, {sum(map(len, corpus.held_out)):,} bytes     bits per byte")
-    for name, bits in {f"this model, step {end['step']}": end["held_out_bits_per_byte"], **end["compressors"]}.items():
-        print(f"  {name:<28} {bits:.3f}")
 
 
 def new_model(config: MegalodonConfig, device: torch.device, processes: Processes) -> Megalodon:
@@ -305,6 +281,12 @@ def what_begins(
     )
 
 
+def seed_of_dropout(seed: int, step: int, processes: Processes) -> int:
+    """A seed that depends on nothing but the run's, the step, and the part of the batch that this process reads."""
+    text = f"{seed} {step} {processes.place('data')} {processes.place('chunk')}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
 def is_checkpoint_due(step: int, every: int, schedule: Schedule) -> bool:
     early = schedule.budget is not None and FIRST_PACE <= step < every and step & (step - 1) == 0
     return step % every == 0 or early
@@ -326,41 +308,38 @@ def shared_out(documents: Sequence[bytes], processes: Processes) -> list[bytes]:
     return own
 
 
-def bits_per_byte(of_processes: Sequence[tuple[float, float]]) -> float:
-    """Of the nats and bytes of all processes."""
-    nats, num_bytes = zip(*of_processes, strict=True)
-    return math.fsum(nats) / math.log(2) / math.fsum(num_bytes)
+def sample_of(documents: Sequence[bytes]) -> list[bytes]:
+    """Stretches at equal distances through all of the documents, laid end to end; of little text, all of it."""
+    count, size = LOOKED_AT
+    text = b"".join(documents)
+    if len(text) <= count * size:
+        return list(documents)
+    begins = (number * len(text) // count for number in range(count))
+    return [text[begin : begin + size] for begin in begins]
 
 
-def dropped(tokenizer: Tokenizer, documents: Sequence[bytes]) -> str:
-    """What the user is told where a tokenizer does not give text back as it was; the beginnings of documents are tried."""
-    texts = [_without_a_cut_letter(document[:TRIED]) for document in documents[:TRIED_DOCUMENTS]]
-    changed = sum(tokenizer.decode(ids) != text for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True))
-    if tokenizer.byte_level or not changed:
-        return ""
-    return (
-        f"the tokenizer drops or changes a part of {changed} of {len(texts)} held-out documents: bits per byte are of "
-        "what it keeps, over the bytes of the whole text"
-    )
-
-
-def _without_a_cut_letter(text: bytes) -> bytes:
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # keeps back what may be a part of a letter
-    return decoder.decode(text).encode(errors="surrogateescape")
+def bits_per_byte(
+    model: Megalodon,
+    tokenizer: Tokenizer,
+    documents: Sequence[bytes],
+    autocast: AbstractContextManager,
+    processes: Processes,
+    read: Callable[[int], object] = lambda _: None,
+) -> float:
+    """How well the model predicts documents, each token of one from all before it; the processes share the documents."""
+    nats, own = 0.0, as_documents(shared_out(documents, processes), tokenizer, read)
+    if own:
+        with autocast:
+            nats = evaluate(model, own)[0].nats
+    return math.fsum(processes.gather(nats)) / math.log(2) / sum(map(len, documents))
 
 
 def encoded(documents: Sequence[bytes] | Parts, tokenizer: Tokenizer) -> Sequence[Document]:
     """The documents' ids, those of bytes as the bytes themselves; documents of which a tokenizer leaves nothing go."""
     if tokenizer.byte_level or isinstance(documents, Parts):
         return documents
-    with tqdm(total=sum(map(len, documents)), unit="B", unit_scale=True, desc="encoding", leave=False, delay=1) as bar:
-
-        def read() -> Iterator[bytes]:
-            for document in documents:
-                yield document
-                bar.update(len(document))
-
-        found = [ids for ids in tokenizer.encode_batch(read()) if len(ids)]
+    read = tqdm(documents, unit=" documents", desc="encoding", leave=False, delay=1)
+    found = [ids for ids in tokenizer.encode_batch(read) if len(ids)]
     if not found:
         raise CommandError("--tokenizer: makes no token of the text")
     return found

@@ -3,7 +3,6 @@
 from .mesh import make_mesh
 from .model import ParallelMegalodon
 from .parallelize import parallelize
-from .pipeline import pipeline_stage
 from .split import split
 
-__all__ = ["ParallelMegalodon", "make_mesh", "parallelize", "pipeline_stage", "split"]
+__all__ = ["ParallelMegalodon", "make_mesh", "parallelize", "split"]

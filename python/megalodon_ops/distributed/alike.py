@@ -26,9 +26,9 @@ def check_alike(op: str, facts: Mapping[str, Any], group: ProcessGroup, own: int
         `own` of every rank, in order.
     """
     texts = {name: _text(fact) for name, fact in facts.items()}
-    mine = torch.tensor([own, zlib.crc32(str(texts).encode())], device=device_of(group))
-    table = mine.new_empty((dist.get_world_size(group), 2))
-    all_gather(table.view(-1), mine, group=group)
+    own_facts = torch.tensor([own, zlib.crc32(str(texts).encode())], device=device_of(group))
+    table = own_facts.new_empty((dist.get_world_size(group), 2))
+    all_gather(table.view(-1), own_facts, group=group)
     owns, checksums = zip(*table.tolist())
     if len({*checksums}) > 1:
         everyone: list[Any] = [None] * len(owns)

@@ -6,14 +6,12 @@ and the backward of one needs that of the next, so that all ranks come by in one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .alike import all_gather, device_of
+from .alike import all_gather
 
 
 def send_to_all(value: Tensor, start: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor | None, dist.Work]:
@@ -73,14 +71,6 @@ class _Sum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dvalue):
         return _Sum.forward(ctx, dvalue, ctx.group), None
-
-
-def whole_rows(piece: Tensor, widths: Sequence[int], group: ProcessGroup) -> Tensor:
-    """The rows (B, L) of integers whose columns, `widths` of them, the ranks have as their pieces (B, l)."""
-    sent = torch.nn.functional.pad(piece, (0, max(widths) - piece.shape[1])).contiguous().to(device_of(group))
-    everyone = sent.new_empty((len(widths), *sent.shape))
-    all_gather(everyone.view(-1), sent.view(-1), group=group)
-    return torch.cat([rows[:, :width] for rows, width in zip(everyone, widths)], 1).to(piece.device)
 
 
 class TotalLoss(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..model.layers import WideParameters, wide_parameters
 from ..model.model import Megalodon
+from ..model.weights import set_whole
 
 try:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -36,7 +37,7 @@ def forget_ended_groups() -> None:
         forget()
 
 
-def shard(model: Megalodon, mesh: DeviceMesh, *, param_dtype: torch.dtype | None, reshard: bool) -> None:
+def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
     """Shards every parameter over the last dimension of the mesh, in place, and copies shards over the first of two.
 
     A block's parameters are gathered by one exchange. Where its matrices are computed with in another dtype than its
@@ -44,7 +45,7 @@ def shard(model: Megalodon, mesh: DeviceMesh, *, param_dtype: torch.dtype | None
     embedding, the output matrix and the final norm are gathered by the model itself, so the loss multiplies with the
     output matrix as it does without shards.
     """
-    wide = dict(mesh=mesh, reshard_after_forward=reshard, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    wide = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
         reduce_dtype=None if param_dtype is None else torch.float32,
@@ -63,25 +64,11 @@ def shard(model: Megalodon, mesh: DeviceMesh, *, param_dtype: torch.dtype | None
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
-    if not reshard:  # without a backward, nothing else would free what was gathered
-        model.register_forward_hook(_reshard_without_backward)
 
 
 def _has_one_dtype(module: nn.Module, param_dtype: torch.dtype | None) -> bool:
     """Whether all parameters inside are computed with in the dtype that they are kept in."""
     return param_dtype is None and len({parameter.dtype for parameter in module.parameters()}) <= 1
-
-
-def _reshard_without_backward(model: nn.Module, args: tuple, output: object) -> None:
-    if not torch.is_grad_enabled():
-        _reshard(model)
-
-
-def _reshard(model: nn.Module) -> None:
-    """Frees what was gathered, so that every parameter of the model is its shard."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 @torch.no_grad()
@@ -104,25 +91,16 @@ def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None
             part.reset_parameters()
             if not (model.config.share_emb and name == "output.output"):  # one matrix, which begins as the embedding
                 for key, value in part.named_parameters(recurse=False):
-                    shard = model.get_parameter(f"{name}.{key}")
-                    shard.to_local().copy_(local_part(value, shard))
+                    set_whole(model.get_parameter(f"{name}.{key}"), value)
             part.to_empty(device="meta", recurse=False)
-
-
-def local_part(full: Tensor, like: DTensor) -> Tensor:
-    """This rank's part of a tensor that every rank has whole, split as `like`: by the mesh's last dimension first."""
-    for dimension, placement in reversed(list(enumerate(like.placements))):
-        if not placement.is_replicate():
-            parts = full.chunk(like.device_mesh.size(dimension), placement.dim)
-            rank = like.device_mesh.get_coordinate()[dimension]  # asks for no group, which may be one that has ended
-            full = parts[rank] if rank < len(parts) else full.narrow(placement.dim, 0, 0)
-    return full
 
 
 @torch.no_grad()
 def gathered(model: Megalodon, param_dtype: torch.dtype | None = None) -> Megalodon:
     """A model of this process alone with all parameters, the matrices in `param_dtype`; every rank calls this."""
-    _reshard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     wide, values = wide_parameters(model), {}
     for name, parameter in model.named_parameters():
         if param_dtype is not None and name not in wide:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +14,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..model.generation import TokenStream
-from ..model.model import Megalodon, at_least_float32, check_targets, masked_targets
+from ..model.model import Megalodon, masked_targets
 from ..model.states import MegalodonState
 from ..ops.loss import check_reduction, has_integers
-from ..ops.values import check_flag
-from .alike import check_alike, device_of
+from .alike import check_alike
 from .chunk import Hooks
-from .exchange import TotalLoss, whole_rows
+from .exchange import TotalLoss
 from .fsdp import gathered, whole_model
 from .pieces import Pieces, pieces_of
 from .states import state_of_piece, whole_state
 from .tensor import joined_state, split_state
-from .tensor_layers import one_generator
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,7 @@ class ParallelMegalodon(Megalodon):
     """A model on several ranks, as :func:`parallelize` makes it; all call it at once, each with its piece of the batch.
 
     `tokens` and `targets` are the rank's rows and its piece of their columns; `lengths`, `cu_seqlens` and `state` are
-    of the whole sequences, equal on all ranks of a chunk group, and so are the state that is returned and what
-    `generate` makes. A piece ends at a chunk boundary of the sequence that it cuts, except at the end of the sequence.
+    of the whole sequences, equal on all ranks of a chunk group, and so is the state that is returned. A piece ends at a chunk boundary of the sequence that it cuts, except at the end of the sequence.
 
     Logits are the piece's. The loss is, with reduction "mean" or "sum", that of the targets of all ranks, the same on
     every rank, and its gradients, averaged over the ranks, are exactly those of one process; "none" gives the piece's.
@@ -70,22 +65,16 @@ class ParallelMegalodon(Megalodon):
 
     _ranks: Ranks
 
-    def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, reduction: str = "mean", ignore_index: int = -100,
-        state: MegalodonState | None = None, return_state: bool = False, inplace_state: bool = False,
-        cu_seqlens: Tensor | None = None, lengths: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, MegalodonState]:  # fmt: skip
-        """Logits of the piece, or the loss; arguments as in :meth:`Megalodon.forward`, see the class."""
-        self._check(tokens, state, return_state, cu_seqlens, lengths)
-        check_flag("Megalodon", "inplace_state", inplace_state)
+    def _compute(
+        self, tokens: Tensor, targets: Tensor | None, reduction: str, ignore_index: int, state: MegalodonState | None,
+        return_state: bool, inplace_state: bool, **sequences: Any,
+    ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
+        """Logits of the piece, or the loss, and the state of the whole sequences; see the class."""
         check_reduction(reduction)
-        if targets is not None:
-            ignore_index = check_targets(tokens, targets, ignore_index)
-        ranks, sequences = self._ranks, dict(cu_seqlens=cu_seqlens, lengths=lengths)
+        ranks, own, pieces = self._ranks, state, None
         wanted = "logits" if targets is None else f"loss, {reduction} without {ignore_index}"
         facts = {"call": wanted, "return_state": return_state, **_facts_of(state, len(tokens), **sequences)}
         try:
-            own, pieces = state, None
             if ranks.chunk is not None:
                 widths = check_alike("Megalodon", facts, ranks.chunk, own=tokens.shape[1])
                 pieces = self._pieces(widths, state, len(tokens), **sequences)
@@ -94,18 +83,12 @@ class ParallelMegalodon(Megalodon):
                 content = {"tokens": tokens, "targets": targets}
                 check_alike("Megalodon", facts | content, ranks.tensor.get_group())
                 own = None if own is None else split_state(own, ranks.tensor, self.config.num_heads)
-            with one_generator(self, ranks.tensor):
-                options = sequences if pieces is None else {**sequences, "pieces": pieces}
-                hidden, after = self._hidden(self._embed(tokens), own, return_state, inplace_state, **options)
-                if targets is None:
-                    result = at_least_float32(self.output.output(hidden))
-                else:
-                    result = self._cross_entropy(hidden, targets, reduction, ignore_index, **sequences)
-            if not return_state:
-                return result
-            if ranks.tensor is not None:
+            result, after = super()._compute(
+                tokens, targets, reduction, ignore_index, own, return_state, inplace_state, **sequences
+            )
+            if return_state and ranks.tensor is not None:
                 after = joined_state(after, ranks.tensor, self.config.num_heads)
-            if pieces is not None:
+            if return_state and pieces is not None:
                 after = whole_state(after, state, pieces, self.config.chunk_size, ranks.chunk)
             return result, after
         except Exception:
@@ -115,7 +98,7 @@ class ParallelMegalodon(Megalodon):
 
     def _cross_entropy(
         self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, cu_seqlens: Tensor | None,
-        lengths: Tensor | None,
+        lengths: Tensor | None, pieces: Pieces | None = None,
     ) -> Tensor:  # fmt: skip
         """The loss of all ranks, or with "none" this rank's losses."""
         targets = masked_targets(targets, ignore_index, cu_seqlens, lengths)
@@ -128,19 +111,6 @@ class ParallelMegalodon(Megalodon):
             return loss
         return TotalLoss.apply(loss, (targets != ignore_index).sum(), self._ranks.batch, reduction == "mean")
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Gradients of backwards inside stay in their ranks; the first backward after it exchanges the sum of all.
-
-        This is for accumulation: all micro-batches but the last run inside. A rank keeps the gradients of all
-        parameters, not of its shards, meanwhile.
-        """
-        self.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            self.set_requires_gradient_sync(True)
-
     def alone(self) -> Megalodon:
         """A model of this process with all parameters, for whole sequences; no rank waits for another in its calls.
 
@@ -150,35 +120,12 @@ class ParallelMegalodon(Megalodon):
         """
         return gathered(self, self._ranks.param_dtype)
 
-    def stream(
-        self, prompt: Tensor, *, lengths: Tensor | None = None, state: MegalodonState | None = None,
-        generator: torch.Generator | None = None, **options: Any,
-    ) -> TokenStream:  # fmt: skip
-        """The continuation of this rank's own prompts, as :meth:`Megalodon.stream` makes it; every rank calls this.
+    def stream(self, prompt: Tensor, **options: Any) -> TokenStream:
+        """The continuation of this rank's own prompts, whole on a chunk group too, as :meth:`Megalodon.stream` makes it.
 
-        The model that :meth:`alone` gives makes it, so each rank may stop at any token.
-
-        On a chunk group, `prompt` is the rank's piece of the columns, of any length; `lengths` and `state` are the
-        whole prompts'. The ranks read the prompt together, a chunk each at a time, so that memory grows with its length
-        by the tokens alone; then each decodes alike. Without a seed, the first rank's generator, or torch's own, draws.
+        The model that :meth:`alone` gives makes it: every rank calls this, and each may stop at any token.
         """
-        model, group = self.alone(), self._ranks.chunk
-        if group is not None:
-            self._check(prompt, state, True, None, lengths)
-            facts = {**options, **_facts_of(state, len(prompt), lengths=lengths)}
-            prompt = whole_rows(prompt, check_alike("generate", facts, group, own=prompt.shape[1]), group)
-            if options.get("seed") is None:
-                generator = _generator_of_first(generator, prompt.device, group)
-            become_parallel(model, Ranks(chunk=group))
-        return Megalodon.stream(model, prompt, lengths=lengths, state=state, generator=generator, **options)
-
-    def generate(self, prompt: Tensor, **options: Any) -> Tensor | tuple[Tensor | MegalodonState, ...]:
-        """Continues prompts as :meth:`Megalodon.generate` does, pieces as in :meth:`stream`; gives whole rows."""
-        found = super().generate(prompt, **options)
-        if self._ranks.chunk is not None:  # processors that round otherwise could have drawn others
-            tokens = found[0] if isinstance(found, tuple) else found
-            check_alike("generate", {"generated tokens": tokens}, self._ranks.chunk)
-        return found
+        return self.alone().stream(prompt, **options)
 
     def save(self, directory: str | os.PathLike, **options: Any) -> None:
         """Writes the whole model as :meth:`megalodon_ops.Megalodon.save` does, by rank 0; the others wait.
@@ -189,30 +136,6 @@ class ParallelMegalodon(Megalodon):
         if dist.get_rank() == 0:
             whole_model(self, values).save(directory, **options)
         dist.barrier()
-
-    @torch.no_grad()
-    def _read(self, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
-        """The state after whole prompts, which all ranks have: they read a chunk each at a time."""
-        group, size = self._ranks.chunk, self.config.chunk_size
-        if group is None:
-            return super()._read(tokens, lengths, state)
-        begun = torch.zeros_like(lengths) if state is None else state.layers[0].attention.position
-        unfinished = torch.minimum(-begun % size, lengths)
-        if state is None or bool(unfinished.any()):  # every rank reads what fills up chunks that have begun
-            state = super()._read(tokens[:, : int(unfinished.max())], unfinished, state)
-            columns = torch.arange(tokens.shape[1], device=tokens.device) + unfinished[:, None]
-            tokens, lengths = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1)), lengths - unfinished
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        for start in range(0, int(lengths.max()), ranks * size):
-            left = (lengths - start).clamp(0, ranks * size)
-            widths = [min(max(int(left.max()) - other * size, 0), size) for other in range(ranks)]
-            pieces = self._pieces(widths, state, len(tokens), lengths=left)
-            first = start + rank * size
-            own, sequences = _of_piece(pieces, state, tokens.device)
-            x = self._embed(tokens[:, first : first + widths[rank]])
-            _, after = self._hidden(x, own, True, False, **sequences, pieces=pieces)
-            state = whole_state(after, state, pieces, size, group)
-        return state
 
     def _pieces(
         self, widths: list[int], state: MegalodonState | None, rows: int, *, cu_seqlens: Tensor | None = None,
@@ -245,21 +168,10 @@ def _facts_of(state: MegalodonState | None, rows: int, **sequences: Tensor | Non
 
 def _of_piece(
     pieces: Pieces, state: MegalodonState | None, device: torch.device
-) -> tuple[MegalodonState | None, dict[str, Tensor | None]]:
-    """The arguments of a call that name whole sequences, for a piece."""
-    sequences = {
+) -> tuple[MegalodonState | None, dict[str, Any]]:
+    """The arguments of a call that name whole sequences, for a piece, and the piece, for the hooks."""
+    sequences: dict[str, Any] = {"pieces": pieces} | {
         name: None if values is None else torch.tensor(values, dtype=torch.int64, device=device)
         for name, values in (("cu_seqlens", pieces.cu_seqlens), ("lengths", pieces.lengths))
     }
     return None if state is None else state_of_piece(state, pieces), sequences
-
-
-def _generator_of_first(
-    generator: torch.Generator | None, device: torch.device, group: ProcessGroup
-) -> torch.Generator | None:
-    """A generator that draws on every rank what that of the group's first rank, or torch's own there, draws."""
-    random = generator or (torch if device.type == "cpu" else torch.cuda)
-    state = random.get_state() if generator else random.get_rng_state()
-    shared = state.to(device_of(group))
-    dist.broadcast(shared, group=group, group_src=0)
-    return generator if dist.get_rank(group) == 0 else torch.Generator(device).set_state(shared.to(state.device))

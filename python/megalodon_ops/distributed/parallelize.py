@@ -16,7 +16,7 @@ from .mesh import batch_and_tensor, check_mesh
 from .model import ParallelMegalodon, Ranks, become_parallel
 from .tensor import check_can_split, split_over
 from ..model.model import Megalodon
-from ..ops.values import check_flag, described, shown
+from ..ops.values import described, shown
 
 
 def parallelize(
@@ -25,7 +25,6 @@ def parallelize(
     *,
     data: str = "shard",
     param_dtype: torch.dtype | None = None,
-    reshard: bool = True,
 ) -> ParallelMegalodon:
     """Makes a model run on all ranks of a mesh, in place.
 
@@ -43,8 +42,6 @@ def parallelize(
         param_dtype: computes with the matrices in this dtype, torch.bfloat16 for one, while the parameters, their
             gradients and the optimizer's state keep theirs; :func:`megalodon_ops.wide_parameters` are never cast.
             None: as they are.
-        reshard: free a gathered block after its forward and gather it again for its backward. False takes more memory
-            and less exchange.
 
     Returns:
         the model, whose class is :class:`ParallelMegalodon` now, and FSDP2's `FSDPModule`.
@@ -65,8 +62,8 @@ def parallelize(
     """
     check_torch()
     sizes = check_mesh("parallelize", mesh)
-    _check(model, sizes.get("tensor", 1), data, param_dtype, reshard)
-    check_alike("parallelize", _facts(model, data=data, param_dtype=param_dtype, reshard=reshard), dist.group.WORLD)
+    _check(model, sizes.get("tensor", 1), data, param_dtype)
+    check_alike("parallelize", _facts(model, data=data, param_dtype=param_dtype), dist.group.WORLD)
     forget_ended_groups()
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None
@@ -82,7 +79,7 @@ def parallelize(
     )  # fmt: skip
     become_parallel(model, ranks)
     # A block's parameters move to the mesh's device when the block is sharded.
-    shard(model, batch, param_dtype=param_dtype, reshard=reshard)
+    shard(model, batch, param_dtype)
     if on_meta:
         cuda = mesh.device_type == "cuda"
         initialise(model, plain, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
@@ -91,7 +88,7 @@ def parallelize(
     return model
 
 
-def _check(model: nn.Module, tensor: int, data: object, param_dtype: object, reshard: object) -> None:
+def _check(model: nn.Module, tensor: int, data: object, param_dtype: object) -> None:
     """Raises where an argument of this rank is wrong."""
     if type(model) is not Megalodon:  # its forward is replaced, so that of a subclass would be lost
         raise TypeError(f"parallelize: `model` must be a Megalodon that is not parallel yet, got {described(model)}.")
@@ -109,7 +106,6 @@ def _check(model: nn.Module, tensor: int, data: object, param_dtype: object, res
         raise ValueError(
             f"parallelize: `param_dtype` must be torch.bfloat16, float16, float32 or None, got {shown(param_dtype)}."
         )
-    check_flag("parallelize", "reshard", reshard)
 
 
 def _facts(model: Megalodon, **options: Any) -> dict[str, Any]:

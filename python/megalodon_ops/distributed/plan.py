@@ -232,7 +232,7 @@ def _waited_for(
     forward, backward = (chunk * rows * (n * layers * of_block + of_norm) // tensor for n in (again, 1))
     channels, summed = (rows * length * dim * kind.itemsize for kind in (stream, dtype))
     ends = channels + config.num_outputs * dim * stream.itemsize
-    sums_again = recompute * (1 + (config.rescale_nffn or config.dropout > 0))
+    sums_again = recompute * (1 + config.rescale_nffn)
     gathers, sums = 3 * again * channels + 2 * summed, 3 * channels + (2 + sums_again) * summed
     return [
         ("states, forward", forward, chunk, tensor),

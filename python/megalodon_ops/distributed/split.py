@@ -17,7 +17,6 @@ def split(
     mesh: DeviceMesh,
     *,
     chunk_size: int,
-    dim: int = 1,
     cu_seqlens: Tensor | None = None,
     position: int = 0,
 ) -> Tensor:
@@ -31,7 +30,6 @@ def split(
         tokens: (B, L, ...), the whole batch, on every rank.
         mesh: with named dimensions.
         chunk_size: the model's.
-        dim: the axis of the columns.
         cu_seqlens: (S + 1,) offsets of sequences packed into one row, each with chunks of its own.
         position: how much of its unfinished chunk every row has filled before, as in a state's `attention.position`.
 
@@ -55,14 +53,15 @@ def split(
     if mesh.mesh_dim_names is None:
         raise ValueError("split: `mesh` must have names of dimensions such as data and chunk, got none.")
     chunk_size = check_size("split", "chunk_size", chunk_size)
-    dim = check_integer("split", "dim", dim, f"an axis of {tuple(tokens.shape)} after the first", 1, tokens.dim() - 1)
+    if tokens.dim() < 2:
+        raise ValueError(f"split: `tokens` must have shape (B, L, ...), got {tuple(tokens.shape)}.")
     position = check_integer("split", "position", position, "an integer in [0, chunk_size)", 0, chunk_size - 1)
     rank, ranks = _place(mesh, "data")
     if len(tokens) % ranks:
         raise ValueError(
             f"split: `tokens` must have a number of rows that the {ranks} ranks of `data` divide, got {len(tokens)}."
         )
-    rows, length = len(tokens) // ranks, tokens.shape[dim]
+    rows, length = len(tokens) // ranks, tokens.shape[1]
     offsets = [0, length]
     if cu_seqlens is not None:
         check_tensor("split", "cu_seqlens", cu_seqlens)
@@ -73,7 +72,7 @@ def split(
     tokens = tokens.narrow(0, rank * rows, rows)
     rank, ranks = _place(mesh, "chunk")
     begin, end = columns(rank, ranks, length, chunk_size, offsets, position)
-    return tokens.narrow(dim, begin, end - begin)
+    return tokens.narrow(1, begin, end - begin)
 
 
 def columns(

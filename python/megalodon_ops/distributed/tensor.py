@@ -24,9 +24,6 @@ output matrix and the last hidden states are gathered, and each rank computes 1/
 
 Where the ranks are more than the heads, some ranks share a head: each computes the head's queries and keys, and its own
 part of the head's values.
-
-Dropout draws one mask on all ranks for m, which all ranks have, one on those that share a head for its keys, and
-another on each rank for what is split. All come from the generator of the group's first rank.
 """
 
 from __future__ import annotations
@@ -55,8 +52,8 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
     Args:
         model: equal on all ranks, with plain parameters.
     """
-    config, ranks, rank = model.config, mesh.size(), mesh.get_local_rank()
-    whole_heads, first_head = config.num_heads % ranks == 0, rank * config.num_heads // ranks
+    config, ranks = model.config, mesh.size()
+    whole_heads, first_head = config.num_heads % ranks == 0, mesh.get_local_rank() * config.num_heads // ranks
     heads, key_dim = max(config.num_heads // ranks, 1), config.z_dim // config.num_heads
     part = None if whole_heads else (first_head * key_dim, key_dim)  # of what ranks share that share a head
     own = replace(config, num_heads=heads, z_dim=heads * key_dim, value_dim=config.value_dim // ranks)
@@ -79,8 +76,6 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
         if config.swiglu:
             split(nffn.fc3, 0)
         mega.config = own
-        mega.streams = {"wz": 1 + first_head, "wr": 1 + config.num_heads + rank}  # of m, keys, and all that is split
-        nffn.streams = {"fc1": 1 + rank}
         mega.timenorm.num_groups //= ranks
     split(model.embed, 1)
     split(model.output.output, 1, OwnOutput)
@@ -101,7 +96,7 @@ def _split(
     """
     of_class = type(module)
     module.__class__ = made or type(f"Own{of_class.__name__}", (OwnPart, of_class), {})
-    module.mesh, module.gathers, module.sums, module.part, module.streams = mesh, gathers, sums, part, {}
+    module.mesh, module.gathers, module.sums, module.part = mesh, gathers, sums, part
     for name, parameter in [*module.named_parameters(recurse=False)]:
         own = parameter.detach()
         if dim is not None:
@@ -111,7 +106,7 @@ def _split(
 
 
 def check_can_split(config: MegalodonConfig, ranks: int) -> None:
-    """Raises where the sizes of a model cannot be split over so many ranks."""
+    """Raises where a model cannot be split over so many ranks."""
     for field in ("norm_num_groups", "value_dim", "ffn_hidden_dim"):
         if (size := getattr(config, field)) % ranks:
             raise ValueError(
@@ -122,6 +117,9 @@ def check_can_split(config: MegalodonConfig, ranks: int) -> None:
             f"parallelize: `mesh` must have a size of tensor that divides num_heads = {config.num_heads} or that it "
             f"divides, got {ranks}."
         )
+    for field in ("dropout", "hidden_dropout", "attention_dropout"):  # whose masks ranks would have to agree on
+        if getattr(config, field):
+            raise ValueError(f"parallelize: `mesh` must have tensor = 1 for a model with {field}, got {ranks}.")
 
 
 def split_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -42,14 +41,11 @@ class OwnPart:
     mesh: DeviceMesh  # of the ranks that share the layer
     gathers: bool  # whether the layer takes all channels of an input of which each rank has its own
     sums: bool  # whether the outputs are summed over ranks, each of which keeps its own channels of the sum
-    part: (
-        tuple[int, int, int] | None
-    )  # dimension, begin and length of what the rank uses of whole parameters; None: all
-    streams: dict[str, int]  # from which layer inside on dropout draws which stream; ranks with one number drop alike
+    part: tuple[int, int, int] | None  # dimension, begin and length of the rank's part of whole parameters; None: all
 
     def forward(self, x: Tensor, **options: Any) -> Any:
         x = exchanged(x, self.mesh, CHANNELS, Replicate(), Partial()) if self.gathers else x
-        with self._own_parameters(), self._own_streams(x.device):
+        with self._own_parameters():
             y = super().forward(x, **options)
         return exchanged(y, self.mesh, Partial(), CHANNELS).clone() if self.sums else y  # FSDP2 warns of views
 
@@ -66,24 +62,6 @@ class OwnPart:
             yield
         finally:
             self._parameters.update(given)
-
-    @contextlib.contextmanager
-    def _own_streams(self, device: torch.device) -> Iterator[None]:
-        """Dropout draws stream 0, which is the same on all ranks, and then what `streams` says."""
-        if not self.streams or not draws(self):
-            yield
-            return
-        with random_again(device) as seed:
-            hooks = [
-                getattr(self, name).register_forward_pre_hook(lambda *_, number=number: set_seed(device, seed, number))
-                for name, number in self.streams.items()
-            ]
-            set_seed(device, seed, 0)
-            try:
-                yield
-            finally:
-                for hook in hooks:
-                    hook.remove()
 
 
 class OwnComplexEMA(OwnPart, ComplexEMA):
@@ -131,39 +109,3 @@ class OwnOutput(OwnPart, Linear):
         """(B, L, ...) on every rank, of which all ranks make the same use."""
         whole = exchanged(own, self.mesh, Shard(0), Replicate())
         return whole[: shape.numel()].unflatten(0, shape).clone()
-
-
-def draws(module: nn.Module) -> bool:
-    """Whether the module drops anything now."""
-    config = module.config
-    return module.training and max(config.dropout, config.hidden_dropout, config.attention_dropout) > 0
-
-
-@contextlib.contextmanager
-def random_again(device: torch.device) -> Iterator[int]:
-    """A seed from torch's generator, which goes on after the block as it was when the seed was drawn."""
-    seed = int(torch.randint(2**62, ()))
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        yield seed
-
-
-@contextlib.contextmanager
-def one_generator(model: nn.Module, mesh: DeviceMesh | None) -> Iterator[None]:
-    """Makes dropout draw on every rank of the mesh, if there is one, what it draws on the first rank."""
-    if mesh is None or not draws(model):
-        yield
-        return
-    device = model.embed.weight.device
-    with random_again(device) as seed:
-        shared = torch.tensor(seed, device=device)
-        dist.broadcast(shared, group=mesh.get_group(), group_src=0)
-        set_seed(device, int(shared), 0)
-        yield
-
-
-def set_seed(device: torch.device, seed: int, number: int) -> None:
-    """Makes torch's generators draw the stream `number` of a seed."""
-    seed = (seed + number * 0x9E3779B97F4A7C15) % 2**63
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)

@@ -75,26 +75,18 @@ def _padding_of(op: str, attention_mask: Tensor | None, shape: tuple[int, int], 
 
 
 def _packing_of(
-    op: str,
-    shape: tuple[int, int],
-    offsets: Tensor | None,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    padding: Padding | None,
+    op: str, shape: tuple[int, int], offsets: Tensor | None, position_ids: Tensor | None, padding: Padding | None
 ) -> Tensor | None:
     """Offsets (S + 1,) of the documents in one row of shape (1, L), or None if there is one document a row.
 
-    Offsets that are given count first, then `position_ids`, which do not go up by one where a document begins, then
-    `seq_idx`, which is another number for each document.
+    Offsets that are given count before `position_ids`, which do not go up by one where a document begins.
     """
     if offsets is None:
-        name, numbers, step = ("position_ids", position_ids, 1) if position_ids is not None else ("seq_idx", seq_idx, 0)
-        if numbers is None or shape[1] == 1:
+        if position_ids is None or shape[1] == 1:
             return None
-        if numbers.dim() != 2 or numbers.shape[0] not in (1, shape[0]) or numbers.shape[1] < shape[1]:
-            raise ValueError(f"{op}: `{name}` must be {shape} as the tokens, got {tuple(numbers.shape)}.")
-        numbers = numbers[:, numbers.shape[1] - shape[1] :]
-        begins = numbers[:, 1:] != numbers[:, :-1] + step
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, shape[0]) or position_ids.shape[1] < shape[1]:
+            raise ValueError(f"{op}: `position_ids` must be {shape} as the tokens, got {tuple(position_ids.shape)}.")
+        begins = position_ids[:, -shape[1] :].diff() != 1
         if padding is not None:
             begins = begins & padding.present[:, 1:] & padding.present[:, :-1]
         if not bool(begins.any()):
@@ -162,9 +154,7 @@ def read_batch(
     inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
     output_attentions: bool | None = None,
-    cu_seqlens: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    seq_idx: Tensor | None = None,
     **others: Any,
 ) -> Batch:
     """The arguments of a call of a model, checked."""
@@ -192,8 +182,7 @@ def read_batch(
     batch.padding = _padding_of(op, attention_mask, batch.shape, past)
     if past and batch.padding is not None and bool(((batch.padding.lengths == 0) & (cache.state.norm.count > 0)).any()):
         raise ValueError(f"{op}: `attention_mask` must leave a token to every row that has begun, got a row without.")
-    offsets = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
-    batch.cu_seqlens = _packing_of(op, batch.shape, offsets, position_ids, seq_idx, batch.padding)
+    batch.cu_seqlens = _packing_of(op, batch.shape, cu_seq_lens_q, position_ids, batch.padding)
     if batch.cu_seqlens is not None and batch.returns_cache:
         raise ValueError(f"{op}: packed documents end in the call, so there must be no cache.")
     if use_cache is None and batch.cu_seqlens is None and not model.training:

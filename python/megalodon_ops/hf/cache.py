@@ -61,18 +61,9 @@ class MegalodonCache(Cache):
         """Lets go of the decoder; the next single token of a generation makes another one of the model as it is then."""
         self._state, self._decoder = self.state, None
 
-    def detach(self) -> None:
-        """Cuts the state's history, for truncated backpropagation through time."""
-        self.renew()
-        self._state = None if self._state is None else self._state.detach()
-
     def reset(self) -> None:
         """Forgets the past; the next call begins new sequences, of any number."""
         self._state, self._decoder, self._columns = None, None, 0
-
-    def reset_rows(self, rows: slice | list[int] | Tensor) -> None:
-        """Forgets the past of some sequences, for new documents inside a batch."""
-        self._replace(lambda state: state.reset(rows))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i goes on from what row beam_idx[i] has been, as beam search asks."""

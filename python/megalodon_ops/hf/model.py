@@ -70,8 +70,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     """
 
     accepts_loss_kwargs = True
-    logits_in_training = True
-    """False: a call in training with labels leaves the logits out, and so the memory for them; Trainer reads none"""
     _tied_weights_keys = {"output.output.weight": "embed.weight"}
 
     def __init__(self, config: MegalodonHFConfig) -> None:
@@ -108,9 +106,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        seq_idx: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         use_decoder: bool = False,
         **others: Any,
@@ -134,11 +130,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             use_cache: whether to make a cache where there is none, which takes time and memory for a chunk of keys and
                 values, however short the tokens are. None: as the configuration says, but not in training.
             output_hidden_states: also return the embeddings and what each layer returns.
-            logits_to_keep: logits of the last n columns, or of the columns in a 1-D tensor; 0: of all. None: of all, or
-                none in training with labels where `model.logits_in_training` is False. The loss needs none: it is
-                computed for a block of tokens at a time.
-            cu_seqlens: (S + 1,) offsets of documents packed into one row; it counts before `cu_seq_lens_q`, `position_ids`
-                and `seq_idx`, in which transformers' collators say the same.
+            logits_to_keep: logits of the last n columns, or of the columns in a 1-D tensor; 0 or None: of all. The loss
+                needs none: it is computed for a block of tokens at a time.
+            cu_seq_lens_q: (S + 1,) offsets of documents packed into one row; it counts before `position_ids`.
             num_items_in_batch: divides the loss in place of the number of labels, as Trainer asks.
             use_decoder: lets a :class:`megalodon_ops.Decoder`, which the cache keeps, take a single token without gradients,
                 as `generate` asks. Between two calls that do, weights and modules must stay as they are.
@@ -152,7 +146,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         """
         batch = read_batch(
             self, input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds, use_cache,
-            output_attentions, cu_seqlens, cu_seq_lens_q, seq_idx, **others,
+            output_attentions, cu_seq_lens_q, **others,
         )  # fmt: skip
         steps = kept_steps("MegalodonForCausalLM", logits_to_keep, batch)
         loss = logits = None
@@ -165,10 +159,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self._loss(hidden, labels, batch, num_items_in_batch)
             hidden = hidden if steps is None else select(hidden, steps)
-        leaves_out = labels is not None and logits_to_keep is None and self.training and not self.logits_in_training
-        if logits is None and not leaves_out:
+        if logits is None:
             logits = at_least_float32(self.output.output(hidden))
-        if logits is not None and (missing := self.config.vocab_size - logits.shape[-1]) > 0:
+        if (missing := self.config.vocab_size - logits.shape[-1]) > 0:
             logits = nn.functional.pad(logits, (0, missing), value=-math.inf)  # of tokens that are never predicted
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=layers and tuple(layers), **{CACHE: batch.cache}

@@ -158,7 +158,13 @@ def read_model_files(
 def read_model(kind: type[Megalodon], folder: Path, dtype: torch.dtype | None, device: torch.device) -> Megalodon:
     """:meth:`Megalodon.load` of arguments that were checked."""
     check_folder(folder)
-    config, dtype, weights = read_model_files(folder, dtype)
+    return model_of(kind, *read_model_files(folder, dtype), device)
+
+
+def model_of(
+    kind: type[Megalodon], config: MegalodonConfig, dtype: torch.dtype, weights: StoredTensors, device: torch.device
+) -> Megalodon:
+    """The model with weights that were checked, in evaluation mode."""
     with torch.device("meta"):
         model = kind(config).to(dtype)
     values = {name: weights.get(name, parameter.dtype, device) for name, parameter in model.named_parameters()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -177,16 +175,6 @@ class MegalodonConfig:
     def meaning(self) -> dict[str, Any]:
         """The fields that decide what a trained model computes and what its states mean: not dropout and the like."""
         return {name: value for name, value in self.to_dict().items() if name not in _OF_TRAINING}
-
-    def fingerprint(self) -> str:
-        """The sha256 sum of :meth:`meaning`; models of one fingerprint can take each other's states.
-
-        Example:
-            >>> import megalodon_ops as mo
-            >>> mo.MegalodonConfig(dropout=0.1).fingerprint() == mo.MegalodonConfig().fingerprint()
-            True
-        """
-        return hashlib.sha256(json.dumps(self.meaning(), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:

@@ -250,7 +250,7 @@ class Decoder:
         return call
 
 
-_OF_NO_RESULT = ("training", "layer", "of_tokens")  # attributes of modules that initialise, or that change with time
+_WITHOUT_EFFECT = ("training", "layer", "of_tokens")  # attributes of modules that initialise, or that change with time
 _LINEAR = re.compile(r"layers\.\d+\.(mega\.(wz|wv|wr|wh1|wh2)|nffn\.(fc1|fc2|fc3))|output\.output")
 
 
@@ -259,7 +259,7 @@ def _changes(module: nn.Module, made: nn.Module, name: str) -> Iterator[str]:
     if not isinstance(module, nn.Module):
         yield name
         return
-    of_results = {key: value for key, value in vars(made).items() if key[0] != "_" and key not in _OF_NO_RESULT}
+    of_results = {key: value for key, value in vars(made).items() if key[0] != "_" and key not in _WITHOUT_EFFECT}
     parameters = module._parameters.values()
     same = (
         type(module) is type(made)

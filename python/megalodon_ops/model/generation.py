@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .decoder import Decoder
-from .sampling import Sampling, check_seeds, numbers_of_generator, numbers_of_seeds
+from .sampling import Sampling, check_seeds, numbers_of_seeds
 from .states import MegalodonState
 from .stops import Ends, check_stops
 from ..ops.library import check_runs_now
@@ -48,19 +48,14 @@ class TokenStream:
         state: MegalodonState | None,
         sampling: Sampling,
         stops: list[list[int]],
-        seeds: list[int] | None,
-        generator: torch.Generator | None,
+        seeds: list[int],
     ) -> None:
-        state = model._read(prompts.tokens, prompts.lengths - 1, state)
+        state = read(model, prompts.tokens, prompts.lengths - 1, state)
         if len(prompts.samples) > len(prompts.tokens):
             state = state[prompts.samples]
-        self._prompts, self._decoder = prompts, Decoder(model.alone(), state)
+        self._prompts, self._decoder = prompts, Decoder(model, state)
         self._last = prompts.last[prompts.samples]
-        self._sampling, rows, device = sampling, len(self._last), self._last.device
-        if seeds is None:
-            self._numbers = numbers_of_generator(generator, rows, device)
-        else:
-            self._numbers = numbers_of_seeds(seeds, state.norm.count + 1, device)
+        self._sampling, self._numbers = sampling, numbers_of_seeds(seeds, state.norm.count + 1, self._last.device)
         self._seen = prompts.contained(model.config.num_outputs)[prompts.samples] if sampling.penalises else None
         self._ends = Ends(stops, self._last) if stops else None
         self.stopped = torch.zeros_like(self._last, dtype=torch.bool)
@@ -142,13 +137,13 @@ class _Prompts:
 
 
 @torch.no_grad()
-def read(self: Megalodon, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
+def read(model: Megalodon, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
     """The state after the first `lengths` (B,) of right-padded tokens (B, L), read in pieces of a chunk."""
-    size = self.config.chunk_size
+    size = model.config.chunk_size
     for start in range(0, max(int(lengths.max()), 1), size):
         left = (lengths - start).clamp(0, size)
         piece = tokens[:, start : start + min(size, int(left.max()))]
-        _, state = self._hidden(self._embed(piece), state, True, start > 0, lengths=left)
+        _, state = model._hidden(model._embed(piece), state, True, start > 0, lengths=left)
     return state
 
 
@@ -168,7 +163,6 @@ def stream(
     num_samples: int = 1,
     state: MegalodonState | None = None,
     seed: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
 ) -> TokenStream:
     """The continuation of prompts, token by token.
 
@@ -191,16 +185,15 @@ def stream(
         state: the past of the B prompts, as `stream.state`, `generate` or a call of the model returned it.
         seed: for draws that a row repeats alone, in any batch, on any device, and however many calls its tokens are drawn
             by: each depends on the row's seed and position. One for each row of B * num_samples; one integer s stands for
-            s, s + 1, s + 2 and so on.
-        generator: draws a number for each row in turn, stopped or not. Neither: torch's own generator does.
+            s, s + 1, s + 2 and so on. None: such an integer of torch's own generator.
 
     Returns:
         an iterator of (B * num_samples,) int64 without end, or, with stops, until all rows have stopped; a row that has
         stopped gives -1. Its `state` goes on later.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, or two do not go together: `seed` and `generator`, `num_samples` with
-        temperature 0, padding "left" without `lengths`. FloatingPointError, on the CPU: the logits are no numbers to draw
+        ValueError, TypeError: an argument is wrong, or two do not go together: `num_samples` with temperature 0,
+        padding "left" without `lengths`. FloatingPointError, on the CPU: the logits are no numbers to draw
         by, as of weights that overflow.
     """
     _check_prompt(self, prompt, state)
@@ -216,12 +209,11 @@ def stream(
         raise ValueError(
             f"generate: `num_samples` must be 1 with temperature 0, got {num_samples}; the samples would be equal."
         )
+    if seed is None:
+        seed = int(torch.randint(2**62, ())) if sampling.temperature > 0 else 0  # which draws nothing
     seeds = check_seeds(seed, rows)
-    if seeds is not None and generator is not None:
-        raise ValueError("generate: `seed` must be None with a `generator`, got both; the generator has a seed.")
-
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
-    return TokenStream(self, prompts, state, sampling, stops, seeds, generator)
+    return TokenStream(self, prompts, state, sampling, stops, seeds)
 
 
 def generate(

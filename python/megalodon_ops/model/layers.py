@@ -44,15 +44,8 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Their modules keep these parameters wide under `model.to(torch.bfloat16)`, a 16-bit default dtype,
     `load_state_dict(assign=True)` and wherever a parameter is set as an attribute. A tool that writes to
-    `module._parameters` directly, as FSDP2's MixedPrecisionPolicy does, ends in a TypeError of the op. With FSDP2,
-    shard the linear layers and the embedding with the policy, and then their blocks without a policy:
-
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        for block in model.layers:
-            fully_shard(block)
-        fully_shard(model)
+    `module._parameters` directly, as FSDP2's MixedPrecisionPolicy does, ends in a TypeError of the op;
+    :func:`megalodon_ops.distributed.parallelize` gives the policy to the other parameters alone.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -228,27 +221,6 @@ def reset_all_parameters(module: nn.Module) -> None:
     for part in module.modules():
         if any(True for _ in part.parameters(recurse=False)):
             part.reset_parameters()
-
-
-def to_torch_linears(model: nn.Module) -> nn.Module:
-    """The model, whose linear layers have become torch's own `nn.Linear`, in place, with their parameters and hooks.
-
-    This serves tools that look for exactly `nn.Linear`: `torch.ao.quantization.quantize_dynamic` leaves a subclass as
-    it is without a word. Tools that take subclasses, such as torchao's `quantize_`, need no such call. The results
-    change by rounding alone; torch computes the products, and a :class:`Decoder` calls the layers between its kernels.
-
-    Example:
-        >>> import torch, megalodon_ops as mo
-        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
-        >>> type(mo.to_torch_linears(mo.Megalodon(config)).output.output)
-        <class 'torch.nn.modules.linear.Linear'>
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"to_torch_linears: `model` must be a torch.nn.Module, got {described(model)}.")
-    for module in model.modules():
-        if type(module) is Linear:
-            module.__class__ = nn.Linear
-    return model
 
 
 _LINEAR_FORWARD = Linear.forward

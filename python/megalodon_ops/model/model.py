@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, Output, at_least_float32
 from .config import MegalodonConfig, check_config
-from .generation import generate, read, stream
+from .generation import generate, stream
 from .layers import Embedding, is_plain_linear, reset_all_parameters
 from .states import MegalodonState
 from ..ops.library import is_exporting
@@ -186,12 +186,20 @@ class Megalodon(nn.Module):
         check_flag("Megalodon", "inplace_state", inplace_state)
         if targets is not None:
             ignore_index = check_targets(tokens, targets, ignore_index)
+        result, state = self._compute(
+            tokens, targets, reduction, ignore_index, state, return_state, inplace_state, **sequences
+        )
+        return (result, state) if return_state else result
+
+    def _compute(
+        self, tokens: Tensor, targets: Tensor | None, reduction: str, ignore_index: int, state: MegalodonState | None,
+        return_state: bool, inplace_state: bool, **sequences: Any,
+    ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
+        """Logits or the loss, and the state, of arguments that were checked."""
         hidden, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, **sequences)
         if targets is None:
-            result = at_least_float32(self.output.output(hidden))
-        else:
-            result = self._cross_entropy(hidden, targets, reduction, ignore_index, **sequences)
-        return (result, state) if return_state else result
+            return at_least_float32(self.output.output(hidden)), state
+        return self._cross_entropy(hidden, targets, reduction, ignore_index, **sequences), state
 
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
         """Cross-entropy of the logits with `targets`, computed for a block of tokens at a time.
@@ -294,7 +302,6 @@ class Megalodon(nn.Module):
         x, norm_state = self.output.final_norm(x, state=norm_state, return_state=True, **sequences)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 
-    _read = read
     stream = stream
     generate = generate
 

@@ -125,23 +125,14 @@ def _check_numbers(holds: Tensor) -> None:
         )
 
 
-def check_seeds(seed: object, rows: int) -> list[int] | None:
+def check_seeds(seed: object, rows: int) -> list[int]:
     """The seed of each row; one seed s stands for s, s + 1, s + 2 and so on."""
-    if seed is None:
-        return None
     if not isinstance(seed, Sequence) or isinstance(seed, str):
         first = check_integer("generate", "seed", seed, _SEED, 0)
         return [(first + row) % 2**63 for row in range(rows)]
     if len(seed) != rows:
         raise ValueError(f"generate: `seed` must be {_SEED}, got {len(seed)} for {rows} rows.")
     return [check_integer("generate", "seed", one, _SEED, 0) for one in seed]
-
-
-def numbers_of_generator(generator: torch.Generator | None, rows: int, device: torch.device) -> Iterator[Tensor]:
-    """Random numbers (rows,) in [0, 1), float64, in turn from one generator, or from torch's own."""
-    while True:
-        bits = torch.randint(1 << _BITS, (rows,), generator=generator, device=device)
-        yield bits.double() * 2.0**-_BITS
 
 
 def numbers_of_seeds(seeds: list[int], positions: Tensor, device: torch.device) -> Iterator[Tensor]:

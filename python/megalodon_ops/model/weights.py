@@ -90,17 +90,10 @@ class StoredTensors:
     def _read(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
         """Gives tensors the values that are on the disk under their names; of a DTensor, the part of this process."""
         for name, tensor in tensors.items():
-            value = self.get(name, tensor.dtype)
-            if type(tensor) not in OWN_TYPES:  # a DTensor
-                from torch.distributed.tensor import distribute_tensor  # here: it takes long to load
-
-                parts = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-                tensor, value = tensor.to_local(), parts.to_local()
-            tensor.copy_(value)
+            set_whole(tensor, self.get(name, tensor.dtype))
 
     def check(self, wanted: Shapes) -> None:
         """Raises unless the tensors are the parameters wanted, at the first that is not, as they may be any number."""
@@ -116,6 +109,17 @@ class StoredTensors:
             raise FileError(
                 f"{self.place}: must hold the parameters of config.json; {shown(min(left))} is none of them"
             )
+
+
+@torch.no_grad()
+def set_whole(tensor: Tensor, value: Tensor) -> None:
+    """Gives a tensor a value that every process has whole; a DTensor the part of this process."""
+    if type(tensor) not in OWN_TYPES:  # a DTensor
+        from torch.distributed.tensor import distribute_tensor  # here: it takes long to load
+
+        parts = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor, value = tensor.to_local(), parts.to_local()
+    tensor.copy_(value)
 
 
 def plain_tensors(model: nn.Module, wanted: Shapes, caller: str) -> dict[str, Tensor]:

@@ -29,32 +29,32 @@ _CPUINFO = Path("/proc/cpuinfo")
 KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # types that the kernels, or their fakes, take
 
 
-class Ways(NamedTuple):
+class KernelChoice(NamedTuple):
     """Which products of one dtype leave torch on a processor, and for which kernel.
 
-    Without gradients a product of at most `few` rows takes the kernel that reads the weights once. A product of more
-    rows takes the op `linear_fwd` where there is a kernel for `many` rows; so does a large product with gradients.
+    Without gradients, a product of few rows takes the kernel that reads the weights once, and a product of many rows the
+    op `linear_fwd`, where that is faster than torch; so does a large product with gradients.
     """
 
-    few: int
+    few_rows_to: int
     """most rows for which the kernel for few rows is faster than torch"""
-    many: int | None = None
+    many_rows_from: int | None = None
     """fewest rows for which the kernel for many rows is faster than the one for few; None: torch is faster than both"""
-    worth: int | None = None
+    training_from: int | None = None
     """fewest multiply-adds with gradients for which `linear_fwd` gains more than its call takes; None: never"""
-    casts: bool = False
+    casts_here: bool = False
     """whether, under autocast without gradients, the kernel for many rows gains more than torch's kept cast weights"""
 
 
-def ways(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, Ways]:
-    """The ways of each dtype on a processor with this instruction set."""
-    by_torch, slow_torch = Ways(32), Ways(32, 64, 1 << 20, casts=True)
+def choices(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, KernelChoice]:
+    """The choice for each dtype on a processor with this instruction set."""
+    by_torch, slow_torch = KernelChoice(32), KernelChoice(32, 64, 1 << 20, casts_here=True)
     if isa == "v4_amx":
         # In bfloat16, torch's product is the fastest; linear_fwd serves the gradient of the weights.
-        float32, bfloat16, float16 = Ways(15, 16, 1 << 26), Ways(8, None, 1 << 26), by_torch
+        float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8, None, 1 << 26), by_torch
     else:
-        float32 = Ways(32, 129, 1 << 26) if mkl_is_slow else by_torch
-        bfloat16 = {"v4_bf16": Ways(32, 64, 1 << 29), "generic": by_torch}.get(isa, slow_torch)
+        float32 = KernelChoice(32, 129, 1 << 26) if mkl_is_slow else by_torch
+        bfloat16 = {"v4_bf16": KernelChoice(32, 64, 1 << 29), "generic": by_torch}.get(isa, slow_torch)
         float16 = by_torch if isa == "generic" else slow_torch
     return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: by_torch}
 
@@ -65,20 +65,20 @@ def _mkl_is_slow() -> bool:
     return has_mkl and "GenuineIntel" not in _CPUINFO.read_text()
 
 
-_CHOICE = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
-if _CHOICE not in ("auto", "torch"):
-    raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_CHOICE}.")
-WAYS = ways(_C.active_isa(), _mkl_is_slow()) if _CHOICE == "auto" else {}
-"""The ways of this process; empty where all is left to torch"""
-_ALL_BY_TORCH = Ways(few=0)
+_ENVIRONMENT = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
+if _ENVIRONMENT not in ("auto", "torch"):
+    raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_ENVIRONMENT}.")
+CHOICES = choices(_C.active_isa(), _mkl_is_slow()) if _ENVIRONMENT == "auto" else {}
+"""The choices of this process; empty where all is left to torch"""
+_ALL_BY_TORCH = KernelChoice(few_rows_to=0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on the CPU in the fastest of three ways: torch's, or one of two kernels.
 
     Products of few rows, as in decoding, take a kernel that reads the weights once; products of many rows take another
-    kernel where torch's libraries are slower on the processor. `docs/cpu.md` has the table, :class:`Ways` and
-    :func:`ways` are its code. The choice depends on processor, dtype and sizes, never on a measurement; results differ
+    kernel where torch's libraries are slower on the processor. `docs/cpu.md` has the table, :class:`KernelChoice` and
+    :func:`choices` are its code. The choice depends on processor, dtype and sizes, never on a measurement; results differ
     by rounding alone, but with AMX an infinite float32, or one above 3.38e38, gives NaN. `MEGALODON_OPS_LINEAR=torch`
     in the environment leaves every product to torch.
 
@@ -109,7 +109,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return call(linear_fwd, x, weight, bias) if _is_plain(x, weight, bias) else F.linear(x, weight, bias)
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
-    if WAYS and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x):
+    if CHOICES and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x):
         x, weight, *given = autocast(x, weight, *(() if bias is None else (bias,)))
         bias = given[0] if given else None
     if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
@@ -117,8 +117,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _ways_of(dtype: torch.dtype) -> Ways:
-    return WAYS.get(dtype, _ALL_BY_TORCH)
+def _choice_for(dtype: torch.dtype) -> KernelChoice:
+    return CHOICES.get(dtype, _ALL_BY_TORCH)
 
 
 def _has_rows(x: Tensor, count: int) -> bool:
@@ -128,17 +128,17 @@ def _has_rows(x: Tensor, count: int) -> bool:
 
 def _suits_casting(x: Tensor) -> bool:
     """Whether the tensors are cast for autocast here. Torch keeps weights that it has cast, which gains more for few rows."""
-    of_dtype = _ways_of(torch.get_autocast_dtype("cpu"))
-    return torch.is_grad_enabled() or (of_dtype.casts and _has_rows(x, of_dtype.many))
+    of_dtype = _choice_for(torch.get_autocast_dtype("cpu"))
+    return torch.is_grad_enabled() or (of_dtype.casts_here and _has_rows(x, of_dtype.many_rows_from))
 
 
 def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
-    of_dtype, size = _ways_of(x.dtype), x.numel() * weight.shape[0]
+    of_dtype, size = _choice_for(x.dtype), x.numel() * weight.shape[0]
     if size == 0:
         return False
     if torch.is_grad_enabled():
-        return of_dtype.worth is not None and size >= of_dtype.worth
-    return of_dtype.many is not None
+        return of_dtype.training_from is not None and size >= of_dtype.training_from
+    return of_dtype.many_rows_from is not None
 
 
 def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -150,7 +150,7 @@ def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 
 def most_few_rows(dtype: torch.dtype) -> int:
     """The most rows that the kernel for few rows takes; 0 where all is left to torch."""
-    return _ways_of(dtype).few
+    return _choice_for(dtype).few_rows_to
 
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
@@ -174,7 +174,7 @@ def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) 
 
     Without a kernel that writes to y, the product is made for `rows` of y at a time, as suits the cache.
     """
-    has_kernel = _ways_of(x.dtype).many is not None
+    has_kernel = _choice_for(x.dtype).many_rows_from is not None
     if has_kernel and _is_plain(x, weight, None) and y.dtype in (x.dtype, torch.float32):
         _many_rows(x, weight, None, y, add=add)
         return
@@ -184,7 +184,7 @@ def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) 
 
 
 def _fwd(x, weight, bias):
-    few, many, *_ = _ways_of(x.dtype)
+    few, many, *_ = _choice_for(x.dtype)
     if not x.is_cpu or x.numel() == 0:
         return F.linear(x, weight, bias)
     if weight.is_contiguous() and not _has_rows(x, many or few + 1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from operator import index
@@ -28,15 +27,14 @@ START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", START_TOKEN, "<|en
 _BYTES_JSON = Path(__file__).with_name("bytes.json").read_bytes()  # the byte tokenizer, as the package has it
 _CHARACTERS = {letter: bytes([byte]) for letter, byte in json.loads(_BYTES_JSON)["model"]["vocab"].items()}
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-_SPACED = {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}  # decoders where U+2581 is a space
+_BYTE_LEVEL, _SPACED = {"ByteLevel"}, {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}  # kinds of decoders
 _BATCH = 8  # windows that are encoded side by side; the packages take a hundred bytes for a token meanwhile
 
 
 class Tokenizer:
     """Text to ids and back; made by :meth:`from_file`, :meth:`train` or :func:`load_tokenizer`.
 
-    Text that looks like a special token is text. Bytes that are no UTF-8 become the vocabulary's tokens of single bytes
-    where it has all 256, else U+FFFD.
+    Text that looks like a special token is text. Bytes that are no UTF-8 become U+FFFD, but in a :class:`ByteTokenizer`.
 
     Example:
         >>> from megalodon_ops.tokenizers import Tokenizer
@@ -147,7 +145,9 @@ class Tokenizer:
         A token may hold a part of a letter: UTF-8 is complete at the end of the text, not of every token.
         """
         is_first = self._adds_space and all(number == self.start for number in after)
-        for number in self._checked(ids):
+        for number in map(index, ids):
+            if not 0 <= number < self.vocab_size:
+                raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {shown(number)}.")
             text = self._table.get(number, b"")  # none of ids between those of tokens
             yield text.removeprefix(b" ") if is_first else text
             is_first = is_first and not text
@@ -167,46 +167,19 @@ class Tokenizer:
         """The ids of each text, by the package."""
         raise NotImplementedError
 
-    def _begin(self, ids: dict[str, int], singles: dict[str, bytes], table: dict[int, bytes] | None) -> None:
-        """Keeps what is known of a vocabulary, and learns what its package does with a space where a text begins.
-
-        ids: of its tokens. singles: tokens of single bytes, which it may have or not. table: the bytes of every id.
-        """
+    def _begin(self, ids: dict[str, int], table: dict[int, bytes]) -> None:
+        """Keeps the ids of all tokens and their bytes, and learns whether the package puts a space before a text."""
         self.start, self.vocab_size = ids[self.start_token], max(ids.values()) + 1
         self.fingerprint = hashlib.sha256(self.content + b"\n%d" % self.start).hexdigest()
-        self._bytes = [ids[token] for token in singles] if singles and singles.keys() <= ids.keys() else None
-        self._table = None if table is None else {**table, self.start: b""}
-        whole, one, spaced, bare = self._encode(["a b", "a", " b", "b"])
-        self._keeps_space = whole == one + spaced or whole != one + bare
-        self._adds_space = table is not None and b"".join(table[number] for number in one).startswith(b" ")
-        # bytes that are no UTF-8, as surrogates; where a text gets a space, with all that stands before the next space
-        rest = "" if self._keeps_space else r"[^ ]*(?: (?=[\udc80-\udcff]|\Z))?"
-        self._no_text = re.compile(rf"([\udc80-\udcff]+{rest})")
+        self._table = {**table, self.start: b""}
+        self._adds_space = b"".join(self._table[number] for number in self._encode(["a"])[0]).startswith(b" ")
 
     def _encode_windows(self, windows: list[Window]) -> list[numpy.ndarray]:
         """The ids of each window, int32."""
-        parts = [self._parts(window) for window in windows]
-        encoded = iter(self._encode([part for part in chain.from_iterable(parts) if isinstance(part, str)]))
-        ids = ((next(encoded) if isinstance(part, str) else part for part in of_window) for of_window in parts)
-        return [numpy.fromiter(chain.from_iterable(of_window), numpy.int32) for of_window in ids]
-
-    def _parts(self, window: Window) -> list[str | list[int]]:
-        """A window as texts, and the ids of single bytes where it is no UTF-8."""
-        parts: list[str | list[int]] = []
-        text = window.text.decode(errors="surrogateescape" if self._bytes else "replace")
-        for number, part in enumerate(self._no_text.split(text)):
-            if number % 2:
-                parts.append([self._bytes[byte] for byte in part.encode(errors="surrogateescape")])
-            else:
-                begins = window.is_first and number == 0
-                parts.append(part if begins or self._keeps_space else part.removeprefix(" "))
-        return [part for part in parts if part]
-
-    def _checked(self, ids: Iterable[int]) -> Iterator[int]:
-        for number in map(index, ids):
-            if not 0 <= number < self.vocab_size:
-                raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {shown(number)}.")
-            yield number
+        texts = [window.text.decode(errors="replace") for window in windows]
+        if self._adds_space:  # in the place of the space that a window begins with
+            texts = [text if own.is_first else text.removeprefix(" ") for text, own in zip(texts, windows, strict=True)]
+        return [numpy.array(ids, numpy.int32) for ids in self._encode(texts)]
 
 
 class ByteTokenizer(Tokenizer):
@@ -233,10 +206,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class JSONTokenizer(Tokenizer):
-    """A JSON file of the `tokenizers` package.
-
-    An id's bytes come from a table in byte-level vocabularies and in those with U+2581 for a space; else from the package.
-    """
+    """A JSON file of the `tokenizers` package, whose vocabulary is of bytes or has U+2581 for a space."""
 
     def __init__(self, content: bytes, path: str, start: str | None):
         load("tokenizers", "train")
@@ -262,32 +232,16 @@ class JSONTokenizer(Tokenizer):
             _check_ids({**ids, **added})
             decoder = fields.get("decoder") or {}
             kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
-            if "ByteLevel" in kinds:
-                singles, table = _CHARACTERS, {number: _of_characters(token) for token, number in ids.items()}
-            elif kinds and kinds <= _SPACED:
-                singles, table = _BYTE_TOKENS, {number: _of_spaced(token) for token, number in ids.items()}
-            else:
-                singles, table = {}, None
-            if table is not None:
-                table |= {number: token.encode(errors="replace") for token, number in added.items()}
-            self._begin(ids, singles, table)
+            if not (_BYTE_LEVEL <= kinds or (kinds and kinds <= _SPACED)):
+                got = ", ".join(sorted(kinds)) or "none"
+                raise ValueError(f"its decoder must be ByteLevel, or of {', '.join(sorted(_SPACED))}, got {shown(got)}")
+            bytes_of = _of_characters if _BYTE_LEVEL <= kinds else _of_spaced
+            table = {number: bytes_of(token) for token, number in ids.items()}
+            self._begin(ids, table | {number: token.encode(errors="replace") for token, number in added.items()})
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         with reading(self._path):
             return [found.ids for found in self._model.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
-        return self._text_by_package(ids, after) if self._table is None else super().text_of(ids, after=after)
-
-    def _text_by_package(self, ids: Iterable[int], after: Sequence[int]) -> Iterator[bytes]:
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=False)
-        for place, number in enumerate(self._checked(chain(after, ids)), -len(after)):
-            with reading(self._path):
-                text = None if number == self.start else stream.step(self._model, number)
-            if place >= 0:
-                yield (text or "").encode(errors="replace")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -310,7 +264,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.start_token = _start(start, ids, pieces[model.bos_id() :][:1] if model.bos_id() >= 0 else [])
             ids.setdefault(self.start_token, len(ids))
             table = {ids[piece]: b"" if model.IsControl(ids[piece]) else _of_spaced(piece) for piece in pieces}
-            self._begin(ids, _BYTE_TOKENS, {**table, model.unk_id(): "\ufffd".encode()})
+            self._begin(ids, {**table, model.unk_id(): "\ufffd".encode()})
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         with reading(self._path):

@@ -12,7 +12,6 @@ eight digits is a checkpoint; whatever else is there is somebody's own.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -111,29 +110,12 @@ class Checkpoint:
         stored.fill(values)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
-    def restore_random(self, device: torch.device | str = "cpu", *, reader: int = 0, readers: int = 1) -> None:
-        """Sets torch's random generators, the CPU's and a CUDA device's, to what they were.
-
-        Where other processes go on than those that saved, as `reader` of `readers` parts of a batch, their generators are
-        seeded anew from the state of the first.
-        """
-        device = as_device("restore_random", device)
-        stored, mesh = stored_tensors(self.folder, "random"), self.record.get("mesh", {})
-        same = readers == mesh.get("data", 1) * mesh.get("chunk", 1)
-        prefix = f"{reader if same else 0}/" if mesh else ""
-        state = stored.get(f"{prefix}cpu")
-        if not same:
-            torch.manual_seed(seed_of_reader(state, reader, readers))
-            return
-        torch.set_rng_state(state)
-        if device.type == "cuda" and f"{prefix}cuda" in stored.tensors:
-            torch.cuda.set_rng_state(stored.get(f"{prefix}cuda"), device)
-
-
-def seed_of_reader(state: Tensor, reader: int, readers: int) -> int:
-    """A seed for one of several processes, made of a generator's state."""
-    digest = hashlib.sha256(state.numpy().tobytes() + f"{reader}/{readers}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    def restore_random(self, device: torch.device | str = "cpu") -> None:
+        """Sets torch's random generators, the CPU's and a CUDA device's, to what they were, in one of the processes that saved."""
+        device, stored = as_device("restore_random", device), stored_tensors(self.folder, "random")
+        torch.set_rng_state(stored.get("cpu"))
+        if device.type == "cuda" and "cuda" in stored.tensors:
+            torch.cuda.set_rng_state(stored.get("cuda"), device)
 
 
 def save_checkpoint(
@@ -199,14 +181,13 @@ def training_tensors(
 ) -> dict[str, dict[str, Tensor]]:
     """What training needs beside the model, by kind and name: states of the optimizer, the rows and random generators.
 
-    Of the processes of a mesh each has rows and generators of its own.
+    Of the processes of a mesh each has rows of its own.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    reader = "" if mesh is None else f"{reader_of(mesh)[0]}/"
-    kinds: dict[str, dict[str, Tensor]] = {"random": {f"{reader}cpu": torch.get_rng_state()}}
+    kinds: dict[str, dict[str, Tensor]] = {"random": {"cpu": torch.get_rng_state()}}
     device = next(model.parameters()).device
     if device.type == "cuda":
-        kinds["random"][f"{reader}cuda"] = torch.cuda.get_rng_state(device)
+        kinds["random"]["cuda"] = torch.cuda.get_rng_state(device)
     if state is not None:
         rows = {name: as_real(tensor.detach()) for name, tensor in named_tensors(complete(state)).items()}
         kinds["state"] = _as_rows(rows, mesh)
@@ -238,16 +219,6 @@ def _as_rows(tensors: dict[str, Tensor], mesh: DeviceMesh | None) -> dict[str, T
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def reader_of(mesh: DeviceMesh) -> tuple[int, int]:
-    """Which part of a batch's tokens this process reads, of how many: the parts of the dimensions data and chunk."""
-    reader, readers = 0, 1
-    for name in ("data", "chunk"):
-        if name in mesh.mesh_dim_names:
-            reader = reader * mesh[name].size() + mesh.get_local_rank(name)
-            readers *= mesh[name].size()
-    return reader, readers
 
 
 def load_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> Checkpoint:
@@ -292,11 +263,6 @@ def checkpoints_of(run: Path) -> list[Path]:
     """The run's checkpoints, complete or damaged, in the order of their steps."""
     found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step)
-
-
-def has_checkpoint(run: Path) -> bool:
-    """Whether a run's folder holds a checkpoint, complete or damaged."""
-    return bool(checkpoints_of(run))
 
 
 def keep_newest(run: Path, written: Path, keep: int) -> None:

@@ -30,17 +30,11 @@ class Metrics:
     """
 
     def __init__(self, path: str | os.PathLike, step: int = 0):
-        """Go on after `step`: later lines, which the run is about to write again, and a line cut short are dropped.
-
-        Damaged lines are dropped too, and the log `megalodon_ops` is told.
-        """
+        """Go on after `step`: later lines, and those of the run's end, go, as the run is about to write them again."""
         self.path = path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(path) if row["step"] <= step and not row.get("final")]
         if os.path.lexists(path):
-            rows, damaged = _read(path)
-            if damaged:
-                _log.warning("damaged lines dropped: %d, the first at %d of %s", len(damaged), damaged[0], path)
-            kept = [row for row in rows if row["step"] <= step and not is_end(row)]
             write_whole(path, "".join(map(_line, kept)).encode())
         self._file = open(path, "ab", buffering=0)
 
@@ -61,30 +55,25 @@ class Metrics:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` that are complete and undamaged; none of a run that has not begun."""
-    return _read(Path(path))[0] if os.path.lexists(path) else []
+    """The lines of a `metrics.jsonl`, but for a last one that is cut short; none of a run that has not begun.
 
-
-def is_end(row: dict[str, Any]) -> bool:
-    """Whether the row is the last of a finished run: figures of all held-out text, beside those of compressors."""
-    return row.get("final") is True and "held_out_bits_per_byte" in row and "compressors" in row
-
-
-def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows that name their step, and the numbers of damaged lines. A last line cut short is neither."""
+    Damaged lines, which name no step, are left out with a warning in the log `megalodon_ops`.
+    """
+    path, rows = Path(path), []
+    if not os.path.lexists(path):
+        return rows
     file_size(path)  # refuses what is no file
-    rows, damaged = [], []
-    *lines, _cut_short = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for line in lines:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            row = None
+            continue
         if isinstance(row, dict) and is_whole(row.get("step"), 0):
             rows.append(row)
-        else:
-            damaged.append(number)
-    return rows, damaged
+    if len(rows) < len(lines):
+        _log.warning("%s: damaged lines left out: %d", path, len(lines) - len(rows))
+    return rows
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -29,7 +29,6 @@ class Record(msgspec.Struct):
     step: Annotated[int, msgspec.Meta(ge=0)]
     megalodon_ops: str
     torch: str
-    threads: int
     optimizer: str | None
     """Name of the class"""
     files: dict[str, dict[str, Any]]
@@ -47,7 +46,6 @@ def new_record(
         "step": check_integer("save_checkpoint", "step", step, "an integer of at least 0, below 2^63", 0),
         "megalodon_ops": _C.build_info()["version"],
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "optimizer": None if optimizer is None else type(optimizer).__name__,
         "mesh": {} if mesh is None else dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)),
     }

@@ -18,14 +18,13 @@ import torch
 class SchedulePosition(msgspec.Struct):
     """What `Schedule.position` gives."""
 
-    steps: int | None
     budget: float | None
     anchor: tuple[int, float]
     end: int | None
 
 
 class Schedule:
-    """Warmup and a line to zero, over `steps` steps, over `minutes`, or over what ends first.
+    """Warmup and a line to zero, over `steps` steps or over `minutes`.
 
     Example:
         >>> from megalodon_ops.training import Schedule
@@ -35,19 +34,18 @@ class Schedule:
     """
 
     def __init__(self, lr: float, warmup: int, steps: int | None = None, minutes: float | None = None):
-        if not (steps or minutes):
-            raise ValueError("Schedule: `steps` or `minutes` must be given, got neither.")
-        self.peak, self.warmup, self.steps = lr, warmup, steps
+        if bool(steps) == bool(minutes):
+            raise ValueError("Schedule: `steps` or `minutes` must be given, and not both.")
+        self.peak, self.warmup = lr, warmup
         self.budget = 60 * minutes if minutes else None
         self.anchor = (0, 0.0)  # (step, progress) where the line starts
-        self.end = steps if self.budget is None else None  # the step where the line ends; None until the pace is known
+        self.end = steps  # the step where the line ends; None until the pace is known
 
     def progress(self, step: int) -> float:
         """How much of the run is done before a step, from 0 to 1."""
         start, done = self.anchor
         along = 0.0 if self.end is None else (step - start) / max(1, self.end - start)
-        by_steps = step / self.steps if self.steps else 0.0
-        return min(1.0, max(done + (1 - done) * along, by_steps))
+        return min(1.0, done + (1 - done) * along)
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, the first of which is 0."""
@@ -64,19 +62,18 @@ class Schedule:
 
     def finished(self, step: int) -> bool:
         """Whether the run ends before a step."""
-        return any(end is not None and step >= end for end in (self.end, self.steps))
+        return self.end is not None and step >= self.end
 
     def set_pace(self, step: int, seconds: float, seconds_per_step: float) -> None:
         """Draws the line anew, after `seconds` of the budget, for steps that take `seconds_per_step`."""
         if self.budget is None:
             return
-        left = max(0, round((self.budget - seconds) / seconds_per_step))
         self.anchor = (step, min(1.0, seconds / self.budget))
-        self.end = min(step + left, self.steps or step + left)
+        self.end = step + max(0, round((self.budget - seconds) / seconds_per_step))
 
     def position(self) -> dict[str, Any]:
         """The line that progress runs along, as JSON."""
-        return {"steps": self.steps, "budget": self.budget, "anchor": list(self.anchor), "end": self.end}
+        return {"budget": self.budget, "anchor": list(self.anchor), "end": self.end}
 
     def seek(self, position: dict[str, Any], step: int, seconds: float = 0.0) -> None:
         """Takes up the line of a checkpoint or, for a run that was given another length, draws a line from there.
@@ -84,7 +81,9 @@ class Schedule:
         seconds: those spent so far, which a schedule by the clock needs.
         """
         found = msgspec.convert(position, SchedulePosition)
-        if (self.steps, self.budget) == (found.steps, found.budget):
+        if self.budget is None:
+            return
+        if self.budget == found.budget:
             self.anchor, self.end = found.anchor, found.end
         elif step:
             self.set_pace(step, seconds, seconds / step)

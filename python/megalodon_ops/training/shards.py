@@ -1,6 +1,6 @@
 """Documents as tokens in files that are memory-mapped: the folder that `python -m megalodon_ops tokenize` writes.
 
-    tokens/  dataset.json                  what it is made of, the tokenizer, counts and sha256 sums of each shard
+    tokens/  dataset.json                  what it is made of, the tokenizer, counts of each shard
              tokenizer.json ...            the tokenizer's files
              shard-000000.tokens.npy       (T,) uint8, uint16 or uint32: the ids of the documents, end to end
              shard-000000.documents.npy    (N, 3) uint64, a row for each document: where it ends in the shard's tokens,
@@ -16,7 +16,7 @@ import hashlib
 import os
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -27,7 +27,7 @@ import numpy
 from .corpus import Corpus, key_of, split
 from ..errors import FileError
 from ..model.checkpoint import as_path
-from ..model.files import file_sha256, reading, write_atomically, write_whole
+from ..model.files import reading, write_atomically, write_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 
 INDEX = "dataset.json"
@@ -47,14 +47,12 @@ class Shard(msgspec.Struct, forbid_unknown_fields=True):
     """Of the documents' text"""
     skipped: dict[str, Count]
     """How many lines or documents of the files are not there, by reason"""
-    sha256: tuple[Sha256, Sha256]
-    """Of the files of tokens and of documents"""
 
 
 class Index(msgspec.Struct, forbid_unknown_fields=True):
     """The content of `dataset.json`."""
 
-    format: Literal[2]
+    format: Literal[3]
     """Counts the changes of the folder's content; folders of another format are not read"""
     tokenizer: Sha256
     """Its fingerprint"""
@@ -76,8 +74,8 @@ class Index(msgspec.Struct, forbid_unknown_fields=True):
 class Shards:
     """A folder of tokens that `python -m megalodon_ops tokenize` has written.
 
-    Types and sizes of all files are compared with the index when it is opened; :meth:`verify` reads them all.
-    Raises a FileError of one line, or a FileNotFoundError.
+    Types and sizes of all files are compared with the index when it is opened. Raises a FileError of one line, or a
+    FileNotFoundError.
 
     Example:
         >>> import tempfile
@@ -136,14 +134,6 @@ class Shards:
         both = self.tokenizer.fingerprint + corpus.fingerprint
         return corpus._replace(fingerprint=hashlib.sha256(both.encode()).hexdigest())
 
-    def verify(self, read: Callable[[int], object] = lambda _: None) -> None:
-        """Reads all shards and compares them with their sha256; `read` is called with the tokens of each."""
-        for number, shard in enumerate(self._shards):
-            for path, sha256 in zip(shard_paths(self.folder, number), shard.sha256, strict=True):
-                if file_sha256(path) != sha256:
-                    raise FileError(f"{path}: was changed after it was written: its checksum is another")
-            read(shard.tokens)
-
     def _open(self, number: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """The tokens of a shard, and its table of documents."""
         shard = self._shards[number]
@@ -195,12 +185,12 @@ def write_shard(
     Documents of which the tokenizer leaves nothing are counted in `skipped`. Memory is that of a few windows of text, and
     24 bytes a document.
     """
-    tokens_path, documents_path = paths = shard_paths(folder, number)
+    tokens_path, documents_path = shard_paths(folder, number)
     with write_atomically(tokens_path) as draft, open(draft, "wb") as file:
         table, tokens, size = _write_tokens(file, tokenizer, documents, skipped)
     with write_atomically(documents_path) as draft, open(draft, "wb") as file:
         numpy.save(file, table)
-    return Shard(len(table), tokens, size, dict(sorted(skipped.items())), tuple(map(file_sha256, paths)))
+    return Shard(len(table), tokens, size, dict(sorted(skipped.items())))
 
 
 def _write_tokens(

@@ -29,7 +29,11 @@ struct Cell {
 
 Cell* cells = nullptr;
 bool raced;  // the access being checked; it is reported once
-std::vector<Clocks> readers;  // of this block, one clock a thread
+struct Readers {
+  Clocks clocks;  // of this block's threads; 0: has not read
+  int unseen;     // a reader whose read the last one after it had not seen
+};
+std::vector<Readers> readers;
 std::vector<uint32_t> free_readers;
 
 std::vector<const void*> site_addresses{nullptr};
@@ -89,21 +93,27 @@ void record_read(Cell& cell, const Event& now, bool shared) {
     }
     uint32_t index = static_cast<uint32_t>(readers.size());
     if (free_readers.empty()) {
-      readers.emplace_back(launch_.threads, 0);
+      readers.emplace_back();
     } else {
       index = free_readers.back();
       free_readers.pop_back();
-      readers[index].assign(launch_.threads, 0);
     }
-    readers[index][read.thread] = read.clock;
+    readers[index].clocks.assign(launch_.threads, 0);
+    readers[index].clocks[read.thread] = read.clock;
+    readers[index].unseen = read.thread;
     read = {block_number, index, kMany, read.site};
   }
-  Clocks& clocks = readers[read.clock];
+  auto& [clocks, unseen] = readers[read.clock];
   if (clocks[now.thread] == now.clock) return;
   clocks[now.thread] = now.clock;
-  // After a barrier the first reader replaces all readers before it.
+  // After a barrier the first reader replaces all readers before it. Most readers have not seen the one that the reader
+  // before them had not seen, so that the other threads need not be looked at.
+  if (!seen(unseen, clocks[unseen])) return;
   for (int t = 0; t < launch_.threads; ++t)
-    if (clocks[t] && !seen(t, clocks[t])) return;
+    if (clocks[t] && !seen(t, clocks[t])) {
+      unseen = t;
+      return;
+    }
   free_readers.push_back(read.clock);
   read = now;
 }
@@ -111,7 +121,7 @@ void record_read(Cell& cell, const Event& now, bool shared) {
 void check_reads_before_write(Cell& cell, size_t offset, bool shared, const void* address) {
   const Event& read = cell.read;
   if (read.block == block_number && read.thread == kMany) {
-    const Clocks& clocks = readers[read.clock];
+    const Clocks& clocks = readers[read.clock].clocks;
     for (int t = 0; t < launch_.threads; ++t)
       if (clocks[t] && !seen(t, clocks[t])) {
         report_race("write after read of", offset, t, false, read.site, address);

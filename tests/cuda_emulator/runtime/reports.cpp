@@ -1,5 +1,7 @@
 // Collects what went wrong in a launch, and turns instruction addresses into source lines.
 #include <dlfcn.h>
+#include <fcntl.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <map>
@@ -34,26 +36,48 @@ std::string join_frames(const std::vector<std::string>& frames) {
   return text;
 }
 
-// Asks addr2line about addresses of one loaded file.
+// A process of addr2line, which answers one question after another: it takes longer to read a file than to answer.
+struct Addr2line {
+  pid_t asker;  // a fork of this process asks one of its own
+  std::FILE *questions, *answers;
+};
+
+Addr2line start_addr2line(const char* file) {
+  int questions[2], answers[2];
+  if (pipe2(questions, O_CLOEXEC) || pipe2(answers, O_CLOEXEC)) throw Error("no pipe to addr2line");
+  if (fork() == 0) {
+    dup2(questions[0], 0);
+    dup2(answers[1], 1);
+    dup2(open("/dev/null", O_WRONLY), 2);
+    execlp("addr2line", "addr2line", "-a", "-i", "-s", "-e", file, nullptr);
+    _exit(1);
+  }
+  close(questions[0]);
+  close(answers[1]);
+  return {getpid(), fdopen(questions[1], "w"), fdopen(answers[0], "r")};
+}
+
+// Asks addr2line about addresses of one loaded file. The question about 0, which is no code, ends the answer to each.
 void look_up(const char* file, const char* base, const std::vector<const void*>& addresses) {
-  std::string command = std::string("addr2line -a -i -s -e '") + file + "'";
+  static std::map<std::string, Addr2line> running;
+  const auto found = running.find(file);
+  if (found == running.end() || found->second.asker != getpid()) running[file] = start_addr2line(file);
+  const Addr2line& process = running[file];
   for (const void* address : addresses) {
-    char text[32];
-    std::snprintf(text, sizeof text, " 0x%zx", static_cast<const char*>(address) - base - 1);  // inside the call
-    command += text;
+    const size_t inside_the_call = static_cast<const char*>(address) - base - 1;
+    std::fprintf(process.questions, "0x%zx\n0x0\n", inside_the_call);
+    std::fflush(process.questions);
+    std::vector<std::string> frames;
+    int answers = 0;
+    char buffer[1024];
+    while (answers < 2 && std::fgets(buffer, sizeof buffer, process.answers)) {
+      std::string line(buffer);
+      line = line.substr(0, line.find_first_of(" \n"));
+      if (line.rfind("0x", 0) == 0) ++answers;
+      else frames.push_back(line);
+    }
+    if (answers == 2 && std::fgets(buffer, sizeof buffer, process.answers)) known_lines[address] = join_frames(frames);
   }
-  std::FILE* output = popen((command + " 2>/dev/null").c_str(), "r");
-  if (!output) return;
-  std::vector<std::vector<std::string>> frames;
-  char buffer[1024];
-  while (std::fgets(buffer, sizeof buffer, output)) {
-    std::string line(buffer);
-    line = line.substr(0, line.find_first_of(" \n"));
-    if (line.rfind("0x", 0) == 0) frames.emplace_back();
-    else if (!frames.empty()) frames.back().push_back(line);
-  }
-  pclose(output);
-  for (size_t i = 0; i < frames.size() && i < addresses.size(); ++i) known_lines[addresses[i]] = join_frames(frames[i]);
 }
 
 std::string describe_coordinates(uint3 c) {
