@@ -1,4 +1,4 @@
-"""Models whose linear layers a tool has quantised: they compute with those layers, in decoding as in training's loss."""
+"""Models whose linear layers are quantised, by a tool or by a program: they compute with those layers, in training and decoding."""
 
 from __future__ import annotations
 
@@ -64,3 +64,68 @@ def test_int8_weights_by_torchao():
     assert {type(layer) for layer in layers.values()} == {Linear}
     assert all(type(layer.weight) is not torch.nn.Parameter for layer in layers.values())
     assert_works(model, quantised)
+
+
+class Int8WithAdapter(torch.nn.Module):
+    """A frozen linear layer in int8, one scale a row, and a trained product of low rank beside it."""
+
+    def __init__(self, linear: torch.nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.down = torch.nn.Linear(linear.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, linear.out_features, bias=False)
+        torch.nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.scale, self.bias) + self.up(self.down(x))
+
+    def merged(self) -> Linear:
+        weight = self.weight * self.scale + self.up.weight @ self.down.weight
+        layer = Linear(*reversed(weight.shape), bias=self.bias is not None)
+        layer.weight = torch.nn.Parameter(weight.detach())
+        if self.bias is not None:
+            layer.bias = torch.nn.Parameter(self.bias)
+        return layer
+
+
+def test_wrapped_int8_layers_train_and_decode():
+    """Training lowers the loss through frozen int8 layers, decoding has the bits of the layers, merging changes nothing."""
+    model, tokens = tiny_model(torch.float32, dropout=0.0), tokens_of(4, 25)
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, Int8WithAdapter(model.get_submodule(name)))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.Adam(trained, lr=0.01), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        value = model.loss(tokens[:, :-1], tokens[:, 1:])
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert len(trained) == 2 * len(names) and all(parameter.grad.any() for parameter in trained)
+
+    model.eval()
+    with torch.no_grad():
+        _, state = model(tokens_of(2, 5), return_state=True)
+    with pytest.warns(UserWarning, match=f"Decoder: `layers.0.mega.wv`, the first of {len(names)} such modules, is"):
+        decoder = mo.Decoder(model, state)
+    assert not decoder.fused
+    found, past = [], state
+    with torch.no_grad():
+        for token in tokens_of(2, 6).split(1, 1):
+            found.append(decoder(token))
+            expected, past = model(token, state=past, return_state=True)
+            assert found[-1].equal(expected)
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, model.get_submodule(name).merged())
+    decoder = mo.Decoder(model, state)
+    assert decoder.fused
+    for logits, token in zip(found, tokens_of(2, 6).split(1, 1)):
+        torch.testing.assert_close(decoder(token), logits, rtol=1e-4, atol=1e-4)

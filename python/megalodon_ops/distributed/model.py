@@ -48,7 +48,8 @@ class ParallelMegalodon(Megalodon):
     """A model on several ranks, as :func:`parallelize` makes it; all call it at once, each with its piece of the batch.
 
     `tokens` and `targets` are the rank's rows and its piece of their columns; `lengths`, `cu_seqlens` and `state` are
-    of the whole sequences, equal on all ranks of a chunk group, and so is the state that is returned. A piece ends at a chunk boundary of the sequence that it cuts, except at the end of the sequence.
+    of the whole sequences, equal on all ranks of a chunk group, and so is the state that is returned. A piece ends at a
+    chunk boundary of the sequence that it cuts, except at the end of the sequence.
 
     Logits are the piece's. The loss is, with reduction "mean" or "sum", that of the targets of all ranks, the same on
     every rank, and its gradients, averaged over the ranks, are exactly those of one process; "none" gives the piece's.
