@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from types import ModuleType
 import megalodon_ops as mo
 import pytest
 from pages import PAGES, ROOT, name_of
+
+from megalodon_ops.cli.flags import parse
+from megalodon_ops.cli.options import COMMANDS
 
 
 def load(script: str) -> ModuleType:
@@ -65,6 +69,19 @@ def test_the_walk_names_what_is_in_the_files():
         text = (ROOT / path).read_text()
         for name in re.findall(r"\w+", names):
             assert re.search(rf"\b{name}\b", text), f"{path}: {name}"
+
+
+def test_every_command_on_a_page_is_one_that_the_command_line_takes(capsys):
+    refused, commands = [], 0
+    for page in PAGES:
+        for command in re.findall(r"-m megalodon_ops ([a-z]+ -[^`\n|>]*)", page.read_text().replace("\\\n", "")):
+            commands += 1
+            try:
+                parse(shlex.split(command, comments=True), COMMANDS)
+            except SystemExit:
+                refused.append(f"{name_of(page)}: {command}: {capsys.readouterr().err}")
+    assert not refused, "\n".join(refused)
+    assert commands > 20
 
 
 def described_in(svg: Path) -> str:
