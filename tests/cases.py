@@ -237,11 +237,6 @@ def packed(function: Function, op: str, before: int = 0, after: int = 0) -> Func
     return run
 
 
-def ragged(case: Case, lengths: Sequence[int]) -> Case:
-    """The case as a right-padded batch."""
-    return case.with_options(lengths=torch.tensor(lengths))
-
-
 def cema_case(
     B: int = 2, L: int = 9, D: int = 5, N: int = 4, *, dtype: torch.dtype = torch.float32, seed: int = 0,
     radius: tuple[float, float] = (0.5, 0.99), angle: tuple[float, float] = (-3.0, 3.0), state: bool = False,
