@@ -9,8 +9,9 @@
 //
 // Forward, for each span, 32 steps, tile:
 //   for each 4 modes, scan the steps with the state in registers. The first of these passes reads the vectors of x, D
-//   elements apart, and copies them to a contiguous tile (2 KB); the last pass writes y. Meanwhile rows of x and y for
-//   the next 32 steps come to the L2, a line every few steps, and coefficients and state of the next modes to the L1
+//   elements apart, and copies them to a contiguous tile (2 KB); the last pass writes y (16 bits are converted on the
+//   way to the tile and back, before the passes and after them). Meanwhile rows of x and y for the next 32 steps come
+//   to the L2, a line every few steps, and coefficients and state of the next modes to the L1
 // The folded form has u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds a mode and step. A carried
 // state is divided by p only if no p is tiny; else the direct form runs (7 multiply-adds). u may overflow where h does
 // not, and then u stays so: a call in which the last u of some span is not finite is made again, in the direct form.
@@ -194,23 +195,24 @@ void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int
   const int64_t ahead = params.sequences.tokens - span.begin;
   const auto tile = [&](int64_t t, int count, int vector, int size) {
     const int64_t at = t * stride + vector * lanes;
-    const Tile<T> vectors{dy + at, x + at, nullptr, stride, strip.in.get(), nullptr, strip.x.get()};
-    const bool whole = size == lanes;
-    if (!whole) {
-      load_rows(vectors.x_from, stride, count, size, vectors.x);
-      if (kInput) load_rows(vectors.from, stride, count, size, vectors.in);
+    const Tile<R> rows = strip.tile_of(dy + at, x + at, nullptr, stride);
+    const bool in_place = strip.kInPlace && size == lanes;
+    if (!in_place) {
+      load_rows(x + at, stride, count, size, rows.x);
+      if (kInput) load_rows(dy + at, stride, count, size, rows.in);
     }
     for_each_pass<kSensitivityModes>(modes, [&](int64_t n, auto pass_modes) {
       const int64_t mode = vector * modes + n;
       const auto pass = [&](auto part) {
-        sensitivity_pass<kFolded, kInput, part, pass_modes>(vectors, count, strip.coefs.get() + mode * kCoefs * lanes,
+        sensitivity_pass<kFolded, kInput, part, pass_modes>(rows, count, strip.coefs.get() + mode * kCoefs * lanes,
                                                             strip.state.get() + mode * 4 * lanes,
                                                             sums + mode * kSums * lanes, strip.fetch);
       };
-      if (whole && n == 0) pass(std::integral_constant<Part, Part::first>{});
-      else pass(std::integral_constant<Part, Part::inner>{});
+      if constexpr (Strip<T>::kInPlace)
+        if (in_place && n == 0) return pass(std::integral_constant<Part, Part::first>{});
+      pass(std::integral_constant<Part, Part::inner>{});
     });
-    if (kInput) add_lanes<R>(sum_omega + vector * lanes, dot_steps(vectors.x, vectors.in, count));
+    if (kInput) add_lanes<R>(sum_omega + vector * lanes, dot_steps(rows.x, rows.in, count));
   };
   strip.template each_tile<kSensitivityModes>(x, dy, stride, steps, ahead, tile);
   if (params.dstate_out) {

@@ -33,35 +33,27 @@ enum Sum { kSumWRe, kSumWIm, kSumHRe, kSumHIm, kSumP, kSumEndRe, kSumEndIm, kSum
 enum class Form { folded, direct, adjoint };
 
 // The first pass over a tile takes its input from the rows and leaves it in the tile; in a scan it applies omega. The
-// last pass of a scan leaves its output in the rows. All other input and output stays in the tile.
+// last pass of a scan leaves its output in the rows. All other input and output stays in the tile. Rows of 16 bits are
+// copied to the tile before the first pass and from it after the last: every pass then is of float32, and there are half
+// as many to compile.
 enum class Part { first, inner, last };
 
 // A vector of channels for some steps: from, x_from and to point to rows `stride` elements apart; in, out and x to
 // copies, (kTileSteps, lanes).
-template <class T>
+template <class R>
 struct Tile {
-  using R = Compute<T>;
-  const T *from, *x_from;
-  T* to;
+  const R *from, *x_from;
+  R* to;
   int64_t stride;
   R *__restrict in, *__restrict out, *__restrict x;
 };
 
-template <int most, class F>
-MEGALODON_INLINE void with_size(int64_t size, F&& f) {
-  if constexpr (most > 1) {
-    if (size < most) return with_size<most - 1>(size, f);
-  }
-  f(std::integral_constant<int, most>{});
-}
-// Splits N modes into passes of nearly equal size and calls pass(first mode, integral_constant of the size).
-template <int most, class F>
-MEGALODON_INLINE void for_each_pass(int64_t modes, F&& pass) {
-  const int64_t passes = (modes + most - 1) / most;
-  for (int64_t i = 0; i < passes; ++i) {
-    const int64_t n = modes * i / passes;
-    with_size<most>(modes * (i + 1) / passes - n, [&](auto size) { pass(n, size); });
-  }
+// Splits modes from `n` on into passes of `size` modes, a power of two, and what is left into smaller ones; calls
+// pass(first mode, integral_constant of the size).
+template <int size, class F>
+MEGALODON_INLINE void for_each_pass(int64_t modes, F&& pass, int64_t n = 0) {
+  for (; n + size <= modes; n += size) pass(n, std::integral_constant<int, size>{});
+  if constexpr (size > 1) for_each_pass<size / 2>(modes, pass, n);
 }
 
 // Fetches the next tiles' rows of two tensors into the L2, a line of each every few steps of the passes: many at once
@@ -146,12 +138,12 @@ MEGALODON_INLINE void add_lanes(double* sum, Vec<R> v) {
   for (int i = 0; i < kLanes<R>; ++i) sum[i] += lanes[i];
 }
 
-template <Form form, bool kOutput, bool kInput, Part part, int modes, class T, class R>
-MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, const R* coefs, R* state, double* sums,
-                                FetchAhead& ahead) {
+template <Form form, bool kOutput, bool kInput, Part part, int modes, class R>
+void scan_pass(const Tile<R>& tile, int steps, Vec<R> omega, const R* coefs, R* state, double* sums,
+               FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
-  const T* __restrict from = tile.from;
-  T* __restrict to = tile.to;
+  const R* __restrict from = tile.from;
+  R* __restrict to = tile.to;
   const R* __restrict x = tile.x;
   R *__restrict in = tile.in, *__restrict out = tile.out;
   const int64_t stride = tile.stride;
@@ -208,11 +200,10 @@ MEGALODON_INLINE void scan_pass(const Tile<T>& tile, int steps, Vec<R> omega, co
 
 // u = q u + x (or p x), w = du/dq: w_t = q w_{t-1} + u_{t-1}; adds sum_t dy_t w_t and sum_t dy_t u_t to the sums if there
 // is a dy, kInput.
-template <bool kFolded, bool kInput, Part part, int modes, class T, class R>
-MEGALODON_INLINE void sensitivity_pass(const Tile<T>& tile, int steps, const R* coefs, R* state, double* sums,
-                                       FetchAhead& ahead) {
+template <bool kFolded, bool kInput, Part part, int modes, class R>
+void sensitivity_pass(const Tile<R>& tile, int steps, const R* coefs, R* state, double* sums, FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
-  const T *__restrict from = tile.from, *__restrict x_from = tile.x_from;
+  const R *__restrict from = tile.from, *__restrict x_from = tile.x_from;
   R *__restrict x = tile.x, *__restrict dy = tile.in;
   const int64_t stride = tile.stride;
   using V = Vec<R>;

@@ -19,6 +19,7 @@ struct Strip {
   using R = Compute<T>;
   static constexpr int lanes = kLanes<R>;
   static constexpr int64_t kTileSize = kTileSteps * lanes;
+  static constexpr bool kInPlace = std::is_same_v<T, R>;  // whole vectors of rows are read and written by the passes
 
   Strip(const CemaParams& params, const CemaPlan& plan)
       : params(params), width(plan.channels), modes(params.modes), coefs(width * modes * kCoefs), omega(width),
@@ -94,15 +95,16 @@ struct Strip {
     const T* const fetched = kOutput ? to : from;
     each_tile<kScanModes>(from, fetched, stride, steps, ahead, [&](int64_t t, int count, int vector, int size) {
       const int64_t at = t * stride + vector * lanes;
-      const Tile<T> tile{from + at, x_from + at, kOutput ? to + at : nullptr, stride, in.get(), out.get(), x.get()};
+      const Tile<R> tile = tile_of(from + at, x_from + at, kOutput ? to + at : nullptr, stride);
       const Vec<R> scale = load(omega.get() + vector * lanes);
-      const bool whole = size == lanes;  // the rows of a whole vector are worked on in place
-      if (!whole) {
-        if (kInput) load_rows(tile.from, stride, count, size, tile.in);
-        for (int i = 0; i < count; ++i)
+      const bool in_place = kInPlace && size == lanes;
+      if (!in_place) {
+        if (kInput) load_rows(from + at, stride, count, size, tile.in);
+        for (int i = 0; kOutput && i < count; ++i)
           store(tile.out + i * lanes, kInput ? scale * load(tile.in + i * lanes) : zeros<R>());
       }
-      if (form == Form::adjoint) load_rows(tile.x_from, stride, count, size, tile.x);
+      if (form == Form::adjoint) load_rows(x_from + at, stride, count, size, tile.x);
+      bool in_rows = false;  // where the output lies after the last pass
       for_each_pass<kScanModes>(modes, [&](int64_t n, auto pass_modes) {
         const int64_t mode = vector * modes + n;
         const auto pass = [&](auto part) {
@@ -110,12 +112,20 @@ struct Strip {
               tile, count, scale, coefs.get() + mode * kCoefs * lanes, state.get() + mode * 2 * lanes,
               form == Form::adjoint ? sums + mode * kSums * lanes : nullptr, fetch);
         };
-        if (whole && n == 0) pass(std::integral_constant<Part, Part::first>{});
-        else if (kOutput && whole && n + pass_modes == modes) pass(std::integral_constant<Part, Part::last>{});
-        else pass(std::integral_constant<Part, Part::inner>{});
+        if constexpr (kInPlace) {
+          if (in_place && n == 0) return pass(std::integral_constant<Part, Part::first>{});
+          in_rows = kOutput && in_place && n + pass_modes == modes;
+          if (in_rows) return pass(std::integral_constant<Part, Part::last>{});
+        }
+        pass(std::integral_constant<Part, Part::inner>{});
       });
-      if (kOutput && (!whole || modes <= kScanModes)) store_rows(tile.out, count, size, tile.to, stride);
+      if (kOutput && !in_rows) store_rows(tile.out, count, size, to + at, stride);
     });
+  }
+
+  Tile<R> tile_of(const T* from, const T* x_from, T* to, int64_t stride) const {
+    if constexpr (kInPlace) return {from, x_from, to, stride, in.get(), out.get(), x.get()};
+    else return {nullptr, nullptr, nullptr, stride, in.get(), out.get(), x.get()};
   }
 
   // Calls f(first step, steps, vector, channels) for every tile of `steps` steps. The passes of f, of at most `most`
