@@ -30,8 +30,10 @@ def main() -> int:
     elif not megalodon_ops.keep_freed_memory():
         print("no glibc: times include the clearing of fresh pages", file=sys.stderr)
     hardware = harness.hardware
-    threads = sorted(set(options.threads), reverse=True) if options.device == "cpu" else [torch.get_num_threads()]
-    effort = harness.Effort(samples=3, seconds=0.2, compiled=False) if options.quick else harness.Effort()
+    every = torch.get_num_threads()
+    threads = options.threads or ([every] if options.quick else [1, every])
+    threads = sorted(set(threads), reverse=True) if options.device == "cpu" else [every]
+    effort = harness.Effort(samples=1, seconds=0.01, compiled=False, attempts=1) if options.quick else harness.Effort()
     limits = {count: hardware.measure_limits(count, options.quick) for count in threads}
     results, failures = [], []
     for bench in options.only:
@@ -62,12 +64,11 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    every = torch.get_num_threads()
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES, metavar="BENCH", help=", ".join(BENCHES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu, or cuda: the current GPU")
-    parser.add_argument("--quick", action="store_true", help="to test the benches: small shapes, few samples, no torch.compile")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, every], metavar="N", help=f"default: 1 {every}")
+    parser.add_argument("--quick", action="store_true", help="to test the benches: small shapes, one sample, no torch.compile")
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="default: 1 and all; with --quick all")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
     return parser.parse_args()
 

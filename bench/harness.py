@@ -47,7 +47,6 @@ _CACHEABLE = 0.1  # seconds; the state of the cache, which fills in a millisecon
 _LONG = 3.0  # seconds; a call that takes longer is timed once, after a first one, samples that did are not taken again
 _SLOW = 1.35  # seconds; a rival whose first call takes longer gets one more call
 _VERY_SLOW = 6.0  # seconds; a rival whose first call takes longer gets no other call
-_ATTEMPTS = 3  # to time a case on a machine that has all its cores
 
 
 class Disagreement(AssertionError):
@@ -151,6 +150,8 @@ class Effort:
     one of a call that is long"""
     compiled: bool = True
     """whether the rivals that torch.compile makes, for seconds each, are measured, too"""
+    attempts: int = 3
+    """to find the machine as fast as it can be"""
 
 
 def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
@@ -188,7 +189,7 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bo
 
 def _take_samples(runners: list[_Runner], case: Case, threads: int, effort: Effort) -> None:
     """Takes the samples: step 4 of measuring a case."""
-    for _ in range(_ATTEMPTS):
+    for _ in range(effort.attempts):
         for runner in runners:
             runner.timing.warm, runner.timing.cold = [], []
         start, undisturbed = time.perf_counter(), hardware.has_its_cores(threads)
