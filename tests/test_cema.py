@@ -100,11 +100,12 @@ def test_tiny_input_weights_keep_the_state():
 
 
 def test_a_decayed_state_is_zero_not_slow_or_wrong():
-    """States that fall below the smallest normal float32 count as zero."""
+    """States that fall below the smallest normal float32 count as zero; so does what a step without a fused multiply-add
+    would take from them, at most half."""
     case = cema_case(B=1, L=400, D=3, N=4, radius=(0.5, 0.6), state=True)
     case = case.with_tensors(x=torch.zeros_like(case.tensors["x"]))
     y, h = mo.cema(**case.tensors, return_state=True)
-    assert h.abs().max() <= torch.finfo(torch.float32).tiny
+    assert h.abs().max() <= 2.5 * torch.finfo(torch.float32).tiny
     assert_close(y[:, :50], mo.reference.cema(**case.tensors)[:, :50], tolerance=1e-5)
 
 
