@@ -103,13 +103,13 @@ def test_documents_with_lengths_are_asked_for_when_they_are_read():
             raise AssertionError("read from end to end")
 
     lazy = Lazy([b"abc", b"defg"])
-    batches = Batches(lazy, 1, 3, seed=None)
+    batches = Batches(lazy, 1, 3, seed=None, end=None)
     assert lazy.asked == 0
     assert [bytes(batch.targets[0].tolist()) for batch in batches] == [b"def", b"gab", b"c"]
 
 
 def test_a_rank_out_of_text_gets_no_tokens_until_all_are():
-    batches = Batches([b"abcdef", b"x"], range(1, 2), 2, batch=2, seed=None)
+    batches = Batches([b"abcdef", b"x"], range(1, 2), 2, batch=2, seed=None, end=None)
     sizes = [batch.tokens.shape for batch in batches]
     assert sizes == [(1, 1), (1, 0), (1, 0)]
 

@@ -33,8 +33,7 @@ def bpe(text, tmp_path_factory):
 
 
 def model_of(tokenizer: Tokenizer, **overrides) -> Megalodon:
-    sizes = dict(vocab_size=tokenizer.vocab_size, output_size=tokenizer.output_size)
-    return tiny_model(torch.float32, **{**sizes, **overrides}).eval()
+    return tiny_model(torch.float32, **{"vocab_size": tokenizer.vocab_size, **overrides}).eval()
 
 
 def naive_nats(model: Megalodon, tokenizer: Tokenizer, text: bytes, context: int) -> float:
@@ -66,6 +65,11 @@ def test_a_folder_of_ours(book, tmp_path, capsys):
     model.save(tmp_path / "own", tokenizer=ByteTokenizer())
     found = figures(capsys, tmp_path, "--checkpoint", tmp_path / "own", "--data", book)
     assert_of(found, model, ByteTokenizer(), book.read_bytes())
+    ended = figures(capsys, tmp_path, "--checkpoint", tmp_path / "own", "--data", book, "--end-token")["all"]
+    with torch.no_grad():
+        last = model(torch.tensor([[256, *book.read_bytes()]]))[0, -1].log_softmax(-1)[256].item()
+    assert ended["nats"] == pytest.approx(found["all"]["nats"] - last, rel=1e-5)
+    assert (ended["tokens"], ended["num_bytes"]) == (found["all"]["tokens"] + 1, found["all"]["num_bytes"])
 
 
 def test_a_folder_of_ours_on_tokens(book, bpe, tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_widths_follow_dim():
     whole, half = configured("mega200M", {}), configured("mega200M", {"model_dim": 512, "value_dim": 640})
     assert (half.z_dim, half.ffn_hidden_dim) == (whole.z_dim // 2, whole.ffn_hidden_dim // 2)
     assert half.value_dim == 640
-    assert (whole.vocab_size, whole.num_outputs) == (257, 256)
+    assert (whole.vocab_size, whole.num_outputs, whole.eos_token_id) == (257, 257, 256)
     assert configured("mega1.3B_pg19", {}).num_outputs == 257
 
 

@@ -52,14 +52,14 @@ def test_a_trained_tokenizer(text, bpe, tmp_path, capsys):
         r"text that was held out: \d+ documents, [\d,]+ bytes, [\d,]+ tokens: 1\.\d{3} bytes a token\n", out
     )
     tokenizer = Tokenizer.from_file(bpe)
-    assert (tokenizer.vocab_size, tokenizer.start, tokenizer.output_size) == (SIZE, SIZE - 1, SIZE - 1)
+    assert (tokenizer.vocab_size, tokenizer.start, tokenizer.end) == (SIZE, SIZE - 1, SIZE - 1)
     learned = Tokenizer.train(load_corpus([text]).train, vocab_size=SIZE)
     assert learned.fingerprint == tokenizer.fingerprint, "it learns from what `train` learns from"
 
 
 def test_what_a_tokenizer_makes_of_text(text, bpe, tmp_path, capsys):
     out = said(capsys, "tokenizer", "--tokenizer", bpe, text / "0.py", text / "1.py")
-    assert out.startswith(f"{bpe}: 400 ids; 399, <|startoftext|>, opens a document\n")
+    assert out.startswith(f"{bpe}: 400 ids; 399, <|startoftext|>, opens a document, and ends it\n")
     assert re.search(r"the text: 2 documents, 1,000 bytes, \d+ tokens: [12]\.\d{3} bytes a token\n$", out)
     ByteTokenizer().save(tmp_path)
     assert "1,000 tokens: 1.000 bytes a token" in said(
@@ -71,7 +71,7 @@ def test_a_run_over_tokens_reports_bits_per_byte(run, bpe, text):
     curve = [row for row in rows(run) if "loss" in row]
     corpus = load_corpus([text])
     tokenizer = load_tokenizer(bpe)
-    per_token = sum(map(len, corpus.train)) / sum(map(len, tokenizer.encode_batch(corpus.train)))
+    per_token = sum(map(len, corpus.train)) / sum(len(ids) + 1 for ids in tokenizer.encode_batch(corpus.train))
     assert per_token > 1.3
     for row in curve:
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / 0.6931471805599453 / per_token)
@@ -95,9 +95,22 @@ def test_what_the_batches_are_made_of(text, bpe, tmp_path, monkeypatch):
     assert train(text, tmp_path / "run", "--steps", 1, "--tokenizer", bpe) == 0
     tokenizer, corpus = load_tokenizer(bpe), load_corpus([text])
     assert (made["start"], made["context_length"], made["seed"]) == (tokenizer.start, 192, 0)
-    assert [tokenizer.decode(ids) for ids in made["documents"]] == corpus.train
+    assert [tokenizer.decode(ids) for ids in made["documents"]] == corpus.train and made["end"] == tokenizer.end
     assert train(text, tmp_path / "bytes", "--steps", 1) == 0
-    assert (made["start"], made["documents"]) == (256, corpus.train)
+    assert (made["start"], made["end"], made["documents"]) == (256, 256, corpus.train)
+
+
+def test_a_run_without_ends_goes_on_without(text, tmp_path, monkeypatch):
+    ends = []
+
+    def batches(*arguments, end, **options):
+        ends.append(end)
+        return Batches(*arguments, end=end, **options)
+
+    monkeypatch.setattr("megalodon_ops.cli.train.Batches", batches)
+    assert train(text, tmp_path, "--steps", 1, "--no-end-token") == 0
+    assert main(["train", "--out", str(tmp_path), "--resume", "--steps", "2"]) == 0
+    assert ends == [None, None] and load_checkpoint(tmp_path).config.eos_token_id is None
 
 
 def test_eval_repeats_the_end_of_training(run, text, capsys):

@@ -10,6 +10,7 @@ import megalodon_ops as mo
 from models import TINY
 
 PARAMETERS = {
+    "small": 8_799_936,
     "mega200M": 220_627_968,
     "mega1.3B": 1_342_832_640,
     "mega1.3B_pg19": 1_327_628_288,

@@ -147,7 +147,7 @@ class Follower:
     """Puts documents together again by `cu_seqlens`, `carry` and `last`, and checks inputs against targets."""
 
     def __init__(self):
-        self.open = {}  # row -> bytes so far
+        self.open = {}  # row -> ids so far
         self.closed = []
 
     def follow(self, batch):
@@ -158,10 +158,10 @@ class Follower:
         pieces = []
         for start, stop, row in zip(bounds[:-1], bounds[1:], batch.carry.tolist(), strict=True):
             assert start < stop
-            past = b"" if row < 0 else before.pop(row)
+            past = [] if row < 0 else before.pop(row)
             assert tokens[start] == (past[-1] if past else START)
             assert tokens[start + 1 : stop] == targets[start : stop - 1]
-            pieces.append(past + bytes(targets[start:stop]))
+            pieces.append(past + targets[start:stop])
         ends = {sequence: row for row, sequence in enumerate(batch.last.tolist()) if sequence >= 0}
         for sequence, piece in enumerate(pieces):
             if sequence in ends:
@@ -173,44 +173,50 @@ class Follower:
 
 some = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=12)
 shape = st.tuples(st.integers(1, 4), st.integers(1, 16))
+ends = st.sampled_from(["start", 7, None])
 
 
-@given(some, shape)
-def test_one_streamed_pass_reads_every_byte_once(documents, shape):
-    batches, follower = Batches(documents, *shape, context="streamed", seed=None), Follower()
+def targets_of(documents, end):
+    """What is to be predicted of each document."""
+    return [[*document, *([] if end is None else [START if end == "start" else end])] for document in documents]
+
+
+@given(some, shape, ends)
+def test_one_streamed_pass_reads_every_byte_and_every_end_once(documents, shape, end):
+    batches, follower = Batches(documents, *shape, context="streamed", seed=None, end=end), Follower()
     while (batch := batches.next()) is not None:
         follower.follow(batch)
-    assert sorted(follower.closed + list(follower.open.values())) == sorted(documents)
+    assert sorted(follower.closed + list(follower.open.values())) == sorted(targets_of(documents, end))
 
 
-@given(some, shape, st.integers(0, 5))
-def test_streamed_batches_are_full_and_shuffled_documents(documents, shape, seed):
+@given(some, shape, st.integers(0, 5), ends)
+def test_streamed_batches_are_full_and_shuffled_documents(documents, shape, seed, end):
     rows, length = shape
-    batches, follower = Batches(documents, rows, length, context="streamed", seed=seed), Follower()
-    total = sum(map(len, documents))
-    for _ in range(2 * total // (rows * length) + 2):
+    batches, follower = Batches(documents, rows, length, context="streamed", seed=seed, end=end), Follower()
+    wanted = targets_of(documents, end)
+    for _ in range(2 * sum(map(len, wanted)) // (rows * length) + 2):
         batch = batches.next()
         assert batch.tokens.numel() == rows * length
         follower.follow(batch)
-    assert set(follower.closed) <= set(documents)
-    per_document = [follower.closed.count(document) / documents.count(document) for document in set(documents)]
-    assert max(per_document) >= 1
+    assert all(document in wanted for document in follower.closed)
+    assert max(follower.closed.count(document) / wanted.count(document) for document in wanted) >= 1
 
 
-@given(some, shape, st.integers(0, 5))
-def test_packed_rows_lay_documents_end_to_end(documents, shape, seed):
+@given(some, shape, st.integers(0, 5), ends)
+def test_packed_rows_lay_documents_end_to_end(documents, shape, seed, end):
     rows, length = shape
-    batches = Batches(documents, rows, length, context="packed", seed=seed)
-    total = sum(map(len, documents))
-    text = b""
+    batches = Batches(documents, rows, length, context="packed", seed=seed, end=end)
+    wanted = targets_of(documents, end)
+    total = sum(map(len, wanted))
+    text = []
     while len(text) < total:
         batch = batches.next()
         bounds = batch.cu_seqlens.tolist()
         assert set(range(0, rows * length + 1, length)) <= set(bounds), "no sequence crosses a row's end"
         assert (batch.carry == -1).all()
-        text += bytes(batch.targets[0].tolist())
+        text += batch.targets[0].tolist()
     order = batches._shuffled(0).tolist()
-    assert text[:total] == b"".join(documents[i] for i in order)
+    assert text[:total] == [token for i in order for token in wanted[i]]
     assert sorted(order) == list(range(len(documents)))
 
 
@@ -239,12 +245,13 @@ def test_documents_are_cut_into_parts_of_the_context_length():
     """Parts are equal, are all of the text, and are taken in random order, each as a document of its own."""
     book, note = bytes(range(200)), b"ab"
     batches = Batches([book, note], rows=1, length=10, context_length=30)
-    assert batches.lengths.tolist() == [28, 29, 28, 29, 28, 29, 29, 2]
+    assert batches.lengths.tolist() == [28, 29, 29, 28, 29, 29, 29, 3]
     seen = [batches.next() for _ in range(21)]
-    epoch = torch.cat([batch.targets[0] for batch in seen])[:202].tolist()
-    assert sorted(epoch) == sorted(book + note)
+    epoch = torch.cat([batch.targets[0] for batch in seen])[:204].tolist()
+    assert sorted(epoch) == sorted([*book, *note, START, START]), "the last part alone has the book's end"
+    assert epoch[epoch.index(199) + 1] == START
     begun = [int(batch.targets[0, begin]) for batch in seen for begin in batch.cu_seqlens[:-1][batch.carry < 0]][:8]
-    assert sorted(begun) == [0, 28, 57, 85, ord("a"), 114, 142, 171] and begun != sorted(begun)
+    assert sorted(begun) == [0, 28, 57, 86, ord("a"), 114, 143, 172] and begun != sorted(begun)
     again = Batches([book, note], rows=1, length=10, context_length=30)
     again.seek(batches.position())
     assert torch.equal(again.next().tokens, batches.next().tokens)
@@ -255,7 +262,7 @@ def test_long_documents_are_cut_where_rows_would_read_the_same(context_length):
     """Of one book, each of the rows reads a part of its own in an epoch, and all parts together are the book."""
     book, note = bytes(range(200)), b"ab"
     batches = Batches([book, note], rows=4, length=10, context_length=context_length)
-    assert batches.lengths.tolist() == [50, 50, 50, 50, 2]
+    assert batches.lengths.tolist() == [50, 50, 50, 51, 3]
     seen = [batches.next() for _ in range(6)]
     firsts = {int(batch.targets[0, row * 10]) for batch in seen[:1] for row in range(4)}
     assert len(firsts) == 4
@@ -263,8 +270,16 @@ def test_long_documents_are_cut_where_rows_would_read_the_same(context_length):
     assert set(tokens) >= set(book)
 
 
+def test_no_part_is_an_end_alone():
+    batches = Batches([b"abc"], rows=9, length=1, context_length=1)
+    assert batches.lengths.tolist() == [2, 2]
+    for batch, _ in zip(batches, range(20), strict=False):
+        assert not ((batch.tokens == START) & (batch.targets == START)).any()
+
+
 def test_documents_that_fit_a_row_are_not_cut():
     documents = [bytes(range(size)) for size in (30, 40, 50)]
-    assert Batches(documents, rows=2, length=8, context_length=50).documents == documents
-    assert Batches(documents, rows=64, length=50, context_length=50).documents == documents, "of so little text, none"
+    assert Batches(documents, rows=2, length=8, context_length=51).documents == documents
+    assert Batches(documents, rows=64, length=51, context_length=51).documents == documents, "of so little text, none"
     assert Batches(documents, rows=64, length=50).documents == documents
+    assert Batches(documents, rows=2, length=8, context_length=50, end=None).documents == documents

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from chunk_parallel import cut_over_all_ranks
@@ -39,6 +41,22 @@ def reads_together_and_goes_on() -> float:
 
 def test_ranks_read_a_prompt_together_and_each_goes_on(ranks):
     assert max(ranks.run(reads_together_and_goes_on, 3)) < 1e-10
+
+
+def generates_from_pieces() -> str:
+    model, _ = models()
+    with pytest.raises(ValueError) as caught:
+        model.generate(tokens_of(1, 16).chunk(2, 1)[dist.get_rank()], max_new_tokens=1)
+    return str(caught.value)
+
+
+def test_a_piece_is_not_taken_for_a_prompt(ranks):
+    for said in ranks.run(generates_from_pieces, 2):
+        assert re.fullmatch(
+            r"generate: `prompt` must be the same on the ranks 0, 1, got \[\[.* on rank 0 and \[\[.* on rank 1; "
+            r"each rank has the whole prompts, not a piece of them\.",
+            said,
+        )
 
 
 def streams_and_evaluates(folder: str) -> None:

@@ -74,7 +74,7 @@ FAULTS = {
     "another past": (
         (8, 8, 4), dict(past=8), dict(past=16), r"`state.norm.count` must be .* \[8, 8\] on rank 0 and \[16, 16\] on rank 1"
     ),
-    "a state of other sequences": ((8, 8, 4), dict(past=8, sequences=3), {}, "`state` must be one of 2 sequences, got 3"),
+    "a state of other sequences": ((8, 8, 4), dict(past=8, sequences=3), {}, "`state` must be of 2 rows, those of `tokens`, got one of 3"),
     "a cut beside the past's chunks": ((8, 8, 4), dict(past=3), {}, "ends 3 tokens into a chunk of 8 of sequence 0"),
 }  # fmt: skip
 

@@ -35,14 +35,14 @@ def test_equals_one_process(ranks, case):
 
 
 def gradients(parallel: bool) -> dict[str, torch.Tensor]:
-    """Of what a caller makes of logits, of single losses and of a state that is returned."""
+    """Of what a caller makes of logits, features, single losses and a state that is returned."""
     model, (tokens, targets) = tiny_model(num_heads=1), tokens_of(4, 13).split(2)
     if parallel:
         model = parallelize(model, make_mesh("tensor=2", device_type="cpu"))
     logits, state = model(tokens, return_state=True)
     losses = model.loss(tokens, targets, reduction="none")
     weights = torch.arange(losses.numel(), dtype=losses.dtype).view_as(losses)
-    total = logits.square().sum() + (losses * weights).sum()
+    total = logits.square().sum() + (losses * weights).sum() + model.features(tokens).sum(-1).pow(3).sum()
     total = total + state.layers[0].cema.abs().sum() + state.norm.mean.square().sum()
     total.backward()
     return {
@@ -51,7 +51,7 @@ def gradients(parallel: bool) -> dict[str, torch.Tensor]:
     }
 
 
-def test_gradients_of_logits_losses_and_states_are_those_of_one_process(ranks):
+def test_gradients_of_logits_features_losses_and_states_are_those_of_one_process(ranks):
     wanted = gradients(False)
     for found in ranks.run(gradients, 2, True):
         for name, grad in wanted.items():

@@ -160,6 +160,23 @@ def test_configuration_refuses_what_ours_does() -> None:
     assert config.hidden_size == config.model_dim == 32 and config.bos_token_id == 3
 
 
+def test_generation_stops_where_documents_end(tmp_path) -> None:
+    model = made(eos_token_id=3)
+    assert model.generation_config.eos_token_id == 3
+    model.save_pretrained(tmp_path / "theirs")
+    ours = mo.Megalodon.load(tmp_path / "theirs")
+    assert ours.config.eos_token_id == 3
+    ours.save(tmp_path / "ours")
+    for read in (
+        hf.MegalodonForCausalLM.from_pretrained(tmp_path / "ours"),
+        hf.MegalodonForCausalLM.from_megalodon(ours),
+    ):
+        assert read.generation_config.eos_token_id == 3
+        torch.nn.init.zeros_(read.output.output.weight)  # all tokens are as likely, and the end is among them
+        written = read.generate(torch.tensor([[1, 2]]), max_new_tokens=4000, do_sample=True, pad_token_id=0)[0].tolist()
+        assert written.index(3) == len(written) - 1 < 4000
+
+
 # What a call returns
 
 
@@ -179,6 +196,7 @@ def test_padded_rows_equal_single_runs(side: str, fields: dict) -> None:
             close(output.logits[i, present], single.logits[0])
             for layer, alone in zip(hidden, single.hidden_states, strict=True):
                 close(layer[i, present], alone[0])
+            close(single.hidden_states[-1], model.megalodon.features(row[None]))
             total += single.loss * (len(row) - 1)
             cache = output.get(CACHE).state[[i]]
             for a, b in zip(
@@ -314,6 +332,16 @@ def test_wrong_calls() -> None:
         model(ids, output_attentions=True)
     with pytest.raises(TypeError, match="must be a megalodon_ops.hf.MegalodonCache"):
         model(ids, past_key_values=transformers.DynamicCache())
+    cache = model(ids).get(CACHE)
+    for given in (dict(input_ids=ids[:1]), dict(inputs_embeds=torch.randn(1, 6, 32))):
+        with pytest.raises(ValueError, match=f"`cache` must be of 1 rows, those of `{[*given][0]}`, got one of 2"):
+            model(**given, past_key_values=cache)
+    with pytest.raises(TypeError, match="`input_ids` must be a torch tensor, got list"):
+        model([[1, 2]])
+    with pytest.raises(TypeError, match="`model` must be a Megalodon, got megalodon_ops.hf.configuration"):
+        hf.MegalodonForCausalLM.from_megalodon(model.config)
+    with pytest.raises(TypeError, match="MegalodonCache: `state` must be a MegalodonState or None, got 3"):
+        hf.MegalodonCache(3)
     with pytest.raises(ValueError, match="two names"):
         model(ids, cache=hf.MegalodonCache(), past_key_values=hf.MegalodonCache())
     with pytest.raises(ValueError, match="labels"):

@@ -44,6 +44,27 @@ def test_golden_hidden_states_logits_and_gradients(golden, backend):
         assert error < 1e-10, f"{name}: relative error {error:.1e}"
 
 
+def test_features_are_what_logits_and_losses_are_made_of():
+    """Of padded rows, of packed documents, and in pieces with the state passed on."""
+    model, tokens = tiny_model(), tokens_of(2, 21)
+    logits = model.output.output
+    for options in ({}, dict(lengths=torch.tensor([21, 9]))):
+        features, state = model.features(tokens, return_state=True, **options)
+        assert features.shape == (2, 21, TINY["model_dim"]) and features.dtype == torch.float64
+        torch.testing.assert_close(logits(features), model(tokens, **options), rtol=0, atol=0)
+        after = model.features(tokens, state=state)
+        torch.testing.assert_close(logits(after), model(tokens, state=state), rtol=0, atol=0)
+    packed = dict(cu_seqlens=torch.tensor([0, 8, 21]))
+    torch.testing.assert_close(
+        logits(model.features(tokens[:1], **packed)), model(tokens[:1], **packed), rtol=0, atol=0
+    )
+    model.features(tokens).sum().backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if name != "output.output.weight")
+    assert model.output.output.weight.grad is None
+    with pytest.raises(ValueError, match="`targets` must be None where features are wanted"):
+        model(tokens, tokens, features=True)
+
+
 @wide_every_device
 @pytest.mark.parametrize("plan", MODEL["plans"])
 def test_golden_streaming_plans(golden, plan, backend):

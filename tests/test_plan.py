@@ -138,6 +138,10 @@ def test_table(capsys):
     assert main([*TO_THE_PAPER, "--recompute"]) == 0
     table = capsys.readouterr().out
     assert "DOES NOT FIT" not in table and "fits, " in table
+    assert "\nleft out: " in table and "\npublished: 6 % slower" in table
+    assert main(["plan", "--preset", "mega200M"]) == 0
+    table = capsys.readouterr().out
+    assert "\nleft out: " in table and "published" not in table
 
 
 def test_numbers_of_the_table_are_those_of_json(capsys, tmp_path):

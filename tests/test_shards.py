@@ -130,11 +130,16 @@ def test_any_program_reads_the_files(tmp_path, bpe):
     ("size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32"), (1 << 24, "uint32")]
 )
 def test_ids_take_few_bytes(size, dtype):
+    """Those of text: an id that opens documents and is the last one does not count."""
 
     class Sized(ByteTokenizer):
-        output_size = size
+        vocab_size = size + 1
+        start = size
 
-    assert dtype_of(Sized()) == dtype
+    class Unstarted(Sized):
+        vocab_size, start = size, 3
+
+    assert dtype_of(Sized()) == dtype_of(Unstarted()) == dtype
 
 
 def test_a_document_without_tokens_is_counted(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import numpy as np
@@ -55,7 +54,8 @@ def library_ids(tokenizer, text):
 )
 def test_text_comes_back(tokenizer, document):
     ids = tokenizer.encode(document)
-    assert ids.dtype == np.int32 and all(0 <= i < tokenizer.output_size for i in ids)
+    assert ids.dtype == np.int32 and all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert not {tokenizer.start, tokenizer.end} & {*ids.tolist()}
     assert tokenizer.start not in ids
     assert tokenizer.decode(ids) == tokenizer.decode([tokenizer.start, *ids]) == as_read(tokenizer, document)
     assert tokenizer.encode(bytearray(document)).tolist() == ids.tolist()
@@ -135,7 +135,7 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     for path in (tmp_path / "new" / "folder", next((tmp_path / "new" / "folder").glob("tokenizer.[jm]*"))):
         loaded = load_tokenizer(path)
         assert type(loaded) is type(tokenizer)
-        facts = ["vocab_size", "output_size", "start", "fingerprint"]
+        facts = ["vocab_size", "start", "end", "end_token", "fingerprint"]
         assert [getattr(loaded, fact) for fact in facts] == [getattr(tokenizer, fact) for fact in facts]
         assert loaded.encode(SOURCE).tolist() == tokenizer.encode(SOURCE).tolist()
 
@@ -151,29 +151,33 @@ def test_fingerprints_differ(tmp_path):
     assert load_tokenizer(tmp_path).start == again.start
 
 
-def test_starts(tmp_path):
-    assert ByteTokenizer().start == 256
-    for make, start, last in (
-        (byte_level_bpe, 599, True), (with_its_own_start, 0, False), (spaced_bpe, 1, False), (sentencepiece, 1, False),
-        (KINDS["no start"], 500, True),
+def test_what_opens_and_ends_a_document(tmp_path):
+    assert (ByteTokenizer().start, ByteTokenizer().end) == (256, 256)
+    for make, start, end in (
+        (byte_level_bpe, 599, 599), (with_its_own_start, 0, 0), (spaced_bpe, 1, 2), (sentencepiece, 1, 2),
+        (KINDS["no start"], 500, 2),
     ):  # fmt: skip
         tokenizer = make(tmp_path)
-        assert tokenizer.start == start
-        assert (tokenizer.start == tokenizer.vocab_size - 1) == last
-        assert tokenizer.output_size == tokenizer.vocab_size - last
+        assert (tokenizer.start, tokenizer.end) == (start, end), make
+        assert tokenizer.decode([start, *tokenizer.encode("a"), end]) == b"a"
+
+
+def test_an_end_that_is_named(tmp_path):
+    package("tokenizers")
+    one = from_json(of_words({"a": 0, "<end>": 1}), tmp_path)
+    assert one.end == one.start == 2
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
+    for named in (Tokenizer.from_file(tmp_path / "tokenizer.json", end="<end>"), load_tokenizer(tmp_path)):
+        assert (named.start, named.end, named.end_token) == (2, 1, "<end>")
+        assert named.fingerprint == one.fingerprint, "ids are the same"
+    with pytest.raises(FileError, match="the end of a document, '<stop>', must be a token of its vocabulary"):
+        Tokenizer.from_file(tmp_path / "tokenizer.json", end="<stop>")
 
 
 @pytest.mark.parametrize("words", [START_TOKEN, "<|endoftext|>", "<s> x </s>"])
 def test_text_that_looks_like_a_special_token_is_text(tokenizer, words):
     ids = tokenizer.encode(words)
     assert tokenizer.start not in ids and tokenizer.decode(ids) == words.encode()
-
-
-def test_bits_per_byte_of_a_uniform_model(tokenizer):
-    """log2(ids) * tokens / bytes, whatever the tokenizer, so that figures compare."""
-    ids = tokenizer.encode(SOURCE)
-    nats = len(ids) * math.log(tokenizer.output_size)
-    assert nats / math.log(2) / len(SOURCE) == pytest.approx(math.log2(tokenizer.output_size) * len(ids) / len(SOURCE))
 
 
 def test_a_tokenizer_that_drops_text(tmp_path):
@@ -190,12 +194,14 @@ def test_transformers_reads_what_is_saved(tokenizer, tmp_path):
     for text in ["to be or not", "na\u00efve \u2603\n\n  x"]:
         assert read(text, add_special_tokens=False).input_ids == tokenizer.encode(text).tolist()
         assert read.decode(tokenizer.encode(text)) == text
-    assert read.bos_token_id == tokenizer.start and len(read) == tokenizer.vocab_size
+    assert (read.bos_token_id, read.eos_token_id) == (tokenizer.start, tokenizer.end)
+    assert len(read) == tokenizer.vocab_size
     if tokenizer.start == tokenizer.vocab_size - 1 and tokenizer.file_name == "tokenizer.json":
         assert read("to be").input_ids == [tokenizer.start, *tokenizer.encode("to be")]
     read.save_pretrained(tmp_path / "again")
     again = load_tokenizer(tmp_path / "again")
     assert again.encode(SOURCE).tolist() == tokenizer.encode(SOURCE).tolist() and again.start == tokenizer.start
+    assert again.end == tokenizer.end
 
 
 def test_the_byte_tokenizer_needs_no_package(tmp_path, monkeypatch):
@@ -216,10 +222,10 @@ def test_ids_with_gaps(tmp_path):
     with pytest.raises(FileError, match="two tokens have the id 3, "):
         from_json(of_words({"a": 0, "b": 1, "c": 3}), tmp_path)
     tokenizer = from_json(of_words({"a": 0, "b": 1, "<begin>": 5}), tmp_path)
-    assert (tokenizer.start, tokenizer.vocab_size, tokenizer.output_size) == (3, 6, 6)
+    assert (tokenizer.start, tokenizer.vocab_size) == (3, 6)
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<begin>"}}')
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.start, tokenizer.vocab_size, tokenizer.output_size) == (5, 6, 5)
+    assert (tokenizer.start, tokenizer.vocab_size) == (5, 6)
     assert tokenizer.encode("a").tolist() == [0]

@@ -44,6 +44,7 @@ def test_wrong_folders(tmp_path):
     ByteTokenizer().save(tmp_path)
     for content, message in (
         ('{"bos_token": 3}', "`bos_token` must be a token's text"),
+        ('{"eos_token": [3]}', "`eos_token` must be a token's text"),
         ("[", "Expecting value"),
         ("x", "Expecting value"),
     ):

@@ -10,6 +10,7 @@ import torch
 
 import megalodon_ops as mo
 from megalodon_ops import training
+from megalodon_ops.cli.generate import continued
 from megalodon_ops.evaluation import Document, evaluate
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 
@@ -42,7 +43,7 @@ class Loop:
     def __init__(self, text, tokenizer, context="streamed"):
         torch.manual_seed(0)
         self.tokenizer = tokenizer
-        config = mo.MegalodonConfig(vocab_size=tokenizer.vocab_size, output_size=tokenizer.output_size, **SIZE)
+        config = mo.MegalodonConfig(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end, **SIZE)
         self.model = mo.Megalodon(config)
         self.optimizer = training.adamw(self.model, lr=1e-2)
         self.schedule = training.Schedule(lr=1e-2, warmup=5, steps=60)
@@ -87,7 +88,7 @@ def test_a_loop_over_bpe_tokens_resumes_to_equal_losses(text, bpe, tmp_path, con
     before = whole.run(15)
     whole.save(tmp_path)
     after = whole.run(15)
-    assert sum(after[-5:]) / 5 < before[0] - 1 and before[0] == pytest.approx(math.log(bpe.output_size), rel=0.2)
+    assert sum(after[-5:]) / 5 < before[0] - 1 and before[0] == pytest.approx(math.log(bpe.vocab_size), rel=0.2)
 
     again = Loop(text, bpe, context)
     again.run(2)
@@ -106,7 +107,7 @@ def test_a_uniform_model_has_the_bits_of_its_ids(text, bpe):
     document = text.held_out[0][:5000]
     bits = {}
     for tokenizer in (ByteTokenizer(), bpe):
-        config = mo.MegalodonConfig(vocab_size=tokenizer.vocab_size, output_size=tokenizer.output_size, **SIZE)
+        config = mo.MegalodonConfig(vocab_size=tokenizer.vocab_size, **SIZE)
         model = mo.Megalodon(config)
         torch.nn.init.zeros_(model.output.output.weight)
         ids = tokenizer.encode(document)
@@ -114,13 +115,13 @@ def test_a_uniform_model_has_the_bits_of_its_ids(text, bpe):
         (result,) = evaluate(model, [whole])
         bits[tokenizer.byte_level] = result.bits_per_byte
         assert result.tokens == len(ids)
-        expected = math.log2(tokenizer.output_size) * len(ids) / len(document)
+        expected = math.log2(tokenizer.vocab_size) * len(ids) / len(document)
         assert result.bits_per_byte == pytest.approx(expected, rel=1e-5)
-        batches = training.Batches([ids], 2, 100, start=tokenizer.start, seed=None)
+        batches = training.Batches([ids], 2, 100, start=tokenizer.start, end=None, seed=None)
         reader = training.Reader(model)
         nats = sum(reader.loss(batch, "none").double().sum().item() for batch in batches)
         assert nats / math.log(2) / len(document) == pytest.approx(expected, rel=1e-5)
-    assert bits[True] == pytest.approx(8) and bits[False] < 6
+    assert bits[True] == pytest.approx(math.log2(257)) and bits[False] < 6
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,8 @@ def test_a_reader_carries_each_rows_document_on(shape, seed, count):
         logits = model(torch.cat([torch.tensor([49]), document[:-1]])[None])[0]
         losses = torch.nn.functional.cross_entropy(logits, document, reduction="none").tolist()
         whole.update({(*document[: end + 1].tolist(),): loss for end, loss in enumerate(losses)})
-    batches, reader = training.Batches(documents, *shape, start=49, seed=seed), training.Reader(model)
+    batches = training.Batches(documents, *shape, start=49, end=None, seed=seed)
+    reader = training.Reader(model)
     rows: list[list[int]] = [[] for _ in range(shape[0])]
     for batch, _ in zip(batches, range(count), strict=False):
         losses = reader.loss(batch, "none")[0].tolist()
@@ -149,6 +151,26 @@ def test_a_reader_carries_each_rows_document_on(shape, seed, count):
                 read[sequence].append(token)
                 assert loss == pytest.approx(whole[(*read[sequence],)], rel=1e-4, abs=1e-4)
         rows = [read[sequence] for sequence in batch.last.tolist()]
+
+
+def test_a_model_learns_where_documents_end(tmp_path):
+    """So that what it writes ends by itself, in the library, from a folder, and on the command line."""
+    documents = [b"one.", b"to two,", b"a third"]
+    torch.manual_seed(0)
+    model = mo.Megalodon(mo.MegalodonConfig(vocab_size=257, eos_token_id=256, **{**SIZE, "num_layers": 1}))
+    optimizer, reader = training.adamw(model, lr=2e-2), training.Reader(model, carries=False)
+    for _, batch in zip(range(40), training.Batches(documents, 2, 24, context="packed"), strict=False):
+        reader.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save(tmp_path / "model")
+    for document in documents:
+        prompt, options = torch.tensor([[256, document[0]]]), dict(max_new_tokens=50, temperature=0)
+        (written,) = mo.Megalodon.load(tmp_path / "model").generate(prompt, **options).tolist()
+        assert written == [256, *document, 256]
+        assert model.eval().generate(prompt, stop_tokens=[], **options).shape == (1, 52)
+        texts = continued(model, ByteTokenizer(), document[:1], num_tokens=50, temperature=0)
+        assert document[:1] + b"".join(text for _, text in texts) == document
 
 
 KINDS = {
@@ -171,7 +193,7 @@ def test_batches_of_a_memory_map(tmp_path):
     np.arange(1000, dtype=np.int32).tofile(tmp_path / "tokens")
     tokens = np.memmap(tmp_path / "tokens", dtype=np.int32, mode="r")
     read = [batch.targets[0] for batch in training.Batches([tokens], 1, 64, start=5, seed=None)]
-    assert torch.cat(read).tolist() == list(range(1000))
+    assert torch.cat(read).tolist() == [*range(1000), 5]
 
 
 def test_parameter_groups():

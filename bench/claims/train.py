@@ -121,7 +121,7 @@ def train_on_text(
     model: nn.Module, recipe: Recipe, documents: Sequence[bytes], scratch: Path, *, seed: int, carries: bool
 ) -> dict[str, Any]:
     """Bytes of documents, the same batches for every model of a seed; carries: whether the state goes from batch to batch."""
-    batches = Batches(documents, recipe.rows, recipe.length, seed=seed)
+    batches = Batches(documents, recipe.rows, recipe.length, seed=seed, end=None)
     reader = Reader(model, carries=carries)
 
     def position() -> dict[str, Any]:

@@ -41,7 +41,7 @@ def run(options: Eval) -> int:
         precision(device, dtype),
     ):
         try:
-            texts = as_documents(documents, tokenizer, bar.update)
+            texts = as_documents(documents, tokenizer, bar.update, ends=options.end_token)
             results = evaluate(model, texts, contexts=contexts, rows=options.batch)
         except IndexError as error:
             raise CommandError(f"--data: the text has tokens that the model does not predict: {error}") from error
@@ -72,12 +72,14 @@ def report(results: Sequence[Evaluation]) -> str:
 class _Encoded:
     """The tokens of a document, encoded while they are read; a new iteration reads the document again."""
 
-    def __init__(self, document: Document, tokenizer: Tokenizer, read: Callable[[int], object]):
-        self.document, self.tokenizer, self.read = document, tokenizer, read
+    def __init__(self, document: Document, tokenizer: Tokenizer, read: Callable[[int], object], ends: bool):
+        self.document, self.tokenizer, self.read, self.ends = document, tokenizer, read, ends
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         yield [self.tokenizer.start]
         yield from self.tokenizer.encode_pieces(self._pieces())
+        if self.ends:
+            yield [self.tokenizer.end]
 
     def _pieces(self) -> Iterator[bytes]:
         for start in range(0, len(self.document), _READ):
@@ -87,11 +89,18 @@ class _Encoded:
 
 
 def as_documents(
-    documents: Sequence[Document], tokenizer: Tokenizer, read: Callable[[int], object] = lambda _: None
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    read: Callable[[int], object] = lambda _: None,
+    *,
+    ends: bool = False,
 ) -> list[evaluation.Document]:
-    """Documents as `evaluate` takes them, the longest first; `read` is called with the bytes that were read."""
+    """Documents as `evaluate` takes them, the longest first, with their ends to be predicted or not.
+
+    `read` is called with the bytes that were read.
+    """
     longest_first = sorted(documents, key=len, reverse=True)
-    return [evaluation.Document(_Encoded(document, tokenizer, read), len(document)) for document in longest_first]
+    return [evaluation.Document(_Encoded(each, tokenizer, read, ends), len(each)) for each in longest_first]
 
 
 def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:

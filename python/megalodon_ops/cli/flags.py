@@ -163,6 +163,14 @@ def _examples(kind: type[Options]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
+            error.message += f"; did you mean {near[0]}?" if near else ""
+            raise
+
     def error(self, message: str) -> NoReturn:
         first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which all have the same arguments
         name = self.prog.removeprefix("python -m ")

@@ -87,10 +87,8 @@ def continued(
     A sample ends where one of `stops` begins, at the document's end, or once it has as many tokens.
     """
     device = next(model.parameters()).device
-    ids = [tokenizer.start, *tokenizer.encode(prompt).tolist()]
-    if tokenizer.start < model.config.num_outputs:  # where a model can predict `start`, this is the document's end
-        sampling["stop_tokens"] = tokenizer.start
-    stream = model.stream(torch.tensor([ids], device=device), num_samples=samples, **sampling)
+    ids, ends = [tokenizer.start, *tokenizer.encode(prompt).tolist()], (tokenizer.end, tokenizer.start)
+    stream = model.stream(torch.tensor([ids], device=device), num_samples=samples, stop_tokens=ends, **sampling)
 
     def decode(new: list[int]) -> bytes:
         parts: list[bytes] = []
@@ -104,13 +102,13 @@ def continued(
         for sample, token in enumerate(tokens.tolist()):
             if sample not in going_on:
                 continue
-            ends = token in (-1, tokenizer.start)
-            text = b"" if ends else texts[sample].add(token)
-            if ends or count == num_tokens:
+            is_over = token in (-1, *ends)
+            text = b"" if is_over else texts[sample].add(token)
+            if is_over or count == num_tokens:
                 text += texts[sample].rest()
             if text:
                 yield sample, text
-            if ends or count == num_tokens or texts[sample].stopped:
+            if is_over or count == num_tokens or texts[sample].stopped:
                 going_on.remove(sample)
         if not going_on:
             return

@@ -11,7 +11,7 @@ import torch
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.flags import flag_of
-from megalodon_ops.cli.options import SMALL, SMALL_CONFIG, ModelOptions, config_field
+from megalodon_ops.cli.options import ModelOptions, config_field
 from megalodon_ops.cli.record import TrainRecord
 from megalodon_ops.errors import FileError
 from megalodon_ops.ops.library import has_cuda_kernels
@@ -21,16 +21,20 @@ from megalodon_ops.training.checkpoint import load_any
 WIDTHS = ("z_dim", "value_dim", "ffn_hidden_dim")
 
 
-def configured(preset: str, flags: dict[str, Any], tokenizer: Tokenizer | None = None) -> MegalodonConfig:
-    """The preset over a tokenizer's ids, or bytes; widths without a flag keep the preset's proportion to `model_dim`."""
+def configured(
+    preset: str, flags: dict[str, Any], tokenizer: Tokenizer | None = None, *, ends: bool = True
+) -> MegalodonConfig:
+    """The preset over a tokenizer's ids, or bytes; widths without a flag keep the preset's proportion to `model_dim`.
+
+    ends: whether the model is to predict the tokenizer's `end`.
+    """
     tokenizer = tokenizer or ByteTokenizer()
-    values = dict(SMALL_CONFIG) if preset == SMALL else MegalodonConfig.preset(preset).to_dict()
+    values = MegalodonConfig.preset(preset).to_dict()
     scale = flags.get("model_dim", values["model_dim"]) / values["model_dim"]
     unit = 2 * flags.get("num_heads", values["num_heads"])  # a head of z is made of pairs
     values |= {name: max(1, round(values[name] * scale / unit)) * unit for name in WIDTHS}
     values |= flags
-    tied = values.get("share_emb", False)
-    values |= {"vocab_size": tokenizer.vocab_size, "output_size": -1 if tied else tokenizer.output_size}
+    values |= {"vocab_size": tokenizer.vocab_size, "output_size": -1, "eos_token_id": tokenizer.end if ends else None}
     try:
         return MegalodonConfig(**values)
     except (TypeError, ValueError) as error:

@@ -30,13 +30,6 @@ ROWS_OF_CONTEXT = 8
 """The default context length in rows' lengths: docs/training.md"""
 MINUTES = 5.0
 """How long a run takes that names neither --steps nor --minutes"""
-SMALL = "small"
-"""The preset of the default run"""
-SMALL_CONFIG = dict(
-    num_layers=3, model_dim=128, z_dim=64, value_dim=256, num_heads=1, ffn_hidden_dim=192, cema_ndim=8, chunk_size=256,
-    norm_num_groups=8, swiglu=True,
-)  # fmt: skip
-"""Sized for a run of minutes on a few cores: docs/training.md"""
 CONFIG_FIELDS = {
     "dim": "model_dim", "layers": "num_layers", "heads": "num_heads", "chunk": "chunk_size", "ffn_dim": "ffn_hidden_dim",
     "norm_groups": "norm_num_groups",
@@ -59,7 +52,7 @@ class Info(Options):
 class ModelOptions(Options):
     """model: widths that are not given keep the preset's proportion to --dim; small is --dim 128 --layers 3 --chunk 256"""
 
-    preset: Literal[(SMALL, *MegalodonConfig.presets())] = flag(SMALL, "where to start")
+    preset: Literal[MegalodonConfig.presets()] = flag("small", "where to start")
     dim: Natural | None = flag(None, "width of the model")
     layers: Natural | None = flag(None, "blocks")
     heads: Natural | None = flag(None, "of the attention")
@@ -96,6 +89,7 @@ class BatchOptions(ModelOptions):
     context_length: Natural | None = flag(
         None, f"cut documents of more tokens into parts that are read as documents ({ROWS_OF_CONTEXT} times --length)"
     )
+    end_token: bool = flag(True, "learn where documents end, so that what is generated ends, too")
     optimizer: Literal["muon", "adamw"] = flag(
         "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw"
     )
@@ -165,6 +159,7 @@ class Eval(ModelToRead):
     context: tuple[Context, ...] = flag(
         ("all",), "predict from at most N tokens, in windows that each start afresh, or from all before", metavar="N"
     )
+    end_token: bool = flag(False, "count the prediction of each document's end, too, which is no byte of it")
     json: Path | None = flag(None, "write all figures", metavar="FILE")
     batch: Count = flag(8, "documents read side by side")
 

@@ -53,7 +53,7 @@ def begun(options: Train, out: Path) -> Run:
     _check_apart(out, options.data or (), options.glob)
     options = _absolute(options)
     tokenizer = _tokenizer(options)
-    config = configured(options.preset, options.of_config(), tokenizer)
+    config = configured(options.preset, options.of_config(), tokenizer, ends=options.end_token)
     if options.context_length is None:
         options = replace(options, context_length=ROWS_OF_CONTEXT * options.length)
     if options.lr is None:

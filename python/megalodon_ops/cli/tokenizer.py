@@ -23,9 +23,9 @@ def run(options: TrainTokenizer) -> int:
         raise CommandError("give --train to train one, or --tokenizer FILE to see what it makes of text")
     tokenizer = read_tokenizer(options.tokenizer)
     files = find_files(options.files, options.glob) if options.files or options.glob else []
-    print(
-        f"{options.tokenizer}: {tokenizer.vocab_size:,} ids; {tokenizer.start}, {tokenizer.start_token}, opens a document"
-    )
+    opens = f"{tokenizer.start}, {tokenizer.start_token}, opens a document"
+    ends = f"{tokenizer.end}, {tokenizer.end_token}, ends it" if tokenizer.end != tokenizer.start else "and ends it"
+    print(f"{options.tokenizer}: {tokenizer.vocab_size:,} ids; {opens}, {ends}")
     if files:
         print(_figures(tokenizer, [path.read_bytes() for path in files], "the text"))
     return 0

@@ -91,7 +91,7 @@ def run(options: Train) -> int:
         first = share * processes.place("data")
         batches = Batches(
             encoded(corpus.train, tokenizer), range(first, first + share), options.length, batch=options.batch,
-            start=tokenizer.start, seed=options.seed, context_length=options.context_length,
+            start=tokenizer.start, end=config.eos_token_id, seed=options.seed, context_length=options.context_length,
         )  # fmt: skip
         reader = Reader(model, rank=processes.place("chunk"), ranks=processes.extent("chunk"))
         if saved:

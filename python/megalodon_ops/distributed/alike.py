@@ -14,13 +14,14 @@ from torch.distributed import ProcessGroup
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 
 
-def check_alike(op: str, facts: Mapping[str, Any], group: ProcessGroup, own: int = 0) -> list[int]:
+def check_alike(op: str, facts: Mapping[str, Any], group: ProcessGroup, own: int = 0, fix: str = "") -> list[int]:
     """Raises the same ValueError on every rank of a group where a fact is not the same on all; each rank calls this.
 
     Args:
         op: begins the error.
         facts: by name: tensors, of which shapes, types and values count, and what `str` tells apart.
         own: an integer that may differ.
+        fix: ends the error.
 
     Returns:
         `own` of every rank, in order.
@@ -38,6 +39,7 @@ def check_alike(op: str, facts: Mapping[str, Any], group: ProcessGroup, own: int
         name, values = next((name, values) for name, values in columns.items() if len({*values}) > 1)
         other = next(i for i, value in enumerate(values) if value != values[0])
         found = f"{values[0]} on rank {ranks[0]} and {values[other]} on rank {ranks[other]}"
+        found += f"; {fix}" if fix else ""
         raise ValueError(f"{op}: `{name}` must be the same on the ranks {', '.join(map(str, ranks))}, got {found}.")
     return list(owns)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
 
 from ..model.generation import TokenStream
 from ..model.model import Megalodon, masked_targets
@@ -24,6 +25,7 @@ from .fsdp import gathered, whole_model
 from .pieces import Pieces, pieces_of
 from .states import state_of_piece, whole_state
 from .tensor import joined_state, split_state
+from .tensor_layers import CHANNELS, exchanged
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ParallelMegalodon(Megalodon):
     of the whole sequences, equal on all ranks of a chunk group, and so is the state that is returned. A piece ends at a
     chunk boundary of the sequence that it cuts, except at the end of the sequence.
 
-    Logits are the piece's. The loss is, with reduction "mean" or "sum", that of the targets of all ranks, the same on
+    Logits and features are the piece's. The loss is, with reduction "mean" or "sum", that of the targets of all ranks, the same on
     every rank, and its gradients, averaged over the ranks, are exactly those of one process; "none" gives the piece's.
 
     How it works: the model's own forward runs on every rank, on what the rank has. FSDP2 (fsdp.py) gathers a block's
@@ -67,13 +69,14 @@ class ParallelMegalodon(Megalodon):
     _ranks: Ranks
 
     def _compute(
-        self, tokens: Tensor, targets: Tensor | None, reduction: str, ignore_index: int, state: MegalodonState | None,
-        return_state: bool, inplace_state: bool, **sequences: Any,
+        self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
+        state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences: Any,
     ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
-        """Logits of the piece, or the loss, and the state of the whole sequences; see the class."""
+        """Features or logits of the piece, or the loss, and the state of the whole sequences; see the class."""
         check_reduction(reduction)
         ranks, own, pieces = self._ranks, state, None
-        wanted = "logits" if targets is None else f"loss, {reduction} without {ignore_index}"
+        wanted = f"loss, {reduction} without {ignore_index}"
+        wanted = "features" if features else "logits" if targets is None else wanted
         facts = {"call": wanted, "return_state": return_state, **_facts_of(state, len(tokens), **sequences)}
         try:
             if ranks.chunk is not None:
@@ -85,8 +88,10 @@ class ParallelMegalodon(Megalodon):
                 check_alike("Megalodon", facts | content, ranks.tensor.get_group())
                 own = None if own is None else split_state(own, ranks.tensor, self.config.num_heads)
             result, after = super()._compute(
-                tokens, targets, reduction, ignore_index, own, return_state, inplace_state, **sequences
+                tokens, targets, features, reduction, ignore_index, own, return_state, inplace_state, **sequences
             )
+            if features and ranks.tensor is not None:
+                result = exchanged(result, ranks.tensor, CHANNELS, Replicate())
             if return_state and ranks.tensor is not None:
                 after = joined_state(after, ranks.tensor, self.config.num_heads)
             if return_state and pieces is not None:
@@ -124,8 +129,12 @@ class ParallelMegalodon(Megalodon):
     def stream(self, prompt: Tensor, **options: Any) -> TokenStream:
         """The continuation of this rank's own prompts, whole on a chunk group too, as :meth:`Megalodon.stream` makes it.
 
-        The model that :meth:`alone` gives makes it: every rank calls this, and each may stop at any token.
+        The model that :meth:`alone` gives makes it: every rank calls this, and each may stop at any token. The ranks of a
+        chunk group give the same prompts; for others of its own, a rank calls the model that :meth:`alone` gives.
         """
+        if self._ranks.chunk is not None:
+            fix = "each rank has the whole prompts, not a piece of them"
+            check_alike("generate", {"prompt": prompt}, self._ranks.chunk, fix=fix)
         return self.alone().stream(prompt, **options)
 
     def save(self, directory: str | os.PathLike, **options: Any) -> None:
@@ -148,9 +157,6 @@ class ParallelMegalodon(Megalodon):
                 raise ValueError(
                     f"Megalodon: `{name}` must be integers (n,), got {values.dtype} {tuple(values.shape)}."
                 )
-        sequences = rows if cu_seqlens is None else len(cu_seqlens) - 1
-        if state is not None and state.num_sequences != sequences:
-            raise ValueError(f"Megalodon: `state` must be one of {sequences} sequences, got {state.num_sequences}.")
         return pieces_of(
             dist.get_rank(self._ranks.chunk), widths, rows=rows, chunk_size=self.config.chunk_size,
             cu_seqlens=None if cu_seqlens is None else cu_seqlens.tolist(),

@@ -23,7 +23,8 @@ class Document(NamedTuple):
     """
 
     tokens: Any
-    """integers: a 1-D tensor, array or list, or an iterable of such pieces; the first token opens the document"""
+    """integers: a 1-D tensor, array or list, or an iterable of such pieces; the first token opens the document. The
+    token that ends a document counts where it is given as the last one, and is no part of the text"""
     num_bytes: int | None = None
     """bytes of the text that the tokens after the first stand for, where bits per byte are wanted"""
 

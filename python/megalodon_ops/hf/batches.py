@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..model.config import MegalodonConfig
 from ..ops.loss import has_integers
-from ..ops.values import check_rank, described
+from ..ops.values import check_rank, check_tensor, described
 from .cache import MegalodonCache
 
 IGNORED = -100
@@ -171,11 +171,14 @@ def read_batch(
     cache = past_key_values if cache is None else cache
     if cache is not None and not isinstance(cache, MegalodonCache):
         raise TypeError(f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {described(cache)}.")
-    if input_ids is not None:
-        check_rank(op, "input_ids", input_ids, "(B, L)", 2)
-    else:
-        check_rank(op, "inputs_embeds", inputs_embeds, "(B, L, D)", 3)
-    batch = Batch(input_ids if inputs_embeds is None else inputs_embeds, cache, cache is not None or bool(use_cache))
+    name, given, letters = "input_ids", input_ids, "(B, L)"
+    if input_ids is None:
+        name, given, letters = "inputs_embeds", inputs_embeds, "(B, L, D)"
+    check_tensor(op, name, given)
+    check_rank(op, name, given, letters, letters.count(",") + 1)
+    if cache is not None and cache.is_initialized and (rows := cache.state.num_sequences) != len(given):
+        raise ValueError(f"{op}: `cache` must be of {len(given)} rows, those of `{name}`, got one of {rows}.")
+    batch = Batch(given, cache, cache is not None or bool(use_cache))
     if batch.shape[1] == 0:
         raise ValueError(f"{op}: there must be a token, got {batch.shape}.")
     past = 0 if cache is None else cache.get_seq_length()

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from ..model.decoder import Decoder
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
+from ..ops.values import described
 
 
 class MegalodonCache(Cache):
@@ -34,6 +35,8 @@ class MegalodonCache(Cache):
     """
 
     def __init__(self, state: MegalodonState | None = None) -> None:
+        if not (state is None or isinstance(state, MegalodonState)):
+            raise TypeError(f"MegalodonCache: `state` must be a MegalodonState or None, got {described(state)}.")
         super().__init__(layers=[])
         self._state = state
         self._decoder: Decoder | None = None

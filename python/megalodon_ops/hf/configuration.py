@@ -48,7 +48,7 @@ class MegalodonHFConfig(PreTrainedConfig):
             setattr(self, field.name, fields.pop(field.name, field.default))
         self.use_cache = use_cache
         self.format, self.megalodon_ops_version = FORMAT, _C.build_info()["version"]
-        super().__init__(**fields)
+        super().__init__(eos_token_id=self.eos_token_id, **fields)
         self.to_megalodon()
 
     def __eq__(self, other: object) -> bool:

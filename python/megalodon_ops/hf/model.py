@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from ..model.model import Megalodon, at_least_float32
+from ..ops.values import described
 from .batches import IGNORED, Batch, kept_steps, read_batch, select, targets_of
 from .cache import MegalodonCache
 from .configuration import MegalodonHFConfig
@@ -79,6 +80,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     @classmethod
     def from_megalodon(cls, model: Megalodon) -> MegalodonForCausalLM:
         """A model of transformers with the modules of `model`, not copies of them."""
+        if not isinstance(model, Megalodon):
+            raise TypeError(f"{cls.__name__}: `model` must be a Megalodon, got {described(model)}.")
         with torch.device("meta"):
             result = cls(MegalodonHFConfig.from_megalodon(model.config))
         result.embed, result.layers, result.output = model.embed, model.layers, model.output
@@ -113,7 +116,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (B, K, vocab_size) of the next token after K of the tokens, by default all, and the loss.
 
-        A token that the model reads but never predicts, as the start of a document is in a model of bytes, has the logit
+        A token that the model reads but never predicts, as where `output_size` is less than `vocab_size`, has the logit
         -inf.
 
         Args:
@@ -129,7 +132,8 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
                 tokens without a logit are not learnt.
             use_cache: whether to make a cache where there is none, which takes time and memory for a chunk of keys and
                 values, however short the tokens are. None: as the configuration says, but not in training.
-            output_hidden_states: also return the embeddings and what each layer returns.
+            output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): what goes into each layer,
+                the embeddings first, and, as the last one, the final norm's output (:meth:`megalodon_ops.Megalodon.features`).
             logits_to_keep: logits of the last n columns, or of the columns in a 1-D tensor; 0 or None: of all. The loss
                 needs none: it is computed for a block of tokens at a time.
             cu_seq_lens_q: (S + 1,) offsets of documents packed into one row; it counts before `position_ids`.

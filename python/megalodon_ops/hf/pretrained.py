@@ -119,7 +119,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         if batch.holds_tokens:
             if lengths is not None:
                 given = given.masked_fill(lengths[:, None] == 0, 0)  # padding may be no token
-            model._check(given, state, True, batch.cu_seqlens, lengths)
+            model._check(type(self).__name__, "input_ids", given, state, True, batch.cu_seqlens, lengths)
         whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
         size = length if whole else min(model.config.chunk_size, length)
         pieces, kept = [], None
@@ -148,7 +148,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
     @contextmanager
     def _recording(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
-        """Collects what goes into the first layer and what each layer returns, in the columns of the call."""
+        """Collects what goes into each layer and the final norm's output, in the columns of the call, as other models do."""
         if not (self.config.output_hidden_states if wanted is None else wanted):
             yield None
             return
@@ -161,6 +161,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
         with ExitStack() as hooks:
             hooks.enter_context(self.layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0])))
-            for layer in self.layers:
-                hooks.enter_context(layer.register_forward_hook(lambda *call: keep(call[-1])))
+            for module in (*self.layers[:-1], self.output.final_norm):
+                hooks.enter_context(module.register_forward_hook(lambda *call: keep(call[-1])))
             yield found

@@ -106,8 +106,8 @@ def _is_ours(folder: Path) -> bool:
 def read_config(path: Path) -> tuple[MegalodonConfig, torch.dtype | None]:
     """The configuration in a folder's `config.json`, and the dtype that it names.
 
-    All fields of the configuration must be there, so that a name with a slip in it is a fault. Others are those of
-    transformers and its tools, and change nothing of what the model computes.
+    All fields of the configuration must be there, so that a name with a slip in it is a fault, but for `eos_token_id`,
+    as there may be none. Others are those of transformers and its tools, and change nothing of what the model computes.
     """
     fields = read_json(path)
     with reading(path):
@@ -121,6 +121,7 @@ def read_config(path: Path) -> tuple[MegalodonConfig, torch.dtype | None]:
         if dtype is not None and (not isinstance(dtype, str) or dtype not in _DTYPES):
             raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {shown(dtype)}")
         names = [field.name for field in dataclasses.fields(MegalodonConfig)]
+        fields.setdefault("eos_token_id", None)
         if missing := [name for name in names if name not in fields]:
             raise ValueError(f"`{missing[0]}` is missing")
         return MegalodonConfig(**{name: fields[name] for name in names}), _DTYPES.get(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class MegalodonConfig:
     """the output matrix is the embedding"""
     layerwise_ckpt: bool = False
     """recompute each layer in the backward (training only): memory of one layer instead of all"""
+    eos_token_id: int | None = None
+    """the token that ends a document, after which `generate` stops; None: none does. The released code has no such field"""
 
     def __post_init__(self) -> None:
         def check(field: str, holds: bool, expected: str, kind: type | None = None) -> None:
@@ -91,6 +94,9 @@ class MegalodonConfig:
         if self.share_emb:
             check("output_size", size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
         check("init_mode", self.init_mode == "he", '"he"')
+        if self.eos_token_id is not None:
+            wanted = f"a token in [0, {self.vocab_size}), or None"
+            check("eos_token_id", is_whole(self.eos_token_id, 0, self.vocab_size - 1), wanted, int)
 
     @property
     def num_outputs(self) -> int:
@@ -163,9 +169,20 @@ class MegalodonConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MegalodonConfig:
-        """The released configuration `name`, with single fields replaced."""
+        """A configuration by its name, with single fields replaced.
+
+        Args:
+            name: one of the released ones; "paper7B", the paper's; or "small", which the command `train` begins with, of
+                bytes.
+
+        Raises:
+            ValueError: there is no such name. TypeError: there is no such field.
+        """
         if not isinstance(name, str) or name not in _PRESETS:
-            raise ValueError(f"MegalodonConfig: `name` must be one of {', '.join(_PRESETS)}, got {shown(name)}.")
+            lower = {known.lower(): known for known in _PRESETS}
+            near = difflib.get_close_matches(str(name).lower(), lower, n=1)
+            fix = f"; did you mean {lower[near[0]]}?" if near else "."
+            raise ValueError(f"MegalodonConfig: `name` must be one of {', '.join(_PRESETS)}, got {shown(name)}{fix}")
         return cls(**{**_PRESETS[name], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,7 +191,7 @@ class MegalodonConfig:
 
     def meaning(self) -> dict[str, Any]:
         """The fields that decide what a trained model computes and what its states mean: not dropout and the like."""
-        return {name: value for name, value in self.to_dict().items() if name not in _OF_TRAINING}
+        return {name: value for name, value in self.to_dict().items() if name not in _NOT_COMPUTED_WITH}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
@@ -195,11 +212,18 @@ def check_config(module: str, config: object) -> None:
         raise TypeError(f"{module}: `config` must be a MegalodonConfig, got {described(config)}.")
 
 
-_OF_TRAINING = {"init_mode", "dropout", "hidden_dropout", "attention_dropout", "layerwise_ckpt"}
+_NOT_COMPUTED_WITH = {
+    "init_mode", "dropout", "hidden_dropout", "attention_dropout", "layerwise_ckpt", "eos_token_id",
+}  # fmt: skip
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+_SMALL = dict(  # for a run of minutes on a few cores: docs/training.md
+    num_layers=3, model_dim=128, z_dim=64, value_dim=256, num_heads=1, ffn_hidden_dim=192, cema_ndim=8, chunk_size=256,
+    norm_num_groups=8, swiglu=True, vocab_size=257,
+)  # fmt: skip
 _MEGA_1_3B = dict(num_layers=24, model_dim=2048, z_dim=512, value_dim=4096, num_heads=2, norm_num_groups=64)
 _MEGA_7B = dict(num_layers=32, model_dim=4096, z_dim=1024, value_dim=8192, num_heads=4, norm_num_groups=64)
 _PRESETS: dict[str, dict[str, Any]] = {
+    "small": _SMALL,
     "mega200M": dict(num_layers=12, model_dim=1024, z_dim=256, value_dim=2048, num_heads=1, ffn_hidden_dim=2560),
     "mega1.3B": dict(**_MEGA_1_3B, ffn_hidden_dim=4864),
     "mega1.3B_pg19": dict(**_MEGA_1_3B, ffn_hidden_dim=3584, swiglu=True, scale_emb=True, share_emb=True),

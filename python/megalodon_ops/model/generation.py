@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -179,7 +180,8 @@ def stream(
         min_p: draws from those of these that are at least min_p times as likely as the likeliest.
         repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens in the prompt and of
             new ones. What `state` has read does not count, as a state does not know it.
-        stop_tokens: a token or several; a row stops after one of them.
+        stop_tokens: a token or several; a row stops after one of them. None: after the end of a document,
+            `config.eos_token_id`, if the model has one; an empty list: after none.
         stop_sequences: lists of tokens; a row stops after new tokens that are one of them. For strings, see `StopStrings`.
         num_samples: continuations of each prompt, which is read once; rows b * num_samples and following are prompt b's.
         state: the past of the B prompts, as `stream.state`, `generate` or a call of the model returned it.
@@ -212,6 +214,7 @@ def stream(
     if seed is None:
         seed = int(torch.randint(2**62, ())) if sampling.temperature > 0 else 0  # which draws nothing
     seeds = check_seeds(seed, rows)
+    stop_tokens = self.config.eos_token_id if stop_tokens is None else stop_tokens
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
     return TokenStream(self, prompts, state, sampling, stops, seeds)
 
@@ -232,7 +235,7 @@ def generate(
 
     Args:
         prompt: (B, L >= 1) integers.
-        max_new_tokens: how many tokens a row gets that does not stop before.
+        max_new_tokens: how many tokens a row gets that does not stop before, as it does after the end of a document.
         return_lengths: also return (B * num_samples,) int64, how many tokens of the prompt and new ones a row has.
         return_state: also return the state after all tokens of a row but its last. A call that goes on takes the state,
             and the last token as the beginning of its prompt: the tokens are those of one call, up to rounding.
@@ -252,6 +255,10 @@ def generate(
         >>> torch.equal(torch.cat([tokens, more[:, 1:]], dim=1), whole)
         True
     """
+    for name in options:
+        if name not in _OPTIONS:
+            fix = f"; {_OF_OTHERS[name]}" if name in _OF_OTHERS else ""
+            raise TypeError(f"generate: `{name}` must be left out, as there is no such option{fix}.")
     expected = "an integer of at least 0, below 2^31"
     max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, expected, 0, 2**31 - 1)
     check_flag("generate", "return_lengths", return_lengths)
@@ -264,6 +271,19 @@ def generate(
     return results[0] if len(results) == 1 else results
 
 
+_OPTIONS = inspect.signature(stream).parameters.keys() - {"self", "prompt"}
+_OF_OTHERS = {
+    "do_sample": "temperature=0 takes the likeliest token, and any other draws",
+    "max_length": "max_new_tokens does not count the prompt",
+    "num_return_sequences": "num_samples is its name here",
+    "eos_token_id": "stop_tokens is its name here",
+    "stop_strings": "StopStrings finds them in a stream's tokens",
+    "attention_mask": "lengths says how long the prompts are",
+    "past_key_values": "state is the past",
+}
+"""What does what these options of transformers' `generate` do"""
+
+
 def check_samples(model: Megalodon, rows: int) -> None:
     """Raises a ValueError, before a prompt is read, where there is no memory for the states and logits of all rows."""
     state = MegalodonState.fresh(model.config, 1, dtype=next(model.parameters()).dtype, device="meta").nbytes
@@ -272,19 +292,10 @@ def check_samples(model: Megalodon, rows: int) -> None:
 
 
 def _check_prompt(model: Megalodon, prompt: Tensor, state: MegalodonState | None) -> None:
-    check_tensor("generate", "prompt", prompt)
     check_runs_now("generate", "call the model there for each token, and sample outside")
-    if prompt.dim() != 2 or prompt.numel() < 1 or prompt.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            "generate: `prompt` must be integers (B, L) with B, L >= 1, int64 or int32, "
-            f"got {prompt.dtype} {tuple(prompt.shape)}."
-        )
-    model._check(prompt, state, True, None, None)
-    if state is not None and state.num_sequences != len(prompt):
-        raise ValueError(
-            f"generate: `state` must be one of {len(prompt)} sequences as `prompt`, got {state.num_sequences}; "
-            "state[rows] selects and repeats."
-        )
+    model._check("generate", "prompt", prompt, state)
+    if not prompt.numel():
+        raise ValueError(f"generate: `prompt` must be (B, L) with B, L >= 1, got {tuple(prompt.shape)}.")
 
 
 def _check_lengths(prompt: Tensor, lengths: Tensor | None, padding: str) -> Tensor:

@@ -15,10 +15,10 @@ from .blocks import MegalodonBlock, Output, at_least_float32
 from .config import MegalodonConfig, check_config
 from .generation import generate, stream
 from .layers import Embedding, is_plain_linear, reset_all_parameters
-from .states import MegalodonState
+from .states import MegalodonState, check_state
 from ..ops.library import is_exporting
 from ..ops.loss import blockwise_cross_entropy, has_integers, linear_cross_entropy
-from ..ops.values import check_flag, check_integer, check_optional_tensor, check_tensor, described
+from ..ops.values import check_flag, check_integer, check_optional_tensor, check_tensor
 
 
 class Megalodon(nn.Module):
@@ -157,6 +157,7 @@ class Megalodon(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        features: bool = False,
         reduction: str = "mean",
         ignore_index: int = -100,
         state: MegalodonState | None = None,
@@ -169,6 +170,7 @@ class Megalodon(nn.Module):
 
         Args:
             tokens: (B, L) integers.
+            features: return what logits are made of, as :meth:`features` does.
             targets, reduction, ignore_index: as in :meth:`loss`; None: the logits are wanted.
             state: the past, as an earlier call returned it; None: the tokens begin their sequences.
             return_state: also return the state after the last token. Any way of cutting a sequence into calls gives the
@@ -179,27 +181,65 @@ class Megalodon(nn.Module):
             lengths: (B,) tokens in each right-padded row.
 
         Returns:
-            logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding. Or the loss.
+            logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding. Or the loss, or
+            the features. With `return_state` also the state, a :class:`MegalodonState`.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, or two do not go together. IndexError: a token is outside of the
+            vocabulary.
         """
         sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
-        self._check(tokens, state, return_state, **sequences)
+        self._check("Megalodon", "tokens", tokens, state, return_state, **sequences)
         check_flag("Megalodon", "inplace_state", inplace_state)
+        check_flag("Megalodon", "features", features)
         if targets is not None:
             ignore_index = check_targets(tokens, targets, ignore_index)
+            if features:
+                raise ValueError("Megalodon: `targets` must be None where features are wanted, got a tensor.")
         result, state = self._compute(
-            tokens, targets, reduction, ignore_index, state, return_state, inplace_state, **sequences
+            tokens, targets, features, reduction, ignore_index, state, return_state, inplace_state, **sequences
         )
         return (result, state) if return_state else result
 
     def _compute(
-        self, tokens: Tensor, targets: Tensor | None, reduction: str, ignore_index: int, state: MegalodonState | None,
-        return_state: bool, inplace_state: bool, **sequences: Any,
+        self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
+        state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences: Any,
     ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
-        """Logits or the loss, and the state, of arguments that were checked."""
+        """Features, logits or the loss, and the state, of arguments that were checked."""
         hidden, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, **sequences)
+        if features:
+            return hidden, state
         if targets is None:
             return at_least_float32(self.output.output(hidden)), state
         return self._cross_entropy(hidden, targets, reduction, ignore_index, **sequences), state
+
+    def features(self, tokens: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
+        """What the model makes of every token and those before it: the final norm's output, which logits are made of.
+
+        This is `self(tokens, features=True, ...)`, for any head of one's own: a probe, a classifier, a search.
+
+        Args:
+            tokens: (B, L) integers.
+            state, return_state, inplace_state, cu_seqlens, lengths: as in :meth:`forward`.
+
+        Returns:
+            features (B, L, D), in the dtype that the model computes in; meaningless at padding; with `return_state` also
+            the state. Gradients flow through.
+
+        Raises:
+            as :meth:`forward` does.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> model, tokens = mo.Megalodon(config), torch.randint(9, (2, 20))
+            >>> features, state = model.features(tokens, return_state=True)
+            >>> features.shape, state.num_sequences
+            (torch.Size([2, 20, 32]), 2)
+            >>> torch.equal(model.output.output(features), model(tokens))
+            True
+        """
+        return self(tokens, features=True, **options)
 
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
         """Cross-entropy of the logits with `targets`, computed for a block of tokens at a time.
@@ -246,28 +286,30 @@ class Megalodon(nn.Module):
 
     def _check(
         self,
+        op: str,
+        argument: str,
         tokens: Tensor,
         state: MegalodonState | None,
-        return_state: bool,
-        cu_seqlens: Tensor | None,
-        lengths: Tensor | None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> None:
-        check_tensor("Megalodon", "tokens", tokens)
-        check_flag("Megalodon", "return_state", return_state)
-        check_optional_tensor("Megalodon", "cu_seqlens", cu_seqlens)
-        check_optional_tensor("Megalodon", "lengths", lengths)
+        """Raises where tokens, which `op` calls `argument`, or the state of their past are not what the model takes."""
+        check_tensor(op, argument, tokens)
+        check_flag(op, "return_state", return_state)
+        check_optional_tensor(op, "cu_seqlens", cu_seqlens)
+        check_optional_tensor(op, "lengths", lengths)
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"Megalodon: `tokens` must be integers (B, L), int64 or int32, got {tokens.dtype} {tuple(tokens.shape)}."
+                f"{op}: `{argument}` must be integers (B, L), int64 or int32, got {tokens.dtype} {tuple(tokens.shape)}."
             )
         if tokens.is_meta and not any(parameter.is_meta for parameter in self.parameters()):
             raise ValueError(
-                "Megalodon: `tokens` must have values, got a tensor on the device meta; move the model there."
+                f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there."
             )
-        if state is not None and not isinstance(state, MegalodonState):
-            raise TypeError(f"Megalodon: `state` must be a MegalodonState or None, got {described(state)}.")
-        if state is not None and len(state.layers) != len(self.layers):
-            raise ValueError(f"Megalodon: `state` must have {len(self.layers)} layers, got {len(state.layers)}.")
+        if state is not None:
+            rows = len(tokens) if cu_seqlens is None else cu_seqlens.numel() - 1
+            check_state(op, state, self.config, rows, argument if cu_seqlens is None else "cu_seqlens")
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embeddings (B, L, D)."""
@@ -279,6 +321,13 @@ class Megalodon(nn.Module):
                 raise
             raise IndexError(
                 f"Megalodon: `tokens` must be in [0, {self.config.vocab_size}), got {outside[0].item()}."
+            ) from error
+        except RuntimeError as error:
+            weight = _own_weight(self.embed)
+            if weight is None or weight.device == tokens.device:
+                raise
+            raise ValueError(
+                f"Megalodon: `tokens` must be on {weight.device} as the model, got {tokens.device}; move one of them."
             ) from error
         return x * self.config.embedding_scale if self.config.scale_emb else x
 

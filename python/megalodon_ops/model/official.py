@@ -68,8 +68,8 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         directory: a new folder, an empty one, or one in this format, whose weights are replaced.
         tokenizer: one with a method `save(folder)`, to go along.
 
-    The buffers that the released code keeps beside its parameters are written, too. The folder is complete or not there,
-    as after :meth:`Megalodon.save`.
+    The buffers that the released code keeps beside its parameters are written, too; `eos_token_id`, which it does not
+    know, is not. The folder is complete or not there, as after :meth:`Megalodon.save`.
 
     Raises:
         ValueError: the model's parameters are not those of its configuration, not finite or float64. OSError: the folder
@@ -101,7 +101,8 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         torch.save(weights | _buffers(config), draft / "consolidated.pth")
         has_tokenizer = (draft / "tokenizer.model").exists()
         fields = {"path": str(folder.absolute() / "tokenizer.model") if has_tokenizer else None}
-        (draft / CONFIG).write_text(json.dumps({"model": config.to_dict(), "tokenizer": fields}, indent=1) + "\n")
+        known = {name: value for name, value in config.to_dict().items() if name != "eos_token_id"}
+        (draft / CONFIG).write_text(json.dumps({"model": known, "tokenizer": fields}, indent=1) + "\n")
         facts = {"model_parallel_size": 1, "dtype": _NAMES[dtype]}
         (draft / _PARALLEL).write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -231,6 +231,23 @@ class MegalodonState(NamedTuple):
         return torch.where(rows < 0, rows + count, rows).to(device)
 
 
+def check_state(op: str, state: object, config: MegalodonConfig, rows: int, of: str) -> None:
+    """Raises unless this is the state of as many sequences, as the argument `of` has, of a model of this configuration."""
+    if not isinstance(state, MegalodonState):
+        raise TypeError(f"{op}: `state` must be a MegalodonState or None, got {described(state)}.")
+    if state.num_sequences != rows:
+        raise ValueError(
+            f"{op}: `state` must be of {rows} rows, those of `{of}`, got one of {state.num_sequences}; state[rows] "
+            "selects and repeats."
+        )
+    shapes = [(config.model_dim, config.cema_ndim)] * config.num_layers
+    if (got := [tuple(layer.cema.shape[1:]) for layer in state.layers]) != shapes:
+        wanted, found = (
+            f"{len(each)} layers of {each[0] if each else 'no'} channels and modes" for each in (shapes, got)
+        )
+        raise ValueError(f"{op}: `state` must be of this model, {wanted}, got one of {found}.")
+
+
 def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     return tree_map_only(Tensor, function, state)
 

@@ -72,6 +72,11 @@ class StopStrings:
         for string in strings:
             if not isinstance(string, (str, bytes)) or not string:
                 raise ValueError(f"StopStrings: `strings` must be text or bytes, not empty, got {described(string)}.")
+        if not callable(decode):
+            raise TypeError(
+                f"StopStrings: `decode` must be a function of a list of tokens, got {described(decode)}; a tokenizer's "
+                "is its `decode`."
+            )
         self._strings = [string.encode() if isinstance(string, str) else string for string in strings]
         self._decode, self._tokens, self._decoded, self._held = decode, [], b"", b""
         self.stopped = False
@@ -110,6 +115,8 @@ class StopStrings:
     def _certain_text(self) -> bytes:
         """The text of the tokens kept, without a character at its end that may be unfinished."""
         text = self._decode(self._tokens)
+        if not isinstance(text, bytes):
+            raise TypeError(f"StopStrings: `decode` must give bytes, got {described(text)}; encode a text.")
         while text.endswith(_UNFINISHED):
             text = text.removesuffix(_UNFINISHED)
         return text

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arrays import call_with_arrays
 from .library import call, contiguous_or_none, define_op, empty_like, int64_or_none, launch, num_sequences
-from .values import check_flag, check_rank
+from .values import check_flag, check_rank, check_width
 
 
 def cema(
@@ -63,6 +63,7 @@ def cema(
     if not isinstance(x, Tensor):
         return call_with_arrays(cema, **locals())
     check_rank("cema", "x", x, "(B, L, D)", 3)
+    check_width("cema", x, p=p, q=q)
     check_flag("cema", "return_state", return_state)
     y, state_out = call(
         cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths), return_state
@@ -114,6 +115,7 @@ def cema_end_state(
     if not isinstance(x, Tensor):
         return call_with_arrays(cema_end_state, **locals())
     check_rank("cema_end_state", "x", x, "(B, L, D)", 3)
+    check_width("cema_end_state", x, p=p, q=q)
     return call(cema_end_state_fwd, x, p, q, int64_or_none(cu_seqlens), int64_or_none(lengths))
 
 

@@ -20,7 +20,7 @@ from .library import (
     num_sequences,
 )
 from .states import TimestepNormState, fields_of
-from .values import check_flag, check_number, check_rank, check_size
+from .values import check_flag, check_number, check_rank, check_size, check_width
 
 
 def timestep_norm(
@@ -73,6 +73,7 @@ def timestep_norm(
     if not isinstance(x, Tensor):
         return call_with_arrays(timestep_norm, **locals())
     check_rank("timestep_norm", "x", x, "(B, L, D)", 3)
+    check_width("timestep_norm", x, weight=weight, bias=bias)
     count, mean, var, residual = fields_of("timestep_norm", state, TimestepNormState)
     num_groups = check_size("timestep_norm", "num_groups", num_groups)
     eps = check_number("timestep_norm", "eps", eps, "a finite number of at least 0", 0.0)

@@ -96,6 +96,17 @@ def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) 
         raise ValueError(f"{op}: `{argument}` must have shape {letters}, got {tuple(tensor.shape)}{fix}.")
 
 
+def check_width(op: str, x: Tensor, **parameters: Tensor) -> None:
+    """Raises where two parameters agree on D, their first axis, and x (B, L, D) does not, as one that is transposed."""
+    sizes = [
+        parameter.shape[0] for parameter in parameters.values() if isinstance(parameter, Tensor) and parameter.dim()
+    ]
+    if len(sizes) == 2 and sizes[0] == sizes[1] != x.shape[2]:
+        fix = "; x.transpose(1, 2) has the channels last" if x.shape[1] == sizes[0] else ""
+        names = " and ".join(f"`{name}`" for name in parameters)
+        raise ValueError(f"{op}: `x` must be (B, L, D) with D = {sizes[0]} as {names}, got {tuple(x.shape)}{fix}.")
+
+
 def check_channels(layer: str, x: object, dim: int, parameter: Tensor) -> None:
     """Raises unless x is a tensor (B, L, D) of as many channels as the layer has, and not wider than its parameters."""
     check_tensor(layer, "x", x)

@@ -17,12 +17,14 @@ from ..errors import FileError
 from ..extras import load
 from ..model.checkpoint import as_path
 from ..model.files import file_size, read_json, reading
-from ..ops.values import check_integer, shown
+from ..ops.values import check_integer, described, shown
 
 START_TOKEN = "<|startoftext|>"
 """The token that opens a document, in the byte tokenizer and where a tokenizer has none of its own"""
 START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", START_TOKEN, "<|endoftext|>")
 """Common names of the token that opens a document; the first that a vocabulary has is taken"""
+END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
+"""Common names of the token that ends a document; of a vocabulary that has none, the one that opens it does both"""
 
 _BYTES_JSON = Path(__file__).with_name("bytes.json").read_bytes()  # the byte tokenizer, as the package has it
 _CHARACTERS = {letter: bytes([byte]) for letter, byte in json.loads(_BYTES_JSON)["model"]["vocab"].items()}
@@ -40,16 +42,20 @@ class Tokenizer:
         >>> from megalodon_ops.tokenizers import Tokenizer
         >>> tokenizer = Tokenizer.train([b"to be or not to be, that is the question " * 9], vocab_size=270)
         >>> ids = tokenizer.encode("to be")
-        >>> len(ids) < 5, tokenizer.decode(ids), tokenizer.vocab_size, tokenizer.start, tokenizer.output_size
+        >>> len(ids) < 5, tokenizer.decode(ids), tokenizer.vocab_size, tokenizer.start, tokenizer.end
         (True, b'to be', 270, 269, 269)
     """
 
     vocab_size: int
-    """Ids are from 0 to below it; `start` is one of them"""
+    """Ids are from 0 to below it; `start` and `end` are among them"""
     start: int
     """The id that opens a document; `encode` leaves it out"""
+    end: int
+    """The id that ends a document, which may be `start`; `encode` leaves it out"""
     start_token: str
     """The text of `start`"""
+    end_token: str
+    """The text of `end`"""
     fingerprint: str
     """sha256 of all that decides the ids"""
     content: bytes
@@ -59,17 +65,14 @@ class Tokenizer:
     byte_level = False
     """Whether each id is one byte"""
 
-    @property
-    def output_size(self) -> int:
-        """How many ids a model predicts: all but `start` where that is the last, as nothing is ever followed by it."""
-        return self.vocab_size - (self.start == self.vocab_size - 1)
-
     @staticmethod
-    def from_file(path: str | Path, *, start: str | None = None) -> Tokenizer:
+    def from_file(path: str | Path, *, start: str | None = None, end: str | None = None) -> Tokenizer:
         """The tokenizer in a JSON file of the `tokenizers` package or in a sentencepiece model.
 
         start: the text of the token that opens a document. None: the first of `START_TOKENS` that the vocabulary has
         (for a sentencepiece model, its own), else `START_TOKEN`, added as the last id.
+        end: the text of the token that ends a document. None: the first of `END_TOKENS` that the vocabulary has (for a
+        sentencepiece model, its own), else the one that opens it.
 
         Raises FileError where the file holds no tokenizer, FileNotFoundError, and ImportError where the package that
         reads it is missing.
@@ -78,10 +81,10 @@ class Tokenizer:
         file_size(path)
         content = path.read_bytes()
         if content.lstrip()[:1] != b"{":
-            return SentencePieceTokenizer(content, str(path), start)
-        if start in (None, START_TOKEN) and _is_of_bytes(content):
+            return SentencePieceTokenizer(content, str(path), start, end)
+        if {start, end} <= {None, START_TOKEN} and _is_of_bytes(content):
             return ByteTokenizer()
-        return JSONTokenizer(content, str(path), start)
+        return JSONTokenizer(content, str(path), start, end)
 
     @staticmethod
     def train(documents: Iterable[bytes | str], *, vocab_size: int) -> Tokenizer:
@@ -99,11 +102,11 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=[*_CHARACTERS], show_progress=False)
         windows = (window.text for document in documents for window in windows_of([document]))
         model.train_from_iterator((text.decode(errors="replace") for text in windows), trainer)
-        return JSONTokenizer(model.to_str().encode(), "Tokenizer.train", None)
+        return JSONTokenizer(model.to_str().encode(), "Tokenizer.train")
 
     def encode(self, text: bytes | str) -> numpy.ndarray:
-        """The ids of a text, int32, without `start`."""
-        return self.encode_batch([text])[0]
+        """The ids of a text, int32, without `start` and `end`."""
+        return self.encode_batch(as_texts("encode", "text", [text]))[0]
 
     def encode_batch(self, documents: Iterable[bytes | str]) -> list[numpy.ndarray]:
         """The ids of each document, int32; documents are encoded side by side on all cores."""
@@ -136,7 +139,7 @@ class Tokenizer:
         return (self._encode_windows([window])[0] for window in windows)
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The text of a document's ids; `start` has none."""
+        """The text of a document's ids; `start` and `end` have none."""
         return b"".join(self.text_of(ids))
 
     def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
@@ -145,7 +148,11 @@ class Tokenizer:
         A token may hold a part of a letter: UTF-8 is complete at the end of the text, not of every token.
         """
         is_first = self._adds_space and all(number == self.start for number in after)
-        for number in map(index, ids):
+        for given in ids:
+            try:
+                number = index(given)
+            except TypeError:
+                raise TypeError(f"decode: `ids` must be a row of integers, got {described(given)} among them.") from None
             if not 0 <= number < self.vocab_size:
                 raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {shown(number)}.")
             text = self._table.get(number, b"")  # none of ids between those of tokens
@@ -157,10 +164,11 @@ class Tokenizer:
         folder = as_path("Tokenizer.save", "folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.file_name).write_bytes(self.content)
-        config: dict[str, Any] = {"bos_token": self.start_token, "clean_up_tokenization_spaces": False}
-        if self.file_name == "tokenizer.json":  # transformers pads with it, and takes no token that ends a text too
-            config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.start_token}
-            config |= {"pad_token": self.start_token, "padding_side": "left"}
+        config: dict[str, Any] = {"bos_token": self.start_token, "eos_token": self.end_token}
+        config |= {"clean_up_tokenization_spaces": False}
+        if self.file_name == "tokenizer.json":  # transformers pads with a token that is not learnt, if there is one
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.start_token}
+            config |= {"padding_side": "left"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -169,9 +177,9 @@ class Tokenizer:
 
     def _begin(self, ids: dict[str, int], table: dict[int, bytes]) -> None:
         """Keeps the ids of all tokens and their bytes, and learns whether the package puts a space before a text."""
-        self.start, self.vocab_size = ids[self.start_token], max(ids.values()) + 1
+        self.start, self.end, self.vocab_size = ids[self.start_token], ids[self.end_token], max(ids.values()) + 1
         self.fingerprint = hashlib.sha256(self.content + b"\n%d" % self.start).hexdigest()
-        self._table = {**table, self.start: b""}
+        self._table = {**table, self.start: b"", self.end: b""}
         self._adds_space = b"".join(self._table[number] for number in self._encode(["a"])[0]).startswith(b" ")
 
     def _encode_windows(self, windows: list[Window]) -> list[numpy.ndarray]:
@@ -183,18 +191,19 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are bytes, 256 opens a document.
+    """Ids 0 to 255 are bytes, 256 opens a document and ends it.
 
     Example:
         >>> from megalodon_ops.tokenizers import ByteTokenizer
         >>> tokenizer = ByteTokenizer()
-        >>> tokenizer.encode("caf\\u00e9").tolist(), tokenizer.start, tokenizer.vocab_size, tokenizer.output_size
-        ([99, 97, 102, 195, 169], 256, 257, 256)
+        >>> tokenizer.encode("caf\\u00e9").tolist(), tokenizer.start, tokenizer.end, tokenizer.vocab_size
+        ([99, 97, 102, 195, 169], 256, 256, 257)
         >>> tokenizer.decode([256, 99, 97, 102, 195, 169])
         b'caf\\xc3\\xa9'
     """
 
-    vocab_size, start, start_token = 257, 256, START_TOKEN
+    vocab_size, start, end = 257, 256, 256
+    start_token = end_token = START_TOKEN
     fingerprint = hashlib.sha256(b"bytes, and 256 opens a document").hexdigest()
     content = _BYTES_JSON
     byte_level = True
@@ -208,7 +217,7 @@ class ByteTokenizer(Tokenizer):
 class JSONTokenizer(Tokenizer):
     """A JSON file of the `tokenizers` package, whose vocabulary is of bytes or has U+2581 for a space."""
 
-    def __init__(self, content: bytes, path: str, start: str | None):
+    def __init__(self, content: bytes, path: str, start: str | None = None, end: str | None = None):
         load("tokenizers", "train")
         from tokenizers import AddedToken, processors
         from tokenizers import Tokenizer as Model
@@ -219,7 +228,7 @@ class JSONTokenizer(Tokenizer):
             model.no_truncation()
             model.no_padding()
             model.encode_special_tokens = True
-            self.start_token = _start(start, model.get_vocab(), START_TOKENS)
+            self.start_token = _chosen("start", start, model.get_vocab(), START_TOKENS, START_TOKEN)
             if model.token_to_id(self.start_token) is None:
                 model.add_special_tokens([AddedToken(START_TOKEN, normalized=False)])
                 if model.post_processor is None:
@@ -228,6 +237,7 @@ class JSONTokenizer(Tokenizer):
                     model.post_processor = opening
                 self.content = model.to_str().encode()
             ids, fields = model.get_vocab(), json.loads(self.content)
+            self.end_token = _chosen("end", end, ids, END_TOKENS, self.start_token)
             added = {token["content"]: token["id"] for token in fields.get("added_tokens") or ()}
             _check_ids({**ids, **added})
             decoder = fields.get("decoder") or {}
@@ -249,7 +259,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     file_name = "tokenizer.model"
 
-    def __init__(self, content: bytes, path: str, start: str | None):
+    def __init__(self, content: bytes, path: str, start: str | None = None, end: str | None = None):
         self._path, self.content = path, content
         self._model = model = load("sentencepiece", "train").SentencePieceProcessor()
         try:
@@ -261,8 +271,10 @@ class SentencePieceTokenizer(Tokenizer):
         with reading(path):
             pieces = [model.IdToPiece(number) for number in range(model.GetPieceSize())]
             ids = {piece: number for number, piece in enumerate(pieces)}
-            self.start_token = _start(start, ids, pieces[model.bos_id() :][:1] if model.bos_id() >= 0 else [])
+            opening, closing = ([pieces[own]] if own >= 0 else [] for own in (model.bos_id(), model.eos_id()))
+            self.start_token = _chosen("start", start, ids, opening, START_TOKEN)
             ids.setdefault(self.start_token, len(ids))
+            self.end_token = _chosen("end", end, ids, closing, self.start_token)
             table = {ids[piece]: b"" if model.IsControl(ids[piece]) else _of_spaced(piece) for piece in pieces}
             self._begin(ids, {**table, model.unk_id(): "\ufffd".encode()})
 
@@ -274,7 +286,7 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint's folder, its `tokenizer.json` or `tokenizer.model`, or of one such file.
 
-    A `tokenizer_config.json` beside it, if there is one, names the token that opens a document.
+    A `tokenizer_config.json` beside it, if there is one, names the tokens that open and end a document.
 
     Raises FileError where a file is damaged, FileNotFoundError where there is none.
     """
@@ -283,24 +295,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer.from_file(path)
     for name in ("tokenizer.json", "tokenizer.model"):
         if (path / name).exists():
-            return Tokenizer.from_file(path / name, start=_configured_start(path / "tokenizer_config.json"))
+            return Tokenizer.from_file(path / name, **_configured(path / "tokenizer_config.json"))
     fix = "; that of a run is in each folder of its checkpoints" if (path / "checkpoints").is_dir() else ""
     raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this folder{fix}")
 
 
-def _configured_start(path: Path) -> str | None:
-    token = read_json(path).get("bos_token") if path.exists() else None
-    token = token.get("content") if isinstance(token, dict) else token
-    if not (token is None or isinstance(token, str)):
-        raise FileError(f"{path}: `bos_token` must be a token's text or null, got {shown(token)}")
-    return token
+def _configured(path: Path) -> dict[str, str | None]:
+    """The tokens that a folder's configuration names, as arguments of `from_file`."""
+    fields = read_json(path) if path.exists() else {}
+    found = {}
+    for argument, field in (("start", "bos_token"), ("end", "eos_token")):
+        token = fields.get(field)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not (token is None or isinstance(token, str)):
+            raise FileError(f"{path}: `{field}` must be a token's text or null, got {shown(token)}")
+        found[argument] = token
+    return found
 
 
-def _start(wanted: str | None, ids: dict[str, int], usual: Iterable[str]) -> str:
-    """The token that opens a document: the wanted one, else the first usual one, else START_TOKEN, which may be new."""
-    if wanted not in (None, START_TOKEN, *ids):
-        raise ValueError(f"the start of a document, {shown(wanted)}, must be a token of its vocabulary")
-    return wanted or next((token for token in usual if token in ids), START_TOKEN)
+def _chosen(which: str, wanted: str | None, ids: dict[str, int], usual: Iterable[str], otherwise: str) -> str:
+    """The token at an end of a document: the wanted one, else the first usual one, else another, which may be new."""
+    if wanted not in (None, otherwise, *ids):
+        raise ValueError(f"the {which} of a document, {shown(wanted)}, must be a token of its vocabulary")
+    return wanted or next((token for token in usual if token in ids), otherwise)
 
 
 def _check_ids(ids: dict[str, int]) -> None:

@@ -1,10 +1,11 @@
 """Batches of next-token predictions: documents laid end to end in rows, with `cu_seqlens` telling them apart.
 
 A document is a sequence of ids: of bytes, or of a tokenizer's tokens. The id `start` opens every document, so that its
-first token is predicted too:
+first token is predicted too; its last target is the id `end`, so that a model learns where documents end. One id may be
+both, as in a document of bytes:
 
-    document    b"def f"                 row      START 'd' 'e' 'f' ' ' | START 'i' 'm' ...
-    inputs      START 'd' 'e' 'f' ' '    targets   'd'  'e' 'f' ' ' 'f' |  'i'  'm' 'p' ...
+    document    b"def f"                     row      START 'd' 'e' 'f' ' ' 'f' | START 'i' 'm' ...
+    inputs      START 'd' 'e' 'f' ' ' 'f'    targets   'd'  'e' 'f' ' ' 'f' END |  'i'  'm' 'p' ...
 
 A batch of R rows of L tokens is one packed row (1, R*L): no padding, and no state passes from document to document.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy
@@ -66,10 +67,19 @@ class Batches:
             rows are out of text while other rows are not gets a batch of no tokens; this takes `seed=None`.
         length: tokens in a row.
         batch: the rows of the whole batch, where `rows` is a range of them.
-        context_length: cut a document of more tokens into the fewest equal parts that have no more; each part is then a
-            document like the others, so that a batch shares fewer documents with the batches before it. Whatever the
-            length, a document longer than a row, and than a row's share of all tokens, is cut as well, so that the rows of
-            a few books read different text. None: no document is cut.
+        start: the id that opens a document.
+        end: the id that ends a document, a target alone; "start": `start` serves both ends, as that of bytes does; None:
+            documents end with their last id.
+        context_length: cut a document of more targets into the fewest equal parts that have no more; each part is then a
+            document like the others, so that a batch shares fewer documents with the batches before it, but the last part
+            alone has the end. Whatever the length, a document longer than a row, and than a row's share of all tokens, is
+            cut as well, so that the rows of a few books read different text. None: no document is cut.
+
+    Attributes:
+        lengths: (N,) int64, the targets of each document or part, its end among them.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or a document holds what is no id.
 
     Example:
         >>> from megalodon_ops.training import Batches
@@ -77,7 +87,9 @@ class Batches:
         >>> batches = Batches(documents, rows=2, length=8, seed=0)
         >>> batch = next(iter(batches))
         >>> batch.tokens.shape, batch.cu_seqlens.tolist(), batch.carry.tolist()
-        (torch.Size([1, 16]), [0, 8, 15, 16], [-1, -1, -1])
+        (torch.Size([1, 16]), [0, 8, 16], [-1, -1])
+        >>> batch.targets[0, 8:].tolist() == [*b"that is", 256]
+        True
         >>> second = Batches(documents, rows=range(1, 2), batch=2, length=8, seed=0)  # in another process
         >>> bool((next(iter(second)).tokens == batch.tokens[:, 8:]).all()), second.position() == batches.position()
         (True, True)
@@ -91,21 +103,27 @@ class Batches:
         *,
         batch: int | None = None,
         start: int = START,
+        end: int | Literal["start"] | None = "start",
         context: str = "streamed",
         seed: int | None = 0,
         context_length: int | None = None,
     ):
         self.batch, self.rows = _check_rows(rows, batch)
         self.length = check_size("Batches", "length", length)
-        self.start = start
+        self.start = check_integer("Batches", "start", start, "an id, an integer of at least 0", 0)
+        self.end = self.start if end == "start" else end
+        if self.end is not None:
+            check_integer("Batches", "end", self.end, 'an id, an integer of at least 0, "start" or None', 0)
         if context not in ("streamed", "packed"):
             raise ValueError(f'Batches: `context` must be "streamed" or "packed", got {shown(context)}.')
         self.seed, self.streamed = seed, context == "streamed"
+        ends = self.end is not None
         self.documents, self.lengths = _with_tokens(documents)
+        self.lengths = self.lengths + ends
         if context_length is not None:
             check_integer("Batches", "context_length", context_length, "a positive integer, or None", 1)
             share = -(-int(self.lengths.sum()) // self.batch)
-            longest = min(context_length, max(self.length, share))
+            longest = max(min(context_length, max(self.length, share)), 1 + ends)  # an end has an id before it
             if self.lengths.max() > longest:
                 self.documents = _cut(self.documents, self.lengths, longest)
                 self.lengths = self.documents.lengths
@@ -172,10 +190,14 @@ class Batches:
 
     def _read(self, document: int, offset: int, stop: int) -> tuple[int, numpy.ndarray]:
         """The token before a piece of a document, and the piece."""
-        ids = numpy.asarray(_ids(self.documents[document][max(offset - 1, 0) : stop]))
+        first = max(offset - 1, 0)
+        ids = numpy.asarray(_ids(self.documents[document][first:stop]))
         if ids.dtype.kind not in "iu" or ids.min() < 0:
-            got = ids.min() if ids.dtype.kind in "iu" else ids.dtype
+            kind = "text; encode it" if ids.dtype.kind == "U" else ids.dtype
+            got = ids.min() if ids.dtype.kind in "iu" else kind
             raise ValueError(f"Batches: `documents` must be of bytes or ids, integers of at least 0, got {got}.")
+        if len(ids) < stop - first:  # the piece has one target more than the document has ids
+            ids = numpy.append(ids, self.end)
         return (int(ids[0]), ids[1:]) if offset else (self.start, ids)
 
     def _take(self) -> int:
@@ -204,7 +226,7 @@ class BatchesPosition(msgspec.Struct):
 
 
 def _cut(documents: Sequence[Document], lengths: numpy.ndarray, longest: int) -> Parts:
-    """The documents, those of more than `longest` tokens in the fewest equal parts that are not longer."""
+    """The documents, those of more than `longest` targets in the fewest equal parts that are not longer."""
     counts = -(-lengths // longest)
     numbers = numpy.repeat(numpy.arange(len(lengths)), counts)
     place = numpy.arange(len(numbers)) - numpy.repeat(counts.cumsum() - counts, counts)

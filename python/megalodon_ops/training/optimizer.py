@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.values import described
+
 PARALLEL_PARAMETER = 1 << 16
 """Numbers in a parameter, on average, from which the optimizer takes all threads: a guess between the default run's 2^13,
 where one thread takes a quarter of the time of two, and a matrix's 2^20 and more"""
@@ -28,6 +30,8 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.1) -> list[dic
         >>> [(group["weight_decay"], len(group["params"])) for group in groups]
         [(0.1, 9), (0.0, 18)]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"parameter_groups: `model` must be a module, got {described(model)}; give the model itself.")
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = {name for name, parameter in named if name.endswith("weight") and parameter.ndim == 2}
     decayed = [parameter for name, parameter in named if name in matrices]

@@ -173,8 +173,9 @@ def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
 
 
 def dtype_of(tokenizer: Tokenizer) -> numpy.dtype:
-    """The narrowest type of every id that follows another."""
-    return numpy.min_scalar_type(tokenizer.output_size - 1).newbyteorder("<")
+    """The narrowest type of every id of text."""
+    last = tokenizer.vocab_size - 1
+    return numpy.min_scalar_type(last - (last == tokenizer.start)).newbyteorder("<")
 
 
 def write_shard(
