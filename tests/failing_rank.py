@@ -1,6 +1,6 @@
-"""A process that torchrun starts: a command, whose second backward fails in rank 1.
+"""A process that torchrun starts: a command that fails, or is killed, in one of the processes, at its second step.
 
-torchrun ... failing_rank.py train --data ...
+FAILS=backward FAILING_RANK=1 torchrun ... failing_rank.py train --data ...
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ LOSS, losses = Reader.loss, []
 
 
 def broken(reader: Reader, batch: Any) -> Any:
+    if len(losses) == 1 and os.environ["FAILS"] == "killed":
+        os.kill(os.getpid(), 9)
     losses.append(LOSS(reader, batch))
     if len(losses) == 2:
         losses[-1].register_hook(lambda gradient: 1 / 0)
@@ -22,6 +24,6 @@ def broken(reader: Reader, batch: Any) -> Any:
 
 
 if __name__ == "__main__":
-    if os.environ["RANK"] == "1":
+    if os.environ["RANK"] == os.environ["FAILING_RANK"]:
         Reader.loss = broken
     process()

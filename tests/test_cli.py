@@ -1,10 +1,12 @@
 """`python -m megalodon_ops`: what every command does alike, from the first import to its errors."""
 
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from command_line import rows, shell
 from programs import run_python
 
 import megalodon_ops
-from megalodon_ops import startup
+from megalodon_ops import cli, startup
 from megalodon_ops.cli import main
 from megalodon_ops.cli.flags import parse
 from megalodon_ops.cli.options import COMMANDS
@@ -48,6 +50,21 @@ while absent:
     assert facts["megalodon_ops"] == megalodon_ops.__version__
     assert facts["torch"] == torch.__version__
     assert megalodon_ops._C.active_isa() in ran.stdout and "threads" in facts
+
+
+def test_the_script_that_pip_installs_is_the_command_line(at_an_import, tmp_path):
+    """It calls the function of `python -m megalodon_ops`, and decides as much before torch is loaded."""
+    (target,) = re.findall(
+        r'^megalodon-ops = "(.+)"$', Path(__file__, "../../pyproject.toml").resolve().read_text(), re.M
+    )
+    module, _, name = target.partition(":")
+    assert getattr(importlib.import_module(module), name) is cli.process
+    script = tmp_path / startup.SCRIPT
+    script.write_text(f"from {module} import {name}\n{name}()\n")
+    shown = at_an_import(
+        "torch", "print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)", sys.executable, script
+    )
+    assert shown.stdout == f"{startup.SPIN_COUNT}\n", shown.stderr
 
 
 def test_version(capsys):
@@ -141,6 +158,11 @@ ERRORS = {
     "glob alone": (["train", "--glob", "*.py"], "--glob: chooses among the files of folders, and none is named"),
     "no match": (["train", "--data", "{text}", "--glob", "*.c"], "{text}: no file in this folder matches *.c"),
     "eval glob": (["eval", "--checkpoint", "{run}", "--glob", "*"], "--glob: chooses among the files of folders, and none"),
+    "config's key": (["train", "--config", "{tmp}/key"], "--config {tmp}/key: no option of a run: 'layer'; did you mean layers?"),
+    "config's value": (["train", "--config", "{tmp}/value"], "--config {tmp}/value: --steps: must be a whole number, got 'many'"),
+    "no config": (["train", "--config", "{tmp}/none"], "{tmp}/none: "),
+    "config that is no object": (["train", "--config", "{tmp}/one"], "error: {tmp}/one: "),
+    "accumulate another number": (["train", "--resume", "--out", "{run}", "--accumulate", "2"], "--accumulate: the run in {run} has 1, got 2"),
     "steps": (["train", "--steps", "0"], "--steps: must be a whole number >= 1, got '0'"),
     "two ends": (["train", "--steps", "3", "--minutes", "1"], "--steps: does not go with --minutes"),
     "minutes": (["train", "--minutes", "nan"], "--minutes: must be a number > 0.0, got 'nan'"),
@@ -199,8 +221,8 @@ def test_one_line_and_exit_code_2(name, finished, text, tmp_path, monkeypatch, c
 
     arguments, message = ERRORS[name]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").touch()
-    (tmp_path / "one").write_text("x")
+    for file, content in {"empty": "", "one": "x", "key": '{"layer": 3}', "value": '{"steps": "many"}'}.items():
+        (tmp_path / file).write_text(content)
     before = rows(finished)
     try:
         code = main([fill(word) for word in arguments])

@@ -147,6 +147,13 @@ def test_curve_has_labelled_axes(tmp_path, monkeypatch):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "bits per byte")
     labels = [label.get_text() for label in axes.get_legend().get_texts()]
     assert labels == ["training, smoothed", "held-out, a sample of all", "held-out, all", "gzip -9 (2.20)"]
+    short = [{"step": i, "bits_per_byte": 8.0 - 0.01 * i} for i in range(3)] + rows[-1:]
+    draw_metrics(tmp_path / "short.png", short, {"gzip -9": 9.5})
+    for figure in drawn:
+        (axes,) = figure.axes
+        bottom, top = axes.get_ylim()
+        for line in axes.get_lines():
+            assert any(bottom < bits < top for bits in line.get_ydata()), f"{line.get_label()} is not seen"
     draw_metrics(tmp_path / "nothing.png", [], {})
 
 

@@ -6,15 +6,19 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 
 import pytest
 import torch
 from command_line import TINY, Forked, overflow, rows, train
+from launched import copy_without_the_last
+from torch.utils.flop_counter import FlopCounterMode
 
 from megalodon_ops.cli import main
 from megalodon_ops.cli import train as cli_train
 from megalodon_ops.cli.console import StopSignals
+from megalodon_ops.cli.options import Train
 from megalodon_ops.training import Metrics, adamw, read_metrics, threads
 from megalodon_ops.training.checkpoint import load_any, load_checkpoint
 
@@ -46,8 +50,11 @@ def test_what_a_run_leaves(finished):
 
 
 def test_what_a_run_prints(text, tmp_path, capsys):
-    assert train(text, tmp_path, "--steps", 3) == 0
+    assert train(text, tmp_path, "--steps", 3, "--batch", 48) == 0
     out, err = capsys.readouterr()
+    (states,) = re.findall(r"([\d.]+) MB of the 48 rows' states; the newest two stay", out)
+    size = (tmp_path / "checkpoints" / "step-00000003" / "state.safetensors").stat().st_size
+    assert 1e6 * float(states) == pytest.approx(size, abs=0.06e6)
     for words in ("bits per byte", "gzip -9", "xz -9", "continued by the model, 3 of 3"):
         assert words in out
     for words in ("loss=", "bits/byte=", "tokens/s=", "3/3"):
@@ -78,9 +85,81 @@ def test_interrupt_and_resume(text, tmp_path, monkeypatch, capsys, number, optim
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
+def test_accumulated_batches_teach_what_a_larger_one_does(text, tmp_path):
+    """Each row carries its own state on, also where a run goes on from a checkpoint."""
+    flags = ("--steps", 4, "--checkpoint-every", 3, "--dropout", 0.0)
+    assert train(text, tmp_path / "one", *flags, "--batch", 6) == 0
+    assert train(text, tmp_path / "three", *flags, "--batch", 2, "--accumulate", 3) == 0
+    for one, three in zip(rows(tmp_path / "one"), rows(tmp_path / "three"), strict=True):
+        for name in one.keys() - {"compressors"}:
+            assert three[name] == pytest.approx(one[name], rel=1e-4), (one["step"], name)
+    again = copy_without_the_last(tmp_path / "three", tmp_path / "again")
+    assert main(["train", "--out", str(again), "--resume"]) == 0
+    assert rows(again) == rows(tmp_path / "three")
+
+
+def test_a_run_is_repeated_by_its_options_file(text, tmp_path):
+    flags = ("--steps", 3, "--seed", 5, "--share-emb")
+    assert train(text, tmp_path / "first", *flags) == 0
+    config = ["train", "--config", str(tmp_path / "first" / "options.json")]
+    assert main([*config, "--out", str(tmp_path / "again")]) == 0
+    assert rows(tmp_path / "again") == rows(tmp_path / "first")
+    assert main([*config, "--out", str(tmp_path / "other"), "--seed", "6", "--minutes", "0.0001"]) == 0
+    found = [json.loads((tmp_path / name / "options.json").read_text()) for name in ("first", "again", "other")]
+    assert found[0] == found[1]
+    assert found[2] == {name: value for name, value in found[0].items() if name != "steps"} | {
+        "seed": 6,
+        "minutes": 0.0001,
+    }
+
+
+def test_events_for_tensorboard(text, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train(text, tmp_path, "--steps", 3, "--eval-every", 2, "--tensorboard") == 0
+    assert main(["train", "--out", str(tmp_path), "--resume", "--steps", "4"]) == 0
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    for name in ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "held_out_bits_per_byte"):
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx({row["step"]: row[name] for row in rows(tmp_path) if name in row}), name
+
+
+def test_tensorboard_that_is_missing_is_told_before_anything_is_written(text, tmp_path, monkeypatch, capsys):
+    for module in ("megalodon_ops.cli.events", "torch.utils.tensorboard"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert train(text, tmp_path / "run", "--tensorboard") == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r'megalodon_ops train: error: needs tensorboard, .*: pip install ".*\[tensorboard\]"\n', said
+    ), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_peak_that_is_known_shows_how_much_of_it_is_used(text, tmp_path, capsys):
+    """By the operations of a model that reads whole chunks, as torch counts them."""
+    assert train(text, tmp_path, "--steps", 2, "--peak-tflops", 0.01) == 0
+    (shown,) = re.findall(r"MFU=([\d.]+)%", capsys.readouterr().err.rpartition("\r")[2])
+    model, _, _ = load_any(tmp_path)
+    tokens = torch.zeros(1, 32 * model.config.chunk_size, dtype=torch.int64)  # what is done once weighs little
+    with FlopCounterMode(display=False) as counter:
+        model.train().loss(tokens, tokens).backward()
+    wanted = 0.02e12 * tokens.numel() / counter.get_total_flops()
+    options = Train(peak_tflops=0.01)
+    assert cli_train.tokens_at_peak(options, model.config, torch.device("cpu"), 2) == pytest.approx(wanted, rel=0.02)
+    assert cli_train.tokens_at_peak(Train(), model.config, torch.device("cpu"), 2) is None
+    for row in (row for row in rows(tmp_path) if "mfu" in row):
+        assert 0 < row["mfu"] < 1
+    assert float(shown) == pytest.approx(100 * row["mfu"], abs=0.1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_each_signal_that_ends_a_run_is_noted(number):
-    before = signal.signal(number, signal.default_int_handler)  # where it is ignored, as under `nohup`, nothing is noted
+    before = signal.signal(
+        number, signal.default_int_handler
+    )  # where it is ignored, as under `nohup`, nothing is noted
     try:
         with StopSignals() as signals:
             assert signals.received == 0 and signal.getsignal(number) != signal.default_int_handler

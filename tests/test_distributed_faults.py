@@ -180,6 +180,30 @@ def test_programs_end_of_which_one_fails(tmp_path):
     assert re.search(r"(RuntimeError|DistNetworkError|DistBackendError): .*(?i:connection|closed|peer)", other), other
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "fault", "why"),
+    [
+        (1, 'raise ValueError("amid the layers")', "ValueError: amid the layers"),
+        (0, "os.kill(os.getpid(), 9)", "Signal 9 "),
+    ],
+)
+def test_the_last_words_of_torchrun_are_the_first_failure(tmp_path, rank, fault, why):
+    """The other rank says one line, before."""
+    program = tmp_path / "train.py"
+    text = FAILING.replace("CONFIG", repr(TINY)).replace('raise ValueError("amid the layers")', f"import os; {fault}")
+    program.write_text(text.replace("dist.get_rank() == 1", f"dist.get_rank() == {rank}"))
+    found = subprocess.run(
+        [*TORCHRUN, "2", "--master-port", str(free_port()), program], capture_output=True, text=True, timeout=120
+    )
+    last = found.stderr.rpartition("Root Cause")[2].strip().splitlines()
+    assert last[-2].startswith(f"  traceback : {why}") and f"  rank      : {rank} (local_rank: {rank})" in last, (
+        found.stderr
+    )
+    (line,) = re.findall(rf"^\[rank{1 - rank}\]: (.*)$", found.stderr, re.M)
+    assert line.startswith("another process has ended, or does not answer: "), line
+
+
 RESTARTED = """
 import os, torch, torch.distributed as dist
 from megalodon_ops.distributed import make_mesh

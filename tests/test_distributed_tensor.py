@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor
 from models import TINY, tiny_model, tokens_of
 from tensor_parallel import Work, compare, worst
 
@@ -198,6 +200,24 @@ def trained(sizes: str | None, steps: int, frozen: str = "") -> tuple[list[float
         losses.append(loss.item())
     values = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
     return losses, {name: value.detach() for name, value in values.items()}
+
+
+def what_is_logged(sizes: str) -> tuple[int, list[str]]:
+    """While a model is trained: of how many kinds torch has found exchanges that could be fewer, and what is said."""
+    torchs, said, listener = torch.distributed.tensor._redistribute, [], logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+    torchs._warned_flatten_issues.clear()
+    torchs.logger.addHandler(listener)
+    trained(sizes, 1)
+    torchs.logger.removeHandler(listener)
+    return len(torchs._warned_flatten_issues), said
+
+
+def test_what_torch_says_of_its_own_exchanges_is_not_heard(ranks):
+    if not hasattr(torch.distributed.tensor._redistribute, "_warned_flatten_issues"):
+        pytest.skip("this torch says nothing")
+    for kinds, said in ranks.run(what_is_logged, 2, "tensor=2"):
+        assert kinds and not said
 
 
 @pytest.mark.parametrize("sizes", ["tensor=2", pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])

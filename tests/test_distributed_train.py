@@ -1,5 +1,6 @@
 """`train` in several processes: the losses of one, one voice, and one end for all."""
 
+import json
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from command_line import rows, train
 from launched import TINY, Launch, command, copy_without_the_last, flags, lines_of
 
+from megalodon_ops import torchrun
 from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.training import Reader, read_metrics
@@ -70,6 +72,14 @@ def test_the_losses_are_those_of_one_process(alone, split, mesh):
     assert_values_close(load_checkpoint(out), load_checkpoint(alone))
 
 
+@pytest.mark.parametrize("mesh", ["data=2", pytest.param("chunk=2", marks=slow)])
+def test_processes_accumulate_what_one_reads_at_once(ranks, alone, text, tmp_path, mesh):
+    options = (*STEPS, "--batch", 2, "--accumulate", 2, "--mesh", mesh)
+    results = ranks.run(command, 2, flags(text, tmp_path / "run", *options))
+    assert [result.code for result in results] == [0, 0], results
+    assert_losses(tmp_path / "run", alone, 1e-5)
+
+
 def assert_values_close(found, wanted):
     from megalodon_ops import Megalodon
 
@@ -97,7 +107,9 @@ def test_the_first_process_alone_is_heard(split):
     for words in ("bits per byte", "gzip -9", "continued by the model, 3 of 3"):
         assert words in first.out
     assert "tokens/s=" in first.err and "8/8" in first.err
-    assert {path.name for path in out.iterdir()} == {".lock", "checkpoints", "loss_curve.png", "metrics.jsonl"}
+    assert {path.name for path in out.iterdir()} == {
+        ".lock", "checkpoints", "loss_curve.png", "metrics.jsonl", "options.json",
+    }  # fmt: skip
     row = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row][-1]
     assert row["tokens"] == 8 * 4 * 48, "of all processes"
     (end,) = [row for row in rows(out) if row.get("final")]
@@ -173,7 +185,9 @@ def break_down(fault):
         pytest.MonkeyPatch().setattr(name, fail)
 
 
-def break_the_backward():
+def break_the_backward(folder):
+    """In rank 1; and torchrun waits for a line of each process."""
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/{os.environ['RANK']}.json"
     loss_of = Reader.loss
 
     def loss_without_gradient(reader, batch):
@@ -197,9 +211,13 @@ def test_a_process_that_fails_says_why_and_ends_all(text, tmp_path, fault):
 
 
 def test_a_fault_of_the_program_has_its_traceback_and_ends_all(text, tmp_path):
-    other, failed = Launch(flags(text, tmp_path / "run", "--steps", 1), tmp_path, break_the_backward).results(60)
+    breaks = partial(break_the_backward, tmp_path)
+    other, failed = Launch(flags(text, tmp_path / "run", "--steps", 1), tmp_path, breaks).results(60)
     assert (other.code, failed.code) == (2, 1) and not any("error" in line for line in lines_of(other.err)), other
     assert failed.err.startswith("Traceback") and lines_of(failed.err)[-1].startswith("ZeroDivisionError"), failed.err
+    follows, first = (json.loads((tmp_path / f"{rank}.json").read_text())["message"] for rank in range(2))
+    assert (first["message"], follows["message"]) == ("ZeroDivisionError: division by zero", torchrun.FOLLOWS)
+    assert int(first["extraInfo"]["timestamp"]) < int(follows["extraInfo"]["timestamp"])
 
 
 def test_a_mesh_for_one_process(text, tmp_path, capsys):

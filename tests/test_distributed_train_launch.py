@@ -156,14 +156,23 @@ def test_a_missing_process(text, tmp_path):
 
 
 @slow
-def test_a_process_that_fails_ends_all(text, tmp_path):
-    """Within seconds, and with the traceback of what is a fault of the program; test_distributed_train.py has the others."""
+@pytest.mark.parametrize(("how", "rank"), [("backward", 1), ("killed", 0)])
+def test_a_process_that_fails_ends_all(text, tmp_path, how, rank):
+    """Within seconds; the last that the user sees is why. test_distributed_train.py has the others."""
     program = [Path(__file__).with_name("failing_rank.py")]
-    process = start([2], flags(text, tmp_path / "run", "--steps", 6), tmp_path, program)
+    arguments = flags(text, tmp_path / "run", "--steps", 6)
+    process = start([2], arguments, tmp_path, program, FAILS=how, FAILING_RANK=str(rank))
     with ended_afterwards(process):
         _, err = process.communicate(timeout=120)  # of processes that wait for each other for ten minutes
     assert process.returncode != 0
-    assert "ZeroDivisionError" in err and lines_of_the_command(err) == []
+    *_, why, _ = lines_of(err)
+    assert why.strip().startswith(
+        "traceback : ZeroDivisionError: " if how == "backward" else "traceback : Signal 9 "
+    ), err
+    assert f"rank      : {rank} (local" in err.rpartition("Root Cause")[2]
+    assert (len(lines_of_the_command(err)), "Traceback" in err.partition("ChildFailed")[0]) == (
+        (0, True) if how == "backward" else (1, True)
+    )
     assert [row["step"] for row in losses(tmp_path / "run")] == [1]
 
 

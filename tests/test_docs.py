@@ -84,6 +84,20 @@ def test_every_command_on_a_page_is_one_that_the_command_line_takes(capsys):
     assert commands > 20
 
 
+def test_code_on_pages_is_not_clipped():
+    """88 columns are what a page of 1,280 pixels shows of a block; formulas and directives are no code."""
+    code = []
+    for page in [*PAGES, *(ROOT / "bench").glob("*.md")]:
+        fence = ""
+        for line in page.read_text().splitlines():
+            if line.startswith(("```", "$$")):
+                fence = "" if fence else line
+            elif not re.match(r"```(math|\{)|\$\$", fence) and (fence or line.startswith("    ")):
+                code.append((name_of(page), line if fence else line[4:]))
+    assert [(page, line) for page, line in code if len(line) > 88] == []
+    assert len(code) > 800
+
+
 def described_in(svg: Path) -> str:
     return html.unescape(re.search(r"<dc:description>(.*?)</dc:description>", svg.read_text())[1])
 

@@ -1,4 +1,4 @@
-"""What `python -m megalodon_ops` decides before torch is loaded. Importing the package anywhere else decides nothing."""
+"""What the command line decides before torch is loaded. Importing the package anywhere else decides nothing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SCRIPT = "megalodon-ops"
+"""What pip installs for `python -m megalodon_ops`"""
 SPIN_COUNT = 3_000
 """How often a thread that waits for another looks before it sleeps"""
 
 
 def is_command_line() -> bool:
-    """Whether Python was started with `-m megalodon_ops`, which imports the package before its `__main__`."""
-    return sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __package__
+    """Whether Python runs the script, or `-m megalodon_ops`, which imports the package before its `__main__`."""
+    name = sys.argv[0] if sys.argv else ""  # none in a Python that another program has in it
+    return os.path.basename(name) == SCRIPT or (name == "-m" and sys.orig_argv[-len(sys.argv)] == __package__)
 
 
 def prepare() -> None:

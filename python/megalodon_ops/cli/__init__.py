@@ -12,12 +12,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from megalodon_ops import extras, startup
+from megalodon_ops import extras, startup, torchrun
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
 from megalodon_ops.ops.memory import keep_freed_memory
 
-EXTRA = {"msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock"}
+OF_TRAIN = ("msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock")
+EXTRAS = {**dict.fromkeys(OF_TRAIN, "train"), "tensorboard": "tensorboard"}
+"""Which extra brings a package"""
 MODULES = {"eval": "evaluate"}
 """The modules of commands whose names are not theirs"""
 
@@ -44,27 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in EXTRA:
+        if package not in EXTRAS:
             raise
-        return _say_why(name, CommandError(extras.missing(package, "train")))
+        return _say_why(name, CommandError(extras.missing(package, EXTRAS[package])))
     except (CommandError, FileError, FloatingPointError, OSError) as error:
         return _say_why(name, error)
     except RuntimeError as error:
-        from megalodon_ops.cli import processes
-
-        if not processes.is_of_another_process(error):
+        if not torchrun.is_of_another_process(error):
             raise
         lost = "another process of the run has ended, or has not answered within --timeout"
-        return _say_why(name, CommandError(f"{lost}: {processes.first_line(error)}"))
+        return _say_why(name, CommandError(f"{lost}: {torchrun.first_line(error)}"), first=False)
 
 
-def _say_why(name: str, error: Exception) -> int:
+def _say_why(name: str, error: Exception, first: bool = True) -> int:
     """Shows an error of a command in one line, unless another process of it has shown what this one comes from."""
     from megalodon_ops.cli.processes import is_one_of_several, says_why
 
     if (line := says_why(error)) is not None:
         begin = "\n" if is_one_of_several() else ""  # the first process's bar may stand in the line
         print(f"{begin}megalodon_ops {name}: error: {line}", file=sys.stderr, flush=True)
+    torchrun.tell(line or torchrun.FOLLOWS, first=first and line is not None)
     return 2
 
 
@@ -83,8 +84,9 @@ def process() -> NoReturn:
     except SystemExit as end:
         code = end.code
     except Exception as error:
-        if says_why(error) is not None:
+        if first := says_why(error) is not None:
             traceback.print_exc()
+        torchrun.tell(f"{type(error).__name__}: {error}" if first else torchrun.FOLLOWS, first=first)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -98,12 +100,7 @@ def _chosen(words: list[str]) -> tuple[Callable[[Any], int], Any]:
     from megalodon_ops.cli.options import COMMANDS
 
     name, options = parse(words, COMMANDS)
-    run = importlib.import_module(f"megalodon_ops.cli.{MODULES.get(name, name)}").run
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the error of the first process that has failed
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        run = record(run)
-    return run, options
+    return importlib.import_module(f"megalodon_ops.cli.{MODULES.get(name, name)}").run, options
 
 
 class _Warnings(logging.Handler):

@@ -51,6 +51,8 @@ class Progress:
         if self.held_out is not None:
             figures["held-out"] = f"{self.held_out:.3f}"
         figures["tokens/s"] = f"{row['tokens_per_second']:,}"
+        if "mfu" in row:
+            figures["MFU"] = f"{row['mfu']:.1%}"
         self.bar.set_postfix(figures, refresh=False)
         self.bar.update(self._done(row) - self.bar.n)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -44,13 +45,15 @@ def tokens_folder(paths: Sequence[str | Path] | None) -> Path | None:
 def find_files(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None) -> list[Path]:
     """The files named, and of the folders named those that match a pattern or, without patterns, those of text.
 
-    Without names, the Python sources of the standard library. One message says how many files of folders are no text.
+    Without names, the Python sources of the standard library. Of folders without patterns, messages say what is taken, and
+    how many files are no text.
     """
     if "" in (globs or ()):
         raise CommandError("--glob: must be a pattern of file names such as '*.py', got ''")
     if globs and not paths:
         raise CommandError("--glob: chooses among the files of folders, and none is named")
     found: list[Path] = [] if paths else standard_library()
+    taken: list[Path] = []
     skipped: list[Path] = []
     for path in map(Path, paths or ()):
         if is_tokens(path):
@@ -65,6 +68,7 @@ def find_files(paths: Sequence[str | Path] | None, globs: Sequence[str] | None =
             else:
                 chosen = [file for file in files if is_text(file)]
                 none = f"no text in this folder: skipping {_not_text(files)}"
+                taken += chosen
                 skipped += sorted({*files} - {*chosen})
             if not chosen:
                 raise CommandError(f"{path}: {none}")
@@ -75,9 +79,23 @@ def find_files(paths: Sequence[str | Path] | None, globs: Sequence[str] | None =
             raise CommandError(f"{path}: the file is empty")
         else:
             found.append(path)
+    if taken:
+        print(f"megalodon_ops: taking {_by_suffix(taken)}", file=sys.stderr)
     if skipped:
         print(f"megalodon_ops: skipping {_not_text(skipped)}", file=sys.stderr)
     return found
+
+
+def _by_suffix(files: Sequence[Path], most: int = 8) -> str:
+    """How many files there are of each suffix, and their bytes, the kind with most first; and how to choose among kinds."""
+    counts, sizes = Counter(file.suffix for file in files), Counter[str]()
+    for file in files:
+        sizes[file.suffix] += file.stat().st_size
+    kinds = [f"{counts[kind]:,} {kind or 'without suffix'} ({size:,} bytes)" for kind, size in sizes.most_common(most)]
+    if len(sizes) > most:
+        kinds.append(f"{len(sizes) - most} other kinds")
+    fix = f"; --glob '*{sizes.most_common(1)[0][0]}' takes the first alone" if len(sizes) > 1 else ""
+    return ", ".join(kinds) + fix
 
 
 def is_text(path: Path) -> bool:

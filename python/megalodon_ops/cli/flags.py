@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import msgspec
 from msgspec.inspect import BoolType, FloatType, IntType, LiteralType, Metadata, NoneType, UnionType, VarTupleType
 
-from megalodon_ops import __version__
+from megalodon_ops import __version__, torchrun
 from megalodon_ops.ops.values import shown
 
 REQUIRED = MISSING
@@ -94,7 +94,7 @@ def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) ->
     try:
         options = convert(found, commands[name], strict=False)
     except msgspec.ValidationError as error:
-        parsers[name].error(_fault(error, found))
+        parsers[name].error(fault(error, found))
     options.given = frozenset(found)
     return name, options
 
@@ -140,8 +140,8 @@ def _argparse(kind: Any, default: Any) -> dict[str, Any]:
     }
 
 
-def _fault(error: msgspec.ValidationError, found: Mapping[str, Any]) -> str:
-    """What msgspec says of a value, with the flag's name and what was given."""
+def fault(error: msgspec.ValidationError, found: Mapping[str, Any]) -> str:
+    """What msgspec says of one of the values, with the flag's name and what was given."""
     said, _, path = str(error).partition(" - at `$.")
     name, _, index = path.rstrip("`]").partition("[")
     value = found[name][int(index)] if index else found[name]
@@ -174,6 +174,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which all have the same arguments
         name = self.prog.removeprefix("python -m ")
+        torchrun.tell(message)
         self.exit(2, f"{name}: error: {message}\n" if first else None)
 
     def parse_known_args(self, args=None, namespace=None):

@@ -5,7 +5,7 @@ The first line of a class's docstring says what the command does, the others are
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +36,8 @@ CONFIG_FIELDS = {
 }  # fmt: skip
 """Options of a model whose names are shorter than those of MegalodonConfig's fields"""
 
+OF_LAUNCH = ("out", "resume", "config", "mesh", "timeout")
+"""Options of `train` that say nothing of the run itself"""
 GLOB = "of folders, take the files that match, such as '*.py' or 'src/*.c', text or not; repeatable (those of text)"
 VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
 
@@ -85,6 +87,9 @@ class BatchOptions(ModelOptions):
 
     # Many documents at once: a batch teaches as much as its rows differ.
     batch: Natural = flag(64, "rows in a batch")
+    accumulate: Natural = flag(
+        1, "batches of a step: it learns what a batch N times larger teaches, in a batch's memory"
+    )
     length: Natural = flag(64, "bytes, or tokens, in a row")
     context_length: Natural | None = flag(
         None, f"cut documents of more tokens into parts that are read as documents ({ROWS_OF_CONTEXT} times --length)"
@@ -106,6 +111,7 @@ class Train(BatchOptions):
     python -m megalodon_ops train
     python -m megalodon_ops train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose
     python -m megalodon_ops train --out runs/prose --resume --minutes 60
+    python -m megalodon_ops train --config runs/prose/options.json --seed 1 --out runs/again
     python -m megalodon_ops train --tokenizer bpe.json --data book.txt
     python -m megalodon_ops train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 3e-3 --seed 1
     torchrun --nproc-per-node 4 --max-restarts 3 -m megalodon_ops train --mesh data=2,chunk=2 --batch 4 --length 8192 --out runs/four
@@ -118,6 +124,9 @@ class Train(BatchOptions):
     tokenizer: Path | None = flag(None, VOCABULARY)
     out: Path | None = flag(None, "folder of the run (runs/<time>); of several processes it must be named")
     resume: bool = flag(False, "continue the run in --out; other flags come from it")
+    config: Path | None = flag(
+        None, "options of a run, such as the options.json in another's folder; flags go before them", metavar="FILE"
+    )
     steps: Natural | None = flag(None, "stop after N steps; nothing then depends on the clock")
     minutes: Positive | None = flag(None, f"stop after X minutes ({MINUTES:g}, unless --steps is given)")
     eval_every: Natural = flag(500, "steps between looks at held-out text")
@@ -130,10 +139,15 @@ class Train(BatchOptions):
         "over tensor (data=<their number>)",
     )  # fmt: skip
     timeout: Positive = flag(600.0, "seconds that processes wait for each other before they give up")
+    tensorboard: bool = flag(False, "write the metrics into the folder's events for TensorBoard, too")
+    peak_tflops: Positive | None = flag(
+        None, "of each device, to log how much of its peak the model's operations are (known of A100, H100, H200, B200)"
+    )
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint records: the options of the run, not those of the launch."""
-        return to_builtins(replace(self, out=None, resume=False, mesh=None, timeout=600.0), enc_hook=str)
+        """What a checkpoint and `options.json` record: the options of the run, not those of the launch."""
+        values = to_builtins(self, enc_hook=str)
+        return {name: value for name, value in values.items() if name not in OF_LAUNCH}
 
 
 @dataclass(kw_only=True)

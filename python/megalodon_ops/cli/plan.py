@@ -77,10 +77,8 @@ def lines(found: Plan, options: Options) -> Iterator[str]:
     rate = found.card.float32 if options.dtype == "float32" else found.card.bfloat16
     used = (sum(found.operations.values()) - found.operations[AGAIN]) / found.step / rate
     speed = found.tokens / found.step
-    yield (
-        f"{found.step:,.4f} seconds a step: {speed:,.0f} tokens a second, {speed / found.devices:,.0f} on each device; "
-        f"the model's operations are {used:.0%} of the peak rate"
-    )
+    yield f"{found.step:,.4f} seconds a step: {speed:,.0f} tokens a second, {speed / found.devices:,.0f} on each device"
+    yield f"the model's operations are {used:.0%} of the peak rate"
     yield f"left out: {LEFT_OUT}"
     if options.preset == "paper7B":
         yield f"published: {PUBLISHED}"

@@ -6,7 +6,6 @@ and, with --max-restarts, starts all again. The first process that fails says wh
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.ops.values import shown
+from megalodon_ops.torchrun import first_line
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -95,7 +95,6 @@ def joined(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
         take_a_share_of_the_threads()
         _start(timeout)
     processes = Processes(dist.get_rank(), dist.get_world_size())
-    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # notes on how torch's own could be faster
     with ExitStack() as stack:
         if not processes.first:
             nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -140,13 +139,3 @@ def says_why(error: Exception) -> str | None:
     except RuntimeError:  # the process that keeps the store has ended
         first = False
     return f"rank {os.environ['RANK']}: {text}" if first else None
-
-
-def is_of_another_process(error: Exception) -> bool:
-    """Whether torch says in an error that another process has ended, or does not answer."""
-    words = ("gloo", "NCCL", "onnection", "imed out", "ime-out", "timeout", "Broken pipe")
-    return is_one_of_several() and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]

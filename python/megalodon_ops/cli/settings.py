@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dataclasses import replace
+import msgspec
 
 from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli.data import tokens_folder
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.flags import flag_of
+from megalodon_ops.cli.flags import convert, fault, flag_of
 from megalodon_ops.cli.models import configured, read_tokenizer
-from megalodon_ops.cli.options import MINUTES, RATE_TIMES_WIDTH, ROWS_OF_CONTEXT, Train, config_field
+from megalodon_ops.cli.options import MINUTES, OF_LAUNCH, RATE_TIMES_WIDTH, ROWS_OF_CONTEXT, Train, config_field
 from megalodon_ops.cli.record import TrainRecord
+from megalodon_ops.model.files import read_json
+from megalodon_ops.ops.values import shown
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.checkpoint import Checkpoint
 
 MAY_CHANGE = frozenset({
-    "out", "resume", "mesh", "timeout", "data", "glob", "tokenizer", "steps", "minutes", "eval_every",
-    "checkpoint_every", "device",
+    *OF_LAUNCH, "data", "glob", "tokenizer", "steps", "minutes", "eval_every", "checkpoint_every", "device", "tensorboard",
+    "peak_tflops",
 })  # fmt: skip
 """Options that a run may be given anew (text and tokenizer are compared by content); the others decide its losses"""
 
@@ -31,6 +35,32 @@ class Run(NamedTuple):
     """With a value for all that decides the losses"""
     config: MegalodonConfig
     tokenizer: Tokenizer
+
+
+def with_config(options: Train) -> Train:
+    """The options of the file that --config names, and before them those that the user has named."""
+    if options.config is None:
+        return options
+    file, values = options.config, read_json(options.config)
+    names = [field.name for field in fields(Train) if field.name not in ("config", "resume")]
+    for name in values.keys() - names:
+        near = difflib.get_close_matches(name, names, n=1)
+        fix = f"did you mean {near[0]}?" if near else "train --help names them, with - for _"
+        raise CommandError(f"--config {file}: no option of a run: {shown(name)}; {fix}")
+    try:
+        found = _over(convert(values, Train), options)
+    except msgspec.ValidationError as error:
+        raise CommandError(f"--config {file}: {fault(error, values)}") from error
+    found.given = options.given | values.keys()
+    return found
+
+
+def _over(options: Train, given: Train) -> Train:
+    """Options, with the others that the user has named in their place; of --steps and --minutes, one puts the other out."""
+    new = {name: getattr(given, name) for name in given.given}
+    if {"steps", "minutes"} & new.keys():
+        new |= {"steps": given.steps, "minutes": given.minutes}
+    return replace(options, **new)
 
 
 def run_folder(options: Train, several: bool) -> Path:
@@ -69,18 +99,16 @@ def resumed(options: Train, out: Path, saved: Checkpoint) -> Run:
     if record is None:
         raise CommandError(f"--resume {out}: another program than `train` has written this run")
     config = saved.config.to_dict()
-    new = {name: getattr(options, name) for name in options.given}
-    for name in new.keys() - MAY_CHANGE:
-        if new[name] != (old := config.get(config_field(name), getattr(record.options, name))):
+    for name in options.given - MAY_CHANGE:
+        old, new = config.get(config_field(name), getattr(record.options, name)), getattr(options, name)
+        if new != old:
             raise CommandError(
-                f"{flag_of(name)}: the run in {out} has {old}, got {new[name]}; leave the flag out, or start another run"
+                f"{flag_of(name)}: the run in {out} has {old}, got {new}; leave the flag out, or start another run"
             )
-    if {"steps", "minutes"} & new.keys():
-        new |= {"steps": options.steps, "minutes": options.minutes}
     tokenizer = saved.tokenizer() or ByteTokenizer()
     if options.tokenizer is not None and read_tokenizer(options.tokenizer).fingerprint != tokenizer.fingerprint:
         raise CommandError(f"--tokenizer {options.tokenizer}: the run in {out} has another; leave the flag out")
-    return Run(_absolute(replace(record.options, **new)), saved.config, tokenizer)
+    return Run(_absolute(_over(record.options, options)), saved.config, tokenizer)
 
 
 def _absolute(options: Train) -> Train:

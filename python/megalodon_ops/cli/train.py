@@ -6,6 +6,7 @@ The function `run` is the run, from top to bottom; what it calls stands below it
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shlex
 import time
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from megalodon_ops import Megalodon, MegalodonConfig
+from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
 from megalodon_ops.cli.console import Progress, StopSignals
 from megalodon_ops.cli.data import load_data
 from megalodon_ops.cli.errors import CommandError
@@ -29,9 +30,11 @@ from megalodon_ops.cli.lock import locked
 from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.options import Train
 from megalodon_ops.cli.processes import Processes, is_one_of_several, joined
-from megalodon_ops.cli.settings import begun, resumed, run_folder
+from megalodon_ops.cli.settings import begun, resumed, run_folder, with_config
 from megalodon_ops.errors import FileError
 from megalodon_ops.evaluation import evaluate
+from megalodon_ops.model.files import write_whole
+from megalodon_ops.model.states import layout
 from megalodon_ops.ops.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import (
@@ -42,17 +45,24 @@ from megalodon_ops.training.batches import Document
 from megalodon_ops.training.checkpoint import checkpoints_of
 from megalodon_ops.training.corpus import Parts
 from megalodon_ops.training.curve import draw_metrics
+from megalodon_ops.training.reader import parts
 from megalodon_ops.training.record import RECORD
 
-METRICS, CURVE = "metrics.jsonl", "loss_curve.png"
+METRICS, CURVE, OPTIONS = "metrics.jsonl", "loss_curve.png", "options.json"
 LOOKED_AT = (64, 2048)
 """Stretches of held-out text that a run looks at while it goes, and bytes of each"""
 OPTIMIZERS = {"muon": Muon, "adamw": adamw}
+CARDS_OF = {
+    "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-PCIE-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200",
+}  # fmt: skip
+"""What `plan` calls the cards whose names CUDA gives"""
 FIRST_PACE = 8
 """Fewest steps that tell how long a step takes"""
 
 
 def run(options: Train) -> int:
+    options = with_config(options)
     with joined(options.mesh, options.timeout) as processes, ExitStack() as stack:
         # What to do, and in which folder: a new run, or one that goes on.
         out = run_folder(options, is_one_of_several())
@@ -69,6 +79,10 @@ def run(options: Train) -> int:
             check_shares(options, config, sizes)
             processes.mesh = make_mesh(sizes, device_type=device.type, timeout=options.timeout)
         check_memory(options, config, processes.size)
+        at_peak = tokens_at_peak(options, config, device, processes.size)
+        log = Metrics
+        if options.tensorboard:
+            from megalodon_ops.cli.events import Events as log
 
         # The text, and what is held out of it.
         corpus = load_data(options.data, options.glob)
@@ -87,28 +101,33 @@ def run(options: Train) -> int:
         torch.manual_seed(options.seed)
         model = new_model(config, device, processes)
         optimizer = OPTIMIZERS[options.optimizer](model, lr=options.lr, weight_decay=options.weight_decay)
-        share = options.batch // processes.extent("data")
+        rows = options.batch * options.accumulate  # of a step
+        share = rows // processes.extent("data")
         first = share * processes.place("data")
         batches = Batches(
-            encoded(corpus.train, tokenizer), range(first, first + share), options.length, batch=options.batch,
+            encoded(corpus.train, tokenizer), range(first, first + share), options.length, batch=rows,
             start=tokenizer.start, end=config.eos_token_id, seed=options.seed, context_length=options.context_length,
         )  # fmt: skip
-        reader = Reader(model, rank=processes.place("chunk"), ranks=processes.extent("chunk"))
+        of_chunk = dict(rank=processes.place("chunk"), ranks=processes.extent("chunk"))
+        readers = [Reader(model, **of_chunk) for _ in range(options.accumulate)]  # each carries its rows on
         if saved:
             saved.load_weights(model)
             saved.load_optimizer(optimizer, model)
-            state = saved.state_of(processes.mesh)
-            reader.seek(None if state is None else state.to(device))
+            if (state := saved.state_of(processes.mesh)) is not None:
+                for number, reader in enumerate(readers):
+                    reader.seek(state[number * share // len(readers) : (number + 1) * share // len(readers)].to(device))
             try:
                 batches.seek(saved.record["data"]["position"])
             except ValueError as error:
                 raise FileError(f"{saved.folder / RECORD}: {error}") from error
 
         if processes.first:
+            given = {name: value for name, value in options.record().items() if value is not None}
+            write_whole(out / OPTIONS, json.dumps(given, indent=1).encode() + b"\n")
             print(what_begins(out, options, model, corpus, batches, processes), flush=True)
 
         # The loop.
-        metrics = stack.enter_context(Metrics(out / METRICS, step)) if processes.first else None
+        metrics = stack.enter_context(log(out / METRICS, step)) if processes.first else None
         autocast = precision(device, options.dtype)
         saver, saved_step = Saver(out, processes.mesh), step if saved else None
         bytes_per_token = corpus.num_bytes / int(batches.lengths.sum(dtype="int64"))
@@ -125,7 +144,11 @@ def run(options: Train) -> int:
                     "schedule": schedule.position(),
                     "seconds": time.monotonic() - begin,
                 }
-                saver.save(step, model, optimizer=optimizer, state=reader.rows(), tokenizer=tokenizer, record=record)
+                state = [rows for reader in readers if (rows := reader.rows()) is not None]
+                saver.save(
+                    step, model, optimizer=optimizer, state=MegalodonState.cat(state) if state else None,
+                    tokenizer=tokenizer, record=record,
+                )  # fmt: skip
                 saved_step = step
 
         save()
@@ -135,26 +158,31 @@ def run(options: Train) -> int:
         ):
             while not (stopped := max(processes.gather(signals.received))) and not schedule.finished(step):
                 step_begin = time.monotonic()
-                batch = batches.next()
                 rate = schedule.apply(optimizer, step)
                 torch.manual_seed(seed_of_dropout(options.seed, step, processes))
-                with autocast:
-                    loss = reader.loss(batch)
-                loss.backward()
+                losses = []
+                for reader, batch in zip(readers, parts(batches.next(), len(readers)), strict=True):
+                    with autocast:
+                        loss = reader.loss(batch) / len(readers)
+                    loss.backward()
+                    losses.append(loss.detach())
                 norm = whole(nn.utils.clip_grad_norm_(model.parameters(), options.clip)).item()
-                if not math.isfinite(loss.item()):  # that of all processes
-                    raise CommandError(f"the loss is {loss.item()} at step {step + 1}; a lower --lr may help")
+                loss = sum(losses).item()  # that of all processes
+                if not math.isfinite(loss):
+                    raise CommandError(f"the loss is {loss} at step {step + 1}; a lower --lr may help")
                 with threads(optimizer_threads(model)):
                     optimizer.step()
                 optimizer.zero_grad()
                 step += 1
                 now = time.monotonic()
-                tokens, bits = options.batch * options.length, loss.item() / math.log(2) / bytes_per_token
+                tokens = rows * options.length
                 row = {
-                    "step": step, "loss": loss.item(), "bits_per_byte": bits, "learning_rate": rate, "gradient_norm": norm,
-                    "tokens": step * tokens, "seconds": round(now - begin, 3),
+                    "step": step, "loss": loss, "bits_per_byte": loss / math.log(2) / bytes_per_token,
+                    "learning_rate": rate, "gradient_norm": norm, "tokens": step * tokens, "seconds": round(now - begin, 3),
                     "tokens_per_second": round(tokens / (now - step_begin)),
                 }  # fmt: skip
+                if at_peak is not None:
+                    row["mfu"] = round(tokens / (now - step_begin) / at_peak, 4)
                 if metrics is not None:
                     metrics.write(**row)
                 progress.show(row)
@@ -245,11 +273,28 @@ def check_memory(options: Train, config: MegalodonConfig, processes: int) -> Non
     complex_numbers, weights_gradients_and_moments, token_target_and_activations = 2, 4, 4 + config.num_layers
     numbers = weights_gradients_and_moments * config.num_parameters()
     numbers += token_target_and_activations * options.batch * options.length * config.model_dim
-    numbers += complex_numbers * options.batch * config.num_layers * config.model_dim * config.cema_ndim
+    numbers += (
+        complex_numbers * options.batch * options.accumulate * config.num_layers * config.model_dim * config.cema_ndim
+    )
     try:
         check_fits(numbers * torch.float32.itemsize // processes, f"training {config.num_parameters():,} parameters")
     except ValueError as error:
         raise CommandError(f"{error}; make --dim, --layers, --cema-ndim, --batch or --length smaller") from error
+
+
+def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device, processes: int) -> float | None:
+    """Tokens a second that would take all that the devices can do, in full chunks; None where their peak is not known."""
+    name = CARDS_OF.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if options.peak_tflops is None and name is None:
+        return None
+    from megalodon_ops.distributed.measure import measure
+    from megalodon_ops.distributed.plan import CARDS
+
+    peak = options.peak_tflops * 1e12 if options.peak_tflops else getattr(CARDS[name], options.dtype)
+    block, end = (
+        sum(piece.operations.values()) for piece in measure(config, 1, config.chunk_size, on_cpu=device.type == "cpu")
+    )
+    return peak * processes * config.chunk_size / (config.num_layers * block + end)
 
 
 def new_model(config: MegalodonConfig, device: torch.device, processes: Processes) -> Megalodon:
@@ -274,10 +319,13 @@ def what_begins(
     parts = f" ({len(lengths):,} parts of at most {lengths.max():,} tokens)" if cut else ""
     mesh = options.mesh or f"data={processes.size}"
     number = f"{processes.size} processes, {mesh}; " if processes.size > 1 else ""
+    rows, dtype = options.batch * options.accumulate, getattr(torch, options.dtype)
+    states = sum(math.prod(shape) * kind.itemsize for _, kind, shape in layout(model.config, rows, dtype))
     return (
         f"{out}: {number}{model.num_parameters():,} parameters; "
         f"{corpus.num_bytes:,} bytes in {len(corpus.train)} documents to learn from{parts}, "
-        f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out"
+        f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out\n"
+        f"a checkpoint has, beside model and optimizer, {states / 1e6:,.1f} MB of the {rows:,} rows' states; the newest two stay"
     )
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
+import re
+import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from .. import torchrun
 
 
 def start(device_type: str, timeout: timedelta | None = None) -> None:
@@ -34,6 +40,20 @@ def start(device_type: str, timeout: timedelta | None = None) -> None:
         store.set_timeout(timeout)
     store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        sys.excepthook = functools.partial(_fail, sys.excepthook)  # that of init_process_group, which names the rank
+
+
+def _fail(show: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Shows an exception that ends a program of torchrun, and tells torchrun; that another process has ended in one line."""
+    follows = torchrun.is_of_another_process(error)
+    if follows and re.search("(?i)connection (closed|reset)|broken pipe", str(error)):
+        print(
+            f"[rank{os.environ['RANK']}]: {torchrun.FOLLOWS}: {torchrun.first_line(error)}", file=sys.stderr, flush=True
+        )
+    else:
+        show(kind, error, trace)
+    torchrun.tell(torchrun.FOLLOWS if follows else f"{kind.__name__}: {error}", first=not follows)
 
 
 def await_workers(timeout: float = 10.0) -> None:

@@ -28,6 +28,7 @@ part of the head's values.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,14 @@ from ..model.model import Megalodon
 from ..model.states import MegalodonState
 from ..ops.states import AttentionState, TimestepNormState
 from .tensor_layers import OwnComplexEMA, OwnOutput, OwnPart, exchanged
+
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    return "sequential %s operations will be performed" not in str(record.msg)
+
+
+logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_is_heard)
+"""Says on every rank that FSDP2's and DTensor's own exchanges of norms and of whole tensors could be one, not two"""
 
 
 def split_over(model: Megalodon, mesh: DeviceMesh) -> None:

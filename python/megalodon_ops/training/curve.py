@@ -21,24 +21,28 @@ def draw_metrics(
     is of all held-out text. references: figures to compare with, by name.
     """
     figure = extras.load("matplotlib.figure", "train").Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="next-token loss, in bits per byte")
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="how well a run predicts its text")
     train = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
+    tops = [4.5, *(references or {}).values()]  # of what is seen; the first steps may be far above
     if train:
         steps, bits = numpy.array(train).T
         axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
         width = -(-len(bits) // 50)
         smooth = numpy.convolve(bits, numpy.full(width, 1 / width), "valid")
         axes.plot(steps[width - 1 :], smooth, color="tab:blue", label="training, smoothed")
-        axes.set_ylim(top=max(4.5, float(numpy.percentile(bits, 95))))
+        tops.append(float(numpy.percentile(bits, 95)))
     for final, style in {
         False: dict(color="tab:orange", marker="o", markersize=3, label="held-out, a sample of all"),
         True: dict(color="tab:red", marker="*", markersize=9, linestyle="", label="held-out, all"),
     }.items():
         looks = [row for row in rows if "held_out_bits_per_byte" in row and bool(row.get("final")) == final]
         if looks:
-            axes.plot([row["step"] for row in looks], [row["held_out_bits_per_byte"] for row in looks], **style)
+            figures = [row["held_out_bits_per_byte"] for row in looks]
+            axes.plot([row["step"] for row in looks], figures, **style)
+            tops.append(min(figures))
     for (name, bits), style in zip((references or {}).items(), ("--", ":"), strict=False):
         axes.axhline(bits, color="gray", linestyle=style, label=f"{name} ({bits:.2f})")
+    axes.set_ylim(top=1.02 * max(tops))
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,20 @@ class Reader:
         """Goes on from the state of each row that :meth:`rows` gave."""
         self.state = rows
         self.last = None if rows is None else torch.arange(rows.num_sequences, device=rows.norm.count.device)
+
+
+def parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """A batch of full rows as `count` batches of equally many of them, in order, each for a Reader of its own."""
+    rows, columns, first = len(batch.last) // count, batch.tokens.shape[1] // count, 0
+    for part in range(count):
+        begin, last = part * columns, batch.last[part * rows : (part + 1) * rows]
+        end, text = int(last[-1]) + 1, slice(begin, begin + columns)
+        carry = batch.carry[first:end]
+        yield Batch(
+            batch.tokens[:, text], batch.targets[:, text], batch.cu_seqlens[first : end + 1] - begin,
+            torch.where(carry < 0, -1, carry - part * rows), last - first,
+        )  # fmt: skip
+        first = end
 
 
 def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
