@@ -13,6 +13,7 @@ from models import tiny_model, tokens_of
 from torch.utils._pytree import tree_map_only
 
 import megalodon_ops as mo
+from megalodon_ops.ops import dense_attention
 
 pytestmark = needs_gpu
 all_ops = pytest.mark.parametrize("op", OPS)
@@ -190,6 +191,31 @@ def test_a_captured_decode_step_follows_the_text():
         token.copy_(tokens[:, t : t + 1])
         graph.replay()
         torch.testing.assert_close(logits[:, 0], expected[:, t], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype", "H", "V"),
+    [
+        *(("flash", dtype, 8, 64) for dtype in (torch.bfloat16, torch.float16)),
+        *(("products", dtype, 1, 2048) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+    ],
+    ids=str,
+)
+def test_libraries_give_what_the_kernels_give(path, dtype, H, V, monkeypatch):
+    """Dense attention of more than 16,384 tokens, whose last chunk is short."""
+    monkeypatch.setattr(dense_attention, "_tf32_is_allowed", lambda: True)
+    case, found, peaks = chunked_attention_case(B=1, L=17000, H=H, K=64, V=V, C=1024, dtype=dtype, scale=0.125), [], []
+    case = case.with_tensors(**to("cuda", case.tensors))
+    assert dense_attention.path_of(*case.tensors.values(), 1024, 0.125) == path
+    for table in dense_attention.TABLE, ():
+        monkeypatch.setattr(dense_attention, "TABLE", table)
+        torch.cuda.reset_peak_memory_stats()
+        found.append(run("chunked_attention", case))
+        peaks.append(torch.cuda.max_memory_allocated() >> 20)
+    for name in ("o", "dq", "dk", "dv"):
+        error = (found[0][name].double() - found[1][name].double()).norm() / found[1][name].double().norm()
+        assert error < 0.02, (name, error)
+    assert peaks[0] < peaks[1] + 450, "MiB"
 
 
 def test_a_seed_is_drawn_on_the_device():

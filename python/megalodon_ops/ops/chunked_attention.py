@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import dense_attention
 from .arrays import call_with_arrays
 from .library import (
     accumulation_dtype,
@@ -61,7 +62,8 @@ def chunked_attention(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Scores live in blocks that fit the cache, never as a C x C matrix; sums are float32 (float64 for float64). For the
+    Scores live in blocks that fit the cache, never as a C x C matrix; sums are float32 (float64 for float64). On CUDA,
+    dense batches take torch's libraries at the shapes that :mod:`megalodon_ops.ops.dense_attention` lists. For the
     backward, q, k, v, o and one log-sum-exp for each row and head are kept.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
@@ -130,8 +132,16 @@ def chunked_attention(
     return o
 
 
+def _library_path(q, k, v, position, chunk_size, scale, dropkey, cu_seqlens, lengths):
+    """The path by torch's libraries for a dense batch without kept keys; None: the kernels."""
+    is_dense = not dropkey and position is None and cu_seqlens is None and lengths is None
+    return dense_attention.path_of(q, k, v, chunk_size, scale) if is_dense else None
+
+
 def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if path := _library_path(q, k, v, position, chunk_size, scale, dropkey, cu_seqlens, lengths):
+        return dense_attention.forward(path, q, k, v, chunk_size, scale)
     o, lse = _fwd_fake(
         q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
     )
@@ -150,6 +160,8 @@ def _bwd(
     do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
 ):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if path := _library_path(q, k, v, position, chunk_size, scale, dropkey, cu_seqlens, lengths):
+        return dense_attention.backward(path, do, q, k, v, o, lse, chunk_size, scale)
     grads = tuple(map(empty_like, (q, k, v)))
     launch(
         "chunked_attention_bwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,

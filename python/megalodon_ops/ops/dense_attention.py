@@ -1,0 +1,225 @@
+"""`chunked_attention` of dense batches on CUDA by torch's libraries, where they are faster than the kernels by count.
+
+Two paths take whole chunks and give what the kernels give, o and the log-sum-exp: a forward by one way may have its
+backward by another.
+
+- "flash", for V = K: torch's flash attention.
+- "products", for V much larger than K: matrix products around the probabilities of some chunks. A row's log-sum-exp
+  comes first, from the kernel, which needs no values for it. It rides in the product of q and k as three more columns,
+  so that s - lse = log P is rounded to 16 bits, not s, and P is its exponential:
+
+      forward, a strip of rows     P = exp(scale [q, -lse / scale] [k, 1]^T), 0 after the diagonal;  o = P V
+      backward, a strip of rows    P again;  dP = dO V^T;  dS = P (dP - rowsum(P dP));  dQ = scale dS K
+      backward, a strip of keys    dV = P^T dO;  dK = scale dS^T Q
+
+  A strip of rows meets the keys up to its end, a strip of keys the rows from its beginning. P, dP and dS have the
+  tensors' type, products sum as torch's do.
+
+docs/cuda.md has the counts of time and memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import accumulation_dtype, empty_like, launch
+
+
+class Shapes(NamedTuple):
+    """What takes a path: sizes from the first number of a pair to the second, multiples of 8."""
+
+    path: str
+    dtypes: tuple[torch.dtype, ...]
+    key_dim: tuple[int, int]
+    value_dim: tuple[int, float]
+    chunk: tuple[int, float]
+    """steps of a chunk, or of a shorter sequence"""
+
+
+_16_BITS = (torch.bfloat16, torch.float16)
+TABLE = (
+    Shapes("flash", _16_BITS, (64, 64), (64, 64), (1024, math.inf)),
+    Shapes("flash", _16_BITS, (128, 128), (128, 128), (1024, math.inf)),
+    Shapes("flash", _16_BITS, (256, 256), (256, 256), (2048, math.inf)),
+    Shapes("products", _16_BITS, (64, 256), (2048, math.inf), (1024, 8192)),
+    Shapes("products", (torch.float32,), (64, 256), (2048, math.inf), (1024, 5792)),
+)
+"""What leaves the kernels; the chunks of "products" end where a matrix no longer fits WORKSPACE"""
+_ENVIRONMENT = os.environ.get("MEGALODON_OPS_ATTENTION", "auto")
+if _ENVIRONMENT == "kernels":
+    TABLE = ()
+elif _ENVIRONMENT != "auto":
+    raise ImportError(f"megalodon_ops: MEGALODON_OPS_ATTENTION must be auto or kernels, got {_ENVIRONMENT}.")
+LEAST_ROWS = 16384
+"""fewest rows to compute at once, for both paths: tokens and, in "flash" alone, heads"""
+
+WORKSPACE = 128 << 20
+"""bytes of a (C, C) matrix for each of some chunks; the backward by "products" has two, the forward a strip of one"""
+_STRIP, _STRIPS, _ROWS = 256, 8, 2048  # rows of a strip are a multiple of, strips of a chunk at most, of a product from
+_WIDTH, _UNIT = 8, 256.0  # of the columns for lse: rows stay aligned, float16 holds lse / scale / 256 up to 1e7
+_LEAST_SCALE = 2.0**-10  # for lse / scale; flash attention wants a scale above 0
+
+
+def path_by_shapes(dtype: torch.dtype, tokens: int, heads: int, key_dim: int, value_dim: int, chunk: int) -> str | None:
+    """The path of a dense batch with so many tokens; None: the kernels.
+
+    Example:
+        >>> import torch
+        >>> from megalodon_ops.ops.dense_attention import path_by_shapes
+        >>> path_by_shapes(torch.bfloat16, tokens=16384, heads=1, key_dim=256, value_dim=2048, chunk=2048)
+        'products'
+    """
+    sizes = key_dim, value_dim, chunk
+    for path, dtypes, *bounds in TABLE:
+        rows = tokens * heads if path == "flash" else tokens
+        fits = all(low <= size <= high and size % 8 == 0 for size, (low, high) in zip(sizes, bounds))
+        if fits and dtype in dtypes and rows >= LEAST_ROWS:
+            return path
+    return None
+
+
+def path_of(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, scale: float) -> str | None:
+    """The path of a dense batch, as torch's settings allow; None: the kernels, which also refuse wrong arguments."""
+    if not q.is_cuda or q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or q.shape[:3] != v.shape[:3]:
+        return None
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        return None
+    if torch.are_deterministic_algorithms_enabled() or scale < _LEAST_SCALE:
+        return None
+    batch, length, heads, key_dim = q.shape
+    path = path_by_shapes(q.dtype, batch * length, heads, key_dim, v.shape[3], min(chunk_size, length))
+    allowed = _flash_is_allowed() if path == "flash" else q.dtype != torch.float32 or _tf32_is_allowed()
+    return path if allowed else None
+
+
+def _flash_is_allowed() -> bool:
+    cuda = torch.backends.cuda
+    return cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()
+
+
+def _tf32_is_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # torch 2.9 has it
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+def forward(path: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, scale: float) -> tuple[Tensor, ...]:
+    """o and lse of a dense batch."""
+    return _by_chunks({"flash": _flash_fwd, "products": _products_fwd}[path], chunk_size, scale, q, k, v)
+
+
+def backward(
+    path: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, chunk_size: int, scale: float
+) -> tuple[Tensor, ...]:
+    """dq, dk and dv of a dense batch."""
+    return _by_chunks({"flash": _flash_bwd, "products": _products_bwd}[path], chunk_size, scale, do, q, k, v, o, lse)
+
+
+def _by_chunks(function: Callable, chunk_size: int, scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What `function` makes of the tensors' chunks, (N, C, H, ...): of the whole ones, then of the rows' short ends."""
+    batch, length = tensors[0].shape[:2]
+    whole, parts = length - length % chunk_size, []
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        for start, end in (0, whole), (whole, length):
+            if start < end:
+                shape = -1, min(chunk_size, end - start)
+                chunks = (t[:, start:end].reshape(*shape, *t.shape[2:]).contiguous() for t in tensors)
+                parts.append([t.view(batch, end - start, *t.shape[2:]) for t in function(*chunks, scale)])
+        return tuple(torch.cat(of_rows, 1) if len(parts) > 1 else of_rows[0] for of_rows in zip(*parts))
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+
+
+def _flash_fwd(q, k, v, scale):
+    by_head = (t.transpose(1, 2) for t in (q, k, v))
+    o, lse, *_ = _flash(*by_head, 0.0, True, scale=scale)
+    return [t.transpose(1, 2).contiguous() for t in (o, lse)]
+
+
+def _flash_bwd(do, q, k, v, o, lse, scale):
+    *by_head, lse = (t.transpose(1, 2) for t in (do, q, k, v, o, lse))
+    steps, no_dropout = q.shape[1], q.new_empty(2, dtype=torch.int64)  # in place of a generator's state
+    grads = _flash_backward(
+        *by_head, lse.contiguous(), None, None, steps, steps, 0.0, True, no_dropout, no_dropout, scale=scale
+    )
+    return [t.transpose(1, 2).contiguous() for t in grads]
+
+
+def _products_fwd(q, k, v, scale):
+    o, lse, no_values = empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)), v[..., :0]
+    launch(
+        "chunked_attention_fwd", q, k, no_values, None, None, None, q.shape[1], scale, 0.0, None, None, None, no_values,
+        lse,
+    )  # fmt: skip
+    size, strips = _cut(q)
+    for q_, k_, columns, v_, o_ in _matrices(size, q, k, _columns(lse, scale, q.dtype), v, o):
+        rows, keys = _extended(q_, k_, columns)
+        for strip in strips:
+            seen = slice(strip.stop)
+            p = _product(rows[:, strip], keys[:, seen].mT, scale).exp_().tril_(strip.start)
+            o_[:, strip].baddbmm_(p, v_[:, seen], beta=0)
+    return o, lse
+
+
+def _products_bwd(do, q, k, v, _o, lse, scale):
+    grads = tuple(map(empty_like, (q, k, v)))
+    size, strips = _cut(q)
+    all_p, all_ds = q.new_empty(2, size, q.shape[1], q.shape[1])
+    for q_, k_, columns, v_, do_, dq, dk, dv in _matrices(size, q, k, _columns(lse, scale, q.dtype), v, do, *grads):
+        rows, keys = _extended(q_, k_, columns)
+        for strip in strips:
+            seen = slice(strip.stop)
+            p = _product(rows[:, strip], keys[:, seen].mT, scale).exp_().tril_(strip.start)
+            dp = _product(do_[:, strip], v_[:, seen].mT, 1.0).tril_(strip.start)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[:, strip].baddbmm_(ds, k_[:, seen], beta=0, alpha=scale)
+            all_p[: len(p), strip, seen], all_ds[: len(p), strip, seen] = p, ds
+        p, ds = all_p[: len(p)], all_ds[: len(p)]
+        for strip in strips:
+            seeing = slice(strip.start, None)
+            dk[:, strip].baddbmm_(ds[:, seeing, strip].mT, q_[:, seeing], beta=0, alpha=scale)
+            dv[:, strip].baddbmm_(p[:, seeing, strip].mT, do_[:, seeing], beta=0)
+    return grads
+
+
+def _cut(q: Tensor) -> tuple[int, list[slice]]:
+    """How many chunks are computed at once, and the strips of a chunk."""
+    chunks, steps = q.shape[:2]
+    size = min(chunks, max(WORKSPACE // (steps * steps * q.element_size()), 1))
+    height = math.ceil(max(steps / _STRIPS, _ROWS / size) / _STRIP) * _STRIP
+    return size, [slice(i, i + height) for i in range(0, steps, height)]
+
+
+def _matrices(size: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Of each tensor (N, C, H, E) the parts (n, C, E) of at most `size` chunks and one head."""
+    for first in range(0, len(tensors[0]), size):
+        for head in range(tensors[0].shape[2]):
+            yield [t[first : first + size, :, head] for t in tensors]
+
+
+def _columns(lse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """(N, C, H, 8) whose sum is -lse / scale / 256: three bfloat16, which float16 and TF32 hold (of a float64, seven)."""
+    rest, parts = lse / (-_UNIT * scale), []
+    for _ in range(3 if lse.dtype == torch.float32 else 7):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1]
+    return F.pad(torch.stack(parts, -1).to(dtype), (0, _WIDTH - len(parts)))
+
+
+def _extended(q: Tensor, k: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, C, K + 8) each, whose product is q k^T - lse / scale."""
+    return torch.cat((q, columns), -1), F.pad(k, (0, _WIDTH), value=_UNIT)
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a b, scaled before it is rounded."""
+    return a.new_empty(len(a), a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=scale)

@@ -1,0 +1,325 @@
+"""Dense attention by torch's libraries: what takes which path, and that both give what the kernels give.
+
+The paths are CUDA's. Here they are taken on the CPU: "products" by the Python that a GPU runs around the kernel for the
+log-sum-exp, "flash" around torch's flash attention for the CPU, whose results come in one layout with CUDA's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from assertions import (
+    assert_as_accurate_as,
+    assert_bit_equal,
+    assert_close,
+    assert_matches_reference,
+    every_case,
+    references,
+)
+from backends import every_backend
+from cases import Case, chunked_attention_case, evaluate, forward, normalized_attention_case
+from test_flops import counted
+from test_plan_memory import allocated
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import megalodon_ops as mo
+from megalodon_ops.ops import dense_attention as module
+
+DTYPES = {  # in float16, torch's flash attention for the CPU is less accurate than the bound
+    "flash": (torch.float64, torch.float32, torch.bfloat16),
+    "products": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+}
+PATHS = tuple(DTYPES)
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """Takes a path whatever the shapes: chunks of 40 steps have three strips, two chunks are computed at once."""
+    aten = torch.ops.aten
+
+    def flash_bwd(do, q, k, v, o, lse, _q, _k, steps, _, dropout, is_causal, *_state, scale):
+        assert lse.is_contiguous() and steps == q.shape[2]
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, o, lse, dropout, is_causal, scale=scale
+        )
+
+    def take(path, dtype=torch.float64):
+        for name, value in {"_STRIP": 8, "_STRIPS": 4, "_ROWS": 1, "WORKSPACE": 2 * 40 * 40 * dtype.itemsize}.items():
+            monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(module, "path_of", lambda *_: path)
+        if path == "flash":
+            monkeypatch.setattr(module, "_flash", aten._scaled_dot_product_flash_attention_for_cpu)
+            monkeypatch.setattr(module, "_flash_backward", flash_bwd)
+
+    return take
+
+
+def case_of(path: str, dtype: torch.dtype = torch.float64, **sizes) -> Case:
+    return chunked_attention_case(
+        **{"B": 2, "L": 80, "H": 2, "K": 8, "V": 8 if path == "flash" else 24, "C": 40, "dtype": dtype} | sizes
+    )
+
+
+def assert_accurate(case: Case) -> None:
+    """Within the bounds of every op, but for dq and dk in 16 bits, where "products" rounds dP and dS, too."""
+    found = evaluate(mo.chunked_attention, case)
+    if case.dtype.itemsize > 2:
+        return assert_matches_reference(found, case)
+    same, exact = references(case)
+    for name, (factor, floor) in {"o": (2, 0.5), "dq": (3, 0.5), "dk": (3, 0.5), "dv": (2, 0.5)}.items():
+        assert_as_accurate_as(found[name], same[name], exact[name], factor=factor, floor=floor, name=name)
+
+
+SIZES = {  # of float64; other types have three of them
+    "chunks of two rows": {},
+    "short ends": {"L": 103, "scale": 0.35},
+    "a strip that is not whole": {"L": 84, "C": 42, "B": 1},
+    "a chunk is longer than the row": {"L": 33, "scale": 0.1},
+    "five chunks, three times two": {"L": 200, "B": 1, "H": 1},
+    "shorter than a strip": {"L": 7, "C": 3, "B": 3},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_results_and_gradients_are_the_references(path, take):
+    with every_case() as each:
+        for dtype in DTYPES[path]:
+            take(path, dtype)
+            for name, sizes in list(SIZES.items())[: None if dtype == torch.float64 else 3]:
+                with each(dtype, name):
+                    case = case_of(path, dtype, **sizes)
+                    assert_accurate(case)
+        with each("normalized_attention"):
+            take(path)
+            case = normalized_attention_case(L=80, K=8, V=8, C=40, dtype=torch.float64)
+            assert_matches_reference(evaluate(mo.normalized_attention, case), case)
+
+
+@every_backend
+def test_products_around_each_kernel_of_the_log_sum_exp(backend, take):
+    take("products", torch.bfloat16)
+    assert_accurate(case_of("products", torch.bfloat16, L=100, K=16, V=32))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_ways_mix(path, take, monkeypatch):
+    """A setting of torch's may change between forward and backward: o and lse are the same by every way."""
+    case, found = case_of(path, L=103), {}
+    take(path)
+    for name, ways in {"kernels": [None] * 2, "by kernels first": [None, path], "by path first": [path, None]}.items():
+        ways = iter(ways)
+        monkeypatch.setattr(module, "path_of", lambda *_, ways=ways: next(ways))
+        found[name] = evaluate(mo.chunked_attention, case)
+    for name, value in found.pop("kernels").items():
+        for other in found.values():
+            assert_close(other[name], value, tolerance=1e-10, terms=1.0, name=name)
+
+
+def test_what_is_rounded_is_the_logarithm_of_a_probability(take):
+    """Scores of up to 100: rounded to bfloat16 themselves, they would be off by a quarter."""
+    take("products", torch.bfloat16)
+    assert_accurate(case_of("products", torch.bfloat16, K=64, scale=3.0))
+
+
+@pytest.mark.slow  # test_ops.py compiles the op, which is opaque
+def test_compiles(take):
+    take("products", torch.float32)
+    torch.compiler.reset()
+    case = case_of("products", torch.float32, L=103)
+    compiled = torch.compile(mo.chunked_attention, fullgraph=True, backend="aot_eager")
+    assert_bit_equal(evaluate(compiled, case), evaluate(mo.chunked_attention, case))
+
+
+@pytest.mark.parametrize("L", [80, 103])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_fake_kernels_know_shapes_and_strides(path, L, take):
+    take(path, torch.float32)
+    case = case_of(path, torch.float32, L=L)
+    inputs, rest = [t.clone().requires_grad_() for t in case.tensors.values()], (40, 1.0, 0.0, None, None, None)
+    fwd = torch.ops.megalodon_ops.chunked_attention_fwd.default
+    torch.library.opcheck(fwd, (*inputs, None, None, None, *rest), test_utils="test_faketensor")
+    inputs = [t.detach() for t in inputs]
+    o, lse = fwd(*inputs, None, None, None, *rest)
+    bwd = torch.ops.megalodon_ops.chunked_attention_bwd.default
+    torch.library.opcheck(bwd, (o, *inputs, o, lse, None, None, None, *rest), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_operations_and_kept_tensors_are_counted_as_before(path, take):
+    case, found = case_of(path, torch.float32), []
+    for way in (path, None):
+        take(way, torch.float32)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+            leaves = {name: t.clone().requires_grad_() for name, t in case.tensors.items()}
+            mo.chunked_attention(**leaves, **case.options)
+        found.append((kept, counted(lambda: evaluate(mo.chunked_attention, case))))
+    assert found[0] == found[1]
+
+
+def test_autocast_leaves_the_paths_alone(take):
+    """They compute in the type of their tensors, not in autocast's."""
+    take("products", torch.float16)
+    case = case_of("products", torch.float16)
+    expected = evaluate(mo.chunked_attention, case)
+    ops, rest = torch.ops.megalodon_ops, (None, None, None, 40, 1.0, 0.0, None, None, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, lse = ops.chunked_attention_fwd(*case.tensors.values(), *rest)
+        grads = ops.chunked_attention_bwd(o, *case.tensors.values(), o, lse, *rest)
+    assert torch.equal(o, expected["o"]) and all(grad.dtype == torch.float16 for grad in grads)
+
+
+def test_the_workspace_does_not_grow_with_the_length(take):
+    take("products", torch.float32)
+
+    def workspace(L: int, backward: bool) -> int:
+        case = case_of("products", torch.float32, B=1, L=L, K=64, V=128)
+        q, k, v = case.tensors.values()
+        o, lse = module.forward("products", q, k, v, 40, 1.0)
+        way, given = (module.backward, (o, q, k, v, o, lse)) if backward else (module.forward, (q, k, v))
+        kept, most = allocated(lambda: way("products", *given, 40, 1.0))
+        return most - kept
+
+    square = 2 * 40 * 40 * 4  # of two chunks
+    extended = 2 * 2 * 40 * (2 * 64 + 8) * 4  # two chunks' q and k with their columns, and what these are made of
+    for backward, matrices in (False, 1), (True, 2):
+        short, long = workspace(160, backward), workspace(1600, backward)
+        columns = (1600 - 160) * 2 * (8 + 3 + 3 + 2) * 4  # a few numbers a row and head
+        assert long - short <= columns
+        assert square / 5 <= short <= matrices * square + extended + columns, (backward, short)
+
+
+@pytest.mark.parametrize("steps", [40, 33])
+def test_values_that_are_not_finite_stay_in_their_strip(steps, take):
+    """As docs/semantics.md says: earlier strips, other chunks, heads and rows do not see them, and keys none at all."""
+    take("products")
+    case = case_of("products", L=80 + steps)
+    plain = evaluate(mo.chunked_attention, case)
+    for name, step in ("v", 61), ("k", 61):
+        poisoned = case.tensors[name].clone()
+        poisoned[1, step, 0] = math.nan
+        found = evaluate(mo.chunked_attention, case.with_tensors(**{name: poisoned}))
+        hit = ~found["o"].isfinite().all(-1)
+        reached = slice(56, 80) if name == "v" else slice(61, 80)  # strips of 16: steps 40 to 55, and from 56
+        expected = torch.zeros_like(hit)
+        expected[1, reached, 0] = True
+        assert torch.equal(hit, expected), name
+        assert torch.equal(found["o"][~hit], plain["o"][~hit])
+        unhit = slice(0, 61 if name == "v" else 56)  # the product of dS and k
+        assert torch.equal(found["dq"][1, unhit, 0], plain["dq"][1, unhit, 0])
+
+
+def fake(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
+SHAPES = {  # dtype, B, L, H, K, V, C: presets', small heads', the last before a bound and the first after it
+    ("bfloat16", 8, 2048, 1, 256, 2048, 2048): "products",
+    ("float16", 1, 16384, 4, 256, 2048, 4096): "products",
+    ("bfloat16", 8, 2048, 8, 64, 64, 2048): "flash",
+    ("bfloat16", 8, 2048, 4, 128, 128, 2048): "flash",
+    ("bfloat16", 8, 2048, 4, 256, 256, 2048): "flash",
+    ("bfloat16", 16, 1024, 4, 256, 256, 1024): None,
+    ("bfloat16", 16, 1024, 1, 128, 128, 4096): "flash",
+    ("bfloat16", 16, 1016, 4, 128, 128, 4096): None,
+    ("bfloat16", 8, 2048, 8, 96, 96, 2048): None,
+    ("bfloat16", 8, 2048, 8, 64, 128, 2048): None,
+    ("bfloat16", 1, 16384, 1, 64, 2048, 8192): "products",
+    ("bfloat16", 1, 16384, 1, 64, 2040, 8192): None,
+    ("bfloat16", 1, 16384, 1, 56, 2048, 8192): None,
+    ("bfloat16", 1, 16384, 1, 264, 2048, 2048): None,
+    ("bfloat16", 1, 16384, 1, 256, 2048, 8200): None,
+    ("bfloat16", 1, 16384, 1, 256, 2044, 2048): None,
+    ("bfloat16", 1, 16376, 2, 256, 2048, 2048): None,
+    ("bfloat16", 1, 8192, 2, 64, 64, 2048): "flash",
+    ("bfloat16", 1, 16384, 1, 256, 2048, 2044): None,
+    ("float64", 8, 2048, 1, 256, 2048, 2048): None,
+    ("float32", 8, 2048, 1, 256, 2048, 2048): None,
+}
+
+
+@pytest.fixture
+def flash_there(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_shapes_take_their_path(flash_there):
+    with FakeTensorMode(), every_case() as each:
+        for (dtype, B, L, H, K, V, C), path in SHAPES.items():
+            with each(dtype, B, L, H, K, V, C):
+                q, v = (fake(B, L, H, width, dtype=getattr(torch, dtype)) for width in (K, V))
+                assert module.path_of(q, q, v, C, 1.0) == path
+
+
+def test_largest_chunks_fit_the_workspace():
+    for _, dtypes, _, _, (_, longest) in module.TABLE:
+        if longest < math.inf:
+            assert longest**2 * dtypes[0].itemsize <= module.WORKSPACE < (longest + 8) ** 2 * dtypes[0].itemsize
+
+
+def test_settings_of_torch_decide(flash_there):
+    with FakeTensorMode():
+        q, v = fake(8, 2048, 8, 64), fake(8, 2048, 8, 2048)
+        assert module.path_of(q, q, q, 2048, 1.0) == "flash"
+        assert all(module.path_of(q, q, v, 2048, scale) is None for scale in (-1.0, 0.0, 2.0**-11))
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            assert module.path_of(q, q, q, 2048, 1.0) is None
+        try:
+            torch.use_deterministic_algorithms(True)
+            assert module.path_of(q, q, q, 2048, 1.0) is module.path_of(q, q, v, 2048, 1.0) is None
+        finally:
+            torch.use_deterministic_algorithms(False)
+        try:
+            torch.set_float32_matmul_precision("high")
+            assert module.path_of(q.float(), q.float(), v.float(), 2048, 1.0) == "products"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert module.path_of(q.float(), q.float(), v.float(), 2048, 1.0) is None
+
+
+def test_what_is_not_dense_keeps_the_kernels(monkeypatch):
+    """The path is not even asked for."""
+    asked = []
+    monkeypatch.setattr(module, "path_of", lambda *_: asked.append(1))
+    case = chunked_attention_case(B=1, L=9, state=True)
+    plain = case.with_options(state=None)
+    forward(mo.chunked_attention, plain)
+    assert len(asked) == 1
+    for changes in {"cu_seqlens": torch.tensor([0, 9])}, {"lengths": torch.tensor([8])}, {"dropkey": 0.1}:
+        evaluate(mo.chunked_attention, plain.with_options(**changes))
+    evaluate(mo.chunked_attention, case)
+    assert len(asked) == 1
+
+
+def test_wrong_arguments_keep_the_kernels(flash_there):
+    with FakeTensorMode():
+        q, half, meta = fake(8, 2048, 8, 64), fake(8, 2048, 8, 64, dtype=torch.float16), torch.empty(1, device="meta")
+        fewer, one_head, row = fake(1, 2048, 8, 64), fake(8, 2048, 1, 64), fake(2048, 8, 64)
+        for k, v in (fewer, q), (q, fewer), (q, one_head), (q, row), (half, q), (q, half), (q, meta.expand(q.shape)):
+            assert module.path_of(q, k, v, 2048, 1.0) is None
+        assert module.path_of(row, row, row, 2048, 1.0) is None
+
+
+def test_flash_is_called_as_torch_wants_it():
+    """torch's own shapes, on the device meta, for the arguments that CUDA's flash attention takes."""
+    q = torch.empty(2, 40, 3, 64, dtype=torch.bfloat16, device="meta")
+    o, lse = module._flash_fwd(q, q, q, 1.0)
+    assert o.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
+    assert o.is_contiguous() and lse.is_contiguous()
+    grads = module._flash_bwd(o, q, q, q, o, lse, 1.0)
+    assert all(grad.shape == q.shape and grad.is_contiguous() for grad in grads)
+
+
+def test_variable_leaves_all_to_the_kernels(monkeypatch):
+    spec = importlib.util.spec_from_file_location("megalodon_ops.ops.dense_again", module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setenv("MEGALODON_OPS_ATTENTION", "kernels")
+    spec.loader.exec_module(again)
+    assert again.TABLE == () and module.TABLE
+    monkeypatch.setenv("MEGALODON_OPS_ATTENTION", "flash")
+    with pytest.raises(ImportError, match="megalodon_ops: MEGALODON_OPS_ATTENTION must be auto or kernels, got flash"):
+        spec.loader.exec_module(again)
