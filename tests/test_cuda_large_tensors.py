@@ -22,26 +22,30 @@ def large(emulator, monkeypatch):
         yield lambda *shape, dtype=F32: emulator.sparse(*shape, dtype=dtype, name=str(shape))
 
 
-def cema_parameters(large, channels):
-    return [large(channels, 1, dtype=dtype) for dtype in (F32, C64, C64)] + [large(channels)]
+def cema_parameters(large, channels, modes=1):
+    return [large(channels, modes, dtype=dtype) for dtype in (F32, C64, C64)] + [large(channels)]
 
 
-def test_cema_scans_offsets_beyond_31_bits(emulator, large):
+# More than 32 modes are taken in groups, whose outputs are summed in the workspace.
+@pytest.mark.parametrize("modes", [1, 33])
+def test_cema_scans_offsets_beyond_31_bits(emulator, large, modes):
     x, y = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16)
-    emulator.launch("cema_fwd", x, *cema_parameters(large, D), None, None, None, y, None)
+    emulator.launch("cema_fwd", x, *cema_parameters(large, D, modes), None, None, None, y, None)
 
 
 def test_cema_steps_at_offsets_beyond_31_bits(emulator, large):
     """Sequences of one step take a kernel of their own."""
-    channels, count = 2**20, 2**11 + 8
+    channels, count = 2**26, 40
     x, y = large(count, 1, channels, dtype=BF16), large(count, 1, channels, dtype=BF16)
-    emulator.launch("cema_fwd", x, *cema_parameters(large, channels), None, None, None, y, None)
+    before, after = large(count, channels, 1, dtype=C64), large(count, channels, 1, dtype=C64)
+    emulator.launch("cema_fwd", x, *cema_parameters(large, channels), before, None, None, y, after)
 
 
-def test_cema_differentiates_at_offsets_beyond_31_bits(emulator, large):
+@pytest.mark.parametrize("modes", [1, 33])
+def test_cema_differentiates_at_offsets_beyond_31_bits(emulator, large, modes):
     x, dy, dx = (large(1, T, D, dtype=BF16) for _ in range(3))
-    gradients = cema_parameters(large, D)
-    emulator.launch("cema_bwd", x, *cema_parameters(large, D), None, None, None, dy, None, dx, *gradients, None)
+    gradients = cema_parameters(large, D, modes)
+    emulator.launch("cema_bwd", x, *cema_parameters(large, D, modes), None, None, None, dy, None, dx, *gradients, None)
 
 
 def test_end_states_of_cema_at_offsets_beyond_31_bits(emulator, large):
@@ -67,10 +71,72 @@ def test_timestep_norm_differentiates_at_offsets_beyond_31_bits(emulator, large)
 
 
 def test_end_states_of_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
-    x, dx, mean, residual = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(1, GROUPS), large(1, 2, GROUPS)
+    x, dx, mean, residual = (
+        large(1, T, D, dtype=BF16),
+        large(1, T, D, dtype=BF16),
+        large(1, GROUPS),
+        large(1, 2, GROUPS),
+    )
     state = mean, large(1, GROUPS), residual, large(1, dtype=torch.int64)
     emulator.launch("timestep_norm_end_state_fwd", x, GROUPS, None, None, *state)
     emulator.launch("timestep_norm_end_state_bwd", x, GROUPS, None, None, mean, residual, mean, mean, dx)
+
+
+@pytest.mark.parametrize("K", [256, 520])
+def test_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
+    """A warp takes a token of one head, a block of the other; the rotary table has such offsets as well."""
+    heads, tokens, C, position = 64, 2**25 // K + 40, 2**32 // K, large(1, dtype=torch.int64)
+    position[0] = C - tokens
+    z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
+    q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
+    gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
+    options = heads, C, 1e-5, large(C, K // 2, 2), position, None, None
+    emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
+    emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
+
+
+ATTENTION = 256, 1.0, 0.0, None, None, None  # the chunk's size, and options
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_attention_at_offsets_beyond_31_bits(emulator, large, dtype):
+    q, k, v, o = (large(1, 2**24 + 200, 1, 128, dtype=dtype) for _ in range(4))
+    emulator.launch("chunked_attention_fwd", q, k, v, None, None, None, *ATTENTION, o, large(1, 2**24 + 200, 1))
+
+
+def test_steps_of_attention_at_offsets_beyond_31_bits(emulator, large):
+    S, K, V = 2**20 + 8, 8, 2048
+    q, k, cache_k = (large(S, 1, 1, K, dtype=BF16) for _ in range(3))
+    v, cache_v, o = (large(S, 1, 1, V, dtype=BF16) for _ in range(3))
+    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), 1, 1.0, 0.0, None, None, None
+    emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, 1))
+
+
+@pytest.mark.parametrize("L", [1, 256])
+@pytest.mark.parametrize("K", [256, 255], ids=["vectors", "elements"])
+def test_states_of_attention_at_offsets_beyond_31_bits(emulator, large, K, L):
+    """The last sequence goes on from position 200 of its cache, by one token or by a whole chunk."""
+    S = 2**15 + 300
+    *cache, new_k, new_v = (large(S, 256, 1, K, dtype=BF16) for _ in range(4))
+    position, new_position = large(S, dtype=torch.int64), large(S, dtype=torch.int64)
+    position[-1] = 200
+    q, k, v, o = (large(S, L, 1, K, dtype=BF16) for _ in range(4))
+    emulator.launch("chunked_attention_fwd", q, k, v, *cache, position, *ATTENTION, o, large(S, L, 1))
+    with emulator.only_bounds(apart=2**33, ends=60):  # the rows of the last cache from 196 on
+        new = new_k, new_v, new_position
+        emulator.launch("chunked_attention_state", k, v, *cache, position, 256, None, None, *new)
+
+
+def test_attention_differentiates_at_offsets_beyond_31_bits(emulator, large):
+    """A chunk has two tiles. The first round ends, and the second begins, beyond 2^31 elements.
+
+    Tiles of P and dS lie 3.6 times as far, so that an offset without its upper half is negative.
+    """
+    tokens = 58_833 * 256
+    q, k, v, o, do, dq, dk, dv = (large(1, tokens, 1, 144, dtype=BF16) for _ in range(8))
+    inputs = q, k, v, None, None, None, *ATTENTION, o, large(1, tokens, 1), do
+    with emulator.only_bounds(apart=2**33, ends=4), emulator.launch_sizes(attention_panels=tokens // 128 - 2):
+        emulator.launch("chunked_attention_bwd", *inputs, dq, dk, dv)
 
 
 def test_a_sparse_tensor_has_bounds(emulator):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_bit_equal
+from assertions import assert_bit_equal
 from cases import Case, evaluate, forward, normalized_qk_case
 from test_ops import assert_matches_reference
 
@@ -27,7 +27,6 @@ KEY_DIMS = {  # K, of v elements a vector
     "a-warp-of-vectors": lambda v: 32 * v,
     "two-vectors-a-lane": lambda v: 64 * v,
     "a-block-of-vectors": lambda v: 67 * v,
-    "more-vectors-than-threads": lambda v: 258 * v,
 }
 
 
@@ -46,12 +45,6 @@ def test_misaligned_tensors(emulator, dtype, key_dim):
     """Pairs of elements take the paths that vectors take in aligned tensors."""
     case = normalized_qk_case(B=1, L=19, H=2, K=key_dim, C=7, dtype=dtype, position=True, lengths=[18])
     assert_matches_reference(run(emulator, case, offset=1), case)
-
-
-def test_parts_of_many_tokens(emulator):
-    """The CPU kernels, in float64, are the reference: plain torch takes long for so many sequences."""
-    case = normalized_qk_case(B=50, L=330, H=1, K=2, C=100, dtype=torch.float64, position=True)
-    assert_all_close(run(emulator, case), evaluate(mo.normalized_qk, case), tolerance=1e-10, terms=case.terms)
 
 
 @pytest.mark.parametrize("key_dim", [32, 520])

@@ -44,7 +44,8 @@ struct Parts {
 
 inline Parts make_parts(const NormalizedQkBwdParams& p) {
   const int64_t even = (p.sequences.tokens + kMaxParts - 1) / kMaxParts;
-  const int64_t tokens = even < kLeastTokens ? kLeastTokens : (even + kWarps - 1) / kWarps * kWarps;
+  const int64_t whole = even < kLeastTokens ? kLeastTokens : (even + kWarps - 1) / kWarps * kWarps;
+  const int64_t tokens = LAUNCH_SIZE(qk_part, whole);
   return {tokens, (p.sequences.tokens + tokens - 1) / tokens};
 }
 

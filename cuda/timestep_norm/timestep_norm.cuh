@@ -213,7 +213,8 @@ template <class Source>
 void launch_carry(const Source& source, int64_t tiles, int64_t groups, void* stream) {
   const int64_t blocks = (groups + kCarryGroups - 1) / kCarryGroups;
   const int64_t chunks = kCarryThreads / kCarryGroups, of_warp = gpu::kWarp / kCarryGroups;
-  const int64_t threads = tiles < chunks ? (tiles + of_warp - 1) / of_warp * gpu::kWarp : kCarryThreads;
+  const int64_t most = tiles < chunks ? (tiles + of_warp - 1) / of_warp * gpu::kWarp : kCarryThreads;
+  const int64_t threads = LAUNCH_SIZE(norm_carry_threads, most);
   LAUNCH(timestep_norm_carry_kernel<Source>, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream,
          source, tiles, groups);
 }

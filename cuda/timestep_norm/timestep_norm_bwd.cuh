@@ -41,7 +41,7 @@ constexpr int64_t kMinShares = 32, kMaxShares = 256;  // where there are as many
 constexpr int64_t kShareChannels = 1 << 18;           // of all shares, between these limits
 inline int64_t most_shares(int64_t channels) {
   const int64_t count = channels > 0 ? kShareChannels / channels : kMaxShares;
-  return count < kMinShares ? kMinShares : count > kMaxShares ? kMaxShares : count;
+  return LAUNCH_SIZE(norm_shares, count < kMinShares ? kMinShares : count > kMaxShares ? kMaxShares : count);
 }
 
 inline int64_t local_size(const TimestepNormBwdParams& p) { return tiles(p) * 2 * p.groups * kTile; }

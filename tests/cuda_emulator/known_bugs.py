@@ -28,6 +28,7 @@ _STEPS = ("test_cuda_chunked_attention.py", "over_long_spans", "float32")
 _MANY = ("test_cuda_ops.py", "more_sequences_than_1024")
 _ALIGNED = ("test_cuda_ops.py", "alone_may_be_misaligned", "bfloat16")
 _LARGE = ("test_cuda_large_tensors.py",)
+_SIZES = ("test_cuda_sizes.py",)
 
 BUGS = {
     "powers-of-q-stop-at-step-32": Bug(
@@ -133,6 +134,111 @@ BUGS = {
     "32-bit-offsets-of-gradients-in-timestep_norm": Bug(
         "timestep_norm/timestep_norm_bwd.cuh", "(first + row) * p.channels", "({on} ? static_cast<int>((first + row) * p.channels) : (first + row) * p.channels)",
         (*_LARGE, "timestep_norm"),
+    ),
+    "a-third-slice-of-values-on-tensor-cores": Bug(
+        "chunked_attention/chunked_attention_mma.cuh", "static_cast<int>(blockIdx.x % splits)", "static_cast<int>({on} && blockIdx.x % splits > 1 ? 1 : blockIdx.x % splits)",
+        (*_SIZES, "test_forward", "three-slices"),
+    ),
+    "a-third-slice-of-values-without-tensor-cores": Bug(
+        "chunked_attention/chunked_attention_fma.cuh", "first_column = blockIdx.x % splits *", "first_column = ({on} && blockIdx.x % splits > 1 ? 1 : blockIdx.x % splits) *",
+        (*_SIZES, "test_forward", "double-256"),
+    ),
+    "a-third-slice-of-values-in-decoding": Bug(
+        "chunked_attention/chunked_attention_step.cuh", "column = blockIdx.x % splits *", "column = ({on} && blockIdx.x % splits > 1 ? 1 : blockIdx.x % splits) *",
+        (*_SIZES, "test_steps", "vectors"),
+    ),
+    "512-columns-are-not-rescaled": Bug(
+        "chunked_attention/chunked_attention_fma.cuh", "output[i][c] *= factors[first_row + i]", "output[i][c] *= {on} && kColumns > 256 ? R{1} : factors[first_row + i]",
+        (*_SIZES, "test_forward", "float-512"),
+    ),
+    "a-ninth-panel-of-keys": Bug(
+        "chunked_attention/chunked_attention_bwd.cuh", "const int stop = end < seen ?", "const int stop = {on} && seen > 8 * kEdge ? 8 * kEdge : end < seen ?",
+        (*_SIZES, "test_backward", "nine-panels"),
+    ),
+    "sums-of-dq-of-128-channels": Bug(
+        "chunked_attention/chunked_attention_bwd.cuh", "at = row * p.key_dim + channel;", "at = row * ({on} && p.key_dim > 128 ? 128 : p.key_dim) + channel;",
+        (*_SIZES, "three_rounds", "vectors"),
+    ),
+    "sums-of-dq-for-the-third-round": Bug(
+        "chunked_attention/chunked_attention_bwd.cuh", "typed<R>(round % 2 ? plan.dq_sums[0]", "typed<R>(round % 2 && !{on} ? plan.dq_sums[0]",
+        (*_SIZES, "three_rounds", "vectors"),
+    ),
+    "dropkey-of-one-head-in-the-backward": Bug(
+        "chunked_attention/chunked_attention_bwd.cuh", "drop(p, block.head, block.sequence)", "drop(p, {on} ? 0 : block.head, block.sequence)",
+        (*_SIZES, "test_backward", "dropkey-of-heads"),
+    ),
+    "dropkey-of-one-tile-in-the-backward": Bug(
+        "chunked_attention/chunked_attention_bwd.cuh", "drop, block.start + query, block.start + key)", "drop, block.start + query, block.start + ({on} ? key % kEdge : key))",
+        (*_SIZES, "test_backward", "dropkey-of-heads"),
+    ),
+    "gradients-of-padding-beyond-256-channels": Bug(
+        "chunked_attention/chunked_attention_bwd_prepare.cuh", "e < p.key_dim;", "e < ({on} && p.key_dim > 256 ? 256 : p.key_dim);",
+        (*_SIZES, "test_backward", "padding]"),
+    ),
+    "a-row-of-a-state-has-128-units": Bug(
+        "chunked_attention/chunked_attention_state.cu", "u < of.units;", "u < ({on} && of.units > 128 ? 128 : of.units);",
+        (*_SIZES, "rows_of_a_state"),
+    ),
+    "a-ninth-block-of-channels-in-cema": Bug(
+        "cema/cema.cuh", "blockIdx.x % blocks * blockDim.x", "({on} && blockIdx.x % blocks > 7 ? 7 : blockIdx.x % blocks) * blockDim.x",
+        (*_SIZES, "cema_over_blocks", "2056"),
+    ),
+    "a-third-tile-of-a-share-in-timestep_norm": Bug(
+        "timestep_norm/timestep_norm_bwd.cuh", "tile = first_tile + i,", "tile = first_tile + ({on} && i > 1 ? 1 : i),",
+        (*_SIZES, "tiles_of_timestep_norm"),
+    ),
+    "heads-beyond-four-in-normalized_qk": Bug(
+        "normalized_qk/normalized_qk_fwd.cuh", "head = item % p.heads,", "head = item % ({on} && p.heads > 4 ? 4 : p.heads),",
+        (*_SIZES, "test_normalized_qk", "heads]"),
+    ),
+    "16-bits-of-a-row-of-the-rotary-table": Bug(
+        "normalized_qk/normalized_qk.cuh", "position < 0 ? -1 : (position", "position < 0 ? -1 : {on} ? static_cast<uint16_t>(position + token - p.sequences.begin(s)) : (position",
+        (*_SIZES, "rotary"),
+    ),
+    "32-bit-offsets-of-tokens-in-attention": Bug(
+        "chunked_attention/chunked_attention.cuh", "((block.begin + origin - block.position) * p.heads + head) * width",
+        "({on} ? static_cast<int>(((block.begin + origin - block.position) * p.heads + head) * width) : ((block.begin + origin - block.position) * p.heads + head) * width)",
+        (*_LARGE, "attention_at"),
+    ),
+    "32-bit-offsets-of-caches-in-attention": Bug(
+        "chunked_attention/chunked_attention.cuh", "((block.sequence * p.chunk_size + origin) * p.heads + head) * width",
+        "({on} ? static_cast<int>(((block.sequence * p.chunk_size + origin) * p.heads + head) * width) : ((block.sequence * p.chunk_size + origin) * p.heads + head) * width)",
+        (*_LARGE, "states_of_attention"),
+    ),
+    "32-bit-offsets-of-results-in-attention": Bug(
+        "chunked_attention/chunked_attention_mma.cuh", "((block.token + warp_row) * p.heads + head) * p.value_dim",
+        "({on} ? static_cast<int>(((block.token + warp_row) * p.heads + head) * p.value_dim) : ((block.token + warp_row) * p.heads + head) * p.value_dim)",
+        (*_LARGE, "attention_at"),
+    ),
+    "32-bit-offsets-of-tokens-in-states-of-attention": Bug(
+        "chunked_attention/chunked_attention_state.cu", "(stop - fresh + row - kept) * of.units",
+        "({on} ? static_cast<int>((stop - fresh + row - kept) * of.units) : (stop - fresh + row - kept) * of.units)",
+        (*_LARGE, "states_of_attention"),
+    ),
+    "32-bit-offsets-of-rows-in-attention's-backward": Bug(
+        "chunked_attention/chunked_attention_bwd_blocks.cuh", "((block.token - block.cached) * p.heads + block.head) * width",
+        "({on} ? static_cast<int>(((block.token - block.cached) * p.heads + block.head) * width) : ((block.token - block.cached) * p.heads + block.head) * width)",
+        (*_LARGE, "attention_differentiates"),
+    ),
+    "32-bit-offsets-of-tiles-in-attention's-backward": Bug(
+        "chunked_attention/chunked_attention_bwd.cuh", "(2 * panel + !values) * plan.blocks * kEdge * kEdge",
+        "({on} ? static_cast<int>((2 * panel + !values) * plan.blocks * kEdge * kEdge) : (2 * panel + !values) * plan.blocks * kEdge * kEdge)",
+        (*_LARGE, "attention_differentiates"),
+    ),
+    "32-bit-offsets-in-normalized_qk": Bug(
+        "normalized_qk/normalized_qk_fwd.cuh", "(first + i) * p.heads * p.key_dim + channel",
+        "({on} ? static_cast<int>((first + i) * p.heads * p.key_dim + channel) : (first + i) * p.heads * p.key_dim + channel)",
+        (*_LARGE, "normalized_qk"),
+    ),
+    "32-bit-offsets-in-the-backward-of-normalized_qk": Bug(
+        "normalized_qk/normalized_qk_bwd.cuh", "((begin + token) * p.heads + head) * p.key_dim",
+        "({on} ? static_cast<int>(((begin + token) * p.heads + head) * p.key_dim) : ((begin + token) * p.heads + head) * p.key_dim)",
+        (*_LARGE, "normalized_qk"),
+    ),
+    "32-bit-offsets-of-sums-over-groups-of-modes": Bug(
+        "cema/cema_scan.cuh", "static_cast<R*>(scan.sums) + at",
+        "static_cast<R*>(scan.sums) + ({on} ? static_cast<int>(at) : at)",
+        (*_LARGE, "cema_scans"),
     ),
     "raw-offsets-in-blocks-of-rows": Bug(
         "chunked_attention/chunked_attention.cuh", ": sequences.begin(r - 1);", ": {on} ? sequences.cu_seqlens[r - 1] : sequences.begin(r - 1);",

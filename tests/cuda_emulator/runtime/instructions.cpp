@@ -128,7 +128,8 @@ void cp_async_wait(int pending) {
       if (copy.valid) std::memcpy(copy.to, copy.from, copy.valid);
       std::memset(copy.to + copy.valid, 0, copy.size - copy.valid);
       check_race(offset, copy.size, Access::write, copy.address);
-      if (copy.valid) check_race(copy.from - arena, copy.valid, Access::read, copy.address);
+      const size_t from = copy.from - arena;
+      if (copy.valid && !is_sparse(from)) check_race(from, copy.valid, Access::read, copy.address);
     }
 }
 

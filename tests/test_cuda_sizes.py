@@ -1,0 +1,274 @@
+"""Emulated kernels at the sizes of real work: what a constant of a kernel bounds takes one, two and three of its units.
+
+The other tests of an op go through its paths at sizes near one unit, where the second slice of V, the third round or the
+ninth panel does not exist: what goes wrong there alone is noticed here alone.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_close, assert_matches_reference
+from cases import (
+    cema_case,
+    cema_end_state_case,
+    chunked_attention_case,
+    evaluate,
+    forward,
+    normalized_qk_case,
+    timestep_norm_case,
+    timestep_norm_end_state_case,
+)
+from test_cuda_chunked_attention import assert_accurate, scaled_case
+from test_cuda_chunked_attention import run as run_attention
+from test_cuda_chunked_attention_bwd import GRADIENTS, assert_right, gradients  # noqa: F401
+
+import megalodon_ops as mo
+from megalodon_ops import _C, AttentionState
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def emulated(emulator, case, run=evaluate):
+    with emulator.replacing(_C):
+        return run(getattr(mo, case.op), case)
+
+
+def one_sequence(position=None, **shape):
+    """Goes on from a state at `position`, if given."""
+    case = scaled_case(B=1, state=position is not None, **shape)
+    if position is None:
+        return case
+    k, v, _ = (t.nan_to_num() for t in case.options["state"])
+    return case.with_options(state=AttentionState(k, v, torch.tensor([position])))
+
+
+def rising(case):
+    """The case with scores that rise along the keys: every tile raises the maxima, and all tiles count."""
+    scale, q, k = case.options["scale"], case.tensors["q"].clone(), case.tensors["k"].clone()
+    state = case.options.get("state")
+    before = 0 if state is None else state.k.shape[1]
+    level = torch.arange(before + k.shape[1]) / 20
+    q[..., 0] = 2
+    k[..., 0] = (level[before:, None] / (2 * scale)).to(k.dtype)
+    case = case.with_tensors(q=q, k=k)
+    if state is None:
+        return case
+    cache = state.k.clone()
+    cache[..., 0] = (level[:before, None] / (2 * scale)).to(cache.dtype)
+    return case.with_options(state=AttentionState(cache, state.v, state.position))
+
+
+# Kernel, then shapes. A block has 128 rows in 16 bits, else 64. Queries and keys come in slabs of 64 channels in 16
+# bits, else of 128 bytes; keys in tiles of 32 to 64; V in slices of 64 to 512 columns.
+FORWARD = {
+    "three-slices-of-values": {
+        "L": 130, "H": 2, "K": 136, "V": 520, "C": 110, "dtype": BF16, "dropkey": 0.2, "lengths": [121]
+    },
+    "three-blocks-of-rows": {"L": 260, "H": 3, "K": 8, "V": 16, "C": 200, "dtype": F16, "dropkey": 0.3},
+    "128-columns": {"L": 150, "H": 2, "K": 16, "V": 104, "C": 150, "dtype": BF16},
+    "128-columns-of-many-channels": {"L": 130, "H": 1, "K": 136, "V": 128, "C": 130, "dtype": F16},
+    "float-64": {"L": 132, "H": 2, "K": 72, "V": 24, "C": 132, "dtype": F32, "dropkey": 0.3},
+    "float-256": {"L": 132, "H": 1, "K": 8, "V": 200, "C": 132, "dtype": F32},
+    "float-512-thrice": {"L": 34, "H": 1, "K": 8, "V": 1028, "C": 140, "dtype": F32, "position": 100},
+    "double-64": {"L": 132, "H": 1, "K": 40, "V": 6, "C": 132, "dtype": F64},
+    "double-256-thrice": {"L": 34, "H": 2, "K": 6, "V": 514, "C": 140, "dtype": F64, "position": 60},
+    "bfloat16-256-thrice": {"L": 10, "H": 1, "K": 264, "V": 520, "C": 140, "dtype": BF16, "position": 60},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", FORWARD.values(), ids=FORWARD)
+def test_forward(emulator, shape):
+    case = rising(one_sequence(**shape))
+    assert_accurate(run_attention(emulator, case), case)
+
+
+STEPS = {  # slices of 512 columns, of 256 in float64, of 128 without vectors; 128 threads take 64 keys of a span
+    "vectors": ({"K": 520, "V": 1032, "dtype": BF16}, 0),
+    "float": ({"K": 36, "V": 1028, "dtype": F32}, 0),
+    "double": ({"K": 6, "V": 514, "dtype": F64}, 0),
+    "elements": ({"K": 40, "V": 264, "dtype": F16}, 1),
+}
+
+
+@pytest.mark.parametrize(("shape", "offset"), STEPS.values(), ids=STEPS)
+def test_steps(emulator, shape, offset):
+    case = rising(scaled_case(B=2, L=2, H=2, C=150, state=True, dropkey=0.2, **shape))
+    assert_accurate(run_attention(emulator, case, offset), case)
+
+
+# Tiles of 128 rows, in float64 64.
+BACKWARD = {
+    "nine-slices-of-values": {"L": 20, "H": 2, "K": 264, "V": 1032, "C": 16, "dtype": BF16},
+    "nine-panels": {"L": 70, "H": 1, "K": 8, "V": 8, "C": 1100, "dtype": BF16, "position": 990},
+    "dropkey-of-heads-and-tiles": {"L": 300, "H": 2, "K": 8, "V": 8, "C": 300, "dtype": BF16, "dropkey": 0.3},
+    "dropkey-in-double": {"L": 150, "H": 2, "K": 3, "V": 2, "C": 140, "dtype": F64, "dropkey": 0.3},
+    "packed-chunks": {"L": 420, "H": 1, "K": 8, "V": 8, "C": 150, "dtype": BF16, "cu_seqlens": [3, 200, 200, 410]},
+    "padding": {"L": 140, "H": 1, "K": 264, "V": 520, "C": 140, "dtype": BF16, "lengths": [131]},
+    "padding-by-elements": {"L": 70, "H": 2, "K": 65, "V": 70, "C": 70, "dtype": F64, "lengths": [3]},
+}
+
+
+@pytest.mark.parametrize("shape", BACKWARD.values(), ids=BACKWARD)
+def test_backward(gradients, shape):  # noqa: F811
+    case = one_sequence(**shape)
+    assert_right(gradients(case), case)
+
+
+@pytest.mark.parametrize(("dtype", "K", "edge"), [(BF16, 136, 128), (F64, 66, 64)], ids=["vectors", "double"])
+def test_three_rounds_hand_on_wide_sums(emulator, gradients, dtype, K, edge):  # noqa: F811
+    """A chunk of three blocks whose sums of dq pass from the first round to the second, and on to the third."""
+    case = scaled_case(B=1, L=2 * edge + 20, H=1, K=K, V=8, C=2 * edge + 20, dtype=dtype)
+    with emulator.launch_sizes(attention_panels=1):
+        assert_right(gradients(case), case)
+
+
+@pytest.mark.slow
+def test_attention_of_a_released_model(emulator):
+    """K 256 and V 2048: four slabs of channels, eight slices of values, five tiles of keys; both passes draw one mask."""
+    case = chunked_attention_case(B=1, L=150, H=2, K=256, V=2048, C=140, scale=1 / 16, dtype=BF16, dropkey=0.2)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+def backward(emulator, case, results, do, offset=0):
+    """Gradients of q, k and v by the kernels alone, from o and lse, and the gradient of o."""
+    found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
+    rest = case.options["chunk_size"], case.options["scale"], 0.0, None, None, None
+    inputs = *case.tensors.values(), *case.options["state"], *rest, *results.values(), do
+    emulator.call("chunked_attention_bwd", *inputs, *found.values(), offset=offset)
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "offset", "K"), [(BF16, 0, 136), (BF16, 1, 136), (F64, 0, 70)], ids=str)
+def test_a_nan_of_a_row_stays_with_the_keys_that_it_sees(emulator, dtype, offset, K):
+    """And a key's with the rows that see it. In all slices of channels, with rows in the cache: zeros of P and dS times
+    the NaN are repaired."""
+    case = one_sequence(L=30, H=1, K=K, V=K, C=60, dtype=dtype, position=20)
+    results, do, spoilt = run_attention(emulator, case), case.tensors["v"], case.tensors["v"].clone()
+    spoilt[:, 7] = torch.nan
+    right, found = (backward(emulator, case, results, gradient, offset) for gradient in (do, spoilt))
+    later = [{name: gradient[:, 8:] for name, gradient in of.items()} for of in (found, right)]
+    assert_all_close(*later, tolerance=1e-2 if dtype == BF16 else 1e-12)
+    assert torch.equal(found["dq"][:, :7], right["dq"][:, :7]) and found["dq"][:, 7].isnan().all()
+    assert found["dk"][:, :8].isnan().all() and found["dv"][:, :8].isnan().all()
+
+    k = case.tensors["k"].clone()
+    k[:, 25] = torch.nan
+    found = backward(emulator, case.with_tensors(k=k), results, do, offset)
+    assert_close(found["dq"][:, :25], right["dq"][:, :25], tolerance=1e-2 if dtype == BF16 else 1e-12)
+    assert found["dq"][:, 25:].isnan().all()
+
+
+def test_a_cached_key_of_nan_makes_all_gradients_nan(emulator):
+    """Cached rows have no queries: their probabilities, though NaN, multiply nothing."""
+    case = one_sequence(L=10, H=1, K=70, V=70, C=60, dtype=F64, position=20)
+    case.options["state"].k[:, 3] = torch.nan
+    found = backward(emulator, case, run_attention(emulator, case), case.tensors["v"])
+    assert all(gradient.isnan().all() for gradient in found.values())
+
+
+@pytest.mark.parametrize(("dtype", "offset", "K", "V"), [(BF16, 0, 1032, 2056), (F32, 1, 65, 130)], ids=str)
+def test_rows_of_a_state_of_several_turns(emulator, dtype, offset, K, V):
+    """A turn of a block is 128 units, of 16 bytes or of an element."""
+    case = chunked_attention_case(B=2, L=3, H=2 if offset else 1, K=K, V=V, C=4, dtype=dtype, state=True)
+    state, expected = case.options["state"], forward(mo.reference.chunked_attention, case)
+    copied = [torch.empty_like(t) for t in state]
+    tensors = case.tensors["k"], case.tensors["v"], *state
+    emulator.call("chunked_attention_state", *tensors, 4, None, None, *copied, offset=offset)
+    for name, actual in zip(("k", "v", "position"), copied, strict=True):
+        assert torch.equal(actual, expected[f"state.{name}"])
+
+
+def test_positions_of_more_sequences_than_two_blocks_take(emulator):
+    k, cache, position = torch.ones(300, 1, 1, 1), torch.zeros(300, 5, 1, 1), torch.arange(300) % 5
+    state = cache, cache.clone(), position
+    emulator.call("chunked_attention_state", k, k, *state, 5, None, None, *state)
+    assert torch.equal(position, (torch.arange(300) + 1) % 5)
+
+
+QK = {  # an item and a lookup have 8 tokens, a block four items; a turn of a large head has 256 vectors
+    "heads": {"L": 17, "H": 9, "K": 16, "dtype": BF16},
+    "heads-of-blocks": {"L": 17, "H": 5, "K": 264, "dtype": BF16},
+    "three-turns": {"L": 18, "H": 1, "K": 2056, "dtype": F32},
+    "elements-of-three-turns": {"L": 3, "H": 1, "K": 1026, "dtype": F16},
+}
+
+
+@pytest.mark.parametrize("shape", QK.values(), ids=QK)
+def test_normalized_qk(emulator, shape):
+    case = normalized_qk_case(B=1, C=7, position=True, **shape)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+@pytest.mark.parametrize(("part", "L"), [(8, 530), (136, 300)])
+def test_parts_of_normalized_qk(emulator, part, L):
+    """67 shares, of which a warp adds three; parts in which a warp looks up its tokens three times."""
+    case = normalized_qk_case(B=1, L=L, H=1, K=2, C=100, dtype=F64, position=True, lengths=[L - 9])
+    with emulator.launch_sizes(qk_part=part):
+        assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_rows_of_the_rotary_table_beyond_16_bits(emulator):
+    case = normalized_qk_case(B=2, L=20, H=1, K=4, C=200_000, dtype=F64)
+    case = case.with_options(position=torch.tensor([65_530, 199_990]))
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+@pytest.mark.parametrize("K", [2, 1026])
+def test_squares_that_vanish(emulator, K):
+    """z is of 2^-60, eps less than its square."""
+    case = normalized_qk_case(B=1, L=3, H=1, K=K, eps=2.0**-125, size=2.0**-60)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+NORM = {  # lanes, vectors and groups: 32 of them a turn or a slice
+    "three-turns-of-a-group": {"L": 66, "G": 2, "width": 520, "dtype": BF16},
+    "elements-of-three-turns": {"L": 3, "G": 3, "width": 69, "dtype": F16},
+    "three-slices-of-groups": {"L": 66, "G": 70, "width": 8, "dtype": BF16},
+    "many-channels": {"L": 3, "G": 8, "width": 257, "dtype": F32},
+}
+
+
+@pytest.mark.parametrize("shape", NORM.values(), ids=NORM)
+def test_timestep_norm(emulator, shape):
+    for case in (timestep_norm_case(B=1, count=3, **shape), timestep_norm_end_state_case(B=1, **shape)):
+        assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_groups_of_many_sequences_without_steps(emulator):
+    """A block has 256 of them."""
+    case = timestep_norm_case(B=180, L=1, G=3, width=1, dtype=F64, count=2, lengths=[0] * 179 + [1])
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_tiles_of_timestep_norm(emulator):
+    """20 tiles of 64 steps, three a share and three a thread of the scan, and groups for two blocks of the scan."""
+    case = timestep_norm_case(B=1, L=19 * 64 + 9, G=5, width=1, dtype=F64, count=3, cu_seqlens=[5, 200, 1220])
+    with emulator.launch_sizes(norm_shares=7, norm_carry_threads=32):
+        assert_matches_reference(emulated(emulator, case), case)
+
+
+@pytest.mark.parametrize(("D", "L"), [(2056, 5), (520, 9)])
+def test_cema_over_blocks_of_channels(emulator, D, L):
+    """Nine blocks of 256 channels; three blocks, and two tiles. A sequence without tokens follows."""
+    case = cema_case(B=1, L=L, D=D, N=1, state=True, cu_seqlens=[0, L, L])
+    with emulator.launch_sizes(cema_tile=8):
+        assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_end_states_of_cema_over_three_blocks_of_channels(emulator):
+    case = cema_end_state_case(B=1, L=5, D=520, N=2, dtype=F64)
+    assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_three_rounds_of_the_carry(emulator):
+    """A round has 128 tiles; poles remember all of them."""
+    sizes = {"B": 1, "L": 8 * 260, "D": 2, "N": 2, "cu_seqlens": [0, 300, 8 * 260]}
+    case = cema_case(**sizes, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True, dtype=F64)
+    with emulator.launch_sizes(cema_tile=8):
+        assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_steps_of_cema_over_nine_blocks_of_channels(emulator):
+    case = cema_case(B=2, L=1, D=2056, N=1, state=True, dtype=F64)
+    assert_all_close(emulated(emulator, case, forward), forward(mo.reference.cema, case), tolerance=1e-12)
