@@ -13,7 +13,18 @@ from pathlib import Path
 
 import pytest
 from cuda_static.promises import LOAD_64, LOAD_128, STORE_128, Promise, breaches
-from cuda_static.sass import ROOT, Kernel, MissingTool, compiled, demangle, installed, kernels_of, ptx, ptx_of, table
+from cuda_static.sass import (
+    ROOT,
+    Kernel,
+    MissingTool,
+    assembly,
+    compiled,
+    demangle,
+    installed,
+    kernels_of,
+    ptx_of,
+    table,
+)
 
 from megalodon_ops.ops import library
 
@@ -101,29 +112,81 @@ def test_what_a_promise_allows_is_no_breach(planted):
     assert breaches([planted["calculates_in_double<double>"]], [Promise(r"calculates_in_double<double>", 24)]) == []
 
 
-# The halves of a packed pair, as the PTX ISA gives them for "cvt.rn.bf16x2.f32 d, a, b": a is the upper one, b the lower.
-PACKED = r"cvt\.rn\.(bf16x2|f16x2)\.f32\s+%r\d+,\s*(%f\d+|%r\d+),\s*(%f\d+|%r\d+);"
+# What the wrappers of cuda/common are to become, by the PTX ISA, where words are numbered as in its figures of fragments
+# and the first word of "cvt.rn.bf16x2.f32 d, a, b" is the upper half. The emulator has branches of its own, which
+# test_cuda_instructions.py holds against the same manual: nothing but this table looks at nvcc's.
+VALUES = {"unsigned short": ("b16", "{}0"), "Pack<unsigned int, 1>": ("b32", "{}0")} | {
+    f"Pack<unsigned int, {n}>": (f"v{n}.b32", "{{" + ",".join(f"{{0}}{i}" for i in range(n)) + "}}") for n in (2, 4)
+}
+MMA = "mma.sync.aligned.{}.row.col.f32.{}.f32 {{z0,z1,z2,z3}}, {{x0,x1,x2,x3}}, {{y0,y1}}, {{z0,z1,z2,z3}}"
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.{}.shared.b16 {{{}}}, [shared]"
+INSTRUCTIONS = {
+    **{f"loads<{V}>": f"ld.global.{kind} {words.format('y')}, [x]" for V, (kind, words) in VALUES.items()},
+    **{f"stores<{V}>": f"st.global.{kind} [y], {words.format('x')}" for V, (kind, words) in VALUES.items()},
+    **{f"loads_shared<{V}>": f"ld.shared.{kind} {words.format('x')}, [shared]" for V, (kind, words) in VALUES.items()},
+    **{f"stores_shared<{V}>": f"st.shared.{kind} [shared], {words.format('x')}" for V, (kind, words) in VALUES.items()},
+    "copies<4>": "cp.async.ca.shared.global [shared], [x], 4, y0",  # y0 bytes are read, the others zeros
+    "copies<8>": "cp.async.ca.shared.global [shared], [x], 8, y0",
+    "copies<16>": "cp.async.cg.shared.global [shared], [x], 16, y0",
+    "commits": "cp.async.commit_group",
+    "waits<0>": "cp.async.wait_group 0",
+    "waits<2>": "cp.async.wait_group 2",
+    "matrices<1>": LDMATRIX.format("x1", "x0"),
+    "matrices<2>": LDMATRIX.format("x2", "x0,x1"),
+    "matrices<4>": LDMATRIX.format("x4", "x0,x1,x2,x3"),
+    "transposed<1>": LDMATRIX.format("x1.trans", "x0"),
+    "transposed<2>": LDMATRIX.format("x2.trans", "x0,x1"),
+    "transposed<4>": LDMATRIX.format("x4.trans", "x0,x1,x2,x3"),
+    "multiplies<bf16>": MMA.format("m16n8k16", "bf16.bf16"),
+    "multiplies<fp16>": MMA.format("m16n8k16", "f16.f16"),
+    "multiplies<float>": MMA.format("m16n8k8", "tf32.tf32"),
+    "packs<bf16>": "cvt.rn.bf16x2.f32 y0, x1, x0",
+    "packs<fp16>": "cvt.rn.f16x2.f32 y0, x1, x0",
+    "narrows<bf16>": "cvt.rn.bf16.f32 y0, x0",
+    "narrows<fp16>": "cvt.rn.f16.f32 y0, x0",
+    "widens": "cvt.f32.f16 y0, x0",
+    "rounds": "cvt.rna.tf32.f32 y0, x0",
+    "exponential": "ex2.approx.ftz.f32 y0, x0",
+    "barrier": "bar.sync x0, y0",
+}
+WRAPPERS = PLANTED.parent / "wrappers.cu"
 
 
-def packed_halves(source: Path) -> dict[str, tuple[int, int]]:
-    """By type: which of two floats in memory goes to the lower half and which to the upper."""
-    found = {}
-    for kernel in or_skip(lambda: ptx(source)).split(".entry")[1:]:
-        loads = re.findall(r"ld\.global\S*\.[fb]32\s+(%[fr]\d+),\s*\[%\w+(?:\+(\d+))?\];", kernel)
-        index = {register: int(offset or 0) // 4 for register, offset in loads}
-        ((name, upper, lower),) = re.findall(PACKED, kernel)
-        found[name] = index[lower], index[upper]
-    return found
+def test_wrappers_become_the_instructions_that_the_emulator_takes_them_for():
+    assert or_skip(lambda: assembly(WRAPPERS)) == INSTRUCTIONS
+    sources = "".join(file.read_text() for file in (ROOT / "cuda" / "common").glob("*.cuh"))
+    written = re.findall(r'\basm(?: volatile)?\(\s*"([\w.]+)', sources)
+    assert len(written) > 20
+    for opcode in written:  # of a macro only the beginning
+        assert any(instruction.startswith(opcode) for instruction in INSTRUCTIONS.values()), f"{opcode} has no kernel"
 
 
-def test_the_first_of_a_packed_pair_is_the_lower_half(tmp_path):
-    """The emulator packs by itself, so that nothing else sees nvcc's branch."""
-    assert packed_halves(PLANTED.parent / "packs.cu") == {"bf16x2": (0, 1), "f16x2": (0, 1)}
-    shutil.copy(PLANTED.parent / "packs.cu", tmp_path)
-    right = (ROOT / "cuda" / "common" / "convert.cuh").read_text()
-    swapped = right.replace('"f"(high), "f"(low)', '"f"(low), "f"(high)')
-    (tmp_path / "convert.cuh").write_text(swapped)
-    assert packed_halves(tmp_path / "packs.cu") == {"bf16x2": (1, 0), "f16x2": (1, 0)}
+BUGS = {  # file, right, wrong -> the kernels of wrappers.cu that change
+    ("async.cuh", "[%1], 16, %2;", "[%1], 16;"): {"copies<16>"},
+    ("async.cuh", "[%1], %2, %3;", "[%1], %3, %3;"): {"copies<4>", "copies<8>"},
+    ("async.cuh", '"n"(kPending)', '"n"(kPending + 1)'): {"waits<0>", "waits<2>"},
+    ("matrix.cuh", "x4.trans.", "x4."): {"transposed<4>"},
+    ("matrix.cuh", "m8n8.x2.shared", "m8n8.x2.trans.shared"): {"matrices<2>"},
+    ("matrix.cuh", "bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}", "bf16.f32 {%0,%1,%2,%3}, {%4,%6,%5,%7}"): {"multiplies<bf16>"},
+    ("matrix.cuh", "f16.f16.f32 {%0,%1,%2,%3}, {%4", "f16.f16.f32 {%0,%2,%1,%3}, {%4"): {"multiplies<fp16>"},
+    ("matrix.cuh", "tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}", "tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%9,%8}"): {
+        "multiplies<float>"
+    },
+    ("convert.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'): {"packs<bf16>", "packs<fp16>"},
+    ("portable.cuh", '"bar.sync %0, %1;"', '"bar.sync %1, %0;"'): {"barrier"},
+}  # fmt: skip
+
+
+def test_what_only_nvcc_sees_is_seen(tmp_path):
+    """All bugs are compiled at once: each is in kernels of its own."""
+    shutil.copytree(ROOT / "cuda" / "common", tmp_path, dirs_exist_ok=True)
+    shutil.copy(WRAPPERS, tmp_path)
+    for file, right, wrong in BUGS:
+        text = (tmp_path / file).read_text()
+        assert right in text, right
+        (tmp_path / file).write_text(text.replace(right, wrong))
+    found = or_skip(lambda: assembly(tmp_path / WRAPPERS.name))
+    assert {name for name in found if found[name] != INSTRUCTIONS[name]} == set().union(*BUGS.values())
 
 
 def test_names_are_short():

@@ -19,6 +19,8 @@ import pybind11
 import torch
 from torch import Tensor
 
+from cuda_emulator import reached
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 
@@ -74,6 +76,7 @@ def load(library: Path) -> ModuleType:
 
 
 def _compile(folder: Path, compiler: str, target: str, verbose: bool) -> None:
+    reached.copy_counted(ROOT / "cuda", folder / "cuda")
     if not (folder / "CMakeCache.txt").exists():
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         _run(

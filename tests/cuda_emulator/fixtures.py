@@ -7,12 +7,15 @@ from types import ModuleType
 
 import pytest
 
+from cuda_emulator import reached
 from cuda_emulator.emulator import Emulator, build, load
 
 
 @pytest.fixture(scope="session")
-def emulated_module() -> ModuleType:
-    return load(build())
+def emulated_module() -> Iterator[ModuleType]:
+    module = load(build())
+    yield module
+    reached.write_record(module)
 
 
 @pytest.fixture

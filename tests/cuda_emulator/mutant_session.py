@@ -103,18 +103,8 @@ def main() -> None:
     log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for standard in (1, 2):
         os.dup2(log, standard)
-    options = [
-        "-n",
-        "0",
-        "-x",
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "--capture=sys",
-        "-m",
-        "",
-    ]  # slow ones, too
+    # Slow tests, too.
+    options = ["-n", "0", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", "--capture=sys", "-m", ""]
     code = pytest.main([*options, *sys.argv[2:]], plugins=[Session(requests, answers)])
     sys.stdout.flush()
     os._exit(code)  # freeing all objects would copy them to a fork

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from cuda_emulator.source import CLOSING, OPENING, closing, loop_heads, without_comments
+
 SYNCHRONISATION = r"(?:gpu::)?\b(?:__sync(?:threads|warp)|named_barrier|cp_async_(?:commit|wait))\b(?:<[^<>;]*>)?\("
 # Where an operand of && or || or the condition of ?: ends at the latest.
 BOUNDARY = r"&&|\|\||\?|(?<!:):(?!:)|;|,|(?<![=<>!])=(?!=)|\breturn\b|[{}]"
-OPENING, CLOSING = "([{", ")]}"
-
 
 # The emulator has the number of the mutant that runs, and functions that note which mutants would have mattered.
 SWITCH = """
@@ -41,7 +41,7 @@ class Mutant:
 
 def mutants(text: str) -> list[Mutant]:
     """All mutants of a kernel file, in the order of their lines."""
-    code, found = _without_comments(text), {}
+    code, found = without_comments(text), {}
     for start, end, new in _edits(code):
         changed = text[:start] + new + text[end:]
         if changed != text and not _is_constant(code, start):
@@ -56,7 +56,7 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
 
     To kernels gpu_mutant is a constant, so that they read it without the emulator's notice.
     """
-    code = _without_comments(text)
+    code = without_comments(text)
     inserted = [((re.match(r"(#.*\n)*", text).end(), 0, 0, 0), " ".join(SWITCH.split()) + " ")]
     for number, mutant in numbered:
         is_on, start, end = f"gpu_mutant == {number}", mutant.start, mutant.end
@@ -70,7 +70,7 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
         else:  # the number of groups that a wait leaves in flight
             name = text.rindex("cp_async_wait", 0, start)
             start = name - len(re.search(r"(gpu::)?$", code[:name])[0])
-            call_end = _closing(code, text.index("(", end)) + 1
+            call_end = closing(code, text.index("(", end)) + 1
             more = f"{text[start : mutant.start]}{mutant.new}{text[end:call_end]}"
             before, after, end = f"({is_on} ? {more} : (gpu_reached({number}), ", "))", call_end
         length = end - start
@@ -86,13 +86,13 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
 def _edits(code: str) -> Iterator[tuple[int, int, str]]:
     """Yields (start, end, replacement)."""
     for call in re.finditer(SYNCHRONISATION, code):
-        end = _closing(code, call.end() - 1) + 1
+        end = closing(code, call.end() - 1) + 1
         if re.match(r"\s*;", code[end:]):
             yield call.start(), end, ""
     for wait in re.finditer(r"cp_async_wait<([^<>;]+)>", code):
         yield *wait.span(1), f"{wait[1]} + 1"
     for condition in re.finditer(r"\bif \(", code):
-        end = _closing(code, condition.end() - 1)
+        end = closing(code, condition.end() - 1)
         leaves = re.match(r"\)\s*\{?\s*(return|continue|break)\b", code[end:])
         yield condition.end(), end, "false" if leaves else "true"
     for definition in re.finditer(r"\bbool (?=\w+ = )", code):
@@ -119,12 +119,11 @@ def _edits(code: str) -> Iterator[tuple[int, int, str]]:
 
 def _loops(code: str) -> Iterator[tuple[int, int, set[str]]]:
     """The condition of each `for` that is not unrolled: start, end, and the names that its step changes."""
-    for loop in re.finditer(r"(GPU_UNROLL\s+)?\bfor \(", code):
-        close = _closing(code, loop.end() - 1)
-        parts = code[loop.end() : close].split(";")
-        if len(parts) == 3 and not loop[1]:
-            start = loop.end() + len(parts[0]) + 1
-            yield start, start + len(parts[1]), set(re.findall(r"[A-Za-z_]\w*", parts[2]))
+    for start, end in loop_heads(code):
+        first, *rest = code[start : end - 1].split(";")
+        if first.startswith("for") and len(rest) == 2:
+            condition = start + len(first) + 1
+            yield condition, condition + len(rest[0]), set(re.findall(r"[A-Za-z_]\w*", rest[1]))
 
 
 def _left_operand(code: str, end: int, through_logic: bool = False) -> tuple[int, int]:
@@ -165,25 +164,8 @@ def _trimmed(code: str, start: int, end: int) -> tuple[int, int]:
     return start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
 
 
-def _closing(code: str, opening: int) -> int:
-    depth = 0
-    for i in range(opening, len(code)):
-        depth += (code[i] in OPENING) - (code[i] in CLOSING)
-        if depth == 0:
-            return i
-    raise ValueError(f"nothing closes the parenthesis at {opening}")
-
-
 def _is_constant(code: str, at: int) -> bool:
     """Whether `at` lies in a statement that the compiler evaluates."""
     start = max(code.rfind(c, 0, at) for c in ";{}") + 1
     size_of_array = r"^\s*(?!return\b)\w[\w:<>, ]* \w+\[[^=(]*$"
     return bool(re.search(rf"\b(constexpr|static_assert|template|using)\b|{size_of_array}", code[start:at]))
-
-
-def _without_comments(text: str) -> str:
-    """The text with comments, strings and preprocessor lines blanked, at the same places."""
-    return re.sub(
-        r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|^[ \t]*#(?:\\\n|[^\n])*',
-        lambda token: re.sub(r"[^\n]", " ", token[0]), text, flags=re.DOTALL | re.MULTILINE,
-    )  # fmt: skip

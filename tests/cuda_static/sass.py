@@ -86,18 +86,44 @@ def compiled(source: Path, architecture: int = 90) -> list[Kernel]:
     """The kernels of a file, compiled by nvcc."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source.stem}.sm_{architecture}.cubin"
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp' / 'common'}"]
-        _run([nvcc(), *flags, f"-arch=sm_{architecture}", "-cubin", str(source), "-o", str(cubin)])
+        _run([*_compiler(), "-lineinfo", f"-arch=sm_{architecture}", "-cubin", str(source), "-o", str(cubin)])
         return _kernels_of_cubin(cubin)
 
 
-def ptx(source: Path, architecture: int = 90) -> str:
-    """What nvcc makes of a file before it chooses registers and instructions."""
+def assembly(source: Path) -> dict[str, str]:
+    """The inline PTX of each kernel of a file, whose parameters are called x, y and z here.
+
+    An operand is a pointer ("x"), the nth word of what a pointer or a parameter holds, read before or written after
+    ("x0"), or an array in shared memory.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernels.ptx"
-        flags = ["-std=c++17", "-O3", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp' / 'common'}"]
-        _run([nvcc(), *flags, f"-arch=compute_{architecture}", "-ptx", str(source), "-o", str(output)])
-        return output.read_text()
+        _run([*_compiler(), "-arch=compute_80", "-ptx", str(source), "-o", str(output)])
+        bodies = dict(re.findall(r"\.entry (\w+)\(.*?^\{(.*?)^\}", output.read_text(), re.DOTALL | re.MULTILINE))
+    return dict(zip(demangle(list(bodies)), map(_assembly_of, bodies.values()), strict=True))
+
+
+def _assembly_of(body: str) -> str:
+    inline = r"// begin inline asm\s+(.*?);?\s+// end inline asm"
+    code, registers, place = re.sub(inline, "", body), r"(\{.*?\}|%\w+)", r"\[?(%?\w+)(?:\+(\d+))?\]?"
+    operands: dict[str, str] = {}
+
+    def name(found: str, source: str, first: int | None) -> None:
+        for i, register in enumerate(re.findall(r"%\w+", found)):
+            operands.setdefault(register, source if first is None else f"{source}{first + i}")
+
+    for instruction, to, source, offset in re.findall(rf"(ld|cvta|mov)(?:\.\w+)*\s+{registers}, {place};", code):
+        parameter = re.search(r"_param_(\d)$", source)
+        whole = instruction != "ld" or parameter and to.startswith("%rd")
+        source = "xyz"[int(parameter[1])] if parameter else operands.get(source, source)
+        name(to, source, None if whole else int(offset or 0) // 4)
+    for to, offset, stored in re.findall(rf"st\.global(?:\.\w+)*\s+{place}, {registers};", code):
+        name(stored, operands[to], int(offset or 0) // 4)
+    return re.sub(r"%\w+", lambda register: operands[register[0]], "; ".join(re.findall(inline, body)))
+
+
+def _compiler() -> list[str]:
+    return [nvcc(), "-std=c++17", "-O3", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp' / 'common'}"]
 
 
 def _kernels_of_cubin(cubin: Path) -> list[Kernel]:

@@ -100,8 +100,28 @@ T launch_size(const char* name, T chosen) {
 
 // The most threads of a block by the kernel's __launch_bounds__; 1024 where it has none.
 int launch_bound(const void* kernel);
-void run(const char* name, dim3 grid, dim3 block, int most_threads, size_t shared, void (*call)(const void*),
+void run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void (*call)(const void*),
          const void* arguments);
+
+// The nth loop of a kernel file. Bit n of `turns` says that it has turned n times, bit 3 that three times or more.
+struct Loop {
+  const char* file;
+  int nth;
+  unsigned turns = 0;
+  int64_t most = 0;
+  Loop* next = nullptr;
+
+  constexpr Loop(const char* file, int nth) : file(file), nth(nth) {}
+};
+void finish_loop(Loop& loop, int64_t turns) noexcept;
+
+struct Turns {
+  Loop& loop;
+  int64_t count = 0;
+
+  explicit Turns(Loop& loop) : loop(loop) {}
+  ~Turns() { finish_loop(loop, count); }
+};
 
 // A kernel and its arguments, which every thread gets a copy of.
 template <class... P>
@@ -122,8 +142,7 @@ template <class... P, class... A>
 EMU_BUILTIN void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void*,
                         A&&... arguments) {
   const Call<P...> call{kernel, {static_cast<P>(arguments)...}};
-  const int most_threads = launch_bound(reinterpret_cast<const void*>(kernel));
-  run(name, grid, block, most_threads, shared, &Call<P...>::make, &call);
+  run(name, reinterpret_cast<const void*>(kernel), grid, block, shared, &Call<P...>::make, &call);
 }
 
 template <class T>
@@ -187,3 +206,15 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+
+// What reached.py writes before a loop and before its body.
+#define EMU_LOOP(file, nth)                                                             \
+  if (::emu::Turns emu_turns([]() -> ::emu::Loop& {                                     \
+        static ::emu::Loop loop(file, nth);                                             \
+        return loop;                                                                    \
+      }());                                                                             \
+      false) {                                                                          \
+  } else
+#define EMU_TURN                       \
+  if (++emu_turns.count, false) {      \
+  } else

@@ -101,7 +101,7 @@ void check_configuration() {
   const uint64_t size = uint64_t{block.x} * block.y * block.z;
   const auto refuse = [](const std::string& what) { throw Error("invalid launch of " + launch_.kernel + ": " + what); };
   if (size == 0 || size > kMaxThreads || block.z > 64) refuse("a block of " + std::to_string(size) + " threads");
-  if (size > static_cast<uint64_t>(launch_.most_threads))
+  if (size > static_cast<uint64_t>(launch_bound(launch_.code)))
     refuse("a block of " + std::to_string(size) + " threads, beyond its __launch_bounds__");
   if (size % kWarpSize) refuse("a block of " + std::to_string(size) + " threads is not whole warps");
   if (!grid.x || !grid.y || !grid.z) refuse("an empty grid");
@@ -169,17 +169,18 @@ int launch_bound(const void* kernel) {
   return warps ? warps * kWarpSize : kMaxThreads;
 }
 
-void run(const char* name, dim3 grid, dim3 block, int most_threads, size_t shared, void (*call)(const void*),
+void run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void (*call)(const void*),
          const void* arguments) {
   initialise_memory();
   allocate_stacks();
   const uint32_t number = launch_.number + 1;
-  launch_ = {base_name(name), grid, block, most_threads, shared, call, arguments, number, block_number + 1,
+  launch_ = {base_name(name), kernel, grid, block, shared, call, arguments, number, block_number + 1,
              static_cast<int>(block.x * block.y * block.z)};
   check_configuration();
   threads.resize(launch_.threads);
   random_state = options.seed * 0x9e3779b97f4a7c15ull | 1;
   failed = false;
+  start_turns();
   for (block_.z = 0; block_.z < grid.z; ++block_.z)
     for (block_.y = 0; block_.y < grid.y; ++block_.y)
       for (block_.x = 0; block_.x < grid.x && !failed; ++block_.x) {
@@ -188,6 +189,7 @@ void run(const char* name, dim3 grid, dim3 block, int most_threads, size_t share
         run_block();
       }
   finish_launch_counts();
+  finish_turns();
   throw_reports();
 }
 

@@ -74,8 +74,8 @@ extern std::map<std::string, LaunchSize> launch_sizes;
 
 struct Launch {
   std::string kernel;
+  const void* code;
   dim3 grid, block;
-  int most_threads;  // of a block
   size_t dynamic_shared;
   void (*call)(const void*);
   const void* arguments;
@@ -170,6 +170,17 @@ std::vector<std::string> source_lines(const std::vector<const void*>& addresses)
 std::string source_line(Place place);
 void throw_reports();  // if there are any
 std::vector<Report> last_reports();
+
+// turns.cpp
+void start_turns();   // what has turned until now, has turned in the launcher
+void finish_turns();  // what has turned since then, in the kernel
+struct Reached {
+  size_t kernel;     // its code's offset in the module, or 0: a launcher
+  std::string what;  // "file:line" of a loop, or a dimension of the launch
+  unsigned turns;    // as in Loop
+  int64_t most;
+};
+std::vector<Reached> reached();
 
 // mutants.cpp
 extern std::vector<unsigned char> mattered;  // by mutant

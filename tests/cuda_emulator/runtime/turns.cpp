@@ -1,0 +1,68 @@
+// How often each loop of the kernel files turned, and how many blocks and warps each kernel was launched with.
+#include <dlfcn.h>
+
+#include <map>
+
+#include "state.h"
+
+namespace emu {
+namespace {
+
+Loop* turned = nullptr;  // the loops that have turned and are not in `all` yet
+std::map<std::pair<const void*, std::string>, Reached> all;
+
+constexpr unsigned kNotAll = 16;  // of the warps that a block may have
+
+unsigned bit_of(int64_t turns) { return 1u << std::min<int64_t>(turns, 3); }
+
+void record(const void* kernel, const std::string& what, unsigned turns, int64_t most) {
+  if (bounds.only) return;  // nobody looks at the results
+  Reached& entry = all[{kernel, what}];
+  entry.turns |= turns;
+  entry.most = std::max(entry.most, most);
+}
+
+void record_loops(const void* kernel) {
+  for (; turned; turned = turned->next) {
+    record(kernel, std::string(turned->file) + " " + std::to_string(turned->nth), turned->turns, turned->most);
+    turned->turns = 0;
+    turned->most = 0;
+  }
+}
+
+}  // namespace
+
+void finish_loop(Loop& loop, int64_t turns) noexcept {
+  if (!loop.turns) {
+    loop.next = turned;
+    turned = &loop;
+  }
+  loop.turns |= bit_of(turns);
+  loop.most = std::max(loop.most, turns);
+}
+
+void start_turns() { record_loops(nullptr); }
+
+void finish_turns() {
+  record_loops(launch_.code);
+  const auto size = [](const char* of, unsigned units) { record(launch_.code, of, bit_of(units), units); };
+  size("grid.x", launch_.grid.x);
+  size("grid.y", launch_.grid.y);
+  size("grid.z", launch_.grid.z);
+  size("warps", launch_.threads / kWarpSize);
+  if (launch_.threads < launch_bound(launch_.code)) record(launch_.code, "warps", kNotAll, 0);
+}
+
+std::vector<Reached> reached() {
+  record_loops(nullptr);
+  std::vector<Reached> list;
+  for (const auto& [key, entry] : all) {
+    Dl_info module{};
+    if (key.first) dladdr(key.first, &module);
+    const size_t kernel = static_cast<const char*>(key.first) - static_cast<const char*>(module.dli_fbase);
+    list.push_back({kernel, key.second, entry.turns, entry.most});
+  }
+  return list;
+}
+
+}  // namespace emu
