@@ -1,6 +1,5 @@
 """`eval` and `generate`: what is made of a trained model."""
 
-import re
 import signal
 
 import pytest
@@ -71,7 +70,7 @@ def test_weights_that_give_no_numbers_are_an_error(ended, capsys, flags):
     assert main([*flags, "--checkpoint", str(ended)]) == 2
     *bar, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"megalodon_ops {flags[0]}: error: ") and "weights are too large" in line
-    assert all(re.search("B/s|: taking 40 .py", part) or not part.strip() for part in bar)
+    assert all("B/s" in part or not part.strip() for part in bar)
 
 
 def test_perplexity_beyond_float64(ended, capsys):

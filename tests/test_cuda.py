@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_bit_equal
+from assertions import assert_all_close, assert_bit_equal, assert_matches_reference, every_case
 from backends import needs_gpu
 from cases import BUILDERS, OPS, WITH_STATE, Case, chunked_attention_case, evaluate, forward
+from cuda_emulator.sanitized import small_cases
 from models import tiny_model, tokens_of
+from programs import run_python
 from torch.utils._pytree import tree_map_only
 
 import megalodon_ops as mo
@@ -23,9 +26,12 @@ def to(device, values):
     return tree_map_only(torch.Tensor, lambda t: t.to(device), values)
 
 
-def on(device: str, op: str, **sizes) -> Case:
-    case = BUILDERS[op](B=3, L=11, **WITH_STATE.get(op, {}), **sizes)
+def moved(device: str, case: Case) -> Case:
     return case.with_tensors(**to(device, case.tensors)).with_options(**to(device, case.options))
+
+
+def on(device: str, op: str, **sizes) -> Case:
+    return moved(device, BUILDERS[op](B=3, L=11, **WITH_STATE.get(op, {}), **sizes))
 
 
 def run(op: str, case: Case):
@@ -47,6 +53,33 @@ def test_results_are_on_the_device_and_equal_the_cpus(op):
     found = run(op, on("cuda", op, dtype=torch.float64))
     assert all(value.is_cuda for value in found.values())
     assert_all_close(to("cpu", found), run(op, on("cpu", op, dtype=torch.float64)), tolerance=1e-10, terms=1.0)
+
+
+# What the emulator's sanitizers run as well, and a chunk of several tiles of the backward.
+CASES = [*small_cases(), ("chunked_attention", {"B": 1, "L": 150, "K": 8, "V": 160, "C": 140, "scale": 8**-0.5})]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", sorted({op for op, _ in CASES}))
+def test_every_kernel_of_a_narrow_type_is_right(op, dtype):
+    """Within the bounds that the CPU's kernels keep; aligned or not. bench/gpu.sh runs these under compute-sanitizer."""
+    with every_case() as each:
+        for options in (options for name, options in CASES if name == op):
+            case = BUILDERS[op](dtype=dtype, **options)
+            for shift in (0, 1):
+                with each(options, shift):
+                    found = to("cpu", run(op, shifted(moved("cuda", case), shift)))
+                    assert_matches_reference(found, case)
+
+
+def shifted(case: Case, elements: int) -> Case:
+    """The case with tensors that begin so many elements past an aligned address."""
+
+    def shift(tensor: torch.Tensor) -> torch.Tensor:
+        room = tensor.new_empty(tensor.numel() + elements)[elements:]
+        return room.view(tensor.shape).copy_(tensor)
+
+    return case.with_tensors(**{name: shift(tensor) for name, tensor in case.tensors.items()})
 
 
 @all_ops
@@ -130,7 +163,27 @@ def warm_up(call):
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def test_a_first_call_may_be_captured():
+FIRST_CAPTURE = """
+import sys, torch
+from test_cuda import OPS, BUILDERS, forward, mo, moved, run
+for op in OPS:
+    case = moved("cuda", BUILDERS[op](B=2, L=70, dtype=getattr(torch, sys.argv[1])))
+    expected = run(op, case)  # the one call before: it loads the kernels
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        outputs = forward(getattr(mo, op), case)
+    graph.replay()
+    print(op, all(torch.equal(outputs[name], expected[name]) for name in outputs))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_call_before_makes_ready_for_capture(dtype):
+    """In a new process, whose driver has loaded no kernel yet."""
+    ran = run_python(FIRST_CAPTURE, dtype, CUDA_MODULE_LOADING="LAZY", PYTHONPATH=str(Path(__file__).parent))
+    assert ran.stdout.splitlines() == [f"{op} True" for op in OPS], ran.stderr
+
+
+def test_a_captured_call_takes_a_new_table():
     """The captured call's rotary table comes from the device, and no other call or table touches it afterwards."""
     case = on("cuda", "normalized_qk", rope_base=123.0)
     warm_up(lambda: run("normalized_qk", on("cuda", "normalized_qk")))

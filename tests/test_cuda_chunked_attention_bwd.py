@@ -15,6 +15,7 @@ from cuda_emulator.emulator import FOLDER, DeviceTensor
 
 import megalodon_ops as mo
 from megalodon_ops import _C
+from megalodon_ops.reference.philox import dropkey_mask
 
 GRADIENTS = ("dq", "dk", "dv")
 KERNELS = "chunked_attention_bwd_{}_kernel"
@@ -25,20 +26,20 @@ EDGE = 128  # of a tile of 16-bit elements
 def gradients(emulator, monkeypatch):
     """Gradients of a case: forward on the CPU, backward on the emulated device."""
 
-    def run(case, offset=0):
+    def run(case, offset=0, incoming=None):
         monkeypatch.setattr(_C, "chunked_attention_bwd", partial(emulator.call, "chunked_attention_bwd", offset=offset))
-        results = evaluate(mo.chunked_attention, case)
+        results = evaluate(mo.chunked_attention, case, incoming)
         return {name: results[name] for name in GRADIENTS}
 
     return run
 
 
-def assert_right(actual, case):
-    exact = evaluate(mo.reference.chunked_attention, case.double())
+def assert_right(actual, case, incoming=None):
+    exact = evaluate(mo.reference.chunked_attention, case.double(), incoming)
     if case.dtype == torch.float64:
         assert_all_close(actual, {name: exact[name] for name in GRADIENTS}, tolerance=1e-10, terms=case.terms)
         return
-    same = evaluate(mo.reference.chunked_attention, case)
+    same = evaluate(mo.reference.chunked_attention, case, incoming)
     factor, floor = (4, 8) if case.dtype == torch.float32 else (2, 0.5)
     for name in GRADIENTS:
         assert_as_accurate_as(
@@ -169,6 +170,54 @@ def test_a_value_that_is_not_seen_may_be_nan(emulator):
     v[:, -1] = torch.nan
     dq, expected = backward(emulator, case, 140, v)["dq"], backward(emulator, case, 140)["dq"]
     assert torch.equal(dq[:, :-1], expected[:, :-1]) and dq[:, -1].isnan().all()
+
+
+@pytest.mark.parametrize("path", ["vectors", "elements", "single"])
+def test_what_is_not_finite_in_do_reaches_what_depends_on_it(emulator, gradients, path):
+    """Of few keys that DropKey leaves each query, in any tile and both rounds: dv by channel, dk and dq in all channels."""
+    dtype, offset = PATHS[path]
+    L = 2 * EDGE + 20 if dtype == torch.bfloat16 else EDGE + 20
+    case = chunked_attention_case(B=1, L=L, H=1, K=8, V=8, C=L, dtype=dtype, dropkey=0.95)
+    places = {(3, 0): torch.nan, (EDGE - 1, 1): torch.inf, (EDGE, 2): -torch.inf, (L - 1, 3): torch.nan}
+
+    def with_places(grad, values):
+        grad = grad.clone()
+        for (row, channel), value in zip(places, values, strict=True):
+            grad[0, row, 0, channel] = value
+        return grad
+
+    with emulator.launch_sizes(attention_panels=2):
+        found = gradients(case, offset, lambda _, grad: with_places(grad, places.values()))
+    rows, seed = torch.arange(L), int(case.options["dropkey_seed"])
+    sees = (rows <= rows[:, None]) & ~dropkey_mask(0.95, seed, 0, 1, rows, rows)[0]
+    reached = {name: torch.zeros(1, L, 1, 8, dtype=torch.bool) for name in GRADIENTS}
+    for row, channel in places:
+        reached["dq"][0, row] |= sees[row].any()
+        reached["dk"][0, sees[row]] = True
+        reached["dv"][0, sees[row], :, channel] = True
+    for name, where in reached.items():
+        assert torch.equal(found[name].isfinite(), ~where), name
+    for row, channel in list(places)[1:3]:
+        assert (found["dv"][0, sees[row], 0, channel] == places[row, channel]).all(), "an infinity turned into NaN"
+    zeroed = lambda _, grad: with_places(grad, (0.0,) * len(places))  # noqa: E731
+    exact = evaluate(mo.reference.chunked_attention, case.double(), zeroed)
+    assert_right({name: torch.where(reached[name], exact[name], found[name]).to(dtype) for name in found}, case, zeroed)
+
+
+@pytest.mark.parametrize("path", ["half", "single"])
+def test_a_step_that_overflowed_costs_three_products(emulator, gradients, path):
+    """No gradient is finite, as when GradScaler's factor is too large; all sectors and shared memory's turns count."""
+    dtype, offset = PATHS[path]
+    case = chunked_attention_case(B=1, L=70, H=1, K=EDGE, V=EDGE, C=70, dtype=dtype, scale=EDGE**-0.5)
+
+    def run(incoming):
+        emulator.reset()
+        found = gradients(case, offset, incoming)
+        assert all(value.isfinite().any() != (incoming is not None) for value in found.values())
+        return sum(site["transactions"] for site in emulator.sites(KERNELS.format("products")))
+
+    clean, infinite = run(None), run(lambda _, grad: torch.full_like(grad, torch.inf))
+    assert 2 * clean < infinite < 3.5 * clean
 
 
 @pytest.mark.parametrize("shape", [{"H": 0}, {"K": 0, "V": 0}], ids=["no-heads", "no-channels"])

@@ -1,4 +1,4 @@
-"""Which drivers run the CUDA kernels, and where that is said: by `info`, and by a launch that failed."""
+"""Which drivers run the CUDA kernels, and where that is said: by `info`, and by a launch that failed; what they load."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import BUILDERS, OPS, evaluate
 from programs import run_python
 from test_package import needs_cuda_kernels
 
+import megalodon_ops as mo
+from megalodon_ops import _C
 from megalodon_ops.ops import library
 from megalodon_ops.cli import info
 from megalodon_ops.ops.cuda_driver import driver_problem, launch_problem, text
@@ -186,3 +189,15 @@ def test_the_runtime_in_the_kernels_refuses_drivers_of_older_major_versions(tmp_
             expected += [f"{driver}", "initialised", accepted, enough]
     kernel = r"(?m)^\(normalized_qk_fwd_\w+<.*?>\): "
     assert re.sub(kernel, "", ran.stdout).splitlines() == expected, ran.stderr
+
+
+def test_values_do_not_choose_kernels(emulator):
+    """One call before makes ready for a captured one: the driver has then loaded every kernel that a graph takes."""
+    for op in OPS:
+        launched = []
+        for seed, lengths in enumerate(([9, 0], [20, 20])):
+            emulator.reset()
+            with emulator.replacing(_C):
+                evaluate(getattr(mo, op), BUILDERS[op](B=2, L=20, lengths=lengths, seed=seed))
+            launched.append(set(emulator.module.traffic()))
+        assert launched[0] == launched[1] and launched[0], op

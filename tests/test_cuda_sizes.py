@@ -43,12 +43,12 @@ def one_sequence(position=None, **shape):
     return case.with_options(state=AttentionState(k, v, torch.tensor([position])))
 
 
-def rising(case):
-    """The case with scores that rise along the keys: every tile raises the maxima, and all tiles count."""
+def rising(case, slope=0.05):
+    """The case with scores that rise along the keys: every tile raises the maxima, and at this slope all tiles count."""
     scale, q, k = case.options["scale"], case.tensors["q"].clone(), case.tensors["k"].clone()
     state = case.options.get("state")
     before = 0 if state is None else state.k.shape[1]
-    level = torch.arange(before + k.shape[1]) / 20
+    level = slope * torch.arange(before + k.shape[1])
     q[..., 0] = 2
     k[..., 0] = (level[before:, None] / (2 * scale)).to(k.dtype)
     case = case.with_tensors(q=q, k=k)
@@ -65,7 +65,7 @@ FORWARD = {
     "three-slices-of-values": {
         "L": 130, "H": 2, "K": 136, "V": 520, "C": 110, "dtype": BF16, "dropkey": 0.2, "lengths": [121]
     },
-    "three-blocks-of-rows": {"L": 260, "H": 3, "K": 8, "V": 16, "C": 200, "dtype": F16, "dropkey": 0.3},
+    "four-blocks-of-rows": {"L": 390, "H": 3, "K": 8, "V": 16, "C": 200, "dtype": F16, "dropkey": 0.3},
     "128-columns": {"L": 150, "H": 2, "K": 16, "V": 104, "C": 150, "dtype": BF16},
     "128-columns-of-many-channels": {"L": 130, "H": 1, "K": 136, "V": 128, "C": 130, "dtype": F16},
     "float-64": {"L": 132, "H": 2, "K": 72, "V": 24, "C": 132, "dtype": F32, "dropkey": 0.3},
@@ -95,6 +95,20 @@ STEPS = {  # slices of 512 columns, of 256 in float64, of 128 without vectors; 1
 def test_steps(emulator, shape, offset):
     case = rising(scaled_case(B=2, L=2, H=2, C=150, state=True, dropkey=0.2, **shape))
     assert_accurate(run_attention(emulator, case, offset), case)
+
+
+STEEP = {  # on tensor cores, without, and in steps
+    "bfloat16": {"L": 130, "K": 8, "V": 16, "C": 130, "dtype": BF16},
+    "float": {"L": 70, "K": 4, "V": 8, "C": 70, "dtype": F32},
+    "steps": {"L": 2, "K": 8, "V": 8, "C": 150, "dtype": BF16, "position": 140},
+}
+
+
+@pytest.mark.parametrize("shape", STEEP.values(), ids=STEEP)
+def test_no_key_but_the_greatest_is_a_maximum(emulator, shape):
+    """exp(88) is more than a float: relative to a maximum of some keys alone, scores of a tile overflow."""
+    case = rising(one_sequence(H=1, **shape), slope=4)
+    assert_accurate(run_attention(emulator, case), case)
 
 
 # Tiles of 128 rows, in float64 64.

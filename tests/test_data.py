@@ -104,7 +104,7 @@ def test_of_a_folder_the_text_is_taken_and_the_rest_is_told(tmp_path, capsys):
     folder = folder_of(tmp_path, MIXED)
     assert names(find_files([folder])) == ["a.txt", "c.txt", "f.txt", "h.md"]
     said = f"skipping 4 of the files, which are not UTF-8 text, such as {folder}/b.png; --glob PATTERN takes what matches, text or not"
-    taken = f"taking 3 .txt ({5 + 4 + len(LONG):,} bytes), 1 .md (4 bytes); --glob '*.txt' takes the first alone"
+    taken = f"taking 3 .txt ({5 + 4 + len(LONG):,} bytes), 1 .md (4 bytes); --glob '*.txt' takes files of one kind"
     assert capsys.readouterr().err == f"megalodon_ops: {taken}\nmegalodon_ops: {said}\n"
     assert names(find_files([folder / "b.png", folder / "sub"])) == ["b.png", "h.md"], "a file that is named is taken"
     assert capsys.readouterr().err == "megalodon_ops: taking 1 .md (4 bytes)\n"
@@ -114,7 +114,7 @@ def test_kinds_of_files_beyond_eight_are_counted(tmp_path, capsys):
     find_files([folder_of(tmp_path, {f"f.{kind}": b"x" * (9 - kind) for kind in range(9)} | {"f": b"x" * 20})])
     said = capsys.readouterr().err
     assert "taking 1 without suffix (20 bytes), 1 .0 (9 bytes), " in said
-    assert said.endswith(", 1 .6 (3 bytes), 2 other kinds; --glob '*' takes the first alone\n")
+    assert said.endswith(", 1 .6 (3 bytes), 2 other kinds; --glob '*.txt' takes files of one kind\n")
 
 
 def test_globs_choose_among_a_folders_files(tmp_path, capsys):

@@ -229,7 +229,7 @@ WRONG = {
     "no documents": (lambda: training.Batches([], 1, 2), "Batches: `documents` must hold a token, got none"),
     "empty documents": (lambda: training.Batches([b""], 1, 2), "Batches: `documents` must hold a token, got none"),
     "one document": (lambda: training.Batches(b"text", 1, 2), "Batches: `documents` must be a list of documents"),
-    "a str": (lambda: training.Batches(["text"], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got <U2"),
+    "a str": (lambda: training.Batches(["text"], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got text; encode it"),
     "float ids": (lambda: training.Batches([[1.5, 2]], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got float64"),
     "a tensor of floats": (lambda: training.Batches([torch.ones(3)], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got float32"),
     "negative ids": (lambda: training.Batches([np.array([3, -1])], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got -1"),

@@ -19,6 +19,9 @@
 namespace megalodon {
 namespace chunked_attention {
 
+template <class R>
+GPU_INLINE bool is_finite(R value) { return value - value == 0; }
+
 // The sequence that holds `token`, or -1 for padding and for sequences whose position is not in [0, C).
 GPU_INLINE int64_t find_live_sequence(const ChunkedAttentionParams& p, int64_t token) {
   const int64_t s = gpu::find_sequence(p.sequences, token);

@@ -22,11 +22,12 @@
 //   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, and 1 KiB for scores; a multiprocessor has 1 block of scores or, if
 //                 its memory allows, 2 of products
 //   float         kEdge 128, slabs 16 deep, 49 KiB; double: kEdge 64, 49 KiB; by multiply-adds
-// Registers: scores 223, products 126, or 159 where rows are no vectors; float 254, 194. No spills but in products on
-// sm_100 and sm_120 (10 and 14 registers).
+// Registers: scores 223, products 128, or 162 where rows are no vectors; float 254, 194. No spills but of up to two
+// registers in products on sm_80 and sm_90, once a thread, outside the loop.
 //
 // Not finite: tiles on the diagonal hold zeros for the pairs that do not see each other, and 0 times a NaN of a row of
-// q, k or do is NaN. So elements of a product that are not finite are made again, without the zeros (`repair`).
+// q, k or do is NaN. So a block of products with a NaN is made twice more, without the zeros (`add_products`): a step
+// that overflowed takes three times the products of another, and not a walk over the rows for each element.
 //
 // Bytes: q, k, v, do twice and o once, dq, dk, dv once, each more often from L2: 4 kEdge (K + V) elements of operands a
 // tile, P V / kEdge times, dS 2 K / kEdge times.
@@ -206,119 +207,111 @@ GPU_INLINE void scale_by(typename Product::Sum& sum, typename Product::R factor)
   }
 }
 
-// Makes the elements of a product with P or dS again that are not finite, without the terms whose weight is 0: such
-// terms are of pairs that do not see each other, between which a NaN must not pass. weight(i, r), i < depth, is the
-// weight of term i in row r of the product; right(i) is the row that term i multiplies, or null.
-template <class Product, class Weight, class Right>
-GPU_INLINE void repair(typename Product::Sum& sum, int64_t depth, int64_t rows, int64_t columns, Weight&& weight,
-                       Right&& right) {
+// Adds the products of `count` slabs of weights, P or dS, and of rows to a sum: load(slab, a, b) brings both, and
+// multiply(slab, a, b) adds their product. Returns false where a sum of the block is NaN, for the caller to call again:
+// pass 1 finds which sums see a row's NaN or infinity with a weight other than 0, and pass 2 adds the finite elements
+// of rows to the others. `pass` lies in shared memory, as the loop has no register for it.
+template <class Product, class Load, class Multiply>
+GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Product::T* slabs, int count, Load&& load,
+                             Multiply&& multiply) {
+  using T = typename Product::T;
   using R = typename Product::R;
-  constexpr int kMicro = Product::kMicro;
-  uint64_t odd = 0;
+  constexpr int kElements = Product::kMicro * Product::kMicro, kPlain = 0, kFind = 1;
+  const auto element = [&](int e) -> R& { return sum.at(e / Product::kMicro, e % Product::kMicro); };
+  gpu::pipeline<kStages, false>(
+      count,
+      [&](int slab, int stage) {
+        T* const a = slabs + 2 * stage * Product::kSlab;
+        load(slab, a, a + Product::kSlab);
+      },
+      [&](int slab, int stage) {
+        T *const a = slabs + 2 * stage * Product::kSlab, *const b = a + Product::kSlab;
+        if (*pass != kPlain) {
+          const bool find = *pass == kFind;
+          if (find) Product::replace(a, [](R weight) { return static_cast<R>(weight != 0); });
+          Product::replace(b, [&](R x) { return find ? static_cast<R>(!is_finite(x)) : is_finite(x) ? x : R{0}; });
+          __syncthreads();
+        }
+        multiply(slab, a, b);
+      });
+  const int last = *pass;
+  int again = last == kFind;
   GPU_UNROLL
-  for (int e = 0; e < kMicro * kMicro; ++e)
-    odd |= static_cast<uint64_t>(sum.at(e / kMicro, e % kMicro) - sum.at(e / kMicro, e % kMicro) != 0) << e;
-#pragma unroll 1
-  for (; odd; odd &= odd - 1) {
-    const int at = __ffsll(static_cast<long long>(odd)) - 1;
-    const int row = Product::row(at / kMicro), column = Product::column(at % kMicro);
-    if (row >= rows || column >= columns) continue;
-    R value = 0;
-#pragma unroll 1
-    for (int64_t i = 0; i < depth && value == value; ++i) {
-      const R w = gpu::to_real(weight(i, row));
-      const auto* const from = right(i);
-      if (w != 0 && from) value += w * gpu::to_real(from[column]);
-    }
-    GPU_UNROLL
-    for (int e = 0; e < kMicro * kMicro; ++e)
-      if (e == at) sum.at(e / kMicro, e % kMicro) = value;
-  }
+  for (int e = 0; e < kElements; ++e) again |= last == kPlain && element(e) != element(e);
+  if (gpu::block_sum(again) == 0) return true;
+  if (threadIdx.x == 0) *pass = last + 1;
+  GPU_UNROLL
+  for (int e = 0; e < kElements; ++e)  // an infinity, which is no product with 0, stays
+    if (fabs(element(e)) != INFINITY) element(e) = last == kPlain || element(e) == 0 ? R{0} : R{NAN};
+  __syncthreads();
+  return false;
 }
 
-// dv, or dk, of a panel: the products of the panel's P, or dS, with kEdge columns of do, or q.
+// dv, or dk, of a panel: the products of the panel's P, or dS, with kEdge columns of do, or q. Returns false where
+// add_products does.
 template <class Product>
-GPU_INLINE void differentiate_keys(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
-                                   int64_t panel, bool values, int64_t column, typename Product::T* slabs) {
+GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
+                                   int64_t panel, bool values, int column, typename Product::Sum& sum, int* pass,
+                                   typename Product::T* slabs) {
   using T = typename Product::T;
   using R = typename Product::R;
   constexpr int kEdge = Product::kEdge, kDepth = Product::kDepth;
   ChunkBlock block;
-  if (!find_block<kEdge>(block, p, plan, round * plan.panels + panel)) return;
+  if (!find_block<kEdge>(block, p, plan, round * plan.panels + panel)) return true;
   const int64_t width = values ? p.value_dim : p.key_dim;
   const int key = block.first;
-  if (key + kEdge <= block.cached) return;
+  if (key + kEdge <= block.cached) return true;
   const T* tile = typed<T>(plan.tiles) + (2 * panel + !values) * plan.blocks * kEdge * kEdge;
   const auto right = chunk_rows(p, block, typed<T>(values ? p.d_o : p.q), width);
   const int first = key > block.cached ? key : block.cached / kDepth * kDepth;  // the first row of queries to add
-  typename Product::Sum sum;
-  gpu::pipeline<kStages, false>(
-      (block.rows - first + kDepth - 1) / kDepth,
-      [&](int slab, int stage) {
-        T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+  const bool complete = add_products<Product>(
+      sum, pass, slabs, (block.rows - first + kDepth - 1) / kDepth,
+      [&](int slab, T* a, T* b) {
         const int at = first + slab * kDepth;
         Product::template load<true, true>(a, kEdge, TileRows<const T>{tile + int64_t{at} * kEdge, kEdge});
         Product::template load<true>(b, width - column, right.from(at, column));
       },
-      [&](int slab, int stage) {
-        const T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+      [&](int slab, const T* a, const T* b) {
         Product::template multiply<true, true>(sum, a, b, block.rows - first - slab * kDepth, block.rows - key,
                                                width - column);
       });
-  repair<Product>(
-      sum, block.rows - first, block.rows - key, width - column,
-      [&](int64_t i, int row) { return tile[(first + i) * kEdge + row]; },
-      [&](int64_t i) {
-        const T* const from = right(static_cast<int>(first + i));
-        return from ? from + column : from;
-      });
+  if (!complete) return false;
   if (!values) scale_by<Product>(sum, static_cast<R>(p.scale));
   const auto out = chunk_rows(p, block, typed<T>(values ? p.dv : p.dk), width);
   Product::store(sum, width - column, out.from(key, column));
+  return true;
 }
 
 // dq of a block of queries: the products of dS with kEdge columns of k, over the keys whose panels are in the round.
 template <class Product>
-GPU_INLINE void differentiate_queries(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
-                                      int64_t number, int64_t column, typename Product::T* slabs) {
+GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
+                                      int64_t number, int column, typename Product::Sum& sum, int* pass,
+                                      typename Product::T* slabs) {
   using T = typename Product::T;
   using R = typename Product::R;
   constexpr int kEdge = Product::kEdge, kDepth = Product::kDepth, kMicro = Product::kMicro;
   ChunkBlock block;
-  if (!find_block<kEdge>(block, p, plan, round * plan.panels + number)) return;
+  if (!find_block<kEdge>(block, p, plan, round * plan.panels + number)) return true;
   // The panel of this round that the chunk's block 0 is or would be, and the keys [key, stop) of round and queries.
   const int64_t zero = block.number - round * plan.panels, end = (plan.panels - zero) * kEdge;
   const int query = block.first, key = zero < 0 ? static_cast<int>(-zero) * kEdge : 0;
   const int seen = query + kEdge < block.rows ? query + kEdge : block.rows;
   const int stop = end < seen ? static_cast<int>(end) : seen;
-  if (stop <= key || query + kEdge <= block.cached) return;
+  if (stop <= key || query + kEdge <= block.cached) return true;
   const auto k = chunk_rows<true>(p, block, typed<T>(p.k), p.key_dim, typed<T>(p.cache_k));
-  typename Product::Sum sum;
-  gpu::pipeline<kStages, false>(
-      (stop - key + kDepth - 1) / kDepth,
-      [&](int slab, int stage) {
-        T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+  const bool complete = add_products<Product>(
+      sum, pass, slabs, (stop - key + kDepth - 1) / kDepth,
+      [&](int slab, T* a, T* b) {
         const int at = key + slab * kDepth;
         const T* tile = typed<T>(plan.tiles) + ((2 * (zero + at / kEdge) + 1) * plan.blocks * kEdge + query) * kEdge;
         Product::template load<false, true>(a, kDepth, TileRows<const T>{tile + at % kEdge, kEdge});
         Product::template load<true>(b, p.key_dim - column, k.from(at, column));
       },
-      [&](int slab, int stage) {
-        const T *a = slabs + 2 * stage * Product::kSlab, *b = a + Product::kSlab;
+      [&](int slab, const T* a, const T* b) {
         Product::template multiply<false, true>(sum, a, b, stop - key - slab * kDepth, block.rows - query,
                                                 p.key_dim - column);
       });
-
-  repair<Product>(
-      sum, stop - key, block.rows - query, p.key_dim - column,
-      [&](int64_t i, int row) {
-        const int64_t at = key + i;
-        return typed<T>(plan.tiles)[((2 * (zero + at / kEdge) + 1) * plan.blocks * kEdge + query + row) * kEdge + at % kEdge];
-      },
-      [&](int64_t i) {
-        const T* const from = k(static_cast<int>(key + i));
-        return from ? from + column : from;
-      });
+  if (!complete) return false;
 
   const R* before = key > 0 ? typed<R>(round % 2 ? plan.dq_sums[1] : plan.dq_sums[0]) : nullptr;
   R* after = stop < seen ? typed<R>(round % 2 ? plan.dq_sums[0] : plan.dq_sums[1]) : nullptr;
@@ -334,10 +327,11 @@ GPU_INLINE void differentiate_queries(const ChunkedAttentionBwdParams& p, const 
       if (after) after[at] = sum.at(r, c);
     }
   }
-  if (after) return;
+  if (after) return true;
   scale_by<Product>(sum, static_cast<R>(p.scale));
   const auto out = chunk_rows(p, block, typed<T>(p.dq), p.key_dim);
   Product::store(sum, p.key_dim - column, out.from(query, column));
+  return true;
 }
 
 // Phase 3: a block of the grid for each block of queries and kEdge channels of dq, then for each panel and kEdge
@@ -346,16 +340,21 @@ template <class Product>
 __global__ void __launch_bounds__(Product::kThreads, Product::kVectors ? 2 : 1)
     chunked_attention_bwd_products_kernel(ChunkedAttentionBwdParams p, BwdPlan plan, int64_t round) {
   SMEM_DYN(typename Product::T, slabs);
+  SMEM_ARRAY(int, pass, 1);
+  if (threadIdx.x == 0) *pass = 0;
+  __syncthreads();
+  typename Product::Sum sum;
   constexpr int kEdge = Product::kEdge;
   const int64_t value_slices = (p.value_dim + kEdge - 1) / kEdge, key_slices = (p.key_dim + kEdge - 1) / kEdge;
   const int64_t of_keys = blockIdx.x - (plan.panels + plan.blocks - 1) * key_slices;
   if (of_keys < 0) {
-    differentiate_queries<Product>(p, plan, round, blockIdx.x / key_slices, blockIdx.x % key_slices * kEdge, slabs);
+    const int column = static_cast<int>(blockIdx.x % key_slices) * kEdge;
+    while (!differentiate_queries<Product>(p, plan, round, blockIdx.x / key_slices, column, sum, pass, slabs)) {}
   } else {
     const int64_t slices = value_slices + key_slices, slice = of_keys % slices;
     const bool values = slice < value_slices;
-    differentiate_keys<Product>(p, plan, round, of_keys / slices, values,
-                                (values ? slice : slice - value_slices) * kEdge, slabs);
+    const int column = static_cast<int>(values ? slice : slice - value_slices) * kEdge;
+    while (!differentiate_keys<Product>(p, plan, round, of_keys / slices, values, column, sum, pass, slabs)) {}
   }
 }
 

@@ -66,9 +66,6 @@ GPU_INLINE R repaired(R output, const ChunkedAttentionFwdParams& p, const Window
   return sum;
 }
 
-template <class R>
-GPU_INLINE bool is_finite(R value) { return value - value == 0; }
-
 // Stores zeros for the rows [live, rows) of a block, which are padding, in `columns` columns of o, and in lse.
 template <class T>
 GPU_INLINE void store_padding(const ChunkedAttentionFwdParams& p, const RowBlock& block, int64_t head, int64_t column,

@@ -12,6 +12,7 @@
 // global memory, then zeros; zeros alone where row_of(r) is null. row_of.anywhere() is an aligned address in global
 // memory. multiply() leaves out terms beyond `depth` and elements beyond `rows` and `columns` where leaving them out is
 // cheap. store() writes the columns [0, valid) of row r of D to row_of(r), unless row_of(r) is null.
+// replace() makes an element x of a slab f(x).
 // pipeline() runs load and multiply over all slabs, kStages - 1 of them in flight.
 #pragma once
 
@@ -112,6 +113,19 @@ struct TensorProduct {
     }
   }
 
+  template <class F>
+  GPU_INLINE static void replace(T* slab, F&& f) {
+    constexpr int width = kVectorWidth<T>;
+    _Pragma("unroll 1")
+    for (int i = static_cast<int>(threadIdx.x) * width; i < kSlab; i += kThreads * width) {
+      R x[width];
+      load_shared(x, slab + i);
+      GPU_UNROLL
+      for (int e = 0; e < width; ++e) x[e] = f(x[e]);
+      store_shared(slab + i, x);
+    }
+  }
+
   template <bool kWhole = kVectors, class RowOf>
   GPU_INLINE static void store(const Sum& d, int64_t valid, RowOf&& row_of) {
     GPU_UNROLL
@@ -206,6 +220,14 @@ struct PlainProduct {
     const int steps = static_cast<int>(depth < kDepth ? depth : kDepth);
     if (rows >= kEdge && columns >= kEdge) multiply_steps<true>(d, a_slab, b_slab, steps, rows, columns);
     else multiply_steps<false>(d, a_slab, b_slab, steps, rows, columns);
+  }
+
+  template <class F>
+  GPU_INLINE static void replace(R* slab, F&& f) {
+    for (int i = threadIdx.x; i < kDepth * kEdge; i += kThreads) {
+      R& x = slab[i / kEdge * kPitch + i % kEdge];
+      x = f(x);
+    }
   }
 
   template <bool = true, class RowOf>

@@ -126,13 +126,25 @@ def _compiler() -> list[str]:
     return [nvcc(), "-std=c++17", "-O3", f"-I{ROOT / 'cuda' / 'common'}", f"-I{ROOT / 'cpp' / 'common'}"]
 
 
-def _kernels_of_cubin(cubin: Path) -> list[Kernel]:
+def resources_of(cubin: Path) -> list[Kernel]:
+    """The kernels of a file of machine code with their registers and memory, without their instructions."""
+    kernels = _resources(cubin)
+    for kernel, name in zip(kernels.values(), demangle(list(kernels)), strict=True):
+        kernel.name = name
+    return list(kernels.values())
+
+
+def _resources(cubin: Path) -> dict[str, Kernel]:
     architecture = int(re.search(r"sm_(\d+)", cubin.name)[1])
     usage = _run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)]).stdout
-    kernels = {
+    return {
         name: Kernel(name, architecture, [], int(registers), int(shared), int(stack))
         for name, registers, stack, shared in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     }
+
+
+def _kernels_of_cubin(cubin: Path) -> list[Kernel]:
+    kernels = _resources(cubin)
     _parse_listing(_run([tool("nvdisasm"), "-c", "-g", str(cubin)]).stdout, kernels)
     for kernel, name in zip(kernels.values(), demangle(list(kernels)), strict=True):
         kernel.name, kernel.calls = name, demangle(kernel.calls)

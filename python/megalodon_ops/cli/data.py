@@ -13,28 +13,29 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.training.corpus import Corpus, hold_out
 from megalodon_ops.training.shards import Shards, is_tokens
 
+Paths = Sequence[str | Path]
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
-def load_data(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None) -> Corpus:
+def load_data(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet: bool = False) -> Corpus:
     """What `train` learns from and holds out: the text of :func:`load_corpus`, or the tokens of a folder."""
     if (folder := tokens_folder(paths)) is None:
-        return load_corpus(paths, globs)
+        return load_corpus(paths, globs, quiet=quiet)
     if globs:
         raise CommandError(f"--glob: chooses among files of text, and {folder} holds tokens")
     return Shards(folder).hold_out()
 
 
-def load_corpus(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None) -> Corpus:
+def load_corpus(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet: bool = False) -> Corpus:
     """Reads the documents of `paths`, as :func:`find_files` takes them, and holds some of them out."""
     try:
-        return hold_out(path.read_bytes() for path in find_files(paths, globs))
+        return hold_out(path.read_bytes() for path in find_files(paths, globs, quiet=quiet))
     except ValueError as error:
         named = " ".join(map(str, paths or ()))
         raise CommandError(f"{named}: must have at least 2 bytes, one to learn and one to hold out") from error
 
 
-def tokens_folder(paths: Sequence[str | Path] | None) -> Path | None:
+def tokens_folder(paths: Paths | None) -> Path | None:
     """The folder of tokens that --data names, if it names one; CommandError if it names something else, too."""
     folders = [Path(path) for path in paths or () if is_tokens(Path(path))]
     if folders and len(paths or ()) > 1:
@@ -42,11 +43,11 @@ def tokens_folder(paths: Sequence[str | Path] | None) -> Path | None:
     return folders[0] if folders else None
 
 
-def find_files(paths: Sequence[str | Path] | None, globs: Sequence[str] | None = None) -> list[Path]:
+def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet: bool = False) -> list[Path]:
     """The files named, and of the folders named those that match a pattern or, without patterns, those of text.
 
     Without names, the Python sources of the standard library. Of folders without patterns, messages say what is taken, and
-    how many files are no text.
+    how many files are no text, unless `quiet`: the user has been told.
     """
     if "" in (globs or ()):
         raise CommandError("--glob: must be a pattern of file names such as '*.py', got ''")
@@ -79,9 +80,9 @@ def find_files(paths: Sequence[str | Path] | None, globs: Sequence[str] | None =
             raise CommandError(f"{path}: the file is empty")
         else:
             found.append(path)
-    if taken:
+    if taken and not quiet:
         print(f"megalodon_ops: taking {_by_suffix(taken)}", file=sys.stderr)
-    if skipped:
+    if skipped and not quiet:
         print(f"megalodon_ops: skipping {_not_text(skipped)}", file=sys.stderr)
     return found
 
@@ -94,8 +95,8 @@ def _by_suffix(files: Sequence[Path], most: int = 8) -> str:
     kinds = [f"{counts[kind]:,} {kind or 'without suffix'} ({size:,} bytes)" for kind, size in sizes.most_common(most)]
     if len(sizes) > most:
         kinds.append(f"{len(sizes) - most} other kinds")
-    fix = f"; --glob '*{sizes.most_common(1)[0][0]}' takes the first alone" if len(sizes) > 1 else ""
-    return ", ".join(kinds) + fix
+    ((first, _),) = sizes.most_common(1)
+    return ", ".join(kinds) + (f"; --glob '*{first or '.txt'}' takes files of one kind" if len(sizes) > 1 else "")
 
 
 def is_text(path: Path) -> bool:

@@ -118,7 +118,7 @@ def _documents(options: Eval, record: TrainRecord | None) -> tuple[Sequence[Docu
         raise CommandError(
             f"--checkpoint {options.checkpoint}: is no run of `train`, which holds text out; give --data"
         )
-    corpus = load_data(record.options.data, record.options.glob)
+    corpus = load_data(record.options.data, record.options.glob, quiet=True)
     if corpus.fingerprint != record.data.fingerprint:
         raise CommandError("the text of the run has changed since, so what was held out is not known; give --data")
     return corpus.held_out, "held-out text of the run"

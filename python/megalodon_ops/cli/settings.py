@@ -43,10 +43,10 @@ def with_config(options: Train) -> Train:
         return options
     file, values = options.config, read_json(options.config)
     names = [field.name for field in fields(Train) if field.name not in ("config", "resume")]
-    for name in values.keys() - names:
-        near = difflib.get_close_matches(name, names, n=1)
+    if unknown := [name for name in values if name not in names]:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
         fix = f"did you mean {near[0]}?" if near else "train --help names them, with - for _"
-        raise CommandError(f"--config {file}: no option of a run: {shown(name)}; {fix}")
+        raise CommandError(f"--config {file}: no option of a run: {shown(unknown[0])}; {fix}")
     try:
         found = _over(convert(values, Train), options)
     except msgspec.ValidationError as error:

@@ -85,7 +85,7 @@ def run(options: Train) -> int:
             from megalodon_ops.cli.events import Events as log
 
         # The text, and what is held out of it.
-        corpus = load_data(options.data, options.glob)
+        corpus = load_data(options.data, options.glob, quiet=saved is not None)
         processes.check_same({"the text": corpus.fingerprint})
         if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
             raise CommandError("--resume: the text is not the one this run was started with; start another run")
@@ -116,6 +116,7 @@ def run(options: Train) -> int:
             if (state := saved.state_of(processes.mesh)) is not None:
                 for number, reader in enumerate(readers):
                     reader.seek(state[number * share // len(readers) : (number + 1) * share // len(readers)].to(device))
+                del state  # of which the readers have copies
             try:
                 batches.seek(saved.record["data"]["position"])
             except ValueError as error:
@@ -144,9 +145,9 @@ def run(options: Train) -> int:
                     "schedule": schedule.position(),
                     "seconds": time.monotonic() - begin,
                 }
-                state = [rows for reader in readers if (rows := reader.rows()) is not None]
+                carried = [state for state in (reader.rows() for reader in readers) if state is not None]
                 saver.save(
-                    step, model, optimizer=optimizer, state=MegalodonState.cat(state) if state else None,
+                    step, model, optimizer=optimizer, state=MegalodonState.cat(carried) if carried else None,
                     tokenizer=tokenizer, record=record,
                 )  # fmt: skip
                 saved_step = step
@@ -270,12 +271,10 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
 
 def check_memory(options: Train, config: MegalodonConfig, processes: int) -> None:
     """Refuses, before anything is allocated, a run whose parameters, activations and states alone do not fit in memory."""
-    complex_numbers, weights_gradients_and_moments, token_target_and_activations = 2, 4, 4 + config.num_layers
+    pair, weights_gradients_and_moments, token_target_and_activations = 2, 4, 4 + config.num_layers
     numbers = weights_gradients_and_moments * config.num_parameters()
     numbers += token_target_and_activations * options.batch * options.length * config.model_dim
-    numbers += (
-        complex_numbers * options.batch * options.accumulate * config.num_layers * config.model_dim * config.cema_ndim
-    )
+    numbers += pair * options.accumulate * options.batch * config.num_layers * config.model_dim * config.cema_ndim
     try:
         check_fits(numbers * torch.float32.itemsize // processes, f"training {config.num_parameters():,} parameters")
     except ValueError as error:
@@ -291,9 +290,8 @@ def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device
     from megalodon_ops.distributed.plan import CARDS
 
     peak = options.peak_tflops * 1e12 if options.peak_tflops else getattr(CARDS[name], options.dtype)
-    block, end = (
-        sum(piece.operations.values()) for piece in measure(config, 1, config.chunk_size, on_cpu=device.type == "cpu")
-    )
+    pieces = measure(config, 1, config.chunk_size, on_cpu=device.type == "cpu")
+    block, end = (sum(piece.operations.values()) for piece in pieces)
     return peak * processes * config.chunk_size / (config.num_layers * block + end)
 
 

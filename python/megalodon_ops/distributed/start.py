@@ -47,13 +47,12 @@ def start(device_type: str, timeout: timedelta | None = None) -> None:
 def _fail(show: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Shows an exception that ends a program of torchrun, and tells torchrun; that another process has ended in one line."""
     follows = torchrun.is_of_another_process(error)
-    if follows and re.search("(?i)connection (closed|reset)|broken pipe", str(error)):
-        print(
-            f"[rank{os.environ['RANK']}]: {torchrun.FOLLOWS}: {torchrun.first_line(error)}", file=sys.stderr, flush=True
-        )
+    line = f"{torchrun.FOLLOWS}: {torchrun.first_line(error)}" if follows else f"{kind.__name__}: {error}"
+    if follows and re.search("(?i)connection (closed|reset)|broken pipe", line):
+        print(f"[rank{os.environ['RANK']}]: {line}", file=sys.stderr, flush=True)
     else:
         show(kind, error, trace)
-    torchrun.tell(torchrun.FOLLOWS if follows else f"{kind.__name__}: {error}", first=not follows)
+    torchrun.tell(line, first=not follows)
 
 
 def await_workers(timeout: float = 10.0) -> None:

@@ -308,7 +308,7 @@ class Megalodon(nn.Module):
                 f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there."
             )
         if state is not None:
-            rows = len(tokens) if cu_seqlens is None else cu_seqlens.numel() - 1
+            rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
             check_state(op, state, self.config, rows, argument if cu_seqlens is None else "cu_seqlens")
 
     def _embed(self, tokens: Tensor) -> Tensor:

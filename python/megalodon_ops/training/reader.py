@@ -26,7 +26,7 @@ class Reader:
         ...     print(batch.tokens.shape, reader.loss(batch).shape)
         torch.Size([1, 8]) torch.Size([])
         torch.Size([1, 8]) torch.Size([])
-        torch.Size([1, 2]) torch.Size([])
+        torch.Size([1, 3]) torch.Size([])
     """
 
     def __init__(self, model: Megalodon, carries: bool = True, *, rank: int = 0, ranks: int = 1):
