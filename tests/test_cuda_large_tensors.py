@@ -48,6 +48,14 @@ def test_cema_differentiates_at_offsets_beyond_31_bits(emulator, large, modes):
     emulator.launch("cema_bwd", x, *cema_parameters(large, D, modes), None, None, None, dy, None, dx, *gradients, None)
 
 
+def test_cema_differentiates_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large):
+    channels = 2**22
+    x, dy, dx = (large(1, 640, channels, dtype=BF16) for _ in range(3))
+    inputs, gradients = cema_parameters(large, channels), cema_parameters(large, channels)
+    with emulator.launch_sizes(cema_tile=128, cema_shares=1):
+        emulator.launch("cema_bwd", x, *inputs, None, None, None, dy, None, dx, *gradients, None)
+
+
 def test_end_states_of_cema_at_offsets_beyond_31_bits(emulator, large):
     x, dx, state = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(1, D, 1, dtype=C64)
     p, q, dp, dq = large(D, 1), large(D, 1, dtype=C64), large(D, 1), large(D, 1, dtype=C64)
@@ -71,12 +79,7 @@ def test_timestep_norm_differentiates_at_offsets_beyond_31_bits(emulator, large)
 
 
 def test_end_states_of_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
-    x, dx, mean, residual = (
-        large(1, T, D, dtype=BF16),
-        large(1, T, D, dtype=BF16),
-        large(1, GROUPS),
-        large(1, 2, GROUPS),
-    )
+    x, dx, mean, residual = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(1, GROUPS), large(1, 2, GROUPS)
     state = mean, large(1, GROUPS), residual, large(1, dtype=torch.int64)
     emulator.launch("timestep_norm_end_state_fwd", x, GROUPS, None, None, *state)
     emulator.launch("timestep_norm_end_state_bwd", x, GROUPS, None, None, mean, residual, mean, mean, dx)

@@ -156,10 +156,10 @@ CASES = {
     ),
     "nine-sequences": (chunked_attention_case, {}, {"B": 1, "cu_seqlens": NINE, "dtype": BF16}),
     "more-depth-than-tensor-cores-take": (
-        chunked_attention_case, {}, {"B": 2, "L": 70, "H": 1, "K": 258, "V": 12, "C": 70, "lengths": [0, 69], "dtype": BF16}
+        chunked_attention_case, {}, {"B": 2, "L": 70, "H": 1, "K": 258, "V": 10, "C": 70, "lengths": [0, 69], "dtype": BF16}
     ),
     "elements-of-that": (
-        chunked_attention_case, {}, {"B": 1, "L": 5, "H": 1, "K": 257, "V": 3, "C": 5, "dtype": BF16}
+        chunked_attention_case, {}, {"B": 1, "L": 5, "H": 1, "K": 257, "V": 6, "C": 5, "dtype": BF16}
     ),
     "three-lookups-of-a-part": (
         normalized_qk_case, {"qk_part": 24}, {"B": 1, "L": 49, "H": 1, "K": 264, "C": 9, "cu_seqlens": [*NINE, 49]}

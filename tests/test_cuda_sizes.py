@@ -193,11 +193,15 @@ def test_rows_of_a_state_of_several_turns(emulator, dtype, offset, K, V):
         assert torch.equal(actual, expected[f"state.{name}"])
 
 
-def test_positions_of_more_sequences_than_two_blocks_take(emulator):
-    k, cache, position = torch.ones(300, 1, 1, 1), torch.zeros(300, 5, 1, 1), torch.arange(300) % 5
-    state = cache, cache.clone(), position
-    emulator.call("chunked_attention_state", k, k, *state, 5, None, None, *state)
-    assert torch.equal(position, (torch.arange(300) + 1) % 5)
+def test_states_in_place_of_more_sequences_than_two_blocks_take(emulator):
+    """A block takes 128 positions. Sequences at each position get three rows, or begin a chunk."""
+    case = chunked_attention_case(B=300, L=3, H=1, K=2, V=2, C=6, state=True)
+    state, expected = case.options["state"], forward(mo.reference.chunked_attention, case)
+    k, v, position = state = AttentionState(*(t.clone() for t in state))
+    emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, None, *state)
+    assert torch.equal(position, expected["state.position"])
+    live = torch.arange(6) < position[:, None]
+    assert torch.equal(k[live], expected["state.k"][live]) and torch.equal(v[live], expected["state.v"][live])
 
 
 QK = {  # an item and a lookup have 8 tokens, a block four items; a turn of a large head has 256 vectors

@@ -374,3 +374,16 @@ def test_a_shared_embedding_stays_shared_when_it_leaves_meta():
         model = mo.Megalodon(mo.MegalodonConfig(**TINY, share_emb=True))
     assert (model := model.to_empty(device="cpu")).output.output.weight is model.embed.weight
     assert len(list(model.parameters())) == len(dict(model.named_parameters(remove_duplicate=False))) - 1
+
+
+def test_a_folder_without_an_end_of_documents(tmp_path):
+    """Of a run that was begun before models learnt to end, and in the released format, which knows no such field."""
+    model = tiny_model(torch.float32, eos_token_id=3)
+    model.save(tmp_path / "own")
+    path = tmp_path / "own" / "config.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("eos_token_id") == 3 == mo.Megalodon.load(tmp_path / "own").config.eos_token_id
+    path.write_text(json.dumps(fields))
+    assert mo.Megalodon.load(tmp_path / "own").config.eos_token_id is None
+    mo.save_official(model, tmp_path / "official")
+    assert "eos_token_id" not in json.loads((tmp_path / "official" / "config.json").read_text())["model"]

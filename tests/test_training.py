@@ -173,6 +173,19 @@ def test_a_model_learns_where_documents_end(tmp_path):
         assert document[:1] + b"".join(text for _, text in texts) == document
 
 
+def test_a_text_ends_where_its_tokenizer_says():
+    """Not only at the token that opens documents. All 257 tokens are as likely."""
+
+    class Ended(ByteTokenizer):
+        end = 3
+
+    model = mo.Megalodon(mo.MegalodonConfig(vocab_size=257, **SIZE)).eval()
+    torch.nn.init.zeros_(model.output.output.weight)
+    for seed in range(4):
+        written = b"".join(text for _, text in continued(model, Ended(), b"a", num_tokens=3000, seed=seed))
+        assert len(written) < 3000 and b"\3" not in written
+
+
 KINDS = {
     "bytes": bytes, "bytearray": bytearray, "list": list, "array": lambda ids: np.array(ids, np.int32),
     "unsigned": lambda ids: np.array(ids, np.uint16), "tensor": torch.tensor,

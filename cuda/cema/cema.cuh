@@ -25,7 +25,7 @@
 //   2. local:   the state at each tile's end, from zero or, where a sequence starts in the tile, from its start
 //   3. carry:   states at each tile's end -> states that enter each tile; a tile with a start in it stops the carry
 //   4. output:  from the entering states the rows of y, or of dx, and the states where sequences end
-// The backward adds up its parameters' gradients from both scans' entering states: cema_bwd.cuh.
+// The backward adds up its parameters' gradients from both scans' entering states: cema_bwd.cuh, cema_mma.cuh.
 //
 // Bytes: x is read by phase 2 and again by phase 4, y is written once; states are 8 N / tile bytes a channel and step.
 #pragma once
@@ -49,8 +49,8 @@ template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // of an SM,
 template <class R> constexpr double kLeastScale = sizeof(R) == 4 ? 0x1p-32 : 0x1p-200;
 template <class R> constexpr double kLeastPhase = sizeof(R) == 4 ? 0x1p-44 : 0x1p-200;
 
-// Rows of the table, (N', D') each; then come the bases. Matrices are stored by rows, then what rounding them to R has
-// lost.
+// Rows of the table, (N', D') each and, of the matrices, (D', N'); then come the bases. Matrices are stored by rows,
+// then what rounding them to R has lost.
 enum Plane {
   kAlpha, kBeta, kDelta,
   kOutFirst, kOutSecond,  // y = sum of kOutFirst first + kOutSecond second
@@ -59,6 +59,7 @@ enum Plane {
   kPlanes = kSpanMatrix + 8,
 };
 constexpr int kBasis = 8;  // numbers of a basis
+constexpr int kBlock = 16, kPowers = kBlock + 2;  // steps of a product on tensor cores; pairs a mode and channel
 
 // One scan over time of up to 32 modes. (N', D') below is `lanes` modes, a power of two, and `width` channels, even;
 // modes and channels beyond the tensors' are zero. A pair is (first, second) of the basis at the top of this file.
@@ -76,13 +77,14 @@ struct Scan {
   const void* omega;        // (D) R
   const void* initial;      // (S, D, N) complex R, or null: zero
   void* final;              // (S, D, N) complex R, or null: not wanted
-  void* table;              // (kPlanes, N', D') R and (N', D', kBasis) R
-  void* states;             // (tiles, N', D') pairs of R: ends of tiles, and then what enters tiles
+  void* table;              // kPlanes planes of N' D' R, and (N', D', kBasis) R
+  void* states;             // (tiles, D', N') pairs of R: ends of tiles, and then what enters tiles
   int32_t* stops;           // (tiles): whether a tile's end does not depend on what enters it
   void* sums;               // (T, D) R, where N > 32
   const void* factor;       // (T, D), or null: then no `products`
   void* products;           // (tiles, 2, N', D') R: sum over a tile of factor_t times the pair after step t
   int64_t products_stride;  // from tile to tile
+  void* powers;             // (D', kPowers, N') pairs of R: q^0 .. q^15 and the matrix of q^16; or null: not wanted
 
   // The positions of tile k, which holds the tokens k tile .. (k + 1) tile - 1 in either direction.
   MEGALODON_INLINE int64_t begin(int64_t k) const {
@@ -105,7 +107,11 @@ struct Scan {
   }
   template <class R>
   MEGALODON_INLINE R* pairs(int64_t k, int64_t mode, int64_t channel) const {
-    return static_cast<R*>(states) + ((k * lanes + mode) * width + channel) * 2;
+    return static_cast<R*>(states) + ((k * width + channel) * lanes + mode) * 2;
+  }
+  template <class R>
+  MEGALODON_INLINE R* power(int index, int64_t mode, int64_t channel) const {
+    return static_cast<R*>(powers) + ((channel * kPowers + index) * lanes + mode) * 2;
   }
   template <class R>
   MEGALODON_INLINE R* plane(int index) const { return static_cast<R*>(table) + index * lanes * width; }
@@ -305,28 +311,30 @@ struct Modes {
       if (at >= 0) gpu::st(static_cast<gpu::Complex<R>*>(scan.final) + at, basis.final(pair));
     });
   }
-  // The states that enter the thread's tile, read for two channels at once.
+  // The states that enter the thread's tile, read for two modes at once.
   GPU_INLINE void load(const Scan& scan, const Place& place) {
     GPU_UNROLL
-    for (int m = 0; m < modes; ++m) {
-      R both[4];
-      gpu::load_wide(both, scan.pairs<R>(place.tile, place.first_mode + m, place.channel));
+    for (int m = 0; m < modes; m += 2) {
       GPU_UNROLL
       for (int e = 0; e < 2; ++e) {
-        first[m][e] = both[2 * e];
-        second[m][e] = both[2 * e + 1];
+        R both[4];
+        gpu::load_wide(both, scan.pairs<R>(place.tile, place.first_mode + m, place.channel + e));
+        GPU_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          first[m + i][e] = both[2 * i];
+          second[m + i][e] = both[2 * i + 1];
+        }
       }
     }
   }
   GPU_INLINE void store(const Scan& scan, const Place& place) const {
     if (!place.active) return;
     GPU_UNROLL
-    for (int m = 0; m < modes; ++m) {
-      R* const to = scan.pairs<R>(place.tile, place.first_mode + m, place.channel);
+    for (int m = 0; m < modes; m += 2) {
       GPU_UNROLL
       for (int e = 0; e < 2; ++e) {
-        const R pair[2] = {first[m][e], second[m][e]};
-        gpu::store(to + 2 * e, pair);
+        const R both[4] = {first[m][e], second[m][e], first[m + 1][e], second[m + 1][e]};
+        gpu::store_wide(scan.pairs<R>(place.tile, place.first_mode + m, place.channel + e), both);
       }
     }
   }
@@ -371,10 +379,10 @@ void for_each_group(Scan& scan, F&& f) {
 Scan make_scan(const CemaParams& params);
 // Bytes of a table, of the states of a scan with its stops, and of `sums`; multiples of 256.
 int64_t table_bytes(const CemaParams& params);
-int64_t states_bytes(const CemaParams& params);
+int64_t states_bytes(const Scan& scan, DType dtype);
 int64_t sums_bytes(const CemaParams& params);
 // Takes the states and stops of `scan` from `memory`; returns what follows.
-char* take_states(Scan& scan, const CemaParams& params, char* memory);
+char* take_states(Scan& scan, DType dtype, char* memory);
 
 // 1. The table of the scan's group of modes. `carried`: states, or gradients of states, are given.
 void launch_table(const CemaParams& params, const Scan& scan, bool carried, void* stream);

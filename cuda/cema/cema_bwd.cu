@@ -1,14 +1,33 @@
-#include "cema_bwd.cuh"
+#include "cema_mma.cuh"
 
 namespace megalodon {
 namespace {
 
 using namespace cema;
 
+// Whether tensor cores take the sums: bf16, whole tiles of sequences without padding and without states. A single tile,
+// an eighth of what a product takes, is not worth it.
+bool takes_mma(const CemaBwdParams& params, const Scan& scan) {
+  const Sequences& sequences = params.sequences;
+  const bool dense = !sequences.cu_seqlens && !sequences.lengths && sequences.row_length % kMmaTile == 0;
+  const bool stateless = params.dy && !params.state && !params.dstate_out && !params.dstate;
+  const auto aligned = [](const void* tensor) { return gpu::aligned<8>(static_cast<const gpu::bf16*>(tensor)); };
+  const bool eighths = params.channels > 0 && params.channels % 8 == 0 && aligned(params.x) && aligned(params.dy);
+  return params.dtype == DType::bf16 && dense && stateless && eighths && scan.tile >= kMmaTile &&
+         sequences.tokens >= 2 * kMmaTile;
+}
+
 // Sizes and tensors; no workspace yet.
 Gradients make_gradients(const CemaBwdParams& params) {
   Gradients g{};
   g.scan = make_scan(params);
+  if (takes_mma(params, g.scan)) {
+    g.scan.tile = kMmaTile;
+    g.scan.tiles = g.scan.sequences.tokens / kMmaTile;
+    // Two blocks for each of 132 SMs, if there are as many tiles.
+    const int64_t most = ceil_div(g.scan.tiles, kMmaTiles), wanted = 264 / ceil_div(params.channels, kMmaChannels);
+    g.shares = LAUNCH_SIZE(cema_shares, wanted < 1 ? 1 : wanted < most ? wanted : most);
+  }
   g.scan.whole = takes_pairs(params.dtype, params.channels, {params.x, params.dy, params.dx});
   g.scan.in = params.x;
   g.scan.omega = params.omega;
@@ -22,6 +41,7 @@ Gradients make_gradients(const CemaBwdParams& params) {
   g.adjoint.factor = params.state || params.dstate_out || !params.dy ? params.x : nullptr;
   g.kinds = g.adjoint.factor ? kMostSums : kProductFirst;
   g.stride = (g.kinds * g.scan.lanes + 1) * g.scan.width;
+  g.parts = g.shares ? 1 : g.scan.tiles;
   g.dy = params.dy;
   g.dp = params.dp;
   g.dq = params.dq;
@@ -30,12 +50,35 @@ Gradients make_gradients(const CemaBwdParams& params) {
   return g;
 }
 
+// Bytes of what tensor cores take beside the states; 0 each without them.
+int64_t slopes_bytes(const Gradients& g) {
+  return g.shares ? workspace_part(4 * g.scan.tiles * g.scan.lanes * g.scan.width * sizeof(float)) : 0;
+}
+int64_t powers_bytes(const Gradients& g) {
+  return g.shares ? workspace_part(2 * kPowers * g.scan.lanes * g.scan.width * sizeof(float)) : 0;
+}
+int64_t lags_bytes(const Gradients& g) { return workspace_part(g.shares * kMmaTile * g.scan.width * sizeof(float)); }
+
+// What enters the tiles of both scans, and the sums: phases 1 and 2 of cema_mma.cuh.
+void launch_tiles(const Gradients& g, void* stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(g.scan.channels, kMmaChannels)), static_cast<unsigned>(g.shares));
+  const auto launch = [&](auto groups) {
+    LAUNCH((cema_tiles_kernel<groups>), grid, kMmaThreads, 2 * kMmaWords * sizeof(uint32_t), stream, g);
+  };
+  if (g.scan.lanes == 4) launch(std::integral_constant<int, 1>{});
+  else launch(std::integral_constant<int, 2>{});
+  const auto blocks = static_cast<unsigned>(ceil_div(g.scan.lanes * g.scan.width, gpu::kWarp));
+  LAUNCH(cema_carry_kernel<float>, blocks, kCarryWarps * gpu::kWarp, 0, stream, Scans{{g.scan, g.scan}});
+  LAUNCH(cema_cross_kernel<float>, blocks, kCarryWarps * gpu::kWarp, 0, stream, g);
+}
+
 }  // namespace
 
 int64_t workspace_cema_bwd_cuda(const CemaBwdParams& params) {
   const Gradients g = make_gradients(params);
   const int64_t real = params.dtype == DType::f64 ? 8 : 4;
-  return table_bytes(params) + 2 * states_bytes(params) + sums_bytes(params) + g.scan.tiles * g.stride * real;
+  return table_bytes(params) + 2 * states_bytes(g.scan, params.dtype) + slopes_bytes(g) + powers_bytes(g) +
+         lags_bytes(g) + sums_bytes(params) + g.parts * g.stride * real;
 }
 
 void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
@@ -43,15 +86,23 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
   Gradients g = make_gradients(params);
   g.scan.table = g.adjoint.table = params.workspace;
   char* memory = static_cast<char*>(params.workspace) + table_bytes(params);
-  memory = take_states(g.scan, params, memory);
-  memory = take_states(g.adjoint, params, memory);
+  memory = take_states(g.scan, params.dtype, memory);
+  memory = take_states(g.adjoint, params.dtype, memory);
+  const auto take = [&](int64_t bytes) -> void* {
+    memory += bytes;
+    return bytes ? memory - bytes : nullptr;
+  };
+  g.slopes = take(slopes_bytes(g));
+  g.scan.powers = take(powers_bytes(g));
+  g.lags = take(lags_bytes(g));
   g.adjoint.sums = memory;
   g.sums = memory + sums_bytes(params);
   launch_empty(params.dtype, g.adjoint, stream);
   for_each_group(g.adjoint, [&] {
     g.scan.first_mode = g.adjoint.first_mode;
     launch_table(params, g.scan, g.adjoint.factor != nullptr, stream);
-    launch_states(params.dtype, g.scan, &g.adjoint, stream);
+    if (g.lags) launch_tiles(g, stream);
+    else launch_states(params.dtype, g.scan, &g.adjoint, stream);
     dispatch_dtype(params.dtype, [&](auto type) {
       using T = decltype(type);
       using R = Compute<T>;
@@ -59,7 +110,7 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
       g.adjoint.products = static_cast<R*>(g.sums) + kProductFirst * plane;
       g.adjoint.products_stride = g.stride;
       launch_output(params.dtype, g.adjoint, stream);
-      if (g.scan.tiles > 0) {
+      if (g.scan.tiles > 0 && !g.lags) {
         const Grid grid(g.scan, kSumModes<R>);
         if (g.dy) LAUNCH((cema_sums_kernel<T, true>), grid.blocks, grid.threads, 0, stream, g);
         else LAUNCH((cema_sums_kernel<T, false>), grid.blocks, grid.threads, 0, stream, g);
@@ -67,7 +118,10 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
       const int64_t left = g.scan.modes - g.scan.first_mode;
       const dim3 blocks(static_cast<unsigned>((g.scan.width + gpu::kWarp - 1) / gpu::kWarp),
                         static_cast<unsigned>((left < g.scan.lanes ? left : g.scan.lanes) + 1));
-      LAUNCH(cema_finish_kernel<R>, blocks, kFinishWarps * gpu::kWarp, 0, stream, g);
+      if constexpr (sizeof(R) == 4) {
+        if (g.lags) return LAUNCH((cema_finish_kernel<R, true>), blocks, kFinishWarps * gpu::kWarp, 0, stream, g);
+      }
+      LAUNCH((cema_finish_kernel<R, false>), blocks, kFinishWarps * gpu::kWarp, 0, stream, g);
     });
   });
 }

@@ -9,6 +9,8 @@
 //
 // Since w and u both run forwards, nothing is kept for each step: 11 multiply-adds a mode and step.
 //
+// cema_mma.cuh takes these sums on tensor cores, where it can; else cema_sums_kernel does.
+//
 // Grid of cema_sums_kernel: as the scan's (cema_scan.cuh); a thread has two channels and 4 modes of a tile.
 //   1. for each run of a sequence in the tile, load or clear u, w = 0; for each kRows rows, load x and dy, step, add
 //   2. at the run's end add K w; 3. store the tile's sums.
@@ -16,7 +18,7 @@
 // in double, then the first warp adds the sums and applies the factors. The order of every sum depends on sizes alone.
 //
 // Registers: at most 168 in cema_sums_kernel (12 warps an SM), no spills. Shared memory: 8 KB there, for initial
-// states and K w, and 12 KB in cema_finish_kernel.
+// states and K w, and 12 KB in cema_finish_kernel, 44 with lags.
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 3.0 G multiply-adds, 88 us at 67 TFLOP/s; bytes: x, dy 67 MB,
 // sums 34 MB out and in, states 34 MB: 169 MB, 50 us. The whole backward (two local scans 3 + 3, output 5, sums 11):
 // 5.9 G multiply-adds, 176 us, and 70 MB of workspace.
@@ -31,15 +33,24 @@ namespace cema {
 constexpr int kRows = 4;         // rows that are loaded at once
 template <class R> constexpr int kSumModes = sizeof(R) == 4 ? 4 : 2;  // of a thread
 constexpr int kFinishWarps = 8;
+constexpr int kMmaTile = 128;    // steps of a tile, and lags, where tensor cores take the sums: cema_mma.cuh
 
 enum Sum { kSumFirst, kSumSecond, kSumWFirst, kSumWSecond, kProductFirst, kProductSecond, kMostSums };
 
 struct Gradients {
   Scan scan, adjoint;
   const void* dy;  // (T, D), or null: zero
-  void* sums;      // (tiles, stride) R: a tile's (kinds, N', D') of enum Sum, then (D') for domega
-  int64_t kinds, stride;
+  void* sums;      // (parts, stride) R: a part's (kinds, N', D') of enum Sum, then (D') for domega, unless from `lags`
+  int64_t kinds, stride, parts;  // a part is of a tile or, with `lags`, of all tiles
+  void* slopes;                  // (2, tiles, D', N') pairs of R: q times derivatives of both scans' local ends
+  void* lags;                    // (shares, kMmaTile, D') R: sums over t of dy_t x_(t - lag), or null
+  int64_t shares;
   void *dp, *dq, *dgamma, *domega;  // dgamma and domega are null if dy is
+
+  template <class R>
+  MEGALODON_INLINE R* slope(int of_adjoint, int64_t k, int64_t mode, int64_t channel) const {
+    return static_cast<R*>(slopes) + (((of_adjoint * scan.tiles + k) * scan.width + channel) * scan.lanes + mode) * 2;
+  }
 };
 
 template <class R, int modes = kSumModes<R>>
@@ -159,25 +170,33 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kerne
   if (place.part == 0) gpu::store(sums + p.kinds * plane + place.channel, state.sum_omega);
 }
 
-template <class R>
+// kLags: p.lags is not null.
+template <class R, bool kLags>
 __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(Gradients p) {
   SMEM_ARRAY(double, parts, kFinishWarps * kMostSums * gpu::kWarp);
+  SMEM_ARRAY(double, lags, kLags ? kMmaTile * gpu::kWarp : 1);
   const Scan& scan = p.scan;
   const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
   const int64_t d = int64_t{blockIdx.x} * gpu::kWarp + lane, n = scan.first_mode + blockIdx.y;
   const int64_t plane = scan.lanes * scan.width, at = blockIdx.y * scan.width + (d < scan.width ? d : 0);
   const bool of_omega = blockIdx.y + 1 == gridDim.y;
-  const int kinds = of_omega ? 1 : static_cast<int>(p.kinds);
+  const int kinds = of_omega ? !kLags : static_cast<int>(p.kinds);
   const R* const sums = static_cast<const R*>(p.sums) +
                         (of_omega ? p.kinds * plane + at - blockIdx.y * scan.width : at);
   double sum[kMostSums] = {};
-  for (int64_t k = scan.tiles * warp / kFinishWarps; k < scan.tiles * (warp + 1) / kFinishWarps; ++k) {
+  for (int64_t k = p.parts * warp / kFinishWarps; k < p.parts * (warp + 1) / kFinishWarps; ++k) {
     GPU_UNROLL
     for (int i = 0; i < kMostSums; ++i)
       if (i < kinds) sum[i] += sums[k * p.stride + i * plane];
   }
   GPU_UNROLL
   for (int i = 0; i < kMostSums; ++i) parts[(warp * kMostSums + i) * gpu::kWarp + lane] = sum[i];
+  for (int lag = warp; kLags && lag < kMmaTile; lag += kFinishWarps) {
+    double lag_sum = 0;
+    for (int64_t i = 0; i < p.shares && d < scan.width; ++i)
+      lag_sum += static_cast<const R*>(p.lags)[(i * kMmaTile + lag) * scan.width + d];
+    lags[lag * gpu::kWarp + lane] = lag_sum;
+  }
   __syncthreads();
   if (warp > 0 || d >= scan.channels) return;
   GPU_UNROLL
@@ -186,6 +205,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
     for (int w = 0; w < kFinishWarps; ++w) sum[i] += parts[(w * kMostSums + i) * gpu::kWarp + lane];
   }
   if (of_omega) {
+    if (kLags) sum[0] = lags[lane];
     if (p.domega) static_cast<R*>(p.domega)[d] = static_cast<R>(sum[0]);
     return;
   }
@@ -194,7 +214,18 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   const auto complex = [&](double first, double second) -> gpu::Complex<double> {
     return {first - shear * second, phase * second};
   };
-  const auto of_y = complex(sum[kSumFirst], sum[kSumSecond]), of_w = complex(sum[kSumWFirst], sum[kSumWSecond]);
+  auto of_y = complex(sum[kSumFirst], sum[kSumSecond]), of_w = complex(sum[kSumWFirst], sum[kSumWSecond]);
+  if constexpr (kLags) {
+    // P(q) and P'(q) of the polynomial P whose coefficients are the lags.
+    const gpu::Complex<double> q{basis.q.re, basis.q.im};
+    gpu::Complex<double> value{0, 0}, slope{0, 0};
+    for (int lag = kMmaTile - 1; lag >= 0; --lag) {
+      slope = gpu::fma(slope, q, value);
+      value = gpu::fma(value, q, {lags[lag * gpu::kWarp + lane], 0});
+    }
+    of_y = of_y + value;
+    of_w = of_w + slope;
+  }
   const auto of_x = p.kinds == kMostSums ? complex(sum[kProductFirst], sum[kProductSecond]) : of_y;
   const gpu::Complex<double> gamma{basis.gamma.re, basis.gamma.im};
   const gpu::Complex<double> dgamma = p_scale * of_y, dq = p_scale * (gamma * of_w);

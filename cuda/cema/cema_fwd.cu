@@ -29,7 +29,8 @@ void launch_steps(const CemaFwdParams& params, void* stream) {
 }  // namespace
 
 int64_t workspace_cema_fwd_cuda(const CemaFwdParams& params) {
-  return has_few_steps(params) ? 0 : table_bytes(params) + states_bytes(params) + sums_bytes(params);
+  if (has_few_steps(params)) return 0;
+  return table_bytes(params) + states_bytes(make_scan(params), params.dtype) + sums_bytes(params);
 }
 
 void launch_cema_fwd_cuda(const CemaFwdParams& params, void* stream) {
@@ -43,7 +44,7 @@ void launch_cema_fwd_cuda(const CemaFwdParams& params, void* stream) {
   scan.initial = params.state;
   scan.final = params.state_out;
   scan.table = params.workspace;
-  scan.sums = take_states(scan, params, static_cast<char*>(params.workspace) + table_bytes(params));
+  scan.sums = take_states(scan, params.dtype, static_cast<char*>(params.workspace) + table_bytes(params));
   launch_empty(params.dtype, scan, stream);
   for_each_group(scan, [&] {
     launch_table(params, scan, params.state != nullptr, stream);

@@ -6,7 +6,7 @@ namespace megalodon {
 namespace cema {
 namespace {
 
-int64_t real_bytes(const CemaParams& params) { return params.dtype == DType::f64 ? 8 : 4; }
+int64_t real_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
 template <class F>
 void dispatch_lanes(int64_t lanes, F&& f) {
@@ -57,21 +57,21 @@ Scan make_scan(const CemaParams& params) {
 
 int64_t table_bytes(const CemaParams& params) {
   const Scan scan = make_scan(params);
-  return workspace_part((kPlanes + kBasis) * scan.lanes * scan.width * real_bytes(params));
+  return workspace_part((kPlanes + kBasis) * scan.lanes * scan.width * real_bytes(params.dtype));
 }
 
-int64_t states_bytes(const CemaParams& params) {
-  const Scan scan = make_scan(params);
-  return workspace_part(scan.tiles * scan.lanes * scan.width * 2 * real_bytes(params)) + workspace_part(scan.tiles * 4);
+int64_t states_bytes(const Scan& scan, DType dtype) {
+  return workspace_part(scan.tiles * scan.lanes * scan.width * 2 * real_bytes(dtype)) + workspace_part(scan.tiles * 4);
 }
 
 int64_t sums_bytes(const CemaParams& params) {
   const Scan scan = make_scan(params);
-  return params.modes > kMostModes ? workspace_part(params.sequences.tokens * scan.channels * real_bytes(params)) : 0;
+  const int64_t bytes = params.sequences.tokens * scan.channels * real_bytes(params.dtype);
+  return params.modes > kMostModes ? workspace_part(bytes) : 0;
 }
 
-char* take_states(Scan& scan, const CemaParams& params, char* memory) {
-  const int64_t bytes = states_bytes(params);
+char* take_states(Scan& scan, DType dtype, char* memory) {
+  const int64_t bytes = states_bytes(scan, dtype);
   scan.states = memory;
   scan.stops = reinterpret_cast<int32_t*>(memory + bytes - workspace_part(scan.tiles * 4));
   return memory + bytes;

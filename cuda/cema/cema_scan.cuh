@@ -1,14 +1,12 @@
-// The kernels of cema.cuh's phases 1 to 4.
+// The kernels of cema.cuh's phases 1, 2 and 4; cema_carry.cuh has that of phase 3.
 //
 // Grid of phases 2 and 4: blocks of at most 128 threads; the blocks of a tile are neighbours. A thread owns two
 // neighbouring channels and 8 modes (4 where `modes` below says so), states and coefficients in registers. The lanes
 // that share two channels are neighbours, too, read the same elements and add up y by shuffles, kStored steps at once,
 // of which each lane keeps and stores its own: rows are read and written 64 bytes or more a warp, 32 for N = 32.
-// Grid of phase 3: a warp takes 32 modes and channels, its block's 16 warps 8 tiles each: 128 tiles a round. The states
-// at the tiles' ends stay in registers until the states that enter the tiles replace them in memory.
 //
 // Registers: at most 168 (12 warps an SM), 255 for double; no spills. Shared memory: 16 KB for the states of sequences
-// that start or end, 4.2 KB in phase 3 (8.3 for double).
+// that start or end.
 // Multiply-adds a mode and step: 3 in phase 2, 5 in phase 4, two more with products.
 // Where the end states alone are wanted, cema_ends_kernel of cema_ends.cuh takes the place of phase 4.
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB
@@ -17,32 +15,12 @@
 // start, so what enters tiles 1 .. 3 comes from token 0 on, and what enters tiles 4 .. 9 from token 100 on.
 #pragma once
 
-#include "cema.cuh"
+#include "cema_carry.cuh"
 
 namespace megalodon {
 namespace cema {
 
-constexpr int kCarryWarps = 16;
 constexpr int kStored = 4;  // most steps that add_parts takes at once
-
-struct Scans {
-  Scan scan[2];  // blockIdx.y chooses
-};
-
-// z -> A z + e, with A in two parts.
-template <class R>
-struct Matrix {
-  R entry[8];
-
-  GPU_INLINE Matrix(const Scan& scan, int plane, int64_t at) {
-    GPU_UNROLL
-    for (int i = 0; i < 8; ++i) entry[i] = scan.plane<R>(plane + i)[at];
-  }
-  GPU_INLINE Pair<R> operator()(Pair<R> z, Pair<R> e) const {
-    return {entry[0] * z.first + (entry[1] * z.second + (entry[4] * z.first + (entry[5] * z.second + e.first))),
-            entry[2] * z.first + (entry[3] * z.second + (entry[6] * z.first + (entry[7] * z.second + e.second)))};
-  }
-};
 
 template <class R>
 GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re, double v, double phase2,
@@ -56,18 +34,40 @@ GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re,
   }
 }
 
-// A thread takes a mode and channel; neighbouring threads take neighbouring channels.
+// The powers re + i phase v of a pole as pairs, and the rows of the matrix that multiplies a pair by q^kBlock.
+template <class R>
+GPU_INLINE void store_powers(const Scan& scan, int64_t mode, int64_t channel, double pole, double phase2,
+                             double shear) {
+  const auto set = [&](int power, double first, double second) {
+    gpu::st(scan.power<R>(power, mode, channel), Pair<R>{static_cast<R>(first), static_cast<R>(second)});
+  };
+  double re = 1, v = 0;
+  for (int power = 0; power < kBlock; ++power) {
+    set(power, re + shear * v, v);
+    const double next = re * pole - phase2 * v;
+    v = v * pole + re;
+    re = next;
+  }
+  set(kBlock, re + shear * v, -(phase2 + shear * shear) * v);
+  set(kBlock + 1, v, re - shear * v);
+}
+
+// A thread takes a mode and channel; neighbouring threads take neighbouring modes.
 template <class R>
 __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* q, const gpu::Complex<R>* gamma,
                                   bool carried) {
   const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (at >= scan.lanes * scan.width) return;
-  const int64_t n = scan.first_mode + at / scan.width, d = at % scan.width;
+  const int64_t mode = at % scan.lanes, n = scan.first_mode + mode, d = at / scan.lanes;
+  const auto in = [&](int plane) {
+    return scan.plane<R>(plane) + (plane < kTileMatrix ? mode * scan.width + d : at);
+  };
   if (n >= scan.modes || d >= scan.channels) {
-    for (int plane = 0; plane < kPlanes; ++plane) scan.plane<R>(plane)[at] = 0;
-    return Basis<R>{}.store(scan, at / scan.width, d);
+    for (int plane = 0; plane < kPlanes; ++plane) *in(plane) = 0;
+    for (int i = 0; scan.powers && i < kPowers; ++i) gpu::st(scan.power<R>(i, mode, d), Pair<R>{0, 0});
+    return Basis<R>{}.store(scan, mode, d);
   }
-  const auto set = [&](int plane, double value) { return scan.plane<R>(plane)[at] = static_cast<R>(value); };
+  const auto set = [&](int plane, double value) { return *in(plane) = static_cast<R>(value); };
   const gpu::Complex<R> pole = gpu::ld<gpu::Complex<R>>(q + d * scan.modes + n);
   gpu::Complex<R> g{1, 0};  // without y and dy
   if (gamma) g = gpu::ld<gpu::Complex<R>>(gamma + d * scan.modes + n);
@@ -92,7 +92,7 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   basis.gamma = g;
   basis.p = static_cast<R>(scale);
   basis.shear = static_cast<R>(shear);
-  basis.store(scan, at / scan.width, d);
+  basis.store(scan, mode, d);
   // Powers re + i phase v of q by squaring: tiles are powers of two.
   double re = pole.re, v = 1;
   const auto square = [&] {
@@ -104,6 +104,7 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   store_matrix<R>(scan, kTileMatrix, at, re, v, phase2, shear);
   for (int length = 1; length < kSpan; length *= 2) square();
   store_matrix<R>(scan, kSpanMatrix, at, re, v, phase2, shear);
+  if (scan.powers) store_powers<R>(scan, mode, d, pole.re, phase2, shear);
 }
 
 // Takes `count` steps, the first at element `at`; `in` may be null, of zeros.
@@ -151,55 +152,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_local_kern
   }
   walk(scan, place, state, static_cast<const T*>(scan.in), at, left);
   state.store(scan, place);
-}
-
-template <class R>
-__global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_carry_kernel(Scans scans) {
-  SMEM_ARRAY(Pair<R>, ends, kCarryWarps * gpu::kWarp);
-  SMEM_ARRAY(int, stopped, kCarryWarps);
-  const Scan& scan = scans.scan[blockIdx.y];
-  const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
-  const int64_t pairs = scan.lanes * scan.width, mine = int64_t{blockIdx.x} * gpu::kWarp + lane;
-  const int64_t at = mine < pairs ? mine : 0;
-  const Matrix<R> over_tile(scan, kTileMatrix, at), over_span(scan, kSpanMatrix, at);
-  Pair<R> enters{0, 0};  // enters the round
-  for (int64_t round = 0; round < scan.tiles; round += kCarryWarps * kSpan) {
-    const int64_t begin = round + warp * kSpan;
-    const auto tile = [&](int i) { return scan.reverse ? scan.tiles - 1 - (begin + i) : begin + i; };
-    const int count = static_cast<int>(scan.tiles - begin < kSpan ? scan.tiles - begin : kSpan);
-    Pair<R> end[kSpan];
-    bool stops[kSpan];
-    GPU_UNROLL
-    for (int i = 0; i < kSpan; ++i) {
-      if (i >= count) continue;
-      end[i] = mine < pairs ? gpu::ld<Pair<R>>(scan.pairs<R>(tile(i), 0, at)) : Pair<R>{0, 0};
-      stops[i] = scan.stops[tile(i)];
-    }
-    Pair<R> z{0, 0};
-    bool any = false;
-    GPU_UNROLL
-    for (int i = 0; i < kSpan; ++i) {
-      if (i >= count) continue;
-      z = stops[i] ? end[i] : over_tile(z, end[i]);
-      any = any || stops[i];
-    }
-    gpu::st_shared(&ends[threadIdx.x], z);
-    if (lane == 0) stopped[warp] = any;
-    __syncthreads();
-    z = enters;
-    for (int w = 0; w < kCarryWarps; ++w) {
-      if (w == warp) z = enters;
-      const auto end_of_warp = gpu::ld_shared<Pair<R>>(&ends[w * gpu::kWarp + lane]);
-      enters = stopped[w] ? end_of_warp : over_span(enters, end_of_warp);
-    }
-    GPU_UNROLL
-    for (int i = 0; i < kSpan; ++i) {
-      if (i >= count) continue;
-      if (mine < pairs) gpu::st(scan.pairs<R>(tile(i), 0, at), z);
-      z = stops[i] ? end[i] : over_tile(z, end[i]);
-    }
-    __syncthreads();
-  }
 }
 
 // Adds y over the `split` lanes of two channels; n and split are powers of two. Lane `part` gets the sums of n / split

@@ -70,6 +70,20 @@ GPU_INLINE void load_wide(R (&to)[n], const R* from) {
   }
 }
 
+// Stores n elements of R in accesses of up to 128 bits.
+template <class R, int n>
+GPU_INLINE void store_wide(R* to, const R (&from)[n]) {
+  constexpr int width = n < kVectorWidth<R> ? n : kVectorWidth<R>;
+  static_assert(n % width == 0);
+  GPU_UNROLL
+  for (int i = 0; i < n; i += width) {
+    Pack<R, width> pack;
+    GPU_UNROLL
+    for (int j = 0; j < width; ++j) pack.element[j] = from[i + j];
+    st(to + i, pack);
+  }
+}
+
 // Whether vectors of n elements may be read at `p`: for launchers, which choose the kernel's width.
 template <int n, class T>
 inline bool aligned(const T* p) {

@@ -194,7 +194,7 @@ PYBIND11_MODULE(_cuda_emulated, module) {
     std::fill(emu::mattered.begin(), emu::mattered.end(), 0);
     return numbers;
   });
-  module.def("reached", [] {  // (offset of the kernel, "file:line" of a loop or the dimension, turns, the most)
+  module.def("reached", [] {  // (offset of the kernel, what, turns, the most)
     py::list list;
     for (const emu::Reached& r : emu::reached()) list.append(py::make_tuple(r.kernel, r.what, r.turns, r.most));
     return list;

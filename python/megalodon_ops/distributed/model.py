@@ -53,8 +53,9 @@ class ParallelMegalodon(Megalodon):
     of the whole sequences, equal on all ranks of a chunk group, and so is the state that is returned. A piece ends at a
     chunk boundary of the sequence that it cuts, except at the end of the sequence.
 
-    Logits and features are the piece's. The loss is, with reduction "mean" or "sum", that of the targets of all ranks, the same on
-    every rank, and its gradients, averaged over the ranks, are exactly those of one process; "none" gives the piece's.
+    Logits and features are the piece's. The loss is, with reduction "mean" or "sum", that of the targets of all ranks,
+    the same on every rank, and its gradients, averaged over the ranks, are exactly those of one process; "none" gives
+    the piece's.
 
     How it works: the model's own forward runs on every rank, on what the rank has. FSDP2 (fsdp.py) gathers a block's
     parameters before the block and averages gradients after it. On a chunk group, hooks (chunk.py) give each block the
@@ -129,8 +130,8 @@ class ParallelMegalodon(Megalodon):
     def stream(self, prompt: Tensor, **options: Any) -> TokenStream:
         """The continuation of this rank's own prompts, whole on a chunk group too, as :meth:`Megalodon.stream` makes it.
 
-        The model that :meth:`alone` gives makes it: every rank calls this, and each may stop at any token. The ranks of a
-        chunk group give the same prompts; for others of its own, a rank calls the model that :meth:`alone` gives.
+        The model that :meth:`alone` gives makes it: every rank calls this, and each may stop at any token. The ranks of
+        a chunk group give the same prompts; for others of its own, a rank calls the model that :meth:`alone` gives.
         """
         if self._ranks.chunk is not None:
             fix = "each rank has the whole prompts, not a piece of them"

@@ -176,7 +176,7 @@ def read_batch(
         name, given, letters = "inputs_embeds", inputs_embeds, "(B, L, D)"
     check_tensor(op, name, given)
     check_rank(op, name, given, letters, letters.count(",") + 1)
-    if cache is not None and cache.is_initialized and (rows := cache.state.num_sequences) != len(given):
+    if cache is not None and (rows := cache.batch_size) not in (-1, len(given)):
         raise ValueError(f"{op}: `cache` must be of {len(given)} rows, those of `{name}`, got one of {rows}.")
     batch = Batch(given, cache, cache is not None or bool(use_cache))
     if batch.shape[1] == 0:

@@ -176,7 +176,7 @@ void start_turns();   // what has turned until now, has turned in the launcher
 void finish_turns();  // what has turned since then, in the kernel
 struct Reached {
   size_t kernel;     // its code's offset in the module, or 0: a launcher
-  std::string what;  // "file:line" of a loop, or a dimension of the launch
+  std::string what;  // a loop, "file number", or a dimension of the launch
   unsigned turns;    // as in Loop
   int64_t most;
 };

@@ -1,0 +1,305 @@
+// The backward's sums by tensor cores, for bf16 without states: in place of the local scans and of cema_sums_kernel.
+//
+// Of a tile's x_0 .. x_127 and dy_0 .. dy_127, which are exact as operands, these are wanted:
+//
+//   e = sum_j q^(127-j) x_j     r = sum_j q^j dy_j     the ends of the two local scans (phase 2 of cema.cuh)
+//   e' = q de/dq                r' = q dr/dq           their slopes, sums of (127-j) q^(127-j) x_j and of j q^j dy_j
+//   c_i = sum_t dy_t x_(t-i)                           for each lag i < 128, summed over tiles too
+//
+// With u, which enters the tile, k, which enters the adjoint's, and P(z) = sum_i c_i z^i, the sums of cema_bwd.cuh are
+//
+//   sum_t dy_t u_t = P(q) + q r u        sum_t dy_t w_t + K w_end = P'(q) + (r + r') u + k (e' + 128 q^128 u)
+//
+//   1. cema_tiles_kernel:  e and r, where the states will be; e' and r'; c, for each share of the tiles
+//   2. cema_carry_kernel:  e -> u;   cema_cross_kernel:  r -> k as the carry does, and the sums with u and k
+//   3. cema_output_kernel: dx from k;   cema_finish_kernel adds P(q) and P'(q), by Horner's rule
+//
+// Lags. c_(i+16j) = sum_t dy_(t+i) x_(t-16j): for each 16 steps t one product of A[i][t] = dy_(t+i), 16 x 16, and
+// B[t][j] = x_(t-16j), 16 x 8, zero where a step is not in the tile. A lane has 4 of the 128 lags.
+// Ends. A has 16 steps of 8 tiles: rows of x, and below them rows of dy, the last step first. B has q^j and j q^j,
+// j = 15 .. 0, as pairs (cema.cuh) of 4 modes, in three parts of bf16, which make a float. The sums of steps before,
+// times q^16, are added in float: tensor cores cut sums off. A lane has all ends and slopes of a tile and mode.
+// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are the steps t, t + 4, t + 8, t + 12: a lane's registers are halves
+// of words of shared memory, (x of channel 2p, x of channel 2p + 1), that four lanes read side by side.
+//
+// Grid of cema_tiles_kernel: x over 16 channels, y over shares; a block takes 8 tiles at once, a warp two channels.
+// Grid of cema_cross_kernel: the carry's; warps 0 to 3 add up the warps' sums, a kind each.
+// Registers: at most 128 (16 warps an SM). Shared memory: 90.3 KB, and 12.1 KB.
+// H100, (B 8, L 2048, D 1024, N 16): 4.2 M products, 36 us at 1024 multiply-adds a cycle and SM; 2.8 instructions of
+// a warp for a channel and step, 51 us; x, dy 67 MB in, ends and slopes 67 MB out, 40 us. Cross: 102 MB, 30 us.
+// The whole backward about 170 us, and 75 MB of workspace.
+// Example: L = 256, T = 512: 4 tiles, one group of 8; u = 0 in tiles 0 and 2, k = 0 in tiles 1 and 3.
+#pragma once
+
+#include "cema_bwd.cuh"
+#include "cema_carry.cuh"
+#include "matrix.cuh"
+
+namespace megalodon {
+namespace cema {
+
+constexpr int kMmaWarps = 8, kMmaThreads = kMmaWarps * gpu::kWarp, kMmaChannels = 2 * kMmaWarps;
+constexpr int kMmaTiles = 8;  // of a block at once: half the rows of A
+constexpr int kParts = 3;     // of a float, in bf16
+constexpr int kMmaBlocks = kMmaTile / kBlock;
+// Words of shared memory: of a block of steps, a tile with zeros after its end, and a pair of channels.
+constexpr int kBlockPitch = kBlock + 4, kTilePitch = (kMmaBlocks + 1) * kBlockPitch;
+constexpr int kPairPitch = kMmaTiles * kTilePitch + 4, kMmaWords = kMmaWarps * kPairPitch;
+
+// Where step s of a tile lies: 8 lanes 16 steps or a tile apart, and 4 neighbours of each, are in different banks.
+GPU_INLINE int word_of(int s) { return s / kBlock * kBlockPitch + s % kBlock; }
+
+// The step within a block that row k of B stands for.
+GPU_INLINE int step_of(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }
+
+// Loads tiles [first, first + kMmaTiles) of 16 channels of (T, D); zeros where there are none.
+GPU_INLINE void stage(const Scan& scan, const void* tensor, int64_t first, uint32_t* words) {
+  constexpr int all = kMmaTiles * kMmaTile * 2 / kMmaThreads;
+  using Eight = gpu::Pack<uint32_t, 4>;
+  Eight eight[all];
+  const int half = threadIdx.x % 2, row = threadIdx.x / 2;
+  const int64_t channel = int64_t{blockIdx.x} * kMmaChannels + half * 8;
+  GPU_UNROLL
+  for (int i = 0; i < all; ++i) {
+    const int64_t t = first * kMmaTile + i * kMmaThreads / 2 + row;
+    eight[i] = {};
+    if (t < scan.sequences.tokens && channel < scan.channels)
+      eight[i] = gpu::ld<Eight>(static_cast<const gpu::bf16*>(tensor) + t * scan.channels + channel);
+  }
+  GPU_UNROLL
+  for (int i = 0; i < all; ++i) {
+    const int at = i * kMmaThreads / 2 + row, tile = at / kMmaTile, step = at % kMmaTile;
+    uint32_t* const to = words + half * 4 * kPairPitch + tile * kTilePitch + word_of(step);
+    GPU_UNROLL
+    for (int pair = 0; pair < 4; ++pair) to[pair * kPairPitch] = eight[i].element[pair];
+  }
+}
+
+// Adds the lags of a tile: sum[e][i] is c of channel e and lag  g + 8 (i / 2) + 16 (2 t + i % 2),  lane 4 g + t.
+GPU_INLINE void add_lags(float (&sum)[2][4], const uint32_t* x, const uint32_t* dy) {
+  const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
+  const uint32_t* from[4];
+  GPU_UNROLL
+  for (int m = 0; m < 4; ++m) from[m] = dy + word_of(t + g + 4 * m);
+  const auto dy_word = [&](int block, int m) { return from[m % 4][(block + m / 4) * kBlockPitch]; };
+  const uint32_t* const xs = x + t - g * kBlockPitch;
+  float d[2][4] = {};
+  uint32_t a[2][4];
+  a[0][3] = gpu::join_halves<0>(dy_word(0, 0), dy_word(0, 1));
+  a[1][3] = gpu::join_halves<1>(dy_word(0, 0), dy_word(0, 1));
+  GPU_UNROLL
+  for (int block = 0; block < kMmaBlocks; ++block) {
+    uint32_t y[4], z[4];  // steps t + 8, + 12, + 16, + 20 of dy, and t, + 4, + 8, + 12 of x
+    GPU_UNROLL
+    for (int m = 0; m < 4; ++m) {
+      y[m] = dy_word(block, m + 2);
+      z[m] = g <= block ? xs[block * kBlockPitch + 4 * m] : 0;
+    }
+    const auto multiply = [&](auto channel) {
+      constexpr int e = decltype(channel)::value;
+      a[e][0] = a[e][3];
+      a[e][1] = a[e][2] = gpu::join_halves<e>(y[0], y[1]);
+      a[e][3] = gpu::join_halves<e>(y[2], y[3]);
+      const uint32_t b[2] = {gpu::join_halves<e>(z[0], z[1]), gpu::join_halves<e>(z[2], z[3])};
+      const auto half = [=](const uint32_t* words, int s) {
+        return reinterpret_cast<const gpu::bf16*>(words + word_of(s)) + e;
+      };
+      gpu::check_a<gpu::bf16>(a[e], [=](int i, int k) { return half(dy, block * kBlock + step_of(k) + i); });
+      gpu::check_b<gpu::bf16>(b, [=](int k, int j) {
+        return j <= block ? half(x, (block - j) * kBlock + step_of(k)) : nullptr;
+      });
+      gpu::mma_16816<gpu::bf16>(d[e], a[e], b);
+    };
+    multiply(std::integral_constant<int, 0>{});
+    multiply(std::integral_constant<int, 1>{});
+  }
+  GPU_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    sum[0][i] += d[0][i];
+    sum[1][i] += d[1][i];
+  }
+}
+
+// Powers of q of 4 groups modes from `mode` on, of one channel.
+template <int groups>
+struct Powers {
+  uint32_t b[groups][2][kParts][2];          // B of q^j, and of j q^j
+  Pair<float> upper[groups], lower[groups];  // rows of the matrix of q^16, of mode 4 n + t
+
+  GPU_INLINE Powers(const Scan& scan, int mode, int64_t channel) {
+    const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
+    GPU_UNROLL
+    for (int n = 0; n < groups; ++n) {
+      GPU_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int j[2] = {kBlock - 1 - step_of(2 * t + 8 * i), kBlock - 1 - step_of(2 * t + 8 * i + 1)};
+        float power[2], slope[2];
+        GPU_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          power[e] = scan.power<float>(j[e], mode + 4 * n + g / 2, channel)[g % 2];
+          slope[e] = static_cast<float>(j[e]) * power[e];
+        }
+        GPU_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+          b[n][0][part][i] = take_part(power);
+          b[n][1][part][i] = take_part(slope);
+        }
+      }
+      upper[n] = gpu::ld<Pair<float>>(scan.power<float>(kBlock, mode + 4 * n + t, channel));
+      lower[n] = gpu::ld<Pair<float>>(scan.power<float>(kBlock + 1, mode + 4 * n + t, channel));
+    }
+  }
+  // Rounds two numbers to bf16, and leaves what is lost.
+  GPU_INLINE static uint32_t take_part(float (&rest)[2]) {
+    const uint32_t part = gpu::pack2<gpu::bf16>(rest[0], rest[1]);
+    rest[0] -= gpu::bit_cast<float>(part << 16);
+    rest[1] -= gpu::bit_cast<float>(part & 0xffff0000u);
+    return part;
+  }
+  GPU_INLINE void multiply_add(int n, float first, float second, float& to_first, float& to_second) const {
+    to_first = upper[n].first * first + (upper[n].second * second + to_first);
+    to_second = lower[n].first * first + (lower[n].second * second + to_second);
+  }
+  // To ends and slopes (d) of 16 steps, adds those of the steps before: q^16 e, and q^16 (e' + 16 e).
+  GPU_INLINE void append(const float (&before)[groups][2][4], float (&d)[groups][2][4]) const {
+    GPU_UNROLL
+    for (int n = 0; n < groups; ++n) {
+      GPU_UNROLL
+      for (int i = 0; i < 4; i += 2) {
+        const float(&end)[4] = before[n][0], (&slope)[4] = before[n][1];
+        multiply_add(n, end[i], end[i + 1], d[n][0][i], d[n][0][i + 1]);
+        multiply_add(n, slope[i] + kBlock * end[i], slope[i + 1] + kBlock * end[i + 1], d[n][1][i], d[n][1][i + 1]);
+      }
+    }
+  }
+};
+
+// Stores ends and slopes of the modes from `mode` on of tiles [first, first + kMmaTiles), channel e of the warp's two.
+template <int groups, int e>
+GPU_INLINE void store_ends(const Gradients& p, int64_t first, int mode, int64_t channel, const uint32_t* x,
+                           const uint32_t* dy) {
+  const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
+  const Powers<groups> powers(p.scan, mode, channel);
+  float sum[groups][2][4] = {};
+#pragma unroll 2
+  for (int block = 0; block < kMmaBlocks; ++block) {
+    const uint32_t* const xs = x + g * kTilePitch + block * kBlockPitch + t;
+    const uint32_t* const dys = dy + g * kTilePitch + (kMmaBlocks - 1 - block) * kBlockPitch + kBlock - 1 - t;
+    const uint32_t a[4] = {gpu::join_halves<e>(xs[0], xs[4]), gpu::join_halves<e>(dys[0], dys[-4]),
+                           gpu::join_halves<e>(xs[8], xs[12]), gpu::join_halves<e>(dys[-8], dys[-12])};
+    gpu::check_a<gpu::bf16>(a, [=](int i, int k) {
+      const int s = block * kBlock + step_of(k);
+      const uint32_t* const word = i < 8 ? x + i * kTilePitch + word_of(s)
+                                         : dy + (i - 8) * kTilePitch + word_of(kMmaTile - 1 - s);
+      return reinterpret_cast<const gpu::bf16*>(word) + e;
+    });
+    float d[groups][2][4] = {};
+    GPU_UNROLL
+    for (int part = kParts - 1; part >= 0; --part) {  // from the smallest on
+      GPU_UNROLL
+      for (int n = 0; n < groups; ++n) {
+        gpu::mma_16816<gpu::bf16>(d[n][0], a, powers.b[n][0][part]);
+        gpu::mma_16816<gpu::bf16>(d[n][1], a, powers.b[n][1][part]);
+      }
+    }
+    powers.append(sum, d);
+    GPU_UNROLL
+    for (int n = 0; n < groups; ++n) {
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        sum[n][0][i] = d[n][0][i];
+        sum[n][1][i] = d[n][1][i];
+      }
+    }
+  }
+  if (first + g >= p.scan.tiles) return;
+  GPU_UNROLL
+  for (int n = 0; n < groups; ++n) {
+    const int of_mode = mode + 4 * n + t;
+    gpu::st(p.scan.pairs<float>(first + g, of_mode, channel), Pair<float>{sum[n][0][0], sum[n][0][1]});
+    gpu::st(p.adjoint.pairs<float>(first + g, of_mode, channel), Pair<float>{sum[n][0][2], sum[n][0][3]});
+    gpu::st(p.slope<float>(0, first + g, of_mode, channel), Pair<float>{sum[n][1][0], sum[n][1][1]});
+    gpu::st(p.slope<float>(1, first + g, of_mode, channel), Pair<float>{sum[n][1][2], sum[n][1][3]});
+  }
+}
+
+// 4 groups = N', or 8 where N' is more.
+template <int groups>
+__global__ void __launch_bounds__(kMmaThreads, 2) cema_tiles_kernel(Gradients p) {
+  SMEM_DYN(uint32_t, words);
+  const Scan& scan = p.scan;
+  const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
+  const int64_t channel = int64_t{blockIdx.x} * kMmaChannels + 2 * warp;
+  uint32_t* const x = words + warp * kPairPitch;
+  uint32_t* const dy = x + kMmaWords;
+  for (int i = 0; i < kMmaTiles / 2; ++i)  // zeros after the tiles of dy
+    dy[(lane / kBlock * kMmaTiles / 2 + i) * kTilePitch + word_of(kMmaTile + lane % kBlock)] = 0;
+  float lags[2][4] = {};
+  for (int64_t first = int64_t{blockIdx.y} * kMmaTiles; first < scan.tiles; first += int64_t{gridDim.y} * kMmaTiles) {
+    stage(scan, scan.in, first, words);
+    stage(scan, p.dy, first, words + kMmaWords);
+    const int64_t tile = first + threadIdx.x, tiles_of_row = scan.sequences.row_length / kMmaTile;
+    if (blockIdx.x == 0 && threadIdx.x < kMmaTiles && tile < scan.tiles) {
+      scan.stops[tile] = tile % tiles_of_row == 0;
+      p.adjoint.stops[tile] = (tile + 1) % tiles_of_row == 0;
+    }
+    __syncthreads();
+    if (channel < scan.channels) {
+#pragma unroll 1
+      for (int i = 0; i < kMmaTiles && first + i < scan.tiles; ++i)
+        add_lags(lags, x + i * kTilePitch, dy + i * kTilePitch);
+#pragma unroll 1
+      for (int mode = 0; mode < scan.lanes; mode += 4 * groups) {
+        store_ends<groups, 0>(p, first, mode, channel, x, dy);
+        store_ends<groups, 1>(p, first, mode, channel + 1, x, dy);
+      }
+    }
+    __syncthreads();
+  }
+  if (channel >= scan.channels) return;
+  GPU_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int lag = lane / 4 + 8 * (i / 2) + kBlock * (lane % 4 * 2 + i % 2);
+    const float both[2] = {lags[0][i], lags[1][i]};
+    gpu::store(static_cast<float*>(p.lags) + (int64_t{blockIdx.y} * kMmaTile + lag) * scan.width + channel, both);
+  }
+}
+
+// Puts k in the place of r; stores sums over all tiles of q r u and of (r + r') u + k (e' + 128 q^128 u), by enum Sum.
+template <class R>
+__global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_cross_kernel(Gradients p) {
+  SMEM_ARRAY(R, sums, kProductFirst * kCarryWarps * gpu::kWarp);
+  const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
+  const int64_t pairs = p.scan.lanes * p.scan.width, mine = int64_t{blockIdx.x} * gpu::kWarp + lane;
+  const int64_t at = mine < pairs ? mine : 0;
+  const int64_t mode = at % p.scan.lanes, channel = at / p.scan.lanes;
+  const Basis<R> basis(p.scan, mode, channel);
+  const Matrix<R> over_tile(p.scan, kTileMatrix, at);
+  Pair<R> of_y{0, 0}, of_w{0, 0};
+  carry<R>(p.adjoint, [&](int64_t k, Pair<R> enters, Pair<R> r) {
+    const auto load = [&](const R* pair) { return gpu::ld<Pair<R>>(pair); };
+    auto u = load(p.scan.pairs<R>(k, at, 0));
+    const auto e_slope = load(p.slope<R>(0, k, at, 0));
+    const auto r_slope = load(p.slope<R>(1, k, at, 0));
+    if (p.scan.stops[k]) u = {0, 0};
+    if (p.adjoint.stops[k]) enters = {0, 0};
+    const Pair<R> u_later = over_tile(u, {0, 0}), r_u = basis.multiply(r, u), slope_u = basis.multiply(r_slope, u);
+    const Pair<R> k_slope = basis.multiply(
+        enters, {e_slope.first + kMmaTile * u_later.first, e_slope.second + kMmaTile * u_later.second});
+    of_y = {of_y.first + r_u.first, of_y.second + r_u.second};
+    of_w = {of_w.first + slope_u.first + k_slope.first, of_w.second + slope_u.second + k_slope.second};
+  });
+  const auto q_of_y = basis.multiply({basis.q.re + basis.shear, 1}, of_y);
+  const R of_warp[kProductFirst] = {q_of_y.first, q_of_y.second, of_w.first + of_y.first, of_w.second + of_y.second};
+  GPU_UNROLL
+  for (int kind = 0; kind < kProductFirst; ++kind)
+    sums[(kind * kCarryWarps + warp) * gpu::kWarp + lane] = of_warp[kind];
+  __syncthreads();
+  if (warp >= kProductFirst || mine >= pairs) return;
+  R sum = 0;
+  for (int w = 0; w < kCarryWarps; ++w) sum += sums[(warp * kCarryWarps + w) * gpu::kWarp + lane];
+  static_cast<R*>(p.sums)[warp * pairs + mode * p.scan.width + channel] = sum;
+}
+
+}  // namespace cema
+}  // namespace megalodon

@@ -1,0 +1,138 @@
+"""The backward of cema on tensor cores, emulated: cuda/cema/cema_mma.cuh."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
+from cases import cema_case, generator, randn
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+
+TENSOR, SCAN = {"cema_tiles_kernel", "cema_cross_kernel"}, {"cema_sums_kernel"}
+LIMITS = {4: (4, 8), 2: (2, 0.5)}  # (factor, floor) of assert_as_accurate_as for results in 32 and in 16 bits
+
+
+def tensor_case(**sizes):
+    return cema_case(**{"dtype": torch.bfloat16, "D": 8, **sizes})
+
+
+def gradients(function, case):
+    """The gradients of a loss of y alone."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
+    y = function(**leaves, **case.options)
+    dy = randn(generator(1), *y.shape, dtype=case.dtype).to(y.dtype)
+    return {f"d{name}": grad for name, grad in zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True)}
+
+
+def emulated(emulator, case, offset=0, **sizes):
+    with emulator.replacing(_C, offset=offset), emulator.launch_sizes(cema_tile=128, **sizes):
+        found = gradients(mo.cema, case)
+    return found, set(emulator.module.traffic())
+
+
+def assert_matches_reference(actual, case, limits=LIMITS):
+    exact, same = gradients(mo.reference.cema, case.double()), gradients(mo.reference.cema, case)
+    for name, value in actual.items():
+        factor, floor = limits[2 if value.dtype.itemsize == 2 else 4]
+        assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, terms=case.terms, name=name)
+
+
+SIZES = {
+    "tiles-alone": {"B": 2, "L": 128, "N": 16},
+    "one-mode": {"B": 1, "L": 256, "N": 1},
+    "starts-in-a-group": {"B": 3, "L": 256, "N": 6},
+    "two-blocks-of-channels": {"B": 1, "L": 256, "D": 24, "N": 11},
+    "groups-of-tiles": {"B": 1, "L": 1280, "N": 3},
+    "all-modes-of-a-launch": {"B": 2, "L": 128, "N": 20},
+    "two-launches": {"B": 1, "L": 256, "N": 37},
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_gradients(emulator, sizes):
+    case = tensor_case(**sizes)
+    actual, launched = emulated(emulator, case)
+    assert launched >= TENSOR and not launched & SCAN
+    assert_matches_reference(actual, case)
+
+
+def test_a_share_takes_several_groups_of_tiles(emulator):
+    """The share's sums for each lag go on from its first eight tiles to the ninth."""
+    case = tensor_case(B=1, L=1152, N=2)
+    actual, _ = emulated(emulator, case, cema_shares=1)
+    assert_matches_reference(actual, case)
+
+
+@pytest.mark.slow
+def test_two_rounds_of_the_carry(emulator):
+    """More than 128 tiles, and poles whose memory spans all of them: as the scan, which misaligned tensors take."""
+    case = tensor_case(B=1, L=129 * 128, N=1, radius=(1.0, 1.0), angle=(-0.01, 0.01))
+    (actual, launched), (expected, others) = emulated(emulator, case), emulated(emulator, case, offset=1)
+    assert launched >= TENSOR and others >= SCAN
+    for name, value in actual.items():
+        close = 1e-2 if value.dtype == torch.bfloat16 else 1e-4
+        assert_all_close({name: value}, {name: expected[name]}, tolerance=close, terms=case.terms)
+
+
+POLES = {
+    "slow": {"radius": (1 - 1e-5, 1 - 1e-5), "angle": (0.0, 1e-4)},
+    "on-the-circle": {"radius": (1.0, 1.0), "angle": (-3.1, 3.1)},
+    "real": {"radius": (0.9, 1.0), "angle": (0.0, 0.0)},
+}
+
+
+@pytest.mark.parametrize("poles", POLES.values(), ids=POLES)
+def test_long_memory_is_as_accurate_as_the_direct_form(emulator, poles):
+    case = tensor_case(B=1, L=640, N=4, **poles)
+    actual, _ = emulated(emulator, case)
+    assert_matches_reference(actual, case, limits={4: (1, 4), 2: (1, 0.6)})
+
+
+# What keeps the scan: (sizes, elements past an aligned address).
+SCANNED = {
+    "fp16": ({"dtype": torch.float16}, 0),
+    "float32": ({"dtype": torch.float32}, 0),
+    "state": ({"state": True}, 0),
+    "packed": ({"B": 1, "L": 256, "cu_seqlens": [0, 128, 256]}, 0),
+    "lengths": ({"lengths": [128, 3]}, 0),
+    "cut-tile": ({"L": 130}, 0),
+    "one-tile": ({"B": 1}, 0),
+    "channels": ({"D": 10}, 0),
+    "misaligned": ({}, 1),
+}
+
+
+@pytest.mark.parametrize(("sizes", "offset"), SCANNED.values(), ids=SCANNED)
+def test_what_keeps_the_scan(emulator, sizes, offset):
+    case = tensor_case(**{"B": 2, "L": 128, "N": 3, **sizes})
+    actual, launched = emulated(emulator, case, offset)
+    assert launched >= SCAN and not launched & TENSOR
+    assert_matches_reference(actual, case)
+
+
+def test_orders_of_threads_give_equal_bits(emulator):
+    case, results = tensor_case(B=2, L=128, D=24, N=3), []
+    for order in ("forward", "reverse", "random"):
+        emulator.set_order(order)
+        results.append(emulated(emulator, case, cema_shares=1)[0])
+    assert_bit_equal(results[1], results[0])
+    assert_bit_equal(results[2], results[0])
+
+
+def test_bytes_moved_and_bank_conflicts(emulator):
+    """x and dy are read once for all sums; ends and slopes of both scans are written once, and read once."""
+    case = tensor_case(B=1, L=1024, D=32, N=16)
+    emulated(emulator, case)
+    tiles, cross = emulator.traffic("cema_tiles_kernel"), emulator.traffic("cema_cross_kernel")
+    assert tiles["x"]["load_sectors"] * 32 == tiles["dy"]["load_sectors"] * 32 == case.tensors["x"].nbytes
+    pairs = 8 * 32 * 16 * 8  # bytes of the states of one scan
+    lags = 128 * 32 * 4  # a warp stores two channels of a sector
+    assert tiles["workspace"]["store_sectors"] * 32 == 4 * pairs + 4 * lags + 2 * 32
+    assert cross["workspace"]["store_sectors"] * 32 == pairs + 4 * 16 * 32 // 2 * 32  # two channels a sector
+    shared = [site for kernel in TENSOR for site in emulator.sites(kernel) if site["shared"]]
+    assert {site["kernel"] for site in shared} == TENSOR
+    # Lanes that read nothing before a tile's start are counted with others' earlier blocks of steps: one load of x.
+    conflicts = [site for site in shared if site["transactions"] != site["ideal"]]
+    assert len(conflicts) == 1 and not conflicts[0]["store"], conflicts
