@@ -105,8 +105,8 @@ def attention_bwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
     )  # for keys or queries
 
 
-def _cema(T: int, D: int, N: int, backward: bool) -> Iterator[Launch]:
-    """cema_scan.cuh, up to 32 modes; table, carry and the last sums take little and are left out."""
+def _cema(T: int, D: int, N: int, backward: bool, by_products: bool = False) -> Iterator[Launch]:
+    """cema_scan.cuh, and cema_mma.cuh by products, up to 32 modes; table, carry and finish are left out."""
     tile = next(t for t in (32, 64, 128, 256, 512) if t == 512 or T * D * N >> 16 < t * t)
     lanes = max(4, 1 << (N - 1).bit_length())
     most, scans = 4 if lanes == 4 else 8, 1 + backward
@@ -116,10 +116,21 @@ def _cema(T: int, D: int, N: int, backward: bool) -> Iterator[Launch]:
         blocks = T / tile * math.ceil(D / 2 * lanes / modes / 128) * scans
         return Launch(name, blocks, 128, memory, trips={"FFMA": tile / steps, r"LDG\.E\.64": runs})
 
-    yield launch(f"cema_local_kernel<bf16, {most}>", most, scans * (tensor + states), 8, scans=scans)
+    if by_products:
+        tile, states = 128, T / 128 * lanes * D * 8
+        groups, columns = math.ceil(T / 1024), math.ceil(D / 16)
+        shares = min(groups, max(1, 264 // columns))
+        of_modes = groups / shares * math.ceil(lanes / 8)
+        yield Launch(
+            f"cema_tiles_kernel<{1 if lanes == 4 else 2}>", columns * shares, 256, 2 * tensor + 4 * states, 92416,
+            {"HMMA": groups / shares * 8, "FFMA": 2 * 8 * of_modes, r"LDG\.E\.64": of_modes, r"LDG\.E\.128": groups / shares},
+        )  # fmt: skip
+        yield Launch("cema_cross_kernel<float>", D * lanes / 32, 512, 5 * states)
+    else:
+        yield launch(f"cema_local_kernel<bf16, {most}>", most, scans * (tensor + states), 8, scans=scans)
     output = f"cema_output_kernel<bf16, {most}, {lanes // most}, false, true>"
     yield launch(output, most, 2 * tensor + states, 8, runs=1)
-    if backward:
+    if backward and not by_products:
         yield launch("cema_sums_kernel<bf16, true>", 4, 2 * (tensor + states), 4, runs=1)
 
 
@@ -134,15 +145,17 @@ KERNELS = {
     "attention forward": attention_fwd,
     "attention backward": attention_bwd,
     "cema forward": lambda **sizes: _cema(**sizes, backward=False),
-    "cema backward": lambda **sizes: _cema(**sizes, backward=True),
+    "cema backward": lambda **sizes: _cema(**sizes, backward=True, by_products=True),
+    "cema backward by scans": lambda **sizes: _cema(**sizes, backward=True),  # of cards with less shared memory, too
     "timestep_norm forward": timestep_norm_fwd,
 }
+_BACKWARD = ("cema backward", "cema backward by scans")
 _ATTENTION = ("attention forward", "attention backward")
 SHAPES: dict[str, tuple[SIZES, tuple[str, ...]]] = {
     "200M": ({"T": 16384, "C": 2048, "K": 256, "V": 2048, "H": 1}, _ATTENTION),
     "7B": ({"T": 16384, "C": 4096, "K": 256, "V": 2048, "H": 4}, _ATTENTION),
     "small heads": ({"T": 16384, "C": 2048, "K": 64, "V": 64, "H": 8}, _ATTENTION),
-    "cema of 8 x 2048": ({"T": 16384, "D": 1024, "N": 16}, ("cema forward", "cema backward")),
+    "cema of 8 x 2048": ({"T": 16384, "D": 1024, "N": 16}, ("cema forward", *_BACKWARD)),
     "norm of 8 x 2048": ({"T": 16384, "D": 1024, "G": 32}, ("timestep_norm forward",)),
 }
 
@@ -259,6 +272,8 @@ def measure(shapes: Iterable[str], device: str = "cuda") -> dict[tuple[str, str]
         out = call()
         backward = partial(torch.autograd.grad, out, inputs, torch.randn_like(out), retain_graph=True)
         for path in paths:
+            if path == _BACKWARD[1]:  # what is not taken at these sizes
+                continue
             way = {"forward": call, "backward": backward}[path.split()[1]]
             gpu.timed(way, 3)
             found[shape, path] = 1e6 * min(gpu.timed(way, 20)[0] for _ in range(5))

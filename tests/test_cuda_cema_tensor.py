@@ -11,6 +11,7 @@ import megalodon_ops as mo
 from megalodon_ops import _C
 
 TENSOR, SCAN = {"cema_tiles_kernel", "cema_cross_kernel"}, {"cema_sums_kernel"}
+A100 = 163 * 1024  # shared memory of a block; smaller cards keep the scan
 LIMITS = {4: (4, 8), 2: (2, 0.5)}  # (factor, floor) of assert_as_accurate_as for results in 32 and in 16 bits
 
 
@@ -26,7 +27,8 @@ def gradients(function, case):
     return {f"d{name}": grad for name, grad in zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True)}
 
 
-def emulated(emulator, case, offset=0, **sizes):
+def emulated(emulator, case, offset=0, order="random", shared_limit=A100, **sizes):
+    emulator.set_order(order, shared_limit=shared_limit)
     with emulator.replacing(_C, offset=offset), emulator.launch_sizes(cema_tile=128, **sizes):
         found = gradients(mo.cema, case)
     return found, set(emulator.module.traffic())
@@ -43,7 +45,7 @@ SIZES = {
     "tiles-alone": {"B": 2, "L": 128, "N": 16},
     "one-mode": {"B": 1, "L": 256, "N": 1},
     "starts-in-a-group": {"B": 3, "L": 256, "N": 6},
-    "two-blocks-of-channels": {"B": 1, "L": 256, "D": 24, "N": 11},
+    "three-blocks-of-channels": {"B": 1, "L": 256, "D": 40, "N": 11},
     "groups-of-tiles": {"B": 1, "L": 1280, "N": 3},
     "all-modes-of-a-launch": {"B": 2, "L": 128, "N": 20},
     "two-launches": {"B": 1, "L": 256, "N": 37},
@@ -59,9 +61,15 @@ def test_gradients(emulator, sizes):
 
 
 def test_a_share_takes_several_groups_of_tiles(emulator):
-    """The share's sums for each lag go on from its first eight tiles to the ninth."""
-    case = tensor_case(B=1, L=1152, N=2)
+    """The share's sums for each lag go on from its first eight tiles to the ninth and the seventeenth."""
+    case = tensor_case(B=1, L=17 * 128, N=1)
     actual, _ = emulated(emulator, case, cema_shares=1)
+    assert_matches_reference(actual, case)
+
+
+def test_three_shares_of_which_one_is_empty(emulator):
+    case = tensor_case(B=1, L=9 * 128, N=2)
+    actual, _ = emulated(emulator, case, cema_shares=3)
     assert_matches_reference(actual, case)
 
 
@@ -90,24 +98,25 @@ def test_long_memory_is_as_accurate_as_the_direct_form(emulator, poles):
     assert_matches_reference(actual, case, limits={4: (1, 4), 2: (1, 0.6)})
 
 
-# What keeps the scan: (sizes, elements past an aligned address).
+# What keeps the scan: sizes, and how `emulated` runs them.
 SCANNED = {
-    "fp16": ({"dtype": torch.float16}, 0),
-    "float32": ({"dtype": torch.float32}, 0),
-    "state": ({"state": True}, 0),
-    "packed": ({"B": 1, "L": 256, "cu_seqlens": [0, 128, 256]}, 0),
-    "lengths": ({"lengths": [128, 3]}, 0),
-    "cut-tile": ({"L": 130}, 0),
-    "one-tile": ({"B": 1}, 0),
-    "channels": ({"D": 10}, 0),
-    "misaligned": ({}, 1),
+    "fp16": ({"dtype": torch.float16}, {}),
+    "float32": ({"dtype": torch.float32}, {}),
+    "state": ({"state": True}, {}),
+    "packed": ({"B": 1, "L": 256, "cu_seqlens": [0, 128, 256]}, {}),
+    "lengths": ({"lengths": [128, 3]}, {}),
+    "cut-tile": ({"L": 130}, {}),
+    "one-tile": ({"B": 1}, {}),
+    "channels": ({"D": 10}, {}),
+    "misaligned": ({}, {"offset": 1}),
+    "small-card": ({}, {"shared_limit": 99 * 1024}),
 }
 
 
-@pytest.mark.parametrize(("sizes", "offset"), SCANNED.values(), ids=SCANNED)
-def test_what_keeps_the_scan(emulator, sizes, offset):
+@pytest.mark.parametrize(("sizes", "options"), SCANNED.values(), ids=SCANNED)
+def test_what_keeps_the_scan(emulator, sizes, options):
     case = tensor_case(**{"B": 2, "L": 128, "N": 3, **sizes})
-    actual, launched = emulated(emulator, case, offset)
+    actual, launched = emulated(emulator, case, **options)
     assert launched >= SCAN and not launched & TENSOR
     assert_matches_reference(actual, case)
 
@@ -115,8 +124,7 @@ def test_what_keeps_the_scan(emulator, sizes, offset):
 def test_orders_of_threads_give_equal_bits(emulator):
     case, results = tensor_case(B=2, L=128, D=24, N=3), []
     for order in ("forward", "reverse", "random"):
-        emulator.set_order(order)
-        results.append(emulated(emulator, case, cema_shares=1)[0])
+        results.append(emulated(emulator, case, order=order, cema_shares=1)[0])
     assert_bit_equal(results[1], results[0])
     assert_bit_equal(results[2], results[0])
 

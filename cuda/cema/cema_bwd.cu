@@ -5,6 +5,10 @@ namespace {
 
 using namespace cema;
 
+// Shared memory of a block on an A100 and what came after it. Cards of less have slower tensor cores and memory beside
+// their other units, and would take longer by count (bench/predict.py).
+constexpr size_t kMmaShared = 160 << 10;
+
 // Whether tensor cores take the sums: bf16, whole tiles of sequences without padding and without states. A single tile,
 // an eighth of what a product takes, is not worth it.
 bool takes_mma(const CemaBwdParams& params, const Scan& scan) {
@@ -14,7 +18,7 @@ bool takes_mma(const CemaBwdParams& params, const Scan& scan) {
   const auto aligned = [](const void* tensor) { return gpu::aligned<8>(static_cast<const gpu::bf16*>(tensor)); };
   const bool eighths = params.channels > 0 && params.channels % 8 == 0 && aligned(params.x) && aligned(params.dy);
   return params.dtype == DType::bf16 && dense && stateless && eighths && scan.tile >= kMmaTile &&
-         sequences.tokens >= 2 * kMmaTile;
+         sequences.tokens >= 2 * kMmaTile && gpu::max_shared_bytes() >= kMmaShared;
 }
 
 // Sizes and tensors; no workspace yet.
