@@ -40,14 +40,14 @@ def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
 
 
 ALIGNED = {  # sizes that allow the widest accesses, and a scan as well as its last state
-    "cema": [{"B": 1, "L": 34, "D": 4, "N": 4, "state": True}, {"B": 2, "L": 2, "D": 4, "N": 4, "state": True}],
+    "cema": [{"B": 1, "L": 66, "D": 4, "N": 4, "state": True}, {"B": 2, "L": 2, "D": 4, "N": 4, "state": True}],
     "timestep_norm": [{"B": 1, "L": 66, "G": 1, "width": 16, "count": 2}],
     "cema_end_state": [{"B": 1, "L": 34, "D": 4, "N": 4}],
     "timestep_norm_end_state": [{"B": 1, "L": 66, "G": 1, "width": 16}],
     "normalized_qk": [{"B": 1, "L": 3, "H": 1, "K": K, "position": True} for K in (16, 512)],
     "chunked_attention": [
         {"B": 1, "L": 9, "H": 1, "K": 16, "V": 16, "C": 20, "state": True, "dropkey": 0.1},
-        {"B": 1, "L": 2, "H": 1, "K": 16, "V": 16, "C": 20, "state": True},
+        {"B": 2, "L": 2, "H": 1, "K": 16, "V": 16, "C": 20, "state": True},
     ],
 }
 

@@ -80,9 +80,7 @@ def test_a_counted_program_does_what_it_did(tmp_path):
     counter = "struct Loop {" + builtins.partition("struct Loop {")[2].partition("// A kernel and its arguments")[0]
     macros = "#define EMU_LOOP" + builtins.partition("#define EMU_LOOP")[2]
     path = tmp_path / "program.cpp"
-    path.write_text(PROGRAM)
-    counted = reached.counted(path)
-    path.write_text(COUNTER % (counter, macros) + counted)
+    path.write_text(COUNTER % (counter, macros) + reached.counted(path, PROGRAM))
     subprocess.run(["g++", "-std=c++17", path, "-o", "counted"], cwd=tmp_path, check=True)
     printed = subprocess.run([tmp_path / "counted"], capture_output=True, text=True, check=True).stdout
     assert printed == TURNS

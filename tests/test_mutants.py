@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from cuda_emulator import mutate
 from cuda_emulator.emulator import FOLDER
-from cuda_emulator.mutants import mutants, switched
+from cuda_emulator.mutants import SWITCH, mutants, switched
 
 MUTANTS = {
     "  __syncthreads();": ["`__syncthreads()` deleted"],
@@ -117,7 +117,7 @@ def test_a_switch_does_what_the_mutants_do(tmp_path):
     found = list(enumerate(mutants(PROGRAM), start=1))
     text = switched(PROGRAM, found)
     assert text.count("\n") == PROGRAM.count("\n")
-    programs = [PROGRAM, *(mutant.text for _, mutant in found), text]  # each in a namespace of its own
+    programs = [PROGRAM, *(mutant.text for _, mutant in found), SWITCH + text]  # each in a namespace of its own
     switch = len(programs) - 1
 
     def table(declaration: str, name: str) -> str:

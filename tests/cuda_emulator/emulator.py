@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from cuda_emulator import reached
+from cuda_emulator.known_bugs import planted
+from cuda_emulator.mutants import SWITCH
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -76,7 +78,7 @@ def load(library: Path) -> ModuleType:
 
 
 def _compile(folder: Path, compiler: str, target: str, verbose: bool) -> None:
-    reached.copy_counted(ROOT / "cuda", folder / "cuda")
+    _copy_kernels(ROOT / "cuda", folder / "cuda")
     if not (folder / "CMakeCache.txt").exists():
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         _run(
@@ -84,6 +86,18 @@ def _compile(folder: Path, compiler: str, target: str, verbose: bool) -> None:
              f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"], verbose
         )  # fmt: skip
     _run(["cmake", "--build", str(folder), "--target", target, "--parallel", str(os.cpu_count() or 1)], verbose)
+
+
+def _copy_kernels(source: Path, to: Path) -> None:
+    """Copies the kernel files, with known bugs, all off, and counters. A file that has not changed keeps its time."""
+    paths = {path.relative_to(source): path for path in source.rglob("*.cu*")}
+    for stale in {path.relative_to(to) for path in to.rglob("*.cu*")} - paths.keys():
+        (to / stale).unlink()
+    for name, path in paths.items():
+        text = SWITCH + reached.counted(path, planted(name.as_posix(), path.read_text()))
+        if not (to / name).exists() or (to / name).read_text() != text:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            (to / name).write_text(text)
 
 
 def _run(command: list[str], verbose: bool) -> None:

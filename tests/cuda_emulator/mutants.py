@@ -18,7 +18,8 @@ SYNCHRONISATION = r"(?:gpu::)?\b(?:__sync(?:threads|warp)|named_barrier|cp_async
 # Where an operand of && or || or the condition of ?: ends at the latest.
 BOUNDARY = r"&&|\|\||\?|(?<!:):(?!:)|;|,|(?<![=<>!])=(?!=)|\breturn\b|[{}]"
 
-# The emulator has the number of the mutant that runs, and functions that note which mutants would have mattered.
+# What emulator.py writes before each kernel file: the emulator has the number of the mutant that runs, and functions
+# that note which mutants would have mattered.
 SWITCH = """
 extern "C" {
 extern const int gpu_mutant;
@@ -57,7 +58,7 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
     To kernels gpu_mutant is a constant, so that they read it without the emulator's notice.
     """
     code = without_comments(text)
-    inserted = [((re.match(r"(#.*\n)*", text).end(), 0, 0, 0), " ".join(SWITCH.split()) + " ")]
+    inserted = []
     for number, mutant in numbered:
         is_on, start, end = f"gpu_mutant == {number}", mutant.start, mutant.end
         if mutant.new == "":

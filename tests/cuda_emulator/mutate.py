@@ -131,20 +131,19 @@ class Trace(NamedTuple):
 
 
 class Session:
-    """A process of mutant_session.py in a workshop. `tests` are all that the process has collected."""
+    """A process of mutant_session.py in a checkout or workshop. `tests` are all that the process has collected."""
 
-    def __init__(self, workshop: Workshop, name: str, files: set[str]) -> None:
-        self.workshop, self.folder, self.output = workshop, workshop.folder, workshop.folder / f"{name}.txt"
-        path = [str(self.folder / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    def __init__(self, folder: Path, output: Path, files: set[str]) -> None:
+        self.output = output
+        path = [str(folder / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = os.environ | {
-            "MEGALODON_OPS_EMULATOR_CACHE": str(self.folder / "build"),
             "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in path if entry),
             "OMP_NUM_THREADS": "1",  # a fork has no threads
             "MEGALODON_OPS_REACHED": "",  # what broken kernels reach does not count
         }
         command = [sys.executable, "tests/cuda_emulator/mutant_session.py", str(self.output.with_suffix(".log"))]
         self.process = subprocess.Popen(
-            [*command, *(f"tests/{file}" for file in sorted(files))], cwd=self.folder, env=environment, text=True,
+            [*command, *(f"tests/{file}" for file in sorted(files))], cwd=folder, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self.tests: list[str] = self._answer()
@@ -235,8 +234,10 @@ def run(jobs: list[Job], scratch: Path, workers: int) -> list[tuple[Job, str]]:
     if left:
         files = {name for job in left for name, _ in test_files(job.file)}
         workshop, numbers = workshop_of_all(scratch / "copy")
-        sessions = [Session(workshop, f"session{i}", files) for i in range(min(workers, len(left)))]
-        traces = _baseline(sessions, left, scratch)
+        sessions = [
+            Session(workshop.folder, scratch / f"session{i}.txt", files) for i in range(min(workers, len(left)))
+        ]
+        traces = _baseline(sessions, left, workshop.key(), scratch)
         free: SimpleQueue[Session] = SimpleQueue()
         for session in sessions:
             free.put(session)
@@ -272,10 +273,9 @@ def workshop_of_all(folder: Path) -> tuple[Workshop, dict[tuple[Path, str], int]
     return Workshop(folder, broken), numbers
 
 
-def _baseline(sessions: list[Session], jobs: list[Job], scratch: Path) -> dict[str, Trace]:
+def _baseline(sessions: list[Session], jobs: list[Job], key: str, scratch: Path) -> dict[str, Trace]:
     """Traces of the tests without a mutant. A test that fails without a mutant kills nothing."""
     record = scratch / "traces.json"
-    key = sessions[0].workshop.key()
     known = json.loads(record.read_text()) if record.exists() else {}
     traces = {test: Trace(*trace) for test, trace in known.get(key, {}).items()}
     wanted = {test for file in {job.file for job in jobs} for test, _ in in_order(file, sessions[0].tests, {})}

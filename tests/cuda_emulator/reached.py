@@ -63,25 +63,13 @@ def loops_of(text: str) -> list[Loop]:
     return found
 
 
-def counted(path: Path) -> str:
-    """A kernel file that counts the turns of its loops, line for line."""
-    text = path.read_text()
+def counted(path: Path, text: str) -> str:
+    """A kernel file's text, counting the turns of its loops, line for line."""
     pieces, at = [f'#line 1 "{path}"\n'], 0
     for nth, loop in enumerate(loops_of(text)):
         pieces += [text[at : loop.start], f'EMU_LOOP("{path.name}", {nth}) {text[loop.start : loop.end]} EMU_TURN']
         at = loop.end
     return "".join([*pieces, text[at:]])
-
-
-def copy_counted(source: Path, to: Path) -> None:
-    """Copies the kernel files, with counters. A file that has not changed keeps its time."""
-    files = {path.relative_to(source): counted(path) for path in source.rglob("*.cu*")}
-    for stale in {path.relative_to(to) for path in to.rglob("*.cu*")} - files.keys():
-        (to / stale).unlink()
-    for path, text in files.items():
-        if not (to / path).exists() or (to / path).read_text() != text:
-            (to / path).parent.mkdir(parents=True, exist_ok=True)
-            (to / path).write_text(text)
 
 
 def write_record(module: ModuleType) -> None:
