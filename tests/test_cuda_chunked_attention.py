@@ -272,6 +272,32 @@ def test_a_step_reads_the_cached_rows_once(emulator, dtype, key_dim, value_dim, 
     assert traffic["workspace"]["store_bytes"] <= 2 * spans * (value_dim + 2) * 4
 
 
+@pytest.mark.parametrize(
+    ("K", "V", "dtype"),
+    [(64, 64, F16), pytest.param(256, 512, F16, marks=pytest.mark.slow), (64, 64, F32)],
+    ids=str,
+)
+def test_values_of_nan_cost_a_few_forwards(emulator, K, V, dtype):
+    """Rows before a NaN in their tile are made again, or all rows; all sectors and shared memory's turns count."""
+    case, key, chunk = scaled_case(B=1, L=128, H=1, K=K, V=V, C=122, dtype=dtype, dropkey=0.1), 119, 122
+    kernel = f"chunked_attention_fwd_{'mma' if dtype == F16 else 'fma'}_kernel"
+
+    def forward_of(v):
+        emulator.reset()
+        o = run(emulator, case.with_tensors(v=v))["o"]
+        return o, sum(site["transactions"] for site in emulator.sites(kernel))
+
+    v = case.tensors["v"].clone()
+    v[:, key, :, ::2] = torch.nan
+    (expected, usual), (found, cost), (lost, most) = map(
+        forward_of, (case.tensors["v"], v, torch.full_like(v, torch.nan))
+    )
+    assert found[:, key:chunk, :, ::2].isnan().all() and lost.isnan().all()
+    found[:, key:chunk, :, ::2] = expected[:, key:chunk, :, ::2]
+    assert_close(found, expected, tolerance=1e-5 if dtype == F32 else 2e-3)
+    assert usual < cost < 5 * usual and 2 * usual < most < 8 * usual
+
+
 @pytest.mark.parametrize("path", ["64-columns-one-head", "128-columns", "float-64-columns", "float-512-columns",
                                   "double-256-columns", "wide", "float"])  # fmt: skip
 def test_no_bank_conflicts(emulator, path):

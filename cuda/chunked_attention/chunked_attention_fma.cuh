@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   SMEM_DYN(R, shared);
   R* const scores = shared + 2 * Tiling::kStage;  // (64, kKeys), probabilities once the softmax is done
   R* const factors = scores + kFmaRows * Tiling::kScorePitch;
-  R *const sums = factors + kFmaRows, *const maxima = sums + kFmaRows;
+  R *const sums = factors + kFmaRows, *const lse = sums + kFmaRows;
 
   const Window window(p, block);
   const GridRows<T> k(p, block, window.origin, head, p.cache_k, p.k, p.key_dim);
@@ -246,34 +246,12 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   for (int distance = 8; distance < gpu::kWarp; distance *= 2) sum += __shfl_xor_sync(gpu::kFullMask, sum, distance);
   if (softmax_key == 0) {
     sums[softmax_row] = sum;
-    maxima[softmax_row] = max;
+    lse[softmax_row] = max + log(sum);
     if (first_column == 0 && softmax_row < block.live)
-      static_cast<R*>(p.lse)[(block.token + softmax_row) * p.heads + head] = max + log(sum);
+      static_cast<R*>(p.lse)[(block.token + softmax_row) * p.heads + head] = lse[softmax_row];
   }
   __syncthreads();
-  constexpr int kMask = kThreadRows * 8 < 64 ? kThreadRows * 8 : 64;
-  GPU_UNROLL
-  for (int first = 0; first < kThreadRows * 8; first += kMask) {
-    uint64_t odd = 0;
-    GPU_UNROLL
-    for (int e = 0; e < kMask; ++e)
-      odd |= static_cast<uint64_t>(!is_finite(output[(first + e) / 8][(first + e) % 8])) << e;
-#pragma unroll 1
-    for (; odd; odd &= odd - 1) {
-      const int at = first + __ffsll(static_cast<long long>(odd)) - 1, r = first_row + at / 8, c = at % 8;
-      const int column = c / kVector * kVector * Tiling::kColumnGroups + column_group * kVector + c % kVector;
-      if (r >= block.live || column >= columns || !is_finite(sums[r])) continue;
-      R value = 0;
-      GPU_UNROLL
-      for (int e = 0; e < kMask; ++e) value = first + e == at ? output[(first + e) / 8][(first + e) % 8] : value;
-      const R top = maxima[r] == -kInfinity<R> ? 0 : maxima[r];
-      value = repaired(value, p, window, drop, window.row0 + r, q + r * p.heads * p.key_dim, k, v,
-                       first_column + column, [&](R score) { return exponential(score * scale - top); });
-      GPU_UNROLL
-      for (int e = 0; e < kMask; ++e)
-        if (first + e == at) output[(first + e) / 8][(first + e) % 8] = value;
-    }
-  }
+  bool odd = false;
   GPU_UNROLL
   for (int i = 0; i < kThreadRows; ++i) {
     if (first_row + i >= block.live) break;
@@ -284,11 +262,15 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
       const int at = c * Tiling::kColumnGroups + column_group * kVector;
       R values[kVector];
       GPU_UNROLL
-      for (int j = 0; j < kVector; ++j) values[j] = output[i][c + j] * inverse;
+      for (int j = 0; j < kVector; ++j) {
+        odd |= output[i][c + j] != output[i][c + j] && is_finite(sums[first_row + i]);
+        values[j] = output[i][c + j] * inverse;
+      }
       if (whole && at < columns) gpu::store(o + at, values);
       for (int j = 0; !whole && j < kVector && at + j < columns; ++j) o[at + j] = gpu::from_real<T>(values[j]);
     }
   }
+  if (__syncthreads_or(odd)) repair<T, kColumns>(p, block, window, head, first_column, columns, k, v, lse);
 }
 
 }  // namespace chunked_attention

@@ -42,28 +42,96 @@ struct Window {
   GPU_INLINE bool holds(int column) const { return column >= begin && column < end; }
 };
 
-// Makes an output again that is not finite, though its row's sum is; a row that sees a value that is not finite keeps
-// `output`. Such outputs arise because a tile's rows share keys, some rows give a key the weight 0, and 0 times a NaN
-// of a value is NaN. q is the row's query; k and v give rows by number on the window's grid, exp_of(score) the weight.
-template <class T, class R, class Rows, class ExpOf>
-GPU_INLINE R repaired(R output, const ChunkedAttentionFwdParams& p, const Window& window, const DropKey& drop, int row,
-                      const T* q, const Rows& k, const Rows& v, int64_t column, ExpOf&& exp_of) {
-  const int start = window.start(row);
+// Makes the outputs of a block again that are NaN, once its threads have stored theirs. A tile's rows share keys: a row
+// that does not see a key gives it the weight 0, and 0 times a NaN or an infinity of its value is NaN. `lse` is of the
+// block's rows; rows whose lse is not finite stay as they are.
+//
+// A warp takes 4 rows, and 4 keys at a time: a lane adds up the products of some channels for the 16 scores, gets the
+// whole of one score, then adds to some columns of the 4 outputs. That reads (8 K + 4 V) / 16 elements a score.
+template <class T, int kColumns, class R = Compute<T>>
+GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block, const Window& window,
+                       int64_t head, int64_t first_column, int columns, const GridRows<T>& k, const GridRows<T>& v,
+                       const R* lse) {
+  constexpr int kRows = 4, kKeys = 4, kScores = kRows * kKeys, kLaneColumns = kColumns / gpu::kWarp;
+  const DropKey drop(p, head, block.sequence);  // the caller's would take registers from its main loop
+  const int lane = threadIdx.x % gpu::kWarp, warp = threadIdx.x / gpu::kWarp, warps = blockDim.x / gpu::kWarp;
 #pragma unroll 1
-  for (int key = start; key <= row; ++key) {
-    const R value = gpu::to_real(v(key)[column]);
-    if (value - value != 0) return output;
+  for (int first = warp * kRows; first < block.live; first += warps * kRows) {
+    const auto at = [&](int r) {  // row r of the 4, or the block's last one
+      return (block.token + (first + r < block.live ? first + r : block.live - 1)) * p.heads + head;
+    };
+    const auto output = [&](int r, int i) {
+      return static_cast<T*>(p.o) + at(r) * p.value_dim + first_column + lane + i * gpu::kWarp;
+    };
+    // Whether the lane's output i of row r is there and NaN.
+    const auto odd = [&](int r, int i) {
+      if (first + r >= block.live || lane + i * gpu::kWarp >= columns) return false;
+      const R value = gpu::to_real(*output(r, i));
+      return value != value;
+    };
+    bool any = false;
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll 1
+      for (int i = 0; i < kLaneColumns; ++i) any |= odd(r, i);
+    if (!__any_sync(gpu::kFullMask, any)) continue;
+
+    R sum[kRows][kLaneColumns] = {};
+    const int top = window.end - block.live + first, last = (top + kRows < window.end ? top + kRows : window.end) - 1;
+#pragma unroll 1
+    for (int key = window.start(top); key <= last; key += kKeys) {
+      const auto seen_key = [&](int j) { return key + j < last ? key + j : last; };
+      R score[kScores] = {};  // of key j and row r at j * kRows + r
+#pragma unroll 1
+      for (int64_t e = lane; e < p.key_dim; e += gpu::kWarp) {
+        R q[kRows];
+        GPU_UNROLL
+        for (int r = 0; r < kRows; ++r) q[r] = gpu::to_real(static_cast<const T*>(p.q)[at(r) * p.key_dim + e]);
+        GPU_UNROLL
+        for (int j = 0; j < kKeys; ++j) {
+          const R of_key = gpu::to_real(k(seen_key(j))[e]);
+          GPU_UNROLL
+          for (int r = 0; r < kRows; ++r) score[j * kRows + r] += q[r] * of_key;
+        }
+      }
+      // Lane l gets the sum of the lanes' score[l % 16]: each turn halves the scores that a lane still has.
+      GPU_UNROLL
+      for (int turn = 1; turn <= 4; ++turn) {
+        const int half = kScores >> turn;
+        GPU_UNROLL
+        for (int i = 0; i < kScores / 2; ++i) {
+          if (i >= half) break;
+          const R low = score[i], high = score[i + half];
+          score[i] = (lane & half ? high : low) + __shfl_xor_sync(gpu::kFullMask, lane & half ? low : high, half);
+        }
+      }
+      score[0] += __shfl_xor_sync(gpu::kFullMask, score[0], kScores);
+      const int row = top + lane % kRows, column = key + lane / kRows % kKeys;
+      const unsigned seen = __ballot_sync(gpu::kFullMask, column >= window.start(row) && column <= row);
+      const bool dropped = drop && drop.dropped(window.origin + row, window.origin + column);
+      const R weight = dropped ? 0 : exponential(score[0] * static_cast<R>(p.scale) - lse[first + lane % kRows]);
+#pragma unroll 1
+      for (int j = 0; j < kKeys; ++j) {
+        R value[kLaneColumns];
+        GPU_UNROLL
+        for (int i = 0; i < kLaneColumns; ++i) {
+          const int c = lane + i * gpu::kWarp;
+          value[i] = c < columns ? gpu::to_real(v(seen_key(j))[first_column + c]) : R{0};
+        }
+        GPU_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const R of_key = __shfl_sync(gpu::kFullMask, weight, j * kRows + r);
+          GPU_UNROLL
+          for (int i = 0; i < kLaneColumns; ++i) sum[r][i] += seen >> (j * kRows + r) & 1 ? of_key * value[i] : R{0};
+        }
+      }
+    }
+    GPU_UNROLL
+    for (int r = 0; r < kRows; ++r)
+      GPU_UNROLL
+      for (int i = 0; i < kLaneColumns; ++i)
+        if (odd(r, i)) *output(r, i) = gpu::from_real<T>(sum[r][i]);
   }
-  R sum = 0;
-#pragma unroll 1
-  for (int key = start; key <= row; ++key) {
-    if (drop && drop.dropped(window.origin + row, window.origin + key)) continue;
-    R score = 0;
-#pragma unroll 1
-    for (int64_t e = 0; e < p.key_dim; ++e) score += gpu::to_real(q[e]) * gpu::to_real(k(key)[e]);
-    sum += exp_of(score) * gpu::to_real(v(key)[column]);
-  }
-  return sum;
 }
 
 // Stores zeros for the rows [live, rows) of a block, which are padding, in `columns` columns of o, and in lse.

@@ -13,8 +13,8 @@
 //   3. O = f O + P V, P rounded to T                      2 and 3 while the keys of the next tile are copied
 // The block ends with o = O / l, lse = (m + log2 l) ln 2, the output staged in shared memory for whole rows. Scores are
 // kept times log2 e. A warp passes over tiles that none of its rows sees. Where every score is dropped, l = o = 0.
-// Zeros stand for keys outside the rows seen by the block. Outputs that are not finite are looked at once more
-// (`repaired`): a later token's NaN must not reach them.
+// Zeros stand for keys outside the rows seen by the block. Outputs that are NaN are made once more (`repair`): a later
+// token's NaN must not reach them.
 //
 // Columns of V beyond kColumns go to other blocks, which compute the scores again: K = 256, V = 2048 takes
 // 8 * 256 + 2048 products a pair instead of 2304, 1.8 times as many. More columns a block would save products, but a
@@ -23,7 +23,7 @@
 //
 // Shared memory: Q (or the output), a tile of keys, one of values, K padded to a multiple of 64; 96 KiB at K = 256,
 // kColumns = 256. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks a SM), else 255
-// (one); no spills but 2 registers on sm_100 (kColumns 64) and 12 on sm_120 (kColumns 256).
+// (one); no spills.
 // Bytes, H100 (990 TFLOP/s): T = 16384, H 1, K 256, V 2048, C 2048, bf16: q, k, v, o once is 151 MB, 45 us; from L2
 // each row block reads keys and values of its chunk up to itself. 4096 products for each of T C / 2 pairs: 139 us.
 #pragma once
@@ -179,40 +179,26 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     }
   }
 
-  // No thread has read the queries since the last barrier: the output takes their place. This __syncwarp orders
-  // nothing; without it ptxas spills two registers for sm_120.
-  __syncwarp();
+  // No thread has read the queries since the last barrier: the output takes their place.
+  SMEM_ARRAY(float, lse, kMmaRows);
   float inverse[2];
+  bool odd = false;
   GPU_UNROLL
   for (int j = 0; j < 2; ++j) {
     float sum = rows.sum[j];
     sum += __shfl_xor_sync(gpu::kFullMask, sum, 1);
     sum += __shfl_xor_sync(gpu::kFullMask, sum, 2);
     inverse[j] = sum == 0 ? 0 : 1 / sum;
+    bool nan = false;
     GPU_UNROLL
-    for (int i = 2 * j; i < 2 * j + 2; ++i) {
-      unsigned odd = 0;
+    for (int n = 0; n < kColumns / 8; ++n)
       GPU_UNROLL
-      for (int n = 0; n < kColumns / 8; ++n) odd |= static_cast<unsigned>(!is_finite(rows.output[n][i])) << n;
-      if (!is_finite(sum) || row[j] >= window.end) odd = 0;
-#pragma unroll 1
-      for (; odd; odd &= odd - 1) {
-        const int at = __ffs(odd) - 1, column = at * 8 + lane % 4 * 2 + i % 2;
-        if (column >= columns) continue;
-        float output = 0;
-        GPU_UNROLL
-        for (int n = 0; n < kColumns / 8; ++n) output = n == at ? rows.output[n][i] : output;
-        const T* const of_row = q + static_cast<int64_t>(row[j] - window.row0) * p.heads * depth;
-        output = repaired(output, p, window, drop, row[j], of_row, k, v, first_column + column, [&](float score) {
-          return gpu::to_real(gpu::from_real<T>(gpu::exp2_approx(score * scale - rows.max[j])));
-        });
-        GPU_UNROLL
-        for (int n = 0; n < kColumns / 8; ++n) rows.output[n][i] = n == at ? output : rows.output[n][i];
-      }
-    }
-    if (first_column == 0 && lane % 4 == 0 && row[j] < window.end)
-      static_cast<float*>(p.lse)[(block.token + row[j] - window.row0) * p.heads + head] =
-          (rows.max[j] + log2f(sum)) * kLn2;
+      for (int i = 2 * j; i < 2 * j + 2; ++i) nan |= rows.output[n][i] != rows.output[n][i];
+    odd |= nan && is_finite(sum) && row[j] < window.end;
+    if (lane % 4 != 0) continue;
+    const int r = warp_row + lane / 4 + 8 * j;
+    lse[r] = (rows.max[j] + log2f(sum)) * kLn2;
+    if (first_column == 0 && r < block.live) static_cast<float*>(p.lse)[(block.token + r) * p.heads + head] = lse[r];
   }
   GPU_UNROLL
   for (int n = 0; n < kColumns / 8; ++n) {
@@ -232,6 +218,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     if (whole) gpu::st(o + r * stride + c, gpu::ld_shared<gpu::Pack<T, Tile<T>::kUnit>>(from));
     else o[r * stride + c] = *from;
   }
+  if (__syncthreads_or(odd)) repair<T, kColumns>(p, block, window, head, first_column, columns, k, v, lse);
 }
 
 }  // namespace chunked_attention

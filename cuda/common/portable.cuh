@@ -13,8 +13,8 @@
 //   gpu::ld_shared, st_shared  one access of a V in shared memory
 //   GPU_EMULATED               1 in the emulator, else 0; for this folder alone
 //
-// threadIdx, __syncthreads, __syncwarp, __shfl_*_sync, __ballot_sync, __any_sync, __all_sync and <cmath> are used as in
-// CUDA C++. There are no atomics. Inline PTX, __shared__ and <<<>>> appear in this folder and nowhere else.
+// threadIdx, __syncthreads, __syncthreads_or, __syncwarp, __shfl_*_sync, __ballot_sync, __any_sync, __all_sync and
+// <cmath> are used as in CUDA C++. There are no atomics. Inline PTX, __shared__ and <<<>>> appear in this folder and nowhere else.
 #pragma once
 
 #include <cstddef>

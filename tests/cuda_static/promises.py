@@ -39,7 +39,6 @@ class Promise:
 _SCAN = "the scan over time: two numbers a group of channels and warp of rows"
 _DROPKEY = "the threshold of DropKey, a product a thread"
 _AGAIN = "a number that its end needs spills, once a thread: two blocks on a multiprocessor leave 128 registers"
-_REPAIR = "up to 14 registers spill since what is not finite is looked at once more; on sm_80 and sm_90 none does"
 
 PROMISES = (
     Promise(
@@ -91,14 +90,12 @@ PROMISES = (
         255,
         uses=(MMA_BF16, LDMATRIX, COPY_128),
         doubles=_DROPKEY,
-        stack={100: _REPAIR, 120: _REPAIR},
     ),
     Promise(
         r"chunked_attention_fwd_mma_kernel<fp16, .*>",
         255,
         uses=(MMA_FP16, LDMATRIX, COPY_128),
         doubles=_DROPKEY,
-        stack={100: _REPAIR, 120: _REPAIR},
     ),
     Promise(r"chunked_attention_fwd_fma_kernel<.*>", 255, doubles=_DROPKEY),
     Promise(

@@ -59,7 +59,7 @@ uint3 block_size() __attribute__((const));
 uint3 grid_size() __attribute__((const));
 int lane() __attribute__((const));
 
-void block_barrier(Place place);
+bool block_barrier(bool vote, Place place);  // whether any thread's vote is true
 void named_barrier(int id, int threads);
 void warp_barrier(unsigned mask, Place place);
 
@@ -161,7 +161,10 @@ EMU_BUILTIN T shuffle(const char* what, unsigned mask, T value, int from, Place 
 #define blockDim (::emu::block_size())
 #define gridDim (::emu::grid_size())
 
-EMU_BUILTIN inline void __syncthreads(EMU_CALLER) { emu::block_barrier(EMU_HERE); }
+EMU_BUILTIN inline void __syncthreads(EMU_CALLER) { emu::block_barrier(false, EMU_HERE); }
+EMU_BUILTIN inline int __syncthreads_or(int predicate, EMU_CALLER) {
+  return emu::block_barrier(predicate != 0, EMU_HERE);
+}
 EMU_BUILTIN inline void __syncwarp(unsigned mask = ~0u, EMU_CALLER) { emu::warp_barrier(mask, EMU_HERE); }
 
 template <class T>

@@ -1,5 +1,6 @@
 // Barriers of blocks and warps, exchange of values between lanes: who waits for whom, and who never comes.
 #include <map>
+#include <utility>
 
 #include "state.h"
 
@@ -9,6 +10,7 @@ namespace {
 struct Barrier {
   std::vector<Thread*> arrived;
   Place first;
+  bool vote = false, result = false;  // of those that have arrived, and of those before them
 };
 std::map<int, Barrier> barriers;  // by number; 0 is __syncthreads
 
@@ -72,6 +74,7 @@ void arrive(int id, size_t expected, const char* what, Place place) {
   if (barrier.arrived.size() < expected) return wait(what, place);
   const std::vector<Thread*> arrived = std::move(barrier.arrived);
   barrier.arrived.clear();
+  barrier.result = std::exchange(barrier.vote, false);
   join_clocks(arrived, false);
   for (Thread* thread : arrived)
     if (thread != current) wake(*thread);
@@ -85,7 +88,11 @@ void reset_synchronisation() {
   meetings.resize(launch_.threads / kWarpSize);
 }
 
-void block_barrier(Place place) { arrive(0, launch_.threads, "__syncthreads", place); }
+bool block_barrier(bool vote, Place place) {
+  barriers[0].vote |= vote;
+  arrive(0, launch_.threads, "__syncthreads", place);
+  return barriers[0].result;
+}
 
 __attribute__((noinline)) void named_barrier(int id, int count) {
   const Place place{__builtin_return_address(0), nullptr, 0};
