@@ -99,8 +99,12 @@ def _alike(shown: str, printed: str, within: float) -> bool:
 def _run(commands: str, folder: Path) -> str:
     """Runs shell commands in which `python` is this one, and returns what they print. A run of minutes takes a tenth of them.
 
-    A command of the package is forked off this process, which has imported torch.
+    A command of the package is forked off this process, which has imported torch and what most commands import late.
     """
+    import torch._dynamo  # by optimizers and by models that are loaded
+
+    import megalodon_ops.cli.train  # with it, what draws curves
+
     printed = ""
     commands = re.sub(r"(?<=--minutes )\d+", lambda minutes: str(int(minutes[0]) / 10), commands)
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
