@@ -67,7 +67,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES, metavar="BENCH", help=", ".join(BENCHES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu, or cuda: the current GPU")
-    parser.add_argument("--quick", action="store_true", help="to test the benches: small shapes, one sample, no torch.compile")
+    parser.add_argument(
+        "--quick", action="store_true", help="to test the benches: small shapes, one sample, no torch.compile"
+    )
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="default: 1 and all; with --quick all")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
     return parser.parse_args()

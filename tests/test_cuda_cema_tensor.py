@@ -60,9 +60,10 @@ def test_gradients(emulator, sizes):
     assert_matches_reference(actual, case)
 
 
-def test_a_share_takes_several_groups_of_tiles(emulator):
+@pytest.mark.parametrize("tiles", [9, 17])
+def test_a_share_takes_several_groups_of_tiles(emulator, tiles):
     """The share's sums for each lag go on from its first eight tiles to the ninth and the seventeenth."""
-    case = tensor_case(B=1, L=17 * 128, N=1)
+    case = tensor_case(B=1, L=tiles * 128, N=1)
     actual, _ = emulated(emulator, case, cema_shares=1)
     assert_matches_reference(actual, case)
 

@@ -274,7 +274,7 @@ def test_a_step_reads_the_cached_rows_once(emulator, dtype, key_dim, value_dim, 
 
 @pytest.mark.parametrize(
     ("K", "V", "dtype"),
-    [(64, 64, F16), pytest.param(256, 512, F16, marks=pytest.mark.slow), (64, 64, F32)],
+    [(64, 64, F16), pytest.param(256, 512, F16, marks=pytest.mark.slow), (72, 64, F32)],
     ids=str,
 )
 def test_values_of_nan_cost_a_few_forwards(emulator, K, V, dtype):
