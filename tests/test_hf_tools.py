@@ -282,7 +282,7 @@ def test_reads_a_checkpoint_of_a_training_run(text: Path, tmp_path: Path) -> Non
     model, tokenizer = loaded(last)
     ids = tokenizer(SENTENCE[:15], return_tensors="pt").input_ids  # a chunk
     with torch.no_grad():
-        assert torch.equal(model(ids).logits[..., :256], mo.Megalodon.load(last)(ids))
+        assert torch.equal(model(ids).logits, mo.Megalodon.load(last)(ids))
 
 
 def test_page_runs(folder: Path, tmp_path: Path) -> None:
