@@ -21,59 +21,14 @@ from assertions import every_case
 from models import TINY, tiny_model, tokens_of
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from wrong_values import (
+    COMPLEX_TENSOR, NEGATIVE, NO_DEVICE, NO_FLAG, NO_NUMBER, NO_PATH, NO_SIZE, NO_STATE, NO_TENSOR, NO_WEIGHTS,
+    ONE, OPTIONAL_INTEGERS, OPTIONAL_TENSOR, REAL, SHAPES, TENSOR, ZERO,
+)  # fmt: skip
 
 import megalodon_ops as mo
 from megalodon_ops.evaluation import evaluate
-from megalodon_ops.tokenizers import ByteTokenizer
-from megalodon_ops.training import adamw
 from megalodon_ops.training.checkpoint import load_any, load_checkpoint, save_checkpoint
-
-NO_TENSOR = {
-    "list": [1.0], "string": "x", "integer": 3, "float": 2.5, "bool": True, "object": object(), "dictionary": {},
-    "class": Tensor,
-}  # fmt: skip
-SHAPES = {
-    "one axis more": lambda t: t[None],
-    "one axis less": lambda t: t[0],
-    "no axes": lambda t: t.flatten()[0],
-    "longer": lambda t: torch.cat([t, t[..., :1]], -1),
-    "shorter": lambda t: t[..., :-1],
-}
-REAL = {
-    "integers": Tensor.long, "complex": lambda t: t.to(torch.complex64), "bools": Tensor.bool, "meta": lambda t: t.to("meta"),
-}  # fmt: skip
-COMPLEX = {"real": lambda t: t.real.clone(), "integers": lambda t: t.real.long(), "meta": lambda t: t.to("meta")}
-INTEGERS = {
-    "float tensor": Tensor.float,
-    "bools": Tensor.bool,
-    "negative": lambda t: t - 50,
-    "beyond": lambda t: t + 50,
-}
-NO_SIZE = {
-    "none": None, "bool": True, "string": "4", "float": 4.0, "fraction": 2.5, "list": [4], "tensor": torch.tensor(4),
-    "array": np.array([4]), "zero": 0, "negative": -1, "2^31": 2**31, "2^63": 2**63, "2^70": 2**70, "huge": 10**5000,
-    "nan": math.nan, "NumPy's float": np.float64(4),
-}  # fmt: skip
-NO_NUMBER = {
-    "none": None, "bool": True, "string": "0.1", "list": [0.1], "tensor": torch.tensor(0.5), "complex": 0.5 + 0j,
-    "nan": math.nan, "inf": math.inf, "huge": 10**400, "array": np.array([0.5]),
-}  # fmt: skip
-NO_FLAG = {"none": None, "one": 1, "zero": 0, "string": "no", "list": [], "float": 1.0}
-NO_PATH = {"none": None, "integer": 3, "list": [], "bool": True}
-NO_WEIGHTS = {"string": "float32", "integers": torch.int64, "complex": torch.complex64, "float8": torch.float8_e4m3fn}
-NO_DEVICE = {"none": None, "other": "nonsense", "float": 1.5, "list": []}
-NEGATIVE, ZERO, ONE = {"negative": -1.0}, {"zero": 0.0}, {"one": 1}
-
-TENSOR = {"none": None, **NO_TENSOR, **SHAPES, **REAL}
-COMPLEX_TENSOR = {"none": None, **NO_TENSOR, **SHAPES, **COMPLEX}
-OPTIONAL_TENSOR = {name: wrong for name, wrong in TENSOR.items() if name != "none"}
-OPTIONAL_INTEGERS = {**NO_TENSOR, "no axes": SHAPES["no axes"], "longer": SHAPES["longer"], **INTEGERS}
-NO_STATE = {
-    **NO_TENSOR, "tensor": torch.zeros(2), "empty": (), "short": lambda s: tuple(s)[:1], "long": lambda s: (*s, *s),
-    "as list": lambda s: list(s), "of None": lambda s: type(s)(*(None for _ in s)), "of lists": lambda s: type(s)(*([] for _ in s)),
-    "of floats": lambda s: type(s)(*(1.0 for _ in s)), "of shorter": lambda s: type(s)(*(t[:1] for t in s)),
-    "of bools": lambda s: type(s)(*(t.bool() for t in s)), "of meta": lambda s: type(s)(*(t.to("meta") for t in s)),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -432,78 +387,3 @@ def test_numbers_of_numpy_are_as_good_as_those_of_python(name):
         found = call.function(**{**call.arguments, **python, **arguments})
         for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
-
-
-def of_two_rows(call: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
-    return lambda: call(tokens_of(3, 5), state=model_state, **arguments)
-
-
-turned = x.transpose(1, 2)  # (B, D, L)
-BLAMED = {
-    "an option of transformers": (
-        lambda: model.generate(tokens, max_new_tokens=1, do_sample=True),
-        "generate: `do_sample` must be left out, as there is no such option; temperature=0 takes the likeliest",
-    ),
-    "a slip": (lambda: model.generate(tokens, max_new_tokens=1, top=3), "generate: `top` must be left out, .* option\\."),
-    "a state of two rows": (of_two_rows(model), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2; state"),
-    "in features": (of_two_rows(model.features), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2"),
-    "in generate": (of_two_rows(model.generate, max_new_tokens=1), "generate: `state` must be of 3 rows, those of `prompt`"),
-    "a packed state": (
-        lambda: model(tokens[:1], state=model_state, cu_seqlens=torch.tensor([0, 2, 4, 5])),
-        "Megalodon: `state` must be of 3 rows, those of `cu_seqlens`, got one of 2",
-    ),
-    "a state of another model": (
-        lambda: tiny_model(torch.float32, cema_ndim=3)(tokens, state=model_state),
-        "Megalodon: `state` must be of this model, 2 layers of \\(32, 3\\) channels and modes, got one of 2 layers of \\(32, 4\\)",
-    ),
-    "(B, D, L) in cema": (
-        lambda: mo.cema(turned, torch.rand(D, N), poles, poles, torch.ones(D)),
-        "cema: `x` must be \\(B, L, D\\) with D = 8 as `p` and `q`, got \\(2, 8, 5\\); x.transpose\\(1, 2\\)",
-    ),
-    "(B, D, L) in cema_end_state": (
-        lambda: mo.cema_end_state(turned, torch.rand(D, N), poles), "cema_end_state: `x` must be \\(B, L, D\\) with D = 8",
-    ),
-    "(B, D, L) in timestep_norm": (
-        lambda: mo.timestep_norm(turned, torch.zeros(D), torch.zeros(D), num_groups=G),
-        "timestep_norm: `x` must be \\(B, L, D\\) with D = 8 as `weight` and `bias`, got \\(2, 8, 5\\)",
-    ),
-    "p alone": (
-        lambda: mo.cema(x, torch.rand(D + 1, N), poles, poles, torch.ones(D)), "cema: `p` must have shape \\(D, N\\) = \\(8, 3\\)",
-    ),
-    "another capital": (
-        lambda: mo.MegalodonConfig.preset("mega1.3b"), "`name` must be one of small, .*, got 'mega1.3b'; did you mean mega1.3B\\?",
-    ),
-    "parameters for a model": (
-        lambda: adamw(model.parameters(), lr=1e-3), "parameter_groups: `model` must be a module, got generator; give the model",
-    ),
-    "ids of two rows": (
-        lambda: ByteTokenizer().decode(torch.tensor([[1, 2]])), "decode: `ids` must be a row of integers, got torch.Tensor",
-    ),
-    "texts for a text": (lambda: ByteTokenizer().encode(["a"]), "encode: `text` must hold bytes or str, got list"),
-    "a tokenizer for its decode": (
-        lambda: mo.StopStrings(ByteTokenizer(), ["a"]), "StopStrings: `decode` must be a function of .* its `decode`",
-    ),
-    "a decode to str": (
-        lambda: mo.StopStrings(lambda ids: "a", ["a"]).add(3), "StopStrings: `decode` must give bytes, got 'a'",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BLAMED)
-def test_an_error_blames_what_is_wrong(name):
-    call, message = BLAMED[name]
-    with pytest.raises((TypeError, ValueError), match=f"^(MegalodonConfig: )?{message}"):
-        call()
-
-
-def test_tokens_on_another_device_than_the_model():
-    """Where torch speaks of an embedding's index and weight. A weight on `meta` stands for a device that is not here."""
-
-    class Elsewhere(torch.nn.Embedding):
-        def forward(self, tokens: Tensor) -> Tensor:
-            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices")
-
-    moved = tiny_model(torch.float32)
-    moved.embed = Elsewhere(31, 32, device="meta")
-    with pytest.raises(ValueError, match="Megalodon: `tokens` must be on meta as the model, got cpu; move one of them"):
-        moved(tokens)

@@ -1,0 +1,95 @@
+"""Plausible slips of callers: the error blames the argument that is wrong, not what failed first because of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model, tokens_of
+from torch import Tensor
+
+import megalodon_ops as mo
+from megalodon_ops.tokenizers import ByteTokenizer
+from megalodon_ops.training import adamw
+
+B, L, D, N, G = 2, 5, 8, 3, 2
+x, poles = torch.randn(B, L, D), torch.polar(torch.rand(D, N), torch.rand(D, N))
+model, tokens = tiny_model(torch.float32).eval(), tokens_of(2, 5)
+model_state = model(tokens, return_state=True)[1]
+
+
+def of_two_rows(call: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
+    return lambda: call(tokens_of(3, 5), state=model_state, **arguments)
+
+
+turned = x.transpose(1, 2)  # (B, D, L)
+BLAMED = {
+    "an option of transformers": (
+        lambda: model.generate(tokens, max_new_tokens=1, do_sample=True),
+        "generate: `do_sample` must be left out, as there is no such option; temperature=0 takes the likeliest",
+    ),
+    "a slip": (lambda: model.generate(tokens, max_new_tokens=1, top=3), "generate: `top` must be left out, .* option\\."),
+    "a state of two rows": (of_two_rows(model), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2; state"),
+    "in features": (of_two_rows(model.features), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2"),
+    "in generate": (of_two_rows(model.generate, max_new_tokens=1), "generate: `state` must be of 3 rows, those of `prompt`"),
+    "a packed state": (
+        lambda: model(tokens[:1], state=model_state, cu_seqlens=torch.tensor([0, 2, 4, 5])),
+        "Megalodon: `state` must be of 3 rows, those of `cu_seqlens`, got one of 2",
+    ),
+    "a state of another model": (
+        lambda: tiny_model(torch.float32, cema_ndim=3)(tokens, state=model_state),
+        "Megalodon: `state` must be of this model, 2 layers of \\(32, 3\\) channels and modes, got one of 2 layers of \\(32, 4\\)",
+    ),
+    "(B, D, L) in cema": (
+        lambda: mo.cema(turned, torch.rand(D, N), poles, poles, torch.ones(D)),
+        "cema: `x` must be \\(B, L, D\\) with D = 8 as `p` and `q`, got \\(2, 8, 5\\); x.transpose\\(1, 2\\)",
+    ),
+    "(B, D, L) in cema_end_state": (
+        lambda: mo.cema_end_state(turned, torch.rand(D, N), poles), "cema_end_state: `x` must be \\(B, L, D\\) with D = 8",
+    ),
+    "(B, D, L) in timestep_norm": (
+        lambda: mo.timestep_norm(turned, torch.zeros(D), torch.zeros(D), num_groups=G),
+        "timestep_norm: `x` must be \\(B, L, D\\) with D = 8 as `weight` and `bias`, got \\(2, 8, 5\\)",
+    ),
+    "p alone": (
+        lambda: mo.cema(x, torch.rand(D + 1, N), poles, poles, torch.ones(D)), "cema: `p` must have shape \\(D, N\\) = \\(8, 3\\)",
+    ),
+    "another capital": (
+        lambda: mo.MegalodonConfig.preset("mega1.3b"), "`name` must be one of small, .*, got 'mega1.3b'; did you mean mega1.3B\\?",
+    ),
+    "parameters for a model": (
+        lambda: adamw(model.parameters(), lr=1e-3), "parameter_groups: `model` must be a module, got generator; give the model",
+    ),
+    "ids of two rows": (
+        lambda: ByteTokenizer().decode(torch.tensor([[1, 2]])), "decode: `ids` must be a row of integers, got torch.Tensor",
+    ),
+    "texts for a text": (lambda: ByteTokenizer().encode(["a"]), "encode: `text` must hold bytes or str, got list"),
+    "a tokenizer for its decode": (
+        lambda: mo.StopStrings(ByteTokenizer(), ["a"]), "StopStrings: `decode` must be a function of .* its `decode`",
+    ),
+    "a decode to str": (
+        lambda: mo.StopStrings(lambda ids: "a", ["a"]).add(3), "StopStrings: `decode` must give bytes, got 'a'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLAMED)
+def test_an_error_blames_what_is_wrong(name):
+    call, message = BLAMED[name]
+    with pytest.raises((TypeError, ValueError), match=f"^(MegalodonConfig: )?{message}"):
+        call()
+
+
+def test_tokens_on_another_device_than_the_model():
+    """Where torch speaks of an embedding's index and weight. A weight on `meta` stands for a device that is not here."""
+
+    class Elsewhere(torch.nn.Embedding):
+        def forward(self, tokens: Tensor) -> Tensor:
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices")
+
+    moved = tiny_model(torch.float32)
+    moved.embed = Elsewhere(31, 32, device="meta")
+    with pytest.raises(ValueError, match="Megalodon: `tokens` must be on meta as the model, got cpu; move one of them"):
+        moved(tokens)

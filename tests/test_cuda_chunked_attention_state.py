@@ -1,0 +1,95 @@
+"""chunked_attention's states on emulated CUDA kernels: copied, in place, half in place and fresh, and bytes moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_bit_equal
+from cases import chunked_attention_case, forward
+
+import megalodon_ops as mo
+from megalodon_ops import _C, AttentionState
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+STATES = {
+    "dense": {"B": 3, "L": 5, "H": 2, "K": 8, "V": 12},
+    "many-chunks": {"B": 2, "L": 29, "H": 1, "K": 3, "V": 5},
+    "padded": {"B": 3, "L": 9, "H": 1, "K": 8, "V": 8, "lengths": [9, 0, 2]},
+    "packed": {"B": 1, "L": 20, "H": 1, "K": 8, "V": 8, "cu_seqlens": [2, 3, 3, 15, 18]},
+}
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
+@pytest.mark.parametrize("shape", STATES.values(), ids=STATES)
+def test_state(emulator, shape, dtype, offset):
+    """A copied state equals the reference's, zeros included; in place, rows up to the position do, other rows stay."""
+    case = chunked_attention_case(**shape, C=6, dtype=dtype, state=True)
+    state = case.options["state"]
+    expected = forward(mo.reference.chunked_attention, case)
+    names = {"k": "state.k", "v": "state.v", "position": "state.position"}
+    k, v = case.tensors["k"], case.tensors["v"]
+    rest = case.options.get("cu_seqlens"), case.options.get("lengths")
+    copied = [torch.empty_like(t) for t in state]
+    emulator.call("chunked_attention_state", k, v, *state, 6, *rest, *copied, offset=offset)
+    assert_bit_equal(dict(zip(names, copied, strict=True)), {name: expected[key] for name, key in names.items()})
+
+    before, kept = AttentionState(*(t.clone() for t in state)), AttentionState(*(t.clone() for t in state))
+    emulator.call("chunked_attention_state", k, v, *kept, 6, *rest, *kept, offset=offset)
+    assert torch.equal(kept.position, expected["state.position"])
+    for s, (old, new) in enumerate(zip(before.position.tolist(), kept.position.tolist(), strict=True)):
+        for name, value in (("k", kept.k), ("v", kept.v)):
+            assert torch.equal(value[s, :new], expected[names[name]][s, :new])
+            untouched = slice(max(old, new), None)
+            assert torch.equal(value[s, untouched].nan_to_num(7), getattr(before, name)[s, untouched].nan_to_num(7))
+
+
+@pytest.mark.parametrize("in_place", ["k", "v"])
+def test_a_state_half_in_place(emulator, in_place):
+    case = chunked_attention_case(B=2, L=2, H=1, K=8, V=8, C=6, dtype=F32, state=True)
+    tensors, state = [case.tensors[name] for name in "kv"], case.options["state"]
+    expected = [torch.empty_like(t) for t in state]
+    emulator.call("chunked_attention_state", *tensors, *state, 6, None, None, *expected)
+    old = AttentionState(*(t.clone() for t in state))
+    new = [old.k if in_place == "k" else torch.empty_like(old.k), old.v if in_place == "v" else torch.empty_like(old.v)]
+    emulator.call("chunked_attention_state", *tensors, *old, 6, None, None, *new, torch.empty_like(old.position))
+    copied = 1 if in_place == "k" else 0
+    assert torch.equal(new[copied], expected[copied])
+    for s, position in enumerate(expected[2].tolist()):
+        assert torch.equal(new[1 - copied][s, :position], expected[1 - copied][s, :position])
+
+
+def test_a_state_in_place_after_no_tokens(emulator):
+    case = chunked_attention_case(B=2, L=0, H=1, K=8, V=8, C=6, dtype=F32, state=True)
+    state = AttentionState(*(t.clone() for t in case.options["state"]))
+    emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, None, *state)
+    assert torch.equal(state.position, case.options["state"].position)
+
+
+def test_a_fresh_state_needs_no_old_one(emulator):
+    case = chunked_attention_case(B=2, L=8, H=1, K=8, V=16, C=5, dtype=BF16)
+    expected = forward(mo.reference.chunked_attention, case)
+    with emulator.replacing(_C):
+        actual = forward(mo.chunked_attention, case)
+    for name in ("state.k", "state.v", "state.position"):
+        assert torch.equal(actual[name], expected[name])
+
+
+def test_bytes_moved_by_the_state(emulator):
+    """In place, the new rows alone move; copied, kept rows and zeros as well. The first sequence ends its chunk."""
+    case = chunked_attention_case(B=3, L=1, H=1, K=64, V=256, C=40, dtype=BF16, state=True)
+    state, k, v = case.options["state"], case.tensors["k"], case.tensors["v"]
+    in_place = AttentionState(*(t.clone() for t in state))
+    emulator.call("chunked_attention_state", k, v, *in_place, 40, None, None, *in_place)
+    traffic = emulator.traffic("chunked_attention_state_kernel")
+    for name, width in (("k", 64), ("v", 256)):
+        assert traffic[name]["load_sectors"] * 32 == traffic[f"cache_{name}"]["store_sectors"] * 32 == 2 * width * 2
+        assert traffic[f"cache_{name}"]["load_sectors"] == 0
+    emulator.reset()
+    copied = [torch.empty_like(t) for t in state]
+    emulator.call("chunked_attention_state", k, v, *state, 40, None, None, *copied)
+    traffic, rows = emulator.traffic("chunked_attention_state_kernel"), int(state.position[1:].sum())
+    for name, width in (("k", 64), ("v", 256)):
+        assert traffic[f"cache_{name}"]["load_sectors"] * 32 == rows * width * 2
+        assert traffic[f"cache_{name}_out"]["store_sectors"] * 32 == 3 * 40 * width * 2
