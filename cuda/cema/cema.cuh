@@ -61,6 +61,32 @@ enum Plane {
 constexpr int kBasis = 8;  // numbers of a basis
 constexpr int kBlock = 16, kPowers = kBlock + 2;  // steps of a product on tensor cores; pairs a mode and channel
 
+// An array in global memory whose elements depend on the dtype of the call: of<R>() points to elements Of<R>.
+template <template <class> class Of, class Void = void>
+struct Array {
+  Void* data;
+
+  MEGALODON_INLINE Array(Void* data_ = nullptr) : data(data_) {}
+  MEGALODON_INLINE explicit operator bool() const { return data; }
+  template <class R>
+  MEGALODON_INLINE auto of() const {
+    return static_cast<std::conditional_t<std::is_const<Void>::value, const Of<R>, Of<R>>*>(data);
+  }
+};
+
+template <class R> using Real = R;  // or T, of x and y
+
+template <class R>
+struct alignas(2 * sizeof(R)) Pair {  // the basis at the top of this file
+  R first, second;
+};
+
+using Reals = Array<Real>;
+using Pairs = Array<Pair>;
+using Complexes = Array<gpu::Complex>;
+using ConstReals = Array<Real, const void>;
+using ConstComplexes = Array<gpu::Complex, const void>;
+
 // One scan over time of up to 32 modes. (N', D') below is `lanes` modes, a power of two, and `width` channels, even;
 // modes and channels beyond the tensors' are zero. A pair is (first, second) of the basis at the top of this file.
 struct Scan {
@@ -72,19 +98,26 @@ struct Scan {
   bool reverse;             // against time
   bool whole;               // two channels may be accessed at once
   bool resume, more;        // the sums over modes start from, or end in, `sums`
-  const void* in;           // (T, D), or null: zero; then `factor` is not null
-  void* out;                // (T, D)
-  const void* omega;        // (D) R
-  const void* initial;      // (S, D, N) complex R, or null: zero
-  void* final;              // (S, D, N) complex R, or null: not wanted
-  void* table;              // kPlanes planes of N' D' R, and (N', D', kBasis) R
-  void* states;             // (tiles, D', N') pairs of R: ends of tiles, and then what enters tiles
-  int32_t* stops;           // (tiles): whether a tile's end does not depend on what enters it
-  void* sums;               // (T, D) R, where N > 32
-  const void* factor;       // (T, D), or null: then no `products`
-  void* products;           // (tiles, 2, N', D') R: sum over a tile of factor_t times the pair after step t
+
+  // The call's tensors.
+  ConstReals in, factor;   // (T, D) T. in: null if zero; then `factor` is not null. factor: null without `products`
+  Reals out;               // (T, D) T
+  ConstReals omega;        // (D)
+  ConstComplexes initial;  // (S, D, N), or null: zero
+  Complexes final;         // (S, D, N), or null: not wanted
+
+  // Coefficients.
+  Reals table;   // kPlanes planes of N' D', and (N', D', kBasis)
+  Pairs powers;  // (D', kPowers, N'): q^0 .. q^15 and the rows of the matrix of q^16; or null: not wanted
+
+  // States.
+  Pairs states;    // (tiles, D', N'): ends of tiles, and then what enters tiles
+  int32_t* stops;  // (tiles): whether a tile's end does not depend on what enters it
+
+  // Sums.
+  Reals sums;               // (T, D): y of the groups of modes so far, where N > 32
+  Reals products;           // (tiles, 2, N', D'): sum over a tile of factor_t times the pair after step t
   int64_t products_stride;  // from tile to tile
-  void* powers;             // (D', kPowers, N') pairs of R: q^0 .. q^15 and the matrix of q^16; or null: not wanted
 
   // The positions of tile k, which holds the tokens k tile .. (k + 1) tile - 1 in either direction.
   MEGALODON_INLINE int64_t begin(int64_t k) const {
@@ -107,14 +140,14 @@ struct Scan {
   }
   template <class R>
   MEGALODON_INLINE R* pairs(int64_t k, int64_t mode, int64_t channel) const {
-    return static_cast<R*>(states) + ((k * width + channel) * lanes + mode) * 2;
+    return &states.of<R>()[(k * width + channel) * lanes + mode].first;
   }
   template <class R>
   MEGALODON_INLINE R* power(int index, int64_t mode, int64_t channel) const {
-    return static_cast<R*>(powers) + ((channel * kPowers + index) * lanes + mode) * 2;
+    return &powers.of<R>()[(channel * kPowers + index) * lanes + mode].first;
   }
   template <class R>
-  MEGALODON_INLINE R* plane(int index) const { return static_cast<R*>(table) + index * lanes * width; }
+  MEGALODON_INLINE R* plane(int index) const { return table.of<R>() + index * lanes * width; }
 };
 
 // The positions [begin, end) up to `to` that are of one sequence, or of the padding between two.
@@ -175,11 +208,6 @@ GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, b
   }
 }
 
-template <class R>
-struct alignas(2 * sizeof(R)) Pair {
-  R first, second;
-};
-
 // The basis of one mode and channel: conversion of complex numbers to pairs and back.
 template <class R>
 struct Basis {
@@ -221,7 +249,7 @@ struct Basis {
   // The initial state at index `at` of (S, D, N), as the pair that Modes::enter adds; zero if `at` is -1.
   GPU_INLINE Pair<R> initial(const Scan& scan, int64_t at, bool before_step) const {
     if (at < 0) return {0, 0};
-    const auto z = gpu::ld<gpu::Complex<R>>(static_cast<const gpu::Complex<R>*>(scan.initial) + at);
+    const auto z = gpu::ld<gpu::Complex<R>>(scan.initial.of<R>() + at);
     if (adjoint) return to_pair((1 / (gamma.re * gamma.re + gamma.im * gamma.im)) * gpu::conj(z * gamma));
     return to_pair((1 / p) * (before_step ? z : q * z));
   }
@@ -308,7 +336,7 @@ struct Modes {
     to_slots(slots, first, second);
     for_each_slot<modes>(scan, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
       const auto pair = gpu::ld_shared<Pair<R>>(slot);
-      if (at >= 0) gpu::st(static_cast<gpu::Complex<R>*>(scan.final) + at, basis.final(pair));
+      if (at >= 0) gpu::st(scan.final.of<R>() + at, basis.final(pair));
     });
   }
   // The states that enter the thread's tile, read for two modes at once.

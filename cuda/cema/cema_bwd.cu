@@ -104,14 +104,14 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
   launch_empty(params.dtype, g.adjoint, stream);
   for_each_group(g.adjoint, [&] {
     g.scan.first_mode = g.adjoint.first_mode;
-    launch_table(params, g.scan, g.adjoint.factor != nullptr, stream);
+    launch_table(params, g.scan, static_cast<bool>(g.adjoint.factor), stream);
     if (g.lags) launch_tiles(g, stream);
     else launch_states(params.dtype, g.scan, &g.adjoint, stream);
     dispatch_dtype(params.dtype, [&](auto type) {
       using T = decltype(type);
       using R = Compute<T>;
       const int64_t plane = g.scan.lanes * g.scan.width;
-      g.adjoint.products = static_cast<R*>(g.sums) + kProductFirst * plane;
+      g.adjoint.products = g.sums.of<R>() + kProductFirst * plane;
       g.adjoint.products_stride = g.stride;
       launch_output(params.dtype, g.adjoint, stream);
       if (g.scan.tiles > 0 && !g.lags) {

@@ -39,17 +39,18 @@ enum Sum { kSumFirst, kSumSecond, kSumWFirst, kSumWSecond, kProductFirst, kProdu
 
 struct Gradients {
   Scan scan, adjoint;
-  const void* dy;  // (T, D), or null: zero
-  void* sums;      // (parts, stride) R: a part's (kinds, N', D') of enum Sum, then (D') for domega, unless from `lags`
+  ConstReals dy;   // (T, D) T, or null: zero
+  Reals sums;      // (parts, stride): a part's (kinds, N', D') of enum Sum, then (D') for domega, unless from `lags`
   int64_t kinds, stride, parts;  // a part is of a tile or, with `lags`, of all tiles
-  void* slopes;                  // (2, tiles, D', N') pairs of R: q times derivatives of both scans' local ends
-  void* lags;                    // (shares, kMmaTile, D') R: sums over t of dy_t x_(t - lag), or null
+  Pairs slopes;                  // (2, tiles, D', N'): q times derivatives of both scans' local ends
+  Reals lags;                    // (shares, kMmaTile, D'): sums over t of dy_t x_(t - lag), or null
   int64_t shares;
-  void *dp, *dq, *dgamma, *domega;  // dgamma and domega are null if dy is
+  Reals dp, domega;      // (D, N), and (D) or null, as dy
+  Complexes dq, dgamma;  // (D, N), dgamma or null, as dy
 
   template <class R>
   MEGALODON_INLINE R* slope(int of_adjoint, int64_t k, int64_t mode, int64_t channel) const {
-    return static_cast<R*>(slopes) + (((of_adjoint * scan.tiles + k) * scan.width + channel) * scan.lanes + mode) * 2;
+    return &slopes.of<R>()[((of_adjoint * scan.tiles + k) * scan.width + channel) * scan.lanes + mode].first;
   }
 };
 
@@ -86,16 +87,17 @@ struct Sensitivity {
       }
     }
     u.step(x);
-    if constexpr (!kInput) return;
-    GPU_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      sum_omega[e] += dy[e] * x[e];
+    if constexpr (kInput) {
       GPU_UNROLL
-      for (int m = 0; m < modes; ++m) {
-        sum_first[m][e] += dy[e] * u.first[m][e];
-        sum_second[m][e] += dy[e] * u.second[m][e];
-        sum_w_first[m][e] += dy[e] * w_first[m][e];
-        sum_w_second[m][e] += dy[e] * w_second[m][e];
+      for (int e = 0; e < 2; ++e) {
+        sum_omega[e] += dy[e] * x[e];
+        GPU_UNROLL
+        for (int m = 0; m < modes; ++m) {
+          sum_first[m][e] += dy[e] * u.first[m][e];
+          sum_second[m][e] += dy[e] * u.second[m][e];
+          sum_w_first[m][e] += dy[e] * w_first[m][e];
+          sum_w_second[m][e] += dy[e] * w_second[m][e];
+        }
       }
     }
   }
@@ -134,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kerne
     constexpr int n = decltype(rows)::value;
     R x[n][2], dy[n][2] = {};
     const int64_t at = t * scan.channels + place.channel;
-    load_rows(x, static_cast<const T*>(scan.in) + at, scan.channels, scan.whole, place.second);
-    if constexpr (kInput) load_rows(dy, static_cast<const T*>(p.dy) + at, scan.channels, scan.whole, place.second);
+    load_rows(x, scan.in.of<T>() + at, scan.channels, scan.whole, place.second);
+    if constexpr (kInput) load_rows(dy, p.dy.of<T>() + at, scan.channels, scan.whole, place.second);
     GPU_UNROLL
     for (int i = 0; i < n; ++i) state.template step<kInput>(x[i], dy[i]);
   };
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kerne
     if (!ends || p.adjoint.initial) state.add_end(p.adjoint, place, ends, run.sequence, slots + threadIdx.x);
   }
   if (!place.active) return;
-  R* const sums = static_cast<R*>(p.sums) + place.tile * p.stride;
+  R* const sums = p.sums.of<R>() + place.tile * p.stride;
   const int64_t plane = scan.lanes * scan.width;
   GPU_UNROLL
   for (int m = 0; m < kSumModes<R>; ++m) {
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   const int64_t plane = scan.lanes * scan.width, at = blockIdx.y * scan.width + (d < scan.width ? d : 0);
   const bool of_omega = blockIdx.y + 1 == gridDim.y;
   const int kinds = of_omega ? !kLags : static_cast<int>(p.kinds);
-  const R* const sums = static_cast<const R*>(p.sums) +
+  const R* const sums = p.sums.of<R>() +
                         (of_omega ? p.kinds * plane + at - blockIdx.y * scan.width : at);
   double sum[kMostSums] = {};
   for (int64_t k = p.parts * warp / kFinishWarps; k < p.parts * (warp + 1) / kFinishWarps; ++k) {
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   for (int lag = warp; kLags && lag < kMmaTile; lag += kFinishWarps) {
     double lag_sum = 0;
     for (int64_t i = 0; i < p.shares && d < scan.width; ++i)
-      lag_sum += static_cast<const R*>(p.lags)[(i * kMmaTile + lag) * scan.width + d];
+      lag_sum += p.lags.of<R>()[(i * kMmaTile + lag) * scan.width + d];
     lags[lag * gpu::kWarp + lane] = lag_sum;
   }
   __syncthreads();
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   }
   if (of_omega) {
     if (kLags) sum[0] = lags[lane];
-    if (p.domega) static_cast<R*>(p.domega)[d] = static_cast<R>(sum[0]);
+    if (p.domega) p.domega.of<R>()[d] = static_cast<R>(sum[0]);
     return;
   }
   const Basis<R> basis(scan, blockIdx.y, d);
@@ -230,10 +232,10 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   const gpu::Complex<double> gamma{basis.gamma.re, basis.gamma.im};
   const gpu::Complex<double> dgamma = p_scale * of_y, dq = p_scale * (gamma * of_w);
   const int64_t to = d * scan.modes + n;
-  static_cast<R*>(p.dp)[to] = static_cast<R>(gpu::real_of_product(gamma, of_x));
-  gpu::st(static_cast<gpu::Complex<R>*>(p.dq) + to, gpu::Complex<R>{static_cast<R>(dq.re), static_cast<R>(-dq.im)});
+  p.dp.of<R>()[to] = static_cast<R>(gpu::real_of_product(gamma, of_x));
+  gpu::st(p.dq.of<R>() + to, gpu::Complex<R>{static_cast<R>(dq.re), static_cast<R>(-dq.im)});
   if (!p.dgamma) return;
-  gpu::st(static_cast<gpu::Complex<R>*>(p.dgamma) + to,
+  gpu::st(p.dgamma.of<R>() + to,
           gpu::Complex<R>{static_cast<R>(dgamma.re), static_cast<R>(-dgamma.im)});
 }
 

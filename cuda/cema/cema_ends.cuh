@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_ends_kerne
       Modes<R, modes> state(scan, place);
       if (!run.starts && scan.tiles > 1) state.load(scan, place);
       const int64_t at = scan.token(begin) * scan.channels + place.channel;
-      walk(scan, place, state, static_cast<const T*>(scan.in), at, static_cast<int>(run.end - begin));
+      walk(scan, place, state, scan.in.of<T>(), at, static_cast<int>(run.end - begin));
       state.leave(scan, place, run.sequence, slots + threadIdx.x);
     }
     begin = run.end;

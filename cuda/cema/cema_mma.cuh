@@ -53,7 +53,7 @@ GPU_INLINE int word_of(int s) { return s / kBlock * kBlockPitch + s % kBlock; }
 GPU_INLINE int step_of(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }
 
 // Loads tiles [first, first + kMmaTiles) of 16 channels of (T, D); zeros where there are none.
-GPU_INLINE void stage(const Scan& scan, const void* tensor, int64_t first, uint32_t* words) {
+GPU_INLINE void stage(const Scan& scan, ConstReals tensor, int64_t first, uint32_t* words) {
   constexpr int all = kMmaTiles * kMmaTile * 2 / kMmaThreads;
   using Eight = gpu::Pack<uint32_t, 4>;
   Eight eight[all];
@@ -64,7 +64,7 @@ GPU_INLINE void stage(const Scan& scan, const void* tensor, int64_t first, uint3
     const int64_t t = first * kMmaTile + i * kMmaThreads / 2 + row;
     eight[i] = {};
     if (t < scan.sequences.tokens && channel < scan.channels)
-      eight[i] = gpu::ld<Eight>(static_cast<const gpu::bf16*>(tensor) + t * scan.channels + channel);
+      eight[i] = gpu::ld<Eight>(tensor.of<gpu::bf16>() + t * scan.channels + channel);
   }
   GPU_UNROLL
   for (int i = 0; i < all; ++i) {
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_tiles_kernel(Gradients p)
   for (int i = 0; i < 4; ++i) {
     const int lag = lane / 4 + 8 * (i / 2) + kBlock * (lane % 4 * 2 + i % 2);
     const float both[2] = {lags[0][i], lags[1][i]};
-    gpu::store(static_cast<float*>(p.lags) + (int64_t{blockIdx.y} * kMmaTile + lag) * scan.width + channel, both);
+    gpu::store(p.lags.of<float>() + (int64_t{blockIdx.y} * kMmaTile + lag) * scan.width + channel, both);
   }
 }
 
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_cross_kernel(Gra
   if (warp >= kProductFirst || mine >= pairs) return;
   R sum = 0;
   for (int w = 0; w < kCarryWarps; ++w) sum += sums[(warp * kCarryWarps + w) * gpu::kWarp + lane];
-  static_cast<R*>(p.sums)[warp * pairs + mode * p.scan.width + channel] = sum;
+  p.sums.of<R>()[warp * pairs + mode * p.scan.width + channel] = sum;
 }
 
 }  // namespace cema

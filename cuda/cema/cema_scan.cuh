@@ -145,12 +145,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_local_kern
   int64_t at = scan.token(first) * scan.channels + place.channel;
   int left = static_cast<int>(to - first);
   if (scan.initial && start >= from && left > 0) {
-    walk(scan, place, state, static_cast<const T*>(scan.in), at, 1);
+    walk(scan, place, state, scan.in.of<T>(), at, 1);
     state.enter(scan, place, sequence, slots + threadIdx.x);
     at += step;
     --left;
   }
-  walk(scan, place, state, static_cast<const T*>(scan.in), at, left);
+  walk(scan, place, state, scan.in.of<T>(), at, left);
   state.store(scan, place);
 }
 
@@ -193,8 +193,8 @@ struct Output {
       gpu::load(out_second[m], scan.plane<R>(kOutSecond) + at);
     }
     const bool adds_omega = kInput && place.part == 0 && !scan.resume;
-    omega[0] = adds_omega ? static_cast<const R*>(scan.omega)[place.channel] : 0;
-    omega[1] = adds_omega && place.second ? static_cast<const R*>(scan.omega)[place.channel + 1] : 0;
+    omega[0] = adds_omega ? scan.omega.of<R>()[place.channel] : 0;
+    omega[1] = adds_omega && place.second ? scan.omega.of<R>()[place.channel + 1] : 0;
     GPU_UNROLL
     for (auto* sums : {product_first, product_second}) {
       GPU_UNROLL
@@ -207,8 +207,8 @@ struct Output {
   GPU_INLINE void advance(int64_t at, bool enters, int64_t sequence) {
     const int64_t step = scan.step();
     R x[n][2] = {}, factor[n][2];
-    if constexpr (kInput) load_rows(x, static_cast<const T*>(scan.in) + at, step, scan.whole, place.second);
-    if constexpr (kProducts) load_rows(factor, static_cast<const T*>(scan.factor) + at, step, scan.whole, place.second);
+    if constexpr (kInput) load_rows(x, scan.in.of<T>() + at, step, scan.whole, place.second);
+    if constexpr (kProducts) load_rows(factor, scan.factor.of<T>() + at, step, scan.whole, place.second);
     constexpr int most = split < kStored ? split : kStored, rows = n < most ? n : most;
     GPU_UNROLL
     for (int i = 0; i < n; i += rows, at += rows * step) {
@@ -261,7 +261,7 @@ struct Output {
 
   GPU_INLINE void store(int64_t at, R (&y)[2]) const {
     if (scan.resume || scan.more) {
-      R* const sums = static_cast<R*>(scan.sums) + at;
+      R* const sums = scan.sums.of<R>() + at;
       GPU_UNROLL
       for (int e = 0; e < 2; ++e) {
         if (e == 1 && !place.second) continue;
@@ -270,7 +270,7 @@ struct Output {
       }
       if (scan.more) return;
     }
-    T* const out = static_cast<T*>(scan.out) + at;
+    T* const out = scan.out.of<T>() + at;
     if (scan.whole) {
       gpu::store(out, y);
     } else {
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_output_ker
   }
   if constexpr (kProducts) {
     if (!place.active) return;
-    R* const products = static_cast<R*>(scan.products) + place.tile * scan.products_stride;
+    R* const products = scan.products.of<R>() + place.tile * scan.products_stride;
     GPU_UNROLL
     for (int m = 0; m < modes; ++m) {
       const int64_t at = (place.first_mode + m) * scan.width + place.channel;
@@ -331,8 +331,8 @@ __global__ void cema_empty_kernel(Scan scan) {
   if (scan.sequences.length(s) > 0) return;
   for (int64_t i = s * size + threadIdx.x; i < (s + 1) * size; i += blockDim.x) {
     gpu::Complex<R> z{0, 0};
-    if (scan.initial) z = gpu::ld<gpu::Complex<R>>(static_cast<const gpu::Complex<R>*>(scan.initial) + i);
-    gpu::st(static_cast<gpu::Complex<R>*>(scan.final) + i, z);
+    if (scan.initial) z = gpu::ld<gpu::Complex<R>>(scan.initial.of<R>() + i);
+    gpu::st(scan.final.of<R>() + i, z);
   }
 }
 
