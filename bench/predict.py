@@ -23,7 +23,7 @@ import torch
 from . import gpu
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from cuda_static import loops, sass  # noqa: E402
+from cuda_static import loops, sass
 
 SIZES = dict[str, int]
 
@@ -106,7 +106,7 @@ def attention_bwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
 
 
 def _cema(T: int, D: int, N: int, backward: bool, by_products: bool = False) -> Iterator[Launch]:
-    """cema_scan.cuh, and cema_mma.cuh by products, up to 32 modes; table, carry and finish are left out."""
+    """cema_scan.cuh, up to 32 modes; by products cema_mma_scan.cuh and cema_mma.cuh; no table, carry and finish."""
     tile = next(t for t in (32, 64, 128, 256, 512) if t == 512 or T * D * N >> 16 < t * t)
     lanes = max(4, 1 << (N - 1).bit_length())
     most, scans = 4 if lanes == 4 else 8, 1 + backward
@@ -116,8 +116,17 @@ def _cema(T: int, D: int, N: int, backward: bool, by_products: bool = False) -> 
         blocks = T / tile * math.ceil(D / 2 * lanes / modes / 128) * scans
         return Launch(name, blocks, 128, memory, trips={"FFMA": tile / steps, r"LDG\.E\.64": runs})
 
+    def launch_products(phase: str, memory: float, **stored: float) -> Launch:
+        groups, columns = math.ceil(T / 2048), math.ceil(D / 16)
+        trips = {"HMMA": 2 * 8, r"LDG\.E\.64": 2, r"LDG\.E\.128": 2, **stored}
+        kernel = f"cema_mma_{phase}_kernel<{lanes // 4}>"
+        return Launch(kernel, columns * groups, 256, memory, 67712, trips)
+
     if by_products:
         tile, states = 128, T / 128 * lanes * D * 8
+    if by_products and not backward:
+        yield launch_products("local", tensor + states)
+    elif by_products:
         groups, columns = math.ceil(T / 1024), math.ceil(D / 16)
         shares = min(groups, max(1, 264 // columns))
         of_modes = groups / shares * math.ceil(lanes / 8)
@@ -128,8 +137,11 @@ def _cema(T: int, D: int, N: int, backward: bool, by_products: bool = False) -> 
         yield Launch("cema_cross_kernel<float>", D * lanes / 32, 512, 5 * states)
     else:
         yield launch(f"cema_local_kernel<bf16, {most}>", most, scans * (tensor + states), 8, scans=scans)
-    output = f"cema_output_kernel<bf16, {most}, {lanes // most}, false, true>"
-    yield launch(output, most, 2 * tensor + states, 8, runs=1)
+    if by_products:
+        yield launch_products("output", 2 * tensor + states, **{r"STG\.E\.128": 4})
+    else:
+        output = f"cema_output_kernel<bf16, {most}, {lanes // most}, false, true>"
+        yield launch(output, most, 2 * tensor + states, 8, runs=1)
     if backward and not by_products:
         yield launch("cema_sums_kernel<bf16, true>", 4, 2 * (tensor + states), 4, runs=1)
 
@@ -144,18 +156,19 @@ def timestep_norm_fwd(T: int, D: int, G: int) -> Iterator[Launch]:
 KERNELS = {
     "attention forward": attention_fwd,
     "attention backward": attention_bwd,
-    "cema forward": lambda **sizes: _cema(**sizes, backward=False),
+    "cema forward": lambda **sizes: _cema(**sizes, backward=False, by_products=True),
+    "cema forward by scans": lambda **sizes: _cema(**sizes, backward=False),  # of cards with less shared memory, too
     "cema backward": lambda **sizes: _cema(**sizes, backward=True, by_products=True),
-    "cema backward by scans": lambda **sizes: _cema(**sizes, backward=True),  # of cards with less shared memory, too
+    "cema backward by scans": lambda **sizes: _cema(**sizes, backward=True),
     "timestep_norm forward": timestep_norm_fwd,
 }
-_BACKWARD = ("cema backward", "cema backward by scans")
+_CEMA = ("cema forward", "cema forward by scans", "cema backward", "cema backward by scans")
 _ATTENTION = ("attention forward", "attention backward")
 SHAPES: dict[str, tuple[SIZES, tuple[str, ...]]] = {
     "200M": ({"T": 16384, "C": 2048, "K": 256, "V": 2048, "H": 1}, _ATTENTION),
     "7B": ({"T": 16384, "C": 4096, "K": 256, "V": 2048, "H": 4}, _ATTENTION),
     "small heads": ({"T": 16384, "C": 2048, "K": 64, "V": 64, "H": 8}, _ATTENTION),
-    "cema of 8 x 2048": ({"T": 16384, "D": 1024, "N": 16}, ("cema forward", *_BACKWARD)),
+    "cema of 8 x 2048": ({"T": 16384, "D": 1024, "N": 16}, _CEMA),
     "norm of 8 x 2048": ({"T": 16384, "D": 1024, "G": 32}, ("timestep_norm forward",)),
 }
 
@@ -272,7 +285,7 @@ def measure(shapes: Iterable[str], device: str = "cuda") -> dict[tuple[str, str]
         out = call()
         backward = partial(torch.autograd.grad, out, inputs, torch.randn_like(out), retain_graph=True)
         for path in paths:
-            if path == _BACKWARD[1]:  # what is not taken at these sizes
+            if path.endswith("by scans"):  # what is not taken at these sizes
                 continue
             way = {"forward": call, "backward": backward}[path.split()[1]]
             gpu.timed(way, 3)

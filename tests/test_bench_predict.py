@@ -103,7 +103,7 @@ def test_what_is_measured_stands_beside_the_least_time(code, monkeypatch):
     monkeypatch.setattr(predict.gpu, "timed", lambda way, calls: (1.5e-6 * calls, way()))
     measured = predict.measure(shapes, device="cpu")
     rows = {(name, path) for name, (_, paths) in shapes.items() for path in paths}
-    assert rows - measured.keys() == {("cema of 8 x 2048", "cema backward by scans")}
+    assert rows - measured.keys() == {("cema of 8 x 2048", f"cema {way} by scans") for way in ("forward", "backward")}
     text = predict.table({"kernel": code}, CARD, shapes, measured)
     assert text.count("| 50 | memory |") == len(rows) and text.count("| 50 |  | 30 |") == len(measured)
 

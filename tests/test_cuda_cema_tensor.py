@@ -1,4 +1,4 @@
-"""The backward of cema on tensor cores, emulated: cuda/cema/cema_mma.cuh."""
+"""The backward's sums of cema on tensor cores, emulated: cuda/cema/cema_mma.cuh."""
 
 from __future__ import annotations
 

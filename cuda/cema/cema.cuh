@@ -1,4 +1,5 @@
-// CEMA: reference/cema.py. What its kernels share; the kernels are in cema_scan.cuh, cema_step.cuh and cema_bwd.cuh.
+// CEMA: reference/cema.py. What its kernels share. The scan's are in cema_scan.cuh and, by tensor cores, in
+// cema_mma_scan.cuh; beside them cema_step.cuh for few steps, cema_bwd.cuh for gradients.
 //
 //   u_t = q u_{t-1} + x_t      h = p u      y_t = Re(sum_n c_n u_t[n]) + omega x_t,  c = gamma p
 //
@@ -30,9 +31,7 @@
 // Bytes: x is read by phase 2 and again by phase 4, y is written once; states are 8 N / tile bytes a channel and step.
 #pragma once
 
-#include "cema.h"
-#include "complex.cuh"
-#include "sequences.cuh"
+#include "cema_arrays.cuh"
 #include "vec.cuh"
 
 namespace megalodon {
@@ -48,107 +47,6 @@ template <class T> constexpr int kBatch = sizeof(T) == 2 ? 8 : 4;   // steps tha
 template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // of an SM, at least
 template <class R> constexpr double kLeastScale = sizeof(R) == 4 ? 0x1p-32 : 0x1p-200;
 template <class R> constexpr double kLeastPhase = sizeof(R) == 4 ? 0x1p-44 : 0x1p-200;
-
-// Rows of the table, (N', D') each and, of the matrices, (D', N'); then come the bases. Matrices are stored by rows,
-// then what rounding them to R has lost.
-enum Plane {
-  kAlpha, kBeta, kDelta,
-  kOutFirst, kOutSecond,  // y = sum of kOutFirst first + kOutSecond second
-  kTileMatrix,
-  kSpanMatrix = kTileMatrix + 8,
-  kPlanes = kSpanMatrix + 8,
-};
-constexpr int kBasis = 8;  // numbers of a basis
-constexpr int kBlock = 16, kPowers = kBlock + 2;  // steps of a product on tensor cores; pairs a mode and channel
-
-// An array in global memory whose elements depend on the dtype of the call: of<R>() points to elements Of<R>.
-template <template <class> class Of, class Void = void>
-struct Array {
-  Void* data;
-
-  MEGALODON_INLINE Array(Void* data_ = nullptr) : data(data_) {}
-  MEGALODON_INLINE explicit operator bool() const { return data; }
-  template <class R>
-  MEGALODON_INLINE auto of() const {
-    return static_cast<std::conditional_t<std::is_const<Void>::value, const Of<R>, Of<R>>*>(data);
-  }
-};
-
-template <class R> using Real = R;  // or T, of x and y
-
-template <class R>
-struct alignas(2 * sizeof(R)) Pair {  // the basis at the top of this file
-  R first, second;
-};
-
-using Reals = Array<Real>;
-using Pairs = Array<Pair>;
-using Complexes = Array<gpu::Complex>;
-using ConstReals = Array<Real, const void>;
-using ConstComplexes = Array<gpu::Complex, const void>;
-
-// One scan over time of up to 32 modes. (N', D') below is `lanes` modes, a power of two, and `width` channels, even;
-// modes and channels beyond the tensors' are zero. A pair is (first, second) of the basis at the top of this file.
-struct Scan {
-  Sequences sequences;
-  int64_t channels, modes;  // D, N of the tensors
-  int64_t first_mode;       // of this group of modes
-  int64_t width, lanes;     // D', N'
-  int64_t tile, tiles;
-  bool reverse;             // against time
-  bool whole;               // two channels may be accessed at once
-  bool resume, more;        // the sums over modes start from, or end in, `sums`
-
-  // The call's tensors.
-  ConstReals in, factor;   // (T, D) T. in: null if zero; then `factor` is not null. factor: null without `products`
-  Reals out;               // (T, D) T
-  ConstReals omega;        // (D)
-  ConstComplexes initial;  // (S, D, N), or null: zero
-  Complexes final;         // (S, D, N), or null: not wanted
-
-  // Coefficients.
-  Reals table;   // kPlanes planes of N' D', and (N', D', kBasis)
-  Pairs powers;  // (D', kPowers, N'): q^0 .. q^15 and the rows of the matrix of q^16; or null: not wanted
-
-  // States.
-  Pairs states;    // (tiles, D', N'): ends of tiles, and then what enters tiles
-  int32_t* stops;  // (tiles): whether a tile's end does not depend on what enters it
-
-  // Sums.
-  Reals sums;               // (T, D): y of the groups of modes so far, where N > 32
-  Reals products;           // (tiles, 2, N', D'): sum over a tile of factor_t times the pair after step t
-  int64_t products_stride;  // from tile to tile
-
-  // The positions of tile k, which holds the tokens k tile .. (k + 1) tile - 1 in either direction.
-  MEGALODON_INLINE int64_t begin(int64_t k) const {
-    const int64_t T = sequences.tokens, end = (k + 1) * tile;
-    return !reverse ? k * tile : end < T ? T - end : 0;
-  }
-  MEGALODON_INLINE int64_t end(int64_t k) const {
-    const int64_t T = sequences.tokens, end = (k + 1) * tile;
-    return reverse ? T - k * tile : end < T ? end : T;
-  }
-  MEGALODON_INLINE int64_t token(int64_t position) const {
-    return reverse ? sequences.tokens - 1 - position : position;
-  }
-  MEGALODON_INLINE int64_t step() const { return reverse ? -channels : channels; }
-  MEGALODON_INLINE int64_t sequence_begin(int64_t s) const {
-    return reverse ? sequences.tokens - sequences.end(s) : sequences.begin(s);
-  }
-  MEGALODON_INLINE int64_t sequence_end(int64_t s) const {
-    return reverse ? sequences.tokens - sequences.begin(s) : sequences.end(s);
-  }
-  template <class R>
-  MEGALODON_INLINE R* pairs(int64_t k, int64_t mode, int64_t channel) const {
-    return &states.of<R>()[(k * width + channel) * lanes + mode].first;
-  }
-  template <class R>
-  MEGALODON_INLINE R* power(int index, int64_t mode, int64_t channel) const {
-    return &powers.of<R>()[(channel * kPowers + index) * lanes + mode].first;
-  }
-  template <class R>
-  MEGALODON_INLINE R* plane(int index) const { return table.of<R>() + index * lanes * width; }
-};
 
 // The positions [begin, end) up to `to` that are of one sequence, or of the padding between two.
 struct Run {
@@ -405,9 +303,14 @@ void for_each_group(Scan& scan, F&& f) {
 
 // A scan without tensors: sizes, and how it is cut.
 Scan make_scan(const CemaParams& params);
-// Bytes of a table, of the states of a scan with its stops, and of `sums`; multiples of 256.
+// Whether tensor cores can take the scan `from` `to`, or the sums of two tensors, and whether they take the scan's output.
+bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, const void* to);
+bool takes_mma_output(const Scan& scan);
+void cut_for_mma(Scan& scan);
+// Bytes of a table, of the states of a scan with its stops, of powers, and of `sums`; multiples of 256.
 int64_t table_bytes(const CemaParams& params);
 int64_t states_bytes(const Scan& scan, DType dtype);
+int64_t powers_bytes(const Scan& scan);
 int64_t sums_bytes(const CemaParams& params);
 // Takes the states and stops of `scan` from `memory`; returns what follows.
 char* take_states(Scan& scan, DType dtype, char* memory);
@@ -419,7 +322,10 @@ void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream);
 // 4. The output, or the final states alone.
 void launch_output(DType dtype, const Scan& scan, void* stream);
 void launch_ends(DType dtype, const Scan& scan, void* stream);
-// Copies the initial states of sequences without tokens to their final states.
+// In cema_mma_scan.cu: 2. and 4. of a scan that is `by_mma`.
+void launch_mma_local(const Scan& scan, void* stream);
+void launch_mma_output(const Scan& scan, void* stream);
+// In cema_scan.cu: copies the initial states of sequences without tokens to their final states.
 void launch_empty(DType dtype, const Scan& scan, void* stream);
 
 }  // namespace cema

@@ -5,29 +5,13 @@ namespace {
 
 using namespace cema;
 
-// Shared memory of a block on an A100 and what came after it. Cards of less have slower tensor cores and memory beside
-// their other units, and would take longer by count (bench/predict.py).
-constexpr size_t kMmaShared = 160 << 10;
-
-// Whether tensor cores take the sums: bf16, whole tiles of sequences without padding and without states. A single tile,
-// an eighth of what a product takes, is not worth it.
-bool takes_mma(const CemaBwdParams& params, const Scan& scan) {
-  const Sequences& sequences = params.sequences;
-  const bool dense = !sequences.cu_seqlens && !sequences.lengths && sequences.row_length % kMmaTile == 0;
-  const bool stateless = params.dy && !params.state && !params.dstate_out && !params.dstate;
-  const auto aligned = [](const void* tensor) { return gpu::aligned<8>(static_cast<const gpu::bf16*>(tensor)); };
-  const bool eighths = params.channels > 0 && params.channels % 8 == 0 && aligned(params.x) && aligned(params.dy);
-  return params.dtype == DType::bf16 && dense && stateless && eighths && scan.tile >= kMmaTile &&
-         sequences.tokens >= 2 * kMmaTile && gpu::max_shared_bytes() >= kMmaShared;
-}
-
 // Sizes and tensors; no workspace yet.
 Gradients make_gradients(const CemaBwdParams& params) {
   Gradients g{};
   g.scan = make_scan(params);
-  if (takes_mma(params, g.scan)) {
-    g.scan.tile = kMmaTile;
-    g.scan.tiles = g.scan.sequences.tokens / kMmaTile;
+  const bool stateless = params.dy && !params.dstate_out && !params.dstate;
+  if (stateless && takes_mma(params, g.scan, params.x, params.dy)) {
+    cut_for_mma(g.scan);
     // Two blocks for each of 132 SMs, if there are as many tiles.
     const int64_t most = ceil_div(g.scan.tiles, kMmaTiles), wanted = 264 / ceil_div(params.channels, kMmaChannels);
     g.shares = LAUNCH_SIZE(cema_shares, wanted < 1 ? 1 : wanted < most ? wanted : most);
@@ -38,6 +22,7 @@ Gradients make_gradients(const CemaBwdParams& params) {
   g.scan.initial = params.state;
   g.adjoint = g.scan;
   g.adjoint.reverse = true;
+  g.adjoint.by_mma = g.shares && takes_mma(params, g.scan, params.dy, params.dx) && takes_mma_output(g.scan);
   g.adjoint.in = params.dy;
   g.adjoint.out = params.dx;
   g.adjoint.initial = params.dstate_out;
@@ -57,9 +42,6 @@ Gradients make_gradients(const CemaBwdParams& params) {
 // Bytes of what tensor cores take beside the states; 0 each without them.
 int64_t slopes_bytes(const Gradients& g) {
   return g.shares ? workspace_part(4 * g.scan.tiles * g.scan.lanes * g.scan.width * sizeof(float)) : 0;
-}
-int64_t powers_bytes(const Gradients& g) {
-  return g.shares ? workspace_part(2 * kPowers * g.scan.lanes * g.scan.width * sizeof(float)) : 0;
 }
 int64_t lags_bytes(const Gradients& g) { return workspace_part(g.shares * kMmaTile * g.scan.width * sizeof(float)); }
 
@@ -81,8 +63,8 @@ void launch_tiles(const Gradients& g, void* stream) {
 int64_t workspace_cema_bwd_cuda(const CemaBwdParams& params) {
   const Gradients g = make_gradients(params);
   const int64_t real = params.dtype == DType::f64 ? 8 : 4;
-  return table_bytes(params) + 2 * states_bytes(g.scan, params.dtype) + slopes_bytes(g) + powers_bytes(g) +
-         lags_bytes(g) + sums_bytes(params) + g.parts * g.stride * real;
+  return table_bytes(params) + 2 * states_bytes(g.scan, params.dtype) + slopes_bytes(g) +
+         (g.shares ? powers_bytes(g.scan) : 0) + lags_bytes(g) + sums_bytes(params) + g.parts * g.stride * real;
 }
 
 void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
@@ -97,7 +79,7 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
     return bytes ? memory - bytes : nullptr;
   };
   g.slopes = take(slopes_bytes(g));
-  g.scan.powers = take(powers_bytes(g));
+  g.scan.powers = g.adjoint.powers = take(g.shares ? powers_bytes(g.scan) : 0);
   g.lags = take(lags_bytes(g));
   g.adjoint.sums = memory;
   g.sums = memory + sums_bytes(params);

@@ -33,7 +33,6 @@ namespace cema {
 constexpr int kRows = 4;         // rows that are loaded at once
 template <class R> constexpr int kSumModes = sizeof(R) == 4 ? 4 : 2;  // of a thread
 constexpr int kFinishWarps = 8;
-constexpr int kMmaTile = 128;    // steps of a tile, and lags, where tensor cores take the sums: cema_mma.cuh
 
 enum Sum { kSumFirst, kSumSecond, kSumWFirst, kSumWSecond, kProductFirst, kProductSecond, kMostSums };
 

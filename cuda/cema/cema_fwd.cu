@@ -13,6 +13,20 @@ bool has_few_steps(const CemaFwdParams& p) {
   return S > 0 && p.modes <= kMostModes && (T <= 4 * S || (T <= 64 * S && T * p.channels * p.modes <= 1 << 22));
 }
 
+// Sizes and tensors; no workspace yet.
+Scan make_forward(const CemaFwdParams& params) {
+  Scan scan = make_scan(params);
+  scan.by_mma = !params.ends_only && takes_mma(params, scan, params.x, params.y) && takes_mma_output(scan);
+  if (scan.by_mma) cut_for_mma(scan);
+  scan.whole = takes_pairs(params.dtype, params.channels, {params.x, params.y});
+  scan.in = params.x;
+  scan.out = params.y;
+  scan.omega = params.omega;
+  scan.initial = params.state;
+  scan.final = params.state_out;
+  return scan;
+}
+
 void launch_steps(const CemaFwdParams& params, void* stream) {
   int lanes = 1;
   while (lanes < params.modes) lanes *= 2;
@@ -30,21 +44,17 @@ void launch_steps(const CemaFwdParams& params, void* stream) {
 
 int64_t workspace_cema_fwd_cuda(const CemaFwdParams& params) {
   if (has_few_steps(params)) return 0;
-  return table_bytes(params) + states_bytes(make_scan(params), params.dtype) + sums_bytes(params);
+  const Scan scan = make_forward(params);
+  return table_bytes(params) + states_bytes(scan, params.dtype) +
+         (scan.by_mma ? powers_bytes(scan) : sums_bytes(params));
 }
 
 void launch_cema_fwd_cuda(const CemaFwdParams& params, void* stream) {
   if (params.channels == 0 || (params.sequences.tokens == 0 && params.sequences.count == 0)) return;
   if (has_few_steps(params)) return launch_steps(params, stream);
-  Scan scan = make_scan(params);
-  scan.whole = takes_pairs(params.dtype, params.channels, {params.x, params.y});
-  scan.in = params.x;
-  scan.out = params.y;
-  scan.omega = params.omega;
-  scan.initial = params.state;
-  scan.final = params.state_out;
+  Scan scan = make_forward(params);
   scan.table = params.workspace;
-  scan.sums = take_states(scan, params.dtype, static_cast<char*>(params.workspace) + table_bytes(params));
+  (scan.by_mma ? scan.powers.data : scan.sums.data) = take_states(scan, params.dtype, static_cast<char*>(params.workspace) + table_bytes(params));
   launch_empty(params.dtype, scan, stream);
   for_each_group(scan, [&] {
     launch_table(params, scan, params.state != nullptr, stream);

@@ -12,7 +12,7 @@
 //
 //   1. cema_tiles_kernel:  e and r, where the states will be; e' and r'; c, for each share of the tiles
 //   2. cema_carry_kernel:  e -> u;   cema_cross_kernel:  r -> k as the carry does, and the sums with u and k
-//   3. cema_output_kernel: dx from k;   cema_finish_kernel adds P(q) and P'(q), by Horner's rule
+//   3. dx from k, by cema_mma_scan.cuh where it can;   cema_finish_kernel adds P(q) and P'(q), by Horner's rule
 //
 // Lags. c_(i+16j) = sum_t dy_(t+i) x_(t-16j): for each 16 steps t one product of A[i][t] = dy_(t+i), 16 x 16, and
 // B[t][j] = x_(t-16j), 16 x 8, zero where a step is not in the tile. A lane has 4 of the 128 lags.
@@ -27,53 +27,24 @@
 // Registers: at most 128 (16 warps an SM). Shared memory: 90.3 KB, and 12.1 KB.
 // H100, (B 8, L 2048, D 1024, N 16): 4.2 M products, 36 us at 1024 multiply-adds a cycle and SM; 2.8 instructions of
 // a warp for a channel and step, 51 us; x, dy 67 MB in, ends and slopes 67 MB out, 40 us. Cross: 102 MB, 30 us.
-// The whole backward about 170 us, and 75 MB of workspace.
+// The whole backward about 130 us, and 75 MB of workspace.
 // Example: L = 256, T = 512: 4 tiles, one group of 8; u = 0 in tiles 0 and 2, k = 0 in tiles 1 and 3.
 #pragma once
 
 #include "cema_bwd.cuh"
 #include "cema_carry.cuh"
-#include "matrix.cuh"
+#include "cema_mma_scan.cuh"
 
 namespace megalodon {
 namespace cema {
 
-constexpr int kMmaWarps = 8, kMmaThreads = kMmaWarps * gpu::kWarp, kMmaChannels = 2 * kMmaWarps;
 constexpr int kMmaTiles = 8;  // of a block at once: half the rows of A
-constexpr int kParts = 3;     // of a float, in bf16
-constexpr int kMmaBlocks = kMmaTile / kBlock;
 // Words of shared memory: of a block of steps, a tile with zeros after its end, and a pair of channels.
 constexpr int kBlockPitch = kBlock + 4, kTilePitch = (kMmaBlocks + 1) * kBlockPitch;
 constexpr int kPairPitch = kMmaTiles * kTilePitch + 4, kMmaWords = kMmaWarps * kPairPitch;
 
 // Where step s of a tile lies: 8 lanes 16 steps or a tile apart, and 4 neighbours of each, are in different banks.
 GPU_INLINE int word_of(int s) { return s / kBlock * kBlockPitch + s % kBlock; }
-
-// The step within a block that row k of B stands for.
-GPU_INLINE int step_of(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }
-
-// Loads tiles [first, first + kMmaTiles) of 16 channels of (T, D); zeros where there are none.
-GPU_INLINE void stage(const Scan& scan, ConstReals tensor, int64_t first, uint32_t* words) {
-  constexpr int all = kMmaTiles * kMmaTile * 2 / kMmaThreads;
-  using Eight = gpu::Pack<uint32_t, 4>;
-  Eight eight[all];
-  const int half = threadIdx.x % 2, row = threadIdx.x / 2;
-  const int64_t channel = int64_t{blockIdx.x} * kMmaChannels + half * 8;
-  GPU_UNROLL
-  for (int i = 0; i < all; ++i) {
-    const int64_t t = first * kMmaTile + i * kMmaThreads / 2 + row;
-    eight[i] = {};
-    if (t < scan.sequences.tokens && channel < scan.channels)
-      eight[i] = gpu::ld<Eight>(tensor.of<gpu::bf16>() + t * scan.channels + channel);
-  }
-  GPU_UNROLL
-  for (int i = 0; i < all; ++i) {
-    const int at = i * kMmaThreads / 2 + row, tile = at / kMmaTile, step = at % kMmaTile;
-    uint32_t* const to = words + half * 4 * kPairPitch + tile * kTilePitch + word_of(step);
-    GPU_UNROLL
-    for (int pair = 0; pair < 4; ++pair) to[pair * kPairPitch] = eight[i].element[pair];
-  }
-}
 
 // Adds the lags of a tile: sum[e][i] is c of channel e and lag  g + 8 (i / 2) + 16 (2 t + i % 2),  lane 4 g + t.
 GPU_INLINE void add_lags(float (&sum)[2][4], const uint32_t* x, const uint32_t* dy) {
@@ -120,66 +91,12 @@ GPU_INLINE void add_lags(float (&sum)[2][4], const uint32_t* x, const uint32_t* 
   }
 }
 
-// Powers of q of 4 groups modes from `mode` on, of one channel.
-template <int groups>
-struct Powers {
-  uint32_t b[groups][2][kParts][2];          // B of q^j, and of j q^j
-  Pair<float> upper[groups], lower[groups];  // rows of the matrix of q^16, of mode 4 n + t
-
-  GPU_INLINE Powers(const Scan& scan, int mode, int64_t channel) {
-    const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
-    GPU_UNROLL
-    for (int n = 0; n < groups; ++n) {
-      GPU_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int j[2] = {kBlock - 1 - step_of(2 * t + 8 * i), kBlock - 1 - step_of(2 * t + 8 * i + 1)};
-        float power[2], slope[2];
-        GPU_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          power[e] = scan.power<float>(j[e], mode + 4 * n + g / 2, channel)[g % 2];
-          slope[e] = static_cast<float>(j[e]) * power[e];
-        }
-        GPU_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-          b[n][0][part][i] = take_part(power);
-          b[n][1][part][i] = take_part(slope);
-        }
-      }
-      upper[n] = gpu::ld<Pair<float>>(scan.power<float>(kBlock, mode + 4 * n + t, channel));
-      lower[n] = gpu::ld<Pair<float>>(scan.power<float>(kBlock + 1, mode + 4 * n + t, channel));
-    }
-  }
-  // Rounds two numbers to bf16, and leaves what is lost.
-  GPU_INLINE static uint32_t take_part(float (&rest)[2]) {
-    const uint32_t part = gpu::pack2<gpu::bf16>(rest[0], rest[1]);
-    rest[0] -= gpu::bit_cast<float>(part << 16);
-    rest[1] -= gpu::bit_cast<float>(part & 0xffff0000u);
-    return part;
-  }
-  GPU_INLINE void multiply_add(int n, float first, float second, float& to_first, float& to_second) const {
-    to_first = upper[n].first * first + (upper[n].second * second + to_first);
-    to_second = lower[n].first * first + (lower[n].second * second + to_second);
-  }
-  // To ends and slopes (d) of 16 steps, adds those of the steps before: q^16 e, and q^16 (e' + 16 e).
-  GPU_INLINE void append(const float (&before)[groups][2][4], float (&d)[groups][2][4]) const {
-    GPU_UNROLL
-    for (int n = 0; n < groups; ++n) {
-      GPU_UNROLL
-      for (int i = 0; i < 4; i += 2) {
-        const float(&end)[4] = before[n][0], (&slope)[4] = before[n][1];
-        multiply_add(n, end[i], end[i + 1], d[n][0][i], d[n][0][i + 1]);
-        multiply_add(n, slope[i] + kBlock * end[i], slope[i + 1] + kBlock * end[i + 1], d[n][1][i], d[n][1][i + 1]);
-      }
-    }
-  }
-};
-
 // Stores ends and slopes of the modes from `mode` on of tiles [first, first + kMmaTiles), channel e of the warp's two.
 template <int groups, int e>
 GPU_INLINE void store_ends(const Gradients& p, int64_t first, int mode, int64_t channel, const uint32_t* x,
                            const uint32_t* dy) {
   const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
-  const Powers<groups> powers(p.scan, mode, channel);
+  const Powers<groups, 2> powers(p.scan, mode, channel);
   float sum[groups][2][4] = {};
 #pragma unroll 2
   for (int block = 0; block < kMmaBlocks; ++block) {
@@ -194,23 +111,8 @@ GPU_INLINE void store_ends(const Gradients& p, int64_t first, int mode, int64_t 
       return reinterpret_cast<const gpu::bf16*>(word) + e;
     });
     float d[groups][2][4] = {};
-    GPU_UNROLL
-    for (int part = kParts - 1; part >= 0; --part) {  // from the smallest on
-      GPU_UNROLL
-      for (int n = 0; n < groups; ++n) {
-        gpu::mma_16816<gpu::bf16>(d[n][0], a, powers.b[n][0][part]);
-        gpu::mma_16816<gpu::bf16>(d[n][1], a, powers.b[n][1][part]);
-      }
-    }
+    powers.multiply(a, d);
     powers.append(sum, d);
-    GPU_UNROLL
-    for (int n = 0; n < groups; ++n) {
-      GPU_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        sum[n][0][i] = d[n][0][i];
-        sum[n][1][i] = d[n][1][i];
-      }
-    }
   }
   if (first + g >= p.scan.tiles) return;
   GPU_UNROLL
@@ -236,8 +138,10 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_tiles_kernel(Gradients p)
     dy[(lane / kBlock * kMmaTiles / 2 + i) * kTilePitch + word_of(kMmaTile + lane % kBlock)] = 0;
   float lags[2][4] = {};
   for (int64_t first = int64_t{blockIdx.y} * kMmaTiles; first < scan.tiles; first += int64_t{gridDim.y} * kMmaTiles) {
-    stage(scan, scan.in, first, words);
-    stage(scan, p.dy, first, words + kMmaWords);
+    const Share<kMmaTiles> share(scan, first, int64_t{blockIdx.x} * kMmaChannels);
+    const auto word = [=](int pair, int i, int step) { return words + pair * kPairPitch + i * kTilePitch + word_of(step); };
+    share.load(scan, scan.in, word);
+    share.load(scan, p.dy, [=](int pair, int i, int step) { return word(pair, i, step) + kMmaWords; });
     const int64_t tile = first + threadIdx.x, tiles_of_row = scan.sequences.row_length / kMmaTile;
     if (blockIdx.x == 0 && threadIdx.x < kMmaTiles && tile < scan.tiles) {
       scan.stops[tile] = tile % tiles_of_row == 0;

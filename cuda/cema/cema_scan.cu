@@ -6,6 +6,12 @@ namespace megalodon {
 namespace cema {
 namespace {
 
+// Shared memory of a block on an A100 and what came after it. Cards of less have slower tensor cores and memory beside
+// their other units, and would take longer by count (bench/predict.py).
+constexpr size_t kMmaShared = 160 << 10;
+
+constexpr int64_t kMostBlocks = 65535;  // of a grid's y
+
 int64_t real_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
 template <class F>
@@ -55,6 +61,28 @@ Scan make_scan(const CemaParams& params) {
   return scan;
 }
 
+// bf16, and whole tiles of sequences without padding and without states to start from. A single tile, an eighth of what
+// the product of a sum takes, is not worth it.
+bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, const void* to) {
+  const Sequences& sequences = params.sequences;
+  const bool dense = !sequences.cu_seqlens && !sequences.lengths && sequences.row_length % kMmaTile == 0;
+  const auto aligned = [](const void* tensor) { return gpu::aligned<8>(static_cast<const gpu::bf16*>(tensor)); };
+  const bool eighths = params.channels > 0 && params.channels % 8 == 0 && aligned(from) && aligned(to);
+  return params.dtype == DType::bf16 && dense && !params.state && eighths && scan.tile >= kMmaTile &&
+         sequences.tokens >= 2 * kMmaTile && gpu::max_shared_bytes() >= kMmaShared;
+}
+
+// A product with half its rows is worth it. 4 modes are few to scan, 17 would take more registers than there are.
+bool takes_mma_output(const Scan& scan) {
+  const int64_t tokens = scan.sequences.tokens, of_block = kMmaRows * kMmaTile;
+  return scan.lanes > 4 && scan.modes <= 16 && 2 * tokens >= of_block && tokens <= kMostBlocks * of_block;
+}
+
+void cut_for_mma(Scan& scan) {
+  scan.tile = kMmaTile;
+  scan.tiles = scan.sequences.tokens / kMmaTile;
+}
+
 int64_t table_bytes(const CemaParams& params) {
   const Scan scan = make_scan(params);
   return workspace_part((kPlanes + kBasis) * scan.lanes * scan.width * real_bytes(params.dtype));
@@ -62,6 +90,10 @@ int64_t table_bytes(const CemaParams& params) {
 
 int64_t states_bytes(const Scan& scan, DType dtype) {
   return workspace_part(scan.tiles * scan.lanes * scan.width * 2 * real_bytes(dtype)) + workspace_part(scan.tiles * 4);
+}
+
+int64_t powers_bytes(const Scan& scan) {
+  return workspace_part(2 * kPowers * scan.lanes * scan.width * sizeof(float));
 }
 
 int64_t sums_bytes(const CemaParams& params) {
@@ -93,10 +125,14 @@ void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream) {
   const int count = b ? 2 : 1;
   dispatch_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    dispatch_modes<T>(a, [&](auto modes) {
-      const Grid grid(a, modes, count);
-      LAUNCH((cema_local_kernel<T, modes>), grid.blocks, grid.threads, 0, stream, scans);
-    });
+    if (a.by_mma) {
+      launch_mma_local(a, stream);
+    } else {
+      dispatch_modes<T>(a, [&](auto modes) {
+        const Grid grid(a, modes, count);
+        LAUNCH((cema_local_kernel<T, modes>), grid.blocks, grid.threads, 0, stream, scans);
+      });
+    }
     const dim3 grid(static_cast<unsigned>(ceil_div(a.lanes * a.width, gpu::kWarp)), static_cast<unsigned>(count));
     LAUNCH(cema_carry_kernel<Compute<T>>, grid, kCarryWarps * gpu::kWarp, 0, stream, scans);
   });
@@ -104,6 +140,7 @@ void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream) {
 
 void launch_output(DType dtype, const Scan& scan, void* stream) {
   if (scan.tiles == 0) return;
+  if (scan.by_mma) return launch_mma_output(scan, stream);
   dispatch_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     if (!scan.in) launch_output_of<T, true, false>(scan, stream);

@@ -34,7 +34,8 @@ GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re,
   }
 }
 
-// The powers re + i phase v of a pole as pairs, and the rows of the matrix that multiplies a pair by q^kBlock.
+// The powers re + i phase v of a pole as pairs, and the second column of the matrix that multiplies a pair by q^kBlock;
+// the first column is q^kBlock.
 template <class R>
 GPU_INLINE void store_powers(const Scan& scan, int64_t mode, int64_t channel, double pole, double phase2,
                              double shear) {
@@ -48,8 +49,8 @@ GPU_INLINE void store_powers(const Scan& scan, int64_t mode, int64_t channel, do
     v = v * pole + re;
     re = next;
   }
-  set(kBlock, re + shear * v, -(phase2 + shear * shear) * v);
-  set(kBlock + 1, v, re - shear * v);
+  set(kBlock, re + shear * v, v);
+  set(kBlock + 1, -(phase2 + shear * shear) * v, re - shear * v);
 }
 
 // A thread takes a mode and channel; neighbouring threads take neighbouring modes.

@@ -92,14 +92,15 @@ template <> GPU_INLINE uint32_t pack2<fp16>(float low, float high) {
 }
 
 // The lower halves (half = 0) or the upper halves (1) of two registers, that of `low` in the lower half.
-template <int half>
-GPU_INLINE uint32_t join_halves(uint32_t low, uint32_t high) {
+GPU_INLINE uint32_t join_halves(int half, uint32_t low, uint32_t high) {
 #if GPU_EMULATED
   return half == 0 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000);
 #else
   return __byte_perm(low, high, half == 0 ? 0x5410 : 0x7632);
 #endif
 }
+template <int half>
+GPU_INLINE uint32_t join_halves(uint32_t low, uint32_t high) { return join_halves(half, low, high); }
 
 // The nearest tf32 (8-bit exponent, 10-bit mantissa), ties away from zero, in the bits of a float.
 GPU_INLINE uint32_t to_tf32(float x) {

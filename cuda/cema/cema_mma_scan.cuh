@@ -1,0 +1,415 @@
+// Phases 2 and 4 of cema.cuh on tensor cores, for bf16 and 5 to 16 modes: the outputs of the forward, and dx.
+//
+// Of a block of 16 steps of a tile, with v, the state before it, and c = gamma p:
+//
+//   e = sum_j q^(15-j) x_j      v <- q^16 v + e      y_i = sum_(j<=i) k_(i-j) x_j + sum_n Re(c_n q_n^(i+1) v_n)
+//
+// k_i = Re(sum_n c_n q_n^i), omega in k_0. A product's A are 16 tiles: x, 16 x 16 and exact, or v of 8 modes, 16 x 16 in
+// pairs (cema.cuh). Its B belong to a channel and stay in registers:
+//
+//   Powers    16 steps x pairs of 4 modes: q^(15-j), in three parts of bf16, which make a float
+//   Readings  16 steps x 8 steps: k_(i-j); pairs of 8 modes x 8 steps: Re(c q^(i+1) v) as two factors of v
+//
+// Readings, and v where it is read, are in two parts: 16 bits of each term, of which y keeps 8. v itself, which goes on
+// from block to block, is a sum in float: tensor cores cut sums off. D of e has v's pairs where A wants them.
+// A zero of k times NaN would be NaN: y of a block in which any x is not finite comes from x without later steps.
+//
+// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are the steps t, t + 4, t + 8, t + 12: a lane's registers are halves
+// of words of shared memory, (x of channel 2p, x of channel 2p + 1), that four lanes read side by side. Columns of
+// Readings, and so of y, are in this order, too. y takes the place of x, and leaves as x came. The adjoint's scan is the
+// same on reversed tiles.
+//
+// Grid: x over 16 channels, y over 16 tiles; a warp takes two channels, one after the other.
+// Registers: at most 128 (16 warps an SM). Shared memory: 67.7 KB, and 1 KB in phase 4.
+// H100, (B 8, L 2048, D 1024, N 16), phase 2: 0.8 M products, 7 us at 1024 multiply-adds a cycle and SM; x 33.5 MB in,
+// states 17 MB out: 15 us. Phase 4: 1.8 M products, 16 us; 1.4 instructions of a warp for 4 steps of a channel, 25 us;
+// x and states in, y out, 84 MB, 25 us. The whole forward about 55 us, with 17 MB of states and 5 MB of coefficients.
+// Example: L = 256, T = 512: 4 tiles, one group, 12 rows of zeros; v = 0 enters the tiles 0 and 2.
+#pragma once
+
+#include "cema.cuh"
+#include "matrix.cuh"
+
+namespace megalodon {
+namespace cema {
+
+constexpr int kMmaWarps = 8, kMmaThreads = kMmaWarps * gpu::kWarp, kMmaChannels = 2 * kMmaWarps;
+constexpr int kMmaBlocks = kMmaTile / kBlock;
+constexpr int kParts = 3;         // of a float, in bf16
+constexpr int kReadingParts = 2;  // of what is read in bf16
+// Words of shared memory: of a tile, and of a pair of channels.
+constexpr int kRowPitch = kMmaTile + 4, kRowsPitch = kMmaRows * kRowPitch + 4, kScanWords = kMmaWarps * kRowsPitch;
+
+// The step within a block that row k of B stands for.
+GPU_INLINE int step_of(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }
+
+// Rounds two numbers to bf16, and leaves what is lost.
+GPU_INLINE uint32_t take_part(float (&rest)[2]) {
+  const uint32_t part = gpu::pack2<gpu::bf16>(rest[0], rest[1]);
+  rest[0] -= gpu::bit_cast<float>(part << 16);
+  rest[1] -= gpu::bit_cast<float>(part & 0xffff0000u);
+  return part;
+}
+
+// What a thread moves of some tiles of 16 channels, between a (T, D) tensor and the words of shared memory.
+template <int tiles>
+struct Share {
+  static constexpr int kRows = kMmaThreads / 2, kAll = tiles * kMmaTile / kRows, kAtOnce = 8;  // rows; of a thread
+  using Eight = gpu::Pack<uint32_t, 4>;
+  int64_t first_token, channel;
+  int half, row;
+  bool exists;
+
+  GPU_INLINE Share(const Scan& scan, int64_t first_tile, int64_t first_channel)
+      : first_token(first_tile * kMmaTile), half(threadIdx.x % 2), row(threadIdx.x / 2) {
+    channel = first_channel + half * 8;
+    exists = channel < scan.channels;
+  }
+  // Loads the share of (T, D) to word(pair, tile, step); zeros where there are no tokens or channels.
+  template <class Word>
+  GPU_INLINE void load(const Scan& scan, ConstReals tensor, Word&& word) const {
+#pragma unroll 1
+    for (int from = 0; from < kAll; from += kAtOnce) {
+      Eight eight[kAtOnce];
+      GPU_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t t = first_token + row + (from + i) * kRows;
+        eight[i] = {};
+        if (t < scan.sequences.tokens && exists)
+          eight[i] = gpu::ld<Eight>(tensor.of<gpu::bf16>() + t * scan.channels + channel);
+      }
+      GPU_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = row + (from + i) * kRows;
+        GPU_UNROLL
+        for (int pair = 0; pair < 4; ++pair)
+          *word(half * 4 + pair, at / kMmaTile, at % kMmaTile) = eight[i].element[pair];
+      }
+    }
+  }
+  template <class Word>
+  GPU_INLINE void store(const Scan& scan, Reals tensor, Word&& word) const {
+#pragma unroll 4
+    for (int i = 0; i < kAll; ++i) {
+      const int at = row + i * kRows;
+      const int64_t t = first_token + at;
+      Eight eight;
+      GPU_UNROLL
+      for (int pair = 0; pair < 4; ++pair)
+        eight.element[pair] = *word(half * 4 + pair, at / kMmaTile, at % kMmaTile);
+      if (t < scan.sequences.tokens && exists) gpu::st(tensor.of<gpu::bf16>() + t * scan.channels + channel, eight);
+    }
+  }
+};
+
+// Powers of q of 4 groups modes from `mode` on, of one channel. kinds = 2: and their slopes.
+template <int groups, int kinds>
+struct Powers {
+  using Sums = float[groups][kinds][4];  // D of 4 modes: ends and, where kinds = 2, slopes
+  uint32_t b[groups][kinds][kParts][2];  // B of q^j, and of j q^j
+  Pair<float> left[groups], right[groups];  // columns of the matrix of q^16, of mode 4 n + t
+
+  GPU_INLINE Powers(const Scan& scan, int mode, int64_t channel) {
+    const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
+    GPU_UNROLL
+    for (int n = 0; n < groups; ++n) {
+      GPU_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int j[2] = {kBlock - 1 - step_of(2 * t + 8 * i), kBlock - 1 - step_of(2 * t + 8 * i + 1)};
+        float power[kinds][2];
+        GPU_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          power[0][e] = scan.power<float>(j[e], mode + 4 * n + g / 2, channel)[g % 2];
+          if constexpr (kinds == 2) power[1][e] = static_cast<float>(j[e]) * power[0][e];
+        }
+        GPU_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+          GPU_UNROLL
+          for (int kind = 0; kind < kinds; ++kind) b[n][kind][part][i] = take_part(power[kind]);
+        }
+      }
+      left[n] = gpu::ld<Pair<float>>(scan.power<float>(kBlock, mode + 4 * n + t, channel));
+      right[n] = gpu::ld<Pair<float>>(scan.power<float>(kBlock + 1, mode + 4 * n + t, channel));
+    }
+  }
+  // Ends and slopes of 16 steps, of x in A.
+  GPU_INLINE void multiply(const uint32_t (&a)[4], Sums& d) const {
+    GPU_UNROLL
+    for (int part = kParts - 1; part >= 0; --part) {  // from the smallest on
+      GPU_UNROLL
+      for (int n = 0; n < groups; ++n) {
+        GPU_UNROLL
+        for (int kind = 0; kind < kinds; ++kind) gpu::mma_16816<gpu::bf16>(d[n][kind], a, b[n][kind][part]);
+      }
+    }
+  }
+  GPU_INLINE void multiply_add(int n, float first, float second, float& to_first, float& to_second) const {
+    to_first = left[n].first * first + (right[n].first * second + to_first);
+    to_second = left[n].second * first + (right[n].second * second + to_second);
+  }
+  // To ends and slopes of 16 steps, adds those of the steps before, q^16 e and q^16 (e' + 16 e), in `sum`.
+  GPU_INLINE void append(Sums& sum, Sums& d) const {
+    GPU_UNROLL
+    for (int n = 0; n < groups; ++n) {
+      GPU_UNROLL
+      for (int i = 0; i < 4; i += 2) {
+        const float(&end)[4] = sum[n][0];
+        multiply_add(n, end[i], end[i + 1], d[n][0][i], d[n][0][i + 1]);
+        if constexpr (kinds == 2) {
+          const float(&slope)[4] = sum[n][1];
+          multiply_add(n, slope[i] + kBlock * end[i], slope[i + 1] + kBlock * end[i + 1], d[n][1][i], d[n][1][i + 1]);
+        }
+      }
+      GPU_UNROLL
+      for (int kind = 0; kind < kinds; ++kind) {
+        GPU_UNROLL
+        for (int i = 0; i < 4; ++i) sum[n][kind][i] = d[n][kind][i];
+      }
+    }
+  }
+};
+
+// Whether no number of A in the warp is an infinity or NaN.
+GPU_INLINE bool all_finite(const uint32_t (&a)[4]) {
+  uint32_t sum = 0;
+  GPU_UNROLL
+  for (int i = 0; i < 4; ++i) sum |= (a[i] & 0x7fff7fffu) + 0x00800080u;  // an exponent of ones overflows
+  return !__any_sync(gpu::kFullMask, (sum & 0x80008000u) != 0);
+}
+
+// What makes y of a block of one channel, whose `kernel` is in shared memory: 16 zeros, then k_0 .. k_15.
+template <int groups>
+struct Readings {
+  uint32_t of_x[2][kReadingParts][2];                // B of 8 steps
+  uint32_t of_states[groups / 2][2][kReadingParts][2];  // B of 8 modes and 8 steps
+
+  GPU_INLINE Readings(const Scan& scan, int64_t channel, float* kernel) {
+    const int lane = threadIdx.x % gpu::kWarp, g = lane / 4, t = lane % 4;
+    float k[3] = {};  // k_0, and k of the steps after step_of(g) and step_of(g + 8)
+    GPU_UNROLL
+    for (int n = 0; n < groups; ++n) {
+      const auto plane = [&](int index) { return scan.plane<float>(index)[(4 * n + t) * scan.width + channel]; };
+      const float first = plane(kOutFirst), second = plane(kOutSecond), beta = plane(kBeta);
+      const float two_shears = plane(kAlpha) - plane(kDelta);
+      k[0] += first;
+      GPU_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const auto power = gpu::ld<Pair<float>>(scan.power<float>(step_of(g + 8 * half) + 1, 4 * n + t, channel));
+        // The output of what power times (1, 0), and times (0, 1), is: the columns of the power's matrix.
+        float factors[2] = {first * power.first + second * power.second,
+                            first * (beta * power.second) + second * (power.first - two_shears * power.second)};
+        k[1 + half] += factors[0];
+        GPU_UNROLL
+        for (int part = 0; part < kReadingParts; ++part) of_states[n / 2][half][part][n % 2] = take_part(factors);
+      }
+    }
+    GPU_UNROLL
+    for (int apart = 1; apart < 4; apart *= 2) {
+      GPU_UNROLL
+      for (int i = 0; i < 3; ++i) k[i] += __shfl_xor_sync(gpu::kFullMask, k[i], apart);
+    }
+    if (lane < kBlock) kernel[lane] = 0;
+    if (lane == 0) kernel[kBlock] = k[0] + scan.omega.of<float>()[channel];
+    if (t == 0) kernel[kBlock + step_of(g) + 1] = k[1];
+    if (t == 0 && g < 7) kernel[kBlock + step_of(g + 8) + 1] = k[2];
+    __syncwarp();
+    GPU_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      GPU_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float* const at = kernel + kBlock + step_of(g + 8 * half) - step_of(2 * t + 8 * i);
+        float values[2] = {at[0], at[-4]};  // of the steps of rows 2 t and 2 t + 1
+        GPU_UNROLL
+        for (int part = 0; part < kReadingParts; ++part) of_x[half][part][i] = take_part(values);
+      }
+    }
+  }
+  GPU_INLINE void add_inputs(float (&y)[2][4], const uint32_t (&x)[4]) const {
+    GPU_UNROLL
+    for (int part = kReadingParts - 1; part >= 0; --part) {
+      GPU_UNROLL
+      for (int half = 0; half < 2; ++half) gpu::mma_16816<gpu::bf16>(y[half], x, of_x[half][part]);
+    }
+  }
+  // Makes what add_inputs adds, each step from x up to this step alone.
+  GPU_INLINE void add_inputs_step_by_step(float (&y)[2][4], const uint32_t (&x)[4]) const {
+    const int t = threadIdx.x % 4;
+#pragma unroll 1
+    for (int last = 0; last < kBlock; ++last) {
+      uint32_t until_last[4];
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int step = t + 8 * (i / 2);
+        until_last[i] = x[i] & ((step <= last ? 0xffffu : 0) | (step + 4 <= last ? 0xffff0000u : 0));
+      }
+      float z[2][4] = {};
+      add_inputs(z, until_last);
+      GPU_UNROLL
+      for (int i = 0; i < 8; ++i)
+        if (t + 4 * (i % 2) + 8 * (i / 4) == last) y[i / 4][i % 4] = z[i / 4][i % 4];
+    }
+  }
+  GPU_INLINE void add_states(float (&y)[2][4], const float (&v)[groups][1][4]) const {
+    GPU_UNROLL
+    for (int eight = 0; eight < groups / 2; ++eight) {
+      uint32_t high[4], low[4];
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float(&pairs)[4] = v[2 * eight + i / 2][0];
+        float rest[2] = {pairs[i % 2 * 2], pairs[i % 2 * 2 + 1]};
+        high[i] = take_part(rest);
+        low[i] = take_part(rest);
+      }
+      GPU_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        gpu::mma_16816<gpu::bf16>(y[half], low, of_states[eight][half][0]);
+        gpu::mma_16816<gpu::bf16>(y[half], high, of_states[eight][half][1]);
+        gpu::mma_16816<gpu::bf16>(y[half], high, of_states[eight][half][0]);
+      }
+    }
+  }
+};
+
+// The blocks of 16 tiles of one channel, e of a warp's two; 4 groups = N'.
+template <int groups>
+struct Channel {
+  const Scan& scan;
+  int64_t first, channel;  // first: of the tiles
+  int e;
+  uint32_t* words;  // of the warp
+  float v[groups][1][4] = {};
+
+  GPU_INLINE Channel(const Scan& scan_, int64_t first_, int64_t channel_, int e_, uint32_t* words_)
+      : scan(scan_), first(first_), channel(channel_), e(e_), words(words_) {}
+
+  // Calls f(tile, mode, number, number) for this lane's pairs of v.
+  template <class F>
+  GPU_INLINE void for_each_pair(F&& f) {
+    const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
+    GPU_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+      const int64_t tile = first + g + 4 * i;
+      GPU_UNROLL
+      for (int n = 0; n < groups; ++n)
+        if (tile < scan.tiles) f(tile, 4 * n + t, v[n][0][i], v[n][0][i + 1]);
+    }
+  }
+  // Calls visit(x in A, words of x of tiles g and g + 8) for each block, before v goes on.
+  template <class Visit>
+  GPU_INLINE void advance(Visit&& visit) {
+    const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
+    const Powers<groups, 1> powers(scan, 0, channel);
+#pragma unroll 1
+    for (int block = 0; block < kMmaBlocks; ++block) {
+      uint32_t* const upper = words + g * kRowPitch + block * kBlock + t;
+      uint32_t* const lower = upper + 8 * kRowPitch;
+      const uint32_t x[4] = {gpu::join_halves(e, upper[0], upper[4]), gpu::join_halves(e, lower[0], lower[4]),
+                             gpu::join_halves(e, upper[8], upper[12]), gpu::join_halves(e, lower[8], lower[12])};
+      gpu::check_a<gpu::bf16>(x, [&](int i, int k) {
+        return reinterpret_cast<const gpu::bf16*>(words + i * kRowPitch + block * kBlock + step_of(k)) + e;
+      });
+      visit(x, upper, lower);
+      float ends[groups][1][4] = {};
+      powers.multiply(x, ends);
+      powers.append(v, ends);
+    }
+  }
+  GPU_INLINE void store() {
+    for_each_pair([&](int64_t tile, int mode, float first_of_pair, float second) {
+      gpu::st(scan.pairs<float>(tile, mode, channel), Pair<float>{first_of_pair, second});
+    });
+  }
+  GPU_INLINE void make_ends() {
+    advance([](auto&&...) {});
+    store();
+  }
+  GPU_INLINE void make_outputs(float* kernel) {
+    const Readings<groups> readings(scan, channel, kernel);
+    for_each_pair([&](int64_t tile, int mode, float& first_of_pair, float& second) {
+      if (scan.stops[tile]) return;
+      const auto enters = gpu::ld<Pair<float>>(scan.pairs<float>(tile, mode, channel));
+      first_of_pair = enters.first;
+      second = enters.second;
+    });
+    advance([&](const uint32_t(&x)[4], uint32_t* upper, uint32_t* lower) {
+      float y[2][4] = {};
+      if (all_finite(x)) readings.add_inputs(y, x);
+      else readings.add_inputs_step_by_step(y, x);
+      readings.add_states(y, v);
+      __syncwarp();  // x has been read
+      GPU_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        uint32_t* const word = (i % 4 < 2 ? upper : lower) + 4 * (i % 2) + 8 * (i / 4);
+        gpu::st_shared(reinterpret_cast<gpu::bf16*>(word) + e, gpu::from_real<gpu::bf16>(y[i / 4][i % 4]));
+      }
+    });
+    if (scan.final) make_final_states();
+  }
+  // Of the tiles that end a sequence, by a detour through `states`, since registers have no number.
+  GPU_INLINE void make_final_states() {
+    store();
+    const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
+    const int64_t tiles_of_row = scan.sequences.row_length / kMmaTile;
+#pragma unroll 1
+    for (int i = 0; i < 2 * groups; ++i) {
+      const int64_t tile = first + g + i % 2 * 8;
+      const int mode = i / 2 * 4 + t;
+      if (tile >= scan.tiles || (tile + 1) % tiles_of_row != 0 || mode >= scan.modes) continue;
+      const auto pair = gpu::ld<Pair<float>>(scan.pairs<float>(tile, mode, channel));
+      const int64_t at = (tile / tiles_of_row * scan.channels + channel) * scan.modes + mode;
+      gpu::st(scan.final.of<float>() + at, Basis<float>(scan, mode, channel).final(pair));
+    }
+  }
+};
+
+// The tiles and channels of a block, in its words of shared memory.
+struct Block {
+  const Scan& scan;
+  uint32_t* words;
+  int64_t first, first_channel, channel;  // channel: the first of the warp's two
+  Share<kMmaRows> share;
+
+  GPU_INLINE Block(const Scan& scan_, uint32_t* words_)
+      : scan(scan_), words(words_), first(int64_t{blockIdx.y} * kMmaRows),
+        first_channel(int64_t{blockIdx.x} * kMmaChannels),
+        channel(first_channel + threadIdx.x / gpu::kWarp * 2), share(scan_, first, first_channel) {
+    share.load(scan, scan.in, *this);
+    __syncthreads();
+  }
+  GPU_INLINE uint32_t* operator()(int pair, int tile, int step) const {
+    return words + pair * kRowsPitch + tile * kRowPitch + (scan.reverse ? kMmaTile - 1 - step : step);
+  }
+  // Calls f(one of the warp's two channels) for both.
+  template <int groups, class F>
+  GPU_INLINE void for_each_channel(F&& f) const {
+#pragma unroll 1
+    for (int e = 0; e < 2 && channel < scan.channels; ++e) {
+      Channel<groups> of_warp(scan, first, channel + e, e, words + threadIdx.x / gpu::kWarp * kRowsPitch);
+      f(of_warp);
+    }
+  }
+};
+
+template <int groups>
+__global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_local_kernel(Scan scan) {
+  SMEM_DYN(uint32_t, words);
+  const Block block(scan, words);
+  const int64_t tile = block.first + threadIdx.x, tiles_of_row = scan.sequences.row_length / kMmaTile;
+  if (block.first_channel == 0 && threadIdx.x < kMmaRows && tile < scan.tiles)
+    scan.stops[tile] = tile % tiles_of_row == 0;
+  block.for_each_channel<groups>([](Channel<groups>& channel) { channel.make_ends(); });
+}
+
+template <int groups>
+__global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_output_kernel(Scan scan) {
+  SMEM_DYN(uint32_t, words);
+  SMEM_ARRAY(float, kernels, 2 * kBlock * kMmaWarps);
+  const Block block(scan, words);
+  float* const kernel = kernels + threadIdx.x / gpu::kWarp * 2 * kBlock;
+  block.for_each_channel<groups>([=](Channel<groups>& channel) { channel.make_outputs(kernel); });
+  __syncthreads();
+  block.share.store(scan, scan.out, block);
+}
+
+}  // namespace cema
+}  // namespace megalodon
