@@ -33,7 +33,7 @@
 
 #include "cema_bwd.cuh"
 #include "cema_carry.cuh"
-#include "cema_mma_scan.cuh"
+#include "cema_mma_parts.cuh"
 
 namespace megalodon {
 namespace cema {

@@ -223,8 +223,8 @@ BUGS = {
         "test_cuda_large_tensors.py::test_normalized_qk_at_offsets_beyond_31_bits[256]",
     ),
     "32-bit-offsets-of-sums-over-groups-of-modes": Bug(
-        "cema/cema_scan.cuh", "static_cast<R*>(scan.sums) + at",
-        "static_cast<R*>(scan.sums) + ({on} ? static_cast<int>(at) : at)",
+        "cema/cema_scan.cuh", "scan.sums.of<R>() + at",
+        "scan.sums.of<R>() + ({on} ? static_cast<int>(at) : at)",
         "test_cuda_large_tensors.py::test_cema_scans_offsets_beyond_31_bits[33]",
     ),
     "raw-offsets-in-blocks-of-rows": Bug(
