@@ -249,8 +249,9 @@ struct Block {
   // Calls f(one of the warp's two channels) for both.
   template <int groups, class F>
   GPU_INLINE void for_each_channel(F&& f) const {
+    if (channel >= scan.channels) return;
 #pragma unroll 1
-    for (int e = 0; e < 2 && channel < scan.channels; ++e) {
+    for (int e = 0; e < 2; ++e) {
       Channel<groups> of_warp(scan, first, channel + e, e, words + threadIdx.x / gpu::kWarp * kRowsPitch);
       f(of_warp);
     }
