@@ -120,6 +120,8 @@ class ComplexEMA(WideParameters):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.alpha.is_meta:  # no values; there torch's functions would import its compiler, 1.6 s
+            return
         dim = self.alpha.shape[0]
         nn.init.normal_(self.alpha, std=0.2)
         nn.init.normal_(self.delta, std=0.2)
@@ -198,7 +200,7 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         if self.of_tokens:
             _init_token_rows(self.weight)
-        else:
+        elif not self.weight.is_meta:  # as ComplexEMA
             nn.init.normal_(self.weight, std=(3 * self.in_features) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
