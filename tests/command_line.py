@@ -105,17 +105,22 @@ def draw_nothing(path: Path, rows: list[dict[str, Any]], references: dict[str, f
     path.write_bytes(b"no picture")
 
 
-@contextmanager
-def quick_commands(draw: Callable[..., None] = draw_nothing) -> Iterator[None]:
-    """Inside, commands have one thread, which is faster on models this small, samples are short, and runs are drawn by `draw`.
+def hasten(patch: pytest.MonkeyPatch, draw: Callable[..., None] = draw_nothing) -> None:
+    """Commands have one thread, which is faster on models this small, samples are short, and runs are drawn by `draw`.
 
     Nothing waits for the disk either: a process that is killed loses nothing that it has written.
     """
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setattr(os, "fsync", lambda file: None)
+    patch.setattr("megalodon_ops.cli.train.draw_metrics", draw)
+    patch.setattr("megalodon_ops.cli.generate.SAMPLE", 20)
+
+
+@contextmanager
+def quick_commands(draw: Callable[..., None] = draw_nothing) -> Iterator[None]:
+    """Inside, commands of this process are hastened."""
     with pytest.MonkeyPatch.context() as patch, threads(1):
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(os, "fsync", lambda file: None)
-        patch.setattr("megalodon_ops.cli.train.draw_metrics", draw)
-        patch.setattr("megalodon_ops.cli.generate.SAMPLE", 20)
+        hasten(patch, draw)
         yield
 
 

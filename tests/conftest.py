@@ -1,101 +1,48 @@
-"""Fixtures of the op tests: which backend runs them, and memory that is poisoned before a kernel writes it."""
+"""How the tests are shared between the workers of pytest-xdist; what every worker begins with is in shared_fixtures.py."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+
+import pytest
 
 # Before torch loads OpenMP: tests run beside each other, and threads that spin would take the other tests' cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-
-import backends
-import pytest
-import torch
-from cuda_emulator.emulator import Emulator
-from hypothesis import HealthCheck, settings
-from ranks import Ranks
-
-from megalodon_ops import _C
-
-pytest_plugins = ["command_line", "cuda_emulator.fixtures"]
-
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # `pytest &`: tests of Ctrl-C, and their children, heed it all the same
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Every run draws equal examples; HYPOTHESIS_PROFILE=explore draws new ones, and more. One backend serves all of a test.
-WHOLE_TEST = [HealthCheck.function_scoped_fixture]
-settings.register_profile("default", max_examples=15, deadline=None, derandomize=True, suppress_health_check=WHOLE_TEST)
-settings.register_profile(
-    "explore", max_examples=300, deadline=None, print_blob=True,
-    suppress_health_check=[*WHOLE_TEST, HealthCheck.too_slow],
+# One worker runs the tests of several processes: another one would import for processes of its own, 7 s, what these fork.
+RANKS = ("test_distributed", "test_plan_exchange", "test_ranks", "test_batches_ranks", "test_shards_ranks")
+LONG = (
+    *RANKS, "test_cuda_known_bugs", "test_cuda_sanitized", "test_readme", "test_hf_tools", "test_docs",
+    "test_corrupt_checkpoints", "test_memory_limits", "test_fork",
 )  # fmt: skip
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+"""Files that begin early, so that no worker is left alone with one"""
 
 
-@pytest.fixture(params=backends.DEVICES)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on the CPU's kernels, on CUDA's in the emulator, and on CUDA's where there is a GPU."""
-    if request.param == "cuda-emulated":
-        running = Emulator(request.getfixturevalue("emulated_module")).replacing(_C)
-    elif request.param == "cuda":
-        running = backends.gpu()
-    else:
-        running = backends.isa(backends.DEFAULT_ISA if request.param == "cpu" else request.param)
-    with running:
-        yield request.param
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The process that hands the tests out runs none, and need not import torch."""
+    if not session.config.pluginmanager.hasplugin("dsession"):
+        session.config.pluginmanager.import_plugin("shared_fixtures")
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN (or the largest integer), so that an element which no kernel writes shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those of many tests."""
+    counts = Counter(item.path.name for item in items)
+    items.sort(key=lambda i: (not i.path.name.startswith(LONG), -counts[i.path.name], i.path.name))
 
 
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Processes for `ranks.run(function, world_size, *args)`; skips beside a torch that the package refuses to run them with."""
-    from megalodon_ops.distributed.fsdp import check_torch
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
 
-    try:
-        check_torch()
-    except ImportError as error:
-        pytest.skip(str(error))
-    pool = Ranks()
-    yield pool
-    pool.close()
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ranks" if os.path.basename(file).startswith(RANKS) else file
 
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Two threads, even where torch would take another number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def file_size_limit() -> Callable[[int], AbstractContextManager[None]]:
-    """`with file_size_limit(n)`: writing a file beyond n bytes fails, as on a full disk."""
-
-    @contextmanager
-    def limited(size: int) -> Iterator[None]:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limited
+    return Files(config, log)

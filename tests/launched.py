@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch.distributed as dist
 from command_line import TINY as ALONE
+from command_line import hasten
 from ranks import TIMEOUT, forkserver
 
 from megalodon_ops import cli
@@ -36,7 +37,7 @@ def flags(text: Path, out: Path, *more: object) -> list[str]:
     return ["train", "--data", str(text), "--out", str(out), *TINY, *map(str, more)]
 
 
-def command(arguments: Sequence[str], environment: dict[str, str] | None = None, patch: Any = None) -> Result:
+def command(arguments: Sequence[str], patch: Any = None) -> Result:
     """Runs a command in this process of the pool, as torchrun would start it.
 
     patch: a function that is called with pytest's MonkeyPatch before.
@@ -46,9 +47,7 @@ def command(arguments: Sequence[str], environment: dict[str, str] | None = None,
     with pytest.MonkeyPatch.context() as changed:
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}.items():
             changed.setenv(name, value)
-        for name, value in {"OMP_NUM_THREADS": "1", **(environment or {})}.items():
-            changed.setenv(name, value)
-        changed.setattr("megalodon_ops.cli.generate.SAMPLE", 20)
+        hasten(changed)
         if patch is not None:
             patch(changed)
         faulthandler.dump_traceback_later(TIMEOUT - 10, file=sys.__stderr__)  # where a process waits forever
@@ -89,7 +88,8 @@ class Launch:
 def _rank(arguments: list[str], rank: int, port: int, folder: Path, patch: Callable[[], Any] | None) -> None:
     for number, stream in enumerate(("out", "err"), 1):
         os.dup2(os.open(folder / f"{rank}.{stream}", os.O_WRONLY | os.O_CREAT), number)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    hasten(pytest.MonkeyPatch())
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     sys.argv[1:] = arguments
     if patch is not None:

@@ -7,10 +7,10 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import run_python
 from torch.utils._pytree import tree_map
 
 from megalodon_ops import _C
+from megalodon_ops.ops import library
 from megalodon_ops.ops import linear as module
 from megalodon_ops.ops.linear import KernelChoice, choices, linear, linear_fwd
 
@@ -133,16 +133,24 @@ def test_tensors_of_other_types_are_left_to_torch(rows, gradients):
         torch.testing.assert_close(linear(x, doubled), F.linear(x, 2 * weight))
 
 
-def test_variable_leaves_all_to_torch():
-    done = run_python("import megalodon_ops.ops.linear as m; print(m.CHOICES)", MEGALODON_OPS_LINEAR="torch")
-    assert done.stdout.split() == ["{}"], done.stderr
+def imported_again(monkeypatch, variable):
+    """The module as a process with this variable has it, but for the ops, which torch takes once."""
+    monkeypatch.setenv("MEGALODON_OPS_LINEAR", variable)
+    monkeypatch.setattr(library, "define_op", lambda *_, **__: None)
+    spec = importlib.util.spec_from_file_location("megalodon_ops.ops.linear_again", module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    return again
+
+
+def test_variable_leaves_all_to_torch(monkeypatch):
+    assert imported_again(monkeypatch, "torch").CHOICES == {}
+    assert imported_again(monkeypatch, "auto").CHOICES == module.CHOICES
 
 
 def test_a_wrong_choice_is_refused(monkeypatch):
-    monkeypatch.setenv("MEGALODON_OPS_LINEAR", "blas")
-    spec = importlib.util.spec_from_file_location("megalodon_ops.ops.linear_again", module.__file__)
     with pytest.raises(ImportError, match="megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got blas"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        imported_again(monkeypatch, "blas")
 
 
 @pytest.mark.parametrize(("vendor", "mkl", "expected"), [("GenuineIntel", True, False), ("AuthenticAMD", True, True),

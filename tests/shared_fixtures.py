@@ -1,0 +1,96 @@
+"""Fixtures of the op tests: which backend runs them, and memory that is poisoned before a kernel writes it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import backends
+import pytest
+import torch
+from cuda_emulator.emulator import Emulator
+from hypothesis import HealthCheck, settings
+from ranks import Ranks
+
+from megalodon_ops import _C
+
+pytest_plugins = ["command_line", "cuda_emulator.fixtures"]
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # `pytest &`: tests of Ctrl-C, and their children, heed it all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Every run draws equal examples; HYPOTHESIS_PROFILE=explore draws new ones, and more. One backend serves all of a test.
+WHOLE_TEST = [HealthCheck.function_scoped_fixture]
+settings.register_profile("default", max_examples=15, deadline=None, derandomize=True, suppress_health_check=WHOLE_TEST)
+settings.register_profile(
+    "explore", max_examples=300, deadline=None, print_blob=True,
+    suppress_health_check=[*WHOLE_TEST, HealthCheck.too_slow],
+)  # fmt: skip
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(params=backends.DEVICES)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on the CPU's kernels, on CUDA's in the emulator, and on CUDA's where there is a GPU."""
+    if request.param == "cuda-emulated":
+        running = Emulator(request.getfixturevalue("emulated_module")).replacing(_C)
+    elif request.param == "cuda":
+        running = backends.gpu()
+    else:
+        running = backends.isa(backends.DEFAULT_ISA if request.param == "cpu" else request.param)
+    with running:
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN (or the largest integer), so that an element which no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for `ranks.run(function, world_size, *args)`; skips beside a torch that the package refuses to run them with."""
+    from megalodon_ops.distributed.fsdp import check_torch
+
+    try:
+        check_torch()
+    except ImportError as error:
+        pytest.skip(str(error))
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads, even where torch would take another number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def file_size_limit() -> Callable[[int], AbstractContextManager[None]]:
+    """`with file_size_limit(n)`: writing a file beyond n bytes fails, as on a full disk."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
