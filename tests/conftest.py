@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,6 +27,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """The process that hands the tests out runs none, and need not import torch."""
     if not session.config.pluginmanager.hasplugin("dsession"):
         session.config.pluginmanager.import_plugin("shared_fixtures")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays. To look for garbage in it takes a tenth of the time that the tests are read in."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

@@ -312,10 +312,10 @@ def small(monkeypatch, tmp_path):
     return ["--quick", "--out", str(tmp_path / "out"), "--threads", "1", "--data", str(folder)]
 
 
-SLOW = [pytest.param(claim, marks=pytest.mark.slow) for claim in ("speed", "ablation")]
+SLOW = [pytest.param(claim, marks=pytest.mark.slow) for claim in ("tasks", "speed", "ablation")]
 
 
-@pytest.mark.parametrize("claim", ["loss", "context", "tasks", *SLOW])
+@pytest.mark.parametrize("claim", ["loss", "context", *SLOW])
 def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monkeypatch):
     assert main([claim, "--plan", *small]) == 0
     planned = capsys.readouterr().out

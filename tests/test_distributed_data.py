@@ -18,7 +18,7 @@ if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_c
 
 from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
 
-STEPS = 5
+STEPS = 3
 SLOW = pytest.mark.slow
 
 

@@ -133,8 +133,7 @@ def fails_amid(sizes: str, where: str) -> None:
     raise AssertionError("three steps, and no error")
 
 
-@pytest.mark.parametrize("where", ["backward", "forward"])
-@pytest.mark.parametrize("sizes", ["data=2", "chunk=2", "tensor=2"])
+@pytest.mark.parametrize(("sizes", "where"), [("data=2", "backward"), ("chunk=2", "forward"), ("tensor=2", "backward")])
 def test_a_rank_that_ends_ends_the_others(sizes, where):
     with contextlib.closing(Ranks()) as ranks, pytest.raises(RankError) as caught:
         ranks.run(fails_amid, 2, sizes, where)
@@ -181,50 +180,15 @@ def test_programs_end_of_which_one_fails(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "fault", "why"),
-    [
-        (1, 'raise ValueError("amid the layers")', "ValueError: amid the layers"),
-        (0, "os.kill(os.getpid(), 9)", "Signal 9 "),
-    ],
-)
-def test_the_last_words_of_torchrun_are_the_first_failure(tmp_path, rank, fault, why):
-    """The other rank says one line, before."""
+def test_the_last_words_of_torchrun_are_the_first_failure(tmp_path):
+    """The other rank says one line, before. test_distributed_train_launch.py kills a process of `train`."""
     program = tmp_path / "train.py"
-    text = FAILING.replace("CONFIG", repr(TINY)).replace('raise ValueError("amid the layers")', f"import os; {fault}")
-    program.write_text(text.replace("dist.get_rank() == 1", f"dist.get_rank() == {rank}"))
+    program.write_text(FAILING.replace("CONFIG", repr(TINY)))
     found = subprocess.run(
         [*TORCHRUN, "2", "--master-port", str(free_port()), program], capture_output=True, text=True, timeout=120
     )
     last = found.stderr.rpartition("Root Cause")[2].strip().splitlines()
-    assert last[-2].startswith(f"  traceback : {why}") and f"  rank      : {rank} (local_rank: {rank})" in last, (
-        found.stderr
-    )
-    (line,) = re.findall(rf"^\[rank{1 - rank}\]: (.*)$", found.stderr, re.M)
+    assert last[-2].startswith("  traceback : ValueError: amid the layers"), found.stderr
+    assert "  rank      : 1 (local_rank: 1)" in last, found.stderr
+    (line,) = re.findall(r"^\[rank0\]: (.*)$", found.stderr, re.M)
     assert line.startswith("another process has ended, or does not answer: "), line
-
-
-RESTARTED = """
-import os, torch, torch.distributed as dist
-from megalodon_ops.distributed import make_mesh
-
-mesh = make_mesh("data=2", device_type="cpu")
-total = torch.ones(())
-dist.all_reduce(total)
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    if dist.get_rank() == 1:
-        os.kill(os.getpid(), 9)
-    dist.all_reduce(total)
-os.write(1, f"sum {total.item()}; ".encode())  # in one piece
-"""
-
-
-@pytest.mark.slow
-def test_processes_that_are_started_again_find_each_other(tmp_path):
-    program = tmp_path / "again.py"
-    program.write_text(RESTARTED)
-    found = subprocess.run(
-        [*TORCHRUN, "2", "--master-port", str(free_port()), "--max-restarts", "1", program],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert found.returncode == 0 and found.stdout.count("sum 2.0") == 2, found.stderr

@@ -65,7 +65,7 @@ def whole(text, tmp_path_factory):
     return out, printed
 
 
-LONG = ("--layers", 2, "--steps", 40, "--checkpoint-every", 10, "--eval-every", 20)
+LONG = ("--layers", 2, "--steps", 24, "--checkpoint-every", 6, "--eval-every", 12)
 
 
 @slow
@@ -78,11 +78,11 @@ def test_a_launch_prints_what_one_process_prints(whole):
 
 @slow
 def test_killed_at_a_random_moment(whole, text, tmp_path):
-    """The run goes on from the last whole checkpoint: no step is lost, and none is counted twice."""
+    """Processes that are started again find each other and go on from the last whole checkpoint: each step counts once."""
     draw, out = random.Random(), tmp_path / "run"
     process = start([2, "--max-restarts", 3], flags(text, out, *LONG), tmp_path)
     with ended_afterwards(process):
-        after = draw.randrange(2, 35)
+        after = draw.randrange(2, 20)
         wait_for(lambda: len(losses(out)) >= after, process)
         time.sleep(0.3 * draw.random())
         victims = workers(process)
@@ -91,9 +91,9 @@ def test_killed_at_a_random_moment(whole, text, tmp_path):
         wait_for(lambda: workers(process) and not set(victims) & set(workers(process)), process)
         printed, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
-    assert [row["step"] for row in losses(out)] == list(range(1, 41))
+    assert [row["step"] for row in losses(out)] == list(range(1, 25))
     assert_losses(out, whole[0], 1e-6)
-    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000030", "step-00000040"}
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000018", "step-00000024"}
 
 
 @slow
@@ -156,23 +156,17 @@ def test_a_missing_process(text, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize(("how", "rank"), [("backward", 1), ("killed", 0)])
-def test_a_process_that_fails_ends_all(text, tmp_path, how, rank):
-    """Within seconds; the last that the user sees is why. test_distributed_train.py has the others."""
-    program = [Path(__file__).with_name("failing_rank.py")]
-    arguments = flags(text, tmp_path / "run", "--steps", 6)
-    process = start([2], arguments, tmp_path, program, FAILS=how, FAILING_RANK=str(rank))
+def test_a_process_that_is_killed_ends_all(text, tmp_path):
+    """Within seconds; the last that the user sees is why. test_distributed_train.py has processes that fail."""
+    program = [Path(__file__).with_name("killed_rank.py")]
+    process = start([2], flags(text, tmp_path / "run", "--steps", 6), tmp_path, program)
     with ended_afterwards(process):
         _, err = process.communicate(timeout=120)  # of processes that wait for each other for ten minutes
     assert process.returncode != 0
     *_, why, _ = lines_of(err)
-    assert why.strip().startswith(
-        "traceback : ZeroDivisionError: " if how == "backward" else "traceback : Signal 9 "
-    ), err
-    assert f"rank      : {rank} (local" in err.rpartition("Root Cause")[2]
-    assert (len(lines_of_the_command(err)), "Traceback" in err.partition("ChildFailed")[0]) == (
-        (0, True) if how == "backward" else (1, True)
-    )
+    assert why.strip().startswith("traceback : Signal 9 "), err
+    assert "rank      : 0 (local" in err.rpartition("Root Cause")[2]
+    assert len(lines_of_the_command(err)) == 1, err
     assert [row["step"] for row in losses(tmp_path / "run")] == [1]
 
 

@@ -237,6 +237,7 @@ def test_autocast():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.slow  # test_programs.py compiles a step, test_model_loss.py the loss with its gradients
 def test_compiles_to_one_graph():
     model, tokens = tiny_model(torch.float32, num_layers=1), tokens_of(2, 20)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -89,7 +89,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Each has a case with more in it beside it.
+SLOW = ("sharded", "chunk", "tensor")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
 def test_bytes_are_those_of_the_collectives(ranks, case):
     sizes, fields, options = CASES[case]
     found = ranks.run(counted, 2, sizes, fields, options)
