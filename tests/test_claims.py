@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import importlib.metadata
 import json
 import math
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,21 @@ from megalodon_ops.training import Batches, Reader
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from bench.claims import ablation, context, loss, memory, models, report, runs, speed, task_runs, text, train, verdict  # noqa: E402
+from bench.claims import (
+    ablation,
+    context,
+    long_loss,
+    loss,
+    memory,
+    models,
+    report,
+    runs,
+    speed,
+    task_runs,
+    text,
+    train,
+    verdict,
+)  # noqa: E402
 from bench.claims.__main__ import CLAIMS, main  # noqa: E402
 from bench.claims.llama import Llama, WindowState, hidden_like, similar  # noqa: E402
 
@@ -194,10 +210,11 @@ DOCUMENTS = [bytes((7 * i + j) % 251 for j in range(90)) for i in range(5)]
 RECIPE = train.Recipe(tokens=8 * 2 * 12, rows=2, length=12, lr=1e-2, warmup=2)
 
 
-@pytest.mark.parametrize("name", loss.BOTH)
-def test_training_that_was_cut_off_gives_the_same_losses(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, optimizer", [(models.MEGALODON, "muon"), (models.LLAMA, "adamw")])
+def test_training_that_was_cut_off_gives_the_same_losses(name, optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
     carries = name == models.MEGALODON
+    recipe = RECIPE._replace(optimizer=optimizer)
 
     def trained(scratch, stop=None):
         model, calls, of_reader = models.build(name, CONFIG, 6, 1), [0], Reader.loss
@@ -208,15 +225,22 @@ def test_training_that_was_cut_off_gives_the_same_losses(name, tmp_path, monkeyp
                 raise KeyboardInterrupt
             return of_reader(self, batch, reduction)
 
+        def look():
+            return {"first": next(model.parameters()).sum().item(), "step": calls[0]}
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Reader, "loss", counted)
-            return train.train_on_text(model, RECIPE, DOCUMENTS, scratch, seed=3, carries=carries), calls[0]
+            options = dict(seed=3, carries=carries, context_length=24)
+            return train.train_on_text(model, recipe, DOCUMENTS, scratch, look=look, **options), calls[0]
 
     whole, _ = trained(tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut.pt", stop=6)
     again, calls = trained(tmp_path / "cut.pt")
     assert calls == 3 and again["curve"] == whole["curve"] and again["steps"] == 8
+    assert [look["step"] for look in whole["looks"].values()] == [2, 4, 8] and [*whole["looks"]] == ["0.25", "0.5", "1"]
+    assert [look["step"] for look in again["looks"].values()] == [2, 4, 3]  # the first two were kept
+    assert all(again["looks"][part]["first"] == whole["looks"][part]["first"] for part in whole["looks"])
 
 
 def test_both_models_read_the_same_batches(tmp_path, monkeypatch):
@@ -282,6 +306,37 @@ def test_long_text_is_cut_from_the_middle(tmp_path):
         text.long_text([str(tmp_path / "a")], 2000, 3)
 
 
+def test_packages_are_those_of_the_list_and_held_out_whole(monkeypatch, tmp_path):
+    files = text.sources("safetensors", (version := importlib.metadata.version("safetensors")))
+    assert len(files) > 3 and all(files)
+    lines = [text.described(part, "safetensors", version, files) for part in ("train", "test")]
+    other = text.sources("filelock", importlib.metadata.version("filelock"))
+    lines.append(text.described("validation", "filelock", importlib.metadata.version("filelock"), other))
+    monkeypatch.setattr(text, "PACKAGES", tmp_path / "packages.txt")
+    text.PACKAGES.write_text("\n".join(lines))
+    found = text.tokens(tmp_path, 300, None)
+    assert found.tokenizer.vocab_size == 300 and found.facts["train bytes"] == sum(map(len, {*files}))
+    assert not found.test  # what is learned from is not asked
+    assert [found.tokenizer.decode(ids) for ids in found.train] == [*dict.fromkeys(files)]
+    opened = [document.tokens for document in found.validation]
+    assert all(ids[0] == found.tokenizer.start for ids in opened)
+    assert [found.tokenizer.decode(ids[1:]) for ids in opened] == [*dict.fromkeys(other)]
+    assert sum(document.num_bytes for document in found.validation) == sum(map(len, dict.fromkeys(other)))
+    monkeypatch.setattr(text, "_of_packages", None)  # is kept
+    assert text.tokens(tmp_path, 300, None).facts == found.facts
+    with pytest.raises(SystemExit, match="no sources of safetensors 0: pip install --no-deps safetensors==0"):
+        text.sources("safetensors", "0")
+
+
+def test_the_list_of_packages_is_whole():
+    lines = [line.split() for line in text.PACKAGES.read_text().splitlines()]
+    size = {part: sum(int(line[4]) for line in lines if line[0] == part) for part, *_ in lines}
+    assert size["train"] > 150e6 and size["validation"] > 0.9e6 and size["test"] > 1.9e6
+    assert all(len(line) == 6 and len(line[5]) == 64 for line in lines) and len({line[1] for line in lines}) == len(
+        lines
+    )
+
+
 def test_text_of_packages_that_are_not_there_is_asked_for(monkeypatch):
     monkeypatch.setattr(text, "LONG", {"of-nobody": ("/nowhere/*", "/nowhere/*")})
     with pytest.raises(SystemExit, match="no text of of-nobody: apt-get install of-nobody"):
@@ -302,6 +357,9 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(loss, "LENGTH", 32)
     monkeypatch.setattr(loss, "RATES", (2e-3,))
     monkeypatch.setattr(loss, "LONGER", 0)
+    monkeypatch.setattr(long_loss, "QUICK", ("tiny", 256, 270))
+    monkeypatch.setattr(long_loss, "ROWS", {32: 2, 64: 1})
+    monkeypatch.setattr(long_loss, "RATES", dict.fromkeys(loss.BOTH, (2e-3,)))
     monkeypatch.setattr(ablation, "QUICK", ("tiny", 600))
     monkeypatch.setattr(context, "QUICK", ("tiny", 4096, 1 << 11))
     monkeypatch.setattr(task_runs, "QUICK", ("tiny", 1, 2))
@@ -312,7 +370,7 @@ def small(monkeypatch, tmp_path):
     return ["--quick", "--out", str(tmp_path / "out"), "--threads", "1", "--data", str(folder)]
 
 
-SLOW = [pytest.param(claim, marks=pytest.mark.slow) for claim in ("tasks", "speed", "ablation")]
+SLOW = [pytest.param(claim, marks=pytest.mark.slow) for claim in ("tasks", "speed", "ablation", "long-loss")]
 
 
 @pytest.mark.parametrize("claim", ["loss", "context", *SLOW])
@@ -324,7 +382,7 @@ def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monke
     results = tmp_path / "out" / f"{claim}-quick.jsonl"
     found = runs.results(results).values()
     assert len(found) >= int(planned.split(f"{claim}: ")[1].split()[0])
-    assert not list((tmp_path / "out" / f"{claim}-quick-unfinished").iterdir())
+    assert not list((tmp_path / "out" / f"{claim}-quick-unfinished").glob("*.pt"))
     assert all(len(line) < 4_000 for line in results.read_text().splitlines())
     assert all(c["machine"]["torch"] == torch.__version__ and c["seconds"] >= 0 and c["date"] for c in found)
     monkeypatch.setattr(runs.machine, "describe", None)  # what is finished is not run again
@@ -383,6 +441,8 @@ def test_a_claim_that_is_stopped_says_how_it_goes_on(tmp_path, capsys, monkeypat
     monkeypatch.setattr(loss, "run", stop)
     assert main(["loss", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().out == "loss: stopped; the same command goes on\n"
+    monkeypatch.setattr(loss, "run", lambda session, data: signal.pause())
+    assert main(["loss", "--out", str(tmp_path), "--hours", "0.00001"]) == 130
 
 
 def test_the_plan_of_everything_fits_half_a_day(tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from bench.claims import loss, memory, models, runs, speed, task_runs, verdict  # noqa: E402
+from bench.claims import long_loss, loss, memory, models, runs, speed, task_runs, verdict  # noqa: E402
 
 
 def test_models_are_told_apart_by_the_spread_over_seeds():
@@ -123,3 +123,46 @@ def test_tasks_are_decided_when_all_have_run():
     assert " 0.1100 ± " in next(line for line in task_runs.table(found + beside) if line.startswith("| mqar"))
     worse = [of("mqar", task_runs.OURS, seed, right=0.2) for seed in range(3)]
     assert task_runs.verdicts(worse + found[3:])["claim"] == verdict.NOT_HELD
+
+
+def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkeypatch, capsys):
+    ours, theirs = loss.BOTH
+    best = {
+        (ours, "adamw"): (1.5, 8e-3),
+        (ours, "muon"): (1.4, 32e-3),
+        (theirs, "adamw"): (1.4, 5e-4),
+        (theirs, "muon"): (1.5, 2e-3),
+    }
+
+    def work(scratch, *, length, model, optimizer, lr, seed, **_):
+        bits, rate = best[model, optimizer]
+        validation = bits + 0.01 * abs(math.log2(rate / lr) - (length == 2048))
+        test = (1.3 if model == ours else 1.4 + 0.1 * (length == 512)) + 0.001 * seed - 0.1 * (optimizer == "adamw")
+        looks = {part: {"validation": validation, "test": test + 1 - float(part)} for part in ("0.25", "0.5", "1")}
+        return {"looks": looks, "whole": test, "train_loss": 1.0, "parameters": 1}
+
+    monkeypatch.setattr(long_loss, "work", work)
+    session = runs.Session("long-loss", tmp_path)
+    long_loss.run(session, None)
+    found = [*runs.results(session.path).values()]
+    names = {content["run"] for content in found}
+    rates = {name.split()[3] for name in names if name.startswith("512 megalodon muon")}
+    assert rates == {"lr=0.004", "lr=0.008", "lr=0.016", "lr=0.032"}  # as far as a sweep goes on
+    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (4 + 3) + 4 + 4 + 4
+    chosen = {
+        (512, ours): ("muon", 32e-3),
+        (512, theirs): ("adamw", 5e-4),
+        (2048, ours): ("muon", 16e-3),
+        (2048, theirs): ("adamw", 25e-5),
+    }
+    assert {key: trained[2:] for key, trained in long_loss.chosen(found).items()} == chosen
+    said = long_loss.verdicts(found)
+    assert (
+        said["rows of 512, test"] == verdict.HELD and said["rows of 2048, test"] == said["claim"] == verdict.UNDECIDED
+    )
+    of_2048 = [content for content in found if content["settings"]["length"] == 2048]
+    assert long_loss.verdicts(of_2048)["claim"] == verdict.UNDECIDED
+    row = next(line for line in long_loss.table(found) if "muon, 0.032, chosen" in line)
+    assert row.startswith(
+        "| 512 | megalodon | 1 | muon, 0.032, chosen | 3 | 1.3010 ± 0.0010 | 1.8010 ± 0.0010 | 2.0510"
+    )

@@ -106,8 +106,9 @@ def work(
     result = train_on_text(built, Recipe(tokens, ROWS, LENGTH, lr), corpus.train, scratch, seed=seed, carries=carries)
     result |= {"parameters": built.num_parameters(), "text": corpus.fingerprint}
     if held_out:
-        bits = bits_per_byte(built, corpus.held_out, [LENGTH], LENGTH)
-        whole = bits_per_byte(built, corpus.held_out, ["all"], 2048 if carries else LENGTH // 2)
+        documents = text.to_evaluate(corpus.held_out)
+        bits = bits_per_byte(built, documents, [LENGTH], LENGTH)
+        whole = bits_per_byte(built, documents, ["all"], 2048 if carries else LENGTH // 2)
         result["held_out_bits_per_byte"] = bits | whole
     return result
 

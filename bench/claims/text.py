@@ -1,16 +1,22 @@
-"""Text for the claims: whole documents of files, or long documents that are made of them."""
+"""Text for the claims: whole documents of files, long documents that are made of them, and packages' sources as tokens."""
 
 from __future__ import annotations
 
 import glob
 import gzip
 import hashlib
+import importlib.metadata
+import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
+
 from megalodon_ops.cli.data import find_files, load_corpus
 from megalodon_ops.evaluation import Document
+from megalodon_ops.tokenizers import Tokenizer, load_tokenizer
 from megalodon_ops.training import START, Corpus
+from megalodon_ops.training.corpus import Parts
 
 LONG = {
     "perl-doc": ("/usr/share/perl/5.*/pod/perlfunc.pod", "/usr/share/perl/5.*/pod/*.pod"),
@@ -75,3 +81,104 @@ def content(file: Path) -> bytes:
 def to_evaluate(texts: list[bytes]) -> list[Document]:
     """Documents of bytes, longest first, which is fastest."""
     return [Document([START, *text], len(text)) for text in sorted(texts, key=len, reverse=True)]
+
+
+PACKAGES = Path(__file__).with_name("packages.txt")
+"""Of each package of Python whose sources are read: its part, name and version, files, bytes, and sha256 of them"""
+OF_TOKENIZER = 8
+"""The tokenizer learns from every so many documents of the text to learn from"""
+
+
+class Tokens(NamedTuple):
+    """Documents as ids; whole packages are held out."""
+
+    train: Parts
+    validation: list[Document]
+    test: list[Document]
+    tokenizer: Tokenizer
+    facts: dict[str, int | str]
+    """sha256 of the list and of the tokenizer, bytes and tokens of the text to learn from"""
+
+
+def tokens(folder: Path, vocabulary: int, paths: list[str] | None) -> Tokens:
+    """The sources of PACKAGES, or files, of which the first of eight is validation and the second test; kept in `folder`.
+
+    Of equal documents the first is kept, those to learn from before those held out.
+    """
+    kept, folder_of_tokenizer = folder / "text.npz", folder / "tokenizer"
+    if not kept.exists():
+        files = _of_paths(paths) if paths else _of_packages()
+        tokenizer = Tokenizer.train(files["train"][::OF_TOKENIZER], vocab_size=vocabulary)
+        tokenizer.save(folder_of_tokenizer)
+        columns = {}
+        for part, documents in files.items():
+            ids = tokenizer.encode_batch(documents)
+            columns[f"{part} ids"] = numpy.concatenate([*ids, []]).astype(numpy.uint16)
+            columns[f"{part} lengths"] = numpy.array([*map(len, ids)], numpy.int64)
+            columns[f"{part} bytes"] = numpy.array([*map(len, documents)], numpy.int64)
+            columns[f"{part} text"] = numpy.frombuffer(hashlib.sha256(b"".join(documents)).digest(), numpy.uint8)
+        draft = folder / "draft.npz"
+        numpy.savez(draft, **columns)
+        draft.replace(kept)
+    tokenizer = load_tokenizer(folder_of_tokenizer)
+    found = dict(numpy.load(kept))
+    held_out = {
+        part: [
+            Document([tokenizer.start, *ids.tolist()], int(size))
+            for ids, size in zip(_documents(found, part), found[f"{part} bytes"], strict=True)
+        ]
+        for part in ("validation", "test")
+    }
+    facts = {f"{part} sha256": found[f"{part} text"].tobytes().hex() for part in ("train", *held_out)}
+    facts |= {"train bytes": int(found["train bytes"].sum()), "train tokens": len(found["train ids"])}
+    return Tokens(_documents(found, "train"), **held_out, tokenizer=tokenizer, facts=facts)
+
+
+def _documents(found: dict[str, numpy.ndarray], part: str) -> Parts:
+    ids, lengths = found[f"{part} ids"], found[f"{part} lengths"]
+    starts = lengths.cumsum() - lengths
+    return Parts(lambda number: ids[starts[number] :], numpy.arange(len(lengths)), lengths)
+
+
+def _of_paths(paths: list[str]) -> dict[str, list[bytes]]:
+    documents = [file.read_bytes() for file in find_files(paths)]
+    rest = [document for i, document in enumerate(documents) if i % 8 > 1]
+    return {"train": rest, "validation": documents[::8], "test": documents[1::8]}
+
+
+def _of_packages() -> dict[str, list[bytes]]:
+    parts: dict[str, list[bytes]] = {}
+    for line in PACKAGES.read_text().splitlines():
+        part, name, version, *_ = line.split()
+        documents = sources(name, version)
+        if described(part, name, version, documents) != line:
+            raise SystemExit(
+                f"{PACKAGES.name}: {name} {version} has other files here; pip install --force-reinstall it"
+            )
+        parts.setdefault(part, []).extend(documents)
+    seen: set[bytes] = set()
+    return {
+        part: [document for document in documents if not (document in seen or seen.add(document))]
+        for part, documents in parts.items()
+    }
+
+
+def sources(name: str, version: str) -> list[bytes]:
+    """The package's files of Python with content, in the order of their names."""
+    try:
+        package = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        package = None
+    if package is None or package.version.partition("+")[0] != version:
+        raise SystemExit(
+            f"no sources of {name} {version}: pip install --no-deps {name}=={version}, or name text with --data"
+        )
+    files = sorted(str(file) for file in package.files or () if file.suffix == ".py")
+    documents = (Path(os.fspath(package.locate_file(file))).read_bytes() for file in files)
+    return [document for document in documents if document]
+
+
+def described(part: str, name: str, version: str, documents: list[bytes]) -> str:
+    """The line of PACKAGES."""
+    digest = hashlib.sha256(b"".join(hashlib.sha256(document).digest() for document in documents)).hexdigest()
+    return f"{part} {name} {version} {len(documents)} {sum(map(len, documents))} {digest}"

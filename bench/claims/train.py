@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 import megalodon_ops as mo
-from megalodon_ops.evaluation import evaluate
+from megalodon_ops.evaluation import Document, evaluate
 from megalodon_ops.model.states import complete, from_named, named_tensors
-from megalodon_ops.training import START, Batches, Reader, Schedule, adamw, optimizer_threads, threads
+from megalodon_ops.training import START, Batches, Muon, Reader, Schedule, adamw, optimizer_threads, threads
 
 from bench import records
 
@@ -32,6 +32,9 @@ VOCABULARY = START + 1
 WEIGHT_DECAY, CLIP = 0.1, 1.0
 SAVE_EVERY = 60.0
 """Seconds between two savings of how far a run has come"""
+LOOKS = (0.25, 0.5, 1)
+"""Parts of a run after which a model is looked at, where it is asked for"""
+OPTIMIZERS = {"adamw": adamw, "muon": Muon}
 KEPT_POINTS = 50
 """Points of a curve that a result keeps at most"""
 
@@ -44,18 +47,19 @@ class Recipe(NamedTuple):
     length: int
     lr: float
     warmup: int = 100
+    optimizer: str = "adamw"
 
     @property
     def steps(self) -> int:
         return max(1, round(self.tokens / (self.rows * self.length)))
 
 
-def config(size: str, chunk_size: int) -> mo.MegalodonConfig:
+def config(size: str, chunk_size: int, vocabulary: int = VOCABULARY) -> mo.MegalodonConfig:
     """MEGALODON of a named size, with one rule of widths: values and hidden units 2 D, keys D / 2, groups of 16 channels."""
     layers, dim = SIZES[size]
     return mo.MegalodonConfig(
         num_layers=layers, model_dim=dim, z_dim=dim // 2, value_dim=2 * dim, num_heads=1, ffn_hidden_dim=2 * dim,
-        norm_num_groups=dim // 16, chunk_size=chunk_size, vocab_size=VOCABULARY,
+        norm_num_groups=dim // 16, chunk_size=chunk_size, vocab_size=vocabulary,
     )  # fmt: skip
 
 
@@ -71,20 +75,23 @@ def train(
     *,
     position: Callable[[], dict[str, Any]],
     seek: Callable[[dict[str, Any]], None],
+    look: Callable[[], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Trains the model on what `next_loss` gives, step after step; from `scratch` where an earlier call had come to.
 
     position, seek: how far the source of the losses is, as torch.save takes it, and going on from there.
+    look: figures of the model after each part of LOOKS, as JSON.
     """
-    optimizer = adamw(model, lr=recipe.lr, weight_decay=WEIGHT_DECAY)
+    optimizer = OPTIMIZERS[recipe.optimizer](model, lr=recipe.lr, weight_decay=WEIGHT_DECAY)
     schedule = Schedule(recipe.lr, recipe.warmup, recipe.steps)
-    step, losses, spent = 0, [], 0.0
+    step, losses, spent, looks = 0, [], 0.0, {}
+    marks = {round(part * recipe.steps): f"{part:g}" for part in LOOKS if look is not None}
     if scratch.exists():
         saved = torch.load(scratch, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         seek(saved["position"])
-        step, losses, spent = saved["step"], saved["losses"], saved["seconds"]
+        step, losses, spent, looks = saved["step"], saved["losses"], saved["seconds"], saved["looks"]
     model.train()
     begin = saved_at = time.monotonic()
     while step < recipe.steps:
@@ -99,11 +106,13 @@ def train(
         step += 1
         if not math.isfinite(losses[-1]):  # a learning rate too high is a result
             break
+        if step in marks:
+            looks[marks[step]] = look()
         if time.monotonic() - saved_at > SAVE_EVERY or step == recipe.steps:
             saved_at = time.monotonic()
             content = {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "position": position(), "step": step,
-                "losses": losses, "seconds": spent + saved_at - begin,
+                "losses": losses, "looks": looks, "seconds": spent + saved_at - begin,
             }  # fmt: skip
             draft = scratch.with_suffix(".draft")
             torch.save(content, draft)
@@ -114,14 +123,26 @@ def train(
         "curve": _thinned(losses),
         "train_seconds": round(seconds, 1),
         "steps": step,
+        **({"looks": looks} if looks else {}),
     }
 
 
 def train_on_text(
-    model: nn.Module, recipe: Recipe, documents: Sequence[bytes], scratch: Path, *, seed: int, carries: bool
+    model: nn.Module,
+    recipe: Recipe,
+    documents: Sequence[Any],
+    scratch: Path,
+    *,
+    seed: int,
+    carries: bool,
+    look: Callable[[], dict[str, Any]] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Bytes of documents, the same batches for every model of a seed; carries: whether the state goes from batch to batch."""
-    batches = Batches(documents, recipe.rows, recipe.length, seed=seed, end=None)
+    """Bytes or ids of documents, the same batches for every model of a seed.
+
+    carries: whether the state goes from batch to batch. look: as of `train`. options: of Batches.
+    """
+    batches = Batches(documents, recipe.rows, recipe.length, seed=seed, end=None, **options)
     reader = Reader(model, carries=carries)
 
     def position() -> dict[str, Any]:
@@ -134,13 +155,15 @@ def train_on_text(
         if found["state"] is not None:
             reader.seek(from_named(found["state"]))
 
-    return train(model, recipe, lambda: reader.loss(batches.next()), scratch, position=position, seek=seek)
+    return train(model, recipe, lambda: reader.loss(batches.next()), scratch, position=position, seek=seek, look=look)
 
 
-def bits_per_byte(model: nn.Module, texts: list[bytes], contexts: list[Any], piece: int) -> dict[str, float | None]:
+def bits_per_byte(
+    model: nn.Module, documents: list[Document], contexts: list[Any], piece: int
+) -> dict[str, float | None]:
     """By context; a model whose loss is infinite or NaN has None."""
     try:
-        found = evaluate(model, text.to_evaluate(texts), contexts=contexts, piece=piece)
+        found = evaluate(model, documents, contexts=contexts, piece=piece)
     except FloatingPointError:
         return dict.fromkeys(map(str, contexts))
     return {str(result.context): result.bits_per_byte for result in found}
@@ -163,9 +186,11 @@ training MEGALODON of 4M, 1M and 100k parameters, and 131, 94 and 48 training th
 two 1.5 times, of 100k 1.3 times. Results state the seconds estimated beside those taken."""
 
 
-def estimate(size: str, chunk: int, name: str, tokens: float, length: int, *, training: bool = True) -> float:
+def estimate(
+    size: str, chunk: int, name: str, tokens: float, length: int, *, training: bool = True, vocabulary: int = VOCABULARY
+) -> float:
     """Seconds on 2 quiet cores."""
-    return tokens * flops_a_token(config(size, chunk), name, length, training) / RATES[size]
+    return tokens * flops_a_token(config(size, chunk, vocabulary), name, length, training) / RATES[size]
 
 
 def _last_tenth(losses: list[float]) -> float | None:
@@ -205,8 +230,9 @@ def main(arguments: list[str] | None = None) -> None:
     result = train_on_text(model, recipe, corpus.train, scratch, seed=options.seed, carries=carries)
     piece = 2048 if carries else options.length // 2
     result["parameters"] = model.num_parameters()
-    result["held_out_bits_per_byte"] = bits_per_byte(model, corpus.held_out, [options.length], options.length)
-    result["held_out_bits_per_byte"] |= bits_per_byte(model, corpus.held_out, ["all"], piece)
+    held_out = text.to_evaluate(corpus.held_out)
+    result["held_out_bits_per_byte"] = bits_per_byte(model, held_out, [options.length], options.length)
+    result["held_out_bits_per_byte"] |= bits_per_byte(model, held_out, ["all"], piece)
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     content = {"settings": settings, "machine": runs.facts(), "result": result}
     records.write(options.out / "result.json", json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,191 @@
+"""Claim a again, by longer runs: 60 MB of sources as tokens, documents in parts, each model's best optimizer and rate."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import loss, models, text, verdict
+from .runs import Session
+from .train import LOOKS, Recipe, bits_per_byte, config, estimate, train_on_text
+
+TITLE = "Loss against a Transformer's after 60 MB"
+RULE = (
+    "Rows of 512 and of 2,048 tokens, as many as make 8,192 tokens a step; MEGALODON's chunk is a row, which is what the Llama "
+    "sees; documents are cut into parts of two rows. The text is sources of Python packages (bench/claims/packages.txt), of which "
+    "whole packages are held out, one part for choosing and one for testing; tokens are a BPE's, learned from the text to learn "
+    "from. All runs are of full length. In rows of 512, each model's rate is chosen for AdamW and for Muon, from two rates and "
+    "up to two more by a factor of 2 while the best is at an end, then the better of the two optimizers; in rows of 2,048 that "
+    "optimizer is kept, and of its rate and half of it the better chosen. Each choice is by validation bits per byte at the end, "
+    "by one seed; three seeds of what was chosen are compared. At each length, bits per byte of the test packages at the end, in "
+    "windows of a row, decide by more than 3 standard errors. Held where MEGALODON's are lower at both lengths, not held where "
+    "they are higher at one. Beside these, which decide nothing: the same after a quarter and half of the run, whose rates have not "
+    "come down yet, and whole documents."
+)
+SIZE, TOKENS, VOCABULARY = "1M", 25_000_000, 1024
+QUICK = ("100k", 60_000, 300)
+ROWS = {512: 16, 2048: 4}
+"""Of a batch, by their length"""
+RATES = {models.MEGALODON: (4e-3, 8e-3), models.LLAMA: (1e-3, 2e-3)}
+"""Half of what the sweeps of `loss` chose at 1M parameters, and its neighbour: of MEGALODON's 0.016 the lower one, of the
+Llama's 0.002, which was better than its half, the upper one"""
+OPTIMIZERS = ("adamw", "muon")
+PIECE = 2048
+"""Tokens of a document that a call reads of held-out text"""
+SECONDS = 1.5
+"""Of one thread for each of two"""
+HELD_OUT = {"validation": 400_000, "test": 840_000}
+"""Tokens, about"""
+
+
+class Trained(NamedTuple):
+    """What the runs of one row of the table have in common; they differ by their seeds."""
+
+    length: int
+    model: str
+    optimizer: str
+    lr: float
+
+
+def run(session: Session, data: list[str] | None) -> None:
+    size, tokens, vocabulary = QUICK if session.quick else (SIZE, TOKENS, VOCABULARY)
+    others = dict(size=size, tokens=tokens, vocabulary=vocabulary, data=data)
+
+    @functools.cache
+    def bits(key: Trained, seed: int) -> float | None:
+        """Of the validation packages."""
+        estimated = seconds(key, size, tokens, vocabulary)
+        name = f"{key.length} {key.model} {key.optimizer} lr={key.lr:g} seed={seed}"
+        found = session.run(name, work, estimated, **key._asdict(), rows=ROWS[key.length], **others, seed=seed)
+        return None if found is None else loss.as_figure(in_windows(found, "validation"))
+
+    first, *more = session.seeds()
+    best: dict[str, Trained] = {}
+    for length in ROWS:
+        for model in loss.BOTH:
+            if model in best:
+                before = best[model]
+                keys = [before._replace(length=length, lr=rate) for rate in (before.lr / 2, before.lr)]
+            else:
+                keys = [Trained(length, model, optimizer, 0.0) for optimizer in OPTIMIZERS]
+                keys = [
+                    key._replace(lr=loss.sweep(lambda rate: bits(key._replace(lr=rate), first), RATES[model]))
+                    for key in keys
+                ]
+            found = {key: bits(key, first) for key in keys}
+            best[model] = keys[-1] if None in found.values() else min(found, key=found.get)
+        for model in loss.BOTH:
+            for seed in more:
+                bits(best[model], seed)
+
+
+def seconds(key: Trained, size: str, tokens: int, vocabulary: int) -> float:
+    """Of one thread. At each look the held-out text is read in windows, and at the end the test as a whole, by the Llama twice."""
+    reading = sum(HELD_OUT.values()) * len(LOOKS) + HELD_OUT["test"] * (2 if key.model == models.LLAMA else 1)
+    reading = min(reading, tokens)  # of a quick run
+    work_of = ((tokens, True), (reading, False))
+    return SECONDS * sum(
+        estimate(size, key.length, key.model, count, key.length, training=training, vocabulary=vocabulary)
+        for count, training in work_of
+    )
+
+
+def work(
+    scratch: Path, *, length: int, model: str, optimizer: str, lr: float, rows: int, size: str, tokens: int, vocabulary: int,
+    data: list[str] | None, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    corpus = text.tokens(scratch.parent, vocabulary, data)
+    built = models.build(model, config(size, length, corpus.tokenizer.vocab_size), length // 2, seed)
+    carries = model != models.LLAMA
+
+    def look() -> dict[str, Any]:
+        held_out = {"validation": corpus.validation, "test": corpus.test}
+        return {
+            part: bits_per_byte(built, documents, [length], PIECE)[str(length)] for part, documents in held_out.items()
+        }
+
+    result = train_on_text(
+        built, Recipe(tokens, rows, length, lr, optimizer=optimizer), corpus.train, scratch, seed=seed, carries=carries,
+        look=look, start=corpus.tokenizer.start, context_length=2 * length,
+    )  # fmt: skip
+    whole = bits_per_byte(built, corpus.test, ["all"], PIECE if carries else length // 2)
+    return result | {"whole": whole["all"], "parameters": built.num_parameters(), "text": corpus.facts}
+
+
+def in_windows(result: dict[str, Any], part: str = "test", look: float = LOOKS[-1]) -> float | None:
+    """Bits per byte in windows of a row; None where a loss was not finite."""
+    return result.get("looks", {}).get(f"{look:g}", {}).get(part)
+
+
+FIGURES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "test": in_windows,
+    "test, half": lambda result: in_windows(result, look=0.5),
+    "test, a quarter": lambda result: in_windows(result, look=0.25),
+    "test, whole documents": lambda result: result["whole"],
+    "validation": lambda result: in_windows(result, "validation"),
+    "training, nats a token": lambda result: result["train_loss"],
+}
+
+
+def figures(results: list[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]) -> dict[Trained, list[float]]:
+    """Of all seeds."""
+    found: dict[Trained, list[float]] = {}
+    for content in results:
+        key = Trained(*(content["settings"][name] for name in Trained._fields))
+        found.setdefault(key, []).append(loss.as_figure(pick(content["result"])))
+    return dict(sorted(found.items()))
+
+
+def chosen(results: list[dict[str, Any]]) -> dict[tuple[int, str], Trained]:
+    """By length and model, what most seeds were run of."""
+    found = figures(results, in_windows)
+    return {key[:2]: max((k for k in found if k[:2] == key[:2]), key=lambda k: len(found[k])) for key in found}
+
+
+def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
+    keys = chosen(results)
+    by_comparison = {}
+    for what, pick in FIGURES.items():
+        found = figures(results, pick)
+        for length in ROWS:
+            ours, theirs = (found.get(keys.get((length, model)), []) for model in loss.BOTH)
+            by_comparison[f"rows of {length}, {what}"] = verdict.lower(ours, theirs)
+    decisive = next(iter(FIGURES))
+    return {
+        "claim": verdict.together([by_comparison[f"rows of {length}, {decisive}"] for length in ROWS]),
+        **by_comparison,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    keys = chosen(results).values()
+    parameters = {content["settings"]["model"]: content["result"]["parameters"] for content in results}
+    found = [figures(results, pick) for pick in FIGURES.values()]
+    lines = [
+        "Bits per byte, in windows of a row but for whole documents.", "",
+        f"| row | model | parameters | optimizer, rate | seeds | {' | '.join(FIGURES)} |",
+        "|" + " --- |" * (5 + len(FIGURES)),
+    ]  # fmt: skip
+    for key in found[0]:
+        rate = f"{key.optimizer}, {key.lr:g}" + (", chosen" if key in keys else "")
+        cells = [str(key.length), key.model, f"{parameters[key.model]:,}", rate, str(len(found[0][key]))]
+        lines.append("| " + " | ".join([*cells, *(verdict.spread(of_what[key]) for of_what in found)]) + " |")
+    return lines
+
+
+def plot(results: list[dict[str, Any]], figure: Any) -> None:
+    for axes, length in zip(figure.subplots(1, len(ROWS), sharey=True), ROWS, strict=True):
+        for model in loss.BOTH:
+            key = chosen(results).get((length, model))
+            points = {
+                look: figures(results, lambda result: in_windows(result, look=look)).get(key, []) for look in LOOKS
+            }
+            means = [statistics.fmean(values) for values in points.values() if values]
+            axes.plot([*LOOKS][: len(means)], means, color=models.COLOURS[model], label=model)
+            for look, values in points.items():
+                axes.plot([look] * len(values), values, ".", color=models.COLOURS[model])
+        axes.set(title=f"rows of {length} tokens", xlabel="part of the run", ylabel="test, bits per byte", xticks=LOOKS)
+        axes.legend()
