@@ -1,0 +1,171 @@
+"""Gecko's parts in plain torch (bench/claims/gecko.py) against numbers of the released code in float64, and MEGALODON without them.
+
+tests/data/gecko: what gecko-llm (github XuezheMax/gecko-llm, commit fe04b3b, MIT) computes, its Python unchanged but for float64,
+its CUDA functions replaced by references in plain torch. Segments of documents are not in them: the rows here begin afresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import megalodon_ops as mo
+
+pytest.importorskip("transformers")
+
+from bench.claims import gecko, models, train  # noqa: E402
+from bench.claims.gecko import Gecko, Parts  # noqa: E402
+
+CONFIG = dataclasses.replace(train.config("tiny", 8), num_layers=2, num_heads=2)
+EXACT = dict(rtol=1e-11, atol=1e-11)
+
+
+def golden(name, prefix=""):
+    tensors = load_file(Path(__file__).parent / "data" / "gecko" / f"{name}.safetensors")
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def of_gradients(outputs, gradients, inputs):
+    return torch.autograd.grad(outputs, inputs, gradients)
+
+
+def test_the_memory_is_the_released_one():
+    data = golden("awm", "plain.")
+    q, k, v = inputs = [data[name].requires_grad_() for name in "qkv"]
+    y, memory = gecko.working_memory(q, k, v, chunk_size=4)
+    names = ("y", "memory", "log_mass")
+    for name, found in zip(names, (y, *memory), strict=True):
+        torch.testing.assert_close(found, data[name], **EXACT)
+    got = of_gradients((y, *memory), [data[f"grad_{name}"] for name in names], inputs)
+    for name, found in zip("qkv", got, strict=True):
+        torch.testing.assert_close(found, data[f"grad_{name}"], **EXACT)
+    _, (M, mass) = gecko.working_memory(*(t[:, :, :8] for t in inputs), chunk_size=4)
+    torch.testing.assert_close(M, data["memory_after_2_chunks"], **EXACT)
+    torch.testing.assert_close(mass, data["log_mass_after_2_chunks"], **EXACT)
+
+
+@pytest.mark.parametrize("case", ["default", "fast"])
+def test_the_decay_norm_is_the_released_one(case):
+    """Stretches between restarts are rows of their own."""
+    data = golden("timestep_decay_norm", f"{case}.")
+    x, scale, shift, mean, var = inputs = [
+        data[name].requires_grad_() for name in ("x", "scale", "shift", "mean", "var")
+    ]
+    ys, states = [], []
+    for row in range(len(x)):
+        bos, of_row, parts = data["bos"][row], slice(row, row + 1), []
+        state = data["count"][of_row], mean[of_row], var[of_row]
+        begins = sorted({0, *bos.nonzero()[:, 0].tolist()})
+        for begin, end in zip(begins, [*begins[1:], len(bos)], strict=True):
+            y, state = gecko.timestep_decay_norm(
+                x[of_row, begin:end], scale - 1, shift, num_groups=3, betas=data["betas"].tolist(),
+                state=None if bos[begin] else state,
+            )  # fmt: skip
+            parts.append(y)
+        ys.append(torch.cat(parts, 1))
+        states.append(state)
+    count, mean_out, var_out = (torch.cat(of) for of in zip(*states, strict=True))
+    found = dict(y=torch.cat(ys), count_out=count, mean_out=mean_out, var_out=var_out)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, data[name], **EXACT)
+    names = ("y", "mean_out", "var_out")
+    got = torch.autograd.grad(
+        [found[name] for name in names], inputs, [data[f"grad_{name}"] for name in names], allow_unused=True
+    )
+    for name, tensor in zip(("x", "scale", "shift", "mean", "var"), got, strict=True):
+        wanted = data[f"reference_grad_{name}"]
+        torch.testing.assert_close(torch.zeros_like(wanted) if tensor is None else tensor, wanted, **EXACT)
+
+
+def test_attention_to_two_chunks_is_the_released_one():
+    data = golden("sliding_chunk_attention", "plain.")
+    q, k, v = inputs = [data[name].requires_grad_() for name in "qkv"]
+    turned = [gecko.rotated(t.transpose(1, 2), None, gecko.ROPE_BASE) for t in (q, k)]
+    for found, name in zip(turned, ("q_rotated", "k_rotated"), strict=True):
+        torch.testing.assert_close(found.transpose(1, 2), data[name], **EXACT)
+    y = gecko.chunk_attention(*turned, v.transpose(1, 2), chunk_size=4, visible=2).transpose(1, 2)
+    torch.testing.assert_close(y, data["y"], **EXACT)
+    for name, found in zip("qkv", of_gradients(y, data["grad_y"], inputs), strict=True):
+        torch.testing.assert_close(found, data[f"grad_{name}"], **EXACT)
+
+
+@pytest.mark.parametrize("name", ["model", "model_two_hop"])
+def test_all_parts_make_the_released_model(name, monkeypatch):
+    """But for CEMA's omega, which is 1 there, and for its gamma, which is not divided by sqrt(N)."""
+    monkeypatch.setattr(gecko.DecayNorm, "betas", (0.9, 0.95))
+    data, two_hop = golden(name), name == "model_two_hop"
+    config = mo.MegalodonConfig(
+        num_layers=2, model_dim=16, z_dim=8, value_dim=12, num_heads=2, ffn_hidden_dim=20, cema_ndim=3, chunk_size=4,
+        vocab_size=11, norm_num_groups=4, swiglu=True, rescale_nffn=two_hop, scale_emb=two_hop,
+    )  # fmt: skip
+    model = Gecko(config, Parts(visible=2, decays=True, memory="mean")).double()
+    model = model if two_hop else models.one_hop(model)
+    assert {type(m) for m in model.modules() if isinstance(m, mo.TimestepNorm)} == {gecko.DecayNorm}
+    parameters, root = dict(model.named_parameters()), math.sqrt(config.cema_ndim)
+    weights = {n.removeprefix("weights."): t for n, t in data.items() if n.startswith("weights.") and "prior" not in n}
+    omegas = {n: torch.ones_like(p) for n, p in parameters.items() if n.endswith("omega")}
+    assert parameters.keys() == weights.keys() | omegas.keys() and len(omegas) == 2
+    for n, parameter in parameters.items():
+        value = (weights | omegas)[n] * (root if n.endswith("cema.gamma") else 1)
+        parameter.data = value.reshape(parameter.shape).clone()
+    torch.testing.assert_close(model(data["tokens"]), data["logits"], **EXACT)
+    loss = model.loss(data["tokens"], data["tokens"].roll(-1, 1))
+    torch.testing.assert_close(loss, data["loss"], **EXACT)
+    loss.backward()
+    gradients = {n.removeprefix("grads."): t for n, t in data.items() if n.startswith("grads.")}
+    for n, wanted in gradients.items():
+        found = parameters[n].grad.reshape(wanted.shape) * (root if n.endswith("cema.gamma") else 1)
+        torch.testing.assert_close(found, wanted, **EXACT, msg=lambda text, n=n: f"{n}: {text}")
+
+
+def test_without_parts_it_is_megalodon():
+    torch.manual_seed(0)
+    model = Gecko(CONFIG, Parts()).double()
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.mega.gamma), torch.nn.init.normal_(layer.mega.beta)
+    plain = mo.Megalodon(CONFIG).double()
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(257, (2, 29))
+    torch.testing.assert_close(model(tokens), plain(tokens), **EXACT)
+    targets, bounds = tokens.roll(-1, 1), torch.tensor([0, 3, 3, 20, 29])
+    packed = dict(cu_seqlens=bounds, reduction="none")
+    torch.testing.assert_close(
+        model.loss(tokens[:1], targets[:1], **packed), plain.loss(tokens[:1], targets[:1], **packed), **EXACT
+    )
+    assert model.loss(tokens[:1], targets[:1], cu_seqlens=bounds).shape == ()
+
+
+def test_the_delta_rule_goes_key_after_key():
+    torch.manual_seed(0)
+    k, v, M = torch.randn(1, 2, 5, 3).double(), torch.randn(1, 2, 5, 4).double(), torch.randn(1, 2, 3, 4).double()
+    found, _ = gecko.write_delta((M, torch.zeros(1, 2, 3)), k, v)
+    for key, value in zip(k.unbind(2), v.unbind(2), strict=True):
+        key = key / key.norm(dim=-1, keepdim=True)
+        M = M + key[..., None] * (value - (key[..., None, :] @ M)[..., 0, :])[..., None, :]
+    torch.testing.assert_close(found, M, **EXACT)
+
+
+@pytest.mark.parametrize("name", gecko.PARTS)
+def test_each_part_sees_what_it_says(name):
+    """Gradients of the last step's output by the embeddings, CEMA and the norms cut off: what attention and memory have seen."""
+    parts = gecko.PARTS[name]
+    torch.manual_seed(0)
+    attention = gecko.Attention(dataclasses.replace(CONFIG, rope_base=1e4), parts).double()
+    for parameter in (attention.gamma, attention.beta):
+        parameter.data = parameter.data + torch.randn_like(parameter)
+    attention.timenorm, attention.cema = torch.nn.Identity(), models.NoEMA(32, 1)
+    x = torch.randn(1, 29, 32, dtype=torch.float64, requires_grad=True)  # chunks of 8; the last step is in the fourth
+    (gradient,) = torch.autograd.grad(attention(x)[0, -1].sum(), x)
+    seen = gradient[0].abs().amax(-1) > 1e-12
+    first = 0 if parts.memory else 8 * (4 - parts.visible)
+    assert seen[first:].all() and not seen[:first].any()
+    if parts.gated:  # a first chunk has no memory
+        y = attention(x[:, :8])
+        attention.wg.bias.data += 9
+        torch.testing.assert_close(y, attention(x[:, :8]))
+        assert (attention(x) - attention(x)[0, 0]).abs().sum() > 0
