@@ -85,7 +85,7 @@ def test_the_decay_norm_is_the_released_one(case):
 def test_attention_to_two_chunks_is_the_released_one():
     data = golden("sliding_chunk_attention", "plain.")
     q, k, v = inputs = [data[name].requires_grad_() for name in "qkv"]
-    turned = [gecko.rotated(t.transpose(1, 2), None, gecko.ROPE_BASE) for t in (q, k)]
+    turned = [gecko.rotated(t.transpose(1, 2), gecko.ROPE_BASE) for t in (q, k)]
     for found, name in zip(turned, ("q_rotated", "k_rotated"), strict=True):
         torch.testing.assert_close(found.transpose(1, 2), data[name], **EXACT)
     y = gecko.chunk_attention(*turned, v.transpose(1, 2), chunk_size=4, visible=2).transpose(1, 2)
@@ -164,6 +164,9 @@ def test_each_part_sees_what_it_says(name):
     seen = gradient[0].abs().amax(-1) > 1e-12
     first = 0 if parts.memory else 8 * (4 - parts.visible)
     assert seen[first:].all() and not seen[:first].any()
+    if parts.logits:
+        gain = (1 + gecko.Attention(CONFIG, parts).gamma) / CONFIG.z_dim**0.5 * CONFIG.num_heads**0.5
+        torch.testing.assert_close(gain[:, 0], torch.tensor([0.125, 0.125, 1, 1]).sqrt() * torch.tensor([1, 1, 3, 3]))
     if parts.gated:  # a first chunk has no memory
         y = attention(x[:, :8])
         attention.wg.bias.data += 9

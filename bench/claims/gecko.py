@@ -34,7 +34,7 @@ class Parts:
     """What a model has of Gecko; as it stands, nothing: it is MEGALODON."""
 
     visible: int = 1
-    """Chunks that attention sees, its own among them; of one, positions restart with the chunk, as MEGALODON's do"""
+    """Chunks that attention sees, its own among them"""
     decays: bool = False
     memory: str | None = None
     """A key of WRITE"""
@@ -88,11 +88,11 @@ def timestep_decay_norm(
     return y, (state[0] + x.shape[1], *ends)
 
 
-def rotated(x: Tensor, restart: int | None, base: float) -> Tensor:
-    """x (B, H, L, S), neighbouring pairs of it turned by their step, or the step inside its stretch of `restart` steps."""
+def rotated(x: Tensor, base: float) -> Tensor:
+    """x (B, H, L, S), neighbouring pairs of it turned by their step: scores depend on how far apart two steps are, so that they
+    are those of positions that restart with the chunk, as MEGALODON's do, where attention sees no other chunk."""
     *_, L, S = x.shape
-    steps = torch.arange(L, dtype=torch.float64) % (restart or L)
-    angles = steps[:, None] * base ** (torch.arange(0, S, 2, dtype=torch.float64) / -S)
+    angles = torch.arange(L, dtype=torch.float64)[:, None] * base ** (torch.arange(0, S, 2, dtype=torch.float64) / -S)
     turn = torch.polar(torch.ones_like(angles), angles).to(torch.promote_types(x.dtype, torch.complex64))
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
 
@@ -198,8 +198,7 @@ class Attention(mo.NormalizedAttention):
         z = z * (z.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
         gain, offset = (t.unflatten(-1, (heads, -1)) for t in ((1 + self.gamma) * z.shape[-1] ** -0.5, self.beta))
         q, k, *own = (z[:, :, None] * gain + offset).permute(2, 0, 3, 1, 4)  # each (B, H, L, S)
-        restart = config.chunk_size if parts.visible == 1 else None
-        q, k = (rotated(of_token, restart, config.rotary_base) for of_token in (q, k))
+        q, k = (rotated(of_token, config.rotary_base) for of_token in (q, k))
         a = chunk_attention(q, k, v, chunk_size=config.chunk_size, visible=parts.visible)
         r = F.silu(self.wr(m)).unflatten(-1, (heads, -1)).transpose(1, 2)
         if parts.memory is None:

@@ -1,4 +1,4 @@
-"""The models of the claims by name: MEGALODON, the Llama of its size, and MEGALODON with one part exchanged.
+"""The models of the claims by name: MEGALODON, the Llama of its size, and MEGALODON with one part exchanged or of Gecko.
 
 Each exchange leaves the rest as it is. "no ema" has fewer parameters; it gets hidden units of the feed-forward half in
 exchange. "ema" keeps the parameters of angles and imaginary parts, 1 % of the 1M model's, without use.
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 import megalodon_ops as mo
 from megalodon_ops.ops.states import TimestepNormState
 
+from . import gecko
 from .llama import Llama
 
 MEGALODON, LLAMA = "megalodon", "llama"
@@ -31,8 +32,10 @@ def build(name: str, config: mo.MegalodonConfig, window: int, seed: int) -> nn.M
         return Llama.sized_like(config, window)
     if name == MEGALODON:
         return mo.Megalodon(config)
+    if name in gecko.PARTS:
+        return gecko.Gecko(config, gecko.PARTS[name])
     if name not in ABLATIONS:
-        raise ValueError(f"no model {name!r}: {', '.join((MEGALODON, LLAMA, *ABLATIONS))}")
+        raise ValueError(f"no model {name!r}: {', '.join((MEGALODON, LLAMA, *ABLATIONS, *gecko.PARTS))}")
     if name == NO_EMA:
         freed = config.model_dim * (4 * config.cema_ndim + 2)
         config = dataclasses.replace(
