@@ -22,9 +22,11 @@ from megalodon_ops.training import Batches, Reader
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from bench.claims import (
+from bench.claims import (  # noqa: E402
     ablation,
     context,
+    gecko_loss,
+    gecko_tasks,
     long_loss,
     loss,
     memory,
@@ -36,7 +38,7 @@ from bench.claims import (
     text,
     train,
     verdict,
-)  # noqa: E402
+)
 from bench.claims.__main__ import CLAIMS, main  # noqa: E402
 from bench.claims.llama import Llama, WindowState, hidden_like, similar  # noqa: E402
 
@@ -307,11 +309,11 @@ def test_long_text_is_cut_from_the_middle(tmp_path):
 
 
 def test_packages_are_those_of_the_list_and_held_out_whole(monkeypatch, tmp_path):
-    files = text.sources("safetensors", (version := importlib.metadata.version("safetensors")))
+    files = text.sources("pluggy", (version := importlib.metadata.version("pluggy")))
     assert len(files) > 3 and all(files)
-    lines = [text.described(part, "safetensors", version, files) for part in ("train", "test")]
-    other = text.sources("filelock", importlib.metadata.version("filelock"))
-    lines.append(text.described("validation", "filelock", importlib.metadata.version("filelock"), other))
+    lines = [text.described(part, "pluggy", version, files) for part in ("train", "test")]
+    other = text.sources("iniconfig", importlib.metadata.version("iniconfig"))
+    lines.append(text.described("validation", "iniconfig", importlib.metadata.version("iniconfig"), other))
     monkeypatch.setattr(text, "PACKAGES", tmp_path / "packages.txt")
     text.PACKAGES.write_text("\n".join(lines))
     found = text.tokens(tmp_path, 300, None)
@@ -324,8 +326,8 @@ def test_packages_are_those_of_the_list_and_held_out_whole(monkeypatch, tmp_path
     assert sum(document.num_bytes for document in found.validation) == sum(map(len, dict.fromkeys(other)))
     monkeypatch.setattr(text, "_of_packages", None)  # is kept
     assert text.tokens(tmp_path, 300, None).facts == found.facts
-    with pytest.raises(SystemExit, match="no sources of safetensors 0: pip install --no-deps safetensors==0"):
-        text.sources("safetensors", "0")
+    with pytest.raises(SystemExit, match="no sources of pluggy 0: pip install --no-deps pluggy==0"):
+        text.sources("pluggy", "0")
 
 
 def test_the_list_of_packages_is_whole():
@@ -357,6 +359,12 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(loss, "LENGTH", 32)
     monkeypatch.setattr(loss, "RATES", (2e-3,))
     monkeypatch.setattr(loss, "LONGER", 0)
+    monkeypatch.setattr(gecko_loss, "QUICK", ("tiny", 600))
+    monkeypatch.setattr(gecko_loss, "LENGTH", 128)
+    for module, of in ((gecko_loss, ("MEGALODONS", "PARTS")), (gecko_tasks, ("MEGALODONS", "OF_FOUR", "OF_EIGHT"))):
+        for name in of:
+            monkeypatch.setattr(module, name, getattr(module, name)[-2:])
+    monkeypatch.setattr(gecko_tasks, "ASKED", ("mqar", "needle"))
     monkeypatch.setattr(long_loss, "QUICK", ("tiny", 256, 270))
     monkeypatch.setattr(long_loss, "ROWS", {32: 2, 64: 1})
     monkeypatch.setattr(long_loss, "RATES", dict.fromkeys(loss.BOTH, (2e-3,)))
@@ -370,7 +378,10 @@ def small(monkeypatch, tmp_path):
     return ["--quick", "--out", str(tmp_path / "out"), "--threads", "1", "--data", str(folder)]
 
 
-SLOW = [pytest.param(claim, marks=pytest.mark.slow) for claim in ("tasks", "speed", "ablation", "long-loss")]
+SLOW = [
+    pytest.param(claim, marks=pytest.mark.slow)
+    for claim in ("tasks", "speed", "ablation", "long-loss", "gecko-tasks", "gecko-loss")
+]
 
 
 @pytest.mark.parametrize("claim", ["loss", "context", *SLOW])

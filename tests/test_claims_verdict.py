@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
 pytest.importorskip("transformers")
 
-from bench.claims import long_loss, loss, memory, models, runs, speed, task_runs, verdict  # noqa: E402
+from bench.claims import gecko_loss, gecko_tasks, long_loss, loss, memory, models, runs, speed, task_runs, verdict  # noqa: E402
 
 
 def test_models_are_told_apart_by_the_spread_over_seeds():
@@ -166,3 +167,53 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
     assert row.startswith(
         "| 512 | megalodon | 1 | muon, 0.032, chosen | 3 | 1.3010 ± 0.0010 | 1.8010 ± 0.0010 | 2.0510"
     )
+
+
+def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
+    part = task_runs.Entrant("two chunks", 32)
+    assert gecko_tasks.costs(part._replace(model=models.MEGALODON), 128) == (2 * (32 + 128) * 16, 32 * (32 + 128))
+    assert gecko_tasks.costs(part, 128) == (2 * (32 + 128) * (16 + 24), 2 * 32 * (32 + 128))
+    assert gecko_tasks.control(part, 128).chunk == 128  # of 64, a token sees 32 keys
+    assert (
+        gecko_tasks.control(part._replace(chunk=16), 128).chunk == 64
+        and gecko_loss.control(gecko_loss.PARTS[0]).chunk == 256
+    )
+    memory = gecko_tasks.costs(part._replace(model="memory"), 128)
+    assert memory == (2 * (32 + 128) * 16 + 6 * 32 * 128, 32 * (32 + 128) + 32 * 128 + 32 + 32 * 32)
+
+    def of(task, entrant, seed, right):
+        accuracy = [{"length": 256, "targets": right + 0.001 * seed, "rows": 0.0}]
+        return content({"task": task, **entrant._asdict(), "lr": 1e-3, "seed": seed}, {"accuracy": accuracy})
+
+    def all_with(shares):
+        entrants = itertools.product(gecko_tasks.ASKED, gecko_tasks.ENTRANTS, range(3))
+        return [of(task, entrant, seed, shares.get(entrant, 0.2)) for task, entrant, seed in entrants]
+
+    assert gecko_tasks.verdicts(all_with({}))["claim"] == verdict.NOT_HELD
+    assert gecko_tasks.verdicts(all_with({})[3:])["claim"] == verdict.UNDECIDED
+    said = gecko_tasks.verdicts(all_with({part: 0.4}))
+    better = "length 256, two chunks in chunks of 32: better than MEGALODON in chunks of"
+    assert said["claim"] == said[f"needle, {better} 32"] == said[f"needle, {better} 128, the control"] == verdict.HELD
+    control = task_runs.Entrant(models.MEGALODON, 128)
+    said = gecko_tasks.verdicts(all_with({part: 0.4, control: 0.35}))
+    assert said["claim"] == verdict.NOT_HELD  # it buys something, at too high a cost
+    assert said[f"mqar, {better} 32"] == said[f"mqar, {better} 64"] == verdict.HELD
+    assert gecko_tasks.control(part._replace(model="decay norm"), 128).chunk == 32
+    assert "| two chunks | 32 | 12,800 | 10,240 | 0.4010 ± 0.0010 |" in gecko_tasks.table(all_with({part: 0.4}))
+
+    def bits(shown):
+        entrants = itertools.product((*gecko_loss.MEGALODONS, *gecko_loss.PARTS), range(3))
+        return [
+            content(
+                {**entrant._asdict(), "lr": 4e-3, "seed": seed},
+                {"bits_per_byte": {str(n): shown.get(entrant, 2.0) + 1e-4 * seed for n in gecko_loss.CONTEXTS}},
+            )
+            for entrant, seed in entrants
+        ]
+
+    part = gecko_loss.PARTS[0]
+    assert gecko_loss.verdicts(bits({part: 1.98}))["claim"] == verdict.HELD
+    assert gecko_loss.verdicts(bits({part: 1.995}))["claim"] == verdict.NOT_HELD
+    assert gecko_loss.verdicts(bits({part: 1.98, gecko_loss.control(part): 1.985}))["claim"] == verdict.NOT_HELD
+    assert gecko_loss.verdicts(bits({part: 1.98})[:-1])["claim"] == verdict.HELD
+    assert gecko_loss.verdicts(bits({})[:-1])["claim"] == verdict.UNDECIDED

@@ -14,13 +14,13 @@ from types import ModuleType
 
 import torch
 
-from . import ablation, context, long_loss, loss, memory, overview, report, speed, task_runs
+from . import ablation, context, gecko_loss, gecko_tasks, long_loss, loss, memory, overview, report, speed, task_runs
 from .runs import Session, duration, results
 
 CLAIMS = {
     "loss": loss, "speed": speed, "context": context, "tasks": task_runs, "memory": memory, "ablation": ablation,
 }  # fmt: skip
-SECOND_ROUND = {"long-loss": long_loss}
+SECOND_ROUND = {"long-loss": long_loss, "gecko-tasks": gecko_tasks, "gecko-loss": gecko_loss}
 """Claims whose runs take a day, which `all` leaves out"""
 
 

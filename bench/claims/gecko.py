@@ -54,6 +54,18 @@ PARTS = {"two chunks": Parts(visible=2), "decay norm": Parts(decays=True), **MEM
 PARTS |= {f"all with {name}": dataclasses.replace(parts, visible=2, decays=True) for name, parts in MEMORIES.items()}
 
 
+def cost(config: mo.MegalodonConfig, parts: Parts, length: int) -> tuple[float, int]:
+    """What attention and memory take in a layer: operations a token of rows of `length`, on average, and numbers of a state."""
+    S, V, C = config.z_dim, config.value_dim, min(config.chunk_size, length)
+    seen = sum(max(0.0, C / 2 if i == 0 else C * (1 - i * C / length)) for i in range(parts.visible))
+    operations, numbers = 2 * (S + V) * seen, parts.visible * config.chunk_size * (S + V)
+    if parts.memory is not None:
+        matrix = S * V // config.num_heads
+        operations += 6 * matrix + (C * (2 * S + V) if parts.memory == "delta" else 0)
+        numbers += matrix + S + parts.visible * config.chunk_size * S
+    return operations, numbers
+
+
 def timestep_decay_norm(
     x: Tensor,  # (B, L, D)
     weight: Tensor,  # (D,)

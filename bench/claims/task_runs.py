@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import loss, models, text, verdict
-from .runs import Session
+from .runs import Session, Work
 from .tasks import NONE, TASKS
 from .train import Recipe, config, estimate, train
 
@@ -56,21 +56,28 @@ def run(session: Session, data: list[str] | None) -> None:
         train_by_sweep(session, task, entrant, data if TASKS[task].needs_text else None)
 
 
-def train_by_sweep(session: Session, task: str, entrant: Entrant, data: list[str] | None) -> None:
-    """The first seed at each rate, then the others at the rate of the lowest training loss."""
+def train_by_sweep(
+    session: Session, task: str, entrant: Entrant, data: list[str] | None, rates: tuple[float, ...] | None = None
+) -> None:
     size, steps, asked = QUICK if session.quick else (SIZE, STEPS, ASKED)
-    estimated = seconds(size, entrant, task, steps, asked)
+    train_by_rates(
+        session, f"{task} {entrant.label}", work, seconds(size, entrant, task, steps, asked), rates or RATES, task=task,
+        **entrant._asdict(), size=size, steps=steps, asked=asked, data=data,
+    )  # fmt: skip
+
+
+def train_by_rates(
+    session: Session, label: str, work: Work, estimated: float, rates: tuple[float, ...], **settings: Any
+) -> None:
+    """The first seed at each rate, then the others at the rate of the lowest training loss."""
 
     def at(rate: float, seed: int) -> dict[str, Any] | None:
-        return session.run(
-            f"{task} {entrant.label} lr={rate:g} seed={seed}", work, estimated, task=task, **entrant._asdict(), size=size,
-            steps=steps, asked=asked, data=data, lr=rate, seed=seed,
-        )  # fmt: skip
+        return session.run(f"{label} lr={rate:g} seed={seed}", work, estimated, **settings, lr=rate, seed=seed)
 
     first, *others = session.seeds()
-    found = {rate: at(rate, first) for rate in RATES}
+    found = {rate: at(rate, first) for rate in rates}
     losses = {rate: loss.as_figure(result["train_loss"]) for rate, result in found.items() if result is not None}
-    rate = min(losses, key=losses.get) if losses else RATES[0]
+    rate = min(losses, key=losses.get) if losses else rates[0]
     for seed in others:
         at(rate, seed)
 
@@ -148,11 +155,13 @@ def chosen(results: list[dict[str, Any]]) -> dict[tuple[str, Entrant], list[dict
     return {key: max(by_rate.values(), key=len) for key, by_rate in found.items()}
 
 
-def cells(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[Entrant, list[float]]]:
+def cells(
+    results: list[dict[str, Any]], entrants: Sequence[Entrant] = ENTRANTS
+) -> dict[tuple[str, str], dict[Entrant, list[float]]]:
     """By task and what is asked, the shares of right targets of each entrant over the seeds; in the order of TASKS."""
     found: dict[tuple[str, str], dict[Entrant, list[float]]] = {}
     runs_of = chosen(results)
-    for task, entrant in itertools.product(TASKS, ENTRANTS):
+    for task, entrant in itertools.product(TASKS, entrants):
         for content in runs_of.get((task, entrant), []):
             for row in content["result"]["accuracy"]:
                 asked = f"length {row['length']}" + (f", {row['pairs']} pairs" if "pairs" in row else "")

@@ -26,7 +26,7 @@ from megalodon_ops.training import START, Batches, Muon, Reader, Schedule, adamw
 
 from bench import records
 
-from . import models, runs, text
+from . import gecko, models, runs, text
 
 VOCABULARY = START + 1
 WEIGHT_DECAY, CLIP = 0.1, 1.0
@@ -175,8 +175,8 @@ def flops_a_token(size: mo.MegalodonConfig, name: str, length: int, training: bo
     if name == models.LLAMA:
         attention = size.num_layers * 4 * size.model_dim * length / 2
     else:
-        span = min(size.chunk_size, length) / 2
-        attention = size.num_layers * (2 * (size.z_dim + size.value_dim) * span + 12 * size.cema_ndim * size.model_dim)
+        operations, _ = gecko.cost(size, gecko.PARTS.get(name, gecko.Parts()), length)
+        attention = size.num_layers * (operations + 12 * size.cema_ndim * size.model_dim)
     return (2 * matrices + attention) * (3.5 if training else 1)
 
 

@@ -1,0 +1,116 @@
+"""What each of Gecko's parts buys in bits per byte, by the context that it predicts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import gecko, loss, models, task_runs, text, verdict
+from .runs import Session
+from .task_runs import Entrant
+from .train import Recipe, bits_per_byte, config, estimate, train_on_text
+
+TITLE = "Gecko's parts in bits per byte"
+RULE = (
+    "Models train on the standard library's sources in rows of 512 bytes, eight chunks of 64, each row from its beginning, documents "
+    "in parts of four rows; the first seed at two rates, then the others at the one of the lower training loss, the mean of the last "
+    "tenth of runs of one length in which no text comes twice. Held-out text is predicted in windows of 1, 2, 8 and 32 chunks. Each part "
+    "is compared with MEGALODON in chunks of 64 and 128, which says what it buys, and with a control at equal operations: MEGALODON in "
+    "the shortest chunks of 64, 128, 256 and 512 whose token takes at least as many, or in the longest. A part pays (held) where "
+    "its bits per byte in windows of 8 or 32 chunks are lower than the control's by at least 0.01 and by more than 3 standard errors over "
+    "the seeds. The claim is held where a part pays, not held where all have run and none does."
+)
+PAYS = 0.01
+SIZE, TOKENS, CHUNK = "1M", 4_000_000, 64
+QUICK = ("tiny", 20_000)
+LENGTH, ROWS, PARTS_OF = 512, 16, 2048
+RATES = (4e-3, 8e-3)
+CONTEXTS = [CHUNK * times for times in (1, 2, 8, 32)]
+MEGALODONS = [Entrant(models.MEGALODON, CHUNK * times) for times in (1, 2, 4, 8)]
+PARTS = [Entrant(name, CHUNK) for name in gecko.PARTS]
+
+
+def run(session: Session, data: list[str] | None) -> None:
+    size, tokens = QUICK if session.quick else (SIZE, TOKENS)
+    for entrant in (*MEGALODONS, *PARTS):
+        reading = estimate(size, entrant.chunk, entrant.model, len(CONTEXTS) * loss.HELD_OUT, LENGTH, training=False)
+        estimated = estimate(size, entrant.chunk, entrant.model, tokens, LENGTH) + reading
+        task_runs.train_by_rates(
+            session, f"{entrant.model} chunk={entrant.chunk}", work, estimated, RATES, **entrant._asdict(), size=size,
+            tokens=tokens, data=data,
+        )  # fmt: skip
+
+
+def work(
+    scratch: Path, *, model: str, chunk: int, size: str, tokens: int, lr: float, seed: int, data: list[str] | None
+) -> dict[str, Any]:
+    corpus = text.documents(data)
+    built = models.build(model, config(size, chunk), chunk, seed)
+    recipe = Recipe(tokens, ROWS, LENGTH, lr)
+    result = train_on_text(built, recipe, corpus.train, scratch, seed=seed, carries=False, context_length=PARTS_OF)
+    bits = bits_per_byte(built, text.to_evaluate(corpus.held_out), CONTEXTS, CONTEXTS[-1])
+    return result | {"bits_per_byte": bits, "parameters": built.num_parameters(), "text": corpus.fingerprint}
+
+
+def figures(results: list[dict[str, Any]]) -> dict[Entrant, dict[int, list[float]]]:
+    """By entrant and context, the bits per byte of the seeds at the rate that most seeds have."""
+    by_rate: dict[Entrant, dict[float, list[dict[str, Any]]]] = {}
+    for content in results:
+        s = content["settings"]
+        by_rate.setdefault(Entrant(s["model"], s["chunk"]), {}).setdefault(s["lr"], []).append(content["result"])
+    return {
+        entrant: {
+            context: [loss.as_figure(result["bits_per_byte"][str(context)]) for result in max(rates.values(), key=len)]
+            for context in CONTEXTS
+        }
+        for entrant, rates in by_rate.items()
+    }
+
+
+def costs(entrant: Entrant) -> tuple[float, int]:
+    """Operations a token and numbers of a state, of a layer's attention and memory."""
+    return gecko.cost(config(SIZE, entrant.chunk), gecko.PARTS.get(entrant.model, gecko.Parts()), LENGTH)
+
+
+def control(entrant: Entrant) -> Entrant:
+    """The MEGALODON at equal operations."""
+    enough = [other for other in MEGALODONS if costs(other)[0] >= costs(entrant)[0]]
+    return [*enough, MEGALODONS[-1]][0]
+
+
+def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
+    found = figures(results)
+    paid, bought = {}, {}
+    for part in PARTS:
+        for of, other, least in ((paid, control(part), PAYS), *((bought, other, 0.0) for other in MEGALODONS[:2])):
+            for context in CONTEXTS[2:]:
+                ours, theirs = (found.get(entrant, {}).get(context, []) for entrant in (part, other))
+                told = f"{part.model}, windows of {context}: lower than MEGALODON in chunks of {other.chunk}"
+                of[told + (f", by {least:g}" if least else "")] = verdict.lower(ours, theirs, least)
+    complete = all(len(found.get(e, {}).get(LENGTH, [])) >= verdict.SEEDS for e in (*MEGALODONS, *PARTS))
+    claim = verdict.HELD if verdict.HELD in paid.values() else verdict.NOT_HELD if complete else verdict.UNDECIDED
+    return {"claim": claim, **paid, **bought}
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"| model | chunk | operations a token and layer | numbers of a state | {' | '.join(f'windows of {n}' for n in CONTEXTS)} |",
+        "|" + " --- |" * (4 + len(CONTEXTS)),
+    ]
+    for entrant, by_context in figures(results).items():
+        operations, numbers = costs(entrant)
+        cells = [entrant.model, str(entrant.chunk), f"{operations:,.0f}", f"{numbers:,}"]
+        lines.append("| " + " | ".join([*cells, *map(verdict.spread, by_context.values())]) + " |")
+    return lines
+
+
+def plot(results: list[dict[str, Any]], figure: Any) -> None:
+    axes = figure.add_subplot()
+    found = figures(results)
+    names = [f"{entrant.model}, {entrant.chunk}" for entrant in found]
+    for context in CONTEXTS[2:]:
+        points = [(value, i) for i, by in enumerate(found.values()) for value in by[context]]
+        axes.plot(*zip(*points, strict=True), "o", fillstyle="none", label=f"windows of {context}")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="held out, bits per byte")
+    axes.legend()
