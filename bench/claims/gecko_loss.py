@@ -12,12 +12,13 @@ from .train import Recipe, bits_per_byte, config, estimate, train_on_text
 
 TITLE = "Gecko's parts in bits per byte"
 RULE = (
-    "Models train on the standard library's sources in rows of 512 bytes, eight chunks of 64, each row from its beginning, documents "
-    "in parts of four rows; the first seed at two rates, then the others at the one of the lower training loss, the mean of the last "
-    "tenth of runs of one length in which no text comes twice. Held-out text is predicted in windows of 1, 2, 8 and 32 chunks. Each part "
-    "is compared with MEGALODON in chunks of 64 and 128, which says what it buys, and with a control at equal operations: MEGALODON in "
-    "the shortest chunks of 64, 128, 256 and 512 whose token takes at least as many, or in the longest. A part pays (held) where "
-    "its bits per byte in windows of 8 or 32 chunks are lower than the control's by at least 0.01 and by more than 3 standard errors over "
+    "Models train on the standard library's sources in rows of 512 bytes, eight chunks of 64, each row from its "
+    "beginning, documents in parts of four rows; the first seed at two rates, then the others at the one of the lower "
+    "training loss, the mean of the last tenth of runs of one length in which no text comes twice. Held-out text is "
+    "predicted in windows of 1, 2, 8 and 32 chunks. Each part is compared with MEGALODON in chunks of 64 and 128, "
+    "which says what it buys, and with a control at equal operations: MEGALODON in the shortest chunks of 64, 128, "
+    "256 and 512 whose token takes at least as many, or in the longest. A part pays (held) where its bits per byte in "
+    "windows of 8 or 32 chunks are lower than the control's by at least 0.01 and by more than 3 standard errors over "
     "the seeds. The claim is held where a part pays, not held where all have run and none does."
 )
 PAYS = 0.01

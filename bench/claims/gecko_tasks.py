@@ -14,14 +14,15 @@ from .train import config
 
 TITLE = "Gecko's parts on tasks"
 RULE = (
-    "MQAR, needle and selective copying, trained in rows of 128 tokens and asked in rows of 128, 256, 512 and 1,024, as in the claim "
-    "of tasks, all else of which is kept but for the rates: the first seed at two, then the others at the one of the lower training "
-    "loss. All parts in chunks of 32 tokens, so that a row has four; some in chunks of 16, so that it has eight. Each is compared with "
-    "MEGALODON in chunks of the same and of twice the length, which says what the part buys, and with a control at equal operations: "
-    "MEGALODON in the shortest chunks of 16, 32, 64 and 128 whose token takes at least as many, or in the longest. A part pays (held) "
-    "where the share of right answers is higher than the control's by more than 0.1 and more than 5 standard errors over the "
-    "seeds, at any length: all are longer than what its attention sees. The claim is held where a part pays, not held where all have run "
-    "and none does."
+    "MQAR, needle and selective copying, trained in rows of 128 tokens and asked in rows of 128, 256, 512 and 1,024, "
+    "as in the claim of tasks, all else of which is kept but for the rates: the first seed at two, then the others at "
+    "the one of the lower training loss. All parts in chunks of 32 tokens, so that a row has four; some in chunks of "
+    "16, so that it has eight. Each is compared with MEGALODON in chunks of the same and of twice the length, which "
+    "says what the part buys, and with a control at equal operations: MEGALODON in the shortest chunks of 16, 32, 64 "
+    "and 128 whose token takes at least as many, or in the longest. A part pays (held) where the share of right "
+    "answers is higher than the control's by more than 0.1 and more than 5 standard errors over the seeds, at any "
+    "length: all are longer than what its attention sees. The claim is held where a part pays, not held where all "
+    "have run and none does."
 )
 PAYS = 0.1
 ASKED = ("mqar", "needle", "selective copying")

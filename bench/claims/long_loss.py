@@ -14,16 +14,17 @@ from .train import LOOKS, Recipe, bits_per_byte, config, estimate, train_on_text
 
 TITLE = "Loss against a Transformer's after 60 MB"
 RULE = (
-    "Rows of 512 and of 2,048 tokens, as many as make 8,192 tokens a step; MEGALODON's chunk is a row, which is what the Llama "
-    "sees; documents are cut into parts of two rows. The text is sources of Python packages (bench/claims/packages.txt), of which "
-    "whole packages are held out, one part for choosing and one for testing; tokens are a BPE's, learned from the text to learn "
-    "from. All runs are of full length. In rows of 512, each model's rate is chosen for AdamW and for Muon, from two rates and "
-    "up to two more by a factor of 2 while the best is at an end, then the better of the two optimizers; in rows of 2,048 that "
-    "optimizer is kept, and of its rate and half of it the better chosen. Each choice is by validation bits per byte at the end, "
-    "by one seed; three seeds of what was chosen are compared. At each length, bits per byte of the test packages at the end, in "
-    "windows of a row, decide by more than 3 standard errors. Held where MEGALODON's are lower at both lengths, not held where "
-    "they are higher at one. Beside these, which decide nothing: the same after a quarter and half of the run, whose rates have not "
-    "come down yet, and whole documents."
+    "Rows of 512 and of 2,048 tokens, as many as make 8,192 tokens a step; MEGALODON's chunk is a row, which is what "
+    "the Llama sees; documents are cut into parts of two rows. The text is sources of Python packages "
+    "(bench/claims/packages.txt), of which whole packages are held out, one part for choosing and one for testing; "
+    "tokens are a BPE's, learned from the text to learn from. All runs are of full length. In rows of 512, each "
+    "model's rate is chosen for AdamW and for Muon, from two rates and up to two more by a factor of 2 while the best "
+    "is at an end, then the better of the two optimizers; in rows of 2,048 that optimizer is kept, and of its rate "
+    "and half of it the better chosen. Each choice is by validation bits per byte at the end, by one seed; three "
+    "seeds of what was chosen are compared. At each length, bits per byte of the test packages at the end, in windows "
+    "of a row, decide by more than 3 standard errors. Held where MEGALODON's are lower at both lengths, not held "
+    "where they are higher at one. Beside these, which decide nothing: the same after a quarter and half of the run, "
+    "whose rates have not come down yet, and whole documents."
 )
 SIZE, TOKENS, VOCABULARY = "1M", 25_000_000, 1024
 QUICK = ("100k", 60_000, 300)
