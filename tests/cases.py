@@ -108,6 +108,8 @@ def _call_normalized_qk(function: Function, inputs: list[Tensor], tensors: Tenso
 
 
 def _call_attention(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
+    if not options.get("causal", True):  # then there is no state
+        return {"o": function(*inputs, **options)}
     o, state = function(*inputs, return_state=True, **options)
     return {"o": o, "state.k": state.k, "state.v": state.v, "state.position": state.position}
 
@@ -230,6 +232,8 @@ def packed(function: Function, op: str, before: int = 0, after: int = 0) -> Func
             return torch.stack([torch.cat([row, row.new_zeros(L - len(row), *row.shape[1:])]) for row in rows])
 
         result = function(*map(pack, tokens), *parameters, cu_seqlens=cu_seqlens, **options)
+        if isinstance(result, Tensor):
+            return unpack(result) if OPS[op].outputs else result
         if op == "normalized_qk":
             return tuple(map(unpack, result))
         return (unpack(result[0]), result[1]) if OPS[op].outputs else result
@@ -314,12 +318,12 @@ def normalized_qk_case(
 
 def chunked_attention_case(
     B: int = 2, L: int = 9, H: int = 2, K: int = 3, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
-    seed: int = 0, scale: float = 1.0, dropkey: float = 0.0, state: bool = False,
+    seed: int = 0, causal: bool = True, scale: float = 1.0, dropkey: float = 0.0, state: bool = False,
     cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
 ) -> Case:  # fmt: skip
     gen = generator(seed)
     tensors = {name: randn(gen, B, L, H, size, dtype=dtype) for name, size in (("q", K), ("k", K), ("v", V))}
-    options = {"chunk_size": C, "scale": scale, **_sequences(cu_seqlens, lengths), **_dropkey(dropkey, seed)}
+    options = {"chunk_size": C, "scale": scale, **_sequences(cu_seqlens, lengths), **_mask(causal, dropkey, seed)}
     if state:
         options["state"] = _attention_state(gen, _count(B, cu_seqlens), C, H, K, V, dtype)
     return Case("chunked_attention", tensors, options, dtype)
@@ -327,14 +331,14 @@ def chunked_attention_case(
 
 def normalized_attention_case(
     B: int = 2, L: int = 9, H: int = 2, K: int = 4, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
-    seed: int = 0, dropkey: float = 0.0, state: bool = False,
+    seed: int = 0, causal: bool = True, dropkey: float = 0.0, state: bool = False,
     cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
 ) -> Case:  # fmt: skip
     gen = generator(seed)
     qk = normalized_qk_case(B, L, H, K, C, dtype=dtype, seed=seed, cu_seqlens=cu_seqlens, lengths=lengths)
     tensors = {"z": qk.tensors["z"], "v": randn(gen, B, L, H * V, dtype=dtype)}
     tensors |= {"gamma": qk.tensors["gamma"] * 4, "beta": qk.tensors["beta"] * 4}
-    options = qk.options | _dropkey(dropkey, seed)
+    options = qk.options | _mask(causal, dropkey, seed)
     if state:
         options["state"] = _attention_state(gen, _count(B, cu_seqlens), C, H, K, V, dtype)
     return Case("normalized_attention", tensors, options, dtype)
@@ -349,8 +353,11 @@ def _count(B: int, cu_seqlens: Sequence[int] | None) -> int:
     return B if cu_seqlens is None else len(cu_seqlens) - 1
 
 
-def _dropkey(dropkey: float, seed: int) -> dict[str, Any]:
-    return {"dropkey": dropkey, "dropkey_seed": torch.tensor([seed * 0x9E3779B97F4A7C15 % 2**63])} if dropkey else {}
+def _mask(causal: bool, dropkey: float, seed: int) -> dict[str, Any]:
+    options: dict[str, Any] = {} if causal else {"causal": False}
+    if dropkey:
+        options |= {"dropkey": dropkey, "dropkey_seed": torch.tensor([seed * 0x9E3779B97F4A7C15 % 2**63])}
+    return options
 
 
 def _attention_state(

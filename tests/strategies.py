@@ -117,6 +117,9 @@ def normalized_qk_cases(
     )  # fmt: skip
 
 
+STARTS: tuple[dict[str, bool], ...] = ({}, {"state": True}, {"causal": False})
+
+
 @st.composite
 def chunked_attention_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
@@ -126,7 +129,7 @@ def chunked_attention_cases(
     return chunked_attention_case(
         **draw(sequences(lengths_around(C), kinds)), H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS), C=C,
         scale=draw(st.sampled_from([1.0, 0.125, -0.5])), dropkey=draw(st.sampled_from([0.0, 0.25, 0.9])),
-        state=draw(st.booleans()), dtype=draw(dtypes), seed=draw(SEEDS),
+        dtype=draw(dtypes), seed=draw(SEEDS), **draw(st.sampled_from(STARTS)),
     )  # fmt: skip
 
 
@@ -138,7 +141,7 @@ def normalized_attention_cases(
     return normalized_attention_case(
         **draw(sequences(lengths_around(C), kinds)), H=draw(st.integers(1, 3)),
         K=draw(st.sampled_from([2, 4, 6, 16, 34])), V=draw(CHANNELS), C=C, dropkey=draw(st.sampled_from([0.0, 0.25])),
-        state=draw(st.booleans()), dtype=draw(dtypes), seed=draw(SEEDS),
+        dtype=draw(dtypes), seed=draw(SEEDS), **draw(st.sampled_from(STARTS)),
     )  # fmt: skip
 
 

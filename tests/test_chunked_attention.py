@@ -1,4 +1,4 @@
-"""chunked_attention: golden data, DropKey, large scores, the state in place, errors. See also test_ops.py."""
+"""chunked_attention: golden data, whole chunks, DropKey, large scores, the state in place, errors. See also test_ops.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from assertions import (
     assert_all_as_accurate_as,
     assert_all_close,
+    assert_bit_equal,
     assert_close,
     assert_refuses,
     every_case,
@@ -78,6 +79,7 @@ SHAPES = {
     "K256-V512": {"B": 1, "L": 100, "H": 1, "K": 256, "V": 512, "C": 96},
     "K3-V1": {"B": 2, "L": 67, "H": 3, "K": 3, "V": 1, "C": 33},
     "K1-V130": {"B": 1, "L": 40, "H": 2, "K": 1, "V": 130, "C": 7},
+    "whole-chunks": {"B": 1, "L": 490, "H": 1, "K": 48, "V": 80, "C": 470, "causal": False},
 }
 
 
@@ -96,6 +98,45 @@ def test_shapes_of_models(shape, backend):
                 factor, floor = (4, 8) if dtype == torch.float32 else (2, 0.5)
                 results = evaluate(mo.chunked_attention, case)
                 assert_all_as_accurate_as(results, same, exact, factor=factor, floor=floor)
+
+
+@each_implementation
+def test_whole_chunks_are_attention_without_a_mask(implementation, backend):
+    case = chunked_attention_case(B=2, L=40, H=2, K=8, V=6, C=16, scale=0.4, causal=False, dtype=torch.float64)
+    o = forward(implementation.chunked_attention, case)["o"]
+    for start in (0, 16, 32):
+        q, k, v = (t[:, start : start + 16].transpose(1, 2) for t in case.tensors.values())
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.4)
+        assert_close(o[:, start : start + 16], expected.transpose(1, 2), tolerance=1e-12)
+
+
+@wide_every_backend
+def test_what_is_not_finite_reaches_its_whole_chunk_and_no_other(backend):
+    """The chunks are shorter than a tile of queries, and one is longer than two blocks of keys."""
+    for B, L, C in ((1, 60, 20), (1, 700, 600)):
+        case = chunked_attention_case(B=B, L=L, H=1, K=8, V=16, C=C, causal=False)
+        clean = evaluate(mo.chunked_attention, case)
+        seen = torch.arange(L) // C == 1
+        for name in "qkv":
+            tensor = case.tensors[name].clone()
+            tensor[:, C + 3] = torch.nan
+            results = evaluate(mo.chunked_attention, case.with_tensors(**{name: tensor}))
+            reached = seen if name != "q" else torch.arange(L) == C + 3
+            assert results["o"][:, reached].isnan().all()
+            for output, unseen in (("o", ~reached), ("dq", ~seen), ("dk", ~seen), ("dv", ~seen)):
+                found, expected = results[output][:, unseen], clean[output][:, unseen]
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=f"{output} of {name}")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+def test_whole_chunks_compile():
+    case = chunked_attention_case(causal=False)
+    inputs = [tensor.clone().requires_grad_() for tensor in case.tensors.values()]
+    fwd = torch.ops.megalodon_ops.chunked_attention_fwd.default
+    torch.library.opcheck(fwd, (*inputs, None, None, None, 4, False, 1.0, 0.0, None, None, None))
+    torch.compiler.reset()
+    compiled = torch.compile(mo.chunked_attention, fullgraph=True, backend="aot_eager")
+    assert_bit_equal(evaluate(compiled, case), evaluate(mo.chunked_attention, case))
 
 
 @with_references
@@ -140,7 +181,7 @@ def test_the_log_sum_exp_needs_no_values(L, dtype, backend):
     case = chunked_attention_case(B=1, L=L, C=32, dtype=dtype, state=True)
     (q, k, v), (cache_k, cache_v, position) = case.tensors.values(), case.options["state"]
     forward = torch.ops.megalodon_ops.chunked_attention_fwd.default
-    rest = position, 32, 1.0, 0.0, None, None, None
+    rest = position, 32, True, 1.0, 0.0, None, None, None
     _, expected = forward(q, k, v, cache_k, cache_v, *rest)
     _, lse = forward(q, k, v[..., :0], cache_k, cache_v[..., :0], *rest)
     torch.testing.assert_close(lse, expected, rtol=1e-6, atol=1e-5)
@@ -286,6 +327,9 @@ ERRORS = {
     "position-too-large": (ValueError, "state.position", {"state": _state(position=(0, 4))}),
     "position-float": (TypeError, "state.position", {"state": _state(position=(0.0, 1.0))}),
     "state-in-place-without-one": (ValueError, "inplace_state", {"inplace_state": True}),
+    "causal-number": (TypeError, "causal", {"causal": 0}),
+    "whole-chunks-from-a-state": (ValueError, "causal", {"causal": False, "state": _state()}),
+    "whole-chunks-into-a-state": (ValueError, "causal", {"causal": False, "return_state": True}),
     "lengths-too-long": (ValueError, "lengths", {"lengths": torch.tensor([3, 10])}),
     "packed-batch": (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 9])}),
 }

@@ -259,7 +259,7 @@ def test_libraries_give_what_the_kernels_give(path, dtype, H, V, monkeypatch):
     monkeypatch.setattr(dense_attention, "_tf32_is_allowed", lambda: True)
     case, found, peaks = chunked_attention_case(B=1, L=17000, H=H, K=64, V=V, C=1024, dtype=dtype, scale=0.125), [], []
     case = case.with_tensors(**to("cuda", case.tensors))
-    assert dense_attention.path_of(*case.tensors.values(), 1024, 0.125) == path
+    assert dense_attention.path_of(*case.tensors.values(), 1024, True, 0.125) == path
     for table in dense_attention.TABLE, ():
         monkeypatch.setattr(dense_attention, "TABLE", table)
         torch.cuda.reset_peak_memory_stats()

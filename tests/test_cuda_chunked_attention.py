@@ -38,7 +38,12 @@ ON_TENSOR_CORES = {
         "lengths": [35, 20],
     },
     "one-channel": {"L": 20, "H": 3, "K": 1, "V": 1, "C": 7, "dtype": F16},
-}
+    "whole-chunks": {"B": 1, "L": 150, "H": 2, "K": 8, "V": 8, "C": 47, "dtype": BF16, "causal": False},
+    "whole-chunks-of-two-blocks": {"L": 150, "H": 1, "K": 8, "V": 8, "C": 141, "dtype": F16, "causal": False,
+                                   "lengths": [130, 150], "dropkey": 0.3},
+    "whole-chunks-packed": {"B": 1, "L": 70, "H": 1, "K": 8, "V": 8, "C": 9, "dtype": BF16, "causal": False,
+                            "cu_seqlens": [1, 8, 8, 40, 67]},
+}  # fmt: skip
 WITHOUT = {
     "float-64-columns": {"B": 1, "L": 70, "H": 1, "K": 20, "V": 24, "C": 67, "dtype": F32, "state": True,
                          "dropkey": 0.3},
@@ -48,6 +53,9 @@ WITHOUT = {
     "double-64-columns": {"L": 20, "H": 2, "K": 18, "V": 10, "C": 32, "dtype": F64, "state": True, "dropkey": 0.3},
     "double-256-columns": {"B": 1, "L": 20, "H": 1, "K": 5, "V": 258, "C": 70, "dtype": F64},
     "bfloat16-many-channels": {"B": 1, "L": 20, "H": 1, "K": 264, "V": 72, "C": 13, "dtype": BF16, "dropkey": 0.2},
+    "float-whole-chunks": {"B": 1, "L": 70, "H": 1, "K": 20, "V": 24, "C": 33, "dtype": F32, "causal": False},
+    "double-whole-chunk-of-two-blocks": {"L": 70, "H": 1, "K": 6, "V": 8, "C": 2**33, "dtype": F64, "causal": False,
+                                         "lengths": [70, 66]},
 }  # fmt: skip
 STEPS = {
     "decode": {"B": 3, "L": 1, "H": 2, "K": 32, "V": 40, "C": 200, "dtype": BF16, "state": True},
@@ -77,7 +85,7 @@ def run(emulator, case, offset=0):
     o, lse = torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
     emulator.call(
         "chunked_attention_fwd", q, k, v, *(options.get("state") or (None,) * 3), options["chunk_size"],
-        options["scale"], options.get("dropkey", 0.0), options.get("dropkey_seed"), options.get("cu_seqlens"),
+        options.get("causal", True), options["scale"], options.get("dropkey", 0.0), options.get("dropkey_seed"), options.get("cu_seqlens"),
         options.get("lengths"), o, lse, offset=offset,
     )  # fmt: skip
     return {"o": o, "lse": lse}
@@ -91,7 +99,9 @@ def exact_lse(case):
         position = 0 if state is None else int(state.position[s])
         keys = k[row, tokens] if state is None else torch.cat([state.k[s, :position].double(), k[row, tokens]])
         i, j = torch.arange(position, len(keys)), torch.arange(len(keys))
-        hidden = (j > i[:, None]) | (j // options["chunk_size"] != i[:, None] // options["chunk_size"])
+        hidden = (options.get("causal", True) & (j > i[:, None])) | (
+            j // options["chunk_size"] != i[:, None] // options["chunk_size"]
+        )
         if "dropkey" in options:
             seed = int(options["dropkey_seed"])
             hidden = hidden | dropkey_mask(options["dropkey"], seed, s, q.shape[2], i, j)
@@ -156,7 +166,7 @@ def test_blocks_of_rows_cover_every_token_once(emulated_module, dtype, most):
         ends = st.lists(st.integers(0, L), min_size=1, max_size=5)
         kind = {"B": 1, "cu_seqlens": sorted(data.draw(ends))} if packed else {"B": 2, "lengths": [data.draw(
             st.integers(0, L)), L]}  # fmt: skip
-        case = scaled_case(**kind, L=L, H=1, K=8, V=8, C=C, dtype=dtype)
+        case = scaled_case(**kind, L=L, H=1, K=8, V=8, C=C, dtype=dtype, causal=data.draw(st.booleans()))
         tokens = case.tensors["q"][..., 0, 0]
         padding = torch.ones_like(tokens, dtype=torch.bool)
         for row, inside in sequences(tokens, case.options.get("cu_seqlens"), case.options.get("lengths")):
@@ -190,6 +200,19 @@ def test_a_sequence_does_not_see_its_neighbours(emulator, dtype, L):
     for name, value in results.items():
         for part in (slice(0, L), slice(2 * L, 3 * L)):
             assert torch.equal(value[:, part], clean[name][:, part])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_a_whole_chunk_does_not_see_its_neighbours(emulator, dtype):
+    """The three chunks share a block of rows and tiles of keys."""
+    case = scaled_case(B=1, L=60, H=1, K=8, V=8, C=20, dtype=dtype, causal=False)
+    v = case.tensors["v"].clone()
+    v[:, 25] = torch.nan
+    o, clean = run(emulator, case.with_tensors(v=v))["o"], run(emulator, case)["o"]
+    assert o[:, 20:40].isnan().all()
+    tolerance = 8e-3 if dtype == BF16 else 1e-6
+    for others in (slice(0, 20), slice(40, 60)):
+        torch.testing.assert_close(o[:, others], clean[:, others], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "rows", "C"), [(BF16, 128, 110), (F32, 64, 50)], ids=str)
@@ -227,7 +250,7 @@ def test_steps_over_many_and_over_long_spans(emulator, dtype, span):
 def test_spans_of_many_steps_have_a_limit(emulator):
     """2048 keys: the workspace of 2048 sequences has a maximum, a sum and a value of each of two spans."""
     tokens, cache, sizes = torch.zeros(2048, 1, 1, 1), torch.zeros(2048, 2049, 1, 1), []
-    inputs = tokens, tokens, tokens, cache, cache, torch.zeros(2048).long(), 2049, 1.0, 0.0, None, None, None
+    inputs = tokens, tokens, tokens, cache, cache, torch.zeros(2048).long(), 2049, True, 1.0, 0.0, None, None, None
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
         emulator.call("chunked_attention_fwd", *inputs, torch.empty_like(tokens), torch.empty(2048, 1, 1))
     assert sizes == [2048 * 2 * 3 * 4]

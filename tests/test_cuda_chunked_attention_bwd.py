@@ -62,9 +62,12 @@ SHAPES = {
     "packed-and-cached": {"B": 1, "L": 40, "H": 1, "K": 8, "V": 8, "C": 8, "cu_seqlens": [1, 9, 9, 36], "state": True},
     "a-sequence-more-than-lanes": {"B": 1, "L": 45, "H": 1, "K": 8, "V": 8, "C": 64, "cu_seqlens": list(range(34))},
     "many-sequences": {"B": 1, "L": 45, "H": 1, "K": 8, "V": 8, "C": 64, "cu_seqlens": list(range(41))},
+    "whole-chunks": {"B": 1, "L": 150, "H": 2, "K": 8, "V": 16, "C": 140, "causal": False},
+    "whole-chunks-padded": {"B": 2, "L": 21, "H": 2, "K": 5, "V": 3, "C": 9, "causal": False, "lengths": [21, 12],
+                            "dropkey": 0.2},
     "no-keys": {"B": 1, "L": 5, "H": 1, "K": 0, "V": 3, "C": 4},
     "no-values": {"B": 1, "L": 5, "H": 1, "K": 3, "V": 0, "C": 4},
-}
+}  # fmt: skip
 
 
 PATHS = {
@@ -114,10 +117,22 @@ def test_a_chunk_of_many_tiles_in_many_rounds(emulator, gradients, path, panels)
         assert_right(gradients(case, offset), case)
 
 
+@pytest.mark.parametrize(
+    ("path", "panels"), [("double", 1), ("double", 3), pytest.param("vectors", 3, marks=pytest.mark.slow)]
+)
+def test_whole_chunks_in_many_rounds(emulator, gradients, path, panels):
+    """Every query block takes part in every round of its chunk, also in those of keys after the block."""
+    dtype, offset = PATHS[path]
+    C = 3 * (EDGE if dtype == torch.bfloat16 else 64) + 20
+    case = chunked_attention_case(B=1, L=2 * C - 30, H=2, K=4, V=4, C=C, dtype=dtype, causal=False)
+    with emulator.launch_sizes(attention_panels=panels):
+        assert_right(gradients(case, offset), case)
+
+
 def test_a_round_has_a_panel_whatever_its_size(emulator):
     """A panel of 137 MiB, whose products would take an hour; the size of the workspace tells."""
     x, lse, sizes = torch.zeros(1, 70_000, 1, 1, dtype=torch.float64), torch.zeros(1, 70_000, 1).double(), []
-    inputs = x, x, x, None, None, None, 70_000, 1.0, 0.0, None, None, None, x, lse, x
+    inputs = x, x, x, None, None, None, 70_000, True, 1.0, 0.0, None, None, None, x, lse, x
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
         emulator.call("chunked_attention_bwd", *inputs, *(torch.empty_like(x) for _ in range(3)))
     assert 2 * 8 * 64 * 70_000 <= sizes[0] <= 2 * 8 * 64 * 72_000
@@ -132,7 +147,7 @@ def test_the_workspace_has_no_more_panels_than_there_may_be(emulator, B, L, C, c
     """A panel is 64 x 64 of P and of dS, where a chunk is one block and needs nothing else."""
     x, lse, sizes = torch.zeros(B, L, 1, 3, dtype=torch.float64), torch.zeros(B, L, 1).double(), []
     packed = None if cu_seqlens is None else torch.tensor(cu_seqlens)
-    inputs = x, x, x, None, None, None, C, 1.0, 0.0, None, packed, None, x, lse, x
+    inputs = x, x, x, None, None, None, C, True, 1.0, 0.0, None, packed, None, x, lse, x
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
         emulator.call("chunked_attention_bwd", *inputs, *(torch.empty_like(x) for _ in range(3)))
     assert sizes == [panels * 2 * 8 * 64 * 64]
@@ -141,7 +156,7 @@ def test_the_workspace_has_no_more_panels_than_there_may_be(emulator, B, L, C, c
 def backward(emulator, case, chunk_size, v=None):
     """Gradients by the kernels alone, without a state; `v` takes the place of the forward's."""
     q, k, of_case = (case.tensors[name] for name in "qkv")
-    o, lse, rest = torch.empty_like(of_case), torch.empty(q.shape[:-1]), (chunk_size, 1.0, 0.0, None, None, None)
+    o, lse, rest = torch.empty_like(of_case), torch.empty(q.shape[:-1]), (chunk_size, True, 1.0, 0.0, None, None, None)
     emulator.call("chunked_attention_fwd", q, k, of_case, None, None, None, *rest, o, lse)
     found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
     inputs = q, k, of_case if v is None else v, None, None, None, *rest, o, lse, torch.ones_like(o)
@@ -239,7 +254,7 @@ def test_no_sequences_with_a_cache_of_some_address(emulator):
     state = at_some_address(0, 4, 1, 2), at_some_address(0, 4, 1, 2), at_some_address(0, dtype=torch.int64)
     found = [emulator.empty(1, 1, 1, 2) for _ in GRADIENTS]
     cu_seqlens = emulator.tensor(torch.zeros(1, dtype=torch.int64))
-    inputs = x, x, x, *state, 4, 1.0, 0.0, None, cu_seqlens, None, x, lse, x
+    inputs = x, x, x, *state, 4, True, 1.0, 0.0, None, cu_seqlens, None, x, lse, x
     emulator.launch("chunked_attention_bwd", *inputs, *found)
     assert all(torch.equal(gradient, torch.zeros(1, 1, 1, 2)) for gradient in found)
 

@@ -80,7 +80,12 @@ def test_timestep_norm_differentiates_at_offsets_beyond_31_bits(emulator, large)
 
 
 def test_end_states_of_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
-    x, dx, mean, residual = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(1, GROUPS), large(1, 2, GROUPS)
+    x, dx, mean, residual = (
+        large(1, T, D, dtype=BF16),
+        large(1, T, D, dtype=BF16),
+        large(1, GROUPS),
+        large(1, 2, GROUPS),
+    )
     state = mean, large(1, GROUPS), residual, large(1, dtype=torch.int64)
     emulator.launch("timestep_norm_end_state_fwd", x, GROUPS, None, None, *state)
     emulator.launch("timestep_norm_end_state_bwd", x, GROUPS, None, None, mean, residual, mean, mean, dx)
@@ -99,7 +104,7 @@ def test_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
     emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
 
 
-ATTENTION = 256, 1.0, 0.0, None, None, None  # the chunk's size, and options
+ATTENTION = 256, True, 1.0, 0.0, None, None, None  # the chunk's size, and options
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -112,7 +117,7 @@ def test_steps_of_attention_at_offsets_beyond_31_bits(emulator, large):
     S, K, V = 2**20 + 8, 8, 2048
     q, k, cache_k = (large(S, 1, 1, K, dtype=BF16) for _ in range(3))
     v, cache_v, o = (large(S, 1, 1, V, dtype=BF16) for _ in range(3))
-    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), 1, 1.0, 0.0, None, None, None
+    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), 1, True, 1.0, 0.0, None, None, None
     emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, 1))
 
 

@@ -147,7 +147,7 @@ def test_attention_of_a_released_model(emulator):
 def backward(emulator, case, results, do, offset=0):
     """Gradients of q, k and v by the kernels alone, from o and lse, and the gradient of o."""
     found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
-    rest = case.options["chunk_size"], case.options["scale"], 0.0, None, None, None
+    rest = case.options["chunk_size"], True, case.options["scale"], 0.0, None, None, None
     inputs = *case.tensors.values(), *case.options["state"], *rest, *results.values(), do
     emulator.call("chunked_attention_bwd", *inputs, *found.values(), offset=offset)
     return found

@@ -92,6 +92,10 @@ def test_results_and_gradients_are_the_references(path, take):
                 with each(dtype, name):
                     case = case_of(path, dtype, **sizes)
                     assert_accurate(case)
+        if path == "flash":
+            with each("whole chunks"):
+                take(path)
+                assert_accurate(case_of(path, L=103, causal=False))
         with each("normalized_attention"):
             take(path)
             case = normalized_attention_case(L=80, K=8, V=8, C=40, dtype=torch.float64)
@@ -138,7 +142,7 @@ def test_compiles(take):
 def test_the_fake_kernels_know_shapes_and_strides(path, L, take):
     take(path, torch.float32)
     case = case_of(path, torch.float32, L=L)
-    inputs, rest = [t.clone().requires_grad_() for t in case.tensors.values()], (40, 1.0, 0.0, None, None, None)
+    inputs, rest = [t.clone().requires_grad_() for t in case.tensors.values()], (40, True, 1.0, 0.0, None, None, None)
     fwd = torch.ops.megalodon_ops.chunked_attention_fwd.default
     torch.library.opcheck(fwd, (*inputs, None, None, None, *rest), test_utils="test_faketensor")
     inputs = [t.detach() for t in inputs]
@@ -165,7 +169,7 @@ def test_autocast_leaves_the_paths_alone(take):
     take("products", torch.float16)
     case = case_of("products", torch.float16)
     expected = evaluate(mo.chunked_attention, case)
-    ops, rest = torch.ops.megalodon_ops, (None, None, None, 40, 1.0, 0.0, None, None, None)
+    ops, rest = torch.ops.megalodon_ops, (None, None, None, 40, True, 1.0, 0.0, None, None, None)
     with torch.autocast("cpu", torch.bfloat16):
         o, lse = ops.chunked_attention_fwd(*case.tensors.values(), *rest)
         grads = ops.chunked_attention_bwd(o, *case.tensors.values(), o, lse, *rest)
@@ -178,9 +182,9 @@ def test_the_workspace_does_not_grow_with_the_length(take):
     def workspace(L: int, backward: bool) -> int:
         case = case_of("products", torch.float32, B=1, L=L, K=64, V=128)
         q, k, v = case.tensors.values()
-        o, lse = module.forward("products", q, k, v, 40, 1.0)
+        o, lse = module.forward("products", q, k, v, 40, True, 1.0)
         way, given = (module.backward, (o, q, k, v, o, lse)) if backward else (module.forward, (q, k, v))
-        kept, most = allocated(lambda: way("products", *given, 40, 1.0))
+        kept, most = allocated(lambda: way("products", *given, 40, True, 1.0))
         return most - kept
 
     square = 2 * 40 * 40 * 4  # of two chunks
@@ -252,7 +256,7 @@ def test_shapes_take_their_path(flash_there):
         for (dtype, B, L, H, K, V, C), path in SHAPES.items():
             with each(dtype, B, L, H, K, V, C):
                 q, v = (fake(B, L, H, width, dtype=getattr(torch, dtype)) for width in (K, V))
-                assert module.path_of(q, q, v, C, 1.0) == path
+                assert module.path_of(q, q, v, C, True, 1.0) == path
 
 
 def test_largest_chunks_fit_the_workspace():
@@ -264,21 +268,22 @@ def test_largest_chunks_fit_the_workspace():
 def test_settings_of_torch_decide(flash_there):
     with FakeTensorMode():
         q, v = fake(8, 2048, 8, 64), fake(8, 2048, 8, 2048)
-        assert module.path_of(q, q, q, 2048, 1.0) == "flash"
-        assert all(module.path_of(q, q, v, 2048, scale) is None for scale in (-1.0, 0.0, 2.0**-11))
+        assert module.path_of(q, q, q, 2048, True, 1.0) == "flash"
+        assert all(module.path_of(q, q, v, 2048, True, scale) is None for scale in (-1.0, 0.0, 2.0**-11))
+        assert (module.path_of(q, q, q, 2048, False, 1.0), module.path_of(q, q, v, 2048, False, 1.0)) == ("flash", None)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            assert module.path_of(q, q, q, 2048, 1.0) is None
+            assert module.path_of(q, q, q, 2048, True, 1.0) is None
         try:
             torch.use_deterministic_algorithms(True)
-            assert module.path_of(q, q, q, 2048, 1.0) is module.path_of(q, q, v, 2048, 1.0) is None
+            assert module.path_of(q, q, q, 2048, True, 1.0) is module.path_of(q, q, v, 2048, True, 1.0) is None
         finally:
             torch.use_deterministic_algorithms(False)
         try:
             torch.set_float32_matmul_precision("high")
-            assert module.path_of(q.float(), q.float(), v.float(), 2048, 1.0) == "products"
+            assert module.path_of(q.float(), q.float(), v.float(), 2048, True, 1.0) == "products"
         finally:
             torch.set_float32_matmul_precision("highest")
-        assert module.path_of(q.float(), q.float(), v.float(), 2048, 1.0) is None
+        assert module.path_of(q.float(), q.float(), v.float(), 2048, True, 1.0) is None
 
 
 def test_what_is_not_dense_keeps_the_kernels(monkeypatch):
@@ -300,17 +305,17 @@ def test_wrong_arguments_keep_the_kernels(flash_there):
         q, half, meta = fake(8, 2048, 8, 64), fake(8, 2048, 8, 64, dtype=torch.float16), torch.empty(1, device="meta")
         fewer, one_head, row = fake(1, 2048, 8, 64), fake(8, 2048, 1, 64), fake(2048, 8, 64)
         for k, v in (fewer, q), (q, fewer), (q, one_head), (q, row), (half, q), (q, half), (q, meta.expand(q.shape)):
-            assert module.path_of(q, k, v, 2048, 1.0) is None
-        assert module.path_of(row, row, row, 2048, 1.0) is None
+            assert module.path_of(q, k, v, 2048, True, 1.0) is None
+        assert module.path_of(row, row, row, 2048, True, 1.0) is None
 
 
 def test_flash_is_called_as_torch_wants_it():
     """torch's own shapes, on the device meta, for the arguments that CUDA's flash attention takes."""
     q = torch.empty(2, 40, 3, 64, dtype=torch.bfloat16, device="meta")
-    o, lse = module._flash_fwd(q, q, q, 1.0)
+    o, lse = module._flash_fwd(q, q, q, 1.0, causal=True)
     assert o.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
     assert o.is_contiguous() and lse.is_contiguous()
-    grads = module._flash_bwd(o, q, q, q, o, lse, 1.0)
+    grads = module._flash_bwd(o, q, q, q, o, lse, 1.0, causal=True)
     assert all(grad.shape == q.shape and grad.is_contiguous() for grad in grads)
 
 

@@ -107,4 +107,4 @@ def test_parts_of_a_state_without_their_counter_are_refused():
         ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, None, group, group, None, None, None, False, False)
     q, cache = torch.randn(2, 5, 1, 4), torch.randn(2, 8, 1, 4)
     with pytest.raises(ValueError, match=r"`state\.k` must be None without a `state\.position`"):
-        ops.chunked_attention_fwd(q, q, q, cache, cache, None, 8, 1.0, 0.0, None, None, None)
+        ops.chunked_attention_fwd(q, q, q, cache, cache, None, 8, True, 1.0, 0.0, None, None, None)

@@ -85,6 +85,9 @@ def test_attention_counts_pairs_as_they_are():
     found = counted(lambda: evaluate(mo.chunked_attention, case))
     assert found["chunked_attention_fwd"] == 2 * pairs * (K + V)
     assert found["chunked_attention_bwd"] == 2 * (pairs * (2 * K + V) + (pairs - cached) * (K + V))
+    whole = chunked_attention_case(B=1, L=steps, H=1, K=K, V=V, C=C, causal=False)
+    found = counted(lambda: evaluate(mo.chunked_attention, whole))
+    assert found["chunked_attention_fwd"] == 2 * (4 * 4 + 4 * 4 + 1) * (K + V)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -105,6 +105,7 @@ ERRORS = {
     "gamma-shape": (ValueError, "gamma", {"gamma": _t(8)}),
     "beta-dtype": (TypeError, "beta", {"beta": _t(2, 8, dtype=torch.float16)}),
     "v-of-two-axes": (ValueError, "v", {"v": torch.zeros(9, 10)}),
+    "whole-chunks-into-a-state": (ValueError, "causal", {"causal": False, "return_state": True}),
     "chunk-zero": (ValueError, "chunk_size", {"chunk_size": 0}),
     "dropkey-above-one": (ValueError, "dropkey", {"dropkey": 1.5}),
     "packed-batch": (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 9])}),

@@ -63,8 +63,8 @@ def test_results_and_gradients_match_the_reference(op, data):
 def test_pieces_give_the_whole(op, data):
     """Gradients, which flow back through the states from piece to piece, are those of the whole, too."""
     case = data.draw(CASES[op](st.just(torch.float64), kinds=("dense", "padded")))
-    if "dropkey" in case.options:  # its mask counts from the start of the call
-        case = case.with_options(dropkey=0.0)
+    if "attention" in op:  # DropKey's mask counts from the start of the call; a whole chunk has no pieces
+        case = case.with_options(dropkey=0.0, causal=True)
     whole = evaluate(getattr(mo.reference, op), case)
     length = case.tensors[OPS[op].tokens[0]].shape[1]
     cut = evaluate(streamed(function(op), op, data.draw(pieces(length))), case)
@@ -313,8 +313,9 @@ BATCHES = {
 
 
 def starts(op):
-    """What builders are given to start afresh and, where an op takes one, from a state."""
-    return [{}, WITH_STATE[op]] if op in WITH_STATE else [{}]
+    """What builders are given to start afresh, from a state where an op takes one, and for chunks seen as wholes."""
+    whole = [{"causal": False}] if "attention" in op else []
+    return [{}, *([WITH_STATE[op]] if op in WITH_STATE else []), *whole]
 
 
 @each_op_on(DEVICES)

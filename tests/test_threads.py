@@ -56,6 +56,7 @@ CASES = {
     "normalized_qk-blocks": normalized_qk_case(B=1, L=1501, H=3, K=18, C=67),
     "normalized_qk-parts": normalized_qk_case(B=3, L=1501, H=1, K=10, C=64, lengths=[1501, 7, 900]),
     "attention-one-chunk": chunked_attention_case(B=1, L=691, H=1, K=17, V=35, C=701, dropkey=0.1),
+    "attention-whole-chunk": chunked_attention_case(B=1, L=691, H=1, K=17, V=35, C=701, causal=False),
     "attention-chunks": chunked_attention_case(B=3, L=157, H=5, K=9, V=13, C=37),
     "attention-uneven-chunks": chunked_attention_case(B=1, L=700, H=1, K=33, V=20, C=333, state=True),
     "attention-few-queries": chunked_attention_case(B=3, L=2, H=3, K=33, V=65, C=1201, state=True),

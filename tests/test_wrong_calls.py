@@ -57,7 +57,7 @@ attention_state = mo.chunked_attention(q, q, values, chunk_size=C, return_state=
 seed = torch.tensor([5])
 sizes, eps = dict(num_heads=H, chunk_size=C), {**NO_NUMBER, **NEGATIVE}
 attention = dict(
-    state=NO_STATE, return_state=NO_FLAG, inplace_state=NO_FLAG, dropkey={**NO_NUMBER, **NEGATIVE, **ONE},
+    causal=NO_FLAG, state=NO_STATE, return_state=NO_FLAG, inplace_state=NO_FLAG, dropkey={**NO_NUMBER, **NEGATIVE, **ONE},
     dropkey_seed={**NO_TENSOR, "two": torch.tensor([1, 2]), "float tensor": torch.tensor([1.0])}, chunk_size=NO_SIZE,
     lengths=OPTIONAL_INTEGERS,
 )  # fmt: skip

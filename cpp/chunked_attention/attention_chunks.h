@@ -24,8 +24,12 @@ struct Chunk {
   int64_t cached;
   int64_t token;   // the token of row `cached`
   int64_t keys;    // rows
+  bool causal;
 
   int64_t queries() const { return keys - cached; }
+  // Query `row` sees the keys [0, seen_by(row)); the queries from first_to_see(row) on see key `row`.
+  int64_t seen_by(int64_t row) const { return causal ? row + 1 : keys; }
+  int64_t first_to_see(int64_t row) const { return causal ? row : 0; }
 };
 
 inline std::vector<Chunk> list_chunks(const ChunkedAttentionParams& p) {
@@ -34,7 +38,7 @@ inline std::vector<Chunk> list_chunks(const ChunkedAttentionParams& p) {
     const int64_t position = p.position ? p.position[s] : 0, end = position + p.sequences.length(s);
     for (int64_t at = position; at < end;) {
       const int64_t start = at - at % p.chunk_size, stop = p.chunk_size < end - start ? start + p.chunk_size : end;
-      chunks.push_back({s, start, at - start, p.sequences.begin(s) + at - position, stop - start});
+      chunks.push_back({s, start, at - start, p.sequences.begin(s) + at - position, stop - start, p.causal});
       at = stop;
     }
   }
@@ -112,14 +116,15 @@ MEGALODON_INLINE Vec<R> lane_numbers() {
 }
 
 // A block of scores is one panel of S^T: row r holds the scores of key `key + r` for the queries from `query` on.
-// Sets the score of every key after the query to -inf.
+// Sets the score of every key that the query does not see to -inf.
 template <class R>
-void mask_future(R* scores, int64_t key, int64_t keys, int64_t query) {
-  for (int64_t r = query < key ? 0 : query + 1 - key; r < keys; ++r)
+void mask_unseen(R* scores, int64_t key, int64_t keys, int64_t query, const Chunk& chunk) {
+  const Vec<R> more_seen = chunk.causal ? lane_numbers<R>() : zeros<R>();
+  for (int64_t r = std::max<int64_t>(chunk.seen_by(query) - key, 0); r < keys; ++r)
     for (int64_t c = 0; c < kTileColumns<R>; c += kLanes<R>) {
       R* at = scores + r * kTileColumns<R> + c;
-      const Vec<R> behind = lane_numbers<R>() + static_cast<R>(query + c - key - r);
-      store(at, behind < R{0} ? splat(-std::numeric_limits<R>::infinity()) : load(static_cast<const R*>(at)));
+      const Vec<R> beyond = more_seen + static_cast<R>(chunk.seen_by(query + c) - 1 - key - r);
+      store(at, beyond < R{0} ? splat(-std::numeric_limits<R>::infinity()) : load(static_cast<const R*>(at)));
     }
 }
 
@@ -227,7 +232,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   };
   double spread = 0;
   for (auto at = first; at != first_small; ++at) {
-    // Block i of a chunk meets i + 1 blocks of keys: n blocks keep (n + 1) / 2 threads busy.
+    // Block i of a causal chunk meets i + 1 blocks of keys: n blocks keep (n + 1) / 2 threads busy.
     const double busy = static_cast<double>(ceil_div((*at)->keys, block) + 1) / 2;
     spread += work(**at) * static_cast<double>(heads) / std::min<double>(threads, busy);
   }

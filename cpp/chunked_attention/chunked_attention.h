@@ -1,4 +1,4 @@
-// Causal softmax attention inside chunks of C steps. Derivation: reference/chunked_attention.py.
+// Softmax attention inside chunks of C steps. Derivation: reference/chunked_attention.py.
 #pragma once
 
 #include "isa.h"
@@ -16,6 +16,7 @@ struct ChunkedAttentionParams {
   int64_t key_dim;          // K
   int64_t value_dim;        // V
   int64_t chunk_size;       // C
+  bool causal = true;       // a query sees its chunk up to itself; false: all of its chunk
   double scale;             // on q k^T
   double dropkey;           // probability that an allowed score becomes -inf; 0: never
   const uint64_t* seed;     // (1) key of the Philox generator; null where dropkey is 0

@@ -49,13 +49,14 @@ Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::ha
   return in;
 }
 
-// Fills the shared parameters, and those of q, the scale and DropKey. The seed is an int64 tensor of one element.
+// Fills the shared parameters, and those of q, scores and DropKey. The seed is an int64 tensor of one element.
 Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, py::handle v, py::handle cache_k,
-            py::handle cache_v, py::handle position, int64_t chunk_size, double scale, double dropkey,
+            py::handle cache_v, py::handle position, int64_t chunk_size, bool causal, double scale, double dropkey,
             py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths) {
   const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
   params.q = q.like(in.k).data();
   check_range(kAttention, "scale", scale, std::numeric_limits<double>::lowest(), "finite");
+  params.causal = causal;
   params.scale = scale;
   params.dropkey = dropkey;
   if (!(dropkey >= 0 && dropkey < 1))
@@ -71,13 +72,13 @@ Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, p
 }
 
 void chunked_attention_fwd(const Target& target, py::handle q_, py::handle k, py::handle v, py::handle cache_k,
-                           py::handle cache_v, py::handle position, int64_t chunk_size, double scale, double dropkey,
-                           py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths, py::handle o,
-                           py::handle lse) {
+                           py::handle cache_v, py::handle position, int64_t chunk_size, bool causal, double scale,
+                           double dropkey, py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths,
+                           py::handle o, py::handle lse) {
   ChunkedAttentionFwdParams params{};
   const TensorView q(kAttention, "q", q_);
-  const Inputs in =
-      fill(params, q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths);
+  const Inputs in = fill(params, q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed,
+                         cu_seqlens, lengths);
   params.o = TensorView(kAttention, "o", o).like(in.v).data();
   params.lse = TensorView(kAttention, "lse", lse)
                    .present()
@@ -88,13 +89,13 @@ void chunked_attention_fwd(const Target& target, py::handle q_, py::handle k, py
 }
 
 void chunked_attention_bwd(const Target& target, py::handle q_, py::handle k, py::handle v, py::handle cache_k,
-                           py::handle cache_v, py::handle position, int64_t chunk_size, double scale, double dropkey,
-                           py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths, py::handle o,
-                           py::handle lse, py::handle d_o, py::handle dq, py::handle dk, py::handle dv) {
+                           py::handle cache_v, py::handle position, int64_t chunk_size, bool causal, double scale,
+                           double dropkey, py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths,
+                           py::handle o, py::handle lse, py::handle d_o, py::handle dq, py::handle dk, py::handle dv) {
   ChunkedAttentionBwdParams params{};
   const TensorView q(kAttention, "q", q_);
-  const Inputs in =
-      fill(params, q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths);
+  const Inputs in = fill(params, q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed,
+                         cu_seqlens, lengths);
   params.o = TensorView(kAttention, "o", o).like(in.v).data();
   params.lse = TensorView(kAttention, "lse", lse)
                    .present()

@@ -3,14 +3,15 @@
 //   P_ij = exp(scale q_i . k_j - lse_i);  delta_i = do_i . o_i;  dS_ij = P_ij (do_i . v_j - delta_i)
 //   dv_j = sum_i P_ij do_i;  dk_j = scale sum_i dS_ij q_i;  dq_i = scale sum_j dS_ij k_j
 //
-// A chunk is cut into blocks of kBlock rows. A job owns one pair (query block i, key block j <= i) of one head and
-// makes every product of the pair once, 3 K + 2 V multiplications for each score:
+// A chunk is cut into blocks of kBlock rows. A job owns one pair (query block i, key block j, j <= i if causal) of one
+// head and makes every product of the pair once, 3 K + 2 V multiplications for each score:
 //   1. S^T = scale K Q^T and dP^T = V dO^T, which become P^T and dS^T
 //   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
 //   3. dQ_i += dS K                             (A = (dS^T)^T), with AMX dQ_i^T += K^T dS^T
-// Tiles above the diagonal are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: a pair
+// Tiles that no query sees are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: a pair
 // waits for (i, j + 1) and (i - 1, j), which add to dQ_i and to dK_j and dV_j before it. So every sum has the same
-// order on any number of threads: i - j = 0, 1, 2, ... As jobs begin in the order of i - j, they seldom wait.
+// order on any number of threads, that of i - j, from 0 or, where attention is not causal, from 1 - blocks on. As jobs
+// begin in the order of i - j, they seldom wait.
 //
 // A tile of rows shares a depth in 2 and 3, where the P and dS of keys that a query does not see are 0. Where some q,
 // k or do of the chunk is not finite, as packing notes, 0 times it would be NaN: then a tile shares the depth that all
@@ -65,26 +66,27 @@ class ChunkBackward {
         delta_(max_keys + kColumns),
         done_(ceil_div(max_keys, kBlock) * ceil_div(max_keys, kBlock)),
         scratch_(threads, params) {
-    pairs_.reserve(static_cast<size_t>(ceil_div(max_keys, kBlock) * (ceil_div(max_keys, kBlock) + 1) / 2));
+    pairs_.reserve(static_cast<size_t>(ceil_div(max_keys, kBlock) * ceil_div(max_keys, kBlock)));
   }
 
   void operator()(const Chunk& chunk, int64_t head) {
     finite_ = true;
-    const int64_t blocks = ceil_div(chunk.keys, kBlock), first_block = chunk.cached / kBlock;
+    const int64_t blocks = ceil_div(chunk.keys, kBlock);
     const double work = static_cast<double>(chunk.keys * (p_.key_dim + p_.value_dim));
     const auto for_each = [&](int64_t jobs, double total, auto&& body) {
       parallel_jobs<FlushDenormals, TileRegisters>(jobs, scratch_.threads() == 1 ? 0 : total, [&] { return body; });
     };
     for_each(blocks, work, [&](int64_t block) { pack(chunk, head, block); });
     pairs_.clear();
-    for (int64_t distance = 0; distance < blocks; ++distance)
-      for (int64_t key = std::max<int64_t>(0, first_block - distance); key + distance < blocks; ++key)
+    for (int64_t distance = chunk.causal ? 0 : 1 - blocks; distance < blocks; ++distance)
+      for (int64_t key = std::max<int64_t>(0, chunk.cached / kBlock - distance);
+           key < std::min(blocks, blocks - distance); ++key)
         pairs_.push_back({key + distance, key});
     done_.forget(blocks * blocks);
     for_each(static_cast<int64_t>(pairs_.size()), work * static_cast<double>(chunk.keys), [&](int64_t job) {
       const auto [query, key] = pairs_[static_cast<size_t>(job)];
-      if (query > key) done_.wait(query * blocks + key + 1);
-      if (query > std::max(key, first_block)) done_.wait((query - 1) * blocks + key);
+      if (key < last_key_block(chunk, query)) done_.wait(query * blocks + key + 1);
+      if (query > first_query_block(chunk, key)) done_.wait((query - 1) * blocks + key);
       multiply_pair(chunk, head, query, key);
       done_.publish(query * blocks + key);
     });
@@ -116,6 +118,15 @@ class ChunkBackward {
   }
   ChunkRows<T> query_rows(const Chunk& chunk, int64_t head, const void* tokens, int64_t width) const {
     return chunk_rows<T>(p_, chunk, head, nullptr, tokens, width);
+  }
+
+  // The first query block that a key block meets, and the last key block that a query block meets.
+  static int64_t first_query_block(const Chunk& chunk, int64_t key_block) {
+    const int64_t cached = chunk.cached / kBlock;
+    return chunk.causal ? std::max(key_block, cached) : cached;
+  }
+  static int64_t last_key_block(const Chunk& chunk, int64_t query_block) {
+    return chunk.causal ? query_block : ceil_div(chunk.keys, kBlock) - 1;
   }
 
   // First row that is kept as a query: that of the first block with queries.
@@ -171,7 +182,8 @@ class ChunkBackward {
     const int64_t columns = round_up(queries, kDepthStep<U>), first_panel = (query - base) / kColumns;
     // Keys that some of the queries of a panel see, in whole tiles.
     const auto visible = [&](int64_t at) {
-      return round_up(std::min(key_end, query + at + kColumns) - key, std::max(kRows, kDepthStep<U>));
+      return round_up(std::min(key_end, chunk.seen_by(query + at + kColumns - 1)) - key,
+                      std::max(kRows, kDepthStep<U>));
     };
     // Multiplies in blocks of the depth, so that a block of B stays in the nearest cache for all keys, and a block of A
     // in the next cache for all queries. With AMX multiply_rows cuts the depth.
@@ -194,7 +206,7 @@ class ChunkBackward {
     for (int64_t at = 0; at < columns; at += kColumns) {
       const int64_t panel = at / kColumns, rows = visible(at);
       R* s = scratch.s.at(panel, 0);
-      if (key + rows > query + at + 1) mask_future(s, key, rows, query + at);
+      if (key + rows > chunk.seen_by(query + at)) mask_unseen(s, key, rows, query + at, chunk);
       if (drop_) drop_.apply(s, key, rows, query + at, chunk, head);
       const int vectors = vectors_in_panel<U>(columns, panel);
       if (chunk.keys <= kBlock) differentiate<true>(vectors, panel, rows, query - base + at, scratch);
@@ -202,7 +214,7 @@ class ChunkBackward {
     }
 
     // Keys of the cache take no gradient.
-    const bool first_of_keys = query_block == std::max(key_block, chunk.cached / kBlock);
+    const bool first_of_keys = query_block == first_query_block(chunk, key_block);
     const auto add_to_keys = [&](const PackedLeft<U>& a, const Packed<U>& b, const ChunkRows<T>& b_rows, int64_t width,
                                  const Packed<R>& sums) {
       for (int64_t column = 0; column < panels<U>(width); ++column) {
@@ -214,8 +226,9 @@ class ChunkBackward {
         static_assert(kColumns % kStart == 0 && kBlock % kStart == 0);
         for (int64_t row = std::max(key, chunk.cached / kStart * kStart); row < key_end; row += rows, ++tile) {
           rows = kAmx ? kRows : tile_rows<U>(vectors, key_end - row);
-          const int64_t seen_by_some = std::max<int64_t>(row - query, 0) / kLeftColumns<U> * kLeftColumns<U>;
-          const int64_t seen_by_all = std::max<int64_t>(row + rows - 1 - query, 0);
+          const int64_t seen_by_some =
+              std::max<int64_t>(chunk.first_to_see(row) - query, 0) / kLeftColumns<U> * kLeftColumns<U>;
+          const int64_t seen_by_all = std::max<int64_t>(chunk.first_to_see(row + rows - 1) - query, 0);
           // `at` is the first query of the product.
           const bool shared = finite_ || seen_by_all <= seen_by_some;
           const int64_t at = shared ? seen_by_some : std::min(round_up(seen_by_all, kLeftColumns<U>), columns);
@@ -223,7 +236,7 @@ class ChunkBackward {
                         a.panel_units(), b.at(column, query - base + at), R{1}, !first_of_keys, sums.at(column, row),
                         ahead, tile);
           for (int64_t r = row; at > seen_by_some && r < std::min(row + rows, key_end); ++r)
-            for (int64_t i = std::max(seen_by_some, r - query); i < std::min(at, queries); ++i)
+            for (int64_t i = std::max(seen_by_some, chunk.first_to_see(r) - query); i < std::min(at, queries); ++i)
               if (const T* from = b_rows(query + i))
                 add_to_row<T>(sums, column, r, element_by_columns<U>(a, r - key, i), from, width);
         }
@@ -233,22 +246,23 @@ class ChunkBackward {
     add_to_keys(units(scratch.p, scratch.s), do_rows_, d_o, p_.value_dim, dv_);
     add_to_keys(units(scratch.ds, scratch.dp), q_rows_, q, p_.key_dim, dk_);
 
-    const bool first_of_queries = query_block == key_block;
+    const bool first_of_queries = key_block == last_key_block(chunk, query_block);
     const ChunkRows<T> k = key_rows(chunk, head);
     // The number of keys that go into one product, of `depth` keys that some of the queries from `at` on see.
     const auto shared_depth = [&](int64_t depth, int64_t at) {
-      const int64_t of_first = std::max<int64_t>(query + at + 1 - key, 0);
+      const int64_t of_first = std::max<int64_t>(chunk.seen_by(query + at) - key, 0);
       return finite_ || of_first >= depth ? depth : of_first / kDepthStep<U> * kDepthStep<U>;
     };
     if constexpr (kAmx) {
       for (int64_t at = 0; at < queries; at += kColumns) {
-        const int64_t panel = at / kColumns, depth = std::min(key_end, query + at + kColumns) - key;
+        const int64_t panel = at / kColumns;
+        const int64_t depth = std::min(key_end, chunk.seen_by(query + at + kColumns - 1)) - key;
         const int64_t shared = shared_depth(depth, at);
         multiply_rows(vectors_in_panel<U>(queries, panel), p_.key_dim, shared, k_rows_.at(key / kLeftColumns<U>, 0),
                       k_rows_.panel_units(), scratch.ds_rows.at(panel, 0), R{1}, !first_of_queries,
                       dq_.at(first_panel + panel, 0));
         for (int64_t i = at; shared < depth && i < std::min(at + kColumns, queries); ++i)
-          for (int64_t j = shared; j < std::min(key_end, query + i + 1) - key; ++j)
+          for (int64_t j = shared; j < std::min(key_end, chunk.seen_by(query + i)) - key; ++j)
             if (const T* from = k(key + j))
               add_to_column<T>(dq_, query - base + i, element_by_rows<U>(scratch.ds_rows, j, i), from, p_.key_dim);
       }
@@ -261,13 +275,14 @@ class ChunkBackward {
         int64_t rows;
         for (int64_t at = 0, tile = 0; at < queries; at += rows, ++tile) {
           rows = tile_rows<U>(vectors, queries - at);
-          const int64_t depth = std::min(key_end, query + at + rows) - key, shared = shared_depth(depth, at);
+          const int64_t depth = std::min(key_end, chunk.seen_by(query + at + rows - 1)) - key;
+          const int64_t shared = shared_depth(depth, at);
           const U* ds = ds_rows.at(at / kColumns, 0) + at % kColumns;
           multiply_tile<true>(vectors, rows, shared, ds, 0, k_rows.at(column, key), R{1},
                               first_of_queries ? nullptr : kOnes<R>, dq_.at(column, query - base + at),
                               ahead.part(tile));
           for (int64_t i = at; shared < depth && i < std::min(at + rows, queries); ++i)
-            for (int64_t j = shared; j < std::min(key_end, query + i + 1) - key; ++j)
+            for (int64_t j = shared; j < std::min(key_end, chunk.seen_by(query + i)) - key; ++j)
               if (const T* from = k(key + j))
                 add_to_row<T>(dq_, column, query - base + i, element_by_rows<U>(ds_rows, j, i), from, p_.key_dim);
         }

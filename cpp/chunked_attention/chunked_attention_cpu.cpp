@@ -1,14 +1,14 @@
 // Chunked attention, forward and state, on the CPU.
 //
-//   s_ij = scale q_i . k_j (j <= i, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
+//   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // A job owns kQueryBlock queries of one head of one chunk and walks the keys in blocks of kKeyBlock:
 //   1. S^T = scale K Q^T, key rows by query columns, so that a softmax over keys is lane by lane   (A = K, B = Q^T)
 //   2. online softmax: m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P   (P replaces S)
 //   3. O = diag(f) O + P V                                                                         (A = (P^T)^T, B = V)
 //      with AMX O^T = O^T diag(f) + V^T P^T                                                        (A = V^T, B = P^T)
-// The job ends with o = O / l, lse = m + log l. Key tiles above the diagonal are skipped, in 1 for each panel of
-// queries and in 3 for each tile of queries. K and V of a chunk are packed once: before its jobs where the jobs share
+// The job ends with o = O / l, lse = m + log l. Key tiles that no query sees are skipped, in 1 for each panel of queries
+// and in 3 for each tile of queries. K and V of a chunk are packed once: before its jobs where the jobs share
 // threads, otherwise when queries first need the rows, which are fetched during the job before. Every job packs its own
 // Q^T.
 // Few queries on top of a cache, as in decoding, go to few_query_attention.h instead, which reads keys where they lie.
@@ -107,9 +107,9 @@ class ChunkForward {
       const TileRegisters tiles;
       int64_t packed = 0;
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = first_row(block), end = first_row(block + 1);
-        pack(chunk, head, packed, packed_end(end));
-        packed = packed_end(end);
+        const int64_t first = first_row(block), end = first_row(block + 1), seen = packed_end(chunk.seen_by(end - 1));
+        pack(chunk, head, packed, seen);
+        packed = seen;
         attend(chunk, head, first, end, scratch_.get(), rows_ahead(chunk, head, first, end));
       }
       return;
@@ -180,23 +180,23 @@ class ChunkForward {
       scratch.sum[i] = 0;
     }
 
-    for (int64_t key = 0; key < end; key += kKeyBlock) {
+    for (int64_t key = 0; key < chunk.seen_by(end - 1); key += kKeyBlock) {
       for (int64_t at = 0; at < queries; at += kColumns) {
-        const int64_t panel = at / kColumns, panel_end = std::min(first + at + kColumns, end);
-        const int64_t count = std::min(key + kKeyBlock, panel_end) - key;
+        const int64_t panel = at / kColumns, last = std::min(first + at + kColumns, end) - 1;
+        const int64_t count = std::min(key + kKeyBlock, chunk.seen_by(last)) - key;
         if (count <= 0) continue;
         const int vectors = vectors_in_panel<U>(queries, panel);
         R* scores = scratch.scores.at(panel, 0);
         const U* q_panel = scratch.queries.at(panel, 0);
         multiply_rows(vectors, count, p_.key_dim, keys_.at(0, key), keys_.panel_units(), q_panel, scale, false, scores,
                       Ahead<U>{q_panel, p_.key_dim}, 0, rows_ahead);
-        if (key + count > first + at) mask_future(scores, key, count, first + at);
+        if (key + count > chunk.seen_by(first + at)) mask_unseen(scores, key, count, first + at, chunk);
         if (drop_) drop_.apply(scores, key, count, first + at, chunk, head);
         softmax_panel<U>(scores, count, vectors, &scratch.max[at], &scratch.sum[at], &scratch.factor[at]);
       }
       const ChunkRows<T> v = value_rows(chunk, head);
-      if constexpr (kUsesAmx<U>) add_values_transposed(v, key, first, queries, scratch);
-      else add_values(v, key, first, queries, scratch);
+      if constexpr (kUsesAmx<U>) add_values_transposed(chunk, v, key, first, queries, scratch);
+      else add_values(chunk, v, key, first, queries, scratch);
     }
 
     T* o = static_cast<T*>(p_.o);
@@ -227,46 +227,46 @@ class ChunkForward {
   }
 
   // O = diag(f) O + P V for the block of keys from `key` on.
-  void add_values(const ChunkRows<T>& v, int64_t key, int64_t first, int64_t queries,
+  void add_values(const Chunk& chunk, const ChunkRows<T>& v, int64_t key, int64_t first, int64_t queries,
                   const BlockScratch& scratch) const {
     constexpr int64_t kColumns = kTileColumns<R>;
-    const int64_t block = std::min(kKeyBlock, first + queries - key), columns = panels<U>(p_.value_dim);
+    const int64_t block = std::min(kKeyBlock, chunk.seen_by(first + queries - 1) - key), columns = panels<U>(p_.value_dim);
     for (int64_t column = 0; column < columns; ++column) {
       const int vectors = vectors_in_panel<U>(p_.value_dim, column);
       const Ahead<U> ahead{column + 1 < columns ? values_.at(column + 1, key) : values_.at(0, key + block), block};
       int64_t rows;
       for (int64_t at = 0, tile = 0; at < queries; at += rows, ++tile) {
         rows = tile_rows<U>(vectors, queries - at);
-        const int64_t depth = std::min(block, first + at + rows - key);
+        const int64_t depth = std::min(block, chunk.seen_by(first + at + rows - 1) - key);
         if (depth <= 0) continue;
-        const int64_t shared = shared_depth(depth, first + at + 1 - key);
+        const int64_t shared = shared_depth(depth, chunk.seen_by(first + at) - key);
         const U* p = reinterpret_cast<const U*>(scratch.scores.at(at / kColumns, 0)) + at % kColumns;
         multiply_tile<true>(vectors, rows, shared, p, 0, values_.at(column, key), R{1},
                             key ? &scratch.factor[at] : nullptr, scratch.output.at(column, at), ahead.part(tile));
         for (int64_t i = at; shared < depth && i < std::min(at + rows, queries); ++i)
-          for (int64_t j = shared; j < std::min(block, first + i + 1 - key); ++j)
+          for (int64_t j = shared; j < std::min(block, chunk.seen_by(first + i) - key); ++j)
             add_to_row<T>(scratch.output, column, i, probability(scratch, j, i), v(key + j), p_.value_dim);
       }
     }
   }
 
   // O^T = O^T diag(f) + V^T P^T.
-  void add_values_transposed(const ChunkRows<T>& v, int64_t key, int64_t first, int64_t queries,
+  void add_values_transposed(const Chunk& chunk, const ChunkRows<T>& v, int64_t key, int64_t first, int64_t queries,
                              const BlockScratch& scratch) const {
     constexpr int64_t kColumns = kTileColumns<R>;
     const int64_t values = round_up(p_.value_dim, kTileRows<U>);
     for (int64_t at = 0; at < queries; at += kColumns) {
-      const int64_t panel = at / kColumns, last = std::min(first + at + kColumns, first + queries);
-      const int64_t depth = std::min(kKeyBlock, last - key);
+      const int64_t panel = at / kColumns, end = std::min(at + kColumns, queries);
+      const int64_t depth = std::min(kKeyBlock, chunk.seen_by(first + end - 1) - key);
       if (depth <= 0) continue;
       const int vectors = vectors_in_panel<U>(queries, panel);
       R* output = scratch.output.at(panel, 0);
       if (key) scale_columns(vectors, values, &scratch.factor[at], output);
-      const int64_t shared = shared_depth(depth, first + at + 1 - key);
+      const int64_t shared = shared_depth(depth, chunk.seen_by(first + at) - key);
       multiply_rows(vectors, values, shared, values_.at(key / kLeftColumns<U>, 0), values_.panel_units(),
                     reinterpret_cast<const U*>(scratch.scores.at(panel, 0)), R{1}, key > 0, output);
-      for (int64_t i = at; shared < depth && i < last - first; ++i)
-        for (int64_t j = shared; j < std::min(kKeyBlock, first + i + 1 - key); ++j)
+      for (int64_t i = at; shared < depth && i < end; ++i)
+        for (int64_t j = shared; j < std::min(kKeyBlock, chunk.seen_by(first + i) - key); ++j)
           add_to_column<T>(scratch.output, i, probability(scratch, j, i), v(key + j), p_.value_dim);
     }
   }

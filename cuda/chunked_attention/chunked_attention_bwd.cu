@@ -27,6 +27,7 @@ int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {
   const int64_t panels = most < plan.total ? most : plan.total;
   plan.panels = LAUNCH_SIZE(attention_panels, panels < 1 ? 1 : panels);
   plan.rounds = ceil_div(plan.total, plan.panels);
+  plan.query_blocks = plan.panels + (p.causal ? 1 : 2) * (plan.blocks - 1);
 
   int64_t bytes = 0;
   const auto take = [&](int64_t n) {
@@ -52,7 +53,7 @@ void launch(const ChunkedAttentionBwdParams& p, void* stream) {
   constexpr int64_t edge = Product::kEdge;
   constexpr size_t shared = 2 * kStages * Product::kSlab * sizeof(T);
   const int64_t key_slices = ceil_div(p.key_dim, edge), slices = ceil_div(p.value_dim, edge) + key_slices;
-  const int64_t products = plan.panels * slices + (plan.panels + plan.blocks - 1) * key_slices;
+  const int64_t products = plan.panels * slices + plan.query_blocks * key_slices;
   for (int64_t round = 0; round < plan.rounds; ++round) {
     LAUNCH(chunked_attention_bwd_scores_kernel<Product>, static_cast<unsigned>(plan.panels * plan.blocks),
            Product::kThreads, shared, stream, p, plan, round);

@@ -1,11 +1,12 @@
 // Chunked attention, backward: reference/chunked_attention.py.
 //
-//   P_ij = exp(scale q_i . k_j - lse_i), 0 where j > i or dropped      dS_ij = P_ij (do_i . v_j - delta_i)
+//   P_ij = exp(scale q_i . k_j - lse_i), 0 where i does not see j or dropped it      dS_ij = P_ij (do_i . v_j - delta_i)
 //   dv_j = sum_i P_ij do_i     dk_j = scale sum_i dS_ij q_i     dq_i = scale sum_j dS_ij k_j     delta_i = do_i . o_i
 //
 // q, k (T, H, K), v, o, do (T, H, V) of type T, lse (T, H) of type R, as in chunked_attention.h. K and V have no limit.
-// P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk. Each tile on and below the diagonal
-// is made once and kept in the workspace in type T, so no product is made twice: 3 K + 2 V multiplications a score.
+// P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk. Each tile, those above the diagonal
+// only where attention is not causal, is made once and kept in the workspace in type T, so no product is made twice:
+// 3 K + 2 V multiplications a score.
 //
 // Phases: 1. prepare, a warp for each token and head: delta, and zeros in the gradients of padding;
 //         2. scores, a block for each tile: S = q k^T, dP = do v^T; P from S, dS from P and dP;
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
   const int64_t panel = blockIdx.x / plan.blocks;
   ChunkBlock block;
   if (!find_block<kEdge>(block, p, plan, round * plan.panels + panel)) return;
-  const int key = block.first, query = key + static_cast<int>(blockIdx.x % plan.blocks) * kEdge;
+  const int key = block.first, query = (p.causal ? key : 0) + static_cast<int>(blockIdx.x % plan.blocks) * kEdge;
   if (query >= block.rows || query + kEdge <= block.cached) return;
 
   // An lse of infinity makes P = 0: a row without a query, or whose scores were all dropped, has no probabilities.
@@ -177,11 +178,11 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
   const uint64_t dropped = drop ? dropped_scores<Product>(drop, block.start + query, block.start + key) : 0;
   GPU_UNROLL
   for (int r = 0; r < kMicro; ++r) {
-    const int row = query + Product::row(r);
+    const int seen_end = p.causal ? query + Product::row(r) + 1 : block.rows;
     const R shift = lse[Product::row(r)];
     GPU_UNROLL
     for (int c = 0; c < kMicro; ++c) {
-      const bool seen = key + Product::column(c) <= row && !(dropped >> (r * kMicro + c) & 1);
+      const bool seen = key + Product::column(c) < seen_end && !(dropped >> (r * kMicro + c) & 1);
       prob.at(r, c) = seen ? exponential(prob.at(r, c) * scale - shift) : R{0};
     }
   }
@@ -263,7 +264,7 @@ GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const Bwd
   if (key + kEdge <= block.cached) return true;
   const T* tile = typed<T>(plan.tiles) + (2 * panel + !values) * plan.blocks * kEdge * kEdge;
   const auto right = chunk_rows(p, block, typed<T>(values ? p.d_o : p.q), width);
-  const int first = key > block.cached ? key : block.cached / kDepth * kDepth;  // the first row of queries to add
+  const int first = p.causal && key > block.cached ? key : block.cached / kDepth * kDepth;  // the first row of queries to add
   const bool complete = add_products<Product>(
       sum, pass, slabs, (block.rows - first + kDepth - 1) / kDepth,
       [&](int slab, T* a, T* b) {
@@ -295,7 +296,7 @@ GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const 
   // The panel of this round that the chunk's block 0 is or would be, and the keys [key, stop) of round and queries.
   const int64_t zero = block.number - round * plan.panels, end = (plan.panels - zero) * kEdge;
   const int query = block.first, key = zero < 0 ? static_cast<int>(-zero) * kEdge : 0;
-  const int seen = query + kEdge < block.rows ? query + kEdge : block.rows;
+  const int seen = p.causal && query + kEdge < block.rows ? query + kEdge : block.rows;
   const int stop = end < seen ? static_cast<int>(end) : seen;
   if (stop <= key || query + kEdge <= block.cached) return true;
   const auto k = chunk_rows<true>(p, block, typed<T>(p.k), p.key_dim, typed<T>(p.cache_k));
@@ -346,10 +347,11 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kVectors ? 2 : 1)
   typename Product::Sum sum;
   constexpr int kEdge = Product::kEdge;
   const int64_t value_slices = (p.value_dim + kEdge - 1) / kEdge, key_slices = (p.key_dim + kEdge - 1) / kEdge;
-  const int64_t of_keys = blockIdx.x - (plan.panels + plan.blocks - 1) * key_slices;
+  const int64_t of_keys = blockIdx.x - plan.query_blocks * key_slices;
   if (of_keys < 0) {
+    const int64_t number = blockIdx.x / key_slices - (p.causal ? 0 : plan.blocks - 1);
     const int column = static_cast<int>(blockIdx.x % key_slices) * kEdge;
-    while (!differentiate_queries<Product>(p, plan, round, blockIdx.x / key_slices, column, sum, pass, slabs)) {}
+    while (!differentiate_queries<Product>(p, plan, round, number, column, sum, pass, slabs)) {}
   } else {
     const int64_t slices = value_slices + key_slices, slice = of_keys % slices;
     const bool values = slice < value_slices;

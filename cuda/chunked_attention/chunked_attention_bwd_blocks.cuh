@@ -20,6 +20,7 @@ struct BwdPlan {
   int64_t total;      // numbers of blocks, over all sequences and heads
   int64_t panels;     // of a round
   int64_t rounds;
+  int64_t query_blocks;  // that a round's panels may meet: from the first panel, or if not causal `blocks - 1` before it
   void* delta;        // (T, H) R; null where every chunk is one block
   void* dq_sums[2];   // (blocks kEdge, K) R, of the chunk that two rounds share
   void* tiles;        // (panels, P and dS, blocks kEdge, kEdge) T

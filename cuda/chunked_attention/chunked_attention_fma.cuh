@@ -1,6 +1,6 @@
 // Chunked attention, forward, without tensor cores: float32, float64, and 16-bit types with K > 256. Any K, any V.
 //
-//   s_ij = scale q_i . k_j (j <= i, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
+//   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // Shapes as in chunked_attention_mma.cuh; R is double for float64, else float.
 // float32 could go through tensor cores as three products of tf32, but tensor cores truncate each sum that they make,
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   const int key_group = lane / 8 + warp / 2 * 4;  // the thread has scores of the keys key_group + 16 j
   const int softmax_row = lane % 8 + warp * 8, softmax_key = lane / 8;
   const int column_group = thread % Tiling::kColumnGroups, first_row = thread / Tiling::kColumnGroups * kThreadRows;
-  const int row = window.row0 + softmax_row, start = window.start(row);
+  const int row = window.row0 + softmax_row, start = window.start(row), last = window.last(row);
   R* const of_row = scores + softmax_row * Tiling::kScorePitch + 4 * softmax_key;
   const R scale = static_cast<R>(p.scale);
   const DropKey drop(p, head, block.sequence);
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
         GPU_UNROLL
         for (int i = 0; i < kVector; ++i) {
           const int key = first + e + i;
-          if (key < start || key > row || dropped >> (e + i) & 1) s[i] = -kInfinity<R>;
+          if (key < start || key > last || dropped >> (e + i) & 1) s[i] = -kInfinity<R>;
           new_max = fmax(new_max, s[i]);
         }
         gpu::store_shared(of_row + c + e, s);

@@ -19,13 +19,15 @@ MEGALODON_INLINE int64_t count_slices(int64_t width, int size) { return width > 
 GPU_INLINE float exponential(float x) { return gpu::exp2_approx(x * kLog2e); }
 GPU_INLINE double exponential(double x) { return exp(x); }
 
-// The rows of a block, which are the last columns that it sees, and the columns before those rows. All count from
-// `origin`, a multiple of 4 on the sequence's grid, so that DropKey's groups of four columns keep together.
+// The rows of a block and the columns that it sees: up to its last row or, where attention is not causal, to the end of
+// the last row's chunk. All count from `origin`, a multiple of 4 on the sequence's grid, so that DropKey's groups of
+// four columns keep together.
 struct Window {
   int64_t origin;
-  int begin;      // the first column that the first row sees
-  int row0, end;  // the rows of the block
-  int chunk;      // C, or 2^31 - 1 if C is more
+  int begin, end;     // the columns from the first that the first row sees to the last that the last row sees
+  int row0, row_end;  // the rows of the block
+  int chunk;          // C, or 2^31 - 1 if C is more
+  bool causal;
 
   GPU_INLINE Window(const ChunkedAttentionParams& p, const RowBlock& block) {
     constexpr int64_t kMost = 0x7fffffff;
@@ -33,12 +35,23 @@ struct Window {
     origin = start / 4 * 4;
     begin = static_cast<int>(start - origin);
     row0 = static_cast<int>(row - origin);
-    end = row0 + block.live;
+    row_end = end = row0 + block.live;
     chunk = static_cast<int>(p.chunk_size < kMost ? p.chunk_size : kMost);
+    causal = p.causal;
+    if (!causal) {
+      const int64_t last = row + block.live - 1, chunk_end = last - last % p.chunk_size + p.chunk_size;
+      const int64_t sequence_end = block.position + p.sequences.end(block.sequence) - block.begin;
+      end = static_cast<int>((chunk_end < sequence_end ? chunk_end : sequence_end) - origin);
+    }
   }
 
-  // The first column that a row sees.
+  // The first and the last column that a row sees.
   GPU_INLINE int start(int row) const { return row - (row - begin) % chunk; }
+  GPU_INLINE int last(int row) const {
+    if (causal) return row;
+    const int first = start(row);
+    return first < end - chunk ? first + chunk - 1 : end - 1;
+  }
   GPU_INLINE bool holds(int column) const { return column >= begin && column < end; }
 };
 
@@ -77,7 +90,8 @@ GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block
     if (!__any_sync(gpu::kFullMask, any)) continue;
 
     R sum[kRows][kLaneColumns] = {};
-    const int top = window.end - block.live + first, last = (top + kRows < window.end ? top + kRows : window.end) - 1;
+    const int top = window.row0 + first;
+    const int last = window.last((top + kRows < window.row_end ? top + kRows : window.row_end) - 1);
 #pragma unroll 1
     for (int key = window.start(top); key <= last; key += kKeys) {
       const auto seen_key = [&](int j) { return key + j < last ? key + j : last; };
@@ -107,7 +121,7 @@ GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block
       }
       score[0] += __shfl_xor_sync(gpu::kFullMask, score[0], kScores);
       const int row = top + lane % kRows, column = key + lane / kRows % kKeys;
-      const unsigned seen = __ballot_sync(gpu::kFullMask, column >= window.start(row) && column <= row);
+      const unsigned seen = __ballot_sync(gpu::kFullMask, column >= window.start(row) && column <= window.last(row));
       const bool dropped = drop && drop.dropped(window.origin + row, window.origin + column);
       const R weight = dropped ? 0 : exponential(score[0] * static_cast<R>(p.scale) - lse[first + lane % kRows]);
 #pragma unroll 1

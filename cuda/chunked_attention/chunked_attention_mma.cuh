@@ -1,6 +1,6 @@
 // Chunked attention, forward, of 16-bit types with K <= 256, on tensor cores.
 //
-//   s_ij = scale q_i . k_j (j <= i, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
+//   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // q, k (T, H, K), v, o (T, H, V), lse (T, H) float; cache_k (S, C, H, K), cache_v (S, C, H, V).
 //
@@ -122,9 +122,10 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
   copy_keys(0);
 
   const int lane = threadIdx.x % gpu::kWarp, warp_row = static_cast<int>(threadIdx.x) / gpu::kWarp * kWarpRows;
-  const int top = window.row0 + warp_row;  // the warp's first row; rows from the window's end on are not stored
+  const int top = window.row0 + warp_row;  // the warp's first row; rows from the window's row_end on are not stored
   const int row[2] = {top + lane / 4, top + lane / 4 + 8};
   const int start[2] = {window.start(row[0]), window.start(row[1])};
+  const int last[2] = {window.last(row[0]), window.last(row[1])};
   const float scale = static_cast<float>(p.scale) * kLog2e;
   const DropKey drop(p, head, block.sequence);
   const uint32_t origin_quad = static_cast<uint32_t>(window.origin / 4);
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     __syncthreads();  // the keys are there, and no thread reads the values before them any more
     copy_values(column);
     const bool seen = __any_sync(
-        gpu::kFullMask, row[0] < window.end && column <= row[1] && column + kKeys > start[0]);
+        gpu::kFullMask, row[0] < window.row_end && column <= last[1] && column + kKeys > start[0]);
     float s[kKeys / 8][4] = {};
     for (int channel = 0; seen && channel < pitch; channel += Tile<T>::kBlock) {
       const Tile<T> q_block = queries.from(channel), k_block = keys.from(channel);
@@ -155,13 +156,13 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     if (column + kKeys < window.end) copy_keys(column + kKeys);
     if (!seen) continue;
 
-    const bool all_seen = __all_sync(gpu::kFullMask, column >= start[1] && column + kKeys - 1 <= row[0]);
+    const bool all_seen = __all_sync(gpu::kFullMask, column >= start[1] && column + kKeys - 1 <= last[0]);
     GPU_UNROLL
     for (int n = 0; n < kKeys / 8; ++n) {
       GPU_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int j = column + n * 8 + lane % 4 * 2 + i % 2;
-        s[n][i] = all_seen || (j >= start[i / 2] && j <= row[i / 2]) ? s[n][i] * scale : -kInfinity<float>;
+        s[n][i] = all_seen || (j >= start[i / 2] && j <= last[i / 2]) ? s[n][i] * scale : -kInfinity<float>;
       }
       if (drop) drop.apply(s[n], 4 * origin_quad + top, origin_quad + column / 4 + n * 2, -kInfinity<float>);
     }
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     for (int n = 0; n < kColumns / 8; ++n)
       GPU_UNROLL
       for (int i = 2 * j; i < 2 * j + 2; ++i) nan |= rows.output[n][i] != rows.output[n][i];
-    odd |= nan && is_finite(sum) && row[j] < window.end;
+    odd |= nan && is_finite(sum) && row[j] < window.row_end;
     if (lane % 4 != 0) continue;
     const int r = warp_row + lane / 4 + 8 * j;
     lse[r] = (rows.max[j] + log2f(sum)) * kLn2;
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     staged.store_d(rows.output[n], warp_row, n * 8);
   }
   __syncwarp();
-  const int left = window.end - top, live = left < kWarpRows ? left : kWarpRows;
+  const int left = window.row_end - top, live = left < kWarpRows ? left : kWarpRows;
   T* const o = static_cast<T*>(p.o) + ((block.token + warp_row) * p.heads + head) * p.value_dim + first_column;
   const int64_t stride = p.heads * p.value_dim;
   const int width = whole ? Tile<T>::kUnit : 1;

@@ -41,9 +41,10 @@ BINDINGS = {
     "normalized_qk_fwd": "z gamma beta num_heads chunk_size eps rotary position cu_seqlens lengths -> q k",
     "normalized_qk_bwd": "z gamma beta num_heads chunk_size eps rotary position cu_seqlens lengths dq dk "
     "-> dz dgamma dbeta",
-    "chunked_attention_fwd": "q k v cache_k cache_v position chunk_size scale dropkey seed cu_seqlens lengths -> o lse",
-    "chunked_attention_bwd": "q k v cache_k cache_v position chunk_size scale dropkey seed cu_seqlens lengths o lse do "
-    "-> dq dk dv",
+    "chunked_attention_fwd": "q k v cache_k cache_v position chunk_size causal scale dropkey seed cu_seqlens lengths "
+    "-> o lse",
+    "chunked_attention_bwd": "q k v cache_k cache_v position chunk_size causal scale dropkey seed cu_seqlens lengths "
+    "o lse do -> dq dk dv",
     "chunked_attention_state": "k v cache_k cache_v position chunk_size cu_seqlens lengths "
     "-> cache_k_out cache_v_out position_out",
 }

@@ -1,4 +1,4 @@
-"""`chunked_attention`: causal softmax attention inside chunks of C steps."""
+"""`chunked_attention`: softmax attention inside chunks of C steps, causal or of whole chunks."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def chunked_attention(
     v: Tensor,
     *,
     chunk_size: int,
+    causal: bool = True,
     scale: float = 1.0,
     state: AttentionState | None = None,
     return_state: bool = False,
@@ -37,7 +38,7 @@ def chunked_attention(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    r"""Softmax attention of each step to the steps of its chunk up to itself.
+    r"""Softmax attention of each step to the steps of its chunk up to itself, or to all steps of its chunk.
 
     .. math:: o_i = \sum_{j \le i} \mathrm{softmax}_j(\mathrm{scale}\; q_i^\top k_j)\, v_j, \qquad i, j \text{ in one chunk}
 
@@ -45,6 +46,7 @@ def chunked_attention(
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16.
         v: (B, L, H, V), V and K are independent.
         chunk_size: C. Each sequence starts its own chunk grid, at `state.position` if it has a state.
+        causal: False: each step sees its whole chunk, as far as its sequence has it, as in an encoder; there is no state.
         scale: factor on the scores.
         state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward.
         return_state: also return the state after each sequence's last step.
@@ -85,12 +87,18 @@ def chunked_attention(
     chunk_size = check_size("chunked_attention", "chunk_size", chunk_size)
     scale = check_number("chunked_attention", "scale", scale, "a finite number")
     dropkey = check_number("chunked_attention", "dropkey", dropkey, "a probability in [0, 1)", 0.0, LARGEST_BELOW_1)
+    check_flag("chunked_attention", "causal", causal)
     check_flag("chunked_attention", "return_state", return_state)
     check_flag("chunked_attention", "inplace_state", inplace_state)
     if dropkey and dropkey_seed is None:
         dropkey_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if inplace_state and state is None:
         raise ValueError("chunked_attention: `inplace_state` needs a `state` to append to, got None.")
+    if not causal and (state is not None or return_state):
+        raise ValueError(
+            "chunked_attention: `causal` must be True where a `state` is given or returned, got False: a query that sees "
+            "its whole chunk needs the whole chunk in one call; leave the state out."
+        )
     cache_k, cache_v, position = fields_of("chunked_attention", state, AttentionState)
     constants = state[:2] if state and torch.is_grad_enabled() else ()
     if any(cache.requires_grad for cache in constants):
@@ -106,6 +114,7 @@ def chunked_attention(
         cache_v,
         position,
         chunk_size,
+        causal,
         scale,
         dropkey,
         dropkey_seed,
@@ -132,46 +141,78 @@ def chunked_attention(
     return o
 
 
-def _library_path(q, k, v, position, chunk_size, scale, dropkey, cu_seqlens, lengths):
+def _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
     """The path by torch's libraries for a dense batch without kept keys; None: the kernels."""
     is_dense = not dropkey and position is None and cu_seqlens is None and lengths is None
-    return dense_attention.path_of(q, k, v, chunk_size, scale) if is_dense else None
+    return dense_attention.path_of(q, k, v, chunk_size, causal, scale) if is_dense else None
 
 
-def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
+def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if path := _library_path(q, k, v, position, chunk_size, scale, dropkey, cu_seqlens, lengths):
-        return dense_attention.forward(path, q, k, v, chunk_size, scale)
+    if path := _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
+        return dense_attention.forward(path, q, k, v, chunk_size, causal, scale)
     o, lse = _fwd_fake(
-        q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+        q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths
     )
     launch(
         "chunked_attention_fwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
-        scale, dropkey, dropkey_seed, cu_seqlens, lengths, o, lse,
+        causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths, o, lse,
     )  # fmt: skip
     return o, lse
 
 
-def _fwd_fake(q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
+def _fwd_fake(
+    q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+):
     return empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
 def _bwd(
-    do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    cache_k,
+    cache_v,
+    position,
+    chunk_size,
+    causal,
+    scale,
+    dropkey,
+    dropkey_seed,
+    cu_seqlens,
+    lengths,
 ):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if path := _library_path(q, k, v, position, chunk_size, scale, dropkey, cu_seqlens, lengths):
-        return dense_attention.backward(path, do, q, k, v, o, lse, chunk_size, scale)
+    if path := _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
+        return dense_attention.backward(path, do, q, k, v, o, lse, chunk_size, causal, scale)
     grads = tuple(map(empty_like, (q, k, v)))
     launch(
         "chunked_attention_bwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
-        scale, dropkey, dropkey_seed, cu_seqlens, lengths, o.contiguous(), lse.contiguous(), do.contiguous(), *grads,
+        causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths, o.contiguous(), lse.contiguous(), do.contiguous(), *grads,
     )  # fmt: skip
     return grads
 
 
 def _bwd_fake(
-    do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    cache_k,
+    cache_v,
+    position,
+    chunk_size,
+    causal,
+    scale,
+    dropkey,
+    dropkey_seed,
+    cu_seqlens,
+    lengths,
 ):
     return tuple(map(empty_like, (q, k, v)))
 
@@ -189,7 +230,7 @@ def _backward(ctx, do, _dlse):
         chunked_attention_bwd, do, q, k, v, o, lse, cache_k, cache_v, position, *ctx.scalars, dropkey_seed, cu_seqlens,
         lengths,
     )  # fmt: skip
-    return *grads, *(None,) * 9
+    return *grads, *(None,) * 10
 
 
 def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
@@ -222,7 +263,7 @@ def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens
 
 chunked_attention_fwd = define_op(
     "chunked_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, "
-    "int chunk_size, float scale, float dropkey, Tensor? dropkey_seed, Tensor? cu_seqlens, Tensor? lengths) "
+    "int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, Tensor? cu_seqlens, Tensor? lengths) "
     "-> (Tensor o, Tensor lse)",
     kernel=_fwd,
     fake=_fwd_fake,
@@ -231,7 +272,7 @@ chunked_attention_fwd = define_op(
 )
 chunked_attention_bwd = define_op(
     "chunked_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cache_k, "
-    "Tensor? cache_v, Tensor? position, int chunk_size, float scale, float dropkey, Tensor? dropkey_seed, "
+    "Tensor? cache_v, Tensor? position, int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, "
     "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dq, Tensor dk, Tensor dv)",
     kernel=_bwd,
     fake=_bwd_fake,

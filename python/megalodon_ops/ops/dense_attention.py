@@ -4,7 +4,7 @@ Two paths take whole chunks and give what the kernels give, o and the log-sum-ex
 backward by another.
 
 - "flash", for V = K: torch's flash attention.
-- "products", for V much larger than K: matrix products around the probabilities of some chunks. A row's log-sum-exp
+- "products", for V much larger than K and causal attention: matrix products around the probabilities of some chunks. A row's log-sum-exp
   comes first, from the kernel, which needs no values for it. It rides in the product of q and k as three more columns,
   so that s - lse = log P is rounded to 16 bits, not s, and P is its exponential:
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ def path_by_shapes(dtype: torch.dtype, tokens: int, heads: int, key_dim: int, va
     return None
 
 
-def path_of(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, scale: float) -> str | None:
+def path_of(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scale: float) -> str | None:
     """The path of a dense batch, as torch's settings allow; None: the kernels, which also refuse wrong arguments."""
     if not q.is_cuda or q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or q.shape[:3] != v.shape[:3]:
         return None
@@ -95,7 +96,7 @@ def path_of(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, scale: float) -> s
         return None
     batch, length, heads, key_dim = q.shape
     path = path_by_shapes(q.dtype, batch * length, heads, key_dim, v.shape[3], min(chunk_size, length))
-    allowed = _flash_is_allowed() if path == "flash" else q.dtype != torch.float32 or _tf32_is_allowed()
+    allowed = _flash_is_allowed() if path == "flash" else causal and (q.dtype != torch.float32 or _tf32_is_allowed())
     return path if allowed else None
 
 
@@ -110,16 +111,21 @@ def _tf32_is_allowed() -> bool:
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
-def forward(path: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, scale: float) -> tuple[Tensor, ...]:
+def forward(
+    path: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scale: float
+) -> tuple[Tensor, ...]:
     """o and lse of a dense batch."""
-    return _by_chunks({"flash": _flash_fwd, "products": _products_fwd}[path], chunk_size, scale, q, k, v)
+    ways = {"flash": partial(_flash_fwd, causal=causal), "products": _products_fwd}
+    return _by_chunks(ways[path], chunk_size, scale, q, k, v)
 
 
 def backward(
-    path: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, chunk_size: int, scale: float
-) -> tuple[Tensor, ...]:
+    path: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, chunk_size: int, causal: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dq, dk and dv of a dense batch."""
-    return _by_chunks({"flash": _flash_bwd, "products": _products_bwd}[path], chunk_size, scale, do, q, k, v, o, lse)
+    ways = {"flash": partial(_flash_bwd, causal=causal), "products": _products_bwd}
+    return _by_chunks(ways[path], chunk_size, scale, do, q, k, v, o, lse)
 
 
 def _by_chunks(function: Callable, chunk_size: int, scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -139,17 +145,17 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 
-def _flash_fwd(q, k, v, scale):
+def _flash_fwd(q, k, v, scale, causal):
     by_head = (t.transpose(1, 2) for t in (q, k, v))
-    o, lse, *_ = _flash(*by_head, 0.0, True, scale=scale)
+    o, lse, *_ = _flash(*by_head, 0.0, causal, scale=scale)
     return [t.transpose(1, 2).contiguous() for t in (o, lse)]
 
 
-def _flash_bwd(do, q, k, v, o, lse, scale):
+def _flash_bwd(do, q, k, v, o, lse, scale, causal):
     *by_head, lse = (t.transpose(1, 2) for t in (do, q, k, v, o, lse))
     steps, no_dropout = q.shape[1], q.new_empty(2, dtype=torch.int64)  # in place of a generator's state
     grads = _flash_backward(
-        *by_head, lse.contiguous(), None, None, steps, steps, 0.0, True, no_dropout, no_dropout, scale=scale
+        *by_head, lse.contiguous(), None, None, steps, steps, 0.0, causal, no_dropout, no_dropout, scale=scale
     )
     return [t.transpose(1, 2).contiguous() for t in grads]
 
@@ -157,8 +163,8 @@ def _flash_bwd(do, q, k, v, o, lse, scale):
 def _products_fwd(q, k, v, scale):
     o, lse, no_values = empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)), v[..., :0]
     launch(
-        "chunked_attention_fwd", q, k, no_values, None, None, None, q.shape[1], scale, 0.0, None, None, None, no_values,
-        lse,
+        "chunked_attention_fwd", q, k, no_values, None, None, None, q.shape[1], True, scale, 0.0, None, None, None,
+        no_values, lse,
     )  # fmt: skip
     size, strips = _cut(q)
     for q_, k_, columns, v_, o_ in _matrices(size, q, k, _columns(lse, scale, q.dtype), v, o):

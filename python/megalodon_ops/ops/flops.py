@@ -128,12 +128,14 @@ def normalized_qk_bwd(
 
 
 def _pairs(
-    q: Tensor, position: Tensor | None, chunk_size: int, cu_seqlens: Tensor | None, lengths: Tensor | None
+    q: Tensor, position: Tensor | None, chunk_size: int, causal: bool, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Iterator[tuple[int, int]]:
     """For each sequence, how many pairs of a query and a key its chunks allow, and how many pairs have a cached key."""
 
     def until(end: int) -> int:
         chunks, rest = end // chunk_size, end % chunk_size
+        if not causal:
+            return chunks * chunk_size**2 + rest**2
         return (chunks * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
 
     steps = _steps(q, cu_seqlens, lengths)
@@ -143,19 +145,34 @@ def _pairs(
 
 @_formula
 def chunked_attention_fwd(
-    q, k, v, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+    q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths
 ):
     heads, K, V = q.shape[2], q.shape[3], v.shape[3]
-    return sum(2 * pairs * heads * (K + V) for pairs, _ in _pairs(q, position, chunk_size, cu_seqlens, lengths))
+    return sum(2 * pairs * heads * (K + V) for pairs, _ in _pairs(q, position, chunk_size, causal, cu_seqlens, lengths))
 
 
 @_formula
 def chunked_attention_bwd(
-    do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    cache_k,
+    cache_v,
+    position,
+    chunk_size,
+    causal,
+    scale,
+    dropkey,
+    dropkey_seed,
+    cu_seqlens,
+    lengths,
 ):
     heads, K, V = q.shape[2], q.shape[3], v.shape[3]
     total = 0
-    for pairs, cached in _pairs(q, position, chunk_size, cu_seqlens, lengths):
+    for pairs, cached in _pairs(q, position, chunk_size, causal, cu_seqlens, lengths):
         scores_dscores_and_dq, dk_and_dv = pairs * (2 * K + V), (pairs - cached) * (K + V)
         total += 2 * heads * (scores_dscores_and_dq + dk_and_dv)
     return total

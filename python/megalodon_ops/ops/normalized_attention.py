@@ -24,6 +24,7 @@ def normalized_attention(
     *,
     num_heads: int,
     chunk_size: int,
+    causal: bool = True,
     rope_base: float = 10000.0,
     eps: float = 1e-5,
     state: AttentionState | None = None,
@@ -34,7 +35,7 @@ def normalized_attention(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    r"""Causal attention inside chunks whose queries and keys are two affine maps of one normalized z.
+    r"""Attention inside chunks whose queries and keys are two affine maps of one normalized z.
 
     .. math:: q, k = \mathrm{normalized\_qk}(z, \gamma, \beta), \qquad o = \mathrm{chunked\_attention}(q, k, v)
 
@@ -45,7 +46,7 @@ def normalized_attention(
             (1 + gamma) / sqrt(K); beta is not divided.
         num_heads, chunk_size: H, C.
         rope_base, eps: as in :func:`normalized_qk`.
-        state, return_state, inplace_state, dropkey, dropkey_seed: as in :func:`chunked_attention`.
+        causal, state, return_state, inplace_state, dropkey, dropkey_seed: as in :func:`chunked_attention`.
         cu_seqlens, lengths: sequences as in :func:`cema`.
 
     Returns:
@@ -73,8 +74,8 @@ def normalized_attention(
         return call_with_arrays(normalized_attention, **locals())
     try:
         return attend(
-            z, v, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
-            state=state, return_state=return_state, inplace_state=inplace_state, dropkey=dropkey,
+            z, v, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, causal=causal, rope_base=rope_base,
+            eps=eps, state=state, return_state=return_state, inplace_state=inplace_state, dropkey=dropkey,
             dropkey_seed=dropkey_seed, cu_seqlens=cu_seqlens, lengths=lengths,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
@@ -90,6 +91,7 @@ def attend(
     *,
     num_heads: int,
     chunk_size: int,
+    causal: bool = True,
     rope_base: float,
     eps: float,
     state: AttentionState | None,
@@ -114,8 +116,8 @@ def attend(
         position=fields_of("normalized_attention", state, AttentionState)[2], cu_seqlens=cu_seqlens, lengths=lengths,
     )  # fmt: skip
     result = chunked_attention(
-        q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, state=state, return_state=return_state,
-        inplace_state=inplace_state, dropkey=dropkey, dropkey_seed=dropkey_seed, cu_seqlens=cu_seqlens, lengths=lengths,
+        q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, causal=causal, state=state,
+        return_state=return_state, inplace_state=inplace_state, dropkey=dropkey, dropkey_seed=dropkey_seed, cu_seqlens=cu_seqlens, lengths=lengths,
     )  # fmt: skip
     if return_state:
         o, state = result

@@ -1,12 +1,13 @@
-"""Causal softmax attention inside chunks of C steps (arXiv 2404.08801, section 2), with DropKey (arXiv 2208.02646).
+"""Softmax attention inside chunks of C steps (arXiv 2404.08801, section 2), with DropKey (arXiv 2208.02646).
 
-Tokens of a sequence lie on a grid of chunks; row i sees the columns j <= i of its own chunk and nothing before it:
+Tokens of a sequence lie on a grid of chunks; row i sees the columns j <= i of its own chunk and nothing before it, or
+all columns of its chunk where attention is not causal, as in an encoder:
 
     s_ij = scale q_i . k_j                     -inf for columns dropped by DropKey
     P_ij = exp(s_ij) / sum_j exp(s_ij)         zero where all columns were dropped
     o_i  = sum_j P_ij v_j
 
-A sequence that goes on from a state first completes its chunk: the state's `position` keys are columns 0 .. position
+A sequence that goes on from a state, which only causal attention has, first completes its chunk: the state's `position` keys are columns 0 .. position
 - 1, and token t is row position + t. Key and value sizes differ: q and k have K channels a head, v and o have V.
 
 Forward and backward, a value that is not finite reaches the rows that see the value and no others, although these rows
@@ -38,6 +39,7 @@ def chunked_attention(
     v: Tensor,  # (B, L, H, V)
     *,
     chunk_size: int,
+    causal: bool = True,
     scale: float = 1.0,
     state: AttentionState | None = None,
     return_state: bool = False,
@@ -47,7 +49,7 @@ def chunked_attention(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    """Attends inside each chunk: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the columns j <= i of row i's chunk.
+    """Attends inside each chunk: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the columns j of row i's chunk, j <= i if `causal`.
 
     Returns o (B, L, H, V) and, with `return_state`, keys, values and position of each sequence's unfinished chunk.
     The state is a constant: no gradient enters or leaves it. `inplace_state` writes the new state into the tensors of
@@ -58,14 +60,16 @@ def chunked_attention(
     >>> chunked_attention(q, q, v, chunk_size=2).flatten().tolist()
     [2.0, 3.0, 6.0]
     """
+    if not causal and (state is not None or return_state):
+        raise ValueError("chunked_attention: `causal` must be True where a state is given or returned.")
     seed = int(draw_seed() if dropkey_seed is None else dropkey_seed) if dropkey > 0 else 0
     o, ends = torch.zeros_like(v), []
     for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
         q_s, k_s, v_s, position = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], state, s)
         o_s = torch.zeros_like(v_s)  # (position + n, H, V)
         for rows, columns in _chunks(position, len(k_s), chunk_size):
-            P = _probabilities(q_s, k_s, rows, columns, scale, dropkey, seed, s)
-            o_s[rows] = _sum_of_seen(P, v_s[columns], _seen(rows, columns))
+            P = _probabilities(q_s, k_s, rows, columns, causal, scale, dropkey, seed, s)
+            o_s[rows] = _sum_of_seen(P, v_s[columns], _seen(rows, columns, causal))
         o[row, tokens] = o_s[position:].to(v.dtype)
         ends.append((k_s, v_s))
     if not return_state:
@@ -85,6 +89,7 @@ def chunked_attention_bwd(
     v: Tensor,
     *,
     chunk_size: int,
+    causal: bool = True,
     scale: float = 1.0,
     state: AttentionState | None = None,
     dropkey: float = 0.0,
@@ -110,11 +115,11 @@ def chunked_attention_bwd(
         do_s = torch.cat([v_s.new_zeros(position, *v_s.shape[1:]), do[row, tokens].to(real)])
         dq_s, dk_s, dv_s = (torch.zeros_like(a) for a in (q_s, k_s, v_s))
         for rows, columns in _chunks(position, len(k_s), chunk_size):
-            P = _probabilities(q_s, k_s, rows, columns, scale, dropkey, seed, s)
+            P = _probabilities(q_s, k_s, rows, columns, causal, scale, dropkey, seed, s)
             dP = torch.einsum("ihv,jhv->hij", do_s[rows], v_s[columns])
             delta = torch.where(P == 0, 0, P * dP).sum(-1, keepdim=True)
             dS = torch.where(P == 0, 0, P * (dP - delta))
-            seen = _seen(rows, columns)
+            seen = _seen(rows, columns, causal)
             dq_s[rows] = scale * _sum_of_seen(dS, k_s[columns], seen)
             dk_s[columns] = scale * _sum_of_seen(dS.mT, q_s[rows], seen.mT)
             dv_s[columns] = _sum_of_seen(P.mT, do_s[rows], seen.mT)
@@ -146,11 +151,11 @@ def _chunks(position: int, total: int, chunk_size: int) -> Iterator[tuple[slice,
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, rows: slice, columns: slice, scale: float, dropkey: float, seed: int, s: int
+    q: Tensor, k: Tensor, rows: slice, columns: slice, causal: bool, scale: float, dropkey: float, seed: int, s: int
 ) -> Tensor:
     """Returns softmax(scale q k^T) of a chunk, (H, rows, columns)."""
     scores = scale * torch.einsum("ihk,jhk->hij", q[rows], k[columns])
-    masked = (~_seen(rows, columns)).to(q.device).expand(scores.shape)
+    masked = (~_seen(rows, columns, causal)).to(q.device).expand(scores.shape)
     if dropkey > 0:
         i = torch.arange(rows.start, rows.stop, device=q.device)
         j = torch.arange(columns.start, columns.stop, device=q.device)
@@ -158,9 +163,10 @@ def _probabilities(
     return scores.masked_fill(masked, -torch.inf).softmax(-1).masked_fill(masked, 0)
 
 
-def _seen(rows: slice, columns: slice) -> Tensor:
+def _seen(rows: slice, columns: slice, causal: bool) -> Tensor:
     """Which columns each row sees, (rows, columns)."""
-    return torch.arange(columns.start, columns.stop) <= torch.arange(rows.start, rows.stop)[:, None]
+    last = torch.arange(rows.start, rows.stop) if causal else torch.full((rows.stop - rows.start,), columns.stop - 1)
+    return torch.arange(columns.start, columns.stop) <= last[:, None]
 
 
 def _sum_of_seen(weights: Tensor, terms: Tensor, seen: Tensor) -> Tensor:
