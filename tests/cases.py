@@ -74,6 +74,7 @@ class Op:
     outputs: tuple[str, ...]  # (B, L, ...); none where the op returns the end state alone
     call: Callable[[Function, list[Tensor], Tensors, dict[str, Any]], Tensors]
     constant_state: bool = False  # a cut inside a chunk cuts the gradient, too
+    whole: bool = False  # each step sees its whole sequence: no state, no pieces
 
 
 def _call_cema(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
@@ -114,6 +115,10 @@ def _call_attention(function: Function, inputs: list[Tensor], tensors: Tensors, 
     return {"o": o, "state.k": state.k, "state.v": state.v, "state.position": state.position}
 
 
+def _call_whole(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
+    return {"y": function(*inputs, **options)}
+
+
 OPS = {
     "cema": Op(("x",), ("p", "q", "gamma", "omega"), ("y",), _call_cema),
     "timestep_norm": Op(("x",), ("weight", "bias"), ("y",), _call_timestep_norm),
@@ -122,6 +127,8 @@ OPS = {
     "normalized_qk": Op(("z",), ("gamma", "beta"), ("q", "k"), _call_normalized_qk),
     "chunked_attention": Op(("q", "k", "v"), (), ("o",), _call_attention, constant_state=True),
     "normalized_attention": Op(("z", "v"), ("gamma", "beta"), ("o",), _call_attention, constant_state=True),
+    "sequence_norm": Op(("x",), ("weight", "bias"), ("y",), _call_whole, whole=True),
+    "bidirectional_cema": Op(("x",), ("p", "q", "gamma", "omega"), ("y",), _call_whole, whole=True),
 }
 
 
@@ -286,6 +293,18 @@ def timestep_norm_case(
     return Case("timestep_norm", tensors, options, dtype, terms=rstd, mean_terms=0.1 * std)
 
 
+def sequence_norm_case(**sizes: Any) -> Case:
+    """The inputs that `timestep_norm_case` has for these sizes."""
+    return replace(timestep_norm_case(**sizes), op="sequence_norm")
+
+
+def bidirectional_cema_case(**sizes: Any) -> Case:
+    """The inputs that `cema_case` has for these sizes, and coefficients of the other direction."""
+    case, other = cema_case(**sizes), cema_case(**sizes | {"seed": sizes.get("seed", 0) + 1})
+    both = {name: torch.cat([case.tensors[name], other.tensors[name]]) for name in ("p", "q", "gamma")}
+    return replace(case.with_tensors(**both), op="bidirectional_cema")
+
+
 def cema_end_state_case(**sizes: Any) -> Case:
     """The inputs that `cema_case` has for these sizes, less what only an output needs."""
     case = cema_case(**sizes)
@@ -379,6 +398,8 @@ BUILDERS = {
     "normalized_qk": normalized_qk_case,
     "chunked_attention": chunked_attention_case,
     "normalized_attention": normalized_attention_case,
+    "sequence_norm": sequence_norm_case,
+    "bidirectional_cema": bidirectional_cema_case,
 }
 
 # What a builder is given for a state to start from.

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from cases import (
     Case,
+    bidirectional_cema_case,
     cema_case,
     cema_end_state_case,
     chunked_attention_case,
     normalized_attention_case,
     normalized_qk_case,
+    sequence_norm_case,
     timestep_norm_case,
     timestep_norm_end_state_case,
 )
@@ -104,6 +106,20 @@ def timestep_norm_end_state_cases(
 
 
 @st.composite
+def sequence_norm_cases(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
+) -> Case:
+    return sequence_norm_case(**draw(timestep_norm_sizes(dtypes, kinds)), eps=draw(st.sampled_from([1e-5, 1e-3])))
+
+
+@st.composite
+def bidirectional_cema_cases(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
+) -> Case:
+    return bidirectional_cema_case(**draw(cema_sizes(dtypes, kinds)))
+
+
+@st.composite
 def normalized_qk_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
@@ -153,6 +169,8 @@ CASES: dict[str, Callable[..., st.SearchStrategy[Case]]] = {
     "normalized_qk": normalized_qk_cases,
     "chunked_attention": chunked_attention_cases,
     "normalized_attention": normalized_attention_cases,
+    "sequence_norm": sequence_norm_cases,
+    "bidirectional_cema": bidirectional_cema_cases,
 }
 
 

@@ -20,6 +20,8 @@ OPS = [
     "normalized_qk",
     "chunked_attention",
     "normalized_attention",
+    "sequence_norm",
+    "bidirectional_cema",
 ]
 MODULES = [
     info.name

@@ -85,8 +85,9 @@ def test_pieces_and_packing_give_the_whole(op):
     case = BUILDERS[op](B=3, L=11, dtype=torch.float64, lengths=[11, 0, 6])
     function = getattr(reference, op)
     whole = evaluate(function, case)
-    pieces = evaluate(streamed(function, op, [1, 0, 6, 4]), case)
-    assert_all_close(carried(op, pieces), carried(op, whole), tolerance=1e-12)
+    if not OPS[op].whole:
+        pieces = evaluate(streamed(function, op, [1, 0, 6, 4]), case)
+        assert_all_close(carried(op, pieces), carried(op, whole), tolerance=1e-12)
     assert_all_close(evaluate(packed(function, op, before=2, after=3), case), whole, tolerance=1e-12)
 
 

@@ -121,6 +121,19 @@ CALLS = {
              num_groups={**NO_SIZE, "no divisor": 3}, lengths=OPTIONAL_INTEGERS),
         numbers=dict(num_groups=np.int64(G)),
     ),
+    "sequence_norm": Call(
+        mo.sequence_norm,
+        dict(x=x, weight=torch.zeros(D), bias=torch.zeros(D), num_groups=G, eps=1e-5, lengths=lengths),
+        dict(x=TENSOR, weight=TENSOR, bias=TENSOR, num_groups={**NO_SIZE, "no divisor": 3}, eps=eps,
+             lengths=OPTIONAL_INTEGERS),
+        numbers=dict(num_groups=np.int64(G), eps=np.float64(1e-5)),
+    ),
+    "bidirectional_cema": Call(
+        mo.bidirectional_cema,
+        dict(x=x, p=torch.rand(2 * D, N), q=poles.repeat(2, 1), gamma=poles.repeat(2, 1), omega=torch.ones(D),
+             lengths=lengths),
+        dict(x=TENSOR, p=TENSOR, q=COMPLEX_TENSOR, gamma=COMPLEX_TENSOR, omega=TENSOR, lengths=OPTIONAL_INTEGERS),
+    ),
     "normalized_qk": Call(
         mo.normalized_qk,
         dict(z=z, gamma=affine, beta=affine, **sizes, position=torch.tensor([0, 3]), lengths=lengths),

@@ -21,6 +21,7 @@ from .model.model import Megalodon
 from .model.official import load_official, save_official
 from .model.states import MegalodonState
 from .model.stops import StopStrings
+from .ops.bidirectional_cema import bidirectional_cema
 from .ops.cema import cema, cema_end_state
 from .ops.cema_coefficients import cema_coefficients
 from .ops.chunked_attention import chunked_attention
@@ -31,6 +32,7 @@ from .ops.loss import linear_cross_entropy
 from .ops.memory import keep_freed_memory, use_huge_pages
 from .ops.normalized_attention import normalized_attention
 from .ops.normalized_qk import normalized_qk
+from .ops.sequence_norm import sequence_norm
 from .ops.states import AttentionState, TimestepNormState
 from .ops.timestep_norm import timestep_norm, timestep_norm_end_state
 
@@ -53,6 +55,7 @@ __all__ = [
     "TimestepNorm",
     "TimestepNormState",
     "TokenStream",
+    "bidirectional_cema",
     "cema",
     "cema_coefficients",
     "cema_end_state",
@@ -68,6 +71,7 @@ __all__ = [
     "reference",
     "rms_norm",
     "save_official",
+    "sequence_norm",
     "timestep_norm",
     "timestep_norm_end_state",
     "use_huge_pages",

@@ -1,0 +1,112 @@
+"""`bidirectional_cema`: CEMA of the steps before and of the steps after each step, as an encoder's."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from .arrays import call_with_arrays
+from .cema import cema
+from .library import int64_or_none
+from .values import check_rank, check_tensor
+
+_NAME = re.compile("^cema: ")
+
+
+def bidirectional_cema(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    r"""Complex exponential moving averages of `x` in both directions of time.
+
+    .. math::
+
+        y_t = \mathrm{Re} \sum_n \Bigl( \gamma^1_n \sum_{s \le t} p^1_n (q^1_n)^{t - s} x_s
+              + \gamma^2_n \sum_{s > t} p^2_n (q^2_n)^{s - t - 1} x_s \Bigr) + \omega x_t
+
+    Args:
+        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
+        p: (2 D, N) float32, or float64 for a float64 `x`; the first D rows are of the steps up to t, the others of the
+            steps after t.
+        q, gamma: (2 D, N) complex64, or complex128 for a float64 `x`.
+        omega: (D,) as `p`.
+        cu_seqlens, lengths: sequences as in :func:`cema`.
+
+    Returns:
+        y (B, L, D) in x's dtype, zero at tokens in no sequence.
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Two calls of :func:`cema`, one over rows that are reversed, each sequence inside itself; each direction is rounded to
+    x's dtype. x and the reversed x are kept for the backward, which is deterministic.
+
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+
+    Source: the encoders of arXiv 2404.08801, section 4.5, after the code that they were developed in, whose backward
+    direction begins at the next step. The mathematics: :func:`megalodon_ops.reference.bidirectional_cema`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> x, p = torch.tensor([0.0, 1.0, 0.0, 0.0]).view(1, 4, 1), torch.ones(2, 1)
+        >>> q, gamma = torch.tensor([[0.5 + 0j], [0.25 + 0j]]), torch.ones(2, 1, dtype=torch.complex64)
+        >>> mo.bidirectional_cema(x, p, q, gamma, torch.zeros(1)).flatten()
+        tensor([1.0000, 1.0000, 0.5000, 0.2500])
+    """
+    if not isinstance(x, Tensor):
+        return call_with_arrays(bidirectional_cema, **locals())
+    check_rank("bidirectional_cema", "x", x, "(B, L, D)", 3)
+    check_tensor("bidirectional_cema", "omega", omega)
+    D = x.shape[-1]
+    for name, tensor in (("p", p), ("q", q), ("gamma", gamma)):
+        check_tensor("bidirectional_cema", name, tensor)
+        check_rank("bidirectional_cema", name, tensor, "(2 D, N)", 2)
+        if len(tensor) != 2 * D:
+            raise ValueError(
+                f"bidirectional_cema: `{name}` must have 2 D = {2 * D} rows, as `x` has {D} channels, got {len(tensor)}."
+            )
+    sequences = {"cu_seqlens": int64_or_none(cu_seqlens), "lengths": int64_or_none(lengths)}
+    try:
+        y = cema(x, p[:D], q[:D], gamma[:D], omega, **sequences)
+        mirror = mirrored_tokens(x, **sequences)
+        z = cema(_mirrored(x, mirror), p[D:], q[D:], gamma[D:], torch.zeros_like(omega), **sequences)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_NAME.sub("bidirectional_cema: ", str(error))) from error
+    after = _mirrored(z, mirror)[:, 1:]  # z begins at the step itself
+    if cu_seqlens is not None:
+        after = after.masked_fill((mirror[1:] != mirror[:-1] - 1)[:, None], 0)  # of the next sequence
+    y[:, :-1] += after
+    return y
+
+
+def _mirrored(x: Tensor, mirror: Tensor) -> Tensor:
+    return x.flatten(0, 1).index_select(0, mirror).view(x.shape)
+
+
+def mirrored_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """(B L,) int64: for each token the one as far from the end of its sequence; itself where it is in none.
+
+    Example:
+        >>> import torch
+        >>> from megalodon_ops.ops.bidirectional_cema import mirrored_tokens
+        >>> mirrored_tokens(torch.zeros(2, 3, 1), None, torch.tensor([2, 3]))
+        tensor([1, 0, 2, 5, 4, 3])
+    """
+    B, L = x.shape[:2]
+    token = torch.arange(B * L, device=x.device)
+    if cu_seqlens is not None:
+        after = torch.searchsorted(cu_seqlens, token, right=True)  # the number of the offset after the token
+        begin, end = (cu_seqlens[at.clamp(0, len(cu_seqlens) - 1)] for at in (after - 1, after))
+    else:
+        begin = token - token % max(L, 1)
+        end = begin + (L if lengths is None else lengths.repeat_interleave(L, output_size=B * L))
+    inside = (begin <= token) & (token < end)
+    return torch.where(inside, begin + end - 1 - token, token).clamp(0, max(B * L - 1, 0))

@@ -1,0 +1,72 @@
+"""`sequence_norm`: group norm whose statistics are of a whole sequence, as an encoder's."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from .arrays import call_with_arrays
+from .states import TimestepNormState
+from .timestep_norm import timestep_norm, timestep_norm_end_state
+
+_PARTS = re.compile("^timestep_norm(_end_state)?: ")
+_STEPS = 2**62
+"""of a state that no further step moves: a step's share in it is below the last digit, of float64 too"""
+
+
+def sequence_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    r"""Normalizes each step with the mean and the variance of its group over all steps of its sequence.
+
+    .. math:: y_t = (x_t - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
+
+    Args:
+        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
+        weight, bias: (D,) float32, or float64 for a float64 `x`. The gain is 1 + weight.
+        num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on. With G = D each
+            channel has its own mean and variance.
+        eps: added to the variance.
+        cu_seqlens, lengths: sequences as in :func:`cema`; padding counts for nothing.
+
+    Returns:
+        y (B, L, D) in x's dtype, zero at tokens in no sequence.
+
+    Raises:
+        ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
+
+    Two passes of kernels: :func:`timestep_norm_end_state` for the statistics, then :func:`timestep_norm` from a state of
+    so many steps that it stays what it is. Statistics run in float64; x and three numbers for each step and group are
+    kept for the backward, which is deterministic.
+
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+
+    Source: the "group normalization" of the encoders in arXiv 2404.08801, section 4.5. The mathematics:
+    :func:`megalodon_ops.reference.sequence_norm`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> x = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])  # mean 4, variance 5
+        >>> mo.sequence_norm(x, torch.zeros(2), torch.zeros(2), num_groups=1, eps=0.0)
+        tensor([[[-1.3416, -0.4472],
+                 [ 0.4472,  1.3416]]])
+    """
+    if not isinstance(x, Tensor):
+        return call_with_arrays(sequence_norm, **locals())
+    sequences = {"cu_seqlens": cu_seqlens, "lengths": lengths}
+    try:
+        state = timestep_norm_end_state(x, num_groups=num_groups, **sequences)
+        steps = torch.full_like(state.count, _STEPS)
+        state = TimestepNormState(steps, state.mean, state.var, state.residual)
+        return timestep_norm(x, weight, bias, num_groups=num_groups, eps=eps, state=state, **sequences)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_PARTS.sub("sequence_norm: ", str(error))) from error

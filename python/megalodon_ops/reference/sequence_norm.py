@@ -1,0 +1,81 @@
+"""Sequence norm: group norm over the steps and the channels of a group together, for encoders.
+
+The D channels form G groups of F = D/G neighbours. Over the n steps of a sequence, padding left out, and per group
+
+    mean = sum x / (n F)     var = sum (x - mean)^2 / (n F)     y_t = (x_t - mean) rstd (1 + weight) + bias
+
+with rstd = 1 / sqrt(var + eps). arXiv 2404.08801, section 4.5, calls it group normalization; the number of groups there
+is not stated.
+
+dtypes: x and y float32, float64, bfloat16 or float16; weight and bias float32, or float64 for float64 x. Statistics are
+float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalodon_ops.reference.sequences import accumulation_dtype, sequences
+
+
+def sequence_norm(
+    x: Tensor,  # (B, L, D)
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    lengths: Tensor | None = None,  # (B,)
+) -> Tensor:
+    """Normalizes by the statistics of all steps: y_t = (x_t - mean) / sqrt(var + eps) (1 + weight) + bias.
+
+    >>> x = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]])
+    >>> sequence_norm(x, torch.zeros(2), torch.zeros(2), num_groups=2, eps=0.0).tolist()
+    [[[-1.0, 1.0], [1.0, -1.0]]]
+    """
+    real = accumulation_dtype(x.dtype)
+    y = torch.zeros_like(x)
+    for row, tokens in sequences(x, cu_seqlens, lengths):
+        normalized, _ = _normalized(x[row, tokens], num_groups, eps)
+        y[row, tokens] = (normalized.flatten(1).to(real) * (1 + weight.to(real)) + bias.to(real)).to(x.dtype)
+    return y
+
+
+def sequence_norm_bwd(
+    dy: Tensor,  # (B, L, D)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiates through the statistics. Returns dx, dweight, dbias.
+
+    With n_t = (x_t - mean) rstd, g = dy (1 + weight) and means over the steps and channels of a group, as
+    d mean / dx = 1 / (n F) and d rstd / dx = -rstd^2 n_t / (n F),
+
+        dx = rstd (g - mean(g) - n_t mean(g n_t))      dweight = sum_t dy n_t      dbias = sum_t dy
+    """
+    dx, dweight, dbias = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    for row, tokens in sequences(x, cu_seqlens, lengths):
+        normalized, rstd = _normalized(x[row, tokens], num_groups, eps)
+        dy_s = dy[row, tokens].double()
+        g = (dy_s * (1 + weight.double())).unflatten(-1, (num_groups, -1))
+        mean, along = (a.mean((0, 2), keepdim=True) for a in (g, g * normalized))
+        dx[row, tokens] = (rstd * (g - mean - normalized * along)).flatten(1).to(x.dtype)
+        dweight += (dy_s * normalized.flatten(1)).sum(0).to(weight.dtype)
+        dbias += dy_s.sum(0).to(bias.dtype)
+    return dx, dweight, dbias
+
+
+def _normalized(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns (x - mean) rstd, (n, G, F), and rstd, (1, G, 1), of one sequence's steps (n, D), in float64."""
+    x = x.double().unflatten(-1, (num_groups, -1))
+    centred = x - x.mean((0, 2), keepdim=True)
+    rstd = (centred.square().mean((0, 2), keepdim=True) + eps).rsqrt()
+    return centred * rstd, rstd

@@ -1,0 +1,74 @@
+"""sequence_norm and bidirectional_cema, which read whole sequences: closed forms, reversal. See also test_ops.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assertions import assert_close, assert_matches_reference, assert_refuses
+from backends import DEVICES, each_implementation, wide_every_device
+from cases import bidirectional_cema_case, evaluate, forward, sequence_norm_case
+
+import megalodon_ops as mo
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@each_implementation
+@pytest.mark.parametrize("G", [1, 3, 12], ids=["one group", "groups", "a group a channel"])
+def test_sequence_norm_is_torchs_group_norm(G, implementation, backend):
+    case = sequence_norm_case(B=2, L=40, G=G, width=12 // G, dtype=torch.float64, eps=1e-3)
+    x, weight, bias = case.tensors.values()
+    expected = torch.nn.functional.group_norm(x.transpose(1, 2), G, 1 + weight, bias, 1e-3).transpose(1, 2)
+    assert_close(forward(implementation.sequence_norm, case)["y"], expected, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("backend", DEVICES, indirect=True)
+def test_a_mean_that_dwarfs_the_spread(backend):
+    """Statistics keep their digits, and the many steps of the second pass's state move neither of them."""
+    case = sequence_norm_case(B=2, L=70, G=2, width=8, mean=1e4, std=1e-2, lengths=[70, 33])
+    assert_matches_reference(evaluate(mo.sequence_norm, case), case)
+
+
+@each_implementation
+def test_bidirectional_cema_is_a_convolution(implementation, backend):
+    """Closed form: one kernel of the lags from 0 on, one of the steps ahead from 1 on."""
+    L, D = 30, 3
+    case = bidirectional_cema_case(B=2, L=L, D=D, N=5, dtype=torch.float64)
+    x, p, q, gamma, omega = case.tensors.values()
+    kernel = (gamma[..., None] * p[..., None] * q[..., None] ** torch.arange(L)).real.sum(1)  # (2 D, L)
+    lag = torch.arange(L)[:, None] - torch.arange(L)  # of output t and input s
+    before = torch.where(lag >= 0, kernel[:D, lag.clamp(min=0)], 0)
+    after = torch.where(lag < 0, kernel[D:, (-lag - 1).clamp(min=0)], 0)
+    expected = torch.einsum("dts,bsd->btd", before + after, x) + omega * x
+    assert_close(forward(implementation.bidirectional_cema, case)["y"], expected, tolerance=1e-12)
+
+
+@wide_every_device
+def test_swapped_directions_give_the_reversed_sequence(backend):
+    """Once each direction begins at the next step: the step itself is moved from the forward kernel into omega."""
+    case = bidirectional_cema_case(B=1, L=50, D=4, N=3, dtype=torch.float64)
+    x, p, q, gamma, omega = case.tensors.values()
+    now = (gamma * p).real.sum(1)[:4]
+    strictly_before = gamma.clone()
+    strictly_before[:4] *= q[:4]  # sum_{s < t} q^(t-s-1) x_s, times q
+    y = mo.bidirectional_cema(x, p, q, gamma, omega)
+    swapped = [torch.cat([t[4:], t[:4]]) for t in (p, q)]
+    of_reversed = torch.cat([gamma[4:] / q[4:], strictly_before[:4]])
+    first = (gamma[4:] / q[4:] * p[4:]).real.sum(1)
+    expected = mo.bidirectional_cema(x.flip(1), *swapped, of_reversed, omega + now - first).flip(1)
+    assert_close(y, expected, tolerance=1e-10)
+
+
+ERRORS = {
+    "p-of-one-direction": (ValueError, "p", {"p": torch.rand(5, 4)}),
+    "gamma-rank": (ValueError, "gamma", {"gamma": torch.rand(10).cfloat()}),
+    "q-number": (TypeError, "q", {"q": 1.0}),
+    "x-rank": (ValueError, "x", {"x": torch.rand(9, 5)}),
+    "lengths-too-long": (ValueError, "lengths", {"lengths": torch.tensor([3, 10])}),
+}
+
+
+@pytest.mark.parametrize(("error", "argument", "changes"), ERRORS.values(), ids=ERRORS)
+def test_errors(error, argument, changes):
+    arguments = {**bidirectional_cema_case().tensors, **changes}
+    assert_refuses(error, "bidirectional_cema", argument, lambda: mo.bidirectional_cema(**arguments))
