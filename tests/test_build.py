@@ -90,7 +90,18 @@ def test_wheels_are_for_every_card(tmp_path):
         f'choose_architectures(chosen "{wanted}" nvcc {version})\nmessage("${{chosen}}")\n'
         for wanted, version in (("all", "13.0.88"), ("all", "12.4.1"), ("90;120-real", "13.0.88"))
     )
-    assert evaluate(code, tmp_path).splitlines() == ["80;90-real;100-real;120", "80;90", "90;120-real"]
+    assert evaluate(code, tmp_path).splitlines() == ["80;90-real;100;120-real", "80;90-real", "90;120-real"]
+
+
+def test_architectures_whose_ptx_is_the_same_share_it(tmp_path):
+    lists = {
+        "80;90-real;100;120-real": ("80,code=[sm_80,compute_80,sm_90]", "100,code=[sm_100,compute_100,sm_120]"),
+        "90;86": ("80,code=[sm_90,compute_80,sm_86]",),
+        "120-real": ("100,code=[sm_120]",),
+    }
+    code = "".join(f'flags_of_architectures(flags "{chosen}")\nmessage("${{flags}}")\n' for chosen in lists)
+    wanted = [";".join(f"--generate-code=arch=compute_{flag}" for flag in flags) for flags in lists.values()]
+    assert evaluate(code, tmp_path).splitlines() == wanted
 
 
 # nvcc
