@@ -15,8 +15,9 @@ from . import _C, reference
 from .model.blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
 from .model.config import MegalodonConfig
 from .model.decoder import Decoder
+from .model.encoder import MegalodonEncoder, MegalodonEncoderConfig
 from .model.generation import TokenStream
-from .model.layers import ComplexEMA, TimestepNorm, wide_parameters
+from .model.layers import ComplexEMA, SequenceNorm, TimestepNorm, wide_parameters
 from .model.model import Megalodon
 from .model.official import load_official, save_official
 from .model.states import MegalodonState
@@ -48,9 +49,12 @@ __all__ = [
     "Megalodon",
     "MegalodonBlock",
     "MegalodonConfig",
+    "MegalodonEncoder",
+    "MegalodonEncoderConfig",
     "MegalodonState",
     "NormalizedAttention",
     "NormalizedFFN",
+    "SequenceNorm",
     "StopStrings",
     "TimestepNorm",
     "TimestepNormState",

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from .config import MegalodonConfig, check_config
 from ..ops.gated_silu import gated_silu
-from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, TimestepNorm, WideParameters, reset_all_parameters
+from .layers import (
+    ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, reset_all_parameters,
+)  # fmt: skip
 from ..ops.library import accumulation_dtype
 from ..ops.normalized_attention import attend
 from ..ops.normalized_qk import rotary_table
@@ -46,6 +48,8 @@ class NormalizedAttention(WideParameters):
     z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
     y = x + wh1 m + wh2 (a * r)
 
+    An encoder's has the sequence norm, the bidirectional CEMA and an attention to whole chunks, and no state.
+
     Example:
         >>> import torch, megalodon_ops as mo
         >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96)
@@ -54,12 +58,13 @@ class NormalizedAttention(WideParameters):
     """
 
     def __init__(self, config: MegalodonConfig) -> None:
-        check_config("NormalizedAttention", config)
+        check_config("NormalizedAttention", config, any_form=True)
         super().__init__()
         self.config = config
         dim, z_dim, value_dim = config.model_dim, config.z_dim, config.value_dim
-        self.timenorm = TimestepNorm(dim, config.norm_num_groups, config.norm_eps)
-        self.cema = ComplexEMA(dim, config.cema_ndim)
+        norm = TimestepNorm if config.causal else SequenceNorm
+        self.timenorm = norm(dim, config.norm_num_groups, config.norm_eps)
+        self.cema = ComplexEMA(dim, config.cema_ndim, bidirectional=not config.causal)
         self.rmsnorm = RMSNorm(dim, config.norm_eps, config.norm_affine)
         self.wv = Linear(dim, value_dim)
         self.wz = Linear(dim, z_dim)
@@ -127,7 +132,7 @@ class NormalizedAttention(WideParameters):
         rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
         a = attend(
             z, v, self.gamma, self.beta, rotary,
-            num_heads=config.num_heads, chunk_size=config.chunk_size, rope_base=config.rotary_base,
+            num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
             eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
             dropkey=config.attention_dropout if training else 0.0, **sequences,
         )  # fmt: skip
@@ -149,7 +154,7 @@ class NormalizedFFN(WideParameters):
     """
 
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
-        check_config("NormalizedFFN", config)
+        check_config("NormalizedFFN", config, any_form=True)
         super().__init__()
         self.config, self.layer = config, layer
         dim, hidden = config.model_dim, config.ffn_hidden_dim
@@ -188,7 +193,7 @@ class MegalodonBlock(nn.Module):
     """
 
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
-        check_config("MegalodonBlock", config)
+        check_config("MegalodonBlock", config, any_form=True)
         super().__init__()
         self.mega = NormalizedAttention(config)
         self.nffn = NormalizedFFN(config, layer)

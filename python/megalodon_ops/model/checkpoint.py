@@ -27,7 +27,10 @@ from ..ops.memory import check_fits
 from ..ops.values import check_integer, described, is_whole, shown
 
 if TYPE_CHECKING:
+    from .encoder import MegalodonEncoder
     from .model import Megalodon
+
+    Model = Megalodon | MegalodonEncoder
 
 FORMAT = 1
 """Counts the changes of the folder's content; folders of another format are not read"""
@@ -43,13 +46,13 @@ _OF_A_RUN = ("training.json", "checkpoints")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 
 
-def save_model(model: Megalodon, directory: str | os.PathLike, *, tokenizer: Any, max_shard_bytes: int) -> None:
+def save_model(model: Model, directory: str | os.PathLike, *, tokenizer: Any, max_shard_bytes: int) -> None:
     """:meth:`Megalodon.save`."""
     folder = as_path("save", "directory", directory)
     max_shard_bytes = check_integer("save", "max_shard_bytes", max_shard_bytes, "a positive integer", 1)
     check_tokenizer("save", tokenizer)
     written = (CONFIG,) if tokenizer is None else (CONFIG, *TOKENIZER_FILES)
-    kept = kept_files("save", folder, _is_ours(folder), written)
+    kept = kept_files("save", folder, _is_ours(folder, model.config.model_type), written)
     with write_atomically(folder, folder=True) as draft:
         write_model(model, draft, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, caller="save")
         for path in kept:
@@ -58,7 +61,7 @@ def save_model(model: Megalodon, directory: str | os.PathLike, *, tokenizer: Any
 
 
 def write_model(
-    model: Megalodon, folder: Path, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30, caller: str
+    model: Model, folder: Path, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30, caller: str
 ) -> None:
     """Writes the files of a model and its tokenizer into a folder that exists."""
     tensors = plain_tensors(model, model.config.parameter_shapes(), caller)
@@ -69,8 +72,8 @@ def write_model(
 def write_config(config: MegalodonConfig, dtype: torch.dtype, folder: Path, tokenizer: Any) -> None:
     """Writes `config.json` of a model whose linear layers have this dtype, and the tokenizer's files."""
     fields = {
-        "model_type": "megalodon",
-        "architectures": ["MegalodonForCausalLM"],
+        "model_type": config.model_type,
+        "architectures": [config.architecture],
         "format": FORMAT,
         "megalodon_ops_version": _C.build_info()["version"],
         "dtype": str(dtype).removeprefix("torch."),
@@ -82,8 +85,8 @@ def write_config(config: MegalodonConfig, dtype: torch.dtype, folder: Path, toke
 
 
 def load_model(
-    kind: type[Megalodon], directory: str | os.PathLike, *, dtype: torch.dtype | None, device: torch.device | str
-) -> Megalodon:
+    kind: type[Model], directory: str | os.PathLike, *, dtype: torch.dtype | None, device: torch.device | str
+) -> Model:
     """:meth:`Megalodon.load`."""
     folder, device = as_path("load", "directory", directory), as_device("load", device)
     check_dtype("load", dtype)
@@ -95,16 +98,18 @@ def load_model(
         raise FileError(f"load: {error}") from error
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether the folder's configuration is that of a model of ours, which saving another one may replace."""
+def _is_ours(folder: Path, model_type: str) -> bool:
+    """Whether the folder's configuration is that of a model of this type, which saving another one may replace."""
     try:
-        return read_json(folder / CONFIG).get("model_type") == "megalodon"
+        return read_json(folder / CONFIG).get("model_type") == model_type
     except (OSError, ValueError):
         return False
 
 
-def read_config(path: Path) -> tuple[MegalodonConfig, torch.dtype | None]:
-    """The configuration in a folder's `config.json`, and the dtype that it names.
+def read_config(
+    path: Path, kind: type[MegalodonConfig] = MegalodonConfig
+) -> tuple[MegalodonConfig, torch.dtype | None]:
+    """The configuration of a kind in a folder's `config.json`, and the dtype that it names.
 
     All fields of the configuration must be there, so that a name with a slip in it is a fault, but for `eos_token_id`,
     as there may be none. Others are those of transformers and its tools, and change nothing of what the model computes.
@@ -113,18 +118,18 @@ def read_config(path: Path) -> tuple[MegalodonConfig, torch.dtype | None]:
     with reading(path):
         if "model" in fields:
             raise ValueError("is that of a folder of the released code; megalodon_ops.load_official reads it")
-        if fields.get("model_type") != "megalodon":
-            raise ValueError(f'`model_type` must be "megalodon", got {shown(fields.get("model_type"))}')
+        if fields.get("model_type") != kind.model_type:
+            raise ValueError(f'`model_type` must be "{kind.model_type}", got {shown(fields.get("model_type"))}')
         if not is_whole(number := fields.get("format", FORMAT), 1, FORMAT):
             raise ValueError(f"`format` must be {FORMAT}, got {shown(number)}: a newer megalodon_ops wrote it")
         dtype = fields.get("dtype", fields.get("torch_dtype"))
         if dtype is not None and (not isinstance(dtype, str) or dtype not in _DTYPES):
             raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {shown(dtype)}")
-        names = [field.name for field in dataclasses.fields(MegalodonConfig)]
+        names = [field.name for field in dataclasses.fields(kind)]
         fields.setdefault("eos_token_id", None)
         if missing := [name for name in names if name not in fields]:
             raise ValueError(f"`{missing[0]}` is missing")
-        return MegalodonConfig(**{name: fields[name] for name in names}), _DTYPES.get(dtype)
+        return kind(**{name: fields[name] for name in names}), _DTYPES.get(dtype)
 
 
 def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
@@ -141,13 +146,13 @@ def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
 
 
 def read_model_files(
-    folder: Path, dtype: torch.dtype | None = None
+    folder: Path, dtype: torch.dtype | None = None, kind: type[MegalodonConfig] = MegalodonConfig
 ) -> tuple[MegalodonConfig, torch.dtype, StoredTensors]:
     """Configuration, dtype and weights of a folder, once they agree and the model fits in memory.
 
     dtype: that of the linear layers and the embedding; None: the one that `config.json` or else the weights have.
     """
-    config, stored = read_config(folder / CONFIG)
+    config, stored = read_config(folder / CONFIG, kind)
     with reading(folder / CONFIG):
         size = (dtype or stored or torch.bfloat16).itemsize
         check_fits(config.num_parameters() * size, "a model of this configuration")
@@ -156,15 +161,15 @@ def read_model_files(
     return config, dtype or stored or weights.tensors["embed.weight"].dtype, weights
 
 
-def read_model(kind: type[Megalodon], folder: Path, dtype: torch.dtype | None, device: torch.device) -> Megalodon:
+def read_model(kind: type[Model], folder: Path, dtype: torch.dtype | None, device: torch.device) -> Model:
     """:meth:`Megalodon.load` of arguments that were checked."""
     check_folder(folder)
-    return model_of(kind, *read_model_files(folder, dtype), device)
+    return model_of(kind, *read_model_files(folder, dtype, kind.config_type), device)
 
 
 def model_of(
-    kind: type[Megalodon], config: MegalodonConfig, dtype: torch.dtype, weights: StoredTensors, device: torch.device
-) -> Megalodon:
+    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, weights: StoredTensors, device: torch.device
+) -> Model:
     """The model with weights that were checked, in evaluation mode."""
     with torch.device("meta"):
         model = kind(config).to(dtype)
@@ -172,7 +177,8 @@ def model_of(
     if config.share_emb:
         values["output.output.weight"] = values["embed.weight"]
     model.load_state_dict(values, strict=True, assign=True)
-    model.tie_weights()
+    if config.share_emb:
+        model.tie_weights()
     return model.eval()
 
 

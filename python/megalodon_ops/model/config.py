@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..ops.values import as_float, described, is_whole, shown
 
@@ -22,6 +22,10 @@ class MegalodonConfig:
         12
     """
 
+    causal: ClassVar[bool] = True
+    """whether a step sees those before it alone; a block made from a configuration for which it is False sees all"""
+    model_type: ClassVar[str] = "megalodon"
+    architecture: ClassVar[str] = "MegalodonForCausalLM"
     num_layers: int = 8
     model_dim: int = 1024
     """D"""
@@ -69,7 +73,7 @@ class MegalodonConfig:
             """Refuses a field that does not hold; makes a NumPy number one of Python's `kind`, which JSON knows."""
             value = getattr(self, field)
             if not holds:
-                raise ValueError(f"MegalodonConfig: `{field}` must be {expected}, got {shown(value)}.")
+                raise ValueError(f"{type(self).__name__}: `{field}` must be {expected}, got {shown(value)}.")
             if kind is not None:
                 object.__setattr__(self, field, kind(value))
 
@@ -120,8 +124,7 @@ class MegalodonConfig:
             >>> next(mo.MegalodonConfig(vocab_size=256).parameter_shapes())
             ('embed.weight', (256, 1024))
         """
-        D = self.model_dim
-        yield "embed.weight", (self.vocab_size, D)
+        yield from self._input_shapes().items()
         of_layer = self._layer_shapes()
         for layer in range(self.num_layers):
             for name, shape in of_layer.items():
@@ -136,17 +139,22 @@ class MegalodonConfig:
             >>> f"{mo.MegalodonConfig.preset('mega7.1B', vocab_size=32000).num_parameters():,}"
             '7,117,381,632'
         """
-        of_layer, of_output = (
-            sum(map(math.prod, shapes.values())) for shapes in (self._layer_shapes(), self._output_shapes())
+        of_input, of_layer, of_output = (
+            sum(map(math.prod, shapes.values()))
+            for shapes in (self._input_shapes(), self._layer_shapes(), self._output_shapes())
         )
-        return self.vocab_size * self.model_dim + self.num_layers * of_layer + of_output
+        return of_input + self.num_layers * of_layer + of_output
+
+    def _input_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"embed.weight": (self.vocab_size, self.model_dim)}
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         D, N, Z, V, F = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim, self.ffn_hidden_dim
+        R = D if self.causal else 2 * D
         shapes = {
             "mega.gamma": (2, Z), "mega.beta": (2, Z), "mega.timenorm.weight": (D,), "mega.timenorm.bias": (D,),
-            "mega.cema.alpha": (D, N, 1), "mega.cema.delta": (D, N, 1), "mega.cema.theta": (D, 1, 1),
-            "mega.cema.gamma": (D, N, 2), "mega.cema.omega": (D, 1), "mega.rmsnorm.weight": (D,),
+            "mega.cema.alpha": (R, N, 1), "mega.cema.delta": (R, N, 1), "mega.cema.theta": (R, 1, 1),
+            "mega.cema.gamma": (R, N, 2), "mega.cema.omega": (D, 1), "mega.rmsnorm.weight": (D,),
             "mega.wv.weight": (V, D), "mega.wv.bias": (V,), "mega.wz.weight": (Z, D), "mega.wz.bias": (Z,),
             "mega.wr.weight": (V, D), "mega.wr.bias": (V,), "mega.wh1.weight": (D, D), "mega.wh1.bias": (D,),
             "mega.wh2.weight": (D, V), "nffn.alpha": (D,), "nffn.norm.weight": (D,), "nffn.norm.bias": (D,),
@@ -197,19 +205,21 @@ class MegalodonConfig:
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
         """The configuration of a released `config.json`'s `model` object or of :meth:`to_dict`; an unknown field raises."""
         if not isinstance(values, dict):
-            raise ValueError(f"MegalodonConfig: `values` must be a dictionary of fields, got {shown(values)}.")
+            raise ValueError(f"{cls.__name__}: `values` must be a dictionary of fields, got {shown(values)}.")
         known = {field.name for field in dataclasses.fields(cls)}
         # `efficient_attn` says which of two kernels with equal results the released code takes
         fields = {name: value for name, value in values.items() if name != "efficient_attn"}
         if unknown := [name for name in fields if name not in known]:
-            raise ValueError(f"MegalodonConfig: unknown field {', '.join(map(shown, unknown))}.")
+            raise ValueError(f"{cls.__name__}: unknown field {', '.join(map(shown, unknown))}.")
         return cls(**fields)
 
 
-def check_config(module: str, config: object) -> None:
-    """Raises a TypeError unless `config`, which `module` is made from, is a configuration."""
-    if not isinstance(config, MegalodonConfig):
-        raise TypeError(f"{module}: `config` must be a MegalodonConfig, got {described(config)}.")
+def check_config(
+    module: str, config: object, kind: type[MegalodonConfig] = MegalodonConfig, *, any_form: bool = False
+) -> None:
+    """Raises a TypeError unless `config`, which `module` is made from, is a configuration of its kind or, of parts, any."""
+    if not isinstance(config, kind) or not (any_form or config.causal == kind.causal):
+        raise TypeError(f"{module}: `config` must be a {kind.__name__}, got {described(config)}.")
 
 
 _NOT_COMPUTED_WITH = {

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.bidirectional_cema import bidirectional_cema
 from ..ops.cema import cema
 from ..ops.cema_coefficients import cema_coefficients
 from ..ops.layer_norm import layer_norm, rms_norm
 from ..ops.linear import KERNEL_TYPES, linear
+from ..ops.sequence_norm import sequence_norm
 from ..ops.states import TimestepNormState
 from ..ops.timestep_norm import timestep_norm
-from ..ops.values import check_channels, check_number, check_size, described
+from ..ops.values import check_channels, check_flag, check_number, check_size, described
 
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -66,6 +69,23 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _of_whole_rows(op: Callable[..., Tensor]) -> Callable[..., Any]:
+    """The op, to be called as one with a state: `state` must be None, and None is what `return_state` adds."""
+
+    def called(*tensors: Tensor, state: None = None, return_state: bool = False, **options) -> Any:
+        if state is not None:
+            raise ValueError(
+                f"{op.__name__}: `state` must be None, got {described(state)}; an encoder has no state: it reads the whole row."
+            )
+        y = op(*tensors, **options)
+        return (y, None) if return_state else y
+
+    return called
+
+
+_sequence_norm, _bidirectional_cema = _of_whole_rows(sequence_norm), _of_whole_rows(bidirectional_cema)
+
+
 class TimestepNorm(WideParameters):
     """:func:`timestep_norm` with its parameters: weight and bias (D,), zero at the start; the gain is 1 + weight.
 
@@ -75,13 +95,16 @@ class TimestepNorm(WideParameters):
         torch.Size([2, 10, 64])
     """
 
+    _op = staticmethod(timestep_norm)
+
     def __init__(self, dim: int, num_groups: int, eps: float = 1e-5) -> None:
         super().__init__()
-        dim = check_size("TimestepNorm", "dim", dim)
-        self.num_groups = check_size("TimestepNorm", "num_groups", num_groups)
+        name = type(self).__name__
+        dim = check_size(name, "dim", dim)
+        self.num_groups = check_size(name, "num_groups", num_groups)
         if dim % self.num_groups:
-            raise ValueError(f"TimestepNorm: `num_groups` must divide dim = {dim}, got {self.num_groups}.")
-        self.eps = check_number("TimestepNorm", "eps", eps, "a finite number of at least 0", 0.0)
+            raise ValueError(f"{name}: `num_groups` must divide dim = {dim}, got {self.num_groups}.")
+        self.eps = check_number(name, "eps", eps, "a finite number of at least 0", 0.0)
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
@@ -91,16 +114,28 @@ class TimestepNorm(WideParameters):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, TimestepNormState]:
-        """x (B, L, D); options as in :func:`timestep_norm`."""
-        check_channels("TimestepNorm", x, self.weight.shape[0], self.weight)
-        return timestep_norm(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
+        """x (B, L, D); options as in the layer's op."""
+        check_channels(type(self).__name__, x, self.weight.shape[0], self.weight)
+        return self._op(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, num_groups={self.num_groups}, eps={self.eps}"
 
 
+class SequenceNorm(TimestepNorm):
+    """:func:`sequence_norm` with its parameters, which are those of a :class:`TimestepNorm`; for encoders.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> mo.SequenceNorm(64, num_groups=4)(torch.randn(2, 10, 64), lengths=torch.tensor([10, 7])).shape
+        torch.Size([2, 10, 64])
+    """
+
+    _op = staticmethod(_sequence_norm)
+
+
 class ComplexEMA(WideParameters):
-    """:func:`cema` with its parameters, D channels of N states.
+    """:func:`cema` with its parameters, D channels of N states; with `bidirectional`, :func:`bidirectional_cema`.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -108,13 +143,16 @@ class ComplexEMA(WideParameters):
         torch.Size([2, 10, 64])
     """
 
-    def __init__(self, dim: int, ndim: int = 16) -> None:
+    def __init__(self, dim: int, ndim: int = 16, *, bidirectional: bool = False) -> None:
         super().__init__()
         dim, ndim = check_size("ComplexEMA", "dim", dim), check_size("ComplexEMA", "ndim", ndim)
-        self.alpha = nn.Parameter(torch.empty(dim, ndim, 1))
-        self.delta = nn.Parameter(torch.empty(dim, ndim, 1))
-        self.theta = nn.Parameter(torch.empty(dim, 1, 1))
-        self.gamma = nn.Parameter(torch.empty(dim, ndim, 2))
+        check_flag("ComplexEMA", "bidirectional", bidirectional)
+        self.bidirectional = bidirectional
+        rows = 2 * dim if bidirectional else dim
+        self.alpha = nn.Parameter(torch.empty(rows, ndim, 1))
+        self.delta = nn.Parameter(torch.empty(rows, ndim, 1))
+        self.theta = nn.Parameter(torch.empty(rows, 1, 1))
+        self.gamma = nn.Parameter(torch.empty(rows, ndim, 2))
         self.omega = nn.Parameter(torch.empty(dim, 1))
         self.reset_parameters()
 
@@ -122,27 +160,28 @@ class ComplexEMA(WideParameters):
     def reset_parameters(self) -> None:
         if self.alpha.is_meta:  # no values; there torch's functions would import its compiler, 1.6 s
             return
-        dim = self.alpha.shape[0]
+        dim, directions = self.omega.shape[0], self.alpha.shape[0] // self.omega.shape[0]
         nn.init.normal_(self.alpha, std=0.2)
         nn.init.normal_(self.delta, std=0.2)
         # Base angles fall geometrically from D^(-1/D) to 1 / D; the clamp keeps the logit finite for D = 1.
         angles = torch.exp(-torch.arange(1, dim + 1, dtype=torch.float64) * (math.log(dim) / dim)).clamp(max=1 - 1e-6)
-        self.theta.copy_(torch.logit(angles)[torch.randperm(dim)].reshape(dim, 1, 1))
+        self.theta.copy_(torch.logit(angles)[torch.randperm(dim)].repeat(directions).view_as(self.theta))
         nn.init.normal_(self.gamma[..., 0])
         nn.init.zeros_(self.gamma[..., 1])
         nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """p (D, N), q and gamma (D, N) complex, omega (D,), as :func:`cema` takes them."""
+        """p (D, N), q and gamma (D, N) complex, omega (D,), as the op takes them; of both directions p, q, gamma have 2 D rows."""
         return *cema_coefficients(self.alpha, self.delta, self.theta, self.gamma), self.omega.squeeze(-1)
 
     def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, L, D); options as in :func:`cema`."""
-        check_channels("ComplexEMA", x, self.alpha.shape[0], self.alpha)
-        return cema(x, *self.coefficients(), **options)
+        """x (B, L, D); options as in :func:`cema` or :func:`bidirectional_cema`."""
+        check_channels("ComplexEMA", x, self.omega.shape[0], self.alpha)
+        op = _bidirectional_cema if self.bidirectional else cema
+        return op(x, *self.coefficients(), **options)
 
     def extra_repr(self) -> str:
-        return f"{self.alpha.shape[0]}, ndim={self.alpha.shape[1]}"
+        return f"{self.omega.shape[0]}, ndim={self.alpha.shape[1]}, bidirectional={self.bidirectional}"
 
 
 class _Norm(WideParameters):

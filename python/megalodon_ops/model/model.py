@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Megalodon(nn.Module):
         >>> torch.allclose(rest, model(tokens)[:, 20:], atol=1e-4)
         True
     """
+
+    config_type: ClassVar[type[MegalodonConfig]] = MegalodonConfig
 
     def __init__(self, config: MegalodonConfig) -> None:
         check_config("Megalodon", config)
@@ -295,47 +297,21 @@ class Megalodon(nn.Module):
         lengths: Tensor | None = None,
     ) -> None:
         """Raises where tokens, which `op` calls `argument`, or the state of their past are not what the model takes."""
-        check_tensor(op, argument, tokens)
         check_flag(op, "return_state", return_state)
-        check_optional_tensor(op, "cu_seqlens", cu_seqlens)
-        check_optional_tensor(op, "lengths", lengths)
-        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"{op}: `{argument}` must be integers (B, L), int64 or int32, got {tokens.dtype} {tuple(tokens.shape)}."
-            )
-        if tokens.is_meta and not any(parameter.is_meta for parameter in self.parameters()):
-            raise ValueError(
-                f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there."
-            )
+        check_inputs(op, argument, tokens, self, cu_seqlens, lengths)
         if state is not None:
             rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
             check_state(op, state, self.config, rows, argument if cu_seqlens is None else "cu_seqlens")
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embeddings (B, L, D)."""
-        try:
-            x = self.embed(tokens)
-        except IndexError as error:
-            outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
-            if len(outside) == 0:
-                raise
-            raise IndexError(
-                f"Megalodon: `tokens` must be in [0, {self.config.vocab_size}), got {outside[0].item()}."
-            ) from error
-        except RuntimeError as error:
-            weight = _own_weight(self.embed)
-            if weight is None or weight.device == tokens.device:
-                raise
-            raise ValueError(
-                f"Megalodon: `tokens` must be on {weight.device} as the model, got {tokens.device}; move one of them."
-            ) from error
-        return x * self.config.embedding_scale if self.config.scale_emb else x
+        return embedded("Megalodon", "tokens", tokens, self)
 
     def _hidden(
         self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
     ) -> tuple[Tensor, MegalodonState | None]:
         """The normalized last layer (B, L, D) and the state after it."""
-        recompute = self.config.layerwise_ckpt and self.training and torch.is_grad_enabled() and not is_exporting()
+        recompute = recomputes_layers(self)
         states = (None,) * len(self.layers) if state is None else state.layers
         layer_states = []
         for layer, layer_state in zip(self.layers, states, strict=True):
@@ -353,6 +329,51 @@ class Megalodon(nn.Module):
 
     stream = stream
     generate = generate
+
+
+def recomputes_layers(model: nn.Module) -> bool:
+    """Whether the backward of a call that begins now is to compute each layer again."""
+    return model.config.layerwise_ckpt and model.training and torch.is_grad_enabled() and not is_exporting()
+
+
+def embedded(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor:
+    """The embeddings (B, L, D) of tokens, which `op` calls `argument`."""
+    config = model.config
+    try:
+        x = model.embed(tokens)
+    except IndexError as error:
+        outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+        if len(outside) == 0:
+            raise
+        raise IndexError(f"{op}: `{argument}` must be in [0, {config.vocab_size}), got {outside[0].item()}.") from error
+    except RuntimeError as error:
+        weight = _own_weight(model.embed)
+        if weight is None or weight.device == tokens.device:
+            raise
+        raise ValueError(
+            f"{op}: `{argument}` must be on {weight.device} as the model, got {tokens.device}; move one of them."
+        ) from error
+    return x * config.embedding_scale if config.scale_emb else x
+
+
+def check_inputs(
+    op: str, argument: str, inputs: Tensor, model: nn.Module, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    num_features: int | None = None,
+) -> None:  # fmt: skip
+    """Raises unless what `op` calls `argument` is tokens or, with `num_features`, numbers (B, L, F)."""
+    check_tensor(op, argument, inputs)
+    check_optional_tensor(op, "cu_seqlens", cu_seqlens)
+    check_optional_tensor(op, "lengths", lengths)
+    if num_features is None:
+        fits = inputs.dim() == 2 and inputs.dtype in (torch.int64, torch.int32)
+        wanted = "integers (B, L), int64 or int32"
+    else:
+        fits = inputs.dim() == 3 and inputs.shape[-1] == num_features and inputs.is_floating_point()
+        wanted = f"floating-point numbers (B, L, {num_features})"
+    if not fits:
+        raise ValueError(f"{op}: `{argument}` must be {wanted}, got {inputs.dtype} {tuple(inputs.shape)}.")
+    if inputs.is_meta and not any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there.")
 
 
 def masked_targets(targets: Tensor, ignore_index: int, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:

@@ -1,0 +1,212 @@
+"""MEGALODON as an encoder: embedding or linear map, blocks that see the whole row, features, a head that classifies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import MegalodonBlock, at_least_float32
+from .config import MegalodonConfig, check_config
+from .layers import Embedding, Linear, SequenceNorm, reset_all_parameters
+from .model import check_inputs, embedded, recomputes_layers
+from ..ops.gated_silu import gated_silu
+from ..ops.timestep_norm import timestep_norm_end_state
+from ..ops.values import check_device, check_flag, check_size, described
+
+
+@dataclass(frozen=True)
+class MegalodonEncoderConfig(MegalodonConfig):
+    """Sizes and options of a :class:`MegalodonEncoder`: those of a :class:`MegalodonConfig`, and what goes in and comes out.
+
+    With a `chunk_size` of the longest row, attention sees whole rows. `output_size`, `share_emb` and `eos_token_id` keep
+    their defaults: an encoder predicts no tokens.
+
+    Example:
+        >>> import megalodon_ops as mo
+        >>> sizes = dict(num_layers=4, model_dim=128, z_dim=64, value_dim=256, ffn_hidden_dim=256, norm_num_groups=8)
+        >>> text = mo.MegalodonEncoderConfig(**sizes, vocab_size=256, num_classes=2)
+        >>> sound = mo.MegalodonEncoderConfig(**sizes, num_features=1, num_classes=10)
+        >>> sound.num_parameters() - text.num_parameters()  # a linear map of one number, not 256 embeddings; 8 more classes
+        -31480
+    """
+
+    causal: ClassVar[bool] = False
+    model_type: ClassVar[str] = "megalodon_encoder"
+    architecture: ClassVar[str] = "MegalodonEncoder"
+    num_features: int | None = None
+    """F, numbers a step of continuous input; None: steps are tokens, of `vocab_size`"""
+    num_classes: int | None = None
+    """None: no head, a call gives the features"""
+    scale_emb: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("num_features", "num_classes"):
+            if (size := getattr(self, field)) is not None:
+                object.__setattr__(self, field, check_size(type(self).__name__, field, size))
+        for field, value in (("output_size", -1), ("share_emb", False), ("eos_token_id", None)):
+            if (given := getattr(self, field)) != value:
+                raise ValueError(
+                    f"{type(self).__name__}: `{field}` must be {value}, got {given}; an encoder predicts no tokens."
+                )
+
+    def _input_shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.num_features is None:
+            return super()._input_shapes()
+        return {"embed.weight": (self.model_dim, self.num_features), "embed.bias": (self.model_dim,)}
+
+    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
+        D, classes = self.model_dim, self.num_classes
+        norm = {"final_norm.weight": (D,), "final_norm.bias": (D,)}
+        head = {"head.proj.weight": (D, D), "head.proj.bias": (D,),
+                "head.classes.weight": (classes, D), "head.classes.bias": (classes,)}  # fmt: skip
+        return norm if classes is None else {**norm, **head}
+
+
+class _Head(nn.Module):
+    """Logits of features h: a linear layer of the mean over a row's steps of silu(W h + b + h)."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.proj = Linear(dim, dim)
+        self.classes = Linear(dim, num_classes)
+
+    def forward(self, h: Tensor, **sequences: Tensor | None) -> Tensor:
+        return self.classes(MegalodonEncoder.pool(gated_silu(self.proj(h) + h), **sequences))
+
+
+class MegalodonEncoder(nn.Module):
+    """A MEGALODON encoder: every step sees its whole row, and a row is classified, or described by its features.
+
+    The blocks are those of :class:`Megalodon` with :func:`sequence_norm`, :func:`bidirectional_cema` and an attention that
+    sees its whole chunk. Nothing streams: an encoder has no state.
+
+    Source: arXiv 2404.08801, section 4.5, and the code in which its encoders were developed; no encoder of the final
+    block was released.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonEncoderConfig(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96,
+        ...                                    chunk_size=16, num_features=1, num_classes=10)
+        >>> encoder, sound = mo.MegalodonEncoder(config), torch.randn(2, 50, 1)
+        >>> encoder(sound, lengths=torch.tensor([50, 32])).shape
+        torch.Size([2, 10])
+        >>> encoder.features(sound).shape
+        torch.Size([2, 50, 64])
+    """
+
+    config_type: ClassVar[type[MegalodonConfig]] = MegalodonEncoderConfig
+
+    def __init__(self, config: MegalodonEncoderConfig) -> None:
+        check_config("MegalodonEncoder", config, MegalodonEncoderConfig)
+        super().__init__()
+        self.config = config
+        D, F, classes = config.model_dim, config.num_features, config.num_classes
+        self.embed = Embedding(config.vocab_size, D) if F is None else Linear(F, D)
+        self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
+        self.final_norm = SequenceNorm(D, config.norm_num_groups, config.norm_eps)
+        self.head = None if classes is None else _Head(D, classes)
+
+    def reset_parameters(self) -> None:
+        """Initialises every parameter, as a new encoder's, for one that was built on the device `meta`."""
+        reset_all_parameters(self)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> MegalodonEncoder:
+        """An encoder in evaluation mode, from a folder that :meth:`save` wrote; all else as :meth:`Megalodon.load`."""
+        from .checkpoint import load_model  # here: checkpoint.py makes models
+
+        return load_model(cls, directory, dtype=dtype, device=device)
+
+    def save(self, directory: str | os.PathLike, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30) -> None:
+        """Writes the encoder to a folder that :meth:`load` reads, complete or not at all, as :meth:`Megalodon.save`.
+
+        Example:
+            >>> import tempfile, torch, megalodon_ops as mo
+            >>> config = mo.MegalodonEncoderConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     mo.MegalodonEncoder(config).save(f"{folder}/encoder")
+            ...     mo.MegalodonEncoder.load(f"{folder}/encoder", dtype=torch.bfloat16).config == config
+            True
+        """
+        from .checkpoint import save_model
+
+        save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        features: bool = False,
+        state: None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the classes of every row; without a head, or where they are asked for, the features of every step.
+
+        Args:
+            inputs: (B, L) integers, the tokens; with `num_features` (B, L, F) floating-point numbers of any type.
+            features: return the features, as :meth:`features` does.
+            state, return_state: None and False, as an encoder has no state.
+            cu_seqlens: (S + 1,) offsets of sequences packed into one row (B = 1).
+            lengths: (B,) steps in each right-padded row.
+
+        Returns:
+            logits (S, num_classes) of the S sequences, float32 (float64 for a float64 encoder), or the features.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong. IndexError: a token is outside of the vocabulary.
+        """
+        check_flag("MegalodonEncoder", "features", features)
+        for name, value, only in (("state", state, None), ("return_state", return_state, False)):
+            if value is not only:
+                raise ValueError(
+                    f"MegalodonEncoder: `{name}` must be {only}, got {described(value)}; an encoder has no state: it reads "
+                    "the whole row."
+                )
+        sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
+        check_inputs("MegalodonEncoder", "inputs", inputs, self, **sequences, num_features=self.config.num_features)
+        x, recompute = self._embed(inputs), recomputes_layers(self)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False, **sequences) if recompute else layer(x, **sequences)
+        x = self.final_norm(x, **sequences)
+        return x if features or self.head is None else at_least_float32(self.head(x, **sequences))
+
+    def features(self, inputs: Tensor, **options: Any) -> Tensor:
+        """What the encoder makes of every step, (B, L, D): the final norm's output, zero at padding.
+
+        This is `self(inputs, features=True, ...)`, for any head of one's own; :meth:`pool` makes one vector of a row.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonEncoderConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> encoder, rows = mo.MegalodonEncoder(config), dict(lengths=torch.tensor([20, 13]))
+            >>> encoder.pool(encoder.features(torch.randint(9, (2, 20)), **rows), **rows).shape
+            torch.Size([2, 32])
+        """
+        return self(inputs, features=True, **options)
+
+    @staticmethod
+    def pool(x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """The mean (S, D) of x (B, L, D) over the steps of each sequence, summed in float64; of no steps zero."""
+        each_channel = dict(num_groups=x.shape[-1])  # whose mean is one of the statistics
+        return timestep_norm_end_state(x, **each_channel, cu_seqlens=cu_seqlens, lengths=lengths).mean.to(x.dtype)
+
+    def _embed(self, inputs: Tensor) -> Tensor:
+        """(B, L, D), in the dtype that the encoder computes in."""
+        if self.config.num_features is None:
+            return embedded("MegalodonEncoder", "inputs", inputs, self)
+        weight = self.embed.weight
+        check_device("MegalodonEncoder", "inputs", inputs, weight)
+        return self.embed(inputs.to(weight.dtype))
