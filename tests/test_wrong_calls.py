@@ -64,6 +64,8 @@ attention = dict(
 model = tiny_model(torch.float32).eval()
 model_state = model(tokens_of(2, 5), return_state=True)[1]
 decoder = mo.Decoder(model, model_state)
+encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**TINY, num_classes=3))
+encoder_of_numbers = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**TINY, num_features=D))
 tokens = tokens_of(2, 5)
 WHOLE = {
     "none": None, **NO_TENSOR, "one axis more": SHAPES["one axis more"], "no axes": SHAPES["no axes"],
@@ -247,6 +249,29 @@ CALLS = {
              lengths=OPTIONAL_INTEGERS),
         "Megalodon", speakers=("timestep_norm", "linear_cross_entropy"), numbers=dict(ignore_index=np.int64(-100)),
     ),
+    "MegalodonEncoder": Call(
+        mo.MegalodonEncoder,
+        dict(config=encoder.config),
+        dict(config={"none": None, **NO_TENSOR, "of the causal model": model.config}),
+    ),
+    "MegalodonEncoderConfig": Call(
+        mo.MegalodonEncoderConfig,
+        dict(**TINY, num_features=2, num_classes=3),
+        dict(num_features={k: w for k, w in NO_SIZE.items() if k != "none"}, scale_emb=NO_FLAG,
+             num_classes={k: w for k, w in NO_SIZE.items() if k != "none"}, output_size={"other": 3},
+             share_emb={"true": True}, eos_token_id={"zero": 0}),
+        numbers=dict(num_features=np.int64(2), num_classes=np.int32(3)),
+    ),
+    "encoder of tokens": Call(
+        encoder.forward,
+        dict(inputs=tokens, lengths=lengths),
+        dict(inputs=TOKENS, features=NO_FLAG, state={"a model's": model_state, **NO_TENSOR}, return_state=NO_FLAG, lengths=OPTIONAL_INTEGERS),
+        "MegalodonEncoder", speakers=("sequence_norm",),
+    ),
+    "encoder of numbers": Call(
+        partial(encoder_of_numbers.forward, lengths=lengths), dict(inputs=x), dict(inputs=TENSOR), "MegalodonEncoder",
+        speakers=("sequence_norm",),
+    ),
     "generate": Call(
         model.generate,
         dict(prompt=tokens, max_new_tokens=2, lengths=lengths, temperature=0.0, state=model_state, seed=[1, 2]),
@@ -337,6 +362,10 @@ CALLS = {
         mo.TimestepNorm, dict(dim=8, num_groups=2),
         dict(dim=NO_SIZE, num_groups={**NO_SIZE, "no divisor": 3}, eps={**NO_NUMBER, **NEGATIVE}),
     ),
+    "SequenceNorm of x": Call(
+        mo.SequenceNorm(D, num_groups=G).forward, dict(x=x), dict(x={**TENSOR, "wide": Tensor.double}), "SequenceNorm",
+        speakers=("sequence_norm",),
+    ),
     "TimestepNorm of x": Call(
         mo.TimestepNorm(D, num_groups=G).forward, dict(x=x), dict(x={**TENSOR, "wide": Tensor.double}), "TimestepNorm",
         speakers=("timestep_norm",),
@@ -348,7 +377,7 @@ CALLS = {
         model.layers[0].forward, dict(x=torch.randn(2, 5, TINY["model_dim"])), dict(x={**TENSOR, "wide": Tensor.double}),
         "MegalodonBlock", speakers=("TimestepNorm", "timestep_norm"),
     ),
-    "ComplexEMA": Call(mo.ComplexEMA, dict(dim=8, ndim=2), dict(dim=NO_SIZE, ndim=NO_SIZE)),
+    "ComplexEMA": Call(mo.ComplexEMA, dict(dim=8, ndim=2), dict(dim=NO_SIZE, ndim=NO_SIZE, bidirectional=NO_FLAG)),
 }  # fmt: skip
 
 
