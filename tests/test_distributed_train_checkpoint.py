@@ -154,8 +154,9 @@ def test_what_a_checkpoint_holds(saved):
 @pytest.mark.parametrize(
     "sizes",
     [
+        dict(data=2, chunk=2),
         dict(data=2),
-        *(pytest.param(sizes, marks=slow) for sizes in (dict(data=2, chunk=2), dict(data=1), dict(chunk=2))),
+        *(pytest.param(sizes, marks=slow) for sizes in (dict(data=1), dict(chunk=2))),
     ],
     ids=str,
 )
