@@ -178,13 +178,17 @@ def test_sequences_that_begin_at_the_end_of_a_large_chunk(gradients):
     assert_right(gradients(case), case)
 
 
-def test_a_value_that_is_not_seen_may_be_nan(emulator):
-    """The value is in a chunk of several tiles."""
-    case = chunked_attention_case(B=1, L=140, H=1, K=8, V=16, dtype=torch.bfloat16)
-    v = case.tensors["v"].clone()
-    v[:, -1] = torch.nan
-    dq, expected = backward(emulator, case, 140, v)["dq"], backward(emulator, case, 140)["dq"]
-    assert torch.equal(dq[:, :-1], expected[:, :-1]) and dq[:, -1].isnan().all()
+@pytest.mark.parametrize("L", [40, 140], ids=["a-tile", "several-tiles"])
+def test_what_is_not_seen_may_be_nan(emulator, L):
+    """The last value, which the last query alone sees, and the first query, which sees the first key alone."""
+    case = chunked_attention_case(B=1, L=L, H=1, K=8, V=16, dtype=torch.bfloat16)
+    expected = backward(emulator, case, L)
+    q, v = case.tensors["q"].clone(), case.tensors["v"].clone()
+    q[:, 0] = v[:, -1] = torch.nan
+    dq = backward(emulator, case, L, v)["dq"]
+    assert torch.equal(dq[:, :-1], expected["dq"][:, :-1]) and dq[:, -1].isnan().all()
+    dv = backward(emulator, case.with_tensors(q=q), L)["dv"]
+    assert torch.equal(dv[:, 1:], expected["dv"][:, 1:]) and dv[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize("path", ["vectors", "elements", "single"])

@@ -74,6 +74,7 @@ GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t col
 }
 
 // For a chunk of one block: scales each row of P to the sum 1, and sets delta to the mean of dP under that row of P.
+// `partial` lies in the slabs, with which all threads are done before one calls normalize_rows.
 template <class Product>
 GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Product::Sum& dp,
                                typename Product::R* partial, typename Product::R* gains,
@@ -81,7 +82,6 @@ GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Produ
   using R = typename Product::R;
   constexpr int pitch = Product::kSlots + 1;
   R* const sums = partial + Product::kEdge * pitch;
-  __syncthreads();  // the slabs, where `partial` lies, are done with
   GPU_UNROLL
   for (int r = 0; r < Product::kMicro; ++r) {
     R sum = 0, product = 0;
@@ -211,7 +211,8 @@ GPU_INLINE void scale_by(typename Product::Sum& sum, typename Product::R factor)
 // Adds the products of `count` slabs of weights, P or dS, and of rows to a sum: load(slab, a, b) brings both, and
 // multiply(slab, a, b) adds their product. Returns false where a sum of the block is NaN, for the caller to call again:
 // pass 1 finds which sums see a row's NaN or infinity with a weight other than 0, and pass 2 adds the finite elements
-// of rows to the others. `pass` lies in shared memory, as the loop has no register for it.
+// of rows to the others. `pass` lies in shared memory, as the loop has no register for it; what thread 0 sets, the
+// others read after the pipeline's first barrier, which there is: `count` is at least 1.
 template <class Product, class Load, class Multiply>
 GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Product::T* slabs, int count, Load&& load,
                              Multiply&& multiply) {
@@ -244,7 +245,7 @@ GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Pro
   GPU_UNROLL
   for (int e = 0; e < kElements; ++e)  // an infinity, which is no product with 0, stays
     if (fabs(element(e)) != INFINITY) element(e) = last == kPlain || element(e) == 0 ? R{0} : R{NAN};
-  __syncthreads();
+  __syncthreads();  // orders nothing; without it nvcc 13.0 spills 7 registers for sm_90, not 1
   return false;
 }
 
@@ -343,7 +344,6 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kVectors ? 2 : 1)
   SMEM_DYN(typename Product::T, slabs);
   SMEM_ARRAY(int, pass, 1);
   if (threadIdx.x == 0) *pass = 0;
-  __syncthreads();
   typename Product::Sum sum;
   constexpr int kEdge = Product::kEdge;
   const int64_t value_slices = (p.value_dim + kEdge - 1) / kEdge, key_slices = (p.key_dim + kEdge - 1) / kEdge;
