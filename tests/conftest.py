@@ -13,10 +13,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# One worker runs the tests of several processes: another one would import for processes of its own, 7 s, what these fork.
-RANKS = ("test_distributed", "test_plan_exchange", "test_ranks", "test_batches_ranks", "test_shards_ranks")
 LONG = (
-    *RANKS, "test_cuda_known_bugs", "test_cuda_sanitized", "test_readme", "test_hf_tools", "test_docs",
+    "test_distributed", "test_cuda_known_bugs", "test_cuda_sanitized", "test_readme", "test_hf_tools", "test_docs",
     "test_corrupt_checkpoints", "test_memory_limits", "test_fork",
 )  # fmt: skip
 """Files that begin early, so that no worker is left alone with one"""
@@ -45,17 +43,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, then those of many tests."""
     counts = Counter(item.path.name for item in items)
     items.sort(key=lambda i: (not i.path.name.startswith(LONG), -counts[i.path.name], i.path.name))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    if config.getoption("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class Files(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "ranks" if os.path.basename(file).startswith(RANKS) else file
-
-    return Files(config, log)
