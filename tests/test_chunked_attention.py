@@ -113,8 +113,8 @@ def test_whole_chunks_are_attention_without_a_mask(implementation, backend):
 @wide_every_backend
 def test_what_is_not_finite_reaches_its_whole_chunk_and_no_other(backend):
     """The chunks are shorter than a tile of queries, and one is longer than two blocks of keys."""
-    for B, L, C in ((1, 60, 20), (1, 700, 600)):
-        case = chunked_attention_case(B=B, L=L, H=1, K=8, V=16, C=C, causal=False)
+    for L, C in ((60, 20), (200, 150) if backend == "cuda-emulated" else (700, 600)):
+        case = chunked_attention_case(B=1, L=L, H=1, K=8, V=16, C=C, causal=False)
         clean = evaluate(mo.chunked_attention, case)
         seen = torch.arange(L) // C == 1
         for name in "qkv":
@@ -125,7 +125,8 @@ def test_what_is_not_finite_reaches_its_whole_chunk_and_no_other(backend):
             assert results["o"][:, reached].isnan().all()
             for output, unseen in (("o", ~reached), ("dq", ~seen), ("dk", ~seen), ("dv", ~seen)):
                 found, expected = results[output][:, unseen], clean[output][:, unseen]
-                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=f"{output} of {name}")
+                tolerance = 4e-6 * expected.abs().max().item()  # what is made again has sums of another order
+                torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, msg=f"{output} of {name}")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
