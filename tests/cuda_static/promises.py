@@ -38,6 +38,7 @@ class Promise:
 
 _SCAN = "the scan over time: two numbers a group of channels and warp of rows"
 _DROPKEY = "the threshold of DropKey, a product a thread"
+_UNSEEN = "four registers spill with 64 columns and 48 keys: the last column that a row sees is one number more"
 _AGAIN = "a number that its end needs spills, once a thread: two blocks on a multiprocessor leave 128 registers"
 
 PROMISES = (
@@ -80,7 +81,12 @@ PROMISES = (
     Promise(r"cema_(local|output|sums)_kernel<double\b.*>", 255, uses=(LOAD_128,)),
     Promise(r"cema_ends_kernel<(bf16|fp16|float)\b.*>", 168, uses=(LOAD_64, STORE_64)),
     Promise(r"cema_ends_kernel<double\b.*>", 255, uses=(LOAD_128,)),
-    Promise(r"cema_tiles_kernel<[12]>", 128, uses=(MMA_BF16, LOAD_128, STORE_64)),
+    Promise(
+        r"cema_tiles_kernel<[12]>",
+        128,
+        uses=(MMA_BF16, LOAD_128, STORE_64),
+        stack={120: "four registers spill; cards of sm_120 have too little shared memory to take it"},
+    ),
     Promise(r"cema_mma_local_kernel<[24]>", 128, uses=(MMA_BF16, LOAD_128, STORE_64)),
     Promise(r"cema_mma_output_kernel<[24]>", 128, uses=(MMA_BF16, LOAD_128, STORE_128)),
     Promise(r"cema_finish_kernel<\w+, false>", 64, doubles="sums of parameter gradients"),
@@ -92,12 +98,14 @@ PROMISES = (
         255,
         uses=(MMA_BF16, LDMATRIX, COPY_128),
         doubles=_DROPKEY,
+        stack={100: _UNSEEN},
     ),
     Promise(
         r"chunked_attention_fwd_mma_kernel<fp16, .*>",
         255,
         uses=(MMA_FP16, LDMATRIX, COPY_128),
         doubles=_DROPKEY,
+        stack={100: _UNSEEN},
     ),
     Promise(r"chunked_attention_fwd_fma_kernel<.*>", 255, doubles=_DROPKEY),
     Promise(
