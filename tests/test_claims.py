@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import importlib.metadata
 import json
 import math
 import re
@@ -23,22 +21,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from bench.claims import (  # noqa: E402
-    ablation,
-    context,
-    gecko_loss,
-    gecko_tasks,
-    long_loss,
-    loss,
-    memory,
-    models,
-    report,
-    runs,
-    speed,
-    task_runs,
-    text,
-    train,
+    ablation, context, gecko_loss, gecko_tasks, long_loss, loss, memory, models, report, runs, speed, task_runs, train,
     verdict,
-)
+)  # fmt: skip
 from bench.claims.__main__ import CLAIMS, main  # noqa: E402
 from bench.claims.llama import Llama, WindowState, hidden_like, similar  # noqa: E402
 
@@ -287,62 +272,6 @@ def test_sweeps_go_on_beyond_their_ends():
     assert loss.sweep(lambda rate: math.inf if rate > 1 else rate, (1.0, 2.0, 4.0)) == 0.25
     assert loss.sweep(lambda rate: None, (1.0, 2.0, 4.0)) == 2.0
     assert loss.sweep(lambda rate: -rate if rate <= 4 else None, (1.0, 2.0, 4.0)) == 4.0
-
-
-# text
-
-
-def test_long_text_is_cut_from_the_middle(tmp_path):
-    parts = [bytes([65 + i]) * 1000 for i in range(6)]
-    (tmp_path / "a").mkdir()
-    for i, part in enumerate(parts):
-        (tmp_path / "a" / f"{i}.txt").write_bytes(part)
-    other = bytes(range(250)) * 20
-    (tmp_path / "b.gz").write_bytes(gzip.compress(other))
-    found = text.long_text([str(tmp_path / "a"), str(tmp_path / "b.gz")], 1000, 3)
-    whole = b"\n".join(parts)
-    begin = (len(whole) - 1000) // 2
-    assert found.held_out == {"a": whole[begin : begin + 1000], "b.gz": other[2000:3000]} and len(found.train) == 3
-    assert b"".join(found.train) == whole[:begin] + whole[begin + 1000 :] + other[:2000] + other[3000:]
-    with pytest.raises(SystemExit, match="a has 6,005 bytes, and 8,000 are needed"):
-        text.long_text([str(tmp_path / "a")], 2000, 3)
-
-
-def test_packages_are_those_of_the_list_and_held_out_whole(monkeypatch, tmp_path):
-    files = text.sources("pluggy", (version := importlib.metadata.version("pluggy")))
-    assert len(files) > 3 and all(files)
-    lines = [text.described(part, "pluggy", version, files) for part in ("train", "test")]
-    other = text.sources("iniconfig", importlib.metadata.version("iniconfig"))
-    lines.append(text.described("validation", "iniconfig", importlib.metadata.version("iniconfig"), other))
-    monkeypatch.setattr(text, "PACKAGES", tmp_path / "packages.txt")
-    text.PACKAGES.write_text("\n".join(lines))
-    found = text.tokens(tmp_path, 300, None)
-    assert found.tokenizer.vocab_size == 300 and found.facts["train bytes"] == sum(map(len, {*files}))
-    assert not found.test  # what is learned from is not asked
-    assert [found.tokenizer.decode(ids) for ids in found.train] == [*dict.fromkeys(files)]
-    opened = [document.tokens for document in found.validation]
-    assert all(ids[0] == found.tokenizer.start for ids in opened)
-    assert [found.tokenizer.decode(ids[1:]) for ids in opened] == [*dict.fromkeys(other)]
-    assert sum(document.num_bytes for document in found.validation) == sum(map(len, dict.fromkeys(other)))
-    monkeypatch.setattr(text, "_of_packages", None)  # is kept
-    assert text.tokens(tmp_path, 300, None).facts == found.facts
-    with pytest.raises(SystemExit, match="no sources of pluggy 0: pip install --no-deps pluggy==0"):
-        text.sources("pluggy", "0")
-
-
-def test_the_list_of_packages_is_whole():
-    lines = [line.split() for line in text.PACKAGES.read_text().splitlines()]
-    size = {part: sum(int(line[4]) for line in lines if line[0] == part) for part, *_ in lines}
-    assert size["train"] > 150e6 and size["validation"] > 0.9e6 and size["test"] > 1.9e6
-    assert all(len(line) == 6 and len(line[5]) == 64 for line in lines) and len({line[1] for line in lines}) == len(
-        lines
-    )
-
-
-def test_text_of_packages_that_are_not_there_is_asked_for(monkeypatch):
-    monkeypatch.setattr(text, "LONG", {"of-nobody": ("/nowhere/*", "/nowhere/*")})
-    with pytest.raises(SystemExit, match="no text of of-nobody: apt-get install of-nobody"):
-        text.long_text(None, 10, 2)
 
 
 # commands

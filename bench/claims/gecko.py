@@ -240,9 +240,8 @@ class Gecko(mo.Megalodon):
         for layer in self.layers:
             layer.mega = Attention(config, parts)
         if parts.decays:
-            for module in [*self.modules()]:
-                if type(module) is mo.TimestepNorm:
-                    module.__class__ = DecayNorm
+            for owner, name in [*((layer.mega, "timenorm") for layer in self.layers), (self.output, "final_norm")]:
+                setattr(owner, name, DecayNorm(config.model_dim, config.norm_num_groups, config.norm_eps))
 
     def loss(self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
         if cu_seqlens is None:

@@ -38,7 +38,7 @@ class Promise:
 
 _SCAN = "the scan over time: two numbers a group of channels and warp of rows"
 _DROPKEY = "the threshold of DropKey, a product a thread"
-_UNSEEN = "four registers spill with 64 columns and 48 keys: the last column that a row sees is one number more"
+_LAST_SEEN = "four registers spill with 64 columns and 48 keys: the last column that a row sees is one number more"
 _AGAIN = "a number that its end needs spills, once a thread: two blocks on a multiprocessor leave 128 registers"
 
 PROMISES = (
@@ -98,14 +98,14 @@ PROMISES = (
         255,
         uses=(MMA_BF16, LDMATRIX, COPY_128),
         doubles=_DROPKEY,
-        stack={100: _UNSEEN},
+        stack={100: _LAST_SEEN},
     ),
     Promise(
         r"chunked_attention_fwd_mma_kernel<fp16, .*>",
         255,
         uses=(MMA_FP16, LDMATRIX, COPY_128),
         doubles=_DROPKEY,
-        stack={100: _UNSEEN},
+        stack={100: _LAST_SEEN},
     ),
     Promise(r"chunked_attention_fwd_fma_kernel<.*>", 255, doubles=_DROPKEY),
     Promise(

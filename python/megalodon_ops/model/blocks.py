@@ -14,7 +14,7 @@ from ..ops.gated_silu import gated_silu
 from .layers import (
     ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, reset_all_parameters,
 )  # fmt: skip
-from ..ops.library import accumulation_dtype
+from ..ops.library import accumulation_dtype, is_exporting
 from ..ops.normalized_attention import attend
 from ..ops.normalized_qk import rotary_table
 from ..ops.states import AttentionState, TimestepNormState, fields_of, named_in_programs
@@ -229,3 +229,8 @@ class Output(nn.Module):
 def at_least_float32(logits: Tensor) -> Tensor:
     """Logits as a model returns them, whatever dtype the output matrix has."""
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def recomputes_layers(model: nn.Module) -> bool:
+    """Whether the backward of a call that begins now is to compute each layer again."""
+    return model.config.layerwise_ckpt and model.training and torch.is_grad_enabled() and not is_exporting()

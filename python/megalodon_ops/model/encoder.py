@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import MegalodonBlock, at_least_float32
+from .blocks import MegalodonBlock, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
+from .inputs import check_inputs, embedded
 from .layers import Embedding, Linear, SequenceNorm, reset_all_parameters
-from .model import check_inputs, embedded, recomputes_layers
 from ..ops.gated_silu import gated_silu
 from ..ops.timestep_norm import timestep_norm_end_state
 from ..ops.values import check_device, check_flag, check_size, described

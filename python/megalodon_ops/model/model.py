@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import MegalodonBlock, Output, at_least_float32
+from .blocks import MegalodonBlock, Output, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
 from .generation import generate, stream
+from .inputs import check_inputs, embedded, own_weight
 from .layers import Embedding, is_plain_linear, reset_all_parameters
 from .states import MegalodonState, check_state
-from ..ops.library import is_exporting
 from ..ops.loss import blockwise_cross_entropy, has_integers, linear_cross_entropy
-from ..ops.values import check_flag, check_integer, check_optional_tensor, check_tensor
+from ..ops.values import check_flag, check_integer, check_tensor
 
 
 class Megalodon(nn.Module):
@@ -75,7 +75,7 @@ class Megalodon(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves and casts all parameters. A shared embedding stays shared, which leaving `meta` would end."""
-        shared = _own_weight(self.embed) is not None and _own_weight(self.embed) is _own_weight(self.output.output)
+        shared = own_weight(self.embed) is not None and own_weight(self.embed) is own_weight(self.output.output)
         super()._apply(fn, recurse)
         if shared:
             self.output.output.weight = self.embed.weight
@@ -331,51 +331,6 @@ class Megalodon(nn.Module):
     generate = generate
 
 
-def recomputes_layers(model: nn.Module) -> bool:
-    """Whether the backward of a call that begins now is to compute each layer again."""
-    return model.config.layerwise_ckpt and model.training and torch.is_grad_enabled() and not is_exporting()
-
-
-def embedded(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor:
-    """The embeddings (B, L, D) of tokens, which `op` calls `argument`."""
-    config = model.config
-    try:
-        x = model.embed(tokens)
-    except IndexError as error:
-        outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-        if len(outside) == 0:
-            raise
-        raise IndexError(f"{op}: `{argument}` must be in [0, {config.vocab_size}), got {outside[0].item()}.") from error
-    except RuntimeError as error:
-        weight = _own_weight(model.embed)
-        if weight is None or weight.device == tokens.device:
-            raise
-        raise ValueError(
-            f"{op}: `{argument}` must be on {weight.device} as the model, got {tokens.device}; move one of them."
-        ) from error
-    return x * config.embedding_scale if config.scale_emb else x
-
-
-def check_inputs(
-    op: str, argument: str, inputs: Tensor, model: nn.Module, cu_seqlens: Tensor | None, lengths: Tensor | None,
-    num_features: int | None = None,
-) -> None:  # fmt: skip
-    """Raises unless what `op` calls `argument` is tokens or, with `num_features`, numbers (B, L, F)."""
-    check_tensor(op, argument, inputs)
-    check_optional_tensor(op, "cu_seqlens", cu_seqlens)
-    check_optional_tensor(op, "lengths", lengths)
-    if num_features is None:
-        fits = inputs.dim() == 2 and inputs.dtype in (torch.int64, torch.int32)
-        wanted = "integers (B, L), int64 or int32"
-    else:
-        fits = inputs.dim() == 3 and inputs.shape[-1] == num_features and inputs.is_floating_point()
-        wanted = f"floating-point numbers (B, L, {num_features})"
-    if not fits:
-        raise ValueError(f"{op}: `{argument}` must be {wanted}, got {inputs.dtype} {tuple(inputs.shape)}.")
-    if inputs.is_meta and not any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there.")
-
-
 def masked_targets(targets: Tensor, ignore_index: int, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
     """The targets (B, L) as int64, `ignore_index` in the place of those in no sequence."""
     position, targets = torch.arange(targets.shape[1], device=targets.device), targets.long()
@@ -402,7 +357,3 @@ def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
 def _made_without_memory(config: MegalodonConfig) -> Megalodon:
     with torch.device("meta"):
         return Megalodon(config)
-
-
-def _own_weight(module: nn.Module) -> nn.Parameter | None:
-    return module._parameters.get("weight")

@@ -125,19 +125,8 @@ def chunked_attention(
         call(chunked_attention_state_, k.detach(), v.detach(), *state, chunk_size, cu_seqlens, lengths)
         return (o, state) if return_state else o
     if return_state:
-        return o, AttentionState(
-            *call(
-                chunked_attention_state,
-                k.detach(),
-                v.detach(),
-                cache_k,
-                cache_v,
-                position,
-                chunk_size,
-                cu_seqlens,
-                lengths,
-            )
-        )
+        kept = (cache_k, cache_v, position, chunk_size, cu_seqlens, lengths)
+        return o, AttentionState(*call(chunked_attention_state, k.detach(), v.detach(), *kept))
     return o
 
 
@@ -151,9 +140,7 @@ def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if path := _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
         return dense_attention.forward(path, q, k, v, chunk_size, causal, scale)
-    o, lse = _fwd_fake(
-        q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths
-    )
+    o, lse = _fwd_fake(q, k, v)
     launch(
         "chunked_attention_fwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
         causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths, o, lse,
@@ -161,30 +148,13 @@ def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey
     return o, lse
 
 
-def _fwd_fake(
-    q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths
-):
+def _fwd_fake(q, k, v, *_):
     return empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
 def _bwd(
-    do,
-    q,
-    k,
-    v,
-    o,
-    lse,
-    cache_k,
-    cache_v,
-    position,
-    chunk_size,
-    causal,
-    scale,
-    dropkey,
-    dropkey_seed,
-    cu_seqlens,
-    lengths,
-):
+    do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths,
+):  # fmt: skip
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if path := _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
         return dense_attention.backward(path, do, q, k, v, o, lse, chunk_size, causal, scale)
@@ -196,24 +166,7 @@ def _bwd(
     return grads
 
 
-def _bwd_fake(
-    do,
-    q,
-    k,
-    v,
-    o,
-    lse,
-    cache_k,
-    cache_v,
-    position,
-    chunk_size,
-    causal,
-    scale,
-    dropkey,
-    dropkey_seed,
-    cu_seqlens,
-    lengths,
-):
+def _bwd_fake(do, q, k, v, *_):
     return tuple(map(empty_like, (q, k, v)))
 
 

@@ -153,23 +153,8 @@ def chunked_attention_fwd(
 
 @_formula
 def chunked_attention_bwd(
-    do,
-    q,
-    k,
-    v,
-    o,
-    lse,
-    cache_k,
-    cache_v,
-    position,
-    chunk_size,
-    causal,
-    scale,
-    dropkey,
-    dropkey_seed,
-    cu_seqlens,
-    lengths,
-):
+    do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths,
+):  # fmt: skip
     heads, K, V = q.shape[2], q.shape[3], v.shape[3]
     total = 0
     for pairs, cached in _pairs(q, position, chunk_size, causal, cu_seqlens, lengths):

@@ -1,0 +1,53 @@
+"""What goes into a model, tokens or numbers: checked, and made embeddings of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.values import check_optional_tensor, check_tensor
+
+
+def embedded(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor:
+    """The embeddings (B, L, D) of tokens, which `op` calls `argument`."""
+    config = model.config
+    try:
+        x = model.embed(tokens)
+    except IndexError as error:
+        outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+        if len(outside) == 0:
+            raise
+        raise IndexError(f"{op}: `{argument}` must be in [0, {config.vocab_size}), got {outside[0].item()}.") from error
+    except RuntimeError as error:
+        weight = own_weight(model.embed)
+        if weight is None or weight.device == tokens.device:
+            raise
+        raise ValueError(
+            f"{op}: `{argument}` must be on {weight.device} as the model, got {tokens.device}; move one of them."
+        ) from error
+    return x * config.embedding_scale if config.scale_emb else x
+
+
+def check_inputs(
+    op: str, argument: str, inputs: Tensor, model: nn.Module, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    num_features: int | None = None,
+) -> None:  # fmt: skip
+    """Raises unless what `op` calls `argument` is tokens or, with `num_features`, numbers (B, L, F)."""
+    check_tensor(op, argument, inputs)
+    check_optional_tensor(op, "cu_seqlens", cu_seqlens)
+    check_optional_tensor(op, "lengths", lengths)
+    if num_features is None:
+        fits = inputs.dim() == 2 and inputs.dtype in (torch.int64, torch.int32)
+        wanted = "integers (B, L), int64 or int32"
+    else:
+        fits = inputs.dim() == 3 and inputs.shape[-1] == num_features and inputs.is_floating_point()
+        wanted = f"floating-point numbers (B, L, {num_features})"
+    if not fits:
+        raise ValueError(f"{op}: `{argument}` must be {wanted}, got {inputs.dtype} {tuple(inputs.shape)}.")
+    if inputs.is_meta and not any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there.")
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """A module's `weight`, unless it has none or makes it anew, as a parametrization does."""
+    return module._parameters.get("weight")
