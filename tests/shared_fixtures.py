@@ -1,4 +1,4 @@
-"""Fixtures of the op tests: which backend runs them, and memory that is poisoned before a kernel writes it."""
+"""What every worker of the tests begins with: fixtures that several files take, and settings of hypothesis."""
 
 from __future__ import annotations
 
