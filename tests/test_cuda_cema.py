@@ -28,12 +28,12 @@ def launched(emulator):
     return set(emulator.module.traffic())
 
 
-def assert_matches_reference(actual, case):
-    exact = evaluate(mo.reference.cema, case.double())
+def assert_matches_reference(actual, case, run=evaluate):
+    exact = run(mo.reference.cema, case.double())
     if case.dtype == torch.float64:
         assert_all_close(actual, exact, tolerance=1e-12, terms=case.terms)
         return
-    same = evaluate(mo.reference.cema, case)
+    same = run(mo.reference.cema, case)
     for name, value in actual.items():
         factor, floor = LIMITS[2 if value.dtype.itemsize == 2 else 4]
         terms = case.terms if name.startswith("d") else 0.0
@@ -63,6 +63,14 @@ def test_more_modes_than_a_launch_takes(emulator, dtype, sequences):
     """Groups of 32 modes, whose outputs are summed in the workspace."""
     case = cema_case(**sequences, D=3, N=70, dtype=dtype, state=True)
     assert_matches_reference(emulated(emulator, case), case)
+
+
+def test_outputs_of_many_modes_and_steps_have_room(emulator):
+    """More bytes of outputs' sums than of all else that a workspace holds there."""
+    case = cema_case(B=1, L=1200, D=2, N=33)
+    with emulator.replacing(_C):
+        actual = forward(mo.cema, case)
+    assert_matches_reference(actual, case, run=forward)
 
 
 # Tiles are of 32 tokens.
@@ -221,6 +229,12 @@ def test_long_memory_is_as_accurate_as_the_direct_form(emulator, poles):
     exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
     for name, value in emulated(emulator, case).items():
         assert_as_accurate_as(value, same[name], exact[name], factor=1, floor=4, name=name)
+
+
+def test_long_memory_ends_with_its_sequence(emulator):
+    """The second sequence starts amid the tiles of the carry's second warp, and goes on in the third's."""
+    case = cema_case(B=1, L=700, D=2, N=4, **POLES["by-the-circle"], cu_seqlens=[0, 300, 700], state=True)
+    assert_matches_reference(emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])

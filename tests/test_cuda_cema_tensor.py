@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
-from cases import cema_case, generator, randn
+from cases import cema_case, evaluate, generator, randn
 
 import megalodon_ops as mo
 from megalodon_ops import _C
@@ -27,15 +27,19 @@ def gradients(function, case):
     return {f"d{name}": grad for name, grad in zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True)}
 
 
+def launched_by(emulator):
+    return set(emulator.module.traffic())
+
+
 def emulated(emulator, case, offset=0, order="random", shared_limit=A100, **sizes):
     emulator.set_order(order, shared_limit=shared_limit)
     with emulator.replacing(_C, offset=offset), emulator.launch_sizes(cema_tile=128, **sizes):
         found = gradients(mo.cema, case)
-    return found, set(emulator.module.traffic())
+    return found, launched_by(emulator)
 
 
-def assert_matches_reference(actual, case, limits=LIMITS):
-    exact, same = gradients(mo.reference.cema, case.double()), gradients(mo.reference.cema, case)
+def assert_matches_reference(actual, case, limits=LIMITS, run=gradients):
+    exact, same = run(mo.reference.cema, case.double()), run(mo.reference.cema, case)
     for name, value in actual.items():
         factor, floor = limits[2 if value.dtype.itemsize == 2 else 4]
         assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, terms=case.terms, name=name)
@@ -120,6 +124,16 @@ def test_what_keeps_the_scan(emulator, sizes, options):
     actual, launched = emulated(emulator, case, **options)
     assert launched >= SCAN and not launched & TENSOR
     assert_matches_reference(actual, case)
+
+
+def test_a_gradient_of_the_final_state_keeps_the_scan(emulator):
+    """Of sizes at which the gradients of y alone, and dx among them, would be tensor cores' work."""
+    case = tensor_case(B=8, L=128, N=5)
+    emulator.set_order("random", shared_limit=A100)
+    with emulator.replacing(_C), emulator.launch_sizes(cema_tile=128):
+        actual = evaluate(mo.cema, case)
+    assert launched_by(emulator) >= SCAN and not launched_by(emulator) & TENSOR
+    assert_matches_reference(actual, case, run=evaluate)
 
 
 def test_orders_of_threads_give_equal_bits(emulator):
