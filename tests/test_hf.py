@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import megalodon_ops as mo
-from megalodon_ops.hf.pretrained import CACHE
+from megalodon_ops.hf.cache import CACHE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import megalodon_ops as mo
-from megalodon_ops.hf.pretrained import CACHE
+from megalodon_ops.hf.cache import CACHE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

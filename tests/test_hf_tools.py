@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 import megalodon_ops.hf as hf
-from megalodon_ops.hf.pretrained import CACHE
+from megalodon_ops.hf.cache import CACHE
 from megalodon_ops.tokenizers import ByteTokenizer
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "

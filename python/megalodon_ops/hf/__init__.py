@@ -1,4 +1,4 @@
-"""The model in transformers: importing this module registers it with the Auto classes.
+"""The models in transformers: importing this module registers them with the Auto classes.
 
     import megalodon_ops.hf
     from transformers import AutoModelForCausalLM
@@ -15,15 +15,35 @@ _transformers = extras.load("transformers", "hf")
 if int(_transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"needs transformers 5.0 or newer, got {_transformers.__version__}")
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
+    PreTrainedTokenizerFast,
+)  # fmt: skip
 
 from .cache import MegalodonCache
-from .configuration import MegalodonHFConfig
+from .configuration import MegalodonEncoderHFConfig, MegalodonHFConfig
+from .encoder import MegalodonEncoderForMaskedLM, MegalodonEncoderForSequenceClassification, MegalodonEncoderModel
 from .model import MegalodonForCausalLM, MegalodonModel
 
-AutoConfig.register(MegalodonHFConfig.model_type, MegalodonHFConfig, exist_ok=True)
-AutoModel.register(MegalodonHFConfig, MegalodonModel, exist_ok=True)
-AutoModelForCausalLM.register(MegalodonHFConfig, MegalodonForCausalLM, exist_ok=True)
-AutoTokenizer.register(MegalodonHFConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+for _auto, _model in (
+    (AutoModel, MegalodonModel),
+    (AutoModelForCausalLM, MegalodonForCausalLM),
+    (AutoModel, MegalodonEncoderModel),
+    (AutoModelForSequenceClassification, MegalodonEncoderForSequenceClassification),
+    (AutoModelForMaskedLM, MegalodonEncoderForMaskedLM),
+):
+    _auto.register(_model.config_class, _model, exist_ok=True)
+for _config in (MegalodonHFConfig, MegalodonEncoderHFConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoTokenizer.register(_config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
 
-__all__ = ["MegalodonCache", "MegalodonForCausalLM", "MegalodonHFConfig", "MegalodonModel"]
+__all__ = [
+    "MegalodonCache",
+    "MegalodonEncoderForMaskedLM",
+    "MegalodonEncoderForSequenceClassification",
+    "MegalodonEncoderHFConfig",
+    "MegalodonEncoderModel",
+    "MegalodonForCausalLM",
+    "MegalodonHFConfig",
+    "MegalodonModel",
+]

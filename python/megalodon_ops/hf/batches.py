@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model.config import MegalodonConfig
+from ..model.layers import NO_STATE
 from ..ops.loss import has_integers
 from ..ops.values import check_rank, check_tensor, described
 from .cache import MegalodonCache
@@ -98,16 +99,21 @@ def _packing_of(
     return offsets
 
 
+def check_labels(op: str, labels: Tensor, batch: Batch) -> None:
+    """Raises unless there is a label, an integer, at each token's place."""
+    if labels.shape != batch.shape:
+        raise ValueError(f"{op}: `labels` must be {batch.shape} as the tokens, got {tuple(labels.shape)}.")
+    if not has_integers(labels):
+        raise TypeError(f"{op}: `labels` must be integers, got {labels.dtype}.")
+
+
 def targets_of(op: str, labels: Tensor, config: MegalodonConfig, batch: Batch) -> Tensor:
     """The label after each step (B, L), without meaning from a padded row's last token on.
 
     IGNORED at the ends of rows and of documents; and so is a token that the model reads but never predicts (the start
     of a document, where it has no logit).
     """
-    if labels.shape != batch.shape:
-        raise ValueError(f"{op}: `labels` must be {batch.shape} as the tokens, got {tuple(labels.shape)}.")
-    if not has_integers(labels):
-        raise TypeError(f"{op}: `labels` must be integers, got {labels.dtype}.")
+    check_labels(op, labels, batch)
     labels = labels if batch.padding is None else batch.padding.shift(labels)
     targets = nn.functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
     if batch.cu_seqlens is not None:
@@ -119,8 +125,10 @@ def targets_of(op: str, labels: Tensor, config: MegalodonConfig, batch: Batch) -
 class Batch:
     """The arguments of one call, as the model's ops take them."""
 
+    name: str
+    """What transformers calls what is given"""
     given: Tensor
-    """Tokens (B, L), or embeddings (B, L, D) in their place"""
+    """Tokens (B, L) or, as an encoder may read, numbers (B, L, F); or embeddings (B, L, D) in their place"""
     cache: MegalodonCache | None
     returns_cache: bool
     padding: Padding | None = None
@@ -132,21 +140,30 @@ class Batch:
         return tuple(self.given.shape[:2])
 
     @property
-    def holds_tokens(self) -> bool:
-        """Whether the call is given tokens, and no embeddings."""
-        return self.given.dim() == 2
+    def holds_embeddings(self) -> bool:
+        """Whether the call is given embeddings, in the place of what the model embeds."""
+        return self.name == "inputs_embeds"
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B,) tokens in each row, or None if none is padded."""
+        return None if self.padding is None else self.padding.lengths
+
+    def shifted(self) -> Tensor:
+        """What is given, each row from column 0 on."""
+        return self.given if self.padding is None else self.padding.shift(self.given)
 
     @property
     def is_next_token(self) -> bool:
         """Whether a decoder can take the call: one more token, without gradients, of sequences that have begun."""
         begun = self.cache is not None and self.cache.is_initialized
-        one = self.holds_tokens and self.shape[1] == 1 and self.padding is None
+        one = not self.holds_embeddings and self.shape[1] == 1 and self.padding is None
         return begun and one and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def read_batch(
     model: PreTrainedModel,
-    input_ids: Tensor | None = None,
+    inputs: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cache: MegalodonCache | None = None,
@@ -157,13 +174,18 @@ def read_batch(
     cu_seq_lens_q: Tensor | None = None,
     **others: Any,
 ) -> Batch:
-    """The arguments of a call of a model, checked."""
+    """The arguments of a call of a model, checked; `inputs` are what it calls by its `main_input_name`."""
     op, config = type(model).__name__, model.config
-    for name, value in others.items():
-        if name not in _READ_BY_OTHER_MODELS and value is not None:
-            raise TypeError(f"{op}: unexpected argument `{name}`, got {described(value)}; leave it out.")
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(f"{op}: exactly one of `input_ids` and `inputs_embeds` must be given.")
+    name, letters = model.main_input_name, "(B, L)" if model.main_input_name == "input_ids" else "(B, L, F)"
+    for other, value in others.items():
+        if other not in _READ_BY_OTHER_MODELS and value is not None:
+            raise TypeError(f"{op}: unexpected argument `{other}`, got {described(value)}; leave it out.")
+    if not model._is_stateful:
+        for other, value in dict(cache=cache, past_key_values=past_key_values, use_cache=use_cache or None).items():
+            if value is not None:
+                raise ValueError(f"{op}: `{other}` must be None, got {described(value)}; {NO_STATE}.")
+    if (inputs is None) == (inputs_embeds is None):
+        raise ValueError(f"{op}: exactly one of `{name}` and `inputs_embeds` must be given.")
     if output_attentions or (output_attentions is None and config.output_attentions):
         raise ValueError(f"{op}: `output_attentions` must be False, as the kernels keep no attention weights.")
     if cache is not None and past_key_values is not None and cache is not past_key_values:
@@ -171,20 +193,22 @@ def read_batch(
     cache = past_key_values if cache is None else cache
     if cache is not None and not isinstance(cache, MegalodonCache):
         raise TypeError(f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {described(cache)}.")
-    name, given, letters = "input_ids", input_ids, "(B, L)"
-    if input_ids is None:
+    given = inputs
+    if given is None:
         name, given, letters = "inputs_embeds", inputs_embeds, "(B, L, D)"
     check_tensor(op, name, given)
     check_rank(op, name, given, letters, letters.count(",") + 1)
     if cache is not None and (rows := cache.batch_size) not in (-1, len(given)):
         raise ValueError(f"{op}: `cache` must be of {len(given)} rows, those of `{name}`, got one of {rows}.")
-    batch = Batch(given, cache, cache is not None or bool(use_cache))
+    batch = Batch(name, given, cache, cache is not None or bool(use_cache))
     if batch.shape[1] == 0:
         raise ValueError(f"{op}: there must be a token, got {batch.shape}.")
     past = 0 if cache is None else cache.get_seq_length()
     batch.padding = _padding_of(op, attention_mask, batch.shape, past)
-    if past and batch.padding is not None and bool(((batch.padding.lengths == 0) & (cache.state.norm.count > 0)).any()):
-        raise ValueError(f"{op}: `attention_mask` must leave a token to every row that has begun, got a row without.")
+    if batch.padding is not None:
+        begun, which = (cache.state.norm.count > 0, " that has begun") if past else (not model._is_stateful, "")
+        if bool(((batch.padding.lengths == 0) & begun).any()):
+            raise ValueError(f"{op}: `attention_mask` must leave a token to every row{which}, got a row without.")
     batch.cu_seqlens = _packing_of(op, batch.shape, cu_seq_lens_q, position_ids, batch.padding)
     if batch.cu_seqlens is not None and batch.returns_cache:
         raise ValueError(f"{op}: packed documents end in the call, so there must be no cache.")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.decoder import Decoder
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
 from ..ops.values import described
+
+CACHE = next(
+    field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
+)
+"""What transformers calls the cache: `cache` from 5.24 on, `past_key_values` before"""
 
 
 class MegalodonCache(Cache):

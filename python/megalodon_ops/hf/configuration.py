@@ -1,4 +1,4 @@
-"""The configuration of a model in transformers: the fields of `MegalodonConfig` and those of transformers, in one file."""
+"""The configurations of models in transformers: the fields of ours and those of transformers, in one file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from .. import _C
 from ..model.checkpoint import FORMAT
 from ..model.config import MegalodonConfig, check_config
+from ..model.encoder import MegalodonEncoderConfig
 
 
 class MegalodonHFConfig(PreTrainedConfig):
@@ -33,7 +34,8 @@ class MegalodonHFConfig(PreTrainedConfig):
         12
     """
 
-    model_type = "megalodon"
+    model_type = MegalodonConfig.model_type
+    _ours = MegalodonConfig
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "hidden_size": "model_dim",
@@ -44,7 +46,7 @@ class MegalodonHFConfig(PreTrainedConfig):
     }
 
     def __init__(self, *, use_cache: bool = True, **fields: Any) -> None:
-        for field in dataclasses.fields(MegalodonConfig):
+        for field in dataclasses.fields(self._ours):
             setattr(self, field.name, fields.pop(field.name, field.default))
         self.use_cache = use_cache
         self.format, self.megalodon_ops_version = FORMAT, _C.build_info()["version"]
@@ -60,10 +62,38 @@ class MegalodonHFConfig(PreTrainedConfig):
     @classmethod
     def from_megalodon(cls, config: MegalodonConfig, **others: Any) -> MegalodonHFConfig:
         """The same fields; `others` are fields of transformers."""
-        check_config("MegalodonHFConfig", config)
+        check_config(cls.__name__, config, cls._ours)
         return cls(**config.to_dict(), **others)
 
     def to_megalodon(self) -> MegalodonConfig:
         """The fields that decide what the model computes."""
-        names = (field.name for field in dataclasses.fields(MegalodonConfig))
-        return MegalodonConfig(**{name: getattr(self, name) for name in names})
+        names = (field.name for field in dataclasses.fields(self._ours))
+        return self._ours(**{name: getattr(self, name) for name in names})
+
+
+class MegalodonEncoderHFConfig(MegalodonHFConfig):
+    """The configuration of an encoder: every field of :class:`megalodon_ops.MegalodonEncoderConfig` by its name.
+
+    transformers counts classes by `num_labels`, which `id2label` gives names; a classifier has as many, and its
+    `num_classes` follows. All else is as in :class:`MegalodonHFConfig`, but that there is no cache.
+
+    Example:
+        >>> import megalodon_ops.hf as hf
+        >>> sizes = dict(num_layers=2, model_dim=32, z_dim=16, value_dim=32)
+        >>> hf.MegalodonEncoderHFConfig(**sizes, num_features=1, num_classes=10).num_labels
+        10
+        >>> hf.MegalodonEncoderHFConfig(**sizes, vocab_size=9, id2label={0: "no", 1: "maybe", 2: "yes"}).num_labels
+        3
+    """
+
+    model_type = MegalodonEncoderConfig.model_type
+    _ours = MegalodonEncoderConfig
+    attribute_map = {name: ours for name, ours in MegalodonHFConfig.attribute_map.items() if ours != "share_emb"}
+    tie_word_embeddings = True  # of a masked-language-model head, which `share_emb` knows nothing of
+
+    def __init__(self, **fields: Any) -> None:
+        if fields.get("num_labels") is None and fields.get("id2label") is None and fields.get("num_classes"):
+            fields["num_labels"] = fields["num_classes"]
+        super().__init__(**{**fields, "use_cache": False})
+
+    __eq__ = MegalodonHFConfig.__eq__  # transformers would make one for every class

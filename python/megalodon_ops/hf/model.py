@@ -11,15 +11,63 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..model.model import Megalodon, at_least_float32
-from ..ops.values import described
+from ..model.blocks import at_least_float32
+from ..model.model import Megalodon
 from .batches import IGNORED, Batch, kept_steps, read_batch, select, targets_of
-from .cache import MegalodonCache
+from .cache import CACHE, MegalodonCache
 from .configuration import MegalodonHFConfig
-from .pretrained import CACHE, MegalodonPreTrainedModel
+from .pretrained import MegalodonPreTrainedModel
 
 
-class MegalodonModel(MegalodonPreTrainedModel):
+class MegalodonCausalModel(MegalodonPreTrainedModel):
+    """What both causal models share: how the layers run, piece by piece, and what they leave in a cache."""
+
+    config_class = MegalodonHFConfig
+    _ours = Megalodon
+    _final_norm = "output.final_norm"
+    _is_stateful = True
+
+    def _hidden(self, batch: Batch, steps: Tensor | None, whole: bool) -> Tensor:
+        """The normalized last layer of `steps` (K,), or of each row's steps (B, K): (B, K, D); None: of all steps.
+
+        Updates the cache, making one if the call returns one. Padded rows are shifted, so that step i is token i of a
+        row. Unless the layers need the `whole` batch at once, the tokens are read in pieces of a chunk where there are
+        no gradients: memory grows with their number by the result alone.
+        """
+        model, given, lengths = self.megalodon, batch.shifted(), batch.lengths
+        (_, length), state = batch.shape, None if batch.cache is None else batch.cache.state
+        if not batch.holds_embeddings:
+            if lengths is not None:
+                given = given.masked_fill(lengths[:, None] == 0, 0)  # padding may be no token
+            model._check(type(self).__name__, "input_ids", given, state, True, batch.cu_seqlens, lengths)
+        whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
+        size = length if whole else min(model.config.chunk_size, length)
+        pieces, kept = [], None
+        for begin in range(0, length, size):
+            end = min(begin + size, length)
+            part = given[:, begin:end]
+            piece, state = model._hidden(
+                part * model.config.embedding_scale if batch.holds_embeddings else model._embed(part),
+                state,
+                return_state=batch.returns_cache or end < length,
+                inplace_state=begin > 0,  # the first piece's state is the caller's
+                cu_seqlens=batch.cu_seqlens,
+                lengths=None if lengths is None else (lengths - begin).clamp(0, end - begin),
+            )
+            if steps is None:
+                pieces.append(piece)
+            else:
+                piece = select(piece, (steps - begin).clamp(0, end - begin - 1))
+                kept = piece if kept is None else torch.where((steps >= begin)[..., None], piece, kept)
+        if batch.returns_cache:
+            batch.cache = MegalodonCache() if batch.cache is None else batch.cache
+            batch.cache.advance(state, length)
+        if steps is not None:
+            return kept
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+class MegalodonModel(MegalodonCausalModel):
     """A MEGALODON language model without its output matrix: `AutoModel`.
 
     Example:
@@ -53,7 +101,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         )
 
 
-class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
+class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
     """A MEGALODON language model: `AutoModelForCausalLM`.
 
     Its parameters have the names that :class:`megalodon_ops.Megalodon` gives them, so both read each other's folders;
@@ -76,18 +124,6 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     def __init__(self, config: MegalodonHFConfig) -> None:
         super().__init__(config)
         self.post_init()
-
-    @classmethod
-    def from_megalodon(cls, model: Megalodon) -> MegalodonForCausalLM:
-        """A model of transformers with the modules of `model`, not copies of them."""
-        if not isinstance(model, Megalodon):
-            raise TypeError(f"{cls.__name__}: `model` must be a Megalodon, got {described(model)}.")
-        with torch.device("meta"):
-            result = cls(MegalodonHFConfig.from_megalodon(model.config))
-        result.embed, result.layers, result.output = model.embed, model.layers, model.output
-        result.config.dtype = model.embed.weight.dtype
-        result.training = result.megalodon.training = model.training
-        return result
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output.output

@@ -1,4 +1,4 @@
-"""What `MegalodonForCausalLM` and `MegalodonModel` share: the modules of a `Megalodon` behind transformers' interface."""
+"""What all models share: the modules of a `Megalodon` or a `MegalodonEncoder` behind transformers' interface."""
 
 from __future__ import annotations
 
@@ -11,36 +11,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.blocks import NormalizedAttention
 from ..model.layers import Embedding, Linear
+from ..model.encoder import MegalodonEncoder
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
+from ..ops.values import described
 from .batches import Batch, select
-from .cache import MegalodonCache
 from .configuration import MegalodonHFConfig
-
-CACHE = next(
-    field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
-)
-"""What transformers calls the cache: `cache` from 5.24 on, `past_key_values` before"""
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):
-    """What both models share: modules, weights, and how the layers run.
+    """What all models share: modules and weights.
 
     Attributes:
-        megalodon: a :class:`megalodon_ops.Megalodon` with the same modules, in which a change shows in both.
+        megalodon: a :class:`megalodon_ops.Megalodon` or MegalodonEncoder with the same modules, in which a change shows in
+            both.
     """
 
-    config_class = MegalodonHFConfig
+    _ours: type[Megalodon] | type[MegalodonEncoder]
+    _final_norm: str
+    """The module's name"""
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _input_embed_layer = "embed"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _is_stateful = True
     _no_split_modules = ["MegalodonBlock"]
     _keep_in_fp32_modules_strict = ["timenorm", "cema", "rmsnorm", "norm", "final_norm", "gamma", "beta", "alpha"]
 
@@ -48,15 +45,30 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if torch.get_default_dtype() not in (torch.bfloat16, torch.float16):
             self.dtype_plan = {}  # transformers 5.0 would load these parameters as float32 for a float64 model, too
-        made = Megalodon(config.to_megalodon())
-        self.embed, self.layers, self.output = made.embed, made.layers, made.output
-        # The Megalodon that computes is no module of this one, but has its modules, whatever they become.
+        made = self._ours(config.to_megalodon())
+        for name, module in made.named_children():
+            self.add_module(name, module)
+        # The model that computes is no module of this one, but has its modules, whatever they become.
         made._modules = self._modules
         self.__dict__["megalodon"] = made
         self.gradient_checkpointing = False
         if not self.embed.weight.is_meta:
             for module in self.modules():
                 module._is_hf_initialized = True  # by its constructor
+
+    @classmethod
+    def from_megalodon(cls, model: Megalodon | MegalodonEncoder) -> MegalodonPreTrainedModel:
+        """A model of transformers with the modules of `model`, not copies of them."""
+        if not isinstance(model, cls._ours):
+            raise TypeError(f"{cls.__name__}: `model` must be a {cls._ours.__name__}, got {described(model)}.")
+        with torch.device("meta"):
+            result = cls(cls.config_class.from_megalodon(model.config))
+        for name in result._modules.keys() & model._modules.keys():
+            setattr(result, name, model._modules[name])
+        result.tie_weights()
+        result.config.dtype = model.embed.weight.dtype
+        result.training = result.megalodon.training = model.training
+        return result
 
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
         super().train(mode)
@@ -89,7 +101,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         self._configure()
 
     def _configure(self) -> None:
-        """Gives the Megalodon that computes what the configuration and gradient checkpointing say now."""
+        """Gives the model that computes what the configuration and gradient checkpointing say now."""
         config = self.config.to_megalodon()
         recomputes = config.layerwise_ckpt or self.gradient_checkpointing
         self.megalodon.config = dataclasses.replace(config, layerwise_ckpt=recomputes)
@@ -104,47 +116,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
                 module.config = config
         self._configure()
         return embeddings
-
-    def _hidden(self, batch: Batch, steps: Tensor | None, whole: bool) -> Tensor:
-        """The normalized last layer of `steps` (K,), or of each row's steps (B, K): (B, K, D); None: of all steps.
-
-        Updates the cache, making one if the call returns one. Padded rows are shifted, so that step i is token i of a
-        row. Unless the layers need the `whole` batch at once, the tokens are read in pieces of a chunk where there are
-        no gradients: memory grows with their number by the result alone.
-        """
-        model, given, lengths = self.megalodon, batch.given, None
-        (_, length), state = batch.shape, None if batch.cache is None else batch.cache.state
-        if batch.padding is not None:
-            given, lengths = batch.padding.shift(given), batch.padding.lengths
-        if batch.holds_tokens:
-            if lengths is not None:
-                given = given.masked_fill(lengths[:, None] == 0, 0)  # padding may be no token
-            model._check(type(self).__name__, "input_ids", given, state, True, batch.cu_seqlens, lengths)
-        whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
-        size = length if whole else min(model.config.chunk_size, length)
-        pieces, kept = [], None
-        for begin in range(0, length, size):
-            end = min(begin + size, length)
-            part = given[:, begin:end]
-            piece, state = model._hidden(
-                model._embed(part) if batch.holds_tokens else part * model.config.embedding_scale,
-                state,
-                return_state=batch.returns_cache or end < length,
-                inplace_state=begin > 0,  # the first piece's state is the caller's
-                cu_seqlens=batch.cu_seqlens,
-                lengths=None if lengths is None else (lengths - begin).clamp(0, end - begin),
-            )
-            if steps is None:
-                pieces.append(piece)
-            else:
-                piece = select(piece, (steps - begin).clamp(0, end - begin - 1))
-                kept = piece if kept is None else torch.where((steps >= begin)[..., None], piece, kept)
-        if batch.returns_cache:
-            batch.cache = MegalodonCache() if batch.cache is None else batch.cache
-            batch.cache.advance(state, length)
-        if steps is not None:
-            return kept
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     @contextmanager
     def _recording(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
@@ -161,6 +132,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
         with ExitStack() as hooks:
             hooks.enter_context(self.layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0])))
-            for module in (*self.layers[:-1], self.output.final_norm):
+            for module in (*self.layers[:-1], self.get_submodule(self._final_norm)):
                 hooks.enter_context(module.register_forward_hook(lambda *call: keep(call[-1])))
             yield found

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
-from .inputs import check_inputs, embedded
-from .layers import Embedding, Linear, SequenceNorm, reset_all_parameters
+from .inputs import check_inputs, check_steps, embedded
+from .layers import NO_STATE, Embedding, Linear, SequenceNorm, reset_all_parameters
 from ..ops.gated_silu import gated_silu
 from ..ops.timestep_norm import timestep_norm_end_state
 from ..ops.values import check_device, check_flag, check_size, described
@@ -43,6 +43,10 @@ class MegalodonEncoderConfig(MegalodonConfig):
     num_classes: int | None = None
     """None: no head, a call gives the features"""
     scale_emb: bool = True
+
+    @property
+    def embedding_scale(self) -> float:
+        return 1.0 if self.num_features else super().embedding_scale
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,7 +164,8 @@ class MegalodonEncoder(nn.Module):
             features: return the features, as :meth:`features` does.
             state, return_state: None and False, as an encoder has no state.
             cu_seqlens: (S + 1,) offsets of sequences packed into one row (B = 1).
-            lengths: (B,) steps in each right-padded row.
+            lengths: (B,) steps in each right-padded row. A sequence has at least one step (which is not looked at on a GPU
+                or in a compiled program).
 
         Returns:
             logits (S, num_classes) of the S sequences, float32 (float64 for a float64 encoder), or the features.
@@ -171,17 +176,19 @@ class MegalodonEncoder(nn.Module):
         check_flag("MegalodonEncoder", "features", features)
         for name, value, only in (("state", state, None), ("return_state", return_state, False)):
             if value is not only:
-                raise ValueError(
-                    f"MegalodonEncoder: `{name}` must be {only}, got {described(value)}; an encoder has no state: it reads "
-                    "the whole row."
-                )
+                raise ValueError(f"MegalodonEncoder: `{name}` must be {only}, got {described(value)}; {NO_STATE}.")
         sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
         check_inputs("MegalodonEncoder", "inputs", inputs, self, **sequences, num_features=self.config.num_features)
-        x, recompute = self._embed(inputs), recomputes_layers(self)
+        x = self._hidden(self._embed(inputs), **sequences)
+        check_steps("MegalodonEncoder", "inputs", x, **sequences)  # here: the ops have checked offsets and lengths
+        return x if features or self.head is None else at_least_float32(self.head(x, **sequences))
+
+    def _hidden(self, x: Tensor, **sequences: Tensor | None) -> Tensor:
+        """The features of embeddings (B, L, D)."""
+        recompute = recomputes_layers(self)
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False, **sequences) if recompute else layer(x, **sequences)
-        x = self.final_norm(x, **sequences)
-        return x if features or self.head is None else at_least_float32(self.head(x, **sequences))
+        return self.final_norm(x, **sequences)
 
     def features(self, inputs: Tensor, **options: Any) -> Tensor:
         """What the encoder makes of every step, (B, L, D): the final norm's output, zero at padding.

@@ -48,6 +48,24 @@ def check_inputs(
         raise ValueError(f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there.")
 
 
+def check_steps(
+    op: str, argument: str, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
+) -> None:
+    """Raises where a sequence of x (B, L, ...) has no step: what an encoder makes of a row would be of nothing.
+
+    Values on a GPU and in a program that is compiled are not looked at, as nowhere in this package.
+    """
+    if torch.compiler.is_compiling():
+        return
+    steps = torch.full(x.shape[:1], x.shape[1])
+    if cu_seqlens is not None:
+        argument, steps = "cu_seqlens", cu_seqlens.diff()
+    elif lengths is not None:
+        argument, steps = "lengths", lengths
+    if steps.device.type == "cpu" and len(empty := (steps == 0).nonzero()):
+        raise ValueError(f"{op}: `{argument}` must leave a step to every row, got none for row {empty[0].item()}; leave it out.")
+
+
 def own_weight(module: nn.Module) -> nn.Parameter | None:
     """A module's `weight`, unless it has none or makes it anew, as a parametrization does."""
     return module._parameters.get("weight")

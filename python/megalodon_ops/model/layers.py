@@ -19,6 +19,7 @@ from ..ops.states import TimestepNormState
 from ..ops.timestep_norm import timestep_norm
 from ..ops.values import check_channels, check_flag, check_number, check_size, described
 
+NO_STATE = "an encoder has no state: it reads the whole row"
 _SHORT = (torch.bfloat16, torch.float16)
 
 
@@ -74,9 +75,7 @@ def _of_whole_rows(op: Callable[..., Tensor]) -> Callable[..., Any]:
 
     def called(*tensors: Tensor, state: None = None, return_state: bool = False, **options) -> Any:
         if state is not None:
-            raise ValueError(
-                f"{op.__name__}: `state` must be None, got {described(state)}; an encoder has no state: it reads the whole row."
-            )
+            raise ValueError(f"{op.__name__}: `state` must be None, got {described(state)}; {NO_STATE}.")
         y = op(*tensors, **options)
         return (y, None) if return_state else y
 

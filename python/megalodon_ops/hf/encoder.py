@@ -1,0 +1,225 @@
+"""The encoders, as the Auto classes make them: features, a head that classifies rows, and one of masked tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
+
+from ..model.blocks import at_least_float32
+from ..model.encoder import MegalodonEncoder
+from ..model.inputs import check_inputs, check_steps
+from ..model.layers import Linear
+from ..ops.values import check_tensor
+from .batches import Batch, check_labels, read_batch, select
+from .configuration import MegalodonEncoderHFConfig
+from .pretrained import MegalodonPreTrainedModel
+
+
+class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
+    """What the encoders share: how rows become features."""
+
+    config_class = MegalodonEncoderHFConfig
+    _ours = MegalodonEncoder
+    _final_norm = "final_norm"
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]
+
+    def __init__(self, config: MegalodonEncoderHFConfig, num_classes: int | None = None) -> None:
+        config.num_classes = num_classes
+        super().__init__(config)
+        self.main_input_name = "input_ids" if config.num_features is None else "input_values"
+
+    def _read(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, input_values: Tensor | None,
+        output_hidden_states: bool | None, arguments: dict[str, Any],
+    ) -> tuple[Batch, Tensor, tuple[Tensor, ...] | None]:  # fmt: skip
+        """The arguments of a call, checked; the features, each row from column 0 on; what goes into each layer."""
+        if self.main_input_name == "input_ids":
+            inputs, arguments["input_values"] = input_ids, input_values
+        else:
+            inputs, arguments["input_ids"] = input_values, input_ids
+        batch, encoder = read_batch(self, inputs, attention_mask, **arguments), self.megalodon
+        x, sequences = batch.shifted(), dict(cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
+        if batch.holds_embeddings:
+            x = x * encoder.config.embedding_scale
+        else:
+            check_inputs(
+                type(self).__name__, batch.name, x, encoder, **sequences, num_features=encoder.config.num_features
+            )
+            x = encoder._embed(x)
+        with self._recording(output_hidden_states, batch) as layers:
+            features = encoder._hidden(x, **sequences)
+        check_steps(type(self).__name__, batch.name, x, **sequences)
+        return batch, features, layers and tuple(layers)
+
+
+class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
+    """An encoder without a head: `AutoModel`.
+
+    Example:
+        >>> import torch, megalodon_ops.hf as hf
+        >>> config = hf.MegalodonEncoderHFConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, num_features=1)
+        >>> sound, mask = torch.randn(2, 50, 1), torch.tensor([[1] * 50, [1] * 32 + [0] * 18])
+        >>> hf.MegalodonEncoderModel(config)(input_values=sound, attention_mask=mask).last_hidden_state.shape
+        torch.Size([2, 50, 32])
+    """
+
+    def __init__(self, config: MegalodonEncoderHFConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **arguments: Any,
+    ) -> BaseModelOutput:
+        """The features (B, L, D) of every step; arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`."""
+        batch, features, layers = self._read(input_ids, attention_mask, input_values, output_hidden_states, arguments)
+        return BaseModelOutput(last_hidden_state=_in_columns(features, batch), hidden_states=layers)
+
+
+class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel):
+    """An encoder that classifies rows: `AutoModelForSequenceClassification`.
+
+    Its head is that of :class:`megalodon_ops.MegalodonEncoder`, of `config.num_labels` classes. The parameters have the
+    same names, so both read each other's folders; a folder without a head begins with a new one.
+
+    Example:
+        >>> import torch, megalodon_ops.hf as hf
+        >>> config = hf.MegalodonEncoderHFConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32,
+        ...                                      vocab_size=9, num_labels=3)
+        >>> model = hf.MegalodonEncoderForSequenceClassification(config)
+        >>> output = model(torch.tensor([[1, 2, 3], [4, 5, 6]]), labels=torch.tensor([0, 2]))
+        >>> output.logits.shape, output.loss.shape
+        (torch.Size([2, 3]), torch.Size([]))
+    """
+
+    def __init__(self, config: MegalodonEncoderHFConfig) -> None:
+        super().__init__(config, num_classes=config.num_labels)
+        self.post_init()
+
+    @classmethod
+    def from_megalodon(cls, model: MegalodonEncoder) -> MegalodonEncoderForSequenceClassification:
+        """A model of transformers with the modules of `model`, not copies of them."""
+        if isinstance(model, MegalodonEncoder) and model.head is None:
+            raise ValueError(
+                f"{cls.__name__}: `model` must have a head, got `num_classes` None; from_pretrained(folder, num_labels=...) "
+                "makes one for the encoder in a folder."
+            )
+        return super().from_megalodon(model)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **arguments: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits (B, num_labels) of the classes of every row, and their loss.
+
+        Args:
+            input_ids: (B, L) integers.
+            attention_mask: (B, L): 1 for a step, 0 for padding before or after all steps of a row, which changes nothing.
+            input_values: (B, L, F) floating-point numbers in place of `input_ids`, where the configuration has
+                `num_features`.
+            labels: (B,) integers, a row's class; or (B, num_labels) floating-point numbers, 1 for each class that the row
+                has; or, of one label, numbers to come close to. `config.problem_type` says which, or the first labels do.
+            output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): what goes into each layer,
+                and, as the last one, the features.
+            arguments: `inputs_embeds` (B, L, D), as `get_input_embeddings()` gives them, in place of the inputs; S
+                sequences packed into one row, of which each is classified, by `cu_seq_lens_q` or `position_ids`; and what
+                transformers gives every model.
+
+        Raises:
+            ValueError: padding between the steps of a row; a row without steps; a state asked for, by `use_cache`,
+                `cache` or `past_key_values`. TypeError: an unknown argument.
+        """
+        batch, features, layers = self._read(input_ids, attention_mask, input_values, output_hidden_states, arguments)
+        encoder = self.megalodon
+        logits = at_least_float32(encoder.head(features, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths))
+        loss = None
+        if labels is not None:
+            check_tensor(type(self).__name__, "labels", labels)
+            if labels.shape[:1] != logits.shape[:1]:
+                raise ValueError(
+                    f"{type(self).__name__}: `labels` must be of {len(logits)} rows, got {tuple(labels.shape)}."
+                )
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=layers)
+
+
+class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
+    """An encoder that guesses masked tokens: `AutoModelForMaskedLM`.
+
+    The logits are products of the features and the embeddings, so the head has no parameters of its own.
+
+    Example:
+        >>> import torch, megalodon_ops.hf as hf
+        >>> config = hf.MegalodonEncoderHFConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> tokens, labels = torch.tensor([[1, 8, 3]]), torch.tensor([[-100, 2, -100]])  # 8 stands for a token to guess
+        >>> output = hf.MegalodonEncoderForMaskedLM(config)(tokens, labels=labels)
+        >>> output.logits.shape, output.loss.shape
+        (torch.Size([1, 3, 9]), torch.Size([]))
+    """
+
+    accepts_loss_kwargs = True
+    _tied_weights_keys = {"output.weight": "embed.weight"}
+
+    def __init__(self, config: MegalodonEncoderHFConfig) -> None:
+        if config.num_features is not None:
+            raise ValueError(
+                f"{type(self).__name__}: `num_features` must be None, got {config.num_features}; there are no tokens to guess."
+            )
+        super().__init__(config)
+        with torch.device("meta"):
+            self.output = Linear(config.model_dim, config.vocab_size, bias=False, of_tokens=True)
+        self.output.weight, self.output._is_hf_initialized = self.embed.weight, True
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.output = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **arguments: Any,
+    ) -> MaskedLMOutput:
+        """Logits (B, L, vocab_size) of the token at every step, and their loss.
+
+        Args:
+            labels: (B, L), the token at each step that is to be guessed, -100 elsewhere and at padding.
+            num_items_in_batch: divides the loss in place of the number of labels, as Trainer asks.
+
+        All else as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
+        """
+        batch, features, layers = self._read(input_ids, attention_mask, None, output_hidden_states, arguments)
+        logits, loss = at_least_float32(self.output(_in_columns(features, batch))), None
+        if labels is not None:
+            check_labels(type(self).__name__, labels, batch)
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=layers)
+
+
+def _in_columns(features: Tensor, batch: Batch) -> Tensor:
+    """Features of rows that begin at column 0, in the columns of the call; at padding those of a neighbour."""
+    return features if batch.padding is None else select(features, batch.padding.steps())
