@@ -214,6 +214,23 @@ def test_layers_computed_again_built_without_memory_and_pickled():
     assert torch.equal(pickle.loads(pickle.dumps(encoder))(inputs), encoder(inputs))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+def test_compiles_and_exports_as_one_graph():
+    encoder, lengths = tiny_encoder(torch.float32, num_classes=3), torch.tensor([21, 9])
+    inputs, parameters = inputs_of(encoder, 2, 21), [*encoder.parameters()]
+    expected = encoder(inputs, lengths=lengths)
+    torch.compiler.reset()
+    found = torch.compile(encoder, fullgraph=True)(inputs, lengths=lengths)
+    assert_close(found, expected, tolerance=1e-5)
+    gradients = (torch.autograd.grad(logits.square().sum(), parameters) for logits in (found, expected))
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b, tolerance=1e-5)
+    exported = torch.export.export(encoder, (inputs,), dict(lengths=lengths)).module()
+    assert_close(exported(inputs, lengths=lengths.flip(0)), encoder(inputs, lengths=lengths.flip(0)), tolerance=1e-5)
+
+
 def test_sixteen_bits_keep_wide_parameters():
     encoder = tiny_encoder(**CONTINUOUS)
     inputs = inputs_of(encoder, 2, 21)
@@ -247,6 +264,22 @@ def test_it_learns_which_of_two_marks_comes_first():
         tokens, lengths, classes = batch(256)
         right = (encoder(tokens, lengths=lengths).argmax(1) == classes).float().mean()
     assert right > 0.9
+
+
+def test_rows_without_a_step_are_refused():
+    encoder, inputs = tiny_encoder(num_classes=3), tokens_of(2, 13)
+    calls = {
+        "`lengths` .* row 1": lambda **how: encoder(inputs, lengths=torch.tensor([13, 0]), **how),
+        "`cu_seqlens` .* row 2": lambda **how: encoder(inputs[:1], cu_seqlens=torch.tensor([0, 4, 9, 9, 13]), **how),
+        "`inputs` .* row 0": lambda **how: encoder(inputs[:, :0], **how),
+    }
+    with every_case() as case:
+        for argument, call in calls.items():
+            for features in (False, True):
+                message = f"^MegalodonEncoder: {argument.replace('.*', 'must leave a step to every row, got none for')}; leave"
+                with case(argument, features), pytest.raises(ValueError, match=message):
+                    call(features=features)
+    assert encoder(inputs[:0]).shape == (0, 3)
 
 
 def test_an_encoder_has_no_state():

@@ -43,13 +43,12 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
             inputs, arguments["input_ids"] = input_values, input_ids
         batch, encoder = read_batch(self, inputs, attention_mask, **arguments), self.megalodon
         x, sequences = batch.shifted(), dict(cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
-        if batch.holds_embeddings:
-            x = x * encoder.config.embedding_scale
-        else:
-            check_inputs(
-                type(self).__name__, batch.name, x, encoder, **sequences, num_features=encoder.config.num_features
-            )
+        num_features, scale = encoder.config.num_features, encoder.config.embedding_scale
+        if not batch.holds_embeddings:
+            check_inputs(type(self).__name__, batch.name, x, encoder, **sequences, num_features=num_features)
             x = encoder._embed(x)
+        elif num_features is None:
+            x = x * scale
         with self._recording(output_hidden_states, batch) as layers:
             features = encoder._hidden(x, **sequences)
         check_steps(type(self).__name__, batch.name, x, **sequences)

@@ -44,10 +44,6 @@ class MegalodonEncoderConfig(MegalodonConfig):
     """None: no head, a call gives the features"""
     scale_emb: bool = True
 
-    @property
-    def embedding_scale(self) -> float:
-        return 1.0 if self.num_features else super().embedding_scale
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("num_features", "num_classes"):

@@ -63,7 +63,9 @@ def check_steps(
     elif lengths is not None:
         argument, steps = "lengths", lengths
     if steps.device.type == "cpu" and len(empty := (steps == 0).nonzero()):
-        raise ValueError(f"{op}: `{argument}` must leave a step to every row, got none for row {empty[0].item()}; leave it out.")
+        raise ValueError(
+            f"{op}: `{argument}` must leave a step to every row, got none for row {empty[0].item()}; leave it out."
+        )
 
 
 def own_weight(module: nn.Module) -> nn.Parameter | None:

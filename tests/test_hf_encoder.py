@@ -1,0 +1,238 @@
+"""transformers: the encoder's features, its classes and its masked tokens; folders, padding, packing, losses, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from assertions import every_case
+from hf_models import seed  # noqa: F401, a fixture
+from hf_models import LENGTHS, SIZES, close, hf, padded, prompts, transformers
+from torch import Tensor
+
+import megalodon_ops as mo
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+CLASSES = {
+    "features": (hf.MegalodonEncoderModel, {}),
+    "classes": (hf.MegalodonEncoderForSequenceClassification, dict(num_classes=3)),
+    "classes of numbers": (hf.MegalodonEncoderForSequenceClassification, dict(num_classes=3, num_features=2)),
+    "masked tokens": (hf.MegalodonEncoderForMaskedLM, {}),
+}
+
+
+def made(kind: str, **fields) -> hf.MegalodonEncoderModel:
+    """A model with parameters as after some training: no parameter is zero, so that each matters."""
+    of_kind, sizes = CLASSES[kind]
+    core = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**{**SIZES, **sizes, **fields})).eval()
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return of_kind.from_megalodon(core)
+
+
+def rows_of(model: hf.MegalodonEncoderModel, side: str) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Rows of several lengths, one a call, and all of them in one padded batch; what lies in the padding is not small."""
+    rows = prompts()
+    batch = padded(rows, side, value=49)
+    if model.main_input_name == "input_ids":
+        return [{"input_ids": row[None]} for row in rows], batch
+    values = 9 * torch.randn(*batch.pop("input_ids").shape, 2)
+    present = batch["attention_mask"] == 1
+    return [{"input_values": values[i : i + 1, there]} for i, there in enumerate(present)], dict(
+        **batch, input_values=values
+    )
+
+
+def expected_of(kind: str, core: mo.MegalodonEncoder, inputs: Tensor) -> Tensor:
+    features = core.features(inputs)
+    return (
+        features if kind == "features" else features @ core.embed.weight.T if kind == "masked tokens" else core(inputs)
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", CLASSES)
+@torch.no_grad()
+def test_rows_are_those_of_our_encoder_padded_or_alone(kind: str, side: str) -> None:
+    model = made(kind)
+    singles, batch = rows_of(model, side)
+    output = model(**batch, output_hidden_states=True)
+    for i, single in enumerate(singles):
+        alone = model(**single, output_hidden_states=True)
+        close(alone[0], expected_of(kind, model.megalodon, *single.values()))
+        present = batch["attention_mask"][i] == 1
+        close(output[0][i] if kind.startswith("classes") else output[0][i, present], alone[0][0])
+        assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+        for layer, one in zip(output.hidden_states, alone.hidden_states, strict=True):
+            close(layer[i, present], one[0])
+        close(alone.hidden_states[-1], model.megalodon.features(*single.values()))
+
+
+@torch.no_grad()
+def test_packed_rows_embeddings_and_tuples() -> None:
+    model, rows = made("classes"), prompts()
+    expected, packed = torch.cat([model(row[None]).logits for row in rows]), torch.cat(rows)[None]
+    close(model(packed, cu_seq_lens_q=torch.tensor([0, *LENGTHS]).cumsum(0)).logits, expected)
+    close(model(packed, position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None]).logits, expected)
+    embedded = model.get_input_embeddings()(rows[0][None])
+    loss, logits = model(inputs_embeds=embedded, labels=torch.tensor([2]), use_cache=False, return_dict=False)
+    close(logits, expected[:1])
+    close(loss, F.cross_entropy(logits, torch.tensor([2])))
+    numbers = made("classes of numbers")
+    values = torch.randn(2, 9, 2)
+    close(numbers(inputs_embeds=numbers.embed(values)).logits, numbers(input_values=values).logits)
+
+
+def test_folders_are_read_by_all_and_go_from_guessing_to_classifying(tmp_path: Path) -> None:
+    guesses, ids = made("masked tokens"), torch.randint(50, (2, 21))
+    guesses.save_pretrained(tmp_path / "guesses")
+    ours = mo.MegalodonEncoder.load(tmp_path / "guesses")
+    assert ours.head is None and torch.equal(ours(ids), guesses.megalodon(ids))
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "guesses")
+    assert again.output.weight is again.embed.weight and torch.equal(again(ids).logits, guesses(ids).logits)
+    features = transformers.AutoModel.from_pretrained(tmp_path / "guesses")
+    assert torch.equal(features(ids).last_hidden_state, ours(ids))
+
+    names = {0: "sad", 1: "so so", 2: "glad"}
+    new = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "guesses", id2label=names)
+    assert torch.equal(new.embed.weight, guesses.embed.weight) and new.head.proj.weight.std() > 0
+    new.save_pretrained(tmp_path / "classes")
+    ours = mo.MegalodonEncoder.load(tmp_path / "classes")
+    assert ours.config.num_classes == 3 and torch.equal(ours(ids), new(ids).logits)
+    ours.save(tmp_path / "ours", max_shard_bytes=20_000)
+    for folder, labels in (("classes", names), ("ours", {i: f"LABEL_{i}" for i in range(3)})):
+        read = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+        assert torch.equal(read(ids).logits, ours(ids)) and read.config.id2label == labels and not read.training
+    headless = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "ours")
+    headless.save_pretrained(tmp_path / "headless")
+    assert torch.equal(mo.MegalodonEncoder.load(tmp_path / "headless")(ids), ours.features(ids))
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "classes")
+    assert config.to_megalodon() == ours.config and config != hf.MegalodonEncoderHFConfig(**SIZES)
+
+
+def test_numbers_are_saved_too(tmp_path: Path) -> None:
+    model, values = made("classes of numbers").bfloat16(), torch.randn(2, 21, 2)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16 and again.final_norm.weight.dtype == torch.float32
+    assert torch.equal(again(input_values=values).logits, model(input_values=values).logits)
+    assert torch.equal(mo.MegalodonEncoder.load(tmp_path)(values), model(input_values=values).logits)
+
+
+def test_new_models_are_initialised_as_ours() -> None:
+    config = hf.MegalodonEncoderHFConfig(**SIZES, num_labels=3)
+    for auto, of_ours in (
+        (transformers.AutoModel, config.to_megalodon()),
+        (transformers.AutoModelForMaskedLM, config.to_megalodon()),
+        (transformers.AutoModelForSequenceClassification, mo.MegalodonEncoderConfig(**SIZES, num_classes=3)),
+    ):
+        torch.manual_seed(3)
+        ours = mo.MegalodonEncoder(of_ours)
+        torch.manual_seed(3)
+        theirs = auto.from_config(config)
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        assert auto.from_config(config).embed.weight.requires_grad
+
+
+LOSSES = {
+    "one class a row": (3, torch.tensor([2, 0, 1]), F.cross_entropy),
+    "some classes a row": (3, torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0]]), F.binary_cross_entropy_with_logits),
+    "a number a row": (1, torch.tensor([0.5, -2.0, 1.0]), lambda logits, labels: F.mse_loss(logits[:, 0], labels)),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_of_classes(kind: str) -> None:
+    num_labels, labels, loss_of = LOSSES[kind]
+    model = made("classes", num_classes=num_labels)
+    _, batch = rows_of(model, "right")
+    output = model(**batch, labels=labels)
+    close(output.loss, loss_of(output.logits, labels))
+    assert output.loss > 0.1 and torch.autograd.grad(output.loss, model.head.proj.weight)[0].abs().sum() > 0
+
+
+def test_loss_of_masked_tokens() -> None:
+    model, ids = made("masked tokens"), torch.randint(50, (2, 12))
+    labels = ids.masked_fill(torch.arange(12) % 3 > 0, -100)
+    output = model(ids, labels=labels)
+    close(output.loss, F.cross_entropy(output.logits[:, ::3].flatten(0, 1), ids[:, ::3].flatten()))
+    close(model(ids, labels=labels, num_items_in_batch=torch.tensor(32)).loss, output.loss * 8 / 32)
+    ours = mo.linear_cross_entropy(model.megalodon.features(ids), model.megalodon.embed.weight, labels)
+    close(output.loss, ours)
+    with torch.no_grad():
+        model.resize_token_embeddings(60, mean_resizing=False)
+        assert model.output.weight is model.embed.weight and model.megalodon.config.vocab_size == 60
+        close(model(ids).logits[..., :50], output.logits)
+
+
+def test_a_plain_loop_learns_masked_tokens_and_then_classes(tmp_path: Path) -> None:
+    """A row repeats one of eight tokens, which is what there is to guess; a fresh head learns which half it is from."""
+    config = hf.MegalodonEncoderHFConfig(**SIZES)
+    model = transformers.AutoModelForMaskedLM.from_config(config).train()
+    model.gradient_checkpointing_enable()
+
+    def learn(model: hf.MegalodonEncoderModel, steps: int) -> list[float]:
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+        for _ in range(steps):
+            ids = torch.randint(8, (8, 1)).repeat(1, 12)
+            labels = (ids[:, 0] < 4).long()
+            if isinstance(model, hf.MegalodonEncoderForMaskedLM):
+                labels = ids.masked_fill(torch.arange(12) % 6 != 5, -100)
+                ids = ids.masked_fill(labels >= 0, 49)
+            (loss := model(ids, labels=labels).loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    losses = learn(model, 16)
+    assert losses[-1] < 0.2 * losses[0]
+    model.save_pretrained(tmp_path)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).train()
+    assert learn(classifier, 10)[-1] < 0.1
+
+
+def test_wrong_calls() -> None:
+    model, numbers, ids = made("classes"), made("classes of numbers"), torch.randint(50, (2, 6))
+    guesses, mask = made("masked tokens"), torch.ones(2, 6, dtype=torch.long)
+    hole, empty = mask.clone(), mask.clone()
+    hole[0, 2] = empty[1] = 0
+    no_state = r"must be None, got .*; an encoder has no state: it reads the whole row\.$"
+    calls = {
+        "padding between tokens": lambda: model(ids, attention_mask=hole),
+        "`attention_mask` must leave a token to every row, got a row without": lambda: model(ids, attention_mask=empty),
+        "`cu_seqlens` must leave": lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6])),
+        f"`use_cache` {no_state}": lambda: model(ids, use_cache=True),
+        f"`past_key_values` {no_state}": lambda: guesses(ids, past_key_values=hf.MegalodonCache()),
+        f"`cache` {no_state}": lambda: numbers(input_values=torch.randn(2, 6, 2), cache=hf.MegalodonCache()),
+        "exactly one of `input_ids` and `inputs_embeds`": lambda: model(),
+        "exactly one of `input_values` and `inputs_embeds`": lambda: numbers(),
+        "unexpected argument `input_values`": lambda: model(ids, input_values=torch.randn(2, 6, 2)),
+        "unexpected argument `input_ids`": lambda: numbers(ids, input_values=torch.randn(2, 6, 2)),
+        r"`input_values` must have shape \(B, L, F\)": lambda: numbers(input_values=torch.randn(2, 6)),
+        r"`input_values` must be floating-point numbers \(B, L, 2\)": lambda: numbers(
+            input_values=torch.randn(2, 6, 3)
+        ),
+        r"`input_ids` must be integers \(B, L\)": lambda: model(ids.float()),
+        "`labels` must be of 2 rows": lambda: model(ids, labels=torch.tensor([1])),
+        "`labels` must be a torch tensor": lambda: model(ids, labels=[1, 0]),
+        r"`labels` must be \(2, 6\) as the tokens": lambda: guesses(ids, labels=ids[:, 1:]),
+        "`labels` must be integers": lambda: guesses(ids, labels=ids.float()),
+        "`num_features` must be None, got 2": lambda: hf.MegalodonEncoderForMaskedLM(numbers.config),
+        "`model` must have a head": lambda: type(model).from_megalodon(guesses.megalodon),
+        "`model` must be a MegalodonEncoder, got": lambda: type(model).from_megalodon(model),
+        "MegalodonEncoderHFConfig: `config` must be a MegalodonEncoderConfig": lambda: type(
+            model.config
+        ).from_megalodon(mo.MegalodonConfig(**SIZES)),
+    }
+    with every_case() as case:
+        for message, call in calls.items():
+            with case(message), pytest.raises((TypeError, ValueError), match=message):
+                call()
