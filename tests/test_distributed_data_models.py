@@ -150,7 +150,7 @@ def test_what_differs_between_ranks_is_an_error_in_all(ranks):
     assert unknown == 'parallelize: `data` must be "shard" or "replicate", got \'both\'.'
     assert "`data` must be the same on " in data and "shard on rank 0 and replicate on rank 1" in data
     assert "`param_dtype` must be the same on " in dtype and "torch.bfloat16 on rank 1" in dtype
-    assert "`model` must be a Megalodon that is not parallel yet, got " in twice
+    assert "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got " in twice
     assert "`sizes` must be the same on " in names and "{'chunk': 2} on rank 0 and {'data': 2} on rank 1" in names
     assert product == (
         "make_mesh: `sizes` must have a product of 2 for 2 processes, got data 2 x chunk 3 = 6; change a size, or their number."
@@ -197,12 +197,12 @@ def test_wrong_arguments_are_refused(alone):
     mesh = make_mesh("data=1", device_type="cpu")
     other = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
     for model, given, error, words in (
-        ("model", mesh, TypeError, "`model` must be a Megalodon that is not parallel yet, got 'model'."),
+        ("model", mesh, TypeError, "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got 'model'."),
         (
             torch.nn.Linear(1, 1),
             mesh,
             TypeError,
-            "`model` must be a Megalodon that is not parallel yet, got torch.nn.modules.linear.Linear.",
+            "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got torch.nn.modules.linear.Linear.",
         ),
         (tiny_model(), None, TypeError, "`mesh` must be a torch.distributed DeviceMesh, got None."),
         (tiny_model(), other, ValueError, "`mesh` must have dimensions named any of data, chunk, tensor, .* got dp."),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ..model.encoder import MegalodonEncoder
 from ..model.layers import WideParameters, wide_parameters
 from ..model.model import Megalodon
 from ..model.weights import set_whole
@@ -57,8 +58,8 @@ def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -
             owners = [module for module in block.modules() if any(True for _ in module.parameters(recurse=False))]
             fully_shard([module for module in owners if not isinstance(module, WideParameters)], **matrices)
         fully_shard(block, **wide)
-    if not _has_one_dtype(model.output, param_dtype):
-        fully_shard(model.output.final_norm, **wide)
+    if not _has_one_dtype(ends := getattr(model, "output", model), param_dtype):
+        fully_shard(ends.final_norm, **wide)
     fully_shard(model, **matrices)
     if mesh.device_type == "cpu":  # not every gloo has an average
         for module in model.modules():
@@ -112,7 +113,7 @@ def gathered(model: Megalodon, param_dtype: torch.dtype | None = None) -> Megalo
 def whole_model(model: Megalodon, values: dict[str, Tensor]) -> Megalodon:
     """A plain model of the configuration and mode of `model` with these values, which are not copied."""
     with torch.device("meta"):
-        plain = Megalodon(model.config)
+        plain = (MegalodonEncoder if isinstance(model, MegalodonEncoder) else Megalodon)(model.config)
     if model.config.share_emb:
         values = {**values, "output.output.weight": values["embed.weight"]}
     if odd := sorted(plain.state_dict().keys() ^ values.keys()):
@@ -121,5 +122,6 @@ def whole_model(model: Megalodon, values: dict[str, Tensor]) -> Megalodon:
             "adapters first."
         )
     plain.load_state_dict(values, assign=True)
-    plain.tie_weights()
+    if model.config.share_emb:
+        plain.tie_weights()
     return plain.requires_grad_(False).train(model.training)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
+from ..model.encoder import MegalodonEncoder
 from ..model.generation import TokenStream
 from ..model.model import Megalodon, masked_targets
 from ..model.states import MegalodonState
@@ -38,15 +41,51 @@ class Ranks:
     param_dtype: torch.dtype | None = None  # in which matrices are computed with; None: as they are
 
 
-def become_parallel(model: Megalodon, ranks: Ranks) -> ParallelMegalodon:
+def become_parallel(model: Megalodon, ranks: Ranks) -> ParallelMegalodon | ParallelMegalodonEncoder:
     """Makes a model one that is called by several ranks, in place."""
-    model.__class__, model._ranks = ParallelMegalodon, ranks
+    model.__class__ = ParallelMegalodonEncoder if isinstance(model, MegalodonEncoder) else ParallelMegalodon
+    model._ranks = ranks
     if ranks.chunk is not None:
         Hooks(model, ranks.chunk)
     return model
 
 
-class ParallelMegalodon(Megalodon):
+class _OfRanks:
+    """What models on several ranks have in common."""
+
+    _ranks: Ranks
+
+    @contextmanager
+    def _anew_after_errors(self) -> Iterator[None]:
+        """Has FSDP2 take the call after one that failed for another one, not for a part of it."""
+        try:
+            yield
+        except Exception:
+            if hasattr(self, "reset_iter_state"):
+                self.reset_iter_state()
+            raise
+
+    def alone(self) -> Megalodon | MegalodonEncoder:
+        """A model of this process with all parameters, for whole sequences; no rank waits for another in its calls.
+
+        It serves what every rank does alike or by itself, such as :func:`megalodon_ops.evaluation.evaluate`, without
+        gradients. Parameters that are sharded are gathered, in the dtypes that they are computed with in: every rank
+        must call this, and holds the whole model while it keeps the result. Others are shared, not copied.
+        """
+        return gathered(self, self._ranks.param_dtype)
+
+    def save(self, directory: str | os.PathLike, **options: Any) -> None:
+        """Writes the whole model as :meth:`megalodon_ops.Megalodon.save` does, by rank 0; the others wait.
+
+        Every rank must call this.
+        """
+        values = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if dist.get_rank() == 0:
+            whole_model(self, values).save(directory, **options)
+        dist.barrier()
+
+
+class ParallelMegalodon(_OfRanks, Megalodon):
     """A model on several ranks, as :func:`parallelize` makes it; all call it at once, each with its piece of the batch.
 
     `tokens` and `targets` are the rank's rows and its piece of their columns; `lengths`, `cu_seqlens` and `state` are
@@ -67,8 +106,6 @@ class ParallelMegalodon(Megalodon):
     small exchange, and raise the same ValueError where it differs.
     """
 
-    _ranks: Ranks
-
     def _compute(
         self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
         state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences: Any,
@@ -79,7 +116,7 @@ class ParallelMegalodon(Megalodon):
         wanted = f"loss, {reduction} without {ignore_index}"
         wanted = "features" if features else "logits" if targets is None else wanted
         facts = {"call": wanted, "return_state": return_state, **_facts_of(state, len(tokens), **sequences)}
-        try:
+        with self._anew_after_errors():
             if ranks.chunk is not None:
                 widths = check_alike("Megalodon", facts, ranks.chunk, own=tokens.shape[1])
                 pieces = self._pieces(widths, state, len(tokens), **sequences)
@@ -98,10 +135,6 @@ class ParallelMegalodon(Megalodon):
             if return_state and pieces is not None:
                 after = whole_state(after, state, pieces, self.config.chunk_size, ranks.chunk)
             return result, after
-        except Exception:
-            if hasattr(self, "reset_iter_state"):  # else FSDP2 takes the next call for a part of this one
-                self.reset_iter_state()
-            raise
 
     def _cross_entropy(
         self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, cu_seqlens: Tensor | None,
@@ -118,15 +151,6 @@ class ParallelMegalodon(Megalodon):
             return loss
         return TotalLoss.apply(loss, (targets != ignore_index).sum(), self._ranks.batch, reduction == "mean")
 
-    def alone(self) -> Megalodon:
-        """A model of this process with all parameters, for whole sequences; no rank waits for another in its calls.
-
-        It serves what every rank does alike or by itself, such as :func:`megalodon_ops.evaluation.evaluate`, without
-        gradients. Parameters that are sharded are gathered, in the dtypes that they are computed with in: every rank
-        must call this, and holds the whole model while it keeps the result. Others are shared, not copied.
-        """
-        return gathered(self, self._ranks.param_dtype)
-
     def stream(self, prompt: Tensor, **options: Any) -> TokenStream:
         """The continuation of this rank's own prompts, whole on a chunk group too, as :meth:`Megalodon.stream` makes it.
 
@@ -137,16 +161,6 @@ class ParallelMegalodon(Megalodon):
             fix = "each rank has the whole prompts, not a piece of them"
             check_alike("generate", {"prompt": prompt}, self._ranks.chunk, fix=fix)
         return self.alone().stream(prompt, **options)
-
-    def save(self, directory: str | os.PathLike, **options: Any) -> None:
-        """Writes the whole model as :meth:`megalodon_ops.Megalodon.save` does, by rank 0; the others wait.
-
-        Every rank must call this.
-        """
-        values = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if dist.get_rank() == 0:
-            whole_model(self, values).save(directory, **options)
-        dist.barrier()
 
     def _pieces(
         self, widths: list[int], state: MegalodonState | None, rows: int, *, cu_seqlens: Tensor | None = None,
@@ -164,6 +178,19 @@ class ParallelMegalodon(Megalodon):
             lengths=None if lengths is None else lengths.tolist(),
             positions=None if state is None else state.layers[0].attention.position.tolist(),
         )  # fmt: skip
+
+
+class ParallelMegalodonEncoder(_OfRanks, MegalodonEncoder):
+    """An encoder on several ranks, as :func:`parallelize` makes it; all call it at once, each with its rows of the batch.
+
+    Gradients are averaged over the ranks: those of each rank's mean loss are the whole batch's where all ranks have as
+    many rows. Every rank must make every call.
+    """
+
+    def forward(self, inputs: Tensor, **options: Any) -> Tensor:
+        """Logits or features of the rank's rows, as :meth:`megalodon_ops.MegalodonEncoder.forward` gives them."""
+        with self._anew_after_errors():
+            return super().forward(inputs, **options)
 
 
 def _facts_of(state: MegalodonState | None, rows: int, **sequences: Tensor | None) -> dict[str, Any]:

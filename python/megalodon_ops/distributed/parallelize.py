@@ -13,19 +13,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from .alike import check_alike
 from .fsdp import check_torch, forget_ended_groups, initialise, shard
 from .mesh import batch_and_tensor, check_mesh
-from .model import ParallelMegalodon, Ranks, become_parallel
+from .model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks, become_parallel
 from .tensor import check_can_split, split_over
+from ..model.encoder import MegalodonEncoder
 from ..model.model import Megalodon
 from ..ops.values import described, shown
 
 
 def parallelize(
-    model: Megalodon,
+    model: Megalodon | MegalodonEncoder,
     mesh: DeviceMesh,
     *,
     data: str = "shard",
     param_dtype: torch.dtype | None = None,
-) -> ParallelMegalodon:
+) -> ParallelMegalodon | ParallelMegalodonEncoder:
     """Makes a model run on all ranks of a mesh, in place.
 
     Every rank calls this with its copy of the model, and then calls the model with its own rows of the batch: its loss
@@ -36,7 +37,7 @@ def parallelize(
             process does whose generator is as the first rank's; no rank holds more than one whole module at a time.
         mesh: of all processes, with dimensions named any of data, chunk and tensor, as :func:`make_mesh` makes it. The
             batch's rows are split over data, the sequence over chunk; parameters are sharded or replicated over data x
-            chunk together. The layers are split over tensor: its ranks have the same tokens.
+            chunk together. The layers are split over tensor: its ranks have the same tokens. For an encoder, data alone.
         data: "shard": each rank keeps a part of every parameter, of its gradient and of the optimizer's state, and
             gathers a block when it runs (FSDP2). "replicate": each keeps all of them, and exchanges only gradients.
         param_dtype: computes with the matrices in this dtype, torch.bfloat16 for one, while the parameters, their
@@ -44,7 +45,8 @@ def parallelize(
             None: as they are.
 
     Returns:
-        the model, whose class is :class:`ParallelMegalodon` now, and FSDP2's `FSDPModule`.
+        the model, whose class is :class:`ParallelMegalodon` or :class:`ParallelMegalodonEncoder` now, and FSDP2's
+        `FSDPModule`.
 
     Raises:
         ValueError: an argument is wrong, or ranks have other configurations, parameters or arguments, which all of them
@@ -62,7 +64,7 @@ def parallelize(
     """
     check_torch()
     sizes = check_mesh("parallelize", mesh)
-    _check(model, sizes.get("tensor", 1), data, param_dtype)
+    _check(model, sizes, data, param_dtype)
     check_alike("parallelize", _facts(model, data=data, param_dtype=param_dtype), dist.group.WORLD)
     forget_ended_groups()
     on_meta = next(model.parameters()).is_meta
@@ -88,11 +90,19 @@ def parallelize(
     return model
 
 
-def _check(model: nn.Module, tensor: int, data: object, param_dtype: object) -> None:
+def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: object) -> None:
     """Raises where an argument of this rank is wrong."""
-    if type(model) is not Megalodon:  # its forward is replaced, so that of a subclass would be lost
-        raise TypeError(f"parallelize: `model` must be a Megalodon that is not parallel yet, got {described(model)}.")
-    if tensor > 1:
+    if type(model) not in (Megalodon, MegalodonEncoder):  # its forward is replaced, so that of a subclass would be lost
+        raise TypeError(
+            "parallelize: `model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got "
+            f"{described(model)}."
+        )
+    for name, size in sizes.items():
+        if size > 1 and name != "data" and isinstance(model, MegalodonEncoder):
+            raise ValueError(
+                f"parallelize: `mesh` must have {name} = 1 for an encoder, got {size}; it splits rows alone."
+            )
+    if (tensor := sizes.get("tensor", 1)) > 1:
         check_can_split(model.config, tensor)
         wanted = {name for name, _ in model.config.parameter_shapes()}
         if odd := sorted({name for name, _ in model.named_parameters()} ^ wanted):
@@ -108,7 +118,7 @@ def _check(model: nn.Module, tensor: int, data: object, param_dtype: object) -> 
         )
 
 
-def _facts(model: Megalodon, **options: Any) -> dict[str, Any]:
+def _facts(model: Megalodon | MegalodonEncoder, **options: Any) -> dict[str, Any]:
     """What must be the same in all ranks."""
     facts = {f"model.config.{name}": value for name, value in model.config.to_dict().items()} | options
     for name, parameter in model.named_parameters():

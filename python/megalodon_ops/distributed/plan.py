@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..model.config import MegalodonConfig
+from ..model.config import MegalodonConfig, check_config
 from ..model.model import Megalodon
 from ..ops import loss
 from ..ops.values import check_size, shown
@@ -112,7 +112,8 @@ def plan(
         efficiency: how much of the peak rates is assumed to be reached, above 0 and at most 1.
 
     Raises:
-        ValueError: the mesh does not divide the model or the batch. KeyError: `card` or `data` is unknown.
+        ValueError: the mesh does not divide the model or the batch. TypeError: the configuration is an encoder's, whose
+        activations are others. KeyError: `card` or `data` is unknown.
 
     Example:
         >>> import megalodon_ops as mo
@@ -121,6 +122,7 @@ def plan(
         >>> found.tokens, found.fits
         (4194304, True)
     """
+    check_config("plan", config)
     for name in mesh:
         if name not in DIMENSIONS:
             raise ValueError(f"plan: `mesh` must have dimensions named data, chunk or tensor, got {shown(name)}.")

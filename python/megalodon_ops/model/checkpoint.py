@@ -52,7 +52,7 @@ def save_model(model: Model, directory: str | os.PathLike, *, tokenizer: Any, ma
     max_shard_bytes = check_integer("save", "max_shard_bytes", max_shard_bytes, "a positive integer", 1)
     check_tokenizer("save", tokenizer)
     written = (CONFIG,) if tokenizer is None else (CONFIG, *TOKENIZER_FILES)
-    kept = kept_files("save", folder, _is_ours(folder, model.config.model_type), written)
+    kept = kept_files("save", folder, is_ours(folder, model.config.model_type), written)
     with write_atomically(folder, folder=True) as draft:
         write_model(model, draft, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, caller="save")
         for path in kept:
@@ -98,7 +98,7 @@ def load_model(
         raise FileError(f"load: {error}") from error
 
 
-def _is_ours(folder: Path, model_type: str) -> bool:
+def is_ours(folder: Path, model_type: str) -> bool:
     """Whether the folder's configuration is that of a model of this type, which saving another one may replace."""
     try:
         return read_json(folder / CONFIG).get("model_type") == model_type

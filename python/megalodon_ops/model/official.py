@@ -73,7 +73,7 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
 
     Raises:
         ValueError: the model's parameters are not those of its configuration, not finite or float64. OSError: the folder
-        cannot be written.
+        cannot be written. TypeError: the model is no Megalodon; the released code has no encoder.
 
     Example:
         >>> import tempfile, megalodon_ops as mo
@@ -83,6 +83,8 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         ...     mo.load_official(f"{folder}/model").config == config
         True
     """
+    if not isinstance(model, Megalodon):
+        raise TypeError(f"save_official: `model` must be a Megalodon, got {described(model)}.")
     folder, config = as_path("save_official", "directory", directory), model.config
     check_tokenizer("save_official", tokenizer)
     weights = plain_tensors(model, config.parameter_shapes(), "save_official")

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from .record import RECORD, new_record, read_record, write_record
 from ..errors import FileError
 from ..model.checkpoint import (
-    CONFIG, as_device, as_path, check_dtype, check_tokenizer, read_model, read_model_files,
+    CONFIG, as_device, as_path, check_dtype, check_tokenizer, is_ours, read_model, read_model_files,
     stored_tensors, write_model,
 )  # fmt: skip
 from ..model.config import MegalodonConfig
+from ..model.encoder import MegalodonEncoder, MegalodonEncoderConfig
 from ..model.files import reading, remove_drafts, write_atomically, write_safetensors
 from ..model.model import Megalodon
 from ..model.official import is_official, read_official
@@ -79,7 +80,7 @@ class Checkpoint:
         """The tokenizer that was saved along, or None."""
         return find_tokenizer(self.folder)
 
-    def load_weights(self, model: Megalodon) -> None:
+    def load_weights(self, model: Megalodon | MegalodonEncoder) -> None:
         """Copies the checkpoint's weights into the model, or into this process's part of one that is split."""
         if model.config != self.config:
             raise FileError(f"{self.folder / CONFIG}: must be the model's configuration, got another")
@@ -121,7 +122,7 @@ class Checkpoint:
 def save_checkpoint(
     run: str | os.PathLike,
     step: int,
-    model: Megalodon,
+    model: Megalodon | MegalodonEncoder,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     state: MegalodonState | None = None,
@@ -252,7 +253,8 @@ def load_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> Checkpoi
 
 def _read(folder: Path, verify: bool) -> Checkpoint:
     record = read_record(folder, verify=verify)
-    return Checkpoint(folder, read_model_files(folder)[0], record)
+    kind = MegalodonEncoderConfig if is_ours(folder, MegalodonEncoderConfig.model_type) else MegalodonConfig
+    return Checkpoint(folder, read_model_files(folder, kind=kind)[0], record)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -1,0 +1,85 @@
+"""An encoder on several ranks, which share its rows: training as in one process, folders, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from data_parallel import mesh_of_all, own_rows, whole
+from models import TINY, tokens_of
+
+import megalodon_ops as mo
+from megalodon_ops.distributed import ParallelMegalodonEncoder, make_mesh, parallelize
+
+LENGTHS, CLASSES = torch.tensor([21, 8, 13, 1]), torch.tensor([2, 0, 1, 1])
+
+
+def new_encoder() -> mo.MegalodonEncoder:
+    torch.manual_seed(0)
+    return mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**TINY, num_classes=3)).double()
+
+
+def train(encoder: mo.MegalodonEncoder) -> dict[str, torch.Tensor]:
+    """The parameters after two steps on four rows, of which each of two ranks has two."""
+    rows, tokens = own_rows(), tokens_of(4, 21)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2)
+    for _ in range(2):
+        F.cross_entropy(encoder(tokens[rows], lengths=LENGTHS[rows]), CLASSES[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: whole(parameter) for name, parameter in encoder.named_parameters()}
+
+
+def trained(data: str, folder: str):
+    encoder = parallelize(new_encoder(), mesh_of_all(), data=data)
+    with pytest.raises(ValueError, match="must leave a step to every row"):
+        encoder(tokens_of(1, 4), lengths=torch.tensor([0]))
+    found = train(encoder)
+    encoder.save(folder)
+    with torch.no_grad():
+        alone = encoder.alone()(tokens_of(4, 21), lengths=LENGTHS)
+        cast = parallelize(new_encoder().float(), mesh_of_all(), data=data, param_dtype=torch.bfloat16)
+        return found, alone, cast.features(tokens_of(1, 9)).dtype
+
+
+@pytest.mark.parametrize("data", ["shard", pytest.param("replicate", marks=pytest.mark.slow)])
+def test_ranks_train_as_one_process(ranks, tmp_path, data):
+    one = new_encoder()
+    expected = train(one)
+    for found, logits, dtype in ranks.run(trained, 2, data, f"{tmp_path}/encoder"):
+        for name, parameter in found.items():
+            torch.testing.assert_close(parameter, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+        torch.testing.assert_close(logits, one(tokens_of(4, 21), lengths=LENGTHS).detach(), rtol=1e-8, atol=1e-8)
+        assert dtype == torch.bfloat16
+    loaded = mo.MegalodonEncoder.load(tmp_path / "encoder")
+    assert all(torch.equal(a, found[name]) for name, a in loaded.named_parameters())
+
+
+def test_begins_on_meta_and_splits_rows_alone():
+    try:
+        mesh = make_mesh("data=1", device_type="cpu")
+        torch.manual_seed(0)
+        wanted = new_encoder().float()
+        with torch.device("meta"):
+            encoder = mo.MegalodonEncoder(wanted.config)
+        torch.manual_seed(0)
+        assert isinstance(parallelize(encoder, mesh), ParallelMegalodonEncoder)
+        for found, parameter in zip(encoder.parameters(), wanted.parameters(), strict=True):
+            assert torch.equal(whole(found), parameter)
+        with pytest.raises(TypeError, match="a MegalodonEncoder that is not parallel yet, got .*Parallel"):
+            parallelize(encoder, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def refused():
+    mesh = make_mesh("chunk=2", device_type="cpu")
+    with pytest.raises(
+        ValueError, match="^parallelize: `mesh` must have chunk = 1 for an encoder, got 2; it splits rows"
+    ):
+        parallelize(new_encoder(), mesh)
+
+
+def test_sequences_are_not_split(ranks):
+    ranks.run(refused, 2)
