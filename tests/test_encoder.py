@@ -16,8 +16,10 @@ from models import TINY, tiny_model, tokens_of
 from torch import Tensor
 
 import megalodon_ops as mo
-from megalodon_ops import reference
+from megalodon_ops import reference, training
+from megalodon_ops.distributed.plan import plan
 from megalodon_ops.errors import FileError
+from megalodon_ops.evaluation import evaluate
 
 CONTINUOUS = dict(num_features=2, num_classes=3)
 KINDS = {
@@ -196,6 +198,46 @@ def test_folders_of_the_two_models_are_not_taken_for_each_other(tmp_path):
             save(tmp_path / folder)
 
 
+def test_checkpoints_of_a_training(tmp_path):
+    encoder, inputs = tiny_encoder(torch.float32, num_classes=3), tokens_of(2, 13)
+    optimizer = training.adamw(encoder, lr=1e-3)
+    encoder(inputs).sum().backward()
+    optimizer.step()
+    training.save_checkpoint(tmp_path, 7, encoder, optimizer=optimizer, record={"position": 3})
+    found, again = training.load_checkpoint(tmp_path), mo.MegalodonEncoder(encoder.config)
+    found.load_weights(again)
+    of_again = training.adamw(again, lr=1e-3)
+    found.load_optimizer(of_again, again)
+    assert (found.step, found.record["position"]) == (7, 3) and torch.equal(again(inputs), encoder(inputs))
+    for one, parameters in ((optimizer, encoder), (of_again, again)):
+        one.zero_grad()
+        parameters(inputs).square().sum().backward()
+        one.step()
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters(), strict=True))
+
+
+def test_what_is_for_language_models_says_so(tmp_path):
+    encoder, no_encoder = (
+        tiny_encoder(torch.float32),
+        r"must be a Megalodon\w*, got megalodon_ops\.model\.encoder\.\w+\.$",
+    )
+    encoder.save(tmp_path / "encoder")
+    calls = {
+        "plan: `config`": lambda: plan(encoder.config, {"data": 2}, context=64),
+        "save_official: `model`": lambda: mo.save_official(encoder, tmp_path / "official"),
+        "evaluate: `model`": lambda: evaluate(encoder, [b"text"]),
+        "Decoder: `model`": lambda: mo.Decoder(encoder, None),
+        "MegalodonState.fresh: `config`": lambda: mo.MegalodonState.fresh(encoder.config, 1),
+    }
+    with every_case() as case:
+        for argument, call in calls.items():
+            with case(argument), pytest.raises(TypeError, match=f"^{argument} {no_encoder}"):
+                call()
+    assert not (tmp_path / "official").exists()
+    with pytest.raises(FileError, match='`model_type` must be "megalodon", got .megalodon_encoder'):
+        training.load_any(tmp_path / "encoder")  # as the commands do
+
+
 def test_layers_computed_again_built_without_memory_and_pickled():
     encoder = tiny_encoder(**CONTINUOUS)
     inputs = inputs_of(encoder, 2, 21)
@@ -297,5 +339,3 @@ def test_an_encoder_has_no_state():
                 call()
     with pytest.raises(ValueError, match="chunked_attention: `causal` must be True where a `state` is given or ret"):
         encoder.layers[0](torch.randn(1, 4, 32).double(), return_state=True)
-    with pytest.raises(TypeError, match=r"MegalodonState.fresh: `config` must be a MegalodonConfig, got .*Encoder"):
-        mo.MegalodonState.fresh(encoder.config, 1)
