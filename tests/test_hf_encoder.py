@@ -215,6 +215,7 @@ def test_wrong_calls() -> None:
         "exactly one of `input_ids` and `inputs_embeds`": lambda: model(),
         "exactly one of `input_values` and `inputs_embeds`": lambda: numbers(),
         "unexpected argument `input_values`": lambda: model(ids, input_values=torch.randn(2, 6, 2)),
+        "ForMaskedLM: unexpected argument `input_values`": lambda: guesses(ids, input_values=torch.randn(2, 6, 2)),
         "unexpected argument `input_ids`": lambda: numbers(ids, input_values=torch.randn(2, 6, 2)),
         r"`input_values` must have shape \(B, L, F\)": lambda: numbers(input_values=torch.randn(2, 6)),
         r"`input_values` must be floating-point numbers \(B, L, 2\)": lambda: numbers(

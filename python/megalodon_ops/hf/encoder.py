@@ -33,25 +33,21 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         self.main_input_name = "input_ids" if config.num_features is None else "input_values"
 
     def _read(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, input_values: Tensor | None,
-        output_hidden_states: bool | None, arguments: dict[str, Any],
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, output_hidden_states: bool | None,
+        input_values: Tensor | None = None, **arguments: Any,
     ) -> tuple[Batch, Tensor, tuple[Tensor, ...] | None]:  # fmt: skip
         """The arguments of a call, checked; the features, each row from column 0 on; what goes into each layer."""
-        if self.main_input_name == "input_ids":
-            inputs, arguments["input_values"] = input_ids, input_values
-        else:
-            inputs, arguments["input_ids"] = input_values, input_ids
-        batch, encoder = read_batch(self, inputs, attention_mask, **arguments), self.megalodon
+        op, encoder, given = type(self).__name__, self.megalodon, dict(input_ids=input_ids, input_values=input_values)
+        batch = read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
         x, sequences = batch.shifted(), dict(cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
-        num_features, scale = encoder.config.num_features, encoder.config.embedding_scale
         if not batch.holds_embeddings:
-            check_inputs(type(self).__name__, batch.name, x, encoder, **sequences, num_features=num_features)
+            check_inputs(op, batch.name, x, encoder, **sequences, num_features=encoder.config.num_features)
             x = encoder._embed(x)
-        elif num_features is None:
-            x = x * scale
+        elif self.main_input_name == "input_ids":
+            x = x * encoder.config.embedding_scale
         with self._recording(output_hidden_states, batch) as layers:
             features = encoder._hidden(x, **sequences)
-        check_steps(type(self).__name__, batch.name, x, **sequences)
+        check_steps(op, batch.name, x, **sequences)
         return batch, features, layers and tuple(layers)
 
 
@@ -80,7 +76,7 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
         **arguments: Any,
     ) -> BaseModelOutput:
         """The features (B, L, D) of every step; arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`."""
-        batch, features, layers = self._read(input_ids, attention_mask, input_values, output_hidden_states, arguments)
+        batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, input_values, **arguments)
         return BaseModelOutput(last_hidden_state=_in_columns(features, batch), hidden_states=layers)
 
 
@@ -143,7 +139,7 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
             ValueError: padding between the steps of a row; a row without steps; a state asked for, by `use_cache`,
                 `cache` or `past_key_values`. TypeError: an unknown argument.
         """
-        batch, features, layers = self._read(input_ids, attention_mask, input_values, output_hidden_states, arguments)
+        batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, input_values, **arguments)
         encoder = self.megalodon
         logits = at_least_float32(encoder.head(features, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths))
         loss = None
@@ -209,7 +205,7 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
 
         All else as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
         """
-        batch, features, layers = self._read(input_ids, attention_mask, None, output_hidden_states, arguments)
+        batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, **arguments)
         logits, loss = at_least_float32(self.output(_in_columns(features, batch))), None
         if labels is not None:
             check_labels(type(self).__name__, labels, batch)
