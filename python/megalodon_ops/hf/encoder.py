@@ -25,7 +25,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
     config_class = MegalodonEncoderHFConfig
     _ours = MegalodonEncoder
     _final_norm = "final_norm"
-    _keys_to_ignore_on_load_unexpected = [r"^head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # of an encoder that classifies
 
     def __init__(self, config: MegalodonEncoderHFConfig, num_classes: int | None = None) -> None:
         config.num_classes = num_classes

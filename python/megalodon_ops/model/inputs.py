@@ -53,7 +53,7 @@ def check_steps(
 ) -> None:
     """Raises where a sequence of x (B, L, ...) has no step: what an encoder makes of a row would be of nothing.
 
-    Values on a GPU and in a program that is compiled are not looked at, as nowhere in this package.
+    Nobody looks at values on a GPU, which would have to be waited for, or in a program that is compiled.
     """
     if torch.compiler.is_compiling():
         return
