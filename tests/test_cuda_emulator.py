@@ -12,6 +12,8 @@ from cuda_emulator.planted_launchers import run
 BUGS = {
     "missing_syncthreads": "race",
     "missing_second_syncthreads": "race",
+    "half_of_a_word_read": "race",
+    "half_of_a_word_written": "race",
     "missing_named_barrier": "race",
     "barrier_in_branches": "divergent barrier",
     "return_before_barrier": "divergent barrier",

@@ -36,6 +36,28 @@ __global__ void missing_second_syncthreads(const float* in, float* out) {
   out[position()] = sum;
 }
 
+// In these two, threads that run in order reach a half of a word after the whole word.
+template <bool kBug>
+__global__ void half_of_a_word_read(const float* in, float* out) {
+  SMEM_ARRAY(float, tile, 1);
+  if (thread() == 0) tile[0] = 0;
+  __syncthreads();
+  if (thread() == 0) tile[0] = in[position()];  // other half_of_a_word_read
+  if (!kBug) __syncthreads();
+  out[position()] = 0;
+  if (thread() == 1) out[position()] = reinterpret_cast<const uint16_t*>(tile)[1];  // at half_of_a_word_read
+}
+
+template <bool kBug>
+__global__ void half_of_a_word_written(const float* in, float* out) {
+  SMEM_ARRAY(float, tile, kThreads);
+  tile[thread()] = in[position()];
+  __syncthreads();
+  out[position()] = tile[0];  // other half_of_a_word_written
+  if (!kBug) __syncthreads();
+  if (thread() == kThreads - 2) reinterpret_cast<uint16_t*>(tile)[1] = 0;  // at half_of_a_word_written
+}
+
 template <bool kBug>
 __global__ void missing_named_barrier(const float* in, float* out) {
   SMEM_ARRAY(float, tile, kThreads);
@@ -337,8 +359,9 @@ __global__ void wrong_fragment_of_tf32(const float*, float* out) {
 
 std::vector<Plant> plants() {
   return {
-      PLANT(missing_syncthreads), PLANT(missing_second_syncthreads), PLANT(missing_named_barrier),
-      PLANT(barrier_in_branches), PLANT(return_before_barrier), PLANT(deadlock), PLANT(missing_syncwarp),
+      PLANT(missing_syncthreads), PLANT(missing_second_syncthreads), PLANT(half_of_a_word_read),
+      PLANT(half_of_a_word_written), PLANT(missing_named_barrier), PLANT(barrier_in_branches),
+      PLANT(return_before_barrier), PLANT(deadlock), PLANT(missing_syncwarp),
       PLANT(shuffle_is_no_barrier), PLANT(syncwarp_of_half_a_warp), PLANT(shuffle_after_return),
       PLANT(shuffle_outside_mask), PLANT(lane_outside_mask), PLANT(divergent_shuffle), PLANT(divergent_mma),
       PLANT(blocks_write_one_element), PLANT(block_reads_what_another_writes), PLANT(block_writes_what_another_reads),

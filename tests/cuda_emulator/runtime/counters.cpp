@@ -16,11 +16,17 @@ struct Request {
   uint32_t lanes = 0;
   uint32_t offset[kWarpSize];
 };
-// Requests of a warp that some lanes have made and others may still make; `done` of them have been counted and dropped.
+// Requests of a warp that some lanes have made and others may still make; the first `done` of them have been counted.
 struct OpenRequests {
   uint32_t done = 0;
   uint32_t made[kWarpSize] = {};
-  std::deque<Request> requests;
+  std::vector<Request> requests;
+
+  void clear() {
+    done = 0;
+    std::fill_n(made, kWarpSize, 0);
+    requests.clear();
+  }
 };
 struct Site {
   const void* address;
@@ -122,24 +128,22 @@ void count(size_t offset, size_t size, Access access, const void* address) {
   }
   Site& site = find_site(address, size, store, shared);
   OpenRequests& open = site.warps[current->warp];
-  const uint32_t index = open.made[current->lane]++ - open.done;
+  const uint32_t index = open.made[current->lane]++;
   if (open.requests.size() <= index) open.requests.resize(index + 1);
   Request& request = open.requests[index];
   request.offset[current->lane] = static_cast<uint32_t>(offset);
   request.lanes |= 1u << current->lane;
-  while (!open.requests.empty() && open.requests.front().lanes == ~0u) {
-    finish_request(site, open.requests.front());
-    open.requests.pop_front();
-    ++open.done;
-  }
+  while (open.done < open.requests.size() && open.requests[open.done].lanes == ~0u)
+    finish_request(site, open.requests[open.done++]);
+  if (open.done == open.requests.size()) open.clear();
 }
 
 void finish_block_counts() {
   for (auto& entry : sites_of_launch)
     for (OpenRequests& open : entry.second.warps) {
-      for (const Request& request : open.requests)
-        if (request.lanes) finish_request(entry.second, request);
-      open = {};
+      for (size_t i = open.done; i < open.requests.size(); ++i)
+        if (open.requests[i].lanes) finish_request(entry.second, open.requests[i]);
+      open.clear();
     }
 }
 

@@ -3,8 +3,9 @@
 //
 // Each thread numbers its intervals between synchronisations. A barrier passes on to its participants what all of them
 // have seen. A cell, two bytes of memory, keeps the interval of its last write and of the reads since then: one
-// reader, or a clock for each thread of the block. An access is ordered after an earlier one if its thread has seen
-// the earlier one's interval. Blocks of one launch see nothing of each other; launches follow each other.
+// reader, or a clock for each thread of the block. Of a word's two cells the first stands for both, until an access goes
+// to one half alone, and again after a write of the whole word. An access is ordered after an earlier one if its thread
+// has seen the earlier one's interval. Blocks of one launch see nothing of each other; launches follow each other.
 #include <sys/mman.h>
 
 #include "state.h"
@@ -28,6 +29,7 @@ struct Cell {
 };
 
 Cell* cells = nullptr;
+bool* halved = nullptr;  // by word: whether each half has its own cell
 bool raced;  // the access being checked; it is reported once
 struct Readers {
   Clocks clocks;  // of this block's threads; 0: has not read
@@ -35,6 +37,16 @@ struct Readers {
 };
 std::vector<Readers> readers;
 std::vector<uint32_t> free_readers;
+
+uint32_t take_readers() {
+  if (free_readers.empty()) {
+    readers.emplace_back();
+    return static_cast<uint32_t>(readers.size() - 1);
+  }
+  const uint32_t index = free_readers.back();
+  free_readers.pop_back();
+  return index;
+}
 
 std::vector<const void*> site_addresses{nullptr};
 constexpr size_t kSiteTable = 1 << 16;
@@ -66,6 +78,15 @@ bool ordered(const Event& event, bool shared) {
 
 bool foreign(const Event& event) { return event.block != block_number && event.block >= launch_.first_block; }
 
+void halve(size_t word) {
+  if (std::exchange(halved[word], true)) return;
+  Cell& second = cells[2 * word + 1] = cells[2 * word];
+  if (second.read.block != block_number || second.read.thread != kMany) return;
+  const uint32_t index = take_readers();
+  readers[index] = readers[second.read.clock];
+  second.read.clock = index;
+}
+
 void report_race(const char* what, size_t offset, int other_thread, bool other_block, uint16_t other_site,
                  const void* address) {
   if (std::exchange(raced, true)) return;
@@ -91,13 +112,7 @@ void record_read(Cell& cell, const Event& now, bool shared) {
       read = now;
       return;
     }
-    uint32_t index = static_cast<uint32_t>(readers.size());
-    if (free_readers.empty()) {
-      readers.emplace_back();
-    } else {
-      index = free_readers.back();
-      free_readers.pop_back();
-    }
+    const uint32_t index = take_readers();
     readers[index].clocks.assign(launch_.threads, 0);
     readers[index].clocks[read.thread] = read.clock;
     readers[index].unseen = read.thread;
@@ -140,10 +155,12 @@ void check_reads_before_write(Cell& cell, size_t offset, bool shared, const void
 
 void start_clocks() {
   if (!cells) {
-    void* mapped = mmap(nullptr, kArenaBytes / kCellBytes * sizeof(Cell), PROT_READ | PROT_WRITE,
+    constexpr size_t kCells = kArenaBytes / kCellBytes;
+    void* mapped = mmap(nullptr, kCells * sizeof(Cell) + kCells / 2, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) throw Error("out of memory for the shadow of the emulated memory");
     cells = static_cast<Cell*>(mapped);
+    halved = reinterpret_cast<bool*>(cells + kCells);
   }
   readers.clear();
   free_readers.clear();
@@ -193,7 +210,10 @@ void check_race(size_t offset, size_t size, Access access, const void* address) 
   };
   const size_t first = offset / kCellBytes, last = (offset + size - 1) / kCellBytes;
   raced = false;
-  for (size_t i = first; i <= last; ++i) {
+  if (first % 2) halve(first / 2);
+  if (last % 2 == 0) halve(last / 2);
+  for (size_t i = first, next; i <= last; i = next) {
+    next = i + (halved[i / 2] ? 1 : 2);
     Cell& cell = cells[i];
     if (access == Access::read) {
       if (same_interval(cell.read)) continue;
@@ -206,6 +226,7 @@ void check_race(size_t offset, size_t size, Access access, const void* address) 
         report_race("write after write of", offset, cell.write.thread, foreign(cell.write), cell.write.site, address);
       check_reads_before_write(cell, offset, shared, address);
       cell = {now, {}, 0, 0};
+      if (i % 2 && i > first) halved[i / 2] = false;  // both halves have been written
     }
   }
 }

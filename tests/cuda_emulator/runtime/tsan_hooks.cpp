@@ -5,7 +5,8 @@ using emu::Access;
 
 namespace {
 
-void aligned_access(const void* p, size_t size, Access access, const void* address) {
+template <size_t size>
+void aligned_access(const void* p, Access access, const void* address) {
   if (emu::current && reinterpret_cast<uintptr_t>(p) % size)
     emu::report("misaligned", std::string(access == Access::write ? "store" : "load") + " of " + std::to_string(size) +
                                   " bytes at an address that is not a multiple of " + std::to_string(size),
@@ -16,10 +17,10 @@ void aligned_access(const void* p, size_t size, Access access, const void* addre
 }  // namespace
 
 #define EMU_HOOKS(size)                                                                                            \
-  void __tsan_read##size(void* p) { aligned_access(p, size, Access::read, __builtin_return_address(0)); }          \
-  void __tsan_write##size(void* p) { aligned_access(p, size, Access::write, __builtin_return_address(0)); }        \
-  void __tsan_volatile_read##size(void* p) { aligned_access(p, size, Access::read, __builtin_return_address(0)); }   \
-  void __tsan_volatile_write##size(void* p) { aligned_access(p, size, Access::write, __builtin_return_address(0)); } \
+  void __tsan_read##size(void* p) { aligned_access<size>(p, Access::read, __builtin_return_address(0)); }          \
+  void __tsan_write##size(void* p) { aligned_access<size>(p, Access::write, __builtin_return_address(0)); }        \
+  void __tsan_volatile_read##size(void* p) { aligned_access<size>(p, Access::read, __builtin_return_address(0)); }   \
+  void __tsan_volatile_write##size(void* p) { aligned_access<size>(p, Access::write, __builtin_return_address(0)); } \
   void __tsan_unaligned_read##size(void* p) { emu::access(p, size, Access::read, __builtin_return_address(0)); }   \
   void __tsan_unaligned_write##size(void* p) { emu::access(p, size, Access::write, __builtin_return_address(0)); }
 
