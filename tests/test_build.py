@@ -15,6 +15,8 @@ from types import ModuleType
 import pybind11
 import pytest
 
+from megalodon_ops.ops import cuda_driver
+
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = [75, 80, 86, 90, 100, 110, 120]  # that the fake nvcc knows
 
@@ -259,6 +261,31 @@ def test_a_wheel_with_avx_in_code_that_every_processor_runs_is_refused(tmp_path)
     compiled("_C.dir/doubles.o", "-mavx2")
     with pytest.raises(AssertionError, match=r"AVX outside of the kernels for it.*_C\.dir/doubles\.o"):
         build_wheel.check_instructions(tmp_path)
+
+
+def test_the_table_of_wheels_says_what_a_release_is_built_with(tmp_path):
+    names = ("pyproject.toml", "CMakeLists.txt", "tools/install_nvcc.sh", "docs/start.md")
+    project, build, installer, page = ((ROOT / name).read_text() for name in names)
+    (image,) = set(re.findall(r'manylinux-\w+-image = "manylinux_(\w+)"', project))
+    isas, others = re.findall(r"set\(isas ([\w ]+)\)", build)
+    nvcc = re.search(r"NVCC_VERSION:-([\d.]+)", installer)[1]
+    chosen = evaluate(f'choose_architectures(chosen all nvcc {nvcc})\nmessage("${{chosen}}")', tmp_path)
+    architectures = [name.removesuffix("-real") for name in chosen.split(";")]
+    with_ptx = [name for name in chosen.split(";") if name.isdigit()]
+    same = {
+        "Python": "CPython " + ", ".join(f"3.{minor}" for minor in re.findall(r"cp3(\d+)-", project)),
+        "PyTorch": re.search(r'"torch>=([\d.]+)"', project)[1] + " or newer, for CPUs or for any CUDA",
+        "glibc": image.replace("_", ".") + " or newer",
+        "kernels for GPUs, compiled by": f"nvcc {nvcc}",
+        "NVIDIA driver, if there is a GPU": f"{cuda_driver._FIRST_DRIVERS[int(nvcc.split('.')[0])]} or newer",
+        "machine code for GPUs": ", ".join(f"sm_{name}" for name in architectures),
+        "PTX for other GPUs": ", ".join(f"compute_{name}" for name in with_ptx),
+        "size": f"at most {tool('build_wheel').LARGEST_CUDA // 10**6} MB",
+    }
+    lines = [f"| wheel | `manylinux_{image}_x86_64` | `manylinux_{image}_aarch64` |"]
+    lines += [f"| kernels for CPUs | {', '.join(isas.split())} | {others} |"]
+    lines += [f"| {name} | {value} | the same |" for name, value in same.items()]
+    assert [line for line in lines if line not in page] == []
 
 
 # The project's address
