@@ -1,8 +1,6 @@
 #include "bindings.h"
-
-#include <omp.h>
-
 #include "fork.h"
+#include "openmp.h"
 
 PYBIND11_MODULE(_C, module) {
   using namespace megalodon;
@@ -24,7 +22,6 @@ PYBIND11_MODULE(_C, module) {
     py::dict info;
     info["version"] = MEGALODON_VERSION;
     info["compiler"] = __VERSION__;
-    info["openmp"] = _OPENMP;
     return info;
   });
 }

@@ -14,6 +14,16 @@ MEGALODON_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class R> using LaneInt = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
 template <class R> using LaneIndex = typename VecOf<LaneInt<R>, kLanes<R>>::type;
 
+// Lane i of the result is lane index[i] of v.
+template <class R>
+MEGALODON_INLINE Vec<R> permuted(Vec<R> v, const LaneIndex<R>& index) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, index);
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
+
 // How D channels in G groups fall into vectors. The last vector may overlap the one before it.
 template <class R>
 class Channels {
@@ -51,7 +61,7 @@ class Channels {
     for (int64_t j = 0; j < vectors; ++j) {
       for (int row = 0; row < rows; ++row)
         for (int i = 0; i < kinds; ++i)
-          s[row][i] = __builtin_shuffle(load(statistics[i] + row * groups + first_group_[j]), index_[j]);
+          s[row][i] = permuted<R>(load(statistics[i] + row * groups + first_group_[j]), index_[j]);
       op(j, offset(j), width, s);
     }
   }

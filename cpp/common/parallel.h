@@ -1,8 +1,6 @@
 // OpenMP loops, the denormal mode and scratch memory for the CPU kernels.
 #pragma once
 
-#include <omp.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -16,6 +14,7 @@
 
 #include "dtype.h"
 #include "fork.h"
+#include "openmp.h"
 
 namespace megalodon::MEGALODON_ISA {
 
@@ -85,8 +84,7 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::
   std::vector<Worker> workers;
   workers.reserve(static_cast<size_t>(threads));
   for (int i = 0; i < threads; ++i) workers.push_back({make()});
-#pragma omp parallel num_threads(threads)
-  {
+  MEGALODON_PARALLEL(threads) {
     const int64_t count = omp_get_num_threads(), mine = omp_get_thread_num();
     auto& body = workers[static_cast<size_t>(mine)].body;
     [[maybe_unused]] const std::tuple<Guards...> guards;
@@ -100,7 +98,7 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::
     } else {
       for (int64_t i; (i = workers[0].next()) < jobs;) body(order == Order::backward ? jobs - 1 - i : i);
     }
-  }
+  };
 }
 
 }  // namespace megalodon::MEGALODON_ISA

@@ -25,8 +25,7 @@ def facts() -> dict[str, str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "megalodon_ops": megalodon_ops.__version__,
-        "compiler": str(built["compiler"]),
-        "OpenMP": str(built["openmp"]),
+        "compiler": built["compiler"],
         "instruction sets": f"{', '.join(_C.built_isas())} built; {', '.join(_C.available_isas())} run here",
         "in use": _C.active_isa() + (" (MEGALODON_OPS_ISA)" if forced else ""),
         **_cuda(),
