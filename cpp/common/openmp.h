@@ -6,9 +6,9 @@
 // MEGALODON_PARALLEL(threads) { ... }; runs the block once on each of so many threads.
 #if defined(__clang__)
 
-// What clang makes of `#pragma omp parallel` calls LLVM's runtime. torch's wheels for Linux bring GCC's, and in a process
-// with both a kernel would count its threads in the wrong one. So GCC's is called by hand; LLVM's, which torch's wheels
-// for macOS bring, has the same functions.
+// What clang makes of `#pragma omp parallel` calls LLVM's runtime. torch's wheels for Linux bring GCC's, and a second one
+// would have threads of its own, whose number torch.set_num_threads does not rule. So GCC's is called by hand; LLVM's,
+// which torch's wheels for macOS bring, has the same functions.
 extern "C" {
 int omp_get_max_threads();
 int omp_get_num_threads();
