@@ -23,7 +23,7 @@ constexpr const char* kNames[] = {
 constexpr int kIsas = sizeof(kNames) / sizeof(kNames[0]);
 
 // Whether the processor has AMX with bfloat16 and the system, which must be asked, lets this process use AMX.
-bool amx_supported() {
+[[maybe_unused]] bool amx_supported() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
