@@ -191,7 +191,7 @@ int main() {
 }
 """
 needs_x86 = pytest.mark.skipif(
-    "x86_64" not in sysconfig.get_platform(), reason="other processors have one instruction set"
+    "x86_64" not in sysconfig.get_platform(), reason="the names are those of x86-64"
 )
 
 

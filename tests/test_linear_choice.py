@@ -62,6 +62,7 @@ def test_ways_of_processors():
     for isa, mkl_is_slow, has_many, worth_of_bfloat16 in [
         ("generic", False, set(), None),
         ("generic", True, {float32}, None),
+        ("neon_bf16", False, set(), None),
         ("v2", False, {bfloat16, float16}, 1 << 20),
         ("v3", True, {float32, bfloat16, float16}, 1 << 20),
         ("v4", True, {float32, bfloat16, float16}, 1 << 20),

@@ -77,7 +77,7 @@ def check_instructions(build: Path) -> None:
     That is all code but the CPU kernels of higher instruction sets, which cmake/check_isa_symbols.cmake keeps apart.
     """
     if platform.machine() != "x86_64":
-        return  # where all code is for one instruction set
+        return  # uses_avx() knows the instructions of x86-64 alone
     everywhere, higher = [], []
     for path in build.rglob("*.o"):
         dispatched = "kernels_v" in str(path) and "kernels_v2.dir" not in str(path)

@@ -15,6 +15,8 @@ MEGALODON_INLINE PhiloxWord multiply_low_halves(PhiloxWord a, uint32_t b) {
   return bit_cast<PhiloxWord>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
 #elif defined(__AVX2__)
   return bit_cast<PhiloxWord>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__aarch64__)
+  return bit_cast<PhiloxWord>(vmull_u32(vmovn_u64(bit_cast<uint64x2_t>(a)), vdup_n_u32(b)));
 #else
   return (a & 0xffffffffu) * uint64_t{b};
 #endif

@@ -11,6 +11,11 @@
 #define MEGALODON_NO_EXEC_CHECK
 #endif
 
+// Instruction sets that multiply pairs of bfloat16: what is compiled for one of them is of bfloat16 alone (isa.h).
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define MEGALODON_BF16_PAIRS
+#endif
+
 namespace megalodon {
 
 enum class DType : int32_t { f32, f64, bf16, f16 };
@@ -23,11 +28,11 @@ template <class T> struct ComputeOf { using type = float; };
 template <> struct ComputeOf<double> { using type = double; };
 template <class T> using Compute = typename ComputeOf<T>::type;
 
-// Calls f(T{}) with the C++ type of `dtype`. What is compiled for AVX512-BF16 is called with bfloat16 alone (isa.h).
+// Calls f(T{}) with the C++ type of `dtype`.
 MEGALODON_NO_EXEC_CHECK
 template <class F>
 MEGALODON_INLINE void dispatch_dtype([[maybe_unused]] DType dtype, F&& f) {
-#if defined(MEGALODON_ISA) && defined(__AVX512BF16__)
+#if defined(MEGALODON_ISA) && defined(MEGALODON_BF16_PAIRS)
   f(bf16{});
 #else
   switch (dtype) {

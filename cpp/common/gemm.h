@@ -10,8 +10,8 @@
 //   of float and 4 x 2 of double on Arm. The panel at the right edge uses as many vectors as hold columns; with AVX-512
 //   and rows enough its tiles, too, have 24 sums, 12 x 2 or 24 x 1. Rows are padded to kTileRows, the depth to a unit.
 //
-//   A unit is what one lane multiplies in one step: one element of the compute type, or, where the CPU has AVX512-BF16,
-//   a pair of bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns
+//   A unit is what one lane multiplies in one step: one element of the compute type, or, where the CPU multiplies pairs,
+//   two bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns
 //   for A = M, along the rows for A = M^T and B. With one element to a unit the two formats are the same.
 //
 //   With AMX a tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 bfloat16. B
@@ -21,10 +21,6 @@
 #pragma once
 
 #include <type_traits>
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 #include "simd.h"
 #include "sizes.h"
@@ -36,7 +32,7 @@ struct Bf16Pair { uint32_t bits; };
 
 // What elements of T become when packed.
 template <class T> struct UnitOf { using type = Compute<T>; };
-#if defined(__AVX512BF16__)
+#if defined(MEGALODON_BF16_PAIRS)
 template <> struct UnitOf<bf16> { using type = Bf16Pair; };
 #endif
 template <class T> using Unit = typename UnitOf<T>::type;
@@ -85,13 +81,9 @@ template <class U> using PackedLeft = Packed<U, kLeftColumns<U>>;  // A = M
 
 template <class R>
 MEGALODON_INLINE Vec<R> multiply_add(R a, Vec<R> b, Vec<R> sum) { return sum + a * b; }
-#if defined(__AVX512BF16__)
+#if defined(MEGALODON_BF16_PAIRS)
 MEGALODON_INLINE Vec<float> multiply_add(Bf16Pair a, Vec<float> b, Vec<float> sum) {
-  return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(b),
-                                               bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a.bits)))));
-}
-MEGALODON_INLINE Half round_bf16(Vec<float> v) {
-  return bit_cast<Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+  return add_pairs(sum, bit_cast<Bits>(b), a.bits);
 }
 // One pair for each lane.
 MEGALODON_INLINE Bits pair_units(Vec<float> low, Vec<float> high) {

@@ -7,6 +7,9 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #include "bindings.h"
@@ -49,6 +52,8 @@ bool supported(int i) {
   const bool v4_bf16 = v4 && __builtin_cpu_supports("avx512bf16");
   const bool supported[] = {v2, v3, v4, v4_bf16, v4_bf16 && amx_supported()};
   return supported[i];
+#elif defined(__aarch64__) && defined(__linux__)
+  return static_cast<Isa>(i) == Isa::generic || (getauxval(AT_HWCAP2) & HWCAP2_BF16);
 #else
   return i == 0;
 #endif

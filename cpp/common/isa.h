@@ -4,16 +4,23 @@
 #include "dtype.h"
 
 // The names double as namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v4 = AVX-512, v4_bf16 adds AVX512-BF16,
-// v4_amx adds AMX-BF16 to v4_bf16. Every kernel is compiled for the lowest level, and for the others that the table of
-// kernels in CMakeLists.txt lists. Levels above v4 add products of bfloat16 and rounding to it, so that code for them
-// is of bfloat16 alone, except in linear_amx_cpu.cpp.
+// v4_amx adds AMX-BF16 to v4_bf16. Arm of 64 bits: generic = NEON, neon_bf16 adds BF16. Every kernel is compiled for the
+// lowest level, and for the others that the table of kernels in CMakeLists.txt lists. Levels above
+// MEGALODON_HIGHEST_OF_ALL_TYPES add products of bfloat16 and rounding to it, so that code for them is of bfloat16 alone,
+// except in linear_amx_cpu.cpp.
 #if defined(__x86_64__)
 #define MEGALODON_LOWEST_ISA v2
 #define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) \
   X(v3, __VA_ARGS__) X(v4, __VA_ARGS__) X(v4_bf16, __VA_ARGS__) X(v4_amx, __VA_ARGS__)
+#define MEGALODON_HIGHEST_OF_ALL_TYPES v4
 #else
 #define MEGALODON_LOWEST_ISA generic
+#if defined(__aarch64__)
+#define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) X(neon_bf16, __VA_ARGS__)
+#else
 #define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...)
+#endif
+#define MEGALODON_HIGHEST_OF_ALL_TYPES generic
 #endif
 
 namespace megalodon {
@@ -25,13 +32,10 @@ enum class Isa { MEGALODON_LOWEST_ISA, MEGALODON_FOR_EACH_HIGHER_ISA(MEGALODON_E
 extern Isa active_isa;
 
 // Whether what is compiled for `isa` computes in the parameters' dtype.
-#if defined(__x86_64__)
 template <class Params>
-bool computes(Isa isa, const Params& params) { return isa <= Isa::v4 || params.dtype == DType::bf16; }
-#else
-template <class Params>
-bool computes(Isa, const Params&) { return true; }
-#endif
+bool computes(Isa isa, const Params& params) {
+  return isa <= Isa::MEGALODON_HIGHEST_OF_ALL_TYPES || params.dtype == DType::bf16;
+}
 
 }  // namespace megalodon
 

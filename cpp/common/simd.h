@@ -7,6 +7,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "dtype.h"
@@ -67,6 +69,9 @@ MEGALODON_INLINE Half upper_halves(Bits b) {
   const __m256i shifted = bit_cast<__m256i>(b >> 16), packed = _mm256_packus_epi32(shifted, shifted);
   return bit_cast<Half>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
+#elif defined(__aarch64__)
+MEGALODON_INLINE Bits widen_bits(Half h) { return bit_cast<Bits>(vmovl_u16(bit_cast<uint16x4_t>(h))); }
+MEGALODON_INLINE Half upper_halves(Bits b) { return bit_cast<Half>(vshrn_n_u32(bit_cast<uint32x4_t>(b), 16)); }
 #else
 MEGALODON_INLINE Bits widen_bits(Half h) { return __builtin_convertvector(h, Bits); }
 MEGALODON_INLINE Half upper_halves(Bits b) { return __builtin_convertvector(b >> 16, Half); }
@@ -74,15 +79,46 @@ MEGALODON_INLINE Half upper_halves(Bits b) { return __builtin_convertvector(b >>
 
 MEGALODON_INLINE Vec<float> widen_bf16(Half h) { return bit_cast<Vec<float>>(widen_bits(h) << 16); }
 
+// round_bf16() rounds to nearest, ties to even; on x86 it takes denormals for zero whatever the mode. load_first_pairs()
+// loads n elements, with zeros after them. add_pairs() adds to each lane of `sum` both products of a pair of a and one of
+// b, which is of the same lane or for all lanes; denormals count as zero.
+#if defined(__AVX512BF16__)
+MEGALODON_INLINE Half round_bf16(Vec<float> v) { return bit_cast<Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))); }
+MEGALODON_INLINE Bits load_first_pairs(const bf16* from, int64_t n) {
+  return n >= 32 ? load_raw<Bits>(from)
+                 : bit_cast<Bits>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), from));
+}
+MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, Bits b) {
+  return bit_cast<Vec<float>>(
+      _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+}
+MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, uint32_t b) { return add_pairs(sum, a, Bits{} + b); }
+#elif defined(MEGALODON_BF16_PAIRS)
+MEGALODON_INLINE Half round_bf16(Vec<float> v) { return bit_cast<Half>(vcvt_bf16_f32(bit_cast<float32x4_t>(v))); }
+MEGALODON_INLINE Bits load_first_pairs(const bf16* from, int64_t n) {
+  Bits pairs{};
+  std::memcpy(&pairs, from, n >= 8 ? sizeof pairs : static_cast<size_t>(n) * sizeof(bf16));
+  return pairs;
+}
+MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, Bits b) {
+  return bit_cast<Vec<float>>(
+      vbfdotq_f32(bit_cast<float32x4_t>(sum), bit_cast<bfloat16x8_t>(a), bit_cast<bfloat16x8_t>(b)));
+}
+MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, uint32_t b) {
+  return bit_cast<Vec<float>>(
+      vbfdotq_lane_f32(bit_cast<float32x4_t>(sum), bit_cast<bfloat16x8_t>(a), vcreate_bf16(b), 0));
+}
+#endif
+
 // Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
 MEGALODON_INLINE Half narrow_bf16(Vec<float> v) {
   const Bits bits = bit_cast<Bits>(v);
 #if defined(__AVX512BF16__)
-  // The instruction rounds to nearest, ties to even, but takes denormals for zero whatever the mode. In a mode that
-  // does so too, fpclass finds none.
+  // In a mode that takes denormals for zero, fpclass finds none.
   constexpr int kDenormal = 0x20;
-  if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(v), kDenormal) == 0, 1))
-    return bit_cast<Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+  if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(v), kDenormal) == 0, 1)) return round_bf16(v);
+#elif defined(MEGALODON_BF16_PAIRS)
+  return round_bf16(v);
 #endif
   const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | (0x40u << 16);
   return upper_halves(v == v ? rounded : quiet);
@@ -98,6 +134,9 @@ MEGALODON_INLINE Vec<float> widen_f16(Half h) { return bit_cast<Vec<float>>(_mm2
 MEGALODON_INLINE Half narrow_f16(Vec<float> v) {
   return bit_cast<Half>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+MEGALODON_INLINE Vec<float> widen_f16(Half h) { return bit_cast<Vec<float>>(vcvt_f32_f16(bit_cast<float16x4_t>(h))); }
+MEGALODON_INLINE Half narrow_f16(Vec<float> v) { return bit_cast<Half>(vcvt_f16_f32(bit_cast<float32x4_t>(v))); }
 #else
 // Integer arithmetic alone, so that the flush-to-zero mode does not touch half-precision denormals.
 MEGALODON_INLINE Vec<float> widen_f16(Half h) {

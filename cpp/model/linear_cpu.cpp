@@ -34,18 +34,15 @@ struct Factors {
   MEGALODON_INLINE Factors(const T* from, int64_t n) : values(load_first(from, n)) {}
   MEGALODON_INLINE Vec<R> times(const Factors& other, Vec<R> sum) const { return sum + values * other.values; }
 };
-#if defined(__AVX512BF16__)
+#if defined(MEGALODON_BF16_PAIRS)
 // Pairs of bfloat16, whose products are exact. Denormals count as zero.
 template <>
 struct Factors<bf16> {
   static constexpr int64_t kCount = 2 * kLanes<float>;
-  __m512i values;
-  MEGALODON_INLINE Factors(const bf16* from, int64_t n)
-      : values(n >= kCount ? _mm512_loadu_si512(from)
-                           : _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), from)) {}
+  Bits values;
+  MEGALODON_INLINE Factors(const bf16* from, int64_t n) : values(load_first_pairs(from, n)) {}
   MEGALODON_INLINE Vec<float> times(const Factors& other, Vec<float> sum) const {
-    return bit_cast<Vec<float>>(
-        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(values), bit_cast<__m512bh>(other.values)));
+    return add_pairs(sum, values, other.values);
   }
 };
 #endif

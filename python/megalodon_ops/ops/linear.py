@@ -54,8 +54,8 @@ def choices(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, KernelChoice]:
         float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8, None, 1 << 26), by_torch
     else:
         float32 = KernelChoice(32, 129, 1 << 26) if mkl_is_slow else by_torch
-        bfloat16 = {"v4_bf16": KernelChoice(32, 64, 1 << 29), "generic": by_torch}.get(isa, slow_torch)
-        float16 = by_torch if isa == "generic" else slow_torch
+        float16 = slow_torch if isa in ("v2", "v3", "v4", "v4_bf16") else by_torch
+        bfloat16 = KernelChoice(32, 64, 1 << 29) if isa == "v4_bf16" else float16
     return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: by_torch}
 
 
