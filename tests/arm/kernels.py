@@ -1,11 +1,12 @@
-"""A plugin of pytest: all kernels run as compiled for Arm, in qemu, while torch and the tests run on this machine.
+"""A plugin of pytest: the kernels run as compiled for Arm, in qemu, while torch and the tests run on this machine.
 
-`python tests/arm/run.py` builds what the plugin needs and calls pytest with it. MEGALODON_OPS_ARM holds the command that
-starts serve.py. There is no `Decoder`.
+tools/test_arm.sh builds what the plugin needs and calls pytest with it. MEGALODON_OPS_ARM holds the command that starts
+serve.py. There is no `Decoder`.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import io
 import mmap
@@ -23,31 +24,32 @@ from torch import Tensor
 
 BYTES = 1 << 32
 """Of the shared file, which takes memory where it is written"""
-LINE = 4096
+PAGE = 4096
 
 
 class Call(pickle.Pickler):
-    """The arguments of a call, whose tensors are copied to the shared memory: each once, whatever its place in a page."""
+    """The arguments of a call. Each tensor is copied to the shared memory, to an address that is as aligned as its own."""
 
     def __init__(self, file: io.BytesIO, memory: mmap.mmap) -> None:
         super().__init__(file)
-        self.memory, self.end = memory, LINE
+        self.memory, self.end = memory, PAGE
         self.moved: dict[tuple[int, int], tuple[int, bytes]] = {}
 
     def persistent_id(self, value: Any) -> tuple | None:
         if not isinstance(value, Tensor):
             return None
+        # `_C` refuses a tensor that lies elsewhere, not in one piece or nowhere before it reads the tensor.
         count = value.numel() * value.element_size() if value.is_cpu and value.is_contiguous() else 0
         address = value.data_ptr() if count else 0
-        if (address, count) not in self.moved:
-            offset = self.end + address % LINE
+        if address >= PAGE and (address, count) not in self.moved:
+            offset = self.end + address % PAGE
             contents = ctypes.string_at(address, count)
             self.memory[offset : offset + count] = contents
             self.moved[address, count] = offset, contents
-            self.end = (offset + count + 2 * LINE - 1) // LINE * LINE
+            self.end = offset + count + PAGE - (offset + count) % PAGE
         dtype = str(value.dtype).removeprefix("torch.")
-        place = self.moved[address, count][0]
-        return place, tuple(value.shape), dtype, str(value.device), value.is_contiguous()
+        offset, _ = self.moved.get((address, count), (None, None))
+        return offset, tuple(value.shape), dtype, str(value.device), value.is_contiguous()
 
     def move_back(self) -> None:
         for (address, count), (offset, before) in self.moved.items():
@@ -65,6 +67,7 @@ class Arm:
             self.memory = mmap.mmap(file.fileno(), BYTES)
             words = [*shlex.split(command), file.name]
             self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            atexit.register(self.process.communicate)  # closes its input, which ends the process
             self.functions = pickle.load(self.process.stdout)
 
     def call(self, name: str, *arguments: Any) -> Any:

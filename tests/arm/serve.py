@@ -39,7 +39,7 @@ class Memory:
         return self.contiguous
 
     def data_ptr(self):
-        return self.base + self.offset
+        return 0 if self.offset is None else self.base + self.offset
 
 
 class Requests(pickle.Unpickler):
