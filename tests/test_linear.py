@@ -220,8 +220,8 @@ def test_many_rows_refuse_other_types():
         ((x, x.bfloat16(), x), "as `x`"),
         ((x.bfloat16(), x.bfloat16(), x.half()), "as `x`, or float32"),
     ]:
-        with isa("v2"), pytest.raises((TypeError, ValueError), match=message):
-            many_rows("v2", *tensors[:2], add_to=tensors[2])
+        with isa(ISAS[0]), pytest.raises((TypeError, ValueError), match=message):
+            many_rows(ISAS[0], *tensors[:2], add_to=tensors[2])
 
 
 @pytest.mark.parametrize("add", [False, True])
