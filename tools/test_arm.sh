@@ -24,10 +24,11 @@ fi
 
 define=--config-settings=cmake.define.
 (
-  export _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX=.cpython-313-aarch64-linux-gnu.so
+  export _PYTHON_HOST_PLATFORM=linux-aarch64
   PATH=$arm/venv/bin:$PATH pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$arm/wheel" \
     ${define}CMAKE_SYSTEM_NAME=Linux ${define}CMAKE_SYSTEM_PROCESSOR=aarch64 ${define}MEGALODON_OPS_CUDA=OFF \
-    ${define}CMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ ${define}Python_INCLUDE_DIR="$arm/root/usr/include/python3.13" .
+    ${define}CMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ ${define}Python_INCLUDE_DIR="$arm/root/usr/include/python3.13" \
+    ${define}PYTHON_MODULE_EXTENSION=.cpython-313-aarch64-linux-gnu.so ${define}PYTHON_MODULE_DEBUG_POSTFIX= .
 )
 "$arm/venv/bin/auditwheel" show "$arm"/wheel/*.whl
 "$arm/venv/bin/python" -m zipfile -e "$arm"/wheel/*.whl "$arm"
