@@ -45,7 +45,10 @@ KINDS = (
 )  # fmt: skip
 BARRIERS = r"sync|named_barrier|_wait|_commit"  # in what a mutant changes
 WRAPPER_TESTS = "test_cuda_instructions.py"  # of cuda/common
-OP_TESTS = {"test_cuda_ops.py": [], "test_cuda_wrong_offsets.py": [], "test_ops.py": ["cuda-emulated"]}  # of all ops
+OP_TESTS = {  # of all ops
+    "test_cuda_ops.py": [], "test_cuda_wrong_offsets.py": [], "test_ops.py": ["cuda-emulated"],
+    "test_range.py": ["cuda-emulated"],
+}  # fmt: skip
 
 
 @dataclass
