@@ -18,7 +18,18 @@ import torch
 
 from . import gpu, harness, machine, report, summary
 
-BENCHES = ("cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model", "stream", "waiting")
+BENCHES = (
+    "cema",
+    "timestep_norm",
+    "attention",
+    "linear",
+    "elementwise",
+    "overhead",
+    "model",
+    "encoder",
+    "stream",
+    "waiting",
+)
 
 
 def main() -> int:

@@ -71,6 +71,13 @@ def cema_blocks(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, b
     return y.unflatten(1, (blocks, B)).permute(2, 1, 3, 0).flatten(1, 2)[:, :L].to(x.dtype)
 
 
+def bidirectional_cema(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor) -> Tensor:
+    """The steps up to each, and those after it: the blocks of the reversed row, moved by one step."""
+    D = x.shape[-1]
+    after = cema_blocks(x.flip(1), p[D:], q[D:], gamma[D:], torch.zeros_like(omega)).flip(1)
+    return cema_blocks(x, p[:D], q[:D], gamma[:D], omega) + F.pad(after[:, 1:], (0, 0, 0, 1))
+
+
 def _powers(q: Tensor, exponents: Tensor) -> Tensor:
     """q^j (D, N, len(exponents))."""
     return torch.exp(torch.log(q)[..., None] * exponents)
@@ -157,9 +164,9 @@ def attention_row_blocks(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, ro
     return _unchunks(torch.cat(outputs, 2))
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int) -> Tensor:
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, causal: bool = True) -> Tensor:
     q, k, v = (_chunks(t, chunk_size) for t in (q, k, v))
-    return _unchunks(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0))
+    return _unchunks(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1.0))
 
 
 def _chunks(t: Tensor, chunk_size: int) -> Tensor:

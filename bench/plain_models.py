@@ -1,6 +1,9 @@
-"""Models in plain torch to compare with: MEGALODON from the same parameters, and a Llama of the same size."""
+"""Models in plain torch to compare with: MEGALODON from the same parameters, a Llama and a Transformer encoder of its size."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +16,43 @@ from . import baselines
 
 def megalodon(model: mo.Megalodon, tokens: Tensor) -> Tensor:
     """Logits of `model` by the ops of baselines.py; no dropout, L at most the chunk size or a multiple of it."""
+    x = _blocks(
+        model, F.embedding(tokens, model.embed.weight), _timestep_norm, baselines.cema_blocks,
+        baselines.attention_row_blocks,
+    )  # fmt: skip
+    return F.linear(_timestep_norm(model.output.final_norm, x), model.output.output.weight).float()
+
+
+def megalodon_encoder(model: mo.MegalodonEncoder, numbers: Tensor) -> Tensor:
+    """Features of one row of continuous input (1, L, F), by the same ops, under the same conditions."""
+    x = _blocks(
+        model, _linear(model.embed, numbers), _sequence_norm, baselines.bidirectional_cema,
+        partial(baselines.attention_sdpa, causal=False),
+    )  # fmt: skip
+    return _sequence_norm(model.final_norm, x)
+
+
+def _blocks(
+    model: nn.Module, x: Tensor, norm: Callable[..., Tensor], cema: Callable[..., Tensor], attend: Callable[..., Tensor]
+) -> Tensor:
+    """The blocks of `model` with these ops for norm, CEMA and attention."""
     config = model.config
-    chunk_size = min(config.chunk_size, tokens.shape[1])
-    key_dim = config.z_dim // config.num_heads
-    rotary = baselines.rotary(tokens.shape[1], chunk_size, key_dim, tokens.device)
-    x = F.embedding(tokens, model.embed.weight)
+    chunk_size = min(config.chunk_size, x.shape[1])
+    rotary = baselines.rotary(x.shape[1], chunk_size, config.z_dim // config.num_heads, x.device)
     for layer in model.layers:
         mega, nffn = layer.mega, layer.nffn
-        t = _timestep_norm(mega.timenorm, x)
-        c = baselines.cema_blocks(t, *mega.cema.coefficients())
+        t = norm(mega.timenorm, x)
+        c = cema(t, *mega.cema.coefficients())
         m = F.rms_norm(c.float(), (config.model_dim,), 1 + mega.rmsnorm.weight, config.norm_eps).to(x.dtype)
         q, k = baselines.normalized_qk(
             _linear(mega.wz, m), mega.gamma, mega.beta, num_heads=config.num_heads, rotary=rotary, eps=config.norm_eps
         )  # fmt: skip
         v = F.silu(_linear(mega.wv, t)).unflatten(-1, (config.num_heads, -1))
-        a = baselines.attention_row_blocks(q, k, v, chunk_size=chunk_size).flatten(-2)
+        a = attend(q, k, v, chunk_size=chunk_size).flatten(-2)
         y = x + _linear(mega.wh1, m) + _linear(mega.wh2, a * F.silu(_linear(mega.wr, m)))
         n = F.layer_norm(y.float(), (config.model_dim,), 1 + nffn.norm.weight, nffn.norm.bias, config.norm_eps)
         x = x + _linear(nffn.fc2, F.silu(_linear(nffn.fc1, n.to(x.dtype))))
-    return F.linear(_timestep_norm(model.output.final_norm, x), model.output.output.weight).float()
+    return x
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -40,6 +61,12 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _timestep_norm(norm: mo.TimestepNorm, x: Tensor) -> Tensor:
     return baselines.timestep_norm(x, norm.weight, norm.bias, num_groups=norm.num_groups, eps=norm.eps)
+
+
+def _sequence_norm(norm: mo.SequenceNorm, x: Tensor) -> Tensor:
+    groups = x.float().unflatten(-1, (norm.num_groups, -1))  # (B, L, G, D / G)
+    var, mean = torch.var_mean(groups, (1, 3), correction=0, keepdim=True)
+    return (((groups - mean) * (var + norm.eps).rsqrt()).flatten(-2) * (1 + norm.weight) + norm.bias).to(x.dtype)
 
 
 class Llama(nn.Module):
@@ -105,3 +132,45 @@ class _LlamaLayer(nn.Module):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+class TransformerEncoder(nn.Module):
+    """torch's Transformer encoder of as many parameters as a MEGALODON encoder of `config`, with its inputs and outputs.
+
+    Sines are the positions; a row is classified by the mean over its steps and a linear layer. With a `patch`, so many steps
+    of continuous input are one, the usual remedy where rows are too long for attention to all.
+    """
+
+    def __init__(self, config: mo.MegalodonEncoderConfig, *, heads: int = 4, patch: int = 1) -> None:
+        super().__init__()
+        D, layers, features = config.model_dim, config.num_layers, config.num_features
+        self.patch = patch
+        self.embed = nn.Embedding(config.vocab_size, D) if features is None else nn.Linear(patch * features, D)
+        self.classes = None if config.num_classes is None else nn.Linear(D, config.num_classes)
+        outside = sum(p.numel() for p in self.parameters()) + 2 * D  # with the last norm
+        hidden = ((config.num_parameters() - outside) / layers - 4 * D**2 - 9 * D) / (2 * D + 1)
+        layer = nn.TransformerEncoderLayer(D, heads, round(hidden), 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(D), enable_nested_tensor=False)
+        for parameter in self.layers.parameters():  # which begin as copies of one layer's
+            if parameter.ndim == 2:
+                nn.init.xavier_uniform_(parameter)
+
+    def features(self, inputs: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(B, L, D) of tokens (B, L) or numbers (B, L, F); padding (B, L): which steps are none."""
+        x = self.embed(inputs)
+        return self.layers(x + _sines(*x.shape[1:]), src_key_padding_mask=padding)
+
+    def forward(self, inputs: Tensor, *, lengths: Tensor) -> Tensor:
+        """Logits (B, classes) of rows of which the first `lengths` (B,) steps count."""
+        if self.patch > 1:
+            inputs = F.pad(inputs, (0, 0, 0, -inputs.shape[1] % self.patch)).unflatten(1, (-1, self.patch)).flatten(2)
+            lengths = -(-lengths // self.patch)
+        padding = torch.arange(inputs.shape[1]) >= lengths[:, None]
+        x = self.features(inputs, padding).masked_fill(padding[..., None], 0)
+        return self.classes(x.sum(1) / lengths[:, None])
+
+
+def _sines(length: int, dim: int) -> Tensor:
+    """(L, D), as in arXiv 1706.03762."""
+    angle = torch.arange(length)[:, None] * 10000.0 ** (torch.arange(0, dim, 2) / -dim)
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)

@@ -39,6 +39,7 @@ MODELS = (
     Work("decoding, 25M, after 32,744 tokens", "decode 16 tokens after 32744", "25M", 16),
 )
 README = (*OPS[:3], MODELS[0])
+ENCODER = "encoder forward + backward"
 
 
 class Row(NamedTuple):
@@ -92,6 +93,23 @@ class Page:
             for row in self.rows(work):
                 cells = [work.label, row.type, *(_shown(value, work) for value in row[1 : 3 + llama])]
                 lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    def of_encoder(self) -> list[str]:
+        """Tokens a second and peak MiB of every path, by the length of the row."""
+        found: dict[int, dict[str, str]] = {}
+        for line in self.lines:
+            if line["work"] == ENCODER and "path" in line:
+                steps = int(line["shape"].split()[-1])
+                speed = steps / float(line["warm ms"].replace(",", "")) * 1000
+                found.setdefault(steps, {})[line["path"]] = f"{speed:,.0f} ({line['peak MiB'] or 'not read'})"
+        names = list(dict.fromkeys(name for by_path in found.values() for name in by_path))
+        lines = [
+            f"| {self.cores} cores of an {self.processor}, {self.date} | {' | '.join(names)} |",
+            "|---" * (1 + len(names)) + "|",
+        ]
+        for steps, by_path in found.items():
+            lines.append(f"| {steps:,} steps | {' | '.join(by_path.get(name, '') for name in names)} |")
         return lines
 
 
