@@ -131,7 +131,7 @@ def listops(random: numpy.random.Generator, count: int, length: int) -> Examples
     tokens, targets = _blank(count, length)
     for row in range(count):
         while True:
-            ids, value = _expression(draw, length)
+            ids, value = expression(draw, length)
             if length // 2 < len(ids) <= length:
                 break
         tokens[row, : len(ids)], targets[row, len(ids) - 1] = ids, 1 + value
@@ -142,7 +142,7 @@ class _TooLong(Exception):
     pass
 
 
-def _expression(draw: python_random.Random, limit: int) -> tuple[list[int], int]:
+def expression(draw: python_random.Random, limit: int) -> tuple[list[int], int]:
     """The ids of an expression, and its value; no ids for one of more than `limit`."""
     ids: list[int] = []
 

@@ -76,11 +76,13 @@ def train(
     position: Callable[[], dict[str, Any]],
     seek: Callable[[dict[str, Any]], None],
     look: Callable[[], dict[str, Any]] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """Trains the model on what `next_loss` gives, step after step; from `scratch` where an earlier call had come to.
 
     position, seek: how far the source of the losses is, as torch.save takes it, and going on from there.
     look: figures of the model after each part of LOOKS, as JSON.
+    clock: what the seconds are counted by.
     """
     optimizer = OPTIMIZERS[recipe.optimizer](model, lr=recipe.lr, weight_decay=WEIGHT_DECAY)
     schedule = Schedule(recipe.lr, recipe.warmup, recipe.steps)
@@ -93,7 +95,7 @@ def train(
         seek(saved["position"])
         step, losses, spent, looks = saved["step"], saved["losses"], saved["seconds"], saved["looks"]
     model.train()
-    begin = saved_at = time.monotonic()
+    begin = saved_at = clock()
     while step < recipe.steps:
         schedule.apply(optimizer, step)
         loss = next_loss()
@@ -108,8 +110,8 @@ def train(
             break
         if step in marks:
             looks[marks[step]] = look()
-        if time.monotonic() - saved_at > SAVE_EVERY or step == recipe.steps:
-            saved_at = time.monotonic()
+        if clock() - saved_at > SAVE_EVERY or step == recipe.steps:
+            saved_at = clock()
             content = {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "position": position(), "step": step,
                 "losses": losses, "looks": looks, "seconds": spent + saved_at - begin,
@@ -117,7 +119,7 @@ def train(
             draft = scratch.with_suffix(".draft")
             torch.save(content, draft)
             draft.replace(scratch)
-    seconds = spent + time.monotonic() - begin
+    seconds = spent + clock() - begin
     return {
         "train_loss": _last_tenth(losses),
         "curve": _thinned(losses),

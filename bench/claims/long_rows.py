@@ -1,0 +1,118 @@
+"""Long rows to classify, made by rules: an expression, a picture read pixel by pixel, a second of sound.
+
+    listops      a nested expression of MIN, MAX, MED and SM (sum modulo 10), by the rules of Long Range Arena; its value, 0 to 9
+    pathfinder   two dashed curves and two dots in 32 x 32 pixels; whether the dots are the ends of one curve
+    words        a second at 16 kHz of a voice that speaks one of ten words of two vowels; which
+
+A task gives inputs, lengths and labels: tokens (B, L), padded with 0 on the right, or numbers (B, L, 1); (B,); (B,), all of
+torch. `random` decides the examples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random as python_random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from .tasks import expression
+
+Examples = tuple[Tensor, Tensor, Tensor]
+
+
+def listops(random: Generator, count: int, longest: int) -> Examples:
+    """Expressions of `tasks.expression` of more than a quarter of `longest` tokens; with 2,000, Long Range Arena's bounds.
+
+    Expressions of other lengths are thrown away.
+    """
+    draw = python_random.Random(int(random.integers(2**62)))
+    drawn = (expression(draw, longest) for _ in itertools.count())
+    fitting = ((ids, value) for ids, value in drawn if longest < 4 * len(ids) <= 4 * longest)
+    rows, labels = zip(*itertools.islice(fitting, count))
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
+    return tokens, torch.tensor([len(ids) for ids in rows]), torch.tensor(labels)
+
+
+SIDE = 32
+STEPS, APART, BEND = 24, 3, 0.3
+"""Of a curve: steps of a pixel, least distance from another curve and from itself further on, radians of a step's turn"""
+Curve = list[tuple[int, int]]
+
+
+def pathfinder(random: Generator, count: int, longest: int = SIDE**2) -> Examples:
+    """Of two curves that touch nowhere, one end of the first and another end, in half of the pictures that of the same curve."""
+    labels = random.integers(2, size=count)
+    pictures = []
+    for same in labels:
+        first, second = curves(random)
+        other = first[-1] if same else second[random.integers(2) - 1]
+        pictures.append(picture((first, second), (first[0], other)))
+    pixels = torch.tensor(numpy.array(pictures), dtype=torch.float32).flatten(1)[..., None]
+    return pixels, torch.full((count,), longest), torch.from_numpy(labels)
+
+
+def curves(random: Generator, count: int = 2) -> list[Curve]:
+    """Pixels of curves, in their order along each."""
+    while True:
+        taken = numpy.zeros((SIDE, SIDE), bool)
+        found = [curve for _ in range(count) if (curve := _curve(random, taken))]
+        if len(found) == count:
+            return found
+
+
+def _curve(random: Generator, taken: numpy.ndarray) -> Curve | None:
+    """A curve that is APART from what is `taken`, which it adds itself to; None where it meets a border, another or itself."""
+    headings = random.uniform(0, 2 * numpy.pi) + random.normal(0, BEND, size=STEPS).cumsum()
+    path = random.uniform(2, SIDE - 2, size=2) + numpy.stack((numpy.cos(headings), numpy.sin(headings)), 1).cumsum(0)
+    pixels = numpy.array([*dict.fromkeys(map(tuple, numpy.rint(path).astype(int).tolist()))])
+    if pixels.min() < 1 or pixels.max() > SIDE - 2 or taken[tuple(pixels.T)].any():
+        return None
+    far = numpy.subtract.outer(*[numpy.arange(len(pixels))] * 2) > 2 * APART
+    if (abs(pixels[:, None] - pixels).max(-1) < APART)[far].any():
+        return None
+    for y, x in pixels:
+        taken[max(0, y - APART) : y + APART + 1, max(0, x - APART) : x + APART + 1] = True
+    return [*map(tuple, pixels.tolist())]
+
+
+def picture(of: tuple[Curve, ...], dots: tuple[tuple[int, int], ...], dash: int = 4) -> numpy.ndarray:
+    """Pixels of 0 and 1: each curve without every `dash`-th pixel, each dot 3 x 3."""
+    pixels = numpy.zeros((SIDE, SIDE))
+    for curve in of:
+        drawn = [pixel for i, pixel in enumerate(curve) if i % dash != dash - 1]
+        pixels[tuple(zip(*drawn))] = 1
+    for y, x in dots:
+        pixels[y - 1 : y + 2, x - 1 : x + 2] = 1
+    return pixels
+
+
+RATE = 16_000
+VOWELS = {"u": (300, 700), "o": (500, 1000), "a": (800, 1400), "e": (500, 2000), "i": (300, 2800)}
+"""Hz of two formants"""
+WORDS = [*itertools.combinations(VOWELS, 2)]
+
+
+def words(random: Generator, count: int, longest: int = RATE) -> Examples:
+    """Words of two vowels, one after the other, of any pitch, tempo, loudness and beginning, in noise; in `longest` samples."""
+    labels = random.integers(len(WORDS), size=count)
+    sounds = numpy.stack([_word(random, WORDS[label], longest) for label in labels])
+    return torch.from_numpy(sounds).float()[..., None], torch.full((count,), longest), torch.from_numpy(labels)
+
+
+def _word(random: Generator, word: tuple[str, ...], samples: int) -> numpy.ndarray:
+    sound = random.normal(0, 0.03, size=samples)
+    begin, pitch, loudness = int(samples * random.uniform(0.02, 0.2)), random.uniform(90, 250), random.uniform(0.4, 1)
+    for vowel in word:
+        length = int(samples * random.uniform(0.25, 0.38))
+        angle = numpy.arange(length) * 2 * numpy.pi / RATE  # of 1 Hz
+        low, high = numpy.array(VOWELS[vowel]) * random.uniform(0.95, 1.05)
+        tone = numpy.sin(low * angle) + numpy.sin(high * angle)
+        voice = (1 + numpy.cos(pitch * angle)) * numpy.sin(numpy.pi * numpy.arange(length) / length) ** 2
+        sound[begin : begin + length] += loudness * voice * tone / 2
+        begin += length
+    return sound

@@ -1,0 +1,110 @@
+"""The claim of the encoder: labels that a program which reads the example finds too, equal sizes, a run from end to end."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from functools import partial
+
+import numpy
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from bench import plain_models  # noqa: E402
+from bench.claims import encoder, long_rows  # noqa: E402
+
+PYTHON = {11: "min([", 12: "max([", 13: "med([", 14: "sm([", 15: "]),"} | {
+    1 + digit: f"{digit}," for digit in range(10)
+}
+FUNCTIONS = {"med": lambda v: int(statistics.median(v)), "sm": lambda v: sum(v) % 10}
+
+
+def rng():
+    return numpy.random.default_rng(0)
+
+
+@pytest.mark.parametrize("longest", [20, 2000])
+def test_listops_have_the_value_that_python_finds(longest):
+    tokens, lengths, labels = long_rows.listops(rng(), 20, longest)
+    for row, length, label in zip(tokens.tolist(), lengths.tolist(), labels.tolist(), strict=True):
+        assert longest / 4 < length <= longest and not any(row[length:])
+        assert eval("".join(PYTHON[token] for token in row[:length]), FUNCTIONS) == (label,)
+
+
+def pieces(picture):
+    """The sets of lit pixels that touch one another, by sides or corners."""
+    left, found = {*zip(*(axis.tolist() for axis in numpy.nonzero(picture)))}, []
+    while left:
+        piece, edge = set(), [left.pop()]
+        while edge:
+            y, x = edge.pop()
+            piece.add((y, x))
+            around = {(y + v, x + u) for v in (-1, 0, 1) for u in (-1, 0, 1)} & left
+            left -= around
+            edge += around
+        found.append(piece)
+    return found
+
+
+def test_pathfinder_has_one_piece_with_both_dots_or_two(monkeypatch):
+    dashed, _, labels = long_rows.pathfinder(rng(), 40)
+    monkeypatch.setattr(long_rows, "picture", partial(long_rows.picture, dash=long_rows.STEPS + 1))
+    solid, _, again = long_rows.pathfinder(rng(), 40)
+    assert torch.equal(labels, again) and 10 < labels.sum() < 30
+    for pixels, thinned, same in zip(solid, dashed, labels.tolist(), strict=True):
+        found = pieces(pixels.view(long_rows.SIDE, -1).numpy())
+        assert len(found) == 2 and len(pieces(thinned.view(long_rows.SIDE, -1).numpy())) > 4
+        square = {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+        dots = [any({(y + v, x + u) for v, u in square} <= piece for y, x in piece) for piece in found]
+        assert sum(dots) == (1 if same else 2)
+
+
+@pytest.mark.parametrize("longest", [4000, long_rows.RATE])
+def test_words_are_heard_by_their_second_formants(longest):
+    sounds, lengths, labels = long_rows.words(rng(), 60, longest)
+    assert sounds.shape == (60, longest, 1) and (lengths == longest).all()
+    power = torch.fft.rfft(sounds[..., 0]).abs().square()
+    hertz = torch.fft.rfftfreq(longest, 1 / long_rows.RATE)
+    second = torch.tensor([high for _, high in long_rows.VOWELS.values()])[:, None]
+    loudness = power @ ((hertz / second - 1).abs() < 0.06).float().T  # (60, vowels)
+    vowels = [*long_rows.VOWELS]
+    heard = [tuple(vowels[i] for i in sorted(pair)) for pair in loudness.topk(2).indices.tolist()]
+    right = [long_rows.WORDS[label] == pair for label, pair in zip(labels.tolist(), heard, strict=True)]
+    assert statistics.fmean(right) > 0.9 and len({*labels.tolist()}) == len(long_rows.WORDS)
+
+
+@pytest.mark.parametrize("task", encoder.TASKS)
+def test_both_models_have_as_many_parameters(task):
+    spec = encoder.TASKS[task]
+    ours, theirs = (sum(p.numel() for p in encoder.build(spec, model).parameters()) for model in encoder.BOTH)
+    assert abs(theirs / ours - 1) < 0.005
+
+
+@pytest.mark.parametrize("patch", [1, 4])
+def test_the_transformer_does_not_see_padding(patch):
+    config = encoder.TASKS["words"].config
+    model = plain_models.TransformerEncoder(config, patch=patch)
+    x, lengths = torch.randn(2, 40, 1), torch.tensor([40, 24])
+    alone = model(x[1:, :24], lengths=lengths[1:])
+    torch.testing.assert_close(model(x, lengths=lengths)[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_grow_and_then_have_their_length():
+    spec = encoder.TASKS["listops"]
+    shapes = [spec.examples(rng(), part)[0].shape for part in (0.0, 0.3, 0.6, 0.99)]
+    assert [longest for _, longest in shapes] == sorted(longest for _, longest in shapes)
+    assert shapes[0][1] <= spec.first and shapes[-1][1] > spec.longest / 4
+    assert all(rows * longest <= spec.batch for rows, longest in shapes)
+
+
+@pytest.mark.parametrize("model", encoder.BOTH)
+def test_a_run_from_end_to_end(model, monkeypatch, capsys):
+    monkeypatch.setitem(encoder.TASKS, "listops", encoder.TASKS["listops"]._replace(asked=2))
+    encoder.main(["--task", "listops", "--model", model, "--steps", "3"])
+    *steps, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert len(steps) == 3 and found["steps"] == 3 and 0 <= found["right"] <= 1 and found["train_seconds"] > 0
+    assert [asked["longest"] for asked in found["beside"]] == [512, 2000]
