@@ -19,17 +19,8 @@ import torch
 from . import gpu, harness, machine, report, summary
 
 BENCHES = (
-    "cema",
-    "timestep_norm",
-    "attention",
-    "linear",
-    "elementwise",
-    "overhead",
-    "model",
-    "encoder",
-    "stream",
-    "waiting",
-)
+    "cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model", "encoder", "stream", "waiting",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -76,7 +76,7 @@ def _title(machine: dict[str, str], benches: Iterable[str], date: str) -> str:
         machine["card"].partition(",")[0] if "card" in machine else f"{machine['processor']}, {machine['cores']} cores"
     )
     names = list(dict.fromkeys(benches))
-    return f"{where}: {' and '.join(names) if len(names) < 3 else 'times of all ops and of models'}, {date}"
+    return f"{where}: times of {' and '.join(names) if len(names) < 3 else 'all ops and of models'}, {date}"
 
 
 def ours_table(results: Iterable[Result], limits: dict[int, Limits]) -> str:

@@ -96,20 +96,20 @@ class Page:
         return lines
 
     def of_encoder(self) -> list[str]:
-        """Tokens a second and peak MiB of every path, by the length of the row."""
-        found: dict[int, dict[str, str]] = {}
+        """Tokens a second of every path and its peak MiB, by the steps of a row."""
+        found: dict[str, dict[str, str]] = {}
         for line in self.lines:
             if line["work"] == ENCODER and "path" in line:
-                steps = int(line["shape"].split()[-1])
-                speed = steps / float(line["warm ms"].replace(",", "")) * 1000
-                found.setdefault(steps, {})[line["path"]] = f"{speed:,.0f} ({line['peak MiB'] or 'not read'})"
-        names = list(dict.fromkeys(name for by_path in found.values() for name in by_path))
+                steps = line["shape"].split()[-1]
+                speed = _shown(line["warm ms"], Work("", "", "", int(steps)))
+                found.setdefault(steps, {})[line["path"]] = f"{speed}, {line['peak MiB']} MiB".removesuffix(",  MiB")
+        names = [*dict.fromkeys(name for paths in found.values() for name in paths)]
         lines = [
             f"| {self.cores} cores of an {self.processor}, {self.date} | {' | '.join(names)} |",
             "|---" * (1 + len(names)) + "|",
         ]
-        for steps, by_path in found.items():
-            lines.append(f"| {steps:,} steps | {' | '.join(by_path.get(name, '') for name in names)} |")
+        for steps, paths in found.items():
+            lines.append(f"| {int(steps):,} steps | {' | '.join(paths.get(name, '') for name in names)} |")
         return lines
 
 
@@ -120,11 +120,19 @@ def text(path: Path) -> str:
         "docs/performance.md, Ops": page.of_performance(OPS),
         "docs/performance.md, Models": page.of_performance(MODELS),
     }
+    if (of_encoder := newest_of_encoder()) is not None:
+        parts["docs/performance.md, Encoder"] = of_encoder.of_encoder()
     return "\n".join(f"{where}:\n\n" + "\n".join(lines) + "\n" for where, lines in parts.items())
 
 
 def newest() -> Path:
     return sorted(RESULTS.glob("????-??-??-cpu.md"))[-1]
+
+
+def newest_of_encoder() -> Page | None:
+    """The newest page with rows of the encoder, which `python -m bench --only encoder` writes too."""
+    pages = [Page(path) for path in sorted(RESULTS.glob("????-??-??-cpu*.md")) if "quick" not in path.name]
+    return next((page for page in reversed(pages) if f"| {ENCODER} |" in page.text), None)
 
 
 def _lines(page: str) -> list[dict[str, str]]:

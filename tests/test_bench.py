@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import tiny_model
 
-from bench import bench_stream, gpu, harness, machine, stream_memory, summary
+from bench import bench_encoder, bench_stream, gpu, harness, machine, report, stream_memory, summary
 from bench.harness import OURS, Case, Disagreement, Effort, Path
 
 X = torch.arange(4.0)
@@ -153,3 +153,22 @@ def test_pages_show_the_newest_results():
     for works in (summary.OPS, summary.MODELS):
         assert len(page.of_performance(works)) >= 2 + len(works)
         assert "\n".join(page.of_performance(works)) in (root / "docs" / "performance.md").read_text()
+    if (page := summary.newest_of_encoder()) is not None:
+        assert "\n".join(page.of_encoder()) in (root / "docs" / "performance.md").read_text()
+
+
+def test_the_encoders_paths_agree_and_are_summed_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_encoder, "LENGTHS", (1 << 14, 1 << 17))
+    effort = Effort(samples=1, seconds=0.01, compiled=False, attempts=1)
+    cases = bench_encoder.cases(quick=True, gpu=False)
+    short, long = [result for case in cases for result in harness.measure("encoder", case, [1], effort)]
+    assert short.best_rival.path == "plain torch" and [t.path for t in long.timings] == [OURS]
+    assert {"plain torch", "Transformer encoder"} <= {t.path for t in short.timings}
+    page = tmp_path / "2026-01-02-cpu-encoder.md"
+    page.write_text(f"- processor: a\n- cores: 1\n\n{report.paths_table([short, long])}\n")
+    head, _, *rows = summary.Page(page).of_encoder()
+    assert head.startswith(f"| 1 cores of an a, 2026-01-02 | {OURS} | plain torch | Transformer encoder |")
+    milliseconds = 1e3 * short.ours.median
+    shown = float(rows[0].split(" | ")[1].removesuffix(" tokens/s").replace(",", ""))
+    assert rows[0].startswith("| 256 steps | ") and abs(shown * milliseconds / 256_000 - 1) < 0.01
+    assert rows[1].startswith("| 2,048 steps | ") and rows[1].split(" | ")[2].strip(" |") == ""

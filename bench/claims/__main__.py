@@ -15,19 +15,8 @@ from types import ModuleType
 import torch
 
 from . import (
-    ablation,
-    context,
-    encoder,
-    gecko_loss,
-    gecko_tasks,
-    long_loss,
-    loss,
-    memory,
-    overview,
-    report,
-    speed,
-    task_runs,
-)
+    ablation, context, encoder, gecko_loss, gecko_tasks, long_loss, loss, memory, overview, report, speed, task_runs,
+)  # fmt: skip
 from .runs import Session, duration, results
 
 CLAIMS = {
