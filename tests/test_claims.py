@@ -21,8 +21,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from bench.claims import (  # noqa: E402
-    ablation, context, gecko_loss, gecko_tasks, long_loss, loss, memory, models, report, runs, speed, task_runs, train,
-    verdict,
+    ablation, context, encoder, gecko_loss, gecko_tasks, long_loss, loss, memory, models, report, runs, speed, task_runs,
+    train, verdict,
 )  # fmt: skip
 from bench.claims.__main__ import CLAIMS, main  # noqa: E402
 from bench.claims.llama import Llama, WindowState, hidden_like, similar  # noqa: E402
@@ -304,12 +304,14 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(task_runs, "TASKS", {name: task_runs.TASKS[name] for name in ("mqar", "needle")})
     monkeypatch.setattr(task_runs, "TIMES", (1, 2))
     monkeypatch.setattr(speed, "QUICK", ("tiny", 16, [32, 64]))
+    words = encoder.TASKS["words"]._replace(longest=2000, batch=2000)
+    monkeypatch.setattr(encoder, "TASKS", encoder.TASKS | {"words": words})
     return ["--quick", "--out", str(tmp_path / "out"), "--threads", "1", "--data", str(folder)]
 
 
 SLOW = [
     pytest.param(claim, marks=pytest.mark.slow)
-    for claim in ("tasks", "speed", "ablation", "long-loss", "gecko-tasks", "gecko-loss")
+    for claim in ("tasks", "speed", "ablation", "long-loss", "gecko-tasks", "gecko-loss", "encoder")
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import statistics
 from functools import partial
 
@@ -104,7 +104,12 @@ def test_rows_grow_and_then_have_their_length():
 def test_a_run_from_end_to_end(model, monkeypatch, capsys):
     monkeypatch.setitem(encoder.TASKS, "listops", encoder.TASKS["listops"]._replace(asked=2))
     encoder.main(["--task", "listops", "--model", model, "--steps", "3"])
-    *steps, last = capsys.readouterr().out.splitlines()
-    found = json.loads(last)
-    assert len(steps) == 3 and found["steps"] == 3 and 0 <= found["right"] <= 1 and found["train_seconds"] > 0
-    assert [asked["longest"] for asked in found["beside"]] == [512, 2000]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == [f"step {step} of 3" for step in (1, 2, 3)]
+    asked = [
+        re.fullmatch(r"right about (\d+)\.0% of 2 new rows of up to ([\d,]+) steps; .*", line) for line in lines[3:6]
+    ]
+    assert [found[2] for found in asked] == ["128", "512", "2,000"] and all(
+        found[1] in ("0", "50", "100") for found in asked
+    )
+    assert re.fullmatch(r"17\d,\d{3} parameters, \d+ s of processor time", lines[6])

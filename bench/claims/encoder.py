@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -226,7 +225,10 @@ def main(arguments: list[str] | None = None) -> None:
     settings = dict(steps=options.steps or spec.steps, asked=spec.asked, lr=RATES[options.model])
     with tempfile.TemporaryDirectory() as folder:
         found = work(Path(folder) / "run.pt", **(vars(options) | settings))
-    print(json.dumps({name: value for name, value in found.items() if name != "curve"}))
+    for asked in (found, *found["beside"]):
+        rows = f"{spec.asked} new rows of up to {asked['longest']:,} steps"
+        print(f"right about {asked['right']:.1%} of {rows}; the likeliest answer about {asked['guess']:.1%}")
+    print(f"{found['parameters']:,} parameters, {found['train_seconds']:.0f} s of processor time")
 
 
 if __name__ == "__main__":
