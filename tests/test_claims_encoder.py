@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from functools import partial
@@ -62,6 +63,15 @@ def test_pathfinder_has_one_piece_with_both_dots_or_two(monkeypatch):
         assert sum(dots) == (1 if same else 2)
 
 
+def test_curves_stay_apart_from_others_and_from_themselves(monkeypatch):
+    monkeypatch.setattr(long_rows, "BEND", 0.8)
+    for _, found in zip(range(20), iter(partial(long_rows.curves, rng()), None), strict=False):
+        places = [(c, i, y, x) for c, curve in enumerate(found) for i, (y, x) in enumerate(curve)]
+        for (c, i, y, x), (d, j, v, u) in itertools.combinations(places, 2):
+            near = max(abs(y - v), abs(x - u)) < long_rows.APART
+            assert not near or (c == d and abs(i - j) <= 2 * long_rows.APART)
+
+
 @pytest.mark.parametrize("longest", [4000, long_rows.RATE])
 def test_words_are_heard_by_their_second_formants(longest):
     sounds, lengths, labels = long_rows.words(rng(), 60, longest)
@@ -92,12 +102,13 @@ def test_the_transformer_does_not_see_padding(patch):
     torch.testing.assert_close(model(x, lengths=lengths)[1:], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_grow_and_then_have_their_length():
-    spec = encoder.TASKS["listops"]
-    shapes = [spec.examples(rng(), part)[0].shape for part in (0.0, 0.3, 0.6, 0.99)]
-    assert [longest for _, longest in shapes] == sorted(longest for _, longest in shapes)
-    assert shapes[0][1] <= spec.first and shapes[-1][1] > spec.longest / 4
-    assert all(rows * longest <= spec.batch for rows, longest in shapes)
+@pytest.mark.parametrize("task", encoder.TASKS)
+def test_rows_grow_and_then_have_their_length(task):
+    spec = encoder.TASKS[task]._replace(sample=lambda random, count, longest: (count, longest))
+    asked = [spec.examples(rng(), part) for part in (0.0, 0.3, encoder.GROWING, 0.99)]
+    lengths = [longest for _, longest in asked]
+    assert lengths == sorted(lengths) and lengths[0] == spec.first and lengths[2:] == [spec.longest] * 2
+    assert all(1 <= rows <= 256 and rows * longest <= spec.batch for rows, longest in asked)
 
 
 @pytest.mark.parametrize("model", encoder.BOTH)
