@@ -134,6 +134,11 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
+torch.backends.mha.set_fastpath_enabled(
+    False
+)  # which evaluation takes, five times as slow here, with all scores in memory
+
+
 class TransformerEncoder(nn.Module):
     """torch's Transformer encoder of as many parameters as a MEGALODON encoder of `config`, with its inputs and outputs.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
+import textwrap
 from functools import partial
+from pathlib import Path
 
 import numpy
 import pytest
@@ -15,7 +17,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from bench import plain_models  # noqa: E402
-from bench.claims import encoder, long_rows  # noqa: E402
+from bench.claims import encoder, long_rows, runs  # noqa: E402
+
+RESULTS = Path(encoder.__file__).with_name("results") / "encoder.jsonl"
 
 PYTHON = {11: "min([", 12: "max([", 13: "med([", 14: "sm([", 15: "]),"} | {
     1 + digit: f"{digit}," for digit in range(10)
@@ -111,15 +115,20 @@ def test_rows_grow_and_then_have_their_length(task):
     assert all(1 <= rows <= 256 and rows * longest <= spec.batch for rows, longest in asked)
 
 
+def test_the_tutorial_shows_what_its_command_came_to():
+    run = runs.results(RESULTS)["listops megalodon seed=0"]
+    assert run["settings"]["steps"] == encoder.TASKS["listops"].steps
+    text = (Path(__file__).parents[1] / "docs" / "tutorials" / "long-rows.md").read_text()
+    assert textwrap.indent(encoder.summary(run["result"], run["settings"]["asked"]), "    ") in text
+
+
 @pytest.mark.parametrize("model", encoder.BOTH)
 def test_a_run_from_end_to_end(model, monkeypatch, capsys):
     monkeypatch.setitem(encoder.TASKS, "listops", encoder.TASKS["listops"]._replace(asked=2))
     encoder.main(["--task", "listops", "--model", model, "--steps", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == [f"step {step} of 3" for step in (1, 2, 3)]
-    asked = [
-        re.fullmatch(r"right about (\d+)\.0% of 2 new rows of up to ([\d,]+) steps; .*", line) for line in lines[3:6]
-    ]
+    asked = [re.fullmatch(r"right about (\d+)\.0% of 2 rows of up to ([\d,]+) steps; .*", line) for line in lines[3:6]]
     assert [found[2] for found in asked] == ["128", "512", "2,000"] and all(
         found[1] in ("0", "50", "100") for found in asked
     )

@@ -226,6 +226,15 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     figure.axes[-1].legend()
 
 
+def summary(found: dict[str, Any], count: int) -> str:
+    """What a run came to, of `count` rows of each length."""
+    lines = [
+        f"right about {asked['right']:.1%} of {count} rows of up to {asked['longest']:,} steps; a guess {asked['guess']:.1%}"
+        for asked in (found, *found["beside"])
+    ]
+    return "\n".join([*lines, f"{found['parameters']:,} parameters, {found['train_seconds']:.0f} s of processor time"])
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.claims.encoder", description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=TASKS, required=True)
@@ -237,10 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = dict(steps=options.steps or spec.steps, asked=spec.asked, lr=RATES[options.model])
     with tempfile.TemporaryDirectory() as folder:
         found = work(Path(folder) / "run.pt", **(vars(options) | settings))
-    for asked in (found, *found["beside"]):
-        rows = f"{spec.asked} new rows of up to {asked['longest']:,} steps"
-        print(f"right about {asked['right']:.1%} of {rows}; the likeliest answer about {asked['guess']:.1%}")
-    print(f"{found['parameters']:,} parameters, {found['train_seconds']:.0f} s of processor time")
+    print(summary(found, spec.asked))
 
 
 if __name__ == "__main__":
