@@ -92,6 +92,8 @@ class Case:
     """also worth timing with nothing in the cache"""
     fewer_threads: bool = True
     """also worth timing on fewer threads than all"""
+    all_peaks: bool = False
+    """the peak memory of slow rivals is of interest too; it is read in the call of step 1, on fresh pages"""
 
 
 @dataclass
@@ -172,7 +174,7 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bo
     torch.set_num_threads(threads)
     timings = [Timing(path.name, path.rival and path is not case.paths[0]) for path in case.paths]
     active = _check(case, timings, memory)
-    gave_away = memory and any([runner.read_memory() for runner in active])
+    gave_away = memory and any([*(runner.read_memory() for runner in active), case.all_peaks])
     for runner in active:
         runner.warm_up(2 if runner.seconds < _CACHEABLE else int(gave_away))
     gc.collect()
@@ -248,14 +250,17 @@ class _Runner:
 
 def _check(case: Case, timings: list[Timing], memory: bool) -> list[_Runner]:
     """Runs every path once against the expected outputs; returns those worth timing further."""
+    every_peak = memory and case.all_peaks
+    in_use = hardware.reset_peak_memory() if every_peak else None
     expected_seconds, expected = hardware.timed(case.expected) if case.expected else (0.0, ())
+    expected_peak = hardware.peak_memory_since(in_use)
     expected = [t.detach() for t in expected]
     active = []
     for path, timing in zip(case.paths, timings, strict=True):
         ours = path is case.paths[0]
         if path.before:
             path.before()
-        in_use = hardware.reset_peak_memory() if ours and memory else None
+        in_use = hardware.reset_peak_memory() if every_peak or (ours and memory) else None
         known = path.call is case.expected
         try:
             seconds, outputs = (expected_seconds, expected) if known else hardware.timed(path.call)
@@ -264,7 +269,7 @@ def _check(case: Case, timings: list[Timing], memory: bool) -> list[_Runner]:
                 raise
             timing.note = f"failed: {type(error).__name__}"
             continue
-        timing.peak_memory = hardware.peak_memory_since(in_use)
+        timing.peak_memory = expected_peak if known else hardware.peak_memory_since(in_use)
         if expected and path.checked:
             timing.error = relative_error(outputs, expected)
             agrees = timing.error <= case.tolerance

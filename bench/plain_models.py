@@ -134,9 +134,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
-torch.backends.mha.set_fastpath_enabled(
-    False
-)  # which evaluation takes, five times as slow here, with all scores in memory
+# Evaluation would take a path of its own, which keeps all scores in memory, and needs five times as long on a CPU.
+torch.backends.mha.set_fastpath_enabled(False)
 
 
 class TransformerEncoder(nn.Module):

@@ -116,6 +116,19 @@ def test_slow_rivals_get_one_call(seconds, calls, note, monkeypatch):
     assert (len(seen), len(rival.warm), rival.note) == (calls, 1, note) and rival.warm[0] >= seconds
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_peaks_of_slow_rivals_are_read_where_they_are_asked_for(asked, monkeypatch):
+    monkeypatch.setattr(harness, "_VERY_SLOW", 0.01)
+    monkeypatch.setattr(harness, "_SLOW", 0.01)
+    monkeypatch.setattr(machine, "reset_peak_memory", lambda: 5)
+    monkeypatch.setattr(machine, "peak_memory_since", lambda in_use: None if in_use is None else in_use + 2)
+    slow, slower = twice(seconds=0.02), twice(seconds=0.03)
+    paths = [Path(OURS, twice()), Path("slow", slow), Path("slower", slower)]
+    timed = dataclasses.replace(case(*paths, expected=slow), all_peaks=asked)
+    (result,) = harness.measure("test", timed, [1], Effort(samples=3, seconds=10.0))
+    assert [t.peak_memory for t in result.timings] == [7, *([7, 7] if asked else [None, None])]
+
+
 def test_fewer_threads_meet_the_best_rival_alone(two_threads):
     first, second = measured(
         Path(OURS, twice()), Path("best", twice()), Path("slower", twice(seconds=0.02)), threads=(1, 2)
