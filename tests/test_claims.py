@@ -39,6 +39,7 @@ TITLES = {
     "context": "Context",
     "ablation": "Parts",
     "tasks": "Tasks",
+    "encoder": "Encoder",
 }
 
 
