@@ -190,9 +190,7 @@ int main() {
   }
 }
 """
-needs_x86 = pytest.mark.skipif(
-    "x86_64" not in sysconfig.get_platform(), reason="the names are those of x86-64"
-)
+needs_x86 = pytest.mark.skipif("x86_64" not in sysconfig.get_platform(), reason="the names are those of x86-64")
 
 
 def compile_and_link(folder: Path, code: str) -> subprocess.CompletedProcess[str]:

@@ -174,4 +174,6 @@ def subclass() -> str:
 
 def test_a_subclass_is_refused(ranks):
     for message in ranks.run(subclass, 2):
-        assert message.startswith("parallelize: `model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got ")
+        assert message.startswith(
+            "parallelize: `model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got "
+        )

@@ -197,7 +197,12 @@ def test_wrong_arguments_are_refused(alone):
     mesh = make_mesh("data=1", device_type="cpu")
     other = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
     for model, given, error, words in (
-        ("model", mesh, TypeError, "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got 'model'."),
+        (
+            "model",
+            mesh,
+            TypeError,
+            "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got 'model'.",
+        ),
         (
             torch.nn.Linear(1, 1),
             mesh,

@@ -152,7 +152,9 @@ class Tokenizer:
             try:
                 number = index(given)
             except TypeError:
-                raise TypeError(f"decode: `ids` must be a row of integers, got {described(given)} among them.") from None
+                raise TypeError(
+                    f"decode: `ids` must be a row of integers, got {described(given)} among them."
+                ) from None
             if not 0 <= number < self.vocab_size:
                 raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {shown(number)}.")
             text = self._table.get(number, b"")  # none of ids between those of tokens
