@@ -296,6 +296,16 @@ def test_normalized_qk_of_any_size(backend):
                     assert_all_as_accurate_as(evaluate(mo.normalized_qk, case), *references(case), factor=4, floor=8)
 
 
+@every_backend
+def test_normalized_qk_of_any_size_in_float64(backend):
+    """Powers of two, which change no digit of what does not depend on the size."""
+    case = normalized_qk_case(B=1, L=3, K=6, eps=0.0, dtype=torch.float64)
+    expected = evaluate(mo.normalized_qk, case)
+    for size in (2.0**-900, 2.0**900):
+        found = evaluate(mo.normalized_qk, case.with_tensors(z=case.tensors["z"] * size))
+        assert_all_close(found | {"dz": found["dz"] * size}, expected, tolerance=1e-13)
+
+
 @each_isa
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_norms_of_rows_of_any_size(norm, name):
