@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import io
 import mmap
 import os
@@ -70,10 +71,10 @@ class Arm:
             atexit.register(self.process.communicate)  # closes its input, which ends the process
             self.functions = pickle.load(self.process.stdout)
 
-    def call(self, name: str, *arguments: Any) -> Any:
+    def call(self, name: str, *arguments: Any, **options: Any) -> Any:
         file = io.BytesIO()
         call = Call(file, self.memory)
-        call.dump((name, arguments, torch.get_num_threads()))
+        call.dump((name, arguments, options, torch.get_num_threads()))
         self.process.stdin.write(file.getvalue())
         self.process.stdin.flush()
         result = pickle.load(self.process.stdout)
@@ -87,7 +88,7 @@ def install() -> None:
     """Makes Arm's `_C` that of the package, which is imported after it: what it chooses by the instruction set is Arm's."""
     arm, compiled = Arm(os.environ["MEGALODON_OPS_ARM"]), ModuleType("megalodon_ops._C")
     for name in arm.functions:
-        setattr(compiled, name, lambda *arguments, name=name: arm.call(name, *arguments))
+        setattr(compiled, name, functools.partial(arm.call, name))
     sys.modules[compiled.__name__] = compiled
     import megalodon_ops
 

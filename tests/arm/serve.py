@@ -65,12 +65,12 @@ def main():
     answer([name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")])
     while True:
         try:
-            function, arguments, threads = Requests(sys.stdin.buffer).load()
+            function, arguments, options, threads = Requests(sys.stdin.buffer).load()
         except EOFError:
             return
         set_num_threads(threads)
         try:
-            answer(getattr(module, function)(*arguments))
+            answer(getattr(module, function)(*arguments, **options))
         except Exception as error:
             answer(type(error)(str(error)))
 
