@@ -39,7 +39,9 @@ class Promise:
 _SCAN = "the scan over time: two numbers a group of channels and warp of rows"
 _DROPKEY = "the threshold of DropKey, a product a thread"
 _LAST_SEEN = "four registers spill with 64 columns and 48 keys: the last column that a row sees is one number more"
-_LATER = "nvcc 12.9 spills 2 to 4 registers with float, read outside of loops over groups of steps; on 120 with fp16, too"
+_LATER = (
+    "nvcc 12.9 spills 2 to 4 registers with float, read outside of loops over groups of steps; on 120 with fp16, too"
+)
 _AGAIN = "a number that its end needs spills, once a thread: two blocks on a multiprocessor leave 128 registers"
 
 PROMISES = (
