@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -291,10 +292,10 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(loss, "LONGER", 0)
     monkeypatch.setattr(gecko_loss, "QUICK", ("tiny", 600))
     monkeypatch.setattr(gecko_loss, "LENGTH", 128)
-    for module, of in ((gecko_loss, ("MEGALODONS", "PARTS")), (gecko_tasks, ("MEGALODONS", "OF_FOUR", "OF_EIGHT"))):
-        for name in of:
-            monkeypatch.setattr(module, name, getattr(module, name)[-2:])
-    monkeypatch.setattr(gecko_tasks, "ASKED", ("mqar", "needle"))
+    for module, name in itertools.product((gecko_loss, gecko_tasks), ("MEGALODONS", "PARTS")):
+        monkeypatch.setattr(module, name, getattr(module, name)[-2:])
+    monkeypatch.setattr(gecko_tasks, "ENTRANTS", [*gecko_tasks.MEGALODONS, *gecko_tasks.PARTS])
+    monkeypatch.setattr(gecko_tasks, "RATES", {"mqar": 4e-3, "needle": 1e-3})
     monkeypatch.setattr(long_loss, "QUICK", ("tiny", 256, 270))
     monkeypatch.setattr(long_loss, "ROWS", {32: 2, 64: 1})
     monkeypatch.setattr(long_loss, "RATES", dict.fromkeys(loss.BOTH, (2e-3,)))

@@ -174,10 +174,7 @@ def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
     assert gecko_tasks.costs(part._replace(model=models.MEGALODON), 128) == (2 * (32 + 128) * 16, 32 * (32 + 128))
     assert gecko_tasks.costs(part, 128) == (2 * (32 + 128) * (16 + 24), 2 * 32 * (32 + 128))
     assert gecko_tasks.control(part, 128).chunk == 128  # of 64, a token sees 32 keys
-    assert (
-        gecko_tasks.control(part._replace(chunk=16), 128).chunk == 64
-        and gecko_loss.control(gecko_loss.PARTS[0]).chunk == 256
-    )
+    assert gecko_loss.control(gecko_loss.PARTS[0]).chunk == 256
     memory = gecko_tasks.costs(part._replace(model="memory"), 128)
     assert memory == (2 * (32 + 128) * 16 + 6 * 32 * 128, 32 * (32 + 128) + 32 * 128 + 32 + 32 * 32)
 
@@ -185,14 +182,20 @@ def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
         accuracy = [{"length": 256, "targets": right + 0.001 * seed, "rows": 0.0}]
         return content({"task": task, **entrant._asdict(), "lr": 1e-3, "seed": seed}, {"accuracy": accuracy})
 
-    def all_with(shares):
-        entrants = itertools.product(gecko_tasks.ASKED, gecko_tasks.ENTRANTS, range(3))
-        return [of(task, entrant, seed, shares.get(entrant, 0.2)) for task, entrant, seed in entrants]
+    def all_with(shares, parts_seeds=3):
+        entrants = itertools.product(gecko_tasks.RATES, gecko_tasks.ENTRANTS, range(3))
+        return [
+            of(task, entrant, seed, shares.get(entrant, 0.2))
+            for task, entrant, seed in entrants
+            if entrant.model == models.MEGALODON or seed < parts_seeds
+        ]
 
     assert gecko_tasks.verdicts(all_with({}))["claim"] == verdict.NOT_HELD
     assert gecko_tasks.verdicts(all_with({})[3:])["claim"] == verdict.UNDECIDED
+    assert gecko_tasks.verdicts(all_with({part: 0.29}, 1))["claim"] == verdict.NOT_HELD
+    assert gecko_tasks.verdicts(all_with({part: 0.31}, 1))["claim"] == verdict.UNDECIDED  # more seeds are wanted
     said = gecko_tasks.verdicts(all_with({part: 0.4}))
-    better = "length 256, two chunks in chunks of 32: better than MEGALODON in chunks of"
+    better = "length 256, two chunks: better than MEGALODON in chunks of"
     assert said["claim"] == said[f"needle, {better} 32"] == said[f"needle, {better} 128, the control"] == verdict.HELD
     control = task_runs.Entrant(models.MEGALODON, 128)
     said = gecko_tasks.verdicts(all_with({part: 0.4, control: 0.35}))

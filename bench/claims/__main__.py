@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: stopped; the same command goes on")
             return 130
         if options.plan:
-            left = sum(seconds for _, seconds, done in session.planned if not done)
-            for run, seconds, done in session.planned if options.claim != "all" else []:
+            left = sum(seconds for seconds, done in session.planned.values() if not done)
+            for run, (seconds, done) in session.planned.items() if options.claim != "all" else []:
                 print(f"  {'done' if done else duration(seconds):>8}  {run}")
             print(f"{name}: {len(session.planned)} runs, {duration(left)} left on 2 quiet cores (estimated)")
             total += left

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import itertools
 import random as python_random
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy
 import torch

@@ -34,8 +34,8 @@ class Session:
     quick: bool = False
     plan: bool = False
     seed: int = 0
-    planned: list[tuple[str, float, bool]] = field(default_factory=list)
-    """Name, estimated seconds, and whether it is done, of every run that was asked for"""
+    planned: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    """Estimated seconds, and whether it is done, of every run that was asked for, by its name"""
 
     @property
     def path(self) -> Path:
@@ -53,7 +53,7 @@ class Session:
         done = results(self.path).get(name)
         if done is not None and done["settings"] != settings:
             raise SystemExit(f"{self.path}: {name} is of other settings; remove its line, or name another --out")
-        self.planned.append((name, seconds, done is not None))
+        self.planned[name] = seconds, done is not None
         if done is not None or self.plan:
             return None if done is None else done["result"]
         scratch = self.path.with_name(f"{self.path.stem}-unfinished") / (re.sub(r"[^\w.=-]+", "_", name) + ".pt")

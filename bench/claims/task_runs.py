@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import loss, models, text, verdict
-from .runs import Session, Work
+from .runs import Session
 from .tasks import NONE, TASKS
 from .train import Recipe, config, estimate, train
 
@@ -53,33 +53,28 @@ ENTRANTS = (*COMPARED, BESIDE)
 
 def run(session: Session, data: list[str] | None) -> None:
     for task, entrant in [*itertools.product(TASKS, COMPARED), *itertools.product(TASKS, (BESIDE,))]:
-        train_by_sweep(session, task, entrant, data if TASKS[task].needs_text else None)
+        train_by_sweep(session, task, entrant, data)
 
 
-def train_by_sweep(
-    session: Session, task: str, entrant: Entrant, data: list[str] | None, rates: tuple[float, ...] | None = None
-) -> None:
-    size, steps, asked = QUICK if session.quick else (SIZE, STEPS, ASKED)
-    train_by_rates(
-        session, f"{task} {entrant.label}", work, seconds(size, entrant, task, steps, asked), rates or RATES, task=task,
-        **entrant._asdict(), size=size, steps=steps, asked=asked, data=data,
-    )  # fmt: skip
-
-
-def train_by_rates(
-    session: Session, label: str, work: Work, estimated: float, rates: tuple[float, ...], **settings: Any
-) -> None:
+def train_by_sweep(session: Session, task: str, entrant: Entrant, data: list[str] | None) -> None:
     """The first seed at each rate, then the others at the rate of the lowest training loss."""
-
-    def at(rate: float, seed: int) -> dict[str, Any] | None:
-        return session.run(f"{label} lr={rate:g} seed={seed}", work, estimated, **settings, lr=rate, seed=seed)
-
     first, *others = session.seeds()
-    found = {rate: at(rate, first) for rate in rates}
+    found = {rate: train_once(session, task, entrant, data, rate, first) for rate in RATES}
     losses = {rate: loss.as_figure(result["train_loss"]) for rate, result in found.items() if result is not None}
-    rate = min(losses, key=losses.get) if losses else rates[0]
+    rate = min(losses, key=losses.get) if losses else RATES[0]
     for seed in others:
-        at(rate, seed)
+        train_once(session, task, entrant, data, rate, seed)
+
+
+def train_once(
+    session: Session, task: str, entrant: Entrant, data: list[str] | None, lr: float, seed: int
+) -> dict[str, Any] | None:
+    size, steps, asked = QUICK if session.quick else (SIZE, STEPS, ASKED)
+    return session.run(
+        f"{task} {entrant.label} lr={lr:g} seed={seed}", work, seconds(size, entrant, task, steps, asked), task=task,
+        **entrant._asdict(), size=size, steps=steps, asked=asked, data=data if TASKS[task].needs_text else None, lr=lr,
+        seed=seed,
+    )  # fmt: skip
 
 
 def seconds(size: str, entrant: Entrant, task: str, steps: int, asked: int) -> float:
@@ -155,11 +150,13 @@ def chosen(results: list[dict[str, Any]]) -> dict[tuple[str, Entrant], list[dict
     return {key: max(by_rate.values(), key=len) for key, by_rate in found.items()}
 
 
-def cells(
-    results: list[dict[str, Any]], entrants: Sequence[Entrant] = ENTRANTS
-) -> dict[tuple[str, str], dict[Entrant, list[float]]]:
-    """By task and what is asked, the shares of right targets of each entrant over the seeds; in the order of TASKS."""
-    found: dict[tuple[str, str], dict[Entrant, list[float]]] = {}
+Shares = dict[tuple[str, str], dict[Entrant, list[float]]]
+"""By task and what is asked, the shares of right targets of each entrant over the seeds"""
+
+
+def cells(results: list[dict[str, Any]], entrants: Sequence[Entrant] = ENTRANTS) -> Shares:
+    """In the order of TASKS."""
+    found: Shares = {}
     runs_of = chosen(results)
     for task, entrant in itertools.product(TASKS, entrants):
         for content in runs_of.get((task, entrant), []):
