@@ -135,9 +135,9 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
         (theirs, "muon"): (1.5, 2e-3),
     }
 
-    def work(scratch, *, length, model, optimizer, lr, seed, **_):
+    def work(scratch, *, size, length, model, optimizer, lr, seed, **_):
         bits, rate = best[model, optimizer]
-        validation = bits + 0.01 * abs(math.log2(rate / lr) - (length == 2048))
+        validation = bits + 0.01 * abs(math.log2(rate / lr))
         test = (1.3 if model == ours else 1.4 + 0.1 * (length == 512)) + 0.001 * seed - 0.1 * (optimizer == "adamw")
         looks = {part: {"validation": validation, "test": test + 1 - float(part)} for part in ("0.25", "0.5", "1")}
         return {"looks": looks, "whole": test, "train_loss": 1.0, "parameters": 1}
@@ -147,16 +147,16 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
     long_loss.run(session, None)
     found = [*runs.results(session.path).values()]
     names = {content["run"] for content in found}
-    rates = {name.split()[3] for name in names if name.startswith("512 megalodon muon")}
-    assert rates == {"lr=0.004", "lr=0.008", "lr=0.016", "lr=0.032"}  # as far as a sweep goes on
-    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (4 + 3) + 4 + 4 + 4
+    rates = {name.split()[4] for name in names if name.startswith("100k 512 megalodon muon")}
+    assert rates == {"lr=0.008", "lr=0.016", "lr=0.032", "lr=0.064"}  # as far as a sweep goes on
+    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (4 + 3) + 4 + 6 + 2
+    assert {"1M 512 megalodon muon lr=0.016 seed=0", "1M 512 llama adamw lr=0.00025 seed=0"} <= names
     chosen = {
-        (512, ours): ("muon", 32e-3),
-        (512, theirs): ("adamw", 5e-4),
-        (2048, ours): ("muon", 16e-3),
-        (2048, theirs): ("adamw", 25e-5),
+        (length, model): (optimizer, lr)
+        for length in (512, 2048)
+        for model, optimizer, lr in ((ours, "muon", 32e-3), (theirs, "adamw", 5e-4))
     }
-    assert {key: trained[2:] for key, trained in long_loss.chosen(found).items()} == chosen
+    assert {key: trained[3:] for key, trained in long_loss.chosen(found).items()} == chosen
     said = long_loss.verdicts(found)
     assert (
         said["rows of 512, test"] == verdict.HELD and said["rows of 2048, test"] == said["claim"] == verdict.UNDECIDED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -17,22 +18,24 @@ RULE = (
     "Rows of 512 and of 2,048 tokens, as many as make 8,192 tokens a step; MEGALODON's chunk is a row, which is what "
     "the Llama sees; documents are cut into parts of two rows. The text is sources of Python packages "
     "(bench/claims/packages.txt), of which whole packages are held out, one part for choosing and one for testing; "
-    "tokens are a BPE's, learned from the text to learn from. All runs are of full length. In rows of 512, each "
-    "model's rate is chosen for AdamW and for Muon, from two rates and up to two more by a factor of 2 while the best "
-    "is at an end, then the better of the two optimizers; in rows of 2,048 that optimizer is kept, and of its rate "
-    "and half of it the better chosen. Each choice is by validation bits per byte at the end, by one seed; three "
-    "seeds of what was chosen are compared. At each length, bits per byte of the test packages at the end, in windows "
-    "of a row, decide by more than 3 standard errors. Held where MEGALODON's are lower at both lengths, not held "
-    "where they are higher at one. Beside these, which decide nothing: the same after a quarter and half of the run, "
-    "whose rates have not come down yet, and whole documents."
+    "tokens are a BPE's, learned from the text to learn from. All runs are of full length. The size is 100k: two "
+    "layers of width 64, and embeddings of 1,024 tokens. In rows of 512, each model's rate is chosen for AdamW and for "
+    "Muon, from two rates and up to two more by a factor of 2 while the best is at an end, then the better of the two "
+    "optimizers, by validation bits per byte at the end, by one seed; in rows of 2,048 both are kept. Three seeds of "
+    "what was chosen are compared. At each length, bits per byte of the test packages at the end, in windows of a row, "
+    "decide by more than 3 standard errors. Held where MEGALODON's are lower at both lengths, not held where they are "
+    "higher at one. Beside these, which decide nothing: the same after a quarter and half of the run, whose rates have "
+    "not come down yet; whole documents; and one seed of size 1M in rows of 512, with the chosen optimizer at half its "
+    "rate, as larger models want lower ones."
 )
-SIZE, TOKENS, VOCABULARY = "1M", 25_000_000, 1024
-QUICK = ("100k", 60_000, 300)
+SIZE, TOKENS, VOCABULARY = "100k", 25_000_000, 1024
+BESIDE = "1M"
+QUICK = ("tiny", 60_000, 300)
 ROWS = {512: 16, 2048: 4}
 """Of a batch, by their length"""
-RATES = {models.MEGALODON: (4e-3, 8e-3), models.LLAMA: (1e-3, 2e-3)}
-"""Half of what the sweeps of `loss` chose at 1M parameters, and its neighbour: of MEGALODON's 0.016 the lower one, of the
-Llama's 0.002, which was better than its half, the upper one"""
+RATES = {models.MEGALODON: (8e-3, 16e-3), models.LLAMA: (2e-3, 4e-3)}
+"""What the sweeps of `loss` chose for 1M parameters or half of it, 0.016 and 0.002, and its neighbour, as the size is smaller
+and the run longer"""
 OPTIMIZERS = ("adamw", "muon")
 PIECE = 2048
 """Tokens of a document that a call reads of held-out text"""
@@ -45,6 +48,7 @@ HELD_OUT = {"validation": 400_000, "test": 840_000}
 class Trained(NamedTuple):
     """What the runs of one row of the table have in common; they differ by their seeds."""
 
+    size: str
     length: int
     model: str
     optimizer: str
@@ -53,49 +57,46 @@ class Trained(NamedTuple):
 
 def run(session: Session, data: list[str] | None) -> None:
     size, tokens, vocabulary = QUICK if session.quick else (SIZE, TOKENS, VOCABULARY)
-    others = dict(size=size, tokens=tokens, vocabulary=vocabulary, data=data)
+    first = session.seed
 
     @functools.cache
     def bits(key: Trained, seed: int) -> float | None:
         """Of the validation packages."""
-        estimated = seconds(key, size, tokens, vocabulary)
-        name = f"{key.length} {key.model} {key.optimizer} lr={key.lr:g} seed={seed}"
-        found = session.run(name, work, estimated, **key._asdict(), rows=ROWS[key.length], **others, seed=seed)
+        found = session.run(
+            " ".join(map(str, key[:-1])) + f" lr={key.lr:g} seed={seed}", work, seconds(key, tokens, vocabulary),
+            **key._asdict(), rows=ROWS[key.length], tokens=tokens, vocabulary=vocabulary, data=data, seed=seed,
+        )  # fmt: skip
         return None if found is None else loss.as_figure(in_windows(found, "validation"))
 
-    first, *more = session.seeds()
-    best: dict[str, Trained] = {}
-    for length in ROWS:
-        for model in loss.BOTH:
-            if model in best:
-                before = best[model]
-                keys = [before._replace(length=length, lr=rate) for rate in (before.lr / 2, before.lr)]
-            else:
-                keys = [Trained(length, model, optimizer, 0.0) for optimizer in OPTIMIZERS]
-                keys = [
-                    key._replace(lr=loss.sweep(lambda rate: bits(key._replace(lr=rate), first), RATES[model]))
-                    for key in keys
-                ]
-            found = {key: bits(key, first) for key in keys}
-            best[model] = keys[-1] if None in found.values() else min(found, key=found.get)
-        for model in loss.BOTH:
-            for seed in more:
-                bits(best[model], seed)
+    def best_rate(key: Trained) -> Trained:
+        return key._replace(lr=loss.sweep(lambda rate: bits(key._replace(lr=rate), first), RATES[key.model]))
+
+    shortest = min(ROWS)
+    best = []
+    for model in loss.BOTH:
+        keys = [best_rate(Trained(size, shortest, model, optimizer, 0.0)) for optimizer in OPTIMIZERS]
+        found = {key: bits(key, first) for key in keys}
+        best.append(keys[-1] if None in found.values() else min(found, key=found.get))
+    for seed, length, key in itertools.product(session.seeds(), ROWS, best):
+        bits(key._replace(length=length), seed)
+    if not session.quick:
+        for key in best:
+            bits(key._replace(size=BESIDE, lr=key.lr / 2), first)
 
 
-def seconds(key: Trained, size: str, tokens: int, vocabulary: int) -> float:
+def seconds(key: Trained, tokens: int, vocabulary: int) -> float:
     """Of one thread. At each look the held-out text is read in windows, and at the end the test as a whole, by the Llama twice."""
     reading = sum(HELD_OUT.values()) * len(LOOKS) + HELD_OUT["test"] * (2 if key.model == models.LLAMA else 1)
     reading = min(reading, tokens)  # of a quick run
     work_of = ((tokens, True), (reading, False))
     return SECONDS * sum(
-        estimate(size, key.length, key.model, count, key.length, training=training, vocabulary=vocabulary)
+        estimate(key.size, key.length, key.model, count, key.length, training=training, vocabulary=vocabulary)
         for count, training in work_of
     )
 
 
 def work(
-    scratch: Path, *, length: int, model: str, optimizer: str, lr: float, rows: int, size: str, tokens: int, vocabulary: int,
+    scratch: Path, *, size: str, length: int, model: str, optimizer: str, lr: float, rows: int, tokens: int, vocabulary: int,
     data: list[str] | None, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     corpus = text.tokens(scratch.parent, vocabulary, data)
@@ -141,9 +142,10 @@ def figures(results: list[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]
 
 
 def chosen(results: list[dict[str, Any]]) -> dict[tuple[int, str], Trained]:
-    """By length and model, what most seeds were run of."""
-    found = figures(results, in_windows)
-    return {key[:2]: max((k for k in found if k[:2] == key[:2]), key=lambda k: len(found[k])) for key in found}
+    """By length and model, what most seeds were run of, at the size that decides."""
+    found = figures([content for content in results if content["settings"]["size"] != BESIDE], in_windows)
+    by_fewest_seeds = sorted(found, key=lambda key: len(found[key]))
+    return {(key.length, key.model): key for key in by_fewest_seeds}
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
@@ -163,7 +165,10 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     keys = chosen(results).values()
-    parameters = {content["settings"]["model"]: content["result"]["parameters"] for content in results}
+    parameters = {
+        (content["settings"]["size"], content["settings"]["model"]): content["result"]["parameters"]
+        for content in results
+    }
     found = [figures(results, pick) for pick in FIGURES.values()]
     lines = [
         "Bits per byte, in windows of a row but for whole documents.", "",
@@ -172,7 +177,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     for key in found[0]:
         rate = f"{key.optimizer}, {key.lr:g}" + (", chosen" if key in keys else "")
-        cells = [str(key.length), key.model, f"{parameters[key.model]:,}", rate, str(len(found[0][key]))]
+        cells = [str(key.length), key.model, f"{parameters[key.size, key.model]:,}", rate, str(len(found[0][key]))]
         lines.append("| " + " | ".join([*cells, *(verdict.spread(of_what[key]) for of_what in found)]) + " |")
     return lines
 
