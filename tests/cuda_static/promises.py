@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cuda_static.sass import Kernel
 
@@ -34,14 +35,14 @@ class Promise:
     avoids: tuple[str, ...] = ()  # expressions that find no opcode
     doubles: str = ""  # why a kernel of narrower types calculates in fp64
     stack: dict[int, str] = field(default_factory=dict)  # why it spills or has an array in memory, by architecture
+    nvcc_12: dict[str, Any] = field(default_factory=dict)  # fields that differ where CUDA 12 compiled it
 
 
 _SCAN = "the scan over time: two numbers a group of channels and warp of rows"
 _DROPKEY = "the threshold of DropKey, a product a thread"
 _LAST_SEEN = "four registers spill with 64 columns and 48 keys: the last column that a row sees is one number more"
-_LATER = (
-    "nvcc 12.9 spills 2 to 4 registers with float, read outside of loops over groups of steps; on 120 with fp16, too"
-)
+_LATER = "2 to 4 registers spill with float, read outside of loops over groups of steps; on 120 with fp16, too"
+_TOO_LITTLE = "four registers spill; cards of sm_120 have too little shared memory to take it"
 _AGAIN = "a number that its end needs spills, once a thread: two blocks on a multiprocessor leave 128 registers"
 
 PROMISES = (
@@ -75,7 +76,7 @@ PROMISES = (
         r"timestep_norm_bwd_kernel<\w+, [248]>",
         128,
         uses=(LOAD_128, STORE_128),
-        stack={100: "nvcc 12.9 spills two registers of <fp16, 8>, read once a tile of steps"},
+        nvcc_12={"stack": {100: "two registers of <fp16, 8> spill, read once a tile of steps"}},
     ),
     Promise(r"timestep_norm_bwd_kernel<\w+, 1>", 128),
     Promise(r"timestep_norm_bwd_sums_kernel<(float|bf16|fp16), [48], true>", 128, uses=(LOAD_128,), doubles=_SCAN),
@@ -89,7 +90,7 @@ PROMISES = (
         r"cema_(output|sums)_kernel<(bf16|fp16|float)\b.*>",
         168,
         uses=(LOAD_64, STORE_64),
-        stack={100: _LATER, 120: _LATER},
+        nvcc_12={"stack": {100: _LATER, 120: _LATER}},
     ),
     Promise(r"cema_(local|output|sums)_kernel<double\b.*>", 255, uses=(LOAD_128,)),
     Promise(r"cema_ends_kernel<(bf16|fp16|float)\b.*>", 168, uses=(LOAD_64, STORE_64)),
@@ -98,10 +99,8 @@ PROMISES = (
         r"cema_tiles_kernel<[12]>",
         128,
         uses=(MMA_BF16, LOAD_128, STORE_64),
-        stack={
-            100: "nvcc 12.9 spills two registers, read once a tile",
-            120: "four registers spill; cards of sm_120 have too little shared memory to take it",
-        },
+        stack={120: _TOO_LITTLE},
+        nvcc_12={"stack": {100: "two registers spill, read once a tile", 120: _TOO_LITTLE}},
     ),
     Promise(r"cema_mma_local_kernel<[24]>", 128, uses=(MMA_BF16, LOAD_128, STORE_64)),
     Promise(r"cema_mma_output_kernel<[24]>", 128, uses=(MMA_BF16, LOAD_128, STORE_128)),
@@ -149,12 +148,17 @@ PROMISES = (
         uses=(MMA_FP16, LDMATRIX, COPY_128),
         stack={80: _AGAIN, 90: _AGAIN},
     ),
-    Promise(r"chunked_attention_bwd_products_kernel<PlainProduct<.*>>", 216),
+    Promise(r"chunked_attention_bwd_products_kernel<PlainProduct<.*>>", 200, nvcc_12={"registers": 216}),
     Promise(r"chunked_attention_bwd_prepare_kernel<.*>", 64),
     Promise(r"chunked_attention_step_kernel<.*>", 128, doubles=_DROPKEY),
     Promise(r"chunked_attention_(merge|state)_kernel<.*>", 80),
     Promise(r"chunked_attention_position_kernel", 24),
 )
+
+
+def promises_of(compiler: str) -> list[Promise]:
+    """PROMISES as they are kept by a compiler, "nvcc 13.0.88"."""
+    return [replace(p, **p.nvcc_12) if compiler.startswith("nvcc 12.") else p for p in PROMISES]
 
 
 def breaches(kernels: Iterable[Kernel], promises: Sequence[Promise] = PROMISES) -> list[str]:
