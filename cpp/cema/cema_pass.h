@@ -106,18 +106,13 @@ struct FetchAhead {
   }
 };
 
-// Re(q), and its product with v plus addend(), which is called after the product is made: of two products that are
-// added, the compiler fuses the one that it meets first.
+// Re(q), and its product with v plus an addend.
 template <class R>
 struct Factor {
   using V = Vec<R>;
 #if defined(__FMA__) || defined(__aarch64__)
   MEGALODON_INLINE void operator=(V q) { value = q; }
-  template <class Addend>
-  MEGALODON_INLINE V times(V v, Addend&& addend) const {
-    const V product = value * v;
-    return product + addend();
-  }
+  MEGALODON_INLINE V times(V v, V addend) const { return value * v + addend; }
   V value;
 #else
   MEGALODON_INLINE void operator=(V q) {
@@ -125,8 +120,7 @@ struct Factor {
     whole = q > 2 || q < -2 ? zeros<R>() : nearest;  // where |q| > 2, the rest could not be exact
     rest = q - whole;
   }
-  template <class Addend>
-  MEGALODON_INLINE V times(V v, Addend&& addend) const { return whole * v + (rest * v + addend()); }
+  MEGALODON_INLINE V times(V v, V addend) const { return whole * v + (rest * v + addend); }
   V whole, rest;
 #endif
 };
@@ -172,12 +166,12 @@ void scan_pass(const Tile<R>& tile, int steps, Vec<R> omega, const R* coefs, R* 
         const V g_re = kInput ? re[m] + c_re[m] * input : re[m], g_im = kInput ? im[m] + c_im[m] * input : im[m];
         sum += p[m] * g_re;
         sum_p[m] += load(x + t * lanes) * g_re;
-        re[m] = q_re[m].times(g_re, [&] { return -(q_im[m] * g_im); });
-        im[m] = q_re[m].times(g_im, [&] { return q_im[m] * g_re; });
+        re[m] = q_re[m].times(g_re, -unfused(q_im[m] * g_im));
+        im[m] = q_re[m].times(g_im, unfused(q_im[m] * g_re));
       } else {
         const V drive = form == Form::folded ? input : p[m] * input;
-        const V next_re = q_re[m].times(re[m], [&] { return drive - q_im[m] * im[m]; });
-        const V next_im = q_re[m].times(im[m], [&] { return q_im[m] * re[m]; });
+        const V next_re = q_re[m].times(re[m], drive - q_im[m] * im[m]);
+        const V next_im = q_re[m].times(im[m], unfused(q_im[m] * re[m]));
         if (kOutput) sum += c_re[m] * next_re;
         if (kOutput) sum -= c_im[m] * next_im;
         re[m] = next_re;
@@ -231,10 +225,10 @@ void sensitivity_pass(const Tile<R>& tile, int steps, const R* coefs, R* state, 
     }
 #pragma GCC unroll 8
     for (int m = 0; m < modes; ++m) {
-      const V next_w_re = q_re[m].times(w_re[m], [&] { return u_re[m] - q_im[m] * w_im[m]; });
-      const V next_w_im = q_re[m].times(w_im[m], [&] { return u_im[m] + q_im[m] * w_re[m]; });
-      const V next_u_re = q_re[m].times(u_re[m], [&] { return (kFolded ? xt : p[m] * xt) - q_im[m] * u_im[m]; });
-      const V next_u_im = q_re[m].times(u_im[m], [&] { return q_im[m] * u_re[m]; });
+      const V next_w_re = q_re[m].times(w_re[m], u_re[m] - q_im[m] * w_im[m]);
+      const V next_w_im = q_re[m].times(w_im[m], u_im[m] + q_im[m] * w_re[m]);
+      const V next_u_re = q_re[m].times(u_re[m], (kFolded ? xt : p[m] * xt) - q_im[m] * u_im[m]);
+      const V next_u_im = q_re[m].times(u_im[m], unfused(q_im[m] * u_re[m]));
       w_re[m] = next_w_re;
       w_im[m] = next_w_im;
       u_re[m] = next_u_re;

@@ -226,6 +226,17 @@ MEGALODON_INLINE void store_first(T* to, Vec<Compute<T>> v, int64_t n) {
 #endif
 }
 
+// A product that the compiler is not to fuse with what it is added to.
+template <class V>
+MEGALODON_INLINE V unfused(V product) {
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 // Two vectors' elements in whatever order is cheapest: bfloat16 splits into even and odd ones.
 template <class R> struct TwoVectors { Vec<R> a, b; };
 template <class T>
