@@ -73,7 +73,7 @@ MEGALODON_INLINE Vec<double> softmax_exp(Vec<double> x) { return exp(x); }
 // The exponential is that of -|x|, which neither overflows nor cancels: e / (1 + e) for x < 0, 1 / (1 + e) otherwise.
 template <class V>
 MEGALODON_INLINE V sigmoid(V x) {
-  const V one = V{} + 1, e = exp(x < V{} ? x : -x);
+  const V one = V{} + 1, e = exp(x < -x ? x : -x);
   return (x < V{} ? e : one) / (one + e);
 }
 
