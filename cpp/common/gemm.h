@@ -79,8 +79,8 @@ struct Packed {
 };
 template <class U> using PackedLeft = Packed<U, kLeftColumns<U>>;  // A = M
 
-template <class R>
-MEGALODON_INLINE Vec<R> multiply_add(R a, Vec<R> b, Vec<R> sum) { return sum + a * b; }
+template <class R, class V>
+MEGALODON_INLINE V multiply_add(R a, V b, V sum) { return sum + a * b; }
 #if defined(MEGALODON_BF16_PAIRS)
 MEGALODON_INLINE Vec<float> multiply_add(Bf16Pair a, Vec<float> b, Vec<float> sum) {
   return add_pairs(sum, bit_cast<Bits>(b), a.bits);
