@@ -106,7 +106,7 @@ struct FetchAhead {
   }
 };
 
-// Re(q), and its product with v plus an addend.
+// Re(q), and its product with v plus an addend, which comes unfused if it is a product: only one of two can be fused.
 template <class R>
 struct Factor {
   using V = Vec<R>;
