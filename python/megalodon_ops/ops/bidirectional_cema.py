@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .arrays import call_with_arrays
@@ -84,7 +83,7 @@ def bidirectional_cema(
     after = _mirrored(z, mirror)[:, 1:]  # z begins at the step itself
     if cu_seqlens is not None:
         after = after.masked_fill((mirror[1:] != mirror[:-1] - 1)[:, None], 0)  # of the next sequence
-    return y + F.pad(after, (0, 0, 0, 1))
+    return y + torch.cat((after, torch.zeros_like(z[:, :1])), 1)  # torch 2.5's pad refuses tensors without elements
 
 
 def _mirrored(x: Tensor, mirror: Tensor) -> Tensor:
