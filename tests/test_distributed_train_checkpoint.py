@@ -1,5 +1,6 @@
 """Checkpoints that several processes write together: whole or not there, and read by any number of processes."""
 
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -322,3 +324,14 @@ def test_metadata_that_would_run_something_is_refused(damaged, tmp_path, monkeyp
             read(damaged)
         assert str(caught.value).count("\n") == 0
     assert not (tmp_path / "trapped").exists()
+
+
+def test_metadata_of_python_3_11_2_is_read(monkeypatch):
+    """There `getattr` makes a member of an enumeration; of anything else it makes nothing."""
+    kind = metadata._MEM_FORMAT_ENCODING
+    monkeypatch.setattr(kind, "__reduce_ex__", lambda member, _: (getattr, (kind, member.name)))
+    for member in kind:
+        assert distributed._Unpickler(io.BytesIO(pickle.dumps(member))).load() is member
+    monkeypatch.setattr(Trap, "__reduce__", lambda _: (getattr, (torch.Size, "numel")))
+    with pytest.raises(AttributeError, match="__members__"):
+        distributed._Unpickler(io.BytesIO(pickle.dumps(Trap()))).load()
