@@ -31,12 +31,12 @@ _PYTHON_HOST_PLATFORM=linux-aarch64 pip wheel --quiet --no-deps --no-build-isola
   ${define}CMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ ${define}Python_INCLUDE_DIR="$arm/root/usr/include/python3.13" \
   ${define}PYTHON_MODULE_EXTENSION=.cpython-313-aarch64-linux-gnu.so ${define}PYTHON_MODULE_DEBUG_POSTFIX= .
 auditwheel repair --exclude libgomp.so.1 --wheel-dir "$arm/repaired" "$arm"/wheel/*.whl
-# PyPI's later wheels of torch for Arm bring gigabytes of CUDA.
+# PyPI's later wheels of torch for Arm bring gigabytes of CUDA. Hypothesis reads all sources that lie in no `site-packages`.
 uv pip install --quiet --python "$arm/venv" --python-platform aarch64-manylinux_2_39 --reinstall-package megalodon_ops \
-  --target "$arm/root/usr/lib/python3/dist-packages" "megalodon_ops[train] @ file://$(echo "$arm"/repaired/*.whl)" \
+  --target "$arm/site-packages" "megalodon_ops[train] @ file://$(echo "$arm"/repaired/*.whl)" \
   "torch==2.10.*" pytest pytest-xdist hypothesis pybind11
 
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+export PYTHONPATH=$arm/site-packages OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 for processor in max cortex-a72; do
   qemu-aarch64 -cpu $processor -L "$arm/root" "$arm/root/usr/bin/python3" -m pytest -n 0 -m "" \
     -k "not emulated and not compile" "${@:-${tests[@]}}"
