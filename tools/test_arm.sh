@@ -37,7 +37,7 @@ uv pip install --quiet --python "$arm/venv" --python-platform aarch64-manylinux_
   "torch==2.10.*" pytest pytest-xdist hypothesis pybind11
 
 export PYTHONPATH=$arm/site-packages OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-for processor in max cortex-a72; do
+for processor in max neoverse-n1; do
   qemu-aarch64 -cpu $processor -L "$arm/root" "$arm/root/usr/bin/python3" -m pytest -n 0 -m "" \
     -k "not emulated and not compile" "${@:-${tests[@]}}"
 done
