@@ -58,14 +58,19 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Processes for `ranks.run(function, world_size, *args)`; skips beside a torch that the package refuses to run them with."""
+def parallelize_runs() -> None:
+    """Skips beside a torch that `parallelize` refuses."""
     from megalodon_ops.distributed.fsdp import check_torch
 
     try:
         check_torch()
     except ImportError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def ranks(parallelize_runs: None) -> Iterator[Ranks]:
+    """Processes for `ranks.run(function, world_size, *args)`."""
     pool = Ranks()
     yield pool
     pool.close()

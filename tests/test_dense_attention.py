@@ -102,6 +102,7 @@ def test_results_and_gradients_are_the_references(path, take):
             assert_matches_reference(evaluate(mo.normalized_attention, case), case)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 rounds the sums of softmax's gradient")
 @every_backend
 def test_products_around_each_kernel_of_the_log_sum_exp(backend, take):
     take("products", torch.bfloat16)
@@ -122,6 +123,7 @@ def test_the_ways_mix(path, take, monkeypatch):
             assert_close(other[name], value, tolerance=1e-10, terms=1.0, name=name)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 rounds the sums of softmax's gradient")
 def test_what_is_rounded_is_the_logarithm_of_a_probability(take):
     """Scores of up to 100: rounded to bfloat16 themselves, they would be off by a quarter."""
     take("products", torch.bfloat16)

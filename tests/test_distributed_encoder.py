@@ -56,7 +56,7 @@ def test_ranks_train_as_one_process(ranks, tmp_path, data):
     assert all(torch.equal(a, found[name]) for name, a in loaded.named_parameters())
 
 
-def test_begins_on_meta_and_splits_rows_alone():
+def test_begins_on_meta_and_splits_rows_alone(parallelize_runs):
     try:
         mesh = make_mesh("data=1", device_type="cpu")
         torch.manual_seed(0)

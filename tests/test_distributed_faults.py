@@ -134,7 +134,7 @@ def fails_amid(sizes: str, where: str) -> None:
 
 
 @pytest.mark.parametrize(("sizes", "where"), [("data=2", "backward"), ("chunk=2", "forward"), ("tensor=2", "backward")])
-def test_a_rank_that_ends_ends_the_others(sizes, where):
+def test_a_rank_that_ends_ends_the_others(parallelize_runs, sizes, where):
     with contextlib.closing(Ranks()) as ranks, pytest.raises(RankError) as caught:
         ranks.run(fails_amid, 2, sizes, where)
     assert str(caught.value) == "rank 1: the process has ended"

@@ -16,6 +16,7 @@ import megalodon_ops as mo
 from megalodon_ops.ops import loss
 
 EACH_MODE = pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
+CANNOT_TRACE = pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 cannot trace it")
 SLOW = pytest.mark.slow
 EACH_GRAD = pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 SIZES = [(1, 1), (2, 7), (3, 60)]  # 1 to 180 tokens: products of these take each of the kernels
@@ -130,7 +131,7 @@ def test_an_exported_step_decodes_any_batch_from_a_file(strict):
                 assert isinstance(found, mo.MegalodonState)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 cannot trace it")
+@CANNOT_TRACE
 def test_an_exported_step_may_write_its_state_in_place():
     model = small_model()
     token, state = tokens_of(2, 1), state_of(model)
@@ -336,6 +337,7 @@ def test_vmap_of_a_decoder_is_refused():
 # Compilation
 
 
+@CANNOT_TRACE
 def test_a_compiled_step_decodes_over_the_end_of_a_chunk():
     model = small_model(**ALL)
     torch.compiler.reset()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -64,9 +63,13 @@ def measure(
         with torch.autocast("cpu", dtype, enabled=autocast) if on_cpu else _AsOnGpu(dtype, autocast):
             saved, saved_by_loss = _saved(block, x, given), _saved(loss, last, given)
         operations, of_loss = _operations(block, x), _operations(loss, last)
-        again = (
-            functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if recompute else block
-        )
+
+        def again(x: Tensor) -> Tensor:
+            # x is no argument of the checkpoint, which would ask for the generators of its device, of which torch 2.5 has none
+            if not recompute:
+                return block(x)
+            return checkpoint(lambda: block(x), use_reentrant=False, preserve_rng_state=False)
+
         added = sum(_operations(again, x).values()) - sum(operations.values())
     kept = [size if numbers == x.numel() else size // tensor for numbers, size in saved]
     own = {kind: count // tensor for kind, count in {**operations, AGAIN: added}.items()}
