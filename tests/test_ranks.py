@@ -39,7 +39,7 @@ def test_every_rank_gives_its_result(ranks, world_size):
     "function, message",
     [(fails_on, "this rank has failed"), (hangs_on, "no answer"), (ends_on, "the process has ended")],
 )
-def test_a_rank_that_fails_fails_the_test_and_the_next_test_runs(function, message):
+def test_a_rank_that_fails_fails_the_test_and_the_next_test_runs(parallelize_runs, function, message):
     ranks = Ranks()
     try:
         with pytest.raises(RankError, match=f"rank 1: (.|\n)*{message}"):
