@@ -14,7 +14,7 @@ template <class T>
 MEGALODON_INLINE Vec<Compute<T>> rounded(Vec<Compute<T>> v) {
   T held[kLanes<Compute<T>>];
   store(static_cast<T*>(held), v);
-  return unfused(load(static_cast<const T*>(held)));
+  return load(static_cast<const T*>(held));
 }
 
 template <class T>
