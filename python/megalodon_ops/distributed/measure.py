@@ -65,7 +65,7 @@ def measure(
         operations, of_loss = _operations(block, x), _operations(loss, last)
 
         def again(x: Tensor) -> Tensor:
-            # x is no argument of the checkpoint, which would ask for the generators of its device, of which torch 2.5 has none
+            # given x, a checkpoint of torch 2.5 asks for the generators of its device, and `meta` has none
             if not recompute:
                 return block(x)
             return checkpoint(lambda: block(x), use_reentrant=False, preserve_rng_state=False)
