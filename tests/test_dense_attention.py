@@ -33,6 +33,9 @@ DTYPES = {  # in float16, torch's flash attention for the CPU is less accurate t
     "products": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }
 PATHS = tuple(DTYPES)
+SUMS_IN_FLOAT32 = pytest.mark.skipif(
+    torch.__version__ < (2, 6), reason="torch 2.5 rounds the sums of softmax's gradient"
+)
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def test_results_and_gradients_are_the_references(path, take):
             assert_matches_reference(evaluate(mo.normalized_attention, case), case)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 rounds the sums of softmax's gradient")
+@SUMS_IN_FLOAT32
 @every_backend
 def test_products_around_each_kernel_of_the_log_sum_exp(backend, take):
     take("products", torch.bfloat16)
@@ -123,7 +126,7 @@ def test_the_ways_mix(path, take, monkeypatch):
             assert_close(other[name], value, tolerance=1e-10, terms=1.0, name=name)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 rounds the sums of softmax's gradient")
+@SUMS_IN_FLOAT32
 def test_what_is_rounded_is_the_logarithm_of_a_probability(take):
     """Scores of up to 100: rounded to bfloat16 themselves, they would be off by a quarter."""
     take("products", torch.bfloat16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import statistics
 from collections.abc import Callable
@@ -59,7 +58,6 @@ def run(session: Session, data: list[str] | None) -> None:
     size, tokens, vocabulary = QUICK if session.quick else (SIZE, TOKENS, VOCABULARY)
     first = session.seed
 
-    @functools.cache
     def bits(key: Trained, seed: int) -> float | None:
         """Of the validation packages."""
         found = session.run(
