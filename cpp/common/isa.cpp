@@ -3,8 +3,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -25,6 +27,15 @@ constexpr const char* kNames[] = {
 #undef MEGALODON_STRING_OF_
 constexpr int kIsas = sizeof(kNames) / sizeof(kNames[0]);
 
+#if defined(__x86_64__)
+// Before version 19 clang does not know these names for __builtin_cpu_supports().
+bool f16c_lzcnt_movbe_supported() {
+  unsigned a, b, c, d, extended;
+  return __get_cpuid(1, &a, &b, &c, &d) && __get_cpuid(0x80000001, &a, &b, &extended, &d) && (c & bit_F16C) && (c & bit_MOVBE) &&
+         (extended & bit_LZCNT);
+}
+#endif
+
 // Whether the processor has AMX with bfloat16 and the system, which must be asked, lets this process use AMX.
 [[maybe_unused]] bool amx_supported() {
 #if defined(__x86_64__) && defined(__linux__)
@@ -43,9 +54,8 @@ bool supported(int i) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
-  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") &&
-                  __builtin_cpu_supports("movbe");
+  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2") && f16c_lzcnt_movbe_supported();
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");

@@ -92,7 +92,13 @@ MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, Bits b) {
   return bit_cast<Vec<float>>(
       _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
 }
-MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, uint32_t b) { return add_pairs(sum, a, Bits{} + b); }
+MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, uint32_t b) {
+  Bits pairs = Bits{} + b;
+#if defined(__clang__) && __clang_major__ < 18
+  asm("" : "+v"(pairs));  // clang crashes on vectors of bf16 that it knows to be one pair
+#endif
+  return add_pairs(sum, a, pairs);
+}
 #elif defined(MEGALODON_BF16_PAIRS)
 MEGALODON_INLINE Half round_bf16(Vec<float> v) { return bit_cast<Half>(vcvt_bf16_f32(bit_cast<float32x4_t>(v))); }
 MEGALODON_INLINE Bits load_first_pairs(const bf16* from, int64_t n) {
