@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops.states import AttentionState, TimestepNormState
+from megalodon_ops.ops.states import AttentionState, TimestepNormState, WorkingMemoryState
 
 Function = Callable[..., Any]
 Tensors = dict[str, Tensor]
@@ -115,6 +115,14 @@ def _call_attention(function: Function, inputs: list[Tensor], tensors: Tensors, 
     return {"o": o, "state.k": state.k, "state.v": state.v, "state.position": state.position}
 
 
+def _call_memory(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
+    options = dict(options)
+    if kept := options.pop("kept", None):
+        options["state"] = WorkingMemoryState(tensors["memory"], tensors["mass"], kept.k, kept.position, kept.v)
+    o, state = function(*inputs, return_state=True, **options)
+    return {"o": o} | {f"state.{field}" if field in "kv" else field: t for field, t in state._asdict().items()}
+
+
 def _call_whole(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
     return {"y": function(*inputs, **options)}
 
@@ -127,6 +135,7 @@ OPS = {
     "normalized_qk": Op(("z",), ("gamma", "beta"), ("q", "k"), _call_normalized_qk),
     "chunked_attention": Op(("q", "k", "v"), (), ("o",), _call_attention, constant_state=True),
     "normalized_attention": Op(("z", "v"), ("gamma", "beta"), ("o",), _call_attention, constant_state=True),
+    "adaptive_working_memory": Op(("q", "k", "v"), (), ("o",), _call_memory, constant_state=True),
     "sequence_norm": Op(("x",), ("weight", "bias"), ("y",), _call_whole, whole=True),
     "bidirectional_cema": Op(("x",), ("p", "q", "gamma", "omega"), ("y",), _call_whole, whole=True),
 }
@@ -364,6 +373,29 @@ def normalized_attention_case(
     return Case("normalized_attention", tensors, options, dtype)
 
 
+def adaptive_working_memory_case(
+    B: int = 2, L: int = 9, H: int = 2, K: int = 3, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
+    seed: int = 0, size: float = 1.0, state: bool = False, cu_seqlens: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Case:  # fmt: skip
+    """Queries and keys of `size`; a state whose memory is of many steps, or of none, in turn."""
+    gen, real = generator(seed), real_dtype(dtype)
+    tensors = {
+        name: (scale * randn(gen, B, L, H, of)).to(dtype)
+        for name, scale, of in (("q", size, K), ("k", size, K), ("v", 1, V))
+    }
+    options = {"chunk_size": C, **_sequences(cu_seqlens, lengths)}
+    if state:
+        S = _count(B, cu_seqlens)
+        kept = _attention_state(gen, S, C, H, K, V, dtype)
+        chunks = torch.arange(S) % 3
+        written = (chunks > 0)[:, None, None]
+        tensors["memory"] = (randn(gen, S, H, K, V) * written[..., None]).to(real)
+        tensors["mass"] = ((randn(gen, S, H, K) + 2) * written).to(real)
+        options["kept"] = kept._replace(position=kept.position + C * chunks)
+    return Case("adaptive_working_memory", tensors, options, dtype, terms=1.0)
+
+
 def _sequences(cu_seqlens: Sequence[int] | None, lengths: Sequence[int] | None) -> dict[str, Tensor]:
     named = {"cu_seqlens": cu_seqlens, "lengths": lengths}
     return {name: torch.tensor(values) for name, values in named.items() if values is not None}
@@ -399,6 +431,7 @@ BUILDERS = {
     "normalized_qk": normalized_qk_case,
     "chunked_attention": chunked_attention_case,
     "normalized_attention": normalized_attention_case,
+    "adaptive_working_memory": adaptive_working_memory_case,
     "sequence_norm": sequence_norm_case,
     "bidirectional_cema": bidirectional_cema_case,
 }
@@ -410,6 +443,7 @@ WITH_STATE = {
     "normalized_qk": {"position": True},
     "chunked_attention": {"state": True},
     "normalized_attention": {"state": True},
+    "adaptive_working_memory": {"state": True},
 }
 
 # A small call of each op, with a state.

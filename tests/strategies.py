@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from cases import (
     Case,
+    adaptive_working_memory_case,
     bidirectional_cema_case,
     cema_case,
     cema_end_state_case,
@@ -161,6 +162,18 @@ def normalized_attention_cases(
     )  # fmt: skip
 
 
+@st.composite
+def adaptive_working_memory_cases(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
+) -> Case:
+    """Queries and keys that spread a softmax, and that make one of it."""
+    C = draw(st.sampled_from([1, 2, 5, 16, 33]))
+    return adaptive_working_memory_case(
+        **draw(sequences(lengths_around(C), kinds)), H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS), C=C,
+        size=draw(st.sampled_from([0.1, 1.0, 10.0])), dtype=draw(dtypes), seed=draw(SEEDS), state=draw(st.booleans()),
+    )  # fmt: skip
+
+
 CASES: dict[str, Callable[..., st.SearchStrategy[Case]]] = {
     "cema": cema_cases,
     "timestep_norm": timestep_norm_cases,
@@ -169,6 +182,7 @@ CASES: dict[str, Callable[..., st.SearchStrategy[Case]]] = {
     "normalized_qk": normalized_qk_cases,
     "chunked_attention": chunked_attention_cases,
     "normalized_attention": normalized_attention_cases,
+    "adaptive_working_memory": adaptive_working_memory_cases,
     "sequence_norm": sequence_norm_cases,
     "bidirectional_cema": bidirectional_cema_cases,
 }

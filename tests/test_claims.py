@@ -25,7 +25,7 @@ from bench.claims import (  # noqa: E402
     ablation, context, encoder, gecko_loss, gecko_tasks, long_loss, loss, memory, models, report, runs, speed, task_runs,
     train, verdict,
 )  # fmt: skip
-from bench.claims.__main__ import CLAIMS, main  # noqa: E402
+from bench.claims.__main__ import CLAIMS, SECOND_ROUND, main  # noqa: E402
 from bench.claims.llama import Llama, WindowState, hidden_like, similar  # noqa: E402
 
 CONFIG = dataclasses.replace(train.config("tiny", 8), num_layers=2)
@@ -41,6 +41,7 @@ TITLES = {
     "ablation": "Parts",
     "tasks": "Tasks",
     "encoder": "Encoder",
+    "gecko-tasks": "Successor",
 }
 
 
@@ -342,14 +343,15 @@ def numbers(text):
     return [float(number.replace(",", "")) for number in re.findall(r"[\d,]*\d(?:\.\d+)?", text)]
 
 
-@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("claim", TITLES)
 def test_pages_and_verdicts_are_those_of_the_results(claim):
     path = RESULTS / f"{claim}.jsonl"
     found = [*runs.results(path).values()]
-    page = "\n".join(report.page_of(claim, CLAIMS[claim], found, claim)) + "\n"
+    module = (CLAIMS | SECOND_ROUND)[claim]
+    page = "\n".join(report.page_of(claim, module, found, claim)) + "\n"
     assert path.with_suffix(".md").read_text() == page, "run python -m bench.claims report"
     row = re.search(rf"^\| \[.*\]\(\.\./bench/claims/results/{claim}\.md\) \| (.*?) \|", CLAIMS_PAGE, re.M)
-    assert row[1] == CLAIMS[claim].verdicts(found)["claim"]
+    assert row[1] == module.verdicts(found)["claim"]
     cells = re.findall(r"(?<=\| )[\d,]+(?:\.\d+)?(?= \|)", SECTIONS[TITLES[claim]])
     measured = numbers(page)
     wrong = [

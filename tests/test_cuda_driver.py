@@ -193,7 +193,7 @@ def test_the_runtime_in_the_kernels_refuses_drivers_of_older_major_versions(tmp_
 
 def test_values_do_not_choose_kernels(emulator):
     """One call before makes ready for a captured one: the driver has then loaded every kernel that a graph takes."""
-    for op in OPS:
+    for op in (op for op in OPS if op != "adaptive_working_memory"):  # which is made of torch's products
         launched = []
         for seed, lengths in enumerate(([9, 0], [20, 20])):
             emulator.reset()

@@ -20,6 +20,7 @@ OPS = [
     "normalized_qk",
     "chunked_attention",
     "normalized_attention",
+    "adaptive_working_memory",
     "sequence_norm",
     "bidirectional_cema",
 ]

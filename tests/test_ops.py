@@ -32,7 +32,7 @@ import megalodon_ops as mo
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "backend")
 
 
-COMPOSED = ("normalized_attention", "sequence_norm", "bidirectional_cema")
+COMPOSED = ("normalized_attention", "adaptive_working_memory", "sequence_norm", "bidirectional_cema")
 
 
 def each_op_on(backends, ops=tuple(OPS)):
@@ -300,7 +300,7 @@ def test_compiles_into_one_graph(op):
     torch.use_deterministic_algorithms(False)
     torch.compiler.reset()
     # The inductor would call a compiler for the operations of torch's that are in these functions.
-    backend = "aot_eager" if OPS[op].whole else "inductor"
+    backend = "aot_eager" if op in COMPOSED else "inductor"
     compiled = torch.compile(function(op), fullgraph=True, backend=backend)
     assert_bit_equal(evaluate(compiled, SMALL[op]), evaluate(function(op), SMALL[op]))
 
@@ -342,6 +342,7 @@ NO_ELEMENTS = {
     "normalized_qk": [{"K": 0}],
     "chunked_attention": [{"K": 0, "C": 140}, {"V": 0, "C": 140}, {"K": 0, "V": 0}, {"H": 0}],
     "normalized_attention": [{"K": 0}, {"V": 0}, {"K": 0, "V": 0}],
+    "adaptive_working_memory": [{"K": 0}, {"V": 0}, {"K": 0, "V": 0}, {"H": 0}],
     "sequence_norm": [{"width": 0}],
     "bidirectional_cema": [{"D": 0}],
 }
@@ -372,9 +373,10 @@ def assert_right_without_elements(case):
 
 @each_op_around_a_kernel
 def test_autocast_lowers_attention_and_leaves_the_rest(op):
-    case = SMALL[op].with_options(state=None) if "attention" in op else SMALL[op]
+    case = BUILDERS[op]() if "attention" in op or "memory" in op else SMALL[op]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = evaluate(function(op), case)
-    expected = torch.bfloat16 if "attention" in op or op == "normalized_qk" else torch.float32
+    lowered = ("normalized_qk", "chunked_attention", "normalized_attention", "adaptive_working_memory")
+    expected = torch.bfloat16 if op in lowered else torch.float32
     assert all(results[name].dtype == expected for name in OPS[op].outputs)
     assert all(results[f"d{name}"].dtype == tensor.dtype for name, tensor in case.tensors.items())

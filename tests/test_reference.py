@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CASES
 
-from megalodon_ops import TimestepNormState, reference
+from megalodon_ops import TimestepNormState, WorkingMemoryState, reference
 from megalodon_ops.reference.philox import MASK_32, dropkey_mask, philox
 
 FLOAT64 = st.just(torch.float64)
@@ -46,6 +46,11 @@ def explicit_gradients(case, incoming):
         # Of a sequence without steps and without a state, mean and var depend on nothing.
         grads = backward(*(incoming.get(name) for name in ("y", "mean", "var")), *inputs, state=state, **options)
         names += ["dmean", "dvar"]
+    elif case.op == "adaptive_working_memory":
+        if kept := options.pop("kept", None):
+            options["state"] = WorkingMemoryState(tensors["memory"], tensors["mass"], kept.k, kept.position, kept.v)
+        grads = backward(*(incoming.get(name) for name in ("o", "memory", "mass")), *inputs, **options)
+        names += ["dmemory", "dmass"]
     elif case.op == "cema_end_state":
         grads = backward(incoming["state"], *inputs, **options)
     elif case.op == "timestep_norm_end_state":

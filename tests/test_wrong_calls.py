@@ -54,6 +54,7 @@ poles = torch.polar(torch.rand(D, N), torch.rand(D, N))
 lengths, packed = torch.tensor([5, 2]), dict(cu_seqlens=torch.tensor([0, 2, 5]))
 norm_state = mo.timestep_norm(x, torch.zeros(D), torch.zeros(D), num_groups=G, return_state=True)[1]
 attention_state = mo.chunked_attention(q, q, values, chunk_size=C, return_state=True)[1]
+memory_state = mo.adaptive_working_memory(q, q, values, chunk_size=C, return_state=True)[1]
 seed = torch.tensor([5])
 sizes, eps = dict(num_heads=H, chunk_size=C), {**NO_NUMBER, **NEGATIVE}
 attention = dict(
@@ -150,6 +151,18 @@ CALLS = {
         dict(q=TENSOR, k=TENSOR, v={k: w for k, w in TENSOR.items() if k not in ("longer", "shorter")}, scale=NO_NUMBER,
              **attention),
         numbers=dict(chunk_size=np.int64(C), scale=np.int16(1), dropkey=np.float32(0.5)),
+    ),
+    "adaptive_working_memory": Call(
+        mo.adaptive_working_memory,
+        dict(q=q, k=q, v=values, chunk_size=C, state=memory_state, lengths=lengths, return_state=True),
+        dict(q=TENSOR, k=TENSOR, v={k: w for k, w in TENSOR.items() if k not in ("longer", "shorter")}, chunk_size=NO_SIZE,
+             state=NO_STATE, return_state=NO_FLAG, lengths=OPTIONAL_INTEGERS),
+        numbers=dict(chunk_size=np.int64(C)),
+    ),
+    "adaptive_working_memory of packed sequences": Call(
+        mo.adaptive_working_memory,
+        dict(q=q[:1], k=q[:1], v=values[:1], chunk_size=C, **packed),
+        dict(cu_seqlens={**OPTIONAL_INTEGERS, "descending": lambda t: t.flip(0), "empty": lambda t: t[:0]}),
     ),
     "normalized_attention": Call(
         mo.normalized_attention,

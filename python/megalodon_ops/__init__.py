@@ -12,7 +12,7 @@ if _startup.is_command_line():
 import torch as _torch  # loads the OpenMP runtime that the kernels share
 
 from . import _C, reference
-from .model.blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
+from .model.blocks import BlockState, MemoryBlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
 from .model.config import MegalodonConfig
 from .model.decoder import Decoder
 from .model.encoder import MegalodonEncoder, MegalodonEncoderConfig
@@ -22,6 +22,7 @@ from .model.model import Megalodon
 from .model.official import load_official, save_official
 from .model.states import MegalodonState
 from .model.stops import StopStrings
+from .ops.adaptive_working_memory import adaptive_working_memory
 from .ops.bidirectional_cema import bidirectional_cema
 from .ops.cema import cema, cema_end_state
 from .ops.cema_coefficients import cema_coefficients
@@ -34,10 +35,12 @@ from .ops.memory import keep_freed_memory, use_huge_pages
 from .ops.normalized_attention import normalized_attention
 from .ops.normalized_qk import normalized_qk
 from .ops.sequence_norm import sequence_norm
-from .ops.states import AttentionState, TimestepNormState
+from .ops.states import AttentionState, TimestepNormState, WorkingMemoryState
 from .ops.timestep_norm import timestep_norm, timestep_norm_end_state
 
-_torch.serialization.add_safe_globals([AttentionState, BlockState, MegalodonState, TimestepNormState])
+_torch.serialization.add_safe_globals(
+    [AttentionState, BlockState, MegalodonState, MemoryBlockState, TimestepNormState, WorkingMemoryState]
+)
 
 __version__: str = _C.build_info()["version"]
 
@@ -52,6 +55,7 @@ __all__ = [
     "MegalodonEncoder",
     "MegalodonEncoderConfig",
     "MegalodonState",
+    "MemoryBlockState",
     "NormalizedAttention",
     "NormalizedFFN",
     "SequenceNorm",
@@ -59,6 +63,8 @@ __all__ = [
     "TimestepNorm",
     "TimestepNormState",
     "TokenStream",
+    "WorkingMemoryState",
+    "adaptive_working_memory",
     "bidirectional_cema",
     "cema",
     "cema_coefficients",

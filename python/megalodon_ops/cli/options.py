@@ -68,6 +68,7 @@ class ModelOptions(Options):
     attention_dropout: Probability | None = flag(None, "probability of DropKey")
     swiglu: bool | None = flag(None, "gate the feed-forward half by a third matrix")
     share_emb: bool | None = flag(None, "take the embedding for the output matrix")
+    working_memory: bool | None = flag(None, "let each block look up what lies before its chunk")
     layerwise_ckpt: bool | None = flag(None, "recompute each layer in the backward, for less memory")
 
     def of_config(self) -> dict[str, Any]:

@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MegalodonConfig, check_config
+from ..ops.adaptive_working_memory import read_and_write
+from ..ops.chunked_attention import chunked_attention_state
 from ..ops.gated_silu import gated_silu
 from .layers import (
     ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, reset_all_parameters,
 )  # fmt: skip
-from ..ops.library import accumulation_dtype, is_exporting
+from ..ops.library import accumulation_dtype, autocast, int64_or_none, is_exporting
 from ..ops.normalized_attention import attend
-from ..ops.normalized_qk import rotary_table
-from ..ops.states import AttentionState, TimestepNormState, fields_of, named_in_programs
+from ..ops.normalized_qk import normalized_qk, rotary_table
+from ..ops.states import AttentionState, TimestepNormState, WorkingMemoryState, fields_of, named_in_programs
 
 
 @named_in_programs
@@ -38,6 +40,39 @@ class BlockState(NamedTuple):
     attention: AttentionState
 
 
+@named_in_programs
+class MemoryBlockState(NamedTuple):
+    """What a block with a working memory passes on: a :class:`BlockState` and, of a :class:`WorkingMemoryState`, what it lacks.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, working_memory=True)
+        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
+        >>> state.memory.shape
+        torch.Size([1, 1, 32, 64])
+    """
+
+    norm: TimestepNormState
+    cema: Tensor
+    attention: AttentionState
+    memory: Tensor
+    """(S, H, K, V)"""
+    memory_mass: Tensor
+    """(S, H, K)"""
+    memory_k: Tensor
+    """(S, C, H, K)"""
+
+    def working_memory(self) -> WorkingMemoryState:
+        """With the values of the attention, and the steps that the norm has counted."""
+        return WorkingMemoryState(self.memory, self.memory_mass, self.memory_k, self.norm.count, self.attention.v)
+
+
+def block_state_type(config: MegalodonConfig) -> type[BlockState] | type[MemoryBlockState]:
+    """What a block of this configuration takes and returns for a state."""
+    return MemoryBlockState if config.working_memory else BlockState
+
+
+_MEMORY_LOGITS = 3.0  # root mean square of the working memory's queries and keys at the start: docs/claims.md
 _LARGEST_ROTARY = 1 << 24  # numbers, 64 MiB in float32; the released models' tables have 2^19 and 2^20
 
 
@@ -47,6 +82,10 @@ class NormalizedAttention(WideParameters):
     t = timestep_norm(x);  m = rms_norm(cema(t))
     z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
     y = x + wh1 m + wh2 (a * r)
+
+    With `config.working_memory`, gamma and beta have two rows more, for queries and keys without rotary positions, and
+    y = x + wh1 m + wh2 (a * r + adaptive_working_memory(q, k, v)), as in Gecko (arXiv 2601.06463), whose initial queries
+    and keys are, however, 3 sqrt(K) times smaller: so small that no retrieval was learned.
 
     An encoder's has the sequence norm, the bidirectional CEMA and an attention to whole chunks, and no state.
 
@@ -71,8 +110,7 @@ class NormalizedAttention(WideParameters):
         self.wr = Linear(dim, value_dim)
         self.wh1 = Linear(dim, dim)
         self.wh2 = Linear(value_dim, dim, bias=False)
-        self.gamma = nn.Parameter(torch.empty(2, z_dim))
-        self.beta = nn.Parameter(torch.empty(2, z_dim))
+        self.gamma, self.beta = (nn.Parameter(torch.empty(4 if config.working_memory else 2, z_dim)) for _ in range(2))
         self.register_buffer("rotary", None, persistent=False)
         self._rotary_made_for = None
         self._keep_rotary()
@@ -82,6 +120,8 @@ class NormalizedAttention(WideParameters):
         """Initialises `gamma` and `beta`; the layers inside have a `reset_parameters` of their own."""
         nn.init.zeros_(self.gamma)
         nn.init.zeros_(self.beta)
+        if self.config.working_memory:
+            nn.init.constant_(self.gamma[2:], _MEMORY_LOGITS * (self.config.z_dim // self.config.num_heads) ** 0.5 - 1)
 
     def _rotary_for(self, like: Tensor) -> tuple:
         """The arguments of :func:`rotary_table` for a table that serves tensors like this one."""
@@ -116,31 +156,57 @@ class NormalizedAttention(WideParameters):
         self,
         x: Tensor,
         *,
-        state: BlockState | None = None,
+        state: BlockState | MemoryBlockState | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
         **sequences: Tensor | None,
-    ) -> Tensor | tuple[Tensor, BlockState]:
+    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
         """x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` being the whole block's."""
         config, training = self.config, self.training
-        norm_state, cema_state, attention_state = fields_of("MegalodonBlock", state, BlockState)
+        norm_state, cema_state, attention_state, *_ = fields_of("MegalodonBlock", state, block_state_type(config))
         t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences)
         v = gated_silu(self.wv(t))  # before cema, whose state may still be on its way from other processes
         c, cema_state = self.cema(t, state=cema_state, return_state=True, **sequences)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
         z = self.wz(m)
         rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
+        gamma, beta, read = self.gamma, self.beta, None
+        if config.working_memory:  # before the attention, which may overwrite the values of its state
+            gamma, beta = gamma[:2], beta[:2]
+            read, memory = self._read_and_write(z, v, state, return_state, **sequences)
         a = attend(
-            z, v, self.gamma, self.beta, rotary,
+            z, v, gamma, beta, rotary,
             num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
             eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
             dropkey=config.attention_dropout if training else 0.0, **sequences,
         )  # fmt: skip
         if return_state:
             a, attention_state = a
-        gated = F.dropout(gated_silu(self.wr(m), a), config.hidden_dropout, training)
+        gated = gated_silu(self.wr(m), a)
+        gated = F.dropout(gated if read is None else gated + read, config.hidden_dropout, training)
         y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
-        return (y, BlockState(norm_state, cema_state, attention_state)) if return_state else y
+        if not return_state:
+            return y
+        state = BlockState(norm_state, cema_state, attention_state)
+        return y, state if read is None else MemoryBlockState(*state, *memory)
+
+    def _read_and_write(
+        self, z: Tensor, v: Tensor, state: MemoryBlockState | None, with_state: bool, **sequences
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """What z reads of the working memory (B, L, H * V), and the memory's fields of the state, k if `with_state`."""
+        config = self.config
+        z, v = autocast(z, v)
+        q, k = normalized_qk(  # in chunks of one step no position turns them
+            z, self.gamma[2:], self.beta[2:], num_heads=config.num_heads, chunk_size=1, eps=config.norm_eps, **sequences
+        )  # fmt: skip
+        cu_seqlens, lengths = (int64_or_none(sequences.get(name)) for name in ("cu_seqlens", "lengths"))
+        memory, C = None if state is None else MemoryBlockState(*state).working_memory(), config.chunk_size
+        v = v.unflatten(-1, (config.num_heads, -1))
+        read, M, mass = read_and_write(q, k, v, C, memory, cu_seqlens, lengths)
+        if with_state:
+            kept = (None,) * 3 if memory is None else (memory.k, memory.v[..., :0], memory.position % C)
+            k, _, _ = chunked_attention_state(k.detach(), v[..., :0].detach(), *kept, C, cu_seqlens, lengths)
+        return read.flatten(-2), (M, mass, k)
 
 
 class NormalizedFFN(WideParameters):
@@ -203,8 +269,8 @@ class MegalodonBlock(nn.Module):
         reset_all_parameters(self)
 
     def forward(
-        self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
-    ) -> Tensor | tuple[Tensor, BlockState]:
+        self, x: Tensor, *, state: BlockState | MemoryBlockState | None = None, return_state: bool = False, **options
+    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
         """x (B, L, D); options as in :func:`normalized_attention`: inplace_state, cu_seqlens, lengths."""
         y = self.mega(x, state=state, return_state=return_state, **options)
         if return_state:

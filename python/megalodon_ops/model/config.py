@@ -67,6 +67,9 @@ class MegalodonConfig:
     """recompute each layer in the backward (training only): memory of one layer instead of all"""
     eos_token_id: int | None = None
     """the token that ends a document, after which `generate` stops; None: none does. The released code has no such field"""
+    working_memory: bool = False
+    """each block reads an :func:`adaptive_working_memory` of the chunks before a step's own. The released code has no such
+    field, nor one"""
 
     def __post_init__(self) -> None:
         def check(field: str, holds: bool, expected: str, kind: type | None = None) -> None:
@@ -82,7 +85,8 @@ class MegalodonConfig:
             check(field, is_whole(getattr(self, field), 1, 2**31 - 1), "a positive integer below 2^31", int)
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
             check(field, 0 <= as_float(getattr(self, field)) < 1, "a probability in [0, 1)", float)
-        for field in ("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt"):
+        for field in ("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt",
+                      "working_memory"):  # fmt: skip
             check(field, isinstance(getattr(self, field), bool), "True or False")
         heads, groups, eps, base, size = (
             self.num_heads, self.norm_num_groups, as_float(self.norm_eps), self.rope_base, self.output_size
@@ -97,6 +101,8 @@ class MegalodonConfig:
         check("output_size", is_whole(size, -1, self.vocab_size) and size != 0, wanted, int)
         if self.share_emb:
             check("output_size", size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
+        alone = "False: an encoder's steps see those after them, too"
+        check("working_memory", self.causal or not self.working_memory, alone)
         check("init_mode", self.init_mode == "he", '"he"')
         if self.eos_token_id is not None:
             wanted = f"a token in [0, {self.vocab_size}), or None"
@@ -150,9 +156,9 @@ class MegalodonConfig:
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         D, N, Z, V, F = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim, self.ffn_hidden_dim
-        R = D if self.causal else 2 * D
+        R, affine = D if self.causal else 2 * D, 4 if self.working_memory else 2
         shapes = {
-            "mega.gamma": (2, Z), "mega.beta": (2, Z), "mega.timenorm.weight": (D,), "mega.timenorm.bias": (D,),
+            "mega.gamma": (affine, Z), "mega.beta": (affine, Z), "mega.timenorm.weight": (D,), "mega.timenorm.bias": (D,),
             "mega.cema.alpha": (R, N, 1), "mega.cema.delta": (R, N, 1), "mega.cema.theta": (R, 1, 1),
             "mega.cema.gamma": (R, N, 2), "mega.cema.omega": (D, 1), "mega.rmsnorm.weight": (D,),
             "mega.wv.weight": (V, D), "mega.wv.bias": (V,), "mega.wz.weight": (Z, D), "mega.wz.bias": (Z,),

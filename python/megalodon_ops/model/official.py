@@ -87,6 +87,8 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         raise TypeError(f"save_official: `model` must be a Megalodon, got {described(model)}.")
     folder, config = as_path("save_official", "directory", directory), model.config
     check_tokenizer("save_official", tokenizer)
+    if config.working_memory:
+        raise ValueError("save_official: `model` must have no working memory, which the released code does not know.")
     weights = plain_tensors(model, config.parameter_shapes(), "save_official")
     if (dtype := weights[_EMBEDDING].dtype) not in _NAMES:
         raise ValueError(f"save_official: `model` must be {', '.join(map(str, _NAMES))}, got {dtype}.")
@@ -103,7 +105,9 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         torch.save(weights | _buffers(config), draft / "consolidated.pth")
         has_tokenizer = (draft / "tokenizer.model").exists()
         fields = {"path": str(folder.absolute() / "tokenizer.model") if has_tokenizer else None}
-        known = {name: value for name, value in config.to_dict().items() if name != "eos_token_id"}
+        known = {
+            name: value for name, value in config.to_dict().items() if name not in ("eos_token_id", "working_memory")
+        }
         (draft / CONFIG).write_text(json.dumps({"model": known, "tokenizer": fields}, indent=1) + "\n")
         facts = {"model_parallel_size": 1, "dtype": _NAMES[dtype]}
         (draft / _PARALLEL).write_text(json.dumps(facts, indent=1) + "\n")

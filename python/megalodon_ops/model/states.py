@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _C
-from .blocks import BlockState
+from .blocks import BlockState, MemoryBlockState
 from .config import MegalodonConfig, check_config
 from .files import file_size, one_line, write_atomically, write_safetensors
 from ..ops.library import accumulation_dtype
@@ -55,7 +55,7 @@ class MegalodonState(NamedTuple):
         (3, tensor([0, 3]))
     """
 
-    layers: tuple[BlockState, ...]
+    layers: tuple[BlockState, ...] | tuple[MemoryBlockState, ...]
     norm: TimestepNormState
     """the final norm's"""
 
@@ -136,7 +136,7 @@ class MegalodonState(NamedTuple):
         def convert(name: str, tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.int64:
                 return tensor.to(device)
-            if name.endswith((".attention.k", ".attention.v")):
+            if name.endswith((".attention.k", ".attention.v", ".memory_k")):
                 return tensor.to(device, dtype)
             return tensor.to(device, real.to_complex() if tensor.is_complex() else real)
 
@@ -241,6 +241,9 @@ def check_state(op: str, state: object, config: MegalodonConfig, rows: int, of: 
             "selects and repeats."
         )
     shapes = [(config.model_dim, config.cema_ndim)] * config.num_layers
+    if any(isinstance(layer, MemoryBlockState) != config.working_memory for layer in state.layers):
+        wanted = "with" if config.working_memory else "without"
+        raise ValueError(f"{op}: `state` must be of this model, {wanted} a working memory.")
     if (got := [tuple(layer.cema.shape[1:]) for layer in state.layers]) != shapes:
         wanted, found = (
             f"{len(each)} layers of {each[0] if each else 'no'} channels and modes" for each in (shapes, got)
@@ -270,6 +273,9 @@ def named_tensors(state: MegalodonState) -> dict[str, Tensor]:
         tensors |= {f"layers.{i}.norm.{field}": tensor for field, tensor in layer.norm._asdict().items()}
         tensors |= {f"layers.{i}.attention.{field}": tensor for field, tensor in layer.attention._asdict().items()}
         tensors[f"layers.{i}.cema"] = layer.cema
+        tensors |= {
+            f"layers.{i}.{field}": tensor for field, tensor in layer._asdict().items() if field.startswith("memory")
+        }
     tensors |= {f"norm.{field}": tensor for field, tensor in state.norm._asdict().items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -280,13 +286,15 @@ def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
     def norm(prefix: str) -> TimestepNormState:
         return TimestepNormState(*(tensors.get(prefix + field) for field in TimestepNormState._fields))
 
-    def block(prefix: str) -> BlockState:
+    def block(prefix: str) -> BlockState | MemoryBlockState:
         cema = tensors[prefix + "cema"]
-        return BlockState(
+        state = BlockState(
             norm=norm(prefix + "norm."),
             cema=cema if cema.is_complex() else torch.view_as_complex(cema),
             attention=AttentionState(*(tensors[f"{prefix}attention.{field}"] for field in AttentionState._fields)),
         )
+        memory = [tensors.get(prefix + field) for field in MemoryBlockState._fields[3:]]
+        return state if memory[0] is None else MemoryBlockState(*state, *memory)
 
     num_layers = sum(name.endswith(".cema") for name in tensors)
     return MegalodonState(tuple(block(f"layers.{i}.") for i in range(num_layers)), norm("norm."))
@@ -336,6 +344,11 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
         for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
             yield f"{prefix}attention.{name}", activations, (rows, config.chunk_size, heads, dim // heads)
         yield f"{prefix}attention.position", torch.int64, (rows,)
+        if config.working_memory:
+            K, V = config.z_dim // heads, config.value_dim // heads
+            yield f"{prefix}memory", real, (rows, heads, K, V)
+            yield f"{prefix}memory_mass", real, (rows, heads, K)
+            yield f"{prefix}memory_k", activations, (rows, config.chunk_size, heads, K)
     yield from norm("norm.")
 
 

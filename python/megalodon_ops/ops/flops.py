@@ -173,6 +173,32 @@ def chunked_attention_state_(k, v, cache_k, cache_v, position, chunk_size, cu_se
     return 0
 
 
+def _read_and_written(
+    q: Tensor, position: Tensor | None, chunk_size: int, cu_seqlens: Tensor | None, lengths: Tensor | None
+) -> tuple[int, int]:
+    """The steps that read a working memory, and those of the chunks that write it."""
+    steps = _steps(q, cu_seqlens, lengths)
+    kept = [seen % chunk_size for seen in _values(position, [0] * len(steps))]
+    return sum(steps), sum((seen + own) // chunk_size * chunk_size for seen, own in zip(kept, steps))
+
+
+@_formula
+def adaptive_working_memory_fwd(
+    q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
+):  # fmt: skip
+    read, written = _read_and_written(q, position, chunk_size, cu_seqlens, lengths)
+    return 2 * (read + 2 * written) * q.shape[2] * q.shape[3] * v.shape[3]
+
+
+@_formula
+def adaptive_working_memory_bwd(
+    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
+):  # fmt: skip
+    read, written = _read_and_written(q, position, chunk_size, cu_seqlens, lengths)
+    read_twice, written_again, derivatives = 2, 2, 4
+    return 2 * (read_twice * read + (written_again + derivatives) * written) * q.shape[2] * q.shape[3] * v.shape[3]
+
+
 @_formula
 def layer_norm_fwd(x, weight, bias, eps, is_rms_norm):
     return x.numel() * ((3 if is_rms_norm else 5) + (weight is not None) + (bias is not None))

@@ -76,3 +76,27 @@ class AttentionState(NamedTuple):
     """(S, C, H, V)"""
     position: Tensor
     """(S,) int64, each in [0, C)"""
+
+
+@named_in_programs
+class WorkingMemoryState(NamedTuple):
+    """The memory of each sequence's complete chunks, and keys and values of the unfinished one.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> q = k = v = torch.zeros(1, 5, 2, 8)
+        >>> _, state = mo.adaptive_working_memory(q, k, v, chunk_size=4, return_state=True)
+        >>> state.position, state.memory.shape
+        (tensor([5]), torch.Size([1, 2, 8, 8]))
+    """
+
+    memory: Tensor
+    """(S, H, K, V) float32, or float64 for float64 input"""
+    mass: Tensor
+    """(S, H, K), the logarithm of how much each row of the memory was written; 0 before the first complete chunk"""
+    k: Tensor
+    """(S, C, H, K)"""
+    position: Tensor
+    """(S,) int64, steps seen; position % C rows of k and v are valid"""
+    v: Tensor
+    """(S, C, H, V)"""

@@ -128,6 +128,23 @@ def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
         )
 
 
+def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
+    """Raises unless these are sequences of x (B, L, ...) as every op takes them, but for their values."""
+    B, L = x.shape[:2]
+    if cu_seqlens is not None and lengths is not None:
+        raise ValueError(f"{op}: `lengths` must be None where `cu_seqlens` is given.")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("lengths", lengths)):
+        if tensor is None:
+            continue
+        check_tensor(op, name, tensor)
+        check_device(op, name, tensor, x)
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{op}: `{name}` must be int64 or int32, got {tensor.dtype}.")
+        if tensor.dim() != 1 or (len(tensor) != B if name == "lengths" else B != 1 or not len(tensor)):
+            wanted = f"({B},)" if name == "lengths" else "(S + 1,) for a batch of one row"
+            raise ValueError(f"{op}: `{name}` must have shape {wanted}, got {tuple(tensor.shape)} for B = {B}.")
+
+
 def described(value: object) -> str:
     """What an error says of a value of a wrong type: the value itself if it is short by nature, else its type."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):

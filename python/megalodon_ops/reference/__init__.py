@@ -4,6 +4,7 @@ Each op has a forward of the public signature, which autograd can differentiate,
 Loops run over sequences and time; nothing here is meant to be fast.
 """
 
+from megalodon_ops.reference.adaptive_working_memory import adaptive_working_memory, adaptive_working_memory_bwd
 from megalodon_ops.reference.bidirectional_cema import bidirectional_cema, bidirectional_cema_bwd
 from megalodon_ops.reference.cema import cema, cema_bwd, cema_end_state, cema_end_state_bwd
 from megalodon_ops.reference.cema_coefficients import cema_coefficients, cema_coefficients_bwd
@@ -21,6 +22,8 @@ from megalodon_ops.reference.timestep_norm import (
 )
 
 __all__ = [
+    "adaptive_working_memory",
+    "adaptive_working_memory_bwd",
     "bidirectional_cema",
     "bidirectional_cema_bwd",
     "cema",

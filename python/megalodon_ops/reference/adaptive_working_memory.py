@@ -1,0 +1,184 @@
+"""A matrix a head that holds the chunks before a step's own (Gecko, arXiv 2601.06463, eqs. 17 to 23).
+
+Chunks of C steps lie as in chunked_attention.py. M (K, V) begins at 0, and z (K,), the logarithm of how much each row has
+been written, at -inf. The steps of a chunk read M as it is before the chunk; a complete chunk then writes it:
+
+    o_t = softmax(q_t) M
+    w_i = log sum_t exp(k_ti)      z' = log(exp(z) + exp(w))      r = exp(w - z')           over the chunk's steps t
+    P_ti = exp(k_ti - w_i)         F_t = softmax(k_t)             U = V - F M
+    M' = (1 - r) M + r P^T U
+
+So row i is a mean over the past with the weights exp(k_ti), of what M did not know of the values. A sequence that goes on
+from a state first completes its chunk, with the state's keys and values. The released code writes M one chunk later, as its
+attention sees two chunks.
+
+dtypes: q, k, v, o and the state's k and v float32, float64, bfloat16 or float16; all else float32, or float64 for float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megalodon_ops.ops.states import WorkingMemoryState
+from megalodon_ops.reference.sequences import accumulation_dtype, sequences
+
+
+def adaptive_working_memory(
+    q: Tensor,  # (B, L, H, K)
+    k: Tensor,  # (B, L, H, K)
+    v: Tensor,  # (B, L, H, V)
+    *,
+    chunk_size: int,
+    state: WorkingMemoryState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    lengths: Tensor | None = None,  # (B,)
+) -> Tensor | tuple[Tensor, WorkingMemoryState]:
+    """Reads and writes chunk after chunk. Returns o (B, L, H, V) and, with `return_state`, the state.
+
+    >>> q = torch.zeros(1, 4, 1, 1)
+    >>> v = torch.tensor([1.0, 3.0, 0.0, 0.0]).view(1, 4, 1, 1)
+    >>> adaptive_working_memory(q, q, v, chunk_size=2).flatten().tolist()
+    [0.0, 0.0, 2.0, 2.0]
+    """
+    o, ends = torch.zeros_like(v), []
+    for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
+        steps = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, state, s)
+        M, z = _at_start(q, v, chunk_size, state, s)
+        read = []
+        for chunk in _chunks(steps, chunk_size):
+            read.append(torch.einsum("thk,hkv->thv", chunk.q.softmax(-1), M))
+            if len(chunk.q) == chunk_size:
+                M, z = _written(M, z, chunk)
+        o[row, tokens] = torch.cat([steps.v[:0], *read])[steps.cached :].to(v.dtype)
+        ends.append((M, z, steps))
+    return (o, _end_state(q, k, v, ends, chunk_size, state)) if return_state else o
+
+
+def adaptive_working_memory_bwd(
+    do: Tensor,  # (B, L, H, V)
+    dmemory: Tensor | None,  # (S, H, K, V)
+    dmass: Tensor | None,  # (S, H, K)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_size: int,
+    state: WorkingMemoryState | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Goes back over the chunks with the gradients G of M' and g of z'. Returns dq, dk, dv, dmemory, dmass.
+
+        M' = (1 - r) M + r N,  N = P^T U    ->   dN = r G      dr = sum_v G (N - M)      dM = (1 - r) G
+        N = P^T U                           ->   dP = U dN^T   dU = P dN
+        U = V - F M                         ->   dV = dU       dF = -dU M^T              dM += -F^T dU
+        o = softmax(q) M                    ->   dM += softmax(q)^T do,  and dq by the softmax's do M^T
+        r = exp(w - z')                     ->   dw = dr r (1 - r) + g r                 dz = -dr r (1 - r) + g (1 - r)
+        P_ti = exp(k_ti - w_i)              ->   dk = P (dP - sum_t P dP) + P dw + F (dF - sum_i F dF)
+
+    Cached keys and values are constants.
+    """
+    dq, dk, dv = (torch.zeros_like(a) for a in (q, k, v))
+    starts = []
+    for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
+        steps = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, state, s)
+        M, z = _at_start(q, v, chunk_size, state, s)
+        do_s = torch.cat([steps.v.new_zeros(steps.cached, *v.shape[2:]), do[row, tokens].to(M.dtype)])
+        before = []
+        for chunk in _chunks(steps, chunk_size):
+            before.append((chunk, M, z))
+            if len(chunk.q) == chunk_size:
+                M, z = _written(M, z, chunk)
+        G = torch.zeros_like(M) if dmemory is None else dmemory[s]
+        g = torch.zeros_like(z) if dmass is None or bool((z == -torch.inf).any()) else dmass[s]
+        grads = [torch.zeros_like(a) for a in steps[:3]]
+        for number, (chunk, M, z) in reversed([*enumerate(before)]):
+            rows = slice(number * chunk_size, number * chunk_size + len(chunk.q))
+            if len(chunk.q) == chunk_size:
+                w = chunk.k.logsumexp(0)
+                r = (w - torch.logaddexp(z, w)).exp()
+                P, F = (chunk.k - w).exp(), chunk.k.softmax(-1)
+                U = chunk.v - torch.einsum("thk,hkv->thv", F, M)
+                N = torch.einsum("thk,thv->hkv", P, U)
+                dN, dr = r[..., None] * G, (G * (N - M)).sum(-1)
+                dP, dU = torch.einsum("thv,hkv->thk", U, dN), torch.einsum("thk,hkv->thv", P, dN)
+                dF = -torch.einsum("thv,hkv->thk", dU, M)
+                dw, g = dr * r * (1 - r) + g * r, -dr * r * (1 - r) + g * (1 - r)
+                G = (1 - r)[..., None] * G - torch.einsum("thk,thv->hkv", F, dU)
+                grads[1][rows] = P * (dP - (P * dP).sum(0) + dw) + F * (dF - (F * dF).sum(-1, keepdim=True))
+                grads[2][rows] = dU
+            Q, do_c = chunk.q.softmax(-1), do_s[rows]
+            dQ = torch.einsum("thv,hkv->thk", do_c, M)
+            grads[0][rows] = Q * (dQ - (Q * dQ).sum(-1, keepdim=True))
+            G = G + torch.einsum("thk,thv->hkv", Q, do_c)
+        for total, part in zip((dq, dk, dv), grads, strict=True):
+            total[row, tokens] = part[steps.cached :].to(total.dtype)
+        starts.append((G, torch.where(z == -torch.inf, 0, g)))
+    dstate = [torch.stack(parts) for parts in zip(*starts, strict=True)] or [dmemory, dmass]
+    return dq, dk, dv, *dstate
+
+
+class _Steps(NamedTuple):
+    """Steps of a sequence, behind the `cached` ones of its state's unfinished chunk."""
+
+    q: Tensor  # (cached + n, H, K)
+    k: Tensor
+    v: Tensor
+    cached: int
+
+
+def _on_grid(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, state: WorkingMemoryState | None, s: int) -> _Steps:
+    real = accumulation_dtype(q.dtype)
+    q, k, v = q.to(real), k.to(real), v.to(real)
+    if state is None:
+        return _Steps(q, k, v, 0)
+    cached = int(state.position[s]) % chunk_size
+    k, v = (torch.cat([old[s, :cached].to(real), new]) for old, new in ((state.k, k), (state.v, v)))
+    return _Steps(torch.cat([q.new_zeros(cached, *q.shape[1:]), q]), k, v, cached)
+
+
+def _at_start(q: Tensor, v: Tensor, chunk_size: int, state: WorkingMemoryState | None, s: int) -> tuple[Tensor, Tensor]:
+    """M (H, K, V) and z (H, K) before the sequence's first step here."""
+    if state is None:
+        M = q.new_zeros(*q.shape[2:], v.shape[-1], dtype=accumulation_dtype(q.dtype))
+        return M, torch.full_like(M[..., 0] if M.shape[-1] else M.sum(-1), -torch.inf)
+    z = state.mass[s]
+    return state.memory[s], torch.full_like(z, -torch.inf) if int(state.position[s]) < chunk_size else z
+
+
+def _chunks(steps: _Steps, chunk_size: int) -> list[_Steps]:
+    parts = (a.split(chunk_size) if len(a) else () for a in steps[:3])
+    return [_Steps(*chunk, cached=0) for chunk in zip(*parts, strict=True)]
+
+
+def _written(M: Tensor, z: Tensor, chunk: _Steps) -> tuple[Tensor, Tensor]:
+    """M and z after a complete chunk."""
+    w = chunk.k.logsumexp(0)
+    total = torch.logaddexp(z, w)
+    r = (w - total).exp()[..., None]
+    unknown = chunk.v - torch.einsum("thk,hkv->thv", chunk.k.softmax(-1), M)
+    return (1 - r) * M + r * torch.einsum("thk,thv->hkv", (chunk.k - w).exp(), unknown), total
+
+
+def _end_state(
+    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor, _Steps]], chunk_size: int, state: WorkingMemoryState | None
+) -> WorkingMemoryState:  # fmt: skip
+    """Keeps the steps of each sequence's unfinished chunk; the rows after them are zero."""
+    S, (H, K), V, real = len(ends), q.shape[2:], v.shape[-1], accumulation_dtype(q.dtype)
+    memory, mass = q.new_zeros(S, H, K, V, dtype=real), q.new_zeros(S, H, K, dtype=real)
+    keys, values = k.new_zeros(S, chunk_size, H, K), v.new_zeros(S, chunk_size, H, V)
+    position = torch.zeros(S, dtype=torch.int64, device=q.device)
+    for s, (M, z, steps) in enumerate(ends):
+        before = 0 if state is None else int(state.position[s])
+        position[s] = before - steps.cached + len(steps.q)
+        memory[s] = M
+        if position[s] >= chunk_size:
+            mass[s] = z
+        kept = len(steps.q) % chunk_size
+        keys[s, :kept] = steps.k[len(steps.k) - kept :].detach().to(k.dtype)
+        values[s, :kept] = steps.v[len(steps.v) - kept :].detach().to(v.dtype)
+    return WorkingMemoryState(memory, mass, keys, position, values)

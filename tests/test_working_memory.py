@@ -1,0 +1,147 @@
+"""The adaptive working memory: numbers of the released code, recall, and the models that have one. See also test_ops.py."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_bit_equal, assert_close
+from cases import adaptive_working_memory_case, evaluate
+from models import tiny_model, tokens_of
+from safetensors.torch import load_file
+
+import megalodon_ops as mo
+from megalodon_ops.distributed.tensor import check_can_split
+from megalodon_ops.model.states import named_tensors
+
+GOLDEN = Path(__file__).parent / "data" / "gecko" / "awm.safetensors"
+
+
+def test_the_released_memory():
+    """There attention sees two chunks: a chunk's queries read what this op lets those of the chunk before it read."""
+    data = {
+        name.removeprefix("plain."): tensor for name, tensor in load_file(GOLDEN).items() if name.startswith("plain")
+    }
+    q, k, v = inputs = [data[name].requires_grad_() for name in "qkv"]  # (B, H, L, ...)
+    C, L = 4, q.shape[2]
+    until = (L - 1) // C * C  # the beginning of the last chunk
+    late = torch.cat((q[:, :, C:], q.new_zeros(*q.shape[:2], until - (L - C), q.shape[3])), 2)
+    by_step = (t.transpose(1, 2) for t in (late, k[:, :, :until], v[:, :, :until]))
+    o, state = mo.adaptive_working_memory(*by_step, chunk_size=C, return_state=True)
+    y = torch.cat((torch.zeros_like(v[:, :, :C]), o.transpose(1, 2)[:, :, : L - C]), 2)
+    found = {"y": y, "memory": state.memory, "log_mass": state.mass}
+    assert_all_close(found, {name: data[name] for name in found}, tolerance=1e-11)
+    grads = torch.autograd.grad([*found.values()], inputs, [data[f"grad_{name}"] for name in found])
+    for name, grad in zip("qkv", grads, strict=True):
+        assert_close(grad, data[f"grad_{name}"], tolerance=1e-11)
+
+
+def test_a_value_is_found_again_by_its_key():
+    """Keys of one large number each: a row of the memory keeps the value that was written with its key, whatever comes."""
+    C, K, V = 4, 9, 3
+    k, v = 60 * torch.eye(K)[None, :, None], torch.randn(1, K, 1, V)
+    for wanted in range(C):
+        q = torch.cat((torch.zeros(1, K - 1, 1, K), k[:, wanted : wanted + 1]), 1)
+        o = mo.adaptive_working_memory(q, k, v, chunk_size=C)
+        torch.testing.assert_close(o[0, -1, 0], v[0, wanted, 0])
+
+
+def test_padding_of_a_short_call_changes_nothing():
+    """Of a call that goes on from a state, in whose rows a chunk ends or not."""
+    case = adaptive_working_memory_case(B=4, L=3, C=4, lengths=[2, 0, 3, 1], dtype=torch.float64, state=True)
+    padding = (torch.arange(3) >= case.options["lengths"][:, None])[..., None, None]
+
+    def results(value):
+        tokens = {name: torch.where(padding, value, case.tensors[name]) for name in "qkv"}
+        return evaluate(mo.adaptive_working_memory, case.with_tensors(**tokens))
+
+    assert_bit_equal(results(torch.nan), results(0.0))
+
+
+def memory_model(dtype=torch.float64, **overrides):
+    return tiny_model(dtype, working_memory=True, **overrides)
+
+
+def test_a_model_has_the_parameters_of_its_configuration():
+    model = memory_model()
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == dict(model.config.parameter_shapes())
+    attention = mo.Megalodon(model.config).layers[0].mega
+    gain = (1 + attention.gamma) / (model.config.z_dim // model.config.num_heads) ** 0.5
+    torch.testing.assert_close(gain[2:], torch.full_like(gain[2:], 3.0))  # of numbers whose mean square is 1
+    assert (attention.gamma[:2] == 0).all() and (attention.beta == 0).all()
+
+
+@pytest.mark.parametrize("cuts", [[3, 8, 9, 20], [16], [*range(1, 37)]], ids=str)
+def test_a_model_reads_in_pieces(cuts):
+    model, tokens = memory_model(), tokens_of(2, 37)
+    whole, end = model(tokens, return_state=True)
+    parts, state = [], None
+    for begin, stop in pairwise([0, *cuts, 37]):
+        logits, state = model(tokens[:, begin:stop], state=state, return_state=True)
+        parts.append(logits)
+    assert_close(torch.cat(parts, 1), whole, tolerance=1e-10)
+    assert_all_close(named_tensors(state), named_tensors(end), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("working_memory", [True, False])
+def test_it_reaches_beyond_the_chunk(working_memory):
+    """A step's gradient by inputs of earlier chunks, with CEMA and the norm cut off: all of them, or none."""
+    half = tiny_model(working_memory=working_memory).layers[0].mega
+    x = torch.randn(1, 37, 32, dtype=torch.float64, requires_grad=True)
+    identity = lambda x, **_: (x, None)  # noqa: E731
+    half.timenorm.forward = half.cema.forward = identity
+    (gradient,) = torch.autograd.grad(half(x)[0, -1].sum(), x)  # the last step is in the fifth chunk of 8
+    seen = gradient[0].abs().amax(-1) > 0
+    assert seen[32:].all() and seen[:32].all() == seen[:32].any() == working_memory
+
+
+def test_packed_documents_are_apart():
+    model, tokens, bounds = memory_model(), tokens_of(1, 37), [0, 3, 3, 20, 37]
+    together = model(tokens, cu_seqlens=torch.tensor(bounds))
+    apart = [model(tokens[:, begin:end]) for begin, end in pairwise(bounds) if begin < end]
+    assert_close(together, torch.cat(apart, 1), tolerance=1e-10)
+
+
+def test_a_decoder_goes_on_by_modules():
+    model, tokens = memory_model().eval(), tokens_of(2, 30)
+    decoder = mo.Decoder(model, model(tokens[:, :5], return_state=True)[1])
+    with torch.no_grad():
+        logits = torch.cat([decoder(tokens[:, i : i + 1]) for i in range(5, 30)], 1)
+    assert not decoder.fused
+    assert_close(logits, model(tokens)[:, 5:].detach(), tolerance=1e-10)
+    decoder.reorder(torch.tensor([1, 1]))
+    more = tokens[[1, 1], :1]
+    expected = model(torch.cat((tokens[[1, 1]], more), 1))[:, -1:]
+    assert_close(decoder(more), expected.detach(), tolerance=1e-10)
+
+
+def test_files(tmp_path):
+    model, tokens = memory_model(torch.float32), tokens_of(2, 13)
+    _, state = model(tokens, return_state=True)
+    state.save(tmp_path / "state.safetensors", model.config)
+    model.save(tmp_path / "model")
+    again = mo.Megalodon.load(tmp_path / "model")
+    state_again = mo.MegalodonState.load(tmp_path / "state.safetensors", again.config)
+    torch.testing.assert_close(again(tokens, state=state_again), model(tokens, state=state), rtol=0, atol=0)
+    assert state.to(torch.bfloat16).layers[0].memory_k.dtype == torch.bfloat16
+
+
+def test_a_fresh_state_and_a_reset_one_are_none():
+    model, tokens = memory_model(), tokens_of(2, 13)
+    expected, state = model(tokens, return_state=True)
+    for begun in (mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64), state.reset([0, 1])):
+        assert_close(model(tokens, state=begun), expected, tolerance=1e-12)
+
+
+def test_what_knows_no_memory_refuses(tmp_path):
+    model = memory_model()
+    with pytest.raises(ValueError, match="working memory"):
+        mo.save_official(model.float(), tmp_path / "model")
+    with pytest.raises(ValueError, match="working_memory"):
+        mo.MegalodonEncoderConfig(working_memory=True)
+    with pytest.raises(ValueError, match="without a working memory"):
+        tiny_model()(tokens_of(2, 5), state=mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="working memory"):
+        check_can_split(model.config, 2)
