@@ -140,6 +140,23 @@ def test_without_parts_it_is_megalodon():
     assert model.loss(tokens[:1], targets[:1], cu_seqlens=bounds).shape == ()
 
 
+def test_the_package_has_the_part_that_pays():
+    """What runs of the claim are of, and what `working_memory` gives, also at the start."""
+    torch.manual_seed(0)
+    part = Gecko(CONFIG, gecko.PARTS["memory, logits of 3"]).double()
+    model = mo.Megalodon(dataclasses.replace(CONFIG, working_memory=True)).double()
+    for layer, other in zip(model.layers, part.layers, strict=True):
+        torch.testing.assert_close(layer.mega.gamma, other.mega.gamma, **EXACT)
+        torch.nn.init.normal_(other.mega.beta)
+    model.load_state_dict(part.state_dict())
+    tokens = torch.randint(257, (2, 29))
+    torch.testing.assert_close(model(tokens), part(tokens), **EXACT)
+    model.loss(tokens, tokens).backward()
+    part.loss(tokens, tokens).backward()
+    for own, other in zip(model.parameters(), part.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, **EXACT)
+
+
 def test_the_delta_rule_goes_key_after_key():
     torch.manual_seed(0)
     k, v, M = torch.randn(1, 2, 5, 3).double(), torch.randn(1, 2, 5, 4).double(), torch.randn(1, 2, 3, 4).double()
