@@ -53,7 +53,7 @@ def normalized_qk(
         cu_seqlens, lengths: sequences as in :func:`cema`.
 
     Returns:
-        q, k: (B, L, H, K) in z's dtype, zero at tokens in no sequence. Angles are computed in float64.
+        Queries and keys, (B, L, H, K) in z's dtype, zero at tokens in no sequence. Angles are computed in float64.
 
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
