@@ -23,7 +23,7 @@ LIMITS = {
     torch.float16: (2, 0.5),
     torch.int64: (0, 0),
 }
-ROUNDED_BETWEEN = {"normalized_attention": 0.5, "adaptive_working_memory": 2.0}
+ROUNDED_BETWEEN = {"normalized_attention": 0.5, "adaptive_working_memory": 1.5}
 """Ops that round to the tokens' dtype in between, q and k or factors of products, and by how many spacings results may be off"""
 TOLERANCE = 1e-10  # of float64 against float64
 

@@ -101,8 +101,7 @@ class MegalodonConfig:
         check("output_size", is_whole(size, -1, self.vocab_size) and size != 0, wanted, int)
         if self.share_emb:
             check("output_size", size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
-        alone = "False: an encoder's steps see those after them, too"
-        check("working_memory", self.causal or not self.working_memory, alone)
+        check("working_memory", self.causal or not self.working_memory, "False for an encoder")
         check("init_mode", self.init_mode == "he", '"he"')
         if self.eos_token_id is not None:
             wanted = f"a token in [0, {self.vocab_size}), or None"
