@@ -295,7 +295,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(gecko_loss, "LENGTH", 128)
     for module, name in itertools.product((gecko_loss, gecko_tasks), ("MEGALODONS", "PARTS")):
         monkeypatch.setattr(module, name, getattr(module, name)[-2:])
-    monkeypatch.setattr(gecko_tasks, "ENTRANTS", [*gecko_tasks.MEGALODONS, *gecko_tasks.PARTS])
+    for module in (gecko_loss, gecko_tasks):
+        monkeypatch.setattr(module, "ENTRANTS", [*module.MEGALODONS, *module.PARTS])
     monkeypatch.setattr(gecko_tasks, "RATES", {"mqar": 4e-3, "needle": 1e-3})
     monkeypatch.setattr(long_loss, "QUICK", ("tiny", 256, 270))
     monkeypatch.setattr(long_loss, "ROWS", {32: 2, 64: 1})

@@ -204,19 +204,31 @@ def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
     assert gecko_tasks.control(part._replace(model="decay norm"), 128).chunk == 32
     assert "| two chunks | 32 | 12,800 | 10,240 | 0.4010 ± 0.0010 |" in gecko_tasks.table(all_with({part: 0.4}))
 
-    def bits(shown):
-        entrants = itertools.product((*gecko_loss.MEGALODONS, *gecko_loss.PARTS), range(3))
+    without, on_top = gecko_tasks.WITHOUT, gecko_tasks.ON_TOP
+    told = "mqar, length 256, two chunks with memory, logits of 3: better than memory, logits of 3 in chunks of 64"
+    assert gecko_tasks.verdicts(all_with({on_top: 0.8, without: 0.6}))[told] == verdict.HELD
+    assert told not in gecko_tasks.verdicts(all_with({on_top: 0.8, without: 0.75}))
+
+    def bits(shown, seeds=3, lr=4e-3):
         return [
             content(
-                {**entrant._asdict(), "lr": 4e-3, "seed": seed},
-                {"bits_per_byte": {str(n): shown.get(entrant, 2.0) + 1e-4 * seed for n in gecko_loss.CONTEXTS}},
+                {**entrant._asdict(), "lr": lr, "seed": seed},
+                {
+                    "bits_per_byte": {str(n): shown.get(entrant, 2.0) + 1e-4 * seed for n in gecko_loss.CONTEXTS},
+                    "train_loss": lr,
+                },
             )
-            for entrant, seed in entrants
+            for entrant, seed in itertools.product(gecko_loss.ENTRANTS, range(seeds))
         ]
 
     part = gecko_loss.PARTS[0]
+    assert gecko_loss.verdicts(bits({part: 1.995}, 1))["claim"] == verdict.NOT_HELD
+    assert gecko_loss.verdicts(bits({part: 1.98}, 1))["claim"] == verdict.UNDECIDED  # more seeds are wanted
+    assert gecko_loss.promising(gecko_loss.figures(bits({part: 1.98}, 1))) == [gecko_loss.control(part), part]
+    rates = [*bits({part: 1.5}, 1, 8e-3), *bits({part: 1.98}, 1)]
+    assert gecko_loss.figures(rates)[part][64] == [1.98]  # of the rate of the lower training loss
     assert gecko_loss.verdicts(bits({part: 1.98}))["claim"] == verdict.HELD
     assert gecko_loss.verdicts(bits({part: 1.995}))["claim"] == verdict.NOT_HELD
     assert gecko_loss.verdicts(bits({part: 1.98, gecko_loss.control(part): 1.985}))["claim"] == verdict.NOT_HELD
     assert gecko_loss.verdicts(bits({part: 1.98})[:-1])["claim"] == verdict.HELD
-    assert gecko_loss.verdicts(bits({})[:-1])["claim"] == verdict.UNDECIDED
+    assert gecko_loss.verdicts(bits({}, 1)[:-1])["claim"] == verdict.UNDECIDED

@@ -52,6 +52,7 @@ MEMORIES = {
 }
 PARTS = {"two chunks": Parts(visible=2), "decay norm": Parts(decays=True), **MEMORIES}
 PARTS |= {f"all with {name}": dataclasses.replace(parts, visible=2, decays=True) for name, parts in MEMORIES.items()}
+PARTS["two chunks with memory, logits of 3"] = dataclasses.replace(MEMORIES["memory, logits of 3"], visible=2)
 
 
 def cost(config: mo.MegalodonConfig, parts: Parts, length: int) -> tuple[float, int]:

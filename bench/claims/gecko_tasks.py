@@ -22,14 +22,17 @@ RULE = (
     "MEGALODON, and a part whose share of right answers is then higher than the control's by more than 0.1 at any "
     "length, with two more. A part pays (held) where it is higher than the control by more than 0.1 and more than 5 "
     "standard errors over the three seeds, at any length: all are longer than what its attention sees. The claim is "
-    "held where a part pays, not held where all have run and none does."
+    "held where a part pays, not held where all have run and none does. Beside it, attention to two chunks pays on top "
+    "of the memory with logits of 3 where both are better, by as much, than that memory in chunks of 64, which takes 7 % "
+    "fewer operations."
 )
 PAYS = 0.1
 RATES = {"mqar": 4e-3, "selective copying": 16e-3, "needle": 1e-3}
 """What MEGALODON took in the claim of tasks, in chunks of 32; of MQAR, which it learned in chunks of 128 alone, in these"""
 CHUNK = 32
 MEGALODONS = [Entrant(models.MEGALODON, CHUNK * times) for times in (1, 2, 4)]
-PARTS = [Entrant(name, CHUNK) for name in gecko.PARTS]
+ON_TOP, WITHOUT = Entrant("two chunks with memory, logits of 3", CHUNK), Entrant("memory, logits of 3", 2 * CHUNK)
+PARTS = [*(Entrant(name, CHUNK) for name in gecko.PARTS), WITHOUT]
 ENTRANTS = [*MEGALODONS, *PARTS]
 
 
@@ -71,16 +74,22 @@ def control(entrant: Entrant, length: int) -> Entrant:
     return [*enough, MEGALODONS[-1]][0]
 
 
+def described(entrant: Entrant) -> str:
+    name = "MEGALODON" if entrant in MEGALODONS else entrant.model
+    return name if entrant.chunk == CHUNK and name != "MEGALODON" else f"{name} in chunks of {entrant.chunk}"
+
+
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     found = task_runs.cells(results, ENTRANTS)
     bought, paid = {}, {}
     for (task, asked), shares in found.items():
+        comparisons = [(bought, ON_TOP, WITHOUT, "")]
         for part in PARTS:
-            controlling = control(part, length_of(asked))
-            for of, other in ((paid, controlling), *((bought, other) for other in MEGALODONS[:2])):
-                told = f"{task}, {asked}, {part.model}: better than MEGALODON in chunks of {other.chunk}"
-                outcome = verdict.higher(shares.get(part, []), shares.get(other, []), PAYS, verdict.OF_MANY)
-                of[told + (", the control" if of is paid else "")] = outcome
+            comparisons += [(bought, part, other, "") for other in MEGALODONS[:2]]
+            comparisons.append((paid, part, control(part, length_of(asked)), ", the control"))
+        for of, part, other, note in comparisons:
+            outcome = verdict.higher(shares.get(part, []), shares.get(other, []), PAYS, verdict.OF_MANY)
+            of[f"{task}, {asked}, {described(part)}: better than {described(other)}{note}"] = outcome
     wanted = {
         task: dict.fromkeys(ENTRANTS, 1) | dict.fromkeys([*MEGALODONS, *promising(found, task)], verdict.SEEDS)
         for task in RATES
