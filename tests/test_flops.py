@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import math
+
 import pytest
 import torch
 from cases import (
     BUILDERS,
     OPS,
+    adaptive_working_memory_case,
     cema_case,
     cema_end_state_case,
     chunked_attention_case,
@@ -55,6 +59,10 @@ EXPECTED = {
     "chunked_attention": (
         chunked_attention_case(H=2, K=3, V=5, C=4), 2 * 21 * 2 * 2 * (3 + 5), 2 * 21 * 2 * 2 * (3 * 3 + 2 * 5)
     ),
+    # Of nine steps five read, and eight write, four of these what the memory did not know.
+    "adaptive_working_memory": (
+        adaptive_working_memory_case(H=2, K=3, V=5, C=4), 2 * (5 + 8 + 4) * 60, 2 * (2 * 5 + 3 * 8 + 3 * 4) * 60
+    ),
 }  # fmt: skip
 
 
@@ -88,6 +96,25 @@ def test_attention_counts_pairs_as_they_are():
     whole = chunked_attention_case(B=1, L=steps, H=1, K=K, V=V, C=C, causal=False)
     found = counted(lambda: evaluate(mo.chunked_attention, whole))
     assert found["chunked_attention_fwd"] == 2 * (4 * 4 + 4 * 4 + 1) * (K + V)
+
+
+@pytest.mark.parametrize("to_end", [False, True])
+@pytest.mark.parametrize("L", [8, 12])
+def test_the_memory_counts_the_products_that_its_kernels_make(L, to_end):
+    q, k, v = adaptive_working_memory_case(L=L, C=4).tensors.values()
+    ends = [q.new_zeros(2, 2, 3, 5), q.new_zeros(2, 2, 3)] if to_end else [None, None]
+    arguments = [q, k, v, *[None] * 5, 4, None, None]
+    kernels = importlib.import_module("megalodon_ops.ops.adaptive_working_memory")
+    calls = {
+        ops.adaptive_working_memory_fwd: lambda of: of(*arguments, to_end),
+        ops.adaptive_working_memory_bwd: lambda of: of(v, *ends, *arguments),
+    }
+    in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, *__, **___: 2 * math.prod(a) * b[2]}
+    for op, kernel in zip(calls, (kernels._fwd, kernels._bwd), strict=True):
+        made = FlopCounterMode(display=False, custom_mapping=in_place)
+        with made:
+            calls[op](kernel)
+        assert made.get_total_flops() == sum(counted(lambda: calls[op](op)).values())
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -202,7 +202,7 @@ class NormalizedAttention(WideParameters):
         cu_seqlens, lengths = (int64_or_none(sequences.get(name)) for name in ("cu_seqlens", "lengths"))
         memory, C = None if state is None else MemoryBlockState(*state).working_memory(), config.chunk_size
         v = v.unflatten(-1, (config.num_heads, -1))
-        read, M, mass = read_and_write(q, k, v, C, memory, cu_seqlens, lengths)
+        read, M, mass = read_and_write(q, k, v, C, memory, cu_seqlens, lengths, with_state)
         if with_state:
             kept = (None,) * 3 if memory is None else (memory.k, memory.v[..., :0], memory.position % C)
             k, _, _ = chunked_attention_state(k.detach(), v[..., :0].detach(), *kept, C, cu_seqlens, lengths)

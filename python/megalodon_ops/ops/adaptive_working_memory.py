@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def adaptive_working_memory(
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     _check(q, k, v, cu_seqlens, lengths)
     state = _checked(state, q, v, chunk_size, num_sequences(len(q), cu_seqlens))
-    o, memory, mass = read_and_write(q, k, v, chunk_size, state, cu_seqlens, lengths)
+    o, memory, mass = read_and_write(q, k, v, chunk_size, state, cu_seqlens, lengths, return_state)
     if not return_state:
         return o
     kept = (None,) * 3 if state is None else (state.k, state.v, state.position % chunk_size)
@@ -89,13 +89,14 @@ def adaptive_working_memory(
 
 def read_and_write(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, state: WorkingMemoryState | None, cu_seqlens: Tensor | None,
-    lengths: Tensor | None,
+    lengths: Tensor | None, to_end: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """o, memory and mass of arguments that were checked."""
+    """o of arguments that were checked, memory and mass; the last two are empty but `to_end`."""
     memory, mass, cache_k, position, cache_v = (None,) * 5 if state is None else state
     return call(
-        adaptive_working_memory_fwd, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
-    )
+        adaptive_working_memory_fwd, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths,
+        to_end,
+    )  # fmt: skip
 
 
 def end_position(
@@ -107,28 +108,53 @@ def end_position(
     return steps if state is None else state.position + steps
 
 
-class _Turn(NamedTuple):
-    """What is done with one chunk of each sequence that has as many: all read, the first ones are then written."""
+def _length(of: slice) -> int:
+    return of.stop - of.start
 
-    reads: int
-    writes: int
-    tokens: Tensor
-    """(reads, W) the tokens that read"""
-    is_token: Tensor | None
-    """(reads, W) which of these there are; None: all"""
-    steps: Tensor
-    """(writes, C) the tokens that are written"""
-    is_new: Tensor | None
-    """(writes, C) which of these are tokens, and not steps that the state has kept; None: all"""
+
+class _Chunks:
+    """Chunks of W tokens each, those of the first turn first. n of them are (n H, W, E) of a tensor (B, L, H, E)."""
+
+    def __init__(self, counts: list[int], spans: list[tuple[int, int, int]], width: int, like: Tensor) -> None:
+        """counts: chunks of each turn. spans: of each chunk its first token, and from which to which there are tokens."""
+        heads, device = like.shape[2], like.device
+        self.turns = [slice((end - n) * heads, end * heads) for n, end in zip(counts, accumulate(counts))]
+        first, begin, end = torch.tensor(spans, dtype=torch.int64).view(-1, 3, 1).unbind(1)
+        tokens = first + torch.arange(width)  # (n, W)
+        there = (tokens >= begin) & (tokens < end)
+        of_heads = torch.arange(heads)[:, None]
+        self._shape = len(spans) * heads, width
+        self.there = None
+        self._from = (tokens.where(there, 0)[:, None] * heads + of_heads).flatten().to(device)
+        self._to = self._from
+        if not there.all():
+            nowhere = like.shape[0] * like.shape[1]
+            self._to = (tokens.where(there, nowhere)[:, None] * heads + of_heads).flatten().to(device)
+            self.there = there.repeat_interleave(heads, 0)[..., None].to(device)
+
+    def take(self, x: Tensor) -> Tensor:
+        """A copy; zero where there is no token."""
+        found = x.contiguous().flatten(0, 2).index_select(0, self._from).view(*self._shape, x.shape[3])
+        return found if self.there is None else found.where(self.there, 0)
+
+    def put(self, x: Tensor, like: Tensor) -> Tensor:
+        """x where :meth:`take` takes it from, zeros elsewhere: (B, L, H, E), in the dtype of `like` (B, L, H, ...)."""
+        B, L, H = like.shape[:3]
+        found = like.new_zeros((B * L + 1) * H, x.shape[2])
+        found.index_copy_(0, self._to, x.flatten(0, 1).to(like.dtype))
+        return found[: B * L * H].view(B, L, H, x.shape[2])
 
 
 class _Plan:
-    """The order in which sequences are computed, those of most chunks first, and what every turn takes."""
+    """In turn t, chunk t of each sequence reads, and is then written if it is complete; sequences of most chunks are first.
+
+    Left out is what changes nothing: reading an empty memory and, but `to_end`, writing what no token reads.
+    """
 
     def __init__(
-        self, q: Tensor, C: int, position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None
-    ) -> None:
-        B, L = q.shape[:2]
+        self, q: Tensor, C: int, position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool
+    ) -> None:  # fmt: skip
+        B, L, H = q.shape[:3]
         if cu_seqlens is not None:
             offsets = cu_seqlens.tolist()
             spans = [*zip(offsets, offsets[1:])]
@@ -146,178 +172,178 @@ class _Plan:
             raise ValueError(f"{_NAME}: `state.position` must be at least 0, got {shown(seen)}.")
         until = [count % C + end - begin for count, (begin, end) in zip(seen, spans)]  # counted from the open chunk
         order = sorted(range(len(spans)), key=lambda s: (-(-until[s] // C), until[s] // C), reverse=True)
-        self.order = torch.tensor(order, dtype=torch.int64, device=q.device)
-        self.has_mass = torch.tensor([seen[s] >= C for s in order], dtype=torch.bool, device=q.device)
-        self.gets_mass = torch.tensor(
-            [seen[s] // C * C + until[s] >= C for s in order], dtype=torch.bool, device=q.device
-        )
-        self._C, self._last = C, max(B * L - 1, 0)
-        self._begin, self._end, self._before = (
-            torch.tensor([(*spans[s], seen[s] % C) for s in order], dtype=torch.int64, device=q.device).view(-1, 3).T
-        )
-        until = [until[s] for s in order]
-        of_tokens = [(seen[s] % C, until[at]) for at, s in enumerate(order)]
-        self.turns = [self._turn(chunk * C, until, of_tokens) for chunk in range(-(-max(until, default=0) // C))]
+        turns = range(-(-max(until, default=0) // C))
+        of_reads = [[s for s in order if until[s] > t * C] if t or position is not None else [] for t in turns]
+        of_writes = [[s for s in order if until[s] >= (t + 1) * C + (not to_end)] for t in turns]
 
-    def _turn(self, start: int, until: list[int], of_tokens: list[tuple[int, int]]) -> _Turn:
-        C, device = self._C, self.order.device
-        reads, writes = sum(end > start for end in until), sum(end >= start + C for end in until)
-        widths = [min(end, start + C) - max(begin, start) for begin, end in of_tokens[:reads]]
-        first = self._begin - self._before + start
-        tokens = torch.maximum(first, self._begin)[:reads, None] + torch.arange(max(widths), device=device)
-        steps = first[:writes, None] + torch.arange(C, device=device)
-        return _Turn(
-            reads, writes,
-            tokens.clamp(max=self._last),
-            None if min(widths) == max(widths) else tokens < torch.minimum(first + C, self._end)[:reads, None],
-            steps.clamp(min=0),
-            steps >= self._begin[:writes, None] if start == 0 and any(begin for begin, _ in of_tokens[:writes]) else None,
-        )  # fmt: skip
+        def tokens(s: int, turn: int) -> tuple[int, int, int]:
+            (begin, end), first = spans[s], spans[s][0] - seen[s] % C + turn * C
+            return first, begin, min(first + C, end)
+
+        reads = [tokens(s, turn) for turn, of_turn in enumerate(of_reads) for s in of_turn]
+        reads = [(max(first, begin), begin, end) for first, begin, end in reads]
+        writes = [tokens(s, turn) for turn, of_turn in enumerate(of_writes) for s in of_turn]
+        self.reads = _Chunks([*map(len, of_reads)], reads, max((end - first for first, _, end in reads), default=0), q)
+        self.writes = _Chunks([*map(len, of_writes)], writes, C, q)
+        self.turns = [*zip(self.reads.turns, self.writes.turns)]
+        self._shape = len(spans), H
+        self.begins_empty = position is None
+        self._order = torch.tensor([s * H + h for s in order for h in range(H)], dtype=torch.int64, device=q.device)
+        self._had, self._has = (
+            torch.tensor([count >= C for count in counts], dtype=torch.bool, device=q.device)[:, None, None]
+            for counts in (seen, [count // C * C + end for count, end in zip(seen, until)])
+        )
 
     def start(self, q: Tensor, v: Tensor, memory: Tensor | None, mass: Tensor | None) -> tuple[Tensor, Tensor]:
-        """M (S, H, K, V) and z (S, H, K) before the first turn, to be written in place."""
+        """M (S H, K, V) and z (S H, K) before the first turn, to be written in place."""
         if memory is None:
-            M = q.new_zeros(len(self.order), *q.shape[2:], v.shape[3], dtype=accumulation_dtype(q.dtype))
-            return M, M.new_full(M.shape[:3], -torch.inf)
-        M, z = self.ordered(memory), self.ordered(mass)
-        return M, z.masked_fill_(~self.has_mass[:, None, None], -torch.inf)
+            M = q.new_zeros(len(self._order), q.shape[3], v.shape[3], dtype=accumulation_dtype(q.dtype))
+            return M, M.new_full(M.shape[:2], -torch.inf)
+        return self.ordered(memory), self.ordered(mass.masked_fill(~self._had, -torch.inf))
+
+    def end(self, M: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """memory (S, H, K, V) and mass (S, H, K) after the last turn."""
+        return self._as_given(M), self._as_given(z).masked_fill_(~self._has, 0)
+
+    def start_of_backward(self, M: Tensor, dmemory: Tensor | None, dmass: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gradients of M and z after the last turn, to be written in place."""
+        if dmemory is None:
+            return torch.zeros_like(M), M.new_zeros(M.shape[:2])
+        return self.ordered(dmemory), self.ordered(dmass.masked_fill(~self._has, 0))
+
+    def end_of_backward(self, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self._as_given(G), self._as_given(g).masked_fill_(~self._had, 0)
 
     def ordered(self, x: Tensor) -> Tensor:
-        """A copy of x (S, ...), contiguous whatever the strides of x."""
-        return x.contiguous().index_select(0, self.order)
+        """(S H, ...) of x (S, H, ...), a copy."""
+        return x.contiguous().flatten(0, 1).index_select(0, self._order)
 
-    def in_order_given(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x).index_copy_(0, self.order, x)
+    def _as_given(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x).index_copy_(0, self._order, x).view(*self._shape, *x.shape[1:])
 
-
-class _Tokens:
-    """A tensor (B, L, H, E) by its tokens; of those that there are not, zeros are taken, and what is put is lost."""
-
-    def __init__(self, x: Tensor, *, new: bool = False) -> None:
-        self._shape, heads = x.shape, x.shape[2]
-        self._head = torch.arange(heads, device=x.device)[:, None]
-        self._nowhere = x.shape[0] * x.shape[1]
-        lost = (self._nowhere + 1) * heads, x.shape[3]
-        self._rows = x.new_zeros(lost) if new else x.contiguous().flatten(0, 2)
-
-    def take(self, tokens: Tensor, there: Tensor | None, instead: Tensor | None = None) -> Tensor:
-        """(n H, W, E) of tokens (n, W); `instead` (n, W, H, E) where a token is not there."""
-        rows = tokens[:, None] * len(self._head) + self._head  # (n, H, W)
-        x = self._rows.index_select(0, rows.flatten()).view(*rows.shape, self._shape[3])
-        if there is not None:
-            x = torch.where(there[:, None, :, None], x, 0 if instead is None else instead.transpose(1, 2))
-        return x.flatten(0, 1)
-
-    def put(self, tokens: Tensor, there: Tensor | None, x: Tensor) -> None:
-        """What :meth:`take` would take."""
-        at = tokens if there is None else tokens.masked_fill(~there, self._nowhere)
-        rows = at[:, None] * len(self._head) + self._head
-        self._rows.index_copy_(0, rows.flatten(), x.flatten(0, 1).to(self._rows.dtype))
-
-    def result(self) -> Tensor:
-        return self._rows[: self._nowhere * len(self._head)].view(self._shape)
+    def take_written(self, x: Tensor, cache: Tensor | None) -> Tensor:
+        """(n H, C, E) of x (B, L, H, E), and of what the state has kept (S, C, H, E) of the chunks that were begun."""
+        found = self.writes.take(x)
+        if cache is not None and self.writes.there is not None:
+            at = self.writes.turns[0]
+            kept = cache.transpose(1, 2).flatten(0, 1).index_select(0, self._order[: at.stop])
+            found[at] = found[at].where(self.writes.there[at], kept)
+        return found
 
 
-class _Chunk(NamedTuple):
-    """What is made of n sequences' chunks when they are written; of each head, in float32 but for U."""
+class _Writing:
+    """What is made of the keys and values of all chunks that are written, and their writing in turn."""
 
-    r: Tensor  # (n H, K)
-    P: Tensor  # (n H, C, K)
-    F: Tensor  # (n H, C, K)
-    U: Tensor  # (n H, C, V)
-    N: Tensor  # (n H, K, V)
+    def __init__(
+        self, plan: _Plan, k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, z: Tensor
+    ) -> None:  # fmt: skip
+        """z (S H, K) is written."""
+        self.U = plan.take_written(v, cache_v)  # (n H, C, V); v until its turn
+        logits = plan.take_written(k, cache_k).to(z.dtype)  # (n H, C, K)
+        w = logits.logsumexp(1)  # (n H, K)
+        self.r = torch.empty_like(w)
+        for at in plan.writes.turns:
+            before = z[: _length(at)]
+            total = torch.logaddexp(before, w[at])
+            self.r[at] = (w[at] - total).exp_()
+            before.copy_(total)
+        self.P, self.F = (logits - w[:, None]).exp_(), logits.softmax(-1)
+        self.p, self.f = self.P.to(k.dtype), self.F.to(k.dtype)
+        self._plan = plan
+
+    def write(self, turn: int, M: Tensor) -> Tensor:
+        """Writes the turn's chunks to M (S H, K, V), and returns N (n H, K, V)."""
+        at = self._plan.writes.turns[turn]
+        U, M = self.U[at], M[: _length(at)]
+        is_first = turn == 0 and self._plan.begins_empty
+        if not is_first:
+            U.baddbmm_(self.f[at], M.to(U.dtype), alpha=-1)
+        N = (self.p[at].mT @ U).to(M.dtype)
+        M.copy_(N) if is_first else M.lerp_(N, self.r[at][..., None].expand_as(N))
+        return N
 
 
-def _write(
-    M: Tensor, z: Tensor, turn: _Turn, plan: _Plan, k: _Tokens, v: _Tokens, cache_k: Tensor | None, cache_v: Tensor | None
-) -> _Chunk | None:  # fmt: skip
-    """Writes M (S, H, K, V) and z (S, H, K) of the sequences whose chunk is complete; None: there are none."""
-    if not turn.writes:
-        return None
-    keys, values = (
-        of.take(turn.steps, turn.is_new, None if turn.is_new is None else cache[plan.order[: turn.writes]])
-        for of, cache in ((k, cache_k), (v, cache_v))
-    )
-    M, z, logits = M[: turn.writes].flatten(0, 1), z[: turn.writes].flatten(0, 1), keys.to(M.dtype)
-    w = logits.logsumexp(1)
-    total = torch.logaddexp(z, w)
-    r, P, F = (w - total).exp(), (logits - w[:, None]).exp_(), logits.softmax(-1)
-    U = torch.baddbmm(values, F.to(keys.dtype), M.to(keys.dtype), alpha=-1)
-    N = (P.to(keys.dtype).mT @ U).to(M.dtype)
-    M.lerp_(N, r[..., None].expand_as(N))
-    z.copy_(total)
-    return _Chunk(r, P, F, U, N)
-
-
-def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
-    plan = _Plan(q, chunk_size, position, cu_seqlens, lengths)
+def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths, to_end):
+    plan = _Plan(q, chunk_size, position, cu_seqlens, lengths, to_end)
     M, z = plan.start(q, v, memory, mass)
-    queries, keys, values, o = _Tokens(q), _Tokens(k), _Tokens(v), _Tokens(v, new=True)
-    for turn in plan.turns:
-        read = queries.take(turn.tokens, turn.is_token).to(M.dtype).softmax(-1).to(q.dtype)
-        o.put(turn.tokens, turn.is_token, read @ M[: turn.reads].flatten(0, 1).to(q.dtype))
-        _write(M, z, turn, plan, keys, values, cache_k, cache_v)
-    z = z.masked_fill(~plan.gets_mass[:, None, None], 0)
-    return o.result(), plan.in_order_given(M), plan.in_order_given(z)
+    writing = _Writing(plan, k, v, cache_k, cache_v, z)
+    queries = plan.reads.take(q).to(M.dtype).softmax(-1).to(q.dtype)
+    o = queries.new_empty(*queries.shape[:2], v.shape[3])
+    for turn, (reads, _) in enumerate(plan.turns):
+        torch.bmm(queries[reads], M[: _length(reads)].to(q.dtype), out=o[reads])
+        writing.write(turn, M)
+    ends = plan.end(M, z) if to_end else (M.new_empty(0), M.new_empty(0))
+    return plan.reads.put(o, v), *ends
 
 
-def _fwd_fake(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
-    shape = num_sequences(len(q), cu_seqlens), *q.shape[2:]
-    real = accumulation_dtype(q.dtype)
-    return empty_like(v), q.new_empty((*shape, v.shape[3]), dtype=real), q.new_empty(shape, dtype=real)
+def _fwd_fake(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths, to_end):
+    of_mass = (num_sequences(len(q), cu_seqlens), *q.shape[2:])
+    shapes = ((*of_mass, v.shape[3]), of_mass) if to_end else (0, 0)
+    return empty_like(v), *(q.new_empty(shape, dtype=accumulation_dtype(q.dtype)) for shape in shapes)
 
 
 def _bwd(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
 ):  # fmt: skip
-    """The formulas are those of reference/adaptive_working_memory.py."""
-    plan, dtype = _Plan(q, chunk_size, position, cu_seqlens, lengths), q.dtype
+    """The formulas are those of reference/adaptive_working_memory.py. dmemory_out None: the op was not called `to_end`."""
+    plan, dtype = _Plan(q, chunk_size, position, cu_seqlens, lengths, dmemory_out is not None), q.dtype
     M, z = plan.start(q, v, memory, mass)
-    queries, keys, values, grads = _Tokens(q), _Tokens(k), _Tokens(v), _Tokens(do)
-    dq, dk, dv = (_Tokens(x, new=True) for x in (q, k, v))
-    before = []
-    for turn in plan.turns:
-        before.append((M[: turn.reads].clone(), _write(M, z, turn, plan, keys, values, cache_k, cache_v)))
-    G, g = plan.ordered(dmemory_out), plan.ordered(dmass_out).masked_fill_(~plan.gets_mass[:, None, None], 0)
-    for turn, (M, chunk) in reversed([*zip(plan.turns, before)]):
-        if chunk is not None:
-            (r, P, F, U, N), M_ = chunk, M[: turn.writes].flatten(0, 1)
-            G_, g_ = G[: turn.writes].flatten(0, 1), g[: turn.writes].flatten(0, 1)
-            dN, dr = (r[..., None] * G_).to(dtype), (G_ * (N - M_)).sum(-1) * r * (1 - r)
-            dP, dU = (U @ dN.mT).to(M.dtype), P.to(dtype) @ dN
-            dF = (dU @ M_.to(dtype).mT).to(M.dtype).neg_()
-            dlogits = torch._softmax_backward_data(dP, P, 1, M.dtype).addcmul_(P, (g_ * r + dr)[:, None])
-            dk.put(turn.steps, turn.is_new, dlogits.add_(torch._softmax_backward_data(dF, F, 2, M.dtype)))
-            dv.put(turn.steps, turn.is_new, dU)
-            G_.mul_(1 - r[..., None]).sub_(F.to(dtype).mT @ dU)
-            g_.mul_(1 - r).sub_(dr)
-        read = queries.take(turn.tokens, turn.is_token).to(M.dtype).softmax(-1)
-        do_ = grads.take(turn.tokens, turn.is_token)
-        dread = (do_ @ M.flatten(0, 1).to(dtype).mT).to(M.dtype)
-        dq.put(turn.tokens, turn.is_token, torch._softmax_backward_data(dread, read, 2, M.dtype))
-        G[: turn.reads].flatten(0, 1).add_(read.to(dtype).mT @ do_)
-    g = g.masked_fill(~plan.has_mass[:, None, None], 0)
-    return dq.result(), dk.result(), dv.result(), plan.in_order_given(G), plan.in_order_given(g)
+    writing = _Writing(plan, k, v, cache_k, cache_v, z)
+    before, written = [], []
+    for turn, (reads, writes) in enumerate(plan.turns):
+        before.append(M[: max(_length(reads), _length(writes))].clone())
+        written.append(writing.write(turn, M))
+    read = plan.reads.take(q).to(M.dtype).softmax(-1)
+    queries, do = read.to(dtype), plan.reads.take(do)
+    dqueries, dP, dF, dU = map(torch.empty_like, (queries, writing.p, writing.f, writing.U))
+    dw = torch.empty_like(writing.r)
+    G, g = plan.start_of_backward(M, dmemory_out, dmass_out)
+    for turn, (reads, writes) in reversed([*enumerate(plan.turns)]):
+        M, N, r, n = before[turn], written[turn], writing.r[writes], _length(writes)
+        dN, dr = (r[..., None] * G[:n]).to(dtype), (G[:n] * (N - M[:n])).sum(-1) * r * (1 - r)
+        torch.bmm(writing.U[writes], dN.mT, out=dP[writes])
+        torch.bmm(writing.p[writes], dN, out=dU[writes])
+        dw[writes] = g[:n] * r + dr
+        if turn == 0 and plan.begins_empty:
+            dF[writes] = 0
+        else:
+            torch.bmm(dU[writes], M[:n].to(dtype).mT, out=dF[writes])
+            G[:n].mul_(1 - r[..., None]).sub_(writing.f[writes].mT @ dU[writes])
+            g[:n].mul_(1 - r).sub_(dr)
+        n = _length(reads)
+        torch.bmm(do[reads], M[:n].to(dtype).mT, out=dqueries[reads])
+        G[:n].add_(queries[reads].mT @ do[reads])
+    dq = torch._softmax_backward_data(dqueries.to(read.dtype), read, 2, read.dtype)
+    dk = torch._softmax_backward_data(dP.to(read.dtype), writing.P, 1, read.dtype).addcmul_(writing.P, dw[:, None])
+    dk -= torch._softmax_backward_data(dF.to(read.dtype), writing.F, 2, read.dtype)
+    dstate = (G.new_empty(0), G.new_empty(0)) if memory is None else plan.end_of_backward(G, g)
+    return plan.reads.put(dq, q), plan.writes.put(dk, k), plan.writes.put(dU, v), *dstate
 
 
 def _bwd_fake(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
 ):  # fmt: skip
-    return *map(empty_like, (q, k, v)), empty_like(dmemory_out), empty_like(dmass_out)
+    dstate = (
+        (q.new_empty(0, dtype=accumulation_dtype(q.dtype)) for _ in range(2))
+        if memory is None
+        else map(empty_like, (memory, mass))
+    )
+    return *map(empty_like, (q, k, v)), *dstate
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.chunk_size, cu_seqlens, lengths = inputs
+    *tensors, ctx.chunk_size, cu_seqlens, lengths, ctx.to_end = inputs
     ctx.save_for_backward(*tensors, cu_seqlens, lengths)
 
 
 def _backward(ctx, do, dmemory_out, dmass_out):
     *tensors, cu_seqlens, lengths = ctx.saved_tensors
+    at_end = (dmemory_out, dmass_out) if ctx.to_end else (None, None)
     *grads, dmemory, dmass = call(
-        adaptive_working_memory_bwd, do, dmemory_out, dmass_out, *tensors, ctx.chunk_size, cu_seqlens, lengths
+        adaptive_working_memory_bwd, do, *at_end, *tensors, ctx.chunk_size, cu_seqlens, lengths
     )
     has_state = tensors[3] is not None
-    return *grads, *((dmemory, dmass) if has_state else (None, None)), *(None,) * 6
+    return *grads, *((dmemory, dmass) if has_state else (None, None)), *(None,) * 7
 
 
 _TENSORS = (
@@ -325,14 +351,14 @@ _TENSORS = (
     "int chunk_size, Tensor? cu_seqlens, Tensor? lengths"
 )
 adaptive_working_memory_fwd = define_op(
-    f"adaptive_working_memory_fwd({_TENSORS}) -> (Tensor o, Tensor memory_out, Tensor mass_out)",
+    f"adaptive_working_memory_fwd({_TENSORS}, bool to_end) -> (Tensor o, Tensor memory_out, Tensor mass_out)",
     kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 adaptive_working_memory_bwd = define_op(
-    f"adaptive_working_memory_bwd(Tensor do, Tensor dmemory_out, Tensor dmass_out, {_TENSORS}) "
+    f"adaptive_working_memory_bwd(Tensor do, Tensor? dmemory_out, Tensor? dmass_out, {_TENSORS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmemory, Tensor dmass)",
     kernel=_bwd,
     fake=_bwd_fake,

@@ -173,30 +173,35 @@ def chunked_attention_state_(k, v, cache_k, cache_v, position, chunk_size, cu_se
     return 0
 
 
-def _read_and_written(
-    q: Tensor, position: Tensor | None, chunk_size: int, cu_seqlens: Tensor | None, lengths: Tensor | None
-) -> tuple[int, int]:
-    """The steps that read a working memory, and those of the chunks that write it."""
+def _of_memory(
+    q: Tensor, position: Tensor | None, chunk_size: int, cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool
+) -> tuple[int, int, int]:
+    """The steps that read a working memory; those of chunks that write it to which something in it is known; those of all that do.
+
+    What no one reads is not written, and an empty memory neither read nor compared with.
+    """
     steps = _steps(q, cu_seqlens, lengths)
     kept = [seen % chunk_size for seen in _values(position, [0] * len(steps))]
-    return sum(steps), sum((seen + own) // chunk_size * chunk_size for seen, own in zip(kept, steps))
+    ends = [seen + own for seen, own in zip(kept, steps)]
+    written = [(end if to_end else max(end - 1, 0)) // chunk_size * chunk_size for end in ends]
+    empty = chunk_size if position is None else 0
+    return tuple(sum(max(n - empty, 0) for n in of) for of in (steps, written)) + (sum(written),)
 
 
 @_formula
 def adaptive_working_memory_fwd(
-    q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
+    q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths, to_end
 ):  # fmt: skip
-    read, written = _read_and_written(q, position, chunk_size, cu_seqlens, lengths)
-    return 2 * (read + 2 * written) * q.shape[2] * q.shape[3] * v.shape[3]
+    read, compared, written = _of_memory(q, position, chunk_size, cu_seqlens, lengths, to_end)
+    return 2 * (read + compared + written) * q.shape[2] * q.shape[3] * v.shape[3]
 
 
 @_formula
 def adaptive_working_memory_bwd(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
 ):  # fmt: skip
-    read, written = _read_and_written(q, position, chunk_size, cu_seqlens, lengths)
-    read_twice, written_again, derivatives = 2, 2, 4
-    return 2 * (read_twice * read + (written_again + derivatives) * written) * q.shape[2] * q.shape[3] * v.shape[3]
+    read, compared, written = _of_memory(q, position, chunk_size, cu_seqlens, lengths, dmemory_out is not None)
+    return 2 * (2 * read + 3 * (compared + written)) * q.shape[2] * q.shape[3] * v.shape[3]
 
 
 @_formula
