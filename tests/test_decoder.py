@@ -22,6 +22,8 @@ VARIANTS = {
     "plain": {},
     "swiglu": dict(swiglu=True, rescale_nffn=True),
     "scaled, tied": dict(scale_emb=True, share_emb=True),
+    "memory": dict(working_memory=True),
+    "wide memory": dict(working_memory=True, model_dim=64, num_heads=2, z_dim=36, value_dim=78, chunk_size=3),
     "not affine": dict(norm_affine=False, cema_ndim=1),
     "wide": dict(
         model_dim=72, num_heads=3, z_dim=30, value_dim=51, ffn_hidden_dim=100, cema_ndim=17, norm_num_groups=8
@@ -42,8 +44,9 @@ def test_it_gives_the_bits_of_the_layers(name, variant):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 3), (1, 8), (8, 1)])
-def test_it_gives_the_bits_of_the_layers_for_any_few_tokens(dtype, rows, length):
-    assert_bits_of_layers(*model_and_state(dtype, rows), rows, length)
+@pytest.mark.parametrize("working_memory", [False, True])
+def test_it_gives_the_bits_of_the_layers_for_any_few_tokens(dtype, rows, length, working_memory):
+    assert_bits_of_layers(*model_and_state(dtype, rows, working_memory=working_memory), rows, length)
 
 
 @pytest.mark.parametrize("length", [0, 40])

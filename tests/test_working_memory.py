@@ -104,12 +104,11 @@ def test_packed_documents_are_apart():
     assert_close(together, torch.cat(apart, 1), tolerance=1e-10)
 
 
-def test_a_decoder_goes_on_by_modules():
+def test_a_decoder_goes_on_and_reorders():
     model, tokens = memory_model().eval(), tokens_of(2, 30)
     decoder = mo.Decoder(model, model(tokens[:, :5], return_state=True)[1])
     with torch.no_grad():
         logits = torch.cat([decoder(tokens[:, i : i + 1]) for i in range(5, 30)], 1)
-    assert not decoder.fused
     assert_close(logits, model(tokens)[:, 5:].detach(), tolerance=1e-10)
     decoder.reorder(torch.tensor([1, 1]))
     more = tokens[[1, 1], :1]

@@ -16,6 +16,7 @@ PYBIND11_MODULE(_C, module) {
   bind_gated_silu(module);
   bind_cema_coefficients(module);
   bind_cross_entropy(module);
+  bind_adaptive_working_memory(module);
   bind_decoder(module);
   module.def("num_threads", [] { return omp_get_max_threads(); });
   module.def("build_info", [] {

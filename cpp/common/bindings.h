@@ -19,6 +19,7 @@ void bind_layer_norm(py::module_& module);
 void bind_gated_silu(py::module_& module);
 void bind_cema_coefficients(py::module_& module);
 void bind_cross_entropy(py::module_& module);
+void bind_adaptive_working_memory(py::module_& module);
 void bind_decoder(py::module_& module);
 
 }  // namespace megalodon

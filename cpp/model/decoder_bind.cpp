@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "adaptive_working_memory.h"
 #include "bindings.h"
 #include "cema.h"
 #include "cema_coefficients.h"
@@ -85,15 +86,15 @@ class Block {
                                         .data();
     rms_norm_ = norm_of_rows(s, tensors, mega + ".rmsnorm", true, a.c, a.m);
 
-    const int64_t Z = s.H * s.K;
+    const int64_t Z = s.H * s.K, affine = s.memory ? 4 : 2;
     qk_.dtype = s.dtype;
     qk_.heads = s.H;
     qk_.key_dim = s.K;
     qk_.chunk_size = qk_.table_rows = s.C;
     qk_.eps = s.eps;
     qk_.z = a.z;
-    qk_.gamma = tensors.real(mega + ".gamma", "(2, H * K)", {2, Z});
-    qk_.beta = tensors.real(mega + ".beta", "(2, H * K)", {2, Z});
+    qk_.gamma = tensors.real(mega + ".gamma", "(2 or 4, H * K)", {affine, Z});
+    qk_.beta = tensors.real(mega + ".beta", "(2 or 4, H * K)", {affine, Z});
     qk_.rotary = rotary;
     qk_.q = a.q;
     qk_.k = a.k;
@@ -114,6 +115,7 @@ class Block {
         tensors.activation(cache + ".v", "(S, C, H, V)", {s.B, s.C, s.H, s.V});
     append_.position_out = tensors.integers(cache + ".position", s.C);
     qk_.position = append_.position = append_.position_out;
+    if (s.memory) make_memory(tensors, state);
 
     layer_norm_ = norm_of_rows(s, tensors, nffn + ".norm", false, a.y, a.n);
     scale_ = tensors.real_or_null(nffn + ".alpha", "(D,)", {s.D});
@@ -129,9 +131,10 @@ class Block {
     run(rms_norm_);
 
     wz_.run(T);
-    launch_normalized_qk_fwd_cpu(qk_);
     wv_.run(T);
     gate(a.v, nullptr, s.H * s.V);
+    if (s.memory) read_and_write();
+    launch_normalized_qk_fwd_cpu(qk_);
     ChunkedAttentionFwdParams attention{};
     static_cast<ChunkedAttentionParams&>(attention) = append_;
     attention.o = a.o;
@@ -140,6 +143,7 @@ class Block {
     launch_chunked_attention_state_cpu(append_);
     wr_.run(T);
     gate(a.r, a.o, s.H * s.V);
+    if (s.memory) launch_residual_cpu({s.dtype, T, s.H * s.V, a.r, a.read, nullptr, nullptr, a.r});
     wh1_.run(T);
     wh2_.run(T);
     launch_residual_cpu({s.dtype, T, s.D, x, a.a, a.b, nullptr, a.y});
@@ -170,6 +174,48 @@ class Block {
     launch_cema_coefficients_fwd_cpu(p);
   }
 
+  // The working memory's queries and keys are made of z, too, by two more rows of gamma and beta and without positions.
+  void make_memory(Tensors& tensors, const std::string& state) {
+    const auto later_rows = [&](const void* affine) {
+      return static_cast<const char*>(affine) + 2 * s.H * s.K * s.real_element();
+    };
+    memory_qk_ = qk_;
+    memory_qk_.chunk_size = memory_qk_.table_rows = 1;  // every step is the first of its chunk
+    memory_qk_.gamma = later_rows(qk_.gamma);
+    memory_qk_.beta = later_rows(qk_.beta);
+    memory_qk_.position = nullptr;
+
+    memory_append_ = append_;
+    memory_append_.value_dim = 0;
+    memory_append_.cache_k = memory_append_.cache_k_out =
+        tensors.activation(state + ".memory_k", "(S, C, H, K)", {s.B, s.C, s.H, s.K});
+    memory_append_.position_out = a.ends;
+
+    memory_.dtype = s.dtype;
+    memory_.heads = s.H;
+    memory_.key_dim = s.K;
+    memory_.value_dim = s.V;
+    memory_.chunk_size = s.C;
+    memory_.q = a.q;
+    memory_.k = a.k;
+    memory_.v = a.v;
+    memory_.cache_k = memory_append_.cache_k;
+    memory_.cache_v = append_.cache_v;
+    memory_.position = timenorm_.count;
+    memory_.position_is_end = true;
+    memory_.memory = tensors.real(state + ".memory", "(S, H, K, V)", {s.B, s.H, s.K, s.V});
+    memory_.mass = tensors.real(state + ".memory_mass", "(S, H, K)", {s.B, s.H, s.K});
+    memory_.o = a.read;
+  }
+
+  // Before the attention, which then uses q and k again, and overwrites the values of a chunk that has ended.
+  void read_and_write() {
+    memory_qk_.sequences = memory_.sequences = memory_append_.sequences = qk_.sequences;
+    launch_normalized_qk_fwd_cpu(memory_qk_);
+    launch_working_memory_steps_cpu(memory_);
+    launch_chunked_attention_state_cpu(memory_append_);
+  }
+
   void run(LayerNormFwdParams& p) const {
     p.rows = T;
     launch_layer_norm_fwd_cpu(p);
@@ -194,6 +240,9 @@ class Block {
   std::optional<LinearLayer> fc3_;  // where the FFN is gated
   NormalizedQkFwdParams qk_{};
   ChunkedAttentionStateParams append_{};
+  NormalizedQkFwdParams memory_qk_{};
+  WorkingMemoryStepsParams memory_{};
+  ChunkedAttentionStateParams memory_append_{};
   const void* scale_;  // (D) R or null: one
 };
 
@@ -204,7 +253,7 @@ Sizes sizes_of(py::handle config, DType dtype, int64_t batch, int64_t max_tokens
   return {dtype, batch, max_tokens, integer(config, "model_dim"), integer(config, "cema_ndim"),
           integer(config, "norm_num_groups"), H, integer(config, "z_dim") / H, integer(config, "value_dim") / H,
           integer(config, "ffn_hidden_dim"), integer(config, "chunk_size"), config.attr("swiglu").cast<bool>(),
-          config.attr("norm_eps").cast<double>()};
+          config.attr("working_memory").cast<bool>(), config.attr("norm_eps").cast<double>()};
 }
 
 // A whole model, from tokens to logits. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).

@@ -36,7 +36,8 @@ struct Sizes {
   int64_t B;         // rows, each a sequence
   int64_t max_tokens;  // in a call, all rows together
   int64_t D, N, G, H, K, V, F, C;  // F: hidden units of the FFN
-  bool gated;  // the FFN, by fc3
+  bool gated;   // the FFN, by fc3
+  bool memory;  // each block has a working memory
   double eps;
 
   Scalar scalar() const { return scalar_of(dtype); }
@@ -91,6 +92,7 @@ struct Activations {
     t = rows(s.D), c = rows(s.D), m = rows(s.D);
     z = rows(s.H * s.K), q = rows(s.H * s.K), k = rows(s.H * s.K);
     v = rows(s.H * s.V), o = rows(s.H * s.V), r = rows(s.H * s.V);
+    if (s.memory) read = rows(s.H * s.V), ends = static_cast<int64_t*>(arena(s.B * 8));
     lse = arena(s.max_tokens * s.H * s.real_element());
     a = rows(s.D), b = rows(s.D), y = rows(s.D), n = rows(s.D);
     hidden = rows(s.F), gate = rows(s.F);
@@ -99,6 +101,8 @@ struct Activations {
   void *t, *c, *m;      // (T, D) timestep_norm(x), cema(t), rms_norm(c)
   void *z, *q, *k;      // (T, H, K)
   void *v, *o, *r;      // (T, H, V) values, attention, gate
+  void* read = nullptr;     // (T, H, V) what the working memory gives
+  int64_t* ends = nullptr;  // (S) positions after the call
   void* lse;            // (T, H) R
   void *a, *b, *y, *n;  // (T, D) what a half adds, the first half's output, layer_norm(y)
   void *hidden, *gate;  // (T, F)

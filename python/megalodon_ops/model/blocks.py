@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .config import MegalodonConfig, check_config
 from ..ops.adaptive_working_memory import read_and_write
-from ..ops.chunked_attention import chunked_attention_state
+from ..ops.chunked_attention import chunked_attention_state, chunked_attention_state_
 from ..ops.gated_silu import gated_silu
 from .layers import (
     ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, reset_all_parameters,
@@ -173,7 +173,7 @@ class NormalizedAttention(WideParameters):
         gamma, beta, read = self.gamma, self.beta, None
         if config.working_memory:  # before the attention, which may overwrite the values of its state
             gamma, beta = gamma[:2], beta[:2]
-            read, memory = self._read_and_write(z, v, state, return_state, **sequences)
+            read, memory = self._read_and_write(z, v, state, return_state, inplace_state, **sequences)
         a = attend(
             z, v, gamma, beta, rotary,
             num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
@@ -191,7 +191,7 @@ class NormalizedAttention(WideParameters):
         return y, state if read is None else MemoryBlockState(*state, *memory)
 
     def _read_and_write(
-        self, z: Tensor, v: Tensor, state: MemoryBlockState | None, with_state: bool, **sequences
+        self, z: Tensor, v: Tensor, state: MemoryBlockState | None, with_state: bool, inplace: bool, **sequences
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """What z reads of the working memory (B, L, H * V), and the memory's fields of the state, k if `with_state`."""
         config = self.config
@@ -204,8 +204,13 @@ class NormalizedAttention(WideParameters):
         v = v.unflatten(-1, (config.num_heads, -1))
         read, M, mass = read_and_write(q, k, v, C, memory, cu_seqlens, lengths, with_state)
         if with_state:
-            kept = (None,) * 3 if memory is None else (memory.k, memory.v[..., :0], memory.position % C)
-            k, _, _ = chunked_attention_state(k.detach(), v[..., :0].detach(), *kept, C, cu_seqlens, lengths)
+            kept = (None,) * 3 if memory is None else (memory.k, memory.v[..., :0].contiguous(), memory.position % C)
+            new = k.detach(), v[..., :0].detach()
+            if inplace and memory is not None:
+                chunked_attention_state_(*new, *kept, C, cu_seqlens, lengths)
+                k = memory.k
+            else:
+                k, _, _ = chunked_attention_state(*new, *kept, C, cu_seqlens, lengths)
         return read.flatten(-2), (M, mass, k)
 
 

@@ -34,8 +34,8 @@ class Decoder:
     bits as the layers, without Python between kernels. A linear layer that was wrapped (by an adapter that is not
     merged, for one), hooked, quantised or replaced is called between two kernels of the call. Where another module was
     changed, the model runs by its modules. So it does on other devices, under torch.autocast, with dropout in training,
-    for more rows than the kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), with a working memory, and
-    with MEGALODON_OPS_LINEAR=torch.
+    for more rows than the kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), and with
+    MEGALODON_OPS_LINEAR=torch.
 
     All of this is chosen once, when the decoder is made. The kernels know the places in memory that parameters had
     then: they see values that are written there later, as an optimizer's step or `load_state_dict` writes them, but for
@@ -197,7 +197,7 @@ class Decoder:
         config = self._model.config
         drops = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
         watched = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-        return self._like.is_cpu and not autocast and not drops and not watched and not config.working_memory
+        return self._like.is_cpu and not autocast and not drops and not watched
 
     def _make_kernels(self) -> tuple[_C.Decoder | None, bool]:
         """The call of kernels, and whether it calls no layer; no kernels if the model has to run by its modules."""

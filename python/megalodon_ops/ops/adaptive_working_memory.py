@@ -9,11 +9,13 @@ from torch import Tensor
 
 from .arrays import call_with_arrays
 from .chunked_attention import chunked_attention_state
-from .library import accumulation_dtype, autocast, call, define_op, empty_like, int64_or_none, num_sequences
+from .library import accumulation_dtype, autocast, call, define_op, empty_like, int64_or_none, launch, num_sequences
 from .states import WorkingMemoryState, fields_of
 from .values import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor, shown
 
 _NAME = "adaptive_working_memory"
+_FEW_STEPS = 32
+"""Of all rows together; as many as the kernels of a decoder take"""
 
 
 def adaptive_working_memory(
@@ -55,9 +57,9 @@ def adaptive_working_memory(
 
     Gradients go to every tensor but the state's k and v, which are constant in the backward. Softmax, M and z are float32
     (float64 for float64), factors of products are rounded to q's dtype. The op is a loop of torch's matrix products over
-    chunks, on every device: 6 K V operations a step and head. Its inputs are all that is kept for the backward, which
-    writes the memory again. On a GPU the host waits for the sequences' ends, where they are given, and the positions.
-
+    chunks, on every device: 6 K V operations a step and head; on the CPU up to 32 steps from a state on are one call of a
+    kernel. Its inputs are all that is kept for the backward, which writes the memory again. On a GPU the host waits for the
+    sequences' ends, where they are given, and the positions.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
 
@@ -264,6 +266,11 @@ class _Writing:
 
 
 def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths, to_end):
+    if q.is_cpu and position is not None and q.shape[0] * q.shape[1] <= _FEW_STEPS:
+        o, M, z = empty_like(v), *(x.clone(memory_format=torch.contiguous_format) for x in (memory, mass))
+        tensors = (x.contiguous() for x in (q, k, v, cache_k, cache_v, position))
+        launch("working_memory_steps", *tensors, chunk_size, cu_seqlens, lengths, M, z, o)
+        return o, *((M, z) if to_end else (M.new_empty(0), z.new_empty(0)))
     plan = _Plan(q, chunk_size, position, cu_seqlens, lengths, to_end)
     M, z = plan.start(q, v, memory, mass)
     writing = _Writing(plan, k, v, cache_k, cache_v, z)

@@ -1,0 +1,31 @@
+// A matrix a head that holds the chunks before a step's own. Derivation: reference/adaptive_working_memory.py.
+#pragma once
+
+#include "isa.h"
+#include "sequences.h"
+
+namespace megalodon {
+
+// A few steps of sequences that go on from a state. R is float, or double where dtype is f64. All tensors are contiguous.
+struct WorkingMemoryStepsParams {
+  DType dtype;              // of q, k, v, o and the caches
+  Sequences sequences;      // S sequences in T tokens
+  int64_t heads;            // H
+  int64_t key_dim;          // K
+  int64_t value_dim;        // V
+  int64_t chunk_size;       // C
+  const void* q;            // (T, H, K)
+  const void* k;            // (T, H, K)
+  const void* v;            // (T, H, V)
+  const void* cache_k;      // (S, C, H, K) keys of the chunk that the state has begun
+  const void* cache_v;      // (S, C, H, V)
+  const int64_t* position;  // (S) steps of each sequence before this call, or after it
+  bool position_is_end;
+  void* memory;             // (S, H, K, V) R, updated
+  void* mass;               // (S, H, K) R, updated; read where the position is at least C
+  void* o;                  // (T, H, V)
+};
+
+MEGALODON_CPU_KERNEL(working_memory_steps_cpu, WorkingMemoryStepsParams)
+
+}  // namespace megalodon
