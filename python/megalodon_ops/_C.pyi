@@ -235,6 +235,21 @@ def layer_norm_bwd(
     dbias: Tensor | None,
     /,
 ) -> None: ...
+def working_memory_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    position: Tensor,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    memory: Tensor,
+    mass: Tensor,
+    o: Tensor,
+    /,
+) -> None: ...
 def gated_silu_fwd(x: Tensor, value: Tensor | None, y: Tensor, /) -> None: ...
 def gated_silu_bwd(x: Tensor, value: Tensor | None, dy: Tensor, dx: Tensor, dvalue: Tensor | None, /) -> None: ...
 def cross_entropy(logits: Tensor, targets: Tensor, scales: Tensor | None, losses: Tensor, /) -> None: ...
