@@ -189,12 +189,16 @@ class _Plan:
         self.writes = _Chunks([*map(len, of_writes)], writes, C, q)
         self.turns = [*zip(self.reads.turns, self.writes.turns)]
         self._shape = len(spans), H
-        self.begins_empty = position is None
+        self._begins_empty = position is None
         self._order = torch.tensor([s * H + h for s in order for h in range(H)], dtype=torch.int64, device=q.device)
         self._had, self._has = (
             torch.tensor([count >= C for count in counts], dtype=torch.bool, device=q.device)[:, None, None]
             for counts in (seen, [count // C * C + end for count, end in zip(seen, until)])
         )
+
+    def is_empty(self, turn: int) -> bool:
+        """Whether nothing was written before this turn."""
+        return turn == 0 and self._begins_empty
 
     def start(self, q: Tensor, v: Tensor, memory: Tensor | None, mass: Tensor | None) -> tuple[Tensor, Tensor]:
         """M (S H, K, V) and z (S H, K) before the first turn, to be written in place."""
@@ -257,11 +261,10 @@ class _Writing:
         """Writes the turn's chunks to M (S H, K, V), and returns N (n H, K, V)."""
         at = self._plan.writes.turns[turn]
         U, M = self.U[at], M[: _length(at)]
-        is_first = turn == 0 and self._plan.begins_empty
-        if not is_first:
+        if not self._plan.is_empty(turn):
             U.baddbmm_(self.f[at], M.to(U.dtype), alpha=-1)
         N = (self.p[at].mT @ U).to(M.dtype)
-        M.copy_(N) if is_first else M.lerp_(N, self.r[at][..., None].expand_as(N))
+        M.lerp_(N, self.r[at][..., None].expand_as(N))
         return N
 
 
@@ -311,7 +314,7 @@ def _bwd(
         torch.bmm(writing.U[writes], dN.mT, out=dP[writes])
         torch.bmm(writing.p[writes], dN, out=dU[writes])
         dw[writes] = g[:n] * r + dr
-        if turn == 0 and plan.begins_empty:
+        if plan.is_empty(turn):
             dF[writes] = 0
         else:
             torch.bmm(dU[writes], M[:n].to(dtype).mT, out=dF[writes])
