@@ -266,6 +266,12 @@ WRONG = {
     "two ends": (lambda: training.Schedule(lr=1.0, warmup=1, steps=1, minutes=1), "Schedule: `steps` or `minutes` must be given, and"),
     "text": (lambda: training.hold_out([b"a"]), "hold_out: `documents` must have at least 2 bytes"),
     "text as a str": (lambda: training.hold_out(["text"]), "hold_out: `documents` must be of bytes, got 'text'; encode text."),
+    "no model to read": (lambda: training.Reader(torch.nn.Linear(2, 2)), "Reader: `model` must be a Megalodon, got"),
+    "a model to save": (lambda: training.save_checkpoint("run", 1, torch.nn.Linear(2, 2)), "save_checkpoint: `model` must be a Mega"),
+    "a state to save": (
+        lambda: training.save_checkpoint("run", 1, mo.Megalodon(mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32)), state=3),
+        "save_checkpoint: `state` must be a MegalodonState or None, got 3",
+    ),
     "one text": (lambda: training.hold_out(b"text"), "hold_out: `documents` must be of bytes, got 116"),
 }  # fmt: skip
 

@@ -62,7 +62,7 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
   const auto add = [&](int chain, int64_t i, int64_t n) __attribute__((always_inline)) {
     for (int r = 0; r < rows; ++r) {
       const Factors<T> factor(x + r * p.inputs + i, n);
-      for (int o = 0; o < outputs; ++o)  // the compiler loads each of the weights once
+      for (int o = 0; o < outputs; ++o)
         sums[chain][r][o] = factor.times(Factors<T>(weight + o * p.inputs + i, n), sums[chain][r][o]);
     }
   };

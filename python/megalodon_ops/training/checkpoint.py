@@ -35,7 +35,7 @@ from ..model.files import reading, remove_drafts, write_atomically, write_safete
 from ..model.model import Megalodon
 from ..model.official import is_official, read_official
 from ..model.states import MegalodonState, as_real, complete, from_named, named_tensors
-from ..ops.values import check_integer
+from ..ops.values import check_integer, described
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -161,6 +161,10 @@ def save_checkpoint(
     """
     run = as_path("save_checkpoint", "run", run)
     keep = check_integer("save_checkpoint", "keep", keep, "a positive integer", 1)
+    if not (isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise TypeError(f"save_checkpoint: `model` must be a Megalodon or a MegalodonEncoder, got {described(model)}.")
+    if not isinstance(state, MegalodonState | None):
+        raise TypeError(f"save_checkpoint: `state` must be a MegalodonState or None, got {described(state)}.")
     check_tokenizer("save_checkpoint", tokenizer)
     content, kinds = new_record(step, optimizer, record), training_tensors(model, optimizer, state)
     folder = checkpoint_folder(run, step)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .batches import Batch
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
+from ..ops.values import described
 
 
 class Reader:
@@ -31,6 +32,8 @@ class Reader:
 
     def __init__(self, model: Megalodon, carries: bool = True, *, rank: int = 0, ranks: int = 1):
         """rank, ranks: of the processes that share the batches' sequences, which this one is, and how many there are."""
+        if not hasattr(model, "loss"):
+            raise TypeError(f"Reader: `model` must be a Megalodon, got {described(model)}.")
         self.model, self.carries = model, carries
         self.rank, self.ranks = rank, ranks
         self.state: MegalodonState | None = None  # of each sequence of the last batch
