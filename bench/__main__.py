@@ -19,7 +19,7 @@ import torch
 from . import gpu, harness, machine, report, summary
 
 BENCHES = (
-    "cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "model", "encoder", "stream", "waiting",
+    "cema", "timestep_norm", "attention", "working_memory", "linear", "elementwise", "overhead", "model", "encoder", "stream", "waiting",
 )  # fmt: skip
 
 

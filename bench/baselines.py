@@ -169,6 +169,24 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, causal: 
     return _unchunks(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1.0))
 
 
+def working_memory(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int) -> Tensor:
+    """Chunk after chunk, softmaxes and the memory in float32, all rows and heads at once."""
+    chunks = [t.transpose(1, 2).split(chunk_size, 2) for t in (q, k, v)]  # each (B, H, C, ...)
+    memory, mass, outputs = None, None, []
+    for number, (queries, keys, values) in enumerate(zip(*chunks, strict=True)):
+        outputs.append(torch.zeros_like(values) if memory is None else queries.float().softmax(-1) @ memory)
+        if number == len(chunks[0]) - 1:
+            break
+        logits = keys.float()
+        written = logits.logsumexp(2)  # (B, H, K)
+        values = values.float() if memory is None else values.float() - logits.softmax(-1) @ memory
+        news = logits.softmax(2).mT @ values
+        total = written if mass is None else torch.logaddexp(mass, written)
+        memory = news if memory is None else torch.lerp(memory, news, (written - total).exp()[..., None])
+        mass = total
+    return torch.cat(outputs, 2).transpose(1, 2).to(v.dtype)
+
+
 def _chunks(t: Tensor, chunk_size: int) -> Tensor:
     """(1, L, H, K), L a multiple of C -> (L / C, H, C, K)."""
     return t.squeeze(0).unflatten(0, (-1, chunk_size)).transpose(1, 2)
