@@ -204,7 +204,7 @@ def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
     assert gecko_tasks.control(part._replace(model="decay norm"), 128).chunk == 32
     assert "| two chunks | 32 | 12,800 | 10,240 | 0.4010 ± 0.0010 |" in gecko_tasks.table(all_with({part: 0.4}))
 
-    without, on_top = gecko_tasks.WITHOUT, gecko_tasks.ON_TOP
+    without, on_top = gecko_tasks.WITHOUT, gecko_tasks.ON_TOP[0]
     told = "mqar, length 256, two chunks with memory, logits of 3: better than memory, logits of 3 in chunks of 64"
     assert gecko_tasks.verdicts(all_with({on_top: 0.8, without: 0.6}))[told] == verdict.HELD
     assert told not in gecko_tasks.verdicts(all_with({on_top: 0.8, without: 0.75}))

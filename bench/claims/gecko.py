@@ -38,10 +38,17 @@ class Parts:
     decays: bool = False
     memory: str | None = None
     """A key of WRITE"""
+    of_all: bool = False
+    """The memory is of all chunks before a step's own, those that attention sees among them"""
     gated: bool = False
     """The memory's output takes attention's place by a gate a head, in place of being added behind attention's gate"""
     logits: float | None = None
     """How large the memory's queries and keys are at the start, root mean square; None: 1 / sqrt(S), as released"""
+
+    @property
+    def unwritten(self) -> int:
+        """Chunks that are not in the memory yet, a step's own among them."""
+        return 1 if self.of_all else self.visible
 
 
 MEMORIES = {
@@ -52,7 +59,11 @@ MEMORIES = {
 }
 PARTS = {"two chunks": Parts(visible=2), "decay norm": Parts(decays=True), **MEMORIES}
 PARTS |= {f"all with {name}": dataclasses.replace(parts, visible=2, decays=True) for name, parts in MEMORIES.items()}
-PARTS["two chunks with memory, logits of 3"] = dataclasses.replace(MEMORIES["memory, logits of 3"], visible=2)
+TWO = dataclasses.replace(MEMORIES["memory, logits of 3"], visible=2)
+PARTS |= {
+    "two chunks with memory, logits of 3": TWO,
+    "two chunks with memory of all, logits of 3": dataclasses.replace(TWO, of_all=True),
+}
 
 
 def cost(config: mo.MegalodonConfig, parts: Parts, length: int) -> tuple[float, int]:
@@ -63,7 +74,7 @@ def cost(config: mo.MegalodonConfig, parts: Parts, length: int) -> tuple[float, 
     if parts.memory is not None:
         matrix = S * V // config.num_heads
         operations += 6 * matrix + (C * (2 * S + V) if parts.memory == "delta" else 0)
-        numbers += matrix + S + parts.visible * config.chunk_size * S
+        numbers += matrix + S + parts.unwritten * config.chunk_size * S
     return operations, numbers
 
 
@@ -217,11 +228,13 @@ class Attention(mo.NormalizedAttention):
         if parts.memory is None:
             out = a * r
         else:
-            read, _ = working_memory(*own, v, chunk_size=config.chunk_size, visible=parts.visible, kind=parts.memory)
+            read, _ = working_memory(*own, v, chunk_size=config.chunk_size, visible=parts.unwritten, kind=parts.memory)
             if self.wg is None:
                 out = a * r + read
             else:
-                empty = torch.arange(x.shape[1]) < parts.visible * config.chunk_size  # chunks that nothing was left of
+                empty = (
+                    torch.arange(x.shape[1]) < parts.unwritten * config.chunk_size
+                )  # chunks that nothing was left of
                 gate = self.wg(m).sigmoid().transpose(1, 2)[..., None] * ~empty[:, None]  # (B, H, L, 1)
                 out = (a + gate * (read - a)) * r
         y = x + self.wh1(m) + self.wh2(out.transpose(1, 2).flatten(-2))
