@@ -347,14 +347,16 @@ def normalized_qk_case(
 
 def chunked_attention_case(
     B: int = 2, L: int = 9, H: int = 2, K: int = 3, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
-    seed: int = 0, causal: bool = True, scale: float = 1.0, dropkey: float = 0.0, state: bool = False,
-    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
+    seed: int = 0, causal: bool = True, visible_chunks: int = 1, scale: float = 1.0, dropkey: float = 0.0,
+    state: bool = False, cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
 ) -> Case:  # fmt: skip
     gen = generator(seed)
     tensors = {name: randn(gen, B, L, H, size, dtype=dtype) for name, size in (("q", K), ("k", K), ("v", V))}
     options = {"chunk_size": C, "scale": scale, **_sequences(cu_seqlens, lengths), **_mask(causal, dropkey, seed)}
+    if visible_chunks > 1:
+        options["visible_chunks"] = visible_chunks
     if state:
-        options["state"] = _attention_state(gen, _count(B, cu_seqlens), C, H, K, V, dtype)
+        options["state"] = _attention_state(gen, _count(B, cu_seqlens), visible_chunks * C, H, K, V, dtype)
     return Case("chunked_attention", tensors, options, dtype)
 
 
@@ -375,8 +377,8 @@ def normalized_attention_case(
 
 def adaptive_working_memory_case(
     B: int = 2, L: int = 9, H: int = 2, K: int = 3, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
-    seed: int = 0, size: float = 1.0, state: bool = False, cu_seqlens: Sequence[int] | None = None,
-    lengths: Sequence[int] | None = None,
+    seed: int = 0, size: float = 1.0, visible_chunks: int = 1, state: bool = False,
+    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
 ) -> Case:  # fmt: skip
     """Queries and keys of `size`; a state whose memory is of many steps, or of none, in turn."""
     gen, real = generator(seed), real_dtype(dtype)
@@ -384,11 +386,11 @@ def adaptive_working_memory_case(
         name: (scale * randn(gen, B, L, H, of)).to(dtype)
         for name, scale, of in (("q", size, K), ("k", size, K), ("v", 1, V))
     }
-    options = {"chunk_size": C, **_sequences(cu_seqlens, lengths)}
+    options = {"chunk_size": C, "visible_chunks": visible_chunks, **_sequences(cu_seqlens, lengths)}
     if state:
         S = _count(B, cu_seqlens)
-        kept = _attention_state(gen, S, C, H, K, V, dtype)
-        chunks = torch.arange(S) % 3
+        kept = _attention_state(gen, S, visible_chunks * C, H, K, V, dtype)
+        chunks = torch.arange(S) % 3 * (kept.position >= (visible_chunks - 1) * C)
         written = (chunks > 0)[:, None, None]
         tensors["memory"] = (randn(gen, S, H, K, V) * written[..., None]).to(real)
         tensors["mass"] = ((randn(gen, S, H, K) + 2) * written).to(real)
@@ -413,11 +415,11 @@ def _mask(causal: bool, dropkey: float, seed: int) -> dict[str, Any]:
 
 
 def _attention_state(
-    gen: torch.Generator, S: int, C: int, H: int, K: int, V: int, dtype: torch.dtype
+    gen: torch.Generator, S: int, rows: int, H: int, K: int, V: int, dtype: torch.dtype
 ) -> AttentionState:
     """A state with every possible position in turn; rows beyond a position hold NaN, which nobody may read."""
-    position = (torch.arange(S) * 5 + C - 1) % C
-    k, v = randn(gen, S, C, H, K, dtype=dtype), randn(gen, S, C, H, V, dtype=dtype)
+    position = (torch.arange(S) * 5 + rows - 1) % rows
+    k, v = randn(gen, S, rows, H, K, dtype=dtype), randn(gen, S, rows, H, V, dtype=dtype)
     for s, end in enumerate(position.tolist()):
         k[s, end:] = v[s, end:] = torch.nan
     return AttentionState(k, v, position)

@@ -142,11 +142,12 @@ def chunked_attention_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
     """Key and value sizes that differ; chunks of one row and of more rows than a block."""
-    C = draw(st.sampled_from([1, 2, 3, 8, 16, 17, 64, 67]))
+    C, visible_chunks = draw(st.sampled_from([1, 2, 3, 8, 16, 17, 64, 67])), draw(st.sampled_from([1, 1, 2]))
+    starts, dropkeys = (STARTS, [0.0, 0.25, 0.9]) if visible_chunks == 1 else (STARTS[:2], [0.0])
     return chunked_attention_case(
         **draw(sequences(lengths_around(C), kinds)), H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS), C=C,
-        scale=draw(st.sampled_from([1.0, 0.125, -0.5])), dropkey=draw(st.sampled_from([0.0, 0.25, 0.9])),
-        dtype=draw(dtypes), seed=draw(SEEDS), **draw(st.sampled_from(STARTS)),
+        scale=draw(st.sampled_from([1.0, 0.125, -0.5])), dropkey=draw(st.sampled_from(dropkeys)),
+        visible_chunks=visible_chunks, dtype=draw(dtypes), seed=draw(SEEDS), **draw(st.sampled_from(starts)),
     )  # fmt: skip
 
 
@@ -170,7 +171,8 @@ def adaptive_working_memory_cases(
     C = draw(st.sampled_from([1, 2, 5, 16, 33]))
     return adaptive_working_memory_case(
         **draw(sequences(lengths_around(C), kinds)), H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS), C=C,
-        size=draw(st.sampled_from([0.1, 1.0, 10.0])), dtype=draw(dtypes), seed=draw(SEEDS), state=draw(st.booleans()),
+        size=draw(st.sampled_from([0.1, 1.0, 10.0])), visible_chunks=draw(st.sampled_from([1, 2])), dtype=draw(dtypes),
+        seed=draw(SEEDS), state=draw(st.booleans()),
     )  # fmt: skip
 
 

@@ -140,11 +140,22 @@ def test_without_parts_it_is_megalodon():
     assert model.loss(tokens[:1], targets[:1], cu_seqlens=bounds).shape == ()
 
 
-def test_the_package_has_the_part_that_pays():
-    """What runs of the claim are of, and what `working_memory` gives, also at the start."""
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("memory, logits of 3", {"working_memory": True}),
+        ("two chunks", {"visible_chunks": 2, "rope_base": gecko.ROPE_BASE}),
+        (
+            "two chunks with memory, logits of 3",
+            {"working_memory": True, "visible_chunks": 2, "rope_base": gecko.ROPE_BASE},
+        ),
+    ],
+)
+def test_the_package_has_the_parts_that_pay(name, fields):
+    """What runs of the claim are of, and what the configuration's fields give, also at the start."""
     torch.manual_seed(0)
-    part = Gecko(CONFIG, gecko.PARTS["memory, logits of 3"]).double()
-    model = mo.Megalodon(dataclasses.replace(CONFIG, working_memory=True)).double()
+    part = Gecko(CONFIG, gecko.PARTS[name]).double()
+    model = mo.Megalodon(dataclasses.replace(CONFIG, **fields)).double()
     for layer, other in zip(model.layers, part.layers, strict=True):
         torch.testing.assert_close(layer.mega.gamma, other.mega.gamma, **EXACT)
         torch.nn.init.normal_(other.mega.beta)

@@ -24,6 +24,8 @@ VARIANTS = {
     "scaled, tied": dict(scale_emb=True, share_emb=True),
     "memory": dict(working_memory=True),
     "wide memory": dict(working_memory=True, model_dim=64, num_heads=2, z_dim=36, value_dim=78, chunk_size=3),
+    "two chunks": dict(visible_chunks=2, chunk_size=6),
+    "memory, two chunks": dict(working_memory=True, visible_chunks=2, chunk_size=3),
     "not affine": dict(norm_affine=False, cema_ndim=1),
     "wide": dict(
         model_dim=72, num_heads=3, z_dim=30, value_dim=51, ffn_hidden_dim=100, cema_ndim=17, norm_num_groups=8

@@ -82,6 +82,20 @@ def test_padding_counts_nothing(op):
         assert counted(lambda case=case: evaluate(getattr(mo, op), case)) == expected
 
 
+@pytest.mark.parametrize("first", range(8))
+def test_attention_to_two_chunks_counts_pairs_as_they_are(first):
+    C, K, V, steps = 4, 3, 5, 11
+    case = chunked_attention_case(B=1, L=steps, H=1, K=K, V=V, C=C, visible_chunks=2, state=True)
+    state = case.options["state"]._replace(position=torch.tensor([first]))
+    at = torch.arange(first + steps)
+    chunks_before = at[first:, None] // C - at // C
+    allowed = (chunks_before <= 1) & (at[first:, None] >= at)
+    pairs, cached = int(allowed.sum()), int(allowed[:, :first].sum())
+    found = counted(lambda: evaluate(mo.chunked_attention, case.with_options(state=state)))
+    assert found["two_chunk_attention_fwd"] == 2 * pairs * (K + V)
+    assert found["two_chunk_attention_bwd"] == 2 * (pairs * (2 * K + V) + (pairs - cached) * (K + V))
+
+
 def test_attention_counts_pairs_as_they_are():
     """Pairs with cached keys count, too, though no gradient goes to these keys."""
     C, K, V, first, steps = 4, 3, 5, 3, 9
@@ -100,10 +114,11 @@ def test_attention_counts_pairs_as_they_are():
 
 @pytest.mark.parametrize("to_end", [False, True])
 @pytest.mark.parametrize("L", [8, 12])
-def test_the_memory_counts_the_products_that_its_kernels_make(L, to_end):
+@pytest.mark.parametrize("visible_chunks", [1, 2])
+def test_the_memory_counts_the_products_that_its_kernels_make(L, to_end, visible_chunks):
     q, k, v = adaptive_working_memory_case(L=L, C=4).tensors.values()
     ends = [q.new_zeros(2, 2, 3, 5), q.new_zeros(2, 2, 3)] if to_end else [None, None]
-    arguments = [q, k, v, *[None] * 5, 4, None, None]
+    arguments = [q, k, v, *[None] * 5, 4, visible_chunks, None, None]
     kernels = importlib.import_module("megalodon_ops.ops.adaptive_working_memory")
     calls = {
         ops.adaptive_working_memory_fwd: lambda of: of(*arguments, to_end),

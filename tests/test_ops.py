@@ -32,6 +32,7 @@ import megalodon_ops as mo
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "backend")
 
 
+TWO_CHUNKS, SEE_TWO_CHUNKS = {"visible_chunks": 2}, ("chunked_attention", "adaptive_working_memory")
 COMPOSED = ("normalized_attention", "adaptive_working_memory", "sequence_norm", "bidirectional_cema")
 
 
@@ -216,15 +217,17 @@ def test_gradcheck(op):
     """
     with every_case() as each:
         for sequences in ({}, {"B": 3, "lengths": [3, 0, 5]}, {"B": 1, "cu_seqlens": [1, 3, 3, 5]}):
-            case = BUILDERS[op](**{"B": 2, "L": 5} | sequences, **WITH_STATE.get(op, {}), dtype=torch.float64)
+            for form in ({}, TWO_CHUNKS) if op in SEE_TWO_CHUNKS else ({},):
+                start = WITH_STATE.get(op, {}) | form
+                case = BUILDERS[op](**{"B": 2, "L": 5} | sequences, **start, dtype=torch.float64)
 
-            def run(*values, case=case):
-                outputs = forward(function(op), case.with_tensors(**dict(zip(case.tensors, values, strict=True))))
-                return tuple(output for output in outputs.values() if output.requires_grad)
+                def run(*values, case=case):
+                    outputs = forward(function(op), case.with_tensors(**dict(zip(case.tensors, values, strict=True))))
+                    return tuple(output for output in outputs.values() if output.requires_grad)
 
-            with each(sequences):
-                inputs = tuple(t.detach().requires_grad_() for t in case.tensors.values())
-                assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+                with each(sequences, *form):
+                    inputs = tuple(t.detach().requires_grad_() for t in case.tensors.values())
+                    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 @each_op_around_a_kernel
@@ -269,6 +272,7 @@ def recorded_calls():
     with recorder:
         for op, case in SMALL.items():
             evaluate(function(op), case)
+        evaluate(mo.chunked_attention, chunked_attention_case(state=True, **TWO_CHUNKS))
         case = chunked_attention_case(state=True, dtype=torch.float32)
         state = mo.AttentionState(*(t.nan_to_num().clone() for t in case.options["state"]))
         mo.chunked_attention(**case.tensors, chunk_size=4, state=state, inplace_state=True)
@@ -320,7 +324,9 @@ BATCHES = {
 def starts(op):
     """What builders are given to start afresh, from a state where an op takes one, and for chunks seen as wholes."""
     whole = [{"causal": False}] if "attention" in op else []
-    return [{}, *([WITH_STATE[op]] if op in WITH_STATE else []), *whole]
+    fresh_or_not = [{}, *([WITH_STATE[op]] if op in WITH_STATE else [])]
+    to_two = [start | TWO_CHUNKS for start in fresh_or_not if op in SEE_TWO_CHUNKS]
+    return [*fresh_or_not, *to_two, *whole]
 
 
 @each_op_on(DEVICES)

@@ -15,23 +15,20 @@ from safetensors.torch import load_file
 import megalodon_ops as mo
 from megalodon_ops.distributed.tensor import check_can_split
 from megalodon_ops.model.states import named_tensors
+from megalodon_ops.ops.normalized_attention import attend
 
 GOLDEN = Path(__file__).parent / "data" / "gecko" / "awm.safetensors"
 
 
 def test_the_released_memory():
-    """There attention sees two chunks: a chunk's queries read what this op lets those of the chunk before it read."""
     data = {
         name.removeprefix("plain."): tensor for name, tensor in load_file(GOLDEN).items() if name.startswith("plain")
     }
-    q, k, v = inputs = [data[name].requires_grad_() for name in "qkv"]  # (B, H, L, ...)
-    C, L = 4, q.shape[2]
-    until = (L - 1) // C * C  # the beginning of the last chunk
-    late = torch.cat((q[:, :, C:], q.new_zeros(*q.shape[:2], until - (L - C), q.shape[3])), 2)
-    by_step = (t.transpose(1, 2) for t in (late, k[:, :, :until], v[:, :, :until]))
-    o, state = mo.adaptive_working_memory(*by_step, chunk_size=C, return_state=True)
-    y = torch.cat((torch.zeros_like(v[:, :, :C]), o.transpose(1, 2)[:, :, : L - C]), 2)
-    found = {"y": y, "memory": state.memory, "log_mass": state.mass}
+    inputs = [data[name].requires_grad_() for name in "qkv"]  # (B, H, L, ...)
+    o, state = mo.adaptive_working_memory(
+        *(t.transpose(1, 2) for t in inputs), chunk_size=4, visible_chunks=2, return_state=True
+    )
+    found = {"y": o.transpose(1, 2), "memory": state.memory, "log_mass": state.mass}
     assert_all_close(found, {name: data[name] for name in found}, tolerance=1e-11)
     grads = torch.autograd.grad([*found.values()], inputs, [data[f"grad_{name}"] for name in found])
     for name, grad in zip("qkv", grads, strict=True):
@@ -64,6 +61,12 @@ def memory_model(dtype=torch.float64, **overrides):
     return tiny_model(dtype, working_memory=True, **overrides)
 
 
+@pytest.fixture(params=[(True, 1), (True, 2), (False, 2)], ids=["memory", "memory, two chunks", "two chunks"])
+def form(request):
+    """Fields of the configuration."""
+    return dict(zip(("working_memory", "visible_chunks"), request.param))
+
+
 def test_a_model_has_the_parameters_of_its_configuration():
     model = memory_model()
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == dict(model.config.parameter_shapes())
@@ -74,8 +77,8 @@ def test_a_model_has_the_parameters_of_its_configuration():
 
 
 @pytest.mark.parametrize("cuts", [[3, 8, 9, 20], [16], [*range(1, 37)]], ids=str)
-def test_a_model_reads_in_pieces(cuts):
-    model, tokens = memory_model(), tokens_of(2, 37)
+def test_a_model_reads_in_pieces(cuts, form):
+    model, tokens = tiny_model(**form), tokens_of(2, 37)
     whole, end = model(tokens, return_state=True)
     parts, state = [], None
     for begin, stop in pairwise([0, *cuts, 37]):
@@ -97,15 +100,15 @@ def test_it_reaches_beyond_the_chunk(working_memory):
     assert seen[32:].all() and seen[:32].all() == seen[:32].any() == working_memory
 
 
-def test_packed_documents_are_apart():
-    model, tokens, bounds = memory_model(), tokens_of(1, 37), [0, 3, 3, 20, 37]
+def test_packed_documents_are_apart(form):
+    model, tokens, bounds = tiny_model(**form), tokens_of(1, 37), [0, 3, 3, 20, 37]
     together = model(tokens, cu_seqlens=torch.tensor(bounds))
     apart = [model(tokens[:, begin:end]) for begin, end in pairwise(bounds) if begin < end]
     assert_close(together, torch.cat(apart, 1), tolerance=1e-10)
 
 
-def test_a_decoder_goes_on_and_reorders():
-    model, tokens = memory_model().eval(), tokens_of(2, 30)
+def test_a_decoder_goes_on_and_reorders(form):
+    model, tokens = tiny_model(**form).eval(), tokens_of(2, 30)
     decoder = mo.Decoder(model, model(tokens[:, :5], return_state=True)[1])
     with torch.no_grad():
         logits = torch.cat([decoder(tokens[:, i : i + 1]) for i in range(5, 30)], 1)
@@ -116,19 +119,24 @@ def test_a_decoder_goes_on_and_reorders():
     assert_close(decoder(more), expected.detach(), tolerance=1e-10)
 
 
-def test_files(tmp_path):
-    model, tokens = memory_model(torch.float32), tokens_of(2, 13)
+def test_files(tmp_path, form):
+    model, tokens = tiny_model(torch.float32, **form), tokens_of(2, 13)
     _, state = model(tokens, return_state=True)
     state.save(tmp_path / "state.safetensors", model.config)
     model.save(tmp_path / "model")
     again = mo.Megalodon.load(tmp_path / "model")
     state_again = mo.MegalodonState.load(tmp_path / "state.safetensors", again.config)
     torch.testing.assert_close(again(tokens, state=state_again), model(tokens, state=state), rtol=0, atol=0)
-    assert state.to(torch.bfloat16).layers[0].memory_k.dtype == torch.bfloat16
+    assert (
+        named_tensors(state.to(torch.bfloat16))[
+            "layers.0.memory_k" if form["working_memory"] else "layers.0.attention.k"
+        ].dtype
+        == torch.bfloat16
+    )
 
 
-def test_a_fresh_state_and_a_reset_one_are_none():
-    model, tokens = memory_model(), tokens_of(2, 13)
+def test_a_fresh_state_and_a_reset_one_are_none(form):
+    model, tokens = tiny_model(**form), tokens_of(2, 13)
     expected, state = model(tokens, return_state=True)
     for begun in (mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64), state.reset([0, 1])):
         assert_close(model(tokens, state=begun), expected, tolerance=1e-12)
@@ -144,3 +152,17 @@ def test_what_knows_no_memory_refuses(tmp_path):
         tiny_model()(tokens_of(2, 5), state=mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="working memory"):
         check_can_split(model.config, 2)
+
+
+def test_attention_to_two_chunks_knows_distances_alone():
+    """Positions count from the text's beginning, however far that is."""
+    z, v = torch.randn(2, 21, 8, dtype=torch.float64), torch.randn(2, 21, 6, dtype=torch.float64)
+    gamma, beta = torch.randn(2, 2, 8, dtype=torch.float64).unbind(0)
+
+    def found(chunks):
+        return attend(
+            z, v, gamma, beta, None, num_heads=2, chunk_size=4, rope_base=1e4, eps=1e-5, state=None, return_state=False,
+            inplace_state=False, dropkey=0.0, visible_chunks=2, seen=4 * torch.tensor(chunks),
+        )  # fmt: skip
+
+    assert_close(found([10**7, 3]), found([0, 0]), tolerance=1e-7)

@@ -14,15 +14,16 @@ struct WorkingMemoryStepsParams {
   int64_t key_dim;          // K
   int64_t value_dim;        // V
   int64_t chunk_size;       // C
+  int64_t visible;          // n: the chunk that is written is the n-th before the next step's
   const void* q;            // (T, H, K)
   const void* k;            // (T, H, K)
   const void* v;            // (T, H, V)
-  const void* cache_k;      // (S, C, H, K) keys of the chunk that the state has begun
-  const void* cache_v;      // (S, C, H, V)
+  const void* cache_k;      // (S, n C, H, K) keys of the chunk that the state has begun, and of n - 1 before it
+  const void* cache_v;      // (S, n C, H, V)
   const int64_t* position;  // (S) steps of each sequence before this call, or after it
   bool position_is_end;
   void* memory;             // (S, H, K, V) R, updated
-  void* mass;               // (S, H, K) R, updated; read where the position is at least C
+  void* mass;               // (S, H, K) R, updated; read where the position is at least n C
   void* o;                  // (T, H, V)
 };
 

@@ -10,8 +10,8 @@ constexpr const char* kMemory = "adaptive_working_memory";
 
 // Updates memory and mass, and fills o. position: steps of each sequence before this call.
 void working_memory_steps(const Target& target, py::handle q_, py::handle k, py::handle v, py::handle cache_k,
-                          py::handle cache_v, py::handle position, int64_t chunk_size, py::handle cu_seqlens,
-                          py::handle lengths, py::handle memory, py::handle mass, py::handle o) {
+                          py::handle cache_v, py::handle position, int64_t chunk_size, int64_t visible,
+                          py::handle cu_seqlens, py::handle lengths, py::handle memory, py::handle mass, py::handle o) {
   WorkingMemoryStepsParams params{};
   const TensorView q(kMemory, "q", q_), values(kMemory, "v", v);
   params.dtype = q.rank("(B, L, H, K)", 4).floating();
@@ -23,6 +23,7 @@ void working_memory_steps(const Target& target, py::handle q_, py::handle k, py:
   params.key_dim = K;
   params.value_dim = V;
   params.chunk_size = C;
+  params.visible = visible;
   params.q = q.data();
   params.k = TensorView(kMemory, "k", k).like(q).data();
   params.v = values.shape("(B, L, H, V)", {B, L, H, V}).dtype(q.scalar(), "as `q`").data();
@@ -31,8 +32,9 @@ void working_memory_steps(const Target& target, py::handle q_, py::handle k, py:
     return TensorView(kMemory, name, tensor).present().shape(letters, shape).dtype(scalar, why).data();
   };
   const Scalar real = real_of(params.dtype);
-  params.cache_k = state("state.k", cache_k, "(S, C, H, K)", {S, C, H, K}, q.scalar(), "as `q`");
-  params.cache_v = state("state.v", cache_v, "(S, C, H, V)", {S, C, H, V}, q.scalar(), "as `q`");
+  const int64_t rows = visible * C;
+  params.cache_k = state("state.k", cache_k, "(S, visible C, H, K)", {S, rows, H, K}, q.scalar(), "as `q`");
+  params.cache_v = state("state.v", cache_v, "(S, visible C, H, V)", {S, rows, H, V}, q.scalar(), "as `q`");
   params.position =
       static_cast<const int64_t*>(state("state.position", position, "(S,)", {S}, Scalar::i64, "positions"));
   params.memory = state("state.memory", memory, "(S, H, K, V)", {S, H, K, V}, real, kRealDtype);

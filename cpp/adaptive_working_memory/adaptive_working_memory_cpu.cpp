@@ -1,6 +1,6 @@
 // Reads and writes a working memory in a few steps, as in decoding. Derivation: reference/adaptive_working_memory.py.
 //
-//   o_t = softmax(q_t) M;  after each chunk  M' = (1 - r) M + r P^T (V - F M)
+//   o_t = softmax(q_t) M;  after each chunk  M' = (1 - r) M + r P^T (V - F M), of that chunk or an earlier one
 //
 // A job owns one head of one sequence: M (K, V) of it fits into the processor's nearer caches. A read goes through M once.
 // A chunk is written kRows of its steps at once, which read M and add to N = P^T (V - F M) in turns.
@@ -40,14 +40,16 @@ class Head {
 
   // Takes head h of sequence s through all of its steps.
   void run(int64_t s, int64_t h) {
-    const int64_t C = p_.chunk_size, steps = p_.sequences.length(s), begin = p_.sequences.begin(s);
-    const int64_t seen = p_.position[s] - (p_.position_is_end ? steps : 0), head = s * p_.heads + h;
+    const int64_t C = p_.chunk_size, unwritten = p_.visible * C, steps = p_.sequences.length(s);
+    const int64_t begin = p_.sequences.begin(s), head = s * p_.heads + h;
+    const int64_t seen = p_.position[s] - (p_.position_is_end ? steps : 0);
+    const int64_t cached = std::min(seen, unwritten - C + seen % C);
     memory_ = static_cast<R*>(p_.memory) + head * p_.key_dim * p_.value_dim;
     mass_ = static_cast<R*>(p_.mass) + head * p_.key_dim;
     for (int64_t t = 0; t < steps; ++t) {
       read(begin + t, h);
       const int64_t now = seen + t + 1;
-      if (now % C == 0) write(s, h, begin + t + 1 - C, begin, now == C);
+      if (now % C == 0 && now >= unwritten) write(s, h, begin + t + 1 - unwritten, begin, cached, now == unwritten);
     }
   }
 
@@ -73,11 +75,13 @@ class Head {
     });
   }
 
-  // Writes the chunk of the tokens from `first` on, of which those before `begin` are the state's.
-  void write(int64_t s, int64_t h, int64_t first, int64_t begin, bool is_first_chunk) {
+  // Writes the chunk of the tokens from `first` on, of which those before `begin` are the last of the `cached` ones.
+  void write(int64_t s, int64_t h, int64_t first, int64_t begin, int64_t cached, bool is_first_chunk) {
     const int64_t C = p_.chunk_size, K = p_.key_dim, V = p_.value_dim;
     const auto step = [&](const void* cache, const void* tokens, int64_t j, int64_t width) {
-      return first + j < begin ? row(cache, s * C + j, h, width) : row(tokens, first + j, h, width);
+      const int64_t token = first + j;
+      return token < begin ? row(cache, s * p_.visible * C + cached + token - begin, h, width)
+                           : row(tokens, token, h, width);
     };
     sum_over_steps([&](int64_t j) { return step(p_.cache_k, p_.k, j, K); });
     std::fill(&news_[0], &news_[0] + K * value_width_, R{0});

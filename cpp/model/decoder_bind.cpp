@@ -103,17 +103,17 @@ class Block {
     append_.heads = s.H;
     append_.key_dim = s.K;
     append_.value_dim = s.V;
-    append_.chunk_size = s.C;
+    append_.chunk_size = s.kept();
     append_.scale = 1;
     append_.q = a.q;
     append_.k = a.k;
     append_.v = a.v;
     const std::string cache = state + ".attention";
     append_.cache_k = append_.cache_k_out =
-        tensors.activation(cache + ".k", "(S, C, H, K)", {s.B, s.C, s.H, s.K});
+        tensors.activation(cache + ".k", "(S, visible C, H, K)", {s.B, s.kept(), s.H, s.K});
     append_.cache_v = append_.cache_v_out =
-        tensors.activation(cache + ".v", "(S, C, H, V)", {s.B, s.C, s.H, s.V});
-    append_.position_out = tensors.integers(cache + ".position", s.C);
+        tensors.activation(cache + ".v", "(S, visible C, H, V)", {s.B, s.kept(), s.H, s.V});
+    append_.position_out = tensors.integers(cache + ".position", s.kept());
     qk_.position = append_.position = append_.position_out;
     if (s.memory) make_memory(tensors, state);
 
@@ -121,9 +121,14 @@ class Block {
     scale_ = tensors.real_or_null(nffn + ".alpha", "(D,)", {s.D});
   }
 
-  // x (B, L, D) to y.
-  void run(int64_t L, const void* x, void* y) {
+  // x (B, L, D) to y. table: where positions go on from chunk to chunk, the rotary table of this call's tokens.
+  void run(int64_t L, const void* x, void* y, const void* table) {
     T = s.B * L;
+    if (table) {
+      qk_.chunk_size = qk_.table_rows = T;
+      qk_.rotary = table;
+      qk_.position = a.first_rows;
+    }
     timenorm_.sequences = cema_.sequences = qk_.sequences = append_.sequences = Sequences{s.B, T, L};
     timenorm_.x = x;
     launch_timestep_norm_fwd_cpu(timenorm_);
@@ -188,7 +193,7 @@ class Block {
     memory_append_ = append_;
     memory_append_.value_dim = 0;
     memory_append_.cache_k = memory_append_.cache_k_out =
-        tensors.activation(state + ".memory_k", "(S, C, H, K)", {s.B, s.C, s.H, s.K});
+        tensors.activation(state + ".memory_k", "(S, visible C, H, K)", {s.B, s.kept(), s.H, s.K});
     memory_append_.position_out = a.ends;
 
     memory_.dtype = s.dtype;
@@ -196,6 +201,7 @@ class Block {
     memory_.key_dim = s.K;
     memory_.value_dim = s.V;
     memory_.chunk_size = s.C;
+    memory_.visible = s.visible;
     memory_.q = a.q;
     memory_.k = a.k;
     memory_.v = a.v;
@@ -253,7 +259,8 @@ Sizes sizes_of(py::handle config, DType dtype, int64_t batch, int64_t max_tokens
   return {dtype, batch, max_tokens, integer(config, "model_dim"), integer(config, "cema_ndim"),
           integer(config, "norm_num_groups"), H, integer(config, "z_dim") / H, integer(config, "value_dim") / H,
           integer(config, "ffn_hidden_dim"), integer(config, "chunk_size"), config.attr("swiglu").cast<bool>(),
-          config.attr("working_memory").cast<bool>(), config.attr("norm_eps").cast<double>()};
+          config.attr("working_memory").cast<bool>(), integer(config, "visible_chunks"),
+          config.attr("norm_eps").cast<double>()};
 }
 
 // A whole model, from tokens to logits. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).
@@ -282,8 +289,9 @@ class Decoder {
     output_.emplace(s, named, "output.output", s.D, outputs_, a.n, nullptr);
   }
 
-  // Tokens (B, L) to logits (B, L, outputs). One call at a time.
-  void run(py::handle tokens_, py::handle logits_) {
+  // Tokens (B, L) to logits (B, L, outputs). One call at a time. Where attention sees two chunks, the tokens must not fill
+  // the caches, and `table` is their rotary table (B L, K / 2, 2); else it is None.
+  void run(py::handle tokens_, py::handle logits_, py::handle table_) {
     const TensorView tokens(kDecoder, "tokens", tokens_), logits(kDecoder, "logits", logits_);
     tokens.rank("(B, L)", 2).dtype(Scalar::i64, "tokens");
     const int64_t L = tokens.size(1), T = s.B * L;
@@ -292,12 +300,15 @@ class Decoder {
                   std::to_string(tokens.size(0)) + " rows of " + std::to_string(L));
     logits.present().shape("(B, L, outputs)", {s.B, L, outputs_}).dtype(s.scalar(), "as the model");
     check_tokens(tokens.data_as<const int64_t>(), T);
+    const TensorView table(kDecoder, "table", table_);
+    table.shape("(B L, K / 2, 2)", {T, s.K / 2, 2}).dtype(s.real(), kRealDtype);
+    for (int64_t row = 0; row < s.B; ++row) a.first_rows[row] = row * L;
 
     const py::gil_scoped_release unlocked;
     embedding_.rows = T;
     embedding_.tokens = tokens.data_as<const int64_t>();
     launch_embedding_cpu(embedding_);
-    for (size_t i = 0; i < blocks_.size(); ++i) blocks_[i].run(L, a.x[i % 2], a.x[(i + 1) % 2]);
+    for (size_t i = 0; i < blocks_.size(); ++i) blocks_[i].run(L, a.x[i % 2], a.x[(i + 1) % 2], table.data());
     norm_.sequences = Sequences{s.B, T, L};
     norm_.x = a.x[blocks_.size() % 2];
     launch_timestep_norm_fwd_cpu(norm_);

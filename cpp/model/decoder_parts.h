@@ -36,14 +36,16 @@ struct Sizes {
   int64_t B;         // rows, each a sequence
   int64_t max_tokens;  // in a call, all rows together
   int64_t D, N, G, H, K, V, F, C;  // F: hidden units of the FFN
-  bool gated;   // the FFN, by fc3
-  bool memory;  // each block has a working memory
+  bool gated;       // the FFN, by fc3
+  bool memory;      // each block has a working memory
+  int64_t visible;  // chunks that attention sees
   double eps;
 
   Scalar scalar() const { return scalar_of(dtype); }
   Scalar real() const { return real_of(dtype); }
   int64_t element() const { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
   int64_t real_element() const { return dtype == DType::f64 ? 8 : 4; }
+  int64_t kept() const { return visible * C; }  // rows of a cache
 };
 
 // The model's parameters and "state.<...>" tensors by name. What is absent or None is a TensorView of None. Under the
@@ -93,6 +95,7 @@ struct Activations {
     z = rows(s.H * s.K), q = rows(s.H * s.K), k = rows(s.H * s.K);
     v = rows(s.H * s.V), o = rows(s.H * s.V), r = rows(s.H * s.V);
     if (s.memory) read = rows(s.H * s.V), ends = static_cast<int64_t*>(arena(s.B * 8));
+    first_rows = static_cast<int64_t*>(arena(s.B * 8));
     lse = arena(s.max_tokens * s.H * s.real_element());
     a = rows(s.D), b = rows(s.D), y = rows(s.D), n = rows(s.D);
     hidden = rows(s.F), gate = rows(s.F);
@@ -103,6 +106,7 @@ struct Activations {
   void *v, *o, *r;      // (T, H, V) values, attention, gate
   void* read = nullptr;     // (T, H, V) what the working memory gives
   int64_t* ends = nullptr;  // (S) positions after the call
+  int64_t* first_rows;      // (S) of each sequence's first token, in a table with a row for each token
   void* lse;            // (T, H) R
   void *a, *b, *y, *n;  // (T, D) what a half adds, the first half's output, layer_norm(y)
   void *hidden, *gate;  // (T, F)

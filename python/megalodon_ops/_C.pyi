@@ -243,6 +243,7 @@ def working_memory_steps(
     cache_v: Tensor,
     position: Tensor,
     chunk_size: int,
+    visible: int,
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
     memory: Tensor,
@@ -280,4 +281,4 @@ class Decoder:
         batch: int,
         max_tokens: int,
     ) -> None: ...
-    def run(self, tokens: Tensor, logits: Tensor, /) -> None: ...
+    def run(self, tokens: Tensor, logits: Tensor, table: Tensor | None, /) -> None: ...

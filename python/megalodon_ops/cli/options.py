@@ -69,6 +69,7 @@ class ModelOptions(Options):
     swiglu: bool | None = flag(None, "gate the feed-forward half by a third matrix")
     share_emb: bool | None = flag(None, "take the embedding for the output matrix")
     working_memory: bool | None = flag(None, "let each block look up what lies before its chunk")
+    visible_chunks: Natural | None = flag(None, "chunks that attention sees: 1 or 2")
     layerwise_ckpt: bool | None = flag(None, "recompute each layer in the backward, for less memory")
 
     def of_config(self) -> dict[str, Any]:

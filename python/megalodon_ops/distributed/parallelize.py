@@ -102,8 +102,11 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
             raise ValueError(
                 f"parallelize: `mesh` must have {name} = 1 for an encoder, got {size}; it splits rows alone."
             )
-    if (chunk := sizes.get("chunk", 1)) > 1 and model.config.working_memory:
-        raise ValueError(f"parallelize: `mesh` must have chunk = 1 for a model with a working memory, got {chunk}.")
+    if (chunk := sizes.get("chunk", 1)) > 1 and (model.config.working_memory or model.config.visible_chunks > 1):
+        raise ValueError(
+            "parallelize: `mesh` must have chunk = 1 for a model with a working memory or attention to two chunks, got "
+            f"{chunk}."
+        )
     if (tensor := sizes.get("tensor", 1)) > 1:
         check_can_split(model.config, tensor)
         wanted = {name for name, _ in model.config.parameter_shapes()}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MegalodonConfig, check_config
-from ..ops.adaptive_working_memory import read_and_write
+from ..ops.adaptive_working_memory import kept_rows, read_and_write
 from ..ops.chunked_attention import chunked_attention_state, chunked_attention_state_
 from ..ops.gated_silu import gated_silu
 from .layers import (
@@ -20,6 +20,7 @@ from ..ops.library import accumulation_dtype, autocast, int64_or_none, is_export
 from ..ops.normalized_attention import attend
 from ..ops.normalized_qk import normalized_qk, rotary_table
 from ..ops.states import AttentionState, TimestepNormState, WorkingMemoryState, fields_of, named_in_programs
+from ..ops.two_chunk_attention import two_chunk_attention_state
 
 
 @named_in_programs
@@ -85,7 +86,8 @@ class NormalizedAttention(WideParameters):
 
     With `config.working_memory`, gamma and beta have two rows more, for queries and keys without rotary positions, and
     y = x + wh1 m + wh2 (a * r + adaptive_working_memory(q, k, v)), as in Gecko (arXiv 2601.06463), whose initial queries
-    and keys are, however, 3 sqrt(K) times smaller: so small that no retrieval was learned.
+    and keys are, however, 3 sqrt(K) times smaller: so small that no retrieval was learned. With `config.visible_chunks` of 2
+    attention sees the chunk before a step's own, too, and rotary positions go on from chunk to chunk.
 
     An encoder's has the sequence norm, the bidirectional CEMA and an attention to whole chunks, and no state.
 
@@ -163,8 +165,8 @@ class NormalizedAttention(WideParameters):
     ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
         """x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` being the whole block's."""
         config, training = self.config, self.training
-        norm_state, cema_state, attention_state, *_ = fields_of("MegalodonBlock", state, block_state_type(config))
-        t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences)
+        norm_before, cema_state, attention_state, *_ = fields_of("MegalodonBlock", state, block_state_type(config))
+        t, norm_state = self.timenorm(x, state=norm_before, return_state=True, **sequences)
         v = gated_silu(self.wv(t))  # before cema, whose state may still be on its way from other processes
         c, cema_state = self.cema(t, state=cema_state, return_state=True, **sequences)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
@@ -178,7 +180,8 @@ class NormalizedAttention(WideParameters):
             z, v, gamma, beta, rotary,
             num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
             eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
-            dropkey=config.attention_dropout if training else 0.0, **sequences,
+            dropkey=config.attention_dropout if training else 0.0, visible_chunks=config.visible_chunks,
+            seen=None if state is None else norm_before.count, **sequences,
         )  # fmt: skip
         if return_state:
             a, attention_state = a
@@ -202,15 +205,19 @@ class NormalizedAttention(WideParameters):
         cu_seqlens, lengths = (int64_or_none(sequences.get(name)) for name in ("cu_seqlens", "lengths"))
         memory, C = None if state is None else MemoryBlockState(*state).working_memory(), config.chunk_size
         v = v.unflatten(-1, (config.num_heads, -1))
-        read, M, mass = read_and_write(q, k, v, C, memory, cu_seqlens, lengths, with_state)
+        read, M, mass = read_and_write(q, k, v, C, config.visible_chunks, memory, cu_seqlens, lengths, with_state)
         if with_state:
-            kept = (None,) * 3 if memory is None else (memory.k, memory.v[..., :0].contiguous(), memory.position % C)
+            visible = config.visible_chunks
+            kept = (None,) * 3
+            if memory is not None:
+                kept = memory.k, memory.v[..., :0].contiguous(), kept_rows(memory.position, C, visible)
             new = k.detach(), v[..., :0].detach()
-            if inplace and memory is not None:
+            if inplace and memory is not None and visible == 1:
                 chunked_attention_state_(*new, *kept, C, cu_seqlens, lengths)
                 k = memory.k
             else:
-                k, _, _ = chunked_attention_state(*new, *kept, C, cu_seqlens, lengths)
+                append = two_chunk_attention_state if visible == 2 else chunked_attention_state
+                k, _, _ = append(*new, *kept, C, cu_seqlens, lengths)
         return read.flatten(-2), (M, mass, k)
 
 

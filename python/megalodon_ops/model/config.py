@@ -68,8 +68,10 @@ class MegalodonConfig:
     eos_token_id: int | None = None
     """the token that ends a document, after which `generate` stops; None: none does. The released code has no such field"""
     working_memory: bool = False
-    """each block reads an :func:`adaptive_working_memory` of the chunks before a step's own. The released code has no such
-    field, nor one"""
+    """each block reads an :func:`adaptive_working_memory` of the chunks that attention does not see. The released code has
+    neither this field nor the next"""
+    visible_chunks: int = 1
+    """chunks that attention sees, a step's own among them: 1 or 2"""
 
     def __post_init__(self) -> None:
         def check(field: str, holds: bool, expected: str, kind: type | None = None) -> None:
@@ -102,6 +104,13 @@ class MegalodonConfig:
         if self.share_emb:
             check("output_size", size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
         check("working_memory", self.causal or not self.working_memory, "False for an encoder")
+        check("visible_chunks", is_whole(self.visible_chunks, 1, 2), "1 or 2", int)
+        if self.visible_chunks == 2:
+            check(
+                "visible_chunks",
+                self.causal and not self.attention_dropout,
+                "1 for an encoder and with attention_dropout",
+            )
         check("init_mode", self.init_mode == "he", '"he"')
         if self.eos_token_id is not None:
             wanted = f"a token in [0, {self.vocab_size}), or None"
@@ -116,6 +125,11 @@ class MegalodonConfig:
     def embedding_scale(self) -> float:
         """The factor on the embeddings."""
         return math.sqrt(self.model_dim) if self.scale_emb else 1.0
+
+    @property
+    def kept_steps(self) -> int:
+        """Rows of keys and values in a state."""
+        return self.visible_chunks * self.chunk_size
 
     @property
     def rotary_base(self) -> float:

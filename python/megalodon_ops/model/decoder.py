@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .. import _C
 from ..ops import linear
 from ..ops.library import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
-from ..ops.normalized_qk import rotary_table
+from ..ops.normalized_qk import rotary_table, rotary_table_of
 from ..ops.values import check_tensor, described
 from .blocks import at_least_float32
 from .states import MegalodonState, complete, named_tensors
@@ -35,7 +35,7 @@ class Decoder:
     merged, for one), hooked, quantised or replaced is called between two kernels of the call. Where another module was
     changed, the model runs by its modules. So it does on other devices, under torch.autocast, with dropout in training,
     for more rows than the kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), and with
-    MEGALODON_OPS_LINEAR=torch.
+    MEGALODON_OPS_LINEAR=torch; and where attention sees two chunks, in the calls in which one ends.
 
     All of this is chosen once, when the decoder is made. The kernels know the places in memory that parameters had
     then: they see values that are written there later, as an optimizer's step or `load_state_dict` writes them, but for
@@ -151,6 +151,7 @@ class Decoder:
         by_kernels = self._kernels is not None and 0 < tokens.numel() <= self._most_tokens
         with self._alone:
             self._check_state()
+            by_kernels = by_kernels and self._has_room(tokens.shape[1])
             self._state_is_whole = False
             try:
                 logits = self._run_kernels(tokens) if by_kernels else self._run_model(tokens)
@@ -177,12 +178,29 @@ class Decoder:
 
     def _run_kernels(self, tokens: Tensor) -> Tensor:
         logits = self._like.new_empty((*tokens.shape, self._model.config.num_outputs))
+        table = self._rotary_table(tokens)
         if self.fused:
-            self._kernels.run(tokens, logits)
+            self._kernels.run(tokens, logits, table)
         else:
             with torch.no_grad(), self._autocast:  # for the layers that are called
-                self._kernels.run(tokens, logits)
+                self._kernels.run(tokens, logits, table)
         return logits
+
+    def _has_room(self, steps: int) -> bool:
+        """Whether no sequence fills its cache in a call of so many steps, in which a chunk would be dropped from it."""
+        config = self._model.config
+        if config.visible_chunks == 1:
+            return True
+        return int(self._state.layers[0].attention.position.max()) + steps < config.kept_steps
+
+    def _rotary_table(self, tokens: Tensor) -> Tensor | None:
+        """Of these tokens, where positions go on from chunk to chunk."""
+        config = self._model.config
+        if config.visible_chunks == 1:
+            return None
+        steps = (self._state.norm.count[:, None] + torch.arange(tokens.shape[1])).flatten()
+        real = accumulation_dtype(self._like.dtype)
+        return rotary_table_of(steps, config.z_dim // config.num_heads, config.rotary_base, real)
 
     @torch.no_grad()
     def _run_model(self, tokens: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ _BUFFERS = re.compile(r"(.*\.)?(rope\.freqs|prior_(count|mean|logv))")
 _PARALLEL = "consolidate_config.json"
 _SHARD, _OF_WEIGHTS = re.compile(r"consolidated\.\d\d"), re.compile(r"consolidated(\.\d\d)?\.pth")
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_UNKNOWN = ("eos_token_id", "working_memory", "visible_chunks")  # fields that the released code does not have
 _EMBEDDING, _OUTPUT = "embed.weight", "output.output.weight"
 
 
@@ -87,8 +88,10 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         raise TypeError(f"save_official: `model` must be a Megalodon, got {described(model)}.")
     folder, config = as_path("save_official", "directory", directory), model.config
     check_tokenizer("save_official", tokenizer)
-    if config.working_memory:
-        raise ValueError("save_official: `model` must have no working memory, which the released code does not know.")
+    if config.working_memory or config.visible_chunks > 1:
+        raise ValueError(
+            "save_official: `model` must have no working memory and see one chunk: the released code knows neither."
+        )
     weights = plain_tensors(model, config.parameter_shapes(), "save_official")
     if (dtype := weights[_EMBEDDING].dtype) not in _NAMES:
         raise ValueError(f"save_official: `model` must be {', '.join(map(str, _NAMES))}, got {dtype}.")
@@ -105,9 +108,7 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         torch.save(weights | _buffers(config), draft / "consolidated.pth")
         has_tokenizer = (draft / "tokenizer.model").exists()
         fields = {"path": str(folder.absolute() / "tokenizer.model") if has_tokenizer else None}
-        known = {
-            name: value for name, value in config.to_dict().items() if name not in ("eos_token_id", "working_memory")
-        }
+        known = {name: value for name, value in config.to_dict().items() if name not in _UNKNOWN}
         (draft / CONFIG).write_text(json.dumps({"model": known, "tokenizer": fields}, indent=1) + "\n")
         facts = {"model_parallel_size": 1, "dtype": _NAMES[dtype]}
         (draft / _PARALLEL).write_text(json.dumps(facts, indent=1) + "\n")

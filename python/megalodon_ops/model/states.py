@@ -342,13 +342,13 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
         yield from norm(f"{prefix}norm.")
         yield f"{prefix}cema", real, (rows, config.model_dim, config.cema_ndim, 2)
         for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
-            yield f"{prefix}attention.{name}", activations, (rows, config.chunk_size, heads, dim // heads)
+            yield f"{prefix}attention.{name}", activations, (rows, config.kept_steps, heads, dim // heads)
         yield f"{prefix}attention.position", torch.int64, (rows,)
         if config.working_memory:
             K, V = config.z_dim // heads, config.value_dim // heads
             yield f"{prefix}memory", real, (rows, heads, K, V)
             yield f"{prefix}memory_mass", real, (rows, heads, K)
-            yield f"{prefix}memory_k", activations, (rows, config.chunk_size, heads, K)
+            yield f"{prefix}memory_k", activations, (rows, config.kept_steps, heads, K)
     yield from norm("norm.")
 
 
@@ -368,7 +368,7 @@ def check_values(tensors: dict[str, Tensor], config: MegalodonConfig) -> None:
             raise ValueError(f"`{name}` must be finite, got NaN or infinity")
         if tensor.numel() and name.endswith((".count", ".position", ".var")):
             least, most = (bound.item() for bound in torch.aminmax(tensor))
-            below = config.chunk_size if name.endswith(".position") else math.inf
+            below = config.kept_steps if name.endswith(".position") else math.inf
             if least < 0 or most >= below:
                 raise ValueError(f"`{name}` must be in [0, {below}), got values from {least} to {most}")
 

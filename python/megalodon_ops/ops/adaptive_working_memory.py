@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .arrays import call_with_arrays
 from .chunked_attention import chunked_attention_state
+from .two_chunk_attention import two_chunk_attention_state
 from .library import accumulation_dtype, autocast, call, define_op, empty_like, int64_or_none, launch, num_sequences
 from .states import WorkingMemoryState, fields_of
 from .values import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor, shown
@@ -24,6 +25,7 @@ def adaptive_working_memory(
     v: Tensor,
     *,
     chunk_size: int,
+    visible_chunks: int = 1,
     state: WorkingMemoryState | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -44,6 +46,8 @@ def adaptive_working_memory(
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16, without rotary positions.
         v: (B, L, H, V) in q's dtype.
         chunk_size: C.
+        visible_chunks: how many chunks attention sees, a step's own among them, 1 or 2: the memory is written one chunk
+            later where they are 2, so that it holds what attention no longer sees.
         state: what an earlier call returned; None: an empty memory.
         return_state: also return the state after each sequence's last step.
         cu_seqlens, lengths: sequences as in :func:`cema`.
@@ -76,29 +80,40 @@ def adaptive_working_memory(
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         return call_with_arrays(adaptive_working_memory, **locals())
     q, k, v = autocast(q, k, v)
-    chunk_size = check_size(_NAME, "chunk_size", chunk_size)
+    chunk_size, visible_chunks = (
+        check_size(_NAME, name, value)
+        for name, value in (("chunk_size", chunk_size), ("visible_chunks", visible_chunks))
+    )
+    if visible_chunks > 2:
+        raise ValueError(f"{_NAME}: `visible_chunks` must be 1 or 2, got {visible_chunks}.")
     check_flag(_NAME, "return_state", return_state)
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     _check(q, k, v, cu_seqlens, lengths)
-    state = _checked(state, q, v, chunk_size, num_sequences(len(q), cu_seqlens))
-    o, memory, mass = read_and_write(q, k, v, chunk_size, state, cu_seqlens, lengths, return_state)
+    state = _checked(state, q, v, visible_chunks * chunk_size, num_sequences(len(q), cu_seqlens))
+    o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, return_state)
     if not return_state:
         return o
-    kept = (None,) * 3 if state is None else (state.k, state.v, state.position % chunk_size)
-    k, v, _ = call(chunked_attention_state, k.detach(), v.detach(), *kept, chunk_size, cu_seqlens, lengths)
+    kept = (None,) * 3 if state is None else (state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks))
+    append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
+    k, v, _ = call(append, k.detach(), v.detach(), *kept, chunk_size, cu_seqlens, lengths)
     return o, WorkingMemoryState(memory, mass, k, end_position(q, state, cu_seqlens, lengths), v)
 
 
 def read_and_write(
-    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, state: WorkingMemoryState | None, cu_seqlens: Tensor | None,
-    lengths: Tensor | None, to_end: bool,
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
+    cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o of arguments that were checked, memory and mass; the last two are empty but `to_end`."""
     memory, mass, cache_k, position, cache_v = (None,) * 5 if state is None else state
     return call(
-        adaptive_working_memory_fwd, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths,
-        to_end,
+        adaptive_working_memory_fwd, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks,
+        cu_seqlens, lengths, to_end,
     )  # fmt: skip
+
+
+def kept_rows(position: Tensor, chunk_size: int, visible_chunks: int) -> Tensor:
+    """(S,) how many rows of keys and values a state has that has seen `position` steps."""
+    return torch.minimum(position, (visible_chunks - 1) * chunk_size + position % chunk_size)
 
 
 def end_position(
@@ -125,7 +140,7 @@ class _Chunks:
         tokens = first + torch.arange(width)  # (n, W)
         there = (tokens >= begin) & (tokens < end)
         of_heads = torch.arange(heads)[:, None]
-        self._shape = len(spans) * heads, width
+        self.count, self._shape = len(spans), (len(spans) * heads, width)
         self.there = None
         self._from = (tokens.where(there, 0)[:, None] * heads + of_heads).flatten().to(device)
         self._to = self._from
@@ -148,13 +163,15 @@ class _Chunks:
 
 
 class _Plan:
-    """In turn t, chunk t of each sequence reads, and is then written if it is complete; sequences of most chunks are first.
+    """In turn t, chunk t of each sequence reads; if it is complete, chunk t - visible + 1 is then written.
 
-    Left out is what changes nothing: reading an empty memory and, but `to_end`, writing what no token reads.
+    Chunk 0 is the one that the state has begun. Sequences of most chunks are first. Left out is what changes nothing:
+    reading an empty memory and, but `to_end`, writing what no token reads.
     """
 
     def __init__(
-        self, q: Tensor, C: int, position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool
+        self, q: Tensor, C: int, visible: int, position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
+        to_end: bool,
     ) -> None:  # fmt: skip
         B, L, H = q.shape[:3]
         if cu_seqlens is not None:
@@ -172,33 +189,47 @@ class _Plan:
         seen = [0] * len(spans) if position is None else position.tolist()
         if any(count < 0 for count in seen):
             raise ValueError(f"{_NAME}: `state.position` must be at least 0, got {shown(seen)}.")
-        until = [count % C + end - begin for count, (begin, end) in zip(seen, spans)]  # counted from the open chunk
+        lag = visible - 1
+        until = [count % C + end - begin for count, (begin, end) in zip(seen, spans)]  # counted from chunk 0
         order = sorted(range(len(spans)), key=lambda s: (-(-until[s] // C), until[s] // C), reverse=True)
         turns = range(-(-max(until, default=0) // C))
-        of_reads = [[s for s in order if until[s] > t * C] if t or position is not None else [] for t in turns]
-        of_writes = [[s for s in order if until[s] >= (t + 1) * C + (not to_end)] for t in turns]
+        from_empty = position is None
+        of_reads = [[s for s in order if until[s] > t * C and not (from_empty and t <= lag)] for t in turns]
+        of_writes = [
+            [s for s in order if until[s] >= (t + 1) * C + (not to_end) and not (from_empty and t < lag)] for t in turns
+        ]
 
-        def tokens(s: int, turn: int) -> tuple[int, int, int]:
-            (begin, end), first = spans[s], spans[s][0] - seen[s] % C + turn * C
+        def tokens(s: int, chunk: int) -> tuple[int, int, int]:
+            (begin, end), first = spans[s], spans[s][0] - seen[s] % C + chunk * C
             return first, begin, min(first + C, end)
 
         reads = [tokens(s, turn) for turn, of_turn in enumerate(of_reads) for s in of_turn]
         reads = [(max(first, begin), begin, end) for first, begin, end in reads]
-        writes = [tokens(s, turn) for turn, of_turn in enumerate(of_writes) for s in of_turn]
+        writes = [tokens(s, turn - lag) for turn, of_turn in enumerate(of_writes) for s in of_turn]
         self.reads = _Chunks([*map(len, of_reads)], reads, max((end - first for first, _, end in reads), default=0), q)
         self.writes = _Chunks([*map(len, of_writes)], writes, C, q)
         self.turns = [*zip(self.reads.turns, self.writes.turns)]
         self._shape = len(spans), H
-        self._begins_empty = position is None
+        self._first_write = lag if from_empty else -1
+        # The chunks that may begin in the cache: their numbers, sequences and first rows there. Where a sequence has no
+        # chunk so early, a chunk of zeros is written by a share of 0.
+        kept = [
+            (number, s, (min(seen[s] // C, lag) + turn - lag) * C)
+            for turn, of_turn in enumerate(of_writes[:visible] if position is not None else [])
+            for number, s in enumerate(of_turn, self.writes.turns[turn].start // max(H, 1))
+        ]
+        self._kept = [chunk for chunk in kept if chunk[2] >= 0]
+        absent = [number * H + h for number, _, first in kept if first < 0 for h in range(H)]
+        self.absent = torch.tensor(absent, dtype=torch.int64, device=q.device)
         self._order = torch.tensor([s * H + h for s in order for h in range(H)], dtype=torch.int64, device=q.device)
         self._had, self._has = (
-            torch.tensor([count >= C for count in counts], dtype=torch.bool, device=q.device)[:, None, None]
+            torch.tensor([count >= visible * C for count in counts], dtype=torch.bool, device=q.device)[:, None, None]
             for counts in (seen, [count // C * C + end for count, end in zip(seen, until)])
         )
 
     def is_empty(self, turn: int) -> bool:
-        """Whether nothing was written before this turn."""
-        return turn == 0 and self._begins_empty
+        """Whether nothing was written before this turn's chunks."""
+        return turn <= self._first_write
 
     def start(self, q: Tensor, v: Tensor, memory: Tensor | None, mass: Tensor | None) -> tuple[Tensor, Tensor]:
         """M (S H, K, V) and z (S H, K) before the first turn, to be written in place."""
@@ -228,12 +259,16 @@ class _Plan:
         return torch.empty_like(x).index_copy_(0, self._order, x).view(*self._shape, *x.shape[1:])
 
     def take_written(self, x: Tensor, cache: Tensor | None) -> Tensor:
-        """(n H, C, E) of x (B, L, H, E), and of what the state has kept (S, C, H, E) of the chunks that were begun."""
+        """(n H, C, E) of x (B, L, H, E), and of what the state has kept (S, visible C, H, E) of them."""
         found = self.writes.take(x)
-        if cache is not None and self.writes.there is not None:
-            at = self.writes.turns[0]
-            kept = cache.transpose(1, 2).flatten(0, 1).index_select(0, self._order[: at.stop])
-            found[at] = found[at].where(self.writes.there[at], kept)
+        if self._kept and self.writes.there is not None:
+            (H, E), C = x.shape[2:], found.shape[1]
+            chunks, sequences, first = torch.tensor(self._kept, device=x.device).unbind(1)
+            rows = first[:, None] + torch.arange(C, device=x.device)
+            kept = cache[sequences[:, None], rows].transpose(1, 2)  # (n, H, C, E)
+            by_chunk = found.view(self.writes.count, H, C, E)
+            there = self.writes.there.view(self.writes.count, H, C, 1)[chunks]
+            by_chunk[chunks] = by_chunk[chunks].where(there, kept)
         return found
 
 
@@ -247,12 +282,14 @@ class _Writing:
         self.U = plan.take_written(v, cache_v)  # (n H, C, V); v until its turn
         logits = plan.take_written(k, cache_k).to(z.dtype)  # (n H, C, K)
         w = logits.logsumexp(1)  # (n H, K)
+        added = w.index_fill(0, plan.absent, -torch.inf)
         self.r = torch.empty_like(w)
         for at in plan.writes.turns:
             before = z[: _length(at)]
-            total = torch.logaddexp(before, w[at])
-            self.r[at] = (w[at] - total).exp_()
+            total = torch.logaddexp(before, added[at])
+            self.r[at] = (added[at] - total).exp_()
             before.copy_(total)
+        self.r.index_fill_(0, plan.absent, 0)
         self.P, self.F = (logits - w[:, None]).exp_(), logits.softmax(-1)
         self.p, self.f = self.P.to(k.dtype), self.F.to(k.dtype)
         self._plan = plan
@@ -268,13 +305,14 @@ class _Writing:
         return N
 
 
-def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths, to_end):
+def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end):
     if q.is_cpu and position is not None and q.shape[0] * q.shape[1] <= _FEW_STEPS:
-        o, M, z = empty_like(v), *(x.clone(memory_format=torch.contiguous_format) for x in (memory, mass))
+        o, M = empty_like(v), memory.clone(memory_format=torch.contiguous_format)
+        z = mass.where((position >= visible_chunks * chunk_size)[:, None, None], 0).contiguous()
         tensors = (x.contiguous() for x in (q, k, v, cache_k, cache_v, position))
-        launch("working_memory_steps", *tensors, chunk_size, cu_seqlens, lengths, M, z, o)
+        launch("working_memory_steps", *tensors, chunk_size, visible_chunks, cu_seqlens, lengths, M, z, o)
         return o, *((M, z) if to_end else (M.new_empty(0), z.new_empty(0)))
-    plan = _Plan(q, chunk_size, position, cu_seqlens, lengths, to_end)
+    plan = _Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, to_end)
     M, z = plan.start(q, v, memory, mass)
     writing = _Writing(plan, k, v, cache_k, cache_v, z)
     queries = plan.reads.take(q).to(M.dtype).softmax(-1).to(q.dtype)
@@ -286,17 +324,19 @@ def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqle
     return plan.reads.put(o, v), *ends
 
 
-def _fwd_fake(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths, to_end):
+def _fwd_fake(
+    q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end
+):
     of_mass = (num_sequences(len(q), cu_seqlens), *q.shape[2:])
     shapes = ((*of_mass, v.shape[3]), of_mass) if to_end else (0, 0)
     return empty_like(v), *(q.new_empty(shape, dtype=accumulation_dtype(q.dtype)) for shape in shapes)
 
 
 def _bwd(
-    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
+    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
     """The formulas are those of reference/adaptive_working_memory.py. dmemory_out None: the op was not called `to_end`."""
-    plan, dtype = _Plan(q, chunk_size, position, cu_seqlens, lengths, dmemory_out is not None), q.dtype
+    plan, dtype = _Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, dmemory_out is not None), q.dtype
     M, z = plan.start(q, v, memory, mass)
     writing = _Writing(plan, k, v, cache_k, cache_v, z)
     before, written = [], []
@@ -331,7 +371,7 @@ def _bwd(
 
 
 def _bwd_fake(
-    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
+    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
     dstate = (
         (q.new_empty(0, dtype=accumulation_dtype(q.dtype)) for _ in range(2))
@@ -342,7 +382,7 @@ def _bwd_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.chunk_size, cu_seqlens, lengths, ctx.to_end = inputs
+    *tensors, ctx.chunk_size, ctx.visible_chunks, cu_seqlens, lengths, ctx.to_end = inputs
     ctx.save_for_backward(*tensors, cu_seqlens, lengths)
 
 
@@ -350,15 +390,15 @@ def _backward(ctx, do, dmemory_out, dmass_out):
     *tensors, cu_seqlens, lengths = ctx.saved_tensors
     at_end = (dmemory_out, dmass_out) if ctx.to_end else (None, None)
     *grads, dmemory, dmass = call(
-        adaptive_working_memory_bwd, do, *at_end, *tensors, ctx.chunk_size, cu_seqlens, lengths
+        adaptive_working_memory_bwd, do, *at_end, *tensors, ctx.chunk_size, ctx.visible_chunks, cu_seqlens, lengths
     )
     has_state = tensors[3] is not None
-    return *grads, *((dmemory, dmass) if has_state else (None, None)), *(None,) * 7
+    return *grads, *((dmemory, dmass) if has_state else (None, None)), *(None,) * 8
 
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? memory, Tensor? mass, Tensor? cache_k, Tensor? cache_v, Tensor? position, "
-    "int chunk_size, Tensor? cu_seqlens, Tensor? lengths"
+    "int chunk_size, int visible_chunks, Tensor? cu_seqlens, Tensor? lengths"
 )
 adaptive_working_memory_fwd = define_op(
     f"adaptive_working_memory_fwd({_TENSORS}, bool to_end) -> (Tensor o, Tensor memory_out, Tensor mass_out)",

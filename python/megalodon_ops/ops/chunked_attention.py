@@ -19,6 +19,7 @@ from .library import (
     num_sequences,
 )
 from .states import AttentionState, fields_of
+from .two_chunk_attention import two_chunk_attention_fwd, two_chunk_attention_state
 from .values import LARGEST_BELOW_1, check_flag, check_number, check_size
 
 
@@ -28,6 +29,7 @@ def chunked_attention(
     v: Tensor,
     *,
     chunk_size: int,
+    visible_chunks: int = 1,
     causal: bool = True,
     scale: float = 1.0,
     state: AttentionState | None = None,
@@ -46,6 +48,10 @@ def chunked_attention(
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16.
         v: (B, L, H, V), V and K are independent.
         chunk_size: C. Each sequence starts its own chunk grid, at `state.position` if it has a state.
+        visible_chunks: 2: a step sees the chunk before its own, too, as in Gecko (arXiv 2601.06463), causal and without
+            `dropkey`. By attention in windows of 2 C steps, twice, which makes 4 pairs of a query and a key where 3
+            would do. The state keeps 2 C rows; rotary positions must then not begin anew with each chunk. On a GPU the
+            host waits for the sequences' ends, where they are given, and the positions.
         causal: False: each step sees its whole chunk, as far as its sequence has it, as in an encoder; there is no state.
         scale: factor on the scores.
         state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward.
@@ -86,6 +92,7 @@ def chunked_attention(
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     chunk_size = check_size("chunked_attention", "chunk_size", chunk_size)
     scale = check_number("chunked_attention", "scale", scale, "a finite number")
+    visible_chunks = check_size("chunked_attention", "visible_chunks", visible_chunks)
     dropkey = check_number("chunked_attention", "dropkey", dropkey, "a probability in [0, 1)", 0.0, LARGEST_BELOW_1)
     check_flag("chunked_attention", "causal", causal)
     check_flag("chunked_attention", "return_state", return_state)
@@ -99,12 +106,19 @@ def chunked_attention(
             "chunked_attention: `causal` must be True where a `state` is given or returned, got False: a query that sees "
             "its whole chunk needs the whole chunk in one call; leave the state out."
         )
+    if visible_chunks > 2 or visible_chunks == 2 and (dropkey or not causal):
+        raise ValueError(
+            "chunked_attention: `visible_chunks` must be 1, or 2 where attention is causal and `dropkey` is 0, got "
+            f"{visible_chunks}."
+        )
     cache_k, cache_v, position = fields_of("chunked_attention", state, AttentionState)
     constants = state[:2] if state and torch.is_grad_enabled() else ()
     if any(cache.requires_grad for cache in constants):
         raise ValueError(
             "chunked_attention: `state` must not require gradients, it is constant in the backward; detach it."
         )
+    if visible_chunks == 2:
+        return _to_two_chunks(q, k, v, state, chunk_size, scale, return_state, inplace_state, cu_seqlens, lengths)
     o, _ = call(
         chunked_attention_fwd,
         q,
@@ -128,6 +142,22 @@ def chunked_attention(
         kept = (cache_k, cache_v, position, chunk_size, cu_seqlens, lengths)
         return o, AttentionState(*call(chunked_attention_state, k.detach(), v.detach(), *kept))
     return o
+
+
+def _to_two_chunks(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, chunk_size: int, scale: float, return_state: bool,
+    inplace_state: bool, cu_seqlens: Tensor | None, lengths: Tensor | None,
+) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
+    kept = (*(state or (None,) * 3), chunk_size)
+    o, _ = call(two_chunk_attention_fwd, q, k, v, *kept, scale, cu_seqlens, lengths)
+    if not (return_state or inplace_state):
+        return o
+    after = AttentionState(*call(two_chunk_attention_state, k.detach(), v.detach(), *kept, cu_seqlens, lengths))
+    if inplace_state:
+        for old, new in zip(state, after):
+            old.copy_(new)
+        after = state
+    return (o, after) if return_state else o
 
 
 def _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):

@@ -127,6 +127,39 @@ def normalized_qk_bwd(
     return sum(_steps(z, cu_seqlens, lengths)) * z.shape[2] * per_element
 
 
+@_formula
+def two_chunk_attention_fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, cu_seqlens, lengths):
+    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
+    return sum(2 * pairs * heads * (K + V) for pairs, _ in _pairs_of_two(q, position, chunk_size, cu_seqlens, lengths))
+
+
+@_formula
+def two_chunk_attention_bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, cu_seqlens, lengths):
+    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
+    return sum(
+        2 * heads * (pairs * (2 * K + V) + (pairs - cached) * (K + V))
+        for pairs, cached in _pairs_of_two(q, position, chunk_size, cu_seqlens, lengths)
+    )
+
+
+@_formula
+def two_chunk_attention_state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+    return 0
+
+
+def _pairs_of_two(
+    q: Tensor, position: Tensor | None, C: int, cu_seqlens: Tensor | None, lengths: Tensor | None
+) -> Iterator[tuple[int, int]]:
+    """As :func:`_pairs`, where a query sees the chunk before its own, too."""
+    own = _pairs(q, position, C, True, cu_seqlens, lengths)
+    steps = _steps(q, cu_seqlens, lengths)
+    for count, first, (pairs, _) in zip(steps, _values(position, [0] * len(steps)), own):
+        end = first + count
+        in_first_two, in_third = min(end, 2 * C) - first, max(min(end, 3 * C) - 2 * C, 0)
+        cached = first * in_first_two + max(first - C, 0) * in_third
+        yield pairs + C * (max(end - C, 0) - max(first - C, 0)), cached
+
+
 def _pairs(
     q: Tensor, position: Tensor | None, chunk_size: int, causal: bool, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Iterator[tuple[int, int]]:
@@ -174,33 +207,39 @@ def chunked_attention_state_(k, v, cache_k, cache_v, position, chunk_size, cu_se
 
 
 def _of_memory(
-    q: Tensor, position: Tensor | None, chunk_size: int, cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool
-) -> tuple[int, int, int]:
+    q: Tensor, position: Tensor | None, chunk_size: int, visible: int, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    to_end: bool,
+) -> tuple[int, int, int]:  # fmt: skip
     """The steps that read a working memory; those of chunks that write it to which something in it is known; those of all that do.
 
     What no one reads is not written, and an empty memory neither read nor compared with.
     """
     steps = _steps(q, cu_seqlens, lengths)
-    kept = [seen % chunk_size for seen in _values(position, [0] * len(steps))]
-    ends = [seen + own for seen, own in zip(kept, steps)]
+    seen = _values(position, [0] * len(steps))
+    ends = [before % chunk_size + own for before, own in zip(seen, steps)]
     written = [(end if to_end else max(end - 1, 0)) // chunk_size * chunk_size for end in ends]
-    empty = chunk_size if position is None else 0
-    return tuple(sum(max(n - empty, 0) for n in of) for of in (steps, written)) + (sum(written),)
+    late = (visible - 1) * chunk_size  # steps at the end of a sequence that are not written yet
+    written = [max(n - late, 0) if position is None else n for n in written]
+    read = [max(n - late - chunk_size, 0) if position is None else n for n in steps]
+    known = [max(n - chunk_size, 0) if position is None else n for n in written]
+    return sum(read), sum(known), sum(written)
 
 
 @_formula
 def adaptive_working_memory_fwd(
-    q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths, to_end
+    q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end
 ):  # fmt: skip
-    read, compared, written = _of_memory(q, position, chunk_size, cu_seqlens, lengths, to_end)
+    read, compared, written = _of_memory(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
     return 2 * (read + compared + written) * q.shape[2] * q.shape[3] * v.shape[3]
 
 
 @_formula
 def adaptive_working_memory_bwd(
-    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths
+    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
-    read, compared, written = _of_memory(q, position, chunk_size, cu_seqlens, lengths, dmemory_out is not None)
+    read, compared, written = _of_memory(
+        q, position, chunk_size, visible_chunks, cu_seqlens, lengths, dmemory_out is not None
+    )
     return 2 * (2 * read + 3 * (compared + written)) * q.shape[2] * q.shape[3] * v.shape[3]
 
 

@@ -121,9 +121,14 @@ def rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, 
 
 def _make_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # so that autograd can keep the table, whoever asks first
-        exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device=device) / key_dim
-        angle = torch.arange(rows, dtype=torch.float64, device=device)[:, None] * rope_base**-exponent
-        return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
+        return rotary_table_of(torch.arange(rows, device=device), key_dim, rope_base, dtype)
+
+
+def rotary_table_of(positions: Tensor, key_dim: int, rope_base: float, dtype: torch.dtype) -> Tensor:
+    """The rows of a :func:`rotary_table`, or of what would follow it, at the positions (n,)."""
+    exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device=positions.device) / key_dim
+    angle = positions.double()[:, None] * rope_base**-exponent
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
 
 
 _shared_table = functools.lru_cache(maxsize=16)(_make_table)  # of CPU tables alone: no CPU kernel keeps an address

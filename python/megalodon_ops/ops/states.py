@@ -62,6 +62,8 @@ class TimestepNormState(NamedTuple):
 class AttentionState(NamedTuple):
     """Keys and values of each sequence's unfinished chunk of C steps; rows [0, position) are valid.
 
+    Where attention sees two chunks, it has 2 C rows: those of the last complete chunk, if there is one, come first.
+
     Example:
         >>> import torch, megalodon_ops as mo
         >>> q = k = v = torch.zeros(1, 5, 2, 8)
@@ -81,6 +83,9 @@ class AttentionState(NamedTuple):
 @named_in_programs
 class WorkingMemoryState(NamedTuple):
     """The memory of each sequence's complete chunks, and keys and values of the unfinished one.
+
+    Where attention sees two chunks, the last complete chunk is not in the memory yet: keys and values have 2 C rows, as in
+    :class:`AttentionState`.
 
     Example:
         >>> import torch, megalodon_ops as mo

@@ -1,7 +1,8 @@
 """A matrix a head that holds the chunks before a step's own (Gecko, arXiv 2601.06463, eqs. 17 to 23).
 
 Chunks of C steps lie as in chunked_attention.py. M (K, V) begins at 0, and z (K,), the logarithm of how much each row has
-been written, at -inf. The steps of a chunk read M as it is before the chunk; a complete chunk then writes it:
+been written, at -inf. The steps of a chunk read M as it is before the chunk; a complete chunk then writes it, or, where
+attention sees two chunks, the chunk before it does:
 
     o_t = softmax(q_t) M
     w_i = log sum_t exp(k_ti)      z' = log(exp(z) + exp(w))      r = exp(w - z')           over the chunk's steps t
@@ -9,8 +10,7 @@ been written, at -inf. The steps of a chunk read M as it is before the chunk; a 
     M' = (1 - r) M + r P^T U
 
 So row i is a mean over the past with the weights exp(k_ti), of what M did not know of the values. A sequence that goes on
-from a state first completes its chunk, with the state's keys and values. The released code writes M one chunk later, as its
-attention sees two chunks.
+from a state first completes its chunk, with the state's keys and values.
 
 dtypes: q, k, v, o and the state's k and v float32, float64, bfloat16 or float16; all else float32, or float64 for float64.
 """
@@ -32,6 +32,7 @@ def adaptive_working_memory(
     v: Tensor,  # (B, L, H, V)
     *,
     chunk_size: int,
+    visible_chunks: int = 1,
     state: WorkingMemoryState | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
@@ -46,16 +47,16 @@ def adaptive_working_memory(
     """
     o, ends = torch.zeros_like(v), []
     for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
-        steps = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, state, s)
-        M, z = _at_start(q, v, chunk_size, state, s)
+        steps = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
+        M, z = _at_start(q, v, chunk_size, visible_chunks, state, s)
         read = []
-        for chunk in _chunks(steps, chunk_size):
+        for chunk, written in _chunks(steps, chunk_size, visible_chunks):
             read.append(torch.einsum("thk,hkv->thv", chunk.q.softmax(-1), M))
-            if len(chunk.q) == chunk_size:
-                M, z = _written(M, z, chunk)
+            if written is not None:
+                M, z = _written(M, z, written)
         o[row, tokens] = torch.cat([steps.v[:0], *read])[steps.cached :].to(v.dtype)
         ends.append((M, z, steps))
-    return (o, _end_state(q, k, v, ends, chunk_size, state)) if return_state else o
+    return (o, _end_state(q, k, v, ends, chunk_size, visible_chunks, state)) if return_state else o
 
 
 def adaptive_working_memory_bwd(
@@ -67,6 +68,7 @@ def adaptive_working_memory_bwd(
     v: Tensor,
     *,
     chunk_size: int,
+    visible_chunks: int = 1,
     state: WorkingMemoryState | None = None,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -85,20 +87,21 @@ def adaptive_working_memory_bwd(
     dq, dk, dv = (torch.zeros_like(a) for a in (q, k, v))
     starts = []
     for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
-        steps = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, state, s)
-        M, z = _at_start(q, v, chunk_size, state, s)
+        steps = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
+        M, z = _at_start(q, v, chunk_size, visible_chunks, state, s)
         do_s = torch.cat([steps.v.new_zeros(steps.cached, *v.shape[2:]), do[row, tokens].to(M.dtype)])
         before = []
-        for chunk in _chunks(steps, chunk_size):
-            before.append((chunk, M, z))
-            if len(chunk.q) == chunk_size:
-                M, z = _written(M, z, chunk)
+        for read, written in _chunks(steps, chunk_size, visible_chunks):
+            before.append((read, written, M, z))
+            if written is not None:
+                M, z = _written(M, z, written)
         G = torch.zeros_like(M) if dmemory is None else dmemory[s]
         g = torch.zeros_like(z) if dmass is None or bool((z == -torch.inf).any()) else dmass[s]
         grads = [torch.zeros_like(a) for a in steps[:3]]
-        for number, (chunk, M, z) in reversed([*enumerate(before)]):
-            rows = slice(number * chunk_size, number * chunk_size + len(chunk.q))
-            if len(chunk.q) == chunk_size:
+        for number, (read, chunk, M, z) in reversed([*enumerate(before)]):
+            if chunk is not None:
+                first = (number - visible_chunks + 1) * chunk_size
+                rows = slice(first, first + chunk_size)
                 w = chunk.k.logsumexp(0)
                 r = (w - torch.logaddexp(z, w)).exp()
                 P, F = (chunk.k - w).exp(), chunk.k.softmax(-1)
@@ -111,7 +114,8 @@ def adaptive_working_memory_bwd(
                 G = (1 - r)[..., None] * G - torch.einsum("thk,thv->hkv", F, dU)
                 grads[1][rows] = P * (dP - (P * dP).sum(0) + dw) + F * (dF - (F * dF).sum(-1, keepdim=True))
                 grads[2][rows] = dU
-            Q, do_c = chunk.q.softmax(-1), do_s[rows]
+            rows = slice(number * chunk_size, number * chunk_size + len(read.q))
+            Q, do_c = read.q.softmax(-1), do_s[rows]
             dQ = torch.einsum("thv,hkv->thk", do_c, M)
             grads[0][rows] = Q * (dQ - (Q * dQ).sum(-1, keepdim=True))
             G = G + torch.einsum("thk,thv->hkv", Q, do_c)
@@ -123,7 +127,7 @@ def adaptive_working_memory_bwd(
 
 
 class _Steps(NamedTuple):
-    """Steps of a sequence, behind the `cached` ones of its state's unfinished chunk."""
+    """Steps of a sequence, behind the `cached` ones that its state has kept, from a chunk's beginning on."""
 
     q: Tensor  # (cached + n, H, K)
     k: Tensor
@@ -131,28 +135,42 @@ class _Steps(NamedTuple):
     cached: int
 
 
-def _on_grid(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, state: WorkingMemoryState | None, s: int) -> _Steps:
+def _on_grid(
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible: int, state: WorkingMemoryState | None, s: int
+) -> _Steps:
     real = accumulation_dtype(q.dtype)
     q, k, v = q.to(real), k.to(real), v.to(real)
     if state is None:
         return _Steps(q, k, v, 0)
-    cached = int(state.position[s]) % chunk_size
+    cached = _kept(int(state.position[s]), chunk_size, visible)
     k, v = (torch.cat([old[s, :cached].to(real), new]) for old, new in ((state.k, k), (state.v, v)))
     return _Steps(torch.cat([q.new_zeros(cached, *q.shape[1:]), q]), k, v, cached)
 
 
-def _at_start(q: Tensor, v: Tensor, chunk_size: int, state: WorkingMemoryState | None, s: int) -> tuple[Tensor, Tensor]:
+def _kept(seen: int, chunk_size: int, visible: int) -> int:
+    """The steps that a state keeps: of the unfinished chunk and those that are yet to be written."""
+    return min(seen, (visible - 1) * chunk_size + seen % chunk_size)
+
+
+def _at_start(
+    q: Tensor, v: Tensor, chunk_size: int, visible: int, state: WorkingMemoryState | None, s: int
+) -> tuple[Tensor, Tensor]:
     """M (H, K, V) and z (H, K) before the sequence's first step here."""
     if state is None:
         M = q.new_zeros(*q.shape[2:], v.shape[-1], dtype=accumulation_dtype(q.dtype))
         return M, torch.full_like(M[..., 0] if M.shape[-1] else M.sum(-1), -torch.inf)
     z = state.mass[s]
-    return state.memory[s], torch.full_like(z, -torch.inf) if int(state.position[s]) < chunk_size else z
+    return state.memory[s], torch.full_like(z, -torch.inf) if int(state.position[s]) < visible * chunk_size else z
 
 
-def _chunks(steps: _Steps, chunk_size: int) -> list[_Steps]:
+def _chunks(steps: _Steps, chunk_size: int, visible: int) -> list[tuple[_Steps, _Steps | None]]:
+    """Each chunk, and the one that is written after it has been read."""
     parts = (a.split(chunk_size) if len(a) else () for a in steps[:3])
-    return [_Steps(*chunk, cached=0) for chunk in zip(*parts, strict=True)]
+    chunks = [_Steps(*chunk, cached=0) for chunk in zip(*parts, strict=True)]
+    ends_now = [steps.cached < (i + 1) * chunk_size <= len(steps.q) for i in range(len(chunks))]
+    return [
+        (chunk, chunks[i - visible + 1] if ends_now[i] and i >= visible - 1 else None) for i, chunk in enumerate(chunks)
+    ]
 
 
 def _written(M: Tensor, z: Tensor, chunk: _Steps) -> tuple[Tensor, Tensor]:
@@ -165,20 +183,21 @@ def _written(M: Tensor, z: Tensor, chunk: _Steps) -> tuple[Tensor, Tensor]:
 
 
 def _end_state(
-    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor, _Steps]], chunk_size: int, state: WorkingMemoryState | None
+    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor, _Steps]], chunk_size: int, visible: int,
+    state: WorkingMemoryState | None,
 ) -> WorkingMemoryState:  # fmt: skip
-    """Keeps the steps of each sequence's unfinished chunk; the rows after them are zero."""
+    """Keeps the steps of chunks that are not yet written; the rows after them are zero."""
     S, (H, K), V, real = len(ends), q.shape[2:], v.shape[-1], accumulation_dtype(q.dtype)
     memory, mass = q.new_zeros(S, H, K, V, dtype=real), q.new_zeros(S, H, K, dtype=real)
-    keys, values = k.new_zeros(S, chunk_size, H, K), v.new_zeros(S, chunk_size, H, V)
+    keys, values = k.new_zeros(S, visible * chunk_size, H, K), v.new_zeros(S, visible * chunk_size, H, V)
     position = torch.zeros(S, dtype=torch.int64, device=q.device)
     for s, (M, z, steps) in enumerate(ends):
         before = 0 if state is None else int(state.position[s])
         position[s] = before - steps.cached + len(steps.q)
         memory[s] = M
-        if position[s] >= chunk_size:
+        if position[s] >= visible * chunk_size:
             mass[s] = z
-        kept = len(steps.q) % chunk_size
+        kept = _kept(int(position[s]), chunk_size, visible)
         keys[s, :kept] = steps.k[len(steps.k) - kept :].detach().to(k.dtype)
         values[s, :kept] = steps.v[len(steps.v) - kept :].detach().to(v.dtype)
     return WorkingMemoryState(memory, mass, keys, position, values)

@@ -39,6 +39,7 @@ def chunked_attention(
     v: Tensor,  # (B, L, H, V)
     *,
     chunk_size: int,
+    visible_chunks: int = 1,
     causal: bool = True,
     scale: float = 1.0,
     state: AttentionState | None = None,
@@ -67,14 +68,14 @@ def chunked_attention(
     for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
         q_s, k_s, v_s, position = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], state, s)
         o_s = torch.zeros_like(v_s)  # (position + n, H, V)
-        for rows, columns in _chunks(position, len(k_s), chunk_size):
+        for rows, columns in _chunks(position, len(k_s), chunk_size, visible_chunks):
             P = _probabilities(q_s, k_s, rows, columns, causal, scale, dropkey, seed, s)
             o_s[rows] = _sum_of_seen(P, v_s[columns], _seen(rows, columns, causal))
         o[row, tokens] = o_s[position:].to(v.dtype)
         ends.append((k_s, v_s))
     if not return_state:
         return o
-    new = _end_state(q, k, v, ends, chunk_size)
+    new = _end_state(q, k, v, ends, chunk_size, visible_chunks)
     if inplace_state:
         for old, value in zip(state, new, strict=True):
             old.copy_(value)
@@ -89,6 +90,7 @@ def chunked_attention_bwd(
     v: Tensor,
     *,
     chunk_size: int,
+    visible_chunks: int = 1,
     causal: bool = True,
     scale: float = 1.0,
     state: AttentionState | None = None,
@@ -114,15 +116,15 @@ def chunked_attention_bwd(
         q_s, k_s, v_s, position = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], state, s)
         do_s = torch.cat([v_s.new_zeros(position, *v_s.shape[1:]), do[row, tokens].to(real)])
         dq_s, dk_s, dv_s = (torch.zeros_like(a) for a in (q_s, k_s, v_s))
-        for rows, columns in _chunks(position, len(k_s), chunk_size):
+        for rows, columns in _chunks(position, len(k_s), chunk_size, visible_chunks):
             P = _probabilities(q_s, k_s, rows, columns, causal, scale, dropkey, seed, s)
             dP = torch.einsum("ihv,jhv->hij", do_s[rows], v_s[columns])
             delta = torch.where(P == 0, 0, P * dP).sum(-1, keepdim=True)
             dS = torch.where(P == 0, 0, P * (dP - delta))
             seen = _seen(rows, columns, causal)
             dq_s[rows] = scale * _sum_of_seen(dS, k_s[columns], seen)
-            dk_s[columns] = scale * _sum_of_seen(dS.mT, q_s[rows], seen.mT)
-            dv_s[columns] = _sum_of_seen(P.mT, do_s[rows], seen.mT)
+            dk_s[columns] += scale * _sum_of_seen(dS.mT, q_s[rows], seen.mT)
+            dv_s[columns] += _sum_of_seen(P.mT, do_s[rows], seen.mT)
         for total, part in ((dq, dq_s), (dk, dk_s), (dv, dv_s)):
             total[row, tokens] = part[position:].to(total.dtype)
     return dq, dk, dv
@@ -143,10 +145,10 @@ def _on_grid(
     return q, k, v, position
 
 
-def _chunks(position: int, total: int, chunk_size: int) -> Iterator[tuple[slice, slice]]:
-    """Yields (new rows, columns) of each chunk."""
-    for start in range(0, total, chunk_size):
-        columns = slice(start, min(start + chunk_size, total))
+def _chunks(position: int, total: int, chunk_size: int, visible: int) -> Iterator[tuple[slice, slice]]:
+    """Yields (new rows, columns) of each chunk with new rows."""
+    for start in range(position // chunk_size * chunk_size, total, chunk_size):
+        columns = slice(max(start - (visible - 1) * chunk_size, 0), min(start + chunk_size, total))
         yield slice(max(start, position), columns.stop), columns
 
 
@@ -179,16 +181,18 @@ def _sum_of_seen(weights: Tensor, terms: Tensor, seen: Tensor) -> Tensor:
     return total
 
 
-def _end_state(q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int) -> AttentionState:
-    """Keeps the rows of each sequence's unfinished chunk; the rows after them are zero."""
+def _end_state(
+    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int, visible: int
+) -> AttentionState:
+    """Keeps the rows that the next step will see; the rows after them are zero."""
     S, (H, K), V = len(ends), k.shape[2:], v.shape[-1]
     state = AttentionState(
-        k=k.new_zeros(S, chunk_size, H, K),
-        v=v.new_zeros(S, chunk_size, H, V),
+        k=k.new_zeros(S, visible * chunk_size, H, K),
+        v=v.new_zeros(S, visible * chunk_size, H, V),
         position=torch.zeros(S, dtype=torch.int64, device=q.device),
     )
     for s, (k_s, v_s) in enumerate(ends):
-        position = len(k_s) % chunk_size
+        position = min(len(k_s), (visible - 1) * chunk_size + len(k_s) % chunk_size)
         first = len(k_s) - position
         state.k[s, :position] = k_s[first:].detach().to(k.dtype)
         state.v[s, :position] = v_s[first:].detach().to(v.dtype)
