@@ -1,14 +1,16 @@
 """Softmax attention inside chunks of C steps (arXiv 2404.08801, section 2), with DropKey (arXiv 2208.02646).
 
-Tokens of a sequence lie on a grid of chunks; row i sees the columns j <= i of its own chunk and nothing before it, or
-all columns of its chunk where attention is not causal, as in an encoder:
+Tokens of a sequence lie on a grid of chunks; row i sees the columns j <= i of its own chunk, and of the one before it
+where two chunks are visible (Gecko, arXiv 2601.06463), or all columns of its chunk where attention is not causal, as in an
+encoder:
 
     s_ij = scale q_i . k_j                     -inf for columns dropped by DropKey
     P_ij = exp(s_ij) / sum_j exp(s_ij)         zero where all columns were dropped
     o_i  = sum_j P_ij v_j
 
-A sequence that goes on from a state, which only causal attention has, first completes its chunk: the state's `position` keys are columns 0 .. position
-- 1, and token t is row position + t. Key and value sizes differ: q and k have K channels a head, v and o have V.
+A sequence that goes on from a state, which only causal attention has, first completes its chunk: the state's `position`
+keys are columns 0 .. position - 1, and token t is row position + t; they are those of the unfinished chunk and, where two
+are visible, of the one before it. Key and value sizes differ: q and k have K channels a head, v and o have V.
 
 Forward and backward, a value that is not finite reaches the rows that see the value and no others, although these rows
 give it the weight 0.
