@@ -140,10 +140,11 @@ def figures(results: list[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]
 
 
 def chosen(results: list[dict[str, Any]]) -> dict[tuple[int, str], Trained]:
-    """By length and model, what most seeds were run of, at the size that decides."""
-    found = figures([content for content in results if content["settings"]["size"] != BESIDE], in_windows)
-    by_fewest_seeds = sorted(found, key=lambda key: len(found[key]))
-    return {(key.length, key.model): key for key in by_fewest_seeds}
+    """By length and model, what most seeds were run of, or the best of these, at the size that decides."""
+    of_size = [content for content in results if content["settings"]["size"] != BESIDE]
+    found = figures(of_size, FIGURES["validation"])
+    best_last = sorted(found, key=lambda key: (len(found[key]), -found[key][0]))
+    return {(key.length, key.model): key for key in best_last}
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
