@@ -26,9 +26,10 @@ class _Grids:
     """Where the sequences' steps lie on the early grid, and the late windows of those that reach beyond one."""
 
     def __init__(
-        self, x: Tensor, C: int, position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None
-    ) -> None:
-        """x (B, L, ...); position (S,) how many rows of the cache are kept."""
+        self, x: Tensor, C: int, position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
+        *, of_state: bool = False,
+    ) -> None:  # fmt: skip
+        """x (B, L, ...); position (S,) how many rows of the cache are kept. of_state: what is wanted is the state after x."""
         B, L = x.shape[:2]
         if cu_seqlens is None:
             ends = [L] * B if lengths is None else lengths.tolist()
@@ -39,7 +40,7 @@ class _Grids:
         kept = [0] * len(spans) if position is None else position.tolist()
         self._C, self._position = C, position
         self.rows = [have + end - begin for have, (begin, end) in zip(kept, spans)]  # of the early grid
-        self.is_late = max(self.rows, default=0) >= 2 * C
+        self.is_late = max(self.rows, default=0) >= 2 * C + (not of_state)
         if not self.is_late:
             return
         # Late windows begin with a sequence's second chunk. What lies between sequences, and their first chunks, are
@@ -63,9 +64,8 @@ class _Grids:
         if self._position is None:
             return *caches, None
         position = (self._position - self._C).clamp(min=0)
-        return *(self._by_number(torch.cat((x[:, self._C :], x[:, : self._C]), 1)) for x in caches), self._by_number(
-            position
-        )
+        moved = [torch.cat((x[:, self._C :], x[:, : self._C]), 1) for x in caches]
+        return tuple(map(self._by_number, (*moved, position)))
 
     def _by_number(self, x: Tensor) -> Tensor:
         return x.new_zeros(len(self.cu_seqlens) - 1, *x.shape[1:]).index_copy_(0, self.number, x)
@@ -124,7 +124,7 @@ def _backward(ctx, do, _dlse):
 def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     size = 2 * chunk_size
     early = ops.chunked_attention_state(k, v, cache_k, cache_v, position, size, cu_seqlens, lengths)
-    grids = _Grids(k, chunk_size, position, cu_seqlens, lengths)
+    grids = _Grids(k, chunk_size, position, cu_seqlens, lengths, of_state=True)
     if not grids.is_late:
         return early
     late = ops.chunked_attention_state(
