@@ -127,19 +127,28 @@ def normalized_qk_bwd(
     return sum(_steps(z, cu_seqlens, lengths)) * z.shape[2] * per_element
 
 
+def _of_attention(q: Tensor, v: Tensor, pairs_of_sequences: Iterator[tuple[int, int]]) -> int:
+    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
+    return sum(2 * pairs * heads * (K + V) for pairs, _ in pairs_of_sequences)
+
+
+def _of_attention_bwd(q: Tensor, v: Tensor, pairs_of_sequences: Iterator[tuple[int, int]]) -> int:
+    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
+    total = 0
+    for pairs, cached in pairs_of_sequences:
+        scores_dscores_and_dq, dk_and_dv = pairs * (2 * K + V), (pairs - cached) * (K + V)
+        total += 2 * heads * (scores_dscores_and_dq + dk_and_dv)
+    return total
+
+
 @_formula
 def two_chunk_attention_fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, cu_seqlens, lengths):
-    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
-    return sum(2 * pairs * heads * (K + V) for pairs, _ in _pairs_of_two(q, position, chunk_size, cu_seqlens, lengths))
+    return _of_attention(q, v, _pairs_of_two(q, position, chunk_size, cu_seqlens, lengths))
 
 
 @_formula
 def two_chunk_attention_bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, cu_seqlens, lengths):
-    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
-    return sum(
-        2 * heads * (pairs * (2 * K + V) + (pairs - cached) * (K + V))
-        for pairs, cached in _pairs_of_two(q, position, chunk_size, cu_seqlens, lengths)
-    )
+    return _of_attention_bwd(q, v, _pairs_of_two(q, position, chunk_size, cu_seqlens, lengths))
 
 
 @_formula
@@ -180,20 +189,14 @@ def _pairs(
 def chunked_attention_fwd(
     q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths
 ):
-    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
-    return sum(2 * pairs * heads * (K + V) for pairs, _ in _pairs(q, position, chunk_size, causal, cu_seqlens, lengths))
+    return _of_attention(q, v, _pairs(q, position, chunk_size, causal, cu_seqlens, lengths))
 
 
 @_formula
 def chunked_attention_bwd(
     do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths,
 ):  # fmt: skip
-    heads, K, V = q.shape[2], q.shape[3], v.shape[3]
-    total = 0
-    for pairs, cached in _pairs(q, position, chunk_size, causal, cu_seqlens, lengths):
-        scores_dscores_and_dq, dk_and_dv = pairs * (2 * K + V), (pairs - cached) * (K + V)
-        total += 2 * heads * (scores_dscores_and_dq + dk_and_dv)
-    return total
+    return _of_attention_bwd(q, v, _pairs(q, position, chunk_size, causal, cu_seqlens, lengths))
 
 
 @_formula
@@ -210,7 +213,7 @@ def _of_memory(
     q: Tensor, position: Tensor | None, chunk_size: int, visible: int, cu_seqlens: Tensor | None, lengths: Tensor | None,
     to_end: bool,
 ) -> tuple[int, int, int]:  # fmt: skip
-    """The steps that read a working memory; those of chunks that write it to which something in it is known; those of all that do.
+    """The steps that read a working memory, those that are compared with it before they write it, and all that write it.
 
     What no one reads is not written, and an empty memory neither read nor compared with.
     """

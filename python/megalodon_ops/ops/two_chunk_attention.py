@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .library import accumulation_dtype, define_op, empty_like, num_sequences
+from .values import sequence_spans
 
 ops = torch.ops.megalodon_ops  # chunked_attention.py, which imports this file, defines those of windows
 
@@ -31,12 +32,7 @@ class _Grids:
     ) -> None:  # fmt: skip
         """x (B, L, ...); position (S,) how many rows of the cache are kept. of_state: what is wanted is the state after x."""
         B, L = x.shape[:2]
-        if cu_seqlens is None:
-            ends = [L] * B if lengths is None else lengths.tolist()
-            spans = [(row * L, row * L + end) for row, end in enumerate(ends)]
-        else:
-            offsets = cu_seqlens.tolist()
-            spans = [*zip(offsets, offsets[1:])]
+        spans = sequence_spans("chunked_attention", x, cu_seqlens, lengths)
         kept = [0] * len(spans) if position is None else position.tolist()
         self._C, self._position = C, position
         self.rows = [have + end - begin for have, (begin, end) in zip(kept, spans)]  # of the early grid

@@ -145,6 +145,20 @@ def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tens
             raise ValueError(f"{op}: `{name}` must have shape {wanted}, got {tuple(tensor.shape)} for B = {B}.")
 
 
+def sequence_spans(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, int]]:
+    """From which to which token of x (B, L, ...), all rows as one, each sequence goes; waits for the device to know."""
+    B, L = x.shape[:2]
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.tolist()
+        if offsets != sorted(offsets) or not 0 <= offsets[0] <= offsets[-1] <= L:
+            raise ValueError(f"{op}: `cu_seqlens` must be non-decreasing offsets in [0, {L}], got {shown(offsets)}.")
+        return [*zip(offsets, offsets[1:])]
+    ends = [L] * B if lengths is None else lengths.tolist()
+    if any(not 0 <= end <= L for end in ends):
+        raise ValueError(f"{op}: `lengths` must be row lengths in [0, {L}], got {shown(ends)}.")
+    return [(row * L, row * L + end) for row, end in enumerate(ends)]
+
+
 def described(value: object) -> str:
     """What an error says of a value of a wrong type: the value itself if it is short by nature, else its type."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
