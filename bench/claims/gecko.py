@@ -232,9 +232,7 @@ class Attention(mo.NormalizedAttention):
             if self.wg is None:
                 out = a * r + read
             else:
-                empty = (
-                    torch.arange(x.shape[1]) < parts.unwritten * config.chunk_size
-                )  # chunks that nothing was left of
+                empty = torch.arange(x.shape[1]) < parts.unwritten * config.chunk_size  # nothing was written before
                 gate = self.wg(m).sigmoid().transpose(1, 2)[..., None] * ~empty[:, None]  # (B, H, L, 1)
                 out = (a + gate * (read - a)) * r
         y = x + self.wh1(m) + self.wh2(out.transpose(1, 2).flatten(-2))

@@ -91,14 +91,8 @@ def _operations(call: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, int]:
     with FlopCounterMode(display=False) as counter:
         call(x).sum().backward()
     counts = counter.get_flop_counts()["Global"].items()
-    of_products = (
-        "mm",
-        "addmm",
-        "linear",
-        "chunked_attention",
-        "two_chunk_attention",
-        "adaptive_working_memory",
-    )  # how the ops' names begin
+    # How the ops' names begin.
+    of_products = ("mm", "addmm", "linear", "chunked_attention", "two_chunk_attention", "adaptive_working_memory")
     products = sum(count for op, count in counts if op.__name__.startswith(of_products))
     return {PRODUCTS: products, OTHERS: sum(count for _, count in counts) - products}
 
