@@ -99,6 +99,7 @@ def refusals() -> list[str]:
         dict(value_dim=25, num_heads=1),
         dict(ffn_hidden_dim=41),
         dict(num_heads=3, z_dim=12),
+        dict(visible_chunks=2),
     ):
         model = tiny_model(**config)
         with pytest.raises(ValueError) as caught:
@@ -136,10 +137,11 @@ def test_a_mesh_without_some_processes_is_refused(ranks):
 def test_what_cannot_be_split_is_refused_on_every_rank(ranks):
     first, second = ranks.run(refusals, 2)
     assert first == second
-    groups, values, hidden, heads, others, tokens = first
+    groups, values, hidden, heads, two, others, tokens = first
     assert "`mesh` must have a size of tensor that divides norm_num_groups = 1, got 2" in groups
     assert "divides value_dim = 25" in values and "divides ffn_hidden_dim = 41" in hidden
     assert "divides num_heads = 3 or that it divides, got 2" in heads
+    assert two == "parallelize: `mesh` must have tensor = 1 for a model with attention to two chunks, got 2."
     assert "such as layers.0.mega.wv.extra; merge adapters first" in others
     assert "`tokens` must be the same on the ranks 0, 1, got int64 (1, 9) of checksum " in tokens
 

@@ -83,6 +83,8 @@ CASES = {
     "replicated": ({"data": 2}, {}, dict(data="replicate")),
     "chunk": ({"chunk": 2}, {}, {}),
     "chunk, recomputed": ({"chunk": 2}, dict(layerwise_ckpt=True), {}),
+    "chunk, two visible": ({"chunk": 2}, dict(visible_chunks=2), dict(param_dtype=torch.bfloat16)),
+    "chunk, two visible, recomputed": ({"chunk": 2}, dict(visible_chunks=2, layerwise_ckpt=True), {}),
     "tensor": ({"tensor": 2}, {}, {}),
     "tensor, recomputed, gain kept": ({"tensor": 2}, dict(layerwise_ckpt=True, rescale_nffn=True), {}),
     "tensor, one head, bfloat16": ({"tensor": 2}, dict(num_heads=1), dict(param_dtype=torch.bfloat16)),
@@ -90,7 +92,7 @@ CASES = {
 
 
 # Each has a case with more in it beside it.
-SLOW = ("sharded", "chunk", "tensor")
+SLOW = ("sharded", "chunk", "chunk, two visible", "tensor")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
@@ -106,7 +108,7 @@ def test_bytes_are_those_of_the_collectives(ranks, case):
     expected = Counter()
     kinds = {
         "all-gather": "gathered", "reduce-scatter": "scattered", "all-reduce": "reduced", "states, forward": "gathered",
-        "states, backward": "to all",
+        "states, backward": "to all", "handed on": "to all",
     }  # fmt: skip
     for name, received in foreseen.exchange.items():  # by one of two devices: half of what is gathered
         kind = next(kind for words, kind in kinds.items() if name.endswith(words))

@@ -13,7 +13,6 @@ from models import tiny_model, tokens_of
 from safetensors.torch import load_file
 
 import megalodon_ops as mo
-from megalodon_ops.distributed.tensor import check_can_split
 from megalodon_ops.model.states import named_tensors
 from megalodon_ops.ops.normalized_attention import attend
 
@@ -100,6 +99,13 @@ def test_it_reaches_beyond_the_chunk(working_memory):
     assert seen[32:].all() and seen[:32].all() == seen[:32].any() == working_memory
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=str)
+def test_a_model_reads_nothing(shape, form):
+    model = tiny_model(**form)
+    logits, state = model(tokens_of(*shape), return_state=True)
+    assert logits.shape == (*shape, 31) and (state.norm.count == 0).all()
+
+
 def test_packed_documents_are_apart(form):
     model, tokens, bounds = tiny_model(**form), tokens_of(1, 37), [0, 3, 3, 20, 37]
     together = model(tokens, cu_seqlens=torch.tensor(bounds))
@@ -150,8 +156,6 @@ def test_what_knows_no_memory_refuses(tmp_path):
         mo.MegalodonEncoderConfig(working_memory=True)
     with pytest.raises(ValueError, match="without a working memory"):
         tiny_model()(tokens_of(2, 5), state=mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="working memory"):
-        check_can_split(model.config, 2)
 
 
 def test_attention_to_two_chunks_knows_distances_alone():

@@ -2,7 +2,8 @@
 
 A block is not changed: hooks of torch give `timestep_norm` and `cema` the states that their piece begins with. Before
 an op's own pass, each rank makes the state that its piece ends with when begun from nothing, sends it to all, and
-merges what the pieces before its own have sent (merge.py). No rank waits for another one's pass.
+merges what the pieces before its own have sent (merge.py). No rank waits for another one's pass. Where attention sees
+two chunks, each rank hands the keys and values of its last chunk on to the next.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..model.blocks import BlockState
 from ..model.layers import ComplexEMA, TimestepNorm
 from ..ops.cema import cema_end_state
+from ..ops.chunked_attention import chunked_attention
 from ..ops.library import accumulation_dtype
-from ..ops.states import TimestepNormState
+from ..ops.states import AttentionState, TimestepNormState
 from ..ops.timestep_norm import timestep_norm_end_state
-from .exchange import send_to_all
+from .exchange import hand_on, send_to_all
 from .merge import merged_cema, merged_norm, norm_in_float64
 from .pieces import Pieces
 
@@ -43,6 +46,9 @@ class Hooks:
             half.timenorm.register_forward_pre_hook(self.before_norm, with_kwargs=True)
             half.timenorm.register_forward_hook(partial(self.after_norm, half.cema))
             half.cema.register_forward_pre_hook(self.before_cema, with_kwargs=True)
+            if half.config.visible_chunks > 1:
+                half.attention = self.attention_behind
+            half.register_forward_hook(self.leave_block, always_call=True)
         model.output.final_norm.register_forward_pre_hook(self.before_norm, with_kwargs=True)
 
     def enter_block(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -88,11 +94,36 @@ class Hooks:
         if pieces is None:
             return None
         q, ends, start, work = self._arriving
-        self._pieces = self._start = self._arriving = None  # the block needs them no more
+        self._arriving = None
         work.wait()
         ends, start = torch.view_as_complex(ends), None if start is None else torch.view_as_complex(start)
         state = merged_cema(q, ends, pieces.sources, pieces.steps, _of_open(pieces, start))
         return args, kwargs | {"state": _with_rest(pieces, state, start)}
+
+    def attention_behind(
+        self, q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, state: AttentionState | None,
+        cu_seqlens: Tensor | None, lengths: Tensor | None, return_state: bool, **options: Any,
+    ) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
+        """`chunked_attention` of the piece behind the last chunk of the piece before, whose own results are not used."""
+        added = 0
+        if (pieces := self._pieces) is not None:
+            last = torch.cat([_last_steps(pieces, x, state, name, chunk_size) for name, x in (("k", k), ("v", v))], -1)
+            before = hand_on(last, pieces.after, pieces.before, self._group)
+            before = before if pieces.sources else before[:, :0]
+            added, sizes = before.shape[1], [k.shape[-1], v.shape[-1]]
+            q = F.pad(q, (0, 0, 0, 0, added, 0))
+            k, v = (torch.cat(parts, 1) for parts in zip(before.split(sizes, -1), (k, v)))
+            cu_seqlens = None if cu_seqlens is None else torch.cat([cu_seqlens[:1], cu_seqlens[1:] + added])
+            lengths = None if lengths is None else lengths + added * (lengths > 0)
+        result = chunked_attention(
+            q, k, v, chunk_size=chunk_size, state=state, cu_seqlens=cu_seqlens, lengths=lengths,
+            return_state=return_state, **options,
+        )  # fmt: skip
+        return (result[0][:, added:], result[1]) if return_state else result[:, added:]
+
+    def leave_block(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forgets what the block needs no more."""
+        self._pieces = self._start = None
 
 
 def _exchanged(pieces: Pieces, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,6 +131,24 @@ def _exchanged(pieces: Pieces, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     if pieces.is_packed:
         return x[:, slice(*pieces.tail)], {}
     return x, {} if pieces.lengths is None else {"lengths": torch.tensor(pieces.lengths, device=x.device)}
+
+
+def _last_steps(pieces: Pieces, x: Tensor, state: AttentionState | None, name: str, C: int) -> Tensor:
+    """(R, C, ...): keys or values x of the last chunk of the sequences that are open where the piece ends.
+
+    A chunk that began before the whole batch has its first steps in the state. Of sequences that end in the piece, of which
+    no other piece reads, the steps are any.
+    """
+    begin, end = pieces.tail or (0, x.shape[1])
+    own = x[:, max(begin, end - C) : end]
+    missing = C - own.shape[1]
+    if state is None or not missing:
+        return F.pad(own, (0, 0, 0, 0, missing, 0))
+    cache, position = getattr(state, name), state.position
+    if pieces.is_packed:
+        cache, position = cache[-1:], position[-1:]
+    kept = (position[:, None] + torch.arange(-missing, 0, device=position.device)).clamp(min=0)
+    return torch.cat([cache[torch.arange(len(cache), device=kept.device)[:, None], kept], own], 1)
 
 
 def _of_open(pieces: Pieces, start: Tensor | None) -> Tensor | None:

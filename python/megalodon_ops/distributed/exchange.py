@@ -48,6 +48,38 @@ class _ToAll(torch.autograd.Function):
         return parts.sum(0), dstart, None, None
 
 
+def hand_on(value: Tensor, after: int | None, before: int | None, group: ProcessGroup) -> Tensor:
+    """Sends a tensor (R, n, ...) to the rank `after`, and gives what the rank `before` sends, of the same shape.
+
+    Gradients go back the same way. Where `after` is None, nothing is sent; where `before` is, the result is (R, 0, ...).
+    """
+    return _HandOn.apply(value, after, before, group)
+
+
+class _HandOn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, after, before, group):
+        ctx.after, ctx.before, ctx.group, ctx.shape = after, before, group, value.shape
+        received = value.new_empty(value.shape if before is not None else (len(value), 0, *value.shape[2:]))
+        _to_one(received, before, value, after, group)
+        return received
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dreceived):
+        dvalue = dreceived.new_zeros(ctx.shape)
+        _to_one(dvalue, ctx.after, dreceived, ctx.before, ctx.group)
+        return dvalue, None, None, None
+
+
+def _to_one(received: Tensor, source: int | None, value: Tensor, target: int | None, group: ProcessGroup) -> None:
+    """Writes what the rank `source` sends to `received`, and sends `value` to the rank `target`; each rank calls this."""
+    ranks = range(dist.get_world_size(group))
+    arriving, leaving = ([x.numel() * (r == rank) for r in ranks] for x, rank in ((received, source), (value, target)))
+    flat, sent = received.view(-1)[: sum(arriving)], value.contiguous().view(-1)[: sum(leaving)]
+    dist.all_to_all_single(flat, sent, arriving, leaving, group=group)
+
+
 def rows_of_all(own: Tensor, own_rows: Tensor, others: Tensor, other_rows: Tensor, group: ProcessGroup) -> Tensor:
     """Puts together the rows that ranks have, on every rank; a row's gradients go to the rank that has it.
 

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .alike import check_alike
 from .start import start
+from ..model.config import MegalodonConfig
 from ..ops.values import check_number, described, is_whole, shown
 
 DIMENSIONS = ("data", "chunk", "tensor")  # in the order of a mesh's: neighbouring ranks are those of the last one
@@ -81,6 +82,17 @@ def check_mesh(caller: str, mesh: object) -> dict[str, int]:
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"{caller}: `mesh` must have all {dist.get_world_size()} processes, got {mesh.size()}.")
     return dict(zip(names, mesh.mesh.shape))
+
+
+def check_can_cut(caller: str, config: MegalodonConfig, sizes: Mapping[str, int]) -> None:
+    """Raises where a dimension cannot split a model of this configuration, whatever its size is."""
+    for dimension, what, has in (
+        ("chunk", "a working memory", config.working_memory),
+        ("tensor", "a working memory", config.working_memory),
+        ("tensor", "attention to two chunks", config.visible_chunks > 1),
+    ):
+        if has and (size := sizes.get(dimension, 1)) > 1:
+            raise ValueError(f"{caller}: `mesh` must have {dimension} = 1 for a model with {what}, got {size}.")
 
 
 def batch_and_tensor(mesh: DeviceMesh, *, replicate: bool) -> tuple[DeviceMesh, DeviceMesh]:

@@ -133,7 +133,7 @@ class ParallelMegalodon(_OfRanks, Megalodon):
             if return_state and ranks.tensor is not None:
                 after = joined_state(after, ranks.tensor, self.config.num_heads)
             if return_state and pieces is not None:
-                after = whole_state(after, state, pieces, self.config.chunk_size, ranks.chunk)
+                after = whole_state(after, state, pieces, self.config, ranks.chunk)
             return result, after
 
     def _cross_entropy(

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .alike import check_alike
 from .fsdp import check_torch, forget_ended_groups, initialise, shard
-from .mesh import batch_and_tensor, check_mesh
+from .mesh import batch_and_tensor, check_can_cut, check_mesh
 from .model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks, become_parallel
 from .tensor import check_can_split, split_over
 from ..model.encoder import MegalodonEncoder
@@ -102,11 +102,7 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
             raise ValueError(
                 f"parallelize: `mesh` must have {name} = 1 for an encoder, got {size}; it splits rows alone."
             )
-    if (chunk := sizes.get("chunk", 1)) > 1 and (model.config.working_memory or model.config.visible_chunks > 1):
-        raise ValueError(
-            "parallelize: `mesh` must have chunk = 1 for a model with a working memory or attention to two chunks, got "
-            f"{chunk}."
-        )
+    check_can_cut("parallelize", model.config, sizes)
     if (tensor := sizes.get("tensor", 1)) > 1:
         check_can_split(model.config, tensor)
         wanted = {name for name, _ in model.config.parameter_shapes()}

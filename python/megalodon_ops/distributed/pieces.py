@@ -22,6 +22,8 @@ class Pieces:
         int, ...
     ]  # ranks before this one that hold steps of the sequences open at the beginning of the piece
     steps: tuple[int, ...]  # how many steps each of these holds
+    before: int | None = None  # if the piece has columns: the nearest ranks before and after this one that have some
+    after: int | None = None
     lengths: tuple[int, ...] | None = None  # padded: how much of the piece each row fills
     # Of a packed batch:
     tail: tuple[int, int] | None = None  # the piece's columns in the sequence that is open at its end
@@ -60,6 +62,9 @@ def pieces_of(
     _check_cuts(ends, spans, chunk_size, positions or [0] * len(spans))
     end_here = tuple(s for s, (first, last) in enumerate(spans) if first < last and begin < last <= end)
     common = dict(begin=begin, spans=spans, end_here=end_here)
+    if piece_lengths[rank]:
+        common["before"] = max((r for r in range(rank) if piece_lengths[r]), default=None)
+        common["after"] = min((r for r in range(rank + 1, len(ends)) if piece_lengths[r]), default=None)
     if cu_seqlens is None:
         sources = tuple(r for r in range(rank) if piece_lengths[r])
         inside = None if lengths is None else tuple(min(max(n - begin, 0), end - begin) for n in lengths)

@@ -18,7 +18,7 @@ from ..model.model import Megalodon
 from ..ops import loss
 from ..ops.values import check_size, shown
 from .measure import AGAIN, OTHERS, PRODUCTS, measure
-from .mesh import DIMENSIONS
+from .mesh import DIMENSIONS, check_can_cut
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def plan(
     card = card if isinstance(card, Card) else CARDS[card]
     if param_dtype != torch.float32 and (autocast or dtype != param_dtype):
         raise ValueError(f"plan: `param_dtype` must be float32, or `dtype` without autocast, got {param_dtype}.")
+    check_can_cut("plan", config, mesh)
     _check_division(config, mesh, context, batch)
 
     recompute = config.layerwise_ckpt if recompute is None else recompute
@@ -223,6 +224,8 @@ def _waited_for(
     """The exchanges inside of a sequence: name, bytes gathered or reduced in a step, devices, their stride in ranks.
 
     Of states, one all-gather a layer and op brings what the devices of a sequence end with; its backward sends as much.
+    Where attention sees two chunks, each device but the first receives the keys and values of one chunk, and each but the
+    last their gradients.
     The devices of `tensor` gather, in a block, t, CEMA's output and the feed-forward half's input, and scatter the sums
     of wh2 and fc2; for the loss they gather the last layer and the output matrix. The backward is the opposite of each.
     A block that is computed again stops before fc2's sum, unless the backward needs the sum.
@@ -232,6 +235,8 @@ def _waited_for(
     of_norm = 2 * config.norm_num_groups * 8  # float64
     of_block = of_norm + 2 * dim * config.cema_ndim * 4
     forward, backward = (chunk * rows * (n * layers * of_block + of_norm) // tensor for n in (again, 1))
+    last_chunk = rows * config.chunk_size * (config.z_dim + config.value_dim) * dtype.itemsize
+    handed_on = (config.visible_chunks - 1) * layers * (again + 1) * last_chunk
     channels, summed = (rows * length * dim * kind.itemsize for kind in (stream, dtype))
     ends = channels + config.num_outputs * dim * stream.itemsize
     sums_again = recompute * (1 + config.rescale_nffn)
@@ -239,6 +244,7 @@ def _waited_for(
     return [
         ("states, forward", forward, chunk, tensor),
         ("states, backward", backward, chunk, tensor),
+        *[("keys and values, handed on", handed_on, chunk, tensor)] * (config.visible_chunks > 1),
         ("channels and output matrix, all-gather", layers * gathers + ends, tensor, 1),
         ("channels and output matrix, reduce-scatter", layers * sums + ends, tensor, 1),
     ]  # fmt: skip

@@ -11,7 +11,9 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_map
 
 from ..model.blocks import BlockState
+from ..model.config import MegalodonConfig
 from ..model.states import MegalodonState, complete
+from ..ops.adaptive_working_memory import kept_rows
 from ..ops.states import AttentionState, TimestepNormState
 from .exchange import rows_of_all
 from .pieces import Pieces
@@ -38,7 +40,7 @@ def _attention_of_piece(attention: AttentionState, pieces: Pieces) -> AttentionS
 
 
 def whole_state(
-    after: MegalodonState, before: MegalodonState | None, pieces: Pieces, chunk_size: int, group: ProcessGroup
+    after: MegalodonState, before: MegalodonState | None, pieces: Pieces, config: MegalodonConfig, group: ProcessGroup
 ) -> MegalodonState:
     """The state after the whole sequences, equal on all ranks: each sequence's comes from the rank with its last step.
 
@@ -46,7 +48,7 @@ def whole_state(
         after: the state after the rank's piece.
         before: the state before the whole sequences; None: they begin here. An empty sequence keeps it.
 
-    Gradients of the result go to the rank that a state comes from. Keys and values are sent of unfinished chunks.
+    Gradients of the result go to the rank that a state comes from. Keys and values are sent as far as states are filled.
     """
     integers = partial(torch.tensor, dtype=torch.int64, device=after.norm.mean.device)
     own_rows, local = integers([*pieces.end_here]), integers([s - pieces.first for s in pieces.end_here])
@@ -68,14 +70,15 @@ def whole_state(
 
     @torch.no_grad()
     def attention(new: AttentionState, old: AttentionState | None) -> AttentionState:
-        """Keys and values, as far as the fullest chunk is filled, and positions."""
-        position = (lengths if old is None else old.position + lengths) % chunk_size
+        """Keys and values, as far as the fullest state is filled, and positions."""
+        seen = lengths if old is None else old.position + lengths
+        position = kept_rows(seen, config.chunk_size, config.visible_chunks)
         whole, filled = [], int(position.max())
         for name in ("k", "v"):
             own = getattr(new, name)
             others = own.new_zeros((len(lengths), *own.shape[1:])) if old is None else getattr(old, name)
             sent = rows_of_all(own[local, :filled], own_rows, others[:, :filled], other_rows, group)
-            whole.append(F.pad(sent, (0, 0, 0, 0, 0, chunk_size - filled)))
+            whole.append(F.pad(sent, (0, 0, 0, 0, 0, config.kept_steps - filled)))
         return AttentionState(*whole, position=position)
 
     old = None if before is None else complete(before)

@@ -116,11 +116,6 @@ def _split(
 
 def check_can_split(config: MegalodonConfig, ranks: int) -> None:
     """Raises where a model cannot be split over so many ranks."""
-    if config.working_memory or config.visible_chunks > 1:
-        raise ValueError(
-            "parallelize: `mesh` must have tensor = 1 for a model with a working memory or attention to two chunks, got "
-            f"{ranks}."
-        )
     for field in ("norm_num_groups", "value_dim", "ffn_hidden_dim"):
         if (size := getattr(config, field)) % ranks:
             raise ValueError(

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .config import MegalodonConfig, check_config
 from ..ops.adaptive_working_memory import kept_rows, read_and_write
-from ..ops.chunked_attention import chunked_attention_state, chunked_attention_state_
+from ..ops.chunked_attention import chunked_attention, chunked_attention_state, chunked_attention_state_
 from ..ops.gated_silu import gated_silu
 from .layers import (
     ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, reset_all_parameters,
 )  # fmt: skip
-from ..ops.library import accumulation_dtype, autocast, int64_or_none, is_exporting
+from ..ops.library import accumulation_dtype, autocast, int64_or_none, is_exporting, num_steps
 from ..ops.normalized_attention import attend
 from ..ops.normalized_qk import normalized_qk, rotary_table
 from ..ops.states import AttentionState, TimestepNormState, WorkingMemoryState, fields_of, named_in_programs
@@ -98,6 +98,8 @@ class NormalizedAttention(WideParameters):
         torch.Size([2, 10, 64])
     """
 
+    attention = staticmethod(chunked_attention)  # chunk parallel has another
+
     def __init__(self, config: MegalodonConfig) -> None:
         check_config("NormalizedAttention", config, any_form=True)
         super().__init__()
@@ -172,7 +174,9 @@ class NormalizedAttention(WideParameters):
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
         z = self.wz(m)
         rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
-        gamma, beta, read = self.gamma, self.beta, None
+        gamma, beta, read, seen = self.gamma, self.beta, None, None
+        if config.visible_chunks > 1:
+            seen = norm_state.count - num_steps(x, **sequences)
         if config.working_memory:  # before the attention, which may overwrite the values of its state
             gamma, beta = gamma[:2], beta[:2]
             read, memory = self._read_and_write(z, v, state, return_state, inplace_state, **sequences)
@@ -181,7 +185,7 @@ class NormalizedAttention(WideParameters):
             num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
             eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
             dropkey=config.attention_dropout if training else 0.0, visible_chunks=config.visible_chunks,
-            seen=None if state is None else norm_before.count, **sequences,
+            seen=seen, attention=self.attention, **sequences,
         )  # fmt: skip
         if return_state:
             a, attention_state = a

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from .arrays import call_with_arrays
 from .chunked_attention import chunked_attention_state
-from .library import accumulation_dtype, autocast, call, define_op, empty_like, int64_or_none, launch, num_sequences
+from .library import (
+    accumulation_dtype, autocast, call, define_op, empty_like, int64_or_none, launch, num_sequences, num_steps,
+)  # fmt: skip
 from .states import WorkingMemoryState, fields_of
 from .two_chunk_attention import two_chunk_attention_state
 from .values import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
@@ -118,8 +120,7 @@ def end_position(
     q: Tensor, state: WorkingMemoryState | None, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
     """(S,) the steps that each sequence has seen."""
-    steps = torch.full((len(q),), q.shape[1], device=q.device) if lengths is None else lengths
-    steps = steps if cu_seqlens is None else cu_seqlens.diff()
+    steps = num_steps(q, cu_seqlens, lengths)
     return steps if state is None else state.position + steps
 
 

@@ -236,6 +236,13 @@ def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
     return batch if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
 
 
+def num_steps(x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    """(S,) the steps of each sequence of x (B, L, ...)."""
+    if cu_seqlens is not None:
+        return cu_seqlens.diff()
+    return torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything shorter."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -102,13 +103,14 @@ def attend(
     dropkey_seed: Tensor | None = None,
     visible_chunks: int = 1,
     seen: Tensor | None = None,
+    attention: Callable = chunked_attention,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
     """:func:`normalized_attention` with a rotary table as :func:`rotated_queries_and_keys` takes it.
 
     visible_chunks: as of :func:`chunked_attention`; rotary positions then go on from chunk to chunk. seen: (S,) the steps
-    before this call; None: none.
+    before this call, where it is above 1. attention: called as :func:`chunked_attention` is.
     """
     z, v = autocast(z, v)
     num_heads = check_size("normalized_attention", "num_heads", num_heads)
@@ -125,7 +127,7 @@ def attend(
         z, gamma, beta, rotary, num_heads=num_heads, rope_base=rope_base, eps=eps, cu_seqlens=cu_seqlens,
         lengths=lengths, **grid,
     )  # fmt: skip
-    result = chunked_attention(
+    result = attention(
         q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, visible_chunks=visible_chunks, causal=causal, state=state,
         return_state=return_state, inplace_state=inplace_state, dropkey=dropkey, dropkey_seed=dropkey_seed, cu_seqlens=cu_seqlens, lengths=lengths,
     )  # fmt: skip
@@ -136,17 +138,14 @@ def attend(
 
 
 def _positions_that_go_on(
-    z: Tensor, num_heads: int, rope_base: float, seen: Tensor | None, cu_seqlens: Tensor | None
+    z: Tensor, num_heads: int, rope_base: float, seen: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, dict]:
     """A rotary table with a row for each token of z (B, L, ...), and the grid on which the token finds its row."""
     (B, L), device = z.shape[:2], z.device
-    begins = torch.arange(B, device=device) * L if cu_seqlens is None else cu_seqlens[:-1]
-    steps = torch.arange(B * L, device=device)
-    if cu_seqlens is None:
-        steps = steps % max(L, 1) if seen is None else (steps.view(B, L) - begins[:, None] + seen[:, None]).flatten()
-    elif len(begins):
-        starts = begins if seen is None else begins - seen
-        steps = steps - starts[torch.bucketize(steps, cu_seqlens[1:], right=True).clamp(max=len(begins) - 1)]
-    rows = max(B * L, 1)
+    rows, steps = max(B * L, 1), torch.arange(max(B * L, 1), device=device)  # a table has a row at least
+    offsets = torch.arange(B + 1, device=device) * L if cu_seqlens is None else cu_seqlens
+    begins = offsets[:-1]
+    if len(begins):
+        steps -= (begins - seen)[torch.bucketize(steps, offsets[1:], right=True).clamp(max=len(begins) - 1)]
     table = rotary_table_of(steps, z.shape[2] // num_heads, rope_base, accumulation_dtype(z.dtype))
     return table, {"chunk_size": rows, "position": begins.clamp(max=rows - 1)}
