@@ -22,7 +22,7 @@ def run(session: Session, data: list[str] | None) -> None:
     settings = dict(size=size, chunk=CHUNK, data=data)
     rate = loss.train_by_sweep(session, f"{size} {models.MEGALODON}", tokens, model=models.MEGALODON, **settings)
     for model in models.ABLATIONS:
-        loss.train_seeds(session, f"{size} {model}", tokens, rate, model=model, **settings)
+        loss.train_seeds(session, f"{size} {model}", tokens, rate, session.seeds(), model=model, **settings)
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
