@@ -392,9 +392,9 @@ def test_a_claim_that_is_stopped_says_how_it_goes_on(tmp_path, capsys, monkeypat
     assert main(["loss", "--out", str(tmp_path), "--hours", "0.00001"]) == 130
 
 
-def test_the_plan_of_everything_fits_half_a_day(tmp_path, capsys):
+def test_the_plan_of_everything_fits_a_night(tmp_path, capsys):
     assert main(["all", "--plan", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(CLAIMS) + 1 and float(lines[-1].split()[1]) <= 12 and lines[-1].endswith("h")
+    assert len(lines) == len(CLAIMS) + 1 and float(lines[-1].split()[1]) <= 14 and lines[-1].endswith("h")
     with pytest.raises(SystemExit, match="holds no results"):
         main(["report", "--out", str(tmp_path)])
