@@ -96,7 +96,7 @@ def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tenso
     results |= {f"state {name}": tensor.detach().clone() for name, tensor in named_tensors(after).items()}
     position = after.layers[0].attention.position
     for name in results:
-        if name.endswith((".k", ".v")):  # rows from the position on hold nothing
+        if name.endswith((".k", ".v", "_k")):  # rows from the position on hold nothing
             empty = torch.arange(results[name].shape[1]) >= position[:, None]
             results[name][empty] = 0
         if name.endswith(".residual"):  # counts with the values that it belongs to
@@ -134,7 +134,12 @@ def _past(work: Work, model: mo.Megalodon) -> mo.MegalodonState:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.clone().requires_grad_() if tensor.is_floating_point() or tensor.is_complex() else tensor
 
-    layers = [layer._replace(norm=_leaves(layer.norm, leaf), cema=leaf(layer.cema)) for layer in state.layers]
+    layers = []
+    for layer in state.layers:
+        recurrent = {
+            name: leaf(getattr(layer, name)) for name in ("cema", "memory", "memory_mass") if hasattr(layer, name)
+        }
+        layers.append(layer._replace(norm=_leaves(layer.norm, leaf), **recurrent))
     return mo.MegalodonState(tuple(layers), _leaves(state.norm, leaf))
 
 

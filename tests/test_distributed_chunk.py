@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 EXACT, FLOAT32 = 1e-10, 1e-5
 C = 8  # the tiny model's chunk
 
-TWO = dict(visible_chunks=2)
+FORMS = {
+    "two chunks": dict(visible_chunks=2),
+    "memory": dict(working_memory=True),
+    "memory, two chunks": dict(working_memory=True, visible_chunks=2),
+}
 ALL = dict(swiglu=True, rescale_nffn=True, share_emb=True, scale_emb=True)
 CASES = {
     "dense": Work((16, 8, 11), rows=2),
@@ -32,14 +36,24 @@ CASES = {
     "ranks without columns": Work((0, 16, 0, 3), rows=2),
     "the last rank without columns": Work((24, 0), rows=2),
     "the last rank alone": Work((0, 0, 5), rows=2),
-    "two chunks": Work((16, 8, 11), rows=2, config=TWO),
-    "two chunks, padded with a state": Work(
-        (13, 8, 13), rows=4, lengths=(34, 14, 0, 24), past=(3, C + 3, 3, 2 * C + 3), config=TWO
-    ),
-    "two chunks, packed with a state, recomputed": Work(
-        (12, 8, 10), cu_seqlens=(1, 6, 6, 29), past=(3, 5, C + 2), config=TWO | dict(layerwise_ckpt=True)
-    ),
-    "two chunks, short pieces with a state": Work((5, 8, 0, 2), rows=2, past=(3, 2 * C + 3), config=TWO),
+    **{
+        f"{form}, {case}": Work(config={**FORMS[form], **recomputed}, **batch)
+        for form in FORMS
+        for case, recomputed, batch in (
+            ("dense", {}, dict(pieces=(16, 8, 11), rows=2)),
+            (
+                "padded, a state",
+                {},
+                dict(pieces=(13, 8, 13), rows=4, lengths=(34, 14, 0, 24), past=(3, C + 3, 3, 2 * C + 3)),
+            ),
+            (
+                "packed, a state, recomputed",
+                {"layerwise_ckpt": True},
+                dict(pieces=(12, 8, 8, 10), cu_seqlens=(1, 6, 6, 37), past=(3, 5, C + 2)),
+            ),
+            ("short pieces, a state", {}, dict(pieces=(5, 8, 0, 2), rows=2, past=(3, 2 * C + 3))),
+        )
+    },
     "without gradients": Work((16, 13), rows=2, past=(0, 8), grad=False),
 }
 
@@ -85,7 +99,7 @@ def test_equals_one_process_at_random_cuts(ranks, data):
     if data.draw(st.booleans()):
         past = st.integers(0, 3).map(lambda n: C * n)
         work = replace(work, past=tuple(data.draw(past) for _ in range(work.sequences)))
-    config = dict(layerwise_ckpt=data.draw(st.booleans()), visible_chunks=data.draw(st.integers(1, 2)))
+    config = data.draw(st.sampled_from([{}, *FORMS.values()])) | dict(layerwise_ckpt=data.draw(st.booleans()))
     work = replace(work, config=config, grad=data.draw(st.booleans()))
     error, where = worst(ranks.run(compare, count, work))
     assert error < EXACT, where

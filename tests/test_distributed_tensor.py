@@ -141,7 +141,10 @@ def test_what_cannot_be_split_is_refused_on_every_rank(ranks):
     assert "`mesh` must have a size of tensor that divides norm_num_groups = 1, got 2" in groups
     assert "divides value_dim = 25" in values and "divides ffn_hidden_dim = 41" in hidden
     assert "divides num_heads = 3 or that it divides, got 2" in heads
-    assert two == "parallelize: `mesh` must have tensor = 1 for a model with attention to two chunks, got 2."
+    assert (
+        two
+        == "parallelize: `mesh` must have tensor = 1 for a model with a working memory or attention to two chunks, got 2."
+    )
     assert "such as layers.0.mega.wv.extra; merge adapters first" in others
     assert "`tokens` must be the same on the ranks 0, 1, got int64 (1, 9) of checksum " in tokens
 

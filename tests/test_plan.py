@@ -99,7 +99,10 @@ WRONG = {
     "groups": (dict(mesh={"tensor": 3}), ValueError, "`mesh` must have a size of tensor that divides the norm groups (64), got 3"),
     "chunks": (dict(mesh={"chunk": 3}), ValueError, "`mesh` must have a size of chunk that divides the chunks of the context (8), got 3"),
     "part of a chunk": (dict(context=10240), ValueError, "`mesh` must have a size of chunk that divides the chunks of the context (2.5), got 2"),
-    "memory": (dict(config=mo.MegalodonConfig(working_memory=True)), ValueError, "`mesh` must have chunk = 1 for a model with a working memory, got 2"),
+    "memory": (
+        dict(config=mo.MegalodonConfig(working_memory=True), mesh={"tensor": 2}), ValueError,
+        "`mesh` must have tensor = 1 for a model with a working memory or attention to two chunks, got 2",
+    ),
     "context": (dict(context=0), ValueError, "`context` must be a positive integer below 2^31, got 0"),
     "storage": (dict(param_dtype=torch.bfloat16, autocast=True), ValueError, "`param_dtype` must be float32, or `dtype` without"),
 }  # fmt: skip

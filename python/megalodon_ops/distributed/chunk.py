@@ -2,8 +2,8 @@
 
 A block is not changed: hooks of torch give `timestep_norm` and `cema` the states that their piece begins with. Before
 an op's own pass, each rank makes the state that its piece ends with when begun from nothing, sends it to all, and
-merges what the pieces before its own have sent (merge.py). No rank waits for another one's pass. Where attention sees
-two chunks, each rank hands the keys and values of its last chunk on to the next.
+merges what the pieces before its own have sent (merge.py; of a working memory, memory.py). No rank waits for another
+one's pass. Where attention sees two chunks, each rank hands the keys and values of its last chunk on to the next.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..model.blocks import BlockState
 from ..model.layers import ComplexEMA, TimestepNorm
+from ..ops.adaptive_working_memory import kept_rows, read_write_and_keep
 from ..ops.cema import cema_end_state
 from ..ops.chunked_attention import chunked_attention
 from ..ops.library import accumulation_dtype
-from ..ops.states import AttentionState, TimestepNormState
+from ..ops.states import AttentionState, TimestepNormState, WorkingMemoryState
 from ..ops.timestep_norm import timestep_norm_end_state
 from .exchange import hand_on, send_to_all
+from .memory import memory_of_piece
 from .merge import merged_cema, merged_norm, norm_in_float64
 from .pieces import Pieces
+from .states import Block, flat_recurrent, recurrent_fields
 
 
 class Hooks:
@@ -38,8 +40,9 @@ class Hooks:
     def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
         self._group = group
         self._pieces: Pieces | None = None
-        self._start: BlockState | None = None
+        self._start: Block | None = None
         self._arriving: tuple | None = None  # the poles, and the ends of cema on their way
+        self._memory: list[Tensor] | None = None  # memory and mass of the state
         for block in model.layers:
             half = block.mega
             half.register_forward_pre_hook(self.enter_block, with_kwargs=True)
@@ -48,6 +51,8 @@ class Hooks:
             half.cema.register_forward_pre_hook(self.before_cema, with_kwargs=True)
             if half.config.visible_chunks > 1:
                 half.attention = self.attention_behind
+            if half.config.working_memory:
+                half.memory = self.memory_behind
             half.register_forward_hook(self.leave_block, always_call=True)
         model.output.final_norm.register_forward_pre_hook(self.before_norm, with_kwargs=True)
 
@@ -85,7 +90,7 @@ class Hooks:
             p, q, _, _ = layer.coefficients()
             t, options = _exchanged(self._pieces, output[0])
             ends = cema_end_state(t, p, q, **options)
-            start = None if self._start is None else torch.view_as_real(self._start.cema)
+            start = None if self._start is None else flat_recurrent(self._start)
             self._arriving = q, *send_to_all(torch.view_as_real(ends), start, self._group)
 
     def before_cema(self, module: ComplexEMA, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -96,34 +101,67 @@ class Hooks:
         q, ends, start, work = self._arriving
         self._arriving = None
         work.wait()
-        ends, start = torch.view_as_complex(ends), None if start is None else torch.view_as_complex(start)
+        ends = torch.view_as_complex(ends)
+        start, *self._memory = (None,) * 3 if start is None else recurrent_fields(start, like=self._start)
         state = merged_cema(q, ends, pieces.sources, pieces.steps, _of_open(pieces, start))
         return args, kwargs | {"state": _with_rest(pieces, state, start)}
 
     def attention_behind(
-        self, q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, state: AttentionState | None,
-        cu_seqlens: Tensor | None, lengths: Tensor | None, return_state: bool, **options: Any,
+        self, q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, state: AttentionState | None, return_state: bool,
+        cu_seqlens: Tensor | None, lengths: Tensor | None, **options: Any,
     ) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
-        """`chunked_attention` of the piece behind the last chunk of the piece before, whose own results are not used."""
+        """`chunked_attention` of the piece, behind the last chunk of the piece before."""
         added = 0
-        if (pieces := self._pieces) is not None:
-            last = torch.cat([_last_steps(pieces, x, state, name, chunk_size) for name, x in (("k", k), ("v", v))], -1)
-            before = hand_on(last, pieces.after, pieces.before, self._group)
-            before = before if pieces.sources else before[:, :0]
-            added, sizes = before.shape[1], [k.shape[-1], v.shape[-1]]
-            q = F.pad(q, (0, 0, 0, 0, added, 0))
-            k, v = (torch.cat(parts, 1) for parts in zip(before.split(sizes, -1), (k, v)))
-            cu_seqlens = None if cu_seqlens is None else torch.cat([cu_seqlens[:1], cu_seqlens[1:] + added])
-            lengths = None if lengths is None else lengths + added * (lengths > 0)
+        if self._pieces is not None:
+            kept = None if state is None else (state.k, state.v, state.position)
+            (q, k, v), added, (cu_seqlens, lengths) = self._behind(q, k, v, kept, chunk_size, cu_seqlens, lengths)
         result = chunked_attention(
             q, k, v, chunk_size=chunk_size, state=state, cu_seqlens=cu_seqlens, lengths=lengths,
             return_state=return_state, **options,
         )  # fmt: skip
         return (result[0][:, added:], result[1]) if return_state else result[:, added:]
 
+    def memory_behind(
+        self, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
+        cu_seqlens: Tensor | None, lengths: Tensor | None, *options: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """`read_write_and_keep` of the piece, from the memory that the pieces before it have written."""
+        added = 0
+        if (pieces := self._pieces) is not None:
+            if state is not None:
+                memory, mass = self._memory
+                rows = slice(pieces.first, pieces.first + pieces.count) if pieces.is_packed else slice(None)
+                state = WorkingMemoryState(memory[rows], mass[rows], state.k[rows], state.position[rows], state.v)
+            if visible_chunks > 1:
+                kept = None
+                if state is not None:
+                    kept = state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks)
+                (q, k, v), added, (cu_seqlens, lengths) = self._behind(q, k, v, kept, chunk_size, cu_seqlens, lengths)
+            state = memory_of_piece(k, v, chunk_size, visible_chunks, state, pieces, self._group)
+        o, *rest = read_write_and_keep(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, *options)
+        return o[:, added:], *rest
+
+    def _behind(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None, chunk_size: int,
+        cu_seqlens: Tensor | None, lengths: Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
+        """q, k, v behind the last chunk of the piece before, whose q is 0, by how many steps they grew, and where sequences end.
+
+        kept: the keys and values of the state, and how many of them there are.
+        """
+        pieces = self._pieces
+        own_k, own_v = (_last_steps(pieces, x, kept, which, chunk_size) for which, x in enumerate((k, v)))
+        before = hand_on(torch.cat([own_k, own_v], -1), pieces.after, pieces.before, self._group)
+        before = before if pieces.sources else before[:, :0]
+        added, sizes = before.shape[1], [k.shape[-1], v.shape[-1]]
+        k, v = (torch.cat(parts, 1) for parts in zip(before.split(sizes, -1), (k, v)))
+        cu_seqlens = None if cu_seqlens is None else torch.cat([cu_seqlens[:1], cu_seqlens[1:] + added])
+        lengths = None if lengths is None else lengths + added * (lengths > 0)
+        return (F.pad(q, (0, 0, 0, 0, added, 0)), k, v), added, (cu_seqlens, lengths)
+
     def leave_block(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forgets what the block needs no more."""
-        self._pieces = self._start = None
+        self._pieces = self._start = self._memory = None
 
 
 def _exchanged(pieces: Pieces, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -133,22 +171,24 @@ def _exchanged(pieces: Pieces, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return x, {} if pieces.lengths is None else {"lengths": torch.tensor(pieces.lengths, device=x.device)}
 
 
-def _last_steps(pieces: Pieces, x: Tensor, state: AttentionState | None, name: str, C: int) -> Tensor:
+def _last_steps(
+    pieces: Pieces, x: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None, which: int, chunk_size: int
+) -> Tensor:
     """(R, C, ...): keys or values x of the last chunk of the sequences that are open where the piece ends.
 
-    A chunk that began before the whole batch has its first steps in the state. Of sequences that end in the piece, of which
-    no other piece reads, the steps are any.
+    A chunk that began before the whole batch has its first steps in `kept`. Of sequences that end in the piece, of which no
+    other piece reads, the steps are any.
     """
     begin, end = pieces.tail or (0, x.shape[1])
-    own = x[:, max(begin, end - C) : end]
-    missing = C - own.shape[1]
-    if state is None or not missing:
+    own = x[:, max(begin, end - chunk_size) : end]
+    missing = chunk_size - own.shape[1]
+    if kept is None or not missing:
         return F.pad(own, (0, 0, 0, 0, missing, 0))
-    cache, position = getattr(state, name), state.position
+    cache, count = kept[which], kept[2]
     if pieces.is_packed:
-        cache, position = cache[-1:], position[-1:]
-    kept = (position[:, None] + torch.arange(-missing, 0, device=position.device)).clamp(min=0)
-    return torch.cat([cache[torch.arange(len(cache), device=kept.device)[:, None], kept], own], 1)
+        cache, count = cache[-1:], count[-1:]
+    rows = (count[:, None] + torch.arange(-missing, 0, device=count.device)).clamp(min=0)
+    return torch.cat([cache[torch.arange(len(cache), device=count.device)[:, None], rows], own], 1)
 
 
 def _of_open(pieces: Pieces, start: Tensor | None) -> Tensor | None:

@@ -86,13 +86,10 @@ def check_mesh(caller: str, mesh: object) -> dict[str, int]:
 
 def check_can_cut(caller: str, config: MegalodonConfig, sizes: Mapping[str, int]) -> None:
     """Raises where a dimension cannot split a model of this configuration, whatever its size is."""
-    for dimension, what, has in (
-        ("chunk", "a working memory", config.working_memory),
-        ("tensor", "a working memory", config.working_memory),
-        ("tensor", "attention to two chunks", config.visible_chunks > 1),
-    ):
-        if has and (size := sizes.get(dimension, 1)) > 1:
-            raise ValueError(f"{caller}: `mesh` must have {dimension} = 1 for a model with {what}, got {size}.")
+    if (size := sizes.get("tensor", 1)) > 1 and (config.working_memory or config.visible_chunks > 1):
+        raise ValueError(
+            f"{caller}: `mesh` must have tensor = 1 for a model with a working memory or attention to two chunks, got {size}."
+        )
 
 
 def batch_and_tensor(mesh: DeviceMesh, *, replicate: bool) -> tuple[DeviceMesh, DeviceMesh]:

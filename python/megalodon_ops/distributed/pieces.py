@@ -40,6 +40,10 @@ class Pieces:
         """Whether a sequence begins in this piece, and so from the state that is given."""
         return self.count > int(self.continues) if self.is_packed else self.begin == 0
 
+    def open_begins_here(self) -> bool:
+        """Whether the sequences that are open where the piece ends began in it, and not before."""
+        return not self.sources or self.count > 1
+
 
 def pieces_of(
     rank: int, piece_lengths: Sequence[int], *, rows: int, chunk_size: int, cu_seqlens: Sequence[int] | None = None,

@@ -223,9 +223,9 @@ def _waited_for(
 ) -> list[tuple[str, int, int, int]]:  # fmt: skip
     """The exchanges inside of a sequence: name, bytes gathered or reduced in a step, devices, their stride in ranks.
 
-    Of states, one all-gather a layer and op brings what the devices of a sequence end with; its backward sends as much.
-    Where attention sees two chunks, each device but the first receives the keys and values of one chunk, and each but the
-    last their gradients.
+    Of states, one all-gather a layer and op brings what the devices of a sequence end with, of a working memory two; the
+    backward sends as much. Where attention sees two chunks, each device but the first receives the keys and values of one
+    chunk, the memory's too, and each but the last their gradients.
     The devices of `tensor` gather, in a block, t, CEMA's output and the feed-forward half's input, and scatter the sums
     of wh2 and fc2; for the loss they gather the last layer and the output matrix. The backward is the opposite of each.
     A block that is computed again stops before fc2's sum, unless the backward needs the sum.
@@ -234,8 +234,13 @@ def _waited_for(
     chunk, tensor = mesh["chunk"], mesh["tensor"]
     of_norm = 2 * config.norm_num_groups * 8  # float64
     of_block = of_norm + 2 * dim * config.cema_ndim * 4
+    if config.working_memory:
+        K, V = config.z_dim // config.num_heads, config.value_dim // config.num_heads
+        of_block += config.num_heads * K * (1 + V + K) * 4
     forward, backward = (chunk * rows * (n * layers * of_block + of_norm) // tensor for n in (again, 1))
-    last_chunk = rows * config.chunk_size * (config.z_dim + config.value_dim) * dtype.itemsize
+    last_chunk = (
+        (1 + config.working_memory) * rows * config.chunk_size * (config.z_dim + config.value_dim) * dtype.itemsize
+    )
     handed_on = (config.visible_chunks - 1) * layers * (again + 1) * last_chunk
     channels, summed = (rows * length * dim * kind.itemsize for kind in (stream, dtype))
     ends = channels + config.num_outputs * dim * stream.itemsize

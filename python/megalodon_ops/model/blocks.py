@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MegalodonConfig, check_config
-from ..ops.adaptive_working_memory import kept_rows, read_and_write
-from ..ops.chunked_attention import chunked_attention, chunked_attention_state, chunked_attention_state_
+from ..ops.adaptive_working_memory import read_write_and_keep
+from ..ops.chunked_attention import chunked_attention
 from ..ops.gated_silu import gated_silu
 from .layers import (
     ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, reset_all_parameters,
@@ -20,7 +20,6 @@ from ..ops.library import accumulation_dtype, autocast, int64_or_none, is_export
 from ..ops.normalized_attention import attend
 from ..ops.normalized_qk import normalized_qk, rotary_table
 from ..ops.states import AttentionState, TimestepNormState, WorkingMemoryState, fields_of, named_in_programs
-from ..ops.two_chunk_attention import two_chunk_attention_state
 
 
 @named_in_programs
@@ -98,7 +97,7 @@ class NormalizedAttention(WideParameters):
         torch.Size([2, 10, 64])
     """
 
-    attention = staticmethod(chunked_attention)  # chunk parallel has another
+    attention, memory = staticmethod(chunked_attention), staticmethod(read_write_and_keep)  # chunk parallel has others
 
     def __init__(self, config: MegalodonConfig) -> None:
         check_config("NormalizedAttention", config, any_form=True)
@@ -199,30 +198,19 @@ class NormalizedAttention(WideParameters):
 
     def _read_and_write(
         self, z: Tensor, v: Tensor, state: MemoryBlockState | None, with_state: bool, inplace: bool, **sequences
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """What z reads of the working memory (B, L, H * V), and the memory's fields of the state, k if `with_state`."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What z reads of the working memory (B, L, H * V), and the memory's fields of the state, if `with_state`."""
         config = self.config
         z, v = autocast(z, v)
         q, k = normalized_qk(  # in chunks of one step no position turns them
             z, self.gamma[2:], self.beta[2:], num_heads=config.num_heads, chunk_size=1, eps=config.norm_eps, **sequences
         )  # fmt: skip
         cu_seqlens, lengths = (int64_or_none(sequences.get(name)) for name in ("cu_seqlens", "lengths"))
-        memory, C = None if state is None else MemoryBlockState(*state).working_memory(), config.chunk_size
-        v = v.unflatten(-1, (config.num_heads, -1))
-        read, M, mass = read_and_write(q, k, v, C, config.visible_chunks, memory, cu_seqlens, lengths, with_state)
-        if with_state:
-            visible = config.visible_chunks
-            kept = (None,) * 3
-            if memory is not None:
-                kept = memory.k, memory.v[..., :0].contiguous(), kept_rows(memory.position, C, visible)
-            new = k.detach(), v[..., :0].detach()
-            if inplace and memory is not None and visible == 1:
-                chunked_attention_state_(*new, *kept, C, cu_seqlens, lengths)
-                k = memory.k
-            else:
-                append = two_chunk_attention_state if visible == 2 else chunked_attention_state
-                k, _, _ = append(*new, *kept, C, cu_seqlens, lengths)
-        return read.flatten(-2), (M, mass, k)
+        read, *memory = self.memory(
+            q, k, v.unflatten(-1, (config.num_heads, -1)), config.chunk_size, config.visible_chunks,
+            None if state is None else MemoryBlockState(*state).working_memory(), cu_seqlens, lengths, with_state, inplace,
+        )  # fmt: skip
+        return read.flatten(-2), memory
 
 
 class NormalizedFFN(WideParameters):

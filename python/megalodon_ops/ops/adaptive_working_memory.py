@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .arrays import call_with_arrays
-from .chunked_attention import chunked_attention_state
+from .chunked_attention import chunked_attention_state, chunked_attention_state_
 from .library import (
     accumulation_dtype, autocast, call, define_op, empty_like, int64_or_none, launch, num_sequences, num_steps,
 )  # fmt: skip
@@ -109,6 +109,25 @@ def read_and_write(
         adaptive_working_memory_fwd, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks,
         cu_seqlens, lengths, to_end,
     )  # fmt: skip
+
+
+def read_write_and_keep(
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
+    cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What :func:`read_and_write` gives, and k of the state after it, if `to_end`; `inplace` writes k of the given state."""
+    o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, to_end)
+    if not to_end:
+        return o, memory, mass, k[:, :0]
+    kept = (None,) * 3
+    if state is not None:
+        kept = state.k, state.v[..., :0].contiguous(), kept_rows(state.position, chunk_size, visible_chunks)
+    new = k.detach(), v[..., :0].detach()
+    if inplace and state is not None and visible_chunks == 1:
+        chunked_attention_state_(*new, *kept, chunk_size, cu_seqlens, lengths)
+        return o, memory, mass, state.k
+    append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
+    return o, memory, mass, append(*new, *kept, chunk_size, cu_seqlens, lengths)[0]
 
 
 def kept_rows(position: Tensor, chunk_size: int, visible_chunks: int) -> Tensor:
