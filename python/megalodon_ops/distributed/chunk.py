@@ -123,23 +123,25 @@ class Hooks:
 
     def memory_behind(
         self, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
-        cu_seqlens: Tensor | None, lengths: Tensor | None, *options: bool,
+        cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """`read_write_and_keep` of the piece, from the memory that the pieces before it have written."""
-        added = 0
-        if (pieces := self._pieces) is not None:
-            if state is not None:
-                memory, mass = self._memory
-                rows = slice(pieces.first, pieces.first + pieces.count) if pieces.is_packed else slice(None)
-                state = WorkingMemoryState(memory[rows], mass[rows], state.k[rows], state.position[rows], state.v)
-            if visible_chunks > 1:
-                kept = None
-                if state is not None:
-                    kept = state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks)
-                (q, k, v), added, (cu_seqlens, lengths) = self._behind(q, k, v, kept, chunk_size, cu_seqlens, lengths)
-            state = memory_of_piece(k, v, chunk_size, visible_chunks, state, pieces, self._group)
-        o, *rest = read_write_and_keep(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, *options)
-        return o[:, added:], *rest
+        if (pieces := self._pieces) is None:
+            return read_write_and_keep(
+                q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, to_end, inplace
+            )  # fmt: skip
+        kept, added = None, 0
+        if state is not None:
+            memory, mass = self._memory
+            rows = slice(pieces.first, pieces.first + pieces.count) if pieces.is_packed else slice(None)
+            state = WorkingMemoryState(memory[rows], mass[rows], state.k[rows], state.position[rows], state.v)
+            kept = state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks)
+        if visible_chunks > 1:
+            (q, k, v), added, (cu_seqlens, lengths) = self._behind(q, k, v, kept, chunk_size, cu_seqlens, lengths)
+        o, *after = memory_of_piece(
+            q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, inplace, pieces, self._group
+        )  # fmt: skip
+        return o[:, added:], *after
 
     def _behind(
         self, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None, chunk_size: int,

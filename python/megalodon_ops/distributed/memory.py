@@ -1,13 +1,13 @@
-r"""The working memory that a piece of a sequence begins with, from what the pieces before it have written.
+r"""The working memory of a piece of a sequence, which goes on from what the pieces before it have written.
 
 A chunk turns a memory M into (1 - r) M + r P^T (V - F M), which is affine in M once its shares r are known, and these
 follow from the masses z alone, which add up. So over the pieces before a piece, in order,
 
     z <- log(exp(z) + exp(z_j));  M <- A_j M + B_j
 
-A piece in which the sequence begins knows its own end: M is B, and A is 0. Another one writes a memory of K columns
-more, which begins as (0 | I) and ends as (B | A). This takes two exchanges and a second pass over what is written; the
-last rank, after which no one asks, leaves that pass out.
+There are two exchanges. First all ranks send z_j, which takes no pass. Then a piece in which the sequence begins runs,
+and its end is B, with an A of 0; meanwhile another one writes a memory of K columns more, which begins as (0 | I) and
+ends as (B | A). Those run after the second exchange. The last rank, of which no one asks A and B, waits for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..ops.adaptive_working_memory import end_position, read_and_write
+from ..ops.adaptive_working_memory import kept_rows, read_and_write, read_write_and_keep
 from ..ops.library import accumulation_dtype
 from ..ops.states import WorkingMemoryState
 from .exchange import send_to_all
@@ -28,48 +28,49 @@ NOTHING = -1e4
 
 
 def memory_of_piece(
-    k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None, pieces: Pieces,
-    group: ProcessGroup,
-) -> WorkingMemoryState:  # fmt: skip
-    """The state that the S sequences of a piece begin with.
+    q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
+    cu_seqlens: Tensor | None, lengths: Tensor | None, inplace: bool, pieces: Pieces, group: ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`read_write_and_keep` to the end of a piece.
 
     Args:
-        k, v: (B, L, H, ...) as of the op. Where attention sees two chunks, those of the chunk before the piece come first
-            if there is one.
+        q, k, v, cu_seqlens, lengths: where attention sees two chunks, the chunk before the piece comes first if there is
+            one.
         state: what the sequences that begin in the piece go on from; the row of one that began before it is any. None:
             all begin from nothing.
     """
     rows, added = visible_chunks * chunk_size, (visible_chunks - 1) * chunk_size if pieces.sources else 0
     if state is None:
         state = _new(k, v, rows, pieces.count if pieces.is_packed else len(k))
-    if begins_here := pieces.open_begins_here():
-        first, last, of_open = 0, k.shape[1], state
-        if pieces.is_packed:
-            first, last = (added + column for column in pieces.tail)
-            of_open = WorkingMemoryState(*(x[-1:] for x in (state if pieces.count else _new(k, v, rows, 1))))
-        written = k[:, first:last], v[:, first:last]
-        memory, mass = _end(*written, chunk_size, visible_chunks, of_open)
-        end = F.pad(memory, (0, k.shape[3]))
-    else:
-        steps = (k.shape[1] - added) // chunk_size * chunk_size
-        written = k[:, :steps], v[:, :steps]
-        mass = F.pad(written[0].to(state.mass.dtype), (0, 0, 0, 0, 1, 0), value=NOTHING).logsumexp(1)
-    masses = _sent(mass, group)
+    grid, sequences = (chunk_size, visible_chunks), (cu_seqlens, lengths)
+    begin, end = (added + column for column in pieces.tail or (0, k.shape[1] - added))
+    of_open = WorkingMemoryState(*(x[-1:] for x in state)) if pieces.is_packed else state
+    opens_here = pieces.open_begins_here() and len(of_open.mass) > 0
+    if not opens_here:
+        begin, end = 0, (k.shape[1] - added) // chunk_size * chunk_size  # the steps that the piece writes
+    open_k, open_v = k[:, begin:end], v[:, begin:end]
+    masses = _sent(_mass_after(open_k, *grid, of_open) if opens_here else _mass_of(open_k), group)
     mass = torch.cat([torch.full_like(masses[:1], NOTHING), masses[[*pieces.sources]]]).logsumexp(0)
-    if not begins_here:
-        end = _change(*written, chunk_size, mass, is_asked=pieces.after is not None)
-    ends = _sent(end, group)
+    if not pieces.sources:
+        o, *after = read_write_and_keep(q, k, v, *grid, state, *sequences, True, inplace)
+        memory = after[0][-1:].sum(0, keepdim=True) if pieces.is_packed else after[0]
+        ends = _sent(F.pad(memory, (0, k.shape[3])), group)
+        return o + (masses[:0].sum() + ends[:0].sum()), *after  # what is sent counts in the backward, as on all ranks
+    if opens_here:
+        _, memory, _ = read_and_write(open_k.detach(), open_k, open_v, *grid, of_open, None, None, True)
+        change = F.pad(memory, (0, k.shape[3]))
+    else:
+        change = _change(open_k, open_v, chunk_size, mass, is_asked=pieces.after is not None)
+    ends = _sent(change, group)
     memory = ends[:0].sum(0)[..., : v.shape[3]]
     for source in pieces.sources:
         more, factor = ends[source].split([v.shape[3], k.shape[3]], -1)
         memory = factor @ memory + more
-    if not pieces.sources:  # the sums of nothing take part in the backward, as on all ranks
-        return state._replace(memory=state.memory + memory, mass=state.mass + masses[:0].sum(0))
     begun = _new(k, v, rows, len(memory))
     begun = begun._replace(memory=memory, mass=mass, k=begun.k + 2 * NOTHING, position=begun.position + rows)
-    if not pieces.is_packed:
-        return begun
-    return WorkingMemoryState(*(torch.cat([one, others[1:]]) for one, others in zip(begun, state)))
+    if pieces.is_packed:
+        begun = WorkingMemoryState(*(torch.cat([one, others[1:]]) for one, others in zip(begun, state)))
+    return read_write_and_keep(q, k, v, *grid, begun, *sequences, True, inplace)
 
 
 def _new(k: Tensor, v: Tensor, rows: int, sequences: int) -> WorkingMemoryState:
@@ -81,23 +82,31 @@ def _new(k: Tensor, v: Tensor, rows: int, sequences: int) -> WorkingMemoryState:
     return WorkingMemoryState(memory, torch.zeros_like(memory[..., 0]), keys, position, values)
 
 
-def _end(
-    k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState
-) -> tuple[Tensor, Tensor]:
-    """Memory and mass after the steps of sequences that begin with a state."""
-    _, memory, mass = read_and_write(k.detach(), k, v, chunk_size, visible_chunks, state, None, None, True)
-    is_written = end_position(k, state, None, None) >= visible_chunks * chunk_size
-    return memory, mass.where(is_written[:, None, None], NOTHING)
+def _mass_of(k: Tensor) -> Tensor:
+    """(R, H, K) of what keys (R, n, H, K) write."""
+    return F.pad(k.to(accumulation_dtype(k.dtype)), (0, 0, 0, 0, 1, 0), value=NOTHING).logsumexp(1)
+
+
+def _mass_after(k: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState) -> Tensor:
+    """(R, H, K) after keys (R, n, H, K) that follow a state."""
+    rows, n, device = state.k.shape[1], k.shape[1], k.device
+    kept = kept_rows(state.position, chunk_size, visible_chunks)[:, None]
+    written = ((kept + n) // chunk_size - visible_chunks + 1) * chunk_size
+    cached = torch.arange(rows, device=device)
+    counts = torch.cat([(cached < kept) & (cached < written), kept + torch.arange(n, device=device) < written], 1)
+    is_begun = (state.position >= rows)[:, None, None]
+    logits = torch.cat([state.k, k], 1).masked_fill(~counts[..., None, None], 2 * NOTHING)
+    return torch.logaddexp(state.mass.where(is_begun, NOTHING), _mass_of(logits))
 
 
 def _change(k: Tensor, v: Tensor, chunk_size: int, mass: Tensor, *, is_asked: bool) -> Tensor:
     """(R, H, K, V + K), B and A, of writing complete chunks to a memory of this mass; zeros, if it is not asked for."""
     (R, H, K), V = mass.shape, v.shape[3]
     if not is_asked:
-        return (0 * mass)[..., None].expand(R, H, K, V + K)
+        return mass.mul(0)[..., None].expand(R, H, K, V + K)
     v = F.pad(v, (0, K))
-    start = _new(k, v, chunk_size, R)
     identity = F.pad(torch.eye(K, dtype=mass.dtype, device=mass.device), (V, 0)).expand(R, H, K, V + K)
+    start = _new(k, v, chunk_size, R)
     start = start._replace(memory=identity, mass=mass, position=start.position + chunk_size)
     return read_and_write(k.detach(), k, v, chunk_size, 1, start, None, None, True)[1]
 
