@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
-from cases import Case, Tensors, evaluate
+from calls import evaluate
+from cases import Case, Tensors
 from torch import Tensor
 
 from megalodon_ops import reference

@@ -1,17 +1,16 @@
-"""Calls of the ops as data, so that one piece of code can run any op, through any implementation, with gradients."""
+"""Calls of the ops as data, so that one piece of code (calls.py) can run any op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops.states import AttentionState, TimestepNormState, WorkingMemoryState
+from megalodon_ops.ops.states import AttentionState
 
-Function = Callable[..., Any]
 Tensors = dict[str, Tensor]
 
 
@@ -63,198 +62,6 @@ class Case:
 
     def with_options(self, **options: Any) -> Case:
         return replace(self, options=self.options | options)
-
-
-@dataclass(frozen=True)
-class Op:
-    """How to call an op: its inputs in order, `tokens` (B, L, ...) first, and its outputs by name."""
-
-    tokens: tuple[str, ...]
-    parameters: tuple[str, ...]
-    outputs: tuple[str, ...]  # (B, L, ...); none where the op returns the end state alone
-    call: Callable[[Function, list[Tensor], Tensors, dict[str, Any]], Tensors]
-    constant_state: bool = False  # a cut inside a chunk cuts the gradient, too
-    whole: bool = False  # each step sees its whole sequence: no state, no pieces
-
-
-def _call_cema(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    y, state = function(*inputs, state=tensors.get("state"), return_state=True, **options)
-    return {"y": y, "state": state}
-
-
-def _call_timestep_norm(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    options = dict(options)
-    count, residual = options.pop("count", None), options.pop("residual", None)
-    state = None if count is None else TimestepNormState(count, tensors["mean"], tensors["var"], residual)
-    y, state = function(*inputs, state=state, return_state=True, **options)
-    return {"y": y, "mean": state.mean, "var": state.var, "count": state.count}
-
-
-def _call_cema_end_state(
-    function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]
-) -> Tensors:
-    return {"state": function(*inputs, **options)}
-
-
-def _call_timestep_norm_end_state(
-    function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]
-) -> Tensors:
-    state = function(*inputs, **options)
-    return {"mean": state.mean, "var": state.var, "count": state.count}
-
-
-def _call_normalized_qk(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    q, k = function(*inputs, **options)
-    return {"q": q, "k": k}
-
-
-def _call_attention(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    if not options.get("causal", True):  # then there is no state
-        return {"o": function(*inputs, **options)}
-    o, state = function(*inputs, return_state=True, **options)
-    return {"o": o, "state.k": state.k, "state.v": state.v, "state.position": state.position}
-
-
-def _call_memory(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    options = dict(options)
-    if kept := options.pop("kept", None):
-        options["state"] = WorkingMemoryState(tensors["memory"], tensors["mass"], kept.k, kept.position, kept.v)
-    o, state = function(*inputs, return_state=True, **options)
-    return {"o": o} | {f"state.{field}" if field in "kv" else field: t for field, t in state._asdict().items()}
-
-
-def _call_whole(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    return {"y": function(*inputs, **options)}
-
-
-OPS = {
-    "cema": Op(("x",), ("p", "q", "gamma", "omega"), ("y",), _call_cema),
-    "timestep_norm": Op(("x",), ("weight", "bias"), ("y",), _call_timestep_norm),
-    "cema_end_state": Op(("x",), ("p", "q"), (), _call_cema_end_state),
-    "timestep_norm_end_state": Op(("x",), (), (), _call_timestep_norm_end_state),
-    "normalized_qk": Op(("z",), ("gamma", "beta"), ("q", "k"), _call_normalized_qk),
-    "chunked_attention": Op(("q", "k", "v"), (), ("o",), _call_attention, constant_state=True),
-    "normalized_attention": Op(("z", "v"), ("gamma", "beta"), ("o",), _call_attention, constant_state=True),
-    "adaptive_working_memory": Op(("q", "k", "v"), (), ("o",), _call_memory, constant_state=True),
-    "sequence_norm": Op(("x",), ("weight", "bias"), ("y",), _call_whole, whole=True),
-    "bidirectional_cema": Op(("x",), ("p", "q", "gamma", "omega"), ("y",), _call_whole, whole=True),
-}
-
-
-def forward(function: Function, case: Case) -> Tensors:
-    op = OPS[case.op]
-    return op.call(function, [case.tensors[name] for name in op.tokens + op.parameters], case.tensors, case.options)
-
-
-def evaluate(function: Function, case: Case, incoming: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
-    """Returns the outputs by name and the gradient of every tensor as "d<name>", given random incoming gradients.
-
-    `incoming` may replace an incoming gradient: it gets the output's name and the random gradient.
-    """
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
-    outputs = forward(function, replace(case, tensors=leaves))
-    gen = generator(1)
-    grads = {name: _random_gradient(gen, o, case.dtype) for name, o in outputs.items() if o.requires_grad}
-    if incoming:
-        grads = {name: incoming(name, grad) for name, grad in grads.items()}
-    found = torch.autograd.grad(
-        [outputs[name] for name in grads], list(leaves.values()), list(grads.values()), materialize_grads=True
-    )
-    results = {name: output.detach() for name, output in outputs.items()}
-    return results | {f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}
-
-
-def _random_gradient(gen: torch.Generator, output: Tensor, rounding: torch.dtype) -> Tensor:
-    parts = torch.view_as_real(output) if output.is_complex() else output
-    grad = randn(gen, *parts.shape, dtype=rounding).to(parts.dtype)
-    return torch.view_as_complex(grad) if output.is_complex() else grad
-
-
-def carried(op: str, results: Tensors) -> Tensors:
-    """The results that a cut of the sequence leaves unchanged: all, or outputs alone where the state is a constant."""
-    names = [name for name in results if not (OPS[op].constant_state and name.startswith("d"))]
-    return {name: results[name] for name in names}
-
-
-def streamed(function: Function, op: str, pieces: Sequence[int]) -> Function:
-    """A function like `function` that feeds the sequence in pieces of these lengths, passing the state on.
-
-    End states of the pieces are merged.
-    """
-    count = len(OPS[op].tokens)
-
-    def run(*inputs: Tensor, lengths: Tensor | None = None, **options: Any) -> Any:
-        tokens, parameters, start, outputs = inputs[:count], inputs[count:], 0, []
-        state = options.pop("state", None)
-        position = options.pop("position", None)
-        for size in pieces:
-            part = [token[:, start : start + size] for token in tokens]
-            ends = None if lengths is None else (lengths - start).clamp(0, size)
-            if op == "normalized_qk":
-                first = (0 if position is None else position) + torch.full((len(part[0]),), start)
-                first = first % options["chunk_size"]
-                outputs.append(function(*part, *parameters, lengths=ends, position=first, **options))
-            elif not OPS[op].outputs:
-                state = merged(op, parameters, state, function(*part, *parameters, lengths=ends, **options), size, ends)
-            else:
-                output, state = function(*part, *parameters, lengths=ends, state=state, **options)
-                outputs.append(output)
-            start += size
-        if op == "normalized_qk":
-            return tuple(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
-        return (torch.cat(outputs, dim=1), state) if outputs else state
-
-    return run
-
-
-def merged(op: str, parameters: Sequence[Tensor], before: Any, after: Any, size: int, ends: Tensor | None) -> Any:
-    """The end state of two pieces, of which the second has `size` steps, or `ends`; `before` is None at the start."""
-    if before is None:
-        return after
-    if op == "cema_end_state":
-        _, q = parameters
-        steps = torch.full((len(after),), size) if ends is None else ends
-        return q ** steps[:, None, None] * before + after
-    count = before.count + after.count
-    share = (after.count.to(before.mean.dtype) / count.clamp(min=1))[:, None]
-    d = after.mean - before.mean
-    var = before.var + share * ((after.var - before.var) + (1 - share) * d * d)
-    return TimestepNormState(count, before.mean + share * d, var)
-
-
-def packed(function: Function, op: str, before: int = 0, after: int = 0) -> Function:
-    """A function like `function` that packs the rows into one, with cu_seqlens, and unpacks the result.
-
-    The packed row also holds `before` and `after` tokens of NaN that are in no sequence.
-    """
-    count = len(OPS[op].tokens)
-
-    def run(*inputs: Tensor, lengths: Tensor | None = None, **options: Any) -> Any:
-        tokens, parameters = inputs[:count], inputs[count:]
-        B, L = tokens[0].shape[:2]
-        ends = [L] * B if lengths is None else lengths.tolist()
-
-        def pack(token: Tensor) -> Tensor:
-            def padding(n: int) -> Tensor:
-                return token.new_full((n, *token.shape[2:]), torch.nan)
-
-            rows = [token[row, :end] for row, end in enumerate(ends)]
-            return torch.cat([padding(before), *rows, padding(after)])[None]
-
-        cu_seqlens = before + torch.tensor([0, *ends]).cumsum(0)
-
-        def unpack(output: Tensor) -> Tensor:
-            rows = [output[0, a:b] for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
-            return torch.stack([torch.cat([row, row.new_zeros(L - len(row), *row.shape[1:])]) for row in rows])
-
-        result = function(*map(pack, tokens), *parameters, cu_seqlens=cu_seqlens, **options)
-        if isinstance(result, Tensor):
-            return unpack(result) if OPS[op].outputs else result
-        if op == "normalized_qk":
-            return tuple(map(unpack, result))
-        return (unpack(result[0]), result[1]) if OPS[op].outputs else result
-
-    return run
 
 
 def cema_case(

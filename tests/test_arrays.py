@@ -15,7 +15,8 @@ import pytest
 import torch
 from array_kinds import Bare, Named, as_tensors, function, on_arrays, read_only
 from assertions import assert_bit_equal
-from cases import BUILDERS, OPS, SMALL, forward
+from calls import OPS, forward
+from cases import BUILDERS, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import run_python

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_bit_equal
+from calls import OPS, forward
 from cases import (
-    OPS,
     Case,
     cema_case,
     cema_end_state_case,
     chunked_attention_case,
-    forward,
     normalized_attention_case,
     normalized_qk_case,
     timestep_norm_case,

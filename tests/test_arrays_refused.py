@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from array_kinds import Bare, function, on_arrays, read_only
-from cases import OPS, SMALL, forward
+from calls import OPS, forward
+from cases import SMALL
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 

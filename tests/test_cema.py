@@ -16,7 +16,8 @@ from assertions import (
     with_references,
 )
 from backends import each_implementation, every_backend, wide_every_backend
-from cases import cema_case, evaluate, forward, streamed
+from calls import evaluate, forward, streamed
+from cases import cema_case
 from golden import TOLERANCE, golden_case, golden_config
 
 import megalodon_ops as mo

@@ -9,7 +9,8 @@ import pytest
 import torch
 from assertions import assert_all_close, assert_bit_equal, assert_matches_reference, every_case
 from backends import needs_gpu
-from cases import BUILDERS, OPS, WITH_STATE, Case, chunked_attention_case, evaluate, forward
+from calls import OPS, evaluate, forward
+from cases import BUILDERS, WITH_STATE, Case, chunked_attention_case
 from cuda_emulator.sanitized import small_cases
 from models import tiny_model, tokens_of
 from programs import run_python

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_bit_equal
-from cases import cema_end_state_case, evaluate, forward
+from calls import evaluate, forward
+from cases import cema_end_state_case
 from test_cuda_cema import DTYPES, MANY_MODES, MODES, SEQUENCES, TILES
 from test_cuda_timestep_norm import sectors
 from test_ops import assert_matches_reference

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
-from cases import cema_case, evaluate, generator, randn
+from calls import evaluate
+from cases import cema_case, generator, randn
 
 import megalodon_ops as mo
 from megalodon_ops import _C

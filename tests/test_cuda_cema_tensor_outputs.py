@@ -6,7 +6,8 @@ import megalodon_ops as mo
 import pytest
 import torch
 from assertions import assert_as_accurate_as, assert_bit_equal, every_case
-from cases import cema_case, forward, generator, randn
+from calls import forward
+from cases import cema_case, generator, randn
 from megalodon_ops import _C
 
 LOCAL, OUTPUT = "cema_mma_local_kernel", "cema_mma_output_kernel"

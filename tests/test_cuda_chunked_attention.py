@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal, assert_close
-from cases import chunked_attention_case, forward
+from calls import forward
+from cases import chunked_attention_case
 from cuda_emulator.emulator import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st

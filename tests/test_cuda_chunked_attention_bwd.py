@@ -10,7 +10,8 @@ from functools import partial
 import pytest
 import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
-from cases import chunked_attention_case, evaluate
+from calls import evaluate
+from cases import chunked_attention_case
 from cuda_emulator.emulator import FOLDER, DeviceTensor
 
 import megalodon_ops as mo

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_bit_equal
-from cases import chunked_attention_case, forward
+from calls import forward
+from cases import chunked_attention_case
 
 import megalodon_ops as mo
 from megalodon_ops import _C, AttentionState

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BUILDERS, OPS, evaluate
+from calls import OPS, evaluate
+from cases import BUILDERS
 from programs import run_python
 from test_package import needs_cuda_kernels
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_bit_equal
-from cases import Case, evaluate, forward, normalized_qk_case
+from calls import evaluate, forward
+from cases import Case, normalized_qk_case
 from test_ops import assert_matches_reference
 
 import megalodon_ops as mo

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_bit_equal, assert_close
-from cases import BUILDERS, OPS, WITH_STATE, evaluate
+from calls import OPS, evaluate
+from cases import BUILDERS, WITH_STATE
 from cuda_emulator.emulator import BINDINGS, Emulator
 from hypothesis import given, settings
 from strategies import CASES

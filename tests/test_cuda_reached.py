@@ -8,7 +8,8 @@ import subprocess
 import pytest
 import torch
 from assertions import assert_matches_reference
-from cases import cema_case, chunked_attention_case, evaluate, forward, normalized_qk_case, timestep_norm_case
+from calls import evaluate, forward
+from cases import cema_case, chunked_attention_case, normalized_qk_case, timestep_norm_case
 from cuda_emulator import reached
 from cuda_emulator.emulator import FOLDER
 from cuda_emulator.reached import Place, Reached

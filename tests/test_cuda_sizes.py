@@ -9,12 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_close, assert_close, assert_matches_reference
+from calls import evaluate, forward
 from cases import (
     cema_case,
     cema_end_state_case,
     chunked_attention_case,
-    evaluate,
-    forward,
     normalized_qk_case,
     timestep_norm_case,
     timestep_norm_end_state_case,

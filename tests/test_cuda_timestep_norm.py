@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_all_close, assert_bit_equal, assert_close
-from cases import Case, evaluate, forward, timestep_norm_case
+from calls import evaluate, forward
+from cases import Case, timestep_norm_case
 from cuda_emulator.emulator import Emulator
 from hypothesis import given
 from hypothesis import strategies as st

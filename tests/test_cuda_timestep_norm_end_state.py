@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_bit_equal
-from cases import evaluate, forward, timestep_norm_end_state_case
+from calls import evaluate, forward
+from cases import timestep_norm_end_state_case
 from cuda_emulator.emulator import Emulator
 from hypothesis import given
 from hypothesis import strategies as st

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_bit_equal
-from cases import BUILDERS, WITH_STATE, Case, evaluate
+from calls import evaluate
+from cases import BUILDERS, WITH_STATE, Case
 from cuda_emulator.emulator import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -20,7 +20,8 @@ from assertions import (
     references,
 )
 from backends import every_backend
-from cases import Case, chunked_attention_case, evaluate, forward, normalized_attention_case
+from calls import evaluate, forward
+from cases import Case, chunked_attention_case, normalized_attention_case
 from test_flops import counted
 from test_plan_memory import allocated
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -6,14 +6,8 @@ import pytest
 import torch
 from assertions import assert_bit_equal
 from backends import every_backend
-from cases import (
-    cema_case,
-    cema_end_state_case,
-    evaluate,
-    forward,
-    timestep_norm_case,
-    timestep_norm_end_state_case,
-)
+from calls import evaluate, forward
+from cases import cema_case, cema_end_state_case, timestep_norm_case, timestep_norm_end_state_case
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -16,14 +16,8 @@ from assertions import (
     with_references,
 )
 from backends import ISA_PARAMS, SLOW_EMULATED, every_backend, wide_every_backend
-from cases import (
-    BUILDERS,
-    Case,
-    cema_end_state_case,
-    evaluate,
-    forward,
-    timestep_norm_end_state_case,
-)
+from calls import evaluate, forward
+from cases import BUILDERS, Case, cema_end_state_case, timestep_norm_end_state_case
 from test_cema import HARD_POLES, HARD_SHAPES
 from test_timestep_norm import HARD_VALUES, SHAPES
 

@@ -7,15 +7,13 @@ import math
 
 import pytest
 import torch
+from calls import OPS, evaluate, forward
 from cases import (
     BUILDERS,
-    OPS,
     adaptive_working_memory_case,
     cema_case,
     cema_end_state_case,
     chunked_attention_case,
-    evaluate,
-    forward,
     normalized_qk_case,
     timestep_norm_case,
     timestep_norm_end_state_case,

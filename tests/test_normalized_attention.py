@@ -12,7 +12,8 @@ from assertions import (
     with_references,
 )
 from backends import every_backend
-from cases import evaluate, forward, normalized_attention_case
+from calls import evaluate, forward
+from cases import normalized_attention_case
 
 import megalodon_ops as mo
 from megalodon_ops import AttentionState

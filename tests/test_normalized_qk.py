@@ -6,7 +6,8 @@ import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_close, assert_refuses, with_references
 from backends import every_backend
-from cases import evaluate, forward, generator, normalized_qk_case, randn
+from calls import evaluate, forward
+from cases import generator, normalized_qk_case, randn
 
 import megalodon_ops as mo
 

@@ -8,18 +8,8 @@ import pytest
 import torch
 from assertions import TOLERANCE, assert_all_close, assert_bit_equal, assert_matches_reference, every_case
 from backends import DEVICES, EVERY_BACKEND, FAST, WIDE_DEVICES
-from cases import (
-    BUILDERS,
-    OPS,
-    SMALL,
-    WITH_STATE,
-    carried,
-    chunked_attention_case,
-    evaluate,
-    forward,
-    packed,
-    streamed,
-)
+from calls import OPS, carried, evaluate, forward, packed, streamed
+from cases import BUILDERS, SMALL, WITH_STATE, chunked_attention_case
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CASES, pieces

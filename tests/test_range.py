@@ -16,16 +16,8 @@ from assertions import (
     with_references,
 )
 from backends import DEVICES, each_isa, every_backend, isa
-from cases import (
-    cema_case,
-    chunked_attention_case,
-    evaluate,
-    forward,
-    generator,
-    normalized_qk_case,
-    randn,
-    timestep_norm_case,
-)
+from calls import evaluate, forward
+from cases import cema_case, chunked_attention_case, generator, normalized_qk_case, randn, timestep_norm_case
 from hypothesis import assume, given
 from hypothesis import strategies as st
 

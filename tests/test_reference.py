@@ -7,20 +7,8 @@ import math
 import pytest
 import torch
 from assertions import assert_all_close, assert_close
-from cases import (
-    BUILDERS,
-    OPS,
-    carried,
-    cema_case,
-    chunked_attention_case,
-    evaluate,
-    forward,
-    generator,
-    packed,
-    randn,
-    streamed,
-    timestep_norm_case,
-)
+from calls import OPS, carried, evaluate, forward, packed, streamed
+from cases import BUILDERS, cema_case, chunked_attention_case, generator, randn, timestep_norm_case
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CASES

@@ -11,12 +11,11 @@ import pytest
 import torch
 from assertions import assert_bit_equal, every_case
 from backends import each_isa, isa
+from calls import OPS, evaluate
 from cases import (
-    OPS,
     cema_case,
     cema_end_state_case,
     chunked_attention_case,
-    evaluate,
     generator,
     normalized_attention_case,
     normalized_qk_case,

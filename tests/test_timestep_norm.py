@@ -13,7 +13,8 @@ from assertions import (
     with_references,
 )
 from backends import ISA_PARAMS, each_implementation, every_backend, wide_every_backend
-from cases import evaluate, generator, randn, timestep_norm_case, uniform
+from calls import evaluate
+from cases import generator, randn, timestep_norm_case, uniform
 from golden import TOLERANCE, golden_case, golden_config
 from torch.utils._pytree import tree_map
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from assertions import assert_close, assert_matches_reference, assert_refuses
 from backends import DEVICES, each_implementation, wide_every_device
-from cases import bidirectional_cema_case, evaluate, forward, sequence_norm_case
+from calls import evaluate, forward
+from cases import bidirectional_cema_case, sequence_norm_case
 
 import megalodon_ops as mo
 

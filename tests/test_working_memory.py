@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from assertions import assert_all_close, assert_bit_equal, assert_close
-from cases import adaptive_working_memory_case, evaluate
+from calls import evaluate
+from cases import adaptive_working_memory_case
 from models import tiny_model, tokens_of
 from safetensors.torch import load_file
 

@@ -54,7 +54,8 @@ def run_plants(library: Path, names: list[str], *, bug: bool) -> None:
 
 def run_ops(library: Path, names: list[str]) -> None:
     """Outputs and gradients of each op's cases, in each dtype, on aligned and unaligned memory, but not in each on both."""
-    from cases import BUILDERS, evaluate
+    from calls import evaluate
+    from cases import BUILDERS
     from cuda_emulator.emulator import BINDINGS, Emulator, load
 
     import megalodon_ops as mo
