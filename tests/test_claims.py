@@ -42,6 +42,7 @@ TITLES = {
     "tasks": "Tasks",
     "encoder": "Encoder",
     "gecko-tasks": "Successor",
+    "gecko-loss": "Text",
 }
 
 
