@@ -113,8 +113,7 @@ class Hooks:
         """`chunked_attention` of the piece, behind the last chunk of the piece before."""
         added = 0
         if self._pieces is not None:
-            kept = None if state is None else (state.k, state.v, state.position)
-            (q, k, v), added, (cu_seqlens, lengths) = self._behind(q, k, v, kept, chunk_size, cu_seqlens, lengths)
+            (q, k, v), added, (cu_seqlens, lengths) = self._behind(q, k, v, state, chunk_size, cu_seqlens, lengths)
         result = chunked_attention(
             q, k, v, chunk_size=chunk_size, state=state, cu_seqlens=cu_seqlens, lengths=lengths,
             return_state=return_state, **options,
@@ -135,7 +134,7 @@ class Hooks:
             memory, mass = self._memory
             rows = slice(pieces.first, pieces.first + pieces.count) if pieces.is_packed else slice(None)
             state = WorkingMemoryState(memory[rows], mass[rows], state.k[rows], state.position[rows], state.v)
-            kept = state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks)
+            kept = AttentionState(state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks))
         if visible_chunks > 1:
             (q, k, v), added, (cu_seqlens, lengths) = self._behind(q, k, v, kept, chunk_size, cu_seqlens, lengths)
         o, *after = memory_of_piece(
@@ -144,16 +143,16 @@ class Hooks:
         return o[:, added:], *after
 
     def _behind(
-        self, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None, chunk_size: int,
+        self, q: Tensor, k: Tensor, v: Tensor, kept: AttentionState | None, chunk_size: int,
         cu_seqlens: Tensor | None, lengths: Tensor | None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
         """q, k, v behind the last chunk of the piece before, whose q is 0, by how many steps they grew, and where sequences end.
 
-        kept: the keys and values of the state, and how many of them there are.
+        kept: what the state of the piece's sequences has kept of the steps before them.
         """
         pieces = self._pieces
-        own_k, own_v = (_last_steps(pieces, x, kept, which, chunk_size) for which, x in enumerate((k, v)))
-        before = hand_on(torch.cat([own_k, own_v], -1), pieces.after, pieces.before, self._group)
+        last = [_last_steps(pieces, x, kept, name, chunk_size) for name, x in (("k", k), ("v", v))]
+        before = hand_on(torch.cat(last, -1), pieces.after, pieces.before, self._group)
         before = before if pieces.sources else before[:, :0]
         added, sizes = before.shape[1], [k.shape[-1], v.shape[-1]]
         k, v = (torch.cat(parts, 1) for parts in zip(before.split(sizes, -1), (k, v)))
@@ -173,10 +172,8 @@ def _exchanged(pieces: Pieces, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return x, {} if pieces.lengths is None else {"lengths": torch.tensor(pieces.lengths, device=x.device)}
 
 
-def _last_steps(
-    pieces: Pieces, x: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None, which: int, chunk_size: int
-) -> Tensor:
-    """(R, C, ...): keys or values x of the last chunk of the sequences that are open where the piece ends.
+def _last_steps(pieces: Pieces, x: Tensor, kept: AttentionState | None, name: str, chunk_size: int) -> Tensor:
+    """(R, C, ...): the last chunk of the sequences that are open where the piece ends, of x, which `kept` has under a name.
 
     A chunk that began before the whole batch has its first steps in `kept`. Of sequences that end in the piece, of which no
     other piece reads, the steps are any.
@@ -186,7 +183,7 @@ def _last_steps(
     missing = chunk_size - own.shape[1]
     if kept is None or not missing:
         return F.pad(own, (0, 0, 0, 0, missing, 0))
-    cache, count = kept[which], kept[2]
+    cache, count = getattr(kept, name), kept.position
     if pieces.is_packed:
         cache, count = cache[-1:], count[-1:]
     rows = (count[:, None] + torch.arange(-missing, 0, device=count.device)).clamp(min=0)
