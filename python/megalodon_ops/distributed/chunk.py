@@ -146,7 +146,7 @@ class Hooks:
         self, q: Tensor, k: Tensor, v: Tensor, kept: AttentionState | None, chunk_size: int,
         cu_seqlens: Tensor | None, lengths: Tensor | None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
-        """q, k, v behind the last chunk of the piece before, whose q is 0, by how many steps they grew, and where sequences end.
+        """q, k, v behind the last chunk of the piece before, whose q is 0; how many steps that is; where sequences end.
 
         kept: what the state of the piece's sequences has kept of the steps before them.
         """
