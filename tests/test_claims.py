@@ -34,16 +34,9 @@ RESULTS = Path(report.__file__).with_name("results")
 CLAIMS_PAGE = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## )", CLAIMS_PAGE, re.M | re.S))
 TITLES = {
-    "loss": "Loss",
-    "speed": "Speed",
-    "memory": "Memory",
-    "context": "Context",
-    "ablation": "Parts",
-    "tasks": "Tasks",
-    "encoder": "Encoder",
-    "gecko-tasks": "Successor",
-    "gecko-loss": "Text",
-}
+    "loss": "Loss", "speed": "Speed", "memory": "Memory", "context": "Context", "ablation": "Parts", "tasks": "Tasks",
+    "encoder": "Encoder", "gecko-tasks": "Successor", "gecko-loss": "Text",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

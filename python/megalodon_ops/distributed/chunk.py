@@ -2,8 +2,9 @@
 
 A block is not changed: hooks of torch give `timestep_norm` and `cema` the states that their piece begins with. Before
 an op's own pass, each rank makes the state that its piece ends with when begun from nothing, sends it to all, and
-merges what the pieces before its own have sent (merge.py; of a working memory, memory.py). No rank waits for another
-one's pass. Where attention sees two chunks, each rank hands the keys and values of its last chunk on to the next.
+merges what the pieces before its own have sent (merge.py). No rank waits for another one's pass, but for the first one's
+over a working memory (memory.py). Where attention sees two chunks, each rank hands the keys and values of its last
+chunk on to the next.
 """
 
 from __future__ import annotations

@@ -83,8 +83,9 @@ def whole_state(
         norm, (cema, *memory) = recurrent(layer.norm, layer, None if of_old is None else of_old.norm, of_old)
         seen = lengths if of_old is None else of_old.attention.position + lengths
         position = kept_rows(seen, config.chunk_size, config.visible_chunks)
+        filled = int(position.max())
         caches = zip(_caches(layer), [None] * 3 if of_old is None else _caches(of_old))
-        k, v, *memory_k = (kept(new, others, int(position.max())) for new, others in caches)
+        k, v, *memory_k = (kept(new, others, filled) for new, others in caches)
         state = BlockState(norm, cema, AttentionState(k, v, position))
         if memory:
             matrix, mass = memory
