@@ -69,12 +69,13 @@ def train_seeds(
         )  # fmt: skip
 
 
-def sweep(loss: Callable[[float], float | None], rates: tuple[float, ...]) -> float:
-    """The rate of the lowest loss; where losses are only planned, which is None, the middle one or the best that has been run."""
+def sweep(loss: Callable[[float], float | None], rates: tuple[float, ...], more: int = LONGER) -> float:
+    """The rate of the lowest loss, of `rates` and up to `more` further ones while the best is at an end; where losses are only
+    planned, which is None, the middle one or the best that has been run."""
     found = {rate: loss(rate) for rate in rates}
     if None in found.values():
         return rates[len(rates) // 2]
-    for _ in range(LONGER):
+    for _ in range(more):
         best = min(found, key=found.get)
         further = best / 2 if best == min(found) else 2 * best if best == max(found) else None
         figure = None if further is None else loss(further)
