@@ -32,10 +32,10 @@ CONFIG = dataclasses.replace(train.config("tiny", 8), num_layers=2)
 EXCHANGED = [*models.ABLATIONS]
 RESULTS = Path(report.__file__).with_name("results")
 CLAIMS_PAGE = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
-SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## )", CLAIMS_PAGE, re.M | re.S))
+SECTIONS = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## )", CLAIMS_PAGE, re.M | re.S))
 TITLES = {
     "loss": "Loss", "speed": "Speed", "memory": "Memory", "context": "Context", "ablation": "Parts", "tasks": "Tasks",
-    "encoder": "Encoder", "gecko-tasks": "Successor", "gecko-loss": "Text",
+    "encoder": "Encoder", "gecko-tasks": "Successor", "gecko-loss": "Text", "long-loss": "Longer runs",
 }  # fmt: skip
 
 
