@@ -195,18 +195,19 @@ def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
     assert gecko_tasks.verdicts(all_with({part: 0.29}, 1))["claim"] == verdict.NOT_HELD
     assert gecko_tasks.verdicts(all_with({part: 0.31}, 1))["claim"] == verdict.UNDECIDED  # more seeds are wanted
     said = gecko_tasks.verdicts(all_with({part: 0.4}))
-    better = "length 256, two chunks: better than MEGALODON in chunks of"
-    assert said["claim"] == said[f"needle, {better} 32"] == said[f"needle, {better} 128, the control"] == verdict.HELD
+    assert said["claim"] == verdict.HELD
+    better = "two chunks: better than MEGALODON in chunks of"
+    assert said[f"needle, {better} 32"] == said[f"needle, {better} 128, the control"] == "held at length 256"
     control = task_runs.Entrant(models.MEGALODON, 128)
     said = gecko_tasks.verdicts(all_with({part: 0.4, control: 0.35}))
     assert said["claim"] == verdict.NOT_HELD  # it buys something, at too high a cost
-    assert said[f"mqar, {better} 32"] == said[f"mqar, {better} 64"] == verdict.HELD
+    assert said[f"mqar, {better} 32"] == said[f"mqar, {better} 64"] == "held at length 256"
     assert gecko_tasks.control(part._replace(model="decay norm"), 128).chunk == 32
     assert "| two chunks | 32 | 12,800 | 10,240 | 0.4010 ± 0.0010 |" in gecko_tasks.table(all_with({part: 0.4}))
 
     without, on_top = gecko_tasks.WITHOUT, gecko_tasks.ON_TOP[0]
-    told = "mqar, length 256, two chunks with memory, logits of 3: better than memory, logits of 3 in chunks of 64"
-    assert gecko_tasks.verdicts(all_with({on_top: 0.8, without: 0.6}))[told] == verdict.HELD
+    told = "mqar, two chunks with memory, logits of 3: better than memory, logits of 3 in chunks of 64"
+    assert gecko_tasks.verdicts(all_with({on_top: 0.8, without: 0.6}))[told] == "held at length 256"
     assert told not in gecko_tasks.verdicts(all_with({on_top: 0.8, without: 0.75}))
 
     def bits(shown, seeds=3, lr=4e-3):

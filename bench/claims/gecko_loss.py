@@ -118,12 +118,13 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
         for of, other, least in ((paid, control(part), PAYS), *((bought, other, 0.0) for other in MEGALODONS[:2])):
             for context in CONTEXTS[2:]:
                 ours, theirs = (found.get(entrant, {}).get(context, []) for entrant in (part, other))
-                told = f"{part.model}, windows of {context}: lower than MEGALODON in chunks of {other.chunk}"
-                of[told + (f", by {least:g}" if least else "")] = verdict.lower(ours, theirs, least)
+                told = f"{part.model}: lower than MEGALODON in chunks of {other.chunk}"
+                told += f", by {least:g}" if least else ""
+                of[told, f"windows of {context}"] = verdict.lower(ours, theirs, least)
     wanted = dict.fromkeys(ENTRANTS, 1) | dict.fromkeys(promising(found), verdict.SEEDS)
     complete = all(len(found.get(entrant, {}).get(LENGTH, [])) >= seeds for entrant, seeds in wanted.items())
     claim = verdict.HELD if verdict.HELD in paid.values() else verdict.NOT_HELD if complete else verdict.UNDECIDED
-    return {"claim": claim, **paid, **bought}
+    return {"claim": claim, **verdict.decided_at(paid | bought)}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

@@ -102,7 +102,7 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
             comparisons.append((paid, part, control(part, length_of(asked)), ", the control"))
         for of, part, other, note in comparisons:
             outcome = verdict.higher(shares.get(part, []), shares.get(other, []), PAYS, verdict.OF_MANY)
-            of[f"{task}, {asked}, {described(part)}: better than {described(other)}{note}"] = outcome
+            of[f"{task}, {described(part)}: better than {described(other)}{note}", asked] = outcome
     wanted = {
         task: dict.fromkeys(entrants_of(task), 1) | dict.fromkeys(again(found, task), verdict.SEEDS) for task in RATES
     }
@@ -112,14 +112,13 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
         for entrant, seeds in wanted[task].items()
     )
     claim = verdict.HELD if verdict.HELD in paid.values() else verdict.NOT_HELD if complete else verdict.UNDECIDED
-    decided = {told: outcome for told, outcome in (paid | bought).items() if outcome != verdict.UNDECIDED}
-    return {"claim": claim, **decided}
+    return {"claim": claim, **verdict.decided_at(paid | bought)}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     found = task_runs.cells(results, ENTRANTS)
     lines = [
-        "Shares of right answers, ± over three seeds where there are as many. Comparisons below are those that are decided; all others are undecided.",
+        "Shares of right answers, ± over three seeds where there are as many.",
         "",
     ]
     for task in RATES:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 HELD, NOT_HELD, UNDECIDED = "held", "not held", "undecided"
 STANDARD_ERRORS, OF_MANY = 3.0, 5.0
@@ -54,6 +54,19 @@ def falls(curves: Sequence[Sequence[float]], least: float = 0.0) -> str:
         if mean >= 0:
             verdict = UNDECIDED
     return verdict
+
+
+def decided_at(outcomes: Mapping[tuple[str, str], str]) -> dict[str, str]:
+    """Of comparisons that are each made at several lengths: where each is decided, and all others in one."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for (comparison, at), outcome in outcomes.items():
+        if outcome != UNDECIDED:
+            found.setdefault(comparison, {}).setdefault(outcome, []).append(at)
+    shown = {
+        comparison: "; ".join(f"{outcome} at {' / '.join(lengths)}" for outcome, lengths in by_outcome.items())
+        for comparison, by_outcome in found.items()
+    }
+    return shown | ({"all others" if shown else "all comparisons": UNDECIDED} if UNDECIDED in outcomes.values() else {})
 
 
 def together(verdicts: Sequence[str]) -> str:
