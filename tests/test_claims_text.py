@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.metadata
+import os
 
 import pytest
 from bench.claims import text
@@ -31,8 +32,8 @@ def test_packages_are_those_of_the_list_and_held_out_whole(monkeypatch, tmp_path
     lines = [text.described(part, "pluggy", version, files) for part in ("train", "test")]
     other = text.sources("iniconfig", importlib.metadata.version("iniconfig"))
     lines.append(text.described("validation", "iniconfig", importlib.metadata.version("iniconfig"), other))
-    monkeypatch.setattr(text, "PACKAGES", tmp_path / "packages.txt")
-    text.PACKAGES.write_text("\n".join(lines))
+    monkeypatch.setitem(text.PACKAGES, text.PYTHON, tmp_path / "packages.txt")
+    text.PACKAGES[text.PYTHON].write_text("\n".join(lines))
     found = text.tokens(tmp_path, 300, None)
     assert found.tokenizer.vocab_size == 300 and found.facts["train bytes"] == sum(map(len, {*files}))
     assert not found.test  # what is learned from is not asked
@@ -47,10 +48,33 @@ def test_packages_are_those_of_the_list_and_held_out_whole(monkeypatch, tmp_path
         text.sources("pluggy", "0")
 
 
-def test_the_list_of_packages_is_whole():
-    lines = [line.split() for line in text.PACKAGES.read_text().splitlines()]
+def test_english_is_read_from_packages_of_debian(monkeypatch, tmp_path):
+    long = tmp_path / "a.dict.dz"
+    long.write_bytes(gzip.compress(bytes(range(256)) * 5000))
+    (tmp_path / "translations").mkdir()
+    for name, content in {"b.rst.txt": b"of b", "c.html": b"of c", "translations/d.rst.txt": b"of d"}.items():
+        (tmp_path / name).write_bytes(content)
+    program = tmp_path / "dpkg-query"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --show ] && printf 1.0 || find {tmp_path}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = text.documentation("of-nobody", "1.0")
+    assert [len(document) for document in found] == [text.MIB, 5000 * 256 - text.MIB, 4]
+    assert b"".join(found) == bytes(range(256)) * 5000 + b"of b"
+    with pytest.raises(SystemExit, match="no text of of-nobody 2.0: apt-get install of-nobody=2.0"):
+        text.documentation("of-nobody", "2.0")
+    monkeypatch.setenv("PATH", str(tmp_path / "translations"))
+    with pytest.raises(SystemExit, match="of-nobody: it is a package of Debian, and dpkg-query is not here"):
+        text.documentation("of-nobody", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("language", "train", "validation"), [(text.PYTHON, 150e6, 0.9e6), (text.ENGLISH, 80e6, 0.8e6)]
+)
+def test_the_list_of_packages_is_whole(language, train, validation):
+    lines = [line.split() for line in text.PACKAGES[language].read_text().splitlines()]
     size = {part: sum(int(line[4]) for line in lines if line[0] == part) for part, *_ in lines}
-    assert size["train"] > 150e6 and size["validation"] > 0.9e6 and size["test"] > 1.9e6
+    assert size["train"] > train and size["validation"] > validation and size["test"] > 1.8e6
     assert all(len(line) == 6 and len(line[5]) == 64 for line in lines) and len({line[1] for line in lines}) == len(
         lines
     )

@@ -147,17 +147,18 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
     long_loss.run(session, None)
     found = [*runs.results(session.path).values()]
     names = {content["run"] for content in found}
-    rates = {name.split()[4] for name in names if name.startswith("100k 512 megalodon muon")}
+    rates = {name.split()[4] for name in names if name.startswith("100k 512 megalodon muon lr=")}
     assert rates == {"lr=0.008", "lr=0.016", "lr=0.032", "lr=0.064"}  # as far as a sweep goes on
     # The Llama's AdamW, chosen with its best at an end, has a third further rate.
-    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (5 + 3) + 4 + 2 + 2
+    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (5 + 3) + 4 + 2 + 2 + 2
     assert {"1M 512 megalodon muon lr=0.016 seed=0", "1M 512 llama adamw lr=0.00025 seed=0"} <= names
+    assert "100k 512 megalodon muon English lr=0.032 seed=0" in names
     chosen = {
         (length, model): (optimizer, lr)
         for length in (512, 2048)
         for model, optimizer, lr in ((ours, "muon", 32e-3), (theirs, "adamw", 5e-4))
     }
-    assert {key: trained[3:] for key, trained in long_loss.chosen(found).items()} == chosen
+    assert {key: trained[3:5] for key, trained in long_loss.chosen(found).items()} == chosen
     said = long_loss.verdicts(found)
     assert said["rows of 512, test"] == said["claim"] == verdict.HELD
     assert said["rows of 2048, test"] == verdict.UNDECIDED
@@ -165,7 +166,7 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
     assert long_loss.verdicts(of_2048)["claim"] == verdict.UNDECIDED
     row = next(line for line in long_loss.table(found) if "muon, 0.032, chosen" in line)
     assert row.startswith(
-        "| 512 | megalodon | 1 | muon, 0.032, chosen | 3 | 1.3010 ± 0.0010 | 1.8010 ± 0.0010 | 2.0510"
+        "| Python | 512 | megalodon | 1 | muon, 0.032, chosen | 3 | 1.3010 ± 0.0010 | 1.8010 ± 0.0010 | 2.0510"
     )
 
 

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import os
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,8 +84,11 @@ def to_evaluate(texts: list[bytes]) -> list[Document]:
     return [Document([START, *text], len(text)) for text in sorted(texts, key=len, reverse=True)]
 
 
-PACKAGES = Path(__file__).with_name("packages.txt")
-"""Of each package of Python whose sources are read: its part, name and version, files, bytes, and sha256 of them"""
+PYTHON, ENGLISH = "Python", "English"
+PACKAGES = {PYTHON: Path(__file__).with_name("packages.txt"), ENGLISH: Path(__file__).with_name("english.txt")}
+"""Lists of the packages whose text is read, Python's and Debian's: part, name and version, files, bytes, and sha256 of them"""
+ENGLISH_FILES = (".rst.txt", ".pod", ".dict.dz")
+MIB = 1 << 20
 OF_TOKENIZER = 8
 """The tokenizer learns from every so many documents of the text to learn from"""
 
@@ -100,14 +104,15 @@ class Tokens(NamedTuple):
     """sha256 of the list and of the tokenizer, bytes and tokens of the text to learn from"""
 
 
-def tokens(folder: Path, vocabulary: int, paths: list[str] | None) -> Tokens:
-    """The sources of PACKAGES, or files, of which the first of eight is validation and the second test; kept in `folder`.
+def tokens(folder: Path, vocabulary: int, paths: list[str] | None, language: str = PYTHON) -> Tokens:
+    """The text of PACKAGES, or files, of which the first of eight is validation and the second test; kept in `folder`.
 
     Of equal documents the first is kept, those to learn from before those held out.
     """
     kept, folder_of_tokenizer = folder / "text.npz", folder / "tokenizer"
     if not kept.exists():
-        files = _of_paths(paths) if paths else _of_packages()
+        files = _of_paths(paths) if paths else _of_packages(language)
+        folder.mkdir(exist_ok=True)
         tokenizer = Tokenizer.train(files["train"][::OF_TOKENIZER], vocab_size=vocabulary)
         tokenizer.save(folder_of_tokenizer)
         columns = {}
@@ -146,15 +151,14 @@ def _of_paths(paths: list[str]) -> dict[str, list[bytes]]:
     return {"train": rest, "validation": documents[::8], "test": documents[1::8]}
 
 
-def _of_packages() -> dict[str, list[bytes]]:
+def _of_packages(language: str) -> dict[str, list[bytes]]:
+    read = {PYTHON: sources, ENGLISH: documentation}[language]
     parts: dict[str, list[bytes]] = {}
-    for line in PACKAGES.read_text().splitlines():
+    for line in PACKAGES[language].read_text().splitlines():
         part, name, version, *_ = line.split()
-        documents = sources(name, version)
+        documents = read(name, version)
         if described(part, name, version, documents) != line:
-            raise SystemExit(
-                f"{PACKAGES.name}: {name} {version} has other files here; pip install --force-reinstall it"
-            )
+            raise SystemExit(f"{PACKAGES[language].name}: {name} {version} has other files here; reinstall it")
         parts.setdefault(part, []).extend(documents)
     seen: set[bytes] = set()
     return {
@@ -176,6 +180,24 @@ def sources(name: str, version: str) -> list[bytes]:
     files = sorted(str(file) for file in package.files or () if file.suffix == ".py")
     documents = (Path(os.fspath(package.locate_file(file))).read_bytes() for file in files)
     return [document for document in documents if document]
+
+
+def documentation(name: str, version: str) -> list[bytes]:
+    """The texts of a package of Debian, in the order of their files' names, but for translations; cut at each MiB."""
+    try:
+        installed, files = (
+            subprocess.run(["dpkg-query", *asked, name], capture_output=True, text=True).stdout
+            for asked in (["--show", "--showformat", "${Version}"], ["--listfiles"])
+        )
+    except FileNotFoundError:
+        raise SystemExit(f"no text of {name}: it is a package of Debian, and dpkg-query is not here") from None
+    if installed != version:
+        raise SystemExit(f"no text of {name} {version}: apt-get install {name}={version}, or name text with --data")
+    chosen = sorted(
+        file for file in files.splitlines() if file.endswith(ENGLISH_FILES) and "/translations/" not in file
+    )
+    texts = [content(Path(file)) for file in chosen]
+    return [text[begin : begin + MIB] for text in texts for begin in range(0, len(text), MIB)]
 
 
 def described(part: str, name: str, version: str, documents: list[bytes]) -> str:
