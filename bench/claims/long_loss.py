@@ -148,7 +148,7 @@ def figures(results: list[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]
     for content in results:
         key = Trained(**{name: value for name, value in content["settings"].items() if name in Trained._fields})
         found.setdefault(key, []).append(loss.as_figure(pick(content["result"])))
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda of_key: (of_key[0].language != text.PYTHON, of_key)))
 
 
 def chosen(results: list[dict[str, Any]]) -> dict[tuple[int, str], Trained]:
