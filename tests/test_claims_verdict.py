@@ -150,8 +150,9 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
     rates = {name.split()[4] for name in names if name.startswith("100k 512 megalodon muon lr=")}
     assert rates == {"lr=0.008", "lr=0.016", "lr=0.032", "lr=0.064"}  # as far as a sweep goes on
     # The Llama's AdamW, chosen with its best at an end, has a third further rate.
-    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (5 + 3) + 4 + 2 + 2 + 2
-    assert {"1M 512 megalodon muon lr=0.016 seed=0", "1M 512 llama adamw lr=0.00025 seed=0"} <= names
+    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (5 + 3) + 4 + 2 + 4 + 2
+    assert {f"1M 512 megalodon muon lr={rate} seed=0" for rate in (0.016, 0.032)} <= names
+    assert {f"1M 512 llama adamw lr={rate} seed=0" for rate in (0.00025, 0.0005)} <= names
     assert "100k 512 megalodon muon English lr=0.032 seed=0" in names
     chosen = {
         (length, model): (optimizer, lr)

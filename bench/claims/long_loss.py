@@ -25,8 +25,8 @@ RULE = (
     "end, in windows of a row, decide by more than 3 standard errors. Beside these, which decide nothing: the same after "
     "a quarter and half of the run, whose rates have not come down yet; whole documents; and, of one seed with the chosen "
     "optimizer, rows of 2,048 at the chosen rate, size 1M in rows of 512 at half of it, as larger models want lower "
-    "ones, and English in rows of 512 at the chosen rate: a dictionary and technical documentation of Debian's packages "
-    "(bench/claims/english.txt), read and held out in the same way."
+    "ones, and at the chosen rate itself, and English in rows of 512 at the chosen rate: a dictionary and technical "
+    "documentation of Debian's packages (bench/claims/english.txt), read and held out in the same way."
 )
 SIZE, TOKENS, VOCABULARY = "100k", 25_000_000, 1024
 BESIDE = "1M"
@@ -88,7 +88,8 @@ def run(session: Session, data: list[str] | None) -> None:
         bits(key._replace(length=length), first)
     if not session.quick:
         for key in best:
-            bits(key._replace(size=BESIDE, lr=key.lr / 2), first)
+            for rate in (key.lr / 2, key.lr):
+                bits(key._replace(size=BESIDE, lr=rate), first)
             if data is None:
                 bits(key._replace(language=text.ENGLISH), first)
 
