@@ -150,22 +150,23 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
     rates = {name.split()[4] for name in names if name.startswith("100k 512 megalodon muon lr=")}
     assert rates == {"lr=0.008", "lr=0.016", "lr=0.032", "lr=0.064"}  # as far as a sweep goes on
     # The Llama's AdamW, chosen with its best at an end, has a third further rate.
-    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (5 + 3) + 4 + 2 + 4 + 2
+    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (5 + 3) + 4 + 2 + 2 * (2 + 2) + 2
     assert {f"1M 512 megalodon muon lr={rate} seed=0" for rate in (0.016, 0.032)} <= names
     assert {f"1M 512 llama adamw lr={rate} seed=0" for rate in (0.00025, 0.0005)} <= names
     assert "100k 512 megalodon muon English lr=0.032 seed=0" in names
     chosen = {
-        (length, model): (optimizer, lr)
+        ("100k", length, model): (optimizer, lr)
         for length in (512, 2048)
         for model, optimizer, lr in ((ours, "muon", 32e-3), (theirs, "adamw", 5e-4))
     }
-    assert {key: trained[3:5] for key, trained in long_loss.chosen(found).items()} == chosen
+    larger = {("1M", 512, ours): ("muon", 32e-3), ("1M", 512, theirs): ("adamw", 5e-4)}
+    assert {key: trained[3:5] for key, trained in long_loss.chosen(found).items()} == chosen | larger
     said = long_loss.verdicts(found)
-    assert said["rows of 512, test"] == said["claim"] == verdict.HELD
-    assert said["rows of 2048, test"] == verdict.UNDECIDED
+    assert said["100k, rows of 512, test"] == said["claim"] == said["1M, rows of 512, test"] == verdict.HELD
+    assert said["100k, rows of 2048, test"] == verdict.UNDECIDED
     of_2048 = [content for content in found if content["settings"]["length"] == 2048]
     assert long_loss.verdicts(of_2048)["claim"] == verdict.UNDECIDED
-    row = next(line for line in long_loss.table(found) if "muon, 0.032, chosen" in line)
+    row = next(line for line in long_loss.table(found) if "| 512 " in line and "muon, 0.032, chosen" in line)
     assert row.startswith(
         "| Python | 512 | megalodon | 1 | muon, 0.032, chosen | 3 | 1.3010 ± 0.0010 | 1.8010 ± 0.0010 | 2.0510"
     )
