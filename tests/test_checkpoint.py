@@ -128,6 +128,12 @@ def noise(path):
     path.write_bytes(b"x" * path.stat().st_size)
 
 
+def edit(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
 DAMAGE = {
     "short tensors": lambda folder: truncate(folder / "model.safetensors"),
     "short record": lambda folder: truncate(folder / "training.json"),
@@ -138,6 +144,9 @@ DAMAGE = {
     "missing weights": lambda folder: (folder / "model.safetensors").unlink(),
     "missing config": lambda folder: (folder / "config.json").unlink(),
     "empty record": lambda folder: (folder / "training.json").write_text("{}"),
+    "a digit of the record": lambda folder: edit(folder / "training.json", '"position": 2', '"position": 3'),
+    "a name in the record": lambda folder: edit(folder / "training.json", '"position"', '"positiom"'),
+    "no sum of the record": lambda folder: edit(folder / "training.json", '"checksum"', '"checksun"'),
     "noise": lambda folder: noise(folder / "model.safetensors"),
     "a folder for a file": lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
 }
@@ -169,7 +178,7 @@ def test_nothing_to_read(tmp_path):
 
 
 RECORDS = {
-    "another format": ({"format": 99}, r"Expected `int` <= 3 - at `\$.format`"),
+    "another format": ({"format": 99}, r"Expected `int` <= 4 - at `\$.format`"),
     "a negative step": ({"step": -1}, r"Expected `int` >= 0 - at `\$.step`"),
     "a step in words": ({"step": "one"}, r"Expected `int`, got `str` - at `\$.step`"),
     "no files": ({"files": None}, r"Expected `object`, got `null` - at `\$.files`"),

@@ -23,6 +23,7 @@ from megalodon_ops.cli.console import StopSignals
 from megalodon_ops.cli.options import Train
 from megalodon_ops.training import Metrics, adamw, read_metrics, threads
 from megalodon_ops.training.checkpoint import load_any, load_checkpoint
+from megalodon_ops.training.record import write_record
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -343,7 +344,8 @@ def test_a_place_outside_of_the_text_is_one_line(ended, capsys):
     path = max((ended / "checkpoints").iterdir()) / "training.json"
     record = json.loads(path.read_text())
     record["data"]["position"]["readers"][0] = [0, 10**9]
-    path.write_text(json.dumps(record))
+    path.unlink()
+    write_record(path.parent, record)
     assert main(["train", "--out", str(ended), "--resume", "--steps", "61"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"{path}: Batches.seek: `position` must be" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -55,10 +56,11 @@ def run(tmp_path_factory):
 
 @counts(20, 500)
 def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_path, capsys, count):
-    """A damaged file is refused; nothing guards a number of `training.json`, with which the run then goes on."""
+    """A damaged file is refused, whatever byte of it has changed; the record may be laid out anew."""
     out, text = run
     base = sorted((out / "checkpoints").iterdir())[-1]
-    want = checkpoint.load_any(base)[0].state_dict()
+    model, _, record = checkpoint.load_any(base)
+    want, wanted = model.state_dict(), json.dumps(record, sort_keys=True)
     rng = random.Random(SEED)
     bad, refused = [], 0
     for i in range(count):
@@ -76,7 +78,8 @@ def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_p
         try:
             with seconds(30):
                 try:
-                    weights = checkpoint.load_any(folder)[0].state_dict()
+                    model, _, record = checkpoint.load_any(folder)
+                    weights = model.state_dict()
                 except (FileError, FileNotFoundError):
                     weights = None
                     refused += 1
@@ -88,6 +91,8 @@ def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_p
             continue
         if weights is not None and any(not torch.equal(weights[name], want[name]) for name in want):
             bad.append((what, "other weights"))
+        if weights is not None and json.dumps(record, sort_keys=True) != wanted:
+            bad.append((what, "another record"))
         if code not in (0, 2) or (code == 2 and (err.count("\n") != 1 or not err.startswith("megalodon_ops"))):
             bad.append((what, code, err[:300]))
         of_a_run = (folder / "training.json").exists()  # without it, the folder is that of a model, which `eval` reads

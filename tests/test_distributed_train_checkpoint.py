@@ -21,6 +21,7 @@ from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.errors import FileError
 from megalodon_ops.model.files import file_sha256
 from megalodon_ops.training import Saver, adamw, load_any, load_checkpoint, save_checkpoint
+from megalodon_ops.training.record import write_record
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
@@ -284,9 +285,15 @@ def damaged(saved, tmp_path):
     newer = older.with_name("step-00000004")
     shutil.copytree(older, newer)
     path = newer / "training.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 4}))
+    content = json.loads(path.read_text())
+    path.unlink()
+    write_record(newer, {**content, "step": 4})
     assert load_checkpoint(tmp_path / "run").step == 4
     return newer
+
+
+def change_digit(path):
+    path.write_text(path.read_text().replace('"position": 5', '"position": 6'))
 
 
 DAMAGE = {
@@ -295,6 +302,7 @@ DAMAGE = {
     "missing": lambda path: (path / "__3_0.distcp").unlink(),
     "no metadata": lambda path: (path / ".metadata").unlink(),
     "short metadata": lambda path: os.truncate(path / ".metadata", 1000),
+    "a digit of the record": lambda path: change_digit(path.with_name("training.json")),
 }
 
 

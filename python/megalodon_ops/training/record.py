@@ -1,7 +1,8 @@
-"""`training.json` of a checkpoint: what the training program says, and the sizes and sha256 sums of the other files."""
+"""`training.json` of a checkpoint: what the training program says, and sha256 sums of itself and of the other files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,9 +18,10 @@ from ..ops.values import check_integer
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-FORMAT = 3
+FORMAT = 4
 """Counts the changes of the files' content; checkpoints of another format are not read"""
 RECORD = "training.json"
+CHANGED = "was changed after it was written: its checksum is another"
 
 
 class Record(msgspec.Struct):
@@ -33,6 +35,7 @@ class Record(msgspec.Struct):
     """Name of the class"""
     files: dict[str, dict[str, Any]]
     """`bytes` and `sha256` of each"""
+    checksum: str  # of the other fields, however they are laid out
     mesh: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
     """Sizes by dimension, where several processes have written the folder"""
 
@@ -59,19 +62,27 @@ def write_record(folder: Path, content: dict[str, Any]) -> None:
     """Writes `training.json` beside the files that are in the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): _facts(path) for path in paths}
-    (folder / RECORD).write_text(json.dumps({**content, "files": files}, indent=1) + "\n")
+    content = {**content, "files": files}
+    (folder / RECORD).write_text(json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n")
 
 
 def read_record(folder: Path, *, verify: bool) -> dict[str, Any]:
-    """The content of `training.json`, whose own fields are checked; `verify` compares the files with it, too."""
+    """The content of `training.json`, whose own fields and checksum are checked; `verify` compares the files, too."""
     content = read_json(folder / RECORD)
     with reading(folder / RECORD):
         record = msgspec.convert(content, Record)
+        if record.checksum != _checksum(content):
+            raise ValueError(CHANGED)
     for name, facts in record.files.items() if verify else ():
         path = folder / name
         if file_size(path) != facts.get("bytes") or _facts(path) != facts:
-            raise FileError(f"{path}: was changed after it was written: its checksum is another")
+            raise FileError(f"{path}: {CHANGED}")
     return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    others = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _facts(path: Path) -> dict[str, Any]:
