@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from functools import partial
 
@@ -309,6 +310,34 @@ def test_a_launch_that_is_started_again_goes_on(ranks, split, text, tmp_path):
     results = ranks.run(command, 2, [*arguments, "--seed", "1"])
     assert [result.code for result in results] == [2, 2]
     assert "--seed: the run in " in results[0].err + results[1].err
+
+
+def test_processes_go_on_with_a_run_of_their_own_options_alone(ranks, alone, text, tmp_path):
+    """Options that are not named are compared, too; a run of others stays as it is, and the same command goes on."""
+    out = tmp_path / "run"
+    shutil.copytree(alone, out)
+    (out / ".lock").unlink(missing_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    named = flags(text, out, *STEPS)
+    no_rate = [word for word in named if word not in ("--lr", "0.01")]
+    for arguments, message in (
+        (
+            ["train", "--data", str(text), "--out", str(out)],
+            f"--dim: the run in {out} has 32, got 128; go on with --resume",
+        ),
+        (no_rate, f"--lr: the run in {out} has 0.01, got 0.04; go on with --resume"),
+        (
+            [*named, "--steps", "7"],
+            f"--steps: the run in {out} has 6, got 7; go on with --resume, or start another run",
+        ),
+    ):
+        results = ranks.run(command, 2, arguments)
+        assert [result.code for result in results] == [2, 2], arguments
+        assert message in results[0].err + results[1].err
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
+    results = ranks.run(command, 2, named)
+    assert [result.code for result in results] == [0, 0], results
+    assert f"{out}: finished after step 6" in results[0].out
 
 
 def test_the_folder_of_several_processes_has_a_name(ranks, text):

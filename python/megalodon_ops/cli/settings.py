@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -94,21 +94,28 @@ def begun(options: Train, out: Path) -> Run:
 
 
 def resumed(options: Train, out: Path, saved: Checkpoint) -> Run:
-    """The run that has saved a checkpoint, with what it is given anew."""
+    """The run that has saved a checkpoint, with what it is given anew; without --resume, all options must be the run's."""
     record = TrainRecord.of(saved.folder, saved.record)
     if record is None:
         raise CommandError(f"--resume {out}: another program than `train` has written this run")
-    config = saved.config.to_dict()
-    for name in options.given - MAY_CHANGE:
-        old, new = config.get(config_field(name), getattr(record.options, name)), getattr(options, name)
-        if new != old:
+    old = _values(record.options, saved.config)
+    new = options.record() if options.resume else _values(*begun(options, out)[:2])
+    for name in sorted(options.given - MAY_CHANGE) if options.resume else old:
+        if new[name] != old[name]:
+            fix = "leave the flag out" if options.resume else "go on with --resume"
             raise CommandError(
-                f"{flag_of(name)}: the run in {out} has {old}, got {new}; leave the flag out, or start another run"
+                f"{flag_of(name)}: the run in {out} has {old[name]}, got {new[name]}; {fix}, or start another run"
             )
     tokenizer = saved.tokenizer() or ByteTokenizer()
     if options.tokenizer is not None and read_tokenizer(options.tokenizer).fingerprint != tokenizer.fingerprint:
         raise CommandError(f"--tokenizer {options.tokenizer}: the run in {out} has another; leave the flag out")
     return Run(_absolute(_over(record.options, options)), saved.config, tokenizer)
+
+
+def _values(options: Train, config: MegalodonConfig) -> dict[str, Any]:
+    """Values of all options of a run; those of the model are the configuration's."""
+    model = config.to_dict()
+    return {name: model.get(config_field(name), value) for name, value in options.record().items()}
 
 
 def _absolute(options: Train) -> Train:
