@@ -1,14 +1,18 @@
 """`train`: what a run leaves and prints, how it is stopped, resumed and kept from harm."""
 
 import argparse
+import gzip
 import itertools
 import json
+import lzma
 import os
+import random
 import re
 import shutil
 import signal
 import sys
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalodon_ops.cli import main
 from megalodon_ops.cli import train as cli_train
 from megalodon_ops.cli.console import StopSignals
+from megalodon_ops.cli.evaluate import compressed_bits
 from megalodon_ops.cli.options import Train
 from megalodon_ops.training import Metrics, adamw, read_metrics, threads
 from megalodon_ops.training.checkpoint import load_any, load_checkpoint
@@ -307,6 +312,34 @@ def test_a_finished_run_is_evaluated_again_and_goes_on(ended, capsys):
     assert {path: path.stat().st_mtime_ns for path in (ended / "checkpoints").rglob("*")} == checkpoints
     assert main([*resume, "--steps", "62"]) == 0
     assert [row["step"] for row in rows(ended) if "loss" in row] == list(range(1, 63))
+
+
+def test_compressors_without_memory_are_left_out(ended, monkeypatch, capsys):
+    def refuse(**_):
+        raise MemoryError
+
+    before = rows(ended)
+    monkeypatch.setattr(lzma, "LZMACompressor", refuse)
+    assert main(["train", "--out", str(ended), "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"this model, step 60 +\d\.\d{3}\n +compressors are left out: too little memory\n", out)
+    assert "continued by the model, 3 of 3" in out
+    before[-1]["compressors"] = {}
+    assert rows(ended) == before
+
+
+def test_compressors_take_memory_by_the_size_of_the_text():
+    """Their figures are those of `gzip -9` and of `xz -9`, which takes 674 MiB."""
+    documents = [random.Random(seed).randbytes(50_000) * 2 for seed in range(8)]
+    tracemalloc.start()
+    try:
+        found, (_, most) = compressed_bits(documents), tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 32 << 20
+    text = b"".join(documents)
+    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9": len(lzma.compress(text, preset=9))}
+    assert found == {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
 @pytest.mark.parametrize("documents", [[b"a" * 700, b"b" * 300], [b"a" * 7, b"b" * 3]], ids=["much", "little"])

@@ -225,12 +225,16 @@ def run(options: Train) -> int:
         ) as bar:
             bits = bits_per_byte(alone, tokenizer, corpus.held_out, autocast, processes, bar.update)
         if processes.first:
-            compressors = compressed_bits(corpus.held_out)
+            print(f"\nheld-out text, {size:,} bytes     bits per byte\n  {f'this model, step {step}':<28} {bits:.3f}")
+            try:
+                compressors = compressed_bits(corpus.held_out)
+            except MemoryError:
+                compressors = {}
+                print("  compressors are left out: too little memory")
+            for name, figure in compressors.items():
+                print(f"  {name:<28} {figure:.3f}")
             metrics.write(step=step, final=True, held_out_bits_per_byte=bits, compressors=compressors)
             draw_metrics(out / CURVE, read_metrics(out / METRICS), compressors)
-            print(f"\nheld-out text, {size:,} bytes     bits per byte")
-            for name, figure in {f"this model, step {step}": bits, **compressors}.items():
-                print(f"  {name:<28} {figure:.3f}")
             print(f"{time.monotonic() - begin:.0f} s; curve and checkpoint in {out}")
             show_sample(alone, tokenizer, corpus.held_out, options.seed, autocast)
         return 0
