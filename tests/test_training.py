@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from megalodon_ops.evaluation import Document, evaluate
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 
 SIZE = dict(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, chunk_size=16, norm_num_groups=4)
+CONFIG = mo.MegalodonConfig(vocab_size=9, **SIZE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -271,6 +273,42 @@ WRONG = {
     "a state to save": (
         lambda: training.save_checkpoint("run", 1, mo.Megalodon(mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32)), state=3),
         "save_checkpoint: `state` must be a MegalodonState or None, got 3",
+    ),
+    "a state of more layers to save": (
+        lambda: training.save_checkpoint("run", 1, mo.Megalodon(CONFIG), state=mo.MegalodonState.fresh(replace(CONFIG, num_layers=3), 1)),
+        "save_checkpoint: `state` must be of `model`, got another's: its tensors are not those of its config: 'layers.2.",
+    ),
+    "a state of another chunk to save": (
+        lambda: training.save_checkpoint("run", 1, mo.Megalodon(CONFIG), state=mo.MegalodonState.fresh(replace(CONFIG, chunk_size=9), 1)),
+        "save_checkpoint: `state` must be of `model`, got another's: its tensors are not those of its config: 'layers.0.attention.k'",
+    ),
+    "a state of an encoder to save": (
+        lambda: training.save_checkpoint("run", 1, mo.MegalodonEncoder(mo.MegalodonEncoderConfig(vocab_size=9, **SIZE)), state=mo.MegalodonState.fresh(CONFIG, 1)),
+        "save_checkpoint: `state` must be None for an encoder, got megalodon_ops.model.states.MegalodonState.",
+    ),
+    "weight decay of Muon": (
+        lambda: training.Muon(mo.Megalodon(CONFIG), lr=1.0, weight_decay=-1),
+        "parameter_groups: `weight_decay` must be a number of at least 0, got -1.",
+    ),
+    "weight decay of AdamW": (
+        lambda: training.adamw(mo.Megalodon(CONFIG), lr=1.0, weight_decay=-1),
+        "parameter_groups: `weight_decay` must be a number of at least 0, got -1.",
+    ),
+    "a rank of as many": (
+        lambda: training.Reader(mo.Megalodon(CONFIG), rank=2, ranks=2),
+        "Reader: `rank` must be an integer in [0, 2), below `ranks`, got 2.",
+    ),
+    "no ranks": (lambda: training.Reader(mo.Megalodon(CONFIG), ranks=0), "Reader: `ranks` must be a positive integer"),
+    "threads of no model": (lambda: training.optimizer_threads(None), "optimizer_threads: `model` must be a module, got None"),
+    "no threads": (lambda: training.threads(0).__enter__(), "threads: `count` must be a positive integer below 2^31, got 0."),
+    "metrics of no path": (lambda: training.read_metrics(None), "read_metrics: `path` must be a path, got None."),
+    "metrics in no path": (lambda: training.Metrics(None), "Metrics: `path` must be a path, got None."),
+    "a curve of no rows": (lambda: training.draw_metrics("curve.png", None), "draw_metrics: `rows` must be a list of `read_metrics`, got None."),
+    "a curve of text": (lambda: training.draw_metrics("curve.png", "rows"), "draw_metrics: `rows` must be a list of `read_metrics`, got 'rows'."),
+    "a curve in no path": (lambda: training.draw_metrics(None, []), "draw_metrics: `path` must be a path, got None."),
+    "a mesh in words": (
+        lambda: training.Saver("run", "data=2"),
+        "Saver: `mesh` must be a torch.distributed DeviceMesh, got 'data=2'.",
     ),
     "one text": (lambda: training.hold_out(b"text"), "hold_out: `documents` must be of bytes, got 116"),
 }  # fmt: skip

@@ -34,7 +34,7 @@ from ..model.encoder import MegalodonEncoder, MegalodonEncoderConfig
 from ..model.files import reading, remove_drafts, write_atomically, write_safetensors
 from ..model.model import Megalodon
 from ..model.official import is_official, read_official
-from ..model.states import MegalodonState, as_real, complete, from_named, named_tensors
+from ..model.states import MegalodonState, as_real, batch_of, check_layout, complete, from_named, layout, named_tensors
 from ..ops.values import check_integer, described
 
 if TYPE_CHECKING:
@@ -163,8 +163,6 @@ def save_checkpoint(
     keep = check_integer("save_checkpoint", "keep", keep, "a positive integer", 1)
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise TypeError(f"save_checkpoint: `model` must be a Megalodon or a MegalodonEncoder, got {described(model)}.")
-    if not isinstance(state, MegalodonState | None):
-        raise TypeError(f"save_checkpoint: `state` must be a MegalodonState or None, got {described(state)}.")
     check_tokenizer("save_checkpoint", tokenizer)
     content, kinds = new_record(step, optimizer, record), training_tensors(model, optimizer, state)
     folder = checkpoint_folder(run, step)
@@ -193,8 +191,16 @@ def training_tensors(
     device = next(model.parameters()).device
     if device.type == "cuda":
         kinds["random"]["cuda"] = torch.cuda.get_rng_state(device)
+    carries = not isinstance(model, MegalodonEncoder)
+    if state is not None and not (carries and isinstance(state, MegalodonState)):
+        wanted = "a MegalodonState or None" if carries else "None for an encoder"
+        raise TypeError(f"save_checkpoint: `state` must be {wanted}, got {described(state)}.")
     if state is not None:
         rows = {name: as_real(tensor.detach()) for name, tensor in named_tensors(complete(state)).items()}
+        try:
+            check_layout(rows, layout(model.config, *batch_of(rows)))
+        except ValueError as error:
+            raise ValueError(f"save_checkpoint: `state` must be of `model`, got another's: {error}.") from error
         kinds["state"] = _as_rows(rows, mesh)
     for parameter, values in ({} if optimizer is None else optimizer.state).items():
         for what, value in values.items():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy
 
 from .. import extras
+from ..model.checkpoint import as_path
 from ..model.files import write_atomically
+from ..ops.values import described
 
 
 def draw_metrics(
@@ -20,6 +21,8 @@ def draw_metrics(
     rows: those that `read_metrics` gives, with `bits_per_byte` or `held_out_bits_per_byte`, and `final` where the figure
     is of all held-out text. references: figures to compare with, by name.
     """
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
+        raise TypeError(f"draw_metrics: `rows` must be a list of `read_metrics`, got {described(rows)}.")
     figure = extras.load("matplotlib.figure", "train").Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="how well a run predicts its text")
     train = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
@@ -46,5 +49,5 @@ def draw_metrics(
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    with write_atomically(Path(path)) as draft:
+    with write_atomically(as_path("draw_metrics", "path", path)) as draft:
         figure.savefig(draft, format="png")

@@ -6,9 +6,9 @@ import errno
 import json
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
+from ..model.checkpoint import as_path
 from ..model.files import file_size, write_whole
 from ..ops.values import is_whole
 
@@ -31,7 +31,7 @@ class Metrics:
 
     def __init__(self, path: str | os.PathLike, step: int = 0):
         """Go on after `step`: later lines, and those of the run's end, go, as the run is about to write them again."""
-        self.path = path = Path(path)
+        self.path = path = as_path("Metrics", "path", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(path) if row["step"] <= step and not row.get("final")]
         if os.path.lexists(path):
@@ -59,7 +59,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Damaged lines, which name no step, are left out with a warning in the log `megalodon_ops`.
     """
-    path, rows = Path(path), []
+    path, rows = as_path("read_metrics", "path", path), []
     if not os.path.lexists(path):
         return rows
     file_size(path)  # refuses what is no file

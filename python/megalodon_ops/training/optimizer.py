@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.values import described
+from ..ops.values import check_number, check_size, described
 
 PARALLEL_PARAMETER = 1 << 16
 """Numbers in a parameter, on average, from which the optimizer takes all threads: a guess between the default run's 2^13,
@@ -32,6 +32,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.1) -> list[dic
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"parameter_groups: `model` must be a module, got {described(model)}; give the model itself.")
+    weight_decay = check_number("parameter_groups", "weight_decay", weight_decay, "a number of at least 0", 0.0)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = {name for name, parameter in named if name.endswith("weight") and parameter.ndim == 2}
     decayed = [parameter for name, parameter in named if name in matrices]
@@ -172,6 +173,8 @@ def _part_like(parameter: nn.Parameter, whole: Tensor) -> Tensor:
 
 def optimizer_threads(model: nn.Module) -> int:
     """How many threads a step of the optimizer takes the least time with."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimizer_threads: `model` must be a module, got {described(model)}.")
     sizes = [parameter.numel() for parameter in model.parameters()]
     return 1 if sum(sizes) < PARALLEL_PARAMETER * len(sizes) else torch.get_num_threads()
 
@@ -179,7 +182,7 @@ def optimizer_threads(model: nn.Module) -> int:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Inside the block, torch's operations take `count` threads."""
-    before = torch.get_num_threads()
+    count, before = check_size("threads", "count", count), torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield

@@ -10,7 +10,7 @@ from torch import Tensor
 from .batches import Batch
 from ..model.model import Megalodon
 from ..model.states import MegalodonState
-from ..ops.values import described
+from ..ops.values import check_integer, check_size, described
 
 
 class Reader:
@@ -35,7 +35,8 @@ class Reader:
         if not hasattr(model, "loss"):
             raise TypeError(f"Reader: `model` must be a Megalodon, got {described(model)}.")
         self.model, self.carries = model, carries
-        self.rank, self.ranks = rank, ranks
+        self.ranks = check_size("Reader", "ranks", ranks)
+        self.rank = check_integer("Reader", "rank", rank, f"an integer in [0, {ranks}), below `ranks`", 0, ranks - 1)
         self.state: MegalodonState | None = None  # of each sequence of the last batch
         self.last: Tensor | None = None  # (R,) the sequence that ended each row
 

@@ -44,6 +44,9 @@ class Saver:
         self.mesh = mesh
         self._writing: tuple[Future, Path] | None = None
         if mesh is not None:
+            from ..distributed.mesh import check_mesh  # here: it loads torch.distributed
+
+            check_mesh("Saver", mesh)
             if dist.get_rank() == 0:
                 remove_drafts(self.run / "checkpoints", "step-*")
             self._group = dist.new_group(backend="gloo")  # of the threads that write
