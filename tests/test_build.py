@@ -270,8 +270,10 @@ def test_the_table_of_wheels_says_what_a_release_is_built_with(tmp_path):
     chosen = evaluate(f'choose_architectures(chosen all nvcc {nvcc})\nmessage("${{chosen}}")', tmp_path)
     architectures = [name.removesuffix("-real") for name in chosen.split(";")]
     with_ptx = [name for name in chosen.split(";") if name.isdigit()]
+    minors = re.findall(r"cp3(\d+)-", project)
+    assert re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', project) == minors
     same = {
-        "Python": "CPython " + ", ".join(f"3.{minor}" for minor in re.findall(r"cp3(\d+)-", project)),
+        "Python": "CPython " + ", ".join(f"3.{minor}" for minor in minors),
         "PyTorch": re.search(r'"torch>=([\d.]+)"', project)[1] + " or newer, for CPUs or for any CUDA",
         "glibc": image.replace("_", ".") + " or newer",
         "kernels for GPUs, compiled by": f"nvcc {nvcc}",
