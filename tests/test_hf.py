@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -309,6 +310,23 @@ def test_loss_is_that_of_the_logits() -> None:
     close(trained.logits, output.logits)
     assert trained.get(CACHE) is None
     close(model(ids, labels=labels, logits_to_keep=2).logits, output.logits[:, -2:])
+
+
+def test_label_smoothing_is_that_of_what_is_predicted() -> None:
+    """Trainer gives the logits to a LabelSmoother; tokens without a logit, targets too, add a number without a gradient."""
+    model, ids = made(vocab_size=53, output_size=50), torch.randint(50, (2, 12))
+    ids[0, 7] = 51
+    smoother = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.1)
+    found = smoother(model(ids, num_items_in_batch=torch.tensor(22)), ids.clone(), shift_labels=True)
+    minus_logs = -model.megalodon(ids)[:, :-1].log_softmax(-1)
+    targets = ids[:, 1:].masked_fill(ids[:, 1:] == 51, -100)
+    of_targets = torch.nn.functional.nll_loss(-minus_logs.flatten(0, 1), targets.flatten(), reduction="sum") / 22
+    low = 20 + math.log(3)
+    expected = 0.9 * (of_targets + low / 22) + 0.1 * (minus_logs.sum(-1).mean() + 3 * low) / 53
+    close(found, expected)
+    gradients = (torch.autograd.grad(loss, [*model.parameters()]) for loss in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        close(ours, theirs)
 
 
 def test_logits_to_keep_and_embeddings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -198,6 +199,24 @@ def test_trainer_learns_evaluates_saves_and_resumes(tmp_path: Path) -> None:
     trainer = transformers.Trainer(model=fresh, args=transformers.TrainingArguments(**arguments, max_steps=41), **parts)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
     assert trainer.state.global_step == 41 and trainer.evaluate()["eval_loss"] < 2 * evaluated["eval_loss"]
+
+
+def test_trainer_with_label_smoothing(tmp_path: Path) -> None:
+    """The model learns the next token, not the one that it reads, although there is one that it never predicts."""
+    ids = torch.tensor([256, *SENTENCE.encode()])
+    model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2, report_to=[],
+        use_cpu=True, save_strategy="no", logging_steps=10, disable_tqdm=True, label_smoothing_factor=0.1,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": ids}] * 240
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:2])
+    trainer.train()
+    least = -0.9 * math.log(0.9) - 0.1 * math.log(0.1 / 256)  # the entropy of what is to be learnt
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert 2 * losses[-1] < losses[0] and least < trainer.evaluate()["eval_loss"] < 1.2 * least
+    with torch.no_grad():
+        assert (model.eval()(ids[None]).logits[0, :-1].argmax(-1) == ids[1:]).float().mean() > 0.9
 
 
 def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
     PreTrainedTokenizerFast,
 )  # fmt: skip
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache import MegalodonCache
 from .configuration import MegalodonEncoderHFConfig, MegalodonHFConfig
@@ -33,6 +34,8 @@ for _auto, _model in (
     (AutoModelForMaskedLM, MegalodonEncoderForMaskedLM),
 ):
     _auto.register(_model.config_class, _model, exist_ok=True)
+# Trainer's label smoothing shifts the labels of models with these names alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MegalodonHFConfig.model_type] = MegalodonForCausalLM.__name__
 for _config in (MegalodonHFConfig, MegalodonEncoderHFConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoTokenizer.register(_config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)

@@ -173,7 +173,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
             logits_to_keep: logits of the last n columns, or of the columns in a 1-D tensor; 0 or None: of all. The loss
                 needs none: it is computed for a block of tokens at a time.
             cu_seq_lens_q: (S + 1,) offsets of documents packed into one row; it counts before `position_ids`.
-            num_items_in_batch: divides the loss in place of the number of labels, as Trainer asks.
+            num_items_in_batch: divides the loss in place of the number of labels, as Trainer asks. Without `labels`, for a
+                loss that Trainer computes of the logits, tokens that are never predicted have the probability e^-20 together.
             use_decoder: lets a :class:`megalodon_ops.Decoder`, which the cache keeps, take a single token without gradients,
                 as `generate` asks. Between two calls that do, weights and modules must stay as they are.
             others: what transformers gives every model: `tokenizer`, `cache_position`, `cu_seq_lens_k`,
@@ -202,7 +203,10 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         if logits is None:
             logits = at_least_float32(self.output.output(hidden))
         if (missing := self.config.vocab_size - logits.shape[-1]) > 0:
-            logits = nn.functional.pad(logits, (0, missing), value=-math.inf)  # of tokens that are never predicted
+            lowest = logits.new_full((1,) * logits.dim(), -math.inf)  # of tokens that are never predicted
+            if labels is None and num_items_in_batch is not None:
+                lowest = logits.logsumexp(-1, keepdim=True) - 20 - math.log(missing)  # whose logarithms smoothing adds
+            logits = torch.cat([logits, lowest.expand(*logits.shape[:-1], missing)], dim=-1)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=layers and tuple(layers), **{CACHE: batch.cache}
         )
