@@ -117,6 +117,20 @@ def test_folders_are_read_by_all_and_go_from_guessing_to_classifying(tmp_path: P
     assert config.to_megalodon() == ours.config and config != hf.MegalodonEncoderHFConfig(**SIZES)
 
 
+def test_tokens_that_transformers_writes_into_a_configuration_are_kept_and_not_read(tmp_path: Path) -> None:
+    """As Trainer does before it saves, with a tokenizer's own, which may be more than the model embeds."""
+    model, ids = made("classes"), torch.randint(50, (2, 21))
+    others = dict(eos_token_id=50, bos_token_id=51, pad_token_id=3)
+    for name, token in others.items():
+        setattr(model.config, name, token)
+    model.gradient_checkpointing_enable()
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert {name: getattr(again.config, name) for name in others} == others
+    ours = mo.MegalodonEncoder.load(tmp_path)
+    assert torch.equal(again(ids).logits, ours(ids)) and ours.config == again.config.to_megalodon()
+
+
 def test_numbers_are_saved_too(tmp_path: Path) -> None:
     model, values = made("classes of numbers").bfloat16(), torch.randn(2, 21, 2)
     model.save_pretrained(tmp_path)

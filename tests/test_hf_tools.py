@@ -133,6 +133,31 @@ def test_trainer_with_an_encoder(tmp_path: Path) -> None:
         assert ours(torch.ones(1, 9, 1)).argmax() == 0 and ours(-torch.ones(1, 9, 1)).argmax() == 1
 
 
+def test_trainer_resumes_an_encoder_with_a_tokenizer_that_ends_texts(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[PAD]": 2, "[END]": 3}))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", eos_token="[END]")
+    rows = [{**tokenizer("a " * (i % 3) + "b"), "labels": i % 2} for i in range(8)]
+    sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "output_size")}
+    model = hf.MegalodonEncoderForSequenceClassification(hf.MegalodonEncoderHFConfig(**sizes, vocab_size=4))
+    arguments = dict(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, report_to=[], use_cpu=True, save_steps=2,
+        disable_tqdm=True,
+    )  # fmt: skip
+    for steps, checkpoint in ((2, None), (4, tmp_path / "checkpoint-2")):
+        if checkpoint is not None:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
+            assert model.config.eos_token_id == 3
+            mo.MegalodonEncoder.load(checkpoint)
+        arguments["max_steps"] = steps
+        trainer = transformers.Trainer(
+            model, transformers.TrainingArguments(**arguments), train_dataset=rows, processing_class=tokenizer
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        assert trainer.state.global_step == steps
+
+
 def test_streamer_and_stop_strings(folder: Path) -> None:
     model, tokenizer = loaded(folder)
     streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True)

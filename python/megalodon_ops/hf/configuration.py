@@ -67,7 +67,8 @@ class MegalodonHFConfig(PreTrainedConfig):
 
     def to_megalodon(self) -> MegalodonConfig:
         """The fields that decide what the model computes."""
-        names = (field.name for field in dataclasses.fields(self._ours))
+        names = {field.name for field in dataclasses.fields(self._ours)}
+        names -= set() if self._ours.causal else {"eos_token_id"}  # of a tokenizer, from Trainer
         return self._ours(**{name: getattr(self, name) for name in names})
 
 
@@ -75,7 +76,8 @@ class MegalodonEncoderHFConfig(MegalodonHFConfig):
     """The configuration of an encoder: every field of :class:`megalodon_ops.MegalodonEncoderConfig` by its name.
 
     transformers counts classes by `num_labels`, which `id2label` gives names; a classifier has as many, and its
-    `num_classes` follows. All else is as in :class:`MegalodonHFConfig`, but that there is no cache.
+    `num_classes` follows. `eos_token_id`, which Trainer takes from a tokenizer, is kept and not used. All else is as in
+    :class:`MegalodonHFConfig`, but that there is no cache.
 
     Example:
         >>> import megalodon_ops.hf as hf

@@ -112,7 +112,8 @@ def read_config(
     """The configuration of a kind in a folder's `config.json`, and the dtype that it names.
 
     All fields of the configuration must be there, so that a name with a slip in it is a fault, but for `eos_token_id`,
-    as there may be none. Others are those of transformers and its tools, and change nothing of what the model computes.
+    as there may be none. Others are those of transformers and its tools, and change nothing of what the model computes;
+    for an encoder, so is `eos_token_id`, which Trainer takes from the tokenizer.
     """
     fields = read_json(path)
     with reading(path):
@@ -126,7 +127,7 @@ def read_config(
         if dtype is not None and (not isinstance(dtype, str) or dtype not in _DTYPES):
             raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {shown(dtype)}")
         names = [field.name for field in dataclasses.fields(kind)]
-        fields.setdefault("eos_token_id", None)
+        fields["eos_token_id"] = fields.get("eos_token_id") if kind.causal else None
         if missing := [name for name in names if name not in fields]:
             raise ValueError(f"`{missing[0]}` is missing")
         return kind(**{name: fields[name] for name in names}), _DTYPES.get(dtype)
