@@ -117,6 +117,38 @@ def test_folders_are_read_by_all_and_go_from_guessing_to_classifying(tmp_path: P
     assert config.to_megalodon() == ours.config and config != hf.MegalodonEncoderHFConfig(**SIZES)
 
 
+def test_masked_tokens_have_a_matrix_of_their_own_where_they_are_not_tied(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = hf.MegalodonEncoderForMaskedLM(hf.MegalodonEncoderHFConfig(**SIZES, tie_word_embeddings=False))
+    torch.manual_seed(3)
+    ours, ids = mo.MegalodonEncoder(model.config.to_megalodon()), torch.randint(50, (2, 21))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters(), strict=False))
+    assert 0.5 < model.output.weight.std() * SIZES["model_dim"] ** 0.5 < 1.5
+    model(ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert not torch.equal(model.output.weight, model.embed.weight)
+    model.eval().save_pretrained(tmp_path / "untied")
+    again, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "untied", output_loading_info=True)
+    assert not info["missing_keys"] and again.config.tie_word_embeddings is False
+    assert {name: True for name, _ in model.named_parameters()} == {
+        name: torch.equal(weight, model.get_parameter(name)) for name, weight in again.named_parameters()
+    }
+    close(again(ids).logits, model.megalodon(ids) @ model.output.weight.T)
+    again.resize_token_embeddings(60, mean_resizing=False)
+    assert again.output.weight.shape == (60, SIZES["model_dim"]) and again.output.weight is not again.embed.weight
+    close(again(ids).logits[..., :50], model(ids).logits)
+
+    assert torch.equal(mo.MegalodonEncoder.load(tmp_path / "untied")(ids), model.megalodon(ids))
+    new, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "untied", output_loading_info=True
+    )
+    assert not info["unexpected_keys"] and torch.equal(new.embed.weight, model.embed.weight)
+    new.save_pretrained(tmp_path / "classes")
+    again, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "classes", output_loading_info=True)
+    assert info["missing_keys"] == {"output.weight"}
+    assert 0.5 < again.output.weight.std() * SIZES["model_dim"] ** 0.5 < 1.5
+
+
 def test_tokens_that_transformers_writes_into_a_configuration_are_kept_and_not_read(tmp_path: Path) -> None:
     """As Trainer does before it saves, with a tokenizer's own, which may be more than the model embeds."""
     model, ids = made("classes"), torch.randint(50, (2, 21))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
     config_class = MegalodonEncoderHFConfig
     _ours = MegalodonEncoder
     _final_norm = "final_norm"
-    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # of an encoder that classifies
+    _keys_to_ignore_on_load_unexpected = [r"^head\.", r"^output\.weight$"]  # of classes, of masked tokens
 
     def __init__(self, config: MegalodonEncoderHFConfig, num_classes: int | None = None) -> None:
         config.num_classes = num_classes
@@ -156,7 +157,8 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
 class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
     """An encoder that guesses masked tokens: `AutoModelForMaskedLM`.
 
-    The logits are products of the features and the embeddings, so the head has no parameters of its own.
+    The logits are products of the features and the embeddings, so the head has no parameters of its own; with
+    `tie_word_embeddings=False` in the configuration it has a matrix, `output.weight`, which other classes leave out.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -176,9 +178,12 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
                 f"{type(self).__name__}: `num_features` must be None, got {config.num_features}; there are no tokens to guess."
             )
         super().__init__(config)
-        with torch.device("meta"):
+        tied = config.tie_word_embeddings
+        with torch.device("meta") if tied else nullcontext():
             self.output = Linear(config.model_dim, config.vocab_size, bias=False, of_tokens=True)
-        self.output.weight, self.output._is_hf_initialized = self.embed.weight, True
+        if tied:
+            self.output.weight = self.embed.weight
+        self.output._is_hf_initialized = tied or not self.embed.weight.is_meta  # by its constructor
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:

@@ -158,6 +158,8 @@ def read_model_files(
         size = (dtype or stored or torch.bfloat16).itemsize
         check_fits(config.num_parameters() * size, "a model of this configuration")
     weights = stored_tensors(folder)
+    if not kind.causal:
+        weights.tensors.pop("output.weight", None)  # by which transformers' untied model guesses tokens
     weights.check(config.parameter_shapes())
     return config, dtype or stored or weights.tensors["embed.weight"].dtype, weights
 
