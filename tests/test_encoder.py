@@ -73,9 +73,9 @@ def plain(encoder: mo.MegalodonEncoder, p: dict[str, Tensor], inputs: Tensor, le
     h = reference.sequence_norm(x, p["final_norm.weight"], p["final_norm.bias"], **norm)
     if c.num_classes is None:
         return {"features": h}
-    s = F.silu(h @ p["head.proj.weight"].T + p["head.proj.bias"] + h)
+    s = F.silu(h @ p["classifier.proj.weight"].T + p["classifier.proj.bias"] + h)
     mean = torch.stack([row[:n].mean(0) for row, n in zip(s, lengths.tolist(), strict=True)])
-    return {"features": h, "logits": mean @ p["head.classes.weight"].T + p["head.classes.bias"]}
+    return {"features": h, "logits": mean @ p["classifier.classes.weight"].T + p["classifier.classes.bias"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +83,7 @@ def test_values_and_gradients_are_those_of_a_plain_model(kind):
     encoder, lengths = tiny_encoder(**KINDS[kind]), torch.tensor([21, 9])
     inputs, parameters = inputs_of(encoder, 2, 21), dict(encoder.named_parameters())
     found = {"features": encoder.features(inputs, lengths=lengths)}
-    if encoder.head is not None:
+    if encoder.classifier is not None:
         found["logits"] = encoder(inputs, lengths=lengths)
     expected = plain(encoder, parameters, inputs, lengths)
     assert_all_close(found, expected, tolerance=1e-11)

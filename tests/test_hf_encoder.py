@@ -94,7 +94,7 @@ def test_folders_are_read_by_all_and_go_from_guessing_to_classifying(tmp_path: P
     guesses, ids = made("masked tokens"), torch.randint(50, (2, 21))
     guesses.save_pretrained(tmp_path / "guesses")
     ours = mo.MegalodonEncoder.load(tmp_path / "guesses")
-    assert ours.head is None and torch.equal(ours(ids), guesses.megalodon(ids))
+    assert ours.classifier is None and torch.equal(ours(ids), guesses.megalodon(ids))
     again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "guesses")
     assert again.output.weight is again.embed.weight and torch.equal(again(ids).logits, guesses(ids).logits)
     features = transformers.AutoModel.from_pretrained(tmp_path / "guesses")
@@ -102,7 +102,7 @@ def test_folders_are_read_by_all_and_go_from_guessing_to_classifying(tmp_path: P
 
     names = {0: "sad", 1: "so so", 2: "glad"}
     new = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "guesses", id2label=names)
-    assert torch.equal(new.embed.weight, guesses.embed.weight) and new.head.proj.weight.std() > 0
+    assert torch.equal(new.embed.weight, guesses.embed.weight) and new.classifier.proj.weight.std() > 0
     new.save_pretrained(tmp_path / "classes")
     ours = mo.MegalodonEncoder.load(tmp_path / "classes")
     assert ours.config.num_classes == 3 and torch.equal(ours(ids), new(ids).logits)
@@ -201,7 +201,7 @@ def test_losses_of_classes(kind: str) -> None:
     _, batch = rows_of(model, "right")
     output = model(**batch, labels=labels)
     close(output.loss, loss_of(output.logits, labels))
-    assert output.loss > 0.1 and torch.autograd.grad(output.loss, model.head.proj.weight)[0].abs().sum() > 0
+    assert output.loss > 0.1 and torch.autograd.grad(output.loss, model.classifier.proj.weight)[0].abs().sum() > 0
 
 
 def test_loss_of_masked_tokens() -> None:

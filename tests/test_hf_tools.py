@@ -289,6 +289,41 @@ def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(again.generate(**greedy), learnt)
 
 
+@pytest.mark.parametrize("layers", [["wz", "wv", "wr", "wh1", "wh2"], "all-linear"], ids=["some layers", "all layers"])
+def test_lora_of_an_encoder_trains_and_saves_the_new_head(tmp_path: Path, layers: list[str] | str) -> None:
+    peft = pytest.importorskip("peft")
+    sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "output_size")}
+    config = hf.MegalodonEncoderHFConfig(**sizes, vocab_size=16)
+    hf.MegalodonEncoderForMaskedLM(config).save_pretrained(tmp_path / "base")
+
+    def based() -> hf.MegalodonEncoderForSequenceClassification:
+        return transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+
+    model = based()
+    new = model.classifier.classes.weight.clone()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=layers)).train()
+    assert adapted.get_submodule("base_model.model.layers.0.mega.wz").lora_A
+    assert not [name for name, _ in adapted.named_parameters() if "classifier" in name and "lora" in name]
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
+    ids = torch.randint(16, (64, 12))
+    labels = (ids[:, 0] < 8).long()
+    ids[:, 1:] = ids[:, :1]
+    for _ in range(20):
+        adapted(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        logits = adapted(input_ids=ids).logits
+        assert (logits.argmax(1) == labels).all()
+        restored = peft.PeftModel.from_pretrained(based(), tmp_path / "adapter").eval()
+        torch.testing.assert_close(restored(input_ids=ids).logits, logits)
+        merged = restored.merge_and_unload()
+        assert not torch.equal(merged.classifier.classes.weight, new)
+        merged.save_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(mo.MegalodonEncoder.load(tmp_path / "merged")(ids), logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("target", ["cpu", "auto", "disk"])
 def test_device_maps(folder: Path, tmp_path: Path, target: str) -> None:
     pytest.importorskip("accelerate")

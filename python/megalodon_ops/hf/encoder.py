@@ -26,7 +26,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
     config_class = MegalodonEncoderHFConfig
     _ours = MegalodonEncoder
     _final_norm = "final_norm"
-    _keys_to_ignore_on_load_unexpected = [r"^head\.", r"^output\.weight$"]  # of classes, of masked tokens
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^output\.weight$"]  # of classes, of masked tokens
 
     def __init__(self, config: MegalodonEncoderHFConfig, num_classes: int | None = None) -> None:
         config.num_classes = num_classes
@@ -104,7 +104,7 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
     @classmethod
     def from_megalodon(cls, model: MegalodonEncoder) -> MegalodonEncoderForSequenceClassification:
         """A model of transformers with the modules of `model`, not copies of them."""
-        if isinstance(model, MegalodonEncoder) and model.head is None:
+        if isinstance(model, MegalodonEncoder) and model.classifier is None:
             raise ValueError(
                 f"{cls.__name__}: `model` must have a head, got `num_classes` None; from_pretrained(folder, num_labels=...) "
                 "makes one for the encoder in a folder."
@@ -142,7 +142,7 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
         """
         batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, input_values, **arguments)
         encoder = self.megalodon
-        logits = at_least_float32(encoder.head(features, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths))
+        logits = at_least_float32(encoder.classifier(features, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths))
         loss = None
         if labels is not None:
             check_tensor(type(self).__name__, "labels", labels)

@@ -63,8 +63,8 @@ class MegalodonEncoderConfig(MegalodonConfig):
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
         D, classes = self.model_dim, self.num_classes
         norm = {"final_norm.weight": (D,), "final_norm.bias": (D,)}
-        head = {"head.proj.weight": (D, D), "head.proj.bias": (D,),
-                "head.classes.weight": (classes, D), "head.classes.bias": (classes,)}  # fmt: skip
+        head = {"classifier.proj.weight": (D, D), "classifier.proj.bias": (D,),
+                "classifier.classes.weight": (classes, D), "classifier.classes.bias": (classes,)}  # fmt: skip
         return norm if classes is None else {**norm, **head}
 
 
@@ -110,7 +110,7 @@ class MegalodonEncoder(nn.Module):
         self.embed = Embedding(config.vocab_size, D) if F is None else Linear(F, D)
         self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
         self.final_norm = SequenceNorm(D, config.norm_num_groups, config.norm_eps)
-        self.head = None if classes is None else _Head(D, classes)
+        self.classifier = None if classes is None else _Head(D, classes)  # peft trains and saves a head of this name
 
     def reset_parameters(self) -> None:
         """Initialises every parameter, as a new encoder's, for one that was built on the device `meta`."""
@@ -177,7 +177,7 @@ class MegalodonEncoder(nn.Module):
         check_inputs("MegalodonEncoder", "inputs", inputs, self, **sequences, num_features=self.config.num_features)
         x = self._hidden(self._embed(inputs), **sequences)
         check_steps("MegalodonEncoder", "inputs", x, **sequences)  # here: the ops have checked offsets and lengths
-        return x if features or self.head is None else at_least_float32(self.head(x, **sequences))
+        return x if features or self.classifier is None else at_least_float32(self.classifier(x, **sequences))
 
     def _hidden(self, x: Tensor, **sequences: Tensor | None) -> Tensor:
         """The features of embeddings (B, L, D)."""
