@@ -99,12 +99,16 @@ def forward(function: Function, case: Case) -> Tensors:
 def evaluate(function: Function, case: Case, incoming: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
     """Returns the outputs by name and the gradient of every tensor as "d<name>", given random incoming gradients.
 
-    `incoming` may replace an incoming gradient: it gets the output's name and the random gradient.
+    Tokens and incoming gradients that are in no sequence have the case's poison. `incoming` may replace an incoming
+    gradient: it gets the output's name and the random gradient.
     """
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
+    op = OPS[case.op]
+    tensors = {name: case.poisoned(x) if name in op.tokens else x for name, x in case.tensors.items()}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     outputs = forward(function, replace(case, tensors=leaves))
     gen = generator(1)
     grads = {name: _random_gradient(gen, o, case.dtype) for name, o in outputs.items() if o.requires_grad}
+    grads = {name: case.poisoned(grad) if name in op.outputs else grad for name, grad in grads.items()}
     if incoming:
         grads = {name: incoming(name, grad) for name, grad in grads.items()}
     found = torch.autograd.grad(

@@ -43,6 +43,7 @@ class Case:
     dtype: torch.dtype  # of the tokens; incoming gradients are rounded to it
     terms: float = 0.1  # size of the terms whose sums make a gradient: terms that cancel leave their rounding
     mean_terms: float = 0.0  # and of those whose sum makes a mean
+    poison: float = torch.nan  # the value of tokens, and of incoming gradients, that are in no sequence
 
     def double(self) -> Case:
         """The case with its values in float64."""
@@ -56,6 +57,19 @@ class Case:
 
         tensors = {name: widen(tensor) for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, options={name: widen(value) for name, value in self.options.items()})
+
+    def poisoned(self, tokens: Tensor) -> Tensor:
+        """The tokens (B, L, ...), or gradients of an output, with the case's poison where no sequence is."""
+        if "lengths" in self.options:
+            ends = self.options["lengths"]
+            begins = torch.zeros_like(ends)
+        elif "cu_seqlens" in self.options:
+            begins, ends = self.options["cu_seqlens"][:1], self.options["cu_seqlens"][-1:]
+        else:
+            return tokens
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        inside = (steps >= begins[:, None]) & (steps < ends[:, None])
+        return tokens.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), self.poison)
 
     def with_tensors(self, **tensors: Tensor) -> Case:
         return replace(self, tensors=self.tensors | tensors)

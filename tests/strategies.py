@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,17 +177,27 @@ def adaptive_working_memory_cases(
     )  # fmt: skip
 
 
-CASES: dict[str, Callable[..., st.SearchStrategy[Case]]] = {
-    "cema": cema_cases,
-    "timestep_norm": timestep_norm_cases,
-    "cema_end_state": cema_end_state_cases,
-    "timestep_norm_end_state": timestep_norm_end_state_cases,
-    "normalized_qk": normalized_qk_cases,
-    "chunked_attention": chunked_attention_cases,
-    "normalized_attention": normalized_attention_cases,
-    "adaptive_working_memory": adaptive_working_memory_cases,
-    "sequence_norm": sequence_norm_cases,
-    "bidirectional_cema": bidirectional_cema_cases,
+POISONS = torch.nan, torch.inf, -torch.inf, 1e20, -1e4
+"""Values of padding: a product with 0 does not take the first ones away, and the square of 1e20 is no float32"""
+
+
+def with_poison(cases: Callable[..., st.SearchStrategy[Case]]) -> Callable[..., st.SearchStrategy[Case]]:
+    return lambda *kinds, **named: st.builds(
+        lambda case, poison: replace(case, poison=poison), cases(*kinds, **named), st.sampled_from(POISONS)
+    )
+
+
+CASES = {
+    "cema": with_poison(cema_cases),
+    "timestep_norm": with_poison(timestep_norm_cases),
+    "cema_end_state": with_poison(cema_end_state_cases),
+    "timestep_norm_end_state": with_poison(timestep_norm_end_state_cases),
+    "normalized_qk": with_poison(normalized_qk_cases),
+    "chunked_attention": with_poison(chunked_attention_cases),
+    "normalized_attention": with_poison(normalized_attention_cases),
+    "adaptive_working_memory": with_poison(adaptive_working_memory_cases),
+    "sequence_norm": with_poison(sequence_norm_cases),
+    "bidirectional_cema": with_poison(bidirectional_cema_cases),
 }
 
 

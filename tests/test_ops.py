@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from calls import OPS, carried, evaluate, forward, packed, streamed
 from cases import BUILDERS, SMALL, WITH_STATE, chunked_attention_case
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import CASES, pieces
+from strategies import CASES, POISONS, pieces
 from test_threads import CASES as LARGE
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,38 +76,23 @@ def test_packed_equals_separate(op, data):
     assert_matches_reference(together, case)  # which computes the sequences separately
 
 
-# Values that padding may have: a number, and what a product with 0 does not take away.
-FILLERS = {torch.float32: (torch.nan, -1e4), torch.bfloat16: (torch.inf, torch.nan)}
-
-
 @each_op_on(WIDE_DEVICES)
 @pytest.mark.parametrize(
     "sequences", [{"B": 3, "lengths": [5, 0, 11]}, {"B": 1, "cu_seqlens": [2, 5, 5, 9]}], ids=["padded", "packed"]
 )
 def test_padding_changes_nothing(op, sequences):
-    if "lengths" in sequences:
-        padding = torch.arange(11) >= torch.tensor(sequences["lengths"])[:, None]
-    else:
-        padding = (torch.arange(11)[None] < 2) | (torch.arange(11)[None] >= 9)
-
-    def filled(token, value):
-        return torch.where(padding.view(*padding.shape, *[1] * (token.dim() - 2)), value, token)
-
-    def results(case, value):
-        tokens = {name: filled(case.tensors[name], value) for name in OPS[op].tokens}
-        incoming = lambda name, grad: filled(grad, value) if name in OPS[op].outputs else grad  # noqa: E731
-        return evaluate(function(op), case.with_tensors(**tokens), incoming)
-
+    """Neither values of tokens nor gradients that come in; what goes out is zero there."""
     with every_case() as each:
-        for dtype, fillers in FILLERS.items():
-            case = BUILDERS[op](L=11, dtype=dtype, **sequences)
-            clean = results(case, 0.0)
+        for start, dtype in itertools.product(starts(op), (torch.float32, torch.bfloat16)):
+            case = BUILDERS[op](L=11, dtype=dtype, **start, **sequences)
+            clean = evaluate(function(op), replace(case, poison=0.0))
             for name in [*OPS[op].outputs, *(f"d{name}" for name in OPS[op].tokens)]:
-                with each(dtype, name):
-                    assert torch.equal(clean[name], filled(clean[name], 0.0)), "not zero at the padding"
-            for filler in fillers:
-                with each(dtype, filler):
-                    assert_bit_equal(results(case, filler), clean)
+                with each(dtype, name, *start):
+                    zeroed = replace(case, poison=0.0).poisoned(clean[name])
+                    assert torch.equal(clean[name], zeroed), "not zero at the padding"
+            for poison in POISONS:
+                with each(dtype, poison, *start):
+                    assert_bit_equal(evaluate(function(op), replace(case, poison=poison)), clean)
 
 
 def with_gaps(t):

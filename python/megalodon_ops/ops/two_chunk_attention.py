@@ -41,7 +41,7 @@ class _Grids:
             return
         # Late windows begin with a sequence's second chunk. What lies between sequences, and their first chunks, are
         # sequences of their own, whose results are not used.
-        bounds, self.number, steps = [0], [], torch.full((B * L,), 0)
+        bounds, self.number, steps = [0], [], torch.full((B * L,), -1)
         for have, (begin, end) in zip(kept, spans):
             start = min(begin + max(C - have, 0), end)
             self.number.append(len(bounds) + 1)
@@ -49,7 +49,8 @@ class _Grids:
             steps[begin:end] = torch.arange(have, have + end - begin)
         self.cu_seqlens = torch.tensor([*bounds, B * L], device=x.device)
         self.number = torch.tensor(self.number, device=x.device)
-        self.takes_early = ((steps < 2 * C) | (steps % (2 * C) >= C)).view(B, L, 1, 1).to(x.device)
+        steps = steps.view(B, L, 1, 1).to(x.device)
+        self.is_padding, self.takes_early = steps < 0, (steps < 2 * C) | (steps % (2 * C) >= C)
 
     def late(self, *tensors: Tensor) -> list[Tensor]:
         """Tensors (B, L, ...) as one row."""
@@ -98,7 +99,7 @@ def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, cu_
     late = differentiate(
         *grids.late(of_late, q, k, v, o, lse), *grids.late_state(cache_k, cache_v), grids.cu_seqlens, None
     )
-    return tuple(grad.add_(more.view_as(grad)) for grad, more in zip(grads, late))
+    return tuple(grad.add_(more.view_as(grad).masked_fill_(grids.is_padding, 0)) for grad, more in zip(grads, late))
 
 
 def _bwd_fake(do, q, k, v, *_):
