@@ -57,9 +57,9 @@ EXPECTED = {
     "chunked_attention": (
         chunked_attention_case(H=2, K=3, V=5, C=4), 2 * 21 * 2 * 2 * (3 + 5), 2 * 21 * 2 * 2 * (3 * 3 + 2 * 5)
     ),
-    # Of nine steps five read, and eight write, four of these what the memory did not know.
+    # Nine steps read, and eight write, four of these what the memory did not know.
     "adaptive_working_memory": (
-        adaptive_working_memory_case(H=2, K=3, V=5, C=4), 2 * (5 + 8 + 4) * 60, 2 * (2 * 5 + 3 * 8 + 3 * 4) * 60
+        adaptive_working_memory_case(H=2, K=3, V=5, C=4), 2 * (9 + 8 + 4) * 60, 2 * (2 * 9 + 3 * 8 + 3 * 4) * 60
     ),
 }  # fmt: skip
 

@@ -53,6 +53,22 @@ def test_padding_of_a_short_call_changes_nothing():
     assert_bit_equal(poisoned, clean)
 
 
+@pytest.mark.parametrize("visible_chunks", [1, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_query_that_is_not_finite_reads_nan(value, visible_chunks):
+    """From an empty memory, too, and in the backward: as the reference, and as a call that goes on from a state."""
+    case = adaptive_working_memory_case(L=13, visible_chunks=visible_chunks, dtype=torch.float64)
+    for step in range(13):
+        q = case.tensors["q"].clone()
+        q[0, step, 0, 1] = value
+        spoiled = case.with_tensors(q=q)
+        found, wanted = (evaluate(of.adaptive_working_memory, spoiled) for of in (mo, mo.reference))
+        assert {n: x.isnan().nonzero().tolist() for n, x in found.items()} == {
+            n: x.isnan().nonzero().tolist() for n, x in wanted.items()
+        }
+        assert found["o"][0, step, 0].isnan().all()
+
+
 def memory_model(dtype=torch.float64, **overrides):
     return tiny_model(dtype, working_memory=True, **overrides)
 

@@ -53,8 +53,8 @@ def adaptive_working_memory(
         cu_seqlens, lengths: sequences as in :func:`cema`.
 
     Returns:
-        o (B, L, H, V), zero in a sequence's first chunk and at tokens in no sequence; with `return_state` also the
-        :class:`WorkingMemoryState`.
+        o (B, L, H, V), zero at tokens in no sequence and, for finite queries, in a sequence's first chunk; with
+        `return_state` also the :class:`WorkingMemoryState`.
 
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.

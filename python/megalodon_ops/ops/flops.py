@@ -215,7 +215,7 @@ def _of_memory(
 ) -> tuple[int, int, int]:  # fmt: skip
     """The steps that read a working memory, those that are compared with it before they write it, and all that write it.
 
-    What no one reads is not written, and an empty memory neither read nor compared with.
+    What no one reads is not written, and an empty memory not compared with.
     """
     steps = _steps(q, cu_seqlens, lengths)
     seen = _values(position, [0] * len(steps))
@@ -223,9 +223,8 @@ def _of_memory(
     written = [(end if to_end else max(end - 1, 0)) // chunk_size * chunk_size for end in ends]
     late = (visible - 1) * chunk_size  # steps at the end of a sequence that are not written yet
     written = [max(n - late, 0) if position is None else n for n in written]
-    read = [max(n - late - chunk_size, 0) if position is None else n for n in steps]
     known = [max(n - chunk_size, 0) if position is None else n for n in written]
-    return sum(read), sum(known), sum(written)
+    return sum(steps), sum(known), sum(written)
 
 
 @_formula

@@ -53,8 +53,8 @@ class Chunks:
 class Plan:
     """In turn t, chunk t of each sequence reads; if it is complete, chunk t - visible + 1 is then written.
 
-    Chunk 0 is the one that the state has begun. Sequences of most chunks are first. Left out is what changes nothing:
-    reading an empty memory and, but `to_end`, writing what no token reads.
+    Chunk 0 is the one that the state has begun. Sequences of most chunks are first. What no token reads is not written,
+    but `to_end`. An empty memory is read, too, as a query may be NaN.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Plan:
         order = sorted(range(len(spans)), key=lambda s: (-(-until[s] // C), until[s] // C), reverse=True)
         turns = range(-(-max(until, default=0) // C))
         from_empty = position is None
-        of_reads = [[s for s in order if until[s] > t * C and not (from_empty and t <= lag)] for t in turns]
+        of_reads = [[s for s in order if until[s] > t * C] for t in turns]
         of_writes = [
             [s for s in order if until[s] >= (t + 1) * C + (not to_end) and not (from_empty and t < lag)] for t in turns
         ]
