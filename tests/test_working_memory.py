@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_bit_equal, assert_close
-from calls import evaluate
+from assertions import assert_all_close, assert_bit_equal, assert_close, assert_refuses
+from calls import evaluate, forward
 from cases import adaptive_working_memory_case
 from models import tiny_model, tokens_of
 from safetensors.torch import load_file
@@ -67,6 +67,17 @@ def test_a_query_that_is_not_finite_reads_nan(value, visible_chunks):
             n: x.isnan().nonzero().tolist() for n, x in wanted.items()
         }
         assert found["o"][0, step, 0].isnan().all()
+
+
+@pytest.mark.parametrize("steps", [5, 40], ids=["few", "many"])
+def test_positions_that_would_overflow_are_refused(steps):
+    case = adaptive_working_memory_case(L=steps, state=True)
+    for wrong in (-1, 2**62 + 1, 2**63 - 3):
+        kept = case.options["kept"]._replace(position=torch.tensor([0, wrong]))
+        assert_refuses(
+            ValueError, "adaptive_working_memory", "state.position",
+            lambda kept=kept: forward(mo.adaptive_working_memory, case.with_options(kept=kept)),
+        )  # fmt: skip
 
 
 def memory_model(dtype=torch.float64, **overrides):

@@ -52,5 +52,6 @@ NO_STATE = {
     **NO_TENSOR, "tensor": torch.zeros(2), "empty": (), "short": lambda s: tuple(s)[:1], "long": lambda s: (*s, *s),
     "as list": lambda s: list(s), "of None": lambda s: type(s)(*(None for _ in s)), "of lists": lambda s: type(s)(*([] for _ in s)),
     "of floats": lambda s: type(s)(*(1.0 for _ in s)), "of shorter": lambda s: type(s)(*(t[:1] for t in s)),
+    "endless": lambda s: type(s)(*(torch.full_like(t, 2**63 - 3) if t.dtype == torch.int64 else t for t in s)),
     "of bools": lambda s: type(s)(*(t.bool() for t in s)), "of meta": lambda s: type(s)(*(t.to("meta") for t in s)),
 }  # fmt: skip

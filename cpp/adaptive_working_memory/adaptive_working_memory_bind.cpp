@@ -41,9 +41,9 @@ void working_memory_steps(const Target& target, py::handle q_, py::handle k, py:
   params.mass = state("state.mass", mass, "(S, H, K)", {S, H, K}, real, kRealDtype);
   params.o = TensorView(kMemory, "o", o).like(values).data();
   for (int64_t s = 0; s < S; ++s)
-    if (params.position[s] < 0)
-      throw py::value_error(std::string(kMemory) + ": `state.position` must be at least 0, got " +
-                            std::to_string(params.position[s]) + " at " + std::to_string(s) + ".");
+    if (params.position[s] < 0 || params.position[s] > kMostSteps)
+      throw py::value_error(std::string(kMemory) + ": `state.position` must be in [0, " + std::to_string(kMostSteps) +
+                            "], got " + std::to_string(params.position[s]) + " at " + std::to_string(s) + ".");
   MEGALODON_LAUNCH(target, working_memory_steps, params);
 }
 

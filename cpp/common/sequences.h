@@ -5,6 +5,8 @@
 
 namespace megalodon {
 
+constexpr int64_t kMostSteps = int64_t{1} << 62;  // that a state may have seen: those of a call are added to them
+
 // Sequence s holds the tokens [begin(s), end(s)). Sequences are in order and do not overlap; tokens in none of
 // them are padding. Dense: cu_seqlens and lengths are null and S = B. Right-padded: lengths (S). Packed:
 // cu_seqlens (S + 1).

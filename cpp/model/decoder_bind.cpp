@@ -33,7 +33,7 @@ TimestepNormFwdParams timestep_norm(const Sizes& s, Tensors& tensors, const std:
   p.eps = s.eps;
   p.weight = tensors.real(name + ".weight", "(D,)", {s.D});
   p.bias = tensors.real(name + ".bias", "(D,)", {s.D});
-  p.count = p.count_out = tensors.integers(state + ".count", INT64_MAX);
+  p.count = p.count_out = tensors.integers(state + ".count", kMostSteps + 1);
   p.mean = p.mean_out = tensors.real(state + ".mean", "(S, G)", {s.B, s.G});
   p.var = p.var_out = tensors.real(state + ".var", "(S, G)", {s.B, s.G});
   p.residual = p.residual_out = tensors.real(state + ".residual", "(S, 2, G)", {s.B, 2, s.G});
