@@ -94,6 +94,14 @@ def test_config_round_trip_and_released_fields():
         ({"norm_num_groups": 7}, "`norm_num_groups` must be a divisor"),
         ({"init_mode": "bert"}, "`init_mode`"),
         ({"share_emb": True, "output_size": 5}, "`output_size`"),
+        (
+            {"eos_token_id": 32000},
+            r"`eos_token_id` must be a token that the model can predict, in \[0, 32000\), or None",
+        ),
+        (
+            {"vocab_size": 5, "output_size": 4, "eos_token_id": 4},
+            r"`eos_token_id` must be .* in \[0, 4\), or None, got 4",
+        ),
     ],
 )
 def test_wrong_config_raises(fields, message):

@@ -113,8 +113,8 @@ class MegalodonConfig:
             )
         check("init_mode", self.init_mode == "he", '"he"')
         if self.eos_token_id is not None:
-            wanted = f"a token in [0, {self.vocab_size}), or None"
-            check("eos_token_id", is_whole(self.eos_token_id, 0, self.vocab_size - 1), wanted, int)
+            wanted = f"a token that the model can predict, in [0, {self.num_outputs}), or None"
+            check("eos_token_id", is_whole(self.eos_token_id, 0, self.num_outputs - 1), wanted, int)
 
     @property
     def num_outputs(self) -> int:
