@@ -337,5 +337,5 @@ def test_an_encoder_has_no_state():
         for name, call in calls.items():
             with case(name), pytest.raises(ValueError, match=rf"`\w+` must be (None|False), got .*; {no_state}\.$"):
                 call()
-    with pytest.raises(ValueError, match="chunked_attention: `causal` must be True where a `state` is given or ret"):
+    with pytest.raises(ValueError, match="MegalodonBlock: `return_state` must be False, got True; an encoder has no state"):
         encoder.layers[0](torch.randn(1, 4, 32).double(), return_state=True)

@@ -252,6 +252,8 @@ def test_a_stream_gives_the_tokens_of_generate_and_its_state(model):
     expected, state = model.generate(PROMPT[:2], max_new_tokens=6, seed=5, return_state=True)
     assert torch.equal(tokens, expected[:, 19:])
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(stream.state), tree_leaves(state), strict=True))
+    ending = model.stream(PROMPT[:2], seed=5, max_new_tokens=6)
+    assert torch.equal(torch.stack(list(ending), 1), tokens) and next(ending, None) is None
 
 
 def test_inference_mode_begins_and_ends_anywhere(model):

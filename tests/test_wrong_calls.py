@@ -78,6 +78,7 @@ NO_MODEL_STATE = {
     "empty": (),
     "as tuple": lambda s: tuple(s),
     "of another model": lambda s: s._replace(layers=s.layers[:1]),
+    "endless": lambda s: s._replace(norm=s.norm._replace(count=torch.full_like(s.norm.count, 2**63 - 3))),
 }
 
 NO_TOKENS = {
@@ -285,6 +286,11 @@ CALLS = {
         partial(encoder_of_numbers.forward, lengths=lengths), dict(inputs=x), dict(inputs=TENSOR), "MegalodonEncoder",
         speakers=("sequence_norm",),
     ),
+    "pool": Call(
+        mo.MegalodonEncoder.pool, dict(x=x, lengths=lengths),
+        dict(x={k: w for k, w in TENSOR.items() if k not in ("longer", "shorter", "meta")}, lengths=OPTIONAL_INTEGERS),
+        "MegalodonEncoder.pool", speakers=("timestep_norm_end_state",),
+    ),
     "generate": Call(
         model.generate,
         dict(prompt=tokens, max_new_tokens=2, lengths=lengths, temperature=0.0, state=model_state, seed=[1, 2]),
@@ -299,18 +305,27 @@ CALLS = {
                    "of floats": [1.0, 2.0], "tensor": torch.tensor([1, 2]), "nan": math.nan},
              padding={"none": None, "bool": True, "other": "both", "list": []},
              return_state=NO_FLAG, return_lengths=NO_FLAG),
-        speakers=("Megalodon",),
+        speakers=("Megalodon", "timestep_norm"),
         numbers=dict(max_new_tokens=np.int64(2), temperature=np.float32(0), top_k=np.int64(3), top_p=np.float32(0.5),
                      min_p=np.float32(0.5), repetition_penalty=np.float64(1.5), stop_tokens=np.int64(3),
                      num_samples=np.int64(1)),
     ),
     "stream": Call(
         lambda **arguments: next(model.stream(**arguments)),
-        dict(prompt=tokens, lengths=lengths),
-        dict(prompt=TOKENS, lengths=OPTIONAL_INTEGERS, temperature=NO_NUMBER, top_k={"zero": 0, "float": 2.0},
+        dict(prompt=tokens, lengths=lengths, max_new_tokens=2),
+        dict(prompt=TOKENS, max_new_tokens={k: w for k, w in NO_SIZE.items() if k not in ("none", "zero")}, lengths=OPTIONAL_INTEGERS, temperature=NO_NUMBER, top_k={"zero": 0, "float": 2.0},
              stop_tokens=NO_TOKENS),
         "generate", speakers=("Megalodon",),
         numbers=dict(temperature=np.float32(0.5), seed=np.int64(3)),
+    ),
+    "MegalodonState.fresh": Call(
+        mo.MegalodonState.fresh,
+        dict(config=model.config, num_sequences=2, dtype=torch.float32, device="cpu"),
+        dict(config={"none": None, **NO_TENSOR}, num_sequences=NO_SIZE, dtype=NO_WEIGHTS, device=NO_DEVICE),
+        "MegalodonState.fresh",
+    ),
+    "MegalodonState.to": Call(
+        model_state.to, dict(device="cpu"), dict(device={k: w for k, w in NO_DEVICE.items() if k != "none"}), "MegalodonState.to"
     ),
     "StopStrings": Call(
         mo.StopStrings,
@@ -389,6 +404,10 @@ CALLS = {
     "MegalodonBlock of x": Call(
         model.layers[0].forward, dict(x=torch.randn(2, 5, TINY["model_dim"])), dict(x={**TENSOR, "wide": Tensor.double}),
         "MegalodonBlock", speakers=("TimestepNorm", "timestep_norm"),
+    ),
+    "MegalodonBlock of an encoder": Call(
+        encoder.layers[0].forward, dict(x=torch.randn(2, 5, TINY["model_dim"])),
+        dict(state={"a block's": model_state.layers[0], **NO_TENSOR}, return_state={"true": True, **NO_FLAG}), "MegalodonBlock",
     ),
     "ComplexEMA": Call(mo.ComplexEMA, dict(dim=8, ndim=2), dict(dim=NO_SIZE, ndim=NO_SIZE, bidirectional=NO_FLAG)),
 }  # fmt: skip

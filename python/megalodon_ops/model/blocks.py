@@ -14,7 +14,8 @@ from ..ops.adaptive_working_memory import read_write_and_keep
 from ..ops.chunked_attention import chunked_attention
 from ..ops.gated_silu import gated_silu
 from .layers import (
-    ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, reset_all_parameters,
+    ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, check_no_state,
+    reset_all_parameters,
 )  # fmt: skip
 from ..ops.library import accumulation_dtype, autocast, int64_or_none, is_exporting, num_steps
 from ..ops.normalized_attention import attend
@@ -166,6 +167,8 @@ class NormalizedAttention(WideParameters):
     ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
         """x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` being the whole block's."""
         config, training = self.config, self.training
+        if not config.causal:
+            check_no_state("MegalodonBlock", state, return_state)
         norm_before, cema_state, attention_state, *_ = fields_of("MegalodonBlock", state, block_state_type(config))
         t, norm_state = self.timenorm(x, state=norm_before, return_state=True, **sequences)
         v = gated_silu(self.wv(t))  # before cema, whose state may still be on its way from other processes

@@ -24,7 +24,7 @@ from .files import read_json, reading, write_atomically
 from .weights import WEIGHT_DTYPES, StoredTensors, is_weight_file, plain_tensors, write_weights
 from ..errors import FileError
 from ..ops.memory import check_fits
-from ..ops.values import check_integer, described, is_whole, shown
+from ..ops.values import as_device, check_integer, described, is_whole, shown
 
 if TYPE_CHECKING:
     from .encoder import MegalodonEncoder
@@ -234,11 +234,3 @@ def check_dtype(caller: str, dtype: object) -> None:
     """Raises unless the value is None or a dtype that weights can have."""
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{caller}: `dtype` must be a torch dtype of 16 bits or more, or None, got {shown(dtype)}.")
-
-
-def as_device(caller: str, value: object) -> torch.device:
-    """The value as a device, or a ValueError."""
-    try:
-        return torch.device(value)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"{caller}: `device` must be one of torch's, such as cpu, got {shown(value)}.") from None

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import MegalodonBlock, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
 from .inputs import check_inputs, check_steps, embedded
-from .layers import NO_STATE, Embedding, Linear, SequenceNorm, reset_all_parameters
+from .layers import Embedding, Linear, SequenceNorm, check_no_state, reset_all_parameters
 from ..ops.gated_silu import gated_silu
 from ..ops.timestep_norm import timestep_norm_end_state
-from ..ops.values import check_device, check_flag, check_size, described
+from ..ops.values import check_device, check_flag, check_rank, check_size, check_tensor
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,7 @@ class MegalodonEncoder(nn.Module):
             ValueError, TypeError: an argument is wrong. IndexError: a token is outside of the vocabulary.
         """
         check_flag("MegalodonEncoder", "features", features)
-        for name, value, only in (("state", state, None), ("return_state", return_state, False)):
-            if value is not only:
-                raise ValueError(f"MegalodonEncoder: `{name}` must be {only}, got {described(value)}; {NO_STATE}.")
+        check_no_state("MegalodonEncoder", state, return_state)
         sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
         check_inputs("MegalodonEncoder", "inputs", inputs, self, **sequences, num_features=self.config.num_features)
         x = self._hidden(self._embed(inputs), **sequences)
@@ -203,6 +201,8 @@ class MegalodonEncoder(nn.Module):
     @staticmethod
     def pool(x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """The mean (S, D) of x (B, L, D) over the steps of each sequence, summed in float64; of no steps zero."""
+        check_tensor("MegalodonEncoder.pool", "x", x)
+        check_rank("MegalodonEncoder.pool", "x", x, "(B, L, D)", 3)
         each_channel = dict(num_groups=x.shape[-1])  # whose mean is one of the statistics
         return timestep_norm_end_state(x, **each_channel, cu_seqlens=cu_seqlens, lengths=lengths).mean.to(x.dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ class TokenStream:
         sampling: Sampling,
         stops: list[list[int]],
         seeds: list[int],
+        max_new_tokens: int | None,
     ) -> None:
         state = read(model, prompts.tokens, prompts.lengths - 1, state)
         if len(prompts.samples) > len(prompts.tokens):
@@ -60,7 +61,7 @@ class TokenStream:
         self._seen = prompts.contained(model.config.num_outputs)[prompts.samples] if sampling.penalises else None
         self._ends = Ends(stops, self._last) if stops else None
         self.stopped = torch.zeros_like(self._last, dtype=torch.bool)
-        self._all_stopped = False
+        self._all_stopped, self._left = False, math.inf if max_new_tokens is None else max_new_tokens
         self._states_of_stopped: list[tuple[Tensor, MegalodonState]] = []
 
     def __iter__(self) -> TokenStream:
@@ -68,8 +69,9 @@ class TokenStream:
 
     @torch.no_grad()
     def __next__(self) -> Tensor:
-        if self._all_stopped:
+        if self._all_stopped or self._left == 0:
             raise StopIteration
+        self._left -= 1
         logits = self._decoder(self._last[:, None])[:, 0]
         token = self._last = self._sampling.choose(logits, self._numbers, self._seen)
         if self._seen is not None:
@@ -152,6 +154,7 @@ def stream(
     self: Megalodon,
     prompt: Tensor,
     *,
+    max_new_tokens: int | None = None,
     lengths: Tensor | None = None,
     padding: str = "right",
     temperature: float = 1.0,
@@ -172,6 +175,7 @@ def stream(
 
     Args:
         prompt: (B, L >= 1) integers.
+        max_new_tokens: after how many tokens the stream ends; None: it does not.
         lengths: (B,) >= 1, the prompts' lengths; what pads them may be anything.
         padding: where `lengths` are less than L, the side that is padded, "right" or "left".
         temperature: divides the logits; 0 takes the likeliest token and draws nothing.
@@ -190,14 +194,17 @@ def stream(
             s, s + 1, s + 2 and so on. None: such an integer of torch's own generator.
 
     Returns:
-        an iterator of (B * num_samples,) int64 without end, or, with stops, until all rows have stopped; a row that has
-        stopped gives -1. Its `state` goes on later.
+        an iterator of (B * num_samples,) int64, up to `max_new_tokens` or, with stops, until all rows have stopped; a row
+        that has stopped gives -1. Its `state` goes on later.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or two do not go together: `num_samples` with temperature 0,
         padding "left" without `lengths`. FloatingPointError, on the CPU: the logits are no numbers to draw
         by, as of weights that overflow.
     """
+    if max_new_tokens is not None:
+        expected = "an integer of at least 0, below 2^31"
+        max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, expected, 0, 2**31 - 1)
     _check_prompt(self, prompt, state)
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
     if prompt.is_cpu:
@@ -216,7 +223,7 @@ def stream(
     seeds = check_seeds(seed, rows)
     stop_tokens = self.config.eos_token_id if stop_tokens is None else stop_tokens
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
-    return TokenStream(self, prompts, state, sampling, stops, seeds)
+    return TokenStream(self, prompts, state, sampling, stops, seeds, max_new_tokens)
 
 
 def generate(
@@ -259,12 +266,13 @@ def generate(
         if name not in _OPTIONS:
             fix = f"; {_OF_OTHERS[name]}" if name in _OF_OTHERS else ""
             raise TypeError(f"generate: `{name}` must be left out, as there is no such option{fix}.")
-    expected = "an integer of at least 0, below 2^31"
-    max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, expected, 0, 2**31 - 1)
+    if max_new_tokens is None:
+        raise TypeError("generate: `max_new_tokens` must be an integer, got None; a stream needs no end.")
     check_flag("generate", "return_lengths", return_lengths)
     check_flag("generate", "return_state", return_state)
-    tokens = self.stream(prompt, lengths=lengths, padding=padding, num_samples=num_samples, **options)
-    found = [token.to(prompt.dtype) for token in itertools.islice(tokens, max_new_tokens)]
+    sizes = dict(max_new_tokens=max_new_tokens, num_samples=num_samples)
+    tokens = self.stream(prompt, lengths=lengths, padding=padding, **sizes, **options)
+    found = [token.to(prompt.dtype) for token in tokens]
     new = torch.stack(found, 1) if found else prompt.new_empty((len(tokens.stopped), 0))
     result, ends = tokens._prompts.followed_by(new)
     results = (result, *([ends] if return_lengths else []), *([tokens.state] if return_state else []))

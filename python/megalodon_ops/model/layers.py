@@ -20,6 +20,15 @@ from ..ops.timestep_norm import timestep_norm
 from ..ops.values import check_channels, check_flag, check_number, check_size, described
 
 NO_STATE = "an encoder has no state: it reads the whole row"
+
+
+def check_no_state(op: str, state: object, return_state: object) -> None:
+    """Raises a ValueError unless an encoder, or a part of one, is neither given a state nor asked for one."""
+    for name, value, only in (("state", state, None), ("return_state", return_state, False)):
+        if value is not only:
+            raise ValueError(f"{op}: `{name}` must be {only}, got {described(value)}; {NO_STATE}.")
+
+
 _SHORT = (torch.bfloat16, torch.float16)
 
 

@@ -21,7 +21,7 @@ from .files import file_size, one_line, write_atomically, write_safetensors
 from ..ops.library import accumulation_dtype
 from ..ops.memory import check_fits, is_finite
 from ..ops.states import AttentionState, TimestepNormState, named_in_programs
-from ..ops.values import check_size, described, is_whole, shown
+from ..ops.values import as_device, check_size, described, is_whole, shown
 
 FILE_FORMAT = "megalodon_ops.state"
 FILE_VERSION = "1"
@@ -76,7 +76,7 @@ class MegalodonState(NamedTuple):
         check_config("MegalodonState.fresh", config)
         rows = check_size("MegalodonState.fresh", "num_sequences", num_sequences)
         _check_activations("MegalodonState.fresh", dtype)
-        wanted = layout(config, rows, dtype)
+        wanted, device = layout(config, rows, dtype), as_device("MegalodonState.fresh", device)
         return from_named({name: torch.zeros(shape, dtype=kind, device=device) for name, kind, shape in wanted})
 
     @property
@@ -128,6 +128,7 @@ class MegalodonState(NamedTuple):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        device = device if device is None else as_device("MegalodonState.to", device)
         if dtype is None:
             return _map(lambda tensor: tensor.to(device), self)
         _check_activations("MegalodonState.to", dtype)

@@ -128,6 +128,14 @@ def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
         )
 
 
+def as_device(caller: str, value: object) -> torch.device:
+    """The value as a device, or a ValueError."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{caller}: `device` must be one of torch's, such as cpu, got {shown(value)}.") from None
+
+
 def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
     """Raises unless these are sequences of x (B, L, ...) as every op takes them, but for their values."""
     B, L = x.shape[:2]

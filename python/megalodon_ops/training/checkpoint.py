@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .record import RECORD, new_record, read_record, write_record
 from ..errors import FileError
 from ..model.checkpoint import (
-    CONFIG, as_device, as_path, check_dtype, check_tokenizer, is_ours, read_model, read_model_files,
+    CONFIG, as_path, check_dtype, check_tokenizer, is_ours, read_model, read_model_files,
     stored_tensors, write_model,
 )  # fmt: skip
 from ..model.config import MegalodonConfig
@@ -35,7 +35,7 @@ from ..model.files import reading, remove_drafts, write_atomically, write_safete
 from ..model.model import Megalodon
 from ..model.official import is_official, read_official
 from ..model.states import MegalodonState, as_real, batch_of, check_layout, complete, from_named, layout, named_tensors
-from ..ops.values import check_integer, described
+from ..ops.values import as_device, check_integer, described
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
