@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import every_case
 from torch.utils._pytree import tree_map
 
 from megalodon_ops import _C
@@ -132,6 +135,64 @@ def test_tensors_of_other_types_are_left_to_torch(rows, gradients):
     doubled.inner = weight
     with torch.set_grad_enabled(gradients):
         torch.testing.assert_close(linear(x, doubled), F.linear(x, 2 * weight))
+
+
+class ReadsOn(torch.autograd.Function):
+    """F.linear as torch 2.13 computes it with AMX: what follows each row, up to a multiple of 32 numbers, counts times 0."""
+
+    @staticmethod
+    def product(x, weight):
+        y, more = F.linear(x, weight), -x.shape[-1] % 32
+        if x.is_contiguous() or x.stride(1) != 1 or not more:
+            return y
+        return y + 0 * x.as_strided((len(x), more), x.stride(), x.storage_offset() + x.shape[1]).sum(1, keepdim=True)
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        assert bias is None
+        ctx.save_for_backward(x, weight)
+        return ReadsOn.product(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return ReadsOn.product(dy, weight.t()), ReadsOn.product(dy.t(), x.t()), None
+
+
+def reading_on(x, weight, bias=None):
+    return ReadsOn.apply(x, weight, bias)
+
+
+def in_nan(t):
+    """t between columns of NaN."""
+    wide = t.new_full((len(t), t.shape[1] + 64), torch.nan)
+    wide[:, 32:-32] = t
+    return wide[:, 32:-32]
+
+
+@pytest.mark.parametrize("product", [F.linear, reading_on], ids=["torch's", "AMX's"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_lies_between_rows_is_not_read(monkeypatch, product, gradients):
+    if product is reading_on:
+        monkeypatch.setattr(module, "_READS_ON", True)
+        monkeypatch.setattr(module, "CHOICES", choices("v4_amx", mkl_is_slow=False))
+    monkeypatch.setattr(module, "F", SimpleNamespace(linear=product))
+
+    def results(layout, rows, inner, outer):
+        gen = torch.Generator().manual_seed(0)
+        shapes = (rows, inner), (outer, inner), (rows, outer)
+        x, weight, dy = (layout(torch.randn(shape, generator=gen).bfloat16()) for shape in shapes)
+        if not gradients:
+            return [linear(x, weight)]
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = linear(x, weight)
+        return [y, *torch.autograd.grad(y, (x, weight), dy)]
+
+    with torch.set_grad_enabled(gradients), every_case() as case:
+        for sizes in itertools.product((1, 9, 64), (24, 33, 64, 100), (24, 64, 100)):
+            with case(sizes):
+                for found, wanted in zip(results(in_nan, *sizes), results(torch.clone, *sizes), strict=True):
+                    torch.testing.assert_close(found, wanted)
 
 
 def imported_again(monkeypatch, variable):

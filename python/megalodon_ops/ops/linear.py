@@ -71,6 +71,8 @@ if _ENVIRONMENT not in ("auto", "torch"):
 CHOICES = choices(_C.active_isa(), _mkl_is_slow()) if _ENVIRONMENT == "auto" else {}
 """The choices of this process; empty where all is left to torch"""
 _ALL_BY_TORCH = KernelChoice(few_rows_to=0)
+_READS_ON = "v4_amx" in _C.available_isas()
+"""Where torch's library reads bfloat16 rows 32 numbers at a time, those after a row's end times 0: docs/numerics.md"""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -114,7 +116,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = given[0] if given else None
     if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
         return call(linear_fwd, x, weight, bias)
-    return F.linear(x, weight, bias)
+    return F.linear(_without_gaps(x), weight, bias)
 
 
 def _choice_for(dtype: torch.dtype) -> KernelChoice:
@@ -136,6 +138,8 @@ def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
     of_dtype, size = _choice_for(x.dtype), x.numel() * weight.shape[0]
     if size == 0:
         return False
+    if _READS_ON and x.dtype == torch.bfloat16 and weight.shape[0] % 32 and torch.is_grad_enabled():
+        return bool(CHOICES)  # torch's own backward would read on in the rows of dy
     if torch.is_grad_enabled():
         return of_dtype.training_from is not None and size >= of_dtype.training_from
     return of_dtype.many_rows_from is not None
@@ -199,10 +203,16 @@ def _fwd(x, weight, bias):
 def _by_torch(x, weight, bias):
     """Two transposed bfloat16 matrices, as in weights' gradients, take torch twice as long: the smaller is copied."""
     if x.dtype != torch.bfloat16 or bias is not None or not _is_transposed(x) or not _is_transposed(weight):
-        return F.linear(x, weight, bias)
+        return F.linear(_without_gaps(x), _without_gaps(weight), bias)
     if x.numel() <= weight.numel() + x.shape[0] * weight.shape[0]:
         return F.linear(_by_rows(x), weight)
     return _by_rows(F.linear(_by_rows(weight), x).t())
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    """x, a copy where torch would read what lies between its rows."""
+    reads_on = _READS_ON and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[-1] % 32
+    return x.contiguous() if reads_on and not _is_transposed(x) else x
 
 
 def _many_rows(x, weight, bias, y, add):
