@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cuda_static.promises import LOAD_64, LOAD_128, STORE_128, Promise, breaches, promises_of
+from cuda_static.promises import LOAD_64, LOAD_128, PROMISES, STORE_128, Promise, breaches, promises_of
 from cuda_static.sass import (
     ROOT,
     Kernel,
@@ -110,6 +110,16 @@ def test_what_a_promise_allows_is_no_breach(planted):
     assert breaches([local], [Promise(r"array_in_local_memory", 64, stack={90: "a planted kernel"})]) == []
     assert breaches([local], [Promise(r"array_in_local_memory", 64, stack={80: "of another architecture"})])
     assert breaches([planted["calculates_in_double<double>"]], [Promise(r"calculates_in_double<double>", 24)]) == []
+
+
+def test_what_one_compiler_is_allowed_is_allowed_to_no_other():
+    """Wider promises are for the compiler that `_cuda` names: of nvcc 13 a kernel may take no more than PROMISES says."""
+    assert promises_of("nvcc 13.0.88") == promises_of("nvcc 14.0.1") == list(PROMISES)
+    name = "chunked_attention_bwd_products_kernel<PlainProduct<float, 64, 64>>"
+    takes_216 = Kernel(name, architecture=80, registers=216)
+    for compiler, problems in {"nvcc 12.9.86": 0, "nvcc 13.0.88": 1}.items():
+        own = [promise for promise in promises_of(compiler) if re.fullmatch(promise.kernel, name)]
+        assert len(breaches([takes_216], own)) == problems, compiler
 
 
 # What the wrappers of cuda/common are to become, by the PTX ISA, where words are numbered as in its figures of fragments
