@@ -16,7 +16,7 @@ from .inputs import check_inputs, check_steps, embedded
 from .layers import Embedding, Linear, SequenceNorm, check_no_state, reset_all_parameters
 from ..ops.gated_silu import gated_silu
 from ..ops.timestep_norm import timestep_norm_end_state
-from ..ops.values import check_device, check_flag, check_rank, check_size, check_tensor
+from ..ops.values import check_device, check_flag, check_rank, check_size
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,6 @@ class MegalodonEncoder(nn.Module):
     @staticmethod
     def pool(x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """The mean (S, D) of x (B, L, D) over the steps of each sequence, summed in float64; of no steps zero."""
-        check_tensor("MegalodonEncoder.pool", "x", x)
         check_rank("MegalodonEncoder.pool", "x", x, "(B, L, D)", 3)
         each_channel = dict(num_groups=x.shape[-1])  # whose mean is one of the statistics
         return timestep_norm_end_state(x, **each_channel, cu_seqlens=cu_seqlens, lengths=lengths).mean.to(x.dtype)

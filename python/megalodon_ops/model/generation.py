@@ -203,8 +203,7 @@ def stream(
         by, as of weights that overflow.
     """
     if max_new_tokens is not None:
-        expected = "an integer of at least 0, below 2^31"
-        max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, expected, 0, 2**31 - 1)
+        check_integer("generate", "max_new_tokens", max_new_tokens, "an integer in [0, 2^31)", 0, 2**31 - 1)
     _check_prompt(self, prompt, state)
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
     if prompt.is_cpu:

@@ -67,7 +67,6 @@ def bidirectional_cema(
     check_tensor("bidirectional_cema", "omega", omega)
     D = x.shape[-1]
     for name, tensor in (("p", p), ("q", q), ("gamma", gamma)):
-        check_tensor("bidirectional_cema", name, tensor)
         check_rank("bidirectional_cema", name, tensor, "(2 D, N)", 2)
         if len(tensor) != 2 * D:
             raise ValueError(

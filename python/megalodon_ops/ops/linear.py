@@ -71,7 +71,7 @@ if _ENVIRONMENT not in ("auto", "torch"):
 CHOICES = choices(_C.active_isa(), _mkl_is_slow()) if _ENVIRONMENT == "auto" else {}
 """The choices of this process; empty where all is left to torch"""
 _ALL_BY_TORCH = KernelChoice(few_rows_to=0)
-_READS_ON = "v4_amx" in _C.available_isas()
+_READS_ON = bool(CHOICES) and "v4_amx" in _C.available_isas()
 """Where torch's library reads bfloat16 rows 32 numbers at a time, those after a row's end times 0: docs/numerics.md"""
 
 
@@ -138,10 +138,9 @@ def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
     of_dtype, size = _choice_for(x.dtype), x.numel() * weight.shape[0]
     if size == 0:
         return False
-    if _READS_ON and x.dtype == torch.bfloat16 and weight.shape[0] % 32 and torch.is_grad_enabled():
-        return bool(CHOICES)  # torch's own backward would read on in the rows of dy
     if torch.is_grad_enabled():
-        return of_dtype.training_from is not None and size >= of_dtype.training_from
+        reads_on = _READS_ON and x.dtype == torch.bfloat16 and weight.shape[0] % 32 != 0  # in dy, torch's own backward
+        return reads_on or (of_dtype.training_from is not None and size >= of_dtype.training_from)
     return of_dtype.many_rows_from is not None
 
 

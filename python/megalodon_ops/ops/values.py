@@ -90,7 +90,8 @@ def check_optional_tensor(op: str, argument: str, value: object) -> None:
 
 
 def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) -> None:
-    """Raises a ValueError unless the tensor has as many axes as `letters` names, such as "(B, L, D)"."""
+    """Raises unless this is a tensor of as many axes as `letters` names, such as "(B, L, D)"."""
+    check_tensor(op, argument, tensor)
     if tensor.dim() != rank:
         fix = "; add a batch dimension" if tensor.dim() == rank - 1 else ""
         raise ValueError(f"{op}: `{argument}` must have shape {letters}, got {tuple(tensor.shape)}{fix}.")

@@ -11,7 +11,6 @@ from .library import accumulation_dtype
 from .values import sequence_spans
 
 OP = "adaptive_working_memory"
-_MOST_STEPS = 2**62  # that a state may have seen: those of a call are added to them
 
 
 def length(of: slice) -> int:
@@ -65,8 +64,8 @@ class Plan:
         B, L, H = q.shape[:3]
         spans = sequence_spans(OP, q, cu_seqlens, lengths)
         seen = [0] * len(spans) if position is None else position.tolist()
-        if wrong := [count for count in seen if not 0 <= count <= _MOST_STEPS]:
-            raise ValueError(f"{OP}: `state.position` must be in [0, {_MOST_STEPS}], got {wrong[0]}.")
+        if wrong := [count for count in seen if not 0 <= count <= 2**62]:
+            raise ValueError(f"{OP}: `state.position` must be in [0, 2^62], got {wrong[0]}.")
         lag = visible - 1
         until = [count % C + end - begin for count, (begin, end) in zip(seen, spans)]  # counted from chunk 0
         order = sorted(range(len(spans)), key=lambda s: (-(-until[s] // C), until[s] // C), reverse=True)
