@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from megalodon_ops.distributed import alike, chunk, exchange
-from megalodon_ops.distributed.model import Ranks, become_parallel
+from megalodon_ops.distributed.parallel_model import Ranks, become_parallel
 
 import megalodon_ops as mo
 

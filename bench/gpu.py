@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops import library
+from megalodon_ops.ops.common import definition as library
 
 from .machine import Limits
 

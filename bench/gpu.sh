@@ -24,7 +24,7 @@ case $command in
     if [ -x "$(command -v compute-sanitizer)" ]; then
       for tool in memcheck racecheck initcheck; do
         compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -p no:cacheprovider -q \
-          tests/test_cuda.py -k "results_are_on_the_device or every_kernel_of_a_narrow_type"
+          tests/cuda/test_cuda.py -k "results_are_on_the_device or every_kernel_of_a_narrow_type"
       done
     else
       echo "compute-sanitizer was not found: not run" >&2

@@ -23,7 +23,7 @@ import torch
 from . import gpu
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from cuda_static import loops, sass
+from bench import sass_loops as loops, sass
 
 SIZES = dict[str, int]
 

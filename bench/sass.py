@@ -1,6 +1,6 @@
 """What nvcc has made of the kernels: registers, stack, and the instructions of each, by architecture.
 
-`python tests/cuda_static/sass.py` prints a table of the installed package's kernels.
+`python bench/sass.py` prints a table of the installed package's kernels.
 """
 
 from __future__ import annotations

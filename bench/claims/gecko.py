@@ -4,7 +4,7 @@
     timestep decay norm   the norm's mean and variance forget by 0.999 and 0.9999 a step
     working memory        a matrix a head, written with what attention no longer sees; four forms of it
 
-After github XuezheMax/gecko-llm, commit fe04b3b (MIT), with whose numbers tests/test_claims_gecko.py compares; the gate is of
+After github XuezheMax/gecko-llm, commit fe04b3b (MIT), with whose numbers tests/bench/test_claims_gecko.py compares; the gate is of
 ifm-ai/xllm's `gekko`. Letters: B rows, L tokens, H heads, S and V channels of a head's keys and values, C a chunk, G groups.
 """
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import megalodon_ops as mo
-from megalodon_ops.ops.states import TimestepNormState
+from megalodon_ops.ops.common.states import TimestepNormState
 
 from . import gecko
 from .llama import Llama

@@ -21,7 +21,7 @@ from torch import nn
 
 import megalodon_ops as mo
 from megalodon_ops.evaluation import Document, evaluate
-from megalodon_ops.model.states import complete, from_named, named_tensors
+from megalodon_ops.model.model_state import complete, from_named, named_tensors
 from megalodon_ops.training import START, Batches, Muon, Reader, Schedule, adamw, optimizer_threads, threads
 
 from bench import records

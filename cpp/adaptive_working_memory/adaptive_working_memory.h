@@ -1,4 +1,4 @@
-// A matrix a head that holds the chunks before a step's own. Derivation: reference/adaptive_working_memory.py.
+// A matrix a head that holds the chunks before a step's own. Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
 #pragma once
 
 #include "isa.h"

@@ -1,4 +1,4 @@
-// Reads and writes a working memory in a few steps, as in decoding. Derivation: reference/adaptive_working_memory.py.
+// Reads and writes a working memory in a few steps, as in decoding. Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
 //
 //   o_t = softmax(q_t) M;  after each chunk  M' = (1 - r) M + r P^T (V - F M), of that chunk or an earlier one
 //

@@ -1,4 +1,4 @@
-// CEMA: h_t = q h_{t-1} + p x_t,  y_t = Re(sum_n gamma_n h_t[n]) + omega x_t. Derivation: reference/cema.py.
+// CEMA: h_t = q h_{t-1} + p x_t,  y_t = Re(sum_n gamma_n h_t[n]) + omega x_t. Derivation: ops/cema/cema_reference.py.
 #pragma once
 
 #include "isa.h"

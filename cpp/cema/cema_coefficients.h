@@ -1,4 +1,4 @@
-// CEMA's coefficients from its parameters, on the CPU. Derivation: reference/cema_coefficients.py.
+// CEMA's coefficients from its parameters, on the CPU. Derivation: ops/cema/cema_coefficients_reference.py.
 #pragma once
 
 #include "dtype.h"

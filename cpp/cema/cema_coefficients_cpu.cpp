@@ -1,4 +1,4 @@
-// CEMA's coefficients from its parameters. Derivation: reference/cema_coefficients.py.
+// CEMA's coefficients from its parameters. Derivation: ops/cema/cema_coefficients_reference.py.
 //
 //   p = s(alpha);  r = 1 - p s(delta);  t_n = s(theta) n / N;  q = r e^(2 pi i t);  scaled = gamma / sqrt(N)
 //

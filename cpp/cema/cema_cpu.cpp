@@ -1,4 +1,4 @@
-// CEMA on the CPU, forward and backward. Derivation: reference/cema.py.
+// CEMA on the CPU, forward and backward. Derivation: ops/cema/cema_reference.py.
 //
 //   h_t = q h_{t-1} + p x_t,   y_t = Re(sum_n gamma_n h_t[n]) + omega x_t     x, y (T, D);  h, q, gamma (D, N) complex
 //

@@ -1,4 +1,4 @@
-// Softmax attention inside chunks of C steps. Derivation: reference/chunked_attention.py.
+// Softmax attention inside chunks of C steps. Derivation: ops/chunked_attention/chunked_attention_reference.py.
 #pragma once
 
 #include "isa.h"

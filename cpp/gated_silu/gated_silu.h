@@ -1,4 +1,4 @@
-// Gate of the linear layers on the CPU: y = silu(x) value. Derivation: reference/gated_silu.py.
+// Gate of the linear layers on the CPU: y = silu(x) value. Derivation: ops/gated_silu/gated_silu_reference.py.
 #pragma once
 
 #include "dtype.h"

@@ -1,4 +1,4 @@
-// Gate of the linear layers: silu of one tensor times another. Derivation: reference/gated_silu.py.
+// Gate of the linear layers: silu of one tensor times another. Derivation: ops/gated_silu/gated_silu_reference.py.
 //
 //   y = x s value,  s = sigmoid(x)
 //

@@ -1,4 +1,4 @@
-// Layer norm and RMS norm of rows on the CPU. Derivation: reference/layer_norm.py.
+// Layer norm and RMS norm of rows on the CPU. Derivation: ops/layer_norm/layer_norm_reference.py.
 #pragma once
 
 #include "dtype.h"

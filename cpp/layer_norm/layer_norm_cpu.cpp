@@ -1,4 +1,4 @@
-// Layer norm and RMS norm of rows of D channels. Derivation: reference/layer_norm.py.
+// Layer norm and RMS norm of rows of D channels. Derivation: ops/layer_norm/layer_norm_reference.py.
 //
 //   m = mean_D x (RMS norm: 0);  r = 1 / sqrt(mean_D (x - m)^2 + eps);  xn = (x - m) r;  y = xn (1 + weight) + bias
 //

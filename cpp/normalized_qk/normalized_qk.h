@@ -1,4 +1,4 @@
-// Normalized queries and keys: per-head RMS norm of a shared z, affine, rotary. Derivation: reference/normalized_qk.py.
+// Normalized queries and keys: per-head RMS norm of a shared z, affine, rotary. Derivation: ops/normalized_qk/normalized_qk_reference.py.
 #pragma once
 
 #include "isa.h"

@@ -1,4 +1,4 @@
-// Normalized queries and keys: per-head RMS norm of a shared z, affine, rotary. Derivation: reference/normalized_qk.py.
+// Normalized queries and keys: per-head RMS norm of a shared z, affine, rotary. Derivation: ops/normalized_qk/normalized_qk_reference.py.
 //
 //   r = 1 / sqrt(mean_K z^2 + eps);  zn = z r;  q = rotate(zn a_0 + beta_0),  k = rotate(zn a_1 + beta_1)
 //   a_i = (1 + gamma_i) / sqrt(K);  rotate: (re, im) <- (re cos - im sin, im cos + re sin) for each pair of channels

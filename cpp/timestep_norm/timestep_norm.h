@@ -1,4 +1,4 @@
-// Timestep norm: group norm with cumulative statistics along time. Derivation: reference/timestep_norm.py.
+// Timestep norm: group norm with cumulative statistics along time. Derivation: ops/timestep_norm/timestep_norm_reference.py.
 #pragma once
 
 #include "isa.h"

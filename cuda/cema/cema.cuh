@@ -1,4 +1,4 @@
-// CEMA: reference/cema.py. What its kernels share. The scan's are in cema_scan.cuh and, by tensor cores, in
+// CEMA: ops/cema/cema_reference.py. What its kernels share. The scan's are in cema_scan.cuh and, by tensor cores, in
 // cema_mma_scan.cuh; beside them cema_step.cuh for few steps, cema_bwd.cuh for gradients.
 //
 //   u_t = q u_{t-1} + x_t      h = p u      y_t = Re(sum_n c_n u_t[n]) + omega x_t,  c = gamma p

@@ -1,4 +1,4 @@
-// The gradients of CEMA's parameters: reference/cema.py; basis, tiles and entering states: cema.cuh.
+// The gradients of CEMA's parameters: ops/cema/cema_reference.py; basis, tiles and entering states: cema.cuh.
 //
 // Within a tile, let w_t = du_t/dq with what enters held fixed: w_t = q w_{t-1} + u_{t-1}, from zero. K is what later
 // tokens send back to the tile's last state, q r of the next token, or conj(dstate_out) / gamma where a sequence ends:

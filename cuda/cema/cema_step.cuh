@@ -1,4 +1,4 @@
-// CEMA of few steps a sequence, as in decoding: reference/cema.py, in one launch and without a workspace.
+// CEMA of few steps a sequence, as in decoding: ops/cema/cema_reference.py, in one launch and without a workspace.
 //
 //   h_t = q h_{t-1} + p x_t      y_t = Re(sum_n gamma_n h_t[n]) + omega x_t
 //

@@ -1,4 +1,4 @@
-// Chunked attention, backward: reference/chunked_attention.py.
+// Chunked attention, backward: ops/chunked_attention/chunked_attention_reference.py.
 //
 //   P_ij = exp(scale q_i . k_j - lse_i), 0 where i does not see j or dropped it      dS_ij = P_ij (do_i . v_j - delta_i)
 //   dv_j = sum_i P_ij do_i     dk_j = scale sum_i dS_ij q_i     dq_i = scale sum_j dS_ij k_j     delta_i = do_i . o_i

@@ -1,4 +1,4 @@
-// The part of CUDA that differs between nvcc and the emulator (tests/cuda_emulator): kernel files compile with both.
+// The part of CUDA that differs between nvcc and the emulator (tests/cuda/emulator): kernel files compile with both.
 //
 //   SMEM_ARRAY(T, name, n)     T* name: n elements of shared memory, n a constant
 //   SMEM_DYN(T, name)          T* name: the launch's dynamic shared memory, one array a kernel

@@ -1,4 +1,4 @@
-// Normalized queries and keys, backward: reference/normalized_qk.py.
+// Normalized queries and keys, backward: ops/normalized_qk/normalized_qk_reference.py.
 //
 //   e_0, e_1 = dq, dk rotated back;  a_j = (1 + gamma_j) / sqrt(K);  dzn = e_0 a_0 + e_1 a_1;  zn = z r
 //   dz = r (dzn - zn mean(dzn zn));  dgamma_j = sum_T e_j zn / sqrt(K);  dbeta_j = sum_T e_j

@@ -1,4 +1,4 @@
-// Normalized queries and keys, forward: reference/normalized_qk.py.
+// Normalized queries and keys, forward: ops/normalized_qk/normalized_qk_reference.py.
 //
 //   r = 1 / sqrt(mean(z^2) + eps)      u_j = z r (1 + gamma_j) / sqrt(K) + beta_j      q, k = rotate(u_0, u_1)
 //

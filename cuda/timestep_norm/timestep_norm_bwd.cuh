@@ -1,4 +1,4 @@
-// Timestep norm, backward: reference/timestep_norm.py.
+// Timestep norm, backward: ops/timestep_norm/timestep_norm_reference.py.
 //
 //   db = sum_F dy (1 + weight);  ds = sum_F dy (1 + weight) (x - mean_t);  a = -rstd db / n;  b = -rstd^3 ds / (2 n)
 //   dx_t = dy rstd (1 + weight) + (sum over j >= t of [a_j + 2 b_j (x_t - mean_j)]) / F

@@ -1,4 +1,4 @@
-// Timestep norm, the backward of end states alone: reference/timestep_norm.py.
+// Timestep norm, the backward of end states alone: ops/timestep_norm/timestep_norm_reference.py.
 //
 //   dx = (dmean + 2 dvar (x - mean)) / (n F), with the n steps of a sequence and the F = D / G channels of a group
 //

@@ -1,4 +1,4 @@
-// Timestep norm, forward: reference/timestep_norm.py.
+// Timestep norm, forward: ops/timestep_norm/timestep_norm_reference.py.
 //
 //   gm, gv = mean, biased variance of x_t in its group of F = D / G channels;  n' = n + 1, c = 1 / n'
 //   mean' = mean + c (gm - mean);  var' = var + c (gv - var + (1 - c) (gm - mean)^2);  rstd = 1 / sqrt(var' + eps)

@@ -18,25 +18,25 @@ from .model.decoder import Decoder
 from .model.encoder import MegalodonEncoder, MegalodonEncoderConfig
 from .model.generation import TokenStream
 from .model.layers import ComplexEMA, SequenceNorm, TimestepNorm, wide_parameters
-from .model.model import Megalodon
+from .model.megalodon import Megalodon
 from .model.official import load_official, save_official
-from .model.states import MegalodonState
+from .model.model_state import MegalodonState
 from .model.stops import StopStrings
-from .ops.adaptive_working_memory import adaptive_working_memory
-from .ops.bidirectional_cema import bidirectional_cema
-from .ops.cema import cema, cema_end_state
-from .ops.cema_coefficients import cema_coefficients
-from .ops.chunked_attention import chunked_attention
-from .ops.gated_silu import gated_silu
-from .ops.layer_norm import layer_norm, rms_norm
-from .ops.linear import linear
-from .ops.loss import linear_cross_entropy
-from .ops.memory import keep_freed_memory, use_huge_pages
-from .ops.normalized_attention import normalized_attention
-from .ops.normalized_qk import normalized_qk
-from .ops.sequence_norm import sequence_norm
-from .ops.states import AttentionState, TimestepNormState, WorkingMemoryState
-from .ops.timestep_norm import timestep_norm, timestep_norm_end_state
+from .ops.adaptive_working_memory.adaptive_working_memory import adaptive_working_memory
+from .ops.cema.bidirectional_cema import bidirectional_cema
+from .ops.cema.cema import cema, cema_end_state
+from .ops.cema.cema_coefficients import cema_coefficients
+from .ops.chunked_attention.chunked_attention import chunked_attention
+from .ops.gated_silu.gated_silu import gated_silu
+from .ops.layer_norm.layer_norm import layer_norm, rms_norm
+from .ops.linear.linear import linear
+from .ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
+from .ops.common.memory import keep_freed_memory, use_huge_pages
+from .ops.normalized_attention.normalized_attention import normalized_attention
+from .ops.normalized_qk.normalized_qk import normalized_qk
+from .ops.sequence_norm.sequence_norm import sequence_norm
+from .ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
+from .ops.timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
 
 _torch.serialization.add_safe_globals(
     [AttentionState, BlockState, MegalodonState, MemoryBlockState, TimestepNormState, WorkingMemoryState]

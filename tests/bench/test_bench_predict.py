@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_static.loops import Code, parse
-from cuda_static.sass import Kernel, MissingTool, installed
+from bench.sass_loops import Code, parse
+from bench.sass import Kernel, MissingTool, installed
 from test_package import needs_cuda_kernels
 
 from bench import predict

@@ -15,7 +15,7 @@ from megalodon_ops.cli.options import COMMANDS
 from megalodon_ops.cli.processes import Processes
 from megalodon_ops.cli.settings import begun
 from megalodon_ops.cli.train import bits_per_byte
-from megalodon_ops.model.states import from_named, named_tensors
+from megalodon_ops.model.model_state import from_named, named_tensors
 from megalodon_ops.tokenizers import ByteTokenizer
 from megalodon_ops.training import START, Batches, Metrics, Reader, Schedule, draw_metrics, read_metrics
 from megalodon_ops.training.reader import select

@@ -27,7 +27,7 @@ from megalodon_ops.cli.console import StopSignals
 from megalodon_ops.cli.evaluate import compressed_bits
 from megalodon_ops.cli.options import Train
 from megalodon_ops.training import Metrics, adamw, read_metrics, threads
-from megalodon_ops.training.checkpoint import load_any, load_checkpoint
+from megalodon_ops.training.run_checkpoint import load_any, load_checkpoint
 from megalodon_ops.training.record import write_record
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -9,7 +9,7 @@ from models import tiny_model
 
 from megalodon_ops.cli import main
 from megalodon_ops.tokenizers import ByteTokenizer
-from megalodon_ops.training.checkpoint import save_checkpoint
+from megalodon_ops.training.run_checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick")
 

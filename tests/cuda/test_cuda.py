@@ -11,13 +11,13 @@ from assertions import assert_all_close, assert_bit_equal, assert_matches_refere
 from backends import needs_gpu
 from calls import OPS, evaluate, forward
 from cases import BUILDERS, WITH_STATE, Case, chunked_attention_case
-from cuda_emulator.sanitized import small_cases
+from emulator.sanitized import small_cases
 from models import tiny_model, tokens_of
 from programs import run_python
 from torch.utils._pytree import tree_map_only
 
 import megalodon_ops as mo
-from megalodon_ops.ops import dense_attention
+from megalodon_ops.ops.chunked_attention import dense_attention
 
 pytestmark = needs_gpu
 all_ops = pytest.mark.parametrize("op", OPS)
@@ -180,7 +180,7 @@ for op in OPS:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_call_before_makes_ready_for_capture(dtype):
     """In a new process, whose driver has loaded no kernel yet."""
-    ran = run_python(FIRST_CAPTURE, dtype, CUDA_MODULE_LOADING="LAZY", PYTHONPATH=str(Path(__file__).parent))
+    ran = run_python(FIRST_CAPTURE, dtype, CUDA_MODULE_LOADING="LAZY", PYTHONPATH=SUPPORT)
     assert ran.stdout.splitlines() == [f"{op} True" for op in OPS], ran.stderr
 
 
@@ -302,7 +302,7 @@ def test_a_training_step_equals_the_cpus(dtype):
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "one"])
 def test_a_loss_equals_the_cpus(reduction, blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr("megalodon_ops.ops.loss._GPU_BLOCK", 1)
+        monkeypatch.setattr("megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy._GPU_BLOCK", 1)
     model, tokens, found = tiny_model(), tokens_of(4, 40), {}
     lengths = torch.tensor([39, 2, 17, 39])
     for device in ("cpu", "cuda"):

@@ -19,9 +19,9 @@ from test_package import needs_cuda_kernels
 
 import megalodon_ops as mo
 from megalodon_ops import _C
-from megalodon_ops.ops import library
+from megalodon_ops.ops.common import definition as library
 from megalodon_ops.cli import info
-from megalodon_ops.ops.cuda_driver import driver_problem, launch_problem, text
+from megalodon_ops.ops.common.cuda_driver import driver_problem, launch_problem, text
 
 TOO_OLD = (
     "the driver supports CUDA 12.8, the kernels were built with CUDA 13.0; update the driver to 580 or newer, or install "
@@ -142,7 +142,7 @@ DRIVERS = (10020, 11080, 12000, 12080, 12090, 13000)
 # A process of its own for each driver, as a process asks for the version once.
 LAUNCHES = f"""
 import contextlib, os, types, torch
-from cuda_emulator.emulator import DeviceTensor
+from emulator.emulator import DeviceTensor
 from megalodon_ops.cli import info
 from megalodon_ops.ops import library
 
@@ -174,7 +174,7 @@ def test_the_runtime_in_the_kernels_refuses_drivers_of_older_major_versions(tmp_
         pytest.skip("there is no C compiler")
     (tmp_path / "driver.c").write_text(DRIVER)
     subprocess.run([compiler, "-shared", "-fPIC", "driver.c", "-o", "libcuda.so.1"], cwd=tmp_path, check=True)
-    ran = run_python(LAUNCHES, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
+    ran = run_python(LAUNCHES, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=SUPPORT)
 
     _, runtime = library.cuda_extension().cuda_versions()
     refused, accepted = (

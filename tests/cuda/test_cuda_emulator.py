@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from cuda_emulator.emulator import FOLDER
-from cuda_emulator.planted_launchers import run
+from emulator.emulator import FOLDER
+from emulator.planted_launchers import run
 
 BUGS = {
     "missing_syncthreads": "race",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_emulator.planted_launchers import run
+from emulator.planted_launchers import run
 from torch import Tensor
 
-from megalodon_ops.reference.philox import philox
+from megalodon_ops.ops.common.philox import philox
 
 # Fragments as the PTX ISA gives them ("Matrix Fragments for mma.m16n8k16" and "... mma.m16n8k8"): the row and the
 # column of the elements a0, a1, ... that a lane holds, two to a register for 16-bit types, the first in the lower

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cuda_emulator.emulator import ROOT
-from cuda_emulator.known_bugs import BUGS, planted
-from cuda_emulator.mutate import SURVIVED, Session
+from emulator.emulator import ROOT
+from emulator.known_bugs import BUGS, planted
+from emulator.mutate import SURVIVED, Session
 
 TESTS = Path(__file__).parent
 

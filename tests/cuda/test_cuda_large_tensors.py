@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_emulator.planted_launchers import run
+from emulator.planted_launchers import run
 
 BF16, F32, C64 = torch.bfloat16, torch.float32, torch.complex64
 D = 2**16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cuda_emulator.lint import lint
+from emulator.lint import lint
 
 
 def test_kernels_obey_the_rules():

@@ -7,7 +7,7 @@ import torch
 from assertions import assert_bit_equal, assert_close
 from calls import OPS, evaluate
 from cases import BUILDERS, WITH_STATE
-from cuda_emulator.emulator import BINDINGS, Emulator
+from emulator.emulator import BINDINGS, Emulator
 from hypothesis import given, settings
 from strategies import CASES
 from test_ops import assert_matches_reference

@@ -1,4 +1,4 @@
-"""How tests/cuda_emulator/reached.py counts the turns of loops, and what it finds in the counts."""
+"""How tests/cuda/emulator/reached.py counts the turns of loops, and what it finds in the counts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from assertions import assert_matches_reference
 from calls import evaluate, forward
 from cases import cema_case, chunked_attention_case, normalized_qk_case, timestep_norm_case
-from cuda_emulator import reached
-from cuda_emulator.emulator import FOLDER
-from cuda_emulator.reached import Place, Reached
+from emulator import reached
+from emulator.emulator import FOLDER
+from emulator.reached import Place, Reached
 
 import megalodon_ops as mo
 from megalodon_ops import _C

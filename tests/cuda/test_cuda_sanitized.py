@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cuda_emulator import sanitized
-from cuda_emulator.emulator import FOLDER, build
+from emulator import sanitized
+from emulator.emulator import FOLDER, build
 
 OVERRUNS = {
     "local_array": "index 4 out of bounds for type 'float [4]'",

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cuda_static.promises import LOAD_64, LOAD_128, PROMISES, STORE_128, Promise, breaches, promises_of
-from cuda_static.sass import (
+from static.promises import LOAD_64, LOAD_128, PROMISES, STORE_128, Promise, breaches, promises_of
+from bench.sass import (
     ROOT,
     Kernel,
     MissingTool,
@@ -26,7 +26,7 @@ from cuda_static.sass import (
     table,
 )
 
-from megalodon_ops.ops import library
+from megalodon_ops.ops.common import definition as library
 
 PLANTED = Path(__file__).parent / "cuda_static" / "planted" / "breaches.cu"
 

@@ -11,7 +11,7 @@ import torch
 from assertions import assert_bit_equal
 from calls import evaluate
 from cases import BUILDERS, WITH_STATE, Case
-from cuda_emulator.emulator import Emulator
+from emulator.emulator import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

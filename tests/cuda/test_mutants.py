@@ -1,4 +1,4 @@
-"""What tests/cuda_emulator/mutate.py breaks in a kernel, and how it reads what the tests said."""
+"""What tests/cuda/emulator/mutate.py breaks in a kernel, and how it reads what the tests said."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import signal
 import subprocess
 
 import pytest
-from cuda_emulator import mutate
-from cuda_emulator.emulator import FOLDER
-from cuda_emulator.mutants import SWITCH, mutants, switched
+from emulator import mutate
+from emulator.emulator import FOLDER
+from emulator.mutants import SWITCH, mutants, switched
 
 MUTANTS = {
     "  __syncthreads();": ["`__syncthreads()` deleted"],

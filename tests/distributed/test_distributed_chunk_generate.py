@@ -14,7 +14,7 @@ from models import TINY, tiny_model, tokens_of
 
 import megalodon_ops as mo
 from megalodon_ops.evaluation import evaluate
-from megalodon_ops.model.states import named_tensors
+from megalodon_ops.model.model_state import named_tensors
 
 
 def models(**config: Any) -> tuple[mo.Megalodon, mo.Megalodon]:

@@ -17,7 +17,7 @@ from megalodon_ops import torchrun
 from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.training import Reader, read_metrics
-from megalodon_ops.training.checkpoint import load_checkpoint
+from megalodon_ops.training.run_checkpoint import load_checkpoint
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):

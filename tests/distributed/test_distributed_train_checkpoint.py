@@ -27,7 +27,7 @@ fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
     pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
 
-from megalodon_ops.distributed import checkpoint as distributed  # noqa: E402
+from megalodon_ops.distributed import sharded_checkpoint as distributed  # noqa: E402
 
 CONFIG = MegalodonConfig(
     num_layers=1, model_dim=12, z_dim=4, value_dim=6, ffn_hidden_dim=10, cema_ndim=2, chunk_size=4, norm_num_groups=3,

@@ -14,7 +14,7 @@ from command_line import rows, shell
 from launched import TORCHRUN, Launch, ended_afterwards, flags, free_port, lines_of, workers
 
 from megalodon_ops.cli import processes
-from megalodon_ops.training.checkpoint import load_checkpoint
+from megalodon_ops.training.run_checkpoint import load_checkpoint
 
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")

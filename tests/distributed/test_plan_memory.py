@@ -19,7 +19,8 @@ import megalodon_ops as mo
 from megalodon_ops.distributed.measure import AGAIN, measure
 from megalodon_ops.distributed.plan import Card, plan
 from megalodon_ops.model import layers
-from megalodon_ops.ops import linear, loss
+from megalodon_ops.ops.linear import linear
+from megalodon_ops.ops.linear_cross_entropy import linear_cross_entropy as loss
 from megalodon_ops.training import adamw
 
 SMALL = dict(

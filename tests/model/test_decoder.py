@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
 from backends import DEFAULT_ISA, each_isa, isa
-from megalodon_ops.ops import linear
+from megalodon_ops.ops.linear import linear
 
 VARIANTS = {
     "plain": {},

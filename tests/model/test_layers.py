@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import megalodon_ops as mo
 from models import TINY, tiny_model, tokens_of
 
-normalized_qk_module = sys.modules["megalodon_ops.ops.normalized_qk"]  # a function has the module's name
+normalized_qk_module = sys.modules["megalodon_ops.ops.normalized_qk.normalized_qk"]  # a function has the module's name
 
 
 def test_initialisation():

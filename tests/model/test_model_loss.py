@@ -7,7 +7,7 @@ from golden import DATA, golden_model
 from models import tiny_model, tokens_of
 from safetensors.torch import load_file
 
-from megalodon_ops.ops import loss
+from megalodon_ops.ops.linear_cross_entropy import linear_cross_entropy as loss
 
 
 @pytest.fixture(scope="module")

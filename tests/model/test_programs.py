@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 import megalodon_ops as mo
-from megalodon_ops.ops import loss
+from megalodon_ops.ops.linear_cross_entropy import linear_cross_entropy as loss
 
 EACH_MODE = pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
 CANNOT_TRACE = pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 cannot trace it")

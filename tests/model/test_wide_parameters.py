@@ -9,7 +9,7 @@ from assertions import assert_refuses
 from models import TINY, tiny_model, tokens_of
 
 import megalodon_ops as mo
-from megalodon_ops.ops.layer_norm import layer_norm, rms_norm
+from megalodon_ops.ops.layer_norm.layer_norm import layer_norm, rms_norm
 
 SHORT = [torch.bfloat16, torch.float16]
 

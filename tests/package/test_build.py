@@ -15,7 +15,7 @@ from types import ModuleType
 import pybind11
 import pytest
 
-from megalodon_ops.ops import cuda_driver
+from megalodon_ops.ops.common import cuda_driver
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = [75, 80, 86, 90, 100, 110, 120]  # that the fake nvcc knows

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cuda_emulator.emulator import BINDINGS
+from emulator.emulator import BINDINGS
 from torch import Tensor
 
 import megalodon_ops as mo
 from megalodon_ops import _C
-from megalodon_ops.ops import library
+from megalodon_ops.ops.common import definition as library
 
 ISAS = _C.available_isas()
 DEFAULT_ISA = _C.active_isa()

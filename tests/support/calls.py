@@ -10,7 +10,7 @@ import torch
 from cases import Case, Tensors, generator, randn
 from torch import Tensor
 
-from megalodon_ops.ops.states import TimestepNormState, WorkingMemoryState
+from megalodon_ops.ops.common.states import TimestepNormState, WorkingMemoryState
 
 Function = Callable[..., Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops.states import AttentionState
+from megalodon_ops.ops.common.states import AttentionState
 
 Tensors = dict[str, Tensor]
 

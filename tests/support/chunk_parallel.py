@@ -13,8 +13,8 @@ from models import TINY, tiny_model
 from torch import Tensor
 
 import megalodon_ops as mo
-from megalodon_ops.distributed.model import Ranks, become_parallel
-from megalodon_ops.model.states import named_tensors
+from megalodon_ops.distributed.parallel_model import Ranks, become_parallel
+from megalodon_ops.model.model_state import named_tensors
 
 
 @dataclass(frozen=True)

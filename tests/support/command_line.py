@@ -20,7 +20,7 @@ import torch
 from megalodon_ops import Megalodon
 from megalodon_ops.cli import main, process
 from megalodon_ops.training import adamw, read_metrics, threads
-from megalodon_ops.training.checkpoint import load_checkpoint, save_checkpoint
+from megalodon_ops.training.run_checkpoint import load_checkpoint, save_checkpoint
 from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.record import Record
 

@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, contextmanager
 import backends
 import pytest
 import torch
-from cuda_emulator.emulator import Emulator
+from emulator.emulator import Emulator
 from hypothesis import HealthCheck, settings
 from ranks import Ranks
 
 from megalodon_ops import _C
 
-pytest_plugins = ["command_line", "cuda_emulator.fixtures"]
+pytest_plugins = ["command_line", "emulator.fixtures"]
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import megalodon_ops as mo
 from megalodon_ops.distributed import make_mesh, parallelize, split
-from megalodon_ops.model.states import named_tensors
+from megalodon_ops.model.model_state import named_tensors
 
 
 @dataclass(frozen=True)

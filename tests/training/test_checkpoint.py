@@ -16,7 +16,7 @@ from torch import nn
 from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
 from megalodon_ops.errors import FileError
 from megalodon_ops.model import files
-from megalodon_ops.training.checkpoint import checkpoints_of, load_any, load_checkpoint, save_checkpoint
+from megalodon_ops.training.run_checkpoint import checkpoints_of, load_any, load_checkpoint, save_checkpoint
 
 CONFIG = MegalodonConfig(
     num_layers=1, model_dim=4, z_dim=2, value_dim=2, ffn_hidden_dim=2, cema_ndim=1, chunk_size=2, norm_num_groups=1,

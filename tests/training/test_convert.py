@@ -6,7 +6,7 @@ from models import tiny_model, tokens_of
 
 import megalodon_ops as mo
 from megalodon_ops.tokenizers import ByteTokenizer, load_tokenizer
-from megalodon_ops.training.checkpoint import load_any, save_checkpoint
+from megalodon_ops.training.run_checkpoint import load_any, save_checkpoint
 
 
 def same(one, other):

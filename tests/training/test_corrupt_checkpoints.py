@@ -20,7 +20,7 @@ import megalodon_ops as mo
 from megalodon_ops.cli import main
 from megalodon_ops.errors import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
-from megalodon_ops.training import checkpoint
+from megalodon_ops.training import run_checkpoint as checkpoint
 
 SEED = 20260
 TINY = "--dim 16 --layers 1 --chunk 4 --batch 2 --length 8 --norm-groups 4 --warmup 2 --steps 3 --checkpoint-every 1".split()

@@ -284,7 +284,7 @@ WRONG = {
     ),
     "a state of an encoder to save": (
         lambda: training.save_checkpoint("run", 1, mo.MegalodonEncoder(mo.MegalodonEncoderConfig(vocab_size=9, **SIZE)), state=mo.MegalodonState.fresh(CONFIG, 1)),
-        "save_checkpoint: `state` must be None for an encoder, got megalodon_ops.model.states.MegalodonState.",
+        "save_checkpoint: `state` must be None for an encoder, got megalodon_ops.model.model_state.MegalodonState.",
     ),
     "weight decay of Muon": (
         lambda: training.Muon(mo.Megalodon(CONFIG), lr=1.0, weight_decay=-1),

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from megalodon_ops import extras, startup, torchrun
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.errors import FileError
-from megalodon_ops.ops.memory import keep_freed_memory
+from megalodon_ops.ops.common.memory import keep_freed_memory
 
 OF_TRAIN = ("msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock")
 EXTRAS = {**dict.fromkeys(OF_TRAIN, "train"), "tensorboard": "tensorboard"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megalodon_ops.model.files import reading
-from megalodon_ops.ops.values import shown
+from megalodon_ops.ops.common.checks import shown
 
 OF_LINES = (".jsonl", ".ndjson")
 READ = 1 << 20

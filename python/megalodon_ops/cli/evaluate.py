@@ -16,7 +16,7 @@ from megalodon_ops.cli.data import find_files, load_data
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
 from megalodon_ops.cli.options import Eval
-from megalodon_ops.cli.record import TrainRecord
+from megalodon_ops.cli.run_record import TrainRecord
 from megalodon_ops.evaluation import Evaluation, evaluate
 from megalodon_ops.model.files import write_whole
 from megalodon_ops.tokenizers import Tokenizer

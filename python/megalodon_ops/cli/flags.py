@@ -19,7 +19,7 @@ import msgspec
 from msgspec.inspect import BoolType, FloatType, IntType, LiteralType, Metadata, NoneType, UnionType, VarTupleType
 
 from megalodon_ops import __version__, torchrun
-from megalodon_ops.ops.values import shown
+from megalodon_ops.ops.common.checks import shown
 
 REQUIRED = MISSING
 

@@ -9,8 +9,8 @@ import torch
 
 import megalodon_ops
 from megalodon_ops import _C
-from megalodon_ops.ops import cuda_driver
-from megalodon_ops.ops import library
+from megalodon_ops.ops.common import cuda_driver
+from megalodon_ops.ops.common import definition as library
 
 
 def run(options: object = None) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.ops.values import shown
+from megalodon_ops.ops.common.checks import shown
 from megalodon_ops.torchrun import first_line
 
 if TYPE_CHECKING:

@@ -34,15 +34,15 @@ from megalodon_ops.cli.settings import begun, resumed, run_folder, with_config
 from megalodon_ops.errors import FileError
 from megalodon_ops.evaluation import evaluate
 from megalodon_ops.model.files import write_whole
-from megalodon_ops.model.states import layout
-from megalodon_ops.ops.memory import check_fits
+from megalodon_ops.model.model_state import layout
+from megalodon_ops.ops.common.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import (
     Batches, Checkpoint, Corpus, Metrics, Muon, Reader, Saver, Schedule, adamw, load_checkpoint, optimizer_threads,
     read_metrics, threads,
 )  # fmt: skip
 from megalodon_ops.training.batches import Document
-from megalodon_ops.training.checkpoint import checkpoints_of
+from megalodon_ops.training.run_checkpoint import checkpoints_of
 from megalodon_ops.training.corpus import Parts
 from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.reader import parts

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..model.layers import ComplexEMA, TimestepNorm
-from ..ops.adaptive_working_memory import kept_rows, read_write_and_keep
-from ..ops.cema import cema_end_state
-from ..ops.chunked_attention import chunked_attention
-from ..ops.library import accumulation_dtype
-from ..ops.states import AttentionState, TimestepNormState, WorkingMemoryState
-from ..ops.timestep_norm import timestep_norm_end_state
+from ..ops.adaptive_working_memory.adaptive_working_memory import kept_rows, read_write_and_keep
+from ..ops.cema.cema import cema_end_state
+from ..ops.chunked_attention.chunked_attention import chunked_attention
+from ..ops.common.definition import accumulation_dtype
+from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
+from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
 from .exchange import hand_on, send_to_all
-from .memory import memory_of_piece
+from .shard_memory import memory_of_piece
 from .merge import merged_cema, merged_norm, norm_in_float64
 from .pieces import Pieces
-from .states import Block, flat_recurrent, recurrent_fields
+from .shard_states import Block, flat_recurrent, recurrent_fields
 
 
 class Hooks:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..model.encoder import MegalodonEncoder
 from ..model.layers import WideParameters, wide_parameters
-from ..model.model import Megalodon
+from ..model.megalodon import Megalodon
 from ..model.weights import set_whole
 
 try:

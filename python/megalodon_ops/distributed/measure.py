@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..model.config import MegalodonConfig
-from ..model.model import Megalodon
-from ..ops.loss import linear_cross_entropy
+from ..model.megalodon import Megalodon
+from ..ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
 PRODUCTS, OTHERS, AGAIN = "matrix products, attention", "CEMA, norms, gates", "computed again"
 """Kinds of operations: those of matrix units, those of a card's float32 units, and those of either for recomputation"""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.states import TimestepNormState
+from ..ops.common.states import TimestepNormState
 
 
 def merged_cema(

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from .alike import check_alike
 from .start import start
 from ..model.config import MegalodonConfig
-from ..ops.values import check_number, described, is_whole, shown
+from ..ops.common.checks import check_number, described, is_whole, shown
 
 DIMENSIONS = ("data", "chunk", "tensor")  # in the order of a mesh's: neighbouring ranks are those of the last one
 _EXPECTED = 'sizes of data, chunk and tensor, such as "data=2,chunk=2"'

@@ -18,15 +18,15 @@ from torch.distributed.tensor import Replicate
 
 from ..model.encoder import MegalodonEncoder
 from ..model.generation import TokenStream
-from ..model.model import Megalodon, masked_targets
-from ..model.states import MegalodonState
-from ..ops.loss import check_reduction, has_integers
+from ..model.megalodon import Megalodon, masked_targets
+from ..model.model_state import MegalodonState
+from ..ops.linear_cross_entropy.linear_cross_entropy import check_reduction, has_integers
 from .alike import check_alike
 from .chunk import Hooks
 from .exchange import TotalLoss
 from .fsdp import gathered, whole_model
 from .pieces import Pieces, pieces_of
-from .states import state_of_piece, whole_state
+from .shard_states import state_of_piece, whole_state
 from .tensor import joined_state, split_state
 from .tensor_layers import CHANNELS, exchanged
 

@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from .alike import check_alike
 from .fsdp import check_torch, forget_ended_groups, initialise, shard
 from .mesh import batch_and_tensor, check_can_cut, check_mesh
-from .model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks, become_parallel
+from .parallel_model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks, become_parallel
 from .tensor import check_can_split, split_over
 from ..model.encoder import MegalodonEncoder
-from ..model.model import Megalodon
-from ..ops.values import described, shown
+from ..model.megalodon import Megalodon
+from ..ops.common.checks import described, shown
 
 
 def parallelize(

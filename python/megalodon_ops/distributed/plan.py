@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from ..model.config import MegalodonConfig, check_config
-from ..model.model import Megalodon
-from ..ops import loss
-from ..ops.values import check_size, shown
+from ..model.megalodon import Megalodon
+from ..ops.linear_cross_entropy import linear_cross_entropy as loss
+from ..ops.common.checks import check_size, shown
 from .measure import AGAIN, OTHERS, PRODUCTS, measure
 from .mesh import DIMENSIONS, check_can_cut
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..ops.adaptive_working_memory import kept_rows, read_and_write, read_write_and_keep
-from ..ops.library import accumulation_dtype
-from ..ops.states import WorkingMemoryState
+from ..ops.adaptive_working_memory.adaptive_working_memory import kept_rows, read_and_write, read_write_and_keep
+from ..ops.common.definition import accumulation_dtype
+from ..ops.common.states import WorkingMemoryState
 from .exchange import send_to_all
 from .pieces import Pieces
 

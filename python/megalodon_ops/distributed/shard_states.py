@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map
 
 from ..model.blocks import BlockState, MemoryBlockState
 from ..model.config import MegalodonConfig
-from ..model.states import MegalodonState, complete
-from ..ops.adaptive_working_memory import kept_rows
-from ..ops.states import AttentionState, TimestepNormState
+from ..model.model_state import MegalodonState, complete
+from ..ops.adaptive_working_memory.adaptive_working_memory import kept_rows
+from ..ops.common.states import AttentionState, TimestepNormState
 from .exchange import rows_of_all
 from .pieces import Pieces
 

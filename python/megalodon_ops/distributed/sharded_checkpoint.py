@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, F
 
 from ..model.files import file_size, reading
 from ..model.weights import StoredTensors
-from ..ops.values import shown
+from ..ops.common.checks import shown
 
 
 class Archive(StoredTensors):

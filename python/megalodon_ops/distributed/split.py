@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.loss import has_integers
-from ..ops.values import check_integer, check_size, check_tensor, described
+from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
+from ..ops.common.checks import check_integer, check_size, check_tensor, described
 
 
 def split(

@@ -41,9 +41,9 @@ from torch.utils._pytree import tree_map
 
 from ..model.blocks import BlockState
 from ..model.config import MegalodonConfig
-from ..model.model import Megalodon
-from ..model.states import MegalodonState
-from ..ops.states import AttentionState, TimestepNormState
+from ..model.megalodon import Megalodon
+from ..model.model_state import MegalodonState
+from ..ops.common.states import AttentionState, TimestepNormState
 from .tensor_layers import OwnComplexEMA, OwnOutput, OwnPart, exchanged
 
 

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ..model.layers import ComplexEMA, Linear
-from ..ops.linear import linear
-from ..ops.loss import linear_cross_entropy
+from ..ops.linear.linear import linear
+from ..ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
 Placement = Shard | Replicate | Partial
 CHANNELS = Shard(-1)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .results import Context, Evaluation, Tally
 from .windows import Segment, opened, segments_of
-from ..model.model import Megalodon
-from ..model.states import MegalodonState
-from ..ops.values import check_size, described, is_whole, shown
+from ..model.megalodon import Megalodon
+from ..model.model_state import MegalodonState
+from ..ops.common.checks import check_size, described, is_whole, shown
 
 _ENDLESS = 2**62  # more tokens than any window holds
 

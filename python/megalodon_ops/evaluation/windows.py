@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.loss import has_integers
-from ..ops.values import check_integer, described, is_whole
+from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
+from ..ops.common.checks import check_integer, described, is_whole
 
 
 class Document(NamedTuple):

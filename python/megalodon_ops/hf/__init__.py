@@ -23,8 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .cache import MegalodonCache
 from .configuration import MegalodonEncoderHFConfig, MegalodonHFConfig
-from .encoder import MegalodonEncoderForMaskedLM, MegalodonEncoderForSequenceClassification, MegalodonEncoderModel
-from .model import MegalodonForCausalLM, MegalodonModel
+from .encoder_models import (
+    MegalodonEncoderForMaskedLM, MegalodonEncoderForSequenceClassification, MegalodonEncoderModel,
+)  # fmt: skip
+from .causal_lm import MegalodonForCausalLM, MegalodonModel
 
 for _auto, _model in (
     (AutoModel, MegalodonModel),

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..model.config import MegalodonConfig
 from ..model.layers import NO_STATE
-from ..ops.loss import has_integers
-from ..ops.values import check_rank, check_tensor, described
+from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
+from ..ops.common.checks import check_rank, check_tensor, described
 from .cache import MegalodonCache
 
 IGNORED = -100

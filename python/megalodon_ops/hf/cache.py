@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.decoder import Decoder
-from ..model.model import Megalodon
-from ..model.states import MegalodonState
-from ..ops.values import described
+from ..model.megalodon import Megalodon
+from ..model.model_state import MegalodonState
+from ..ops.common.checks import described
 
 CACHE = next(
     field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from ..model.blocks import at_least_float32
-from ..model.model import Megalodon
-from .batches import IGNORED, Batch, kept_steps, read_batch, select, targets_of
+from ..model.megalodon import Megalodon
+from .arguments import IGNORED, Batch, kept_steps, read_batch, select, targets_of
 from .cache import CACHE, MegalodonCache
 from .configuration import MegalodonHFConfig
 from .pretrained import MegalodonPreTrainedModel

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .. import _C
-from ..model.checkpoint import FORMAT
+from ..model.folder import FORMAT
 from ..model.config import MegalodonConfig, check_config
 from ..model.encoder import MegalodonEncoderConfig
 

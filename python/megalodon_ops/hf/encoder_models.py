@@ -14,8 +14,8 @@ from ..model.blocks import at_least_float32
 from ..model.encoder import MegalodonEncoder
 from ..model.inputs import check_inputs, check_steps
 from ..model.layers import Linear
-from ..ops.values import check_tensor
-from .batches import Batch, check_labels, read_batch, select
+from ..ops.common.checks import check_tensor
+from .arguments import Batch, check_labels, read_batch, select
 from .configuration import MegalodonEncoderHFConfig
 from .pretrained import MegalodonPreTrainedModel
 

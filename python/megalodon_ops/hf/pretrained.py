@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from ..model.blocks import NormalizedAttention
 from ..model.layers import Embedding, Linear
 from ..model.encoder import MegalodonEncoder
-from ..model.model import Megalodon
-from ..model.states import MegalodonState
-from ..ops.values import described
-from .batches import Batch, select
+from ..model.megalodon import Megalodon
+from ..model.model_state import MegalodonState
+from ..ops.common.checks import described
+from .arguments import Batch, select
 from .configuration import MegalodonHFConfig
 
 

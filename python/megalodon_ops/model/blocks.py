@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MegalodonConfig, check_config
-from ..ops.adaptive_working_memory import read_write_and_keep
-from ..ops.chunked_attention import chunked_attention
-from ..ops.gated_silu import gated_silu
+from ..ops.adaptive_working_memory.adaptive_working_memory import read_write_and_keep
+from ..ops.chunked_attention.chunked_attention import chunked_attention
+from ..ops.gated_silu.gated_silu import gated_silu
 from .layers import (
     ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, check_no_state,
     reset_all_parameters,
 )  # fmt: skip
-from ..ops.library import accumulation_dtype, autocast, int64_or_none, is_exporting, num_steps
-from ..ops.normalized_attention import attend
-from ..ops.normalized_qk import normalized_qk, rotary_table
-from ..ops.states import AttentionState, TimestepNormState, WorkingMemoryState, fields_of, named_in_programs
+from ..ops.common.definition import accumulation_dtype, autocast, int64_or_none, is_exporting, num_steps
+from ..ops.normalized_attention.normalized_attention import attend
+from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_table
+from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, fields_of, named_in_programs
 
 
 @named_in_programs

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..ops.values import as_float, described, is_whole, shown
+from ..ops.common.checks import as_float, described, is_whole, shown
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _C
-from ..ops import linear
-from ..ops.library import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
-from ..ops.normalized_qk import rotary_table, rotary_table_of
-from ..ops.values import check_tensor, described
+from ..ops.linear import linear
+from ..ops.common.definition import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
+from ..ops.normalized_qk.normalized_qk import rotary_table, rotary_table_of
+from ..ops.common.checks import check_tensor, described
 from .blocks import at_least_float32
-from .states import MegalodonState, complete, named_tensors
+from .model_state import MegalodonState, complete, named_tensors
 
 if TYPE_CHECKING:
-    from .model import Megalodon
+    from .megalodon import Megalodon
 
 _INSTEAD = "call the model there, with its state: model(tokens, state=state, return_state=True)"
 

@@ -14,9 +14,9 @@ from .blocks import MegalodonBlock, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
 from .inputs import check_inputs, check_steps, embedded
 from .layers import Embedding, Linear, SequenceNorm, check_no_state, reset_all_parameters
-from ..ops.gated_silu import gated_silu
-from ..ops.timestep_norm import timestep_norm_end_state
-from ..ops.values import check_device, check_flag, check_rank, check_size
+from ..ops.gated_silu.gated_silu import gated_silu
+from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
+from ..ops.common.checks import check_device, check_flag, check_rank, check_size
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class MegalodonEncoder(nn.Module):
         cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> MegalodonEncoder:
         """An encoder in evaluation mode, from a folder that :meth:`save` wrote; all else as :meth:`Megalodon.load`."""
-        from .checkpoint import load_model  # here: checkpoint.py makes models
+        from .folder import load_model  # here: folder.py makes models
 
         return load_model(cls, directory, dtype=dtype, device=device)
 
@@ -139,7 +139,7 @@ class MegalodonEncoder(nn.Module):
             ...     mo.MegalodonEncoder.load(f"{folder}/encoder", dtype=torch.bfloat16).config == config
             True
         """
-        from .checkpoint import save_model
+        from .folder import save_model
 
         save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileError
-from ..ops.values import shown
+from ..ops.common.checks import shown
 
 LARGEST_JSON = 16 << 20
 """Most bytes of a JSON file; a configuration takes less than a thousandth of these"""

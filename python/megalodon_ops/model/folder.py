@@ -1,7 +1,7 @@
 """A model in a folder: `config.json` and weights, as `Megalodon.save`, `train` and transformers write them.
 
     config.json, model.safetensors     of one process; or shards, and an index that names them
-    config.json, distributed/          of several: by torch.distributed.checkpoint, see distributed/checkpoint.py
+    config.json, distributed/          of several: by torch.distributed.checkpoint, see distributed/sharded_checkpoint.py
 
 Every fault of a file is a FileError of one line that begins with the file's path, or a FileNotFoundError.
 """
@@ -23,12 +23,12 @@ from .config import MegalodonConfig
 from .files import read_json, reading, write_atomically
 from .weights import WEIGHT_DTYPES, StoredTensors, is_weight_file, plain_tensors, write_weights
 from ..errors import FileError
-from ..ops.memory import check_fits
-from ..ops.values import as_device, check_integer, described, is_whole, shown
+from ..ops.common.memory import check_fits
+from ..ops.common.checks import as_device, check_integer, described, is_whole, shown
 
 if TYPE_CHECKING:
     from .encoder import MegalodonEncoder
-    from .model import Megalodon
+    from .megalodon import Megalodon
 
     Model = Megalodon | MegalodonEncoder
 
@@ -136,7 +136,7 @@ def read_config(
 def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
     """The tensors of a kind in a folder, or None: "model", or a run's "optimizer", "state" or "random"."""
     if os.path.lexists(folder / DISTRIBUTED):
-        from ..distributed.checkpoint import Archive  # here: torch.distributed.checkpoint takes long to load
+        from ..distributed.sharded_checkpoint import Archive  # here: torch.distributed.checkpoint takes long to load
 
         archive = Archive(folder / DISTRIBUTED, kind)
         return archive if archive.tensors or kind == "model" else None

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .sampling import Sampling, check_seeds, numbers_of_seeds
-from .states import MegalodonState
+from .model_state import MegalodonState
 from .stops import Ends, check_stops
-from ..ops.library import check_runs_now
-from ..ops.loss import has_integers
-from ..ops.memory import check_fits
-from ..ops.values import check_flag, check_integer, check_size, check_tensor, shown
+from ..ops.common.definition import check_runs_now
+from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
+from ..ops.common.memory import check_fits
+from ..ops.common.checks import check_flag, check_integer, check_size, check_tensor, shown
 
 if TYPE_CHECKING:
-    from .model import Megalodon
+    from .megalodon import Megalodon
 
 _STOPPED = -1
 

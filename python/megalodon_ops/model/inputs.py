@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.values import check_optional_tensor, check_tensor
+from ..ops.common.checks import check_optional_tensor, check_tensor
 
 
 def embedded(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor:

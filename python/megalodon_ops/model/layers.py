@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.bidirectional_cema import bidirectional_cema
-from ..ops.cema import cema
-from ..ops.cema_coefficients import cema_coefficients
-from ..ops.layer_norm import layer_norm, rms_norm
-from ..ops.linear import KERNEL_TYPES, linear
-from ..ops.sequence_norm import sequence_norm
-from ..ops.states import TimestepNormState
-from ..ops.timestep_norm import timestep_norm
-from ..ops.values import check_channels, check_flag, check_number, check_size, described
+from ..ops.cema.bidirectional_cema import bidirectional_cema
+from ..ops.cema.cema import cema
+from ..ops.cema.cema_coefficients import cema_coefficients
+from ..ops.layer_norm.layer_norm import layer_norm, rms_norm
+from ..ops.linear.linear import KERNEL_TYPES, linear
+from ..ops.sequence_norm.sequence_norm import sequence_norm
+from ..ops.common.states import TimestepNormState
+from ..ops.timestep_norm.timestep_norm import timestep_norm
+from ..ops.common.checks import check_channels, check_flag, check_number, check_size, described
 
 NO_STATE = "an encoder has no state: it reads the whole row"
 

@@ -16,9 +16,9 @@ from .config import MegalodonConfig, check_config
 from .generation import generate, stream
 from .inputs import check_inputs, embedded, own_weight
 from .layers import Embedding, is_plain_linear, reset_all_parameters
-from .states import MegalodonState, check_state
-from ..ops.loss import blockwise_cross_entropy, has_integers, linear_cross_entropy
-from ..ops.values import check_flag, check_integer, check_tensor
+from .model_state import MegalodonState, check_state
+from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
+from ..ops.common.checks import check_flag, check_integer, check_tensor
 
 
 class Megalodon(nn.Module):
@@ -105,7 +105,7 @@ class Megalodon(nn.Module):
             :meth:`save` writes, or the model is larger than the machine's memory. The message names the file and the
             fault. Nothing in a file is run.
         """
-        from .checkpoint import load_model  # here: checkpoint.py makes models
+        from .folder import load_model  # here: folder.py makes models
 
         return load_model(cls, directory, dtype=dtype, device=device)
 
@@ -135,7 +135,7 @@ class Megalodon(nn.Module):
             ...     mo.Megalodon.load(f"{folder}/model", dtype=torch.bfloat16).config == config
             True
         """
-        from .checkpoint import save_model
+        from .folder import save_model
 
         save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 

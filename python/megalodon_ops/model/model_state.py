@@ -18,10 +18,10 @@ from .. import _C
 from .blocks import BlockState, MemoryBlockState
 from .config import MegalodonConfig, check_config
 from .files import file_size, one_line, write_atomically, write_safetensors
-from ..ops.library import accumulation_dtype
-from ..ops.memory import check_fits, is_finite
-from ..ops.states import AttentionState, TimestepNormState, named_in_programs
-from ..ops.values import as_device, check_size, described, is_whole, shown
+from ..ops.common.definition import accumulation_dtype
+from ..ops.common.memory import check_fits, is_finite
+from ..ops.common.states import AttentionState, TimestepNormState, named_in_programs
+from ..ops.common.checks import as_device, check_size, described, is_whole, shown
 
 FILE_FORMAT = "megalodon_ops.state"
 FILE_VERSION = "1"

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CONFIG, as_path, check_dtype, check_tokenizer, kept_files, model_of
+from .folder import CONFIG, as_path, check_dtype, check_tokenizer, kept_files, model_of
 from .config import MegalodonConfig
 from .files import file_size, read_json, reading, write_atomically
-from .model import Megalodon
+from .megalodon import Megalodon
 from .weights import StoredTensors, plain_tensors
 from ..errors import FileError
-from ..ops.library import OWN_TYPES
-from ..ops.memory import check_fits
-from ..ops.values import as_device, described, is_whole, shown
+from ..ops.common.definition import OWN_TYPES
+from ..ops.common.memory import check_fits
+from ..ops.common.checks import as_device, described, is_whole, shown
 
 # How a model-parallel checkpoint splits its parameters: along dim 1, along dim 0, or not at all.
 _SPLIT_DIM_1 = re.compile(r"embed\.weight|.*\.mega\.(gamma|beta)|.*\.(wh2|fc2)\.weight|output\.output\.weight")

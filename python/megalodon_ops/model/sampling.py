@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.values import LARGEST, LEAST_POSITIVE, check_integer, check_number, check_size
-from ..reference.philox import philox
+from ..ops.common.checks import LARGEST, LEAST_POSITIVE, check_integer, check_number, check_size
+from ..ops.common.philox import philox
 
 _FEW_TOKENS = 1024
 _BITS = 52  # of a random number: the largest, 1 - 2^-52, times a total is below the total in every rounding

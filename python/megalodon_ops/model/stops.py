@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops.values import described, is_whole
+from ..ops.common.checks import described, is_whole
 
 _NEVER, _ANY = -2, -3  # where a row has no token yet; what every token matches
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}".encode()

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .files import file_size, read_json, reading, write_safetensors
 from ..errors import FileError
-from ..ops.library import OWN_TYPES
-from ..ops.memory import is_finite
-from ..ops.values import shown
+from ..ops.common.definition import OWN_TYPES
+from ..ops.common.memory import is_finite
+from ..ops.common.checks import shown
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ..ops.values import described
+from ..ops.common.checks import described
 
 WINDOW = 1 << 16
 """Most bytes that are encoded at once"""

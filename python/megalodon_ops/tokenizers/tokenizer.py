@@ -15,9 +15,9 @@ import numpy
 from .text import Window, as_texts, windows_of
 from ..errors import FileError
 from ..extras import load
-from ..model.checkpoint import as_path
+from ..model.folder import as_path
 from ..model.files import file_size, read_json, reading
-from ..ops.values import check_integer, described, shown
+from ..ops.common.checks import check_integer, described, shown
 
 START_TOKEN = "<|startoftext|>"
 """The token that opens a document, in the byte tokenizer and where a tokenizer has none of its own"""

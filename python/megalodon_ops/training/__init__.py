@@ -8,7 +8,7 @@
 """
 
 from .batches import START, Batch, Batches
-from .checkpoint import Checkpoint, load_any, load_checkpoint, save_checkpoint
+from .run_checkpoint import Checkpoint, load_any, load_checkpoint, save_checkpoint
 from .corpus import Corpus, hold_out
 from .curve import draw_metrics
 from .metrics import Metrics, read_metrics

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .corpus import Parts
-from ..ops.values import check_integer, check_size, described, shown
+from ..ops.common.checks import check_integer, check_size, described, shown
 
 START = 256
 """The id that opens a document of bytes"""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from ..ops.values import described
+from ..ops.common.checks import described
 
 HELD_OUT_FRACTION = 0.05
 

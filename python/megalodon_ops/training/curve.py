@@ -8,9 +8,9 @@ from typing import Any
 import numpy
 
 from .. import extras
-from ..model.checkpoint import as_path
+from ..model.folder import as_path
 from ..model.files import write_atomically
-from ..ops.values import described
+from ..ops.common.checks import described
 
 
 def draw_metrics(

@@ -8,9 +8,9 @@ import logging
 import os
 from typing import Any
 
-from ..model.checkpoint import as_path
+from ..model.folder import as_path
 from ..model.files import file_size, write_whole
-from ..ops.values import is_whole
+from ..ops.common.checks import is_whole
 
 _log = logging.getLogger("megalodon_ops")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.values import check_number, check_size, described
+from ..ops.common.checks import check_number, check_size, described
 
 PARALLEL_PARAMETER = 1 << 16
 """Numbers in a parameter, on average, from which the optimizer takes all threads: a guess between the default run's 2^13,

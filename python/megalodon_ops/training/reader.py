@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
-from ..model.model import Megalodon
-from ..model.states import MegalodonState
-from ..ops.values import check_integer, check_size, described
+from ..model.megalodon import Megalodon
+from ..model.model_state import MegalodonState
+from ..ops.common.checks import check_integer, check_size, described
 
 
 class Reader:

@@ -13,7 +13,7 @@ import torch
 from .. import _C
 from ..errors import FileError
 from ..model.files import file_sha256, file_size, read_json, reading
-from ..ops.values import check_integer
+from ..ops.common.checks import check_integer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -25,17 +25,18 @@ from torch import Tensor, nn
 
 from .record import RECORD, new_record, read_record, write_record
 from ..errors import FileError
-from ..model.checkpoint import (
-    CONFIG, as_path, check_dtype, check_tokenizer, is_ours, read_model, read_model_files,
-    stored_tensors, write_model,
+from ..model.folder import (
+    CONFIG, as_path, check_dtype, check_tokenizer, is_ours, read_model, read_model_files, stored_tensors, write_model,
 )  # fmt: skip
 from ..model.config import MegalodonConfig
 from ..model.encoder import MegalodonEncoder, MegalodonEncoderConfig
 from ..model.files import reading, remove_drafts, write_atomically, write_safetensors
-from ..model.model import Megalodon
+from ..model.megalodon import Megalodon
 from ..model.official import is_official, read_official
-from ..model.states import MegalodonState, as_real, batch_of, check_layout, complete, from_named, layout, named_tensors
-from ..ops.values import as_device, check_integer, described
+from ..model.model_state import (
+    MegalodonState, as_real, batch_of, check_layout, complete, from_named, layout, named_tensors,
+)  # fmt: skip
+from ..ops.common.checks import as_device, check_integer, described
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from .checkpoint import checkpoint_folder, keep_newest, local, save_checkpoint, training_tensors
+from .run_checkpoint import checkpoint_folder, keep_newest, local, save_checkpoint, training_tensors
 from .record import new_record, write_record
-from ..model.checkpoint import DISTRIBUTED, as_path, write_config
+from ..model.folder import DISTRIBUTED, as_path, write_config
 from ..model.files import one_line, remove_drafts, write_atomically
-from ..model.model import Megalodon
-from ..model.states import MegalodonState
-from ..ops.memory import is_finite
-from ..ops.values import check_integer
+from ..model.megalodon import Megalodon
+from ..model.model_state import MegalodonState
+from ..ops.common.memory import is_finite
+from ..ops.common.checks import check_integer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -71,7 +71,7 @@ class Saver:
             return
         from torch.distributed.checkpoint import async_save  # here: it takes long to load
 
-        from ..distributed.checkpoint import ArchiveWriter
+        from ..distributed.sharded_checkpoint import ArchiveWriter
 
         self.wait()
         content = new_record(step, optimizer, record, self.mesh)

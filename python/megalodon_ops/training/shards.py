@@ -26,7 +26,7 @@ import numpy
 
 from .corpus import Corpus, key_of, split
 from ..errors import FileError
-from ..model.checkpoint import as_path
+from ..model.folder import as_path
 from ..model.files import reading, write_atomically, write_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 

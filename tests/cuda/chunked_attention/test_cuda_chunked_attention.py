@@ -7,14 +7,14 @@ import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal, assert_close
 from calls import forward
 from cases import chunked_attention_case
-from cuda_emulator.emulator import Emulator
+from emulator.emulator import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megalodon_ops as mo
 from megalodon_ops import _C, AttentionState
-from megalodon_ops.reference.philox import dropkey_mask
-from megalodon_ops.reference.sequences import accumulation_dtype, sequences
+from megalodon_ops.ops.common.philox import dropkey_mask
+from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 ORDERS = ("forward", "reverse", "random")

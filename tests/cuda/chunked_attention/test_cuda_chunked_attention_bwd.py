@@ -12,11 +12,11 @@ import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
 from calls import evaluate
 from cases import chunked_attention_case
-from cuda_emulator.emulator import FOLDER, DeviceTensor
+from emulator.emulator import FOLDER, DeviceTensor
 
 import megalodon_ops as mo
 from megalodon_ops import _C
-from megalodon_ops.reference.philox import dropkey_mask
+from megalodon_ops.ops.common.philox import dropkey_mask
 
 GRADIENTS = ("dq", "dk", "dv")
 KERNELS = "chunked_attention_bwd_{}_kernel"

@@ -19,9 +19,9 @@ import pybind11
 import torch
 from torch import Tensor
 
-from cuda_emulator import reached
-from cuda_emulator.known_bugs import planted
-from cuda_emulator.mutants import SWITCH
+from emulator import reached
+from emulator.known_bugs import planted
+from emulator.mutants import SWITCH
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from cuda_emulator import reached
-from cuda_emulator.emulator import Emulator, build, load
+from emulator import reached
+from emulator.emulator import Emulator, build, load
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ class Session:
 
     def pytest_sessionstart(self) -> None:
         """Runs after conftest.py, before the tests are read. Failing examples need not be shrunk."""
-        from cuda_emulator import fixtures
-        from cuda_emulator.emulator import build, load
+        from emulator import fixtures
+        from emulator.emulator import build, load
         from hypothesis import Phase, settings
 
         settings.register_profile("mutants", parent=settings.default, phases=[Phase.explicit, Phase.generate])

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from cuda_emulator.source import CLOSING, OPENING, closing, loop_heads, without_comments
+from emulator.source import CLOSING, OPENING, closing, loop_heads, without_comments
 
 SYNCHRONISATION = r"(?:gpu::)?\b(?:__sync(?:threads|warp)|named_barrier|cp_async_(?:commit|wait))\b(?:<[^<>;]*>)?\("
 # Where an operand of && or || or the condition of ?: ends at the latest.

@@ -1,9 +1,9 @@
 """Breaks the kernels of cuda/ in small ways, one at a time, and writes what no test notices to survivors.tsv.
 
-    python tests/cuda_emulator/mutate.py                 all kernels
-    python tests/cuda_emulator/mutate.py --only cema     files whose name begins so; rows of other files stay
-    python tests/cuda_emulator/mutate.py --barriers      barriers, waits and commits; rows of other mutations stay
-    python tests/cuda_emulator/mutate.py --list          what would be run
+    python tests/cuda/emulator/mutate.py                 all kernels
+    python tests/cuda/emulator/mutate.py --only cema     files whose name begins so; rows of other files stay
+    python tests/cuda/emulator/mutate.py --barriers      barriers, waits and commits; rows of other mutations stay
+    python tests/cuda/emulator/mutate.py --list          what would be run
 
 All mutants are compiled at once, in a copy of cuda/, cpp/ and tests/, and a number chooses one at run time. Each job is
 a process that has collected the tests and forks for each mutant (mutant_session.py). The fork runs the tests that, without
@@ -32,8 +32,8 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cuda_emulator.lint import op_of
-from cuda_emulator.mutants import Mutant, mutants, switched
+from emulator.lint import op_of
+from emulator.mutants import Mutant, mutants, switched
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).parent / "survivors.tsv"
@@ -144,7 +144,7 @@ class Session:
             "OMP_NUM_THREADS": "1",  # a fork has no threads
             "MEGALODON_OPS_REACHED": "",  # what broken kernels reach does not count
         }
-        command = [sys.executable, "tests/cuda_emulator/mutant_session.py", str(self.output.with_suffix(".log"))]
+        command = [sys.executable, "tests/cuda/emulator/mutant_session.py", str(self.output.with_suffix(".log"))]
         self.process = subprocess.Popen(
             [*command, *(f"tests/{file}" for file in sorted(files))], cwd=folder, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,

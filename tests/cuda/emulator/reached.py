@@ -1,8 +1,8 @@
 """How often each loop of the kernels turned in the tests, and over how many blocks each kernel was launched.
 
     export MEGALODON_OPS_REACHED=FOLDER       tests add to it what they reach: the default ones and the slow ones
-    python tests/cuda_emulator/reached.py FOLDER           writes reached.tsv
-    python tests/cuda_emulator/reached.py --check FOLDER   fails where the tests reached less
+    python tests/cuda/emulator/reached.py FOLDER           writes reached.tsv
+    python tests/cuda/emulator/reached.py --check FOLDER   fails where the tests reached less
 
 What a constant bounds is right for one unit and wrong for three, or the reverse: each loop whose bound is not a constant
 is to turn at most once, twice, and three times or more, in kernels of 16-bit types and in those of wider types, and each
@@ -28,8 +28,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cuda_emulator.source import loop_heads, without_comments
-from cuda_static.sass import demangle
+from emulator.source import loop_heads, without_comments
+from bench.sass import demangle
 
 CUDA = Path(__file__).parents[2] / "cuda"
 TABLE = Path(__file__).parent / "reached.tsv"

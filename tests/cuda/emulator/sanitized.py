@@ -41,7 +41,7 @@ def run(library: Path, *arguments: str, timeout: float = 300) -> subprocess.Comp
 
 
 def run_plants(library: Path, names: list[str], *, bug: bool) -> None:
-    from cuda_emulator.emulator import Emulator, load
+    from emulator.emulator import Emulator, load
 
     import torch
 
@@ -56,7 +56,7 @@ def run_ops(library: Path, names: list[str]) -> None:
     """Outputs and gradients of each op's cases, in each dtype, on aligned and unaligned memory, but not in each on both."""
     from calls import evaluate
     from cases import BUILDERS
-    from cuda_emulator.emulator import BINDINGS, Emulator, load
+    from emulator.emulator import BINDINGS, Emulator, load
 
     import megalodon_ops as mo
     import torch

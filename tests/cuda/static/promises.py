@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cuda_static.sass import Kernel
+from bench.sass import Kernel
 
 # Accesses of 16 and of 8 bytes, and of less; products of tensor cores, and the loads that feed them.
 LOAD_128, STORE_128, COPY_128 = r"LDG\.(\w+\.)*128\b", r"STG\.(\w+\.)*128\b", r"LDGSTS\.(\w+\.)*128\b"

@@ -10,7 +10,7 @@ import torch
 from assertions import assert_all_close, assert_bit_equal, assert_close
 from calls import evaluate, forward
 from cases import Case, timestep_norm_case
-from cuda_emulator.emulator import Emulator
+from emulator.emulator import Emulator
 from hypothesis import given
 from hypothesis import strategies as st
 from test_ops import assert_matches_reference

@@ -15,8 +15,8 @@ from models import tiny_model, tokens_of
 from safetensors.torch import load_file
 
 import megalodon_ops as mo
-from megalodon_ops.model.states import named_tensors
-from megalodon_ops.ops.normalized_attention import attend
+from megalodon_ops.model.model_state import named_tensors
+from megalodon_ops.ops.normalized_attention.normalized_attention import attend
 
 GOLDEN = Path(__file__).parent / "data" / "gecko" / "awm.safetensors"
 

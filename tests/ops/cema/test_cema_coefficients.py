@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from backends import ISAS, each_isa, isa
 from megalodon_ops import _C, reference
-from megalodon_ops.ops import cema_coefficients as module
-from megalodon_ops.ops.cema_coefficients import cema_coefficients, cema_coefficients_bwd, cema_coefficients_fwd
+from megalodon_ops.ops.cema import cema_coefficients as module
+from megalodon_ops.ops.cema.cema_coefficients import cema_coefficients, cema_coefficients_bwd, cema_coefficients_fwd
 
 DTYPES = [torch.float32, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -23,7 +23,7 @@ from golden import TOLERANCE, golden_case, golden_config
 
 import megalodon_ops as mo
 from megalodon_ops import AttentionState
-from megalodon_ops.reference.philox import dropkey_mask
+from megalodon_ops.ops.common.philox import dropkey_mask
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

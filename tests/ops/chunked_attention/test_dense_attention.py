@@ -27,7 +27,7 @@ from test_plan_memory import allocated
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megalodon_ops as mo
-from megalodon_ops.ops import dense_attention as module
+from megalodon_ops.ops.chunked_attention import dense_attention as module
 
 DTYPES = {  # in float16, torch's flash attention for the CPU is less accurate than the bound
     "flash": (torch.float64, torch.float32, torch.bfloat16),

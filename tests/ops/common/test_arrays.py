@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
-from megalodon_ops.ops import arrays
+from megalodon_ops.ops.common import arrays
 
 all_ops = pytest.mark.parametrize("op", OPS)
 IN_NUMPY = st.sampled_from([torch.float32, torch.float64, torch.float16])

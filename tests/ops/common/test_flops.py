@@ -23,12 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import megalodon_ops as mo
-from megalodon_ops.ops import loss
-from megalodon_ops.ops.cema_coefficients import cema_coefficients
-from megalodon_ops.ops.gated_silu import gated_silu
-from megalodon_ops.ops.layer_norm import layer_norm, rms_norm
-from megalodon_ops.ops.linear import linear_few_rows, linear_fwd
-from megalodon_ops.ops.loss import linear_cross_entropy_fwd, linear_cross_entropy_sum
+from megalodon_ops.ops.linear_cross_entropy import linear_cross_entropy as loss
+from megalodon_ops.ops.cema.cema_coefficients import cema_coefficients
+from megalodon_ops.ops.gated_silu.gated_silu import gated_silu
+from megalodon_ops.ops.layer_norm.layer_norm import layer_norm, rms_norm
+from megalodon_ops.ops.linear.linear import linear_few_rows, linear_fwd
+from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import (
+    linear_cross_entropy_fwd, linear_cross_entropy_sum,
+)  # fmt: skip
 
 ops = torch.ops.megalodon_ops
 
@@ -117,7 +119,7 @@ def test_the_memory_counts_the_products_that_its_kernels_make(L, to_end, visible
     q, k, v = adaptive_working_memory_case(L=L, C=4).tensors.values()
     ends = [q.new_zeros(2, 2, 3, 5), q.new_zeros(2, 2, 3)] if to_end else [None, None]
     arguments = [q, k, v, *[None] * 5, 4, visible_chunks, None, None]
-    kernels = importlib.import_module("megalodon_ops.ops.adaptive_working_memory")
+    kernels = importlib.import_module("megalodon_ops.ops.adaptive_working_memory.adaptive_working_memory")
     calls = {
         ops.adaptive_working_memory_fwd: lambda of: of(*arguments, to_end),
         ops.adaptive_working_memory_bwd: lambda of: of(v, *ends, *arguments),

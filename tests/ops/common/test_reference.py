@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import CASES
 
 from megalodon_ops import TimestepNormState, WorkingMemoryState, reference
-from megalodon_ops.reference.philox import MASK_32, dropkey_mask, philox
+from megalodon_ops.ops.common.philox import MASK_32, dropkey_mask, philox
 
 FLOAT64 = st.just(torch.float64)
 

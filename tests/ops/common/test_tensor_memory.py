@@ -6,7 +6,7 @@ from assertions import assert_refuses
 from torch import Tensor
 
 import megalodon_ops as mo
-from megalodon_ops.ops import linear
+from megalodon_ops.ops.linear import linear
 
 
 class ListShape(Tensor):

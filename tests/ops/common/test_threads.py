@@ -25,12 +25,12 @@ from cases import (
 )
 
 import megalodon_ops as mo
-from megalodon_ops.ops import library
-from megalodon_ops.ops.cema_coefficients import cema_coefficients
-from megalodon_ops.ops.gated_silu import gated_silu
-from megalodon_ops.ops.layer_norm import layer_norm, rms_norm
-from megalodon_ops.ops.linear import linear_few_rows
-from megalodon_ops.ops.loss import _cross_entropy
+from megalodon_ops.ops.common import definition as library
+from megalodon_ops.ops.cema.cema_coefficients import cema_coefficients
+from megalodon_ops.ops.gated_silu.gated_silu import gated_silu
+from megalodon_ops.ops.layer_norm.layer_norm import layer_norm, rms_norm
+from megalodon_ops.ops.linear.linear import linear_few_rows
+from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import _cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

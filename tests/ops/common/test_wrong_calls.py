@@ -28,7 +28,7 @@ from wrong_values import (
 
 import megalodon_ops as mo
 from megalodon_ops.evaluation import evaluate
-from megalodon_ops.training.checkpoint import load_any, load_checkpoint, save_checkpoint
+from megalodon_ops.training.run_checkpoint import load_any, load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from assertions import assert_as_accurate_as, assert_refuses, every_case
 
 from backends import each_isa, isa
 from megalodon_ops import _C, reference
-from megalodon_ops.ops import gated_silu as module
-from megalodon_ops.ops.gated_silu import gated_silu, gated_silu_bwd, gated_silu_fwd
+from megalodon_ops.ops.gated_silu import gated_silu as module
+from megalodon_ops.ops.gated_silu.gated_silu import gated_silu, gated_silu_bwd, gated_silu_fwd
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 7, 17, 4097, 8192, 20011]

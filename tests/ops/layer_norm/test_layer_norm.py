@@ -11,8 +11,8 @@ from assertions import assert_as_accurate_as, assert_refuses, every_case
 
 from backends import each_isa, isa
 from megalodon_ops import _C, reference
-from megalodon_ops.ops import layer_norm as module
-from megalodon_ops.ops.layer_norm import layer_norm, layer_norm_bwd, layer_norm_fwd, rms_norm
+from megalodon_ops.ops.layer_norm import layer_norm as module
+from megalodon_ops.ops.layer_norm.layer_norm import layer_norm, layer_norm_bwd, layer_norm_fwd, rms_norm
 
 NORMS = {"layer_norm": 3, "rms_norm": 2}  # inputs with gradients
 WIDTHS = [1, 7, 16, 17, 64, 500, 4097]

@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 
 from backends import ISAS, each_isa, isa
 from megalodon_ops import _C
-from megalodon_ops.ops import linear as module
-from megalodon_ops.ops.linear import KernelChoice, linear, linear_few_rows, linear_fwd, put_product_
+from megalodon_ops.ops.linear import linear as module
+from megalodon_ops.ops.linear.linear import KernelChoice, linear, linear_few_rows, linear_fwd, put_product_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 needs_amx = pytest.mark.skipif("v4_amx" not in ISAS, reason="this processor has no AMX")

@@ -13,9 +13,9 @@ from assertions import every_case
 from torch.utils._pytree import tree_map
 
 from megalodon_ops import _C
-from megalodon_ops.ops import library
-from megalodon_ops.ops import linear as module
-from megalodon_ops.ops.linear import KernelChoice, choices, linear, linear_fwd
+from megalodon_ops.ops.common import definition as library
+from megalodon_ops.ops.linear import linear as module
+from megalodon_ops.ops.linear.linear import KernelChoice, choices, linear, linear_fwd
 
 
 def taken(monkeypatch) -> list[str]:

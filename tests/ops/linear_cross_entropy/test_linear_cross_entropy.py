@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from backends import each_isa, isa
 from megalodon_ops import _C
-from megalodon_ops.ops import loss as module
-from megalodon_ops.ops.loss import linear_cross_entropy
+from megalodon_ops.ops.linear_cross_entropy import linear_cross_entropy as module
+from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
 D, V = 24, 150
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

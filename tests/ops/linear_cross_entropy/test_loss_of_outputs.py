@@ -9,7 +9,7 @@ from models import TINY, tiny_model, tokens_of
 from torch import nn
 from torch.nn.utils import parametrize
 
-from megalodon_ops.ops import loss
+from megalodon_ops.ops.linear_cross_entropy import linear_cross_entropy as loss
 from megalodon_ops.model.layers import Linear, is_plain_linear
 
 B, L, V, D = 3, 45, TINY["vocab_size"], TINY["model_dim"]

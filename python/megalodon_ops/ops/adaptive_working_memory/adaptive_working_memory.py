@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arrays import call_with_arrays
-from .chunked_attention import chunked_attention_state, chunked_attention_state_
-from .library import (
+from ..common.arrays import call_with_arrays
+from ..chunked_attention.chunked_attention import chunked_attention_state, chunked_attention_state_
+from ..common.definition import (
     accumulation_dtype, autocast, call, define_op, empty_like, int64_or_none, launch, num_sequences, num_steps,
 )  # fmt: skip
-from .states import WorkingMemoryState, fields_of
-from .two_chunk_attention import two_chunk_attention_state
-from .values import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
+from ..common.states import WorkingMemoryState, fields_of
+from ..chunked_attention.two_chunk_attention import two_chunk_attention_state
+from ..common.checks import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
 from .working_memory_plan import OP as _NAME, Plan, length
 
 _FEW_STEPS = 32
@@ -65,7 +65,7 @@ def adaptive_working_memory(
     kernel. Its inputs are all that is kept for the backward, which writes the memory again. On a GPU the host waits for the
     sequences' ends, where they are given, and the positions.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: Gecko, arXiv 2601.06463, and the released code, where attention sees two chunks and the memory, therefore,
     those before them. The mathematics: :func:`megalodon_ops.reference.adaptive_working_memory`.
@@ -206,7 +206,7 @@ def _fwd_fake(
 def _bwd(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
-    """The formulas are those of reference/adaptive_working_memory.py. dmemory_out None: the op was not called `to_end`."""
+    """The formulas are those of ops/adaptive_working_memory/adaptive_working_memory_reference.py. dmemory_out None: the op was not called `to_end`."""
     plan, dtype = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, dmemory_out is not None), q.dtype
     M, z = plan.start(q, v, memory, mass)
     writing = _Writing(plan, k, v, cache_k, cache_v, z)

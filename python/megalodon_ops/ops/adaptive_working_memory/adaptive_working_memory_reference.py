@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops.states import WorkingMemoryState
-from megalodon_ops.reference.sequences import accumulation_dtype, sequences
+from megalodon_ops.ops.common.states import WorkingMemoryState
+from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
 
 
 def adaptive_working_memory(

@@ -7,8 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .library import accumulation_dtype
-from .values import sequence_spans
+from ..common.definition import accumulation_dtype
+from ..common.checks import sequence_spans
 
 OP = "adaptive_working_memory"
 

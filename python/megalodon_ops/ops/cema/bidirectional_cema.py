@@ -7,10 +7,10 @@ import re
 import torch
 from torch import Tensor
 
-from .arrays import call_with_arrays
+from ..common.arrays import call_with_arrays
 from .cema import cema
-from .library import int64_or_none
-from .values import check_rank, check_tensor
+from ..common.definition import int64_or_none
+from ..common.checks import check_rank, check_tensor
 
 _NAME = re.compile("^cema: ")
 
@@ -49,7 +49,7 @@ def bidirectional_cema(
     Two calls of :func:`cema`, one over rows that are reversed, each sequence inside itself; each direction is rounded to
     x's dtype. x and the reversed x are kept for the backward, which is deterministic.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: the encoders of arXiv 2404.08801, section 4.5, after the code that they were developed in, whose backward
     direction begins at the next step. The mathematics: :func:`megalodon_ops.reference.bidirectional_cema`.
@@ -94,7 +94,7 @@ def mirrored_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None
 
     Example:
         >>> import torch
-        >>> from megalodon_ops.ops.bidirectional_cema import mirrored_tokens
+        >>> from megalodon_ops.ops.cema.bidirectional_cema import mirrored_tokens
         >>> mirrored_tokens(torch.zeros(2, 3, 1), None, torch.tensor([2, 3]))
         tensor([1, 0, 2, 5, 4, 3])
     """

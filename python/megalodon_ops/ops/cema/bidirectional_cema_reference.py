@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_ops.reference.cema import cema, cema_bwd
-from megalodon_ops.reference.sequences import sequences
+from megalodon_ops.ops.cema.cema_reference import cema, cema_bwd
+from megalodon_ops.ops.common.reference_helpers import sequences
 
 
 def bidirectional_cema(

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arrays import call_with_arrays
-from .library import call, contiguous_or_none, define_op, empty_like, int64_or_none, launch, num_sequences
-from .values import check_flag, check_rank, check_width
+from ..common.arrays import call_with_arrays
+from ..common.definition import call, contiguous_or_none, define_op, empty_like, int64_or_none, launch, num_sequences
+from ..common.checks import check_flag, check_rank, check_width
 
 
 def cema(
@@ -49,7 +49,7 @@ def cema(
     Gradients go to every tensor, `state` included, complex ones in torch's convention. The inputs are all that is kept
     for the backward, which is deterministic whatever the number of threads.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: arXiv 2404.08801, section 3.1. The mathematics: :func:`megalodon_ops.reference.cema`.
 
@@ -102,7 +102,7 @@ def cema_end_state(
     Gradients go to x, p and q, in torch's convention. The inputs are all that is kept for the backward, which is
     deterministic whatever the number of threads.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: arXiv 2404.08801, section 3.1. The mathematics: :func:`megalodon_ops.reference.cema_end_state`.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
-from .library import call, define_op, has_cpu_kernel, launch
-from .values import check_device, check_tensor
+from ... import reference
+from ..common.definition import call, define_op, has_cpu_kernel, launch
+from ..common.checks import check_device, check_tensor
 
 
 def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,21 +6,13 @@ import torch
 from torch import Tensor
 
 from . import dense_attention
-from .arrays import call_with_arrays
-from .library import (
-    accumulation_dtype,
-    autocast,
-    call,
-    contiguous_or_none,
-    define_op,
-    empty_like,
-    int64_or_none,
-    launch,
-    num_sequences,
-)
-from .states import AttentionState, fields_of
+from ..common.arrays import call_with_arrays
+from ..common.definition import (
+    accumulation_dtype, autocast, call, contiguous_or_none, define_op, empty_like, int64_or_none, launch, num_sequences,
+)  # fmt: skip
+from ..common.states import AttentionState, fields_of
 from .two_chunk_attention import two_chunk_attention_fwd, two_chunk_attention_state
-from .values import LARGEST_BELOW_1, check_flag, check_number, check_size
+from ..common.checks import LARGEST_BELOW_1, check_flag, check_number, check_size
 
 
 def chunked_attention(
@@ -71,10 +63,10 @@ def chunked_attention(
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
     Scores live in blocks that fit the cache, never as a C x C matrix; sums are float32 (float64 for float64). On CUDA,
-    dense batches take torch's libraries at the shapes that :mod:`megalodon_ops.ops.dense_attention` lists. For the
+    dense batches take torch's libraries at the shapes that :mod:`megalodon_ops.ops.chunked_attention.dense_attention` lists. For the
     backward, q, k, v, o and one log-sum-exp for each row and head are kept.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: arXiv 2404.08801, section 3.3; DropKey: arXiv 2208.02646. The mathematics:
     :func:`megalodon_ops.reference.chunked_attention`.

@@ -30,9 +30,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megalodon_ops.reference.philox import draw_seed, dropkey_mask
-from megalodon_ops.reference.sequences import accumulation_dtype, sequences
-from megalodon_ops.ops.states import AttentionState
+from megalodon_ops.ops.common.philox import draw_seed, dropkey_mask
+from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.states import AttentionState
 
 
 def chunked_attention(

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import accumulation_dtype, empty_like, launch
+from ..common.definition import accumulation_dtype, empty_like, launch
 
 
 class Shapes(NamedTuple):
@@ -73,7 +73,7 @@ def path_by_shapes(dtype: torch.dtype, tokens: int, heads: int, key_dim: int, va
 
     Example:
         >>> import torch
-        >>> from megalodon_ops.ops.dense_attention import path_by_shapes
+        >>> from megalodon_ops.ops.chunked_attention.dense_attention import path_by_shapes
         >>> path_by_shapes(torch.bfloat16, tokens=16384, heads=1, key_dim=256, value_dim=2048, chunk=2048)
         'products'
     """

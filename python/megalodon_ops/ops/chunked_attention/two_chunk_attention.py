@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import accumulation_dtype, define_op, empty_like, num_sequences
-from .values import sequence_spans
+from ..common.definition import accumulation_dtype, define_op, empty_like, num_sequences
+from ..common.checks import sequence_spans
 
 ops = torch.ops.megalodon_ops  # chunked_attention.py, which imports this file, defines those of windows
 

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import check_optional_tensor, check_tensor, described
+from .checks import check_optional_tensor, check_tensor, described
 
 
 def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:

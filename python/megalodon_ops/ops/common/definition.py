@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _C
+from ... import _C
 from . import flops
 from .arrays import refuse_arguments
 from .cuda_driver import launch_problem

@@ -10,7 +10,7 @@ import resource
 import torch
 from torch import Tensor, nn
 
-from .values import described
+from .checks import described
 
 _HUGE_PAGE = 2 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # mallopt(3)

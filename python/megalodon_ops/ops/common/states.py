@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from .values import check_tensor, described
+from .checks import check_tensor, described
 
 
 _STATES_WITHIN = ("norm", "attention")  # fields of a block's state that are states themselves

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import call, contiguous_or_none, define_op, empty_like, has_cpu_kernel, launch
-from .values import check_device, check_optional_tensor, check_tensor
+from ..common.definition import call, contiguous_or_none, define_op, empty_like, has_cpu_kernel, launch
+from ..common.checks import check_device, check_optional_tensor, check_tensor
 
 
 def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import accumulation_dtype, call, contiguous_or_none, define_op, empty_like, has_cpu_kernel, launch
-from .values import check_device, check_number, check_optional_tensor, check_tensor
+from ..common.definition import (
+    accumulation_dtype, call, contiguous_or_none, define_op, empty_like, has_cpu_kernel, launch,
+)  # fmt: skip
+from ..common.checks import check_device, check_number, check_optional_tensor, check_tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:

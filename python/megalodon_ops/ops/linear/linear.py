@@ -11,19 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .. import _C
-from .library import (
-    OWN_TYPES,
-    autocast,
-    call,
-    contiguous_or_none,
-    define_op,
-    empty_like,
-    in_forward_mode,
-    is_exporting,
-    launch,
-)
-from .values import check_optional_tensor, check_tensor
+from ... import _C
+from ..common.definition import (
+    OWN_TYPES, autocast, call, contiguous_or_none, define_op, empty_like, in_forward_mode, is_exporting, launch,
+)  # fmt: skip
+from ..common.checks import check_optional_tensor, check_tensor
 
 _CPUINFO = Path("/proc/cpuinfo")
 KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # types that the kernels, or their fakes, take

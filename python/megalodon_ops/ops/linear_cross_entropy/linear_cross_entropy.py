@@ -9,19 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .library import (
-    accumulation_dtype,
-    autocast,
-    call,
-    contiguous_or_none,
-    define_op,
-    has_cpu_kernel,
-    is_autocast_enabled,
-    is_exporting,
-    launch,
-)
-from .linear import linear, put_product_
-from .values import check_device, check_integer, check_tensor, described
+from ..common.definition import (
+    accumulation_dtype, autocast, call, contiguous_or_none, define_op, has_cpu_kernel, is_autocast_enabled,
+    is_exporting, launch,
+)  # fmt: skip
+from ..linear.linear import linear, put_product_
+from ..common.checks import check_device, check_integer, check_tensor, described
 
 # Values in a block. On the CPU, a block is just under 32 MiB, from which glibc gives freed memory back to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
@@ -117,7 +110,7 @@ def blockwise_cross_entropy(
 
     Example:
         >>> import torch
-        >>> from megalodon_ops.ops.loss import blockwise_cross_entropy
+        >>> from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy
         >>> layer = torch.nn.Linear(4, 10)
         >>> hidden, targets = torch.ones(2, 3, 4), torch.tensor([[1, 2, 3], [4, -100, -100]])
         >>> blockwise_cross_entropy(hidden, layer, targets, width=10).backward()

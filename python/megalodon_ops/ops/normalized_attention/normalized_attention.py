@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .arrays import call_with_arrays
-from .chunked_attention import chunked_attention
-from .library import accumulation_dtype, autocast
-from .normalized_qk import rotary_table_of, rotated_queries_and_keys
-from .states import AttentionState, fields_of
-from .values import check_size
+from ..common.arrays import call_with_arrays
+from ..chunked_attention.chunked_attention import chunked_attention
+from ..common.definition import accumulation_dtype, autocast
+from ..normalized_qk.normalized_qk import rotary_table_of, rotated_queries_and_keys
+from ..common.states import AttentionState, fields_of
+from ..common.checks import check_size
 
 _PARTS = re.compile("^(normalized_qk|chunked_attention): ")
 
@@ -59,7 +59,7 @@ def normalized_attention(
 
     Kept for the backward: z, the rotated q and k, v, o and one log-sum-exp for each row and head.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: arXiv 2404.08801, section 3.3. The mathematics: :func:`megalodon_ops.reference.normalized_attention`.
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megalodon_ops.reference.chunked_attention import chunked_attention, chunked_attention_bwd
-from megalodon_ops.reference.normalized_qk import normalized_qk, normalized_qk_bwd
-from megalodon_ops.ops.states import AttentionState
+from megalodon_ops.ops.chunked_attention.chunked_attention_reference import chunked_attention, chunked_attention_bwd
+from megalodon_ops.ops.normalized_qk.normalized_qk_reference import normalized_qk, normalized_qk_bwd
+from megalodon_ops.ops.common.states import AttentionState
 
 
 def normalized_attention(

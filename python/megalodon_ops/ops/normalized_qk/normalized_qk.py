@@ -8,18 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .arrays import call_with_arrays
-from .library import (
-    accumulation_dtype,
-    autocast,
-    call,
-    contiguous_or_none,
-    define_op,
-    empty_like,
-    int64_or_none,
-    launch,
-)
-from .values import LEAST_POSITIVE, check_number, check_rank, check_size
+from ..common.arrays import call_with_arrays
+from ..common.definition import (
+    accumulation_dtype, autocast, call, contiguous_or_none, define_op, empty_like, int64_or_none, launch,
+)  # fmt: skip
+from ..common.checks import LEAST_POSITIVE, check_number, check_rank, check_size
 
 
 def normalized_qk(
@@ -60,7 +53,7 @@ def normalized_qk(
 
     Gradients go to z, gamma and beta; z is all that is kept for the backward.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: arXiv 2404.08801, section 3.3, and the released code. The mathematics:
     :func:`megalodon_ops.reference.normalized_qk`.

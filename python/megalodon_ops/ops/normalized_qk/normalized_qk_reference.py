@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from megalodon_ops.reference.sequences import accumulation_dtype, inverse_rms, sequences
+from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, inverse_rms, sequences
 
 
 def normalized_qk(

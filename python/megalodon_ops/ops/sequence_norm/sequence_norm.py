@@ -7,9 +7,9 @@ import re
 import torch
 from torch import Tensor
 
-from .arrays import call_with_arrays
-from .states import TimestepNormState
-from .timestep_norm import timestep_norm, timestep_norm_end_state
+from ..common.arrays import call_with_arrays
+from ..common.states import TimestepNormState
+from ..timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
 
 _PARTS = re.compile("^timestep_norm(_end_state)?: ")
 _STEPS = 2**62
@@ -48,7 +48,7 @@ def sequence_norm(
     so many steps that it stays what it is. Statistics run in float64; x and three numbers for each step and group are
     kept for the backward, which is deterministic.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: the "group normalization" of the encoders in arXiv 2404.08801, section 4.5. The mathematics:
     :func:`megalodon_ops.reference.sequence_norm`.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_ops.reference.sequences import accumulation_dtype, sequences
+from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
 
 
 def sequence_norm(

@@ -8,19 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arrays import call_with_arrays
-from .library import (
-    accumulation_dtype,
-    call,
-    contiguous_or_none,
-    define_op,
-    empty_like,
-    int64_or_none,
-    launch,
-    num_sequences,
-)
-from .states import TimestepNormState, fields_of
-from .values import check_flag, check_number, check_rank, check_size, check_width
+from ..common.arrays import call_with_arrays
+from ..common.definition import (
+    accumulation_dtype, call, contiguous_or_none, define_op, empty_like, int64_or_none, launch, num_sequences,
+)  # fmt: skip
+from ..common.states import TimestepNormState, fields_of
+from ..common.checks import check_flag, check_number, check_rank, check_size, check_width
 
 
 def timestep_norm(
@@ -59,7 +52,7 @@ def timestep_norm(
     Statistics run in float64 inside a call. Gradients go to x, weight, bias and the state's mean and var; x and three
     numbers for each step and group are kept for the backward, which is deterministic.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: arXiv 2404.08801, section 3.2. The mathematics: :func:`megalodon_ops.reference.timestep_norm`.
 
@@ -115,7 +108,7 @@ def timestep_norm_end_state(
     Gradients of mean and var go to x; counts and residuals are constants. x and the state are kept for the backward,
     which is deterministic.
 
-    Arrays of other libraries: see :mod:`megalodon_ops.ops.arrays`.
+    Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
     Source: arXiv 2404.08801, section 3.2. The mathematics: :func:`megalodon_ops.reference.timestep_norm_end_state`.
 

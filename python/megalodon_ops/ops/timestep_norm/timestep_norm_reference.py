@@ -27,8 +27,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_ops.reference.sequences import accumulation_dtype, sequences
-from megalodon_ops.ops.states import TimestepNormState
+from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.states import TimestepNormState
 
 
 def timestep_norm(
