@@ -10,20 +10,17 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import megalodon_ops as mo
 import torch
 
-from . import gpu
+from . import gpu, sass
+from . import sass_loops as loops
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from bench import sass_loops as loops, sass
 
 SIZES = dict[str, int]
 

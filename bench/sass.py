@@ -1,6 +1,6 @@
 """What nvcc has made of the kernels: registers, stack, and the instructions of each, by architecture.
 
-`python bench/sass.py` prints a table of the installed package's kernels.
+`python -m bench.sass` prints a table of the installed package's kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass

@@ -8,9 +8,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 arm=$PWD/build/arm
-tests=(tests/test_{ops,cema,cema_coefficients,timestep_norm,chunked_attention,normalized_qk,normalized_attention,linear}.py
-       tests/test_{layer_norm,gated_silu,loss,range,states,end_states,nothing_to_do,threads,whole_sequences,wrong_calls}.py
-       tests/test_{layers,model,encoder,decoder,generation}.py)
+tests=(tests/ops/{cema,timestep_norm,chunked_attention,normalized_qk,normalized_attention,linear,layer_norm,gated_silu}
+       tests/ops/linear_cross_entropy/test_linear_cross_entropy.py
+       tests/ops/common/test_{ops,range,end_states,nothing_to_do,threads,whole_sequences,wrong_calls}.py
+       tests/model/test_{states,layers,model,encoder,decoder,generation}.py)
 
 if [ ! -e "$arm/venv" ]; then
   python3.13 -m venv "$arm/venv"

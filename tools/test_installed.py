@@ -38,7 +38,7 @@ def main() -> int:
         check_openmp(folder)
         left_out = shutil.ignore_patterns(*OF_THE_CHECKOUT, "__pycache__")
         shutil.copytree(ROOT / "tests", Path(folder, "tests"), ignore=left_out)
-        for name in ("docs", "pyproject.toml"):  # which tests read; pytest finds its options in the second
+        for name in ("bench", "docs", "pyproject.toml"):  # which tests read; pytest finds its options in the last
             Path(folder, name).symlink_to(ROOT / name)
         return python(folder, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "not emulated").returncode
 

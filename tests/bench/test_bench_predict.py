@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench.sass_loops import Code, parse
 from bench.sass import Kernel, MissingTool, installed
-from test_package import needs_cuda_kernels
+from backends import needs_cuda_kernels
 
 from bench import predict
 from bench.predict import CARDS, KERNELS, SHAPES, Launch

@@ -10,6 +10,7 @@ import re
 import signal
 from pathlib import Path
 
+from paths import DOCS
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from bench.claims.llama import Llama, WindowState, hidden_like, similar  # noqa:
 CONFIG = dataclasses.replace(train.config("tiny", 8), num_layers=2)
 EXCHANGED = [*models.ABLATIONS]
 RESULTS = Path(report.__file__).with_name("results")
-CLAIMS_PAGE = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
+CLAIMS_PAGE = (DOCS / "claims.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## )", CLAIMS_PAGE, re.M | re.S))
 TITLES = {
     "loss": "Loss", "speed": "Speed", "memory": "Memory", "context": "Context", "ablation": "Parts", "tasks": "Tasks",

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy
+from paths import DOCS
 import pytest
 import torch
 
@@ -118,7 +119,7 @@ def test_rows_grow_and_then_have_their_length(task):
 def test_the_tutorial_shows_what_its_command_came_to():
     run = runs.results(RESULTS)["listops megalodon seed=0"]
     assert run["settings"]["steps"] == encoder.TASKS["listops"].steps
-    text = (Path(__file__).parents[1] / "docs" / "tutorials" / "long-rows.md").read_text()
+    text = (DOCS / "tutorials" / "long-rows.md").read_text()
     assert textwrap.indent(encoder.summary(run["result"], run["settings"]["asked"]), "    ") in text
 
 

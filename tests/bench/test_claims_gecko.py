@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
+from paths import DATA
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,7 +26,7 @@ EXACT = dict(rtol=1e-11, atol=1e-11)
 
 
 def golden(name, prefix=""):
-    tensors = load_file(Path(__file__).parent / "data" / "gecko" / f"{name}.safetensors")
+    tensors = load_file(DATA / "gecko" / f"{name}.safetensors")
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 

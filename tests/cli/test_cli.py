@@ -6,8 +6,8 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
+from paths import ROOT
 import pytest
 import torch
 from command_line import rows, shell
@@ -54,9 +54,7 @@ while absent:
 
 def test_the_script_that_pip_installs_is_the_command_line(at_an_import, tmp_path):
     """It calls the function of `python -m megalodon_ops`, and decides as much before torch is loaded."""
-    (target,) = re.findall(
-        r'^megalodon-ops = "(.+)"$', Path(__file__, "../../pyproject.toml").resolve().read_text(), re.M
-    )
+    (target,) = re.findall(r'^megalodon-ops = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     module, _, name = target.partition(":")
     assert getattr(importlib.import_module(module), name) is cli.process
     script = tmp_path / startup.SCRIPT

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import tiny_model
-from test_official import save_released
+from released import save_released
 
 from megalodon_ops import Megalodon
 from megalodon_ops.cli import main

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from command_line import quick_commands, rows, train
-from test_official import save_released
+from released import save_released
 
 import megalodon_ops as mo
 from megalodon_ops.cli import main

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
+from paths import TEST_PATH
 import pytest
 import torch
 from assertions import assert_all_close, assert_bit_equal, assert_matches_reference, every_case
@@ -180,7 +180,7 @@ for op in OPS:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_call_before_makes_ready_for_capture(dtype):
     """In a new process, whose driver has loaded no kernel yet."""
-    ran = run_python(FIRST_CAPTURE, dtype, CUDA_MODULE_LOADING="LAZY", PYTHONPATH=SUPPORT)
+    ran = run_python(FIRST_CAPTURE, dtype, CUDA_MODULE_LOADING="LAZY", PYTHONPATH=TEST_PATH)
     assert ran.stdout.splitlines() == [f"{op} True" for op in OPS], ran.stderr
 
 

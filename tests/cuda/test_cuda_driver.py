@@ -8,14 +8,14 @@ import re
 import shutil
 import subprocess
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from calls import OPS, evaluate
 from cases import BUILDERS
+from paths import TEST_PATH
 from programs import run_python
-from test_package import needs_cuda_kernels
+from backends import needs_cuda_kernels
 
 import megalodon_ops as mo
 from megalodon_ops import _C
@@ -144,7 +144,7 @@ LAUNCHES = f"""
 import contextlib, os, types, torch
 from emulator.emulator import DeviceTensor
 from megalodon_ops.cli import info
-from megalodon_ops.ops import library
+from megalodon_ops.ops.common import definition as library
 
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0)
@@ -174,7 +174,7 @@ def test_the_runtime_in_the_kernels_refuses_drivers_of_older_major_versions(tmp_
         pytest.skip("there is no C compiler")
     (tmp_path / "driver.c").write_text(DRIVER)
     subprocess.run([compiler, "-shared", "-fPIC", "driver.c", "-o", "libcuda.so.1"], cwd=tmp_path, check=True)
-    ran = run_python(LAUNCHES, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=SUPPORT)
+    ran = run_python(LAUNCHES, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=TEST_PATH)
 
     _, runtime = library.cuda_extension().cuda_versions()
     refused, accepted = (

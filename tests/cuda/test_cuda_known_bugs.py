@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from emulator.emulator import ROOT
 from emulator.known_bugs import BUGS, planted
-from emulator.mutate import SURVIVED, Session
+from emulator.mutate import SURVIVED, Session, path_of
 
-TESTS = Path(__file__).parent
+
+def node_of(test: str) -> str:
+    """Pytest's name of a test that is given as "test_file.py::test"."""
+    file, _, rest = test.partition("::")
+    return f"{path_of(file)}::{rest}"
 
 
 def test_every_bug_can_be_planted():
@@ -18,17 +20,17 @@ def test_every_bug_can_be_planted():
         text = (ROOT / "cuda" / bug.file).read_text()
         assert text.count(bug.right) == 1 and f"(gpu_mutant == {number})" in planted(bug.file, text), bug
         file, _, test = bug.test.partition("::")
-        assert f"def {test.partition('[')[0]}(" in (TESTS / file).read_text(), bug.test
+        assert f"def {test.partition('[')[0]}(" in (ROOT / path_of(file)).read_text(), bug.test
 
 
 @pytest.mark.slow
 def test_every_known_bug_is_noticed(tmp_path):
     """The emulator has all bugs compiled in, and one of them on or none; without a bug the tests pass."""
     session = Session(ROOT, tmp_path / "session.txt", {bug.test.partition("::")[0] for bug in BUGS.values()})
-    tests = {f"tests/{bug.test}": 600.0 for bug in BUGS.values()}
+    tests = {node_of(bug.test): 600.0 for bug in BUGS.values()}
     assert tests.keys() <= set(session.tests), tests.keys() - set(session.tests)
     verdicts = {
-        name: session.run(number, [(f"tests/{bug.test}", 600.0)])[0]
+        name: session.run(number, [(node_of(bug.test), 600.0)])[0]
         for number, (name, bug) in enumerate(BUGS.items(), start=1)
     }
     without_a_bug, _ = session.run(0, list(tests.items()))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_close
+from assertions import assert_bit_equal, assert_close, assert_matches_reference
 from calls import OPS, evaluate
 from cases import BUILDERS, WITH_STATE
 from emulator.emulator import BINDINGS, Emulator
 from hypothesis import given, settings
 from strategies import CASES
-from test_ops import assert_matches_reference
 from torch import Tensor
 
 import megalodon_ops as mo

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 
+from paths import ROOT
 import pytest
 
-CUDA = Path(__file__).parents[1] / "cuda"
+CUDA = ROOT / "cuda"
 
 RUNTIME = r"""
 #include <atomic>

@@ -18,9 +18,8 @@ from cases import (
     timestep_norm_case,
     timestep_norm_end_state_case,
 )
-from test_cuda_chunked_attention import assert_accurate, scaled_case
-from test_cuda_chunked_attention import run as run_attention
-from test_cuda_chunked_attention_bwd import GRADIENTS, assert_right, gradients  # noqa: F401
+from emulated_attention import GRADIENTS, assert_accurate, assert_right, gradients, scaled_case  # noqa: F401
+from emulated_attention import run as run_attention
 
 import megalodon_ops as mo
 from megalodon_ops import _C, AttentionState

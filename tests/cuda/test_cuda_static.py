@@ -1,7 +1,7 @@
 """What nvcc has made of the installed CUDA kernels, for each architecture: no spills, the promised instructions.
 
 Without CUDA kernels, or without nvcc for the planted ones, these tests are skipped. The tests of the installed kernels
-are slow ones: nvdisasm takes 18 s for one architecture. cuda_static/README.md says how to read and add promises.
+are slow ones: nvdisasm takes 18 s for one architecture. static/README.md says how to read and add promises.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
+from paths import TESTS
 import pytest
 from static.promises import LOAD_64, LOAD_128, PROMISES, STORE_128, Promise, breaches, promises_of
 from bench.sass import (
@@ -28,7 +28,7 @@ from bench.sass import (
 
 from megalodon_ops.ops.common import definition as library
 
-PLANTED = Path(__file__).parent / "cuda_static" / "planted" / "breaches.cu"
+PLANTED = TESTS / "cuda" / "static" / "planted" / "breaches.cu"
 
 
 def or_skip(kernels: Callable[[], list[Kernel]]) -> list[Kernel]:

@@ -6,8 +6,8 @@ import re
 import signal
 import subprocess
 import time
-from pathlib import Path
 
+from paths import TESTS
 import pytest
 import torch
 from command_line import rows, shell
@@ -158,7 +158,7 @@ def test_a_missing_process(text, tmp_path):
 @slow
 def test_a_process_that_is_killed_ends_all(text, tmp_path):
     """Within seconds; the last that the user sees is why. test_distributed_train.py has processes that fail."""
-    program = [Path(__file__).with_name("killed_rank.py")]
+    program = [TESTS / "support" / "killed_rank.py"]
     process = start([2], flags(text, tmp_path / "run", "--steps", 6), tmp_path, program)
     with ended_afterwards(process):
         _, err = process.communicate(timeout=120)  # of processes that wait for each other for ten minutes

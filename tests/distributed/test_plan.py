@@ -6,8 +6,8 @@ import dataclasses
 import json
 import re
 import shlex
-from pathlib import Path
 
+from paths import DOCS
 import pytest
 import torch
 
@@ -200,7 +200,7 @@ def test_errors_are_one_line(flags, capsys):
 
 
 def test_the_page_shows_what_its_command_prints(capsys):
-    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    page = (DOCS / "plan.md").read_text()
     command = re.search(r"^    python -m megalodon_ops (plan .*?[^\\])$", page, re.M | re.S)[1]
     assert main(shlex.split(command.replace("\\\n", ""))) == 0
     assert capsys.readouterr().out.strip() in re.sub(r"^    ", "", page, flags=re.M)

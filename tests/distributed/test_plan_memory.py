@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from profiling import allocated
 from torch import Tensor
-from torch._C._profiler import _EventType
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import megalodon_ops as mo
@@ -67,31 +65,6 @@ def saved(model: mo.Megalodon, tokens: Tensor, dtype: str = "float32") -> int:
     with saved_tensors_hooks(note, lambda tensor: tensor), autocast(dtype):
         model.loss(tokens, tokens)
     return sum(tensor.untyped_storage().nbytes() for name, tensor in found.items() if name not in given)
-
-
-def allocated(call: Callable[[], object]) -> tuple[int, int]:
-    """Bytes of tensors on the CPU that a call leaves allocated, and the most that it had at any moment.
-
-    What a product's library allocates and frees inside the product does not count: it is each processor's own.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = call()
-    changes = sorted(allocations(profiler.profiler.kineto_results.experimental_event_tree()))
-    del kept
-    total = most = 0
-    for (_, change, op), (_, following, _) in zip(changes, [*changes[1:], (0, 0, "")], strict=True):
-        total += change
-        if not (op in ("aten::mm", "aten::addmm") and following == -change):
-            most = max(most, total)
-    return total, most
-
-
-def allocations(events, op: str = "") -> Iterator[tuple[int, int, str]]:
-    """When, how many bytes more or less, in which op."""
-    for event in events:
-        if event.typed[0] == _EventType.Allocation:
-            yield event.start_time_ns, event.typed[1].alloc_size, op
-        yield from allocations(event.children, event.name)
 
 
 SCALARS = 64  # bytes: the loss, counts, a seed of dropout

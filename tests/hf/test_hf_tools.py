@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from paths import DOCS
 import pytest
 import torch
 from command_line import quick_commands
@@ -423,7 +424,7 @@ def test_reads_a_checkpoint_of_a_training_run(text: Path, tmp_path: Path) -> Non
 def test_page_runs(folder: Path, tmp_path: Path) -> None:
     """The programs in docs/transformers.md, in order, as one."""
     pytest.importorskip("peft")
-    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
+    page = (DOCS / "transformers.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     (tmp_path / "model").symlink_to(folder)
     (tmp_path / "page.py").write_text("\n".join(blocks))

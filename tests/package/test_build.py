@@ -14,10 +14,10 @@ from types import ModuleType
 
 import pybind11
 import pytest
+from paths import ROOT
 
 from megalodon_ops.ops.common import cuda_driver
 
-ROOT = Path(__file__).parent.parent
 ARCHITECTURES = [75, 80, 86, 90, 100, 110, 120]  # that the fake nvcc knows
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from emulator.emulator import DeviceTensor
+from backends import needs_cuda_kernels
+from paths import ROOT
 from programs import run_python
 
 import megalodon_ops as mo
@@ -15,7 +17,6 @@ from megalodon_ops import _C
 from megalodon_ops.ops.common import definition as library
 
 PACKAGE = Path(mo.__file__).parent
-ROOT = Path(__file__).parent.parent
 
 
 def test_extension_links_no_torch_library():
@@ -23,9 +24,6 @@ def test_extension_links_no_torch_library():
     # Names of functions and libraries do show up this way. Where torch brings GCC's OpenMP, a call of LLVM's starts another.
     assert b"GOMP_parallel" in binary and b"__kmpc_fork_call" not in binary
     assert b"libtorch" not in binary and b"libc10" not in binary
-
-
-needs_cuda_kernels = pytest.mark.skipif(not library.has_cuda_kernels(), reason="this build has no CUDA kernels")
 
 
 @needs_cuda_kernels

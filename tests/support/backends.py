@@ -42,6 +42,7 @@ each_implementation = pytest.mark.parametrize(
     ids=["reference", *DEVICES],
     indirect=["backend"],
 )
+needs_cuda_kernels = pytest.mark.skipif(not library.has_cuda_kernels(), reason="this build has no CUDA kernels")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and a build with CUDA kernels")
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
+from paths import DATA
 from safetensors.torch import load_file
 from torch import Tensor
 
 import megalodon_ops as mo
 
-DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-11
 MODEL = json.loads((DATA / "official_c.json").read_text())
 _BUFFERS = ("rope.freqs", "prior_count", "prior_mean", "prior_logv")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from command_line import Forked
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLLOWED = [
     ROOT / "docs" / "start.md",

@@ -14,7 +14,7 @@ import torch
 from command_line import quick_commands
 from models import tiny_model, tokens_of
 from mutations import mutate
-from test_official import save_released
+from released import save_released
 
 import megalodon_ops as mo
 from megalodon_ops.cli import main

@@ -20,7 +20,7 @@ from megalodon_ops.ops.common.memory import keep_freed_memory
 OF_TRAIN = ("msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock")
 EXTRAS = {**dict.fromkeys(OF_TRAIN, "train"), "tensorboard": "tensorboard"}
 """Which extra brings a package"""
-MODULES = {"eval": "evaluate"}
+MODULES = {"eval": "evaluate", "plan": "plan_command", "tokenizer": "tokenizer_command"}
 """The modules of commands whose names are not theirs"""
 
 

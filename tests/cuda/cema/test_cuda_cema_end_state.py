@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_bit_equal
+from assertions import assert_bit_equal, assert_matches_reference
 from calls import evaluate, forward
 from cases import cema_end_state_case
 from test_cuda_cema import DTYPES, MANY_MODES, MODES, SEQUENCES, TILES
-from test_cuda_timestep_norm import sectors
-from test_ops import assert_matches_reference
 
 import megalodon_ops as mo
 from megalodon_ops import _C
@@ -86,8 +84,8 @@ def test_bytes_moved_by_the_forward(emulator, dtype):
     case = cema_end_state_case(B=2, L=96, D=32, N=16, dtype=dtype)
     emulated(emulator, case, run=forward)
     x, state = case.tensors["x"].nbytes, 2 * 32 * 16 * 8
-    assert sectors(emulator, "cema_local_kernel", "x", "load") == x
-    assert sectors(emulator, "cema_ends_kernel", "x", "load") == x // 3
+    assert emulator.sectors("cema_local_kernel", "x", "load") == x
+    assert emulator.sectors("cema_ends_kernel", "x", "load") == x // 3
     assert emulator.traffic("cema_ends_kernel")["state_out"]["store_bytes"] == state
     written = {
         name for kernel in launched(emulator) for name, t in emulator.traffic(kernel).items() if t["store_bytes"]
@@ -105,8 +103,8 @@ def test_bytes_moved_by_the_backward(emulator):
         state.abs().sum().backward()
     x = case.tensors["x"].nbytes
     for kernel in ("cema_local_kernel", "cema_output_kernel", "cema_sums_kernel"):
-        assert sectors(emulator, kernel, "x", "load") == x, kernel
-    assert sectors(emulator, "cema_output_kernel", "dx", "store") == x
+        assert emulator.sectors(kernel, "x", "load") == x, kernel
+    assert emulator.sectors("cema_output_kernel", "dx", "store") == x
 
 
 def test_orders_of_threads_give_equal_bits(emulator):

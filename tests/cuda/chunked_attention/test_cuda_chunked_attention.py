@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal, assert_close
+from assertions import assert_all_close, assert_bit_equal, assert_close
 from calls import forward
 from cases import chunked_attention_case
+from emulated_attention import assert_accurate, run, scaled_case
 from emulator.emulator import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megalodon_ops as mo
 from megalodon_ops import _C, AttentionState
-from megalodon_ops.ops.common.philox import dropkey_mask
-from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.reference_helpers import sequences
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 ORDERS = ("forward", "reverse", "random")
@@ -72,60 +72,6 @@ KERNELS = {
     "chunked_attention_step_kernel": STEPS,
 }
 PATHS = {name: (kernel, shape) for kernel, shapes in KERNELS.items() for name, shape in shapes.items()}
-
-
-def scaled_case(**shape):
-    """Scores of about unit size, so that a softmax has more than one term."""
-    return chunked_attention_case(**shape, scale=shape["K"] ** -0.5)
-
-
-def run(emulator, case, offset=0):
-    """Returns o and lse of the forward's kernels."""
-    q, k, v = (case.tensors[name] for name in "qkv")
-    options = case.options
-    o, lse = torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
-    emulator.call(
-        "chunked_attention_fwd", q, k, v, *(options.get("state") or (None,) * 3), options["chunk_size"],
-        options.get("causal", True), options["scale"], options.get("dropkey", 0.0), options.get("dropkey_seed"), options.get("cu_seqlens"),
-        options.get("lengths"), o, lse, offset=offset,
-    )  # fmt: skip
-    return {"o": o, "lse": lse}
-
-
-def exact_lse(case):
-    """log sum_j exp(s_ij) in float64, 0 at padding."""
-    q, k, options = case.tensors["q"].double(), case.tensors["k"].double(), case.options
-    state, lse = options.get("state"), torch.zeros(q.shape[:-1], dtype=F64)
-    for s, (row, tokens) in enumerate(sequences(q, options.get("cu_seqlens"), options.get("lengths"))):
-        position = 0 if state is None else int(state.position[s])
-        keys = k[row, tokens] if state is None else torch.cat([state.k[s, :position].double(), k[row, tokens]])
-        i, j = torch.arange(position, len(keys)), torch.arange(len(keys))
-        hidden = (options.get("causal", True) & (j > i[:, None])) | (
-            j // options["chunk_size"] != i[:, None] // options["chunk_size"]
-        )
-        if "dropkey" in options:
-            seed = int(options["dropkey_seed"])
-            hidden = hidden | dropkey_mask(options["dropkey"], seed, s, q.shape[2], i, j)
-        scores = options["scale"] * torch.einsum("ihk,jhk->hij", q[row, tokens], keys)
-        lse[row, tokens] = scores.masked_fill(hidden, -torch.inf).logsumexp(-1).T
-    return lse
-
-
-def assert_accurate(actual, case):
-    exact = forward(mo.reference.chunked_attention, case.double())["o"]
-    if case.dtype == F64:
-        assert_close(actual["o"], exact, tolerance=1e-12, name="o")
-    else:
-        same = forward(mo.reference.chunked_attention, case)["o"]
-        factor, floor = (4, 8) if case.dtype == F32 else (2, 0.5)
-        assert_as_accurate_as(actual["o"], same, exact, factor=factor, floor=floor, name="o")
-    lse = exact_lse(case)
-    nothing = lse == -torch.inf
-    assert torch.equal(actual["lse"] == -torch.inf, nothing)
-    assert (actual["o"][nothing] == 0).all()
-    tolerance = 1e-12 if case.dtype == F64 else 2e-6
-    seen = actual["lse"].double().masked_fill(nothing, 0)
-    assert_close(seen, lse.masked_fill(nothing, 0), tolerance=tolerance, terms=1.0, name="lse")
 
 
 MISALIGNED = ("64-columns", "128-columns", "256-columns-twice", "one-channel", "float-64-columns", "float-512-columns",

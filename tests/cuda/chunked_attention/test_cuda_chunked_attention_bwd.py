@@ -5,47 +5,20 @@ The forward is the CPU's, so what is wrong here is wrong in the backward.
 
 from __future__ import annotations
 
-from functools import partial
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
+from assertions import assert_bit_equal
 from calls import evaluate
 from cases import chunked_attention_case
-from emulator.emulator import FOLDER, DeviceTensor
+from emulated_attention import GRADIENTS, assert_right, gradients  # noqa: F401, a fixture
+from emulator.emulator import ROOT, DeviceTensor
 
 import megalodon_ops as mo
-from megalodon_ops import _C
 from megalodon_ops.ops.common.philox import dropkey_mask
 
-GRADIENTS = ("dq", "dk", "dv")
 KERNELS = "chunked_attention_bwd_{}_kernel"
 EDGE = 128  # of a tile of 16-bit elements
-
-
-@pytest.fixture
-def gradients(emulator, monkeypatch):
-    """Gradients of a case: forward on the CPU, backward on the emulated device."""
-
-    def run(case, offset=0, incoming=None):
-        monkeypatch.setattr(_C, "chunked_attention_bwd", partial(emulator.call, "chunked_attention_bwd", offset=offset))
-        results = evaluate(mo.chunked_attention, case, incoming)
-        return {name: results[name] for name in GRADIENTS}
-
-    return run
-
-
-def assert_right(actual, case, incoming=None):
-    exact = evaluate(mo.reference.chunked_attention, case.double(), incoming)
-    if case.dtype == torch.float64:
-        assert_all_close(actual, {name: exact[name] for name in GRADIENTS}, tolerance=1e-10, terms=case.terms)
-        return
-    same = evaluate(mo.reference.chunked_attention, case, incoming)
-    factor, floor = (4, 8) if case.dtype == torch.float32 else (2, 0.5)
-    for name in GRADIENTS:
-        assert_as_accurate_as(
-            actual[name], same[name], exact[name], factor=factor, floor=floor, terms=case.terms, name=name
-        )
 
 
 SHAPES = {
@@ -266,7 +239,7 @@ def test_no_sequences_with_a_cache_of_some_address(emulator):
 
 def stored_lines(emulator, kernel):
     """The source lines at which the kernel stored to global memory."""
-    source = (FOLDER.parents[1] / "cuda" / "chunked_attention" / "chunked_attention_bwd.cuh").read_text().split("\n")
+    source = (ROOT / "cuda" / "chunked_attention" / "chunked_attention_bwd.cuh").read_text().split("\n")
     for site in emulator.sites(KERNELS.format(kernel)):
         file, line = site["where"].split(" < ")[0].split(":")
         if site["store"] and not site["shared"] and file == "chunked_attention_bwd.cuh":

@@ -24,7 +24,7 @@ from emulator.known_bugs import planted
 from emulator.mutants import SWITCH
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[1]
+ROOT = FOLDER.parents[2]
 
 # The bindings that launch kernels: arguments -> results, which the caller allocates. A tensor may be both of these.
 BINDINGS = {
@@ -80,7 +80,7 @@ def load(library: Path) -> ModuleType:
 
 def _compile(folder: Path, compiler: str, target: str, verbose: bool) -> None:
     _copy_kernels(ROOT / "cuda", folder / "cuda")
-    if not (folder / "CMakeCache.txt").exists():
+    if not any((folder / made).exists() for made in ("build.ninja", "Makefile")):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         _run(
             ["cmake", "-S", str(FOLDER), "-B", str(folder), *generator, f"-DCMAKE_CXX_COMPILER={compiler}",
@@ -260,6 +260,10 @@ class Emulator:
         Bytes, requests (of warps), sectors (of 32 bytes), and the footprint: the bytes of all different sectors.
         """
         return self.module.traffic()[kernel]
+
+    def sectors(self, kernel: str, name: str, access: str) -> int:
+        """Bytes of the sectors of every single request for a buffer; `access` is "read" or "write"."""
+        return 32 * self.traffic(kernel)[name][f"{access}_sectors"]
 
     def sites(self, kernel: str) -> list[dict[str, Any]]:
         """Each load and store instruction of `kernel`: its line, requests, transactions and their ideal number.

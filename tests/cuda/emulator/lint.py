@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-CUDA = Path(__file__).parents[2] / "cuda"
+CUDA = Path(__file__).parents[3] / "cuda"
 
 # A product of a block's number or the grid's size with another int.
 NARROW_PRODUCT = (

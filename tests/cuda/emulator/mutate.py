@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from emulator.lint import op_of
 from emulator.mutants import Mutant, mutants, switched
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TABLE = Path(__file__).parent / "survivors.tsv"
 SURVIVED = "survived"
 KINDS = (
@@ -73,15 +73,22 @@ def kernel_files(only: list[str]) -> list[Path]:
 
 def test_files(file: Path) -> list[tuple[str, list[str]]]:
     """Test files of a kernel file and words of the tests' names: an op's own tests, then those that all ops share."""
-    op, tests = op_of(file.stem), sorted((ROOT / "tests").glob("test_cuda_*.py"))
+    op, tests = op_of(file.stem), sorted((ROOT / "tests" / "cuda").rglob("test_cuda_*.py"))
     own = [(test.name, []) for test in tests if (of := op_of(test.stem[len("test_cuda_") :])) and op in (None, of)]
     shared = [(test, words + [op] * (op is not None)) for test, words in OP_TESTS.items()]
     return [*[(WRAPPER_TESTS, [])] * (op is None), *own, *shared]
 
 
+def path_of(test: str) -> Path:
+    """Path of the test file with this name, relative to the checkout."""
+    (path,) = (ROOT / "tests").rglob(test)
+    return path.relative_to(ROOT)
+
+
 def jobs_of(file: Path) -> list[Job]:
     names = [name for name, _ in test_files(file)]
-    tests = {ROOT / "tests" / name for name in [*names, "cases.py", "strategies.py", "assertions.py"]}
+    wanted = {*names, "cases.py", "strategies.py", "assertions.py", "emulated_attention.py"}
+    tests = {path for path in (ROOT / "tests").rglob("*.py") if path.name in wanted}
     kernels = {f for f in (ROOT / "cuda").rglob("*.cu*") if op_of(f.stem) in (None, op_of(file.stem))}
     context = hashlib.sha256()
     for source in sorted(tests | kernels):
@@ -146,7 +153,7 @@ class Session:
         }
         command = [sys.executable, "tests/cuda/emulator/mutant_session.py", str(self.output.with_suffix(".log"))]
         self.process = subprocess.Popen(
-            [*command, *(f"tests/{file}" for file in sorted(files))], cwd=folder, env=environment, text=True,
+            [*command, *(str(path_of(file)) for file in sorted(files))], cwd=folder, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self.tests: list[str] = self._answer()
@@ -301,7 +308,7 @@ def in_order(file: Path, collected: list[str], traces: dict[str, Trace]) -> list
     """The tests of a kernel file, the quick ones of each test file first, and the most seconds each may take."""
     found: list[tuple[str, float]] = []
     for name, words in test_files(file):
-        chosen = [test for test in collected if test.startswith(f"tests/{name}::") and all(w in test for w in words)]
+        chosen = [test for test in collected if test.startswith(f"{path_of(name)}::") and all(w in test for w in words)]
         seconds = {test: traces[test].seconds if test in traces else 0.0 for test in chosen}
         found += [(test, 10 * seconds[test] + 10) for test in sorted(chosen, key=lambda test: seconds[test])]
     return found

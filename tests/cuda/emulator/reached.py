@@ -27,11 +27,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = map(str, (Path(__file__).parents[1], Path(__file__).parents[3]))
 from emulator.source import loop_heads, without_comments
 from bench.sass import demangle
 
-CUDA = Path(__file__).parents[2] / "cuda"
+CUDA = Path(__file__).parents[3] / "cuda"
 TABLE = Path(__file__).parent / "reached.tsv"
 HEADER = "kernel\tfile\tloop\tnumber\tturns\tmost\twhy it may lack some"
 LAUNCHER = "(launcher)"

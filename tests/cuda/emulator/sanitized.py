@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
+from paths import TEST_PATH
+
 TARGET = "_cuda_emulated_sanitized"
 
 
@@ -33,7 +34,7 @@ def run(library: Path, *arguments: str, timeout: float = 300) -> subprocess.Comp
     """Runs this file in a process that AddressSanitizer was loaded into first, as it must be."""
     preload = f"{runtime()} libstdc++.so.6"  # which must be there when libasan looks for __cxa_throw
     options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "LD_PRELOAD": preload}
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [TEST_PATH, os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, str(Path(__file__)), str(library), *arguments],
         env=os.environ | options | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=timeout,

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_bit_equal
+from assertions import assert_bit_equal, assert_matches_reference
 from calls import evaluate, forward
 from cases import Case, normalized_qk_case
-from test_ops import assert_matches_reference
 
 import megalodon_ops as mo
 from megalodon_ops import _C

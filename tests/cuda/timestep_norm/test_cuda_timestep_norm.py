@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_bit_equal, assert_close
+from assertions import assert_all_close, assert_bit_equal, assert_close, assert_matches_reference
 from calls import evaluate, forward
 from cases import Case, timestep_norm_case
 from emulator.emulator import Emulator
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ops import assert_matches_reference
 
 import megalodon_ops as mo
 from megalodon_ops import _C
@@ -212,11 +211,6 @@ def footprint(emulator, kernel: str) -> int:
     return sum(t["load_footprint"] + t["store_footprint"] for t in emulator.traffic(kernel).values())
 
 
-def sectors(emulator, kernel: str, name: str, access: str) -> int:
-    """Bytes of the sectors of every single request."""
-    return 32 * emulator.traffic(kernel)[name][f"{access}_sectors"]
-
-
 WIDE = [pytest.param(torch.bfloat16, 64, id="bfloat16-64"), pytest.param(torch.float32, 32, id="float32-32")]
 
 
@@ -227,9 +221,9 @@ def test_bytes_moved_by_the_forward(emulator, dtype, width):
     run(emulator, case, run=forward)
     x, stats = case.tensors["x"].nbytes, 3 * 6 * TILE * 8 * 4
     moments, final, _ = kernels = [f"timestep_norm_{name}_kernel" for name in ("fwd_moments", "fwd", "carry")]
-    assert sectors(emulator, moments, "x", "load") == x
-    assert sectors(emulator, final, "x", "load") == x
-    assert sectors(emulator, final, "y", "store") == x
+    assert emulator.sectors(moments, "x", "load") == x
+    assert emulator.sectors(final, "x", "load") == x
+    assert emulator.sectors(final, "y", "store") == x
     assert sum(footprint(emulator, kernel) for kernel in kernels) - x <= 1.15 * (2 * x + stats)
 
 
@@ -241,9 +235,9 @@ def test_bytes_moved_by_the_backward(emulator, dtype, width):
     x, stats = case.tensors["x"].nbytes, 3 * 6 * TILE * 8 * 4
     sums, final, _ = kernels = [f"timestep_norm_{name}_kernel" for name in ("bwd_sums", "bwd", "carry")]
     for kernel in (sums, final):
-        assert sectors(emulator, kernel, "x", "load") == x
-        assert sectors(emulator, kernel, "dy", "load") == x
-    assert sectors(emulator, final, "dx", "store") == x
+        assert emulator.sectors(kernel, "x", "load") == x
+        assert emulator.sectors(kernel, "dy", "load") == x
+    assert emulator.sectors(final, "dx", "store") == x
     moved = sum(footprint(emulator, kernel) for kernel in [*kernels, "sum_shares_kernel"])
     assert moved - 2 * x - stats <= 1.15 * (3 * x + stats)
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import assert_bit_equal
+from assertions import assert_bit_equal, assert_matches_reference
 from calls import evaluate, forward
 from cases import timestep_norm_end_state_case
 from emulator.emulator import Emulator
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cuda_timestep_norm import DTYPES, TILE, WIDE, WIDTHS, footprint, sectors, tiled_cases, vector
-from test_ops import assert_matches_reference
+from test_cuda_timestep_norm import DTYPES, TILE, WIDE, WIDTHS, footprint, tiled_cases, vector
 
 import megalodon_ops as mo
 from megalodon_ops import _C
@@ -61,8 +60,8 @@ def test_bytes_moved_by_the_forward(emulator, dtype, width):
     x = case.tensors["x"].nbytes
     kernels = [f"timestep_norm_{name}_kernel" for name in ("fwd_moments", "end_state", "carry")]
     assert launched(emulator) == set(kernels)
-    assert sectors(emulator, kernels[0], "x", "load") == x
-    assert sectors(emulator, kernels[1], "x", "load") == x // 6
+    assert emulator.sectors(kernels[0], "x", "load") == x
+    assert emulator.sectors(kernels[1], "x", "load") == x // 6
     assert sum(footprint(emulator, kernel) for kernel in kernels) - x // 6 <= 1.15 * x
 
 
@@ -71,7 +70,7 @@ def test_bytes_moved_by_the_backward(emulator, dtype, width):
     case = timestep_norm_end_state_case(B=1, L=6 * TILE, G=8, width=width, dtype=dtype)
     emulated(emulator, case)
     x, kernel = case.tensors["x"].nbytes, "timestep_norm_end_state_bwd_kernel"
-    assert sectors(emulator, kernel, "x", "load") == sectors(emulator, kernel, "dx", "store") == x
+    assert emulator.sectors(kernel, "x", "load") == emulator.sectors(kernel, "dx", "store") == x
     assert footprint(emulator, kernel) <= 1.05 * 2 * x
 
 

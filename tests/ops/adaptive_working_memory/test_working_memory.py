@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +11,14 @@ from assertions import assert_all_close, assert_bit_equal, assert_close, assert_
 from calls import evaluate, forward
 from cases import adaptive_working_memory_case
 from models import tiny_model, tokens_of
+from paths import DATA
 from safetensors.torch import load_file
 
 import megalodon_ops as mo
 from megalodon_ops.model.model_state import named_tensors
 from megalodon_ops.ops.normalized_attention.normalized_attention import attend
 
-GOLDEN = Path(__file__).parent / "data" / "gecko" / "awm.safetensors"
+GOLDEN = DATA / "gecko" / "awm.safetensors"
 
 
 def test_the_released_memory():

@@ -19,6 +19,7 @@ from backends import each_implementation, every_backend, wide_every_backend
 from calls import evaluate, forward, streamed
 from cases import cema_case
 from golden import TOLERANCE, golden_case, golden_config
+from hard_values import HARD_POLES, HARD_SHAPES
 
 import megalodon_ops as mo
 
@@ -51,16 +52,6 @@ def test_golden(name, implementation, backend):
         assert_close(torch.view_as_real(state.grad), t["dhx"], tolerance=TOLERANCE)
 
 
-HARD_POLES = {
-    "near-one": {"radius": (1 - 1e-5, 1 - 1e-5), "angle": (-3.1, 3.1)},
-    "near-one-no-phase": {"radius": (1 - 1e-5, 1 - 1e-5), "angle": (0.0, 0.0)},
-    "near-one-slow-phase": {"radius": (1 - 1e-5, 1 - 1e-5), "angle": (1e-5, 1e-4)},
-    "on-the-circle": {"radius": (1.0, 1.0), "angle": (-3.1, 3.1)},
-    "all-decays": {"radius": (1e-3, 0.999), "angle": (-3.1, 3.1)},
-    "no-memory": {"radius": (0.0, 0.0), "angle": (0.0, 0.0)},
-}
-
-
 @every_backend
 def test_no_channels(backend):
     case = cema_case(B=2, L=5, D=0, N=3, state=True)
@@ -73,9 +64,6 @@ def test_no_channels(backend):
 def test_a_call_without_steps_returns_the_bits_of_the_state(sequences, backend):
     case = cema_case(B=2, D=67, N=5, state=True, **sequences)
     assert_bit_equal({"state": forward(mo.cema, case)["state"]}, {"state": case.tensors["state"]})
-
-
-HARD_SHAPES = {"long": {"B": 1, "L": 1100, "D": 3, "N": 16}, "odd": {"B": 2, "L": 257, "D": 33, "N": 5}}
 
 
 @with_references

@@ -22,8 +22,7 @@ from assertions import (
 from backends import every_backend
 from calls import evaluate, forward
 from cases import Case, chunked_attention_case, normalized_attention_case
-from test_flops import counted
-from test_plan_memory import allocated
+from profiling import allocated, counted
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megalodon_ops as mo
@@ -326,7 +325,7 @@ def test_flash_is_called_as_torch_wants_it():
 
 
 def test_variable_leaves_all_to_the_kernels(monkeypatch):
-    spec = importlib.util.spec_from_file_location("megalodon_ops.ops.dense_again", module.__file__)
+    spec = importlib.util.spec_from_file_location("megalodon_ops.ops.chunked_attention.dense_again", module.__file__)
     again = importlib.util.module_from_spec(spec)
     monkeypatch.setenv("MEGALODON_OPS_ATTENTION", "kernels")
     spec.loader.exec_module(again)

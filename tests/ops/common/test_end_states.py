@@ -18,8 +18,7 @@ from assertions import (
 from backends import ISA_PARAMS, SLOW_EMULATED, every_backend, wide_every_backend
 from calls import evaluate, forward
 from cases import BUILDERS, Case, cema_end_state_case, timestep_norm_end_state_case
-from test_cema import HARD_POLES, HARD_SHAPES
-from test_timestep_norm import HARD_VALUES, SHAPES
+from hard_values import HARD_POLES, HARD_SHAPES, HARD_VALUES, SHAPES
 
 import megalodon_ops as mo
 

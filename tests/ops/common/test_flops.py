@@ -18,6 +18,7 @@ from cases import (
     timestep_norm_case,
     timestep_norm_end_state_case,
 )
+from profiling import counted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -33,13 +34,6 @@ from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import (
 )  # fmt: skip
 
 ops = torch.ops.megalodon_ops
-
-
-def counted(call) -> dict[str, int]:
-    """Flops by the op's name."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return {str(op).split(".")[-1]: count for op, count in counter.get_flop_counts().get("Global", {}).items()}
 
 
 def test_every_op_has_a_formula():

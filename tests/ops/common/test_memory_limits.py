@@ -7,8 +7,8 @@ from programs import run_python
 
 PROGRAM = """
 import resource, torch, megalodon_ops as mo
-from megalodon_ops.ops import linear
-from megalodon_ops.ops import loss
+from megalodon_ops.ops.linear import linear
+from megalodon_ops.ops.linear_cross_entropy import linear_cross_entropy as loss
 torch.set_num_threads(2)
 generator = torch.Generator().manual_seed(0)
 

@@ -199,7 +199,7 @@ def imported_again(monkeypatch, variable):
     """The module as a process with this variable has it, but for the ops, which torch takes once."""
     monkeypatch.setenv("MEGALODON_OPS_LINEAR", variable)
     monkeypatch.setattr(library, "define_op", lambda *_, **__: None)
-    spec = importlib.util.spec_from_file_location("megalodon_ops.ops.linear_again", module.__file__)
+    spec = importlib.util.spec_from_file_location("megalodon_ops.ops.linear.linear_again", module.__file__)
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     return again

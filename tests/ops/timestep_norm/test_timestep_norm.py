@@ -16,6 +16,7 @@ from backends import ISA_PARAMS, each_implementation, every_backend, wide_every_
 from calls import evaluate
 from cases import generator, randn, timestep_norm_case, uniform
 from golden import TOLERANCE, golden_case, golden_config
+from hard_values import HARD_VALUES, SHAPES
 from torch.utils._pytree import tree_map
 
 import megalodon_ops as mo
@@ -50,23 +51,6 @@ def test_golden(name, implementation, backend):
     assert_close(bias.grad, t["dbias"], tolerance=TOLERANCE)
     assert_close(mean.grad, t["dprev_mean"], tolerance=TOLERANCE)
     assert_close(var.grad, t["dprev_var"], tolerance=TOLERANCE)
-
-
-HARD_VALUES = {
-    "mean-1e4-std-1e-2": {"mean": 1e4, "std": 1e-2},
-    "mean-1e4-std-1e-2-no-eps": {"mean": 1e4, "std": 1e-2, "eps": 0.0},
-    "mean-1e6-std-1": {"mean": -1e6, "std": 1.0},
-    "tiny": {"mean": 0.0, "std": 1e-4},
-    "huge": {"mean": 1e12, "std": 1e12},
-    "old-state": {"mean": 1e4, "std": 1e-2, "count": 10**6},
-}
-
-SHAPES = {
-    "long": {"B": 1, "L": 1100, "G": 2, "width": 8},
-    "odd": {"B": 2, "L": 67, "G": 3, "width": 17},
-    "width-of-the-presets": {"B": 1, "L": 30, "G": 5, "width": 32},
-    "wide": {"B": 1, "L": 20, "G": 2, "width": 128},
-}
 
 
 @with_references

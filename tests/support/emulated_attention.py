@@ -1,0 +1,98 @@
+"""chunked_attention on the emulated device: cases, forward and backward, and the bounds of both."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from assertions import assert_all_close, assert_as_accurate_as, assert_close
+from calls import evaluate, forward
+from cases import chunked_attention_case
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+from megalodon_ops.ops.common.philox import dropkey_mask
+from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+
+F32, F64 = torch.float32, torch.float64
+GRADIENTS = ("dq", "dk", "dv")
+
+
+def scaled_case(**shape):
+    """Scores of about unit size, so that a softmax has more than one term."""
+    return chunked_attention_case(**shape, scale=shape["K"] ** -0.5)
+
+
+def run(emulator, case, offset=0):
+    """Returns o and lse of the forward's kernels."""
+    q, k, v = (case.tensors[name] for name in "qkv")
+    options = case.options
+    o, lse = torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+    emulator.call(
+        "chunked_attention_fwd", q, k, v, *(options.get("state") or (None,) * 3), options["chunk_size"],
+        options.get("causal", True), options["scale"], options.get("dropkey", 0.0), options.get("dropkey_seed"), options.get("cu_seqlens"),
+        options.get("lengths"), o, lse, offset=offset,
+    )  # fmt: skip
+    return {"o": o, "lse": lse}
+
+
+def exact_lse(case):
+    """log sum_j exp(s_ij) in float64, 0 at padding."""
+    q, k, options = case.tensors["q"].double(), case.tensors["k"].double(), case.options
+    state, lse = options.get("state"), torch.zeros(q.shape[:-1], dtype=F64)
+    for s, (row, tokens) in enumerate(sequences(q, options.get("cu_seqlens"), options.get("lengths"))):
+        position = 0 if state is None else int(state.position[s])
+        keys = k[row, tokens] if state is None else torch.cat([state.k[s, :position].double(), k[row, tokens]])
+        i, j = torch.arange(position, len(keys)), torch.arange(len(keys))
+        hidden = (options.get("causal", True) & (j > i[:, None])) | (
+            j // options["chunk_size"] != i[:, None] // options["chunk_size"]
+        )
+        if "dropkey" in options:
+            seed = int(options["dropkey_seed"])
+            hidden = hidden | dropkey_mask(options["dropkey"], seed, s, q.shape[2], i, j)
+        scores = options["scale"] * torch.einsum("ihk,jhk->hij", q[row, tokens], keys)
+        lse[row, tokens] = scores.masked_fill(hidden, -torch.inf).logsumexp(-1).T
+    return lse
+
+
+def assert_accurate(actual, case):
+    exact = forward(mo.reference.chunked_attention, case.double())["o"]
+    if case.dtype == F64:
+        assert_close(actual["o"], exact, tolerance=1e-12, name="o")
+    else:
+        same = forward(mo.reference.chunked_attention, case)["o"]
+        factor, floor = (4, 8) if case.dtype == F32 else (2, 0.5)
+        assert_as_accurate_as(actual["o"], same, exact, factor=factor, floor=floor, name="o")
+    lse = exact_lse(case)
+    nothing = lse == -torch.inf
+    assert torch.equal(actual["lse"] == -torch.inf, nothing)
+    assert (actual["o"][nothing] == 0).all()
+    tolerance = 1e-12 if case.dtype == F64 else 2e-6
+    seen = actual["lse"].double().masked_fill(nothing, 0)
+    assert_close(seen, lse.masked_fill(nothing, 0), tolerance=tolerance, terms=1.0, name="lse")
+
+
+@pytest.fixture
+def gradients(emulator, monkeypatch):
+    """Gradients of a case: forward on the CPU, backward on the emulated device."""
+
+    def run(case, offset=0, incoming=None):
+        monkeypatch.setattr(_C, "chunked_attention_bwd", partial(emulator.call, "chunked_attention_bwd", offset=offset))
+        results = evaluate(mo.chunked_attention, case, incoming)
+        return {name: results[name] for name in GRADIENTS}
+
+    return run
+
+
+def assert_right(actual, case, incoming=None):
+    exact = evaluate(mo.reference.chunked_attention, case.double(), incoming)
+    if case.dtype == torch.float64:
+        assert_all_close(actual, {name: exact[name] for name in GRADIENTS}, tolerance=1e-10, terms=case.terms)
+        return
+    same = evaluate(mo.reference.chunked_attention, case, incoming)
+    factor, floor = (4, 8) if case.dtype == torch.float32 else (2, 0.5)
+    for name in GRADIENTS:
+        assert_as_accurate_as(
+            actual[name], same[name], exact[name], factor=factor, floor=floor, terms=case.terms, name=name
+        )

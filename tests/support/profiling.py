@@ -1,0 +1,41 @@
+"""Operations and memory of a call, as torch counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def counted(call) -> dict[str, int]:
+    """Flops by the op's name."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return {str(op).split(".")[-1]: count for op, count in counter.get_flop_counts().get("Global", {}).items()}
+
+
+def allocations(events, op: str = "") -> Iterator[tuple[int, int, str]]:
+    """When, how many bytes more or less, in which op."""
+    for event in events:
+        if event.typed[0] == _EventType.Allocation:
+            yield event.start_time_ns, event.typed[1].alloc_size, op
+        yield from allocations(event.children, event.name)
+
+
+def allocated(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of tensors on the CPU that a call leaves allocated, and the most that it had at any moment.
+
+    What a product's library allocates and frees inside the product does not count: it is each processor's own.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()
+    changes = sorted(allocations(profiler.profiler.kineto_results.experimental_event_tree()))
+    del kept
+    total = most = 0
+    for (_, change, op), (_, following, _) in zip(changes, [*changes[1:], (0, 0, "")], strict=True):
+        total += change
+        if not (op in ("aten::mm", "aten::addmm") and following == -change):
+            most = max(most, total)
+    return total, most
