@@ -1,6 +1,6 @@
 """The encoder: equality with a plain model, time reversed, padding and packing, files, learning, and refusals.
 
-Its parts have tests of their own (test_whole_sequences.py, test_chunked_attention.py); here is what is made of them.
+Its parts have tests of their own: test_sequence_norm.py, test_bidirectional_cema.py and test_chunked_attention.py.
 """
 
 from __future__ import annotations
