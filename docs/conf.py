@@ -18,7 +18,7 @@ author = "the authors of megalodon_ops"
 release = version = megalodon_ops.__version__
 root_doc = "docs/index"
 
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "bench/**.md", "tests/*/README.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "bench/**.md", "tests/**/README.md"]
 exclude_patterns = [".*", "build", "dist", "runs", "**/__pycache__"]
 
 extensions = [
@@ -71,7 +71,7 @@ def keep_formulas_as_written(app, what, name, obj, options, lines: list[str]) ->
         "Alias for field number"
     ):  # what a named tuple says of a field without a docstring
         lines.clear()
-    plain = name.startswith("megalodon_ops.reference")  # the others mark up their text
+    plain = name.startswith("megalodon_ops.reference") or name.endswith("_reference")  # the others mark up their text
     result, in_block = [], False
     for i, line in enumerate(lines):
         if _SECTION.match(line):
