@@ -23,12 +23,22 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import FileError
-from ..ops.common.checks import shown
+from .ops.common.checks import described, shown
 
 LARGEST_JSON = 16 << 20
 """Most bytes of a JSON file; a configuration takes less than a thousandth of these"""
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+class FileError(ValueError):
+    """A file or folder that cannot be used as it is; the message is one line and names it."""
+
+
+def as_path(caller: str, argument: str, value: object) -> Path:
+    """The value as a path, or a TypeError."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{caller}: `{argument}` must be a path, got {described(value)}.")
+    return Path(value)
 
 
 @contextmanager

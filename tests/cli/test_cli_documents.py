@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megalodon_ops.cli import documents as reading
 from megalodon_ops.cli.documents import divided, documents_of
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError
 
 TEXT = st.text(max_size=30)
 LINES = st.one_of(

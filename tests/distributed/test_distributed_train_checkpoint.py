@@ -18,8 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from megalodon_ops import Megalodon, MegalodonConfig
-from megalodon_ops.errors import FileError
-from megalodon_ops.model.files import file_sha256
+from megalodon_ops.files import FileError, file_sha256
 from megalodon_ops.training import Saver, adamw, load_any, load_checkpoint, save_checkpoint
 from megalodon_ops.training.record import write_record
 
@@ -27,7 +26,7 @@ fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
     pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
 
-from megalodon_ops.distributed import sharded_checkpoint as distributed  # noqa: E402
+from megalodon_ops.model import sharded_tensors  # noqa: E402
 
 CONFIG = MegalodonConfig(
     num_layers=1, model_dim=12, z_dim=4, value_dim=6, ffn_hidden_dim=10, cema_ndim=2, chunk_size=4, norm_num_groups=3,
@@ -213,13 +212,13 @@ def test_several_processes_go_on_from_the_folder_of_one(ranks, tmp_path):
 def saving_slowly(run):
     """Saves while the writer is held up, and returns what is to be seen meanwhile and afterwards."""
     mesh, go_on = mesh_of(dict(data=2)), threading.Event()
-    write = distributed.ArchiveWriter.write_data
+    write = sharded_tensors.ArchiveWriter.write_data
 
     def held_up(writer, plan, planner):
         assert go_on.wait(60)
         return write(writer, plan, planner)
 
-    distributed.ArchiveWriter.write_data = held_up
+    sharded_tensors.ArchiveWriter.write_data = held_up
     try:
         model, optimizer = begin_split(mesh)
         saver = Saver(run, mesh, keep=2)
@@ -233,7 +232,7 @@ def saving_slowly(run):
             go_on.set()
         saver.wait()
     finally:
-        distributed.ArchiveWriter.write_data = write
+        sharded_tensors.ArchiveWriter.write_data = write
     return seen[0], sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
@@ -339,7 +338,7 @@ def test_metadata_of_python_3_11_2_is_read(monkeypatch):
     kind = metadata._MEM_FORMAT_ENCODING
     monkeypatch.setattr(kind, "__reduce_ex__", lambda member, _: (getattr, (kind, member.name)))
     for member in kind:
-        assert distributed._Unpickler(io.BytesIO(pickle.dumps(member))).load() is member
+        assert sharded_tensors._Unpickler(io.BytesIO(pickle.dumps(member))).load() is member
     monkeypatch.setattr(Trap, "__reduce__", lambda _: (getattr, (torch.Size, "numel")))
     with pytest.raises(AttributeError, match="__members__"):
-        distributed._Unpickler(io.BytesIO(pickle.dumps(Trap()))).load()
+        sharded_tensors._Unpickler(io.BytesIO(pickle.dumps(Trap()))).load()

@@ -18,7 +18,7 @@ from torch import Tensor
 import megalodon_ops as mo
 from megalodon_ops import reference, training
 from megalodon_ops.distributed.plan import plan
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError
 from megalodon_ops.evaluation import evaluate
 
 CONTINUOUS = dict(num_features=2, num_classes=3)
@@ -337,5 +337,7 @@ def test_an_encoder_has_no_state():
         for name, call in calls.items():
             with case(name), pytest.raises(ValueError, match=rf"`\w+` must be (None|False), got .*; {no_state}\.$"):
                 call()
-    with pytest.raises(ValueError, match="MegalodonBlock: `return_state` must be False, got True; an encoder has no state"):
+    with pytest.raises(
+        ValueError, match="MegalodonBlock: `return_state` must be False, got True; an encoder has no state"
+    ):
         encoder.layers[0](torch.randn(1, 4, 32).double(), return_state=True)

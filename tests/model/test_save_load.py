@@ -12,7 +12,7 @@ from models import TINY, tiny_model, tokens_of
 from safetensors.torch import load_file, save_file
 
 import megalodon_ops as mo
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError
 
 CONFIGS = {
     "plain": {}, "gated, rescaled": dict(swiglu=True, rescale_nffn=True, scale_emb=True), "shared": dict(share_emb=True),

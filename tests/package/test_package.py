@@ -59,7 +59,7 @@ def test_sources_include_no_torch_header():
 def test_nothing_is_unpickled_unchecked():
     for source in PACKAGE.rglob("*.py"):
         text = source.read_text()
-        if source == PACKAGE / "distributed" / "sharded_checkpoint.py":  # an unpickler of a few classes
+        if source == PACKAGE / "model" / "sharded_tensors.py":  # an unpickler of a few classes
             assert re.findall(r"pickle\.\w+", text).count("pickle.Unpickler") == 1 and "def find_class" in text
             assert "pickle.load" not in text
             continue

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from megalodon_ops.model import files
+from megalodon_ops import files
 
 # Killed at a call of `os` after so many ones; the writer makes fewer than ten.
 COUNTS = [pytest.param((0, 4), id=""), pytest.param((1, 2, 3, 5, 6, 7), id="others", marks=pytest.mark.slow)]

@@ -22,7 +22,7 @@ from tokenizer_kinds import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError
 from megalodon_ops.tokenizers import START_TOKEN, WINDOW, ByteTokenizer, Tokenizer, load_tokenizer, text
 
 NOT_UTF8 = b"caf\xc3\xa9 \xff\xfe then \xe2\x98 more \xc3"

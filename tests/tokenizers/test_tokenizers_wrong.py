@@ -9,7 +9,7 @@ import pytest
 from tokenizer_kinds import tokenizer  # noqa: F401, a fixture
 from tokenizer_kinds import KINDS, SOURCE, of_words, package
 
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 

@@ -14,8 +14,8 @@ from killed import COUNTS, killed_at
 from torch import nn
 
 from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
-from megalodon_ops.errors import FileError
-from megalodon_ops.model import files
+from megalodon_ops.files import FileError
+from megalodon_ops import files
 from megalodon_ops.training.run_checkpoint import checkpoints_of, load_any, load_checkpoint, save_checkpoint
 
 CONFIG = MegalodonConfig(

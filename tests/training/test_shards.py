@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training import Batches, Shards, hold_out
 from megalodon_ops.training.corpus import split

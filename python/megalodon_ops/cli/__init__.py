@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from megalodon_ops import extras, startup, torchrun
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError
 from megalodon_ops.ops.common.memory import keep_freed_memory
 
 OF_TRAIN = ("msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megalodon_ops.model.files import reading
+from megalodon_ops.files import reading
 from megalodon_ops.ops.common.checks import shown
 
 OF_LINES = (".jsonl", ".ndjson")

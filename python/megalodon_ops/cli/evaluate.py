@@ -18,7 +18,7 @@ from megalodon_ops.cli.models import precision, trained_model, usable_device
 from megalodon_ops.cli.options import Eval
 from megalodon_ops.cli.run_record import TrainRecord
 from megalodon_ops.evaluation import Evaluation, evaluate
-from megalodon_ops.model.files import write_whole
+from megalodon_ops.files import write_whole
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training.batches import Document
 

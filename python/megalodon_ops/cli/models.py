@@ -13,7 +13,7 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.flags import flag_of
 from megalodon_ops.cli.options import ModelOptions, config_field
 from megalodon_ops.cli.run_record import TrainRecord
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError
 from megalodon_ops.ops.common.definition import has_cuda_kernels
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from megalodon_ops.training.run_checkpoint import load_any

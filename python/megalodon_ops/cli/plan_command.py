@@ -16,7 +16,7 @@ from megalodon_ops.cli.models import configured
 from megalodon_ops.cli.options import Plan as Options
 from megalodon_ops.distributed.measure import AGAIN
 from megalodon_ops.distributed.plan import Plan, plan
-from megalodon_ops.model.files import write_whole
+from megalodon_ops.files import write_whole
 
 GIGA, TERA = 1e9, 1e12
 LEFT_OUT = "launches, scratch memory, fragmentation, reading of data, slower devices"

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from megalodon_ops.cli.flags import convert
 from megalodon_ops.cli.options import NotNegative, Train
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError
 from megalodon_ops.training.batches import BatchesPosition
 from megalodon_ops.training.schedule import SchedulePosition
 

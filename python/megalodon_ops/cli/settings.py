@@ -18,7 +18,7 @@ from megalodon_ops.cli.flags import convert, fault, flag_of
 from megalodon_ops.cli.models import configured, read_tokenizer
 from megalodon_ops.cli.options import MINUTES, OF_LAUNCH, RATE_TIMES_WIDTH, ROWS_OF_CONTEXT, Train, config_field
 from megalodon_ops.cli.run_record import TrainRecord
-from megalodon_ops.model.files import read_json
+from megalodon_ops.files import read_json
 from megalodon_ops.ops.common.checks import shown
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.run_checkpoint import Checkpoint

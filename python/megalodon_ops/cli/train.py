@@ -31,9 +31,8 @@ from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.options import Train
 from megalodon_ops.cli.processes import Processes, is_one_of_several, joined
 from megalodon_ops.cli.settings import begun, resumed, run_folder, with_config
-from megalodon_ops.errors import FileError
+from megalodon_ops.files import FileError, write_whole
 from megalodon_ops.evaluation import evaluate
-from megalodon_ops.model.files import write_whole
 from megalodon_ops.model.model_state import layout
 from megalodon_ops.ops.common.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer

@@ -6,7 +6,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from ..ops.normalized_qk.normalized_qk import rotary_table, rotary_table_of
 from ..ops.common.checks import check_tensor, described
 from .blocks import at_least_float32
 from .model_state import MegalodonState, complete, named_tensors
-
-if TYPE_CHECKING:
-    from .megalodon import Megalodon
 
 _INSTEAD = "call the model there, with its state: model(tokens, state=state, return_state=True)"
 
@@ -45,7 +42,7 @@ class Decoder:
     cannot be copied or pickled.
 
     Args:
-        model: the model that gives the logits.
+        model: the :class:`Megalodon` that gives the logits.
         state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
 
     Attributes:
@@ -69,7 +66,7 @@ class Decoder:
         (True, True)
     """
 
-    def __init__(self, model: Megalodon, state: MegalodonState) -> None:
+    def __init__(self, model: nn.Module, state: MegalodonState) -> None:
         check_runs_now("Decoder", _INSTEAD)
         if not hasattr(model, "_as_made"):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {described(model)}.")

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
+from .folder import load_model, save_model
 from .inputs import check_inputs, check_steps, embedded
 from .layers import Embedding, Linear, SequenceNorm, check_no_state, reset_all_parameters
 from ..ops.gated_silu.gated_silu import gated_silu
@@ -124,8 +125,6 @@ class MegalodonEncoder(nn.Module):
         cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> MegalodonEncoder:
         """An encoder in evaluation mode, from a folder that :meth:`save` wrote; all else as :meth:`Megalodon.load`."""
-        from .folder import load_model  # here: folder.py makes models
-
         return load_model(cls, directory, dtype=dtype, device=device)
 
     def save(self, directory: str | os.PathLike, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30) -> None:
@@ -139,8 +138,6 @@ class MegalodonEncoder(nn.Module):
             ...     mo.MegalodonEncoder.load(f"{folder}/encoder", dtype=torch.bfloat16).config == config
             True
         """
-        from .folder import save_model
-
         save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
     def forward(

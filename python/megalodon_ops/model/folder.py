@@ -1,7 +1,7 @@
 """A model in a folder: `config.json` and weights, as `Megalodon.save`, `train` and transformers write them.
 
     config.json, model.safetensors     of one process; or shards, and an index that names them
-    config.json, distributed/          of several: by torch.distributed.checkpoint, see distributed/sharded_checkpoint.py
+    config.json, distributed/          of several: by torch.distributed.checkpoint, see sharded_tensors.py
 
 Every fault of a file is a FileError of one line that begins with the file's path, or a FileNotFoundError.
 """
@@ -14,24 +14,20 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from .. import _C
 from .config import MegalodonConfig
-from .files import read_json, reading, write_atomically
+from ..files import FileError, as_path, read_json, reading, write_atomically
 from .weights import WEIGHT_DTYPES, StoredTensors, is_weight_file, plain_tensors, write_weights
-from ..errors import FileError
 from ..ops.common.memory import check_fits
 from ..ops.common.checks import as_device, check_integer, described, is_whole, shown
 
-if TYPE_CHECKING:
-    from .encoder import MegalodonEncoder
-    from .megalodon import Megalodon
-
-    Model = Megalodon | MegalodonEncoder
-
+Model = TypeVar("Model", bound=nn.Module)
+"""Megalodon or MegalodonEncoder"""
 FORMAT = 1
 """Counts the changes of the folder's content; folders of another format are not read"""
 CONFIG = "config.json"
@@ -46,7 +42,7 @@ _OF_A_RUN = ("training.json", "checkpoints")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 
 
-def save_model(model: Model, directory: str | os.PathLike, *, tokenizer: Any, max_shard_bytes: int) -> None:
+def save_model(model: nn.Module, directory: str | os.PathLike, *, tokenizer: Any, max_shard_bytes: int) -> None:
     """:meth:`Megalodon.save`."""
     folder = as_path("save", "directory", directory)
     max_shard_bytes = check_integer("save", "max_shard_bytes", max_shard_bytes, "a positive integer", 1)
@@ -61,7 +57,7 @@ def save_model(model: Model, directory: str | os.PathLike, *, tokenizer: Any, ma
 
 
 def write_model(
-    model: Model, folder: Path, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30, caller: str
+    model: nn.Module, folder: Path, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30, caller: str
 ) -> None:
     """Writes the files of a model and its tokenizer into a folder that exists."""
     tensors = plain_tensors(model, model.config.parameter_shapes(), caller)
@@ -136,7 +132,7 @@ def read_config(
 def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
     """The tensors of a kind in a folder, or None: "model", or a run's "optimizer", "state" or "random"."""
     if os.path.lexists(folder / DISTRIBUTED):
-        from ..distributed.sharded_checkpoint import Archive  # here: torch.distributed.checkpoint takes long to load
+        from .sharded_tensors import Archive  # here: torch.distributed.checkpoint takes long to load
 
         archive = Archive(folder / DISTRIBUTED, kind)
         return archive if archive.tensors or kind == "model" else None
@@ -221,13 +217,6 @@ def check_tokenizer(caller: str, tokenizer: Any) -> None:
     """Raises a TypeError unless the tokenizer can write itself or is None."""
     if tokenizer is not None and not callable(getattr(tokenizer, "save", None)):
         raise TypeError(f"{caller}: `tokenizer` must have `save(folder)` or be None, got {described(tokenizer)}.")
-
-
-def as_path(caller: str, argument: str, value: object) -> Path:
-    """The value as a path, or a TypeError."""
-    if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{caller}: `{argument}` must be a path, got {described(value)}.")
-    return Path(value)
 
 
 def check_dtype(caller: str, dtype: object) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decoder import Decoder
 from .sampling import Sampling, check_seeds, numbers_of_seeds
@@ -18,9 +18,6 @@ from ..ops.common.definition import check_runs_now
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 from ..ops.common.memory import check_fits
 from ..ops.common.checks import check_flag, check_integer, check_size, check_tensor, shown
-
-if TYPE_CHECKING:
-    from .megalodon import Megalodon
 
 _STOPPED = -1
 
@@ -44,7 +41,7 @@ class TokenStream:
 
     def __init__(
         self,
-        model: Megalodon,
+        model: nn.Module,
         prompts: _Prompts,
         state: MegalodonState | None,
         sampling: Sampling,
@@ -140,7 +137,7 @@ class _Prompts:
 
 
 @torch.no_grad()
-def read(model: Megalodon, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
+def read(model: nn.Module, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
     """The state after the first `lengths` (B,) of right-padded tokens (B, L), read in pieces of a chunk."""
     size = model.config.chunk_size
     for start in range(0, max(int(lengths.max()), 1), size):
@@ -151,7 +148,7 @@ def read(model: Megalodon, tokens: Tensor, lengths: Tensor, state: MegalodonStat
 
 
 def stream(
-    self: Megalodon,
+    self: nn.Module,
     prompt: Tensor,
     *,
     max_new_tokens: int | None = None,
@@ -226,7 +223,7 @@ def stream(
 
 
 def generate(
-    self: Megalodon,
+    self: nn.Module,
     prompt: Tensor,
     *,
     max_new_tokens: int,
@@ -291,14 +288,14 @@ _OF_OTHERS = {
 """What does what these options of transformers' `generate` do"""
 
 
-def check_samples(model: Megalodon, rows: int) -> None:
+def check_samples(model: nn.Module, rows: int) -> None:
     """Raises a ValueError, before a prompt is read, where there is no memory for the states and logits of all rows."""
     state = MegalodonState.fresh(model.config, 1, dtype=next(model.parameters()).dtype, device="meta").nbytes
     logits = 2 * model.config.num_outputs * torch.float32.itemsize  # of the decoder, and as the sampler orders them
     check_fits(rows * (state + logits), f"the state of {rows:,} samples")
 
 
-def _check_prompt(model: Megalodon, prompt: Tensor, state: MegalodonState | None) -> None:
+def _check_prompt(model: nn.Module, prompt: Tensor, state: MegalodonState | None) -> None:
     check_runs_now("generate", "call the model there for each token, and sample outside")
     model._check("generate", "prompt", prompt, state)
     if not prompt.numel():

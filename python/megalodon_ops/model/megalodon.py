@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, Output, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
+from .folder import load_model, save_model
 from .generation import generate, stream
 from .inputs import check_inputs, embedded, own_weight
 from .layers import Embedding, is_plain_linear, reset_all_parameters
@@ -105,8 +106,6 @@ class Megalodon(nn.Module):
             :meth:`save` writes, or the model is larger than the machine's memory. The message names the file and the
             fault. Nothing in a file is run.
         """
-        from .folder import load_model  # here: folder.py makes models
-
         return load_model(cls, directory, dtype=dtype, device=device)
 
     def save(self, directory: str | os.PathLike, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30) -> None:
@@ -135,8 +134,6 @@ class Megalodon(nn.Module):
             ...     mo.Megalodon.load(f"{folder}/model", dtype=torch.bfloat16).config == config
             True
         """
-        from .folder import save_model
-
         save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
     def alone(self) -> Megalodon:

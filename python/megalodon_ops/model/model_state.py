@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .. import _C
 from .blocks import BlockState, MemoryBlockState
 from .config import MegalodonConfig, check_config
-from .files import file_size, one_line, write_atomically, write_safetensors
+from ..files import file_size, one_line, write_atomically, write_safetensors
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.memory import check_fits, is_finite
 from ..ops.common.states import AttentionState, TimestepNormState, named_in_programs

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .folder import CONFIG, as_path, check_dtype, check_tokenizer, kept_files, model_of
+from .folder import CONFIG, check_dtype, check_tokenizer, kept_files, model_of
 from .config import MegalodonConfig
-from .files import file_size, read_json, reading, write_atomically
+from ..files import FileError, as_path, file_size, read_json, reading, write_atomically
 from .megalodon import Megalodon
 from .weights import StoredTensors, plain_tensors
-from ..errors import FileError
 from ..ops.common.definition import OWN_TYPES
 from ..ops.common.memory import check_fits
 from ..ops.common.checks import as_device, described, is_whole, shown

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, Metadata
 
-from ..model.files import file_size, reading
-from ..model.weights import StoredTensors
+from ..files import file_size, reading
+from .weights import StoredTensors
 from ..ops.common.checks import shown
 
 

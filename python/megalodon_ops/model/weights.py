@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .files import file_size, read_json, reading, write_safetensors
-from ..errors import FileError
+from ..files import FileError, file_size, read_json, reading, write_safetensors
 from ..ops.common.definition import OWN_TYPES
 from ..ops.common.memory import is_finite
 from ..ops.common.checks import shown

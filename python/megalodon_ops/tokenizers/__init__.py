@@ -12,7 +12,7 @@ letter ends, and its ids may then differ around the cut.
 
 from .text import WINDOW
 from .tokenizer import END_TOKENS, START_TOKEN, START_TOKENS, ByteTokenizer, Tokenizer, load_tokenizer
-from ..errors import FileError
+from ..files import FileError
 
 __all__ = [
     "END_TOKENS", "START_TOKEN", "START_TOKENS", "WINDOW", "ByteTokenizer", "FileError", "Tokenizer", "load_tokenizer",

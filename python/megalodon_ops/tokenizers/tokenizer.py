@@ -13,10 +13,8 @@ from typing import Any
 import numpy
 
 from .text import Window, as_texts, windows_of
-from ..errors import FileError
+from ..files import FileError, as_path, file_size, read_json, reading
 from ..extras import load
-from ..model.folder import as_path
-from ..model.files import file_size, read_json, reading
 from ..ops.common.checks import check_integer, described, shown
 
 START_TOKEN = "<|startoftext|>"

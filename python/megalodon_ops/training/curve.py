@@ -8,8 +8,7 @@ from typing import Any
 import numpy
 
 from .. import extras
-from ..model.folder import as_path
-from ..model.files import write_atomically
+from ..files import as_path, write_atomically
 from ..ops.common.checks import described
 
 

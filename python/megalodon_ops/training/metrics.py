@@ -8,8 +8,7 @@ import logging
 import os
 from typing import Any
 
-from ..model.folder import as_path
-from ..model.files import file_size, write_whole
+from ..files import as_path, file_size, write_whole
 from ..ops.common.checks import is_whole
 
 _log = logging.getLogger("megalodon_ops")

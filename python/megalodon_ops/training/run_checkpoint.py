@@ -24,24 +24,22 @@ import torch
 from torch import Tensor, nn
 
 from .record import RECORD, new_record, read_record, write_record
-from ..errors import FileError
+from ..files import FileError, as_path, reading, remove_drafts, write_atomically, write_safetensors
 from ..model.folder import (
-    CONFIG, as_path, check_dtype, check_tokenizer, is_ours, read_model, read_model_files, stored_tensors, write_model,
+    CONFIG, check_dtype, check_tokenizer, is_ours, read_model, read_model_files, stored_tensors, write_model,
 )  # fmt: skip
 from ..model.config import MegalodonConfig
 from ..model.encoder import MegalodonEncoder, MegalodonEncoderConfig
-from ..model.files import reading, remove_drafts, write_atomically, write_safetensors
 from ..model.megalodon import Megalodon
 from ..model.official import is_official, read_official
 from ..model.model_state import (
     MegalodonState, as_real, batch_of, check_layout, complete, from_named, layout, named_tensors,
 )  # fmt: skip
+from ..tokenizers import Tokenizer, load_tokenizer
 from ..ops.common.checks import as_device, check_integer, described
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from ..tokenizers import Tokenizer
 
 _NAME = re.compile(r"step-([0-9]{8,})")
 _log = logging.getLogger("megalodon_ops")
@@ -319,6 +317,4 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer in a folder, or None where there is none."""
     if not any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model")):
         return None
-    from ..tokenizers import load_tokenizer
-
     return load_tokenizer(folder)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from .run_checkpoint import checkpoint_folder, keep_newest, local, save_checkpoint, training_tensors
 from .record import new_record, write_record
-from ..model.folder import DISTRIBUTED, as_path, write_config
-from ..model.files import one_line, remove_drafts, write_atomically
+from ..model.folder import DISTRIBUTED, write_config
+from ..files import as_path, one_line, remove_drafts, write_atomically
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.memory import is_finite
@@ -71,7 +71,7 @@ class Saver:
             return
         from torch.distributed.checkpoint import async_save  # here: it takes long to load
 
-        from ..distributed.sharded_checkpoint import ArchiveWriter
+        from ..model.sharded_tensors import ArchiveWriter
 
         self.wait()
         content = new_record(step, optimizer, record, self.mesh)

@@ -25,9 +25,7 @@ import msgspec
 import numpy
 
 from .corpus import Corpus, key_of, split
-from ..errors import FileError
-from ..model.folder import as_path
-from ..model.files import reading, write_atomically, write_whole
+from ..files import FileError, as_path, reading, write_atomically, write_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 
 INDEX = "dataset.json"
