@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ... import reference
 from ..common.definition import call, define_op, has_cpu_kernel, launch
 from ..common.checks import check_device, check_tensor
 
@@ -50,7 +51,16 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
         return call(cema_coefficients_fwd, alpha, delta, theta, gamma)
     for name, value in ("delta", delta), ("theta", theta), ("gamma", gamma):
         check_device("cema_coefficients", name, value, alpha)
-    return reference.cema_coefficients(alpha, delta, theta, gamma)
+    return _by_torch(alpha, delta, theta, gamma)
+
+
+def _by_torch(alpha, delta, theta, gamma):
+    """The forward where there is no kernel; autograd differentiates it."""
+    N = alpha.shape[1]
+    p, modes = torch.sigmoid(alpha[..., 0]), torch.arange(1, N + 1, dtype=alpha.dtype, device=alpha.device)
+    phase = modes * (torch.sigmoid(theta[..., 0]) * (2 * math.pi / N))
+    q = torch.polar(1 - p * torch.sigmoid(delta[..., 0]), phase)
+    return p, q, torch.complex(gamma[..., 0], gamma[..., 1]) / math.sqrt(N)
 
 
 def _fwd(alpha, delta, theta, gamma):
