@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from megalodon_ops import startup
+from megalodon_ops_startup import SPIN_COUNT
 from torch import Tensor
 
 from .harness import OURS, Case, Outputs, Path
@@ -23,7 +23,7 @@ from .harness import OURS, Case, Outputs, Path
 BUSY = 2
 """Processes of the second case that do nothing else than take a processor"""
 SETTINGS = {
-    OURS: {"GOMP_SPINCOUNT": str(startup.SPIN_COUNT)},
+    OURS: {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
     "OpenMP's default": {},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
 }

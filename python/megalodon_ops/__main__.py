@@ -1,5 +1,13 @@
-"""`python -m megalodon_ops {info, train, eval, generate, tokenizer, tokenize, convert, plan}`."""
+"""`python -m megalodon_ops {info, train, eval, generate, tokenizer, tokenize, plan}`."""
 
-from megalodon_ops.cli import process
+import importlib
+
+import megalodon_ops
+import megalodon_ops_startup
+
+megalodon_ops_startup.prepare()
+importlib.reload(megalodon_ops)  # with all of its names, and torch
+
+from megalodon_ops.cli import process  # noqa: E402
 
 process()

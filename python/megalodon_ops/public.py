@@ -1,15 +1,6 @@
-"""MEGALODON (arXiv 2404.08801) for PyTorch: hand-written kernels as autograd ops, and a thin model on top.
+"""The names of :mod:`megalodon_ops`."""
 
-B batch, L length, D model dim, N CEMA states a channel, G norm groups, H heads, K head dim of queries and keys, V head
-dim of values, C chunk size, S sequences in a batch. Activations are (B, L, D).
-"""
-
-from . import startup as _startup
-
-if _startup.is_command_line():
-    _startup.prepare()
-
-import torch as _torch  # loads the OpenMP runtime that the kernels share
+import torch  # loads the OpenMP runtime that the kernels share
 
 from . import _C, reference
 from .model.blocks import BlockState, MemoryBlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
@@ -38,7 +29,7 @@ from .ops.sequence_norm.sequence_norm import sequence_norm
 from .ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
 from .ops.timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
 
-_torch.serialization.add_safe_globals(
+torch.serialization.add_safe_globals(
     [AttentionState, BlockState, MegalodonState, MemoryBlockState, TimestepNormState, WorkingMemoryState]
 )
 

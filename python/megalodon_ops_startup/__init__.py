@@ -1,34 +1,32 @@
-"""What the command line decides before torch is loaded. Importing the package anywhere else decides nothing."""
+"""What the command line sets before torch is loaded, outside of `megalodon_ops`, whose import loads torch."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SCRIPT = "megalodon-ops"
-"""What pip installs for `python -m megalodon_ops`"""
 SPIN_COUNT = 3_000
-"""How often a thread that waits for another looks before it sleeps"""
+"""How often a thread that waits for another one checks before it sleeps"""
 
 
-def is_command_line() -> bool:
-    """Whether Python runs the script, or `-m megalodon_ops`, which imports the package before its `__main__`."""
-    name = sys.argv[0] if sys.argv else ""  # none in a Python that another program has in it
-    return os.path.basename(name) == SCRIPT or (name == "-m" and sys.orig_argv[-len(sys.argv)] == __package__)
+def run() -> None:
+    """Run `python -m megalodon_ops`, as the script `megalodon-ops` does."""
+    prepare()
+    runpy.run_module("megalodon_ops", run_name="__main__", alter_sys=True)
 
 
 def prepare() -> None:
-    """Sets how OpenMP's threads wait, before torch loads OpenMP, which reads it once; lets Ctrl-C end the process.
+    """Set how OpenMP's threads wait, before torch loads OpenMP, which reads it once; let Ctrl-C end the process.
 
     By default, threads that wait spin for milliseconds and take the processor from other programs. Where the user has
     set OMP_WAIT_POLICY or GOMP_SPINCOUNT, the user's value stays.
 
     Where a launcher has started several processes, torch would print the stack of each connection that fails, beside the
-    error that a command shows in one line: it prints nothing of it, unless the user has set TORCH_CPP_LOG_LEVEL.
+    one line in which a command shows the error. It prints none, unless the user has set TORCH_CPP_LOG_LEVEL.
     """
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")

@@ -1,6 +1,5 @@
 """`python -m megalodon_ops`: what every command does alike, from the first import to its errors."""
 
-import importlib
 import os
 import re
 import shlex
@@ -14,10 +13,10 @@ from command_line import rows, shell
 from programs import run_python
 
 import megalodon_ops
-from megalodon_ops import cli, startup
 from megalodon_ops.cli import main
 from megalodon_ops.cli.flags import parse
 from megalodon_ops.cli.options import COMMANDS
+from megalodon_ops_startup import SPIN_COUNT
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -50,19 +49,6 @@ while absent:
     assert facts["megalodon_ops"] == megalodon_ops.__version__
     assert facts["torch"] == torch.__version__
     assert megalodon_ops._C.active_isa() in ran.stdout and "threads" in facts
-
-
-def test_the_script_that_pip_installs_is_the_command_line(at_an_import, tmp_path):
-    """It calls the function of `python -m megalodon_ops`, and decides as much before torch is loaded."""
-    (target,) = re.findall(r'^megalodon-ops = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
-    module, _, name = target.partition(":")
-    assert getattr(importlib.import_module(module), name) is cli.process
-    script = tmp_path / startup.SCRIPT
-    script.write_text(f"from {module} import {name}\n{name}()\n")
-    shown = at_an_import(
-        "torch", "print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)", sys.executable, script
-    )
-    assert shown.stdout == f"{startup.SPIN_COUNT}\n", shown.stderr
 
 
 def test_version(capsys):
@@ -118,11 +104,21 @@ def at_an_import(tmp_path):
 INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
 
 
+@pytest.fixture
+def script(tmp_path):
+    """The command `megalodon-ops`, as pip writes it."""
+    (target,) = re.findall(r'^megalodon-ops = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    module, _, name = target.partition(":")
+    (tmp_path / "megalodon-ops").write_text(f"import sys\nfrom {module} import {name}\nsys.exit({name}())\n")
+    return [sys.executable, str(tmp_path / "megalodon-ops")]
+
+
 @pytest.mark.parametrize("module", ["torch", "matplotlib.figure"])
-def test_ctrl_c_during_the_imports_ends_quietly(at_an_import, module):
+def test_ctrl_c_during_the_imports_ends_quietly(at_an_import, script, module):
     """At the first import of a package, and at one of the last, after all that might take the signal for themselves."""
-    ended = at_an_import(module, INTERRUPT, *shell("train", "--data", __file__ + "missing"))
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+    for command in shell(), script:
+        ended = at_an_import(module, INTERRUPT, *command, "train", "--data", __file__ + "missing")
+        assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 def test_ctrl_c_that_is_ignored_stays_ignored(at_an_import):
@@ -132,21 +128,38 @@ def test_ctrl_c_that_is_ignored_stays_ignored(at_an_import):
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "goes on\n", "")
 
 
-def test_importing_the_package_leaves_ctrl_c_alone(at_an_import):
-    ended = at_an_import("torch", INTERRUPT, sys.executable, "-c", "import megalodon_ops")
-    assert ended.returncode != 130 and "KeyboardInterrupt" in ended.stderr
+SHOW = "print(*map(os.environ.get, ('GOMP_SPINCOUNT', 'TORCH_CPP_LOG_LEVEL')), flush=True); os._exit(0)"
 
 
 @pytest.mark.parametrize(
-    ("variables", "spin_count"),
-    [({}, str(startup.SPIN_COUNT)), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ("variables", "shown"),
+    [
+        ({}, f"{SPIN_COUNT} None"),
+        ({"GOMP_SPINCOUNT": "5", "RANK": "0"}, "5 FATAL"),
+        ({"OMP_WAIT_POLICY": "active", "RANK": "0", "TORCH_CPP_LOG_LEVEL": "INFO"}, "None INFO"),
+    ],
 )
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(at_an_import, variables, spin_count):
-    """OpenMP reads the variable when torch loads it, so it must be set before."""
-    show = "print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)"
-    assert at_an_import("torch", show, *shell("info"), **variables).stdout == f"{spin_count}\n"
-    imported = at_an_import("torch", show, sys.executable, "-c", "import megalodon_ops", **variables)
-    assert imported.stdout == f"{variables.get('GOMP_SPINCOUNT')}\n"
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(at_an_import, script, variables, shown):
+    """OpenMP and torch read the variables when torch is loaded, so they must be set before."""
+    for command in shell(), script:
+        assert at_an_import("torch", SHOW, *command, "info", **variables).stdout == f"{shown}\n"
+
+
+def test_importing_the_package_sets_nothing(at_an_import, tmp_path):
+    """Not in a program named as the command is, nor in a module that `python -m` runs."""
+    (tmp_path / "megalodon_ops_user.py").write_text("import megalodon_ops\n")
+    (tmp_path / "megalodon-ops").write_text("import megalodon_ops\n")
+    for program in ["-c", "import megalodon_ops"], ["-m", "megalodon_ops_user"], [tmp_path / "megalodon-ops"]:
+        shown = at_an_import("torch", SHOW, sys.executable, *program, RANK="0")
+        assert (shown.returncode, shown.stdout, shown.stderr) == (0, "None None\n", "")
+        ended = at_an_import("torch", INTERRUPT, sys.executable, *program)
+        assert ended.returncode != 130 and "KeyboardInterrupt" in ended.stderr
+
+
+def test_commands_find_the_whole_package(at_an_import):
+    """`python -m` imports it before it is decided how threads wait, and loads it afterwards."""
+    show = "import megalodon_ops as mo; print({*mo.__all__} <= vars(mo).keys(), flush=True); os._exit(0)"
+    assert at_an_import("megalodon_ops.cli", show, *shell("info")).stdout == "True\n"
 
 
 ERRORS = {

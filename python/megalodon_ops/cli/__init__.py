@@ -12,10 +12,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from megalodon_ops import extras, startup, torchrun
+from megalodon_ops import extras, torchrun
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.files import FileError
 from megalodon_ops.ops.common.memory import keep_freed_memory
+from megalodon_ops_startup import interruptible
 
 OF_TRAIN = ("msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock")
 EXTRAS = {**dict.fromkeys(OF_TRAIN, "train"), "tensorboard": "tensorboard"}
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         command, options = _chosen(words)
-        with startup.interruptible():
+        with interruptible():
             code = command(options)
             sys.stdout.flush()  # if the reader has gone, this raises here and not at the interpreter's end
             return code
