@@ -25,8 +25,8 @@ def prepare() -> None:
     By default, threads that wait spin for milliseconds and take the processor from other programs. Where the user has
     set OMP_WAIT_POLICY or GOMP_SPINCOUNT, the user's value stays.
 
-    Where a launcher has started several processes, torch would print the stack of each connection that fails, beside the
-    one line in which a command shows the error. It prints none, unless the user has set TORCH_CPP_LOG_LEVEL.
+    Where a launcher has started several processes, torch would print the stack of each connection that fails, beside
+    the one line in which a command shows the error. It prints none, unless the user has set TORCH_CPP_LOG_LEVEL.
     """
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")

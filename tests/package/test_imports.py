@@ -1,4 +1,4 @@
-"""Files import each other in one direction, wherever an import stands: at the top, in a function or under TYPE_CHECKING."""
+"""Files import each other in one direction, in functions and under TYPE_CHECKING too."""
 
 from __future__ import annotations
 
