@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -69,11 +69,18 @@ def file_size(path: Path) -> int:
     return found.st_size
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Opens a regular file to read it in the block, whose errors are faults of the file."""
+    file_size(path)
+    with reading(path), open(path, "rb") as file:
+        yield file
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 sum of a file."""
-    file_size(path)
     digest = hashlib.sha256()
-    with reading(path), open(path, "rb") as file:
+    with opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -83,8 +90,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds."""
     if (size := file_size(path)) > LARGEST_JSON:
         raise FileError(f"{path}: must have at most {LARGEST_JSON} bytes, got {size}")
-    with reading(path):
-        content = json.loads(path.read_bytes())
+    with opened(path) as file:
+        content = json.load(file)
         if not isinstance(content, dict):
             raise ValueError(f"must hold a JSON object, got {shown(content)}")
     return content

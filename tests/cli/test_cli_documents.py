@@ -75,5 +75,5 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         units = divided([tmp_path / name], 1000)
         (tmp_path / name).unlink()
         (tmp_path / name).mkdir()
-        with pytest.raises(FileError, match=f"{name}: Is a directory"):
+        with pytest.raises(FileError, match=f"{name}: must be a file, got a folder"):
             [list(pieces) for pieces in documents_of(units[0], "text", Counter())]

@@ -316,6 +316,13 @@ def test_a_damaged_one_is_passed_over(damaged, caplog, damage):
         load_any(damaged)
 
 
+def test_a_pipe_in_the_place_of_tensors_is_not_opened(damaged):
+    (damaged / "distributed" / "__1_0.distcp").unlink()
+    os.mkfifo(damaged / "distributed" / "__1_0.distcp")
+    with pytest.raises(FileError, match="__1_0.distcp: must be a file, got a pipe"):
+        Megalodon.load(damaged)
+
+
 class Trap:
     def __reduce__(self):
         return os.mkdir, ("trapped",)

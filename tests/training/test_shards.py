@@ -174,19 +174,28 @@ def refuse_to_be_read(path):
     path.mkdir()
 
 
+def pipe(path):
+    """A pipe into which nobody writes: who opens it waits forever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
-    "no folder": (lambda f: shutil.rmtree(f), "No such file or directory: "),
+    "no folder": (lambda f: shutil.rmtree(f), "dataset.json: no such file"),
     "unfinished": (lambda f: Index(3, BYTES.fingerprint, "0" * 64, [None]).write(f), "tokens: is not finished; run the command `tokenize` again"),
     "no JSON": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json: Input data was truncated"),
     "no text": (lambda f: (f / "dataset.json").write_bytes(b"\xff" * 9), "dataset.json: "),
     "deep": (lambda f: (f / "dataset.json").write_text('{"format": ' + "[" * 10**6), "dataset.json: "),
-    "a folder": (lambda f: refuse_to_be_read(f / "dataset.json"), "dataset.json: Is a directory"),
+    "a folder": (lambda f: refuse_to_be_read(f / "dataset.json"), "dataset.json: must be a file, got a folder"),
+    "a pipe": (lambda f: pipe(f / "dataset.json"), "dataset.json: must be a file, got a pipe"),
+    "a pipe of tokens": (lambda f: pipe(f / "shard-000001.tokens.npy"), "tokens.npy: must be a file, got a pipe"),
+    "a pipe of documents": (lambda f: pipe(f / "shard-000001.documents.npy"), "documents.npy: must be a file, got a pipe"),
     "format": (lambda f: edit(f / "dataset.json", b'"format": 3', b'"format": 1'), "dataset.json: Invalid enum value 1 - at `$.format`"),
     "a count": (lambda f: edit(f / "dataset.json", b'"tokens": ', b'"tokens": -'), "Expected `int` >= 0 - at `$.shards[0].tokens`"),
     "a field": (lambda f: edit(f / "dataset.json", b"{", b'{"more": 1, '), "contains unknown field `more`"),
     "tokenizer": (lambda f: Tokenizer.train([b"others " * 90], vocab_size=280).save(f), "its tokenizer is not the one that made the tokens"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json and no tokenizer.model"),
-    "shard": (lambda f: (f / "shard-000001.tokens.npy").unlink(), "No such file or directory: '"),
+    "shard": (lambda f: (f / "shard-000001.tokens.npy").unlink(), "tokens.npy: no such file"),
     "documents": (lambda f: edit(f / "shard-000001.documents.npy", b"(1, 3)", b"(3, 1)"), "documents.npy: must hold (1, 3) numbers of uint64, got (3, 1)"),
     "type": (lambda f: edit(f / "shard-000001.tokens.npy", b"<u2", b"<i2"), " numbers of uint16, got (4,) of int16"),
     "another shard's": (lambda f: shutil.copy(f / "shard-000000.documents.npy", f / "shard-000001.documents.npy"), "documents.npy: must end where the shard does"),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megalodon_ops.files import reading
+from megalodon_ops.files import opened
 from megalodon_ops.ops.common.checks import shown
 
 OF_LINES = (".jsonl", ".ndjson")
@@ -66,13 +66,13 @@ def documents_of(unit: Unit, field: str, skipped: Counter[str]) -> Iterator[Iter
 
 
 def _pieces(span: Span) -> Iterator[bytes]:
-    with reading(span.path), open(span.path, "rb") as file:
+    with opened(span.path) as file:
         while piece := file.read(READ):
             yield piece
 
 
 def _texts(span: Span, field: str, skipped: Counter[str]) -> Iterator[bytes]:
-    with reading(span.path), open(span.path, "rb") as file:
+    with opened(span.path) as file:
         if span.begin:  # a line that begins before belongs to the span before
             file.seek(span.begin - 1)
             file.readline()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, Metadata
 
-from ..files import file_size, reading
+from ..files import file_size, opened, reading
 from .weights import StoredTensors
 from ..ops.common.checks import shown
 
@@ -29,9 +29,7 @@ class Archive(StoredTensors):
     def __init__(self, folder: Path, kind: str) -> None:
         super().__init__(place=folder)
         self._prefix = f"{kind}/"
-        path = folder / ".metadata"
-        file_size(path)
-        with reading(path), open(path, "rb") as file:
+        with opened(folder / ".metadata") as file:
             self._metadata = _Unpickler(file).load()
             for name, found in self._metadata.state_dict_metadata.items():
                 if name.startswith(self._prefix):
@@ -46,6 +44,8 @@ class Archive(StoredTensors):
     def fill(self, tensors: dict[str, Tensor]) -> None:
         planner, reader = DefaultLoadPlanner(), FileSystemReader(self.place)
         named = {self._prefix + name: tensor.detach() for name, tensor in tensors.items()}
+        for name in {info.relative_path for info in self._metadata.storage_data.values()}:
+            file_size(self.place / name)
         with reading(self.place):
             planner.set_up_planner(named, self._metadata, True)
             reader.set_up_storage_reader(self._metadata, True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from .text import Window, as_texts, windows_of
-from ..files import FileError, as_path, file_size, read_json, reading
+from ..files import FileError, as_path, opened, read_json, reading
 from ..extras import load
 from ..ops.common.checks import check_integer, described, shown
 
@@ -76,8 +76,8 @@ class Tokenizer:
         reads it is missing.
         """
         path = as_path("Tokenizer.from_file", "path", path)
-        file_size(path)
-        content = path.read_bytes()
+        with opened(path) as file:
+            content = file.read()
         if content.lstrip()[:1] != b"{":
             return SentencePieceTokenizer(content, str(path), start, end)
         if {start, end} <= {None, START_TOKEN} and _is_of_bytes(content):

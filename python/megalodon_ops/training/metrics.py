@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Any
 
-from ..files import as_path, file_size, write_whole
+from ..files import as_path, opened, write_whole
 from ..ops.common.checks import is_whole
 
 _log = logging.getLogger("megalodon_ops")
@@ -61,8 +61,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     path, rows = as_path("read_metrics", "path", path), []
     if not os.path.lexists(path):
         return rows
-    file_size(path)  # refuses what is no file
-    lines = path.read_bytes().split(b"\n")[:-1]
+    with opened(path) as file:
+        lines = file.read().split(b"\n")[:-1]
     for line in lines:
         try:
             row = json.loads(line)

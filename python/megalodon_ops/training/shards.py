@@ -25,7 +25,7 @@ import msgspec
 import numpy
 
 from .corpus import Corpus, key_of, split
-from ..files import FileError, as_path, reading, write_atomically, write_whole
+from ..files import FileError, as_path, opened, reading, write_atomically, write_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 
 INDEX = "dataset.json"
@@ -61,9 +61,8 @@ class Index(msgspec.Struct, forbid_unknown_fields=True):
 
     @staticmethod
     def read(folder: Path) -> Index:
-        path = folder / INDEX
-        with reading(path):
-            return msgspec.json.decode(path.read_bytes(), type=Index)
+        with opened(folder / INDEX) as file:
+            return msgspec.json.decode(file.read(), type=Index)
 
     def write(self, folder: Path) -> None:
         write_whole(folder / INDEX, msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
@@ -230,7 +229,7 @@ def _write_tokens(
 
 def _mapped(path: Path, dtype: numpy.dtype, shape: tuple[int, ...]) -> numpy.ndarray:
     """The numbers of an .npy file, which must have this type and shape."""
-    with reading(path):
+    with opened(path):
         found = numpy.lib.format.open_memmap(path, mode="r")
         if found.dtype != dtype or found.shape != shape:
             raise ValueError(f"must hold {shape} numbers of {dtype}, got {found.shape} of {found.dtype}")
