@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import pickle
 import re
 from dataclasses import replace
@@ -222,6 +223,7 @@ SPOILED = {
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-8]), ""),
     "no safetensors": (lambda path: path.write_bytes(b"PK" * 100), ""),
     "empty": (lambda path: path.write_bytes(b""), ""),
+    "huge": (lambda path: os.truncate(path, 1 << 43), "the state takes 8,192.0 GiB of memory"),  # the disk holds little
 }
 
 

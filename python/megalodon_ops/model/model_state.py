@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _C
 from .blocks import BlockState, MemoryBlockState
 from .config import MegalodonConfig, check_config
-from ..files import file_size, one_line, write_atomically, write_safetensors
+from ..files import file_size, reading, write_atomically, write_safetensors
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.memory import check_fits, is_finite
 from ..ops.common.states import AttentionState, TimestepNormState, named_in_programs
@@ -198,16 +198,13 @@ class MegalodonState(NamedTuple):
         """
         check_config("MegalodonState.load", config)
         path = Path(path)
-        file_size(path)
-        try:
+        with reading(path):
+            check_fits(file_size(path), "the state")
             with safe_open(path, "pt") as file:
                 _check_metadata(file.metadata() or {}, config)
-                check_fits(path.stat().st_size, "the state")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             check_layout(tensors, layout(config, *batch_of(tensors)))
             check_values(tensors, config)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{path}: {one_line(error)}") from error
         return from_named(tensors).to(device)
 
     def _index(self, rows: Rows) -> Tensor:
