@@ -213,10 +213,12 @@ def test_two_runs_in_one_folder(text, tmp_path, capsys):
     process = Forked("train", "--data", text, "--out", out, *TINY, "--steps", 100_000, "--checkpoint-every", 5)
     while process.is_alive() and not (out / "checkpoints" / "step-00000005").exists():
         time.sleep(0.005)
-    for flags in (["--resume"], ["--data", str(text), *TINY]):
-        assert main(["train", "--out", str(out), *flags]) == 2
-        err = capsys.readouterr().err
-        assert f"--out {out}: another command is writing there" in err and err.count("\n") == 1
+    (tmp_path / "link").symlink_to(out)
+    for name in (out, tmp_path / "link"):
+        for flags in (["--resume"], ["--data", str(text), *TINY]):
+            assert main(["train", "--out", str(name), *flags]) == 2
+            err = capsys.readouterr().err
+            assert f"--out {name}: another command is writing there" in err and err.count("\n") == 1
     before = rows(out)
     while process.is_alive() and rows(out)[: len(before) + 1] == before:
         time.sleep(0.005)
