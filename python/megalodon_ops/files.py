@@ -6,7 +6,9 @@ path, or a FileNotFoundError. Whatever is written follows symbolic links: what a
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -15,7 +17,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -98,31 +100,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def write_atomically(path: Path, *, folder: bool = False) -> Iterator[Path]:
+def write_atomically(path: Path, *, folder: bool = False, token: str | None = None) -> Iterator[Path]:
     """Yields the path of a draft, a file to write or an empty folder to fill, which then takes the place of `path`.
 
-    If the process is killed meanwhile, what was at `path` stays; a folder, if it is killed between two renames, under
-    the name `.<name>.draft-...-old`. A draft that cannot be finished is removed, as its remains would keep a full disk
-    full; what a killed process has left goes with the next call for the same path.
+    If the process is killed meanwhile, what was at `path` stays; where folders cannot be exchanged, and it is killed
+    between two renames, inside `.<name>.draft-...`. A draft that cannot be finished is removed, as its remains would keep
+    a full disk full; what a killed process has left goes with the next call for the same path. Each of several processes
+    that write one path has a draft of its own, and the last one replaces the others'.
     """
     path = Path(os.path.realpath(path))
-    draft = path.with_name(f".{path.name}.draft-{uuid.uuid4().hex[:8]}")
     try:
-        if folder:
-            draft.mkdir(parents=True)
-        yield draft
-        for written in (*draft.glob("*"), draft):
-            flush(written)
-        if folder and path.exists():
-            os.rename(path, f"{draft}-old")
-        os.rename(draft, path)
+        with drafting(path, token) as draft:
+            if folder:
+                draft.mkdir(exist_ok=True)
+            yield draft
+            for written in (*draft.glob("*"), draft):
+                flush(written)
+            (_replace if folder else os.rename)(draft, path)
+            flush(path.parent)
         remove_drafts(path.parent, glob.escape(path.name))
-        flush(path.parent)
-    except BaseException as error:
-        _remove(draft)
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written: {error.strerror or error}") from error
-        raise
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of a file inside a folder
+        raise OSError(f"{path}: could not be written: {cause.strerror or cause}") from cause
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -133,15 +132,56 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def remove_drafts(parent: Path, name: str) -> None:
     """Removes the drafts that killed processes have left of the file or folder `name`, which may be a pattern."""
-    for draft in parent.glob(f".{name}.draft-*"):
-        _remove(draft)
+    for lock in parent.glob(f".{name}.draft-*.lock"):
+        with suppress(OSError), open(lock, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where the process lives
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def draft_of(path: Path, token: str) -> Path:
+    """The draft of a path, in a folder of its own, beside which is a file that the process has the system's lock on."""
+    return path.with_name(f".{path.name}.draft-{token}") / "new"
+
+
+@contextmanager
+def drafting(path: Path, token: str | None = None) -> Iterator[Path]:
+    """Yields the path of a draft, and holds its lock; in the end it goes. One process at a time has one of this token."""
+    draft, has_lock = draft_of(path, token or uuid.uuid4().hex[:8]), False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while not has_lock:  # until the file is not one that its last holder has removed
+        with open(f"{draft.parent}.lock", "ab") as lock:
+            with suppress(OSError):  # of a file system without locks, where the drafts of killed processes stay
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if has_lock := os.fstat(lock.fileno()).st_nlink > 0:
+                try:
+                    draft.parent.mkdir(exist_ok=True)
+                    yield draft
+                finally:
+                    shutil.rmtree(draft.parent, ignore_errors=True)
+                    Path(lock.name).unlink(missing_ok=True)
+
+
+def _replace(draft: Path, path: Path) -> None:
+    """Gives a folder the name `path`, whatever other processes put there meanwhile."""
+    while not _exchange(draft, path):
+        old = draft.with_name(f"old-{uuid.uuid4().hex[:8]}")
+        try:
+            with drafting(path, "turn"):  # the name is free for a moment
+                with suppress(FileNotFoundError):
+                    os.rename(path, old)
+                return os.rename(draft, path)
+        except BaseException as error:
+            with suppress(OSError):
+                os.rename(old, path)
+            if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):  # of another process
+                raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two folders in one step; False where there are not two, or the system or file system cannot."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux: AT_FDCWD is -100, RENAME_EXCHANGE 2
+    return call is not None and not call(-100, os.fsencode(one), -100, os.fsencode(other), 2)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

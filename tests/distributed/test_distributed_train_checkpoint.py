@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from megalodon_ops import Megalodon, MegalodonConfig
-from megalodon_ops.files import FileError, file_sha256
+from megalodon_ops.files import FileError, file_sha256, remove_drafts
 from megalodon_ops.training import Saver, adamw, load_any, load_checkpoint, save_checkpoint
 from megalodon_ops.training.record import write_record
 
@@ -227,6 +227,7 @@ def saving_slowly(run):
             saver.save(step, model, optimizer=optimizer)
             descend(model, optimizer, 1)
             dist.barrier()
+            remove_drafts(run / "checkpoints", "step-*")  # as each process does that saves there
             seen.append(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
             dist.barrier()
             go_on.set()

@@ -27,11 +27,12 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, call: str, count: int) -> Iterato
         nonlocal calls
         calls += 1
         if calls > count:
+            for module, name in ((files.shutil, "rmtree"), (os, "unlink")):  # a killed process removes nothing
+                patch.setattr(module, name, lambda *a, **k: None)
             raise _Killed
         return real(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, die_at)
-        patch.setattr(files.shutil, "rmtree", lambda *a, **k: None)  # a killed process removes nothing
         with suppress(_Killed):
             yield patch

@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import _C
 from .config import MegalodonConfig
-from ..files import FileError, as_path, read_json, reading, write_atomically
+from ..files import FileError, as_path, drafting, read_json, reading, write_atomically
 from .weights import WEIGHT_DTYPES, StoredTensors, is_weight_file, plain_tensors, write_weights
 from ..ops.common.memory import check_fits
 from ..ops.common.checks import as_device, check_integer, described, is_whole, shown
@@ -48,8 +48,9 @@ def save_model(model: nn.Module, directory: str | os.PathLike, *, tokenizer: Any
     max_shard_bytes = check_integer("save", "max_shard_bytes", max_shard_bytes, "a positive integer", 1)
     check_tokenizer("save", tokenizer)
     written = (CONFIG,) if tokenizer is None else (CONFIG, *TOKENIZER_FILES)
-    kept = kept_files("save", folder, is_ours(folder, model.config.model_type), written)
     with write_atomically(folder, folder=True) as draft:
+        with drafting(folder.resolve(), "turn"):
+            kept = kept_files("save", folder, is_ours(folder, model.config.model_type), written)
         write_model(model, draft, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, caller="save")
         for path in kept:
             if not (draft / path.name).exists():
@@ -149,6 +150,7 @@ def read_model_files(
 
     dtype: that of the linear layers and the embedding; None: the one that `config.json` or else the weights have.
     """
+    before = folder.stat()
     config, stored = read_config(folder / CONFIG, kind)
     with reading(folder / CONFIG):
         size = (dtype or stored or torch.bfloat16).itemsize
@@ -157,6 +159,8 @@ def read_model_files(
     if not kind.causal:
         weights.tensors.pop("output.weight", None)  # by which transformers' untied model guesses tokens
     weights.check(config.parameter_shapes())
+    if not os.path.samestat(before, folder.stat()):  # another process has replaced it: the files may be of two models
+        return read_model_files(folder, dtype, kind)
     return config, dtype or stored or weights.tensors["embed.weight"].dtype, weights
 
 

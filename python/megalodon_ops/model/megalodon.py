@@ -119,8 +119,9 @@ class Megalodon(nn.Module):
                 is never cut) and an index.
 
         The folder is complete or not there: it is written under another name, flushed to the disk and renamed. If the
-        process is killed while it replaces a checkpoint, the folder holds the old one or the new one, whole; killed
-        between two renames, it leaves the old one beside, under the name `.<name>.draft-...-old`.
+        process is killed while it replaces a checkpoint, the folder holds the old one or the new one, whole; so it does
+        after processes that save there at once. A file system that cannot exchange two folders may leave the old one
+        beside, in `.<name>.draft-...`.
 
         Raises:
             ValueError: the model's parameters are not those of its configuration (merge adapters first), or not finite,

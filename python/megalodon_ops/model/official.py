@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .folder import CONFIG, check_dtype, check_tokenizer, kept_files, model_of
 from .config import MegalodonConfig
-from ..files import FileError, as_path, file_size, read_json, reading, write_atomically
+from ..files import FileError, as_path, drafting, file_size, read_json, reading, write_atomically
 from .megalodon import Megalodon
 from .weights import StoredTensors, plain_tensors
 from ..ops.common.definition import OWN_TYPES
@@ -97,8 +97,9 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     if config.share_emb:
         weights[_OUTPUT] = weights[_EMBEDDING]
-    kept = kept_files("save_official", folder, is_official(folder), (CONFIG, _PARALLEL))
     with write_atomically(folder, folder=True) as draft:
+        with drafting(folder.resolve(), "turn"):
+            kept = kept_files("save_official", folder, is_official(folder), (CONFIG, _PARALLEL))
         for path in kept:
             if not _OF_WEIGHTS.fullmatch(path.name):
                 shutil.copy2(path, draft / path.name, follow_symlinks=False)

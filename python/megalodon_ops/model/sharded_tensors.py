@@ -55,15 +55,20 @@ class Archive(StoredTensors):
 
 
 class ArchiveWriter(FileSystemWriter):
-    """Writes such a folder; when all processes have written their files, the first one calls `finished`."""
+    """Writes such a folder; the first process calls `begin` before, and `finish` when all have written their files."""
 
-    def __init__(self, folder: Path, finished: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, begin: Callable[[], object], finish: Callable[[], object]) -> None:
         super().__init__(folder)
-        self._finished = finished
+        self._begin, self._finish = begin, finish
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        if is_coordinator:
+            self._begin()
 
     def finish(self, metadata: Metadata, results: list) -> None:
         super().finish(metadata, results)
-        self._finished()
+        self._finish()
 
 
 _CLASSES = {

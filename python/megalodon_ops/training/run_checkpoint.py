@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .record import RECORD, new_record, read_record, write_record
-from ..files import FileError, as_path, reading, remove_drafts, write_atomically, write_safetensors
+from ..files import FileError, as_path, drafting, reading, remove_drafts, write_atomically, write_safetensors
 from ..model.folder import (
     CONFIG, check_dtype, check_tokenizer, is_ours, read_model, read_model_files, stored_tensors, write_model,
 )  # fmt: skip
@@ -279,8 +279,8 @@ def checkpoints_of(run: Path) -> list[Path]:
 def keep_newest(run: Path, written: Path, keep: int) -> None:
     """Removes, of the checkpoint just written and those of earlier steps, all but the newest `keep`."""
     for old in [path for path in checkpoints_of(run) if _step(path) <= _step(written)][:-keep]:
-        draft = old.rename(old.with_name(f".{old.name}.draft-old"))  # a folder is whole or not there
-        shutil.rmtree(draft, ignore_errors=True)
+        with drafting(old) as draft, suppress(FileNotFoundError):  # another process removes it
+            old.rename(draft)
 
 
 def _step(folder: Path) -> int:

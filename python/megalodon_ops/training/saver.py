@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import uuid
 from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from .run_checkpoint import checkpoint_folder, keep_newest, local, save_checkpoint, training_tensors
 from .record import new_record, write_record
 from ..model.folder import DISTRIBUTED, write_config
-from ..files import as_path, one_line, remove_drafts, write_atomically
+from ..files import as_path, draft_of, one_line, remove_drafts, write_atomically
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.memory import is_finite
@@ -42,7 +44,7 @@ class Saver:
         self.run = as_path("Saver", "run", run)
         self.keep = check_integer("Saver", "keep", keep, "a positive integer", 1)
         self.mesh = mesh
-        self._writing: tuple[Future, Path] | None = None
+        self._writing: tuple[Future, Path, ExitStack] | None = None
         if mesh is not None:
             from ..distributed.mesh import check_mesh  # here: it loads torch.distributed
 
@@ -50,6 +52,9 @@ class Saver:
             if dist.get_rank() == 0:
                 remove_drafts(self.run / "checkpoints", "step-*")
             self._group = dist.new_group(backend="gloo")  # of the threads that write
+            tokens = [uuid.uuid4().hex[:8]]  # by which all know the draft
+            dist.broadcast_object_list(tokens, group=self._group)
+            (self._token,) = tokens
 
     def save(
         self,
@@ -81,17 +86,19 @@ class Saver:
                 raise ValueError(f"save_checkpoint: `{name}` must be finite, got NaN or infinity.")
         tensors = {f"{kind}/{name}": tensor.detach() for kind in kinds for name, tensor in kinds[kind].items()}
         folder = checkpoint_folder(self.run, step)
-        archive = folder.with_name(f".{folder.name}.draft-{DISTRIBUTED}")
+        draft, draft_ends = draft_of(Path(os.path.realpath(folder)), self._token), ExitStack()
+
+        def begin() -> None:
+            draft_ends.enter_context(write_atomically(folder, folder=True, token=self._token))
 
         def finish() -> None:
-            with write_atomically(folder, folder=True) as draft:
-                os.rename(archive, draft / DISTRIBUTED)
-                write_config(model.config, model.embed.weight.dtype, draft, tokenizer)
-                write_record(draft, content)
+            write_config(model.config, model.embed.weight.dtype, draft, tokenizer)
+            write_record(draft, content)
+            draft_ends.close()
             keep_newest(self.run, folder, self.keep)
 
-        writing = async_save(tensors, storage_writer=ArchiveWriter(archive, finish), process_group=self._group)
-        self._writing = writing, folder
+        writer = ArchiveWriter(draft / DISTRIBUTED, begin, finish)
+        self._writing = async_save(tensors, storage_writer=writer, process_group=self._group), folder, draft_ends
 
     def wait(self) -> None:
         """Returns once no checkpoint is on its way; raises, in all processes, where one could not be written."""
@@ -99,12 +106,12 @@ class Saver:
             return
         from torch.distributed.checkpoint import CheckpointException
 
-        (writing, folder), self._writing = self._writing, None
+        (writing, folder, draft_ends), self._writing = self._writing, None
         try:
             writing.result()
         except CheckpointException as error:
-            if dist.get_rank() == 0:  # the remains would keep a full disk full
-                remove_drafts(folder.parent, folder.name)
+            with suppress(OSError), draft_ends:  # the remains would keep a full disk full
+                raise OSError from error
             rank, (cause, _) = next(iter(error.failures.items()))
             reason = (isinstance(cause, OSError) and cause.strerror) or one_line(cause)
             raise OSError(f"{folder}: could not be written: rank {rank}: {reason}") from cause

@@ -1,0 +1,222 @@
+"""Several processes that save one path at once end with what one of them wrote, whole, and none of them fails."""
+
+import errno
+import fcntl
+import itertools
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import megalodon_ops as mo
+from megalodon_ops.model import checkpoint, files, weights
+from megalodon_ops.training import checkpoint as runs
+from megalodon_ops.training import load_checkpoint, save_checkpoint
+
+CONFIG = mo.MegalodonConfig(
+    num_layers=1, model_dim=4, z_dim=2, value_dim=2, ffn_hidden_dim=2, cema_ndim=1, chunk_size=2, norm_num_groups=1,
+    vocab_size=9,
+)  # fmt: skip
+
+
+def model_of(value, config=CONFIG):
+    model = mo.Megalodon(config)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, value)
+    return model
+
+
+def value_of(model):
+    """The number that all weights are."""
+    (value,) = torch.cat([weight.flatten() for weight in model.state_dict().values()]).unique().tolist()
+    return value
+
+
+def save_state(path, value):
+    _, state = model_of(0.5)(torch.ones(value, 1, dtype=torch.int64), return_state=True)
+    state.detach().save(path, CONFIG)
+
+
+def saved_checkpoint(path):
+    found, model = load_checkpoint(path), model_of(0)
+    found.load_weights(model)
+    assert found.record["value"] == value_of(model)
+    return value_of(model)
+
+
+KINDS = {
+    "model": (lambda path, value: model_of(value).save(path), lambda path: value_of(mo.Megalodon.load(path))),
+    "released": (lambda path, value: mo.save_official(model_of(value), path), lambda path: value_of(mo.load_official(path))),
+    "checkpoint": (lambda path, value: save_checkpoint(path, 7, model_of(value), record={"value": value}), saved_checkpoint),
+    "state": (save_state, lambda path: mo.MegalodonState.load(path, CONFIG).num_sequences),
+}  # fmt: skip
+
+
+def remains(folder):
+    return [*folder.rglob(".*")]
+
+
+def _save_at_once(save, paths, value, ready, said):
+    for path in paths:
+        ready.wait(60)
+        try:
+            save(path, value)
+        except BaseException as error:
+            said.put(f"{path.name}: {error}")
+    said.put(None)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("exchange", [True, False])
+def test_processes_that_save_one_path(tmp_path, monkeypatch, kind, processes, exchange):
+    """Over what another has saved, and where nothing is."""
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    save, saved = KINDS[kind]
+    paths = [tmp_path / f"{i}" / "it" for i in range(20)]
+    for i, path in enumerate(paths):
+        path.parent.mkdir()
+        if i % 2:
+            save(path, 5)
+    context = multiprocessing.get_context("fork")
+    ready, said = context.Barrier(processes), context.Queue()
+    values = range(1, processes + 1)
+    started = [context.Process(target=_save_at_once, args=(save, paths, value, ready, said)) for value in values]
+    for process in started:
+        process.start()
+    errors = [error for _ in started for error in iter(lambda: said.get(timeout=60), None)]
+    for process in started:
+        process.join(60)
+    assert not errors
+    assert {saved(path) for path in paths} <= {*values}
+    assert not remains(tmp_path)
+
+
+def interrupt(monkeypatch, place, name, interruption, at=0):
+    """Has a function call `interruption` before its own work, at one of its calls."""
+    real, calls = getattr(place, name), itertools.count()
+
+    def interrupted(*arguments, **options):
+        if next(calls) == at:
+            interruption()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(place, name, interrupted)
+
+
+@pytest.mark.parametrize("kind", ["model", "released", "checkpoint", "state"])
+def test_another_save_while_one_writes(tmp_path, monkeypatch, kind):
+    """The draft stays where it is, and replaces what the other process has written."""
+    save, saved = KINDS[kind]
+    for before in (False, True):
+        path = tmp_path / str(before)
+        if before:
+            save(path, 1)
+        interrupt(monkeypatch, files, "flush", lambda path=path: save(path, 2))
+        save(path, 3)
+        assert saved(path) == 3
+        monkeypatch.undo()
+    assert not remains(tmp_path)
+
+
+def without_locks(monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_folders_that_cannot_be_exchanged_nor_locked(tmp_path, monkeypatch):
+    """Another process takes the name in the moment in which it is free."""
+    without_locks(monkeypatch)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    model_of(1).save(tmp_path / "it")
+    interrupt(monkeypatch, os, "rename", lambda: model_of(2).save(tmp_path / "it"), at=1)
+    model_of(3).save(tmp_path / "it")
+    assert value_of(mo.Megalodon.load(tmp_path / "it")) == 3
+    assert not remains(tmp_path)
+
+
+def test_a_folder_that_was_moved_away_comes_back(tmp_path, monkeypatch):
+    """Where the new one cannot take the name."""
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    model_of(1).save(tmp_path / "it")
+    rename = os.rename
+
+    def full(source, target):
+        if source.name == "new":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="it: could not be written: No space left"):
+        model_of(2).save(tmp_path / "it")
+    assert value_of(mo.Megalodon.load(tmp_path / "it")) == 1
+    assert not remains(tmp_path)
+
+
+def test_two_processes_remove_one_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, model_of(step))
+    interrupt(monkeypatch, runs, "drafting", lambda: shutil.rmtree(tmp_path / "checkpoints" / "step-00000001"))
+    save_checkpoint(tmp_path, 3, model_of(3))
+    assert [path.name for path in runs.checkpoints_of(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def test_a_model_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """All of its shards are those of one model."""
+    model_of(1).save(tmp_path / "it", max_shard_bytes=100)
+    interrupt(monkeypatch, weights, "load_file", lambda: model_of(2).save(tmp_path / "it", max_shard_bytes=100), at=3)
+    assert value_of(mo.Megalodon.load(tmp_path / "it")) == 2
+
+
+def test_without_locks_files_are_written_and_no_draft_is_removed(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
+    interrupt(monkeypatch, files, "flush", lambda: files.write_whole(tmp_path / "it", b"2"))
+    files.write_whole(tmp_path / "it", b"3")
+    assert (tmp_path / "it").read_bytes() == b"3"
+    assert not remains(tmp_path)
+
+
+def test_a_lock_that_its_last_holder_removes_is_made_again(tmp_path, monkeypatch):
+    lock = tmp_path / ".it.draft-turn.lock"
+    interrupt(monkeypatch, fcntl, "flock", lock.unlink)
+    with files.drafting(tmp_path / "it", "turn"):
+        assert lock.exists()
+
+
+def beside(monkeypatch, save, *arguments):
+    """A thread that saves, and a function that starts it and returns once it has saved or waits for a lock."""
+    thread, waits, flock = threading.Thread(target=save, args=arguments), threading.Event(), fcntl.flock
+
+    def noted(file, operation):
+        try:
+            flock(file, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits.set()
+            flock(file, operation)
+
+    def begin():
+        thread.start()
+        while thread.is_alive() and not waits.is_set():
+            time.sleep(0.001)
+
+    monkeypatch.setattr(fcntl, "flock", noted)
+    return thread, begin
+
+
+def test_another_process_makes_the_folder_while_save_looks_at_it(tmp_path, monkeypatch):
+    """It is not taken for a folder that holds other files."""
+    other, begin = beside(monkeypatch, model_of(1).save, tmp_path / "it")
+    interrupt(monkeypatch, checkpoint, "kept_files", begin)
+    model_of(2).save(tmp_path / "it")
+    other.join()
+    assert value_of(mo.Megalodon.load(tmp_path / "it")) in (1, 2)
