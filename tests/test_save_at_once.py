@@ -15,6 +15,7 @@ from torch import nn
 
 import megalodon_ops as mo
 from megalodon_ops.model import checkpoint, files, weights
+from megalodon_ops.tokenizers import Tokenizer, load_tokenizer
 from megalodon_ops.training import checkpoint as runs
 from megalodon_ops.training import load_checkpoint, save_checkpoint
 
@@ -42,6 +43,21 @@ def save_state(path, value):
     state.detach().save(path, CONFIG)
 
 
+def save_tokenizer(path, value):
+    """Each names a token of its own as the one that opens a document, in the second file."""
+    content = Tokenizer.train([b"to be or not to be %d " % value * 20], vocab_size=260 + value).content
+    path.with_name(f"{value}.json").write_bytes(content)
+    Tokenizer.from_file(path.with_name(f"{value}.json"), start="abcdefgh"[value]).save(path)
+    path.with_name(f"{value}.json").unlink()
+
+
+def saved_tokenizer(path):
+    tokenizer = load_tokenizer(path)
+    value = tokenizer.vocab_size - 260
+    assert tokenizer.start_token == "abcdefgh"[value]
+    return value
+
+
 def saved_checkpoint(path):
     found, model = load_checkpoint(path), model_of(0)
     found.load_weights(model)
@@ -54,6 +70,7 @@ KINDS = {
     "released": (lambda path, value: mo.save_official(model_of(value), path), lambda path: value_of(mo.load_official(path))),
     "checkpoint": (lambda path, value: save_checkpoint(path, 7, model_of(value), record={"value": value}), saved_checkpoint),
     "state": (save_state, lambda path: mo.MegalodonState.load(path, CONFIG).num_sequences),
+    "tokenizer": (save_tokenizer, saved_tokenizer),
 }  # fmt: skip
 
 
@@ -211,6 +228,15 @@ def beside(monkeypatch, save, *arguments):
 
     monkeypatch.setattr(fcntl, "flock", noted)
     return thread, begin
+
+
+def test_a_tokenizer_has_both_files_of_one_process(tmp_path, monkeypatch):
+    """While one process writes them, another one waits."""
+    other, begin = beside(monkeypatch, save_tokenizer, tmp_path / "it", 2)
+    interrupt(monkeypatch, files, "flush", begin, at=1)
+    save_tokenizer(tmp_path / "it", 3)
+    other.join()
+    assert saved_tokenizer(tmp_path / "it") == 2
 
 
 def test_another_process_makes_the_folder_while_save_looks_at_it(tmp_path, monkeypatch):

@@ -246,9 +246,11 @@ def test_a_file_that_changes_while_it_is_read(mixed, tmp_path, monkeypatch, caps
 
 
 def test_a_full_disk(mixed, tmp_path, capfd, file_size_limit):
-    with file_size_limit(100_000):
-        assert tokenize(tmp_path / "tokens", mixed) == 2
-    assert "shard-000000.tokens.npy: could not be written: File too large" in capfd.readouterr().err
+    for limit, name in ((3000, "tokenizer.json"), (100_000, "shard-000000.tokens.npy")):
+        with file_size_limit(limit):
+            assert tokenize(tmp_path / "tokens", mixed) == 2
+        assert f"error: {tmp_path}/tokens/{name}: could not be written: File too large" in capfd.readouterr().err
+        assert not list(tmp_path.glob("tokens/.*draft*"))
     assert tokenize(tmp_path / "tokens", mixed) == 0
 
 

@@ -140,6 +140,16 @@ def test_saved_and_loaded(tokenizer, tmp_path):
         assert loaded.encode(SOURCE).tolist() == tokenizer.encode(SOURCE).tolist()
 
 
+def test_on_a_full_disk_the_tokenizer_before_stays(tmp_path, file_size_limit):
+    package("tokenizers")
+    Tokenizer.train([SOURCE], vocab_size=300).save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for limit in (0, 3000):
+        with file_size_limit(limit), pytest.raises(OSError, match="/tokenizer.json: could not be written: File too"):
+            Tokenizer.train([SOURCE], vocab_size=301).save(tmp_path)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_fingerprints_differ(tmp_path):
     package("tokenizers")
     one, other = (Tokenizer.train([SOURCE], vocab_size=size) for size in (300, 301))

@@ -17,7 +17,7 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.lock import locked
 from megalodon_ops.cli.models import read_tokenizer
 from megalodon_ops.cli.options import Tokenize
-from megalodon_ops.files import flush
+from megalodon_ops.files import 
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.shards import INDEX, Index, Shards, is_tokens, write_shard
 
@@ -79,8 +79,6 @@ def _make_shards(index: Index, units: Sequence[Unit], tokenizer: Tokenizer, opti
     if not left:
         return
     tokenizer.save(options.out)
-    for path in options.out.glob("tokenizer*"):
-        flush(path)
     total = size_of(units)
     done = total - size_of(units[number] for number in left)
     with tqdm(total=total, initial=done, unit="B", unit_scale=True, leave=False, desc="tokenizing") as bar:

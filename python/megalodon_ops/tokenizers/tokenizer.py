@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from .text import Window, as_texts, windows_of
-from ..files import FileError, as_path, opened, read_json, reading
+from ..files import FileError, as_path, drafting, opened, read_json, reading, write_atomically
 from ..extras import load
 from ..ops.common.checks import check_integer, described, shown
 
@@ -160,16 +160,22 @@ class Tokenizer:
             is_first = is_first and not text
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer into a folder, which is made if there is none, where :func:`load_tokenizer` finds it."""
+        """Writes the tokenizer into a folder, which is made if there is none, where :func:`load_tokenizer` finds it.
+
+        Raises OSError where a file cannot be written; the folder is then as it was.
+        """
         folder = as_path("Tokenizer.save", "folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.file_name).write_bytes(self.content)
         config: dict[str, Any] = {"bos_token": self.start_token, "eos_token": self.end_token}
         config |= {"clean_up_tokenization_spaces": False}
         if self.file_name == "tokenizer.json":  # transformers pads with a token that is not learnt, if there is one
             config |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.start_token}
             config |= {"padding_side": "left"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        paths = (folder / self.file_name, folder / "tokenizer_config.json")
+        with drafting(folder / "tokenizer", "both"):  # one process at a time
+            with write_atomically(paths[0]) as own, write_atomically(paths[1]) as settings:
+                own.write_bytes(self.content)
+                settings.write_text(json.dumps(config, indent=1) + "\n")
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, by the package."""
