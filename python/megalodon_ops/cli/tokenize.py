@@ -17,7 +17,6 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.lock import locked
 from megalodon_ops.cli.models import read_tokenizer
 from megalodon_ops.cli.options import Tokenize
-from megalodon_ops.files import 
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.shards import INDEX, Index, Shards, is_tokens, write_shard
 
