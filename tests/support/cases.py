@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from megalodon_ops.ops.common.states import AttentionState
 
@@ -76,6 +77,11 @@ class Case:
 
     def with_options(self, **options: Any) -> Case:
         return replace(self, options=self.options | options)
+
+    def converted(self, convert: Callable[[Tensor], Any]) -> Case:
+        """The case with something else for each of its tensors, inside states, too."""
+        tensors, options = tree_map_only(Tensor, convert, (self.tensors, self.options))
+        return replace(self, tensors=tensors, options=options)
 
 
 def cema_case(

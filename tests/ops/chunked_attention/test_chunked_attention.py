@@ -343,6 +343,12 @@ def test_errors(error, argument, changes):
     assert_refuses(error, "chunked_attention", argument, lambda: mo.chunked_attention(**arguments))
 
 
+def test_queries_without_heads_are_told_so():
+    q = torch.ones(1, 3, 4)
+    with pytest.raises(ValueError, match="add the batch dimension, or one of a single head"):
+        mo.chunked_attention(q, q, q, chunk_size=2)
+
+
 def test_a_state_that_wants_gradients_is_refused():
     """The state is a constant: to take a gradient from it would be silently wrong."""
     state = _state()

@@ -102,3 +102,8 @@ def test_parts_of_a_state_without_their_counter_are_refused():
     q, cache = torch.randn(2, 5, 1, 4), torch.randn(2, 8, 1, 4)
     with pytest.raises(ValueError, match=r"`state\.k` must be None without a `state\.position`"):
         ops.chunked_attention_fwd(q, q, q, cache, cache, None, 8, True, 1.0, 0.0, None, None, None)
+
+
+def test_errors_of_torch_stay_as_they_are():
+    with pytest.raises(NotImplementedError, match="Could not run 'megalodon_ops::cema_fwd'.*Sparse"):
+        mo.cema(**CASES["cema"].tensors | {"x": torch.zeros(3, 11, 5).to_sparse()})

@@ -77,8 +77,10 @@ def adaptive_working_memory(
         >>> mo.adaptive_working_memory(q, k, v, chunk_size=2).flatten()
         tensor([0.0000, 0.0000, 2.0000, 2.0000, 2.5000, 2.5000])
     """
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+    if not isinstance(q, Tensor):
         return call_with_arrays(adaptive_working_memory, **locals())
+    check_tensor(_NAME, "k", k)
+    check_tensor(_NAME, "v", v)
     q, k, v = autocast(q, k, v)
     chunk_size, visible_chunks = (
         check_size(_NAME, name, value)
@@ -140,7 +142,7 @@ def end_position(
 ) -> Tensor:
     """(S,) the steps that each sequence has seen."""
     steps = num_steps(q, cu_seqlens, lengths)
-    return steps if state is None else state.position + steps
+    return steps.clone() if state is None else state.position + steps  # steps may be the caller's lengths
 
 
 class _Writing:

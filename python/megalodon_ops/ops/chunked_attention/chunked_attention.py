@@ -12,7 +12,7 @@ from ..common.definition import (
 )  # fmt: skip
 from ..common.states import AttentionState, fields_of
 from .two_chunk_attention import two_chunk_attention_fwd, two_chunk_attention_state
-from ..common.checks import LARGEST_BELOW_1, check_flag, check_number, check_size
+from ..common.checks import LARGEST_BELOW_1, check_flag, check_number, check_size, check_tensor
 
 
 def chunked_attention(
@@ -78,8 +78,10 @@ def chunked_attention(
         >>> mo.chunked_attention(q, k, v, chunk_size=2).flatten()
         tensor([ 1.,  2., 10., 15.])
     """
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+    if not isinstance(q, Tensor):
         return call_with_arrays(chunked_attention, **locals())
+    check_tensor("chunked_attention", "k", k)
+    check_tensor("chunked_attention", "v", v)
     q, k, v = autocast(q, k, v)
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     chunk_size = check_size("chunked_attention", "chunk_size", chunk_size)

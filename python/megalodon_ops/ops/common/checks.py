@@ -6,6 +6,7 @@ import math
 import reprlib
 import sys
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,15 @@ def check_optional_tensor(op: str, argument: str, value: object) -> None:
     """Raises a TypeError unless the value is a tensor of torch's or None."""
     if value is not None:
         check_tensor(op, argument, value)
+
+
+def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
+    """Raise a TypeError if an argument of the registered `op` is no tensor, though the op takes one there."""
+    public = op._schema.name.split("::")[1].removesuffix("_fwd")
+    checks = {"Tensor": check_tensor, "Optional[Tensor]": check_optional_tensor}
+    for argument, value in zip(op._schema.arguments, args):
+        if check := checks.get(str(argument.type)):
+            check(public, argument.name, value)
 
 
 def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) -> None:

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from ... import _C
 from . import flops
-from .arrays import refuse_arguments
+from .checks import refuse_arguments
 from .cuda_driver import launch_problem
 
 _library = torch.library.Library("megalodon_ops", "DEF")

@@ -13,7 +13,7 @@ from ..chunked_attention.chunked_attention import chunked_attention
 from ..common.definition import accumulation_dtype, autocast
 from ..normalized_qk.normalized_qk import rotary_table_of, rotated_queries_and_keys
 from ..common.states import AttentionState, fields_of
-from ..common.checks import check_size
+from ..common.checks import check_size, check_tensor
 
 _PARTS = re.compile("^(normalized_qk|chunked_attention): ")
 
@@ -72,8 +72,9 @@ def normalized_attention(
         >>> torch.allclose(torch.cat((a, b), 1), whole, atol=1e-6)
         True
     """
-    if not (isinstance(z, Tensor) and isinstance(v, Tensor)):
+    if not isinstance(z, Tensor):
         return call_with_arrays(normalized_attention, **locals())
+    check_tensor("normalized_attention", "v", v)
     try:
         return attend(
             z, v, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, causal=causal, rope_base=rope_base,
