@@ -24,11 +24,10 @@ class Progress:
         self.held_out: float | None = None
         self.smooth: dict[str, float] = {}
         self.seconds = seconds
-        timed = dict(unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}")
-        self.bar = tqdm(
-            initial=self._done(row), total=seconds or steps, dynamic_ncols=True, **(timed if seconds else dict(unit="step")),
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )  # fmt: skip
+        style = dict(dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10, unit="step")
+        if seconds:
+            style |= dict(unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}")
+        self.bar = tqdm(initial=self._done(row), total=seconds or steps, **style)
 
     def __enter__(self) -> Progress:
         return self

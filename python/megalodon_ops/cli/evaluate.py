@@ -48,9 +48,12 @@ def run(options: Eval) -> int:
     print(report(results))
     if options.json is not None:
         content = {
-            "megalodon_ops": megalodon_ops.__version__, "checkpoint": str(options.checkpoint), "text": text,
-            "documents": len(documents), "contexts": [each.to_dict() for each in results],
-        }  # fmt: skip
+            "megalodon_ops": megalodon_ops.__version__,
+            "checkpoint": str(options.checkpoint),
+            "text": text,
+            "documents": len(documents),
+            "contexts": [each.to_dict() for each in results],
+        }
         write_whole(options.json, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
     return 0
 

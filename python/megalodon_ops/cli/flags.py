@@ -76,18 +76,15 @@ def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) ->
     """The name of the command that the words give, and its options; exits with a line on stderr where they don't fit."""
     style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     first = "\n".join(_examples(kind)[0] for kind in commands.values())
-    parser = _Parser(
-        prog="python -m megalodon_ops", description="MEGALODON: train, evaluate, sample.", epilog=f"examples:\n{first}", **style
-    )  # fmt: skip
+    texts = dict(description="MEGALODON: train, evaluate, sample.", epilog=f"examples:\n{first}")
+    parser = _Parser(prog="python -m megalodon_ops", **texts, **style)
     parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
     below = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(commands)}}}")
     parsers = {}
     for name, kind in commands.items():
         summary = _lines(kind)[0]
-        parsers[name] = below.add_parser(
-            name, help=summary, description=summary, epilog="\n".join(["examples:", *_examples(kind)]),
-            argument_default=argparse.SUPPRESS, **style,
-        )  # fmt: skip
+        texts = dict(help=summary, description=summary, epilog="\n".join(["examples:", *_examples(kind)]))
+        parsers[name] = below.add_parser(name, argument_default=argparse.SUPPRESS, **texts, **style)
         _add_flags(parsers[name], kind)
     found = vars(parser.parse_args(words))
     name = found.pop("command")

@@ -42,12 +42,10 @@ def run(options: Generate) -> int:
         raise CommandError(f"--samples: {error}; ask for fewer") from error
     use_huge_pages(trained.model)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    sampling = {name: getattr(options, name) for name in names}
+    sampling = dict(num_tokens=options.tokens, stops=options.stop, samples=options.samples)
+    sampling |= {name: getattr(options, name) for name in names}
     with precision(device, options.dtype or trained.dtype):
-        texts = continued(
-            trained.model, trained.tokenizer, prompt, num_tokens=options.tokens, stops=options.stop,
-            samples=options.samples, **sampling,
-        )  # fmt: skip
+        texts = continued(trained.model, trained.tokenizer, prompt, **sampling)
         if options.samples == 1:
             _print_as_it_comes(prompt, (text for _, text in texts))
         else:

@@ -31,9 +31,13 @@ ROWS_OF_CONTEXT = 8
 MINUTES = 5.0
 """How long a run takes that names neither --steps nor --minutes"""
 CONFIG_FIELDS = {
-    "dim": "model_dim", "layers": "num_layers", "heads": "num_heads", "chunk": "chunk_size", "ffn_dim": "ffn_hidden_dim",
+    "dim": "model_dim",
+    "layers": "num_layers",
+    "heads": "num_heads",
+    "chunk": "chunk_size",
+    "ffn_dim": "ffn_hidden_dim",
     "norm_groups": "norm_num_groups",
-}  # fmt: skip
+}
 """Options of a model whose names are shorter than those of MegalodonConfig's fields"""
 
 OF_LAUNCH = ("out", "resume", "config", "mesh", "timeout")
@@ -137,9 +141,10 @@ class Train(BatchOptions):
     device: str = flag("cpu", "where to compute")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast")
     mesh: Mesh | None = flag(
-        None, "how processes that torchrun has started share a batch, its rows over data, its length over chunk and layers "
+        None,
+        "how processes that torchrun has started share a batch, its rows over data, its length over chunk and layers "
         "over tensor (data=<their number>)",
-    )  # fmt: skip
+    )
     timeout: Positive = flag(600.0, "seconds that processes wait for each other before they give up")
     tensorboard: bool = flag(False, "write the metrics into the folder's events for TensorBoard, too")
     peak_tflops: Positive | None = flag(
@@ -229,9 +234,12 @@ class Tokenize(Options):
     """
 
     files: tuple[Path, ...] = flag(
-        (), "text, each file a document; .jsonl, each line an object with a document; or folders (Python's standard library)",
-        positional=True, nargs="*", metavar="FILE",
-    )  # fmt: skip
+        (),
+        "text, each file a document; .jsonl, each line an object with a document; or folders (Python's standard library)",
+        positional=True,
+        nargs="*",
+        metavar="FILE",
+    )
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
     out: Path = flag(REQUIRED, "the folder to make, or to go on with", metavar="DIR")
     tokenizer: Path | None = flag(None, VOCABULARY)
@@ -267,6 +275,11 @@ class Plan(ModelOptions):
 
 
 COMMANDS: dict[str, type[Options]] = {
-    "info": Info, "train": Train, "eval": Eval, "generate": Generate, "tokenizer": TrainTokenizer,
-    "tokenize": Tokenize, "plan": Plan,
-}  # fmt: skip
+    "info": Info,
+    "train": Train,
+    "eval": Eval,
+    "generate": Generate,
+    "tokenizer": TrainTokenizer,
+    "tokenize": Tokenize,
+    "plan": Plan,
+}

@@ -23,10 +23,9 @@ from megalodon_ops.ops.common.checks import shown
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.run_checkpoint import Checkpoint
 
-MAY_CHANGE = frozenset({
-    *OF_LAUNCH, "data", "glob", "tokenizer", "steps", "minutes", "eval_every", "checkpoint_every", "device", "tensorboard",
-    "peak_tflops",
-})  # fmt: skip
+MAY_CHANGE = frozenset(OF_LAUNCH).union(
+    "data glob tokenizer steps minutes eval_every checkpoint_every device tensorboard peak_tflops".split()
+)
 """Options that a run may be given anew (text and tokenizer are compared by content); the others decide its losses"""
 
 

@@ -36,10 +36,8 @@ from megalodon_ops.evaluation import evaluate
 from megalodon_ops.model.model_state import layout
 from megalodon_ops.ops.common.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
-from megalodon_ops.training import (
-    Batches, Checkpoint, Corpus, Metrics, Muon, Reader, Saver, Schedule, adamw, load_checkpoint, optimizer_threads,
-    read_metrics, threads,
-)  # fmt: skip
+from megalodon_ops.training import Batches, Checkpoint, Corpus, Metrics, Muon, Reader, Saver, Schedule, adamw
+from megalodon_ops.training import load_checkpoint, optimizer_threads, read_metrics, threads
 from megalodon_ops.training.batches import Document
 from megalodon_ops.training.run_checkpoint import checkpoints_of
 from megalodon_ops.training.corpus import Parts
@@ -104,9 +102,15 @@ def run(options: Train) -> int:
         share = rows // processes.extent("data")
         first = share * processes.place("data")
         batches = Batches(
-            encoded(corpus.train, tokenizer), range(first, first + share), options.length, batch=rows,
-            start=tokenizer.start, end=config.eos_token_id, seed=options.seed, context_length=options.context_length,
-        )  # fmt: skip
+            encoded(corpus.train, tokenizer),
+            range(first, first + share),
+            options.length,
+            batch=rows,
+            start=tokenizer.start,
+            end=config.eos_token_id,
+            seed=options.seed,
+            context_length=options.context_length,
+        )
         of_chunk = dict(rank=processes.place("chunk"), ranks=processes.extent("chunk"))
         readers = [Reader(model, **of_chunk) for _ in range(options.accumulate)]  # each carries its rows on
         if saved:
@@ -145,10 +149,8 @@ def run(options: Train) -> int:
                     "seconds": time.monotonic() - begin,
                 }
                 carried = [state for state in (reader.rows() for reader in readers) if state is not None]
-                saver.save(
-                    step, model, optimizer=optimizer, state=MegalodonState.cat(carried) if carried else None,
-                    tokenizer=tokenizer, record=record,
-                )  # fmt: skip
+                state = MegalodonState.cat(carried) if carried else None
+                saver.save(step, model, optimizer=optimizer, state=state, tokenizer=tokenizer, record=record)
                 saved_step = step
 
         save()
@@ -177,10 +179,15 @@ def run(options: Train) -> int:
                 now = time.monotonic()
                 tokens = rows * options.length
                 row = {
-                    "step": step, "loss": loss, "bits_per_byte": loss / math.log(2) / bytes_per_token,
-                    "learning_rate": rate, "gradient_norm": norm, "tokens": step * tokens, "seconds": round(now - begin, 3),
+                    "step": step,
+                    "loss": loss,
+                    "bits_per_byte": loss / math.log(2) / bytes_per_token,
+                    "learning_rate": rate,
+                    "gradient_norm": norm,
+                    "tokens": step * tokens,
+                    "seconds": round(now - begin, 3),
                     "tokens_per_second": round(tokens / (now - step_begin)),
-                }  # fmt: skip
+                }
                 if at_peak is not None:
                     row["mfu"] = round(tokens / (now - step_begin) / at_peak, 4)
                 if metrics is not None:

@@ -38,9 +38,15 @@ class Piece(NamedTuple):
 
 
 def measure(
-    config: MegalodonConfig, rows: int, length: int, tensor: int = 1, dtype: torch.dtype = torch.float32,
-    autocast: bool = False, on_cpu: bool = False, recompute: bool = False,
-) -> tuple[Piece, Piece]:  # fmt: skip
+    config: MegalodonConfig,
+    rows: int,
+    length: int,
+    tensor: int = 1,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+    on_cpu: bool = False,
+    recompute: bool = False,
+) -> tuple[Piece, Piece]:
     """A block, and the final norm with the loss, on a batch of (rows, length) tokens; see :func:`plan`.
 
     Of `tensor` devices that share a block each has a part of its operations and of what it keeps, but all channels that

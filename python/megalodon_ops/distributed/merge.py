@@ -46,9 +46,14 @@ def merged_cema(
 
 
 def merged_norm(
-    ends: Tensor, pieces: Sequence[int], steps: Sequence[int], start: Tensor | None = None,
-    count: Tensor | None = None, *, dtype: torch.dtype = torch.float32,
-) -> TimestepNormState:  # fmt: skip
+    ends: Tensor,
+    pieces: Sequence[int],
+    steps: Sequence[int],
+    start: Tensor | None = None,
+    count: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> TimestepNormState:
     """The state of `timestep_norm` after some pieces in a row.
 
     Args:

@@ -76,9 +76,11 @@ def parallelize(
             model.to(mesh.device_type)
         split_over(model, tensor)
     ranks = Ranks(
-        batch=batch.get_group(0), chunk=mesh.get_group("chunk") if is_cut else None,
-        tensor=tensor if is_split else None, param_dtype=param_dtype,
-    )  # fmt: skip
+        batch=batch.get_group(0),
+        chunk=mesh.get_group("chunk") if is_cut else None,
+        tensor=tensor if is_split else None,
+        param_dtype=param_dtype,
+    )
     become_parallel(model, ranks)
     # A block's parameters move to the mesh's device when the block is sharded.
     shard(model, batch, param_dtype)

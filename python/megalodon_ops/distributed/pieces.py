@@ -46,9 +46,15 @@ class Pieces:
 
 
 def pieces_of(
-    rank: int, piece_lengths: Sequence[int], *, rows: int, chunk_size: int, cu_seqlens: Sequence[int] | None = None,
-    lengths: Sequence[int] | None = None, positions: Sequence[int] | None = None,
-) -> Pieces:  # fmt: skip
+    rank: int,
+    piece_lengths: Sequence[int],
+    *,
+    rows: int,
+    chunk_size: int,
+    cu_seqlens: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+) -> Pieces:
     """What `rank` needs to know of its piece.
 
     Args:
@@ -83,10 +89,8 @@ def pieces_of(
     sources = tuple(r for r in range(rank) if continues and ends[r] > from_column and piece_lengths[r])
     steps = tuple(ends[r] - max(from_column, ends[r] - piece_lengths[r]) for r in sources)
     tail = (max(spans[last][0], begin) - begin if to_column > end else end - begin, end - begin)
-    return Pieces(
-        sources=sources, steps=steps, tail=tail, first=first, count=last + 1 - first, continues=continues,
-        cu_seqlens=bounds, **common,
-    )  # fmt: skip
+    packed = dict(tail=tail, first=first, count=last + 1 - first, continues=continues, cu_seqlens=bounds)
+    return Pieces(sources=sources, steps=steps, **packed, **common)
 
 
 def _spans(

@@ -94,9 +94,15 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
 
 
 def _split(
-    module: nn.Module, dim: int | None, made: type[OwnPart] | None = None, *, mesh: DeviceMesh, gathers: bool = False,
-    sums: bool = False, part: tuple[int, int, int] | None = None,
-) -> None:  # fmt: skip
+    module: nn.Module,
+    dim: int | None,
+    made: type[OwnPart] | None = None,
+    *,
+    mesh: DeviceMesh,
+    gathers: bool = False,
+    sums: bool = False,
+    part: tuple[int, int, int] | None = None,
+) -> None:
     """Makes a module an :class:`OwnPart`, and its parameters DTensors that are split along `dim`, or not at all.
 
     Args:

@@ -82,10 +82,8 @@ class OwnOutput(OwnPart, Linear):
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
         """The loss of a rank's own channels (B, L, D / n); `reduction` is "sum" or "none"."""
-        loss = linear_cross_entropy(
-            self._own_tokens(hidden), self._whole_weight(), self._share(targets.flatten(), ignore_index),
-            reduction=reduction, ignore_index=ignore_index,
-        )  # fmt: skip
+        own = (self._own_tokens(hidden), self._whole_weight(), self._share(targets.flatten(), ignore_index))
+        loss = linear_cross_entropy(*own, reduction=reduction, ignore_index=ignore_index)
         if reduction == "none":
             return self._all_tokens(loss, targets.shape)
         return exchanged(loss, self.mesh, Partial(), Replicate()).clone()

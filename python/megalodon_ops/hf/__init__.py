@@ -15,17 +15,14 @@ _transformers = extras.load("transformers", "hf")
 if int(_transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"needs transformers 5.0 or newer, got {_transformers.__version__}")
 
-from transformers import (
-    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
-    PreTrainedTokenizerFast,
-)  # fmt: skip
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache import MegalodonCache
 from .configuration import MegalodonEncoderHFConfig, MegalodonHFConfig
-from .encoder_models import (
-    MegalodonEncoderForMaskedLM, MegalodonEncoderForSequenceClassification, MegalodonEncoderModel,
-)  # fmt: skip
+from .encoder_models import MegalodonEncoderForMaskedLM, MegalodonEncoderForSequenceClassification
+from .encoder_models import MegalodonEncoderModel
 from .causal_lm import MegalodonForCausalLM, MegalodonModel
 
 for _auto, _model in (

@@ -185,10 +185,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 attention weights asked for.
             TypeError: the cache is not a MegalodonCache; an unknown argument.
         """
-        batch = read_batch(
-            self, input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds, use_cache,
-            output_attentions, cu_seq_lens_q, **others,
-        )  # fmt: skip
+        given = (position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions, cu_seq_lens_q)
+        batch = read_batch(self, input_ids, attention_mask, *given, **others)
         steps = kept_steps("MegalodonForCausalLM", logits_to_keep, batch)
         loss = logits = None
         with self._recording(output_hidden_states, batch) as layers:

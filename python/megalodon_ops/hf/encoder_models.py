@@ -34,9 +34,13 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         self.main_input_name = "input_ids" if config.num_features is None else "input_values"
 
     def _read(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, output_hidden_states: bool | None,
-        input_values: Tensor | None = None, **arguments: Any,
-    ) -> tuple[Batch, Tensor, tuple[Tensor, ...] | None]:  # fmt: skip
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        output_hidden_states: bool | None,
+        input_values: Tensor | None = None,
+        **arguments: Any,
+    ) -> tuple[Batch, Tensor, tuple[Tensor, ...] | None]:
         """The arguments of a call, checked; the features, each row from column 0 on; what goes into each layer."""
         op, encoder, given = type(self).__name__, self.megalodon, dict(input_ids=input_ids, input_values=input_values)
         batch = read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)

@@ -82,17 +82,16 @@ class MegalodonConfig:
             if kind is not None:
                 object.__setattr__(self, field, kind(value))
 
-        for field in ("num_layers", "model_dim", "z_dim", "value_dim", "num_heads", "ffn_hidden_dim", "cema_ndim",
-                      "chunk_size", "vocab_size", "norm_num_groups"):  # fmt: skip
+        sizes = "num_layers model_dim z_dim value_dim num_heads ffn_hidden_dim cema_ndim chunk_size vocab_size norm_num_groups"
+        for field in sizes.split():
             check(field, is_whole(getattr(self, field), 1, 2**31 - 1), "a positive integer below 2^31", int)
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
             check(field, 0 <= as_float(getattr(self, field)) < 1, "a probability in [0, 1)", float)
-        for field in ("norm_affine", "swiglu", "rescale_nffn", "scale_emb", "share_emb", "layerwise_ckpt",
-                      "working_memory"):  # fmt: skip
+        flags = "norm_affine swiglu rescale_nffn scale_emb share_emb layerwise_ckpt working_memory"
+        for field in flags.split():
             check(field, isinstance(getattr(self, field), bool), "True or False")
-        heads, groups, eps, base, size = (
-            self.num_heads, self.norm_num_groups, as_float(self.norm_eps), self.rope_base, self.output_size
-        )  # fmt: skip
+        heads, groups, size = self.num_heads, self.norm_num_groups, self.output_size
+        eps, base = as_float(self.norm_eps), self.rope_base
         check("z_dim", self.z_dim % (2 * heads) == 0, f"a multiple of 2 * num_heads = {2 * heads}")
         check("value_dim", self.value_dim % heads == 0, f"a multiple of num_heads = {heads}")
         check("norm_num_groups", self.model_dim % groups == 0, f"a divisor of model_dim = {self.model_dim}")
@@ -241,9 +240,7 @@ def check_config(
         raise TypeError(f"{module}: `config` must be a {kind.__name__}, got {described(config)}.")
 
 
-_NOT_COMPUTED_WITH = {
-    "init_mode", "dropout", "hidden_dropout", "attention_dropout", "layerwise_ckpt", "eos_token_id",
-}  # fmt: skip
+_NOT_COMPUTED_WITH = set("init_mode dropout hidden_dropout attention_dropout layerwise_ckpt eos_token_id".split())
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _SMALL = dict(  # for a run of minutes on a few cores: docs/training.md
     num_layers=3, model_dim=128, z_dim=64, value_dim=256, num_heads=1, ffn_hidden_dim=192, cema_ndim=8, chunk_size=256,

@@ -237,9 +237,13 @@ class Decoder:
             config.chunk_size, config.z_dim // config.num_heads, config.rotary_base, real, self._like.device
         )
         kernels = _C.Decoder(
-            config=config, tensors=tensors, rotary=rotary, like=self._like, batch=self.num_sequences,
+            config=config,
+            tensors=tensors,
+            rotary=rotary,
+            like=self._like,
+            batch=self.num_sequences,
             max_tokens=self._most_tokens,
-        )  # fmt: skip
+        )
         return kernels, not changes
 
     def _call_of(self, name: str, layer: nn.Module, made: nn.Linear) -> Callable[[memoryview, memoryview], None]:

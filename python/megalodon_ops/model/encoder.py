@@ -64,8 +64,12 @@ class MegalodonEncoderConfig(MegalodonConfig):
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
         D, classes = self.model_dim, self.num_classes
         norm = {"final_norm.weight": (D,), "final_norm.bias": (D,)}
-        head = {"classifier.proj.weight": (D, D), "classifier.proj.bias": (D,),
-                "classifier.classes.weight": (classes, D), "classifier.classes.bias": (classes,)}  # fmt: skip
+        head = {
+            "classifier.proj.weight": (D, D),
+            "classifier.proj.bias": (D,),
+            "classifier.classes.weight": (classes, D),
+            "classifier.classes.bias": (classes,),
+        }
         return norm if classes is None else {**norm, **head}
 
 

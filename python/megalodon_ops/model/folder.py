@@ -32,9 +32,15 @@ FORMAT = 1
 """Counts the changes of the folder's content; folders of another format are not read"""
 CONFIG = "config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 """Files of a tokenizer, ours or transformers'; another tokenizer replaces all of them"""
 DISTRIBUTED = "distributed"
 """The folder inside a folder, of tensors that several processes have written together"""

@@ -5,8 +5,9 @@ Loops run over sequences and time; nothing here is meant to be fast.
 """
 
 from megalodon_ops.ops.adaptive_working_memory.adaptive_working_memory_reference import (
-    adaptive_working_memory, adaptive_working_memory_bwd,
-)  # fmt: skip
+    adaptive_working_memory,
+    adaptive_working_memory_bwd,
+)
 from megalodon_ops.ops.cema.bidirectional_cema_reference import bidirectional_cema, bidirectional_cema_bwd
 from megalodon_ops.ops.cema.cema_reference import cema, cema_bwd, cema_end_state, cema_end_state_bwd
 from megalodon_ops.ops.cema.cema_coefficients_reference import cema_coefficients, cema_coefficients_bwd
@@ -14,13 +15,13 @@ from megalodon_ops.ops.chunked_attention.chunked_attention_reference import chun
 from megalodon_ops.ops.gated_silu.gated_silu_reference import gated_silu, gated_silu_bwd
 from megalodon_ops.ops.layer_norm.layer_norm_reference import layer_norm, layer_norm_bwd, rms_norm
 from megalodon_ops.ops.normalized_attention.normalized_attention_reference import (
-    normalized_attention, normalized_attention_bwd,
-)  # fmt: skip
+    normalized_attention,
+    normalized_attention_bwd,
+)
 from megalodon_ops.ops.normalized_qk.normalized_qk_reference import normalized_qk, normalized_qk_bwd
 from megalodon_ops.ops.sequence_norm.sequence_norm_reference import sequence_norm, sequence_norm_bwd
-from megalodon_ops.ops.timestep_norm.timestep_norm_reference import (
-    timestep_norm, timestep_norm_bwd, timestep_norm_end_state, timestep_norm_end_state_bwd,
-)  # fmt: skip
+from megalodon_ops.ops.timestep_norm.timestep_norm_reference import timestep_norm, timestep_norm_bwd
+from megalodon_ops.ops.timestep_norm.timestep_norm_reference import timestep_norm_end_state, timestep_norm_end_state_bwd
 
 __all__ = [
     "adaptive_working_memory",

@@ -82,9 +82,12 @@ def parts(batch: Batch, count: int) -> Iterator[Batch]:
         end, text = int(last[-1]) + 1, slice(begin, begin + columns)
         carry = batch.carry[first:end]
         yield Batch(
-            batch.tokens[:, text], batch.targets[:, text], batch.cu_seqlens[first : end + 1] - begin,
-            torch.where(carry < 0, -1, carry - part * rows), last - first,
-        )  # fmt: skip
+            batch.tokens[:, text],
+            batch.targets[:, text],
+            batch.cu_seqlens[first : end + 1] - begin,
+            torch.where(carry < 0, -1, carry - part * rows),
+            last - first,
+        )
         first = end
 
 

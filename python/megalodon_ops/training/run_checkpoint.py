@@ -25,16 +25,14 @@ from torch import Tensor, nn
 
 from .record import RECORD, new_record, read_record, write_record
 from ..files import FileError, as_path, drafting, reading, remove_drafts, write_atomically, write_safetensors
-from ..model.folder import (
-    CONFIG, check_dtype, check_tokenizer, is_ours, read_model, read_model_files, stored_tensors, write_model,
-)  # fmt: skip
+from ..model.folder import CONFIG, check_dtype, check_tokenizer, is_ours
+from ..model.folder import read_model, read_model_files, stored_tensors, write_model
 from ..model.config import MegalodonConfig
 from ..model.encoder import MegalodonEncoder, MegalodonEncoderConfig
 from ..model.megalodon import Megalodon
 from ..model.official import is_official, read_official
-from ..model.model_state import (
-    MegalodonState, as_real, batch_of, check_layout, complete, from_named, layout, named_tensors,
-)  # fmt: skip
+from ..model.model_state import MegalodonState, as_real, batch_of, check_layout
+from ..model.model_state import complete, from_named, layout, named_tensors
 from ..tokenizers import Tokenizer, load_tokenizer
 from ..ops.common.checks import as_device, check_integer, described
 

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ..common.arrays import call_with_arrays
 from ..chunked_attention.chunked_attention import chunked_attention_state, chunked_attention_state_
-from ..common.definition import (
-    accumulation_dtype, autocast, call, define_op, empty_like, int64_or_none, launch, num_sequences, num_steps,
-)  # fmt: skip
+from ..common.definition import accumulation_dtype, autocast, call, define_op, empty_like
+from ..common.definition import int64_or_none, launch, num_sequences, num_steps
 from ..common.states import WorkingMemoryState, fields_of
 from ..chunked_attention.two_chunk_attention import two_chunk_attention_state
 from ..common.checks import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
@@ -107,10 +106,8 @@ def read_and_write(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o of arguments that were checked, memory and mass; the last two are empty but `to_end`."""
     memory, mass, cache_k, position, cache_v = (None,) * 5 if state is None else state
-    return call(
-        adaptive_working_memory_fwd, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks,
-        cu_seqlens, lengths, to_end,
-    )  # fmt: skip
+    tensors = (q, k, v, memory, mass, cache_k, cache_v, position)
+    return call(adaptive_working_memory_fwd, *tensors, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
 
 
 def read_write_and_keep(
@@ -150,7 +147,7 @@ class _Writing:
 
     def __init__(
         self, plan: Plan, k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, z: Tensor
-    ) -> None:  # fmt: skip
+    ) -> None:
         """z (S H, K) is written."""
         self.U = plan.take_written(v, cache_v)  # (n H, C, V); v until its turn
         logits = plan.take_written(k, cache_k).to(z.dtype)  # (n H, C, K)
@@ -311,9 +308,12 @@ def _checked(state: WorkingMemoryState | None, q: Tensor, v: Tensor, C: int, S: 
     state = WorkingMemoryState(*fields_of(_NAME, state, WorkingMemoryState))
     (H, K), V, real = q.shape[2:], v.shape[3], accumulation_dtype(q.dtype)
     wanted = {
-        "memory": ((S, H, K, V), real), "mass": ((S, H, K), real), "k": ((S, C, H, K), q.dtype),
-        "position": ((S,), torch.int64), "v": ((S, C, H, V), q.dtype),
-    }  # fmt: skip
+        "memory": ((S, H, K, V), real),
+        "mass": ((S, H, K), real),
+        "k": ((S, C, H, K), q.dtype),
+        "position": ((S,), torch.int64),
+        "v": ((S, C, H, V), q.dtype),
+    }
     for field, (shape, dtype) in wanted.items():
         tensor = getattr(state, field)
         check_tensor(_NAME, f"state.{field}", tensor)

@@ -183,9 +183,14 @@ def _written(M: Tensor, z: Tensor, chunk: _Steps) -> tuple[Tensor, Tensor]:
 
 
 def _end_state(
-    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor, _Steps]], chunk_size: int, visible: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: list[tuple[Tensor, Tensor, _Steps]],
+    chunk_size: int,
+    visible: int,
     state: WorkingMemoryState | None,
-) -> WorkingMemoryState:  # fmt: skip
+) -> WorkingMemoryState:
     """Keeps the steps of chunks that are not yet written; the rows after them are zero."""
     S, (H, K), V, real = len(ends), q.shape[2:], v.shape[-1], accumulation_dtype(q.dtype)
     memory, mass = q.new_zeros(S, H, K, V, dtype=real), q.new_zeros(S, H, K, dtype=real)

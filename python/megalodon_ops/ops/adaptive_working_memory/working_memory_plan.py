@@ -58,9 +58,15 @@ class Plan:
     """
 
     def __init__(
-        self, q: Tensor, C: int, visible: int, position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
+        self,
+        q: Tensor,
+        C: int,
+        visible: int,
+        position: Tensor | None,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
         to_end: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         B, L, H = q.shape[:3]
         spans = sequence_spans(OP, q, cu_seqlens, lengths)
         seen = [0] * len(spans) if position is None else position.tolist()

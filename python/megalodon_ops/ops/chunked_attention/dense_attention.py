@@ -162,10 +162,8 @@ def _flash_bwd(do, q, k, v, o, lse, scale, causal):
 
 def _products_fwd(q, k, v, scale):
     o, lse, no_values = empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)), v[..., :0]
-    launch(
-        "chunked_attention_fwd", q, k, no_values, None, None, None, q.shape[1], True, scale, 0.0, None, None, None,
-        no_values, lse,
-    )  # fmt: skip
+    none = (None,) * 3  # no state; no seed and no sequences
+    launch("chunked_attention_fwd", q, k, no_values, *none, q.shape[1], True, scale, 0.0, *none, no_values, lse)
     size, strips = _cut(q)
     for q_, k_, columns, v_, o_ in _matrices(size, q, k, _columns(lse, scale, q.dtype), v, o):
         rows, keys = _extended(q_, k_, columns)

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import _C
-from ..common.definition import (
-    OWN_TYPES, autocast, call, contiguous_or_none, define_op, empty_like, in_forward_mode, is_exporting, launch,
-)  # fmt: skip
+from ..common.definition import OWN_TYPES, autocast, call, contiguous_or_none, define_op
+from ..common.definition import empty_like, in_forward_mode, is_exporting, launch
 from ..common.checks import check_optional_tensor, check_tensor
 
 _CPUINFO = Path("/proc/cpuinfo")

@@ -67,10 +67,8 @@ def normalized_qk(
     """
     if not isinstance(z, Tensor):
         return call_with_arrays(normalized_qk, **locals())
-    return rotated_queries_and_keys(
-        z, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
-        position=position, cu_seqlens=cu_seqlens, lengths=lengths,
-    )  # fmt: skip
+    grid = dict(chunk_size=chunk_size, position=position, cu_seqlens=cu_seqlens, lengths=lengths)
+    return rotated_queries_and_keys(z, gamma, beta, None, num_heads=num_heads, rope_base=rope_base, eps=eps, **grid)
 
 
 def rotated_queries_and_keys(
@@ -94,10 +92,8 @@ def rotated_queries_and_keys(
     rope_base = check_number("normalized_qk", "rope_base", rope_base, "a positive finite number", LEAST_POSITIVE)
     eps = check_number("normalized_qk", "eps", eps, "a finite number of at least 0", 0.0)
     (z,) = autocast(z)
-    return call(
-        normalized_qk_fwd, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, int64_or_none(position),
-        int64_or_none(cu_seqlens), int64_or_none(lengths),
-    )  # fmt: skip
+    sequences = (int64_or_none(position), int64_or_none(cu_seqlens), int64_or_none(lengths))
+    return call(normalized_qk_fwd, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, *sequences)
 
 
 def rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
