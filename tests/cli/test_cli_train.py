@@ -146,7 +146,7 @@ def test_tensorboard_that_is_missing_is_told_before_anything_is_written(text, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_a_peak_that_is_known_shows_how_much_of_it_is_used(text, tmp_path, capsys):
+def test_a_peak_that_is_known_shows_how_much_of_it_is_used(text, tmp_path, capsys, monkeypatch):
     """By the operations of a model that reads whole chunks, as torch counts them."""
     assert train(text, tmp_path, "--steps", 2, "--peak-tflops", 0.01) == 0
     (shown,) = re.findall(r"MFU=([\d.]+)%", capsys.readouterr().err.rpartition("\r")[2])
@@ -158,6 +158,12 @@ def test_a_peak_that_is_known_shows_how_much_of_it_is_used(text, tmp_path, capsy
     options = Train(peak_tflops=0.01)
     assert cli_train.tokens_at_peak(options, model.config, torch.device("cpu"), 2) == pytest.approx(wanted, rel=0.02)
     assert cli_train.tokens_at_peak(Train(), model.config, torch.device("cpu"), 2) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    known, half = (
+        cli_train.tokens_at_peak(Train(peak_tflops=peak, dtype="bfloat16"), model.config, torch.device("cuda"), 1)
+        for peak in (None, 989.5 / 2)
+    )
+    assert known == 2 * half
     for row in (row for row in rows(tmp_path) if "mfu" in row):
         assert 0 < row["mfu"] < 1
     assert float(shown) == pytest.approx(100 * row["mfu"], abs=0.1)

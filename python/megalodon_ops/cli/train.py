@@ -49,11 +49,12 @@ METRICS, CURVE, OPTIONS = "metrics.jsonl", "loss_curve.png", "options.json"
 LOOKED_AT = (64, 2048)
 """Stretches of held-out text that a run looks at while it goes, and bytes of each"""
 OPTIMIZERS = {"muon": Muon, "adamw": adamw}
-CARDS_OF = {
-    "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-PCIE-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100-80",
-    "NVIDIA A100 80GB PCIe": "a100-80", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200",
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": (312, 19.5), "NVIDIA A100-PCIE-40GB": (312, 19.5), "NVIDIA A100-SXM4-80GB": (312, 19.5),
+    "NVIDIA A100 80GB PCIe": (312, 19.5), "NVIDIA H100 80GB HBM3": (989.5, 67), "NVIDIA H200": (989.5, 67),
+    "NVIDIA B200": (2250, 80),
 }  # fmt: skip
-"""What `plan` calls the cards whose names CUDA gives"""
+"""Dense peak in bfloat16, and in float32 without TF32, by CUDA's name of the device; docs/training.md names the sources"""
 FIRST_PACE = 8
 """Fewest steps that tell how long a step takes"""
 
@@ -293,13 +294,12 @@ def check_memory(options: Train, config: MegalodonConfig, processes: int) -> Non
 
 def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device, processes: int) -> float | None:
     """Tokens a second that would take all that the devices can do, in full chunks; None where their peak is not known."""
-    name = CARDS_OF.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if options.peak_tflops is None and name is None:
+    peaks = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if options.peak_tflops is None and peaks is None:
         return None
     from megalodon_ops.distributed.measure import measure
-    from megalodon_ops.distributed.plan import CARDS
 
-    peak = options.peak_tflops * 1e12 if options.peak_tflops else getattr(CARDS[name], options.dtype)
+    peak = 1e12 * (options.peak_tflops or peaks[options.dtype == "float32"])
     pieces = measure(config, 1, config.chunk_size, on_cpu=device.type == "cpu")
     block, end = (sum(piece.operations.values()) for piece in pieces)
     return peak * processes * config.chunk_size / (config.num_layers * block + end)
