@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from torch import Tensor
 from torch._C._profiler import _EventType
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,3 +41,18 @@ def allocated(call: Callable[[], object]) -> tuple[int, int]:
         if not (op in ("aten::mm", "aten::addmm") and following == -change):
             most = max(most, total)
     return total, most
+
+
+def saved(call: Callable[[], Tensor], given: Iterable[Tensor]) -> tuple[Tensor, int]:
+    """A call's result, and the bytes of all memory that autograd saves for its backward, without the given tensors'."""
+    found = {}  # keeps the tensors alive, so that an address stays one memory's
+
+    def note(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        result = call()
+    for tensor in given:
+        found.pop(tensor.untyped_storage()._cdata, None)
+    return result, sum(tensor.untyped_storage().nbytes() for tensor in found.values())

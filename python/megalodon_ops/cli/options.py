@@ -251,17 +251,16 @@ class Tokenize(Options):
 
 @dataclass(kw_only=True)
 class Plan(ModelOptions):
-    """what a training step will take on given devices: memory, operations, exchange, time
+    """memory, operations and exchanged bytes of a training step on given devices
 
-    python -m megalodon_ops plan --preset paper7B --mesh data=128,chunk=2 --context 32768 --card a100-80
-    python -m megalodon_ops plan --preset mega1.3B --mesh data=8 --context 8192 --batch 64 --card h100 --recompute --efficiency 0.4
+    python -m megalodon_ops plan --preset paper7B --mesh data=128,chunk=2 --context 32768 --device cuda --layerwise-ckpt
+    python -m megalodon_ops plan --mesh data=2 --batch 64 --dtype float32
     """
 
     mesh: Mesh | None = flag(
         None, "how devices share a batch: rows over data, length over chunk, matrices over tensor (one device)"
     )
-    card: Literal["a100-40", "a100-80", "h100", "h200", "b200"] = flag("a100-80", "each of the devices")
-    efficiency: Fraction = flag(0.5, "how much of the peak rates is assumed to be reached")
+    device: Literal["cpu", "cuda"] = flag("cpu", "kind of the devices")
     context: Natural | None = flag(None, "tokens of a sequence (8 chunks)")
     batch: Natural | None = flag(None, "sequences of a step, of all devices (one for each of data)")
     dtype: Literal["float32", "bfloat16", "autocast"] = flag(
@@ -269,7 +268,6 @@ class Plan(ModelOptions):
     )
     param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of matrices, their gradients and Adam's moments")
     replicate: bool = flag(False, "a device keeps all parameters, and not a part of them")
-    recompute: bool | None = flag(None, "compute each block again in the backward (as the configuration says)")
     json: Path | None = flag(None, "write all figures; - prints them instead", metavar="FILE")
     vocab: Natural | None = flag(None, "ids of the tokenizer (the preset's, or bytes)")
 

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .alike import check_alike
 from .start import start
-from ..model.config import MegalodonConfig
 from ..ops.common.checks import check_number, described, is_whole, shown
 
 DIMENSIONS = ("data", "chunk", "tensor")  # in the order of a mesh's: neighbouring ranks are those of the last one
@@ -82,14 +81,6 @@ def check_mesh(caller: str, mesh: object) -> dict[str, int]:
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"{caller}: `mesh` must have all {dist.get_world_size()} processes, got {mesh.size()}.")
     return dict(zip(names, mesh.mesh.shape))
-
-
-def check_can_cut(caller: str, config: MegalodonConfig, sizes: Mapping[str, int]) -> None:
-    """Raises where a dimension cannot split a model of this configuration, whatever its size is."""
-    if (size := sizes.get("tensor", 1)) > 1 and (config.working_memory or config.visible_chunks > 1):
-        raise ValueError(
-            f"{caller}: `mesh` must have tensor = 1 for a model with a working memory or attention to two chunks, got {size}."
-        )
 
 
 def batch_and_tensor(mesh: DeviceMesh, *, replicate: bool) -> tuple[DeviceMesh, DeviceMesh]:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .alike import check_alike
 from .fsdp import check_torch, forget_ended_groups, initialise, shard
-from .mesh import batch_and_tensor, check_can_cut, check_mesh
+from .mesh import batch_and_tensor, check_mesh
 from .parallel_model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks, become_parallel
 from .tensor import check_can_split, split_over
 from ..model.encoder import MegalodonEncoder
@@ -104,9 +104,8 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
             raise ValueError(
                 f"parallelize: `mesh` must have {name} = 1 for an encoder, got {size}; it splits rows alone."
             )
-    check_can_cut("parallelize", model.config, sizes)
-    if (tensor := sizes.get("tensor", 1)) > 1:
-        check_can_split(model.config, tensor)
+    check_can_split("parallelize", model.config, tensor := sizes.get("tensor", 1))
+    if tensor > 1:
         wanted = {name for name, _ in model.config.parameter_shapes()}
         if odd := sorted({name for name, _ in model.named_parameters()} ^ wanted):
             raise ValueError(

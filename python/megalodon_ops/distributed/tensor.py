@@ -120,21 +120,24 @@ def _split(
         module._parameters[name] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
 
 
-def check_can_split(config: MegalodonConfig, ranks: int) -> None:
-    """Raises where a model cannot be split over so many ranks."""
+def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
+    """Raise a ValueError if a model cannot be split over so many ranks."""
+    if ranks == 1:
+        return
+    if config.working_memory or config.visible_chunks > 1:
+        unsplit = "a working memory or attention to two chunks"
+        raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model with {unsplit}, got {ranks}.")
     for field in ("norm_num_groups", "value_dim", "ffn_hidden_dim"):
         if (size := getattr(config, field)) % ranks:
-            raise ValueError(
-                f"parallelize: `mesh` must have a size of tensor that divides {field} = {size}, got {ranks}."
-            )
+            raise ValueError(f"{caller}: `mesh` must have a size of tensor that divides {field} = {size}, got {ranks}.")
     if config.num_heads % ranks and ranks % config.num_heads:
         raise ValueError(
-            f"parallelize: `mesh` must have a size of tensor that divides num_heads = {config.num_heads} or that it "
+            f"{caller}: `mesh` must have a size of tensor that divides num_heads = {config.num_heads} or that it "
             f"divides, got {ranks}."
         )
     for field in ("dropout", "hidden_dropout", "attention_dropout"):  # whose masks ranks would have to agree on
         if getattr(config, field):
-            raise ValueError(f"parallelize: `mesh` must have tensor = 1 for a model with {field}, got {ranks}.")
+            raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model with {field}, got {ranks}.")
 
 
 def split_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
