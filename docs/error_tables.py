@@ -127,7 +127,7 @@ def tables() -> dict[str, str]:
     header = ("op", *(re.sub(" +", " ", title) for title in of_types))
     return {
         "ops": markdown(header, op_table()),
-        "streams": markdown(("after 1,000,000 steps", "one call", "1,000 calls"), stream_table()),
+        "streams": markdown(("after 1,000,000 positions", "one call", "1,000 calls"), stream_table()),
     }
 
 
