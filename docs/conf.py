@@ -1,7 +1,7 @@
 """Sphinx configuration of the pages: `python tools/build_docs.py` builds them.
 
 The source directory is the repository, so that links between docs/, the README and the benches are links between pages
-here as on a forge. `include_patterns` says which Markdown files are pages.
+here as on a forge. `include_patterns` lists the pages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "sphinx-mathjax-offline",  # MathJax beside the pages: formulas are drawn without a network
+    "sphinx-mathjax-offline",  # MathJax in the site: formulas without a network
     "sphinx_copybutton",
 ]
 
@@ -66,10 +66,8 @@ _SECTION = re.compile(r"^(Args|Attributes|Example|Raises|Returns|Yields):$")
 
 
 def keep_formulas_as_written(app, what, name, obj, options, lines: list[str]) -> None:
-    """Makes literal blocks of indented formulas in docstrings, which stand between paragraphs of plain text."""
-    if lines and lines[0].startswith(
-        "Alias for field number"
-    ):  # what a named tuple says of a field without a docstring
+    """Turn indented formulas between the paragraphs of a docstring into literal blocks."""
+    if lines and lines[0].startswith("Alias for field number"):  # default docstring of a named tuple's field
         lines.clear()
     plain = name.startswith("megalodon_ops.reference") or name.endswith("_reference")  # the others mark up their text
     result, in_block = [], False
@@ -90,7 +88,7 @@ def keep_formulas_as_written(app, what, name, obj, options, lines: list[str]) ->
 
 
 def _ends_a_paragraph(lines: list[str]) -> bool:
-    """Whether the last line with text is text, and neither a directive nor something that one contains."""
+    """Return True if the last non-blank line is text, not a directive or its content."""
     last = next((line for line in reversed(lines) if line.strip()), "")
     return bool(last) and not last.startswith((" ", "..", ">>>"))
 
@@ -98,8 +96,8 @@ def _ends_a_paragraph(lines: list[str]) -> bool:
 _attributes: dict[str, list[str]] = {}
 
 
-def note_attribute(app, what, name, obj, options, lines: list[str]) -> None:
-    """Keeps an attribute's docstring from napoleon, which takes the words before a colon for a type."""
+def hide_attribute(app, what, name, obj, options, lines: list[str]) -> None:
+    """Hide an attribute's docstring from napoleon, which would read words before a colon as a type."""
     if what == "attribute":
         _attributes[name] = list(lines)
 
@@ -109,8 +107,8 @@ def restore_attribute(app, what, name, obj, options, lines: list[str]) -> None:
         lines[:] = _attributes.pop(name)
 
 
-def send_the_root_to_the_index(app, exception) -> None:
-    """The pages begin at docs/index.html; a visitor of the folder itself goes there."""
+def redirect_root_to_index(app, exception) -> None:
+    """Write an index.html that leads to docs/index.html."""
     if exception is None and app.builder.name == "html":
         page = '<!DOCTYPE html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html">'
         (Path(app.outdir) / "index.html").write_text(f'{page}<a href="docs/index.html">megalodon_ops</a>\n')
@@ -118,6 +116,6 @@ def send_the_root_to_the_index(app, exception) -> None:
 
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", keep_formulas_as_written, priority=498)
-    app.connect("autodoc-process-docstring", note_attribute, priority=499)  # napoleon's is 500
+    app.connect("autodoc-process-docstring", hide_attribute, priority=499)  # napoleon's is 500
     app.connect("autodoc-process-docstring", restore_attribute, priority=501)
-    app.connect("build-finished", send_the_root_to_the_index)
+    app.connect("build-finished", redirect_root_to_index)

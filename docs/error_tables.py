@@ -1,11 +1,11 @@
-"""Measures the errors that docs/numerics.md shows, against float64.
+"""Measure the errors in docs/numerics.md, against float64.
 
-    python docs/error_tables.py            # prints the tables
-    python docs/error_tables.py --write    # puts them into the page
+    python docs/error_tables.py            # print the tables
+    python docs/error_tables.py --write    # write them into the page
 
-An error is max |got - expected| / max |expected| over a tensor. Expected comes from `megalodon_ops.reference` in float64 on
-the same inputs, which are numbers of the type measured; "plain torch" is the reference in that type. Inputs are drawn
-with fixed seeds, so that a processor's figures are the same on every run.
+An error is max |got - expected| / max |expected| over a tensor. Expected values come from `megalodon_ops.reference` in
+float64, on inputs rounded to the measured type; "plain torch" is the reference in that type. Inputs have fixed seeds, so a
+processor's figures are the same on every run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LENGTH, CHUNK, STREAM = 600, 256, 1_000_000
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The same numbers in float64 or complex128."""
+    """Convert to float64 or complex128."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
@@ -36,25 +36,25 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def forward_backward(op: Callable, inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
-    """The output, and the gradients of sum(output * weight) for the inputs."""
+    """Return the output, and the gradients of sum(output * weight) for the inputs."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     y = op(*inputs)
     return [y.detach(), *torch.autograd.grad((y * weight.to(y.dtype)).sum(), inputs)]
 
 
 def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable, Callable, list[Tensor]]]:
-    """Name, our op, plain torch and inputs: activations of the type, parameters in float32."""
+    """Yield name, our op, plain torch and inputs: activations in `dtype`, parameters in float32."""
     L, D, N, G, H, K, V = LENGTH, 64, 16, 4, 2, 32, 64
     x = torch.randn(1, L, D).to(dtype)
     yield "cema", mo.cema, mo.reference.cema, [x, *mo.ComplexEMA(D, N).coefficients()]
     affine = [0.1 * torch.randn(D), 0.1 * torch.randn(D)]
-    of_norm = [partial(op, num_groups=G) for op in (mo.timestep_norm, mo.reference.timestep_norm)]
-    yield "timestep_norm", *of_norm, [x, *affine]
-    yield "timestep_norm, mean 100 times the spread", *of_norm, [(x.float() + 100).to(dtype), *affine]
+    norms = [partial(op, num_groups=G) for op in (mo.timestep_norm, mo.reference.timestep_norm)]
+    yield "timestep_norm", *norms, [x, *affine]
+    yield "timestep_norm, mean 100 times the spread", *norms, [(x.float() + 100).to(dtype), *affine]
     z, v = torch.randn(1, L, H * K).to(dtype), torch.randn(1, L, H * V).to(dtype)
-    of_qk = [0.1 * torch.randn(2, H * K), 0.1 * torch.randn(2, H * K)]
+    qk_affine = [0.1 * torch.randn(2, H * K), 0.1 * torch.randn(2, H * K)]
     both = (mo.normalized_attention, mo.reference.normalized_attention)
-    yield "normalized_attention", *(partial(op, num_heads=H, chunk_size=CHUNK) for op in both), [z, v, *of_qk]
+    yield "normalized_attention", *(partial(op, num_heads=H, chunk_size=CHUNK) for op in both), [z, v, *qk_affine]
     q, k = (torch.randn(1, L, H, K).to(dtype) for _ in range(2))
     both = (mo.chunked_attention, mo.reference.chunked_attention)
     qkv = [q, k, v.unflatten(-1, (H, V))]
@@ -71,7 +71,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable, Callable, list[Te
 
 
 def op_table() -> list[tuple[str, ...]]:
-    """For each op the error of the output, and the largest of its gradients' errors."""
+    """Rows of each op: the error of the output and the largest error of a gradient, by dtype."""
     rows = {}
     for dtype in DTYPES.values():
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def op_table() -> list[tuple[str, ...]]:
 
 
 def stream_table() -> list[tuple[str, ...]]:
-    """Errors after a million steps, in one call and in calls of 1,000 steps, against the op in float64 in one call."""
+    """Rows of errors after 1,000,000 positions, in one call and in calls of 1,000, against one call in float64."""
     torch.manual_seed(0)
     D, N, piece = 8, 4, 1000
     x = torch.randn(1, STREAM, D) + 10
@@ -120,18 +120,18 @@ def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """The tables by the name that marks their place in the page."""
-    of_types = [
-        f"{label}: {path} {what}" for label in DTYPES for path in ("", "plain torch ") for what in ("y", "gradients")
+    """Tables by their names, which mark their places in the page."""
+    titles = [
+        f"{label}: {path} {kind}" for label in DTYPES for path in ("", "plain torch ") for kind in ("y", "gradients")
     ]
-    header = ("op", *(re.sub(" +", " ", title) for title in of_types))
+    header = ("op", *(re.sub(" +", " ", title) for title in titles))
     return {
         "ops": markdown(header, op_table()),
         "streams": markdown(("after 1,000,000 positions", "one call", "1,000 calls"), stream_table()),
     }
 
 
-def in_page(name: str) -> re.Pattern:
+def page_pattern(name: str) -> re.Pattern:
     return re.compile(rf"(<!-- {name}: begin -->\n\n).*?(\n\n<!-- {name}: end -->)", re.S)
 
 
@@ -142,6 +142,8 @@ if __name__ == "__main__":
     for name, table in tables().items():
         print(f"{table}\n")
         if write:
-            page, count = in_page(name).subn(lambda match, table=table: match[1] + table + match[2], PAGE.read_text())
+            page, count = page_pattern(name).subn(
+                lambda match, table=table: match[1] + table + match[2], PAGE.read_text()
+            )
             assert count == 1, f"{PAGE}: no place for the table {name}"
             PAGE.write_text(page)

@@ -1,5 +1,4 @@
-"""Tokens a second of models of 25M parameters, from the newest page of bench/results: this package, the same model in plain
-torch, and a Llama."""
+"""Tokens a second at 25M parameters, from the newest page of bench/results: this package, plain torch, and a Llama."""
 
 import sys
 
@@ -11,12 +10,12 @@ from bench.summary import MODELS, Page, newest, tokens_a_second  # noqa: E402
 
 PATHS = {"megalodon_ops": BLUE, "plain torch": GREY, "Llama": ORANGE}
 WORKS = dict(zip(("2,048 tokens", "8,192", "after 1,000", "32,744 tokens"), (*MODELS[:2], *MODELS[-2:])))
-"""What stands below the bars of each work"""
+"""Works by the labels below their bars"""
 PAGE = Page(newest())
 
 
 def measured() -> dict[str, dict[str, float]]:
-    """Tokens a second in float32 of each path of each work."""
+    """Return tokens a second in float32, by the works' labels and by path."""
     found = {}
     for label, work in WORKS.items():
         (row,) = (row for row in PAGE.rows(work) if row.type == "fp32")

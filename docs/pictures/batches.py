@@ -1,4 +1,4 @@
-"""Three sequences as a dense, a right-padded and a packed batch. Numbers are positions inside a chunk of four steps."""
+"""Three sequences as a dense, a right-padded and a packed batch. Numbers are positions inside a chunk of four."""
 
 from matplotlib.patches import Rectangle
 from style import GREY, INK, LIGHT, SEQUENCES, sheet
@@ -8,7 +8,7 @@ axes = sheet(6.4, 5.0, (-0.3, 17.3), (-1.3, 13.1))
 
 
 def cells(row, lengths_and_colours, width):
-    """Draws cells of sequences from the left on, and padding up to `width`."""
+    """Draw the cells of sequences from the left, and padding up to `width`."""
     column = 0
     for length, colour in lengths_and_colours:
         for t in range(length):

@@ -1,4 +1,4 @@
-"""The kernels of a new ComplexEMA: the weight with which an output sees the input j steps ago."""
+"""The kernels of a new ComplexEMA: the weight of the input j positions back in an output."""
 
 import megalodon_ops as mo
 import torch
@@ -20,6 +20,6 @@ for place, colour in zip((0.05, 0.5, 0.8, 0.97), (BLUE, ORANGE, GREEN, RED)):
     label = f"an angle of {turn:.2g} turns" if place == 0.05 else f"{turn:.2g}"
     axes.plot(kernels[:, channel], color=colour, marker=".", markersize=4, linewidth=1.2, label=label)
 axes.axhline(0, color="#8c959f", linewidth=0.8)
-axes.set(xlabel="steps ago", ylabel="weight", xlim=(-0.5, 40))
+axes.set(xlabel="positions back", ylabel="weight", xlim=(-0.5, 40))
 axes.legend()
 figure.tight_layout()

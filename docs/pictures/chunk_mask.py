@@ -1,4 +1,4 @@
-"""Which pairs of a row and a column have a score, for a whole sequence and for a call that goes on from a state."""
+"""Pairs of a row and a column that have a score, for a whole sequence and after a given state."""
 
 import numpy as np
 from style import BLUE, LIGHT, ORANGE, panels
@@ -8,7 +8,7 @@ figure, (whole, piece) = panels(6.4, 3.3, columns=2)
 
 
 def draw(axes, first, title):
-    """Rows from `first` on; columns before `first` come from the state."""
+    """Draw the rows from `first` on; columns before `first` come from the state."""
     rows, columns = np.mgrid[first : first + L - first, 0:L]
     seen = (columns <= rows) & (columns // C == rows // C)
     colours = np.where(seen[..., None], np.where((columns < first)[..., None], _rgb(ORANGE), _rgb(BLUE)), _rgb(LIGHT))
@@ -25,7 +25,7 @@ def _rgb(colour):
     return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
-draw(whole, 0, "12 steps, C = 4")
+draw(whole, 0, "12 positions, C = 4")
 whole.set_ylabel("row: query")
 draw(piece, POSITION, "after a state with 3 keys")
 piece.text(1.0, 1.6, "orange: from the state", color=ORANGE, va="center")

@@ -1,4 +1,4 @@
-"""Chunks of a sequence, and what crosses their borders."""
+"""Chunks of a sequence, and the information that crosses their borders."""
 
 from style import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, sheet
 
@@ -15,13 +15,13 @@ for chunk in range(CHUNKS):
 axes.text(
     0,
     6.9,
-    "attention: a step (row) sees the steps of its chunk up to itself;\nno key or value crosses a border",
+    "attention: a position (row) sees its chunk up to itself;\nno key or value crosses a border",
     color=BLUE,
 )
 
 for y, colour, text in (
-    (0.2, ORANGE, "CEMA: N complex numbers a channel, a decaying sum of all steps"),
-    (-1.3, GREEN, "timestep norm: count, mean and variance of all steps"),
+    (0.2, ORANGE, "CEMA: N complex numbers a channel, a decaying sum of all positions"),
+    (-1.3, GREEN, "timestep norm: count, mean and variance of all positions"),
 ):
     axes.annotate("", (L + 0.3, y), (0, y), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 3})
     axes.text(0.1, y - 0.72, text, color=colour)

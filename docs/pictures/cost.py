@@ -10,14 +10,14 @@ length = np.logspace(2, 6.3, 200)
 
 
 def ours(length):
-    """Every layer: pairs inside a chunk, half a chunk a token, with 2 (K + V) flops each; 12 N + 2 a channel for CEMA."""
+    """Flops a token: in each layer 2 (K + V) for each pair, about half a chunk of them, and 12 N + 2 a channel for CEMA."""
     pairs = (np.minimum(length, config.chunk_size) + 1) / 2
     attention = 2 * pairs * (config.z_dim + config.value_dim)
     return matrices + config.num_layers * (attention + config.model_dim * (12 * config.cema_ndim + 2))
 
 
 def transformer(length):
-    """As many parameters, 32 layers of 4096, and pairs with every token so far."""
+    """Flops a token with as many parameters, 32 layers of 4096, and pairs with every token so far."""
     return matrices + 32 * 2 * (length + 1) / 2 * (4096 + 4096)
 
 

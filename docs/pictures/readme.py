@@ -1,6 +1,6 @@
-"""Draws the pictures of the README, which a forge cannot draw, into SVG files beside this one: python docs/pictures/readme.py
+"""Draw the README's pictures into SVG files in this folder: python docs/pictures/readme.py
 
-The same scripts draw them in the site. A file ends with the figures that it shows.
+The site draws them by the same scripts. A file's description holds the figures that it shows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PICTURES = ("chunks", "against_llama")
 
 
 def draw(name: str, folder: Path = HERE) -> Path:
-    """Runs the script of a picture and saves what it drew, on white, so that it can be read on a dark page too."""
+    """Run a picture's script and save the picture, on white for dark pages."""
     sys.path.insert(0, str(HERE))
     try:
         import matplotlib.pyplot as plt

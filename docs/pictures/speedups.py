@@ -1,7 +1,7 @@
-"""Times faster than the best path in plain torch that does the same work, from the tables in bench/results.
+"""Speed-up over the best path in plain torch for the same work, from the tables in bench/results.
 
-A bar is a row of a bench's first table, for all threads and inputs that a call before has just used; of the rows of one
-work and type, the first. Forwards whose backward has a row are left out.
+A bar is a row of a bench's first table, with all threads and a warm cache; of the rows of one work and type, the first.
+Forwards whose backward has a row are left out.
 """
 
 import sys
@@ -15,7 +15,7 @@ BENCHES = {"cema", "timestep_norm", "attention", "linear", "elementwise", "model
 
 
 def rows(page: Page) -> dict[str, float]:
-    """Times faster by work, shape and type."""
+    """Return speed-ups by work, shape and type."""
     found = {}
     for line in page.lines:
         if line["bench"] not in BENCHES or line.get("cache") != "warm" or line["threads"] != page.cores:

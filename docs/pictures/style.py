@@ -1,4 +1,4 @@
-"""What the pictures share: ink, colours, and axes without a frame."""
+"""Style of the pictures: ink, colours, and axes without a frame."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _AXES = {"axes.edgecolor": GREY, "axes.spines.top": False, "axes.spines.right": 
 
 
 def panels(width: float, height: float, columns: int = 1) -> tuple[Figure, Axes]:
-    """A figure of `width` by `height` inches for plots of numbers, and its axes, side by side."""
+    """Create a figure of `width` by `height` inches for plots, and its axes, side by side."""
     plt.rcParams.update(_FONT | _AXES)
     return plt.subplots(1, columns, figsize=(width, height))
 
 
 def sheet(width: float, height: float, x: tuple[float, float], y: tuple[float, float]) -> Axes:
-    """Axes of `width` by `height` inches to draw on, without ticks; a unit is as long in both directions or not."""
+    """Create axes of `width` by `height` inches to draw on, without ticks or a fixed aspect."""
     plt.rcParams.update(_FONT)
     figure = plt.figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -36,7 +36,7 @@ def sheet(width: float, height: float, x: tuple[float, float], y: tuple[float, f
 
 
 def box(axes: Axes, x: float, y: float, text: str, width: float, height: float = 0.62, colour: str = LIGHT) -> None:
-    """A box with rounded corners around its middle (x, y)."""
+    """Draw a box with rounded corners, centred at (x, y)."""
     corner = (x - width / 2, y - height / 2)
     style = "round,pad=0,rounding_size=0.12"
     axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=colour, edgecolor=GREY, zorder=3))
@@ -44,7 +44,7 @@ def box(axes: Axes, x: float, y: float, text: str, width: float, height: float =
 
 
 def arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, width: float = 1.3) -> None:
-    """A line through the points, with a head at the last."""
+    """Draw a line through the points, with a head at the last."""
     *before, last = points
     axes.plot(*zip(*before, last), color=colour, linewidth=width, zorder=2, solid_capstyle="round")
     axes.annotate(
@@ -57,6 +57,6 @@ def arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, width: fl
 
 
 def node(axes: Axes, x: float, y: float, text: str) -> None:
-    """A small circle that says what is done with what comes in."""
+    """Draw a small circle with an operator."""
     axes.plot(x, y, "o", markersize=17, color="white", markeredgecolor=GREY, zorder=3)
     axes.text(x, y - 0.02, text, ha="center", va="center", zorder=4, fontsize=13)

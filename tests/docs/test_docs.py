@@ -1,4 +1,4 @@
-"""The pages build without a warning, name everything that is public, and show the errors that are measured."""
+"""The pages build without warnings, document all public names, and show the measured errors."""
 
 import html
 import importlib
@@ -20,7 +20,7 @@ from megalodon_ops.cli.options import COMMANDS
 
 
 def load(script: str) -> ModuleType:
-    """A script of docs/ as a module."""
+    """Load a script of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "docs" / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,12 +28,12 @@ def load(script: str) -> ModuleType:
 
 
 def index_entries() -> set[str]:
-    """Every page that some page's toctree leads to, relative to docs/."""
+    """Return all pages in the toctrees of pages."""
     entries = set()
     for page in PAGES:
         for tree in re.findall(r"^```\{toctree\}\n(.*?)^```$", page.read_text(), re.S | re.M):
-            named = (re.sub(r".*<(.*)>", r"\1", line.strip()) for line in tree.splitlines())
-            entries |= {(page.parent / f"{name}.md").resolve() for name in named if name and not name.startswith(":")}
+            targets = (re.sub(r".*<(.*)>", r"\1", line.strip()) for line in tree.splitlines())
+            entries |= {(page.parent / f"{name}.md").resolve() for name in targets if name and not name.startswith(":")}
     return entries
 
 
@@ -59,7 +59,7 @@ def test_every_reference_function_has_a_page():
     assert {*mo.reference.__all__} == {*re.findall(r"autofunction:: megalodon_ops\.reference\.(\w+)", text)}
 
 
-def test_the_walk_names_what_is_in_the_files():
+def test_the_walk_names_existing_files_and_functions():
     """CONTRIBUTING's walk from a call to the loop that computes."""
     walk = re.search(r"## From a call.*?\n## ", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[0]
     steps = re.findall(r"`([\w/]+\.\w+)`: ((?:`\w+`(?:, )?)+)", walk)
@@ -70,7 +70,7 @@ def test_the_walk_names_what_is_in_the_files():
             assert re.search(rf"\b{name}\b", text), f"{path}: {name}"
 
 
-def test_every_command_on_a_page_is_one_that_the_command_line_takes(capsys):
+def test_commands_on_pages_are_valid(capsys):
     refused, commands = [], 0
     for page in PAGES:
         for command in re.findall(r"-m megalodon_ops ([a-z]+ -[^`\n|>]*)", page.read_text().replace("\\\n", "")):
@@ -84,7 +84,7 @@ def test_every_command_on_a_page_is_one_that_the_command_line_takes(capsys):
 
 
 def test_code_on_pages_is_not_clipped():
-    """88 columns are what a page of 1,280 pixels shows of a block; formulas and directives are no code."""
+    """A page of 1,280 pixels shows 88 columns of a block; formulas and directives are no code."""
     code = []
     for page in [*PAGES, *(ROOT / "bench").glob("*.md")]:
         fence = ""
@@ -97,12 +97,12 @@ def test_code_on_pages_is_not_clipped():
     assert len(code) > 800
 
 
-def described_in(svg: Path) -> str:
+def description(svg: Path) -> str:
     return html.unescape(re.search(r"<dc:description>(.*?)</dc:description>", svg.read_text())[1])
 
 
 def test_pictures_of_the_readme_are_what_their_scripts_draw(tmp_path):
-    """To the byte under the matplotlib that drew them, else the figures; what a reader without pictures gets has them too."""
+    """Byte-identical under the matplotlib that drew them, else by their figures, which the alternative texts have, too."""
     matplotlib = pytest.importorskip("matplotlib")
     if not (ROOT / "bench" / "results").exists():
         pytest.skip("needs bench/results, which a source distribution does not hold")
@@ -112,16 +112,16 @@ def test_pictures_of_the_readme_are_what_their_scripts_draw(tmp_path):
     assert [*shown] == [f"docs/pictures/{name}.svg" for name in pictures.PICTURES]
     for path, alt in shown.items():
         drawn = pictures.draw(Path(path).stem, tmp_path)
-        assert described_in(ROOT / path) == described_in(drawn), "run python docs/pictures/readme.py"
+        assert description(ROOT / path) == description(drawn), "run python docs/pictures/readme.py"
         if f"Matplotlib v{matplotlib.__version__}," in (ROOT / path).read_text():
             assert drawn.read_text() == (ROOT / path).read_text(), "run python docs/pictures/readme.py"
-        for rates in json.loads(described_in(drawn)).values():
+        for rates in json.loads(description(drawn)).values():
             for rate in rates.values():
                 assert f"{rate:,.0f}" in alt, (rate, alt)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "bench" / "results").glob("20*.md")), ids=name_of)
-def test_titles_of_results_say_processor_and_content(page):
+def test_titles_of_results_have_processor_and_content(page):
     title, text = page.read_text().split("\n", 1)
     where = re.search(r"- (?:processor|card): ([^,\n]*)", text)[1]
     assert title.startswith(f"# {where}") and "times of" in title and title.endswith(page.name[:10])
@@ -143,15 +143,15 @@ def test_the_pages_build_without_a_warning(tmp_path):
 
 
 def dead_links(site: Path) -> list[str]:
-    """Links between pages of the site that lead to no file, or to no place in it."""
+    """Return the links between pages of the site that lead to no file, or to no anchor in it."""
     texts = {page.resolve(): page.read_text() for page in site.rglob("*.html")}
-    places = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in texts.items()}
+    anchors = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in texts.items()}
     dead = []
     for page, text in texts.items():
         for link in set(re.findall(r'<a [^>]*href="([^":]+)"', text)):
-            path, _, place = html.unescape(link).partition("#")
+            path, _, anchor = html.unescape(link).partition("#")
             target = (page.parent / path).resolve() if path else page
-            if not target.exists() or (place and place not in places.get(target, {place})):
+            if not target.exists() or (anchor and anchor not in anchors.get(target, {anchor})):
                 dead.append(f"{page.relative_to(site.resolve())}: {link}")
     return sorted(dead)
 
@@ -165,14 +165,14 @@ def error_tables():
 def test_errors_are_those_of_the_page(error_tables):
     page = (ROOT / "docs" / "numerics.md").read_text()
     for name, measured in error_tables.tables().items():
-        shown = error_tables.in_page(name).search(page)[0]
+        shown = error_tables.page_pattern(name).search(page)[0]
         rows = [
             [cell.strip() for cell in line.strip("| ").split(" | ")]
             for line in shown.splitlines()
             if line.startswith("| ")
         ]
-        new = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in measured.splitlines()]
-        assert [row[0] for row in rows] == [row[0] for row in new] and rows[0] == new[0]
-        for old_row, new_row in zip(rows[2:], new[2:], strict=True):
-            for old, now in zip(old_row[1:], new_row[1:], strict=True):
-                assert float(now) <= 3 * float(old), f"{name}, {new_row[0]}: {now} where the page shows {old}"
+        new_rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in measured.splitlines()]
+        assert [row[0] for row in rows] == [row[0] for row in new_rows] and rows[0] == new_rows[0]
+        for old_row, new_row in zip(rows[2:], new_rows[2:], strict=True):
+            for old, new in zip(old_row[1:], new_row[1:], strict=True):
+                assert float(new) <= 3 * float(old), f"{name}, {new_row[0]}: {new}, the page shows {old}"

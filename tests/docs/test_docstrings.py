@@ -1,4 +1,4 @@
-"""The examples in the docstrings run, and every public name has one."""
+"""The docstrings' examples run, and every public name has one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_examples_run(module):
         loaded = importlib.import_module(module)
     except ImportError as error:
         missing = error.name in ("numpy", "safetensors", "tqdm", "matplotlib", "transformers")  # of extras
-        if not missing and "requires PyTorch" not in str(error):  # as a later transformers says
+        if not missing and "requires PyTorch" not in str(error):  # the message of later versions of transformers
             raise
         pytest.skip(str(error))
     if module.startswith("megalodon_ops.distributed."):
@@ -50,7 +50,7 @@ def test_examples_run(module):
     assert failed == 0
 
 
-@pytest.mark.parametrize("name", sorted({*mo.__all__} - {"reference", "load_official"}))  # what reads files has none
+@pytest.mark.parametrize("name", sorted({*mo.__all__} - {"reference", "load_official"}))  # needs files
 def test_every_public_name_has_an_example(name):
     for package in [mo, *([mo.reference] if name in OPS else [])]:
         (found,) = doctest.DocTestFinder(recurse=False).find(getattr(package, name), name)

@@ -1,4 +1,4 @@
-"""The Python examples of the README and of all pages run as they stand, and links lead somewhere."""
+"""The Python examples of the README and of all pages run unchanged, and links have targets."""
 
 import re
 
@@ -8,26 +8,26 @@ from pages import PAGES, ROOT, SERIES, follow, has_commands, has_examples, name_
 
 from megalodon_ops.cli import data
 
-OF_OTHER_TESTS = ("docs/transformers.md",)  # test_hf_tools.py runs it, with a model in a folder
-RUN = [page for page in PAGES if has_examples(page) and name_of(page) not in OF_OTHER_TESTS and page not in SERIES]
-NEEDS = {"lora": ("transformers", "peft", "accelerate")}
-"""Packages of a tutorial beyond the extra `train`"""
+TESTED_ELSEWHERE = ("docs/transformers.md",)  # by test_hf_tools.py, with a model in a folder
+RUNNABLE = [p for p in PAGES if has_examples(p) and name_of(p) not in TESTED_ELSEWHERE and p not in SERIES]
+PACKAGES = {"lora": ("transformers", "peft", "accelerate")}
+"""Packages that a tutorial needs beyond the extra `train`"""
 
 
 def test_there_are_examples():
-    assert ROOT / "README.md" in RUN and len(RUN) >= 10
+    assert ROOT / "README.md" in RUNNABLE and len(RUNNABLE) >= 10
 
 
-@pytest.mark.parametrize("page", [page for page in RUN if not has_commands(page)], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if not has_commands(page)], ids=name_of)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     follow(page, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in RUN if has_commands(page)], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if has_commands(page)], ids=name_of)
 def test_examples_and_commands_run(page, tmp_path, monkeypatch):
-    """Where no text is named, a tenth of the standard library is what is trained on."""
+    """Training without `--data` reads a tenth of the standard library."""
     library = data.standard_library()[::10]
     monkeypatch.setattr(data, "standard_library", lambda: library)
     monkeypatch.chdir(tmp_path)
@@ -36,7 +36,7 @@ def test_examples_and_commands_run(page, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder_of_the_series(tmp_path_factory):
-    """A folder in which the first tutorial of the series has been followed."""
+    """Folder after the first tutorial of the series."""
     folder = tmp_path_factory.mktemp("series")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -47,14 +47,14 @@ def folder_of_the_series(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SERIES[1:], ids=name_of)
 def test_tutorials_follow_each_other(page, folder_of_the_series, monkeypatch):
-    for package in NEEDS.get(page.stem, ()):
+    for package in PACKAGES.get(page.stem, ()):
         pytest.importorskip(package)
     monkeypatch.chdir(folder_of_the_series)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     follow(page, folder_of_the_series)
 
 
-def test_each_tutorial_says_what_to_read_next():
+def test_tutorials_link_to_the_next():
     for page in (ROOT / "docs" / "tutorials").glob("*.md"):
         last = page.read_text().rstrip().split("\n\n")[-1]
         assert "](" in last, name_of(page)
@@ -84,7 +84,7 @@ OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=name_of)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
