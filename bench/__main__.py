@@ -1,6 +1,6 @@
-"""`python -m bench`: runs the benches and writes bench/results/<date>-<device>.md, .json and plots.
+"""`python -m bench`: run the benches and write bench/results/<date>-<device>.md, .json and plots.
 
-Partial and quick runs say so in their names, and overwrite no full one.
+Partial and quick runs have other file names, so they never overwrite a full one.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def main() -> int:
         harness.hardware = gpu
         torch.set_default_device("cuda")
     elif not megalodon_ops.keep_freed_memory():
-        print("no glibc: times include the clearing of fresh pages", file=sys.stderr)
+        print("no glibc: times include the clearing of new pages", file=sys.stderr)
     hardware = harness.hardware
-    every = torch.get_num_threads()
-    threads = options.threads or ([every] if options.quick else [1, every])
-    threads = sorted(set(threads), reverse=True) if options.device == "cpu" else [every]
+    all_threads = torch.get_num_threads()
+    threads = options.threads or ([all_threads] if options.quick else [1, all_threads])
+    threads = sorted(set(threads), reverse=True) if options.device == "cpu" else [all_threads]
     effort = harness.Effort(samples=1, seconds=0.01, compiled=False, attempts=1) if options.quick else harness.Effort()
     limits = {count: hardware.measure_limits(count, options.quick) for count in threads}
     results, failures = [], []
@@ -50,7 +50,7 @@ def main() -> int:
                 print(f"FAILED  {failures[-1]}", file=sys.stderr)
             del case
             gc.collect()
-            gc.freeze()  # what stays, mostly modules, need not be looked through again in every case
+            gc.freeze()  # survivors are mostly modules; later collections skip them
     limits = {count: limits[count].best(hardware.measure_limits(count, options.quick)) for count in threads}
     date = datetime.date.today().isoformat()
     part = [] if set(options.only) == set(BENCHES) else options.only
@@ -70,10 +70,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES, metavar="BENCH", help=", ".join(BENCHES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu, or cuda: the current GPU")
     parser.add_argument(
-        "--quick", action="store_true", help="to test the benches: small shapes, one sample, no torch.compile"
+        "--quick", action="store_true", help="test the benches: small shapes, one sample, no torch.compile"
     )
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="default: 1 and all; with --quick all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder for the results")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
-"""The ops in plain torch, each as fast as we know how to write it: what the benches compare with.
+"""The ops in plain torch, as fast as we can write them: the baselines of the benches.
 
-Names of tensors and letters are those of `megalodon_ops`. Models in plain torch are in plain_models.py.
+Tensor names and letters are those of `megalodon_ops`. Models in plain torch are in plain_models.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear by oneDNN, which torch also holds and F.linear may not use."""
+    """F.linear by oneDNN, which torch includes but F.linear may not use."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -21,7 +21,7 @@ HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.m
 
 
 def cema_loop(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor) -> Tensor:
-    """The recurrence step by step, all rows, channels and states at once."""
+    """The recurrence, position by position, for all rows, channels and states at once."""
     h = q.new_zeros(x.shape[0], *q.shape)  # (B, D, N)
     ys = []
     for x_t in x.unbind(1):
@@ -57,8 +57,8 @@ def cema_blocks(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, b
     power = _powers(q, torch.arange(block + 1))  # (D, N, block + 1)
     kernel = _real_product((gamma * p)[:, None], power[..., :block]).squeeze(1)  # (D, block)
     kernel = torch.cat((kernel[:, :1] + omega[:, None], kernel[:, 1:]), 1)
-    steps = torch.arange(block)
-    toeplitz = F.pad(kernel, (block - 1, 0))[:, steps - steps[:, None] + block - 1]  # (D, from, to)
+    t = torch.arange(block)
+    toeplitz = F.pad(kernel, (block - 1, 0))[:, t - t[:, None] + block - 1]  # (D, from, to)
     into = _re_im(power[..., :block].flip(-1).mT * p[:, None])  # (D, block, 2 N)
     added = torch.view_as_complex((rows @ into).unflatten(-1, (N, 2))).unflatten(1, (blocks, B))  # (D, blocks, B, N)
     h, states = torch.zeros_like(added[:, 0]), []
@@ -72,7 +72,7 @@ def cema_blocks(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, b
 
 
 def bidirectional_cema(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor) -> Tensor:
-    """The steps up to each, and those after it: the blocks of the reversed row, moved by one step."""
+    """cema of the row, plus that of the reversed row, moved by one position."""
     D = x.shape[-1]
     after = cema_blocks(x.flip(1), p[D:], q[D:], gamma[D:], torch.zeros_like(omega)).flip(1)
     return cema_blocks(x, p[:D], q[:D], gamma[:D], omega) + F.pad(after[:, 1:], (0, 0, 0, 1))
@@ -119,7 +119,7 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def rotary(length: int, chunk_size: int, key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (L, 1, K / 2) of the angles at each step."""
+    """Cosine and sine (L, 1, K / 2) of the angle at each position."""
     position = torch.arange(length, device=device) % chunk_size
     powers = torch.arange(0, key_dim, 2, dtype=torch.float64, device=device) / -key_dim
     angle = position[:, None, None] * 10000.0**powers
@@ -151,7 +151,7 @@ def attention_masked(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int) -> Ten
 
 
 def attention_row_blocks(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, rows: int = 256) -> Tensor:
-    """Masked attention of a block of queries at a time, against the keys up to the block's last: half the work."""
+    """Masked attention, one block of queries at a time, against keys up to the block's end: half the work."""
     q, k, v = (_chunks(t, chunk_size) for t in (q, k, v))
     rows = min(rows, chunk_size)
     above = torch.ones(rows, rows, dtype=torch.bool).triu(1)
@@ -170,7 +170,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, causal: 
 
 
 def working_memory(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int) -> Tensor:
-    """Chunk after chunk, softmaxes and the memory in float32, all rows and heads at once."""
+    """Loop over chunks, all rows and heads at once; softmaxes and the memory in float32."""
     chunks = [t.transpose(1, 2).split(chunk_size, 2) for t in (q, k, v)]  # each (B, H, C, ...)
     memory, mass, outputs = None, None, []
     for number, (queries, keys, values) in enumerate(zip(*chunks, strict=True)):

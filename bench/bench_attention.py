@@ -1,7 +1,7 @@
 """chunked_attention and normalized_qk: forward and backward.
 
-chunked_attention, a pair being a query and a key it may see, of which a chunk of C steps and a head have C (C + 1) / 2:
-    forward   flops 2 K + 2 V a pair             scores, output; the softmax does not count
+chunked_attention, per pair of a query and a visible key; a chunk of C positions has C (C + 1) / 2 pairs a head:
+    forward   flops 2 K + 2 V a pair             scores, output; the softmax is not counted
               bytes: q, k, v in, o out
     backward  flops 6 K + 4 V a pair             scores again, dv, dP, dq, dk
               bytes: q, k, v, o, do in, dq, dk, dv out
@@ -40,10 +40,10 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
         for backward in (False, True):
             yield _qk(2 * L, Z=256, H=1, C=C, dtype=torch.bfloat16, backward=backward, compiled=True)
         return
-    every = ("masked", "row blocks", "sdpa")
+    rivals = ("masked", "row blocks", "sdpa")
     for dtype in DTYPES:
         wide = dict(C=C, K=256, V=2048 // short, H=1, dtype=dtype)
-        yield _attention(L, **wide, rivals=(*every, "compiled") if dtype == torch.float32 else every)
+        yield _attention(L, **wide, rivals=(*rivals, "compiled") if dtype == torch.float32 else rivals)
         yield _attention(L, **wide, backward=True)
     for dtype in DTYPES:
         yield _attention(L, C=C, K=64, V=512 // short, H=4, dtype=dtype, backward=True)
@@ -73,7 +73,7 @@ def _attention(
         "sdpa": Path("SDPA", call(baselines.attention_sdpa)),
         "compiled": Path("masked, torch.compile", call(torch.compile(baselines.attention_masked)), compiled=True),
     }
-    pairs, steps, size = L // C * C * (C + 1) // 2 * H, L * H, q.element_size()
+    pairs, rows, size = L // C * C * (C + 1) // 2 * H, L * H, q.element_size()
     return Case(
         name="chunked_attention " + ("forward + backward" if backward else "forward"),
         shape=f"L {L} C {C} K {K} V {V} H {H}",
@@ -83,7 +83,7 @@ def _attention(
         tolerance=TOLERANCE[dtype],
         units=L * H * V,
         flops=pairs * ((8 * K + 6 * V) if backward else (2 * K + 2 * V)),
-        bytes=steps * size * ((6 * K + 6 * V) if backward else (2 * K + 2 * V)),
+        bytes=rows * size * ((6 * K + 6 * V) if backward else (2 * K + 2 * V)),
         cold=False,
         fewer_threads=H == 1 and not backward,
     )

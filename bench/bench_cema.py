@@ -1,10 +1,10 @@
-"""cema: forward and backward, from 2,048 to a million steps.
+"""cema: forward and backward, from 2,048 to a million positions.
 
-Work an element of x, with N states of 6 multiply-adds (4 to move a complex state on, 2 to read it) and 1 for omega:
+Work per element of x: 6 multiply-adds for each of N states (4 to update a complex state, 2 to read it), 1 for omega:
     forward   flops 12 N + 2     bytes: x in, y out
     backward  flops 36 N + 4     3 times the forward: states again, their adjoint, and the sums for q, gamma, p
               bytes: x and dy in, dx out
-Coefficients and states are D N numbers and do not count.
+Coefficients and states are D N numbers and are not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     yield _case(1, 32768 // short, 1024, f32)
     yield _case(8, 2048 // short, 512, f32, rivals=("blocks",))
     yield _case(8, 2048 // short, 512, f32, backward=True)
-    for length in (8192, 65536):  # few channels: time itself is split between threads
+    for length in (8192, 65536):  # few channels: threads split the length
         yield _case(1, length // short, 64, f32)
     yield _case(1, 1048576 // short, 64, f32, rivals=())
     yield _case(1, 1048576 // short // 4, 64, f32, backward=True, rivals=())

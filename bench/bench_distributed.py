@@ -1,14 +1,13 @@
-"""`python -m bench.bench_distributed`: chunk parallel against passing states down the line, on processes of this machine.
+"""`python -m bench.bench_distributed`: chunk parallel against handing states from rank to rank, on local processes.
 
-A training step of one long row, cut into equal pieces for P processes. As the processes share the machine's cores, seconds
-on a clock would say how many cores there are. Each process instead notes how much of a processor's time it has used when it
-comes to each exchange, and the critical path is counted from these: a rank goes on when what it waits for has been sent, as
-if each rank had a core of its own and a message took no time. "In step" is the same where no rank begins a block before
-the others do, as blocks whose parameters are sharded make them: a line of ranks, of which the first could else be some blocks
-ahead of the last, then waits in every block. To this, a network adds what the last columns say: how
-many exchanges a step makes one after another, and the bytes that a rank sends for a layer, there and, for gradients, back.
+A training step of one long row, cut into equal pieces for P processes. The processes share the machine's cores, so wall
+time would depend on the number of cores. Instead each process records its processor time at every exchange, and the
+critical path is computed from these times, as if each rank had its own core and messages took no time. "In step" means
+that no rank begins a block before the others, as when parameters are sharded: otherwise rank 0 could run some blocks
+ahead of the last rank. A network adds the cost of the last columns: the number of sequential exchanges in a step, and
+the bytes that a rank sends per layer, in the forward and for gradients.
 
-Both ways give one process's loss and gradients, or the exit status is 1. Writes a page, and the numbers as JSON.
+The exit status is 1 if the loss or the gradients differ from those of one process. Writes a page and a JSON file.
 """
 
 from __future__ import annotations
@@ -52,20 +51,20 @@ TOLERANCE = 1e-4
 
 
 class Event(NamedTuple):
-    """A place where a rank starts to send, or waits."""
+    """A point where a rank starts to send, or waits."""
 
     kind: str
-    """start, wait, all (both at once), send, recv, block (where parameters of a block would be gathered), end"""
+    """start, wait, all (start and wait), send, recv, block (sharded parameters would be gathered here), end"""
     key: str
     """equal for events that belong together"""
     seconds: float
-    """of a processor, since the event before"""
+    """processor time since the previous event"""
     bytes: int
     """sent to other ranks"""
 
 
 class Trace:
-    """The events of one step on this rank."""
+    """The events of one training step on this rank."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -83,7 +82,7 @@ class Trace:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Exchanges inside are noted."""
+        """Record the exchanges made inside."""
         rank, ranks, gather = dist.get_rank(), dist.get_world_size(), exchange.all_gather
         originals = {name: getattr(dist, name) for name in ("all_to_all_single", "all_reduce", "send", "recv")}
 
@@ -131,35 +130,35 @@ class _Work:
 
 
 def critical_path(traces: list[list[Event]], *, in_step: bool = False) -> tuple[float, int]:
-    """Seconds until the last rank has ended, and how many exchanges come one after another until then.
+    """Seconds until the last rank ends, and the number of sequential exchanges until then.
 
-    With `in_step`, no rank begins a block before all others do, as where parameters are sharded. A rank's clock goes on by
-    what it computes, and to the latest time at which what it waits for was sent. The number of exchanges is counted in
-    the same way, each as one and all else as nothing.
+    With `in_step`, no rank begins a block before the others, as when parameters are sharded. A rank's clock advances by its
+    own computation, and at a wait to the latest time at which the awaited data was sent. The number of exchanges is the
+    length of the same path when each exchange counts 1 and computation 0.
     """
     ranks = range(len(traces))
     clocks, depths, done = [0.0 for _ in ranks], [0 for _ in ranks], [0 for _ in ranks]
     sent: dict[str, dict[int, tuple[float, int]]] = {}
-    at_wait: set[int] = set()  # ranks whose clock is at their event already
+    waiting: set[int] = set()  # ranks whose clock already includes the computation before their event
     while any(done[rank] < len(traces[rank]) for rank in ranks):
         for rank in ranks:
             while done[rank] < len(traces[rank]):
                 event = traces[rank][done[rank]]
                 meets = event.kind == "all" or (in_step and event.kind == "block")
-                if rank not in at_wait:
+                if rank not in waiting:
                     clocks[rank] += event.seconds
                     if meets or event.kind in ("start", "send"):
                         sent.setdefault(event.key, {})[rank] = clocks[rank], depths[rank]
                 if meets or event.kind in ("wait", "recv"):
                     arrived = sent.get(event.key, {})
                     if len(arrived) < (1 if event.kind == "recv" else len(traces)):
-                        at_wait.add(rank)
+                        waiting.add(rank)
                         break
                     clocks[rank] = max(clocks[rank], *(clock for clock, _ in arrived.values()))
                     depths[rank] = max(
                         depths[rank], *(depth + (event.kind != "block") for _, depth in arrived.values())
                     )
-                at_wait.discard(rank)
+                waiting.discard(rank)
                 done[rank] += 1
     return max(clocks), max(depths)
 
@@ -167,7 +166,7 @@ def critical_path(traces: list[list[Event]], *, in_step: bool = False) -> tuple[
 def run_rank(
     rank: int, ranks: int, way: str, config: dict[str, Any], tokens: int, steps: int, store: str, out: Any
 ) -> None:
-    """Some steps on one rank: their traces, each with the smallest times of all steps, the loss, and norms of gradients."""
+    """Run `steps` training steps on one rank; put traces with the smallest times, the loss and gradient norms into `out`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     in_hooks = _time_hooks()
@@ -200,7 +199,7 @@ def run_rank(
     grads = [parameter.grad for parameter in model.parameters()]
     for tensor in (total, *grads):
         dist.all_reduce(tensor)
-    if ranks > 1 and way != "hand-over":  # each rank has the loss of all, and gradients times their number
+    if ranks > 1 and way != "hand-over":  # each rank has the total loss, and gradients times the number of ranks
         total /= ranks
         for grad in grads:
             grad /= ranks
@@ -211,7 +210,7 @@ def run_rank(
 
 
 def _time_hooks() -> list[float]:
-    """Makes the hooks of chunk parallel add the processor's time that they take to the only item of the result."""
+    """Make the hooks of chunk parallel add their processor time to the only item of the result."""
     spent = [0.0]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,12 +229,12 @@ def _time_hooks() -> list[float]:
 
 
 def _fastest(steps: list[list[Event]]) -> list[Event]:
-    """The events of a step, the time before each being the smallest of all steps."""
+    """The events of a training step, each with its smallest time over all steps."""
     return [min(same, key=lambda event: event.seconds) for same in zip(*steps, strict=True)]
 
 
 class Row(NamedTuple):
-    """What a way of P processes takes for a step."""
+    """Cost of one training step by one way on `ranks` processes."""
 
     ranks: int
     way: str
@@ -243,16 +242,16 @@ class Row(NamedTuple):
     step: float
     """seconds of the critical path"""
     in_step: float
-    """seconds of the critical path of a step in which no rank begins a block before the others"""
+    """seconds of the critical path when no rank begins a block before the others"""
     processors: float
-    """seconds of all processors together"""
+    """processor seconds of all ranks together"""
     hooks: float
-    """share of the end states, their exchange and their merge in a forward's time of processors"""
+    """share of the forward's processor time spent on end states, their exchange and their merge"""
     depth: int
-    """exchanges one after another"""
+    """sequential exchanges"""
     bytes_forward: float
     bytes_backward: float
-    """that the rank sends which sends most, a layer"""
+    """bytes sent per layer by the rank that sends the most"""
     loss: float
     norms: list[float]
 
@@ -279,13 +278,13 @@ def measure(ranks: int, way: str, config: dict[str, Any], tokens: int, steps: in
     )  # fmt: skip
 
 
-def agrees(row: Row, alone: Row) -> bool:
-    pairs = [(row.loss, alone.loss), *zip(row.norms, alone.norms, strict=True)]
+def agrees(row: Row, single: Row) -> bool:
+    pairs = [(row.loss, single.loss), *zip(row.norms, single.norms, strict=True)]
     return all(abs(a - b) <= TOLERANCE * max(abs(b), 1e-3) for a, b in pairs)
 
 
 def table(rows: list[Row]) -> str:
-    alone = rows[0]
+    single = rows[0]
     columns = [
         "processes", "way", "forward s", "times faster", "step s", "times faster", "in step s", "times faster",
         "processors s", "exchange, of a forward", "exchanges in a row", "KiB a layer, forward", "backward",
@@ -294,8 +293,8 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         sent = (f"{count / 1024:.0f}" if row.ranks > 1 else "" for count in (row.bytes_forward, row.bytes_backward))
         lines.append([
-            str(row.ranks), row.way, f"{row.forward:.2f}", f"{alone.forward / row.forward:.2f}", f"{row.step:.2f}",
-            f"{alone.step / row.step:.2f}", f"{row.in_step:.2f}", f"{alone.step / row.in_step:.2f}", f"{row.processors:.2f}",
+            str(row.ranks), row.way, f"{row.forward:.2f}", f"{single.forward / row.forward:.2f}", f"{row.step:.2f}",
+            f"{single.step / row.step:.2f}", f"{row.in_step:.2f}", f"{single.step / row.in_step:.2f}", f"{row.processors:.2f}",
             f"{100 * row.hooks:.1f} %" if row.way == "chunk parallel" else "", str(row.depth or ""), *sent,
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -304,10 +303,10 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_distributed", description=__doc__.splitlines()[0])
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4, 8], metavar="P", help="2 4 8")
-    parser.add_argument("--tokens", type=int, help="of the row, a multiple of P chunks (16,384)")
-    parser.add_argument("--steps", type=int, default=3, help="of each way; the smallest times count (3)")
+    parser.add_argument("--tokens", type=int, help="length of the row, a multiple of P chunks (16,384)")
+    parser.add_argument("--steps", type=int, default=3, help="training steps of each way; the smallest times count (3)")
     parser.add_argument("--quick", action="store_true", help="a small model, to test the bench itself")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder for the results")
     options = parser.parse_args()
     config = QUICK if options.quick else CONFIG
     tokens = options.tokens or (8 * config["chunk_size"] if options.quick else 1 << 14)

@@ -1,8 +1,8 @@
 """Norms and gates around the linear layers: layer_norm, rms_norm and gated_silu, forward and backward.
 
-Bytes an element: norms and silu forward x in, y out, backward x and dy in, dx out; silu with a value forward x and
-value in, y out, backward dy, x and value in, dx and dvalue out. Flops do not count: all are bound by bytes, bf16 ones
-that lie in the cache by conversions and exponentials.
+Bytes per element: norms and silu forward x in, y out, backward x and dy in, dx out; silu with a value forward x and
+value in, y out, backward dy, x and value in, dx and dvalue out. Flops are not counted: all are bound by memory, except
+that bf16 data in the cache is bound by conversions and exponentials.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _case(
     name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: tuple[Tensor, ...], backward: bool,
     activations: int, compiled: bool,
 ) -> Case:  # fmt: skip
-    """`activations` of the inputs are as large as the output."""
+    """`activations`: number of inputs that are as large as the output."""
     x = inputs[0]
     dy = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
 

@@ -1,13 +1,13 @@
-"""The encoder: features of one long row of numbers, and the gradients of its parameters, from 16k to 256k steps.
+"""The encoder: features of one long row of numbers and the gradients of its parameters, from 16k to 256k positions.
 
-Flops: 6 a step and weight of every linear layer, (8 K + 6 V) C a step and layer for attention to a chunk of C, twice those of
-`bench_cema`, for two directions. Bytes: the weights three times. Other work on activations is not counted.
+Flops per position: 6 per weight of every linear layer, (8 K + 6 V) C per layer for attention to a chunk of C, and twice those
+of `bench_cema`, for two directions. Bytes: the weights three times. Other work on activations is not counted.
 
-The rival is the same encoder in plain torch. Beside it stand two of about as many parameters that do other work: torch's
-Transformer encoder, whose steps attend to all, and mambapy's Mamba, if that package is installed: a selective scan in plain
-torch, in one direction. (The plain forms of flash-linear-attention cannot be imported without triton, and that of transformers'
-Mamba takes a time that grows with the square of the length: 12 s for 1,024 steps of 2 layers on one thread, 0.8 s for 256.) A
-path is left out beyond its length in LONGEST, where a call would take many minutes or more memory than most machines have.
+The rival is the same encoder in plain torch. Two models of about the same size that do other work are shown for comparison:
+torch's Transformer encoder, with attention to all positions, and, if mambapy is installed, its Mamba: a selective scan in plain
+torch, in one direction. (flash-linear-attention's plain versions cannot be imported without triton; the time of transformers'
+plain Mamba grows with the square of the length: 12 s for 1,024 positions of 2 layers on one thread, 0.8 s for 256.) A path is
+skipped beyond its length in LONGEST, where a call would take many minutes or more memory than most machines have.
 """
 
 from __future__ import annotations

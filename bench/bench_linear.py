@@ -1,8 +1,8 @@
 """The products of linear layers at shapes of the 25M model and of the 200M preset, and the loss of the output matrix.
 
-Flops: 2 T I O forward, as many again for the gradient of x and for that of the weights. Bytes: each matrix once, forward
-x, the weights and y, backward x, the weights, dy and two gradients; the logits of the loss need not be written. Few rows,
-as in decoding, are bound by reading the weights: see the cold rows.
+Flops: 2 T I O forward, and as many for the gradient of x and for that of the weights. Bytes: each matrix once, forward
+x, the weights and y, backward x, the weights, dy and two gradients; the logits of the loss need not be written. With few
+rows, as in decoding, reading the weights is the limit: see the cold results.
 """
 
 from __future__ import annotations

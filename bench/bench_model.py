@@ -1,15 +1,14 @@
 """The model: training step (forward, loss, backward), forward of a long prompt, decoding.
 
-Flops: 2 a token and weight of every linear layer, times 3 for a training step, plus attention and cema by the formulas
+Flops: 2 per token and weight of every linear layer, times 3 for a training step, plus attention and cema by the formulas
 of their benches. Bytes: the weights, once for a forward, three times for a training step (forward, backward, gradient),
 and for each decoded token the weights and the chunk's keys and values. Other work on activations is not counted.
 
-Our training step takes `Megalodon.loss`, rivals torch's cross-entropy of their logits.
+Our training step uses `Megalodon.loss`, rivals use torch's cross-entropy of their logits.
 
-The rival is MEGALODON in plain torch with the same weights. A Llama with as many parameters, whose attention sees
-the whole past, does other work and is shown beside it. "Linear layers alone", of the 200M model, and "weights read
-once" bound from below what our time can become. Where plain torch would take minutes, its loss alone is compared, not
-the gradients.
+The rival is MEGALODON in plain torch with the same weights. A Llama with as many parameters, which attends to the whole
+past, does other work and is shown for comparison. "Linear layers alone", of the 200M model, and "weights read once" are
+lower bounds of our time. Where plain torch would take minutes, only its loss is compared, not the gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _QUICK = dict(
     num_layers=2, model_dim=128, num_heads=2, z_dim=64, value_dim=128, ffn_hidden_dim=256, chunk_size=128,
     vocab_size=256,
 )  # fmt: skip
-# Gradients of the deepest parameters gather the rounding of every layer; 16-bit ones keep two digits.
+# Gradients of the deepest parameters collect the rounding errors of every layer; 16-bit ones keep two digits.
 TRAINING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 FORWARD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 DECODED = 16
@@ -58,7 +57,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     for chunks in (32, 256):  # a Llama's keys and values of 256 chunks would take 6 GiB
         yield dataclasses.replace(_decode(small, chunks * C - 24, llama=chunks < 256), fewer_threads=False)
     if not quick:
-        yield _training(_Model("200M", mo.MegalodonConfig.preset("mega200M")), 2048, alone=True)
+        yield _training(_Model("200M", mo.MegalodonConfig.preset("mega200M")), 2048, linears_alone=True)
 
 
 def _gpu_cases(quick: bool) -> Iterator[Case]:
@@ -98,7 +97,7 @@ class _Model:
 
     def flops(self, length: int, training: bool) -> int:
         config = self.config
-        N, K, V = config.cema_ndim, config.z_dim, config.value_dim  # of all heads
+        N, K, V = config.cema_ndim, config.z_dim, config.value_dim  # K and V of all heads together
         C = min(config.chunk_size, length)
         attention = length * (C + 1) // 2 * ((8 * K + 6 * V) if training else (2 * K + 2 * V))
         cema = length * config.model_dim * ((48 * N + 6) if training else (12 * N + 2))
@@ -120,18 +119,18 @@ class _Model:
 
 
 def _step(loss: Callable[[Tensor, Tensor], Tensor], model: nn.Module, tokens: Tensor, *, with_grads: bool) -> Outputs:
-    """Loss of predicting each next token, and its gradients."""
+    """Loss of next-token prediction, and its gradients."""
     total = loss(tokens, _next(tokens))
     grads = torch.autograd.grad(total, list(model.parameters()))
     return (total.detach(), *grads) if with_grads else (total.detach(),)
 
 
 def _next(tokens: Tensor) -> Tensor:
-    """The token that follows each token; none follows the last."""
+    """Next token of each token; -100 after the last."""
     return F.pad(tokens[:, 1:], (0, 1), value=-100)
 
 
-def _loss_of(logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def _cross_entropy(logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda tokens, targets: F.cross_entropy(logits(tokens)[0], targets[0])
 
 
@@ -140,21 +139,21 @@ def _other(name: str, call: Callable[[], Outputs]) -> Path:
     return Path(name, call, rival=False, checked=False)
 
 
-def _training(model: _Model, length: int, *, plain: bool = False, alone: bool = False) -> Case:
+def _training(model: _Model, length: int, *, plain: bool = False, linears_alone: bool = False) -> Case:
     tokens = model.tokens(length)
 
     def plain_step(ours: mo.Megalodon) -> Callable[[], Outputs]:
-        return partial(_step, _loss_of(partial(plain_models.megalodon, ours)), ours, tokens, with_grads=True)
+        return partial(_step, _cross_entropy(partial(plain_models.megalodon, ours)), ours, tokens, with_grads=True)
 
     def plain_loss() -> Outputs:
         with torch.no_grad():
-            return (_loss_of(partial(plain_models.megalodon, model.ours))(tokens, _next(tokens)),)
+            return (_cross_entropy(partial(plain_models.megalodon, model.ours))(tokens, _next(tokens)),)
 
     paths = [
         Path(OURS, partial(_step, model.ours.loss, model.ours, tokens, with_grads=plain)),
-        _other("Llama", partial(_step, _loss_of(model.llama), model.llama, tokens, with_grads=False)),
+        _other("Llama", partial(_step, _cross_entropy(model.llama), model.llama, tokens, with_grads=False)),
     ]
-    if alone:
+    if linears_alone:
         paths.append(_other("linear layers alone", _linears_alone(model, length)))
     expected = plain_loss
     if plain:
@@ -162,7 +161,7 @@ def _training(model: _Model, length: int, *, plain: bool = False, alone: bool = 
         paths.insert(1, Path("plain torch", rival))
         if model.dtype != torch.float32:
             exact = _Model(model.name, model.config).ours
-            exact.load_state_dict(model.ours.state_dict())  # the rounded weights, in float32
+            exact.load_state_dict(model.ours.state_dict())  # the same 16-bit weights, in float32
             expected = plain_step(exact)
     return model.case(
         "training step", length, paths, training=True, expected=expected, tolerance=TRAINING_TOLERANCE[model.dtype],
@@ -200,7 +199,7 @@ def _packed(model: _Model, length: int, documents: int) -> Case:
     ]
     case = model.case(
         f"training step, {documents} packed documents", length, paths, training=True,
-        expected=partial(step, _loss_of(separately)), tolerance=TRAINING_TOLERANCE[model.dtype], fewer_threads=False,
+        expected=partial(step, _cross_entropy(separately)), tolerance=TRAINING_TOLERANCE[model.dtype], fewer_threads=False,
     )  # fmt: skip
     case.flops = documents * model.flops(length // documents, training=True)
     return case
@@ -219,8 +218,9 @@ def _forward(model: _Model, length: int, llama: bool = True) -> Case:
 
 
 def _decode(model: _Model, context: int, llama: bool = True) -> Case:
-    """`DECODED` tokens, one call each, after `context` tokens; the attention's chunk is nearly full. The first few
-    calls are slower, as other work has had the caches.
+    """Decode `DECODED` tokens, one call each, after `context` tokens; the attention's chunk is nearly full.
+
+    The first few calls are slower, because other work has used the caches.
     """
     C = model.config.chunk_size
     tokens = model.tokens(context + DECODED)
@@ -256,7 +256,7 @@ def _decode(model: _Model, context: int, llama: bool = True) -> Case:
 
     @torch.no_grad()
     def expected() -> Outputs:
-        """Outputs of the decoded tokens in one call."""
+        """Logits of the decoded tokens in one call."""
         read_context()
         return (model.ours(tokens[:, context:], state=start),)
 
@@ -268,8 +268,8 @@ def _decode(model: _Model, context: int, llama: bool = True) -> Case:
         tolerance=FORWARD_TOLERANCE[model.dtype],
     )  # fmt: skip
     config, seen = model.config, context % C
-    channels = seen * config.num_layers * (config.z_dim + config.value_dim)  # of cached keys and values
+    cached = seen * config.num_layers * (config.z_dim + config.value_dim)  # numbers in the cached keys and values
     case.shape = model.name
-    case.flops = DECODED * (model.flops(1, training=False) + 2 * channels)
-    case.bytes = DECODED * (model.weights + channels) * model.size
+    case.flops = DECODED * (model.flops(1, training=False) + 2 * cached)
+    case.bytes = DECODED * (model.weights + cached) * model.size
     return case

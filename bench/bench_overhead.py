@@ -1,6 +1,6 @@
-"""What a call costs where there is next to nothing to compute: Python, dispatch, checks, threads.
+"""Overhead of a call that computes almost nothing: Python, dispatch, checks, threads.
 
-Sizes are those of a tiny model. `torch.add`, about the cheapest call of torch, is shown for comparison.
+Sizes are those of a tiny model. `torch.add`, one of the cheapest calls of torch, is shown for comparison.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _both(name: str, ours: Callable, plain: Callable, inputs: tuple[Tensor, ...]
 
 
 def _appending(qkv: list[Tensor]) -> Case:
-    """One token a call, appended to a chunk's keys and values; the chunk starts anew every C tokens."""
+    """One token a call, appended to a chunk's keys and values; a new chunk starts every C tokens."""
     q, k, v = qkv
     caches = [torch.zeros(1, C, H, D // H) for _ in range(4)]
     state = mo.AttentionState(*caches[:2], torch.zeros(1, dtype=torch.int64))
@@ -73,7 +73,7 @@ def _appending(qkv: list[Tensor]) -> Case:
         return F.scaled_dot_product_attention(q.transpose(1, 2), *seen, scale=1.0).transpose(1, 2)
 
     ours = partial(mo.chunked_attention, q, k, v, chunk_size=C, state=state, inplace_state=True)
-    # All keys and values are equal, so that every position has the same output.
+    # All keys and values are equal, so every position has the same output.
     return _case("chunked_attention, appending in place", qkv, forward(ours), forward(plain))
 
 

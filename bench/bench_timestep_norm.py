@@ -1,8 +1,8 @@
 """timestep_norm: forward and backward.
 
-Bytes an element: forward x in, y out; backward x and dy in, dx out. Statistics, G numbers a step, do not count.
-Flops an element: forward 8 (sum, squared distance from the group's mean: 4; subtract, scale, gain, bias: 4), backward
-14 (two sums with gains: 6; dbias and dweight: 3; dx: 5). The op is bound by bytes.
+Bytes per element: forward x in, y out; backward x and dy in, dx out. Statistics, G numbers a position, are not counted.
+Flops per element: forward 8 (sum, squared distance from the group's mean: 4; subtract, scale, gain, bias: 4), backward
+14 (two sums with gains: 6; dbias and dweight: 3; dx: 5). The op is bound by memory bandwidth.
 """
 
 from __future__ import annotations

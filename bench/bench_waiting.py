@@ -1,10 +1,10 @@
-"""How threads that wait for each other wait: the default training run on idle cores, and beside two busy processes.
+"""Wait policies of OpenMP's threads: the default training run on idle cores, and beside two busy processes.
 
-A step of that run is hundreds of regions of tens of microseconds, at whose ends threads wait for each other. Threads
-that spin go on at once on idle cores; beside other work they take the processor from those that they wait for. OpenMP
-reads how to wait once, when it is loaded, so each setting has a process of its own: the command line's
-(`GOMP_SPINCOUNT`), OpenMP's default, and `OMP_WAIT_POLICY=passive`. Expected are the losses of the default. The cases
-want all of the machine's processors, as two busy processes do.
+A training step has hundreds of parallel regions of tens of microseconds, each ended by a barrier. Spinning threads
+continue at once on idle cores; beside other work they take the processor from the threads that they wait for. OpenMP
+reads its wait policy once, when it is loaded, so each setting runs in its own process: the command line's
+(`GOMP_SPINCOUNT`), OpenMP's default, and `OMP_WAIT_POLICY=passive`. The losses must equal those of OpenMP's default.
+Both cases need all of the machine's processors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from .harness import OURS, Case, Outputs, Path
 
 BUSY = 2
-"""Processes of the second case that do nothing else than take a processor"""
+"""Number of busy processes in the second case"""
 SETTINGS = {
     OURS: {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
     "OpenMP's default": {},
@@ -36,10 +36,10 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     steps = 2 if quick else 10
     try:
         for name, busy in {"idle": 0, f"beside {BUSY} busy processes": BUSY}.items():
-            paths = [Path(label, run.takes(steps, busy), before=run.start_over) for label, run in runs.items()]
+            paths = [Path(label, run.next_steps(steps, busy), before=run.restart) for label, run in runs.items()]
             yield Case(
                 name=f"steps of the default run, {name}", shape=f"0.67M, {steps} steps", dtype="fp32", paths=paths,
-                expected=runs["OpenMP's default"].from_the_start(steps), tolerance=1e-6, units=steps * 64 * 64,
+                expected=runs["OpenMP's default"].first_steps(steps), tolerance=1e-6, units=steps * 64 * 64,
                 unit="token", cold=False, fewer_threads=False,
             )  # fmt: skip
     finally:
@@ -48,7 +48,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
 
 
 class _Run:
-    """A training run in a process of its own, with variables in its environment, that takes steps when it is asked to."""
+    """A training run in its own process with its own environment variables, which takes steps on request."""
 
     def __init__(self, variables: dict[str, str]):
         ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -58,11 +58,11 @@ class _Run:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def start_over(self) -> None:
-        self._ask("start over")
+    def restart(self) -> None:
+        self._ask("restart")
 
-    def takes(self, steps: int, busy: int) -> Callable[[], Outputs]:
-        """A call that takes the run's next steps beside `busy` other processes and returns their losses."""
+    def next_steps(self, steps: int, busy: int) -> Callable[[], Outputs]:
+        """A call that takes the run's next steps beside `busy` other processes and returns the losses."""
 
         def call() -> Outputs:
             others = [subprocess.Popen(["sh", "-c", "while kill -0 $PPID; do :; done"]) for _ in range(busy)]
@@ -75,11 +75,11 @@ class _Run:
 
         return call
 
-    def from_the_start(self, steps: int) -> Callable[[], Outputs]:
+    def first_steps(self, steps: int) -> Callable[[], Outputs]:
         """A call that returns the losses of the run's first steps."""
 
         def call() -> Outputs:
-            self.start_over()
+            self.restart()
             return (_losses(self._ask(str(steps))),)
 
         return call
@@ -88,8 +88,8 @@ class _Run:
         self.process.stdin.close()
         self.process.wait()
 
-    def _ask(self, what: str) -> str:
-        self.process.stdin.write(what + "\n")
+    def _ask(self, request: str) -> str:
+        self.process.stdin.write(request + "\n")
         return self.process.stdout.readline()
 
 

@@ -1,8 +1,8 @@
 """adaptive_working_memory: forward and backward.
 
-Of n chunks of C steps and a head, without a state: n - 1 are read, n - 1 written, and n - 2 of these compared with what
-the memory knows, 2 C K V flops each.
-    backward  twice those of the reads, and three times those of writes and comparisons
+Of n chunks of C positions, per head and without a state: n - 1 read the memory, n - 1 are written, and n - 2 of these are
+compared with the memory before, 2 C K V flops each.
+    backward  twice the flops of reads, and three times those of writes and comparisons
     bytes: q, k, v in, o out; with gradients q, k, v twice, do in, dq, dk, dv out
 """
 
@@ -32,15 +32,15 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
 
 def _rows(B: int, L: int, *, C: int, K: int, V: int, dtype: torch.dtype, backward: bool) -> Case:
     torch.manual_seed(0)
-    q, k = (3 * torch.randn(B, L, 1, K).to(dtype) for _ in range(2))  # as large as a model's at the start
+    q, k = (3 * torch.randn(B, L, 1, K).to(dtype) for _ in range(2))  # their size in a new model
     v, do = (torch.randn(B, L, 1, V).to(dtype) for _ in range(2))
 
     def call(op, tensors=(q, k, v), do=do):
         return way(partial(op, chunk_size=C), tensors, [do], backward=backward)
 
     reads = writes = L // C - 1
-    known, steps = writes - 1, B * C
-    products = reads + writes + known + (2 * reads + 3 * (writes + known) if backward else 0)
+    comparisons = writes - 1
+    products = reads + writes + comparisons + (2 * reads + 3 * (writes + comparisons) if backward else 0)
     return Case(
         name="adaptive_working_memory " + ("forward + backward" if backward else "forward"),
         shape=f"B {B} L {L} C {C} K {K} V {V}",
@@ -52,7 +52,7 @@ def _rows(B: int, L: int, *, C: int, K: int, V: int, dtype: torch.dtype, backwar
         expected=call(baselines.working_memory, [t.float() for t in (q, k, v)], do.float()),
         tolerance=TOLERANCE[dtype],
         units=v.numel(),
-        flops=2 * products * steps * K * V,
+        flops=2 * products * B * C * K * V,
         bytes=B * L * q.element_size() * ((6 * K + 4 * V) if backward else (2 * K + 2 * V)),
         cold=False,
     )

@@ -1,4 +1,4 @@
-"""What the GPU is, its own limits, and how to time, flush its cache and read its memory: machine.py for a CUDA device."""
+"""The GPU: description, limits, timing, cache flushing and peak memory. The counterpart of machine.py."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def has_its_cores(threads: int) -> bool:
 
 
 def timed(call: Callable[[], Sequence[Tensor]], calls: int = 1) -> tuple[float, Sequence[Tensor]]:
-    """Seconds a call between two events on the stream, and the last outputs."""
+    """Seconds per call between two events on the stream, and the last outputs."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(calls):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU and nvcc, with torch and the build and test tools installed; needs no network.
+# Test or bench on an NVIDIA GPU. Needs nvcc, torch and the build and test tools, and no network.
 #
-#   bench/gpu.sh test     builds the kernels for this card, runs the whole test suite on it, then a part under
+#   bench/gpu.sh test     build the kernels for this card, run the whole test suite, then a part of it under
 #                         compute-sanitizer
-#   bench/gpu.sh bench    builds the same way, prints what kernels take beside what their machine code predicts, then
-#                         runs the benches and writes bench/results/<date>-cuda.md
+#   bench/gpu.sh bench    build the same way, print measured times of kernels beside those predicted from machine code,
+#                         then run the benches and write bench/results/<date>-cuda.md
 #
-# CUDA_ARCH (such as 90) names another architecture than the card's. Arguments after the command go to pytest or bench.
+# CUDA_ARCH (such as 90) chooses another architecture than the card's. Further arguments go to pytest or bench.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command=${1:?test or bench}

@@ -1,7 +1,7 @@
-"""Pieces of a sequence whose states are passed down the line: each rank waits for the one before it, and hands on its own.
+"""Pieces of a sequence on ranks in a line: each rank waits for its predecessor's state and sends its own to the next.
 
-What the released code does, with this package's ops, by hooks, for comparison with chunk parallel. The gradient goes back up
-the line in the same way.
+The method of the released code, with this package's ops, as hooks, for comparison with chunk parallel. Gradients travel
+back through the line in the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import megalodon_ops as mo
 
 
 class HandOver:
-    """The hooks in a model whose piece begins after `before` steps of a row of one sequence."""
+    """Hooks of a model whose piece begins at position `before` of a row of one sequence."""
 
     def __init__(self, model: mo.Megalodon, before: int) -> None:
         self.rank, self.ranks, self.before = dist.get_rank(), dist.get_world_size(), before

@@ -1,23 +1,22 @@
-"""Times several ways of doing the same work against each other: first whether they agree, then how long they take.
+"""Check that several ways of doing the same work agree, then time them against each other.
 
-A `Case` is one piece of work with a `Path` for each way of doing it, ours first. Measuring one takes these steps:
+A `Case` is one piece of work with a `Path` for each way of doing it, ours first. It is measured in four phases:
 
-1. Agreement. Every path runs once, and its outputs are held against the case's expected ones, of which a path may be
-   the source; ours must be within the tolerance, or the case raises `Disagreement` and is not timed. This call also
-   compiles what needs compiling.
-2. Memory. Freed memory is given back to the system, and the peak memory of one call is read (Linux only): of our path
-   during the call of step 1, of a rival that is not slow during one more call. Runs on fewer threads skip this step.
-3. Warm-up. Every short path is called again, and so is every path that was called before step 2 last gave memory back.
-4. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path leaves when it has
-   enough samples or has used up its seconds, so slow paths end with few samples. A slow rival is timed by one call after
-   that of step 1; a very slow rival by the call of step 1 itself.
+1. Agreement. Every path runs once, and its outputs are compared with the expected ones, which may be the outputs of a
+   path. If ours miss the tolerance, the case raises `Disagreement` and is not timed. This call also compiles.
+2. Memory. Freed memory is returned to the system, and the peak memory of one call is read (Linux only): for our path
+   in the call of phase 1, for a rival that is not slow in one more call. Runs on fewer threads skip this phase.
+3. Warm-up. Every short path is called again, and so is every path called before phase 2 last returned memory.
+4. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path stops when it has
+   enough samples or has used up its seconds, so slow paths have few samples. A slow rival is timed by one call after
+   phase 1; a very slow rival by the call of phase 1 itself.
    warm: an untimed call comes first, then the timed one, or as many calls in a row as take a millisecond.
    cold: a buffer twice as large as the last-level cache is read and written first, then one call is timed.
-   If the machine was slower than it can be before or after, the samples are taken again, unless that takes long, and
-   if it still is, the case's notes say so.
+   If the machine was slower than its best before or after, the samples are taken again, unless that takes long; if it
+   is still slower, a note says so.
 
-Results are freed outside the timed part. The allocator keeps freed memory (`megalodon_ops.keep_freed_memory`), so that
-the system's page clearing, which `machine.Limits.first_touch` shows, is not part of what is timed.
+Results are freed outside the timed part. The allocator keeps freed memory (`megalodon_ops.keep_freed_memory`), so the
+times exclude the system's clearing of pages, which `machine.Limits.first_touch` shows.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ Outputs = Sequence[Tensor]
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 _SHORT = 1e-3  # seconds; shorter calls are timed several in a row
-_CACHEABLE = 0.1  # seconds; the state of the cache, which fills in a millisecond, does not show in longer calls
-_LONG = 3.0  # seconds; a call that takes longer is timed once, after a first one, samples that did are not taken again
+_CACHEABLE = 0.1  # seconds; the cache fills in a millisecond, so its state does not affect longer calls
+_LONG = 3.0  # seconds; longer calls are timed once after the first; samples that took longer are not repeated
 _SLOW = 1.35  # seconds; a rival whose first call takes longer gets one more call
 _VERY_SLOW = 6.0  # seconds; a rival whose first call takes longer gets no other call
 
@@ -60,18 +59,18 @@ class Path:
     name: str
     call: Callable[[], Outputs]
     before: Callable[[], None] | None = None
-    """untimed, ahead of every call"""
+    """runs untimed before every call"""
     rival: bool = True
-    """competes for the best plain-torch path; False: other work, shown for comparison"""
+    """compete for the best plain-torch path; False: other work, shown for comparison"""
     checked: bool = True
-    """its outputs are those of the case"""
+    """compare the outputs with those expected"""
     compiled: bool = False
     """the first call compiles"""
 
 
 @dataclass
 class Case:
-    """One piece of work, stated as what any way of doing it must compute and move."""
+    """One piece of work: what every path must compute and move."""
 
     name: str
     shape: str
@@ -89,16 +88,16 @@ class Case:
     bytes: float | None = None
     """fewest bytes to and from memory"""
     cold: bool = True
-    """also worth timing with nothing in the cache"""
+    """also time with an empty cache"""
     fewer_threads: bool = True
-    """also worth timing on fewer threads than all"""
+    """also time on fewer threads than all"""
     all_peaks: bool = False
-    """the peak memory of slow rivals is of interest too; it is read in the call of step 1, on fresh pages"""
+    """also read the peak memory of slow rivals, in the call of phase 1, on new pages"""
 
 
 @dataclass
 class Timing:
-    """What one path took, in seconds a call."""
+    """Seconds per call of one path."""
 
     path: str
     rival: bool
@@ -137,27 +136,27 @@ class Result:
 
     @property
     def best_rival(self) -> Timing | None:
-        """The fastest of the rivals whose results are right."""
+        """Fastest rival with correct results."""
         rivals = [t for t in self.timings if t.rival and t.median < math.inf and (t.error or 0) <= self.tolerance]
         return min(rivals, key=lambda t: t.median, default=None)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure."""
+    """Limits of measuring time."""
 
     samples: int = 11
     seconds: float = 0.15
-    """for each path and state of the cache, three times as many for the first three samples, any number for two, or for
-    one of a call that is long"""
+    """for each path and state of the cache; three times as many for the first three samples, no limit for the first two,
+    or for the first of a long call"""
     compiled: bool = True
-    """whether the rivals that torch.compile makes, for seconds each, are measured, too"""
+    """also measure the rivals by torch.compile, which take seconds to compile"""
     attempts: int = 3
-    """to find the machine as fast as it can be"""
+    """at finding the machine at full speed"""
 
 
 def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
-    """Results with the largest number of threads first; with fewer, ours against the best rival alone, warm."""
+    """Results, most threads first; with fewer threads only ours and the best rival, warm."""
     all_threads, *fewer = sorted(threads, reverse=True)
     if not effort.compiled:
         case = dataclasses.replace(case, paths=[path for path in case.paths if not path.compiled])
@@ -174,9 +173,9 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bo
     torch.set_num_threads(threads)
     timings = [Timing(path.name, path.rival and path is not case.paths[0]) for path in case.paths]
     active = _check(case, timings, memory)
-    gave_away = memory and any([*(runner.read_memory() for runner in active), case.all_peaks])
+    memory_returned = memory and any([*(runner.read_memory() for runner in active), case.all_peaks])
     for runner in active:
-        runner.warm_up(2 if runner.seconds < _CACHEABLE else int(gave_away))
+        runner.warm_up(2 if runner.seconds < _CACHEABLE else int(memory_returned))
     gc.collect()
     gc.disable()
     try:
@@ -190,7 +189,7 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bo
 
 
 def _take_samples(runners: list[_Runner], case: Case, threads: int, effort: Effort) -> None:
-    """Takes the samples: step 4 of measuring a case."""
+    """Take the samples: phase 4 of measuring a case."""
     for _ in range(effort.attempts):
         for runner in runners:
             runner.timing.warm, runner.timing.cold = [], []
@@ -213,10 +212,10 @@ class _Runner:
     path: Path
     timing: Timing
     seconds: float
-    """about how long a call takes"""
+    """approximate time of a call"""
 
     def read_memory(self) -> bool:
-        """Reads the peak memory of a call; False if it is known."""
+        """Read the peak memory of a call; return False if it is known."""
         if self.timing.peak_memory is not None:
             return False
         if self.path.before:
@@ -228,30 +227,30 @@ class _Runner:
         return True
 
     def warm_up(self, calls: int) -> None:
-        """Finds how long a call takes that needs no fresh memory."""
+        """Measure the time of a call that needs no new memory."""
         for _ in range(calls):
             if self.path.before:
                 self.path.before()
             self.seconds = min(self.seconds, hardware.timed(self.path.call)[0])
 
     def sample(self, flush: Callable[[], None] | None) -> None:
-        """Adds one sample: cold after `flush`, else warm."""
-        alone = flush is not None or self.path.before is not None
-        calls = 1 if alone else max(1, math.ceil(_SHORT / self.seconds))
+        """Add one sample: cold after `flush`, else warm."""
+        single_call = flush is not None or self.path.before is not None
+        calls = 1 if single_call else max(1, math.ceil(_SHORT / self.seconds))
         if self.path.before:
             self.path.before()
         if flush:
             flush()
-        elif not alone and self.seconds < _CACHEABLE:
+        elif not single_call and self.seconds < _CACHEABLE:
             self.path.call()
         seconds, _ = hardware.timed(self.path.call, calls)
         (self.timing.cold if flush else self.timing.warm).append(seconds)
 
 
 def _check(case: Case, timings: list[Timing], memory: bool) -> list[_Runner]:
-    """Runs every path once against the expected outputs; returns those worth timing further."""
-    every_peak = memory and case.all_peaks
-    in_use = hardware.reset_peak_memory() if every_peak else None
+    """Run every path once and compare its outputs with those expected; return the paths to time further."""
+    all_peaks = memory and case.all_peaks
+    in_use = hardware.reset_peak_memory() if all_peaks else None
     expected_seconds, expected = hardware.timed(case.expected) if case.expected else (0.0, ())
     expected_peak = hardware.peak_memory_since(in_use)
     expected = [t.detach() for t in expected]
@@ -260,7 +259,7 @@ def _check(case: Case, timings: list[Timing], memory: bool) -> list[_Runner]:
         ours = path is case.paths[0]
         if path.before:
             path.before()
-        in_use = hardware.reset_peak_memory() if every_peak or (ours and memory) else None
+        in_use = hardware.reset_peak_memory() if all_peaks or (ours and memory) else None
         known = path.call is case.expected
         try:
             seconds, outputs = (expected_seconds, expected) if known else hardware.timed(path.call)
@@ -292,13 +291,13 @@ def _check(case: Case, timings: list[Timing], memory: bool) -> list[_Runner]:
 
 
 def relative_error(got: Outputs, expected: Outputs) -> float:
-    """The largest max |got - expected| / max |expected| of any output."""
+    """Largest max |got - expected| / max |expected| of the outputs."""
     errors = [0.0]
     for a, b in zip(got, expected, strict=True):
         if a.shape != b.shape:
             raise Disagreement(f"shape {tuple(a.shape)} instead of {tuple(b.shape)}")
         wide = torch.complex128 if b.is_complex() else torch.float64
-        # In pieces, so that checking a large result takes little memory.
+        # In pieces, to need little memory for a large result.
         pieces = zip(a.detach().reshape(-1).split(1 << 24), b.reshape(-1).split(1 << 24), strict=True)
         worst = max(_nan_is_worst((p.to(wide) - q.to(wide)).abs().max().item()) for p, q in pieces)
         errors.append(worst / max(b.abs().max().item(), 1e-30))
@@ -310,7 +309,7 @@ def _nan_is_worst(value: float) -> float:
 
 
 def _take_turns(runners: list[_Runner], effort: Effort, *, warm: bool) -> None:
-    """Samples A B A B until each path has enough samples or has used up its seconds."""
+    """Sample A B A B until each path has enough samples or has used up its seconds."""
     flush = None if warm else hardware.cache_flusher()
     spent = dict.fromkeys(range(len(runners)), 0.0)
     samples = 0

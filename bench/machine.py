@@ -1,4 +1,4 @@
-"""What the processor is, its own limits, measured in the run that quotes them, and how to time and read its memory."""
+"""The processor: description, limits measured in the same run, timing, cache flushing and peak memory."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ _FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", 
 
 @dataclass(frozen=True)
 class Limits:
-    """Best rates seen, GFLOP/s and GB/s; None where it could not be measured."""
+    """Best measured rates in GFLOP/s and GB/s; None where not measured."""
 
     fma_fp32: float | None
     """multiply-adds in registers, a small C loop (fma_peak.c)"""
     gemm_fp32: float
     """torch.mm of square matrices"""
     gemm_fp32_onednn: float | None
-    """the same through oneDNN, which torch.mm may not use"""
+    """the same by oneDNN, which torch.mm may not use"""
     gemm_bf16: float
     copy: float
     """tensor.copy_ between buffers far larger than the cache, bytes read plus bytes written"""
     read: float
     """tensor.sum of such a buffer"""
     first_touch: float | None
-    """writing memory fresh from the system, whose pages it must clear first"""
+    """writing new memory, whose pages the system must clear first"""
 
     def best(self, other: Limits) -> Limits:
-        """The higher value of each rate, as load from outside only lowers rates."""
+        """The higher value of each rate, as other load only lowers rates."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Limits(*(max((v for v in pair if v is not None), default=None) for pair in pairs))
 
@@ -69,14 +69,14 @@ def describe() -> dict[str, str]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo, empty where there is none."""
+    """First processor of /proc/cpuinfo; empty if there is no such file."""
     path = Path("/proc/cpuinfo")
     text = path.read_text().split("\n\n")[0] if path.exists() else ""
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level cache, 32 MiB where the system does not say."""
+    """Bytes of the last-level cache; 32 MiB if unknown."""
     sizes = [os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in os.sysconf_names]
     return next((size for size in sizes if size > 0), 32 << 20)
 
@@ -111,21 +111,22 @@ def fma_peak(threads: int, quick: bool = False) -> float | None:
     if _fma_loop() is None:
         return None
     rate = max(_fma_rate(threads, 10_000_000 if quick else 60_000_000) for _ in range(3))
-    _seen_peaks[threads] = max(rate, _seen_peaks.get(threads, 0))
+    _measured_peaks[threads] = max(rate, _measured_peaks.get(threads, 0))
     return rate
 
 
-_seen_peaks: dict[int, float] = {}
+_measured_peaks: dict[int, float] = {}
 
 
 def has_its_cores(threads: int) -> bool:
-    """Whether multiply-adds now run at four fifths of the peak that was seen: a virtual machine's may share a core for a
-    while, with each other or with neighbours.
+    """Return True if multiply-adds run at more than four fifths of the measured peak.
+
+    They do not while virtual processors share a core, with each other or with other machines.
     """
-    if threads not in _seen_peaks:
+    if threads not in _measured_peaks:
         return True
     time.sleep(0.01)  # until OpenMP's threads no longer spin
-    return min(_fma_rate(threads, 1_000_000) for _ in range(5)) > 0.8 * _seen_peaks[threads]
+    return min(_fma_rate(threads, 1_000_000) for _ in range(5)) > 0.8 * _measured_peaks[threads]
 
 
 def _fma_rate(threads: int, iterations: int) -> float:
@@ -134,7 +135,7 @@ def _fma_rate(threads: int, iterations: int) -> float:
     def one_thread(_: int) -> float:
         return _seconds(lambda: native.run(iterations, 0.999, 0.001))
 
-    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
+    with ThreadPoolExecutor(threads) as pool:  # ctypes releases the GIL
         return threads * iterations * native.flops_per_iteration() / max(pool.map(one_thread, range(threads))) / 1e9
 
 
@@ -166,7 +167,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def timed(call: Callable[[], Sequence[Tensor]], calls: int = 1) -> tuple[float, Sequence[Tensor]]:
-    """Seconds a call, and the last outputs, which outlive the timing."""
+    """Seconds per call, and the last outputs, which are freed after the timing."""
     start = time.perf_counter()
     for _ in range(calls):
         outputs = call()
@@ -174,13 +175,13 @@ def timed(call: Callable[[], Sequence[Tensor]], calls: int = 1) -> tuple[float, 
 
 
 def cache_flusher() -> Callable[[], None]:
-    """A call that leaves nothing of what came before in any cache."""
+    """A call that evicts all earlier data from the caches."""
     buffer = torch.zeros(2 * last_level_cache() // 4)
     return lambda: buffer.add_(1)
 
 
 def reset_peak_memory() -> int | None:
-    """Gives freed memory back, sets the high-water mark to what is in use, and returns that; None if not Linux."""
+    """Return freed memory to the system, reset the high-water mark, and return the bytes in use; None if not Linux."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Models in plain torch to compare with: MEGALODON from the same parameters, a Llama and a Transformer encoder of its size."""
+"""Models in plain torch for comparison: MEGALODON from the same parameters, a Llama and a Transformer encoder of its size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def megalodon(model: mo.Megalodon, tokens: Tensor) -> Tensor:
 
 
 def megalodon_encoder(model: mo.MegalodonEncoder, numbers: Tensor) -> Tensor:
-    """Features of one row of continuous input (1, L, F), by the same ops, under the same conditions."""
+    """Features of one row of continuous input (1, L, F), by the same ops; the same conditions hold."""
     x = _blocks(
         model, _linear(model.embed, numbers), _sequence_norm, baselines.bidirectional_cema,
         partial(baselines.attention_sdpa, causal=False),
@@ -83,14 +83,14 @@ class Llama(nn.Module):
 
     @classmethod
     def sized_like(cls, model: mo.Megalodon) -> Llama:
-        """A Llama with the layers and width of `model`, and hidden units until the numbers of parameters are equal."""
+        """A Llama with the layers and width of `model`, and hidden units chosen so that the parameter counts match."""
         config = model.config
         fixed = 2 * config.vocab_size * config.model_dim + 4 * config.num_layers * config.model_dim**2
         hidden = (model.num_parameters() - fixed) / (3 * config.num_layers * config.model_dim)
         return cls(config.vocab_size, config.model_dim, config.num_layers, 64 * round(hidden / 64))
 
     def forward(self, tokens: Tensor, caches: list[tuple[Tensor, Tensor]] | None = None, past: int = 0) -> Tensor:
-        """Logits of tokens (B, L) after `past` cached ones; caches: keys and values (B, H, room, 64) a layer."""
+        """Logits of tokens (B, L) after `past` cached ones; caches: keys and values (B, H, room, 64) of each layer."""
         x = self.embed(tokens)
         position = torch.arange(past, past + tokens.shape[1], dtype=torch.float32)
         angle = position[:, None] * 10000.0 ** (torch.arange(0, self.head_dim, 2) / -self.head_dim)
@@ -122,7 +122,7 @@ class _LlamaLayer(nn.Module):
             end = past + x.shape[1]
             cache[0][:, :, past:end], cache[1][:, :, past:end] = k, v
             k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        causal = x.shape[1] > 1  # a call with a cache takes one token, or starts from nothing
+        causal = x.shape[1] > 1  # a call with a cache takes one token, or starts with an empty cache
         a = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = x + self.out(a.transpose(1, 2).flatten(-2))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
@@ -134,15 +134,15 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
-# Evaluation would take a path of its own, which keeps all scores in memory, and needs five times as long on a CPU.
+# torch's own path for evaluation keeps all scores in memory, and takes five times as long on a CPU.
 torch.backends.mha.set_fastpath_enabled(False)
 
 
 class TransformerEncoder(nn.Module):
-    """torch's Transformer encoder of as many parameters as a MEGALODON encoder of `config`, with its inputs and outputs.
+    """torch's Transformer encoder with the parameter count, inputs and outputs of a MEGALODON encoder of `config`.
 
-    Sines are the positions; a row is classified by the mean over its steps and a linear layer. With a `patch`, so many steps
-    of continuous input are one, the usual remedy where rows are too long for attention to all.
+    Positions are encoded by sines; a row is classified by a linear layer of its mean over positions. `patch` positions of
+    continuous input become one, the usual remedy for rows that are too long for full attention.
     """
 
     def __init__(self, config: mo.MegalodonEncoderConfig, *, heads: int = 4, patch: int = 1) -> None:
@@ -151,21 +151,21 @@ class TransformerEncoder(nn.Module):
         self.patch = patch
         self.embed = nn.Embedding(config.vocab_size, D) if features is None else nn.Linear(patch * features, D)
         self.classes = None if config.num_classes is None else nn.Linear(D, config.num_classes)
-        outside = sum(p.numel() for p in self.parameters()) + 2 * D  # with the last norm
+        outside = sum(p.numel() for p in self.parameters()) + 2 * D  # including the last norm
         hidden = ((config.num_parameters() - outside) / layers - 4 * D**2 - 9 * D) / (2 * D + 1)
         layer = nn.TransformerEncoderLayer(D, heads, round(hidden), 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(D), enable_nested_tensor=False)
-        for parameter in self.layers.parameters():  # which begin as copies of one layer's
+        for parameter in self.layers.parameters():  # copies of one layer's until here
             if parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
 
     def features(self, inputs: Tensor, padding: Tensor | None = None) -> Tensor:
-        """(B, L, D) of tokens (B, L) or numbers (B, L, F); padding (B, L): which steps are none."""
+        """Features (B, L, D) of tokens (B, L) or numbers (B, L, F); padding (B, L): True where a position is padding."""
         x = self.embed(inputs)
         return self.layers(x + _sines(*x.shape[1:]), src_key_padding_mask=padding)
 
     def forward(self, inputs: Tensor, *, lengths: Tensor) -> Tensor:
-        """Logits (B, classes) of rows of which the first `lengths` (B,) steps count."""
+        """Logits (B, classes) of rows with `lengths` (B,) positions each."""
         if self.patch > 1:
             inputs = F.pad(inputs, (0, 0, 0, -inputs.shape[1] % self.patch)).unflatten(1, (-1, self.patch)).flatten(2)
             lengths = -(-lengths // self.patch)
@@ -175,6 +175,6 @@ class TransformerEncoder(nn.Module):
 
 
 def _sines(length: int, dim: int) -> Tensor:
-    """(L, D), as in arXiv 1706.03762."""
+    """Positional encoding (L, D) of arXiv 1706.03762."""
     angle = torch.arange(length)[:, None] * 10000.0 ** (torch.arange(0, dim, 2) / -dim)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)

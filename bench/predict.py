@@ -1,8 +1,8 @@
-"""`python -m bench.predict`: the least time that a card needs for each kernel of a path, by its machine code, and why.
+"""`python -m bench.predict`: lower bounds of a card's time for each kernel of a path, from its machine code.
 
-Each instruction of the installed kernels counts as often as the shape makes a warp run it: loops by their trips, the
-rest once; blocks that only DropKey or unaligned elements take do not count. A floor is the time that one resource is
-busy; the largest binds. bench/README.md says how to read the tables.
+Each instruction of the installed kernels counts as often as a warp runs it at the given shape: loops by their trips, the
+rest once. Blocks for DropKey or unaligned elements are not counted. A floor is the time that one resource is busy; the
+largest floor is the bound. bench/README.md says how to read the tables.
 """
 
 from __future__ import annotations
@@ -21,28 +21,27 @@ import torch
 from . import gpu, sass
 from . import sass_loops as loops
 
-
 SIZES = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Card:
-    """Public figures. A multiprocessor (SM) issues 4 warps' instructions a clock and moves 128 bytes of shared memory."""
+    """Public figures of a card. An SM issues 4 warps' instructions and moves 128 bytes of shared memory a clock."""
 
     architecture: int
     sms: int
     ghz: float  # boost
     memory: float  # GB/s
     l2: int  # bytes a clock
-    tensor: int  # bf16 operations a clock and SM, by mma.sync
-    fp32: int  # lanes of an SM
-    shared: int  # KiB of an SM
-    warps: int  # of an SM, at most
+    tensor: int  # bf16 operations per clock and SM, by mma.sync
+    fp32: int  # lanes per SM
+    shared: int  # KiB per SM
+    warps: int  # most per SM
     source: str
     flash: tuple[float, float] | None = None  # TFLOP/s of flash attention for K = V = 64, forward and backward
 
 
-_HOPPER = "H100 white paper; mma.sync makes 0.62 of the peak's 4096 (arXiv 2402.13499); L2: none public, the A100's"
+_HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: the A100's"
 _FLASH = (262, 264)  # arXiv 2407.08608, figures 5 (causal, C 2048) and 6 (not causal), H100
 CARDS = {
     "A100": Card(80, 108, 1.41, 2039, 5120, 2048, 64, 164, 64, "A100 white paper, 80 GB SXM"),
@@ -52,44 +51,44 @@ CARDS = {
         89, 128, 2.52, 1008, 2048, 512, 128, 100, 48, "Ada white paper; L2 5 TB/s, as chipsandcheese.com found"
     ),
 }
-SPECIAL = 16  # lanes of an SM for MUFU
+SPECIAL = 16  # lanes per SM for MUFU
 AVOID = r"^(LDG|STG)\S*\.U?16|-?0x(d2511f53|cd9e8d57|2daee0ad|326172a9)"  # single 16-bit elements; Philox's factors
-KEPT, SCORES = r"LDSM\S*\.MT88", r"LDSM\S*\.M88"  # transposed loads of values, loads of queries and keys
+VALUE_LOADS, SCORE_LOADS = r"LDSM\S*\.MT88", r"LDSM\S*\.M88"  # transposed loads of values, loads of queries and keys
 
 
 @dataclass
 class Launch:
-    """What a launch takes, and how often a warp runs a loop: that with the most of an opcode, outside of inner loops."""
+    """Grid and loop counts of a launch. An opcode names the loop that has most of it, outside of inner loops."""
 
     kernel: str
-    blocks: float  # that have work
+    blocks: float  # with work
     threads: int
     memory: float  # bytes of its tensors, each once
-    shared: int = 0  # dynamic, of a block
-    trips: dict[str, float] = field(default_factory=dict)
-    work: dict[str, float] = field(default_factory=dict)  # in the opcodes that a warp runs of the loop, not in trips
+    shared: int = 0  # dynamic bytes per block
+    trips: dict[str, float] = field(default_factory=dict)  # of the loop, by opcode
+    work: dict[str, float] = field(default_factory=dict)  # instead of trips: how many of the opcode a warp runs
     once: float = 1  # share of the code outside of loops that a warp runs
 
 
-# Paths: sizes -> launches. Dense batches of T tokens in whole chunks or long rows, bf16, aligned, without a state.
+# Paths: sizes -> launches. Dense bf16 batches of T tokens in whole chunks or long rows, aligned, without a state.
 def attention_fwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
-    """chunked_attention_mma.cuh; a warp of 16 rows passes over the tiles of keys that its rows do not see."""
+    """chunked_attention_mma.cuh; a warp of 16 rows skips the tiles of keys that its rows do not see."""
     columns, keys = (256, 32) if V > 128 else (128, 32 if K > 128 else 64) if V > 64 or K > 128 else (64, 48)
     depth, rows = math.ceil(K / 64) * 64, range(0, C, 128)
     tiles = sum(math.ceil((row + 128) / keys) for row in rows) / len(rows)
-    seen = sum((row + 16 * warp + 15) // keys + 1 for row in rows for warp in range(8)) / len(rows) / 8
+    visible = sum((row + 16 * warp + 15) // keys + 1 for row in rows for warp in range(8)) / len(rows) / 8
     yield Launch(
         f"chunked_attention_fwd_mma_kernel<bf16, {columns}, {keys}>", T / 128 * H * math.ceil(V / columns), 256,
         memory=4 * T * H * (K + V), shared=2 * (128 * max(depth, columns) + keys * (depth + columns)),
-        trips={KEPT: seen, SCORES: seen * depth / 64}, work={"LDGSTS": tiles * keys * (depth + columns) / 2048},
+        trips={VALUE_LOADS: visible, SCORE_LOADS: visible * depth / 64}, work={"LDGSTS": tiles * keys * (depth + columns) / 2048},
     )  # fmt: skip
 
 
 def attention_bwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
-    """chunked_attention_bwd.cuh, all rounds as one: n (n + 1) / 2 tiles of a chunk are on and below the diagonal."""
+    """chunked_attention_bwd.cuh, all rounds as one: n (n + 1) / 2 tiles of a chunk are on or below the diagonal."""
     n, chunks = math.ceil(C / 128), T / C * H
     tiles = chunks * n * (n + 1) / 2
-    of_k, of_v, tile_bytes = math.ceil(K / 128), math.ceil(V / 128), 2 * 2 * 128 * 128  # of P and of dS
+    k_tiles, v_tiles, tile_bytes = math.ceil(K / 128), math.ceil(V / 128), 2 * 2 * 128 * 128  # P and dS
 
     def launch(name: str, blocks: float, slabs: float, memory: float, once: float, **trips: float) -> Launch:
         work, trips = {"HMMA": 64 * slabs, "LDGSTS": 8 * slabs}, {"DEPBAR": slabs} | trips
@@ -97,21 +96,20 @@ def attention_bwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
         return Launch(kernel, blocks, 256, memory + tiles * tile_bytes, 2 * 6 * 128 * 64, trips, work, once)
 
     yield launch("scores", tiles, math.ceil(K / 64) + math.ceil(V / 64), 4 * T * H * (K + V), 1)
-    yield launch(
-        "products", chunks * n * (2 * of_k + of_v), n + 1, 4 * T * H * (2 * K + V), 0.5, SHFL=1
-    )  # for keys or queries
+    # A block multiplies for keys or for queries.
+    yield launch("products", chunks * n * (2 * k_tiles + v_tiles), n + 1, 4 * T * H * (2 * K + V), 0.5, SHFL=1)
 
 
 def _cema(T: int, D: int, N: int, backward: bool, by_products: bool = False) -> Iterator[Launch]:
-    """cema_scan.cuh, up to 32 modes; by products cema_mma_scan.cuh and cema_mma.cuh; no table, carry and finish."""
+    """cema_scan.cuh, up to 32 modes; by products cema_mma_scan.cuh and cema_mma.cuh. Omits table, carry and finish."""
     tile = next(t for t in (32, 64, 128, 256, 512) if t == 512 or T * D * N >> 16 < t * t)
     lanes = max(4, 1 << (N - 1).bit_length())
-    most, scans = 4 if lanes == 4 else 8, 1 + backward
+    max_modes, scans = 4 if lanes == 4 else 8, 1 + backward
     tensor, states = 2 * T * D, T / tile * lanes * D * 8
 
-    def launch(name: str, modes: int, memory: float, steps: int, runs: int = 0, scans: int = 1) -> Launch:
+    def launch(name: str, modes: int, memory: float, unroll: int, runs: int = 0, scans: int = 1) -> Launch:
         blocks = T / tile * math.ceil(D / 2 * lanes / modes / 128) * scans
-        return Launch(name, blocks, 128, memory, trips={"FFMA": tile / steps, r"LDG\.E\.64": runs})
+        return Launch(name, blocks, 128, memory, trips={"FFMA": tile / unroll, r"LDG\.E\.64": runs})
 
     def launch_products(phase: str, memory: float, **stored: float) -> Launch:
         groups, columns = math.ceil(T / 2048), math.ceil(D / 16)
@@ -126,25 +124,25 @@ def _cema(T: int, D: int, N: int, backward: bool, by_products: bool = False) -> 
     elif by_products:
         groups, columns = math.ceil(T / 1024), math.ceil(D / 16)
         shares = min(groups, max(1, 264 // columns))
-        of_modes = groups / shares * math.ceil(lanes / 8)
+        mode_trips = groups / shares * math.ceil(lanes / 8)
         yield Launch(
             f"cema_tiles_kernel<{1 if lanes == 4 else 2}>", columns * shares, 256, 2 * tensor + 4 * states, 92416,
-            {"HMMA": groups / shares * 8, "FFMA": 2 * 8 * of_modes, r"LDG\.E\.64": of_modes, r"LDG\.E\.128": groups / shares},
+            {"HMMA": groups / shares * 8, "FFMA": 2 * 8 * mode_trips, r"LDG\.E\.64": mode_trips, r"LDG\.E\.128": groups / shares},
         )  # fmt: skip
         yield Launch("cema_cross_kernel<float>", D * lanes / 32, 512, 5 * states)
     else:
-        yield launch(f"cema_local_kernel<bf16, {most}>", most, scans * (tensor + states), 8, scans=scans)
+        yield launch(f"cema_local_kernel<bf16, {max_modes}>", max_modes, scans * (tensor + states), 8, scans=scans)
     if by_products:
         yield launch_products("output", 2 * tensor + states, **{r"STG\.E\.128": 4})
     else:
-        output = f"cema_output_kernel<bf16, {most}, {lanes // most}, false, true>"
-        yield launch(output, most, 2 * tensor + states, 8, runs=1)
+        output = f"cema_output_kernel<bf16, {max_modes}, {lanes // max_modes}, false, true>"
+        yield launch(output, max_modes, 2 * tensor + states, 8, runs=1)
     if backward and not by_products:
         yield launch("cema_sums_kernel<bf16, true>", 4, 2 * (tensor + states), 4, runs=1)
 
 
 def timestep_norm_fwd(T: int, D: int, G: int) -> Iterator[Launch]:
-    """timestep_norm_fwd.cuh, groups of at most 256 channels; the carry between the launches is left out."""
+    """timestep_norm_fwd.cuh, groups of at most 256 channels. Omits the carry between the launches."""
     blocks = T / 64 * math.ceil(D / 256)
     yield Launch("timestep_norm_fwd_moments_kernel<bf16, 8, true>", blocks, 256, 2 * T * D)
     yield Launch("timestep_norm_fwd_kernel<bf16, 8, true>", blocks, 256, 4 * T * D + 12 * T * G)
@@ -154,7 +152,7 @@ KERNELS = {
     "attention forward": attention_fwd,
     "attention backward": attention_bwd,
     "cema forward": lambda **sizes: _cema(**sizes, backward=False, by_products=True),
-    "cema forward by scans": lambda **sizes: _cema(**sizes, backward=False),  # of cards with less shared memory, too
+    "cema forward by scans": lambda **sizes: _cema(**sizes, backward=False),  # also on cards with less shared memory
     "cema backward": lambda **sizes: _cema(**sizes, backward=True, by_products=True),
     "cema backward by scans": lambda **sizes: _cema(**sizes, backward=True),
     "timestep_norm forward": timestep_norm_fwd,
@@ -171,10 +169,10 @@ SHAPES: dict[str, tuple[SIZES, tuple[str, ...]]] = {
 
 
 def library(path: str, card: Card, T: int, C: int, K: int, V: int, H: int) -> tuple[str, float] | None:
-    """How torch's libraries would compute attention, and in how many microseconds; None without a public rate.
+    """Name and microseconds of torch's library path for attention; None without a public rate.
 
-    Products are of (1 + 1/8) C / 2 pairs a row, at 0.6 of the tensor cores' peak, and pass 4 or 18 bytes a pair at 3/4 of
-    memory's rate. Flash attention counts C / 2 pairs, of which its backward makes 2.5 times the forward's products.
+    Matrix products: (1 + 1/8) C / 2 pairs a row at 0.6 of the tensor cores' peak, 4 or 18 bytes a pair at 3/4 of the memory
+    rate. Flash attention: C / 2 pairs a row; its backward has 2.5 times the products of its forward.
     """
     forward = path == "attention forward"
     if K == V == 64 and card.flash:
@@ -189,26 +187,26 @@ def library(path: str, card: Card, T: int, C: int, K: int, V: int, H: int) -> tu
 
 
 def instructions(code: loops.Code, launch: Launch) -> Counter[str]:
-    """How many a warp runs, by opcode."""
+    """Instructions that a warp runs, by opcode."""
     outside, bodies = code.bodies(AVOID)
     total = Counter({opcode: count * launch.once for opcode, count in outside.items()})
-    for given, counts_trips in ((launch.trips, True), (launch.work, False)):
-        for opcode, times in given.items():
-            body = max(bodies, key=lambda body, opcode=opcode: of(body, opcode))
-            if not of(body, opcode):
+    for counts, are_trips in ((launch.trips, True), (launch.work, False)):
+        for opcode, times in counts.items():
+            body = max(bodies, key=lambda body, opcode=opcode: count_matching(body, opcode))
+            if not count_matching(body, opcode):
                 raise ValueError(f"{launch.kernel}: expected a loop with {opcode}, got none")
             for name, count in body.items():
-                total[name] += count * times / (1 if counts_trips else of(body, opcode))
+                total[name] += count * times / (1 if are_trips else count_matching(body, opcode))
     return total
 
 
-def of(counts: Counter[str], opcode: str) -> float:
-    """How many of the instructions have an opcode that begins so."""
+def count_matching(counts: Counter[str], opcode: str) -> float:
+    """Number of instructions whose opcode matches from its beginning."""
     return sum(count for name, count in counts.items() if re.match(opcode, name))
 
 
 def access_bytes(opcode: str) -> int:
-    """What a warp's access moves."""
+    """Bytes that one access of a warp moves."""
     if opcode.startswith("LDSM"):
         return 128 * int(opcode[-1]) if opcode[-1] in "24" else 128
     width = re.search(r"\.[US]?(128|64|16|8)\b", opcode)
@@ -217,25 +215,28 @@ def access_bytes(opcode: str) -> int:
 
 def floors(code: loops.Code, launch: Launch, card: Card) -> dict[str, float]:
     """Microseconds that each resource is busy, if no SM waits for another one."""
-    ran, warps = instructions(code, launch), launch.blocks * launch.threads / 32
+    counts, warps = instructions(code, launch), launch.blocks * launch.threads / 32
 
-    def moved(pattern: str) -> float:
-        return sum(count * access_bytes(opcode) for opcode, count in ran.items() if re.match(pattern, opcode))
+    def count(pattern: str) -> float:
+        return count_matching(counts, pattern)
+
+    def moved_bytes(pattern: str) -> float:
+        return sum(n * access_bytes(opcode) for opcode, n in counts.items() if re.match(pattern, opcode))
 
     cycles = {
-        "issue": ran.total() / 4,
-        "shared": moved("LDS|STS|LDGSTS") / 128,
-        "tensor": (4096 * of(ran, r"HMMA\.16816") + 2048 * of(ran, r"HMMA\.1688\b")) / card.tensor,
-        "fp32": 32 * of(ran, r"F(FMA|MUL|ADD)\b") / card.fp32,
-        "special": 32 * of(ran, "MUFU") / SPECIAL,
+        "issue": counts.total() / 4,
+        "shared": moved_bytes("LDS|STS|LDGSTS") / 128,
+        "tensor": (4096 * count(r"HMMA\.16816") + 2048 * count(r"HMMA\.1688\b")) / card.tensor,
+        "fp32": 32 * count(r"F(FMA|MUL|ADD)\b") / card.fp32,
+        "special": 32 * count("MUFU") / SPECIAL,
     }
-    found = {name: n * warps / min(launch.blocks, card.sms) / card.ghz / 1e3 for name, n in cycles.items()}
-    l2 = moved("LDG|STG") * warps / card.l2 / card.ghz / 1e3
-    return found | {"L2": l2, "memory": launch.memory / card.memory / 1e3}
+    by_resource = {name: n * warps / min(launch.blocks, card.sms) / card.ghz / 1e3 for name, n in cycles.items()}
+    l2 = moved_bytes("LDG|STG") * warps / card.l2 / card.ghz / 1e3
+    return by_resource | {"L2": l2, "memory": launch.memory / card.memory / 1e3}
 
 
 def blocks_at_once(code: loops.Code, launch: Launch, card: Card) -> int:
-    """Blocks of the kernel on one SM, by its warps, registers (65,536) and shared memory."""
+    """Blocks that fit on one SM, by its warps, registers (65,536) and shared memory."""
     warps, kernel = launch.threads // 32, code.kernel
     registers = 65536 // (warps * math.ceil(kernel.registers / 8) * 8 * 32)
     return max(1, min(card.warps // warps, registers, (card.shared << 10) // (launch.shared + kernel.shared + 1024)))
@@ -244,28 +245,28 @@ def blocks_at_once(code: loops.Code, launch: Launch, card: Card) -> int:
 def table(
     codes: dict[str, loops.Code], card: Card, shapes: Iterable[str], measured: dict[tuple[str, str], float]
 ) -> str:
-    """Markdown: floors of each launch; then of each path, beside its libraries' time and what was measured."""
+    """Markdown tables: floors of each launch; then those of each path, with library and measured times."""
     names = ("issue", "shared", "tensor", "fp32", "special", "L2", "memory")
     rows = [("kernel", "blocks", "waves", *names, "binds")]
-    of_paths = [("shape", "path", "least us", "by libraries", "measured us")]
+    path_rows = [("shape", "path", "least us", "by libraries", "measured us")]
     for shape in shapes:
         sizes, paths = SHAPES[shape]
         for path in paths:
             least = 0.0
             for launch in KERNELS[path](**sizes):
                 code = codes[launch.kernel]
-                found = floors(code, launch, card)
-                binding = max(found, key=found.__getitem__)
-                least += found[binding]
+                times = floors(code, launch, card)
+                binding = max(times, key=times.__getitem__)
+                least += times[binding]
                 waves = launch.blocks / card.sms / blocks_at_once(code, launch, card)
                 kernel = launch.kernel.replace("chunked_", "").replace("_kernel", "")
-                times = (f"{found[name]:.0f}" for name in names)
-                rows.append((f"`{kernel}`", f"{launch.blocks:.0f}", f"{waves:.1f}", *times, binding))
+                cells = (f"{times[name]:.0f}" for name in names)
+                rows.append((f"`{kernel}`", f"{launch.blocks:.0f}", f"{waves:.1f}", *cells, binding))
             other = library(path, card, **sizes) if path in _ATTENTION else None
             us = measured.get((shape, path))
             cells = "{} {:.0f}".format(*other) if other else "", f"{us:.0f}" if us else ""
-            of_paths.append((shape, path, f"{least:.0f}", *cells))
-    return f"{_markdown(rows)}\n\n{_markdown(of_paths)}"
+            path_rows.append((shape, path, f"{least:.0f}", *cells))
+    return f"{_markdown(rows)}\n\n{_markdown(path_rows)}"
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
@@ -274,7 +275,7 @@ def _markdown(rows: list[tuple[str, ...]]) -> str:
 
 
 def measure(shapes: Iterable[str], device: str = "cuda") -> dict[tuple[str, str], float]:
-    """Microseconds of each path's calls on the current GPU, best of several."""
+    """Microseconds of each path's call on the current GPU, best of several."""
     found = {}
     for shape in shapes:
         sizes, paths = SHAPES[shape]
@@ -282,7 +283,7 @@ def measure(shapes: Iterable[str], device: str = "cuda") -> dict[tuple[str, str]
         out = call()
         backward = partial(torch.autograd.grad, out, inputs, torch.randn_like(out), retain_graph=True)
         for path in paths:
-            if path.endswith("by scans"):  # what is not taken at these sizes
+            if path.endswith("by scans"):  # not used at these sizes
                 continue
             way = {"forward": call, "backward": backward}[path.split()[1]]
             gpu.timed(way, 3)
@@ -291,7 +292,7 @@ def measure(shapes: Iterable[str], device: str = "cuda") -> dict[tuple[str, str]
 
 
 def _call(sizes: SIZES, device: str) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
-    """The op's call at these sizes, and its inputs."""
+    """A call of the op at these sizes, and its inputs."""
 
     def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(size, dtype=dtype, device=device).requires_grad_()
@@ -312,7 +313,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__)
     parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--measure", action="store_true", help="the current GPU alone, with what its calls take")
+    parser.add_argument("--measure", action="store_true", help="only the current GPU, with measured times of its calls")
     options = parser.parse_args()
     cards, measured = options.card, {}
     if options.measure:
@@ -326,8 +327,8 @@ def main() -> int:
     for name in cards:
         card = CARDS[name]
         codes = loops.codes_of(sass.installed(), names, card.architecture)
-        (of_code,) = {code.kernel.architecture for code in codes.values()}
-        print(f"\n## {name}, {card.sms} SMs at {card.ghz} GHz; code for sm_{of_code}\n\n{card.source}\n")
+        (architecture,) = {code.kernel.architecture for code in codes.values()}
+        print(f"\n## {name}, {card.sms} SMs at {card.ghz} GHz; code for sm_{architecture}\n\n{card.source}\n")
         print(table(codes, card, options.shape, measured))
     return 0
 

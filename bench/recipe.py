@@ -1,13 +1,13 @@
-"""What the defaults of `train` were chosen by: runs of that command, and their table.
+"""Runs of `train` by which its defaults were chosen, and their table.
 
-    python -m bench.recipe                          # all runs; a call that was cut off goes on
+    python -m bench.recipe                          # all runs; an interrupted call resumes
     python -m bench.recipe --only rates --jobs 4    # a part of them, four at a time
 
-Each run is a process of one thread. Runs of as many steps compare choices that cost the same; runs of as many minutes,
-which want an idle machine, compare models whose steps cost more or less. What was swept before the context length was
-chosen reads whole documents (--context-length 1000000000). The result of a run is what `train` itself says of
-all held-out text. The other texts are of Debian's packages perl-doc and wordnet-base. Results go to
-bench/results/recipe.jsonl and .md; docs/training.md draws the conclusions.
+Each run is a process of one thread. Runs with equal numbers of steps compare choices of equal cost; runs of equal duration,
+on an idle machine, compare models whose steps differ in cost. Sweeps made before the context length was chosen read whole
+documents (--context-length 1000000000). The result of a run is the figure of all held-out text that `train` reports. The
+other texts are Debian's packages perl-doc and wordnet-base. Results go to bench/results/recipe.jsonl and .md;
+docs/training.md draws the conclusions.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from megalodon_ops.training import read_metrics
 from . import machine, records
 
 BYTES = 1_638_400
-"""Read by each run that is not by the clock, or a part of it or a multiple"""
+"""Text of each run that is not timed, or a part or a multiple of it"""
 WHOLE = 10**9
-"""A context length that no document has"""
+"""A context length longer than all documents"""
 
 
 def _flags(
     rows: int = 64, length: int = 64, bytes_read: int = BYTES, context_length: int = WHOLE, **others: object
 ) -> str:
-    given = {
+    flags = {
         "steps": bytes_read // (rows * length),
         "batch": rows,
         "length": length,
         **others,
         "context-length": context_length,
     }
-    return " ".join(f"--{name} {value}" for name, value in given.items())
+    return " ".join(f"--{name} {value}" for name, value in flags.items())
 
 
 GROUPS: dict[str, list[str]] = {
@@ -102,7 +102,7 @@ def main() -> None:
 
     def work(run: tuple[str, str]) -> None:
         group, flags = run
-        record = {"group": group, "flags": flags, **measured(flags)}
+        record = {"group": group, "flags": flags, **train(flags)}
         records.append(path, record)
         print(record, flush=True)
 
@@ -111,12 +111,12 @@ def main() -> None:
             records.write(path.with_suffix(".md"), "\n".join(page(records.read(path))) + "\n")
 
 
-def measured(flags: str) -> dict[str, Any]:
-    """What `train` with these flags comes to."""
+def train(flags: str) -> dict[str, Any]:
+    """Run `train` with these flags and return its record."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        given = [path for flag in flags.split() for path in sorted(glob.glob(flag)) or [flag]]
-        command = [sys.executable, "-m", "megalodon_ops", "train", "--out", f"{folder}/run", *given]
+        expanded = [path for flag in flags.split() for path in sorted(glob.glob(flag)) or [flag]]
+        command = [sys.executable, "-m", "megalodon_ops", "train", "--out", f"{folder}/run", *expanded]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
@@ -156,8 +156,8 @@ def page(results: list[dict[str, Any]]) -> list[str]:
             cells = (f"{result[name]:,}" if isinstance(result[name], int) else f"{result[name]:g}" for name in shown)
             lines.append(f"| `{result['flags']}` | {' | '.join(cells)} |")
         lines.append("")
-    where = sorted({f"{result['processor']}, {result['date']}" for result in results})
-    return [*lines, f"`python -m bench.recipe`; bits per byte; {'; '.join(where)}."]
+    machines = sorted({f"{result['processor']}, {result['date']}" for result in results})
+    return [*lines, f"`python -m bench.recipe`; bits per byte; {'; '.join(machines)}."]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files of results: JSON Lines, a run a line, to which several processes append."""
+"""Files of results: JSON Lines, one run a line, to which several processes append."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records in the order in which they were appended; none where there is no file.
+    """Return the records in the order of their appending; none if there is no file.
 
-    A line ends with a newline. A last line without one was cut off amid its write: it is left out, with a warning.
+    A last line without a newline is an interrupted write: it is skipped with a warning.
     """
     *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
     if rest:
@@ -21,7 +21,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Adds a line by one write. Processes that append at once take turns; an incomplete last line makes room."""
+    """Append a line by one write, under a lock on the file; replace an incomplete last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record).encode() + b"\n"
     with open(path, "a+b", buffering=0) as file:
@@ -33,7 +33,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file that is complete or not there."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(text)

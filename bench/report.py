@@ -1,4 +1,4 @@
-"""Writes results as JSON, as tables in markdown, and as a plot for each bench."""
+"""Write results as JSON, as tables in Markdown, and as a plot for each bench."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(
     stem: Path, results: Sequence[Result], failures: Sequence[str], machine: dict[str, str], limits: dict[int, Limits],
     *, device: str, date: str, seconds: float, quick: bool,
 ) -> None:  # fmt: skip
-    """Writes `stem`.json, `stem`.md and the plots `stem`-<bench>.png."""
+    """Write `stem`.json, `stem`.md and the plots `stem`-<bench>.png."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     record = dict(
         date=date, device=device, seconds=round(seconds), quick=quick, machine=machine, failures=list(failures),
@@ -63,24 +63,24 @@ def write(
     if failures:
         parts.append("## Failed\n\n" + "\n".join(f"- {failure}" for failure in failures) + "\n")
     for bench in dict.fromkeys(result.bench for result in results):
-        of_bench = [result for result in results if result.bench == bench]
-        plot(of_bench, stem.with_name(f"{stem.name}-{bench}.png"))
-        tables = f"{ours_table(of_bench, limits)}\n\nEvery path, all threads:\n\n{paths_table(of_bench)}"
+        bench_results = [result for result in results if result.bench == bench]
+        plot(bench_results, stem.with_name(f"{stem.name}-{bench}.png"))
+        tables = f"{ours_table(bench_results, limits)}\n\nEvery path, all threads:\n\n{paths_table(bench_results)}"
         parts.append(f"## {bench}\n\n{tables}\n")
     stem.with_name(stem.name + ".md").write_text("\n".join(parts))
 
 
 def _title(machine: dict[str, str], benches: Iterable[str], date: str) -> str:
-    """What was measured, on which processor or card: a page's name in a list of pages."""
-    where = (
+    """Title of a page: processor or card, benches and date."""
+    device = (
         machine["card"].partition(",")[0] if "card" in machine else f"{machine['processor']}, {machine['cores']} cores"
     )
     names = list(dict.fromkeys(benches))
-    return f"{where}: times of {' and '.join(names) if len(names) < 3 else 'all ops and of models'}, {date}"
+    return f"{device}: times of {' and '.join(names) if len(names) < 3 else 'all ops and of models'}, {date}"
 
 
 def ours_table(results: Iterable[Result], limits: dict[int, Limits]) -> str:
-    """Our speed, against the machine and against the best path in plain torch."""
+    """Our speed, compared with the machine's limits and with the best path in plain torch."""
     rows = []
     for r in results:
         limit, best = limits[r.threads], r.best_rival
@@ -106,7 +106,7 @@ def ours_table(results: Iterable[Result], limits: dict[int, Limits]) -> str:
 
 
 def paths_table(results: Sequence[Result]) -> str:
-    """Every way of doing the work, at the largest number of threads."""
+    """All paths at the largest number of threads."""
     all_threads = max(r.threads for r in results)
     rows = [
         [
@@ -196,5 +196,5 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
-def _percent(value: float | None, of: float | None) -> str:
-    return "" if value is None or of is None else f"{100 * value / of:.0f}%"
+def _percent(value: float | None, limit: float | None) -> str:
+    return "" if value is None or limit is None else f"{100 * value / limit:.0f}%"

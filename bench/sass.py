@@ -1,4 +1,4 @@
-"""What nvcc has made of the kernels: registers, stack, and the instructions of each, by architecture.
+"""Machine code that nvcc made of the kernels: registers, stack and instructions, by architecture.
 
 `python -m bench.sass` prints a table of the installed package's kernels.
 """
@@ -27,19 +27,19 @@ class Kernel:
 
     name: str  # without namespaces and parameters: "scan_kernel<bf16, 8>"
     architecture: int
-    calls: list[str] = field(default_factory=list)  # device functions that were not inlined
+    calls: list[str] = field(default_factory=list)  # device functions not inlined
     registers: int = 0
     shared: int = 0  # bytes, static
     stack: int = 0  # bytes: arrays in memory, and spills
-    opcodes: dict[str, tuple[int, str]] = field(default_factory=dict)  # how many, and the first one's "file:line"
+    opcodes: dict[str, tuple[int, str]] = field(default_factory=dict)  # count, and "file:line" of the first
 
     def uses(self, pattern: str) -> list[tuple[str, int, str]]:
-        """The opcodes that match from their beginning: (opcode, count, place of the first)."""
+        """Opcodes that match from their beginning: (opcode, count, "file:line" of the first)."""
         return [(opcode, *use) for opcode, use in self.opcodes.items() if re.match(pattern, opcode)]
 
 
 class MissingTool(RuntimeError):
-    """A tool of the CUDA toolkit is not on this machine."""
+    """A tool of the CUDA toolkit is missing."""
 
 
 @functools.cache
@@ -53,7 +53,7 @@ def nvcc() -> str:
 
 @functools.cache
 def tool(name: str) -> str:
-    """nvdisasm or cuobjdump, of the toolkit or of the PyPI package nvidia-cuda-<name>."""
+    """Path of nvdisasm or cuobjdump, from the toolkit or from the PyPI package nvidia-cuda-<name>."""
     folders = [folder for entry in sys.path for folder in Path(entry).glob("nvidia/*/bin")]
     found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
     if not found:
@@ -62,7 +62,7 @@ def tool(name: str) -> str:
 
 
 def installed() -> Path:
-    """The module of the CUDA kernels."""
+    """File of the installed CUDA kernels."""
     spec = importlib.util.find_spec("megalodon_ops._cuda")
     if spec is None:
         raise MissingTool("this build of megalodon_ops has no CUDA kernels")
@@ -70,7 +70,7 @@ def installed() -> Path:
 
 
 def kernels_of(library: Path) -> list[Kernel]:
-    """All kernels of a shared library, for each architecture that it holds machine code of."""
+    """All kernels of a shared library, once for each architecture with machine code."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         _run([tool("cuobjdump"), "-xelf", "all", str(library)], folder=folder)
         found = pool.map(_kernels_of_cubin, sorted(Path(folder).glob("*.cubin")))
@@ -78,12 +78,12 @@ def kernels_of(library: Path) -> list[Kernel]:
 
 
 def ptx_of(library: Path) -> set[int]:
-    """The architectures that a shared library holds PTX of."""
+    """Architectures with PTX in a shared library."""
     return {int(a) for a in re.findall(r"sm_(\d+)\.ptx", _run([tool("cuobjdump"), "-lptx", str(library)]).stdout)}
 
 
 def compiled(source: Path, architecture: int = 90) -> list[Kernel]:
-    """The kernels of a file, compiled by nvcc."""
+    """Kernels of a source file, compiled by nvcc."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source.stem}.sm_{architecture}.cubin"
         _run([*_compiler(), "-lineinfo", f"-arch=sm_{architecture}", "-cubin", str(source), "-o", str(cubin)])
@@ -91,10 +91,10 @@ def compiled(source: Path, architecture: int = 90) -> list[Kernel]:
 
 
 def assembly(source: Path) -> dict[str, str]:
-    """The inline PTX of each kernel of a file, whose parameters are called x, y and z here.
+    """Inline PTX of each kernel of a source file; x, y and z are the kernel's parameters.
 
-    An operand is a pointer ("x"), the nth word of what a pointer or a parameter holds, read before or written after
-    ("x0"), or an array in shared memory.
+    An operand is a pointer ("x"), word n of a pointer's target or of a parameter ("x0"), read before the PTX or written
+    after it, or an array in shared memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernels.ptx"
@@ -105,19 +105,19 @@ def assembly(source: Path) -> dict[str, str]:
 
 def _assembly_of(body: str) -> str:
     inline = r"// begin inline asm\s+(.*?);?\s+// end inline asm"
-    code, registers, place = re.sub(inline, "", body), r"(\{.*?\}|%\w+)", r"\[?(%?\w+)(?:\+(\d+))?\]?"
+    code, registers, address = re.sub(inline, "", body), r"(\{.*?\}|%\w+)", r"\[?(%?\w+)(?:\+(\d+))?\]?"
     operands: dict[str, str] = {}
 
     def name(found: str, source: str, first: int | None) -> None:
         for i, register in enumerate(re.findall(r"%\w+", found)):
             operands.setdefault(register, source if first is None else f"{source}{first + i}")
 
-    for instruction, to, source, offset in re.findall(rf"(ld|cvta|mov)(?:\.\w+)*\s+{registers}, {place};", code):
+    for instruction, to, source, offset in re.findall(rf"(ld|cvta|mov)(?:\.\w+)*\s+{registers}, {address};", code):
         parameter = re.search(r"_param_(\d)$", source)
         whole = instruction != "ld" or parameter and to.startswith("%rd")
         source = "xyz"[int(parameter[1])] if parameter else operands.get(source, source)
         name(to, source, None if whole else int(offset or 0) // 4)
-    for to, offset, stored in re.findall(rf"st\.global(?:\.\w+)*\s+{place}, {registers};", code):
+    for to, offset, stored in re.findall(rf"st\.global(?:\.\w+)*\s+{address}, {registers};", code):
         name(stored, operands[to], int(offset or 0) // 4)
     return re.sub(r"%\w+", lambda register: operands[register[0]], "; ".join(re.findall(inline, body)))
 
@@ -127,7 +127,7 @@ def _compiler() -> list[str]:
 
 
 def resources_of(cubin: Path) -> list[Kernel]:
-    """The kernels of a file of machine code with their registers and memory, without their instructions."""
+    """Kernels of a cubin with their registers and memory, without instructions."""
     kernels = _resources(cubin)
     for kernel, name in zip(kernels.values(), demangle(list(kernels)), strict=True):
         kernel.name = name
@@ -152,22 +152,22 @@ def _kernels_of_cubin(cubin: Path) -> list[Kernel]:
 
 
 def _parse_listing(listing: str, kernels: dict[str, Kernel]) -> None:
-    """Counts the opcodes of `nvdisasm -c -g`, section by section."""
+    """Count the opcodes of `nvdisasm -c -g`, section by section."""
     for line in listing.splitlines():
         if found := re.match(r"\s*\.section\s+\.text\.([\w$]+)", line):
-            kernel, place = kernels[found[1]], ""
+            kernel, location = kernels[found[1]], ""
         elif found := re.match(r'\s*//## File "([^"]+)", line (\d+)', line):
-            place = f"{Path(found[1]).name}:{found[2]}"
+            location = f"{Path(found[1]).name}:{found[2]}"
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            count, first = kernel.opcodes.get(found[1], (0, place))
+            count, first = kernel.opcodes.get(found[1], (0, location))
             kernel.opcodes[found[1]] = (count + 1, first)
-            # nvcc's own routines, of division for example, have other names.
+            # nvcc's own routines, such as division, have other names.
             if called := re.search(r"CALL\S*\s.*\$(_Z\w+)", line):
                 kernel.calls += [called[1]] if called[1] not in kernel.calls else []
 
 
 def demangle(names: list[str]) -> list[str]:
-    """Kernels' names as in the source, without return type, namespaces and parameters."""
+    """Names of kernels as in the source, without return type, namespaces and parameters."""
     filt = shutil.which("cu++filt") or shutil.which("c++filt")
     if not filt:
         raise MissingTool("c++filt is missing; it comes with binutils")
@@ -193,7 +193,7 @@ def _run(command: list[str], text: str | None = None, folder: str | None = None)
 
 
 def table(kernels: Iterable[Kernel]) -> str:
-    """Registers of each kernel by architecture, in Markdown, with static shared memory and what spills."""
+    """Markdown table of each kernel's registers and stack by architecture, and of its static shared memory."""
     rows: dict[str, dict[int, Kernel]] = {}
     for kernel in kernels:
         rows.setdefault(kernel.name, {})[kernel.architecture] = kernel

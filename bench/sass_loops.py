@@ -1,4 +1,4 @@
-"""How often a kernel's instructions run: its loops and the blocks that a call leaves out, from the machine code."""
+"""Loops of a kernel, and blocks that a call skips, from its machine code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINE = r"\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(@!?U?P\w+\s+)?([A-Z][\w.]*[^;]*)"
 
 @dataclass(eq=False)
 class Code:
-    """The instructions of a kernel in order, where each may lead, and what the kernel takes of a multiprocessor."""
+    """Instructions of a kernel in order, with its branch targets and resources."""
 
     kernel: sass.Kernel
     lines: list[str] = field(default_factory=list)  # opcode and operands
@@ -25,7 +25,7 @@ class Code:
     labels: dict[str, int] = field(default_factory=dict)
 
     def next(self) -> list[list[int]]:
-        """Of each instruction, those that may run after it."""
+        """For each instruction, those that may run after it."""
         following = []
         for i, (line, conditional) in enumerate(zip(self.lines, self.conditional, strict=True)):
             after = [i + 1] if i + 1 < len(self.lines) else []
@@ -36,7 +36,7 @@ class Code:
         return following
 
     def loops(self) -> list[set[int]]:
-        """The instructions of each loop, with those of the loops inside it."""
+        """Instructions of each loop, including its inner loops."""
         following = self.next()
         before: list[list[int]] = [[] for _ in self.lines]
         for i, targets in enumerate(following):
@@ -44,15 +44,13 @@ class Code:
                 before[target].append(i)
         loops: dict[int, set[int]] = {}
         for last, targets in enumerate(following):
-            for (
-                head
-            ) in targets:  # what is entered elsewhere than at its head is code that was moved to the end, no loop
-                if head <= last and last not in _reached(0, following, head):
-                    loops.setdefault(head, {head}).update(_reached(last, before, head))
+            for head in targets:  # code that can be entered past its head was moved to the end: no loop
+                if head <= last and last not in _reachable(0, following, head):
+                    loops.setdefault(head, {head}).update(_reachable(last, before, head))
         return list(loops.values())
 
-    def avoiding(self, pattern: str) -> set[int]:
-        """All instructions but those of the basic blocks in which a line matches."""
+    def instructions_without(self, pattern: str) -> set[int]:
+        """Instructions of the basic blocks in which no line matches."""
         blocks: list[list[int]] = [[]]
         labels = set(self.labels.values())
         for i, line in enumerate(self.lines):
@@ -65,18 +63,18 @@ class Code:
 
     @functools.cache
     def bodies(self, avoid: str) -> tuple[Counter[str], list[Counter[str]]]:
-        """The opcodes outside of all loops, and those of each loop outside of the loops inside it."""
-        kept, loops = self.avoiding(avoid), self.loops()
+        """Opcodes outside of all loops, and those of each loop without its inner loops."""
+        counted, loops = self.instructions_without(avoid), self.loops()
 
-        def opcodes(of: set[int]) -> Counter[str]:
-            return Counter(self.lines[i].split()[0] for i in of & kept)
+        def opcodes(instructions: set[int]) -> Counter[str]:
+            return Counter(self.lines[i].split()[0] for i in instructions & counted)
 
         outside = set(range(len(self.lines))).difference(*loops)
         return opcodes(outside), [opcodes(loop.difference(*(o for o in loops if o < loop))) for loop in loops]
 
 
-def _reached(start: int, edges: list[list[int]], stop: int) -> set[int]:
-    """What can be reached from `start` without passing `stop`."""
+def _reachable(start: int, edges: list[list[int]], stop: int) -> set[int]:
+    """Instructions reachable from `start` without passing `stop`."""
     found, ahead = {start} - {stop}, [start] if start != stop else []
     while ahead:
         new = {other for other in edges[ahead.pop()] if other != stop and other not in found}
@@ -85,16 +83,17 @@ def _reached(start: int, edges: list[list[int]], stop: int) -> set[int]:
     return found
 
 
-def codes_of(library: Path, names: Iterable[str], most: int) -> dict[str, Code]:
-    """The machine code of these kernels of a shared library, by their names as sass.py prints them.
+def codes_of(library: Path, names: Iterable[str], newest: int) -> dict[str, Code]:
+    """Machine code of these kernels of a shared library, by their names as sass.py prints them.
 
-    Of the newest architecture in the library up to `most`, 90 for sm_90, or else of the oldest.
+    The code is that of the newest architecture up to `newest` (90 for sm_90) in the library, or else of the oldest.
     """
-    held = {
+    available = {
         int(a)
         for a in re.findall(r"sm_(\d+)\S*\.cubin", sass._run([sass.tool("cuobjdump"), "-lelf", str(library)]).stdout)
     }
-    return _codes_of(library, frozenset(names), max((a for a in held if a <= most), default=min(held)))
+    architecture = max((a for a in available if a <= newest), default=min(available))
+    return _codes_of(library, frozenset(names), architecture)
 
 
 @functools.cache
@@ -110,7 +109,7 @@ def _codes_of(library: Path, names: frozenset[str], architecture: int) -> dict[s
 
 
 def parse(listing: str, wanted: dict[str, sass.Kernel]) -> dict[str, Code]:
-    """The kernels of `nvdisasm -c` that are wanted."""
+    """Parse the wanted kernels from the output of `nvdisasm -c`."""
     sections = re.findall(r"\.section\s+\.text\.([\w$]+)", listing)
     short = dict(zip(sections, sass.demangle(sections), strict=True))
     found, code = {}, None

@@ -1,8 +1,8 @@
-"""`python -m bench.stream_memory`: resident memory of this process while a model reads, and decodes, a long stream.
+"""`python -m bench.stream_memory`: resident memory of this process while a model reads, then decodes, a long stream.
 
-The memory is read from /proc/self/statm (Linux) when 1k, 2k, 4k and so on tokens have passed: first of a text that is read
-in pieces of a chunk, then of tokens that are decoded one by one. What a stream needs does not grow: the exit status is 1 if
-the last value is more than a fiftieth above that at 1k tokens. Writes a table, and with --out a plot and the numbers.
+The memory is read from /proc/self/statm (Linux) after 1k, 2k, 4k and so on tokens: first of a text read in pieces of a
+chunk, then of tokens decoded one by one. A stream's memory must not grow: the exit status is 1 if the last value is more
+than 2 % above that at 1k tokens. Prints a table; with --out also writes a plot and the numbers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import megalodon_ops as mo
 CONFIG = dict(
     num_layers=4, model_dim=128, num_heads=2, z_dim=64, value_dim=256, ffn_hidden_dim=256, chunk_size=512, vocab_size=256,
 )  # fmt: skip
-MOST_GROWTH = 0.02
+MAX_GROWTH = 0.02
 Samples = list[tuple[int, int]]
-"""Tokens that have passed, and bytes resident then"""
+"""Number of tokens so far, and resident bytes then"""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stream_memory", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="of each stream (1,000,000)")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="length of each stream (1,000,000)")
     parser.add_argument("--out", type=Path, help="folder for stream_memory.json and stream_memory.png")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -43,12 +43,12 @@ def main() -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         Path(options.out, "stream_memory.json").write_text(json.dumps(streams, indent=1) + "\n")
         plot(streams, options.out / "stream_memory.png")
-    return int(any(growth(samples) > MOST_GROWTH for samples in streams.values()))
+    return int(any(growth(samples) > MAX_GROWTH for samples in streams.values()))
 
 
 @torch.no_grad()
 def read(model: mo.Megalodon, tokens: int) -> Iterator[int]:
-    """Reads a stream in pieces; gives how many tokens have passed."""
+    """Read a stream in pieces; yield the number of tokens so far."""
     state, random, size = None, torch.Generator().manual_seed(0), model.config.chunk_size
     for start in range(0, tokens, size):
         piece = torch.randint(model.config.vocab_size, (1, min(size, tokens - start)), generator=random)
@@ -57,29 +57,29 @@ def read(model: mo.Megalodon, tokens: int) -> Iterator[int]:
 
 
 def decode(model: mo.Megalodon, tokens: int) -> Iterator[int]:
-    """Generates a stream; gives how many tokens have passed."""
+    """Generate a stream; yield the number of tokens so far."""
     for count, _ in zip(range(1, tokens + 1), model.stream(torch.tensor([[0]]), seed=0), strict=False):
         yield count
 
 
-def sample(passed: Iterator[int], tokens: int) -> Samples:
-    """Resident memory at about 1,000 tokens, at the powers of two times that, and at the end."""
+def sample(counts: Iterator[int], tokens: int) -> Samples:
+    """Resident memory at about 1,000, 2,000, 4,000, ... tokens, and at the end."""
     samples, mark = [], 1000
-    for count in passed:
+    for count in counts:
         if count >= mark or count == tokens:
-            samples.append((count, resident()))
+            samples.append((count, resident_bytes()))
             while mark <= count:
                 mark *= 2
     return samples
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
+def resident_bytes() -> int:
+    """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def growth(samples: Samples) -> float:
-    """The last value beyond the first one, as a share of the first."""
+    """Growth from the first to the last value, as a share of the first."""
     return samples[-1][1] / samples[0][1] - 1
 
 

@@ -1,6 +1,6 @@
-"""`python -m bench.summary`: what README.md and docs/performance.md show of the newest page of results, to paste there.
+"""`python -m bench.summary`: the tables of README.md and docs/performance.md, from the newest page of results.
 
-All figures are of one processor and one date. A full run of `python -m bench` ends with those of its own page.
+All figures are of one processor and one date. A full run of `python -m bench` prints the tables of its own page.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ RESULTS = Path(__file__).with_name("results")
 
 
 class Work(NamedTuple):
-    """A row of a bench that is shown, in all types that were measured."""
+    """A bench's row in the tables, in all measured types."""
 
     label: str
     name: str
     shape: str
     tokens: int = 0
-    """of a call, whose speed is shown in tokens a second; 0: its time is shown"""
+    """per call, to show tokens a second; 0: show milliseconds"""
 
 
 OPS = (
-    Work("`cema`, 8,192 steps of 1,024 channels", "forward + backward", "B 1 L 8192 D 1024 N 16"),
+    Work("`cema`, 8,192 positions of 1,024 channels", "forward + backward", "B 1 L 8192 D 1024 N 16"),
     Work("`timestep_norm`, the same", "forward + backward", "B 1 L 8192 D 1024 G 32"),
     Work(
         "`chunked_attention`, chunks of 2,048", "chunked_attention forward + backward", "L 8192 C 2048 K 256 V 2048 H 1"
@@ -43,7 +43,7 @@ ENCODER = "encoder forward + backward"
 
 
 class Row(NamedTuple):
-    """Milliseconds of one work in one type with all threads, as the page has them; empty where not measured."""
+    """Milliseconds of one work in one type with all threads, as on the page; empty if not measured."""
 
     type: str
     ours: str
@@ -62,7 +62,7 @@ class Page:
         self.lines = _lines(self.text)
 
     def rows(self, work: Work) -> list[Row]:
-        """What was measured of a work, in the page's order of types."""
+        """Measurements of a work, in the page's order of types."""
         lines = [line for line in self.lines if (line["work"], line["shape"]) == (work.name, work.shape)]
         llamas = {line["type"]: line["warm ms"] for line in lines if line.get("path") == "Llama"}
         return [
@@ -71,7 +71,7 @@ class Page:
             if line.get("cache") == "warm" and line["threads"] == self.cores
         ]
 
-    def of_readme(self) -> list[str]:
+    def readme_table(self) -> list[str]:
         lines = [
             f"| float32, {self.cores} cores of an {self.processor}, {self.date} | this package | best in plain torch |",
             "|---|---|---|",
@@ -82,7 +82,7 @@ class Page:
             lines += [f"| {label} | {_shown(row.ours, work)} | {_shown(row.torch, work)} |" for row in rows]
         return lines
 
-    def of_performance(self, works: tuple[Work, ...]) -> list[str]:
+    def performance_table(self, works: tuple[Work, ...]) -> list[str]:
         llama = any(work.tokens for work in works)
         lines = [
             f"| {self.cores} cores of an {self.processor}, {self.date} | type | this package | best in plain torch |"
@@ -95,33 +95,33 @@ class Page:
                 lines.append(f"| {' | '.join(cells)} |")
         return lines
 
-    def of_encoder(self) -> list[str]:
-        """Tokens a second of every path and its peak MiB, by the steps of a row."""
+    def encoder_table(self) -> list[str]:
+        """Tokens a second and peak MiB of every path, by the length of a row."""
         found: dict[str, dict[str, str]] = {}
         for line in self.lines:
             if line["work"] == ENCODER and "path" in line:
-                steps = line["shape"].split()[-1]
-                speed = _shown(line["warm ms"], Work("", "", "", int(steps)))
-                found.setdefault(steps, {})[line["path"]] = f"{speed}, {line['peak MiB']} MiB".removesuffix(",  MiB")
+                length = line["shape"].split()[-1]
+                speed = _shown(line["warm ms"], Work("", "", "", int(length)))
+                found.setdefault(length, {})[line["path"]] = f"{speed}, {line['peak MiB']} MiB".removesuffix(",  MiB")
         names = [*dict.fromkeys(name for paths in found.values() for name in paths)]
         lines = [
             f"| {self.cores} cores of an {self.processor}, {self.date} | {' | '.join(names)} |",
             "|---" * (1 + len(names)) + "|",
         ]
-        for steps, paths in found.items():
-            lines.append(f"| {int(steps):,} steps | {' | '.join(paths.get(name, '') for name in names)} |")
+        for length, paths in found.items():
+            lines.append(f"| {int(length):,} positions | {' | '.join(paths.get(name, '') for name in names)} |")
         return lines
 
 
 def text(path: Path) -> str:
     page = Page(path)
     parts = {
-        "README.md, How fast": page.of_readme(),
-        "docs/performance.md, Ops": page.of_performance(OPS),
-        "docs/performance.md, Models": page.of_performance(MODELS),
+        "README.md, How fast": page.readme_table(),
+        "docs/performance.md, Ops": page.performance_table(OPS),
+        "docs/performance.md, Models": page.performance_table(MODELS),
     }
-    if (of_encoder := newest_of_encoder()) is not None:
-        parts["docs/performance.md, Encoder"] = of_encoder.of_encoder()
+    if (encoder_page := newest_encoder_page()) is not None:
+        parts["docs/performance.md, Encoder"] = encoder_page.encoder_table()
     return "\n".join(f"{where}:\n\n" + "\n".join(lines) + "\n" for where, lines in parts.items())
 
 
@@ -129,14 +129,14 @@ def newest() -> Path:
     return sorted(RESULTS.glob("????-??-??-cpu.md"))[-1]
 
 
-def newest_of_encoder() -> Page | None:
-    """The newest page with rows of the encoder, which `python -m bench --only encoder` writes too."""
+def newest_encoder_page() -> Page | None:
+    """The newest page with rows of the encoder; `python -m bench --only encoder` writes one too."""
     pages = [Page(path) for path in sorted(RESULTS.glob("????-??-??-cpu*.md")) if "quick" not in path.name]
     return next((page for page in reversed(pages) if f"| {ENCODER} |" in page.text), None)
 
 
 def _lines(page: str) -> list[dict[str, str]]:
-    """The lines of all tables of works by their columns, and the bench that each is of."""
+    """Lines of all tables of works, as dicts by column and with their bench."""
     found, bench, head = [], "", []
     for line in page.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")] if line.startswith("| ") else []

@@ -1,4 +1,4 @@
-"""The process of `bench_waiting`: answers each line on standard input, a number of steps to take, with their losses."""
+"""Process of `bench_waiting`: for each number of steps on standard input, take them and print their losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megalodon_ops.training import Batches, Corpus, Muon, Reader, optimizer_thre
 
 
 def steps(corpus: Corpus) -> Iterator[float]:
-    """The losses of the default run's steps, at the learning rate of the peak."""
+    """Losses of the default run's steps, at the peak learning rate."""
     options, config, tokenizer = begun(parse(["train"], COMMANDS)[1], Path("run"))
     torch.manual_seed(options.seed)
     model = mo.Megalodon(config).train()
@@ -40,7 +40,7 @@ def main() -> None:
     mo.keep_freed_memory()  # as the command line does
     corpus = load_corpus(None)
     for line in sys.stdin:
-        if line == "start over\n":
+        if line == "restart\n":
             losses = steps(corpus)
             print(flush=True)
         else:

@@ -1,4 +1,4 @@
-"""Builds the pages into build/docs, strictly: a warning is an error. `pip install ".[docs]"` brings what this needs.
+"""Build the pages into build/docs; a warning is an error. Needs `pip install ".[docs]"`.
 
 python tools/build_docs.py [folder]
 """
@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def build(folder: Path) -> int:
-    """Exit status of Sphinx."""
+    """Run Sphinx and return its exit status."""
     options = ["-W", "--keep-going", "-q", "-E", "-b", "html", "-d", f"{folder}.doctrees", "-c", "docs"]
     return subprocess.run([sys.executable, "-m", "sphinx", *options, ".", str(folder)], cwd=REPOSITORY).returncode
 

@@ -1,10 +1,9 @@
-"""Says in README.md and pyproject.toml where the project is, for the packages that a workflow publishes.
+"""Write the project's address into README.md and pyproject.toml, for the packages that a workflow publishes.
 
     python tools/name_repository.py https://github.com/<owner>/<name> <tag or commit>
 
-A copy of the project does not know where it is kept; the workflow that builds a release does. Both files are changed in
-place: links of the README, which lead nowhere on a package index while they are relative, become absolute, and the
-package's metadata gets its links.
+Only the workflow that builds a release knows the address. Changes both files in place: relative links of the README,
+which do not work on a package index, become absolute, and the package's metadata gets its links.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ def name_repository(root: Path, url: str, revision: str) -> None:
     readme, project = root / "README.md", root / "pyproject.toml"
 
     def absolute(link: re.Match) -> str:
-        image, text, path, place = link.groups()
+        image, text, path, anchor = link.groups()
         kind = "raw" if image else "tree" if (root / path).is_dir() else "blob"
-        return f"{image}{text}({url}/{kind}/{revision}/{path}{place or ''})"
+        return f"{image}{text}({url}/{kind}/{revision}/{path}{anchor or ''})"
 
     readme.write_text(_TARGET.sub(absolute, readme.read_text()))
     links = {"Repository": url, "Issues": f"{url}/issues", "Changelog": f"{url}/blob/{revision}/CHANGELOG.md"}

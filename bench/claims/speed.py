@@ -47,7 +47,7 @@ def work(scratch: Path, *, size: str, chunk: int, length: int, threads: int) -> 
     model = bench_model._Model(size, config(size, chunk))
     llama = models.build(models.LLAMA, model.config, length, 0)
     step, tokens = bench_model._step, model.tokens(length)
-    in_torch = bench_model._loss_of(model.llama)
+    in_torch = bench_model._cross_entropy(model.llama)
     paths = [
         harness.Path(harness.OURS, partial(step, model.ours.loss, model.ours, tokens, with_grads=False)),
         bench_model._other(LLAMAS[0], partial(step, llama.loss, llama, tokens, with_grads=False)),

@@ -139,7 +139,7 @@ def test_fewer_threads_meet_the_best_rival_alone(two_threads):
 
 def test_memory_of_a_stream_is_sampled_at_powers_of_two(monkeypatch):
     sizes = iter([100 << 20, 101 << 20, 103 << 20])
-    monkeypatch.setattr(stream_memory, "resident", lambda: next(sizes))
+    monkeypatch.setattr(stream_memory, "resident_bytes", lambda: next(sizes))
     samples = stream_memory.sample(iter(range(100, 2501, 100)), 2500)
     assert [count for count, _ in samples] == [1000, 2000, 2500]
     assert stream_memory.growth(samples) == pytest.approx(0.03)
@@ -149,7 +149,7 @@ def test_memory_of_a_stream_is_sampled_at_powers_of_two(monkeypatch):
 def test_streams_pass_all_their_tokens():
     model = tiny_model(torch.float32).eval()
     assert list(stream_memory.read(model, 20)) == [8, 16, 20] and list(stream_memory.decode(model, 3)) == [1, 2, 3]
-    assert stream_memory.resident() > 10 << 20
+    assert stream_memory.resident_bytes() > 10 << 20
 
 
 def test_states_of_a_stream_agree_however_it_is_cut():
@@ -161,13 +161,13 @@ def test_pages_show_the_newest_results():
     if not summary.RESULTS.exists():
         pytest.skip("needs bench/results, which a source distribution does not hold")
     page, root = summary.Page(summary.newest()), summary.RESULTS.parents[1]
-    assert len(page.of_readme()) == 2 + len(summary.README)
-    assert "\n".join(page.of_readme()) in (root / "README.md").read_text(), "run python -m bench.summary"
+    assert len(page.readme_table()) == 2 + len(summary.README)
+    assert "\n".join(page.readme_table()) in (root / "README.md").read_text(), "run python -m bench.summary"
     for works in (summary.OPS, summary.MODELS):
-        assert len(page.of_performance(works)) >= 2 + len(works)
-        assert "\n".join(page.of_performance(works)) in (root / "docs" / "performance.md").read_text()
-    if (page := summary.newest_of_encoder()) is not None:
-        assert "\n".join(page.of_encoder()) in (root / "docs" / "performance.md").read_text()
+        assert len(page.performance_table(works)) >= 2 + len(works)
+        assert "\n".join(page.performance_table(works)) in (root / "docs" / "performance.md").read_text()
+    if (page := summary.newest_encoder_page()) is not None:
+        assert "\n".join(page.encoder_table()) in (root / "docs" / "performance.md").read_text()
 
 
 def test_the_encoders_paths_agree_and_are_summed_up(tmp_path, monkeypatch):
@@ -179,9 +179,9 @@ def test_the_encoders_paths_agree_and_are_summed_up(tmp_path, monkeypatch):
     assert {"plain torch", "Transformer encoder"} <= {t.path for t in short.timings}
     page = tmp_path / "2026-01-02-cpu-encoder.md"
     page.write_text(f"- processor: a\n- cores: 1\n\n{report.paths_table([short, long])}\n")
-    head, _, *rows = summary.Page(page).of_encoder()
+    head, _, *rows = summary.Page(page).encoder_table()
     assert head.startswith(f"| 1 cores of an a, 2026-01-02 | {OURS} | plain torch | Transformer encoder |")
     milliseconds = 1e3 * short.ours.median
     shown = float(rows[0].split(" | ")[1].removesuffix(" tokens/s").replace(",", ""))
-    assert rows[0].startswith("| 256 steps | ") and abs(shown * milliseconds / 256_000 - 1) < 0.01
-    assert rows[1].startswith("| 2,048 steps | ") and rows[1].split(" | ")[2].strip(" |") == ""
+    assert rows[0].startswith("| 256 positions | ") and abs(shown * milliseconds / 256_000 - 1) < 0.01
+    assert rows[1].startswith("| 2,048 positions | ") and rows[1].split(" | ")[2].strip(" |") == ""
