@@ -41,7 +41,7 @@ class Card:
     flash: tuple[float, float] | None = None  # TFLOP/s of flash attention for K = V = 64, forward and backward
 
 
-_HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: the A100's"
+_HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: not public, the A100's"
 _FLASH = (262, 264)  # arXiv 2407.08608, figures 5 (causal, C 2048) and 6 (not causal), H100
 CARDS = {
     "A100": Card(80, 108, 1.41, 2039, 5120, 2048, 64, 164, 64, "A100 white paper, 80 GB SXM"),

@@ -1,1 +1,1 @@
-"""The paper's claims at sizes that anyone can rerun: `python -m bench.claims CLAIM`; docs/claims.md says how each is decided."""
+"""The paper's claims at sizes that are easy to rerun: `python -m bench.claims CLAIM`. docs/claims.md has the results."""

@@ -1,7 +1,7 @@
-"""`python -m bench.claims CLAIM`: the runs of a claim; `--plan` says how long they take, `report` makes tables and plots.
+"""`python -m bench.claims CLAIM`: make the runs of a claim; `--plan` estimates their time, `report` makes tables and plots.
 
-A call that was cut off goes on where it was, and `--hours` cuts it off. Results go to bench/claims/results/<claim>.jsonl, a
-run a line.
+An interrupted call resumes where it was; `--hours` stops a call. Results go to bench/claims/results/<claim>.jsonl, one run
+a line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CLAIMS = {
     "encoder": encoder,
 }  # fmt: skip
 SECOND_ROUND = {"long-loss": long_loss, "gecko-tasks": gecko_tasks, "gecko-loss": gecko_loss}
-"""Claims whose runs take a day, which `all` leaves out"""
+"""Claims whose runs take a day; not part of `all`"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,13 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             modules[name].run(session, options.data)
         except KeyboardInterrupt:
-            print(f"{name}: stopped; the same command goes on")
+            print(f"{name}: stopped; the same command resumes it")
             return 130
         if options.plan:
-            left = sum(seconds for seconds, done in session.planned.values() if not done)
-            for run, (seconds, done) in session.planned.items() if options.claim != "all" else []:
+            left = sum(seconds for seconds, done in session.planned_runs.values() if not done)
+            for run, (seconds, done) in session.planned_runs.items() if options.claim != "all" else []:
                 print(f"  {'done' if done else duration(seconds):>8}  {run}")
-            print(f"{name}: {len(session.planned)} runs, {duration(left)} left on 2 quiet cores (estimated)")
+            print(f"{name}: {len(session.planned_runs)} runs, {duration(left)} left on 2 quiet cores (estimated)")
             total += left
     if options.plan and len(names) > 1:
         print(f"all: {duration(total)}")
@@ -62,9 +62,9 @@ def _report(options: argparse.Namespace, modules: dict[str, ModuleType]) -> int:
     if not found:
         raise SystemExit(f"--out {options.out}: holds no results")
     print(*found.values(), sep="\n")
-    if found.keys() >= {*overview.DRAWN}:
-        drawn = {name: [*results(paths[name]).values()] for name in overview.DRAWN}
-        report.draw(partial(overview.plot, drawn), options.out / "overview.png")
+    if found.keys() >= {*overview.SHOWN_CLAIMS}:
+        shown = {name: [*results(paths[name]).values()] for name in overview.SHOWN_CLAIMS}
+        report.draw(partial(overview.plot, shown), options.out / "overview.png")
     return 0
 
 
@@ -73,19 +73,17 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     names = [*CLAIMS, *SECOND_ROUND, "all", "report"]
     parser.add_argument("claim", choices=names, metavar="CLAIM", help=", ".join(names))
     parser.add_argument("--plan", action="store_true", help="list the runs and their estimated times; run nothing")
-    parser.add_argument("--quick", action="store_true", help="tiny runs in a folder of their own, to test the programs")
-    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds (0)")
+    parser.add_argument("--quick", action="store_true", help="tiny runs in files of their own, to test the programs")
+    parser.add_argument("--seed", type=int, default=0, help="first of the seeds (0)")
     parser.add_argument(
         "--data",
         nargs="+",
         metavar="PATH",
         help="files and folders of text, absolute (the standard library; long text of Debian)",
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder of the results")
-    parser.add_argument(
-        "--hours", type=float, default=0, help="stop after so long, to go on by the same call (0: never)"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), help="folder for the results")
+    parser.add_argument("--hours", type=float, default=0, help="stop after this time; the same call resumes (0: never)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads (%(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     return options

@@ -1,4 +1,4 @@
-"""Claim c: the loss of a model that is trained on carried states falls as the context grows, far beyond a row of training."""
+"""Claim c: the loss of a model trained on carried states falls as the context grows, far beyond a training row."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megalodon_ops.evaluation import Evaluation, evaluate
 from . import models, text, verdict
 from .report import axis_of_tokens
 from .runs import Session
-from .train import KEPT_POINTS, Recipe, config, estimate, train_on_text
+from .train import MAX_POINTS, Recipe, config, estimate, train_on_text
 
 TITLE = "Loss as the context grows"
 RULE = (
-    "The middle million bytes of each source, held out, are predicted in windows of 1,024 tokens, 2,048, and so on, the last "
-    "as long as the document, every token once for each; figures are means over the sources. Held where the mean over the "
-    "seeds falls at every doubling; not held where it rises at one by more than 3 standard errors of the rises over the "
-    "seeds, and by more than 0.0005 bits per byte; undecided else."
+    "The middle million bytes of each source are held out and predicted in windows of 1,024 tokens, 2,048, and so on up to "
+    "the whole document, every token once per window length; figures are means over the sources. Held if the mean over the "
+    "seeds falls at every doubling; not held if it rises at one by more than 3 standard errors of the rises over the seeds "
+    "and by more than 0.0005 bits per byte; otherwise undecided."
 )
-LEAST = 5e-4
+MIN_RISE = 5e-4
 CHUNK, LENGTH, ROWS, LR, PIECE = 128, 512, 16, 1e-2, 4096
 SIZE, TOKENS, LONGEST = "1M", 12_000_000, 1 << 20
 QUICK = ("100k", 60_000, 1 << 14)
@@ -49,19 +49,19 @@ def work(scratch: Path, *, size: str, tokens: int, longest: int, seed: int, data
     }
     bits = {name: {str(each.context): each.bits_per_byte for each in found} for name, found in by_source.items()}
     return result | {
-        "bits_per_byte": {str(context): fmean(of_source[str(context)] for of_source in bits.values()) for context in contexts},
+        "bits_per_byte": {str(context): fmean(found[str(context)] for found in bits.values()) for context in contexts},
         "by_source": bits, "by_position": by_position([found[-1] for found in by_source.values()]),
         "text": long.fingerprint, "train_bytes": sum(map(len, long.train)), "parameters": model.num_parameters(),
     }  # fmt: skip
 
 
 def by_position(found: list[Evaluation]) -> list[list[float]]:
-    """The last position of each stretch of bins, bits a byte of all sources there, and how many predictions."""
+    """Last position of each stretch of bins, bits per byte of all sources there, and number of predictions."""
     bins = [*zip(*(each.by_position for each in found), strict=True)]
-    size = -(-len(bins) // KEPT_POINTS)
+    size = -(-len(bins) // MAX_POINTS)
     rows = []
     for i in range(0, len(bins), size):
-        stretch = [bin for of_sources in bins[i : i + size] for bin in of_sources]
+        stretch = [bin for bins_at in bins[i : i + size] for bin in bins_at]
         count = sum(bin.tokens for bin in stretch)
         bits = math.fsum(bin.nats for bin in stretch) / count / math.log(2)
         rows.append([stretch[-1].last, round(bits, 5), count])
@@ -71,18 +71,20 @@ def by_position(found: list[Evaluation]) -> list[list[float]]:
 def curves(results: list[dict[str, Any]]) -> tuple[list[int], list[list[float]]]:
     bits = [content["result"]["bits_per_byte"] for content in results]
     contexts = sorted(map(int, bits[0]))
-    return contexts, [[of_seed[str(context)] for context in contexts] for of_seed in bits]
+    return contexts, [[by_context[str(context)] for context in contexts] for by_context in bits]
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     contexts, found = curves(results)
-    by_comparison = {"claim": verdict.falls(found, LEAST)}
+    by_comparison = {"claim": verdict.decide_falling(found, MIN_RISE)}
     for name in results[0]["result"]["by_source"]:
-        of_source = [content["result"]["by_source"][name] for content in results]
-        falling = [[bits[str(context)] for context in contexts] for bits in of_source]
-        by_comparison[f"falls in {name}"] = verdict.falls(falling, LEAST)
+        by_context = [content["result"]["by_source"][name] for content in results]
+        source_curves = [[bits[str(context)] for context in contexts] for bits in by_context]
+        by_comparison[f"falls in {name}"] = verdict.decide_falling(source_curves, MIN_RISE)
     ends = [[curve[0], curve[-1]] for curve in found]
-    return by_comparison | {f"lower at {contexts[-1]:,} than at {contexts[0]:,}": verdict.falls(ends, LEAST)}
+    return by_comparison | {
+        f"lower at {contexts[-1]:,} than at {contexts[0]:,}": verdict.decide_falling(ends, MIN_RISE)
+    }
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
@@ -91,8 +93,8 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     lines = [f"| context | bits per byte | {' | '.join(sources)} |", "| --- | --- |" + " --- |" * len(sources)]
     for i, context in enumerate(contexts):
         values = [curve[i] for curve in found]
-        of_sources = [[c["result"]["by_source"][name][str(context)] for c in results] for name in sources]
-        lines.append(f"| {context:,} | {' | '.join(map(verdict.spread, (values, *of_sources)))} |")
+        by_source = [[c["result"]["by_source"][name][str(context)] for c in results] for name in sources]
+        lines.append(f"| {context:,} | {' | '.join(map(verdict.spread, (values, *by_source)))} |")
     return lines
 
 

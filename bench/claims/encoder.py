@@ -1,7 +1,7 @@
 """Claim g: an encoder classifies long rows better than a Transformer encoder of as many parameters.
 
-python -m bench.claims.encoder --task listops    # one run, which prints what it comes to
-python -m bench.claims encoder                   # all runs; a call that was cut off goes on
+python -m bench.claims.encoder --task listops    # one run; prints its results
+python -m bench.claims encoder                   # all runs; an interrupted call resumes
 """
 
 from __future__ import annotations
@@ -29,49 +29,49 @@ from .train import Recipe, train
 
 TITLE = "Encoder"
 RULE = (
-    "Two encoders of as many parameters, MEGALODON's and torch's Transformer, are trained on the same rows, generated anew at each "
-    "step, by the same steps of AdamW at a rate of 0.004 and one thread. Rows grow from short ones to their full length in the "
-    "first 60 % of the steps. ListOps is by Long Range Arena's rules with rows of 33 to 128 tokens in place of its 501 to 2,000, "
-    "which are asked beside the claim, as are those of 129 to 512. Of a second of sound, 16,000 steps, MEGALODON reads each sample, "
-    "and the Transformer patches of 160, as attention to all takes it 9 s a row. A task is done better where the share of right "
-    "answers to new rows of full length differs by more than 3 standard errors over 3 seeds and by more than 0.03; the claim is held "
-    "where MEGALODON is better in all three tasks, and not held where it is worse in one. Sizes, steps and rates were chosen by short "
-    "runs of another seed, to fit a quarter of an hour of a machine that did much else: what more training would give is not asked. Processor "
-    "time is that of training's process; peak is the most resident memory beyond that before, of any seed. Beside the claim, and "
-    "added after the figures of the first seed's words had been read: the Transformer trained on words for 25 times the steps, which "
-    "take it about the time that MEGALODON takes."
+    "Two encoders with equal numbers of parameters, MEGALODON's and torch's Transformer, are trained on the same rows, generated for "
+    "each step, with the same number of steps of AdamW at a rate of 0.004 and one thread. Rows grow from short ones to full length "
+    "in the first 60 % of the steps. ListOps follows Long Range Arena's rules with rows of 33 to 128 tokens in place of its 501 to "
+    "2,000; its own lengths, and those of 129 to 512, are evaluated too, and decide nothing. Of a second of sound, 16,000 positions, "
+    "MEGALODON reads each sample, and the Transformer patches of 160, as full attention takes it 9 s a row. A task is done better if "
+    "the share of right answers to new rows of full length differs by more than 3 standard errors over 3 seeds and by more than 0.03. "
+    "The claim is held if MEGALODON is better in all three tasks, and not held if it is worse in one. Sizes, steps and rates were "
+    "chosen by short runs of another seed, to fit a quarter of an hour on a busy machine; longer training is not part of the claim. "
+    "Processor time is that of the training process; peak is its largest resident memory beyond that before, over all seeds. Also "
+    "shown, without deciding, and added after the figures of the first seed's words had been read: the Transformer trained on words "
+    "for 25 times the steps, which take it about as long as MEGALODON's."
 )
-MEGALODON, TRANSFORMER = BOTH = models.MEGALODON, "transformer"
-LONGER = "transformer, longer"
+MEGALODON, TRANSFORMER = MODELS = models.MEGALODON, "transformer"
+LONG_TRANSFORMER = "transformer, longer"
 COLOURS = {MEGALODON: "tab:blue", TRANSFORMER: "tab:orange"}
-GROWING = 0.6
+GROWTH_PART = 0.6
 """Part of a run in which the rows grow"""
-LEAST = 0.03
-"""Share of right answers that makes a difference"""
-OF_EVALUATION = 1 << 32
-"""Added to a seed, so that no example of training is asked"""
+MIN_DIFFERENCE = 0.03
+"""Smallest difference in the share of right answers that counts"""
+EVALUATION_SEED = 1 << 32
+"""Added to a seed, so that no training example is evaluated"""
 
 
 class Task(NamedTuple):
-    """A task as both models meet it. Rows grow from `first` to `longest` steps, by as much a step of training."""
+    """A task of both models. Rows grow from `first_length` to `max_length` positions, by the same factor at each step."""
 
     sample: Callable[[numpy.random.Generator, int, int], long_rows.Examples]
     sizes: dict[str, Any]
-    """of the configuration, beside the widths"""
-    first: int
-    longest: int
+    """fields of the configuration, except the widths"""
+    first_length: int
+    max_length: int
     batch: int
-    """steps of all rows of a step of training"""
+    """positions of all rows of a training step"""
     steps: int
     seconds: dict[str, int]
-    """of a run of each model on a quiet core, about: two thirds of what it took on a busy one"""
-    asked: int
-    beside: tuple[int, ...] = ()
-    """other lengths that are asked, which decide nothing"""
+    """estimate for a run of each model on a quiet core: two thirds of the time on a busy one"""
+    num_evaluated: int
+    other_lengths: tuple[int, ...] = ()
+    """also evaluated, without deciding"""
     patch: int = 1
-    """steps of the input that are one of the Transformer's"""
+    """positions of the input that become one of the Transformer's"""
     longer: int = 0
-    """times the steps that the Transformer is trained for beside the claim; 0: not"""
+    """factor of the steps of the Transformer's longer runs, which decide nothing; 0: no such runs"""
 
     @property
     def config(self) -> mo.MegalodonEncoderConfig:
@@ -82,9 +82,9 @@ class Task(NamedTuple):
         )
 
     def examples(self, random: numpy.random.Generator, progress: float) -> long_rows.Examples:
-        """A batch of training after this part of the run."""
-        grown = min(1.0, progress / GROWING)
-        longest = round(self.first * (self.longest / self.first) ** grown)
+        """A training batch at `progress`, from 0 to 1, of the run."""
+        growth = min(1.0, progress / GROWTH_PART)
+        longest = round(self.first_length * (self.max_length / self.first_length) ** growth)
         return self.sample(random, min(256, max(1, self.batch // longest)), longest)
 
 
@@ -92,28 +92,29 @@ RATES = {MEGALODON: 4e-3, TRANSFORMER: 4e-3}
 TASKS = {
     "listops": Task(
         long_rows.listops, dict(num_layers=3, model_dim=64, chunk_size=128, vocab_size=16, num_classes=10),
-        first=8, longest=128, batch=4096, steps=600, seconds={MEGALODON: 70, TRANSFORMER: 75}, asked=500,
-        beside=(512, 2000),
+        first_length=8, max_length=128, batch=4096, steps=600, seconds={MEGALODON: 70, TRANSFORMER: 75},
+        num_evaluated=500, other_lengths=(512, 2000),
     ),
     "words": Task(
         long_rows.words, dict(num_layers=2, model_dim=32, chunk_size=100, num_features=1, num_classes=10),
-        first=1000, longest=16000, batch=32000, steps=200, seconds={MEGALODON: 45, TRANSFORMER: 2}, asked=200, patch=160,
-        longer=25,
+        first_length=1000, max_length=16000, batch=32000, steps=200, seconds={MEGALODON: 45, TRANSFORMER: 2},
+        num_evaluated=200, patch=160, longer=25,
     ),
     "pathfinder": Task(
         long_rows.pathfinder, dict(num_layers=2, model_dim=32, chunk_size=128, num_features=1, num_classes=2),
-        first=1024, longest=1024, batch=8192, steps=150, seconds={MEGALODON: 20, TRANSFORMER: 40}, asked=500,
+        first_length=1024, max_length=1024, batch=8192, steps=150, seconds={MEGALODON: 20, TRANSFORMER: 40},
+        num_evaluated=500,
     ),
 }  # fmt: skip
-"""Rates that were tried for the short runs: 0.001 and 0.004 for the Transformer, 0.004 for MEGALODON, and for words 0.01"""
+"""Rates tried in the short runs: 0.001 and 0.004 for the Transformer, 0.004 for MEGALODON, and for words also 0.01"""
 
 
 def run(session: Session, data: list[str] | None) -> None:
-    for seed, (task, spec), model in itertools.product(session.seeds(), TASKS.items(), (*BOTH, LONGER)):
-        if model == LONGER and not spec.longer:
+    for seed, (task, spec), model in itertools.product(session.seeds(), TASKS.items(), (*MODELS, LONG_TRANSFORMER)):
+        if model == LONG_TRANSFORMER and not spec.longer:
             continue
-        steps, asked = (3, 2) if session.quick else (spec.steps, spec.asked)
-        steps *= spec.longer if model == LONGER else 1
+        steps, asked = (3, 2) if session.quick else (spec.steps, spec.num_evaluated)
+        steps *= spec.longer if model == LONG_TRANSFORMER else 1
         kind = MEGALODON if model == MEGALODON else TRANSFORMER
         settings = dict(task=task, model=model, steps=steps, asked=asked, lr=RATES[kind], seed=seed)
         session.run(f"{task} {model} seed={seed}", work, spec.seconds[kind] * steps / spec.steps, **settings)
@@ -132,7 +133,7 @@ def work(scratch: Path, *, task: str, model: str, steps: int, asked: int, lr: fl
         done += 1
         if done % max(1, steps // 20) == 0:
             print(
-                f"step {done} of {steps}: {len(labels)} rows of up to {inputs.shape[1]:,} steps, loss {loss:.3f}",
+                f"step {done} of {steps}: {len(labels)} rows of up to {inputs.shape[1]:,} positions, loss {loss:.3f}",
                 flush=True,
             )
         return loss
@@ -146,9 +147,10 @@ def work(scratch: Path, *, task: str, model: str, steps: int, asked: int, lr: fl
         built, recipe, next_loss, scratch, position=lambda: {"step": done}, seek=seek, clock=time.process_time
     )
     peak = machine.peak_memory_since(in_use)
-    longest, *beside = (share_right(built, spec, longest, asked, seed) for longest in (spec.longest, *spec.beside))
+    lengths = (spec.max_length, *spec.other_lengths)
+    decisive, *others = (accuracy(built, spec, length, asked, seed) for length in lengths)
     return {
-        **result, **longest, "beside": beside, "peak_bytes": peak, "seconds": result["train_seconds"],
+        **result, **decisive, "beside": others, "peak_bytes": peak, "seconds": result["train_seconds"],
         "parameters": sum(p.numel() for p in built.parameters()),
     }  # fmt: skip
 
@@ -160,12 +162,12 @@ def build(spec: Task, model: str) -> nn.Module:
 
 
 @torch.no_grad()
-def share_right(model: nn.Module, spec: Task, longest: int, asked: int, seed: int) -> dict[str, Any]:
-    """The share of `asked` new examples that the model is right about, and the share of their likeliest label."""
+def accuracy(model: nn.Module, spec: Task, longest: int, asked: int, seed: int) -> dict[str, Any]:
+    """Share of `asked` new examples that the model answers right, and share of their most frequent label."""
     model.eval()
     right, wanted = 0, []
     for count in [10] * (asked // 10) or [asked]:
-        random = numpy.random.default_rng([OF_EVALUATION + seed, longest, len(wanted)])
+        random = numpy.random.default_rng([EVALUATION_SEED + seed, longest, len(wanted)])
         inputs, lengths, labels = spec.sample(random, count, longest)
         right += int((model(inputs, lengths=lengths).argmax(1) == labels).sum())
         wanted += labels.tolist()
@@ -173,8 +175,8 @@ def share_right(model: nn.Module, spec: Task, longest: int, asked: int, seed: in
 
 
 def by_model(results: list[dict[str, Any]], task: str) -> dict[str, list[dict[str, Any]]]:
-    """The results of each model over the seeds."""
-    found: dict[str, list[dict[str, Any]]] = {model: [] for model in (*BOTH, LONGER)}
+    """Results of each model over the seeds."""
+    found: dict[str, list[dict[str, Any]]] = {model: [] for model in (*MODELS, LONG_TRANSFORMER)}
     for content in results:
         if content["settings"]["task"] == task:
             found[content["settings"]["model"]].append(content["result"])
@@ -185,9 +187,9 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     by_comparison = {}
     for task in TASKS:
         found = by_model(results, task)
-        ours, theirs = ([result["right"] for result in found[model]] for model in BOTH)
-        by_comparison[f"{task}: a larger share is right"] = verdict.higher(ours, theirs, LEAST)
-    return {"claim": verdict.together([*by_comparison.values()]), **by_comparison}
+        ours, theirs = ([result["right"] for result in found[model]] for model in MODELS)
+        by_comparison[f"{task}: a larger share is right"] = verdict.decide_higher(ours, theirs, MIN_DIFFERENCE)
+    return {"claim": verdict.combine([*by_comparison.values()]), **by_comparison}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
@@ -200,16 +202,16 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             if not runs:
                 continue
             peak = max((run["peak_bytes"] or 0 for run in runs)) / 2**20
-            of_training = [
+            training_cells = [
                 f"{statistics.fmean(run['train_seconds'] for run in runs):.0f}",
                 f"{peak:,.0f}",
                 str(len(runs)),
             ]
-            for place, longest in enumerate((spec.longest, *spec.beside)):
-                asked = [[run, *run["beside"]][place] for run in runs]
+            for index, longest in enumerate((spec.max_length, *spec.other_lengths)):
+                found = [[run, *run["beside"]][index] for run in runs]
                 cells = [
-                    task, f"{longest:,}", model, f"{runs[0]['parameters']:,}", verdict.spread([a["right"] for a in asked]),
-                    f"{statistics.fmean(a['guess'] for a in asked):.4f}", *(of_training if not place else [""] * 3),
+                    task, f"{longest:,}", model, f"{runs[0]['parameters']:,}", verdict.spread([a["right"] for a in found]),
+                    f"{statistics.fmean(a['guess'] for a in found):.4f}", *(training_cells if not index else [""] * 3),
                 ]  # fmt: skip
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -218,7 +220,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS):
         found = by_model(results, task)
-        for model, runs in ((model, found[model]) for model in BOTH):
+        for model, runs in ((model, found[model]) for model in MODELS):
             for run in runs:
                 axes.plot(*zip(*run["curve"]), color=COLOURS[model], label=model if run is runs[0] else None)
         axes.set(title=task, xlabel="step of training")
@@ -227,10 +229,10 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
 
 
 def summary(found: dict[str, Any], count: int) -> str:
-    """What a run came to, of `count` rows of each length."""
+    """Lines on a run's results, with `count` rows of each length."""
     lines = [
-        f"right about {asked['right']:.1%} of {count} rows of up to {asked['longest']:,} steps; a guess {asked['guess']:.1%}"
-        for asked in (found, *found["beside"])
+        f"right about {at['right']:.1%} of {count} rows of up to {at['longest']:,} positions; a guess {at['guess']:.1%}"
+        for at in (found, *found["beside"])
     ]
     return "\n".join([*lines, f"{found['parameters']:,} parameters, {found['train_seconds']:.0f} s of processor time"])
 
@@ -238,15 +240,15 @@ def summary(found: dict[str, Any], count: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.claims.encoder", description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--model", choices=BOTH, default=MEGALODON)
+    parser.add_argument("--model", choices=MODELS, default=MEGALODON)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of training (the claim's)")
+    parser.add_argument("--steps", type=int, help="training steps (the claim's)")
     options = parser.parse_args(arguments)
     spec = TASKS[options.task]
-    settings = dict(steps=options.steps or spec.steps, asked=spec.asked, lr=RATES[options.model])
+    settings = dict(steps=options.steps or spec.steps, asked=spec.num_evaluated, lr=RATES[options.model])
     with tempfile.TemporaryDirectory() as folder:
         found = work(Path(folder) / "run.pt", **(vars(options) | settings))
-    print(summary(found, spec.asked))
+    print(summary(found, spec.num_evaluated))
 
 
 if __name__ == "__main__":

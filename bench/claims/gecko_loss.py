@@ -1,4 +1,4 @@
-"""What each of Gecko's parts buys in bits per byte, by the context that it predicts from."""
+"""Gains of Gecko's parts in bits per byte, by the length of the context."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .train import Recipe, bits_per_byte, config, estimate, train_on_text
 
 TITLE = "Gecko's parts in bits per byte"
 RULE = (
-    "Models train on the standard library's sources in rows of 512 bytes, eight chunks of 64, each row from its "
-    "beginning, documents in parts of four rows. MEGALODON in chunks of 64 is run at two rates with the first seed; "
-    "all take the one of its lower training loss, the mean of the last tenth of a run in which no text comes twice. "
-    "Held-out text is predicted in windows of 1, 2, 8 and 32 chunks. Each part is compared with MEGALODON in chunks "
-    "of 64 and 128, which says what it buys, and with a control at equal operations: MEGALODON in the shortest chunks "
-    "of 64, 128, 256 and 512 whose token takes at least as many, or in the longest. All run with the first seed; a part "
-    "whose bits per byte in windows of 8 or 32 chunks are then lower than the control's by at least 0.01, and its "
-    "control, with two more. A part pays (held) where they are lower by as much and by more than 3 standard errors over "
-    "the three seeds. The claim is held where a part pays, not held where all have run and none does."
+    "Models are trained on the standard library's sources in rows of 512 bytes, eight chunks of 64, without a state from "
+    "row to row, with documents cut into parts of four rows. MEGALODON in chunks of 64 runs at two rates with the first "
+    "seed; all models use the rate of its lower training loss, the mean of the last tenth of a run in which no text "
+    "repeats. Held-out text is predicted in windows of 1, 2, 8 and 32 chunks. Each part is compared with MEGALODON in "
+    "chunks of 64 and 128, which shows its gain, and with a control at equal operations: MEGALODON in the shortest chunks "
+    "of 64, 128, 256 and 512 that take at least as many operations a token, or in the longest. All run with the first "
+    "seed. A part whose bits per byte in windows of 8 or 32 chunks are then lower than the control's by at least 0.01 "
+    "runs with two more seeds, as does its control. A part pays (held) if they are lower by as much and by more than 3 "
+    "standard errors over the three seeds. The claim is held if a part pays, and not held if all have run and none does."
 )
-PAYS = 0.01
+MIN_GAIN = 0.01
 SIZE, TOKENS, CHUNK = "100k", 4_000_000, 64
 QUICK = ("tiny", 20_000)
-LENGTH, ROWS, PARTS_OF = 512, 16, 2048
+LENGTH, ROWS, MAX_DOCUMENT = 512, 16, 2048
 RATES = (8e-3, 16e-3)
 CONTEXTS = [CHUNK * times for times in (1, 2, 8, 32)]
 MEGALODONS = [Entrant(models.MEGALODON, CHUNK * times) for times in (1, 2, 4, 8)]
@@ -40,18 +40,18 @@ def run(session: Session, data: list[str] | None) -> None:
     rate = min(RATES, key=lambda rate: loss.as_figure((losses[rate] or {}).get("train_loss")))
     for entrant in ENTRANTS:
         train_once(session, entrant, data, rate, first)
-    again = promising(figures([*runs.results(session.path).values()]))
-    for seed, entrant in itertools.product([*session.seeds()][1:], again):
+    repeated = repeated_entrants(figures([*runs.results(session.path).values()]))
+    for seed, entrant in itertools.product([*session.seeds()][1:], repeated):
         train_once(session, entrant, data, rate, seed)
 
 
-def promising(found: dict[Entrant, dict[int, list[float]]]) -> list[Entrant]:
-    """The parts whose first seed is better than the control's by as much as pays, and their controls."""
+def repeated_entrants(found: dict[Entrant, dict[int, list[float]]]) -> list[Entrant]:
+    """Parts whose first seed is better than the control's by at least MIN_GAIN, and their controls: they run more seeds."""
     parts = [
         part
         for part in PARTS
         if {part, control(part)} <= found.keys()
-        and any(found[control(part)][context][0] - found[part][context][0] >= PAYS for context in CONTEXTS[2:])
+        and any(found[control(part)][context][0] - found[part][context][0] >= MIN_GAIN for context in CONTEXTS[2:])
     ]
     return [*dict.fromkeys([*map(control, parts), *parts])]
 
@@ -74,13 +74,13 @@ def work(
     corpus = text.documents(data)
     built = models.build(model, config(size, chunk), chunk, seed)
     recipe = Recipe(tokens, ROWS, LENGTH, lr)
-    result = train_on_text(built, recipe, corpus.train, scratch, seed=seed, carries=False, context_length=PARTS_OF)
+    result = train_on_text(built, recipe, corpus.train, scratch, seed=seed, carries=False, context_length=MAX_DOCUMENT)
     bits = bits_per_byte(built, text.to_evaluate(corpus.held_out), CONTEXTS, CONTEXTS[-1])
     return result | {"bits_per_byte": bits, "parameters": built.num_parameters(), "text": corpus.fingerprint}
 
 
 def figures(results: list[dict[str, Any]]) -> dict[Entrant, dict[int, list[float]]]:
-    """By entrant and context, the bits per byte of the seeds at the rate that most seeds have, or the better of two."""
+    """Bits per byte of the seeds by entrant and context, at the rate that most seeds have, or the better of two rates."""
     by_rate: dict[Entrant, dict[float, list[dict[str, Any]]]] = {}
     for content in results:
         s = content["settings"]
@@ -101,35 +101,38 @@ def figures(results: list[dict[str, Any]]) -> dict[Entrant, dict[int, list[float
 
 
 def costs(entrant: Entrant) -> tuple[float, int]:
-    """Operations a token and numbers of a state, of a layer's attention and memory."""
+    """Operations a token and numbers in a state, of a layer's attention and memory."""
     return gecko.cost(config(SIZE, entrant.chunk), gecko.PARTS.get(entrant.model, gecko.Parts()), LENGTH)
 
 
 def control(entrant: Entrant) -> Entrant:
-    """The MEGALODON at equal operations."""
-    enough = [other for other in MEGALODONS if costs(other)[0] >= costs(entrant)[0]]
-    return [*enough, MEGALODONS[-1]][0]
+    """MEGALODON at equal operations."""
+    candidates = [other for other in MEGALODONS if costs(other)[0] >= costs(entrant)[0]]
+    return [*candidates, MEGALODONS[-1]][0]
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     found = figures(results)
-    paid, bought = {}, {}
+    against_control, against_chunks = {}, {}
     for part in PARTS:
-        for of, other, least in ((paid, control(part), PAYS), *((bought, other, 0.0) for other in MEGALODONS[:2])):
+        comparisons = [(against_control, control(part), MIN_GAIN)]
+        comparisons += [(against_chunks, other, 0.0) for other in MEGALODONS[:2]]
+        for outcomes, other, least in comparisons:
             for context in CONTEXTS[2:]:
                 ours, theirs = (found.get(entrant, {}).get(context, []) for entrant in (part, other))
-                told = f"{part.model}: lower than MEGALODON in chunks of {other.chunk}"
-                told += f", by {least:g}" if least else ""
-                of[told, f"windows of {context}"] = verdict.lower(ours, theirs, least)
-    wanted = dict.fromkeys(ENTRANTS, 1) | dict.fromkeys(promising(found), verdict.SEEDS)
+                comparison = f"{part.model}: lower than MEGALODON in chunks of {other.chunk}"
+                comparison += f", by {least:g}" if least else ""
+                outcomes[comparison, f"windows of {context}"] = verdict.decide_lower(ours, theirs, least)
+    wanted = dict.fromkeys(ENTRANTS, 1) | dict.fromkeys(repeated_entrants(found), verdict.SEEDS)
     complete = all(len(found.get(entrant, {}).get(LENGTH, [])) >= seeds for entrant, seeds in wanted.items())
-    claim = verdict.HELD if verdict.HELD in paid.values() else verdict.NOT_HELD if complete else verdict.UNDECIDED
-    return {"claim": claim, **verdict.decided_at(paid | bought)}
+    held = verdict.HELD in against_control.values()
+    claim = verdict.HELD if held else verdict.NOT_HELD if complete else verdict.UNDECIDED
+    return {"claim": claim, **verdict.group_by_comparison(against_control | against_chunks)}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     lines = [
-        f"| model | chunk | operations a token and layer | numbers of a state | {' | '.join(f'windows of {n}' for n in CONTEXTS)} |",
+        f"| model | chunk | operations a token and layer | numbers in a state | {' | '.join(f'windows of {n}' for n in CONTEXTS)} |",
         "|" + " --- |" * (4 + len(CONTEXTS)),
     ]
     for entrant, by_context in figures(results).items():

@@ -1,4 +1,4 @@
-"""What each of Gecko's parts buys on tasks that ask for what lies before the last chunk."""
+"""Gains of Gecko's parts on tasks that need tokens from before the last chunk."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from .train import config
 
 TITLE = "Gecko's parts on tasks"
 RULE = (
-    "MQAR, needle and selective copying, trained in rows of 128 tokens, four chunks of 32, and asked in rows of 128, "
-    "256, 512 and 1,024, as in the claim of tasks, all else of which is kept but for the rate: one for each task, "
-    "which MEGALODON took there. Each of Gecko's parts is compared with MEGALODON in chunks of the same and of twice "
-    "the length, which says what the part buys, and with a control at equal operations: MEGALODON in the shortest "
-    "chunks of 32, 64 and 128 whose token takes at least as many, or in the longest. All run with the first seed, on "
-    "needle and selective copying of the parts together only those with logits of 3; MEGALODON in chunks of 32 and 128, "
-    "and a part whose share of right answers is then higher than the control's by more than 0.1 at any length, run with "
-    "two more, but for the delta rule, which is not Gecko's. A part pays (held) where it is higher than the control by "
-    "more than 0.1 and more than 5 standard errors over the three seeds, at any length: all are longer than what its "
-    "attention sees. The claim is held where a part pays, not held where all have run and none does. Beside it, on MQAR, "
-    "attention to two chunks pays on top of the memory with logits of 3 where both are better, by as much, than that "
-    "memory in chunks of 64, which takes 7 % fewer operations; the memory holds what attention no longer sees or, in a "
-    "second form, all chunks before a step's own."
+    "MQAR, needle and selective copying are trained in rows of 128 tokens, four chunks of 32, and evaluated in rows of "
+    "128, 256, 512 and 1,024, as in the claim of tasks, except that each task has one rate, the one that MEGALODON took "
+    "there. Each of Gecko's parts is compared with MEGALODON in chunks of the same and of twice the length, which shows "
+    "its gain, and with a control at equal operations: MEGALODON in the shortest chunks of 32, 64 and 128 that take at "
+    "least as many operations a token, or in the longest. All run with the first seed, but of the combinations of all "
+    "parts only the one with logits of 3 on needle and selective copying. MEGALODON in chunks of 32 and 128 runs with two "
+    "more seeds, and so does a part whose share of right answers is then higher than the control's by more than 0.1 at "
+    "any length, except the delta rule, which is not Gecko's. A part pays (held) if it is higher than the control by more "
+    "than 0.1 and more than 5 standard errors over the three seeds, at any length: all are longer than what its attention "
+    "sees. The claim is held if a part pays, and not held if all have run and none does. Also compared, without deciding: "
+    "on MQAR, attention to two chunks pays on top of the memory with logits of 3 if the two together are better, by as "
+    "much, than that memory in chunks of 64, which takes 7 % fewer operations. The memory holds what attention no longer "
+    "sees or, in a second form, all chunks before a position's own."
 )
-PAYS = 0.1
+MIN_GAIN = 0.1
 RATES = {"mqar": 4e-3, "selective copying": 16e-3, "needle": 1e-3}
-"""What MEGALODON took in the claim of tasks, in chunks of 32; of MQAR, which it learned in chunks of 128 alone, in these"""
+"""Rates of MEGALODON in the claim of tasks, in chunks of 32; for MQAR, which it only learned in chunks of 128, in these"""
 CHUNK = 32
 MEGALODONS = [Entrant(models.MEGALODON, CHUNK * times) for times in (1, 2, 4)]
-ON_TOP = [Entrant(f"two chunks with memory{of}, logits of 3", CHUNK) for of in ("", " of all")]
-WITHOUT = Entrant("memory, logits of 3", 2 * CHUNK)
-PARTS = [*(Entrant(name, CHUNK) for name in gecko.PARTS), WITHOUT]
+TWO_CHUNKS_WITH_MEMORY = [Entrant(f"two chunks with memory{form}, logits of 3", CHUNK) for form in ("", " of all")]
+LONG_CHUNK_MEMORY = Entrant("memory, logits of 3", 2 * CHUNK)
+PARTS = [*(Entrant(name, CHUNK) for name in gecko.PARTS), LONG_CHUNK_MEMORY]
 ENTRANTS = [*MEGALODONS, *PARTS]
-FIRST, EVERYWHERE = "mqar", ("two chunks", "decay norm", *gecko.MEMORIES, "all with memory, logits of 3")
-"""The task of all entrants, and the parts that run on the others, too"""
+FULL_TASK = "mqar"
+"""The task of all entrants"""
+COMMON_PARTS = ("two chunks", "decay norm", *gecko.MEMORIES, "all with memory, logits of 3")
+"""Parts that also run on the other tasks"""
 
 
 def run(session: Session, data: list[str] | None) -> None:
@@ -47,92 +49,97 @@ def run(session: Session, data: list[str] | None) -> None:
         for entrant in entrants_of(task):
             task_runs.train_once(session, task, entrant, data, rate, first)
         found = task_runs.cells([*runs.results(session.path).values()], ENTRANTS)
-        for entrant, seed in itertools.product(again(found, task), more):
+        for entrant, seed in itertools.product(repeated_entrants(found, task), more):
             task_runs.train_once(session, task, entrant, data, rate, seed)
 
 
 def entrants_of(task: str) -> list[Entrant]:
-    if task == FIRST:
+    if task == FULL_TASK:
         return ENTRANTS
-    return [*MEGALODONS, *(part for part in PARTS if part.model in EVERYWHERE and part != WITHOUT)]
+    return [*MEGALODONS, *(part for part in PARTS if part.model in COMMON_PARTS and part != LONG_CHUNK_MEMORY)]
 
 
-def again(found: task_runs.Shares, task: str) -> list[Entrant]:
-    """Of which more seeds are run: MEGALODON, and parts whose first seed is better than the control's by as much as pays."""
-    promising = [
+def repeated_entrants(found: task_runs.Shares, task: str) -> list[Entrant]:
+    """Entrants with more seeds: MEGALODON, and parts whose first seed is better than the control's by MIN_GAIN."""
+    promising_parts = [
         part
         for part in PARTS
         if "delta" not in part.model
         and any(
-            of == task and {part, other} <= shares.keys() and shares[part][0] - shares[other][0] > PAYS
-            for (of, asked), shares in found.items()
-            for other in [control(part, length_of(asked))]
+            name == task and {part, other} <= shares.keys() and shares[part][0] - shares[other][0] > MIN_GAIN
+            for (name, setting), shares in found.items()
+            for other in [control(part, length_of(setting))]
         )
     ]
-    return [MEGALODONS[0], MEGALODONS[-1], *promising]
+    return [MEGALODONS[0], MEGALODONS[-1], *promising_parts]
 
 
-def length_of(asked: str) -> int:
-    return int(asked.split()[1].strip(","))
+def length_of(setting: str) -> int:
+    return int(setting.split()[1].strip(","))
 
 
 def costs(entrant: Entrant, length: int) -> tuple[float, int]:
-    """Operations a token and numbers of a state, of a layer's attention and memory."""
+    """Operations a token and numbers in a state, of a layer's attention and memory."""
     return gecko.cost(config(SIZE, entrant.chunk), gecko.PARTS.get(entrant.model, gecko.Parts()), length)
 
 
 def control(entrant: Entrant, length: int) -> Entrant:
-    """The MEGALODON at equal operations."""
-    enough = [other for other in MEGALODONS if costs(other, length)[0] >= costs(entrant, length)[0]]
-    return [*enough, MEGALODONS[-1]][0]
+    """MEGALODON at equal operations."""
+    candidates = [other for other in MEGALODONS if costs(other, length)[0] >= costs(entrant, length)[0]]
+    return [*candidates, MEGALODONS[-1]][0]
 
 
-def described(entrant: Entrant) -> str:
+def label(entrant: Entrant) -> str:
     name = "MEGALODON" if entrant in MEGALODONS else entrant.model
     return name if entrant.chunk == CHUNK and name != "MEGALODON" else f"{name} in chunks of {entrant.chunk}"
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     found = task_runs.cells(results, ENTRANTS)
-    bought, paid = {}, {}
-    for (task, asked), shares in found.items():
-        comparisons = [(bought, on_top, WITHOUT, "") for on_top in ON_TOP]
+    against_others, against_control = {}, {}
+    for (task, setting), shares in found.items():
+        comparisons = [(against_others, part, LONG_CHUNK_MEMORY, "") for part in TWO_CHUNKS_WITH_MEMORY]
         for part in PARTS:
-            comparisons += [(bought, part, other, "") for other in MEGALODONS[:2]]
-            comparisons.append((paid, part, control(part, length_of(asked)), ", the control"))
-        for of, part, other, note in comparisons:
-            outcome = verdict.higher(shares.get(part, []), shares.get(other, []), PAYS, verdict.OF_MANY)
-            of[f"{task}, {described(part)}: better than {described(other)}{note}", asked] = outcome
+            comparisons += [(against_others, part, other, "") for other in MEGALODONS[:2]]
+            comparisons.append((against_control, part, control(part, length_of(setting)), ", the control"))
+        for outcomes, part, other, note in comparisons:
+            outcome = verdict.decide_higher(
+                shares.get(part, []), shares.get(other, []), MIN_GAIN, verdict.MANY_COMPARISONS
+            )
+            outcomes[f"{task}, {label(part)}: better than {label(other)}{note}", setting] = outcome
     wanted = {
-        task: dict.fromkeys(entrants_of(task), 1) | dict.fromkeys(again(found, task), verdict.SEEDS) for task in RATES
+        task: dict.fromkeys(entrants_of(task), 1) | dict.fromkeys(repeated_entrants(found, task), verdict.SEEDS)
+        for task in RATES
     }
     complete = {task for task, _ in found} == RATES.keys() and all(
         len(shares.get(entrant, [])) >= seeds
         for (task, _), shares in found.items()
         for entrant, seeds in wanted[task].items()
     )
-    claim = verdict.HELD if verdict.HELD in paid.values() else verdict.NOT_HELD if complete else verdict.UNDECIDED
-    return {"claim": claim, **verdict.decided_at(paid | bought)}
+    held = verdict.HELD in against_control.values()
+    claim = verdict.HELD if held else verdict.NOT_HELD if complete else verdict.UNDECIDED
+    return {"claim": claim, **verdict.group_by_comparison(against_control | against_others)}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     found = task_runs.cells(results, ENTRANTS)
     lines = [
-        "Shares of right answers, ± over three seeds where there are as many.",
+        "Shares of right answers; with three seeds, mean ± standard deviation.",
         "",
     ]
     for task in RATES:
-        asked = [at for of, at in found if of == task]
+        settings = [setting for name, setting in found if name == task]
         lines += [
-            f"| {task} | chunk | operations a token and layer | numbers of a state | {' | '.join(asked)} |",
-            "|" + " --- |" * (4 + len(asked)),
+            f"| {task} | chunk | operations a token and layer | numbers in a state | {' | '.join(settings)} |",
+            "|" + " --- |" * (4 + len(settings)),
         ]
         for entrant in ENTRANTS:
-            shares = [found[task, at].get(entrant) for at in asked]
+            shares = [found[task, setting].get(entrant) for setting in settings]
             if any(shares):
                 operations, numbers = costs(entrant, TASKS[task].length)
                 cells = [entrant.model, str(entrant.chunk), f"{operations:,.0f}", f"{numbers:,}"]
-                lines.append("| " + " | ".join([*cells, *(verdict.spread(of) if of else "" for of in shares)]) + " |")
+                cells += [verdict.spread(seeds) if seeds else "" for seeds in shares]
+                lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return lines[:-1]
 
@@ -142,9 +149,9 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     for axes, task in zip(figure.subplots(1, len(RATES), sharey=True), RATES, strict=True):
         for entrant in (MEGALODONS[0], *PARTS):
             points = [
-                (int(at.split()[1]), statistics.fmean(shares[entrant]))
-                for (of, at), shares in found.items()
-                if of == task and entrant in shares and "pairs" not in at
+                (length_of(setting), statistics.fmean(shares[entrant]))
+                for (name, setting), shares in found.items()
+                if name == task and entrant in shares and "pairs" not in setting
             ]
             if points:
                 style = "k-" if entrant.model == models.MEGALODON else "-"

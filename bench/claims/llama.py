@@ -1,13 +1,13 @@
-"""The Transformer to compare with: transformers' own LlamaForCausalLM, called as `Megalodon` is.
+"""The Transformer for comparison: transformers' LlamaForCausalLM with the calls of `Megalodon`.
 
-What it sees: a call without a state reads each sequence from its beginning, or from its row's, and a token attends to all
-tokens of its sequence in that call. A state is the last `window` tokens of each sequence. A call with a state reads these
-tokens again, before its own, so that a token sees at least `window` tokens where there are as many, and at most `window`
-tokens and those of its call. That is evaluation by a sliding window, and costs (window + n) / n times as much for calls of
-n tokens. Positions count from the first token that a call reads, so they stay within window + n.
+A call without a state starts each sequence with an empty context, and a token attends to all earlier tokens of its sequence
+in that call. A state holds the last `window` tokens of each sequence. A call with a state reads these tokens again before
+its own, so a token sees at least `window` earlier tokens, if there are as many, and at most `window` and those of its call.
+This is evaluation by a sliding window, and costs (window + n) / n times as much for calls of n tokens. Positions count from
+the first token that a call reads, so they stay below window + n.
 
-Sequences of a packed row become rows of a padded batch, of lengths that differ by a factor of 2 at most, so that SDPA needs
-no mask but the causal one, which is its fastest way on the CPU.
+Sequences of a packed row become rows of padded batches whose lengths differ by a factor of 2 at most, so SDPA needs only the
+causal mask, its fastest path on the CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 class WindowState:
-    """The last tokens of each sequence."""
+    """Last tokens of each sequence."""
 
     def __init__(self, past: Iterable[Tensor]) -> None:
         self.past = tuple(past)
@@ -40,7 +40,7 @@ class WindowState:
         return WindowState(self.past[row] for row in torch.as_tensor(rows).tolist())
 
     def reset(self, rows: Any) -> WindowState:
-        """Without a past in the sequences `rows`: their numbers, or True for each of them."""
+        """Clear the past of sequences `rows`, given as indices or as a boolean mask."""
         fresh = torch.zeros(len(self.past), dtype=torch.bool)
         fresh[torch.as_tensor(rows)] = True
         return WindowState(past[:0] if new else past for past, new in zip(self.past, fresh.tolist(), strict=True))
@@ -50,7 +50,7 @@ class WindowState:
 
 
 class Llama(nn.Module):
-    """A LlamaForCausalLM with the calls of `Megalodon` that training, evaluation and the tasks make."""
+    """A LlamaForCausalLM with the methods of `Megalodon` that training, evaluation and the tasks use."""
 
     def __init__(self, vocab: int, dim: int, num_layers: int, hidden: int, window: int) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,9 +67,8 @@ class Llama(nn.Module):
 
     @classmethod
     def sized_like(cls, config: mo.MegalodonConfig, window: int) -> Llama:
-        """The rule of equal size: layers and width of the MEGALODON, and hidden units of the feed-forward half until the
-        numbers of parameters are equal, to half of what one more hidden unit would add."""
-        return cls(config.vocab_size, config.model_dim, config.num_layers, hidden_like(config), window)
+        """A Llama with the layers, the width and, up to half a hidden unit, the parameter count of a MEGALODON."""
+        return cls(config.vocab_size, config.model_dim, config.num_layers, hidden_units(config), window)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -88,12 +87,12 @@ class Llama(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Any:
-        """Logits (B, L, vocab), or with targets their loss, as of :class:`megalodon_ops.Megalodon`."""
+        """Logits (B, L, vocab), or the loss if there are targets, as in :class:`megalodon_ops.Megalodon`."""
         own = list(tokens) if cu_seqlens is None else list(tokens[0].split(cu_seqlens.diff().tolist()))
         past = state.past if state is not None else [tokens.new_empty(0)] * len(own)
         whole = [torch.cat(pair) for pair in zip(past, own, strict=True)]
         hidden: list[Any] = [None] * len(own)
-        for group in similar([len(ids) for ids in whole]):
+        for group in group_by_length([len(ids) for ids in whole]):
             ids = pad_sequence([whole[i] for i in group], batch_first=True)
             found = (
                 self.net.model(ids).last_hidden_state
@@ -116,18 +115,19 @@ class Llama(nn.Module):
 
 
 def head_dim(dim: int) -> int:
-    """64 where the width has at least 4 heads of it, 32 below, and 16 in models for tests."""
+    """64 if the width has at least 4 such heads, else 32, or 16 in models for tests."""
     return next(size for size in (64, 32, 16) if dim >= 4 * size or size == 16)
 
 
-def hidden_like(config: mo.MegalodonConfig) -> int:
+def hidden_units(config: mo.MegalodonConfig) -> int:
+    """Hidden units of the feed-forward half with which the Llama has as many parameters as a MEGALODON."""
     vocab, dim, layers = config.vocab_size, config.model_dim, config.num_layers
     others = 2 * vocab * dim + layers * (4 * dim**2 + 2 * dim) + dim  # embedding and output, projections, norms
     return max(1, round((config.num_parameters() - others) / (3 * layers * dim)))
 
 
-def similar(lengths: list[int]) -> Iterator[list[int]]:
-    """Numbers of sequences in groups whose longest is at most twice as long as their shortest; empty ones with any."""
+def group_by_length(lengths: list[int]) -> Iterator[list[int]]:
+    """Yield indices of sequences in groups whose longest is at most twice as long as the shortest; empty ones together."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         group = [i for i in order if 2 * lengths[i] >= lengths[order[0]]]

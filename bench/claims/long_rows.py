@@ -1,11 +1,11 @@
-"""Long rows to classify, made by rules: an expression, a picture read pixel by pixel, a second of sound.
+"""Generated long rows to classify: an expression, a picture read pixel by pixel, a second of sound.
 
-    listops      a nested expression of MIN, MAX, MED and SM (sum modulo 10), by the rules of Long Range Arena; its value, 0 to 9
-    pathfinder   two dashed curves and two dots in 32 x 32 pixels; whether the dots are the ends of one curve
-    words        a second at 16 kHz of a voice that speaks one of ten words of two vowels; which
+    listops      a nested expression of MIN, MAX, MED and SM (sum modulo 10), by the rules of Long Range Arena; label: its value
+    pathfinder   two dashed curves and two dots in 32 x 32 pixels; label: 1 if the dots are the ends of one curve
+    words        a second at 16 kHz of a voice that speaks one of ten words of two vowels; label: the word
 
-A task gives inputs, lengths and labels: tokens (B, L), padded with 0 on the right, or numbers (B, L, 1); (B,); (B,), all of
-torch. `random` decides the examples.
+A task returns inputs, lengths (B,) and labels (B,) as torch tensors; inputs are tokens (B, L), padded with 0 on the right, or
+numbers (B, L, 1). `random` determines the examples.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Examples = tuple[Tensor, Tensor, Tensor]
 
 
 def listops(random: Generator, count: int, longest: int) -> Examples:
-    """Expressions of `tasks.expression` of more than a quarter of `longest` tokens; with 2,000, Long Range Arena's bounds.
+    """Expressions of `tasks.expression` with more than a quarter of `longest` tokens, and at most `longest`.
 
-    Expressions of other lengths are thrown away.
+    Expressions of other lengths are rejected. A `longest` of 2,000 gives Long Range Arena's bounds.
     """
     draw = python_random.Random(int(random.integers(2**62)))
     drawn = (expression(draw, longest) for _ in itertools.count())
@@ -37,13 +37,17 @@ def listops(random: Generator, count: int, longest: int) -> Examples:
 
 
 SIDE = 32
-STEPS, APART, BEND = 24, 3, 0.3
-"""Of a curve: steps of a pixel, least distance from another curve and from itself further on, radians of a step's turn"""
+CURVE_LENGTH, MIN_DISTANCE, BEND = 24, 3, 0.3
+"""Length of a curve in moves of one pixel, its least distance from other curves and from its own distant parts, and the standard
+deviation of a move's turn in radians"""
 Curve = list[tuple[int, int]]
 
 
 def pathfinder(random: Generator, count: int, longest: int = SIDE**2) -> Examples:
-    """Of two curves that touch nowhere, one end of the first and another end, in half of the pictures that of the same curve."""
+    """Pictures of two curves that do not touch, with a dot on an end of the first and one on another end.
+
+    In about half of the pictures the second dot is on the same curve.
+    """
     labels = random.integers(2, size=count)
     pictures = []
     for same in labels:
@@ -55,7 +59,7 @@ def pathfinder(random: Generator, count: int, longest: int = SIDE**2) -> Example
 
 
 def curves(random: Generator, count: int = 2) -> list[Curve]:
-    """Pixels of curves, in their order along each."""
+    """Pixels of curves, in order along each."""
     while True:
         taken = numpy.zeros((SIDE, SIDE), bool)
         found = [curve for _ in range(count) if (curve := _curve(random, taken))]
@@ -64,24 +68,24 @@ def curves(random: Generator, count: int = 2) -> list[Curve]:
 
 
 def _curve(random: Generator, taken: numpy.ndarray) -> Curve | None:
-    """A curve that is APART from what is `taken`, which it adds itself to; None where it meets a border, another or itself."""
-    headings = random.uniform(0, 2 * numpy.pi) + random.normal(0, BEND, size=STEPS).cumsum()
+    """A curve in free pixels, marked in `taken` with its margin; None if it meets a border, another curve or itself."""
+    headings = random.uniform(0, 2 * numpy.pi) + random.normal(0, BEND, size=CURVE_LENGTH).cumsum()
     path = random.uniform(2, SIDE - 2, size=2) + numpy.stack((numpy.cos(headings), numpy.sin(headings)), 1).cumsum(0)
     pixels = numpy.array([*dict.fromkeys(map(tuple, numpy.rint(path).astype(int).tolist()))])
     if pixels.min() < 1 or pixels.max() > SIDE - 2 or taken[tuple(pixels.T)].any():
         return None
-    far = numpy.subtract.outer(*[numpy.arange(len(pixels))] * 2) > 2 * APART
-    if (abs(pixels[:, None] - pixels).max(-1) < APART)[far].any():
+    far = numpy.subtract.outer(*[numpy.arange(len(pixels))] * 2) > 2 * MIN_DISTANCE
+    if (abs(pixels[:, None] - pixels).max(-1) < MIN_DISTANCE)[far].any():
         return None
     for y, x in pixels:
-        taken[max(0, y - APART) : y + APART + 1, max(0, x - APART) : x + APART + 1] = True
+        taken[max(0, y - MIN_DISTANCE) : y + MIN_DISTANCE + 1, max(0, x - MIN_DISTANCE) : x + MIN_DISTANCE + 1] = True
     return [*map(tuple, pixels.tolist())]
 
 
-def picture(of: tuple[Curve, ...], dots: tuple[tuple[int, int], ...], dash: int = 4) -> numpy.ndarray:
+def picture(lines: tuple[Curve, ...], dots: tuple[tuple[int, int], ...], dash: int = 4) -> numpy.ndarray:
     """Pixels of 0 and 1: each curve without every `dash`-th pixel, each dot 3 x 3."""
     pixels = numpy.zeros((SIDE, SIDE))
-    for curve in of:
+    for curve in lines:
         drawn = [pixel for i, pixel in enumerate(curve) if i % dash != dash - 1]
         pixels[tuple(zip(*drawn))] = 1
     for y, x in dots:
@@ -91,12 +95,12 @@ def picture(of: tuple[Curve, ...], dots: tuple[tuple[int, int], ...], dash: int 
 
 RATE = 16_000
 VOWELS = {"u": (300, 700), "o": (500, 1000), "a": (800, 1400), "e": (500, 2000), "i": (300, 2800)}
-"""Hz of two formants"""
+"""Hz of the two formants"""
 WORDS = [*itertools.combinations(VOWELS, 2)]
 
 
 def words(random: Generator, count: int, longest: int = RATE) -> Examples:
-    """Words of two vowels, one after the other, of any pitch, tempo, loudness and beginning, in noise; in `longest` samples."""
+    """Words of two successive vowels with random pitch, tempo, loudness and beginning, in noise; `longest` samples each."""
     labels = random.integers(len(WORDS), size=count)
     sounds = numpy.stack([_word(random, WORDS[label], longest) for label in labels])
     return torch.from_numpy(sounds).float()[..., None], torch.full((count,), longest), torch.from_numpy(labels)

@@ -1,7 +1,7 @@
-"""Claim e: training takes memory in proportion to the length, and a stream takes the same memory however long it is.
+"""Claim e: training memory is proportional to the length, and a stream's memory is constant.
 
-Each figure is of a process of its own, `python -m bench.claims.memory --model M --work training --length N`: the bytes that are
-resident at most beyond those before the work (Linux).
+Each figure comes from its own process, `python -m bench.claims.memory --model M --work training --length N`: the peak of
+resident bytes beyond those before the work (Linux).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .train import config, estimate
 
 TITLE = "Memory against length"
 RULE = (
-    "Training: the bytes a token of one row's step at the longest length are at most 1.1 times those at an eighth of it. Streaming: "
-    "at the end of the stream a process has at most 2 % more resident than after 1,000 tokens. The claim is held where both are. "
-    "The Llama's figures stand beside: its training is in proportion to the length too, as SDPA keeps no scores, and its stream "
-    "keeps the keys and values of all tokens."
+    "Training: a training step of one row takes at most 1.1 times as many bytes a token at the longest length as at an eighth of "
+    "it. Streaming: at the end of the stream a process has at most 2 % more resident memory than after 1,000 tokens. The claim is "
+    "held if both hold. The Llama's figures are shown for comparison: its training memory is proportional to the length too, as "
+    "SDPA keeps no scores, and its stream keeps the keys and values of all tokens."
 )
 SIZE, CHUNK, LENGTHS = "1M", 1024, [1 << i for i in range(10, 17)]
 STREAMS = {models.MEGALODON: 1_000_000, models.LLAMA: 32_000}
 QUICK = ("tiny", 64, [256, 512, 1024, 2048])
 QUICK_STREAMS = {models.MEGALODON: 4_000, models.LLAMA: 2_000}
-MOST_BY_TOKEN, PIECE, START_UP = 1.1, 512, 8.0
+MAX_RATIO, PIECE, START_SECONDS = 1.1, 512, 8.0
 
 
 def run(session: Session, data: list[str] | None) -> None:
@@ -43,9 +43,9 @@ def run(session: Session, data: list[str] | None) -> None:
     for name, tokens in (QUICK_STREAMS if session.quick else STREAMS).items():
         settings = dict(model=name, size=size, chunk=chunk)
         for length in lengths:
-            estimated = START_UP + 2 * estimate(size, chunk, name, length, length)
+            estimated = START_SECONDS + 2 * estimate(size, chunk, name, length, length)
             session.run(f"training {name} {length}", work, estimated, work_of="training", length=length, **settings)
-        estimated = START_UP + estimate(size, chunk, name, tokens, tokens, training=False)
+        estimated = START_SECONDS + estimate(size, chunk, name, tokens, tokens, training=False)
         session.run(f"streaming {name}", work, estimated, work_of="streaming", length=tokens, **settings)
 
 
@@ -64,12 +64,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, required=True)
     options = parser.parse_args()
     model = models.build(options.model, config(options.size, options.chunk), PIECE, 0)
-    measure = training if options.work == "training" else streaming
+    measure = measure_training if options.work == "training" else measure_streaming
     print(json.dumps(measure(model, options.length)))
 
 
-def training(model: torch.nn.Module, length: int) -> dict[str, Any]:
-    """Peak bytes of loss and gradients beyond what was resident; the gradients are there before, as in a run."""
+def measure_training(model: torch.nn.Module, length: int) -> dict[str, Any]:
+    """Peak bytes of loss and gradients beyond those resident before; gradient buffers exist before, as in a run."""
     tokens = torch.randint(256, (1, length + 1), generator=torch.Generator().manual_seed(0))
 
     def step(until: int) -> None:
@@ -82,16 +82,16 @@ def training(model: torch.nn.Module, length: int) -> dict[str, Any]:
     return {"peak_bytes": machine.peak_memory_since(in_use)}
 
 
-def streaming(model: torch.nn.Module, tokens: int) -> dict[str, Any]:
-    """Tokens read, and resident bytes then."""
+def measure_streaming(model: torch.nn.Module, tokens: int) -> dict[str, Any]:
+    """Numbers of tokens read, and resident bytes then."""
     model.eval()
-    passed = stream_memory.read(model, tokens) if hasattr(model, "layers") else read_with_cache(model, tokens)
-    return {"resident": stream_memory.sample(passed, tokens)}
+    counts = stream_memory.read(model, tokens) if hasattr(model, "layers") else read_with_cache(model, tokens)
+    return {"resident": stream_memory.sample(counts, tokens)}
 
 
 @torch.no_grad()
 def read_with_cache(model: Any, tokens: int) -> Iterator[int]:
-    """The Llama reads a stream in pieces, with transformers' cache of all keys and values."""
+    """Read a stream in pieces by the Llama, with transformers' cache of all keys and values."""
     from transformers import DynamicCache
 
     cache, random = DynamicCache(), torch.Generator().manual_seed(0)
@@ -102,7 +102,7 @@ def read_with_cache(model: Any, tokens: int) -> Iterator[int]:
 
 
 def peaks(results: list[dict[str, Any]]) -> dict[str, dict[int, int | None]]:
-    """Peak bytes of training by model and length."""
+    """Peak training bytes by model and length."""
     found: dict[str, dict[int, int | None]] = {}
     for content in results:
         settings = content["settings"]
@@ -112,7 +112,7 @@ def peaks(results: list[dict[str, Any]]) -> dict[str, dict[int, int | None]]:
 
 
 def streams(results: list[dict[str, Any]]) -> dict[str, stream_memory.Samples]:
-    """Tokens read and bytes resident then, by model."""
+    """Numbers of tokens read and resident bytes then, by model."""
     runs = [content for content in results if content["settings"]["work_of"] == "streaming"]
     return {content["settings"]["model"]: content["result"]["resident"] for content in runs}
 
@@ -122,11 +122,11 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     by_comparison, longest = {}, max(ours, default=0)
     if ours.get(longest) and ours.get(longest // 8):
         ratio = ours[longest] / longest / (ours[longest // 8] / (longest // 8))
-        by_comparison["training: bytes a token do not grow"] = verdict.decided(ratio <= MOST_BY_TOKEN)
+        by_comparison["training: bytes a token do not grow"] = verdict.from_bool(ratio <= MAX_RATIO)
     if stream:
         growth = stream_memory.growth(stream)
-        by_comparison["streaming: no growth"] = verdict.decided(growth <= stream_memory.MAX_GROWTH)
-    claim = verdict.together([*by_comparison.values()]) if len(by_comparison) == 2 else verdict.UNDECIDED
+        by_comparison["streaming: no growth"] = verdict.from_bool(growth <= stream_memory.MAX_GROWTH)
+    claim = verdict.combine([*by_comparison.values()]) if len(by_comparison) == 2 else verdict.UNDECIDED
     return {"claim": claim, **by_comparison}
 
 
@@ -136,7 +136,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         for length, peak in by_length.items():
             if peak is not None:
                 cells = f"{length:,} | {peak / 2**20:,.1f} | {peak / length:,.0f}"
-                lines.append(f"| training, beyond what was there | {name} | {cells} |")
+                lines.append(f"| training, beyond memory in use | {name} | {cells} |")
     for name, samples in streams(results).items():
         for tokens, size in samples:
             lines.append(f"| reading a stream, whole process | {name} | {tokens:,} | {size / 2**20:,.1f} | |")

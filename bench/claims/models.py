@@ -1,7 +1,7 @@
-"""The models of the claims by name: MEGALODON, the Llama of its size, and MEGALODON with one part exchanged or of Gecko.
+"""The models of the claims by name: MEGALODON, the Llama of its size, and MEGALODON with one part exchanged or Gecko's parts.
 
-Each exchange leaves the rest as it is. "no ema" has fewer parameters; it gets hidden units of the feed-forward half in
-exchange. "ema" keeps the parameters of angles and imaginary parts, 1 % of the 1M model's, without use.
+Each exchange leaves the rest unchanged. "no ema" has more hidden units in the feed-forward half, for the parameters of CEMA.
+"ema" keeps the unused parameters of angles and imaginary parts, 1 % of the 1M model's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from .llama import Llama
 
 MEGALODON, LLAMA = "megalodon", "llama"
 COLOURS = {MEGALODON: "tab:blue", LLAMA: "tab:orange"}
-"""Of plots"""
 
 
 def build(name: str, config: mo.MegalodonConfig, window: int, seed: int) -> nn.Module:
-    """The model `name` of the size of `config`; `window` is what the Llama's state keeps."""
+    """Build the model `name` in the size of `config`; `window`: tokens in the Llama's state."""
     torch.manual_seed(seed)
     if name == LLAMA:
         return Llama.sized_like(config, window)
@@ -45,8 +44,8 @@ def build(name: str, config: mo.MegalodonConfig, window: int, seed: int) -> nn.M
     return ABLATIONS[name](mo.Megalodon(config))
 
 
-class StepNorm(mo.TimestepNorm):
-    """Layer norm in the place of timestep norm: each step by its own mean and variance, over all channels."""
+class PositionNorm(mo.TimestepNorm):
+    """Layer norm in place of timestep norm: each position by its own mean and variance over all channels."""
 
     def forward(
         self, x: Tensor, *, state: Any = None, return_state: bool = False, cu_seqlens: Tensor | None = None, **_: Any
@@ -61,7 +60,7 @@ class StepNorm(mo.TimestepNorm):
 
 
 class NoEMA(nn.Module):
-    """Nothing in the place of CEMA: its output is its input."""
+    """Identity in place of CEMA."""
 
     def __init__(self, dim: int, ndim: int) -> None:
         super().__init__()
@@ -77,7 +76,7 @@ class NoEMA(nn.Module):
 
 
 class OneHopBlock(mo.MegalodonBlock):
-    """The feed-forward half adds to its own input, not to the block's."""
+    """Block whose feed-forward half adds to its own input, not to the block's."""
 
     def forward(self, x: Tensor, *, state: Any = None, return_state: bool = False, **options: Any) -> Any:
         y, state = self.mega(x, state=state, return_state=True, **options)
@@ -85,9 +84,9 @@ class OneHopBlock(mo.MegalodonBlock):
 
 
 class PlainGain(nn.Module):
-    """The gain that gives scores q k / sqrt(K) of z as it is, for a kernel that divides z by sqrt(mean(z^2) + EPS).
+    """Gain for scores q k / sqrt(K) of unnormalized z, with a kernel that divides z by sqrt(mean(z^2) + EPS).
 
-    Beside EPS = 10^12 the mean is nothing, so the kernel divides by 10^6 whatever z is, and this gain multiplies by it.
+    The mean is negligible beside EPS = 10^12, so the kernel divides every z by 10^6, and this gain multiplies by it.
     """
 
     EPS = 1e12
@@ -103,15 +102,15 @@ class PlainGain(nn.Module):
 def layer_norms(model: mo.Megalodon) -> mo.Megalodon:
     for module in [*model.modules()]:
         if type(module) is mo.TimestepNorm:
-            module.__class__ = StepNorm
+            module.__class__ = PositionNorm
     return model
 
 
 def real_ema(model: mo.Megalodon) -> mo.Megalodon:
-    """Angles of 0, so that q is real, which leaves of CEMA the multi-dimensional damped EMA of Mega."""
+    """Set all angles to 0, so that q is real: the multi-dimensional damped EMA of Mega."""
     for layer in model.layers:
         theta = layer.mega.cema.theta.requires_grad_(False)
-        theta.fill_(-1e4)  # whose sigmoid is 0
+        theta.fill_(-1e4)  # sigmoid 0
     return model
 
 
@@ -122,10 +121,10 @@ def without_ema(model: mo.Megalodon) -> mo.Megalodon:
 
 
 def plain_attention(model: mo.Megalodon) -> mo.Megalodon:
-    """Queries and keys of z as it is, with the gains and offsets of the normalized attention."""
+    """Use queries and keys of unnormalized z, with the gains and offsets of the normalized attention."""
     for layer in model.layers:
         config = layer.mega.config
-        layer.mega.config = dataclasses.replace(config, norm_eps=PlainGain.EPS)  # which the attention alone reads
+        layer.mega.config = dataclasses.replace(config, norm_eps=PlainGain.EPS)  # read by the attention alone
         parametrize.register_parametrization(
             layer.mega, "gamma", PlainGain(config.z_dim // config.num_heads), unsafe=True
         )

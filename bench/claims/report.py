@@ -1,4 +1,4 @@
-"""Tables, verdicts and plots of the claims, from the results on the disk alone."""
+"""Tables, verdicts and plots of the claims, from the results on disk alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .runs import duration, results
 
 
 def report(claim: str, module: ModuleType, path: Path) -> str | None:
-    """Writes a page and its plot beside the results in `path`; the page's text, or None where there are no results."""
+    """Write a page and its plot beside the results in `path`; return the page, or None if there are no results."""
     found = [*results(path).values()]
     if not found:
         return None
@@ -25,7 +25,7 @@ def report(claim: str, module: ModuleType, path: Path) -> str | None:
 
 
 def page_of(claim: str, module: ModuleType, found: list[dict[str, Any]], name: str) -> list[str]:
-    """The lines of a page whose plot is `<name>.png`."""
+    """Lines of a page whose plot is `<name>.png`."""
     verdicts = module.verdicts(found)
     decided = verdicts.pop("claim")
     machines = [content["machine"] for content in found]
@@ -37,11 +37,11 @@ def page_of(claim: str, module: ModuleType, found: list[dict[str, Any]], name: s
     seeds = sorted({content["settings"]["seed"] for content in found if "seed" in content["settings"]})
     quick = []
     if name.endswith("-quick"):
-        quick = ["", "**A quick run: it tests the programs, and says nothing of the claim.**"]
+        quick = ["", "**A quick run: it tests the programs and says nothing about the claim.**"]
     return [
         f"# {module.TITLE}: " + (f"a quick run ({decided})" if quick else decided), *quick, "", module.RULE, "",
         *module.table(found), "",
-        "| comparison | verdict |", "| --- | --- |", *(f"| {what} | {verdict} |" for what, verdict in verdicts.items()), "",
+        "| comparison | verdict |", "| --- | --- |", *(f"| {comparison} | {verdict} |" for comparison, verdict in verdicts.items()), "",
         f"![{module.TITLE}]({name}.png)", "",
         f"`python -m bench.claims {claim}`, {len(found)} runs, {spent} in all, {dates[0]} to {dates[-1]}"
         + (f", seeds {', '.join(map(str, seeds))}" if seeds else "") + f"; {'; '.join(processors)}; {'; '.join(versions)}.",
@@ -49,7 +49,7 @@ def page_of(claim: str, module: ModuleType, found: list[dict[str, Any]], name: s
 
 
 def draw(plot: Callable[[Any], None], path: Path) -> None:
-    """Saves what `plot` draws on a figure."""
+    """Save the figure that `plot` draws."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,13 +62,13 @@ def draw(plot: Callable[[Any], None], path: Path) -> None:
 
 
 def axis_of_tokens(axes: Any, label: str) -> None:
-    """Makes the axis of x one of numbers of tokens: powers of two, as 512, 1k, 1M."""
+    """Label the x axis in tokens at powers of two, as 512, 1k, 1M."""
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
+    axes.xaxis.set_major_formatter(lambda tokens, _: short_number(tokens))
     axes.set_xlabel(label)
 
 
-def short(tokens: float) -> str:
+def short_number(tokens: float) -> str:
     for size, letter in ((1 << 20, "M"), (1 << 10, "k")):
         if tokens >= size:
             return f"{tokens / size:g}{letter}"

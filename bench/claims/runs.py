@@ -1,7 +1,7 @@
-"""Runs of a claim, each with a result on the disk: what is finished is not run again, and what was cut off goes on.
+"""Runs of a claim, with results on disk: finished runs are not repeated, interrupted runs resume.
 
-OUT/<claim>.jsonl                   a run a line: settings, result, seconds, machine, versions, time
-OUT/<claim>-unfinished/<run>.pt     how far a run has come; removed at its end
+OUT/<claim>.jsonl                   one run a line: settings, result, seconds, machine, versions, time
+OUT/<claim>-unfinished/<run>.pt     progress of a run; removed at its end
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Work = Callable[..., dict[str, Any]]
 
 @dataclass
 class Session:
-    """The runs of one claim in a file; with `plan`, nothing is run and only the estimates are kept."""
+    """Runs of one claim in a file; with `plan`, nothing is run, only estimated."""
 
     claim: str
     out: Path
     quick: bool = False
     plan: bool = False
     seed: int = 0
-    planned: dict[str, tuple[float, bool]] = field(default_factory=dict)
-    """Estimated seconds, and whether it is done, of every run that was asked for, by its name"""
+    planned_runs: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    """Estimated seconds of each requested run, and True if it is finished, by name"""
 
     @property
     def path(self) -> Path:
@@ -45,42 +45,42 @@ class Session:
         return range(self.seed, self.seed + count)
 
     def run(self, name: str, work: Work, seconds: float, **settings: Any) -> dict[str, Any] | None:
-        """The result of `work(scratch, **settings)`; None where it was only planned.
+        """Return the result of `work(scratch, **settings)`; None if it was only planned.
 
-        scratch: where the work may keep how far it has come. settings: JSON that decides the result.
+        scratch: file for the work's progress. settings: JSON that determines the result.
         """
         settings = json.loads(json.dumps(settings))
-        done = results(self.path).get(name)
-        if done is not None and done["settings"] != settings:
-            raise SystemExit(f"{self.path}: {name} is of other settings; remove its line, or name another --out")
-        self.planned[name] = seconds, done is not None
-        if done is not None or self.plan:
-            return None if done is None else done["result"]
+        record = results(self.path).get(name)
+        if record is not None and record["settings"] != settings:
+            raise SystemExit(f"{self.path}: {name} has other settings; remove its line, or choose another --out")
+        self.planned_runs[name] = seconds, record is not None
+        if record is not None or self.plan:
+            return None if record is None else record["result"]
         scratch = self.path.with_name(f"{self.path.stem}-unfinished") / (re.sub(r"[^\w.=-]+", "_", name) + ".pt")
         scratch.parent.mkdir(parents=True, exist_ok=True)
         print(f"{self.claim}: {name}, about {duration(seconds)}", flush=True)
         load, begin = os.getloadavg()[0], time.monotonic()
         result = work(scratch, **settings)
         took = result.pop("seconds", None) or time.monotonic() - begin
-        finished = {
+        record = {
             "claim": self.claim, "run": name, "settings": settings, "result": result,
             "seconds": round(took, 1), "estimated_seconds": round(seconds, 1),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "load_at_start": round(load, 2), "machine": facts(),
         }  # fmt: skip
-        records.append(self.path, finished)
+        records.append(self.path, record)
         scratch.unlink(missing_ok=True)
         print(f"{self.claim}: {name}, took {duration(took)}", flush=True)
         return result
 
 
 def results(path: Path) -> dict[str, dict[str, Any]]:
-    """The finished runs of a claim by their names and in their order; of two of one name, the later."""
+    """Finished runs of a claim by name, sorted by name; of two with one name, the later."""
     return {record["run"]: record for record in sorted(records.read(path), key=itemgetter("run"))}
 
 
 def facts() -> dict[str, Any]:
-    """The machine and the versions, as a result states them."""
+    """Machine and versions, as recorded with a result."""
     import transformers
 
     described = machine.describe()

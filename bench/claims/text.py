@@ -1,4 +1,4 @@
-"""Text for the claims: whole documents of files, long documents that are made of them, and packages' sources as tokens."""
+"""Text for the claims: files as documents, files joined to long documents, and packages' sources as tokens."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ LONG = {
     "dict-gcide": ("/usr/share/dictd/gcide.dict.dz", "/usr/share/dictd/gcide.dict.dz"),
     "wordnet-base": ("/usr/share/wordnet/data.noun", "/usr/share/wordnet/data.*"),
 }
-"""Packages of Debian with long texts: a file that is there where the package is, and the files of its text"""
+"""Debian packages with long texts: a file that shows that the package is installed, and the files of its text"""
 
 
 class LongText(NamedTuple):
     train: list[bytes]
     held_out: dict[str, bytes]
-    """by source, equally long documents"""
+    """by source, documents of equal length"""
     fingerprint: str
 
 
 def documents(paths: list[str] | None) -> Corpus:
-    """The documents of files and folders, or the standard library's sources, as `train` holds a twentieth of them out."""
+    """Documents of files and folders, or the standard library's sources; a twentieth is held out, as `train` does."""
     return load_corpus(paths)
 
 
 def long_text(paths: list[str] | None, held_out: int, books: int) -> LongText:
-    """Long documents: the files of each source end to end in the order of their names. A source is a path, or a package of LONG.
+    """Join the files of each source, sorted by name, to long documents. A source is a path or a package of LONG.
 
-    The middle `held_out` bytes of each source are a document to predict, so that what comes before and after is like it. What
-    is left of all sources, end to end, becomes `books` documents of one length to learn from.
+    The middle `held_out` bytes of each source become a held-out document, which resembles the text on both sides of it. The
+    rest of all sources is joined and cut into `books` training documents of equal length.
     """
     sources = (
         {Path(path).name: find_files([path]) for path in paths} if paths else {name: _files(name) for name in LONG}
@@ -63,15 +63,10 @@ def long_text(paths: list[str] | None, held_out: int, books: int) -> LongText:
 
 
 def _files(package: str) -> list[Path]:
-    there, files = LONG[package]
-    if not glob.glob(there):
+    marker, files = LONG[package]
+    if not glob.glob(marker):
         raise SystemExit(f"no text of {package}: apt-get install {' '.join(LONG)}, or name text with --data")
-    return [Path(file) for file in sorted({real(file) for file in glob.glob(files)})]
-
-
-def real(file: str) -> str:
-    """The file that a link names: /usr/share/perl/5.40 is one."""
-    return str(Path(file).resolve())
+    return [Path(file) for file in sorted({str(Path(file).resolve()) for file in glob.glob(files)})]  # links: once
 
 
 def content(file: Path) -> bytes:
@@ -80,41 +75,41 @@ def content(file: Path) -> bytes:
 
 
 def to_evaluate(texts: list[bytes]) -> list[Document]:
-    """Documents of bytes, longest first, which is fastest."""
+    """Documents of bytes, longest first, for speed."""
     return [Document([START, *text], len(text)) for text in sorted(texts, key=len, reverse=True)]
 
 
 PYTHON, ENGLISH = "Python", "English"
 PACKAGES = {PYTHON: Path(__file__).with_name("packages.txt"), ENGLISH: Path(__file__).with_name("english.txt")}
-"""Lists of the packages whose text is read, Python's and Debian's: part, name and version, files, bytes, and sha256 of them"""
+"""Lists of Python's and Debian's packages to read: part, name, version, number of files, bytes, and their sha256"""
 ENGLISH_FILES = (".rst.txt", ".pod", ".dict.dz")
 MIB = 1 << 20
-OF_TOKENIZER = 8
-"""The tokenizer learns from every so many documents of the text to learn from"""
+TOKENIZER_STRIDE = 8
+"""The tokenizer is trained on every 8th training document"""
 
 
 class Tokens(NamedTuple):
-    """Documents as ids; whole packages are held out."""
+    """Documents as token ids; whole packages are held out."""
 
     train: Parts
     validation: list[Document]
     test: list[Document]
     tokenizer: Tokenizer
     facts: dict[str, int | str]
-    """sha256 of the list and of the tokenizer, bytes and tokens of the text to learn from"""
+    """sha256 of each part's text, bytes and tokens of the training text"""
 
 
 def tokens(folder: Path, vocabulary: int, paths: list[str] | None, language: str = PYTHON) -> Tokens:
-    """The text of PACKAGES, or files, of which the first of eight is validation and the second test; kept in `folder`.
+    """Tokenize the text of PACKAGES, or of files: of each eight, one for validation and one for testing. Cached in `folder`.
 
-    Of equal documents the first is kept, those to learn from before those held out.
+    Of equal documents of packages the first is kept, a training document before a held-out one.
     """
-    kept, folder_of_tokenizer = folder / "text.npz", folder / "tokenizer"
-    if not kept.exists():
-        files = _of_paths(paths) if paths else _of_packages(language)
+    cache, tokenizer_folder = folder / "text.npz", folder / "tokenizer"
+    if not cache.exists():
+        files = _read_paths(paths) if paths else _read_packages(language)
         folder.mkdir(exist_ok=True)
-        tokenizer = Tokenizer.train(files["train"][::OF_TOKENIZER], vocab_size=vocabulary)
-        tokenizer.save(folder_of_tokenizer)
+        tokenizer = Tokenizer.train(files["train"][::TOKENIZER_STRIDE], vocab_size=vocabulary)
+        tokenizer.save(tokenizer_folder)
         columns = {}
         for part, documents in files.items():
             ids = tokenizer.encode_batch(documents)
@@ -124,9 +119,9 @@ def tokens(folder: Path, vocabulary: int, paths: list[str] | None, language: str
             columns[f"{part} text"] = numpy.frombuffer(hashlib.sha256(b"".join(documents)).digest(), numpy.uint8)
         draft = folder / "draft.npz"
         numpy.savez(draft, **columns)
-        draft.replace(kept)
-    tokenizer = load_tokenizer(folder_of_tokenizer)
-    found = dict(numpy.load(kept))
+        draft.replace(cache)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    found = dict(numpy.load(cache))
     held_out = {
         part: [
             Document([tokenizer.start, *ids.tolist()], int(size))
@@ -145,20 +140,20 @@ def _documents(found: dict[str, numpy.ndarray], part: str) -> Parts:
     return Parts(lambda number: ids[starts[number] :], numpy.arange(len(lengths)), lengths)
 
 
-def _of_paths(paths: list[str]) -> dict[str, list[bytes]]:
+def _read_paths(paths: list[str]) -> dict[str, list[bytes]]:
     documents = [file.read_bytes() for file in find_files(paths)]
     rest = [document for i, document in enumerate(documents) if i % 8 > 1]
     return {"train": rest, "validation": documents[::8], "test": documents[1::8]}
 
 
-def _of_packages(language: str) -> dict[str, list[bytes]]:
+def _read_packages(language: str) -> dict[str, list[bytes]]:
     read = {PYTHON: sources, ENGLISH: documentation}[language]
     parts: dict[str, list[bytes]] = {}
     for line in PACKAGES[language].read_text().splitlines():
         part, name, version, *_ = line.split()
         documents = read(name, version)
-        if described(part, name, version, documents) != line:
-            raise SystemExit(f"{PACKAGES[language].name}: {name} {version} has other files here; reinstall it")
+        if describe_package(part, name, version, documents) != line:
+            raise SystemExit(f"{PACKAGES[language].name}: the files of {name} {version} differ here; reinstall it")
         parts.setdefault(part, []).extend(documents)
     seen: set[bytes] = set()
     return {
@@ -168,7 +163,7 @@ def _of_packages(language: str) -> dict[str, list[bytes]]:
 
 
 def sources(name: str, version: str) -> list[bytes]:
-    """The package's files of Python with content, in the order of their names."""
+    """Non-empty Python files of a package, sorted by name."""
     try:
         package = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
@@ -183,7 +178,7 @@ def sources(name: str, version: str) -> list[bytes]:
 
 
 def documentation(name: str, version: str) -> list[bytes]:
-    """The texts of a package of Debian, in the order of their files' names, but for translations; cut at each MiB."""
+    """Texts of a Debian package, without translations, sorted by file name and cut into pieces of a MiB."""
     try:
         installed, files = (
             subprocess.run(["dpkg-query", *asked, name], capture_output=True, text=True).stdout
@@ -193,14 +188,12 @@ def documentation(name: str, version: str) -> list[bytes]:
         raise SystemExit(f"no text of {name}: it is a package of Debian, and dpkg-query is not here") from None
     if installed != version:
         raise SystemExit(f"no text of {name} {version}: apt-get install {name}={version}, or name text with --data")
-    chosen = sorted(
-        file for file in files.splitlines() if file.endswith(ENGLISH_FILES) and "/translations/" not in file
-    )
-    texts = [content(Path(file)) for file in chosen]
+    names = sorted(file for file in files.splitlines() if file.endswith(ENGLISH_FILES) and "/translations/" not in file)
+    texts = [content(Path(file)) for file in names]
     return [text[begin : begin + MIB] for text in texts for begin in range(0, len(text), MIB)]
 
 
-def described(part: str, name: str, version: str, documents: list[bytes]) -> str:
-    """The line of PACKAGES."""
+def describe_package(part: str, name: str, version: str, documents: list[bytes]) -> str:
+    """Line of a package in PACKAGES."""
     digest = hashlib.sha256(b"".join(hashlib.sha256(document).digest() for document in documents)).hexdigest()
     return f"{part} {name} {version} {len(documents)} {sum(map(len, documents))} {digest}"

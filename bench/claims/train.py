@@ -1,8 +1,8 @@
-"""Training of either model by one loop: equal batches, tokens, optimizer, schedule. A run that was cut off goes on.
+"""Train any of the models with one loop: the same batches, tokens, optimizer and schedule. Interrupted runs resume.
 
     python -m bench.claims.train --model llama --size 1M --tokens 200000 --out runs/llama
 
-What differs is the past: MEGALODON goes on from the state that the batch before left in each row; the Llama sees the
+The models differ in their context: MEGALODON continues from each row's state after the previous batch; the Llama sees the
 tokens of its row, at most `length`.
 """
 
@@ -30,17 +30,17 @@ from . import gecko, models, runs, text
 
 VOCABULARY = START + 1
 WEIGHT_DECAY, CLIP = 0.1, 1.0
-SAVE_EVERY = 60.0
-"""Seconds between two savings of how far a run has come"""
-LOOKS = (0.25, 0.5, 1)
-"""Parts of a run after which a model is looked at, where it is asked for"""
+SAVE_SECONDS = 60.0
+"""Interval between saves of a run's progress"""
+EVALUATION_POINTS = (0.25, 0.5, 1)
+"""Parts of a run after which a model is evaluated on request"""
 OPTIMIZERS = {"adamw": adamw, "muon": Muon}
-KEPT_POINTS = 50
-"""Points of a curve that a result keeps at most"""
+MAX_POINTS = 50
+"""Maximum number of points of a curve in a result"""
 
 
 class Recipe(NamedTuple):
-    """What decides a training run but for model, text and seed."""
+    """Settings of a training run, except model, text and seed."""
 
     tokens: int
     rows: int
@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
 
 
 def config(size: str, chunk_size: int, vocabulary: int = VOCABULARY) -> mo.MegalodonConfig:
-    """MEGALODON of a named size, with one rule of widths: values and hidden units 2 D, keys D / 2, groups of 16 channels."""
+    """MEGALODON of a named size: values and hidden units 2 D, keys D / 2, norm groups of 16 channels."""
     layers, dim = SIZES[size]
     return mo.MegalodonConfig(
         num_layers=layers, model_dim=dim, z_dim=dim // 2, value_dim=2 * dim, num_heads=1, ffn_hidden_dim=2 * dim,
@@ -75,25 +75,25 @@ def train(
     *,
     position: Callable[[], dict[str, Any]],
     seek: Callable[[dict[str, Any]], None],
-    look: Callable[[], dict[str, Any]] | None = None,
+    evaluation: Callable[[], dict[str, Any]] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
-    """Trains the model on what `next_loss` gives, step after step; from `scratch` where an earlier call had come to.
+    """Train the model on the losses of `next_loss`; resume from `scratch` if an earlier call was interrupted.
 
-    position, seek: how far the source of the losses is, as torch.save takes it, and going on from there.
-    look: figures of the model after each part of LOOKS, as JSON.
-    clock: what the seconds are counted by.
+    position, seek: get and set the position of the source of the losses, a value for torch.save.
+    evaluation: returns JSON figures of the model, called at EVALUATION_POINTS.
+    clock: measures the seconds of training.
     """
     optimizer = OPTIMIZERS[recipe.optimizer](model, lr=recipe.lr, weight_decay=WEIGHT_DECAY)
     schedule = Schedule(recipe.lr, recipe.warmup, recipe.steps)
-    step, losses, spent, looks = 0, [], 0.0, {}
-    marks = {round(part * recipe.steps): f"{part:g}" for part in LOOKS if look is not None}
+    step, losses, spent, evaluations = 0, [], 0.0, {}
+    marks = {round(part * recipe.steps): f"{part:g}" for part in EVALUATION_POINTS if evaluation is not None}
     if scratch.exists():
         saved = torch.load(scratch, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         seek(saved["position"])
-        step, losses, spent, looks = saved["step"], saved["losses"], saved["seconds"], saved["looks"]
+        step, losses, spent, evaluations = saved["step"], saved["losses"], saved["seconds"], saved["looks"]
     model.train()
     begin = saved_at = clock()
     while step < recipe.steps:
@@ -106,15 +106,15 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.item())
         step += 1
-        if not math.isfinite(losses[-1]):  # a learning rate too high is a result
+        if not math.isfinite(losses[-1]):  # the learning rate is too high, which is a result too
             break
         if step in marks:
-            looks[marks[step]] = look()
-        if clock() - saved_at > SAVE_EVERY or step == recipe.steps:
+            evaluations[marks[step]] = evaluation()
+        if clock() - saved_at > SAVE_SECONDS or step == recipe.steps:
             saved_at = clock()
             content = {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "position": position(), "step": step,
-                "losses": losses, "looks": looks, "seconds": spent + saved_at - begin,
+                "losses": losses, "looks": evaluations, "seconds": spent + saved_at - begin,
             }  # fmt: skip
             draft = scratch.with_suffix(".draft")
             torch.save(content, draft)
@@ -125,7 +125,7 @@ def train(
         "curve": _thinned(losses),
         "train_seconds": round(seconds, 1),
         "steps": step,
-        **({"looks": looks} if looks else {}),
+        **({"looks": evaluations} if evaluations else {}),
     }
 
 
@@ -137,12 +137,12 @@ def train_on_text(
     *,
     seed: int,
     carries: bool,
-    look: Callable[[], dict[str, Any]] | None = None,
+    evaluation: Callable[[], dict[str, Any]] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Bytes or ids of documents, the same batches for every model of a seed.
+    """Train on bytes or ids of documents; a seed gives the same batches to every model.
 
-    carries: whether the state goes from batch to batch. look: as of `train`. options: of Batches.
+    carries: carry the state from batch to batch. evaluation: as in `train`. options: of Batches.
     """
     batches = Batches(documents, recipe.rows, recipe.length, seed=seed, end=None, **options)
     reader = Reader(model, carries=carries)
@@ -157,13 +157,15 @@ def train_on_text(
         if found["state"] is not None:
             reader.seek(from_named(found["state"]))
 
-    return train(model, recipe, lambda: reader.loss(batches.next()), scratch, position=position, seek=seek, look=look)
+    return train(
+        model, recipe, lambda: reader.loss(batches.next()), scratch, position=position, seek=seek, evaluation=evaluation
+    )
 
 
 def bits_per_byte(
     model: nn.Module, documents: list[Document], contexts: list[Any], piece: int
 ) -> dict[str, float | None]:
-    """By context; a model whose loss is infinite or NaN has None."""
+    """Bits per byte by context; None if the loss is infinite or NaN."""
     try:
         found = evaluate(model, documents, contexts=contexts, piece=piece)
     except FloatingPointError:
@@ -172,7 +174,7 @@ def bits_per_byte(
 
 
 def flops_a_token(size: mo.MegalodonConfig, name: str, length: int, training: bool = True) -> float:
-    """Useful operations of a token, by the formulas of bench_model.py for MEGALODON; the Llama attends to `length` / 2."""
+    """Useful operations of a token, for MEGALODON by the formulas of bench_model.py; the Llama attends to `length` / 2 tokens."""
     matrices = size.num_parameters() - size.vocab_size * size.model_dim
     if name == models.LLAMA:
         attention = size.num_layers * 4 * size.model_dim * length / 2
@@ -183,30 +185,30 @@ def flops_a_token(size: mo.MegalodonConfig, name: str, length: int, training: bo
 
 
 RATES = {"4M": 220e9, "1M": 160e9, "100k": 80e9, "tiny": 4e9}
-"""Operations a second on 2 cores of an Intel Xeon with AMX. One thread did 167, 120 and 73 GFLOP in a second of processor time,
-training MEGALODON of 4M, 1M and 100k parameters, and 131, 94 and 48 training the Llama; two threads are taken to do the mean of the
-two 1.5 times, of 100k 1.3 times. Results state the seconds estimated beside those taken."""
+"""Operations a second on 2 cores of an Intel Xeon with AMX. One thread reached 167, 120 and 73 GFLOP per second of processor time
+in training MEGALODON of 4M, 1M and 100k parameters, and 131, 94 and 48 in training the Llama. Two threads are assumed to reach 1.5
+times the mean of the two models, and 1.3 times at 100k. Results record estimated and measured seconds."""
 
 
 def estimate(
     size: str, chunk: int, name: str, tokens: float, length: int, *, training: bool = True, vocabulary: int = VOCABULARY
 ) -> float:
-    """Seconds on 2 quiet cores."""
+    """Estimated seconds on 2 quiet cores."""
     return tokens * flops_a_token(config(size, chunk, vocabulary), name, length, training) / RATES[size]
 
 
 def _last_tenth(losses: list[float]) -> float | None:
-    """The mean over the last tenth of the steps; None where it is not finite."""
+    """Mean over the last tenth of the steps; None if it is not finite."""
     tail = losses[-max(1, len(losses) // 10) :]
     mean = sum(tail) / len(tail)
     return mean if math.isfinite(mean) else None
 
 
 def _thinned(losses: list[float]) -> list[list[float]]:
-    """Step and mean loss of up to KEPT_POINTS equal stretches."""
-    size = -(-len(losses) // KEPT_POINTS)
-    stretches = [(min(i + size, len(losses)), losses[i : i + size]) for i in range(0, len(losses), size)]
-    return [[end, round(sum(part) / len(part), 5)] for end, part in stretches if math.isfinite(sum(part))]
+    """Last step and mean loss of up to MAX_POINTS equal pieces."""
+    size = -(-len(losses) // MAX_POINTS)
+    pieces = [(min(i + size, len(losses)), losses[i : i + size]) for i in range(0, len(losses), size)]
+    return [[end, round(sum(part) / len(part), 5)] for end, part in pieces if math.isfinite(sum(part))]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -221,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chunk", type=int, default=128, help="MEGALODON's chunk size")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder of result.json; a run that was cut off goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of result.json; an interrupted run resumes")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = text.documents(options.data)

@@ -1,4 +1,4 @@
-"""The benches' harness: that it checks before it times, on the CPU and on a GPU, and what competes for the best."""
+"""Harness of the benches on the CPU and on a GPU: checks before timing, choice of the best rival, summaries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.arange(4.0)
 
 
 class Event:
-    """A CUDA event, by the host's clock."""
+    """A CUDA event that uses the host's clock."""
 
     def __init__(self, enable_timing):
         pass
@@ -33,8 +33,8 @@ class Event:
 
 
 @pytest.fixture(autouse=True)
-def process_as_it_is(monkeypatch):
-    """Reading the peak would set how this process keeps freed memory, and measuring sets its threads."""
+def restored_process(monkeypatch):
+    """Keep the harness from trimming this process's memory, and restore its number of threads."""
     monkeypatch.setattr(machine, "reset_peak_memory", lambda: None)
     threads = torch.get_num_threads()
     yield
@@ -43,7 +43,7 @@ def process_as_it_is(monkeypatch):
 
 @pytest.fixture(params=["cpu", "cuda"])
 def hardware(request, monkeypatch):
-    """The processor, or a card that is not there."""
+    """The processor, or a simulated card."""
     if request.param == "cuda":
         card = dataclasses.make_dataclass("Card", ["L2_cache_size"])(1 << 10)
         for name, value in {
@@ -88,7 +88,7 @@ def test_wrong_results_of_ours_are_not_timed(hardware):
         measured(Path(OURS, lambda: (X[:2],)))
 
 
-def test_who_competes(hardware):
+def test_wrong_and_failing_paths_do_not_compete(hardware):
     def fails():
         raise RuntimeError
 
@@ -109,27 +109,27 @@ def test_who_competes(hardware):
 def test_slow_rivals_get_one_call(seconds, calls, note, monkeypatch):
     monkeypatch.setattr(harness, "_SLOW", 0.01)
     monkeypatch.setattr(harness, "_VERY_SLOW", 0.25)
-    seen = []
+    made = []
     slow = twice(seconds=seconds)
-    (result,) = measured(Path(OURS, twice()), Path("slow", lambda: seen.append(1) or slow()))
+    (result,) = measured(Path(OURS, twice()), Path("slow", lambda: made.append(1) or slow()))
     rival = result.timings[1]
-    assert (len(seen), len(rival.warm), rival.note) == (calls, 1, note) and rival.warm[0] >= seconds
+    assert (len(made), len(rival.warm), rival.note) == (calls, 1, note) and rival.warm[0] >= seconds
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_the_peaks_of_slow_rivals_are_read_where_they_are_asked_for(asked, monkeypatch):
+@pytest.mark.parametrize("all_peaks", [False, True])
+def test_the_peaks_of_slow_rivals_are_read_on_request(all_peaks, monkeypatch):
     monkeypatch.setattr(harness, "_VERY_SLOW", 0.01)
     monkeypatch.setattr(harness, "_SLOW", 0.01)
     monkeypatch.setattr(machine, "reset_peak_memory", lambda: 5)
     monkeypatch.setattr(machine, "peak_memory_since", lambda in_use: None if in_use is None else in_use + 2)
     slow, slower = twice(seconds=0.02), twice(seconds=0.03)
     paths = [Path(OURS, twice()), Path("slow", slow), Path("slower", slower)]
-    timed = dataclasses.replace(case(*paths, expected=slow), all_peaks=asked)
+    timed = dataclasses.replace(case(*paths, expected=slow), all_peaks=all_peaks)
     (result,) = harness.measure("test", timed, [1], Effort(samples=3, seconds=10.0))
-    assert [t.peak_memory for t in result.timings] == [7, *([7, 7] if asked else [None, None])]
+    assert [t.peak_memory for t in result.timings] == [7, *([7, 7] if all_peaks else [None, None])]
 
 
-def test_fewer_threads_meet_the_best_rival_alone(two_threads):
+def test_with_fewer_threads_only_the_best_rival_is_timed(two_threads):
     first, second = measured(
         Path(OURS, twice()), Path("best", twice()), Path("slower", twice(seconds=0.02)), threads=(1, 2)
     )
@@ -152,14 +152,14 @@ def test_streams_pass_all_their_tokens():
     assert stream_memory.resident_bytes() > 10 << 20
 
 
-def test_states_of_a_stream_agree_however_it_is_cut():
+def test_states_of_a_stream_do_not_depend_on_its_pieces():
     coarse, fine = (case.paths[0].call() for case in bench_stream.cases(quick=True, gpu=False))
     torch.testing.assert_close(coarse, fine, rtol=1e-4, atol=1e-4)
 
 
 def test_pages_show_the_newest_results():
     if not summary.RESULTS.exists():
-        pytest.skip("needs bench/results, which a source distribution does not hold")
+        pytest.skip("needs bench/results, which a source distribution does not contain")
     page, root = summary.Page(summary.newest()), summary.RESULTS.parents[1]
     assert len(page.readme_table()) == 2 + len(summary.README)
     assert "\n".join(page.readme_table()) in (root / "README.md").read_text(), "run python -m bench.summary"
@@ -170,7 +170,7 @@ def test_pages_show_the_newest_results():
         assert "\n".join(page.encoder_table()) in (root / "docs" / "performance.md").read_text()
 
 
-def test_the_encoders_paths_agree_and_are_summed_up(tmp_path, monkeypatch):
+def test_the_encoders_paths_agree_and_are_summarized(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_encoder, "LENGTHS", (1 << 14, 1 << 17))
     effort = Effort(samples=1, seconds=0.01, compiled=False, attempts=1)
     cases = bench_encoder.cases(quick=True, gpu=False)

@@ -1,4 +1,4 @@
-"""The critical path that the bench of chunk parallel counts."""
+"""Critical path, as computed by the bench of chunk parallel."""
 
 from bench.bench_distributed import Event, critical_path
 
@@ -7,20 +7,20 @@ def events(*parts):
     return [Event(kind, key, seconds, 0) for kind, key, seconds in parts]
 
 
-def test_all_wait_for_the_last():
+def test_an_exchange_of_all_waits_for_the_last_rank():
     fast, slow = (events(("all", "a", seconds), ("end", "end", 1.0)) for seconds in (1.0, 5.0))
     assert critical_path([fast, slow]) == (6.0, 1)
 
 
-def test_what_is_computed_meanwhile_costs_nothing():
+def test_computation_during_an_exchange_costs_nothing():
     overlapping = events(("start", "a", 1.0), ("wait", "a", 3.0), ("end", "end", 1.0))
     late = events(("start", "a", 2.0), ("wait", "a", 0.0), ("end", "end", 1.0))
     assert critical_path([overlapping, late]) == (5.0, 1)
     assert critical_path([late, overlapping]) == (5.0, 1)
 
 
-def line(block_by_block=True):
-    """Three ranks that hand a state on in each of two blocks: a second before and one after."""
+def line():
+    """Three ranks that pass on a state in each of two blocks: one second of work before and one after."""
     ranks = []
     for rank in range(3):
         parts = []
@@ -35,7 +35,7 @@ def line(block_by_block=True):
 
 
 def test_a_line_of_ranks_runs_ahead():
-    assert critical_path(line()) == (6.0, 2)  # the last rank's two blocks begin after two others have handed on
+    assert critical_path(line()) == (6.0, 2)  # the last rank waits for the first block of two others
 
 
 def test_a_line_of_ranks_in_step_waits_in_every_block():

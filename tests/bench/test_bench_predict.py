@@ -1,4 +1,4 @@
-"""Predictions of time: what is read from machine code, a floor by hand, and how floors grow with shapes."""
+"""Predictions of time: parsing of machine code, a floor computed by hand, growth of floors with shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backends import needs_cuda_kernels
 from bench import predict
 from bench.predict import CARDS, KERNELS, SHAPES, Launch
 
-# A loop of two, the inner one of tensor cores; an untaken block with Philox's factor; code that was moved to the end.
+# Two nested loops, the inner one on tensor cores; a skipped block with Philox's factor; code moved to the end.
 LISTING = """
 .section	.text.kernel,"ax",@progbits
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -39,7 +39,7 @@ LISTING = """
         /*0110*/                   BRA `(.L_x_8) ;
 """
 CARD = predict.Card(90, sms=10, ghz=1.0, memory=100, l2=64, tensor=1024, fp32=64, shared=100, warps=64, source="")
-SEEN = Launch("kernel", blocks=20, threads=64, memory=5e6, shared=30000, trips={"DEPBAR": 3}, work={"HMMA": 24})
+LAUNCH = Launch("kernel", blocks=20, threads=64, memory=5e6, shared=30000, trips={"DEPBAR": 3}, work={"HMMA": 24})
 
 
 @pytest.fixture
@@ -48,58 +48,58 @@ def code() -> Code:
 
 
 def test_a_floor_by_hand(code):
-    """A warp runs 3 turns of the outer loop, 12 of the inner, the rest once; 40 warps share 10 multiprocessors."""
-    outer, inner, rest = 7 - 1, 4, 6  # of the outer's own 8 instructions, two are Philox's block
+    """A warp makes 3 trips of the outer loop, 12 of the inner, the rest once; 40 warps share 10 multiprocessors."""
+    outer, inner, rest = 7 - 1, 4, 6  # two of the outer loop's 8 instructions are Philox's block
     issued = 3 * outer + 12 * inner + rest
-    assert predict.instructions(code, SEEN).total() == issued
+    assert predict.instructions(code, LAUNCH).total() == issued
     cycles = {
         "issue": issued / 4,
-        "shared": (3 * 512 + 12 * 512) / 128,  # a copy and an ldmatrix move 512 bytes; LDS of nothing moves none
+        "shared": (3 * 512 + 12 * 512) / 128,  # a copy and an ldmatrix move 512 bytes; the disabled LDS moves none
         "tensor": 24 * 4096 / 1024,
         "fp32": 3 * 32 / 64,
         "special": 32 / 16,  # MUFU.RCP alone
     }
     expected = {name: 40 * n / 10 / 1e3 for name, n in cycles.items()}
     expected |= {"L2": 40 * (3 + 1) * 512 / 64 / 1e3, "memory": 50.0}
-    assert predict.floors(code, SEEN, CARD) == pytest.approx(expected)
+    assert predict.floors(code, LAUNCH, CARD) == pytest.approx(expected)
 
 
-def test_blocks_of_a_multiprocessor(code):
-    """By shared memory: 100 KiB hold 3 of 30,000 bytes and the system's 1 KiB; by registers: of 2 x 32 x 104; by warps."""
-    assert predict.blocks_at_once(code, SEEN, CARD) == 3
+def test_blocks_per_multiprocessor(code):
+    """Limits: shared memory, 100 KiB for 30,000 bytes + 1 KiB each; registers, 2 x 32 x 104 each; warps."""
+    assert predict.blocks_at_once(code, LAUNCH, CARD) == 3
     for changed, blocks in ({"shared": 0}, 9), ({"shared": 0, "threads": 1024}, 1):
-        assert predict.blocks_at_once(code, Launch(**vars(SEEN) | changed), CARD) == blocks
+        assert predict.blocks_at_once(code, Launch(**vars(LAUNCH) | changed), CARD) == blocks
 
 
-def test_a_loop_that_the_kernel_does_not_have_is_refused(code):
+def test_a_missing_loop_is_an_error(code):
     with pytest.raises(ValueError, match="kernel: expected a loop with SHFL, got none"):
-        predict.instructions(code, Launch(**vars(SEEN) | {"trips": {"SHFL": 1.0}}))
+        predict.instructions(code, Launch(**vars(LAUNCH) | {"trips": {"SHFL": 1.0}}))
 
 
 @pytest.mark.parametrize("path", KERNELS)
 def test_twice_the_tokens_are_twice_the_work(path):
-    """Twice the blocks or, in a kernel whose grid does not grow, twice the trips of each."""
+    """Twice the blocks or, in a kernel with a constant grid, twice the trips of each block."""
     sizes = next(sizes for sizes, paths in SHAPES.values() if path in paths)
     for one, two in zip(KERNELS[path](**sizes), KERNELS[path](**sizes | {"T": 2 * sizes["T"]}), strict=True):
         assert two.kernel == one.kernel and two.memory == 2 * one.memory
         for loop in one.trips.keys() | one.work.keys() or {None}:
-            turns = [launch.trips.get(loop, 0) + launch.work.get(loop, 0) or 1 for launch in (one, two)]
-            grows = 1 if one.kernel == "cema_cross_kernel<float>" else 2  # its loop over tiles is not counted
-            assert two.blocks * turns[1] == grows * one.blocks * turns[0], (one.kernel, loop)
+            trips = [launch.trips.get(loop, 0) + launch.work.get(loop, 0) or 1 for launch in (one, two)]
+            factor = 1 if one.kernel == "cema_cross_kernel<float>" else 2  # its loop over tiles is not counted
+            assert two.blocks * trips[1] == factor * one.blocks * trips[0], (one.kernel, loop)
 
 
 def test_longer_chunks_take_more_tiles():
-    """Of 16 row blocks of 128, 136 tiles are on and below the diagonal; of 32, 528: the pairs, and half a tile a row."""
+    """16 row blocks of 128 have 136 tiles on or below the diagonal, 32 have 528."""
     short, long = ({"T": 32768, "C": C, "K": 64, "V": 128, "H": 1} for C in (2048, 4096))
     assert [next(predict.attention_bwd(**sizes)).blocks for sizes in (short, long)] == [16 * 136, 8 * 528]
 
 
-def test_what_is_measured_stands_beside_the_least_time(code, monkeypatch):
-    """Of small shapes on the processor, with one kernel in the place of all."""
+def test_the_table_has_measured_times(code, monkeypatch):
+    """Small shapes on the processor, with one kernel in place of all."""
     small = {"T": 32, "C": 16, "K": 8, "V": 8, "H": 1, "D": 8, "N": 4, "G": 2}
     shapes = {name: ({n: small[n] for n in sizes}, paths) for name, (sizes, paths) in SHAPES.items()}
     monkeypatch.setattr(predict, "SHAPES", shapes)
-    monkeypatch.setattr(predict, "KERNELS", dict.fromkeys(KERNELS, lambda **sizes: iter([SEEN])))
+    monkeypatch.setattr(predict, "KERNELS", dict.fromkeys(KERNELS, lambda **sizes: iter([LAUNCH])))
     monkeypatch.setattr(predict.gpu, "timed", lambda way, calls: (1.5e-6 * calls, way()))
     measured = predict.measure(shapes, device="cpu")
     rows = {(name, path) for name, (_, paths) in shapes.items() for path in paths}
@@ -110,8 +110,8 @@ def test_what_is_measured_stands_beside_the_least_time(code, monkeypatch):
 
 @needs_cuda_kernels
 @pytest.mark.slow
-def test_tensor_cores_multiply_what_the_shapes_say():
-    """Of the installed kernels: each warp of 16 rows makes whole tiles of keys, and tiles of 128 by 128."""
+def test_tensor_core_floors_match_the_shapes():
+    """Installed kernels: in the forward a warp of 16 rows computes whole tiles of keys, in the backward tiles are 128 x 128."""
     names = {launch.kernel for sizes, paths in SHAPES.values() for path in paths for launch in KERNELS[path](**sizes)}
     try:
         codes = predict.loops.codes_of(installed(), names, 90)
@@ -122,10 +122,10 @@ def test_tensor_cores_multiply_what_the_shapes_say():
     T, C, K, V = (sizes[name] for name in "TCKV")
     per_us = card.sms * card.ghz * 1e3 * card.tensor
     rows_of_warp = torch.arange(15, C, 16)  # the last row, which sees tiles of 32 keys
-    seen = (rows_of_warp // 32 + 1).sum() * 32 * 16 * (T // C)
+    pairs = (rows_of_warp // 32 + 1).sum() * 32 * 16 * (T // C)
     (forward,) = KERNELS["attention forward"](**sizes)
     floor = predict.floors(codes[forward.kernel], forward, card)["tensor"]
-    assert floor == pytest.approx(2 * int(seen) * (K * V / 256 + V) / per_us)
+    assert floor == pytest.approx(2 * int(pairs) * (K * V / 256 + V) / per_us)
     tiles = T // C * 136 * 128 * 128
     for launch, width in zip(KERNELS["attention backward"](**sizes), (K + V, 2 * K + V), strict=True):
         assert predict.floors(codes[launch.kernel], launch, card)["tensor"] == pytest.approx(2 * tiles * width / per_us)

@@ -1,4 +1,4 @@
-"""Files of results: what was appended is read again, whatever was killed or ran at once."""
+"""Files of results: records survive interrupted writes and concurrent appends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_records_are_read_as_they_were(tmp_path):
     assert records.read(path) == [RECORD, {}] and len(path.read_bytes().splitlines()) == 2
 
 
-def test_a_write_that_was_cut_off_is_left_out_and_the_next_takes_its_place(tmp_path):
+def test_an_interrupted_write_is_skipped_and_replaced_by_the_next(tmp_path):
     path = tmp_path / "x.jsonl"
     records.append(path, RECORD)
     whole = path.read_bytes()
@@ -32,7 +32,7 @@ def test_a_write_that_was_cut_off_is_left_out_and_the_next_takes_its_place(tmp_p
         assert records.read(path) == [RECORD, {"run": "b"}]
 
 
-def test_a_disk_without_room_is_an_error(tmp_path):
+def test_a_full_disk_is_an_error(tmp_path):
     path, (soft, hard) = tmp_path / "x.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
     try:
@@ -46,7 +46,7 @@ def test_a_disk_without_room_is_an_error(tmp_path):
 
 
 def test_appending_at_once_loses_nothing(tmp_path):
-    """Each thread opens the file by itself, as a process does, and the lock is of what it opened."""
+    """Each thread opens the file itself, as a process does; the lock belongs to the open file."""
     path, names = tmp_path / "x.jsonl", [f"run {i}" for i in range(200)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: records.append(path, {"run": name, "long": "x" * 10_000}), names))

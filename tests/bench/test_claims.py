@@ -1,4 +1,4 @@
-"""The claims' programs: the Llama to compare with, models with a part exchanged, training that goes on, commands."""
+"""Programs of the claims: the Llama, models with a part exchanged, training that resumes, commands."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from bench.claims import (  # noqa: E402
     train, verdict,
 )  # fmt: skip
 from bench.claims.__main__ import CLAIMS, SECOND_ROUND, main  # noqa: E402
-from bench.claims.llama import Llama, WindowState, hidden_like, similar  # noqa: E402
+from bench.claims.llama import Llama, WindowState, hidden_units, group_by_length  # noqa: E402
 
 CONFIG = dataclasses.replace(train.config("tiny", 8), num_layers=2)
-EXCHANGED = [*models.ABLATIONS]
+ABLATIONS = [*models.ABLATIONS]
 RESULTS = Path(report.__file__).with_name("results")
 CLAIMS_PAGE = (DOCS / "claims.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## )", CLAIMS_PAGE, re.M | re.S))
@@ -66,13 +66,13 @@ def nats(model, inputs, targets, **options):
 
 
 @pytest.mark.parametrize("size", train.SIZES)
-def test_sizes_are_equal_by_the_rule(size):
+def test_sizes_are_equal_up_to_half_a_hidden_unit(size):
     config = train.config(size, 64)
-    step = 3 * config.num_layers * config.model_dim
-    built = Llama.sized_like(config, 8) if size != "4M" else None
-    if built is not None:
-        assert abs(built.num_parameters() - config.num_parameters()) <= step / 2
-    assert hidden_like(config) > config.model_dim
+    unit = 3 * config.num_layers * config.model_dim
+    llama = Llama.sized_like(config, 8) if size != "4M" else None
+    if llama is not None:
+        assert abs(llama.num_parameters() - config.num_parameters()) <= unit / 2
+    assert hidden_units(config) > config.model_dim
 
 
 def test_the_llama_is_that_of_transformers(llama, tokens):
@@ -87,9 +87,9 @@ def test_packed_documents_do_not_see_each_other(llama, tokens):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     bounds = torch.tensor([0, 3, 3, 17, 19, 30])
     packed = nats(llama, inputs, targets, cu_seqlens=bounds)
-    apart = [nats(llama, inputs[:, a:b], targets[:, a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
-    torch.testing.assert_close(packed, torch.cat(apart, 1))
-    assert [sorted(group) for group in similar([3, 14, 2, 11])] == [[1, 3], [0, 2]]
+    single = [nats(llama, inputs[:, a:b], targets[:, a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    torch.testing.assert_close(packed, torch.cat(single, 1))
+    assert [sorted(group) for group in group_by_length([3, 14, 2, 11])] == [[1, 3], [0, 2]]
 
 
 def test_a_state_is_a_window_of_tokens(llama, tokens):
@@ -108,7 +108,7 @@ def test_states_are_picked_and_reset():
     assert [past.tolist() for past in picked.reset(torch.tensor([True, False, False])).past] == [[], [1, 2], [3]]
 
 
-def test_the_llama_is_evaluated_by_the_same_windows(llama):
+def test_the_llama_is_evaluated_in_the_same_windows(llama):
     documents = [torch.randint(256, (length,)) for length in (40, 23, 9)]
     by_hand = 0.0
     for document in documents:
@@ -140,7 +140,7 @@ def test_a_reader_carries_the_window(llama):
 # models with a part exchanged
 
 
-@pytest.mark.parametrize("name", EXCHANGED)
+@pytest.mark.parametrize("name", ABLATIONS)
 def test_exchanged_models_differ_stream_and_learn(name, tokens):
     model, whole = models.build(name, CONFIG, 8, 0), models.build(models.MEGALODON, CONFIG, 8, 0)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -152,19 +152,19 @@ def test_exchanged_models_differ_stream_and_learn(name, tokens):
     packed = nats(model, inputs, targets, cu_seqlens=torch.tensor([0, 13, 30]))
     torch.testing.assert_close(packed[:, 13:], nats(model, inputs[:, 13:], targets[:, 13:]))
     model.loss(inputs, targets).backward()
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(torch.isfinite(p.grad).all() for p in learnt)
-    assert sum(bool(p.grad.any()) for p in learnt) > 0.8 * len(learnt)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(torch.isfinite(p.grad).all() for p in trainable)
+    assert sum(bool(p.grad.any()) for p in trainable) > 0.8 * len(trainable)
     assert abs(sum(p.numel() for p in model.parameters()) / CONFIG.num_parameters() - 1) < 0.01
 
 
-def test_layer_norm_knows_no_past():
+def test_layer_norm_does_not_depend_on_the_past():
     norm = models.build("layer norm", CONFIG, 8, 0).layers[0].mega.timenorm
     x = torch.randn(2, 5, CONFIG.model_dim)
     torch.testing.assert_close(norm(x), F.layer_norm(x, (CONFIG.model_dim,)))
 
 
-def test_ema_is_real_and_no_ema_is_nothing():
+def test_ema_is_real_and_no_ema_is_the_identity():
     _, q, _, _ = models.build("ema", CONFIG, 8, 0).layers[0].mega.cema.coefficients()
     assert not q.imag.any() and (q.real > 0).all()
     x = torch.randn(2, 5, CONFIG.model_dim)
@@ -174,12 +174,12 @@ def test_ema_is_real_and_no_ema_is_nothing():
 def test_plain_attention_does_not_normalize():
     mega = models.build("plain attention", CONFIG, 8, 0).layers[0].mega
     z, v = torch.randn(1, 8, CONFIG.z_dim), torch.randn(1, 8, CONFIG.value_dim)
-    seen = mo.normalized_attention(z, v, mega.gamma, mega.beta, num_heads=1, chunk_size=8, eps=mega.config.norm_eps)
+    found = mo.normalized_attention(z, v, mega.gamma, mega.beta, num_heads=1, chunk_size=8, eps=mega.config.norm_eps)
     angle = torch.arange(8.0)[:, None] * 10000.0 ** (-torch.arange(0, CONFIG.z_dim, 2) / CONFIG.z_dim)
     pairs = torch.view_as_complex(z[0].unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * torch.exp(1j * angle)).flatten(1)
-    plain = F.scaled_dot_product_attention(turned[None], turned[None], v, is_causal=True)
-    torch.testing.assert_close(seen, plain, rtol=1e-4, atol=1e-4)
+    rotated = torch.view_as_real(pairs * torch.exp(1j * angle)).flatten(1)
+    plain = F.scaled_dot_product_attention(rotated[None], rotated[None], v, is_causal=True)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_one_hop_adds_to_the_halfs_own_input():
@@ -196,64 +196,65 @@ RECIPE = train.Recipe(tokens=8 * 2 * 12, rows=2, length=12, lr=1e-2, warmup=2)
 
 
 @pytest.mark.parametrize("name, optimizer", [(models.MEGALODON, "muon"), (models.LLAMA, "adamw")])
-def test_training_that_was_cut_off_gives_the_same_losses(name, optimizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+def test_interrupted_training_gives_the_same_losses(name, optimizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     carries = name == models.MEGALODON
     recipe = RECIPE._replace(optimizer=optimizer)
 
     def trained(scratch, stop=None):
-        model, calls, of_reader = models.build(name, CONFIG, 6, 1), [0], Reader.loss
+        model, calls, reader_loss = models.build(name, CONFIG, 6, 1), [0], Reader.loss
 
         def counted(self, batch, reduction="mean"):
             calls[0] += 1
             if calls[0] == stop:
                 raise KeyboardInterrupt
-            return of_reader(self, batch, reduction)
+            return reader_loss(self, batch, reduction)
 
-        def look():
+        def evaluation():
             return {"first": next(model.parameters()).sum().item(), "step": calls[0]}
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Reader, "loss", counted)
             options = dict(seed=3, carries=carries, context_length=24)
-            return train.train_on_text(model, recipe, DOCUMENTS, scratch, look=look, **options), calls[0]
+            result = train.train_on_text(model, recipe, DOCUMENTS, scratch, evaluation=evaluation, **options)
+            return result, calls[0]
 
     whole, _ = trained(tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut.pt", stop=6)
-    again, calls = trained(tmp_path / "cut.pt")
-    assert calls == 3 and again["curve"] == whole["curve"] and again["steps"] == 8
-    assert [look["step"] for look in whole["looks"].values()] == [2, 4, 8] and [*whole["looks"]] == ["0.25", "0.5", "1"]
-    assert [look["step"] for look in again["looks"].values()] == [2, 4, 3]  # the first two were kept
-    assert all(again["looks"][part]["first"] == whole["looks"][part]["first"] for part in whole["looks"])
+    resumed, calls = trained(tmp_path / "cut.pt")
+    assert calls == 3 and resumed["curve"] == whole["curve"] and resumed["steps"] == 8
+    assert [at["step"] for at in whole["looks"].values()] == [2, 4, 8] and [*whole["looks"]] == ["0.25", "0.5", "1"]
+    assert [at["step"] for at in resumed["looks"].values()] == [2, 4, 3]  # the first two come from the scratch file
+    assert all(resumed["looks"][part]["first"] == whole["looks"][part]["first"] for part in whole["looks"])
 
 
 def test_both_models_read_the_same_batches(tmp_path, monkeypatch):
-    seen = {}
-    for name in loss.BOTH:
-        of_reader = Reader.loss
+    batches = {}
+    for name in loss.MODELS:
+        reader_loss = Reader.loss
 
-        def kept(self, batch, reduction="mean", name=name, of_reader=of_reader):
-            seen.setdefault(name, []).append(batch.tokens)
-            return of_reader(self, batch, reduction)
+        def recorded(self, batch, reduction="mean", name=name, reader_loss=reader_loss):
+            batches.setdefault(name, []).append(batch.tokens)
+            return reader_loss(self, batch, reduction)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Reader, "loss", kept)
+            patch.setattr(Reader, "loss", recorded)
             model = models.build(name, CONFIG, 6, 1)
             train.train_on_text(model, RECIPE, DOCUMENTS, tmp_path / f"{name}.pt", seed=3, carries=name != models.LLAMA)
-    assert torch.equal(torch.cat(seen["megalodon"], 1), torch.cat(seen["llama"], 1))
+    assert torch.equal(torch.cat(batches["megalodon"], 1), torch.cat(batches["llama"], 1))
 
 
 def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
     model = models.build(models.MEGALODON, CONFIG, 6, 1)
     position = dict(position=dict, seek=lambda _: None)
-    wrong = lambda: model.embed.weight.sum() * math.nan  # noqa: E731
-    result = train.train(model, RECIPE, wrong, tmp_path / "x.pt", **position)
+    nan_loss = lambda: model.embed.weight.sum() * math.nan  # noqa: E731
+    result = train.train(model, RECIPE, nan_loss, tmp_path / "x.pt", **position)
     assert result["train_loss"] is None and result["steps"] == 1 and json.dumps(result, allow_nan=False)
 
 
-@pytest.mark.parametrize("name", loss.BOTH)
-def test_one_model_is_trained_by_itself(name, small, tmp_path, capsys):
+@pytest.mark.parametrize("name", loss.MODELS)
+def test_the_command_trains_one_model(name, small, tmp_path, capsys):
     command = ["--model", name, "--size", "tiny", "--tokens", "600", "--length", "32", "--data", small[-1]]
     train.main([*command, "--out", str(tmp_path / "run")])
     content = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -263,10 +264,10 @@ def test_one_model_is_trained_by_itself(name, small, tmp_path, capsys):
     assert all(4 < bits < 12 for bits in shown["held_out_bits_per_byte"].values()) and shown["parameters"] > 30_000
 
 
-def test_sweeps_go_on_beyond_their_ends():
+def test_sweeps_continue_beyond_their_ends():
     assert loss.sweep(lambda rate: abs(math.log(rate / 2e-3)), (1e-3, 2e-3, 4e-3)) == 2e-3
-    asked = []
-    assert loss.sweep(lambda rate: asked.append(rate) or -rate, (1.0, 2.0, 4.0)) == 16.0 and asked == [1, 2, 4, 8, 16]
+    rates = []
+    assert loss.sweep(lambda rate: rates.append(rate) or -rate, (1.0, 2.0, 4.0)) == 16.0 and rates == [1, 2, 4, 8, 16]
     assert loss.sweep(lambda rate: math.inf if rate > 1 else rate, (1.0, 2.0, 4.0)) == 0.25
     assert loss.sweep(lambda rate: None, (1.0, 2.0, 4.0)) == 2.0
     assert loss.sweep(lambda rate: -rate if rate <= 4 else None, (1.0, 2.0, 4.0)) == 4.0
@@ -277,7 +278,7 @@ def test_sweeps_go_on_beyond_their_ends():
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Quick runs that are quicker, of a text of a few kilobytes."""
+    """Arguments of quick runs on a text of a few kilobytes, with even smaller settings."""
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(8):
@@ -285,7 +286,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(loss, "QUICK", {"tiny": 600})
     monkeypatch.setattr(loss, "LENGTH", 32)
     monkeypatch.setattr(loss, "RATES", (2e-3,))
-    monkeypatch.setattr(loss, "LONGER", 0)
+    monkeypatch.setattr(loss, "EXTRA_RATES", 0)
     monkeypatch.setattr(gecko_loss, "QUICK", ("tiny", 600))
     monkeypatch.setattr(gecko_loss, "LENGTH", 128)
     for module, name in itertools.product((gecko_loss, gecko_tasks), ("MEGALODONS", "PARTS")):
@@ -295,7 +296,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(gecko_tasks, "RATES", {"mqar": 4e-3, "needle": 1e-3})
     monkeypatch.setattr(long_loss, "QUICK", ("tiny", 256, 270))
     monkeypatch.setattr(long_loss, "ROWS", {32: 2, 64: 1})
-    monkeypatch.setattr(long_loss, "RATES", dict.fromkeys(loss.BOTH, (2e-3,)))
+    monkeypatch.setattr(long_loss, "RATES", dict.fromkeys(loss.MODELS, (2e-3,)))
     monkeypatch.setattr(ablation, "QUICK", ("tiny", 600))
     monkeypatch.setattr(context, "QUICK", ("tiny", 4096, 1 << 11))
     monkeypatch.setattr(task_runs, "QUICK", ("tiny", 1, 2))
@@ -303,7 +304,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(task_runs, "TASKS", {name: task_runs.TASKS[name] for name in ("mqar", "needle")})
     monkeypatch.setattr(task_runs, "TIMES", (1, 2))
     monkeypatch.setattr(speed, "QUICK", ("tiny", 16, [32, 64]))
-    words = encoder.TASKS["words"]._replace(longest=2000, batch=2000)
+    words = encoder.TASKS["words"]._replace(max_length=2000, batch=2000)
     monkeypatch.setattr(encoder, "TASKS", encoder.TASKS | {"words": words})
     return ["--quick", "--out", str(tmp_path / "out"), "--threads", "1", "--data", str(folder)]
 
@@ -326,13 +327,13 @@ def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monke
     assert not list((tmp_path / "out" / f"{claim}-quick-unfinished").glob("*.pt"))
     assert all(len(line) < 4_000 for line in results.read_text().splitlines())
     assert all(c["machine"]["torch"] == torch.__version__ and c["seconds"] >= 0 and c["date"] for c in found)
-    monkeypatch.setattr(runs.machine, "describe", None)  # what is finished is not run again
+    monkeypatch.setattr(runs.machine, "describe", None)  # finished runs are not repeated
     assert main([claim, *small]) == 0
     assert main(["report", *small]) == 0
     page = capsys.readouterr().out
     verdicts = (verdict.HELD, verdict.NOT_HELD, verdict.UNDECIDED)
     assert re.search(r"^# .*: a quick run \((.*)\)$", page, re.M)[1] in verdicts
-    assert "says nothing of the claim" in page and (tmp_path / "out" / f"{claim}-quick.png").stat().st_size > 5000
+    assert "says nothing about the claim" in page and (tmp_path / "out" / f"{claim}-quick.png").stat().st_size > 5000
 
 
 def numbers(text):
@@ -364,25 +365,25 @@ def test_memory_is_measured_in_processes_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "QUICK_STREAMS", {models.MEGALODON: 2000, models.LLAMA: 2000})
     assert main(["memory", "--quick", "--out", str(tmp_path)]) == 0
     page = report.report("memory", memory, tmp_path / "memory-quick.jsonl")
-    assert "training, beyond what was there | megalodon | 2,048" in page and "reading a stream" in page
+    assert "training, beyond memory in use | megalodon | 2,048" in page and "reading a stream" in page
 
 
 def test_other_settings_are_not_mixed(tmp_path):
     session = runs.Session("loss", tmp_path)
     assert session.run("a", lambda scratch, x: {"y": x}, 1.0, x=1) == {"y": 1}
     assert session.run("a", None, 1.0, x=1) == {"y": 1}
-    with pytest.raises(SystemExit, match="loss.jsonl: a is of other settings"):
+    with pytest.raises(SystemExit, match="loss.jsonl: a has other settings"):
         session.run("a", None, 1.0, x=2)
     assert runs.Session("loss", tmp_path, plan=True).run("b", None, 1.0, x=2) is None
 
 
-def test_a_claim_that_is_stopped_says_how_it_goes_on(tmp_path, capsys, monkeypatch):
+def test_a_stopped_claim_says_how_to_resume(tmp_path, capsys, monkeypatch):
     def stop(session, data):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loss, "run", stop)
     assert main(["loss", "--out", str(tmp_path)]) == 130
-    assert capsys.readouterr().out == "loss: stopped; the same command goes on\n"
+    assert capsys.readouterr().out == "loss: stopped; the same command resumes it\n"
     monkeypatch.setattr(loss, "run", lambda session, data: signal.pause())
     assert main(["loss", "--out", str(tmp_path), "--hours", "0.00001"]) == 130
 

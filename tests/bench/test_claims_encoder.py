@@ -1,4 +1,4 @@
-"""The claim of the encoder: labels that a program which reads the example finds too, equal sizes, a run from end to end."""
+"""Claim of the encoder: labels that another program also finds, equal sizes, a run from end to end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_listops_have_the_value_that_python_finds(longest):
 
 
 def pieces(picture):
-    """The sets of lit pixels that touch one another, by sides or corners."""
+    """Connected sets of lit pixels; they touch by sides or corners."""
     left, found = {*zip(*(axis.tolist() for axis in numpy.nonzero(picture)))}, []
     while left:
         piece, edge = set(), [left.pop()]
@@ -57,9 +57,9 @@ def pieces(picture):
 
 def test_pathfinder_has_one_piece_with_both_dots_or_two(monkeypatch):
     dashed, _, labels = long_rows.pathfinder(rng(), 40)
-    monkeypatch.setattr(long_rows, "picture", partial(long_rows.picture, dash=long_rows.STEPS + 1))
-    solid, _, again = long_rows.pathfinder(rng(), 40)
-    assert torch.equal(labels, again) and 10 < labels.sum() < 30
+    monkeypatch.setattr(long_rows, "picture", partial(long_rows.picture, dash=long_rows.CURVE_LENGTH + 1))
+    solid, _, solid_labels = long_rows.pathfinder(rng(), 40)
+    assert torch.equal(labels, solid_labels) and 10 < labels.sum() < 30
     for pixels, thinned, same in zip(solid, dashed, labels.tolist(), strict=True):
         found = pieces(pixels.view(long_rows.SIDE, -1).numpy())
         assert len(found) == 2 and len(pieces(thinned.view(long_rows.SIDE, -1).numpy())) > 4
@@ -71,14 +71,14 @@ def test_pathfinder_has_one_piece_with_both_dots_or_two(monkeypatch):
 def test_curves_stay_apart_from_others_and_from_themselves(monkeypatch):
     monkeypatch.setattr(long_rows, "BEND", 0.8)
     for _, found in zip(range(20), iter(partial(long_rows.curves, rng()), None), strict=False):
-        places = [(c, i, y, x) for c, curve in enumerate(found) for i, (y, x) in enumerate(curve)]
-        for (c, i, y, x), (d, j, v, u) in itertools.combinations(places, 2):
-            near = max(abs(y - v), abs(x - u)) < long_rows.APART
-            assert not near or (c == d and abs(i - j) <= 2 * long_rows.APART)
+        pixels = [(c, i, y, x) for c, curve in enumerate(found) for i, (y, x) in enumerate(curve)]
+        for (c, i, y, x), (d, j, v, u) in itertools.combinations(pixels, 2):
+            near = max(abs(y - v), abs(x - u)) < long_rows.MIN_DISTANCE
+            assert not near or (c == d and abs(i - j) <= 2 * long_rows.MIN_DISTANCE)
 
 
 @pytest.mark.parametrize("longest", [4000, long_rows.RATE])
-def test_words_are_heard_by_their_second_formants(longest):
+def test_words_are_recognized_by_their_second_formants(longest):
     sounds, lengths, labels = long_rows.words(rng(), 60, longest)
     assert sounds.shape == (60, longest, 1) and (lengths == longest).all()
     power = torch.fft.rfft(sounds[..., 0]).abs().square()
@@ -94,7 +94,7 @@ def test_words_are_heard_by_their_second_formants(longest):
 @pytest.mark.parametrize("task", encoder.TASKS)
 def test_both_models_have_as_many_parameters(task):
     spec = encoder.TASKS[task]
-    ours, theirs = (sum(p.numel() for p in encoder.build(spec, model).parameters()) for model in encoder.BOTH)
+    ours, theirs = (sum(p.numel() for p in encoder.build(spec, model).parameters()) for model in encoder.MODELS)
     assert abs(theirs / ours - 1) < 0.005
 
 
@@ -103,34 +103,33 @@ def test_the_transformer_does_not_see_padding(patch):
     config = encoder.TASKS["words"].config
     model = plain_models.TransformerEncoder(config, patch=patch)
     x, lengths = torch.randn(2, 40, 1), torch.tensor([40, 24])
-    alone = model(x[1:, :24], lengths=lengths[1:])
-    torch.testing.assert_close(model(x, lengths=lengths)[1:], alone, rtol=1e-4, atol=1e-5)
+    unpadded = model(x[1:, :24], lengths=lengths[1:])
+    torch.testing.assert_close(model(x, lengths=lengths)[1:], unpadded, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", encoder.TASKS)
-def test_rows_grow_and_then_have_their_length(task):
+def test_rows_grow_to_full_length(task):
     spec = encoder.TASKS[task]._replace(sample=lambda random, count, longest: (count, longest))
-    asked = [spec.examples(rng(), part) for part in (0.0, 0.3, encoder.GROWING, 0.99)]
-    lengths = [longest for _, longest in asked]
-    assert lengths == sorted(lengths) and lengths[0] == spec.first and lengths[2:] == [spec.longest] * 2
-    assert all(1 <= rows <= 256 and rows * longest <= spec.batch for rows, longest in asked)
+    batches = [spec.examples(rng(), progress) for progress in (0.0, 0.3, encoder.GROWTH_PART, 0.99)]
+    lengths = [longest for _, longest in batches]
+    assert lengths == sorted(lengths) and lengths[0] == spec.first_length and lengths[2:] == [spec.max_length] * 2
+    assert all(1 <= rows <= 256 and rows * longest <= spec.batch for rows, longest in batches)
 
 
-def test_the_tutorial_shows_what_its_command_came_to():
+def test_the_tutorial_shows_its_commands_output():
     run = runs.results(RESULTS)["listops megalodon seed=0"]
     assert run["settings"]["steps"] == encoder.TASKS["listops"].steps
     text = (DOCS / "tutorials" / "long-rows.md").read_text()
     assert textwrap.indent(encoder.summary(run["result"], run["settings"]["asked"]), "    ") in text
 
 
-@pytest.mark.parametrize("model", encoder.BOTH)
+@pytest.mark.parametrize("model", encoder.MODELS)
 def test_a_run_from_end_to_end(model, monkeypatch, capsys):
-    monkeypatch.setitem(encoder.TASKS, "listops", encoder.TASKS["listops"]._replace(asked=2))
+    monkeypatch.setitem(encoder.TASKS, "listops", encoder.TASKS["listops"]._replace(num_evaluated=2))
     encoder.main(["--task", "listops", "--model", model, "--steps", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == [f"step {step} of 3" for step in (1, 2, 3)]
-    asked = [re.fullmatch(r"right about (\d+)\.0% of 2 rows of up to ([\d,]+) steps; .*", line) for line in lines[3:6]]
-    assert [found[2] for found in asked] == ["128", "512", "2,000"] and all(
-        found[1] in ("0", "50", "100") for found in asked
-    )
+    pattern = r"right about (\d+)\.0% of 2 rows of up to ([\d,]+) positions; .*"
+    shares, lengths = zip(*(re.fullmatch(pattern, line).groups() for line in lines[3:6]))
+    assert lengths == ("128", "512", "2,000") and {*shares} <= {"0", "50", "100"}
     assert re.fullmatch(r"17\d,\d{3} parameters, \d+ s of processor time", lines[6])

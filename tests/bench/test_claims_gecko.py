@@ -1,7 +1,7 @@
-"""Gecko's parts in plain torch (bench/claims/gecko.py) against numbers of the released code in float64, and MEGALODON without them.
+"""Gecko's parts in plain torch (bench/claims/gecko.py) against float64 numbers of the released code; without parts, MEGALODON.
 
-tests/data/gecko: what gecko-llm (github XuezheMax/gecko-llm, commit fe04b3b, MIT) computes, its Python unchanged but for float64,
-its CUDA functions replaced by references in plain torch. Segments of documents are not in them: the rows here begin afresh.
+tests/data/gecko: outputs of gecko-llm (github XuezheMax/gecko-llm, commit fe04b3b, MIT), its Python changed to float64 only, its
+CUDA functions replaced by references in plain torch. They have no document segments: rows start without a state.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def golden(name, prefix=""):
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def of_gradients(outputs, gradients, inputs):
-    return torch.autograd.grad(outputs, inputs, gradients)
+def input_grads(outputs, output_grads, inputs):
+    return torch.autograd.grad(outputs, inputs, output_grads)
 
 
 def test_the_memory_is_the_released_one():
@@ -41,7 +41,7 @@ def test_the_memory_is_the_released_one():
     names = ("y", "memory", "log_mass")
     for name, found in zip(names, (y, *memory), strict=True):
         torch.testing.assert_close(found, data[name], **EXACT)
-    got = of_gradients((y, *memory), [data[f"grad_{name}"] for name in names], inputs)
+    got = input_grads((y, *memory), [data[f"grad_{name}"] for name in names], inputs)
     for name, found in zip("qkv", got, strict=True):
         torch.testing.assert_close(found, data[f"grad_{name}"], **EXACT)
     _, (M, mass) = gecko.working_memory(*(t[:, :, :8] for t in inputs), chunk_size=4)
@@ -51,25 +51,25 @@ def test_the_memory_is_the_released_one():
 
 @pytest.mark.parametrize("case", ["default", "fast"])
 def test_the_decay_norm_is_the_released_one(case):
-    """Stretches between restarts are rows of their own."""
+    """Pieces between restarts are rows of their own."""
     data = golden("timestep_decay_norm", f"{case}.")
     x, scale, shift, mean, var = inputs = [
         data[name].requires_grad_() for name in ("x", "scale", "shift", "mean", "var")
     ]
     ys, states = [], []
     for row in range(len(x)):
-        bos, of_row, parts = data["bos"][row], slice(row, row + 1), []
-        state = data["count"][of_row], mean[of_row], var[of_row]
+        bos, rows, parts = data["bos"][row], slice(row, row + 1), []
+        state = data["count"][rows], mean[rows], var[rows]
         begins = sorted({0, *bos.nonzero()[:, 0].tolist()})
         for begin, end in zip(begins, [*begins[1:], len(bos)], strict=True):
             y, state = gecko.timestep_decay_norm(
-                x[of_row, begin:end], scale - 1, shift, num_groups=3, betas=data["betas"].tolist(),
+                x[rows, begin:end], scale - 1, shift, num_groups=3, betas=data["betas"].tolist(),
                 state=None if bos[begin] else state,
             )  # fmt: skip
             parts.append(y)
         ys.append(torch.cat(parts, 1))
         states.append(state)
-    count, mean_out, var_out = (torch.cat(of) for of in zip(*states, strict=True))
+    count, mean_out, var_out = (torch.cat(tensors) for tensors in zip(*states, strict=True))
     found = dict(y=torch.cat(ys), count_out=count, mean_out=mean_out, var_out=var_out)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, data[name], **EXACT)
@@ -85,25 +85,25 @@ def test_the_decay_norm_is_the_released_one(case):
 def test_attention_to_two_chunks_is_the_released_one():
     data = golden("sliding_chunk_attention", "plain.")
     q, k, v = inputs = [data[name].requires_grad_() for name in "qkv"]
-    turned = [gecko.rotated(t.transpose(1, 2), gecko.ROPE_BASE) for t in (q, k)]
-    for found, name in zip(turned, ("q_rotated", "k_rotated"), strict=True):
+    rotated = [gecko.rotate(t.transpose(1, 2), gecko.ROPE_BASE) for t in (q, k)]
+    for found, name in zip(rotated, ("q_rotated", "k_rotated"), strict=True):
         torch.testing.assert_close(found.transpose(1, 2), data[name], **EXACT)
-    y = gecko.chunk_attention(*turned, v.transpose(1, 2), chunk_size=4, visible=2).transpose(1, 2)
+    y = gecko.chunk_attention(*rotated, v.transpose(1, 2), chunk_size=4, visible_chunks=2).transpose(1, 2)
     torch.testing.assert_close(y, data["y"], **EXACT)
-    for name, found in zip("qkv", of_gradients(y, data["grad_y"], inputs), strict=True):
+    for name, found in zip("qkv", input_grads(y, data["grad_y"], inputs), strict=True):
         torch.testing.assert_close(found, data[f"grad_{name}"], **EXACT)
 
 
 @pytest.mark.parametrize("name", ["model", "model_two_hop"])
 def test_all_parts_make_the_released_model(name, monkeypatch):
-    """But for CEMA's omega, which is 1 there, and for its gamma, which is not divided by sqrt(N)."""
+    """Except that the released omega is 1, and its gamma is not divided by sqrt(N)."""
     monkeypatch.setattr(gecko.DecayNorm, "betas", (0.9, 0.95))
     data, two_hop = golden(name), name == "model_two_hop"
     config = mo.MegalodonConfig(
         num_layers=2, model_dim=16, z_dim=8, value_dim=12, num_heads=2, ffn_hidden_dim=20, cema_ndim=3, chunk_size=4,
         vocab_size=11, norm_num_groups=4, swiglu=True, rescale_nffn=two_hop, scale_emb=two_hop,
     )  # fmt: skip
-    model = Gecko(config, Parts(visible=2, decays=True, memory="mean")).double()
+    model = Gecko(config, Parts(visible_chunks=2, decay_norm=True, memory="mean")).double()
     model = model if two_hop else models.one_hop(model)
     assert {type(m) for m in model.modules() if isinstance(m, mo.TimestepNorm)} == {gecko.DecayNorm}
     parameters, root = dict(model.named_parameters()), math.sqrt(config.cema_ndim)
@@ -152,7 +152,7 @@ def test_without_parts_it_is_megalodon():
     ],
 )
 def test_the_package_has_the_parts_that_pay(name, fields):
-    """What runs of the claim are of, and what the configuration's fields give, also at the start."""
+    """The claim's part and the configuration's fields give the same model, also at initialization."""
     torch.manual_seed(0)
     part = Gecko(CONFIG, gecko.PARTS[name]).double()
     model = mo.Megalodon(dataclasses.replace(CONFIG, **fields)).double()
@@ -168,7 +168,7 @@ def test_the_package_has_the_parts_that_pay(name, fields):
         torch.testing.assert_close(own.grad, other.grad, **EXACT)
 
 
-def test_the_delta_rule_goes_key_after_key():
+def test_the_delta_rule_writes_keys_in_order():
     torch.manual_seed(0)
     k, v, M = torch.randn(1, 2, 5, 3).double(), torch.randn(1, 2, 5, 4).double(), torch.randn(1, 2, 3, 4).double()
     found, _ = gecko.write_delta((M, torch.zeros(1, 2, 3)), k, v)
@@ -179,23 +179,23 @@ def test_the_delta_rule_goes_key_after_key():
 
 
 @pytest.mark.parametrize("name", gecko.PARTS)
-def test_each_part_sees_what_it_says(name):
-    """Gradients of the last step's output by the embeddings, CEMA and the norms cut off: what attention and memory have seen."""
+def test_each_part_sees_its_chunks(name):
+    """Gradients of the last position's output, without CEMA and norm, are nonzero where attention or memory sees an input."""
     parts = gecko.PARTS[name]
     torch.manual_seed(0)
     attention = gecko.Attention(dataclasses.replace(CONFIG, rope_base=1e4), parts).double()
     for parameter in (attention.gamma, attention.beta):
         parameter.data = parameter.data + torch.randn_like(parameter)
     attention.timenorm, attention.cema = torch.nn.Identity(), models.NoEMA(32, 1)
-    x = torch.randn(1, 29, 32, dtype=torch.float64, requires_grad=True)  # chunks of 8; the last step is in the fourth
+    x = torch.randn(1, 29, 32, dtype=torch.float64, requires_grad=True)  # chunks of 8: 3 whole ones and a part
     (gradient,) = torch.autograd.grad(attention(x)[0, -1].sum(), x)
-    seen = gradient[0].abs().amax(-1) > 1e-12
-    first = 0 if parts.memory else 8 * (4 - parts.visible)
-    assert seen[first:].all() and not seen[:first].any()
-    if parts.logits:
+    visible = gradient[0].abs().amax(-1) > 1e-12
+    first = 0 if parts.memory else 8 * (4 - parts.visible_chunks)
+    assert visible[first:].all() and not visible[:first].any()
+    if parts.memory_logits:
         gain = (1 + gecko.Attention(CONFIG, parts).gamma) / CONFIG.z_dim**0.5 * CONFIG.num_heads**0.5
         torch.testing.assert_close(gain[:, 0], torch.tensor([0.125, 0.125, 1, 1]).sqrt() * torch.tensor([1, 1, 3, 3]))
-    if parts.gated:  # a first chunk has no memory
+    if parts.memory_gate:  # a first chunk has no memory
         y = attention(x[:, :8])
         attention.wg.bias.data += 9
         torch.testing.assert_close(y, attention(x[:, :8]))

@@ -1,4 +1,4 @@
-"""The tasks' generators, against what a program that reads the example finds by trying."""
+"""Generators of the tasks, against answers found by reading the example."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def examples(name, count, length, seed=0, **settings):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_seed_decides_the_examples(name):
-    first, again, other = ([*examples(name, 3, 128, seed)] for seed in (0, 0, 1))
-    assert first == again and first != other
+def test_a_seed_determines_the_examples(name):
+    first, second, other = ([*examples(name, 3, 128, seed)] for seed in (0, 0, 1))
+    assert first == second and first != other
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -48,13 +48,13 @@ def test_the_likeliest_answer_is_right_as_often_as_a_guess(name):
 @pytest.mark.parametrize(("length", "pairs"), [(128, 8), (128, 32), (1024, 8), (16, 2)])
 def test_mqar(length, pairs):
     for tokens, targets in examples("mqar", 8, length, pairs=pairs):
-        asked = [place for place, target in enumerate(targets) if target != NONE]
-        assert asked == [*range(length - length // 4, length)]
-        for place in asked:
-            begins = [i for i in range(0, 2 * pairs, 2) if tokens[i] == tokens[place]]
-            assert len(begins) == 1 and tokens[begins[0] + 1] == targets[place]
-        others = set(range(2 * pairs, length)) - set(asked)
-        assert all(tokens[place] == 0 for place in others)
+        queries = [t for t, target in enumerate(targets) if target != NONE]
+        assert queries == [*range(length - length // 4, length)]
+        for t in queries:
+            keys = [i for i in range(0, 2 * pairs, 2) if tokens[i] == tokens[t]]
+            assert len(keys) == 1 and tokens[keys[0] + 1] == targets[t]
+        others = set(range(2 * pairs, length)) - set(queries)
+        assert all(tokens[t] == 0 for t in others)
         assert all(1 <= tokens[i] <= 32 < tokens[i + 1] <= 64 for i in range(0, 2 * pairs, 2))
 
 
@@ -92,7 +92,7 @@ def test_needle(length):
         name = re.search(rb"\nThe code of ([a-z]{4}) is \d{4}$", row)[1]
         (found,) = re.finditer(rb"\nThe code of %s is (\d{5})\.\n" % name, row)
         assert bytes(targets[-5:]) == found[1] and targets[:-5] == [NONE] * (length - 5)
-        assert row[-4:] == found[1][:4]  # the last digit is asked for and does not stand there
+        assert row[-4:] == found[1][:4]  # the last digit is a target, not a token
         hay = row[: found.start()] + row[found.end() : row.rindex(b"\nThe code of")]
         assert hay in TEXT
         depths.append(found.start())
@@ -100,7 +100,7 @@ def test_needle(length):
 
 
 def value(words):
-    """Reads an expression from the left; a stack of open operators."""
+    """Value of an expression, read from the left with a stack of open operators."""
     stack = [[]]
     for word in words:
         if word == "]":

@@ -1,4 +1,4 @@
-"""The claims' texts: Debian's documents and the sources of installed packages, what of them is held out."""
+"""Texts of the claims: Debian's documents and the sources of installed packages, and their held-out parts."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def test_long_text_is_cut_from_the_middle(tmp_path):
 def test_packages_are_those_of_the_list_and_held_out_whole(monkeypatch, tmp_path):
     files = text.sources("pluggy", (version := importlib.metadata.version("pluggy")))
     assert len(files) > 3 and all(files)
-    lines = [text.described(part, "pluggy", version, files) for part in ("train", "test")]
+    lines = [text.describe_package(part, "pluggy", version, files) for part in ("train", "test")]
     other = text.sources("iniconfig", importlib.metadata.version("iniconfig"))
-    lines.append(text.described("validation", "iniconfig", importlib.metadata.version("iniconfig"), other))
+    lines.append(text.describe_package("validation", "iniconfig", importlib.metadata.version("iniconfig"), other))
     monkeypatch.setitem(text.PACKAGES, text.PYTHON, tmp_path / "packages.txt")
     text.PACKAGES[text.PYTHON].write_text("\n".join(lines))
     found = text.tokens(tmp_path, 300, None)
     assert found.tokenizer.vocab_size == 300 and found.facts["train bytes"] == sum(map(len, {*files}))
-    assert not found.test  # what is learned from is not asked
+    assert not found.test  # the training text has the same documents
     assert [found.tokenizer.decode(ids) for ids in found.train] == [*dict.fromkeys(files)]
-    opened = [document.tokens for document in found.validation]
-    assert all(ids[0] == found.tokenizer.start for ids in opened)
-    assert [found.tokenizer.decode(ids[1:]) for ids in opened] == [*dict.fromkeys(other)]
+    validation = [document.tokens for document in found.validation]
+    assert all(ids[0] == found.tokenizer.start for ids in validation)
+    assert [found.tokenizer.decode(ids[1:]) for ids in validation] == [*dict.fromkeys(other)]
     assert sum(document.num_bytes for document in found.validation) == sum(map(len, dict.fromkeys(other)))
-    monkeypatch.setattr(text, "_of_packages", None)  # is kept
+    monkeypatch.setattr(text, "_read_packages", None)  # the text is cached
     assert text.tokens(tmp_path, 300, None).facts == found.facts
     with pytest.raises(SystemExit, match="no sources of pluggy 0: pip install --no-deps pluggy==0"):
         text.sources("pluggy", "0")
@@ -71,7 +71,7 @@ def test_english_is_read_from_packages_of_debian(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("language", "train", "validation"), [(text.PYTHON, 150e6, 0.9e6), (text.ENGLISH, 80e6, 0.8e6)]
 )
-def test_the_list_of_packages_is_whole(language, train, validation):
+def test_the_list_of_packages_is_complete(language, train, validation):
     lines = [line.split() for line in text.PACKAGES[language].read_text().splitlines()]
     size = {part: sum(int(line[4]) for line in lines if line[0] == part) for part, *_ in lines}
     assert size["train"] > train and size["validation"] > validation and size["test"] > 1.8e6
@@ -80,7 +80,7 @@ def test_the_list_of_packages_is_whole(language, train, validation):
     )
 
 
-def test_text_of_packages_that_are_not_there_is_asked_for(monkeypatch):
+def test_missing_packages_are_an_error(monkeypatch):
     monkeypatch.setattr(text, "LONG", {"of-nobody": ("/nowhere/*", "/nowhere/*")})
     with pytest.raises(SystemExit, match="no text of of-nobody: apt-get install of-nobody"):
         text.long_text(None, 10, 2)

@@ -1,4 +1,4 @@
-"""The rules by which claims are decided, on results that are made up."""
+"""Rules that decide the claims, on invented results."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ pytest.importorskip("transformers")
 from bench.claims import gecko_loss, gecko_tasks, long_loss, loss, memory, models, runs, speed, task_runs, verdict  # noqa: E402
 
 
-def test_models_are_told_apart_by_the_spread_over_seeds():
-    assert verdict.lower([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]) == verdict.HELD
-    assert verdict.lower([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]) == verdict.NOT_HELD
-    assert verdict.lower([1.0, 2.0, 3.0], [1.5, 2.5, 3.5]) == verdict.UNDECIDED
-    assert verdict.lower([1.0, 1.0], [2.0, 2.0]) == verdict.UNDECIDED  # too few seeds
-    assert verdict.lower([1.0, 1.0, 1.0], [math.inf] * 3) == verdict.UNDECIDED
-    assert verdict.higher([0.9] * 3, [0.89] * 3, 0.02) == verdict.UNDECIDED
-    assert verdict.higher([0.9] * 3, [0.8] * 3, 0.02) == verdict.HELD
+def test_significance_depends_on_the_spread_over_seeds():
+    assert verdict.decide_lower([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]) == verdict.HELD
+    assert verdict.decide_lower([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]) == verdict.NOT_HELD
+    assert verdict.decide_lower([1.0, 2.0, 3.0], [1.5, 2.5, 3.5]) == verdict.UNDECIDED
+    assert verdict.decide_lower([1.0, 1.0], [2.0, 2.0]) == verdict.UNDECIDED  # too few seeds
+    assert verdict.decide_lower([1.0, 1.0, 1.0], [math.inf] * 3) == verdict.UNDECIDED
+    assert verdict.decide_higher([0.9] * 3, [0.89] * 3, 0.02) == verdict.UNDECIDED
+    assert verdict.decide_higher([0.9] * 3, [0.8] * 3, 0.02) == verdict.HELD
     near = ([1.0, 1.1, 0.9], [1.33, 1.43, 1.23])  # 4 standard errors
-    assert verdict.lower(*near) == verdict.HELD and verdict.lower(*near, errors=verdict.OF_MANY) == verdict.UNDECIDED
+    assert verdict.decide_lower(*near) == verdict.HELD
+    assert verdict.decide_lower(*near, errors=verdict.MANY_COMPARISONS) == verdict.UNDECIDED
 
 
 def test_curves_fall_or_do_not():
     falling = [[3.0 + s, 2.0 + s, 1.0 + s] for s in (0, 0.5, 1)]
-    assert verdict.falls(falling) == verdict.HELD and verdict.falls(falling[:2]) == verdict.UNDECIDED
-    assert verdict.falls([[3, 2, 2.1], [3, 2, 2.11], [3, 2, 2.12]]) == verdict.NOT_HELD
-    assert verdict.falls([[3, 2, 2.1], [3, 2, 1.9], [3, 2, 2.1]]) == verdict.UNDECIDED
-    assert verdict.falls([[3, 2, 2.0001]] * 3, 5e-4) == verdict.UNDECIDED
-    assert verdict.together([verdict.HELD, verdict.UNDECIDED]) == verdict.UNDECIDED
-    assert verdict.together([verdict.HELD, verdict.NOT_HELD]) == verdict.NOT_HELD
-    assert verdict.together([]) == verdict.UNDECIDED
+    assert verdict.decide_falling(falling) == verdict.HELD and verdict.decide_falling(falling[:2]) == verdict.UNDECIDED
+    assert verdict.decide_falling([[3, 2, 2.1], [3, 2, 2.11], [3, 2, 2.12]]) == verdict.NOT_HELD
+    assert verdict.decide_falling([[3, 2, 2.1], [3, 2, 1.9], [3, 2, 2.1]]) == verdict.UNDECIDED
+    assert verdict.decide_falling([[3, 2, 2.0001]] * 3, 5e-4) == verdict.UNDECIDED
+    assert verdict.combine([verdict.HELD, verdict.UNDECIDED]) == verdict.UNDECIDED
+    assert verdict.combine([verdict.HELD, verdict.NOT_HELD]) == verdict.NOT_HELD
+    assert verdict.combine([]) == verdict.UNDECIDED
 
 
 def content(settings, result):
@@ -47,34 +48,35 @@ def content(settings, result):
 
 
 def test_speed_compares_with_the_faster_llama():
-    def of(length, ours, first, second):
+    def run(length, ours, first, second):
         times = zip((speed.harness.OURS, *speed.LLAMAS), (ours, first, second), strict=True)
         return content({"length": length}, {"times": {name: {"seconds": [t] * bool(t)} for name, t in times}})
 
-    found = [of(4096, 1.0, 1.02, 3.0), of(32768, 1.0, None, 1.5)]
+    found = [run(4096, 1.0, 1.02, 3.0), run(32768, 1.0, None, 1.5)]
     assert speed.rates(found)[4096] == (4096.0, pytest.approx(4096 / 1.02), speed.LLAMAS[0])
     assert speed.verdicts(found)["claim"] == verdict.HELD
-    assert speed.verdicts([found[0], of(32768, 1.0, 1.33, 1.2)])["claim"] == verdict.NOT_HELD
-    assert speed.verdicts([found[0], of(32768, 1.0, 1.33, None)])["claim"] == verdict.UNDECIDED
+    assert speed.verdicts([found[0], run(32768, 1.0, 1.33, 1.2)])["claim"] == verdict.NOT_HELD
+    assert speed.verdicts([found[0], run(32768, 1.0, 1.33, None)])["claim"] == verdict.UNDECIDED
     assert speed.verdicts(found[1:])["claim"] == verdict.UNDECIDED
 
 
 def test_memory_is_decided_by_bytes_a_token_and_by_growth():
-    def of(kind, length, result):
+    def run(kind, length, result):
         return content({"work_of": kind, "model": models.MEGALODON, "length": length}, result)
 
     def stream(end):
-        return of("streaming", 9, {"resident": [[1000, 100], [9000, end]]})
+        return run("streaming", 9, {"resident": [[1000, 100], [9000, end]]})
 
-    even = [of("training", n, {"peak_bytes": 10 * n}) for n in (16, 2)]
+    even = [run("training", n, {"peak_bytes": 10 * n}) for n in (16, 2)]
+    uneven = [run("training", 16, {"peak_bytes": 180}), even[1]]
     assert memory.verdicts([*even, stream(101)])["claim"] == verdict.HELD
     assert memory.verdicts([*even, stream(103)])["claim"] == verdict.NOT_HELD
-    assert memory.verdicts([of("training", 16, {"peak_bytes": 180}), even[1], stream(101)])["claim"] == verdict.NOT_HELD
+    assert memory.verdicts([*uneven, stream(101)])["claim"] == verdict.NOT_HELD
     assert memory.verdicts([stream(101)])["claim"] == verdict.UNDECIDED
 
 
-def test_a_loss_is_decided_by_what_the_sweeps_chose_when_all_sizes_have_run():
-    def of(size, model, seed, lr=2e-3, held_out=True, chunk=loss.LENGTH, train_loss=1.0):
+def test_a_loss_is_decided_by_the_sweeps_choices_when_all_sizes_have_run():
+    def run(size, model, seed, lr=2e-3, held_out=True, chunk=loss.LENGTH, train_loss=1.0):
         bits = {2e-3: {models.MEGALODON: 2.0, models.LLAMA: 3.0}[model], 1e-3: 4.0}[lr] + 0.01 * seed
         settings = {"size": size, "model": model, "chunk": chunk, "lr": lr, "held_out": held_out}
         result = {
@@ -86,48 +88,48 @@ def test_a_loss_is_decided_by_what_the_sweeps_chose_when_all_sizes_have_run():
 
     def sweep(size, **settings):
         return [
-            of(size, model, 0, lr, False, train_loss=nats, **settings)
-            for model in loss.BOTH
+            run(size, model, 0, lr, False, train_loss=nats, **settings)
+            for model in loss.MODELS
             for lr, nats in ((1e-3, 1.1), (2e-3, 1.0))
         ]
 
     one_size, other_size = (
-        [*sweep(size), *(of(size, model, seed) for model in loss.BOTH for seed in range(3))] for size in loss.TOKENS
+        [*sweep(size), *(run(size, model, seed) for model in loss.MODELS for seed in range(3))] for size in loss.TOKENS
     )
     assert loss.verdicts(one_size + other_size)["claim"] == verdict.HELD
-    said = loss.verdicts(one_size)
-    assert verdict.HELD in said.values() and said["claim"] == verdict.UNDECIDED
+    verdicts = loss.verdicts(one_size)
+    assert verdict.HELD in verdicts.values() and verdicts["claim"] == verdict.UNDECIDED
     without_ours = [c for c in other_size if c["settings"]["model"] == models.LLAMA]
     assert loss.verdicts(one_size + without_ours)["claim"] == verdict.UNDECIDED
-    beside = [of("1M", models.MEGALODON, seed, 1e-3) for seed in range(3)]
-    said = loss.verdicts(one_size + other_size + beside)
-    assert said["claim"] == verdict.HELD and [*said.values()].count(verdict.NOT_HELD) == 2
-    assert said[f"1M in chunks of {loss.LENGTH} at the rate 0.001, {next(iter(loss.FIGURES))}"] == verdict.NOT_HELD
+    others = [run("1M", models.MEGALODON, seed, 1e-3) for seed in range(3)]
+    verdicts = loss.verdicts(one_size + other_size + others)
+    assert verdicts["claim"] == verdict.HELD and [*verdicts.values()].count(verdict.NOT_HELD) == 2
+    assert verdicts[f"1M in chunks of {loss.LENGTH} at the rate 0.001, {next(iter(loss.FIGURES))}"] == verdict.NOT_HELD
     half = loss.LENGTH // 2
-    beside = [of("1M", models.MEGALODON, seed, chunk=half) for seed in range(3)] + sweep("1M", chunk=half)
-    assert loss.verdicts(one_size + other_size + beside)["claim"] == verdict.HELD
+    others = [run("1M", models.MEGALODON, seed, chunk=half) for seed in range(3)] + sweep("1M", chunk=half)
+    assert loss.verdicts(one_size + other_size + others)["claim"] == verdict.HELD
     assert [row.split(" | ")[4] for row in loss.table(one_size)[2:]] == ["0.002, the sweep's"] * 2
 
 
 def test_tasks_are_decided_when_all_have_run():
-    def of(task, entrant, seed, right=None):
+    def run(task, entrant, seed, right=None):
         right = (0.9 if entrant == task_runs.OURS else 0.4) if right is None else right
         accuracy = [{"length": 128, "targets": right + 0.01 * seed, "rows": 0.0}]
         return content({"task": task, **entrant._asdict(), "lr": 1e-3, "seed": seed}, {"accuracy": accuracy})
 
-    found = [of(task, e, seed) for task in task_runs.TASKS for e in task_runs.COMPARED for seed in range(3)]
+    found = [run(task, e, seed) for task in task_runs.TASKS for e in task_runs.DECIDING for seed in range(3)]
     assert task_runs.verdicts(found)["claim"] == verdict.HELD
     assert task_runs.verdicts(found[6:])["claim"] == verdict.UNDECIDED
     assert task_runs.verdicts(found[:-1])["claim"] == verdict.UNDECIDED
-    beside = [of("mqar", task_runs.BESIDE, seed, right=0.1) for seed in range(3)]
-    assert task_runs.verdicts(found + beside)["claim"] == verdict.HELD
-    assert " 0.1100 ± " in next(line for line in task_runs.table(found + beside) if line.startswith("| mqar"))
-    worse = [of("mqar", task_runs.OURS, seed, right=0.2) for seed in range(3)]
+    others = [run("mqar", task_runs.SHORT_CHUNKS, seed, right=0.1) for seed in range(3)]
+    assert task_runs.verdicts(found + others)["claim"] == verdict.HELD
+    assert " 0.1100 ± " in next(line for line in task_runs.table(found + others) if line.startswith("| mqar"))
+    worse = [run("mqar", task_runs.OURS, seed, right=0.2) for seed in range(3)]
     assert task_runs.verdicts(worse + found[3:])["claim"] == verdict.NOT_HELD
 
 
 def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkeypatch, capsys):
-    ours, theirs = loss.BOTH
+    ours, theirs = loss.MODELS
     best = {
         (ours, "adamw"): (1.5, 8e-3),
         (ours, "muon"): (1.4, 32e-3),
@@ -148,9 +150,9 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
     found = [*runs.results(session.path).values()]
     names = {content["run"] for content in found}
     rates = {name.split()[4] for name in names if name.startswith("100k 512 megalodon muon lr=")}
-    assert rates == {"lr=0.008", "lr=0.016", "lr=0.032", "lr=0.064"}  # as far as a sweep goes on
-    # The Llama's AdamW, chosen with its best at an end, has a third further rate.
-    assert len(names) == len(found) == len(session.planned) == (3 + 4) + (5 + 3) + 4 + 2 + 2 * (2 + 2) + 2
+    assert rates == {"lr=0.008", "lr=0.016", "lr=0.032", "lr=0.064"}  # the most that a sweep adds
+    # The Llama's AdamW, chosen with its best rate at an end, has a third additional rate.
+    assert len(names) == len(found) == len(session.planned_runs) == (3 + 4) + (5 + 3) + 4 + 2 + 2 * (2 + 2) + 2
     assert {f"1M 512 megalodon muon lr={rate} seed=0" for rate in (0.016, 0.032)} <= names
     assert {f"1M 512 llama adamw lr={rate} seed=0" for rate in (0.00025, 0.0005)} <= names
     assert "100k 512 megalodon muon English lr=0.032 seed=0" in names
@@ -160,12 +162,12 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
         for model, optimizer, lr in ((ours, "muon", 32e-3), (theirs, "adamw", 5e-4))
     }
     larger = {("1M", 512, ours): ("muon", 32e-3), ("1M", 512, theirs): ("adamw", 5e-4)}
-    assert {key: trained[3:5] for key, trained in long_loss.chosen(found).items()} == chosen | larger
-    said = long_loss.verdicts(found)
-    assert said["100k, rows of 512, test"] == said["claim"] == said["1M, rows of 512, test"] == verdict.HELD
-    assert said["100k, rows of 2048, test"] == verdict.UNDECIDED
-    of_2048 = [content for content in found if content["settings"]["length"] == 2048]
-    assert long_loss.verdicts(of_2048)["claim"] == verdict.UNDECIDED
+    assert {shape: key[3:5] for shape, key in long_loss.chosen_keys(found).items()} == chosen | larger
+    verdicts = long_loss.verdicts(found)
+    assert verdicts["100k, rows of 512, test"] == verdicts["claim"] == verdicts["1M, rows of 512, test"] == verdict.HELD
+    assert verdicts["100k, rows of 2048, test"] == verdict.UNDECIDED
+    long_rows = [content for content in found if content["settings"]["length"] == 2048]
+    assert long_loss.verdicts(long_rows)["claim"] == verdict.UNDECIDED
     row = next(line for line in long_loss.table(found) if "| 512 " in line and "muon, 0.032, chosen" in line)
     assert row.startswith(
         "| Python | 512 | megalodon | 1 | muon, 0.032, chosen | 3 | 1.3010 ± 0.0010 | 1.8010 ± 0.0010 | 2.0510"
@@ -178,17 +180,17 @@ def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
     assert gecko_tasks.costs(part, 128) == (2 * (32 + 128) * (16 + 24), 2 * 32 * (32 + 128))
     assert gecko_tasks.control(part, 128).chunk == 128  # of 64, a token sees 32 keys
     assert gecko_loss.control(gecko_loss.PARTS[0]).chunk == 256
-    memory = gecko_tasks.costs(part._replace(model="memory"), 128)
-    assert memory == (2 * (32 + 128) * 16 + 6 * 32 * 128, 32 * (32 + 128) + 32 * 128 + 32 + 32 * 32)
+    costs = gecko_tasks.costs(part._replace(model="memory"), 128)
+    assert costs == (2 * (32 + 128) * 16 + 6 * 32 * 128, 32 * (32 + 128) + 32 * 128 + 32 + 32 * 32)
 
-    def of(task, entrant, seed, right):
+    def run(task, entrant, seed, right):
         accuracy = [{"length": 256, "targets": right + 0.001 * seed, "rows": 0.0}]
         return content({"task": task, **entrant._asdict(), "lr": 1e-3, "seed": seed}, {"accuracy": accuracy})
 
     def all_with(shares, parts_seeds=3):
         entrants = itertools.product(gecko_tasks.RATES, gecko_tasks.ENTRANTS, range(3))
         return [
-            of(task, entrant, seed, shares.get(entrant, 0.2))
+            run(task, entrant, seed, shares.get(entrant, 0.2))
             for task, entrant, seed in entrants
             if entrant.model == models.MEGALODON or seed < parts_seeds
         ]
@@ -196,22 +198,23 @@ def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
     assert gecko_tasks.verdicts(all_with({}))["claim"] == verdict.NOT_HELD
     assert gecko_tasks.verdicts(all_with({})[3:])["claim"] == verdict.UNDECIDED
     assert gecko_tasks.verdicts(all_with({part: 0.29}, 1))["claim"] == verdict.NOT_HELD
-    assert gecko_tasks.verdicts(all_with({part: 0.31}, 1))["claim"] == verdict.UNDECIDED  # more seeds are wanted
-    said = gecko_tasks.verdicts(all_with({part: 0.4}))
-    assert said["claim"] == verdict.HELD
+    assert gecko_tasks.verdicts(all_with({part: 0.31}, 1))["claim"] == verdict.UNDECIDED  # more seeds are needed
+    verdicts = gecko_tasks.verdicts(all_with({part: 0.4}))
+    assert verdicts["claim"] == verdict.HELD
     better = "two chunks: better than MEGALODON in chunks of"
-    assert said[f"needle, {better} 32"] == said[f"needle, {better} 128, the control"] == "held at length 256"
+    held = "held at length 256"
+    assert verdicts[f"needle, {better} 32"] == verdicts[f"needle, {better} 128, the control"] == held
     control = task_runs.Entrant(models.MEGALODON, 128)
-    said = gecko_tasks.verdicts(all_with({part: 0.4, control: 0.35}))
-    assert said["claim"] == verdict.NOT_HELD  # it buys something, at too high a cost
-    assert said[f"mqar, {better} 32"] == said[f"mqar, {better} 64"] == "held at length 256"
+    verdicts = gecko_tasks.verdicts(all_with({part: 0.4, control: 0.35}))
+    assert verdicts["claim"] == verdict.NOT_HELD  # a gain, but at too high a cost
+    assert verdicts[f"mqar, {better} 32"] == verdicts[f"mqar, {better} 64"] == held
     assert gecko_tasks.control(part._replace(model="decay norm"), 128).chunk == 32
     assert "| two chunks | 32 | 12,800 | 10,240 | 0.4010 ± 0.0010 |" in gecko_tasks.table(all_with({part: 0.4}))
 
-    without, on_top = gecko_tasks.WITHOUT, gecko_tasks.ON_TOP[0]
-    told = "mqar, two chunks with memory, logits of 3: better than memory, logits of 3 in chunks of 64"
-    assert gecko_tasks.verdicts(all_with({on_top: 0.8, without: 0.6}))[told] == "held at length 256"
-    assert told not in gecko_tasks.verdicts(all_with({on_top: 0.8, without: 0.75}))
+    memory, both = gecko_tasks.LONG_CHUNK_MEMORY, gecko_tasks.TWO_CHUNKS_WITH_MEMORY[0]
+    comparison = "mqar, two chunks with memory, logits of 3: better than memory, logits of 3 in chunks of 64"
+    assert gecko_tasks.verdicts(all_with({both: 0.8, memory: 0.6}))[comparison] == held
+    assert comparison not in gecko_tasks.verdicts(all_with({both: 0.8, memory: 0.75}))
 
     def bits(shown, seeds=3, lr=4e-3):
         return [
@@ -227,10 +230,10 @@ def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
 
     part = gecko_loss.PARTS[0]
     assert gecko_loss.verdicts(bits({part: 1.995}, 1))["claim"] == verdict.NOT_HELD
-    assert gecko_loss.verdicts(bits({part: 1.98}, 1))["claim"] == verdict.UNDECIDED  # more seeds are wanted
-    assert gecko_loss.promising(gecko_loss.figures(bits({part: 1.98}, 1))) == [gecko_loss.control(part), part]
+    assert gecko_loss.verdicts(bits({part: 1.98}, 1))["claim"] == verdict.UNDECIDED  # more seeds are needed
+    assert gecko_loss.repeated_entrants(gecko_loss.figures(bits({part: 1.98}, 1))) == [gecko_loss.control(part), part]
     rates = [*bits({part: 1.5}, 1, 8e-3), *bits({part: 1.98}, 1)]
-    assert gecko_loss.figures(rates)[part][64] == [1.98]  # of the rate of the lower training loss
+    assert gecko_loss.figures(rates)[part][64] == [1.98]  # at the rate of the lower training loss
     assert gecko_loss.verdicts(bits({part: 1.98}))["claim"] == verdict.HELD
     assert gecko_loss.verdicts(bits({part: 1.995}))["claim"] == verdict.NOT_HELD
     assert gecko_loss.verdicts(bits({part: 1.98, gecko_loss.control(part): 1.985}))["claim"] == verdict.NOT_HELD
