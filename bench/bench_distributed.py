@@ -137,19 +137,19 @@ def critical_path(traces: list[list[Event]], *, in_step: bool = False) -> tuple[
     length of the same path when each exchange counts 1 and computation 0.
     """
     ranks = range(len(traces))
-    clocks, depths, done = [0.0 for _ in ranks], [0 for _ in ranks], [0 for _ in ranks]
+    clocks, depths, num_done = [0.0 for _ in ranks], [0 for _ in ranks], [0 for _ in ranks]
     sent: dict[str, dict[int, tuple[float, int]]] = {}
     waiting: set[int] = set()  # ranks whose clock already includes the computation before their event
-    while any(done[rank] < len(traces[rank]) for rank in ranks):
+    while any(num_done[rank] < len(traces[rank]) for rank in ranks):
         for rank in ranks:
-            while done[rank] < len(traces[rank]):
-                event = traces[rank][done[rank]]
-                meets = event.kind == "all" or (in_step and event.kind == "block")
+            while num_done[rank] < len(traces[rank]):
+                event = traces[rank][num_done[rank]]
+                is_barrier = event.kind == "all" or (in_step and event.kind == "block")
                 if rank not in waiting:
                     clocks[rank] += event.seconds
-                    if meets or event.kind in ("start", "send"):
+                    if is_barrier or event.kind in ("start", "send"):
                         sent.setdefault(event.key, {})[rank] = clocks[rank], depths[rank]
-                if meets or event.kind in ("wait", "recv"):
+                if is_barrier or event.kind in ("wait", "recv"):
                     arrived = sent.get(event.key, {})
                     if len(arrived) < (1 if event.kind == "recv" else len(traces)):
                         waiting.add(rank)
@@ -159,7 +159,7 @@ def critical_path(traces: list[list[Event]], *, in_step: bool = False) -> tuple[
                         depths[rank], *(depth + (event.kind != "block") for _, depth in arrived.values())
                     )
                 waiting.discard(rank)
-                done[rank] += 1
+                num_done[rank] += 1
     return max(clocks), max(depths)
 
 

@@ -1,8 +1,8 @@
 """The model: training step (forward, loss, backward), forward of a long prompt, decoding.
 
-Flops: 2 per token and weight of every linear layer, times 3 for a training step, plus attention and cema by the formulas
-of their benches. Bytes: the weights, once for a forward, three times for a training step (forward, backward, gradient),
-and for each decoded token the weights and the chunk's keys and values. Other work on activations is not counted.
+Flops: 2 per token and weight of every linear layer, times 3 for a training step, plus attention and cema as in their
+benches. Bytes: the weights, once for a forward, three times for a training step (forward, backward, gradient), and for
+each decoded token the weights and the chunk's keys and values. Other work on activations is not counted.
 
 Our training step uses `Megalodon.loss`, rivals use torch's cross-entropy of their logits.
 
@@ -188,7 +188,7 @@ def _packed(model: _Model, length: int, documents: int) -> Case:
     tokens = model.tokens(length)
     offsets = torch.arange(0, length + 1, length // documents)
 
-    def separately(tokens: Tensor) -> Tensor:
+    def unpacked(tokens: Tensor) -> Tensor:
         parts = tokens.split(length // documents, 1)
         return torch.cat([plain_models.megalodon(model.ours, part) for part in parts], 1)
 
@@ -199,7 +199,7 @@ def _packed(model: _Model, length: int, documents: int) -> Case:
     ]
     case = model.case(
         f"training step, {documents} packed documents", length, paths, training=True,
-        expected=partial(step, _cross_entropy(separately)), tolerance=TRAINING_TOLERANCE[model.dtype], fewer_threads=False,
+        expected=partial(step, _cross_entropy(unpacked)), tolerance=TRAINING_TOLERANCE[model.dtype], fewer_threads=False,
     )  # fmt: skip
     case.flops = documents * model.flops(length // documents, training=True)
     return case
@@ -267,8 +267,10 @@ def _decode(model: _Model, context: int, llama: bool = True) -> Case:
         f"decode {DECODED} tokens after {context}", DECODED, paths, training=False, expected=expected,
         tolerance=FORWARD_TOLERANCE[model.dtype],
     )  # fmt: skip
-    config, seen = model.config, context % C
-    cached = seen * config.num_layers * (config.z_dim + config.value_dim)  # numbers in the cached keys and values
+    config = model.config
+    cached = (
+        context % C * config.num_layers * (config.z_dim + config.value_dim)
+    )  # numbers in the cached keys and values
     case.shape = model.name
     case.flops = DECODED * (model.flops(1, training=False) + 2 * cached)
     case.bytes = DECODED * (model.weights + cached) * model.size

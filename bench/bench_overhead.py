@@ -68,9 +68,9 @@ def _appending(qkv: list[Tensor]) -> Case:
         nonlocal position
         keys, values = caches[2:]
         keys[:, position], values[:, position] = k[:, 0], v[:, 0]
-        seen = [t[:, : position + 1].transpose(1, 2) for t in (keys, values)]
+        visible = [t[:, : position + 1].transpose(1, 2) for t in (keys, values)]
         position = (position + 1) % C
-        return F.scaled_dot_product_attention(q.transpose(1, 2), *seen, scale=1.0).transpose(1, 2)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), *visible, scale=1.0).transpose(1, 2)
 
     ours = partial(mo.chunked_attention, q, k, v, chunk_size=C, state=state, inplace_state=True)
     # All keys and values are equal, so every position has the same output.

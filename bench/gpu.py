@@ -17,12 +17,12 @@ NAME = "cuda"
 
 def describe() -> dict[str, str]:
     properties = torch.cuda.get_device_properties(0)
-    built = library.cuda_extension().build_info()
+    build = library.cuda_extension().build_info()
     return {
         "card": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}",
         "driver": _driver(),
         "L2 cache": f"{properties.L2_cache_size >> 20} MiB",
-        "kernels": f"{built['compiler']} for {built['architectures']}",
+        "kernels": f"{build['compiler']} for {build['architectures']}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
     }
 

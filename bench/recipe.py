@@ -3,9 +3,9 @@
     python -m bench.recipe                          # all runs; an interrupted call resumes
     python -m bench.recipe --only rates --jobs 4    # a part of them, four at a time
 
-Each run is a process of one thread. Runs with equal numbers of steps compare choices of equal cost; runs of equal duration,
-on an idle machine, compare models whose steps differ in cost. Sweeps made before the context length was chosen read whole
-documents (--context-length 1000000000). The result of a run is the figure of all held-out text that `train` reports. The
+Each run is a process of one thread. Runs with equally many steps compare choices of equal cost; runs of equal duration,
+on an idle machine, compare models whose steps differ in cost. Sweeps before the context length was chosen read whole
+documents (--context-length 1000000000). A run's result is the figure of all held-out text that `train` reports. The
 other texts are Debian's packages perl-doc and wordnet-base. Results go to bench/results/recipe.jsonl and .md;
 docs/training.md draws the conclusions.
 """
@@ -117,15 +117,15 @@ def train(flags: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         expanded = [path for flag in flags.split() for path in sorted(glob.glob(flag)) or [flag]]
         command = [sys.executable, "-m", "megalodon_ops", "train", "--out", f"{folder}/run", *expanded]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        process = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{process.stderr[-2000:]}")
         rows = read_metrics(Path(folder, "run", "metrics.jsonl"))
         record = json.loads(next(Path(folder, "run", "checkpoints").glob("*/training.json")).read_text())
     steps = [row for row in rows if "loss" in row]
     last = steps[-max(1, len(steps) // 20) :]
     return {
-        "parameters": int(done.stdout.split(" parameters")[0].split()[-1].replace(",", "")),
+        "parameters": int(process.stdout.split(" parameters")[0].split()[-1].replace(",", "")),
         "learning rate": record["options"]["lr"],
         "held out": round(rows[-1]["held_out_bits_per_byte"], 4),
         "xz -9": round(rows[-1]["compressors"]["xz -9"], 4),

@@ -186,10 +186,10 @@ def _short(name: str) -> str:
 
 
 def _run(command: list[str], text: str | None = None, folder: str | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=folder)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"[:8000])
-    return done
+    process = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=folder)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{process.stdout}{process.stderr}"[:8000])
+    return process
 
 
 def table(kernels: Iterable[Kernel]) -> str:

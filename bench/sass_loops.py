@@ -102,21 +102,21 @@ def _codes_of(library: Path, names: frozenset[str], architecture: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         sass._run([sass.tool("cuobjdump"), "-xelf", "all", str(library)], folder=folder)
         for cubin in Path(folder).glob(f"*sm_{architecture}*.cubin"):
-            wanted = {kernel.name: kernel for kernel in sass.resources_of(cubin) if kernel.name in names}
-            if wanted:
-                found |= parse(sass._run([sass.tool("nvdisasm"), "-c", str(cubin)]).stdout, wanted)
+            kernels = {kernel.name: kernel for kernel in sass.resources_of(cubin) if kernel.name in names}
+            if kernels:
+                found |= parse(sass._run([sass.tool("nvdisasm"), "-c", str(cubin)]).stdout, kernels)
     return found
 
 
-def parse(listing: str, wanted: dict[str, sass.Kernel]) -> dict[str, Code]:
-    """Parse the wanted kernels from the output of `nvdisasm -c`."""
+def parse(listing: str, kernels: dict[str, sass.Kernel]) -> dict[str, Code]:
+    """Parse these kernels, by name, from the output of `nvdisasm -c`."""
     sections = re.findall(r"\.section\s+\.text\.([\w$]+)", listing)
     short = dict(zip(sections, sass.demangle(sections), strict=True))
     found, code = {}, None
     for line in listing.splitlines():
         if section := re.match(r"\s*\.section\s+\.text\.([\w$]+)", line):
             name = short[section[1]]
-            code = found.setdefault(name, Code(wanted[name])) if name in wanted else None
+            code = found.setdefault(name, Code(kernels[name])) if name in kernels else None
         elif code is None:
             continue
         elif label := re.match(r"(\.L_\w+):", line):

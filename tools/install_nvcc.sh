@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Install nvcc and a host compiler in a manylinux_2_28 container, from NVIDIA's repository for RHEL 8 and AlmaLinux's own.
+# Install nvcc and a host compiler in a manylinux_2_28 container, from NVIDIA's repository for RHEL 8 and AlmaLinux's.
 # `NVCC_VERSION=13.0 tools/install_nvcc.sh` installs another version than releases use.
 #
-# nvcc 12.9 compiles for Blackwell, and its code runs with drivers from 525 on; nvcc 13 needs 580. It supports GCC up to 14,
-# and the container's own is 15, so the whole wheel is compiled with GCC 14.
+# nvcc 12.9 compiles for Blackwell, and its code runs with drivers from 525 on; nvcc 13 needs 580. It supports GCC up
+# to 14, and the container's own is 15, so the whole wheel is compiled with GCC 14.
 set -euo pipefail
 version=${NVCC_VERSION:-12.9}
 declare -A repository=([x86_64]=x86_64 [aarch64]=sbsa)

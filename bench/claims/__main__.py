@@ -45,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: stopped; the same command resumes it")
             return 130
         if options.plan:
-            left = sum(seconds for seconds, done in session.planned_runs.values() if not done)
-            for run, (seconds, done) in session.planned_runs.items() if options.claim != "all" else []:
-                print(f"  {'done' if done else duration(seconds):>8}  {run}")
+            left = sum(seconds for seconds, finished in session.planned_runs.values() if not finished)
+            for run, (seconds, finished) in session.planned_runs.items() if options.claim != "all" else []:
+                print(f"  {'done' if finished else duration(seconds):>8}  {run}")
             print(f"{name}: {len(session.planned_runs)} runs, {duration(left)} left on 2 quiet cores (estimated)")
             total += left
     if options.plan and len(names) > 1:

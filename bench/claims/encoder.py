@@ -33,7 +33,7 @@ RULE = (
     "each step, with the same number of steps of AdamW at a rate of 0.004 and one thread. Rows grow from short ones to full length "
     "in the first 60 % of the steps. ListOps follows Long Range Arena's rules with rows of 33 to 128 tokens in place of its 501 to "
     "2,000; its own lengths, and those of 129 to 512, are evaluated too, and decide nothing. Of a second of sound, 16,000 positions, "
-    "MEGALODON reads each sample, and the Transformer patches of 160, as full attention takes it 9 s a row. A task is done better if "
+    "MEGALODON reads each sample, and the Transformer patches of 160, as full attention takes it 9 s a row. A task is solved better if "
     "the share of right answers to new rows of full length differs by more than 3 standard errors over 3 seeds and by more than 0.03. "
     "The claim is held if MEGALODON is better in all three tasks, and not held if it is worse in one. Sizes, steps and rates were "
     "chosen by short runs of another seed, to fit a quarter of an hour on a busy machine; longer training is not part of the claim. "
@@ -121,37 +121,35 @@ def run(session: Session, data: list[str] | None) -> None:
 
 
 def work(scratch: Path, *, task: str, model: str, steps: int, asked: int, lr: float, seed: int) -> dict[str, Any]:
-    spec, done = TASKS[task], 0
+    spec, step = TASKS[task], 0
     in_use = machine.reset_peak_memory()
     torch.manual_seed(seed)
-    built = build(spec, model)
+    net = build(spec, model)
 
     def next_loss() -> torch.Tensor:
-        nonlocal done
-        inputs, lengths, labels = spec.examples(numpy.random.default_rng([seed, done]), done / steps)
-        loss = F.cross_entropy(built(inputs, lengths=lengths), labels)
-        done += 1
-        if done % max(1, steps // 20) == 0:
+        nonlocal step
+        inputs, lengths, labels = spec.examples(numpy.random.default_rng([seed, step]), step / steps)
+        loss = F.cross_entropy(net(inputs, lengths=lengths), labels)
+        step += 1
+        if step % max(1, steps // 20) == 0:
             print(
-                f"step {done} of {steps}: {len(labels)} rows of up to {inputs.shape[1]:,} positions, loss {loss:.3f}",
+                f"step {step} of {steps}: {len(labels)} rows of up to {inputs.shape[1]:,} positions, loss {loss:.3f}",
                 flush=True,
             )
         return loss
 
     def seek(position: dict[str, Any]) -> None:
-        nonlocal done
-        done = position["step"]
+        nonlocal step
+        step = position["step"]
 
     recipe = Recipe(steps, 1, 1, lr, warmup=steps // 20)
-    result = train(
-        built, recipe, next_loss, scratch, position=lambda: {"step": done}, seek=seek, clock=time.process_time
-    )
+    result = train(net, recipe, next_loss, scratch, position=lambda: {"step": step}, seek=seek, clock=time.process_time)
     peak = machine.peak_memory_since(in_use)
     lengths = (spec.max_length, *spec.other_lengths)
-    decisive, *others = (accuracy(built, spec, length, asked, seed) for length in lengths)
+    decisive, *others = (accuracy(net, spec, length, asked, seed) for length in lengths)
     return {
         **result, **decisive, "beside": others, "peak_bytes": peak, "seconds": result["train_seconds"],
-        "parameters": sum(p.numel() for p in built.parameters()),
+        "parameters": sum(p.numel() for p in net.parameters()),
     }  # fmt: skip
 
 
@@ -165,13 +163,14 @@ def build(spec: Task, model: str) -> nn.Module:
 def accuracy(model: nn.Module, spec: Task, longest: int, asked: int, seed: int) -> dict[str, Any]:
     """Share of `asked` new examples that the model answers right, and share of their most frequent label."""
     model.eval()
-    right, wanted = 0, []
+    right, answers = 0, []
     for count in [10] * (asked // 10) or [asked]:
-        random = numpy.random.default_rng([EVALUATION_SEED + seed, longest, len(wanted)])
+        random = numpy.random.default_rng([EVALUATION_SEED + seed, longest, len(answers)])
         inputs, lengths, labels = spec.sample(random, count, longest)
         right += int((model(inputs, lengths=lengths).argmax(1) == labels).sum())
-        wanted += labels.tolist()
-    return {"longest": longest, "right": right / len(wanted), "guess": max(map(wanted.count, wanted)) / len(wanted)}
+        answers += labels.tolist()
+    guess = max(map(answers.count, answers)) / len(answers)
+    return {"longest": longest, "right": right / len(answers), "guess": guess}
 
 
 def by_model(results: list[dict[str, Any]], task: str) -> dict[str, list[dict[str, Any]]]:

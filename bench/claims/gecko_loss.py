@@ -13,15 +13,16 @@ from .train import Recipe, bits_per_byte, config, estimate, train_on_text
 
 TITLE = "Gecko's parts in bits per byte"
 RULE = (
-    "Models are trained on the standard library's sources in rows of 512 bytes, eight chunks of 64, without a state from "
-    "row to row, with documents cut into parts of four rows. MEGALODON in chunks of 64 runs at two rates with the first "
-    "seed; all models use the rate of its lower training loss, the mean of the last tenth of a run in which no text "
-    "repeats. Held-out text is predicted in windows of 1, 2, 8 and 32 chunks. Each part is compared with MEGALODON in "
-    "chunks of 64 and 128, which shows its gain, and with a control at equal operations: MEGALODON in the shortest chunks "
-    "of 64, 128, 256 and 512 that take at least as many operations a token, or in the longest. All run with the first "
-    "seed. A part whose bits per byte in windows of 8 or 32 chunks are then lower than the control's by at least 0.01 "
-    "runs with two more seeds, as does its control. A part pays (held) if they are lower by as much and by more than 3 "
-    "standard errors over the three seeds. The claim is held if a part pays, and not held if all have run and none does."
+    "Models are trained on the standard library's sources in rows of 512 bytes, eight chunks of 64, without a state "
+    "from row to row, with documents cut into parts of four rows. MEGALODON in chunks of 64 runs at two rates with the "
+    "first seed; all models use the rate of its lower training loss, the mean of the last tenth of a run in which no "
+    "text repeats. Held-out text is predicted in windows of 1, 2, 8 and 32 chunks. Each part is compared with "
+    "MEGALODON in chunks of 64 and 128, which shows its gain, and with a control at equal operations: MEGALODON in the "
+    "shortest chunks of 64, 128, 256 and 512 that take at least as many operations a token, or in the longest. All run "
+    "with the first seed. A part whose bits per byte in windows of 8 or 32 chunks are then lower than the control's by "
+    "at least 0.01 runs with two more seeds, as does its control. A part pays (held) if they are lower by as much and "
+    "by more than 3 standard errors over the three seeds. The claim is held if a part pays, and not held if all have "
+    "run and none does."
 )
 MIN_GAIN = 0.01
 SIZE, TOKENS, CHUNK = "100k", 4_000_000, 64
@@ -46,7 +47,7 @@ def run(session: Session, data: list[str] | None) -> None:
 
 
 def repeated_entrants(found: dict[Entrant, dict[int, list[float]]]) -> list[Entrant]:
-    """Parts whose first seed is better than the control's by at least MIN_GAIN, and their controls: they run more seeds."""
+    """Entrants with more seeds: parts whose first seed is better than the control's by MIN_GAIN, and their controls."""
     parts = [
         part
         for part in PARTS
@@ -72,15 +73,15 @@ def work(
     scratch: Path, *, model: str, chunk: int, size: str, tokens: int, lr: float, seed: int, data: list[str] | None
 ) -> dict[str, Any]:
     corpus = text.documents(data)
-    built = models.build(model, config(size, chunk), chunk, seed)
+    net = models.build(model, config(size, chunk), chunk, seed)
     recipe = Recipe(tokens, ROWS, LENGTH, lr)
-    result = train_on_text(built, recipe, corpus.train, scratch, seed=seed, carries=False, context_length=MAX_DOCUMENT)
-    bits = bits_per_byte(built, text.to_evaluate(corpus.held_out), CONTEXTS, CONTEXTS[-1])
-    return result | {"bits_per_byte": bits, "parameters": built.num_parameters(), "text": corpus.fingerprint}
+    result = train_on_text(net, recipe, corpus.train, scratch, seed=seed, carries=False, context_length=MAX_DOCUMENT)
+    bits = bits_per_byte(net, text.to_evaluate(corpus.held_out), CONTEXTS, CONTEXTS[-1])
+    return result | {"bits_per_byte": bits, "parameters": net.num_parameters(), "text": corpus.fingerprint}
 
 
 def figures(results: list[dict[str, Any]]) -> dict[Entrant, dict[int, list[float]]]:
-    """Bits per byte of the seeds by entrant and context, at the rate that most seeds have, or the better of two rates."""
+    """Bits per byte of the seeds by entrant and context, at the rate with the most seeds, or the better of two."""
     by_rate: dict[Entrant, dict[float, list[dict[str, Any]]]] = {}
     for content in results:
         s = content["settings"]
@@ -123,8 +124,8 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
                 comparison = f"{part.model}: lower than MEGALODON in chunks of {other.chunk}"
                 comparison += f", by {least:g}" if least else ""
                 outcomes[comparison, f"windows of {context}"] = verdict.decide_lower(ours, theirs, least)
-    wanted = dict.fromkeys(ENTRANTS, 1) | dict.fromkeys(repeated_entrants(found), verdict.SEEDS)
-    complete = all(len(found.get(entrant, {}).get(LENGTH, [])) >= seeds for entrant, seeds in wanted.items())
+    num_seeds = dict.fromkeys(ENTRANTS, 1) | dict.fromkeys(repeated_entrants(found), verdict.SEEDS)
+    complete = all(len(found.get(entrant, {}).get(LENGTH, [])) >= seeds for entrant, seeds in num_seeds.items())
     held = verdict.HELD in against_control.values()
     claim = verdict.HELD if held else verdict.NOT_HELD if complete else verdict.UNDECIDED
     return {"claim": claim, **verdict.group_by_comparison(against_control | against_chunks)}

@@ -15,32 +15,30 @@ from .train import config
 TITLE = "Gecko's parts on tasks"
 RULE = (
     "MQAR, needle and selective copying are trained in rows of 128 tokens, four chunks of 32, and evaluated in rows of "
-    "128, 256, 512 and 1,024, as in the claim of tasks, except that each task has one rate, the one that MEGALODON took "
-    "there. Each of Gecko's parts is compared with MEGALODON in chunks of the same and of twice the length, which shows "
-    "its gain, and with a control at equal operations: MEGALODON in the shortest chunks of 32, 64 and 128 that take at "
-    "least as many operations a token, or in the longest. All run with the first seed, but of the combinations of all "
-    "parts only the one with logits of 3 on needle and selective copying. MEGALODON in chunks of 32 and 128 runs with two "
-    "more seeds, and so does a part whose share of right answers is then higher than the control's by more than 0.1 at "
-    "any length, except the delta rule, which is not Gecko's. A part pays (held) if it is higher than the control by more "
-    "than 0.1 and more than 5 standard errors over the three seeds, at any length: all are longer than what its attention "
-    "sees. The claim is held if a part pays, and not held if all have run and none does. Also compared, without deciding: "
-    "on MQAR, attention to two chunks pays on top of the memory with logits of 3 if the two together are better, by as "
-    "much, than that memory in chunks of 64, which takes 7 % fewer operations. The memory holds what attention no longer "
-    "sees or, in a second form, all chunks before a position's own."
+    "128, 256, 512 and 1,024, as in the claim of tasks, except that each task has one rate, the one that MEGALODON "
+    "took there. Each of Gecko's parts is compared with MEGALODON in chunks of the same and of twice the length, which "
+    "shows its gain, and with a control at equal operations: MEGALODON in the shortest chunks of 32, 64 and 128 that "
+    "take at least as many operations a token, or in the longest. All run with the first seed, but of the combinations "
+    "of all parts only the one with logits of 3 on needle and selective copying. MEGALODON in chunks of 32 and 128 "
+    "runs with two more seeds, and so does a part whose share of right answers is then higher than the control's by "
+    "more than 0.1 at any length, except the delta rule, which is not Gecko's. A part pays (held) if it is higher than "
+    "the control by more than 0.1 and more than 5 standard errors over the three seeds, at any length: all are longer "
+    "than what its attention sees. The claim is held if a part pays, and not held if all have run and none does. Also "
+    "compared, without deciding: on MQAR, attention to two chunks pays on top of the memory with logits of 3 if the "
+    "two together are better, by as much, than that memory in chunks of 64, which takes 7 % fewer operations. The "
+    "memory holds what attention no longer sees or, in a second form, all chunks before a position's own."
 )
 MIN_GAIN = 0.1
 RATES = {"mqar": 4e-3, "selective copying": 16e-3, "needle": 1e-3}
-"""Rates of MEGALODON in the claim of tasks, in chunks of 32; for MQAR, which it only learned in chunks of 128, in these"""
+"""Rates of MEGALODON in the claim of tasks, in chunks of 32; for MQAR, which it only learned in those, of 128"""
 CHUNK = 32
 MEGALODONS = [Entrant(models.MEGALODON, CHUNK * times) for times in (1, 2, 4)]
 TWO_CHUNKS_WITH_MEMORY = [Entrant(f"two chunks with memory{form}, logits of 3", CHUNK) for form in ("", " of all")]
 LONG_CHUNK_MEMORY = Entrant("memory, logits of 3", 2 * CHUNK)
 PARTS = [*(Entrant(name, CHUNK) for name in gecko.PARTS), LONG_CHUNK_MEMORY]
 ENTRANTS = [*MEGALODONS, *PARTS]
-FULL_TASK = "mqar"
-"""The task of all entrants"""
-COMMON_PARTS = ("two chunks", "decay norm", *gecko.MEMORIES, "all with memory, logits of 3")
-"""Parts that also run on the other tasks"""
+FULL_TASK, COMMON_PARTS = "mqar", ("two chunks", "decay norm", *gecko.MEMORIES, "all with memory, logits of 3")
+"""The task of all entrants, and the parts that also run on the others"""
 
 
 def run(session: Session, data: list[str] | None) -> None:
@@ -103,18 +101,17 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
             comparisons += [(against_others, part, other, "") for other in MEGALODONS[:2]]
             comparisons.append((against_control, part, control(part, length_of(setting)), ", the control"))
         for outcomes, part, other, note in comparisons:
-            outcome = verdict.decide_higher(
-                shares.get(part, []), shares.get(other, []), MIN_GAIN, verdict.MANY_COMPARISONS
-            )
+            ours, theirs = shares.get(part, []), shares.get(other, [])
+            outcome = verdict.decide_higher(ours, theirs, MIN_GAIN, verdict.MANY_COMPARISONS)
             outcomes[f"{task}, {label(part)}: better than {label(other)}{note}", setting] = outcome
-    wanted = {
+    num_seeds = {
         task: dict.fromkeys(entrants_of(task), 1) | dict.fromkeys(repeated_entrants(found, task), verdict.SEEDS)
         for task in RATES
     }
     complete = {task for task, _ in found} == RATES.keys() and all(
         len(shares.get(entrant, [])) >= seeds
         for (task, _), shares in found.items()
-        for entrant, seeds in wanted[task].items()
+        for entrant, seeds in num_seeds[task].items()
     )
     held = verdict.HELD in against_control.values()
     claim = verdict.HELD if held else verdict.NOT_HELD if complete else verdict.UNDECIDED

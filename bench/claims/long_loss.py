@@ -1,4 +1,4 @@
-"""Claim a again, by longer runs: 60 MB of sources as tokens, documents cut into parts, each model's best optimizer and rate."""
+"""Claim a by longer runs: 60 MB of sources as tokens, documents cut into parts, each model's best optimizer and rate."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from .train import EVALUATION_POINTS, Recipe, bits_per_byte, config, estimate, t
 TITLE = "Loss against a Transformer's after 60 MB"
 RULE = (
     "Rows have 512 or 2,048 tokens, 8,192 tokens in a step; MEGALODON's chunk is a row, which is what the Llama sees; "
-    "documents are cut into parts of two rows. The text is sources of Python packages (bench/claims/packages.txt). Whole "
-    "packages are held out, one part for validation and one for testing; the tokens are those of a BPE that was trained "
-    "on the training text. All runs have full length. The size is 100k: two layers of width 64, and embeddings of 1,024 "
-    "tokens. All choices are made by validation bits per byte at the end, with one seed, in rows of 512: each model's "
-    "rate for AdamW and for Muon, from two rates and up to two more by a factor of 2 while the best is at an end; then "
-    "the better of the two optimizers, which gets a third additional rate if its best is still at an end. Three seeds of "
-    "the choice are compared in rows of 512: bits per byte of the test packages at the end, in windows of a row, decide "
-    "by more than 3 standard errors. Also shown, without deciding: the same after a quarter and half of the run, before "
-    "the rates have come down; whole documents; and with the chosen optimizer, by one seed, rows of 2,048 at the chosen "
-    "rate; by three seeds, size 1M in rows of 512, at the chosen rate or half of it, as larger models need lower rates, "
-    "by validation with one seed; and by one seed, English in rows of 512 at the chosen rate: a dictionary and technical "
-    "documentation of Debian's packages (bench/claims/english.txt), read and held out in the same way."
+    "documents are cut into parts of two rows. The text is sources of Python packages (bench/claims/packages.txt). "
+    "Whole packages are held out, one part for validation and one for testing; the tokens are those of a BPE that was "
+    "trained on the training text. All runs have full length. The size is 100k: two layers of width 64, and embeddings "
+    "of 1,024 tokens. All choices are made by validation bits per byte at the end, with one seed, in rows of 512: each "
+    "model's rate for AdamW and for Muon, from two rates and up to two more by a factor of 2 while the best is at an "
+    "end; then the better of the two optimizers, which gets a third additional rate if its best is still at an end. "
+    "Three seeds of the choice are compared in rows of 512: bits per byte of the test packages at the end, in windows "
+    "of a row, decide by more than 3 standard errors. Also shown, without deciding: the same after a quarter and half "
+    "of the run, before the rates have come down; whole documents; and with the chosen optimizer, by one seed, rows of "
+    "2,048 at the chosen rate; by three seeds, size 1M in rows of 512, at the chosen rate or half of it, as larger "
+    "models need lower rates, by validation with one seed; and by one seed, English in rows of 512 at the chosen rate: "
+    "a dictionary and technical documentation of Debian's packages (bench/claims/english.txt), read and held out in "
+    "the same way."
 )
 SIZE, TOKENS, VOCABULARY = "100k", 25_000_000, 1024
 LARGER_SIZE = "1M"
@@ -34,8 +35,8 @@ QUICK = ("tiny", 60_000, 300)
 ROWS = {512: 16, 2048: 4}
 """Rows in a batch, by their length; the shortest decide"""
 RATES = {models.MEGALODON: (8e-3, 16e-3), models.LLAMA: (2e-3, 4e-3)}
-"""Choice of the sweeps of `loss` for 1M parameters or half of it, 0.016 and 0.002, and its neighbour, for a smaller size and
-longer runs"""
+"""The rate that the sweeps of `loss` chose for 1M parameters or half of it, 0.016 and 0.002, and its neighbour, as the size
+is smaller and the run longer"""
 OPTIMIZERS = ("adamw", "muon")
 PIECE = 2048
 """Tokens of held-out text that a call reads"""
@@ -118,21 +119,21 @@ def work(
 ) -> dict[str, Any]:  # fmt: skip
     folder = scratch.parent if language == text.PYTHON else scratch.parent / language
     corpus = text.tokens(folder, vocabulary, data, language)
-    built = models.build(model, config(size, length, corpus.tokenizer.vocab_size), length // 2, seed)
+    net = models.build(model, config(size, length, corpus.tokenizer.vocab_size), length // 2, seed)
     carries = model != models.LLAMA
 
     def evaluation() -> dict[str, Any]:
         held_out = {"validation": corpus.validation, "test": corpus.test}
         return {
-            part: bits_per_byte(built, documents, [length], PIECE)[str(length)] for part, documents in held_out.items()
+            part: bits_per_byte(net, documents, [length], PIECE)[str(length)] for part, documents in held_out.items()
         }
 
     result = train_on_text(
-        built, Recipe(tokens, rows, length, lr, optimizer=optimizer), corpus.train, scratch, seed=seed, carries=carries,
+        net, Recipe(tokens, rows, length, lr, optimizer=optimizer), corpus.train, scratch, seed=seed, carries=carries,
         evaluation=evaluation, start=corpus.tokenizer.start, context_length=2 * length,
     )  # fmt: skip
-    whole = bits_per_byte(built, corpus.test, ["all"], PIECE if carries else length // 2)
-    return result | {"whole": whole["all"], "parameters": built.num_parameters(), "text": corpus.facts}
+    whole = bits_per_byte(net, corpus.test, ["all"], PIECE if carries else length // 2)
+    return result | {"whole": whole["all"], "parameters": net.num_parameters(), "text": corpus.facts}
 
 
 def window_bits(result: dict[str, Any], part: str = "test", point: float = EVALUATION_POINTS[-1]) -> float | None:

@@ -61,24 +61,25 @@ def pathfinder(random: Generator, count: int, longest: int = SIDE**2) -> Example
 def curves(random: Generator, count: int = 2) -> list[Curve]:
     """Pixels of curves, in order along each."""
     while True:
-        taken = numpy.zeros((SIDE, SIDE), bool)
-        found = [curve for _ in range(count) if (curve := _curve(random, taken))]
+        occupied = numpy.zeros((SIDE, SIDE), bool)
+        found = [curve for _ in range(count) if (curve := _curve(random, occupied))]
         if len(found) == count:
             return found
 
 
-def _curve(random: Generator, taken: numpy.ndarray) -> Curve | None:
-    """A curve in free pixels, marked in `taken` with its margin; None if it meets a border, another curve or itself."""
+def _curve(random: Generator, occupied: numpy.ndarray) -> Curve | None:
+    """A curve in free pixels, marked in `occupied` with its margin; None if it meets a border, another curve or itself."""
     headings = random.uniform(0, 2 * numpy.pi) + random.normal(0, BEND, size=CURVE_LENGTH).cumsum()
     path = random.uniform(2, SIDE - 2, size=2) + numpy.stack((numpy.cos(headings), numpy.sin(headings)), 1).cumsum(0)
     pixels = numpy.array([*dict.fromkeys(map(tuple, numpy.rint(path).astype(int).tolist()))])
-    if pixels.min() < 1 or pixels.max() > SIDE - 2 or taken[tuple(pixels.T)].any():
+    if pixels.min() < 1 or pixels.max() > SIDE - 2 or occupied[tuple(pixels.T)].any():
         return None
     far = numpy.subtract.outer(*[numpy.arange(len(pixels))] * 2) > 2 * MIN_DISTANCE
     if (abs(pixels[:, None] - pixels).max(-1) < MIN_DISTANCE)[far].any():
         return None
     for y, x in pixels:
-        taken[max(0, y - MIN_DISTANCE) : y + MIN_DISTANCE + 1, max(0, x - MIN_DISTANCE) : x + MIN_DISTANCE + 1] = True
+        rows, columns = (slice(max(0, i - MIN_DISTANCE), i + MIN_DISTANCE + 1) for i in (y, x))
+        occupied[rows, columns] = True
     return [*map(tuple, pixels.tolist())]
 
 

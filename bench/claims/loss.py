@@ -106,14 +106,14 @@ def work(
     held_out: bool,
 ) -> dict[str, Any]:  # fmt: skip
     corpus = text.documents(data)
-    built = models.build(model, config(size, chunk), LENGTH // 2, seed)
+    net = models.build(model, config(size, chunk), LENGTH // 2, seed)
     carries = model != models.LLAMA
-    result = train_on_text(built, Recipe(tokens, ROWS, LENGTH, lr), corpus.train, scratch, seed=seed, carries=carries)
-    result |= {"parameters": built.num_parameters(), "text": corpus.fingerprint}
+    result = train_on_text(net, Recipe(tokens, ROWS, LENGTH, lr), corpus.train, scratch, seed=seed, carries=carries)
+    result |= {"parameters": net.num_parameters(), "text": corpus.fingerprint}
     if held_out:
         documents = text.to_evaluate(corpus.held_out)
-        bits = bits_per_byte(built, documents, [LENGTH], LENGTH)
-        whole = bits_per_byte(built, documents, ["all"], 2048 if carries else LENGTH // 2)
+        bits = bits_per_byte(net, documents, [LENGTH], LENGTH)
+        whole = bits_per_byte(net, documents, ["all"], 2048 if carries else LENGTH // 2)
         result["held_out_bits_per_byte"] = bits | whole
     return result
 

@@ -52,10 +52,10 @@ def run(session: Session, data: list[str] | None) -> None:
 def work(scratch: Path, *, work_of: str, model: str, size: str, chunk: int, length: int) -> dict[str, Any]:
     flags = dict(work=work_of, model=model, size=size, chunk=chunk, length=length)
     command = [sys.executable, "-m", "bench.claims.memory", *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(process.stderr[-2000:])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main() -> None:

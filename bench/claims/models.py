@@ -1,7 +1,7 @@
-"""The models of the claims by name: MEGALODON, the Llama of its size, and MEGALODON with one part exchanged or Gecko's parts.
+"""Models of the claims by name: MEGALODON, the Llama of its size, MEGALODON with one part exchanged or with Gecko's parts.
 
-Each exchange leaves the rest unchanged. "no ema" has more hidden units in the feed-forward half, for the parameters of CEMA.
-"ema" keeps the unused parameters of angles and imaginary parts, 1 % of the 1M model's.
+Each exchange leaves the rest unchanged. "no ema" has more hidden units in the feed-forward half, to replace CEMA's
+parameters. "ema" keeps the unused parameters of angles and imaginary parts, 1 % of the 1M model's.
 """
 
 from __future__ import annotations

@@ -94,27 +94,27 @@ def work(
     if spec.needs_text:
         corpus = text.documents(data)
         train_text, held_out_text = ({"text": b"\n".join(part)} for part in (corpus.train, corpus.held_out))
-    built = models.build(model, config(size, chunk), spec.length, seed)
-    done = 0
+    net = models.build(model, config(size, chunk), spec.length, seed)
+    step = 0
 
     def next_loss() -> torch.Tensor:
-        nonlocal done
-        random = numpy.random.default_rng([seed, done])
-        done += 1
-        return built.loss(*spec.examples(random, BATCH, spec.length, **train_text))
+        nonlocal step
+        random = numpy.random.default_rng([seed, step])
+        step += 1
+        return net.loss(*spec.examples(random, BATCH, spec.length, **train_text))
 
     def seek(position: dict[str, Any]) -> None:
-        nonlocal done
-        done = position["step"]
+        nonlocal step
+        step = position["step"]
 
     recipe = Recipe(steps * BATCH * spec.length, BATCH, spec.length, lr)
-    result = train(built, recipe, next_loss, scratch, position=lambda: {"step": done}, seek=seek)
+    result = train(net, recipe, next_loss, scratch, position=lambda: {"step": step}, seek=seek)
     rows = []
     for length, settings in evaluation_settings(task):
         random = numpy.random.default_rng([EVALUATION_SEED + seed, length])
-        right = accuracy(built, spec, random, asked, length, **settings, **held_out_text)
+        right = accuracy(net, spec, random, asked, length, **settings, **held_out_text)
         rows.append({"length": length, **settings, **right})
-    return result | {"accuracy": rows, "parameters": built.num_parameters()}
+    return result | {"accuracy": rows, "parameters": net.num_parameters()}
 
 
 def evaluation_settings(task: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -181,8 +181,8 @@ def documentation(name: str, version: str) -> list[bytes]:
     """Texts of a Debian package, without translations, sorted by file name and cut into pieces of a MiB."""
     try:
         installed, files = (
-            subprocess.run(["dpkg-query", *asked, name], capture_output=True, text=True).stdout
-            for asked in (["--show", "--showformat", "${Version}"], ["--listfiles"])
+            subprocess.run(["dpkg-query", *query, name], capture_output=True, text=True).stdout
+            for query in (["--show", "--showformat", "${Version}"], ["--listfiles"])
         )
     except FileNotFoundError:
         raise SystemExit(f"no text of {name}: it is a package of Debian, and dpkg-query is not here") from None

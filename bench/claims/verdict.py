@@ -14,15 +14,14 @@ from collections.abc import Mapping, Sequence
 HELD, NOT_HELD, UNDECIDED = "held", "not held", "undecided"
 STANDARD_ERRORS, MANY_COMPARISONS = 3.0, 5.0
 SEEDS = 3
+Figures = Sequence[float]
 
 
 def from_bool(held: bool) -> str:
     return HELD if held else NOT_HELD
 
 
-def decide_lower(
-    ours: Sequence[float], others: Sequence[float], least: float = 0.0, errors: float = STANDARD_ERRORS
-) -> str:
+def decide_lower(ours: Figures, others: Figures, least: float = 0.0, errors: float = STANDARD_ERRORS) -> str:
     """Return held if our figures are significantly lower, not held if they are higher, else undecided."""
     if min(len(ours), len(others)) < SEEDS or not all(map(math.isfinite, (*ours, *others))):
         return UNDECIDED
@@ -33,13 +32,11 @@ def decide_lower(
     return from_bool(difference > 0)
 
 
-def decide_higher(
-    ours: Sequence[float], others: Sequence[float], least: float = 0.0, errors: float = STANDARD_ERRORS
-) -> str:
+def decide_higher(ours: Figures, others: Figures, least: float = 0.0, errors: float = STANDARD_ERRORS) -> str:
     return decide_lower([-figure for figure in ours], [-figure for figure in others], least, errors)
 
 
-def decide_falling(curves: Sequence[Sequence[float]], least: float = 0.0) -> str:
+def decide_falling(curves: Sequence[Figures], least: float = 0.0) -> str:
     """Return held if the mean of the curves, one per seed, falls from each point to the next.
 
     Not held if it rises somewhere by more than `least` and by more than 3 standard errors of the rises over the seeds.
@@ -80,7 +77,7 @@ def combine(verdicts: Sequence[str]) -> str:
     return HELD if verdicts and all(verdict == HELD for verdict in verdicts) else UNDECIDED
 
 
-def spread(figures: Sequence[float]) -> str:
+def spread(figures: Figures) -> str:
     """Mean ± standard deviation over the seeds, for tables."""
     mean = statistics.fmean(figures)
     return f"{mean:.4f}" + (f" ± {statistics.stdev(figures):.4f}" if len(figures) > 1 else "")
