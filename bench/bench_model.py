@@ -218,10 +218,7 @@ def _forward(model: _Model, length: int, llama: bool = True) -> Case:
 
 
 def _decode(model: _Model, context: int, llama: bool = True) -> Case:
-    """Decode `DECODED` tokens, one call each, after `context` tokens; the attention's chunk is nearly full.
-
-    The first few calls are slower, because other work has used the caches.
-    """
+    """Decode `DECODED` tokens, one call each, after `context` tokens, in a nearly full chunk. First calls find cold caches."""
     C = model.config.chunk_size
     tokens = model.tokens(context + DECODED)
     new = tokens[:, context:].split(1, 1)

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from .harness import OURS, Case, Outputs, Path
 
-BUSY = 2
-"""Number of busy processes in the second case"""
+BUSY = 2  # processes in the second case
 SETTINGS = {
     OURS: {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
     "OpenMP's default": {},

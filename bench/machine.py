@@ -119,10 +119,7 @@ _measured_peaks: dict[int, float] = {}
 
 
 def has_its_cores(threads: int) -> bool:
-    """Return True if multiply-adds run at more than four fifths of the measured peak.
-
-    They do not while virtual processors share a core, with each other or with other machines.
-    """
+    """Return True if multiply-adds run at over 4/5 of the measured peak; virtual processors may share a core for a while."""
     if threads not in _measured_peaks:
         return True
     time.sleep(0.01)  # until OpenMP's threads no longer spin

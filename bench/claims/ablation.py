@@ -28,12 +28,10 @@ def run(session: Session, data: list[str] | None) -> None:
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     found = loss.figures(results, loss.window_bits)
-    by_model = {key.model: values for key, values in found.items()}
-    ours = by_model[models.MEGALODON]
-    by_comparison = {
-        f"better than with {name}": verdict.decide_lower(ours, by_model.get(name, [])) for name in models.ABLATIONS
-    }
-    return {"claim": verdict.combine([*by_comparison.values()]), **by_comparison}
+    bits = {key.model: values for key, values in found.items()}
+    ours = bits[models.MEGALODON]
+    outcomes = {f"better than with {name}": verdict.decide_lower(ours, bits.get(name, [])) for name in models.ABLATIONS}
+    return {"claim": verdict.combine([*outcomes.values()]), **outcomes}
 
 
 table = loss.table

@@ -82,9 +82,8 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
         source_curves = [[bits[str(context)] for context in contexts] for bits in by_context]
         by_comparison[f"falls in {name}"] = verdict.decide_falling(source_curves, MIN_RISE)
     ends = [[curve[0], curve[-1]] for curve in found]
-    return by_comparison | {
-        f"lower at {contexts[-1]:,} than at {contexts[0]:,}": verdict.decide_falling(ends, MIN_RISE)
-    }
+    by_comparison[f"lower at {contexts[-1]:,} than at {contexts[0]:,}"] = verdict.decide_falling(ends, MIN_RISE)
+    return by_comparison
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

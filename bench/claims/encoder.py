@@ -25,6 +25,7 @@ from bench import machine, plain_models
 
 from . import long_rows, models, verdict
 from .runs import Session
+from .task_runs import EVALUATION_SEED
 from .train import Recipe, train
 
 TITLE = "Encoder"
@@ -48,8 +49,6 @@ GROWTH_PART = 0.6
 """Part of a run in which the rows grow"""
 MIN_DIFFERENCE = 0.03
 """Smallest difference in the share of right answers that counts"""
-EVALUATION_SEED = 1 << 32
-"""Added to a seed, so that no training example is evaluated"""
 
 
 class Task(NamedTuple):

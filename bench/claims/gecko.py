@@ -116,10 +116,7 @@ def timestep_decay_norm(
 
 
 def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotate neighbouring pairs of x (B, H, L, S) by their positions in the row.
-
-    Scores depend on distances alone, so within a chunk they are those of MEGALODON, whose positions restart in each chunk.
-    """
+    """Rotate neighbouring pairs of x (B, H, L, S) by their positions in the row; scores depend on distances alone."""
     *_, L, S = x.shape
     angles = torch.arange(L, dtype=torch.float64)[:, None] * base ** (torch.arange(0, S, 2, dtype=torch.float64) / -S)
     turn = torch.polar(torch.ones_like(angles), angles).to(torch.promote_types(x.dtype, torch.complex64))

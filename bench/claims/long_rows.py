@@ -44,10 +44,7 @@ Curve = list[tuple[int, int]]
 
 
 def pathfinder(random: Generator, count: int, longest: int = SIDE**2) -> Examples:
-    """Pictures of two curves that do not touch, with a dot on an end of the first and one on another end.
-
-    In about half of the pictures the second dot is on the same curve.
-    """
+    """Pictures of two separate curves with a dot on an end of the first, and one on its other end (label 1) or the second's."""
     labels = random.integers(2, size=count)
     pictures = []
     for same in labels:

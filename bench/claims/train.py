@@ -157,9 +157,8 @@ def train_on_text(
         if found["state"] is not None:
             reader.seek(from_named(found["state"]))
 
-    return train(
-        model, recipe, lambda: reader.loss(batches.next()), scratch, position=position, seek=seek, evaluation=evaluation
-    )
+    source = dict(position=position, seek=seek)
+    return train(model, recipe, lambda: reader.loss(batches.next()), scratch, **source, evaluation=evaluation)
 
 
 def bits_per_byte(
