@@ -42,11 +42,16 @@ CONFIG = dict(
 QUICK = CONFIG | dict(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=64, chunk_size=128)
 
 
-def cut(model: mo.Megalodon, before: int) -> None:
-    become_parallel(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
+def cut(model: mo.Megalodon, before: int) -> mo.Megalodon:
+    return become_parallel(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
 
 
-WAYS = {"chunk parallel": cut, "hand-over": HandOver}
+def hand_over(model: mo.Megalodon, before: int) -> mo.Megalodon:
+    HandOver(model, before)
+    return model
+
+
+WAYS = {"chunk parallel": cut, "hand-over": hand_over}
 TOLERANCE = 1e-4
 
 
@@ -169,13 +174,13 @@ def run_rank(
     """Run `steps` training steps on one rank; put traces with the smallest times, the loss and gradient norms into `out`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    in_hooks = _time_hooks()
+    in_exchanges = _time_exchanges()
     torch.manual_seed(0)
     model = mo.Megalodon(mo.MegalodonConfig(**config))
     row, targets = torch.randint(config["vocab_size"], (2, 1, tokens), generator=torch.Generator().manual_seed(1))
     piece = slice(rank * tokens // ranks, (rank + 1) * tokens // ranks)
     if ranks > 1:
-        WAYS[way](model, piece.start)
+        model = WAYS[way](model, piece.start)
     forwards, backwards, shares, now = [], [], [], Trace()
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: now.note("block", now.key("block")))
@@ -183,13 +188,13 @@ def run_rank(
     for _ in range(steps):
         model.zero_grad()
         now = forward = Trace()
-        in_hooks[0] = 0.0
+        in_exchanges[0] = 0.0
         with forward.recording():
             if way == "hand-over" or ranks == 1:
                 loss = model.loss(row[:, piece], targets[:, piece], reduction="sum") / tokens
             else:
                 loss = model.loss(row[:, piece], targets[:, piece])
-        shares.append(in_hooks[0])
+        shares.append(in_exchanges[0])
         now = backward = Trace()
         with backward.recording():
             loss.backward()
@@ -209,8 +214,8 @@ def run_rank(
     dist.destroy_process_group()
 
 
-def _time_hooks() -> list[float]:
-    """Make the hooks of chunk parallel add their processor time to the only item of the result."""
+def _time_exchanges() -> list[float]:
+    """Make the exchanges of chunk parallel add their processor time to the only item of the result."""
     spent = [0.0]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,8 +228,8 @@ def _time_hooks() -> list[float]:
 
         return run
 
-    for name in ("before_norm", "after_norm", "before_cema"):
-        setattr(chunk.Hooks, name, timed(getattr(chunk.Hooks, name)))
+    for name in ("norm_state", "send_end", "receive"):
+        setattr(chunk.ShardedSequences, name, timed(getattr(chunk.ShardedSequences, name)))
     return spent
 
 
@@ -245,7 +250,7 @@ class Row(NamedTuple):
     """seconds of the critical path when no rank begins a block before the others"""
     processors: float
     """processor seconds of all ranks together"""
-    hooks: float
+    exchanges: float
     """share of the forward's processor time spent on end states, their exchange and their merge"""
     depth: int
     """sequential exchanges"""
@@ -295,7 +300,7 @@ def table(rows: list[Row]) -> str:
         lines.append([
             str(row.ranks), row.way, f"{row.forward:.2f}", f"{single.forward / row.forward:.2f}", f"{row.step:.2f}",
             f"{single.step / row.step:.2f}", f"{row.in_step:.2f}", f"{single.step / row.in_step:.2f}", f"{row.processors:.2f}",
-            f"{100 * row.hooks:.1f} %" if row.way == "chunk parallel" else "", str(row.depth or ""), *sent,
+            f"{100 * row.exchanges:.1f} %" if row.way == "chunk parallel" else "", str(row.depth or ""), *sent,
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -3,10 +3,11 @@
 import torch  # loads the OpenMP runtime that the kernels share
 
 from . import _C, reference
-from .model.blocks import BlockState, MemoryBlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
+from .model.blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
 from .model.config import MegalodonConfig
 from .model.decoder import Decoder
 from .model.encoder import MegalodonEncoder, MegalodonEncoderConfig
+from .model.gecko_block import MemoryBlockState
 from .model.generation import TokenStream
 from .model.layers import ComplexEMA, SequenceNorm, TimestepNorm, wide_parameters
 from .model.megalodon import Megalodon

@@ -13,7 +13,7 @@ from models import TINY, tiny_model
 from torch import Tensor
 
 import megalodon_ops as mo
-from megalodon_ops.distributed.parallel_model import Ranks, become_parallel
+from megalodon_ops.distributed.parallel_model import ParallelMegalodon, Ranks, become_parallel
 from megalodon_ops.model.model_state import named_tensors
 
 
@@ -42,8 +42,7 @@ class Work:
 def compare(work: Work) -> dict[str, float]:
     """The largest error of each result and gradient on this rank, relative to the largest value of one process's."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    model, alone = _model(work), _model(work)
-    cut_over_all_ranks(model)
+    model, alone = cut_over_all_ranks(_model(work)), _model(work)
     end = list(accumulate(work.pieces))[rank]
     mine = slice(end - work.pieces[rank], end)
     shared = [_results(work, alone, slice(None)) if rank == 0 else None]
@@ -60,8 +59,8 @@ def compare(work: Work) -> dict[str, float]:
     return {name: _error(piece[name], value) for name, value in whole.items()}
 
 
-def cut_over_all_ranks(model: mo.Megalodon) -> mo.Megalodon:
-    """The model, called on a piece of the sequence by each rank, with all of its parameters as they are."""
+def cut_over_all_ranks(model: mo.Megalodon) -> ParallelMegalodon:
+    """A model of the same modules, called on a piece of the sequence by each rank, with all of its parameters as they are."""
     return become_parallel(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
 
 

@@ -1,26 +1,27 @@
 """Chunk parallel: each rank of a group holds a piece of the sequence, and states cross ranks inside of every block.
 
-A block is not changed: hooks of torch give `timestep_norm` and `cema` the states that their piece begins with. Before
-an op's own pass, each rank makes the state that its piece ends with when begun from nothing, sends it to all, and
-merges what the pieces before its own have sent (merge.py). No rank waits for another one's pass, but for the first one's
-over a working memory (memory.py). Where attention sees two chunks, each rank hands the keys and values of its last
-chunk on to the next.
+A block asks its :class:`Sequences` for the states that `timestep_norm` and `cema` begin with. Before an op's own pass,
+each rank makes the state that its piece ends with when begun from nothing, sends it to all, and merges those of earlier
+pieces (merge.py). No rank waits for another one's pass, but for rank 0's over a working memory (shard_memory.py). Where
+attention sees two chunks, each rank hands the keys and values of its last chunk on to the next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..model.layers import ComplexEMA, TimestepNorm
+from ..model.sequences import Sequences
 from ..ops.adaptive_working_memory.adaptive_working_memory import kept_rows, read_write_and_keep
 from ..ops.cema.cema import cema_end_state
-from ..ops.chunked_attention.chunked_attention import chunked_attention
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
@@ -28,181 +29,112 @@ from .exchange import hand_on, send_to_all
 from .shard_memory import memory_of_piece
 from .merge import merged_cema, merged_norm, norm_in_float64
 from .pieces import Pieces
-from .shard_states import Block, flat_recurrent, recurrent_fields
+from .shard_states import Block, flat_recurrent, state_of_piece, with_recurrent
 
 
-class Hooks:
-    """The hooks in a model's blocks and on its final norm.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ShardedSequences(Sequences):
+    """The sequences in a rank's piece, and the exchanges by which the rank learns the states that they begin with.
 
-    A call's `pieces` travel as an argument of the blocks, so that a block which is computed once more in the backward
-    finds those of its own call. A block that is called without them computes as ever.
+    States that are given are those of all whole sequences. A call's pieces travel with its arguments, so that a block
+    which is computed once more in the backward finds those of its own call.
     """
 
-    def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
-        self._group = group
-        self._pieces: Pieces | None = None
-        self._start: Block | None = None
-        self._arriving: tuple | None = None  # the poles, and the ends of cema on their way
-        self._memory: list[Tensor] | None = None  # memory and mass of the state
-        for block in model.layers:
-            half = block.mega
-            half.register_forward_pre_hook(self.enter_block, with_kwargs=True)
-            half.timenorm.register_forward_pre_hook(self.before_norm, with_kwargs=True)
-            half.timenorm.register_forward_hook(partial(self.after_norm, half.cema))
-            half.cema.register_forward_pre_hook(self.before_cema, with_kwargs=True)
-            if half.config.visible_chunks > 1:
-                half.attention = self.attention_behind
-            if half.config.working_memory:
-                half.memory = self.memory_behind
-            half.register_forward_hook(self.leave_block, always_call=True)
-        model.output.final_norm.register_forward_pre_hook(self.before_norm, with_kwargs=True)
+    pieces: Pieces
+    group: ProcessGroup
 
-    def enter_block(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Takes the pieces, and the states of all whole sequences; the block keeps the attention's, for this piece."""
-        kwargs = dict(kwargs)
-        self._pieces, self._start = kwargs.pop("pieces", None), None
-        if self._pieces is not None and kwargs.get("state") is not None:
-            self._start = kwargs["state"]
-            kwargs["state"] = None if self._start.attention is None else self._start
-        return args, kwargs
-
-    def before_norm(self, module: TimestepNorm, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Gives a norm the state that its piece begins with; the final norm has the pieces among its arguments."""
-        pieces = kwargs.get("pieces", self._pieces)
-        if pieces is None:
-            return None
-        x, start = args[0], kwargs["state"] if self._start is None else self._start.norm
-        part, options = _exchanged(pieces, x)
-        ends = timestep_norm_end_state(part, num_groups=module.num_groups, **options)
-        given, count = (None, None) if start is None else (norm_in_float64(start), start.count)
-        ends, given, work = send_to_all(norm_in_float64(ends), given, self._group)
+    def norm_state(self, norm: TimestepNorm, x: Tensor, given: TimestepNormState | None) -> TimestepNormState:
+        """The state that a norm begins the piece x with; every rank sends its end, and waits for those of the others."""
+        pieces, real = self.pieces, accumulation_dtype(x.dtype)
+        part, options = self._exchanged(x)
+        ends = timestep_norm_end_state(part, num_groups=norm.num_groups, **options)
+        start, count = (None, None) if given is None else (norm_in_float64(given), given.count)
+        ends, start, work = send_to_all(norm_in_float64(ends), start, self.group)
         work.wait()
-        real, of_open = accumulation_dtype(x.dtype), (_of_open(pieces, given), _of_open(pieces, count))
-        state = merged_norm(ends, pieces.sources, pieces.steps, *of_open, dtype=real)
-        if pieces.is_packed:
-            rest = None if given is None else merged_norm(given[None], [], [], given, count, dtype=real)
-            fields = zip(state, rest or (None,) * len(state))
-            state = TimestepNormState(*(_with_rest(pieces, field, others) for field, others in fields))
-        return args, {name: value for name, value in kwargs.items() if name != "pieces"} | {"state": state}
+        begun = self._before_piece(start), self._before_piece(count)
+        state = merged_norm(ends, pieces.sources, pieces.steps, *begun, dtype=real)
+        if not pieces.is_packed:
+            return state
+        rest = (None,) * 4 if start is None else merged_norm(start[None], [], [], start, count, dtype=real)
+        return TimestepNormState(*map(self._with_rest, state, rest))
 
-    def after_norm(self, layer: ComplexEMA, norm: TimestepNorm, args: tuple, output: tuple) -> None:
-        """Sends off the end of `cema` over the norm's output."""
-        if self._pieces is not None:
-            p, q, _, _ = layer.coefficients()
-            t, options = _exchanged(self._pieces, output[0])
-            ends = cema_end_state(t, p, q, **options)
-            start = None if self._start is None else flat_recurrent(self._start)
-            self._arriving = q, *send_to_all(torch.view_as_real(ends), start, self._group)
+    def send_end(self, cema: ComplexEMA, t: Tensor, given: Block) -> tuple:
+        p, q, _, _ = cema.coefficients()
+        part, options = self._exchanged(t)
+        ends = cema_end_state(part, p, q, **options)
+        recurrent = None if given.cema is None else flat_recurrent(given)
+        return given, q, *send_to_all(torch.view_as_real(ends), recurrent, self.group)
 
-    def before_cema(self, module: ComplexEMA, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Waits for what `after_norm` has sent, and gives `cema` the state that its piece begins with."""
-        pieces = self._pieces
-        if pieces is None:
-            return None
-        q, ends, start, work = self._arriving
-        self._arriving = None
+    def receive(self, sent: tuple) -> Block:
+        whole, q, ends, recurrent, work = sent
         work.wait()
-        ends = torch.view_as_complex(ends)
-        start, *self._memory = (None,) * 3 if start is None else recurrent_fields(start, like=self._start)
-        state = merged_cema(q, ends, pieces.sources, pieces.steps, _of_open(pieces, start))
-        return args, kwargs | {"state": _with_rest(pieces, state, start)}
+        pieces = self.pieces
+        whole = whole if recurrent is None else with_recurrent(whole, recurrent)
+        ends, begun = torch.view_as_complex(ends), self._before_piece(whole.cema)
+        cema = merged_cema(q, ends, pieces.sources, pieces.steps, begun)
+        return state_of_piece(whole, pieces)._replace(cema=self._with_rest(cema, whole.cema))
 
-    def attention_behind(
-        self, q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, state: AttentionState | None, return_state: bool,
-        cu_seqlens: Tensor | None, lengths: Tensor | None, **options: Any,
-    ) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
-        """`chunked_attention` of the piece, behind the last chunk of the piece before."""
-        added = 0
-        if self._pieces is not None:
-            (q, k, v), added, (cu_seqlens, lengths) = self._behind(q, k, v, state, chunk_size, cu_seqlens, lengths)
-        result = chunked_attention(
-            q, k, v, chunk_size=chunk_size, state=state, cu_seqlens=cu_seqlens, lengths=lengths,
-            return_state=return_state, **options,
-        )  # fmt: skip
-        return (result[0][:, added:], result[1]) if return_state else result[:, added:]
-
-    def memory_behind(
-        self, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
-        cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """`read_write_and_keep` of the piece, from the memory that the pieces before it have written."""
-        if (pieces := self._pieces) is None:
-            return read_write_and_keep(
-                q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, to_end, inplace
-            )  # fmt: skip
-        kept, added = None, 0
-        if state is not None:
-            memory, mass = self._memory
-            rows = slice(pieces.first, pieces.first + pieces.count) if pieces.is_packed else slice(None)
-            state = WorkingMemoryState(memory[rows], mass[rows], state.k[rows], state.position[rows], state.v)
-            kept = AttentionState(state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks))
-        if visible_chunks > 1:
-            (q, k, v), added, (cu_seqlens, lengths) = self._behind(q, k, v, kept, chunk_size, cu_seqlens, lengths)
-        o, *after = memory_of_piece(
-            q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, inplace, pieces, self._group
-        )  # fmt: skip
-        return o[:, added:], *after
+    def carry(self, op: Callable, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        """Call an op behind the last chunk of the piece before, if it sees two; a memory is that of all pieces before."""
+        (q, k, v), added, sequences = self._behind(q, k, v, **options)
+        if op is read_write_and_keep:
+            op = partial(memory_of_piece, pieces=self.pieces, group=self.group)
+        result = op(q, k, v, **options, **sequences.keywords)
+        return (result[0][:, added:], *result[1:]) if isinstance(result, tuple) else result[:, added:]
 
     def _behind(
-        self, q: Tensor, k: Tensor, v: Tensor, kept: AttentionState | None, chunk_size: int,
-        cu_seqlens: Tensor | None, lengths: Tensor | None,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], int, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
-        """q, k, v behind the last chunk of the piece before, whose q is 0; how many steps that is; where sequences end.
-
-        kept: what the state of the piece's sequences has kept of the steps before them.
-        """
-        pieces = self._pieces
-        last = [_last_steps(pieces, x, kept, name, chunk_size) for name, x in (("k", k), ("v", v))]
-        before = hand_on(torch.cat(last, -1), pieces.after, pieces.before, self._group)
-        before = before if pieces.sources else before[:, :0]
-        added, sizes = before.shape[1], [k.shape[-1], v.shape[-1]]
+        self, q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, visible_chunks: int,
+        state: AttentionState | WorkingMemoryState | None, **_: Any,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], int, Sequences]:  # fmt: skip
+        """q, k, v behind the last chunk of the piece before, with zeros for its q; its length; where sequences lie then."""
+        if visible_chunks == 1:
+            return (q, k, v), 0, self
+        last = [_last_chunk(self.pieces, x, state, name, chunk_size) for name, x in (("k", k), ("v", v))]
+        before = hand_on(torch.cat(last, -1), self.pieces.after, self.pieces.before, self.group)
+        before = before if self.pieces.sources else before[:, :0]
+        added, sizes, offsets = before.shape[1], [k.shape[-1], v.shape[-1]], self.cu_seqlens
         k, v = (torch.cat(parts, 1) for parts in zip(before.split(sizes, -1), (k, v)))
-        cu_seqlens = None if cu_seqlens is None else torch.cat([cu_seqlens[:1], cu_seqlens[1:] + added])
-        lengths = None if lengths is None else lengths + added * (lengths > 0)
-        return (F.pad(q, (0, 0, 0, 0, added, 0)), k, v), added, (cu_seqlens, lengths)
+        offsets = None if offsets is None else torch.cat([offsets[:1], offsets[1:] + added])
+        lengths = None if self.lengths is None else self.lengths + added * (self.lengths > 0)
+        return (F.pad(q, (0, 0, 0, 0, added, 0)), k, v), added, Sequences(offsets, lengths)
 
-    def leave_block(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Forgets what the block needs no more."""
-        self._pieces = self._start = self._memory = None
+    def _exchanged(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The positions of x (B, L, D) whose end the ranks exchange, as arguments of an op."""
+        return (x[:, slice(*self.pieces.tail)], {}) if self.pieces.is_packed else (x, {"lengths": self.lengths})
+
+    def _before_piece(self, start: Tensor | None) -> Tensor | None:
+        """The states (R, ...) before the sequences that are open where the piece begins, of those of all (S, ...)."""
+        pieces = self.pieces
+        if start is None or not pieces.is_packed:
+            return start
+        return start[pieces.first : pieces.first + 1] if pieces.continues else start.new_zeros((1, *start.shape[1:]))
+
+    def _with_rest(self, carried: Tensor, start: Tensor | None) -> Tensor:
+        """The states of the piece's sequences: of the one that was open before (1, ...), and of those that begin here."""
+        pieces = self.pieces
+        if not pieces.is_packed:
+            return carried
+        known = int(pieces.continues)
+        begin = slice(pieces.first + known, pieces.first + pieces.count)
+        shape = (pieces.count - known, *carried.shape[1:])
+        return torch.cat([carried[:known], carried.new_zeros(shape) if start is None else start[begin]])
 
 
-def _exchanged(pieces: Pieces, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The steps of a piece (B, L, D) whose end the ranks exchange, as arguments of an op."""
-    if pieces.is_packed:
-        return x[:, slice(*pieces.tail)], {}
-    return x, {} if pieces.lengths is None else {"lengths": torch.tensor(pieces.lengths, device=x.device)}
+def _last_chunk(
+    pieces: Pieces, x: Tensor, kept: AttentionState | WorkingMemoryState | None, name: str, chunk_size: int
+) -> Tensor:
+    """(R, C, ...): the last chunk of the sequences that are open where the piece ends, of x, whose name in `kept` is given.
 
-
-def _last_steps(pieces: Pieces, x: Tensor, kept: AttentionState | None, name: str, chunk_size: int) -> Tensor:
-    """(R, C, ...): the last chunk of the sequences that are open where the piece ends, of x, which `kept` has under a name.
-
-    A chunk that began before the whole batch has its first steps in `kept`. Of sequences that end in the piece, of which no
-    other piece reads, the steps are any.
+    A chunk that began before the whole batch has its first rows in `kept`. Of sequences that end in the piece the values
+    are arbitrary: no other rank reads them.
     """
     begin, end = pieces.tail or (0, x.shape[1])
     own = x[:, max(begin, end - chunk_size) : end]
     missing = chunk_size - own.shape[1]
     if kept is None or not missing:
         return F.pad(own, (0, 0, 0, 0, missing, 0))
-    cache, count = getattr(kept, name), kept.position
+    cache, count = getattr(kept, name), kept_rows(kept.position, chunk_size, visible_chunks=2)
     if pieces.is_packed:
         cache, count = cache[-1:], count[-1:]
     rows = (count[:, None] + torch.arange(-missing, 0, device=count.device)).clamp(min=0)
     return torch.cat([cache[torch.arange(len(cache), device=count.device)[:, None], rows], own], 1)
-
-
-def _of_open(pieces: Pieces, start: Tensor | None) -> Tensor | None:
-    """The states (R, ...) before the sequences that are open where the piece begins, of those of all (S, ...)."""
-    if start is None or not pieces.is_packed:
-        return start
-    return start[pieces.first : pieces.first + 1] if pieces.continues else start.new_zeros((1, *start.shape[1:]))
-
-
-def _with_rest(pieces: Pieces, of_open: Tensor, start: Tensor | None) -> Tensor:
-    """The states of the piece's sequences: of the one that was open before (1, ...), and of those that begin here."""
-    if not pieces.is_packed:
-        return of_open
-    known = int(pieces.continues)
-    begin = slice(pieces.first + known, pieces.first + pieces.count)
-    shape = (pieces.count - known, *of_open.shape[1:])
-    return torch.cat([of_open[:known], of_open.new_zeros(shape) if start is None else start[begin]])

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from ..model.encoder import MegalodonEncoder
 from ..model.generation import TokenStream
 from ..model.megalodon import Megalodon, masked_targets
 from ..model.model_state import MegalodonState
+from ..model.sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import check_reduction, has_integers
 from .alike import check_alike
-from .chunk import Hooks
+from .chunk import ShardedSequences
 from .exchange import TotalLoss
 from .fsdp import gathered, whole_model
-from .pieces import Pieces, pieces_of
-from .shard_states import state_of_piece, whole_state
+from .pieces import pieces_of
+from .shard_states import whole_state
 from .tensor import joined_state, split_state
 from .tensor_layers import CHANNELS, exchanged
 
@@ -45,8 +47,6 @@ def become_parallel(model: Megalodon, ranks: Ranks) -> ParallelMegalodon | Paral
     """Makes a model one that is called by several ranks, in place."""
     model.__class__ = ParallelMegalodonEncoder if isinstance(model, MegalodonEncoder) else ParallelMegalodon
     model._ranks = ranks
-    if ranks.chunk is not None:
-        Hooks(model, ranks.chunk)
     return model
 
 
@@ -97,10 +97,9 @@ class ParallelMegalodon(_OfRanks, Megalodon):
     the piece's.
 
     How it works: the model's own forward runs on every rank, on what the rank has. FSDP2 (fsdp.py) gathers a block's
-    parameters before the block and averages gradients after it. On a chunk group, hooks (chunk.py) give each block the
-    states that the rank's piece begins with. On a tensor group, the layers themselves (tensor.py) hold a part of their
-    parameters and exchange activations. What is left to this class is what goes in and what comes out: it cuts states
-    and lengths to the rank's piece, adds losses up, and puts states together again.
+    parameters before the block and averages gradients after it. On a chunk group, a block asks the sequences that it is
+    called with (chunk.py) for the states that the rank's piece begins with. On a tensor group, layers (tensor.py) hold a
+    part of their parameters and exchange activations. This class cuts lengths and adds up losses and states.
 
     Every rank must make every call. Ranks that share a sequence or layers compare what they are called with, by one
     small exchange, and raise the same ValueError where it differs.
@@ -108,45 +107,43 @@ class ParallelMegalodon(_OfRanks, Megalodon):
 
     def _compute(
         self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
-        state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences: Any,
+        state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences,
     ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
         """Features or logits of the piece, or the loss, and the state of the whole sequences; see the class."""
         check_reduction(reduction)
-        ranks, own, pieces = self._ranks, state, None
+        ranks, own = self._ranks, state
         wanted = f"loss, {reduction} without {ignore_index}"
         wanted = "features" if features else "logits" if targets is None else wanted
-        facts = {"call": wanted, "return_state": return_state, **_facts_of(state, len(tokens), **sequences)}
+        facts = {"call": wanted, "return_state": return_state, **_facts_of(state, len(tokens), sequences)}
         with self._anew_after_errors():
             if ranks.chunk is not None:
                 widths = check_alike("Megalodon", facts, ranks.chunk, own=tokens.shape[1])
-                pieces = self._pieces(widths, state, len(tokens), **sequences)
-                own, sequences = _of_piece(pieces, state, tokens.device)
+                sequences = self._sharded(widths, state, tokens, sequences)
             if ranks.tensor is not None:
                 content = {"tokens": tokens, "targets": targets}
                 check_alike("Megalodon", facts | content, ranks.tensor.get_group())
                 own = None if own is None else split_state(own, ranks.tensor, self.config.num_heads)
             result, after = super()._compute(
-                tokens, targets, features, reduction, ignore_index, own, return_state, inplace_state, **sequences
+                tokens, targets, features, reduction, ignore_index, own, return_state, inplace_state, sequences
             )
             if features and ranks.tensor is not None:
                 result = exchanged(result, ranks.tensor, CHANNELS, Replicate())
             if return_state and ranks.tensor is not None:
                 after = joined_state(after, ranks.tensor, self.config.num_heads)
-            if return_state and pieces is not None:
-                after = whole_state(after, state, pieces, self.config, ranks.chunk)
+            if return_state and ranks.chunk is not None:
+                after = whole_state(after, state, sequences.pieces, self.config, ranks.chunk)
             return result, after
 
     def _cross_entropy(
-        self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, cu_seqlens: Tensor | None,
-        lengths: Tensor | None, pieces: Pieces | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, sequences: Sequences
+    ) -> Tensor:
         """The loss of all ranks, or with "none" this rank's losses."""
-        targets = masked_targets(targets, ignore_index, cu_seqlens, lengths)
+        targets = masked_targets(targets, ignore_index, sequences)
         part = "none" if reduction == "none" else "sum"
         if self._ranks.tensor is not None:
             loss = self.output.output.cross_entropy(hidden, targets, part, ignore_index)
         else:
-            loss = super()._cross_entropy(hidden, targets, part, ignore_index, None, None)
+            loss = super()._cross_entropy(hidden, targets, part, ignore_index, Sequences())
         if reduction == "none":
             return loss
         return TotalLoss.apply(loss, (targets != ignore_index).sum(), self._ranks.batch, reduction == "mean")
@@ -162,22 +159,23 @@ class ParallelMegalodon(_OfRanks, Megalodon):
             check_alike("generate", {"prompt": prompt}, self._ranks.chunk, fix=fix)
         return self.alone().stream(prompt, **options)
 
-    def _pieces(
-        self, widths: list[int], state: MegalodonState | None, rows: int, *, cu_seqlens: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> Pieces:  # fmt: skip
-        """How whole sequences lie over the pieces of the chunk group, of `widths` columns each."""
-        for name, values in {"cu_seqlens": cu_seqlens, "lengths": lengths}.items():
+    def _sharded(
+        self, widths: list[int], state: MegalodonState | None, tokens: Tensor, whole: Sequences
+    ) -> ShardedSequences:
+        """The sequences in this rank's piece, by those in the pieces of all ranks, of `widths` columns each."""
+        for name, values in whole.keywords.items():
             if values is not None and (not has_integers(values) or values.dim() != 1):
                 raise ValueError(
                     f"Megalodon: `{name}` must be integers (n,), got {values.dtype} {tuple(values.shape)}."
                 )
-        return pieces_of(
-            dist.get_rank(self._ranks.chunk), widths, rows=rows, chunk_size=self.config.chunk_size,
-            cu_seqlens=None if cu_seqlens is None else cu_seqlens.tolist(),
-            lengths=None if lengths is None else lengths.tolist(),
+        pieces = pieces_of(
+            dist.get_rank(self._ranks.chunk), widths, rows=len(tokens), chunk_size=self.config.chunk_size,
+            **{name: None if values is None else values.tolist() for name, values in whole.keywords.items()},
             positions=None if state is None else state.layers[0].attention.position.tolist(),
         )  # fmt: skip
+        integers = partial(torch.tensor, dtype=torch.int64, device=tokens.device)
+        own = (None if values is None else integers(values) for values in (pieces.cu_seqlens, pieces.lengths))
+        return ShardedSequences(*own, pieces=pieces, group=self._ranks.chunk)
 
 
 class ParallelMegalodonEncoder(_OfRanks, MegalodonEncoder):
@@ -193,20 +191,9 @@ class ParallelMegalodonEncoder(_OfRanks, MegalodonEncoder):
             return super().forward(inputs, **options)
 
 
-def _facts_of(state: MegalodonState | None, rows: int, **sequences: Tensor | None) -> dict[str, Any]:
-    """What names whole sequences in a call, for ranks to compare."""
-    facts = {"rows of tokens": rows, **sequences, "state": "None" if state is None else "given"}
+def _facts_of(state: MegalodonState | None, rows: int, sequences: Sequences) -> dict[str, Any]:
+    """Names and values of a call's whole sequences, for ranks to compare."""
+    facts = {"rows of tokens": rows, **sequences.keywords, "state": "None" if state is None else "given"}
     if state is None:
         return facts
     return facts | {"state.norm.count": state.norm.count, "position in state": state.layers[0].attention.position}
-
-
-def _of_piece(
-    pieces: Pieces, state: MegalodonState | None, device: torch.device
-) -> tuple[MegalodonState | None, dict[str, Any]]:
-    """The arguments of a call that name whole sequences, for a piece, and the piece, for the hooks."""
-    sequences: dict[str, Any] = {"pieces": pieces} | {
-        name: None if values is None else torch.tensor(values, dtype=torch.int64, device=device)
-        for name, values in (("cu_seqlens", pieces.cu_seqlens), ("lengths", pieces.lengths))
-    }
-    return None if state is None else state_of_piece(state, pieces), sequences

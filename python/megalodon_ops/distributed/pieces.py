@@ -18,9 +18,7 @@ class Pieces:
     begin: int  # the column at which the piece begins
     spans: tuple[tuple[int, int], ...]  # (S,) columns [begin, end) of each whole sequence
     end_here: tuple[int, ...]  # the sequences whose last step the piece holds
-    sources: tuple[
-        int, ...
-    ]  # ranks before this one that hold steps of the sequences open at the beginning of the piece
+    sources: tuple[int, ...]  # earlier ranks with positions of the sequences that are open where the piece begins
     steps: tuple[int, ...]  # how many steps each of these holds
     before: int | None = None  # if the piece has columns: the nearest ranks before and after this one that have some
     after: int | None = None

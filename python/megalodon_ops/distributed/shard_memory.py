@@ -29,9 +29,9 @@ NOTHING = -1e4
 
 def memory_of_piece(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
-    cu_seqlens: Tensor | None, lengths: Tensor | None, inplace: bool, pieces: Pieces, group: ProcessGroup,
+    cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool, pieces: Pieces, group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """:func:`read_write_and_keep` to the end of a piece.
+    """:func:`read_write_and_keep` of a piece, always to its end.
 
     Args:
         q, k, v, cu_seqlens, lengths: where attention sees two chunks, the chunk before the piece comes first if there is

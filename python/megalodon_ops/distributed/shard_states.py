@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
-from ..model.blocks import BlockState, MemoryBlockState
+from ..model.blocks import BlockState
 from ..model.config import MegalodonConfig
+from ..model.gecko_block import MemoryBlockState
 from ..model.model_state import MegalodonState, complete
 from ..ops.adaptive_working_memory.adaptive_working_memory import kept_rows
 from ..ops.common.states import AttentionState, TimestepNormState
@@ -21,24 +22,20 @@ from .pieces import Pieces
 Block = BlockState | MemoryBlockState
 
 
-def state_of_piece(state: MegalodonState, pieces: Pieces) -> MegalodonState:
-    """The state as the hooks of chunk parallel take it: of whole sequences, but for attention, which takes its piece's.
+def state_of_piece(whole: Block, pieces: Pieces) -> Block:
+    """The state of a block before the piece's sequences; that of one that began in a piece before is arbitrary.
 
-    Attention's is None where no sequence begins in the piece: a piece ends at a chunk boundary, with an empty chunk.
+    All fields are None where no sequence begins in the piece, or none of its fields is given.
     """
-    layers = [layer._replace(attention=_attention_of_piece(layer.attention, pieces)) for layer in state.layers]
-    return MegalodonState(tuple(layers), state.norm)
-
-
-def _attention_of_piece(attention: AttentionState, pieces: Pieces) -> AttentionState | None:
-    if not pieces.begin_here():
-        return None
+    if not pieces.begin_here() or whole.cema is None:
+        return type(whole)(*(None,) * len(whole))
     if not pieces.is_packed:
-        return attention
-    k, v, position = (tensor[pieces.first : pieces.first + pieces.count] for tensor in attention)
-    if pieces.continues:
-        position = position.index_fill(0, torch.zeros(1, dtype=torch.int64, device=position.device), 0)
-    return AttentionState(k, v, position)
+        return whole
+    own = slice(pieces.first, pieces.first + pieces.count)
+    state = tree_map_only(Tensor, lambda tensor: tensor[own], whole)
+    k, v, position = state.attention
+    is_new = torch.arange(len(position), device=position.device) >= int(pieces.continues)
+    return state._replace(attention=AttentionState(k, v, position.where(is_new, 0)))  # a piece begins with a new chunk
 
 
 def whole_state(
@@ -59,8 +56,8 @@ def whole_state(
 
     def recurrent(
         norm: TimestepNormState, block: Block | None, old_norm: TimestepNormState | None, old_block: Block | None
-    ) -> tuple[TimestepNormState, list[Tensor]]:
-        """What recurs over steps, in one exchange: the state of a norm, and :func:`recurrent_fields` of a block."""
+    ) -> tuple[TimestepNormState, Block | None]:
+        """The whole state of a norm and, of a block, the fields that recur over positions, by one exchange."""
         flat, groups = _flat(norm, block), norm.mean.shape[1]
         others = flat.new_zeros((len(lengths), flat.shape[1])) if old_norm is None else _flat(old_norm, old_block)
         whole = rows_of_all(flat.index_select(0, local), own_rows, others, other_rows, group)
@@ -68,7 +65,7 @@ def whole_state(
         mean, var, residual, rest = torch.split_with_sizes_copy(whole, sizes, 1)  # no views: FSDP2 warns of them
         count = lengths if old_norm is None else old_norm.count + lengths
         state = TimestepNormState(count, mean, var, residual.detach().unflatten(1, (2, groups)))
-        return state, [] if block is None else recurrent_fields(rest, like=block)
+        return state, None if block is None else with_recurrent(block, rest)
 
     @torch.no_grad()
     def kept(new: Tensor, old: Tensor | None, filled: int) -> Tensor:
@@ -80,36 +77,37 @@ def whole_state(
     old = None if before is None else complete(before)
     layers = []
     for layer, of_old in zip(after.layers, (None,) * len(after.layers) if old is None else old.layers):
-        norm, (cema, *memory) = recurrent(layer.norm, layer, None if of_old is None else of_old.norm, of_old)
+        norm, block = recurrent(layer.norm, layer, None if of_old is None else of_old.norm, of_old)
         seen = lengths if of_old is None else of_old.attention.position + lengths
         position = kept_rows(seen, config.chunk_size, config.visible_chunks)
         filled = int(position.max())
         caches = zip(_caches(layer), [None] * 3 if of_old is None else _caches(of_old))
         k, v, *memory_k = (kept(new, others, filled) for new, others in caches)
-        state = BlockState(norm, cema, AttentionState(k, v, position))
-        if memory:
-            matrix, mass = memory
-            is_written = norm.count >= config.kept_steps
-            state = MemoryBlockState(*state, matrix, mass.where(is_written[:, None, None], 0), *memory_k)
-        layers.append(state)
+        block = block._replace(norm=norm, attention=AttentionState(k, v, position))
+        if memory_k:
+            is_written = (norm.count >= config.kept_steps)[:, None, None]
+            block = block._replace(memory_mass=block.memory_mass.where(is_written, 0), memory_k=memory_k[0])
+        layers.append(block)
     norm, _ = recurrent(after.norm, None, None if old is None else old.norm, None)
     return tree_map(torch.clone, MegalodonState(tuple(layers), norm))  # FSDP2 warns of outputs that are views
 
 
 def flat_recurrent(block: Block) -> Tensor:
     """(S, F): CEMA's state and, if there is one, the memory and its mass."""
-    memory = [block.memory.flatten(1), block.memory_mass.flatten(1)] if isinstance(block, MemoryBlockState) else []
-    return torch.cat([torch.view_as_real(block.cema).flatten(1), *memory], 1)
+    return torch.cat([field.flatten(1) for field in _recurrent(block).values()], 1)
 
 
-def recurrent_fields(flat: Tensor, like: Block) -> list[Tensor]:
-    """What :func:`flat_recurrent` has put together, for a block like this one: CEMA's state, the memory, its mass."""
-    real = [torch.view_as_real(like.cema)]
-    if isinstance(like, MemoryBlockState):
-        real += [like.memory, like.memory_mass]
-    parts = torch.split_with_sizes_copy(flat, [part.shape[1:].numel() for part in real], 1)
-    cema, *memory = (part.unflatten(1, of.shape[1:]) for part, of in zip(parts, real))
-    return [torch.view_as_complex(cema), *memory]
+def with_recurrent(block: Block, flat: Tensor) -> Block:
+    """The state of a block with what :func:`flat_recurrent` has put together of such a one."""
+    fields = _recurrent(block)
+    parts = torch.split_with_sizes_copy(flat, [field.shape[1:].numel() for field in fields.values()], 1)
+    new = {name: part.unflatten(1, fields[name].shape[1:]) for name, part in zip(fields, parts)}
+    return block._replace(**new | {"cema": torch.view_as_complex(new["cema"])})
+
+
+def _recurrent(block: Block) -> dict[str, Tensor]:
+    names = ("memory", "memory_mass") if isinstance(block, MemoryBlockState) else ()
+    return {"cema": torch.view_as_real(block.cema), **{name: getattr(block, name) for name in names}}
 
 
 def _caches(block: Block) -> list[Tensor]:

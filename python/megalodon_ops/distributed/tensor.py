@@ -39,6 +39,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_map
 
+from ..model.gecko_block import GeckoAttention
 from ..model.blocks import BlockState
 from ..model.config import MegalodonConfig
 from ..model.megalodon import Megalodon
@@ -124,7 +125,7 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
     """Raise a ValueError if a model cannot be split over so many ranks."""
     if ranks == 1:
         return
-    if config.working_memory or config.visible_chunks > 1:
+    if GeckoAttention.serves(config):
         unsplit = "a working memory or attention to two chunks"
         raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model with {unsplit}, got {ranks}.")
     for field in ("norm_num_groups", "value_dim", "ffn_hidden_dim"):
@@ -180,6 +181,6 @@ def _parts(
 
     def of_block(block: BlockState) -> BlockState:
         cema = torch.view_as_complex(part(torch.view_as_real(block.cema), 1))
-        return BlockState(of_norm(block.norm), cema, None if block.attention is None else of_attention(block.attention))
+        return BlockState(of_norm(block.norm), cema, of_attention(block.attention))
 
     return MegalodonState(tuple(map(of_block, state.layers)), of_norm(state.norm))

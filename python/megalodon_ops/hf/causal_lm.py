@@ -13,6 +13,7 @@ from transformers.utils import can_return_tuple
 
 from ..model.blocks import at_least_float32
 from ..model.megalodon import Megalodon
+from ..model.sequences import Sequences
 from .arguments import IGNORED, Batch, kept_steps, read_batch, select, targets_of
 from .cache import CACHE, MegalodonCache
 from .configuration import MegalodonHFConfig
@@ -39,20 +40,19 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         if not batch.holds_embeddings:
             if lengths is not None:
                 given = given.masked_fill(lengths[:, None] == 0, 0)  # padding may be no token
-            model._check(type(self).__name__, "input_ids", given, state, True, batch.cu_seqlens, lengths)
+            model._check(type(self).__name__, "input_ids", given, state, Sequences(batch.cu_seqlens, lengths))
         whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
         size = length if whole else min(model.config.chunk_size, length)
         pieces, kept = [], None
         for begin in range(0, length, size):
             end = min(begin + size, length)
-            part = given[:, begin:end]
+            part, inside = given[:, begin:end], None if lengths is None else (lengths - begin).clamp(0, end - begin)
             piece, state = model._hidden(
                 part * model.config.embedding_scale if batch.holds_embeddings else model._embed(part),
                 state,
                 return_state=batch.returns_cache or end < length,
                 inplace_state=begin > 0,  # the first piece's state is the caller's
-                cu_seqlens=batch.cu_seqlens,
-                lengths=None if lengths is None else (lengths - begin).clamp(0, end - begin),
+                sequences=Sequences(batch.cu_seqlens, inside),
             )
             if steps is None:
                 pieces.append(piece)
@@ -216,8 +216,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
             targets.to(hidden.device),
             reduction="mean" if num_items is None else "sum",
             ignore_index=IGNORED,
-            cu_seqlens=batch.cu_seqlens,
-            lengths=None if batch.padding is None else batch.padding.lengths - 1,  # the last token has no target
+            # the last token has no target
+            sequences=Sequences(batch.cu_seqlens, None if batch.padding is None else batch.padding.lengths - 1),
         )
         return loss if num_items is None else loss / num_items
 

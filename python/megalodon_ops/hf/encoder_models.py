@@ -14,6 +14,7 @@ from ..model.blocks import at_least_float32
 from ..model.encoder import MegalodonEncoder
 from ..model.inputs import check_inputs, check_steps
 from ..model.layers import Linear
+from ..model.sequences import Sequences
 from ..ops.common.checks import check_tensor
 from .arguments import Batch, check_labels, read_batch, select
 from .configuration import MegalodonEncoderHFConfig
@@ -44,15 +45,15 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         """The arguments of a call, checked; the features, each row from column 0 on; what goes into each layer."""
         op, encoder, given = type(self).__name__, self.megalodon, dict(input_ids=input_ids, input_values=input_values)
         batch = read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
-        x, sequences = batch.shifted(), dict(cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
+        x, sequences = batch.shifted(), Sequences(batch.cu_seqlens, batch.lengths)
         if not batch.holds_embeddings:
-            check_inputs(op, batch.name, x, encoder, **sequences, num_features=encoder.config.num_features)
+            check_inputs(op, batch.name, x, encoder, sequences, encoder.config.num_features)
             x = encoder._embed(x)
         elif self.main_input_name == "input_ids":
             x = x * encoder.config.embedding_scale
         with self._recording(output_hidden_states, batch) as layers:
-            features = encoder._hidden(x, **sequences)
-        check_steps(op, batch.name, x, **sequences)
+            features = encoder._hidden(x, sequences)
+        check_steps(op, batch.name, x, sequences)
         return batch, features, layers and tuple(layers)
 
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MegalodonConfig, check_config
-from ..ops.adaptive_working_memory.adaptive_working_memory import read_write_and_keep
-from ..ops.chunked_attention.chunked_attention import chunked_attention
 from ..ops.gated_silu.gated_silu import gated_silu
 from .layers import (
     ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, check_no_state,
     reset_all_parameters,
 )  # fmt: skip
-from ..ops.common.definition import accumulation_dtype, autocast, int64_or_none, is_exporting, num_steps
+from .sequences import Sequences
+from ..ops.common.definition import accumulation_dtype, is_exporting
 from ..ops.normalized_attention.normalized_attention import attend
-from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_table
-from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, fields_of, named_in_programs
+from ..ops.normalized_qk.normalized_qk import rotary_table
+from ..ops.common.states import AttentionState, TimestepNormState, fields_of, named_in_programs
 
 
 @named_in_programs
@@ -41,39 +40,6 @@ class BlockState(NamedTuple):
     attention: AttentionState
 
 
-@named_in_programs
-class MemoryBlockState(NamedTuple):
-    """What a block with a working memory passes on: a :class:`BlockState` and, of a :class:`WorkingMemoryState`, what it lacks.
-
-    Example:
-        >>> import torch, megalodon_ops as mo
-        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, working_memory=True)
-        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
-        >>> state.memory.shape
-        torch.Size([1, 1, 32, 64])
-    """
-
-    norm: TimestepNormState
-    cema: Tensor
-    attention: AttentionState
-    memory: Tensor
-    """(S, H, K, V)"""
-    memory_mass: Tensor
-    """(S, H, K)"""
-    memory_k: Tensor
-    """(S, C, H, K)"""
-
-    def working_memory(self) -> WorkingMemoryState:
-        """With the values of the attention, and the steps that the norm has counted."""
-        return WorkingMemoryState(self.memory, self.memory_mass, self.memory_k, self.norm.count, self.attention.v)
-
-
-def block_state_type(config: MegalodonConfig) -> type[BlockState] | type[MemoryBlockState]:
-    """What a block of this configuration takes and returns for a state."""
-    return MemoryBlockState if config.working_memory else BlockState
-
-
-_MEMORY_LOGITS = 3.0  # root mean square of the working memory's queries and keys at the start: docs/claims.md
 _LARGEST_ROTARY = 1 << 24  # numbers, 64 MiB in float32; the released models' tables have 2^19 and 2^20
 
 
@@ -84,12 +50,8 @@ class NormalizedAttention(WideParameters):
     z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
     y = x + wh1 m + wh2 (a * r)
 
-    With `config.working_memory`, gamma and beta have two rows more, for queries and keys without rotary positions, and
-    y = x + wh1 m + wh2 (a * r + adaptive_working_memory(q, k, v)), as in Gecko (arXiv 2601.06463), whose initial queries
-    and keys are, however, 3 sqrt(K) times smaller: so small that no retrieval was learned. With `config.visible_chunks` of 2
-    attention sees the chunk before a step's own, too, and rotary positions go on from chunk to chunk.
-
-    An encoder's has the sequence norm, the bidirectional CEMA and an attention to whole chunks, and no state.
+    An encoder's has the sequence norm, the bidirectional CEMA and an attention to whole chunks, and no state. A
+    configuration with parts of MEGALODON's successor gives an instance of a subclass, which gecko_block.py has.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -98,7 +60,13 @@ class NormalizedAttention(WideParameters):
         torch.Size([2, 10, 64])
     """
 
-    attention, memory = staticmethod(chunked_attention), staticmethod(read_write_and_keep)  # chunk parallel has others
+    other_forms: ClassVar[list[type[NormalizedAttention]]] = []
+    """Subclasses that are made in place of this class, each for the configurations that it `serves`"""
+    state_type: ClassVar[type[tuple]] = BlockState
+
+    def __new__(cls, config: MegalodonConfig | None = None, *_: Any, **options: Any) -> NormalizedAttention:
+        forms = cls.other_forms if cls is NormalizedAttention and isinstance(config, MegalodonConfig) else ()
+        return super().__new__(next((form for form in forms if form.serves(config)), cls))
 
     def __init__(self, config: MegalodonConfig) -> None:
         check_config("NormalizedAttention", config, any_form=True)
@@ -114,7 +82,7 @@ class NormalizedAttention(WideParameters):
         self.wr = Linear(dim, value_dim)
         self.wh1 = Linear(dim, dim)
         self.wh2 = Linear(value_dim, dim, bias=False)
-        self.gamma, self.beta = (nn.Parameter(torch.empty(4 if config.working_memory else 2, z_dim)) for _ in range(2))
+        self.gamma, self.beta = (nn.Parameter(torch.empty(2, z_dim)) for _ in range(2))
         self.register_buffer("rotary", None, persistent=False)
         self._rotary_made_for = None
         self._keep_rotary()
@@ -124,8 +92,6 @@ class NormalizedAttention(WideParameters):
         """Initialises `gamma` and `beta`; the layers inside have a `reset_parameters` of their own."""
         nn.init.zeros_(self.gamma)
         nn.init.zeros_(self.beta)
-        if self.config.working_memory:
-            nn.init.constant_(self.gamma[2:], _MEMORY_LOGITS * (self.config.z_dim // self.config.num_heads) ** 0.5 - 1)
 
     def _rotary_for(self, like: Tensor) -> tuple:
         """The arguments of :func:`rotary_table` for a table that serves tensors like this one."""
@@ -160,60 +126,48 @@ class NormalizedAttention(WideParameters):
         self,
         x: Tensor,
         *,
-        state: BlockState | MemoryBlockState | None = None,
+        state: BlockState | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
-        **sequences: Tensor | None,
-    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
-        """x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` being the whole block's."""
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        sequences: Sequences | None = None,
+    ) -> Tensor | tuple[Tensor, BlockState]:
+        """x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` being the whole block's.
+
+        sequences: as a model gives them, in the place of cu_seqlens and lengths.
+        """
         config, training = self.config, self.training
         if not config.causal:
             check_no_state("MegalodonBlock", state, return_state)
-        norm_before, cema_state, attention_state, *_ = fields_of("MegalodonBlock", state, block_state_type(config))
-        t, norm_state = self.timenorm(x, state=norm_before, return_state=True, **sequences)
-        v = gated_silu(self.wv(t))  # before cema, whose state may still be on its way from other processes
-        c, cema_state = self.cema(t, state=cema_state, return_state=True, **sequences)
+        sequences = Sequences(cu_seqlens, lengths) if sequences is None else sequences
+        past = self.state_type(*fields_of("MegalodonBlock", state, self.state_type))
+        norm_state = sequences.norm_state(self.timenorm, x, past.norm)
+        t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences.keywords)
+        sent = sequences.send_end(self.cema, t, past)
+        v = gated_silu(self.wv(t))  # while what was sent is on its way
+        past = sequences.receive(sent)
+        c, cema_state = self.cema(t, state=past.cema, return_state=True, **sequences.keywords)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
-        z = self.wz(m)
-        rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
-        gamma, beta, read, seen = self.gamma, self.beta, None, None
-        if config.visible_chunks > 1:
-            seen = norm_state.count - num_steps(x, **sequences)
-        if config.working_memory:  # before the attention, which may overwrite the values of its state
-            gamma, beta = gamma[:2], beta[:2]
-            read, memory = self._read_and_write(z, v, state, return_state, inplace_state, **sequences)
-        a = attend(
-            z, v, gamma, beta, rotary,
-            num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
-            eps=config.norm_eps, state=attention_state, return_state=return_state, inplace_state=inplace_state,
-            dropkey=config.attention_dropout if training else 0.0, visible_chunks=config.visible_chunks,
-            seen=seen, attention=self.attention, **sequences,
-        )  # fmt: skip
-        if return_state:
-            a, attention_state = a
-        gated = gated_silu(self.wr(m), a)
-        gated = F.dropout(gated if read is None else gated + read, config.hidden_dropout, training)
+        gated, others = self._attend(m, self.wz(m), v, norm_state, past, return_state, inplace_state, sequences)
+        gated = F.dropout(gated, config.hidden_dropout, training)
         y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
-        if not return_state:
-            return y
-        state = BlockState(norm_state, cema_state, attention_state)
-        return y, state if read is None else MemoryBlockState(*state, *memory)
+        return (y, self.state_type(norm_state, cema_state, *others)) if return_state else y
 
-    def _read_and_write(
-        self, z: Tensor, v: Tensor, state: MemoryBlockState | None, with_state: bool, inplace: bool, **sequences
-    ) -> tuple[Tensor, list[Tensor]]:
-        """What z reads of the working memory (B, L, H * V), and the memory's fields of the state, if `with_state`."""
-        config = self.config
-        z, v = autocast(z, v)
-        q, k = normalized_qk(  # in chunks of one step no position turns them
-            z, self.gamma[2:], self.beta[2:], num_heads=config.num_heads, chunk_size=1, eps=config.norm_eps, **sequences
+    def _attend(
+        self, m: Tensor, z: Tensor, v: Tensor, norm_state: TimestepNormState, past: BlockState, return_state: bool,
+        inplace_state: bool, sequences: Sequences,
+    ) -> tuple[Tensor, tuple]:  # fmt: skip
+        """a * r, and what the block's new state has behind its first two fields; `past`: the state before the call."""
+        config, rotary = self.config, self.rotary if self._rotary_made_for == self._rotary_for(z) else None
+        a = attend(
+            z, v, self.gamma, self.beta, rotary,
+            num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
+            eps=config.norm_eps, state=past.attention, return_state=return_state, inplace_state=inplace_state,
+            dropkey=config.attention_dropout if self.training else 0.0, **sequences.keywords,
         )  # fmt: skip
-        cu_seqlens, lengths = (int64_or_none(sequences.get(name)) for name in ("cu_seqlens", "lengths"))
-        read, *memory = self.memory(
-            q, k, v.unflatten(-1, (config.num_heads, -1)), config.chunk_size, config.visible_chunks,
-            None if state is None else MemoryBlockState(*state).working_memory(), cu_seqlens, lengths, with_state, inplace,
-        )  # fmt: skip
-        return read.flatten(-2), memory
+        a, state = a if return_state else (a, None)
+        return gated_silu(self.wr(m), a), (state,)
 
 
 class NormalizedFFN(WideParameters):
@@ -276,9 +230,9 @@ class MegalodonBlock(nn.Module):
         reset_all_parameters(self)
 
     def forward(
-        self, x: Tensor, *, state: BlockState | MemoryBlockState | None = None, return_state: bool = False, **options
-    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
-        """x (B, L, D); options as in :func:`normalized_attention`: inplace_state, cu_seqlens, lengths."""
+        self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
+    ) -> Tensor | tuple[Tensor, BlockState]:
+        """x (B, L, D); options as of the first half: inplace_state, cu_seqlens and lengths, or `sequences`."""
         y = self.mega(x, state=state, return_state=return_state, **options)
         if return_state:
             y, state = y

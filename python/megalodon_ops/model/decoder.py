@@ -184,11 +184,9 @@ class Decoder:
         return logits
 
     def _has_room(self, steps: int) -> bool:
-        """Whether no sequence fills its cache in a call of so many steps, in which a chunk would be dropped from it."""
-        config = self._model.config
-        if config.visible_chunks == 1:
-            return True
-        return int(self._state.layers[0].attention.position.max()) + steps < config.kept_steps
+        """Return True if no sequence fills its cache in a call of so many steps, for then a chunk leaves it."""
+        config, position = self._model.config, self._state.layers[0].attention.position
+        return config.visible_chunks == 1 or int(position.max()) + steps < config.kept_steps
 
     def _rotary_table(self, tokens: Tensor) -> Tensor | None:
         """Of these tokens, where positions go on from chunk to chunk."""

@@ -15,6 +15,7 @@ from .config import MegalodonConfig, check_config
 from .folder import load_model, save_model
 from .inputs import check_inputs, check_steps, embedded
 from .layers import Embedding, Linear, SequenceNorm, check_no_state, reset_all_parameters
+from .sequences import Sequences
 from ..ops.gated_silu.gated_silu import gated_silu
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
 from ..ops.common.checks import check_device, check_flag, check_rank, check_size
@@ -81,8 +82,8 @@ class _Head(nn.Module):
         self.proj = Linear(dim, dim)
         self.classes = Linear(dim, num_classes)
 
-    def forward(self, h: Tensor, **sequences: Tensor | None) -> Tensor:
-        return self.classes(MegalodonEncoder.pool(gated_silu(self.proj(h) + h), **sequences))
+    def forward(self, h: Tensor, **offsets: Tensor | None) -> Tensor:
+        return self.classes(MegalodonEncoder.pool(gated_silu(self.proj(h) + h), **offsets))
 
 
 class MegalodonEncoder(nn.Module):
@@ -172,18 +173,18 @@ class MegalodonEncoder(nn.Module):
         """
         check_flag("MegalodonEncoder", "features", features)
         check_no_state("MegalodonEncoder", state, return_state)
-        sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
-        check_inputs("MegalodonEncoder", "inputs", inputs, self, **sequences, num_features=self.config.num_features)
-        x = self._hidden(self._embed(inputs), **sequences)
-        check_steps("MegalodonEncoder", "inputs", x, **sequences)  # here: the ops have checked offsets and lengths
-        return x if features or self.classifier is None else at_least_float32(self.classifier(x, **sequences))
+        sequences = Sequences(cu_seqlens, lengths)
+        check_inputs("MegalodonEncoder", "inputs", inputs, self, sequences, self.config.num_features)
+        x = self._hidden(self._embed(inputs), sequences)
+        check_steps("MegalodonEncoder", "inputs", x, sequences)  # here: the ops have checked offsets and lengths
+        return x if features or self.classifier is None else at_least_float32(self.classifier(x, **sequences.keywords))
 
-    def _hidden(self, x: Tensor, **sequences: Tensor | None) -> Tensor:
+    def _hidden(self, x: Tensor, sequences: Sequences) -> Tensor:
         """The features of embeddings (B, L, D)."""
-        recompute = recomputes_layers(self)
+        recompute, options = recomputes_layers(self), dict(sequences=sequences)
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False, **sequences) if recompute else layer(x, **sequences)
-        return self.final_norm(x, **sequences)
+            x = checkpoint(layer, x, use_reentrant=False, **options) if recompute else layer(x, **options)
+        return self.final_norm(x, **sequences.keywords)
 
     def features(self, inputs: Tensor, **options: Any) -> Tensor:
         """What the encoder makes of every step, (B, L, D): the final norm's output, zero at padding.

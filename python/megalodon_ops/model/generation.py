@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .decoder import Decoder
 from .sampling import Sampling, check_seeds, numbers_of_seeds
 from .model_state import MegalodonState
+from .sequences import Sequences
 from .stops import Ends, check_stops
 from ..ops.common.definition import check_runs_now
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
@@ -143,7 +144,7 @@ def read(model: nn.Module, tokens: Tensor, lengths: Tensor, state: MegalodonStat
     for start in range(0, max(int(lengths.max()), 1), size):
         left = (lengths - start).clamp(0, size)
         piece = tokens[:, start : start + min(size, int(left.max()))]
-        _, state = model._hidden(model._embed(piece), state, True, start > 0, lengths=left)
+        _, state = model._hidden(model._embed(piece), state, True, start > 0, Sequences(lengths=left))
     return state
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .sequences import Sequences
 from ..ops.common.checks import check_optional_tensor, check_tensor
 
 
@@ -29,13 +30,12 @@ def embedded(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor
 
 
 def check_inputs(
-    op: str, argument: str, inputs: Tensor, model: nn.Module, cu_seqlens: Tensor | None, lengths: Tensor | None,
-    num_features: int | None = None,
-) -> None:  # fmt: skip
+    op: str, argument: str, inputs: Tensor, model: nn.Module, sequences: Sequences, num_features: int | None = None
+) -> None:
     """Raises unless what `op` calls `argument` is tokens or, with `num_features`, numbers (B, L, F)."""
     check_tensor(op, argument, inputs)
-    check_optional_tensor(op, "cu_seqlens", cu_seqlens)
-    check_optional_tensor(op, "lengths", lengths)
+    for name, tensor in sequences.keywords.items():
+        check_optional_tensor(op, name, tensor)
     if num_features is None:
         fits = inputs.dim() == 2 and inputs.dtype in (torch.int64, torch.int32)
         wanted = "integers (B, L), int64 or int32"
@@ -48,9 +48,7 @@ def check_inputs(
         raise ValueError(f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there.")
 
 
-def check_steps(
-    op: str, argument: str, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
-) -> None:
+def check_steps(op: str, argument: str, x: Tensor, sequences: Sequences) -> None:
     """Raises where a sequence of x (B, L, ...) has no step: what an encoder makes of a row would be of nothing.
 
     Nobody looks at values on a GPU, which would have to be waited for, or in a program that is compiled.
@@ -58,10 +56,10 @@ def check_steps(
     if torch.compiler.is_compiling():
         return
     steps = torch.full(x.shape[:1], x.shape[1])
-    if cu_seqlens is not None:
-        argument, steps = "cu_seqlens", cu_seqlens.diff()
-    elif lengths is not None:
-        argument, steps = "lengths", lengths
+    if sequences.cu_seqlens is not None:
+        argument, steps = "cu_seqlens", sequences.cu_seqlens.diff()
+    elif sequences.lengths is not None:
+        argument, steps = "lengths", sequences.lengths
     if steps.device.type == "cpu" and len(empty := (steps == 0).nonzero()):
         raise ValueError(
             f"{op}: `{argument}` must leave a step to every row, got none for row {empty[0].item()}; leave it out."

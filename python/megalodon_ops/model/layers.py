@@ -83,8 +83,7 @@ def _of_whole_rows(op: Callable[..., Tensor]) -> Callable[..., Any]:
     """The op, to be called as one with a state: `state` must be None, and None is what `return_state` adds."""
 
     def called(*tensors: Tensor, state: None = None, return_state: bool = False, **options) -> Any:
-        if state is not None:
-            raise ValueError(f"{op.__name__}: `state` must be None, got {described(state)}; {NO_STATE}.")
+        check_no_state(op.__name__, state, False)
         y = op(*tensors, **options)
         return (y, None) if return_state else y
 

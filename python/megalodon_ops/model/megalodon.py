@@ -18,6 +18,7 @@ from .generation import generate, stream
 from .inputs import check_inputs, embedded, own_weight
 from .layers import Embedding, is_plain_linear, reset_all_parameters
 from .model_state import MegalodonState, check_state
+from .sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from ..ops.common.checks import check_flag, check_integer, check_tensor
 
@@ -188,8 +189,9 @@ class Megalodon(nn.Module):
             ValueError, TypeError: an argument is wrong, or two do not go together. IndexError: a token is outside of the
             vocabulary.
         """
-        sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
-        self._check("Megalodon", "tokens", tokens, state, return_state, **sequences)
+        sequences = Sequences(cu_seqlens, lengths)
+        check_flag("Megalodon", "return_state", return_state)
+        self._check("Megalodon", "tokens", tokens, state, sequences)
         check_flag("Megalodon", "inplace_state", inplace_state)
         check_flag("Megalodon", "features", features)
         if targets is not None:
@@ -197,21 +199,21 @@ class Megalodon(nn.Module):
             if features:
                 raise ValueError("Megalodon: `targets` must be None where features are wanted, got a tensor.")
         result, state = self._compute(
-            tokens, targets, features, reduction, ignore_index, state, return_state, inplace_state, **sequences
+            tokens, targets, features, reduction, ignore_index, state, return_state, inplace_state, sequences
         )
         return (result, state) if return_state else result
 
     def _compute(
         self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
-        state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences: Any,
+        state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences,
     ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
         """Features, logits or the loss, and the state, of arguments that were checked."""
-        hidden, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, **sequences)
+        hidden, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, sequences)
         if features:
             return hidden, state
         if targets is None:
             return at_least_float32(self.output.output(hidden)), state
-        return self._cross_entropy(hidden, targets, reduction, ignore_index, **sequences), state
+        return self._cross_entropy(hidden, targets, reduction, ignore_index, sequences), state
 
     def features(self, tokens: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
         """What the model makes of every token and those before it: the final norm's output, which logits are made of.
@@ -269,51 +271,38 @@ class Megalodon(nn.Module):
         return self(tokens, targets, **options)
 
     def _cross_entropy(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        reduction: str,
-        ignore_index: int,
-        cu_seqlens: Tensor | None,
-        lengths: Tensor | None,
+        self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, sequences: Sequences
     ) -> Tensor:
         """The loss of the normalized last layer (B, L, D)."""
-        targets = masked_targets(targets, ignore_index, cu_seqlens, lengths)
+        targets = masked_targets(targets, ignore_index, sequences)
         output, options = self.output.output, dict(reduction=reduction, ignore_index=ignore_index)
         if is_plain_linear(output) and output.bias is None:
             return linear_cross_entropy(hidden, output.weight, targets, **options)
         return blockwise_cross_entropy(hidden, output, targets, width=self.config.num_outputs, **options)
 
     def _check(
-        self,
-        op: str,
-        argument: str,
-        tokens: Tensor,
-        state: MegalodonState | None,
-        return_state: bool = False,
-        cu_seqlens: Tensor | None = None,
-        lengths: Tensor | None = None,
+        self, op: str, argument: str, tokens: Tensor, state: MegalodonState | None, sequences: Sequences = Sequences()
     ) -> None:
         """Raises where tokens, which `op` calls `argument`, or the state of their past are not what the model takes."""
-        check_flag(op, "return_state", return_state)
-        check_inputs(op, argument, tokens, self, cu_seqlens, lengths)
+        check_inputs(op, argument, tokens, self, sequences)
         if state is not None:
-            rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-            check_state(op, state, self.config, rows, argument if cu_seqlens is None else "cu_seqlens")
+            offsets = sequences.cu_seqlens
+            rows = tokens.shape[0] if offsets is None else offsets.numel() - 1
+            check_state(op, state, self.config, rows, argument if offsets is None else "cu_seqlens")
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embeddings (B, L, D)."""
         return embedded("Megalodon", "tokens", tokens, self)
 
     def _hidden(
-        self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, **sequences
+        self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences
     ) -> tuple[Tensor, MegalodonState | None]:
         """The normalized last layer (B, L, D) and the state after it."""
         recompute = recomputes_layers(self)
         states = (None,) * len(self.layers) if state is None else state.layers
         layer_states = []
         for layer, layer_state in zip(self.layers, states, strict=True):
-            options = dict(state=layer_state, return_state=return_state, **sequences)
+            options = dict(state=layer_state, return_state=return_state, sequences=sequences)
             if recompute:
                 x = checkpoint(layer, x, use_reentrant=False, **options)
             else:
@@ -321,16 +310,18 @@ class Megalodon(nn.Module):
             if return_state:
                 x, layer_state = x
                 layer_states.append(layer_state)
-        norm_state = None if state is None else state.norm
-        x, norm_state = self.output.final_norm(x, state=norm_state, return_state=True, **sequences)
+        norm = self.output.final_norm
+        norm_state = sequences.norm_state(norm, x, None if state is None else state.norm)
+        x, norm_state = norm(x, state=norm_state, return_state=True, **sequences.keywords)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 
     stream = stream
     generate = generate
 
 
-def masked_targets(targets: Tensor, ignore_index: int, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
+def masked_targets(targets: Tensor, ignore_index: int, sequences: Sequences) -> Tensor:
     """The targets (B, L) as int64, `ignore_index` in the place of those in no sequence."""
+    cu_seqlens, lengths = sequences.cu_seqlens, sequences.lengths
     position, targets = torch.arange(targets.shape[1], device=targets.device), targets.long()
     if lengths is not None:
         targets = targets.where(position < lengths[:, None], ignore_index)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _C
-from .blocks import BlockState, MemoryBlockState
+from .blocks import BlockState
 from .config import MegalodonConfig, check_config
 from ..files import file_size, reading, write_atomically, write_safetensors
+from .gecko_block import MemoryBlockState, block_state_type
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.memory import check_fits, is_finite
 from ..ops.common.states import AttentionState, TimestepNormState, named_in_programs
@@ -239,8 +240,8 @@ def check_state(op: str, state: object, config: MegalodonConfig, rows: int, of: 
             "selects and repeats."
         )
     shapes = [(config.model_dim, config.cema_ndim)] * config.num_layers
-    if any(isinstance(layer, MemoryBlockState) != config.working_memory for layer in state.layers):
-        wanted = "with" if config.working_memory else "without"
+    wanted = "with" if block_state_type(config) is MemoryBlockState else "without"
+    if any(isinstance(layer, MemoryBlockState) != (wanted == "with") for layer in state.layers):
         raise ValueError(f"{op}: `state` must be of this model, {wanted} a working memory.")
     if (got := [tuple(layer.cema.shape[1:]) for layer in state.layers]) != shapes:
         wanted, found = (
@@ -342,7 +343,7 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
         for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
             yield f"{prefix}attention.{name}", activations, (rows, config.kept_steps, heads, dim // heads)
         yield f"{prefix}attention.position", torch.int64, (rows,)
-        if config.working_memory:
+        if block_state_type(config) is MemoryBlockState:
             K, V = config.z_dim // heads, config.value_dim // heads
             yield f"{prefix}memory", real, (rows, heads, K, V)
             yield f"{prefix}memory_mass", real, (rows, heads, K)

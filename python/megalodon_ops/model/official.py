@@ -17,6 +17,7 @@ from torch import Tensor
 from .folder import CONFIG, check_dtype, check_tokenizer, kept_files, model_of
 from .config import MegalodonConfig
 from ..files import FileError, as_path, drafting, file_size, read_json, reading, write_atomically
+from .gecko_block import GeckoAttention
 from .megalodon import Megalodon
 from .weights import StoredTensors, plain_tensors
 from ..ops.common.definition import OWN_TYPES
@@ -87,7 +88,7 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         raise TypeError(f"save_official: `model` must be a Megalodon, got {described(model)}.")
     folder, config = as_path("save_official", "directory", directory), model.config
     check_tokenizer("save_official", tokenizer)
-    if config.working_memory or config.visible_chunks > 1:
+    if GeckoAttention.serves(config):
         raise ValueError(
             "save_official: `model` must have no working memory and see one chunk: the released code knows neither."
         )

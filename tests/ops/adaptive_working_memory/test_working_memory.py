@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import megalodon_ops as mo
 from megalodon_ops.model.model_state import named_tensors
-from megalodon_ops.ops.normalized_attention.normalized_attention import attend
+from megalodon_ops.model.sequences import Sequences
 
 GOLDEN = DATA / "gecko" / "awm.safetensors"
 
@@ -184,13 +184,13 @@ def test_what_knows_no_memory_refuses(tmp_path):
 
 def test_attention_to_two_chunks_knows_distances_alone():
     """Positions count from the text's beginning, however far that is."""
-    z, v = torch.randn(2, 21, 8, dtype=torch.float64), torch.randn(2, 21, 6, dtype=torch.float64)
-    gamma, beta = torch.randn(2, 2, 8, dtype=torch.float64).unbind(0)
+    half = tiny_model(torch.float64, visible_chunks=2, chunk_size=4).layers[0].mega
+    m, v = (torch.randn(2, 21, layer.weight.shape[1], dtype=torch.float64) for layer in (half.wz, half.wh2))
+    for parameter in (half.gamma, half.beta):
+        torch.nn.init.normal_(parameter)
 
     def found(chunks):
-        return attend(
-            z, v, gamma, beta, None, num_heads=2, chunk_size=4, rope_base=1e4, eps=1e-5, state=None, return_state=False,
-            inplace_state=False, dropkey=0.0, visible_chunks=2, seen=4 * torch.tensor(chunks),
-        )  # fmt: skip
+        norm = mo.TimestepNormState(21 + 4 * torch.tensor(chunks), None, None)
+        return half._attend(m, half.wz(m), v, norm, mo.BlockState(None, None, None), False, False, Sequences())[0]
 
     assert_close(found([10**7, 3]), found([0, 0]), tolerance=1e-9)

@@ -115,6 +115,7 @@ def read_write_and_keep(
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What :func:`read_and_write` gives, and k of the state after it, if `to_end`; `inplace` writes k of the given state."""
+    cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, to_end)
     if not to_end:
         return o, memory, mass, k[:, :0]

@@ -113,28 +113,13 @@ def chunked_attention(
         )
     if visible_chunks == 2:
         return _to_two_chunks(q, k, v, state, chunk_size, scale, return_state, inplace_state, cu_seqlens, lengths)
-    o, _ = call(
-        chunked_attention_fwd,
-        q,
-        k,
-        v,
-        cache_k,
-        cache_v,
-        position,
-        chunk_size,
-        causal,
-        scale,
-        dropkey,
-        dropkey_seed,
-        cu_seqlens,
-        lengths,
-    )
+    kept = (cache_k, cache_v, position, chunk_size)
+    o, _ = call(chunked_attention_fwd, q, k, v, *kept, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths)
     if inplace_state:
         call(chunked_attention_state_, k.detach(), v.detach(), *state, chunk_size, cu_seqlens, lengths)
         return (o, state) if return_state else o
     if return_state:
-        kept = (cache_k, cache_v, position, chunk_size, cu_seqlens, lengths)
-        return o, AttentionState(*call(chunked_attention_state, k.detach(), v.detach(), *kept))
+        return o, AttentionState(*call(chunked_attention_state, k.detach(), v.detach(), *kept, cu_seqlens, lengths))
     return o
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
 from ..chunked_attention.chunked_attention import chunked_attention
-from ..common.definition import accumulation_dtype, autocast
-from ..normalized_qk.normalized_qk import rotary_table_of, rotated_queries_and_keys
+from ..common.definition import autocast
+from ..normalized_qk.normalized_qk import rotated_queries_and_keys
 from ..common.states import AttentionState, fields_of
 from ..common.checks import check_size, check_tensor
 
@@ -102,17 +100,10 @@ def attend(
     inplace_state: bool,
     dropkey: float,
     dropkey_seed: Tensor | None = None,
-    visible_chunks: int = 1,
-    seen: Tensor | None = None,
-    attention: Callable = chunked_attention,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    """:func:`normalized_attention` with a rotary table as :func:`rotated_queries_and_keys` takes it.
-
-    visible_chunks: as of :func:`chunked_attention`; rotary positions then go on from chunk to chunk. seen: (S,) the steps
-    before this call, where it is above 1. attention: called as :func:`chunked_attention` is.
-    """
+    """:func:`normalized_attention` with a rotary table as :func:`rotated_queries_and_keys` takes it."""
     z, v = autocast(z, v)
     num_heads = check_size("normalized_attention", "num_heads", num_heads)
     if v.dim() != 3 or (z.dim() == 3 and v.shape[:2] != z.shape[:2]):
@@ -121,32 +112,16 @@ def attend(
         )
     if v.shape[-1] % num_heads:
         raise ValueError(f"normalized_attention: `num_heads` must divide v's last axis {v.shape[-1]}, got {num_heads}.")
-    grid = {"chunk_size": chunk_size, "position": fields_of("normalized_attention", state, AttentionState)[2]}
-    if visible_chunks > 1:
-        rotary, grid = _positions_that_go_on(z, num_heads, rope_base, seen, cu_seqlens)
     q, k = rotated_queries_and_keys(
-        z, gamma, beta, rotary, num_heads=num_heads, rope_base=rope_base, eps=eps, cu_seqlens=cu_seqlens,
-        lengths=lengths, **grid,
+        z, gamma, beta, rotary, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
+        position=fields_of("normalized_attention", state, AttentionState)[2], cu_seqlens=cu_seqlens, lengths=lengths,
     )  # fmt: skip
-    result = attention(
-        q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, visible_chunks=visible_chunks, causal=causal, state=state,
-        return_state=return_state, inplace_state=inplace_state, dropkey=dropkey, dropkey_seed=dropkey_seed, cu_seqlens=cu_seqlens, lengths=lengths,
+    result = chunked_attention(
+        q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, causal=causal, state=state,
+        return_state=return_state, inplace_state=inplace_state, dropkey=dropkey, dropkey_seed=dropkey_seed,
+        cu_seqlens=cu_seqlens, lengths=lengths,
     )  # fmt: skip
     if return_state:
         o, state = result
         return o.flatten(-2), state
     return result.flatten(-2)
-
-
-def _positions_that_go_on(
-    z: Tensor, num_heads: int, rope_base: float, seen: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, dict]:
-    """A rotary table with a row for each token of z (B, L, ...), and the grid on which the token finds its row."""
-    (B, L), device = z.shape[:2], z.device
-    rows, steps = max(B * L, 1), torch.arange(max(B * L, 1), device=device)  # a table has a row at least
-    offsets = torch.arange(B + 1, device=device) * L if cu_seqlens is None else cu_seqlens
-    begins = offsets[:-1]
-    if len(begins):
-        steps -= (begins - seen)[torch.bucketize(steps, offsets[1:], right=True).clamp(max=len(begins) - 1)]
-    table = rotary_table_of(steps, z.shape[2] // num_heads, rope_base, accumulation_dtype(z.dtype))
-    return table, {"chunk_size": rows, "position": begins.clamp(max=rows - 1)}

@@ -1,0 +1,136 @@
+"""The parts of MEGALODON's successor, Gecko (arXiv 2601.06463), in a block: a working memory, two visible chunks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import BlockState, NormalizedAttention
+from .config import MegalodonConfig
+from .sequences import Sequences
+from ..ops.adaptive_working_memory.adaptive_working_memory import read_write_and_keep
+from ..ops.chunked_attention.chunked_attention import chunked_attention
+from ..ops.common.definition import autocast, num_steps
+from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, named_in_programs
+from ..ops.gated_silu.gated_silu import gated_silu
+from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_table_of, rotated_queries_and_keys
+
+_MEMORY_LOGITS = 3.0  # root mean square of the working memory's queries and keys at the start: docs/claims.md
+
+
+@named_in_programs
+class MemoryBlockState(NamedTuple):
+    """State of a block with a working memory: a :class:`BlockState`, and what a :class:`WorkingMemoryState` adds to it.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, working_memory=True)
+        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
+        >>> state.memory.shape
+        torch.Size([1, 1, 32, 64])
+    """
+
+    norm: TimestepNormState
+    cema: Tensor
+    attention: AttentionState
+    memory: Tensor
+    """(S, H, K, V)"""
+    memory_mass: Tensor
+    """(S, H, K)"""
+    memory_k: Tensor
+    """(S, C, H, K)"""
+
+    def working_memory(self) -> WorkingMemoryState:
+        """With the values of the attention, and the positions that the norm has counted."""
+        return WorkingMemoryState(self.memory, self.memory_mass, self.memory_k, self.norm.count, self.attention.v)
+
+
+def block_state_type(config: MegalodonConfig) -> type[BlockState] | type[MemoryBlockState]:
+    """The type of the state of a block with this configuration."""
+    return MemoryBlockState if config.working_memory else BlockState
+
+
+class GeckoAttention(NormalizedAttention):
+    """A block's first half with a working memory, with attention that sees two chunks, or both.
+
+    With `config.working_memory`, gamma and beta have two rows more, for queries and keys without rotary positions, and
+    y = x + wh1 m + wh2 (a * r + adaptive_working_memory(q, k, v)), as in Gecko, whose initial queries and keys are,
+    however, 3 sqrt(K) times smaller: so small that no retrieval was learned. With `config.visible_chunks` of 2,
+    attention sees the chunk before a position's own, too, and rotary positions go on from chunk to chunk.
+    """
+
+    @staticmethod
+    def serves(config: MegalodonConfig) -> bool:
+        return config.working_memory or config.visible_chunks > 1
+
+    def __init__(self, config: MegalodonConfig) -> None:
+        super().__init__(config)
+        self.state_type = block_state_type(config)
+        if config.working_memory:
+            self.gamma, self.beta = (nn.Parameter(torch.empty(4, config.z_dim)) for _ in range(2))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise `gamma` and `beta`, of the attention and of the memory; the layers inside initialise themselves."""
+        super().reset_parameters()
+        nn.init.constant_(self.gamma[2:], _MEMORY_LOGITS * (self.config.z_dim // self.config.num_heads) ** 0.5 - 1)
+
+    def _attend(
+        self, m: Tensor, z: Tensor, v: Tensor, norm_state: TimestepNormState, past: BlockState | MemoryBlockState,
+        return_state: bool, inplace_state: bool, sequences: Sequences,
+    ) -> tuple[Tensor, tuple]:  # fmt: skip
+        config, keywords = self.config, sequences.keywords
+        rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
+        z, v = autocast(z, v)
+        v = v.unflatten(-1, (config.num_heads, -1))
+        read, memory = None, []
+        if config.working_memory:  # before the attention, which may overwrite the values of its state
+            read, *memory = self._read_and_write(z, v, past, return_state, inplace_state, sequences)
+        grid = {"chunk_size": config.chunk_size, "position": None if past.attention is None else past.attention[2]}
+        if config.visible_chunks > 1:
+            seen = norm_state.count - num_steps(z, **keywords)
+            rotary, grid = self._rotary_over_chunks(z, seen, sequences.cu_seqlens)
+        q, k = rotated_queries_and_keys(
+            z, self.gamma[:2], self.beta[:2], rotary, num_heads=config.num_heads, rope_base=config.rotary_base,
+            eps=config.norm_eps, **grid, **keywords,
+        )  # fmt: skip
+        a = sequences.carry(
+            chunked_attention, q, k, v, chunk_size=config.chunk_size, visible_chunks=config.visible_chunks,
+            state=past.attention, return_state=return_state, inplace_state=inplace_state,
+            dropkey=config.attention_dropout if self.training else 0.0,
+        )  # fmt: skip
+        a, state = a if return_state else (a, None)
+        gated = gated_silu(self.wr(m), a.flatten(-2))
+        return gated if read is None else gated + read, (state, *memory)
+
+    def _read_and_write(
+        self, z: Tensor, v: Tensor, past: MemoryBlockState, return_state: bool, inplace_state: bool, sequences: Sequences
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Read the working memory with z: (B, L, H * V), and the memory's fields of the new state."""
+        config = self.config
+        q, k = normalized_qk(  # in chunks of one position nothing turns them
+            z, self.gamma[2:], self.beta[2:], num_heads=config.num_heads, chunk_size=1, eps=config.norm_eps,
+            **sequences.keywords,
+        )  # fmt: skip
+        read, *memory = sequences.carry(
+            read_write_and_keep, q, k, v, chunk_size=config.chunk_size, visible_chunks=config.visible_chunks,
+            state=None if past.memory is None else past.working_memory(), to_end=return_state, inplace=inplace_state,
+        )  # fmt: skip
+        return read.flatten(-2), *memory
+
+    def _rotary_over_chunks(self, z: Tensor, seen: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, dict]:
+        """A rotary table with a row for each token of z (B, L, ...), after `seen` (S,) ones, and the grid of its rows."""
+        (B, L), (_, key_dim, rotary_base, dtype, device) = z.shape[:2], self._rotary_for(z)
+        rows, positions = max(B * L, 1), torch.arange(max(B * L, 1), device=device)  # a table has a row at least
+        offsets = torch.arange(B + 1, device=device) * L if cu_seqlens is None else cu_seqlens
+        begins = offsets[:-1]
+        if len(begins):
+            sequence = torch.bucketize(positions, offsets[1:], right=True).clamp(max=len(begins) - 1)
+            positions -= (begins - seen)[sequence]
+        table = rotary_table_of(positions, key_dim, rotary_base, dtype)
+        return table, {"chunk_size": rows, "position": begins.clamp(max=rows - 1)}
+
+
+NormalizedAttention.other_forms.append(GeckoAttention)
