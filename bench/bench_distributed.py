@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from megalodon_ops.distributed import alike, chunk, exchange
-from megalodon_ops.distributed.parallel_model import Ranks, become_parallel
+from megalodon_ops.distributed.parallel_model import ParallelMegalodon, Ranks
 
 import megalodon_ops as mo
 
@@ -43,7 +43,7 @@ QUICK = CONFIG | dict(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hi
 
 
 def cut(model: mo.Megalodon, before: int) -> mo.Megalodon:
-    return become_parallel(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
+    return ParallelMegalodon(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
 
 
 def hand_over(model: mo.Megalodon, before: int) -> mo.Megalodon:

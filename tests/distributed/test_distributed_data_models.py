@@ -132,7 +132,8 @@ def refusals():
     refused(lambda: parallelize(model, mesh, data="replicate" if rank else "shard"))
     refused(lambda: parallelize(model, mesh, param_dtype=torch.bfloat16 if rank else None))
     assert type(model) is mo.Megalodon, "a refused model is as it was"
-    assert isinstance(parallelize(model, mesh), ParallelMegalodon)
+    model = parallelize(model, mesh)
+    assert isinstance(model, ParallelMegalodon)
     refused(lambda: parallelize(model, mesh), TypeError)
     refused(lambda: make_mesh("data=2" if rank else "chunk=2", device_type="cpu"))
     refused(lambda: make_mesh("data=2,chunk=3", device_type="cpu"))
@@ -191,6 +192,20 @@ def test_dimensions_have_their_order_and_one_process_is_enough(alone):
     assert mesh.mesh_dim_names == ("data", "tensor")
     assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(seconds=5)
     assert isinstance(parallelize(tiny_model(), mesh), ParallelMegalodon)
+
+
+def test_a_parallel_model_takes_over_all_of_a_model(alone):
+    model, calls = tiny_model(share_emb=True).eval(), []
+    model.layers[0].requires_grad_(False)
+    for name, module in (("model", model), ("block", model.layers[0])):
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    names = [name for name, _ in model.named_parameters()]
+    parallel = parallelize(model, make_mesh("data=1", device_type="cpu"))
+    parallel(tokens_of(1, 5))
+    assert calls == ["block", "model"] and not parallel.training and not list(model.parameters())
+    assert parallel.embed.weight is parallel.output.output.weight
+    assert [name for name, _ in parallel.named_parameters()] == names
+    assert not any(parameter.requires_grad for parameter in parallel.layers[0].parameters())
 
 
 def test_wrong_arguments_are_refused(alone):

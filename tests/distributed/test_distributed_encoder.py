@@ -64,11 +64,13 @@ def test_begins_on_meta_and_splits_rows_alone(parallelize_runs):
         with torch.device("meta"):
             encoder = mo.MegalodonEncoder(wanted.config)
         torch.manual_seed(0)
-        assert isinstance(parallelize(encoder, mesh), ParallelMegalodonEncoder)
-        for found, parameter in zip(encoder.parameters(), wanted.parameters(), strict=True):
+        parallel = parallelize(encoder, mesh)
+        assert isinstance(parallel, ParallelMegalodonEncoder)
+        for found, parameter in zip(parallel.parameters(), wanted.parameters(), strict=True):
             assert torch.equal(whole(found), parameter)
-        with pytest.raises(TypeError, match="a MegalodonEncoder that is not parallel yet, got .*Parallel"):
-            parallelize(encoder, mesh)
+        for model, name in ((parallel, "Parallel"), (encoder, "MegalodonEncoder")):  # whose modules the other one has
+            with pytest.raises(TypeError, match=f"a MegalodonEncoder that is not parallel yet, got .*{name}"):
+                parallelize(model, mesh)
     finally:
         dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ from models import TINY, tiny_model
 from torch import Tensor
 
 import megalodon_ops as mo
-from megalodon_ops.distributed.parallel_model import ParallelMegalodon, Ranks, become_parallel
+from megalodon_ops.distributed.parallel_model import ParallelMegalodon, Ranks
 from megalodon_ops.model.model_state import named_tensors
 
 
@@ -61,7 +61,7 @@ def compare(work: Work) -> dict[str, float]:
 
 def cut_over_all_ranks(model: mo.Megalodon) -> ParallelMegalodon:
     """A model of the same modules, called on a piece of the sequence by each rank, with all of its parameters as they are."""
-    return become_parallel(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
+    return ParallelMegalodon(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
 
 
 def worst(results: Sequence[dict[str, float]]) -> tuple[float, str]:

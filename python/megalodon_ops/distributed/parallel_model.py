@@ -43,17 +43,13 @@ class Ranks:
     param_dtype: torch.dtype | None = None  # in which matrices are computed with; None: as they are
 
 
-def become_parallel(model: Megalodon, ranks: Ranks) -> ParallelMegalodon | ParallelMegalodonEncoder:
-    """Makes a model one that is called by several ranks, in place."""
-    model.__class__ = ParallelMegalodonEncoder if isinstance(model, MegalodonEncoder) else ParallelMegalodon
-    model._ranks = ranks
-    return model
+class _ParallelModel:
+    """Base of models on several ranks, in front of the class of the model in one process."""
 
-
-class _OfRanks:
-    """What models on several ranks have in common."""
-
-    _ranks: Ranks
+    def __init__(self, model: Megalodon | MegalodonEncoder, ranks: Ranks) -> None:
+        """Take the modules, the mode and the hooks of a model, which is left without modules."""
+        self.__dict__.update(vars(model), _ranks=ranks)
+        model._modules = {}
 
     @contextmanager
     def _anew_after_errors(self) -> Iterator[None]:
@@ -85,7 +81,7 @@ class _OfRanks:
         dist.barrier()
 
 
-class ParallelMegalodon(_OfRanks, Megalodon):
+class ParallelMegalodon(_ParallelModel, Megalodon):
     """A model on several ranks, as :func:`parallelize` makes it; all call it at once, each with its piece of the batch.
 
     `tokens` and `targets` are the rank's rows and its piece of their columns; `lengths`, `cu_seqlens` and `state` are
@@ -178,7 +174,7 @@ class ParallelMegalodon(_OfRanks, Megalodon):
         return ShardedSequences(*own, pieces=pieces, group=self._ranks.chunk)
 
 
-class ParallelMegalodonEncoder(_OfRanks, MegalodonEncoder):
+class ParallelMegalodonEncoder(_ParallelModel, MegalodonEncoder):
     """An encoder on several ranks, as :func:`parallelize` makes it; all call it at once, each with its rows of the batch.
 
     Gradients are averaged over the ranks: those of each rank's mean loss are the whole batch's where all ranks have as

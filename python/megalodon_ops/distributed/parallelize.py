@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .alike import check_alike
 from .fsdp import check_torch, forget_ended_groups, initialise, shard
 from .mesh import batch_and_tensor, check_mesh
-from .parallel_model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks, become_parallel
+from .parallel_model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks
 from .tensor import check_can_split, split_over
 from ..model.encoder import MegalodonEncoder
 from ..model.megalodon import Megalodon
@@ -27,7 +27,7 @@ def parallelize(
     data: str = "shard",
     param_dtype: torch.dtype | None = None,
 ) -> ParallelMegalodon | ParallelMegalodonEncoder:
-    """Makes a model run on all ranks of a mesh, in place.
+    """Make a model that runs on all ranks of a mesh of the modules of one that runs in one process.
 
     Every rank calls this with its copy of the model, and then calls the model with its own rows of the batch: its loss
     and its gradients are those of the whole batch. Parameters become DTensors: make the optimizer afterwards.
@@ -45,8 +45,8 @@ def parallelize(
             None: as they are.
 
     Returns:
-        the model, whose class is :class:`ParallelMegalodon` or :class:`ParallelMegalodonEncoder` now, and FSDP2's
-        `FSDPModule`.
+        a :class:`ParallelMegalodon` or :class:`ParallelMegalodonEncoder`, and FSDP2's `FSDPModule`. It has taken the
+        modules of `model`, its mode and its hooks; `model` is left without modules.
 
     Raises:
         ValueError: an argument is wrong, or ranks have other configurations, parameters or arguments, which all of them
@@ -81,7 +81,7 @@ def parallelize(
         tensor=tensor if is_split else None,
         param_dtype=param_dtype,
     )
-    become_parallel(model, ranks)
+    model = (ParallelMegalodonEncoder if isinstance(model, MegalodonEncoder) else ParallelMegalodon)(model, ranks)
     # A block's parameters move to the mesh's device when the block is sharded.
     shard(model, batch, param_dtype)
     if on_meta:
@@ -94,7 +94,8 @@ def parallelize(
 
 def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: object) -> None:
     """Raises where an argument of this rank is wrong."""
-    if type(model) not in (Megalodon, MegalodonEncoder):  # its forward is replaced, so that of a subclass would be lost
+    # A subclass would lose its forward; a model without modules has become a parallel one.
+    if type(model) not in (Megalodon, MegalodonEncoder) or not model._modules:
         raise TypeError(
             "parallelize: `model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got "
             f"{described(model)}."

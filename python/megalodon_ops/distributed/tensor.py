@@ -39,9 +39,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_map
 
-from ..model.gecko_block import GeckoAttention
 from ..model.blocks import BlockState
 from ..model.config import MegalodonConfig
+from ..model.gecko_block import GeckoAttention
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.states import AttentionState, TimestepNormState
