@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import megalodon_ops as mo
+from megalodon_ops.ops.common import flops
 from megalodon_ops.ops.linear_cross_entropy import linear_cross_entropy as loss
 from megalodon_ops.ops.cema.cema_coefficients import cema_coefficients
 from megalodon_ops.ops.gated_silu.gated_silu import gated_silu
@@ -40,6 +41,19 @@ def test_every_op_has_a_formula():
     names = torch._C._dispatch_get_all_op_names()
     packets = {getattr(ops, name.split("::")[1]) for name in names if name.startswith("megalodon_ops::")}
     assert len(packets) >= 20 and packets <= flop_registry.keys()
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        (None, r"`flops` of cema_fwd must be a function of its arguments, got None; write flops=lambda x: x.numel\(\)"),
+        (lambda x, alpha: 0, r"`flops` of cema_fwd must name arguments of cema_fwd, got \['alpha'\]; it has \['x', 'p'"),
+    ],
+    ids=["none", "unknown-argument"],
+)
+def test_an_op_without_a_formula_of_its_arguments_is_refused(formula, message):
+    with pytest.raises(TypeError, match=message):
+        flops.register_formula(ops.cema_fwd.default, formula)
 
 
 ELEMENTS = 2 * 9  # steps of a case

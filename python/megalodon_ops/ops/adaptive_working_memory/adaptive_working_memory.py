@@ -9,6 +9,7 @@ from ..common.arrays import call_with_arrays
 from ..chunked_attention.chunked_attention import chunked_attention_state, chunked_attention_state_
 from ..common.definition import accumulation_dtype, autocast, call, define_op, empty_like
 from ..common.definition import int64_or_none, launch, num_sequences, num_steps
+from ..common.flops import lengths_of, readable_values
 from ..common.states import WorkingMemoryState, fields_of
 from ..chunked_attention.two_chunk_attention import two_chunk_attention_state
 from ..common.checks import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
@@ -271,18 +272,51 @@ _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? memory, Tensor? mass, Tensor? cache_k, Tensor? cache_v, Tensor? position, "
     "int chunk_size, int visible_chunks, Tensor? cu_seqlens, Tensor? lengths"
 )
+
+
+def _flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end):
+    read, compared, written = _passes(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
+    return 2 * (read + compared + written) * q.shape[2] * q.shape[3] * v.shape[3]
+
+
+def _bwd_flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, dmemory_out):
+    to_end = dmemory_out is not None
+    read, compared, written = _passes(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
+    return 2 * (2 * read + 3 * (compared + written)) * q.shape[2] * q.shape[3] * v.shape[3]
+
+
+def _passes(
+    q: Tensor, position: Tensor | None, chunk_size: int, visible: int, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    to_end: bool,
+) -> tuple[int, int, int]:  # fmt: skip
+    """The steps that read a working memory, those that are compared with it before they write it, and all that write it.
+
+    What no one reads is not written, and an empty memory not compared with.
+    """
+    steps = lengths_of(q, cu_seqlens, lengths)
+    seen = readable_values(position, [0] * len(steps))
+    ends = [before % chunk_size + own for before, own in zip(seen, steps)]
+    written = [(end if to_end else max(end - 1, 0)) // chunk_size * chunk_size for end in ends]
+    late = (visible - 1) * chunk_size  # steps at the end of a sequence that are not written yet
+    written = [max(n - late, 0) if position is None else n for n in written]
+    known = [max(n - chunk_size, 0) if position is None else n for n in written]
+    return sum(steps), sum(known), sum(written)
+
+
 adaptive_working_memory_fwd = define_op(
     f"adaptive_working_memory_fwd({_TENSORS}, bool to_end) -> (Tensor o, Tensor memory_out, Tensor mass_out)",
     kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
 )
 adaptive_working_memory_bwd = define_op(
     f"adaptive_working_memory_bwd(Tensor do, Tensor? dmemory_out, Tensor? dmass_out, {_TENSORS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmemory, Tensor dmass)",
     kernel=_bwd,
     fake=_bwd_fake,
+    flops=_bwd_flops,
 )
 
 

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
-from ..common.definition import call, contiguous_or_none, define_op, empty_like, int64_or_none, launch, num_sequences
 from ..common.checks import check_flag, check_rank, check_width
+from ..common.definition import (
+    call, contiguous_or_none, define_op, empty_gradients, empty_like, int64_or_none, launch, num_sequences,
+)  # fmt: skip
+from ..common.flops import num_tokens
 
 
 def cema(
@@ -136,7 +138,7 @@ def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
 
 def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
     x, p, q, gamma, omega = x.contiguous(), p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous()
-    *grads, dstate = _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
+    *grads, dstate = empty_gradients(x, p, q, gamma, omega, state)
     launch(
         "cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths,
         dy.contiguous(), contiguous_or_none(dstate_out), *grads, None if state is None else dstate,
@@ -144,41 +146,25 @@ def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
     return *grads, dstate
 
 
-def _bwd_fake(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
-    """The gradient of a state that was not given is empty."""
-    grads = map(empty_like, (x, p, q, gamma, omega))
-    return *grads, q.new_empty(0) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+def _bwd_flops(x, p, cu_seqlens, lengths):
+    channels, modes = p.shape
+    h, g, dx, dp, dq, dgamma = 8, 10, 2, 2, 8, 4
+    return num_tokens(x, cu_seqlens, lengths) * channels * ((h + g + dx + dp + dq + dgamma) * modes + 4)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, return_state = inputs
-    if not return_state:
-        ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dy, dstate_out):
-    x, p, q, gamma, omega, state, cu_seqlens, lengths = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(x)
-    *grads, dstate = call(cema_bwd, dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths)
-    return *grads, None if state is None else dstate, None, None, None
-
-
+cema_bwd = define_op(
+    "cema_bwd(Tensor dy, Tensor? dstate_out, Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, "
+    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dx, Tensor dp, Tensor dq, Tensor dgamma, Tensor domega, Tensor dstate)",
+    kernel=_bwd,
+    flops=_bwd_flops,
+)
 cema_fwd = define_op(
     "cema_fwd(Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, Tensor? cu_seqlens, "
     "Tensor? lengths, bool return_state) -> (Tensor y, Tensor state_out)",
     kernel=_fwd,
     fake=_fwd_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-cema_bwd = define_op(
-    "cema_bwd(Tensor dy, Tensor? dstate_out, Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, "
-    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dx, Tensor dp, Tensor dq, Tensor dgamma, Tensor domega, Tensor dstate)",
-    kernel=_bwd,
-    fake=_bwd_fake,
+    backward=cema_bwd,
+    flops=lambda x, p, cu_seqlens, lengths: num_tokens(x, cu_seqlens, lengths) * len(p) * (12 * p.shape[1] + 2),
 )
 
 
@@ -194,33 +180,26 @@ def _end_state_fwd_fake(x, p, q, cu_seqlens, lengths):
 
 def _end_state_bwd(dstate_out, x, p, q, cu_seqlens, lengths):
     x, p, q = x.contiguous(), p.contiguous(), q.contiguous()
-    grads = _end_state_bwd_fake(dstate_out, x, p, q, cu_seqlens, lengths)
+    grads = empty_gradients(x, p, q)
     launch("cema_end_state_bwd", x, p, q, cu_seqlens, lengths, dstate_out.contiguous(), *grads)
     return grads
 
 
-def _end_state_bwd_fake(dstate_out, x, p, q, cu_seqlens, lengths):
-    return tuple(map(empty_like, (x, p, q)))
+def _end_state_bwd_flops(x, p, cu_seqlens, lengths):
+    h, g, dx, dp, dq = 8, 6, 2, 2, 8
+    return num_tokens(x, cu_seqlens, lengths) * p.numel() * (h + g + dx + dp + dq)
 
 
-def _end_state_setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _end_state_backward(ctx, dstate_out):
-    return *call(cema_end_state_bwd, dstate_out, *ctx.saved_tensors), None, None
-
-
-cema_end_state_fwd = define_op(
-    "cema_end_state_fwd(Tensor x, Tensor p, Tensor q, Tensor? cu_seqlens, Tensor? lengths) -> Tensor state_out",
-    kernel=_end_state_fwd,
-    fake=_end_state_fwd_fake,
-    setup_context=_end_state_setup_context,
-    backward=_end_state_backward,
-)
 cema_end_state_bwd = define_op(
     "cema_end_state_bwd(Tensor dstate_out, Tensor x, Tensor p, Tensor q, Tensor? cu_seqlens, Tensor? lengths) "
     "-> (Tensor dx, Tensor dp, Tensor dq)",
     kernel=_end_state_bwd,
-    fake=_end_state_bwd_fake,
+    flops=_end_state_bwd_flops,
+)
+cema_end_state_fwd = define_op(
+    "cema_end_state_fwd(Tensor x, Tensor p, Tensor q, Tensor? cu_seqlens, Tensor? lengths) -> Tensor state_out",
+    kernel=_end_state_fwd,
+    fake=_end_state_fwd_fake,
+    backward=cema_end_state_bwd,
+    flops=lambda x, p, cu_seqlens, lengths: num_tokens(x, cu_seqlens, lengths) * p.numel() * 8,
 )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..common.definition import call, define_op, has_cpu_kernel, launch
+from ..common.definition import call, define_op, empty_gradients, has_cpu_kernel, launch
 from ..common.checks import check_device, check_tensor
 
 
@@ -82,28 +82,30 @@ def _bwd(dp, dq, dscaled, alpha, delta, theta):
 
 
 def _bwd_fake(dp, dq, dscaled, alpha, delta, theta):
-    dalpha, ddelta, dtheta = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (alpha, delta, theta))
-    return dalpha, ddelta, dtheta, alpha.new_empty((*alpha.shape[:2], 2))
+    return *empty_gradients(alpha, delta, theta), alpha.new_empty((*alpha.shape[:2], 2))
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
+def _flops(alpha):
+    sigmoids, radius, angle, q, scaled = 6, 2, 1, 4, 2
+    return alpha.numel() * (sigmoids + radius + angle + q + scaled)
 
 
-def _backward(ctx, *grads):
-    return call(cema_coefficients_bwd, *grads, *ctx.saved_tensors)
+def _bwd_flops(alpha):
+    sigmoids, radius, angle, along_and_across, dalpha, ddelta, dtheta, dgamma = 6, 2, 1, 8, 5, 4, 3, 2
+    return alpha.numel() * (sigmoids + radius + angle + along_and_across + dalpha + ddelta + dtheta + dgamma)
 
 
-cema_coefficients_fwd = define_op(
-    "cema_coefficients_fwd(Tensor alpha, Tensor delta, Tensor theta, Tensor gamma) -> (Tensor p, Tensor q, Tensor scaled)",
-    kernel=_fwd,
-    fake=_fwd_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
 cema_coefficients_bwd = define_op(
     "cema_coefficients_bwd(Tensor dp, Tensor dq, Tensor dscaled, Tensor alpha, Tensor delta, Tensor theta) "
     "-> (Tensor dalpha, Tensor ddelta, Tensor dtheta, Tensor dgamma)",
     kernel=_bwd,
     fake=_bwd_fake,
+    flops=_bwd_flops,
+)
+cema_coefficients_fwd = define_op(
+    "cema_coefficients_fwd(Tensor alpha, Tensor delta, Tensor theta, Tensor gamma) -> (Tensor p, Tensor q, Tensor scaled)",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    backward=cema_coefficients_bwd,
+    flops=_flops,
 )

@@ -8,9 +8,11 @@ from torch import Tensor
 from . import dense_attention
 from ..common.arrays import call_with_arrays
 from ..common.definition import (
-    accumulation_dtype, autocast, call, contiguous_or_none, define_op, empty_like, int64_or_none, launch, num_sequences,
+    accumulation_dtype, autocast, call, contiguous_or_none, define_op, empty_gradients, empty_like, int64_or_none,
+    launch, num_sequences,
 )  # fmt: skip
 from ..common.states import AttentionState, fields_of
+from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_chunk
 from .two_chunk_attention import two_chunk_attention_fwd, two_chunk_attention_state
 from ..common.checks import LARGEST_BELOW_1, check_flag, check_number, check_size, check_tensor
 
@@ -167,32 +169,12 @@ def _bwd(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if path := _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
         return dense_attention.backward(path, do, q, k, v, o, lse, chunk_size, causal, scale)
-    grads = tuple(map(empty_like, (q, k, v)))
+    grads = empty_gradients(q, k, v)
     launch(
         "chunked_attention_bwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
         causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths, o.contiguous(), lse.contiguous(), do.contiguous(), *grads,
     )  # fmt: skip
     return grads
-
-
-def _bwd_fake(do, q, k, v, *_):
-    return tuple(map(empty_like, (q, k, v)))
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, cache_k, cache_v, position, *ctx.scalars, dropkey_seed, cu_seqlens, lengths = inputs
-    o, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, o, lse, cache_k, cache_v, position, dropkey_seed, cu_seqlens, lengths)
-
-
-def _backward(ctx, do, _dlse):
-    q, k, v, o, lse, cache_k, cache_v, position, dropkey_seed, cu_seqlens, lengths = ctx.saved_tensors
-    grads = call(
-        chunked_attention_bwd, do, q, k, v, o, lse, cache_k, cache_v, position, *ctx.scalars, dropkey_seed, cu_seqlens,
-        lengths,
-    )  # fmt: skip
-    return *grads, *(None,) * 10
 
 
 def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
@@ -223,31 +205,37 @@ def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens
     return None
 
 
+chunked_attention_bwd = define_op(
+    "chunked_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cache_k, "
+    "Tensor? cache_v, Tensor? position, int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, "
+    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dq, Tensor dk, Tensor dv)",
+    kernel=_bwd,
+    flops=lambda q, v, position, chunk_size, causal, cu_seqlens, lengths: attention_bwd_flops(
+        q, v, pairs_in_chunk(q, position, chunk_size, causal, cu_seqlens, lengths)
+    ),
+)
 chunked_attention_fwd = define_op(
     "chunked_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, "
     "int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, Tensor? cu_seqlens, Tensor? lengths) "
     "-> (Tensor o, Tensor lse)",
     kernel=_fwd,
     fake=_fwd_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-chunked_attention_bwd = define_op(
-    "chunked_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cache_k, "
-    "Tensor? cache_v, Tensor? position, int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, "
-    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dq, Tensor dk, Tensor dv)",
-    kernel=_bwd,
-    fake=_bwd_fake,
+    backward=chunked_attention_bwd,
+    flops=lambda q, v, position, chunk_size, causal, cu_seqlens, lengths: attention_flops(
+        q, v, pairs_in_chunk(q, position, chunk_size, causal, cu_seqlens, lengths)
+    ),
 )
 chunked_attention_state = define_op(
     "chunked_attention_state(Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, int chunk_size, "
     "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
     kernel=_state,
     fake=_state_fake,
+    flops=lambda: 0,
 )
 chunked_attention_state_ = define_op(
     "chunked_attention_state_(Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) position, "
     "int chunk_size, Tensor? cu_seqlens, Tensor? lengths) -> ()",
     kernel=_state_inplace,
     fake=_state_inplace_fake,
+    flops=lambda: 0,
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..common.definition import accumulation_dtype, define_op, empty_like, num_sequences
 from ..common.checks import sequence_spans
+from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_two_chunks
 
 ops = torch.ops.megalodon_ops  # chunked_attention.py, which imports this file, defines those of windows
 
@@ -102,22 +103,6 @@ def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, cu_
     return tuple(grad.add_(more.view_as(grad).masked_fill_(grids.is_padding, 0)) for grad, more in zip(grads, late))
 
 
-def _bwd_fake(do, q, k, v, *_):
-    return tuple(map(empty_like, (q, k, v)))
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, cache_k, cache_v, position, *ctx.scalars, cu_seqlens, lengths = inputs
-    o, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, o, lse, cache_k, cache_v, position, cu_seqlens, lengths)
-
-
-def _backward(ctx, do, _dlse):
-    *tensors, cu_seqlens, lengths = ctx.saved_tensors
-    return *two_chunk_attention_bwd(do, *tensors, *ctx.scalars, cu_seqlens, lengths), *(None,) * 7
-
-
 def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     size = 2 * chunk_size
     early = ops.chunked_attention_state(k, v, cache_k, cache_v, position, size, cu_seqlens, lengths)
@@ -142,22 +127,27 @@ def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, length
 
 _SEQUENCES = "Tensor? cu_seqlens, Tensor? lengths"
 _CACHES = "Tensor? cache_k, Tensor? cache_v, Tensor? position, int chunk_size"
-two_chunk_attention_fwd = define_op(
-    f"two_chunk_attention_fwd(Tensor q, Tensor k, Tensor v, {_CACHES}, float scale, {_SEQUENCES}) -> (Tensor o, Tensor lse)",
-    kernel=_fwd,
-    fake=_fwd_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
 two_chunk_attention_bwd = define_op(
     f"two_chunk_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_CACHES}, float scale, "
     f"{_SEQUENCES}) -> (Tensor dq, Tensor dk, Tensor dv)",
     kernel=_bwd,
-    fake=_bwd_fake,
+    flops=lambda q, v, position, chunk_size, cu_seqlens, lengths: attention_bwd_flops(
+        q, v, pairs_in_two_chunks(q, position, chunk_size, cu_seqlens, lengths)
+    ),
+)
+two_chunk_attention_fwd = define_op(
+    f"two_chunk_attention_fwd(Tensor q, Tensor k, Tensor v, {_CACHES}, float scale, {_SEQUENCES}) -> (Tensor o, Tensor lse)",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    backward=two_chunk_attention_bwd,
+    flops=lambda q, v, position, chunk_size, cu_seqlens, lengths: attention_flops(
+        q, v, pairs_in_two_chunks(q, position, chunk_size, cu_seqlens, lengths)
+    ),
 )
 two_chunk_attention_state = define_op(
     f"two_chunk_attention_state(Tensor k, Tensor v, {_CACHES}, {_SEQUENCES}) "
     "-> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
     kernel=_state,
     fake=_state_fake,
+    flops=lambda: 0,
 )

@@ -6,7 +6,8 @@ import functools
 import importlib
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from types import ModuleType
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ... import _C
-from . import flops
 from .checks import refuse_arguments
 from .cuda_driver import launch_problem
+from .flops import register_formula
 
 _library = torch.library.Library("megalodon_ops", "DEF")
 OWN_TYPES = (Tensor, torch.nn.Parameter)
@@ -27,30 +28,120 @@ def define_op(
     schema: str,
     *,
     kernel: Callable,
-    fake: Callable,
-    setup_context: Callable | None = None,
+    fake: Callable | None = None,
     backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Callable:
     """Defines `megalodon_ops::<schema>` and returns the callable op.
 
-    `kernel` computes the op on the CPU, and on CUDA devices where the op has kernels for them. `fake` computes the
-    outputs' shapes for tracing. Without `backward` the op is a backward itself or has no derivative, and
-    differentiating through the op raises; forward mode through any op raises, too.
+    Args:
+        schema: torch's, with names for the results. An op that is the backward of another calls the incoming gradients
+            `d<result>` and its results `d<argument>`; the names of its other arguments are those of the other op.
+        kernel: computes the op on the CPU, and on CUDA devices where the op has kernels for them.
+        fake: computes the outputs' shapes for tracing. None: the outputs are :func:`empty_gradients` of arguments.
+        backward: the op that computes the gradients, from which follows what is kept for it (see
+            :func:`_autograd_by_names`); or, with `setup_context`, the backward of torch.autograd.Function. None: the op
+            is a backward itself or has no derivative, and differentiating through it raises. Forward mode through
+            any op raises, too.
+        flops: the operations that torch.utils.flop_counter counts, from the arguments that its parameters name.
     """
     name = schema.split("(")[0]
     qualified = f"megalodon_ops::{name}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.megalodon_ops, name).default
+    register_formula(op, flops)
     if "!" in schema:
         kernel = _noting_writes(op, kernel)
     for device in ("CPU", "CUDA"):
         _library.impl(name, kernel, device)
-    torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
-    flops.register(op)
+    torch.library.register_fake(qualified, _on_one_device(op, fake or _fake_gradients(op)), lib=_library)
     if "!" not in schema:
+        if isinstance(backward, torch._ops.OpOverload):
+            setup_context, backward = _autograd_by_names(op, backward)
         function = _autograd_function(name, setup_context, backward or _no_derivative(name))
         _library.impl(name, _autograd_kernel(op, function), "Autograd", with_keyset=True)
     return op
+
+
+def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, Callable]:
+    """`setup_context` and `backward` of an op, from the names in the schema of the op that computes its gradients.
+
+    Arguments of `backward_op` that are no incoming gradients are kept: tensors by save_for_backward. A result whose
+    gradient it does not take is not differentiable; nor are results `<name>_out` where `return_state` is False. If it
+    takes an incoming gradient as `Tensor?`, None is one that did not arrive; one that it requires is then zeros like
+    the op's first argument.
+    """
+    arguments, results = ([value.name for value in values] for values in (op._schema.arguments, op._schema.returns))
+    taken = [argument.name for argument in backward_op._schema.arguments]
+    incoming = {f"d{name}": i for i, name in enumerate(results)}
+    optional = {a.name for a in backward_op._schema.arguments if isinstance(a.type, torch.OptionalType)}
+    tensors = {a.name for a in op._schema.arguments if "Tensor" in str(a.type)} | {*results}
+    kept = [name for name in taken if name not in incoming]
+    names = [*arguments, *results]
+    saved, scalars = ([n for n in kept if (n in tensors) == wanted] for wanted in (True, False))
+    save, keep = (_pick([names.index(n) for n in group]) for group in (saved, scalars))
+    order = [*incoming, *saved, *scalars]
+    arrange = _pick([order.index(n) for n in taken])
+    constant = [i for name, i in incoming.items() if name not in taken]
+    flag = arguments.index("return_state") if "return_state" in arguments else None
+    of_state = [i for name, i in incoming.items() if name in taken and name.endswith("_out")]
+    constants, without_state = _pick(constant), _pick(constant + of_state)
+    may_be_missing = any(name in optional for name in incoming)
+    required = [i for name, i in incoming.items() if name in taken and name not in optional] if may_be_missing else []
+    gradients = [result.name for result in backward_op._schema.returns]
+    spread = _pick([gradients.index(f"d{n}") if f"d{n}" in gradients else -1 for n in arguments])
+    may_be_none = [
+        (gradients.index(f"d{a.name}"), saved.index(a.name))
+        for a in op._schema.arguments
+        if isinstance(a.type, torch.OptionalType) and f"d{a.name}" in gradients
+    ]
+
+    def setup_context(ctx, inputs, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        values = (*inputs, *outputs)
+        if left_out := (constants if flag is None or inputs[flag] else without_state)(outputs):
+            ctx.mark_non_differentiable(*left_out)
+        if may_be_missing:
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*save(values))
+        if scalars:
+            ctx.scalars = keep(values)
+
+    def backward(ctx, *grads):
+        tensors = ctx.saved_tensors
+        if required:
+            grads = list(grads)
+            for i in required:
+                if grads[i] is None:
+                    grads[i] = torch.zeros_like(tensors[saved.index(arguments[0])])
+        found = call(backward_op, *arrange((*grads, *tensors, *(ctx.scalars if scalars else ()))))
+        found = [*found, None] if isinstance(found, tuple) else [found, None]
+        for gradient, tensor in may_be_none:
+            if tensors[tensor] is None:
+                found[gradient] = None
+        return spread(found)
+
+    return setup_context, backward
+
+
+def _pick(indices: Sequence[int]) -> Callable[[Sequence], tuple]:
+    """A function that picks these items of a sequence."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda values: tuple(values[i] for i in indices)
+
+
+def _fake_gradients(op: Callable) -> Callable:
+    """The fake kernel of a backward whose results `d<argument>` are `empty_gradients`."""
+    arguments = [argument.name for argument in op._schema.arguments]
+    pick = _pick([arguments.index(result.name[1:]) for result in op._schema.returns])
+
+    def fake(*args):
+        gradients = empty_gradients(*pick(args))
+        return gradients if len(gradients) > 1 else gradients[0]
+
+    return fake
 
 
 def _noting_writes(op: Callable, kernel: Callable) -> Callable:
@@ -225,6 +316,11 @@ def int64_or_none(tensor: Tensor | None) -> Tensor | None:
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised tensor with the shape, dtype and device of `x`, contiguous whatever the strides of `x`."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def empty_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Uninitialised gradients like the tensors; that of None is empty, as torch's schemas know no optional result."""
+    return tuple(tensors[0].new_empty(0) if t is None else empty_like(t) for t in tensors)
 
 
 def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:

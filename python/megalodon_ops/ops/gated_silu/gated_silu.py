@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.definition import call, contiguous_or_none, define_op, empty_like, has_cpu_kernel, launch
+from ..common.definition import (
+    call, contiguous_or_none, define_op, empty_gradients, empty_like, has_cpu_kernel, launch,
+)  # fmt: skip
 from ..common.checks import check_device, check_optional_tensor, check_tensor
 
 
@@ -63,33 +65,20 @@ def _fwd_fake(x, value):
 
 
 def _bwd(dy, x, value):
-    dx, dvalue = _bwd_fake(dy, x, value)
+    dx, dvalue = empty_gradients(x, value)
     launch("gated_silu_bwd", x.contiguous(), contiguous_or_none(value), dy.contiguous(), dx, dvalue)
     return dx, dvalue
 
 
-def _bwd_fake(dy, x, value):
-    """Without `value`, the gradient of `value` is empty: torch's schemas know no optional result."""
-    return empty_like(x), x.new_empty(0) if value is None else empty_like(x)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, dy):
-    x, value = ctx.saved_tensors
-    dx, dvalue = call(gated_silu_bwd, dy, x, value)
-    return dx, None if value is None else dvalue
-
-
+gated_silu_bwd = define_op(
+    "gated_silu_bwd(Tensor dy, Tensor x, Tensor? value) -> (Tensor dx, Tensor dvalue)",
+    kernel=_bwd,
+    flops=lambda x, value: x.numel() * (8 if value is None else 11),
+)
 gated_silu_fwd = define_op(
-    "gated_silu_fwd(Tensor x, Tensor? value) -> Tensor",
+    "gated_silu_fwd(Tensor x, Tensor? value) -> Tensor y",
     kernel=_fwd,
     fake=_fwd_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-gated_silu_bwd = define_op(
-    "gated_silu_bwd(Tensor dy, Tensor x, Tensor? value) -> (Tensor dx, Tensor dvalue)", kernel=_bwd, fake=_bwd_fake
+    backward=gated_silu_bwd,
+    flops=lambda x, value: x.numel() * (4 if value is None else 5),
 )

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.definition import (
-    accumulation_dtype, call, contiguous_or_none, define_op, empty_like, has_cpu_kernel, launch,
+    accumulation_dtype, call, contiguous_or_none, define_op, empty_gradients, empty_like, has_cpu_kernel, launch,
 )  # fmt: skip
 from ..common.checks import check_device, check_number, check_optional_tensor, check_tensor
 
@@ -87,7 +87,7 @@ def _fwd_fake(x, weight, bias, eps, is_rms_norm):
 
 
 def _bwd(dy, x, weight, bias, eps, is_rms_norm):
-    dx, dweight, dbias = _bwd_fake(dy, x, weight, bias, eps, is_rms_norm)
+    dx, dweight, dbias = empty_gradients(x, weight, bias)
     launch(
         "layer_norm_bwd", x.contiguous(), contiguous_or_none(weight), eps, is_rms_norm, dy.contiguous(), dx,
         None if weight is None else dweight, None if bias is None else dbias,
@@ -95,32 +95,26 @@ def _bwd(dy, x, weight, bias, eps, is_rms_norm):
     return dx, dweight, dbias
 
 
-def _bwd_fake(dy, x, weight, bias, eps, is_rms_norm):
-    """The gradient of a parameter that is None is empty: torch's schemas know no optional result."""
-    return empty_like(x), *(x.new_empty(0) if t is None else empty_like(t) for t in (weight, bias))
+def _flops(x, weight, bias, is_rms_norm):
+    return x.numel() * ((3 if is_rms_norm else 5) + (weight is not None) + (bias is not None))
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.eps, ctx.is_rms_norm = inputs
-    ctx.save_for_backward(x, weight, bias)
+def _bwd_flops(x, weight, bias, is_rms_norm):
+    normalized, dx = (3, 5) if is_rms_norm else (5, 7)
+    dweight, dbias = 0 if weight is None else 3, 0 if bias is None else 1
+    return x.numel() * (normalized + dx + dweight + dbias)
 
 
-def _backward(ctx, dy):
-    x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = call(layer_norm_bwd, dy, x, weight, bias, ctx.eps, ctx.is_rms_norm)
-    return dx, None if weight is None else dweight, None if bias is None else dbias, None, None
-
-
-layer_norm_fwd = define_op(
-    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, bool is_rms_norm) -> Tensor",
-    kernel=_fwd,
-    fake=_fwd_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
 layer_norm_bwd = define_op(
     "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, float eps, bool is_rms_norm) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     kernel=_bwd,
-    fake=_bwd_fake,
+    flops=_bwd_flops,
+)
+layer_norm_fwd = define_op(
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, bool is_rms_norm) -> Tensor y",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    backward=layer_norm_bwd,
+    flops=_flops,
 )

@@ -246,13 +246,18 @@ def _backward(ctx, dy):
     return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
+def _flops(x, weight):
+    return 2 * x.numel() * weight.shape[0]
+
+
 linear_fwd = define_op(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     kernel=_fwd,
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
 )
 linear_few_rows = define_op(
-    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", kernel=_few_rows, fake=_fwd_fake
+    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", kernel=_few_rows, fake=_fwd_fake, flops=_flops
 )

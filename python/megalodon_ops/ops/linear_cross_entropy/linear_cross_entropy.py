@@ -280,6 +280,7 @@ linear_cross_entropy_fwd = define_op(
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=lambda x, weight: 2 * x.numel() * weight.shape[0],
 )
 linear_cross_entropy_sum = define_op(
     "linear_cross_entropy_sum(Tensor x, Tensor weight, Tensor index, Tensor scales, bool wants_dx, bool wants_dweight) "
@@ -288,4 +289,5 @@ linear_cross_entropy_sum = define_op(
     fake=_sum_fake,
     setup_context=_sum_setup_context,
     backward=_sum_backward,
+    flops=lambda x, weight, wants_dx, wants_dweight: 2 * x.numel() * weight.shape[0] * (1 + wants_dx + wants_dweight),
 )

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..common.arrays import call_with_arrays
 from ..common.definition import (
-    accumulation_dtype, autocast, call, contiguous_or_none, define_op, empty_like, int64_or_none, launch,
+    accumulation_dtype, autocast, call, contiguous_or_none, define_op, empty_gradients, int64_or_none, launch,
 )  # fmt: skip
+from ..common.flops import num_tokens
 from ..common.checks import LEAST_POSITIVE, check_number, check_rank, check_size
 
 
@@ -159,7 +160,7 @@ def _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, pos
 
 def _bwd(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
     z, gamma, beta = z.contiguous(), gamma.contiguous(), beta.contiguous()
-    grads = tuple(map(empty_like, (z, gamma, beta)))
+    grads = empty_gradients(z, gamma, beta)
     rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
     launch(
         "normalized_qk_bwd", z, gamma, beta, num_heads, chunk_size, eps, rotary,
@@ -168,32 +169,29 @@ def _bwd(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, 
     return grads
 
 
-def _bwd_fake(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
-    return tuple(map(empty_like, (z, gamma, beta)))
+def _flops(z, cu_seqlens, lengths):
+    normalized, affine, rotated = 3, 2, 3
+    return num_tokens(z, cu_seqlens, lengths) * z.shape[2] * (normalized + 2 * (affine + rotated))
 
 
-def _setup_context(ctx, inputs, output):
-    z, gamma, beta, rotary, *ctx.scalars, position, cu_seqlens, lengths = inputs
-    ctx.save_for_backward(z, gamma, beta, rotary, position, cu_seqlens, lengths)
+def _bwd_flops(z, cu_seqlens, lengths):
+    normalized, rotated, dgamma, dbeta, dnormalized, dz = 3, 3, 2, 1, 3, 5
+    per_element = normalized + 2 * (rotated + dgamma + dbeta) + dnormalized + dz
+    return num_tokens(z, cu_seqlens, lengths) * z.shape[2] * per_element
 
 
-def _backward(ctx, dq, dk):
-    z, gamma, beta, rotary, *sequences = ctx.saved_tensors
-    return *call(normalized_qk_bwd, dq, dk, z, gamma, beta, rotary, *ctx.scalars, *sequences), *(None,) * 8
-
-
-normalized_qk_fwd = define_op(
-    "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, int chunk_size, "
-    "float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor q, Tensor k)",
-    kernel=_fwd,
-    fake=_fwd_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
 normalized_qk_bwd = define_op(
     "normalized_qk_bwd(Tensor dq, Tensor dk, Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, "
     "int chunk_size, float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) "
     "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
     kernel=_bwd,
-    fake=_bwd_fake,
+    flops=_bwd_flops,
+)
+normalized_qk_fwd = define_op(
+    "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, int chunk_size, "
+    "float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor q, Tensor k)",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    backward=normalized_qk_bwd,
+    flops=_flops,
 )

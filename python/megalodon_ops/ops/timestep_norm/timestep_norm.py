@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..common.arrays import call_with_arrays
 from ..common.definition import (
-    accumulation_dtype, call, contiguous_or_none, define_op, empty_like, int64_or_none, launch, num_sequences,
+    accumulation_dtype, call, contiguous_or_none, define_op, empty_gradients, empty_like, int64_or_none, launch,
+    num_sequences,
 )  # fmt: skip
+from ..common.flops import num_tokens
 from ..common.states import TimestepNormState, fields_of
 from ..common.checks import check_flag, check_number, check_rank, check_size, check_width
 
@@ -162,80 +164,44 @@ def _fwd_fake(
 def _bwd(
     dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
 ):
+    if stats.dim() == 1:
+        raise ValueError("timestep_norm: `return_stats` must be True where gradients are wanted, got False.")
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    *grads, dmean, dvar = _bwd_fake(
-        dy,
-        dmean_out,
-        dvar_out,
-        x,
-        weight,
-        bias,
-        num_groups,
-        eps,
-        count,
-        mean,
-        var,
-        residual,
-        cu_seqlens,
-        lengths,
-        stats,
-    )
+    mean, var = contiguous_or_none(mean), contiguous_or_none(var)
+    *grads, dmean, dvar = empty_gradients(x, weight, bias, mean, var)
     launch(
-        "timestep_norm_bwd", x, weight, bias, num_groups, eps, count, contiguous_or_none(mean), contiguous_or_none(var),
-        contiguous_or_none(residual), cu_seqlens, lengths, stats.contiguous(), dy.contiguous(),
-        contiguous_or_none(dmean_out), contiguous_or_none(dvar_out), *grads,
+        "timestep_norm_bwd", x, weight, bias, num_groups, eps, count, mean, var, contiguous_or_none(residual), cu_seqlens,
+        lengths, stats.contiguous(), dy.contiguous(), contiguous_or_none(dmean_out), contiguous_or_none(dvar_out), *grads,
         *((None, None) if count is None else (dmean, dvar)),
     )  # fmt: skip
     return *grads, dmean, dvar
 
 
-def _bwd_fake(
-    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
-):
-    """The gradients of a state that was not given are empty."""
-    shape = (0,) if count is None else (count.shape[0], num_groups)
-    return *map(empty_like, (x, weight, bias)), weight.new_empty(shape), weight.new_empty(shape)
+def _flops(x, cu_seqlens, lengths):
+    statistics, normalized = 4, 4
+    return num_tokens(x, cu_seqlens, lengths) * x.shape[2] * (statistics + normalized)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.num_groups, ctx.eps, *state, cu_seqlens, lengths, return_stats, return_state = inputs
-    _, stats, _, mean_out, var_out, residual_out = output
-    ctx.return_stats = return_stats
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats, residual_out, *(() if return_state else (mean_out, var_out)))
-    ctx.save_for_backward(x, weight, bias, *state, cu_seqlens, lengths, stats)
+def _bwd_flops(x, cu_seqlens, lengths):
+    sums, dx, dweight, dbias = 5, 4, 3, 1
+    return num_tokens(x, cu_seqlens, lengths) * x.shape[2] * (sums + dx + dweight + dbias)
 
 
-def _backward(ctx, dy, _dstats, _dcount, dmean_out, dvar_out, _dresidual):
-    x, weight, bias, count, mean, var, residual, cu_seqlens, lengths, stats = ctx.saved_tensors
-    if not ctx.return_stats:
-        raise ValueError("timestep_norm: `return_stats` must be True where gradients are wanted, got False.")
-    if dy is None:
-        dy = torch.zeros_like(x)
-    dx, dweight, dbias, dmean, dvar = call(
-        timestep_norm_bwd, dy, dmean_out, dvar_out, x, weight, bias, ctx.num_groups, ctx.eps, count, mean, var,
-        residual, cu_seqlens, lengths, stats,
-    )  # fmt: skip
-    if count is None:
-        dmean = dvar = None
-    return dx, dweight, dbias, None, None, None, dmean, dvar, *(None,) * 5
-
-
+timestep_norm_bwd = define_op(
+    "timestep_norm_bwd(Tensor dy, Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor weight, Tensor bias, "
+    "int num_groups, float eps, Tensor? count, Tensor? mean, Tensor? var, Tensor? residual, Tensor? cu_seqlens, "
+    "Tensor? lengths, Tensor stats) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
+    kernel=_bwd,
+    flops=_bwd_flops,
+)
 timestep_norm_fwd = define_op(
     "timestep_norm_fwd(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? count, Tensor? mean, "
     "Tensor? var, Tensor? residual, Tensor? cu_seqlens, Tensor? lengths, bool return_stats, bool return_state) "
     "-> (Tensor y, Tensor stats, Tensor count_out, Tensor mean_out, Tensor var_out, Tensor residual_out)",
     kernel=_fwd,
     fake=_fwd_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-timestep_norm_bwd = define_op(
-    "timestep_norm_bwd(Tensor dy, Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor weight, Tensor bias, "
-    "int num_groups, float eps, Tensor? count, Tensor? mean, Tensor? var, Tensor? residual, Tensor? cu_seqlens, "
-    "Tensor? lengths, Tensor stats) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
-    kernel=_bwd,
-    fake=_bwd_fake,
+    backward=timestep_norm_bwd,
+    flops=_flops,
 )
 
 
@@ -262,37 +228,17 @@ def _end_state_bwd(dmean_out, dvar_out, x, mean_out, residual_out, num_groups, c
     return dx
 
 
-def _end_state_bwd_fake(dmean_out, dvar_out, x, mean_out, residual_out, num_groups, cu_seqlens, lengths):
-    return empty_like(x)
-
-
-def _end_state_setup_context(ctx, inputs, output):
-    x, ctx.num_groups, cu_seqlens, lengths = inputs
-    mean_out, _, residual_out, count_out = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(count_out, residual_out)
-    ctx.save_for_backward(x, mean_out, residual_out, cu_seqlens, lengths)
-
-
-def _end_state_backward(ctx, dmean_out, dvar_out, _dresidual, _dcount):
-    x, mean_out, residual_out, cu_seqlens, lengths = ctx.saved_tensors
-    dx = call(
-        timestep_norm_end_state_bwd, dmean_out, dvar_out, x, mean_out, residual_out, ctx.num_groups, cu_seqlens, lengths
-    )
-    return dx, None, None, None
-
-
+timestep_norm_end_state_bwd = define_op(
+    "timestep_norm_end_state_bwd(Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor mean_out, Tensor residual_out, "
+    "int num_groups, Tensor? cu_seqlens, Tensor? lengths) -> Tensor dx",
+    kernel=_end_state_bwd,
+    flops=lambda x, cu_seqlens, lengths: 3 * num_tokens(x, cu_seqlens, lengths) * x.shape[2],
+)
 timestep_norm_end_state_fwd = define_op(
     "timestep_norm_end_state_fwd(Tensor x, int num_groups, Tensor? cu_seqlens, Tensor? lengths) "
     "-> (Tensor mean_out, Tensor var_out, Tensor residual_out, Tensor count_out)",
     kernel=_end_state_fwd,
     fake=_end_state_fwd_fake,
-    setup_context=_end_state_setup_context,
-    backward=_end_state_backward,
-)
-timestep_norm_end_state_bwd = define_op(
-    "timestep_norm_end_state_bwd(Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor mean_out, Tensor residual_out, "
-    "int num_groups, Tensor? cu_seqlens, Tensor? lengths) -> Tensor dx",
-    kernel=_end_state_bwd,
-    fake=_end_state_bwd_fake,
+    backward=timestep_norm_end_state_bwd,
+    flops=lambda x, cu_seqlens, lengths: 4 * num_tokens(x, cu_seqlens, lengths) * x.shape[2],
 )
