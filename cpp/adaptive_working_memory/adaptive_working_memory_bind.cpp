@@ -1,5 +1,4 @@
 #include "adaptive_working_memory.h"
-#include "bindings.h"
 #include "target.h"
 #include "tensor_view.h"
 
@@ -9,9 +8,10 @@ namespace {
 constexpr const char* kMemory = "adaptive_working_memory";
 
 // Updates memory and mass, and fills o. position: steps of each sequence before this call.
-void working_memory_steps(const Target& target, py::handle q_, py::handle k, py::handle v, py::handle cache_k,
-                          py::handle cache_v, py::handle position, int64_t chunk_size, int64_t visible,
-                          py::handle cu_seqlens, py::handle lengths, py::handle memory, py::handle mass, py::handle o) {
+MEGALODON_BINDING(working_memory_steps,
+                  (py::handle q_, py::handle k, py::handle v, py::handle cache_k, py::handle cache_v,
+                   py::handle position, int64_t chunk_size, int64_t visible, py::handle cu_seqlens, py::handle lengths),
+                  (py::handle memory, py::handle mass, py::handle o)) {
   WorkingMemoryStepsParams params{};
   const TensorView q(kMemory, "q", q_), values(kMemory, "v", v);
   params.dtype = q.rank("(B, L, H, K)", 4).floating();
@@ -48,7 +48,5 @@ void working_memory_steps(const Target& target, py::handle q_, py::handle k, py:
 }
 
 }  // namespace
-
-void bind_adaptive_working_memory(py::module_& module) { define(module, "working_memory_steps", &working_memory_steps); }
 
 }  // namespace megalodon

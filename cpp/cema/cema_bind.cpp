@@ -1,4 +1,3 @@
-#include "bindings.h"
 #include "cema.h"
 #include "target.h"
 #include "tensor_view.h"
@@ -37,8 +36,10 @@ TensorView fill(CemaParams& params, py::handle x_, py::handle p_, py::handle q_,
   return x;
 }
 
-void cema_fwd(const Target& target, py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega,
-              py::handle state, py::handle cu_seqlens, py::handle lengths, py::handle y, py::handle state_out) {
+MEGALODON_BINDING(cema_fwd,
+                  (py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega, py::handle state,
+                   py::handle cu_seqlens, py::handle lengths),
+                  (py::handle y, py::handle state_out)) {
   CemaFwdParams params{};
   const TensorView x = fill(params, x_, p, q, gamma, omega, state, cu_seqlens, lengths);
   const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
@@ -50,9 +51,11 @@ void cema_fwd(const Target& target, py::handle x_, py::handle p, py::handle q, p
   MEGALODON_LAUNCH(target, cema_fwd, params);
 }
 
-void cema_bwd(const Target& target, py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega,
-              py::handle state, py::handle cu_seqlens, py::handle lengths, py::handle dy, py::handle dstate_out,
-              py::handle dx, py::handle dp, py::handle dq, py::handle dgamma, py::handle domega, py::handle dstate) {
+MEGALODON_BINDING(cema_bwd,
+                  (py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega, py::handle state,
+                   py::handle cu_seqlens, py::handle lengths, py::handle dy, py::handle dstate_out),
+                  (py::handle dx, py::handle dp, py::handle dq, py::handle dgamma, py::handle domega,
+                   py::handle dstate)) {
   CemaBwdParams params{};
   const TensorView x = fill(params, x_, p, q, gamma, omega, state, cu_seqlens, lengths);
   const TensorView p_view("cema", "p", p), q_view("cema", "q", q), omega_view("cema", "omega", omega);
@@ -80,8 +83,9 @@ void* end_state(const char* name, const CemaParams& params, py::handle object) {
       .data();
 }
 
-void cema_end_state_fwd(const Target& target, py::handle x, py::handle p, py::handle q, py::handle cu_seqlens,
-                        py::handle lengths, py::handle state_out) {
+MEGALODON_BINDING(cema_end_state_fwd,
+                  (py::handle x, py::handle p, py::handle q, py::handle cu_seqlens, py::handle lengths),
+                  (py::handle state_out)) {
   CemaFwdParams params{};
   fill_scan(kCemaEndState, params, x, p, q, cu_seqlens, lengths);
   params.state_out = end_state("state_out", params, state_out);
@@ -89,8 +93,10 @@ void cema_end_state_fwd(const Target& target, py::handle x, py::handle p, py::ha
   MEGALODON_LAUNCH(target, cema_fwd, params);
 }
 
-void cema_end_state_bwd(const Target& target, py::handle x_, py::handle p, py::handle q, py::handle cu_seqlens,
-                        py::handle lengths, py::handle dstate_out, py::handle dx, py::handle dp, py::handle dq) {
+MEGALODON_BINDING(cema_end_state_bwd,
+                  (py::handle x_, py::handle p, py::handle q, py::handle cu_seqlens, py::handle lengths,
+                   py::handle dstate_out),
+                  (py::handle dx, py::handle dp, py::handle dq)) {
   CemaBwdParams params{};
   const TensorView x = fill_scan(kCemaEndState, params, x_, p, q, cu_seqlens, lengths);
   const TensorView p_view(kCemaEndState, "p", p), q_view(kCemaEndState, "q", q);
@@ -102,12 +108,5 @@ void cema_end_state_bwd(const Target& target, py::handle x_, py::handle p, py::h
 }
 
 }  // namespace
-
-void bind_cema(py::module_& module) {
-  define(module, "cema_fwd", &cema_fwd);
-  define(module, "cema_bwd", &cema_bwd);
-  define(module, "cema_end_state_fwd", &cema_end_state_fwd);
-  define(module, "cema_end_state_bwd", &cema_end_state_bwd);
-}
 
 }  // namespace megalodon

@@ -1,4 +1,3 @@
-#include "bindings.h"
 #include "cema_coefficients.h"
 #include "target.h"
 #include "tensor_view.h"
@@ -44,8 +43,9 @@ void* of_modes(const CemaCoefficientsParams& params, const char* name, py::handl
       .data();
 }
 
-void cema_coefficients_fwd(const Target& target, py::handle alpha, py::handle delta, py::handle theta,
-                           py::handle gamma, py::handle p, py::handle q, py::handle scaled) {
+MEGALODON_BINDING(cema_coefficients_fwd,
+                  (py::handle alpha, py::handle delta, py::handle theta, py::handle gamma),
+                  (py::handle p, py::handle q, py::handle scaled)) {
   CemaCoefficientsFwdParams params{};
   fill(params, alpha, delta, theta);
   params.gamma = of_pairs(params, "gamma", gamma);
@@ -55,9 +55,10 @@ void cema_coefficients_fwd(const Target& target, py::handle alpha, py::handle de
   MEGALODON_LAUNCH(target, cema_coefficients_fwd, params);
 }
 
-void cema_coefficients_bwd(const Target& target, py::handle dp, py::handle dq, py::handle dscaled, py::handle alpha_,
-                           py::handle delta, py::handle theta_, py::handle dalpha, py::handle ddelta,
-                           py::handle dtheta, py::handle dgamma) {
+MEGALODON_BINDING(cema_coefficients_bwd,
+                  (py::handle dp, py::handle dq, py::handle dscaled, py::handle alpha_, py::handle delta,
+                   py::handle theta_),
+                  (py::handle dalpha, py::handle ddelta, py::handle dtheta, py::handle dgamma)) {
   CemaCoefficientsBwdParams params{};
   const TensorView alpha = fill(params, alpha_, delta, theta_), theta(kCemaCoefficients, "theta", theta_);
   params.dp = of_modes(params, "dp", dp, false);
@@ -71,10 +72,5 @@ void cema_coefficients_bwd(const Target& target, py::handle dp, py::handle dq, p
 }
 
 }  // namespace
-
-void bind_cema_coefficients(py::module_& module) {
-  define(module, "cema_coefficients_fwd", &cema_coefficients_fwd);
-  define(module, "cema_coefficients_bwd", &cema_coefficients_bwd);
-}
 
 }  // namespace megalodon

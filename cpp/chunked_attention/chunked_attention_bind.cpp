@@ -1,4 +1,3 @@
-#include "bindings.h"
 #include "chunked_attention.h"
 #include "target.h"
 #include "tensor_view.h"
@@ -71,10 +70,11 @@ Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, p
   return in;
 }
 
-void chunked_attention_fwd(const Target& target, py::handle q_, py::handle k, py::handle v, py::handle cache_k,
-                           py::handle cache_v, py::handle position, int64_t chunk_size, bool causal, double scale,
-                           double dropkey, py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths,
-                           py::handle o, py::handle lse) {
+MEGALODON_BINDING(chunked_attention_fwd,
+                  (py::handle q_, py::handle k, py::handle v, py::handle cache_k, py::handle cache_v,
+                   py::handle position, int64_t chunk_size, bool causal, double scale, double dropkey,
+                   py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths),
+                  (py::handle o, py::handle lse)) {
   ChunkedAttentionFwdParams params{};
   const TensorView q(kAttention, "q", q_);
   const Inputs in = fill(params, q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed,
@@ -88,10 +88,12 @@ void chunked_attention_fwd(const Target& target, py::handle q_, py::handle k, py
   MEGALODON_LAUNCH(target, chunked_attention_fwd, params);
 }
 
-void chunked_attention_bwd(const Target& target, py::handle q_, py::handle k, py::handle v, py::handle cache_k,
-                           py::handle cache_v, py::handle position, int64_t chunk_size, bool causal, double scale,
-                           double dropkey, py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths,
-                           py::handle o, py::handle lse, py::handle d_o, py::handle dq, py::handle dk, py::handle dv) {
+MEGALODON_BINDING(chunked_attention_bwd,
+                  (py::handle q_, py::handle k, py::handle v, py::handle cache_k, py::handle cache_v,
+                   py::handle position, int64_t chunk_size, bool causal, double scale, double dropkey,
+                   py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths, py::handle o, py::handle lse,
+                   py::handle do_),
+                  (py::handle dq, py::handle dk, py::handle dv)) {
   ChunkedAttentionBwdParams params{};
   const TensorView q(kAttention, "q", q_);
   const Inputs in = fill(params, q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed,
@@ -102,16 +104,17 @@ void chunked_attention_bwd(const Target& target, py::handle q_, py::handle k, py
                    .shape("(B, L, H)", {q.size(0), q.size(1), q.size(2)})
                    .dtype(real_of(params.dtype), kRealDtype)
                    .data();
-  params.d_o = TensorView(kAttention, "do", d_o).like(in.v).data();
+  params.d_o = TensorView(kAttention, "do", do_).like(in.v).data();
   params.dq = TensorView(kAttention, "dq", dq).like(in.k).data();
   params.dk = TensorView(kAttention, "dk", dk).like(in.k).data();
   params.dv = TensorView(kAttention, "dv", dv).like(in.v).data();
   MEGALODON_LAUNCH(target, chunked_attention_bwd, params);
 }
 
-void chunked_attention_state(const Target& target, py::handle k, py::handle v, py::handle cache_k, py::handle cache_v,
-                             py::handle position, int64_t chunk_size, py::handle cu_seqlens, py::handle lengths,
-                             py::handle cache_k_out, py::handle cache_v_out, py::handle position_out) {
+MEGALODON_BINDING(chunked_attention_state,
+                  (py::handle k, py::handle v, py::handle cache_k, py::handle cache_v, py::handle position,
+                   int64_t chunk_size, py::handle cu_seqlens, py::handle lengths),
+                  (py::handle cache_k_out, py::handle cache_v_out, py::handle position_out)) {
   ChunkedAttentionStateParams params{};
   const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
   const int64_t S = params.sequences.count, C = params.chunk_size, H = params.heads, K = params.key_dim,
@@ -135,11 +138,5 @@ void chunked_attention_state(const Target& target, py::handle k, py::handle v, p
 }
 
 }  // namespace
-
-void bind_chunked_attention(py::module_& module) {
-  define(module, "chunked_attention_fwd", &chunked_attention_fwd);
-  define(module, "chunked_attention_bwd", &chunked_attention_bwd);
-  define(module, "chunked_attention_state", &chunked_attention_state);
-}
 
 }  // namespace megalodon

@@ -1,25 +1,39 @@
-// One bind_<name> for each part of the module.
+// What a module defines: every file of bindings adds to a list, which the module's entry point runs through.
 #pragma once
 
 #include <pybind11/pybind11.h>
+
+#include <string>
 
 namespace megalodon {
 
 namespace py = pybind11;
 
-void bind_isa(py::module_& module);
-void bind_cema(py::module_& module);
-void bind_timestep_norm(py::module_& module);
-void bind_normalized_qk(py::module_& module);
-void bind_chunked_attention(py::module_& module);
+// One entry of the list: `define` is called when the module is imported. Made at static initialisation.
+class Registration {
+ public:
+  explicit Registration(void (*define)(py::module_&)) : define_(define), next_(last_) { last_ = this; }
 
-// These are parts of _C alone.
-void bind_linear(py::module_& module);
-void bind_layer_norm(py::module_& module);
-void bind_gated_silu(py::module_& module);
-void bind_cema_coefficients(py::module_& module);
-void bind_cross_entropy(py::module_& module);
-void bind_adaptive_working_memory(py::module_& module);
-void bind_decoder(py::module_& module);
+  static void define_all(py::module_& module) {
+    for (const Registration* entry = last_; entry; entry = entry->next_) entry->define_(module);
+  }
+
+ private:
+  static inline const Registration* last_ = nullptr;
+  void (*define_)(py::module_&);
+  const Registration* next_;
+};
+
+// "x chunk_size" of the parameters "(py::handle x_, int64_t chunk_size)".
+inline std::string parameter_names(const std::string& parameters) {
+  std::string names;
+  for (size_t end = parameters.find_first_of(",)"); end != std::string::npos;
+       end = parameters.find_first_of(",)", end + 1)) {
+    const size_t begin = parameters.rfind(' ', end) + 1;
+    const std::string name = parameters.substr(begin, end - begin);
+    names += (names.empty() ? "" : " ") + name.substr(0, name.find_last_not_of('_') + 1);
+  }
+  return names;
+}
 
 }  // namespace megalodon

@@ -100,7 +100,7 @@ void set_isa(const std::string& name) {
 
 Isa active_isa{};
 
-void bind_isa(py::module_& module) {
+const Registration register_isa{[](py::module_& module) {
   const char* forced = std::getenv("MEGALODON_OPS_ISA");
   try {
     set_isa(forced ? forced : "");
@@ -120,6 +120,6 @@ void bind_isa(py::module_& module) {
       if (supported(i)) available.append(kNames[i]);
     return available;
   });
-}
+}};
 
 }  // namespace megalodon

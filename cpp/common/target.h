@@ -1,9 +1,11 @@
-// Where the bindings of a module launch their kernels: _C on the CPU, _cuda (MEGALODON_CUDA = 1) on a CUDA stream.
+// Bindings, and where those of a module of a module launch their kernels: _C on the CPU, _cuda (MEGALODON_CUDA = 1) on a CUDA stream.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+
+#include "bindings.h"
 
 #ifndef MEGALODON_CUDA
 #define MEGALODON_CUDA 0
@@ -39,10 +41,11 @@ struct Target {
 
 // Defines module.name(stream, allocate, ...), which calls function(target, ...).
 template <class... A>
-void define(py::module_& module, const char* name, void (*function)(const Target&, A...)) {
-  module.def(name, [function](uintptr_t stream, py::handle allocate, A... arguments) {
+void define(py::module_& module, const char* name, const char* doc, void (*function)(const Target&, A...)) {
+  const auto call = [function](uintptr_t stream, py::handle allocate, A... arguments) {
     function(Target{reinterpret_cast<void*>(stream), allocate}, arguments...);
-  });
+  };
+  module.def(name, call, doc);
 }
 
 #else
@@ -59,10 +62,23 @@ struct Target {
 
 // Defines module.name(...), which calls function(target, ...).
 template <class... A>
-void define(py::module_& module, const char* name, void (*function)(const Target&, A...)) {
-  module.def(name, [function](A... arguments) { function(Target{}, arguments...); });
+void define(py::module_& module, const char* name, const char* doc, void (*function)(const Target&, A...)) {
+  module.def(name, [function](A... arguments) { function(Target{}, arguments...); }, doc);
 }
 
 #endif
+
+#define MEGALODON_LIST(...) __VA_ARGS__
+// MEGALODON_BINDING(name, (arguments), (results)) { ... } defines a function of the module that launches on `target`.
+// Results are tensors that the caller allocates. Its docstring is "names of arguments -> names of results"; an
+// underscore at a name's end does not count.
+#define MEGALODON_BINDING(name, arguments, results)                                                         \
+  void name(const Target& target, MEGALODON_LIST arguments, MEGALODON_LIST results);                         \
+  const Registration register_##name{[](py::module_& module) {                                              \
+    py::options options;                                                                                    \
+    options.disable_function_signatures();                                                                  \
+    define(module, #name, (parameter_names(#arguments) + " -> " + parameter_names(#results)).c_str(), name); \
+  }};                                                                                                       \
+  void name(const Target& target, MEGALODON_LIST arguments, MEGALODON_LIST results)
 
 }  // namespace megalodon

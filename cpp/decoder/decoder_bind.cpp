@@ -334,13 +334,13 @@ class Decoder {
   std::optional<LinearLayer> output_;
 };
 
-}  // namespace
-
-void bind_decoder(py::module_& module) {
+const Registration register_decoder{[](py::module_& module) {
   py::class_<Decoder>(module, "Decoder")
       .def(py::init<py::object, py::dict, py::object, py::object, int64_t, int64_t>(), py::arg("config"),
            py::arg("tensors"), py::arg("rotary"), py::arg("like"), py::arg("batch"), py::arg("max_tokens"))
       .def("run", &Decoder::run);
-}
+}};
+
+}  // namespace
 
 }  // namespace megalodon

@@ -1,4 +1,3 @@
-#include "bindings.h"
 #include "gated_silu.h"
 #include "target.h"
 #include "tensor_view.h"
@@ -18,15 +17,16 @@ TensorView fill(GatedSiluParams& params, py::handle x_, py::handle value_) {
   return x;
 }
 
-void gated_silu_fwd(const Target& target, py::handle x_, py::handle value, py::handle y) {
+MEGALODON_BINDING(gated_silu_fwd, (py::handle x_, py::handle value), (py::handle y)) {
   GatedSiluFwdParams params{};
   const TensorView x = fill(params, x_, value);
   params.y = TensorView(kGatedSilu, "y", y).like(x).data();
   MEGALODON_LAUNCH(target, gated_silu_fwd, params);
 }
 
-void gated_silu_bwd(const Target& target, py::handle x_, py::handle value, py::handle dy, py::handle dx,
-                    py::handle dvalue) {
+MEGALODON_BINDING(gated_silu_bwd,
+                  (py::handle x_, py::handle value, py::handle dy),
+                  (py::handle dx, py::handle dvalue)) {
   GatedSiluBwdParams params{};
   const TensorView x = fill(params, x_, value);
   params.dy = TensorView(kGatedSilu, "dy", dy).like(x).data();
@@ -36,10 +36,5 @@ void gated_silu_bwd(const Target& target, py::handle x_, py::handle value, py::h
 }
 
 }  // namespace
-
-void bind_gated_silu(py::module_& module) {
-  define(module, "gated_silu_fwd", &gated_silu_fwd);
-  define(module, "gated_silu_bwd", &gated_silu_bwd);
-}
 
 }  // namespace megalodon

@@ -1,4 +1,3 @@
-#include "bindings.h"
 #include "layer_norm.h"
 #include "target.h"
 #include "tensor_view.h"
@@ -29,8 +28,9 @@ TensorView fill(LayerNormParams& params, py::handle x_, py::handle weight, doubl
   return x;
 }
 
-void layer_norm_fwd(const Target& target, py::handle x_, py::handle weight, py::handle bias, double eps,
-                    bool is_rms_norm, py::handle y) {
+MEGALODON_BINDING(layer_norm_fwd,
+                  (py::handle x_, py::handle weight, py::handle bias, double eps, bool is_rms_norm),
+                  (py::handle y)) {
   LayerNormFwdParams params{};
   const TensorView x = fill(params, x_, weight, eps, is_rms_norm);
   params.bias = of_channels(params, "bias", bias);
@@ -38,8 +38,9 @@ void layer_norm_fwd(const Target& target, py::handle x_, py::handle weight, py::
   MEGALODON_LAUNCH(target, layer_norm_fwd, params);
 }
 
-void layer_norm_bwd(const Target& target, py::handle x_, py::handle weight, double eps, bool is_rms_norm,
-                    py::handle dy, py::handle dx, py::handle dweight, py::handle dbias) {
+MEGALODON_BINDING(layer_norm_bwd,
+                  (py::handle x_, py::handle weight, double eps, bool is_rms_norm, py::handle dy),
+                  (py::handle dx, py::handle dweight, py::handle dbias)) {
   LayerNormBwdParams params{};
   const TensorView x = fill(params, x_, weight, eps, is_rms_norm);
   params.dy = TensorView(x.op(), "dy", dy).like(x).data();
@@ -50,10 +51,5 @@ void layer_norm_bwd(const Target& target, py::handle x_, py::handle weight, doub
 }
 
 }  // namespace
-
-void bind_layer_norm(py::module_& module) {
-  define(module, "layer_norm_fwd", &layer_norm_fwd);
-  define(module, "layer_norm_bwd", &layer_norm_bwd);
-}
 
 }  // namespace megalodon

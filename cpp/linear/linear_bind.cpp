@@ -1,4 +1,3 @@
-#include "bindings.h"
 #include "linear.h"
 #include "target.h"
 #include "tensor_view.h"
@@ -6,7 +5,7 @@
 namespace megalodon {
 namespace {
 
-void linear_few_rows(const Target& target, py::handle x_, py::handle weight_, py::handle bias_, py::handle y_) {
+MEGALODON_BINDING(linear_few_rows, (py::handle x_, py::handle weight_, py::handle bias_), (py::handle y_)) {
   const TensorView x("linear", "x", x_), weight("linear", "weight", weight_), bias("linear", "bias", bias_);
   const TensorView y("linear", "y", y_);
   LinearFewRowsParams params{};
@@ -30,8 +29,10 @@ bool has_amx_kernel() {
 #endif
 }
 
-void linear_many_rows(const Target& target, py::handle x_, bool x_transposed, py::handle weight_,
-                      bool weight_transposed, py::handle bias_, py::handle y_, bool add) {
+MEGALODON_BINDING(linear_many_rows,
+                  (py::handle x_, bool x_transposed, py::handle weight_, bool weight_transposed, py::handle bias_,
+                   bool add),
+                  (py::handle y_)) {
   const TensorView x("linear", "x", x_), weight("linear", "weight", weight_), bias("linear", "bias", bias_);
   const TensorView y("linear", "y", y_);
   LinearManyRowsParams params{};
@@ -56,7 +57,7 @@ void linear_many_rows(const Target& target, py::handle x_, bool x_transposed, py
   MEGALODON_LAUNCH(target, linear_many_rows, params);
 }
 
-void transpose(const Target& target, py::handle x_, py::handle y_) {
+MEGALODON_BINDING(transpose, (py::handle x_), (py::handle y_)) {
   const TensorView x("transpose", "x", x_), y("transpose", "y", y_);
   TransposeParams params{};
   params.dtype = x.rank("(R, C)", 2).floating();
@@ -69,11 +70,5 @@ void transpose(const Target& target, py::handle x_, py::handle y_) {
 }
 
 }  // namespace
-
-void bind_linear(py::module_& module) {
-  define(module, "linear_few_rows", &linear_few_rows);
-  define(module, "linear_many_rows", &linear_many_rows);
-  define(module, "transpose", &transpose);
-}
 
 }  // namespace megalodon

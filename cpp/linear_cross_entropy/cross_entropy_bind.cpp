@@ -1,4 +1,3 @@
-#include "bindings.h"
 #include "cross_entropy.h"
 #include "target.h"
 #include "tensor_view.h"
@@ -8,8 +7,7 @@ namespace {
 
 constexpr const char* kCrossEntropy = "cross_entropy";
 
-void cross_entropy(const Target& target, py::handle logits_, py::handle targets_, py::handle scales_,
-                   py::handle losses_) {
+MEGALODON_BINDING(cross_entropy, (py::handle logits_, py::handle targets_, py::handle scales_), (py::handle losses_)) {
   CrossEntropyParams params{};
   const TensorView logits(kCrossEntropy, "logits", logits_), targets(kCrossEntropy, "targets", targets_);
   params.dtype = logits.rank("(T, V)", 2).floating();
@@ -31,7 +29,5 @@ void cross_entropy(const Target& target, py::handle logits_, py::handle targets_
 }
 
 }  // namespace
-
-void bind_cross_entropy(py::module_& module) { define(module, "cross_entropy", &cross_entropy); }
 
 }  // namespace megalodon

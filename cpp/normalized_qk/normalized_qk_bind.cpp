@@ -1,4 +1,3 @@
-#include "bindings.h"
 #include "normalized_qk.h"
 #include "target.h"
 #include "tensor_view.h"
@@ -46,9 +45,10 @@ TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py
   return z;
 }
 
-void normalized_qk_fwd(const Target& target, py::handle z_, py::handle gamma, py::handle beta, int64_t num_heads,
-                       int64_t chunk_size, double eps, py::handle rotary, py::handle position, py::handle cu_seqlens,
-                       py::handle lengths, py::handle q, py::handle k) {
+MEGALODON_BINDING(normalized_qk_fwd,
+                  (py::handle z_, py::handle gamma, py::handle beta, int64_t num_heads, int64_t chunk_size,
+                   double eps, py::handle rotary, py::handle position, py::handle cu_seqlens, py::handle lengths),
+                  (py::handle q, py::handle k)) {
   NormalizedQkFwdParams params{};
   const TensorView z = fill(params, z_, gamma, beta, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
   const auto heads = [&](const char* name, py::handle object) {
@@ -63,10 +63,11 @@ void normalized_qk_fwd(const Target& target, py::handle z_, py::handle gamma, py
   MEGALODON_LAUNCH(target, normalized_qk_fwd, params);
 }
 
-void normalized_qk_bwd(const Target& target, py::handle z_, py::handle gamma, py::handle beta_, int64_t num_heads,
-                       int64_t chunk_size, double eps, py::handle rotary, py::handle position, py::handle cu_seqlens,
-                       py::handle lengths, py::handle dq, py::handle dk, py::handle dz, py::handle dgamma,
-                       py::handle dbeta) {
+MEGALODON_BINDING(normalized_qk_bwd,
+                  (py::handle z_, py::handle gamma, py::handle beta_, int64_t num_heads, int64_t chunk_size,
+                   double eps, py::handle rotary, py::handle position, py::handle cu_seqlens, py::handle lengths,
+                   py::handle dq, py::handle dk),
+                  (py::handle dz, py::handle dgamma, py::handle dbeta)) {
   NormalizedQkBwdParams params{};
   const TensorView z =
       fill(params, z_, gamma, beta_, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
@@ -87,10 +88,5 @@ void normalized_qk_bwd(const Target& target, py::handle z_, py::handle gamma, py
 }
 
 }  // namespace
-
-void bind_normalized_qk(py::module_& module) {
-  define(module, "normalized_qk_fwd", &normalized_qk_fwd);
-  define(module, "normalized_qk_bwd", &normalized_qk_bwd);
-}
 
 }  // namespace megalodon

@@ -1,4 +1,3 @@
-#include "bindings.h"
 #include "target.h"
 #include "tensor_view.h"
 #include "timestep_norm.h"
@@ -67,10 +66,12 @@ TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, p
   return x;
 }
 
-void timestep_norm_fwd(const Target& target, py::handle x_, py::handle weight, py::handle bias, int64_t num_groups,
-                       double eps, py::handle count, py::handle mean, py::handle var, py::handle residual,
-                       py::handle cu_seqlens, py::handle lengths, py::handle y, py::handle stats, py::handle count_out,
-                       py::handle mean_out, py::handle var_out, py::handle residual_out) {
+MEGALODON_BINDING(timestep_norm_fwd,
+                  (py::handle x_, py::handle weight, py::handle bias, int64_t num_groups, double eps,
+                   py::handle count, py::handle mean, py::handle var, py::handle residual, py::handle cu_seqlens,
+                   py::handle lengths),
+                  (py::handle y, py::handle stats, py::handle count_out, py::handle mean_out, py::handle var_out,
+                   py::handle residual_out)) {
   TimestepNormFwdParams params{};
   const TensorView x = fill(params, x_, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
   const Scalar real = real_of(params.dtype);
@@ -82,11 +83,11 @@ void timestep_norm_fwd(const Target& target, py::handle x_, py::handle weight, p
   MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
 }
 
-void timestep_norm_bwd(const Target& target, py::handle x_, py::handle weight_, py::handle bias, int64_t num_groups,
-                       double eps, py::handle count, py::handle mean, py::handle var, py::handle residual,
-                       py::handle cu_seqlens, py::handle lengths, py::handle stats, py::handle dy, py::handle dmean_out,
-                       py::handle dvar_out, py::handle dx, py::handle dweight, py::handle dbias, py::handle dmean,
-                       py::handle dvar) {
+MEGALODON_BINDING(timestep_norm_bwd,
+                  (py::handle x_, py::handle weight_, py::handle bias, int64_t num_groups, double eps,
+                   py::handle count, py::handle mean, py::handle var, py::handle residual, py::handle cu_seqlens,
+                   py::handle lengths, py::handle stats, py::handle dy, py::handle dmean_out, py::handle dvar_out),
+                  (py::handle dx, py::handle dweight, py::handle dbias, py::handle dmean, py::handle dvar)) {
   TimestepNormBwdParams params{};
   const TensorView x =
       fill(params, x_, weight_, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
@@ -109,9 +110,9 @@ void timestep_norm_bwd(const Target& target, py::handle x_, py::handle weight_, 
   MEGALODON_LAUNCH(target, timestep_norm_bwd, params);
 }
 
-void timestep_norm_end_state_fwd(const Target& target, py::handle x, int64_t num_groups, py::handle cu_seqlens,
-                                 py::handle lengths, py::handle mean_out, py::handle var_out, py::handle residual_out,
-                                 py::handle count_out) {
+MEGALODON_BINDING(timestep_norm_end_state_fwd,
+                  (py::handle x, int64_t num_groups, py::handle cu_seqlens, py::handle lengths),
+                  (py::handle mean_out, py::handle var_out, py::handle residual_out, py::handle count_out)) {
   TimestepNormFwdParams params{};
   fill_x(kNormEndState, params, x, num_groups, cu_seqlens, lengths);
   const TensorView count(kNormEndState, "count_out", count_out);
@@ -120,9 +121,10 @@ void timestep_norm_end_state_fwd(const Target& target, py::handle x, int64_t num
   MEGALODON_LAUNCH(target, timestep_norm_fwd, params);
 }
 
-void timestep_norm_end_state_bwd(const Target& target, py::handle x_, int64_t num_groups, py::handle cu_seqlens,
-                                 py::handle lengths, py::handle mean_out, py::handle residual_out, py::handle dmean_out,
-                                 py::handle dvar_out, py::handle dx) {
+MEGALODON_BINDING(timestep_norm_end_state_bwd,
+                  (py::handle x_, int64_t num_groups, py::handle cu_seqlens, py::handle lengths, py::handle mean_out,
+                   py::handle residual_out, py::handle dmean_out, py::handle dvar_out),
+                  (py::handle dx)) {
   TimestepNormEndStateBwdParams params{};
   const TensorView x = fill_x(kNormEndState, params, x_, num_groups, cu_seqlens, lengths);
   const Scalar real = real_of(params.dtype);
@@ -138,12 +140,5 @@ void timestep_norm_end_state_bwd(const Target& target, py::handle x_, int64_t nu
 }
 
 }  // namespace
-
-void bind_timestep_norm(py::module_& module) {
-  define(module, "timestep_norm_fwd", &timestep_norm_fwd);
-  define(module, "timestep_norm_bwd", &timestep_norm_bwd);
-  define(module, "timestep_norm_end_state_fwd", &timestep_norm_end_state_fwd);
-  define(module, "timestep_norm_end_state_bwd", &timestep_norm_end_state_bwd);
-}
 
 }  // namespace megalodon

@@ -7,7 +7,7 @@ import torch
 from assertions import assert_bit_equal, assert_close, assert_matches_reference
 from calls import OPS, evaluate
 from cases import BUILDERS, WITH_STATE
-from emulator.emulator import BINDINGS, Emulator
+from emulator.emulator import Emulator
 from hypothesis import given, settings
 from strategies import CASES
 from torch import Tensor
@@ -73,7 +73,7 @@ def test_each_tensor_alone_may_be_misaligned(emulator, monkeypatch, op, dtype):
     for name, arguments in launches:
         if (name, dtype) == ("chunked_attention_bwd", torch.float32):
             continue
-        inputs, results = (names.split() for names in BINDINGS[name].split("->"))
+        inputs, results = emulator.bindings[name]
         given, expected = arguments[: len(inputs)], arguments[len(inputs) :]
         for label, argument in zip(inputs + results, arguments, strict=True):
             if isinstance(argument, Tensor):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from emulator.emulator import BINDINGS
+from emulator.emulator import bindings
 from torch import Tensor
 
 import megalodon_ops as mo
@@ -57,9 +57,7 @@ def isa(name: str) -> Iterator[None]:
 def gpu() -> Iterator[None]:
     """Within the context, the bindings of `_C` launch the CUDA kernels on the current GPU."""
 
-    def launcher(name: str):
-        inputs = BINDINGS[name].split("->")[0].split()
-
+    def launcher(name: str, inputs: list[str]):
         def launch(*arguments):
             moved = {id(a): a.cuda() for a in arguments if isinstance(a, Tensor)}  # in and out may be one tensor
             library.launch(name, *(moved.get(id(a), a) for a in arguments))
@@ -70,6 +68,6 @@ def gpu() -> Iterator[None]:
         return launch
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in BINDINGS:
-            patch.setattr(_C, name, launcher(name))
+        for name, (inputs, _) in bindings(library.cuda_extension()).items():
+            patch.setattr(_C, name, launcher(name, inputs))
         yield

@@ -204,8 +204,5 @@ PYBIND11_MODULE(_cuda_emulated, module) {
   module.def("sites", &sites);
   module.def("reset_counters", &emu::reset_counters);
   bind_planted(module.def_submodule("planted"));
-  megalodon::bind_cema(module);
-  megalodon::bind_timestep_norm(module);
-  megalodon::bind_normalized_qk(module);
-  megalodon::bind_chunked_attention(module);
+  megalodon::Registration::define_all(module);
 }

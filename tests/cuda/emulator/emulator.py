@@ -26,28 +26,14 @@ from emulator.mutants import SWITCH
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]
 
-# The bindings that launch kernels: arguments -> results, which the caller allocates. A tensor may be both of these.
-BINDINGS = {
-    "cema_fwd": "x p q gamma omega state cu_seqlens lengths -> y state_out",
-    "cema_bwd": "x p q gamma omega state cu_seqlens lengths dy dstate_out -> dx dp dq dgamma domega dstate",
-    "cema_end_state_fwd": "x p q cu_seqlens lengths -> state_out",
-    "cema_end_state_bwd": "x p q cu_seqlens lengths dstate_out -> dx dp dq",
-    "timestep_norm_fwd": "x weight bias num_groups eps count mean var residual cu_seqlens lengths "
-    "-> y stats count_out mean_out var_out residual_out",
-    "timestep_norm_bwd": "x weight bias num_groups eps count mean var residual cu_seqlens lengths stats dy dmean_out "
-    "dvar_out -> dx dweight dbias dmean dvar",
-    "timestep_norm_end_state_fwd": "x num_groups cu_seqlens lengths -> mean_out var_out residual_out count_out",
-    "timestep_norm_end_state_bwd": "x num_groups cu_seqlens lengths mean_out residual_out dmean_out dvar_out -> dx",
-    "normalized_qk_fwd": "z gamma beta num_heads chunk_size eps rotary position cu_seqlens lengths -> q k",
-    "normalized_qk_bwd": "z gamma beta num_heads chunk_size eps rotary position cu_seqlens lengths dq dk "
-    "-> dz dgamma dbeta",
-    "chunked_attention_fwd": "q k v cache_k cache_v position chunk_size causal scale dropkey seed cu_seqlens lengths "
-    "-> o lse",
-    "chunked_attention_bwd": "q k v cache_k cache_v position chunk_size causal scale dropkey seed cu_seqlens lengths "
-    "o lse do -> dq dk dv",
-    "chunked_attention_state": "k v cache_k cache_v position chunk_size cu_seqlens lengths "
-    "-> cache_k_out cache_v_out position_out",
-}
+
+def bindings(module: ModuleType) -> dict[str, tuple[list[str], list[str]]]:
+    """The functions of `_C`, `_cuda` or `_cuda_emulated` that launch kernels: names of arguments and of results.
+
+    The caller allocates the results. A tensor may be both argument and result.
+    """
+    docs = {name: (getattr(module, name).__doc__ or "").split(" -> ") for name in dir(module)}
+    return {name: (doc[0].split(), doc[1].split()) for name, doc in docs.items() if len(doc) == 2 and "(" not in doc[0]}
 
 
 def build(target: str = "_cuda_emulated", verbose: bool = False) -> Path:
@@ -124,6 +110,7 @@ class Emulator:
     def __init__(self, module: ModuleType) -> None:
         self.module = module
         self.Error = module.EmulationError
+        self.bindings = bindings(module)
         self.reset()
 
     def reset(self) -> None:
@@ -216,10 +203,10 @@ class Emulator:
     def call(self, name: str, *arguments: Any, offset: int | dict[str, int] = 0) -> None:
         """Launches with CPU tensors, as the package calls `_C`: moves them to the device and the results back.
 
-        On the device each tensor, or each that `offset` names as BINDINGS does, begins `offset` elements past a
+        On the device each tensor, or each that `offset` names as the binding does, begins `offset` elements past a
         multiple of 256 bytes.
         """
-        inputs, results = (names.split() for names in BINDINGS[name].split("->"))
+        inputs, results = self.bindings[name]
         given, wanted = arguments[: len(inputs)], arguments[len(inputs) :]
         in_place = {id(a) for a in given if isinstance(a, Tensor)} & {id(a) for a in wanted}
         moved: dict[int, Tensor] = {}  # by id: an argument that is also a result is one tensor here, too
@@ -242,9 +229,9 @@ class Emulator:
     @contextmanager
     def replacing(self, compiled: ModuleType, offset: int | dict[str, int] = 0) -> Iterator[None]:
         """Within the context, bindings of `compiled` (megalodon_ops._C) launch emulated kernels where there are any."""
-        originals = {name: getattr(compiled, name) for name in BINDINGS}
+        originals = {name: getattr(compiled, name) for name in self.bindings}
         try:
-            for name in BINDINGS:
+            for name in self.bindings:
                 setattr(compiled, name, self._launcher(name, offset))
             yield
         finally:

@@ -57,7 +57,7 @@ def run_ops(library: Path, names: list[str]) -> None:
     """Outputs and gradients of each op's cases, in each dtype, on aligned and unaligned memory, but not in each on both."""
     from calls import evaluate
     from cases import BUILDERS
-    from emulator.emulator import BINDINGS, Emulator, load
+    from emulator.emulator import Emulator, load
 
     import megalodon_ops as mo
     import torch
@@ -80,7 +80,7 @@ def run_ops(library: Path, names: list[str]) -> None:
                 with emulator.replacing(_C, offset=offset):
                     results = evaluate(getattr(mo, op), BUILDERS[op](dtype=dtype, **options))
                 assert all(r.isfinite().all() for name, r in results.items() if "state" not in name), (op, options)
-    missing = set() if names else set(BINDINGS) - ran
+    missing = set() if names else set(emulator.bindings) - ran
     assert not missing, f"no case runs {sorted(missing)}"
     print("ran", *sorted(ran))
 

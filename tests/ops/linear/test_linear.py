@@ -165,7 +165,7 @@ def many_rows(name, x, weight, bias=None, *, transposed=(False, False), add_to=N
     y = x.new_full((x.shape[0], weight.shape[0]), torch.nan) if add_to is None else add_to.clone()
     x, weight = (m.t().contiguous() if t else m for m, t in zip((x, weight), transposed, strict=True))
     with isa(name):
-        _C.linear_many_rows(x, transposed[0], weight, transposed[1], bias, y, add_to is not None)
+        _C.linear_many_rows(x, transposed[0], weight, transposed[1], bias, add_to is not None, y)
     return y
 
 

@@ -207,7 +207,7 @@ def _without_gaps(x: Tensor) -> Tensor:
 
 def _many_rows(x, weight, bias, y, add):
     matrices = *_contiguous_or_transposed(x), *_contiguous_or_transposed(weight)
-    launch("linear_many_rows", *matrices, contiguous_or_none(bias), y, add)
+    launch("linear_many_rows", *matrices, contiguous_or_none(bias), add, y)
 
 
 def _contiguous_or_transposed(matrix: Tensor) -> tuple[Tensor, bool]:

@@ -1,0 +1,18 @@
+# The files cpp/<op>/<name>_bind.cpp: `cuda`, those with CUDA kernels, beside which there is a cuda/<op>/<name>*.cu, and
+# `cpu`, the others.
+function(find_bindings root cuda cpu)
+  file(GLOB files CONFIGURE_DEPENDS ${root}/cpp/*/*_bind.cpp)
+  file(GLOB kernels CONFIGURE_DEPENDS ${root}/cuda/*/*.cu)
+  set(with_kernels)
+  foreach(file IN LISTS files)
+    string(REPLACE ${root}/cpp/ ${root}/cuda/ name ${file})
+    string(REPLACE _bind.cpp "" name ${name})
+    string(FIND "${kernels}" ${name} position)
+    if(position GREATER_EQUAL 0)
+      list(APPEND with_kernels ${file})
+    endif()
+  endforeach()
+  list(REMOVE_ITEM files ${with_kernels})
+  set(${cuda} ${with_kernels} PARENT_SCOPE)
+  set(${cpu} ${files} PARENT_SCOPE)
+endfunction()
