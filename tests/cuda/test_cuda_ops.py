@@ -39,21 +39,10 @@ def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
     check()
 
 
-ALIGNED = {  # sizes that allow the widest accesses, and a scan as well as its last state
-    "cema": [{"B": 1, "L": 66, "D": 4, "N": 4, "state": True}, {"B": 2, "L": 2, "D": 4, "N": 4, "state": True}],
-    "timestep_norm": [{"B": 1, "L": 66, "G": 1, "width": 16, "count": 2}],
-    "cema_end_state": [{"B": 1, "L": 34, "D": 4, "N": 4}],
-    "timestep_norm_end_state": [{"B": 1, "L": 66, "G": 1, "width": 16}],
-    "normalized_qk": [{"B": 1, "L": 3, "H": 1, "K": K, "position": True} for K in (16, 512)],
-    "chunked_attention": [
-        {"B": 1, "L": 9, "H": 1, "K": 16, "V": 16, "C": 20, "state": True, "dropkey": 0.1},
-        {"B": 2, "L": 2, "H": 1, "K": 16, "V": 16, "C": 20, "state": True},
-    ],
-}
-
+CUDA = {name: op.cuda for name, op in OPS.items() if op.cuda}
 
 # Attention in float32 has a forward of its own; its backward has no vectors.
-ALONE = [*((op, torch.bfloat16) for op in ALIGNED), ("chunked_attention", torch.float32)]
+ALONE = [*((op, torch.bfloat16) for op in CUDA), ("chunked_attention", torch.float32)]
 
 
 @pytest.mark.parametrize(("op", "dtype"), ALONE, ids=str)
@@ -66,7 +55,7 @@ def test_each_tensor_alone_may_be_misaligned(emulator, monkeypatch, op, dtype):
         launches.append((name, arguments))
 
     monkeypatch.setattr(emulator, "call", record)
-    for shape in ALIGNED[op]:
+    for shape in CUDA[op].aligned:
         case = BUILDERS[op](dtype=dtype, **shape)
         with emulator.replacing(_C):
             assert_matches_reference(evaluate(getattr(mo, op), case), case)
@@ -87,19 +76,14 @@ def test_each_tensor_alone_may_be_misaligned(emulator, monkeypatch, op, dtype):
 
 # Attention that goes on from a state, a few tokens a sequence, takes other kernels than attention from the start.
 @pytest.mark.slow
-@pytest.mark.parametrize(("op", "goes_on"), [*((op, True) for op in ALIGNED), ("chunked_attention", False)])
+@pytest.mark.parametrize(("op", "goes_on"), [*((op, True) for op in CUDA), ("chunked_attention", False)])
 def test_more_sequences_than_1024(emulator, op, goes_on):
     """Each token finds its sequence: of 1,100 the first and the last have tokens, those between none."""
     lengths = [2] + [0] * 1069 + [(s % 3 + 1) // 2 for s in range(30)]
     lengths[1090] = 40
     cu_seqlens = [sum(lengths[:s]) for s in range(1101)]
-    small = {
-        "cema": {"D": 2, "N": 1}, "timestep_norm": {"G": 1, "width": 2}, "cema_end_state": {"D": 2, "N": 1},
-        "timestep_norm_end_state": {"G": 1, "width": 2}, "normalized_qk": {"H": 1, "K": 2},
-    }  # fmt: skip
-    shape = small.get(op, {"H": 1, "K": 2, "V": 2, "C": 3})
     with_state = WITH_STATE.get(op, {}) if goes_on else {}
-    case = BUILDERS[op](B=1, L=cu_seqlens[-1] + 3, cu_seqlens=cu_seqlens, **shape, **with_state)
+    case = BUILDERS[op](B=1, L=cu_seqlens[-1] + 3, cu_seqlens=cu_seqlens, **CUDA[op].smallest, **with_state)
     with emulator.replacing(_C):
         results = evaluate(getattr(mo, op), case)
     expected = evaluate(getattr(mo, op), case)

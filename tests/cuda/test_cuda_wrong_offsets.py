@@ -10,7 +10,7 @@ import pytest
 import torch
 from assertions import assert_bit_equal
 from calls import evaluate
-from cases import BUILDERS, WITH_STATE, Case
+from cases import BUILDERS, OPS, WITH_STATE, Case
 from emulator.emulator import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,14 +19,7 @@ import megalodon_ops as mo
 from megalodon_ops import _C, AttentionState
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
-SMALL = {
-    "cema": {"D": 6, "N": 5},
-    "timestep_norm": {"G": 3, "width": 8},
-    "cema_end_state": {"D": 6, "N": 5},
-    "timestep_norm_end_state": {"G": 3, "width": 8},
-    "normalized_qk": {"H": 2, "K": 8, "C": 6},
-    "chunked_attention": {"H": 2, "K": 8, "V": 16, "C": 6},
-}
+SMALL = {name: op.cuda.odd for name, op in OPS.items() if op.cuda}
 WITH_POSITIONS = ("normalized_qk", "chunked_attention")
 FAR = [7, 100, 1000, 2**20, 2**31 - 1, 2**31, 2**32 + 3, 2**40, 2**62, 2**63 - 1]
 WRONG = st.sampled_from(FAR) | st.sampled_from(FAR).map(lambda n: -n) | st.just(-(2**63))

@@ -9,21 +9,10 @@ import pkgutil
 
 import pytest
 import torch
+from cases import OPS
 
 import megalodon_ops as mo
 
-OPS = [
-    "cema",
-    "cema_end_state",
-    "timestep_norm",
-    "timestep_norm_end_state",
-    "normalized_qk",
-    "chunked_attention",
-    "normalized_attention",
-    "adaptive_working_memory",
-    "sequence_norm",
-    "bidirectional_cema",
-]
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(mo.__path__, "megalodon_ops.")

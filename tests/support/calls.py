@@ -3,92 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from cases import Case, Tensors, generator, randn
+from cases import OPS, Case, Tensors, generator, randn
 from torch import Tensor
 
-from megalodon_ops.ops.common.states import TimestepNormState, WorkingMemoryState
+from megalodon_ops import TimestepNormState
 
 Function = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Op:
-    """How to call an op: its inputs in order, `tokens` (B, L, ...) first, and its outputs by name."""
-
-    tokens: tuple[str, ...]
-    parameters: tuple[str, ...]
-    outputs: tuple[str, ...]  # (B, L, ...); none where the op returns the end state alone
-    call: Callable[[Function, list[Tensor], Tensors, dict[str, Any]], Tensors]
-    constant_state: bool = False  # a cut inside a chunk cuts the gradient, too
-    whole: bool = False  # each step sees its whole sequence: no state, no pieces
-
-
-def _call_cema(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    y, state = function(*inputs, state=tensors.get("state"), return_state=True, **options)
-    return {"y": y, "state": state}
-
-
-def _call_timestep_norm(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    options = dict(options)
-    count, residual = options.pop("count", None), options.pop("residual", None)
-    state = None if count is None else TimestepNormState(count, tensors["mean"], tensors["var"], residual)
-    y, state = function(*inputs, state=state, return_state=True, **options)
-    return {"y": y, "mean": state.mean, "var": state.var, "count": state.count}
-
-
-def _call_cema_end_state(
-    function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]
-) -> Tensors:
-    return {"state": function(*inputs, **options)}
-
-
-def _call_timestep_norm_end_state(
-    function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]
-) -> Tensors:
-    state = function(*inputs, **options)
-    return {"mean": state.mean, "var": state.var, "count": state.count}
-
-
-def _call_normalized_qk(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    q, k = function(*inputs, **options)
-    return {"q": q, "k": k}
-
-
-def _call_attention(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    if not options.get("causal", True):  # then there is no state
-        return {"o": function(*inputs, **options)}
-    o, state = function(*inputs, return_state=True, **options)
-    return {"o": o, "state.k": state.k, "state.v": state.v, "state.position": state.position}
-
-
-def _call_memory(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    options = dict(options)
-    if kept := options.pop("kept", None):
-        options["state"] = WorkingMemoryState(tensors["memory"], tensors["mass"], kept.k, kept.position, kept.v)
-    o, state = function(*inputs, return_state=True, **options)
-    return {"o": o} | {f"state.{field}" if field in "kv" else field: t for field, t in state._asdict().items()}
-
-
-def _call_whole(function: Function, inputs: list[Tensor], tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    return {"y": function(*inputs, **options)}
-
-
-OPS = {
-    "cema": Op(("x",), ("p", "q", "gamma", "omega"), ("y",), _call_cema),
-    "timestep_norm": Op(("x",), ("weight", "bias"), ("y",), _call_timestep_norm),
-    "cema_end_state": Op(("x",), ("p", "q"), (), _call_cema_end_state),
-    "timestep_norm_end_state": Op(("x",), (), (), _call_timestep_norm_end_state),
-    "normalized_qk": Op(("z",), ("gamma", "beta"), ("q", "k"), _call_normalized_qk),
-    "chunked_attention": Op(("q", "k", "v"), (), ("o",), _call_attention, constant_state=True),
-    "normalized_attention": Op(("z", "v"), ("gamma", "beta"), ("o",), _call_attention, constant_state=True),
-    "adaptive_working_memory": Op(("q", "k", "v"), (), ("o",), _call_memory, constant_state=True),
-    "sequence_norm": Op(("x",), ("weight", "bias"), ("y",), _call_whole, whole=True),
-    "bidirectional_cema": Op(("x",), ("p", "q", "gamma", "omega"), ("y",), _call_whole, whole=True),
-}
 
 
 def forward(function: Function, case: Case) -> Tensors:

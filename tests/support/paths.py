@@ -6,7 +6,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 DATA = TESTS / "data"
 DOCS = ROOT / "docs"
-TEST_PATH = f"{TESTS / 'support'}:{TESTS / 'cuda'}:{ROOT}"
+TEST_PATH = f"{TESTS / 'support'}:{TESTS / 'ops'}:{TESTS / 'cuda'}:{ROOT}"
 """PYTHONPATH of a process that imports what tests do"""
 
 

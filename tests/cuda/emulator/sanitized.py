@@ -86,32 +86,10 @@ def run_ops(library: Path, names: list[str]) -> None:
 
 
 def small_cases() -> list[tuple[str, dict]]:
-    """Sizes below, at and above those of tiles and vectors; dense, padded and packed; with states."""
-    packed = {"B": 1, "L": 23, "cu_seqlens": [0, 9, 9, 20]}
-    return [
-        *(("cema", {"D": D, "N": N, "state": True}) for D, N in ((5, 1), (8, 4), (33, 16), (16, 21))),
-        ("cema", {"D": 8, "N": 8, "L": 150}),
-        ("cema", {**packed, "state": True}),
-        ("cema", {"lengths": [9, 4]}),
-        *(("timestep_norm", {"G": G, "width": width, "count": 3}) for G, width in ((1, 1), (3, 4), (2, 32), (1, 257))),
-        ("timestep_norm", {"L": 150, "G": 2, "width": 8}),
-        ("timestep_norm", {**packed, "count": 0}),
-        ("timestep_norm", {"lengths": [9, 4]}),
-        *(("cema_end_state", {"D": D, "N": N}) for D, N in ((5, 1), (8, 4), (33, 16), (16, 21))),
-        ("cema_end_state", {"D": 8, "N": 8, "L": 150}),
-        ("cema_end_state", packed),
-        *(("timestep_norm_end_state", {"G": G, "width": width}) for G, width in ((1, 1), (3, 4), (2, 32), (1, 257))),
-        ("timestep_norm_end_state", {"L": 150, "G": 2, "width": 8}),
-        ("timestep_norm_end_state", packed),
-        *(("normalized_qk", {"K": K, "position": True}) for K in (2, 6, 64, 256, 1026)),
-        ("normalized_qk", packed),
-        ("normalized_qk", {"lengths": [9, 4]}),
-        *(("chunked_attention", {"K": K, "V": V, "C": 33, "L": 70, "dropkey": 0.2}) for K, V in ((3, 5), (64, 96))),
-        ("chunked_attention", {"K": 16, "V": 160, "state": True}),
-        *(("chunked_attention", {**none, "L": 21, "state": True}) for none in ({"K": 0}, {"V": 0})),
-        ("chunked_attention", {**packed, "state": True}),
-        ("chunked_attention", {"lengths": [9, 4], "L": 9}),
-    ]
+    """The small sizes of every op with CUDA kernels."""
+    from cases import OPS
+
+    return [(name, sizes) for name, op in OPS.items() if op.cuda for sizes in op.cuda.sanitized]
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ def test_every_op_has_a_formula():
     ("formula", "message"),
     [
         (None, r"`flops` of cema_fwd must be a function of its arguments, got None; write flops=lambda x: x.numel\(\)"),
-        (lambda x, alpha: 0, r"`flops` of cema_fwd must name arguments of cema_fwd, got \['alpha'\]; it has \['x', 'p'"),
+        (
+            lambda x, alpha: 0,
+            r"`flops` of cema_fwd must name arguments of cema_fwd, got \['alpha'\]; it has \['x', 'p'",
+        ),
     ],
     ids=["none", "unknown-argument"],
 )

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "backend")
 
 
 TWO_CHUNKS, SEE_TWO_CHUNKS = {"visible_chunks": 2}, ("chunked_attention", "adaptive_working_memory")
-COMPOSED = ("normalized_attention", "adaptive_working_memory", "sequence_norm", "bidirectional_cema")
+COMPOSED = [name for name, op in OPS.items() if op.cuda is None]
 
 
 def each_op_on(backends, ops=tuple(OPS)):
@@ -316,26 +316,12 @@ def test_batches_of_every_kind(op):
                     assert_matches_reference(evaluate(function(op), case), case)
 
 
-NO_ELEMENTS = {
-    "cema": [{"D": 0}],
-    "timestep_norm": [{"width": 0}],
-    "cema_end_state": [{"D": 0}],
-    "timestep_norm_end_state": [{"width": 0}],
-    "normalized_qk": [{"K": 0}],
-    "chunked_attention": [{"K": 0, "C": 140}, {"V": 0, "C": 140}, {"K": 0, "V": 0}, {"H": 0}],
-    "normalized_attention": [{"K": 0}, {"V": 0}, {"K": 0, "V": 0}],
-    "adaptive_working_memory": [{"K": 0}, {"V": 0}, {"K": 0, "V": 0}, {"H": 0}],
-    "sequence_norm": [{"width": 0}],
-    "bidirectional_cema": [{"D": 0}],
-}
-
-
 @each_op_on(WIDE_DEVICES)
 def test_axes_without_elements(op):
     """Results that have elements nevertheless are right, counts and positions too. Statistics of 0 channels are NaN."""
     dtypes = torch.float32, torch.bfloat16
     with every_case() as each:
-        for n, sizes in enumerate(NO_ELEMENTS[op]):
+        for n, sizes in enumerate(OPS[op].without_elements):
             for i, (name, batch) in enumerate(BATCHES.items()):
                 for j, state in enumerate(starts(op)):
                     dtype = dtypes[(i + j + n) % 2]

@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 from assertions import assert_all_close, assert_close
+from case import call_with_state
 from calls import OPS, carried, evaluate, forward, packed, streamed
 from cases import BUILDERS, cema_case, chunked_attention_case, generator, randn, timestep_norm_case
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CASES
 
-from megalodon_ops import TimestepNormState, WorkingMemoryState, reference
+from megalodon_ops import reference
 from megalodon_ops.ops.common.philox import MASK_32, dropkey_mask, philox
 
 FLOAT64 = st.just(torch.float64)
@@ -21,31 +22,17 @@ FLOAT64 = st.just(torch.float64)
 
 def explicit_gradients(case, incoming):
     """The gradients of `<op>_bwd`, named as evaluate names those of autograd."""
-    op, tensors, options = OPS[case.op], case.tensors, dict(case.options)
+    op = OPS[case.op]
     backward = getattr(reference, f"{case.op}_bwd")
-    inputs = [tensors[name] for name in op.tokens + op.parameters]
-    names = [f"d{name}" for name in op.tokens + op.parameters]
-    if case.op == "cema":
-        grads = backward(incoming["y"], incoming.get("state"), *inputs, state=tensors.get("state"), **options)
-        names.append("dstate")
-    elif case.op == "timestep_norm":
-        count, residual = options.pop("count", None), options.pop("residual", None)
-        state = None if count is None else TimestepNormState(count, tensors["mean"], tensors["var"], residual)
-        # Of a sequence without steps and without a state, mean and var depend on nothing.
-        grads = backward(*(incoming.get(name) for name in ("y", "mean", "var")), *inputs, state=state, **options)
-        names += ["dmean", "dvar"]
-    elif case.op == "adaptive_working_memory":
-        if kept := options.pop("kept", None):
-            options["state"] = WorkingMemoryState(tensors["memory"], tensors["mass"], kept.k, kept.position, kept.v)
-        grads = backward(*(incoming.get(name) for name in ("o", "memory", "mass")), *inputs, **options)
-        names += ["dmemory", "dmass"]
-    elif case.op == "cema_end_state":
-        grads = backward(incoming["state"], *inputs, **options)
-    elif case.op == "timestep_norm_end_state":
-        grads = [backward(incoming.get("mean"), incoming.get("var"), *inputs, **options)]
+    inputs = [case.tensors[name] for name in op.tokens + op.parameters]
+    if op.gradients:
+        found = op.gradients(backward, case, inputs, incoming)
     else:
-        grads = backward(*(incoming[name] for name in op.outputs), *inputs, **options)
-    return {name: grad for name, grad in zip(names, grads, strict=True) if name[1:] in tensors}
+        states = {"state": case.tensors.get("state")} if op.call is call_with_state else {}
+        grads = backward(*(incoming.get(name) for name in (*op.outputs, *states)), *inputs, **states, **case.options)
+        names = (*op.tokens, *op.parameters, *states)
+        found = {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+    return {name: grad for name, grad in found.items() if name[1:] in case.tensors}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -12,17 +12,7 @@ import torch
 from assertions import assert_bit_equal, every_case
 from backends import each_isa, isa
 from calls import OPS, evaluate
-from cases import (
-    cema_case,
-    cema_end_state_case,
-    chunked_attention_case,
-    generator,
-    normalized_attention_case,
-    normalized_qk_case,
-    randn,
-    timestep_norm_case,
-    timestep_norm_end_state_case,
-)
+from cases import generator, randn
 
 import megalodon_ops as mo
 from megalodon_ops.ops.common import definition as library
@@ -36,31 +26,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # Each way of sharing the work: pieces of one sequence, groups of sequences, strips of channels, blocks of rows, chunks
 # side by side, the blocks of one chunk, segments of the keys that few queries see.
-CASES = {
-    "cema-pieces": cema_case(B=1, L=2503, D=13, N=5),
-    "cema-pieces-state": cema_case(B=1, L=1907, D=5, N=3, state=True),
-    "cema-strips": cema_case(B=1, L=301, D=211, N=7),
-    "cema-groups": cema_case(B=1, L=1200, D=9, N=4, cu_seqlens=[3, 5, 5, 290, 1100, 1191], state=True),
-    "cema-steps": cema_case(B=37, L=3, D=67, N=6, state=True),
-    "timestep_norm-one": timestep_norm_case(B=1, L=3001, G=3, width=13),
-    "timestep_norm-many": timestep_norm_case(B=7, L=211, G=5, width=16, count=3),
-    "timestep_norm-packed": timestep_norm_case(B=1, L=1501, G=2, width=33, cu_seqlens=[1, 400, 400, 1499]),
-    "cema_end_state-pieces": cema_end_state_case(B=1, L=2503, D=13, N=5),
-    "cema_end_state-strips": cema_end_state_case(B=1, L=301, D=211, N=7),
-    "cema_end_state-groups": cema_end_state_case(B=1, L=1200, D=9, N=4, cu_seqlens=[3, 5, 5, 290, 1100, 1191]),
-    "timestep_norm_end_state-one": timestep_norm_end_state_case(B=1, L=3001, G=3, width=13),
-    "timestep_norm_end_state-packed": timestep_norm_end_state_case(
-        B=1, L=1501, G=2, width=33, cu_seqlens=[1, 400, 400, 1499]
-    ),
-    "normalized_qk-blocks": normalized_qk_case(B=1, L=1501, H=3, K=18, C=67),
-    "normalized_qk-parts": normalized_qk_case(B=3, L=1501, H=1, K=10, C=64, lengths=[1501, 7, 900]),
-    "attention-one-chunk": chunked_attention_case(B=1, L=691, H=1, K=17, V=35, C=701, dropkey=0.1),
-    "attention-whole-chunk": chunked_attention_case(B=1, L=691, H=1, K=17, V=35, C=701, causal=False),
-    "attention-chunks": chunked_attention_case(B=3, L=157, H=5, K=9, V=13, C=37),
-    "attention-uneven-chunks": chunked_attention_case(B=1, L=700, H=1, K=33, V=20, C=333, state=True),
-    "attention-few-queries": chunked_attention_case(B=3, L=2, H=3, K=33, V=65, C=1201, state=True),
-    "normalized_attention": normalized_attention_case(B=2, L=301, H=3, K=10, V=21, C=129),
-}  # fmt: skip
+CASES = {f"{name}-{way}": op.case(**sizes) for name, op in OPS.items() for way, sizes in op.threads.items()}
 
 
 def each_number_of_threads() -> Iterator[int]:

@@ -1,0 +1,113 @@
+"""Calls of timestep_norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from case import Case, CudaSizes, Op, Tensors, count_sequences, generator, randn, real_dtype, sequence_options, uniform
+from drawing import DTYPES, KINDS, SEEDS, lengths_around, sequences
+from hypothesis import strategies as st
+
+from megalodon_ops import TimestepNormState
+
+
+def timestep_norm_case(
+    B: int = 2, L: int = 9, G: int = 3, width: int = 4, *, dtype: torch.dtype = torch.float32, seed: int = 0,
+    mean: float = 0.5, std: float = 1.0, eps: float = 1e-5, count: int | None = None,
+    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
+) -> Case:  # fmt: skip
+    """G groups of `width` channels around `mean`; a state of about `count` steps if given."""
+    gen, real, D = generator(seed), real_dtype(dtype), G * width
+    tensors = {
+        "x": (mean + std * randn(gen, B, L, D)).to(dtype),
+        "weight": randn(gen, D, dtype=real) / 2,
+        "bias": randn(gen, D, dtype=real),
+    }
+    options = {"num_groups": G, "eps": eps, **sequence_options(cu_seqlens, lengths)}
+    if count is not None:
+        S = count_sequences(B, cu_seqlens)
+        tensors["mean"] = (mean + std * randn(gen, S, G) / 4).to(real)
+        tensors["var"] = (std**2 * uniform(gen, 0.5, 1.5, S, G)).to(real)
+        options["count"] = count + torch.arange(S)
+        halves = torch.stack([tensors["mean"], tensors["var"]], 1) * torch.finfo(real).eps / 2
+        options["residual"] = halves * uniform(gen, -1, 1, S, 2, G).to(real)
+    rstd = 1 / max(eps, std**2 / 100 if width > 1 else 0.0) ** 0.5  # of a first step, whose variance may be small
+    return Case("timestep_norm", tensors, options, dtype, terms=rstd, mean_terms=0.1 * std)
+
+
+@st.composite
+def timestep_norm_sizes(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype], kinds: tuple[str, ...]
+) -> dict[str, Any]:
+    """Means that dwarf the spread; groups of one channel."""
+    dtype = draw(dtypes)
+    values = [(0.0, 1.0), (3.0, 0.5), (0.0, 30.0)]
+    if dtype == torch.float32:  # narrower types lose the spread; float64 has no better reference
+        values += [(1e4, 1e-2), (-1e3, 1.0), (0.0, 1e-4)]
+    mean, std = draw(st.sampled_from(values))
+    return dict(
+        **draw(sequences(lengths_around(32), kinds)), G=draw(st.sampled_from([1, 2, 3, 5, 8])),
+        width=draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33])), mean=mean, std=std, dtype=dtype, seed=draw(SEEDS),
+    )  # fmt: skip
+
+
+@st.composite
+def timestep_norm_cases(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
+) -> Case:
+    """Fresh and old states."""
+    return timestep_norm_case(
+        **draw(timestep_norm_sizes(dtypes, kinds)), count=draw(st.sampled_from([None, 0, 1, 1000, 10**6])),
+        eps=draw(st.sampled_from([1e-5, 1e-3])),
+    )  # fmt: skip
+
+
+def _with_state(tensors: Tensors, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with the state that the case has in parts."""
+    options = dict(options)
+    count, residual = options.pop("count", None), options.pop("residual", None)
+    state = None if count is None else TimestepNormState(count, tensors["mean"], tensors["var"], residual)
+    return options | {"state": state}
+
+
+def call(function, inputs: list, tensors: Tensors, options: dict[str, Any]) -> Tensors:
+    y, state = function(*inputs, return_state=True, **_with_state(tensors, options))
+    return {"y": y, "mean": state.mean, "var": state.var, "count": state.count}
+
+
+def gradients(backward, case: Case, inputs: list, incoming: Tensors) -> Tensors:
+    """Of a sequence without steps and without a state, mean and var depend on nothing."""
+    given = [incoming.get(name) for name in ("y", "mean", "var")]
+    grads = backward(*given, *inputs, **_with_state(case.tensors, case.options))
+    return dict(zip(("dx", "dweight", "dbias", "dmean", "dvar"), grads, strict=True))
+
+
+OP = Op(
+    "timestep_norm",
+    timestep_norm_case,
+    timestep_norm_cases,
+    tokens=("x",),
+    parameters=("weight", "bias"),
+    call=call,
+    gradients=gradients,
+    with_state={"count": 2},
+    without_elements=({"width": 0},),
+    threads={
+        "one": dict(B=1, L=3001, G=3, width=13),
+        "many": dict(B=7, L=211, G=5, width=16, count=3),
+        "packed": dict(B=1, L=1501, G=2, width=33, cu_seqlens=[1, 400, 400, 1499]),
+    },
+    cuda=CudaSizes(
+        aligned=(dict(B=1, L=66, G=1, width=16, count=2),),
+        sanitized=(
+            *(dict(G=G, width=width, count=3) for G, width in ((1, 1), (3, 4), (2, 32), (1, 257))),
+            dict(L=150, G=2, width=8),
+            dict(B=1, L=23, cu_seqlens=[0, 9, 9, 20], count=0),
+            dict(lengths=[9, 4]),
+        ),
+        smallest=dict(G=1, width=2),
+        odd=dict(G=3, width=8),
+    ),
+)

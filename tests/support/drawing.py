@@ -1,0 +1,31 @@
+"""Hypothesis strategies of sizes and sequences, which the cases of ops are drawn from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+SEEDS = st.integers(0, 2**32 - 1)
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+KINDS = ("dense", "padded", "packed")
+CHANNELS = st.sampled_from([1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 33, 64, 67])
+
+
+def lengths_around(C: int) -> st.SearchStrategy[int]:
+    """1, the neighbours of the first multiples of C, and primes."""
+    around = {n for m in (C, 2 * C, 3 * C) for n in (m - 1, m, m + 1)}
+    return st.sampled_from(sorted(around - {0} | {1, 2, 3, 7, 13, 29, 53}))
+
+
+@st.composite
+def sequences(draw: st.DrawFn, length: st.SearchStrategy[int], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """B, L and, for padded or packed batches, where the sequences lie; some may be empty, and tokens in no sequence."""
+    kind = draw(st.sampled_from(kinds))
+    L = draw(length)
+    if kind == "packed":
+        count = draw(st.integers(1, 4))
+        return {"B": 1, "L": L, "cu_seqlens": sorted(draw(st.integers(0, L)) for _ in range(count + 1))}
+    B = draw(st.integers(1, 3))
+    return {"B": B, "L": L} | ({"lengths": [draw(st.integers(0, L)) for _ in range(B)]} if kind == "padded" else {})
