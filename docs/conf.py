@@ -6,8 +6,12 @@ here as on a forge. `include_patterns` lists the pages.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
+from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 
 import megalodon_ops
 
@@ -69,7 +73,7 @@ def keep_formulas_as_written(app, what, name, obj, options, lines: list[str]) ->
     """Turn indented formulas between the paragraphs of a docstring into literal blocks."""
     if lines and lines[0].startswith("Alias for field number"):  # default docstring of a named tuple's field
         lines.clear()
-    plain = name.startswith("megalodon_ops.reference") or name.endswith("_reference")  # the others mark up their text
+    plain = ".reference." in name or name.endswith("_reference")  # the others mark up their text
     result, in_block = [], False
     for i, line in enumerate(lines):
         if _SECTION.match(line):
@@ -107,6 +111,56 @@ def restore_attribute(app, what, name, obj, options, lines: list[str]) -> None:
         lines[:] = _attributes.pop(name)
 
 
+def functions_by_module(package: ModuleType) -> dict[str, list[str]]:
+    """The public functions of a package that come from megalodon_ops/ops/<room>/, by the module that defines them."""
+    found = defaultdict(list)
+    for name in package.__all__:
+        value = getattr(package, name)
+        if inspect.isfunction(value) and re.match(r"megalodon_ops\.ops\.(?!common\.)", value.__module__):
+            found[value.__module__].append(name)
+    return dict(sorted(found.items(), key=lambda item: item[0].rpartition(".")[2].removesuffix("_reference")))
+
+
+def api_of_ops() -> str:
+    """A section for each room, of its public functions."""
+    rooms = defaultdict(list)
+    for module, names in functions_by_module(megalodon_ops).items():
+        rooms[module.split(".")[2]] += [f".. autofunction:: megalodon_ops.{name}" for name in names]
+    return _sections(rooms)
+
+
+def api_of_references() -> str:
+    """A section for each module of references, with its docstring and its functions."""
+    reference = importlib.import_module("megalodon_ops.reference")
+    return _sections({
+        module.rpartition(".")[2].removesuffix("_reference"): [
+            f".. automodule:: {module}", "   :no-members:",
+            *(f".. autofunction:: megalodon_ops.reference.{name}" for name in names),
+        ]
+        for module, names in functions_by_module(reference).items()
+    })  # fmt: skip
+
+
+def _sections(directives: dict[str, list[str]]) -> str:
+    return "\n".join(
+        f"## {title}\n\n```{{eval-rst}}\n" + "\n".join(lines) + "\n```\n" for title, lines in directives.items()
+    )
+
+
+GENERATED = {
+    "docs/api/ops": ("<!-- api_of_ops -->", api_of_ops),
+    "docs/api/reference": ("<!-- api_of_references -->", api_of_references),
+}
+
+
+def insert_lists(app, docname: str, source: list[str]) -> None:
+    """Fill in the lists of ops, which follow from what the package exports."""
+    if docname in GENERATED:
+        place, generate = GENERATED[docname]
+        before, after = source[0].split(place)
+        source[0] = before + generate() + after
+
+
 def redirect_root_to_index(app, exception) -> None:
     """Write an index.html that leads to docs/index.html."""
     if exception is None and app.builder.name == "html":
@@ -115,6 +169,7 @@ def redirect_root_to_index(app, exception) -> None:
 
 
 def setup(app) -> None:
+    app.connect("source-read", insert_lists)
     app.connect("autodoc-process-docstring", keep_formulas_as_written, priority=498)
     app.connect("autodoc-process-docstring", hide_attribute, priority=499)  # napoleon's is 500
     app.connect("autodoc-process-docstring", restore_attribute, priority=501)

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from assertions import every_case
+from case import Op, call_with_state
+from cases import OPS
 from models import TINY, tiny_model, tokens_of
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -86,15 +88,20 @@ NO_TOKENS = {
     "of bools": [True], "with one beyond": [1, 31], "tensor": torch.tensor([1, 2]), "dictionary": {1: 2},
 }  # fmt: skip
 
+
+def usual_call(op: Op) -> Call:
+    """A call of an op that takes and returns a state, from its case."""
+    case = op.case(lengths=[5, 2], **op.with_state)
+    wrong = {name: COMPLEX_TENSOR if t.is_complex() else TENSOR for name, t in case.tensors.items()}
+    wrong["state"] = {kind: value for kind, value in wrong["state"].items() if kind != "none"}
+    return Call(
+        getattr(mo, op.name), {**case.tensors, **case.options, "return_state": True},
+        {**wrong, "return_state": NO_FLAG, "lengths": OPTIONAL_INTEGERS},
+    )  # fmt: skip
+
+
 CALLS = {
-    "cema": Call(
-        mo.cema,
-        dict(x=x, p=torch.rand(D, N), q=poles, gamma=poles, omega=torch.ones(D),
-             state=torch.zeros(B, D, N, dtype=torch.complex64), lengths=lengths, return_state=True),
-        dict(x=TENSOR, p=TENSOR, q=COMPLEX_TENSOR, gamma=COMPLEX_TENSOR, omega=TENSOR,
-             state={k: w for k, w in COMPLEX_TENSOR.items() if k != "none"}, return_state=NO_FLAG,
-             lengths=OPTIONAL_INTEGERS),
-    ),
+    **{name: usual_call(op) for name, op in OPS.items() if op.call is call_with_state},
     "cema of packed sequences": Call(
         mo.cema,
         dict(x=x[:1], p=torch.rand(D, N), q=poles, gamma=poles, omega=torch.ones(D), **packed),
