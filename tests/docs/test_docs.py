@@ -32,9 +32,15 @@ def index_entries() -> set[str]:
     entries = set()
     for page in PAGES:
         for tree in re.findall(r"^```\{toctree\}\n(.*?)^```$", page.read_text(), re.S | re.M):
-            targets = (re.sub(r".*<(.*)>", r"\1", line.strip()) for line in tree.splitlines())
-            entries |= {(page.parent / f"{name}.md").resolve() for name in targets if name and not name.startswith(":")}
+            named = (re.sub(r".*<(.*)>", r"\1", line.strip()) for line in tree.splitlines())
+            patterns = [f"{name}.md" for name in named if name and not name.startswith(":")]
+            entries |= {found.resolve() for pattern in patterns for found in matching(page.parent, pattern)}
     return entries
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """The other pages of the folder for `*.md`, else the one page that is named."""
+    return [folder / pattern] if "*" not in pattern else [p for p in folder.glob(pattern) if p.name != "index.md"]
 
 
 def test_every_page_is_in_the_menu():
