@@ -1,4 +1,4 @@
-// A matrix a head that holds the chunks before a step's own. Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
+// One matrix per head that holds the chunks before the current one. Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
 #pragma once
 
 #include "isa.h"
@@ -6,7 +6,7 @@
 
 namespace megalodon {
 
-// A few steps of sequences that go on from a state. R is float, or double where dtype is f64. All tensors are contiguous.
+// A few positions of sequences with a state. R is float, or double if dtype is f64. All tensors are contiguous.
 struct WorkingMemoryStepsParams {
   DType dtype;              // of q, k, v, o and the caches
   Sequences sequences;      // S sequences in T tokens
@@ -14,13 +14,13 @@ struct WorkingMemoryStepsParams {
   int64_t key_dim;          // K
   int64_t value_dim;        // V
   int64_t chunk_size;       // C
-  int64_t visible;          // n: the chunk that is written is the n-th before the next step's
+  int64_t visible;          // n: the chunk written is the n-th before that of the next position
   const void* q;            // (T, H, K)
   const void* k;            // (T, H, K)
   const void* v;            // (T, H, V)
-  const void* cache_k;      // (S, n C, H, K) keys of the chunk that the state has begun, and of n - 1 before it
+  const void* cache_k;      // (S, n C, H, K) keys of the unfinished chunk and of the n - 1 chunks before it
   const void* cache_v;      // (S, n C, H, V)
-  const int64_t* position;  // (S) steps of each sequence before this call, or after it
+  const int64_t* position;  // (S) length of each sequence before this call, or after it
   bool position_is_end;
   void* memory;             // (S, H, K, V) R, updated
   void* mass;               // (S, H, K) R, updated; read where the position is at least n C

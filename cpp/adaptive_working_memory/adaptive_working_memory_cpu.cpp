@@ -1,9 +1,9 @@
-// Reads and writes a working memory in a few steps, as in decoding. Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
+// Read and write a working memory at a few positions, as in decoding. Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
 //
 //   o_t = softmax(q_t) M;  after each chunk  M' = (1 - r) M + r P^T (V - F M), of that chunk or an earlier one
 //
-// A job owns one head of one sequence: M (K, V) of it fits into the processor's nearer caches. A read goes through M once.
-// A chunk is written kRows of its steps at once, which read M and add to N = P^T (V - F M) in turns.
+// A job owns one head of one sequence; its M (K, V) fits into the L1 or L2. A read passes over M once. A chunk is
+// written kRows positions at a time: they read M, then add to N = P^T (V - F M).
 
 #include "adaptive_working_memory.h"
 
@@ -33,12 +33,12 @@ class Head {
         value_width_(round_up(params.value_dim, kLane)),
         weights_(kRows * key_width_),
         shares_(kRows * key_width_),
-        most_(key_width_),
+        max_(key_width_),
         total_(key_width_),
         unknown_(kRows * value_width_),
         news_(params.key_dim * value_width_) {}
 
-  // Takes head h of sequence s through all of its steps.
+  // Runs head h of sequence s over all of its positions.
   void run(int64_t s, int64_t h) {
     const int64_t C = p_.chunk_size, unwritten = p_.visible * C, steps = p_.sequences.length(s);
     const int64_t begin = p_.sequences.begin(s), head = s * p_.heads + h;
@@ -75,7 +75,7 @@ class Head {
     });
   }
 
-  // Writes the chunk of the tokens from `first` on, of which those before `begin` are the last of the `cached` ones.
+  // Writes the chunk from token `first` on. Its tokens before `begin` are the last of the cache's `cached` rows.
   void write(int64_t s, int64_t h, int64_t first, int64_t begin, int64_t cached, bool is_first_chunk) {
     const int64_t C = p_.chunk_size, K = p_.key_dim, V = p_.value_dim;
     const auto step = [&](const void* cache, const void* tokens, int64_t j, int64_t width) {
@@ -87,13 +87,13 @@ class Head {
     std::fill(&news_[0], &news_[0] + K * value_width_, R{0});
     for (int64_t j = 0; j < C; j += kRows) {
       const int64_t rows = std::min<int64_t>(kRows, C - j);
-      std::fill(&weights_[0], &weights_[0] + kRows * key_width_, R{0});  // of rows that are not there, too
+      std::fill(&weights_[0], &weights_[0] + kRows * key_width_, R{0});  // also of missing rows
       std::fill(&shares_[0], &shares_[0] + kRows * key_width_, R{0});
       for (int64_t i = 0; i < rows; ++i) {
         const T* k = step(p_.cache_k, p_.k, j + i, K);
         softmax(k, &weights_[i * key_width_]);
         for_each_vector<R>(K, [&](int64_t c, int64_t n) {
-          const Vec<R> share = exp(load_first(k + c, n) - load(static_cast<const R*>(&most_[c]))) *
+          const Vec<R> share = exp(load_first(k + c, n) - load(static_cast<const R*>(&max_[c]))) *
                                load(static_cast<const R*>(&total_[c]));
           store_first(&shares_[i * key_width_ + c], share, n);
         });
@@ -106,7 +106,7 @@ class Head {
     merge(is_first_chunk);
   }
 
-  // most_ = max_j k_j,  total_ = 1 / sum_j exp(k_j - most_), of each channel of the chunk's keys; and w, in shares_[0].
+  // max_ = max_j k_j,  total_ = 1 / sum_j exp(k_j - max_), for each channel of the chunk's keys.
   template <class Key>
   void sum_over_steps(Key&& key) {
     for_each_vector<R>(p_.key_dim, [&](int64_t c, int64_t n) {
@@ -116,7 +116,7 @@ class Head {
         most = logit > most ? logit : most;
       }
       for (int64_t j = 0; j < p_.chunk_size; ++j) total += exp(load_first(key(j) + c, n) - most);
-      store(&most_[c], most);
+      store(&max_[c], most);
       store(&total_[c], 1 / total);
     });
   }
@@ -143,7 +143,7 @@ class Head {
   // M += r (N - M),  z = log(exp(z) + exp(w))
   void merge(bool is_first_chunk) {
     for (int64_t k = 0; k < p_.key_dim; ++k) {
-      const R w = most_[k] - std::log(total_[k]), z = is_first_chunk ? -std::numeric_limits<R>::infinity() : mass_[k];
+      const R w = max_[k] - std::log(total_[k]), z = is_first_chunk ? -std::numeric_limits<R>::infinity() : mass_[k];
       const R more = std::max(z, w), total = more + std::log1p(std::exp(std::min(z, w) - more));
       const R r = std::exp(w - total);
       mass_[k] = total;
@@ -172,9 +172,9 @@ class Head {
 
   const WorkingMemoryStepsParams& p_;
   const int64_t key_width_, value_width_;  // in whole vectors
-  Scratch<R> weights_, shares_;            // (kRows, K) F and P of some steps
-  Scratch<R> most_, total_;                // (K)
-  Scratch<R> unknown_, news_;              // (kRows, V) V - F M of these steps, or sums of a read; and N (K, V)
+  Scratch<R> weights_, shares_;            // (kRows, K) F and P of some positions
+  Scratch<R> max_, total_;                 // (K)
+  Scratch<R> unknown_, news_;              // (kRows, V) V - F M of these positions, or sums of a read; and N (K, V)
   R *memory_ = nullptr, *mass_ = nullptr;
 };
 

@@ -6,7 +6,7 @@
 
 namespace megalodon {
 
-// R is float, or double where dtype is f64. Complex numbers are (re, im) pairs. All tensors are contiguous.
+// R is float, or double if dtype is f64. Complex numbers are (re, im) pairs. All tensors are contiguous.
 struct CemaParams {
   DType dtype;          // of x, y, dy, dx
   Sequences sequences;  // S sequences in T tokens
@@ -15,7 +15,7 @@ struct CemaParams {
   const void* x;        // (T, D)
   const void* p;        // (D, N) R
   const void* q;        // (D, N) complex R
-  const void* gamma;    // (D, N) complex R; null where end states alone are wanted, and in the backward without dy
+  const void* gamma;    // (D, N) complex R; null if only end states are wanted, and in a backward without dy
   const void* omega;    // (D) R; null as gamma
   const void* state;    // (S, D, N) complex R, or null: zero
   void* workspace;      // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
@@ -24,7 +24,7 @@ struct CemaParams {
 struct CemaFwdParams : CemaParams {
   void* y;          // (T, D)
   void* state_out;  // (S, D, N) complex R, or null: not wanted
-  bool ends_only;   // the end states alone are wanted: y is null
+  bool ends_only;   // only the end states are wanted: y is null
 };
 
 struct CemaBwdParams : CemaParams {

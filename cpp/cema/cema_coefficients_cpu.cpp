@@ -2,12 +2,12 @@
 //
 //   p = s(alpha);  r = 1 - p s(delta);  t_n = s(theta) n / N;  q = r e^(2 pi i t);  scaled = gamma / sqrt(N)
 //
-// Backward, which computes p, r and t again, with (a, b) = dq e^(-2 pi i t):
+// Backward, with (a, b) = dq e^(-2 pi i t); p, r and t are recomputed:
 //   dp += -a s(delta);  dalpha = dp p (1 - p);  ddelta = -a p s(delta) (1 - s(delta))
 //   dtheta = s(theta) (1 - s(theta)) sum_n b r 2 pi n / N;  dgamma = dscaled / sqrt(N)
 //
 // A job is a block of channels. The block's s(theta) come first, a vector of channels at a time, then each channel's
-// modes. The phase is kept in turns, off which whole quarters are taken exactly; in radians they would not be.
+// modes. The phase is kept in turns, so that whole quarters are subtracted exactly; in radians they would be rounded.
 
 #include "cema_coefficients.h"
 
@@ -22,7 +22,7 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-constexpr int64_t kBlockElements = 2048;  // of a job, about
+constexpr int64_t kBlockElements = 2048;  // per job, about
 constexpr double kTwoPi = 6.283185307179586;
 
 // A vector of complex numbers.
@@ -72,7 +72,7 @@ void for_each_block(const CemaCoefficientsParams& p, Body&& body) {
   });
 }
 
-// What forward and backward need of modes n + 1, n + 2, ..., in the first `count` lanes.
+// Values of modes n + 1, n + 2, ... that forward and backward share, in the first `count` lanes.
 template <class R>
 struct Modes {
   MEGALODON_INLINE Modes(const CemaCoefficientsParams& params, R theta, int64_t at, int64_t n, int64_t count)
@@ -132,7 +132,7 @@ void backward(const CemaCoefficientsBwdParams& params) {
         const Vec<R> across = g.im * m.phase.cos - g.re * m.phase.sin;
         store_first(dalpha + at, (load_first(dp + at, count) - along * m.delta) * (m.p * (1 - m.p)), count);
         store_first(ddelta + at, -along * m.p * (m.delta * (1 - m.delta)), count);
-        dphase += across * m.radius * m.number;  // lanes past the last mode have no gradient: zero
+        dphase += across * m.radius * m.number;  // lanes past the last mode have zero gradient
         const Complex<R> h = load_complex(dscaled + 2 * at, count);
         store_complex(dgamma + 2 * at, {h.re * scale, h.im * scale}, count);
       }

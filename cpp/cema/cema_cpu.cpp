@@ -2,40 +2,40 @@
 //
 //   h_t = q h_{t-1} + p x_t,   y_t = Re(sum_n gamma_n h_t[n]) + omega x_t     x, y (T, D);  h, q, gamma (D, N) complex
 //
-// Who owns what. A lane is a channel; lanes never talk. A job is a strip of channels and a group of spans; a span is a
-// sequence, or a piece of one where channels and sequences alone are too few to share out. A tile is 32 steps of a
-// vector of the strip. Spans and groups fix the order of every sum and depend on shapes alone, so results are the same
-// bits for any number of threads.
+// Ownership. A lane is a channel; lanes are independent. A job is a strip of channels and a group of spans; a span is a
+// sequence, or a part of one if there are too few channels and sequences for the threads. A tile is 32 positions of one
+// vector of the strip. Spans and groups fix the order of every sum and depend on shapes alone, so results are bit-equal
+// for any number of threads.
 //
-// Forward, for each span, 32 steps, tile:
-//   for each 4 modes, scan the steps with the state in registers. The first of these passes reads the vectors of x, D
-//   elements apart, and copies them to a contiguous tile (2 KB); the last pass writes y (16 bits are converted on the
-//   way to the tile and back, before the passes and after them). Meanwhile rows of x and y for the next 32 steps come
-//   to the L2, a line every few steps, and coefficients and state of the next modes to the L1
-// The folded form has u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds a mode and step. A carried
-// state is divided by p only if no p is tiny; else the direct form runs (7 multiply-adds). u may overflow where h does
-// not, and then u stays so: a call in which the last u of some span is not finite is made again, in the direct form.
+// Forward, for each span, each 32 positions, each tile:
+//   scan 4 modes at a time with the state in registers. The first pass reads the vectors of x, D elements apart, and
+//   copies them to a contiguous tile (2 KB); the last pass writes y. 16-bit rows are converted to the tile before the
+//   passes and from it after them. Meanwhile, rows of x and y of the next 32 positions are prefetched into the L2, a
+//   line every few positions, and coefficients and state of the next modes into the L1
+// The folded form has u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds per mode and position. A
+// carried state is divided by p only if no p is tiny; otherwise the direct form runs (7 multiply-adds). u may overflow
+// where h does not, and never recovers: if a span's last u is not finite, the call is recomputed in direct form.
 //
-// Backward, with w = dh/dq and g = dL/dh; coefficients and states are conjugated, so that sums come out as gradients:
+// Backward, with w = dh/dq and g = dL/dh; coefficients and states are conjugated, so that the sums are gradients:
 //   1. upwards:    w_t = q w_{t-1} + h_{t-1};  sum dy w -> dq,  sum dy h -> dgamma, dp,  sum dy x -> domega
 //   2. downwards:  g_t = conj(q) g_{t+1} + conj(gamma) dy_t;  dx_t = sum_n p Re(g_t) + omega dy_t; this is the forward
-//                  scan over rows in reverse, in folded form too
+//                  scan over rows in reverse, also in folded form
 //   3. add the groups' sums in order -> dp, dq, dgamma, domega
-// Since w runs forwards, nothing is stored for each step and scratch is O(D N) a group, at 18 multiply-adds a mode and
-// step; recomputing h under a reverse scan would take 20, and checkpoints. Sums go from R to double after each tile.
-// With a state or its gradient the direct forms run (21 multiply-adds), and dp = sum x Re(g): no division, no
-// cancellation. The direct forms also run, once more, where a sum or the last u or g of some span is not finite.
+// Since w runs forwards, nothing is stored per position: scratch is O(D N) per group, with 18 multiply-adds per mode
+// and position. Recomputing h under a reverse scan would take 20, and checkpoints. Sums are added in double after each
+// tile. With a state or its gradient, the direct forms run (21 multiply-adds), with dp = sum x Re(g): no division, no
+// cancellation. They also run, as a second try, if a sum or the last u or g of a span is not finite.
 //
-// End states alone: without an output a scan takes 4 multiply-adds, and without dy both scans of the backward, in
-// the direct form, read none (14): x is read and nothing written, or x read twice and dx written.
+// End states alone: a scan without output takes 4 multiply-adds, reads x and writes nothing. A backward without dy runs
+// both scans in the direct form (14 multiply-adds), reads x twice and writes dx.
 //
-// Pieces of sequences: every span scans from zero first (4 multiply-adds); a merge along the sequence in double,
-// h -> q^length h + local, then gives each span the state it starts from and, downwards, its dstate_out.
+// Sequences of several spans: every span is scanned from zero first (4 multiply-adds). A merge along the sequence in
+// double, h -> q^length h + local, then gives each span its initial state and, downwards, its dstate_out.
 //
 // Short sequences, as in decoding: a lane is a mode, and states stay in their (D, N) order.
 //
-// Registers of the scan: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: 64 rows of x and y
-// as wide as the strip, coefficients and states; strips are narrow enough for half the L2 (cema_plan.h).
+// Registers of the scan: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: 64 rows of x and y as
+// wide as the strip, coefficients and states; strips are narrow enough for half the L2 (cema_plan.h).
 // Bytes: forward reads x and writes y, the minimum; backward reads x once, dy twice and writes dx, 4/3 of the minimum.
 
 #include "cema.h"
@@ -52,8 +52,8 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-constexpr int64_t kShort = 4;          // mean length up to which sequences are stepped
-constexpr double kFoldable = 0x1p-40;  // least p that a state is divided by
+constexpr int64_t kShort = 4;          // mean length up to which forward_steps runs
+constexpr double kFoldable = 0x1p-40;  // smallest p by which a state is divided
 
 double scan_work(const CemaParams& params) { return 6.0 * params.sequences.tokens * params.channels * params.modes; }
 
@@ -85,7 +85,7 @@ void forward_steps(const CemaFwdParams& params) {
   });
 }
 
-// Returns whether every span of the job ends in a finite state.
+// Returns true if every span of the job ends in a finite state.
 template <class T>
 bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& plan, bool folded, int64_t job) {
   bool finite = true;
@@ -122,7 +122,7 @@ bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& p
   return finite;
 }
 
-// Returns whether every last state is finite.
+// Returns true if every last state is finite.
 template <class T>
 bool run_form(const CemaFwdParams& params, const CemaPlan& plan, bool folded) {
   bool finite = true;
@@ -173,10 +173,10 @@ void forward(const CemaFwdParams& params) {
   run_forward<T>(local, plan);
 }
 
-// (vectors, N, kSums, lanes), and then (vectors, lanes) for domega.
+// Size of a strip's sums: (vectors, N, kSums, lanes), then (vectors, lanes) for domega.
 int64_t sums_of_strip(const CemaPlan& plan, int64_t modes) { return plan.channels * (modes * kSums + 1); }
 
-// Phase 1 of the backward, with a dy or without one.
+// Phase 1 of the backward, with or without dy.
 template <bool kFolded, bool kInput, class T>
 void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, double* sums) {
   using R = Compute<T>;
@@ -226,7 +226,7 @@ void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int
   }
 }
 
-// Phase 2 of the backward. Returns whether the last state is finite.
+// Phase 2 of the backward. Returns true if the last state is finite.
 template <class T>
 bool downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded, double* sums) {
   using R = Compute<T>;
@@ -259,8 +259,8 @@ bool downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, i
   return strip.state_is_finite(2);
 }
 
-// Phases 1 and 2. sums (groups, strips, sums_of_strip) are made here; sums are null where only dstate is wanted.
-// Returns whether every sum and last state is finite.
+// Phases 1 and 2. Fills sums (groups, strips, sums_of_strip); they are null if only dstate is wanted. Returns true if
+// every sum and last state is finite.
 template <class T>
 bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded, double* sums) {
   const int64_t size = sums_of_strip(plan, params.modes);
@@ -285,9 +285,9 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
   return finite;
 }
 
-// Phases 1 and 2 in the folded form, where a state allows it and nothing overflows, else in the direct form. The direct
-// form always makes `all_sums` and `dx`, which the folded form makes only where they are wanted: `sums`, `params.dx`.
-// Returns whether the result is the folded form's.
+// Phases 1 and 2, in the folded form if no state is carried and nothing overflows, else in the direct form. The folded
+// form fills `sums` and `params.dx`, which may be null; the direct form always fills `all_sums` and `dx`. Returns true
+// if the result is the folded form's.
 template <class T>
 bool run_folded_or_direct(CemaBwdParams params, const CemaPlan& plan, double* sums, double* all_sums, void* dx) {
   if (!params.state && !params.dstate_out && run_backward<T>(params, plan, true, sums)) return true;
@@ -296,7 +296,7 @@ bool run_folded_or_direct(CemaBwdParams params, const CemaPlan& plan, double* su
   return false;
 }
 
-// Phase 3: adds the groups' sums in order and applies the factors that do not depend on the step.
+// Phase 3: adds the groups' sums in order and applies the factors that are constant over positions.
 template <class R>
 void finish(const CemaBwdParams& params, const CemaPlan& plan, bool folded, const double* sums) {
   constexpr int lanes = kLanes<R>;
@@ -373,7 +373,7 @@ void backward(const CemaBwdParams& params) {
 
 }  // namespace
 
-// Without tokens there are only states; where nobody wants states, no loop runs over the sequences, which may be 2^60.
+// Without tokens there are only states; if none are wanted, nothing loops over the sequences: there may be 2^60.
 void cema_fwd_cpu(const CemaFwdParams& params) {
   if (params.channels == 0 || (params.sequences.tokens == 0 && !params.state_out)) return;
   dispatch_dtype(params.dtype, [&](auto element) { forward<decltype(element)>(params); });

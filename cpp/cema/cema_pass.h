@@ -1,9 +1,9 @@
-// The inner loops of the CEMA kernels: a tile is a vector of channels for some steps, a pass keeps a few modes in
+// Inner loops of the CEMA kernels: a tile is a vector of channels at some positions, a pass keeps a few modes in
 // registers. coefs point to (N, kCoefs, lanes); state to (N, 2 or 4, lanes).
 //
-// The product of Re(q), rounded by itself, would be off by nearly the same amount at every step where the state turns
-// slowly, since Re(q) then is near 1. So the product is fused with the sum of the step; without a fused instruction,
-// Re(q) is cut into a whole number, whose product is exact, and a rest, whose product is small.
+// Where the state turns slowly, Re(q) is near 1 and the rounding error of its product would be nearly the same at every
+// position. So the product is fused with the following sum. Without a fused instruction, Re(q) is split into an
+// integer, whose product is exact, and a remainder, whose product is small.
 #pragma once
 
 #include <algorithm>
@@ -15,31 +15,30 @@
 namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int kTileSteps = 32;
-// Modes of a pass fill 32 registers (scan: q, c, s, 6 a mode; sensitivity: q, u, w and two sums, 10). With 16,
-// coefficients become memory operands, which is cheaper than the latency that fewer modes would leave open.
+// A pass's modes fill 32 registers (scan: q, c, s, 6 per mode; sensitivity: q, u, w and two sums, 10). With 16
+// registers, coefficients become memory operands, which costs less than the latency that fewer modes would expose.
 inline constexpr int kScanModes = 4;
 inline constexpr int kSensitivityModes = 2;
 
 enum Coef { kQRe, kQIm, kCRe, kCIm, kP, kCoefs };
 
-// Sums over steps, kept in double: gradients before the factors that do not depend on the step.
+// Sums over positions, in double: gradients before the factors that are constant over positions.
 enum Sum { kSumWRe, kSumWIm, kSumHRe, kSumHIm, kSumP, kSumEndRe, kSumEndIm, kSums };
 
-// out = omega in; then each mode, at each step:
+// out = omega in; then for each mode and position:
 // folded:  s = q s + in,    out += Re(c s)
 // direct:  s = q s + p in,  out += Re(c s)
 // adjoint: g = s + c in,    out += p Re(g),  kSumP += x Re(g),  s = q g
-// Without kInput all of `in` is zero, and not read; without kOutput there is no `out`.
+// Without kInput, `in` counts as zero and is not read; without kOutput there is no `out`.
 enum class Form { folded, direct, adjoint };
 
-// The first pass over a tile takes its input from the rows and leaves it in the tile; in a scan it applies omega. The
-// last pass of a scan leaves its output in the rows. All other input and output stays in the tile. Rows of 16 bits are
-// copied to the tile before the first pass and from it after the last: every pass then is of float32, and there are half
-// as many to compile.
+// The first pass over a tile reads its input from the rows and copies it to the tile; in a scan it applies omega. The
+// last pass of a scan writes its output to the rows. All other input and output stays in the tile. 16-bit rows are
+// copied to the tile before the first pass and from it after the last: no pass is compiled for 16 bits.
 enum class Part { first, inner, last };
 
-// A vector of channels for some steps: from, x_from and to point to rows `stride` elements apart; in, out and x to
-// copies, (kTileSteps, lanes).
+// A vector of channels at some positions. from, x_from, to: rows `stride` apart; in, out and x: copies (kTileSteps,
+// lanes).
 template <class R>
 struct Tile {
   const R *from, *x_from;
@@ -48,7 +47,7 @@ struct Tile {
   R *__restrict in, *__restrict out, *__restrict x;
 };
 
-// Splits modes from `n` on into passes of `size` modes, a power of two, and what is left into smaller ones; calls
+// Splits the modes from `n` on into passes of `size` modes, a power of two, and the rest into smaller passes; calls
 // pass(first mode, integral_constant of the size).
 template <int size, class F>
 MEGALODON_INLINE void for_each_pass(int64_t modes, F&& pass, int64_t n = 0) {
@@ -56,18 +55,18 @@ MEGALODON_INLINE void for_each_pass(int64_t modes, F&& pass, int64_t n = 0) {
   if constexpr (size > 1) for_each_pass<size / 2>(modes, pass, n);
 }
 
-// Fetches the next tiles' rows of two tensors into the L2, a line of each every few steps of the passes: many at once
-// would fill the buffers through which the L1 loads, and the passes would wait.
+// Prefetches the next tiles' rows of two tensors into the L2, a line of each every few positions of a pass: many at
+// once would fill the L1's load buffers and stall the pass.
 struct FetchAhead {
-  static constexpr int kBlock = 4;  // steps, unrolled
+  static constexpr int kBlock = 4;  // positions, unrolled
 
   const char *a = nullptr, *b = nullptr;  // the next lines
   int64_t count = 0, left = 0;            // lines of a run, and lines left of the current run
   int64_t runs = 0;                       // runs left
   int64_t step = 0, skip = 0;             // bytes from line to line, and from a run's last line to the next run's first
-  int burst = 1, pause = 1;               // lines at a time; blocks from burst to burst, a power of two
+  int burst = 1, pause = 1;               // lines per burst; blocks from burst to burst, a power of two
 
-  // Sets a pace of at least a line in `steps` steps.
+  // Sets a pace of at least one line per `steps` positions.
   void set_pace(int64_t steps) {
     burst = static_cast<int>((kBlock + steps - 1) / steps);
     for (pause = 1; 2 * pause * kBlock <= steps;) pause *= 2;
@@ -84,7 +83,7 @@ struct FetchAhead {
     a += skip;
     b += skip;
   }
-  // Calls f(t) for each step of a pass; meanwhile, the next pass's coefficients and state come from the L2.
+  // Calls f(t) for each position of a pass and prefetches the next pass's coefficients and state into the L1.
   template <class R, class F>
   MEGALODON_INLINE void each_step(int64_t steps, const R* next_coefs, const R* next_state, F&& f) {
     FetchAhead local = *this;
@@ -106,7 +105,8 @@ struct FetchAhead {
   }
 };
 
-// Re(q), and its product with v plus an addend, which comes unfused if it is a product: only one of two can be fused.
+// Re(q); times(v, addend) is Re(q) v + addend. Pass an addend that is a product as unfused(): only one of two products
+// can be fused with their sum.
 template <class R>
 struct Factor {
   using V = Vec<R>;
@@ -117,7 +117,7 @@ struct Factor {
 #else
   MEGALODON_INLINE void operator=(V q) {
     const V one = splat(R{1}), nearest = q >= R(0.5) ? one : q <= R(-0.5) ? -one : zeros<R>();
-    whole = q > 2 || q < -2 ? zeros<R>() : nearest;  // where |q| > 2, the rest could not be exact
+    whole = q > 2 || q < -2 ? zeros<R>() : nearest;  // where |q| > 2, the remainder would not be exact
     rest = q - whole;
   }
   MEGALODON_INLINE V times(V v, V addend) const { return whole * v + (rest * v + addend); }
@@ -192,8 +192,7 @@ void scan_pass(const Tile<R>& tile, int steps, Vec<R> omega, const R* coefs, R* 
   }
 }
 
-// u = q u + x (or p x), w = du/dq: w_t = q w_{t-1} + u_{t-1}; adds sum_t dy_t w_t and sum_t dy_t u_t to the sums if there
-// is a dy, kInput.
+// u = q u + x (or p x), w = du/dq: w_t = q w_{t-1} + u_{t-1}. kInput: adds sum_t dy_t w_t and sum_t dy_t u_t.
 template <bool kFolded, bool kInput, Part part, int modes, class R>
 void sensitivity_pass(const Tile<R>& tile, int steps, const R* coefs, R* state, double* sums, FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
@@ -256,7 +255,7 @@ void sensitivity_pass(const Tile<R>& tile, int steps, const R* coefs, R* state, 
   }
 }
 
-// The sum over steps of a b, in four interleaved partial sums.
+// Sum of a b over positions, in four interleaved partial sums.
 template <class R>
 MEGALODON_INLINE Vec<R> dot_steps(const R* a, const R* b, int steps) {
   constexpr int lanes = kLanes<R>;
@@ -268,7 +267,7 @@ MEGALODON_INLINE Vec<R> dot_steps(const R* a, const R* b, int steps) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Copies a vector of each row, `size` elements, rows `stride` apart, to (steps, lanes), and back.
+// Copy `size` elements of each row, rows `stride` apart, to a tile (steps, lanes), and back.
 template <class T>
 MEGALODON_INLINE void load_rows(const T* rows, int64_t stride, int steps, int size, Compute<T>* tile) {
   constexpr int lanes = kLanes<Compute<T>>;

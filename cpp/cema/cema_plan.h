@@ -1,4 +1,4 @@
-// How the CEMA kernels split their work: spans of tokens, groups of spans, strips of channels.
+// Division of the CEMA kernels' work: spans of tokens, groups of spans, strips of channels.
 #pragma once
 
 #include <unistd.h>
@@ -13,14 +13,14 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-inline constexpr int64_t kSplitBelow = 4;  // vectors of channels times sequences, below which sequences are cut
+inline constexpr int64_t kSplitBelow = 4;  // vectors of channels times sequences; sequences are split below this
 inline constexpr int64_t kSplitJobs = 16;
 inline constexpr int64_t kMinSpan = 16 * kTileSteps;
-inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer where threads need more strips
-inline constexpr int64_t kJobs = 32;                       // least strips times groups
+inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer if threads need more strips
+inline constexpr int64_t kJobs = 32;                       // minimum of strips times groups
 inline constexpr int64_t kMinGroup = 4 * kTileSteps;       // tokens
 
-// Most vectors of a strip: with 16 modes, coefficients, states and two tiles' rows of two tensors take 272 times the
+// Maximum vectors of a strip: with 16 modes, coefficients, states and two tiles' rows of two tensors take 272 times the
 // bytes of one row, about half the L2.
 inline int64_t max_strip() {
   static const int64_t vectors = [] {
@@ -38,8 +38,8 @@ struct Span {
   int64_t sequence, begin, end;
 };
 
-// Spans and groups fix the order of every sum, so they are functions of shapes alone. Channels never meet: the width of
-// a strip changes no result and may follow the number of threads.
+// Spans and groups fix the order of every sum, so they are functions of shapes alone. Channels are independent: the
+// width of a strip changes no result and may depend on the number of threads.
 struct CemaPlan {
   int64_t count;                     // of spans
   bool split;                        // some sequence has several spans; otherwise span s is sequence s
@@ -64,8 +64,8 @@ struct CemaPlan {
       group_begin[g] = i;
     }
     const int64_t vectors = ceil_div(params.channels, lanes);
-    // Strips are as wide as keeps the threads busy for 9/10 of the time, as memory is fast at long rows; their widths
-    // are then made nearly equal.
+    // Memory is faster for long rows, so strips are as wide as they can be with threads busy 9/10 of the time. Then
+    // their widths are made nearly equal.
     int64_t width = std::min(vectors, max_strip());
     const auto busy = [&](int64_t w) {
       const int64_t rounds = ceil_div(groups * ceil_div(vectors, w), threads);
@@ -98,7 +98,7 @@ struct CemaPlan {
   }
 };
 
-// ends (spans, D, N): the states that spans starting from zero end in become the states that the spans start from. With
+// Replaces end states of spans that start from zero, ends (spans, D, N), by the initial states of the spans. With
 // `conjugated`, time runs backwards. initial and final (S, D, N) may be null.
 template <class R>
 void merge(const CemaParams& params, const CemaPlan& plan, bool conjugated, const void* initial, R* ends, void* final) {

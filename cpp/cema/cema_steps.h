@@ -1,4 +1,4 @@
-// CEMA of short sequences, as in decoding: one step at a time.
+// CEMA of short sequences, as in decoding: one position at a time.
 #pragma once
 
 #include "cema_plan.h"
@@ -6,8 +6,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Takes a strip of channels from step to step. A lane is a mode of (channels, N), so that states and coefficients need
-// no copy to lanes.
+// Advances a strip of channels by one position. A lane is a mode of (channels, N), so nothing is copied to lanes.
 template <class T>
 struct Stepper {
   using R = Compute<T>;
@@ -22,7 +21,7 @@ struct Stepper {
   void step(const T* x_row, T* y_row, int64_t channels, const R* from, R* to, const R* p, const R* q, const R* gamma,
             const R* omega) const {
     for (int64_t d = 0; d < channels; d += lanes) store(&x[d], load_first(x_row + d, channels - d));
-    // Each channel's splat runs into the next channel's place, which is written later.
+    // Each channel's splat may run into the next channel's elements, which are written later.
     for (int64_t d = 0; d < channels; ++d)
       for (int64_t n = 0; n < modes; n += lanes) store(&drive[d * modes + n], splat(x[d]));
     R *const parts = part.get(), *const drives = drive.get();

@@ -1,4 +1,4 @@
-// A strip of channels as a job of the CEMA kernels works on it, tile by tile.
+// A strip of channels, which a job of the CEMA kernels processes tile by tile.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// A strip holds the coefficients and state of all its channels in lanes, and one tile, and sweeps over spans.
+// Coefficients and state of a strip's channels, in lanes, and one tile.
 template <class T>
 struct Strip {
   using R = Compute<T>;
@@ -25,7 +25,7 @@ struct Strip {
       : params(params), width(plan.channels), modes(params.modes), coefs(width * modes * kCoefs), omega(width),
         state(width * modes * 4), in(kTileSize), out(kTileSize), x(kTileSize) {}
 
-  // Takes up strip `index`: c = gamma p where folded, else gamma; q and gamma are conjugated for the backward.
+  // Loads strip `index`: c = gamma p if folded, else gamma; q and gamma are conjugated for the backward.
   void select(int64_t index, bool folded, bool conjugated) {
     first = index * width;
     channels = static_cast<int>(std::min(width, params.channels - first));
@@ -81,15 +81,15 @@ struct Strip {
     });
   }
   void clear_state() { std::fill_n(state.get(), width * modes * 4, R(0)); }
-  // Whether all states, of `row` numbers a mode, are finite. Once a state is not finite, it stays so.
+  // Returns true if all states, of `row` numbers per mode, are finite. A state that is not finite stays so.
   bool state_is_finite(int row) const {
     Vec<R> sum{};
     for (int64_t i = 0; i < int64_t{vectors} * modes * row * lanes; i += lanes) sum += load(state.get() + i) * R(0);
     return is_finite<R>(sum);
   }
 
-  // Scans `steps` rows from `from` on, `stride` apart, to the rows of `to`; `ahead` rows exist from `from` on. Without
-  // kInput, the rows count as zero and `from` says only where they would be.
+  // Scans `steps` rows, `stride` apart, from `from` to `to`; `ahead` rows exist from `from` on. Without kInput, the
+  // rows count as zero and `from` is only their address.
   template <Form form, bool kOutput = true, bool kInput = true>
   void sweep(const T* from, T* to, const T* x_from, int64_t stride, int64_t steps, int64_t ahead, double* sums) {
     const T* const fetched = kOutput ? to : from;
@@ -104,7 +104,7 @@ struct Strip {
           store(tile.out + i * lanes, kInput ? scale * load(tile.in + i * lanes) : zeros<R>());
       }
       if (form == Form::adjoint) load_rows(x_from + at, stride, count, size, tile.x);
-      bool in_rows = false;  // where the output lies after the last pass
+      bool in_rows = false;  // the last pass wrote its output to the rows
       for_each_pass<kScanModes>(modes, [&](int64_t n, auto pass_modes) {
         const int64_t mode = vector * modes + n;
         const auto pass = [&](auto part) {
@@ -128,10 +128,10 @@ struct Strip {
     else return {nullptr, nullptr, nullptr, stride, in.get(), out.get(), x.get()};
   }
 
-  // Calls f(first step, steps, vector, channels) for every tile of `steps` steps. The passes of f, of at most `most`
-  // modes each, prefetch the next tile's rows of a and b, along the rows, where the processor's own prefetcher joins
-  // in. In a narrow strip, though, that prefetcher runs past the strip's end and takes cache lines from the thread that
-  // is about to write them; so strips of more than two lines and less than half a page are prefetched column by column.
+  // Calls f(first position, positions, vector, channels) for every tile of `steps` positions. The passes of f, of at
+  // most `most` modes each, prefetch the next tile's rows of a and b along the rows, where the hardware prefetcher
+  // helps. In a narrow strip that prefetcher runs past the strip's end and takes cache lines from the thread about to
+  // write them, so strips of more than two lines and less than half a page are prefetched column by column.
   template <int most, class F>
   void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
     constexpr int64_t size = sizeof(T);

@@ -1,5 +1,5 @@
-// What the forward and the backward of chunked attention share: the chunks, the rows they read, the masks, and how
-// chunks meet threads.
+// Shared parts of the forward and backward of chunked attention: the chunks, the rows they read, the masks, and the
+// distribution of chunks over threads.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// A chunk, as far as this call fills it. A chunk's rows are numbered from its start: rows below `cached` are keys of
-// the cache, rows from `cached` on are tokens.
+// The part of a chunk that exists after this call. Rows are numbered from the chunk's start: rows below `cached` are
+// keys of the cache, rows from `cached` on are tokens.
 struct Chunk {
   int64_t sequence;
   int64_t start;   // on the sequence's chunk grid
@@ -45,8 +45,7 @@ inline std::vector<Chunk> list_chunks(const ChunkedAttentionParams& p) {
   return chunks;
 }
 
-// The rows of one head of a chunk, in the form panels.h asks for. A row past the end, or cached without a cache, is
-// null.
+// Rows of one head of a chunk, as panels.h reads them. A row past the end, or a cached row without a cache, is null.
 template <class T>
 struct ChunkRows {
   const T* cache;
@@ -68,9 +67,8 @@ ChunkRows<T> chunk_rows(const ChunkedAttentionParams& p, const Chunk& chunk, int
           static_cast<const T*>(tokens) + chunk.token * stride + head * width, chunk.cached, chunk.keys, stride};
 }
 
-// Fetches rows of up to four tensors that are read or written next into the L2, a few at a time between the tiles of
-// the present work. The rows of one head lie apart, and each would wait for memory when it is packed or stored; the
-// processor itself fetches wide rows ahead.
+// Prefetches the next rows of up to four tensors into the L2, a few at a time between the tiles of the current work.
+// The rows of one head are not adjacent, so each would miss the cache; the hardware prefetches wide rows.
 class RowsAhead {
  public:
   // Adds the tokens among rows [begin, end).
@@ -197,10 +195,10 @@ class DropKey {
   uint64_t seed_, threshold_;
 };
 
-// Calls body(chunk, head) for every head of every chunk. Each call takes one thread, with a body = make(1) for
-// each; or, where this is done sooner, chunks that are a large part of the work come first, on the caller with
-// body = make(threads), so that the parallel_jobs inside body spread their blocks of `block` rows over the threads. One
-// head of one chunk alone is on the caller as well. work(chunk) is the work of one head.
+// Calls body(chunk, head) for every head of every chunk; work(chunk) is the work of one head. Each call runs on one
+// thread, whose body is make(1). If it is faster, large chunks come first, on the caller with body = make(threads): the
+// parallel_jobs inside body then spread their blocks of `block` rows over the threads. A single head of a single chunk
+// also runs on the caller.
 template <class Work, class Make>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
   const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
@@ -213,7 +211,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   const auto first = order.begin(), first_small = std::stable_partition(first, order.end(), [&](const Chunk* chunk) {
     return threads > 1 && work(*chunk) * 2 * threads > total;
   });
-  // When the chunks from `at` on are done, with one thread for each head.
+  // Estimated end of the chunks from `at` on, with one thread per head.
   const auto end_from = [&](auto at) {
     struct Thread {
       double end;
@@ -232,9 +230,9 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   };
   double spread = 0;
   for (auto at = first; at != first_small; ++at) {
-    // Block i of a causal chunk meets i + 1 blocks of keys: n blocks keep (n + 1) / 2 threads busy.
-    const double busy = static_cast<double>(ceil_div((*at)->keys, block) + 1) / 2;
-    spread += work(**at) * static_cast<double>(heads) / std::min<double>(threads, busy);
+    // Block i of a causal chunk reads i + 1 blocks of keys: n blocks keep (n + 1) / 2 threads busy.
+    const double busy_threads = static_cast<double>(ceil_div((*at)->keys, block) + 1) / 2;
+    spread += work(**at) * static_cast<double>(heads) / std::min<double>(threads, busy_threads);
   }
   auto rest = first;
   if (first != first_small && spread + end_from(first_small) < end_from(first)) {
@@ -249,7 +247,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   });
 }
 
-// Scratch memory S(params) for each thread of the region inside a body of for_each_chunk.
+// Scratch memory S(params) for each thread inside a body of for_each_chunk.
 template <class S>
 class PerThread {
  public:
@@ -257,7 +255,7 @@ class PerThread {
     slots_.reserve(static_cast<size_t>(threads));
     for (int i = 0; i < threads; ++i) slots_.emplace_back(params);
   }
-  // No more threads than this may run inside the body.
+  // Maximum number of threads inside the body.
   int threads() const { return static_cast<int>(slots_.size()); }
   const S& get() const { return slots_[slots_.size() > 1 ? static_cast<size_t>(omp_get_thread_num()) : 0]; }
 

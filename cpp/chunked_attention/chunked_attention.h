@@ -1,4 +1,4 @@
-// Softmax attention inside chunks of C steps. Derivation: ops/chunked_attention/chunked_attention_reference.py.
+// Softmax attention inside chunks of C positions. Derivation: ops/chunked_attention/chunked_attention_reference.py.
 #pragma once
 
 #include "isa.h"
@@ -6,9 +6,8 @@
 
 namespace megalodon {
 
-// R is float, or double where dtype is f64. All tensors are contiguous.
-// A sequence whose state holds `position` keys first completes that chunk: its token t lies at position + t on the
-// chunk grid.
+// R is float, or double if dtype is f64. All tensors are contiguous. A sequence whose state holds `position` keys first
+// completes that chunk: its token t is at position + t on the chunk grid.
 struct ChunkedAttentionParams {
   DType dtype;              // of q, k, v, o, the cache and their gradients
   Sequences sequences;      // S sequences in T tokens
@@ -23,7 +22,7 @@ struct ChunkedAttentionParams {
   const void* q;            // (T, H, K)
   const void* k;            // (T, H, K)
   const void* v;            // (T, H, V)
-  const void* cache_k;      // (S, C, H, K), rows [0, position) are valid; null also where it has no elements
+  const void* cache_k;      // (S, C, H, K), rows [0, position) are valid; null also if it has no elements
   const void* cache_v;      // (S, C, H, V)
   const int64_t* position;  // (S), each in [0, C); or null: empty caches
   void* workspace;          // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
@@ -34,7 +33,7 @@ struct ChunkedAttentionFwdParams : ChunkedAttentionParams {
   void* lse;  // (T, H) R: log of the softmax denominator; -inf where every score was dropped
 };
 
-// No gradient goes to the cache: its rows count as constants.
+// The cache gets no gradient: its rows are constants.
 struct ChunkedAttentionBwdParams : ChunkedAttentionParams {
   const void* o;     // (T, H, V)
   const void* lse;   // (T, H) R

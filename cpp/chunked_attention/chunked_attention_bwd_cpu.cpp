@@ -4,24 +4,22 @@
 //   dv_j = sum_i P_ij do_i;  dk_j = scale sum_i dS_ij q_i;  dq_i = scale sum_j dS_ij k_j
 //
 // A chunk is cut into blocks of kBlock rows. A job owns one pair (query block i, key block j, j <= i if causal) of one
-// head and makes every product of the pair once, 3 K + 2 V multiplications for each score:
+// head and computes each product of the pair once, 3 K + 2 V multiplications per score:
 //   1. S^T = scale K Q^T and dP^T = V dO^T, which become P^T and dS^T
 //   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
 //   3. dQ_i += dS K                             (A = (dS^T)^T), with AMX dQ_i^T += K^T dS^T
-// Tiles that no query sees are skipped. The sums dQ, dK, dV of the chunk are shared by its jobs without locks: a pair
-// waits for (i, j + 1) and (i - 1, j), which add to dQ_i and to dK_j and dV_j before it. So every sum has the same
-// order on any number of threads, that of i - j, from 0 or, where attention is not causal, from 1 - blocks on. As jobs
-// begin in the order of i - j, they seldom wait.
+// Tiles that no query sees are skipped. The jobs share the chunk's sums dQ, dK, dV without locks: a pair waits for
+// (i, j + 1) and (i - 1, j), which add to dQ_i and to dK_j and dV_j before it. So every sum has the same order, that of
+// i - j (from 0, or from 1 - blocks if not causal), for any number of threads. Jobs start in it and seldom wait.
 //
-// A tile of rows shares a depth in 2 and 3, where the P and dS of keys that a query does not see are 0. Where some q,
-// k or do of the chunk is not finite, as packing notes, 0 times it would be NaN: then a tile shares the depth that all
-// its rows see, and the rest is added row by row. Rows whose log-sum-exp is NaN get NaN for keys that they see, else 0.
+// The rows of a tile share a depth in 2 and 3: P and dS are 0 for keys that a query does not see. If packing finds a q,
+// k or do of the chunk that is not finite, 0 times it would be NaN: then a tile shares the depth that all its rows see,
+// and the rest is added row by row. Rows whose log-sum-exp is NaN get NaN for keys that they see, else 0.
 //
-// In a chunk of one block, delta_i comes from P and dP, free of the rounding of o.
-// Operands are packed once for each chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.
-// Scratch, in elements for each chunk at work: C (5 K + 4 V), and C K more where units are pairs (K by rows); for each
-// thread P^T and dS^T, 2 kBlock^2. Queries are numbered like keys, from the chunk's start; rows that are in the cache
-// stand there as zero queries, which add nothing.
+// In a chunk of one block, delta_i comes from P and dP, without the rounding of o.
+// Operands are packed once per chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.
+// Scratch, in elements: per active chunk C (5 K + 4 V), plus C K if units are pairs (K by rows); per thread P^T and
+// dS^T, 2 kBlock^2. Queries are numbered like keys, from the chunk's start; cached rows are zero queries.
 
 #include "chunked_attention.h"
 
@@ -102,7 +100,7 @@ class ChunkBackward {
           p(kPaired ? kBlock : 0, kBlock),
           ds(kPaired ? kBlock : 0, kBlock),
           ds_rows(kPaired ? kBlock : 0, kBlock) {}
-    PackedMatrix<R> s, dp;      // S^T and dP^T; later, where elements are not paired, P^T and dS^T
+    PackedMatrix<R> s, dp;      // S^T and dP^T; later, if elements are not paired, P^T and dS^T
     PackedLeftMatrix<U> p, ds;  // P^T and dS^T by columns
     PackedMatrix<U> ds_rows;    // dS^T by rows
   };
@@ -120,7 +118,7 @@ class ChunkBackward {
     return chunk_rows<T>(p_, chunk, head, nullptr, tokens, width);
   }
 
-  // The first query block that a key block meets, and the last key block that a query block meets.
+  // The first query block that sees a key block, and the last key block that a query block sees.
   static int64_t first_query_block(const Chunk& chunk, int64_t key_block) {
     const int64_t cached = chunk.cached / kBlock;
     return chunk.causal ? std::max(key_block, cached) : cached;
@@ -129,7 +127,7 @@ class ChunkBackward {
     return chunk.causal ? query_block : ceil_div(chunk.keys, kBlock) - 1;
   }
 
-  // First row that is kept as a query: that of the first block with queries.
+  // The first row stored as a query: the start of the first block with queries.
   static int64_t first_row(const Chunk& chunk) { return chunk.cached / kBlock * kBlock; }
 
   void pack(const Chunk& chunk, int64_t head, int64_t block) {
@@ -161,7 +159,7 @@ class ChunkBackward {
       R lse = 0, delta = 0;
       if (row >= chunk.cached && row < chunk.keys) {
         lse = static_cast<const R*>(p_.lse)[(chunk.token + row - chunk.cached) * p_.heads + head];
-        // Every score of the row was dropped: exp(-inf - 0) gives the zero that exp(-inf - lse) would not.
+        // If every score of the row was dropped: exp(-inf - 0) is zero; exp(-inf - lse) would be NaN.
         if (lse == -std::numeric_limits<R>::infinity()) lse = 0;
         Vec<R> sum = zeros<R>();
         for (int64_t c = 0; c < p_.value_dim; c += kLanes<R>)
@@ -180,17 +178,17 @@ class ChunkBackward {
     const int64_t key = key_block * kBlock, key_end = std::min(key + kBlock, chunk.keys);
     constexpr int kRows = kTileRows<U>;
     const int64_t columns = round_up(queries, kDepthStep<U>), first_panel = (query - base) / kColumns;
-    // Keys that some of the queries of a panel see, in whole tiles.
+    // Keys that some queries of a panel see, in whole tiles.
     const auto visible = [&](int64_t at) {
       return round_up(std::min(key_end, chunk.seen_by(query + at + kColumns - 1)) - key,
                       std::max(kRows, kDepthStep<U>));
     };
-    // Multiplies in blocks of the depth, so that a block of B stays in the nearest cache for all keys, and a block of A
-    // in the next cache for all queries. With AMX multiply_rows cuts the depth.
+    // Multiplies in blocks of the depth, so that a block of B stays in the L1 for all keys, and a block of A in the L2
+    // for all queries. With AMX, multiply_rows cuts the depth.
     const auto multiply = [&](const PackedLeft<U>& a, const Packed<U>& b, int64_t depth, R gain, const Packed<R>& c) {
       const int64_t block = kAmx ? depth : std::min(kBlock, depth);
       int64_t d = 0;
-      do {  // once for a depth of 0 too, which gives zeros
+      do {  // also once for a depth of 0, which gives zeros
         for (int64_t at = 0; at < columns; at += kColumns) {
           const int64_t panel = at / kColumns, part = std::min(block, depth - d);
           const bool last = at + kColumns >= columns;
@@ -213,7 +211,7 @@ class ChunkBackward {
       else differentiate<false>(vectors, panel, rows, query - base + at, scratch);
     }
 
-    // Keys of the cache take no gradient.
+    // Keys of the cache get no gradient.
     const bool first_of_keys = query_block == first_query_block(chunk, key_block);
     const auto add_to_keys = [&](const PackedLeft<U>& a, const Packed<U>& b, const ChunkRows<T>& b_rows, int64_t width,
                                  const Packed<R>& sums) {
@@ -221,7 +219,7 @@ class ChunkBackward {
         const int vectors = vectors_in_panel<U>(width, column);
         const Ahead<U> ahead{b.at(column + 1, query - base), kBlock};
         int64_t tile = 0, rows;
-        // A panel of queries holds no keys below its last row, so tiles of any height begin where tiles of panels do.
+        // Queries of a panel see no keys below its last row, so tiles of any height start where tiles of panels do.
         constexpr int64_t kStart = kAmx ? kRows : kTallRows<U>;
         static_assert(kColumns % kStart == 0 && kBlock % kStart == 0);
         for (int64_t row = std::max(key, chunk.cached / kStart * kStart); row < key_end; row += rows, ++tile) {
@@ -248,10 +246,10 @@ class ChunkBackward {
 
     const bool first_of_queries = key_block == last_key_block(chunk, query_block);
     const ChunkRows<T> k = key_rows(chunk, head);
-    // The number of keys that go into one product, of `depth` keys that some of the queries from `at` on see.
+    // Number of keys in one product, out of `depth` keys that some queries from `at` on see.
     const auto shared_depth = [&](int64_t depth, int64_t at) {
-      const int64_t of_first = std::max<int64_t>(chunk.seen_by(query + at) - key, 0);
-      return finite_ || of_first >= depth ? depth : of_first / kDepthStep<U> * kDepthStep<U>;
+      const int64_t first_depth = std::max<int64_t>(chunk.seen_by(query + at) - key, 0);
+      return finite_ || first_depth >= depth ? depth : first_depth / kDepthStep<U> * kDepthStep<U>;
     };
     if constexpr (kAmx) {
       for (int64_t at = 0; at < queries; at += kColumns) {
@@ -290,8 +288,8 @@ class ChunkBackward {
     }
   }
 
-  // Scores of queries whose log-sum-exp is NaN become NaN for keys that they see, and stay -inf for other keys; returns
-  // a log-sum-exp of 0 for these queries.
+  // For queries whose log-sum-exp is NaN, sets the scores of keys that they see to NaN and leaves -inf for other keys;
+  // returns a log-sum-exp of 0 for them.
   static Vec<R> spread_nan(R* scores, int64_t rows, Vec<R> lse) {
     for (R* at = scores; at < scores + rows * kColumns; at += kColumns) {
       const Vec<R> s = load(static_cast<const R*>(at));
@@ -300,7 +298,7 @@ class ChunkBackward {
     return lse == lse ? lse : zeros<R>();
   }
 
-  // S^T and dP^T of `rows` keys become P^T and dS^T. With kWholeRows, the queries see no other keys.
+  // Turns S^T and dP^T of `rows` keys into P^T and dS^T. With kWholeRows, the queries see no other keys.
   template <bool kWholeRows>
   void differentiate(int vectors, int64_t panel, int64_t rows, int64_t query, const PairScratch& scratch) const {
     for (int64_t c = 0; c < vectors * kLanes<R>; c += kLanes<R>) {
@@ -311,7 +309,7 @@ class ChunkBackward {
         return softmax_exp(load(static_cast<const R*>(p) + r * kColumns) - lse);
       };
       Vec<R> gain = splat(R{1}), delta = load(&delta_[query + c]);
-      if constexpr (kWholeRows) {  // whole rows need neither lse nor o to the last digit
+      if constexpr (kWholeRows) {  // whole rows recompute both sums, free of the rounding of lse and o
         Vec<R> total = zeros<R>(), product = zeros<R>();
         for (int64_t r = 0; r < rows; ++r) {
           const Vec<R> now = exponential(r);
@@ -319,7 +317,7 @@ class ChunkBackward {
           total += now;
           product += now * load(static_cast<const R*>(dp) + r * kColumns);
         }
-        // Masked scores may meet a dP that is not finite.
+        // A masked score may have a dP that is not finite.
         if (!is_finite<R>(product)) {
           product = zeros<R>();
           for (int64_t r = 0; r < rows; ++r) {
@@ -327,7 +325,7 @@ class ChunkBackward {
             product += now == 0 ? zeros<R>() : now * load(static_cast<const R*>(dp) + r * kColumns);
           }
         }
-        // A row with every score dropped keeps its zeros; a row of NaN keeps the zeros of keys that it does not see.
+        // A row with every score dropped keeps its zeros; a NaN row keeps zeros for keys that it does not see.
         gain = total == 0 || total != total ? splat(R{1}) : 1 / total;
         delta = product * gain;
       }
@@ -389,7 +387,7 @@ class ChunkBackward {
   Milestones done_;  // pairs
   std::vector<Pair> pairs_;
   PerThread<PairScratch> scratch_;
-  bool finite_ = true;  // all q, k and do of the chunk
+  bool finite_ = true;  // true if all q, k and do of the chunk are finite
 };
 
 template <class T>

@@ -2,23 +2,22 @@
 //
 //   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
-// A job owns kQueryBlock queries of one head of one chunk and walks the keys in blocks of kKeyBlock:
-//   1. S^T = scale K Q^T, key rows by query columns, so that a softmax over keys is lane by lane   (A = K, B = Q^T)
+// A job owns kQueryBlock queries of one head of one chunk and visits the keys in blocks of kKeyBlock:
+//   1. S^T = scale K Q^T, key rows by query columns, so that each lane has its own softmax over keys (A = K, B = Q^T)
 //   2. online softmax: m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P   (P replaces S)
 //   3. O = diag(f) O + P V                                                                         (A = (P^T)^T, B = V)
 //      with AMX O^T = O^T diag(f) + V^T P^T                                                        (A = V^T, B = P^T)
-// The job ends with o = O / l, lse = m + log l. Key tiles that no query sees are skipped, in 1 for each panel of queries
-// and in 3 for each tile of queries. K and V of a chunk are packed once: before its jobs where the jobs share
-// threads, otherwise when queries first need the rows, which are fetched during the job before. Every job packs its own
-// Q^T.
-// Few queries on top of a cache, as in decoding, go to few_query_attention.h instead, which reads keys where they lie.
+// The job ends with o = O / l, lse = m + log l. Key tiles that no query sees are skipped, in 1 for each panel of
+// queries and in 3 for each tile of queries. K and V of a chunk are packed once: before its jobs if they run on several
+// threads, otherwise when queries first need the rows, prefetched by the previous job. Every job packs its Q^T.
+// Few queries on top of a cache, as in decoding, go to few_query_attention.h instead, which reads keys in place.
 //
-// A tile of rows of O shares a depth, for which the probabilities of keys that a row does not see are 0. Where some
-// value of the chunk is not finite, as packing V notes, 0 times it would be NaN: then a tile shares the keys that all
-// its rows see, and the others are added row by row.
+// The rows of a tile of O share a depth: probabilities of keys that a row does not see are 0. If packing finds a value
+// of the chunk that is not finite, 0 times it would be NaN: then a tile shares the keys that all its rows see, and the
+// others are added row by row.
 //
-// Scratch: packed K and V of the chunks at work; for each thread S (kKeyBlock x kQueryBlock) and O (kQueryBlock x V).
-// A result depends on the shapes alone, never on the number of threads: a job is the same whoever runs it.
+// Scratch: packed K and V of the active chunks; per thread S (kKeyBlock x kQueryBlock) and O (kQueryBlock x V).
+// Results depend on shapes alone, not on the number of threads.
 //
 // Example with C = 3, V = 1, scores of row 2 = (0, ln 2, ln 4), v = (1, 2, 3): m = ln 4, P = (1/4, 1/2, 1), l = 7/4,
 // O = 1/4 + 2/2 + 3 = 17/4, o = 17/7, lse = ln 7.
@@ -39,17 +38,16 @@ namespace {
 constexpr int64_t kQueryBlock = 96;
 constexpr int64_t kKeyBlock = 256;
 
-// One panel of S^T becomes P^T. For each query, `max` and `sum` are updated, and `factor` becomes the factor by which
-// earlier sums shrink.
+// Turns one panel of S^T into P^T. Updates each query's `max` and `sum`; `factor` scales earlier sums.
 template <class U>
 void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, SumOf<U>* sum, SumOf<U>* factor) {
   using R = SumOf<U>;
   constexpr int64_t kRow = kTileColumns<R>;
   constexpr R kInfinity = std::numeric_limits<R>::infinity();
-  // Keys that do not exist, up to the next step of the depth, score -inf.
+  // Missing keys, up to a multiple of kDepthStep, score -inf.
   for (int64_t at = keys * kRow; at < round_up(keys, kDepthStep<U>) * kRow; at += kLanes<R>)
     store(scores + at, splat(-kInfinity));
-  // All columns advance at once, as each maximum waits for the one before. Columns beyond `vectors` are not used.
+  // All columns advance together, since each maximum waits for the previous one. Columns beyond `vectors` are not used.
   Vec<R> maxima[kTileVectors];
   for (int j = 0; j < kTileVectors; ++j) maxima[j] = load(static_cast<const R*>(max) + j * kLanes<R>);
   for (const R* at = scores; at < scores + keys * kRow; at += kRow)
@@ -61,8 +59,7 @@ void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, S
   for (int j = 0; j < vectors; ++j, scores += kLanes<R>, max += kLanes<R>, sum += kLanes<R>, factor += kLanes<R>) {
     const R* s = scores;
     const Vec<R> max_before = load(static_cast<const R*>(max)), max_now = maxima[j];
-    // Where every score was dropped so far the maximum is -inf, and exp(s - 0) gives the zero that exp(s - m) would
-    // not.
+    // If every score so far was dropped, the maximum is -inf: exp(s - 0) is zero; exp(s - m) would be NaN.
     const Vec<R> shift = max_now == -kInfinity ? zeros<R>() : max_now;
     Vec<R> total = zeros<R>();
     for (int64_t key = 0; key < round_up(keys, kDepthStep<U>); key += kUnitDepth<U>) {
@@ -120,7 +117,7 @@ class ChunkForward {
     });
     parallel_jobs<FlushDenormals, TileRegisters>(blocks, pack_work * static_cast<double>(chunk.queries()), [&] {
       return [&](int64_t job) {
-        // The longest rows come first, which levels the threads' shares.
+        // Longest rows first: this balances the threads.
         const int64_t block = blocks - 1 - job;
         attend(chunk, head, first_row(block), first_row(block + 1), scratch_.get(), {});
       };
@@ -152,7 +149,7 @@ class ChunkForward {
     return chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
   }
 
-  // The rows that the queries after [first, end) read and write.
+  // Rows that the queries after [first, end) read and write.
   RowsAhead rows_ahead(const Chunk& chunk, int64_t head, int64_t first, int64_t end) const {
     RowsAhead ahead;
     const auto add = [&](const void* tokens, int64_t width) {
@@ -215,11 +212,11 @@ class ChunkForward {
                           load(&scratch.sum[i]), [&](int64_t j) { return o + row(i + j) * p_.value_dim; });
   }
 
-  // The number of keys that go into one product, of `depth` keys that some rows of a tile see: all where values are
-  // finite, else those that the first row sees.
-  int64_t shared_depth(int64_t depth, int64_t of_first_row) const {
-    if (finite_ || of_first_row >= depth) return depth;
-    return std::max<int64_t>(of_first_row, 0) / kDepthStep<U> * kDepthStep<U>;
+  // Number of keys in one product, out of `depth` keys that some rows of a tile see: all if values are finite, else
+  // those that the first row sees.
+  int64_t shared_depth(int64_t depth, int64_t first_row_depth) const {
+    if (finite_ || first_row_depth >= depth) return depth;
+    return std::max<int64_t>(first_row_depth, 0) / kDepthStep<U> * kDepthStep<U>;
   }
   R probability(const BlockScratch& scratch, int64_t key, int64_t query) const {
     U* const weights = reinterpret_cast<U*>(scratch.scores.at(0, 0));
@@ -271,7 +268,7 @@ class ChunkForward {
     }
   }
 
-  // Scales columns unless every factor is 1, as after most blocks no maximum moves.
+  // Scales columns whose factor is not 1: in most blocks the maximum does not change.
   static void scale_columns(int vectors, int64_t rows, const R* factors, R* matrix) {
     for (int j = 0; j < vectors; ++j) {
       const Vec<R> factor = load(factors + j * kLanes<R>);
@@ -288,7 +285,7 @@ class ChunkForward {
   PackedLeftMatrix<U> keys_;
   std::conditional_t<kUsesAmx<U>, PackedLeftMatrix<U>, PackedMatrix<U>> values_;  // with AMX V^T
   PerThread<BlockScratch> scratch_;
-  bool finite_ = true;  // all values of the chunk, as far as they are packed
+  bool finite_ = true;  // true if all values packed so far are finite
 };
 
 template <class T>

@@ -1,10 +1,10 @@
-// Attention of a few queries over many keys, as in decoding: each key and value is read once, where it lies.
+// Attention of a few queries over many keys, as in decoding: each key and value is read once, in place.
 //
 //   s_ij = scale q_i . k_j;  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
-// A job owns one chunk, or where chunks are few, a segment of a chunk's keys, with all heads, so that the job reads
-// memory from end to end; the segments' (max, sum, O) are merged in order. In a segment, for each kStrip keys: dot
-// products of one vector of keys at once, online softmax, O += p_j v_j.
+// A job owns one chunk or, if there are few chunks, one segment of a chunk's keys, with all heads, so that it reads
+// contiguous memory; the segments' (max, sum, O) are merged in order. In a segment, for each kStrip keys: dot products
+// of one vector of keys at a time, online softmax, O += p_j v_j.
 #pragma once
 
 #include <algorithm>
@@ -16,18 +16,18 @@
 namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int64_t kFewQueries = 4;
-inline constexpr int64_t kMostSegments = 64;  // of a chunk's keys
+inline constexpr int64_t kMostSegments = 64;  // per chunk
 
 template <class T>
 class FewQueries {
   using R = Compute<T>;
   static constexpr int64_t kLane = kLanes<R>;
   static constexpr int64_t kStrip = 128;
-  static constexpr int64_t kOutput = round_up(2 * kFewQueries, kLane);  // where O begins in a partial
-  static constexpr int kRows = 8;  // rows of values at once, so that O is seldom loaded
+  static constexpr int64_t kOutput = round_up(2 * kFewQueries, kLane);  // start of O in a partial
+  static constexpr int kRows = 8;  // rows of values per pass over O
 
  public:
-  // The partial of one head and segment holds max, sum, and O (V, in whole vectors) of each query.
+  // A partial, of one head and segment: max, sum, and O (V, in whole vectors) of each query.
   static int64_t partial_size(const ChunkedAttentionParams& p) {
     return kOutput + kFewQueries * round_up(p.value_dim, kLane);
   }
@@ -61,8 +61,8 @@ class FewQueries {
       for (int64_t at = 0; at < keys; at += kLane) dot_products(k, key + at, std::min(kLane, keys - at), count, at);
       for (int64_t head = 0; head < p_.heads; ++head)
         for (int64_t i = 0; i < count; ++i) weigh(chunk, head, i, key, keys, partials + head * size);
-      // Every query sees the first `seen` keys; the value of a later key may be NaN, which a query that does not
-      // see the key must not meet, not even times 0.
+      // Every query sees the first `seen` keys. The value of a later key may be NaN; queries that do not see that key
+      // skip it, since 0 times NaN is NaN.
       const int64_t seen = std::min(keys, chunk.cached + 1 - key);
       int64_t at = 0;
       for (; at + kRows <= seen; at += kRows) add_values<kRows>(v, key, at, 0, count, partials);
@@ -102,8 +102,8 @@ class FewQueries {
   R* sums(int64_t head, int64_t i) const { return &sums_[(head * kFewQueries + i) * kLane * kLane]; }
   R* scores(int64_t head, int64_t i) const { return &scores_[(head * kFewQueries + i) * kStrip]; }
 
-  // Scores of up to a vector of the strip's keys, from key `at` on: first a vector of sums for each row, in the order
-  // of memory, then the sums over the lanes of each vector.
+  // Scores of up to a vector of the strip's keys, from key `at` on: one vector of partial sums per row, in the order of
+  // memory, then the sums over the lanes of each vector.
   void dot_products(const ChunkRows<T>& k, int64_t key, int64_t keys, int64_t queries, int64_t at) const {
     const int64_t width = p_.key_dim, ahead = kLane * p_.heads * width;  // the next vector's rows
     for (int64_t r = 0; r < keys; ++r) {
@@ -130,7 +130,7 @@ class FewQueries {
       }
   }
 
-  // The strip's scores of query i become weights; earlier sums shrink to the new maximum.
+  // Turns the strip's scores of query i into weights; scales earlier sums to the new maximum.
   void weigh(const Chunk& chunk, int64_t head, int64_t i, int64_t key, int64_t keys, R* partial) const {
     R *s = scores(head, i), *output = partial + kOutput + i * value_width_;
     const int64_t visible = std::min(keys, chunk.cached + i + 1 - key), padded = round_up(keys, kLane);
@@ -142,7 +142,7 @@ class FewQueries {
         store(output + c, shrink * load(static_cast<const R*>(output) + c));
   }
 
-  // Scores become exp(s - max). Updates max and sum, and returns the factor by which earlier sums shrink.
+  // Turns scores into exp(s - max). Updates max and sum, and returns the factor by which earlier sums are multiplied.
   static R softmax_row(R* s, int64_t padded, R& max, R& sum) {
     Vec<R> most = splat(max);
     for (int64_t r = 0; r < padded; r += kLane) {
@@ -164,7 +164,7 @@ class FewQueries {
     return shrink;
   }
 
-  // O += p v for kKeys keys from the `at`th of a strip on, all heads, and the queries [first, queries).
+  // O += p v for kKeys keys of a strip, from key `at` on, all heads, and the queries [first, queries).
   template <int kKeys>
   void add_values(const ChunkRows<T>& rows, int64_t key, int64_t at, int64_t first, int64_t queries,
                   R* partials) const {
@@ -204,8 +204,8 @@ class FewQueries {
 template <class T>
 void few_query_attention(const ChunkedAttentionFwdParams& p, const std::vector<Chunk>& chunks) {
   using R = Compute<T>;
-  // Segments are enough for many threads, yet their partials stay small beside the keys and values; few segments are
-  // a power of two, which two threads share evenly. The number of segments depends on the chunks alone.
+  // Enough segments for many threads, but few enough that their partials stay small beside keys and values; a small
+  // number is a power of two, which two threads share evenly. It depends on the chunks alone.
   constexpr int64_t kSegment = 256, kShortSegment = 64;
   if (chunks.empty()) return;
   const auto count = static_cast<int64_t>(chunks.size());

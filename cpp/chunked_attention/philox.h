@@ -9,7 +9,7 @@ namespace megalodon::MEGALODON_ISA {
 inline constexpr int kPhiloxStreams = kVectorBytes / 8;
 using PhiloxWord = VecOf<uint64_t, kPhiloxStreams>::type;
 
-// 64-bit product of the low halves, whatever the high halves hold.
+// 64-bit product of the low halves; the high halves are ignored.
 MEGALODON_INLINE PhiloxWord multiply_low_halves(PhiloxWord a, uint32_t b) {
 #if defined(__AVX512F__)
   return bit_cast<PhiloxWord>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
@@ -22,7 +22,7 @@ MEGALODON_INLINE PhiloxWord multiply_low_halves(PhiloxWord a, uint32_t b) {
 #endif
 }
 
-// Replaces the counters by their random words. Only the low halves of the words count, before and after.
+// Replaces the counters by their random words. Only the low halves of the words are used, before and after.
 MEGALODON_INLINE void philox(PhiloxWord (&word)[4], uint64_t seed) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round, key0 += 0x9e3779b9u, key1 += 0xbb67ae85u) {

@@ -1,4 +1,4 @@
-// Rows of channels that fall into groups of any size: sums over each group, and group values spread over the channels.
+// Rows of channels in groups of arbitrary size: sums over each group, and group values broadcast to the channels.
 #pragma once
 
 #include <type_traits>
@@ -24,7 +24,7 @@ MEGALODON_INLINE Vec<R> permuted(Vec<R> v, const LaneIndex<R>& index) {
 #endif
 }
 
-// How D channels in G groups fall into vectors. The last vector may overlap the one before it.
+// Layout of D channels in G groups as vectors. The last vector may overlap the one before it.
 template <class R>
 class Channels {
  public:
@@ -43,13 +43,13 @@ class Channels {
   }
   int64_t offset(int64_t j) const { return smaller(j * lanes, count - width); }
 
-  // Calls op(j, offset, width, s) for each vector j of channels, where s[row][i] holds statistic i of the row for them.
+  // Calls op(j, offset, width, s) for each vector j of channels; s[row][i] is the row's statistic i for them.
   // statistics[i] points to (rows, G) values and may be read kLanes past its end.
   template <int rows, int kinds, class Op>
   MEGALODON_INLINE void for_each_vector_with_statistics(const R* const (&statistics)[kinds], Op&& op) const {
     Vec<R> s[rows][kinds];
     if (one_group_a_vector) {
-      // These are copies, as the compiler cannot know that op() does not write to the members.
+      // Local copies: the compiler cannot know that op() does not write to the members.
       const int64_t all = groups, end = count, size = group_size;
       for (int64_t g = 0, c = 0; c < end; ++g) {
         for (int row = 0; row < rows; ++row)
@@ -74,7 +74,7 @@ class Channels {
   Scratch<LaneIndex<R>> index_;
 };
 
-// Loads a vector of which n elements are wanted; the lanes beyond them hold what follows, or zero close to `end`.
+// Loads a vector of which n elements are used; the lanes beyond them hold what follows, or zero close to `end`.
 template <class T>
 MEGALODON_INLINE Vec<Compute<T>> load_within(const T* from, int64_t n, const T* end) {
   return n >= kLanes<Compute<T>> || end - from >= kLanes<Compute<T>> ? load(from) : load_first(from, n);
@@ -88,7 +88,7 @@ MEGALODON_INLINE Vec<R> keep_first(Vec<R> v, int64_t n) {
   return lane < lane - lane + static_cast<LaneInt<R>>(n) ? v : zeros<R>();
 }
 
-// Lanes to be merged: kept[i], other[i] are a[i], a[i ^ bit] where i has the bit clear, else b[i], b[i ^ bit].
+// Lanes to be merged: kept[i], other[i] are a[i], a[i ^ bit] if i has the bit clear, else b[i], b[i ^ bit].
 template <class R>
 struct LanePairs {
   Vec<R> kept, other;
@@ -96,7 +96,7 @@ struct LanePairs {
 template <class R, int bit, int... i>
 MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b, std::integer_sequence<int, i...>) {
 #if defined(__AVX512F__)
-  // Each of the two is one instruction. For `kept` the compiler would take a shuffle, which only one port executes.
+  // Each of the two is one instruction. For `kept` the compiler would emit a shuffle, which only one port executes.
   const Vec<R> other = __builtin_shufflevector(a, b, (i & bit ? (i ^ bit) + kLanes<R> : i ^ bit)...);
   constexpr unsigned mask = ((i & bit ? 1u << i : 0u) | ...);
   if constexpr (sizeof(R) == 4)
@@ -113,7 +113,7 @@ MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b) {
   return pair_crosswise<R, bit>(a, b, std::make_integer_sequence<int, kLanes<R>>{});
 }
 
-// Several vectors that are summed side by side.
+// Several vectors that are summed in parallel.
 template <class R, int n>
 struct Terms {
   Vec<R> v[n];
@@ -124,7 +124,7 @@ struct Terms {
   }
 };
 
-// Lane i of sum k of the result is the sum of the lanes of sum k of group(i). Sums go depth first: few vectors wait.
+// Lane i of sum k of the result is the sum of the lanes of sum k of group(i). Depth first, so few vectors are live.
 template <class R, int kSums, int bit = 1, class Group>
 MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
   if constexpr (bit == kLanes<R>) return group(first);

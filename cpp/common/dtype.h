@@ -1,4 +1,4 @@
-// Element types of tensors and the type a kernel computes in.
+// Element types of tensors and accumulation types.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #define MEGALODON_NO_EXEC_CHECK
 #endif
 
-// Instruction sets that multiply pairs of bfloat16: what is compiled for one of them is of bfloat16 alone (isa.h).
+// Instruction sets that multiply pairs of bfloat16; code for them is compiled for bfloat16 alone (isa.h).
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define MEGALODON_BF16_PAIRS
 #endif

@@ -10,7 +10,7 @@ bool threads_lost = false;
 namespace {
 
 using Pause = int (*)(int);  // omp_pause_resource_all(omp_pause_resource_t) of OpenMP 5.0; 0 on success
-constexpr int kSoft = 1;     // omp_pause_soft: threads end, their threadprivate variables stay
+constexpr int kSoft = 1;     // omp_pause_soft: ends threads, keeps their threadprivate variables
 
 Pause pause_all = nullptr;
 bool ended = false;
@@ -22,7 +22,7 @@ void in_the_child() { threads_lost = !ended; }
 }  // namespace
 
 void end_threads_before_forks() {
-  // The libgomp of GCC 8, which some systems still have, lacks the function: it is not linked to.
+  // The libgomp of GCC 8, which some systems still have, lacks the function, so it is not linked to.
   pause_all = reinterpret_cast<Pause>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
   pthread_atfork(before_fork, nullptr, in_the_child);
 }

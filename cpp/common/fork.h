@@ -1,15 +1,15 @@
-// OpenMP on both sides of fork(), which copies a process with one thread alone: the one that called it.
+// OpenMP and fork(): the child has only the thread that called fork().
 #pragma once
 
 namespace megalodon {
 
-// Whether this process is the child of one that could not end OpenMP's threads before it forked. OpenMP would then wait
-// for threads that the child has not got, so that kernels run on the calling thread.
+// True if this process is the child of one that could not end OpenMP's threads before it forked. OpenMP would wait for
+// threads that do not exist in the child, so kernels run on the calling thread.
 extern bool threads_lost;
 
-// Has every fork() of this process first end the OpenMP threads that wait for the forking thread's next parallel
-// region. Parent and child start new ones when they need them, so that the child may use several threads, in kernels
-// and in torch, whose OpenMP this is. Call this function once.
+// Make every fork() of this process first end the OpenMP threads that wait for the forking thread's next parallel
+// region. Parent and child start new ones when needed, so the child may use several threads, in kernels and in torch,
+// which has the same OpenMP. Call this function once.
 void end_threads_before_forks();
 
 }  // namespace megalodon

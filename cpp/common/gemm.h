@@ -1,22 +1,22 @@
 // Matrix products on packed panels: the layout, and a micro-kernel that holds a tile of the result in registers.
 //
-//   A packed matrix M is cut into panels of kTileColumns columns; a panel holds its rows one after the other, so that
-//   it is one stream of memory. The micro-kernel makes a tile of kTileRows x kTileColumns: for each step of the depth
+//   A packed matrix M is cut into panels of kTileColumns columns; a panel stores its rows one after the other, so it is
+//   one stream of memory. The micro-kernel computes a tile of kTileRows x kTileColumns: for each index of the depth
 //   it loads one row of B as vectors and multiplies it by kTileRows broadcast elements of A. A broadcast costs the
-//   same wherever the element lies, so a packed matrix serves as A either way:
+//   same wherever the element is, so a packed matrix serves as A in two ways:
 //     A = M     rows of the tile are rows of M, the depth runs along its columns (panel after panel)
 //     A = M^T   rows of the tile are columns of M, the depth runs along its rows (within one panel)
 //   Tile: 8 rows x 3 vectors with AVX-512 (24 sums, 3 of B, the rest for A), 4 x 3 with AVX2, 4 x 2 without FMA, 8 x 2
-//   of float and 4 x 2 of double on Arm. The panel at the right edge uses as many vectors as hold columns; with AVX-512
-//   and rows enough its tiles, too, have 24 sums, 12 x 2 or 24 x 1. Rows are padded to kTileRows, the depth to a unit.
+//   of float and 4 x 2 of double on Arm. The panel at the right edge uses only vectors that hold columns; with AVX-512
+//   and enough rows its tiles also have 24 sums, 12 x 2 or 24 x 1. Rows are padded to kTileRows, the depth to a unit.
 //
-//   A unit is what one lane multiplies in one step: one element of the compute type, or, where the CPU multiplies pairs,
-//   two bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns
-//   for A = M, along the rows for A = M^T and B. With one element to a unit the two formats are the same.
+//   A unit is what one lane multiplies at once: one element of the compute type or, if the CPU multiplies pairs, two
+//   bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns for A = M,
+//   along the rows for A = M^T and B. With one element per unit the two formats are the same.
 //
 //   With AMX a tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 bfloat16. B
 //   has panels of kTileColumns columns; A has panels of 32, so that a tile register is one stream of 1 KiB. There is no
-//   A = M^T: a caller that needs it makes the transposed product instead. Tile: 16 rows x 3 registers. Both operands
+//   A = M^T: a caller that needs it computes the transposed product instead. Tile: 16 rows x 3 registers. Both operands
 //   are zero where the depth is padded to 32.
 #pragma once
 
@@ -27,10 +27,10 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Two bfloat16, the one of the lower depth in the low half.
+// Two bfloat16; the one of the lower depth is in the low half.
 struct Bf16Pair { uint32_t bits; };
 
-// What elements of T become when packed.
+// Packed form of elements of T.
 template <class T> struct UnitOf { using type = Compute<T>; };
 #if defined(MEGALODON_BF16_PAIRS)
 template <> struct UnitOf<bf16> { using type = Bf16Pair; };
@@ -51,19 +51,19 @@ template <class U>
 inline constexpr int kTileRows = kUsesAmx<U> ? 16 : kWide || (kRegisters == 32 && sizeof(U) == 4) ? 8 : 4;
 inline constexpr int kTileVectors = kVectorBytes >= 32 ? 3 : 2;
 template <class U> inline constexpr int kTileColumns = kTileVectors * kLanes<SumOf<U>>;
-template <class U> inline constexpr int kLeftColumns = kUsesAmx<U> ? 32 : kTileColumns<U>;  // of a panel of A = M
+template <class U> inline constexpr int kLeftColumns = kUsesAmx<U> ? 32 : kTileColumns<U>;  // panel width of A = M
 template <class U> inline constexpr int kDepthStep = kUsesAmx<U> ? 32 : kUnitDepth<U>;
 
 template <class U> constexpr int64_t panels(int64_t columns) { return ceil_div(columns, kTileColumns<U>); }
 
-// How many vectors of a panel hold columns of the matrix.
+// Number of a panel's vectors that hold columns of the matrix.
 template <class U>
 constexpr int vectors_in_panel(int64_t columns, int64_t panel) {
   const int64_t left = ceil_div(columns - panel * kTileColumns<U>, kLanes<SumOf<U>>);
   return static_cast<int>(left < kTileVectors ? left : kTileVectors);
 }
 
-// A packed matrix in memory that its maker owns. `rows` is a multiple of kRowPadding.
+// A packed matrix in memory owned by the caller. `rows` is a multiple of kRowPadding.
 template <class U, int kColumns = kTileColumns<U>>
 struct Packed {
   static_assert(kColumns % kTileRows<U> == 0 && kTileRows<U> % kUnitDepth<U> == 0 && kRowPadding % kDepthStep<U> == 0);
@@ -74,7 +74,7 @@ struct Packed {
 
   static int64_t size(int64_t rows, int64_t columns) { return rows * ceil_div(columns, kColumns) * kRowUnits; }
   MEGALODON_INLINE int64_t panel_units() const { return rows * kRowUnits; }
-  // Row `row` of a panel, in either format; `row` is even where rows are paired.
+  // Row `row` of a panel, in either format; `row` is even if rows are paired.
   MEGALODON_INLINE U* at(int64_t panel, int64_t row) const { return data + panel * panel_units() + row * kRowUnits; }
 };
 template <class U> using PackedLeft = Packed<U, kLeftColumns<U>>;  // A = M
@@ -91,10 +91,10 @@ MEGALODON_INLINE Bits pair_units(Vec<float> low, Vec<float> high) {
 }
 #endif
 
-// Each tile of a product prefetches a part of the panel that is B in the next product, which has the same depth.
+// Each tile of a product prefetches a part of the next product's B panel, which has the same depth.
 template <class U>
 struct Ahead {
-  static constexpr int64_t kStepBytes = 16;  // for a step of the depth
+  static constexpr int64_t kStepBytes = 16;  // per unit of the depth
 
   const U* panel;
   int64_t depth;
@@ -107,8 +107,8 @@ struct Ahead {
 };
 
 // One tile: C = gain A B, or with factors C = diag(factors) C + gain A B. a_panel is the distance between the panels of
-// A = M. What comes next is prefetched a little with every group of steps, as a burst would hold up the loads: the next
-// panel of A = M, the tile of C, and from `ahead` on what later tiles read.
+// A = M. Each group of units prefetches a little, since a burst would delay the loads: the next panel of A = M, the
+// tile of C, and from `ahead` on what later tiles read.
 template <bool kTransposeA, int kVectors, int kRows, class U>
 __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
                                              const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
@@ -155,8 +155,8 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
   }
 }
 
-// kTallRows rows are made together, by one tile of 24 x 1 or two of 12 x 2. tile_rows() is the number of rows made next
-// where `rows` are left: a multiple of kTileRows, so that no tile reaches beyond the padding or into the next block.
+// kTallRows rows are computed together, by one tile of 24 x 1 or two of 12 x 2. tile_rows() is the number of rows
+// computed next if `rows` are left: a multiple of kTileRows, so no tile leaves the padding or the block.
 template <class U> inline constexpr int kTallRows = kTileRows<U> * (kWide ? kTileVectors : 1);
 template <class U>
 MEGALODON_INLINE int64_t tile_rows(int vectors, int64_t rows) {
@@ -186,11 +186,11 @@ MEGALODON_INLINE void multiply_tile(int vectors, int64_t rows, int64_t depth, co
 }
 
 #if defined(__AMX_BF16__)
-// Makes all tile registers of the thread that constructs it 16 rows of 64 bytes; the destructor gives them up.
+// Configures all tile registers of the constructing thread as 16 rows of 64 bytes; the destructor releases them.
 class TileRegisters {
  public:
   TileRegisters() {
-    // The config is static, as the intrinsic does not tell the compiler that all of it is read.
+    // The config is static: the intrinsic does not tell the compiler that all of it is read.
     alignas(64) static constexpr struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -235,13 +235,13 @@ __attribute__((noinline)) void multiply_registers(int64_t depth, const Bf16Pair*
   if constexpr (kVectors > 2) _tile_stored(2, c + 32, kStride);
 }
 
-// Goes through the depth in blocks, so that a block of B stays in the nearest cache for all rows.
+// Splits the depth into blocks, so that a block of B stays in the L1 for all rows.
 template <class Between>
 void multiply_rows_amx(int vectors, int64_t rows, int64_t depth, const Bf16Pair* a, int64_t a_panel, const Bf16Pair* b,
                        bool add, float* c, Between&& between) {
   constexpr int64_t kDepthBlock = 256;
   int64_t d = 0;
-  do {  // once for a depth of 0 too, which gives zeros
+  do {  // also once for a depth of 0, which gives zeros
     const int64_t part = depth - d < kDepthBlock ? depth - d : kDepthBlock;
     const Bf16Pair* row = b + d / 2 * kTileColumns<Bf16Pair>;
     for (int64_t r = 0; r < rows; r += 16) {
@@ -264,11 +264,11 @@ class TileRegisters {
 template <class... Arguments> void multiply_rows_amx(Arguments...) = delete;
 #endif
 
-// Factors of the rows of a tile, static, as otherwise two versions of the module in one process would share them.
+// Factors of the rows of a tile. Static, or two versions of the module in one process would share them.
 template <class R>
 static constexpr R kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// Rows of A = M times one panel of B: C = gain A B, or C += gain A B where `add`, which with AMX asks for a gain of 1.
+// Rows of A = M times one panel of B: C = gain A B, or C += gain A B with `add`, which with AMX requires a gain of 1.
 // The first tile prefetches part `tile` of `ahead`. between() is called after every tile.
 struct Nothing {
   MEGALODON_INLINE void operator()() const {}

@@ -28,7 +28,7 @@ constexpr const char* kNames[] = {
 constexpr int kIsas = sizeof(kNames) / sizeof(kNames[0]);
 
 #if defined(__x86_64__)
-// Before version 19 clang does not know these names for __builtin_cpu_supports().
+// clang before version 19 does not know these names for __builtin_cpu_supports().
 bool f16c_lzcnt_movbe_supported() {
   unsigned a, b, c, d, extended;
   return __get_cpuid(1, &a, &b, &c, &d) && __get_cpuid(0x80000001, &a, &b, &extended, &d) && (c & bit_F16C) && (c & bit_MOVBE) &&
@@ -36,7 +36,7 @@ bool f16c_lzcnt_movbe_supported() {
 }
 #endif
 
-// Whether the processor has AMX with bfloat16 and the system, which must be asked, lets this process use AMX.
+// Returns true if the processor has AMX with bfloat16 and the system, which must be asked, lets this process use it.
 [[maybe_unused]] bool amx_supported() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
@@ -49,7 +49,7 @@ bool f16c_lzcnt_movbe_supported() {
 #endif
 }
 
-// Whether this processor runs code compiled for kNames[i].
+// Returns true if this processor runs code compiled for kNames[i].
 bool supported(int i) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -69,8 +69,8 @@ bool supported(int i) {
 #endif
 }
 
-// Whether an instruction set that runs here makes a training step slower than the next lower one does. AVX512-BF16 does on
-// Intel's processors, where AMX is not there to take its place: docs/cpu.md.
+// Returns true if a supported instruction set makes training slower than the next lower one. AVX512-BF16 does so on
+// Intel processors without AMX: docs/cpu.md.
 bool is_slower_than_the_next(int i) {
 #if defined(__x86_64__)
   return static_cast<Isa>(i) == Isa::v4_bf16 && __builtin_cpu_is("intel");
@@ -86,7 +86,7 @@ std::string available_text() {
   return text.empty() ? "none (an x86-64 processor needs SSE4.2)" : text;
 }
 
-// Makes the named instruction set the active one; an empty name takes the best.
+// Activates the named instruction set; an empty name selects the best.
 void set_isa(const std::string& name) {
   for (int i = kIsas - 1; i >= 0; --i)
     if ((name.empty() ? !is_slower_than_the_next(i) : name == kNames[i]) && supported(i)) {

@@ -1,13 +1,13 @@
-// One kernel source, compiled for several instruction sets; the best that the processor has is chosen at import.
+// One kernel source, compiled for several instruction sets; the best supported one is chosen at import.
 #pragma once
 
 #include "dtype.h"
 
-// The names double as namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v4 = AVX-512, v4_bf16 adds AVX512-BF16,
-// v4_amx adds AMX-BF16 to v4_bf16. Arm of 64 bits: generic = NEON, neon_bf16 adds BF16. Every kernel is compiled for the
+// The names are also namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v4 = AVX-512, v4_bf16 adds AVX512-BF16,
+// v4_amx adds AMX-BF16 to v4_bf16. 64-bit Arm: generic = NEON, neon_bf16 adds BF16. Every kernel is compiled for the
 // lowest level, and for the others that the table of kernels in CMakeLists.txt lists. Levels above
-// MEGALODON_HIGHEST_OF_ALL_TYPES add products of bfloat16 and rounding to it, so that code for them is of bfloat16 alone,
-// except in linear_amx_cpu.cpp.
+// MEGALODON_HIGHEST_OF_ALL_TYPES add products of bfloat16 and rounding to it; code for them is compiled for bfloat16
+// alone, except in linear_amx_cpu.cpp.
 #if defined(__x86_64__)
 #define MEGALODON_LOWEST_ISA v2
 #define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) \
@@ -31,7 +31,7 @@ enum class Isa { MEGALODON_LOWEST_ISA, MEGALODON_FOR_EACH_HIGHER_ISA(MEGALODON_E
 
 extern Isa active_isa;
 
-// Whether what is compiled for `isa` computes in the parameters' dtype.
+// Returns true if code compiled for `isa` supports the parameters' dtype.
 template <class Params>
 bool computes(Isa isa, const Params& params) {
   return isa <= Isa::MEGALODON_HIGHEST_OF_ALL_TYPES || params.dtype == DType::bf16;
@@ -48,12 +48,12 @@ bool computes(Isa isa, const Params& params) {
 #define MEGALODON_ADDRESS_IN_(isa, name) isa::name,
 
 #if defined(MEGALODON_ISA)
-// In a file of kernels: declares `name(const Params&)` in the namespace that the file is being compiled for.
+// In a file of kernels: declares `name(const Params&)` in the namespace that is being compiled.
 #define MEGALODON_CPU_KERNEL(name, Params) MEGALODON_DECLARE_IN_(MEGALODON_ISA, name, Params, MEGALODON_HIDDEN_)
 #else
 // In other files: defines launch_<name>(params), which calls the kernel compiled for the active instruction set or, if
-// there is none for the parameters' dtype, for the next lower one. The linker gives null for the address of a weak
-// function that nothing defines; if the kernel is not defined for the lowest instruction set, it fails.
+// there is none for the parameters' dtype, for the next lower one. A weak function that nothing defines has the address
+// null; linking fails if the kernel is not defined for the lowest instruction set.
 #define MEGALODON_CPU_KERNEL(name, Params)                                                       \
   MEGALODON_DECLARE_IN_(MEGALODON_LOWEST_ISA, name, Params, MEGALODON_HIDDEN_)                   \
   MEGALODON_FOR_EACH_HIGHER_ISA(MEGALODON_DECLARE_IN_, name, Params, MEGALODON_WEAK_)            \
@@ -66,8 +66,8 @@ bool computes(Isa isa, const Params& params) {
   }
 #endif
 
-// Declares launch_<name> of a CUDA kernel, where `stream` is a cudaStream_t, and workspace_<name>: how many bytes of
-// scratch memory `params.workspace` must have, which depends on sizes alone.
+// Declares launch_<name> of a CUDA kernel; `stream` is a cudaStream_t. workspace_<name> is the size of
+// `params.workspace`, scratch memory, in bytes; it depends on sizes alone.
 #define MEGALODON_CUDA_KERNEL(name, Params)     \
   void launch_##name(const Params& params, void* stream); \
   int64_t workspace_##name(const Params& params);

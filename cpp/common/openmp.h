@@ -1,14 +1,14 @@
-// What the kernels take of OpenMP.
+// The parts of OpenMP that the kernels use.
 #pragma once
 
 #include "dtype.h"
 
-// MEGALODON_PARALLEL(threads) { ... }; runs the block once on each of so many threads.
+// MEGALODON_PARALLEL(threads) { ... }; runs the block once on each of `threads` threads.
 #if defined(__clang__)
 
-// What clang makes of `#pragma omp parallel` calls LLVM's runtime. torch's wheels for Linux bring GCC's, and a second one
-// would have threads of its own, whose number torch.set_num_threads does not rule. So GCC's is called by hand; LLVM's,
-// which torch's wheels for macOS bring, has the same functions.
+// clang compiles `#pragma omp parallel` to calls of LLVM's runtime. torch's wheels for Linux contain GCC's; a second
+// runtime would have threads of its own, whose number torch.set_num_threads does not set. So GCC's is called directly;
+// LLVM's, in torch's wheels for macOS, has the same functions.
 extern "C" {
 int omp_get_max_threads();
 int omp_get_num_threads();

@@ -1,4 +1,4 @@
-// Rows of tokens that lie in no sequence.
+// Rows of padding tokens.
 #pragma once
 
 #include <cstring>
@@ -7,7 +7,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Zeroes the rows, each of `row_bytes`, of every token that lies in no sequence.
+// Zeroes the rows, each of `row_bytes`, of every token outside the sequences.
 inline void zero_padding(const Sequences& sequences, void* rows, int64_t row_bytes) {
   if (!sequences.cu_seqlens && !sequences.lengths) return;
   for (int64_t s = 0; s <= sequences.count; ++s) {

@@ -1,8 +1,7 @@
-// Packing of rows that lie anywhere into the panels of gemm.h, and back.
+// Packing of rows at arbitrary addresses into the panels of gemm.h, and back.
 //
-// `row(r)` points to row r, a row of `columns` elements of T, or is null where the row counts as zero. Packed matrices
-// are written up to the edge that products read: columns to a whole vector or, where they are the depth, to kDepthStep,
-// rows to whatever range is asked for.
+// `row(r)` points to row r of `columns` elements of T, or is null if the row counts as zero. Packed matrices are
+// written up to the edge that products read: columns to a vector or, for the depth, to kDepthStep; rows as asked for.
 #pragma once
 
 #include <utility>
@@ -13,7 +12,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Tells whether all elements that see() was given are finite, from the largest of their bits without the signs.
+// Checks that all elements passed to see() are finite, by the largest of their bits without the signs.
 template <class T>
 class Finiteness {
   static constexpr bool kPairs = kUnitDepth<Unit<T>> == 2, kDouble = sizeof(T) == 8;
@@ -27,24 +26,24 @@ class Finiteness {
     Words mask;
     for (int i = 0; i < kWords; ++i) mask[i] = kDouble && i % 2 == 0 ? 0 : static_cast<Word>(~Word{}) >> 1;
     const Words magnitude = bit_cast<Words>(elements) & mask;
-    most_ = magnitude > most_ ? magnitude : most_;
+    largest_ = magnitude > largest_ ? magnitude : largest_;
   }
   bool holds() const {
-    constexpr Word kInfinity = kPairs ? 0x7f80 : kDouble ? 0x7ff00000 : 0x7f800000;  // of a double the upper half
+    constexpr Word kInfinity = kPairs ? 0x7f80 : kDouble ? 0x7ff00000 : 0x7f800000;  // of a double, its upper half
     for (int i = 0; i < kWords; ++i)
-      if (most_[i] >= kInfinity) return false;
+      if (largest_[i] >= kInfinity) return false;
     return true;
   }
 
  private:
-  Words most_{};
+  Words largest_{};
 };
-struct NotAsked {
+struct NoWatch {
   template <class V>
   MEGALODON_INLINE void see(V) const {}
 };
 
-// A packed matrix with memory of its own.
+// A packed matrix that owns its memory.
 template <class U, int kColumns = kTileColumns<U>>
 struct PackedMatrix : private Scratch<U>, public Packed<U, kColumns> {
   PackedMatrix(int64_t rows, int64_t columns)
@@ -81,7 +80,7 @@ MEGALODON_INLINE void transpose(Vec<R> (&row)[kLanes<R>]) {
   if constexpr (step > 1) transpose<R, step / 2>(row);
 }
 
-// Lane i of the result is the sum of the lanes of row[i], to the bits of sum_lanes(). The rows are overwritten.
+// Lane i of the result is the sum of the lanes of row[i], bit-equal to sum_lanes(). The rows are overwritten.
 template <class R, int step = kLanes<R> / 2>
 MEGALODON_INLINE Vec<R> sum_rows(Vec<R> (&row)[kLanes<R>]) {
 #pragma GCC unroll 8
@@ -108,7 +107,7 @@ MEGALODON_INLINE Vec<Compute<T>> load_units(const T* from, int64_t n) {
   }
 }
 
-// Calls body(where, column) for every vector of a row of a packed matrix, seen as elements of E.
+// Calls body(pointer, column) for every vector of a row of a packed matrix, as elements of E.
 template <class E, class U, int kColumns, class Body>
 MEGALODON_INLINE void for_each_vector_of_row(Packed<U, kColumns> matrix, int64_t row, int64_t columns, Body&& body) {
   for (int64_t panel = 0, first = 0; first < columns; ++panel, first += kColumns) {
@@ -118,7 +117,7 @@ MEGALODON_INLINE void for_each_vector_of_row(Packed<U, kColumns> matrix, int64_t
 }
 
 // Packs rows [begin, end) in the format for A = M.
-template <class T, class RowAt, class Watch = NotAsked>
+template <class T, class RowAt, class Watch = NoWatch>
 void pack_by_columns(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to,
                      Watch&& watch = {}) {
   using U = Unit<T>;
@@ -140,8 +139,8 @@ MEGALODON_INLINE Bits load_pairs(const T* even, const T* odd, int64_t n) {
   return odd ? low | bit_cast<Bits>(load_first(odd, n)) : low;
 }
 
-// Packs rows [begin, end) in the format for A = M^T and for B. Where rows are paired both bounds are even.
-template <class T, class RowAt, class Watch = NotAsked>
+// Packs rows [begin, end) in the format for A = M^T and for B. If rows are paired, both bounds are even.
+template <class T, class RowAt, class Watch = NoWatch>
 void pack_by_rows(int64_t begin, int64_t end, int64_t columns, RowAt&& row, Packed<Unit<T>> to, Watch&& watch = {}) {
   using U = Unit<T>;
   if constexpr (kUnitDepth<U> == 1) {
@@ -193,7 +192,7 @@ void pack_transposed(int64_t begin, int64_t end, int64_t columns, RowAt&& row, P
 
 // Packs the transpose of the rows [begin, end) in the format for A = M: columns become rows. begin is a multiple of
 // kDepthStep; rows from end to the next multiple count as zero.
-template <class T, class RowAt, class Watch = NotAsked>
+template <class T, class RowAt, class Watch = NoWatch>
 void pack_transposed_left(int64_t begin, int64_t end, int64_t columns, RowAt&& row, PackedLeft<Unit<T>> to,
                           Watch&& watch = {}) {
   static_assert(kUsesAmx<Unit<T>>);
@@ -260,7 +259,7 @@ void unpack_row(Packed<Compute<T>> from, int64_t row, int64_t columns, Compute<T
 }
 
 // Writes column `column` + i of `from`, times gain[i], to row(i) for i < n, unless row(i) is null. `column` is a
-// multiple of kLanes, and n <= kLanes.
+// multiple of kLanes; n <= kLanes.
 template <class T, class RowAt>
 void unpack_columns(Packed<Compute<T>> from, int64_t column, int64_t n, int64_t rows, Vec<Compute<T>> gain, RowAt&& row) {
   using R = Compute<T>;

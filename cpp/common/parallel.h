@@ -18,7 +18,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Treats denormals as zero while alive: a decaying state otherwise turns every multiplication into a slow one.
+// Treats denormals as zero while alive: they make arithmetic slow, and decaying states would become denormal.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -31,8 +31,8 @@ class FlushDenormals {
 #endif
 };
 
-// 64-byte aligned, uninitialised scratch memory of `count` elements. Throws std::bad_alloc, so it is made outside of
-// parallel regions, which no exception may leave.
+// 64-byte aligned, uninitialised scratch memory of `count` elements. Throws std::bad_alloc: construct it outside
+// parallel regions, which exceptions may not leave.
 template <class T>
 class Scratch {
  public:
@@ -53,16 +53,16 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
-// The order in which jobs begin. `forward` and `backward`: the order of their numbers, so that a job may wait for those
-// before it. `shares`: each thread has neighbouring jobs, and a thread that has done its own helps the next thread.
-// Where jobs read memory from end to end, `shares` keeps processors from fetching ahead what another thread reads.
+// The order in which jobs start. `forward` and `backward`: by their numbers, so that a job may wait for earlier ones.
+// `shares`: each thread has neighbouring jobs, and a thread that has finished helps the next one. If jobs read
+// contiguous memory, `shares` keeps hardware prefetchers off memory that another thread reads.
 enum class Order { forward, backward, shares };
 
-// Calls body(job) for every job in [0, jobs), each thread its own body = make(). The caller makes all bodies before
-// the threads start, as make() may throw where it allocates; a body may neither allocate nor throw. The Guards are made
-// on each thread itself, and go when the thread is done. If all jobs run at once, job i is on thread i: what the job
-// touches may still be in that core's cache from the call before. Which thread runs a job must not change the job's
-// result. `work` is a rough count of operations: little work stays on the caller.
+// Calls body(job) for every job in [0, jobs), each thread with its own body = make(). The caller makes all bodies
+// before the threads start, as make() may throw when it allocates; a body may neither allocate nor throw. Each thread
+// constructs its own Guards and destroys them when it finishes. If all jobs run at once, job i is on thread i: its
+// memory may still be in that core's cache from the previous call. The thread must not change a job's result. `work` is
+// a rough count of operations: little work stays on the caller.
 template <class... Guards, class Make>
 void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::forward) {
   constexpr double kWorkWorthAThread = 4e4;
@@ -78,21 +78,21 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::
   }
   struct Worker {
     alignas(64) decltype(make()) body;
-    alignas(64) int64_t begun = 0;  // jobs of the worker's share, or in workers[0] of all jobs
-    int64_t next() { return __atomic_fetch_add(&begun, 1, __ATOMIC_RELAXED); }
+    alignas(64) int64_t num_started = 0;  // started jobs of the worker's share, or in workers[0] of all jobs
+    int64_t next() { return __atomic_fetch_add(&num_started, 1, __ATOMIC_RELAXED); }
   };
   std::vector<Worker> workers;
   workers.reserve(static_cast<size_t>(threads));
   for (int i = 0; i < threads; ++i) workers.push_back({make()});
   MEGALODON_PARALLEL(threads) {
-    const int64_t count = omp_get_num_threads(), mine = omp_get_thread_num();
-    auto& body = workers[static_cast<size_t>(mine)].body;
+    const int64_t count = omp_get_num_threads(), self = omp_get_thread_num();
+    auto& body = workers[static_cast<size_t>(self)].body;
     [[maybe_unused]] const std::tuple<Guards...> guards;
     if (count == jobs) {
-      body(mine);
+      body(self);
     } else if (order == Order::shares) {
       for (int64_t other = 0; other < count; ++other) {
-        const int64_t share = (mine + other) % count, first = jobs * share / count, end = jobs * (share + 1) / count;
+        const int64_t share = (self + other) % count, first = jobs * share / count, end = jobs * (share + 1) / count;
         for (int64_t i; (i = first + workers[static_cast<size_t>(share)].next()) < end;) body(i);
       }
     } else {

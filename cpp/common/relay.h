@@ -1,4 +1,4 @@
-// Jobs of one parallel_jobs() that wait for each other, and a carry that they pass along.
+// Jobs of one parallel_jobs() that wait for each other and pass a carry along.
 #pragma once
 
 #include <cstring>
@@ -8,8 +8,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Tells which places of an order are done. Places begin in order or all at once, so that waiting for an earlier place
-// always ends.
+// Completion flags of ordered places. Jobs start in order or all at once, so waiting for an earlier place always ends.
 class Milestones {
  public:
   explicit Milestones(int64_t places) : done_(places) { forget(places); }

@@ -1,19 +1,18 @@
-// Dense, padded and packed batches as one thing: S sequences in a flat row of T tokens.
+// Dense, padded and packed batches in one form: S sequences in a flat row of T tokens.
 #pragma once
 
 #include "dtype.h"
 
 namespace megalodon {
 
-constexpr int64_t kMostSteps = int64_t{1} << 62;  // that a state may have seen: those of a call are added to them
+constexpr int64_t kMostSteps = int64_t{1} << 62;  // limit on a state's positions, so that a call's can be added
 
-// Sequence s holds the tokens [begin(s), end(s)). Sequences are in order and do not overlap; tokens in none of
-// them are padding. Dense: cu_seqlens and lengths are null and S = B. Right-padded: lengths (S). Packed:
-// cu_seqlens (S + 1).
+// Sequence s holds the tokens [begin(s), end(s)). Sequences are in order and do not overlap; tokens outside them are
+// padding. Dense: cu_seqlens and lengths are null and S = B. Right-padded: lengths (S). Packed: cu_seqlens (S + 1).
 //
-// On a GPU nobody has checked cu_seqlens and lengths before a kernel reads them. Whatever they hold,
-// 0 <= begin(s) <= end(s) <= T: an offset beyond the row counts as the row's end, and a sequence that would end before
-// it begins is empty. Offsets that decrease may give two sequences one token, whose results are then either's.
+// On a GPU, cu_seqlens and lengths are not checked before a kernel reads them. For arbitrary values, 0 <= begin(s) <=
+// end(s) <= T: an offset beyond the row counts as the row's end, and a sequence that would end before it begins is
+// empty. If offsets decrease, two sequences may share a token, whose results are then those of either.
 struct Sequences {
   int64_t count;                        // S
   int64_t tokens;                       // T = B * L
@@ -30,7 +29,7 @@ struct Sequences {
     return from + (lengths ? within(0, lengths[s], row_length) : row_length);
   }
   MEGALODON_INLINE int64_t length(int64_t s) const { return end(s) - begin(s); }
-  // The padding between sequence s - 1 and s is [gap_begin(s), begin(s)); s = count gives the padding at the end.
+  // The padding between sequences s - 1 and s is [gap_begin(s), begin(s)); s = count gives the padding at the end.
   MEGALODON_INLINE int64_t gap_begin(int64_t s) const { return s == 0 ? 0 : end(s - 1); }
   MEGALODON_INLINE int64_t gap_end(int64_t s) const { return s == count ? tokens : begin(s); }
 
@@ -38,8 +37,7 @@ struct Sequences {
     return n < least ? least : n > most ? most : n;
   }
 
-  // Cuts the tokens [from, to) into runs, in order: f(s, begin, end) for each part of a sequence, f(-1, begin, end) for
-  // padding.
+  // Calls f(s, begin, end) for each part of a sequence in [from, to), in order, and f(-1, begin, end) for padding.
   MEGALODON_NO_EXEC_CHECK
   template <class F>
   MEGALODON_INLINE void for_each_run(int64_t from, int64_t to, F&& f) const {

@@ -55,7 +55,7 @@ template <class V> MEGALODON_INLINE V load_raw(const void* from) {
 }
 template <class V> MEGALODON_INLINE void store_raw(void* to, V v) { std::memcpy(to, &v, sizeof v); }
 
-// 16-bit values zero-extended, and the upper halves of 32-bit ones. GCC splits its own conversions into pieces.
+// 16-bit values zero-extended, and the upper halves of 32-bit ones. GCC's generic conversions use several instructions.
 #if defined(__AVX512BW__)
 MEGALODON_INLINE Bits widen_bits(Half h) { return bit_cast<Bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h))); }
 MEGALODON_INLINE Half upper_halves(Bits b) {
@@ -79,9 +79,9 @@ MEGALODON_INLINE Half upper_halves(Bits b) { return __builtin_convertvector(b >>
 
 MEGALODON_INLINE Vec<float> widen_bf16(Half h) { return bit_cast<Vec<float>>(widen_bits(h) << 16); }
 
-// round_bf16() rounds to nearest, ties to even; on x86 it takes denormals for zero whatever the mode. load_first_pairs()
-// loads n elements, with zeros after them. add_pairs() adds to each lane of `sum` both products of a pair of a and one of
-// b, which is of the same lane or for all lanes; denormals count as zero.
+// round_bf16() rounds to nearest, ties to even; on x86 it always flushes denormals to zero. load_first_pairs() loads n
+// elements, with zeros after them. add_pairs() adds to each lane of `sum` both products of a pair of a and a pair of b;
+// b has one pair per lane or one for all lanes. Denormals count as zero.
 #if defined(__AVX512BF16__)
 MEGALODON_INLINE Half round_bf16(Vec<float> v) { return bit_cast<Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))); }
 MEGALODON_INLINE Bits load_first_pairs(const bf16* from, int64_t n) {
@@ -95,7 +95,7 @@ MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, Bits b) {
 MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, uint32_t b) {
   Bits pairs = Bits{} + b;
 #if defined(__clang__) && __clang_major__ < 18
-  asm("" : "+v"(pairs));  // clang crashes on vectors of bf16 that it knows to be one pair
+  asm("" : "+v"(pairs));  // clang crashes on vectors of bf16 that are known to be one pair
 #endif
   return add_pairs(sum, a, pairs);
 }
@@ -120,7 +120,7 @@ MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, uint32_t b) {
 MEGALODON_INLINE Half narrow_bf16(Vec<float> v) {
   const Bits bits = bit_cast<Bits>(v);
 #if defined(__AVX512BF16__)
-  // In a mode that takes denormals for zero, fpclass finds none.
+  // If the mode treats denormals as zero, fpclass finds none.
   constexpr int kDenormal = 0x20;
   if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(v), kDenormal) == 0, 1)) return round_bf16(v);
 #elif defined(MEGALODON_BF16_PAIRS)
@@ -144,7 +144,7 @@ MEGALODON_INLINE Half narrow_f16(Vec<float> v) {
 MEGALODON_INLINE Vec<float> widen_f16(Half h) { return bit_cast<Vec<float>>(vcvt_f32_f16(bit_cast<float16x4_t>(h))); }
 MEGALODON_INLINE Half narrow_f16(Vec<float> v) { return bit_cast<Half>(vcvt_f16_f32(bit_cast<float32x4_t>(v))); }
 #else
-// Integer arithmetic alone, so that the flush-to-zero mode does not touch half-precision denormals.
+// Integer arithmetic only, so that the flush-to-zero mode does not affect half-precision denormals.
 MEGALODON_INLINE Vec<float> widen_f16(Half h) {
   const Bits w = __builtin_convertvector(h, Bits);
   const Bits sign = (w & 0x8000) << 16, magnitude = w & 0x7fff;
@@ -232,7 +232,7 @@ MEGALODON_INLINE void store_first(T* to, Vec<Compute<T>> v, int64_t n) {
 #endif
 }
 
-// A product that the compiler is not to fuse with what it is added to.
+// A product that the compiler must not fuse with an addition.
 template <class V>
 MEGALODON_INLINE V unfused(V product) {
 #if defined(__x86_64__)
@@ -243,7 +243,7 @@ MEGALODON_INLINE V unfused(V product) {
   return product;
 }
 
-// Two vectors' elements in whatever order is cheapest: bfloat16 splits into even and odd ones.
+// Elements of two vectors, in the cheapest order: bfloat16 is split into even and odd elements.
 template <class R> struct TwoVectors { Vec<R> a, b; };
 template <class T>
 MEGALODON_INLINE TwoVectors<Compute<T>> load_two(const T* from) {

@@ -1,19 +1,19 @@
-// Memory that passes by once: fetched ahead of time, stored past the caches.
+// Memory that is used once: prefetched, and stored past the caches.
 #pragma once
 
 #include "simd.h"
 
 namespace megalodon::MEGALODON_ISA {
 
-// From this size on an output is stored past the caches: few would keep it until its reader comes, and a plain store
-// first reads the line that it overwrites.
+// Outputs of at least this size are stored past the caches: few caches would keep them until they are read, and a plain
+// store first reads the line that it overwrites.
 constexpr int64_t kStreamedBytes = 32 << 20;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPageBytes = 4096;
-constexpr int64_t kFetchedAhead = 4096;  // elements: pages ahead, where processors do not fetch by themselves
+constexpr int64_t kFetchedAhead = 4096;  // elements: pages ahead, beyond the hardware prefetchers
 
-// Fetches to the L2, which has more requests under way than an L1. `from` points to kLanes elements of a row that is
-// read in order, or written where kWrite; `index` is the place of the first of these elements in the row.
+// Prefetches into the L2, which has more requests in flight than an L1. `from` points to kLanes elements of a row that
+// is read in order, or written if kWrite; `index` is the index of the first of them in the row.
 template <int kWrite = 0, class T>
 MEGALODON_INLINE void fetch_ahead(const T* from, int64_t index) {
   constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
@@ -32,20 +32,20 @@ MEGALODON_INLINE void stream_raw(void* to, V v) {
 #endif
   store_raw(to, v);
 }
-// Stores v past the caches; `to` is aligned to the bytes that are stored.
+// Stores v past the caches; `to` is aligned to the size of the stored vector.
 MEGALODON_INLINE void stream(float* to, Vec<float> v) { stream_raw(to, v); }
 MEGALODON_INLINE void stream(double* to, Vec<double> v) { stream_raw(to, v); }
 MEGALODON_INLINE void stream(bf16* to, Vec<float> v) { stream_raw(to, narrow_bf16(v)); }
 MEGALODON_INLINE void stream(fp16* to, Vec<float> v) { stream_raw(to, narrow_f16(v)); }
 
-// Streams kLanes elements where `streams`, else stores the first n.
+// Streams kLanes elements if `streams`, else stores the first n.
 template <class T>
 MEGALODON_INLINE void stream_or_store(bool streams, T* to, Vec<Compute<T>> v, int64_t n) {
   if (streams) stream(to, v);
   else store_first(to, v, n);
 }
 
-// A thread that streams holds a StreamFence: once that is gone, other threads see what the thread stored.
+// A thread that streams holds a StreamFence: after its destruction, other threads see the thread's stores.
 class StreamFence {
  public:
   StreamFence() {}
@@ -58,14 +58,14 @@ class StreamFence {
   }
 };
 
-// Whether rows of `columns` elements at `to` can be streamed vector by vector.
+// Returns true if rows of `columns` elements at `to` can be streamed vector by vector.
 template <class T>
 bool can_stream(const T* to, int64_t columns) {
   constexpr int64_t lanes = kLanes<Compute<T>>, bytes = lanes * static_cast<int64_t>(sizeof(T));
   return columns % lanes == 0 && reinterpret_cast<uintptr_t>(to) % bytes == 0;
 }
 
-// Whether (rows, columns) at `to` is to be streamed.
+// Returns true if (rows, columns) at `to` should be streamed.
 template <class T>
 bool worth_streaming(const T* to, int64_t rows, int64_t columns) {
   return rows * columns * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes && can_stream(to, columns);

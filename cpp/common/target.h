@@ -1,4 +1,4 @@
-// Bindings, and where those of a module of a module launch their kernels: _C on the CPU, _cuda (MEGALODON_CUDA = 1) on a CUDA stream.
+// Bindings, and where a module's bindings launch their kernels: _C on the CPU, _cuda (MEGALODON_CUDA = 1) on a stream.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,15 +15,15 @@ namespace megalodon {
 
 namespace py = pybind11;
 
-// Whether tensors lie in memory that this code can read. On a GPU, values are not checked: reading them would stall
-// the stream and end the capture of a graph.
+// True if this code can read the tensors' memory. On a GPU, values are not checked: reading them would stall the stream
+// and end the capture of a graph.
 constexpr bool kReadable = !MEGALODON_CUDA;
 
 #if MEGALODON_CUDA
 
 struct Target {
   void* stream;         // cudaStream_t, of the current device
-  py::handle allocate;  // bytes -> a tensor of that many bytes on the device, reusable by the stream once it is dropped
+  py::handle allocate;  // bytes -> a tensor of that size on the device; the stream may reuse it once it is dropped
 
   template <class Params>
   void launch(Params& params, int64_t (&workspace)(const Params&), void (&kernel)(const Params&, void*)) const {

@@ -9,7 +9,7 @@
 namespace megalodon {
 namespace {
 
-// Attribute names as interned Python strings, made once.
+// Attribute names as interned Python strings, created once.
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
 struct Names {
@@ -24,7 +24,7 @@ const Names& names() {
   return names;
 }
 
-// torch's dtype objects are singletons, so a dtype is recognised by its address.
+// torch's dtype objects are singletons, so a dtype is identified by its address.
 Scalar scalar_of_object(const PyObject* dtype) {
   static const struct {
     const PyObject* object;
@@ -240,7 +240,7 @@ void MemoryRanges::add_update(const TensorView& before, const TensorView& after)
 
 void MemoryRanges::check() {
   std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  const Range *read = nullptr, *written = nullptr;  // the ranges that reach the farthest so far
+  const Range *read = nullptr, *written = nullptr;  // the ranges with the largest end so far
   for (const Range& range : ranges_) {
     const Range* const other = written && range.begin < written->end                 ? written
                                : range.written && read && range.begin < read->end ? read

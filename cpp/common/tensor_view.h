@@ -1,5 +1,5 @@
-// Reads torch tensors through DLPack's C exchange, or Python attributes where torch is too old for it or something is
-// amiss, so that the module needs no torch header and links no torch library.
+// Read torch tensors through DLPack's C exchange or, if torch is too old or a check fails, Python attributes. So the
+// module needs no torch header and links no torch library.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,8 +16,8 @@ namespace megalodon {
 
 enum class Scalar { f32, f64, bf16, f16, c64, c128, i64, other };
 
-// A contiguous tensor on the module's target, or the absence of one (None). Every check names the op, the argument,
-// what was expected and what came.
+// A contiguous tensor on the module's target, or None. Every check's error names the op, the argument, what was
+// expected and what was given.
 class TensorView {
  public:
   TensorView(const char* op, const char* name, py::handle object);
@@ -35,11 +35,11 @@ class TensorView {
   void* data() const { return data_; }
   template <class T> T* data_as() const { return static_cast<T*>(data_); }
 
-  // The tensor must be given and have as many axes as `letters` names, such as "(B, L, D)".
+  // The tensor must be given and have as many axes as `letters`, such as "(B, L, D)".
   const TensorView& rank(const char* letters, int rank) const;
-  // Where the tensor is given, it must have exactly this shape.
+  // If the tensor is given, it must have exactly this shape.
   const TensorView& shape(const char* letters, std::initializer_list<int64_t> sizes) const;
-  // Where the tensor is given, it must have this dtype; `why` says where the demand comes from.
+  // If the tensor is given, it must have this dtype; `why` is the reason.
   const TensorView& dtype(Scalar expected, const char* why) const;
   // The tensor must not be None.
   const TensorView& present() const;
@@ -75,9 +75,9 @@ class TensorView {
 class MemoryRanges {
  public:
   void add(const TensorView& tensor, bool written);
-  // Adds `before`, which is read, and `after`, which is written and may be the very same memory: in place.
+  // Adds `before`, which is read, and `after`, which is written and may be the same memory (in place).
   void add_update(const TensorView& before, const TensorView& after);
-  // Raises where a tensor that is written shares memory with another.
+  // Raises if a tensor that is written shares memory with another.
   void check();
 
  private:
@@ -89,7 +89,7 @@ class MemoryRanges {
   std::vector<Range> ranges_;
 };
 
-// What an error says of a dtype that follows from the activations'.
+// Error texts for a dtype that follows from that of the activations.
 constexpr const char* kRealDtype = "float64 for float64 activations, else float32";
 constexpr const char* kComplexDtype = "complex128 for float64 activations, else complex64";
 
@@ -104,7 +104,7 @@ inline Scalar scalar_of(DType dtype) {
 // Raises unless `value` is finite and at least `least`.
 void check_range(const char* op, const char* name, double value, double least, const char* expected);
 
-// The sequences of a (B, L, ...) batch; checks, where it can read them, that they are ordered and inside the tokens.
+// Sequences of a (B, L, ...) batch; checks, if the values are readable, that they are ordered and inside the tokens.
 Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths);
 
 }  // namespace megalodon

@@ -8,7 +8,7 @@
 namespace megalodon::MEGALODON_ISA {
 
 // exp(x) for x <= 88 (709 for double); larger x is not supported. A result below the smallest normal number is 0,
-// exp(-inf) is 0 and a NaN stays one. Error: at most 1.01 ulp for float (every argument tried), 1.04 for double (2e7
+// exp(-inf) is 0 and NaN gives NaN. Error: at most 1.01 ulp for float (every argument tried), 1.04 for double (2e7
 // samples).
 //   x = n ln 2 + r with |r| <= ln 2 / 2;  exp(x) = 2^n (1 + r + r^2 q(r)),  q the minimax polynomial of relative error.
 // Adding kRound leaves the integer n in the low bits of the sum; ln 2 is a sum of two parts, the first so short that n
@@ -47,9 +47,9 @@ MEGALODON_INLINE Vec<double> exp(Vec<double> x) {
   return x < -0x1.6232bdd7abcd2p9 ? zeros<double>() : mantissa * power;
 }
 
-// exp(x) for a softmax, where x is a score less the largest one: its error grows with |x|, but not beyond 2 units in
-// the last place of exp(max(x, -1)). exp(-inf) is 0. AVX-512 splits x log2 e into integer and fraction in one
-// instruction and scales by the power of two in another; 2^fraction is a minimax polynomial of relative error.
+// exp(x) for a softmax, x being a score minus the largest one: its error grows with |x|, but not beyond 2 units in the
+// last place of exp(max(x, -1)). exp(-inf) is 0. AVX-512 splits x log2 e into integer and fraction in one instruction
+// and scales by the power of two in another; 2^fraction is a polynomial, minimax in relative error.
 #if defined(__AVX512DQ__)
 MEGALODON_INLINE Vec<float> softmax_exp(Vec<float> x) {
   constexpr int kFloor = 0x9;  // no exceptions
@@ -68,9 +68,9 @@ MEGALODON_INLINE Vec<float> softmax_exp(Vec<float> x) { return exp(x); }
 #endif
 MEGALODON_INLINE Vec<double> softmax_exp(Vec<double> x) { return exp(x); }
 
-// 1 / (1 + exp(-x)), of vectors of float or double, any x. Where the result is below the smallest normal number it is
-// 0; a NaN stays one. Error: at most 2.41 ulp for float (every argument tried), 2.45 for double (2e7 samples).
-// The exponential is that of -|x|, which neither overflows nor cancels: e / (1 + e) for x < 0, 1 / (1 + e) otherwise.
+// 1 / (1 + exp(-x)), for arbitrary x, float or double. A result below the smallest normal number is 0; NaN gives NaN.
+// Error: at most 2.41 ulp for float (every argument tried), 2.45 for double (2e7 samples). The exponential is that of
+// -|x|, which neither overflows nor cancels: e / (1 + e) for x < 0, 1 / (1 + e) otherwise.
 template <class V>
 MEGALODON_INLINE V sigmoid(V x) {
   const V one = V{} + 1, e = exp(x < -x ? x : -x);
@@ -82,11 +82,11 @@ struct SinCos {
   V sin, cos;
 };
 
-// Sine and cosine of 2 pi t for |t| <= 2^20; a NaN or an infinity gives NaN. Error: at most 0.99 ulp for float (every t
-// in [0, 1] tried), 1.04 for double (2e7 samples); without FMA 1.71 and 1.56.
+// Sine and cosine of 2 pi t for |t| <= 2^20; NaN and infinity give NaN. Error: at most 0.99 ulp for float (every t in
+// [0, 1] tried), 1.04 for double (2e7 samples); without FMA 1.71 and 1.56.
 //   t = k / 4 + r with |r| <= 1 / 8, exactly;
 //   sin(2 pi r) = r (2 pi + (low + u p(u))), cos(2 pi r) = 1 + u q(u), u = r^2.
-// Adding kRound leaves the integer k in the low bits of the sum; k's quarter of the turn swaps and negates the results.
+// Adding kRound leaves the integer k in the low bits of the sum; the quarter turn k swaps and negates the results.
 template <class R>
 MEGALODON_INLINE SinCos<Vec<R>> sincos_of_turns(Vec<R> t) {
   constexpr bool kFloat = sizeof(R) == 4;

@@ -1,4 +1,4 @@
-// What a decoder holds: sizes, the model's tensors by name, memory for what one kernel hands to the next, and layers.
+// Contents of a decoder: sizes, the model's tensors by name, buffers between kernels, and layers.
 #pragma once
 
 #include <cstdlib>
@@ -48,8 +48,8 @@ struct Sizes {
   int64_t kept() const { return visible * C; }  // rows of a cache
 };
 
-// The model's parameters and "state.<...>" tensors by name. What is absent or None is a TensorView of None. Under the
-// name of a linear layer stands the function to call in its place, if there is one.
+// The model's parameters and "state.<...>" tensors by name; an absent tensor or None is a TensorView of None. The entry
+// of a linear layer may be a function to call in its place.
 class Tensors {
  public:
   Tensors(py::dict tensors, const Sizes& sizes) : tensors_(std::move(tensors)), sizes_(sizes) {}
@@ -83,10 +83,10 @@ class Tensors {
  private:
   const py::dict tensors_;
   const Sizes& sizes_;
-  std::deque<std::string> names_;  // to which the views point
+  std::deque<std::string> names_;  // referenced by the views
 };
 
-// What one kernel hands to the next, for as many tokens as a call may have. All blocks share these buffers.
+// Buffers between kernels, for as many tokens as a call may have. All blocks share them.
 struct Activations {
   Activations(const Sizes& s, Arena& arena) {
     const auto rows = [&](int64_t columns) { return arena(s.max_tokens * columns * s.element()); };
@@ -100,15 +100,15 @@ struct Activations {
     a = rows(s.D), b = rows(s.D), y = rows(s.D), n = rows(s.D);
     hidden = rows(s.F), gate = rows(s.F);
   }
-  void* x[2];           // (T, D) between blocks, in turns
+  void* x[2];           // (T, D) block inputs and outputs, alternating
   void *t, *c, *m;      // (T, D) timestep_norm(x), cema(t), rms_norm(c)
   void *z, *q, *k;      // (T, H, K)
   void *v, *o, *r;      // (T, H, V) values, attention, gate
-  void* read = nullptr;     // (T, H, V) what the working memory gives
+  void* read = nullptr;     // (T, H, V) output of the working memory
   int64_t* ends = nullptr;  // (S) positions after the call
-  int64_t* first_rows;      // (S) of each sequence's first token, in a table with a row for each token
+  int64_t* first_rows;      // (S) row of each sequence's first token in a table with a row per token
   void* lse;            // (T, H) R
-  void *a, *b, *y, *n;  // (T, D) what a half adds, the first half's output, layer_norm(y)
+  void *a, *b, *y, *n;  // (T, D) the terms added by a half, the first half's output, layer_norm(y)
   void *hidden, *gate;  // (T, F)
 };
 
@@ -123,8 +123,8 @@ inline LinearFewRowsParams matrix(const Sizes& s, Tensors& tensors, const std::s
   return p;
 }
 
-// x (T, inputs) to y (T, outputs): the kernel of the layer's matrix, or the function of Python that stands for the
-// layer. The function gets the memory of x and y; it may write to x as well, as a hook of a layer may.
+// x (T, inputs) to y (T, outputs): the kernel of the layer's matrix, or the Python function that replaces the layer.
+// The function gets the memory of x and y; like a layer's hook, it may also write to x.
 class LinearLayer {
  public:
   LinearLayer(const Sizes& s, Tensors& tensors, const std::string& name, int64_t inputs, int64_t outputs, void* x,
@@ -135,7 +135,7 @@ class LinearLayer {
     matrix_.y = y;
   }
 
-  // Called while other threads may run Python.
+  // Called without the GIL.
   void run(int64_t rows) { run(rows, matrix_.y); }
   void run(int64_t rows, void* y) {
     if (function_) {

@@ -6,7 +6,7 @@
 
 namespace megalodon {
 
-// R is float, or double where dtype is f64. All tensors are contiguous.
+// R is float, or double if dtype is f64. All tensors are contiguous.
 struct ResidualParams {
   DType dtype;        // of x, a, b, y
   int64_t rows;       // T

@@ -9,7 +9,7 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-// v as a tensor of T holds it.
+// v rounded to T.
 template <class T>
 MEGALODON_INLINE Vec<Compute<T>> rounded(Vec<Compute<T>> v) {
   T held[kLanes<Compute<T>>];

@@ -21,7 +21,7 @@ struct GatedSiluFwdParams : GatedSiluParams {
 struct GatedSiluBwdParams : GatedSiluParams {
   const void* dy;  // (elements)
   void* dx;        // (elements)
-  void* dvalue;    // (elements), null where value is
+  void* dvalue;    // (elements), null if value is
 };
 
 MEGALODON_CPU_KERNEL(gated_silu_fwd_cpu, GatedSiluFwdParams)

@@ -2,13 +2,12 @@
 //
 //   y = x s value,  s = sigmoid(x)
 //
-// Backward, which computes s again:
+// Backward; s is recomputed:
 //   dx = dy value s (1 + x (1 - s));  dvalue = dy x s
 //
-// A job is a run of kBlock elements; each vector of them stays in registers from loads to stores. Meanwhile the
-// processor is told to fetch the memory that lies kAhead bytes further on in every tensor, outputs included, as the
-// arithmetic of a vector takes so long that the processor's own prefetching stops. Stores of large outputs pass the
-// caches by, but not in 16 bits, where the kernel waits for arithmetic rather than for stores.
+// A job is a run of kBlock elements; each vector stays in registers from loads to stores. The memory kAhead bytes
+// further on in every tensor, outputs included, is prefetched: a vector's arithmetic takes so long that the hardware
+// prefetcher stops. Stores of large outputs bypass the caches, except in 16 bits, where arithmetic is the bottleneck.
 // Memory traffic, in elements: forward x, value, y; backward dy, x, value, dx, dvalue. Each is read or written once.
 
 #include "gated_silu.h"

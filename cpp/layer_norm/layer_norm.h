@@ -6,13 +6,13 @@
 
 namespace megalodon {
 
-// R is float, or double where dtype is f64. All tensors are contiguous.
+// R is float, or double if dtype is f64. All tensors are contiguous.
 struct LayerNormParams {
   DType dtype;         // of x, y and their gradients
   int64_t rows;        // T
   int64_t channels;    // D
   double eps;
-  bool is_rms_norm;    // the mean is taken to be zero
+  bool is_rms_norm;    // the mean counts as zero
   const void* x;       // (T, D)
   const void* weight;  // (D) R: offset of the gain, or null: zero
 };

@@ -2,19 +2,19 @@
 //
 //   m = mean_D x (RMS norm: 0);  r = 1 / sqrt(mean_D (x - m)^2 + eps);  xn = (x - m) r;  y = xn (1 + weight) + bias
 //
-// Backward, which computes m and r again, with e = dy (1 + weight):
+// Backward, with e = dy (1 + weight); m and r are recomputed:
 //   dx = r (e - mean_D(e) - xn mean_D(e xn))     (RMS norm: without mean_D(e))
 //   dweight = sum_T dy xn;  dbias = sum_T dy
 //
-// The rows are cut into blocks by D alone. A thread takes a block, and of each row, which stays in L1 or L2,
+// The rows are cut into blocks by D alone. A thread takes a block, and for each row, which stays in L1 or L2,
 //   1. sums x: its mean, rounded, is `high` (layer norm alone);
-//   2. sums d = x - high and d^2, which give what the mean lacks, `low`, and r; backward: also e and e d;
+//   2. sums d = x - high and d^2, which give `low`, the rest of the mean, and r; backward: also e and e d;
 //   3. writes y, or dx and adds to the block's dweight and dbias, R.
-// Step 2 also prefetches the row of y or dx, whose stores would hold up the stores of sums, and step 3 the next row.
+// Phase 2 also prefetches the row of y or dx, whose stores would delay the stores of sums, and phase 3 the next row.
 // The mean in two parts keeps rows accurate whose mean is far larger than their spread. Blocks add their dweight and
 // dbias to one of at most kParts sums in double, each over neighbouring blocks in order; the parts are added in order.
 //
-// Memory traffic, in elements: forward x, y; backward x, dy, dx. Large outputs pass the caches by.
+// Memory traffic, in elements: forward x, y; backward x, dy, dx. Large outputs bypass the caches.
 
 #include "layer_norm.h"
 
@@ -31,10 +31,10 @@ namespace megalodon::MEGALODON_ISA {
 namespace {
 
 constexpr int64_t kBlockElements = 1 << 14;
-constexpr int64_t kMostRows = 64;  // of a block
+constexpr int64_t kMostRows = 64;  // per block
 constexpr int64_t kParts = 64;
 
-// 16-bit elements, whose forward is bound by arithmetic and waits for no store.
+// 16-bit elements: their forward is bound by arithmetic and does not wait for stores.
 template <class T> constexpr bool kShort = sizeof(T) == 2;
 
 struct Blocks {
@@ -44,7 +44,7 @@ struct Blocks {
   const int64_t rows, count;
 };
 
-// Sums over a row: add(offset, n, sums) adds n <= kLanes channels, and zero in the other lanes.
+// Sums over a row: add(offset, n, sums) adds n <= kLanes channels; the other lanes are zero.
 template <class R, int kSums, class Add>
 MEGALODON_INLINE void sum_row(int64_t channels, R (&totals)[kSums], Add&& add) {
   constexpr int64_t lanes = kLanes<R>, chains = 4;
@@ -64,7 +64,7 @@ struct Statistics {
   MEGALODON_INLINE Vec<R> normalize(Vec<R> x) const { return ((x - high) - low) * rstd; }
 };
 
-// 1 + weight, or 1 where weight is null.
+// 1 + weight, or 1 if weight is null.
 template <class R>
 void fill_gain(const LayerNormParams& p, R* gain) {
   const R* weight = static_cast<const R*>(p.weight);
@@ -82,7 +82,7 @@ MEGALODON_INLINE Compute<T> rounded_mean(const LayerNormParams& p, const T* x) {
   return sum[0] / static_cast<R>(p.channels);
 }
 
-// Statistics from the sums of d = x - high and d^2. rstd is 0 where squares left the range of R.
+// Statistics from the sums of d = x - high and d^2. rstd is 0 if squares left the range of R.
 template <class R>
 MEGALODON_INLINE Statistics<R> statistics(const LayerNormParams& p, R high, R sum, R squares) {
   const R D = static_cast<R>(p.channels), low = p.is_rms_norm ? 0 : sum / D, var = squares / D - low * low;
@@ -90,10 +90,10 @@ MEGALODON_INLINE Statistics<R> statistics(const LayerNormParams& p, R high, R su
   return {high, low, squares_in_range(shifted) ? 1 / std::sqrt(shifted) : 0};
 }
 
-// Statistics computed in a wider type, and the means of e and e xn, which only the backward has.
+// Statistics computed in a wider type, and the means of e and e xn, for the backward.
 template <class R>
 struct WideStatistics {
-  Statistics<R> of_x;
+  Statistics<R> x_statistics;
   R mean, projection;
 };
 template <class T, class R = Compute<T>>
@@ -130,7 +130,7 @@ void forward_row(const LayerNormFwdParams& p, int64_t row, const Compute<T>* gai
     sums[1] += d * d;
   });
   Statistics<R> s = statistics<R>(p, high, sums[0], sums[1]);
-  if (s.rstd == 0) s = wide_statistics<T>(p, x, nullptr, gain).of_x;
+  if (s.rstd == 0) s = wide_statistics<T>(p, x, nullptr, gain).x_statistics;
   for_each_vector<R>(p.channels, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     __builtin_prefetch(x + p.channels + i, 0, 2);
     const Vec<R> out = s.normalize(load_first(x + i, n)) * load_first(gain + i, n) + load_first(bias + i, n);
@@ -138,7 +138,7 @@ void forward_row(const LayerNormFwdParams& p, int64_t row, const Compute<T>* gai
   });
 }
 
-// sums (2, D) gathers dweight and dbias.
+// sums (2, D): dweight and dbias are added to it.
 template <class T>
 void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* gain, Compute<T>* sums, bool streams) {
   using R = Compute<T>;
@@ -162,7 +162,7 @@ void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* ga
   R projection = s.rstd * (totals[3] - s.low * totals[2]) / D;  // the mean of e xn
   if (s.rstd == 0) {
     const WideStatistics<R> wide = wide_statistics<T>(p, x, dy, gain);
-    s = wide.of_x, mean = wide.mean, projection = wide.projection;
+    s = wide.x_statistics, mean = wide.mean, projection = wide.projection;
   }
   for_each_vector<R>(p.channels, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     __builtin_prefetch(x + p.channels + i, 0, 2);

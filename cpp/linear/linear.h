@@ -1,4 +1,4 @@
-// Products of matrices on the CPU, where torch's are slow, and a transposed copy. Used by python/.../linear.py.
+// Matrix products on the CPU for cases in which torch is slow, and a transposed copy. Used by python/.../linear.py.
 #pragma once
 
 #include "dtype.h"
@@ -8,7 +8,7 @@ namespace megalodon {
 
 // y = x weight^T + bias. All matrices are contiguous.
 struct LinearFewRowsParams {
-  DType dtype;         // of all tensors; sums are float, or double where dtype is f64
+  DType dtype;         // of all tensors; sums are float, or double if dtype is f64
   int64_t rows;        // T
   int64_t inputs;      // I
   int64_t outputs;     // O
@@ -18,16 +18,16 @@ struct LinearFewRowsParams {
   void* y;             // (T, O)
 };
 
-// y = x weight^T + bias, plus y where `add`. Each matrix is contiguous.
+// y = x weight^T + bias, plus y if `add`. Each matrix is contiguous.
 struct LinearManyRowsParams {
-  DType dtype;      // of all tensors: f32, bf16 or f16, with AMX f32 alone; sums are float
-  bool y_is_float;  // whatever dtype is
+  DType dtype;      // of all tensors: f32, bf16 or f16; with AMX only f32; sums are float
+  bool y_is_float;  // independent of dtype
   int64_t rows;     // T
   int64_t inputs;   // I
   int64_t outputs;  // O
   bool x_transposed, weight_transposed, add;
-  const void* x;       // (T, I), or (I, T) where transposed
-  const void* weight;  // (O, I), or (I, O) where transposed
+  const void* x;       // (T, I), or (I, T) if transposed
+  const void* weight;  // (O, I), or (I, O) if transposed
   const void* bias;    // (O) or null: zero
   void* y;             // (T, O)
 };
@@ -40,7 +40,7 @@ struct TransposeParams {
   void* y;        // (columns, rows)
 };
 
-// With AMX, products of many rows are of float32 alone (linear_amx_cpu.cpp).
+// With AMX, products of many rows support float32 alone (linear_amx_cpu.cpp).
 inline bool computes(Isa isa, const LinearManyRowsParams& params) {
 #if defined(__x86_64__)
   if (isa == Isa::v4_amx) return params.dtype == DType::f32;

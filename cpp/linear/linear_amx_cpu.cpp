@@ -1,22 +1,22 @@
-// float32 products on AMX, which multiplies bfloat16. A number is the sum of three bfloat16, which hold its 24 bits:
+// float32 products on AMX, which multiplies bfloat16. A number is the sum of three bfloat16 that hold its 24 bits:
 //
 //   a = a0 + a1 + a2:  a0 = a to 8 bits, |a - a0| <= 2^-8 |a|;  a1 = the next 8 bits, |a2| < 2^-16 |a|
 //   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + less than 2^-22 |a b|, 2^-26 in the mean square
 //
-// (Henry, Tang and Heinecke 2019, arXiv 1904.06376). a0 is rounded to the nearest, so that what is left out has either
-// sign. The six products are exact, and an instruction adds those of 32 steps of the depth to a sum at once, which is
-// thus rounded less often than by multiply-adds. Six products at 16 times float32's rate leave 2.7 times that rate.
+// (Henry, Tang and Heinecke 2019, arXiv 1904.06376). a0 is rounded to nearest, so the omitted terms have either sign.
+// The six products are exact, and an instruction adds those of 32 indices of the depth to a sum at once, so the sum is
+// rounded less often than by multiply-adds. Six products at 16 times float32's rate leave 2.7 times that rate.
 //
-// An infinity gives NaN, as does a number that bfloat16 rounds to infinity, from 2^128 (1 - 2^-9) on; a number below
-// 2^-110 loses low bits, as bfloat16 has float32's exponents and the instruction takes denormals for zero.
+// Infinity gives NaN, as does a number that bfloat16 rounds to infinity, from 2^128 (1 - 2^-9) on. A number below
+// 2^-110 loses low bits, as bfloat16 has float32's exponents and the instruction treats denormals as zero.
 //
-// Matrices are packed in slices of 16 rows (of x and of weight), a slice in steps of 32 of the depth, a step in three
-// tiles of 1 KiB, one for each part. The rows of a tile of x are rows of x. The rows of a tile of weight are pairs of
-// the depth, as in any right operand: 16 rows of weight lie side by side. In both tiles a pair is steps d and d + 16.
+// Matrices are packed in slices of 16 rows (of x and of weight). A slice is split into steps of 32 along the depth, a
+// step into three tiles of 1 KiB, one for each part. The rows of a tile of x are rows of x. The rows of a tile of
+// weight are pairs of the depth, as in any right operand: 16 rows of weight side by side. A pair is d and d + 16.
 //
 // A job owns kRows rows of y, or some columns of them. For each kDepth of the depth it packs its rows of x, which stay
-// in the L2, and for each kColumns columns the weights, and makes squares of 2 x 2 tiles of y: 24 products and 14 loads
-// of tiles a step. Sums follow the order of the depth, whichever thread runs a job.
+// in the L2, and for each kColumns columns the weights, and computes squares of 2 x 2 tiles of y: 24 products and 14
+// loads of tiles per step. Sums follow the order of the depth, for any number of threads.
 
 #include "linear.h"
 
@@ -35,8 +35,8 @@ constexpr int64_t kTileUnits = kSide * kSide;  // Bf16Pair
 constexpr int64_t kStepUnits = kParts * kTileUnits;
 constexpr int64_t kRows = 256, kColumns = 64, kDepth = 512;  // with three parts, 0.75 MiB of x and 0.2 MiB of weights
 
-// Memory for what a thread packs, in one huge page: of small pages, which may lie anywhere, some of those that the L2
-// should hold would take each other's place in the L2.
+// One huge page for a thread's packed operands. With small pages, at arbitrary addresses, some pages that the L2 should
+// hold would evict each other.
 struct Workspace {
   static constexpr size_t kBytes = kHugePage;
   static constexpr int64_t kLeft = kRows / kSide * (kDepth / kStep) * kStepUnits;
@@ -51,7 +51,7 @@ struct Workspace {
   float* sums;      // of a square
 };
 
-// The workspace that a calling thread keeps from call to call for itself (0) or one of its helpers.
+// The workspace that a calling thread keeps between calls, for itself (0) or one of its helpers.
 Workspace kept_workspace(size_t helper) {
   struct Free {
     void operator()(void* page) const { std::free(page); }
@@ -66,7 +66,7 @@ Workspace kept_workspace(size_t helper) {
   return Workspace(pages[helper].get());
 }
 
-// Packs a whole step of a slice. Element (r, d) lies at r stride + d or, if transposed, at d stride + r.
+// Packs a whole step of a slice. Element (r, d) is at r stride + d or, if transposed, at d stride + r.
 template <bool transposed>
 void split_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
   Vec<float> low[kSide], high[kSide];  // of the depth
@@ -83,7 +83,7 @@ void split_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
   for (int i = 0; i < kSide; ++i) {
 #pragma GCC unroll 3
     for (int part = 0; part < kParts; ++part) {
-      const uint32_t half = part == 0 ? 0x8000 : 0;  // rounds
+      const uint32_t half = part == 0 ? 0x8000 : 0;  // rounds to nearest
       const Bits a = (bit_cast<Bits>(low[i]) + half) & 0xffff0000, b = (bit_cast<Bits>(high[i]) + half) & 0xffff0000;
       store_raw(to + part * kTileUnits + i * kSide, a >> 16 | b);
       low[i] -= bit_cast<Vec<float>>(a);
@@ -97,7 +97,7 @@ struct Matrix {
   int64_t rows, depth;
   bool transposed;
 
-  // Packs slices from `row` to `end`, in whole squares, `steps` of the depth from `first` on; zeros beyond the matrix.
+  // Packs slices from `row` to `end`, in whole squares, `steps` steps from depth `first` on; zeros beyond the edge.
   void pack(int64_t row, int64_t end, int64_t first, int64_t steps, bool left, Bf16Pair* to) const {
     const int64_t slices = round_up(end - row, kSquare) / kSide;
     const auto pack_one = [&](int64_t slice, int64_t step) {
@@ -179,7 +179,7 @@ void multiply_square(int64_t steps, const Bf16Pair* x, const Bf16Pair* weight, f
   _tile_stored(3, sums + kSide * kSquare + kSide, kStride);
 }
 
-// y (height, width) of rows `stride` apart becomes the sums, plus y where `add`, plus a bias that may be null.
+// Sets y (height, width), rows `stride` apart, to the sums, plus y if `add`, plus the bias unless it is null.
 template <bool add>
 void put_square(const float* sums, int64_t height, int64_t width, const float* bias, int64_t stride, float* y) {
   for (int64_t i = 0; i < height; ++i, y += stride, sums += kSquare)
@@ -211,7 +211,7 @@ void linear_many_rows_cpu(const LinearManyRowsParams& p) {
       const int64_t row = job / parts * kRows, row_end = std::min(row + kRows, p.rows);
       const int64_t begin = job % parts * columns, end = std::min(begin + columns, p.outputs);
       int64_t first = 0;
-      do {  // once for a depth of 0 too, which gives the bias
+      do {  // also once for a depth of 0, which gives the bias
         const int64_t steps = ceil_div(std::min(kDepth, p.inputs - first), kStep), slice = steps * kStepUnits;
         x.pack(row, row_end, first, steps, true, left);
         for (int64_t panel = begin; panel < end; panel += kColumns) {

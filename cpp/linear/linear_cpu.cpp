@@ -2,13 +2,13 @@
 //
 //   y_to = sum_i x_ti w_oi + b_o
 //
-// A thread owns neighbouring rows of the weights, which it streams without a pause and far from what other threads
-// read: if shares alternated, processors would fetch some lines twice. A thread walks along one row at once or, with
-// several rows of x, which stay in L1 or L2, along kTogether: each vector that is loaded serves many sums, in
-// registers. The order of a sum depends on I, the vector and the number of rows alone.
+// A thread owns neighbouring rows of the weights, which it streams without a pause and far from other threads' rows:
+// with alternating shares, hardware prefetchers would fetch some lines twice. A thread processes one row at a time or,
+// with several rows of x, which stay in L1 or L2, kTogether: each loaded vector is used in many sums, in registers. The
+// order of a sum depends on I, the vector length and the number of rows alone.
 //
 // The transposed copy takes squares of kLanes^2, in bands of kBand rows of x. y is streamed at any size: its rows are
-// far apart, often by a power of two, so that lines kept in a cache would drive each other out.
+// far apart, often by a power of two, so that cached lines would evict each other.
 
 #include "linear.h"
 
@@ -22,10 +22,10 @@ namespace {
 
 constexpr int kMostRows = kRegisters / 8;
 constexpr int kTogether = 4;
-constexpr int64_t kAhead = 4096;  // bytes of the weights that are fetched before they are needed
+constexpr int64_t kAhead = 4096;  // bytes of the weights, prefetch distance
 constexpr int64_t kBand = 128;
 
-// A vector's worth of elements that are multiplied and added to a vector of sums.
+// One vector of elements that are multiplied and added to a vector of sums.
 template <class T>
 struct Factors {
   using R = Compute<T>;
@@ -47,7 +47,7 @@ struct Factors<bf16> {
 };
 #endif
 
-// `rows` rows of x against `outputs` of the weights.
+// `rows` rows of x times `outputs` rows of the weights.
 template <class T, int rows, int outputs>
 MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_t output) {
   using R = Compute<T>;
@@ -55,7 +55,7 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
   constexpr int chains = kRegisters / 2 / (rows * outputs);
   const T* x = static_cast<const T*>(p.x) + row * p.inputs;
   const T* weight = static_cast<const T*>(p.weight) + output * p.inputs;
-  // Several rows at once prefetch the next group of rows, or less far if the group is long.
+  // With several rows at once, prefetches the next group of rows, or less far if the group is long.
   const int64_t group = outputs * p.inputs * static_cast<int64_t>(sizeof(T));
   const int64_t ahead = outputs == 1 ? kAhead : std::min(4 * kAhead, group);
   Vec<R> sums[chains][rows][outputs] = {};
@@ -97,7 +97,7 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
   }
 }
 
-// All rows of x against the weights' rows [begin, end).
+// All rows of x times the rows [begin, end) of the weights.
 template <class T>
 MEGALODON_INLINE void run_job(const LinearFewRowsParams& p, int64_t begin, int64_t end) {
   int64_t output = begin;
@@ -114,7 +114,7 @@ MEGALODON_INLINE void run_job(const LinearFewRowsParams& p, int64_t begin, int64
 }  // namespace
 
 void linear_few_rows_cpu(const LinearFewRowsParams& p) {
-  // Jobs begin at multiples of kTogether, so that their number, which depends on the threads, changes no sum.
+  // Jobs start at multiples of kTogether, so their number, which depends on the threads, changes no sum.
   const int64_t groups = (p.outputs + kTogether - 1) / kTogether;
   const int64_t jobs = std::min<int64_t>(groups, omp_get_max_threads());
   const auto begin = [&](int64_t job) { return std::min(kTogether * (groups * job / jobs), p.outputs); };

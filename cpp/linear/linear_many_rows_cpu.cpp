@@ -3,10 +3,10 @@
 //   y_to (+)= sum_i x_ti w_oi + b_o
 //
 // The weights are packed a block of at most kColumns outputs and kDepth inputs at a time, by all threads together, and
-// stay in the last cache. Then a job packs the block's inputs of some rows of x, which stay in the L2, and multiplies
-// them by the panels of the block (gemm.h): a tile is made in registers and put to y. Products deeper than a block are
-// summed up in y, or, where y is shorter than float, in a buffer for kSumRows rows of y at a time. A sum adds up runs
-// of kRunDepth in the order of the depth, whichever thread runs a job.
+// stay in the last-level cache. Then a job packs the block's inputs of some rows of x, which stay in the L2, and
+// multiplies them by the panels of the block (gemm.h): a tile is computed in registers and stored to y. Products deeper
+// than a block are summed in y or, if y is shorter than float, in a buffer for kSumRows rows of y at a time. A sum adds
+// runs of kRunDepth in the order of the depth, for any number of threads.
 
 #include "linear.h"
 
@@ -21,21 +21,21 @@ namespace {
 // `first` on.
 struct Block { int64_t row, rows, column, columns, first, depth; };
 
-// What a tile is added to, and where it is put.
+// Addends and destination of a tile.
 template <class T, class Y>
 struct Place {
   Y* y;
-  float* sums;  // of the depth so far; y itself if that is float
+  float* sums;  // over the depth so far; y itself if that is float
   int64_t y_stride, sums_stride;
   const T* bias;  // or null
   bool add, first, last;
 };
 
-// Memory for packed operands and sums that a calling thread keeps from call to call, for itself (0) and its helpers.
-// Its size depends on U and the purpose alone.
+// Memory for packed operands and sums that a calling thread keeps between calls, for itself (0) and its helpers. Its
+// size depends on U and the purpose alone.
 enum class For { weights, x, sums };
 template <class U, For purpose>
-U* kept(int64_t rows, int64_t columns, size_t helper = 0) {
+U* thread_memory(int64_t rows, int64_t columns, size_t helper = 0) {
   thread_local std::vector<PackedMatrix<U>> memory;
   while (memory.size() <= helper) memory.emplace_back(rows, columns);
   return memory[helper].data;
@@ -48,8 +48,8 @@ class Product {
   static constexpr bool kSumsInY = std::is_same_v<Y, float>;
   static constexpr int kWidth = kTileColumns<U>, kHeight = kTileRows<U>, kLanes = MEGALODON_ISA::kLanes<float>;
   static constexpr int64_t kDepth = 1280 * kUnitDepth<U>, kColumns = 2112, kSumRows = 1152;
-  static constexpr int64_t kRows = 144, kLeastRows = 24;  // of a job
-  // A float32 product is summed up in runs of this depth, so that rounding errors grow with the root of the depth.
+  static constexpr int64_t kRows = 144, kLeastRows = 24;  // per job
+  // A float32 product is summed in runs of this depth, so that rounding errors grow with the root of the depth.
   static constexpr int64_t kRunDepth = std::is_same_v<T, float> ? 288 : kDepth;
   static_assert(kColumns % kWidth == 0 && kRows % kWidth == 0 && kRows % kTallRows<U> == 0);
   static_assert(kRunDepth % kWidth == 0 || kRunDepth == kDepth);
@@ -64,7 +64,7 @@ class Product {
     for (int64_t column = 0; column < p.outputs; column += columns)
       for (int64_t row = 0; row < p.rows; row += rows) {
         int64_t first = 0;
-        do {  // once for a depth of 0 too, which gives the bias
+        do {  // also once for a depth of 0, which gives the bias
           multiply({row, std::min(rows, p.rows - row), column, std::min(columns, p.outputs - column), first,
                     std::min(depth, p.inputs - first)});
           first += depth;
@@ -73,12 +73,12 @@ class Product {
   }
 
  private:
-  // A block's share of `all`, at most `most`: equal shares in multiples of `unit`, which divides `most`.
+  // Size of a block of `all`, at most `most`: equal sizes in multiples of `unit`, which divides `most`.
   static int64_t even(int64_t all, int64_t most, int64_t unit) {
     return all > 0 ? round_up(ceil_div(all, ceil_div(all, most)), unit) : unit;
   }
 
-  // Makes the threads' shares as even as can be.
+  // Chooses the rows per job that balance the threads best.
   static int64_t rows_of_job(int64_t rows, int64_t threads) {
     const auto longest_share = [&](int64_t each) { return ceil_div(ceil_div(rows, each), threads) * each; };
     int64_t best = kRows;
@@ -88,7 +88,7 @@ class Product {
   }
 
   void multiply(const Block& block) const {
-    const Panels weights{kept<U, For::weights>(kDepth, kColumns), round_up(block.depth, kRowPadding)};
+    const Panels weights{thread_memory<U, For::weights>(kDepth, kColumns), round_up(block.depth, kRowPadding)};
     pack_weights(block, weights);
 
     const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads(), rows = rows_of_job(block.rows, threads);
@@ -97,28 +97,28 @@ class Product {
     float* const sums = sums_of(block);
     size_t helper = 0;
     parallel_jobs<FlushDenormals>(shares * parts, static_cast<double>(block.rows * block.depth * block.columns), [&] {
-      return [&, x_panels = kept<U, For::x>(kDepth + kWidth, kRows, helper++)](int64_t job) {
+      return [&, x_panels = thread_memory<U, For::x>(kDepth + kWidth, kRows, helper++)](int64_t job) {
         const int64_t r = job / parts * rows, panel = job % parts * part;
-        Block mine = block;
-        mine.row += r;
-        mine.rows = std::min(rows, block.rows - r);
+        Block share = block;
+        share.row += r;
+        share.rows = std::min(rows, block.rows - r);
         const Panels x{x_panels, p.x_transposed ? round_up(block.depth, kRowPadding) : kRows};
-        pack_x(mine, x);
-        multiply_panels(mine, x, weights, panel, std::min(panel + part, panels),
+        pack_x(share, x);
+        multiply_panels(share, x, weights, panel, std::min(panel + part, panels),
                         sums ? sums + r * sums_stride(block) : sums);
       };
     });
   }
 
-  // Where the sums gather if the product is deeper than a block. Null: the sums are whole at once.
+  // Sums of a product that is deeper than a block; null if they are complete after one block.
   float* sums_of(const Block& block) const {
     if constexpr (kSumsInY) {
       return y_ + block.row * p.outputs + block.column;
     } else {
-      return block.depth < p.inputs ? kept<float, For::sums>(kSumRows, kColumns + kLanes) : nullptr;
+      return block.depth < p.inputs ? thread_memory<float, For::sums>(kSumRows, kColumns + kLanes) : nullptr;
     }
   }
-  // Outside y a vector is added, as rows a power of two apart would take each other's place in a cache.
+  // Outside y, a vector is added to the stride: rows a power of two apart would evict each other from a cache.
   int64_t sums_stride(const Block& block) const {
     return kSumsInY ? p.outputs : round_up(block.columns, kLanes) + kLanes;
   }
@@ -138,7 +138,7 @@ class Product {
     });
   }
 
-  // x becomes A = M^T where it is transposed.
+  // x becomes A = M^T if it is transposed.
   void pack_x(const Block& block, Panels to) const {
     const auto input = [&](int64_t i) {
       return i < block.depth ? x_ + (block.first + i) * p.rows + block.row : nullptr;

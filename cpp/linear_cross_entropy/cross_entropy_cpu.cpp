@@ -1,10 +1,10 @@
-// Cross-entropy of rows of V logits, and its gradient in their place.
+// Cross-entropy of rows of V logits; the gradient overwrites them.
 //
 //   m = max_v z_v;  s = sum_v exp(z_v - m);  loss = log s - (z_target - m)
-//   dz_v = scale exp(z_v - m) / s;  dz_target = scale expm1(-loss), which keeps its digits where the loss is small
+//   dz_v = scale exp(z_v - m) / s;  dz_target = scale expm1(-loss), accurate also for a small loss
 //
-// A job is a row, which is read from memory for m, and from a cache for s and for the gradient, whose exponentials are
-// computed again. Memory traffic, in elements: z, and dz where it is wanted.
+// A job is a row: it is read from memory for m, and from a cache for s and for the gradient, which recomputes the
+// exponentials. Memory traffic, in elements: z, and dz if it is wanted.
 
 #include "cross_entropy.h"
 
@@ -20,8 +20,8 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-// Calls op(v, offset, chain) for the vectors of a row. Neighbours have different chains, whose sums do not wait for
-// each other; lanes beyond the row are -inf.
+// Calls op(v, offset, chain) for the vectors of a row. Neighbours have different chains, whose sums are independent;
+// lanes beyond the row are -inf.
 constexpr int kChains = 4;
 template <class T, class Op>
 MEGALODON_INLINE void for_each_vector_in_chains(const T* row, int64_t columns, Op&& op) {
@@ -38,7 +38,7 @@ MEGALODON_INLINE void for_each_vector_in_chains(const T* row, int64_t columns, O
   }
 }
 
-// The loss of a row, which becomes its gradient if a scale is given.
+// Returns the loss of a row. If a scale is given, overwrites the row with its gradient.
 template <class T>
 Compute<T> cross_entropy_of_row(T* row, int64_t columns, int64_t target, const Compute<T>* scale) {
   using R = Compute<T>;

@@ -6,7 +6,7 @@
 
 namespace megalodon {
 
-// R is float, or double where dtype is f64. All tensors are contiguous. Z = H * K.
+// R is float, or double if dtype is f64. All tensors are contiguous. Z = H * K.
 struct NormalizedQkParams {
   DType dtype;              // of z, q, k and their gradients
   Sequences sequences;      // S sequences in T tokens
@@ -18,7 +18,7 @@ struct NormalizedQkParams {
   const void* gamma;        // (2, H, K) R: offsets of the gains of q and k
   const void* beta;         // (2, H, K) R
   const void* rotary;       // (table_rows, K / 2, 2) R: cos, sin of position * base^(-2i/K)
-  int64_t table_rows;       // at least C, or L if that is less and there is no `position`
+  int64_t table_rows;       // at least C, or L if that is less and `position` is null
   const int64_t* position;  // (S) position inside the chunk of each sequence's first token, or null: zero
   void* workspace;          // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };

@@ -8,12 +8,12 @@
 //   dzn = e_0 a_0 + e_1 a_1;  dz = r (dzn - zn mean_K(dzn zn))
 //
 // Tokens are cut into blocks by their number alone. A thread takes a block, lists its tokens and their rows of the
-// table, and works on one head of a token at a time (backward: of kTile tokens), K values in L1. A vector holds whole
-// (re, im) pairs; of a vector of the table, even lanes are doubled to cosines, odd lanes to signed sines.
+// rotary table, and processes one head of a token at a time (backward: of kTile tokens), K values in L1. A vector holds
+// whole (re, im) pairs; of a vector of the table, even lanes become pairs of cosines, odd lanes pairs of signed sines.
 // Backward: tiles add to the block's sums for dgamma and dbeta, (4, H, K) of R in L1 or L2; blocks add these to one of
 // at most kParts sums in double, each over neighbouring blocks in order, and the parts are added in order.
 //
-// Memory traffic, in elements: forward z, q, k; backward z, dq, dk, dz; plus K table values a token, from L2 or L3.
+// Memory traffic, in elements: forward z, q, k; backward z, dq, dk, dz; plus K table values per token, from L2 or L3.
 
 #include "normalized_qk.h"
 
@@ -59,7 +59,7 @@ struct Rotation {
   Vec<R> cos, sin;  // (cos, cos), (-sin, sin)
 };
 
-// 1 / sqrt(mean z^2 + eps) of one head; wide_inverse_rms is for squares that leave the range of R.
+// 1 / sqrt(mean z^2 + eps) of one head; wide_inverse_rms is for squares outside the range of R.
 template <class T>
 __attribute__((noinline)) Compute<T> wide_inverse_rms(const T* z, int64_t key_dim, double eps) {
   WideOf<Compute<T>> sum = 0;
@@ -89,7 +89,7 @@ MEGALODON_INLINE Compute<T> inverse_rms(const T* z, int64_t key_dim, double eps)
   return squares_in_range(mean) ? 1 / std::sqrt(mean) : wide_inverse_rms(z, key_dim, eps);
 }
 
-// What all threads share: the affine map in the form q = zn gain + shift.
+// Data shared by all threads: the affine map in the form q = zn gain + shift.
 template <class R>
 struct Affine {
   explicit Affine(const NormalizedQkParams& p)
@@ -105,7 +105,7 @@ struct Affine {
 // The tokens of a block that are in a sequence, and their rows of the rotary table.
 template <class R>
 struct Tokens {
-  // Padding is handed to zero(begin, end).
+  // Calls zero(begin, end) for padding.
   template <class Zero>
   Tokens(const NormalizedQkParams& p, int64_t from, int64_t to, Zero&& zero) {
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) {
@@ -153,7 +153,7 @@ void forward_block(const NormalizedQkFwdParams& p, const Affine<Compute<T>>& aff
     }
 }
 
-// Backward of one head of `rows` tokens. sums (4, H, K) gathers dbeta_0, dbeta_1 and sqrt(K) times dgamma_0, dgamma_1.
+// Backward of one head of `rows` tokens. Adds dbeta_0, dbeta_1 and sqrt(K) times dgamma_0, dgamma_1 to sums (4, H, K).
 template <class T, int rows>
 void backward_tile(const NormalizedQkBwdParams& p, const Affine<Compute<T>>& affine, int64_t h, const int64_t* token,
                    const Compute<T>* const* tables, Compute<T>* dzn, Compute<T>* sums) {

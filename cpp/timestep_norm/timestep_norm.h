@@ -6,9 +6,9 @@
 
 namespace megalodon {
 
-// R is float, or double where dtype is f64. All tensors are contiguous.
-// A running mean or variance is a pair (value, residual) whose sum carries about twice R's digits, so that a state
-// passed on through millions of calls does not drift. The residual of a double is zero.
+// R is float, or double if dtype is f64. All tensors are contiguous. A running mean or variance is a pair (value,
+// residual) whose sum has about twice R's digits, so a state carried through millions of calls does not drift. The
+// residual of a double is zero.
 struct TimestepNormParams {
   DType dtype;           // of x, y, dy, dx
   Sequences sequences;   // S sequences in T tokens
@@ -16,7 +16,7 @@ struct TimestepNormParams {
   int64_t groups;        // G, divides D
   double eps;
   const void* x;         // (T, D)
-  const void* weight;    // (D) R; the gain is 1 + weight; null where end states alone are wanted
+  const void* weight;    // (D) R; the gain is 1 + weight; null if only end states are wanted
   const void* bias;      // (D) R; null as weight
   const int64_t* count;  // (S) timesteps seen, or null: a fresh state
   const void* mean;      // (S, G) R; null if count is null
@@ -33,7 +33,7 @@ struct TimestepNormFwdParams : TimestepNormParams {
   void* mean_out;      // (S, G) R
   void* var_out;       // (S, G) R
   void* residual_out;  // (S, 2, G) R
-  bool ends_only;      // the end states alone are wanted: y and stats are null
+  bool ends_only;      // only the end states are wanted: y and stats are null
 };
 
 struct TimestepNormBwdParams : TimestepNormParams {
@@ -48,7 +48,7 @@ struct TimestepNormBwdParams : TimestepNormParams {
   void* dvar;            // (S, G) R, or null: not wanted
 };
 
-// The backward where the end states alone were wanted, of fresh sequences.
+// The backward of a call that returned end states alone, of fresh sequences.
 struct TimestepNormEndStateBwdParams {
   DType dtype;               // of x, dx
   Sequences sequences;       // S sequences in T tokens

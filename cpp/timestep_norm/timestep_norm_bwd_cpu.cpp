@@ -1,10 +1,10 @@
 // The backward of timestep norm. Phases and bytes moved: timestep_norm_cpu.cpp.
 //
-// Steps are walked from the end. U, V: gradients of mean and var after step t; u = U / n, v = V / n need sums alone:
+// Rows are visited from the end. U, V: gradients of mean and var after row t; u = U / n, v = V / n need sums alone:
 //   db = sum_F dy (1 + weight);  ds = sum_F dy (1 + weight) (x - mean')
 //   v' = v - rstd^3 ds / (2 n');  p = u - rstd db / n';  u' = p - 2 v' (mean' - mean)
 //   dx = dy rstd (1 + weight) + (p + 2 v' (x - mean')) / F;  dweight = sum_T dy (x - mean') rstd;  dbias = sum_T dy
-// A run walked from zero is corrected by (u0, v0) at its end: v' += v0, p += u0 - 2 v0 (mean_end - mean').
+// A run scanned from zero is corrected by (u0, v0) at its end: v' += v0, p += u0 - 2 v0 (mean_end - mean').
 //
 // Shares of dweight and dbias are R within a block and go to one of kSlots sums in double, in order of time.
 
@@ -13,9 +13,9 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-constexpr int64_t kSlots = 64;  // sums that dweight and dbias are gathered in
+constexpr int64_t kSlots = 64;  // number of sums for dweight and dbias
 
-// One thread's backward. Its scratch holds a block's rows of G values.
+// The backward on one thread. Its scratch holds G values for each row of a block.
 template <class T>
 class Backward {
   using R = Compute<T>;
@@ -52,8 +52,7 @@ class Backward {
  private:
   int64_t scratch_size() const { return plan.rows * G + lanes; }
 
-  // Walks the rows [a, b), which begin at `at` in scratch, from their end: fills v_after_ and p_, and leaves u and v
-  // before row a in uv_.
+  // Scans the rows [a, b), at `at` in scratch, from their end: fills v_after_ and p_; uv_ becomes u and v before a.
   void scan(int64_t s, int64_t a, int64_t b, int64_t at) {
     const int64_t size = (b - a) * G, plane = p.sequences.tokens * G;
     const R* stats = static_cast<const R*>(p.stats) + a * G;
@@ -119,7 +118,7 @@ class Backward {
     }
   }
 
-  // Corrects `rows` rows that were walked from u = v = 0 by the u and v at their end, which `carry` holds.
+  // Corrects `rows` rows scanned from u = v = 0 by the u and v at their end, `carry`.
   void merge(const double* carry, int64_t at, int64_t rows) {
     const double *u0 = carry, *v0 = carry + G, *mean = &mean_[at], *mean_end = mean + (rows - 1) * G;
     for (int64_t row = 0; row < rows; ++row, mean += G, at += G) {
@@ -136,7 +135,7 @@ class Backward {
     }
   }
 
-  // Passes on u and v before token `begin` of sequence s: to the block before, or as the gradient of the state.
+  // Passes u and v before token `begin` of sequence s to the previous block, or stores the gradient of the state.
   void deliver(int64_t place, int64_t s, int64_t begin) {
     if (begin == p.sequences.begin(s)) return store_state_gradient<R>(p, s, uv_.get());
     std::memcpy(plan.relay.carry(place), uv_.get(), static_cast<size_t>(2 * G) * sizeof(double));
@@ -193,7 +192,7 @@ class Backward {
         });
   }
 
-  // Adds the block's shares of dweight and dbias to slot place % kSlots, after place - kSlots has added its shares.
+  // Adds the block's shares of dweight and dbias to slot place % kSlots, after place - kSlots has added its own.
   void add_shares(int64_t place) {
     const Channels<R>& channels = plan.channels;
     const int64_t last = D > 0 ? channels.vectors - 1 : 0, overlap = last * lanes - channels.offset(last);
@@ -214,10 +213,10 @@ class Backward {
   double* const slots;
   const int64_t G, D;
   Scratch<double> mean_, v_after_, p_;   // mean', v' and p of the block's rows
-  Scratch<double> uv_, before_;          // u and v before the row that is walked; mean, and unused var, before the run
+  Scratch<double> uv_, before_;          // u and v before the current row; mean, and unused var, before the run
   Scratch<R> hi_, lo_, rstd_;            // mean' = hi + lo and rstd of the block's rows
-  Scratch<R> db_then_level_;             // db of the block's rows until write() puts p / F there
-  Scratch<R> ds_then_slope_;             // ds of the block's rows until write() puts 2 v' / F there
+  Scratch<R> db_then_level_;             // db of the block's rows; after write(), p / F
+  Scratch<R> ds_then_slope_;             // ds of the block's rows; after write(), 2 v' / F
   Scratch<R> shares_;                    // of dweight, then of dbias
   const bool streams_;
 };
@@ -246,7 +245,7 @@ void backward(const TimestepNormBwdParams& p) {
   }
 }
 
-// One thread's backward of end states alone, for a sequence of n fresh steps:
+// Backward of end states alone, on one thread, for a sequence of n tokens without an initial state:
 //   dx = (dmean + 2 dvar (x - mean)) / (n F)
 template <class T>
 class EndStateBackward {
@@ -271,7 +270,7 @@ class EndStateBackward {
   }
 
  private:
-  // dx = level + slope (x - mean), with the mean's residual in the level.
+  // dx = level + slope (x - mean); the level includes the mean's residual.
   void take_up(int64_t s) {
     const double share = 1 / static_cast<double>(p.sequences.length(s) * (D / G));
     const R *mean = static_cast<const R*>(p.mean_out) + s * G, *residual = static_cast<const R*>(p.residual_out) + 2 * s * G;
@@ -305,7 +304,7 @@ class EndStateBackward {
   const TimestepNormEndStateBwdParams& p;
   const Channels<R>& channels;
   const int64_t block_rows, G, D;
-  Scratch<R> mean_, level_, slope_;  // of the sequence that is worked on
+  Scratch<R> mean_, level_, slope_;  // of the current sequence
   const bool streams_;
 };
 

@@ -4,20 +4,20 @@
 //   mean' = mean + c2 (gm - mean);  var' = c1 var + c2 (gv + c1 (gm - mean)^2);  rstd = 1 / sqrt(var' + eps)
 //   y = (x - mean') rstd (1 + weight) + bias
 //
-// The T tokens are cut into blocks of rows that stay in L2, whatever the sequences; the cut depends on shapes alone.
+// The T tokens are cut into blocks of rows that stay in L2, across sequences; the cut depends on shapes alone.
 // A thread takes the next block in order of time (backward, timestep_norm_bwd_cpu.cpp: from the end) and
 //   1. reduces each row's groups, F channels to two numbers, kLanes groups at a time, merging lanes by a transposition;
-//   2. scans each run of one sequence along time, in double, G values a row. A run that its block cuts off from the
-//      start of its sequence is scanned as if fresh, and merged with the carry of the block before when that arrives;
-//   3. writes y, or dx and the block's share of dweight and dbias; nothing where the end states alone are wanted.
-// Only the carry, 2 G doubles, is passed from block to block, so threads wait for a merge, not for each other's rows.
+//   2. scans each run of one sequence along time, in double, G values per row. A run that starts inside its sequence is
+//      scanned as if fresh, and merged with the previous block's carry when that arrives;
+//   3. writes y, or dx and the block's share of dweight and dbias; nothing if only the end states are wanted.
+// Only the carry, 2 G doubles, is passed from block to block: threads wait for a merge, not for each other's rows.
 //
 // Memory traffic, in elements: forward x, y; backward x, dy, dx; plus 3 T G statistics. Rows are read twice: first from
-// memory, fetched a page ahead, then from L2. Large outputs pass the caches by; ordinary stores read the line that
-// they write to, so that line is fetched ahead as well.
+// memory, prefetched a page ahead, then from L2. Large outputs bypass the caches; ordinary stores first read the line
+// that they overwrite, so it is prefetched as well.
 //
-// Which channels share a vector: if F is a multiple of kLanes, a vector has one group; else each vector permutes its
-// groups' statistics into place, e.g. F = 3, kLanes = 8: channels 8..15 are groups 2 3 3 3 4 4 4 5.
+// Groups in vectors: if F is a multiple of kLanes, a vector has one group; else each vector permutes its groups'
+// statistics to its channels, e.g. F = 3, kLanes = 8: channels 8..15 are in groups 2 3 3 3 4 4 4 5.
 
 #include <cmath>
 
@@ -26,7 +26,7 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-// One thread's forward. Its scratch holds a block's rows of G values.
+// The forward on one thread. Its scratch holds G values for each row of a block.
 template <class T>
 class Forward {
   using R = Compute<T>;
@@ -58,7 +58,7 @@ class Forward {
  private:
   int64_t scratch_size() const { return plan.rows * G + kLanes<R>; }
 
-  // Fills mean_ and var_ after each of the rows [a, b), which lie at `at` in scratch.
+  // Fills mean_ and var_ after each of the rows [a, b), which start at `at` in scratch.
   void scan(int64_t s, int64_t a, int64_t b, int64_t at) {
     const T* x = static_cast<const T*>(p.x);
     R *hi = &hi_[at], *lo = &lo_[at], *row_var = &rstd_[at];
@@ -83,7 +83,7 @@ class Forward {
     }
   }
 
-  // Puts n steps with statistics (carry, carry + G) before the block's first rows, which were scanned as if fresh.
+  // Merges n earlier rows of statistics (carry, carry + G) into the block's first rows, scanned as if fresh.
   void merge(const double* carry, double n, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
       double *mean = &mean_[row * G], *var = &var_[row * G];
@@ -97,7 +97,7 @@ class Forward {
     }
   }
 
-  // Passes on the statistics after token `end` - 1 of sequence s: to the next block, or as the sequence's state.
+  // Passes the statistics after token `end` - 1 of sequence s to the next block, or stores them as its state.
   void deliver(int64_t block, int64_t s, int64_t end, int64_t at) {
     if (end == p.sequences.end(s)) return store_state<R>(p, s, &mean_[at], &var_[at]);
     std::memcpy(plan.relay.carry(block), &mean_[at], static_cast<size_t>(G) * sizeof(double));

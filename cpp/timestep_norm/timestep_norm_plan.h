@@ -1,4 +1,4 @@
-// What the forward and the backward of timestep_norm share: statistics of single rows, states, the cut into blocks.
+// Shared by the forward and backward of timestep_norm: statistics of single rows, states, the division into blocks.
 #pragma once
 
 #include "channel_groups.h"
@@ -8,11 +8,11 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-constexpr int64_t kBlockBytes = 160 << 10;  // of each tensor that is read
+constexpr int64_t kBlockBytes = 160 << 10;  // of each tensor read
 constexpr int64_t kMaxRows = 512;
 
-// Sums and squared differences from the mean of equally many values in each lane. Merging neither cancels nor needs a
-// second look at the values, unlike a sum of squares.
+// Sum and squared deviations from the mean, over the same number of values in each lane. Unlike a sum of squares,
+// merging neither cancels nor reads the values twice.
 template <class R>
 struct Moments {
   Vec<R> sum, squares;
@@ -22,7 +22,7 @@ MEGALODON_INLINE Moments<R> merge_moments(const Moments<R>& a, const Moments<R>&
   const Vec<R> difference = a.sum - b.sum;
   return {a.sum + b.sum, a.squares + b.squares + difference * difference * (R{0.5} / static_cast<R>(values))};
 }
-// Moments of the elements of `count` vectors, less `shift`.
+// Moments of the elements of `count` vectors, minus `shift`.
 template <int count, class T, class R = Compute<T>>
 MEGALODON_INLINE Moments<R> moments_of(const T* x, Vec<R> shift) {
   constexpr int half = count / 2;
@@ -35,8 +35,7 @@ MEGALODON_INLINE Moments<R> moments_of(const T* x, Vec<R> shift) {
     return merge_moments<R>(moments_of<half>(x, shift), moments_of<half>(x + half * kLanes<R>, shift), half);
   }
 }
-// Lane i: moments of all lanes of group(i), which holds `values` values a lane. The recursion goes depth first, so that
-// few vectors wait.
+// Lane i: moments of all lanes of group(i), which holds `values` values per lane. Depth first, so few are live.
 template <class R, int values, int bit = 1, class Group>
 MEGALODON_INLINE Moments<R> moments_of_each(int first, Group&& group) {
   if constexpr (bit == kLanes<R>) return group(first);
@@ -69,8 +68,8 @@ void even_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* var) {
   }
 }
 
-// Mean (hi + lo) and biased variance of `groups` neighbouring groups of any size, in two passes: sums of differences,
-// then of squared differences from the mean.
+// Mean (hi + lo) and biased variance of `groups` neighbouring groups of arbitrary size, in two passes: sums of
+// differences, then of squared differences from the mean.
 template <class T, class R = Compute<T>>
 void any_group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, R* hi, R* lo, R* var) {
   constexpr int lanes = kLanes<R>;
@@ -109,12 +108,12 @@ void group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, 
   }
 }
 
-// Steps that sequence s has seen before `token`, one of its own or its end.
+// Number of timesteps of sequence s before `token`, one of its own or its end, including those of its state.
 inline double count_before(const TimestepNormParams& p, int64_t s, int64_t token) {
   return static_cast<double>((p.count ? p.count[s] : 0) + token - p.sequences.begin(s));
 }
 
-// The state that sequence s starts from, zero if it is fresh.
+// The initial state of sequence s; zero if it is fresh.
 template <class R>
 void load_state(const TimestepNormParams& p, int64_t s, double* mean, double* var) {
   const int64_t groups = p.groups, at = s * groups;
@@ -143,7 +142,7 @@ void store_state(const TimestepNormFwdParams& p, int64_t s, const double* mean, 
   }
 }
 
-// u and v after the last step of sequence s: the gradients of its end state divided by the steps seen.
+// u and v after the last row of sequence s: the gradients of its end state divided by the number of timesteps.
 template <class R>
 void load_state_gradient(const TimestepNormBwdParams& p, int64_t s, double* uv) {
   const double n = count_before(p, s, p.sequences.end(s));
@@ -152,7 +151,7 @@ void load_state_gradient(const TimestepNormBwdParams& p, int64_t s, double* uv) 
     for (int64_t g = 0; g < p.groups; ++g) uv[i * p.groups + g] = arriving[i] ? arriving[i][s * p.groups + g] / n : 0;
 }
 
-// Gradients of the start state, from u and v before the first step; the state of a fresh sequence does not matter.
+// Gradients of the initial state, from u and v before the first row; those of a fresh sequence are zero.
 template <class R>
 void store_state_gradient(const TimestepNormBwdParams& p, int64_t s, const double* uv) {
   const double n = count_before(p, s, p.sequences.begin(s));
@@ -162,7 +161,7 @@ void store_state_gradient(const TimestepNormBwdParams& p, int64_t s, const doubl
       leaving[i][s * p.groups + g] = n > 0 ? static_cast<R>(n * uv[i * p.groups + g]) : 0;
 }
 
-// What every thread shares: gains, the vector layout, the cut into blocks and the carries between them.
+// Data shared by all threads: gains, the vector layout, the division into blocks and the carries between them.
 template <class R>
 struct TimestepNormPlan {
   TimestepNormPlan(const TimestepNormParams& p, int64_t element_bytes)

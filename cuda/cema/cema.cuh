@@ -1,34 +1,34 @@
-// CEMA: ops/cema/cema_reference.py. What its kernels share. The scan's are in cema_scan.cuh and, by tensor cores, in
-// cema_mma_scan.cuh; beside them cema_step.cuh for few steps, cema_bwd.cuh for gradients.
+// CEMA: ops/cema/cema_reference.py. Parts shared by its kernels: the scan in cema_scan.cuh and, on tensor cores,
+// cema_mma_scan.cuh; cema_step.cuh for short sequences; cema_bwd.cuh for gradients.
 //
 //   u_t = q u_{t-1} + x_t      h = p u      y_t = Re(sum_n c_n u_t[n]) + omega x_t,  c = gamma p
 //
 // The adjoint is the same scan against time: with r_t = q r_{t+1} + dy_t, g = conj(gamma r) and
-// dx_t = Re(sum_n c_n r_t[n]) + omega dy_t. A `Scan` is either of them, over positions 0 .. T - 1 in its own order.
+// dx_t = Re(sum_n c_n r_t[n]) + omega dy_t. A `Scan` is one of the two, over positions 0 .. T - 1 in its own order.
 //
-// Basis. u = re + i Im(q) v is kept as the pair (re + shear v, v), which takes 3 multiply-adds a step and not 4:
+// Basis. u = re + i Im(q) v is stored as the pair (re + shear v, v), which takes 3 instead of 4 multiply-adds:
 //
 //   first' = alpha first + beta second + x     second' = first + delta second      alpha, delta = Re(q) +- shear
 //
 // This is the complex product with its imaginary part in units of Im(q), as stable as the product itself: each number
-// of the pair is rounded relative to its own size. The eigenvalues are q where alpha + delta = 2 Re(q) and
-// -beta = Im(q)^2 + shear^2. The shear, at most |Im(q)| / 2000, is chosen so that this beta is a float: the
-// rounded coefficients advance by q to within 2^-35. (A rounded Im(q)^2 would turn q by up to 2^-25, every step in
-// the same direction.) The multiply-adds are written as fma: alpha and delta are near 1 where q is, and a product with
-// either that is rounded by itself is off by the same amount for many steps, as long as the state changes little.
+// of the pair is rounded relative to its own size. The eigenvalues are q if alpha + delta = 2 Re(q) and -beta = Im(q)^2
+// + shear^2. The shear, at most |Im(q)| / 2000, is chosen so that this beta is a float: the rounded coefficients
+// advance by q to within 2^-35. (A rounded Im(q)^2 would turn q by up to 2^-25, always in the same direction.) The
+// multiply-adds are fma: if q is near 1, so are alpha and delta, and a product with them, rounded alone, would have the
+// same error at many positions while the state changes little.
 //
-// Carried states must be divided by p (the adjoint's by gamma) and by Im(q). Where there are carried states, p and
-// gamma count as at least kLeastScale and Im(q) as at least kLeastPhase, which moves p x, gamma and q by less than a
-// rounding error of the state's size.
+// Carried states must be divided by p (the adjoint's by gamma) and by Im(q). With carried states, p and gamma count as
+// at least kLeastScale and Im(q) as at least kLeastPhase, which changes p x, gamma and q by less than a
+// rounding error of the state.
 //
-// The flat row of T tokens is cut into tiles of `tile` steps, whatever the sequences:
-//   1. table:   for each mode and channel the coefficients, and matrices that advance `tile` and 8 `tile` steps
-//   2. local:   the state at each tile's end, from zero or, where a sequence starts in the tile, from its start
-//   3. carry:   states at each tile's end -> states that enter each tile; a tile with a start in it stops the carry
-//   4. output:  from the entering states the rows of y, or of dx, and the states where sequences end
+// The flat row of T tokens is cut into tiles of `tile` positions, across sequences:
+//   1. table:   for each mode and channel the coefficients, and matrices that advance `tile` and 8 `tile` positions
+//   2. local:   the state at each tile's end, from zero or, if a sequence starts in the tile, from its start
+//   3. carry:   states at each tile's end -> states that enter each tile; a start inside a tile stops the carry
+//   4. output:  from the entering states the rows of y, or of dx, and the end states of sequences
 // The backward adds up its parameters' gradients from both scans' entering states: cema_bwd.cuh, cema_mma.cuh.
 //
-// Bytes: x is read by phase 2 and again by phase 4, y is written once; states are 8 N / tile bytes a channel and step.
+// Bytes: x is read in phases 2 and 4, y is written once; states are 8 N / tile bytes per channel and position.
 #pragma once
 
 #include "cema_arrays.cuh"
@@ -37,25 +37,25 @@
 namespace megalodon {
 namespace cema {
 
-constexpr int kThreads = 128;   // of a block, or fewer where there are few channels
-constexpr int kMostModes = 32;  // of a launch; more are taken in groups
-constexpr int kSpan = 8;        // tiles of a thread in the carry
+constexpr int kThreads = 128;   // per block, or fewer if there are few channels
+constexpr int kMostModes = 32;  // per launch; more modes are processed in groups
+constexpr int kSpan = 8;        // tiles per thread in the carry
 constexpr int64_t kLeastTile = 32, kMostTile = 512;
 static_assert(kLeastTile % kSpan == 0 && (kLeastTile & (kLeastTile - 1)) == 0, "powers of q are taken by squaring");
 
-template <class T> constexpr int kBatch = sizeof(T) == 2 ? 8 : 4;   // steps that are loaded at once
-template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // of an SM, at least
+template <class T> constexpr int kBatch = sizeof(T) == 2 ? 8 : 4;   // positions loaded at once
+template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // per SM, at least
 template <class R> constexpr double kLeastScale = sizeof(R) == 4 ? 0x1p-32 : 0x1p-200;
 template <class R> constexpr double kLeastPhase = sizeof(R) == 4 ? 0x1p-44 : 0x1p-200;
 
-// The positions [begin, end) up to `to` that are of one sequence, or of the padding between two.
+// The positions from `begin` up to `to` at most that belong to one sequence, or to the padding between two.
 struct Run {
   int64_t end;
   int sequence;  // or -1: padding
-  bool starts;   // whether `begin` is the sequence's first position
+  bool starts;   // `begin` is the sequence's first position
 
   GPU_INLINE Run(const Scan& scan, int64_t begin, int64_t to) {
-    // In the scan's order, the first sequence that ends after `begin`.
+    // The first sequence, in the scan's order, that ends after `begin`.
     const int count = static_cast<int>(scan.sequences.count);
     const auto named = [&](int i) { return scan.reverse ? count - 1 - i : i; };
     int low = 0;
@@ -73,11 +73,11 @@ struct Run {
   GPU_INLINE bool ends(const Scan& scan) const { return scan.sequence_end(sequence) == end; }
 };
 
-// A thread's two channels, its part of the modes, and its tile: neighbouring lanes share two channels.
+// A thread's two channels, part of the modes, and tile. Neighbouring lanes share two channels.
 struct Place {
   int64_t tile, channel;
   int first_mode, part;
-  bool active, second;  // whether the channels exist, and the second of them
+  bool active, second;  // the channels exist; also the second one
 };
 
 GPU_INLINE Place place(const Scan& scan, int modes) {
@@ -91,7 +91,7 @@ GPU_INLINE Place place(const Scan& scan, int modes) {
           active && channel + 1 < scan.channels};
 }
 
-// Loads two channels of n rows that are `step` elements apart.
+// Loads two channels of n rows, `step` elements apart.
 template <int n, class T>
 GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, bool whole, bool second) {
   if (whole) {
@@ -158,9 +158,9 @@ struct Basis {
   }
 };
 
-// Rare work runs in this loop over modes, which is not unrolled. A thread's pairs go through shared memory for it: the
-// pair of mode m and channel e is slots[(2 m + e) kThreads]. Calls f(basis, slot, index in an (S, D, N) tensor),
-// where the index is -1 if the tensor has no such mode or channel.
+// Rare work runs in this loop over modes, which is not unrolled and takes a thread's pairs from shared memory: the pair
+// of mode m and channel e is slots[(2 m + e) kThreads]. Calls f(basis, slot, index in an (S, D, N) tensor); the index
+// is -1 if the tensor has no such mode or channel.
 template <int modes, class R, class F>
 GPU_INLINE void for_each_slot(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots, F&& f) {
 #pragma unroll 1
@@ -181,7 +181,7 @@ GPU_INLINE void to_slots(Pair<R>* slots, const R (&first)[modes][2], const R (&s
   }
 }
 
-// The states of `modes` modes of two channels, and what advances them.
+// States and coefficients of `modes` modes of two channels.
 template <class R, int modes>
 struct Modes {
   R first[modes][2], second[modes][2];
@@ -212,8 +212,8 @@ struct Modes {
       }
     }
   }
-  // Adds the initial state h / p before a sequence's first step, or q h / p after it; conj(dstate_out) / gamma after
-  // the first step of the adjoint.
+  // Adds the initial state h / p before a sequence's first position, or q h / p after it; conj(dstate_out) / gamma
+  // after the first position of the adjoint.
   GPU_INLINE void enter(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots,
                         bool before_step = false) {
     for_each_slot<modes>(scan, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
@@ -229,7 +229,7 @@ struct Modes {
       }
     }
   }
-  // Stores the state after a sequence's last step.
+  // Stores the state after a sequence's last position.
   GPU_INLINE void leave(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots) const {
     to_slots(slots, first, second);
     for_each_slot<modes>(scan, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
@@ -237,7 +237,7 @@ struct Modes {
       if (at >= 0) gpu::st(scan.final.of<R>() + at, basis.final(pair));
     });
   }
-  // The states that enter the thread's tile, read for two modes at once.
+  // Loads the states that enter the thread's tile, two modes at once.
   GPU_INLINE void load(const Scan& scan, const Place& place) {
     GPU_UNROLL
     for (int m = 0; m < modes; m += 2) {
@@ -268,7 +268,7 @@ struct Modes {
 
 // Host side.
 
-// The grid of a kernel whose threads take `modes` modes of two channels of a tile; y is over `scans` scans.
+// Grid of a kernel whose threads take `modes` modes of two channels of a tile; y is over `scans` scans.
 struct Grid {
   dim3 blocks;
   unsigned threads;
@@ -280,7 +280,7 @@ struct Grid {
   }
 };
 
-// Whether two channels of (T, D) tensors can be accessed at once.
+// Returns true if two channels of (T, D) tensors can be accessed at once.
 inline bool takes_pairs(DType dtype, int64_t channels, std::initializer_list<const void*> tensors) {
   bool all = channels % 2 == 0;
   dispatch_dtype(dtype, [&](auto type) {
@@ -301,28 +301,28 @@ void for_each_group(Scan& scan, F&& f) {
 
 // In cema_scan.cu:
 
-// A scan without tensors: sizes, and how it is cut.
+// A scan without tensors: sizes and tiles.
 Scan make_scan(const CemaParams& params);
-// Whether tensor cores can take the scan `from` `to`, or the sums of two tensors, and whether they take the scan's output.
+// Return true if tensor cores can take the scan `from` `to`, or the sums of two tensors; and the scan's output.
 bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, const void* to);
 bool takes_mma_output(const Scan& scan);
 void cut_for_mma(Scan& scan);
-// Bytes of a table, of the states of a scan with its stops, of powers, and of `sums`; multiples of 256.
+// Bytes of a table, of a scan's states and stops, of powers, and of `sums`; multiples of 256.
 int64_t table_bytes(const CemaParams& params);
 int64_t states_bytes(const Scan& scan, DType dtype);
 int64_t powers_bytes(const Scan& scan);
 int64_t sums_bytes(const CemaParams& params);
-// Takes the states and stops of `scan` from `memory`; returns what follows.
+// Takes the states and stops of `scan` from `memory`; returns the rest.
 char* take_states(Scan& scan, DType dtype, char* memory);
 
-// 1. The table of the scan's group of modes. `carried`: states, or gradients of states, are given.
+// Phase 1. The table of the scan's group of modes. `carried`: states, or gradients of states, are given.
 void launch_table(const CemaParams& params, const Scan& scan, bool carried, void* stream);
-// 2. and 3. The entering states of one scan, or of two at once.
+// Phases 2 and 3. The entering states of one scan, or of two at once.
 void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream);
-// 4. The output, or the final states alone.
+// Phase 4. The output, or the final states alone.
 void launch_output(DType dtype, const Scan& scan, void* stream);
 void launch_ends(DType dtype, const Scan& scan, void* stream);
-// In cema_mma_scan.cu: 2. and 4. of a scan that is `by_mma`.
+// In cema_mma_scan.cu: phases 2 and 4 of a scan that is `by_mma`.
 void launch_mma_local(const Scan& scan, void* stream);
 void launch_mma_output(const Scan& scan, void* stream);
 // In cema_scan.cu: copies the initial states of sequences without tokens to their final states.

@@ -1,4 +1,4 @@
-// What a scan of CEMA is: its sizes, and arrays in global memory. cema.cuh says what its phases make of them.
+// A scan of CEMA: sizes, and arrays in global memory. Its phases: cema.cuh.
 #pragma once
 
 #include "cema.h"
@@ -8,8 +8,8 @@
 namespace megalodon {
 namespace cema {
 
-// Rows of the table, (N', D') each and, of the matrices, (D', N'); then come the bases. Matrices are stored by rows,
-// then what rounding them to R has lost.
+// Rows of the table: (N', D') each, matrices (D', N'); then the bases. A matrix is stored by rows, followed by the
+// rounding errors of its entries in R.
 enum Plane {
   kAlpha, kBeta, kDelta,
   kOutFirst, kOutSecond,  // y = sum of kOutFirst first + kOutSecond second
@@ -18,11 +18,11 @@ enum Plane {
   kPlanes = kSpanMatrix + 8,
 };
 constexpr int kBasis = 8;  // numbers of a basis
-constexpr int kMmaTile = 128;  // steps of a tile, and lags, on tensor cores: cema_mma_scan.cuh, cema_mma.cuh
-constexpr int kMmaRows = 16;   // tiles of a product of cema_mma_scan.cuh
-constexpr int kBlock = 16, kPowers = kBlock + 2;  // steps of a product; pairs a mode and channel
+constexpr int kMmaTile = 128;  // positions of a tile, and lags, on tensor cores: cema_mma_scan.cuh, cema_mma.cuh
+constexpr int kMmaRows = 16;   // tiles per product of cema_mma_scan.cuh
+constexpr int kBlock = 16, kPowers = kBlock + 2;  // positions per product; pairs per mode and channel
 
-// An array in global memory whose elements depend on the dtype of the call: of<R>() points to elements Of<R>.
+// An array in global memory whose element type depends on the call's dtype: of<R>() points to elements Of<R>.
 template <template <class> class Of, class Void = void>
 struct Array {
   Void* data;
@@ -38,7 +38,7 @@ struct Array {
 template <class R> using Real = R;  // or T, of x and y
 
 template <class R>
-struct alignas(2 * sizeof(R)) Pair {  // the basis at the top of cema.cuh
+struct alignas(2 * sizeof(R)) Pair {  // basis: cema.cuh
   R first, second;
 };
 
@@ -48,7 +48,7 @@ using Complexes = Array<gpu::Complex>;
 using ConstReals = Array<Real, const void>;
 using ConstComplexes = Array<gpu::Complex, const void>;
 
-// One scan over time of up to 32 modes. (N', D') below is `lanes` modes, a power of two, and `width` channels, even;
+// One scan over time of up to 32 modes. Below, N' is `lanes` modes, a power of two, and D' is `width` channels, even;
 // modes and channels beyond the tensors' are zero.
 struct Scan {
   Sequences sequences;
@@ -58,7 +58,7 @@ struct Scan {
   int64_t tile, tiles;
   bool reverse;             // against time
   bool whole;               // two channels may be accessed at once
-  bool resume, more;        // the sums over modes start from, or end in, `sums`
+  bool resume, more;        // the sums over modes start from `sums`, or end in it
   bool by_mma;              // states and output by cema_mma_scan.cuh
 
   // The call's tensors.
@@ -70,18 +70,18 @@ struct Scan {
 
   // Coefficients.
   Reals table;   // kPlanes planes of N' D', and (N', D', kBasis)
-  Pairs powers;  // (D', kPowers, N'): q^0 .. q^16, and (0, 1) times q^16; or null: not wanted
+  Pairs powers;  // (D', kPowers, N'): q^0 .. q^16, and (0, 1) times q^16; or null: not used
 
   // States.
-  Pairs states;    // (tiles, D', N'): ends of tiles, and then what enters tiles
-  int32_t* stops;  // (tiles): whether a tile's end does not depend on what enters it
+  Pairs states;    // (tiles, D', N'): ends of tiles, replaced by the states that enter them
+  int32_t* stops;  // (tiles): nonzero if a tile's end does not depend on the state that enters it
 
   // Sums.
-  Reals sums;               // (T, D): y of the groups of modes so far, where N > 32
-  Reals products;           // (tiles, 2, N', D'): sum over a tile of factor_t times the pair after step t
+  Reals sums;               // (T, D): y of the groups of modes so far, if N > 32
+  Reals products;           // (tiles, 2, N', D'): sum over a tile of factor_t times the pair after position t
   int64_t products_stride;  // from tile to tile
 
-  // The positions of tile k, which holds the tokens k tile .. (k + 1) tile - 1 in either direction.
+  // Positions of tile k, which holds the tokens k tile .. (k + 1) tile - 1 in either direction.
   MEGALODON_INLINE int64_t begin(int64_t k) const {
     const int64_t T = sequences.tokens, end = (k + 1) * tile;
     return !reverse ? k * tile : end < T ? T - end : 0;

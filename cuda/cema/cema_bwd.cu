@@ -12,7 +12,7 @@ Gradients make_gradients(const CemaBwdParams& params) {
   const bool stateless = params.dy && !params.dstate_out && !params.dstate;
   if (stateless && takes_mma(params, g.scan, params.x, params.dy)) {
     cut_for_mma(g.scan);
-    // Two blocks for each of 132 SMs, if there are as many tiles.
+    // Two blocks per SM, of 132, if there are enough tiles.
     const int64_t most = ceil_div(g.scan.tiles, kMmaTiles), wanted = 264 / ceil_div(params.channels, kMmaChannels);
     g.shares = LAUNCH_SIZE(cema_shares, wanted < 1 ? 1 : wanted < most ? wanted : most);
   }
@@ -39,13 +39,13 @@ Gradients make_gradients(const CemaBwdParams& params) {
   return g;
 }
 
-// Bytes of what tensor cores take beside the states; 0 each without them.
+// Bytes of the tensor cores' arrays beside the states; 0 without tensor cores.
 int64_t slopes_bytes(const Gradients& g) {
   return g.shares ? workspace_part(4 * g.scan.tiles * g.scan.lanes * g.scan.width * sizeof(float)) : 0;
 }
 int64_t lags_bytes(const Gradients& g) { return workspace_part(g.shares * kMmaTile * g.scan.width * sizeof(float)); }
 
-// What enters the tiles of both scans, and the sums: phases 1 and 2 of cema_mma.cuh.
+// The states that enter the tiles of both scans, and the sums: phases 1 and 2 of cema_mma.cuh.
 void launch_tiles(const Gradients& g, void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(g.scan.channels, kMmaChannels)), static_cast<unsigned>(g.shares));
   const auto launch = [&](auto groups) {

@@ -1,23 +1,23 @@
 // The gradients of CEMA's parameters: ops/cema/cema_reference.py; basis, tiles and entering states: cema.cuh.
 //
-// Within a tile, let w_t = du_t/dq with what enters held fixed: w_t = q w_{t-1} + u_{t-1}, from zero. K is what later
-// tokens send back to the tile's last state, q r of the next token, or conj(dstate_out) / gamma where a sequence ends:
+// Within a tile, let w_t = du_t/dq for a fixed entering state: w_t = q w_{t-1} + u_{t-1}, from zero. K is the gradient
+// of the tile's last state from later tokens, q r of the next token, or conj(dstate_out) / gamma at an end:
 //
 //   dq = sum over tiles of conj(p gamma (sum_t dy_t w_t + K w_end))      dgamma = conj(p sum_t dy_t u_t)
-//   dp = Re(gamma sum_t dy_t u_t), or where states or their gradients are given, so that u is not all made of x,
+//   dp = Re(gamma sum_t dy_t u_t) or, with states or their gradients, when u does not come from x alone,
 //   dp = Re(gamma sum_t x_t r_t), the products of the adjoint's output       domega = sum_t dy_t x_t
 //
-// Since w and u both run forwards, nothing is kept for each step: 11 multiply-adds a mode and step.
+// Since w and u both run forwards, nothing is stored per position: 11 multiply-adds per mode and position.
 //
-// cema_mma.cuh takes these sums on tensor cores, where it can; else cema_sums_kernel does.
+// cema_mma.cuh computes these sums on tensor cores where it can; otherwise cema_sums_kernel does.
 //
 // Grid of cema_sums_kernel: as the scan's (cema_scan.cuh); a thread has two channels and 4 modes of a tile.
-//   1. for each run of a sequence in the tile, load or clear u, w = 0; for each kRows rows, load x and dy, step, add
+//   1. for each run of a sequence in the tile, load or clear u, w = 0; for each kRows rows, load x and dy, advance, add
 //   2. at the run's end add K w; 3. store the tile's sums.
-// Grid of cema_finish_kernel: x over 32 channels, y over modes, and omega last; 8 warps add an eighth of the tiles each
-// in double, then the first warp adds the sums and applies the factors. The order of every sum depends on sizes alone.
+// Grid of cema_finish_kernel: x over 32 channels, y over modes and, last, omega; each of 8 warps adds an eighth of the
+// tiles in double, then the first warp adds the sums and applies the factors. Sizes alone fix the order of sums.
 //
-// Registers: at most 168 in cema_sums_kernel (12 warps an SM), no spills. Shared memory: 8 KB there, for initial
+// Registers: at most 168 in cema_sums_kernel (12 warps per SM), no spills. Shared memory: 8 KB there, for initial
 // states and K w, and 12 KB in cema_finish_kernel, 44 with lags.
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 3.0 G multiply-adds, 88 us at 67 TFLOP/s; bytes: x, dy 67 MB,
 // sums 34 MB out and in, states 34 MB: 169 MB, 50 us. The whole backward (two local scans 3 + 3, output 5, sums 11):
@@ -30,8 +30,8 @@
 namespace megalodon {
 namespace cema {
 
-constexpr int kRows = 4;         // rows that are loaded at once
-template <class R> constexpr int kSumModes = sizeof(R) == 4 ? 4 : 2;  // of a thread
+constexpr int kRows = 4;         // rows loaded at once
+template <class R> constexpr int kSumModes = sizeof(R) == 4 ? 4 : 2;  // per thread
 constexpr int kFinishWarps = 8;
 
 enum Sum { kSumFirst, kSumSecond, kSumWFirst, kSumWSecond, kProductFirst, kProductSecond, kMostSums };
@@ -39,8 +39,8 @@ enum Sum { kSumFirst, kSumSecond, kSumWFirst, kSumWSecond, kProductFirst, kProdu
 struct Gradients {
   Scan scan, adjoint;
   ConstReals dy;   // (T, D) T, or null: zero
-  Reals sums;      // (parts, stride): a part's (kinds, N', D') of enum Sum, then (D') for domega, unless from `lags`
-  int64_t kinds, stride, parts;  // a part is of a tile or, with `lags`, of all tiles
+  Reals sums;      // (parts, stride): a part's (kinds, N', D') of enum Sum, then (D') for domega, unless `lags` has it
+  int64_t kinds, stride, parts;  // a part is one tile or, with `lags`, all tiles
   Pairs slopes;                  // (2, tiles, D', N'): q times derivatives of both scans' local ends
   Reals lags;                    // (shares, kMmaTile, D'): sums over t of dy_t x_(t - lag), or null
   int64_t shares;
@@ -48,8 +48,8 @@ struct Gradients {
   Complexes dq, dgamma;  // (D, N), dgamma or null, as dy
 
   template <class R>
-  MEGALODON_INLINE R* slope(int of_adjoint, int64_t k, int64_t mode, int64_t channel) const {
-    return &slopes.of<R>()[((of_adjoint * scan.tiles + k) * scan.width + channel) * scan.lanes + mode].first;
+  MEGALODON_INLINE R* slope(int scan_index, int64_t k, int64_t mode, int64_t channel) const {
+    return &slopes.of<R>()[((scan_index * scan.tiles + k) * scan.width + channel) * scan.lanes + mode].first;
   }
 };
 
@@ -73,7 +73,7 @@ struct Sensitivity {
     GPU_UNROLL
     for (int m = 0; m < modes; ++m) w_first[m][0] = w_first[m][1] = w_second[m][0] = w_second[m][1] = 0;
   }
-  // kInput: there is a dy; else it is zero.
+  // kInput: dy is given; else it is zero.
   template <bool kInput>
   GPU_INLINE void step(const R (&x)[2], const R (&dy)[2]) {
     GPU_UNROLL
@@ -100,7 +100,7 @@ struct Sensitivity {
       }
     }
   }
-  // Adds K w: K is q times what enters the adjoint's tile or, where `sequence` ends, conj(dstate_out) / gamma.
+  // Adds K w: K is q times the state that enters the adjoint's tile or, if `sequence` ends, conj(dstate_out) / gamma.
   GPU_INLINE void add_end(const Scan& adjoint, const Place& place, bool ends, int64_t sequence, Pair<R>* slots) {
     to_slots(slots, w_first, w_second);
     int i = 0;
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kerne
     gpu::store(to_mode + kSumWFirst * plane, state.sum_w_first[m]);
     gpu::store(to_mode + kSumWSecond * plane, state.sum_w_second[m]);
   }
-  // Neighbouring lanes that share the channels have equal sums for domega.
+  // Lanes that share channels have equal sums for domega.
   if (place.part == 0) gpu::store(sums + p.kinds * plane + place.channel, state.sum_omega);
 }
 
@@ -180,10 +180,10 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
   const int64_t d = int64_t{blockIdx.x} * gpu::kWarp + lane, n = scan.first_mode + blockIdx.y;
   const int64_t plane = scan.lanes * scan.width, at = blockIdx.y * scan.width + (d < scan.width ? d : 0);
-  const bool of_omega = blockIdx.y + 1 == gridDim.y;
-  const int kinds = of_omega ? !kLags : static_cast<int>(p.kinds);
+  const bool is_omega = blockIdx.y + 1 == gridDim.y;
+  const int kinds = is_omega ? !kLags : static_cast<int>(p.kinds);
   const R* const sums = p.sums.of<R>() +
-                        (of_omega ? p.kinds * plane + at - blockIdx.y * scan.width : at);
+                        (is_omega ? p.kinds * plane + at - blockIdx.y * scan.width : at);
   double sum[kMostSums] = {};
   for (int64_t k = p.parts * warp / kFinishWarps; k < p.parts * (warp + 1) / kFinishWarps; ++k) {
     GPU_UNROLL
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
     sum[i] = 0;
     for (int w = 0; w < kFinishWarps; ++w) sum[i] += parts[(w * kMostSums + i) * gpu::kWarp + lane];
   }
-  if (of_omega) {
+  if (is_omega) {
     if (kLags) sum[0] = lags[lane];
     if (p.domega) p.domega.of<R>()[d] = static_cast<R>(sum[0]);
     return;
@@ -215,23 +215,23 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   const auto complex = [&](double first, double second) -> gpu::Complex<double> {
     return {first - shear * second, phase * second};
   };
-  auto of_y = complex(sum[kSumFirst], sum[kSumSecond]), of_w = complex(sum[kSumWFirst], sum[kSumWSecond]);
+  auto y_sum = complex(sum[kSumFirst], sum[kSumSecond]), w_sum = complex(sum[kSumWFirst], sum[kSumWSecond]);
   if constexpr (kLags) {
-    // P(q) and P'(q) of the polynomial P whose coefficients are the lags.
+    // P(q) and P'(q) of the polynomial P with the lags as coefficients.
     const gpu::Complex<double> q{basis.q.re, basis.q.im};
     gpu::Complex<double> value{0, 0}, slope{0, 0};
     for (int lag = kMmaTile - 1; lag >= 0; --lag) {
       slope = gpu::fma(slope, q, value);
       value = gpu::fma(value, q, {lags[lag * gpu::kWarp + lane], 0});
     }
-    of_y = of_y + value;
-    of_w = of_w + slope;
+    y_sum = y_sum + value;
+    w_sum = w_sum + slope;
   }
-  const auto of_x = p.kinds == kMostSums ? complex(sum[kProductFirst], sum[kProductSecond]) : of_y;
+  const auto x_sum = p.kinds == kMostSums ? complex(sum[kProductFirst], sum[kProductSecond]) : y_sum;
   const gpu::Complex<double> gamma{basis.gamma.re, basis.gamma.im};
-  const gpu::Complex<double> dgamma = p_scale * of_y, dq = p_scale * (gamma * of_w);
+  const gpu::Complex<double> dgamma = p_scale * y_sum, dq = p_scale * (gamma * w_sum);
   const int64_t to = d * scan.modes + n;
-  p.dp.of<R>()[to] = static_cast<R>(gpu::real_of_product(gamma, of_x));
+  p.dp.of<R>()[to] = static_cast<R>(gpu::real_of_product(gamma, x_sum));
   gpu::st(p.dq.of<R>() + to, gpu::Complex<R>{static_cast<R>(dq.re), static_cast<R>(-dq.im)});
   if (!p.dgamma) return;
   gpu::st(p.dgamma.of<R>() + to,

@@ -1,9 +1,9 @@
-// Phase 3 of cema.cuh: the states at tiles' ends -> the states that enter tiles, in their place.
+// Phase 3 of cema.cuh: the states at tiles' ends -> the states that enter tiles, in place.
 //
-// Grid: a block takes 32 modes and channels, its 16 warps 8 tiles each: 128 tiles a round. The states at the tiles' ends
-// stay in registers until the states that enter the tiles replace them in memory. Neighbouring lanes take neighbouring
-// modes. Each warp brings zero over its tiles; then all warps bring what enters the round over the warps before them.
-// Shared memory: 4.2 KB (8.3 for double).
+// Grid: a block takes 32 modes and channels, each of its 16 warps 8 tiles: 128 tiles per round. The states at the
+// tiles' ends stay in registers until the entering states replace them in memory. Neighbouring lanes take neighbouring
+// modes. Each warp carries zero over its tiles; then all warps carry the round's entering state over the warps before
+// them. Shared memory: 4.2 KB (8.3 for double).
 #pragma once
 
 #include "cema.cuh"
@@ -14,7 +14,7 @@ namespace cema {
 constexpr int kCarryWarps = 16;
 
 struct Scans {
-  Scan scan[2];  // blockIdx.y chooses
+  Scan scan[2];  // chosen by blockIdx.y
 };
 
 // z -> A z + e, with A in two parts.
@@ -32,7 +32,7 @@ struct Matrix {
   }
 };
 
-// Calls visit(tile, what enters it, its end) for each of the warp's tiles, once what enters it is stored.
+// Calls visit(tile, entering state, end state) for each of the warp's tiles, after storing the entering state.
 template <class R, class Visit>
 GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
   SMEM_ARRAY(Pair<R>, ends, kCarryWarps * gpu::kWarp);
@@ -41,7 +41,7 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
   const int64_t pairs = scan.lanes * scan.width, mine = int64_t{blockIdx.x} * gpu::kWarp + lane;
   const int64_t at = mine < pairs ? mine : 0;
   const Matrix<R> over_tile(scan, kTileMatrix, at), over_span(scan, kSpanMatrix, at);
-  Pair<R> enters{0, 0};  // enters the round
+  Pair<R> enters{0, 0};  // the round
   for (int64_t round = 0; round < scan.tiles; round += kCarryWarps * kSpan) {
     const int64_t begin = round + warp * kSpan;
     const auto tile = [&](int i) { return scan.reverse ? scan.tiles - 1 - (begin + i) : begin + i; };

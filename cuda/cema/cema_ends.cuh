@@ -1,10 +1,10 @@
-// The states in which sequences end, where no output is wanted: phase 4 of cema.cuh without y.
+// End states of sequences without an output: phase 4 of cema.cuh without y.
 //
-// Grid: as the scan's (cema_scan.cuh); a thread has two channels and some modes of a tile. Of the sequences in the tile it
-// walks those that end there, each from its start or from what enters the tile, and stores the state after the last step.
+// Grid: as the scan's (cema_scan.cuh); a thread has two channels and some modes of a tile. It scans the sequences that
+// end in the tile, from their start or from the state that enters the tile, and stores the last state.
 //
-// Registers and shared memory: as in phase 2. Multiply-adds a mode and step: 3, of the steps before an end in its tile.
-// Bytes: x of these steps; phase 2 has read all of x, once.
+// Registers and shared memory: as in phase 2. Multiply-adds per mode and position: 3, before an end in its tile. Bytes:
+// x at these positions; phase 2 has read all of x once.
 #pragma once
 
 #include "cema_scan.cuh"

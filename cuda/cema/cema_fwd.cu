@@ -6,7 +6,7 @@ namespace {
 
 using namespace cema;
 
-// Whether one launch that walks each sequence from its first step to its last beats a scan of four launches.
+// Returns true if one launch that visits each sequence from start to end is faster than a scan of four launches.
 bool has_few_steps(const CemaFwdParams& p) {
   if (p.ends_only) return false;
   const int64_t T = p.sequences.tokens, S = p.sequences.count;
@@ -31,7 +31,7 @@ void launch_steps(const CemaFwdParams& params, void* stream) {
   int lanes = 1;
   while (lanes < params.modes) lanes *= 2;
   const int64_t blocks = (params.channels * lanes + kStepThreads - 1) / kStepThreads;
-  // About 8 blocks an SM at most; then a block takes further sequences.
+  // At most about 8 blocks per SM; with more sequences, a block takes several.
   const int64_t rows = blocks < 1024 ? 1024 / blocks : 1;
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(rows < params.sequences.count ? rows : params.sequences.count));

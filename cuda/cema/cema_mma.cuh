@@ -1,32 +1,32 @@
-// The backward's sums by tensor cores, for bf16 without states: in place of the local scans and of cema_sums_kernel.
+// The backward's sums on tensor cores, for bf16 without states: replaces the local scans and cema_sums_kernel.
 //
-// Of a tile's x_0 .. x_127 and dy_0 .. dy_127, which are exact as operands, these are wanted:
+// For a tile's x_0 .. x_127 and dy_0 .. dy_127, which are exact as operands, these are computed:
 //
 //   e = sum_j q^(127-j) x_j     r = sum_j q^j dy_j     the ends of the two local scans (phase 2 of cema.cuh)
 //   e' = q de/dq                r' = q dr/dq           their slopes, sums of (127-j) q^(127-j) x_j and of j q^j dy_j
-//   c_i = sum_t dy_t x_(t-i)                           for each lag i < 128, summed over tiles too
+//   c_i = sum_t dy_t x_(t-i)                           for each lag i < 128, also summed over tiles
 //
 // With u, which enters the tile, k, which enters the adjoint's, and P(z) = sum_i c_i z^i, the sums of cema_bwd.cuh are
 //
 //   sum_t dy_t u_t = P(q) + q r u        sum_t dy_t w_t + K w_end = P'(q) + (r + r') u + k (e' + 128 q^128 u)
 //
-//   1. cema_tiles_kernel:  e and r, where the states will be; e' and r'; c, for each share of the tiles
-//   2. cema_carry_kernel:  e -> u;   cema_cross_kernel:  r -> k as the carry does, and the sums with u and k
+//   1. cema_tiles_kernel:  e and r, in place of the states; e' and r'; c, for each share of the tiles
+//   2. cema_carry_kernel:  e -> u;   cema_cross_kernel:  r -> k by the same carry, and the sums with u and k
 //   3. dx from k, by cema_mma_scan.cuh where it can;   cema_finish_kernel adds P(q) and P'(q), by Horner's rule
 //
-// Lags. c_(i+16j) = sum_t dy_(t+i) x_(t-16j): for each 16 steps t one product of A[i][t] = dy_(t+i), 16 x 16, and
-// B[t][j] = x_(t-16j), 16 x 8, zero where a step is not in the tile. A lane has 4 of the 128 lags.
-// Ends. A has 16 steps of 8 tiles: rows of x, and below them rows of dy, the last step first. B has q^j and j q^j,
-// j = 15 .. 0, as pairs (cema.cuh) of 4 modes, in three parts of bf16, which make a float. The sums of steps before,
-// times q^16, are added in float: tensor cores cut sums off. A lane has all ends and slopes of a tile and mode.
-// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are the steps t, t + 4, t + 8, t + 12: a lane's registers are halves
-// of words of shared memory, (x of channel 2p, x of channel 2p + 1), that four lanes read side by side.
+// Lags. c_(i+16j) = sum_t dy_(t+i) x_(t-16j): for each 16 positions t one product of A[i][t] = dy_(t+i), 16 x 16, and
+// B[t][j] = x_(t-16j), 16 x 8, zero for positions outside the tile. A lane has 4 of the 128 lags.
+// Ends. A has 16 positions of 8 tiles: rows of x, and below them rows of dy, the last position first. B has q^j and j
+// q^j, j = 15 .. 0, as pairs (cema.cuh) of 4 modes, in three parts of bf16 that sum to a float. Earlier positions'
+// sums, times q^16, are added in float: tensor cores truncate. A lane has all ends and slopes of a tile and mode.
+// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are positions t, t + 4, t + 8, t + 12: a lane's registers are halves
+// of words of shared memory, (x of channel 2p, x of channel 2p + 1), that four lanes read as neighbours.
 //
 // Grid of cema_tiles_kernel: x over 16 channels, y over shares; a block takes 8 tiles at once, a warp two channels.
-// Grid of cema_cross_kernel: the carry's; warps 0 to 3 add up the warps' sums, a kind each.
-// Registers: at most 128 (16 warps an SM). Shared memory: 90.3 KB, and 12.1 KB.
-// H100, (B 8, L 2048, D 1024, N 16): 4.2 M products, 36 us at 1024 multiply-adds a cycle and SM; 2.8 instructions of
-// a warp for a channel and step, 51 us; x, dy 67 MB in, ends and slopes 67 MB out, 40 us. Cross: 102 MB, 30 us.
+// Grid of cema_cross_kernel: the carry's; warps 0 to 3 add up the warps' sums, one kind each.
+// Registers: at most 128 (16 warps per SM). Shared memory: 90.3 KB, and 12.1 KB.
+// H100, (B 8, L 2048, D 1024, N 16): 4.2 M products, 36 us at 1024 multiply-adds per cycle and SM; 2.8 warp
+// instructions per channel and position, 51 us; x, dy 67 MB in, ends and slopes 67 MB out, 40 us. Cross: 102 MB, 30 us.
 // The whole backward about 130 us, and 75 MB of workspace.
 // Example: L = 256, T = 512: 4 tiles, one group of 8; u = 0 in tiles 0 and 2, k = 0 in tiles 1 and 3.
 #pragma once
@@ -38,12 +38,12 @@
 namespace megalodon {
 namespace cema {
 
-constexpr int kMmaTiles = 8;  // of a block at once: half the rows of A
-// Words of shared memory: of a block of steps, a tile with zeros after its end, and a pair of channels.
+constexpr int kMmaTiles = 8;  // per block at once: half the rows of A
+// Words of shared memory: of a block of positions, a tile with zeros after its end, and a pair of channels.
 constexpr int kBlockPitch = kBlock + 4, kTilePitch = (kMmaBlocks + 1) * kBlockPitch;
 constexpr int kPairPitch = kMmaTiles * kTilePitch + 4, kMmaWords = kMmaWarps * kPairPitch;
 
-// Where step s of a tile lies: 8 lanes 16 steps or a tile apart, and 4 neighbours of each, are in different banks.
+// Word of position s of a tile. 8 lanes 16 positions or a tile apart, and 4 neighbours of each, use different banks.
 GPU_INLINE int word_of(int s) { return s / kBlock * kBlockPitch + s % kBlock; }
 
 // Adds the lags of a tile: sum[e][i] is c of channel e and lag  g + 8 (i / 2) + 16 (2 t + i % 2),  lane 4 g + t.
@@ -60,7 +60,7 @@ GPU_INLINE void add_lags(float (&sum)[2][4], const uint32_t* x, const uint32_t* 
   a[1][3] = gpu::join_halves<1>(dy_word(0, 0), dy_word(0, 1));
   GPU_UNROLL
   for (int block = 0; block < kMmaBlocks; ++block) {
-    uint32_t y[4], z[4];  // steps t + 8, + 12, + 16, + 20 of dy, and t, + 4, + 8, + 12 of x
+    uint32_t y[4], z[4];  // positions t + 8, + 12, + 16, + 20 of dy, and t, + 4, + 8, + 12 of x
     GPU_UNROLL
     for (int m = 0; m < 4; ++m) {
       y[m] = dy_word(block, m + 2);
@@ -91,7 +91,7 @@ GPU_INLINE void add_lags(float (&sum)[2][4], const uint32_t* x, const uint32_t* 
   }
 }
 
-// Stores ends and slopes of the modes from `mode` on of tiles [first, first + kMmaTiles), channel e of the warp's two.
+// Stores ends and slopes of tiles [first, first + kMmaTiles), modes from `mode` on, channel e of the warp's two.
 template <int groups, int e>
 GPU_INLINE void store_ends(const Gradients& p, int64_t first, int mode, int64_t channel, const uint32_t* x,
                            const uint32_t* dy) {
@@ -117,15 +117,15 @@ GPU_INLINE void store_ends(const Gradients& p, int64_t first, int mode, int64_t 
   if (first + g >= p.scan.tiles) return;
   GPU_UNROLL
   for (int n = 0; n < groups; ++n) {
-    const int of_mode = mode + 4 * n + t;
-    gpu::st(p.scan.pairs<float>(first + g, of_mode, channel), Pair<float>{sum[n][0][0], sum[n][0][1]});
-    gpu::st(p.adjoint.pairs<float>(first + g, of_mode, channel), Pair<float>{sum[n][0][2], sum[n][0][3]});
-    gpu::st(p.slope<float>(0, first + g, of_mode, channel), Pair<float>{sum[n][1][0], sum[n][1][1]});
-    gpu::st(p.slope<float>(1, first + g, of_mode, channel), Pair<float>{sum[n][1][2], sum[n][1][3]});
+    const int lane_mode = mode + 4 * n + t;
+    gpu::st(p.scan.pairs<float>(first + g, lane_mode, channel), Pair<float>{sum[n][0][0], sum[n][0][1]});
+    gpu::st(p.adjoint.pairs<float>(first + g, lane_mode, channel), Pair<float>{sum[n][0][2], sum[n][0][3]});
+    gpu::st(p.slope<float>(0, first + g, lane_mode, channel), Pair<float>{sum[n][1][0], sum[n][1][1]});
+    gpu::st(p.slope<float>(1, first + g, lane_mode, channel), Pair<float>{sum[n][1][2], sum[n][1][3]});
   }
 }
 
-// 4 groups = N', or 8 where N' is more.
+// 4 groups = N', or 8 if N' is larger.
 template <int groups>
 __global__ void __launch_bounds__(kMmaThreads, 2) cema_tiles_kernel(Gradients p) {
   SMEM_DYN(uint32_t, words);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_tiles_kernel(Gradients p)
   }
 }
 
-// Puts k in the place of r; stores sums over all tiles of q r u and of (r + r') u + k (e' + 128 q^128 u), by enum Sum.
+// Replaces r by k; stores sums over all tiles of q r u and of (r + r') u + k (e' + 128 q^128 u), by enum Sum.
 template <class R>
 __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_cross_kernel(Gradients p) {
   SMEM_ARRAY(R, sums, kProductFirst * kCarryWarps * gpu::kWarp);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_cross_kernel(Gra
   const int64_t mode = at % p.scan.lanes, channel = at / p.scan.lanes;
   const Basis<R> basis(p.scan, mode, channel);
   const Matrix<R> over_tile(p.scan, kTileMatrix, at);
-  Pair<R> of_y{0, 0}, of_w{0, 0};
+  Pair<R> y_sum{0, 0}, w_sum{0, 0};
   carry<R>(p.adjoint, [&](int64_t k, Pair<R> enters, Pair<R> r) {
     const auto load = [&](const R* pair) { return gpu::ld<Pair<R>>(pair); };
     auto u = load(p.scan.pairs<R>(k, at, 0));
@@ -190,14 +190,14 @@ __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_cross_kernel(Gra
     const Pair<R> u_later = over_tile(u, {0, 0}), r_u = basis.multiply(r, u), slope_u = basis.multiply(r_slope, u);
     const Pair<R> k_slope = basis.multiply(
         enters, {e_slope.first + kMmaTile * u_later.first, e_slope.second + kMmaTile * u_later.second});
-    of_y = {of_y.first + r_u.first, of_y.second + r_u.second};
-    of_w = {of_w.first + slope_u.first + k_slope.first, of_w.second + slope_u.second + k_slope.second};
+    y_sum = {y_sum.first + r_u.first, y_sum.second + r_u.second};
+    w_sum = {w_sum.first + slope_u.first + k_slope.first, w_sum.second + slope_u.second + k_slope.second};
   });
-  const auto q_of_y = basis.multiply({basis.q.re + basis.shear, 1}, of_y);
-  const R of_warp[kProductFirst] = {q_of_y.first, q_of_y.second, of_w.first + of_y.first, of_w.second + of_y.second};
+  const auto q_of_y = basis.multiply({basis.q.re + basis.shear, 1}, y_sum);
+  const R totals[kProductFirst] = {q_of_y.first, q_of_y.second, w_sum.first + y_sum.first, w_sum.second + y_sum.second};
   GPU_UNROLL
   for (int kind = 0; kind < kProductFirst; ++kind)
-    sums[(kind * kCarryWarps + warp) * gpu::kWarp + lane] = of_warp[kind];
+    sums[(kind * kCarryWarps + warp) * gpu::kWarp + lane] = totals[kind];
   __syncthreads();
   if (warp >= kProductFirst || mine >= pairs) return;
   R sum = 0;

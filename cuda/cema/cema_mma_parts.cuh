@@ -1,5 +1,5 @@
-// What CEMA's kernels on tensor cores share, cema_mma_scan.cuh and cema_mma.cuh: how tiles come to shared memory and leave
-// it, and how products with powers of q make the ends of blocks and tiles.
+// Shared by CEMA's kernels on tensor cores, cema_mma_scan.cuh and cema_mma.cuh: copies of tiles to and from shared
+// memory, and products with powers of q, which give the ends of blocks and tiles.
 #pragma once
 
 #include "cema.cuh"
@@ -10,12 +10,12 @@ namespace cema {
 
 constexpr int kMmaWarps = 8, kMmaThreads = kMmaWarps * gpu::kWarp, kMmaChannels = 2 * kMmaWarps;
 constexpr int kMmaBlocks = kMmaTile / kBlock;
-constexpr int kParts = 3;  // of a float, in bf16
+constexpr int kParts = 3;  // bf16 parts of a float
 
-// The step within a block that row k of B stands for.
+// Position, within a block, of row k of B.
 GPU_INLINE int step_of(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }
 
-// Rounds two numbers to bf16, and leaves what is lost.
+// Returns two numbers rounded to bf16, and subtracts them from `rest`.
 GPU_INLINE uint32_t take_part(float (&rest)[2]) {
   const uint32_t part = gpu::pack2<gpu::bf16>(rest[0], rest[1]);
   rest[0] -= gpu::bit_cast<float>(part << 16);
@@ -23,10 +23,10 @@ GPU_INLINE uint32_t take_part(float (&rest)[2]) {
   return part;
 }
 
-// What a thread moves of some tiles of 16 channels, between a (T, D) tensor and the words of shared memory.
+// A thread's share of a copy of tiles of 16 channels between a (T, D) tensor and words of shared memory.
 template <int tiles>
 struct Share {
-  static constexpr int kRows = kMmaThreads / 2, kAll = tiles * kMmaTile / kRows, kAtOnce = 8;  // rows; of a thread
+  static constexpr int kRows = kMmaThreads / 2, kAll = tiles * kMmaTile / kRows, kAtOnce = 8;  // rows; kAll: per thread
   using Eight = gpu::Pack<uint32_t, 4>;
   int64_t first_token, channel;
   int half, row;
@@ -37,7 +37,7 @@ struct Share {
     channel = first_channel + half * 8;
     exists = channel < scan.channels;
   }
-  // Loads the share of (T, D) to word(pair, tile, step); zeros where there are no tokens or channels.
+  // Loads the share of (T, D) to word(pair, tile, step); zeros beyond the tokens or channels.
   template <class Word>
   GPU_INLINE void load(const Scan& scan, ConstReals tensor, Word&& word) const {
 #pragma unroll 1
@@ -74,10 +74,10 @@ struct Share {
   }
 };
 
-// Powers of q of 4 groups modes from `mode` on, of one channel. kinds = 2: and their slopes.
+// Powers of q of 4 groups modes from `mode` on, of one channel. kinds = 2: also their slopes.
 template <int groups, int kinds>
 struct Powers {
-  using Sums = float[groups][kinds][4];  // D of 4 modes: ends and, where kinds = 2, slopes
+  using Sums = float[groups][kinds][4];  // D of 4 modes: ends and, if kinds = 2, slopes
   uint32_t b[groups][kinds][kParts][2];  // B of q^j, and of j q^j
   Pair<float> left[groups], right[groups];  // columns of the matrix of q^16, of mode 4 n + t
 
@@ -104,10 +104,10 @@ struct Powers {
       right[n] = gpu::ld<Pair<float>>(scan.power<float>(kBlock + 1, mode + 4 * n + t, channel));
     }
   }
-  // Ends and slopes of 16 steps, of x in A.
+  // Ends and slopes of 16 positions, from x in A.
   GPU_INLINE void multiply(const uint32_t (&a)[4], Sums& d) const {
     GPU_UNROLL
-    for (int part = kParts - 1; part >= 0; --part) {  // from the smallest on
+    for (int part = kParts - 1; part >= 0; --part) {  // the smallest first
       GPU_UNROLL
       for (int n = 0; n < groups; ++n) {
         GPU_UNROLL
@@ -119,7 +119,7 @@ struct Powers {
     to_first = left[n].first * first + (right[n].first * second + to_first);
     to_second = left[n].second * first + (right[n].second * second + to_second);
   }
-  // To ends and slopes of 16 steps, adds those of the steps before, q^16 e and q^16 (e' + 16 e), in `sum`.
+  // Adds to the ends and slopes of 16 positions those of earlier positions in `sum`: q^16 e and q^16 (e' + 16 e).
   GPU_INLINE void append(Sums& sum, Sums& d) const {
     GPU_UNROLL
     for (int n = 0; n < groups; ++n) {

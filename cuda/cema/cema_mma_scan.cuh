@@ -1,29 +1,28 @@
 // Phases 2 and 4 of cema.cuh on tensor cores, for bf16 and 5 to 16 modes: the outputs of the forward, and dx.
 //
-// Of a block of 16 steps of a tile, with v, the state before it, and c = gamma p:
+// For a block of 16 positions of a tile, with v, the state before it, and c = gamma p:
 //
 //   e = sum_j q^(15-j) x_j      v <- q^16 v + e      y_i = sum_(j<=i) k_(i-j) x_j + sum_n Re(c_n q_n^(i+1) v_n)
 //
-// k_i = Re(sum_n c_n q_n^i), omega in k_0. A product's A are 16 tiles: x, 16 x 16 and exact, or v of 8 modes, 16 x 16 in
-// pairs (cema.cuh). Its B belong to a channel and stay in registers:
+// k_i = Re(sum_n c_n q_n^i), omega in k_0. A product's A has 16 tiles: x, 16 x 16 and exact, or v of 8 modes, 16 x 16
+// in pairs (cema.cuh). Its B belong to a channel and stay in registers:
 //
-//   Powers    16 steps x pairs of 4 modes: q^(15-j), in three parts of bf16, which make a float
-//   Readings  16 steps x 8 steps: k_(i-j); pairs of 8 modes x 8 steps: Re(c q^(i+1) v) as two factors of v
+//   Powers    16 positions x pairs of 4 modes: q^(15-j), in three parts of bf16 that sum to a float
+//   Readings  16 positions x 8 positions: k_(i-j); pairs of 8 modes x 8 positions: Re(c q^(i+1) v) as two factors of v
 //
-// Readings, and v where it is read, are in two parts: 16 bits of each term, of which y keeps 8. v itself, which goes on
-// from block to block, is a sum in float: tensor cores cut sums off. D of e has v's pairs where A wants them.
-// A zero of k times NaN would be NaN: y of a block in which any x is not finite comes from x without later steps.
+// Readings, and v as their operand, have two parts: 16 bits of each term, of which y keeps 8. v itself, carried from
+// block to block, is a sum in float: tensor cores truncate sums. D of e has v's pairs in the layout of A.
+// A zero of k times NaN would be NaN: if any x of a block is not finite, its y comes from x without later positions.
 //
-// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are the steps t, t + 4, t + 8, t + 12: a lane's registers are halves
-// of words of shared memory, (x of channel 2p, x of channel 2p + 1), that four lanes read side by side. Columns of
-// Readings, and so of y, are in this order, too. y takes the place of x, and leaves as x came. The adjoint's scan is the
-// same on reversed tiles.
+// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are positions t, t + 4, t + 8, t + 12: a lane's registers are halves
+// of words of shared memory, (x of channel 2p, x of channel 2p + 1), that four lanes read as neighbours. Columns of
+// Readings, and so of y, have the same order. y replaces x. The adjoint's scan runs on reversed tiles.
 //
 // Grid: x over 16 channels, y over 16 tiles; a warp takes two channels, one after the other.
-// Registers: at most 128 (16 warps an SM). Shared memory: 67.7 KB, and 1 KB in phase 4.
-// H100, (B 8, L 2048, D 1024, N 16), phase 2: 0.8 M products, 7 us at 1024 multiply-adds a cycle and SM; x 33.5 MB in,
-// states 17 MB out: 15 us. Phase 4: 1.8 M products, 16 us; 1.4 instructions of a warp for 4 steps of a channel, 25 us;
-// x and states in, y out, 84 MB, 25 us. The whole forward about 55 us, with 17 MB of states and 5 MB of coefficients.
+// Registers: at most 128 (16 warps per SM). Shared memory: 67.7 KB, and 1 KB in phase 4.
+// H100, (B 8, L 2048, D 1024, N 16), phase 2: 0.8 M products, 7 us at 1024 multiply-adds per cycle and SM; x 33.5 MB
+// in, states 17 MB out: 15 us. Phase 4: 1.8 M products, 16 us; 1.4 warp instructions per 4 positions of a channel, 25
+// us; x and states in, y out, 84 MB, 25 us. The whole forward: 55 us, 17 MB of states, 5 MB of coefficients.
 // Example: L = 256, T = 512: 4 tiles, one group, 12 rows of zeros; v = 0 enters the tiles 0 and 2.
 #pragma once
 
@@ -32,11 +31,11 @@
 namespace megalodon {
 namespace cema {
 
-constexpr int kReadingParts = 2;  // of what is read in bf16
+constexpr int kReadingParts = 2;  // of a value read in bf16
 // Words of shared memory: of a tile, and of a pair of channels.
 constexpr int kRowPitch = kMmaTile + 4, kRowsPitch = kMmaRows * kRowPitch + 4, kScanWords = kMmaWarps * kRowsPitch;
 
-// Whether no number of A in the warp is an infinity or NaN.
+// Returns true if no number of A in the warp is an infinity or NaN.
 GPU_INLINE bool all_finite(const uint32_t (&a)[4]) {
   uint32_t sum = 0;
   GPU_UNROLL
@@ -44,15 +43,15 @@ GPU_INLINE bool all_finite(const uint32_t (&a)[4]) {
   return !__any_sync(gpu::kFullMask, (sum & 0x80008000u) != 0);
 }
 
-// What makes y of a block of one channel, whose `kernel` is in shared memory: 16 zeros, then k_0 .. k_15.
+// Operands that give y of a block of one channel. `kernel`, in shared memory: 16 zeros, then k_0 .. k_15.
 template <int groups>
 struct Readings {
-  uint32_t of_x[2][kReadingParts][2];                // B of 8 steps
-  uint32_t of_states[groups / 2][2][kReadingParts][2];  // B of 8 modes and 8 steps
+  uint32_t b_x[2][kReadingParts][2];                // B of 8 positions
+  uint32_t b_states[groups / 2][2][kReadingParts][2];  // B of 8 modes and 8 positions
 
   GPU_INLINE Readings(const Scan& scan, int64_t channel, float* kernel) {
     const int lane = threadIdx.x % gpu::kWarp, g = lane / 4, t = lane % 4;
-    float k[3] = {};  // k_0, and k of the steps after step_of(g) and step_of(g + 8)
+    float k[3] = {};  // k_0, and k of the positions after step_of(g) and step_of(g + 8)
     GPU_UNROLL
     for (int n = 0; n < groups; ++n) {
       const auto plane = [&](int index) { return scan.plane<float>(index)[(4 * n + t) * scan.width + channel]; };
@@ -62,12 +61,12 @@ struct Readings {
       GPU_UNROLL
       for (int half = 0; half < 2; ++half) {
         const auto power = gpu::ld<Pair<float>>(scan.power<float>(step_of(g + 8 * half) + 1, 4 * n + t, channel));
-        // The output of what power times (1, 0), and times (0, 1), is: the columns of the power's matrix.
+        // Outputs of power times (1, 0), and times (0, 1): the columns of the power's matrix.
         float factors[2] = {first * power.first + second * power.second,
                             first * (beta * power.second) + second * (power.first - two_shears * power.second)};
         k[1 + half] += factors[0];
         GPU_UNROLL
-        for (int part = 0; part < kReadingParts; ++part) of_states[n / 2][half][part][n % 2] = take_part(factors);
+        for (int part = 0; part < kReadingParts; ++part) b_states[n / 2][half][part][n % 2] = take_part(factors);
       }
     }
     GPU_UNROLL
@@ -85,9 +84,9 @@ struct Readings {
       GPU_UNROLL
       for (int i = 0; i < 2; ++i) {
         const float* const at = kernel + kBlock + step_of(g + 8 * half) - step_of(2 * t + 8 * i);
-        float values[2] = {at[0], at[-4]};  // of the steps of rows 2 t and 2 t + 1
+        float values[2] = {at[0], at[-4]};  // of the positions of rows 2 t and 2 t + 1
         GPU_UNROLL
-        for (int part = 0; part < kReadingParts; ++part) of_x[half][part][i] = take_part(values);
+        for (int part = 0; part < kReadingParts; ++part) b_x[half][part][i] = take_part(values);
       }
     }
   }
@@ -95,10 +94,10 @@ struct Readings {
     GPU_UNROLL
     for (int part = kReadingParts - 1; part >= 0; --part) {
       GPU_UNROLL
-      for (int half = 0; half < 2; ++half) gpu::mma_16816<gpu::bf16>(y[half], x, of_x[half][part]);
+      for (int half = 0; half < 2; ++half) gpu::mma_16816<gpu::bf16>(y[half], x, b_x[half][part]);
     }
   }
-  // Makes what add_inputs adds, each step from x up to this step alone.
+  // As add_inputs, but each position uses no x after it.
   GPU_INLINE void add_inputs_step_by_step(float (&y)[2][4], const uint32_t (&x)[4]) const {
     const int t = threadIdx.x % 4;
 #pragma unroll 1
@@ -129,9 +128,9 @@ struct Readings {
       }
       GPU_UNROLL
       for (int half = 0; half < 2; ++half) {
-        gpu::mma_16816<gpu::bf16>(y[half], low, of_states[eight][half][0]);
-        gpu::mma_16816<gpu::bf16>(y[half], high, of_states[eight][half][1]);
-        gpu::mma_16816<gpu::bf16>(y[half], high, of_states[eight][half][0]);
+        gpu::mma_16816<gpu::bf16>(y[half], low, b_states[eight][half][0]);
+        gpu::mma_16816<gpu::bf16>(y[half], high, b_states[eight][half][1]);
+        gpu::mma_16816<gpu::bf16>(y[half], high, b_states[eight][half][0]);
       }
     }
   }
@@ -141,9 +140,9 @@ struct Readings {
 template <int groups>
 struct Channel {
   const Scan& scan;
-  int64_t first, channel;  // first: of the tiles
+  int64_t first, channel;  // first: tile
   int e;
-  uint32_t* words;  // of the warp
+  uint32_t* words;  // the warp's
   float v[groups][1][4] = {};
 
   GPU_INLINE Channel(const Scan& scan_, int64_t first_, int64_t channel_, int e_, uint32_t* words_)
@@ -161,7 +160,7 @@ struct Channel {
         if (tile < scan.tiles) f(tile, 4 * n + t, v[n][0][i], v[n][0][i + 1]);
     }
   }
-  // Calls visit(x in A, words of x of tiles g and g + 8) for each block, before v goes on.
+  // Calls visit(x in A, words of x of tiles g and g + 8) for each block, before v advances.
   template <class Visit>
   GPU_INLINE void advance(Visit&& visit) {
     const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
@@ -212,7 +211,7 @@ struct Channel {
     });
     if (scan.final) make_final_states();
   }
-  // Of the tiles that end a sequence, by a detour through `states`, since registers have no number.
+  // Of the tiles that end a sequence. Goes through `states`, since registers cannot be indexed.
   GPU_INLINE void make_final_states() {
     store();
     const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
@@ -229,7 +228,7 @@ struct Channel {
   }
 };
 
-// The tiles and channels of a block, in its words of shared memory.
+// Tiles and channels of a block, in its words of shared memory.
 struct Block {
   const Scan& scan;
   uint32_t* words;
@@ -246,14 +245,14 @@ struct Block {
   GPU_INLINE uint32_t* operator()(int pair, int tile, int step) const {
     return words + pair * kRowsPitch + tile * kRowPitch + (scan.reverse ? kMmaTile - 1 - step : step);
   }
-  // Calls f(one of the warp's two channels) for both.
+  // Calls f with each of the warp's two channels.
   template <int groups, class F>
   GPU_INLINE void for_each_channel(F&& f) const {
     if (channel >= scan.channels) return;
 #pragma unroll 1
     for (int e = 0; e < 2; ++e) {
-      Channel<groups> of_warp(scan, first, channel + e, e, words + threadIdx.x / gpu::kWarp * kRowsPitch);
-      f(of_warp);
+      Channel<groups> warp_channel(scan, first, channel + e, e, words + threadIdx.x / gpu::kWarp * kRowsPitch);
+      f(warp_channel);
     }
   }
 };

@@ -6,11 +6,11 @@ namespace megalodon {
 namespace cema {
 namespace {
 
-// Shared memory of a block on an A100 and what came after it. Cards of less have slower tensor cores and memory beside
-// their other units, and would take longer by count (bench/predict.py).
+// Shared memory of a block on an A100 and later. GPUs with less have slower tensor cores and memory relative to their
+// other units; by operation counts, they would take longer (bench/predict.py).
 constexpr size_t kMmaShared = 160 << 10;
 
-constexpr int64_t kMostBlocks = 65535;  // of a grid's y
+constexpr int64_t kMostBlocks = 65535;  // in a grid's y
 
 int64_t real_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
@@ -27,7 +27,7 @@ void dispatch_lanes(int64_t lanes, F&& f) {
 template <class T, bool kProducts, bool kInput>
 void launch_output_of(const Scan& scan, void* stream) {
   dispatch_lanes(scan.lanes, [&](auto lanes) {
-    // 8 modes a thread where registers allow it.
+    // 8 modes per thread if registers allow it.
     constexpr int modes = lanes == 4 || kProducts || sizeof(T) == 8 || (lanes == 32 && sizeof(T) == 4) ? 4 : 8;
     const Grid grid(scan, modes);
     LAUNCH((cema_output_kernel<T, modes, lanes / modes, kProducts, kInput>), grid.blocks, grid.threads, 0, stream,
@@ -35,7 +35,7 @@ void launch_output_of(const Scan& scan, void* stream) {
   });
 }
 
-// Calls f with the number of modes of a thread that only advances states, as an integral_constant.
+// Calls f with the number of modes per thread of a kernel that only advances states, as an integral_constant.
 template <class T, class F>
 void dispatch_modes(const Scan& scan, F&& f) {
   if constexpr (sizeof(T) < 8) {
@@ -61,8 +61,7 @@ Scan make_scan(const CemaParams& params) {
   return scan;
 }
 
-// bf16, and whole tiles of sequences without padding and without states to start from. A single tile, an eighth of what
-// the product of a sum takes, is not worth it.
+// bf16, at least two tiles (one is 1/8 of a sum's product), and sequences of whole tiles without padding or states.
 bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, const void* to) {
   const Sequences& sequences = params.sequences;
   const bool dense = !sequences.cu_seqlens && !sequences.lengths && sequences.row_length % kMmaTile == 0;
@@ -72,7 +71,7 @@ bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, con
          sequences.tokens >= 2 * kMmaTile && gpu::max_shared_bytes() >= kMmaShared;
 }
 
-// A product with half its rows is worth it. 4 modes are few to scan, 17 would take more registers than there are.
+// Half of a product's rows are enough. 4 modes are cheap to scan, 17 would need too many registers.
 bool takes_mma_output(const Scan& scan) {
   const int64_t tokens = scan.sequences.tokens, of_block = kMmaRows * kMmaTile;
   return scan.lanes > 4 && scan.modes <= 16 && 2 * tokens >= of_block && tokens <= kMostBlocks * of_block;
@@ -120,7 +119,7 @@ void launch_table(const CemaParams& params, const Scan& scan, bool carried, void
 }
 
 void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream) {
-  if (a.tiles <= 1) return;  // nothing enters the only tile
+  if (a.tiles <= 1) return;  // no state enters the only tile
   const Scans scans{{a, b ? *b : a}};
   const int count = b ? 2 : 1;
   dispatch_dtype(dtype, [&](auto type) {

@@ -1,18 +1,18 @@
-// The kernels of cema.cuh's phases 1, 2 and 4; cema_carry.cuh has that of phase 3.
+// The kernels of phases 1, 2 and 4 of cema.cuh; phase 3 is in cema_carry.cuh.
 //
 // Grid of phases 2 and 4: blocks of at most 128 threads; the blocks of a tile are neighbours. A thread owns two
-// neighbouring channels and 8 modes (4 where `modes` below says so), states and coefficients in registers. The lanes
-// that share two channels are neighbours, too, read the same elements and add up y by shuffles, kStored steps at once,
-// of which each lane keeps and stores its own: rows are read and written 64 bytes or more a warp, 32 for N = 32.
+// neighbouring channels and 8 modes (4 if `modes` is 4), states and coefficients in registers. The lanes that share two
+// channels are also neighbours. They read the same elements and add up y by shuffles, kStored positions at a time, of
+// which each lane stores its own: a warp reads and writes rows 64 bytes or more at a time, 32 for N = 32.
 //
-// Registers: at most 168 (12 warps an SM), 255 for double; no spills. Shared memory: 16 KB for the states of sequences
+// Registers: at most 168 (12 warps per SM), 255 for double; no spills. Shared memory: 16 KB for the states of sequences
 // that start or end.
-// Multiply-adds a mode and step: 3 in phase 2, 5 in phase 4, two more with products.
-// Where the end states alone are wanted, cema_ends_kernel of cema_ends.cuh takes the place of phase 4.
-// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB
-// twice, y 33.5 MB, and states of 17 MB four times, which stay in L2: 30 us at 3.35 TB/s.
-// Example: T = 300, tile 32: 10 tiles, the last of 12 steps; two sequences from 0 and from 100: tiles 0 and 3 hold a
-// start, so what enters tiles 1 .. 3 comes from token 0 on, and what enters tiles 4 .. 9 from token 100 on.
+// Multiply-adds per mode and position: 3 in phase 2, 5 in phase 4, two more with products.
+// If only end states are wanted, cema_ends_kernel of cema_ends.cuh replaces phase 4.
+// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB twice, y
+// 33.5 MB, and states of 17 MB four times, which stay in L2: 30 us at 3.35 TB/s.
+// Example: T = 300, tile 32: 10 tiles, the last of 12 positions; two sequences from 0 and from 100: tiles 0 and 3
+// contain a start, so the states that enter tiles 1 .. 3 come from token 0 on, those of tiles 4 .. 9 from token 100 on.
 #pragma once
 
 #include "cema_carry.cuh"
@@ -20,7 +20,7 @@
 namespace megalodon {
 namespace cema {
 
-constexpr int kStored = 4;  // most steps that add_parts takes at once
+constexpr int kStored = 4;  // maximum positions per add_parts
 
 template <class R>
 GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re, double v, double phase2,
@@ -108,7 +108,7 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   if (scan.powers) store_powers<R>(scan, mode, d, pole.re, phase2, shear);
 }
 
-// Takes `count` steps, the first at element `at`; `in` may be null, of zeros.
+// Advances by `count` positions, the first at element `at`; a null `in` counts as zeros.
 template <int modes, class T, class R>
 GPU_INLINE void walk(const Scan& scan, const Place& place, Modes<R, modes>& state, const T* in, int64_t at, int count) {
   const int64_t step = scan.step();
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_local_kern
 }
 
 // Adds y over the `split` lanes of two channels; n and split are powers of two. Lane `part` gets the sums of n / split
-// steps in order or, with fewer steps than lanes, split / n neighbours get the sums of one step.
+// positions in order or, with fewer positions than lanes, split / n neighbours get the sums of one position.
 template <int split, int n, class R>
 GPU_INLINE void add_parts(R (&y)[n][2], int part) {
   GPU_UNROLL
@@ -167,14 +167,14 @@ GPU_INLINE void add_parts(R (&y)[n][2], int part) {
       if (size == 0) y[0][e] += __shfl_xor_sync(gpu::kFullMask, y[0][e], apart);
       GPU_UNROLL
       for (int i = 0; i < size; ++i) {
-        const R mine = upper ? y[i + size][e] : y[i][e], other = upper ? y[i][e] : y[i + size][e];
-        y[i][e] = mine + __shfl_xor_sync(gpu::kFullMask, other, apart);
+        const R own = upper ? y[i + size][e] : y[i][e], other = upper ? y[i][e] : y[i + size][e];
+        y[i][e] = own + __shfl_xor_sync(gpu::kFullMask, other, apart);
       }
     }
   }
 }
 
-// kProducts: adds up factor_t times the states, too. Without kInput all of `in` is zero, and not read.
+// kProducts: also adds up factor_t times the states. Without kInput, `in` counts as zero and is not read.
 template <class T, int modes, int split, bool kProducts, bool kInput>
 struct Output {
   using R = Compute<T>;
@@ -203,7 +203,7 @@ struct Output {
     }
   }
 
-  // Takes n steps of sequence `sequence`, the first at element `at`; an initial state enters there if `enters`.
+  // Advances by n positions of `sequence`, the first at element `at`; an initial state enters there if `enters`.
   template <int n>
   GPU_INLINE void advance(int64_t at, bool enters, int64_t sequence) {
     const int64_t step = scan.step();
@@ -249,7 +249,7 @@ struct Output {
     }
   }
 
-  // Stores the rows that add_parts has left to this lane.
+  // Stores the rows whose sums add_parts has given to this lane.
   template <int n>
   GPU_INLINE void store_rows(int64_t at, R (&y)[n][2]) const {
     constexpr int rows = n > split ? n / split : 1, lanes = n > split ? 1 : split / n;

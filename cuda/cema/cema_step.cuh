@@ -1,14 +1,14 @@
-// CEMA of few steps a sequence, as in decoding: ops/cema/cema_reference.py, in one launch and without a workspace.
+// CEMA of short sequences, as in decoding: ops/cema/cema_reference.py, in one launch and without a workspace.
 //
 //   h_t = q h_{t-1} + p x_t      y_t = Re(sum_n gamma_n h_t[n]) + omega x_t
 //
-// Grid: x over channels, y over sequences; a block takes every gridDim.y-th sequence, its coefficients in registers. A
-// lane owns a mode of a channel; `lanes` neighbours, a power of two, own a channel. For each sequence:
-//   1. load the state; 2. for each kSteps rows, load x, step, add y over the lanes by shuffles; 3. store the state.
+// Grid: x over channels, y over sequences; a block takes every gridDim.y-th sequence, with its coefficients in
+// registers. A lane owns a mode of a channel; `lanes` neighbours, a power of two, own a channel. For each sequence:
+//   1. load the state; 2. for each kSteps rows, load x, advance, add y over the lanes by shuffles; 3. store the state.
 //   4. The first lane zeroes the rows of padding before the sequence and, for the last sequence, the rows after it.
 //
 // Registers: at most 64, no spills. Shared memory: none.
-// Bytes: states in and out, 16 N a channel and sequence, dwarf x and y; coefficients, 20 N a channel, from L2.
+// Bytes: mostly states in and out, 16 N per channel and sequence; coefficients, 20 N per channel, from L2.
 // H100, (B 32, L 1, D 4096, N 16): 33.6 MB of states, 10 us at 3.35 TB/s.
 // Example: N = 16, D = 1024: a warp has two channels, 64 blocks of 256 threads a sequence.
 #pragma once
@@ -21,7 +21,7 @@ namespace megalodon {
 namespace cema {
 
 constexpr int kStepThreads = 256;
-constexpr int kSteps = 8;  // rows that are loaded at once
+constexpr int kSteps = 8;  // rows loaded at once
 
 template <class T>
 __global__ void __launch_bounds__(kStepThreads) cema_step_kernel(CemaFwdParams p, int lanes) {

@@ -1,13 +1,13 @@
-// What the kernels of chunked attention share: the tokens a block of threads owns, where keys and values lie, DropKey.
+// Shared by the kernels of chunked attention: the tokens of a block of threads, the rows of keys and values, DropKey.
 //
 // The rows of a sequence are numbered on its grid: the `position` rows of the cache, then the tokens of this call,
 // token t being row position + t. Row i sees the columns from i - i % C to i.
 //
-// cu_seqlens, lengths and position are known to the device alone, so a launcher counts blocks of rows from T and S:
+// Only the device knows cu_seqlens, lengths and position, so a launcher counts blocks of rows from T and S:
 //   dense, padded   each of the B rows of L tokens is a range
 //   packed          the ranges are the padding in front, the S sequences, and the padding behind
 // A range is cut into blocks of kRows tokens. The blocks of range r are numbered from begin(r) / kRows + r on (packed),
-// which leaves at least ceil(length / kRows) numbers to each range; numbers in excess get no rows.
+// which leaves at least ceil(length / kRows) numbers for each range; excess numbers have no rows.
 // Example: kRows 4, cu_seqlens 0, 5, 6, T 6: the first blocks of [0, 0), [0, 5), [5, 6), [6, 6) are 0, 1, 3, 4.
 #pragma once
 
@@ -22,13 +22,13 @@ namespace chunked_attention {
 template <class R>
 GPU_INLINE bool is_finite(R value) { return value - value == 0; }
 
-// The sequence that holds `token`, or -1 for padding and for sequences whose position is not in [0, C).
+// The sequence of `token`, or -1 for padding and for sequences whose position is not in [0, C).
 GPU_INLINE int64_t find_live_sequence(const ChunkedAttentionParams& p, int64_t token) {
   const int64_t s = gpu::find_sequence(p.sequences, token);
   return s < 0 || gpu::find_position(p.position, s, p.chunk_size) < 0 ? -1 : s;
 }
 
-// `rows` neighbouring tokens of one range: the first `live` are of a sequence, the rest are padding.
+// `rows` neighbouring tokens of one range: the first `live` belong to a sequence, the rest are padding.
 struct RowBlock {
   int64_t sequence;  // of the live rows
   int64_t position;  // rows of the sequence's grid that the cache holds
@@ -39,7 +39,7 @@ struct RowBlock {
   GPU_INLINE int64_t row() const { return position + token - begin; }  // of `token`, on the grid
 };
 
-// How many blocks of kRows tokens a launcher must provide.
+// Number of blocks of kRows tokens that a launcher must provide.
 template <int kRows>
 inline int64_t count_row_blocks(const Sequences& sequences) {
   if (sequences.cu_seqlens) return sequences.tokens / kRows + sequences.count + 2;
@@ -58,7 +58,7 @@ GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t numb
     end = sequences.end(sequence);
     first = number % blocks * kRows;
   } else {
-    // Range r begins where sequence r - 1 does. Sought: the last range that has its first block at `number` or before.
+    // Range r begins where sequence r - 1 does. Find the last range whose first block is at most `number`.
     const auto range_begin = [&](int64_t r) { return r == 0 ? int64_t{0} : sequences.begin(r - 1); };
     int64_t range = 0;
     for (int64_t high = sequences.count + 2; high - range > 1;) {
@@ -84,7 +84,7 @@ GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t numb
   return block;
 }
 
-// The rows of one head of k or v (K or V = width elements each), by their number on the grid, counted from `origin`.
+// Rows of one head of k or v (K or V = width elements each), by their number on the grid, counted from `origin`.
 template <class T>
 class GridRows {
  public:
@@ -100,8 +100,8 @@ class GridRows {
   }
 
  private:
-  const T *cache_, *tokens_;  // where row 0 would be
-  int cached_;                // rows that lie in the cache
+  const T *cache_, *tokens_;  // address of row 0, which may not exist
+  int cached_;                // rows in the cache
   int stride_;
 };
 
@@ -121,7 +121,7 @@ class DropKey {
     return dropped_of_quad(row, column / 4) >> (column % 4) & 1;
   }
 
-  // Bit i: whether the score of column 4 `quad` + i is dropped.
+  // Bit i is set if the score of column 4 `quad` + i is dropped.
   GPU_INLINE unsigned dropped_of_quad(int64_t row, int64_t quad) const {
     uint32_t word[4];
     draw(word, static_cast<uint32_t>(row), static_cast<uint32_t>(quad));
@@ -131,9 +131,8 @@ class DropKey {
     return bits;
   }
 
-  // Replaces the dropped ones among a warp's scores in the layout of an mma's result: 16 rows from `row` on, and 8
-  // columns from column 4 `quad` on. Lanes 2 i and 2 i + 1 share the words of two rows: each lane draws the words of
-  // one row and passes half of them on.
+  // Replaces the dropped scores of a warp in the layout of an mma's result: 16 rows from `row` on, and 8 columns from
+  // column 4 `quad` on. Lanes 2 i and 2 i + 1 share the words of two rows: each draws one row's.
   GPU_INLINE void apply(float (&score)[4], uint32_t row, uint32_t quad, float replacement) const {
     const unsigned lane = threadIdx.x % gpu::kWarp, odd = lane % 2;
     uint32_t word[4];

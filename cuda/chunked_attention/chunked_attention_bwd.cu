@@ -5,8 +5,8 @@ namespace {
 
 using namespace chunked_attention;
 
-constexpr int64_t kTileBytes = int64_t{64} << 20;  // a round's tiles may take this in any case
-constexpr int64_t kTensorsPerTiles = 8;            // a round's tiles may take 1/8 of the tensors' bytes: few rounds
+constexpr int64_t kTileBytes = int64_t{64} << 20;  // a round's tiles may always take this
+constexpr int64_t kTensorsPerTiles = 8;            // or 1/8 of the tensors' bytes, so that rounds are few
 
 // Sets all of `plan` and returns the workspace's bytes.
 template <class Product>
@@ -37,7 +37,7 @@ int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {
   };
   const int64_t sums = plan.rounds > 1 ? plan.blocks * edge * p.key_dim * static_cast<int64_t>(sizeof(R)) : 0;
   plan.tiles = take(plan.panels * panel_bytes);
-  for (void*& of_round : plan.dq_sums) of_round = take(sums);
+  for (void*& buffer : plan.dq_sums) buffer = take(sums);
   plan.delta = plan.blocks > 1 ? take(sequences.tokens * p.heads * static_cast<int64_t>(sizeof(R))) : nullptr;
   return bytes;
 }

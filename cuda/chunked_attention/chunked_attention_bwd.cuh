@@ -1,42 +1,42 @@
 // Chunked attention, backward: ops/chunked_attention/chunked_attention_reference.py.
 //
-//   P_ij = exp(scale q_i . k_j - lse_i), 0 where i does not see j or dropped it      dS_ij = P_ij (do_i . v_j - delta_i)
+//   P_ij = exp(scale q_i . k_j - lse_i), 0 if i does not see j or dropped it        dS_ij = P_ij (do_i . v_j - delta_i)
 //   dv_j = sum_i P_ij do_i     dk_j = scale sum_i dS_ij q_i     dq_i = scale sum_j dS_ij k_j     delta_i = do_i . o_i
 //
-// q, k (T, H, K), v, o, do (T, H, V) of type T, lse (T, H) of type R, as in chunked_attention.h. K and V have no limit.
-// P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk. Each tile, those above the diagonal
-// only where attention is not causal, is made once and kept in the workspace in type T, so no product is made twice:
-// 3 K + 2 V multiplications a score.
+// q, k (T, H, K), v, o, do (T, H, V) of type T, lse (T, H) of type R, as in chunked_attention.h. K and V are unlimited.
+// P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk. Each tile (above the diagonal only if
+// attention is not causal) is computed once and stored in the workspace in type T, so no product is computed twice: 3 K
+// + 2 V multiplications per score.
 //
 // Phases: 1. prepare, a warp for each token and head: delta, and zeros in the gradients of padding;
 //         2. scores, a block for each tile: S = q k^T, dP = do v^T; P from S, dS from P and dP;
 //         3. products, a block for each kEdge rows of dq, dk or dv by kEdge channels: sums over the tiles of a row of
 //            tiles (dq = dS k) or of a column of tiles, a panel (dk = dS^T q, dv = P^T do).
 // Phases 2 and 3 run in rounds of as many panels as fit kTileBytes or an eighth of the tensors, at least one (2 kEdge C
-// elements of T). dk and dv of a panel are complete within its round. A chunk cut by rounds hands its sums of dq on in
-// type R, from one of two buffers to the other, keys in order. Blocks that hold cached rows alone have no queries, take
-// no gradient and are left out.
-// If a chunk is one block of rows, phase 2 scales the rows of P to sum 1 and takes delta_i = sum_j P_ij dP_ij: where
-// terms cancel, as they do among few keys, o's rounding to 16 bits would show.
+// elements of T). dk and dv of a panel are complete within its round. A chunk cut by rounds carries its sums of dq in
+// type R, from one of two buffers to the other, keys in order. Blocks of cached rows alone have no queries and no
+// gradient and are skipped.
+// If a chunk is one block of rows, phase 2 scales the rows of P to sum 1 and takes delta_i = sum_j P_ij dP_ij: with few
+// keys, terms cancel and the rounding of o to 16 bits would show.
 //
 // A block has 256 threads and a ring of three slabs of both operands (block_product.cuh), filled by cp.async.
-//   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, and 1 KiB for scores; a multiprocessor has 1 block of scores or, if
+//   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, and 1 KiB for scores; an SM has 1 block of scores or, if
 //                 its memory allows, 2 of products
 //   float         kEdge 128, slabs 16 deep, 49 KiB; double: kEdge 64, 49 KiB; by multiply-adds
-// Registers: scores 223, products 128, or 162 where rows are no vectors; float 254, 194. No spills but of up to two
-// registers in products on sm_80 and sm_90, once a thread, outside the loop.
+// Registers: scores 223, products 128, or 162 if rows cannot be read as vectors; float 254, 194. No spills, except up
+// to two registers in products on sm_80 and sm_90, once per thread, outside the loop.
 //
-// Not finite: tiles on the diagonal hold zeros for the pairs that do not see each other, and 0 times a NaN of a row of
-// q, k or do is NaN. So a block of products with a NaN is made twice more, without the zeros (`add_products`): a step
-// that overflowed takes three times the products of another, and not a walk over the rows for each element.
+// NaN and infinity: tiles on the diagonal hold zeros for pairs that do not see each other, and 0 times a NaN of q, k or
+// do is NaN. If a block of products finds a NaN, it computes its sums twice more, without the zeros (`add_products`). A
+// call that overflowed then takes three times as many products, instead of a loop over the rows for each element.
 //
-// Bytes: q, k, v, do twice and o once, dq, dk, dv once, each more often from L2: 4 kEdge (K + V) elements of operands a
-// tile, P V / kEdge times, dS 2 K / kEdge times.
-// H100, (B 8, L 2048, H 1, K 256, V 2048, C 2048) bf16: 173 GFLOP, 10 of them above the diagonal, 175 us at
-// 990 TFLOP/s; 302 MB of tensors, 90 us at 3.35 TB/s; 2.7 GB from L2, 64 FLOP for each byte. Workspace 64 MiB.
+// Bytes: q, k, v, do twice and o once, dq, dk, dv once, each more often from L2: 4 kEdge (K + V) elements of operands
+// per tile, P V / kEdge times, dS 2 K / kEdge times.
+// H100, (B 8, L 2048, H 1, K 256, V 2048, C 2048) bf16: 173 GFLOP, 10 of them above the diagonal, 175 us at 990
+// TFLOP/s; 302 MB of tensors, 90 us at 3.35 TB/s; 2.7 GB from L2, 64 FLOP per byte. Workspace 64 MiB.
 //
 // Example: kEdge 2, C 5: three panels, of the tiles (0,0) (1,0) (2,0), then (1,1) (2,1), then (2,2). If the first round
-// takes two panels, it finishes rows 0-3 of dq, dk and dv, and hands row 4 of dq to the second round.
+// takes two panels, it finishes rows 0-3 of dq, dk and dv, and passes row 4 of dq to the second round.
 #pragma once
 
 #include "block_product.cuh"
@@ -45,12 +45,12 @@
 namespace megalodon {
 namespace chunked_attention {
 
-constexpr int kStages = 3;  // of the ring of slabs
+constexpr int kStages = 3;  // in the ring of slabs
 
 GPU_INLINE float exponential(float x) { return gpu::exp2_approx(x * 1.44269504f); }
 GPU_INLINE double exponential(double x) { return exp(x); }
 
-// Bit r kMicro + c: whether the thread's element (r, c) of the tile at (row, column) of the sequence's grid is dropped.
+// Bit r kMicro + c is set if the thread's element (r, c) of the tile at (row, column) of the grid is dropped.
 template <class Product>
 GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t column) {
   constexpr int kMicro = Product::kMicro;
@@ -58,7 +58,7 @@ GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t col
   if constexpr (sizeof(typename Product::T) == 2) {
     for (int i = 0; column % 4 == 0 && i < 16; ++i) {
       float kept[4] = {1, 1, 1, 1};
-      const int top = i / 4 * 2, left = i % 4 * 2;  // the fragment's first element (top, left) of the thread's
+      const int top = i / 4 * 2, left = i % 4 * 2;  // the fragment's first element of the thread's
       drop.apply(kept, static_cast<uint32_t>(row + Product::warp_row() + 8 * top),
                  static_cast<uint32_t>((column + Product::warp_column()) / 4 + left), 0);
       GPU_UNROLL
@@ -74,7 +74,7 @@ GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t col
 }
 
 // For a chunk of one block: scales each row of P to the sum 1, and sets delta to the mean of dP under that row of P.
-// `partial` lies in the slabs, with which all threads are done before one calls normalize_rows.
+// `partial` is in the slabs; no thread may still use them.
 template <class Product>
 GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Product::Sum& dp,
                                typename Product::R* partial, typename Product::R* gains,
@@ -88,7 +88,7 @@ GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Produ
     GPU_UNROLL
     for (int c = 0; c < Product::kMicro; ++c) {
       sum += prob.at(r, c);
-      product += prob.at(r, c) == 0 ? R{0} : prob.at(r, c) * dp.at(r, c);  // dp may be NaN where a row sees no key
+      product += prob.at(r, c) == 0 ? R{0} : prob.at(r, c) * dp.at(r, c);  // dp may be NaN if a row sees no key
     }
     sums[Product::row(r) * pitch + Product::slot()] = sum;
     partial[Product::row(r) * pitch + Product::slot()] = product;
@@ -100,7 +100,7 @@ GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Produ
       sum += sums[threadIdx.x * pitch + slot];
       product += partial[threadIdx.x * pitch + slot];
     }
-    const R gain = sum == 0 || sum != sum ? R{1} : 1 / sum;  // a NaN row keeps the zeros of what it does not see
+    const R gain = sum == 0 || sum != sum ? R{1} : 1 / sum;  // a NaN row keeps the zeros of keys that it does not see
     delta[threadIdx.x] = product * gain;
     gains[threadIdx.x] = gain;
   }
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
   const int key = block.first, query = (p.causal ? key : 0) + static_cast<int>(blockIdx.x % plan.blocks) * kEdge;
   if (query >= block.rows || query + kEdge <= block.cached) return;
 
-  // An lse of infinity makes P = 0: a row without a query, or whose scores were all dropped, has no probabilities.
+  // An lse of infinity makes P = 0: a row that has no query, or whose scores were all dropped, has no probabilities.
   R my_lse = INFINITY, my_delta = 0;
   const int my_row = query + static_cast<int>(threadIdx.x);
   if (threadIdx.x < kEdge && my_row >= block.cached && my_row < block.rows) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
   const auto v = chunk_rows<true>(p, block, typed<T>(p.v), p.value_dim, typed<T>(p.cache_v));
   const int key_slabs = static_cast<int>((p.key_dim + kDepth - 1) / kDepth);
   const int value_slabs = static_cast<int>((p.value_dim + kDepth - 1) / kDepth);
-  typename Product::Sum prob, ds;  // S and dP until P and dS are made of them
+  typename Product::Sum prob, ds;  // first S and dP, then P and dS
   gpu::pipeline<kStages, sizeof(T) == 2>(
       key_slabs + value_slabs,
       [&](int slab, int stage) {
@@ -208,11 +208,11 @@ GPU_INLINE void scale_by(typename Product::Sum& sum, typename Product::R factor)
   }
 }
 
-// Adds the products of `count` slabs of weights, P or dS, and of rows to a sum: load(slab, a, b) brings both, and
-// multiply(slab, a, b) adds their product. Returns false where a sum of the block is NaN, for the caller to call again:
-// pass 1 finds which sums see a row's NaN or infinity with a weight other than 0, and pass 2 adds the finite elements
-// of rows to the others. `pass` lies in shared memory, as the loop has no register for it; what thread 0 sets, the
-// others read after the pipeline's first barrier, which there is: `count` is at least 1.
+// Adds the products of `count` slabs of weights, P or dS, and of rows to a sum: load(slab, a, b) loads both, and
+// multiply(slab, a, b) adds their product. Returns false if a sum of the block is NaN; then the caller calls again.
+// Pass 1 finds the sums that see a NaN or infinity with a weight other than 0; pass 2 adds the finite elements of rows
+// to the others. `pass` is in shared memory, as the loop has no register for it. Thread 0 sets it; the others read it
+// after the pipeline's first barrier, which exists as `count` is at least 1.
 template <class Product, class Load, class Multiply>
 GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Product::T* slabs, int count, Load&& load,
                              Multiply&& multiply) {
@@ -243,14 +243,13 @@ GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Pro
   if (gpu::block_sum(again) == 0) return true;
   if (threadIdx.x == 0) *pass = last + 1;
   GPU_UNROLL
-  for (int e = 0; e < kElements; ++e)  // an infinity, which is no product with 0, stays
+  for (int e = 0; e < kElements; ++e)  // an infinity, not from a product with 0, stays
     if (fabs(element(e)) != INFINITY) element(e) = last == kPlain || element(e) == 0 ? R{0} : R{NAN};
-  __syncthreads();  // orders nothing; without it nvcc 13.0 spills 7 registers for sm_90, not 1
+  __syncthreads();  // not for order: without it nvcc 13.0 spills 7 registers for sm_90, not 1
   return false;
 }
 
-// dv, or dk, of a panel: the products of the panel's P, or dS, with kEdge columns of do, or q. Returns false where
-// add_products does.
+// dv, or dk, of a panel: the products of its P, or dS, with kEdge columns of do, or q. Returns add_products' result.
 template <class Product>
 GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
                                    int64_t panel, bool values, int column, typename Product::Sum& sum, int* pass,
@@ -265,7 +264,7 @@ GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const Bwd
   if (key + kEdge <= block.cached) return true;
   const T* tile = typed<T>(plan.tiles) + (2 * panel + !values) * plan.blocks * kEdge * kEdge;
   const auto right = chunk_rows(p, block, typed<T>(values ? p.d_o : p.q), width);
-  const int first = p.causal && key > block.cached ? key : block.cached / kDepth * kDepth;  // the first row of queries to add
+  const int first = p.causal && key > block.cached ? key : block.cached / kDepth * kDepth;  // the first query row
   const bool complete = add_products<Product>(
       sum, pass, slabs, (block.rows - first + kDepth - 1) / kDepth,
       [&](int slab, T* a, T* b) {
@@ -294,7 +293,7 @@ GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const 
   constexpr int kEdge = Product::kEdge, kDepth = Product::kDepth, kMicro = Product::kMicro;
   ChunkBlock block;
   if (!find_block<kEdge>(block, p, plan, round * plan.panels + number)) return true;
-  // The panel of this round that the chunk's block 0 is or would be, and the keys [key, stop) of round and queries.
+  // The chunk's block 0 as a panel of this round, possibly outside it, and the keys [key, stop) of round and queries.
   const int64_t zero = block.number - round * plan.panels, end = (plan.panels - zero) * kEdge;
   const int query = block.first, key = zero < 0 ? static_cast<int>(-zero) * kEdge : 0;
   const int seen = p.causal && query + kEdge < block.rows ? query + kEdge : block.rows;

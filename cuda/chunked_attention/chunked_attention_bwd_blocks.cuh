@@ -1,11 +1,11 @@
-// The backward of chunked attention: how its launches share the work, and where the rows of a block lie.
+// The backward of chunked attention: distribution of work over launches, and rows of a block.
 //
 // Row blocks follow the chunks' grid and are numbered by sequence, chunk, head and block, so that the blocks of one
 // head of a chunk are neighbours. A launcher does not know cu_seqlens, so numbers are spaced by sizes alone:
 //   dense, padded   as if every sequence were full, and every position the last
-//   packed          sequence s from number begin(s) blocks / most_rows + 2 s on, which leaves each sequence enough
-// Numbers in excess get no rows. Example: kEdge 2, C 3 (two blocks a chunk), cu_seqlens 0, 4, 5: the sequences
-// begin at the numbers 0 and 4; sequence 0 takes the numbers 0, 1 (rows 0, 1 and 2) and 2 (row 3), and 3 is in excess.
+//   packed          sequence s from number begin(s) blocks / most_rows + 2 s on, which leaves enough for each sequence
+// Excess numbers have no rows. Example: kEdge 2, C 3 (two blocks per chunk), cu_seqlens 0, 4, 5: the sequences begin at
+// the numbers 0 and 4; sequence 0 takes the numbers 0, 1 (rows 0, 1 and 2) and 2 (row 3), and 3 is in excess.
 #pragma once
 
 #include "chunked_attention.cuh"
@@ -13,20 +13,20 @@
 namespace megalodon {
 namespace chunked_attention {
 
-// How the launches share the work; all of it follows from sizes alone.
+// Distribution of work over the launches, from sizes alone.
 struct BwdPlan {
-  int64_t most_rows;  // of a chunk, at most
-  int64_t blocks;     // of kEdge rows that most_rows make
+  int64_t most_rows;  // maximum rows of a chunk
+  int64_t blocks;     // blocks of kEdge rows in most_rows
   int64_t total;      // numbers of blocks, over all sequences and heads
-  int64_t panels;     // of a round
+  int64_t panels;     // per round
   int64_t rounds;
-  int64_t query_blocks;  // that a round's panels may meet: from the first panel, or if not causal `blocks - 1` before it
-  void* delta;        // (T, H) R; null where every chunk is one block
+  int64_t query_blocks;  // seen by a round's panels: from the first panel or, if not causal, `blocks - 1` before it
+  void* delta;        // (T, H) R; null if every chunk is one block
   void* dq_sums[2];   // (blocks kEdge, K) R, of the chunk that two rounds share
   void* tiles;        // (panels, P and dS, blocks kEdge, kEdge) T
 };
 
-// A block of kEdge rows of one head of a chunk. Rows are counted from the chunk's start, as far as this call fills it.
+// A block of kEdge rows of one head of a chunk. Rows are counted from the chunk's start, up to the end of this call.
 struct ChunkBlock {
   int64_t sequence, head;
   int64_t start;   // the chunk's, on the grid of its sequence
@@ -47,19 +47,18 @@ MEGALODON_INLINE int64_t first_number(const ChunkedAttentionParams& p, const Bwd
   return s * (rows / p.chunk_size * plan.blocks + (rest + kEdge - 1) / kEdge);
 }
 
-// Finds the block that has `number`, or returns false if the number gets no rows. Whole warps call find_block.
+// Finds the block with `number`, or returns false if the number has no rows. Called by whole warps.
 template <int kEdge>
 GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, const BwdPlan& plan, int64_t number) {
   const Sequences& sequences = p.sequences;
   const auto first_of = [&](int64_t s) {
     return first_number<kEdge>(p, plan, s, sequences.cu_seqlens ? sequences.begin(s) : 0) * p.heads;
   };
-  // Sought: the last sequence whose first number is at most `number`, or sequence 0. Each lane tests one of 32
-  // sequences from s to high.
+  // Find the last sequence whose first number is at most `number`, or sequence 0. Each lane tests one of 32.
   int64_t s = 0;
   for (int64_t high = sequences.count; high - s > 1;) {
-    const int64_t step = (high - s + gpu::kWarp - 1) / gpu::kWarp, mine = s + threadIdx.x % gpu::kWarp * step;
-    const bool before = mine == s || (mine < high && first_of(mine) <= number);
+    const int64_t step = (high - s + gpu::kWarp - 1) / gpu::kWarp, candidate = s + threadIdx.x % gpu::kWarp * step;
+    const bool before = candidate == s || (candidate < high && first_of(candidate) <= number);
     const int steps = __popc(__ballot_sync(gpu::kFullMask, before)) - 1;
     s += steps * step;
     if (s + step < high) high = s + step;
@@ -68,29 +67,29 @@ GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, c
   const int64_t position = gpu::find_position(p.position, s, p.chunk_size);
   if (position < 0) return false;
   const int64_t end = position + sequences.length(s);
-  const int64_t local = number - first_of(s), of_chunk = plan.blocks * p.heads, chunk = local / of_chunk;
+  const int64_t local = number - first_of(s), chunk_numbers = plan.blocks * p.heads, chunk = local / chunk_numbers;
   if (local < 0 || chunk > (end - 1) / p.chunk_size) return false;
   block.sequence = s;
   block.start = chunk * p.chunk_size;
   block.cached = chunk == 0 ? static_cast<int>(position) : 0;
   block.rows = static_cast<int>(end - block.start < p.chunk_size ? end - block.start : p.chunk_size);
   block.token = sequences.begin(s) + block.start + block.cached - position;
-  const int64_t within = local % of_chunk;
-  const int blocks = (block.rows + kEdge - 1) / kEdge, of_head = static_cast<int>(within % blocks);
+  const int64_t within = local % chunk_numbers;
+  const int blocks = (block.rows + kEdge - 1) / kEdge, head_block = static_cast<int>(within % blocks);
   block.head = within / blocks;
-  block.number = number - of_head;
-  block.first = of_head * kEdge;
+  block.number = number - head_block;
+  block.first = head_block * kEdge;
   return block.head < p.heads;
 }
 
-// The rows of one head of a chunk in a tensor of `width` elements a head: of tokens, or of keys, some of them cached.
+// Rows of one head of a chunk in a tensor of `width` elements per head: of tokens, or of keys, some of them cached.
 template <class T, bool kKeys = false>
 struct ChunkRows {
-  T *tensor, *cache, *tokens;  // the tensor's first element; where row 0 is, or would be, in cache and tokens
+  T *tensor, *cache, *tokens;  // the first element; addresses of row 0, which may not exist
   int stride;         // less than 2^31, or a token would have gigabytes
   int cached, rows;
 
-  // Where row `row` lies, or null where there is none.
+  // Address of row `row`, or null if it does not exist.
   GPU_INLINE T* operator()(int row) const {
     if (row >= rows || (!kKeys && row < cached)) return nullptr;
     const uint64_t shift = uint64_t{static_cast<unsigned>(row)} * static_cast<unsigned>(stride);

@@ -7,7 +7,7 @@
 namespace megalodon {
 namespace chunked_attention {
 
-constexpr int kTokens = 32;  // of a block, whose lanes look up a token's sequence each
+constexpr int kTokens = 32;  // per block; each of its lanes looks up a token's sequence
 constexpr int kPrepareWarps = 8;
 
 template <class Product>

@@ -3,22 +3,22 @@
 //   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // Shapes as in chunked_attention_mma.cuh; R is double for float64, else float.
-// float32 could go through tensor cores as three products of tf32, but tensor cores truncate each sum that they make,
-// which over the thousands of terms of an output leaves less than float32 promises. Multiply-adds round to nearest.
+// Tensor cores could compute float32 as three products of tf32, but they truncate each sum, which over the thousands of
+// terms of an output is less accurate than float32 promises. Multiply-adds round to nearest.
 //
 // Grid: a block owns 64 tokens of a sequence (find_row_block), a head and kColumns columns of V; late rows come first.
-// The block walks the keys that its rows see in tiles of 64, and each tile in slices of two kinds. A slice is
-// copied into one of two stages while the other stage is at work:
+// The block visits the keys that its rows see in tiles of 64, and each tile in slices of two kinds. A slice is copied
+// into one of two stages while the other stage is in use:
 //   1. 128 bytes of channels of 64 queries and 64 keys: a thread adds to 4 x 4 scores, stored after the last slice
-//   2. 4 threads a row: mask, DropKey; m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P
-//   3. 16 KiB of values: a thread adds to kColumns / 32 x 8 sums of O, which f has scaled before
-// The block ends with o = O / l, lse = m + log l. Where every score is dropped, l = 0 and o = 0. NaN as in
-// chunked_attention_mma.cuh. Columns of V beyond kColumns go to other blocks, which compute the scores again: K = 256,
-// V = 2048 takes 4 * 256 + 2048 products a pair, not 2304, at kColumns 512 (float), 8 * 256 + 2048 at 256 (double).
+//   2. 4 threads per row: mask, DropKey; m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P
+//   3. 16 KiB of values: a thread adds to kColumns / 32 x 8 sums of O, scaled by f before
+// The block ends with o = O / l, lse = m + log l. If every score is dropped, l = 0 and o = 0. NaN as in
+// chunked_attention_mma.cuh. Columns of V beyond kColumns go to other blocks, which recompute the scores: K = 256, V =
+// 2048 takes 4 * 256 + 2048 products per pair, not 2304, at kColumns 512 (float), 8 * 256 + 2048 at 256 (double).
 //
-// Shared memory: two stages, P and 3 numbers a row: 50 KiB for float, 66 KiB for double. Units of slices are permuted
-// and rows of P padded by 16 bytes, so that accesses have no bank conflicts.
-// Registers: kColumns / 4 sums a thread; at most 255 (one block a SM), no spills.
+// Shared memory: two stages, P and 3 numbers per row: 50 KiB for float, 66 KiB for double. Units of slices are permuted
+// and rows of P padded by 16 bytes, so accesses have no bank conflicts.
+// Registers: kColumns / 4 sums per thread; at most 255 (one block per SM), no spills.
 // Bytes as in chunked_attention_mma.cuh. H100 (67 TFLOP/s), T = 16384, H 1, K 256, V 2048, C 2048, float32: 3072
 // products for each of T C / 2 pairs, 1.5 ms; 302 MB once, 90 us.
 #pragma once
@@ -46,8 +46,8 @@ struct FmaTiling {
   static_assert(kKeys % kSliceKeys == 0 && kPerRow == gpu::kWarp / 8 && kRowGroups == 16 && kKeyGroups == 16);
 };
 
-// Where the 16 bytes from a channel on of a row of queries or keys lie in their slice: such that 8 neighbouring rows of
-// one channel, and neighbouring channels of a row, lie in different banks.
+// Place in a slice of the 16 bytes from a channel on of a row of queries or keys. 8 neighbouring rows of one channel,
+// and neighbouring channels of a row, are in different banks.
 template <class R>
 GPU_INLINE int slice_place(int row, int channel) {
   constexpr int vector = gpu::kVectorWidth<R>, vectors = FmaTiling<R, 64>::kDepth / vector;
@@ -56,11 +56,10 @@ GPU_INLINE int slice_place(int row, int channel) {
 }
 
 // Fills kRows rows of kWidth elements, in 16-byte vectors at place(row, column), with the elements [0, valid) of the
-// rows that row_of(r) points to, and with zeros where there are none. Copies go by cp.async where `whole` holds and
-// no conversion is needed.
+// rows that row_of(r) points to, and with zeros for null. With `whole` and no conversion, by cp.async.
 template <int kRows, int kWidth, class T, class R, class Place, class RowOf>
 GPU_INLINE void copy_slice(R* to, int64_t valid, bool whole, Place&& place, RowOf&& row_of) {
-  constexpr int vector = gpu::kVectorWidth<R>, threads = kFmaThreads / kRows > 8 ? kFmaThreads / kRows : 8;  // of a row
+  constexpr int vector = gpu::kVectorWidth<R>, threads = kFmaThreads / kRows > 8 ? kFmaThreads / kRows : 8;  // per row
   const int thread = threadIdx.x;
 #pragma unroll 1
   for (int row = thread / threads; row < kRows; row += kFmaThreads / threads) {
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   if (block.live == 0) return;
 
   SMEM_DYN(R, shared);
-  R* const scores = shared + 2 * Tiling::kStage;  // (64, kKeys), probabilities once the softmax is done
+  R* const scores = shared + 2 * Tiling::kStage;  // (64, kKeys), probabilities after the softmax
   R* const factors = scores + kFmaRows * Tiling::kScorePitch;
   R *const sums = factors + kFmaRows, *const lse = sums + kFmaRows;
 
@@ -134,17 +133,17 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   const int softmax_row = lane % 8 + warp * 8, softmax_key = lane / 8;
   const int column_group = thread % Tiling::kColumnGroups, first_row = thread / Tiling::kColumnGroups * kThreadRows;
   const int row = window.row0 + softmax_row, start = window.start(row), last = window.last(row);
-  R* const of_row = scores + softmax_row * Tiling::kScorePitch + 4 * softmax_key;
+  R* const row_scores = scores + softmax_row * Tiling::kScorePitch + 4 * softmax_key;
   const R scale = static_cast<R>(p.scale);
   const DropKey drop(p, head, block.sequence);
   R max = -kInfinity<R>, sum = 0;  // of softmax_row
   R output[kThreadRows][8] = {};
   int turn = 0;
   copy(0, 0, shared);
-  // Waits for a slice, begins to copy the next one, and returns where the slice lies.
+  // Waits for a slice, starts to copy the next one, and returns the slice.
   const auto take = [&](int column, int slice) {
     gpu::cp_async_wait<0>();
-    __syncthreads();  // this slice is there, and no thread reads the slice before it any more
+    __syncthreads();  // this slice is complete, and no thread reads the previous one any more
     const R* const stage = shared + turn * Tiling::kStage;
     turn ^= 1;
     if (++slice == slices) slice = 0, column += kKeys;
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
       const R* const stage = take(column, slice);
 #pragma unroll 1
       for (int d = 0; d < Tiling::kDepth; d += kVector) {
-        // Rows 16 apart lie 16 kDepth elements apart.
+        // Rows 16 apart are 16 kDepth elements apart.
         const R* const queries = stage + slice_place<R>(row_group, d);
         const R* const keys = stage + slice_place<R>(kFmaRows + key_group, d);
         R a[4][kVector], b[kVector];
@@ -188,14 +187,14 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
       GPU_UNROLL
       for (int e = 0; e < 4; e += kVector) {
         R s[kVector];
-        gpu::load_shared(s, of_row + c + e);
+        gpu::load_shared(s, row_scores + c + e);
         GPU_UNROLL
         for (int i = 0; i < kVector; ++i) {
           const int key = first + e + i;
           if (key < start || key > last || dropped >> (e + i) & 1) s[i] = -kInfinity<R>;
           new_max = fmax(new_max, s[i]);
         }
-        gpu::store_shared(of_row + c + e, s);
+        gpu::store_shared(row_scores + c + e, s);
       }
     }
     GPU_UNROLL
@@ -206,10 +205,10 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
       GPU_UNROLL
       for (int e = 0; e < 4; e += kVector) {
         R s[kVector];
-        gpu::load_shared(s, of_row + c + e);
+        gpu::load_shared(s, row_scores + c + e);
         GPU_UNROLL
         for (int i = 0; i < kVector; ++i) total += s[i] = exponential(s[i] - shift);
-        gpu::store_shared(of_row + c + e, s);
+        gpu::store_shared(row_scores + c + e, s);
       }
     }
     if (softmax_key == 0) factors[softmax_row] = factor;
@@ -223,11 +222,11 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
         for (int i = 0; i < kThreadRows; ++i)
           GPU_UNROLL
           for (int c = 0; c < 8; ++c) output[i][c] *= factors[first_row + i];
-      const R* const of_keys = scores + first_row * Tiling::kScorePitch + (slice - products) * Tiling::kSliceKeys;
+      const R* const key_scores = scores + first_row * Tiling::kScorePitch + (slice - products) * Tiling::kSliceKeys;
       for (int key = 0; key < Tiling::kSliceKeys; key += 2) {
         R a[kThreadRows][2], b[kVector];
         GPU_UNROLL
-        for (int i = 0; i < kThreadRows; ++i) gpu::load_shared(a[i], of_keys + i * Tiling::kScorePitch + key);
+        for (int i = 0; i < kThreadRows; ++i) gpu::load_shared(a[i], key_scores + i * Tiling::kScorePitch + key);
         GPU_UNROLL
         for (int e = 0; e < 2; ++e)
           GPU_UNROLL

@@ -1,4 +1,4 @@
-// What the forward kernels of chunked attention share: the part of the grid that a block of rows sees, and padding.
+// Shared by the forward kernels of chunked attention: the columns that a block of rows sees, and padding.
 #pragma once
 
 #include <cmath>
@@ -13,18 +13,18 @@ template <class R>
 constexpr R kInfinity = static_cast<R>(INFINITY);
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-// How many slices of `size` elements K or V makes: one, which is empty, without elements, as scores and lse exist.
+// Number of slices of `size` elements in K or V. No elements make one empty slice, as scores and lse still exist.
 MEGALODON_INLINE int64_t count_slices(int64_t width, int size) { return width > 0 ? ceil_div(width, size) : 1; }
 
 GPU_INLINE float exponential(float x) { return gpu::exp2_approx(x * kLog2e); }
 GPU_INLINE double exponential(double x) { return exp(x); }
 
-// The rows of a block and the columns that it sees: up to its last row or, where attention is not causal, to the end of
-// the last row's chunk. All count from `origin`, a multiple of 4 on the sequence's grid, so that DropKey's groups of
-// four columns keep together.
+// The rows of a block and the columns that it sees: up to its last row or, if attention is not causal, to the end of
+// the last row's chunk. All count from `origin`, a multiple of 4 on the sequence's grid, which keeps DropKey's groups
+// of four columns together.
 struct Window {
   int64_t origin;
-  int begin, end;     // the columns from the first that the first row sees to the last that the last row sees
+  int begin, end;     // the columns from the first row's first to the last row's last
   int row0, row_end;  // the rows of the block
   int chunk;          // C, or 2^31 - 1 if C is more
   bool causal;
@@ -55,12 +55,12 @@ struct Window {
   GPU_INLINE bool holds(int column) const { return column >= begin && column < end; }
 };
 
-// Makes the outputs of a block again that are NaN, once its threads have stored theirs. A tile's rows share keys: a row
-// that does not see a key gives it the weight 0, and 0 times a NaN or an infinity of its value is NaN. `lse` is of the
-// block's rows; rows whose lse is not finite stay as they are.
+// Recomputes the NaN outputs of a block, after its threads have stored theirs. A tile's rows share keys: a row that
+// does not see a key gives it the weight 0, and 0 times a NaN or an infinity of its value is NaN. `lse` is for the
+// block's rows; rows whose lse is not finite stay unchanged.
 //
 // A warp takes 4 rows, and 4 keys at a time: a lane adds up the products of some channels for the 16 scores, gets the
-// whole of one score, then adds to some columns of the 4 outputs. That reads (8 K + 4 V) / 16 elements a score.
+// total of one score, then adds to some columns of the 4 outputs. This reads (8 K + 4 V) / 16 elements per score.
 template <class T, int kColumns, class R = Compute<T>>
 GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block, const Window& window,
                        int64_t head, int64_t first_column, int columns, const GridRows<T>& k, const GridRows<T>& v,
@@ -76,7 +76,7 @@ GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block
     const auto output = [&](int r, int i) {
       return static_cast<T*>(p.o) + at(r) * p.value_dim + first_column + lane + i * gpu::kWarp;
     };
-    // Whether the lane's output i of row r is there and NaN.
+    // Returns true if the lane's output i of row r exists and is NaN.
     const auto odd = [&](int r, int i) {
       if (first + r >= block.live || lane + i * gpu::kWarp >= columns) return false;
       const R value = gpu::to_real(*output(r, i));
@@ -103,12 +103,12 @@ GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block
         for (int r = 0; r < kRows; ++r) q[r] = gpu::to_real(static_cast<const T*>(p.q)[at(r) * p.key_dim + e]);
         GPU_UNROLL
         for (int j = 0; j < kKeys; ++j) {
-          const R of_key = gpu::to_real(k(seen_key(j))[e]);
+          const R factor = gpu::to_real(k(seen_key(j))[e]);
           GPU_UNROLL
-          for (int r = 0; r < kRows; ++r) score[j * kRows + r] += q[r] * of_key;
+          for (int r = 0; r < kRows; ++r) score[j * kRows + r] += q[r] * factor;
         }
       }
-      // Lane l gets the sum of the lanes' score[l % 16]: each turn halves the scores that a lane still has.
+      // Lane l gets the sum of the lanes' score[l % 16]: each turn halves the number of scores per lane.
       GPU_UNROLL
       for (int turn = 1; turn <= 4; ++turn) {
         const int half = kScores >> turn;
@@ -134,9 +134,9 @@ GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block
         }
         GPU_UNROLL
         for (int r = 0; r < kRows; ++r) {
-          const R of_key = __shfl_sync(gpu::kFullMask, weight, j * kRows + r);
+          const R factor = __shfl_sync(gpu::kFullMask, weight, j * kRows + r);
           GPU_UNROLL
-          for (int i = 0; i < kLaneColumns; ++i) sum[r][i] += seen >> (j * kRows + r) & 1 ? of_key * value[i] : R{0};
+          for (int i = 0; i < kLaneColumns; ++i) sum[r][i] += seen >> (j * kRows + r) & 1 ? factor * value[i] : R{0};
         }
       }
     }
@@ -148,7 +148,7 @@ GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block
   }
 }
 
-// Stores zeros for the rows [live, rows) of a block, which are padding, in `columns` columns of o, and in lse.
+// Stores zeros for the padding rows [live, rows) of a block, in `columns` columns of o, and in lse.
 template <class T>
 GPU_INLINE void store_padding(const ChunkedAttentionFwdParams& p, const RowBlock& block, int64_t head, int64_t column,
                               int columns) {

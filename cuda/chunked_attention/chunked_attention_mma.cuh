@@ -5,25 +5,22 @@
 // q, k (T, H, K), v, o (T, H, V), lse (T, H) float; cache_k (S, C, H, K), cache_v (S, C, H, V).
 //
 // Grid: a block owns 128 tokens of a sequence (find_row_block), a head and kColumns columns of V; blocks of late rows,
-// which see most, come first. Each of its 8 warps owns 16 rows, whose scores, sums and output never leave its
-// registers.
-// The block walks the keys that its rows see in tiles of kKeys, from the start of the first row's chunk on:
+// which see the most keys, come first. Each of 8 warps owns 16 rows, with scores, sums and output in registers.
+// The block visits the keys that its rows see in tiles of kKeys, from the start of the first row's chunk on:
 //   1. S = Q K^T                                          while the values of the tile are copied
 //   2. mask, DropKey; m' = max(m, max_j s), P = 2^(S - m'), f = 2^(m - m'), l = f l + sum_j P
 //   3. O = f O + P V, P rounded to T                      2 and 3 while the keys of the next tile are copied
 // The block ends with o = O / l, lse = (m + log2 l) ln 2, the output staged in shared memory for whole rows. Scores are
-// kept times log2 e. A warp passes over tiles that none of its rows sees. Where every score is dropped, l = o = 0.
-// Zeros stand for keys outside the rows seen by the block. Outputs that are NaN are made once more (`repair`): a later
-// token's NaN must not reach them.
+// stored times log2 e. A warp skips tiles that none of its rows sees. If every score is dropped, l = o = 0. Keys
+// outside the rows seen by the block are zeros. NaN outputs are recomputed (`repair`): a later NaN must not reach them.
 //
-// Columns of V beyond kColumns go to other blocks, which compute the scores again: K = 256, V = 2048 takes
-// 8 * 256 + 2048 products a pair instead of 2304, 1.8 times as many. More columns a block would save products, but a
-// block of 64 rows instead of 128 would read keys and values twice as often from L2, 40 bytes a clock and SM, more than
-// L2 delivers.
+// Columns of V beyond kColumns go to other blocks, which recompute the scores: K = 256, V = 2048 takes 8 * 256 + 2048
+// products per pair instead of 2304, 1.8 times as many. More columns per block would save products, but a block of 64
+// rows instead of 128 would read keys and values twice as often from L2, 40 bytes per clock and SM: L2 is slower.
 //
 // Shared memory: Q (or the output), a tile of keys, one of values, K padded to a multiple of 64; 96 KiB at K = 256,
-// kColumns = 256. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks a SM), else 255
-// (one); no spills.
+// kColumns = 256. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks per SM), else
+// 255; no spills.
 // Bytes, H100 (990 TFLOP/s): T = 16384, H 1, K 256, V 2048, C 2048, bf16: q, k, v, o once is 151 MB, 45 us; from L2
 // each row block reads keys and values of its chunk up to itself. 4096 products for each of T C / 2 pairs: 139 us.
 #pragma once
@@ -43,13 +40,13 @@ inline size_t mma_shared_bytes(int64_t key_dim, int columns, int keys) {
   return size_t{2} * (kMmaRows * (depth > columns ? depth : columns) + keys * depth + keys * columns);
 }
 
-// What a lane has gathered for its two rows, g and g + 8 of the warp's, g = lane / 4.
+// A lane's sums for its two rows, g and g + 8 of the warp's, g = lane / 4.
 template <int kColumns>
 struct RowSums {
   float output[kColumns / 8][4] = {}, max[2] = {-kInfinity<float>, -kInfinity<float>}, sum[2] = {};
 };
 
-// Turns scores into probabilities relative to the new maximum and rescales what was gathered before.
+// Turns scores into probabilities relative to the new maximum and rescales earlier sums.
 template <int kColumns, int kKeys>
 GPU_INLINE void online_softmax(float (&s)[kKeys / 8][4], RowSums<kColumns>& rows) {
   float factor[2];
@@ -132,7 +129,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
   RowSums<kColumns> rows;
   for (int column = 0; column < window.end; column += kKeys) {
     gpu::cp_async_wait<0>();
-    __syncthreads();  // the keys are there, and no thread reads the values before them any more
+    __syncthreads();  // the keys are complete, and no thread reads the previous values any more
     copy_values(column);
     const bool seen = __any_sync(
         gpu::kFullMask, row[0] < window.row_end && column <= last[1] && column + kKeys > start[0]);
@@ -152,7 +149,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
       }
     }
     gpu::cp_async_wait<0>();
-    __syncthreads();  // the values are there, and no thread reads the keys any more
+    __syncthreads();  // the values are complete, and no thread reads the keys any more
     if (column + kKeys < window.end) copy_keys(column + kKeys);
     if (!seen) continue;
 
@@ -180,7 +177,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     }
   }
 
-  // No thread has read the queries since the last barrier: the output takes their place.
+  // No thread has read the queries since the last barrier: the output replaces them.
   SMEM_ARRAY(float, lse, kMmaRows);
   float inverse[2];
   bool odd = false;

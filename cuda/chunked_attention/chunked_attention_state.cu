@@ -1,14 +1,14 @@
 // The state after a call: keys and values of each sequence's unfinished chunk, and the position in it.
 //
 // k (T, H, K), v (T, H, V) and the caches (S, C, H, K), (S, C, H, V), of T. The rows of the new state are `kept` rows
-// of the old one, where the chunk is still the same, `fresh` rows of the last tokens, and zeros. In place, only the
-// fresh rows are written. A position outside [0, C) becomes -1 and has no rows.
+// of the old one, if the chunk is still the same, `fresh` rows of the last tokens, and zeros. In place, only the fresh
+// rows are written. A position outside [0, C) becomes -1 and has no rows.
 //
-// 1. rows kernel: a block owns one row of a sequence's new caches, or in place one row that may be fresh.
-// 2. position kernel: a thread owns a sequence. This kernel comes second: position_out may be position, which 1 reads.
-// Rows are copied in units of 16 bytes where alignment allows it, else element by element.
-// Bytes: each row in use read and written once, the minimum; in place, the fresh rows alone.
-// H100, decoding in place, S 8, K 256, V 2048, bf16: 74 KB; the time is the launch's.
+// 1. rows kernel: a block owns one row of a sequence's new caches or, in place, one row that may be fresh.
+// 2. position kernel: a thread owns a sequence. It runs second: position_out may be `position`, which kernel 1 reads.
+// Rows are copied in units of 16 bytes if alignment allows it, else element by element.
+// Bytes: each row in use is read and written once, the minimum; in place, the fresh rows alone.
+// H100, decoding in place, S 8, K 256, V 2048, bf16: 74 KB; the launch dominates.
 #include "chunked_attention_fwd.cuh"
 
 namespace megalodon {
@@ -22,7 +22,7 @@ using Unit = gpu::Pack<uint32_t, 4>;
 struct Caches {
   const void *cache, *tokens;
   void* out;
-  int64_t units;  // of a row
+  int64_t units;  // per row
 
   MEGALODON_INLINE bool in_place() const { return cache == out; }
 };
@@ -30,7 +30,7 @@ struct Caches {
 struct StatePlan {
   ChunkedAttentionStateParams params;
   Caches caches[2];  // of keys, of values
-  int64_t rows;      // blocks of a sequence
+  int64_t rows;      // blocks per sequence
 };
 
 template <class U>
@@ -67,7 +67,7 @@ void launch_rows(const ChunkedAttentionStateParams& p, int64_t element, void* st
   const int64_t key = p.heads * p.key_dim * element, value = p.heads * p.value_dim * element;
   const auto unit = static_cast<int64_t>(sizeof(U));
   StatePlan plan{p, {{p.cache_k, p.k, p.cache_k_out, key / unit}, {p.cache_v, p.v, p.cache_v_out, value / unit}}, 0};
-  // A sequence has at most row_length tokens, which is T where sequences are packed.
+  // A sequence has at most row_length tokens, which is T if sequences are packed.
   const bool in_place = plan.caches[0].in_place() && plan.caches[1].in_place();
   plan.rows = in_place && p.sequences.row_length < p.chunk_size ? p.sequences.row_length : p.chunk_size;
   if (plan.rows > 0)

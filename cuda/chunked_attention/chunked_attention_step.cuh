@@ -1,13 +1,13 @@
-// Chunked attention, forward, of few tokens a sequence on top of a cache, as in decoding: memory bound.
+// Chunked attention, forward, of few tokens per sequence on top of a cache, as in decoding: memory bound.
 //
-//   s_j = scale q . k_j, j < the keys of the token's chunk so far
+//   s_j = scale q . k_j, for the keys j of the token's chunk so far
 //   o = sum_j exp(s_j) v_j / sum_j exp(s_j);  lse = log sum_j exp(s_j)
 //
-// q, k (T, H, K), v, o (T, H, V), lse (T, H) R; cache_k (S, C, H, K), cache_v (S, C, H, V), of which the rows in use
-// are read. R is double for float64, else float.
+// q, k (T, H, K), v, o (T, H, V), lse (T, H) R; cache_k (S, C, H, K), cache_v (S, C, H, V); only the rows in use are
+// read. R is double for float64, else float.
 //
 // 1. step_kernel: an item is a token and a head; a block owns `span` keys of its item and kStepColumns columns of V.
-//    a. scores: a group of lanes, a power of two, takes kKeysInFlight keys at a time, 16 bytes of each a lane
+//    a. scores: a group of lanes, a power of two, takes kKeysInFlight keys at a time, 16 bytes of each per lane
 //    b. max, P = exp(S - max) and their sum over the block's keys
 //    c. the columns' sums of P v: a thread takes a vector of columns of every n-th key, kKeysInFlight keys at a time,
 //       and the n threads of a vector add up through shared memory
@@ -15,11 +15,11 @@
 // 2. merge_kernel: a thread takes a column of an item and merges the spans in their order:
 //    m = max_i max_i;  o = sum_i exp(max_i - m) columns_i / sum_i exp(max_i - m) sum_i.
 //
-// Spans have 64 keys, more where items are many, so that the cache of a single sequence is spread over all SMs.
+// Spans have 64 keys, so that the cache of a single sequence is spread over all SMs; more if there are many items.
 // Shared memory: about K + span + 1024 R. Registers: at most 128; no spills.
 // Bytes: keys in use once from memory, and once more from L2 for each further kStepColumns columns; values in use once;
-// both once more from L2 for each further token of the sequence; the workspace, V + 2 numbers for each span, written
-// and read: 6 % of the cache at span 64, K 256, V 2048, bf16, less with longer spans.
+// both once more from L2 for each further token of the sequence; the workspace, V + 2 numbers per span, written and
+// read: 6 % of the cache at span 64, K 256, V 2048, bf16, less with longer spans.
 // H100 (3.35 TB/s), S 8, H 1, K 256, V 2048, 2048 cached, bf16: 75.5 MB, 22.5 us.
 // Example: 100 cached keys, L = 1: rows 0 .. 99 of the cache and the token itself are 101 keys, spans of 64 and 37.
 #pragma once
@@ -30,7 +30,7 @@
 namespace megalodon {
 namespace chunked_attention {
 
-constexpr int kStepTokens = 8;     // most tokens a sequence, on average
+constexpr int kStepTokens = 8;     // maximum tokens per sequence, on average
 constexpr int kStepThreads = 128;
 constexpr int kMostStepColumns = 512;
 template <int kWidth>
@@ -41,7 +41,7 @@ constexpr int64_t kManyBlocks = 2048;  // enough to fill any GPU several times
 
 struct StepPlan {
   int span;       // keys
-  int64_t spans;  // of an item
+  int64_t spans;  // per item
   void* sums;     // (T, H, spans, V) R
   void* stats;    // (T, H, spans, 2) R: max and sum
 
@@ -66,9 +66,8 @@ inline StepPlan plan_steps(const ChunkedAttentionParams& p) {
   return plan;
 }
 
-// Vectors of kWidth numbers in shared memory, as planes of their parts of 16 bytes, so that neighbouring lanes do not
-// meet in a bank. Planes begin 64 bytes past a multiple of 128 from each other, so that neighbouring numbers do not
-// meet in a bank either.
+// Vectors of kWidth numbers in shared memory, as planes of their parts of 16 bytes, so that neighbouring lanes use
+// different banks. Planes begin 64 bytes past a multiple of 128 from each other, so that neighbouring numbers do, too.
 template <class R, int kWidth>
 struct Planes {
   static constexpr int kPart = kWidth < gpu::kVectorWidth<R> ? kWidth : gpu::kVectorWidth<R>;
@@ -77,7 +76,7 @@ struct Planes {
 
   MEGALODON_INLINE static constexpr int plane(int vectors) { return ((vectors + 7) / 8 * 8 + 4) * kPart; }
   MEGALODON_INLINE static constexpr int size(int vectors) { return plane(vectors) * (kWidth / kPart); }
-  // The most vectors whose planes take at most `numbers` numbers.
+  // Maximum number of vectors whose planes take at most `numbers` numbers.
   static constexpr int64_t most_vectors(int64_t numbers) { return (numbers / kWidth - 4) / 8 * 8; }
   GPU_INLINE R& at(int vector, int i) const {
     return data[i / kPart * plane(vectors) + vector * kPart + i % kPart];
@@ -102,7 +101,7 @@ struct Planes {
   }
 };
 
-// The bytes of q, of each thread's sums, and of the scores.
+// Bytes of q, of each thread's sums, and of the scores.
 template <class R, int kWidth>
 inline size_t step_shared_bytes(const ChunkedAttentionParams& p, const StepPlan& plan) {
   using Vectors = Planes<R, kWidth>;
@@ -110,7 +109,7 @@ inline size_t step_shared_bytes(const ChunkedAttentionParams& p, const StepPlan&
   return static_cast<size_t>(Vectors::size(vectors) + Vectors::size(kStepThreads) + plan.span) * sizeof(R);
 }
 
-// Refuses queries that leave no room for the sums and the scores.
+// Refuses a K that leaves no room for the sums and the scores.
 template <class R, int kWidth>
 inline void check_step(const ChunkedAttentionParams& p, const StepPlan& plan) {
   using Vectors = Planes<R, kWidth>;
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     query.at(static_cast<int>(d / kWidth), static_cast<int>(d % kWidth)) = gpu::to_real(static_cast<const T*>(p.q)[item * p.key_dim + d]);
   __syncthreads();
 
-  int group = 1;  // lanes of a key
+  int group = 1;  // lanes per key
   while (group < gpu::kWarp && group < query_vectors) group *= 2;
   const int step = kStepThreads / group;
   const DropKey drop(p, head, s);
@@ -164,15 +163,15 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     const int key = first + thread / group;
     R sum[kKeysInFlight] = {};
     for (int d = lane % group; d < query_vectors; d += group) {
-      R q[kWidth], of_key[kKeysInFlight][kWidth] = {};
+      R q[kWidth], k_vectors[kKeysInFlight][kWidth] = {};
       GPU_UNROLL
       for (int i = 0; i < kKeysInFlight; ++i)
-        if (key + i * step < keys) gpu::load<kWhole>(of_key[i], k(key + i * step) + d * kWidth);
+        if (key + i * step < keys) gpu::load<kWhole>(k_vectors[i], k(key + i * step) + d * kWidth);
       query.load(q, d);
       GPU_UNROLL
       for (int e = 0; e < kWidth; ++e)
         GPU_UNROLL
-        for (int i = 0; i < kKeysInFlight; ++i) sum[i] += q[e] * of_key[i][e];
+        for (int i = 0; i < kKeysInFlight; ++i) sum[i] += q[e] * k_vectors[i][e];
     }
     for (int distance = group / 2; distance > 0; distance /= 2)
       GPU_UNROLL
@@ -198,28 +197,28 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   if (column == 0 && thread == 0) stats[0] = max, stats[1] = sum;
 
   const int columns = static_cast<int>(p.value_dim - column < kColumns ? p.value_dim - column : kColumns);
-  const int lanes = columns / kWidth, turns = kStepThreads / lanes;  // threads of a row, and of a vector
+  const int lanes = columns / kWidth, turns = kStepThreads / lanes;  // threads per row, and per vector
   const int turn = thread / lanes, first = thread % lanes * kWidth;
   R total[kWidth] = {};
   for (int key = turn; turn < turns && key < keys; key += turns * kKeysInFlight) {
-    R of_key[kKeysInFlight][kWidth] = {};
+    R v_vectors[kKeysInFlight][kWidth] = {};
     GPU_UNROLL
     for (int i = 0; i < kKeysInFlight; ++i)
-      if (key + i * turns < keys) gpu::load<kWhole>(of_key[i], v(key + i * turns) + column + first);
+      if (key + i * turns < keys) gpu::load<kWhole>(v_vectors[i], v(key + i * turns) + column + first);
     GPU_UNROLL
     for (int i = 0; i < kKeysInFlight; ++i) {
       const R weight = key + i * turns < keys ? scores[key + i * turns] : 0;
       GPU_UNROLL
-      for (int e = 0; e < kWidth; ++e) total[e] += weight * of_key[i][e];
+      for (int e = 0; e < kWidth; ++e) total[e] += weight * v_vectors[i][e];
     }
   }
   partial.store(total, thread);
   __syncthreads();
   R* const sums = static_cast<R*>(plan.sums) + (item * plan.spans + span) * p.value_dim + column;
   for (int c = thread; c < columns; c += kStepThreads) {
-    R of_column = 0;
-    for (int i = 0; i < turns; ++i) of_column += partial.at(i * lanes + c / kWidth, c % kWidth);
-    sums[c] = of_column;
+    R column_sum = 0;
+    for (int i = 0; i < turns; ++i) column_sum += partial.at(i * lanes + c / kWidth, c % kWidth);
+    sums[c] = column_sum;
   }
 }
 
@@ -239,10 +238,10 @@ __global__ void __launch_bounds__(kStepThreads)
     GPU_UNROLL
     for (int j = 0; j < kSpansInFlight; ++j) {
       const int64_t i = first + j;
-      const R of_span = i < plan.spans ? stats[2 * i + 1] : 0;
-      if (of_span == 0) continue;  // no keys, or all dropped
+      const R span_sum = i < plan.spans ? stats[2 * i + 1] : 0;
+      if (span_sum == 0) continue;  // no keys, or all dropped
       weight[j] = exponential(stats[2 * i] - max);
-      sum += weight[j] * of_span;
+      sum += weight[j] * span_sum;
       if (column < p.value_dim) part[j] = sums[i * p.value_dim];
     }
     GPU_UNROLL

@@ -1,4 +1,4 @@
-// cp.async: copies from global to shared memory that go on while the thread computes.
+// cp.async: asynchronous copies from global to shared memory.
 //
 // A thread sees its own copies after cp_async_commit and cp_async_wait; others see them after a barrier that follows.
 #pragma once

@@ -1,18 +1,18 @@
 // Products of matrices by a block of threads: D += A B, with D in registers and the operands in slabs of shared memory.
 //
 //   TensorProduct<T, kVectors>   T = bf16 or fp16 on tensor cores; kVectors: rows of 16-byte vectors
-//   PlainProduct<R>              R = float or double by multiply-adds, whatever the alignment
+//   PlainProduct<R>              R = float or double by multiply-adds, for any alignment
 //
-// D is kEdge x kEdge. A slab is kDepth steps of the inner dimension: kEdge rows of kDepth elements where the operand's
-// rows run along it (A, B^T), kDepth rows of kEdge elements where they run across it ("by depth": A^T, B).
-// A thread holds kMicro x kMicro elements of D: at(r, c) is the element (row(r), column(c)). A row of D is spread over
-// the threads with slot() = 0 .. kSlots - 1.
+// D is kEdge x kEdge. A slab is kDepth indices of the inner dimension: kEdge rows of kDepth elements if the operand's
+// rows run along it (A, B^T), kDepth rows of kEdge elements if they run across it ("by depth": A^T, B). A thread holds
+// kMicro x kMicro elements of D: at(r, c) is the element (row(r), column(c)). A row of D is spread over the threads
+// with slot() = 0 .. kSlots - 1.
 //
-// load() fills a slab, for the caller to commit and wait for: row r is the first `valid` elements from row_of(r) on, in
-// global memory, then zeros; zeros alone where row_of(r) is null. row_of.anywhere() is an aligned address in global
-// memory. multiply() leaves out terms beyond `depth` and elements beyond `rows` and `columns` where leaving them out is
-// cheap. store() writes the columns [0, valid) of row r of D to row_of(r), unless row_of(r) is null.
-// replace() makes an element x of a slab f(x).
+// load() fills a slab; the caller commits and waits. Row r is the first `valid` elements from row_of(r) on, in global
+// memory, then zeros; zeros alone if row_of(r) is null. row_of.anywhere() is an aligned address in global memory.
+// multiply() skips terms beyond `depth` and elements beyond `rows` and `columns` where that is cheap.
+// store() writes the columns [0, valid) of row r of D to row_of(r), unless row_of(r) is null.
+// replace() replaces each element x of a slab by f(x).
 // pipeline() runs load and multiply over all slabs, kStages - 1 of them in flight.
 #pragma once
 
@@ -27,7 +27,7 @@ struct TensorProduct {
   static constexpr bool kVectors = kVectors_;
   static constexpr int kThreads = 256, kEdge = 128, kDepth = 64, kMicro = 8, kSlots = 16;
   static constexpr int kSlab = kEdge * kDepth;            // elements
-  static constexpr int kWarpRows = 64, kWarpColumns = 32;  // a warp's part of D; the warps stand 2 x 4
+  static constexpr int kWarpRows = 64, kWarpColumns = 32;  // a warp's part of D; the warps form 2 x 4
   static_assert(kThreads / kWarp == kEdge / kWarpRows * (kEdge / kWarpColumns));
 
   struct Sum {
@@ -55,7 +55,7 @@ struct TensorProduct {
     return static_cast<int>(threadIdx.x / kWarp % 4) * 4 + lane() % 4;
   }
 
-  // kWhole: the rows that row_of gives consist of 16-byte vectors, even where kVectors is false.
+  // kWhole: the rows of row_of consist of 16-byte vectors, even if kVectors is false.
   template <bool kByDepth, bool kWhole = kVectors, class RowOf>
   GPU_INLINE static void load(T* slab, int64_t valid, RowOf&& row_of) {
     constexpr int rows = kByDepth ? kDepth : kEdge, width = kByDepth ? kEdge : kDepth, units = width / Tile<T>::kUnit;
@@ -69,7 +69,7 @@ struct TensorProduct {
       const int first = static_cast<int>(threadIdx.x / units), column = threadIdx.x % units * Tile<T>::kUnit;
       const bool inside = column < valid;
       T* const to = tile.unit(first, column);
-      _Pragma("unroll 2")  // more rows at once take more registers, as more steps of multiply() do
+      _Pragma("unroll 2")  // more rows at once need more registers, as do more turns of multiply()'s loop
       for (int r = 0; r < rows; r += step) {
         const T* from = row_of(first + r);
         const bool live = from && inside;
@@ -89,7 +89,7 @@ struct TensorProduct {
     const int b_at = kBByDepth ? place(b_slab, kEdge, major, warp_column() + minor)
                                : place(b_slab, kDepth, warp_column() + across, along);
     const int steps = static_cast<int>(depth < kDepth ? depth : kDepth);
-    _Pragma("unroll 1")  // more steps at once take more registers than two blocks on a multiprocessor have
+    _Pragma("unroll 1")  // more at once need more registers than two blocks per SM have
     for (int k = 0; k < steps; k += 16) {
       uint32_t b[2][4];
       GPU_UNROLL
@@ -147,13 +147,13 @@ struct TensorProduct {
   }
 
  private:
-  // Where the unit from (row, column) on lies in a slab. Rows that are 16 apart have their units in one order; the unit
-  // from (row, column ^ 16 j) on, j < 4, lies at this place ^ 16 j.
+  // Place in a slab of the unit from (row, column) on. Rows that are 16 apart have their units in the same order; the
+  // unit from (row, column ^ 16 j) on, j < 4, is at this place ^ 16 j.
   GPU_INLINE static int place(const T* slab, int width, int row, int column) {
     return static_cast<int>(Tile<T>(const_cast<T*>(slab), width).unit(row, column) - slab);
   }
 
-  // The element of an operand in line `line`, a row of A or a column of B, at step k.
+  // The element of an operand in line `line`, a row of A or a column of B, at depth k.
   template <bool kByDepth>
   GPU_INLINE static const T* element(const T* slab, int line, int k) {
     const Tile<T> tile(const_cast<T*>(slab), kByDepth ? kEdge : kDepth);
@@ -183,7 +183,7 @@ struct PlainProduct {
   using R = R_;
   static constexpr bool kVectors = false;
   static constexpr int kThreads = 256, kMicro = 32 / sizeof(R), kEdge = 16 * kMicro, kDepth = 16, kSlots = 16;
-  static constexpr int kPitch = kEdge + 8 / sizeof(R);  // step k of a slab begins at element k * kPitch
+  static constexpr int kPitch = kEdge + 8 / sizeof(R);  // row k of a slab begins at element k * kPitch
   static constexpr int kSlab = kDepth * kPitch;
 
   struct Sum {
@@ -259,9 +259,9 @@ struct PlainProduct {
   }
 };
 
-// load(i, s) brings slab i into stage s of the ring, use(i, s) reads slab i there. All threads of the block call
+// load(i, s) loads slab i into stage s of the ring, use(i, s) reads slab i there. All threads of the block call
 // pipeline(). kStagger: half of the warps load after they use, so that addresses are computed while the tensor cores
-// work, even if a multiprocessor has one block.
+// work, even with one block per SM.
 template <int kStages, bool kStagger, class Load, class Use>
 GPU_INLINE void pipeline(int slabs, Load&& load, Use&& use) {
   const auto load_if = [&](int slab, int stage) {

@@ -1,4 +1,4 @@
-// Conversions between element types and the type that a kernel computes in. All but to_tf32 round ties to even.
+// Conversions between element types and accumulation types. All but to_tf32 round ties to even.
 #pragma once
 
 #include "portable.cuh"
@@ -21,7 +21,7 @@ inline uint16_t narrow_fp16(float x) {
   const uint32_t u = bit_cast<uint32_t>(x), magnitude = u & 0x7fffffff, sign = u >> 16 & 0x8000;
   if (x != x) return 0x7fff;
   if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and above round to infinity
-  // Below 2^-14 the spacing is 2^-24, which adding 0.5 brings to the lowest bit.
+  // Below 2^-14 the spacing is 2^-24; adding 0.5 shifts it to the lowest bit.
   if (magnitude < 0x38800000)
     return static_cast<uint16_t>(sign | (bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000));
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
@@ -70,7 +70,7 @@ template <> GPU_INLINE fp16 from_real<fp16>(float x) {
 #endif
 }
 
-// Two 16-bit values in a register, `low` in the lower half, which has the lower address in memory.
+// Two 16-bit values in a register; `low` is in the lower half, which has the lower address in memory.
 template <class T> GPU_INLINE uint32_t pack2(float low, float high);
 template <> GPU_INLINE uint32_t pack2<bf16>(float low, float high) {
 #if GPU_EMULATED

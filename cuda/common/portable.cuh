@@ -1,20 +1,20 @@
 // The part of CUDA that differs between nvcc and the emulator (tests/cuda/emulator): kernel files compile with both.
 //
 //   SMEM_ARRAY(T, name, n)     T* name: n elements of shared memory, n a constant
-//   SMEM_DYN(T, name)          T* name: the launch's dynamic shared memory, one array a kernel
+//   SMEM_DYN(T, name)          T* name: the launch's dynamic shared memory, one array per kernel
 //   LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)    launches and checks; throws std::runtime_error.
 //                              A kernel with commas in its template arguments goes in parentheses.
-//   LAUNCH_SIZE(name, chosen)  how large a launcher makes what `name` says: `chosen`, or what an emulator test set
+//   LAUNCH_SIZE(name, chosen)  size `chosen` by a launcher, unless an emulator test sets another under `name`
 //   GPU_INLINE                 a device function
 //   GPU_UNROLL                 unrolls the loop that follows
 //   gpu::max_shared_bytes()    shared memory that a block may use on the current device
 //   gpu::refuse(message)       throws a launcher's ValueError
 //   gpu::ld<V>, gpu::st<V>     one access of a V of up to 16 bytes in global memory
 //   gpu::ld_shared, st_shared  one access of a V in shared memory
-//   GPU_EMULATED               1 in the emulator, else 0; for this folder alone
+//   GPU_EMULATED               1 in the emulator, else 0; only for this folder
 //
 // threadIdx, __syncthreads, __syncthreads_or, __syncwarp, __shfl_*_sync, __ballot_sync, __any_sync, __all_sync and
-// <cmath> are used as in CUDA C++. There are no atomics. Inline PTX, __shared__ and <<<>>> appear in this folder and nowhere else.
+// <cmath> are used as in CUDA C++. There are no atomics. Inline PTX, __shared__ and <<<>>> appear only in this folder.
 #pragma once
 
 #include <cstddef>
@@ -91,7 +91,7 @@ GPU_INLINE To bit_cast(const From& from) {
 }
 
 #if !GPU_EMULATED
-// The address of shared memory as PTX instructions take it.
+// The address of shared memory for PTX instructions.
 GPU_INLINE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
 
@@ -103,7 +103,7 @@ struct Words {
 };
 
 #if !GPU_EMULATED
-// PTX, since nvcc splits the copy of a struct of small elements, and of a uint4 too where it rewrites the address.
+// PTX, since nvcc splits the copy of a struct of small elements, and of a uint4 if it rewrites the address.
 #define GPU_DEFINE_ACCESS(space, Address, constraint)                                                                  \
   template <class V>                                                                                                  \
   GPU_INLINE V ld_##space(Address p) {                                                                                \

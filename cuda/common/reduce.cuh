@@ -1,4 +1,4 @@
-// Reductions over a warp and over a block, in an order fixed by the lane numbers, so that results repeat bit for bit.
+// Reductions over a warp and over a block, in an order fixed by lane numbers, so results repeat bit for bit.
 #pragma once
 
 #include "portable.cuh"

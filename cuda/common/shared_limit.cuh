@@ -1,9 +1,8 @@
-// How much shared memory a kernel may take. portable.cuh includes this file, for nvcc alone.
+// Limit on a kernel's shared memory. portable.cuh includes this file, for nvcc alone.
 //
-// A block has at most 48 KiB, static and dynamic together, unless its kernel was allowed more. A kernel's first launch
-// with dynamic memory on a device allows the kernel all that the device has, and the limit stays. A limit set
-// before every launch would undo what another thread has set for its launch, and cudaFuncSetAttribute may wait for
-// copies under way.
+// A block has at most 48 KiB, static and dynamic together, unless its kernel is allowed more. A kernel's first launch
+// with dynamic memory on a device allows it all of the device's shared memory, permanently. Setting the limit before
+// every launch would override what another thread has set, and cudaFuncSetAttribute may wait for copies in progress.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,8 +28,8 @@ inline size_t max_shared_bytes() {
   return static_cast<size_t>(bytes);
 }
 
-// Allows `kernel` all the shared memory of the current device, if no thread has done so before. After a failure,
-// the next launch tries again.
+// Allows `kernel` all the shared memory of the current device, unless a thread has done so before. After a failure, the
+// next launch tries again.
 inline void allow_shared_memory(const void* kernel, const char* name) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;  // kernels and devices

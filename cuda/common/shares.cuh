@@ -1,4 +1,4 @@
-// Gradients of parameters, which all blocks have a share in: each block stores its share, and a kernel adds the shares.
+// Gradients of parameters shared by all blocks: each block stores its share, and a kernel adds the shares.
 #pragma once
 
 #include "portable.cuh"
@@ -16,7 +16,7 @@ struct Shares {
 
 constexpr int kShareThreads = 1024;
 
-// A block adds 32 columns in double; its warps take turns at the shares, and the warps' sums are added in order.
+// A block adds 32 columns in double; its warps take shares in turn, and the warps' sums are added in order.
 template <class R>
 __global__ void __launch_bounds__(kShareThreads) sum_shares_kernel(Shares<R> of) {
   SMEM_ARRAY(double, sums, kShareThreads);

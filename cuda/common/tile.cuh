@@ -1,10 +1,10 @@
-// Tiles of 16-bit elements in shared memory, and the way from them to the fragments of mma_16816 and back.
+// Tiles of 16-bit elements in shared memory, and copies between them and the fragments of mma_16816.
 //
-// A tile is cut into units of 8 elements, 16 bytes. Unit u of row r lies in the place of unit u ^ (r % 8), so that 8
-// neighbouring units of a row, and one unit of 8 neighbouring rows, lie in different banks: neither copies nor ldmatrix
-// have bank conflicts. Kernels name elements by (row, column) and never see the places.
+// A tile is cut into units of 8 elements, 16 bytes. Unit u of row r is stored in the place of unit u ^ (r % 8), so that
+// 8 neighbouring units of a row, and one unit of 8 neighbouring rows, are in different banks: neither copies nor
+// ldmatrix have bank conflicts. Kernels address elements by (row, column).
 //
-// Fragments, each loaded by a whole warp (matrix.cuh says who holds what):
+// Fragments, each loaded by a whole warp (layouts: matrix.cuh):
 //   load_a       A (16 x 16)       A[i][k] = tile[row + i][column + k]
 //   load_a_trans                   A[i][k] = tile[row + k][column + i]
 //   load_b       two B (16 x 8)    B_n[k][j] = tile[row + 8 n + j][column + k]       for X Y^T, tile = Y
@@ -27,19 +27,19 @@ class Tile {
  public:
   static constexpr int kUnit = 8, kBlock = 64;  // elements; a unit's place is in its block
 
-  // Elements from row to row of a tile whose rows have `width` elements.
+  // Row stride, in elements, of a tile whose rows have `width` elements.
   MEGALODON_INLINE static constexpr int pitch(int width) { return (width + kBlock - 1) / kBlock * kBlock; }
 
   // The tile takes rows * pitch(width) elements from `data` on, an address that is a multiple of 128.
   GPU_INLINE Tile(T* data, int width) : data_(data), pitch_(pitch(width)) {}
 
-  // Where the 8 elements of `row` from `column` on lie.
+  // Address of the 8 elements of `row` from `column` on.
   GPU_INLINE T* unit(int row, int column) const {
     const unsigned r = static_cast<unsigned>(row), u = static_cast<unsigned>(column) / kUnit;
     return data_ + row * pitch_ + u / 8 * kBlock + (u % 8 ^ r % 8) * kUnit;
   }
 
-  // Where one element lies.
+  // Address of one element.
   GPU_INLINE const T* at(int row, int column) const { return unit(row, column) + column % kUnit; }
 
   // The tile's columns from `column` on, a multiple of kBlock.
@@ -51,9 +51,9 @@ class Tile {
 
   // Fills the rows [0, rows) with the elements [0, valid) of the rows of global memory that row_of(r) points to, and
   // the columns [valid, width) with zeros, `width` a multiple of 8; a row whose pointer is null gets zeros alone. All
-  // threads of the block call load(). kWhole: load() uses cp.async, for the caller to commit and wait for; `valid` is a
-  // multiple of 8 and the pointers are multiples of 16 bytes. Else load() copies element by element and is done on
-  // return. Other threads see the tile after a barrier.
+  // threads of the block call load(). kWhole: uses cp.async, and the caller commits and waits; `valid` is a multiple of
+  // 8 and the pointers are multiples of 16 bytes. Otherwise load() copies element by element and is done on return.
+  // Other threads see the tile after a barrier.
   template <bool kWhole, class RowOf>
   GPU_INLINE void load(int rows, int width, int valid, RowOf&& row_of) const {
     // 8 threads share a row, each takes every 8th unit.

@@ -1,4 +1,4 @@
-// Vectors of neighbouring elements, converted to the type that the kernel computes in.
+// Vectors of neighbouring elements, converted to the accumulation type.
 #pragma once
 
 #include "convert.cuh"
@@ -10,7 +10,7 @@ struct alignas(n * sizeof(T)) Pack {
   T element[n];
 };
 
-// How many elements of T a 128-bit access holds.
+// Number of elements of T in a 128-bit access.
 template <class T> constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 
 // Loads n elements of global memory from `from` on. kWhole: in one access of n * sizeof(T) <= 16 bytes, at an address
@@ -56,8 +56,7 @@ GPU_INLINE void store_shared(T* to, const Compute<T> (&from)[n]) {
   st_shared(to, pack);
 }
 
-// Loads n elements of R for parameters, which stay in the type of the sums. kWhole: in accesses of up to 128 bits; else
-// one by one.
+// Loads n elements of R, for parameters. kWhole: in accesses of up to 128 bits; else one by one.
 template <bool kWhole = true, class R, int n>
 GPU_INLINE void load_wide(R (&to)[n], const R* from) {
   constexpr int width = !kWhole ? 1 : n < kVectorWidth<R> ? n : kVectorWidth<R>;
@@ -84,7 +83,7 @@ GPU_INLINE void store_wide(R* to, const R (&from)[n]) {
   }
 }
 
-// Whether vectors of n elements may be read at `p`: for launchers, which choose the kernel's width.
+// Returns true if vectors of n elements may be read at `p`. For launchers, which choose the kernel's width.
 template <int n, class T>
 inline bool aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (n * sizeof(T)) == 0;

@@ -9,7 +9,7 @@ using namespace normalized_qk;
 
 template <class T, int kWidth, bool kWhole>
 void launch_parts(const NormalizedQkBwdParams& p, const Parts& parts, void* stream) {
-  constexpr int vectors = kWidth == 8 ? 1 : 2;  // of a lane
+  constexpr int vectors = kWidth == 8 ? 1 : 2;  // per lane
   const unsigned blocks = static_cast<unsigned>(parts.count * p.heads);
   if (p.key_dim <= gpu::kWarp * vectors * kWidth)
     LAUNCH((normalized_qk_bwd_warp_kernel<T, kWidth, vectors, kWhole>), blocks, kThreads, 0, stream, p, parts);
@@ -20,8 +20,8 @@ template <class T>
 bool takes_vectors(const NormalizedQkBwdParams& p) {
   using R = Compute<T>;
   constexpr int width = gpu::kVectorWidth<T>, real = gpu::kVectorWidth<R>;
-  const auto whole = [](const void* of_t) { return gpu::aligned<width>(static_cast<const T*>(of_t)); };
-  const auto whole_real = [](const void* of_r) { return gpu::aligned<real>(static_cast<const R*>(of_r)); };
+  const auto whole = [](const void* tensor) { return gpu::aligned<width>(static_cast<const T*>(tensor)); };
+  const auto whole_real = [](const void* tensor) { return gpu::aligned<real>(static_cast<const R*>(tensor)); };
   return p.key_dim % width == 0 && whole(p.z) && whole(p.dq) && whole(p.dk) && whole(p.dz) && whole_real(p.gamma) &&
          whole_real(p.rotary);
 }

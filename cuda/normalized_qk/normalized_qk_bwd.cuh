@@ -3,24 +3,23 @@
 //   e_0, e_1 = dq, dk rotated back;  a_j = (1 + gamma_j) / sqrt(K);  dzn = e_0 a_0 + e_1 a_1;  zn = z r
 //   dz = r (dzn - zn mean(dzn zn));  dgamma_j = sum_T e_j zn / sqrt(K);  dbeta_j = sum_T e_j
 //
-// z, dq, dk, dz (T, H, K) of type T; gamma, dgamma, dbeta (2, H, K), rotary (rows, K / 2, 2) of type R, float or
-// double.
+// z, dq, dk, dz (T, H, K) of type T; gamma, dgamma, dbeta (2, H, K), rotary (rows, K / 2, 2) of type R, f32 or f64.
 //
 // Grid: a block takes one head of a part, kLeastTokens or more neighbouring tokens; at most kMaxParts parts.
 //   K <= 32 kVectors vectors: a warp takes each kWarps-th token, a lane the vectors lane, lane + 32, ...
 //   larger K:                 a block takes a token, a thread the vectors thread, thread + 256, ...
 // Phases of a warp: 1. lanes find the rows of the rotary table of the warp's next kTokens. Then for each token
-//   2. e, dzn, and by shuffles the sums of z^2 and of dzn z; 3. dz, and the lane's sums of e and e zn, in registers;
-//   the next token's vectors are on their way meanwhile. 4. The warps' sums are added in order: the part's share.
+//   2. e, dzn, and by shuffles the sums of z^2 and of dzn z; 3. dz, and the lane's sums of e and e zn, in registers,
+//   while the next token's vectors are loaded. 4. The warps' sums are added in order: the part's share.
 // Phases of a block, for kTokens tokens: 1. lanes find the tokens' rows; 2. the two sums of each token; 3. the vectors
 //   again, from L1 or L2: dz, and sums of e and e zn over these tokens, which the thread adds to its part's share.
 // Then gpu::sum_shares adds the parts' shares in order.
 //
-// Shared memory: 9 KB. Registers: at most 128, two blocks an SM (f64: 150, one block); no spills.
-// Bytes: z, dq, dk and dz once, which is the minimum; the shares, 16 K bytes a part and head, written and read once: 3%
-// each in bf16 where parts have 64 tokens or more; the table from L2.
+// Shared memory: 9 KB. Registers: at most 128, two blocks per SM (f64: 150, one block); no spills.
+// Bytes: z, dq, dk and dz once, the minimum; the shares, 16 K bytes per part and head, written and read once: 3% each
+// in bf16 if parts have 64 tokens or more; the table from L2.
 // H100, (B 8, L 2048, H 1, K 256) bf16: 33.6 MB + 2.1 MB of table + 2.1 MB of shares, 11.3 us at 3.35 TB/s.
-// Example: T 16384, H 1, K 256: 256 parts of 64 tokens, 8 a warp; fp32: lane l has channels 4 l .. 4 l + 3 and 128 on.
+// Example: T 16384, H 1, K 256: 256 parts of 64 tokens, 8 per warp; fp32: lane l: 4 l .. 4 l + 3 and 128 on.
 #pragma once
 
 #include "normalized_qk.cuh"
@@ -31,15 +30,15 @@
 namespace megalodon {
 namespace normalized_qk {
 
-constexpr int kWarps = 8;  // of a block
+constexpr int kWarps = 8;  // per block
 constexpr int kThreads = kWarps * gpu::kWarp;
-constexpr int kTokens = 8;  // looked up at once
+constexpr int kTokens = 8;  // per look-up
 static_assert(kTokens <= gpu::kWarp, "a lane looks up each token");
 constexpr int64_t kMaxParts = 256;
-constexpr int64_t kLeastTokens = 16;  // of a part
+constexpr int64_t kLeastTokens = 16;  // per part
 
 struct Parts {
-  int64_t tokens, count;  // tokens of a part, number of parts
+  int64_t tokens, count;  // tokens per part, number of parts
 };
 
 inline Parts make_parts(const NormalizedQkBwdParams& p) {
@@ -55,7 +54,7 @@ GPU_INLINE R* share_of(const NormalizedQkBwdParams& p, int64_t part, int sum, in
   return static_cast<R*>(p.workspace) + (part * 4 + sum) * p.heads * p.key_dim + channel;
 }
 
-// A token's vectors, as in memory.
+// A token's vectors in the tensors' type.
 template <class T, int n>
 struct Packed {
   gpu::Pack<T, n> z, dq, dk;
@@ -129,13 +128,13 @@ struct Sums {
   R squares = 0, products = 0;
 };
 
-// What a head's Sums come to.
+// Factors that follow from a head's Sums.
 template <class R>
 struct Scales {
   R r, projection;  // projection = sqrt(K) mean(dzn zn)
 };
 
-// again(scale) gives the sum of squares of z times scale; all threads that share the sums call make_scales.
+// again(scale) returns the sum of squares of z times scale; all threads that share the sums call make_scales.
 template <class R, class Again>
 GPU_INLINE Scales<R> make_scales(const NormalizedQkBwdParams& p, const Sums<R>& sums, Again&& again) {
   const R size = static_cast<R>(p.key_dim), mean = sums.squares / size + static_cast<R>(p.eps);
@@ -248,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   }
 }
 
-// A block takes a token of any K.
+// A block takes a token, with arbitrary K.
 template <class T, int kWidth, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2) normalized_qk_bwd_block_kernel(NormalizedQkBwdParams p, Parts parts) {
   using R = Compute<T>;
@@ -280,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalized_qk_bwd_block_kernel(No
         }
         return gpu::block_sum(squares);
       });
-      if (threadIdx.x > 0) continue;  // block_sum's barriers keep thread 0 from scales that others still read
+      if (threadIdx.x > 0) continue;  // block_sum's barriers keep thread 0 from overwriting scales in use
       scale[2 * i] = scales.r;
       scale[2 * i + 1] = scales.projection;
     }

@@ -22,8 +22,8 @@ template <class T>
 bool takes_vectors(const NormalizedQkFwdParams& p) {
   using R = Compute<T>;
   constexpr int width = gpu::kVectorWidth<T>, real = gpu::kVectorWidth<R>;
-  const auto whole = [](const void* of_t) { return gpu::aligned<width>(static_cast<const T*>(of_t)); };
-  const auto whole_real = [](const void* of_r) { return gpu::aligned<real>(static_cast<const R*>(of_r)); };
+  const auto whole = [](const void* tensor) { return gpu::aligned<width>(static_cast<const T*>(tensor)); };
+  const auto whole_real = [](const void* tensor) { return gpu::aligned<real>(static_cast<const R*>(tensor)); };
   return p.key_dim % width == 0 && whole(p.z) && whole(p.q) && whole(p.k) && whole_real(p.gamma) &&
          whole_real(p.beta) && whole_real(p.rotary);
 }

@@ -1,9 +1,9 @@
-// What the kernels of timestep_norm share: who owns what, the rows of a tile, numbers with a residual, carries.
+// Shared by the kernels of timestep_norm: ownership, the rows of a tile, numbers with a residual, carries.
 //
-// The T tokens are cut into tiles of kTile, whatever the sequences; a block takes a tile, a warp kRows neighbouring
-// rows of it. A row's group of F = D / G channels is the work of 1 to 32 lanes, a power of two that covers its vectors
-// where it can, so a warp has 32 / lanes neighbouring groups of its rows, which is the block's slice of the channels.
-// What passes from tile to tile is scanned by a kernel of its own, in double: two numbers a tile and group.
+// The T tokens are cut into tiles of kTile, across sequences; a block takes a tile, a warp kRows neighbouring rows of
+// it. A row's group of F = D / G channels is processed by 1 to 32 lanes, a power of two that covers its vectors if
+// possible. So a warp has 32 / lanes neighbouring groups of its rows, the block's slice of the channels. The carries
+// between tiles are scanned by a separate kernel, in double: two numbers per tile and group.
 #pragma once
 
 #include <cmath>
@@ -15,18 +15,18 @@
 namespace megalodon {
 namespace timestep_norm {
 
-constexpr int kWarps = 8;  // of a block
-constexpr int kRows = 8;   // of a warp
+constexpr int kWarps = 8;  // per block
+constexpr int kRows = 8;   // per warp
 constexpr int kTile = kWarps * kRows;
 constexpr int kThreads = kWarps * gpu::kWarp;
 
 inline int64_t tiles(const TimestepNormParams& p) { return (p.sequences.tokens + kTile - 1) / kTile; }
 
-// How a warp's lanes share a row.
+// Division of a row over a warp's lanes.
 struct Layout {
-  int64_t vectors;  // of a group
+  int64_t vectors;  // per group
   unsigned slices;
-  int log_lanes;    // of a group
+  int log_lanes;    // per group
 };
 
 template <int kWidth>
@@ -40,7 +40,7 @@ Layout make_layout(const TimestepNormParams& p) {
 
 GPU_INLINE int at_most(int limit, int64_t n) { return n < limit ? static_cast<int>(n) : limit; }
 
-// What a thread works on.
+// A thread's tile, rows and group.
 struct Place {
   GPU_INLINE Place(const TimestepNormParams& p, const Layout& layout, unsigned block)
       : warp(threadIdx.x / gpu::kWarp), lane(threadIdx.x % gpu::kWarp), lanes(1 << layout.log_lanes),
@@ -60,7 +60,7 @@ struct Place {
   int64_t start;        // the warp's first token, or T - 1
   int rows;             // the warp's rows below T; none if not positive
   int64_t slice_group;
-  bool exists;          // whether the lane's group exists; else `group` is another lane's
+  bool exists;          // the lane's group exists; else `group` is another lane's
   int64_t group;
 };
 
@@ -109,31 +109,31 @@ struct Moments {
   Pair<R> mean, var;
 };
 
-// Where `residual` (S, 2, G) holds the mean's residual; the variance's residual follows p.groups later.
+// Index of the mean's residual in `residual` (S, 2, G); the variance's residual is p.groups later.
 GPU_INLINE int64_t residual_at(const TimestepNormParams& p, int64_t s, int64_t group) {
   return 2 * s * p.groups + group;
 }
 
-// The state that sequence s starts from; zeros if the sequence is fresh.
+// The initial state of sequence s; zeros if the sequence is fresh.
 template <class R>
 GPU_INLINE Moments<R> initial_moments(const TimestepNormParams& p, int64_t s, int64_t group) {
   Moments<R> state = {};
   if (initial_count(p, s) == 0) return state;
   const int64_t at = s * p.groups + group;
-  const int64_t of_mean = residual_at(p, s, group), of_var = of_mean + p.groups;
+  const int64_t mean_index = residual_at(p, s, group), var_index = mean_index + p.groups;
   const R* residual = static_cast<const R*>(p.residual);
-  state.mean = add(static_cast<const R*>(p.mean)[at], residual ? residual[of_mean] : R{0});
-  state.var = add(static_cast<const R*>(p.var)[at], residual ? residual[of_var] : R{0});
+  state.mean = add(static_cast<const R*>(p.mean)[at], residual ? residual[mean_index] : R{0});
+  state.var = add(static_cast<const R*>(p.var)[at], residual ? residual[var_index] : R{0});
   return state;
 }
 
-// Where a tile's rows stand in their sequences, in shared memory.
+// Positions of a tile's rows in their sequences, in shared memory.
 template <class R>
 struct Rows {
   int64_t* sequence;  // -1: padding
-  int* step;          // steps of the sequence before this row, at most kTile; -1: padding
-  int* left;          // steps of the sequence after this row, at most kTile; -1: padding
-  R* share;           // 1 / steps seen, this row's included
+  int* step;          // rows of the sequence before this row, at most kTile; -1: padding
+  int* left;          // rows of the sequence after this row, at most kTile; -1: padding
+  R* share;           // 1 / number of timesteps, including this row
 };
 
 template <class R>
@@ -145,7 +145,7 @@ GPU_INLINE Rows<R> make_rows() {
   return {sequence, step, left, share};
 }
 
-// Thread i looks up row i, and returns the steps that the sequence has seen, the row's included. A barrier must follow.
+// Thread i looks up row i, and returns its sequence's number of timesteps, including the row. A barrier must follow.
 template <class R>
 GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int64_t first) {
   const int i = threadIdx.x;
@@ -159,9 +159,9 @@ GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int
   return seen;
 }
 
-// Two numbers a tile and group in the workspace: of the tile alone until the scan, then of all that comes before the
-// tile in the order of the scan. `steps`: the steps that the tile's last sequence has seen (backward: 0), or kContinues
-// where one sequence fills the tile and enters it from outside.
+// Two numbers per tile and group in the workspace: those of the tile until the scan, then those of all tiles before it
+// in the scan's order. `steps`: number of timesteps of the tile's last sequence (backward: 0), or kContinues if one
+// sequence fills the tile and continues from another.
 constexpr int64_t kContinues = -1;
 struct Carries {
   double *first, *second;  // (tiles, G)
@@ -173,9 +173,9 @@ struct Carries {
 inline int64_t carries_bytes(int64_t tiles, int64_t groups) { return tiles * (2 * groups * 8 + 8); }
 
 // An exclusive scan along tiles. A block has kCarryGroups neighbouring groups, a thread a chunk of one group's tiles:
-// 1. a thread folds its chunk; 2. the threads scan their sums; 3. a thread walks its chunk again and stores what comes
-// before each tile. Source: load(i, group) gives an Element, store(i, group, element) takes one; combine(before, after)
-// makes one Element of two.
+// 1. a thread combines its chunk; 2. the threads scan their sums; 3. a thread visits its chunk again and stores the
+// combination of all tiles before each tile. Source: load(i, group) returns an Element, store(i, group, element) takes
+// one; combine(before, after) merges two Elements.
 constexpr int kCarryGroups = 4;  // a sector of doubles
 constexpr int kCarryThreads = 512;
 
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kCarryThreads)
   if (group >= groups || begin >= end) return;
   Element own = source.load(begin, group);
   for (int64_t i = begin; i < end; ++i) {
-    const Element next = i + 1 < end ? source.load(i + 1, group) : Element{};  // loads go out before the store
+    const Element next = i + 1 < end ? source.load(i + 1, group) : Element{};  // loads are issued before the store
     source.store(i, group, sum);
     sum = combine(sum, own);
     own = next;
@@ -212,24 +212,24 @@ __global__ void __launch_bounds__(kCarryThreads)
 template <class Source>
 void launch_carry(const Source& source, int64_t tiles, int64_t groups, void* stream) {
   const int64_t blocks = (groups + kCarryGroups - 1) / kCarryGroups;
-  const int64_t chunks = kCarryThreads / kCarryGroups, of_warp = gpu::kWarp / kCarryGroups;
-  const int64_t most = tiles < chunks ? (tiles + of_warp - 1) / of_warp * gpu::kWarp : kCarryThreads;
+  const int64_t chunks = kCarryThreads / kCarryGroups, warp_chunks = gpu::kWarp / kCarryGroups;
+  const int64_t most = tiles < chunks ? (tiles + warp_chunks - 1) / warp_chunks * gpu::kWarp : kCarryThreads;
   const int64_t threads = LAUNCH_SIZE(norm_carry_threads, most);
   LAUNCH(timestep_norm_carry_kernel<Source>, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream,
          source, tiles, groups);
 }
 
-// Whether this thread merges what the warps have of group threadIdx.x of the slice.
+// Returns true if this thread merges the warps' results of group threadIdx.x of the slice.
 GPU_INLINE bool merges(const TimestepNormParams& p, const Layout& layout, const Place& place) {
   return static_cast<int>(threadIdx.x) < gpu::kWarp >> layout.log_lanes && place.slice_group + threadIdx.x < p.groups;
 }
 
-// Whether a sequence may go on from a tile to the next, as far as the host can tell.
+// Returns true if a sequence may continue from a tile to the next, as far as the host knows.
 inline bool tiles_depend(const TimestepNormParams& p) {
   return p.sequences.tokens > kTile && (p.sequences.cu_seqlens || kTile % p.sequences.row_length != 0);
 }
 
-// Whether there may be sequences without steps, or whose steps have no channels.
+// Returns true if there may be sequences without tokens, or tokens without channels.
 inline bool may_be_empty(const TimestepNormParams& p) {
   const bool no_elements = p.sequences.tokens * p.channels == 0;
   return p.sequences.count > 0 && (p.sequences.cu_seqlens || p.sequences.lengths || no_elements);

@@ -30,7 +30,7 @@ void launch(const TimestepNormBwdParams& p, void* stream) {
   }
   if (p.channels == 0) return;
   if (p.sequences.tokens > 0) {
-    const auto whole = [](const void* of_t) { return gpu::aligned<width>(static_cast<const T*>(of_t)); };
+    const auto whole = [](const void* tensor) { return gpu::aligned<width>(static_cast<const T*>(tensor)); };
     const bool vectors = p.channels / p.groups % width == 0 && whole(p.x) && whole(p.dy) && whole(p.dx) &&
                          gpu::aligned<real>(static_cast<const R*>(p.weight));
     if (vectors) launch_tiles<T, width>(p, stream);

@@ -4,29 +4,29 @@
 //   dx_t = dy rstd (1 + weight) + (sum over j >= t of [a_j + 2 b_j (x_t - mean_j)]) / F
 //   dweight = sum_T dy (x - mean) rstd;  dbias = sum_T dy
 //
-// The sum is linear in x_t: u + 2 v (x_t - m) about any pivot m, which moves to m' by u' = u + 2 v (m' - m). So sums of
-// neighbouring spans add up, once they have one pivot. The gradient of the end state joins with a = dmean / n,
-// b = dvar / n, and the gradient of the first state is n u, n v about the first state's mean.
+// The sum is linear in x_t: u + 2 v (x_t - m) about an arbitrary pivot m; changing it to m' gives u' = u + 2 v (m' -
+// m). So sums of neighbouring spans with the same pivot add up. The gradient of the end state adds a = dmean / n, b =
+// dvar / n, and the gradient of the initial state is n u, n v about that state's mean.
 //
 // x, dy, dx (T, D) of type T; weight, dweight, dbias (D), stats (3, T, G), states (S, G) of type R, float or double.
 //
 // Launches and phases:
-//   timestep_norm_bwd_sums, a block a tile and slice as in timestep_norm.cuh:
-//     1. a warp reduces its rows, F channels to db and ds; 2. sums a and b from its last row back, about each row's
-//     mean; 3. a thread a group passes the sums from warp to warp, the last first, in double; 4. a warp adds what
-//     enters it and stores u and v of each row, as if its tile were the last.
-//   timestep_norm_carry scans what tiles pass on, in double; left out where no sequence passes from tile to tile.
+//   timestep_norm_bwd_sums, a block per tile and slice as in timestep_norm.cuh:
+//     1. a warp reduces its rows, F channels to db and ds; 2. sums a and b back from its last row, about each row's
+//     mean; 3. a thread per group passes the sums from warp to warp, the last first, in double; 4. a warp adds the sums
+//     that enter it and stores u and v of each row, as if its tile were the last.
+//   timestep_norm_carry scans the tiles' carries, in double; skipped if no sequence continues from tile to tile.
 //   timestep_norm_bwd, a block some tiles and 32 vectors of a row, a lane one of these, a warp kRows rows of a tile:
-//     adds what enters the tile, writes dx, sums dweight and dbias over the block's rows and stores these shares. The
-//     last tiles come first, as L2 still holds those. gpu::sum_shares adds the shares.
-//   timestep_norm_bwd_empty hands on the gradients of sequences without steps, where there may be some.
-// Where F is no whole number of vectors, or a tensor is misaligned, a lane's vectors have one element.
+//     adds the carry that enters the tile, writes dx, sums dweight and dbias over the block's rows and stores these
+//     shares. The last tiles come first, as they are still in L2. gpu::sum_shares adds the shares.
+//   timestep_norm_bwd_empty passes on the gradients of empty sequences, if there may be any.
+// If F is not a multiple of the vector width, or a tensor is misaligned, a lane's vectors have one element.
 //
-// Shared memory: 8 KB in sums, 10 KB in bwd, 16 KB in the carry kernel. Registers: at most 128, two blocks an SM
-// (sums for f64, and where a lane loops over vectors: 210, one block); no spills.
-// Bytes: the minimum is x, dy and dx once and stats once. x, dy and stats are read again by timestep_norm_bwd, from L2
-// where L2 holds them. u and v, written and read: 16 bytes a token and group, 8% of x, dy and dx for F = 32 in bf16,
-// 4% in fp32. Shares: 2% of x, dy, dx or less, written and read. Gains come from L1 for 7 of 8 warps.
+// Shared memory: 8 KB in sums, 10 KB in bwd, 16 KB in the carry kernel. Registers: at most 128, two blocks per SM (sums
+// for f64, and if a lane loops over vectors: 210, one block); no spills.
+// Bytes: the minimum is x, dy and dx once and stats once. timestep_norm_bwd reads x, dy and stats again, from L2 if
+// they are there. u and v, written and read: 16 bytes per token and group, 8% of x, dy and dx for F = 32 in bf16, 4% in
+// fp32. Shares: 2% of x, dy, dx or less, written and read. Gains come from L1 for 7 of 8 warps.
 // H100, (B 8, L 2048, D 1024, G 32) bf16: 101 + 6.3 MB, 32 us at 3.35 TB/s; 55 us if all is read twice from memory.
 // Example: T = 100 in one sequence: tile 1 has rows 64 .. 99, whose sums enter tile 0, about the mean of row 64.
 #pragma once
@@ -37,7 +37,7 @@
 namespace megalodon {
 namespace timestep_norm {
 
-constexpr int64_t kMinShares = 32, kMaxShares = 256;  // where there are as many tiles
+constexpr int64_t kMinShares = 32, kMaxShares = 256;  // if there are as many tiles
 constexpr int64_t kShareChannels = 1 << 18;           // of all shares, between these limits
 inline int64_t most_shares(int64_t channels) {
   const int64_t count = channels > 0 ? kShareChannels / channels : kMaxShares;
@@ -136,10 +136,10 @@ GPU_INLINE void store_rows(R* to, const R (&value)[kRows]) {
   }
 }
 
-// The sum u + 2 v (x - pivot) over a span of steps.
+// The sum u + 2 v (x - pivot) over a span of rows.
 struct Sums {
   double u, v, pivot;
-  bool closed;  // by the end of a sequence, so that nothing later counts
+  bool closed;  // by the end of a sequence: later rows do not count
 };
 
 GPU_INLINE Sums combine(const Sums& after, const Sums& before) {
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
   const Rows<R> rows = make_rows<R>();
   look_up(rows, p, place.first);
   Pair<R> mean[kRows];
-  R u[kRows], v[kRows];  // db and ds until the walk from the last row
+  R u[kRows], v[kRows];  // db and ds until the loop from the last row
   GPU_UNROLL
   for (int r = 0; r < kRows; ++r) mean[r] = mean_after<R>(p, place.readable_token(r), place.group);
   sum_rows<T, kWidth, kOne>(p, layout, place, mean, u, v);
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
   store_rows(local + p.groups * kTile, v);
 }
 
-// What timestep_norm_carry scans: tiles from the last to the first.
+// Elements of timestep_norm_carry: tiles from the last to the first.
 template <class R>
 struct SumsSource {
   using Element = Sums;
@@ -237,7 +237,7 @@ struct SumsSource {
   }
 };
 
-// The gradient of sequence s's first state, from u and v at its first step.
+// Stores the gradient of sequence s's initial state, from u and v at its first row.
 template <class R>
 GPU_INLINE void store_state_gradient(const TimestepNormBwdParams& p, int64_t s, int64_t group, const Pair<R>& mean, R u,
                                      R v) {
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     timestep_norm_bwd_kernel(TimestepNormBwdParams p, unsigned slices, Scratch<Compute<T>> scratch) {
   using R = Compute<T>;
   constexpr bool kWhole = kWidth > 1;
-  constexpr int kChannels = kWidth * gpu::kWarp;        // of the block
+  constexpr int kChannels = kWidth * gpu::kWarp;        // per block
   constexpr int kPitch = kChannels + kChannels / gpu::kWarp;  // an element of padding after each 32
   constexpr int kBatch = 4;                             // rows whose loads are in flight
   SMEM_ARRAY(R, sums, kWarps* kPitch);
@@ -320,23 +320,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   GPU_UNROLL
-  for (int of_bias = 0; of_bias < 2; ++of_bias) {
+  for (int output = 0; output < 2; ++output) {
     GPU_UNROLL
     for (int e = 0; e < kWidth; ++e) {
       const int c = lane * kWidth + e;
-      sums[warp * kPitch + c + c / gpu::kWarp] = of_bias ? dbias[e] : dweight[e];
+      sums[warp * kPitch + c + c / gpu::kWarp] = output ? dbias[e] : dweight[e];
     }
     __syncthreads();
     for (int c = threadIdx.x; c < kChannels && slice * kChannels + c < p.channels; c += kThreads) {
       R sum = 0;
       for (int i = 0; i < kWarps; ++i) sum += sums[i * kPitch + c + c / gpu::kWarp];
-      scratch.shares[(2 * share + of_bias) * p.channels + slice * kChannels + c] = sum;
+      scratch.shares[(2 * share + output) * p.channels + slice * kChannels + c] = sum;
     }
     __syncthreads();
   }
 }
 
-// A thread takes a group of a sequence without steps, or without channels.
+// A thread takes a group of a sequence without tokens, or without channels.
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_bwd_empty_kernel(TimestepNormBwdParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;

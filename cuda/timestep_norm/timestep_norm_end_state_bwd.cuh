@@ -1,14 +1,14 @@
 // Timestep norm, the backward of end states alone: ops/timestep_norm/timestep_norm_reference.py.
 //
-//   dx = (dmean + 2 dvar (x - mean)) / (n F), with the n steps of a sequence and the F = D / G channels of a group
+//   dx = (dmean + 2 dvar (x - mean)) / (n F), with the n tokens of a sequence and the F = D / G channels of a group
 //
 // x, dx (T, D) of type T; mean, dmean, dvar (S, G), residual (S, 2, G) of type R, float or double.
 //
-// Grid: a block a tile of kTile tokens and 32 vectors of a row, a lane one of these, a warp kRows rows. A lane loads its
-// vectors of all rows while threads look up the rows' sequences, and its group's numbers where the sequence changes.
-// Where F is no whole number of vectors, or a tensor is misaligned, a lane's vectors have one element.
+// Grid: a block takes a tile of kTile tokens and 32 vectors of a row, a lane one of these, a warp kRows rows. A lane
+// loads its vectors of all rows while threads look up the rows' sequences, and its group's numbers when the sequence
+// changes. If F is not a multiple of the vector width, or a tensor is misaligned, a lane's vectors have one element.
 //
-// Shared memory: 0.5 KB. Registers: at most 128, two blocks an SM; no spills.
+// Shared memory: 0.5 KB. Registers: at most 128, two blocks per SM; no spills.
 // Bytes: x and dx once, the minimum, and some numbers of a group for each warp and lane, from L1 or L2.
 #pragma once
 
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     timestep_norm_end_state_bwd_kernel(TimestepNormEndStateBwdParams p, unsigned slices) {
   using R = Compute<T>;
   constexpr bool kWhole = kWidth > 1;
-  constexpr int kChannels = kWidth * gpu::kWarp;  // of the block
+  constexpr int kChannels = kWidth * gpu::kWarp;  // per block
   SMEM_ARRAY(int64_t, sequence, kTile);
   const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
   const int64_t tokens = p.sequences.tokens, first = int64_t{blockIdx.x / slices} * kTile;

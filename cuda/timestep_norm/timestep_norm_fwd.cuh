@@ -6,30 +6,30 @@
 //
 // x, y (T, D) of type T; weight, bias (D), stats (3, T, G), states (S, G) of type R, float or double.
 //
-// Grid: a block a tile and slice of the channels, neighbouring blocks neighbouring slices: see timestep_norm.cuh.
-// Launches: timestep_norm_fwd_moments, phases 1 to 3 without a carry, which leaves each tile's moments;
-//   timestep_norm_carry, which scans the moments; timestep_norm_fwd, all phases, last tiles first, as L2 still holds
-//   those. The first two are left out where no sequence passes from a tile to the next: a step of decoding is one
-//   launch. timestep_norm_fwd_empty copies the states of sequences without steps, where there may be some.
-//   Where the end states alone are wanted, timestep_norm_end_state takes the place of timestep_norm_fwd: phases 1 to 4
-//   of the tiles in which a sequence ends. x is then read once, and again in these tiles.
+// Grid: a block per tile and slice of the channels, neighbouring blocks neighbouring slices: see timestep_norm.cuh.
+// Launches: timestep_norm_fwd_moments, phases 1 to 3 without a carry, which stores each tile's moments;
+//   timestep_norm_carry, which scans the moments; timestep_norm_fwd, all phases, last tiles first, as they are still in
+//   L2. The first two are skipped if no sequence continues from a tile to the next: decoding a token is one launch.
+//   timestep_norm_fwd_empty copies the states of empty sequences, if there may be any.
+//   If only end states are wanted, timestep_norm_end_state replaces timestep_norm_fwd: phases 1 to 4 of the tiles in
+//   which a sequence ends. x is then read once, and again in these tiles.
 // Phases: 1. a warp reduces its rows, F channels to gm and gv, by sums of differences from the group's first channel
 //            and then from the mean; gm is a pair of R. A lane keeps its vectors of the rows for phase 5.
 //         2. a warp merges those of its rows that belong to its last sequence;
-//         3. a thread a group merges the warps in order of time, from the carry on, in double;
-//         4. a warp walks its rows from what enters it. The walk adds changes of mean and variance to the entering
-//            pair, so that R serves: errors are relative to the changes, and states do not drift;
+//         3. a thread per group merges the warps in order of time, from the carry on, in double;
+//         4. a warp scans its rows from the state that enters it, adding changes of mean and variance to the entering
+//            pair, so R is enough: errors are relative to the changes, and states do not drift;
 //         5. y.
-// If F is no whole number of vectors, or a tensor is misaligned, a lane's vectors have one element; there, and where a
-// group has more vectors than a warp has lanes, phases 1 and 5 read x again, mostly from L1.
+// If F is not a multiple of the vector width, or a tensor is misaligned, a lane's vectors have one element. Then, and
+// if a group has more vectors than a warp has lanes, phases 1 and 5 read x again, mostly from L1.
 //
-// Shared memory: 6 KB; 16 KB in the carry kernel. Registers: at most 128, so two blocks an SM; no spills (but 12 bytes
+// Shared memory: 6 KB; 16 KB in the carry kernel. Registers: at most 128, so two blocks per SM; no spills (but 12 bytes
 // for fp16 on sm_80).
-// Bytes: the minimum is x and y once and stats once; x is read again in timestep_norm_fwd, from L2 where L2 holds x.
-// Carries: 16 bytes a tile and group, written and read twice: 1% of x for F = 32 in bf16. Gains and shifts come from L1
-// for 7 of 8 warps.
+// Bytes: the minimum is x and y once and stats once; timestep_norm_fwd reads x again, from L2 if it is there. Carries:
+// 16 bytes per tile and group, written and read twice: 1% of x for F = 32 in bf16. Gains and shifts come from L1 for 7
+// of 8 warps.
 // H100, (B 8, L 2048, D 1024, G 32) bf16: 67 + 6.3 MB, 22 us at 3.35 TB/s, 32 us if x comes from memory twice.
-// Example: F = 32 bf16: 4 lanes a group, 8 groups a warp, 256 channels a block; lane 5 has channels 8 .. 15 of group 1.
+// Example: F = 32 bf16: 4 lanes per group, 8 groups per warp, 256 channels per block; lane 5: 8 .. 15 of group 1.
 #pragma once
 
 #include "timestep_norm.cuh"
@@ -125,11 +125,11 @@ class RowMoments {
   Vector held_[kHeld ? kRows : 1];
 };
 
-// What phases 2 and 3 hand on in shared memory.
+// Results of phases 2 and 3 in shared memory.
 template <class R>
 struct Exchange {
-  double *mean, *var;  // (kWarps, 32): of a warp's last rows, then what enters the warp
-  double* weight;      // (kWarps): the share of a warp's last rows in all that their sequence has seen
+  double *mean, *var;  // (kWarps, 32): of a warp's last rows, then of the state that enters the warp
+  double* weight;      // (kWarps): the share of a warp's last rows in all timesteps of their sequence
 };
 
 template <class R>
@@ -140,11 +140,11 @@ GPU_INLINE Exchange<R> make_exchange() {
   return {mean, var, weight};
 }
 
-// How many of a warp's rows are in the sequence of its last row, which is at `step` there; none if that row is padding.
+// Number of a warp's rows in the sequence of its last row, whose position is `step`; 0 if that row is padding.
 GPU_INLINE int rows_of_last(int step) { return step < kRows ? step + 1 : kRows; }
 
-// The thread that looked up a warp's last row weighs the warp's rows. kFromTile: a sequence that enters the tile is
-// counted from the tile's first row.
+// The thread that looked up a warp's last row computes the weight of the warp's rows. kFromTile: a sequence that enters
+// the tile is counted from the tile's first row.
 template <bool kFromTile, class R>
 GPU_INLINE void weigh_rows(const Exchange<R>& exchange, const Rows<R>& rows, int64_t seen) {
   const int row = threadIdx.x;
@@ -174,8 +174,8 @@ GPU_INLINE void merge_rows(const Exchange<R>& exchange, const Rows<R>& rows, con
   exchange.var[at] = var;
 }
 
-// Thread i takes group i of the slice and leaves in `exchange` what enters each warp. mean and var are what enters the
-// tile, on return what leaves its last warp.
+// Thread i takes group i of the slice and stores the state that enters each warp in `exchange`. mean and var are the
+// state that enters the tile and, on return, the state after its last warp.
 template <class R>
 GPU_INLINE void merge_warps(const Exchange<R>& exchange, const Rows<R>& rows, const TimestepNormParams& p,
                             int64_t group, double& mean, double& var) {
@@ -184,7 +184,7 @@ GPU_INLINE void merge_warps(const Exchange<R>& exchange, const Rows<R>& rows, co
     const double own_mean = exchange.mean[at], own_var = exchange.var[at], weight = exchange.weight[warp];
     exchange.mean[at] = mean;
     exchange.var[at] = var;
-    if (step < kRows) {  // what enters the warp ends inside the warp
+    if (step < kRows) {  // the entering sequence ends inside the warp
       const Moments<R> state = step < 0 ? Moments<R>{} : initial_moments<R>(p, rows.sequence[row], group);
       mean = widen(state.mean);
       var = widen(state.var);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Moments of neighbouring tiles.
 struct Span {
   double steps, mean, var;
-  bool closed;  // the last sequence began inside
+  bool closed;  // the last sequence begins inside
 };
 
 GPU_INLINE Span combine(const Span& before, const Span& after) {
@@ -247,7 +247,7 @@ struct SpanSource {
   }
 };
 
-// Stores the state after the last step of sequence s.
+// Stores the state after the last row of sequence s.
 template <class R>
 GPU_INLINE void store_state(const TimestepNormFwdParams& p, int64_t s, int64_t group, const Moments<R>& state) {
   const int64_t at = s * p.groups + group;
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Exchange<R> exchange = make_exchange<R>();
   const int64_t seen = look_up(rows, p, place.first);
   __syncthreads();
-  if (rows.left[0] == kTile) return;  // one sequence fills the tile and goes on
+  if (rows.left[0] == kTile) return;  // one sequence fills the tile and continues
   RowMoments<T, kWidth, kHeld> of(p, layout, place);
   weigh_rows<false>(exchange, rows, seen);
   walk_tile(p, layout, carries, rows, exchange, place, of);
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A thread takes a group of a sequence without steps, or without channels.
+// A thread takes a group of a sequence without tokens, or without channels.
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_fwd_empty_kernel(TimestepNormFwdParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, count = p.sequences.count * p.groups;
