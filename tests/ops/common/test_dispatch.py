@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megalodon_ops as mo
+from megalodon_ops.ops.common import definition
 
 CASES = {"cema": cema_case(B=3, L=11, state=True), "timestep_norm": timestep_norm_case(B=3, L=11, count=2)}
 END_STATES = {"cema_end_state": cema_end_state_case(), "timestep_norm_end_state": timestep_norm_end_state_case()}
@@ -86,6 +87,14 @@ def test_results_that_the_flags_leave_out_are_empty():
     p, q = torch.rand(8, 3), torch.rand(8, 3).to(torch.complex64)
     _, state = ops.cema_fwd(x, p, q, q, zeros, None, None, None, False)
     assert state.numel() == 0
+
+
+def test_a_backward_that_names_what_the_op_does_not_have_is_refused():
+    message = (
+        r"must name arguments and results of megalodon_ops.cema_fwd.default, .* got \['bias', 'dbias', 'dweight'.*\]"
+    )
+    with pytest.raises(TypeError, match=message):
+        definition._autograd_by_names(ops.cema_fwd.default, ops.layer_norm_bwd.default)
 
 
 def test_statistics_are_needed_for_gradients():

@@ -6,8 +6,7 @@ import functools
 import importlib
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
@@ -70,75 +69,66 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
     Arguments of `backward_op` that are no incoming gradients are kept: tensors by save_for_backward. A result whose
     gradient it does not take is not differentiable; nor are results `<name>_out` where `return_state` is False. If it
     takes an incoming gradient as `Tensor?`, None is one that did not arrive; one that it requires is then zeros like
-    the op's first argument.
+    the op's first argument. The two functions are generated as source, as dataclasses do
+    it: loops over names would cost each call 2 us.
     """
     arguments, results = ([value.name for value in values] for values in (op._schema.arguments, op._schema.returns))
     taken = [argument.name for argument in backward_op._schema.arguments]
-    incoming = {f"d{name}": i for i, name in enumerate(results)}
-    optional = {a.name for a in backward_op._schema.arguments if isinstance(a.type, torch.OptionalType)}
-    tensors = {a.name for a in op._schema.arguments if "Tensor" in str(a.type)} | {*results}
-    kept = [name for name in taken if name not in incoming]
-    names = [*arguments, *results]
-    saved, scalars = ([n for n in kept if (n in tensors) == wanted] for wanted in (True, False))
-    save, keep = (_pick([names.index(n) for n in group]) for group in (saved, scalars))
-    order = [*incoming, *saved, *scalars]
-    arrange = _pick([order.index(n) for n in taken])
-    constant = [i for name, i in incoming.items() if name not in taken]
-    flag = arguments.index("return_state") if "return_state" in arguments else None
-    of_state = [i for name, i in incoming.items() if name in taken and name.endswith("_out")]
-    constants, without_state = _pick(constant), _pick(constant + of_state)
-    may_be_missing = any(name in optional for name in incoming)
-    required = [i for name, i in incoming.items() if name in taken and name not in optional] if may_be_missing else []
     gradients = [result.name for result in backward_op._schema.returns]
-    spread = _pick([gradients.index(f"d{n}") if f"d{n}" in gradients else -1 for n in arguments])
-    may_be_none = [
-        (gradients.index(f"d{a.name}"), saved.index(a.name))
-        for a in op._schema.arguments
-        if isinstance(a.type, torch.OptionalType) and f"d{a.name}" in gradients
+    optional = {
+        a.name for o in (op, backward_op) for a in o._schema.arguments if isinstance(a.type, torch.OptionalType)
+    }
+    tensors = {a.name for a in op._schema.arguments if "Tensor" in str(a.type)} | {*results}
+    incoming = [f"d{name}" for name in results]
+    kept = [name for name in taken if name not in incoming]
+    unknown = {*kept} - {*arguments, *results} | {*gradients} - {f"d{name}" for name in arguments}
+    if unknown:
+        raise TypeError(
+            f"define_op: {backward_op} must name arguments and results of {op}, and gradients of them d<name>, "
+            f"got {sorted(unknown)}; rename them in its schema."
+        )
+    saved, scalars = [n for n in kept if n in tensors], [n for n in kept if n not in tensors]
+    constants = [name for name in results if f"d{name}" not in taken]
+    states = [name for name in results if name.endswith("_out") and name not in constants]
+    may_be_missing = any(name in optional for name in incoming)
+    zeros = [name for name in incoming if may_be_missing and name in taken and name not in optional]
+    given = {name: f"d{name}" if f"d{name}" in gradients else "None" for name in arguments}
+    for name in arguments:
+        if name in optional and name in saved and given[name] != "None":
+            given[name] = f"None if {name} is None else d{name}"
+
+    def listed(names: Iterable[str]) -> str:
+        return "".join(f"{name}, " for name in names)
+
+    has_flag, one = "return_state" in arguments, len(gradients) == 1
+    lines = [
+        "def setup_context(ctx, inputs, output):",
+        f"    {listed(arguments)} = inputs",
+        f"    {listed(results) if len(results) > 1 else results[0]} = output",
+        has_flag and f"    if not return_state: ctx.mark_non_differentiable({listed(constants + states)})",
+        constants and f"    {'else' if has_flag else 'if True'}: ctx.mark_non_differentiable({listed(constants)})",
+        may_be_missing and "    ctx.set_materialize_grads(False)",
+        f"    ctx.save_for_backward({listed(saved)})",
+        scalars and f"    ctx.scalars = {listed(scalars)}",
+        f"def backward(ctx, {listed(incoming)}):",
+        f"    {listed(saved)} = ctx.saved_tensors",
+        scalars and f"    {listed(scalars)} = ctx.scalars",
+        *(f"    if {name} is None: {name} = torch.zeros_like({arguments[0]})" for name in zeros),
+        f"    {gradients[0] if one else listed(gradients)} = call(backward_op, {listed(taken)})",
+        f"    return {listed(given.values())}",
     ]
-
-    def setup_context(ctx, inputs, output):
-        outputs = output if isinstance(output, tuple) else (output,)
-        values = (*inputs, *outputs)
-        if left_out := (constants if flag is None or inputs[flag] else without_state)(outputs):
-            ctx.mark_non_differentiable(*left_out)
-        if may_be_missing:
-            ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*save(values))
-        if scalars:
-            ctx.scalars = keep(values)
-
-    def backward(ctx, *grads):
-        tensors = ctx.saved_tensors
-        if required:
-            grads = list(grads)
-            for i in required:
-                if grads[i] is None:
-                    grads[i] = torch.zeros_like(tensors[saved.index(arguments[0])])
-        found = call(backward_op, *arrange((*grads, *tensors, *(ctx.scalars if scalars else ()))))
-        found = [*found, None] if isinstance(found, tuple) else [found, None]
-        for gradient, tensor in may_be_none:
-            if tensors[tensor] is None:
-                found[gradient] = None
-        return spread(found)
-
-    return setup_context, backward
-
-
-def _pick(indices: Sequence[int]) -> Callable[[Sequence], tuple]:
-    """A function that picks these items of a sequence."""
-    if len(indices) > 1:
-        return itemgetter(*indices)
-    return lambda values: tuple(values[i] for i in indices)
+    written = {"call": call, "torch": torch, "backward_op": backward_op}
+    exec("\n".join(filter(None, lines)), written)
+    return written["setup_context"], written["backward"]
 
 
 def _fake_gradients(op: Callable) -> Callable:
     """The fake kernel of a backward whose results `d<argument>` are `empty_gradients`."""
     arguments = [argument.name for argument in op._schema.arguments]
-    pick = _pick([arguments.index(result.name[1:]) for result in op._schema.returns])
+    like = [arguments.index(result.name[1:]) for result in op._schema.returns]
 
     def fake(*args):
-        gradients = empty_gradients(*pick(args))
+        gradients = empty_gradients(*(args[i] for i in like))
         return gradients if len(gradients) > 1 else gradients[0]
 
     return fake
