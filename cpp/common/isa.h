@@ -5,7 +5,7 @@
 
 // The names are also namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v4 = AVX-512, v4_bf16 adds AVX512-BF16,
 // v4_amx adds AMX-BF16 to v4_bf16. 64-bit Arm: generic = NEON, neon_bf16 adds BF16. Every kernel is compiled for the
-// lowest level, and for the others that the table of kernels in CMakeLists.txt lists. Levels above
+// lowest level, and for the other levels that CMakeLists.txt lists. Levels above
 // MEGALODON_HIGHEST_OF_ALL_TYPES add products of bfloat16 and rounding to it; code for them is compiled for bfloat16
 // alone, except in linear_amx_cpu.cpp.
 #if defined(__x86_64__)

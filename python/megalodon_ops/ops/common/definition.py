@@ -39,10 +39,10 @@ def define_op(
             `d<result>` and its results `d<argument>`; the names of its other arguments are those of the other op.
         kernel: computes the op on the CPU, and on CUDA devices where the op has kernels for them.
         fake: computes the outputs' shapes for tracing. None: the outputs are :func:`empty_gradients` of arguments.
-        backward: the op that computes the gradients, from which follows what is kept for it (see
-            :func:`_autograd_by_names`); or, with `setup_context`, the backward of torch.autograd.Function. None: the op
-            is a backward itself or has no derivative, and differentiating through it raises. Forward mode through
-            any op raises, too.
+        backward: the op that computes the gradients; the names in its schema say what is kept for it (see
+            :func:`_autograd_by_names`). With `setup_context`: the backward of a torch.autograd.Function. None: the op
+            is a backward itself or has no derivative, and differentiating through it raises. Forward mode raises in
+            any case.
         flops: the operations that torch.utils.flop_counter counts, from the arguments that its parameters name.
     """
     name = schema.split("(")[0]
@@ -69,8 +69,8 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
     Arguments of `backward_op` that are no incoming gradients are kept: tensors by save_for_backward. A result whose
     gradient it does not take is not differentiable; nor are results `<name>_out` where `return_state` is False. If it
     takes an incoming gradient as `Tensor?`, None is one that did not arrive; one that it requires is then zeros like
-    the op's first argument. The two functions are generated as source, as dataclasses do
-    it: loops over names would cost each call 2 us.
+    the op's first argument. The functions are generated as source, like those of dataclasses: loops over names would
+    cost each call 2 us.
     """
     arguments, results = ([value.name for value in values] for values in (op._schema.arguments, op._schema.returns))
     taken = [argument.name for argument in backward_op._schema.arguments]
