@@ -6,7 +6,7 @@ import megalodon_ops
 import megalodon_ops_startup
 
 megalodon_ops_startup.prepare()
-importlib.reload(megalodon_ops)  # with all of its names, and torch
+importlib.reload(megalodon_ops)  # now with its public names, which load torch
 
 from megalodon_ops.cli import process  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""The names of :mod:`megalodon_ops`."""
+"""Public names of :mod:`megalodon_ops`."""
 
 import torch  # loads the OpenMP runtime that the kernels share
 

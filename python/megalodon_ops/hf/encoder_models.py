@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple
 
 from ..model.blocks import at_least_float32
 from ..model.encoder import MegalodonEncoder
-from ..model.inputs import check_inputs, check_steps
+from ..model.inputs import check_inputs, check_not_empty
 from ..model.layers import Linear
 from ..model.sequences import Sequences
 from ..ops.common.checks import check_tensor
@@ -53,7 +53,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
             x = x * encoder.config.embedding_scale
         with self._recording(output_hidden_states, batch) as layers:
             features = encoder._hidden(x, sequences)
-        check_steps(op, batch.name, x, sequences)
+        check_not_empty(op, batch.name, x, sequences)
         return batch, features, layers and tuple(layers)
 
 
@@ -185,7 +185,7 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
         super().__init__(config)
         tied = config.tie_word_embeddings
         with torch.device("meta") if tied else nullcontext():
-            self.output = Linear(config.model_dim, config.vocab_size, bias=False, of_tokens=True)
+            self.output = Linear(config.model_dim, config.vocab_size, bias=False, token_rows=True)
         if tied:
             self.output.weight = self.embed.weight
         self.output._is_hf_initialized = tied or not self.embed.weight.is_meta  # by its constructor

@@ -81,7 +81,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         if type(module) is nn.Embedding:  # resize_token_embeddings has made it, and the output matrix below
             module.__class__ = Embedding
         elif type(module) is nn.Linear:
-            module.__class__, module.of_tokens = Linear, True
+            module.__class__, module.token_rows = Linear, True
         own = dict(module.named_parameters(recurse=False))
         loaded = {name: weight for name, weight in own.items() if getattr(weight, "_is_hf_initialized", False)}
         if len(loaded) < len(own):

@@ -1,1 +1,1 @@
-"""The model: configuration, layers, blocks, the whole, its decoder, and files of weights."""
+"""The model: configuration, layers, blocks, model, decoder, and files of weights."""

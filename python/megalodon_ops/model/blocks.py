@@ -24,7 +24,7 @@ from ..ops.common.states import AttentionState, TimestepNormState, fields_of, na
 
 @named_in_programs
 class BlockState(NamedTuple):
-    """What one call of a block passes on to the next call.
+    """State of one block, passed from one call to the next.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -40,7 +40,7 @@ class BlockState(NamedTuple):
     attention: AttentionState
 
 
-_LARGEST_ROTARY = 1 << 24  # numbers, 64 MiB in float32; the released models' tables have 2^19 and 2^20
+_MAX_ROTARY_SIZE = 1 << 24  # elements, 64 MiB in float32; the released models' tables have 2^19 and 2^20
 
 
 class NormalizedAttention(WideParameters):
@@ -50,8 +50,8 @@ class NormalizedAttention(WideParameters):
     z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
     y = x + wh1 m + wh2 (a * r)
 
-    An encoder's has the sequence norm, the bidirectional CEMA and an attention to whole chunks, and no state. A
-    configuration with parts of MEGALODON's successor gives an instance of a subclass, which gecko_block.py has.
+    In an encoder: sequence norm, bidirectional CEMA, attention to the whole chunk, no state. A configuration with parts
+    of MEGALODON's successor creates an instance of the subclass in gecko_block.py.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -61,15 +61,17 @@ class NormalizedAttention(WideParameters):
     """
 
     other_forms: ClassVar[list[type[NormalizedAttention]]] = []
-    """Subclasses that are made in place of this class, each for the configurations that it `serves`"""
+    """Subclasses that `NormalizedAttention(config)` creates instead, each for the configurations that it `serves`.
+    They register themselves, because gecko_block.py imports this file, which thus cannot import gecko_block.py."""
     state_type: ClassVar[type[tuple]] = BlockState
 
     def __new__(cls, config: MegalodonConfig | None = None, *_: Any, **options: Any) -> NormalizedAttention:
+        # Unpickling passes no configuration.
         forms = cls.other_forms if cls is NormalizedAttention and isinstance(config, MegalodonConfig) else ()
         return super().__new__(next((form for form in forms if form.serves(config)), cls))
 
     def __init__(self, config: MegalodonConfig) -> None:
-        check_config("NormalizedAttention", config, any_form=True)
+        check_config("NormalizedAttention", config, accept_encoder=True)
         super().__init__()
         self.config = config
         dim, z_dim, value_dim = config.model_dim, config.z_dim, config.value_dim
@@ -89,26 +91,26 @@ class NormalizedAttention(WideParameters):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises `gamma` and `beta`; the layers inside have a `reset_parameters` of their own."""
+        """Initialise `gamma` and `beta`; submodules have their own `reset_parameters`."""
         nn.init.zeros_(self.gamma)
         nn.init.zeros_(self.beta)
 
     def _rotary_for(self, like: Tensor) -> tuple:
-        """The arguments of :func:`rotary_table` for a table that serves tensors like this one."""
+        """Arguments of :func:`rotary_table` for tensors of the dtype and device of `like`."""
         config = self.config
         key_dim, dtype = config.z_dim // config.num_heads, accumulation_dtype(like.dtype)
         return config.chunk_size, key_dim, config.rotary_base, dtype, like.device
 
     def _keep_rotary(self) -> None:
-        """Makes the buffer `rotary` for the parameters' device and dtype; a very large table is made by each call instead."""
-        rows, key_dim, *_ = wanted = self._rotary_for(self.gamma)
-        if rows * key_dim <= _LARGEST_ROTARY and wanted != self._rotary_made_for:
-            self.rotary, self._rotary_made_for = rotary_table(*wanted), wanted
+        """Rebuild the buffer `rotary` for the parameters' device and dtype; calls recompute a very large table."""
+        rows, key_dim, *_ = arguments = self._rotary_for(self.gamma)
+        if rows * key_dim <= _MAX_ROTARY_SIZE and arguments != self._rotary_made_for:
+            self.rotary, self._rotary_made_for = rotary_table(*arguments), arguments
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves and casts the parameters alone, then makes the rotary table anew.
+        """Move and cast the parameters, then recompute the rotary table.
 
-        A table that was cast would be rounded twice, and `to_empty` would lose its values.
+        A cast table would be rounded twice, and `to_empty` would lose its values.
         """
         rotary = self._buffers.pop("rotary")
         try:
@@ -133,9 +135,9 @@ class NormalizedAttention(WideParameters):
         lengths: Tensor | None = None,
         sequences: Sequences | None = None,
     ) -> Tensor | tuple[Tensor, BlockState]:
-        """x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` being the whole block's.
+        """Map x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` is the whole block's.
 
-        sequences: as a model gives them, in the place of cu_seqlens and lengths.
+        sequences: passed by a model instead of cu_seqlens and lengths.
         """
         config, training = self.config, self.training
         if not config.causal:
@@ -145,7 +147,7 @@ class NormalizedAttention(WideParameters):
         norm_state = sequences.norm_state(self.timenorm, x, past.norm)
         t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences.keywords)
         sent = sequences.send_end(self.cema, t, past)
-        v = gated_silu(self.wv(t))  # while what was sent is on its way
+        v = gated_silu(self.wv(t))  # overlaps with the exchange
         past = sequences.receive(sent)
         c, cema_state = self.cema(t, state=past.cema, return_state=True, **sequences.keywords)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
@@ -158,7 +160,7 @@ class NormalizedAttention(WideParameters):
         self, m: Tensor, z: Tensor, v: Tensor, norm_state: TimestepNormState, past: BlockState, return_state: bool,
         inplace_state: bool, sequences: Sequences,
     ) -> tuple[Tensor, tuple]:  # fmt: skip
-        """a * r, and what the block's new state has behind its first two fields; `past`: the state before the call."""
+        """Return a * r and the new state's fields after the first two; `past`: the state before the call."""
         config, rotary = self.config, self.rotary if self._rotary_made_for == self._rotary_for(z) else None
         a = attend(
             z, v, self.gamma, self.beta, rotary,
@@ -181,7 +183,7 @@ class NormalizedFFN(WideParameters):
     """
 
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
-        check_config("NormalizedFFN", config, any_form=True)
+        check_config("NormalizedFFN", config, accept_encoder=True)
         super().__init__()
         self.config, self.layer = config, layer
         dim, hidden = config.model_dim, config.ffn_hidden_dim
@@ -193,12 +195,12 @@ class NormalizedFFN(WideParameters):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises `alpha`; the layers inside have a `reset_parameters` of their own."""
+        """Initialise `alpha`; submodules have their own `reset_parameters`."""
         if self.alpha is not None:
             nn.init.constant_(self.alpha, 0.1 * 0.5**self.layer)
 
     def forward(self, y: Tensor) -> Tensor:
-        """y (B, L, D), the first half's output, to (B, L, D)."""
+        """Map the first half's output y (B, L, D) to (B, L, D)."""
         config, training = self.config, self.training
         n = self.norm(y)
         hidden = gated_silu(self.fc1(n), None if self.fc3 is None else self.fc3(n))
@@ -220,19 +222,19 @@ class MegalodonBlock(nn.Module):
     """
 
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
-        check_config("MegalodonBlock", config, any_form=True)
+        check_config("MegalodonBlock", config, accept_encoder=True)
         super().__init__()
         self.mega = NormalizedAttention(config)
         self.nffn = NormalizedFFN(config, layer)
 
     def reset_parameters(self) -> None:
-        """Initialises every parameter of the block."""
+        """Initialise every parameter of the block."""
         reset_all_parameters(self)
 
     def forward(
         self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
     ) -> Tensor | tuple[Tensor, BlockState]:
-        """x (B, L, D); options as of the first half: inplace_state, cu_seqlens and lengths, or `sequences`."""
+        """x (B, L, D); options of the first half: inplace_state, cu_seqlens and lengths, or `sequences`."""
         y = self.mega(x, state=state, return_state=return_state, **options)
         if return_state:
             y, state = y
@@ -246,18 +248,18 @@ class Output(nn.Module):
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
         self.final_norm = TimestepNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
-        self.output = Linear(config.model_dim, config.num_outputs, bias=False, of_tokens=True)
+        self.output = Linear(config.model_dim, config.num_outputs, bias=False, token_rows=True)
 
     def reset_parameters(self) -> None:
-        """Initialises the norm and the matrix."""
+        """Initialise the norm and the matrix."""
         reset_all_parameters(self)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits as a model returns them, whatever dtype the output matrix has."""
+    """Cast 16-bit logits to float32."""
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
 def recomputes_layers(model: nn.Module) -> bool:
-    """Whether the backward of a call that begins now is to compute each layer again."""
+    """Return True if the backward of a call that begins now recomputes each layer."""
     return model.config.layerwise_ckpt and model.training and torch.is_grad_enabled() and not is_exporting()

@@ -23,7 +23,7 @@ class MegalodonConfig:
     """
 
     causal: ClassVar[bool] = True
-    """whether a step sees those before it alone; a block made from a configuration for which it is False sees all"""
+    """True: a position sees earlier ones alone; False, for encoders: all of them"""
     model_type: ClassVar[str] = "megalodon"
     architecture: ClassVar[str] = "MegalodonForCausalLM"
     num_layers: int = 8
@@ -39,12 +39,12 @@ class MegalodonConfig:
     cema_ndim: int = 16
     """N, complex states a channel"""
     chunk_size: int = 2048
-    """C, steps an attention chunk"""
+    """C, positions in an attention chunk"""
     init_mode: str = "he"
-    """initialisation of the linear layers; "he" is the one that exists"""
+    """initialisation of the linear layers; only "he" exists"""
     vocab_size: int = 32000
     output_size: int = -1
-    """logits a step; -1: vocab_size"""
+    """logits per position; -1: vocab_size"""
     norm_num_groups: int = 32
     """G, groups of the timestep norms"""
     norm_affine: bool = True
@@ -55,7 +55,7 @@ class MegalodonConfig:
     dropout: float = 0.0
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
-    """probability of DropKey"""
+    """probability that a key is hidden from a query (DropKey)"""
     swiglu: bool = False
     rescale_nffn: bool = False
     """a learned gain on each FFN's output, starting at 0.1 * 0.5^layer"""
@@ -66,18 +66,18 @@ class MegalodonConfig:
     layerwise_ckpt: bool = False
     """recompute each layer in the backward (training only): memory of one layer instead of all"""
     eos_token_id: int | None = None
-    """the token that ends a document, after which `generate` stops; None: none does. The released code has no such field"""
+    """token that ends a document and stops `generate`, or None; not a field of the released code"""
     working_memory: bool = False
-    """each block reads an :func:`adaptive_working_memory` of the chunks that attention does not see. The released code has
-    neither this field nor the next"""
+    """each block reads an :func:`adaptive_working_memory` of the chunks beyond attention; the released code has neither
+    this field nor the next"""
     visible_chunks: int = 1
-    """chunks that attention sees, a step's own among them: 1 or 2"""
+    """chunks that attention sees, a position's own among them: 1 or 2"""
 
     def __post_init__(self) -> None:
-        def check(field: str, holds: bool, expected: str, kind: type | None = None) -> None:
-            """Refuses a field that does not hold; makes a NumPy number one of Python's `kind`, which JSON knows."""
+        def check(field: str, is_valid: bool, expected: str, kind: type | None = None) -> None:
+            """Raise unless the field is valid; convert a NumPy number to Python's `kind`, for JSON."""
             value = getattr(self, field)
-            if not holds:
+            if not is_valid:
                 raise ValueError(f"{type(self).__name__}: `{field}` must be {expected}, got {shown(value)}.")
             if kind is not None:
                 object.__setattr__(self, field, kind(value))
@@ -117,17 +117,17 @@ class MegalodonConfig:
 
     @property
     def num_outputs(self) -> int:
-        """Logits a step."""
+        """Logits per position."""
         return self.vocab_size if self.output_size == -1 else self.output_size
 
     @property
     def embedding_scale(self) -> float:
-        """The factor on the embeddings."""
+        """Factor on the embeddings."""
         return math.sqrt(self.model_dim) if self.scale_emb else 1.0
 
     @property
     def kept_steps(self) -> int:
-        """Rows of keys and values in a state."""
+        """Positions for which a state holds keys and values."""
         return self.visible_chunks * self.chunk_size
 
     @property
@@ -135,7 +135,7 @@ class MegalodonConfig:
         return self.rope_base or 10000.0
 
     def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every parameter that a model has, in the model's order, without making the model.
+        """Yield name and shape of every parameter in the model's order, without building the model.
 
         Example:
             >>> import megalodon_ops as mo
@@ -143,25 +143,25 @@ class MegalodonConfig:
             ('embed.weight', (256, 1024))
         """
         yield from self._input_shapes().items()
-        of_layer = self._layer_shapes()
+        layer_shapes = self._layer_shapes()
         for layer in range(self.num_layers):
-            for name, shape in of_layer.items():
+            for name, shape in layer_shapes.items():
                 yield f"layers.{layer}.{name}", shape
         yield from self._output_shapes().items()
 
     def num_parameters(self) -> int:
-        """How many numbers a model learns, computed without making the model, however large it would be.
+        """Number of a model's parameters, computed without building the model.
 
         Example:
             >>> import megalodon_ops as mo
             >>> f"{mo.MegalodonConfig.preset('mega7.1B', vocab_size=32000).num_parameters():,}"
             '7,117,381,632'
         """
-        of_input, of_layer, of_output = (
+        input_size, layer_size, output_size = (
             sum(map(math.prod, shapes.values()))
             for shapes in (self._input_shapes(), self._layer_shapes(), self._output_shapes())
         )
-        return of_input + self.num_layers * of_layer + of_output
+        return input_size + self.num_layers * layer_size + output_size
 
     def _input_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"embed.weight": (self.vocab_size, self.model_dim)}
@@ -190,7 +190,7 @@ class MegalodonConfig:
 
     @staticmethod
     def presets() -> tuple[str, ...]:
-        """Names that :meth:`preset` knows."""
+        """Names for :meth:`preset`."""
         return tuple(_PRESETS)
 
     @classmethod
@@ -198,8 +198,7 @@ class MegalodonConfig:
         """A configuration by its name, with single fields replaced.
 
         Args:
-            name: one of the released ones; "paper7B", the paper's; or "small", which the command `train` begins with, of
-                bytes.
+            name: a released one; "paper7B", the paper's; or "small", of bytes, the default of the command `train`.
 
         Raises:
             ValueError: there is no such name. TypeError: there is no such field.
@@ -212,20 +211,20 @@ class MegalodonConfig:
         return cls(**{**_PRESETS[name], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types; :meth:`from_dict` makes a configuration of them again."""
+        """Return the fields as plain JSON types, which :meth:`from_dict` reads."""
         return dataclasses.asdict(self)
 
     def meaning(self) -> dict[str, Any]:
-        """The fields that decide what a trained model computes and what its states mean: not dropout and the like."""
-        return {name: value for name, value in self.to_dict().items() if name not in _NOT_COMPUTED_WITH}
+        """Fields that determine a trained model's results and its states: not dropout and the like."""
+        return {name: value for name, value in self.to_dict().items() if name not in _FIELDS_WITHOUT_EFFECT}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
-        """The configuration of a released `config.json`'s `model` object or of :meth:`to_dict`; an unknown field raises."""
+        """Build a configuration from a released `model` object or from :meth:`to_dict`; an unknown field raises."""
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__}: `values` must be a dictionary of fields, got {shown(values)}.")
         known = {field.name for field in dataclasses.fields(cls)}
-        # `efficient_attn` says which of two kernels with equal results the released code takes
+        # `efficient_attn` chooses between two kernels of the released code with equal results
         fields = {name: value for name, value in values.items() if name != "efficient_attn"}
         if unknown := [name for name in fields if name not in known]:
             raise ValueError(f"{cls.__name__}: unknown field {', '.join(map(shown, unknown))}.")
@@ -233,14 +232,14 @@ class MegalodonConfig:
 
 
 def check_config(
-    module: str, config: object, kind: type[MegalodonConfig] = MegalodonConfig, *, any_form: bool = False
+    module: str, config: object, kind: type[MegalodonConfig] = MegalodonConfig, *, accept_encoder: bool = False
 ) -> None:
-    """Raises a TypeError unless `config`, which `module` is made from, is a configuration of its kind or, of parts, any."""
-    if not isinstance(config, kind) or not (any_form or config.causal == kind.causal):
+    """Raise a TypeError unless `config` is a `kind`; parts of models accept an encoder's configuration, too."""
+    if not isinstance(config, kind) or not (accept_encoder or config.causal == kind.causal):
         raise TypeError(f"{module}: `config` must be a {kind.__name__}, got {described(config)}.")
 
 
-_NOT_COMPUTED_WITH = set("init_mode dropout hidden_dropout attention_dropout layerwise_ckpt eos_token_id".split())
+_FIELDS_WITHOUT_EFFECT = set("init_mode dropout hidden_dropout attention_dropout layerwise_ckpt eos_token_id".split())
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _SMALL = dict(  # for a run of minutes on a few cores: docs/training.md
     num_layers=3, model_dim=128, z_dim=64, value_dim=256, num_heads=1, ffn_hidden_dim=192, cema_ndim=8, chunk_size=256,

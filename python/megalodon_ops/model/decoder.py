@@ -1,4 +1,4 @@
-"""`Decoder`: the logits of a model's next tokens, made once from a model and a state, for as many tokens as one likes."""
+"""`Decoder`: a model's logits of the next tokens, made once from a model and a state."""
 
 from __future__ import annotations
 
@@ -21,38 +21,36 @@ from ..ops.common.checks import check_tensor, described
 from .blocks import at_least_float32
 from .model_state import MegalodonState, complete, named_tensors
 
-_INSTEAD = "call the model there, with its state: model(tokens, state=state, return_state=True)"
+_ALTERNATIVE = "call the model there, with its state: model(tokens, state=state, return_state=True)"
 
 
 class Decoder:
-    """The logits after each next token of B sequences, without gradients.
+    """Compute the logits after each next token of B sequences, without gradients.
 
-    On the CPU one call computes the logits from the tokens: it runs the kernels of the model's layers, with the same
-    bits as the layers, without Python between kernels. A linear layer that was wrapped (by an adapter that is not
-    merged, for one), hooked, quantised or replaced is called between two kernels of the call. Where another module was
-    changed, the model runs by its modules. So it does on other devices, under torch.autocast, with dropout in training,
-    for more rows than the kernels for few rows take (32; AMX: 15 in float32, 8 in bfloat16), and with
-    MEGALODON_OPS_LINEAR=torch; and where attention sees two chunks, in the calls in which one ends.
+    On the CPU one call runs all kernels of the model, without Python between them and with the bits of the layers. A
+    linear layer that was wrapped (for instance by an adapter), hooked, quantised or replaced is called between two
+    kernels. If another module was changed, the model runs module by module. It also does so on other devices, under
+    torch.autocast, with dropout in training, for more rows than the kernels for few rows take (32; AMX: 15 in float32,
+    8 in bfloat16), with MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk ends.
 
-    All of this is chosen once, when the decoder is made. The kernels know the places in memory that parameters had
-    then: they see values that are written there later, as an optimizer's step or `load_state_dict` writes them, but for
-    CEMA's parameters, from which coefficients have been computed, and parameters that are not contiguous, which were
-    copied. Make a new decoder after these have changed, after parameters have got another memory, and after modules,
-    hooks or adapters have changed: this one does not look. Threads that call one decoder wait for each other. A decoder
-    cannot be copied or pickled.
+    The decoder chooses once, when it is made. Its kernels keep the addresses of parameters, so they see values that an
+    optimizer step or `load_state_dict` writes there later, with two exceptions: CEMA's parameters, whose coefficients
+    are computed when the decoder is made, and parameters that are not contiguous, which are copied then. Make a new
+    decoder after these change, after parameters move to other memory, and after modules, hooks or adapters change: the
+    decoder does not notice. Threads that call one decoder wait for each other. A decoder cannot be copied or pickled.
 
     Args:
         model: the :class:`Megalodon` that gives the logits.
         state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
 
     Attributes:
-        fused: whether one call of kernels computes everything, and no module is called. If a changed module prevents it,
-            a warning has named the first such module.
+        fused: True if one call of kernels computes everything and calls no module. If a changed module prevents it, a
+            warning has named the first such module.
         num_sequences: B.
 
     Raises:
         ValueError: the state is not one of this model. TypeError: a dtype is wrong. RuntimeError: an earlier call
-        raised amid the layers, or a module calls the decoder that runs it.
+        failed between layers, or a module calls the decoder that runs it.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -67,47 +65,47 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, state: MegalodonState) -> None:
-        check_runs_now("Decoder", _INSTEAD)
-        if not hasattr(model, "_as_made"):
+        check_runs_now("Decoder", _ALTERNATIVE)
+        if not hasattr(model, "_reference"):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {described(model)}.")
         if not isinstance(state, MegalodonState) or len(state.layers) != model.config.num_layers:
             raise ValueError(
                 f"Decoder: `state` must be a MegalodonState of {model.config.num_layers} layers, as the model returns it, "
                 f"got {f'one of {len(state.layers)}' if isinstance(state, MegalodonState) else described(state)}."
             )
-        self._model, self._state = model, _own(state)
+        self._model, self._state = model, _contiguous_copy(state)
         self._like = self._state.layers[0].attention.v
         self.num_sequences = self._like.shape[0]
         device = self._like.device.type
         enabled, dtype = is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self._autocast = torch.autocast(device, enabled=enabled, dtype=dtype)
-        self._alone, self._state_is_whole = threading.RLock(), True
+        self._lock, self._state_is_whole = threading.RLock(), True
         self._tokens_read = 0
-        self._alike_at = torch.full((self.num_sequences, self.num_sequences), -(2**62), device="cpu")
-        """(B, B): how many tokens had been read when two sequences were last the same"""
-        self._most_tokens = linear.most_few_rows(self._like.dtype) if self._may_run_kernels(enabled) else 0
+        self._last_equal = torch.full((self.num_sequences, self.num_sequences), -(2**62), device="cpu")
+        """(B, B): number of tokens read when two sequences were last equal"""
+        self._max_tokens = linear.most_few_rows(self._like.dtype) if self._may_run_kernels(enabled) else 0
         self._kernels, self.fused = None, False
-        if self._most_tokens >= self.num_sequences:
+        if self._max_tokens >= self.num_sequences:
             self._kernels, self.fused = self._make_kernels()
 
     @property
     def state(self) -> MegalodonState:
         """A copy of the state after all tokens so far."""
-        with self._alone:
+        with self._lock:
             self._check_state()
             return self._state.clone()
 
     def state_of(self, rows: Tensor) -> MegalodonState:
         """A copy of the state of the sequences `rows` (n,) after all tokens so far."""
-        with self._alone:
+        with self._lock:
             self._check_state()
             return self._state[rows]
 
     @torch.no_grad()
     def reorder(self, rows: Tensor) -> None:
-        """Lets sequence i go on from what sequence rows[i] has been, in place, as beam search does; rows (B,) integers.
+        """Replace sequence i by sequence rows[i], in place, as beam search does; rows (B,) integers.
 
-        Keys and values are copied from where two sequences have parted: the beams of one text share nearly all.
+        Keys and values are copied from the position at which two sequences diverge: beams share most of their past.
         """
         check_tensor("Decoder", "rows", rows)
         B = self.num_sequences
@@ -120,16 +118,16 @@ class Decoder:
         if len(targets) == 0:
             return
         sources = rows[targets]
-        with self._alone:
+        with self._lock:
             self._check_state()
-            since_parting = self._tokens_read - self._alike_at[targets, sources]
-            self._alike_at.fill_diagonal_(self._tokens_read)
-            self._alike_at = self._alike_at[rows][:, rows]
+            since_divergence = self._tokens_read - self._last_equal[targets, sources]
+            self._last_equal.fill_diagonal_(self._tokens_read)
+            self._last_equal = self._last_equal[rows][:, rows]
             targets, sources = targets.to(self._like.device), sources.to(self._like.device)
             for layer in self._state.layers:
                 k, v, position, *memory = *layer.attention, *layer[3:]
                 ends = position[sources].cpu()
-                new = slice(int((ends - since_parting).clamp(min=0).min()), int(ends.max()))
+                new = slice(int((ends - since_divergence).clamp(min=0).min()), int(ends.max()))
                 for tensor in (*layer.norm, layer.cema, k[:, new], v[:, new], position, *memory):
                     tensor[targets] = tensor[sources]
             for tensor in self._state.norm:
@@ -138,15 +136,15 @@ class Decoder:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model)."""
         check_tensor("Decoder", "tokens", tokens)
-        check_runs_now("Decoder", _INSTEAD)
+        check_runs_now("Decoder", _ALTERNATIVE)
         B = self.num_sequences
         if tokens.dim() != 2 or tokens.shape[0] != B or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"Decoder: `tokens` must be int64 or int32 ({B}, L), got {tokens.dtype} {tuple(tokens.shape)}."
             )
         tokens = tokens.long().contiguous()
-        by_kernels = self._kernels is not None and 0 < tokens.numel() <= self._most_tokens
-        with self._alone:
+        by_kernels = self._kernels is not None and 0 < tokens.numel() <= self._max_tokens
+        with self._lock:
             self._check_state()
             by_kernels = by_kernels and self._has_room(tokens.shape[1])
             self._state_is_whole = False
@@ -183,19 +181,19 @@ class Decoder:
                 self._kernels.run(tokens, logits, table)
         return logits
 
-    def _has_room(self, steps: int) -> bool:
-        """Return True if no sequence fills its cache in a call of so many steps, for then a chunk leaves it."""
+    def _has_room(self, length: int) -> bool:
+        """Return True if no sequence fills its cache within `length` positions; a full one drops a chunk."""
         config, position = self._model.config, self._state.layers[0].attention.position
-        return config.visible_chunks == 1 or int(position.max()) + steps < config.kept_steps
+        return config.visible_chunks == 1 or int(position.max()) + length < config.kept_steps
 
     def _rotary_table(self, tokens: Tensor) -> Tensor | None:
-        """Of these tokens, where positions go on from chunk to chunk."""
+        """Rotary table of these tokens if positions continue from chunk to chunk, else None."""
         config = self._model.config
         if config.visible_chunks == 1:
             return None
-        steps = (self._state.norm.count[:, None] + torch.arange(tokens.shape[1])).flatten()
-        real = accumulation_dtype(self._like.dtype)
-        return rotary_table_of(steps, config.z_dim // config.num_heads, config.rotary_base, real)
+        positions = (self._state.norm.count[:, None] + torch.arange(tokens.shape[1])).flatten()
+        state_dtype = accumulation_dtype(self._like.dtype)
+        return rotary_table_of(positions, config.z_dim // config.num_heads, config.rotary_base, state_dtype)
 
     @torch.no_grad()
     def _run_model(self, tokens: Tensor) -> Tensor:
@@ -208,18 +206,18 @@ class Decoder:
 
     def _may_run_kernels(self, autocast: bool) -> bool:
         config = self._model.config
-        drops = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
-        watched = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-        return self._like.is_cpu and not autocast and not drops and not watched
+        has_dropout = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
+        has_hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        return self._like.is_cpu and not autocast and not has_dropout and not has_hooks
 
     def _make_kernels(self) -> tuple[_C.Decoder | None, bool]:
-        """The call of kernels, and whether it calls no layer; no kernels if the model has to run by its modules."""
-        model, config, made = self._model, self._model.config, self._model._as_made()
-        changes = list(_changes(model, made, ""))
+        """Return the call of kernels and True if it calls no layer; (None, False) if the model must run its modules."""
+        model, config, reference = self._model, self._model.config, self._model._reference()
+        changes = list(_changes(model, reference, ""))
         if changes:
-            of_how_many = f", the first of {len(changes)} such modules," if len(changes) > 1 else ""
+            count = f", the first of {len(changes)} such modules," if len(changes) > 1 else ""
             warnings.warn(
-                f"Decoder: `{changes[0] or 'model'}`{of_how_many} is not as the configuration makes it (wrapped, hooked, "
+                f"Decoder: `{changes[0] or 'model'}`{count} is not as the configuration makes it (wrapped, hooked, "
                 "quantised or replaced), so modules run there instead of kernels in one call, which takes longer; merge "
                 "or remove what was added.",
                 stacklevel=3,
@@ -227,12 +225,12 @@ class Decoder:
         modules = dict(model.named_modules(remove_duplicate=False))
         if not all(_LINEAR.fullmatch(name) and name in modules for name in changes):
             return None, False
-        real = accumulation_dtype(self._like.dtype)
+        state_dtype = accumulation_dtype(self._like.dtype)
         tensors = {name: p.detach().contiguous() for name, p in model.named_parameters(remove_duplicate=False)}
         tensors |= {f"state.{name}": tensor for name, tensor in named_tensors(self._state).items()}
-        tensors |= {name: self._call_of(name, modules[name], made.get_submodule(name)) for name in changes}
+        tensors |= {name: self._layer_call(name, modules[name], reference.get_submodule(name)) for name in changes}
         rotary = rotary_table(
-            config.chunk_size, config.z_dim // config.num_heads, config.rotary_base, real, self._like.device
+            config.chunk_size, config.z_dim // config.num_heads, config.rotary_base, state_dtype, self._like.device
         )
         kernels = _C.Decoder(
             config=config,
@@ -240,22 +238,22 @@ class Decoder:
             rotary=rotary,
             like=self._like,
             batch=self.num_sequences,
-            max_tokens=self._most_tokens,
+            max_tokens=self._max_tokens,
         )
         return kernels, not changes
 
-    def _call_of(self, name: str, layer: nn.Module, made: nn.Linear) -> Callable[[memoryview, memoryview], None]:
-        """What the kernels' call runs in the place of a linear layer: it takes the memory of the input and of the output.
+    def _layer_call(self, name: str, layer: nn.Module, plain: nn.Linear) -> Callable[[memoryview, memoryview], None]:
+        """Return a function that calls `layer` in place of `plain`, on the memory of the input and of the output.
 
-        The layer gets a tensor of its own, which a hook may keep.
+        The layer gets a copy of the input, which a hook may keep.
         """
-        dtype, batch, inputs, outputs = self._like.dtype, self.num_sequences, made.in_features, made.out_features
+        dtype, batch, inputs, outputs = self._like.dtype, self.num_sequences, plain.in_features, plain.out_features
 
         def call(x: memoryview, y: memoryview) -> None:
             rows = torch.frombuffer(x, dtype=dtype).view(batch, -1, inputs)
             given = rows.clone()
             result = layer(given)
-            rows.copy_(given)  # other layers read it, too, and a hook may have written to it
+            rows.copy_(given)  # a hook may have changed the input, which other layers read
             check_tensor("Decoder", f"{name}(x)", result)
             if result.shape != (*rows.shape[:2], outputs) or result.dtype != dtype:
                 raise ValueError(
@@ -267,36 +265,36 @@ class Decoder:
         return call
 
 
-_WITHOUT_EFFECT = ("training", "layer", "of_tokens")  # attributes of modules that initialise, or that change with time
+_IGNORED_ATTRIBUTES = ("training", "layer", "token_rows")  # for initialisation, or changed by train() and eval()
 _LINEAR = re.compile(r"layers\.\d+\.(mega\.(wz|wv|wr|wh1|wh2)|nffn\.(fc1|fc2|fc3))|output\.output")
 
 
-def _changes(module: nn.Module, made: nn.Module, name: str) -> Iterator[str]:
-    """The names of the modules that do not compute what their counterparts in `made` do, and of none inside of them."""
+def _changes(module: nn.Module, reference: nn.Module, name: str) -> Iterator[str]:
+    """Yield the names of the outermost modules that differ from their counterparts in `reference`."""
     if not isinstance(module, nn.Module):
         yield name
         return
-    of_results = {key: value for key, value in vars(made).items() if key[0] != "_" and key not in _WITHOUT_EFFECT}
+    attributes = {k: v for k, v in vars(reference).items() if k[0] != "_" and k not in _IGNORED_ATTRIBUTES}
     parameters = module._parameters.values()
     same = (
-        type(module) is type(made)
+        type(module) is type(reference)
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
-        and module._modules.keys() == made._modules.keys()
-        and module._parameters.keys() == made._parameters.keys()
-        and module._buffers.keys() == made._buffers.keys()
+        and module._modules.keys() == reference._modules.keys()
+        and module._parameters.keys() == reference._parameters.keys()
+        and module._buffers.keys() == reference._buffers.keys()
         and all(parameter is None or type(parameter) in OWN_TYPES for parameter in parameters)
-        and all(getattr(module, key, None) == value for key, value in of_results.items())
+        and all(getattr(module, key, None) == value for key, value in attributes.items())
     )
     if not same:
         yield name
         return
-    for child, part in made._modules.items():
+    for child, part in reference._modules.items():
         yield from _changes(module._modules[child], part, f"{name}.{child}".removeprefix("."))
 
 
-def _own(state: MegalodonState) -> MegalodonState:
-    """A copy of the state to write in place: every tensor is contiguous, and no tensor is missing."""
+def _contiguous_copy(state: MegalodonState) -> MegalodonState:
+    """Copy the state for writing in place: every tensor is contiguous, and no tensor is missing."""
     with torch.inference_mode(False), torch.no_grad():
         return tree_map_only(
             Tensor, lambda tensor: tensor.clone(memory_format=torch.contiguous_format), complete(state)

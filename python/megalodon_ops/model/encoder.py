@@ -1,4 +1,4 @@
-"""MEGALODON as an encoder: embedding or linear map, blocks that see the whole row, features, a head that classifies."""
+"""MEGALODON as an encoder: embedding or linear map, bidirectional blocks, features, a classification head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import MegalodonBlock, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
 from .folder import load_model, save_model
-from .inputs import check_inputs, check_steps, embedded
+from .inputs import check_inputs, check_not_empty, embed_tokens
 from .layers import Embedding, Linear, SequenceNorm, check_no_state, reset_all_parameters
 from .sequences import Sequences
 from ..ops.gated_silu.gated_silu import gated_silu
@@ -23,9 +23,9 @@ from ..ops.common.checks import check_device, check_flag, check_rank, check_size
 
 @dataclass(frozen=True)
 class MegalodonEncoderConfig(MegalodonConfig):
-    """Sizes and options of a :class:`MegalodonEncoder`: those of a :class:`MegalodonConfig`, and what goes in and comes out.
+    """Sizes and options of a :class:`MegalodonEncoder`: a :class:`MegalodonConfig` with fields for inputs and classes.
 
-    With a `chunk_size` of the longest row, attention sees whole rows. `output_size`, `share_emb` and `eos_token_id` keep
+    If no row is longer than `chunk_size`, attention sees whole rows. `output_size`, `share_emb` and `eos_token_id` keep
     their defaults: an encoder predicts no tokens.
 
     Example:
@@ -41,9 +41,9 @@ class MegalodonEncoderConfig(MegalodonConfig):
     model_type: ClassVar[str] = "megalodon_encoder"
     architecture: ClassVar[str] = "MegalodonEncoder"
     num_features: int | None = None
-    """F, numbers a step of continuous input; None: steps are tokens, of `vocab_size`"""
+    """F, numbers per position of continuous input; None: the input is tokens"""
     num_classes: int | None = None
-    """None: no head, a call gives the features"""
+    """None: no head, a call returns the features"""
     scale_emb: bool = True
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class MegalodonEncoderConfig(MegalodonConfig):
 
 
 class _Head(nn.Module):
-    """Logits of features h: a linear layer of the mean over a row's steps of silu(W h + b + h)."""
+    """Logits of features h: a linear layer of the mean over a row's positions of silu(W h + b + h)."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -87,10 +87,10 @@ class _Head(nn.Module):
 
 
 class MegalodonEncoder(nn.Module):
-    """A MEGALODON encoder: every step sees its whole row, and a row is classified, or described by its features.
+    """A MEGALODON encoder: every position sees its whole row; the output is the class of a row, or features.
 
-    The blocks are those of :class:`Megalodon` with :func:`sequence_norm`, :func:`bidirectional_cema` and an attention that
-    sees its whole chunk. Nothing streams: an encoder has no state.
+    The blocks are those of :class:`Megalodon` with :func:`sequence_norm`, :func:`bidirectional_cema` and attention to
+    the whole chunk. An encoder has no state and does not stream.
 
     Source: arXiv 2404.08801, section 4.5, and the code in which its encoders were developed; no encoder of the final
     block was released.
@@ -119,7 +119,7 @@ class MegalodonEncoder(nn.Module):
         self.classifier = None if classes is None else _Head(D, classes)  # peft trains and saves a head of this name
 
     def reset_parameters(self) -> None:
-        """Initialises every parameter, as a new encoder's, for one that was built on the device `meta`."""
+        """Initialise every parameter, for instance of an encoder that was built on the device `meta`."""
         reset_all_parameters(self)
 
     def num_parameters(self) -> int:
@@ -129,11 +129,11 @@ class MegalodonEncoder(nn.Module):
     def load(
         cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> MegalodonEncoder:
-        """An encoder in evaluation mode, from a folder that :meth:`save` wrote; all else as :meth:`Megalodon.load`."""
+        """Load an encoder in evaluation mode from a folder of :meth:`save`, as :meth:`Megalodon.load` does."""
         return load_model(cls, directory, dtype=dtype, device=device)
 
     def save(self, directory: str | os.PathLike, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30) -> None:
-        """Writes the encoder to a folder that :meth:`load` reads, complete or not at all, as :meth:`Megalodon.save`.
+        """Write the encoder to a folder for :meth:`load`, complete or not at all, as :meth:`Megalodon.save` does.
 
         Example:
             >>> import tempfile, torch, megalodon_ops as mo
@@ -155,15 +155,15 @@ class MegalodonEncoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the classes of every row; without a head, or where they are asked for, the features of every step.
+        """Compute the class logits of every row, or, if asked for or without a head, the features of every position.
 
         Args:
             inputs: (B, L) integers, the tokens; with `num_features` (B, L, F) floating-point numbers of any type.
             features: return the features, as :meth:`features` does.
             state, return_state: None and False, as an encoder has no state.
             cu_seqlens: (S + 1,) offsets of sequences packed into one row (B = 1).
-            lengths: (B,) steps in each right-padded row. A sequence has at least one step (which is not looked at on a GPU
-                or in a compiled program).
+            lengths: (B,) positions in each right-padded row. No sequence may be empty (not checked on a GPU or in a
+                compiled program).
 
         Returns:
             logits (S, num_classes) of the S sequences, float32 (float64 for a float64 encoder), or the features.
@@ -176,7 +176,7 @@ class MegalodonEncoder(nn.Module):
         sequences = Sequences(cu_seqlens, lengths)
         check_inputs("MegalodonEncoder", "inputs", inputs, self, sequences, self.config.num_features)
         x = self._hidden(self._embed(inputs), sequences)
-        check_steps("MegalodonEncoder", "inputs", x, sequences)  # here: the ops have checked offsets and lengths
+        check_not_empty("MegalodonEncoder", "inputs", x, sequences)  # here: the ops have checked offsets and lengths
         return x if features or self.classifier is None else at_least_float32(self.classifier(x, **sequences.keywords))
 
     def _hidden(self, x: Tensor, sequences: Sequences) -> Tensor:
@@ -187,9 +187,9 @@ class MegalodonEncoder(nn.Module):
         return self.final_norm(x, **sequences.keywords)
 
     def features(self, inputs: Tensor, **options: Any) -> Tensor:
-        """What the encoder makes of every step, (B, L, D): the final norm's output, zero at padding.
+        """Features (B, L, D) of every position: the final norm's output, zero at padding.
 
-        This is `self(inputs, features=True, ...)`, for any head of one's own; :meth:`pool` makes one vector of a row.
+        This is `self(inputs, features=True, ...)`, for a head of your own; :meth:`pool` reduces a row to one vector.
 
         Example:
             >>> import torch, megalodon_ops as mo
@@ -202,15 +202,15 @@ class MegalodonEncoder(nn.Module):
 
     @staticmethod
     def pool(x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """The mean (S, D) of x (B, L, D) over the steps of each sequence, summed in float64; of no steps zero."""
+        """Mean (S, D) of x (B, L, D) over each sequence, summed in float64; zero for an empty sequence."""
         check_rank("MegalodonEncoder.pool", "x", x, "(B, L, D)", 3)
-        each_channel = dict(num_groups=x.shape[-1])  # whose mean is one of the statistics
+        each_channel = dict(num_groups=x.shape[-1])  # the statistics of a group include its mean
         return timestep_norm_end_state(x, **each_channel, cu_seqlens=cu_seqlens, lengths=lengths).mean.to(x.dtype)
 
     def _embed(self, inputs: Tensor) -> Tensor:
-        """(B, L, D), in the dtype that the encoder computes in."""
+        """Embed the inputs as (B, L, D), in the dtype that the encoder computes in."""
         if self.config.num_features is None:
-            return embedded("MegalodonEncoder", "inputs", inputs, self)
+            return embed_tokens("MegalodonEncoder", "inputs", inputs, self)
         weight = self.embed.weight
         check_device("MegalodonEncoder", "inputs", inputs, weight)
         return self.embed(inputs.to(weight.dtype))

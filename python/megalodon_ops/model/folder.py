@@ -1,9 +1,9 @@
 """A model in a folder: `config.json` and weights, as `Megalodon.save`, `train` and transformers write them.
 
-    config.json, model.safetensors     of one process; or shards, and an index that names them
-    config.json, distributed/          of several: by torch.distributed.checkpoint, see sharded_tensors.py
+    config.json, model.safetensors     written by one process; or shards and their index
+    config.json, distributed/          written by several, see sharded_tensors.py
 
-Every fault of a file is a FileError of one line that begins with the file's path, or a FileNotFoundError.
+A faulty file raises a FileError of one line that begins with the file's path, or a FileNotFoundError.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..ops.common.checks import as_device, check_integer, described, is_whole, s
 Model = TypeVar("Model", bound=nn.Module)
 """Megalodon or MegalodonEncoder"""
 FORMAT = 1
-"""Counts the changes of the folder's content; folders of another format are not read"""
+"""Version of the folder's content; newer folders are not read"""
 CONFIG = "config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,10 +41,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""Files of a tokenizer, ours or transformers'; another tokenizer replaces all of them"""
+"""Files of a tokenizer, of this package or of transformers; saving another tokenizer replaces all of them"""
 DISTRIBUTED = "distributed"
-"""The folder inside a folder, of tensors that several processes have written together"""
-_OF_A_RUN = ("training.json", "checkpoints")
+"""Subfolder of tensors that several processes have written"""
+_RUN_FILES = ("training.json", "checkpoints")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 
 
@@ -66,14 +66,14 @@ def save_model(model: nn.Module, directory: str | os.PathLike, *, tokenizer: Any
 def write_model(
     model: nn.Module, folder: Path, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30, caller: str
 ) -> None:
-    """Writes the files of a model and its tokenizer into a folder that exists."""
+    """Write the files of a model and its tokenizer into an existing folder."""
     tensors = plain_tensors(model, model.config.parameter_shapes(), caller)
     write_config(model.config, tensors["embed.weight"].dtype, folder, tokenizer)
     write_weights(folder, tensors, max_shard_bytes)
 
 
 def write_config(config: MegalodonConfig, dtype: torch.dtype, folder: Path, tokenizer: Any) -> None:
-    """Writes `config.json` of a model whose linear layers have this dtype, and the tokenizer's files."""
+    """Write `config.json` of a model whose linear layers have this dtype, and the tokenizer's files."""
     fields = {
         "model_type": config.model_type,
         "architectures": [config.architecture],
@@ -102,7 +102,7 @@ def load_model(
 
 
 def is_ours(folder: Path, model_type: str) -> bool:
-    """Whether the folder's configuration is that of a model of this type, which saving another one may replace."""
+    """Return True if the folder holds a model of this type, which saving another one may replace."""
     try:
         return read_json(folder / CONFIG).get("model_type") == model_type
     except (OSError, ValueError):
@@ -112,11 +112,10 @@ def is_ours(folder: Path, model_type: str) -> bool:
 def read_config(
     path: Path, kind: type[MegalodonConfig] = MegalodonConfig
 ) -> tuple[MegalodonConfig, torch.dtype | None]:
-    """The configuration of a kind in a folder's `config.json`, and the dtype that it names.
+    """Read the configuration and the dtype in a folder's `config.json`.
 
-    All fields of the configuration must be there, so that a name with a slip in it is a fault, but for `eos_token_id`,
-    as there may be none. Others are those of transformers and its tools, and change nothing of what the model computes;
-    for an encoder, so is `eos_token_id`, which Trainer takes from the tokenizer.
+    All fields but `eos_token_id` are required, so that a misspelt name is an error. Other fields, of transformers and
+    its tools, are ignored; so is an encoder's `eos_token_id`, which Trainer takes from the tokenizer.
     """
     fields = read_json(path)
     with reading(path):
@@ -137,14 +136,14 @@ def read_config(
 
 
 def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
-    """The tensors of a kind in a folder, or None: "model", or a run's "optimizer", "state" or "random"."""
+    """Open a folder's tensors of a kind, "model" or a run's "optimizer", "state" or "random"; None if it has none."""
     if os.path.lexists(folder / DISTRIBUTED):
         from .sharded_tensors import Archive  # here: torch.distributed.checkpoint takes long to load
 
         archive = Archive(folder / DISTRIBUTED, kind)
         return archive if archive.tensors or kind == "model" else None
     if kind == "model":
-        return StoredTensors.of_folder(folder)
+        return StoredTensors.from_folder(folder)
     path = folder / f"{kind}.safetensors"
     return StoredTensors(path) if os.path.lexists(path) else None
 
@@ -152,9 +151,9 @@ def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
 def read_model_files(
     folder: Path, dtype: torch.dtype | None = None, kind: type[MegalodonConfig] = MegalodonConfig
 ) -> tuple[MegalodonConfig, torch.dtype, StoredTensors]:
-    """Configuration, dtype and weights of a folder, once they agree and the model fits in memory.
+    """Read configuration, dtype and weights of a folder; raise unless they agree and the model fits in memory.
 
-    dtype: that of the linear layers and the embedding; None: the one that `config.json` or else the weights have.
+    dtype: of the linear layers and the embedding; None: that of `config.json` or else of the weights.
     """
     before = folder.stat()
     config, stored = read_config(folder / CONFIG, kind)
@@ -163,15 +162,15 @@ def read_model_files(
         check_fits(config.num_parameters() * size, "a model of this configuration")
     weights = stored_tensors(folder)
     if not kind.causal:
-        weights.tensors.pop("output.weight", None)  # by which transformers' untied model guesses tokens
+        weights.tensors.pop("output.weight", None)  # untied head of transformers' masked-token prediction
     weights.check(config.parameter_shapes())
-    if not os.path.samestat(before, folder.stat()):  # another process has replaced it: the files may be of two models
+    if not os.path.samestat(before, folder.stat()):  # replaced meanwhile: the files may be of two models
         return read_model_files(folder, dtype, kind)
     return config, dtype or stored or weights.tensors["embed.weight"].dtype, weights
 
 
 def read_model(kind: type[Model], folder: Path, dtype: torch.dtype | None, device: torch.device) -> Model:
-    """:meth:`Megalodon.load` of arguments that were checked."""
+    """:meth:`Megalodon.load` with checked arguments."""
     check_folder(folder)
     return model_of(kind, *read_model_files(folder, dtype, kind.config_type), device)
 
@@ -179,7 +178,7 @@ def read_model(kind: type[Model], folder: Path, dtype: torch.dtype | None, devic
 def model_of(
     kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, weights: StoredTensors, device: torch.device
 ) -> Model:
-    """The model with weights that were checked, in evaluation mode."""
+    """Build a model from checked weights, in evaluation mode."""
     with torch.device("meta"):
         model = kind(config).to(dtype)
     values = {name: weights.get(name, parameter.dtype, device) for name, parameter in model.named_parameters()}
@@ -192,19 +191,19 @@ def model_of(
 
 
 def check_folder(folder: Path) -> None:
-    """Raises unless there is a folder with a `config.json`."""
+    """Raise unless there is a folder with a `config.json`."""
     if not os.path.lexists(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise FileError(f"{folder}: must be a folder, got a file")
     if not os.path.lexists(folder / CONFIG):
-        run = any(os.path.lexists(folder / name) for name in _OF_A_RUN)
+        run = any(os.path.lexists(folder / name) for name in _RUN_FILES)
         hint = "; it is a run of `python -m megalodon_ops train`: name a folder in its checkpoints/" if run else ""
         raise FileNotFoundError(f"{folder}: no {CONFIG} in this folder{hint}")
 
 
 def kept_files(caller: str, folder: Path, is_checkpoint: bool, written: Iterable[str]) -> list[Path]:
-    """The files of a folder that saving a model there leaves as they are; raises where saving would harm others."""
+    """Return the files of a folder that saving a model there keeps; raise unless it is new or a checkpoint."""
     if not folder.exists():
         return []
     wrong = f"{caller}: `directory` must be a new folder or a checkpoint, got {folder}"
@@ -216,7 +215,7 @@ def kept_files(caller: str, folder: Path, is_checkpoint: bool, written: Iterable
     if paths and not is_checkpoint:
         raise ValueError(f"{wrong}, which holds other files.")
     for path in paths:
-        if path.name in _OF_A_RUN:
+        if path.name in _RUN_FILES:
             raise ValueError(f"{wrong}, a training run's.")
         if path.is_dir() and not path.is_symlink():
             raise ValueError(f"{wrong}, which holds {path.name}/.")
@@ -224,12 +223,12 @@ def kept_files(caller: str, folder: Path, is_checkpoint: bool, written: Iterable
 
 
 def check_tokenizer(caller: str, tokenizer: Any) -> None:
-    """Raises a TypeError unless the tokenizer can write itself or is None."""
+    """Raise a TypeError unless the tokenizer has a method `save` or is None."""
     if tokenizer is not None and not callable(getattr(tokenizer, "save", None)):
         raise TypeError(f"{caller}: `tokenizer` must have `save(folder)` or be None, got {described(tokenizer)}.")
 
 
 def check_dtype(caller: str, dtype: object) -> None:
-    """Raises unless the value is None or a dtype that weights can have."""
+    """Raise unless the value is None or a dtype that weights can have."""
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{caller}: `dtype` must be a torch dtype of 16 bits or more, or None, got {shown(dtype)}.")

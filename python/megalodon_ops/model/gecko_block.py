@@ -1,4 +1,4 @@
-"""The parts of MEGALODON's successor, Gecko (arXiv 2601.06463), in a block: a working memory, two visible chunks."""
+"""Parts of MEGALODON's successor, Gecko (arXiv 2601.06463), in a block: a working memory, two visible chunks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemory
 from ..ops.gated_silu.gated_silu import gated_silu
 from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_table_of, rotated_queries_and_keys
 
-_MEMORY_LOGITS = 3.0  # root mean square of the working memory's queries and keys at the start: docs/claims.md
+_MEMORY_LOGITS = 3.0  # initial root mean square of the working memory's queries and keys: docs/claims.md
 
 
 @named_in_programs
 class MemoryBlockState(NamedTuple):
-    """State of a block with a working memory: a :class:`BlockState`, and what a :class:`WorkingMemoryState` adds to it.
+    """State of a block with a working memory: the fields of a :class:`BlockState` and those of the memory.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -43,26 +43,27 @@ class MemoryBlockState(NamedTuple):
     """(S, C, H, K)"""
 
     def working_memory(self) -> WorkingMemoryState:
-        """With the values of the attention, and the positions that the norm has counted."""
+        """State of the memory alone, with the attention's values and the norm's count of positions."""
         return WorkingMemoryState(self.memory, self.memory_mass, self.memory_k, self.norm.count, self.attention.v)
 
 
 def block_state_type(config: MegalodonConfig) -> type[BlockState] | type[MemoryBlockState]:
-    """The type of the state of a block with this configuration."""
+    """Return the type of the state of a block with this configuration."""
     return MemoryBlockState if config.working_memory else BlockState
 
 
 class GeckoAttention(NormalizedAttention):
-    """A block's first half with a working memory, with attention that sees two chunks, or both.
+    """First half of a block with a working memory, attention to two chunks, or both.
 
-    With `config.working_memory`, gamma and beta have two rows more, for queries and keys without rotary positions, and
-    y = x + wh1 m + wh2 (a * r + adaptive_working_memory(q, k, v)), as in Gecko, whose initial queries and keys are,
-    however, 3 sqrt(K) times smaller: so small that no retrieval was learned. With `config.visible_chunks` of 2,
-    attention sees the chunk before a position's own, too, and rotary positions go on from chunk to chunk.
+    With `config.working_memory`, y = x + wh1 m + wh2 (a * r + adaptive_working_memory(q, k, v)); gamma and beta have
+    two more rows, for queries and keys without rotary positions. Gecko's initial queries and keys are 3 sqrt(K) times
+    smaller; with these no retrieval was learned. With `config.visible_chunks` of 2, attention also sees the previous
+    chunk, and rotary positions continue from chunk to chunk.
     """
 
     @staticmethod
     def serves(config: MegalodonConfig) -> bool:
+        """Return True if a block of this configuration has one of these parts."""
         return config.working_memory or config.visible_chunks > 1
 
     def __init__(self, config: MegalodonConfig) -> None:
@@ -73,7 +74,7 @@ class GeckoAttention(NormalizedAttention):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise `gamma` and `beta`, of the attention and of the memory; the layers inside initialise themselves."""
+        """Initialise `gamma` and `beta` of attention and memory; submodules have their own `reset_parameters`."""
         super().reset_parameters()
         nn.init.constant_(self.gamma[2:], _MEMORY_LOGITS * (self.config.z_dim // self.config.num_heads) ** 0.5 - 1)
 
@@ -90,8 +91,8 @@ class GeckoAttention(NormalizedAttention):
             read, *memory = self._read_and_write(z, v, past, return_state, inplace_state, sequences)
         grid = {"chunk_size": config.chunk_size, "position": None if past.attention is None else past.attention[2]}
         if config.visible_chunks > 1:
-            seen = norm_state.count - num_steps(z, **keywords)
-            rotary, grid = self._rotary_over_chunks(z, seen, sequences.cu_seqlens)
+            past_count = norm_state.count - num_steps(z, **keywords)
+            rotary, grid = self._rotary_over_chunks(z, past_count, sequences.cu_seqlens)
         q, k = rotated_queries_and_keys(
             z, self.gamma[:2], self.beta[:2], rotary, num_heads=config.num_heads, rope_base=config.rotary_base,
             eps=config.norm_eps, **grid, **keywords,
@@ -108,9 +109,9 @@ class GeckoAttention(NormalizedAttention):
     def _read_and_write(
         self, z: Tensor, v: Tensor, past: MemoryBlockState, return_state: bool, inplace_state: bool, sequences: Sequences
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Read the working memory with z: (B, L, H * V), and the memory's fields of the new state."""
+        """Return the working memory's output (B, L, H * V) and its fields of the new state."""
         config = self.config
-        q, k = normalized_qk(  # in chunks of one position nothing turns them
+        q, k = normalized_qk(  # chunks of one position: no rotation
             z, self.gamma[2:], self.beta[2:], num_heads=config.num_heads, chunk_size=1, eps=config.norm_eps,
             **sequences.keywords,
         )  # fmt: skip
@@ -120,17 +121,17 @@ class GeckoAttention(NormalizedAttention):
         )  # fmt: skip
         return read.flatten(-2), *memory
 
-    def _rotary_over_chunks(self, z: Tensor, seen: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, dict]:
-        """A rotary table with a row for each token of z (B, L, ...), after `seen` (S,) ones, and the grid of its rows."""
+    def _rotary_over_chunks(self, z: Tensor, past_count: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, dict]:
+        """Rotary table with a row per token of z (B, L, ...), after `past_count` (S,) others, and its grid of rows."""
         (B, L), (_, key_dim, rotary_base, dtype, device) = z.shape[:2], self._rotary_for(z)
-        rows, positions = max(B * L, 1), torch.arange(max(B * L, 1), device=device)  # a table has a row at least
+        rows, positions = max(B * L, 1), torch.arange(max(B * L, 1), device=device)  # at least one row
         offsets = torch.arange(B + 1, device=device) * L if cu_seqlens is None else cu_seqlens
-        begins = offsets[:-1]
-        if len(begins):
-            sequence = torch.bucketize(positions, offsets[1:], right=True).clamp(max=len(begins) - 1)
-            positions -= (begins - seen)[sequence]
+        starts = offsets[:-1]
+        if len(starts):
+            sequence = torch.bucketize(positions, offsets[1:], right=True).clamp(max=len(starts) - 1)
+            positions -= (starts - past_count)[sequence]
         table = rotary_table_of(positions, key_dim, rotary_base, dtype)
-        return table, {"chunk_size": rows, "position": begins.clamp(max=rows - 1)}
+        return table, {"chunk_size": rows, "position": starts.clamp(max=rows - 1)}
 
 
-NormalizedAttention.other_forms.append(GeckoAttention)
+NormalizedAttention.other_forms.append(GeckoAttention)  # blocks.py, which this file imports, cannot import the class

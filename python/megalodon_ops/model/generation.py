@@ -1,4 +1,4 @@
-"""Continues prompts: `Megalodon.stream` token by token, `Megalodon.generate` at once."""
+"""Generation: `Megalodon.stream` token by token, `Megalodon.generate` at once."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .decoder import Decoder
 from .sampling import Sampling, check_seeds, numbers_of_seeds
 from .model_state import MegalodonState
 from .sequences import Sequences
-from .stops import Ends, check_stops
+from .stops import StopDetector, check_stops
 from ..ops.common.definition import check_runs_now
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 from ..ops.common.memory import check_fits
 from ..ops.common.checks import check_flag, check_integer, check_size, check_tensor, shown
 
-_STOPPED = -1
+_STOPPED_TOKEN = -1
 
 
 class TokenStream:
-    """The continuation of prompts, one token for each row at a time, as :meth:`Megalodon.stream` makes it.
+    """Iterator over the new tokens of prompts, one for each row at a time, from :meth:`Megalodon.stream`.
 
-    Iterating gives (rows,) int64, -1 for a row that has stopped, and ends when all rows have.
+    Yields (rows,) int64, -1 for a row that has stopped, and ends when all rows have.
 
     Attributes:
         stopped: (rows,) bools.
@@ -50,16 +50,16 @@ class TokenStream:
         seeds: list[int],
         max_new_tokens: int | None,
     ) -> None:
-        state = read(model, prompts.tokens, prompts.lengths - 1, state)
+        state = _prompt_state(model, prompts.tokens, prompts.lengths - 1, state)
         if len(prompts.samples) > len(prompts.tokens):
             state = state[prompts.samples]
         self._prompts, self._decoder = prompts, Decoder(model, state)
         self._last = prompts.last[prompts.samples]
         self._sampling, self._numbers = sampling, numbers_of_seeds(seeds, state.norm.count + 1, self._last.device)
-        self._seen = prompts.contained(model.config.num_outputs)[prompts.samples] if sampling.penalises else None
-        self._ends = Ends(stops, self._last) if stops else None
+        self._seen_mask = prompts.seen_mask(model.config.num_outputs)[prompts.samples] if sampling.has_penalty else None
+        self._stop_detector = StopDetector(stops, self._last) if stops else None
         self.stopped = torch.zeros_like(self._last, dtype=torch.bool)
-        self._all_stopped, self._left = False, math.inf if max_new_tokens is None else max_new_tokens
+        self._all_stopped, self._remaining = False, math.inf if max_new_tokens is None else max_new_tokens
         self._states_of_stopped: list[tuple[Tensor, MegalodonState]] = []
 
     def __iter__(self) -> TokenStream:
@@ -67,20 +67,20 @@ class TokenStream:
 
     @torch.no_grad()
     def __next__(self) -> Tensor:
-        if self._all_stopped or self._left == 0:
+        if self._all_stopped or self._remaining == 0:
             raise StopIteration
-        self._left -= 1
+        self._remaining -= 1
         logits = self._decoder(self._last[:, None])[:, 0]
-        token = self._last = self._sampling.choose(logits, self._numbers, self._seen)
-        if self._seen is not None:
-            self._seen = self._seen.scatter(1, token[:, None], True)
-        return token if self._ends is None else self._stop(token)
+        token = self._last = self._sampling.choose(logits, self._numbers, self._seen_mask)
+        if self._seen_mask is not None:
+            self._seen_mask = self._seen_mask.scatter(1, token[:, None], True)
+        return token if self._stop_detector is None else self._stop(token)
 
     @property
     def state(self) -> MegalodonState:
-        """A copy of the state after all tokens of a row, of its prompt and new ones, but the last.
+        """A copy of the state after all tokens of a row, prompt and new ones, but the last.
 
-        The last token begins the prompt that goes on from here.
+        The last token begins the prompt of a later call.
         """
         state = self._decoder.state
         if not self._states_of_stopped:
@@ -92,20 +92,20 @@ class TokenStream:
         return MegalodonState.cat([state, *states])[index]
 
     def _stop(self, token: Tensor) -> Tensor:
-        """The tokens, -1 in place of those of rows that have stopped before; notes which rows stop now."""
-        ending = self._ends.after(token) & ~self.stopped
-        token = token.masked_fill(self.stopped, _STOPPED)
+        """Return the tokens, -1 for rows that stopped before; record the rows that stop now."""
+        ending = self._stop_detector.update(token) & ~self.stopped
+        token = token.masked_fill(self.stopped, _STOPPED_TOKEN)
         if bool(ending.any()):
             self.stopped = self.stopped | ending
             self._all_stopped = bool(self.stopped.all())
-            if not self._all_stopped:  # the decoder goes on with every row; what it makes of these ones is not used
+            if not self._all_stopped:  # the decoder still computes these rows, but nobody uses them
                 rows = ending.nonzero()[:, 0]
                 self._states_of_stopped.append((rows, self._decoder.state_of(rows)))
         return token
 
 
 class _Prompts:
-    """The prompts of a batch, right-padded with zeros whatever the padding was."""
+    """Prompts of a batch, right-padded with zeros, whatever the given padding."""
 
     def __init__(self, prompt: Tensor, lengths: Tensor, padding: str, num_samples: int) -> None:
         width = prompt.shape[1]
@@ -118,15 +118,15 @@ class _Prompts:
         self.last = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0].long()
         self.samples = torch.arange(len(prompt), device=prompt.device).repeat_interleave(num_samples)
 
-    def contained(self, num_tokens: int) -> Tensor:
-        """Which tokens stand in each prompt: (rows, num_tokens) bools."""
+    def seen_mask(self, num_tokens: int) -> Tensor:
+        """Return (rows, num_tokens) bools, True for tokens in each prompt."""
         outside = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.lengths[:, None]
         token = torch.where(outside | (self.tokens >= num_tokens), num_tokens, self.tokens).long()
         found = torch.zeros((len(token), num_tokens + 1), dtype=torch.bool, device=token.device)
         return found.scatter_(1, token, True)[:, :num_tokens]
 
-    def followed_by(self, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Each sample's prompt and new tokens, of which those from -1 on are none, padded as the prompts were; lengths."""
+    def append(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each sample's prompt and new tokens up to the first -1, padded as the prompts were, and lengths."""
         tokens, lengths = self.tokens[self.samples], self.lengths[self.samples]
         width, count = tokens.shape[1], new.shape[1]
         column = torch.arange(width + count, device=new.device)
@@ -134,12 +134,12 @@ class _Prompts:
         result.scatter_(1, lengths[:, None] + column[:count], new.clamp(min=0))
         if self.padding == "left":
             result = result.gather(1, (column + lengths[:, None] - width) % (width + count))
-        return result, lengths + (new != _STOPPED).sum(1)
+        return result, lengths + (new != _STOPPED_TOKEN).sum(1)
 
 
 @torch.no_grad()
-def read(model: nn.Module, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
-    """The state after the first `lengths` (B,) of right-padded tokens (B, L), read in pieces of a chunk."""
+def _prompt_state(model: nn.Module, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
+    """Compute the state after the first `lengths` (B,) of right-padded tokens (B, L), one chunk at a time."""
     size = model.config.chunk_size
     for start in range(0, max(int(lengths.max()), 1), size):
         left = (lengths - start).clamp(0, size)
@@ -166,39 +166,39 @@ def stream(
     state: MegalodonState | None = None,
     seed: int | Sequence[int] | None = None,
 ) -> TokenStream:
-    """The continuation of prompts, token by token.
+    """Continue prompts token by token.
 
-    Each row is what it would be alone, up to rounding, whatever its neighbours are and whether they have stopped. A prompt
-    is read once, in pieces of a chunk, so that memory does not grow with its length.
+    A row does not depend on the other rows of its batch, up to rounding. A prompt is read once, one chunk at a time, so
+    that memory does not grow with its length.
 
     Args:
         prompt: (B, L >= 1) integers.
-        max_new_tokens: after how many tokens the stream ends; None: it does not.
-        lengths: (B,) >= 1, the prompts' lengths; what pads them may be anything.
-        padding: where `lengths` are less than L, the side that is padded, "right" or "left".
+        max_new_tokens: number of tokens after which the stream ends; None: it does not.
+        lengths: (B,) >= 1, the prompts' lengths; padding may have arbitrary values.
+        padding: the padded side, "right" or "left", if `lengths` are less than L.
         temperature: divides the logits; 0 takes the likeliest token and draws nothing.
         top_k: draws from the top_k likeliest tokens.
-        top_p: draws from the fewest of these that hold the probability top_p.
+        top_p: draws from the smallest set of these with the probability top_p.
         min_p: draws from those of these that are at least min_p times as likely as the likeliest.
         repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens in the prompt and of
-            new ones. What `state` has read does not count, as a state does not know it.
-        stop_tokens: a token or several; a row stops after one of them. None: after the end of a document,
-            `config.eos_token_id`, if the model has one; an empty list: after none.
-        stop_sequences: lists of tokens; a row stops after new tokens that are one of them. For strings, see `StopStrings`.
+            new ones. Tokens in the past of `state` do not count, as a state does not store them.
+        stop_tokens: a token or several; a row stops after one of them. None: after `config.eos_token_id`, the end of a
+            document, if the model has one; an empty list: after none.
+        stop_sequences: lists of tokens; a row stops when its new tokens end with one. For strings, see `StopStrings`.
         num_samples: continuations of each prompt, which is read once; rows b * num_samples and following are prompt b's.
         state: the past of the B prompts, as `stream.state`, `generate` or a call of the model returned it.
-        seed: for draws that a row repeats alone, in any batch, on any device, and however many calls its tokens are drawn
-            by: each depends on the row's seed and position. One for each row of B * num_samples; one integer s stands for
-            s, s + 1, s + 2 and so on. None: such an integer of torch's own generator.
+        seed: makes a row's draws the same in every batch, on every device and over several calls: each depends on the
+            row's seed and position alone. One for each row of B * num_samples; one integer s stands for s, s + 1, s + 2
+            and so on. None: an integer from torch's own generator.
 
     Returns:
-        an iterator of (B * num_samples,) int64, up to `max_new_tokens` or, with stops, until all rows have stopped; a row
-        that has stopped gives -1. Its `state` goes on later.
+        an iterator of (B * num_samples,) int64, up to `max_new_tokens` or, with stops, until all rows have stopped; -1
+        for a row that has stopped. Pass its `state` to a later call to continue.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or two do not go together: `num_samples` with temperature 0,
-        padding "left" without `lengths`. FloatingPointError, on the CPU: the logits are no numbers to draw
-        by, as of weights that overflow.
+        padding "left" without `lengths`. FloatingPointError, on the CPU: logits are NaN or infinite, for instance if
+        weights overflow.
     """
     if max_new_tokens is not None:
         check_integer("generate", "max_new_tokens", max_new_tokens, "an integer in [0, 2^31)", 0, 2**31 - 1)
@@ -216,7 +216,7 @@ def stream(
             f"generate: `num_samples` must be 1 with temperature 0, got {num_samples}; the samples would be equal."
         )
     if seed is None:
-        seed = int(torch.randint(2**62, ())) if sampling.temperature > 0 else 0  # which draws nothing
+        seed = int(torch.randint(2**62, ())) if sampling.temperature > 0 else 0  # temperature 0 draws nothing
     seeds = check_seeds(seed, rows)
     stop_tokens = self.config.eos_token_id if stop_tokens is None else stop_tokens
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
@@ -235,19 +235,19 @@ def generate(
     return_state: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor | MegalodonState, ...]:
-    """Continues prompts by up to `max_new_tokens`; all other options as in :meth:`stream`.
+    """Continue prompts by up to `max_new_tokens`; all other options as in :meth:`stream`.
 
     Args:
         prompt: (B, L >= 1) integers.
-        max_new_tokens: how many tokens a row gets that does not stop before, as it does after the end of a document.
-        return_lengths: also return (B * num_samples,) int64, how many tokens of the prompt and new ones a row has.
-        return_state: also return the state after all tokens of a row but its last. A call that goes on takes the state,
-            and the last token as the beginning of its prompt: the tokens are those of one call, up to rounding.
+        max_new_tokens: largest number of new tokens of a row; it may stop before, for instance where a document ends.
+        return_lengths: also return (B * num_samples,) int64, the number of tokens of a row, prompt and new ones.
+        return_state: also return the state after all tokens of a row but its last. To continue, pass this state, with
+            the last token as the beginning of the prompt: the tokens are those of one call, up to rounding.
 
     Returns:
-        tokens (B * num_samples, L + n), n new tokens of the row that has most. A row's new tokens, the one that stops it
-        included, follow its prompt; zeros pad what is left. With padding "left", all new tokens begin at column L. Then,
-        if asked for, lengths, and the state.
+        tokens (B * num_samples, L + n), where n is the largest number of new tokens. A row's new tokens, the one that
+        stops it included, follow its prompt; zeros pad the rest. With padding "left", all new tokens begin at column L.
+        Then, if asked for, lengths and state.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -261,7 +261,7 @@ def generate(
     """
     for name in options:
         if name not in _OPTIONS:
-            fix = f"; {_OF_OTHERS[name]}" if name in _OF_OTHERS else ""
+            fix = f"; {_EQUIVALENTS[name]}" if name in _EQUIVALENTS else ""
             raise TypeError(f"generate: `{name}` must be left out, as there is no such option{fix}.")
     if max_new_tokens is None:
         raise TypeError("generate: `max_new_tokens` must be an integer, got None; a stream needs no end.")
@@ -271,13 +271,13 @@ def generate(
     tokens = self.stream(prompt, lengths=lengths, padding=padding, **sizes, **options)
     found = [token.to(prompt.dtype) for token in tokens]
     new = torch.stack(found, 1) if found else prompt.new_empty((len(tokens.stopped), 0))
-    result, ends = tokens._prompts.followed_by(new)
+    result, ends = tokens._prompts.append(new)
     results = (result, *([ends] if return_lengths else []), *([tokens.state] if return_state else []))
     return results[0] if len(results) == 1 else results
 
 
 _OPTIONS = inspect.signature(stream).parameters.keys() - {"self", "prompt"}
-_OF_OTHERS = {
+_EQUIVALENTS = {
     "do_sample": "temperature=0 takes the likeliest token, and any other draws",
     "max_length": "max_new_tokens does not count the prompt",
     "num_return_sequences": "num_samples is its name here",
@@ -286,13 +286,13 @@ _OF_OTHERS = {
     "attention_mask": "lengths says how long the prompts are",
     "past_key_values": "state is the past",
 }
-"""What does what these options of transformers' `generate` do"""
+"""Equivalents of options of transformers' `generate`"""
 
 
 def check_samples(model: nn.Module, rows: int) -> None:
-    """Raises a ValueError, before a prompt is read, where there is no memory for the states and logits of all rows."""
+    """Raise a ValueError, before a prompt is read, if the states and logits of all rows do not fit in memory."""
     state = MegalodonState.fresh(model.config, 1, dtype=next(model.parameters()).dtype, device="meta").nbytes
-    logits = 2 * model.config.num_outputs * torch.float32.itemsize  # of the decoder, and as the sampler orders them
+    logits = 2 * model.config.num_outputs * torch.float32.itemsize  # the decoder's, and sorted by the sampler
     check_fits(rows * (state + logits), f"the state of {rows:,} samples")
 
 
@@ -304,7 +304,7 @@ def _check_prompt(model: nn.Module, prompt: Tensor, state: MegalodonState | None
 
 
 def _check_lengths(prompt: Tensor, lengths: Tensor | None, padding: str) -> Tensor:
-    """The lengths of the prompts (B,)."""
+    """Check the lengths of the prompts; return (B,)."""
     B, L = prompt.shape
     if padding not in ("right", "left"):
         raise ValueError(f'generate: `padding` must be "right" or "left", got {shown(padding)}.')

@@ -1,4 +1,4 @@
-"""What goes into a model, tokens or numbers: checked, and made embeddings of."""
+"""Checks and embeddings of a model's inputs, tokens or numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .sequences import Sequences
 from ..ops.common.checks import check_optional_tensor, check_tensor
 
 
-def embedded(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor:
-    """The embeddings (B, L, D) of tokens, which `op` calls `argument`."""
+def embed_tokens(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor:
+    """Embed tokens, the `argument` of `op`, as (B, L, D)."""
     config = model.config
     try:
         x = model.embed(tokens)
@@ -32,7 +32,7 @@ def embedded(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor
 def check_inputs(
     op: str, argument: str, inputs: Tensor, model: nn.Module, sequences: Sequences, num_features: int | None = None
 ) -> None:
-    """Raises unless what `op` calls `argument` is tokens or, with `num_features`, numbers (B, L, F)."""
+    """Raise unless the `argument` of `op` is tokens or, with `num_features`, numbers (B, L, F)."""
     check_tensor(op, argument, inputs)
     for name, tensor in sequences.keywords.items():
         check_optional_tensor(op, name, tensor)
@@ -48,24 +48,24 @@ def check_inputs(
         raise ValueError(f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there.")
 
 
-def check_steps(op: str, argument: str, x: Tensor, sequences: Sequences) -> None:
-    """Raises where a sequence of x (B, L, ...) has no step: what an encoder makes of a row would be of nothing.
+def check_not_empty(op: str, argument: str, x: Tensor, sequences: Sequences) -> None:
+    """Raise if a sequence of x (B, L, ...) is empty; an encoder has no result for it.
 
-    Nobody looks at values on a GPU, which would have to be waited for, or in a program that is compiled.
+    Lengths on a GPU are not checked, as this would wait for the GPU; nor are they in a compiled program.
     """
     if torch.compiler.is_compiling():
         return
-    steps = torch.full(x.shape[:1], x.shape[1])
+    lengths = torch.full(x.shape[:1], x.shape[1])
     if sequences.cu_seqlens is not None:
-        argument, steps = "cu_seqlens", sequences.cu_seqlens.diff()
+        argument, lengths = "cu_seqlens", sequences.cu_seqlens.diff()
     elif sequences.lengths is not None:
-        argument, steps = "lengths", sequences.lengths
-    if steps.device.type == "cpu" and len(empty := (steps == 0).nonzero()):
+        argument, lengths = "lengths", sequences.lengths
+    if lengths.device.type == "cpu" and len(empty := (lengths == 0).nonzero()):
         raise ValueError(
-            f"{op}: `{argument}` must leave a step to every row, got none for row {empty[0].item()}; leave it out."
+            f"{op}: `{argument}` must give every row a position, got none for row {empty[0].item()}; leave the row out."
         )
 
 
 def own_weight(module: nn.Module) -> nn.Parameter | None:
-    """A module's `weight`, unless it has none or makes it anew, as a parametrization does."""
+    """Return a module's parameter `weight`; None if it has none or recomputes it, as a parametrization does."""
     return module._parameters.get("weight")

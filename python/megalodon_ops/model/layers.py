@@ -1,4 +1,4 @@
-"""The layers that MEGALODON's blocks are made of. Parameter names are those of the released checkpoints."""
+"""Layers of MEGALODON's blocks. Parameter names are those of the released checkpoints."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ NO_STATE = "an encoder has no state: it reads the whole row"
 
 
 def check_no_state(op: str, state: object, return_state: object) -> None:
-    """Raises a ValueError unless an encoder, or a part of one, is neither given a state nor asked for one."""
-    for name, value, only in (("state", state, None), ("return_state", return_state, False)):
-        if value is not only:
-            raise ValueError(f"{op}: `{name}` must be {only}, got {described(value)}; {NO_STATE}.")
+    """Raise a ValueError if an encoder, or a part of one, is given a state or asked for one."""
+    for name, value, expected in (("state", state, None), ("return_state", return_state, False)):
+        if value is not expected:
+            raise ValueError(f"{op}: `{name}` must be {expected}, got {described(value)}; {NO_STATE}.")
 
 
-_SHORT = (torch.bfloat16, torch.float16)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class WideParameters(nn.Module):
     """A module whose own parameters stay float32 (or float64): see :func:`wide_parameters`."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Widens a 16-bit parameter, wherever it comes from: a constructor, an assignment, a checkpoint."""
-        if param is not None and param.dtype in _SHORT:
+        """Widen a 16-bit parameter from any source: a constructor, an assignment, a checkpoint."""
+        if param is not None and param.dtype in _HALF_DTYPES:
             param = nn.Parameter(param.detach().float(), requires_grad=param.requires_grad)
         super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def keep_wide(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            return tensor.to(result.device, torch.float32) if result.dtype in _SHORT else result
+            return tensor.to(result.device, torch.float32) if result.dtype in _HALF_DTYPES else result
 
         if recurse:
             for child in self.children():
@@ -53,12 +53,12 @@ class WideParameters(nn.Module):
 
 
 def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that stay float32 beside 16-bit activations, by name: of CEMA, the norms and the attention's affine map.
+    """Return the parameters that stay float32 in a 16-bit model: of CEMA, the norms and the attention's affine map.
 
     Their modules keep these parameters wide under `model.to(torch.bfloat16)`, a 16-bit default dtype,
     `load_state_dict(assign=True)` and wherever a parameter is set as an attribute. A tool that writes to
-    `module._parameters` directly, as FSDP2's MixedPrecisionPolicy does, ends in a TypeError of the op;
-    :func:`megalodon_ops.distributed.parallelize` gives the policy to the other parameters alone.
+    `module._parameters` directly, as FSDP2's MixedPrecisionPolicy does, causes a TypeError in the op;
+    :func:`megalodon_ops.distributed.parallelize` applies the policy to the other parameters only.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -79,22 +79,22 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _of_whole_rows(op: Callable[..., Tensor]) -> Callable[..., Any]:
-    """The op, to be called as one with a state: `state` must be None, and None is what `return_state` adds."""
+def _with_state_options(op: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Give an op without a state the options of one with it: `state` must be None, and `return_state` returns None."""
 
-    def called(*tensors: Tensor, state: None = None, return_state: bool = False, **options) -> Any:
+    def wrapper(*tensors: Tensor, state: None = None, return_state: bool = False, **options) -> Any:
         check_no_state(op.__name__, state, False)
         y = op(*tensors, **options)
         return (y, None) if return_state else y
 
-    return called
+    return wrapper
 
 
-_sequence_norm, _bidirectional_cema = _of_whole_rows(sequence_norm), _of_whole_rows(bidirectional_cema)
+_sequence_norm, _bidirectional_cema = _with_state_options(sequence_norm), _with_state_options(bidirectional_cema)
 
 
 class TimestepNorm(WideParameters):
-    """:func:`timestep_norm` with its parameters: weight and bias (D,), zero at the start; the gain is 1 + weight.
+    """:func:`timestep_norm` with its parameters: weight and bias (D,), initially zero; the gain is 1 + weight.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -165,7 +165,7 @@ class ComplexEMA(WideParameters):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.alpha.is_meta:  # no values; there torch's functions would import its compiler, 1.6 s
+        if self.alpha.is_meta:  # no values to set, and torch's functions would import its compiler, 1.6 s
             return
         dim, directions = self.omega.shape[0], self.alpha.shape[0] // self.omega.shape[0]
         nn.init.normal_(self.alpha, std=0.2)
@@ -178,7 +178,7 @@ class ComplexEMA(WideParameters):
         nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """p (D, N), q and gamma (D, N) complex, omega (D,), as the op takes them; of both directions p, q, gamma have 2 D rows."""
+        """Return p (D, N), q and gamma (D, N) complex, omega (D,) for the op; p, q, gamma (2 D, N) if bidirectional."""
         return *cema_coefficients(self.alpha, self.delta, self.theta, self.gamma), self.omega.squeeze(-1)
 
     def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ class ComplexEMA(WideParameters):
 
 
 class _Norm(WideParameters):
-    """The base of RMSNorm and LayerNorm: their parameters, which are zero at the start."""
+    """Base of RMSNorm and LayerNorm, with their parameters, initially zero."""
 
     def __init__(self, dim: int, eps: float, affine: bool, bias: bool) -> None:
         super().__init__()
@@ -232,19 +232,19 @@ class LayerNorm(_Norm):
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
-    With `of_tokens`, a matrix with a row for each token, weights begin as an embedding's do. The layer computes by
-    :func:`megalodon_ops.linear`, which takes the fastest way on the CPU.
+    With `token_rows`, each row belongs to a token, and weights are initialised as an embedding's. The layer calls
+    :func:`megalodon_ops.linear`, which chooses the fastest kernel on the CPU.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, of_tokens: bool = False) -> None:
-        self.of_tokens = of_tokens
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, token_rows: bool = False) -> None:
+        self.token_rows = token_rows
         super().__init__(in_features, out_features, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
-        if self.of_tokens:
+        if self.token_rows:
             _init_token_rows(self.weight)
         elif not self.weight.is_meta:  # as ComplexEMA
             nn.init.normal_(self.weight, std=(3 * self.in_features) ** -0.5)
@@ -253,7 +253,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A row of D numbers for each token, at the start normal with std 1 / sqrt(D), cut at 3 std."""
+    """A row of D numbers for each token, initially normal with std 1 / sqrt(D), cut at 3 std."""
 
     def reset_parameters(self) -> None:
         _init_token_rows(self.weight)
@@ -265,7 +265,7 @@ def _init_token_rows(weight: Tensor) -> None:
 
 
 def reset_all_parameters(module: nn.Module) -> None:
-    """Gives every parameter inside the module its initial value, by the `reset_parameters` of the module that owns it."""
+    """Initialise every parameter inside the module, by the `reset_parameters` of the module that owns it."""
     for part in module.modules():
         if any(True for _ in part.parameters(recurse=False)):
             part.reset_parameters()
@@ -276,11 +276,11 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module gives :func:`megalodon_ops.linear` of its weight and bias, and nothing else.
+    """Return True if calling the module only computes :func:`megalodon_ops.linear` of its weight and bias.
 
-    Any other class (an adapter, a parametrization and a sharded module have their own), hooks of the module's own,
-    another forward and parameters of a subclass of torch's types may compute anything: a module with one of these has
-    to be called. Hooks of all modules, such as those of torch's FlopCounterMode, only look on, and do not count here.
+    Another class (adapters, parametrizations and sharded modules have their own), a hook, another forward or parameters
+    of a tensor subclass may compute something else: such a module must be called. Hooks on all modules, such as those
+    of torch's FlopCounterMode, only observe and do not count here.
     """
     if type(module) is not Linear or getattr(module.forward, "__func__", None) is not _LINEAR_FORWARD:
         return False

@@ -15,7 +15,7 @@ from .blocks import MegalodonBlock, Output, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
 from .folder import load_model, save_model
 from .generation import generate, stream
-from .inputs import check_inputs, embedded, own_weight
+from .inputs import check_inputs, embed_tokens, own_weight
 from .layers import Embedding, is_plain_linear, reset_all_parameters
 from .model_state import MegalodonState, check_state
 from .sequences import Sequences
@@ -26,8 +26,8 @@ from ..ops.common.checks import check_flag, check_integer, check_tensor
 class Megalodon(nn.Module):
     """A MEGALODON language model.
 
-    Parameters carry the names of the released checkpoints. Cast to a 16-bit dtype, the parameters of CEMA, of the norms
-    and of the attention's affine map stay float32, and so do all recurrent states.
+    Parameters have the names of the released checkpoints. In a 16-bit model, the parameters of CEMA, the norms and the
+    attention's affine map stay float32, and so do all recurrent states.
 
     Source: arXiv 2404.08801 and the released code.
 
@@ -57,7 +57,7 @@ class Megalodon(nn.Module):
         self.tie_weights()
 
     def reset_parameters(self) -> None:
-        """Initialises every parameter, as a new model's, for a model that was built on the device `meta`.
+        """Initialise every parameter, for instance of a model that was built on the device `meta`.
 
         Example:
             >>> import torch, megalodon_ops as mo
@@ -71,12 +71,12 @@ class Megalodon(nn.Module):
         reset_all_parameters(self)
 
     def tie_weights(self) -> None:
-        """Makes the output matrix the embedding, where the configuration says so."""
+        """Use the embedding as the output matrix if the configuration says so."""
         if self.config.share_emb:
             self.output.output.weight = self.embed.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves and casts all parameters. A shared embedding stays shared, which leaving `meta` would end."""
+        """Move and cast all parameters; a shared embedding stays shared, also when it leaves `meta`."""
         shared = own_weight(self.embed) is not None and own_weight(self.embed) is own_weight(self.output.output)
         super()._apply(fn, recurse)
         if shared:
@@ -87,11 +87,11 @@ class Megalodon(nn.Module):
     def load(
         cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Megalodon:
-        """A model from a folder that :meth:`save`, `python -m megalodon_ops train` or transformers wrote.
+        """Load a model from a folder that :meth:`save`, `python -m megalodon_ops train` or transformers wrote.
 
-        On the CPU the weights are memory-mapped: a tensor is read from the disk when it is first used, no second copy is
-        made, and a change of a weight stays in memory. Do not cut or overwrite files that a model was loaded from; to
-        replace the folder by :meth:`save` is safe, as the old files stay on the disk until the model is gone.
+        On the CPU the weights are memory-mapped: a tensor is read from the disk at its first use, without a second
+        copy, and changes of weights stay in memory. Do not truncate or overwrite the files of a loaded model. Replacing
+        the folder by :meth:`save` is safe: the old files stay on the disk until the model is gone.
 
         Args:
             directory: holds `config.json` and `model.safetensors`, or shards that `model.safetensors.index.json` names.
@@ -105,24 +105,24 @@ class Megalodon(nn.Module):
         Raises:
             FileNotFoundError: the folder or a file in it is missing. ValueError: a file is damaged, or not what
             :meth:`save` writes, or the model is larger than the machine's memory. The message names the file and the
-            fault. Nothing in a file is run.
+            fault. No code in a file is run.
         """
         return load_model(cls, directory, dtype=dtype, device=device)
 
     def save(self, directory: str | os.PathLike, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30) -> None:
-        """Writes the model to a folder that :meth:`load` and transformers' `from_pretrained` read.
+        """Write the model to a folder that :meth:`load` and transformers' `from_pretrained` read.
 
         Args:
-            directory: a new folder, an empty one, or one that holds a checkpoint, which is replaced: files that this
-                method does not write itself stay, and so does a tokenizer unless another is given.
-            tokenizer: one with a method `save(folder)`, such as those of :mod:`megalodon_ops.tokenizers`, to go along.
-            max_shard_bytes: a model whose weights take more becomes several files of at most so many bytes (a parameter
-                is never cut) and an index.
+            directory: a new or empty folder, or one that holds a checkpoint, which is replaced: files that this method
+                does not write stay, and so does a tokenizer unless another is given.
+            tokenizer: saved with the model; has a method `save(folder)`, as those of :mod:`megalodon_ops.tokenizers`.
+            max_shard_bytes: larger weights are split into files of at most this size (but no parameter is split) and an
+                index.
 
         The folder is complete or not there: it is written under another name, flushed to the disk and renamed. If the
-        process is killed while it replaces a checkpoint, the folder holds the old one or the new one, whole; so it does
-        after processes that save there at once. A file system that cannot exchange two folders may leave the old one
-        beside, in `.<name>.draft-...`.
+        process is killed while it replaces a checkpoint, or if several processes save there at once, the folder holds
+        one whole checkpoint. A file system that cannot exchange two folders may leave the old one in
+        `.<name>.draft-...`.
 
         Raises:
             ValueError: the model's parameters are not those of its configuration (merge adapters first), or not finite,
@@ -139,19 +139,19 @@ class Megalodon(nn.Module):
         save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
     def alone(self) -> Megalodon:
-        """The model as one process calls it, on whole sequences: itself, unless it is split over several ranks.
+        """Return the model for whole sequences in one process: itself, unless it is split over several ranks.
 
-        Of a model that :func:`megalodon_ops.distributed.parallelize` has changed, this is another one with the same
-        parameters, which exchanges no states and no losses.
+        For a model of :func:`megalodon_ops.distributed.parallelize`, this is another one with the same parameters,
+        which exchanges no states and no losses.
         """
         return self
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def _as_made(self) -> Megalodon:
-        """A model as the configuration makes it, without memory: a :class:`Decoder` looks where this one differs."""
-        return _made_without_memory(self.config)
+    def _reference(self) -> Megalodon:
+        """Return an unchanged model of this configuration on `meta`, with which :class:`Decoder` compares this one."""
+        return _meta_model(self.config)
 
     def forward(
         self,
@@ -167,17 +167,17 @@ class Megalodon(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MegalodonState]:
-        """Logits of the next token after every token; with `targets`, their loss, as :meth:`loss` says.
+        """Compute the logits of the next token after every token or, with `targets`, their loss, as :meth:`loss`.
 
         Args:
             tokens: (B, L) integers.
-            features: return what logits are made of, as :meth:`features` does.
-            targets, reduction, ignore_index: as in :meth:`loss`; None: the logits are wanted.
-            state: the past, as an earlier call returned it; None: the tokens begin their sequences.
-            return_state: also return the state after the last token. Any way of cutting a sequence into calls gives the
-                same logits, up to rounding.
-            inplace_state: overwrite the parts of `state`, such as the attention's, where this saves a copy; for
-                generation. The old state is lost.
+            features: return the features instead, as :meth:`features` does.
+            targets, reduction, ignore_index: as in :meth:`loss`; None: return logits.
+            state: as an earlier call returned it; None: the tokens begin their sequences.
+            return_state: also return the state after the last token. However a sequence is split into calls, the logits
+                are the same, up to rounding.
+            inplace_state: overwrite parts of `state`, such as the attention's, to save copies in generation. The old
+                state is lost.
             cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1).
             lengths: (B,) tokens in each right-padded row.
 
@@ -207,7 +207,7 @@ class Megalodon(nn.Module):
         self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
         state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences,
     ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
-        """Features, logits or the loss, and the state, of arguments that were checked."""
+        """Compute features, logits or the loss, and the state, from checked arguments."""
         hidden, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, sequences)
         if features:
             return hidden, state
@@ -216,9 +216,9 @@ class Megalodon(nn.Module):
         return self._cross_entropy(hidden, targets, reduction, ignore_index, sequences), state
 
     def features(self, tokens: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
-        """What the model makes of every token and those before it: the final norm's output, which logits are made of.
+        """Features of every token: the final norm's output, from which logits are computed.
 
-        This is `self(tokens, features=True, ...)`, for any head of one's own: a probe, a classifier, a search.
+        This is `self(tokens, features=True, ...)`, for a head of your own: a probe, a classifier, a search.
 
         Args:
             tokens: (B, L) integers.
@@ -246,19 +246,18 @@ class Megalodon(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
         """Cross-entropy of the logits with `targets`, computed for a block of tokens at a time.
 
-        This is `self(tokens, targets, ...)`, so whatever is hooked to a call of the model serves its loss, too: those of
-        FSDP2, for one. Padding, by `cu_seqlens` or `lengths`, counts no more than a target of `ignore_index`, whatever its
-        target is.
+        This is `self(tokens, targets, ...)`, so hooks on a call of the model, such as those of FSDP2, run for the loss,
+        too. Padding, by `cu_seqlens` or `lengths`, is ignored, whatever its target is.
 
         Args:
             tokens: (B, L) integers.
             targets: (B, L) integers, the token after each token, or `ignore_index`.
             reduction: "mean", "sum" or "none", as in :func:`megalodon_ops.linear_cross_entropy`.
-            ignore_index: the target that does not count, -100.
+            ignore_index: the target that does not count.
             state, return_state, inplace_state, cu_seqlens, lengths: as in :meth:`forward`.
 
         Returns:
-            the mean loss of a target, or what `reduction` says, float32 (float64 for a float64 model); with
+            the loss, reduced by `reduction`, float32 (float64 for a float64 model); with
             `return_state` also the state.
 
         Example:
@@ -273,7 +272,7 @@ class Megalodon(nn.Module):
     def _cross_entropy(
         self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, sequences: Sequences
     ) -> Tensor:
-        """The loss of the normalized last layer (B, L, D)."""
+        """Compute the loss of the final norm's output (B, L, D)."""
         targets = masked_targets(targets, ignore_index, sequences)
         output, options = self.output.output, dict(reduction=reduction, ignore_index=ignore_index)
         if is_plain_linear(output) and output.bias is None:
@@ -283,7 +282,7 @@ class Megalodon(nn.Module):
     def _check(
         self, op: str, argument: str, tokens: Tensor, state: MegalodonState | None, sequences: Sequences = Sequences()
     ) -> None:
-        """Raises where tokens, which `op` calls `argument`, or the state of their past are not what the model takes."""
+        """Raise unless tokens, the `argument` of `op`, and the state of their past fit the model."""
         check_inputs(op, argument, tokens, self, sequences)
         if state is not None:
             offsets = sequences.cu_seqlens
@@ -291,13 +290,13 @@ class Megalodon(nn.Module):
             check_state(op, state, self.config, rows, argument if offsets is None else "cu_seqlens")
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings (B, L, D)."""
-        return embedded("Megalodon", "tokens", tokens, self)
+        """Embed tokens as (B, L, D)."""
+        return embed_tokens("Megalodon", "tokens", tokens, self)
 
     def _hidden(
         self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences
     ) -> tuple[Tensor, MegalodonState | None]:
-        """The normalized last layer (B, L, D) and the state after it."""
+        """Return the final norm's output (B, L, D) and the new state."""
         recompute = recomputes_layers(self)
         states = (None,) * len(self.layers) if state is None else state.layers
         layer_states = []
@@ -320,7 +319,7 @@ class Megalodon(nn.Module):
 
 
 def masked_targets(targets: Tensor, ignore_index: int, sequences: Sequences) -> Tensor:
-    """The targets (B, L) as int64, `ignore_index` in the place of those in no sequence."""
+    """Return the targets (B, L) as int64, with `ignore_index` outside of sequences."""
     cu_seqlens, lengths = sequences.cu_seqlens, sequences.lengths
     position, targets = torch.arange(targets.shape[1], device=targets.device), targets.long()
     if lengths is not None:
@@ -331,7 +330,7 @@ def masked_targets(targets: Tensor, ignore_index: int, sequences: Sequences) -> 
 
 
 def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
-    """`ignore_index`, as an integer, or an error where it or the targets are not what they must be."""
+    """Check the targets and `ignore_index`; return the latter as an integer."""
     check_tensor("Megalodon", "targets", targets)
     if not has_integers(targets):
         raise TypeError(f"Megalodon: `targets` must be integers, got {targets.dtype}.")
@@ -343,6 +342,6 @@ def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _made_without_memory(config: MegalodonConfig) -> Megalodon:
+def _meta_model(config: MegalodonConfig) -> Megalodon:
     with torch.device("meta"):
         return Megalodon(config)

@@ -1,4 +1,4 @@
-"""`MegalodonState`: what one call of the model passes on to the next, its sequences, and its file."""
+"""`MegalodonState`: the state that calls of a model pass on, its sequences, and its file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..ops.common.checks import as_device, check_size, described, is_whole, show
 
 FILE_FORMAT = "megalodon_ops.state"
 FILE_VERSION = "1"
-"""Counts the changes of a state's file; files of another version are not read"""
+"""Version of a state's file; files of another version are not read"""
 _ROWS = "a slice, a list of integers or a 1-D tensor of integers or bools"
 
 ACTIVATIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,12 +39,12 @@ Rows = slice | Sequence[int] | Tensor
 
 @named_in_programs
 class MegalodonState(NamedTuple):
-    """What a call of the model passes on to the next call; its size is constant however long the past is.
+    """State that a call of the model passes on to the next call; its size does not depend on the length of the past.
 
     A state is a pytree of tensors whose first dimension is the S sequences of a batch. `state[rows]` is the state of
-    some of the sequences, in any order and any number of times: a slice, a list or a 1-D tensor of integers or bools
-    names them. No method changes the state it is called on, and no result of `clone`, `reset`, `cat` and `state[rows]`
-    shares memory with it.
+    some of the sequences, in arbitrary order and with repetitions: a slice, a list or a 1-D tensor of integers or bools
+    names them. No method changes the state it is called on, and results of `clone`, `reset`, `cat` and `state[rows]`
+    share no memory with it.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -68,11 +68,11 @@ class MegalodonState(NamedTuple):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> MegalodonState:
-        """The state of sequences that have not begun: the model computes from it what it computes from state=None.
+        """State of sequences that have not begun, equivalent to state=None.
 
         Args:
             num_sequences: S.
-            dtype: that of the model's activations.
+            dtype: of the model's activations.
         """
         check_config("MegalodonState.fresh", config)
         rows = check_size("MegalodonState.fresh", "num_sequences", num_sequences)
@@ -91,10 +91,10 @@ class MegalodonState(NamedTuple):
         return sum(tensor.nbytes for tensor in tree_leaves(self) if tensor is not None)
 
     def __getitem__(self, rows: Rows) -> MegalodonState:
-        """The state of the sequences `rows`; gradients flow through.
+        """Return the state of the sequences `rows`; gradients flow through.
 
-        An integer is the index of a field, as in every tuple: state[0] is state.layers, and state[[0]] the state of one
-        sequence.
+        An integer is the index of a field, as in every tuple: state[0] is state.layers, but state[[0]] is the state of
+        one sequence.
         """
         if isinstance(rows, int) and not isinstance(rows, bool):
             return (self.layers, self.norm)[rows]
@@ -102,13 +102,13 @@ class MegalodonState(NamedTuple):
         return _map(lambda tensor: tensor.index_select(0, index), self)
 
     def reset(self, rows: Rows) -> MegalodonState:
-        """The state in which the sequences `rows` have not begun, for new documents inside a batch."""
+        """Return the state with the sequences `rows` reset to their beginning, for new documents in a batch."""
         index = self._index(rows)
         return _map(lambda tensor: tensor.index_fill(0, index, 0), self)
 
     @staticmethod
     def cat(states: Iterable[MegalodonState]) -> MegalodonState:
-        """The state of all sequences of some states of one model, in order."""
+        """Concatenate the sequences of states of one model, in order."""
         states = list(states)
         if not states or not all(isinstance(state, MegalodonState) for state in states):
             raise TypeError("MegalodonState.cat: `states` must be MegalodonStates, one or more.")
@@ -123,9 +123,9 @@ class MegalodonState(NamedTuple):
     def to(
         self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> MegalodonState:
-        """The state on another device or for activations of another dtype; `state.to(torch.bfloat16)` works, too.
+        """Move the state to another device, or convert it for activations of another dtype: `state.to(torch.bfloat16)`.
 
-        Keys and values take the dtype. What recurs over steps becomes float32, or float64 for float64 activations.
+        Keys and values get the dtype; the recurrent parts become float32, or float64 for float64 activations.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -145,23 +145,23 @@ class MegalodonState(NamedTuple):
         return from_named({name: convert(name, tensor) for name, tensor in named_tensors(self).items()})
 
     def clone(self) -> MegalodonState:
-        """A copy; gradients flow through."""
+        """Copy the state; gradients flow through."""
         return _map(Tensor.clone, self)
 
     def detach(self) -> MegalodonState:
-        """The state without its history, for truncated backpropagation through time. Memory is shared."""
+        """Detach the state from the graph, for truncated backpropagation through time. Memory is shared."""
         return _map(Tensor.detach, self)
 
     def save(self, path: str | os.PathLike, config: MegalodonConfig) -> None:
-        """Writes the state to one safetensors file, which is complete or not there.
+        """Write the state to one safetensors file, which is complete or not there.
 
         Args:
-            path: the file; a file that exists is replaced.
-            config: the configuration of the state's model. :meth:`load` refuses the file for another one.
+            path: the file; an existing file is replaced.
+            config: the configuration of the state's model; :meth:`load` requires the same one.
 
         Raises:
-            ValueError: the state is not one of this configuration, or holds what no state holds, such as NaN. OSError:
-            the file cannot be written. A file at `path` is then as it was.
+            ValueError: the state is not one of this configuration or has invalid values, such as NaN. OSError: the file
+            cannot be written. An existing file is then unchanged.
 
         Example:
             >>> import tempfile, torch, megalodon_ops as mo
@@ -191,11 +191,11 @@ class MegalodonState(NamedTuple):
 
     @staticmethod
     def load(path: str | os.PathLike, config: MegalodonConfig, *, device: torch.device | str = "cpu") -> MegalodonState:
-        """The state that :meth:`save` wrote for a model of this configuration.
+        """Load a state that :meth:`save` wrote for a model of this configuration.
 
         Raises:
             FileNotFoundError: there is no such file. ValueError: the file is not one that :meth:`save` wrote for this
-            configuration, or it is damaged, or it holds what no state holds, such as NaN.
+            configuration, is damaged, or has invalid values, such as NaN.
         """
         check_config("MegalodonState.load", config)
         path = Path(path)
@@ -209,7 +209,7 @@ class MegalodonState(NamedTuple):
         return from_named(tensors).to(device)
 
     def _index(self, rows: Rows) -> Tensor:
-        """The sequences `rows` as (n,) int64 on the state's device."""
+        """Return the sequences `rows` as (n,) int64 on the state's device."""
         count, device = self.num_sequences, self.norm.count.device
         if isinstance(rows, slice):
             rows = range(count)[rows]
@@ -230,14 +230,14 @@ class MegalodonState(NamedTuple):
         return torch.where(rows < 0, rows + count, rows).to(device)
 
 
-def check_state(op: str, state: object, config: MegalodonConfig, rows: int, of: str) -> None:
-    """Raises unless this is the state of as many sequences, as the argument `of` has, of a model of this configuration."""
+def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argument: str) -> None:
+    """Raise unless this is a state of `rows` sequences, as `argument` has, of a model of this configuration."""
     if not isinstance(state, MegalodonState):
         raise TypeError(f"{op}: `state` must be a MegalodonState or None, got {described(state)}.")
     if state.num_sequences != rows:
         raise ValueError(
-            f"{op}: `state` must be of {rows} rows, those of `{of}`, got one of {state.num_sequences}; state[rows] "
-            "selects and repeats."
+            f"{op}: `state` must be of {rows} rows, those of `{argument}`, got one of {state.num_sequences}; "
+            "state[rows] selects and repeats."
         )
     shapes = [(config.model_dim, config.cema_ndim)] * config.num_layers
     wanted = "with" if block_state_type(config) is MemoryBlockState else "without"
@@ -255,7 +255,7 @@ def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
 
 
 def complete(state: MegalodonState) -> MegalodonState:
-    """The state with zeros for residuals that it does not have."""
+    """Return the state with zeros for missing residuals."""
 
     def norm(norm_state: TimestepNormState) -> TimestepNormState:
         if norm_state.residual is not None:
@@ -266,7 +266,7 @@ def complete(state: MegalodonState) -> MegalodonState:
 
 
 def named_tensors(state: MegalodonState) -> dict[str, Tensor]:
-    """The state's tensors, as they are, under names such as `layers.0.norm.mean`."""
+    """Return the state's tensors, not copied, under names such as `layers.0.norm.mean`."""
     tensors = {}
     for i, layer in enumerate(state.layers):
         tensors |= {f"layers.{i}.norm.{field}": tensor for field, tensor in layer.norm._asdict().items()}
@@ -280,7 +280,7 @@ def named_tensors(state: MegalodonState) -> dict[str, Tensor]:
 
 
 def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
-    """The state of tensors under the names of :func:`named_tensors`; `cema` may be pairs of reals."""
+    """Build a state from tensors under the names of :func:`named_tensors`; `cema` may be pairs of reals."""
 
     def norm(prefix: str) -> TimestepNormState:
         return TimestepNormState(*(tensors.get(prefix + field) for field in TimestepNormState._fields))
@@ -300,7 +300,7 @@ def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, as files hold it."""
+    """View a complex tensor as pairs of reals, as in files."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
@@ -326,7 +326,7 @@ def _check_activations(function: str, dtype: object) -> None:
 
 
 def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layout:
-    """The tensors of a state of `rows` sequences."""
+    """Yield name, dtype and shape of the tensors of a state of `rows` sequences."""
     real, heads = accumulation_dtype(activations), config.num_heads
 
     def norm(prefix: str) -> Layout:
@@ -352,7 +352,7 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
 
 
 def check_layout(tensors: dict[str, Tensor], wanted: Layout) -> None:
-    """Raises a ValueError unless there are the tensors wanted and no other, at the first that differs."""
+    """Raise a ValueError for the first tensor that is missing, unexpected, or of another dtype or shape."""
     expected = {name: (dtype, shape) for name, dtype, shape in wanted}
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     for name in [*expected, *found]:
@@ -361,19 +361,19 @@ def check_layout(tensors: dict[str, Tensor], wanted: Layout) -> None:
 
 
 def check_values(tensors: dict[str, Tensor], config: MegalodonConfig) -> None:
-    """Raises a ValueError where a tensor of :func:`layout` holds what no call of a model gives."""
+    """Raise a ValueError if a tensor of :func:`layout` has values that no model returns."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ValueError(f"`{name}` must be finite, got NaN or infinity")
         if tensor.numel() and name.endswith((".count", ".position", ".var")):
-            least, most = (bound.item() for bound in torch.aminmax(tensor))
-            below = config.kept_steps if name.endswith(".position") else math.inf
-            if least < 0 or most >= below:
-                raise ValueError(f"`{name}` must be in [0, {below}), got values from {least} to {most}")
+            smallest, largest = (bound.item() for bound in torch.aminmax(tensor))
+            limit = config.kept_steps if name.endswith(".position") else math.inf
+            if smallest < 0 or largest >= limit:
+                raise ValueError(f"`{name}` must be in [0, {limit}), got values from {smallest} to {largest}")
 
 
 def batch_of(tensors: dict[str, Tensor]) -> tuple[int, torch.dtype]:
-    """The number of sequences and the dtype of activations that two of a file's tensors say."""
+    """Return the number of sequences and the dtype of activations of a file's tensors."""
     count, keys = tensors.get("norm.count"), tensors.get("layers.0.attention.k")
     if count is None or count.dim() != 1 or keys is None or keys.dtype not in ACTIVATIONS:
         raise ValueError("its tensors are not those of a state")

@@ -1,4 +1,4 @@
-"""Checkpoints in the format of the released code: config.json, and parameters in one `.pth` file, read also from one a rank."""
+"""Checkpoints in the format of the released code: config.json and a `.pth` file; files of several ranks can be read."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _SPLIT_DIM_0 = re.compile(
     r".*\.cema\.\w+|.*\.(timenorm|final_norm)\.(weight|bias)|.*\.(wv|wz|wr|wh1)\.(weight|bias)|.*\.(fc1|fc3)\.weight"
 )
 _BUFFERS = re.compile(r"(.*\.)?(rope\.freqs|prior_(count|mean|logv))")
-_PARALLEL = "consolidate_config.json"
-_SHARD, _OF_WEIGHTS = re.compile(r"consolidated\.\d\d"), re.compile(r"consolidated(\.\d\d)?\.pth")
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_UNKNOWN = ("eos_token_id", "working_memory", "visible_chunks")  # fields that the released code does not have
+_CONSOLIDATE_CONFIG = "consolidate_config.json"
+_SHARD, _WEIGHT_FILE = re.compile(r"consolidated\.\d\d"), re.compile(r"consolidated(\.\d\d)?\.pth")
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_OWN_FIELDS = ("eos_token_id", "working_memory", "visible_chunks")  # fields that the released code does not have
 _EMBEDDING, _OUTPUT = "embed.weight", "output.output.weight"
 
 
 def load_official(
     directory: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Megalodon:
-    """A model from a folder that the released code wrote, in evaluation mode.
+    """Load a model, in evaluation mode, from a folder that the released code wrote.
 
     Args:
         directory: holds `config.json` ({"model": {...}}) and `consolidated.pth`, or the shards
@@ -52,7 +52,7 @@ def load_official(
         FileNotFoundError: the folder or a file in it is missing. ValueError: a file is damaged or not what the released
         code writes, or the model is larger than the machine's memory. The message names the file and the fault.
 
-    Files are unpickled with `weights_only=True`, after their checksums were compared.
+    Files are unpickled with `weights_only=True`, after a test of their checksums.
     """
     check_dtype("load_official", dtype)
     directory, device = as_path("load_official", "directory", directory), as_device("load_official", device)
@@ -63,14 +63,14 @@ def load_official(
 
 
 def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: Any = None) -> None:
-    """Writes the model as the released code does: :func:`load_official`, that code and megalodon-jax read the folder.
+    """Write the model as the released code does: :func:`load_official`, that code and megalodon-jax read the folder.
 
     Args:
-        directory: a new folder, an empty one, or one in this format, whose weights are replaced.
-        tokenizer: one with a method `save(folder)`, to go along.
+        directory: a new or empty folder, or one in this format, whose weights are replaced.
+        tokenizer: saved with the model; has a method `save(folder)`.
 
-    The buffers that the released code keeps beside its parameters are written, too; `eos_token_id`, which it does not
-    know, is not. The folder is complete or not there, as after :meth:`Megalodon.save`.
+    The released code's buffers are written, too; `eos_token_id`, which it does not have, is not. The folder is complete
+    or not there, as after :meth:`Megalodon.save`.
 
     Raises:
         ValueError: the model's parameters are not those of its configuration, not finite or float64. OSError: the folder
@@ -93,30 +93,30 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
             "save_official: `model` must have no working memory and see one chunk: the released code knows neither."
         )
     weights = plain_tensors(model, config.parameter_shapes(), "save_official")
-    if (dtype := weights[_EMBEDDING].dtype) not in _NAMES:
-        raise ValueError(f"save_official: `model` must be {', '.join(map(str, _NAMES))}, got {dtype}.")
+    if (dtype := weights[_EMBEDDING].dtype) not in _DTYPE_NAMES:
+        raise ValueError(f"save_official: `model` must be {', '.join(map(str, _DTYPE_NAMES))}, got {dtype}.")
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     if config.share_emb:
         weights[_OUTPUT] = weights[_EMBEDDING]
     with write_atomically(folder, folder=True) as draft:
         with drafting(folder.resolve(), "turn"):
-            kept = kept_files("save_official", folder, is_official(folder), (CONFIG, _PARALLEL))
+            kept = kept_files("save_official", folder, is_official(folder), (CONFIG, _CONSOLIDATE_CONFIG))
         for path in kept:
-            if not _OF_WEIGHTS.fullmatch(path.name):
+            if not _WEIGHT_FILE.fullmatch(path.name):
                 shutil.copy2(path, draft / path.name, follow_symlinks=False)
         if tokenizer is not None:
             tokenizer.save(draft)
         torch.save(weights | _buffers(config), draft / "consolidated.pth")
         has_tokenizer = (draft / "tokenizer.model").exists()
         fields = {"path": str(folder.absolute() / "tokenizer.model") if has_tokenizer else None}
-        known = {name: value for name, value in config.to_dict().items() if name not in _UNKNOWN}
+        known = {name: value for name, value in config.to_dict().items() if name not in _OWN_FIELDS}
         (draft / CONFIG).write_text(json.dumps({"model": known, "tokenizer": fields}, indent=1) + "\n")
-        facts = {"model_parallel_size": 1, "dtype": _NAMES[dtype]}
-        (draft / _PARALLEL).write_text(json.dumps(facts, indent=1) + "\n")
+        facts = {"model_parallel_size": 1, "dtype": _DTYPE_NAMES[dtype]}
+        (draft / _CONSOLIDATE_CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _buffers(config: MegalodonConfig) -> dict[str, Tensor]:
-    """The released code's buffers: rotary frequencies, and the state that its norms begin with."""
+    """Buffers of the released code: rotary frequencies and the initial state of its norms."""
     pairs = config.z_dim // config.num_heads // 2
     periods = torch.tensor([config.rotary_base ** (pair / pairs) for pair in range(pairs)], dtype=torch.float32)
     buffers = {"rope.freqs": 1 / periods}
@@ -128,12 +128,12 @@ def _buffers(config: MegalodonConfig) -> dict[str, Tensor]:
 
 
 def is_official(directory: Path) -> bool:
-    """Whether the folder holds a checkpoint of the released code."""
+    """Return True if the folder holds a checkpoint of the released code."""
     return any(directory.glob("consolidated*.pth"))
 
 
 def read_official(directory: Path, dtype: torch.dtype, device: torch.device) -> Megalodon:
-    """:func:`load_official` of arguments that were checked."""
+    """:func:`load_official` with checked arguments."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such folder")
     if not (directory / CONFIG).exists():
@@ -144,18 +144,18 @@ def read_official(directory: Path, dtype: torch.dtype, device: torch.device) -> 
         check_fits(config.num_parameters() * dtype.itemsize, "a model of its configuration")
     if config.share_emb and weights.tensors.keys() >= {_OUTPUT, _EMBEDDING}:
         if not torch.equal(weights.get(_OUTPUT), weights.get(_EMBEDDING)):
-            raise FileError(f"{weights.place}: `{_OUTPUT}` must be the embedding by `share_emb`, got other values")
+            raise FileError(f"{weights.path}: `{_OUTPUT}` must be the embedding by `share_emb`, got other values")
         del weights.tensors[_OUTPUT]
     weights.check(config.parameter_shapes())
     return model_of(Megalodon, config, dtype, weights, device)
 
 
 class _Shards(StoredTensors):
-    """The parameters in the files of all ranks, each joined when it is read; `tensors` have no values."""
+    """Parameters in the files of all ranks, each joined when it is read; those in `tensors` are on `meta`."""
 
     def __init__(self, directory: Path) -> None:
         paths = _shard_files(directory)
-        super().__init__(place=paths[0] if len(paths) == 1 else directory)
+        super().__init__(path=paths[0] if len(paths) == 1 else directory)
         self._shards = [_read_shard(path) for path in paths]
         kinds = [{name: (t.dtype, *t.shape) for name, t in shard.items()} for shard in self._shards]
         for path, kind in zip(paths, kinds, strict=True):
@@ -170,13 +170,13 @@ class _Shards(StoredTensors):
         if others and (dim := _split_dim(name)) is not None:
             return torch.cat(parts, dim)
         if not all(torch.equal(first, other) for other in others):
-            raise FileError(f"{self.place}: `{name}` must be equal in every shard, got other values")
-        is_alone = first.is_contiguous() and first.untyped_storage().nbytes() == first.nbytes
-        return first if is_alone else first.clone(memory_format=torch.contiguous_format)
+            raise FileError(f"{self.path}: `{name}` must be equal in every shard, got other values")
+        owns_storage = first.is_contiguous() and first.untyped_storage().nbytes() == first.nbytes
+        return first if owns_storage else first.clone(memory_format=torch.contiguous_format)
 
 
 def _shard_files(directory: Path) -> list[Path]:
-    """The files of weights, in the order of their ranks."""
+    """Return the files of weights, in the order of their ranks."""
     shards, whole = sorted(directory.glob("consolidated.[0-9][0-9].pth")), directory / "consolidated.pth"
     if shards and whole.exists():
         raise FileError(f"{directory}: holds both {whole.name} and {shards[0].name}; one of them must go")
@@ -184,9 +184,9 @@ def _shard_files(directory: Path) -> list[Path]:
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
-    """The parameters in a file by name, their memory mapped from it, without the released code's buffers.
+    """Read the parameters in a file by name, memory-mapped, without the released code's buffers.
 
-    Every byte of the archive is compared with its CRC32 first, which torch.load does not do, at about 2 GB/s a core.
+    The archive's CRC32 checksums are tested first, which torch.load does not do, at about 2 GB/s a core.
     """
     file_size(path)
     with reading(path):
@@ -199,10 +199,10 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
         if _SHARD.fullmatch(written_as) and written_as != path.stem:
             raise ValueError(f"was written as {written_as}.pth, another shard")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of kinds of tensors that are refused below
+            warnings.simplefilter("ignore")  # torch warns of tensors that are refused below
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # whose text says how to load the file all the same, and run what is in it
+            except Exception as error:  # its text explains how to load the file all the same and run its code
                 raise ValueError(
                     "holds something else than tensors, or is damaged: weights_only=True refuses it"
                 ) from error
@@ -216,7 +216,7 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
 
 
 def _read_config(path: Path, embedding: Tensor | None) -> MegalodonConfig:
-    """The configuration; where it names no vocabulary, it has the embedding's size."""
+    """Read the configuration; without a vocabulary size, use the embedding's."""
     fields = read_json(path).get("model")
     with reading(path):
         if not isinstance(fields, dict):

@@ -1,4 +1,4 @@
-"""Draws tokens from logits: which tokens may be drawn, and by which random numbers."""
+"""Sampling: filters of logits, and reproducible random numbers that draw tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..ops.common.philox import philox
 
 _FEW_TOKENS = 1024
 _BITS = 52  # of a random number: the largest, 1 - 2^-52, times a total is below the total in every rounding
-_AT_ONCE = 64  # random numbers of a row that are made in one go
+_BLOCK = 64  # random numbers of a row that are computed at once
 _SEED = "an integer from 0 to 2^63 - 1, one for each row, or None"
 
 
 @dataclass
 class Sampling:
-    """Which token follows, given logits; the names and meanings are those of transformers.
+    """Choice of the next token from logits; options have the names and meanings of transformers.
 
-    In this order: the repetition penalty divides positive logits, and multiplies negative ones, of tokens that were there
-    before (CTRL, arXiv 1909.05858); the temperature divides all; of the tokens, the top_k likeliest stay, of these the
-    fewest that hold the share top_p, of these all at least min_p times as likely as the likeliest. A token as likely as
-    the last that stays, stays too. Temperature 0 takes the likeliest token, which each of these leaves in.
+    In this order: the repetition penalty divides positive and multiplies negative logits of earlier tokens (CTRL, arXiv
+    1909.05858); the temperature divides all logits; top_k keeps the likeliest tokens; top_p keeps the smallest set of
+    these with that share of their probability; min_p keeps those at least min_p times as likely as the likeliest. Ties
+    with the last kept token are kept. Temperature 0 takes the likeliest token, which all filters keep.
     """
 
     temperature: float = 1.0
@@ -34,9 +34,9 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        def check(field: str, expected: str, least: float, most: float = LARGEST) -> None:
+        def check(field: str, expected: str, low: float, high: float = LARGEST) -> None:
             if (value := getattr(self, field)) is not None or field == "temperature":
-                setattr(self, field, check_number("generate", field, value, expected, least, most))
+                setattr(self, field, check_number("generate", field, value, expected, low, high))
 
         check("temperature", "a finite number of at least 0", 0.0)
         check("top_p", "a probability in (0, 1]", LEAST_POSITIVE, 1.0)
@@ -46,79 +46,79 @@ class Sampling:
             self.top_k = check_size("generate", "top_k", self.top_k)
 
     @property
-    def penalises(self) -> bool:
-        """Whether it matters which tokens were there before."""
+    def has_penalty(self) -> bool:
+        """Return True if logits depend on earlier tokens."""
         return self.repetition_penalty not in (None, 1.0)
 
-    def choose(self, logits: Tensor, numbers: Iterator[Tensor], seen: Tensor | None = None) -> Tensor:
-        """One token (rows,) for each row of logits (rows, tokens).
+    def choose(self, logits: Tensor, numbers: Iterator[Tensor], seen_mask: Tensor | None = None) -> Tensor:
+        """Draw one token (rows,) for each row of logits (rows, tokens).
 
         Args:
-            numbers: gives random numbers (rows,) in [0, 1), float64.
-            seen: (rows, tokens) bools, the tokens that the repetition penalty is for.
+            numbers: yields random numbers (rows,) in [0, 1), float64.
+            seen_mask: (rows, tokens) bools, earlier tokens for the repetition penalty.
         """
-        if self.penalises:
+        if self.has_penalty:
             penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
+            logits = torch.where(seen_mask, penalised, logits)
         if self.temperature == 0:
-            likeliest = logits.argmax(-1, keepdim=True)  # argmax takes a NaN, if there is one
+            likeliest = logits.argmax(-1, keepdim=True)  # argmax returns a NaN if there is one
             _check_numbers(~logits.gather(-1, likeliest).isnan())
             return likeliest.squeeze(-1)
         probability = (logits if self.temperature == 1 else logits / self.temperature).softmax(-1)
         _check_numbers(~probability[:, :1].isnan())  # one NaN makes a whole row NaN
-        least = self._least_likely(probability)
-        if least is not None:
-            probability = torch.where(probability >= least, probability, 0)
+        threshold = self._threshold(probability)
+        if threshold is not None:
+            probability = torch.where(probability >= threshold, probability, 0)
         cumulative = _running_sums(probability)
-        drawn = next(numbers)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, drawn, right=True).squeeze(-1)
+        target = next(numbers)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
-    def _least_likely(self, probability: Tensor) -> Tensor | None:
-        """The least probability (rows, 1) of a token that may be drawn, or None where every token may be.
+    def _threshold(self, probability: Tensor) -> Tensor | None:
+        """Return the least probability (rows, 1) of a token that may be drawn, or None if all may be.
 
-        A threshold, unlike the first k of a sorted row, does not depend on the order of equal probabilities, which a
-        row's neighbours could change.
+        Unlike the first k entries of a sorted row, a threshold does not depend on the order of ties, which other rows
+        could change.
         """
-        least, top_k, total = None, self.top_k, 1.0
-        sorts = self.top_p is not None and self.top_p < 1
+        threshold, top_k, total = None, self.top_k, 1.0
+        needs_sorting = self.top_p is not None and self.top_p < 1
         if top_k is not None and top_k < probability.shape[-1]:
             likeliest = probability.topk(top_k).values
-            least = likeliest[:, -1:]
-            if sorts:
+            threshold = likeliest[:, -1:]
+            if needs_sorting:
                 cumulative = _running_sums(likeliest)
                 total = cumulative[:, -1:]
-        elif sorts:
-            likeliest, cumulative = _likeliest(probability, self.top_p)
-        if sorts:
+        elif needs_sorting:
+            likeliest, cumulative = _top_probabilities(probability, self.top_p)
+        if needs_sorting:
             inside = cumulative - likeliest < self.top_p * total
-            least = likeliest.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
+            threshold = likeliest.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
         if self.min_p:
-            of_likeliest = self.min_p * probability.amax(-1, keepdim=True)
-            least = of_likeliest if least is None else torch.maximum(least, of_likeliest)
-        return least
+            minimum = self.min_p * probability.amax(-1, keepdim=True)
+            threshold = minimum if threshold is None else torch.maximum(threshold, minimum)
+        return threshold
 
 
-def _likeliest(probability: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The probabilities in descending order, as many as hold `share` of each row or more, and their running sums."""
-    if probability.is_cpu:  # on the CPU, sorting a large vocabulary takes as long as all else for a token
+def _top_probabilities(probability: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return the largest probabilities, sorted, with a sum of at least `share` in each row, and their running sums."""
+    if probability.is_cpu:  # on the CPU, sorting a large vocabulary takes as long as the rest of a token
         few = probability.topk(min(_FEW_TOKENS, probability.shape[-1])).values
         cumulative = _running_sums(few)
         if bool((cumulative[:, -1] >= share).all()):
             return few, cumulative
-    every = probability.sort(descending=True).values
-    return every, _running_sums(every)
+    likeliest = probability.sort(descending=True).values
+    return likeliest, _running_sums(likeliest)
 
 
 def _running_sums(values: Tensor) -> Tensor:
-    """Sums of each row's first values, float64. Torch has no deterministic ones on CUDA, and refuses where it shall have."""
+    """Cumulative sums of each row, float64; on the CPU if torch must be deterministic, as its CUDA kernel is not."""
     if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         return values.cpu().cumsum(-1, dtype=torch.float64).to(values.device)
     return values.cumsum(-1, dtype=torch.float64)
 
 
-def _check_numbers(holds: Tensor) -> None:
-    """Raises where a condition does not hold on the CPU; on other devices the check would wait for the device."""
-    if holds.is_cpu and not bool(holds.all()):
+def _check_numbers(is_valid: Tensor) -> None:
+    """Raise if a condition is false on the CPU; on other devices the check would wait for the device."""
+    if is_valid.is_cpu and not bool(is_valid.all()):
         raise FloatingPointError(
             "generate: logits / temperature must be numbers, got NaN or infinity; "
             "the weights are too large or damaged, or the temperature is too small."
@@ -126,7 +126,7 @@ def _check_numbers(holds: Tensor) -> None:
 
 
 def check_seeds(seed: object, rows: int) -> list[int]:
-    """The seed of each row; one seed s stands for s, s + 1, s + 2 and so on."""
+    """Return the seed of each row; one seed s stands for s, s + 1, s + 2 and so on."""
     if not isinstance(seed, Sequence) or isinstance(seed, str):
         first = check_integer("generate", "seed", seed, _SEED, 0)
         return [(first + row) % 2**63 for row in range(rows)]
@@ -136,11 +136,11 @@ def check_seeds(seed: object, rows: int) -> list[int]:
 
 
 def numbers_of_seeds(seeds: list[int], positions: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Random numbers (rows,) in [0, 1), float64, made by Philox of each row's seed and position, then of the next position."""
-    key, position = torch.tensor(seeds)[:, None], positions.cpu()[:, None] + torch.arange(_AT_ONCE)
+    """Yield random numbers (rows,) in [0, 1), float64: Philox of each row's seed and position, then of the next."""
+    key, position = torch.tensor(seeds)[:, None], positions.cpu()[:, None] + torch.arange(_BLOCK)
     while True:
         zero = torch.zeros_like(position)
         high, low, _, _ = philox((position & 0xFFFFFFFF, position >> 32, zero, zero), key)
         bits = high << (_BITS - 32) | low >> (64 - _BITS)
         yield from (bits.double() * 2.0**-_BITS).to(device).unbind(1)
-        position = position + _AT_ONCE
+        position = position + _BLOCK

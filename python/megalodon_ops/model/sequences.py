@@ -1,4 +1,4 @@
-"""`Sequences`: where the sequences of a call lie, and the states that a block begins them with."""
+"""`Sequences`: the sequences of a call, and a block's initial states for them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """The sequences in x (B, L, ...), as a model hands them to its layers: with neither field, every row is one.
+    """Sequences in x (B, L, ...), which a model passes to its layers; with neither field, every row is one.
 
-    A block asks its sequences for the states that its ops begin with. Whole sequences give those of the caller; pieces
-    of sequences (distributed/chunk.py) ask other ranks.
+    A block gets the initial states of its ops from here: the caller's for whole sequences, those of other ranks for
+    pieces of sequences (distributed/chunk.py).
     """
 
     cu_seqlens: Tensor | None = None
@@ -24,21 +24,21 @@ class Sequences:
 
     @property
     def keywords(self) -> dict[str, Tensor | None]:
-        """The fields as keywords of an op."""
+        """Return the fields as keywords of an op."""
         return {"cu_seqlens": self.cu_seqlens, "lengths": self.lengths}
 
     def norm_state(self, norm: nn.Module, x: Tensor, given: Any) -> Any:
-        """The state that a timestep norm begins x (B, L, D) with; `given`: the caller's."""
+        """Return the initial state of a timestep norm over x (B, L, D); `given`: the caller's."""
         return given
 
     def send_end(self, cema: nn.Module, t: Tensor, given: Any) -> Any:
-        """Send other ranks the end of `cema` over t (B, L, D), for :meth:`receive`; `given`: the caller's block state."""
+        """Send other ranks the end state of `cema` over t (B, L, D); `given`: the caller's block state."""
         return given
 
     def receive(self, sent: Any) -> Any:
-        """The block state from which `cema` and what follows it begin."""
+        """Return the initial block state for `cema` and the ops after it; `sent`: the result of :meth:`send_end`."""
         return sent
 
     def carry(self, op: Callable, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        """Call an op that sees chunks before a position's own, with a `state` of them among its options."""
+        """Call an op that reads earlier chunks, with their `state` among its options."""
         return op(q, k, v, **options, **self.keywords)

@@ -1,10 +1,10 @@
-"""Tensors that several processes write together, by torch.distributed.checkpoint, and any number of processes reads.
+"""Tensors that several processes write with torch.distributed.checkpoint, and that any number of processes reads.
 
     distributed/  .metadata, __0_0.distcp, __1_0.distcp, ...     tensors under names `<kind>/<name>`
 
-A process writes what it holds of a DTensor, and its share of the tensors that are alike on all. Reading asks for no
-other process: each reads the parts that it holds. Nothing in a file is run: `.metadata` is unpickled with the classes
-of torch's metadata alone, and tensors with `weights_only=True`.
+A process writes its part of each DTensor and its share of the replicated tensors. A process reads the parts that it
+holds, without communication. No code in a file is run: `.metadata` is unpickled with torch's metadata classes alone,
+and tensors with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ..ops.common.checks import shown
 
 
 class Archive(StoredTensors):
-    """The tensors of one kind in a folder that several processes have written; `tensors` have no values."""
+    """Tensors of one kind in a folder that several processes wrote; those in `tensors` are on `meta`."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        super().__init__(place=folder)
+        super().__init__(path=folder)
         self._prefix = f"{kind}/"
         with opened(folder / ".metadata") as file:
             self._metadata = _Unpickler(file).load()
@@ -42,11 +42,11 @@ class Archive(StoredTensors):
         return tensor
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        planner, reader = DefaultLoadPlanner(), FileSystemReader(self.place)
+        planner, reader = DefaultLoadPlanner(), FileSystemReader(self.path)
         named = {self._prefix + name: tensor.detach() for name, tensor in tensors.items()}
         for name in {info.relative_path for info in self._metadata.storage_data.values()}:
-            file_size(self.place / name)
-        with reading(self.place):
+            file_size(self.path / name)
+        with reading(self.path):
             planner.set_up_planner(named, self._metadata, True)
             reader.set_up_storage_reader(self._metadata, True)
             (plan,) = planner.create_global_plan([reader.prepare_local_plan(planner.create_local_plan())])
@@ -55,20 +55,20 @@ class Archive(StoredTensors):
 
 
 class ArchiveWriter(FileSystemWriter):
-    """Writes such a folder; the first process calls `begin` before, and `finish` when all have written their files."""
+    """Writer of such a folder; rank 0 calls `on_begin` before and `on_finish` after all ranks write their files."""
 
-    def __init__(self, folder: Path, begin: Callable[[], object], finish: Callable[[], object]) -> None:
+    def __init__(self, folder: Path, on_begin: Callable[[], object], on_finish: Callable[[], object]) -> None:
         super().__init__(folder)
-        self._begin, self._finish = begin, finish
+        self._on_begin, self._on_finish = on_begin, on_finish
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         if is_coordinator:
-            self._begin()
+            self._on_begin()
 
     def finish(self, metadata: Metadata, results: list) -> None:
         super().finish(metadata, results)
-        self._finish()
+        self._on_finish()
 
 
 _CLASSES = {
@@ -87,14 +87,14 @@ _CLASSES = {
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},
 }
-"""What `.metadata` is made of, by module: classes that describe tensors and where they are, and a look-up of a name"""
+"""Names in `.metadata`, by module: classes that describe tensors and their places, and a look-up of a layout"""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes objects of these classes and of no others."""
+    """Unpickler of these names and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):  # by which Python 3.11.2 pickles a member of an enumeration
+        if (module, name) == ("builtins", "getattr"):  # Python 3.11.2 pickles members of enumerations so
             return lambda kind, member: kind.__members__[member]
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{shown(f'{module}.{name}')} does not belong here")

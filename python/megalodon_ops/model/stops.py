@@ -1,4 +1,4 @@
-"""Where a text ends: rows whose tokens end with one of some sequences, and strings in the text of tokens."""
+"""Ends of texts: sequences of tokens that stop a row, and strings that stop its text."""
 
 from __future__ import annotations
 
@@ -9,56 +9,56 @@ from torch import Tensor
 
 from ..ops.common.checks import described, is_whole
 
-_NEVER, _ANY = -2, -3  # where a row has no token yet; what every token matches
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}".encode()
-_CONTEXT = 16  # tokens that are decoded with a new one, which may depend on them
+_NO_TOKEN, _WILDCARD = -2, -3  # a row without a token so far; matches every token
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+_CONTEXT = 16  # tokens decoded with a new one, whose text may depend on them
 
 
-class Ends:
-    """Finds the rows whose new tokens end with one of some sequences."""
+class StopDetector:
+    """Detector of rows whose new tokens end with one of some sequences."""
 
     def __init__(self, sequences: list[list[int]], like: Tensor) -> None:
         longest = max(map(len, sequences))
-        padded = [[_ANY] * (longest - len(sequence)) + sequence for sequence in sequences]
+        padded = [[_WILDCARD] * (longest - len(sequence)) + sequence for sequence in sequences]
         self._sequences = torch.tensor(padded, device=like.device)
-        self._any = self._sequences == _ANY
-        self._recent = torch.full((len(like), longest), _NEVER, device=like.device)
+        self._wildcards = self._sequences == _WILDCARD
+        self._recent = torch.full((len(like), longest), _NO_TOKEN, device=like.device)
 
-    def after(self, token: Tensor) -> Tensor:
-        """Takes the next token of each row; returns (rows,) bools."""
+    def update(self, token: Tensor) -> Tensor:
+        """Add the next token of each row; return (rows,) bools, True for rows that end."""
         self._recent = torch.cat([self._recent[:, 1:], token[:, None]], 1)
-        return ((self._recent[:, None] == self._sequences) | self._any).all(-1).any(-1)
+        return ((self._recent[:, None] == self._sequences) | self._wildcards).all(-1).any(-1)
 
 
 def check_stops(tokens: object, sequences: object, vocab_size: int) -> list[list[int]]:
-    """The sequences that stop a row; a token is a sequence of one."""
+    """Return the sequences that stop a row; a token is a sequence of one."""
 
-    def listed(value: object) -> Sequence[object]:
+    def as_list(value: object) -> Sequence[object]:
         return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
-    given = {
-        "stop_tokens": [] if tokens is None else [[token] for token in listed(tokens)],
-        "stop_sequences": [] if sequences is None else listed(sequences),
+    arguments = {
+        "stop_tokens": [] if tokens is None else [[token] for token in as_list(tokens)],
+        "stop_sequences": [] if sequences is None else as_list(sequences),
     }
-    for argument, stops in given.items():
+    for argument, stops in arguments.items():
         for stop in stops:
             if not isinstance(stop, Sequence) or not stop or not all(is_whole(t, 0, vocab_size - 1) for t in stop):
                 raise ValueError(f"generate: `{argument}` must hold tokens in [0, {vocab_size}), got {str(stop):.80}.")
-    return [[int(token) for token in stop] for stops in given.values() for stop in stops]
+    return [[int(token) for token in stop] for stops in arguments.values() for stop in stops]
 
 
 class StopStrings:
-    """Makes text of tokens that come one by one, up to the first of some strings.
+    """Text of tokens that come one by one, up to the first of some strings.
 
-    Bytes that may be the beginning of a string, and those of an unfinished character where `decode` shows it as U+FFFD, are
-    held back until more tokens tell.
+    Bytes that may begin a string are held back until the next tokens decide; so are those of an unfinished character
+    that `decode` shows as U+FFFD.
 
     Args:
-        decode: gives the bytes of a list of token ids. More ids give the bytes of fewer and more.
-        strings: text or bytes, none of them empty; they may be none at all.
+        decode: maps a list of token ids to bytes; more ids only append bytes.
+        strings: texts or bytes, none of them empty; there may be none.
 
     Attributes:
-        stopped: whether a string was found.
+        stopped: True if a string was found.
 
     Example:
         >>> import megalodon_ops as mo
@@ -82,18 +82,18 @@ class StopStrings:
         self.stopped = False
 
     def add(self, token: int) -> bytes:
-        """The bytes that are certain now to come before a string."""
+        """Add a token and return the new bytes that are certain to come before a string."""
         if self.stopped:
             return b""
         self._held += self._new_bytes(int(token))
         found = [at for string in self._strings if (at := self._held.find(string)) >= 0]
         if found:
             self.stopped = True
-            return self._release(min(found))
-        return self._release(len(self._held) - self._may_begin())
+            return self._take(min(found))
+        return self._take(len(self._held) - self._num_uncertain())
 
     def rest(self) -> bytes:
-        """The bytes still held back, when no more tokens come."""
+        """Return the bytes still held back, when no more tokens come."""
         if self.stopped:
             return b""
         decoded = self._decode(self._tokens)
@@ -101,7 +101,7 @@ class StopStrings:
         return text
 
     def _new_bytes(self, token: int) -> bytes:
-        """What the token adds to the text; only the last tokens are decoded again, as text before is known."""
+        """Return the text that a token adds; only the last tokens are decoded again."""
         self._tokens.append(token)
         text = self._certain_text()
         if not text.startswith(self._decoded):
@@ -113,22 +113,22 @@ class StopStrings:
         return new
 
     def _certain_text(self) -> bytes:
-        """The text of the tokens kept, without a character at its end that may be unfinished."""
+        """Return the text of the kept tokens, without a character at its end that may be unfinished."""
         text = self._decode(self._tokens)
         if not isinstance(text, bytes):
             raise TypeError(f"StopStrings: `decode` must give bytes, got {described(text)}; encode a text.")
-        while text.endswith(_UNFINISHED):
-            text = text.removesuffix(_UNFINISHED)
+        while text.endswith(_REPLACEMENT):
+            text = text.removesuffix(_REPLACEMENT)
         return text
 
-    def _may_begin(self) -> int:
-        """How many bytes at the end may be the beginning of a string."""
+    def _num_uncertain(self) -> int:
+        """Number of bytes at the end that may begin a string."""
         longest = min(max(map(len, self._strings), default=1) - 1, len(self._held))
         for length in range(longest, 0, -1):
             if any(string.startswith(self._held[-length:]) for string in self._strings):
                 return length
         return 0
 
-    def _release(self, count: int) -> bytes:
+    def _take(self, count: int) -> bytes:
         text, self._held = self._held[:count], self._held[count:]
         return text

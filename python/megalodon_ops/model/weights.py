@@ -1,6 +1,6 @@
 """Files of weights: `model.safetensors`, or shards of it and an index, in the layout of Hugging Face's hub.
 
-Every fault is a FileError of one line that begins with the file's path, or a FileNotFoundError.
+A fault raises a FileError of one line that begins with the file's path, or a FileNotFoundError.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Shapes = Iterable[tuple[str, tuple[int, ...]]]
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of this name holds weights, or says where weights are."""
+    """Return True for names of files of weights and of their index."""
     return name in (WHOLE, INDEX) or _SHARD.fullmatch(name) is not None
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], max_bytes: int) -> None:
-    """Writes the tensors, in their order, to one file, or to shards of at most `max_bytes` (or one tensor) and an index."""
+    """Write the tensors, in order, to one file, or to shards of at most `max_bytes` (or one tensor) and an index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and tensor.nbytes + sum(other.nbytes for other in shards[-1].values()) > max_bytes:
@@ -52,19 +52,19 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_bytes: int) -> N
 
 
 class StoredTensors:
-    """Tensors of safetensors files by name, memory-mapped: each is read when it is used, and changes stay in memory."""
+    """Memory-mapped tensors of safetensors files by name: each is read when it is used, and changes stay in memory."""
 
-    def __init__(self, *paths: Path, place: Path | None = None) -> None:
-        self.place = place or paths[0]  # what errors name
+    def __init__(self, *paths: Path, path: Path | None = None) -> None:
+        self.path = path or paths[0]  # named in errors
         self.tensors: dict[str, Tensor] = {}
-        for path in paths:
-            file_size(path)
-            with reading(path):
-                self.tensors |= load_file(path)
+        for file in paths:
+            file_size(file)
+            with reading(file):
+                self.tensors |= load_file(file)
 
     @classmethod
-    def of_folder(cls, folder: Path) -> StoredTensors:
-        """The weights in a folder: of one file, or of all shards that the index names."""
+    def from_folder(cls, folder: Path) -> StoredTensors:
+        """Open the weights in a folder: one file, or all shards that the index names."""
         has_whole, has_index = (os.path.lexists(folder / name) for name in (WHOLE, INDEX))
         if has_whole and has_index:
             raise FileError(f"{folder}: holds both {WHOLE} and {INDEX}; one of them must go")
@@ -77,42 +77,40 @@ class StoredTensors:
             for file in index.values():
                 if not isinstance(file, str) or not _SHARD.fullmatch(file):
                     raise ValueError(f"files must be named as model-00001-of-00002.safetensors, got {shown(file)}")
-        return cls(*(folder / file for file in sorted(set(index.values()))), place=folder / INDEX)
+        return cls(*(folder / file for file in sorted(set(index.values()))), path=folder / INDEX)
 
     def get(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
-        """A tensor, finite in the dtype asked for."""
+        """Return a tensor; raise unless it is finite in the given dtype."""
         tensor = self._read(name).to(device=device, dtype=dtype)
         if not is_finite(tensor):
-            raise FileError(f"{self.place}: `{name}` must be finite as {tensor.dtype}, got NaN or infinity")
+            raise FileError(f"{self.path}: `{name}` must be finite as {tensor.dtype}, got NaN or infinity")
         return tensor
 
     def _read(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Gives tensors the values that are on the disk under their names; of a DTensor, the part of this process."""
+        """Copy stored values into tensors by name; for a DTensor, the part of this process."""
         for name, tensor in tensors.items():
             set_whole(tensor, self.get(name, tensor.dtype))
 
     def check(self, wanted: Shapes) -> None:
-        """Raises unless the tensors are the parameters wanted, at the first that is not, as they may be any number."""
+        """Raise for the first tensor that is missing, unexpected, or of another shape or kind."""
         left = dict(self.tensors)
         for name, shape in wanted:
             tensor = left.pop(name, None)
             if tensor is None:
-                raise FileError(f"{self.place}: must hold the parameters of config.json; {shown(name)} is missing")
+                raise FileError(f"{self.path}: must hold the parameters of config.json; {shown(name)} is missing")
             if tensor.dtype not in WEIGHT_DTYPES or tensor.shape != shape:
                 got = f"{tensor.dtype} {tuple(tensor.shape)}"
-                raise FileError(f"{self.place}: `{name}` must be floating-point numbers of shape {shape}, got {got}")
+                raise FileError(f"{self.path}: `{name}` must be floating-point numbers of shape {shape}, got {got}")
         if left:
-            raise FileError(
-                f"{self.place}: must hold the parameters of config.json; {shown(min(left))} is none of them"
-            )
+            raise FileError(f"{self.path}: must hold the parameters of config.json; {shown(min(left))} is none of them")
 
 
 @torch.no_grad()
 def set_whole(tensor: Tensor, value: Tensor) -> None:
-    """Gives a tensor a value that every process has whole; a DTensor the part of this process."""
+    """Copy a whole value into a tensor; for a DTensor, the part of this process."""
     if type(tensor) not in OWN_TYPES:  # a DTensor
         from torch.distributed.tensor import distribute_tensor  # here: it takes long to load
 
@@ -122,7 +120,7 @@ def set_whole(tensor: Tensor, value: Tensor) -> None:
 
 
 def plain_tensors(model: nn.Module, wanted: Shapes, caller: str) -> dict[str, Tensor]:
-    """The model's parameters by the names wanted, once they are what a file can hold."""
+    """Return the model's parameters by the names wanted; raise unless a file can hold them."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
     tensors = {}
     for name, shape in wanted:

@@ -93,7 +93,7 @@ class Checkpoint:
             optimizer.state.clear()
             return
         if (kind := type(optimizer).__name__) != self.record["optimizer"]:
-            raise FileError(f"{stored.place}: is the state of {self.record['optimizer']}, and the optimizer is {kind}")
+            raise FileError(f"{stored.path}: is the state of {self.record['optimizer']}, and the optimizer is {kind}")
         parameters = dict(model.named_parameters())
         names = {parameter: name for name, parameter in parameters.items()}
         ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -102,7 +102,7 @@ class Checkpoint:
         for key, found in stored.tensors.items():
             name, _, what = key.rpartition("/")
             if name not in ordered:
-                raise FileError(f"{stored.place}: holds `{key}`, and the optimizer has no such parameter")
+                raise FileError(f"{stored.path}: holds `{key}`, and the optimizer has no such parameter")
             like = parameters[name] if parameters[name].shape == found.shape else torch.empty(found.shape)
             values[key] = states.setdefault(ordered.index(name), {})[what] = torch.empty_like(like, dtype=found.dtype)
         stored.fill(values)
