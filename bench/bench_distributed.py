@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from megalodon_ops.distributed import alike, chunk, exchange
+from megalodon_ops.distributed import chunk, exchange, rank_checks
 from megalodon_ops.distributed.parallel_model import ParallelMegalodon, Ranks
 
 import megalodon_ops as mo
@@ -114,13 +114,13 @@ class Trace:
             return originals["recv"](value, other)
 
         dist.all_to_all_single, dist.all_reduce, dist.send, dist.recv = all_to_all_single, all_reduce, send, recv
-        exchange.all_gather = alike.all_gather = traced_gather
+        exchange.all_gather = rank_checks.all_gather = traced_gather
         self._last = time.thread_time()
         try:
             yield
         finally:
             self.note("end", "end")
-            exchange.all_gather = alike.all_gather = gather
+            exchange.all_gather = rank_checks.all_gather = gather
             for name, function in originals.items():
                 setattr(dist, name, function)
 

@@ -19,7 +19,7 @@ from models import TINY, tiny_model, tokens_of
 from ranks import RankError, Ranks
 
 from megalodon_ops.distributed import make_mesh, parallelize
-from megalodon_ops.distributed.alike import check_alike
+from megalodon_ops.distributed.rank_checks import check_same_on_ranks
 
 IN_SECONDS = 30.0
 """In which a process learns that it cannot go on, on a machine that is busy; the processes' time-out is longer"""
@@ -89,7 +89,7 @@ def test_ranks_of_a_sequence_raise_the_same_error(ranks, fault):
 
 def compared(facts: list[dict[str, Any]]) -> Any:
     try:
-        return check_alike("f", facts[dist.get_rank()], dist.group.WORLD, own=dist.get_rank())
+        return check_same_on_ranks("f", facts[dist.get_rank()], dist.group.WORLD, own=dist.get_rank())
     except ValueError as error:
         return str(error)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .alike import all_gather
+from .rank_checks import all_gather
 
 
 def send_to_all(value: Tensor, start: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor | None, dist.Work]:

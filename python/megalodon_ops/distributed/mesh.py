@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .alike import check_alike
+from .rank_checks import check_same_on_ranks
 from .start import start
 from ..ops.common.checks import check_number, described, is_whole, shown
 
@@ -58,7 +58,7 @@ def make_mesh(
         _start(device_type, timeout)
     try:
         shape = _shape(sizes)
-        check_alike("make_mesh", {"sizes": shape, "device_type": device_type}, dist.group.WORLD)
+        check_same_on_ranks("make_mesh", {"sizes": shape, "device_type": device_type}, dist.group.WORLD)
         mesh = init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(shape))
         _set_timeout(mesh, None if timeout is None else timedelta(seconds=timeout))
     except BaseException:

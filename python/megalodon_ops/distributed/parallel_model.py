@@ -23,7 +23,7 @@ from ..model.megalodon import Megalodon, masked_targets
 from ..model.model_state import MegalodonState
 from ..model.sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import check_reduction, has_integers
-from .alike import check_alike
+from .rank_checks import check_same_on_ranks
 from .chunk import ShardedSequences
 from .exchange import TotalLoss
 from .fsdp import gathered, whole_model
@@ -113,11 +113,11 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
         facts = {"call": wanted, "return_state": return_state, **_facts_of(state, len(tokens), sequences)}
         with self._anew_after_errors():
             if ranks.chunk is not None:
-                widths = check_alike("Megalodon", facts, ranks.chunk, own=tokens.shape[1])
+                widths = check_same_on_ranks("Megalodon", facts, ranks.chunk, own=tokens.shape[1])
                 sequences = self._sharded(widths, state, tokens, sequences)
             if ranks.tensor is not None:
                 content = {"tokens": tokens, "targets": targets}
-                check_alike("Megalodon", facts | content, ranks.tensor.get_group())
+                check_same_on_ranks("Megalodon", facts | content, ranks.tensor.get_group())
                 own = None if own is None else split_state(own, ranks.tensor, self.config.num_heads)
             result, after = super()._compute(
                 tokens, targets, features, reduction, ignore_index, own, return_state, inplace_state, sequences
@@ -152,7 +152,7 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
         """
         if self._ranks.chunk is not None:
             fix = "each rank has the whole prompts, not a piece of them"
-            check_alike("generate", {"prompt": prompt}, self._ranks.chunk, fix=fix)
+            check_same_on_ranks("generate", {"prompt": prompt}, self._ranks.chunk, fix=fix)
         return self.alone().stream(prompt, **options)
 
     def _sharded(

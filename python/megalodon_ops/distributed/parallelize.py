@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .alike import check_alike
+from .rank_checks import check_same_on_ranks
 from .fsdp import check_torch, forget_ended_groups, initialise, shard
 from .mesh import batch_and_tensor, check_mesh
 from .parallel_model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks
@@ -65,7 +65,7 @@ def parallelize(
     check_torch()
     sizes = check_mesh("parallelize", mesh)
     _check(model, sizes, data, param_dtype)
-    check_alike("parallelize", _facts(model, data=data, param_dtype=param_dtype), dist.group.WORLD)
+    check_same_on_ranks("parallelize", _facts(model, data=data, param_dtype=param_dtype), dist.group.WORLD)
     forget_ended_groups()
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None

@@ -14,7 +14,9 @@ from torch.distributed import ProcessGroup
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 
 
-def check_alike(op: str, facts: Mapping[str, Any], group: ProcessGroup, own: int = 0, fix: str = "") -> list[int]:
+def check_same_on_ranks(
+    op: str, facts: Mapping[str, Any], group: ProcessGroup, own: int = 0, fix: str = ""
+) -> list[int]:
     """Raises the same ValueError on every rank of a group where a fact is not the same on all; each rank calls this.
 
     Args:
