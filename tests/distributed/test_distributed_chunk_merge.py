@@ -111,15 +111,15 @@ def test_sources_of_a_packed_row(chunks, data):
         begin = end - lengths[rank]
         pieces = pieces_of(rank, lengths, rows=1, chunk_size=chunk_size, cu_seqlens=offsets)
         inside = [(a, b) for a, b in zip(offsets, offsets[1:]) if a < b and a < end and b > begin and begin < end]
-        assert pieces.continues == (bool(inside) and inside[0][0] < begin)
-        assert sum(pieces.steps) == (begin - inside[0][0] if pieces.continues else 0)
+        assert pieces.is_continuation == (bool(inside) and inside[0][0] < begin)
+        assert sum(pieces.source_lengths) == (begin - inside[0][0] if pieces.is_continuation else 0)
         assert all(lengths[source] for source in pieces.sources)
         open_at_end = inside and inside[-1][1] > end
         assert pieces.tail[1] - pieces.tail[0] == (end - max(inside[-1][0], begin) if open_at_end else 0)
         assert sum(b - a for a, b in zip(pieces.cu_seqlens, pieces.cu_seqlens[1:])) == sum(
             min(b, end) - max(a, begin) for a, b in inside
         )
-        ending += pieces.end_here
+        ending += pieces.ending_sequences
     assert ending == [s for s, (a, b) in enumerate(zip(offsets, offsets[1:])) if a < b]
 
 

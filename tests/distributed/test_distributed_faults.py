@@ -89,7 +89,7 @@ def test_ranks_of_a_sequence_raise_the_same_error(ranks, fault):
 
 def compared(facts: list[dict[str, Any]]) -> Any:
     try:
-        return check_same_on_ranks("f", facts[dist.get_rank()], dist.group.WORLD, own=dist.get_rank())
+        return check_same_on_ranks("f", facts[dist.get_rank()], dist.group.WORLD, number=dist.get_rank())
     except ValueError as error:
         return str(error)
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import megalodon_ops as mo
 from megalodon_ops.distributed import make_mesh, parallelize, split
-from megalodon_ops.distributed.measure import AGAIN, measure
+from megalodon_ops.distributed.measure import RECOMPUTED, measure
 from megalodon_ops.distributed.plan import plan
 from megalodon_ops.model import layers
 from megalodon_ops.ops.linear import linear
@@ -44,7 +44,7 @@ VOTES = 512  # bytes, at most, of the small integers that ranks agree on, and of
 def kept(config: mo.MegalodonConfig, rows: int, length: int, tensor: int = 1, **options) -> int:
     """Bytes that autograd keeps, by the measure of a block and of the loss."""
     block, end = measure(config, rows, length, tensor, **options)
-    return config.num_layers * sum(block.kept) + sum(end.kept)
+    return config.num_layers * sum(block.saved) + sum(end.saved)
 
 
 def model_and_tokens(config: mo.MegalodonConfig, rows: int, length: int, dtype: str) -> tuple[mo.Megalodon, Tensor]:
@@ -69,7 +69,7 @@ def test_a_step_keeps_and_computes_what_is_foreseen(name, dtype, monkeypatch):
                 value, found = saved_by_loss(model, tokens)
             value.backward()
         operations = plan(config, {}, context=length, batch=rows, **DTYPES[dtype]).operations
-        assert sum(operations.values()) == counter.get_total_flops() and bool(operations[AGAIN]) == recompute
+        assert sum(operations.values()) == counter.get_total_flops() and bool(operations[RECOMPUTED]) == recompute
         assert recompute or abs(found - kept(config, rows, length, **DTYPES[dtype], on_cpu=True)) <= SCALARS
 
 
@@ -108,7 +108,7 @@ def test_activations_of_autocast_on_a_gpu(monkeypatch):
     with torch.device("meta"):
         block, x = mo.MegalodonBlock(config), torch.empty(rows, length, config.model_dim, requires_grad=True)
     _, found = saved(lambda: block(x), (*block.parameters(), *block.buffers()))
-    assert abs(found + 4 * rows * length - sum(expected.kept)) <= SCALARS
+    assert abs(found + 4 * rows * length - sum(expected.saved)) <= SCALARS
 
 
 WIDE = dict(ffn_hidden_dim=256, vocab_size=64, num_layers=4)

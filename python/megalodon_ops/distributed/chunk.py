@@ -1,9 +1,9 @@
-"""Chunk parallel: each rank of a group holds a piece of the sequence, and states cross ranks inside of every block.
+"""Chunk parallel: each rank of a group holds a piece of the sequence; ranks exchange states inside every block.
 
-A block asks its :class:`Sequences` for the states that `timestep_norm` and `cema` begin with. Before an op's own pass,
-each rank makes the state that its piece ends with when begun from nothing, sends it to all, and merges those of earlier
-pieces (merge.py). No rank waits for another one's pass, but for rank 0's over a working memory (shard_memory.py). Where
-attention sees two chunks, each rank hands the keys and values of its last chunk on to the next.
+A block asks its :class:`Sequences` for the initial states of `timestep_norm` and `cema`. Before an op's own pass, each
+rank computes the end state of its piece from zero, sends it to all ranks, and merges those of earlier pieces
+(merge.py). No rank waits for another one's pass, except for rank 0's over a working memory (shard_memory.py). If
+attention sees two chunks, each rank sends the keys and values of its last chunk to the next rank.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from ..ops.cema.cema import cema_end_state
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
-from .exchange import hand_on, send_to_all
-from .shard_memory import memory_of_piece
+from .exchange import send_to_all, send_to_next
 from .merge import merged_cema, merged_norm, norm_in_float64
 from .pieces import Pieces
+from .shard_memory import memory_of_piece
 from .shard_states import Block, flat_recurrent, state_of_piece, with_recurrent
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShardedSequences(Sequences):
-    """The sequences in a rank's piece, and the exchanges by which the rank learns the states that they begin with.
+    """The sequences in a rank's piece, and the exchanges that give the rank their initial states.
 
-    States that are given are those of all whole sequences. A call's pieces travel with its arguments, so that a block
-    which is computed once more in the backward finds those of its own call.
+    States that are passed in are those of all whole sequences. A call's pieces travel with its arguments, so a block
+    that is recomputed in the backward finds those of its own call.
     """
 
     pieces: Pieces
     group: ProcessGroup
 
     def norm_state(self, norm: TimestepNorm, x: Tensor, given: TimestepNormState | None) -> TimestepNormState:
-        """The state that a norm begins the piece x with; every rank sends its end, and waits for those of the others."""
-        pieces, real = self.pieces, accumulation_dtype(x.dtype)
-        part, options = self._exchanged(x)
+        """Initial state of a norm over the piece x; every rank sends its end state and waits for the others'."""
+        pieces, dtype = self.pieces, accumulation_dtype(x.dtype)
+        part, options = self._carried_part(x)
         ends = timestep_norm_end_state(part, num_groups=norm.num_groups, **options)
         start, count = (None, None) if given is None else (norm_in_float64(given), given.count)
         ends, start, work = send_to_all(norm_in_float64(ends), start, self.group)
         work.wait()
-        begun = self._before_piece(start), self._before_piece(count)
-        state = merged_norm(ends, pieces.sources, pieces.steps, *begun, dtype=real)
+        initial = self._open_rows(start), self._open_rows(count)
+        state = merged_norm(ends, pieces.sources, pieces.source_lengths, *initial, dtype=dtype)
         if not pieces.is_packed:
             return state
-        rest = (None,) * 4 if start is None else merged_norm(start[None], [], [], start, count, dtype=real)
-        return TimestepNormState(*map(self._with_rest, state, rest))
+        rest = (None,) * 4 if start is None else merged_norm(start[None], [], [], start, count, dtype=dtype)
+        return TimestepNormState(*map(self._with_new_rows, state, rest))
 
     def send_end(self, cema: ComplexEMA, t: Tensor, given: Block) -> tuple:
         p, q, _, _ = cema.coefficients()
-        part, options = self._exchanged(t)
+        part, options = self._carried_part(t)
         ends = cema_end_state(part, p, q, **options)
         recurrent = None if given.cema is None else flat_recurrent(given)
         return given, q, *send_to_all(torch.view_as_real(ends), recurrent, self.group)
@@ -70,71 +70,71 @@ class ShardedSequences(Sequences):
         work.wait()
         pieces = self.pieces
         whole = whole if recurrent is None else with_recurrent(whole, recurrent)
-        ends, begun = torch.view_as_complex(ends), self._before_piece(whole.cema)
-        cema = merged_cema(q, ends, pieces.sources, pieces.steps, begun)
-        return state_of_piece(whole, pieces)._replace(cema=self._with_rest(cema, whole.cema))
+        ends, initial = torch.view_as_complex(ends), self._open_rows(whole.cema)
+        cema = merged_cema(q, ends, pieces.sources, pieces.source_lengths, initial)
+        return state_of_piece(whole, pieces)._replace(cema=self._with_new_rows(cema, whole.cema))
 
     def carry(self, op: Callable, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        """Call an op behind the last chunk of the piece before, if it sees two; a memory is that of all pieces before."""
-        (q, k, v), added, sequences = self._behind(q, k, v, **options)
+        """Call an op with the previous chunk in front, if it sees two chunks, and with the memory of earlier pieces."""
+        (q, k, v), added, sequences = self._with_previous_chunk(q, k, v, **options)
         if op is read_write_and_keep:
             op = partial(memory_of_piece, pieces=self.pieces, group=self.group)
         result = op(q, k, v, **options, **sequences.keywords)
         return (result[0][:, added:], *result[1:]) if isinstance(result, tuple) else result[:, added:]
 
-    def _behind(
+    def _with_previous_chunk(
         self, q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, visible_chunks: int,
         state: AttentionState | WorkingMemoryState | None, **_: Any,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int, Sequences]:  # fmt: skip
-        """q, k, v behind the last chunk of the piece before, with zeros for its q; its length; where sequences lie then."""
+        """q (zeros), k and v of the last chunk of the previous piece in front of q, k, v; its length; the sequences."""
         if visible_chunks == 1:
             return (q, k, v), 0, self
         last = [_last_chunk(self.pieces, x, state, name, chunk_size) for name, x in (("k", k), ("v", v))]
-        before = hand_on(torch.cat(last, -1), self.pieces.after, self.pieces.before, self.group)
-        before = before if self.pieces.sources else before[:, :0]
-        added, sizes, offsets = before.shape[1], [k.shape[-1], v.shape[-1]], self.cu_seqlens
-        k, v = (torch.cat(parts, 1) for parts in zip(before.split(sizes, -1), (k, v)))
+        previous = send_to_next(torch.cat(last, -1), self.pieces.next_rank, self.pieces.previous_rank, self.group)
+        previous = previous if self.pieces.sources else previous[:, :0]
+        added, sizes, offsets = previous.shape[1], [k.shape[-1], v.shape[-1]], self.cu_seqlens
+        k, v = (torch.cat(parts, 1) for parts in zip(previous.split(sizes, -1), (k, v)))
         offsets = None if offsets is None else torch.cat([offsets[:1], offsets[1:] + added])
         lengths = None if self.lengths is None else self.lengths + added * (self.lengths > 0)
         return (F.pad(q, (0, 0, 0, 0, added, 0)), k, v), added, Sequences(offsets, lengths)
 
-    def _exchanged(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """The positions of x (B, L, D) whose end the ranks exchange, as arguments of an op."""
+    def _carried_part(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The positions of x (B, L, D) whose end state the ranks exchange, as arguments of an op."""
         return (x[:, slice(*self.pieces.tail)], {}) if self.pieces.is_packed else (x, {"lengths": self.lengths})
 
-    def _before_piece(self, start: Tensor | None) -> Tensor | None:
-        """The states (R, ...) before the sequences that are open where the piece begins, of those of all (S, ...)."""
-        pieces = self.pieces
-        if start is None or not pieces.is_packed:
+    def _open_rows(self, start: Tensor | None) -> Tensor | None:
+        """Of the states of all sequences (S, ...), those of the sequences open where the piece begins (R, ...)."""
+        first = self.pieces.first_sequence
+        if start is None or not self.pieces.is_packed:
             return start
-        return start[pieces.first : pieces.first + 1] if pieces.continues else start.new_zeros((1, *start.shape[1:]))
+        return start[first : first + 1] if self.pieces.is_continuation else start.new_zeros((1, *start.shape[1:]))
 
-    def _with_rest(self, carried: Tensor, start: Tensor | None) -> Tensor:
-        """The states of the piece's sequences: of the one that was open before (1, ...), and of those that begin here."""
+    def _with_new_rows(self, carried: Tensor, start: Tensor | None) -> Tensor:
+        """States of the piece's sequences: of the continued one (1, ...) from `carried`, of new ones from `start`."""
         pieces = self.pieces
         if not pieces.is_packed:
             return carried
-        known = int(pieces.continues)
-        begin = slice(pieces.first + known, pieces.first + pieces.count)
-        shape = (pieces.count - known, *carried.shape[1:])
-        return torch.cat([carried[:known], carried.new_zeros(shape) if start is None else start[begin]])
+        known, first = int(pieces.is_continuation), pieces.first_sequence
+        shape = (pieces.num_sequences - known, *carried.shape[1:])
+        new = carried.new_zeros(shape) if start is None else start[first + known : first + pieces.num_sequences]
+        return torch.cat([carried[:known], new])
 
 
 def _last_chunk(
-    pieces: Pieces, x: Tensor, kept: AttentionState | WorkingMemoryState | None, name: str, chunk_size: int
+    pieces: Pieces, x: Tensor, cache: AttentionState | WorkingMemoryState | None, name: str, chunk_size: int
 ) -> Tensor:
-    """(R, C, ...): the last chunk of the sequences that are open where the piece ends, of x, whose name in `kept` is given.
+    """Last chunk (R, C, ...) of the sequences that are open where the piece ends, in x, the field `name` of `cache`.
 
-    A chunk that began before the whole batch has its first rows in `kept`. Of sequences that end in the piece the values
-    are arbitrary: no other rank reads them.
+    The first positions of a chunk that began before the whole batch are in `cache`. For sequences that end in the piece
+    the values are arbitrary: no other rank reads them.
     """
     begin, end = pieces.tail or (0, x.shape[1])
     own = x[:, max(begin, end - chunk_size) : end]
     missing = chunk_size - own.shape[1]
-    if kept is None or not missing:
+    if cache is None or not missing:
         return F.pad(own, (0, 0, 0, 0, missing, 0))
-    cache, count = getattr(kept, name), kept_rows(kept.position, chunk_size, visible_chunks=2)
+    cached, count = getattr(cache, name), kept_rows(cache.position, chunk_size, visible_chunks=2)
     if pieces.is_packed:
-        cache, count = cache[-1:], count[-1:]
+        cached, count = cached[-1:], count[-1:]
     rows = (count[:, None] + torch.arange(-missing, 0, device=count.device)).clamp(min=0)
-    return torch.cat([cache[torch.arange(len(cache), device=count.device)[:, None], rows], own], 1)
+    return torch.cat([cached[torch.arange(len(cached), device=count.device)[:, None], rows], own], 1)

@@ -1,7 +1,7 @@
-"""The exchanges of chunk parallel as functions of autograd: each has a collective in its backward, too.
+"""The exchanges of chunk parallel as autograd functions, each with a collective in its backward.
 
-Every rank of the group runs every function, in one order: a function's result is in the graph of every rank's loss,
-and the backward of one needs that of the next, so that all ranks come by in one order then, too.
+Every rank of the group must call every function, in the same order. The result enters the graph of every rank's loss,
+and each backward needs that of the next exchange, so the backwards run in the same order on all ranks, too.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from .rank_checks import all_gather
 
 
 def send_to_all(value: Tensor, start: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor | None, dist.Work]:
-    """Sends a real tensor, of one shape on all ranks, to all ranks; the call returns at once.
+    """Send a real tensor of the same shape on all ranks to all ranks, without waiting.
 
-    Gradients of the results go back to the rank that they came from. `start`, which is equal on all ranks, passes
-    through; its gradient is the mean over ranks, so that it is the same on every rank.
+    Gradients of the results return to the rank that they came from. `start` is equal on all ranks and is returned as it
+    is; its gradient is the mean over ranks, so it is the same on every rank.
 
     Returns:
-        (P, ...), not to be read before the third result's `wait`, and `start`.
+        the tensors of all ranks (P, ...), which are valid after `wait` of the third result; `start`; and the work.
     """
     works: list[dist.Work] = []
-    return *_ToAll.apply(value, start, group, works), works[0]
+    return *_SendToAll.apply(value, start, group, works), works[0]
 
 
-class _ToAll(torch.autograd.Function):
+class _SendToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, start, group, works):
         ctx.group, ctx.start_is_given = group, start is not None
@@ -48,46 +48,46 @@ class _ToAll(torch.autograd.Function):
         return parts.sum(0), dstart, None, None
 
 
-def hand_on(value: Tensor, after: int | None, before: int | None, group: ProcessGroup) -> Tensor:
-    """Sends a tensor (R, n, ...) to the rank `after`, and gives what the rank `before` sends, of the same shape.
+def send_to_next(value: Tensor, next_rank: int | None, previous_rank: int | None, group: ProcessGroup) -> Tensor:
+    """Send a tensor (R, n, ...) to `next_rank`, and return the one of the same shape that `previous_rank` sends.
 
-    Gradients go back the same way. Where `after` is None, nothing is sent; where `before` is, the result is (R, 0, ...).
+    Gradients return the same way. Without a `next_rank` nothing is sent, without a `previous_rank` n is 0.
     """
-    return _HandOn.apply(value, after, before, group)
+    return _SendToNext.apply(value, next_rank, previous_rank, group)
 
 
-class _HandOn(torch.autograd.Function):
+class _SendToNext(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, after, before, group):
-        ctx.after, ctx.before, ctx.group, ctx.shape = after, before, group, value.shape
-        received = value.new_empty(value.shape if before is not None else (len(value), 0, *value.shape[2:]))
-        _to_one(received, before, value, after, group)
+    def forward(ctx, value, next_rank, previous_rank, group):
+        ctx.next_rank, ctx.previous_rank, ctx.group, ctx.shape = next_rank, previous_rank, group, value.shape
+        received = value.new_empty(value.shape if previous_rank is not None else (len(value), 0, *value.shape[2:]))
+        _shift(received, previous_rank, value, next_rank, group)
         return received
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dreceived):
         dvalue = dreceived.new_zeros(ctx.shape)
-        _to_one(dvalue, ctx.after, dreceived, ctx.before, ctx.group)
+        _shift(dvalue, ctx.next_rank, dreceived, ctx.previous_rank, ctx.group)
         return dvalue, None, None, None
 
 
-def _to_one(received: Tensor, source: int | None, value: Tensor, target: int | None, group: ProcessGroup) -> None:
-    """Writes what the rank `source` sends to `received`, and sends `value` to the rank `target`; each rank calls this."""
+def _shift(received: Tensor, source: int | None, value: Tensor, target: int | None, group: ProcessGroup) -> None:
+    """Send `value` to the rank `target`, and receive into `received` from the rank `source`; each rank calls this."""
     ranks = range(dist.get_world_size(group))
     arriving, leaving = ([x.numel() * (r == rank) for r in ranks] for x, rank in ((received, source), (value, target)))
     flat, sent = received.view(-1)[: sum(arriving)], value.contiguous().view(-1)[: sum(leaving)]
     dist.all_to_all_single(flat, sent, arriving, leaving, group=group)
 
 
-def rows_of_all(own: Tensor, own_rows: Tensor, others: Tensor, other_rows: Tensor, group: ProcessGroup) -> Tensor:
-    """Puts together the rows that ranks have, on every rank; a row's gradients go to the rank that has it.
+def gather_rows(own: Tensor, own_rows: Tensor, others: Tensor, other_rows: Tensor, group: ProcessGroup) -> Tensor:
+    """Gather the rows of all ranks on every rank; a row's gradients return to the rank that has it.
 
     Args:
-        own: (n, F), the rows that this rank has, and own_rows: (n,), their numbers.
-        others: (S, F), equal on all ranks, and other_rows: the numbers of its rows that no rank has.
+        own: (n, F), the rows of this rank, and own_rows: (n,), their numbers.
+        others: (S, F), equal on all ranks, and other_rows: numbers of the rows that no rank has, taken from `others`.
     """
-    result = _Sum.apply(torch.zeros_like(others).index_copy(0, own_rows, own), group)  # exact: all but one add zeros
+    result = _Sum.apply(torch.zeros_like(others).index_copy(0, own_rows, own), group)  # exact: others add zeros
     return result.index_copy(0, other_rows, others[other_rows])
 
 
@@ -106,10 +106,10 @@ class _Sum(torch.autograd.Function):
 
 
 class TotalLoss(torch.autograd.Function):
-    """The sum or the mean over all ranks of losses whose sum and number each rank has; () in the dtype of the sum.
+    """Sum or mean of the losses of all ranks, from each rank's sum and count; () in the dtype of the sum.
 
-    Backward, the gradient of a rank's own losses comes times the number of ranks, so that a mean of the ranks'
-    gradients, as of data parallel, is the gradient of the result.
+    The backward multiplies a rank's gradient by the number of ranks, so the mean of the ranks' gradients, which data
+    parallel computes, is the gradient of the result.
     """
 
     @staticmethod

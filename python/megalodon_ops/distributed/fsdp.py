@@ -1,4 +1,4 @@
-"""Data parallel by FSDP2: which parameters are gathered together, where they begin, and the whole model again."""
+"""Data parallel by FSDP2: sharding, initialisation of the shards, and gathering of the whole model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ except ImportError:  # torch 2.5
 
 
 def check_torch() -> None:
-    """Raises where this torch has no FSDP2, or one that cannot average gradients on CPUs, such as 2.7's."""
+    """Raise an ImportError if this torch has no FSDP2, or one that cannot average gradients on CPUs, such as 2.7's."""
     if fully_shard is None or not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ImportError(
             "parallelize: needs a torch whose torch.distributed.fsdp.fully_shard averages gradients with gloo, such as "
@@ -31,26 +31,25 @@ def check_torch() -> None:
 
 
 def forget_ended_groups() -> None:
-    """Makes DTensors find their groups anew: torch keeps those of an equal mesh, though its groups have ended."""
-    with contextlib.suppress(ImportError):  # an older torch offers no way
+    """Clear DTensor's cache, in which torch keeps the groups of an equal mesh even after they have ended."""
+    with contextlib.suppress(ImportError):  # older torch
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache as forget
 
         forget()
 
 
 def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
-    """Shards every parameter over the last dimension of the mesh, in place, and copies shards over the first of two.
+    """Shard every parameter over the last dimension of the mesh, in place; over the first of two, replicate the shards.
 
-    A block's parameters are gathered by one exchange. Where its matrices are computed with in another dtype than its
-    wide parameters, the matrices are gathered by one exchange and the wide parameters, which are few, by another. The
-    embedding, the output matrix and the final norm are gathered by the model itself, so the loss multiplies with the
-    output matrix as it does without shards.
+    A block's parameters are gathered by one exchange, or by two if its matrices are cast to another dtype than its few
+    wide parameters. The embedding, the output matrix and the final norm are gathered by the model itself, so the loss
+    finds the whole output matrix.
     """
     wide = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
         reduce_dtype=None if param_dtype is None else torch.float32,
-        cast_forward_inputs=False,  # a state among the inputs stays as it is
+        cast_forward_inputs=False,  # or states would be cast
     )
     matrices = {**wide, "mp_policy": policy}
     for block in model.layers:
@@ -61,23 +60,23 @@ def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -
     if not _has_one_dtype(ends := getattr(model, "output", model), param_dtype):
         fully_shard(ends.final_norm, **wide)
     fully_shard(model, **matrices)
-    if mesh.device_type == "cpu":  # not every gloo has an average
+    if mesh.device_type == "cpu":  # not every gloo can average
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
 
 
 def _has_one_dtype(module: nn.Module, param_dtype: torch.dtype | None) -> bool:
-    """Whether all parameters inside are computed with in the dtype that they are kept in."""
+    """Return True if all parameters have one dtype and are not cast."""
     return param_dtype is None and len({parameter.dtype for parameter in module.parameters()}) <= 1
 
 
 @torch.no_grad()
 def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None:
-    """Gives the shards of a model that was on `meta` the values of a new model, one module in memory at a time.
+    """Initialise the shards of a model that was on `meta`, with one whole module in memory at a time.
 
-    The values are those of `megalodon_ops.Megalodon(config)` in one process whose generator is as that of the first
-    rank is now. The generators of all ranks stay as they are. `plain` is the model as it was before it was sharded.
+    The values are those of `megalodon_ops.Megalodon(config)` in one process with the random state of rank 0. The
+    generators of all ranks stay unchanged. `plain` is the model before it was sharded.
     """
     model.to_empty(device=device)
     random = torch if device.type == "cpu" else torch.cuda
@@ -90,15 +89,15 @@ def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None
                 continue
             part.to_empty(device=device, recurse=False)
             part.reset_parameters()
-            if not (model.config.share_emb and name == "output.output"):  # one matrix, which begins as the embedding
+            if not (model.config.share_emb and name == "output.output"):  # the same matrix as the embedding
                 for key, value in part.named_parameters(recurse=False):
                     set_whole(model.get_parameter(f"{name}.{key}"), value)
             part.to_empty(device="meta", recurse=False)
 
 
 @torch.no_grad()
-def gathered(model: Megalodon, param_dtype: torch.dtype | None = None) -> Megalodon:
-    """A model of this process alone with all parameters, the matrices in `param_dtype`; every rank calls this."""
+def gather_model(model: Megalodon, param_dtype: torch.dtype | None = None) -> Megalodon:
+    """A model of this process with all parameters, the matrices in `param_dtype`; every rank must call this."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -111,7 +110,7 @@ def gathered(model: Megalodon, param_dtype: torch.dtype | None = None) -> Megalo
 
 
 def whole_model(model: Megalodon, values: dict[str, Tensor]) -> Megalodon:
-    """A plain model of the configuration and mode of `model` with these values, which are not copied."""
+    """A plain model with the configuration and mode of `model` and these values, which are not copied."""
     with torch.device("meta"):
         plain = (MegalodonEncoder if isinstance(model, MegalodonEncoder) else Megalodon)(model.config)
     if model.config.share_emb:

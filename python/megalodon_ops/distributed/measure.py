@@ -1,6 +1,6 @@
-"""What a model's pieces keep and compute in a training step, measured while their own code runs without memory.
+"""Saved bytes and operations of a model's parts in a training step, measured by running their code without memory.
 
-Tensors on the device `meta` are shapes alone, and the model takes a GPU's way; fake tensors take the CPU's way.
+Tensors on the device `meta` have no memory and take the code paths of a GPU; fake tensors take those of the CPU.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ..model.config import MegalodonConfig
 from ..model.megalodon import Megalodon
 from ..ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
-PRODUCTS, OTHERS, AGAIN = "matrix products, attention", "CEMA, norms, gates", "computed again"
-"""Kinds of operations: those of matrix units, those of a card's float32 units, and those of either for recomputation"""
+PRODUCTS, OTHERS, RECOMPUTED = "matrix products, attention", "CEMA, norms, gates", "computed again"
+"""Kinds of operations: of a GPU's matrix units, of its float32 units, and of either for recomputation"""
 
 
-class Piece(NamedTuple):
-    """What a piece of the model takes on a device: a block, or the final norm and the loss."""
+class Cost(NamedTuple):
+    """Cost of a part of the model on a device: a block, or the final norm and the loss."""
 
-    kept: list[int]
-    """bytes of each tensor that autograd keeps for the backward, parameters apart"""
+    saved: list[int]
+    """bytes of each tensor that autograd saves for the backward, without parameters"""
     operations: dict[str, int]
     """of forward and backward, by kind, as `torch.utils.flop_counter` counts them"""
 
@@ -46,11 +46,11 @@ def measure(
     autocast: bool = False,
     on_cpu: bool = False,
     recompute: bool = False,
-) -> tuple[Piece, Piece]:
-    """A block, and the final norm with the loss, on a batch of (rows, length) tokens; see :func:`plan`.
+) -> tuple[Cost, Cost]:
+    """Costs of a block, and of the final norm with the loss, on a batch of (rows, length) tokens; see :func:`plan`.
 
-    Of `tensor` devices that share a block each has a part of its operations and of what it keeps, but all channels that
-    are gathered, which are those of norms and of what products read. For the loss, each has a part of the tokens.
+    Each of `tensor` devices that share a block has a part of its operations and saved tensors, but all channels of
+    gathered tensors, the inputs of norms and products. For the loss, each has a part of the tokens.
     """
     stream, device = torch.float32 if autocast else dtype, "cpu" if on_cpu else "meta"
     with torch.device("meta"):
@@ -60,51 +60,50 @@ def measure(
         shapes = (rows, length, config.model_dim), (1, math.ceil(rows * length / tensor), config.model_dim)
         x, last = (torch.empty(*shape, dtype=stream, device=device, requires_grad=True) for shape in shapes)
         targets = torch.zeros(last.shape[1], dtype=torch.int64, device=device)
-        given = [*model.parameters(), *model.buffers(), targets]
+        inputs = [*model.parameters(), *model.buffers(), targets]
 
         def loss(x: Tensor) -> Tensor:
             hidden, weight = output.final_norm(x)[0].to(dtype), output.output.weight.to(dtype)
             return linear_cross_entropy(hidden, weight, targets)
 
-        with torch.autocast("cpu", dtype, enabled=autocast) if on_cpu else _AsOnGpu(dtype, autocast):
-            saved, saved_by_loss = _saved(block, x, given), _saved(loss, last, given)
-        operations, of_loss = _operations(block, x), _operations(loss, last)
+        with torch.autocast("cpu", dtype, enabled=autocast) if on_cpu else _GpuPaths(dtype, autocast):
+            saved, saved_by_loss = _saved(block, x, inputs), _saved(loss, last, inputs)
+        operations, loss_operations = _operations(block, x), _operations(loss, last)
 
-        def again(x: Tensor) -> Tensor:
-            # given x, a checkpoint of torch 2.5 asks for the generators of its device, and `meta` has none
+        def whole_block(x: Tensor) -> Tensor:
+            # torch 2.5's checkpoint looks for the generators of its arguments' device, and `meta` has none
             if not recompute:
                 return block(x)
             return checkpoint(lambda: block(x), use_reentrant=False, preserve_rng_state=False)
 
-        added = sum(_operations(again, x).values()) - sum(operations.values())
-    kept = [size if numbers == x.numel() else size // tensor for numbers, size in saved]
-    own = {kind: count // tensor for kind, count in {**operations, AGAIN: added}.items()}
-    return Piece(kept, own), Piece([size for _, size in saved_by_loss], of_loss)
+        added = sum(_operations(whole_block, x).values()) - sum(operations.values())
+    own_saved = [size if numbers == x.numel() else size // tensor for numbers, size in saved]
+    own_operations = {kind: count // tensor for kind, count in {**operations, RECOMPUTED: added}.items()}
+    return Cost(own_saved, own_operations), Cost([size for _, size in saved_by_loss], loss_operations)
 
 
-def _saved(call: Callable[[Tensor], Tensor], x: Tensor, given: list[Tensor]) -> list[tuple[int, int]]:
-    """Numbers and bytes of each piece of memory that autograd keeps for a function's backward, but of what is given."""
-    found: dict[int, Tensor] = {}  # which keeps the tensors alive, so that an address stays one memory's
+def _saved(call: Callable[[Tensor], Tensor], x: Tensor, inputs: list[Tensor]) -> list[tuple[int, int]]:
+    """Numbers and bytes of each storage that autograd saves for the backward of `call`, except those of `inputs`."""
+    found: dict[int, Tensor] = {}  # keeps the tensors alive, so no address is used twice
     with saved_tensors_hooks(lambda t: found.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
         call(x)
-    for tensor in given:
+    for tensor in inputs:
         found.pop(tensor.untyped_storage()._cdata, None)
     return [(tensor.numel(), tensor.untyped_storage().nbytes()) for tensor in found.values()]
 
 
 def _operations(call: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, int]:
-    """What a forward and a backward of a function compute, by kind."""
+    """Operations of a function's forward and backward, by kind."""
     with FlopCounterMode(display=False) as counter:
         call(x).sum().backward()
     counts = counter.get_flop_counts()["Global"].items()
-    # How the ops' names begin.
-    of_products = ("mm", "addmm", "linear", "chunked_attention", "two_chunk_attention", "adaptive_working_memory")
-    products = sum(count for op, count in counts if op.__name__.startswith(of_products))
+    prefixes = ("mm", "addmm", "linear", "chunked_attention", "two_chunk_attention", "adaptive_working_memory")
+    products = sum(count for op, count in counts if op.__name__.startswith(prefixes))
     return {PRODUCTS: products, OTHERS: sum(count for _, count in counts) - products}
 
 
-class _AsOnGpu(TorchFunctionMode):
-    """Makes tensors on `meta` take a GPU's way where torch does not: autocast, and one kernel for RMS norm."""
+class _GpuPaths(TorchFunctionMode):
+    """Make tensors on `meta` take a GPU's code path where torch does not: autocast, and the fused RMS norm."""
 
     def __init__(self, dtype: torch.dtype, autocast: bool) -> None:
         super().__init__()
@@ -112,7 +111,7 @@ class _AsOnGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         options = kwargs or {}
-        if func is F.rms_norm:  # of which a GPU keeps one number a row less than of a layer norm
+        if func is F.rms_norm:  # for which a GPU saves one number a row less than for a layer norm
             return F.layer_norm(*args, weight=options["weight"], eps=options["eps"])
         if func is F.linear and self.autocast:
             args = tuple(None if tensor is None else tensor.to(self.dtype) for tensor in args)

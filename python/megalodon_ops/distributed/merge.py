@@ -1,15 +1,15 @@
-r"""The algebra of chunk parallel: what a piece of a sequence begins with, from what every piece before it ends with.
+r"""The algebra of chunk parallel: the initial state of a piece, from the end states of the pieces before it.
 
-Each rank runs its piece from a zero state, and from a fresh norm, to an end: h_j of `cema`, (n_j, mean_j, var_j) of
-`timestep_norm`. `cema` is linear, so that n steps turn a state h into q^n h plus the end from zero; n steps of
-`timestep_norm` merge with what came before as two samples do (Chan, Golub and LeVeque). Over pieces j before a piece,
+Each rank runs its piece from a zero state to an end state: h_j of `cema`, (n_j, mean_j, var_j) of `timestep_norm`.
+`cema` is linear, so n positions turn a state h into q^n h plus the end state from zero. Statistics of `timestep_norm`
+merge as those of two samples do (Chan, Golub and LeVeque). Over the pieces j before a piece,
 
     h <- q^{n_j} h + h_j
     c = n_j / (n + n_j);  d = mean_j - mean;  n <- n + n_j
     mean <- mean + c d;  var <- (1 - c) var + c var_j + c (1 - c) d^2
 
 from the state before the sequence, or from zero. Powers and sums are complex128 and float64, whatever the states'
-dtype. All is plain torch on small tensors, so that gradients flow to ends, poles and the state before the sequence.
+dtype. Gradients flow to end states, poles and the state before the sequence.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ..ops.common.states import TimestepNormState
 
 
 def merged_cema(
-    q: Tensor, ends: Tensor, pieces: Sequence[int], steps: Sequence[int], start: Tensor | None = None
+    q: Tensor, ends: Tensor, pieces: Sequence[int], lengths: Sequence[int], start: Tensor | None = None
 ) -> Tensor:
-    """The state of `cema` (R, D, N), in the dtype of `q`, after some pieces in a row.
+    """State of `cema` (R, D, N), in the dtype of `q`, after consecutive pieces.
 
     Args:
         q: (D, N) complex.
-        ends: (P, R, D, N) complex, the state after each of P pieces of R sequences, begun from zero.
-        pieces: which of the P pieces count, in order. Without any, the result is `start`, and depends on `ends` in
-            autograd's graph all the same: what differs between ranks is never whether they take part in a backward.
-        steps: how many steps each of these has, at least 1.
+        ends: (P, R, D, N) complex, the end state of each of P pieces of R sequences, from zero.
+        pieces: indices of the pieces to merge, in order. If there are none, the result is `start`, and still depends on
+            `ends` in autograd's graph, as all ranks must take part in the backward.
+        lengths: number of positions of each of these, at least 1.
         start: (R, D, N) complex, the state before them; None: zero.
     """
     wide = q.to(torch.complex128)
-    powers = {n: wide**n for n in {*steps}}
+    powers = {n: wide**n for n in {*lengths}}
     h = ends[:0].sum(0).to(torch.complex128)
     if start is not None:
         h = h + start
-    for piece, n in zip(pieces, steps, strict=True):
+    for piece, n in zip(pieces, lengths, strict=True):
         h = powers[n] * h + ends[piece]
     return h.to(q.dtype)
 
@@ -48,27 +48,27 @@ def merged_cema(
 def merged_norm(
     ends: Tensor,
     pieces: Sequence[int],
-    steps: Sequence[int],
+    lengths: Sequence[int],
     start: Tensor | None = None,
     count: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> TimestepNormState:
-    """The state of `timestep_norm` after some pieces in a row.
+    """State of `timestep_norm` after consecutive pieces.
 
     Args:
         ends: (P, R, 2, G) float64, mean and variance of each of P pieces of R sequences by itself.
-        pieces, steps: as in :func:`merged_cema`.
-        start: (R, 2, G) float64, mean and variance before them, and count: (R,) int64, of how many steps; None: fresh.
+        pieces, lengths: as in :func:`merged_cema`.
+        start: (R, 2, G) float64, mean and variance before them, and count: (R,) int64, of positions; None: none.
         dtype: that of the returned mean, variance and residual.
     """
     mean, var = ends[:0].sum(0).unbind(-2)
     if count is None:
         count = torch.zeros(mean.shape[0], dtype=torch.int64, device=mean.device)
     if start is not None:
-        begun = (count > 0)[:, None]
-        mean, var = (value + torch.where(begun, given, 0) for value, given in zip((mean, var), start.unbind(-2)))
-    for piece, n in zip(pieces, steps, strict=True):
+        has_past = (count > 0)[:, None]
+        mean, var = (value + torch.where(has_past, past, 0) for value, past in zip((mean, var), start.unbind(-2)))
+    for piece, n in zip(pieces, lengths, strict=True):
         count = count + n
         share = n / count.double()[:, None]
         end_mean, end_var = ends[piece].unbind(-2)

@@ -1,4 +1,4 @@
-"""Meshes of processes: which ranks split the batch, the sequence and the model, and how they are started."""
+"""Meshes of processes: the ranks that split the batch, the sequence and the model."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from .rank_checks import check_same_on_ranks
 from .start import start
 from ..ops.common.checks import check_number, described, is_whole, shown
 
-DIMENSIONS = ("data", "chunk", "tensor")  # in the order of a mesh's: neighbouring ranks are those of the last one
+DIMENSIONS = ("data", "chunk", "tensor")  # in a mesh's order: the ranks of the last one are neighbours
 _EXPECTED = 'sizes of data, chunk and tensor, such as "data=2,chunk=2"'
 
 
 def make_mesh(
     sizes: str | Mapping[str, int], *, device_type: str | None = None, timeout: float | None = None
 ) -> DeviceMesh:
-    """A `DeviceMesh` of all processes, whose dimensions are named as :func:`parallelize` wants them.
+    """Make a `DeviceMesh` of all processes, with dimensions named as :func:`parallelize` wants them.
 
-    Where there is no process group, one is started: from the environment that `torchrun` sets, or of this process
-    alone. On GPUs, each process takes the one of its `LOCAL_RANK`. Every process of a run must call this function.
+    If there is no process group, starts one, from the environment that `torchrun` sets, or else of this process only.
+    On GPUs, each process takes the one of its `LOCAL_RANK`. Every process of a run must call this function.
 
     Args:
-        sizes: how many ranks `data`, `chunk` and `tensor` have: "data=2,chunk=2" or {"data": 2, "chunk": 2}. Dimensions
-            come in the order data, chunk, tensor, whatever the order here; the ranks of the last one are neighbours.
-        device_type: "cpu" or "cuda"; None: "cuda" where there is a GPU. A group that is started uses gloo for tensors
-            on the CPU and NCCL for those on GPUs.
+        sizes: number of ranks of `data`, `chunk` and `tensor`: "data=2,chunk=2" or {"data": 2, "chunk": 2}. The mesh
+            has the order data, chunk, tensor, whatever the order here; the ranks of the last one are neighbours.
+        device_type: "cpu" or "cuda"; None: "cuda" if there is a GPU. A group that is started uses gloo for tensors on
+            the CPU and NCCL for those on GPUs.
         timeout: seconds that processes wait for each other, in a group that is started here and in the mesh's groups;
             None: torch's defaults.
 
     Raises:
         ValueError: the product of the sizes is not the number of processes, a size or a name is wrong, or processes
-            disagree. RuntimeError: not all processes came within `timeout`.
+            disagree. RuntimeError: some processes did not join within `timeout`.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def make_mesh(
 
 
 def check_mesh(caller: str, mesh: object) -> dict[str, int]:
-    """The sizes of the mesh's dimensions by their names, or an error where they are not what the package splits."""
+    """Return the sizes of a mesh's dimensions by name; raise an error if the package cannot use the mesh."""
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"{caller}: `mesh` must be a torch.distributed DeviceMesh, got {described(mesh)}.")
     names = mesh.mesh_dim_names
@@ -84,9 +84,9 @@ def check_mesh(caller: str, mesh: object) -> dict[str, int]:
 
 
 def batch_and_tensor(mesh: DeviceMesh, *, replicate: bool) -> tuple[DeviceMesh, DeviceMesh]:
-    """The ranks of data x chunk together, over which FSDP2 shards, and those of `tensor`; both are parts of one mesh.
+    """Two parts of one mesh: the ranks of data x chunk together, over which FSDP2 shards, and those of `tensor`.
 
-    With `replicate`, the first is (ranks, 1): FSDP2 copies over its first dimension, and shards over its last.
+    With `replicate`, the first is (ranks, 1): FSDP2 replicates over its first dimension and shards over its last.
     """
     tensor = mesh["tensor"].size() if "tensor" in mesh.mesh_dim_names else 1
     names = ("replicate", "shard") if replicate else ("shard",)
@@ -106,7 +106,7 @@ def _device_type(wanted: str | None) -> str:
 
 
 def _shape(sizes: str | Mapping[str, int]) -> dict[str, int]:
-    """The size of each dimension, in order, if they are right for the processes that there are."""
+    """Return the size of each dimension, in order; raise a ValueError if they do not fit the number of processes."""
     given = sizes
     if isinstance(sizes, str):
         parts = [part.partition("=") for part in sizes.split(",")]
@@ -116,13 +116,13 @@ def _shape(sizes: str | Mapping[str, int]) -> dict[str, int]:
         got = shown(sizes) if len(sizes) > 64 else repr(sizes)
         raise ValueError(f"make_mesh: `sizes` must be {_EXPECTED}, got {got}.")
     shape = {name: int(given[name]) for name in DIMENSIONS if name in given}
-    needed, there_are = math.prod(shape.values()), dist.get_world_size()
-    if needed != there_are:
+    needed, world_size = math.prod(shape.values()), dist.get_world_size()
+    if needed != world_size:
         product = " x ".join(f"{name} {size}" for name, size in shape.items())
-        fix = f"start it by torchrun --nproc-per-node {needed}" if there_are == 1 else "change a size, or their number"
-        processes = "1 process" if there_are == 1 else f"{there_are} processes"
+        fix = f"start it by torchrun --nproc-per-node {needed}" if world_size == 1 else "change a size, or their number"
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
         raise ValueError(
-            f"make_mesh: `sizes` must have a product of {there_are} for {processes}, got {product} = {needed}; {fix}."
+            f"make_mesh: `sizes` must have a product of {world_size} for {processes}, got {product} = {needed}; {fix}."
         )
     return shape
 
@@ -139,7 +139,7 @@ def _start(device_type: str, timeout: float | None) -> None:
 
 
 def _set_timeout(mesh: DeviceMesh, timeout: timedelta | None) -> None:
-    """Makes calls of the mesh's groups give up after so long; new groups do not take this from the default group."""
+    """Set the time-out of the mesh's groups, as new groups do not inherit that of the default group."""
     for group in mesh.get_all_groups() if timeout is not None else ():
         if hasattr(dist, "set_timeout"):  # torch 2.15
             dist.set_timeout(timeout, group)

@@ -1,4 +1,4 @@
-"""`ParallelMegalodon`: a model on several ranks, which split its batch, its sequence, its layers or its parameters."""
+"""`ParallelMegalodon`: a model on several ranks that split its batch, its sequence, its layers or its parameters."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from ..ops.linear_cross_entropy.linear_cross_entropy import check_reduction, has
 from .rank_checks import check_same_on_ranks
 from .chunk import ShardedSequences
 from .exchange import TotalLoss
-from .fsdp import gathered, whole_model
+from .fsdp import gather_model, whole_model
 from .pieces import pieces_of
 from .shard_states import whole_state
-from .tensor import joined_state, split_state
-from .tensor_layers import CHANNELS, exchanged
+from .tensor import gather_state, split_state
+from .tensor_layers import CHANNELS, redistribute
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who shares what with this rank (None: nobody does), and how it computes."""
+    """The groups of this rank (None: not split), and the dtype of its matrices."""
 
-    batch: ProcessGroup | None = None  # the ranks whose losses are one loss
-    chunk: ProcessGroup | None = None  # the ranks with the pieces of one sequence, in order
-    tensor: DeviceMesh | None = None  # the ranks with the parts of every layer
-    param_dtype: torch.dtype | None = None  # in which matrices are computed with; None: as they are
+    batch: ProcessGroup | None = None  # ranks whose losses are summed
+    chunk: ProcessGroup | None = None  # ranks with the pieces of one sequence, in order
+    tensor: DeviceMesh | None = None  # ranks with the parts of every layer
+    param_dtype: torch.dtype | None = None  # None: that of the parameters
 
 
 class _ParallelModel:
@@ -52,8 +52,8 @@ class _ParallelModel:
         model._modules = {}
 
     @contextmanager
-    def _anew_after_errors(self) -> Iterator[None]:
-        """Has FSDP2 take the call after one that failed for another one, not for a part of it."""
+    def _reset_after_exception(self) -> Iterator[None]:
+        """Reset FSDP2 after an exception, or it takes the next call for a part of the failed one."""
         try:
             yield
         except Exception:
@@ -62,19 +62,16 @@ class _ParallelModel:
             raise
 
     def alone(self) -> Megalodon | MegalodonEncoder:
-        """A model of this process with all parameters, for whole sequences; no rank waits for another in its calls.
+        """Return a model of this process with all parameters, for whole sequences; its calls exchange nothing.
 
-        It serves what every rank does alike or by itself, such as :func:`megalodon_ops.evaluation.evaluate`, without
-        gradients. Parameters that are sharded are gathered, in the dtypes that they are computed with in: every rank
-        must call this, and holds the whole model while it keeps the result. Others are shared, not copied.
+        It is for calls without gradients, such as :func:`megalodon_ops.evaluation.evaluate`. Sharded parameters are
+        gathered, in the dtypes of their computation: every rank must call this, and holds the whole model while it
+        keeps the result. Other parameters are shared, not copied.
         """
-        return gathered(self, self._ranks.param_dtype)
+        return gather_model(self, self._ranks.param_dtype)
 
     def save(self, directory: str | os.PathLike, **options: Any) -> None:
-        """Writes the whole model as :meth:`megalodon_ops.Megalodon.save` does, by rank 0; the others wait.
-
-        Every rank must call this.
-        """
+        """Write the whole model by rank 0, as :meth:`megalodon_ops.Megalodon.save` does; all ranks must call this."""
         values = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_rank() == 0:
             whole_model(self, values).save(directory, **options)
@@ -82,23 +79,23 @@ class _ParallelModel:
 
 
 class ParallelMegalodon(_ParallelModel, Megalodon):
-    """A model on several ranks, as :func:`parallelize` makes it; all call it at once, each with its piece of the batch.
+    """A model on several ranks, made by :func:`parallelize`; every rank calls it with its piece of the batch.
 
     `tokens` and `targets` are the rank's rows and its piece of their columns; `lengths`, `cu_seqlens` and `state` are
     of the whole sequences, equal on all ranks of a chunk group, and so is the state that is returned. A piece ends at a
     chunk boundary of the sequence that it cuts, except at the end of the sequence.
 
-    Logits and features are the piece's. The loss is, with reduction "mean" or "sum", that of the targets of all ranks,
+    Logits and features are the piece's. With reduction "mean" or "sum", the loss is that of the targets of all ranks,
     the same on every rank, and its gradients, averaged over the ranks, are exactly those of one process; "none" gives
-    the piece's.
+    the piece's losses.
 
-    How it works: the model's own forward runs on every rank, on what the rank has. FSDP2 (fsdp.py) gathers a block's
-    parameters before the block and averages gradients after it. On a chunk group, a block asks the sequences that it is
-    called with (chunk.py) for the states that the rank's piece begins with. On a tensor group, layers (tensor.py) hold a
-    part of their parameters and exchange activations. This class cuts lengths and adds up losses and states.
+    How it works: the model's own forward runs on every rank. FSDP2 (fsdp.py) gathers a block's parameters before the
+    block and averages gradients after it. On a chunk group, blocks ask their sequences (chunk.py) for the initial
+    states of the rank's piece. On a tensor group, layers (tensor.py) hold a part of their parameters and exchange
+    activations. This class cuts lengths, sums losses and gathers states.
 
-    Every rank must make every call. Ranks that share a sequence or layers compare what they are called with, by one
-    small exchange, and raise the same ValueError where it differs.
+    Every rank must make every call. Ranks that share a sequence or layers compare the arguments, by one small exchange,
+    and raise the same ValueError if they differ.
     """
 
     def _compute(
@@ -107,25 +104,25 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
     ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
         """Features or logits of the piece, or the loss, and the state of the whole sequences; see the class."""
         check_reduction(reduction)
-        ranks, own = self._ranks, state
-        wanted = f"loss, {reduction} without {ignore_index}"
-        wanted = "features" if features else "logits" if targets is None else wanted
-        facts = {"call": wanted, "return_state": return_state, **_facts_of(state, len(tokens), sequences)}
-        with self._anew_after_errors():
+        ranks, own_state = self._ranks, state
+        result_kind = f"loss, {reduction} without {ignore_index}"
+        result_kind = "features" if features else "logits" if targets is None else result_kind
+        arguments = {"call": result_kind, "return_state": return_state, **_arguments(state, len(tokens), sequences)}
+        with self._reset_after_exception():
             if ranks.chunk is not None:
-                widths = check_same_on_ranks("Megalodon", facts, ranks.chunk, own=tokens.shape[1])
-                sequences = self._sharded(widths, state, tokens, sequences)
+                widths = check_same_on_ranks("Megalodon", arguments, ranks.chunk, number=tokens.shape[1])
+                sequences = self._shard_sequences(widths, state, tokens, sequences)
             if ranks.tensor is not None:
                 content = {"tokens": tokens, "targets": targets}
-                check_same_on_ranks("Megalodon", facts | content, ranks.tensor.get_group())
-                own = None if own is None else split_state(own, ranks.tensor, self.config.num_heads)
+                check_same_on_ranks("Megalodon", arguments | content, ranks.tensor.get_group())
+                own_state = None if own_state is None else split_state(own_state, ranks.tensor, self.config.num_heads)
             result, after = super()._compute(
-                tokens, targets, features, reduction, ignore_index, own, return_state, inplace_state, sequences
+                tokens, targets, features, reduction, ignore_index, own_state, return_state, inplace_state, sequences
             )
             if features and ranks.tensor is not None:
-                result = exchanged(result, ranks.tensor, CHANNELS, Replicate())
+                result = redistribute(result, ranks.tensor, CHANNELS, Replicate())
             if return_state and ranks.tensor is not None:
-                after = joined_state(after, ranks.tensor, self.config.num_heads)
+                after = gather_state(after, ranks.tensor, self.config.num_heads)
             if return_state and ranks.chunk is not None:
                 after = whole_state(after, state, sequences.pieces, self.config, ranks.chunk)
             return result, after
@@ -135,30 +132,30 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
     ) -> Tensor:
         """The loss of all ranks, or with "none" this rank's losses."""
         targets = masked_targets(targets, ignore_index, sequences)
-        part = "none" if reduction == "none" else "sum"
+        own_reduction = "none" if reduction == "none" else "sum"
         if self._ranks.tensor is not None:
-            loss = self.output.output.cross_entropy(hidden, targets, part, ignore_index)
+            loss = self.output.output.cross_entropy(hidden, targets, own_reduction, ignore_index)
         else:
-            loss = super()._cross_entropy(hidden, targets, part, ignore_index, Sequences())
+            loss = super()._cross_entropy(hidden, targets, own_reduction, ignore_index, Sequences())
         if reduction == "none":
             return loss
         return TotalLoss.apply(loss, (targets != ignore_index).sum(), self._ranks.batch, reduction == "mean")
 
     def stream(self, prompt: Tensor, **options: Any) -> TokenStream:
-        """The continuation of this rank's own prompts, whole on a chunk group too, as :meth:`Megalodon.stream` makes it.
+        """Continue this rank's own prompts, whole on a chunk group too, as :meth:`Megalodon.stream` does.
 
-        The model that :meth:`alone` gives makes it: every rank calls this, and each may stop at any token. The ranks of
-        a chunk group give the same prompts; for others of its own, a rank calls the model that :meth:`alone` gives.
+        Every rank must call this, as the model of :meth:`alone` streams; each may stop at any token. The ranks of a
+        chunk group pass the same prompts; for prompts of its own, a rank calls the model of :meth:`alone`.
         """
         if self._ranks.chunk is not None:
             fix = "each rank has the whole prompts, not a piece of them"
             check_same_on_ranks("generate", {"prompt": prompt}, self._ranks.chunk, fix=fix)
         return self.alone().stream(prompt, **options)
 
-    def _sharded(
+    def _shard_sequences(
         self, widths: list[int], state: MegalodonState | None, tokens: Tensor, whole: Sequences
     ) -> ShardedSequences:
-        """The sequences in this rank's piece, by those in the pieces of all ranks, of `widths` columns each."""
+        """The sequences in this rank's piece; `widths`: columns of the pieces of all ranks."""
         for name, values in whole.keywords.items():
             if values is not None and (not has_integers(values) or values.dim() != 1):
                 raise ValueError(
@@ -175,21 +172,21 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
 
 
 class ParallelMegalodonEncoder(_ParallelModel, MegalodonEncoder):
-    """An encoder on several ranks, as :func:`parallelize` makes it; all call it at once, each with its rows of the batch.
+    """An encoder on several ranks, made by :func:`parallelize`; every rank calls it with its rows of the batch.
 
-    Gradients are averaged over the ranks: those of each rank's mean loss are the whole batch's where all ranks have as
-    many rows. Every rank must make every call.
+    Gradients are averaged over the ranks: those of each rank's mean loss are the whole batch's if all ranks have the
+    same number of rows. Every rank must make every call.
     """
 
     def forward(self, inputs: Tensor, **options: Any) -> Tensor:
         """Logits or features of the rank's rows, as :meth:`megalodon_ops.MegalodonEncoder.forward` gives them."""
-        with self._anew_after_errors():
+        with self._reset_after_exception():
             return super().forward(inputs, **options)
 
 
-def _facts_of(state: MegalodonState | None, rows: int, sequences: Sequences) -> dict[str, Any]:
+def _arguments(state: MegalodonState | None, rows: int, sequences: Sequences) -> dict[str, Any]:
     """Names and values of a call's whole sequences, for ranks to compare."""
-    facts = {"rows of tokens": rows, **sequences.keywords, "state": "None" if state is None else "given"}
+    values = {"rows of tokens": rows, **sequences.keywords, "state": "None" if state is None else "given"}
     if state is None:
-        return facts
-    return facts | {"state.norm.count": state.norm.count, "position in state": state.layers[0].attention.position}
+        return values
+    return values | {"state.norm.count": state.norm.count, "position in state": state.layers[0].attention.position}

@@ -1,4 +1,4 @@
-"""One entry: a model over the processes of a mesh."""
+"""`parallelize`: a model over the processes of a mesh."""
 
 from __future__ import annotations
 
@@ -27,30 +27,29 @@ def parallelize(
     data: str = "shard",
     param_dtype: torch.dtype | None = None,
 ) -> ParallelMegalodon | ParallelMegalodonEncoder:
-    """Make a model that runs on all ranks of a mesh of the modules of one that runs in one process.
+    """Move the modules of a model into one that runs on all ranks of a mesh.
 
-    Every rank calls this with its copy of the model, and then calls the model with its own rows of the batch: its loss
-    and its gradients are those of the whole batch. Parameters become DTensors: make the optimizer afterwards.
+    Every rank calls this with its copy of the model, and then calls the result with its own rows of the batch: the loss
+    and the gradients are those of the whole batch. Parameters become DTensors: make the optimizer afterwards.
 
     Args:
-        model: equal in all ranks, on any device: it moves to the mesh's. One on `meta` begins as a new model of one
-            process does whose generator is as the first rank's; no rank holds more than one whole module at a time.
-        mesh: of all processes, with dimensions named any of data, chunk and tensor, as :func:`make_mesh` makes it. The
-            batch's rows are split over data, the sequence over chunk; parameters are sharded or replicated over data x
-            chunk together. The layers are split over tensor: its ranks have the same tokens. For an encoder, data alone.
+        model: equal on all ranks, on any device; it moves to the mesh's. A model on `meta` gets the initial values of
+            one process with rank 0's generator; no rank holds more than one whole module at a time.
+        mesh: of all processes, with one or more of the dimensions data, chunk and tensor, as by :func:`make_mesh`. Rows
+            of the batch are split over data, the sequence over chunk; parameters are sharded or replicated over data x
+            chunk together. Layers are split over tensor, whose ranks have the same tokens. An encoder takes only data.
         data: "shard": each rank keeps a part of every parameter, of its gradient and of the optimizer's state, and
             gathers a block when it runs (FSDP2). "replicate": each keeps all of them, and exchanges only gradients.
-        param_dtype: computes with the matrices in this dtype, torch.bfloat16 for one, while the parameters, their
-            gradients and the optimizer's state keep theirs; :func:`megalodon_ops.wide_parameters` are never cast.
-            None: as they are.
+        param_dtype: dtype in which matrices are computed, such as torch.bfloat16, while the parameters, their gradients
+            and the optimizer's state keep theirs; :func:`megalodon_ops.wide_parameters` are never cast. None: no cast.
 
     Returns:
-        a :class:`ParallelMegalodon` or :class:`ParallelMegalodonEncoder`, and FSDP2's `FSDPModule`. It has taken the
-        modules of `model`, its mode and its hooks; `model` is left without modules.
+        a :class:`ParallelMegalodon` or :class:`ParallelMegalodonEncoder`, which is also FSDP2's `FSDPModule`. It has
+        the modules of `model`, its mode and its hooks; `model` is left without modules.
 
     Raises:
-        ValueError: an argument is wrong, or ranks have other configurations, parameters or arguments, which all of them
-        raise. TypeError: an argument is of a wrong type.
+        ValueError: an argument is wrong, or differs between ranks; then all ranks raise it. TypeError: an argument has
+            a wrong type.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -65,7 +64,7 @@ def parallelize(
     check_torch()
     sizes = check_mesh("parallelize", mesh)
     _check(model, sizes, data, param_dtype)
-    check_same_on_ranks("parallelize", _facts(model, data=data, param_dtype=param_dtype), dist.group.WORLD)
+    check_same_on_ranks("parallelize", _compared_values(model, data=data, param_dtype=param_dtype), dist.group.WORLD)
     forget_ended_groups()
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None
@@ -93,8 +92,8 @@ def parallelize(
 
 
 def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: object) -> None:
-    """Raises where an argument of this rank is wrong."""
-    # A subclass would lose its forward; a model without modules has become a parallel one.
+    """Raise an error if an argument of this rank is wrong."""
+    # A subclass would lose its forward; `parallelize` has taken the modules of a model without any.
     if type(model) not in (Megalodon, MegalodonEncoder) or not model._modules:
         raise TypeError(
             "parallelize: `model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got "
@@ -121,10 +120,10 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
         )
 
 
-def _facts(model: Megalodon | MegalodonEncoder, **options: Any) -> dict[str, Any]:
-    """What must be the same in all ranks."""
-    facts = {f"model.config.{name}": value for name, value in model.config.to_dict().items()} | options
+def _compared_values(model: Megalodon | MegalodonEncoder, **options: Any) -> dict[str, Any]:
+    """Values that must be the same on all ranks."""
+    values = {f"model.config.{name}": value for name, value in model.config.to_dict().items()} | options
     for name, parameter in model.named_parameters():
-        facts[f"model.{name}"] = parameter
-        facts[f"model.{name}.requires_grad"] = parameter.requires_grad
-    return facts
+        values[f"model.{name}"] = parameter
+        values[f"model.{name}.requires_grad"] = parameter.requires_grad
+    return values

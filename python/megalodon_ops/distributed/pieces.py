@@ -1,4 +1,4 @@
-"""How whole sequences lie over the pieces of ranks, and what a rank needs to know of it, in integers."""
+"""Positions of whole sequences in the pieces of ranks, as integers."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from itertools import accumulate, pairwise, product
 
 @dataclass(frozen=True)
 class Pieces:
-    """A rank's piece of the sequences of a batch, and of which pieces before it its states are made.
+    """A rank's piece of the sequences of a batch, and the earlier ranks on which its initial states depend.
 
-    A dense or padded batch exchanges the states of all rows; a packed one that of the sequence which a cut divides.
+    In a dense or padded batch ranks exchange the states of all rows, in a packed one that of the sequence at a cut.
     """
 
-    begin: int  # the column at which the piece begins
+    begin: int  # first column of the piece
     spans: tuple[tuple[int, int], ...]  # (S,) columns [begin, end) of each whole sequence
-    end_here: tuple[int, ...]  # the sequences whose last step the piece holds
+    ending_sequences: tuple[int, ...]  # sequences whose last position is in the piece
     sources: tuple[int, ...]  # earlier ranks with positions of the sequences that are open where the piece begins
-    steps: tuple[int, ...]  # how many steps each of these holds
-    before: int | None = None  # if the piece has columns: the nearest ranks before and after this one that have some
-    after: int | None = None
-    lengths: tuple[int, ...] | None = None  # padded: how much of the piece each row fills
-    # Of a packed batch:
+    source_lengths: tuple[int, ...]  # number of these positions on each source
+    previous_rank: int | None = None  # nearest ranks that have columns; None if this one has none
+    next_rank: int | None = None
+    lengths: tuple[int, ...] | None = None  # padded batch: number of positions of each row in the piece
+    # Packed batch:
     tail: tuple[int, int] | None = None  # the piece's columns in the sequence that is open at its end
-    first: int = 0  # the first sequence with tokens in the piece
-    count: int = 0  # how many sequences, from that one on, the piece holds
-    continues: bool = False  # whether the first of these began in a piece before
-    cu_seqlens: tuple[int, ...] | None = None  # the offsets of the piece's sequences in the piece
+    first_sequence: int = 0  # first sequence with tokens in the piece
+    num_sequences: int = 0  # number of sequences in the piece, from that one on
+    is_continuation: bool = False  # the first of these began in an earlier piece
+    cu_seqlens: tuple[int, ...] | None = None  # offsets of the piece's sequences in the piece
 
     @property
     def is_packed(self) -> bool:
         return self.tail is not None
 
-    def begin_here(self) -> bool:
-        """Whether a sequence begins in this piece, and so from the state that is given."""
-        return self.count > int(self.continues) if self.is_packed else self.begin == 0
+    def has_new_sequence(self) -> bool:
+        """Return True if a sequence begins in this piece, and so from the state that is passed in."""
+        return self.num_sequences > int(self.is_continuation) if self.is_packed else self.begin == 0
 
-    def open_begins_here(self) -> bool:
-        """Whether the sequences that are open where the piece ends began in it, and not before."""
-        return not self.sources or self.count > 1
+    def open_sequence_is_new(self) -> bool:
+        """Return True if the sequences that are open where the piece ends began in it."""
+        return not self.sources or self.num_sequences > 1
 
 
 def pieces_of(
@@ -53,42 +53,44 @@ def pieces_of(
     lengths: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
 ) -> Pieces:
-    """What `rank` needs to know of its piece.
+    """The piece of `rank`.
 
     Args:
         piece_lengths: (P,) columns of each rank's piece.
         rows: B.
         cu_seqlens, lengths: of the whole sequences, in a packed or a padded batch.
-        positions: (S,) how much of its unfinished chunk each sequence has filled before the batch; None: nothing.
+        positions: (S,) tokens in the unfinished chunk of each sequence before the batch; None: no tokens.
 
     Raises:
-        ValueError: offsets or lengths do not fit, or a piece ends inside of a chunk.
+        ValueError: offsets or lengths do not fit, or a piece ends inside a chunk.
     """
     ends = tuple(accumulate(piece_lengths))
     begin, end = ends[rank] - piece_lengths[rank], ends[rank]
     spans = _spans(rows, ends[-1], cu_seqlens, lengths)
     _check_cuts(ends, spans, chunk_size, positions or [0] * len(spans))
-    end_here = tuple(s for s, (first, last) in enumerate(spans) if first < last and begin < last <= end)
-    common = dict(begin=begin, spans=spans, end_here=end_here)
+    ending = tuple(s for s, (first, last) in enumerate(spans) if first < last and begin < last <= end)
+    common = dict(begin=begin, spans=spans, ending_sequences=ending)
     if piece_lengths[rank]:
-        common["before"] = max((r for r in range(rank) if piece_lengths[r]), default=None)
-        common["after"] = min((r for r in range(rank + 1, len(ends)) if piece_lengths[r]), default=None)
+        common["previous_rank"] = max((r for r in range(rank) if piece_lengths[r]), default=None)
+        common["next_rank"] = min((r for r in range(rank + 1, len(ends)) if piece_lengths[r]), default=None)
     if cu_seqlens is None:
         sources = tuple(r for r in range(rank) if piece_lengths[r])
-        inside = None if lengths is None else tuple(min(max(n - begin, 0), end - begin) for n in lengths)
-        return Pieces(sources=sources, steps=tuple(piece_lengths[r] for r in sources), lengths=inside, **common)
-    with_tokens = [s for s, (first, last) in enumerate(spans) if max(first, begin) < min(last, end)]
-    if not with_tokens:
-        return Pieces(sources=(), steps=(), tail=(0, 0), cu_seqlens=(0,), **common)
-    first, last = with_tokens[0], with_tokens[-1]
+        own_lengths = None if lengths is None else tuple(min(max(n - begin, 0), end - begin) for n in lengths)
+        source_lengths = tuple(piece_lengths[r] for r in sources)
+        return Pieces(sources=sources, source_lengths=source_lengths, lengths=own_lengths, **common)
+    sequences = [s for s, (first, last) in enumerate(spans) if max(first, begin) < min(last, end)]
+    if not sequences:
+        return Pieces(sources=(), source_lengths=(), tail=(0, 0), cu_seqlens=(0,), **common)
+    first, last = sequences[0], sequences[-1]
     bounds = tuple(min(max(offset, begin), end) - begin for offset in cu_seqlens[first : last + 2])
     from_column, to_column = spans[first][0], spans[last][1]
-    continues = from_column < begin
-    sources = tuple(r for r in range(rank) if continues and ends[r] > from_column and piece_lengths[r])
-    steps = tuple(ends[r] - max(from_column, ends[r] - piece_lengths[r]) for r in sources)
+    is_continuation = from_column < begin
+    sources = tuple(r for r in range(rank) if is_continuation and ends[r] > from_column and piece_lengths[r])
+    source_lengths = tuple(ends[r] - max(from_column, ends[r] - piece_lengths[r]) for r in sources)
     tail = (max(spans[last][0], begin) - begin if to_column > end else end - begin, end - begin)
-    packed = dict(tail=tail, first=first, count=last + 1 - first, continues=continues, cu_seqlens=bounds)
-    return Pieces(sources=sources, steps=steps, **packed, **common)
+    packed = dict(tail=tail, first_sequence=first, num_sequences=last + 1 - first, cu_seqlens=bounds)
+    common |= dict(sources=sources, source_lengths=source_lengths, is_continuation=is_continuation)
+    return Pieces(**packed, **common)
 
 
 def _spans(
@@ -118,7 +120,7 @@ def _spans(
 def _check_cuts(
     ends: Sequence[int], spans: Sequence[tuple[int, int]], chunk_size: int, positions: Sequence[int]
 ) -> None:
-    """Raises where a piece ends inside of a chunk of a sequence."""
+    """Raise a ValueError if a piece ends inside a chunk of a sequence."""
     for (rank, cut), (s, (begin, end)) in product(enumerate(ends[:-1]), enumerate(spans)):
         if begin < cut < end and (filled := (positions[s] + cut - begin) % chunk_size):
             raise ValueError(

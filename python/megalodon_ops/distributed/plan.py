@@ -1,4 +1,4 @@
-"""Memory, operations and exchanged bytes of a training step; docs/plan.md says how far to trust each."""
+"""Memory, operations and exchanged bytes of a training step; docs/plan.md has the accuracy of each."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .tensor import check_can_split
 
 @dataclass(frozen=True)
 class Plan:
-    """A training step on a mesh, as :func:`plan` foresees it.
+    """Costs of a training step on a mesh, as :func:`plan` predicts them.
 
-    `tokens` are those of all `devices`. Of one device, `memory` has the bytes by kind, at the moment of the step when
-    their sum, `bytes`, is largest; `operations` are by kind, as `torch.utils.flop_counter` counts them; `exchange` has
-    the bytes that the device receives by kind: S (n - 1) / n for an all-gather to S bytes over n devices.
+    `tokens` counts those of all `devices`; the other fields are for one device. `memory` has the bytes by kind at the
+    peak of their sum, `bytes`; `operations` counts by kind, as `torch.utils.flop_counter` does; `exchange` has the
+    received bytes by kind: S (n - 1) / n for an all-gather to S bytes over n devices.
     """
 
     config: MegalodonConfig
@@ -48,23 +48,23 @@ def plan(
     param_dtype: torch.dtype = torch.float32,
     data: str = "shard",
 ) -> Plan:
-    """Foresee the memory, the operations and the exchanged bytes of a training step with AdamW.
+    """Predict the memory, the operations and the exchanged bytes of a training step with AdamW.
 
     Args:
-        config: the model; with `layerwise_ckpt`, each block is computed again in the backward.
+        config: the model; with `layerwise_ckpt`, each block is recomputed in the backward.
         mesh: number of devices of `data`, `chunk` and `tensor`, such as {"data": 128, "chunk": 2}.
-        context: tokens of a sequence. More than one `chunk` device must divide its chunks evenly.
-        batch: sequences of a step, of all devices; None: one for each `data` device.
+        context: tokens of a sequence. The size of `chunk` must divide its number of chunks.
+        batch: sequences of a step on all devices; None: one for each `data` device.
         device: "cpu" or "cuda", which keep and compute different things.
-        dtype: of matrix products and activations; CEMA, norms and states are float32 beside 16-bit ones.
-        autocast: float32 parameters and residual stream around products in `dtype`, as torch.autocast computes.
-        param_dtype: in which matrices, their gradients and Adam's moments are stored. If `dtype` is another, and
+        dtype: of matrix products and activations; CEMA, norms and states stay float32 if it is a 16-bit one.
+        autocast: float32 parameters and residual stream, products in `dtype`, as with torch.autocast.
+        param_dtype: dtype in which matrices, their gradients and Adam's moments are stored. If it is not `dtype`, and
             without `autocast`, a block's matrices are cast when they are gathered, as `parallelize(param_dtype=)` does.
         data: "shard" or "replicate": a device keeps its shards of the parameters, or all of them.
 
     Raises:
-        ValueError: the mesh does not divide the model, the batch or the context, or an argument is none of its choices.
-        TypeError: the configuration is an encoder's, whose activations are others.
+        ValueError: the mesh does not divide the model, the batch or the context, or an argument has a wrong value.
+        TypeError: the configuration is an encoder's, whose activations differ.
 
     Example:
         >>> import megalodon_ops as mo
@@ -96,7 +96,7 @@ def plan(
     block, end = measure(config, rows, length, tensor, dtype, autocast, device == "cpu", recompute)
     operations = {kind: layers * count + end.operations.get(kind, 0) for kind, count in block.operations.items()}
 
-    # Parameters. What is around blocks, this block and the next one, and a block's gradients are gathered.
+    # Parameters. Gathered: those outside the blocks, this block, the next one, and one block's gradients.
     group = data_size * chunk
     shards = group if data == "shard" else 1
     stored_block, stored_ends = _parameter_bytes(config, param_dtype, shards, tensor)
@@ -105,15 +105,15 @@ def plan(
     if shards > 1 or stored != used:
         gathered = shards * (used_ends + min(2, layers) * used_block + used_block + stored_block)
 
-    # Activations and gradients, at the moment when they take most.
+    # Activations and gradients, at the peak of their sum.
     channels, products = (rows * length * config.model_dim * kind.itemsize for kind in (stream, dtype))
-    kept, kept_by_end, scratch = sum(block.kept), sum(end.kept), max(block.kept) + 2 * channels
-    kept_before = channels // tensor if recompute else kept  # of a block, until its backward
+    saved, saved_by_end, scratch = sum(block.saved), sum(end.saved), max(block.saved) + 2 * channels
+    saved_before = channels // tensor if recompute else saved  # of a block, until its backward
     logits = min(rows * length * config.num_outputs // tensor, loss._block(torch.device(device)))
     activations, gradients, scratch = max(
-        (layers * kept_before + kept_by_end, 0, logits * (dtype.itemsize + 4)),  # the loss
-        ((layers - 1) * kept_before + kept, stored_block + stored_ends, scratch),  # the backward of the last block
-        (kept, stored, scratch),  # the backward of the first block, which comes last
+        (layers * saved_before + saved_by_end, 0, logits * (dtype.itemsize + 4)),  # the loss
+        ((layers - 1) * saved_before + saved, stored_block + stored_ends, scratch),  # the backward of the last block
+        (saved, stored, scratch),  # the backward of the first block, which comes last
         key=sum,
     )
     memory = {
@@ -121,7 +121,7 @@ def plan(
         "gathered parameters, whole gradients": gathered, "activations": activations, "scratch memory": scratch,
     }  # fmt: skip
 
-    # Exchange: bytes gathered or reduced, and by how many devices; see docs/chunk-parallel.md and tensor-parallel.md.
+    # Bytes gathered or reduced, and by how many devices; see docs/chunk-parallel.md and tensor-parallel.md.
     norm, cema = 2 * config.norm_num_groups * 8, 2 * config.model_dim * config.cema_ndim * 4  # bytes of a row's states
     widths = config.z_dim + config.value_dim
     states = norm + cema + config.working_memory * config.z_dim * (1 + widths // config.num_heads) * 4
@@ -144,7 +144,7 @@ def plan(
 
 
 def _parameter_bytes(config: MegalodonConfig, dtype: torch.dtype, shards: int, tensor: int) -> tuple[int, int]:
-    """Bytes of a device's shards of a block, and of what is around blocks; FSDP2 pads along the first dimension."""
+    """Bytes of a device's shards of a block, and of the other parameters; FSDP2 pads along the first dimension."""
     with torch.device("meta"):
         model = Megalodon(replace(config, num_layers=1)).to(dtype)
     sizes = {name: math.ceil(len(p) / shards) * p[0].nbytes // tensor for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""What must be alike on several ranks: a comparison that costs two integers of each rank where all is well."""
+"""Comparison of values that must be the same on several ranks; if they are, each rank sends two integers."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 def check_same_on_ranks(
-    op: str, facts: Mapping[str, Any], group: ProcessGroup, own: int = 0, fix: str = ""
+    op: str, values: Mapping[str, Any], group: ProcessGroup, number: int = 0, fix: str = ""
 ) -> list[int]:
-    """Raises the same ValueError on every rank of a group where a fact is not the same on all; each rank calls this.
+    """Raise the same ValueError on every rank of a group if a value differs between ranks; each rank must call this.
 
     Args:
         op: begins the error.
-        facts: by name: tensors, of which shapes, types and values count, and what `str` tells apart.
-        own: an integer that may differ.
+        values: by name. Tensors are compared by shape, dtype and content, other values by their `str`.
+        number: an integer that may differ.
         fix: ends the error.
 
     Returns:
-        `own` of every rank, in order.
+        `number` of every rank, in order.
     """
-    texts = {name: _text(fact) for name, fact in facts.items()}
-    own_facts = torch.tensor([own, zlib.crc32(str(texts).encode())], device=device_of(group))
-    table = own_facts.new_empty((dist.get_world_size(group), 2))
-    all_gather(table.view(-1), own_facts, group=group)
-    owns, checksums = zip(*table.tolist())
+    texts = {name: _text(value) for name, value in values.items()}
+    own_row = torch.tensor([number, zlib.crc32(str(texts).encode())], device=device_of(group))
+    table = own_row.new_empty((dist.get_world_size(group), 2))
+    all_gather(table.view(-1), own_row, group=group)
+    numbers, checksums = zip(*table.tolist())
     if len({*checksums}) > 1:
-        everyone: list[Any] = [None] * len(owns)
-        dist.all_gather_object(everyone, texts, group=group)
-        ranks, names = dist.get_process_group_ranks(group), dict.fromkeys(name for other in everyone for name in other)
-        columns = {name: [other.get(name, "nothing") for other in everyone] for name in names}
-        name, values = next((name, values) for name, values in columns.items() if len({*values}) > 1)
-        other = next(i for i, value in enumerate(values) if value != values[0])
-        found = f"{values[0]} on rank {ranks[0]} and {values[other]} on rank {ranks[other]}"
+        all_texts: list[Any] = [None] * len(numbers)
+        dist.all_gather_object(all_texts, texts, group=group)
+        ranks, names = dist.get_process_group_ranks(group), dict.fromkeys(name for row in all_texts for name in row)
+        columns = {name: [row.get(name, "nothing") for row in all_texts] for name in names}
+        name, column = next((name, column) for name, column in columns.items() if len({*column}) > 1)
+        other = next(i for i, text in enumerate(column) if text != column[0])
+        found = f"{column[0]} on rank {ranks[0]} and {column[other]} on rank {ranks[other]}"
         found += f"; {fix}" if fix else ""
         raise ValueError(f"{op}: `{name}` must be the same on the ranks {', '.join(map(str, ranks))}, got {found}.")
-    return list(owns)
+    return list(numbers)
 
 
 def device_of(group: ProcessGroup) -> torch.device:
-    """The device of tensors that the group can exchange; the CPU, where it can, as nothing then waits for a GPU."""
+    """Device of the tensors that a group exchanges: the CPU if it can, as nothing then waits for a GPU."""
     if "gloo" in dist.get_backend(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _text(fact: Any) -> str:
-    """What a fact is; a tensor of more than a few numbers by a checksum of its bytes."""
-    if not isinstance(fact, Tensor):
-        return str(fact)
-    kind = f"{str(fact.dtype).removeprefix('torch.')} {tuple(fact.shape)}"
-    if fact.is_meta or (fact.numel() <= 8 and not fact.is_floating_point()):
-        return f"{kind} on meta" if fact.is_meta else str(fact.tolist())
-    content = fact.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+def _text(value: Any) -> str:
+    """Text of a value; of a tensor with more than a few numbers, a checksum of its bytes."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    kind = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if value.is_meta or (value.numel() <= 8 and not value.is_floating_point()):
+        return f"{kind} on meta" if value.is_meta else str(value.tolist())
+    content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return f"{kind} of checksum {zlib.crc32(content):08x}"

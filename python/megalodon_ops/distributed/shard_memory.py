@@ -1,13 +1,13 @@
-r"""The working memory of a piece of a sequence, which goes on from what the pieces before it have written.
+r"""The working memory of a piece of a sequence, continued from the pieces before it.
 
-A chunk turns a memory M into (1 - r) M + r P^T (V - F M), which is affine in M once its shares r are known, and these
-follow from the masses z alone, which add up. So over the pieces before a piece, in order,
+A chunk turns a memory M into (1 - r) M + r P^T (V - F M). This is affine in M for given shares r, which depend only on
+the masses z. So over the pieces before a piece, in order,
 
     z <- log(exp(z) + exp(z_j));  M <- A_j M + B_j
 
-There are two exchanges. First all ranks send z_j, which takes no pass. Then a piece in which the sequence begins runs,
-and its end is B, with an A of 0; meanwhile another one writes a memory of K columns more, which begins as (0 | I) and
-ends as (B | A). Those run after the second exchange. The last rank, of which no one asks A and B, waits for it.
+There are two exchanges. First all ranks send z_j, which needs no pass. Then a piece in which the sequence begins runs
+its op, whose final memory is B, with A = 0. Meanwhile every other piece writes a memory with K more columns, from
+(0 | I) to (B | A), and runs its op after the second exchange. The last rank skips (B | A), which no rank needs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..ops.common.states import WorkingMemoryState
 from .exchange import send_to_all
 from .pieces import Pieces
 
-NOTHING = -1e4
-"""The mass of a memory that nothing was written to. Keys of twice as much write nothing, to such a one either."""
+EMPTY_MASS = -1e4
+"""Mass of a memory without writes. Keys of twice this value write nothing, even to such a memory."""
 
 
 def memory_of_piece(
@@ -34,47 +34,46 @@ def memory_of_piece(
     """:func:`read_write_and_keep` of a piece, always to its end.
 
     Args:
-        q, k, v, cu_seqlens, lengths: where attention sees two chunks, the chunk before the piece comes first if there is
-            one.
-        state: what the sequences that begin in the piece go on from; the row of one that began before it is any. None:
-            all begin from nothing.
+        q, k, v, cu_seqlens, lengths: if attention sees two chunks, with the chunk before the piece in front, if any.
+        state: initial state of the sequences that begin in the piece; the row of a sequence that began in an earlier
+            piece is arbitrary. None: empty.
     """
     rows, added = visible_chunks * chunk_size, (visible_chunks - 1) * chunk_size if pieces.sources else 0
     if state is None:
-        state = _new(k, v, rows, pieces.count if pieces.is_packed else len(k))
+        state = _empty(k, v, rows, pieces.num_sequences if pieces.is_packed else len(k))
     grid, sequences = (chunk_size, visible_chunks), (cu_seqlens, lengths)
     begin, end = (added + column for column in pieces.tail or (0, k.shape[1] - added))
-    of_open = WorkingMemoryState(*(x[-1:] for x in state)) if pieces.is_packed else state
-    opens_here = pieces.open_begins_here() and len(of_open.mass) > 0
-    if not opens_here:
-        begin, end = 0, (k.shape[1] - added) // chunk_size * chunk_size  # the steps that the piece writes
+    open_state = WorkingMemoryState(*(x[-1:] for x in state)) if pieces.is_packed else state
+    is_new = pieces.open_sequence_is_new() and len(open_state.mass) > 0
+    if not is_new:
+        begin, end = 0, (k.shape[1] - added) // chunk_size * chunk_size  # the positions that the piece writes
     open_k, open_v = k[:, begin:end], v[:, begin:end]
-    masses = _sent(_mass_after(open_k, *grid, of_open) if opens_here else _mass_of(open_k), group)
-    mass = torch.cat([torch.full_like(masses[:1], NOTHING), masses[[*pieces.sources]]]).logsumexp(0)
+    masses = _gather(_mass_after(open_k, *grid, open_state) if is_new else _mass(open_k), group)
+    mass = torch.cat([torch.full_like(masses[:1], EMPTY_MASS), masses[[*pieces.sources]]]).logsumexp(0)
     if not pieces.sources:
         o, *after = read_write_and_keep(q, k, v, *grid, state, *sequences, True, inplace)
         memory = after[0][-1:].sum(0, keepdim=True) if pieces.is_packed else after[0]
-        ends = _sent(F.pad(memory, (0, k.shape[3])), group)
-        return o + (masses[:0].sum() + ends[:0].sum()), *after  # what is sent counts in the backward, as on all ranks
-    if opens_here:
-        _, memory, _ = read_and_write(open_k.detach(), open_k, open_v, *grid, of_open, None, None, True)
-        change = F.pad(memory, (0, k.shape[3]))
+        maps = _gather(F.pad(memory, (0, k.shape[3])), group)
+        return o + (masses[:0].sum() + maps[:0].sum()), *after  # all ranks take part in the backward of exchanges
+    if is_new:
+        _, memory, _ = read_and_write(open_k.detach(), open_k, open_v, *grid, open_state, None, None, True)
+        own_map = F.pad(memory, (0, k.shape[3]))
     else:
-        change = _change(open_k, open_v, chunk_size, mass, is_asked=pieces.after is not None)
-    ends = _sent(change, group)
-    memory = ends[:0].sum(0)[..., : v.shape[3]]
+        own_map = _affine_map(open_k, open_v, chunk_size, mass, is_needed=pieces.next_rank is not None)
+    maps = _gather(own_map, group)
+    memory = maps[:0].sum(0)[..., : v.shape[3]]
     for source in pieces.sources:
-        more, factor = ends[source].split([v.shape[3], k.shape[3]], -1)
-        memory = factor @ memory + more
-    begun = _new(k, v, rows, len(memory))
-    begun = begun._replace(memory=memory, mass=mass, k=begun.k + 2 * NOTHING, position=begun.position + rows)
+        b, a = maps[source].split([v.shape[3], k.shape[3]], -1)
+        memory = a @ memory + b
+    initial = _empty(k, v, rows, len(memory))
+    initial = initial._replace(memory=memory, mass=mass, k=initial.k + 2 * EMPTY_MASS, position=initial.position + rows)
     if pieces.is_packed:
-        begun = WorkingMemoryState(*(torch.cat([one, others[1:]]) for one, others in zip(begun, state)))
-    return read_write_and_keep(q, k, v, *grid, begun, *sequences, True, inplace)
+        initial = WorkingMemoryState(*(torch.cat([one, others[1:]]) for one, others in zip(initial, state)))
+    return read_write_and_keep(q, k, v, *grid, initial, *sequences, True, inplace)
 
 
-def _new(k: Tensor, v: Tensor, rows: int, sequences: int) -> WorkingMemoryState:
-    """The state of sequences that have not begun, for keys and values of so many rows."""
+def _empty(k: Tensor, v: Tensor, rows: int, sequences: int) -> WorkingMemoryState:
+    """Empty state of sequences, with room for `rows` keys and values."""
     (H, K), V = k.shape[2:], v.shape[3]
     memory = k.new_zeros(sequences, H, K, V, dtype=accumulation_dtype(k.dtype))
     keys, values = (k.new_zeros(sequences, rows, H, width) for width in (K, V))
@@ -82,37 +81,37 @@ def _new(k: Tensor, v: Tensor, rows: int, sequences: int) -> WorkingMemoryState:
     return WorkingMemoryState(memory, torch.zeros_like(memory[..., 0]), keys, position, values)
 
 
-def _mass_of(k: Tensor) -> Tensor:
-    """(R, H, K) of what keys (R, n, H, K) write."""
-    return F.pad(k.to(accumulation_dtype(k.dtype)), (0, 0, 0, 0, 1, 0), value=NOTHING).logsumexp(1)
+def _mass(k: Tensor) -> Tensor:
+    """Mass (R, H, K) that keys (R, n, H, K) write."""
+    return F.pad(k.to(accumulation_dtype(k.dtype)), (0, 0, 0, 0, 1, 0), value=EMPTY_MASS).logsumexp(1)
 
 
 def _mass_after(k: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState) -> Tensor:
-    """(R, H, K) after keys (R, n, H, K) that follow a state."""
+    """Mass (R, H, K) after keys (R, n, H, K) that follow a state."""
     rows, n, device = state.k.shape[1], k.shape[1], k.device
-    kept = kept_rows(state.position, chunk_size, visible_chunks)[:, None]
-    written = ((kept + n) // chunk_size - visible_chunks + 1) * chunk_size
-    cached = torch.arange(rows, device=device)
-    counts = torch.cat([(cached < kept) & (cached < written), kept + torch.arange(n, device=device) < written], 1)
-    is_begun = (state.position >= rows)[:, None, None]
-    logits = torch.cat([state.k, k], 1).masked_fill(~counts[..., None, None], 2 * NOTHING)
-    return torch.logaddexp(state.mass.where(is_begun, NOTHING), _mass_of(logits))
+    num_kept = kept_rows(state.position, chunk_size, visible_chunks)[:, None]
+    num_written = ((num_kept + n) // chunk_size - visible_chunks + 1) * chunk_size
+    cached, new = torch.arange(rows, device=device), num_kept + torch.arange(n, device=device)
+    is_written = torch.cat([(cached < num_kept) & (cached < num_written), new < num_written], 1)
+    has_memory = (state.position >= rows)[:, None, None]
+    logits = torch.cat([state.k, k], 1).masked_fill(~is_written[..., None, None], 2 * EMPTY_MASS)
+    return torch.logaddexp(state.mass.where(has_memory, EMPTY_MASS), _mass(logits))
 
 
-def _change(k: Tensor, v: Tensor, chunk_size: int, mass: Tensor, *, is_asked: bool) -> Tensor:
-    """(R, H, K, V + K), B and A, of writing complete chunks to a memory of this mass; zeros, if it is not asked for."""
+def _affine_map(k: Tensor, v: Tensor, chunk_size: int, mass: Tensor, *, is_needed: bool) -> Tensor:
+    """(B | A) (R, H, K, V + K) of complete chunks written to a memory of this mass; zeros if no rank needs it."""
     (R, H, K), V = mass.shape, v.shape[3]
-    if not is_asked:
+    if not is_needed:
         return mass.mul(0)[..., None].expand(R, H, K, V + K)
     v = F.pad(v, (0, K))
     identity = F.pad(torch.eye(K, dtype=mass.dtype, device=mass.device), (V, 0)).expand(R, H, K, V + K)
-    start = _new(k, v, chunk_size, R)
+    start = _empty(k, v, chunk_size, R)
     start = start._replace(memory=identity, mass=mass, position=start.position + chunk_size)
     return read_and_write(k.detach(), k, v, chunk_size, 1, start, None, None, True)[1]
 
 
-def _sent(value: Tensor, group: ProcessGroup) -> Tensor:
-    """(P, ...) of all ranks."""
+def _gather(value: Tensor, group: ProcessGroup) -> Tensor:
+    """The values of all ranks (P, ...)."""
     values, _, work = send_to_all(value, None, group)
     work.wait()
     return values

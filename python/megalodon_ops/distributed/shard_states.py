@@ -1,4 +1,4 @@
-"""States of whole sequences, equal on all ranks, and what a rank's piece needs and makes of them."""
+"""Conversion between the states of whole sequences, equal on all ranks, and those of a rank's piece."""
 
 from __future__ import annotations
 
@@ -16,51 +16,52 @@ from ..model.gecko_block import MemoryBlockState
 from ..model.model_state import MegalodonState, complete
 from ..ops.adaptive_working_memory.adaptive_working_memory import kept_rows
 from ..ops.common.states import AttentionState, TimestepNormState
-from .exchange import rows_of_all
+from .exchange import gather_rows
 from .pieces import Pieces
 
 Block = BlockState | MemoryBlockState
 
 
 def state_of_piece(whole: Block, pieces: Pieces) -> Block:
-    """The state of a block before the piece's sequences; that of one that began in a piece before is arbitrary.
+    """State of a block before the piece's sequences; arbitrary for a sequence that began in an earlier piece.
 
-    All fields are None where no sequence begins in the piece, or none of its fields is given.
+    All fields are None if no sequence begins in the piece or `whole` has none of them.
     """
-    if not pieces.begin_here() or whole.cema is None:
+    if not pieces.has_new_sequence() or whole.cema is None:
         return type(whole)(*(None,) * len(whole))
     if not pieces.is_packed:
         return whole
-    own = slice(pieces.first, pieces.first + pieces.count)
-    state = tree_map_only(Tensor, lambda tensor: tensor[own], whole)
+    sequences = slice(pieces.first_sequence, pieces.first_sequence + pieces.num_sequences)
+    state = tree_map_only(Tensor, lambda tensor: tensor[sequences], whole)
     k, v, position = state.attention
-    is_new = torch.arange(len(position), device=position.device) >= int(pieces.continues)
+    is_new = torch.arange(len(position), device=position.device) >= int(pieces.is_continuation)
     return state._replace(attention=AttentionState(k, v, position.where(is_new, 0)))  # a piece begins with a new chunk
 
 
 def whole_state(
     after: MegalodonState, before: MegalodonState | None, pieces: Pieces, config: MegalodonConfig, group: ProcessGroup
 ) -> MegalodonState:
-    """The state after the whole sequences, equal on all ranks: each sequence's comes from the rank with its last step.
+    """The state after the whole sequences, equal on all ranks; each sequence's is from the rank with its last position.
 
     Args:
         after: the state after the rank's piece.
-        before: the state before the whole sequences; None: they begin here. An empty sequence keeps it.
+        before: the state before the whole sequences; None: zero. An empty sequence keeps it.
 
-    Gradients of the result go to the rank that a state comes from. Keys and values are sent as far as states are filled.
+    Gradients of the result go to the rank that a state comes from. Only filled rows of keys and values are sent.
     """
     integers = partial(torch.tensor, dtype=torch.int64, device=after.norm.mean.device)
-    own_rows, local = integers([*pieces.end_here]), integers([s - pieces.first for s in pieces.end_here])
+    own_rows = integers([*pieces.ending_sequences])
+    local = own_rows - pieces.first_sequence
     other_rows = integers([s for s, (begin, end) in enumerate(pieces.spans) if begin == end])
     lengths = integers([end - begin for begin, end in pieces.spans])
 
-    def recurrent(
+    def whole_recurrent(
         norm: TimestepNormState, block: Block | None, old_norm: TimestepNormState | None, old_block: Block | None
     ) -> tuple[TimestepNormState, Block | None]:
-        """The whole state of a norm and, of a block, the fields that recur over positions, by one exchange."""
+        """The whole state of a norm and the recurrent fields of a block, by one exchange."""
         flat, groups = _flat(norm, block), norm.mean.shape[1]
         others = flat.new_zeros((len(lengths), flat.shape[1])) if old_norm is None else _flat(old_norm, old_block)
-        whole = rows_of_all(flat.index_select(0, local), own_rows, others, other_rows, group)
+        whole = gather_rows(flat.index_select(0, local), own_rows, others, other_rows, group)
         sizes = [groups, groups, 2 * groups, whole.shape[1] - 4 * groups]
         mean, var, residual, rest = torch.split_with_sizes_copy(whole, sizes, 1)  # no views: FSDP2 warns of them
         count = lengths if old_norm is None else old_norm.count + lengths
@@ -68,37 +69,37 @@ def whole_state(
         return state, None if block is None else with_recurrent(block, rest)
 
     @torch.no_grad()
-    def kept(new: Tensor, old: Tensor | None, filled: int) -> Tensor:
-        """Keys or values, as far as the fullest state is filled."""
+    def whole_cache(new: Tensor, old: Tensor | None, filled: int) -> Tensor:
+        """Keys or values of the whole sequences; `filled`: rows of the fullest state."""
         others = new.new_zeros((len(lengths), *new.shape[1:])) if old is None else old
-        sent = rows_of_all(new[local, :filled], own_rows, others[:, :filled], other_rows, group)
+        sent = gather_rows(new[local, :filled], own_rows, others[:, :filled], other_rows, group)
         return F.pad(sent, (0, 0, 0, 0, 0, config.kept_steps - filled))
 
     old = None if before is None else complete(before)
     layers = []
-    for layer, of_old in zip(after.layers, (None,) * len(after.layers) if old is None else old.layers):
-        norm, block = recurrent(layer.norm, layer, None if of_old is None else of_old.norm, of_old)
-        seen = lengths if of_old is None else of_old.attention.position + lengths
-        position = kept_rows(seen, config.chunk_size, config.visible_chunks)
+    for layer, old_layer in zip(after.layers, (None,) * len(after.layers) if old is None else old.layers):
+        norm, block = whole_recurrent(layer.norm, layer, None if old_layer is None else old_layer.norm, old_layer)
+        end_position = lengths if old_layer is None else old_layer.attention.position + lengths
+        position = kept_rows(end_position, config.chunk_size, config.visible_chunks)
         filled = int(position.max())
-        caches = zip(_caches(layer), [None] * 3 if of_old is None else _caches(of_old))
-        k, v, *memory_k = (kept(new, others, filled) for new, others in caches)
+        caches = zip(_caches(layer), [None] * 3 if old_layer is None else _caches(old_layer))
+        k, v, *memory_k = (whole_cache(new, others, filled) for new, others in caches)
         block = block._replace(norm=norm, attention=AttentionState(k, v, position))
         if memory_k:
             is_written = (norm.count >= config.kept_steps)[:, None, None]
             block = block._replace(memory_mass=block.memory_mass.where(is_written, 0), memory_k=memory_k[0])
         layers.append(block)
-    norm, _ = recurrent(after.norm, None, None if old is None else old.norm, None)
+    norm, _ = whole_recurrent(after.norm, None, None if old is None else old.norm, None)
     return tree_map(torch.clone, MegalodonState(tuple(layers), norm))  # FSDP2 warns of outputs that are views
 
 
 def flat_recurrent(block: Block) -> Tensor:
-    """(S, F): CEMA's state and, if there is one, the memory and its mass."""
+    """CEMA's state and, if there is one, the memory and its mass (S, F)."""
     return torch.cat([field.flatten(1) for field in _recurrent(block).values()], 1)
 
 
 def with_recurrent(block: Block, flat: Tensor) -> Block:
-    """The state of a block with what :func:`flat_recurrent` has put together of such a one."""
+    """The state of a block with its recurrent fields from `flat`, the inverse of :func:`flat_recurrent`."""
     fields = _recurrent(block)
     parts = torch.split_with_sizes_copy(flat, [field.shape[1:].numel() for field in fields.values()], 1)
     new = {name: part.unflatten(1, fields[name].shape[1:]) for name, part in zip(fields, parts)}
@@ -116,7 +117,7 @@ def _caches(block: Block) -> list[Tensor]:
 
 
 def _flat(norm: TimestepNormState, block: Block | None) -> Tensor:
-    """(S, F): mean, variance, of norms that have begun, their residuals and, of a block, :func:`flat_recurrent`."""
-    begun = (norm.count > 0)[:, None]
-    parts = [norm.mean.where(begun, 0), norm.var.where(begun, 0), norm.residual.detach().flatten(1)]
+    """Mean and variance (0 if the count is 0), their residuals, and a block's :func:`flat_recurrent` (S, F)."""
+    has_past = (norm.count > 0)[:, None]
+    parts = [norm.mean.where(has_past, 0), norm.var.where(has_past, 0), norm.residual.detach().flatten(1)]
     return torch.cat([*parts, *([] if block is None else [flat_recurrent(block)])], 1)

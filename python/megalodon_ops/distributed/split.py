@@ -1,4 +1,4 @@
-"""`split`: which part of a batch is this rank's."""
+"""`split`: this rank's part of a batch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def split(
     cu_seqlens: Tensor | None = None,
     position: int = 0,
 ) -> Tensor:
-    """This rank's rows of a batch, and its piece of their columns.
+    """Return this rank's rows of a batch, and its piece of their columns.
 
-    Rows are shared out over the mesh's dimension `data`, the columns over `chunk`, in contiguous pieces of about equal
-    length that end at chunk boundaries, but for the end of the row; other dimensions of a mesh do not count. A sequence
-    of fewer chunks than ranks leaves some ranks pieces without columns, which a model takes as well.
+    Rows are divided over the mesh's dimension `data`, columns over `chunk`, in contiguous pieces of about equal length
+    that end at chunk boundaries or at the row's end. Other dimensions of the mesh have no effect. If a sequence has
+    fewer chunks than there are ranks, some pieces have no columns, which a model accepts.
 
     Args:
         tokens: (B, L, ...), the whole batch, on every rank.
         mesh: with named dimensions.
         chunk_size: the model's.
         cu_seqlens: (S + 1,) offsets of sequences packed into one row, each with chunks of its own.
-        position: how much of its unfinished chunk every row has filled before, as in a state's `attention.position`.
+        position: number of tokens in the unfinished chunk of every row before, as in a state's `attention.position`.
 
     Returns:
         a view of `tokens`.
@@ -56,12 +56,12 @@ def split(
     if tokens.dim() < 2:
         raise ValueError(f"split: `tokens` must have shape (B, L, ...), got {tuple(tokens.shape)}.")
     position = check_integer("split", "position", position, "an integer in [0, chunk_size)", 0, chunk_size - 1)
-    rank, ranks = _place(mesh, "data")
-    if len(tokens) % ranks:
+    rank, size = _rank_and_size(mesh, "data")
+    if len(tokens) % size:
         raise ValueError(
-            f"split: `tokens` must have a number of rows that the {ranks} ranks of `data` divide, got {len(tokens)}."
+            f"split: `tokens` must have a number of rows that the {size} ranks of `data` divide, got {len(tokens)}."
         )
-    rows, length = len(tokens) // ranks, tokens.shape[1]
+    rows, length = len(tokens) // size, tokens.shape[1]
     offsets = [0, length]
     if cu_seqlens is not None:
         check_tensor("split", "cu_seqlens", cu_seqlens)
@@ -70,15 +70,15 @@ def split(
         if cu_seqlens.dim() != 1 or not ordered or not offsets or offsets[0] < 0 or offsets[-1] > length:
             raise ValueError(f"split: `cu_seqlens` must be ascending offsets in [0, {length}], got {offsets}.")
     tokens = tokens.narrow(0, rank * rows, rows)
-    rank, ranks = _place(mesh, "chunk")
-    begin, end = columns(rank, ranks, length, chunk_size, offsets, position)
+    rank, size = _rank_and_size(mesh, "chunk")
+    begin, end = columns(rank, size, length, chunk_size, offsets, position)
     return tokens.narrow(1, begin, end - begin)
 
 
 def columns(
     rank: int, ranks: int, length: int, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int] = 0
 ) -> tuple[int, int]:
-    """The columns [begin, end) of a rank's piece of sequences at `offsets`; `position` may be of each sequence."""
+    """Return the columns [begin, end) of a rank's piece of sequences at `offsets`; `position` may be one a sequence."""
     bounds = [0]
     for cut in range(1, ranks):
         bounds.append(max(_nearest_cut(cut * length / ranks, length, chunk_size, offsets, position), bounds[-1]))
@@ -89,7 +89,7 @@ def columns(
 def _nearest_cut(
     ideal: float, length: int, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int]
 ) -> int:
-    """The chunk boundary nearest to a place; between sequences, any place is one."""
+    """Return the chunk boundary nearest to a column; between sequences, every column is one."""
     s = bisect_right(offsets, ideal) - 1
     if s < 0 or s + 1 >= len(offsets):
         return round(ideal)
@@ -101,8 +101,8 @@ def _nearest_cut(
     return before if ideal - before <= after - ideal else after
 
 
-def _place(mesh: DeviceMesh, name: str) -> tuple[int, int]:
-    """This rank's number along a dimension of the mesh, and how many ranks there are."""
+def _rank_and_size(mesh: DeviceMesh, name: str) -> tuple[int, int]:
+    """This rank's number along a dimension of the mesh, and the number of ranks there."""
     if name not in mesh.mesh_dim_names:
         return 0, 1
     return mesh.get_local_rank(name), mesh.size(mesh.mesh_dim_names.index(name))

@@ -1,4 +1,4 @@
-"""How processes find each other, and how they end."""
+"""Start and end of the processes of a group."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .. import torchrun
 
 
 def start(device_type: str, timeout: timedelta | None = None) -> None:
-    """Starts the default process group from the environment that `torchrun` sets, or of this process alone without it.
+    """Start the default process group from the environment that `torchrun` sets, or else of this process only.
 
     Tensors on the CPU are exchanged by gloo, those on GPUs by NCCL; a process takes the GPU of its `LOCAL_RANK`.
 
-    A torchrun that starts its processes again may keep the store in which they find each other, and with it the
-    addresses of processes that are gone; so each start has names of its own in the store.
+    A restart by torchrun may keep the store, with the addresses of processes that have ended; so each start has a
+    prefix of its own in the store.
     """
     atexit.register(await_workers)
     backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -41,11 +41,12 @@ def start(device_type: str, timeout: timedelta | None = None) -> None:
     store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        sys.excepthook = functools.partial(_fail, sys.excepthook)  # that of init_process_group, which names the rank
+        # init_process_group has set a hook that names the rank.
+        sys.excepthook = functools.partial(_report_error, sys.excepthook)
 
 
-def _fail(show: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Shows an exception that ends a program of torchrun, and tells torchrun; that another process has ended in one line."""
+def _report_error(show: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print an exception that ends the process and report it to torchrun; one line if another process ended first."""
     follows = torchrun.is_of_another_process(error)
     line = f"{torchrun.FOLLOWS}: {torchrun.first_line(error)}" if follows else f"{kind.__name__}: {error}"
     if follows and re.search("(?i)connection (closed|reset)|broken pipe", line):
@@ -56,20 +57,20 @@ def _fail(show: Callable[..., Any], kind: type[BaseException], error: BaseExcept
 
 
 def await_workers(timeout: float = 10.0) -> None:
-    """Waits, on Linux, until gloo's threads have nothing to do, before the interpreter ends.
+    """Wait, on Linux, until gloo's threads are idle, before the interpreter ends.
 
-    A thread of gloo that lets go of a tensor while the interpreter ends aborts the process (torch 2.13, also after
-    `destroy_process_group`). Where the machine is busy, a run that has ended well would then look like one that failed.
+    A gloo thread that releases a tensor while the interpreter ends aborts the process (torch 2.13, even after
+    `destroy_process_group`), so on a busy machine a successful run could look like a failed one.
     """
     end, idle = time.monotonic() + timeout, 0
     while idle < 3 and time.monotonic() < end:
-        time.sleep(0.002)  # lets go of the interpreter's lock, which the threads need
+        time.sleep(0.002)  # releases the GIL, which the threads need
         states = [_state(file) for file in Path("/proc/self/task").glob("*/stat")]
         idle = 0 if "pt_gloo_runloop R" in states else idle + 1
 
 
 def _state(file: Path) -> str:
-    """Name and state of a thread; R, where it runs or waits for a processor."""
+    """Name and state of a thread; R if it runs or waits for a processor."""
     try:
         name, state = file.read_text().split("(", 1)[1].rsplit(")", 1)
     except OSError:  # the thread has ended

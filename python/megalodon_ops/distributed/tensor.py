@@ -1,29 +1,29 @@
 """Tensor parallel: every rank of a group computes its own channels, norm groups, heads, values and hidden units.
 
-The residual stream is split by channels. With n ranks, D channels and T tokens, a block exchanges
+The residual stream is split by channels. With n ranks, D channels and T tokens, a block computes and exchanges
 
     t = timestep_norm(x)          own groups
-    v = silu(wv t)                t is gathered over channels; own values
+    v = silu(wv t)                all-gather of t; own values
     c = cema(t)                   own channels
-    m = rms_norm(c)               c is gathered; every rank computes all of m
+    m = rms_norm(c)               all-gather of c; every rank computes all of m
     z, r, wh1 m                   own heads, values, channels
-    y = x + wh1 m + wh2(a r)      the sum over ranks of wh2's products is scattered; own channels
-    n = layer_norm(y)             y is gathered; every rank computes all of n
-    x + fc2(silu(fc1 n) ..)       own hidden units; the sum is scattered; own channels
+    y = x + wh1 m + wh2(a r)      reduce-scatter of wh2's products; own channels
+    n = layer_norm(y)             all-gather of y; every rank computes all of n
+    x + fc2(silu(fc1 n) ..)       own hidden units; reduce-scatter of fc2's products; own channels
 
 so three all-gathers and two reduce-scatters of T D numbers, and in the backward the opposite of each. The inputs of a
-norm over all channels are gathered, as its output would have to be; the kernels of norms stay as they are.
+norm over all channels are gathered, so its kernel needs no change.
 
-Parameters are DTensors on the mesh's dimension `tensor`, for FSDP2, the optimizer and checkpoints. Each module that has
-some gets `OwnPart` (tensor_layers.py) as a base, whose forward puts plain tensors, the rank's own parts, in the place
-of the parameters, and gathers the module's input or sums its output where this is said below. That is all the kernels
-need: the forward of a block stays as it is written for one process. All exchanges are DTensor's redistributions.
+Parameters are DTensors on the mesh's dimension `tensor`, for FSDP2, the optimizer and checkpoints. Each module with
+parameters gets `SplitLayer` (tensor_layers.py) as a base. Its forward replaces the parameters by plain tensors, the
+rank's own parts, and, as set below, gathers the module's input or sums its output; so the forward of a block is the one
+for one process. All exchanges are DTensor's redistributions.
 
-The embedding and the output matrix are split by channels, too, so that they can be one. For logits and losses the
-output matrix and the last hidden states are gathered, and each rank computes 1/n of the tokens, so every loss is exact.
+The embedding and the output matrix are split by channels, so they can be tied. For logits and losses the output matrix
+and the last hidden states are gathered, and each rank computes 1/n of the tokens, so every loss is exact.
 
-Where the ranks are more than the heads, some ranks share a head: each computes the head's queries and keys, and its own
-part of the head's values.
+If there are more ranks than heads, some ranks share a head: each computes the head's queries and keys, and its own part
+of the head's values.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from ..model.gecko_block import GeckoAttention
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.states import AttentionState, TimestepNormState
-from .tensor_layers import OwnComplexEMA, OwnOutput, OwnPart, exchanged
+from .tensor_layers import SplitComplexEMA, SplitLayer, SplitOutput, redistribute
 
 
-def _is_heard(record: logging.LogRecord) -> bool:
+def _is_logged(record: logging.LogRecord) -> bool:
     return "sequential %s operations will be performed" not in str(record.msg)
 
 
-logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_is_heard)
-"""Says on every rank that FSDP2's and DTensor's own exchanges of norms and of whole tensors could be one, not two"""
+logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_is_logged)
+"""Filters torch's advice, on every rank, to merge two exchanges of FSDP2's and DTensor's own into one"""
 
 
 def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
-    """Splits every parameter of a model over the ranks of a mesh of one dimension, in place.
+    """Split every parameter of a model over the ranks of a mesh of one dimension, in place.
 
     Args:
         model: equal on all ranks, with plain parameters.
@@ -65,30 +65,30 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
     config, ranks = model.config, mesh.size()
     whole_heads, first_head = config.num_heads % ranks == 0, mesh.get_local_rank() * config.num_heads // ranks
     heads, key_dim = max(config.num_heads // ranks, 1), config.z_dim // config.num_heads
-    part = None if whole_heads else (first_head * key_dim, key_dim)  # of what ranks share that share a head
-    own = replace(config, num_heads=heads, z_dim=heads * key_dim, value_dim=config.value_dim // ranks)
+    part = None if whole_heads else (first_head * key_dim, key_dim)  # the channels of z in a shared head
+    own_config = replace(config, num_heads=heads, z_dim=heads * key_dim, value_dim=config.value_dim // ranks)
     split = partial(_split, mesh=mesh)
     for layer in model.layers:
         mega, nffn = layer.mega, layer.nffn
         split(mega, 1 if whole_heads else None, part=part and (1, *part))
         split(mega.timenorm, 0)
-        split(mega.cema, 0, OwnComplexEMA)
-        split(mega.rmsnorm, None, gathers=True)
-        split(mega.wv, 0, gathers=True)
+        split(mega.cema, 0, SplitComplexEMA)
+        split(mega.rmsnorm, None, gather_input=True)
+        split(mega.wv, 0, gather_input=True)
         split(mega.wz, 0 if whole_heads else None, part=part and (0, *part))
         split(mega.wr, 0)
         split(mega.wh1, 0)
-        split(mega.wh2, 1, sums=True)
+        split(mega.wh2, 1, sum_output=True)
         split(nffn, 0)
-        split(nffn.norm, None, gathers=True)
+        split(nffn.norm, None, gather_input=True)
         split(nffn.fc1, 0)
-        split(nffn.fc2, 1, sums=True)
+        split(nffn.fc2, 1, sum_output=True)
         if config.swiglu:
             split(nffn.fc3, 0)
-        mega.config = own
+        mega.config = own_config
         mega.timenorm.num_groups //= ranks
     split(model.embed, 1)
-    split(model.output.output, 1, OwnOutput)
+    split(model.output.output, 1, SplitOutput)
     split(model.output.final_norm, 0)
     model.output.final_norm.num_groups //= ranks
     model.tie_weights()
@@ -97,22 +97,23 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
 def _split(
     module: nn.Module,
     dim: int | None,
-    made: type[OwnPart] | None = None,
+    new_class: type[SplitLayer] | None = None,
     *,
     mesh: DeviceMesh,
-    gathers: bool = False,
-    sums: bool = False,
+    gather_input: bool = False,
+    sum_output: bool = False,
     part: tuple[int, int, int] | None = None,
 ) -> None:
-    """Makes a module an :class:`OwnPart`, and its parameters DTensors that are split along `dim`, or not at all.
+    """Make a module a :class:`SplitLayer`, and its parameters DTensors, split along `dim` or replicated.
 
     Args:
-        made: the class that the module gets; None: its own with the base.
-        gathers, sums, part: as of :class:`OwnPart`.
+        new_class: class of the module; None: its own with :class:`SplitLayer` in front.
+        gather_input, sum_output, part: fields of :class:`SplitLayer`.
     """
-    of_class = type(module)
-    module.__class__ = made or type(f"Own{of_class.__name__}", (OwnPart, of_class), {})
-    module.mesh, module.gathers, module.sums, module.part = mesh, gathers, sums, part
+    old_class = type(module)
+    # A new module in its place would lose the hooks, the mode and the references of the given one.
+    module.__class__ = new_class or type(f"Split{old_class.__name__}", (SplitLayer, old_class), {})
+    module.mesh, module.gather_input, module.sum_output, module.part = mesh, gather_input, sum_output, part
     for name, parameter in [*module.named_parameters(recurse=False)]:
         own = parameter.detach()
         if dim is not None:
@@ -136,51 +137,51 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
             f"{caller}: `mesh` must have a size of tensor that divides num_heads = {config.num_heads} or that it "
             f"divides, got {ranks}."
         )
-    for field in ("dropout", "hidden_dropout", "attention_dropout"):  # whose masks ranks would have to agree on
+    for field in ("dropout", "hidden_dropout", "attention_dropout"):  # ranks would need the same masks
         if getattr(config, field):
             raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model with {field}, got {ranks}.")
 
 
 def split_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
-    """What this rank's layers take of a whole state."""
+    """This rank's part of a whole state."""
 
-    def own(tensor: Tensor, dim: int) -> Tensor:
-        return exchanged(tensor, mesh, Replicate(), Shard(dim))
+    def split_tensor(tensor: Tensor, dim: int) -> Tensor:
+        return redistribute(tensor, mesh, Replicate(), Shard(dim))
 
-    def of_attention(whole: AttentionState) -> AttentionState:
+    def split_attention(whole: AttentionState) -> AttentionState:
         count = max(heads // mesh.size(), 1)
         k = whole.k.narrow(2, mesh.get_local_rank() * heads // mesh.size(), count)
-        return AttentionState(k, own(whole.v.flatten(2), 2).unflatten(2, (count, -1)), whole.position)
+        return AttentionState(k, split_tensor(whole.v.flatten(2), 2).unflatten(2, (count, -1)), whole.position)
 
-    return _parts(state, own, of_attention)
+    return _map_state(state, split_tensor, split_attention)
 
 
-def joined_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
-    """The whole state of what the ranks' layers have returned."""
+def gather_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
+    """The whole state, from the parts of the ranks."""
 
-    def whole(tensor: Tensor, dim: int) -> Tensor:
-        return exchanged(tensor, mesh, Shard(dim), Replicate())
+    def gather_tensor(tensor: Tensor, dim: int) -> Tensor:
+        return redistribute(tensor, mesh, Shard(dim), Replicate())
 
-    def of_attention(own: AttentionState) -> AttentionState:
-        k, v = whole(own.k, 2), whole(own.v.flatten(2), 2).unflatten(2, (heads, -1))
+    def gather_attention(own: AttentionState) -> AttentionState:
+        k, v = gather_tensor(own.k, 2), gather_tensor(own.v.flatten(2), 2).unflatten(2, (heads, -1))
         return AttentionState(k[:, :, :: max(mesh.size() // heads, 1)], v, own.position)
 
-    return tree_map(torch.clone, _parts(state, whole, of_attention))
+    return tree_map(torch.clone, _map_state(state, gather_tensor, gather_attention))
 
 
-def _parts(
+def _map_state(
     state: MegalodonState,
-    part: Callable[[Tensor, int], Tensor],
-    of_attention: Callable[[AttentionState], AttentionState],
+    map_tensor: Callable[[Tensor, int], Tensor],
+    map_attention: Callable[[AttentionState], AttentionState],
 ) -> MegalodonState:
-    """A state whose tensors are exchanged: `part` takes a tensor and its dimension of channels or groups."""
+    """Apply functions to a state's tensors; `map_tensor` takes a tensor and its dimension of channels or groups."""
 
-    def of_norm(norm: TimestepNormState) -> TimestepNormState:
-        residual = None if norm.residual is None else part(norm.residual, 2)
-        return TimestepNormState(norm.count, part(norm.mean, 1), part(norm.var, 1), residual)
+    def map_norm(norm: TimestepNormState) -> TimestepNormState:
+        residual = None if norm.residual is None else map_tensor(norm.residual, 2)
+        return TimestepNormState(norm.count, map_tensor(norm.mean, 1), map_tensor(norm.var, 1), residual)
 
-    def of_block(block: BlockState) -> BlockState:
-        cema = torch.view_as_complex(part(torch.view_as_real(block.cema), 1))
-        return BlockState(of_norm(block.norm), cema, of_attention(block.attention))
+    def map_block(block: BlockState) -> BlockState:
+        cema = torch.view_as_complex(map_tensor(torch.view_as_real(block.cema), 1))
+        return BlockState(map_norm(block.norm), cema, map_attention(block.attention))
 
-    return MegalodonState(tuple(map(of_block, state.layers)), of_norm(state.norm))
+    return MegalodonState(tuple(map(map_block, state.layers)), map_norm(state.norm))
