@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chunk_parallel import Work, compare, worst
+from chunk_parallel import Work, compare, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ CASES = {
     ),
     "ranks without columns": Work((0, 16, 0, 3), rows=2),
     "the last rank without columns": Work((24, 0), rows=2),
-    "the last rank alone": Work((0, 0, 5), rows=2),
+    "only the last rank has columns": Work((0, 0, 5), rows=2),
     **{
         f"{form}, {case}": Work(config={**FORMS[form], **recomputed}, **batch)
         for form in FORMS
@@ -58,23 +58,23 @@ CASES = {
 }
 
 
-# Another case of the default tier has what is in these, or is near.
+# Nearly covered by other cases of the default tier.
 SLOW = ("dense, one head", "packed with a state", "the last rank without columns")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
 def test_equals_one_process(ranks, case):
-    error, where = worst(ranks.run(compare, len(CASES[case].pieces), CASES[case]))
+    error, where = worst_error(ranks.run(compare, len(CASES[case].pieces), CASES[case]))
     assert error < EXACT, where
 
 
 def test_equals_one_process_in_float32(ranks):
-    error, where = worst(ranks.run(compare, 3, replace(CASES["packed with a state"], dtype=torch.float32)))
+    error, where = worst_error(ranks.run(compare, 3, replace(CASES["packed with a state"], dtype=torch.float32)))
     assert error < FLOAT32, where
 
 
 def test_16_bit_parameters_differ_by_their_rounding_alone(ranks):
-    error, where = worst(ranks.run(compare, 2, Work((16, 13), rows=2, dtype=torch.bfloat16)))
+    error, where = worst_error(ranks.run(compare, 2, Work((16, 13), rows=2, dtype=torch.bfloat16)))
     assert error < 0.1, where  # two roundings of bfloat16 are 0.008
 
 
@@ -91,7 +91,7 @@ def test_equals_one_process_at_random_cuts(ranks, data):
     options = {}
     if kind == "padded":
         options["lengths"] = tuple(data.draw(st.lists(st.integers(0, total), min_size=rows, max_size=rows)))
-    if kind == "packed":  # sequences of whole chunks and, after the last cut, any
+    if kind == "packed":  # sequences of whole chunks; arbitrary ones after the last cut
         grid = [C * n for n in range(cuts[-1] + 1)]
         offsets = data.draw(st.lists(st.sampled_from([*grid, *range(bounds[-2], total + 1)]), min_size=2, max_size=5))
         rows, options["cu_seqlens"] = 1, tuple(sorted(offsets))
@@ -101,5 +101,5 @@ def test_equals_one_process_at_random_cuts(ranks, data):
         work = replace(work, past=tuple(data.draw(past) for _ in range(work.sequences)))
     config = data.draw(st.sampled_from([{}, *FORMS.values()])) | dict(layerwise_ckpt=data.draw(st.booleans()))
     work = replace(work, config=config, grad=data.draw(st.booleans()))
-    error, where = worst(ranks.run(compare, count, work))
+    error, where = worst_error(ranks.run(compare, count, work))
     assert error < EXACT, where

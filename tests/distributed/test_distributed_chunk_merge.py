@@ -1,4 +1,4 @@
-"""The algebra of chunk parallel, in one process: pieces run from zero and merged are a sequence that runs as a whole."""
+"""The algebra of chunk parallel, in one process: the merged end states of pieces are that of the whole sequence."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def coefficients(dtype: torch.dtype, gen: torch.Generator):
 
 
 @given(LENGTHS, st.booleans(), st.integers(0, 1000))
-def test_cema_of_merged_pieces(lengths, begun, seed):
+def test_cema_of_merged_pieces(lengths, has_past, seed):
     gen = torch.Generator().manual_seed(seed)
     p, q = (tensor.requires_grad_() for tensor in coefficients(torch.float64, gen))
     x = torch.randn(2, sum(lengths), D, generator=gen, dtype=torch.float64, requires_grad=True)
-    start = torch.randn(2, D, N, generator=gen, dtype=torch.complex128).requires_grad_() if begun else None
+    start = torch.randn(2, D, N, generator=gen, dtype=torch.complex128).requires_grad_() if has_past else None
     options = dict(gamma=torch.zeros_like(q), omega=torch.zeros(D, dtype=torch.float64), return_state=True)
     _, whole = mo.cema(x, p, q, state=start, **options)
     ends = torch.stack([mo.cema(piece, p, q, **options)[1] for piece in x.split(lengths, 1)])
     merged = merged_cema(q, ends, range(len(lengths)), lengths, start)
-    leaves = [x, p, q, *([start] if begun else [])]
+    leaves = [x, p, q, *([start] if has_past else [])]
     weights = torch.randn(2, D, N, generator=gen, dtype=torch.complex128)
     grads = [torch.autograd.grad((h * weights).abs().square().sum(), leaves) for h in (merged, whole)]
     for a, b in zip((merged, *grads[0]), (whole, *grads[1]), strict=True):
@@ -44,22 +44,22 @@ def test_cema_of_merged_pieces(lengths, begun, seed):
 
 
 @given(LENGTHS, st.booleans(), st.sampled_from([0.0, 1e6]), st.integers(0, 1000))
-def test_norm_of_merged_pieces(lengths, begun, offset, seed):
+def test_norm_of_merged_pieces(lengths, has_past, offset, seed):
     gen = torch.Generator().manual_seed(seed)
     x = (offset + torch.randn(2, sum(lengths), D, generator=gen, dtype=torch.float64)).requires_grad_()
     affine = dict(weight=torch.zeros(D, dtype=torch.float64), bias=torch.zeros(D, dtype=torch.float64), num_groups=G)
     start = None
-    if begun:
+    if has_past:
         mean, var = torch.randn(2, 2, G, generator=gen, dtype=torch.float64)
         start = mo.TimestepNormState(torch.tensor([0, 5]), mean.requires_grad_(), var.abs().requires_grad_())
     _, whole = mo.timestep_norm(x, **affine, state=start, return_state=True)
     ends = [mo.timestep_norm(piece, **affine, return_state=True)[1] for piece in x.split(lengths, 1)]
-    given_state = dict(start=norm_in_float64(start), count=start.count) if begun else {}
+    given_state = dict(start=norm_in_float64(start), count=start.count) if has_past else {}
     merged = merged_norm(
         torch.stack([norm_in_float64(end) for end in ends]), range(len(lengths)), lengths, dtype=x.dtype, **given_state
     )
     assert torch.equal(merged.count, whole.count)
-    leaves = [x, *([start.mean, start.var] if begun else [])]
+    leaves = [x, *([start.mean, start.var] if has_past else [])]
     weights = torch.randn(2, 2, G, generator=gen, dtype=torch.float64)
     grads = [
         torch.autograd.grad((weights[0] * state.mean + weights[1] * state.var).sum(), leaves, allow_unused=True)
@@ -69,15 +69,15 @@ def test_norm_of_merged_pieces(lengths, begun, offset, seed):
         assert (a - b).abs().max() <= 1e-10 * (1 + b.abs().max() + offset * 1e-3)
 
 
-def test_200_000_steps_are_exact():
+def test_200_000_positions_are_exact():
     gen = torch.Generator().manual_seed(0)
     p, q = coefficients(torch.float32, gen)
-    steps = 200_000
+    length = 200_000
     merged = merged_cema(
-        q, torch.zeros(2, 1, D, N, dtype=torch.complex64), [0, 1], [steps, 7], torch.ones(1, D, N) + 0j
+        q, torch.zeros(2, 1, D, N, dtype=torch.complex64), [0, 1], [length, 7], torch.ones(1, D, N) + 0j
     )
     for value, pole in zip(merged.flatten().tolist(), q.flatten().tolist()):
-        exact = math.exp((steps + 7) * math.log(abs(pole)))  # |q^n| by logarithms of float64
+        exact = math.exp((length + 7) * math.log(abs(pole)))  # |q^n| by logarithms of float64
         assert abs(value) == pytest.approx(exact, rel=1e-6, abs=1e-40)
 
 
@@ -100,7 +100,7 @@ def test_no_piece_before_stays_in_the_graph():
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.data())
 def test_sources_of_a_packed_row(chunks, data):
-    """Each rank's sources hold, together with its own steps, the open sequence from its beginning on."""
+    """Each rank's sources and its own piece together have all positions of the open sequence."""
     chunk_size = 4
     lengths = [chunk_size * n for n in chunks]
     total = sum(lengths)

@@ -22,7 +22,7 @@ ROWS, LENGTH, C = 4, 37, TINY["chunk_size"]
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows have ever fewer targets that count."""
+    """Tokens and targets; each row has fewer targets that count than the one before."""
     tokens, targets = tokens_of(2 * ROWS, LENGTH).split(ROWS)
     generator = torch.Generator().manual_seed(2)
     return tokens, targets.masked_fill(
@@ -31,7 +31,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trained(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[float], dict[str, list]]:
-    """Losses of two steps in float64, the state passed on, and the parameters after them."""
+    """Losses of two optimizer steps in float64, with the state carried, and the parameters after them."""
     model = tiny_model(torch.float64, **config)
     (tokens, targets), state = batch(), None
     if sizes is not None:
@@ -73,7 +73,7 @@ def test_trains_as_one_process(ranks, sizes, data, config):
 
 
 def generated() -> tuple[list, float]:
-    """Tokens of this rank's prompts, and the bits of a byte of some documents, which every rank computes."""
+    """Tokens of this rank's prompts, and the nats of a document, which every rank computes."""
     mesh = make_mesh("data=2,chunk=2", device_type="cpu")
     model = parallelize(tiny_model(torch.float64).eval(), mesh)
     first = mesh.get_local_rank("data") * ROWS // 2
@@ -96,7 +96,7 @@ def splits() -> tuple[list, list[str]]:
     row, pair = torch.arange(40).view(1, 40), torch.arange(80).view(2, 40)
     parts = [split(pair, mesh, chunk_size=C), split(pair.t()[None].repeat(2, 1, 1), mesh, chunk_size=C)[0, :, 0]]
     packed = split(pair, mesh, chunk_size=C, cu_seqlens=torch.tensor([0, 13, 40]))
-    resumed = split(pair, mesh, chunk_size=C, position=3)
+    shifted = split(pair, mesh, chunk_size=C, position=3)
     calls = [
         lambda: split(row, mesh, chunk_size=C),
         lambda: split(pair, "data=2", chunk_size=C),
@@ -113,29 +113,29 @@ def splits() -> tuple[list, list[str]]:
             errors.append(f"no error: {call()}")
         except (TypeError, ValueError) as error:
             errors.append(str(error))
-    return [part.tolist() for part in (*parts, packed, resumed)], errors
+    return [part.tolist() for part in (*parts, packed, shifted)], errors
 
 
 def test_split(ranks):
     results = ranks.run(splits, 4)
-    for rank, ((piece, transposed, packed, resumed), errors) in enumerate(results):
+    for rank, ((piece, transposed, packed, shifted), errors) in enumerate(results):
         first, columns = rank // 2 * 40, (range(16), range(16, 40))[rank % 2]
         assert piece == [[first + column for column in columns]]
         assert transposed == [*columns]
         assert packed == [[first + column for column in (range(21), range(21, 40))[rank % 2]]]
-        assert resumed == [[first + column for column in (range(21), range(21, 40))[rank % 2]]]
+        assert shifted == [[first + column for column in (range(21), range(21, 40))[rank % 2]]]
         assert len(errors) == 8 and all(re.match(r"split: `\w+` must .*, got .*\.$", error) for error in errors), errors
 
 
-def streams_split_layers() -> float:
-    """The largest difference of losses and states of a text in two calls, on layers and pieces that are split."""
+def stream_through_split_layers() -> float:
+    """Largest difference of losses and states of a text in two calls, with sequence and layers split."""
     mesh = make_mesh("chunk=2,tensor=2", device_type="cpu")
-    model, alone = parallelize(tiny_model(), mesh, data="replicate"), tiny_model()
+    model, unsharded = parallelize(tiny_model(), mesh, data="replicate"), tiny_model()
     tokens, state, whole, errors = tokens_of(2, LENGTH), None, None, []
     for part in (tokens[:, : 2 * C], tokens[:, 2 * C :]):
         piece = split(part, mesh, chunk_size=C)
         loss, state = model.loss(piece, piece, state=state, return_state=True)
-        wanted, whole = alone.loss(part, part, state=whole, return_state=True)
+        wanted, whole = unsharded.loss(part, part, state=whole, return_state=True)
         pairs = [(loss, wanted), (state.layers[1].cema, whole.layers[1].cema), (state.norm.var, whole.norm.var)]
         errors += [(a - b).abs().max().item() for a, b in pairs]
         state, whole = state.detach(), whole.detach()
@@ -143,18 +143,18 @@ def streams_split_layers() -> float:
 
 
 def test_streams_through_layers_that_are_split_too(ranks):
-    assert max(ranks.run(streams_split_layers, 4)) < 1e-10
+    assert max(ranks.run(stream_through_split_layers, 4)) < 1e-10
 
 
 def with_ddp() -> float:
-    """The largest difference of a gradient, averaged by DDP over both pieces, from that of one process."""
-    alone, model = tiny_model(), cut_over_all_ranks(tiny_model())
+    """Largest difference between a gradient that DDP averages over both pieces and that of one process."""
+    unsharded, model = tiny_model(), cut_over_all_ranks(tiny_model())
     tokens, targets = batch()
     piece = slice(0, 2 * C) if dist.get_rank() == 0 else slice(2 * C, None)
     training = DistributedDataParallel(model)
     training(tokens[:, piece], targets[:, piece]).backward()
-    alone.loss(tokens, targets).backward()
-    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    unsharded.loss(tokens, targets).backward()
+    pairs = zip(model.parameters(), unsharded.parameters(), strict=True)
     return max((a.grad - b.grad).abs().max().item() for a, b in pairs)
 
 
@@ -162,18 +162,18 @@ def test_with_ddp(ranks):
     assert max(ranks.run(with_ddp, 2)) < 1e-10
 
 
-class Own(mo.Megalodon):
-    """A class whose forward could be another one."""
+class Subclass(mo.Megalodon):
+    """A class whose forward could differ."""
 
 
-def subclass() -> str:
+def subclass_error() -> str:
     with pytest.raises(TypeError) as caught:
-        parallelize(Own(tiny_model().config), make_mesh("chunk=2", device_type="cpu"))
+        parallelize(Subclass(tiny_model().config), make_mesh("chunk=2", device_type="cpu"))
     return str(caught.value)
 
 
 def test_a_subclass_is_refused(ranks):
-    for message in ranks.run(subclass, 2):
+    for message in ranks.run(subclass_error, 2):
         assert message.startswith(
             "parallelize: `model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got "
         )

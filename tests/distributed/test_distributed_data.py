@@ -1,4 +1,4 @@
-"""Data parallel: any number of processes trains as one process does, on the whole batch."""
+"""Data parallel: several processes train as one process does on the whole batch."""
 
 import copy
 import warnings
@@ -111,7 +111,7 @@ def test_accumulated_gradients_are_exchanged_once(ranks, data):
     assert_same_training(results[0], wanted)
 
 
-def bfloat16_steps(data, overrides):
+def train_in_bfloat16(data, overrides):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = parallelize(
@@ -131,39 +131,39 @@ def test_matrices_compute_in_bfloat16_and_wide_parameters_do_not(ranks, data, ov
     model = tiny_model(torch.float32, **overrides)
     short = copy.deepcopy(model).to(torch.bfloat16).loss(*batch_of(0)).item()
     losses, norms, parameters = train(model, STEPS)
-    for found, dtypes, cema, keys in ranks.run(bfloat16_steps, 2, data, overrides):
+    for found, dtypes, cema, keys in ranks.run(train_in_bfloat16, 2, data, overrides):
         assert found[0][0] == pytest.approx(short, rel=1e-5) and found[0][0] != pytest.approx(losses[0], rel=1e-7)
         assert found[0] == pytest.approx(losses, rel=1e-2) and found[1] == pytest.approx(norms, rel=5e-2)
         assert (dtypes, cema, keys) == ({torch.float32}, torch.complex64, torch.bfloat16)
-        for name, parameter in parameters.items():  # Adam's steps have the length of the rate, whatever the gradient is
+        for name, parameter in parameters.items():  # Adam's updates are as large as the rate, whatever the gradient
             torch.testing.assert_close(found[2][name], parameter, rtol=1e-2, atol=STEPS * 1e-3)
 
 
-def trained_on_meta(overrides):
+def initialise_on_meta(overrides):
     torch.manual_seed(7 if dist.get_rank() == 0 else 8)
     before = torch.get_rng_state()
     with torch.device("meta"):
         model = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides}))
     model = parallelize(model, mesh_of_all(), param_dtype=torch.bfloat16)
-    begun = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    initial = {name: whole(parameter) for name, parameter in model.named_parameters()}
     assert torch.equal(torch.get_rng_state(), before)
-    held, all_of_them = (sum(f(p) for p in model.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
-    assert held == pytest.approx(all_of_them / 2, rel=0.02)
+    local, total = (sum(f(p) for p in model.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
+    assert local == pytest.approx(total / 2, rel=0.02)
     model.loss(*batch_of(0)).backward()
-    return begun
+    return initial
 
 
 @pytest.mark.parametrize("overrides", [{}, pytest.param(WITH_ALL, marks=SLOW)], ids=["plain", "all"])
-def test_a_model_on_meta_begins_as_one_process_begins(ranks, overrides):
+def test_a_model_on_meta_has_the_initial_values_of_one_process(ranks, overrides):
     torch.manual_seed(7)
     wanted = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides}))
-    for begun in ranks.run(trained_on_meta, 2, overrides):
-        assert begun.keys() == dict(wanted.named_parameters()).keys()
+    for initial in ranks.run(initialise_on_meta, 2, overrides):
+        assert initial.keys() == dict(wanted.named_parameters()).keys()
         for name, parameter in wanted.named_parameters():
-            assert torch.equal(begun[name], parameter), name
+            assert torch.equal(initial[name], parameter), name
 
 
-def every_linear_layer_alone():
+def shard_every_linear_layer():
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -187,7 +187,7 @@ def with_ddp():
     return loss.item() / 2, {name: parameter.grad for name, parameter in model.module.named_parameters()}
 
 
-@pytest.mark.parametrize("function", [every_linear_layer_alone, with_ddp])
+@pytest.mark.parametrize("function", [shard_every_linear_layer, with_ddp])
 def test_torchs_own_wrappers_train_the_loss(ranks, function):
     model = tiny_model(torch.float64)
     wanted = model.loss(tokens_of(4, 9), tokens_of(4, 10)[:, 1:])
@@ -204,21 +204,17 @@ def over_a_mesh(sizes, overrides):
     pieces = [split(tensor, mesh, chunk_size=TINY["chunk_size"]) for tensor in batch_of(1)]
     loss = model.loss(*pieces)
     loss.backward()
-    alone = evaluation_loss(model)
-    return loss.item(), {name: whole(parameter.grad) for name, parameter in model.named_parameters()}, alone
-
-
-def evaluation_loss(model):
     with torch.no_grad():
-        return model.alone().loss(*batch_of(1)).item()
+        unsharded_loss = model.alone().loss(*batch_of(1)).item()
+    return loss.item(), {name: whole(parameter.grad) for name, parameter in model.named_parameters()}, unsharded_loss
 
 
 @pytest.mark.parametrize("sizes", ["chunk=2", pytest.param("data=2,chunk=2", marks=SLOW)])
-def test_sequences_that_are_split_too_have_the_gradients_of_one_process(ranks, sizes):
+def test_split_sequences_have_the_gradients_of_one_process(ranks, sizes):
     model = tiny_model(torch.float64, **WITH_ALL)
     wanted = model.loss(*batch_of(1))
     wanted.backward()
-    for loss, gradients, alone in ranks.run(over_a_mesh, 2 if sizes == "chunk=2" else 4, sizes, WITH_ALL):
-        assert loss == pytest.approx(wanted.item(), rel=1e-12) and alone == pytest.approx(wanted.item(), rel=1e-12)
+    for loss, gradients, unsharded_loss in ranks.run(over_a_mesh, 2 if sizes == "chunk=2" else 4, sizes, WITH_ALL):
+        assert [loss, unsharded_loss] == pytest.approx([wanted.item()] * 2, rel=1e-12)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11)

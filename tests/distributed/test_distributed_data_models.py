@@ -1,4 +1,4 @@
-"""What else a model does whose parameters are sharded: it generates, is saved and loaded, and refuses what cannot be."""
+"""A model with sharded parameters: generation, saving, loading, errors."""
 
 import datetime
 import os
@@ -25,15 +25,14 @@ PROMPT = tokens_of(4, 13)
 SLOW = pytest.mark.slow
 
 
-def new_tokens_of(rank):
-    return [5, 40][rank]
+NEW_TOKENS = 5, 40  # by rank
 
 
-def generated(data, param_dtype):
+def generate(data, param_dtype):
     model = tiny_model(torch.float32, **WITH_ALL).eval()
     model = parallelize(model, mesh_of_all(), data=data, param_dtype=param_dtype)
     rows = own_rows()
-    tokens = model.generate(PROMPT[rows], max_new_tokens=new_tokens_of(dist.get_rank()), seed=list(range(4))[rows])
+    tokens = model.generate(PROMPT[rows], max_new_tokens=NEW_TOKENS[dist.get_rank()], seed=list(range(4))[rows])
     model.loss(*(tensor[rows] for tensor in batch_of(0))).backward()  # training goes on
     stream = model.stream(PROMPT[rows], seed=list(range(4))[rows])
     return tokens, stream.state, [next(stream) for _ in range(1 + dist.get_rank())]
@@ -46,32 +45,32 @@ def generated(data, param_dtype):
 )
 def test_ranks_generate_alone(ranks, data, param_dtype):
     model = tiny_model(torch.float32, **WITH_ALL).eval().to(param_dtype or torch.float32)
-    results = ranks.run(generated, 2, data, param_dtype)
+    results = ranks.run(generate, 2, data, param_dtype)
     for rank, (tokens, state, streamed) in enumerate(results):
         rows = slice(2 * rank, 2 * rank + 2)
-        wanted = model.generate(PROMPT[rows], max_new_tokens=new_tokens_of(rank), seed=list(range(4))[rows])
+        wanted = model.generate(PROMPT[rows], max_new_tokens=NEW_TOKENS[rank], seed=list(range(4))[rows])
         assert torch.equal(tokens, wanted)
         assert state.norm.count.tolist() == [12, 12] and len(streamed) == rank + 1
 
 
-def saved(folder, overrides):
+def save_and_load(folder, overrides):
     model = parallelize(tiny_model(torch.float32, **overrides), mesh_of_all(), param_dtype=torch.bfloat16)
     model.save(folder)
-    written = os.path.exists(f"{folder}/config.json")
-    again = parallelize(mo.Megalodon.load(folder), mesh_of_all())
-    same = all(torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    return written and same
+    is_written = os.path.exists(f"{folder}/config.json")
+    loaded = parallelize(mo.Megalodon.load(folder), mesh_of_all())
+    equal = all(torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    return is_written and equal
 
 
 @pytest.mark.parametrize("overrides", [WITH_ALL, pytest.param({}, marks=SLOW)], ids=["all", "plain"])
 def test_a_saved_model_loads_in_one_process_and_in_ranks(ranks, tmp_path, overrides):
-    assert ranks.run(saved, 2, f"{tmp_path}/model", overrides) == [True, True]
+    assert ranks.run(save_and_load, 2, f"{tmp_path}/model", overrides) == [True, True]
     loaded, wanted = mo.Megalodon.load(tmp_path / "model"), tiny_model(torch.float32, **overrides)
     for (name, parameter), other in zip(loaded.named_parameters(), wanted.parameters(), strict=True):
         assert parameter.dtype == torch.float32 and torch.equal(parameter, other), name
 
 
-def evaluated():
+def evaluate():
     model = parallelize(tiny_model(torch.float64).eval(), mesh_of_all())
     rows = own_rows()
     with torch.no_grad():
@@ -83,10 +82,10 @@ def evaluated():
 
 def test_logits_are_those_of_the_ranks_own_rows(ranks):
     wanted = tiny_model(torch.float64)(PROMPT).detach()
-    torch.testing.assert_close(torch.cat(ranks.run(evaluated, 2)), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat(ranks.run(evaluate, 2)), wanted, rtol=1e-12, atol=1e-12)
 
 
-def goes_on_after_errors():
+def train_after_errors():
     model = parallelize(tiny_model(torch.float64), mesh_of_all())
     tokens, targets = (tensor[own_rows()] for tensor in batch_of(1))
     wrong = tokens.clone()
@@ -107,7 +106,7 @@ def test_after_an_error_in_all_ranks_training_goes_on(ranks):
     model = tiny_model(torch.float64)
     wanted = model.loss(*batch_of(1))
     wanted.backward()
-    for losses in ranks.run(goes_on_after_errors, 2):
+    for losses in ranks.run(train_after_errors, 2):
         for loss, embedding, matrix in losses:
             assert loss == pytest.approx(wanted.item(), rel=1e-12)
             torch.testing.assert_close(embedding, model.embed.weight.grad, rtol=1e-10, atol=1e-12)
@@ -115,32 +114,32 @@ def test_after_an_error_in_all_ranks_training_goes_on(ranks):
 
 
 def refusals():
-    """What each rank is told of what differs between ranks, or is wrong in one."""
+    """Errors on this rank of arguments that are wrong or differ between ranks."""
     rank, mesh = dist.get_rank(), mesh_of_all()
     texts = []
 
-    def refused(call, error=ValueError):
+    def expect(call, error=ValueError):
         with pytest.raises(error) as caught:
             call()
         texts.append(str(caught.value))
 
-    refused(lambda: parallelize(tiny_model(**({"num_layers": 3} if rank else {})), mesh))
+    expect(lambda: parallelize(tiny_model(**({"num_layers": 3} if rank else {})), mesh))
     torch.manual_seed(rank)
-    refused(lambda: parallelize(mo.Megalodon(mo.MegalodonConfig(**TINY)), mesh))
+    expect(lambda: parallelize(mo.Megalodon(mo.MegalodonConfig(**TINY)), mesh))
     model = tiny_model()
-    refused(lambda: parallelize(model, mesh, data="both"))
-    refused(lambda: parallelize(model, mesh, data="replicate" if rank else "shard"))
-    refused(lambda: parallelize(model, mesh, param_dtype=torch.bfloat16 if rank else None))
-    assert type(model) is mo.Megalodon, "a refused model is as it was"
+    expect(lambda: parallelize(model, mesh, data="both"))
+    expect(lambda: parallelize(model, mesh, data="replicate" if rank else "shard"))
+    expect(lambda: parallelize(model, mesh, param_dtype=torch.bfloat16 if rank else None))
+    assert type(model) is mo.Megalodon, "a refused model stays unchanged"
     model = parallelize(model, mesh)
     assert isinstance(model, ParallelMegalodon)
-    refused(lambda: parallelize(model, mesh), TypeError)
-    refused(lambda: make_mesh("data=2" if rank else "chunk=2", device_type="cpu"))
-    refused(lambda: make_mesh("data=2,chunk=3", device_type="cpu"))
+    expect(lambda: parallelize(model, mesh), TypeError)
+    expect(lambda: make_mesh("data=2" if rank else "chunk=2", device_type="cpu"))
+    expect(lambda: make_mesh("data=2,chunk=3", device_type="cpu"))
     return texts
 
 
-def test_what_differs_between_ranks_is_an_error_in_all(ranks):
+def test_arguments_that_differ_between_ranks_are_an_error_on_all(ranks):
     first, second = ranks.run(refusals, 2)
     assert first == second
     config, weights, unknown, data, dtype, twice, names, product = first
@@ -159,7 +158,7 @@ def test_what_differs_between_ranks_is_an_error_in_all(ranks):
 
 
 @pytest.fixture
-def alone(tmp_path):
+def ended_process_group():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -181,20 +180,20 @@ def alone(tmp_path):
     ],
     ids=str,
 )
-def test_wrong_sizes_are_refused_and_leave_no_process_group(sizes, error, words, alone):
+def test_wrong_sizes_are_refused_and_leave_no_process_group(sizes, error, words, ended_process_group):
     with pytest.raises(error, match=f"^make_mesh: .*{words}$"):
         make_mesh(sizes, device_type="cpu")
     assert not dist.is_initialized()
 
 
-def test_dimensions_have_their_order_and_one_process_is_enough(alone):
+def test_dimensions_have_their_order_and_one_process_is_enough(ended_process_group):
     mesh = make_mesh({"tensor": 1, "data": 1}, device_type="cpu", timeout=5)
     assert mesh.mesh_dim_names == ("data", "tensor")
     assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(seconds=5)
     assert isinstance(parallelize(tiny_model(), mesh), ParallelMegalodon)
 
 
-def test_a_parallel_model_takes_over_all_of_a_model(alone):
+def test_a_parallel_model_takes_over_all_of_a_model(ended_process_group):
     model, calls = tiny_model(share_emb=True).eval(), []
     model.layers[0].requires_grad_(False)
     for name, module in (("model", model), ("block", model.layers[0])):
@@ -208,7 +207,7 @@ def test_a_parallel_model_takes_over_all_of_a_model(alone):
     assert not any(parameter.requires_grad for parameter in parallel.layers[0].parameters())
 
 
-def test_wrong_arguments_are_refused(alone):
+def test_wrong_arguments_are_refused(ended_process_group):
     mesh = make_mesh("data=1", device_type="cpu")
     other = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
     for model, given, error, words in (
@@ -233,7 +232,7 @@ def test_wrong_arguments_are_refused(alone):
         parallelize(tiny_model(), mesh, param_dtype=torch.int8)
 
 
-def waits_in_vain():
+def wait_for_missing_rank():
     mesh = make_mesh("data=2", device_type="cpu", timeout=2)
     model = parallelize(tiny_model(), mesh)
     if dist.get_rank() == 0:
@@ -244,7 +243,7 @@ def waits_in_vain():
 
 
 def test_a_missing_rank_is_an_error_after_the_time_out(ranks):
-    assert ranks.run(waits_in_vain, 2, timeout=60)[1]
+    assert ranks.run(wait_for_missing_rank, 2, timeout=60)[1]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -261,23 +260,23 @@ def test_a_process_that_never_comes_is_an_error_after_the_time_out(rank, monkeyp
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads Linux's states of threads")
-def test_a_process_ends_when_the_threads_of_gloo_have_nothing_to_do():
-    ends, begun = threading.Event(), threading.Event()
+def test_a_process_ends_when_the_threads_of_gloo_are_idle():
+    stop, started = threading.Event(), threading.Event()
 
     def work():
         with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as file:
             file.write("pt_gloo_runloop")
-        begun.set()
-        while not ends.is_set():
+        started.set()
+        while not stop.is_set():
             pass
 
     worker = threading.Thread(target=work)
     worker.start()
-    begun.wait()
+    started.wait()
     begin = time.monotonic()
     await_workers(timeout=0.3)
     assert time.monotonic() - begin >= 0.3, "the thread is busy"
-    threading.Timer(0.2, ends.set).start()
+    threading.Timer(0.2, stop.set).start()
     await_workers(timeout=60)
-    assert ends.is_set() and time.monotonic() - begin < 30
+    assert stop.is_set() and time.monotonic() - begin < 30
     worker.join()

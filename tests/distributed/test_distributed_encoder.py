@@ -1,4 +1,4 @@
-"""An encoder on several ranks, which share its rows: training as in one process, folders, errors."""
+"""An encoder on several ranks that split the rows: training as in one process, folders, errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def new_encoder() -> mo.MegalodonEncoder:
 
 
 def train(encoder: mo.MegalodonEncoder) -> dict[str, torch.Tensor]:
-    """The parameters after two steps on four rows, of which each of two ranks has two."""
+    """Parameters after two optimizer steps on four rows, two for each of two ranks."""
     rows, tokens = own_rows(), tokens_of(4, 21)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2)
     for _ in range(2):
@@ -31,23 +31,23 @@ def train(encoder: mo.MegalodonEncoder) -> dict[str, torch.Tensor]:
     return {name: whole(parameter) for name, parameter in encoder.named_parameters()}
 
 
-def trained(data: str, folder: str):
+def train_on_ranks(data: str, folder: str):
     encoder = parallelize(new_encoder(), mesh_of_all(), data=data)
     with pytest.raises(ValueError, match="must give every row a position"):
         encoder(tokens_of(1, 4), lengths=torch.tensor([0]))
     found = train(encoder)
     encoder.save(folder)
     with torch.no_grad():
-        alone = encoder.alone()(tokens_of(4, 21), lengths=LENGTHS)
+        logits = encoder.alone()(tokens_of(4, 21), lengths=LENGTHS)
         cast = parallelize(new_encoder().float(), mesh_of_all(), data=data, param_dtype=torch.bfloat16)
-        return found, alone, cast.features(tokens_of(1, 9)).dtype
+        return found, logits, cast.features(tokens_of(1, 9)).dtype
 
 
 @pytest.mark.parametrize("data", ["shard", pytest.param("replicate", marks=pytest.mark.slow)])
 def test_ranks_train_as_one_process(ranks, tmp_path, data):
     one = new_encoder()
     expected = train(one)
-    for found, logits, dtype in ranks.run(trained, 2, data, f"{tmp_path}/encoder"):
+    for found, logits, dtype in ranks.run(train_on_ranks, 2, data, f"{tmp_path}/encoder"):
         for name, parameter in found.items():
             torch.testing.assert_close(parameter, expected[name], rtol=1e-8, atol=1e-10, msg=name)
         torch.testing.assert_close(logits, one(tokens_of(4, 21), lengths=LENGTHS).detach(), rtol=1e-8, atol=1e-8)
@@ -56,7 +56,7 @@ def test_ranks_train_as_one_process(ranks, tmp_path, data):
     assert all(torch.equal(a, found[name]) for name, a in loaded.named_parameters())
 
 
-def test_begins_on_meta_and_splits_rows_alone(parallelize_runs):
+def test_is_initialised_on_meta_and_refused_when_parallel(parallelize_runs):
     try:
         mesh = make_mesh("data=1", device_type="cpu")
         torch.manual_seed(0)
@@ -68,14 +68,14 @@ def test_begins_on_meta_and_splits_rows_alone(parallelize_runs):
         assert isinstance(parallel, ParallelMegalodonEncoder)
         for found, parameter in zip(parallel.parameters(), wanted.parameters(), strict=True):
             assert torch.equal(whole(found), parameter)
-        for model, name in ((parallel, "Parallel"), (encoder, "MegalodonEncoder")):  # whose modules the other one has
+        for model, name in ((parallel, "Parallel"), (encoder, "MegalodonEncoder")):  # the second has no modules left
             with pytest.raises(TypeError, match=f"a MegalodonEncoder that is not parallel yet, got .*{name}"):
                 parallelize(model, mesh)
     finally:
         dist.destroy_process_group()
 
 
-def refused():
+def refuse_chunk():
     mesh = make_mesh("chunk=2", device_type="cpu")
     with pytest.raises(
         ValueError, match="^parallelize: `mesh` must have chunk = 1 for an encoder, got 2; it splits rows"
@@ -84,4 +84,4 @@ def refused():
 
 
 def test_sequences_are_not_split(ranks):
-    ranks.run(refused, 2)
+    ranks.run(refuse_chunk, 2)

@@ -1,4 +1,4 @@
-"""What goes wrong between ranks: what differs is one clear error on each, and a rank that has ended ends the others."""
+"""Faults between ranks: different arguments raise the same error on all ranks; a rank that ends ends the others."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ranks import RankError, Ranks
 from megalodon_ops.distributed import make_mesh, parallelize
 from megalodon_ops.distributed.rank_checks import check_same_on_ranks
 
-IN_SECONDS = 30.0
-"""In which a process learns that it cannot go on, on a machine that is busy; the processes' time-out is longer"""
+MAX_DELAY = 30.0
+"""Seconds until a process notices that it cannot go on, on a busy machine; the processes' time-out is longer"""
 
 
-def called(pieces: tuple[int, ...], ours: dict[str, Any], rank_1s: dict[str, Any]) -> str:
-    """The error of a call for which rank 1 has other arguments than the others or has done something before."""
-    options = ours | (rank_1s if dist.get_rank() == 1 else {})
+def call_error(pieces: tuple[int, ...], options: dict[str, Any], rank_1_options: dict[str, Any]) -> str:
+    """The error of a call with other arguments or another past on rank 1."""
+    options = options | (rank_1_options if dist.get_rank() == 1 else {})
     model = cut_over_all_ranks(tiny_model())
     tokens = options.pop("tokens", tokens_of(2, pieces[dist.get_rank()]))
     if "past" in options:
@@ -46,7 +46,7 @@ def called(pieces: tuple[int, ...], ours: dict[str, Any], rank_1s: dict[str, Any
 
 LENGTHS = torch.tensor([20, 9])
 FAULTS = {
-    "a piece that ends inside of a chunk": (
+    "a piece that ends inside a chunk": (
         (13, 16, 4), {}, {},
         "Megalodon: `tokens` must end at a chunk boundary on every rank but the last, got a piece of rank 0 of its group "
         r"that ends 5 tokens into a chunk of 8 of sequence 0; split\(tokens, mesh, chunk_size=8\) makes pieces of whole chunks.",
@@ -68,35 +68,35 @@ FAULTS = {
     "other rows": ((8, 8, 4), {}, dict(tokens=tokens_of(3, 8)), "`rows of tokens` must be .* got 2 on rank 0 and 3 on rank 1"),
     "logits and losses": ((8, 8, 4), {}, dict(loss=True), "`call` must be .* got logits on rank 0 and loss, mean"),
     "a reduction": ((8, 8, 4), dict(loss=True), dict(reduction="sum"), "`call` must be .* got loss, mean .* and loss, sum"),
-    "what counts": ((8, 8, 4), dict(loss=True), dict(ignore_index=0), "`call` must be .* without -100 .* without 0"),
-    "who wants a state": ((8, 8, 4), {}, dict(return_state=True), "`return_state` must be .* got False .* True on rank 1"),
+    "another ignore_index": ((8, 8, 4), dict(loss=True), dict(ignore_index=0), "`call` must be .* without -100 .* without 0"),
+    "a returned state": ((8, 8, 4), {}, dict(return_state=True), "`return_state` must be .* got False .* True on rank 1"),
     "no state": ((8, 8, 4), {}, dict(past=8), "`state` must be .* got None on rank 0 and given on rank 1"),
     "another past": (
         (8, 8, 4), dict(past=8), dict(past=16), r"`state.norm.count` must be .* \[8, 8\] on rank 0 and \[16, 16\] on rank 1"
     ),
     "a state of other sequences": ((8, 8, 4), dict(past=8, sequences=3), {}, "`state` must be of 2 rows, those of `tokens`, got one of 3"),
-    "a cut beside the past's chunks": ((8, 8, 4), dict(past=3), {}, "ends 3 tokens into a chunk of 8 of sequence 0"),
+    "a cut inside a chunk of the past": ((8, 8, 4), dict(past=3), {}, "ends 3 tokens into a chunk of 8 of sequence 0"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_ranks_of_a_sequence_raise_the_same_error(ranks, fault):
-    pieces, ours, rank_1s, message = FAULTS[fault]
-    errors = ranks.run(called, 3, pieces, ours, rank_1s)
+    pieces, options, rank_1_options, message = FAULTS[fault]
+    errors = ranks.run(call_error, 3, pieces, options, rank_1_options)
     assert len({*errors}) == 1, errors
     assert errors[0].startswith("ValueError: ") and re.search(message, errors[0]), errors[0]
 
 
-def compared(facts: list[dict[str, Any]]) -> Any:
+def compare(values: list[dict[str, Any]]) -> Any:
     try:
-        return check_same_on_ranks("f", facts[dist.get_rank()], dist.group.WORLD, number=dist.get_rank())
+        return check_same_on_ranks("f", values[dist.get_rank()], dist.group.WORLD, number=dist.get_rank())
     except ValueError as error:
         return str(error)
 
 
-def test_a_comparison_tells_what_differs(ranks):
+def test_a_comparison_names_the_difference(ranks):
     same = {"a": 1, "b": torch.arange(3.0)}
-    assert ranks.run(compared, 3, [same] * 3) == [[0, 1, 2]] * 3
+    assert ranks.run(compare, 3, [same] * 3) == [[0, 1, 2]] * 3
     for other, words in (
         ({**same, "a": 2}, "f: `a` must be the same on the ranks 0, 1, 2, got 1 on rank 0 and 2 on rank 2."),
         ({"b": same["b"]}, "f: `a` must be the same on the ranks 0, 1, 2, got 1 on rank 0 and nothing on rank 2."),
@@ -105,7 +105,7 @@ def test_a_comparison_tells_what_differs(ranks):
             "f: `b` must be the same on the ranks 0, 1, 2, got float32 (3,) of checksum ",
         ),
     ):
-        errors = ranks.run(compared, 3, [same, same, other])
+        errors = ranks.run(compare, 3, [same, same, other])
         assert len({*errors}) == 1 and errors[0].startswith(words), errors
 
 
@@ -113,14 +113,14 @@ def fail(*_):
     raise ValueError("amid the layers")
 
 
-def fails_amid(sizes: str, where: str) -> None:
-    """Rank 1 fails in a layer and ends; the other one cannot go on, and learns it from the connection."""
+def fail_in_layer(sizes: str, where: str) -> None:
+    """Rank 1 fails in a layer and ends; the other one notices the closed connection."""
     model = parallelize(tiny_model(), make_mesh(sizes, device_type="cpu", timeout=600))
     tokens = tokens_of(1, 16).expand(2, -1)
     layer = model.layers[0].mega.wv
     if dist.get_rank() == 1:
         layer.register_forward_hook(fail) if where == "forward" else layer.register_full_backward_hook(fail)
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         for _ in range(3):
             model.loss(tokens, tokens).backward()
@@ -128,7 +128,7 @@ def fails_amid(sizes: str, where: str) -> None:
         os._exit(1)
     except RuntimeError as error:
         assert dist.get_rank() == 0 and re.search("(?i)connection|closed|peer", str(error)), error
-        assert time.monotonic() - began < IN_SECONDS
+        assert time.monotonic() - start < MAX_DELAY
         return
     raise AssertionError("three steps, and no error")
 
@@ -136,7 +136,7 @@ def fails_amid(sizes: str, where: str) -> None:
 @pytest.mark.parametrize(("sizes", "where"), [("data=2", "backward"), ("chunk=2", "forward"), ("tensor=2", "backward")])
 def test_a_rank_that_ends_ends_the_others(parallelize_runs, sizes, where):
     with contextlib.closing(Ranks()) as ranks, pytest.raises(RankError) as caught:
-        ranks.run(fails_amid, 2, sizes, where)
+        ranks.run(fail_in_layer, 2, sizes, where)
     assert str(caught.value) == "rank 1: the process has ended"
 
 
@@ -160,8 +160,8 @@ for step in range(3):
 
 
 @pytest.mark.slow
-def test_programs_end_of_which_one_fails(tmp_path):
-    """Without a launcher that ends them: Python ends, whatever gloo's threads wait for."""
+def test_programs_end_after_one_fails(tmp_path):
+    """Without a launcher: Python ends, even if gloo's threads still wait."""
     program = tmp_path / "train.py"
     program.write_text(FAILING.replace("CONFIG", repr(TINY)))
     environment = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
@@ -180,8 +180,8 @@ def test_programs_end_of_which_one_fails(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_last_words_of_torchrun_are_the_first_failure(tmp_path):
-    """The other rank says one line, before. test_distributed_train_launch.py kills a process of `train`."""
+def test_the_last_lines_of_torchrun_are_the_first_failure(tmp_path):
+    """The other rank prints one line before. test_distributed_train_launch.py kills a process of `train`."""
     program = tmp_path / "train.py"
     program.write_text(FAILING.replace("CONFIG", repr(TINY)))
     found = subprocess.run(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor
 from models import TINY, tiny_model, tokens_of
-from tensor_parallel import Work, compare, worst
+from tensor_parallel import Work, compare, worst_error
 
 import megalodon_ops as mo
 from megalodon_ops.evaluation import evaluate
@@ -32,12 +32,12 @@ CONFIGS = {
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_equals_one_process(ranks, case):
-    error, where = worst(ranks.run(compare, 2, CONFIGS[case]))
+    error, where = worst_error(ranks.run(compare, 2, CONFIGS[case]))
     assert error < EXACT, where
 
 
 def gradients(parallel: bool) -> dict[str, torch.Tensor]:
-    """Of what a caller makes of logits, features, single losses and a state that is returned."""
+    """Gradients of a function of logits, features, single losses and the returned state."""
     model, (tokens, targets) = tiny_model(num_heads=1), tokens_of(4, 13).split(2)
     if parallel:
         model = parallelize(model, make_mesh("tensor=2", device_type="cpu"))
@@ -62,7 +62,7 @@ def test_gradients_of_logits_features_losses_and_states_are_those_of_one_process
 
 def test_16_bit_matrices_differ_by_their_rounding_alone(ranks):
     work = replace(ONE_HEAD, dtype=torch.float32, options=dict(param_dtype=torch.bfloat16))
-    error, where = worst(ranks.run(compare, 2, work))
+    error, where = worst_error(ranks.run(compare, 2, work))
     assert 1e-4 < error < 0.15, where  # a rounding of bfloat16 is 0.004
 
 
@@ -79,7 +79,7 @@ MESHES = {
 @pytest.mark.parametrize("case", MESHES)
 def test_meshes_of_four_equal_one_process(ranks, case):
     sizes, count, work = MESHES[case]
-    error, where = worst(ranks.run(compare, count, replace(work, sizes=sizes)))
+    error, where = worst_error(ranks.run(compare, count, replace(work, sizes=sizes)))
     assert error < EXACT, where
 
 
@@ -88,7 +88,7 @@ def test_data_chunk_and_tensor_on_eight_processes_equal_one_in_float32(ranks):
     work = Work(
         "data=2,chunk=2,tensor=2", config=dict(swiglu=True, share_emb=True), rows=4, past=8, dtype=torch.float32
     )
-    error, where = worst(ranks.run(compare, 8, work))
+    error, where = worst_error(ranks.run(compare, 8, work))
     assert error < FLOAT32, where
 
 
@@ -119,7 +119,7 @@ def refusals() -> list[str]:
     return texts
 
 
-def of_some_ranks() -> str:
+def mesh_of_two_ranks_error() -> str:
     mesh = dist.device_mesh.DeviceMesh("cpu", [0, 1], mesh_dim_names=("tensor",))
     if dist.get_rank() == 2:
         return ""
@@ -131,10 +131,10 @@ def of_some_ranks() -> str:
 @pytest.mark.slow
 def test_a_mesh_without_some_processes_is_refused(ranks):
     words = "parallelize: `mesh` must have all 3 processes, got 2."
-    assert ranks.run(of_some_ranks, 3) == [words, words, ""]
+    assert ranks.run(mesh_of_two_ranks_error, 3) == [words, words, ""]
 
 
-def test_what_cannot_be_split_is_refused_on_every_rank(ranks):
+def test_a_model_that_cannot_be_split_is_refused_on_every_rank(ranks):
     first, second = ranks.run(refusals, 2)
     assert first == second
     groups, values, hidden, heads, two, others, tokens = first
@@ -152,15 +152,15 @@ def test_what_cannot_be_split_is_refused_on_every_rank(ranks):
 PROMPT = tokens_of(2, 13)
 
 
-def continues_saves_and_begins_on_meta(folder: str):
-    """Tokens, whether what was saved loads, and parameters of a model that began on `meta`, in one process's dtype."""
+def generate_save_and_initialise(folder: str):
+    """Tokens, nats, whether the saved model loads, and parameters of a model initialised on `meta`."""
     mesh = make_mesh("tensor=2", device_type="cpu")
     model = parallelize(tiny_model(torch.float32, share_emb=True).eval(), mesh)
     tokens = model.generate(PROMPT, max_new_tokens=9, seed=[0, 1])
     nats = evaluate(model, [PROMPT[0]])[0].nats
     model.save(folder)
-    again = parallelize(mo.Megalodon.load(folder), mesh, data="replicate")
-    same = all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in zip(model.parameters(), again.parameters()))
+    loaded = parallelize(mo.Megalodon.load(folder), mesh, data="replicate")
+    same = all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in zip(model.parameters(), loaded.parameters()))
     torch.manual_seed(7 + dist.get_rank())
     with torch.device("meta"):
         fresh = mo.Megalodon(mo.MegalodonConfig(**TINY))
@@ -168,13 +168,13 @@ def continues_saves_and_begins_on_meta(folder: str):
     return tokens, nats, same, {name: p.full_tensor().detach() for name, p in fresh.named_parameters()}
 
 
-def test_generates_evaluates_is_saved_and_begins_on_meta(ranks, tmp_path):
+def test_generates_evaluates_is_saved_and_initialised_on_meta(ranks, tmp_path):
     model = tiny_model(torch.float32, share_emb=True).eval()
     wanted = model.generate(PROMPT, max_new_tokens=9, seed=[0, 1])
     nats = evaluate(model, [PROMPT[0]])[0].nats
     torch.manual_seed(7)
     fresh = mo.Megalodon(mo.MegalodonConfig(**TINY))
-    for tokens, found_nats, same, values in ranks.run(continues_saves_and_begins_on_meta, 2, f"{tmp_path}/model"):
+    for tokens, found_nats, same, values in ranks.run(generate_save_and_initialise, 2, f"{tmp_path}/model"):
         assert torch.equal(tokens, wanted) and found_nats == pytest.approx(nats, rel=1e-5) and same
         for name, parameter in fresh.named_parameters():
             assert torch.equal(values[name], parameter), name
@@ -182,7 +182,7 @@ def test_generates_evaluates_is_saved_and_begins_on_meta(ranks, tmp_path):
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def trained(sizes: str | None, steps: int, frozen: str = "") -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(sizes: str | None, steps: int, frozen: str = "") -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and parameters of some steps of AdamW with clipping, of two micro-batches each, in float64."""
     model = tiny_model(torch.float64, ffn_hidden_dim=42)
     for name, parameter in model.named_parameters():
@@ -207,32 +207,33 @@ def trained(sizes: str | None, steps: int, frozen: str = "") -> tuple[list[float
     return losses, {name: value.detach() for name, value in values.items()}
 
 
-def trained_and_heard(*arguments):
-    """Besides: whether torch has found exchanges of its own that could be fewer, None if it does not look; what it says."""
-    torchs, said, listener = torch.distributed.tensor._redistribute, [], logging.Handler()
-    listener.emit = lambda record: said.append(record.getMessage())
-    issues = getattr(torchs, "_warned_flatten_issues", None)  # since torch 2.10, each said once
+def train_with_log(*arguments):
+    """Results of `train`; whether torch found exchanges of its own to merge (None: it does not check); its messages."""
+    module, messages, handler = torch.distributed.tensor._redistribute, [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    issues = getattr(module, "_warned_flatten_issues", None)  # since torch 2.10; each is logged once
     if issues is not None:
         issues.clear()
-    torchs.logger.addHandler(listener)
-    result = trained(*arguments)
-    torchs.logger.removeHandler(listener)
-    return *result, None if issues is None else bool(issues), said
+    module.logger.addHandler(handler)
+    result = train(*arguments)
+    module.logger.removeHandler(handler)
+    return *result, None if issues is None else bool(issues), messages
 
 
 @pytest.mark.parametrize("sizes", ["tensor=2", pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])
 def test_trains_as_one_process(ranks, sizes):
-    """And what torch says of its own exchanges is not heard."""
+    """Torch's advice on its own exchanges is not logged."""
     frozen = "rmsnorm" if "data" in sizes else ""
-    losses, parameters = trained(None, 2, frozen)
-    for found, values, finds, said in ranks.run(trained_and_heard, 4 if "data" in sizes else 2, sizes, 2, frozen):
-        assert finds is not False and not said
+    losses, parameters = train(None, 2, frozen)
+    count = 4 if "data" in sizes else 2
+    for found, values, has_issues, messages in ranks.run(train_with_log, count, sizes, 2, frozen):
+        assert has_issues is not False and not messages
         assert found == pytest.approx(losses, rel=1e-10)
         for name, value in parameters.items():
             torch.testing.assert_close(values[name], value, rtol=1e-7, atol=1e-8, msg=name)
 
 
-def begins_again(store: str) -> list[dict[str, float]]:
+def compare_on_two_process_groups(store: str) -> list[dict[str, float]]:
     """The errors on a first process group, and on a second one whose groups have other names."""
     errors, rank = [], dist.get_rank()
     for part, data in enumerate(("replicate", "shard")):
@@ -245,5 +246,5 @@ def begins_again(store: str) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_a_second_process_group_serves_as_the_first(ranks, tmp_path):
-    for errors in ranks.run(begins_again, 4, f"{tmp_path}/store"):
-        assert worst(errors)[0] < EXACT
+    for errors in ranks.run(compare_on_two_process_groups, 4, f"{tmp_path}/store"):
+        assert worst_error(errors)[0] < EXACT

@@ -1,4 +1,4 @@
-"""`train` in several processes: the losses of one, one voice, and one end for all."""
+"""`train` in several processes: the losses of one process, one output, and a common end."""
 
 import json
 import math
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 slow = pytest.mark.slow
 STEPS = ("--steps", 6, "--eval-every", 5, "--checkpoint-every", 4, "--optimizer", "muon")
-"""Muon moves what is between the embedding and the output, AdamW all else"""
+"""Muon updates the matrices between the embedding and the output, AdamW the rest"""
 MESHES = {"data=2": 2, "data=2,chunk=2": 4, "data=2,tensor=2": 4}
 
 
 def assert_losses(out, wanted, tolerance, first=1):
-    """The rows of a run from a step on are those of another, each step once."""
+    """The rows of a run from step `first` on are those of another run, each step once."""
     found = {(row["step"], "loss" in row, row.get("final")): row for row in rows(out)}
     assert len(found) == len(rows(out)), "no step is counted twice"
     others = {(row["step"], "loss" in row, row.get("final")): row for row in rows(wanted)}
@@ -44,41 +44,41 @@ def assert_losses(out, wanted, tolerance, first=1):
 
 
 @pytest.fixture(scope="module")
-def alone(text, tmp_path_factory):
+def single_run(text, tmp_path_factory):
     """A run of one process."""
-    out = tmp_path_factory.mktemp("alone")
+    out = tmp_path_factory.mktemp("single")
     assert train(text, out, *TINY, *STEPS) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def split(ranks, text, tmp_path_factory):
-    """Runs on meshes, each made once: `split(mesh)` gives its folder and what its processes have printed."""
-    made = {}
+def run_on_mesh(ranks, text, tmp_path_factory):
+    """`run_on_mesh(mesh)` returns the folder and the output of a run, which is made once for each mesh."""
+    runs = {}
 
     def run(mesh):
-        if mesh not in made:
+        if mesh not in runs:
             out = tmp_path_factory.mktemp("split")
-            made[mesh] = out, ranks.run(command, MESHES[mesh], flags(text, out, *STEPS, "--mesh", mesh))
-        return made[mesh]
+            runs[mesh] = out, ranks.run(command, MESHES[mesh], flags(text, out, *STEPS, "--mesh", mesh))
+        return runs[mesh]
 
     return run
 
 
 @pytest.mark.parametrize("mesh", ["data=2", *(pytest.param(mesh, marks=slow) for mesh in MESHES if mesh != "data=2")])
-def test_the_losses_are_those_of_one_process(alone, split, mesh):
-    out, results = split(mesh)
+def test_the_losses_are_those_of_one_process(single_run, run_on_mesh, mesh):
+    out, results = run_on_mesh(mesh)
     assert [result.code for result in results] == [0] * MESHES[mesh], results
-    assert_losses(out, alone, 1e-5)
-    assert_values_close(load_checkpoint(out), load_checkpoint(alone))
+    assert_losses(out, single_run, 1e-5)
+    assert_values_close(load_checkpoint(out), load_checkpoint(single_run))
 
 
 @pytest.mark.parametrize("mesh", ["data=2", pytest.param("chunk=2", marks=slow)])
-def test_processes_accumulate_what_one_reads_at_once(ranks, alone, text, tmp_path, mesh):
+def test_processes_accumulate_the_batch_of_one(ranks, single_run, text, tmp_path, mesh):
     options = (*STEPS, "--batch", 2, "--accumulate", 2, "--mesh", mesh)
     results = ranks.run(command, 2, flags(text, tmp_path / "run", *options))
     assert [result.code for result in results] == [0, 0], results
-    assert_losses(tmp_path / "run", alone, 1e-5)
+    assert_losses(tmp_path / "run", single_run, 1e-5)
 
 
 def assert_values_close(found, wanted):
@@ -93,16 +93,16 @@ def assert_values_close(found, wanted):
 
 @pytest.mark.parametrize("mesh, count, batch", [("chunk=2", 2, 1), pytest.param("data=2,chunk=2", 4, 2, marks=slow)])
 def test_rows_that_are_cut_between_two_chunks(ranks, text, tmp_path, mesh, count, batch):
-    """Documents of 500 bytes in rows that processes share, carried on from batch to batch at any place of a chunk."""
+    """Rows of 500-byte documents, split over processes and carried to the next batch at arbitrary positions of a chunk."""
     options = (*STEPS, "--batch", batch, "--length", 193 // batch, "--optimizer", "adamw")
-    assert train(text, tmp_path / "alone", *TINY, *options) == 0
+    assert train(text, tmp_path / "single", *TINY, *options) == 0
     results = ranks.run(command, count, flags(text, tmp_path / "split", *options, "--mesh", mesh))
     assert [result.code for result in results] == [0] * count, results
-    assert_losses(tmp_path / "split", tmp_path / "alone", 1e-4)
+    assert_losses(tmp_path / "split", tmp_path / "single", 1e-4)
 
 
-def test_the_first_process_alone_is_heard(split):
-    out, (first, other) = split("data=2")
+def test_only_rank_0_prints(run_on_mesh):
+    out, (first, other) = run_on_mesh("data=2")
     assert (other.out, other.err) == ("", "")
     assert f"{out}: 2 processes, data=2; " in first.out
     for words in ("bits per byte", "gzip -9", "continued by the model, 3 of 3"):
@@ -122,23 +122,23 @@ def test_the_first_process_alone_is_heard(split):
     "before, after",
     [(None, "data=2,chunk=2"), ("data=2,chunk=2", "data=2"), ("data=2,tensor=2", None)],
 )
-def test_a_run_goes_on_in_another_number_of_processes(ranks, alone, split, tmp_path, before, after):
-    out = copy_without_the_last(alone if before is None else split(before)[0], tmp_path / "run")
-    more = ["train", "--out", str(out), "--resume"]
+def test_a_run_resumes_in_another_number_of_processes(ranks, single_run, run_on_mesh, tmp_path, before, after):
+    out = copy_without_the_last(single_run if before is None else run_on_mesh(before)[0], tmp_path / "run")
+    arguments = ["train", "--out", str(out), "--resume"]
     if after is None:
         from megalodon_ops.cli import main
 
-        assert main(more) == 0
+        assert main(arguments) == 0
     else:
-        results = ranks.run(command, MESHES[after], [*more, "--mesh", after])
+        results = ranks.run(command, MESHES[after], [*arguments, "--mesh", after])
         assert [result.code for result in results] == [0] * MESHES[after], results
-    assert_losses(out, alone, 1e-5)
+    assert_losses(out, single_run, 1e-5)
     names = {path.name for folder in (out / "checkpoints").glob("*6") for path in folder.iterdir()}
     assert ("distributed" in names) == (after is not None) and ("model.safetensors" in names) == (after is None)
 
 
 def command_of_a_rank(text, out, options):
-    """Each process has options of its own."""
+    """Run the command with this rank's own options."""
     return command(flags(text, out, "--steps", 4, *options[dist.get_rank()]))
 
 
@@ -159,7 +159,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_does_not_fit_is_said_once(ranks, text, tmp_path, name):
+def test_wrong_options_are_one_line(ranks, text, tmp_path, name):
     options, message = WRONG[name]
     results = ranks.run(command_of_a_rank, 2, text, tmp_path / "run", options)
     assert [result.code for result in results] == [2, 2]
@@ -175,8 +175,8 @@ FAULTS = {
 }  # fmt: skip
 
 
-def break_down(fault):
-    """Makes one process unable to do what the fault names."""
+def inject_fault(fault):
+    """Make the fault's function fail in the fault's process."""
     rank, name, error = FAULTS[fault]
 
     def fail(*_, **__):
@@ -187,7 +187,7 @@ def break_down(fault):
 
 
 def break_the_backward(folder):
-    """In rank 1; and torchrun waits for a line of each process."""
+    """Make rank 1's backward fail; torchrun expects an error file of each process."""
     os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/{os.environ['RANK']}.json"
     loss_of = Reader.loss
 
@@ -202,9 +202,9 @@ def break_the_backward(folder):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_process_that_fails_says_why_and_ends_all(text, tmp_path, fault):
-    """Within seconds, wherever the others wait, which --timeout gives ten minutes; they say nothing."""
+    """The others end within seconds, though --timeout lets them wait for ten minutes, and print nothing."""
     rank, _, error = FAULTS[fault]
-    results = Launch(flags(text, tmp_path / "run", "--steps", 1), tmp_path, partial(break_down, fault)).results(60)
+    results = Launch(flags(text, tmp_path / "run", "--steps", 1), tmp_path, partial(inject_fault, fault)).results(60)
     assert [result.code for result in results] == [2, 2], results
     message = "book.txt: Input/output error" if fault == "unreadable text" else error
     assert lines_of(results[rank].err)[-1] == f"megalodon_ops train: error: rank {rank}: {message}"
@@ -212,8 +212,8 @@ def test_a_process_that_fails_says_why_and_ends_all(text, tmp_path, fault):
 
 
 def test_a_fault_of_the_program_has_its_traceback_and_ends_all(text, tmp_path):
-    breaks = partial(break_the_backward, tmp_path)
-    other, failed = Launch(flags(text, tmp_path / "run", "--steps", 1), tmp_path, breaks).results(60)
+    patch = partial(break_the_backward, tmp_path)
+    other, failed = Launch(flags(text, tmp_path / "run", "--steps", 1), tmp_path, patch).results(60)
     assert (other.code, failed.code) == (2, 1) and not any("error" in line for line in lines_of(other.err)), other
     assert failed.err.startswith("Traceback") and lines_of(failed.err)[-1].startswith("ZeroDivisionError"), failed.err
     follows, first = (json.loads((tmp_path / f"{rank}.json").read_text())["message"] for rank in range(2))
@@ -231,7 +231,7 @@ def test_a_mesh_for_one_process(text, tmp_path, capsys):
 
 
 def command_with_a_signal(arguments):
-    """The second process sends itself a signal while it computes step 3."""
+    """Run a command; rank 1 sends itself a signal in optimizer step 3."""
 
     def patch(changed):
         loss, calls = Reader.loss, []
@@ -247,9 +247,9 @@ def command_with_a_signal(arguments):
     return command(arguments, patch=patch)
 
 
-def test_a_signal_stops_all_at_one_step_and_the_run_goes_on_in_another_mesh(ranks, split, text, tmp_path):
-    """One process alone has the signal; test_distributed_train_launch.py sends it to all."""
-    whole, _ = split("data=2")
+def test_a_signal_stops_all_at_one_step_and_the_run_resumes_on_another_mesh(ranks, run_on_mesh, text, tmp_path):
+    """Only one process gets the signal; test_distributed_train_launch.py sends it to all."""
+    whole, _ = run_on_mesh("data=2")
     results = ranks.run(command_with_a_signal, 2, flags(text, tmp_path / "run", *STEPS))
     assert [result.code for result in results] == [128 + signal.SIGTERM] * 2, results
     assert (
@@ -278,7 +278,7 @@ class Killed(BaseException):
 
 
 def command_that_is_killed(arguments, at):
-    """Ends all processes when they have computed step `at`, as far as files and metrics show it."""
+    """Run a command that ends in all processes after step `at`, without writing anything more."""
 
     def patch(changed):
         show = Progress.show
@@ -297,9 +297,9 @@ def command_that_is_killed(arguments, at):
 
 
 @slow
-def test_a_launch_that_is_started_again_goes_on(ranks, split, text, tmp_path):
-    """The command is the same, without --resume; steps after the last checkpoint are computed again and counted once."""
-    whole, _ = split("data=2")
+def test_a_restarted_launch_resumes(ranks, run_on_mesh, text, tmp_path):
+    """The command is the same, without --resume; steps after the last checkpoint are recomputed and counted once."""
+    whole, _ = run_on_mesh("data=2")
     out = tmp_path / "run"
     arguments = flags(text, out, *STEPS)
     assert ranks.run(command_that_is_killed, 2, arguments, 5) == [None, None]
@@ -312,10 +312,10 @@ def test_a_launch_that_is_started_again_goes_on(ranks, split, text, tmp_path):
     assert "--seed: the run in " in results[0].err + results[1].err
 
 
-def test_processes_go_on_with_a_run_of_their_own_options_alone(ranks, alone, text, tmp_path):
-    """Options that are not named are compared, too; a run of others stays as it is, and the same command goes on."""
+def test_processes_resume_only_a_run_with_the_same_options(ranks, single_run, text, tmp_path):
+    """Defaults are compared, too; a run with other options stays unchanged, and the same command resumes."""
     out = tmp_path / "run"
-    shutil.copytree(alone, out)
+    shutil.copytree(single_run, out)
     (out / ".lock").unlink(missing_ok=True)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     named = flags(text, out, *STEPS)

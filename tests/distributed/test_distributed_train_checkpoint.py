@@ -1,4 +1,4 @@
-"""Checkpoints that several processes write together: whole or not there, and read by any number of processes."""
+"""Checkpoints that several processes write together: complete or absent, and readable by any number of processes."""
 
 import io
 import json
@@ -35,13 +35,13 @@ CONFIG = MegalodonConfig(
 ROWS = 4
 
 
-def begin(seed=0):
+def new_run(seed=0):
     torch.manual_seed(seed)
     model = Megalodon(CONFIG)
     return model, adamw(model, lr=0.01)
 
 
-def begin_split(mesh, seed=0):
+def new_split_run(mesh, seed=0):
     """A model whose parameters are split over all processes."""
     torch.manual_seed(seed)
     model = Megalodon(CONFIG)
@@ -52,8 +52,8 @@ def begin_split(mesh, seed=0):
     return model, adamw(model, lr=0.01)
 
 
-def descend(model, optimizer, steps, first=0):
-    """Steps on a batch that is the same in all processes, so their mean gradient is that of one."""
+def run_steps(model, optimizer, steps, first=0):
+    """Optimizer steps on a batch that is the same in all processes, so their mean gradient is that of one."""
     for step in range(first, first + steps):
         tokens = torch.randint(9, (ROWS, 7), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -65,8 +65,8 @@ def whole_values(model, optimizer):
     """Every tensor of a model and of its optimizer, whole."""
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        for what, tensor in optimizer.state[parameter].items():
-            values[f"{name}/{what}"] = tensor
+        for key, tensor in optimizer.state[parameter].items():
+            values[f"{name}/{key}"] = tensor
     return {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
         for name, tensor in values.items()
@@ -74,7 +74,7 @@ def whole_values(model, optimizer):
 
 
 def state_of_rows(rows):
-    """A state of which every row is another."""
+    """A state whose rows all differ."""
     torch.manual_seed(1)
     tokens = torch.randint(9, (ROWS, 6))
     with torch.no_grad():
@@ -93,23 +93,23 @@ def rows_of(mesh):
     return range(mesh.get_local_rank("data") * share, (mesh.get_local_rank("data") + 1) * share)
 
 
-def saving(run, sizes, steps=3, step=3):
+def save_on_mesh(run, sizes, steps=3, step=3):
     mesh = mesh_of(sizes)
-    model, optimizer = begin_split(mesh)
-    descend(model, optimizer, steps)
+    model, optimizer = new_split_run(mesh)
+    run_steps(model, optimizer, steps)
     values = whole_values(model, optimizer)
     torch.manual_seed(100)
     saver = Saver(run, mesh)
     saver.save(step, model, optimizer=optimizer, state=state_of_rows(rows_of(mesh)), record={"position": 5})
     drawn = torch.rand(3).tolist()
-    descend(model, optimizer, 1)  # changes every parameter before the folder is there
+    run_steps(model, optimizer, 1)  # changes every parameter before the folder exists
     saver.wait()
     return {name: tensor.numpy() for name, tensor in values.items()}, drawn
 
 
-def resuming(run, sizes):
+def resume_on_mesh(run, sizes):
     mesh = mesh_of(sizes)
-    model, optimizer = begin_split(mesh, seed=7)
+    model, optimizer = new_split_run(mesh, seed=7)
     found = load_checkpoint(run)
     found.load_weights(model)
     found.load_optimizer(optimizer, model)
@@ -132,15 +132,15 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def saved(ranks, tmp_path_factory):
-    """A run of four processes, what they had, and what they drew next, alike."""
+def saved_run(ranks, tmp_path_factory):
+    """A run of four processes, their values, and the random numbers that rank 0 drew next."""
     run = tmp_path_factory.mktemp("saved")
-    results = ranks.run(saving, 4, run, dict(data=2, chunk=2))
+    results = ranks.run(save_on_mesh, 4, run, dict(data=2, chunk=2))
     return run, *results[0]
 
 
-def test_what_a_checkpoint_holds(saved):
-    run, _, _ = saved
+def test_contents_of_a_checkpoint(saved_run):
+    run, _, _ = saved_run
     (folder,) = (run / "checkpoints").iterdir()
     assert folder.name == "step-00000003"
     assert {path.name for path in folder.iterdir()} == {"config.json", "training.json", "distributed"}
@@ -162,29 +162,29 @@ def test_what_a_checkpoint_holds(saved):
     ],
     ids=str,
 )
-def test_any_mesh_goes_on(ranks, saved, sizes):
-    """Weights, the optimizer's state, rows and the random generator to the last bit."""
-    run, values, drawn = saved
+def test_any_mesh_resumes(ranks, saved_run, sizes):
+    """Weights, the optimizer's state, rows and the random state are bit-equal."""
+    run, values, drawn = saved_run
     world = max(1, torch.tensor(list(sizes.values())).prod().item())
-    results = ranks.run(resuming, world, run, sizes)
+    results = ranks.run(resume_on_mesh, world, run, sizes)
     for found, numbers in results:
         assert_equal(found, values)
         assert numbers == drawn
 
 
-def test_one_process_reads_it_without_a_process_group(saved, tmp_path, recwarn):
-    run, values, _ = saved
+def test_one_process_reads_it_without_a_process_group(saved_run, tmp_path, recwarn):
+    run, values, _ = saved_run
     found = load_checkpoint(run)
-    model, optimizer = begin(seed=7)
+    model, optimizer = new_run(seed=7)
     found.load_weights(model)
     found.load_optimizer(optimizer, model)
     assert_equal({name: tensor.numpy() for name, tensor in whole_values(model, optimizer).items()}, values)
     torch.testing.assert_close(found.state, state_of_rows(range(ROWS)), rtol=0, atol=0)
     assert found.step == 3 and found.config == CONFIG
     found.restore_random()
-    once = torch.rand(3)
+    drawn = torch.rand(3)
     found.restore_random()
-    assert torch.equal(torch.rand(3), once)
+    assert torch.equal(torch.rand(3), drawn)
     for loaded in (Megalodon.load(found.folder), load_any(run)[0], load_any(found.folder)[0]):
         assert_equal(
             {name: p.detach().numpy() for name, p in loaded.named_parameters()},
@@ -200,51 +200,51 @@ def test_one_process_reads_it_without_a_process_group(saved, tmp_path, recwarn):
     assert not recwarn.list
 
 
-def test_several_processes_go_on_from_the_folder_of_one(ranks, tmp_path):
-    model, optimizer = begin()
-    descend(model, optimizer, 3)
+def test_several_processes_resume_from_the_folder_of_one(ranks, tmp_path):
+    model, optimizer = new_run()
+    run_steps(model, optimizer, 3)
     save_checkpoint(tmp_path, 3, model, optimizer=optimizer, state=state_of_rows(range(ROWS)))
     wanted = {name: tensor.numpy() for name, tensor in whole_values(model, optimizer).items()}
-    for found, _ in ranks.run(resuming, 2, tmp_path, dict(data=2)):
+    for found, _ in ranks.run(resume_on_mesh, 2, tmp_path, dict(data=2)):
         assert_equal(found, wanted)
 
 
-def saving_slowly(run):
-    """Saves while the writer is held up, and returns what is to be seen meanwhile and afterwards."""
-    mesh, go_on = mesh_of(dict(data=2)), threading.Event()
+def save_slowly(run):
+    """Save while the writer is delayed, and return the folders meanwhile and afterwards."""
+    mesh, resume = mesh_of(dict(data=2)), threading.Event()
     write = sharded_tensors.ArchiveWriter.write_data
 
-    def held_up(writer, plan, planner):
-        assert go_on.wait(60)
+    def delayed_write(writer, plan, planner):
+        assert resume.wait(60)
         return write(writer, plan, planner)
 
-    sharded_tensors.ArchiveWriter.write_data = held_up
+    sharded_tensors.ArchiveWriter.write_data = delayed_write
     try:
-        model, optimizer = begin_split(mesh)
+        model, optimizer = new_split_run(mesh)
         saver = Saver(run, mesh, keep=2)
-        seen = []
+        folders = []
         for step in (1, 2, 3):
             saver.save(step, model, optimizer=optimizer)
-            descend(model, optimizer, 1)
+            run_steps(model, optimizer, 1)
             dist.barrier()
-            remove_drafts(run / "checkpoints", "step-*")  # as each process does that saves there
-            seen.append(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
+            remove_drafts(run / "checkpoints", "step-*")  # as each saving process does
+            folders.append(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
             dist.barrier()
-            go_on.set()
+            resume.set()
         saver.wait()
     finally:
         sharded_tensors.ArchiveWriter.write_data = write
-    return seen[0], sorted(path.name for path in (run / "checkpoints").iterdir())
+    return folders[0], sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def test_steps_go_on_while_a_checkpoint_is_written(ranks, tmp_path):
-    for during, afterwards in ranks.run(saving_slowly, 2, tmp_path):
+def test_training_continues_while_a_checkpoint_is_written(ranks, tmp_path):
+    for during, afterwards in ranks.run(save_slowly, 2, tmp_path):
         assert during == [] and afterwards == ["step-00000002", "step-00000003"]
 
 
-def saving_on_a_full_disk(run, rank):
+def save_on_a_full_disk(run, rank):
     mesh = mesh_of(dict(data=2))
-    model, optimizer = begin_split(mesh)
+    model, optimizer = new_split_run(mesh)
     saver = Saver(run, mesh)
     saver.save(1, model, optimizer=optimizer)
     saver.wait()
@@ -258,28 +258,28 @@ def saving_on_a_full_disk(run, rank):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     dist.barrier()
-    there = sorted(path.name for path in (run / "checkpoints").iterdir())
+    folders = sorted(path.name for path in (run / "checkpoints").iterdir())
     dist.barrier()
     saver.save(3, model, optimizer=optimizer)
     saver.wait()
-    return str(caught.value), there
+    return str(caught.value), folders
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_disk_that_is_full_for_one_process(ranks, tmp_path, rank):
-    """All processes raise one line; nothing of the folder stays, and the next one is whole."""
-    (one, there), (other, _) = ranks.run(saving_on_a_full_disk, 2, tmp_path, rank)
+    """All processes raise the same line; the folder is removed, and the next one is complete."""
+    (one, folders), (other, _) = ranks.run(save_on_a_full_disk, 2, tmp_path, rank)
     assert (
         one == other and one.count("\n") == 0 and "step-00000002: could not be written" in one and f"rank {rank}" in one
     )
-    assert there == ["step-00000001"]
+    assert folders == ["step-00000001"]
     assert load_checkpoint(tmp_path).step == 3
 
 
 @pytest.fixture
-def damaged(saved, tmp_path):
-    """A copy of the run with two checkpoints, the newer of which a test damages."""
-    run, _, _ = saved
+def damaged_checkpoint(saved_run, tmp_path):
+    """The newer of two checkpoints in a copy of the run, for a test to damage."""
+    run, _, _ = saved_run
     shutil.copytree(run, tmp_path / "run")
     older = tmp_path / "run" / "checkpoints" / "step-00000003"
     newer = older.with_name("step-00000004")
@@ -307,21 +307,21 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_one_is_passed_over(damaged, caplog, damage):
-    DAMAGE[damage](damaged / "distributed")
+def test_a_damaged_one_is_passed_over(damaged_checkpoint, caplog, damage):
+    DAMAGE[damage](damaged_checkpoint / "distributed")
     with caplog.at_level(logging.WARNING):
-        assert load_checkpoint(damaged.parents[1]).step == 3
+        assert load_checkpoint(damaged_checkpoint.parents[1]).step == 3
     (line,) = caplog.messages
-    assert line.startswith(f"passing over {damaged}/") and "\n" not in line
+    assert line.startswith(f"passing over {damaged_checkpoint}/") and "\n" not in line
     with pytest.raises((FileError, FileNotFoundError)):
-        load_any(damaged)
+        load_any(damaged_checkpoint)
 
 
-def test_a_pipe_in_the_place_of_tensors_is_not_opened(damaged):
-    (damaged / "distributed" / "__1_0.distcp").unlink()
-    os.mkfifo(damaged / "distributed" / "__1_0.distcp")
+def test_a_pipe_in_the_place_of_tensors_is_not_opened(damaged_checkpoint):
+    (damaged_checkpoint / "distributed" / "__1_0.distcp").unlink()
+    os.mkfifo(damaged_checkpoint / "distributed" / "__1_0.distcp")
     with pytest.raises(FileError, match="__1_0.distcp: must be a file, got a pipe"):
-        Megalodon.load(damaged)
+        Megalodon.load(damaged_checkpoint)
 
 
 class Trap:
@@ -330,19 +330,19 @@ class Trap:
 
 
 @pytest.mark.parametrize("content", [Trap(), [1, 2], {"a": Trap()}], ids=["call", "list", "inside"])
-def test_metadata_that_would_run_something_is_refused(damaged, tmp_path, monkeypatch, content):
-    """Even where nobody compares checksums."""
+def test_metadata_that_would_run_something_is_refused(damaged_checkpoint, tmp_path, monkeypatch, content):
+    """Even if checksums are not compared."""
     monkeypatch.chdir(tmp_path)
-    (damaged / "distributed" / ".metadata").write_bytes(pickle.dumps(content))
+    (damaged_checkpoint / "distributed" / ".metadata").write_bytes(pickle.dumps(content))
     for read in (Megalodon.load, load_any, load_checkpoint, partial(load_checkpoint, verify=False)):
         with pytest.raises(FileError, match=r"distributed/\.metadata: ") as caught:
-            read(damaged)
+            read(damaged_checkpoint)
         assert str(caught.value).count("\n") == 0
     assert not (tmp_path / "trapped").exists()
 
 
 def test_metadata_of_python_3_11_2_is_read(monkeypatch):
-    """There `getattr` makes a member of an enumeration; of anything else it makes nothing."""
+    """There pickles use `getattr` for members of an enumeration; other uses are refused."""
     kind = metadata._MEM_FORMAT_ENCODING
     monkeypatch.setattr(kind, "__reduce_ex__", lambda member, _: (getattr, (kind, member.name)))
     for member in kind:

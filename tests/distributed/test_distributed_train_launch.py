@@ -1,4 +1,4 @@
-"""`train` as torchrun starts it: signals, killed and missing processes, threads."""
+"""`train` under torchrun: signals, killed and missing processes, threads."""
 
 import os
 import random
@@ -25,11 +25,11 @@ from test_distributed_train import assert_losses  # noqa: E402
 
 slow = pytest.mark.slow
 LIMIT = 240
-"""Seconds that a launch may take on a machine that is busy with other things"""
+"""Seconds that a launch may take on a busy machine"""
 
 
 def start(options, arguments, cwd, program=("-m", "megalodon_ops"), **environment):
-    """torchrun in a process group of its own, with a port of its own."""
+    """Start torchrun in a process group of its own, with a port of its own."""
     return subprocess.Popen(
         [*TORCHRUN, *map(str, options), "--master-port", str(free_port()), *map(str, program), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
@@ -38,7 +38,7 @@ def start(options, arguments, cwd, program=("-m", "megalodon_ops"), **environmen
 
 
 def lines_of_the_command(err):
-    """What `train` says, without torchrun's own lines."""
+    """Lines that `train` prints, without torchrun's own."""
     return [line for line in lines_of(err) if re.match("megalodon_ops( train: error)?: ", line)]
 
 
@@ -55,9 +55,9 @@ def losses(out):
 
 
 @pytest.fixture(scope="module")
-def whole(text, tmp_path_factory):
-    """A launch that nobody disturbs."""
-    out = tmp_path_factory.mktemp("whole") / "run"
+def undisturbed_run(text, tmp_path_factory):
+    """A launch without signals or kills: its folder and output."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
     process = start([2], flags(text, out, *LONG), out.parent)
     with ended_afterwards(process):
         printed, err = process.communicate(timeout=LIMIT)
@@ -69,16 +69,16 @@ LONG = ("--layers", 2, "--steps", 24, "--checkpoint-every", 6, "--eval-every", 1
 
 
 @slow
-def test_a_launch_prints_what_one_process_prints(whole):
-    out, printed = whole
+def test_a_launch_prints_the_same_as_one_process(undisturbed_run):
+    out, printed = undisturbed_run
     assert printed.count("bits per byte") == printed.count("2 processes, data=2") == 1
     assert "continued by the model, 3 of 3" in printed
     assert load_checkpoint(out).record["mesh"] == {"data": 2}
 
 
 @slow
-def test_killed_at_a_random_moment(whole, text, tmp_path):
-    """Processes that are started again find each other and go on from the last whole checkpoint: each step counts once."""
+def test_killed_at_a_random_moment(undisturbed_run, text, tmp_path):
+    """Restarted processes find each other and resume from the last complete checkpoint; each step counts once."""
     draw, out = random.Random(), tmp_path / "run"
     process = start([2, "--max-restarts", 3], flags(text, out, *LONG), tmp_path)
     with ended_afterwards(process):
@@ -92,14 +92,14 @@ def test_killed_at_a_random_moment(whole, text, tmp_path):
         printed, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
     assert [row["step"] for row in losses(out)] == list(range(1, 25))
-    assert_losses(out, whole[0], 1e-6)
+    assert_losses(out, undisturbed_run[0], 1e-6)
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000018", "step-00000024"}
 
 
 @slow
 @pytest.mark.parametrize("whom", ["all", "torchrun"])
 def test_signals(text, tmp_path, whom):
-    """All stop at one step, with a checkpoint; torchrun passes on what it gets, so a process may get a signal twice.
+    """All stop at one step, with a checkpoint; torchrun forwards its signals, so a process may get one twice.
 
     test_distributed_train.py sends signals to single processes.
     """
@@ -140,7 +140,7 @@ def test_a_process_that_does_not_answer(text, tmp_path):
 
 @slow
 def test_a_missing_process(text, tmp_path):
-    """One line, soon after --timeout, of a process that has not imported torch before the command."""
+    """One line, soon after --timeout, from a process that has not imported torch before the command."""
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "1", "WORLD_SIZE": "2"}
     result = subprocess.run(
         shell(*flags(text, tmp_path / "run", "--timeout", 2)),
@@ -157,21 +157,21 @@ def test_a_missing_process(text, tmp_path):
 
 @slow
 def test_a_process_that_is_killed_ends_all(text, tmp_path):
-    """Within seconds; the last that the user sees is why. test_distributed_train.py has processes that fail."""
+    """Within seconds; the last lines name the cause. test_distributed_train.py has processes that fail."""
     program = [TESTS / "support" / "killed_rank.py"]
     process = start([2], flags(text, tmp_path / "run", "--steps", 6), tmp_path, program)
     with ended_afterwards(process):
-        _, err = process.communicate(timeout=120)  # of processes that wait for each other for ten minutes
+        _, err = process.communicate(timeout=120)  # the processes' own time-out is ten minutes
     assert process.returncode != 0
-    *_, why, _ = lines_of(err)
-    assert why.strip().startswith("traceback : Signal 9 "), err
+    *_, cause, _ = lines_of(err)
+    assert cause.strip().startswith("traceback : Signal 9 "), err
     assert "rank      : 0 (local" in err.rpartition("Root Cause")[2]
     assert len(lines_of_the_command(err)) == 1, err
     assert [row["step"] for row in losses(tmp_path / "run")] == [1]
 
 
 @slow
-def test_where_torchrun_is_killed_its_processes_stop_with_a_checkpoint(text, tmp_path):
+def test_processes_of_a_killed_torchrun_stop_with_a_checkpoint(text, tmp_path):
     out = tmp_path / "run"
     process = start([2], flags(text, out, "--steps", 100_000, "--checkpoint-every", 100_000), tmp_path)
     started = []
@@ -203,7 +203,7 @@ def is_running(pid):
     "environment, expected", [({}, 2), ({"OMP_NUM_THREADS": "1"}, 2), ({"OMP_NUM_THREADS": "3"}, None)]
 )
 def test_threads(monkeypatch, environment, expected):
-    """A share of the cores, but where OMP_NUM_THREADS is the user's; torchrun sets it to 1 where the user has not."""
+    """A share of the cores, unless the user has set OMP_NUM_THREADS; torchrun sets it to 1 by default."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in {**environment, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

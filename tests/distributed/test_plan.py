@@ -1,4 +1,4 @@
-"""A plan's refusals, and `python -m megalodon_ops plan`."""
+"""Errors of `plan`, and `python -m megalodon_ops plan`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_wrong_calls(message):
         plan(**PAPER_RUN | WRONG[message])
 
 
-def test_the_page_shows_what_its_command_prints(capsys, tmp_path):
+def test_the_page_shows_the_output_of_its_command(capsys, tmp_path):
     page, file, figures = (DOCS / "plan.md").read_text(), tmp_path / "plan.json", vars(plan(**PAPER_RUN))
     command = re.search(r"^    python -m megalodon_ops (plan .*?[^\\])$", page, re.M | re.S)[1]
     words = shlex.split(command.replace("\\\n", ""))

@@ -1,4 +1,4 @@
-"""Figures that a plan foresees, against what torch really keeps, allocates, counts and exchanges."""
+"""Predictions of `plan` against the bytes that torch saves, allocates and exchanges, and the operations it counts."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ DTYPES = {
     "bfloat16": dict(dtype=torch.bfloat16),
     "autocast": dict(dtype=torch.bfloat16, autocast=True),
 }
-SCALARS = 128  # bytes, at most, of the loss, of counts and of dropout's seeds
-VOTES = 512  # bytes, at most, of the small integers that ranks agree on, and of the loss's sum
+SCALARS = 128  # maximal bytes of the loss, of counts and of dropout's seeds
+CHECKS = 512  # maximal bytes of the integers that ranks compare, and of the loss's sum
 
 
-def kept(config: mo.MegalodonConfig, rows: int, length: int, tensor: int = 1, **options) -> int:
-    """Bytes that autograd keeps, by the measure of a block and of the loss."""
+def measured_bytes(config: mo.MegalodonConfig, rows: int, length: int, tensor: int = 1, **options) -> int:
+    """Bytes that autograd saves, by `measure` of a block and of the loss."""
     block, end = measure(config, rows, length, tensor, **options)
     return config.num_layers * sum(block.saved) + sum(end.saved)
 
@@ -58,8 +58,8 @@ def saved_by_loss(model: mo.Megalodon, tokens: Tensor) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_keeps_and_computes_what_is_foreseen(name, dtype, monkeypatch):
-    """To the byte, but for scalars, and to the operation."""
+def test_saved_bytes_and_operations_of_a_step(name, dtype, monkeypatch):
+    """Exact, except for the bytes of scalars."""
     monkeypatch.setattr(loss, "_CPU_BLOCK", 1 << 17)
     for recompute, rows, length in ((False, 2, 100), (True, 1, 32)):
         config = replace(MODELS[name], layerwise_ckpt=recompute)
@@ -70,11 +70,12 @@ def test_a_step_keeps_and_computes_what_is_foreseen(name, dtype, monkeypatch):
             value.backward()
         operations = plan(config, {}, context=length, batch=rows, **DTYPES[dtype]).operations
         assert sum(operations.values()) == counter.get_total_flops() and bool(operations[RECOMPUTED]) == recompute
-        assert recompute or abs(found - kept(config, rows, length, **DTYPES[dtype], on_cpu=True)) <= SCALARS
+        expected = measured_bytes(config, rows, length, **DTYPES[dtype], on_cpu=True)
+        assert recompute or abs(found - expected) <= SCALARS
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Keeps what torch's kernel for GPUs keeps since torch 2.9: the properties of FusedRmsNormBackward0."""
+    """Saves the same tensors as torch's GPU kernel since torch 2.9, the properties of FusedRmsNormBackward0."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -85,22 +86,22 @@ class FusedRMSNorm(torch.autograd.Function):
 @pytest.mark.parametrize("name", ["plain", "gain", "no affine, tied", "paper7B"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_on_a_gpu(name, dtype, monkeypatch):
-    """Tensors on `meta` take the way of GPUs, and a model of any size fits."""
+    """Tensors on `meta` take a GPU's code paths, and a model of arbitrary size fits."""
     config = MODELS.get(name) or mo.MegalodonConfig.preset(name, num_layers=2)
-    expected = kept(config, 2, 5000, **DTYPES[dtype])
+    expected = measured_bytes(config, 2, 5000, **DTYPES[dtype])
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model, tokens = model_and_tokens(config, 2, 5000, dtype)
         model.loss(tokens, tokens).backward()
-    foreseen = plan(config, {}, context=5000, batch=2, device="cuda", **DTYPES[dtype])
-    assert sum(foreseen.operations.values()) == counter.get_total_flops()
+    predicted = plan(config, {}, context=5000, batch=2, device="cuda", **DTYPES[dtype])
+    assert sum(predicted.operations.values()) == counter.get_total_flops()
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight))
     _, found = saved_by_loss(model, tokens)
-    means = config.num_layers * 4 * 2 * 5000  # of layer norms, which are measured in the place of RMS norms
+    means = config.num_layers * 4 * 2 * 5000  # of layer norms, which are measured in place of RMS norms
     assert abs(found + means - expected) <= SCALARS
 
 
 def test_activations_of_autocast_on_a_gpu(monkeypatch):
-    """torch has no autocast on `meta`: here each linear layer casts what it reads."""
+    """Torch has no autocast on `meta`: here each linear layer casts its inputs."""
     config, rows, length, plain = MODELS["gain"], 2, 100, layers.linear
     expected, _ = measure(config, rows, length, dtype=torch.bfloat16, autocast=True)
     monkeypatch.setattr(layers, "linear", lambda *given: plain(*(None if t is None else t.bfloat16() for t in given)))
@@ -117,8 +118,8 @@ WIDE = dict(ffn_hidden_dim=256, vocab_size=64, num_layers=4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fields", [dict(swiglu=True, vocab_size=150), WIDE, dict(vocab_size=600)])
 def test_peak_of_a_step(fields, dtype, monkeypatch):
-    """Within 10 % of what a step allocates at its peak, where torch makes all products."""
-    monkeypatch.setattr(linear, "CHOICES", {})  # the CPU's kernels copy transposed matrices, each processor's others
+    """Within 10 % of the bytes that a step allocates at its peak, with torch's matrix products."""
+    monkeypatch.setattr(linear, "CHOICES", {})  # the CPU's kernels copy matrices, depending on the processor
     monkeypatch.setattr(loss, "_CPU_BLOCK", 1 << 18)
     sizes = dict(model_dim=64, z_dim=32, value_dim=96, ffn_hidden_dim=80, chunk_size=16) | fields
     config = replace(SMALL, **sizes, layerwise_ckpt=(dtype == "bfloat16") != (fields == WIDE))
@@ -132,7 +133,7 @@ def test_peak_of_a_step(fields, dtype, monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # the optimizer's state is made
+    step()  # allocates the optimizer's state
     _, peak = allocated(step)
     stored = model.output.output.weight.dtype
     memory = plan(config, {}, context=800, batch=2, **DTYPES[dtype], param_dtype=stored).memory
@@ -168,16 +169,16 @@ class Collectives(TorchDispatchMode):
 
 
 def step(sizes: dict[str, int], fields: dict, options: dict, length: int) -> tuple[dict[str, int], int, int, int]:
-    """A step of two rows on this rank: bytes that collectives move, that autograd keeps, of parameters; operations."""
+    """Run a step of two rows; return this rank's exchanged, saved and parameter bytes, and its operations."""
     torch.manual_seed(0)
     mesh = make_mesh(sizes, device_type="cpu")
     model = parallelize(mo.Megalodon(replace(SMALL, **fields)), mesh, **options).train()
     own = sum(parameter.to_local().nbytes for parameter in model.parameters())
     piece = split(torch.zeros(2, length, dtype=torch.int64), mesh, chunk_size=SMALL.chunk_size)
     with Collectives() as collectives, FlopCounterMode(display=False) as counter:
-        value, kept = saved(lambda: model.loss(piece, piece), (piece, *model.buffers()))
+        value, saved_bytes = saved(lambda: model.loss(piece, piece), (piece, *model.buffers()))
         value.backward()
-    return dict(collectives.bytes), kept, own, counter.get_total_flops()
+    return dict(collectives.bytes), saved_bytes, own, counter.get_total_flops()
 
 
 CASES = {
@@ -204,19 +205,19 @@ def test_bytes_are_those_of_the_collectives(ranks, case):
     counted = ranks.run(step, 2, sizes, fields, options, 32)
     for counts, *_ in counted:
         if "tensor" in sizes:
-            del counts["reduced"]  # gradients of what is whole on every device, which the plan leaves out
+            del counts["reduced"]  # gradients of replicated parameters, which the plan does not count
         assert counts.keys() >= expected.keys()
         for kind, size in counts.items():
-            assert 0 <= size - expected[kind] <= VOTES, (case, kind, counts, dict(expected))
+            assert 0 <= size - expected[kind] <= CHECKS, (case, kind, counts, dict(expected))
     assert "tensor" in sizes or counted[0][2] == found.memory["parameters"]
 
 
 @pytest.mark.parametrize(
     ("dimension", "rows", "length", "tensor"), [("data", 1, 1024, 1), ("chunk", 2, 512, 1), ("tensor", 2, 1024, 2)]
 )
-def test_a_rank_keeps_and_computes_what_is_foreseen(ranks, dimension, rows, length, tensor):
-    """Within 5 % and 10 %: exchanged states, the passes for them and copies of CEMA's coefficients are not foreseen."""
-    expected = kept(SMALL, rows, length, tensor, on_cpu=True)
+def test_saved_bytes_and_operations_of_a_rank(ranks, dimension, rows, length, tensor):
+    """Within 5 % and 10 %: the plan leaves out exchanged states, their passes and copies of CEMA's coefficients."""
+    expected = measured_bytes(SMALL, rows, length, tensor, on_cpu=True)
     operations = sum(plan(SMALL, {dimension: 2}, context=1024, batch=2, dtype=torch.float32).operations.values())
     for _, found, _, computed in ranks.run(step, 2, {dimension: 2}, {}, {}, 1024):
         assert found == pytest.approx(expected, rel=0.05)

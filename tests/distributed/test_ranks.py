@@ -1,4 +1,4 @@
-"""The processes that other tests run in: results, failures and hangs come back."""
+"""The pool of processes for other tests: results, failures and hangs are reported."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Runs a model on pieces of a sequence, each in a process of its own, and compares it with one process; for tests."""
+"""Comparison of a model on pieces of a sequence, each in a process of its own, with one process."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from megalodon_ops.model.model_state import named_tensors
 
 @dataclass(frozen=True)
 class Work:
-    """A batch, how ranks share its columns, and the model that reads it."""
+    """A batch, its split over ranks, and the model that reads it."""
 
     pieces: tuple[int, ...]
+    """columns of each rank"""
     rows: int = 1
     cu_seqlens: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     past: tuple[int, ...] | None = None
-    """how many tokens each sequence has read before, into the state that is given"""
+    """number of tokens of each sequence in the initial state"""
     dtype: torch.dtype = torch.float64
     config: dict[str, Any] = field(default_factory=dict)
     reduction: str = "mean"
     grad: bool = True
-    state_counts: bool = True
-    """whether the returned state is in what is differentiated"""
 
     @property
     def sequences(self) -> int:
@@ -42,15 +41,15 @@ class Work:
 def compare(work: Work) -> dict[str, float]:
     """The largest error of each result and gradient on this rank, relative to the largest value of one process's."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    model, alone = cut_over_all_ranks(_model(work)), _model(work)
+    model, unsharded = cut_over_all_ranks(_model(work)), _model(work)
     end = list(accumulate(work.pieces))[rank]
-    mine = slice(end - work.pieces[rank], end)
-    shared = [_results(work, alone, slice(None)) if rank == 0 else None]
+    columns = slice(end - work.pieces[rank], end)
+    shared = [_results(work, unsharded, slice(None)) if rank == 0 else None]
     dist.broadcast_object_list(shared)
     (whole,) = shared
-    piece = _results(work, model, mine)
+    piece = _results(work, model, columns)
     for name in ("logits", "losses"):
-        whole[name] = whole[name][:, mine]
+        whole[name] = whole[name][:, columns]
     for name, value in piece.items():
         if name.startswith("d ") and not name.startswith("d state"):
             dist.all_reduce(value)
@@ -60,11 +59,11 @@ def compare(work: Work) -> dict[str, float]:
 
 
 def cut_over_all_ranks(model: mo.Megalodon) -> ParallelMegalodon:
-    """A model of the same modules, called on a piece of the sequence by each rank, with all of its parameters as they are."""
+    """A parallel model with the modules of `model`, unsharded; each rank calls it on its piece of the sequence."""
     return ParallelMegalodon(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
 
 
-def worst(results: Sequence[dict[str, float]]) -> tuple[float, str]:
+def worst_error(results: Sequence[dict[str, float]]) -> tuple[float, str]:
     return max(
         (error, f"{name} on rank {rank}") for rank, errors in enumerate(results) for name, error in errors.items()
     )
@@ -75,7 +74,7 @@ def _model(work: Work) -> mo.Megalodon:
 
 
 def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tensor]:
-    """Logits, losses, state and gradients of a model that gets these columns of the batch."""
+    """Logits, losses, state and gradients of a model on these columns of the batch."""
     gen = torch.Generator().manual_seed(3)
     length = sum(work.pieces)
     tokens, targets = torch.randint(TINY["vocab_size"], (2, work.rows, length), generator=gen)
@@ -95,10 +94,10 @@ def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tenso
     results |= {f"state {name}": tensor.detach().clone() for name, tensor in named_tensors(after).items()}
     position = after.layers[0].attention.position
     for name in results:
-        if name.endswith((".k", ".v", "_k")):  # rows from the position on hold nothing
+        if name.endswith((".k", ".v", "_k")):  # rows from the position on are arbitrary
             empty = torch.arange(results[name].shape[1]) >= position[:, None]
             results[name][empty] = 0
-        if name.endswith(".residual"):  # counts with the values that it belongs to
+        if name.endswith(".residual"):  # compared as a part of its mean or variance
             norm = name.removesuffix(".residual")
             for field, residual in zip(("mean", "var"), results[name].unbind(1)):
                 results[f"{norm}.{field}"] = results[f"{norm}.{field}"].double() + residual.double()
@@ -106,12 +105,11 @@ def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tenso
     if not work.grad:
         return results
     total = loss
-    if work.state_counts:
-        weights = torch.Generator().manual_seed(4)
-        recurrent = {name: t for name, t in named_tensors(after).items() if t.requires_grad}
-        for tensor in recurrent.values():
-            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            total = total + (real * torch.randn(real.shape, generator=weights, dtype=torch.float64)).sum()
+    weights = torch.Generator().manual_seed(4)
+    recurrent = {name: t for name, t in named_tensors(after).items() if t.requires_grad}
+    for tensor in recurrent.values():
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        total = total + (real * torch.randn(real.shape, generator=weights, dtype=torch.float64)).sum()
     model.zero_grad()
     total.backward()
     results |= {f"d {name}": parameter.grad.double() for name, parameter in model.named_parameters()}
@@ -122,7 +120,7 @@ def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tenso
 
 
 def _past(work: Work, model: mo.Megalodon) -> mo.MegalodonState:
-    """A state of sequences that have read some tokens; all that recurs in it takes gradients."""
+    """A state of sequences after `work.past` tokens; its recurrent tensors require gradients."""
     gen = torch.Generator().manual_seed(5)
     tokens = torch.randint(TINY["vocab_size"], (work.sequences, max(work.past)), generator=gen)
     with torch.no_grad():
@@ -147,7 +145,7 @@ def _leaves(norm, leaf):
 
 
 def _inside(work: Work, columns: slice) -> Tensor:
-    """Which of the columns hold tokens of a sequence (B, L, 1)."""
+    """Mask of the columns with tokens of a sequence (B, L, 1)."""
     position = torch.arange(sum(work.pieces))
     inside = torch.ones(work.rows, len(position), dtype=torch.bool)
     if work.lengths is not None:
@@ -163,8 +161,8 @@ def _error(got: Tensor, expected: Tensor) -> float:
         return 0.0
     wide = torch.complex128 if expected.is_complex() else torch.float64
     got, expected = got.to(wide), expected.to(wide)
-    alike = got.isnan() & expected.isnan()  # the mean of no loss
-    got, expected = got.masked_fill(alike, 0), expected.masked_fill(alike, 0)
+    both_nan = got.isnan() & expected.isnan()  # the mean of no loss
+    got, expected = got.masked_fill(both_nan, 0), expected.masked_fill(both_nan, 0)
     difference = (got - expected).abs().max().item()
     scale = max(expected.abs().max().item(), 1e-3)
     return difference / scale if difference == difference else float("inf")

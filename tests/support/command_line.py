@@ -1,4 +1,4 @@
-"""Quick runs of the command line, for tests: a text, a finished run, and what is read of a run."""
+"""Quick runs of the command line for tests: a text, a finished run, and a run's metrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def shell(*arguments: object) -> list[str]:
 
 
 class Forked(multiprocessing.get_context("fork").Process):
-    """`python -m megalodon_ops` with these arguments, forked off this process, so that it need not import torch."""
+    """`python -m megalodon_ops` with these arguments, forked from this process, so it need not import torch."""
 
     def __init__(
         self, *arguments: object, stdin: bytes = b"", encoding: str = "utf-8", folder: Path | None = None
@@ -49,7 +49,7 @@ class Forked(multiprocessing.get_context("fork").Process):
         self._ends = os.pipe()
         self.stdout = open(self._ends[0], "rb", buffering=0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on, where this process has threads
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks of a process with threads
             self.start()
         os.close(self._ends[1])
 
@@ -67,17 +67,17 @@ class Forked(multiprocessing.get_context("fork").Process):
         process()
 
     def wait(self, timeout: float = 60) -> tuple[int | None, bytes]:
-        """The exit code, negative of a signal, None where the process has not ended in time; and what went to stderr."""
+        """Exit code (-n after signal n, None if the process has not ended in time) and content of stderr."""
         self.join(timeout)
         self._stderr.seek(0)
-        said = self._stderr.read()
+        error = self._stderr.read()
         for file in (self._stdin, self.stdout, self._stderr):
             file.close()
-        return self.exitcode, said
+        return self.exitcode, error
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    """The run's metrics without what the clock says."""
+    """The run's metrics without times and rates."""
     return [
         {name: value for name, value in row.items() if "second" not in name}
         for row in read_metrics(out / "metrics.jsonl")
@@ -85,7 +85,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def overflow(run: Path, by: float = 1e30) -> None:
-    """Makes the weights in a run's newest checkpoint larger: finite still, but by default with outputs that are not."""
+    """Scale the weights in a run's newest checkpoint; they stay finite, but by default the outputs do not."""
     found = load_checkpoint(run)
     model = Megalodon(found.config)
     found.load_weights(model)
@@ -101,15 +101,12 @@ def overflow(run: Path, by: float = 1e30) -> None:
 
 
 def draw_nothing(path: Path, rows: list[dict[str, Any]], references: dict[str, float] | None = None) -> None:
-    """In the place of `draw_metrics`, which takes half the time of a short run."""
+    """Replacement of `draw_metrics`, which takes half the time of a short run."""
     path.write_bytes(b"no picture")
 
 
 def hasten(patch: pytest.MonkeyPatch, draw: Callable[..., None] = draw_nothing) -> None:
-    """Commands have one thread, which is faster on models this small, samples are short, and runs are drawn by `draw`.
-
-    Nothing waits for the disk either: a process that is killed loses nothing that it has written.
-    """
+    """Make commands faster: one thread, short samples, `draw` for curves, and no waiting for the disk."""
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setattr(os, "fsync", lambda file: None)
     patch.setattr("megalodon_ops.cli.train.draw_metrics", draw)
@@ -118,7 +115,7 @@ def hasten(patch: pytest.MonkeyPatch, draw: Callable[..., None] = draw_nothing) 
 
 @contextmanager
 def quick_commands(draw: Callable[..., None] = draw_nothing) -> Iterator[None]:
-    """Inside, commands of this process are hastened."""
+    """Context in which commands of this process are fast, by :func:`hasten`."""
     with pytest.MonkeyPatch.context() as patch, threads(1):
         hasten(patch, draw)
         yield
@@ -142,7 +139,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 60 steps, with its picture. Tests that change a run take `ended`."""
+    """A run of 60 steps with its loss curve. Tests that change a run take `ended`."""
     out = tmp_path_factory.mktemp("finished")
     with quick_commands(draw_metrics):
         assert train(text, out, "--steps", 60, "--eval-every", 20, "--checkpoint-every", 25) == 0

@@ -1,4 +1,4 @@
-"""What the ranks of tests of data parallel run: a small training that one process can run, too."""
+"""A small training for tests of data parallel, on several ranks or in one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WITH_ALL = dict(share_emb=True, swiglu=True, rescale_nffn=True, scale_emb=True, 
 
 
 def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A global batch, whose rows have ever fewer targets that count; the last row has none in every fourth step."""
+    """A global batch; each row has fewer targets that count than the one before, the last none in every 4th step."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(TINY["vocab_size"], (ROWS, LENGTH + 1), generator=generator)
     targets = tokens[:, 1:].clone()
@@ -27,7 +27,7 @@ def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def own_rows() -> slice:
-    """The rows of the global batch that are this rank's; all of them where there is one process."""
+    """This rank's rows of the global batch; all of them in one process."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     return slice(ROWS // ranks * rank, ROWS // ranks * (rank + 1))
 
@@ -65,6 +65,6 @@ def mesh_of_all() -> torch.distributed.device_mesh.DeviceMesh:
 
 def train_parallel(data: str, steps: int, accumulate: int, overrides: dict, options: dict):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # FSDP2 would warn of a linear layer that is sharded by itself
+        warnings.simplefilter("error")  # FSDP2 warns of single linear layers that are sharded
         model = parallelize(tiny_model(torch.float32, **overrides), mesh_of_all(), data=data, **options)
         return train(model, steps, accumulate)

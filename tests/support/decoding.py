@@ -1,4 +1,4 @@
-"""A decoder beside the layers of its model, for tests: the bits must be the same."""
+"""Bitwise comparison of a decoder with the layers of its model."""
 
 import torch
 from models import tiny_model, tokens_of
@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def model_and_state(dtype=torch.float32, rows=1, seen=5, **overrides):
-    """A model in evaluation mode and its state after some tokens."""
+    """A model in evaluation mode and its state after `seen` tokens."""
     model = tiny_model(dtype, **overrides).eval()
     with torch.no_grad():
         _, state = model(tokens_of(rows, seen), return_state=True)
@@ -32,7 +32,7 @@ def by_decoder(decoder, pieces):
 
 
 def assert_bits_of_layers(model, state, rows=1, length=1, fused=True):
-    """Compares bits over more steps than a chunk has left, so that a chunk begins anew."""
+    """Compare bits over more tokens than fit into the current chunk, so a new chunk begins."""
     pieces = tokens_of(rows, 5 * length).split(length, 1)
     decoder = mo.Decoder(model, state)
     found, expected = by_decoder(decoder, pieces), by_layers(model, state, pieces)

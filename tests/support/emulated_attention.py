@@ -20,12 +20,12 @@ GRADIENTS = ("dq", "dk", "dv")
 
 
 def scaled_case(**shape):
-    """Scores of about unit size, so that a softmax has more than one term."""
+    """A case with scores of about unit size, so that several terms of a softmax count."""
     return chunked_attention_case(**shape, scale=shape["K"] ** -0.5)
 
 
 def run(emulator, case, offset=0):
-    """Returns o and lse of the forward's kernels."""
+    """Return o and lse of the forward's kernels."""
     q, k, v = (case.tensors[name] for name in "qkv")
     options = case.options
     o, lse = torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))

@@ -27,7 +27,7 @@ def golden_config(op: str) -> dict[str, dict]:
 
 
 def golden_model() -> tuple[mo.Megalodon, dict[str, Tensor]]:
-    """A model in float64 with the released code's parameters, and the inputs and outputs that belong to it."""
+    """A model in float64 with the released code's parameters, and its inputs and outputs."""
     model = mo.Megalodon(mo.MegalodonConfig.from_dict(MODEL["config"])).double()
     weights = load_file(DATA / "official_c_state.safetensors")
     model.load_state_dict({name: weights[name] for name in weights if not name.endswith(_BUFFERS)}, strict=True)

@@ -1,4 +1,4 @@
-"""Small models of transformers, and batches for them, that the tests of `megalodon_ops.hf` share."""
+"""Small transformers models and batches for the tests of `megalodon_ops.hf`."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def padded(rows: list[Tensor], side: str, value: int = 0) -> dict[str, Tensor]:
     ids, mask = torch.full((2, len(rows), width), value)
     mask.zero_()
     for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, place], mask[i, place] = row, 1
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, columns], mask[i, columns] = row, 1
     return dict(input_ids=ids, attention_mask=mask)
 
 

@@ -1,4 +1,4 @@
-"""A process that is killed while it writes files, as far as the files show it."""
+"""Simulation of a process that is killed while it writes files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from megalodon_ops import files
 
-# Killed at a call of `os` after so many ones; the writer makes fewer than ten.
+# Number of calls of a function of `os` before the kill; the writer makes fewer than ten.
 COUNTS = [pytest.param((0, 4), id=""), pytest.param((1, 2, 3, 5, 6, 7), id="others", marks=pytest.mark.slow)]
 
 
@@ -20,7 +20,7 @@ class _Killed(BaseException):
 
 @contextmanager
 def killed_at(monkeypatch: pytest.MonkeyPatch, call: str, count: int) -> Iterator[pytest.MonkeyPatch]:
-    """Ends the block at its call of `os.<call>` after `count` ones, if there are as many; nothing is tidied up."""
+    """End the block at call number `count` + 1 of `os.<call>`, if there is one, without cleaning up."""
     real, calls = getattr(os, call), 0
 
     def die_at(*arguments):

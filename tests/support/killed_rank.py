@@ -1,4 +1,4 @@
-"""A process that torchrun starts: a command that is killed, in rank 0, at its second step."""
+"""Program for torchrun: a command whose rank 0 is killed at its second step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megalodon_ops.training import Reader
 LOSS, losses = Reader.loss, []
 
 
-def killed(reader: Reader, batch: Any) -> Any:
+def loss_then_kill(reader: Reader, batch: Any) -> Any:
     if losses:
         os.kill(os.getpid(), 9)
     losses.append(LOSS(reader, batch))
@@ -20,5 +20,5 @@ def killed(reader: Reader, batch: Any) -> Any:
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "0":
-        Reader.loss = killed
+        Reader.loss = loss_then_kill
     process()

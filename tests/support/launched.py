@@ -1,4 +1,4 @@
-"""`train` in several processes, for tests: inside the pool of processes, in processes of their own, or by torchrun."""
+"""`train` in several processes: in the pool of processes, in processes of their own, or by torchrun."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch.distributed as dist
-from command_line import TINY as ALONE
+from command_line import TINY as TINY_SINGLE
 from command_line import hasten
 from ranks import TIMEOUT, forkserver
 
 from megalodon_ops import cli
 
-TINY = [*ALONE, "--layers", "1", "--batch", "4", "--length", "48"]
-"""One block, and rows that four processes share, of which each is three chunks long"""
+TINY = [*TINY_SINGLE, "--layers", "1", "--batch", "4", "--length", "48"]
+"""One block, and four rows of three chunks, which four processes can split"""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 
 
@@ -38,10 +38,7 @@ def flags(text: Path, out: Path, *more: object) -> list[str]:
 
 
 def command(arguments: Sequence[str], patch: Any = None) -> Result:
-    """Runs a command in this process of the pool, as torchrun would start it.
-
-    patch: a function that is called with pytest's MonkeyPatch before.
-    """
+    """Run a command in this process of the pool, as torchrun would start it; first call `patch` with a MonkeyPatch."""
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as changed:
@@ -50,7 +47,7 @@ def command(arguments: Sequence[str], patch: Any = None) -> Result:
         hasten(changed)
         if patch is not None:
             patch(changed)
-        faulthandler.dump_traceback_later(TIMEOUT - 10, file=sys.__stderr__)  # where a process waits forever
+        faulthandler.dump_traceback_later(TIMEOUT - 10, file=sys.__stderr__)  # shows where a process hangs
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 code = cli.main(list(arguments))
@@ -60,10 +57,10 @@ def command(arguments: Sequence[str], patch: Any = None) -> Result:
 
 
 class Launch:
-    """Two processes of a command, each of its own as torchrun would start it, but forks of one that has imported torch."""
+    """Two processes of a command as torchrun would start them, but forked from one that has imported torch."""
 
     def __init__(self, arguments: Sequence[str], folder: Path, patch: Callable[[], Any] | None = None) -> None:
-        """folder: for what the processes print; patch: called in each before the command, a function that can be pickled."""
+        """folder: for the output; patch: a function that can be pickled, called in each process before the command."""
         self._folder, port = folder, free_port()
         self.processes = [
             forkserver().Process(target=_rank, args=(list(arguments), rank, port, folder, patch), daemon=True)
@@ -73,7 +70,7 @@ class Launch:
             process.start()
 
     def results(self, seconds: float = TIMEOUT) -> list[Result]:
-        """How each process has ended, by signal 9 if it had not after so many seconds, and what it has printed."""
+        """Exit code and output of each process; kills those that have not ended after `seconds`."""
         end = time.monotonic() + seconds
         results = []
         for rank, process in enumerate(self.processes):
@@ -104,13 +101,13 @@ def free_port() -> int:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines that are no bar's, and do not say what text is taken."""
-    others = ("step/s", "s/step", "megalodon_ops: taking ")
-    return [line for line in text.splitlines() if line and not any(words in line for words in others)]
+    """The lines of a text without progress bars and the message about the data."""
+    skipped = ("step/s", "s/step", "megalodon_ops: taking ")
+    return [line for line in text.splitlines() if line and not any(words in line for words in skipped)]
 
 
 def copy_without_the_last(run: Path, target: Path) -> Path:
-    """A copy of a run as it was when it had written all but its last checkpoint and what follows that."""
+    """Copy a run without its last checkpoint."""
     shutil.copytree(run, target)
     newest = max((target / "checkpoints").iterdir())
     shutil.rmtree(newest)
@@ -118,7 +115,7 @@ def copy_without_the_last(run: Path, target: Path) -> Path:
 
 
 def workers(process: Any) -> list[int]:
-    """The processes that torchrun has started, in order of their ranks."""
+    """Ids of the processes that torchrun has started, in order of their ranks."""
     found = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
@@ -135,7 +132,7 @@ def workers(process: Any) -> list[int]:
 
 @contextlib.contextmanager
 def ended_afterwards(process: Any) -> Iterator[Any]:
-    """Kills torchrun and the processes that it has started, each of which leads a session, however the test ends."""
+    """Kill torchrun and the processes that it has started when the test ends."""
     try:
         yield process
     finally:

@@ -1,4 +1,4 @@
-"""A small model, and tokens for it, that tests share."""
+"""A small model and tokens for it."""
 
 import torch
 
@@ -11,7 +11,7 @@ TINY = dict(
 
 
 def tiny_model(dtype=torch.float64, **overrides) -> mo.Megalodon:
-    """A model with every parameter random: offsets, which begin as zeros, have an effect, too."""
+    """A model with random parameters, offsets included, which are initially zero."""
     torch.manual_seed(0)
     model = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides})).to(dtype)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Ways to spoil a file: damage of disks, cut transfers, and edits of somebody who means harm."""
+"""Ways to corrupt a file: disk damage, cut transfers and malicious edits."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def leaves(node: Any, at: tuple = ()) -> Iterator[tuple]:
+def key_paths(node: Any, parents: tuple = ()) -> Iterator[tuple]:
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
-        yield (*at, key)
-        yield from leaves(value, (*at, key))
+        yield (*parents, key)
+        yield from key_paths(value, (*parents, key))
 
 
 def edit_json(path: Path, rng: random.Random) -> str:
     content = json.loads(path.read_text())
-    at = rng.choice(list(leaves(content)))
+    *parents, last = keys = rng.choice(list(key_paths(content)))
     node = content
-    for key in at[:-1]:
+    for key in parents:
         node = node[key]
     kind = rng.random()
     if kind < 0.2 and isinstance(node, dict):
-        del node[at[-1]]
-        what = "deleted"
+        del node[last]
+        value = "deleted"
     elif kind < 0.3 and isinstance(node, dict):
-        node[str(at[-1]) + "x"] = what = rng.choice(HOSTILE)
+        node[str(last) + "x"] = value = rng.choice(HOSTILE)
     else:
-        node[at[-1]] = what = rng.choice(HOSTILE)
+        node[last] = value = rng.choice(HOSTILE)
     path.write_text(json.dumps(content))
-    return f"{path.name}: {at} = {what!r}"
+    return f"{path.name}: {keys} = {value!r}"
 
 
 def edit_header(path: Path, rng: random.Random) -> str:
-    """Edits the JSON at the beginning of a safetensors file."""
+    """Edit the JSON at the beginning of a safetensors file."""
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     head = json.loads(data[8 : 8 + size])
@@ -70,7 +70,7 @@ def edit_header(path: Path, rng: random.Random) -> str:
 
 
 def not_finite(path: Path, rng: random.Random) -> str:
-    """Overwrites some numbers at the end of a safetensors file by NaN and infinity."""
+    """Overwrite a number at the end of a safetensors file by NaN or infinity."""
     data = bytearray(path.read_bytes())
     end = len(data) - 4 * rng.randrange(1, 20)
     data[end : end + 4] = struct.pack("<f", rng.choice([float("nan"), float("inf")]))
@@ -113,8 +113,8 @@ def swap(path: Path, rng: random.Random) -> str:
     return f"{path.name} <-> {other.name}"
 
 
-def odd(path: Path, rng: random.Random) -> str:
-    """Puts something else in the file's place."""
+def replace(path: Path, rng: random.Random) -> str:
+    """Replace the file by something else, or remove it."""
     path.unlink()
     kind = rng.choice(["gone", "pipe", "folder", "zero", "loop"])
     {
@@ -128,8 +128,8 @@ def odd(path: Path, rng: random.Random) -> str:
 
 
 def mutate(path: Path, rng: random.Random) -> str:
-    """Spoils a file in one way, and says how."""
-    ways = [flip, cut, splice, swap, odd]
+    """Corrupt a file in one random way, and return a description."""
+    ways = [flip, cut, splice, swap, replace]
     if path.suffix == ".json":
         ways += [edit_json] * 6
     elif path.suffix == ".safetensors":

@@ -1,8 +1,8 @@
-"""The Markdown pages that people read, their code, and how it runs: to the letter, from top to bottom.
+"""The Markdown pages and a runner of their code, from top to bottom.
 
-A block of `text` is what the block of code before it prints: its lines are found in this order among the lines that are printed,
-other lines between them. Words are compared exactly, times (12 ms) not at all, other numbers to 3 % or to what the block says:
-"```text within 20 %".
+A block of `text` shows the output of the code block before it: its lines must be printed in this order, possibly with
+others in between. Words are compared exactly, times (12 ms) not at all, other numbers to 3 % or to the tolerance of the
+block: "```text within 20 %".
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ FOLLOWED = [
     ROOT / "docs" / "recipes.md",
     *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
 ]
-"""Pages whose commands are followed too"""
+"""Pages whose shell commands run, too"""
 SERIES = [ROOT / "docs" / "tutorials" / f"{name}.md" for name in ("your-text", "book", "context", "lora")]
-"""Tutorials that are followed in one folder: the first makes the model of the others"""
+"""Tutorials that run in one folder: the first trains the model of the others"""
 
 _BLOCK = re.compile(r"^```(python|bash|cpp|text)(?: within (\d+) %)?\n(.*?)^```$", re.S | re.M)
 _SHELL = re.compile(r"[|<>$&;*`]")
@@ -65,7 +65,7 @@ def has_examples(page: Path) -> bool:
 
 
 def follow(page: Path, folder: Path) -> None:
-    """Runs the page's code in a folder. A block that begins with a file's name is saved; a later one may use earlier names."""
+    """Run the page's code in a folder, in one namespace; a block that begins with a file name is saved there."""
     scope, printed = {"__name__": page.stem}, ""
     for language, code, within in blocks(page):
         if language == "text":
@@ -84,11 +84,11 @@ def follow(page: Path, folder: Path) -> None:
 def first_missing(shown: str, printed: str, within: float) -> str | None:
     """The first line of `shown` that is not printed after the lines before it, if there is one."""
     lines = iter(printed.splitlines())
-    return next((line for line in shown.splitlines() if not any(_alike(line, other, within) for other in lines)), None)
+    return next((line for line in shown.splitlines() if not any(_match(line, other, within) for other in lines)), None)
 
 
-def _alike(shown: str, printed: str, within: float) -> bool:
-    """Whether two lines have the same words, and numbers that are near each other."""
+def _match(shown: str, printed: str, within: float) -> bool:
+    """Return True if two lines have the same words, and numbers within a tolerance."""
     if _NUMBER.sub("#", shown).split() != _NUMBER.sub("#", printed).split():
         return False
     pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
@@ -97,13 +97,13 @@ def _alike(shown: str, printed: str, within: float) -> bool:
 
 
 def _run(commands: str, folder: Path) -> str:
-    """Runs shell commands in which `python` is this one, and returns what they print. A run of minutes takes a tenth of them.
+    """Run shell commands with this Python and return their output; `--minutes` is divided by 10.
 
-    A command of the package is forked off this process, which has imported torch and what most commands import late.
+    Commands of the package are forked from this process, which has already imported what most commands need.
     """
-    import torch._dynamo  # by optimizers and by models that are loaded
+    import torch._dynamo  # imported by optimizers and by loaded models
 
-    import megalodon_ops.cli.train  # with it, what draws curves
+    import megalodon_ops.cli.train  # imports the package that draws curves
 
     printed = ""
     commands = re.sub(r"(?<=--minutes )\d+", lambda minutes: str(int(minutes[0]) / 10), commands)

@@ -1,4 +1,4 @@
-"""Operations and memory of a call, as torch counts them."""
+"""Operations and memory of a call, counted by torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def counted(call) -> dict[str, int]:
 
 
 def allocations(events, op: str = "") -> Iterator[tuple[int, int, str]]:
-    """When, how many bytes more or less, in which op."""
+    """Time, change in bytes and op of each allocation."""
     for event in events:
         if event.typed[0] == _EventType.Allocation:
             yield event.start_time_ns, event.typed[1].alloc_size, op
@@ -27,25 +27,25 @@ def allocations(events, op: str = "") -> Iterator[tuple[int, int, str]]:
 
 
 def allocated(call: Callable[[], object]) -> tuple[int, int]:
-    """Bytes of tensors on the CPU that a call leaves allocated, and the most that it had at any moment.
+    """Bytes of CPU tensors that a call leaves allocated, and the peak during it.
 
-    What a product's library allocates and frees inside the product does not count: it is each processor's own.
+    Temporary memory inside a matrix product does not count, as it depends on the processor.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = call()
+        result = call()
     changes = sorted(allocations(profiler.profiler.kineto_results.experimental_event_tree()))
-    del kept
-    total = most = 0
+    del result
+    total = peak = 0
     for (_, change, op), (_, following, _) in zip(changes, [*changes[1:], (0, 0, "")], strict=True):
         total += change
         if not (op in ("aten::mm", "aten::addmm") and following == -change):
-            most = max(most, total)
-    return total, most
+            peak = max(peak, total)
+    return total, peak
 
 
-def saved(call: Callable[[], Tensor], given: Iterable[Tensor]) -> tuple[Tensor, int]:
-    """A call's result, and the bytes of all memory that autograd saves for its backward, without the given tensors'."""
-    found = {}  # keeps the tensors alive, so that an address stays one memory's
+def saved(call: Callable[[], Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, int]:
+    """A call's result, and the bytes of all storages that autograd saves for its backward, except those of `inputs`."""
+    found = {}  # keeps the tensors alive, so no address is used twice
 
     def note(tensor: Tensor) -> Tensor:
         found[tensor.untyped_storage()._cdata] = tensor
@@ -53,6 +53,6 @@ def saved(call: Callable[[], Tensor], given: Iterable[Tensor]) -> tuple[Tensor, 
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         result = call()
-    for tensor in given:
+    for tensor in inputs:
         found.pop(tensor.untyped_storage()._cdata, None)
     return result, sum(tensor.untyped_storage().nbytes() for tensor in found.values())

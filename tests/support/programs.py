@@ -6,7 +6,7 @@ import sys
 
 
 def run_python(code: str, *arguments: object, **environment: str | None) -> subprocess.CompletedProcess:
-    """Runs the code with these arguments and these variables changed; None takes a variable away."""
+    """Run code with these arguments and environment variables; None removes a variable."""
     environment = {name: value for name, value in (os.environ | environment).items() if value is not None}
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True

@@ -1,7 +1,4 @@
-"""Tests of several processes: a pool of them, forks of one process that has imported what they need.
-
-Each keeps from test to test what it has imported and made.
-"""
+"""A pool of processes for tests, forked from one process that has imported the packages; tests share the pool."""
 
 from __future__ import annotations
 
@@ -20,28 +17,28 @@ PRELOADED = [
     "pytest", "hypothesis", "megalodon_ops.cli.train", "megalodon_ops.distributed", "torch._dynamo", "torch.distributed.fsdp",
     "torch.distributed.tensor", "torch.distributed.checkpoint",
 ]  # fmt: skip
-"""Imported once, by the process of which those of the pool are forks"""
+"""Imported once, by the process from which the pool is forked"""
 TIMEOUT = 120.0
-"""Seconds that a function may take in all ranks, of a machine that is busy with other things"""
+"""Seconds that a function may take in all ranks, on a busy machine"""
 AFTER_A_FAULT = 20.0
-"""Seconds that the other ranks have to end in, after one has failed"""
+"""Seconds until the other ranks must end after one has failed"""
 
 
 class RankError(AssertionError):
-    """What was raised in the ranks, or which of them never answered."""
+    """The errors of the ranks; also raised if a rank does not answer."""
 
 
 class Ranks:
-    """Processes that are started when they are first needed and started anew after a failure."""
+    """Processes that are started when they are first needed and restarted after a failure."""
 
     def __init__(self) -> None:
         self._workers: list[tuple[multiprocessing.Process, Connection]] = []
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-        """`function(*args)` in each of `world_size` ranks, inside a process group of gloo; their results in order.
+        """Call `function(*args)` in each of `world_size` ranks of a gloo process group; return the results in order.
 
-        `function` stands at the top of a module, so that a new process finds it. An exception in a rank, and a rank that
-        has not answered after `timeout` seconds, raise a RankError here and end all processes.
+        `function` must be at the top level of a module, so that new processes find it. If a rank raises an exception or
+        does not answer within `timeout` seconds, all processes end, and a RankError is raised here.
         """
         workers = self._first(world_size)
         with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +58,7 @@ class Ranks:
     def close(self) -> None:
         for _, connection in self._workers:
             connection.close()
-        end = time.monotonic() + 1  # in which a process that waits for work ends by itself
+        end = time.monotonic() + 1  # by then, a process that waits for work has ended by itself
         for process, _ in self._workers:
             process.join(max(0.0, end - time.monotonic()))
             process.kill()
@@ -80,14 +77,14 @@ class Ranks:
 
 
 def forkserver() -> multiprocessing.context.ForkServerContext:
-    """Whose processes are forks of one that has imported torch and the package."""
+    """A context whose processes are forked from one that has imported torch and the package."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
 def _answers(connections: list[Connection], timeout: float) -> list[tuple[str, Any]]:
-    """What each rank has sent: a fault, or "" and a result. After a fault the others have AFTER_A_FAULT."""
+    """The answer of each rank: a fault, or "" and a result. After a fault the others must answer in AFTER_A_FAULT."""
     answers: dict[Connection, tuple[str, Any]] = {}
     end = time.monotonic() + timeout
     while len(answers) < len(connections):
@@ -130,7 +127,7 @@ def _process_group(rank: int, world_size: int, store: str, timeout: float):
         "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
     )
     try:
-        dist.barrier()  # a rank that has nothing to do must not close connections which another one is still making
+        dist.barrier()  # an idle rank must not close connections that another one is still opening
         yield
     finally:
         dist.destroy_process_group()

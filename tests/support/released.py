@@ -6,7 +6,7 @@ import torch
 
 
 def save_released(model, directory, shards=1, **config):
-    """Writes what the released code writes, buffers to drop included."""
+    """Write the files of the released code, including the buffers that loading drops."""
     weights = {**model.state_dict(), "rope.freqs": torch.zeros(4), "output.final_norm.prior_count": torch.tensor(0)}
     dim_1 = ("embed.weight", "mega.gamma", "mega.beta", "wh2.weight", "fc2.weight", "output.output.weight")
     whole = ("rmsnorm.weight", "nffn.norm.weight", "nffn.norm.bias", "rope.freqs", "prior_count", "nffn.alpha")

@@ -1,4 +1,4 @@
-"""What every worker of the tests begins with: fixtures that several files take, and settings of hypothesis."""
+"""Shared fixtures of all tests, and settings of hypothesis."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from megalodon_ops import _C
 
 pytest_plugins = ["command_line", "emulator.fixtures"]
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # `pytest &`: tests of Ctrl-C, and their children, heed it all the same
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `pytest &` ignores Ctrl-C, which some tests need
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Every run draws equal examples; HYPOTHESIS_PROFILE=explore draws new ones, and more. One backend serves all of a test.
-WHOLE_TEST = [HealthCheck.function_scoped_fixture]
+# Every run draws the same examples; HYPOTHESIS_PROFILE=explore draws new ones, and more.
+WHOLE_TEST = [HealthCheck.function_scoped_fixture]  # one backend for all examples of a test
 settings.register_profile("default", max_examples=15, deadline=None, derandomize=True, suppress_health_check=WHOLE_TEST)
 settings.register_profile(
     "explore", max_examples=300, deadline=None, print_blob=True,
@@ -36,7 +34,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture(params=backends.DEVICES)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on the CPU's kernels, on CUDA's in the emulator, and on CUDA's where there is a GPU."""
+    """Run the test on the CPU's kernels, on CUDA's in the emulator, and on CUDA's if there is a GPU."""
     if request.param == "cuda-emulated":
         running = Emulator(request.getfixturevalue("emulated_module")).replacing(_C)
     elif request.param == "cuda":
@@ -49,7 +47,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN (or the largest integer), so that an element which no kernel writes shows."""
+    """Fill torch.empty with NaN (or the largest integer), which shows elements that no kernel writes."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(8).isnan().all()
@@ -59,7 +57,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def parallelize_runs() -> None:
-    """Skips beside a torch that `parallelize` refuses."""
+    """Skip with a torch that `parallelize` refuses."""
     from megalodon_ops.distributed.fsdp import check_torch
 
     try:
@@ -78,7 +76,7 @@ def ranks(parallelize_runs: None) -> Iterator[Ranks]:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Two threads, even where torch would take another number."""
+    """Two threads, whatever torch's default is."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -1,4 +1,4 @@
-"""Runs a model whose layers are split over processes, and compares it with one process; for tests."""
+"""Comparison of a model whose layers are split over processes with one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Work:
     lengths: tuple[int, ...] | None = None
     cu_seqlens: tuple[int, ...] | None = None
     past: int = 0
-    """how many tokens the sequences have read before, into the state that is given"""
+    """number of tokens of each sequence in the initial state"""
     reduction: str = "mean"
     options: dict[str, Any] = field(default_factory=dict)
     """of `parallelize`"""
@@ -58,8 +58,8 @@ def _compare(work: Work) -> dict[str, float]:
     return {name: _error(part[name], value) for name, value in whole.items()}
 
 
-def worst(results: list[dict[str, float]]) -> tuple[float, str]:
-    return max((error, f"{name} on rank {rank}") for rank, of in enumerate(results) for name, error in of.items())
+def worst_error(results: list[dict[str, float]]) -> tuple[float, str]:
+    return max((error, f"{name} on rank {rank}") for rank, row in enumerate(results) for name, error in row.items())
 
 
 def _model(work: Work) -> mo.Megalodon:
@@ -96,7 +96,7 @@ def _results(work: Work, model: mo.Megalodon, mesh: Any) -> dict[str, Tensor]:
 
 
 def columns_before(work: Work, mesh: Any) -> int:
-    """At which column this rank's piece begins."""
+    """The first column of this rank's piece."""
     return int(split(torch.arange(work.length).expand(work.rows, -1), mesh, chunk_size=TINY["chunk_size"])[0, 0])
 
 

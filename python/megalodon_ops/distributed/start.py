@@ -41,12 +41,11 @@ def start(device_type: str, timeout: timedelta | None = None) -> None:
     store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        # init_process_group has set a hook that names the rank.
-        sys.excepthook = functools.partial(_report_error, sys.excepthook)
+        sys.excepthook = functools.partial(_fail, sys.excepthook)  # that of init_process_group, which names the rank
 
 
-def _report_error(show: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print an exception that ends the process and report it to torchrun; one line if another process ended first."""
+def _fail(show: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Show an uncaught exception, in one line if another process caused it, and report it to torchrun."""
     follows = torchrun.is_of_another_process(error)
     line = f"{torchrun.FOLLOWS}: {torchrun.first_line(error)}" if follows else f"{kind.__name__}: {error}"
     if follows and re.search("(?i)connection (closed|reset)|broken pipe", line):
