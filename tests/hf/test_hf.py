@@ -1,4 +1,4 @@
-"""transformers: one file of weights; what a call returns, for padded and packed batches."""
+"""transformers: weights and folders; results of calls on padded and packed batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import seed  # noqa: F401, a fixture
-from hf_models import LENGTHS, SIZES, VARIANTS, close, hf, made, padded, prompts, transformers
+from hf_models import LENGTHS, SIZES, VARIANTS, close, hf, build_model, padded, prompts, transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,8 +30,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
-def test_reads_what_it_wrote(tmp_path: Path, fields: dict) -> None:
-    model, ids = made(**fields), torch.randint(50, (2, 21))
+def test_saved_models_load(tmp_path: Path, fields: dict) -> None:
+    model, ids = build_model(**fields), torch.randint(50, (2, 21))
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is hf.MegalodonForCausalLM and not again.training
@@ -48,7 +48,7 @@ def test_reads_what_it_wrote(tmp_path: Path, fields: dict) -> None:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_loads_dtypes_without_rounding_wide_parameters(tmp_path: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
-    model = made(stored)
+    model = build_model(stored)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == stored
@@ -59,9 +59,9 @@ def test_loads_dtypes_without_rounding_wide_parameters(tmp_path: Path, stored: t
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
-def test_our_folder_and_theirs_are_one(tmp_path: Path, fields: dict) -> None:
+def test_our_folders_and_transformers_are_the_same(tmp_path: Path, fields: dict) -> None:
     pytest.importorskip("safetensors")
-    model, ids = made(**fields), torch.randint(50, (1, 21))
+    model, ids = build_model(**fields), torch.randint(50, (1, 21))
     with torch.no_grad():
         expected = model.megalodon(ids)
         model.save_pretrained(tmp_path / "theirs")
@@ -78,7 +78,7 @@ def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     from megalodon_ops.tokenizers import ByteTokenizer
 
-    model = made(vocab_size=257, output_size=256)
+    model = build_model(vocab_size=257, output_size=256)
     model.megalodon.save(tmp_path / "ours", tokenizer=ByteTokenizer())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     batch = tokenizer(["to be", "or"], padding=True, return_tensors="pt")
@@ -107,8 +107,8 @@ def test_shares_the_modules_of_a_megalodon() -> None:
     assert model.training and model.megalodon.training and not model.eval().megalodon.training
 
 
-def test_copies_are_whole() -> None:
-    model, ids = made(), torch.randint(50, (1, 9))
+def test_copies_are_independent() -> None:
+    model, ids = build_model(), torch.randint(50, (1, 9))
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
             again.layers[0].mega.wv.weight.add_(1.0)
@@ -118,7 +118,7 @@ def test_copies_are_whole() -> None:
             close(again(ids).logits, again.megalodon(ids))
 
 
-def test_new_models_are_initialised_once_and_as_ours() -> None:
+def test_new_models_are_initialized_as_ours() -> None:
     torch.manual_seed(3)
     ours = mo.Megalodon(mo.MegalodonConfig(**SIZES))
     torch.manual_seed(3)
@@ -126,9 +126,9 @@ def test_new_models_are_initialised_once_and_as_ours() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_initialises_what_a_checkpoint_lacks(tmp_path: Path) -> None:
+def test_parameters_that_a_checkpoint_lacks_are_initialized(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    model = made()
+    model = build_model()
     model.save_pretrained(tmp_path)
     tensors = model.state_dict()
     absent = ["embed.weight", "layers.0.mega.cema.theta", "layers.1.mega.wv.weight", "output.output.weight"]
@@ -142,7 +142,7 @@ def test_initialises_what_a_checkpoint_lacks(tmp_path: Path) -> None:
 
 
 def test_resized_embeddings() -> None:
-    model, ids = made(vocab_size=51, output_size=50), torch.randint(50, (1, 9))
+    model, ids = build_model(vocab_size=51, output_size=50), torch.randint(50, (1, 9))
     with torch.no_grad():
         before = model(ids).logits
         model.resize_token_embeddings(60, mean_resizing=False)
@@ -153,7 +153,7 @@ def test_resized_embeddings() -> None:
     assert model.generate(torch.tensor([[55]]), max_new_tokens=3, do_sample=False).shape == (1, 4)
 
 
-def test_configuration_refuses_what_ours_does() -> None:
+def test_configuration_raises_as_ours() -> None:
     with pytest.raises(ValueError, match="z_dim"):
         hf.MegalodonHFConfig(**{**SIZES, "z_dim": 15})
     config = hf.MegalodonHFConfig(**SIZES, bos_token_id=3)
@@ -162,7 +162,7 @@ def test_configuration_refuses_what_ours_does() -> None:
 
 
 def test_generation_stops_where_documents_end(tmp_path) -> None:
-    model = made(eos_token_id=3)
+    model = build_model(eos_token_id=3)
     assert model.generation_config.eos_token_id == 3
     model.save_pretrained(tmp_path / "theirs")
     ours = mo.Megalodon.load(tmp_path / "theirs")
@@ -173,18 +173,18 @@ def test_generation_stops_where_documents_end(tmp_path) -> None:
         hf.MegalodonForCausalLM.from_megalodon(ours),
     ):
         assert read.generation_config.eos_token_id == 3
-        torch.nn.init.zeros_(read.output.output.weight)  # all tokens are as likely, and the end is among them
+        torch.nn.init.zeros_(read.output.output.weight)  # all tokens, the end included, are equally likely
         written = read.generate(torch.tensor([[1, 2]]), max_new_tokens=4000, do_sample=True, pad_token_id=0)[0].tolist()
         assert written.index(3) == len(written) - 1 < 4000
 
 
-# What a call returns
+# Results of a call
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 def test_padded_rows_equal_single_runs(side: str, fields: dict) -> None:
-    model, rows = made(**fields), prompts()
+    model, rows = build_model(**fields), prompts()
     batch = padded(rows, side, value=-1)
     with torch.no_grad():
         output = model(**batch, labels=batch["input_ids"])
@@ -195,8 +195,8 @@ def test_padded_rows_equal_single_runs(side: str, fields: dict) -> None:
             single = model(row[None], labels=row[None], output_hidden_states=True)
             present = batch["attention_mask"][i] == 1
             close(output.logits[i, present], single.logits[0])
-            for layer, alone in zip(hidden, single.hidden_states, strict=True):
-                close(layer[i, present], alone[0])
+            for layer, unpadded in zip(hidden, single.hidden_states, strict=True):
+                close(layer[i, present], unpadded[0])
             close(single.hidden_states[-1], model.megalodon.features(row[None]))
             total += single.loss * (len(row) - 1)
             cache = output.get(CACHE).state[[i]]
@@ -208,9 +208,9 @@ def test_padded_rows_equal_single_runs(side: str, fields: dict) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_go_on_after_padded_rows(side: str) -> None:
-    """A conversation: the second turn is padded as well, with a mask over both turns or over its own columns."""
-    model, first, second = made(), prompts(), [torch.randint(50, (length,)) for length in (2, 7, 5)]
+def test_padded_rows_continue_padded_rows(side: str) -> None:
+    """A conversation: the second turn is padded, too, with a mask over both turns or only its own columns."""
+    model, first, second = build_model(), prompts(), [torch.randint(50, (length,)) for length in (2, 7, 5)]
     turns = padded(first, "left"), padded(second, side)
     for mask in (turns[1]["attention_mask"], torch.cat([turn["attention_mask"] for turn in turns], dim=1)):
         with torch.no_grad():
@@ -222,10 +222,10 @@ def test_padded_rows_go_on_after_padded_rows(side: str) -> None:
 
 
 @given(st.data())
-def test_any_padding_and_any_split_equal_single_runs(data: st.DataObject) -> None:
-    """Rows with padding on both sides, some empty, that go on in calls of any widths, with and without a decoder."""
+def test_arbitrary_padding_and_splits_equal_single_runs(data: st.DataObject) -> None:
+    """Rows padded on both sides, some empty, over calls of arbitrary widths, with and without a decoder."""
     torch.manual_seed(5)
-    model = made(torch.float64)
+    model = build_model(torch.float64)
     batch = data.draw(st.integers(1, 3))
     widths = data.draw(st.lists(st.integers(1, 19), min_size=1, max_size=4))
     cache, past = hf.MegalodonCache(), [[] for _ in range(batch)]
@@ -240,8 +240,8 @@ def test_any_padding_and_any_split_equal_single_runs(data: st.DataObject) -> Non
             logits = model(ids, attention_mask=mask, past_key_values=cache).logits
             for i in range(batch):
                 if new := int(mask[i].sum()):
-                    alone = model.megalodon(torch.tensor([past[i]]))[0, -new:]
-                    torch.testing.assert_close(logits[i, mask[i] == 1], alone, rtol=1e-9, atol=1e-9)
+                    expected = model.megalodon(torch.tensor([past[i]]))[0, -new:]
+                    torch.testing.assert_close(logits[i, mask[i] == 1], expected, rtol=1e-9, atol=1e-9)
                     end = int(mask[i].nonzero().max())
                     torch.testing.assert_close(
                         logits[i, end:], logits[i, end].expand(width - end, -1), rtol=1e-9, atol=1e-9
@@ -249,8 +249,8 @@ def test_any_padding_and_any_split_equal_single_runs(data: st.DataObject) -> Non
     assert cache.get_seq_length() == sum(widths)
 
 
-def test_masks_that_are_refused() -> None:
-    model, ids = made(), torch.randint(50, (2, 6))
+def test_wrong_masks() -> None:
+    model, ids = build_model(), torch.randint(50, (2, 6))
     hole = torch.ones(2, 6, dtype=torch.long)
     hole[0, 2] = 0
     with pytest.raises(ValueError, match="padding between tokens"):
@@ -274,7 +274,7 @@ PACKINGS = {
 
 @pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
 def test_packed_documents_equal_single_runs(packing) -> None:
-    model, rows = made(), prompts()
+    model, rows = build_model(), prompts()
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)
     ids = torch.cat(rows)[None]
     with torch.no_grad():
@@ -285,8 +285,8 @@ def test_packed_documents_equal_single_runs(packing) -> None:
     assert output.get(CACHE) is None
 
 
-def test_packing_that_is_refused() -> None:
-    model, ids = made(), torch.randint(50, (2, 6))
+def test_wrong_packing() -> None:
+    model, ids = build_model(), torch.randint(50, (2, 6))
     restart = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(ValueError, match="packed into one row"):
         model(ids, position_ids=restart)
@@ -294,8 +294,8 @@ def test_packing_that_is_refused() -> None:
         model(ids[:1], position_ids=restart, use_cache=True)
 
 
-def test_loss_is_that_of_the_logits() -> None:
-    model, ids = made(vocab_size=51, output_size=50), torch.randint(50, (2, 12))
+def test_loss_equals_the_logits_cross_entropy() -> None:
+    model, ids = build_model(vocab_size=51, output_size=50), torch.randint(50, (2, 12))
     labels = ids.clone()
     labels[:, :4] = -100
     labels[0, 7] = 50  # the start of a document, which the model never predicts
@@ -312,17 +312,17 @@ def test_loss_is_that_of_the_logits() -> None:
     close(model(ids, labels=labels, logits_to_keep=2).logits, output.logits[:, -2:])
 
 
-def test_label_smoothing_is_that_of_what_is_predicted() -> None:
-    """Trainer gives the logits to a LabelSmoother; tokens without a logit, targets too, add a number without a gradient."""
-    model, ids = made(vocab_size=53, output_size=50), torch.randint(50, (2, 12))
+def test_label_smoothing_covers_predicted_tokens() -> None:
+    """Trainer passes the logits to a LabelSmoother; tokens without a logit, also as targets, add a constant."""
+    model, ids = build_model(vocab_size=53, output_size=50), torch.randint(50, (2, 12))
     ids[0, 7] = 51
     smoother = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.1)
     found = smoother(model(ids, num_items_in_batch=torch.tensor(22)), ids.clone(), shift_labels=True)
     minus_logs = -model.megalodon(ids)[:, :-1].log_softmax(-1)
     targets = ids[:, 1:].masked_fill(ids[:, 1:] == 51, -100)
-    of_targets = torch.nn.functional.nll_loss(-minus_logs.flatten(0, 1), targets.flatten(), reduction="sum") / 22
+    target_loss = torch.nn.functional.nll_loss(-minus_logs.flatten(0, 1), targets.flatten(), reduction="sum") / 22
     low = 20 + math.log(3)
-    expected = 0.9 * (of_targets + low / 22) + 0.1 * (minus_logs.sum(-1).mean() + 3 * low) / 53
+    expected = 0.9 * (target_loss + low / 22) + 0.1 * (minus_logs.sum(-1).mean() + 3 * low) / 53
     close(found, expected)
     gradients = (torch.autograd.grad(loss, [*model.parameters()]) for loss in (found, expected))
     for ours, theirs in zip(*gradients, strict=True):
@@ -330,7 +330,7 @@ def test_label_smoothing_is_that_of_what_is_predicted() -> None:
 
 
 def test_logits_to_keep_and_embeddings() -> None:
-    model, rows = made(**VARIANTS["released"]), prompts()
+    model, rows = build_model(**VARIANTS["released"]), prompts()
     batch = padded(rows, "left")
     with torch.no_grad():
         all_logits = model(**batch).logits
@@ -343,7 +343,7 @@ def test_logits_to_keep_and_embeddings() -> None:
 
 
 def test_wrong_calls() -> None:
-    model, ids = made(), torch.randint(50, (2, 6))
+    model, ids = build_model(), torch.randint(50, (2, 6))
     with pytest.raises(ValueError, match="exactly one of"):
         model()
     with pytest.raises(ValueError, match="output_attentions"):
@@ -379,7 +379,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     gradients = []
     for recompute in ("no", "enabled", "configured"):
         torch.manual_seed(1)
-        model = made(layerwise_ckpt=recompute == "configured").train()
+        model = build_model(layerwise_ckpt=recompute == "configured").train()
         if recompute == "enabled":
             model.gradient_checkpointing_enable()
         ids = torch.arange(40)[None]

@@ -1,4 +1,4 @@
-"""transformers: the encoder's features, its classes and its masked tokens; folders, padding, packing, losses, refusals."""
+"""transformers: the encoder's features, classification, masked-token prediction, folders and losses."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ CLASSES = {
 }
 
 
-def made(kind: str, **fields) -> hf.MegalodonEncoderModel:
-    """A model with parameters as after some training: no parameter is zero, so that each matters."""
-    of_kind, sizes = CLASSES[kind]
+def build_encoder(kind: str, **fields) -> hf.MegalodonEncoderModel:
+    """Build a model with no zero parameter, as after some training, so that each matters."""
+    model_class, sizes = CLASSES[kind]
     core = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**{**SIZES, **sizes, **fields})).eval()
     with torch.no_grad():
         for parameter in core.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return of_kind.from_megalodon(core)
+    return model_class.from_megalodon(core)
 
 
 def rows_of(model: hf.MegalodonEncoderModel, side: str) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Rows of several lengths, one a call, and all of them in one padded batch; what lies in the padding is not small."""
+    """Rows of several lengths, as single calls and as one padded batch; the padding is not small."""
     rows = prompts()
     batch = padded(rows, side, value=49)
     if model.main_input_name == "input_ids":
@@ -60,24 +60,24 @@ def expected_of(kind: str, core: mo.MegalodonEncoder, inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", CLASSES)
 @torch.no_grad()
-def test_rows_are_those_of_our_encoder_padded_or_alone(kind: str, side: str) -> None:
-    model = made(kind)
+def test_padded_and_single_rows_equal_our_encoders(kind: str, side: str) -> None:
+    model = build_encoder(kind)
     singles, batch = rows_of(model, side)
     output = model(**batch, output_hidden_states=True)
     for i, single in enumerate(singles):
-        alone = model(**single, output_hidden_states=True)
-        close(alone[0], expected_of(kind, model.megalodon, *single.values()))
+        unpadded = model(**single, output_hidden_states=True)
+        close(unpadded[0], expected_of(kind, model.megalodon, *single.values()))
         present = batch["attention_mask"][i] == 1
-        close(output[0][i] if kind.startswith("classes") else output[0][i, present], alone[0][0])
+        close(output[0][i] if kind.startswith("classes") else output[0][i, present], unpadded[0][0])
         assert len(output.hidden_states) == model.config.num_hidden_layers + 1
-        for layer, one in zip(output.hidden_states, alone.hidden_states, strict=True):
+        for layer, one in zip(output.hidden_states, unpadded.hidden_states, strict=True):
             close(layer[i, present], one[0])
-        close(alone.hidden_states[-1], model.megalodon.features(*single.values()))
+        close(unpadded.hidden_states[-1], model.megalodon.features(*single.values()))
 
 
 @torch.no_grad()
 def test_packed_rows_embeddings_and_tuples() -> None:
-    model, rows = made("classes"), prompts()
+    model, rows = build_encoder("classes"), prompts()
     expected, packed = torch.cat([model(row[None]).logits for row in rows]), torch.cat(rows)[None]
     close(model(packed, cu_seq_lens_q=torch.tensor([0, *LENGTHS]).cumsum(0)).logits, expected)
     close(model(packed, position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None]).logits, expected)
@@ -85,24 +85,24 @@ def test_packed_rows_embeddings_and_tuples() -> None:
     loss, logits = model(inputs_embeds=embedded, labels=torch.tensor([2]), use_cache=False, return_dict=False)
     close(logits, expected[:1])
     close(loss, F.cross_entropy(logits, torch.tensor([2])))
-    numbers = made("classes of numbers")
+    numbers = build_encoder("classes of numbers")
     values = torch.randn(2, 9, 2)
     close(numbers(inputs_embeds=numbers.embed(values)).logits, numbers(input_values=values).logits)
 
 
-def test_folders_are_read_by_all_and_go_from_guessing_to_classifying(tmp_path: Path) -> None:
-    guesses, ids = made("masked tokens"), torch.randint(50, (2, 21))
-    guesses.save_pretrained(tmp_path / "guesses")
-    ours = mo.MegalodonEncoder.load(tmp_path / "guesses")
-    assert ours.classifier is None and torch.equal(ours(ids), guesses.megalodon(ids))
-    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "guesses")
-    assert again.output.weight is again.embed.weight and torch.equal(again(ids).logits, guesses(ids).logits)
-    features = transformers.AutoModel.from_pretrained(tmp_path / "guesses")
+def test_folders_are_read_by_all_classes_from_masked_tokens_to_classification(tmp_path: Path) -> None:
+    predictor, ids = build_encoder("masked tokens"), torch.randint(50, (2, 21))
+    predictor.save_pretrained(tmp_path / "predictor")
+    ours = mo.MegalodonEncoder.load(tmp_path / "predictor")
+    assert ours.classifier is None and torch.equal(ours(ids), predictor.megalodon(ids))
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "predictor")
+    assert again.output.weight is again.embed.weight and torch.equal(again(ids).logits, predictor(ids).logits)
+    features = transformers.AutoModel.from_pretrained(tmp_path / "predictor")
     assert torch.equal(features(ids).last_hidden_state, ours(ids))
 
     names = {0: "sad", 1: "so so", 2: "glad"}
-    new = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "guesses", id2label=names)
-    assert torch.equal(new.embed.weight, guesses.embed.weight) and new.classifier.proj.weight.std() > 0
+    new = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "predictor", id2label=names)
+    assert torch.equal(new.embed.weight, predictor.embed.weight) and new.classifier.proj.weight.std() > 0
     new.save_pretrained(tmp_path / "classes")
     ours = mo.MegalodonEncoder.load(tmp_path / "classes")
     assert ours.config.num_classes == 3 and torch.equal(ours(ids), new(ids).logits)
@@ -117,7 +117,7 @@ def test_folders_are_read_by_all_and_go_from_guessing_to_classifying(tmp_path: P
     assert config.to_megalodon() == ours.config and config != hf.MegalodonEncoderHFConfig(**SIZES)
 
 
-def test_masked_tokens_have_a_matrix_of_their_own_where_they_are_not_tied(tmp_path: Path) -> None:
+def test_untied_masked_token_heads_have_a_matrix(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = hf.MegalodonEncoderForMaskedLM(hf.MegalodonEncoderHFConfig(**SIZES, tie_word_embeddings=False))
     torch.manual_seed(3)
@@ -149,9 +149,9 @@ def test_masked_tokens_have_a_matrix_of_their_own_where_they_are_not_tied(tmp_pa
     assert 0.5 < again.output.weight.std() * SIZES["model_dim"] ** 0.5 < 1.5
 
 
-def test_tokens_that_transformers_writes_into_a_configuration_are_kept_and_not_read(tmp_path: Path) -> None:
-    """As Trainer does before it saves, with a tokenizer's own, which may be more than the model embeds."""
-    model, ids = made("classes"), torch.randint(50, (2, 21))
+def test_token_ids_that_transformers_writes_into_a_configuration_are_stored_and_unused(tmp_path: Path) -> None:
+    """As Trainer does before it saves, with a tokenizer's ids, which may exceed the model's vocabulary."""
+    model, ids = build_encoder("classes"), torch.randint(50, (2, 21))
     others = dict(eos_token_id=50, bos_token_id=51, pad_token_id=3)
     for name, token in others.items():
         setattr(model.config, name, token)
@@ -164,7 +164,7 @@ def test_tokens_that_transformers_writes_into_a_configuration_are_kept_and_not_r
 
 
 def test_numbers_are_saved_too(tmp_path: Path) -> None:
-    model, values = made("classes of numbers").bfloat16(), torch.randn(2, 21, 2)
+    model, values = build_encoder("classes of numbers").bfloat16(), torch.randn(2, 21, 2)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert again.dtype == torch.bfloat16 and again.final_norm.weight.dtype == torch.float32
@@ -174,13 +174,13 @@ def test_numbers_are_saved_too(tmp_path: Path) -> None:
 
 def test_new_models_are_initialised_as_ours() -> None:
     config = hf.MegalodonEncoderHFConfig(**SIZES, num_labels=3)
-    for auto, of_ours in (
+    for auto, our_config in (
         (transformers.AutoModel, config.to_megalodon()),
         (transformers.AutoModelForMaskedLM, config.to_megalodon()),
         (transformers.AutoModelForSequenceClassification, mo.MegalodonEncoderConfig(**SIZES, num_classes=3)),
     ):
         torch.manual_seed(3)
-        ours = mo.MegalodonEncoder(of_ours)
+        ours = mo.MegalodonEncoder(our_config)
         torch.manual_seed(3)
         theirs = auto.from_config(config)
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
@@ -197,7 +197,7 @@ LOSSES = {
 @pytest.mark.parametrize("kind", LOSSES)
 def test_losses_of_classes(kind: str) -> None:
     num_labels, labels, loss_of = LOSSES[kind]
-    model = made("classes", num_classes=num_labels)
+    model = build_encoder("classes", num_classes=num_labels)
     _, batch = rows_of(model, "right")
     output = model(**batch, labels=labels)
     close(output.loss, loss_of(output.logits, labels))
@@ -205,7 +205,7 @@ def test_losses_of_classes(kind: str) -> None:
 
 
 def test_loss_of_masked_tokens() -> None:
-    model, ids = made("masked tokens"), torch.randint(50, (2, 12))
+    model, ids = build_encoder("masked tokens"), torch.randint(50, (2, 12))
     labels = ids.masked_fill(torch.arange(12) % 3 > 0, -100)
     output = model(ids, labels=labels)
     close(output.loss, F.cross_entropy(output.logits[:, ::3].flatten(0, 1), ids[:, ::3].flatten()))
@@ -219,7 +219,7 @@ def test_loss_of_masked_tokens() -> None:
 
 
 def test_a_plain_loop_learns_masked_tokens_and_then_classes(tmp_path: Path) -> None:
-    """A row repeats one of eight tokens, which is what there is to guess; a fresh head learns which half it is from."""
+    """A row repeats one of eight tokens, which is to be predicted; a new head learns which half it is from."""
     config = hf.MegalodonEncoderHFConfig(**SIZES)
     model = transformers.AutoModelForMaskedLM.from_config(config).train()
     model.gradient_checkpointing_enable()
@@ -246,8 +246,8 @@ def test_a_plain_loop_learns_masked_tokens_and_then_classes(tmp_path: Path) -> N
 
 
 def test_wrong_calls() -> None:
-    model, numbers, ids = made("classes"), made("classes of numbers"), torch.randint(50, (2, 6))
-    guesses, mask = made("masked tokens"), torch.ones(2, 6, dtype=torch.long)
+    model, numbers, ids = build_encoder("classes"), build_encoder("classes of numbers"), torch.randint(50, (2, 6))
+    predictor, mask = build_encoder("masked tokens"), torch.ones(2, 6, dtype=torch.long)
     hole, empty = mask.clone(), mask.clone()
     hole[0, 2] = empty[1] = 0
     no_state = r"must be None, got .*; an encoder has no state: it reads the whole row\.$"
@@ -256,12 +256,12 @@ def test_wrong_calls() -> None:
         "`attention_mask` must leave a token to every row, got a row without": lambda: model(ids, attention_mask=empty),
         "`cu_seqlens` must leave": lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6])),
         f"`use_cache` {no_state}": lambda: model(ids, use_cache=True),
-        f"`past_key_values` {no_state}": lambda: guesses(ids, past_key_values=hf.MegalodonCache()),
+        f"`past_key_values` {no_state}": lambda: predictor(ids, past_key_values=hf.MegalodonCache()),
         f"`cache` {no_state}": lambda: numbers(input_values=torch.randn(2, 6, 2), cache=hf.MegalodonCache()),
         "exactly one of `input_ids` and `inputs_embeds`": lambda: model(),
         "exactly one of `input_values` and `inputs_embeds`": lambda: numbers(),
         "unexpected argument `input_values`": lambda: model(ids, input_values=torch.randn(2, 6, 2)),
-        "ForMaskedLM: unexpected argument `input_values`": lambda: guesses(ids, input_values=torch.randn(2, 6, 2)),
+        "ForMaskedLM: unexpected argument `input_values`": lambda: predictor(ids, input_values=torch.randn(2, 6, 2)),
         "unexpected argument `input_ids`": lambda: numbers(ids, input_values=torch.randn(2, 6, 2)),
         r"`input_values` must have shape \(B, L, F\)": lambda: numbers(input_values=torch.randn(2, 6)),
         r"`input_values` must be floating-point numbers \(B, L, 2\)": lambda: numbers(
@@ -270,10 +270,10 @@ def test_wrong_calls() -> None:
         r"`input_ids` must be integers \(B, L\)": lambda: model(ids.float()),
         "`labels` must be of 2 rows": lambda: model(ids, labels=torch.tensor([1])),
         "`labels` must be a torch tensor": lambda: model(ids, labels=[1, 0]),
-        r"`labels` must be \(2, 6\) as the tokens": lambda: guesses(ids, labels=ids[:, 1:]),
-        "`labels` must be integers": lambda: guesses(ids, labels=ids.float()),
+        r"`labels` must be \(2, 6\) as the tokens": lambda: predictor(ids, labels=ids[:, 1:]),
+        "`labels` must be integers": lambda: predictor(ids, labels=ids.float()),
         "`num_features` must be None, got 2": lambda: hf.MegalodonEncoderForMaskedLM(numbers.config),
-        "`model` must have a head": lambda: type(model).from_megalodon(guesses.megalodon),
+        "`model` must have a head": lambda: type(model).from_megalodon(predictor.megalodon),
         "`model` must be a MegalodonEncoder, got": lambda: type(model).from_megalodon(model),
         "MegalodonEncoderHFConfig: `config` must be a MegalodonEncoderConfig": lambda: type(
             model.config

@@ -1,4 +1,4 @@
-"""transformers: generation with every way of choosing tokens, its cache and its decoder."""
+"""transformers: generation by all sampling methods, its cache and its decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from hf_models import seed  # noqa: F401, a fixture
-from hf_models import VARIANTS, close, hf, made, padded, prompts, transformers
+from hf_models import VARIANTS, close, hf, build_model, padded, prompts, transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,20 +27,20 @@ pytestmark = [
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 def test_greedy_generation_equals_ours(fields: dict) -> None:
-    model, prompt = made(**fields), torch.randint(50, (2, 21))
+    model, prompt = build_model(**fields), torch.randint(50, (2, 21))
     expected = model.megalodon.generate(prompt, max_new_tokens=20, temperature=0.0)
     for options in ({}, dict(use_cache=False)):
         assert torch.equal(model.generate(prompt, max_new_tokens=20, do_sample=False, **options), expected)
 
 
 def test_bfloat16_generation_equals_ours() -> None:
-    model, prompt = made(torch.bfloat16), torch.randint(50, (2, 21))
+    model, prompt = build_model(torch.bfloat16), torch.randint(50, (2, 21))
     expected = model.megalodon.generate(prompt, max_new_tokens=20, temperature=0.0)
     assert torch.equal(model.generate(prompt, max_new_tokens=20, do_sample=False), expected)
 
 
-def test_sampling_draws_by_the_model_s_logits() -> None:
-    model, prompt = made(**VARIANTS["bytes"]), torch.randint(50, (2, 9))
+def test_sampling_uses_the_models_logits() -> None:
+    model, prompt = build_model(**VARIANTS["bytes"]), torch.randint(50, (2, 9))
     output = model.generate(
         prompt, max_new_tokens=12, do_sample=True, top_k=0, temperature=0.7, output_logits=True, output_scores=True,
         return_dict_in_generate=True,
@@ -56,8 +56,8 @@ def test_sampling_draws_by_the_model_s_logits() -> None:
 @pytest.mark.parametrize(
     "options", [{}, dict(num_beams=3), dict(prefill_chunk_size=5)], ids=["greedy", "beams", "chunked"]
 )
-def test_rows_of_a_padded_batch_generate_as_if_alone(side: str, options: dict) -> None:
-    model, rows = made(), prompts()
+def test_rows_of_a_padded_batch_generate_as_single_rows(side: str, options: dict) -> None:
+    model, rows = build_model(), prompts()
     batch = padded(rows, side)
     if "prefill_chunk_size" in options:
         if side == "right":
@@ -66,23 +66,23 @@ def test_rows_of_a_padded_batch_generate_as_if_alone(side: str, options: dict) -
     together = model.generate(**batch, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
     for i, row in enumerate(rows):
         options.pop("past_key_values", None)
-        alone = model.generate(
+        single = model.generate(
             row[None], max_new_tokens=12, do_sample=False, **{k: v for k, v in options.items() if k == "num_beams"}
         )
-        assert torch.equal(together[i, 21:], alone[0, len(row) :])
+        assert torch.equal(together[i, 21:], single[0, len(row) :])
 
 
 def test_generation_from_embeddings() -> None:
-    model, batch = made(**VARIANTS["released"]), padded(prompts(), "left")
+    model, batch = build_model(**VARIANTS["released"]), padded(prompts(), "left")
     expected = model.generate(**batch, max_new_tokens=9, do_sample=False)[:, 21:]
     embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
     found = model.generate(inputs_embeds=embeddings, **batch, max_new_tokens=9, do_sample=False)
     assert torch.equal(found, expected)
 
 
-def test_beam_search_finds_what_scoring_whole_sequences_does() -> None:
-    """With as many beams as there are tokens, two steps of beam search find the likeliest pair of tokens."""
-    model = made(vocab_size=6)
+def test_beam_search_finds_the_likeliest_sequence() -> None:
+    """With as many beams as tokens, beam search finds the likeliest pair of tokens."""
+    model = build_model(vocab_size=6)
     prompt = torch.randint(6, (1, 11))
     output = model.generate(
         prompt, max_new_tokens=2, num_beams=6, do_sample=False, return_dict_in_generate=True, output_scores=True
@@ -95,8 +95,8 @@ def test_beam_search_finds_what_scoring_whole_sequences_does() -> None:
     close(output.sequences_scores[0], scores.max() / 2)
 
 
-def test_several_samples_and_group_of_options() -> None:
-    model, prompt = made(), torch.randint(50, (2, 9))
+def test_several_samples_and_options() -> None:
+    model, prompt = build_model(), torch.randint(50, (2, 9))
     samples = model.generate(prompt, max_new_tokens=4, do_sample=True, num_return_sequences=3)
     assert samples.shape == (6, 13) and torch.equal(samples[:3, :9], prompt[:1].expand(3, -1))
     beams = model.generate(prompt, max_new_tokens=4, do_sample=True, num_beams=2, repetition_penalty=1.2, top_p=0.9)
@@ -107,8 +107,8 @@ def test_several_samples_and_group_of_options() -> None:
     assert torch.equal(again[0], stopped[0, : again.shape[1]]) and again[0, -1] == end and again.shape[1] <= 16
 
 
-def test_generation_goes_on_with_a_cache() -> None:
-    model, prompt = made(), torch.randint(50, (2, 9))
+def test_generation_continues_with_a_cache() -> None:
+    model, prompt = build_model(), torch.randint(50, (2, 9))
     whole = model.generate(prompt, max_new_tokens=12, do_sample=False)
     first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     cache = first.get(CACHE)
@@ -119,10 +119,10 @@ def test_generation_goes_on_with_a_cache() -> None:
     _, state = model.megalodon(prompt[:, :8], return_state=True)
     rest = model.generate(prompt, past_key_values=hf.MegalodonCache(state), max_new_tokens=12, do_sample=False)
     assert torch.equal(rest, whole)
-    for tokens in (whole[:, :15], whole[:, :20]):  # of 20 that the cache has read
+    for tokens in (whole[:, :15], whole[:, :20]):  # the cache has read 20
         with pytest.raises(ValueError, match=f"has read 20 tokens, got {tokens.shape[1]}"):
             model.generate(tokens, past_key_values=cache, max_new_tokens=7)
-    if CACHE == "cache":  # before, transformers itself fails: the new token, with a mask over the past ones and it
+    if CACHE == "cache":  # older transformers fail: the new token, with a mask over past and new tokens
         mask, expected = torch.ones(2, 21, dtype=torch.long), model.generate(whole, max_new_tokens=3, do_sample=False)
         rest = model.generate(
             whole[:, 20:], attention_mask=mask, past_key_values=cache, max_new_tokens=3, do_sample=False
@@ -132,25 +132,25 @@ def test_generation_goes_on_with_a_cache() -> None:
         model(prompt[:, :0], past_key_values=cache)
 
 
-def test_generation_that_is_refused() -> None:
-    model, prompt = made(), torch.randint(50, (1, 9))
+def test_unsupported_generation() -> None:
+    model, prompt = build_model(), torch.randint(50, (1, 9))
     for options, message in (
         (dict(penalty_alpha=0.6, top_k=4, do_sample=False), "Contrastive Search"),
-        (dict(assistant_model=made(), do_sample=False), "assisted generation"),
+        (dict(assistant_model=build_model(), do_sample=False), "assisted generation"),
         (dict(prompt_lookup_num_tokens=3), "assisted generation"),
         (dict(past_key_values=transformers.StaticCache(model.config, max_cache_len=9)), "cache"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             model.generate(prompt, max_new_tokens=3, **options)
     plain = dict(max_new_tokens=3, do_sample=False)
-    for kind in ("static", "quantized"):  # of caches, which transformers says that it leaves out
+    for kind in ("static", "quantized"):  # kinds of caches, which transformers ignores with a warning
         assert torch.equal(model.generate(prompt, **plain, cache_implementation=kind), model.generate(prompt, **plain))
     with pytest.raises(NotImplementedError, match="cannot take tokens back"):
         model(prompt).get(CACHE).crop(-1)
 
 
 def test_long_prompts_are_read_in_pieces() -> None:
-    model, ids = made(), torch.randint(50, (2, 50))
+    model, ids = build_model(), torch.randint(50, (2, 50))
     lengths = []
     model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_long_prompts_are_read_in_pieces() -> None:
 # The cache and its decoder
 
 
-def decoding(model: hf.MegalodonForCausalLM, ids: Tensor) -> hf.MegalodonCache:
+def decoding_cache(model: hf.MegalodonForCausalLM, ids: Tensor) -> hf.MegalodonCache:
     with torch.no_grad():
         cache = model(ids, use_cache=True).get(CACHE)
         model(ids[:, :1], past_key_values=cache, use_decoder=True)
@@ -175,7 +175,7 @@ def decoding(model: hf.MegalodonForCausalLM, ids: Tensor) -> hf.MegalodonCache:
 
 
 def test_one_decoder_serves_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = made(), []
+    model, calls = build_model(), []
     monkeypatch.setattr("megalodon_ops.hf.cache.Decoder", lambda *a: calls.append(mo.Decoder(*a)) or calls[-1])
     model.generate(torch.randint(50, (2, 9)), max_new_tokens=9, do_sample=False)
     model.generate(torch.randint(50, (2, 9)), max_new_tokens=9, num_beams=4, do_sample=False)
@@ -183,33 +183,34 @@ def test_one_decoder_serves_a_generation(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_cache_changes_rows() -> None:
-    model, ids = made(), torch.randint(50, (3, 13))
+    model, ids = build_model(), torch.randint(50, (3, 13))
     token = torch.randint(50, (3, 1))
-    for begun in (False, True):
+    for has_decoder in (False, True):
         with torch.no_grad():
-            alone = [
-                model(torch.cat([row, *([row[:1]] if begun else [])])[None], use_cache=True).get(CACHE) for row in ids
+            singles = [
+                model(torch.cat([row, *([row[:1]] if has_decoder else [])])[None], use_cache=True).get(CACHE)
+                for row in ids
             ]
 
             def cache() -> hf.MegalodonCache:
-                return decoding(model, ids) if begun else model(ids).get(CACHE)
+                return decoding_cache(model, ids) if has_decoder else model(ids).get(CACHE)
 
-            def same(changed: hf.MegalodonCache, rows: list[int]) -> None:
+            def check(changed: hf.MegalodonCache, rows: list[int]) -> None:
                 assert changed.batch_size == len(rows)
                 logits = model(token[rows], past_key_values=changed).logits
                 for i, row in enumerate(rows):
-                    close(logits[i], model(token[[row]], past_key_values=copy.deepcopy(alone[row])).logits[0])
+                    close(logits[i], model(token[[row]], past_key_values=copy.deepcopy(singles[row])).logits[0])
 
             (reordered := cache()).reorder_cache(torch.tensor([0, 1, 2]))
-            same(reordered, [0, 1, 2])
+            check(reordered, [0, 1, 2])
             (selected := cache()).batch_select_indices(torch.tensor([2, 0]))
-            same(selected, [2, 0])
+            check(selected, [2, 0])
             (repeated := cache()).batch_repeat_interleave(2)
-            same(repeated, [0, 0, 1, 1, 2, 2])
+            check(repeated, [0, 0, 1, 1, 2, 2])
             (reordered := cache()).reorder_cache(torch.tensor([2, 2, 0]))
             logits = model(token[[2, 2, 0]], past_key_values=reordered).logits
-            close(logits[1], model(token[[2]], past_key_values=copy.deepcopy(alone[2])).logits[0])
-            close(logits[2], model(token[[0]], past_key_values=copy.deepcopy(alone[0])).logits[0])
+            close(logits[1], model(token[[2]], past_key_values=copy.deepcopy(singles[2])).logits[0])
+            close(logits[2], model(token[[0]], past_key_values=copy.deepcopy(singles[0])).logits[0])
             part = hf.MegalodonCache(cache().state.reset([1]))
             close(model(token, past_key_values=part).logits[1], model(token[[1]]).logits[0])
             (whole := cache()).reset()
@@ -219,9 +220,9 @@ def test_cache_changes_rows() -> None:
 
 @given(st.data())
 def test_decoder_reorders_in_place(data: st.DataObject) -> None:
-    """Any tokens and orders, over the bounds of chunks, give what decoders made anew of chosen rows give, to the bit."""
+    """Arbitrary tokens and orders, across chunk bounds, give the bits of new decoders of the chosen rows."""
     torch.manual_seed(5)
-    model, batch = made(), data.draw(st.integers(1, 4))
+    model, batch = build_model(), data.draw(st.integers(1, 4))
     ids = torch.randint(50, (batch, 13))
     ids = ids[:1].expand(batch, -1) if data.draw(st.booleans()) else ids
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, 13), min_size=batch, max_size=batch)))
@@ -238,30 +239,30 @@ def test_decoder_reorders_in_place(data: st.DataObject) -> None:
         decoder.reorder(rows[None])
 
 
-def test_calls_outside_of_generate_see_the_model_as_it_is() -> None:
-    model, ids = made(), torch.randint(50, (2, 13))
+def test_calls_outside_generate_see_changes_of_the_model() -> None:
+    model, ids = build_model(), torch.randint(50, (2, 13))
     token = ids[:, :1]
 
-    def agrees(cache: hf.MegalodonCache) -> None:
+    def check(cache: hf.MegalodonCache) -> None:
         before = cache.state
         with torch.no_grad():
             close(model(token, past_key_values=cache).logits, model.megalodon(token, state=before))
 
     with torch.no_grad():
-        cache = decoding(model, ids)
+        cache = decoding_cache(model, ids)
         model.layers[0].mega.cema.alpha.add_(1.0)
-        agrees(cache)
+        check(cache)
         model.layers[0].mega.cema.alpha.data = model.layers[0].mega.cema.alpha.data * 2
-        agrees(cache)
-        other, before = made(share_emb=True), cache.state
+        check(cache)
+        other, before = build_model(share_emb=True), cache.state
         close(other(token, past_key_values=cache).logits, other.megalodon(token, state=before))
-        agrees(cache)
+        check(cache)
         model.layers[1].mega.wz = torch.nn.Linear(32, 16)
-        agrees(cache)
+        check(cache)
 
 
 def test_gradients_flow_through_a_cache_until_it_is_detached() -> None:
-    model, ids = made(), torch.randint(50, (1, 30))
+    model, ids = build_model(), torch.randint(50, (1, 30))
     embeddings = model.embed(ids[:, :20]).detach().requires_grad_()
     cache = model(inputs_embeds=embeddings, use_cache=True).get(CACHE)
     detached = hf.MegalodonCache(cache.state.detach())

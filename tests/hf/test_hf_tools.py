@@ -1,4 +1,4 @@
-"""Programs that are written for transformers: pipelines, Trainer, PEFT, accelerate, lm-eval. All of it offline."""
+"""Programs for transformers, offline: pipelines, Trainer, PEFT, accelerate, lm-eval."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("megalodon_ops.hf", exc_type=ImportError)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),  # these packages warn of one another
+    pytest.mark.filterwarnings("default"),  # these packages warn about each other
     pytest.mark.filterwarnings("error::UserWarning:megalodon_ops"),
 ]
 
@@ -50,7 +50,7 @@ def train(model: torch.nn.Module, steps: int = 120) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of bytes that has learnt one sentence, and its tokenizer, as `Megalodon.save` writes them."""
+    """A folder of `Megalodon.save` with a byte model that has learned one sentence, and its tokenizer."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("models") / "fox"
     model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES)).train()
@@ -80,7 +80,7 @@ def test_pipeline(folder: Path) -> None:
 
 
 def test_pipelines_of_encoders(tmp_path: Path) -> None:
-    """Classes of texts in padded batches; guesses by a tokenizer of words, which has a token for what is masked."""
+    """Classes of texts in padded batches; masked-token prediction with a tokenizer of words."""
     tokenizers = pytest.importorskip("tokenizers")
     sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "output_size")}
     encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**sizes, vocab_size=257, num_classes=3)).eval()
@@ -112,7 +112,7 @@ def test_pipelines_of_encoders(tmp_path: Path) -> None:
 
 
 def test_trainer_with_an_encoder(tmp_path: Path) -> None:
-    """Numbers of several lengths, padded by a collator of one's own: the loss falls, and the best folder is ours to read."""
+    """Numbers of several lengths, padded by a custom collator: the loss falls, and MegalodonEncoder loads it."""
     rows = [{"input_values": torch.full((5 + i % 7, 1), 1.0 - 2 * (i % 2)), "labels": i % 2} for i in range(160)]
 
     def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -171,7 +171,7 @@ def test_streamer_and_stop_strings(folder: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["position_ids", "cu_seq_lens"])
 def test_trainer_with_packed_documents(tmp_path: Path, packing: str) -> None:
-    """Each step's loss and gradient are those of the mean over all tokens of the documents, each read alone."""
+    """Loss and gradient equal the mean over the tokens of all documents, read one by one."""
     documents = [SENTENCE[: 5 + 7 * i] for i in range(6)]
     data = [{"input_ids": [256, *document.encode()]} for document in documents]
     collators = {
@@ -228,7 +228,7 @@ def test_trainer_learns_evaluates_saves_and_resumes(tmp_path: Path) -> None:
 
 
 def test_trainer_with_label_smoothing(tmp_path: Path) -> None:
-    """The model learns the next token, not the one that it reads, although there is one that it never predicts."""
+    """The model learns the next token, not the current one, although one token is never predicted."""
     ids = torch.tensor([256, *SENTENCE.encode()])
     model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES))
     arguments = transformers.TrainingArguments(
@@ -238,7 +238,7 @@ def test_trainer_with_label_smoothing(tmp_path: Path) -> None:
     data = [{"input_ids": ids, "labels": ids}] * 240
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:2])
     trainer.train()
-    least = -0.9 * math.log(0.9) - 0.1 * math.log(0.1 / 256)  # the entropy of what is to be learnt
+    least = -0.9 * math.log(0.9) - 0.1 * math.log(0.1 / 256)  # the entropy of the target distribution
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert 2 * losses[-1] < losses[0] and least < trainer.evaluate()["eval_loss"] < 1.2 * least
     with torch.no_grad():
@@ -265,15 +265,15 @@ def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
 
     restored = peft.PeftModel.from_pretrained(hf.MegalodonForCausalLM.from_pretrained(folder), tmp_path / "adapter")
-    with pytest.warns(UserWarning, match="Decoder: `layers.0.mega.wv`"):  # and calls the layers with adapters
-        learnt = restored.generate(**greedy)
-    assert not torch.equal(learnt, base)
+    with pytest.warns(UserWarning, match="Decoder: `layers.0.mega.wv`"):  # it calls the layers with adapters
+        expected_ids = restored.generate(**greedy)
+    assert not torch.equal(expected_ids, base)
     with restored.disable_adapter(), pytest.warns(UserWarning, match="Decoder"):
         assert torch.equal(restored.generate(**greedy), base)
     with torch.no_grad():
         cache, token = restored(**prompt, use_cache=True).get(CACHE), prompt.input_ids[:, -1:]
-        for switched in (False, True, False):  # amid a sequence
-            before, switch = cache.state, restored.disable_adapter() if switched else contextlib.nullcontext()
+        for is_disabled in (False, True, False):  # inside a sequence
+            before, switch = cache.state, restored.disable_adapter() if is_disabled else contextlib.nullcontext()
             with switch, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 expected = restored.get_base_model().megalodon(token, state=before)
@@ -282,12 +282,12 @@ def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
 
     merged = restored.merge_and_unload()
     assert type(merged) is hf.MegalodonForCausalLM
-    assert torch.equal(merged.generate(**greedy), learnt)
+    assert torch.equal(merged.generate(**greedy), expected_ids)
     cache = merged(**prompt, use_cache=True).get(CACHE)
     assert mo.Decoder(merged.megalodon, cache.state).fused
     merged.save_pretrained(tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(again.generate(**greedy), learnt)
+    assert torch.equal(again.generate(**greedy), expected_ids)
 
 
 @pytest.mark.parametrize("layers", [["wz", "wv", "wr", "wh1", "wh2"], "all-linear"], ids=["some layers", "all layers"])
@@ -297,10 +297,10 @@ def test_lora_of_an_encoder_trains_and_saves_the_new_head(tmp_path: Path, layers
     config = hf.MegalodonEncoderHFConfig(**sizes, vocab_size=16)
     hf.MegalodonEncoderForMaskedLM(config).save_pretrained(tmp_path / "base")
 
-    def based() -> hf.MegalodonEncoderForSequenceClassification:
+    def load_base() -> hf.MegalodonEncoderForSequenceClassification:
         return transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
 
-    model = based()
+    model = load_base()
     new = model.classifier.classes.weight.clone()
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=layers)).train()
     assert adapted.get_submodule("base_model.model.layers.0.mega.wz").lora_A
@@ -317,7 +317,7 @@ def test_lora_of_an_encoder_trains_and_saves_the_new_head(tmp_path: Path, layers
     with torch.no_grad():
         logits = adapted(input_ids=ids).logits
         assert (logits.argmax(1) == labels).all()
-        restored = peft.PeftModel.from_pretrained(based(), tmp_path / "adapter").eval()
+        restored = peft.PeftModel.from_pretrained(load_base(), tmp_path / "adapter").eval()
         torch.testing.assert_close(restored(input_ids=ids).logits, logits)
         merged = restored.merge_and_unload()
         assert not torch.equal(merged.classifier.classes.weight, new)
@@ -328,11 +328,11 @@ def test_lora_of_an_encoder_trains_and_saves_the_new_head(tmp_path: Path, layers
 @pytest.mark.parametrize("target", ["cpu", "auto", "disk"])
 def test_device_maps(folder: Path, tmp_path: Path, target: str) -> None:
     pytest.importorskip("accelerate")
-    places = {"cpu": {"": "cpu"}, "auto": "auto"}
-    places["disk"] = {"embed": "cpu", "layers.0": "cpu", "layers.1": "disk", "output": "disk"}
+    device_maps = {"cpu": {"": "cpu"}, "auto": "auto"}
+    device_maps["disk"] = {"embed": "cpu", "layers.0": "cpu", "layers.1": "disk", "output": "disk"}
     model, tokenizer = loaded(folder)
     placed = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, device_map=places[target], offload_folder=tmp_path
+        folder, device_map=device_maps[target], offload_folder=tmp_path
     )
     inputs = tokenizer(["the quick", "lazy"], return_tensors="pt", padding=True)
     with torch.no_grad():
@@ -346,7 +346,7 @@ def test_device_maps(folder: Path, tmp_path: Path, target: str) -> None:
 
 
 def test_compiled_forward() -> None:
-    """One graph for the logits; one for a loss and its gradient, with the code that torch generates for both."""
+    """One graph for the logits; one for a loss and its gradient, with torch's generated code."""
     model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES | {"num_layers": 1}))
     ids = torch.arange(40)[None]  # more than a chunk
     with torch.no_grad():
@@ -361,7 +361,7 @@ def test_compiled_forward() -> None:
 
 
 def test_lm_eval(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A local task of two kinds of answers, scored in padded batches as one by one."""
+    """A local task with two kinds of answers gives equal scores in padded batches and one by one."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

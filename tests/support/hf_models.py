@@ -29,8 +29,8 @@ def seed() -> None:
     torch.manual_seed(5)
 
 
-def made(dtype: torch.dtype = torch.float32, **fields) -> hf.MegalodonForCausalLM:
-    """A model with parameters as after some training: no parameter is zero, so that each matters."""
+def build_model(dtype: torch.dtype = torch.float32, **fields) -> hf.MegalodonForCausalLM:
+    """Build a model with no zero parameter, as after some training, so that each matters."""
     core = mo.Megalodon(mo.MegalodonConfig(**{**SIZES, **fields})).to(dtype).eval()
     with torch.no_grad():
         for parameter in core.parameters():

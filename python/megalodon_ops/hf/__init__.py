@@ -1,4 +1,4 @@
-"""The models in transformers: importing this module registers them with the Auto classes.
+"""Models for transformers; importing this module registers them with the Auto classes.
 
     import megalodon_ops.hf
     from transformers import AutoModelForCausalLM
@@ -33,7 +33,7 @@ for _auto, _model in (
     (AutoModelForMaskedLM, MegalodonEncoderForMaskedLM),
 ):
     _auto.register(_model.config_class, _model, exist_ok=True)
-# Trainer's label smoothing shifts the labels of models with these names alone.
+# Trainer's label smoothing shifts labels only for models with these names.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MegalodonHFConfig.model_type] = MegalodonForCausalLM.__name__
 for _config in (MegalodonHFConfig, MegalodonEncoderHFConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How transformers says where the sequences of a batch are, and how the model's ops are told: padding, packing, targets."""
+"""Convert transformers' padding, packing and labels to the arguments of the model's ops."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from ..ops.common.checks import check_rank, check_tensor, described
 from .cache import MegalodonCache
 
 IGNORED = -100
-"""The label of a token that is not learnt"""
+"""The label of a token that is not learned"""
 
 
 class Padding(NamedTuple):
-    """Rows (B, L) with padding on either side of their tokens, for ops that take it on the right alone."""
+    """Rows (B, L) with padding on both sides of their tokens; the ops take it on the right only."""
 
     present: Tensor
-    """(B, L): which columns hold a token"""
+    """(B, L) bool, True for columns with a token"""
     first: Tensor
-    """(B, 1) the column of each row's first token"""
+    """(B, 1) column of each row's first token"""
     lengths: Tensor
-    """(B,) tokens in each row; none where `generate` reads a prompt in pieces, and the row begins in a later piece"""
+    """(B,) tokens in each row; 0 if `generate` reads a prompt in pieces and the row begins in a later one"""
 
     @property
     def last(self) -> Tensor:
-        """(B, 1) the step of each row's last token."""
+        """(B, 1) position of each row's last token."""
         return (self.lengths[:, None] - 1).clamp(min=0)
 
     def shift(self, rows: Tensor) -> Tensor:
-        """Rows (B, L) or (B, L, D) moved so that each begins at column 0; its last token fills what is left."""
+        """Shift rows (B, L) or (B, L, D) to begin at column 0; repeat the last token to the end."""
         columns = torch.arange(rows.shape[1], device=rows.device)
         return select(rows, self.first + columns.minimum(self.last))
 
-    def steps(self) -> Tensor:
-        """(B, L): which token of its row each column shows: the first one before it, the last one after it."""
+    def positions(self) -> Tensor:
+        """(B, L) position of each column in its row: the first one before the tokens, the last one after them."""
         columns = torch.arange(self.present.shape[1], device=self.first.device)
         return (columns - self.first).clamp(min=0).minimum(self.last)
 
 
 def select(rows: Tensor, columns: Tensor) -> Tensor:
-    """The columns (K,), or of each row its own columns (B, K), of rows (B, L) or (B, L, D)."""
+    """Return columns (K,), the same in all rows, or (B, K), of rows (B, L) or (B, L, D)."""
     if columns.dim() == 1:
         return rows[:, columns]
     return rows.gather(1, columns if rows.dim() == 2 else columns[..., None].expand(-1, -1, rows.shape[2]))
 
 
-def _padding_of(op: str, attention_mask: Tensor | None, shape: tuple[int, int], past: int) -> Padding | None:
-    """Where a call's tokens are in its columns, which are the last of the attention mask; None: everywhere."""
+def _read_padding(op: str, attention_mask: Tensor | None, shape: tuple[int, int], past: int) -> Padding | None:
+    """Return the padding in a call's columns, which are the mask's last ones, or None if there is none."""
     if attention_mask is None:
         return None
     batch, length = shape
@@ -75,12 +75,12 @@ def _padding_of(op: str, attention_mask: Tensor | None, shape: tuple[int, int], 
     return Padding(present, first, lengths)
 
 
-def _packing_of(
+def _read_packing(
     op: str, shape: tuple[int, int], offsets: Tensor | None, position_ids: Tensor | None, padding: Padding | None
 ) -> Tensor | None:
-    """Offsets (S + 1,) of the documents in one row of shape (1, L), or None if there is one document a row.
+    """Return offsets (S + 1,) of the documents in one row (1, L), or None if each row is one document.
 
-    Offsets that are given count before `position_ids`, which do not go up by one where a document begins.
+    Given offsets take precedence over `position_ids`; there, a document begins where they do not increase by one.
     """
     if offsets is None:
         if position_ids is None or shape[1] == 1:
@@ -100,7 +100,7 @@ def _packing_of(
 
 
 def check_labels(op: str, labels: Tensor, batch: Batch) -> None:
-    """Raises unless there is a label, an integer, at each token's place."""
+    """Raise unless there is an integer label for each token."""
     if labels.shape != batch.shape:
         raise ValueError(f"{op}: `labels` must be {batch.shape} as the tokens, got {tuple(labels.shape)}.")
     if not has_integers(labels):
@@ -108,10 +108,10 @@ def check_labels(op: str, labels: Tensor, batch: Batch) -> None:
 
 
 def targets_of(op: str, labels: Tensor, config: MegalodonConfig, batch: Batch) -> Tensor:
-    """The label after each step (B, L), without meaning from a padded row's last token on.
+    """Return the label after each position (B, L), arbitrary from a padded row's last token on.
 
-    IGNORED at the ends of rows and of documents; and so is a token that the model reads but never predicts (the start
-    of a document, where it has no logit).
+    It is IGNORED at the ends of rows and documents, and for tokens that the model reads but never predicts (such as a
+    start token without a logit).
     """
     check_labels(op, labels, batch)
     labels = labels if batch.padding is None else batch.padding.shift(labels)
@@ -123,12 +123,12 @@ def targets_of(op: str, labels: Tensor, config: MegalodonConfig, batch: Batch) -
 
 @dataclass
 class Batch:
-    """The arguments of one call, as the model's ops take them."""
+    """Arguments of one call, for the model's ops."""
 
     name: str
-    """What transformers calls what is given"""
+    """Name of `given` in transformers"""
     given: Tensor
-    """Tokens (B, L) or, as an encoder may read, numbers (B, L, F); or embeddings (B, L, D) in their place"""
+    """Tokens (B, L), numbers (B, L, F) for some encoders, or embeddings (B, L, D)"""
     cache: MegalodonCache | None
     returns_cache: bool
     padding: Padding | None = None
@@ -141,7 +141,7 @@ class Batch:
 
     @property
     def holds_embeddings(self) -> bool:
-        """Whether the call is given embeddings, in the place of what the model embeds."""
+        """True if the call is given embeddings."""
         return self.name == "inputs_embeds"
 
     @property
@@ -150,15 +150,15 @@ class Batch:
         return None if self.padding is None else self.padding.lengths
 
     def shifted(self) -> Tensor:
-        """What is given, each row from column 0 on."""
+        """Return `given` with each row shifted to column 0."""
         return self.given if self.padding is None else self.padding.shift(self.given)
 
     @property
     def is_next_token(self) -> bool:
-        """Whether a decoder can take the call: one more token, without gradients, of sequences that have begun."""
-        begun = self.cache is not None and self.cache.is_initialized
-        one = not self.holds_embeddings and self.shape[1] == 1 and self.padding is None
-        return begun and one and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        """True if a decoder can take the call: one token, without gradients, after a past."""
+        has_past = self.cache is not None and self.cache.is_initialized
+        is_single = not self.holds_embeddings and self.shape[1] == 1 and self.padding is None
+        return has_past and is_single and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def read_batch(
@@ -174,7 +174,7 @@ def read_batch(
     cu_seq_lens_q: Tensor | None = None,
     **others: Any,
 ) -> Batch:
-    """The arguments of a call of a model, checked; `inputs` are what it calls by its `main_input_name`."""
+    """Check the arguments of a model's call; `inputs` is its argument `main_input_name`."""
     op, config = type(model).__name__, model.config
     name, letters = model.main_input_name, "(B, L)" if model.main_input_name == "input_ids" else "(B, L, F)"
     for other, value in others.items():
@@ -204,12 +204,12 @@ def read_batch(
     if batch.shape[1] == 0:
         raise ValueError(f"{op}: there must be a token, got {batch.shape}.")
     past = 0 if cache is None else cache.get_seq_length()
-    batch.padding = _padding_of(op, attention_mask, batch.shape, past)
+    batch.padding = _read_padding(op, attention_mask, batch.shape, past)
     if batch.padding is not None:
-        begun, which = (cache.state.norm.count > 0, " that has begun") if past else (not model._is_stateful, "")
-        if bool(((batch.padding.lengths == 0) & begun).any()):
-            raise ValueError(f"{op}: `attention_mask` must leave a token to every row{which}, got a row without.")
-    batch.cu_seqlens = _packing_of(op, batch.shape, cu_seq_lens_q, position_ids, batch.padding)
+        needs_token, rows = (cache.state.norm.count > 0, " that has begun") if past else (not model._is_stateful, "")
+        if bool(((batch.padding.lengths == 0) & needs_token).any()):
+            raise ValueError(f"{op}: `attention_mask` must leave a token to every row{rows}, got a row without.")
+    batch.cu_seqlens = _read_packing(op, batch.shape, cu_seq_lens_q, position_ids, batch.padding)
     if batch.cu_seqlens is not None and batch.returns_cache:
         raise ValueError(f"{op}: packed documents end in the call, so there must be no cache.")
     if use_cache is None and batch.cu_seqlens is None and not model.training:
@@ -220,8 +220,8 @@ def read_batch(
 _READ_BY_OTHER_MODELS = ("tokenizer", "cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def kept_steps(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -> Tensor | None:
-    """The steps whose logits are wanted: (K,) for all rows, (B, K) where rows are padded, None for all steps."""
+def kept_positions(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -> Tensor | None:
+    """Return the positions of the wanted logits: (K,), or (B, K) if rows are padded; None: all positions."""
     length, kept = batch.shape[1], None
     if isinstance(logits_to_keep, Tensor):
         kept = torch.arange(length, device=logits_to_keep.device)[logits_to_keep]  # checks bounds, counts from the end
@@ -229,5 +229,5 @@ def kept_steps(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -> Te
         kept = torch.arange(max(length - logits_to_keep, 0), length, device=batch.given.device)
     if batch.padding is None:
         return kept
-    steps = batch.padding.steps()
-    return steps if kept is None else steps[:, kept]
+    positions = batch.padding.positions()
+    return positions if kept is None else positions[:, kept]

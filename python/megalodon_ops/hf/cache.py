@@ -1,4 +1,4 @@
-"""What `generate` carries from call to call: a `MegalodonState`, or the decoder that has taken it over."""
+"""Cache of `generate`: a `MegalodonState`, or the decoder that has taken it over."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..ops.common.checks import described
 CACHE = next(
     field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
 )
-"""What transformers calls the cache: `cache` from 5.24 on, `past_key_values` before"""
+"""Name of the cache in transformers: `cache` from 5.24 on, `past_key_values` before"""
 
 
 class MegalodonCache(Cache):
-    """The past of B sequences for a model in transformers; its size is constant however long the past is.
+    """Past of B sequences for a model in transformers, of constant size.
 
-    A model makes a cache, updates it in place and returns it. While `generate` runs, single tokens go through a
-    :class:`megalodon_ops.Decoder`, which the cache makes when they begin.
+    A model creates the cache, updates it in place and returns it. In `generate`, single tokens go through a
+    :class:`megalodon_ops.Decoder`, which the cache creates at the first one.
 
     Args:
-        state: the past to go on from, as `Megalodon` or another cache gave it; None: the sequences begin.
+        state: initial state, from `Megalodon` or another cache; None: new sequences.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -51,16 +51,16 @@ class MegalodonCache(Cache):
 
     @property
     def state(self) -> MegalodonState | None:
-        """The state after all tokens so far, or None before the first."""
+        """State after all tokens so far; None before the first."""
         return self._state if self._decoder is None else self._decoder.state
 
     def advance(self, state: MegalodonState, columns: int) -> None:
-        """Takes the state after `columns` more tokens, padding included, of each sequence."""
+        """Set the state after `columns` more columns, padding included."""
         self._state, self._decoder = state, None
         self._columns += columns
 
     def decode(self, model: Megalodon, tokens: Tensor) -> Tensor:
-        """Logits (B, 1, num_outputs) after one more token (B, 1) of each sequence, without gradients."""
+        """Return logits (B, 1, num_outputs) after one more token (B, 1) of each sequence, without gradients."""
         if self._decoder is None:
             self._decoder, self._state = Decoder(model, self.state), None
         logits = self._decoder(tokens)
@@ -68,26 +68,26 @@ class MegalodonCache(Cache):
         return logits
 
     def renew(self) -> None:
-        """Lets go of the decoder; the next single token of a generation makes another one of the model as it is then."""
+        """Drop the decoder; the next single token creates a new one from the model as it is then."""
         self._state, self._decoder = self.state, None
 
     def reset(self) -> None:
-        """Forgets the past; the next call begins new sequences, of any number."""
+        """Drop the past; the next call begins new sequences, in arbitrary number."""
         self._state, self._decoder, self._columns = None, None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i goes on from what row beam_idx[i] has been, as beam search asks."""
+        """Replace row i by row beam_idx[i], for beam search."""
         if self._decoder is not None and len(beam_idx) == self.batch_size:
             self._decoder.reorder(beam_idx)
         else:
             self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times, one next to another."""
+        """Repeat each sequence `repeats` times, as neighbours."""
         self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The sequences `indices` alone."""
+        """Keep the sequences `indices`."""
         self._replace(lambda state: state[indices])
 
     def _replace(self, change: Callable[[MegalodonState], MegalodonState]) -> None:
@@ -102,17 +102,17 @@ class MegalodonCache(Cache):
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns so far, the padding of the longest row included."""
+        """Return the columns so far, padding included."""
         return self._columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no longest past."""
+        """Return -1: the length of the past is unlimited."""
         return -1
 
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of an attention mask over the past and the next tokens."""
+        """Return length and offset of an attention mask over the past and the next tokens."""
         length = query_length if isinstance(query_length, int) else len(query_length)
         return self._columns + length, 0
 
@@ -128,10 +128,10 @@ class MegalodonCache(Cache):
     def is_initialized(self) -> bool:
         return self._columns > 0
 
-    # generate compiles no forward with this cache, takes no token back, and gives the model only tokens that are new.
+    # `generate` does not compile the forward, does not crop the cache, and passes new tokens only.
     is_compileable = is_croppable = False
     is_linear = is_sliding = (False,)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy.deepcopy and pickle: the state without the decoder."""
+        """Copy and pickle the state without the decoder."""
         return {**vars(self), "_state": self.state, "_decoder": None}

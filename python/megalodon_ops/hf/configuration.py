@@ -1,4 +1,4 @@
-"""The configurations of models in transformers: the fields of ours and those of transformers, in one file."""
+"""Configurations of the models in transformers: our fields and transformers' in one file."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..model.encoder import MegalodonEncoderConfig
 
 
 class MegalodonHFConfig(PreTrainedConfig):
-    """The configuration of :class:`MegalodonForCausalLM`: every field of :class:`megalodon_ops.MegalodonConfig` by its name.
+    """Configuration of :class:`MegalodonForCausalLM`, with all fields of :class:`megalodon_ops.MegalodonConfig`.
 
     transformers' names `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size` and
-    `tie_word_embeddings` stand for `model_dim`, `num_layers`, `num_heads`, `ffn_hidden_dim` and `share_emb`.
+    `tie_word_embeddings` are aliases of `model_dim`, `num_layers`, `num_heads`, `ffn_hidden_dim` and `share_emb`.
 
     Args:
-        use_cache: whether a call outside training returns a cache where its argument `use_cache` is None.
-        fields: the fields of MegalodonConfig, with its defaults, and whatever PreTrainedConfig takes.
+        use_cache: default of the argument `use_cache` in calls outside training.
+        fields: fields of MegalodonConfig, with its defaults, and of PreTrainedConfig.
 
-    Raises ValueError where MegalodonConfig does.
+    Raises ValueError as MegalodonConfig does.
 
     Example:
         >>> import megalodon_ops as mo, megalodon_ops.hf as hf
@@ -54,30 +54,29 @@ class MegalodonHFConfig(PreTrainedConfig):
         self.to_megalodon()
 
     def __eq__(self, other: object) -> bool:
-        """Compares all fields, those of a MegalodonConfig too; the comparison that transformers makes knows only its own."""
+        """Compare all fields; transformers' comparison ignores those of MegalodonConfig."""
         return isinstance(other, MegalodonHFConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None  # fields may be assigned
+    __hash__ = None  # fields are mutable
 
     @classmethod
     def from_megalodon(cls, config: MegalodonConfig, **others: Any) -> MegalodonHFConfig:
-        """The same fields; `others` are fields of transformers."""
+        """Create a configuration with the same fields; `others` are fields of transformers."""
         check_config(cls.__name__, config, cls._ours)
         return cls(**config.to_dict(), **others)
 
     def to_megalodon(self) -> MegalodonConfig:
-        """The fields that decide what the model computes."""
+        """Return the fields that determine the model."""
         names = {field.name for field in dataclasses.fields(self._ours)}
-        names -= set() if self._ours.causal else {"eos_token_id"}  # of a tokenizer, from Trainer
+        names -= set() if self._ours.causal else {"eos_token_id"}  # a tokenizer's, set by Trainer
         return self._ours(**{name: getattr(self, name) for name in names})
 
 
 class MegalodonEncoderHFConfig(MegalodonHFConfig):
-    """The configuration of an encoder: every field of :class:`megalodon_ops.MegalodonEncoderConfig` by its name.
+    """Configuration of an encoder, with all fields of :class:`megalodon_ops.MegalodonEncoderConfig`.
 
-    transformers counts classes by `num_labels`, which `id2label` gives names; a classifier has as many, and its
-    `num_classes` follows. `eos_token_id`, which Trainer takes from a tokenizer, is kept and not used. All else is as in
-    :class:`MegalodonHFConfig`, but that there is no cache.
+    `num_labels`, or the length of `id2label`, sets a classifier's `num_classes`. `eos_token_id`, which Trainer copies
+    from a tokenizer, is stored but unused. Otherwise as :class:`MegalodonHFConfig`, without a cache.
 
     Example:
         >>> import megalodon_ops.hf as hf
@@ -91,11 +90,11 @@ class MegalodonEncoderHFConfig(MegalodonHFConfig):
     model_type = MegalodonEncoderConfig.model_type
     _ours = MegalodonEncoderConfig
     attribute_map = {name: ours for name, ours in MegalodonHFConfig.attribute_map.items() if ours != "share_emb"}
-    tie_word_embeddings = True  # of a masked-language-model head, which `share_emb` knows nothing of
+    tie_word_embeddings = True  # of the masked-token head; unrelated to `share_emb`
 
     def __init__(self, **fields: Any) -> None:
         if fields.get("num_labels") is None and fields.get("id2label") is None and fields.get("num_classes"):
             fields["num_labels"] = fields["num_classes"]
         super().__init__(**{**fields, "use_cache": False})
 
-    __eq__ = MegalodonHFConfig.__eq__  # transformers would make one for every class
+    __eq__ = MegalodonHFConfig.__eq__  # transformers would define one for every class

@@ -1,4 +1,4 @@
-"""The encoders, as the Auto classes make them: features, a head that classifies rows, and one of masked tokens."""
+"""Encoders for the Auto classes: features, sequence classification and masked-token prediction."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .pretrained import MegalodonPreTrainedModel
 
 
 class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
-    """What the encoders share: how rows become features."""
+    """Base of the encoders: computes the features of rows."""
 
     config_class = MegalodonEncoderHFConfig
     _ours = MegalodonEncoder
     _final_norm = "final_norm"
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^output\.weight$"]  # of classes, of masked tokens
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^output\.weight$"]  # heads of the other classes
 
     def __init__(self, config: MegalodonEncoderHFConfig, num_classes: int | None = None) -> None:
         config.num_classes = num_classes
@@ -42,7 +42,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         input_values: Tensor | None = None,
         **arguments: Any,
     ) -> tuple[Batch, Tensor, tuple[Tensor, ...] | None]:
-        """The arguments of a call, checked; the features, each row from column 0 on; what goes into each layer."""
+        """Return the checked arguments, the features with each row from column 0, and the inputs of the layers."""
         op, encoder, given = type(self).__name__, self.megalodon, dict(input_ids=input_ids, input_values=input_values)
         batch = read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
         x, sequences = batch.shifted(), Sequences(batch.cu_seqlens, batch.lengths)
@@ -51,7 +51,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
             x = encoder._embed(x)
         elif self.main_input_name == "input_ids":
             x = x * encoder.config.embedding_scale
-        with self._recording(output_hidden_states, batch) as layers:
+        with self._record_layers(output_hidden_states, batch) as layers:
             features = encoder._hidden(x, sequences)
         check_not_empty(op, batch.name, x, sequences)
         return batch, features, layers and tuple(layers)
@@ -81,7 +81,7 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
         output_hidden_states: bool | None = None,
         **arguments: Any,
     ) -> BaseModelOutput:
-        """The features (B, L, D) of every step; arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`."""
+        """Return features (B, L, D); arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`."""
         batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, input_values, **arguments)
         return BaseModelOutput(last_hidden_state=_in_columns(features, batch), hidden_states=layers)
 
@@ -89,8 +89,8 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
 class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel):
     """An encoder that classifies rows: `AutoModelForSequenceClassification`.
 
-    Its head is that of :class:`megalodon_ops.MegalodonEncoder`, of `config.num_labels` classes. The parameters have the
-    same names, so both read each other's folders; a folder without a head begins with a new one.
+    Its head is that of :class:`megalodon_ops.MegalodonEncoder`, with `config.num_labels` classes. Parameters have the
+    same names, so each reads the other's folders; for a folder without a head, a new one is initialized.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -108,7 +108,7 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
 
     @classmethod
     def from_megalodon(cls, model: MegalodonEncoder) -> MegalodonEncoderForSequenceClassification:
-        """A model of transformers with the modules of `model`, not copies of them."""
+        """Create a model for transformers that shares the modules of `model`."""
         if isinstance(model, MegalodonEncoder) and model.classifier is None:
             raise ValueError(
                 f"{cls.__name__}: `model` must have a head, got `num_classes` None; from_pretrained(folder, num_labels=...) "
@@ -126,24 +126,25 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
         output_hidden_states: bool | None = None,
         **arguments: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (B, num_labels) of the classes of every row, and their loss.
+        """Return class logits (B, num_labels) of every row, and the loss.
 
         Args:
             input_ids: (B, L) integers.
-            attention_mask: (B, L): 1 for a step, 0 for padding before or after all steps of a row, which changes nothing.
-            input_values: (B, L, F) floating-point numbers in place of `input_ids`, where the configuration has
+            attention_mask: (B, L): 1 for a position, 0 for padding before or after all positions of a row.
+            input_values: (B, L, F) floating-point numbers instead of `input_ids`, if the configuration has
                 `num_features`.
-            labels: (B,) integers, a row's class; or (B, num_labels) floating-point numbers, 1 for each class that the row
-                has; or, of one label, numbers to come close to. `config.problem_type` says which, or the first labels do.
-            output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): what goes into each layer,
-                and, as the last one, the features.
-            arguments: `inputs_embeds` (B, L, D), as `get_input_embeddings()` gives them, in place of the inputs; S
-                sequences packed into one row, of which each is classified, by `cu_seq_lens_q` or `position_ids`; and what
-                transformers gives every model.
+            labels: (B,) integers, the class of each row; or (B, num_labels) floating-point numbers, 1 for each class of
+                the row; or, with one label, the values to regress. `config.problem_type` chooses, else the first
+                labels.
+            output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): the input of each
+                layer, and the features.
+            arguments: `inputs_embeds` (B, L, D), from `get_input_embeddings()`, instead of the inputs; `cu_seq_lens_q`
+                or `position_ids`, for S sequences packed into one row, each of which is classified; and the arguments
+                that transformers passes to every model.
 
         Raises:
-            ValueError: padding between the steps of a row; a row without steps; a state asked for, by `use_cache`,
-                `cache` or `past_key_values`. TypeError: an unknown argument.
+            ValueError: padding between the positions of a row; an empty row; a state, requested by `use_cache`, `cache`
+                or `past_key_values`. TypeError: an unknown argument.
         """
         batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, input_values, **arguments)
         encoder = self.megalodon
@@ -160,15 +161,15 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
 
 
 class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
-    """An encoder that guesses masked tokens: `AutoModelForMaskedLM`.
+    """An encoder for masked-token prediction: `AutoModelForMaskedLM`.
 
-    The logits are products of the features and the embeddings, so the head has no parameters of its own; with
-    `tie_word_embeddings=False` in the configuration it has a matrix, `output.weight`, which other classes leave out.
+    Logits are products of features and embeddings, so the head has no parameters of its own. With
+    `tie_word_embeddings=False` in the configuration it has a matrix, `output.weight`, which the other classes ignore.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
         >>> config = hf.MegalodonEncoderHFConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
-        >>> tokens, labels = torch.tensor([[1, 8, 3]]), torch.tensor([[-100, 2, -100]])  # 8 stands for a token to guess
+        >>> tokens, labels = torch.tensor([[1, 8, 3]]), torch.tensor([[-100, 2, -100]])  # 8 is the mask token
         >>> output = hf.MegalodonEncoderForMaskedLM(config)(tokens, labels=labels)
         >>> output.logits.shape, output.loss.shape
         (torch.Size([1, 3, 9]), torch.Size([]))
@@ -180,7 +181,7 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
     def __init__(self, config: MegalodonEncoderHFConfig) -> None:
         if config.num_features is not None:
             raise ValueError(
-                f"{type(self).__name__}: `num_features` must be None, got {config.num_features}; there are no tokens to guess."
+                f"{type(self).__name__}: `num_features` must be None, got {config.num_features}; there are no tokens."
             )
         super().__init__(config)
         tied = config.tie_word_embeddings
@@ -188,7 +189,7 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
             self.output = Linear(config.model_dim, config.vocab_size, bias=False, token_rows=True)
         if tied:
             self.output.weight = self.embed.weight
-        self.output._is_hf_initialized = tied or not self.embed.weight.is_meta  # by its constructor
+        self.output._is_hf_initialized = tied or not self.embed.weight.is_meta  # by the constructor
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -207,13 +208,13 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         **arguments: Any,
     ) -> MaskedLMOutput:
-        """Logits (B, L, vocab_size) of the token at every step, and their loss.
+        """Return logits (B, L, vocab_size) of the token at every position, and the loss.
 
         Args:
-            labels: (B, L), the token at each step that is to be guessed, -100 elsewhere and at padding.
-            num_items_in_batch: divides the loss in place of the number of labels, as Trainer asks.
+            labels: (B, L), the token at each masked position, -100 elsewhere and at padding.
+            num_items_in_batch: divides the loss instead of the number of labels, for Trainer.
 
-        All else as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
+        Other arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
         """
         batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, **arguments)
         logits, loss = at_least_float32(self.output(_in_columns(features, batch))), None
@@ -226,5 +227,5 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
 
 
 def _in_columns(features: Tensor, batch: Batch) -> Tensor:
-    """Features of rows that begin at column 0, in the columns of the call; at padding those of a neighbour."""
-    return features if batch.padding is None else select(features, batch.padding.steps())
+    """Shift features of rows from column 0 back to the columns of the call; padding repeats its neighbour."""
+    return features if batch.padding is None else select(features, batch.padding.positions())

@@ -1,4 +1,4 @@
-"""What all models share: the modules of a `Megalodon` or a `MegalodonEncoder` behind transformers' interface."""
+"""Base of all models: the modules of a `Megalodon` or `MegalodonEncoder` behind transformers' interface."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ from .configuration import MegalodonHFConfig
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):
-    """What all models share: modules and weights.
+    """Base of all models: modules and weights.
 
     Attributes:
-        megalodon: a :class:`megalodon_ops.Megalodon` or MegalodonEncoder with the same modules, in which a change shows in
-            both.
+        megalodon: a :class:`megalodon_ops.Megalodon` or MegalodonEncoder that shares this model's modules.
     """
 
     _ours: type[Megalodon] | type[MegalodonEncoder]
     _final_norm: str
-    """The module's name"""
+    """Name of the module"""
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _input_embed_layer = "embed"
@@ -44,21 +43,21 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MegalodonHFConfig) -> None:
         super().__init__(config)
         if torch.get_default_dtype() not in (torch.bfloat16, torch.float16):
-            self.dtype_plan = {}  # transformers 5.0 would load these parameters as float32 for a float64 model, too
-        made = self._ours(config.to_megalodon())
-        for name, module in made.named_children():
+            self.dtype_plan = {}  # transformers 5.0 would load them as float32 even into a float64 model
+        core = self._ours(config.to_megalodon())
+        for name, module in core.named_children():
             self.add_module(name, module)
-        # The model that computes is no module of this one, but has its modules, whatever they become.
-        made._modules = self._modules
-        self.__dict__["megalodon"] = made
+        # The core is no submodule, but shares the dictionary of modules, so replaced modules show in both.
+        core._modules = self._modules
+        self.__dict__["megalodon"] = core
         self.gradient_checkpointing = False
         if not self.embed.weight.is_meta:
             for module in self.modules():
-                module._is_hf_initialized = True  # by its constructor
+                module._is_hf_initialized = True  # by the constructor
 
     @classmethod
     def from_megalodon(cls, model: Megalodon | MegalodonEncoder) -> MegalodonPreTrainedModel:
-        """A model of transformers with the modules of `model`, not copies of them."""
+        """Create a model for transformers that shares the modules of `model`."""
         if not isinstance(model, cls._ours):
             raise TypeError(f"{cls.__name__}: `model` must be a {cls._ours.__name__}, got {described(model)}.")
         with torch.device("meta"):
@@ -77,17 +76,17 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises the parameters that a checkpoint lacks, and makes again what no checkpoint holds."""
-        if type(module) is nn.Embedding:  # resize_token_embeddings has made it, and the output matrix below
+        """Initialize parameters that a checkpoint lacks, and recompute the rotary angles, which none holds."""
+        if type(module) is nn.Embedding:  # created by resize_token_embeddings, as is the output matrix below
             module.__class__ = Embedding
         elif type(module) is nn.Linear:
             module.__class__, module.token_rows = Linear, True
         own = dict(module.named_parameters(recurse=False))
         loaded = {name: weight for name, weight in own.items() if getattr(weight, "_is_hf_initialized", False)}
         if len(loaded) < len(own):
-            kept = {name: weight.clone() for name, weight in loaded.items()}
+            saved = {name: weight.clone() for name, weight in loaded.items()}
             module.reset_parameters()
-            for name, weight in kept.items():
+            for name, weight in saved.items():
                 own[name].copy_(weight)
         if isinstance(module, NormalizedAttention):
             module._keep_rotary()
@@ -101,13 +100,13 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         self._configure()
 
     def _configure(self) -> None:
-        """Gives the model that computes what the configuration and gradient checkpointing say now."""
+        """Update the core's configuration, with gradient checkpointing."""
         config = self.config.to_megalodon()
         recomputes = config.layerwise_ckpt or self.gradient_checkpointing
         self.megalodon.config = dataclasses.replace(config, layerwise_ckpt=recomputes)
 
     def resize_token_embeddings(self, *args, **options) -> nn.Embedding:
-        """As in transformers; the model then has as many logits as tokens."""
+        """Resize as transformers does; the model then has as many logits as tokens."""
         embeddings = super().resize_token_embeddings(*args, **options)
         self.config.output_size = -1
         config = self.config.to_megalodon()
@@ -118,17 +117,17 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         return embeddings
 
     @contextmanager
-    def _recording(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
-        """Collects what goes into each layer and the final norm's output, in the columns of the call, as other models do."""
+    def _record_layers(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
+        """Collect the inputs of the layers and the final norm's output, in the columns of the call."""
         if not (self.config.output_hidden_states if wanted is None else wanted):
             yield None
             return
         found: list[Tensor] = []
-        steps = None if batch.padding is None else batch.padding.steps()
+        positions = None if batch.padding is None else batch.padding.positions()
 
         def keep(x: Tensor | tuple[Tensor, MegalodonState]) -> None:
             x = x[0] if isinstance(x, tuple) else x
-            found.append(x if steps is None else select(x, steps))
+            found.append(x if positions is None else select(x, positions))
 
         with ExitStack() as hooks:
             hooks.enter_context(self.layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0])))
