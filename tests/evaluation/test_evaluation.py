@@ -1,4 +1,4 @@
-"""`megalodon_ops.evaluation`: the same losses whatever the pieces, and those of one call on every window."""
+"""`megalodon_ops.evaluation`: losses equal those of one call on each window, whatever the pieces."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def documents(*lengths: int) -> list[Tensor]:
 
 
 def naive_losses(model: mo.Megalodon, document: Tensor, context: int) -> list[Tensor]:
-    """The losses of each window, by one call of the model on it."""
+    """Compute the losses of each window by one call of the model."""
     inputs, targets = document[:-1].split(context), document[1:].split(context)
     return [F.cross_entropy(model(i[None])[0], t, reduction="none") for i, t in zip(inputs, targets)]
 
 
 @pytest.mark.parametrize("context", [1, 3, C, C + 5, 3 * C, 1000, "all"])
-def test_every_token_is_predicted_once_from_what_its_window_holds(context):
+def test_every_token_is_predicted_once_from_its_window(context):
     texts = documents(*LENGTHS)
     losses = [
         loss
@@ -75,7 +75,7 @@ CASES = dict(
 
 @given(**CASES)
 def test_rows_and_pieces_change_nothing(lengths, context, rows, piece, cuts):
-    """Neither the pieces that the model reads nor those that a document comes in."""
+    """Neither the model's pieces nor the document's."""
     if sum(lengths) == len(lengths):
         lengths = [*lengths, 2]
     texts = documents(*lengths)
@@ -89,7 +89,7 @@ def test_rows_and_pieces_change_nothing(lengths, context, rows, piece, cuts):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Notes the most bytes of tensors that live at once, of those made inside."""
+    """Record the peak bytes of the tensors created inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,17 +109,17 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("context", [2 * C, "all"])
 def test_memory_does_not_grow_with_the_text(context):
     def peak(pieces: int) -> int:
-        text = (tokens_of(4 * C) for _ in range(pieces))  # made when they are read
+        text = (tokens_of(4 * C) for _ in range(pieces))  # generated lazily
         with LiveBytes() as live:
             evaluate(MODEL, [Document(text)], contexts=[context], piece=4 * C)
         return live.peak
 
     assert peak(4) == peak(12)
-    assert peak(1) > 4 * C * TINY["model_dim"] * 8, "the measure sees what the layers make"
+    assert peak(1) > 4 * C * TINY["model_dim"] * 8, "the layers' tensors are counted"
 
 
-def test_windows_that_fit_a_call_leave_no_state(monkeypatch):
-    """The state of each would take memory for a chunk of keys and values, however short the window is."""
+def test_windows_that_fit_a_call_return_no_state(monkeypatch):
+    """Each state would take memory for a chunk of keys and values, even for short windows."""
     calls, loss = [], mo.Megalodon.loss
     monkeypatch.setattr(
         mo.Megalodon, "loss", lambda self, *args, **options: (calls.append(options), loss(self, *args, **options))[1]
@@ -130,7 +130,7 @@ def test_windows_that_fit_a_call_leave_no_state(monkeypatch):
     assert any(options.get("return_state") for options in calls)
 
 
-def test_documents_in_many_forms_are_the_same_document():
+def test_documents_in_many_forms_give_the_same_result():
     numpy = pytest.importorskip("numpy")
     ids = tokens_of(50)
     array = numpy.frombuffer(ids.numpy().astype(numpy.uint16).tobytes(), numpy.uint16)  # cannot be written to
@@ -149,17 +149,17 @@ def test_documents_in_many_forms_are_the_same_document():
 
 
 def test_a_context_that_cuts_no_document_is_read_once():
-    class Counted(list):
-        times = 0
+    class CountedDocuments(list):
+        num_reads = 0
 
         def __iter__(self):
-            Counted.times += 1
+            CountedDocuments.num_reads += 1
             return super().__iter__()
 
     contexts = ["all", 100, 2, 69]
-    found = evaluate(MODEL, Counted(documents(40, 70)), contexts=contexts)
+    found = evaluate(MODEL, CountedDocuments(documents(40, 70)), contexts=contexts)
     assert [result.context for result in found] == contexts
-    assert Counted.times == 3, "one look whether it can be read again, and one reading each for 2 and for 69"
+    assert CountedDocuments.num_reads == 3, "one check, and one pass each for contexts 2 and 69"
     assert found[0].nats == found[1].nats == found[3].nats != found[2].nats
     assert len({result.tokens for result in found}) == 1
 
@@ -174,7 +174,7 @@ def test_figures_as_json():
     assert math.isinf(endless.perplexity) and endless.to_dict()["perplexity"] is None
 
 
-def test_evaluation_leaves_the_model_as_it_was():
+def test_evaluation_does_not_change_the_model():
     model = tiny_model(torch.float32, dropout=0.5, hidden_dropout=0.5).train()
     model.layers[0].eval()
     modes = [module.training for module in model.modules()]
@@ -185,7 +185,7 @@ def test_evaluation_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("where", ["weights", "nan"])
-def test_losses_that_are_no_numbers_are_an_error(where):
+def test_non_finite_losses_are_an_error(where):
     model = tiny_model(torch.float32)
     with torch.no_grad():
         model.output.output.weight.mul_(1e38 if where == "weights" else math.nan)
@@ -218,7 +218,7 @@ def test_wrong_documents(texts, options, error, message):
 
 
 def test_in_bfloat16():
-    """A model that is cast, and an autocast around the call."""
+    """A cast model, and an autocast around the call."""
     texts, model = documents(11 * C, 20), tiny_model(torch.float32)
     (exact,) = evaluate(tiny_model(torch.float32).double(), texts)
     (wide,) = evaluate(model, texts)

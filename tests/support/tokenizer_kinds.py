@@ -24,7 +24,7 @@ def from_json(model, folder, **options):
     return Tokenizer.from_file(path, **options)
 
 
-def of_words(ids):
+def word_level_model(ids):
     """A model of these words alone, which the package takes apart nowhere."""
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models

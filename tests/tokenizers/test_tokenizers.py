@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, the `tokenizers` package's files and sentencepiece models give ids, and exact text back."""
+"""Tokenizers: bytes, the `tokenizers` package's files and sentencepiece models encode text and decode it exactly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizer_kinds import (
     SOURCE,
     byte_level_bpe,
     from_json,
-    of_words,
+    word_level_model,
     other,
     package,
     sentencepiece,
@@ -28,8 +28,8 @@ from megalodon_ops.tokenizers import START_TOKEN, WINDOW, ByteTokenizer, Tokeniz
 NOT_UTF8 = b"caf\xc3\xa9 \xff\xfe then \xe2\x98 more \xc3"
 
 
-def as_read(tokenizer, document):
-    """What comes back of a document: all of it, or U+FFFD in place of bytes that are no UTF-8."""
+def decodable(tokenizer, document):
+    """Return the document as it is decoded: unchanged, or with U+FFFD for invalid UTF-8."""
     return document if tokenizer.byte_level else document.decode(errors="replace").encode()
 
 
@@ -44,7 +44,7 @@ TEXTS = [
 
 
 def library_ids(tokenizer, text):
-    """What the package itself makes of a text."""
+    """Return the ids of the package itself."""
     model = tokenizer._model
     return model.encode(text, add_special_tokens=False).ids if hasattr(model, "to_str") else model.Encode(text)
 
@@ -52,21 +52,21 @@ def library_ids(tokenizer, text):
 @pytest.mark.parametrize(
     "document", [*TEXTS, NOT_UTF8, random.Random(0).randbytes(500)], ids=lambda text: repr(text[:12])
 )
-def test_text_comes_back(tokenizer, document):
+def test_text_is_decoded_exactly(tokenizer, document):
     ids = tokenizer.encode(document)
     assert ids.dtype == np.int32 and all(0 <= i < tokenizer.vocab_size for i in ids)
     assert not {tokenizer.start, tokenizer.end} & {*ids.tolist()}
     assert tokenizer.start not in ids
-    assert tokenizer.decode(ids) == tokenizer.decode([tokenizer.start, *ids]) == as_read(tokenizer, document)
+    assert tokenizer.decode(ids) == tokenizer.decode([tokenizer.start, *ids]) == decodable(tokenizer, document)
     assert tokenizer.encode(bytearray(document)).tolist() == ids.tolist()
     if document.isascii():
         assert tokenizer.encode(document.decode()).tolist() == ids.tolist()
 
 
 @given(st.binary(max_size=60), st.text(max_size=40))
-def test_any_text_comes_back(tokenizer, some_bytes, text):
+def test_arbitrary_text_is_decoded_exactly(tokenizer, some_bytes, text):
     for content in (some_bytes, text.encode(), some_bytes + text.encode() + some_bytes):
-        assert tokenizer.decode(tokenizer.encode(content)) == as_read(tokenizer, content)
+        assert tokenizer.decode(tokenizer.encode(content)) == decodable(tokenizer, content)
 
 
 SMALL = 4096
@@ -74,13 +74,13 @@ SMALL = 4096
 
 @pytest.fixture
 def small_windows(monkeypatch):
-    """Long texts are cut often."""
+    """Cut long texts often."""
     assert WINDOW == text.WINDOW > SMALL
     monkeypatch.setattr(text, "WINDOW", SMALL)
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_the_ids_are_the_package_s(tokenizer):
+def test_the_ids_are_the_packages(tokenizer):
     if tokenizer.byte_level:
         assert tokenizer.encode(SOURCE).tolist() == list(SOURCE)
         return
@@ -90,7 +90,7 @@ def test_the_ids_are_the_package_s(tokenizer):
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_pieces_of_any_sizes_give_equal_ids(tokenizer):
+def test_pieces_of_arbitrary_sizes_give_equal_ids(tokenizer):
     long = SOURCE[:9000] + "\u4e2d\u6587".encode() * SMALL + SOURCE[:9000] + b"\xff"  # where no word ends, letters do
     whole = tokenizer.encode(long)
     for sizes in ([100], [SMALL, 1, 17], [3 * SMALL]):
@@ -106,22 +106,22 @@ def test_pieces_of_any_sizes_give_equal_ids(tokenizer):
 
 @pytest.mark.usefixtures("small_windows")
 def test_long_text_takes_memory_for_a_piece(tokenizer):
-    """No array is longer than a window, and an array comes before the next pieces are asked for."""
-    asked = 0
+    """No array is longer than a window, and pieces are read lazily."""
+    num_read = 0
 
     def pieces():
-        nonlocal asked
+        nonlocal num_read
         for _ in range(40):
-            asked += 1
+            num_read += 1
             yield SOURCE[: SMALL // 2]
 
     for number, ids in enumerate(tokenizer.encode_pieces(pieces()), 1):
         assert len(ids) <= SMALL
         if number == 3:
-            assert asked <= 8
+            assert num_read <= 8
 
 
-def test_token_by_token_the_text_is_equal(tokenizer):
+def test_text_of_token_by_token_equals_the_text(tokenizer):
     text = "d\u00e9f \u2603 x".encode()
     ids = tokenizer.encode(text).tolist()
     assert b"".join(tokenizer.text_of(iter(ids))) == text
@@ -161,7 +161,7 @@ def test_fingerprints_differ(tmp_path):
     assert load_tokenizer(tmp_path).start == again.start
 
 
-def test_what_opens_and_ends_a_document(tmp_path):
+def test_start_and_end_of_a_document(tmp_path):
     assert (ByteTokenizer().start, ByteTokenizer().end) == (256, 256)
     for make, start, end in (
         (byte_level_bpe, 599, 599), (with_its_own_start, 0, 0), (spaced_bpe, 1, 2), (sentencepiece, 1, 2),
@@ -172,9 +172,9 @@ def test_what_opens_and_ends_a_document(tmp_path):
         assert tokenizer.decode([start, *tokenizer.encode("a"), end]) == b"a"
 
 
-def test_an_end_that_is_named(tmp_path):
+def test_a_named_end(tmp_path):
     package("tokenizers")
-    one = from_json(of_words({"a": 0, "<end>": 1}), tmp_path)
+    one = from_json(word_level_model({"a": 0, "<end>": 1}), tmp_path)
     assert one.end == one.start == 2
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
     for named in (Tokenizer.from_file(tmp_path / "tokenizer.json", end="<end>"), load_tokenizer(tmp_path)):
@@ -185,7 +185,7 @@ def test_an_end_that_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("words", [START_TOKEN, "<|endoftext|>", "<s> x </s>"])
-def test_text_that_looks_like_a_special_token_is_text(tokenizer, words):
+def test_text_that_looks_like_a_special_token_is_encoded_as_text(tokenizer, words):
     ids = tokenizer.encode(words)
     assert tokenizer.start not in ids and tokenizer.decode(ids) == words.encode()
 
@@ -195,7 +195,7 @@ def test_a_tokenizer_that_drops_text(tmp_path):
     assert sp.decode(sp.encode("two  words\n")) == b"two words"
 
 
-def test_transformers_reads_what_is_saved(tokenizer, tmp_path):
+def test_transformers_reads_a_saved_tokenizer(tokenizer, tmp_path):
     transformers = package("transformers")
     tokenizer.save(tmp_path)
     if tokenizer.file_name == "tokenizer.model":
@@ -227,11 +227,11 @@ def test_the_byte_tokenizer_needs_no_package(tmp_path, monkeypatch):
 
 
 def test_ids_with_gaps(tmp_path):
-    """The package gives an added token the number of tokens for an id, which another token may have."""
+    """The package uses the number of tokens as an added token's id, which may be taken."""
     package("tokenizers")
     with pytest.raises(FileError, match="two tokens have the id 3, "):
-        from_json(of_words({"a": 0, "b": 1, "c": 3}), tmp_path)
-    tokenizer = from_json(of_words({"a": 0, "b": 1, "<begin>": 5}), tmp_path)
+        from_json(word_level_model({"a": 0, "b": 1, "c": 3}), tmp_path)
+    tokenizer = from_json(word_level_model({"a": 0, "b": 1, "<begin>": 5}), tmp_path)
     assert (tokenizer.start, tokenizer.vocab_size) == (3, 6)
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint

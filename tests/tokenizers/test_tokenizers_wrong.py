@@ -1,4 +1,4 @@
-"""Files that are no tokenizer's, damaged and mutated ones, and wrong calls."""
+"""Files that are no tokenizer, damaged and mutated files, and wrong calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 
 import pytest
 from tokenizer_kinds import tokenizer  # noqa: F401, a fixture
-from tokenizer_kinds import KINDS, SOURCE, of_words, package
+from tokenizer_kinds import KINDS, SOURCE, word_level_model, package
 
 from megalodon_ops.files import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -91,36 +91,36 @@ def test_wrong_calls(tokenizer):
         Tokenizer.train([SOURCE], vocab_size="many")
 
 
-TWO_OF_ONE_ID = {
+DUPLICATE_IDS = {
     "of the model": lambda fields: fields["model"]["vocab"].update(b=0),
     "added": lambda fields: fields["added_tokens"].append({**fields["added_tokens"][0], "content": "<t>"}),
     "added over the model's": lambda fields: fields["added_tokens"][0].update(id=1),
 }
 
 
-@pytest.mark.parametrize("case", TWO_OF_ONE_ID)
-def test_two_tokens_of_one_id_are_refused(tmp_path, case):
-    """One of them would be lost: the package takes such a file."""
+@pytest.mark.parametrize("case", DUPLICATE_IDS)
+def test_duplicate_ids_are_refused(tmp_path, case):
+    """The package accepts such a file and loses one token."""
     package("tokenizers")
-    model = of_words({"a": 0, "b": 1})
+    model = word_level_model({"a": 0, "b": 1})
     model.add_special_tokens(["<s>"])
     fields = json.loads(model.to_str())
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(fields))
     assert load_tokenizer(path).vocab_size == 3
-    TWO_OF_ONE_ID[case](fields)
+    DUPLICATE_IDS[case](fields)
     path.write_text(json.dumps(fields))
     with pytest.raises(FileError, match=rf"^{path}: two tokens have the id \d, '.*' and '.*'$"):
         load_tokenizer(path)
 
 
-def test_a_vocabulary_that_does_not_say_its_bytes_is_refused(tmp_path):
-    """Such as WordPiece's, whose decoder puts spaces between tokens."""
+def test_unknown_decoders_are_refused(tmp_path):
+    """Such as WordPiece's, which puts spaces between tokens."""
     package("tokenizers")
     from tokenizers import decoders
 
     for decoder, name in ((decoders.WordPiece(), "'WordPiece'"), (None, "'none'")):
-        model = of_words({"a": 0, "b": 1})
+        model = word_level_model({"a": 0, "b": 1})
         model.decoder = decoder
         model.save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(
@@ -129,8 +129,8 @@ def test_a_vocabulary_that_does_not_say_its_bytes_is_refused(tmp_path):
             load_tokenizer(tmp_path)
 
 
-def mutated(content, rng):
-    """The file with an edit somewhere: a value of its JSON, or some bytes."""
+def mutate(content, rng):
+    """Change a value of a JSON file, or some bytes."""
     if content.lstrip().startswith(b"{") and rng.random() < 0.6:
         fields = json.loads(content)
         places = [(fields, key) for key in fields]
@@ -159,7 +159,7 @@ def test_mutated_files_are_refused_or_encode(tmp_path, capfd, count):
         path = next((tmp_path / name).glob("tokenizer.[jm]*"))
         content = path.read_bytes()
         for _ in range(count):
-            path.write_bytes(mutated(content, rng))
+            path.write_bytes(mutate(content, rng))
             try:
                 tokenizer = load_tokenizer(path)
                 ids = tokenizer.encode(SOURCE[:200])

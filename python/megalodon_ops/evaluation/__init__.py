@@ -1,15 +1,14 @@
-"""How well a model predicts text, as a function of the context that it reads: perplexity and bits per byte.
+"""Perplexity and bits per byte of a model, as a function of the context length.
 
-A document is tokens x_0, x_1, ... x_T, of which x_0 opens it. For a context of N tokens its T predictions are cut into
-windows of N, each of which starts afresh:
+A document is a start token x_0 and tokens x_1, ... x_T. For a context of N tokens, its T predictions are cut into
+windows of N, each with a fresh state:
 
     window k reads    x_{kN} ... x_{kN+N-1}          and predicts    x_{kN+1} ... x_{kN+N}
 
-So every token of the text is predicted exactly once, whatever N is, from the 1 to N tokens that its window holds before
-it, and figures of different contexts are over the same tokens. The context "all" is one window for the document: the
-state is carried from its first token to its last.
+So for each N, every token of the text is predicted exactly once, from the 1 to N tokens before it in its window, and
+figures of different contexts are over the same tokens. With the context "all", a document is one window.
 
-A window is read in pieces, its state passed on, so memory is constant however long contexts and documents are.
+A window is read in pieces, which pass on the state, so memory is constant in the lengths of contexts and documents.
 """
 
 from .losses import evaluate

@@ -1,4 +1,4 @@
-"""Runs a model over the windows of documents."""
+"""Run a model over the windows of documents."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .results import Context, Evaluation, Tally
-from .windows import Segment, opened, segments_of
+from .windows import Segment, open_documents, segments_of
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.checks import check_size, described, is_whole, shown
 
-_ENDLESS = 2**62  # more tokens than any window holds
+_UNLIMITED = 2**62  # more tokens than any window holds
 
 
 @torch.no_grad()
@@ -27,32 +27,32 @@ def evaluate(
     rows: int = 8,
     piece: int = 2048,
 ) -> list[Evaluation]:
-    """The losses of the documents' tokens, each predicted from what its window holds before it.
+    """Return the losses of the documents' tokens, each predicted from the tokens before it in its window.
 
     Args:
-        model: computes in its own dtype, or in that of an autocast around the call, and in evaluation mode. To compare a
-            model of another kind by the same windows, give a module whose `loss` takes `cu_seqlens`, `reduction="none"`,
-            `state` and `return_state` as Megalodon's does, whose states have `state[rows]` and `state.reset(rows)`, and
-            whose `alone()` gives the module itself.
-        documents: each a :class:`Document`, or its tokens alone. They are read once for every context, so with more
-            than one context they must be iterable again, as lists are. The longest first are read the fastest.
-        contexts: lengths N of windows, and "all" for windows without end; see :mod:`megalodon_ops.evaluation`.
-        rows: how many documents are read side by side. piece: tokens of each in one call of the model. Both change
-            time and memory, but nothing else up to rounding.
+        model: computes in its own dtype, or in that of an autocast around the call, and in evaluation mode. Any other
+            module can be evaluated on the same windows if its `loss` takes `cu_seqlens`, `reduction="none"`, `state`
+            and `return_state` as Megalodon's does, its states have `state[rows]` and `state.reset(rows)`, and its
+            `alone()` returns the module itself.
+        documents: each a :class:`Document`, or its tokens alone. With several contexts they are read several times, so
+            they must be iterable again, as lists are. Sorting them longest first is fastest.
+        contexts: lengths N of windows, and "all" for one window per document; see :mod:`megalodon_ops.evaluation`.
+        rows: documents read in parallel. piece: tokens of each in one call of the model. Up to rounding, both change
+            only time and memory.
 
     Returns:
-        an :class:`Evaluation` for each context, in their order.
+        an :class:`Evaluation` for each context, in order.
 
     Raises:
         FloatingPointError: a loss is infinite or NaN. ValueError, TypeError: an argument is wrong. IndexError: a token
-        is outside of the vocabulary.
+        is outside the vocabulary.
 
     Example:
         >>> import torch, megalodon_ops as mo
         >>> from megalodon_ops.evaluation import Document, evaluate
         >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=8)
         >>> model = mo.Megalodon(config)
-        >>> _ = torch.nn.init.zeros_(model.output.output.weight)  # all 8 tokens are as likely: 3 bits each
+        >>> _ = torch.nn.init.zeros_(model.output.output.weight)  # 8 equally likely tokens: 3 bits each
         >>> text = Document(torch.randint(8, (101,)), num_bytes=200)
         >>> for result in evaluate(model, [text], contexts=[16, "all"]):
         ...     print(result.context, result.tokens, f"{result.perplexity:.2f} {result.bits_per_byte:.2f}")
@@ -62,13 +62,14 @@ def evaluate(
     _check(model, documents, contexts)
     rows, piece = check_size("evaluate", "rows", rows), check_size("evaluate", "piece", piece)
     lengths = {
-        context if context == "all" else int(context): _ENDLESS if context == "all" else context for context in contexts
+        context if context == "all" else int(context): _UNLIMITED if context == "all" else context
+        for context in contexts
     }
     model = model.alone()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     found: dict[Context, Evaluation] = {}
-    whole: Evaluation | None = None  # of a context that cut no document: larger contexts give the same
+    whole: Evaluation | None = None  # of a context that cut no document; larger contexts give the same result
     try:
         for context in sorted(lengths, key=lengths.get):
             if whole is None:
@@ -77,9 +78,9 @@ def evaluate(
             else:
                 found[context] = dataclasses.replace(whole, context=context)
             counts = {each.context: each.tokens for each in found.values()}
-            if not min(counts.values()) or len(set(counts.values())) > 1:  # as of pieces that can be read once alone
+            if not min(counts.values()) or len(set(counts.values())) > 1:  # such as pieces that can be read only once
                 raise ValueError(
-                    "evaluate: `documents` must hold a token to predict, beside those that open them, and the same tokens "
+                    "evaluate: `documents` must hold a token to predict, beside start tokens, and the same tokens "
                     f"for every context, got {', '.join(f'{count} for {context}' for context, count in counts.items())}."
                 )
     finally:
@@ -91,13 +92,13 @@ def evaluate(
 def _evaluate(
     model: Megalodon, documents: Iterable[Any], context: Context, length: int, rows: int, piece: int
 ) -> tuple[Evaluation, bool]:
-    """The losses in windows of one context, and whether any document was longer than a window."""
+    """Return the losses for one context, and True if a document was longer than a window."""
     tally, reader, has_cut = Tally(), _Reader(model), False
-    queue = opened(documents, tally.add_bytes)
+    queue = open_documents(documents, tally.add_bytes)
     lanes: list[Iterator[list[Segment]]] = []
     while True:
         segments = [(number, segment) for number, lane in enumerate(lanes) for segment in next(lane, [])]
-        while len(lanes) < rows:  # a lane more for as many documents as there are
+        while len(lanes) < rows:  # one more lane, while there are documents
             lane = segments_of(queue, length, piece)
             if not (taken := next(lane, [])):
                 break
@@ -111,18 +112,18 @@ def _evaluate(
 
 
 class _Reader:
-    """The model, and its state of the windows that lanes are in the middle of."""
+    """The model, and its states in the lanes' unfinished windows."""
 
     def __init__(self, model: Megalodon):
         self.model = model
         self.device = next(model.parameters()).device
         self.state: MegalodonState | None = None
-        self.lanes: list[int] = []  # whose windows the state's sequences are
+        self.lanes: list[int] = []  # lanes of the state's sequences
 
     def read(self, segments: list[tuple[int, Segment]]) -> Iterator[tuple[list[Segment], Tensor]]:
-        """The losses (T,) of all segments, those that are whole windows first: these need and leave no state.
+        """Yield the losses (T,) of all segments: first of whole windows, which need no state, then of parts of windows.
 
-        `segments` come with the number of their lane, and hold one of every lane that is in the middle of a window.
+        `segments` are (lane, segment), with one segment of every lane that has an unfinished window.
         """
         whole = [segment for _, segment in segments if segment.start == 0 and segment.ends]
         if whole:
@@ -131,24 +132,24 @@ class _Reader:
         if parts:
             batch = [segment for _, segment in parts]
             losses, state = self.model.loss(**self._batch(batch), state=self._state(parts), return_state=True)
-            going_on = [i for i, segment in enumerate(batch) if not segment.ends]
-            self.lanes = [parts[i][0] for i in going_on]
-            self.state = state if len(going_on) == len(parts) else state[going_on]
+            unfinished = [i for i, segment in enumerate(batch) if not segment.ends]
+            self.lanes = [parts[i][0] for i in unfinished]
+            self.state = state if len(unfinished) == len(parts) else state[unfinished]
             yield batch, losses[0]
 
     def _batch(self, segments: list[Segment]) -> dict[str, Any]:
-        """Arguments of the model's loss of segments in one packed row."""
+        """Arguments of the model's `loss`: segments as one packed row."""
         tokens = torch.cat([segment.inputs for segment in segments])[None].to(self.device)
         targets = torch.cat([segment.targets for segment in segments])[None].to(self.device)
         bounds = torch.tensor([0, *(len(segment.inputs) for segment in segments)]).cumsum(0).to(self.device)
         return dict(tokens=tokens, targets=targets, cu_seqlens=bounds, reduction="none")
 
     def _state(self, parts: list[tuple[int, Segment]]) -> MegalodonState | None:
-        """The state before each of the segments."""
+        """Return the initial state of each segment."""
         begin = [i for i, (_, segment) in enumerate(parts) if segment.start == 0]
         if self.state is None or len(begin) == len(parts):
             return None
-        if not begin:  # every lane goes on, in the state's order
+        if not begin:  # every lane continues, in the state's order
             return self.state
         return self.state[[self.lanes.index(lane) if segment.start else 0 for lane, segment in parts]].reset(begin)
 
@@ -162,7 +163,7 @@ def _check(model: object, documents: object, contexts: object) -> None:
     if not isinstance(contexts, Sequence) or isinstance(contexts, (str, bytes)) or not contexts:
         raise TypeError(f"evaluate: `contexts` must be {wanted}, got {described(contexts)}.")
     for context in contexts:
-        if not (isinstance(context, str) and context == "all") and not is_whole(context, 1, _ENDLESS - 1):
+        if not (isinstance(context, str) and context == "all") and not is_whole(context, 1, _UNLIMITED - 1):
             raise ValueError(f"evaluate: `contexts` must be {wanted}, got {shown(context)} among them.")
     if len(set(contexts)) > 1 and iter(documents) is documents:
         raise ValueError(

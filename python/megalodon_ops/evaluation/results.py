@@ -1,4 +1,4 @@
-"""The figures of an evaluation, and the sums that they are made of."""
+"""Figures of an evaluation, and the sums behind them."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from torch import Tensor
 from .windows import Segment
 
 _LAST = torch.tensor(sorted({int(2 ** (i / 4)) for i in range(62 * 4 + 1)}), device="cpu")
-"""The end of each bin: 1, 2, 3, 4, 5, 6, 8, 9, 11, 13, 16, ... Powers of 2 end bins, so windows of such lengths do."""
+"""Ends of the bins, 1, 2, 3, 4, 5, 6, 8, 9, 11, 13, 16, ...: every power of 2 is one"""
 
 Context = int | Literal["all"]
 
 
 class PositionBin(NamedTuple):
-    """The predictions that were made from `first` to `last` tokens."""
+    """Predictions from a context of `first` to `last` tokens."""
 
     first: int
     last: int
     tokens: int
-    """how many predictions"""
+    """number of predictions"""
     nats: float
     """the sum of their losses"""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses of one context."""
+    """Losses for one context length."""
 
     context: Context
     nats: float
     """the sum of the losses of all tokens"""
     tokens: int
-    """how many were predicted"""
+    """number of predicted tokens"""
     num_bytes: int | None
-    """bytes of the text; None where a document did not say"""
+    """bytes of the text; None if a document did not say"""
     by_position: tuple[PositionBin, ...]
-    """the losses by how many tokens a prediction was made from, in bins of a quarter of an octave"""
+    """losses by the number of tokens before the prediction, in bins of a quarter octave"""
 
     @property
     def perplexity(self) -> float:
-        """Per token; infinite where it is no float."""
+        """Perplexity per token; infinity on overflow."""
         return _exp(self.nats / self.tokens)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """What compares models across tokenizers."""
+        """Bits per byte, which compare models across tokenizers."""
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None
 
     @property
@@ -59,7 +59,7 @@ class Evaluation:
         return _exp(self.nats / self.num_bytes) if self.num_bytes else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as JSON has them: an infinite perplexity, which JSON has not, becomes None."""
+        """Return all figures as JSON values; an infinite perplexity becomes None."""
         figures = {name: getattr(self, name) for name in ("perplexity", "bits_per_byte", "perplexity_per_byte")}
         figures = {name: None if value is None or math.isinf(value) else value for name, value in figures.items()}
         return {**dataclasses.asdict(self), **figures, "by_position": [bin._asdict() for bin in self.by_position]}
@@ -72,7 +72,7 @@ class Tally:
         self.num_bytes: int | None = 0
         self.nats = torch.zeros(len(_LAST), dtype=torch.float64, device="cpu")
         self.tokens = torch.zeros(len(_LAST), dtype=torch.int64, device="cpu")
-        self.longest = 0  # tokens that a prediction was made from
+        self.longest = 0  # most tokens before a prediction
 
     def add_bytes(self, count: int | None) -> None:
         self.num_bytes = None if count is None or self.num_bytes is None else self.num_bytes + count
@@ -84,11 +84,11 @@ class Tally:
                 f"the loss of the text to predict is {total}; the model's weights are too large, or damaged"
             )
         spans = [(s.start + 1, s.start + len(s.inputs) + 1) for s in segments]
-        held = torch.cat([torch.arange(*span, device="cpu") for span in spans])
-        bins = torch.bucketize(held, _LAST)
+        contexts = torch.cat([torch.arange(*span, device="cpu") for span in spans])
+        bins = torch.bucketize(contexts, _LAST)
         self.nats += torch.bincount(bins, losses, minlength=len(_LAST))
         self.tokens += torch.bincount(bins, minlength=len(_LAST))
-        self.longest = max(self.longest, int(held.max()))
+        self.longest = max(self.longest, int(contexts.max()))
 
     def result(self, context: Context) -> Evaluation:
         bins = []

@@ -1,4 +1,4 @@
-"""Documents, the windows that they are cut into, and the segments of windows that one call of the model reads."""
+"""Documents, their windows, and the segments of windows that one call of the model reads."""
 
 from __future__ import annotations
 
@@ -23,28 +23,27 @@ class Document(NamedTuple):
     """
 
     tokens: Any
-    """integers: a 1-D tensor, array or list, or an iterable of such pieces; the first token opens the document. The
-    token that ends a document counts where it is given as the last one, and is no part of the text"""
+    """integers: a 1-D tensor, array or list, or an iterable of such pieces. The start token comes first. An end token may
+    come last; it is predicted, too, but is no part of the text"""
     num_bytes: int | None = None
-    """bytes of the text that the tokens after the first stand for, where bits per byte are wanted"""
+    """bytes of the text of the tokens after the first; needed for bits per byte"""
 
 
 class Segment(NamedTuple):
-    """What one call of the model reads of one window."""
+    """The part of a window that one call of the model reads."""
 
     inputs: Tensor  # (n,) int64
     targets: Tensor  # (n,) int64, the token after each input
-    start: int  # how many inputs of its window earlier segments hold
-    ends: bool  # whether it is the last of its window
+    start: int  # inputs of its window in earlier segments
+    ends: bool  # True for the last segment of a window
     ends_document: bool
 
 
 def segments_of(documents: Iterator[Iterator[Tensor]], context: int, piece: int) -> Iterator[list[Segment]]:
-    """The segments of documents, one document after another, in lists of what one call of the model reads.
+    """Yield the segments of consecutive documents, in a list for each call of the model.
 
-    A list is of `piece` tokens where there are as many. No window that one call can hold is cut; only the segments at
-    both ends of a list can be parts of windows. Documents are taken from their iterator, which others may share, when
-    their turn comes.
+    A list has `piece` tokens, if there are as many left. No window that fits one call is cut; only the first and last
+    segment of a list can be parts of windows. Documents are taken lazily from their iterator, which may be shared.
     """
     segments: list[Segment] = []
     room = piece
@@ -55,7 +54,7 @@ def segments_of(documents: Iterator[Iterator[Tensor]], context: int, piece: int)
                 yield segments
                 segments, room = [], piece
             size = min(room, context - position)
-            ahead = _read(ahead, pieces, size + 2)  # enough to know whether a token is left to predict
+            ahead = _read(ahead, pieces, size + 2)  # one more, to know if this is the end
             inputs, targets = ahead[:-1][:size], ahead[1:][:size]
             ahead = ahead[len(inputs) :]
             ends_document = len(ahead) < 2
@@ -71,16 +70,16 @@ def segments_of(documents: Iterator[Iterator[Tensor]], context: int, piece: int)
 
 
 def _read(ahead: Tensor, pieces: Iterator[Tensor], count: int) -> Tensor:
-    """The tokens ahead and those that follow, until there are `count`, or the rest of the document."""
-    parts, held = [ahead], len(ahead)
-    while held < count and (piece := next(pieces, None)) is not None:
+    """Extend `ahead` to `count` tokens, or to the end of the document."""
+    parts, num_tokens = [ahead], len(ahead)
+    while num_tokens < count and (piece := next(pieces, None)) is not None:
         parts.append(piece)
-        held += len(piece)
+        num_tokens += len(piece)
     return torch.cat(parts) if len(parts) > 1 else ahead
 
 
-def opened(documents: Iterable[Any], count_bytes: Callable[[int | None], object]) -> Iterator[Iterator[Tensor]]:
-    """The pieces of each document; `count_bytes` is told its bytes when its turn comes."""
+def open_documents(documents: Iterable[Any], count_bytes: Callable[[int | None], object]) -> Iterator[Iterator[Tensor]]:
+    """Yield the pieces of each document, and call `count_bytes` with its bytes."""
     for document in documents:
         tokens, size = document if isinstance(document, Document) else Document(document)
         if size is not None:
@@ -90,7 +89,7 @@ def opened(documents: Iterable[Any], count_bytes: Callable[[int | None], object]
 
 
 def _pieces(tokens: Any) -> Iterator[Tensor]:
-    """Tokens in one piece or many, as (n,) int64 on the CPU."""
+    """Yield tokens, given in one or many pieces, as (n,) int64 on the CPU."""
     is_array = hasattr(tokens, "__array__")  # tensors have it too
     if isinstance(tokens, (str, bytes)) or not (is_array or isinstance(tokens, Iterable)):
         raise TypeError(f"evaluate: `tokens` must be integers, got {described(tokens)}; encode text by a tokenizer.")
@@ -106,6 +105,6 @@ def _pieces(tokens: Any) -> Iterator[Tensor]:
                 f"evaluate: `tokens` must be integers (n,) or pieces of them, got {tensor.dtype} {tuple(tensor.shape)}."
             )
         tensor = tensor.to("cpu", torch.int64)
-        if len(tensor) and (least := int(tensor.min())) < 0:  # as a target, -100 would be left out
+        if len(tensor) and (least := int(tensor.min())) < 0:  # -100 would be ignored as a target
             raise IndexError(f"evaluate: `tokens` must be at least 0, got {least}.")
         yield tensor

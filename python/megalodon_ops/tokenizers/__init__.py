@@ -1,13 +1,12 @@
-"""Tokenizers: bytes, files of the `tokenizers` package, and sentencepiece models, all with one face.
+"""Tokenizers of bytes, of files of the `tokenizers` package and of sentencepiece models, with one interface.
 
-A document is a sequence of ids; the id `start` opens it, so that its first token is predicted too, and the id `end`,
-which may be the same, is what a model predicts after its last token. Bits per byte, nats / ln 2 / bytes of text, compare
-models whatever their tokenizers are.
+A document is a sequence of ids. The id `start` precedes it, so that its first token is predicted, too; the id `end`,
+which may be the same, is the target after its last token. Bits per byte, nats / ln 2 / bytes of text, compare models
+across tokenizers.
 
-Text is cut into pieces of at most `WINDOW` bytes, each of which is encoded alone: a document of any size takes memory for
-one piece, and its ids depend on its bytes alone. Cuts are made before a space between two ASCII words, where tokenizers
-begin a new word too, so that the ids are those of the whole text; a text without such places is cut where a line or a
-letter ends, and its ids may then differ around the cut.
+Text is cut into windows of at most `WINDOW` bytes, which are encoded one by one, so a document of any size takes memory
+for one window. Cuts lie before a space between two ASCII words, where tokenizers begin a new word, too, so the ids are
+those of the whole text. A text without such spaces is cut at the end of a line or letter; its ids may differ around it.
 """
 
 from .text import WINDOW

@@ -1,4 +1,4 @@
-"""Text: where it is cut into windows, and what is taken for text."""
+"""Windows of text, and checks of arguments that are text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 from ..ops.common.checks import described
 
 WINDOW = 1 << 16
-"""Most bytes that are encoded at once"""
+"""Most bytes to encode at once"""
 _TEXT = (str, bytes, bytearray, memoryview)
 _WORDS = re.compile(rb".*[!-~](?= [A-Za-z])", re.DOTALL)
 _LINES = re.compile(rb".*[!-~]\n(?=[!-~])", re.DOTALL)
 
 
 class Window(NamedTuple):
-    """A part of a document's text that is encoded alone."""
+    """A part of a document's text, encoded on its own."""
 
     text: bytes
     is_first: bool
@@ -24,7 +24,7 @@ class Window(NamedTuple):
 
 
 def windows_of(pieces: Iterable[bytes]) -> Iterator[Window]:
-    """A document that comes in pieces, cut into windows, one or more; where it is cut depends on its bytes alone."""
+    """Cut a document, given in pieces, into one or more windows; the cuts depend on its bytes alone."""
     rest, is_first = bytearray(), True
     for piece in pieces:
         rest += piece
@@ -39,7 +39,7 @@ def windows_of(pieces: Iterable[bytes]) -> Iterator[Window]:
 
 
 def _cut(text: bytes) -> int:
-    """Where to cut a text of more than a window: after the last word, else the last line, else the last letter."""
+    """Return the cut in a text longer than a window: after the last word, else the last line, else the last letter."""
     if found := _WORDS.match(text) or _LINES.match(text):
         return found.end()
     cut = len(text) - 1
@@ -49,7 +49,7 @@ def _cut(text: bytes) -> int:
 
 
 def as_texts(function: str, argument: str, texts: Iterable[bytes | str]) -> Iterator[bytes]:
-    """The texts as bytes; one text in place of many is refused, since a loop would take its letters for texts."""
+    """Yield the texts as bytes; refuse a single text, since iterating over it would yield its letters."""
     if isinstance(texts, _TEXT) or not isinstance(texts, Iterable):
         raise TypeError(f"{function}: `{argument}` must be a list of texts, got {described(texts)}; put it in a list.")
     for text in texts:

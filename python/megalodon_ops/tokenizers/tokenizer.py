@@ -18,23 +18,24 @@ from ..extras import load
 from ..ops.common.checks import check_integer, described, shown
 
 START_TOKEN = "<|startoftext|>"
-"""The token that opens a document, in the byte tokenizer and where a tokenizer has none of its own"""
+"""The token before a document, in the byte tokenizer and in tokenizers without one"""
 START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", START_TOKEN, "<|endoftext|>")
-"""Common names of the token that opens a document; the first that a vocabulary has is taken"""
+"""Common names of the token before a document; the first one in the vocabulary is used"""
 END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
-"""Common names of the token that ends a document; of a vocabulary that has none, the one that opens it does both"""
+"""Common names of the token after a document; without any, the token before it serves as both"""
 
-_BYTES_JSON = Path(__file__).with_name("bytes.json").read_bytes()  # the byte tokenizer, as the package has it
+_BYTES_JSON = Path(__file__).with_name("bytes.json").read_bytes()  # the byte tokenizer in the package's format
 _CHARACTERS = {letter: bytes([byte]) for letter, byte in json.loads(_BYTES_JSON)["model"]["vocab"].items()}
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 _BYTE_LEVEL, _SPACED = {"ByteLevel"}, {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}  # kinds of decoders
-_BATCH = 8  # windows that are encoded side by side; the packages take a hundred bytes for a token meanwhile
+_BATCH = 8  # windows encoded in parallel; the packages take a hundred bytes per token
 
 
 class Tokenizer:
-    """Text to ids and back; made by :meth:`from_file`, :meth:`train` or :func:`load_tokenizer`.
+    """Text to ids and back; created by :meth:`from_file`, :meth:`train` or :func:`load_tokenizer`.
 
-    Text that looks like a special token is text. Bytes that are no UTF-8 become U+FFFD, but in a :class:`ByteTokenizer`.
+    Text that looks like a special token is encoded as text. Invalid UTF-8 becomes U+FFFD, except in a
+    :class:`ByteTokenizer`.
 
     Example:
         >>> from megalodon_ops.tokenizers import Tokenizer
@@ -45,48 +46,48 @@ class Tokenizer:
     """
 
     vocab_size: int
-    """Ids are from 0 to below it; `start` and `end` are among them"""
+    """Ids are in [0, vocab_size), `start` and `end` included"""
     start: int
-    """The id that opens a document; `encode` leaves it out"""
+    """The id before a document; `encode` omits it"""
     end: int
-    """The id that ends a document, which may be `start`; `encode` leaves it out"""
+    """The id after a document, possibly `start`; `encode` omits it"""
     start_token: str
     """The text of `start`"""
     end_token: str
     """The text of `end`"""
     fingerprint: str
-    """sha256 of all that decides the ids"""
+    """sha256 of everything that determines the ids"""
     content: bytes
-    """The content of its file"""
+    """Content of the tokenizer's file"""
     file_name = "tokenizer.json"
-    """What its file is called in a checkpoint's folder"""
+    """Name of the file in a checkpoint's folder"""
     byte_level = False
-    """Whether each id is one byte"""
+    """True if each id is one byte"""
 
     @staticmethod
     def from_file(path: str | Path, *, start: str | None = None, end: str | None = None) -> Tokenizer:
-        """The tokenizer in a JSON file of the `tokenizers` package or in a sentencepiece model.
+        """Load a JSON file of the `tokenizers` package or a sentencepiece model.
 
-        start: the text of the token that opens a document. None: the first of `START_TOKENS` that the vocabulary has
-        (for a sentencepiece model, its own), else `START_TOKEN`, added as the last id.
-        end: the text of the token that ends a document. None: the first of `END_TOKENS` that the vocabulary has (for a
-        sentencepiece model, its own), else the one that opens it.
+        start: text of the token before a document. None: the first of `START_TOKENS` in the vocabulary (for a
+        sentencepiece model, its own), else `START_TOKEN`, added as the last id.
+        end: text of the token after a document. None: the first of `END_TOKENS` in the vocabulary (for a sentencepiece
+        model, its own), else `start`.
 
-        Raises FileError where the file holds no tokenizer, FileNotFoundError, and ImportError where the package that
-        reads it is missing.
+        Raises FileError if the file holds no tokenizer, FileNotFoundError, and ImportError if the package that reads it
+        is missing.
         """
         path = as_path("Tokenizer.from_file", "path", path)
         with opened(path) as file:
             content = file.read()
         if content.lstrip()[:1] != b"{":
             return SentencePieceTokenizer(content, str(path), start, end)
-        if {start, end} <= {None, START_TOKEN} and _is_of_bytes(content):
+        if {start, end} <= {None, START_TOKEN} and _is_byte_tokenizer(content):
             return ByteTokenizer()
         return JSONTokenizer(content, str(path), start, end)
 
     @staticmethod
     def train(documents: Iterable[bytes | str], *, vocab_size: int) -> Tokenizer:
-        """A byte-level BPE learned from documents, of at most `vocab_size` ids: 256 bytes, merges, `START_TOKEN`."""
+        """Train a byte-level BPE of at most `vocab_size` ids: 256 bytes, merges, `START_TOKEN`."""
         wanted = "an integer above 257, which 256 bytes and the start of a document take"
         vocab_size = check_integer("Tokenizer.train", "vocab_size", vocab_size, wanted, 258)
         documents = as_texts("Tokenizer.train", "documents", documents)
@@ -103,11 +104,11 @@ class Tokenizer:
         return JSONTokenizer(model.to_str().encode(), "Tokenizer.train")
 
     def encode(self, text: bytes | str) -> numpy.ndarray:
-        """The ids of a text, int32, without `start` and `end`."""
+        """Return the ids of a text, int32, without `start` and `end`."""
         return self.encode_batch(as_texts("encode", "text", [text]))[0]
 
     def encode_batch(self, documents: Iterable[bytes | str]) -> list[numpy.ndarray]:
-        """The ids of each document, int32; documents are encoded side by side on all cores."""
+        """Return the ids of each document, int32; all cores encode in parallel."""
         documents = as_texts("encode_batch", "documents", documents)
         found: list[list[numpy.ndarray]] = [[]]
         for ids, _, is_last in self.encode_stream([document] for document in documents):
@@ -117,10 +118,10 @@ class Tokenizer:
         return [numpy.concatenate(parts) for parts in found[:-1]]
 
     def encode_stream(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[numpy.ndarray, int, bool]]:
-        """The ids of documents that each come in pieces, window by window, in memory that none of them makes larger.
+        """Yield the ids of documents, each given in pieces, window by window, in constant memory.
 
-        For each window of text: its ids, int32, how many bytes it has, and whether it is the last of its document.
-        Windows are encoded side by side on all cores.
+        For each window of text: its ids, int32, its bytes, and True if it is the last of its document. All cores encode
+        in parallel.
         """
         documents = (as_texts("encode_stream", "documents", pieces) for pieces in documents)
         windows = chain.from_iterable(map(windows_of, documents))
@@ -129,21 +130,21 @@ class Tokenizer:
                 yield ids, len(window.text), window.is_last
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[numpy.ndarray]:
-        """The ids of one document that comes in pieces of any sizes, in arrays; laid end to end, they are :meth:`encode`'s.
+        """Yield the ids of one document, given in pieces of arbitrary sizes; concatenated, they equal :meth:`encode`'s.
 
-        Memory is taken for one piece and one window, however long the document is.
+        Takes memory for one piece and one window.
         """
         windows = windows_of(as_texts("encode_pieces", "pieces", pieces))
         return (self._encode_windows([window])[0] for window in windows)
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The text of a document's ids; `start` and `end` have none."""
+        """Return the text of a document's ids; `start` and `end` have none."""
         return b"".join(self.text_of(ids))
 
     def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
-        """The bytes that each id adds to a text, one by one; `after`: the ids before the first, in the document.
+        """Yield the bytes of each id; `after`: the ids that precede the first one in the document.
 
-        A token may hold a part of a letter: UTF-8 is complete at the end of the text, not of every token.
+        A token may end inside a letter, so UTF-8 is complete at the end of the text only.
         """
         is_first = self._adds_space and all(number == self.start for number in after)
         for given in ids:
@@ -155,20 +156,20 @@ class Tokenizer:
                 ) from None
             if not 0 <= number < self.vocab_size:
                 raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {shown(number)}.")
-            text = self._table.get(number, b"")  # none of ids between those of tokens
+            text = self._table.get(number, b"")  # unused ids have none
             yield text.removeprefix(b" ") if is_first else text
             is_first = is_first and not text
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer into a folder, which is made if there is none, where :func:`load_tokenizer` finds it.
+        """Write the tokenizer into a folder, for :func:`load_tokenizer`; the folder is created if missing.
 
-        Raises OSError where a file cannot be written; the folder is then as it was.
+        Raises OSError if a file cannot be written; the folder is then unchanged.
         """
         folder = as_path("Tokenizer.save", "folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {"bos_token": self.start_token, "eos_token": self.end_token}
         config |= {"clean_up_tokenization_spaces": False}
-        if self.file_name == "tokenizer.json":  # transformers pads with a token that is not learnt, if there is one
+        if self.file_name == "tokenizer.json":  # transformers pads with a token that is not learned, if there is one
             config |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.start_token}
             config |= {"padding_side": "left"}
         paths = (folder / self.file_name, folder / "tokenizer_config.json")
@@ -178,26 +179,26 @@ class Tokenizer:
                 settings.write_text(json.dumps(config, indent=1) + "\n")
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, by the package."""
+        """Return the ids of each text, by the package."""
         raise NotImplementedError
 
-    def _begin(self, ids: dict[str, int], table: dict[int, bytes]) -> None:
-        """Keeps the ids of all tokens and their bytes, and learns whether the package puts a space before a text."""
+    def _set_vocabulary(self, ids: dict[str, int], table: dict[int, bytes]) -> None:
+        """Store the ids of all tokens and their bytes; detect if the package puts a space before a text."""
         self.start, self.end, self.vocab_size = ids[self.start_token], ids[self.end_token], max(ids.values()) + 1
         self.fingerprint = hashlib.sha256(self.content + b"\n%d" % self.start).hexdigest()
         self._table = {**table, self.start: b"", self.end: b""}
         self._adds_space = b"".join(self._table[number] for number in self._encode(["a"])[0]).startswith(b" ")
 
     def _encode_windows(self, windows: list[Window]) -> list[numpy.ndarray]:
-        """The ids of each window, int32."""
+        """Return the ids of each window, int32."""
         texts = [window.text.decode(errors="replace") for window in windows]
-        if self._adds_space:  # in the place of the space that a window begins with
+        if self._adds_space:  # it replaces the window's own first space
             texts = [text if own.is_first else text.removeprefix(" ") for text, own in zip(texts, windows, strict=True)]
         return [numpy.array(ids, numpy.int32) for ids in self._encode(texts)]
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are bytes, 256 opens a document and ends it.
+    """Ids 0 to 255 are bytes; 256 is both `start` and `end`.
 
     Example:
         >>> from megalodon_ops.tokenizers import ByteTokenizer
@@ -221,7 +222,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class JSONTokenizer(Tokenizer):
-    """A JSON file of the `tokenizers` package, whose vocabulary is of bytes or has U+2581 for a space."""
+    """A JSON file of the `tokenizers` package; its vocabulary is of bytes or has U+2581 for a space."""
 
     def __init__(self, content: bytes, path: str, start: str | None = None, end: str | None = None):
         load("tokenizers", "train")
@@ -234,7 +235,7 @@ class JSONTokenizer(Tokenizer):
             model.no_truncation()
             model.no_padding()
             model.encode_special_tokens = True
-            self.start_token = _chosen("start", start, model.get_vocab(), START_TOKENS, START_TOKEN)
+            self.start_token = _edge_token("start", start, model.get_vocab(), START_TOKENS, START_TOKEN)
             if model.token_to_id(self.start_token) is None:
                 model.add_special_tokens([AddedToken(START_TOKEN, normalized=False)])
                 if model.post_processor is None:
@@ -243,7 +244,7 @@ class JSONTokenizer(Tokenizer):
                     model.post_processor = opening
                 self.content = model.to_str().encode()
             ids, fields = model.get_vocab(), json.loads(self.content)
-            self.end_token = _chosen("end", end, ids, END_TOKENS, self.start_token)
+            self.end_token = _edge_token("end", end, ids, END_TOKENS, self.start_token)
             added = {token["content"]: token["id"] for token in fields.get("added_tokens") or ()}
             _check_ids({**ids, **added})
             decoder = fields.get("decoder") or {}
@@ -251,9 +252,11 @@ class JSONTokenizer(Tokenizer):
             if not (_BYTE_LEVEL <= kinds or (kinds and kinds <= _SPACED)):
                 got = ", ".join(sorted(kinds)) or "none"
                 raise ValueError(f"its decoder must be ByteLevel, or of {', '.join(sorted(_SPACED))}, got {shown(got)}")
-            bytes_of = _of_characters if _BYTE_LEVEL <= kinds else _of_spaced
+            bytes_of = _character_bytes if _BYTE_LEVEL <= kinds else _spaced_bytes
             table = {number: bytes_of(token) for token, number in ids.items()}
-            self._begin(ids, table | {number: token.encode(errors="replace") for token, number in added.items()})
+            self._set_vocabulary(
+                ids, table | {number: token.encode(errors="replace") for token, number in added.items()}
+            )
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         with reading(self._path):
@@ -278,11 +281,11 @@ class SentencePieceTokenizer(Tokenizer):
             pieces = [model.IdToPiece(number) for number in range(model.GetPieceSize())]
             ids = {piece: number for number, piece in enumerate(pieces)}
             opening, closing = ([pieces[own]] if own >= 0 else [] for own in (model.bos_id(), model.eos_id()))
-            self.start_token = _chosen("start", start, ids, opening, START_TOKEN)
+            self.start_token = _edge_token("start", start, ids, opening, START_TOKEN)
             ids.setdefault(self.start_token, len(ids))
-            self.end_token = _chosen("end", end, ids, closing, self.start_token)
-            table = {ids[piece]: b"" if model.IsControl(ids[piece]) else _of_spaced(piece) for piece in pieces}
-            self._begin(ids, {**table, model.unk_id(): "\ufffd".encode()})
+            self.end_token = _edge_token("end", end, ids, closing, self.start_token)
+            table = {ids[piece]: b"" if model.IsControl(ids[piece]) else _spaced_bytes(piece) for piece in pieces}
+            self._set_vocabulary(ids, {**table, model.unk_id(): "\ufffd".encode()})
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         with reading(self._path):
@@ -290,24 +293,24 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder, its `tokenizer.json` or `tokenizer.model`, or of one such file.
+    """Load a `tokenizer.json` or `tokenizer.model`, or that of a checkpoint's folder.
 
-    A `tokenizer_config.json` beside it, if there is one, names the tokens that open and end a document.
+    In a folder, a `tokenizer_config.json` may name the tokens before and after a document.
 
-    Raises FileError where a file is damaged, FileNotFoundError where there is none.
+    Raises FileError if a file is damaged, FileNotFoundError if there is none.
     """
     path = as_path("load_tokenizer", "path", path)
     if not path.is_dir():
         return Tokenizer.from_file(path)
     for name in ("tokenizer.json", "tokenizer.model"):
         if (path / name).exists():
-            return Tokenizer.from_file(path / name, **_configured(path / "tokenizer_config.json"))
+            return Tokenizer.from_file(path / name, **_config_tokens(path / "tokenizer_config.json"))
     fix = "; that of a run is in each folder of its checkpoints" if (path / "checkpoints").is_dir() else ""
     raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this folder{fix}")
 
 
-def _configured(path: Path) -> dict[str, str | None]:
-    """The tokens that a folder's configuration names, as arguments of `from_file`."""
+def _config_tokens(path: Path) -> dict[str, str | None]:
+    """Return the tokens that a folder's configuration names, as arguments of `from_file`."""
     fields = read_json(path) if path.exists() else {}
     found = {}
     for argument, field in (("start", "bos_token"), ("end", "eos_token")):
@@ -319,11 +322,11 @@ def _configured(path: Path) -> dict[str, str | None]:
     return found
 
 
-def _chosen(which: str, wanted: str | None, ids: dict[str, int], usual: Iterable[str], otherwise: str) -> str:
-    """The token at an end of a document: the wanted one, else the first usual one, else another, which may be new."""
-    if wanted not in (None, otherwise, *ids):
-        raise ValueError(f"the {which} of a document, {shown(wanted)}, must be a token of its vocabulary")
-    return wanted or next((token for token in usual if token in ids), otherwise)
+def _edge_token(edge: str, wanted: str | None, ids: dict[str, int], usual: Iterable[str], default: str) -> str:
+    """Return a document's start or end token: the wanted one, else the first usual one, else the default."""
+    if wanted not in (None, default, *ids):
+        raise ValueError(f"the {edge} of a document, {shown(wanted)}, must be a token of its vocabulary")
+    return wanted or next((token for token in usual if token in ids), default)
 
 
 def _check_ids(ids: dict[str, int]) -> None:
@@ -335,8 +338,8 @@ def _check_ids(ids: dict[str, int]) -> None:
             raise ValueError(f"ids must be below 2^31, got {number}")
 
 
-def _is_of_bytes(content: bytes) -> bool:
-    """Whether a JSON file is the byte tokenizer's, maybe as a package has written it anew."""
+def _is_byte_tokenizer(content: bytes) -> bool:
+    """Return True if a JSON file is the byte tokenizer's, even if a package has rewritten it."""
 
     def facts(fields: dict[str, Any]) -> list[Any]:
         return [fields["normalizer"], fields["added_tokens"], *(fields["model"][part] for part in ("vocab", "merges"))]
@@ -347,11 +350,11 @@ def _is_of_bytes(content: bytes) -> bool:
         return False
 
 
-def _of_characters(token: str) -> bytes:
-    """The bytes of a token in a byte-level vocabulary."""
+def _character_bytes(token: str) -> bytes:
+    """Return the bytes of a token in a byte-level vocabulary."""
     return b"".join(_CHARACTERS.get(letter) or letter.encode(errors="replace") for letter in token)
 
 
-def _of_spaced(token: str) -> bytes:
-    """The bytes of a token in a vocabulary that has U+2581 for a space."""
+def _spaced_bytes(token: str) -> bytes:
+    """Return the bytes of a token in a vocabulary that has U+2581 for a space."""
     return _BYTE_TOKENS.get(token) or token.replace("\u2581", " ").encode(errors="replace")
