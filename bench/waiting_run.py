@@ -11,13 +11,13 @@ import torch
 from megalodon_ops.cli.data import load_corpus
 from megalodon_ops.cli.flags import parse
 from megalodon_ops.cli.options import COMMANDS
-from megalodon_ops.cli.settings import begun
+from megalodon_ops.cli.settings import new_run
 from megalodon_ops.training import Batches, Corpus, Muon, Reader, optimizer_threads, threads
 
 
 def steps(corpus: Corpus) -> Iterator[float]:
     """Losses of the default run's steps, at the peak learning rate."""
-    options, config, tokenizer = begun(parse(["train"], COMMANDS)[1], Path("run"))
+    options, config, tokenizer = new_run(parse(["train"], COMMANDS)[1], Path("run"))
     torch.manual_seed(options.seed)
     model = mo.Megalodon(config).train()
     optimizer = Muon(model, lr=options.lr, weight_decay=options.weight_decay)

@@ -1,4 +1,4 @@
-"""Packages of the extras, which the bare package does without: loaded where they are needed, by name."""
+"""Import packages of the extras where they are needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 
 def load(module: str, extra: str) -> ModuleType:
-    """The module, or a ModuleNotFoundError that says which extra of this package brings it."""
+    """Import a module; a ModuleNotFoundError names the extra of this package that brings it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -21,12 +21,12 @@ def load(module: str, extra: str) -> ModuleType:
 
 
 def missing(package: str, extra: str) -> str:
-    """What to tell a user whose call needs a package that the extra brings."""
+    """Error text for a package that is missing and that the extra brings."""
     return f'needs {package}, which is not installed: pip install "{_origin()}[{extra}]"'
 
 
 def _origin() -> str:
-    """What pip installed this package from: its folder, if it was a folder, else its name."""
+    """Source that pip installed this package from: its folder, if it was a folder, else its name."""
     try:
         origin = json.loads(importlib.metadata.distribution("megalodon_ops").read_text("direct_url.json") or "{}")
     except (importlib.metadata.PackageNotFoundError, ValueError):

@@ -1,7 +1,7 @@
-"""Writes files and folders that are complete or not there, and reads files that come from anywhere.
+"""Write files and folders atomically, and read untrusted files.
 
-Only regular files are opened. A fault of a file that is read is a FileError of one line that begins with the file's
-path, or a FileNotFoundError. Whatever is written follows symbolic links: what a link leads to is replaced.
+Only regular files are opened. A fault in a file raises a FileError of one line that begins with the file's path, or a
+FileNotFoundError. Writing follows symbolic links and replaces their targets.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .ops.common.checks import described, shown
 
-LARGEST_JSON = 16 << 20
-"""Most bytes of a JSON file; a configuration takes less than a thousandth of these"""
+MAX_JSON_BYTES = 16 << 20
+"""Largest JSON file that is read; a configuration takes less than a thousandth of it"""
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -37,7 +37,7 @@ class FileError(ValueError):
 
 
 def as_path(caller: str, argument: str, value: object) -> Path:
-    """The value as a path, or a TypeError."""
+    """Return the value as a path; raise a TypeError if it is none."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{caller}: `{argument}` must be a path, got {described(value)}.")
     return Path(value)
@@ -45,7 +45,7 @@ def as_path(caller: str, argument: str, value: object) -> Path:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Makes of what a reader of the file raises a FileError that names it; of too little memory, an OSError."""
+    """Turn errors of the block into a FileError that names the file, and those of too little memory into an OSError."""
     try:
         yield
     except (FileError, FileNotFoundError, ModuleNotFoundError):
@@ -60,7 +60,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a regular file, or of one that a link leads to; a folder, pipe or device is refused unopened."""
+    """Return the bytes of a regular file, through links; a folder, pipe or device is refused unopened."""
     with reading(path):
         try:
             found = path.stat()
@@ -73,14 +73,14 @@ def file_size(path: Path) -> int:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Opens a regular file to read it in the block, whose errors are faults of the file."""
+    """Open a regular file for reading; errors of the block are faults of the file."""
     file_size(path)
     with reading(path), open(path, "rb") as file:
         yield file
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 sum of a file."""
+    """Return the sha256 sum of a file."""
     digest = hashlib.sha256()
     with opened(path) as file:
         while block := file.read(1 << 20):
@@ -89,9 +89,9 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
-    if (size := file_size(path)) > LARGEST_JSON:
-        raise FileError(f"{path}: must have at most {LARGEST_JSON} bytes, got {size}")
+    """Return the object in a JSON file."""
+    if (size := file_size(path)) > MAX_JSON_BYTES:
+        raise FileError(f"{path}: must have at most {MAX_JSON_BYTES} bytes, got {size}")
     with opened(path) as file:
         content = json.load(file)
         if not isinstance(content, dict):
@@ -101,12 +101,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def write_atomically(path: Path, *, folder: bool = False, token: str | None = None) -> Iterator[Path]:
-    """Yields the path of a draft, a file to write or an empty folder to fill, which then takes the place of `path`.
+    """Yield the path of a draft, a file to write or an empty folder to fill, and rename it to `path` in the end.
 
-    If the process is killed meanwhile, what was at `path` stays; where folders cannot be exchanged, and it is killed
-    between two renames, inside `.<name>.draft-...`. A draft that cannot be finished is removed, as its remains would keep
-    a full disk full; what a killed process has left goes with the next call for the same path. Each of several processes
-    that write one path has a draft of its own, and the last one replaces the others'.
+    If the process is killed meanwhile, the old content of `path` stays. (Where folders cannot be exchanged and the
+    process is killed between two renames, it stays inside `.<name>.draft-...`.) A draft that cannot be finished is
+    removed, since it would keep a full disk full. The draft of a killed process is removed by the next call for the
+    same path. Processes that write one path at once have separate drafts; the last to finish wins.
     """
     path = Path(os.path.realpath(path))
     try:
@@ -125,13 +125,13 @@ def write_atomically(path: Path, *, folder: bool = False, token: str | None = No
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the content of a file; if this process is killed meanwhile, the old content stays."""
+    """Replace the content of a file; if this process is killed meanwhile, the old content stays."""
     with write_atomically(path) as draft:
         draft.write_bytes(content)
 
 
 def remove_drafts(parent: Path, name: str) -> None:
-    """Removes the drafts that killed processes have left of the file or folder `name`, which may be a pattern."""
+    """Remove drafts that killed processes left of the file or folder `name`, which may be a pattern."""
     for lock in parent.glob(f".{name}.draft-*.lock"):
         with suppress(OSError), open(lock, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where the process lives
@@ -139,19 +139,19 @@ def remove_drafts(parent: Path, name: str) -> None:
             lock.unlink()
 
 
-def draft_of(path: Path, token: str) -> Path:
-    """The draft of a path, in a folder of its own, beside which is a file that the process has the system's lock on."""
+def draft_path(path: Path, token: str) -> Path:
+    """Return the draft's path: `new` in a folder of its own; the lock file lies beside that folder."""
     return path.with_name(f".{path.name}.draft-{token}") / "new"
 
 
 @contextmanager
 def drafting(path: Path, token: str | None = None) -> Iterator[Path]:
-    """Yields the path of a draft, and holds its lock; in the end it goes. One process at a time has one of this token."""
-    draft, has_lock = draft_of(path, token or uuid.uuid4().hex[:8]), False
+    """Yield the path of a draft and hold its lock; remove it in the end. Processes take turns with one token."""
+    draft, has_lock = draft_path(path, token or uuid.uuid4().hex[:8]), False
     path.parent.mkdir(parents=True, exist_ok=True)
-    while not has_lock:  # until the file is not one that its last holder has removed
+    while not has_lock:  # again if the last holder has removed the file
         with open(f"{draft.parent}.lock", "ab") as lock:
-            with suppress(OSError):  # of a file system without locks, where the drafts of killed processes stay
+            with suppress(OSError):  # a file system without locks, where drafts of killed processes stay
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if has_lock := os.fstat(lock.fileno()).st_nlink > 0:
                 try:
@@ -163,7 +163,7 @@ def drafting(path: Path, token: str | None = None) -> Iterator[Path]:
 
 
 def _replace(draft: Path, path: Path) -> None:
-    """Gives a folder the name `path`, whatever other processes put there meanwhile."""
+    """Rename a folder to `path`, even while other processes do so."""
     while not _exchange(draft, path):
         old = draft.with_name(f"old-{uuid.uuid4().hex[:8]}")
         try:
@@ -179,15 +179,15 @@ def _replace(draft: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step; False where there are not two, or the system or file system cannot."""
-    call = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux: AT_FDCWD is -100, RENAME_EXCHANGE 2
+    """Exchange two folders atomically; return False if one is missing or the system cannot."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux: AT_FDCWD is -100, RENAME_EXCHANGE 2
     return call is not None and not call(-100, os.fsencode(one), -100, os.fsencode(other), 2)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes the tensors to one file; a tensor that shares memory with others is written once for each name.
+    """Write tensors to one file; shared memory is written once for each name.
 
-    What goes wrong is an OSError. Without `metadata`, the file's is what transformers wants to find.
+    Failures raise an OSError. The default `metadata` is the one that transformers expects.
     """
     seen: set[int] = set()
     plain = {}
@@ -197,7 +197,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         plain[name] = tensor.clone() if begin in seen else tensor
         seen.add(begin)
     path.touch()
-    mode = path.stat().st_mode  # that of a user's new files; the library's are their owner's alone
+    mode = path.stat().st_mode  # the user's default; the library's files are readable by their owner alone
     try:
         save_file(plain, path, metadata=metadata or {"format": "pt"})
     except SafetensorError as error:
@@ -206,7 +206,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def flush(path: Path) -> None:
-    """Has the system write a file or a folder to the disk."""
+    """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -215,6 +215,6 @@ def flush(path: Path) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text without line breaks and characters that a terminal would obey, at most 1,000 of it."""
+    """Return at most 1,000 characters of the error's text, without line breaks and control characters."""
     text = " ".join(str(error).split())[:1000]
     return text if text.isprintable() else ascii(text)[1:-1]

@@ -1,4 +1,4 @@
-"""What a process of several tells torchrun, whose last words are the failure that it takes for the first."""
+"""Write the error file from which torchrun reports the rank that failed first."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import re
 import time
 from pathlib import Path
 
-SEEN = 2.0
-"""Seconds in which torchrun, which looks ten times a second, has seen that a process has ended, and ends the others"""
-FOLLOWS = "another process has ended, or does not answer"
+SHUTDOWN_DELAY = 2.0
+"""Seconds; by then torchrun, which polls every 0.1 s, has seen that a process ended and stops the others"""
+PEER_FAILURE = "another process has ended, or does not answer"
 
 
-def tell(line: str, *, first: bool = True) -> None:
-    """Leaves a line on why this process ends where torchrun looks, if torchrun has started it.
+def report_failure(line: str, *, is_root_cause: bool = True) -> None:
+    """Write the reason why this process ends to torchrun's error file, if torchrun has started it.
 
-    A process that ends because another has failed or was killed (not `first`) waits, so that its end is the later one.
+    A process that ends because of another one (not `is_root_cause`) waits first, so that it ends after that one.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        if not first:
-            time.sleep(SEEN)
+        if not is_root_cause:
+            time.sleep(SHUTDOWN_DELAY)
         failure = {"message": line.partition("\n")[0], "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": failure}))
 
 
-def is_of_another_process(error: BaseException) -> bool:
-    """Whether torch says in an error that another process has ended, or does not answer."""
+def is_peer_failure(error: BaseException) -> bool:
+    """Return True if torch raised the error because another process has ended or does not answer."""
     words = ("gloo", "NCCL", "onnection", "imed out", "ime-out", "timeout", "Broken pipe")
-    several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return several and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    is_distributed = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return is_distributed and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what torch says, without the place in gloo's source and gloo's guesses."""
+    """Return the first line of torch's message, without gloo's source position and guesses."""
     return re.sub(r"^\[\S+:\d+\] |\. This is typically .*", "", str(error).strip().partition("\n")[0])[:300]

@@ -1,4 +1,4 @@
-"""What the command line sets before torch is loaded, outside of `megalodon_ops`, whose import loads torch."""
+"""Settings of the command line that must be made before torch is loaded, and so before `megalodon_ops` is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SPIN_COUNT = 3_000
-"""How often a thread that waits for another one checks before it sleeps"""
+"""Checks that a waiting thread makes before it sleeps"""
 
 
 def run() -> None:
@@ -20,13 +20,13 @@ def run() -> None:
 
 
 def prepare() -> None:
-    """Set how OpenMP's threads wait, before torch loads OpenMP, which reads it once; let Ctrl-C end the process.
+    """Set how long OpenMP's threads spin, before torch loads OpenMP, which reads it once; let Ctrl-C end the process.
 
-    By default, threads that wait spin for milliseconds and take the processor from other programs. Where the user has
-    set OMP_WAIT_POLICY or GOMP_SPINCOUNT, the user's value stays.
+    By default, waiting threads spin for milliseconds and take the processor from other programs. A user's
+    OMP_WAIT_POLICY or GOMP_SPINCOUNT stays.
 
-    Where a launcher has started several processes, torch would print the stack of each connection that fails, beside
-    the one line in which a command shows the error. It prints none, unless the user has set TORCH_CPP_LOG_LEVEL.
+    Under a launcher, torch would print the stack of each failed connection beside the one line in which a command shows
+    the error. It prints none, unless the user has set TORCH_CPP_LOG_LEVEL.
     """
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -38,17 +38,17 @@ def prepare() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside the block, Ctrl-C raises KeyboardInterrupt; before and after, Ctrl-C ends the command line quietly."""
-    quiet = signal.getsignal(signal.SIGINT) is _end
-    if quiet:
+    """Let Ctrl-C raise KeyboardInterrupt inside the block; outside, it ends the command line quietly."""
+    ends_quietly = signal.getsignal(signal.SIGINT) is _end
+    if ends_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        if quiet:
+        if ends_quietly:
             signal.signal(signal.SIGINT, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Ends the process at once: an exception in the middle of an import may be taken for a fault of the module."""
+    """End the process at once: the importer may take an exception during an import for a fault of the module."""
     os._exit(128 + number)

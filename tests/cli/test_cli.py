@@ -1,4 +1,4 @@
-"""`python -m megalodon_ops`: what every command does alike, from the first import to its errors."""
+"""`python -m megalodon_ops`: behaviour common to all commands, from the first import to errors."""
 
 import os
 import re
@@ -21,8 +21,8 @@ from megalodon_ops_startup import SPIN_COUNT
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def test_info_needs_no_extra_and_train_says_what_it_needs():
-    """By `python -m`, without a package of the extra `train`; then `train`, as one after the other is there."""
+def test_info_needs_no_extra_and_train_names_missing_packages():
+    """`python -m megalodon_ops info` without the extra `train`; then `train`, adding one package after the other."""
     program = """
 import contextlib, io, re, runpy, sys
 absent = {"msgspec", "tqdm", "matplotlib"}
@@ -38,10 +38,10 @@ except SystemExit as end:
     assert end.code == 0
 from megalodon_ops.cli import main
 while absent:
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         assert main(["train"]) == 2
     line = r'megalodon_ops train: error: needs (\\w+), which .*: pip install ".*\\[train\\]"\\n'
-    absent.remove(re.fullmatch(line, said.getvalue())[1])
+    absent.remove(re.fullmatch(line, stderr.getvalue())[1])
 """
     ran = run_python(program)
     assert ran.returncode == 0 and ran.stderr == "", ran.stderr
@@ -68,14 +68,14 @@ def test_examples_in_the_help_are_commands(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert f"usage: python -m megalodon_ops {command} " in capsys.readouterr().out
-    of_command = examples(command)
-    assert of_command and len(set(of_command)) == len(of_command)
-    for example in of_command:
+    command_examples = examples(command)
+    assert command_examples and len(set(command_examples)) == len(command_examples)
+    for example in command_examples:
         assert parse(shlex.split(example.partition(" < ")[0]), COMMANDS)[0] == command
-    assert of_command[0] in examples()
+    assert command_examples[0] in examples()
 
 
-# what comes before torch: a module of the interpreter's start runs a line of code where the import of another begins
+# Before torch is loaded: sitecustomize.py runs a line of code when the import of a given module begins
 
 AT_AN_IMPORT = """
 import os, signal, sys
@@ -89,7 +89,7 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.fixture
 def at_an_import(tmp_path):
-    """`at_an_import(module, line, *command, **variables)`: the command's process, ended, in which the line has run there."""
+    """`at_an_import(module, line, *command, **variables)`: run a command, and the line when it imports the module."""
     (tmp_path / "sitecustomize.py").write_text(AT_AN_IMPORT)
 
     def run(module, line, *command, **variables):
@@ -115,7 +115,7 @@ def script(tmp_path):
 
 @pytest.mark.parametrize("module", ["torch", "matplotlib.figure"])
 def test_ctrl_c_during_the_imports_ends_quietly(at_an_import, script, module):
-    """At the first import of a package, and at one of the last, after all that might take the signal for themselves."""
+    """At the first import of a package, and at one of the last, after those that might catch the signal."""
     for command in shell(), script:
         ended = at_an_import(module, INTERRUPT, *command, "train", "--data", __file__ + "missing")
         assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
@@ -139,14 +139,14 @@ SHOW = "print(*map(os.environ.get, ('GOMP_SPINCOUNT', 'TORCH_CPP_LOG_LEVEL')), f
         ({"OMP_WAIT_POLICY": "active", "RANK": "0", "TORCH_CPP_LOG_LEVEL": "INFO"}, "None INFO"),
     ],
 )
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(at_an_import, script, variables, shown):
-    """OpenMP and torch read the variables when torch is loaded, so they must be set before."""
+def test_waiting_threads_sleep_unless_the_user_decides_otherwise(at_an_import, script, variables, shown):
+    """OpenMP and torch read the variables when torch is loaded."""
     for command in shell(), script:
         assert at_an_import("torch", SHOW, *command, "info", **variables).stdout == f"{shown}\n"
 
 
 def test_importing_the_package_sets_nothing(at_an_import, tmp_path):
-    """Not in a program named as the command is, nor in a module that `python -m` runs."""
+    """Not even in a program with the command's name, or in a module run by `python -m`."""
     (tmp_path / "megalodon_ops_user.py").write_text("import megalodon_ops\n")
     (tmp_path / "megalodon-ops").write_text("import megalodon_ops\n")
     for program in ["-c", "import megalodon_ops"], ["-m", "megalodon_ops_user"], [tmp_path / "megalodon-ops"]:
@@ -157,7 +157,7 @@ def test_importing_the_package_sets_nothing(at_an_import, tmp_path):
 
 
 def test_commands_find_the_whole_package(at_an_import):
-    """`python -m` imports it before it is decided how threads wait, and loads it afterwards."""
+    """`python -m` imports the package before the settings are made, and reloads it afterwards."""
     show = "import megalodon_ops as mo; print({*mo.__all__} <= vars(mo).keys(), flush=True); os._exit(0)"
     assert at_an_import("megalodon_ops.cli", show, *shell("info")).stdout == "True\n"
 
@@ -169,13 +169,13 @@ ERRORS = {
     "glob alone": (["train", "--glob", "*.py"], "--glob: chooses among the files of folders, and none is named"),
     "no match": (["train", "--data", "{text}", "--glob", "*.c"], "{text}: no file in this folder matches *.c"),
     "eval glob": (["eval", "--checkpoint", "{run}", "--glob", "*"], "--glob: chooses among the files of folders, and none"),
-    "config's key": (["train", "--config", "{tmp}/key"], "--config {tmp}/key: no option of a run: 'layer'; did you mean layers?"),
+    "config's key": (["train", "--config", "{tmp}/key"], "--config {tmp}/key: not an option of a run: 'layer'; did you mean layers?"),
     "config's value": (["train", "--config", "{tmp}/value"], "--config {tmp}/value: --steps: must be a whole number, got 'many'"),
     "no config": (["train", "--config", "{tmp}/none"], "{tmp}/none: "),
     "config that is no object": (["train", "--config", "{tmp}/one"], "error: {tmp}/one: "),
     "accumulate another number": (["train", "--resume", "--out", "{run}", "--accumulate", "2"], "--accumulate: the run in {run} has 1, got 2"),
     "steps": (["train", "--steps", "0"], "--steps: must be a whole number >= 1, got '0'"),
-    "two ends": (["train", "--steps", "3", "--minutes", "1"], "--steps: does not go with --minutes"),
+    "two ends": (["train", "--steps", "3", "--minutes", "1"], "--steps: cannot be combined with --minutes"),
     "minutes": (["train", "--minutes", "nan"], "--minutes: must be a number > 0.0, got 'nan'"),
     "resume another context length": (["train", "--resume", "--out", "{run}", "--context-length", "9"], "--context-length: the run in {run} has 192, got 9"),
     "unknown flag": (["train", "--stops", "3"], "train: error: unrecognized arguments: --stops 3; did you mean --steps?"),
@@ -185,7 +185,7 @@ ERRORS = {
     "two bytes": (["train", "--data", "{tmp}/one"], "error: {tmp}/one: must have at least 2 bytes, one to learn and"),
     "out in the text": (["train", "--data", "{text}", "--out", "{text}/run"], "--out {text}/run: lies in {text}, so that what"),
     "out without a name": (["train", "--out", ""], "--out: must name a file or a folder, got ''"),
-    "no out": (["train", "--out", "/proc/none"], "--out /proc/none: no such folder can be made: No such file"),
+    "no out": (["train", "--out", "/proc/none"], "--out /proc/none: cannot create the folder: No such file"),
     "card": (["train", "--device", "cuda:99"], "--device cuda:99: "),
     "mps": (["train", "--device", "mps"], "--device mps: must be cpu, cuda or one card, such as cuda:1; there are no kernels"),
     "preset's groups": (["train", "--dim", "42"], "--norm-groups: must be a divisor of --dim = 42, got 8."),
@@ -262,11 +262,11 @@ def test_one_line_and_exit_code_2(name, finished, text, tmp_path, monkeypatch, c
     ],
     ids=lambda flags: f"{flags[0]} {str(flags[1])[:12]}",
 )
-def test_what_no_machine_holds_is_refused_in_one_line(flags, text, tmp_path, capsys):
+def test_models_beyond_any_memory_are_refused_in_one_line(flags, text, tmp_path, capsys):
     small = ["--dim", "32", "--norm-groups", "4", "--batch", "3", "--length", "24"]
     try:
         code = main(["train", "--data", str(text), "--out", str(tmp_path / "run"), *small, *map(str, flags)])
     except SystemExit as error:
         code = error.code
-    said = capsys.readouterr().err
-    assert code == 2 and said.count("\n") == 1 and "error" in said and len(said) < 300
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and "error" in err and len(err) < 300

@@ -1,4 +1,4 @@
-"""`eval`: the table by context, the JSON."""
+"""`eval`: the table by context, and its JSON."""
 
 import json
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture(scope="module")
 def book(text, tmp_path_factory):
-    """One document of 6,000 bytes, and the tokens of it."""
+    """One document of 6,000 bytes."""
     path = tmp_path_factory.mktemp("book") / "book.txt"
     path.write_bytes(b"".join((text / f"{i}.py").read_bytes() for i in range(12)))
     return path
@@ -41,7 +41,7 @@ def test_a_table_by_context(finished, book, capsys):
     ):
         assert tokens == 6000 == expected.tokens and per_byte == per_token
         assert per_token == pytest.approx(expected.perplexity, abs=1e-4) == pytest.approx(2**bits, rel=1e-3)
-    assert figures["16"][0] > figures["100"][0], "a model that has learned something reads better with more context"
+    assert figures["16"][0] > figures["100"][0], "a trained model predicts better with more context"
     (_, line) = run(capsys, "--checkpoint", finished, "--data", book)
     assert line == f"{figures['all'][0]:.4f} bits per byte, perplexity {figures['all'][1]:.4f} per byte"
 
@@ -67,7 +67,7 @@ def test_json(finished, book, tmp_path, capsys):
         (["--json", "{tmp}/none/x.json"], "--json {tmp}/none/x.json: no such folder: {tmp}/none"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_before_anything_is_computed(finished, tmp_path, capsys, flags, message):
+def test_wrong_flags_are_reported_in_one_line_before_anything_is_computed(finished, tmp_path, capsys, flags, message):
     try:
         code = main(["eval", "--checkpoint", str(finished), *(flag.format(tmp=tmp_path) for flag in flags)])
     except SystemExit as stop:

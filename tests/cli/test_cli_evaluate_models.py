@@ -1,4 +1,4 @@
-"""`eval --checkpoint` of every kind of folder that holds a model, on bytes and on tokens."""
+"""`eval --checkpoint` with model folders of every format, on bytes and on tokens."""
 
 import json
 import math
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture(scope="module")
 def book(text, tmp_path_factory):
-    """One document of 2,000 bytes with letters of several bytes, and no line end at its end."""
+    """One document of 2,000 bytes with a multi-byte letter, and no newline at its end."""
     path = tmp_path_factory.mktemp("book") / "book.txt"
     path.write_bytes("é".encode() + (text / "4.py").read_bytes() * 3 + b" end")
     return path
@@ -51,7 +51,7 @@ def figures(capsys, tmp_path, *flags) -> dict:
     return {"50": fifty, "all": whole}
 
 
-def assert_of(found: dict, model: Megalodon, tokenizer: Tokenizer, text: bytes, rel: float = 1e-5) -> None:
+def assert_figures(found: dict, model: Megalodon, tokenizer: Tokenizer, text: bytes, rel: float = 1e-5) -> None:
     for name, context in (("50", 50), ("all", 10**6)):
         nats = naive_nats(model, tokenizer, text, context)
         assert found[name]["nats"] == pytest.approx(nats, rel=rel)
@@ -60,11 +60,11 @@ def assert_of(found: dict, model: Megalodon, tokenizer: Tokenizer, text: bytes, 
         assert found[name]["perplexity"] == pytest.approx(math.exp(nats / found[name]["tokens"]), rel=rel)
 
 
-def test_a_folder_of_ours(book, tmp_path, capsys):
+def test_our_folder(book, tmp_path, capsys):
     model = model_of(ByteTokenizer())
     model.save(tmp_path / "own", tokenizer=ByteTokenizer())
     found = figures(capsys, tmp_path, "--checkpoint", tmp_path / "own", "--data", book)
-    assert_of(found, model, ByteTokenizer(), book.read_bytes())
+    assert_figures(found, model, ByteTokenizer(), book.read_bytes())
     ended = figures(capsys, tmp_path, "--checkpoint", tmp_path / "own", "--data", book, "--end-token")["all"]
     with torch.no_grad():
         last = model(torch.tensor([[256, *book.read_bytes()]]))[0, -1].log_softmax(-1)[256].item()
@@ -72,14 +72,14 @@ def test_a_folder_of_ours(book, tmp_path, capsys):
     assert (ended["tokens"], ended["num_bytes"]) == (found["all"]["tokens"] + 1, found["all"]["num_bytes"])
 
 
-def test_a_folder_of_ours_on_tokens(book, bpe, tmp_path, capsys):
-    """Bits per byte are over the bytes of the text, and not over the tokens."""
+def test_our_folder_on_tokens(book, bpe, tmp_path, capsys):
+    """Bits per byte are over the bytes of the text, not over the tokens."""
     tokenizer = Tokenizer.from_file(bpe / "tokenizer.json")
     model = model_of(tokenizer)
     model.save(tmp_path / "own", tokenizer=tokenizer)
     found = figures(capsys, tmp_path, "--checkpoint", tmp_path / "own", "--data", book)
     assert found["all"]["tokens"] < 0.9 * found["all"]["num_bytes"]
-    assert_of(found, model, tokenizer, book.read_bytes())
+    assert_figures(found, model, tokenizer, book.read_bytes())
     assert main(["eval", "--checkpoint", str(tmp_path / "own"), "--data", str(book)]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     whole = found["all"]
@@ -95,12 +95,12 @@ def test_a_released_folder(book, bpe, tmp_path, capsys):
     folder.mkdir()
     save_released(model, folder, 2)
     found = figures(capsys, tmp_path, "--checkpoint", folder, "--data", book, "--tokenizer", bpe)
-    assert_of(found, model, tokenizer, book.read_bytes())
+    assert_figures(found, model, tokenizer, book.read_bytes())
     assert main(["eval", "--checkpoint", str(folder), "--data", str(book)]) == 2
     assert "--tokenizer" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers, which differs from version to version
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers, depending on the version
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_folder_of_transformers(book, tmp_path, capsys):
     hf = pytest.importorskip("megalodon_ops.hf", exc_type=ImportError)
@@ -109,16 +109,16 @@ def test_a_folder_of_transformers(book, tmp_path, capsys):
     hf.MegalodonForCausalLM.from_pretrained(tmp_path / "own").save_pretrained(folder)
     ByteTokenizer().save(folder)
     found = figures(capsys, tmp_path, "--checkpoint", folder, "--data", book)
-    assert_of(found, model, ByteTokenizer(), book.read_bytes())
+    assert_figures(found, model, ByteTokenizer(), book.read_bytes())
 
 
-def test_the_precision_is_the_folders_or_what_the_flag_says(book, tmp_path, capsys):
+def test_the_precision_is_the_folders_or_the_flags(book, tmp_path, capsys):
     model = model_of(ByteTokenizer()).to(torch.bfloat16)
     model.save(tmp_path / "own", tokenizer=ByteTokenizer())
     options = ["--checkpoint", tmp_path / "own", "--data", book]
     short, wide = figures(capsys, tmp_path, *options), figures(capsys, tmp_path, *options, "--dtype", "float32")
-    assert_of(wide, model.float(), ByteTokenizer(), book.read_bytes())
-    assert_of(short, model, ByteTokenizer(), book.read_bytes(), rel=0.02)
+    assert_figures(wide, model.float(), ByteTokenizer(), book.read_bytes())
+    assert_figures(short, model, ByteTokenizer(), book.read_bytes(), rel=0.02)
     assert short["all"]["nats"] != wide["all"]["nats"]
 
 
@@ -130,7 +130,7 @@ def test_the_precision_is_the_folders_or_what_the_flag_says(book, tmp_path, caps
         ({"output_size": 90}, ["--data", "{book}"], "`targets` must be in [0, 90)"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_line(book, tmp_path, capsys, overrides, flags, message):
+def test_models_that_cannot_be_evaluated_are_reported_in_one_line(book, tmp_path, capsys, overrides, flags, message):
     model_of(ByteTokenizer(), **overrides).save(tmp_path / "own", tokenizer=ByteTokenizer())
     assert main(["eval", "--checkpoint", str(tmp_path / "own"), *(flag.format(book=book) for flag in flags)]) == 2
     *bar, line = capsys.readouterr().err.splitlines()

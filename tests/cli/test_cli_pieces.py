@@ -1,4 +1,4 @@
-"""What the commands are made of: evaluation in pieces, carried states, the schedule, the diary, the curve."""
+"""Parts of the commands: shared evaluation, carried states, the schedule, metrics, the curve, the progress bar."""
 
 import math
 import re
@@ -10,10 +10,10 @@ import torch
 from megalodon_ops import Megalodon
 from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.flags import parse
-from megalodon_ops.cli.models import configured
+from megalodon_ops.cli.models import model_config
 from megalodon_ops.cli.options import COMMANDS
 from megalodon_ops.cli.processes import Processes
-from megalodon_ops.cli.settings import begun
+from megalodon_ops.cli.settings import new_run
 from megalodon_ops.cli.train import bits_per_byte
 from megalodon_ops.model.model_state import from_named, named_tensors
 from megalodon_ops.tokenizers import ByteTokenizer
@@ -22,9 +22,9 @@ from megalodon_ops.training.reader import select
 
 
 def test_processes_share_documents():
-    """Together they have the bits per byte of one call for each document; one may be left without any."""
+    """Their sum is the bits per byte of one call per document; a process may get no document."""
     torch.manual_seed(0)
-    model = Megalodon(configured("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4}))
+    model = Megalodon(model_config("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4}))
     documents = [bytes(torch.randint(256, (n,)).tolist()) for n in (1, 7, 8, 30, 65, 3)]
     nats = 0.0
     for document in documents:
@@ -45,7 +45,7 @@ def test_processes_share_documents():
 
 def test_state_survives_as_tensors():
     torch.manual_seed(0)
-    config = configured("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4})
+    config = model_config("small", {"model_dim": 32, "num_layers": 2, "chunk_size": 8, "norm_num_groups": 4})
     reader = Reader(Megalodon(config))
     batches = Batches([bytes(range(50)), bytes(range(60, 90))], 2, 11, context="streamed", seed=None)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_state_survives_as_tensors():
 
 def test_select_starts_fresh_at_minus_one():
     torch.manual_seed(0)
-    config = configured("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
+    config = model_config("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
     model = Megalodon(config)
     bounds = torch.tensor([0, 5, 12])
     _, state = model(torch.randint(256, (1, 12)), return_state=True, cu_seqlens=bounds)
@@ -86,7 +86,7 @@ def test_schedule_by_steps():
 
 
 def test_schedule_by_minutes():
-    """Steps that take twice as long from the middle on: the decay still ends when the budget does."""
+    """Although steps take twice as long from the middle on, the decay ends with the budget."""
     schedule = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
     seconds, step, rates = 0.0, 0, []
     while not schedule.finished(step):
@@ -95,9 +95,9 @@ def test_schedule_by_minutes():
         seconds, step = seconds + pace, step + 1
         if step % 20 == 0:
             schedule.set_pace(step, seconds, pace)
-            resumed = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
-            resumed.seek(schedule.position(), step, seconds)
-            assert [resumed.lr(step + i) for i in range(30)] == [schedule.lr(step + i) for i in range(30)]
+            other = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
+            other.seek(schedule.position(), step, seconds)
+            assert [other.lr(step + i) for i in range(30)] == [schedule.lr(step + i) for i in range(30)]
     assert 58 < seconds < 62
     assert 0.95 < max(rates) <= 1
     assert rates[-1] < 0.01
@@ -105,22 +105,22 @@ def test_schedule_by_minutes():
 
 
 def test_widths_follow_dim():
-    whole, half = configured("mega200M", {}), configured("mega200M", {"model_dim": 512, "value_dim": 640})
+    whole, half = model_config("mega200M", {}), model_config("mega200M", {"model_dim": 512, "value_dim": 640})
     assert (half.z_dim, half.ffn_hidden_dim) == (whole.z_dim // 2, whole.ffn_hidden_dim // 2)
     assert half.value_dim == 640
     assert (whole.vocab_size, whole.num_outputs, whole.eos_token_id) == (257, 257, 256)
-    assert configured("mega1.3B_pg19", {}).num_outputs == 257
+    assert model_config("mega1.3B_pg19", {}).num_outputs == 257
 
 
 @pytest.mark.parametrize(
     ("flags", "rate"), [((), 0.01), (("--dim", 256), 0.005), (("--preset", "mega7.1B"), 3.1e-4), (("--lr", 0.3), 0.3)]
 )
 def test_the_learning_rate_follows_the_width(tmp_path, flags, rate):
-    options = begun(parse(["train", *map(str, flags)], COMMANDS)[1], tmp_path / "run").options
+    options = new_run(parse(["train", *map(str, flags)], COMMANDS)[1], tmp_path / "run").options
     assert options.lr == rate and options.record()["lr"] == rate
 
 
-def test_diary_drops_what_comes_after_the_checkpoint(tmp_path):
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.30000000000000004}\n{"step": 3}\n{"st')
     with Metrics(path, step=2) as metrics:
@@ -135,29 +135,29 @@ def test_diary_drops_what_comes_after_the_checkpoint(tmp_path):
 def test_curve_has_labelled_axes(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    drawn = []
+    figures = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **kw: (drawn.append(figure), save(figure, *args, **kw))
+        Figure, "savefig", lambda figure, *args, **kw: (figures.append(figure), save(figure, *args, **kw))
     )
     rows = [{"step": i, "bits_per_byte": 8.0 / (1 + i)} for i in range(50)]
     rows += [{"step": 20, "held_out_bits_per_byte": 3.0}, {"step": 50, "held_out_bits_per_byte": 2.0, "final": True}]
     draw_metrics(tmp_path / "curve.png", rows, {"gzip -9": 2.2})
-    (axes,) = drawn[0].axes
+    (axes,) = figures[0].axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "bits per byte")
     labels = [label.get_text() for label in axes.get_legend().get_texts()]
     assert labels == ["training, smoothed", "held-out, a sample of all", "held-out, all", "gzip -9 (2.20)"]
     short = [{"step": i, "bits_per_byte": 8.0 - 0.01 * i} for i in range(3)] + rows[-1:]
     draw_metrics(tmp_path / "short.png", short, {"gzip -9": 9.5})
-    for figure in drawn:
+    for figure in figures:
         (axes,) = figure.axes
         bottom, top = axes.get_ylim()
         for line in axes.get_lines():
-            assert any(bottom < bits < top for bits in line.get_ydata()), f"{line.get_label()} is not seen"
+            assert any(bottom < bits < top for bits in line.get_ydata()), f"{line.get_label()} is not visible"
     draw_metrics(tmp_path / "nothing.png", [], {})
 
 
-def test_the_bar_of_a_run_of_given_time_shows_the_share_of_the_time(capsys):
+def test_the_progress_bar_of_a_timed_run_shows_seconds(capsys):
     with Progress({"step": 7, "seconds": 30.0}, None, 300.0) as progress:
         progress.bar.mininterval = 0
         for step, seconds in ((8, 75.0), (9, 150.0), (30, 299.0), (31, 301.0)):
@@ -170,7 +170,7 @@ def test_the_bar_of_a_run_of_given_time_shows_the_share_of_the_time(capsys):
     assert "step/s" not in shown
 
 
-def test_the_bar_of_a_run_of_given_steps_shows_them(capsys):
+def test_the_progress_bar_of_a_run_shows_steps(capsys):
     with Progress({"step": 7, "seconds": 30.0}, 10, None) as progress:
         progress.bar.mininterval = 0
         progress.show({"step": 8, "seconds": 75.0, "loss": 1.0, "bits_per_byte": 0.5, "tokens_per_second": 5})
@@ -178,8 +178,8 @@ def test_the_bar_of_a_run_of_given_steps_shows_them(capsys):
     assert "loss=1.000, bits/byte=0.500, tokens/s=5" in shown
 
 
-def test_a_state_that_goes_on_in_every_row_is_not_copied():
-    config = configured("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
+def test_a_state_that_every_row_carries_is_not_copied():
+    config = model_config("small", {"model_dim": 32, "num_layers": 1, "chunk_size": 8, "norm_num_groups": 4})
     _, state = Megalodon(config)(torch.randint(256, (3, 5)), return_state=True)
     assert select(state, torch.arange(3)) is state
     for rows in ([0, 1], [0, 2, 1], [0, 1, -1], [0, 1, 2, 2]):

@@ -1,4 +1,4 @@
-"""`tokenize`: what it makes of text and of lines of JSON, killed and done again; training from it."""
+"""`tokenize`: folders of text and JSON lines, kills and repeats, and training on the tokens."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def bpe(text, tmp_path_factory):
 
 
 def write_mixed(folder, scale=1):
-    """Text, a file of lines, and one with a blank end, of 200 KB in all, or so many times as much."""
+    """Write text, a file of JSON lines, and one that ends with blank lines: `scale` times 200 KB in all."""
     folder.mkdir()
     lines = [json.dumps({"text": f"line {i} " * (i % 50 + 1)}) for i in range(750 * scale)]
     (folder / "a.jsonl").write_text("\n".join(lines))
@@ -48,25 +48,27 @@ def write_mixed(folder, scale=1):
 
 @pytest.fixture
 def mixed(tmp_path, monkeypatch):
-    """Files that are divided as ones 16 times as large: --shard-size 1 makes four shards of them."""
-    monkeypatch.setattr("megalodon_ops.cli.tokenize.divided", lambda files, size: reading.divided(files, size >> 4))
+    """Files that are divided as if 16 times as large: with --shard-size 1 into four shards."""
+    monkeypatch.setattr(
+        "megalodon_ops.cli.tokenize.split_files", lambda files, size: reading.split_files(files, size >> 4)
+    )
     return write_mixed(tmp_path / "mixed")
 
 
 @pytest.fixture
 def large(tmp_path):
-    """As many shards of text, and a document that takes a process a while."""
+    """Files of as many shards, and a document that takes some time."""
     folder = write_mixed(tmp_path / "large", 16)
     (folder / "d.txt").write_bytes((folder / "b.txt").read_bytes() * 10)
     return folder
 
 
-def test_what_it_makes_and_says(mixed, bpe, tmp_path, monkeypatch, capsys):
+def test_files_and_output(mixed, bpe, tmp_path, monkeypatch, capsys):
     (mixed / "d.jsonl").write_text('{"text": ""}\n[]\n{"body": "x"}\n')
     asked = []
     monkeypatch.setattr(
-        "megalodon_ops.cli.tokenize.divided",
-        lambda files, size: asked.append(size) or reading.divided(files, size >> 4),
+        "megalodon_ops.cli.tokenize.split_files",
+        lambda files, size: asked.append(size) or reading.split_files(files, size >> 4),
     )
     assert tokenize(tmp_path / "tokens", mixed, "--tokenizer", bpe, "--shard-size", 1) == 0
     out, err = capsys.readouterr()
@@ -88,8 +90,8 @@ def test_what_it_makes_and_says(mixed, bpe, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("call", "counts"), [("rename", range(0, 15, 2)), ("fsync", range(0, 30, 9))])
-def test_killed_at_any_moment_and_done_again(mixed, tmp_path, monkeypatch, call, counts, capsys):
-    """The same command gives the same files, also after its end; what the index lists is not made again."""
+def test_a_repeat_after_a_kill_gives_the_same_files(mixed, tmp_path, monkeypatch, call, counts, capsys):
+    """Whenever the command is killed, a repeat completes the same files and keeps the shards in the index."""
     wanted = tmp_path / "whole"
     assert tokenize(wanted, mixed, "--shard-size", 1) == 0
     assert len(list(wanted.glob("shard-*.tokens.npy"))) == 4
@@ -99,21 +101,21 @@ def test_killed_at_any_moment_and_done_again(mixed, tmp_path, monkeypatch, call,
             tokenize(out, mixed, "--shard-size", 1)
         listed = Index.read(out).shards if (out / "dataset.json").exists() else []
         paths = [path for number, shard in enumerate(listed) if shard for path in shard_paths(out, number)]
-        made = {path: path.stat().st_ino for path in paths}
+        inodes = {path: path.stat().st_ino for path in paths}
         assert tokenize(out, mixed, "--shard-size", 1) == 0
-        assert all(path.stat().st_ino == node for path, node in made.items())
+        assert all(path.stat().st_ino == inode for path, inode in inodes.items())
         assert contents(out) == contents(wanted)
         shutil.rmtree(out)
     assert capsys.readouterr().err.count("error") == 0
 
 
-def test_done_again_after_its_end(mixed, tmp_path, capsys):
-    """As by a program that does not know whether the command has ended: nothing is written, and the last lines are said."""
+def test_a_repeat_after_the_end_writes_nothing(mixed, tmp_path, capsys):
+    """It prints the same lines."""
     out = tmp_path / "tokens"
     assert tokenize(out, mixed) == 0
-    said, made = capsys.readouterr().out, {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    printed, times = capsys.readouterr().out, {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert tokenize(out, mixed) == 0
-    assert capsys.readouterr().out == said and {path: path.stat().st_mtime_ns for path in out.iterdir()} == made
+    assert capsys.readouterr().out == printed and {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
 
 MEMORY = """
@@ -152,9 +154,9 @@ print(peak - before)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """Ten times more text, in a long file and in lines, is encoded and read in hardly more memory: files that are mapped count not."""
+    """Ten times more text, in a long file and in lines, takes hardly more memory, mapped files not counted."""
     line = json.dumps({"text": "to be or not to be, that is the question: whether tis nobler " * 30}) + "\n"
-    size, grown = 300, {}
+    size, growth = 300, {}
     for times in (1, 10):
         folder = tmp_path / str(times)
         for name, copies in (("first", size), ("second", size * times)):
@@ -164,18 +166,18 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
             (folder / name / "text" / "whole.txt").write_text(line * 10 * copies)
         ran = run_python(MEMORY, folder, OMP_NUM_THREADS="1")
         assert ran.returncode == 0, ran.stderr[-2000:]
-        grown[times] = float(ran.stdout.splitlines()[-1])
+        growth[times] = float(ran.stdout.splitlines()[-1])
         shutil.rmtree(folder)
     more = 9 * size * 11 * len(line) / 2**20
-    assert grown[10] - grown[1] < more / 4, (grown, more)
-    print(f"{more:.0f} MiB more text, {grown[10] - grown[1]:.1f} MiB more memory")
+    assert growth[10] - growth[1] < more / 4, (growth, more)
+    print(f"{more:.0f} MiB more text, {growth[10] - growth[1]:.1f} MiB more memory")
 
 
 # Errors
 
 
 def test_one_line_and_exit_code_2(mixed, bpe, tmp_path, capsys):
-    def said(*arguments):
+    def error(*arguments):
         try:
             code = main(["tokenize", *map(str, arguments)])
         except SystemExit as stop:
@@ -188,36 +190,36 @@ def test_one_line_and_exit_code_2(mixed, bpe, tmp_path, capsys):
         return lines[0]
 
     out = tmp_path / "tokens"
-    assert "the following arguments are required: --out" in said(mixed)
-    assert "error: " + str(tmp_path / "none") + ": no such file or folder" in said(tmp_path / "none", "--out", out)
-    assert "--tokenizer" in said(mixed, "--tokenizer", tmp_path / "none", "--out", out)
-    assert "--field: must be text, got ''" in said(mixed, "--field", "", "--out", out)
-    assert "--shard-size: must be a whole number >= 1, got '0'" in said(mixed, "--shard-size", "0", "--out", out)
-    assert "no document in these files; skipped: lines without a text 'body' (2)" in said(
+    assert "the following arguments are required: --out" in error(mixed)
+    assert "error: " + str(tmp_path / "none") + ": no such file or folder" in error(tmp_path / "none", "--out", out)
+    assert "--tokenizer" in error(mixed, "--tokenizer", tmp_path / "none", "--out", out)
+    assert "--field: must be text, got ''" in error(mixed, "--field", "", "--out", out)
+    assert "--shard-size: must be a whole number >= 1, got '0'" in error(mixed, "--shard-size", "0", "--out", out)
+    assert "no document in these files; skipped: lines without a text 'body' (2)" in error(
         mixed / "c.ndjson", "--field", "body", "--out", out
     )
     assert not out.exists()
     out.mkdir()
-    (out / ".mine").write_text("a user's")
+    (out / ".user_file").write_text("a user's")
     (tmp_path / "blank.jsonl").write_text("\n \n")
-    assert "no document in these files; they are blank" in said(tmp_path / "blank.jsonl", "--out", out)
-    assert contents(out) == {Path(".mine"): b"a user's", Path(".lock"): b""}, (
-        "what the command has made goes, and nothing else"
+    assert "no document in these files; they are blank" in error(tmp_path / "blank.jsonl", "--out", out)
+    assert contents(out) == {Path(".user_file"): b"a user's", Path(".lock"): b""}, (
+        "only the command's own files are removed"
     )
-    assert f"--out {mixed}: holds other files, such as a.jsonl; name another folder" in said(mixed, "--out", mixed)
+    assert f"--out {mixed}: holds other files, such as a.jsonl; name another folder" in error(mixed, "--out", mixed)
     assert tokenize(out, mixed / "c.ndjson") == 0
     capsys.readouterr()
-    assert f"--out {out}: was begun with other files, flags or another tokenizer, or a file was changed since" in said(
+    assert f"--out {out}: was begun with other files, flags or another tokenizer, or a file was changed since" in error(
         mixed, "--out", out
     )
-    assert f"error: {out}: is a folder of tokens, which `train --data` reads; name text" in said(
+    assert f"error: {out}: is a folder of tokens, which `train --data` reads; name text" in error(
         out, "--out", tmp_path / "x"
     )
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("change", ["--shard-size", "--field", "--tokenizer", "another time", "another file"])
-def test_an_unfinished_folder_goes_on_with_what_it_was_begun_with(mixed, bpe, tmp_path, monkeypatch, capsys, change):
+def test_an_unfinished_folder_continues_only_with_the_same_input(mixed, bpe, tmp_path, monkeypatch, capsys, change):
     out = tmp_path / "tokens"
     with killed_at(monkeypatch, "rename", 4):
         tokenize(out, mixed, "--shard-size", 1)
@@ -230,17 +232,17 @@ def test_an_unfinished_folder_goes_on_with_what_it_was_begun_with(mixed, bpe, tm
     assert tokenize(out, mixed, "--shard-size", 1, *flags.get(change, [])) == 2
     assert "was begun with other files, flags or another tokenizer, or a file was changed" in capsys.readouterr().err
     assert train(out, tmp_path / "run", "--steps", 1) == 2
-    assert f"{out}: is not finished; run the command `tokenize` again, which goes on" in capsys.readouterr().err
+    assert f"{out}: is incomplete; run the command `tokenize` again to continue it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.txt"])
 def test_a_file_that_changes_while_it_is_read(mixed, tmp_path, monkeypatch, capsys, name):
-    def cut(files, size):
-        units = reading.divided(files, size)
+    def truncate(files, size):
+        units = reading.split_files(files, size)
         os.truncate(mixed / name, 1000)
         return units
 
-    monkeypatch.setattr("megalodon_ops.cli.tokenize.divided", cut)
+    monkeypatch.setattr("megalodon_ops.cli.tokenize.split_files", truncate)
     assert tokenize(tmp_path / "tokens", mixed) == 2
     assert "a file was changed while it was read; remove the folder" in capsys.readouterr().err
 
@@ -258,17 +260,17 @@ def test_a_full_disk(mixed, tmp_path, capfd, file_size_limit):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_training_from_tokens_is_training_from_text(text, bpe, tmp_path, kind, capsys):
-    """Document by document, loss by loss, held-out figures and all. The tokenizer comes with the tokens."""
+def test_training_on_tokens_equals_training_on_text(text, bpe, tmp_path, kind, capsys):
+    """In losses and held-out figures. The tokenizer comes with the tokens."""
     flags = [] if kind == "bytes" else ["--tokenizer", bpe]
     assert tokenize(tmp_path / "tokens", text, *flags) == 0
-    assert train(text, tmp_path / "of-text", "--steps", 8, "--eval-every", 4, *flags) == 0
+    assert train(text, tmp_path / "from-text", "--steps", 8, "--eval-every", 4, *flags) == 0
     before = capsys.readouterr().out
     assert train(tmp_path / "tokens", tmp_path / "whole", "--steps", 8, "--eval-every", 4) == 0
     after = capsys.readouterr().out
-    assert rows(tmp_path / "whole") == rows(tmp_path / "of-text")
-    learned = "bytes in 38 documents to learn from"
-    assert learned in before and learned in after
+    assert rows(tmp_path / "whole") == rows(tmp_path / "from-text")
+    split = "bytes in 38 documents to learn from"
+    assert split in before and split in after
     found = load_checkpoint(tmp_path / "whole")
     assert found.tokenizer().fingerprint == Shards(tmp_path / "tokens").tokenizer.fingerprint
     assert found.record["data"]["fingerprint"] == Shards(tmp_path / "tokens").hold_out().fingerprint
@@ -278,7 +280,7 @@ def test_training_from_tokens_is_training_from_text(text, bpe, tmp_path, kind, c
     assert bits == pytest.approx(rows(tmp_path / "whole")[-1]["held_out_bits_per_byte"], abs=2e-4)
 
 
-def test_a_run_over_tokens_resumes_to_equal_losses(text, bpe, tmp_path):
+def test_a_run_on_tokens_resumes_to_equal_losses(text, bpe, tmp_path):
     assert tokenize(tmp_path / "tokens", text, "--tokenizer", bpe) == 0
     flags = ["--steps", 8, "--eval-every", 4, "--checkpoint-every", 3]
     assert train(tmp_path / "tokens", tmp_path / "run", *flags) == 0
@@ -288,7 +290,7 @@ def test_a_run_over_tokens_resumes_to_equal_losses(text, bpe, tmp_path):
     assert rows(tmp_path / "run") == whole
 
 
-def test_a_start_encodes_nothing(text, bpe, tmp_path, monkeypatch):
+def test_a_run_on_tokens_encodes_nothing(text, bpe, tmp_path, monkeypatch):
     assert tokenize(tmp_path / "tokens", text, "--tokenizer", bpe) == 0
 
     def refuse(*arguments):
@@ -308,7 +310,7 @@ def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
     tokens = tmp_path / "tokens"
     assert tokenize(tokens, text) == 0
 
-    def said(*arguments):
+    def error(*arguments):
         capsys.readouterr()
         assert main([*map(str, arguments)]) == 2
         err = capsys.readouterr().err
@@ -316,23 +318,23 @@ def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
         return err
 
     new = ["--out", tmp_path / "run", *TINY]
-    assert f"--tokenizer {bpe}: the tokens in {tokens} are another's; leave the flag out" in said(
+    assert f"--tokenizer {bpe}: the tokens in {tokens} are another's; leave the flag out" in error(
         "train", "--data", tokens, "--tokenizer", bpe, *new
     )
-    assert f"--data {tokens}: holds tokens, so it must be named alone" in said("train", "--data", tokens, text, *new)
-    assert "--glob: chooses among files of text" in said("train", "--data", tokens, "--glob", "*", *new)
+    assert f"--data {tokens}: holds tokens, so it must be named alone" in error("train", "--data", tokens, text, *new)
+    assert "--glob: chooses among files of text" in error("train", "--data", tokens, "--glob", "*", *new)
     assert not (tmp_path / "run").exists()
-    assert f"{tokens}: is a folder of tokens, which `train --data` reads; name text" in said(
+    assert f"{tokens}: is a folder of tokens, which `train --data` reads; name text" in error(
         "tokenizer", "--train", "--vocab-size", 300, "--out", tmp_path / "x", tokens
     )
     assert train(tokens, tmp_path / "run", "--steps", 1) == 0
-    assert f"error: {tokens}: is a folder of tokens, which `train --data` reads; name text" in said(
+    assert f"error: {tokens}: is a folder of tokens, which `train --data` reads; name text" in error(
         "eval", "--checkpoint", tmp_path / "run", "--data", tokens
     )
     assert tokenize(tmp_path / "others", text / "0.py", text / "1.py") == 0
     resume = ["train", "--resume", "--out", tmp_path / "run", "--steps", 2, "--data"]
-    assert "--resume: the text is not the one this run was started with" in said(*resume, tmp_path / "others")
+    assert "--resume: the text is not the one this run was started with" in error(*resume, tmp_path / "others")
     shutil.move(tokens, tmp_path / "moved")
     assert main([*map(str, resume), str(tmp_path / "moved")]) == 0
     (tmp_path / "moved" / "shard-000000.tokens.npy").write_bytes(b"")
-    assert "shard-000000.tokens.npy: " in said(*resume, tmp_path / "moved", "--steps", 3)
+    assert "shard-000000.tokens.npy: " in error(*resume, tmp_path / "moved", "--steps", 3)

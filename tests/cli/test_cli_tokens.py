@@ -1,4 +1,4 @@
-"""`tokenizer`, and `train`, `eval`, `generate` over the tokens of one."""
+"""`tokenizer`, and `train`, `eval` and `generate` on tokens."""
 
 import dataclasses
 import json
@@ -33,36 +33,34 @@ def bpe(text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(text, bpe, tmp_path_factory):
-    """A run of 40 steps over its tokens."""
+    """A run of 40 steps on its tokens."""
     out = tmp_path_factory.mktemp("tokens") / "run"
     with quick_commands():
         assert train(text, out, "--steps", 40, "--eval-every", 20, "--tokenizer", bpe) == 0
     return out
 
 
-def said(capsys, *arguments):
+def output(capsys, *arguments):
     assert main([*map(str, arguments)]) == 0
     return capsys.readouterr().out
 
 
 def test_a_trained_tokenizer(text, bpe, tmp_path, capsys):
-    out = said(capsys, "tokenizer", "--train", "--vocab-size", 300, "--out", tmp_path / "bpe.json", text)
+    out = output(capsys, "tokenizer", "--train", "--vocab-size", 300, "--out", tmp_path / "bpe.json", text)
     assert re.search(r"bpe.json: 300 ids, from 19,\d{3} bytes of text in [\d.]+ s\n", out)
-    assert re.search(
-        r"text that was held out: \d+ documents, [\d,]+ bytes, [\d,]+ tokens: 1\.\d{3} bytes a token\n", out
-    )
+    assert re.search(r"held-out text: \d+ documents, [\d,]+ bytes, [\d,]+ tokens: 1\.\d{3} bytes a token\n", out)
     tokenizer = Tokenizer.from_file(bpe)
     assert (tokenizer.vocab_size, tokenizer.start, tokenizer.end) == (SIZE, SIZE - 1, SIZE - 1)
     learned = Tokenizer.train(load_corpus([text]).train, vocab_size=SIZE)
-    assert learned.fingerprint == tokenizer.fingerprint, "it learns from what `train` learns from"
+    assert learned.fingerprint == tokenizer.fingerprint, "it learns from the same text as `train`"
 
 
-def test_what_a_tokenizer_makes_of_text(text, bpe, tmp_path, capsys):
-    out = said(capsys, "tokenizer", "--tokenizer", bpe, text / "0.py", text / "1.py")
+def test_a_tokenizer_is_measured_on_text(text, bpe, tmp_path, capsys):
+    out = output(capsys, "tokenizer", "--tokenizer", bpe, text / "0.py", text / "1.py")
     assert out.startswith(f"{bpe}: 400 ids; 399, <|startoftext|>, opens a document, and ends it\n")
     assert re.search(r"the text: 2 documents, 1,000 bytes, \d+ tokens: [12]\.\d{3} bytes a token\n$", out)
     ByteTokenizer().save(tmp_path)
-    assert "1,000 tokens: 1.000 bytes a token" in said(
+    assert "1,000 tokens: 1.000 bytes a token" in output(
         capsys, "tokenizer", "--tokenizer", tmp_path, text / "0.py", text / "1.py"
     )
 
@@ -80,27 +78,27 @@ def test_a_run_over_tokens_reports_bits_per_byte(run, bpe, text):
     held_out = [row["held_out_bits_per_byte"] for row in rows(run) if "held_out_bits_per_byte" in row]
     assert 1 < held_out[-1] < held_out[0] < 8
     folder = load_checkpoint(run).folder
-    assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint, "the tokenizer travels with the checkpoint"
+    assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint, "the checkpoint holds the tokenizer"
     assert (folder / "tokenizer.json").read_bytes() == bpe.read_bytes()
 
 
-def test_what_the_batches_are_made_of(text, bpe, tmp_path, monkeypatch):
-    made = {}
+def test_arguments_of_batches(text, bpe, tmp_path, monkeypatch):
+    given = {}
 
     def batches(documents, *shape, **options):
-        made.update(options, documents=documents)
+        given.update(options, documents=documents)
         return Batches(documents, *shape, **options)
 
     monkeypatch.setattr("megalodon_ops.cli.train.Batches", batches)
     assert train(text, tmp_path / "run", "--steps", 1, "--tokenizer", bpe) == 0
     tokenizer, corpus = load_tokenizer(bpe), load_corpus([text])
-    assert (made["start"], made["context_length"], made["seed"]) == (tokenizer.start, 192, 0)
-    assert [tokenizer.decode(ids) for ids in made["documents"]] == corpus.train and made["end"] == tokenizer.end
+    assert (given["start"], given["context_length"], given["seed"]) == (tokenizer.start, 192, 0)
+    assert [tokenizer.decode(ids) for ids in given["documents"]] == corpus.train and given["end"] == tokenizer.end
     assert train(text, tmp_path / "bytes", "--steps", 1) == 0
-    assert (made["start"], made["end"], made["documents"]) == (256, 256, corpus.train)
+    assert (given["start"], given["end"], given["documents"]) == (256, 256, corpus.train)
 
 
-def test_a_run_without_ends_goes_on_without(text, tmp_path, monkeypatch):
+def test_a_run_without_end_tokens_resumes_without(text, tmp_path, monkeypatch):
     ends = []
 
     def batches(*arguments, end, **options):
@@ -114,16 +112,16 @@ def test_a_run_without_ends_goes_on_without(text, tmp_path, monkeypatch):
 
 
 def test_eval_repeats_the_end_of_training(run, text, capsys):
-    out = said(capsys, "eval", "--checkpoint", run, "--batch", 2)
+    out = output(capsys, "eval", "--checkpoint", run, "--batch", 2)
     bits = float(out.splitlines()[-1].split()[0])
     assert bits == pytest.approx(rows(run)[-1]["held_out_bits_per_byte"], abs=2e-4)
-    out = said(capsys, "eval", "--checkpoint", run, "--data", text / "0.py", "--context", 8, "all")
+    out = output(capsys, "eval", "--checkpoint", run, "--data", text / "0.py", "--context", 8, "all")
     assert "1 documents, 500 bytes" in out and len(out.splitlines()) == 4
 
 
 def test_generate_writes_whole_letters(run, capsys):
     def generate(*flags):
-        return said(capsys, "generate", "--checkpoint", run, "--prompt", "caf\u00e9 ", *flags)
+        return output(capsys, "generate", "--checkpoint", run, "--prompt", "caf\u00e9 ", *flags)
 
     text = generate("--tokens", 60)
     assert text.startswith("caf\u00e9 ") and 60 <= len(text) - 5
@@ -137,30 +135,30 @@ def test_generate_writes_whole_letters(run, capsys):
 
 def test_generate_stops_before_a_string(run, capsys):
     command = ["generate", "--checkpoint", run, "--prompt", "def ", "--tokens", 100]
-    whole = said(capsys, *command)[len("def ") : -1]
+    whole = output(capsys, *command)[len("def ") : -1]
     stop = whole[20:23]
-    text = said(capsys, *command, "--stop", "no such text", "--stop", stop)[len("def ") : -1]
+    text = output(capsys, *command, "--stop", "no such text", "--stop", stop)[len("def ") : -1]
     assert text == whole[: whole.index(stop)]
-    assert said(capsys, *command, "--min-p", "1.0", "--top-k", "9") == said(capsys, *command, "--temperature", "0")
-    assert said(capsys, *command, "--repetition-penalty", "5") != said(capsys, *command)
+    assert output(capsys, *command, "--min-p", "1.0", "--top-k", "9") == output(capsys, *command, "--temperature", "0")
+    assert output(capsys, *command, "--repetition-penalty", "5") != output(capsys, *command)
 
 
-def test_a_text_that_ends_like_a_stop_is_written_whole(run, capsys):
+def test_a_text_that_ends_with_part_of_a_stop_is_written_whole(run, capsys):
     command = ["generate", "--checkpoint", run, "--prompt", "def ", "--tokens", 9, "--temperature", 0]
-    whole = said(capsys, *command)
-    assert said(capsys, *command, "--stop", whole[-4:-1] + "\x00 and more") == whole
+    whole = output(capsys, *command)
+    assert output(capsys, *command, "--stop", whole[-4:-1] + "\x00 and more") == whole
 
 
 def test_samples_of_a_prompt(run, capsys):
-    out = said(capsys, "generate", "--checkpoint", run, "--prompt", "def ", "--tokens", 15, "--samples", 3)
+    out = output(capsys, "generate", "--checkpoint", run, "--prompt", "def ", "--tokens", 15, "--samples", 3)
     samples = re.split(r"^--- sample \d\n", out, flags=re.M)[1:]
     assert len(set(samples)) == 3 and all(sample.startswith("def ") for sample in samples)
-    alone = said(capsys, "generate", "--checkpoint", run, "--prompt", "def ", "--tokens", 15)
-    assert samples[0] == alone, "the first sample is the one of a single draw"
+    single = output(capsys, "generate", "--checkpoint", run, "--prompt", "def ", "--tokens", 15)
+    assert samples[0] == single, "the first sample is that of a single draw"
 
 
 def test_interrupted_and_resumed(text, bpe, tmp_path, capsys):
-    """The tokenizer comes from the checkpoint: its file may be gone. Another one is refused."""
+    """The tokenizer comes from the checkpoint, so its file may be gone. Another tokenizer is refused."""
     flags = ["--tokenizer", tmp_path / "bpe.json", "--dropout", 0.1]
     shutil.copy(bpe, tmp_path / "bpe.json")
     out = tmp_path / "run"
@@ -180,7 +178,7 @@ def test_interrupted_and_resumed(text, bpe, tmp_path, capsys):
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_sentencepiece(text, tmp_path, capsys, keeps):
-    """A model with its defaults drops line ends and spaces, which `tokenizer` says."""
+    """By default, a model drops line ends and spaces, which `tokenizer` reports."""
     sentencepiece = pytest.importorskip("sentencepiece")
     source = tmp_path / "all.txt"
     source.write_bytes(b"".join(path.read_bytes() for path in sorted(text.glob("*.py"))))
@@ -190,11 +188,13 @@ def test_sentencepiece(text, tmp_path, capsys, keeps):
         **(dict(normalization_rule_name="identity", remove_extra_whitespaces=False) if keeps else {}),
     )  # fmt: skip
     assert train(text, tmp_path / "run", "--steps", 3, "--tokenizer", tmp_path / "sp.model") == 0
-    shown = said(capsys, "tokenizer", "--tokenizer", tmp_path / "sp.model", source)
-    assert ("1 do not come back as they were" in shown) == (not keeps)
+    shown = output(capsys, "tokenizer", "--tokenizer", tmp_path / "sp.model", source)
+    assert ("1 are not decoded exactly" in shown) == (not keeps)
     found = load_checkpoint(tmp_path / "run")
     assert (found.folder / "tokenizer.model").exists() and found.config.vocab_size == found.tokenizer().vocab_size
-    assert said(capsys, "generate", "--checkpoint", tmp_path / "run", "--prompt", "def", "--tokens", 3).find("def") >= 0
+    assert (
+        output(capsys, "generate", "--checkpoint", tmp_path / "run", "--prompt", "def", "--tokens", 3).find("def") >= 0
+    )
 
 
 def test_a_folder_without_a_tokenizer(run, bpe, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_a_folder_without_a_tokenizer(run, bpe, tmp_path, capsys):
     assert "holds no tokenizer.json and no tokenizer.model" in capsys.readouterr().err
     assert main([*command, "--tokenizer", str(bpe)]) == 0
     assert main(["eval", "--checkpoint", str(tmp_path / "bare"), "--tokenizer", str(bpe)]) == 2
-    assert "is no run of `train`, which holds text out; give --data" in capsys.readouterr().err
+    assert "is not a run of `train`, so it has no held-out text; give --data" in capsys.readouterr().err
     assert main(["eval", *command[1:3], "--tokenizer", str(bpe), "--data", __file__]) == 0
     trained.model.save(tmp_path / "whole", tokenizer=trained.tokenizer)
     assert main(["generate", "--checkpoint", str(tmp_path / "whole"), "--tokens", "5"]) == 0
@@ -216,23 +216,23 @@ def test_a_released_folder_with_a_tokenizer(run, bpe, tmp_path, capsys):
     (tmp_path / "released").mkdir()
     save_released(trained.model, tmp_path / "released", 2)
     flags = ["--prompt", "def ", "--tokens", 9]
-    expected = said(capsys, "generate", "--checkpoint", run, *flags)
-    assert said(capsys, "generate", "--checkpoint", tmp_path / "released", "--tokenizer", bpe, *flags) == expected
+    expected = output(capsys, "generate", "--checkpoint", run, *flags)
+    assert output(capsys, "generate", "--checkpoint", tmp_path / "released", "--tokenizer", bpe, *flags) == expected
     trained.tokenizer.save(tmp_path / "released")
-    assert said(capsys, "generate", "--checkpoint", tmp_path / "released", *flags) == expected
+    assert output(capsys, "generate", "--checkpoint", tmp_path / "released", *flags) == expected
 
 
 def test_a_checkpoint_of_another_training_program(run, bpe, tmp_path, capsys):
-    """No options of `train` are read from it; a model may know more ids than the tokenizer."""
+    """Its options are not read as those of `train`; a model may have more ids than the tokenizer."""
     tokenizer = load_tokenizer(bpe)
     config = trained_model(run, torch.device("cpu")).model.config
     model = mo.Megalodon(dataclasses.replace(config, vocab_size=512, output_size=-1))
     save_checkpoint(tmp_path / "own", 3, model, tokenizer=tokenizer, record={"options": {"dtype": 5}})
     flags = ["--checkpoint", tmp_path / "own"]
-    assert said(capsys, "generate", *flags, "--tokens", 99).count("\ufffd") > 9
-    assert " bits per byte" in said(capsys, "eval", *flags, "--data", __file__)
+    assert output(capsys, "generate", *flags, "--tokens", 99).count("\ufffd") > 9
+    assert " bits per byte" in output(capsys, "eval", *flags, "--data", __file__)
     assert main(["eval", *map(str, flags)]) == 2
-    assert "is no run of `train`, which holds text out; give --data" in capsys.readouterr().err
+    assert "is not a run of `train`, so it has no held-out text; give --data" in capsys.readouterr().err
 
 
 def test_without_the_package(run, bpe, text, tmp_path, monkeypatch, capsys):
@@ -249,7 +249,7 @@ def test_without_the_package(run, bpe, text, tmp_path, monkeypatch, capsys):
     assert train(text, tmp_path / "bytes", "--steps", 1) == 0, "bytes need no package"
 
 
-def test_bytes_have_a_tokenizer_file_too(finished):
+def test_bytes_have_a_tokenizer_file(finished):
     folder = load_checkpoint(finished).folder
     assert isinstance(load_tokenizer(folder), ByteTokenizer)
     assert json.loads((folder / "tokenizer_config.json").read_text())["bos_token"] == "<|startoftext|>"
@@ -268,7 +268,7 @@ ERRORS = {
         "its tokenizer has 400 ids, and the model knows 257",
     ),
     "samples": (["generate", "--checkpoint", "{run}", "--samples", "2", "--temperature", "0"], "--samples: must be 1"),
-    "both": (["generate", "--checkpoint", "{run}", "--prompt", "a", "--prompt-file", "-"], "--prompt-file: does not go with --prompt"),
+    "both": (["generate", "--checkpoint", "{run}", "--prompt", "a", "--prompt-file", "-"], "--prompt-file: cannot be combined with --prompt"),
     "stop": (["generate", "--checkpoint", "{run}", "--stop", ""], "--stop: must be text, got ''"),
     "nothing": (["tokenizer"], "give --train to train one, or --tokenizer FILE to see"),
     "no out": (["tokenizer", "--train", "--vocab-size", "300"], "--train: needs --vocab-size N, how many ids there may be, and --out"),

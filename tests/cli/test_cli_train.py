@@ -1,4 +1,4 @@
-"""`train`: what a run leaves and prints, how it is stopped, resumed and kept from harm."""
+"""`train`: files and output of a run, stopping, resuming, and protection from damage."""
 
 import argparse
 import gzip
@@ -40,27 +40,27 @@ def test_the_loss_falls(finished):
     assert sum(bits[-10:]) / 10 < bits[0] - 2
 
 
-def test_what_a_run_leaves(finished):
-    looks = [row for row in rows(finished) if "held_out_bits_per_byte" in row]
-    assert [(row["step"], row.get("final", False)) for row in looks] == [
+def test_files_of_a_run(finished):
+    evaluations = [row for row in rows(finished) if "held_out_bits_per_byte" in row]
+    assert [(row["step"], row.get("final", False)) for row in evaluations] == [
         (20, False),
         (40, False),
         (60, False),
         (60, True),
     ]
-    before, last = (row["held_out_bits_per_byte"] for row in looks[-2:])
+    before, last = (row["held_out_bits_per_byte"] for row in evaluations[-2:])
     assert before == pytest.approx(last, rel=1e-5), "a sample of so little text is all of it"
-    assert looks[-1]["compressors"].keys() == {"gzip -9", "xz -9"}
+    assert evaluations[-1]["compressors"].keys() == {"gzip -9", "xz -9"}
     assert (finished / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     folders = sorted((finished / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-00000050", "step-00000060"]
     assert {path.suffix for folder in folders for path in folder.iterdir()} == {".safetensors", ".json"}
 
 
-def test_what_a_run_prints(text, tmp_path, capsys):
+def test_output_of_a_run(text, tmp_path, capsys):
     assert train(text, tmp_path, "--steps", 3, "--batch", 48) == 0
     out, err = capsys.readouterr()
-    (states,) = re.findall(r"([\d.]+) MB of the 48 rows' states; the newest two stay", out)
+    (states,) = re.findall(r"([\d.]+) MB of the 48 rows' states; the newest two are kept", out)
     size = (tmp_path / "checkpoints" / "step-00000003" / "state.safetensors").stat().st_size
     assert 1e6 * float(states) == pytest.approx(size, abs=0.06e6)
     for words in ("bits per byte", "gzip -9", "xz -9", "continued by the model, 3 of 3"):
@@ -71,15 +71,15 @@ def test_what_a_run_prints(text, tmp_path, capsys):
 
 @pytest.mark.parametrize(("number", "optimizer"), [(signal.SIGINT, "muon"), (signal.SIGTERM, "adamw")])
 def test_interrupt_and_resume(text, tmp_path, monkeypatch, capsys, number, optimizer):
-    """The losses after a resume are those of a run that was never interrupted, to the last bit; dropout included."""
+    """Losses after a resume are exactly those of an uninterrupted run, dropout included."""
     flags = ("--steps", 20, "--eval-every", 8, "--dropout", 0.1, "--attention-dropout", 0.1)
     flags += ("--optimizer", optimizer)
     assert train(text, tmp_path / "whole", *flags) == 0
 
     write = Metrics.write
 
-    def write_and_interrupt(diary, **row):
-        write(diary, **row)
+    def write_and_interrupt(metrics, **row):
+        write(metrics, **row)
         if row["step"] == 13:
             os.kill(os.getpid(), number)
 
@@ -93,8 +93,8 @@ def test_interrupt_and_resume(text, tmp_path, monkeypatch, capsys, number, optim
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
-def test_accumulated_batches_teach_what_a_larger_one_does(text, tmp_path):
-    """Each row carries its own state on, also where a run goes on from a checkpoint."""
+def test_accumulated_batches_equal_a_larger_batch(text, tmp_path):
+    """Each row carries its own state, also after a resume."""
     flags = ("--steps", 4, "--checkpoint-every", 3, "--dropout", 0.0)
     assert train(text, tmp_path / "one", *flags, "--batch", 6) == 0
     assert train(text, tmp_path / "three", *flags, "--batch", 2, "--accumulate", 3) == 0
@@ -134,24 +134,24 @@ def test_events_for_tensorboard(text, tmp_path):
         assert found == pytest.approx({row["step"]: row[name] for row in rows(tmp_path) if name in row}), name
 
 
-def test_tensorboard_that_is_missing_is_told_before_anything_is_written(text, tmp_path, monkeypatch, capsys):
+def test_missing_tensorboard_is_reported_before_anything_is_written(text, tmp_path, monkeypatch, capsys):
     for module in ("megalodon_ops.cli.events", "torch.utils.tensorboard"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert train(text, tmp_path / "run", "--tensorboard") == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(
-        r'megalodon_ops train: error: needs tensorboard, .*: pip install ".*\[tensorboard\]"\n', said
-    ), said
+    err = capsys.readouterr().err
+    assert re.fullmatch(r'megalodon_ops train: error: needs tensorboard, .*: pip install ".*\[tensorboard\]"\n', err), (
+        err
+    )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_peak_that_is_known_shows_how_much_of_it_is_used(text, tmp_path, capsys, monkeypatch):
-    """By the operations of a model that reads whole chunks, as torch counts them."""
+def test_a_known_peak_shows_the_model_flops_utilization(text, tmp_path, capsys, monkeypatch):
+    """By the operations of a model on whole chunks, as torch counts them."""
     assert train(text, tmp_path, "--steps", 2, "--peak-tflops", 0.01) == 0
     (shown,) = re.findall(r"MFU=([\d.]+)%", capsys.readouterr().err.rpartition("\r")[2])
     model, _, _ = load_any(tmp_path)
-    tokens = torch.zeros(1, 32 * model.config.chunk_size, dtype=torch.int64)  # what is done once weighs little
+    tokens = torch.zeros(1, 32 * model.config.chunk_size, dtype=torch.int64)  # makes one-time work negligible
     with FlopCounterMode(display=False) as counter:
         model.train().loss(tokens, tokens).backward()
     wanted = 0.02e12 * tokens.numel() / counter.get_total_flops()
@@ -170,10 +170,8 @@ def test_a_peak_that_is_known_shows_how_much_of_it_is_used(text, tmp_path, capsy
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_each_signal_that_ends_a_run_is_noted(number):
-    before = signal.signal(
-        number, signal.default_int_handler
-    )  # where it is ignored, as under `nohup`, nothing is noted
+def test_each_signal_that_ends_a_run_is_recorded(number):
+    before = signal.signal(number, signal.default_int_handler)  # an ignored signal, as under `nohup`, is not recorded
     try:
         with StopSignals() as signals:
             assert signals.received == 0 and signal.getsignal(number) != signal.default_int_handler
@@ -190,20 +188,20 @@ def test_the_context_length_is_eight_rows_unless_given(text, tmp_path, capsys):
         assert train(text, tmp_path / name, "--steps", 10, *flags) == 0
         losses.append([row["loss"] for row in rows(tmp_path / name) if "loss" in row])
     assert losses[0] == losses[1] != losses[2]
-    begun = [line for line in capsys.readouterr().out.splitlines() if "to learn from" in line]
-    assert ["parts of at most 167 tokens" in line for line in begun] == [True, True, False], begun
+    summaries = [line for line in capsys.readouterr().out.splitlines() if "to learn from" in line]
+    assert ["parts of at most 167 tokens" in line for line in summaries] == [True, True, False], summaries
 
 
 @pytest.mark.slow
 def test_kill_and_resume(text, tmp_path):
     flags = ("--steps", 80, "--checkpoint-every", 10)
     process = Forked("train", "--data", text, "--out", tmp_path / "parts", *TINY, *flags)
-    diary = tmp_path / "parts" / "metrics.jsonl"
-    while process.is_alive() and not (diary.exists() and diary.read_bytes().count(b"\n") > 30):
+    metrics_file = tmp_path / "parts" / "metrics.jsonl"
+    while process.is_alive() and not (metrics_file.exists() and metrics_file.read_bytes().count(b"\n") > 30):
         time.sleep(0.005)
     process.kill()
     assert process.wait()[0] == -signal.SIGKILL
-    with open(diary, "a") as file:
+    with open(metrics_file, "a") as file:
         file.write('{"step": 9999, "los')
     assert load_checkpoint(tmp_path / "parts").record["step"] >= 20
 
@@ -214,7 +212,7 @@ def test_kill_and_resume(text, tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_in_one_folder(text, tmp_path, capsys):
-    """The second run says who the first is, and changes nothing; once the first is killed, a third goes on."""
+    """The second run is refused and changes nothing; once the first is killed, a third resumes."""
     out = tmp_path / "run"
     process = Forked("train", "--data", text, "--out", out, *TINY, "--steps", 100_000, "--checkpoint-every", 5)
     while process.is_alive() and not (out / "checkpoints" / "step-00000005").exists():
@@ -236,14 +234,14 @@ def test_two_runs_in_one_folder(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_a_file_of_the_user_in_the_place_of_the_lock_stays(text, tmp_path, link, capsys):
-    (tmp_path / "mine").write_text("precious")
+def test_a_users_file_with_the_locks_name_stays(text, tmp_path, link, capsys):
+    (tmp_path / "user_file").write_text("precious")
     out = tmp_path / "run"
     out.mkdir()
     if link:
-        (out / ".lock").symlink_to(tmp_path / "mine")
+        (out / ".lock").symlink_to(tmp_path / "user_file")
     else:
-        shutil.copy(tmp_path / "mine", out / ".lock")
+        shutil.copy(tmp_path / "user_file", out / ".lock")
     assert train(text, out, "--steps", 1) == (2 if link else 0)
     assert (out / ".lock").read_text() == "precious"
     assert not link or f"{out}/.lock: " in capsys.readouterr().err
@@ -255,7 +253,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(text, tmp_path, capsys):
 
 
 def test_full_disk(text, tmp_path, capfd, file_size_limit):
-    """The error is one line, only the checkpoint before stays, and with room again the run goes on."""
+    """The error is one line, only the checkpoint before stays, and the run resumes once there is room."""
     flags = ("--steps", 4, "--checkpoint-every", 2)
     assert train(text, tmp_path, *flags[:1], 2) == 0
     (tensors,) = (tmp_path / "checkpoints").glob("step-*2/model.safetensors")
@@ -270,7 +268,7 @@ def test_full_disk(text, tmp_path, capfd, file_size_limit):
     assert load_checkpoint(tmp_path).record["step"] == 4
 
 
-def test_full_disk_in_the_diary(tmp_path, file_size_limit):
+def test_full_disk_in_the_metrics(tmp_path, file_size_limit):
     with Metrics(tmp_path / "metrics.jsonl") as metrics:
         metrics.write(step=1)
         with file_size_limit(20), pytest.raises(OSError, match="metrics.jsonl: could not be written"):
@@ -279,14 +277,14 @@ def test_full_disk_in_the_diary(tmp_path, file_size_limit):
 
 
 def test_minutes(text, tmp_path, capsys, monkeypatch):
-    """By a clock that goes 10 ms further whenever it is looked at, however busy the processor is."""
-    looks = itertools.count()
-    monkeypatch.setattr(cli_train, "time", SimpleNamespace(monotonic=lambda: next(looks) / 100))
+    """With a clock that advances by 10 ms at each call, independent of the machine's load."""
+    ticks = itertools.count()
+    monkeypatch.setattr(cli_train, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 100))
     assert train(text, tmp_path, "--minutes", 0.03, "--lr", 0.01, "--eval-every", 1000, "--checkpoint-every", 50) == 0
     curve = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
     assert curve[-1]["seconds"] == pytest.approx(1.8, abs=0.05)
     assert max(row["learning_rate"] for row in curve) > 0.009
-    assert curve[-1]["learning_rate"] < 0.003, "the cosine ends with the budget"
+    assert curve[-1]["learning_rate"] < 0.003, "the decay ends with the budget"
     bar = re.findall(r"(\d+)%\|[^\r]*\| (\d)/2 s, step=(\d+), loss=", capsys.readouterr().err)
     assert bar and 80 <= int(bar[-1][0]) <= 100 and bar[-1][1] in "12" and int(bar[-1][2]) == curve[-1]["step"]
 
@@ -304,15 +302,15 @@ def test_one_document(tmp_path):
     assert train(path, tmp_path / "out", "--steps", 2) == 0
 
 
-def test_a_finished_run_is_evaluated_again_and_goes_on(ended, capsys):
-    """Resumed, the run trains nothing and ends as before; another text or other flags are refused."""
+def test_a_finished_run_is_evaluated_again_and_extended(ended, capsys):
+    """A resume trains nothing and ends as before; another text or other flags are refused."""
     before = rows(ended)
     checkpoints = {path: path.stat().st_mtime_ns for path in (ended / "checkpoints").rglob("*")}
     resume = ["train", "--out", str(ended), "--resume"]
     for flags in ([], ["--steps", "40"], ["--eval-every", "7"]):
         assert main([*resume, *flags]) == 0
         out = capsys.readouterr().out
-        assert f"{ended}: finished after step 60; it goes on with a larger --steps or --minutes" in out
+        assert f"{ended}: finished after step 60; continue it with a larger --steps or --minutes" in out
         assert re.search(r"this model, step 60 +\d\.\d{3}\n +gzip -9 +\d\.\d{3}\n", out)
         assert rows(ended) == before
     assert main([*resume, "--seed", "7"]) == main([*resume, "--data", __file__]) == 2
@@ -322,7 +320,7 @@ def test_a_finished_run_is_evaluated_again_and_goes_on(ended, capsys):
     assert [row["step"] for row in rows(ended) if "loss" in row] == list(range(1, 63))
 
 
-def test_compressors_without_memory_are_left_out(ended, monkeypatch, capsys):
+def test_compressors_without_memory_are_skipped(ended, monkeypatch, capsys):
     def refuse(**_):
         raise MemoryError
 
@@ -336,24 +334,24 @@ def test_compressors_without_memory_are_left_out(ended, monkeypatch, capsys):
     assert rows(ended) == before
 
 
-def test_compressors_take_memory_by_the_size_of_the_text():
-    """Their figures are those of `gzip -9` and of `xz -9`, which takes 674 MiB."""
+def test_the_memory_of_compressors_scales_with_the_text():
+    """Figures equal those of `gzip -9` and of `xz -9`, which takes 674 MiB."""
     documents = [random.Random(seed).randbytes(50_000) * 2 for seed in range(8)]
     tracemalloc.start()
     try:
-        found, (_, most) = compressed_bits(documents), tracemalloc.get_traced_memory()
+        found, (_, peak) = compressed_bits(documents), tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert most < 32 << 20
+    assert peak < 32 << 20
     text = b"".join(documents)
     sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9": len(lzma.compress(text, preset=9))}
     assert found == {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
 @pytest.mark.parametrize("documents", [[b"a" * 700, b"b" * 300], [b"a" * 7, b"b" * 3]], ids=["much", "little"])
-def test_the_sample_is_of_stretches_at_equal_distances(monkeypatch, documents):
-    monkeypatch.setattr(cli_train, "LOOKED_AT", (10, 20))
-    found = cli_train.sample_of(documents)
+def test_the_sample_has_excerpts_at_equal_distances(monkeypatch, documents):
+    monkeypatch.setattr(cli_train, "EVAL_SAMPLE", (10, 20))
+    found = cli_train.eval_sample(documents)
     assert found == ([b"a" * 20] * 7 + [b"b" * 20] * 3 if len(documents[0]) > 20 else documents)
 
 
@@ -367,45 +365,48 @@ DAMAGE = {
 
 
 def test_damaged_metrics_are_dropped_in_one_line(ended, capsys):
-    diary = ended / "metrics.jsonl"
-    whole, lines = rows(ended), diary.read_bytes().splitlines(keepends=True)
+    metrics_file = ended / "metrics.jsonl"
+    whole, lines = rows(ended), metrics_file.read_bytes().splitlines(keepends=True)
     for name, damage in DAMAGE.items():
-        diary.write_bytes(b"".join([*lines[:5], damage + b"\n", *lines[5:]]))
+        metrics_file.write_bytes(b"".join([*lines[:5], damage + b"\n", *lines[5:]]))
         assert rows(ended) == whole, name
-        assert capsys.readouterr().err == f"megalodon_ops: {diary}: damaged lines left out: 1\n", name
+        assert capsys.readouterr().err == f"megalodon_ops: {metrics_file}: damaged lines left out: 1\n", name
     damaged = [damage + b"\n" for damage in DAMAGE.values()]
-    diary.write_bytes(b"".join([*lines[:5], *damaged, *lines[5:]]))
+    metrics_file.write_bytes(b"".join([*lines[:5], *damaged, *lines[5:]]))
     assert main(["train", "--out", str(ended), "--resume", "--steps", "61"]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "step/s" not in line and line]  # no bar's
-    assert said == [f"megalodon_ops: {diary}: damaged lines left out: {len(DAMAGE)}"]
-    assert rows(ended)[: len(whole) - 1] == whole[:-1], "all but the line that a finished run ends with"
+    err = [line for line in capsys.readouterr().err.splitlines() if "step/s" not in line and line]  # no progress bar
+    assert err == [f"megalodon_ops: {metrics_file}: damaged lines left out: {len(DAMAGE)}"]
+    assert rows(ended)[: len(whole) - 1] == whole[:-1], "all but the last line of a finished run"
 
 
-def test_a_place_outside_of_the_text_is_one_line(ended, capsys):
+def test_a_position_outside_the_text_is_reported_in_one_line(ended, capsys):
     path = max((ended / "checkpoints").iterdir()) / "training.json"
     record = json.loads(path.read_text())
     record["data"]["position"]["readers"][0] = [0, 10**9]
     path.unlink()
     write_record(path.parent, record)
     assert main(["train", "--out", str(ended), "--resume", "--steps", "61"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"{path}: Batches.seek: `position` must be" in said
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{path}: Batches.seek: `position` must have" in err
 
 
 @pytest.mark.parametrize(
     "put", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["folder", "pipe", "device"]
 )
-def test_metrics_that_are_no_file(put, ended, capsys):
-    diary = ended / "metrics.jsonl"
-    diary.unlink()
-    put(diary)
+def test_metrics_that_are_not_a_file(put, ended, capsys):
+    metrics_file = ended / "metrics.jsonl"
+    metrics_file.unlink()
+    put(metrics_file)
     for steps in ("60", "61"):
         assert main(["train", "--out", str(ended), "--resume", "--steps", steps]) == 2
         err = capsys.readouterr().err
-        assert err.startswith(f"megalodon_ops train: error: {diary}: must be a file, got a") and err.count("\n") == 1
+        assert (
+            err.startswith(f"megalodon_ops train: error: {metrics_file}: must be a file, got a")
+            and err.count("\n") == 1
+        )
 
 
-def test_weights_that_give_no_numbers_end_a_run_in_one_line(ended, capsys):
+def test_non_finite_losses_end_a_run_in_one_line(ended, capsys):
     overflow(ended)
     assert main(["train", "--out", str(ended), "--resume", "--steps", "61"]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "step/s" not in line and line)

@@ -1,4 +1,4 @@
-"""`eval` and `generate`: what is made of a trained model."""
+"""`eval` and `generate` with a trained model."""
 
 import signal
 
@@ -43,19 +43,19 @@ def test_generate(finished, capsys):
 
     text = generate()
     assert text.startswith("import ") and len(text) > len("import ")
-    assert generate() == text, "a seed repeats itself"
+    assert generate() == text, "the same seed, the same text"
     assert generate("--seed", "1") != text
     assert generate("--temperature", "0") == generate("--top-k", "1", "--seed", "3") != text
 
 
-def test_generate_prints_as_it_comes(finished):
+def test_generate_prints_token_by_token(finished):
     command = Forked("generate", "--checkpoint", finished, "--tokens", 1_000_000)
     assert command.stdout.read(20)
     command.stdout.close()  # as `head` does
     assert command.wait() == (128 + signal.SIGPIPE, b"")
 
 
-def test_a_prompt_from_standard_input_on_a_terminal_that_knows_ascii_alone(finished):
+def test_a_prompt_from_standard_input_on_an_ascii_terminal(finished):
     arguments = ["generate", "--checkpoint", finished, "--prompt-file", "-", "--tokens", 5]
     command = Forked(*arguments, stdin="d\u00e9f ".encode(), encoding="ascii")
     assert command.stdout.readall().startswith(b"d\\xe9f ")
@@ -65,7 +65,7 @@ def test_a_prompt_from_standard_input_on_a_terminal_that_knows_ascii_alone(finis
 @pytest.mark.parametrize(
     "flags", [["eval"], ["generate"], ["generate", "--temperature", "0"], ["generate", "--top-p", "0.9"]]
 )
-def test_weights_that_give_no_numbers_are_an_error(ended, capsys, flags):
+def test_weights_with_non_finite_losses_are_an_error(ended, capsys, flags):
     overflow(ended)
     assert main([*flags, "--checkpoint", str(ended)]) == 2
     *bar, line = capsys.readouterr().err.splitlines()
@@ -74,20 +74,20 @@ def test_weights_that_give_no_numbers_are_an_error(ended, capsys, flags):
 
 
 def test_perplexity_beyond_float64(ended, capsys):
-    """Weights that are wrong but give numbers are evaluated, however bad the figure."""
+    """Bad weights with finite losses are evaluated."""
     overflow(ended, by=1e4)
     assert main(["eval", "--checkpoint", str(ended)]) == 0
     assert capsys.readouterr().out.endswith(" bits per byte, perplexity inf per byte\n")
 
 
-def test_eval_of_a_folder_takes_what_matches(finished, text, capsys):
+def test_eval_of_a_folder_takes_matching_files(finished, text, capsys):
     command = ["eval", "--checkpoint", str(finished), "--data", str(text)]
     assert main([*command, "--glob", "1.py", "--glob", "2?.py"]) == 0
     assert "11 documents, 5,500 bytes" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_program_is_evaluated_and_continued(text, tmp_path, capsys):
-    """What such a program has recorded is not taken for the record of `train`, so the text must be named."""
+def test_a_checkpoint_of_another_program_is_evaluated_and_generates(text, tmp_path, capsys):
+    """Its record is not that of `train`, so `eval` needs --data."""
     model = tiny_model(torch.float32, vocab_size=257, output_size=256)
     save_checkpoint(tmp_path, 1, model, tokenizer=ByteTokenizer(), record={"position": 3})
     assert main(["eval", "--checkpoint", str(tmp_path), "--data", str(text / "0.py")]) == 0

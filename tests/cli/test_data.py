@@ -17,7 +17,7 @@ documents = st.lists(st.binary(max_size=200), max_size=30)
 
 
 @given(documents, st.randoms())
-def test_split_is_a_partition_of_distinct_documents(documents, random):
+def test_the_split_partitions_distinct_documents(documents, random):
     distinct = {document for document in documents if document}
     if sum(map(len, distinct)) < 2:
         with pytest.raises(ValueError, match="hold_out: `documents` must have at least 2 bytes"):
@@ -44,14 +44,14 @@ def test_about_a_twentieth_is_held_out(sizes):
     assert 0.025 * sum(sizes) <= sum(map(len, corpus.held_out)) <= 0.05 * sum(sizes)
 
 
-def test_one_document_gives_its_end():
+def test_the_end_of_one_document_is_held_out():
     text = bytes(range(200))
     corpus = hold_out([text])
     assert corpus.train == [text[:190]]
     assert corpus.held_out == [text[190:]]
 
 
-def test_fingerprint_tells_texts_apart():
+def test_fingerprints_distinguish_texts():
     assert hold_out([b"one", b"two"]).fingerprint != hold_out([b"one", b"too"]).fingerprint
 
 
@@ -74,14 +74,14 @@ def test_files_of_folders(tmp_path):
         ("folder", "folder: no file with content in this folder"),
     ],
 )
-def test_text_that_is_not_there(tmp_path, name, message):
+def test_missing_text(tmp_path, name, message):
     (tmp_path / "empty").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(CommandError, match=message):
         find_files([tmp_path / name])
 
 
-def folder_of(tmp_path, files):
+def write_files(tmp_path, files):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -93,32 +93,34 @@ def names(found):
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
-LONG = "\N{SNOWMAN}".encode() * (1 << 19)  # 1.5 MiB, cut within a letter where it is read in pieces of 1 MiB
+LONG = "\N{SNOWMAN}".encode() * (1 << 19)  # 1.5 MiB; pieces of 1 MiB end inside a letter
 MIXED = {
     "a.txt": b"plain", "b.png": PNG, "c.txt": "d\u00e9f".encode(), "d.txt": "d\u00e9f".encode("latin-1"),
     "e.txt": b"nul\0nul", "f.txt": LONG, "g.txt": LONG[:-1], "sub/h.md": b"deep",
 }  # fmt: skip
 
 
-def test_of_a_folder_the_text_is_taken_and_the_rest_is_told(tmp_path, capsys):
-    folder = folder_of(tmp_path, MIXED)
+def test_text_files_of_a_folder_are_taken_and_the_rest_is_reported(tmp_path, capsys):
+    folder = write_files(tmp_path, MIXED)
     assert names(find_files([folder])) == ["a.txt", "c.txt", "f.txt", "h.md"]
-    said = f"skipping 4 of the files, which are not UTF-8 text, such as {folder}/b.png; --glob PATTERN takes what matches, text or not"
+    skipped = (
+        f"skipping 4 of the files, which are not UTF-8 text, such as {folder}/b.png; --glob PATTERN takes every match"
+    )
     taken = f"taking 3 .txt ({5 + 4 + len(LONG):,} bytes), 1 .md (4 bytes); --glob '*.txt' takes files of one kind"
-    assert capsys.readouterr().err == f"megalodon_ops: {taken}\nmegalodon_ops: {said}\n"
-    assert names(find_files([folder / "b.png", folder / "sub"])) == ["b.png", "h.md"], "a file that is named is taken"
+    assert capsys.readouterr().err == f"megalodon_ops: {taken}\nmegalodon_ops: {skipped}\n"
+    assert names(find_files([folder / "b.png", folder / "sub"])) == ["b.png", "h.md"], "named files are taken"
     assert capsys.readouterr().err == "megalodon_ops: taking 1 .md (4 bytes)\n"
 
 
 def test_kinds_of_files_beyond_eight_are_counted(tmp_path, capsys):
-    find_files([folder_of(tmp_path, {f"f.{kind}": b"x" * (9 - kind) for kind in range(9)} | {"f": b"x" * 20})])
+    find_files([write_files(tmp_path, {f"f.{kind}": b"x" * (9 - kind) for kind in range(9)} | {"f": b"x" * 20})])
     said = capsys.readouterr().err
     assert "taking 1 without suffix (20 bytes), 1 .0 (9 bytes), " in said
     assert said.endswith(", 1 .6 (3 bytes), 2 other kinds; --glob '*.txt' takes files of one kind\n")
 
 
 def test_globs_choose_among_a_folders_files(tmp_path, capsys):
-    folder = folder_of(tmp_path, MIXED)
+    folder = write_files(tmp_path, MIXED)
     for globs, found in {
         ("*",): sorted(path.rpartition("/")[2] for path in MIXED),
         ("*.md", "[bd].*"): ["b.png", "d.txt", "h.md"],
@@ -132,7 +134,7 @@ def test_globs_choose_among_a_folders_files(tmp_path, capsys):
 
 
 def test_a_folder_without_text(tmp_path):
-    folder = folder_of(tmp_path, {"b.png": PNG})
+    folder = write_files(tmp_path, {"b.png": PNG})
     with pytest.raises(
         CommandError,
         match="no text in this folder: skipping 1 of the files, which are not UTF-8 text, such as .*b.png; --glob",
@@ -152,7 +154,7 @@ def test_standard_library():
 
 
 class Follower:
-    """Puts documents together again by `cu_seqlens`, `carry` and `last`, and checks inputs against targets."""
+    """Reassembles documents by `cu_seqlens`, `carry` and `last`, and checks inputs against targets."""
 
     def __init__(self):
         self.open = {}  # row -> ids so far
@@ -176,20 +178,20 @@ class Follower:
                 self.open[ends[sequence]] = piece
             else:
                 self.closed.append(piece)
-        self.closed += before.values()  # rows that no sequence goes on from ended with their documents
+        self.closed += before.values()  # rows whose documents have ended
 
 
-some = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=12)
+nonempty_documents = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=12)
 shape = st.tuples(st.integers(1, 4), st.integers(1, 16))
 ends = st.sampled_from(["start", 7, None])
 
 
 def targets_of(documents, end):
-    """What is to be predicted of each document."""
+    """Targets of each document."""
     return [[*document, *([] if end is None else [START if end == "start" else end])] for document in documents]
 
 
-@given(some, shape, ends)
+@given(nonempty_documents, shape, ends)
 def test_one_streamed_pass_reads_every_byte_and_every_end_once(documents, shape, end):
     batches, follower = Batches(documents, *shape, context="streamed", seed=None, end=end), Follower()
     while (batch := batches.next()) is not None:
@@ -197,7 +199,7 @@ def test_one_streamed_pass_reads_every_byte_and_every_end_once(documents, shape,
     assert sorted(follower.closed + list(follower.open.values())) == sorted(targets_of(documents, end))
 
 
-@given(some, shape, st.integers(0, 5), ends)
+@given(nonempty_documents, shape, st.integers(0, 5), ends)
 def test_streamed_batches_are_full_and_shuffled_documents(documents, shape, seed, end):
     rows, length = shape
     batches, follower = Batches(documents, rows, length, context="streamed", seed=seed, end=end), Follower()
@@ -210,7 +212,7 @@ def test_streamed_batches_are_full_and_shuffled_documents(documents, shape, seed
     assert max(follower.closed.count(document) / wanted.count(document) for document in wanted) >= 1
 
 
-@given(some, shape, st.integers(0, 5), ends)
+@given(nonempty_documents, shape, st.integers(0, 5), ends)
 def test_packed_rows_lay_documents_end_to_end(documents, shape, seed, end):
     rows, length = shape
     batches = Batches(documents, rows, length, context="packed", seed=seed, end=end)
@@ -228,18 +230,18 @@ def test_packed_rows_lay_documents_end_to_end(documents, shape, seed, end):
     assert sorted(order) == list(range(len(documents)))
 
 
-@given(some, shape, st.sampled_from(["streamed", "packed"]), st.integers(0, 30), st.integers(0, 5))
-def test_batches_go_on_from_a_position(documents, shape, context, before, seed):
-    def fresh():
+@given(nonempty_documents, shape, st.sampled_from(["streamed", "packed"]), st.integers(0, 30), st.integers(0, 5))
+def test_batches_resume_from_a_position(documents, shape, context, before, seed):
+    def new_batches():
         return Batches(documents, *shape, context=context, seed=seed)
 
-    batches = fresh()
+    batches = new_batches()
     for _ in range(before):
         batches.next()
-    resumed = fresh()
-    resumed.seek(batches.position())
+    other_batches = new_batches()
+    other_batches.seek(batches.position())
     for _ in range(5):
-        for one, other in zip(batches.next(), resumed.next(), strict=True):
+        for one, other in zip(batches.next(), other_batches.next(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
@@ -250,7 +252,7 @@ def test_seed_and_epoch_change_the_order():
 
 
 def test_documents_are_cut_into_parts_of_the_context_length():
-    """Parts are equal, are all of the text, and are taken in random order, each as a document of its own."""
+    """Parts have equal lengths, cover the text, and are shuffled as documents."""
     book, note = bytes(range(200)), b"ab"
     batches = Batches([book, note], rows=1, length=10, context_length=30)
     assert batches.lengths.tolist() == [28, 29, 29, 28, 29, 29, 29, 3]
@@ -258,8 +260,8 @@ def test_documents_are_cut_into_parts_of_the_context_length():
     epoch = torch.cat([batch.targets[0] for batch in seen])[:204].tolist()
     assert sorted(epoch) == sorted([*book, *note, START, START]), "the last part alone has the book's end"
     assert epoch[epoch.index(199) + 1] == START
-    begun = [int(batch.targets[0, begin]) for batch in seen for begin in batch.cu_seqlens[:-1][batch.carry < 0]][:8]
-    assert sorted(begun) == [0, 28, 57, 86, ord("a"), 114, 143, 172] and begun != sorted(begun)
+    first_ids = [int(batch.targets[0, begin]) for batch in seen for begin in batch.cu_seqlens[:-1][batch.carry < 0]][:8]
+    assert sorted(first_ids) == [0, 28, 57, 86, ord("a"), 114, 143, 172] and first_ids != sorted(first_ids)
     again = Batches([book, note], rows=1, length=10, context_length=30)
     again.seek(batches.position())
     assert torch.equal(again.next().tokens, batches.next().tokens)
@@ -267,7 +269,7 @@ def test_documents_are_cut_into_parts_of_the_context_length():
 
 @pytest.mark.parametrize("context_length", [51, 10**12])
 def test_long_documents_are_cut_where_rows_would_read_the_same(context_length):
-    """Of one book, each of the rows reads a part of its own in an epoch, and all parts together are the book."""
+    """Each row reads its own part of a book in an epoch; the parts together are the book."""
     book, note = bytes(range(200)), b"ab"
     batches = Batches([book, note], rows=4, length=10, context_length=context_length)
     assert batches.lengths.tolist() == [50, 50, 50, 51, 3]
@@ -278,7 +280,7 @@ def test_long_documents_are_cut_where_rows_would_read_the_same(context_length):
     assert set(tokens) >= set(book)
 
 
-def test_no_part_is_an_end_alone():
+def test_no_part_is_only_an_end():
     batches = Batches([b"abc"], rows=9, length=1, context_length=1)
     assert batches.lengths.tolist() == [2, 2]
     for batch, _ in zip(batches, range(20), strict=False):
@@ -288,6 +290,6 @@ def test_no_part_is_an_end_alone():
 def test_documents_that_fit_a_row_are_not_cut():
     documents = [bytes(range(size)) for size in (30, 40, 50)]
     assert Batches(documents, rows=2, length=8, context_length=51).documents == documents
-    assert Batches(documents, rows=64, length=51, context_length=51).documents == documents, "of so little text, none"
+    assert Batches(documents, rows=64, length=51, context_length=51).documents == documents, "there is too little text"
     assert Batches(documents, rows=64, length=50).documents == documents
     assert Batches(documents, rows=2, length=8, context_length=50, end=None).documents == documents

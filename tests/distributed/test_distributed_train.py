@@ -148,7 +148,7 @@ WRONG = {
         [["--mesh", "chunk=2", "--batch", 1, "--length", 31]] * 2,
         "--length 31: the mesh's chunk=2 shares 1 x 31 tokens, which must be at least 2 chunks of 16, or a multiple of 2 rows",
     ),
-    "mesh": ([["--mesh", "data=3"]] * 2, "--mesh data=3: is of 3 processes, and there are 2"),
+    "mesh": ([["--mesh", "data=3"]] * 2, "--mesh data=3: needs 3 processes, got 2"),
     "seeds": (
         [["--seed", 1], ["--seed", 2]],
         "--seed must be the same in all processes, got ",
@@ -217,13 +217,13 @@ def test_a_fault_of_the_program_has_its_traceback_and_ends_all(text, tmp_path):
     assert (other.code, failed.code) == (2, 1) and not any("error" in line for line in lines_of(other.err)), other
     assert failed.err.startswith("Traceback") and lines_of(failed.err)[-1].startswith("ZeroDivisionError"), failed.err
     follows, first = (json.loads((tmp_path / f"{rank}.json").read_text())["message"] for rank in range(2))
-    assert (first["message"], follows["message"]) == ("ZeroDivisionError: division by zero", torchrun.FOLLOWS)
+    assert (first["message"], follows["message"]) == ("ZeroDivisionError: division by zero", torchrun.PEER_FAILURE)
     assert int(first["extraInfo"]["timestamp"]) < int(follows["extraInfo"]["timestamp"])
 
 
 def test_a_mesh_for_one_process(text, tmp_path, capsys):
     assert train(text, tmp_path / "run", "--mesh", "data=2,chunk=2") == 2
-    assert "and there are 1; start them by torchrun --nproc-per-node 4 -m megalodon_ops" in capsys.readouterr().err
+    assert "got 1; start them by torchrun --nproc-per-node 4 -m megalodon_ops" in capsys.readouterr().err
     for wrong in ("data", "data=0", "data=2,data=2", "rows=2", "data=-1", "data=\u0662"):
         with pytest.raises(SystemExit) as end:
             train(text, tmp_path / "run", "--mesh", wrong)

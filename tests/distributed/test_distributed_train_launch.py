@@ -148,9 +148,7 @@ def test_a_missing_process(text, tmp_path):
     )  # fmt: skip
     assert result.returncode == 2
     (line,) = lines_of(result.stderr)
-    begin = (
-        "megalodon_ops train: error: rank 1: the processes have not found each other, which --timeout gives 2 s for: "
-    )
+    begin = "megalodon_ops train: error: rank 1: the processes did not find each other within --timeout 2 s: "
     assert line.startswith(begin)
     assert not (tmp_path / "run").exists()
 
@@ -210,5 +208,5 @@ def test_threads(monkeypatch, environment, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)), raising=False)
     taken = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    processes.take_a_share_of_the_threads()
+    processes.set_thread_share()
     assert taken == ([] if expected is None else [expected])

@@ -1,4 +1,4 @@
-"""Batches that several processes share by their rows: their union is the batch of one process, in any number of them."""
+"""Batches shared by rows: the union over any number of processes is the batch of one process."""
 
 import json
 
@@ -16,26 +16,26 @@ contexts = st.sampled_from(["streamed", "packed"])
 
 @st.composite
 def splits(draw, rows):
-    """Ranges of neighbouring rows that share `rows` rows."""
+    """Ranges of consecutive rows that partition `rows` rows."""
     cuts = draw(st.sets(st.integers(1, rows - 1))) if rows > 1 else set()
     bounds = [0, *sorted(cuts), rows]
     return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def union(parts, ranges):
-    """The batch that ranks' batches make together."""
+    """Join the ranks' batches."""
     sequences = numpy.cumsum([0, *(len(part.carry) for part in parts)])
     tokens = numpy.cumsum([0, *(part.tokens.shape[1] for part in parts)])
 
-    def moved(values, by):
-        return torch.where(values < 0, values, values + by)
+    def shift(values, offset):
+        return torch.where(values < 0, values, values + offset)
 
     return Batch(
         torch.cat([part.tokens for part in parts], 1),
         torch.cat([part.targets for part in parts], 1),
         torch.cat([torch.tensor([0]), *(p.cu_seqlens[1:] + int(t) for p, t in zip(parts, tokens[:-1], strict=True))]),
-        torch.cat([moved(part.carry, rows.start) for part, rows in zip(parts, ranges, strict=True)]),
-        torch.cat([moved(part.last, int(first)) for part, first in zip(parts, sequences[:-1], strict=True)]),
+        torch.cat([shift(part.carry, rows.start) for part, rows in zip(parts, ranges, strict=True)]),
+        torch.cat([shift(part.last, int(first)) for part, first in zip(parts, sequences[:-1], strict=True)]),
     )
 
 
@@ -46,7 +46,7 @@ def assert_equal(one, other):
 
 @given(st.data(), corpora, st.integers(1, 6), st.integers(1, 16), contexts, st.integers(0, 9) | st.none())
 def test_ranks_make_the_batch_of_one_process_before_and_after_a_resume(data, documents, rows, length, context, seed):
-    """The resume is in another number of ranks; a position is equal on all of them, and is JSON."""
+    """The number of ranks changes at the resume; positions are equal on all ranks, and JSON."""
     whole = Batches(documents, rows, length, context=context, seed=seed)
     position = None
     for _ in range(2):
@@ -66,8 +66,8 @@ def test_ranks_make_the_batch_of_one_process_before_and_after_a_resume(data, doc
         position = json.loads(json.dumps(ranks[-1].position()))
 
 
-class Watched:
-    """A document that notes what is read of it."""
+class RecordedDocument:
+    """A document that records reads."""
 
     def __init__(self, text, read):
         self.text, self.read = text, read
@@ -81,22 +81,22 @@ class Watched:
 
 
 @pytest.mark.parametrize("context", ["streamed", "packed"])
-def test_a_rank_reads_its_rows_alone(context):
+def test_a_rank_reads_only_its_own_rows(context):
     read: list[int] = []
-    documents = [Watched(bytes(range(n, n + 50)), read) for n in range(20)]
+    documents = [RecordedDocument(bytes(range(n, n + 50)), read) for n in range(20)]
     rank = Batches(documents, range(2, 3), 16, batch=8, context=context)
     for _ in range(50):
         rank.next()
     assert 50 * 16 <= sum(read) <= 50 * (16 + 3), "and the token before each piece"
 
 
-def test_documents_with_lengths_are_asked_for_when_they_are_read():
+def test_documents_with_lengths_are_read_lazily():
     class Lazy(list):
         lengths = numpy.array([3, 4], numpy.uint32)
-        asked = 0
+        num_reads = 0
 
         def __getitem__(self, index):
-            self.asked += 1
+            self.num_reads += 1
             return super().__getitem__(index)
 
         def __iter__(self):
@@ -104,18 +104,18 @@ def test_documents_with_lengths_are_asked_for_when_they_are_read():
 
     lazy = Lazy([b"abc", b"defg"])
     batches = Batches(lazy, 1, 3, seed=None, end=None)
-    assert lazy.asked == 0
+    assert lazy.num_reads == 0
     assert [bytes(batch.targets[0].tolist()) for batch in batches] == [b"def", b"gab", b"c"]
 
 
-def test_a_rank_out_of_text_gets_no_tokens_until_all_are():
+def test_a_rank_out_of_text_gets_no_tokens_until_all_ranks_are():
     batches = Batches([b"abcdef", b"x"], range(1, 2), 2, batch=2, seed=None, end=None)
     sizes = [batch.tokens.shape for batch in batches]
     assert sizes == [(1, 1), (1, 0), (1, 0)]
 
 
 def test_the_order_is_that_of_whole_digests():
-    """So runs of earlier versions, which sorted whole digests, go on in their order."""
+    """Runs of earlier versions, which sorted whole digests, resume in the same order."""
     import hashlib
 
     for seed, epoch in ((0, 0), (5, 3)):
@@ -140,8 +140,7 @@ def test_wrong_rows(name):
         Batches([b"text"], length=3, **arguments)
 
 
-def test_a_rank_goes_on_from_the_state_of_its_own_rows():
-    """`carry` and `last` number the rank's rows, as its reader's state does."""
+def test_carry_and_last_number_the_ranks_own_rows():
     corpus = hold_out([bytes(range(n, n + 60)) for n in range(0, 120, 7)])
     rank = Batches(corpus.train, range(3, 5), 16, batch=6)
     batch = rank.next()

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or not there, whatever happens while they are written."""
+"""Checkpoints of a run: complete or absent, whatever happens while they are written."""
 
 import json
 import logging
@@ -50,14 +50,14 @@ def test_round_trip(tmp_path):
 
 
 def test_a_checkpoint_is_a_model(tmp_path):
-    """The plain loader of models reads a checkpoint's folder, and a run's only by its checkpoint's name."""
+    """Megalodon.load reads a checkpoint's folder, but not a run's."""
     folder = save(tmp_path, 12)
     assert Megalodon.load(folder).embed.weight[0, 0] == 12
     with pytest.raises(FileNotFoundError, match="it is a run of .*: name a folder in its checkpoints/"):
         Megalodon.load(tmp_path)
 
 
-def test_the_newest_is_read_and_old_ones_go(tmp_path):
+def test_the_newest_is_read_and_old_ones_are_removed(tmp_path):
     for step in (8, 9, 10, 99_999_999, 100_000_000):
         save(tmp_path, step)
     assert load_checkpoint(tmp_path).step == 100_000_000
@@ -65,15 +65,15 @@ def test_the_newest_is_read_and_old_ones_go(tmp_path):
     assert names == {"step-99999999", "step-100000000"}
 
 
-def test_more_are_kept_where_asked(tmp_path):
+def test_keep_sets_the_number_of_checkpoints(tmp_path):
     for step in range(4):
         save_checkpoint(tmp_path, step, Megalodon(CONFIG), keep=3)
     assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_what_was_just_written_stays_beside_a_later_one(tmp_path, keep):
-    """As when a run goes on from the checkpoint before a damaged one."""
+def test_a_new_checkpoint_stays_beside_later_ones(tmp_path, keep):
+    """As after a resume from the checkpoint before a damaged one."""
     save(tmp_path, 9)
     save_checkpoint(tmp_path, 5, Megalodon(CONFIG), keep=keep)
     save_checkpoint(tmp_path, 6, Megalodon(CONFIG), keep=keep)
@@ -81,7 +81,7 @@ def test_what_was_just_written_stays_beside_a_later_one(tmp_path, keep):
     assert names == ["5", "6", "9"][2 - keep :]
 
 
-def test_the_same_step_again_replaces(tmp_path):
+def test_the_same_step_is_replaced(tmp_path):
     save(tmp_path, 5, value=1)
     save(tmp_path, 5, value=2)
     assert first_weight(tmp_path) == 2
@@ -91,8 +91,8 @@ def test_the_same_step_again_replaces(tmp_path):
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("step", [2, 3])
 def test_killed_while_writing(tmp_path, monkeypatch, call, counts, step):
-    """At any flush or rename of the writer a whole checkpoint is read, and the next writing succeeds and tidies up."""
-    between = {(1, 1)} if step == 2 else set()  # the step's folder is moved away before the new one takes its name
+    """After a kill at any flush or rename, a complete checkpoint is read, and the next save tidies up."""
+    between = {(1, 1)} if step == 2 else set()  # the old folder is moved away before the rename
     for count in counts:
         run = tmp_path / str(count)
         save(run, 1)
@@ -105,8 +105,8 @@ def test_killed_while_writing(tmp_path, monkeypatch, call, counts, step):
         assert not list((run / "checkpoints").glob(".*")), count
 
 
-def test_a_draft_that_cannot_be_finished_goes(tmp_path, file_size_limit):
-    """On a disk that is full at any file, the checkpoint before is as it was, and nothing of the new one stays."""
+def test_an_unfinished_draft_is_removed(tmp_path, file_size_limit):
+    """If the disk is full, at whichever file, the checkpoint before is unchanged and nothing of the new one stays."""
     folder = save(tmp_path, 1)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -137,9 +137,7 @@ def edit(path, old, new):
 DAMAGE = {
     "short tensors": lambda folder: truncate(folder / "model.safetensors"),
     "short record": lambda folder: truncate(folder / "training.json"),
-    "huge tensors": lambda folder: os.truncate(
-        folder / "model.safetensors", 1 << 40
-    ),  # of which the disk holds nothing
+    "huge tensors": lambda folder: os.truncate(folder / "model.safetensors", 1 << 40),  # sparse
     "missing tensors": lambda folder: (folder / "random.safetensors").unlink(),
     "missing weights": lambda folder: (folder / "model.safetensors").unlink(),
     "missing config": lambda folder: (folder / "config.json").unlink(),
@@ -153,7 +151,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoints_are_passed_over(tmp_path, caplog, damage):
+def test_damaged_checkpoints_are_skipped(tmp_path, caplog, damage):
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
     DAMAGE[damage](folder)
@@ -198,8 +196,8 @@ def test_a_wrong_record_is_one_line_that_names_file_and_field(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["step-best", "step-00000010.bak", "step-7", "step-99999999", "best"])
-def test_what_a_user_keeps_beside_the_checkpoints_stays_and_is_not_read(tmp_path, name):
-    """Copies under names of the user's own, and what is no folder, whatever its name."""
+def test_a_users_files_beside_the_checkpoints_stay_unread(tmp_path, name):
+    """Copies under other names, and anything that is no folder."""
     folder = save(tmp_path, 10)
     copy = folder.with_name(name)
     if name == "step-99999999":
@@ -218,33 +216,33 @@ def test_what_a_user_keeps_beside_the_checkpoints_stays_and_is_not_read(tmp_path
         load_checkpoint(tmp_path)
 
 
-def _load_with_little_memory(run, said):
-    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + (8 << 20), -1))
+def _load_with_little_memory(run, pipe):
+    in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (8 << 20), -1))
     try:
         load_checkpoint(run, verify=False)
     except OSError as error:
-        said.send((error.strerror, error.filename))
+        pipe.send((error.strerror, error.filename))
     else:
-        said.send("loaded")
+        pipe.send("loaded")
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_too_little_memory_is_not_taken_for_a_damaged_file(tmp_path):
-    """A complete checkpoint is not passed over because it cannot be mapped: the run would go on from the one before."""
+    """A complete checkpoint that cannot be mapped is not skipped: the run would resume from the one before."""
     config = replace(CONFIG, vocab_size=300_000)
     for step in (1, 2):
         folder = save_checkpoint(tmp_path, step, Megalodon(config))
     load_checkpoint(tmp_path, verify=False)  # imports what loading needs
     context = multiprocessing.get_context("fork")
-    hears, says = context.Pipe(duplex=False)
-    process = context.Process(target=_load_with_little_memory, args=(tmp_path, says))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_load_with_little_memory, args=(tmp_path, sender))
     process.start()
     process.join(60)
-    assert hears.poll() and hears.recv() == ("Cannot allocate memory", f"{folder}/model.safetensors")
+    assert receiver.poll() and receiver.recv() == ("Cannot allocate memory", f"{folder}/model.safetensors")
 
 
-def test_both_files_and_folders_are_written_through_links(tmp_path):
+def test_files_and_folders_are_written_through_links(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "file").symlink_to(tmp_path / "real" / "file")
     files.write_whole(tmp_path / "file", b"1")
@@ -282,7 +280,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize(("kind", "before"), [("AdamW", 0), *((kind, 3) for kind in OPTIMIZERS)])
-def test_model_optimizer_state_and_random_numbers_go_on_exactly(tmp_path, before, kind):
+def test_model_optimizer_state_and_random_numbers_resume_exactly(tmp_path, before, kind):
     kind, options = OPTIMIZERS[kind]
     model, optimizer = network(0, kind, **options)
     descend(model, optimizer, before)
@@ -313,13 +311,13 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
         load_checkpoint(tmp_path).load_optimizer(other, model)
 
 
-def test_what_is_no_record(tmp_path):
+def test_wrong_records_are_refused(tmp_path):
     model = Megalodon(CONFIG)
-    for wrong, said in (
+    for wrong, message in (
         ({"step": 1}, "`record` must be without step"),
         ({"x": float("nan")}, "JSON"),
         ({"x": {1}}, "JSON"),
     ):
-        with pytest.raises((TypeError, ValueError), match=said):
+        with pytest.raises((TypeError, ValueError), match=message):
             save_checkpoint(tmp_path, 1, model, record=wrong)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""`load_any`: a model out of a folder of any format, and into one of another."""
+"""`load_any`: load a model from a folder of any format, and save it in another."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from megalodon_ops.tokenizers import ByteTokenizer, load_tokenizer
 from megalodon_ops.training.run_checkpoint import load_any, save_checkpoint
 
 
-def same(one, other):
+def equal_weights(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def sources(model, tmp_path_factory):
-    """Every kind of folder that is read, with the model in it."""
+    """The model in a folder of each format."""
     root = tmp_path_factory.mktemp("sources")
     model.save(root / "own", tokenizer=ByteTokenizer())
     mo.save_official(model, root / "official", tokenizer=ByteTokenizer())
@@ -32,20 +32,20 @@ def sources(model, tmp_path_factory):
 @pytest.mark.parametrize("source", ["own", "official", "run", "step"])
 def test_load_any(sources, source, model):
     loaded, tokenizer, record = load_any(sources / source)
-    assert same(loaded, model) and not loaded.training and tokenizer.vocab_size == 257
+    assert equal_weights(loaded, model) and not loaded.training and tokenizer.vocab_size == 257
     assert (record and record["step"]) == (3 if source in ("run", "step") else None)
     assert load_any(sources / source, dtype=torch.bfloat16)[0].embed.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("source", ["own", "official", "run"])
 @pytest.mark.parametrize("to", ["own", "official"])
-def test_weights_and_tokenizer_go_along(sources, source, to, model, tmp_path):
+def test_weights_and_tokenizer_are_converted(sources, source, to, model, tmp_path):
     found, tokenizer, _ = load_any(sources / source)
     if to == "official":
         mo.save_official(found, tmp_path / "m", tokenizer=tokenizer)
     else:
         found.save(tmp_path / "m", tokenizer=tokenizer)
     loaded = (mo.load_official if to == "official" else mo.Megalodon.load)(tmp_path / "m")
-    assert same(loaded, model)
+    assert equal_weights(loaded, model)
     assert torch.equal(loaded(tokens_of(1, 9)), model(tokens_of(1, 9)))
     assert load_tokenizer(tmp_path / "m").vocab_size == 257

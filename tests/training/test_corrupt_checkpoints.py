@@ -1,4 +1,4 @@
-"""Mutated checkpoints of every format, and states: refused in one line, or loaded with numbers that make sense."""
+"""Mutated checkpoints of every format, and states, are refused in one line or load as valid."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ SEED = 20260
 TINY = "--dim 16 --layers 1 --chunk 4 --batch 2 --length 8 --norm-groups 4 --warmup 2 --steps 3 --checkpoint-every 1".split()
 
 
-def counts(few, many):
+def mutation_counts(few, many):
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 @contextmanager
-def seconds(most: int) -> Iterator[None]:
+def time_limit(seconds: int) -> Iterator[None]:
     def alarm(*_):
         raise AssertionError("hangs")
 
     before = signal.signal(signal.SIGALRM, alarm)
-    signal.alarm(most)
+    signal.alarm(seconds)
     try:
         yield
     finally:
@@ -54,9 +54,9 @@ def run(tmp_path_factory):
         yield out / "r", text
 
 
-@counts(20, 500)
+@mutation_counts(20, 500)
 def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_path, capsys, count):
-    """A damaged file is refused, whatever byte of it has changed; the record may be laid out anew."""
+    """A file is refused whichever byte has changed; only the record's layout may change."""
     out, text = run
     base = sorted((out / "checkpoints").iterdir())[-1]
     model, _, record = checkpoint.load_any(base)
@@ -68,7 +68,7 @@ def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_p
         shutil.rmtree(r, ignore_errors=True)
         folder = r / "checkpoints" / base.name
         shutil.copytree(base, folder)
-        what = mutate(rng.choice(sorted(folder.iterdir())), rng)
+        mutation = mutate(rng.choice(sorted(folder.iterdir())), rng)
         command = [
             ["eval", "--checkpoint", str(folder), "--data", str(text)],
             ["generate", "--checkpoint", str(r), "--tokens", "3"],
@@ -76,7 +76,7 @@ def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_p
         ][i % 3]
         capsys.readouterr()
         try:
-            with seconds(30):
+            with time_limit(30):
                 try:
                     model, _, record = checkpoint.load_any(folder)
                     weights = model.state_dict()
@@ -87,30 +87,30 @@ def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_p
                 code = main(command)
                 err = capsys.readouterr().err
         except BaseException as error:
-            bad.append((what, command[0], repr(error)[:300]))
+            bad.append((mutation, command[0], repr(error)[:300]))
             continue
         if weights is not None and any(not torch.equal(weights[name], want[name]) for name in want):
-            bad.append((what, "other weights"))
+            bad.append((mutation, "other weights"))
         if weights is not None and record is not None and json.dumps(record, sort_keys=True) != wanted:
-            bad.append((what, "another record"))
+            bad.append((mutation, "another record"))
         if code not in (0, 2) or (code == 2 and (err.count("\n") != 1 or not err.startswith("megalodon_ops"))):
-            bad.append((what, code, err[:300]))
-        of_a_run = (folder / "training.json").exists()  # without it, the folder is that of a model, which `eval` reads
-        if weights is None and code == 0 and (command[0] == "train" or of_a_run):
-            bad.append((what, "refused by load, taken by", command[0]))
+            bad.append((mutation, code, err[:300]))
+        is_checkpoint = (folder / "training.json").exists()  # without it, the folder is a plain model, for `eval`
+        if weights is None and code == 0 and (command[0] == "train" or is_checkpoint):
+            bad.append((mutation, "refused by load, accepted by", command[0]))
     assert not bad, bad[:12]
     assert refused > count / 2
 
 
 def fault_of(error: Exception, beginning: str) -> str | None:
-    """What is wrong with an error about a file: it must be one line that begins so."""
-    plain = isinstance(error, (FileError, FileNotFoundError)) and str(error).isprintable()
-    return None if plain and str(error).startswith(beginning) else repr(error)[:300]
+    """Return None for a file's error that is one line and begins so, else its text."""
+    is_plain = isinstance(error, (FileError, FileNotFoundError)) and str(error).isprintable()
+    return None if is_plain and str(error).startswith(beginning) else repr(error)[:300]
 
 
-@counts(30, 800)
+@mutation_counts(30, 800)
 def test_a_mutated_folder_of_our_format_is_refused_in_one_line_or_computes(tmp_path, count):
-    """Nothing guards a byte of a weight that is a number still; all else is as it was, or refused."""
+    """Changed weights may load if they are finite; all else must be unchanged or refused."""
     text = b"to be or not to be, that is the question " * 9
     for name, dtype, shard, tokenizer in (
         ("one", torch.float32, 1 << 30, ByteTokenizer()),
@@ -125,27 +125,27 @@ def test_a_mutated_folder_of_our_format_is_refused_in_one_line_or_computes(tmp_p
         folder = tmp_path / "d"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / name, folder)
-        what = mutate(rng.choice(sorted(folder.iterdir())), rng)
+        mutation = mutate(rng.choice(sorted(folder.iterdir())), rng)
         try:
-            with seconds(30):
+            with time_limit(30):
                 model, tokenizer, _ = checkpoint.load_any(folder)
                 if tokenizer is not None:
                     tokenizer.decode(tokenizer.encode(text[:50]))
                 if all(torch.equal(p, p) for p in model.parameters()) and model.config.vocab_size == 31:
                     model(tokens_of(1, 5))
                 else:
-                    bad.append((what, "not finite, or another vocabulary"))
+                    bad.append((mutation, "not finite, or another vocabulary"))
         except (ValueError, FileNotFoundError) as error:
             refused += 1
             if fault := fault_of(error, str(folder)):
-                bad.append((what, fault))
+                bad.append((mutation, fault))
         except BaseException as error:
-            bad.append((what, repr(error)[:300]))
+            bad.append((mutation, repr(error)[:300]))
     assert not bad, bad[:12]
     assert refused > count / 3
 
 
-@counts(15, 200)
+@mutation_counts(15, 200)
 def test_a_mutated_folder_of_the_released_format_is_refused_or_gives_its_weights(tmp_path, count):
     model = tiny_model(torch.float32)
     want = model.state_dict()
@@ -159,22 +159,22 @@ def test_a_mutated_folder_of_the_released_format_is_refused_or_gives_its_weights
             folder = tmp_path / "d"
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(base, folder)
-            what = mutate(rng.choice(sorted(folder.iterdir())), rng)
+            mutation = mutate(rng.choice(sorted(folder.iterdir())), rng)
             try:
-                with seconds(30):
+                with time_limit(30):
                     got = mo.load_official(folder).state_dict()
                 if any(not torch.equal(got[name], want[name]) for name in want):
-                    bad.append((what, "other weights"))
+                    bad.append((mutation, "other weights"))
             except (ValueError, FileNotFoundError) as error:
                 if fault := fault_of(error, "load_official: "):
-                    bad.append((what, fault))
+                    bad.append((mutation, fault))
             except BaseException as error:
-                bad.append((what, repr(error)[:300]))
+                bad.append((mutation, repr(error)[:300]))
     assert not bad, bad[:12]
 
 
-@counts(20, 300)
-def test_a_mutated_state_is_refused_or_one_that_a_model_takes(tmp_path, count):
+@mutation_counts(20, 300)
+def test_a_mutated_state_is_refused_or_valid(tmp_path, count):
     model = tiny_model(torch.float32)
     _, state = model(tokens_of(2, 5), return_state=True)
     state.save(tmp_path / "state.safetensors", model.config)
@@ -186,14 +186,14 @@ def test_a_mutated_state_is_refused_or_one_that_a_model_takes(tmp_path, count):
         folder.mkdir()
         path = folder / "state.safetensors"
         shutil.copy(tmp_path / path.name, path)
-        what = mutate(path, rng)
+        mutation = mutate(path, rng)
         try:
-            with seconds(30):
+            with time_limit(30):
                 found = mo.MegalodonState.load(path, model.config)
                 model(tokens_of(2, 3), state=found)
         except (ValueError, FileNotFoundError) as error:
             if not (str(error).isprintable() and str(path) in str(error)):
-                bad.append((what, repr(error)[:300]))
+                bad.append((mutation, repr(error)[:300]))
         except BaseException as error:
-            bad.append((what, repr(error)[:300]))
+            bad.append((mutation, repr(error)[:300]))
     assert not bad, bad[:12]

@@ -1,4 +1,4 @@
-"""Muon: its steps, what it moves, and that it goes on where it was."""
+"""Muon: its updates, the parameters that it takes, and resuming."""
 
 import copy
 
@@ -20,13 +20,13 @@ def model_and_batches(steps: int):
     return mo.Megalodon(CONFIG), torch.randint(9, (steps, 4, 25), generator=torch.Generator().manual_seed(1))
 
 
-def train(model: mo.Megalodon, by: torch.optim.Optimizer, batches: torch.Tensor) -> list[float]:
+def train(model: mo.Megalodon, optimizer: torch.optim.Optimizer, batches: torch.Tensor) -> list[float]:
     losses = []
     for tokens in batches:
         loss = model.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
-        by.step()
-        by.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
@@ -44,8 +44,8 @@ def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values(shape):
     torch.testing.assert_close(within, torch.diag_embed(evened), rtol=0, atol=1e-4)
 
 
-def test_a_step_is_that_of_the_formula():
-    """Of a matrix: 0.2 sqrt(max(rows, columns)) lr times the orthogonal direction of Nesterov's momentum, and decay."""
+def test_an_update_follows_the_formula():
+    """A matrix decays, and moves by 0.2 sqrt(max(rows, columns)) lr times Nesterov's momentum, orthogonalized."""
     model, batches = model_and_batches(2)
     muon = Muon(model, lr=0.01, weight_decay=0.5)
     matrix = model.layers[0].mega.wv.weight
@@ -62,7 +62,7 @@ def test_a_step_is_that_of_the_formula():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
-def test_the_steps_are_those_of_torch_up_to_its_bfloat16():
+def test_updates_equal_torchs_up_to_its_bfloat16():
     torch.manual_seed(0)
     shapes = [(16, 40), (40, 16), (24, 24)]
     weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -83,12 +83,12 @@ def test_the_steps_are_those_of_torch_up_to_its_bfloat16():
         torch.testing.assert_close(layer.weight.detach(), weight.detach(), rtol=0, atol=0.05 * moved)
 
 
-def test_all_else_moves_by_adamw():
-    """Embedding, output, norms, biases and CEMA take the steps that AdamW alone would give them."""
+def test_other_parameters_move_by_adamw():
+    """Embedding, output, norms, biases and CEMA move as by AdamW alone."""
     (model, batches), (other, _) = model_and_batches(1), model_and_batches(1)
     train(model, Muon(model, lr=0.01), batches)
     train(other, adamw(other, lr=0.01), batches)
-    alike = {
+    equal_names = {
         name for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True)
         if torch.equal(ours, theirs)
     }  # fmt: skip
@@ -97,10 +97,10 @@ def test_all_else_moves_by_adamw():
         for name, value in model.named_parameters()
         if name.startswith("layers.") and value.ndim == 2 and name.endswith("weight")
     }
-    assert alike == {name for name, _ in model.named_parameters()} - matrices
+    assert equal_names == {name for name, _ in model.named_parameters()} - matrices
 
 
-def test_it_goes_on_from_its_state_to_the_last_bit():
+def test_a_resume_from_its_state_is_exact():
     model, batches = model_and_batches(6)
     muon = Muon(model, lr=0.01)
     train(model, muon, batches[:3])
@@ -110,7 +110,7 @@ def test_it_goes_on_from_its_state_to_the_last_bit():
     assert train(model, muon, batches[3:]) == train(again, other, batches[3:])
 
 
-def test_frozen_matrices_and_matrices_without_a_gradient_stay():
+def test_frozen_matrices_and_matrices_without_a_gradient_do_not_move():
     model, batches = model_and_batches(2)
     model.layers[0].mega.wv.weight.requires_grad_(False)
     before = model.layers[0].mega.wv.weight.clone()
@@ -126,9 +126,9 @@ def test_it_learns():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_matrices_few_at_a_time_take_the_same_steps(monkeypatch):
+def test_matrices_one_at_a_time_get_the_same_updates(monkeypatch):
     (model, batches), (other, _) = model_and_batches(3), model_and_batches(3)
     train(model, Muon(model, lr=0.01), batches)
-    monkeypatch.setattr(optimizer, "AT_ONCE", 1)
+    monkeypatch.setattr(optimizer, "STACKED_NUMBERS", 1)
     train(other, Muon(other, lr=0.01), batches)
     torch.testing.assert_close([*model.parameters()], [*other.parameters()], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Folders of tokens: what is written is read, what is held out is what is held out of text, and damage is one clear line."""
+"""Folders of tokens: round trips, the held-out split, and damage reported in one line."""
 
 import os
 import shutil
@@ -13,14 +13,14 @@ from megalodon_ops.files import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training import Batches, Shards, hold_out
 from megalodon_ops.training.corpus import split
-from megalodon_ops.training.shards import MOST_HELD_OUT, Index, dtype_of, write_shard
+from megalodon_ops.training.shards import MAX_HELD_OUT_BYTES, Index, dtype_of, write_shard
 
 BYTES = ByteTokenizer()
 texts = st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=25)
 
 
 def shards_of(folder, documents, tokenizer=BYTES, count=3):
-    """The folder of `count` shards of these documents."""
+    """Write documents to a folder of `count` shards."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     bounds = [len(documents) * i // count for i in range(count + 1)]
@@ -54,8 +54,8 @@ def test_documents_are_read_as_they_were_written(tmp_path, bpe, documents, count
 
 
 @given(documents=texts, count=st.integers(1, 3))
-def test_what_is_held_out_is_what_is_held_out_of_text(tmp_path, documents, count):
-    """With the byte tokenizer all is equal: documents, their order, the place where a long one is cut."""
+def test_the_split_of_bytes_is_that_of_text(tmp_path, documents, count):
+    """With the byte tokenizer: documents, their order, and the cut of a long one."""
     if len({*documents}) == 1 and len(documents[0]) == 1:
         return
     corpus = Shards(shards_of(tmp_path / "tokens", documents, BYTES, count)).hold_out()
@@ -68,42 +68,42 @@ def test_what_is_held_out_is_what_is_held_out_of_text(tmp_path, documents, count
 
 
 def test_a_long_document_is_cut_between_tokens(tmp_path, bpe):
-    """What is held out and what is not are the text."""
+    """Training and held-out part together are the text."""
     for copies in (40, 20_000):
         text = b"to be or not to be, that is the question. " * copies
         corpus = Shards(shards_of(tmp_path / "tokens", [text], bpe, 1)).hold_out()
         (rest,), (end,) = corpus.train, corpus.held_out
         assert bpe.decode(rest.tolist()) + end == text
-        assert abs(len(end) - len(text) // 20) <= 43, "but for the text's period"
+        assert abs(len(end) - len(text) // 20) <= 43, "up to the text's period"
         assert corpus.num_bytes == len(text) - len(end) and corpus.train.lengths.tolist() == [len(rest)]
 
 
 def test_at_most_8_mib_are_held_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("megalodon_ops.training.shards.MOST_HELD_OUT", 100)
+    monkeypatch.setattr("megalodon_ops.training.shards.MAX_HELD_OUT_BYTES", 100)
     documents = [bytes([i, j]) * 20 for i in range(20) for j in range(20)]
     held_out = Shards(shards_of(tmp_path / "tokens", documents)).hold_out().held_out
-    assert [len(text) for text in held_out] == [40, 40] and MOST_HELD_OUT == 8 << 20
+    assert [len(text) for text in held_out] == [40, 40] and MAX_HELD_OUT_BYTES == 8 << 20
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=200), st.integers(1, 300))
-def test_sizes_are_taken_while_they_fit(sizes, most):
-    held_out, goal = [], min(max(1, sum(sizes) // 20), most)
-    left = goal
+def test_documents_are_held_out_while_they_fit(sizes, max_held_out):
+    held_out, goal = [], min(max(1, sum(sizes) // 20), max_held_out)
+    room = goal
     for size in sizes:
-        if size <= left:
+        if size <= room:
             held_out.append(bytes(size))
-            left -= size
-    if left > goal / 2:
-        held_out.append(bytes(left))
+            room -= size
+    if room > goal / 2:
+        held_out.append(bytes(room))
     lengths = numpy.array(sizes)
-    corpus = split(lambda number: bytes(sizes[number]), numpy.arange(len(sizes)), lengths, lengths, bytes, most)
+    corpus = split(lambda number: bytes(sizes[number]), numpy.arange(len(sizes)), lengths, lengths, bytes, max_held_out)
     assert corpus.held_out == held_out
     assert corpus.num_bytes == sum(map(len, corpus.train)) == sum(sizes) - sum(map(len, held_out))
 
 
-def test_shards_are_mapped_when_they_are_read(tmp_path, monkeypatch):
-    """Two shards are mapped at once; batches of their documents are those of lists."""
-    monkeypatch.setattr("megalodon_ops.training.shards.OPEN", 2)
+def test_shards_are_mapped_lazily(tmp_path, monkeypatch):
+    """At most two shards are mapped at once; batches equal those of lists."""
+    monkeypatch.setattr("megalodon_ops.training.shards.MAX_OPEN_SHARDS", 2)
     documents = [bytes([i]) * (3 + i) for i in range(20)]
     corpus = Shards(shards_of(tmp_path / "tokens", documents, BYTES, 7)).hold_out()
     shards = corpus.train.document.__self__
@@ -112,11 +112,11 @@ def test_shards_are_mapped_when_they_are_read(tmp_path, monkeypatch):
     mapped = Batches(corpus.train, 3, 8)
     for _ in range(50):
         assert (mapped.next().targets == lists.next().targets).all()
-        assert shards._opened.cache_info().currsize <= 2
+        assert shards._open_cached.cache_info().currsize <= 2
     assert mapped.position() == lists.position()
 
 
-def test_any_program_reads_the_files(tmp_path, bpe):
+def test_numpy_reads_the_files(tmp_path, bpe):
     documents = [b"to be", b"or not " * 20_000, b"that is"]
     folder = shards_of(tmp_path / "tokens", documents, bpe, 1)
     tokens, index = (numpy.load(folder / f"shard-000000.{name}.npy") for name in ("tokens", "documents"))
@@ -130,16 +130,16 @@ def test_any_program_reads_the_files(tmp_path, bpe):
     ("size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32"), (1 << 24, "uint32")]
 )
 def test_ids_take_few_bytes(size, dtype):
-    """Those of text: an id that opens documents and is the last one does not count."""
+    """A start token with the last id does not count."""
 
-    class Sized(ByteTokenizer):
+    class StartLast(ByteTokenizer):
         vocab_size = size + 1
         start = size
 
-    class Unstarted(Sized):
+    class StartInside(StartLast):
         vocab_size, start = size, 3
 
-    assert dtype_of(Sized()) == dtype_of(Unstarted()) == dtype
+    assert dtype_of(StartLast()) == dtype_of(StartInside()) == dtype
 
 
 def test_a_document_without_tokens_is_counted(tmp_path):
@@ -169,27 +169,27 @@ def flip(path, at):
     path.write_bytes(content)
 
 
-def refuse_to_be_read(path):
+def replace_by_folder(path):
     path.unlink()
     path.mkdir()
 
 
-def pipe(path):
-    """A pipe into which nobody writes: who opens it waits forever."""
+def replace_by_pipe(path):
+    """Replace the file by a pipe without a writer, which blocks its reader."""
     path.unlink()
     os.mkfifo(path)
 
 
 DAMAGE = {
     "no folder": (lambda f: shutil.rmtree(f), "dataset.json: no such file"),
-    "unfinished": (lambda f: Index(3, BYTES.fingerprint, "0" * 64, [None]).write(f), "tokens: is not finished; run the command `tokenize` again"),
+    "unfinished": (lambda f: Index(3, BYTES.fingerprint, "0" * 64, [None]).write(f), "tokens: is incomplete; run the command `tokenize` again"),
     "no JSON": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json: Input data was truncated"),
     "no text": (lambda f: (f / "dataset.json").write_bytes(b"\xff" * 9), "dataset.json: "),
     "deep": (lambda f: (f / "dataset.json").write_text('{"format": ' + "[" * 10**6), "dataset.json: "),
-    "a folder": (lambda f: refuse_to_be_read(f / "dataset.json"), "dataset.json: must be a file, got a folder"),
-    "a pipe": (lambda f: pipe(f / "dataset.json"), "dataset.json: must be a file, got a pipe"),
-    "a pipe of tokens": (lambda f: pipe(f / "shard-000001.tokens.npy"), "tokens.npy: must be a file, got a pipe"),
-    "a pipe of documents": (lambda f: pipe(f / "shard-000001.documents.npy"), "documents.npy: must be a file, got a pipe"),
+    "a folder": (lambda f: replace_by_folder(f / "dataset.json"), "dataset.json: must be a file, got a folder"),
+    "a pipe": (lambda f: replace_by_pipe(f / "dataset.json"), "dataset.json: must be a file, got a pipe"),
+    "a pipe of tokens": (lambda f: replace_by_pipe(f / "shard-000001.tokens.npy"), "tokens.npy: must be a file, got a pipe"),
+    "a pipe of documents": (lambda f: replace_by_pipe(f / "shard-000001.documents.npy"), "documents.npy: must be a file, got a pipe"),
     "format": (lambda f: edit(f / "dataset.json", b'"format": 3', b'"format": 1'), "dataset.json: Invalid enum value 1 - at `$.format`"),
     "a count": (lambda f: edit(f / "dataset.json", b'"tokens": ', b'"tokens": -'), "Expected `int` >= 0 - at `$.shards[0].tokens`"),
     "a field": (lambda f: edit(f / "dataset.json", b"{", b'{"more": 1, '), "contains unknown field `more`"),
@@ -206,7 +206,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_one_line(tmp_path, bpe, name):
+def test_damage_is_reported_in_one_line(tmp_path, bpe, name):
     folder = shards_of(tmp_path / "tokens", [b"to be", b"or not to be", b"that is"], bpe)
     damage, message = DAMAGE[name]
     damage(folder)

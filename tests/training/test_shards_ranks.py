@@ -1,4 +1,4 @@
-"""`train` in two processes from a folder of tokens: the losses of one process that reads the text, before and after a resume."""
+"""`train` on a folder of tokens in two processes: the losses of one process on the text, also after a resume."""
 
 import pytest
 from command_line import rows, train
@@ -9,11 +9,11 @@ from megalodon_ops.cli import main
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def test_two_processes_read_the_tokens_and_one_goes_on(ranks, text, tmp_path):
+def test_two_processes_read_the_tokens_and_one_resumes(ranks, text, tmp_path):
     steps = ("--steps", 3, "--checkpoint-every", 2, "--eval-every", 3)
     assert main(["tokenize", str(text), "--out", str(tmp_path / "tokens")]) == 0
-    assert train(text, tmp_path / "alone", *TINY, *steps) == 0
-    wanted = rows(tmp_path / "alone")
+    assert train(text, tmp_path / "one", *TINY, *steps) == 0
+    wanted = rows(tmp_path / "one")
 
     def assert_equal(run):
         found = rows(run)

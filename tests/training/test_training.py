@@ -1,4 +1,4 @@
-"""`megalodon_ops.training`: a training loop of one's own over the tokens of a BPE, from text to equal losses after a resume."""
+"""`megalodon_ops.training`: a user's training loop over BPE tokens, its resume, batches, and wrong calls."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ import torch
 
 import megalodon_ops as mo
 from megalodon_ops import training
-from megalodon_ops.cli.generate import continued
+from megalodon_ops.cli.generate import continue_prompt
 from megalodon_ops.evaluation import Document, evaluate
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 
@@ -105,7 +105,7 @@ def test_a_loop_over_bpe_tokens_resumes_to_equal_losses(text, bpe, tmp_path, con
 
 
 def test_a_uniform_model_has_the_bits_of_its_ids(text, bpe):
-    """log2(ids) * tokens / bytes: so figures of bytes and of a BPE on one text compare."""
+    """log2(ids) * tokens / bytes, so bytes and BPE are comparable on one text."""
     document = text.held_out[0][:5000]
     bits = {}
     for tokenizer in (ByteTokenizer(), bpe):
@@ -131,8 +131,8 @@ def test_a_uniform_model_has_the_bits_of_its_ids(text, bpe):
     [((1, 200), 1, 15), ((1, 1), None, 60), ((2, 5), 1, 30), ((3, 13), None, 30), ((4, 16), 1, 20)],
     ids=str,
 )
-def test_a_reader_carries_each_rows_document_on(shape, seed, count):
-    """Streamed in any rows and pieces, every token has the loss of one call for its document."""
+def test_a_reader_carries_the_state_of_each_row(shape, seed, count):
+    """In arbitrary rows and pieces, every token has the loss of one call on its document."""
     torch.manual_seed(0)
     model = mo.Megalodon(mo.MegalodonConfig(vocab_size=50, output_size=49, **SIZE)).eval()
     documents = [torch.randint(49, (n,)) for n in (1, 7, 8, 30, 65, 3)]
@@ -156,7 +156,7 @@ def test_a_reader_carries_each_rows_document_on(shape, seed, count):
 
 
 def test_a_model_learns_where_documents_end(tmp_path):
-    """So that what it writes ends by itself, in the library, from a folder, and on the command line."""
+    """So generated text ends by itself, in the library, from a folder and on the command line."""
     documents = [b"one.", b"to two,", b"a third"]
     torch.manual_seed(0)
     model = mo.Megalodon(mo.MegalodonConfig(vocab_size=257, eos_token_id=256, **{**SIZE, "num_layers": 1}))
@@ -171,20 +171,20 @@ def test_a_model_learns_where_documents_end(tmp_path):
         (written,) = mo.Megalodon.load(tmp_path / "model").generate(prompt, **options).tolist()
         assert written == [256, *document, 256]
         assert model.eval().generate(prompt, stop_tokens=[], **options).shape == (1, 52)
-        texts = continued(model, ByteTokenizer(), document[:1], num_tokens=50, temperature=0)
+        texts = continue_prompt(model, ByteTokenizer(), document[:1], num_tokens=50, temperature=0)
         assert document[:1] + b"".join(text for _, text in texts) == document
 
 
-def test_a_text_ends_where_its_tokenizer_says():
-    """Not only at the token that opens documents. All 257 tokens are as likely."""
+def test_generation_stops_at_the_tokenizers_end():
+    """Not only at its start token. All 257 tokens are equally likely."""
 
-    class Ended(ByteTokenizer):
+    class EndTokenizer(ByteTokenizer):
         end = 3
 
     model = mo.Megalodon(mo.MegalodonConfig(vocab_size=257, **SIZE)).eval()
     torch.nn.init.zeros_(model.output.output.weight)
     for seed in range(4):
-        written = b"".join(text for _, text in continued(model, Ended(), b"a", num_tokens=3000, seed=seed))
+        written = b"".join(text for _, text in continue_prompt(model, EndTokenizer(), b"a", num_tokens=3000, seed=seed))
         assert len(written) < 3000 and b"\3" not in written
 
 
@@ -195,7 +195,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_of_any_kind_of_ids_are_those_of_bytes(kind):
+def test_batches_of_all_kinds_of_ids_equal_those_of_bytes(kind):
     documents = [bytes(range(n, n + 30)) for n in range(0, 90, 30)] + [b""]
     wanted = training.Batches(documents, 2, 7, seed=3)
     found = training.Batches([KINDS[kind](list(document)) for document in documents], 2, 7, seed=3)
@@ -252,15 +252,15 @@ WRONG = {
     "position": (lambda: training.Batches([b"a"], 1, 2).seek({}), "Object missing"),
     "another batch's": (
         lambda: training.Batches([b"a"], 1, 2).seek(training.Batches([b"a"], 2, 2).position()),
-        "Batches.seek: `position` must be of as many rows, inside these documents",
+        "Batches.seek: `position` must have as many rows, inside these documents",
     ),
     "before the start": (
         lambda: training.Batches([b"a"], 1, 2).seek({"taken": 1, "readers": [[0, -1]]}),
-        "Batches.seek: `position` must be of as many rows, inside these documents",
+        "Batches.seek: `position` must have as many rows, inside these documents",
     ),
     "past the end": (
         lambda: training.Batches([b"a"], 1, 2).seek({"taken": 1, "readers": [[0, 5]]}),
-        "Batches.seek: `position` must be of as many rows, inside these documents",
+        "Batches.seek: `position` must have as many rows, inside these documents",
     ),
     "rate": (lambda: training.Muon(torch.nn.Linear(2, 2), lr=-1.0), "Invalid learning rate: -1"),
     "steps": (lambda: training.Schedule(lr=1.0, warmup=1, steps=0), "Schedule: `steps` or `minutes` must be given"),
@@ -294,7 +294,7 @@ WRONG = {
         lambda: training.adamw(mo.Megalodon(CONFIG), lr=1.0, weight_decay=-1),
         "parameter_groups: `weight_decay` must be a number of at least 0, got -1.",
     ),
-    "a rank of as many": (
+    "a rank too many": (
         lambda: training.Reader(mo.Megalodon(CONFIG), rank=2, ranks=2),
         "Reader: `rank` must be an integer in [0, 2), below `ranks`, got 2.",
     ),

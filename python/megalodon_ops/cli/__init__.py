@@ -1,4 +1,4 @@
-"""The command line. Each command is a module with `run(options)`; only `info` does without the extra `train`."""
+"""The command line. Each command is a module with `run(options)`; all but `info` need the extra `train`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megalodon_ops.files import FileError
 from megalodon_ops.ops.common.memory import keep_freed_memory
 from megalodon_ops_startup import interruptible
 
-OF_TRAIN = ("msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock")
-EXTRAS = {**dict.fromkeys(OF_TRAIN, "train"), "tensorboard": "tensorboard"}
-"""Which extra brings a package"""
+TRAIN_PACKAGES = ("msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock")
+EXTRAS = {**dict.fromkeys(TRAIN_PACKAGES, "train"), "tensorboard": "tensorboard"}
+"""Package -> the extra that brings it"""
 MODULES = {"eval": "evaluate", "plan": "plan_command", "tokenizer": "tokenizer_command"}
-"""The modules of commands whose names are not theirs"""
+"""Command -> its module, where the names differ"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit code: 0 done, 2 a line on stderr says what to put right, 128 + n stopped by signal n."""
-    for stream in (sys.stdout, sys.stderr):  # a character that the encoding lacks is shown as an escape
+    for stream in (sys.stdout, sys.stderr):  # escape characters that the encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("megalodon_ops").addHandler(_WARNINGS)
     keep_freed_memory()
     try:
-        command, options = _chosen(words)
+        command, options = _parse_command(words)
         with interruptible():
             code = command(options)
-            sys.stdout.flush()  # if the reader has gone, this raises here and not at the interpreter's end
+            sys.stdout.flush()  # raises here, not at interpreter exit, if the reader has gone
             return code
-    except BrokenPipeError:  # `... generate | head`: the reader has gone, so output still buffered is thrown away
+    except BrokenPipeError:  # `... generate | head`: drop output that is still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -49,35 +49,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        return _say_why(name, CommandError(extras.missing(package, EXTRAS[package])))
+        return _show_error(name, CommandError(extras.missing(package, EXTRAS[package])))
     except (CommandError, FileError, FloatingPointError, OSError) as error:
-        return _say_why(name, error)
+        return _show_error(name, error)
     except RuntimeError as error:
-        if not torchrun.is_of_another_process(error):
+        if not torchrun.is_peer_failure(error):
             raise
         lost = "another process of the run has ended, or has not answered within --timeout"
-        return _say_why(name, CommandError(f"{lost}: {torchrun.first_line(error)}"), first=False)
+        return _show_error(name, CommandError(f"{lost}: {torchrun.first_line(error)}"), is_root_cause=False)
 
 
-def _say_why(name: str, error: Exception, first: bool = True) -> int:
-    """Shows an error of a command in one line, unless another process of it has shown what this one comes from."""
-    from megalodon_ops.cli.processes import is_one_of_several, says_why
+def _show_error(name: str, error: Exception, is_root_cause: bool = True) -> int:
+    """Print an error in one line, unless another process has printed its cause."""
+    from megalodon_ops.cli.processes import is_distributed, error_line
 
-    if (line := says_why(error)) is not None:
-        begin = "\n" if is_one_of_several() else ""  # the first process's bar may stand in the line
+    if (line := error_line(error)) is not None:
+        begin = "\n" if is_distributed() else ""  # rank 0's progress bar may be in this line
         print(f"{begin}megalodon_ops {name}: error: {line}", file=sys.stderr, flush=True)
-    torchrun.tell(line or torchrun.FOLLOWS, first=first and line is not None)
+    torchrun.report_failure(line or torchrun.PEER_FAILURE, is_root_cause=is_root_cause and line is not None)
     return 2
 
 
 def process() -> NoReturn:
-    """Runs the command of this process, and ends the process.
+    """Run the command and end the process.
 
-    One process of several ends at once, so that no thread and no connection keeps it which waits for one that is gone.
+    In a distributed run it ends at once, so that no thread or connection waits for a process that is gone.
     """
-    from megalodon_ops.cli.processes import is_one_of_several, says_why
+    from megalodon_ops.cli.processes import is_distributed, error_line
 
-    if not is_one_of_several():
+    if not is_distributed():
         raise SystemExit(main())
     code: Any = 1
     try:
@@ -85,16 +85,17 @@ def process() -> NoReturn:
     except SystemExit as end:
         code = end.code
     except Exception as error:
-        if first := says_why(error) is not None:
+        if is_root_cause := error_line(error) is not None:
             traceback.print_exc()
-        torchrun.tell(f"{type(error).__name__}: {error}" if first else torchrun.FOLLOWS, first=first)
+        line = f"{type(error).__name__}: {error}" if is_root_cause else torchrun.PEER_FAILURE
+        torchrun.report_failure(line, is_root_cause=is_root_cause)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _chosen(words: list[str]) -> tuple[Callable[[Any], int], Any]:
-    """The function that runs the command, and its options."""
+def _parse_command(words: list[str]) -> tuple[Callable[[Any], int], Any]:
+    """Return the function that runs the command, and its options."""
     if words == ["info"]:
         return importlib.import_module("megalodon_ops.cli.info").run, None
     from megalodon_ops.cli.flags import parse

@@ -1,4 +1,4 @@
-"""What a run shows while it goes, and how it is stopped."""
+"""Progress bar of a run, and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from tqdm import tqdm
 
 
 class Progress:
-    """The bar: how much of the run is done, its loss, bits per byte and tokens a second.
+    """Progress bar with loss, bits per byte and tokens per second.
 
-    The bar shows a share of the steps or, in a run of a given time, of the seconds: how many steps the seconds will
-    hold is not known before, and an estimate by the pace so far goes up and down.
+    It counts steps or, with a time limit, seconds: the number of steps is then unknown, and estimates of it fluctuate.
     """
 
     def __init__(self, row: dict[str, Any], steps: int | None, seconds: float | None):
-        """For a run that is at `row`, and ends after `seconds` seconds or, where there is no such limit, `steps` steps."""
+        """Start at `row`; the run ends after `seconds` seconds or, if that is None, `steps` steps."""
         self.held_out: float | None = None
         self.smooth: dict[str, float] = {}
         self.seconds = seconds
@@ -36,9 +35,9 @@ class Progress:
         self.bar.close()
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Says, inside the block, what keeps the bar from going on."""
-        self.bar.set_description_str(what)
+    def describe(self, activity: str) -> Iterator[None]:
+        """Show, inside the block, the activity that holds up the steps."""
+        self.bar.set_description_str(activity)
         yield
         self.bar.set_description_str(None, refresh=False)
 
@@ -56,15 +55,15 @@ class Progress:
         self.bar.update(self._done(row) - self.bar.n)
 
     def _done(self, row: dict[str, Any]) -> float:
-        """How much of the bar's total is done; the last step may take longer than the time that was left."""
+        """Return the done part of the bar's total; the last step may exceed the time limit."""
         return min(row["seconds"], self.seconds) if self.seconds else row["step"]
 
 
 class StopSignals:
-    """Ctrl-C, kill and the end of the terminal let the step finish; a second signal ends the process at once.
+    """Let the step finish on SIGINT, SIGTERM and SIGHUP; a second signal ends the process at once.
 
-    launched: by torchrun, which sends on what a terminal has sent to all, so that a second signal says nothing; a process
-    that takes long is ended by torchrun itself. Where torchrun has ended, the run stops as well.
+    launched: by torchrun, which forwards signals that the terminal has already sent to all. So a second signal is
+    ignored, and torchrun kills slow processes itself. The run also stops if torchrun has ended.
     """
 
     def __init__(self, launched: bool = False):
@@ -73,14 +72,14 @@ class StopSignals:
 
     @property
     def received(self) -> int:
-        """The number of the signal that has come, or 0."""
+        """Number of the received signal, or 0."""
         if self.launcher is not None and os.getppid() != self.launcher:
             return self._received or signal.SIGTERM
         return self._received
 
     def __enter__(self) -> StopSignals:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]  # by `nohup`, say
+        ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]  # under `nohup`, say
         self._before = {number: signal.signal(number, self._note) for number in numbers if number not in ignored}
         return self
 

@@ -1,4 +1,4 @@
-"""Files of text, and documents: where the bytes come from, and which of them are held out."""
+"""Find text files and load their documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def load_data(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet: bool = False) -> Corpus:
-    """What `train` learns from and holds out: the text of :func:`load_corpus`, or the tokens of a folder."""
+    """Load the corpus of `train`: the text of :func:`load_corpus`, or a folder of tokens."""
     if (folder := tokens_folder(paths)) is None:
         return load_corpus(paths, globs, quiet=quiet)
     if globs:
@@ -27,7 +27,7 @@ def load_data(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet:
 
 
 def load_corpus(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet: bool = False) -> Corpus:
-    """Reads the documents of `paths`, as :func:`find_files` takes them, and holds some of them out."""
+    """Read the documents that :func:`find_files` finds, and hold some of them out."""
     try:
         return hold_out(path.read_bytes() for path in find_files(paths, globs, quiet=quiet))
     except ValueError as error:
@@ -36,7 +36,7 @@ def load_corpus(paths: Paths | None, globs: Sequence[str] | None = None, *, quie
 
 
 def tokens_folder(paths: Paths | None) -> Path | None:
-    """The folder of tokens that --data names, if it names one; CommandError if it names something else, too."""
+    """Return the folder of tokens in --data, or None; it must be the only path there."""
     folders = [Path(path) for path in paths or () if is_tokens(Path(path))]
     if folders and len(paths or ()) > 1:
         raise CommandError(f"--data {folders[0]}: holds tokens, so it must be named alone")
@@ -44,10 +44,10 @@ def tokens_folder(paths: Paths | None) -> Path | None:
 
 
 def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet: bool = False) -> list[Path]:
-    """The files named, and of the folders named those that match a pattern or, without patterns, those of text.
+    """Return the named files and, from named folders, files that match a pattern or, without patterns, text files.
 
-    Without names, the Python sources of the standard library. Of folders without patterns, messages say what is taken, and
-    how many files are no text, unless `quiet`: the user has been told.
+    Without paths, return the Python sources of the standard library. For folders without patterns, print the files
+    taken and skipped, unless `quiet`.
     """
     if "" in (globs or ()):
         raise CommandError("--glob: must be a pattern of file names such as '*.py', got ''")
@@ -87,20 +87,20 @@ def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet
     return found
 
 
-def _by_suffix(files: Sequence[Path], most: int = 8) -> str:
-    """How many files there are of each suffix, and their bytes, the kind with most first; and how to choose among kinds."""
+def _by_suffix(files: Sequence[Path], limit: int = 8) -> str:
+    """Describe the files by suffix, largest kind first, with counts and bytes; suggest --glob if there are several."""
     counts, sizes = Counter(file.suffix for file in files), Counter[str]()
     for file in files:
         sizes[file.suffix] += file.stat().st_size
-    kinds = [f"{counts[kind]:,} {kind or 'without suffix'} ({size:,} bytes)" for kind, size in sizes.most_common(most)]
-    if len(sizes) > most:
-        kinds.append(f"{len(sizes) - most} other kinds")
+    kinds = [f"{counts[kind]:,} {kind or 'without suffix'} ({size:,} bytes)" for kind, size in sizes.most_common(limit)]
+    if len(sizes) > limit:
+        kinds.append(f"{len(sizes) - limit} other kinds")
     ((first, _),) = sizes.most_common(1)
     return ", ".join(kinds) + (f"; --glob '*{first or '.txt'}' takes files of one kind" if len(sizes) > 1 else "")
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is UTF-8 without a NUL byte, read in pieces up to the first piece that is not."""
+    """Return True if a file is UTF-8 without a NUL byte."""
     try:
         with open(path, encoding="utf-8") as file:
             return all("\0" not in piece for piece in iter(lambda: file.read(1 << 20), ""))
@@ -109,12 +109,12 @@ def is_text(path: Path) -> bool:
 
 
 def _not_text(files: Sequence[Path]) -> str:
-    """What the user is told of the files of folders that are not text."""
-    return f"{len(files)} of the files, which are not UTF-8 text, such as {files[0]}; --glob PATTERN takes what matches, text or not"
+    """Describe the files in folders that are not text."""
+    return f"{len(files)} of the files, which are not UTF-8 text, such as {files[0]}; --glob PATTERN takes every match"
 
 
 def standard_library() -> list[Path]:
-    """The Python sources of the running interpreter's library: without its tests, which not every machine has."""
+    """Return the Python sources of the standard library, without its tests, which not every machine has."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
     if not files:
@@ -123,7 +123,7 @@ def standard_library() -> list[Path]:
 
 
 def _walk(root: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
-    """The files of a folder and the folders in it, but for hidden and empty ones."""
+    """Yield the files of a folder tree, except hidden and empty ones."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skip)
         for name in sorted(names):

@@ -1,8 +1,7 @@
-"""Documents of files of any size, and how the files are divided into units, each of which becomes a shard.
+"""Read documents from files, divided into units, one for each shard.
 
-A file of text is a document; in a file whose name ends in .jsonl or .ndjson, each line is a JSON object, one field of
-which is a document. How files are divided depends on their sizes alone, and the documents of a unit on its bytes alone:
-units may be read in any order, again and again.
+A text file is a document; in a .jsonl or .ndjson file, each line is a JSON object with a document in one field. The
+division depends on file sizes only, and a unit's documents on its bytes only, so units may be read in any order.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from typing import NamedTuple
 from megalodon_ops.files import opened
 from megalodon_ops.ops.common.checks import shown
 
-OF_LINES = (".jsonl", ".ndjson")
-READ = 1 << 20
-"""Bytes that are read at once"""
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+READ_BYTES = 1 << 20
+"""Bytes read at once"""
 
 
 class Span(NamedTuple):
-    """A file of text, or the lines of JSON that begin at bytes `begin` to `end` of a file."""
+    """A text file, or the JSON lines that begin at bytes `begin` to `end` of a file."""
 
     path: Path
     begin: int
@@ -32,13 +31,13 @@ class Span(NamedTuple):
 Unit = list[Span]
 
 
-def divided(files: Sequence[Path], size: int) -> list[Unit]:
-    """The files in units of about `size` bytes; a file of text stays whole, lines of JSON are divided."""
+def split_files(files: Sequence[Path], size: int) -> list[Unit]:
+    """Divide files into units of about `size` bytes; text files stay whole."""
     units: list[Unit] = []
     room = 0
     for path in files:
         length = path.stat().st_size
-        step = size if path.name.endswith(OF_LINES) else length
+        step = size if path.name.endswith(LINE_SUFFIXES) else length
         for begin in range(0, length, step):
             if room <= 0:
                 units.append([])
@@ -49,17 +48,17 @@ def divided(files: Sequence[Path], size: int) -> list[Unit]:
     return units
 
 
-def size_of(units: Iterable[Unit]) -> int:
+def total_size(units: Iterable[Unit]) -> int:
     return sum(span.end - span.begin for unit in units for span in unit)
 
 
 def documents_of(unit: Unit, field: str, skipped: Counter[str]) -> Iterator[Iterable[bytes]]:
-    """The documents of a unit, each in pieces of text that are to be taken before the next document.
+    """Yield the documents of a unit, each in pieces of text, to be read before the next document.
 
-    Lines that hold no document are counted in `skipped` by the reason.
+    Lines without a document are counted in `skipped`, by reason.
     """
     for span in unit:
-        if span.path.name.endswith(OF_LINES):
+        if span.path.name.endswith(LINE_SUFFIXES):
             yield from ([text] for text in _texts(span, field, skipped))
         else:
             yield _pieces(span)
@@ -67,13 +66,13 @@ def documents_of(unit: Unit, field: str, skipped: Counter[str]) -> Iterator[Iter
 
 def _pieces(span: Span) -> Iterator[bytes]:
     with opened(span.path) as file:
-        while piece := file.read(READ):
+        while piece := file.read(READ_BYTES):
             yield piece
 
 
 def _texts(span: Span, field: str, skipped: Counter[str]) -> Iterator[bytes]:
     with opened(span.path) as file:
-        if span.begin:  # a line that begins before belongs to the span before
+        if span.begin:  # skip a line that began in the span before
             file.seek(span.begin - 1)
             file.readline()
         while file.tell() < span.end and (line := file.readline()):
@@ -86,7 +85,7 @@ def _texts(span: Span, field: str, skipped: Counter[str]) -> Iterator[bytes]:
 
 
 def _text(line: bytes, field: str) -> bytes | str:
-    """The document in a line or, as a str, why there is none."""
+    """Return the document of a line or, as a str, the reason why there is none."""
     try:
         text = json.loads(line)[field]
     except (ValueError, KeyError, TypeError, RecursionError):

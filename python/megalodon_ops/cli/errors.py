@@ -2,4 +2,4 @@
 
 
 class CommandError(Exception):
-    """Something the person at the keyboard can put right: a missing file, a bad value, a checkpoint of another run."""
+    """An error that the user can fix: a missing file, a bad value, a checkpoint of another run."""

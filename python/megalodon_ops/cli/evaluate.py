@@ -1,4 +1,4 @@
-"""`eval`: perplexity and bits per byte as a function of context, on text of any length in constant memory."""
+"""`eval`: perplexity and bits per byte by context length, in constant memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megalodon_ops.files import write_whole
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training.batches import Document
 
-_READ = 1 << 14  # bytes of a document that are read at once
+_READ = 1 << 14  # bytes of a document read at once
 
 
 def run(options: Eval) -> int:
@@ -59,7 +59,7 @@ def run(options: Eval) -> int:
 
 
 def report(results: Sequence[Evaluation]) -> str:
-    """What the user reads: a line for one context, a table for more."""
+    """Format the results: a line for one context, a table for more."""
     if len(results) == 1:
         (only,) = results
         per_token = "" if only.tokens == only.num_bytes else f", {only.perplexity:.4f} per token"
@@ -67,13 +67,13 @@ def report(results: Sequence[Evaluation]) -> str:
     lines = [f"{'context':>12} {'bits per byte':>14} {'perplexity per byte':>20} {'per token':>12} {'tokens':>14}"]
     for result in results:
         context = result.context if result.context == "all" else f"{result.context:,}"
-        of_bytes = f"{result.bits_per_byte:>14.4f} {result.perplexity_per_byte:>20.4f}"
-        lines.append(f"{context:>12} {of_bytes} {result.perplexity:>12.4f} {result.tokens:>14,}")
+        per_byte = f"{result.bits_per_byte:>14.4f} {result.perplexity_per_byte:>20.4f}"
+        lines.append(f"{context:>12} {per_byte} {result.perplexity:>12.4f} {result.tokens:>14,}")
     return "\n".join(lines)
 
 
-class _Encoded:
-    """The tokens of a document, encoded while they are read; a new iteration reads the document again."""
+class _EncodedDocument:
+    """Tokens of a document, encoded lazily, in each iteration."""
 
     def __init__(self, document: Document, tokenizer: Tokenizer, read: Callable[[int], object], ends: bool):
         self.document, self.tokenizer, self.read, self.ends = document, tokenizer, read, ends
@@ -98,18 +98,18 @@ def as_documents(
     *,
     ends: bool = False,
 ) -> list[evaluation.Document]:
-    """Documents as `evaluate` takes them, the longest first, with their ends to be predicted or not.
+    """Return documents for `evaluate`, longest first; with `ends`, their end tokens are predicted, too.
 
-    `read` is called with the bytes that were read.
+    `read` is called with the number of bytes read.
     """
     longest_first = sorted(documents, key=len, reverse=True)
-    return [evaluation.Document(_Encoded(each, tokenizer, read, ends), len(each)) for each in longest_first]
+    return [evaluation.Document(_EncodedDocument(each, tokenizer, read, ends), len(each)) for each in longest_first]
 
 
 def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
-    """Bits per byte that general compressors need for the documents laid end to end."""
+    """Return the bits per byte of general compressors on the concatenated documents."""
     size = sum(map(len, documents))
-    # xz takes 10 times its dictionary: one of the text's size, where -9 has 64 MiB, finds the same in it.
+    # xz takes 10 times its dictionary; one of the text's size compresses as well as the 64 MiB of -9.
     xz = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(4096, min(size, 64 << 20))}
     kinds = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(filters=[xz])}
     return {name: 8 * len(b"".join([*map(one.compress, documents), one.flush()])) / size for name, one in kinds.items()}
@@ -121,9 +121,9 @@ def _documents(options: Eval, record: TrainRecord | None) -> tuple[Sequence[Docu
         return [numpy.memmap(path, mode="r") for path in files], " ".join(map(str, options.data))
     if record is None:
         raise CommandError(
-            f"--checkpoint {options.checkpoint}: is no run of `train`, which holds text out; give --data"
+            f"--checkpoint {options.checkpoint}: is not a run of `train`, so it has no held-out text; give --data"
         )
     corpus = load_data(record.options.data, record.options.glob, quiet=True)
     if corpus.fingerprint != record.data.fingerprint:
-        raise CommandError("the text of the run has changed since, so what was held out is not known; give --data")
+        raise CommandError("the run's text has changed, so its held-out text is unknown; give --data")
     return corpus.held_out, "held-out text of the run"

@@ -1,4 +1,4 @@
-"""A run's metrics for TensorBoard, by torch's writer, which needs the package tensorboard."""
+"""Metrics of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_CURVES = frozenset({"step", "seconds", "tokens", "final", "compressors"})
 
 
 class Events(Metrics):
-    """Metrics, and beside their file a folder `events` with their curves."""
+    """Metrics that are also written to the folder `events` beside their file."""
 
     def __init__(self, path: Path, step: int = 0):
         super().__init__(path, step)

@@ -1,7 +1,7 @@
-"""From a dataclass to a command line, and from its words to the dataclass.
+"""Convert a command line to a command's dataclass.
 
-A field of a command's dataclass (options.py) is a flag. The standard library's argparse reads a line; msgspec checks the
-words by the fields' types and bounds, as it checks what a checkpoint has recorded.
+A field of a command's dataclass (options.py) is a flag. argparse splits the line; msgspec checks the values against the
+fields' types and bounds, as for the options in a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from megalodon_ops.ops.common.checks import shown
 REQUIRED = MISSING
 
 
-def flag(default: Any, meaning: str, **how: Any) -> Any:
-    """A field that is a flag: its default, its help, and what else argparse's `add_argument` takes.
+def flag(default: Any, help_text: str, **settings: Any) -> Any:
+    """Field of a flag: default, help, and other arguments of argparse's `add_argument`.
 
-    `positional=True` does without `--name`.
+    `positional=True` omits `--name`.
     """
-    return dataclasses.field(default=default, metadata={"help": meaning, **how})
+    return dataclasses.field(default=default, metadata={"help": help_text, **settings})
 
 
 @dataclass
 class Options:
-    """The options of a command. `given` has the names of the fields that the user has named."""
+    """Options of a command. `given` holds the names of the fields that the user has set."""
 
     def __post_init__(self) -> None:
         self.given: frozenset[str] = frozenset()
 
 
 class Mesh(dict):
-    """Sizes of a mesh's dimensions, from text such as data=2,chunk=2."""
+    """Sizes of a mesh's dimensions, parsed from text such as data=2,chunk=2."""
 
     def __init__(self, text: str) -> None:
         for word in text.split(","):
@@ -57,34 +57,34 @@ class Mesh(dict):
 
 
 def convert(values: Mapping[str, Any], kind: type, *, strict: bool = True) -> Any:
-    """An object of values, which are strings of a command line where not `strict`; a fault is a msgspec.ValidationError."""
-    return msgspec.convert(values, kind, strict=strict, dec_hook=_made)
+    """Convert values to `kind`, or raise a msgspec.ValidationError; if not `strict`, from a command line's strings."""
+    return msgspec.convert(values, kind, strict=strict, dec_hook=_construct)
 
 
-def _made(kind: type, value: Any) -> Any:
+def _construct(kind: type, value: Any) -> Any:
     if kind is Path and value == "":
         raise ValueError("must name a file or a folder")
     return kind(value)
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field."""
+    """Return the flag of a field."""
     return f"--{name.strip('_').replace('_', '-')}"
 
 
 def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) -> tuple[str, Options]:
-    """The name of the command that the words give, and its options; exits with a line on stderr where they don't fit."""
+    """Return the name and options of the command in the words; exit with a line on stderr if they are wrong."""
     style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     first = "\n".join(_examples(kind)[0] for kind in commands.values())
     texts = dict(description="MEGALODON: train, evaluate, sample.", epilog=f"examples:\n{first}")
     parser = _Parser(prog="python -m megalodon_ops", **texts, **style)
     parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
-    below = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(commands)}}}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(commands)}}}")
     parsers = {}
     for name, kind in commands.items():
         summary = _lines(kind)[0]
         texts = dict(help=summary, description=summary, epilog="\n".join(["examples:", *_examples(kind)]))
-        parsers[name] = below.add_parser(name, argument_default=argparse.SUPPRESS, **texts, **style)
+        parsers[name] = subparsers.add_parser(name, argument_default=argparse.SUPPRESS, **texts, **style)
         _add_flags(parsers[name], kind)
     found = vars(parser.parse_args(words))
     name = found.pop("command")
@@ -97,32 +97,32 @@ def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) ->
 
 
 def _add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
-    """Adds the flags of a dataclass, each in the group of the class that declares it, named by that class's docstring."""
+    """Add a dataclass's flags, grouped by the class that declares them and titled by its docstring."""
     types = {field.name: field.type for field in msgspec.inspect.type_info(kind).fields}
     owner = {name: base for base in reversed(kind.__mro__) for name in getattr(base, "__annotations__", ())}
     groups: dict[Any, Any] = {kind: parser}
     for field in dataclasses.fields(kind):
-        of_class, how = owner[field.name], dict(field.metadata)
-        if of_class not in groups:
-            title, _, description = (of_class.__doc__ or "").partition(": ")
-            groups[of_class] = parser.add_argument_group(title, description)
-        group = groups[of_class]
+        declaring, settings = owner[field.name], dict(field.metadata)
+        if declaring not in groups:
+            title, _, description = (declaring.__doc__ or "").partition(": ")
+            groups[declaring] = parser.add_argument_group(title, description)
+        group = groups[declaring]
         if not isinstance(field.default, (bool, type(None))) and field.default not in (MISSING, "", ()):
             default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-            how["help"] += f" ({default})"
-        how = {**_argparse(types[field.name], field.default), **how}
-        if how.pop("positional", False):
-            group.add_argument(field.name, **how)
+            settings["help"] += f" ({default})"
+        settings = {**_argparse(types[field.name], field.default), **settings}
+        if settings.pop("positional", False):
+            group.add_argument(field.name, **settings)
         else:
-            if how.get("action") == "append":
-                del how["nargs"]
-            group.add_argument(flag_of(field.name), dest=field.name, required=field.default is MISSING, **how)
+            if settings.get("action") == "append":
+                del settings["nargs"]
+            group.add_argument(flag_of(field.name), dest=field.name, required=field.default is MISSING, **settings)
 
 
 def _argparse(kind: Any, default: Any) -> dict[str, Any]:
-    """What argparse must know of a field's type: to it, words are strings, but for switches and choices."""
+    """Return argparse's settings for a field's type; values stay strings, except of switches and choices."""
     while isinstance(kind, (Metadata, UnionType)):
-        union = isinstance(kind, UnionType)  # with None
+        union = isinstance(kind, UnionType)  # X | None
         kind = next(one for one in kind.types if not isinstance(one, NoneType)) if union else kind.type
     if isinstance(kind, BoolType):
         return {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
@@ -138,16 +138,16 @@ def _argparse(kind: Any, default: Any) -> dict[str, Any]:
 
 
 def fault(error: msgspec.ValidationError, found: Mapping[str, Any]) -> str:
-    """What msgspec says of one of the values, with the flag's name and what was given."""
-    said, _, path = str(error).partition(" - at `$.")
+    """Rewrite msgspec's error with the flag's name and the given value."""
+    message, _, path = str(error).partition(" - at `$.")
     name, _, index = path.rstrip("`]").partition("[")
     value = found[name][int(index)] if index else found[name]
-    if said.startswith("Invalid enum"):
-        said = "must be a whole number, or a word that --help names"
-    said = said.partition(", got")[0].replace("Expected", "must be").replace(" | null", "")
+    if message.startswith("Invalid enum"):
+        message = "must be a whole number, or a word that --help names"
+    message = message.partition(", got")[0].replace("Expected", "must be").replace(" | null", "")
     for kind, words in {"`int`": "a whole number", "`float`": "a number", "`str` of length >= 1": "text"}.items():
-        said = said.replace(kind, words)
-    return f"{flag_of(name)}: {said}, got {shown(value)}"
+        message = message.replace(kind, words)
+    return f"{flag_of(name)}: {message}, got {shown(value)}"
 
 
 def _lines(kind: type[Options]) -> list[str]:
@@ -155,7 +155,7 @@ def _lines(kind: type[Options]) -> list[str]:
 
 
 def _examples(kind: type[Options]) -> list[str]:
-    """The examples in a docstring: the lines that follow the first."""
+    """Return the examples of a docstring: all lines but the first."""
     return [f"  {line}" for line in _lines(kind)[1:]]
 
 
@@ -169,13 +169,13 @@ class _Parser(argparse.ArgumentParser):
             raise
 
     def error(self, message: str) -> NoReturn:
-        first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which all have the same arguments
+        is_rank0 = os.environ.get("RANK", "0") == "0"  # all ranks have the same arguments
         name = self.prog.removeprefix("python -m ")
-        torchrun.tell(message)
-        self.exit(2, f"{name}: error: {message}\n" if first else None)
+        torchrun.report_failure(message)
+        self.exit(2, f"{name}: error: {message}\n" if is_rank0 else None)
 
     def parse_known_args(self, args=None, namespace=None):
-        """Refuses what this parser does not know here, where a command knows its flags, and not in the parser of commands."""
+        """Refuse unknown arguments here, where a command's flags are known, not in the parser of commands."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.7)

@@ -1,4 +1,4 @@
-"""`generate`: text sampled token by token, printed as it comes."""
+"""`generate`: sample text and print it token by token."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megalodon_ops.model.generation import check_samples
 from megalodon_ops.tokenizers import Tokenizer
 
 SAMPLES, SAMPLE = 3, 300
-"""Continuations that are shown at the end of a training run, and tokens of each"""
-READ, SHOWN = 2048, 300
-"""Bytes before a place in a held-out document that the model reads there, and those that are shown"""
-LONGEST_PROMPT = 100_000_000
-"""Bytes of a prompt at most; reading stops there, as a device may have no end"""
+"""Continuations shown at the end of a training run, and tokens of each"""
+PROMPT_BYTES, SHOWN_BYTES = 2048, 300
+"""Bytes of a held-out document that prompt them, and bytes of the prompt that are shown"""
+MAX_PROMPT_BYTES = 100_000_000
+"""Longest prompt; reading stops there, since a device may be endless"""
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
-"""Text of an id that the model knows and the tokenizer does not"""
+"""Text of an id that the tokenizer lacks"""
 CONTEXT = 16
-"""Tokens of the prompt that may change how the first new token is written"""
+"""Tokens of the prompt that may affect the text of the first new token"""
 
 
 def run(options: Generate) -> int:
@@ -45,32 +45,32 @@ def run(options: Generate) -> int:
     sampling = dict(num_tokens=options.tokens, stops=options.stop, samples=options.samples)
     sampling |= {name: getattr(options, name) for name in names}
     with precision(device, options.dtype or trained.dtype):
-        texts = continued(trained.model, trained.tokenizer, prompt, **sampling)
+        texts = continue_prompt(trained.model, trained.tokenizer, prompt, **sampling)
         if options.samples == 1:
             _print_as_it_comes(prompt, (text for _, text in texts))
         else:
-            for number, text in enumerate(_whole(texts, options.samples), 1):
+            for number, text in enumerate(_collect(texts, options.samples), 1):
                 print(f"--- sample {number}\n{(prompt + text).decode(errors='replace')}")
     return 0
 
 
-def _whole(texts: Iterable[tuple[int, bytes]], samples: int) -> list[bytes]:
-    """The text of each sample, when all are done: their tokens come side by side."""
-    whole = [b""] * samples
+def _collect(texts: Iterable[tuple[int, bytes]], samples: int) -> list[bytes]:
+    """Collect the text of each sample until all are complete."""
+    collected = [b""] * samples
     for sample, text in texts:
-        whole[sample] += text
-    return whole
+        collected[sample] += text
+    return collected
 
 
 def _print_as_it_comes(prompt: bytes, texts: Iterator[bytes]) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back a letter of which a part has come
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete letters
     print(decoder.decode(prompt), end="", flush=True)
     for text in texts:
         print(decoder.decode(text), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
 
-def continued(
+def continue_prompt(
     model: Megalodon,
     tokenizer: Tokenizer,
     prompt: bytes,
@@ -80,9 +80,9 @@ def continued(
     samples: int = 1,
     **sampling: Any,
 ) -> Iterator[tuple[int, bytes]]:
-    """Text that continues a document which starts with `prompt`, piece by piece: (the sample, its next bytes).
+    """Continue a document that begins with `prompt`; yield (sample, its next bytes).
 
-    A sample ends where one of `stops` begins, at the document's end, or once it has as many tokens.
+    A sample ends before one of `stops`, at the document's end, or after `num_tokens`.
     """
     device = next(model.parameters()).device
     ids, ends = [tokenizer.start, *tokenizer.encode(prompt).tolist()], (tokenizer.end, tokenizer.start)
@@ -95,10 +95,10 @@ def continued(
         return b"".join(parts)
 
     texts = [StopStrings(decode, stops) for _ in range(samples)]
-    going_on = list(range(samples))
+    unfinished = list(range(samples))
     for count, tokens in enumerate(stream, 1):
         for sample, token in enumerate(tokens.tolist()):
-            if sample not in going_on:
+            if sample not in unfinished:
                 continue
             is_over = token in (-1, *ends)
             text = b"" if is_over else texts[sample].add(token)
@@ -107,23 +107,23 @@ def continued(
             if text:
                 yield sample, text
             if is_over or count == num_tokens or texts[sample].stopped:
-                going_on.remove(sample)
-        if not going_on:
+                unfinished.remove(sample)
+        if not unfinished:
             return
 
 
 def show_sample(
     model: Megalodon, tokenizer: Tokenizer, documents: Sequence[bytes], seed: int, autocast: AbstractContextManager
 ) -> None:
-    """Prints a place in the middle of a held-out document, and a few ways in which the model goes on from there."""
+    """Print an excerpt from the middle of a held-out document, and the model's continuations."""
     document = max(documents, key=len)
-    middle = document.find(b" ", len(document) // 2) + 1 or len(document) // 2  # where a word begins
-    prompt = document[max(0, middle - READ) : middle]
+    middle = document.find(b" ", len(document) // 2) + 1 or len(document) // 2  # at the start of a word
+    prompt = document[max(0, middle - PROMPT_BYTES) : middle]
     sampling = dict(samples=SAMPLES, seed=seed, temperature=0.8, top_p=0.9)
     model.eval()
     with autocast:
-        texts = _whole(continued(model, tokenizer, prompt, num_tokens=SAMPLE, **sampling), SAMPLES)
-    print(f"\n--- from the middle of a held-out document\n{prompt[-SHOWN:].decode(errors='replace')}")
+        texts = _collect(continue_prompt(model, tokenizer, prompt, num_tokens=SAMPLE, **sampling), SAMPLES)
+    print(f"\n--- from the middle of a held-out document\n{prompt[-SHOWN_BYTES:].decode(errors='replace')}")
     for number, text in enumerate(texts, 1):
         print(f"--- continued by the model, {number} of {SAMPLES}\n{text.decode(errors='replace')}")
 
@@ -133,12 +133,12 @@ def _prompt(options: Generate) -> bytes:
         return os.fsencode(options.prompt)
     path, is_stdin = options.prompt_file, str(options.prompt_file) == "-"
     if options.prompt:
-        raise CommandError("--prompt-file: does not go with --prompt")
+        raise CommandError("--prompt-file: cannot be combined with --prompt")
     try:
         with open(0 if is_stdin else path, "rb", closefd=not is_stdin) as file:
-            prompt = file.read(LONGEST_PROMPT + 1)
+            prompt = file.read(MAX_PROMPT_BYTES + 1)
     except OSError as error:
         raise CommandError(f"--prompt-file {path}: {error.strerror}") from error
-    if len(prompt) > LONGEST_PROMPT:
-        raise CommandError(f"--prompt-file {path}: must have at most {LONGEST_PROMPT:,} bytes, got more")
+    if len(prompt) > MAX_PROMPT_BYTES:
+        raise CommandError(f"--prompt-file {path}: must have at most {MAX_PROMPT_BYTES:,} bytes, got more")
     return prompt

@@ -1,4 +1,4 @@
-"""`info`: what was built, and what it runs on."""
+"""`info`: the build, the machine and the versions in use."""
 
 from __future__ import annotations
 

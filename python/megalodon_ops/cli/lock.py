@@ -1,4 +1,4 @@
-"""One command at a time writes in a folder."""
+"""A lock, so that one command at a time writes in a folder."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import filelock
 from megalodon_ops.cli.errors import CommandError
 
 LOCK = ".lock"
-"""The file in the folder that the system's lock is on; it stays there, and says nothing when nobody has the lock"""
+"""The locked file in the folder; it stays there unlocked"""
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds the folder of --out, which is made if there is none, until the block or the process ends, however it ends."""
+def folder_lock(out: Path) -> Iterator[None]:
+    """Lock the folder of --out, created if missing, until the block or the process ends."""
     try:
-        made = not out.exists()
+        is_new = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise CommandError(f"--out {out}: a file; name a folder") from error
     except OSError as error:
-        raise CommandError(f"--out {out}: no such folder can be made: {error.strerror}") from error
+        raise CommandError(f"--out {out}: cannot create the folder: {error.strerror}") from error
     try:
         with filelock.FileLock(out / LOCK, timeout=0):
             yield
@@ -33,6 +33,6 @@ def locked(out: Path) -> Iterator[None]:
             f"--out {out}: another command is writing there; wait for it, or name another folder"
         ) from error
     finally:
-        if made and os.listdir(out) == [LOCK]:  # the command has not begun
+        if is_new and os.listdir(out) == [LOCK]:  # the command has written nothing
             (out / LOCK).unlink()
             out.rmdir()

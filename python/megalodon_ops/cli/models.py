@@ -1,4 +1,4 @@
-"""From flags to a model on a device."""
+"""Build or load a model on a device from flags."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from megalodon_ops.training.run_checkpoint import load_any
 WIDTHS = ("z_dim", "value_dim", "ffn_hidden_dim")
 
 
-def configured(
+def model_config(
     preset: str, flags: dict[str, Any], tokenizer: Tokenizer | None = None, *, ends: bool = True
 ) -> MegalodonConfig:
-    """The preset over a tokenizer's ids, or bytes; widths without a flag keep the preset's proportion to `model_dim`.
+    """Return the preset with flags, for a tokenizer's ids, or bytes; other widths scale with `model_dim`.
 
-    ends: whether the model is to predict the tokenizer's `end`.
+    ends: predict the tokenizer's `end`, too.
     """
     tokenizer = tokenizer or ByteTokenizer()
     values = MegalodonConfig.preset(preset).to_dict()
     scale = flags.get("model_dim", values["model_dim"]) / values["model_dim"]
-    unit = 2 * flags.get("num_heads", values["num_heads"])  # a head of z is made of pairs
+    unit = 2 * flags.get("num_heads", values["num_heads"])  # rotary pairs in each head of z
     values |= {name: max(1, round(values[name] * scale / unit)) * unit for name in WIDTHS}
     values |= flags
     values |= {"vocab_size": tokenizer.vocab_size, "output_size": -1, "eos_token_id": tokenizer.end if ends else None}
@@ -42,7 +42,7 @@ def configured(
 
 
 def _in_flags(message: str) -> str:
-    """An error of MegalodonConfig, with the flags' names in the place of its fields'."""
+    """Replace field names by flags in an error of MegalodonConfig."""
     message = message.removeprefix("MegalodonConfig: ")
     flags = {config_field(name): flag_of(name) for name in ModelOptions.__annotations__}
     for field, flag in flags.items():
@@ -72,22 +72,24 @@ def usable_device(name: str) -> torch.device:
 _DEVICES = "must be cpu, cuda or one card, such as cuda:1; there are no kernels for other devices"
 
 
-class Trained(NamedTuple):
+class TrainedModel(NamedTuple):
     model: Megalodon
     tokenizer: Tokenizer
     record: TrainRecord | None
-    """What `train` has written beside the model; None where another program has saved it"""
+    """The record of `train`; None if another program has saved the model"""
 
     @property
     def dtype(self) -> str:
-        """That of the run, for autocast; a model that no run left computes in its own."""
+        """The run's dtype for autocast; "float32", which is none, without a run."""
         return "float32" if self.record is None else self.record.options.dtype
 
 
-def trained_model(path: Path, device: torch.device, tokenizer: Path | None = None, dtype: str | None = None) -> Trained:
-    """The model and the tokenizer of a folder: a run's, one checkpoint of a run, or any other that holds a model.
+def trained_model(
+    path: Path, device: torch.device, tokenizer: Path | None = None, dtype: str | None = None
+) -> TrainedModel:
+    """Load the model and tokenizer of a run's folder, of a checkpoint or of any saved model.
 
-    tokenizer: a file for a folder that holds none. dtype: "float32" computes in it, whatever the folder's weights are in.
+    tokenizer: a file, for folders without one. dtype: "float32" converts the weights to it.
     """
     try:
         wanted = torch.float32 if dtype == "float32" else None
@@ -101,14 +103,13 @@ def trained_model(path: Path, device: torch.device, tokenizer: Path | None = Non
         found = given
     if found is None:
         raise CommandError(
-            f"--checkpoint {path}: holds no tokenizer.json and no tokenizer.model, so it is not known what its tokens are; "
-            "name the file with --tokenizer"
+            f"--checkpoint {path}: holds no tokenizer.json and no tokenizer.model; name one with --tokenizer"
         )
     if found.vocab_size > model.config.vocab_size:
         raise CommandError(
             f"--checkpoint {path}: its tokenizer has {found.vocab_size} ids, and the model knows {model.config.vocab_size}"
         )
-    return Trained(model, found, None if record is None else TrainRecord.of(path, record))
+    return TrainedModel(model, found, None if record is None else TrainRecord.of(path, record))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

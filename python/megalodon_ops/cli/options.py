@@ -1,6 +1,6 @@
-"""The options of every command: the one place where a flag has its type, bounds, default and help.
+"""Options of every command: the type, bounds, default and help of each flag.
 
-The first line of a class's docstring says what the command does, the others are examples for its help.
+The first line of a class's docstring is the command's summary; the others are examples in its help.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Text = Annotated[str, Meta(min_length=1)]
 Context = Annotated[int, Meta(ge=1, lt=1 << 62)] | Literal["all"]
 
 RATE_TIMES_WIDTH = 1.28
-"""The default peak of the learning rate, times the model's width: docs/training.md"""
-ROWS_OF_CONTEXT = 8
-"""The default context length in rows' lengths: docs/training.md"""
+"""Default peak learning rate times the model's width; see docs/training.md"""
+CONTEXT_ROWS = 8
+"""Default context length, in lengths of a row; see docs/training.md"""
 MINUTES = 5.0
-"""How long a run takes that names neither --steps nor --minutes"""
+"""Minutes of a run without --steps and --minutes"""
 CONFIG_FIELDS = {
     "dim": "model_dim",
     "layers": "num_layers",
@@ -38,17 +38,17 @@ CONFIG_FIELDS = {
     "ffn_dim": "ffn_hidden_dim",
     "norm_groups": "norm_num_groups",
 }
-"""Options of a model whose names are shorter than those of MegalodonConfig's fields"""
+"""Short option names -> fields of MegalodonConfig"""
 
-OF_LAUNCH = ("out", "resume", "config", "mesh", "timeout")
-"""Options of `train` that say nothing of the run itself"""
-GLOB = "of folders, take the files that match, such as '*.py' or 'src/*.c', text or not; repeatable (those of text)"
+LAUNCH_OPTIONS = ("out", "resume", "config", "mesh", "timeout")
+"""Options of `train` that belong to a launch, not to the run"""
+GLOB = "in folders, take files that match, such as '*.py' or 'src/*.c', text or not; repeatable (text files)"
 VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
 
 
 @dataclass(kw_only=True)
 class Info(Options):
-    """what was built, and what it runs on
+    """show the build, the machine and the versions in use
 
     python -m megalodon_ops info
     """
@@ -56,34 +56,34 @@ class Info(Options):
 
 @dataclass(kw_only=True)
 class ModelOptions(Options):
-    """model: widths that are not given keep the preset's proportion to --dim; small is --dim 128 --layers 3 --chunk 256"""
+    """model: widths that are not given scale with --dim as in the preset; small is --dim 128 --layers 3 --chunk 256"""
 
-    preset: Literal[MegalodonConfig.presets()] = flag("small", "where to start")
-    dim: Natural | None = flag(None, "width of the model")
-    layers: Natural | None = flag(None, "blocks")
-    heads: Natural | None = flag(None, "of the attention")
-    chunk: Natural | None = flag(None, "steps that attend to each other")
-    z_dim: Natural | None = flag(None, "width of queries and keys, all heads")
-    value_dim: Natural | None = flag(None, "width of values, all heads")
-    ffn_dim: Natural | None = flag(None, "hidden units of the feed-forward half")
-    cema_ndim: Natural | None = flag(None, "complex states a channel")
+    preset: Literal[MegalodonConfig.presets()] = flag("small", "configuration that the other flags change")
+    dim: Natural | None = flag(None, "model width")
+    layers: Natural | None = flag(None, "number of blocks")
+    heads: Natural | None = flag(None, "attention heads")
+    chunk: Natural | None = flag(None, "tokens in an attention chunk")
+    z_dim: Natural | None = flag(None, "width of queries and keys, over all heads")
+    value_dim: Natural | None = flag(None, "width of values, over all heads")
+    ffn_dim: Natural | None = flag(None, "hidden units of the feed-forward layer")
+    cema_ndim: Natural | None = flag(None, "complex CEMA states per channel")
     norm_groups: Natural | None = flag(None, "groups of the timestep norms")
-    dropout: Probability | None = flag(None, "of what each half of a block adds")
-    attention_dropout: Probability | None = flag(None, "probability of DropKey")
-    swiglu: bool | None = flag(None, "gate the feed-forward half by a third matrix")
-    share_emb: bool | None = flag(None, "take the embedding for the output matrix")
-    working_memory: bool | None = flag(None, "let each block look up what lies before its chunk")
-    visible_chunks: Natural | None = flag(None, "chunks that attention sees: 1 or 2")
-    layerwise_ckpt: bool | None = flag(None, "recompute each layer in the backward, for less memory")
+    dropout: Probability | None = flag(None, "dropout of what attention and feed-forward add to a block")
+    attention_dropout: Probability | None = flag(None, "probability that a key is hidden from a query (DropKey)")
+    swiglu: bool | None = flag(None, "gate the feed-forward layer with a third matrix")
+    share_emb: bool | None = flag(None, "use the embedding as output matrix")
+    working_memory: bool | None = flag(None, "let each block read a memory of earlier chunks")
+    visible_chunks: Natural | None = flag(None, "chunks that attention sees, 1 or 2")
+    layerwise_ckpt: bool | None = flag(None, "recompute each layer in the backward pass, to save memory")
 
-    def of_config(self) -> dict[str, Any]:
-        """The fields of MegalodonConfig that were given."""
+    def config_fields(self) -> dict[str, Any]:
+        """Return the fields of MegalodonConfig that were given."""
         names = [name for name in ModelOptions.__annotations__ if name != "preset"]
         return {config_field(name): value for name in names if (value := getattr(self, name)) is not None}
 
 
 def config_field(name: str) -> str:
-    """The field of MegalodonConfig that an option sets."""
+    """Return the field of MegalodonConfig that an option sets."""
     return CONFIG_FIELDS.get(name, name)
 
 
@@ -91,28 +91,26 @@ def config_field(name: str) -> str:
 class BatchOptions(ModelOptions):
     """batches and optimizer"""
 
-    # Many documents at once: a batch teaches as much as its rows differ.
+    # Many short rows: a batch teaches more, the more its rows differ.
     batch: Natural = flag(64, "rows in a batch")
-    accumulate: Natural = flag(
-        1, "batches of a step: it learns what a batch N times larger teaches, in a batch's memory"
-    )
-    length: Natural = flag(64, "bytes, or tokens, in a row")
+    accumulate: Natural = flag(1, "batches per step; N act as one N times larger, in the memory of one")
+    length: Natural = flag(64, "bytes or tokens in a row")
     context_length: Natural | None = flag(
-        None, f"cut documents of more tokens into parts that are read as documents ({ROWS_OF_CONTEXT} times --length)"
+        None, f"cut longer documents into parts of at most N tokens ({CONTEXT_ROWS} times --length)"
     )
-    end_token: bool = flag(True, "learn where documents end, so that what is generated ends, too")
+    end_token: bool = flag(True, "learn where documents end, so that generated text ends, too")
     optimizer: Literal["muon", "adamw"] = flag(
-        "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw"
+        "muon", "muon (for matrices of blocks, adamw for the rest), or adamw for all"
     )
     lr: Positive | None = flag(None, f"peak learning rate ({RATE_TIMES_WIDTH} / width)")
-    warmup: Natural = flag(100, "steps of warmup, then a line to zero")
-    weight_decay: NotNegative = flag(0.1, "of weight matrices")
-    clip: Positive = flag(1.0, "largest norm of the gradient")
+    warmup: Natural = flag(100, "warmup steps; then the rate falls linearly to zero")
+    weight_decay: NotNegative = flag(0.1, "weight decay of matrices")
+    clip: Positive = flag(1.0, "maximum gradient norm")
 
 
 @dataclass(kw_only=True)
 class Train(BatchOptions):
-    """train a model of bytes, or of tokens, on text; without --data, on Python's standard library
+    """train a model of bytes or tokens on text; without --data, on Python's standard library
 
     python -m megalodon_ops train
     python -m megalodon_ops train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose
@@ -124,70 +122,70 @@ class Train(BatchOptions):
     """
 
     data: tuple[Path, ...] | None = flag(
-        None, "files and folders of text, or a folder that `tokenize` made (Python's standard library)"
+        None, "text files and folders, or a folder written by `tokenize` (Python's standard library)"
     )
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
     tokenizer: Path | None = flag(None, VOCABULARY)
-    out: Path | None = flag(None, "folder of the run (runs/<time>); of several processes it must be named")
-    resume: bool = flag(False, "continue the run in --out; other flags come from it")
+    out: Path | None = flag(None, "folder of the run (runs/<time>); required with torchrun")
+    resume: bool = flag(False, "continue the run in --out, with its flags")
     config: Path | None = flag(
-        None, "options of a run, such as the options.json in another's folder; flags go before them", metavar="FILE"
+        None, "JSON file of options, such as a run's options.json; flags override it", metavar="FILE"
     )
-    steps: Natural | None = flag(None, "stop after N steps; nothing then depends on the clock")
+    steps: Natural | None = flag(None, "stop after N steps; the result does not depend on speed")
     minutes: Positive | None = flag(None, f"stop after X minutes ({MINUTES:g}, unless --steps is given)")
-    eval_every: Natural = flag(500, "steps between looks at held-out text")
+    eval_every: Natural = flag(500, "steps between evaluations on held-out text")
     checkpoint_every: Natural = flag(200, "steps between checkpoints")
-    seed: Seed = flag(0, "of weights, order of documents, dropout")
-    device: str = flag("cpu", "where to compute")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast")
+    seed: Seed = flag(0, "seed of weights, document order and dropout")
+    device: str = flag("cpu", "device to compute on")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is by autocast")
     mesh: Mesh | None = flag(
         None,
-        "how processes that torchrun has started share a batch, its rows over data, its length over chunk and layers "
-        "over tensor (data=<their number>)",
+        "mesh of torchrun's processes: rows are split over data, sequences over chunk, layers over tensor "
+        "(data=<world size>)",
     )
-    timeout: Positive = flag(600.0, "seconds that processes wait for each other before they give up")
-    tensorboard: bool = flag(False, "write the metrics into the folder's events for TensorBoard, too")
+    timeout: Positive = flag(600.0, "seconds that a process waits for the others")
+    tensorboard: bool = flag(False, "also write the metrics for TensorBoard, to events in the folder")
     peak_tflops: Positive | None = flag(
-        None, "of each device, to log how much of its peak the model's operations are (known of A100, H100, H200, B200)"
+        None, "peak of a device, to log the model FLOPs utilization (known for A100, H100, H200, B200)"
     )
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint and `options.json` record: the options of the run, not those of the launch."""
+        """Return the options that checkpoints and `options.json` record: all but those of the launch."""
         values = to_builtins(self, enc_hook=str)
-        return {name: value for name, value in values.items() if name not in OF_LAUNCH}
+        return {name: value for name, value in values.items() if name not in LAUNCH_OPTIONS}
 
 
 @dataclass(kw_only=True)
 class ModelToRead(Options):
     """model"""
 
-    checkpoint: Path = flag(REQUIRED, "a run's folder, one checkpoint's, or any that holds a model")
-    tokenizer: Path | None = flag(None, "of a checkpoint whose folder has none")
-    device: str = flag("cpu", "where to compute")
-    dtype: Literal["float32", "bfloat16"] | None = flag(None, "bfloat16 is autocast (that of the run, or float32)")
+    checkpoint: Path = flag(REQUIRED, "folder of a run, a checkpoint or any saved model")
+    tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
+    device: str = flag("cpu", "device to compute on")
+    dtype: Literal["float32", "bfloat16"] | None = flag(None, "bfloat16 is by autocast (the run's, or float32)")
 
 
 @dataclass(kw_only=True)
 class Eval(ModelToRead):
-    """perplexity and bits per byte of a model by context, on held-out or given text of any length
+    """perplexity and bits per byte by context length, on held-out or given text
 
     python -m megalodon_ops eval --checkpoint runs/prose
     python -m megalodon_ops eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all
     """
 
-    data: tuple[Path, ...] | None = flag(None, "files and folders of text (the held-out text of the run)")
+    data: tuple[Path, ...] | None = flag(None, "text files and folders (the held-out text of the run)")
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
     context: tuple[Context, ...] = flag(
-        ("all",), "predict from at most N tokens, in windows that each start afresh, or from all before", metavar="N"
+        ("all",), "predict in windows of N tokens, each with a fresh state, or from all tokens before", metavar="N"
     )
-    end_token: bool = flag(False, "count the prediction of each document's end, too, which is no byte of it")
-    json: Path | None = flag(None, "write all figures", metavar="FILE")
-    batch: Count = flag(8, "documents read side by side")
+    end_token: bool = flag(False, "also count the loss of each document's end token")
+    json: Path | None = flag(None, "file to write all figures to", metavar="FILE")
+    batch: Count = flag(8, "documents read in parallel")
 
 
 @dataclass(kw_only=True)
 class Generate(ModelToRead):
-    """print a sampled continuation
+    """print sampled text that continues a prompt
 
     python -m megalodon_ops generate --checkpoint runs/prose --prompt 'Call me ' --tokens 500
     python -m megalodon_ops generate --checkpoint runs/prose --prompt-file - --temperature 0.7 --top-p 0.9 < chapter.txt
@@ -195,39 +193,39 @@ class Generate(ModelToRead):
     """
 
     prompt: str = flag("", "text to continue (none: a new document)")
-    prompt_file: Path | None = flag(None, "file to continue instead; - is standard input")
-    tokens: Natural = flag(1000, "how many to write")
-    stop: tuple[Text, ...] = flag((), "end before it; repeatable", action="append", metavar="TEXT")
-    samples: Count = flag(1, "continuations of the prompt")
-    temperature: NotNegative = flag(0.8, "0 takes the likeliest token")
-    top_k: Count | None = flag(None, "sample among the N likeliest tokens")
-    top_p: Fraction | None = flag(None, "sample among the likeliest tokens of mass X")
-    min_p: Fraction | None = flag(None, "sample among tokens at least X times as likely as the likeliest")
-    repetition_penalty: Positive | None = flag(None, "above 1, makes tokens that were read or written less likely")
-    seed: Seed = flag(0, "of the samples")
+    prompt_file: Path | None = flag(None, "file to continue; - is standard input")
+    tokens: Natural = flag(1000, "maximum tokens to generate")
+    stop: tuple[Text, ...] = flag((), "end before this text; repeatable", action="append", metavar="TEXT")
+    samples: Count = flag(1, "number of continuations")
+    temperature: NotNegative = flag(0.8, "sampling temperature; 0 takes the likeliest token")
+    top_k: Count | None = flag(None, "sample from the N likeliest tokens")
+    top_p: Fraction | None = flag(None, "sample from the smallest set of likeliest tokens with probability X")
+    min_p: Fraction | None = flag(None, "sample from tokens at least X times as likely as the likeliest")
+    repetition_penalty: Positive | None = flag(None, "above 1, makes tokens of the text so far less likely")
+    seed: Seed = flag(0, "seed of the samples")
 
 
 @dataclass(kw_only=True)
 class TrainTokenizer(Options):
-    """train a byte-level BPE on text, or see what a tokenizer makes of text
+    """train a byte-level BPE on text, or measure a tokenizer on text
 
     python -m megalodon_ops tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'
     python -m megalodon_ops tokenizer --tokenizer bpe.json other.txt
     """
 
-    files: tuple[Path, ...] = flag((), "text, or folders of it", positional=True, nargs="*", metavar="FILE")
+    files: tuple[Path, ...] = flag((), "text files and folders", positional=True, nargs="*", metavar="FILE")
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
-    train: bool = flag(False, "learn from the FILEs (Python's standard library) what `train` learns from")
+    train: bool = flag(False, "train on the part of the FILEs that `train` learns from (Python's standard library)")
     vocab_size: Annotated[int, Meta(gt=257, lt=1 << 24)] | None = flag(
-        None, "most ids: 256 bytes, merges, and one that opens a document"
+        None, "maximum number of ids: 256 bytes, merges, and a start token"
     )
-    out: Path | None = flag(None, "the file to write", metavar="FILE")
-    tokenizer: Path | None = flag(None, "a tokenizer's file, or a folder with one, to see what it makes of the FILEs")
+    out: Path | None = flag(None, "file to write", metavar="FILE")
+    tokenizer: Path | None = flag(None, "tokenizer to measure on the FILEs: a file, or a folder with one")
 
 
 @dataclass(kw_only=True)
 class Tokenize(Options):
-    """encode text into a folder of tokens, which `train --data` maps into memory
+    """encode text into a folder of tokens, for `train --data`
 
     python -m megalodon_ops tokenize --tokenizer bpe.json --out tokens crawl.jsonl books
     python -m megalodon_ops tokenize --out tokens pages --glob '*.html'
@@ -235,17 +233,17 @@ class Tokenize(Options):
 
     files: tuple[Path, ...] = flag(
         (),
-        "text, each file a document; .jsonl, each line an object with a document; or folders (Python's standard library)",
+        "text (a document each), .jsonl (a line is an object with a document), or folders (Python's standard library)",
         positional=True,
         nargs="*",
         metavar="FILE",
     )
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
-    out: Path = flag(REQUIRED, "the folder to make, or to go on with", metavar="DIR")
+    out: Path = flag(REQUIRED, "folder to write, or to continue", metavar="DIR")
     tokenizer: Path | None = flag(None, VOCABULARY)
-    field: Text = flag("text", "of lines of JSON, what holds the document")
+    field: Text = flag("text", "field of a JSON object that holds the document")
     shard_size: Annotated[int, Meta(ge=1, lt=1 << 20)] = flag(
-        64, "MiB of text in a shard, what is made anew after a kill; a longer file of text stays whole"
+        64, "MiB of text in a shard, all that is lost by a kill; a longer text file stays whole"
     )
 
 

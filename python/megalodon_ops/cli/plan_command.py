@@ -10,14 +10,14 @@ import torch
 from megalodon_ops import MegalodonConfig
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.flags import flag_of
-from megalodon_ops.cli.models import configured
+from megalodon_ops.cli.models import model_config
 from megalodon_ops.cli.options import Plan as Options
 from megalodon_ops.distributed.plan import plan
 from megalodon_ops.files import write_whole
 
 
 def run(options: Options) -> int:
-    config = configured(options.preset, options.of_config(), ends=False)
+    config = model_config(options.preset, options.config_fields(), ends=False)
     try:
         found = plan(
             dataclasses.replace(config, vocab_size=options.vocab or MegalodonConfig.preset(options.preset).vocab_size),

@@ -1,7 +1,7 @@
-"""A command in one process or in several, which torchrun has started.
+"""A command in one process, or in several started by torchrun.
 
-torchrun is the engine: a process that fails ends, its connections with it, and what waits for it; torchrun ends the others
-and, with --max-restarts, starts all again. The first process that fails says why.
+If a process fails, its connections close, and torchrun stops the others and, with --max-restarts, restarts all. The
+first process to fail prints the error.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ Value = TypeVar("Value")
 
 @dataclass
 class Processes:
-    """This process of a command, and how it tells the others something. One process alone has nobody to tell."""
+    """Rank, world size and mesh of this process, and its collectives. A single process needs no process group."""
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
 
     @property
-    def first(self) -> bool:
-        """Whether this process prints, and writes what one process writes."""
+    def is_rank0(self) -> bool:
+        """True for the process that prints and writes metrics."""
         return self.rank == 0
 
-    def extent(self, dimension: str) -> int:
-        """How many processes share a dimension of the mesh."""
+    def mesh_size(self, dimension: str) -> int:
+        """Return the size of a mesh dimension; 1 if there is none."""
         return self.mesh[dimension].size() if self._has(dimension) else 1
 
-    def place(self, dimension: str) -> int:
-        """Which of them this process is."""
+    def mesh_rank(self, dimension: str) -> int:
+        """Return this process's rank in a mesh dimension; 0 if there is none."""
         return self.mesh.get_local_rank(dimension) if self._has(dimension) else 0
 
     def _has(self, dimension: str) -> bool:
         return self.mesh is not None and dimension in (self.mesh.mesh_dim_names or ())
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all processes, in order of their ranks."""
+        """Gather the values of all processes, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -62,11 +62,11 @@ class Processes:
         return values
 
     def broadcast(self, value: Value) -> Value:
-        """The value of the first process, in all."""
-        return self.gather(value if self.first else None)[0]  # type: ignore[return-value]
+        """Return the value of rank 0, in all processes."""
+        return self.gather(value if self.is_rank0 else None)[0]  # type: ignore[return-value]
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Raises where a fact is not the same in all processes."""
+        """Raise if a fact differs between processes."""
         for rank, others in enumerate(self.gather(dict(facts))):
             for name, value in facts.items():
                 if others[name] != value:
@@ -75,43 +75,41 @@ class Processes:
                     )
 
 
-def is_one_of_several() -> bool:
-    """Whether a launcher has started this process as one of several."""
+def is_distributed() -> bool:
+    """Return True if a launcher has started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
-def joined(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
-    """The processes of the command, or this one alone. Inside the block, only the first one is heard."""
-    size, world = math.prod((mesh or {}).values()), int(os.environ["WORLD_SIZE"]) if is_one_of_several() else 1
+def process_group(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
+    """Yield the command's processes. Inside the block, only rank 0 prints."""
+    size, world = math.prod((mesh or {}).values()), int(os.environ["WORLD_SIZE"]) if is_distributed() else 1
     if mesh is not None and size != world:
         start_them = f"start them by torchrun --nproc-per-node {size} -m megalodon_ops ..."
-        raise CommandError(f"--mesh {mesh}: is of {size} processes, and there are {world}; {start_them}")
+        raise CommandError(f"--mesh {mesh}: needs {size} processes, got {world}; {start_them}")
     if world == 1:
         yield Processes()
         return
-    started = not dist.is_initialized()
-    if started:
-        take_a_share_of_the_threads()
+    owns_group = not dist.is_initialized()
+    if owns_group:
+        set_thread_share()
         _start(timeout)
     processes = Processes(dist.get_rank(), dist.get_world_size())
     with ExitStack() as stack:
-        if not processes.first:
+        if not processes.is_rank0:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         yield processes
-    if started:
-        processes.gather(
-            None
-        )  # torchrun ends the others as soon as one has ended after a signal: the first has more to do
+    if owns_group:
+        processes.gather(None)  # after a signal, torchrun stops all as soon as one has ended; rank 0 is the slowest
         dist.destroy_process_group()
 
 
-def take_a_share_of_the_threads() -> None:
-    """Gives each process of a machine as many threads as there are cores for it, unless OMP_NUM_THREADS says otherwise.
+def set_thread_share() -> None:
+    """Divide a machine's cores among its processes, unless the user has set OMP_NUM_THREADS.
 
-    torchrun sets OMP_NUM_THREADS to 1 where the user has not set it, so a 1 says nothing.
+    torchrun sets an unset OMP_NUM_THREADS to 1, so 1 counts as unset.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -125,17 +123,17 @@ def _start(timeout: float) -> None:
         start("cuda" if torch.cuda.is_available() else "cpu", timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
         raise CommandError(
-            f"the processes have not found each other, which --timeout gives {timeout:g} s for: {first_line(error)}"
+            f"the processes did not find each other within --timeout {timeout:g} s: {first_line(error)}"
         ) from error
 
 
-def says_why(error: Exception) -> str | None:
-    """The line in which this process tells the user of an error: None where another process has failed before it."""
+def error_line(error: Exception) -> str | None:
+    """Return the line to print for an error; None if another process failed first."""
     text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    if not is_one_of_several():
+    if not is_distributed():
         return text
     try:
-        first = not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the process that keeps the store has ended
-        first = False
-    return f"rank {os.environ['RANK']}: {text}" if first else None
+        is_root_cause = not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the process that holds the store has ended
+        is_root_cause = False
+    return f"rank {os.environ['RANK']}: {text}" if is_root_cause else None

@@ -1,4 +1,4 @@
-"""What `train` adds to the record of a checkpoint, `training.json`."""
+"""Fields that `train` adds to a checkpoint's `training.json`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainRecord(msgspec.Struct):
 
     @classmethod
     def of(cls, folder: Path, record: dict[str, Any]) -> TrainRecord | None:
-        """That of a checkpoint's folder; None of one that another training program has written."""
+        """Return the record in a checkpoint's folder, or None if another training program wrote it."""
         if not record.keys() >= set(cls.__struct_fields__):
             return None
         try:

@@ -1,4 +1,4 @@
-"""`tokenizer`: a byte-level BPE trained on text, or what a tokenizer's file makes of text."""
+"""`tokenizer`: train a byte-level BPE on text, or measure a tokenizer on text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _train(options: TrainTokenizer) -> int:
             "--train: needs --vocab-size N, how many ids there may be, and --out FILE, the file to write"
         )
     if options.tokenizer is not None:
-        raise CommandError("--tokenizer: does not go with --train, which makes a new one")
+        raise CommandError("--tokenizer: cannot be combined with --train, which makes a new one")
     if options.out.is_dir():
         raise CommandError(f"--out {options.out}: a folder, name a file")
     corpus = load_corpus(options.files, options.glob)
@@ -50,14 +50,14 @@ def _train(options: TrainTokenizer) -> int:
         raise CommandError(f"--out {options.out}: could not be written: {error.strerror}") from error
     seconds = time.monotonic() - begin
     print(f"{options.out}: {tokenizer.vocab_size:,} ids, from {corpus.num_bytes:,} bytes of text in {seconds:.1f} s")
-    print(_figures(tokenizer, corpus.held_out, "text that was held out"))
+    print(_figures(tokenizer, corpus.held_out, "held-out text"))
     return 0
 
 
-def _figures(tokenizer: Tokenizer, documents: Sequence[bytes], of: str) -> str:
+def _figures(tokenizer: Tokenizer, documents: Sequence[bytes], title: str) -> str:
     ids = tokenizer.encode_batch(documents)
     tokens, size = sum(map(len, ids)), sum(map(len, documents))
-    comes_back = sum(tokenizer.decode(found) == document for found, document in zip(ids, documents, strict=True))
-    exact = "" if comes_back == len(documents) else f"; {len(documents) - comes_back} do not come back as they were"
+    num_exact = sum(tokenizer.decode(found) == document for found, document in zip(ids, documents, strict=True))
+    exact = "" if num_exact == len(documents) else f"; {len(documents) - num_exact} are not decoded exactly"
     per_token = f"{size / tokens:.3f}" if tokens else "no"
-    return f"{of}: {len(documents)} documents, {size:,} bytes, {tokens:,} tokens: {per_token} bytes a token{exact}"
+    return f"{title}: {len(documents)} documents, {size:,} bytes, {tokens:,} tokens: {per_token} bytes a token{exact}"

@@ -1,6 +1,6 @@
-"""`train`: a model of bytes or tokens, from text to a checkpoint, a loss curve and samples; by one process or several.
+"""`train`: train a model of bytes or tokens on text; write checkpoints, a loss curve and samples.
 
-The function `run` is the run, from top to bottom; what it calls stands below it, in the order of the calls.
+`run` reads from top to bottom; the functions below it follow in the order of the calls.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401 - the end of a run draws: a package that is missing is told at the beginning
+import matplotlib.figure  # noqa: F401 - needed at the end; fail early if it is missing
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -26,11 +26,11 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.evaluate import as_documents, compressed_bits
 from megalodon_ops.cli.flags import Mesh, flag_of
 from megalodon_ops.cli.generate import show_sample
-from megalodon_ops.cli.lock import locked
+from megalodon_ops.cli.lock import folder_lock
 from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.options import Train
-from megalodon_ops.cli.processes import Processes, is_one_of_several, joined
-from megalodon_ops.cli.settings import begun, resumed, run_folder, with_config
+from megalodon_ops.cli.processes import Processes, is_distributed, process_group
+from megalodon_ops.cli.settings import new_run, resumed_run, run_folder, with_config
 from megalodon_ops.files import FileError, write_whole
 from megalodon_ops.evaluation import evaluate
 from megalodon_ops.model.model_state import layout
@@ -42,12 +42,12 @@ from megalodon_ops.training.batches import Document
 from megalodon_ops.training.run_checkpoint import checkpoints_of
 from megalodon_ops.training.corpus import Parts
 from megalodon_ops.training.curve import draw_metrics
-from megalodon_ops.training.reader import parts
+from megalodon_ops.training.reader import split_batch
 from megalodon_ops.training.record import RECORD
 
 METRICS, CURVE, OPTIONS = "metrics.jsonl", "loss_curve.png", "options.json"
-LOOKED_AT = (64, 2048)
-"""Stretches of held-out text that a run looks at while it goes, and bytes of each"""
+EVAL_SAMPLE = (64, 2048)
+"""Excerpts of held-out text that a run evaluates every --eval-every steps, and bytes of each"""
 OPTIMIZERS = {"muon": Muon, "adamw": adamw}
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": (312, 19.5), "NVIDIA A100-PCIE-40GB": (312, 19.5), "NVIDIA A100-SXM4-80GB": (312, 19.5),
@@ -55,19 +55,19 @@ PEAK_TFLOPS = {
     "NVIDIA B200": (2250, 80),
 }  # fmt: skip
 """Dense peak in bfloat16, and in float32 without TF32, by CUDA's name of the device; docs/training.md names the sources"""
-FIRST_PACE = 8
-"""Fewest steps that tell how long a step takes"""
+MIN_TIMED_STEPS = 8
+"""Fewest steps to estimate the time of a step from"""
 
 
 def run(options: Train) -> int:
     options = with_config(options)
-    with joined(options.mesh, options.timeout) as processes, ExitStack() as stack:
-        # What to do, and in which folder: a new run, or one that goes on.
-        out = run_folder(options, is_one_of_several())
-        if processes.first:
-            stack.enter_context(locked(out))
+    with process_group(options.mesh, options.timeout) as processes, ExitStack() as stack:
+        # The folder and the settings, of a new or a resumed run.
+        out = run_folder(options, is_distributed())
+        if processes.is_rank0:
+            stack.enter_context(folder_lock(out))
         saved = newest_checkpoint(options, out, processes)
-        options, config, tokenizer = begun(options, out) if saved is None else resumed(options, out, saved)
+        options, config, tokenizer = new_run(options, out) if saved is None else resumed_run(options, out, saved)
         processes.check_same({flag_of(name): value for name, value in {**config.to_dict(), **options.record()}.items()})
         device = usable_device(options.device)
         if processes.size > 1:
@@ -82,28 +82,28 @@ def run(options: Train) -> int:
         if options.tensorboard:
             from megalodon_ops.cli.events import Events as log
 
-        # The text, and what is held out of it.
+        # The text, in part held out.
         corpus = load_data(options.data, options.glob, quiet=saved is not None)
         processes.check_same({"the text": corpus.fingerprint})
         if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
             raise CommandError("--resume: the text is not the one this run was started with; start another run")
 
-        # The model, its optimizer, the batches and the learning rate's way.
+        # The model, its optimizer, the batches and the schedule.
         schedule = Schedule(options.lr, options.warmup, options.steps, options.minutes)
-        step, spent = 0, 0.0
+        step, elapsed = 0, 0.0
         if saved:
-            step, spent = saved.step, saved.record["seconds"]
-            schedule.seek(saved.record["schedule"], step, spent)
+            step, elapsed = saved.step, saved.record["seconds"]
+            schedule.seek(saved.record["schedule"], step, elapsed)
             if schedule.finished(step):
-                print(f"{out}: finished after step {step}; it goes on with a larger --steps or --minutes")
+                print(f"{out}: finished after step {step}; continue it with a larger --steps or --minutes")
         torch.manual_seed(options.seed)
         model = new_model(config, device, processes)
         optimizer = OPTIMIZERS[options.optimizer](model, lr=options.lr, weight_decay=options.weight_decay)
-        rows = options.batch * options.accumulate  # of a step
-        share = rows // processes.extent("data")
-        first = share * processes.place("data")
+        rows = options.batch * options.accumulate  # per step
+        share = rows // processes.mesh_size("data")
+        first = share * processes.mesh_rank("data")
         batches = Batches(
-            encoded(corpus.train, tokenizer),
+            encode(corpus.train, tokenizer),
             range(first, first + share),
             options.length,
             batch=rows,
@@ -112,33 +112,33 @@ def run(options: Train) -> int:
             seed=options.seed,
             context_length=options.context_length,
         )
-        of_chunk = dict(rank=processes.place("chunk"), ranks=processes.extent("chunk"))
-        readers = [Reader(model, **of_chunk) for _ in range(options.accumulate)]  # each carries its rows on
+        chunk_share = dict(rank=processes.mesh_rank("chunk"), ranks=processes.mesh_size("chunk"))
+        readers = [Reader(model, **chunk_share) for _ in range(options.accumulate)]  # each carries its rows' states
         if saved:
             saved.load_weights(model)
             saved.load_optimizer(optimizer, model)
             if (state := saved.state_of(processes.mesh)) is not None:
                 for number, reader in enumerate(readers):
                     reader.seek(state[number * share // len(readers) : (number + 1) * share // len(readers)].to(device))
-                del state  # of which the readers have copies
+                del state  # the readers have copies
             try:
                 batches.seek(saved.record["data"]["position"])
             except ValueError as error:
                 raise FileError(f"{saved.folder / RECORD}: {error}") from error
 
-        if processes.first:
+        if processes.is_rank0:
             given = {name: value for name, value in options.record().items() if value is not None}
             write_whole(out / OPTIONS, json.dumps(given, indent=1).encode() + b"\n")
-            print(what_begins(out, options, model, corpus, batches, processes), flush=True)
+            print(summary(out, options, model, corpus, batches, processes), flush=True)
 
         # The loop.
-        metrics = stack.enter_context(log(out / METRICS, step)) if processes.first else None
+        metrics = stack.enter_context(log(out / METRICS, step)) if processes.is_rank0 else None
         autocast = precision(device, options.dtype)
         saver, saved_step = Saver(out, processes.mesh), step if saved else None
         bytes_per_token = corpus.num_bytes / int(batches.lengths.sum(dtype="int64"))
-        sample = sample_of(corpus.held_out)
+        sample = eval_sample(corpus.held_out)
         begin = paced_at = time.monotonic()
-        begin, paced_step = begin - spent, step
+        begin, paced_step = begin - elapsed, step
 
         def save() -> None:
             nonlocal saved_step
@@ -149,28 +149,28 @@ def run(options: Train) -> int:
                     "schedule": schedule.position(),
                     "seconds": time.monotonic() - begin,
                 }
-                carried = [state for state in (reader.rows() for reader in readers) if state is not None]
-                state = MegalodonState.cat(carried) if carried else None
+                row_states = [state for state in (reader.rows() for reader in readers) if state is not None]
+                state = MegalodonState.cat(row_states) if row_states else None
                 saver.save(step, model, optimizer=optimizer, state=state, tokenizer=tokenizer, record=record)
                 saved_step = step
 
         save()
         with (
             StopSignals(processes.size > 1) as signals,
-            Progress({"step": step, "seconds": spent}, options.steps, schedule.budget) as progress,
+            Progress({"step": step, "seconds": elapsed}, options.steps, schedule.budget) as progress,
         ):
             while not (stopped := max(processes.gather(signals.received))) and not schedule.finished(step):
                 step_begin = time.monotonic()
                 rate = schedule.apply(optimizer, step)
                 torch.manual_seed(seed_of_dropout(options.seed, step, processes))
                 losses = []
-                for reader, batch in zip(readers, parts(batches.next(), len(readers)), strict=True):
+                for reader, batch in zip(readers, split_batch(batches.next(), len(readers)), strict=True):
                     with autocast:
                         loss = reader.loss(batch) / len(readers)
                     loss.backward()
                     losses.append(loss.detach())
-                norm = whole(nn.utils.clip_grad_norm_(model.parameters(), options.clip)).item()
-                loss = sum(losses).item()  # that of all processes
+                norm = full_norm(nn.utils.clip_grad_norm_(model.parameters(), options.clip)).item()
+                loss = sum(losses).item()  # over all processes
                 if not math.isfinite(loss):
                     raise CommandError(f"the loss is {loss} at step {step + 1}; a lower --lr may help")
                 with threads(optimizer_threads(model)):
@@ -195,33 +195,33 @@ def run(options: Train) -> int:
                     metrics.write(**row)
                 progress.show(row)
 
-                # Before a checkpoint, a run of given minutes draws the schedule's line anew, by the first process's clock.
-                due = is_checkpoint_due(step, options.checkpoint_every, schedule)
-                if due and schedule.budget is not None and step - paced_step >= FIRST_PACE:
+                # Before a checkpoint, fit the schedule of a timed run to rank 0's clock.
+                is_due = is_checkpoint_due(step, options.checkpoint_every, schedule)
+                if is_due and schedule.budget is not None and step - paced_step >= MIN_TIMED_STEPS:
                     pace = (now - paced_at) / (step - paced_step)
                     schedule.set_pace(step, *processes.broadcast((now - begin, pace)))
                     paced_at, paced_step = now, step
                 if step % options.eval_every == 0 or schedule.finished(step):
-                    with progress.doing("looking at held-out text"):
+                    with progress.describe("evaluating held-out text"):
                         progress.held_out = bits_per_byte(model.alone(), tokenizer, sample, autocast, processes)
                     if metrics is not None:
                         metrics.write(step=step, held_out_bits_per_byte=progress.held_out)
-                if due:
+                if is_due:
                     save()
             save()
-            with progress.doing("writing the checkpoint"):
+            with progress.describe("writing the checkpoint"):
                 saver.wait()
 
-        # The end: how well all held-out text is predicted, beside compressors, and what the model writes.
+        # The end: bits per byte of all held-out text, beside compressors, and samples.
         if stopped:
-            if processes.first:
+            if processes.is_rank0:
                 draw_metrics(out / CURVE, read_metrics(out / METRICS))
             print(
                 f"stopped after step {step}; continue with: "
                 f"python -m megalodon_ops train --out {shlex.quote(str(out))} --resume"
             )
             return 128 + stopped
-        alone, size = model.alone(), sum(map(len, corpus.held_out))
+        unsharded, size = model.alone(), sum(map(len, corpus.held_out))
         with tqdm(
             total=size // processes.size,
             unit="B",
@@ -230,8 +230,8 @@ def run(options: Train) -> int:
             leave=False,
             delay=1,
         ) as bar:
-            bits = bits_per_byte(alone, tokenizer, corpus.held_out, autocast, processes, bar.update)
-        if processes.first:
+            bits = bits_per_byte(unsharded, tokenizer, corpus.held_out, autocast, processes, bar.update)
+        if processes.is_rank0:
             print(f"\nheld-out text, {size:,} bytes     bits per byte\n  {f'this model, step {step}':<28} {bits:.3f}")
             try:
                 compressors = compressed_bits(corpus.held_out)
@@ -243,14 +243,14 @@ def run(options: Train) -> int:
             metrics.write(step=step, final=True, held_out_bits_per_byte=bits, compressors=compressors)
             draw_metrics(out / CURVE, read_metrics(out / METRICS), compressors)
             print(f"{time.monotonic() - begin:.0f} s; curve and checkpoint in {out}")
-            show_sample(alone, tokenizer, corpus.held_out, options.seed, autocast)
+            show_sample(unsharded, tokenizer, corpus.held_out, options.seed, autocast)
         return 0
 
 
 def newest_checkpoint(options: Train, out: Path, processes: Processes) -> Checkpoint | None:
-    """That of the run to go on with: one to resume, or one that processes have begun which torchrun starts again.
+    """Return the newest checkpoint of a run that is resumed, or restarted by torchrun; else None.
 
-    The first process looks for damage, and tells the others which checkpoint is whole.
+    Rank 0 verifies the checkpoints, and broadcasts the folder of the newest complete one.
     """
     found = processes.broadcast(bool(checkpoints_of(out)))
     if not options.resume and processes.size == 1 and found:
@@ -258,7 +258,7 @@ def newest_checkpoint(options: Train, out: Path, processes: Processes) -> Checkp
     if not options.resume and not found:
         return None
     try:
-        saved = load_checkpoint(out) if processes.first else None
+        saved = load_checkpoint(out) if processes.is_rank0 else None
         folder = processes.broadcast(saved.folder if saved else None)
         return saved or load_checkpoint(folder, verify=False)
     except (FileError, FileNotFoundError) as error:
@@ -266,7 +266,7 @@ def newest_checkpoint(options: Train, out: Path, processes: Processes) -> Checkp
 
 
 def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
-    """Raises where the mesh cannot share a batch."""
+    """Raise if the mesh cannot split a batch."""
     data, chunk = sizes.get("data", 1), sizes.get("chunk", 1)
     if options.batch % data:
         raise CommandError(f"--batch {options.batch}: must be a multiple of the mesh's data={data}")
@@ -281,7 +281,7 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
 
 
 def check_memory(options: Train, config: MegalodonConfig, processes: int) -> None:
-    """Refuses, before anything is allocated, a run whose parameters, activations and states alone do not fit in memory."""
+    """Refuse, before allocating, a run whose parameters, activations and states exceed the memory."""
     pair, weights_gradients_and_moments, token_target_and_activations = 2, 4, 4 + config.num_layers
     numbers = weights_gradients_and_moments * config.num_parameters()
     numbers += token_target_and_activations * options.batch * options.length * config.model_dim
@@ -293,7 +293,7 @@ def check_memory(options: Train, config: MegalodonConfig, processes: int) -> Non
 
 
 def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device, processes: int) -> float | None:
-    """Tokens a second that would take all that the devices can do, in full chunks; None where their peak is not known."""
+    """Return the tokens per second at the devices' peak rate, in full chunks; None if the peak is unknown."""
     peaks = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if options.peak_tflops is None and peaks is None:
         return None
@@ -306,7 +306,7 @@ def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device
 
 
 def new_model(config: MegalodonConfig, device: torch.device, processes: Processes) -> Megalodon:
-    """A new model, the same whether one process has it or several share it."""
+    """Create a model, with the same weights in any number of processes."""
     if processes.size == 1:
         return Megalodon(config).to(device).train()
     from megalodon_ops.distributed import parallelize
@@ -319,42 +319,41 @@ def new_model(config: MegalodonConfig, device: torch.device, processes: Processe
         raise CommandError(str(error)) from error
 
 
-def what_begins(
-    out: Path, options: Train, model: Megalodon, corpus: Corpus, batches: Batches, processes: Processes
-) -> str:
+def summary(out: Path, options: Train, model: Megalodon, corpus: Corpus, batches: Batches, processes: Processes) -> str:
     lengths = batches.lengths
-    cut = len(lengths) > len(corpus.train)
-    parts = f" ({len(lengths):,} parts of at most {lengths.max():,} tokens)" if cut else ""
+    is_cut = len(lengths) > len(corpus.train)
+    cuts = f" ({len(lengths):,} parts of at most {lengths.max():,} tokens)" if is_cut else ""
     mesh = options.mesh or f"data={processes.size}"
     number = f"{processes.size} processes, {mesh}; " if processes.size > 1 else ""
     rows, dtype = options.batch * options.accumulate, getattr(torch, options.dtype)
     states = sum(math.prod(shape) * kind.itemsize for _, kind, shape in layout(model.config, rows, dtype))
     return (
         f"{out}: {number}{model.num_parameters():,} parameters; "
-        f"{corpus.num_bytes:,} bytes in {len(corpus.train)} documents to learn from{parts}, "
+        f"{corpus.num_bytes:,} bytes in {len(corpus.train)} documents to learn from{cuts}, "
         f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out\n"
-        f"a checkpoint has, beside model and optimizer, {states / 1e6:,.1f} MB of the {rows:,} rows' states; the newest two stay"
+        f"beside model and optimizer, a checkpoint holds {states / 1e6:,.1f} MB of the {rows:,} rows' states; "
+        "the newest two are kept"
     )
 
 
 def seed_of_dropout(seed: int, step: int, processes: Processes) -> int:
-    """A seed that depends on nothing but the run's, the step, and the part of the batch that this process reads."""
-    text = f"{seed} {step} {processes.place('data')} {processes.place('chunk')}"
+    """Return a seed that depends only on the run's seed, the step and this process's part of the batch."""
+    text = f"{seed} {step} {processes.mesh_rank('data')} {processes.mesh_rank('chunk')}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def is_checkpoint_due(step: int, every: int, schedule: Schedule) -> bool:
-    early = schedule.budget is not None and FIRST_PACE <= step < every and step & (step - 1) == 0
+    early = schedule.budget is not None and MIN_TIMED_STEPS <= step < every and step & (step - 1) == 0
     return step % every == 0 or early
 
 
-def whole(norm: torch.Tensor) -> torch.Tensor:
-    """The norm of all gradients, of what `clip_grad_norm_` returns in each process."""
+def full_norm(norm: torch.Tensor) -> torch.Tensor:
+    """Return the norm over all processes from the result of `clip_grad_norm_`."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def shared_out(documents: Sequence[bytes], processes: Processes) -> list[bytes]:
-    """The documents that this process evaluates: the longest go round first, each to the process with the least so far."""
+def document_share(documents: Sequence[bytes], processes: Processes) -> list[bytes]:
+    """Return this process's documents: longest first, each goes to the process with the fewest bytes."""
     loads, own = [0] * processes.size, []
     for document in sorted(documents, key=len, reverse=True):
         rank = loads.index(min(loads))
@@ -364,9 +363,9 @@ def shared_out(documents: Sequence[bytes], processes: Processes) -> list[bytes]:
     return own
 
 
-def sample_of(documents: Sequence[bytes]) -> list[bytes]:
-    """Stretches at equal distances through all of the documents, laid end to end; of little text, all of it."""
-    count, size = LOOKED_AT
+def eval_sample(documents: Sequence[bytes]) -> list[bytes]:
+    """Return excerpts at equal distances in the concatenated documents; if there is little text, all of it."""
+    count, size = EVAL_SAMPLE
     text = b"".join(documents)
     if len(text) <= count * size:
         return list(documents)
@@ -382,16 +381,16 @@ def bits_per_byte(
     processes: Processes,
     read: Callable[[int], object] = lambda _: None,
 ) -> float:
-    """How well the model predicts documents, each token of one from all before it; the processes share the documents."""
-    nats, own = 0.0, as_documents(shared_out(documents, processes), tokenizer, read)
+    """Return the bits per byte of documents, with the context "all"; processes share the documents."""
+    nats, own = 0.0, as_documents(document_share(documents, processes), tokenizer, read)
     if own:
         with autocast:
             nats = evaluate(model, own)[0].nats
     return math.fsum(processes.gather(nats)) / math.log(2) / sum(map(len, documents))
 
 
-def encoded(documents: Sequence[bytes] | Parts, tokenizer: Tokenizer) -> Sequence[Document]:
-    """The documents' ids, those of bytes as the bytes themselves; documents of which a tokenizer leaves nothing go."""
+def encode(documents: Sequence[bytes] | Parts, tokenizer: Tokenizer) -> Sequence[Document]:
+    """Return the documents' ids, or the bytes themselves for bytes; documents without tokens are skipped."""
     if tokenizer.byte_level or isinstance(documents, Parts):
         return documents
     read = tqdm(documents, unit=" documents", desc="encoding", leave=False, delay=1)

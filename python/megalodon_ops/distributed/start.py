@@ -46,13 +46,13 @@ def start(device_type: str, timeout: timedelta | None = None) -> None:
 
 def _fail(show: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Show an uncaught exception, in one line if another process caused it, and report it to torchrun."""
-    follows = torchrun.is_of_another_process(error)
-    line = f"{torchrun.FOLLOWS}: {torchrun.first_line(error)}" if follows else f"{kind.__name__}: {error}"
+    follows = torchrun.is_peer_failure(error)
+    line = f"{torchrun.PEER_FAILURE}: {torchrun.first_line(error)}" if follows else f"{kind.__name__}: {error}"
     if follows and re.search("(?i)connection (closed|reset)|broken pipe", line):
         print(f"[rank{os.environ['RANK']}]: {line}", file=sys.stderr, flush=True)
     else:
         show(kind, error, trace)
-    torchrun.tell(line, first=not follows)
+    torchrun.report_failure(line, is_root_cause=not follows)
 
 
 def await_workers(timeout: float = 10.0) -> None:

@@ -1,10 +1,10 @@
-"""What a training program needs around the model; needs the extra `train`.
+"""The parts of a training program around the model; needs the extra `train`.
 
     documents   hold_out, Shards                                batches   Batches, Batch, Reader
     optimizer   parameter_groups, adamw, Muon, Schedule     metrics   Metrics, read_metrics, draw_metrics
     checkpoint  save_checkpoint, load_checkpoint, Saver
 
-`python -m megalodon_ops train` is made of these; docs/training.md has a program of one's own.
+`python -m megalodon_ops train` is built from them; docs/training.md shows how to write your own program.
 """
 
 from .batches import START, Batch, Batches

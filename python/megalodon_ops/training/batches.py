@@ -1,17 +1,16 @@
-"""Batches of next-token predictions: documents laid end to end in rows, with `cu_seqlens` telling them apart.
+"""Batches for next-token prediction: documents end to end in rows, separated by `cu_seqlens`.
 
-A document is a sequence of ids: of bytes, or of a tokenizer's tokens. The id `start` opens every document, so that its
-first token is predicted too; its last target is the id `end`, so that a model learns where documents end. One id may be
-both, as in a document of bytes:
+A document is a sequence of ids, of bytes or tokens. The id `start` precedes every document, so that its first token is
+predicted, too; its last target is the id `end`, so that a model learns where documents end. One id may serve as both,
+as in a document of bytes:
 
     document    b"def f"                     row      START 'd' 'e' 'f' ' ' 'f' | START 'i' 'm' ...
     inputs      START 'd' 'e' 'f' ' ' 'f'    targets   'd'  'e' 'f' ' ' 'f' END |  'i'  'm' 'p' ...
 
-A batch of R rows of L tokens is one packed row (1, R*L): no padding, and no state passes from document to document.
+A batch of R rows of L tokens is one packed row (1, R*L), without padding. No state passes from document to document.
 
-Several processes share a batch by its rows. Each counts how far all rows are, which takes the documents' lengths alone,
-and reads the text of its own rows. So a position is that of the whole batch, equal in every process, and a run goes on
-from it in any number of processes.
+Processes share a batch by rows. Each tracks the position of all rows, from the documents' lengths alone, but reads only
+the text of its own rows. So positions are equal in all processes, and a run may resume in any number of processes.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from .corpus import Parts
 from ..ops.common.checks import check_integer, check_size, described, shown
 
 START = 256
-"""The id that opens a document of bytes"""
+"""The id before a document of bytes"""
 
 
 class Document(Protocol):
-    """Bytes, an array or a tensor of integers, or what reads one piece by piece, such as `numpy.memmap`."""
+    """Bytes, an array or tensor of integers, or a lazy sequence such as `numpy.memmap`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, where: slice) -> Any: ...
@@ -49,37 +48,36 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor
     """(S + 1,) int64"""
     carry: Tensor
-    """(S,) int64, which of the R rows of the batch before has the state that the sequence goes on from, -1 where it starts afresh"""
+    """(S,) int64, the row of the batch before whose end state is the sequence's initial state; -1: a fresh state"""
     last: Tensor
-    """(R,) int64, the sequence at each row's end, whose state the next batch may carry on; -1 for a row without text"""
+    """(R,) int64, the last sequence of each row, whose state the next batch may carry; -1: a row without text"""
 
 
 class Batches:
-    """Endless batches of shuffled documents or, with `seed=None`, one pass over them in order of length, longest first.
+    """Endless batches of shuffled documents or, with `seed=None`, one pass over them, longest first.
 
-    context "streamed": each row reads a document to its end, over as many batches as it takes, carrying its state.
-    context "packed":   one reader fills row after row; a document cut at a row's end goes on without its past.
+    context "streamed": each row reads a document to its end, over several batches, and carries its state.
+    context "packed":   one reader fills row after row; a document cut at a row's end continues without its past.
 
     Args:
-        documents: bytes, arrays or tensors of ids, or what reads them when a row asks for them and says in an array
-            `lengths` how long each is, such as the documents of :class:`Shards`. Documents without tokens are left out.
-        rows: how many rows a batch has; or, as a range, those of its `batch` rows that this process reads. A process whose
-            rows are out of text while other rows are not gets a batch of no tokens; this takes `seed=None`.
+        documents: bytes, arrays or tensors of ids, or a lazy sequence of them with an array `lengths`, such as the
+            documents of :class:`Shards`. Empty documents are skipped.
+        rows: number of rows in a batch; or, as a range, the rows of `batch` that this process reads. With `seed=None`,
+            a process whose rows have run out of text gets batches without tokens until all rows have.
         length: tokens in a row.
-        batch: the rows of the whole batch, where `rows` is a range of them.
-        start: the id that opens a document.
-        end: the id that ends a document, a target alone; "start": `start` serves both ends, as that of bytes does; None:
+        batch: number of rows of the whole batch, if `rows` is a range.
+        start: the id before a document.
+        end: the id after a document, only ever a target; "start": `start` serves as both, as with bytes; None:
             documents end with their last id.
-        context_length: cut a document of more targets into the fewest equal parts that have no more; each part is then a
-            document like the others, so that a batch shares fewer documents with the batches before it, but the last part
-            alone has the end. Whatever the length, a document longer than a row, and than a row's share of all tokens, is
-            cut as well, so that the rows of a few books read different text. None: no document is cut.
+        context_length: maximum targets of a document; longer ones are cut into the fewest equal parts, which are then
+            shuffled as documents. Only the last part has the end. A document longer than a row and than a row's share
+            of all tokens is cut, too, so that the rows of a few books read different text. None: no document is cut.
 
     Attributes:
-        lengths: (N,) int64, the targets of each document or part, its end among them.
+        lengths: (N,) int64, targets of each document or part, including its end.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, or a document holds what is no id.
+        ValueError, TypeError: an argument is wrong, or a document holds anything but ids.
 
     Example:
         >>> from megalodon_ops.training import Batches
@@ -132,16 +130,16 @@ class Batches:
         self._epoch, self._order = -1, numpy.empty(0, numpy.int64)
 
     def position(self) -> dict[str, Any]:
-        """Where the next batch goes on, as JSON: that of all rows, whichever this process reads."""
+        """Return the position of all rows before the next batch, as JSON."""
         return {"taken": self.taken, "readers": [list(reader) for reader in self.readers]}
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes on at a position of batches of equal documents, length, context and seed, and as many rows in all."""
+        """Continue at the `position` of batches with equal documents, length, context, seed and total rows."""
         found = msgspec.convert(position, BatchesPosition)
         lengths = [self.lengths[number] if number < len(self.lengths) else 0 for number, _ in found.readers]
         inside = (number < 0 or 0 <= at < length for (number, at), length in zip(found.readers, lengths, strict=True))
         if len(found.readers) != len(self.readers) or not all(inside):
-            raise ValueError("Batches.seek: `position` must be of as many rows, inside these documents.")
+            raise ValueError("Batches.seek: `position` must have as many rows, inside these documents.")
         self.taken, self.readers = found.taken, found.readers
 
     def __iter__(self) -> Iterator[Batch]:
@@ -149,7 +147,7 @@ class Batches:
             yield batch
 
     def next(self) -> Batch | None:
-        """The next batch; None when a single pass is over."""
+        """Return the next batch; None after a single pass."""
         pieces = [self._pieces(row) for row in range(self.batch)]
         if not any(pieces):
             return None
@@ -173,7 +171,7 @@ class Batches:
         )
 
     def _pieces(self, row: int) -> list[tuple[int, int, int]]:
-        """What the row reads next, (document, first token, end), up to `length` tokens; its reader moves on."""
+        """Advance a row by up to `length` tokens; return its pieces as (document, first token, end)."""
         reader, room = row if self.streamed else 0, self.length
         found: list[tuple[int, int, int]] = []
         while room:
@@ -189,7 +187,7 @@ class Batches:
         return found
 
     def _read(self, document: int, offset: int, stop: int) -> tuple[int, numpy.ndarray]:
-        """The token before a piece of a document, and the piece."""
+        """Return the token before a piece of a document, and the piece."""
         first = max(offset - 1, 0)
         ids = numpy.asarray(_ids(self.documents[document][first:stop]))
         if ids.dtype.kind not in "iu" or ids.min() < 0:
@@ -201,15 +199,15 @@ class Batches:
         return (int(ids[0]), ids[1:]) if offset else (self.start, ids)
 
     def _take(self) -> int:
-        """The next document of the epoch."""
-        epoch, place = divmod(self.taken, len(self.lengths))
+        """Return the next document of the epoch."""
+        epoch, index = divmod(self.taken, len(self.lengths))
         if self._epoch != epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
         self.taken += 1
-        return int(self._order[place])
+        return int(self._order[index])
 
     def _shuffled(self, epoch: int) -> numpy.ndarray:
-        """The documents of an epoch in the order in which they are taken, which is the same in every version."""
+        """Return the order of documents in an epoch, the same in every version."""
         keys = -self.lengths
         if self.seed is not None:
             texts = (b"%d %d %d" % (self.seed, epoch, number) for number in range(len(keys)))
@@ -219,29 +217,29 @@ class Batches:
 
 
 class BatchesPosition(msgspec.Struct):
-    """What `Batches.position` gives."""
+    """The fields of `Batches.position`."""
 
     taken: Annotated[int, msgspec.Meta(ge=0)]
     readers: list[tuple[int, int]]
 
 
 def _cut(documents: Sequence[Document], lengths: numpy.ndarray, longest: int) -> Parts:
-    """The documents, those of more than `longest` targets in the fewest equal parts that are not longer."""
+    """Cut documents of more than `longest` targets into the fewest equal parts."""
     counts = -(-lengths // longest)
     numbers = numpy.repeat(numpy.arange(len(lengths)), counts)
-    place = numpy.arange(len(numbers)) - numpy.repeat(counts.cumsum() - counts, counts)
+    part = numpy.arange(len(numbers)) - numpy.repeat(counts.cumsum() - counts, counts)
     whole, count = lengths[numbers], counts[numbers]
-    starts = place * whole // count
-    return Parts(lambda number: _ids(documents[number]), numbers, (place + 1) * whole // count - starts, starts)
+    starts = part * whole // count
+    return Parts(lambda number: _ids(documents[number]), numbers, (part + 1) * whole // count - starts, starts)
 
 
 def _ids(document: Document) -> Document:
-    """Bytes as an array, a part of which is no copy."""
+    """Return bytes as an array, to slice without copies."""
     return numpy.frombuffer(document, numpy.uint8) if isinstance(document, (bytes, bytearray)) else document
 
 
 def _check_rows(rows: int | range, batch: int | None) -> tuple[int, range]:
-    """The rows of the whole batch, and those of them to read."""
+    """Return the number of rows of the whole batch, and the rows to read."""
     if not isinstance(rows, range):
         rows = range(check_size("Batches", "rows", rows))
         return len(rows), rows
@@ -252,7 +250,7 @@ def _check_rows(rows: int | range, batch: int | None) -> tuple[int, range]:
 
 
 def _with_tokens(documents: Sequence[Document]) -> tuple[Sequence[Document], numpy.ndarray]:
-    """The documents that have tokens, and their lengths."""
+    """Return the documents that have tokens, and their lengths."""
     if isinstance(documents, (str, bytes)) or not isinstance(documents, Sequence):
         raise TypeError(f"Batches: `documents` must be a list of documents, got {described(documents)}.")
     lengths = getattr(documents, "lengths", None)

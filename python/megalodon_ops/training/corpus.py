@@ -1,4 +1,4 @@
-"""Documents to learn from, and documents to tell how well the model does on others."""
+"""Training documents and held-out documents."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ HELD_OUT_FRACTION = 0.05
 
 class Corpus(NamedTuple):
     train: Sequence[bytes] | Parts
-    """Documents to learn from: texts, or the ids of :class:`Shards`"""
+    """Training documents: texts, or the ids of :class:`Shards`"""
     held_out: list[bytes]
     fingerprint: str
-    """sha256 of what tells the documents apart, whatever the files are called and in whatever order they came"""
+    """sha256 of the documents, independent of file names and order"""
     num_bytes: int
-    """Of the text to learn from"""
+    """Bytes of the training text"""
 
 
 @dataclass(eq=False)
 class Parts(Sequence):
-    """Documents of a collection, or parts of them, each of which is read when it is asked for."""
+    """Documents of a collection, or parts of them, read on access."""
 
     document: Callable[[int], Any]
-    """Gives the document of a number"""
+    """Document number -> document"""
     numbers: numpy.ndarray
-    """(N,) of the documents"""
+    """(N,) document of each part"""
     lengths: numpy.ndarray
-    """(N,) of the parts"""
+    """(N,) length of each part"""
     starts: numpy.ndarray | None = None
-    """(N,) where the parts begin in the documents; None: where the documents do"""
+    """(N,) offset of each part in its document; None: 0"""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -46,10 +46,10 @@ class Parts(Sequence):
 
 
 def hold_out(documents: Iterable[bytes]) -> Corpus:
-    """Holds out a twentieth of the bytes by whole documents; of identical documents one is kept.
+    """Hold out a twentieth of the bytes, in whole documents; duplicates are removed.
 
-    Documents are taken in the order of their hash while they fit. Where documents are too few or too long to fill half
-    of the twentieth, the end of the longest one is held out too.
+    Documents are held out in the order of their hash, as long as they fit. If they fill less than half of the
+    twentieth, the end of the longest document is held out, too.
 
     Example:
         >>> from megalodon_ops.training import hold_out
@@ -68,7 +68,7 @@ def hold_out(documents: Iterable[bytes]) -> Corpus:
 
 
 def key_of(digest: Any) -> int:
-    """The key of a document whose text has this sha256, which decides its place: the first 8 bytes as a big-endian number."""
+    """Return a document's sort key: the first 8 bytes of its text's sha256, big-endian."""
     return int.from_bytes(digest.digest()[:8], "big")
 
 
@@ -78,23 +78,23 @@ def split(
     sizes: numpy.ndarray,
     lengths: numpy.ndarray,
     text_of: Callable[[Any], bytes],
-    most: int | None = None,
+    max_held_out: int | None = None,
 ) -> Corpus:
-    """Holds out a twentieth of the text, and at most `most` bytes, as :func:`hold_out` does, of any documents.
+    """Hold out a twentieth of the text, and at most `max_held_out` bytes, as :func:`hold_out` does.
 
     Args:
-        document: gives the bytes or ids of the document of a number.
-        keys, sizes, lengths: (N,) of each document, its key, the bytes of its text and the length of what `document` gives.
-        text_of: gives the text of bytes or ids.
+        document: document number -> bytes or ids.
+        keys, sizes, lengths: (N,) key, bytes of text, and length of the bytes or ids of each document.
+        text_of: bytes or ids -> text.
     """
-    numbers = numpy.unique(keys, return_index=True)[1]  # in the order of their keys, without copies
+    numbers = numpy.unique(keys, return_index=True)[1]  # sorted by key, without duplicates
     fingerprint = hashlib.sha256(keys[numbers].tobytes()).hexdigest()
     sizes, lengths = sizes[numbers], lengths[numbers]
     goal = max(1, int(HELD_OUT_FRACTION * int(sizes.sum())))
-    goal = room = goal if most is None else min(goal, most)
+    goal = room = goal if max_held_out is None else min(goal, max_held_out)
     held = numpy.zeros(len(sizes), bool)
     left = numpy.arange(len(sizes))
-    while len(left := left[sizes[left] <= room]):  # as many at once as fit one after another
+    while len(left := left[sizes[left] <= room]):  # the longest run that fits, at once
         count = int(numpy.searchsorted(numpy.cumsum(sizes[left]), room, side="right"))
         held[left[:count]] = True
         room -= int(sizes[left[:count]].sum())
@@ -105,7 +105,7 @@ def split(
     if room > goal / 2 and len(train):
         longest = int(sizes.argmax())
         size, ids = int(sizes[longest]), train[longest]
-        lengths[longest] = len(ids) * (size - room) // size  # as large a share of its ids as of its text
+        lengths[longest] = len(ids) * (size - room) // size  # the same share of its ids as of its text
         held_out.append(text_of(ids[lengths[longest] :]))
         num_bytes -= len(held_out[-1])
     if not len(train) or not lengths.all():

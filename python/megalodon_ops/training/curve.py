@@ -1,4 +1,4 @@
-"""The picture of a run's metrics."""
+"""Plot of a run's metrics."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..ops.common.checks import described
 def draw_metrics(
     path: str | os.PathLike, rows: list[dict[str, Any]], references: dict[str, float] | None = None
 ) -> None:
-    """Draws bits per byte against steps, in training and on held-out text, as a PNG file.
+    """Plot bits per byte against steps, in training and on held-out text, as a PNG file.
 
-    rows: those that `read_metrics` gives, with `bits_per_byte` or `held_out_bits_per_byte`, and `final` where the figure
-    is of all held-out text. references: figures to compare with, by name.
+    rows: from `read_metrics`, with `bits_per_byte` or `held_out_bits_per_byte`, and `final` if the figure is of all
+    held-out text. references: figures to compare with, by name.
     """
     if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
         raise TypeError(f"draw_metrics: `rows` must be a list of `read_metrics`, got {described(rows)}.")
     figure = extras.load("matplotlib.figure", "train").Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="how well a run predicts its text")
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="bits per byte of a run")
     train = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
-    tops = [4.5, *(references or {}).values()]  # of what is seen; the first steps may be far above
+    tops = [4.5, *(references or {}).values()]  # the first steps may be far above
     if train:
         steps, bits = numpy.array(train).T
         axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -37,10 +37,10 @@ def draw_metrics(
         False: dict(color="tab:orange", marker="o", markersize=3, label="held-out, a sample of all"),
         True: dict(color="tab:red", marker="*", markersize=9, linestyle="", label="held-out, all"),
     }.items():
-        looks = [row for row in rows if "held_out_bits_per_byte" in row and bool(row.get("final")) == final]
-        if looks:
-            figures = [row["held_out_bits_per_byte"] for row in looks]
-            axes.plot([row["step"] for row in looks], figures, **style)
+        evaluations = [row for row in rows if "held_out_bits_per_byte" in row and bool(row.get("final")) == final]
+        if evaluations:
+            figures = [row["held_out_bits_per_byte"] for row in evaluations]
+            axes.plot([row["step"] for row in evaluations], figures, **style)
             tops.append(min(figures))
     for (name, bits), style in zip((references or {}).items(), ("--", ":"), strict=False):
         axes.axhline(bits, color="gray", linestyle=style, label=f"{name} ({bits:.2f})")

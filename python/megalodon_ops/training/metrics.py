@@ -15,7 +15,7 @@ _log = logging.getLogger("megalodon_ops")
 
 
 class Metrics:
-    """A file of JSON lines, each of which is in the file as soon as it is written.
+    """A file of JSON lines, written without a buffer.
 
     Example:
         >>> import tempfile
@@ -29,16 +29,16 @@ class Metrics:
     """
 
     def __init__(self, path: str | os.PathLike, step: int = 0):
-        """Go on after `step`: later lines, and those of the run's end, go, as the run is about to write them again."""
+        """Continue after `step`: remove lines of later steps and of the run's end, which the run writes again."""
         self.path = path = as_path("Metrics", "path", path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(path) if row["step"] <= step and not row.get("final")]
+        earlier = [row for row in read_metrics(path) if row["step"] <= step and not row.get("final")]
         if os.path.lexists(path):
-            write_whole(path, "".join(map(_line, kept)).encode())
+            write_whole(path, "".join(map(_line, earlier)).encode())
         self._file = open(path, "ab", buffering=0)
 
     def write(self, **row: Any) -> None:
-        """Adds a line; it names its `step`."""
+        """Add a line; `row` must have a `step`."""
         line = _line(row).encode()
         try:
             if self._file.write(line) < len(line):
@@ -54,9 +54,9 @@ class Metrics:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, but for a last one that is cut short; none of a run that has not begun.
+    """Return the lines of a `metrics.jsonl`, without a last line that is cut short; an empty list if there is no file.
 
-    Damaged lines, which name no step, are left out with a warning in the log `megalodon_ops`.
+    Damaged lines, without a step, are skipped with a warning in the log `megalodon_ops`.
     """
     path, rows = as_path("read_metrics", "path", path), []
     if not os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""The paper's optimizer, and Muon: which parameters each takes, which decay, and how many threads a step takes."""
+"""The paper's AdamW, and Muon: parameter groups, and the number of threads of an optimizer step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ..ops.common.checks import check_number, check_size, described
 
 PARALLEL_PARAMETER = 1 << 16
-"""Numbers in a parameter, on average, from which the optimizer takes all threads: a guess between the default run's 2^13,
-where one thread takes a quarter of the time of two, and a matrix's 2^20 and more"""
+"""Mean number of elements of a parameter from which the optimizer uses all threads: a guess between 2^13 (the default
+run's, where one thread takes a quarter of the time of two) and 2^20 (a large matrix's)"""
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """Two groups of the parameters to train: matrices, which decay, and norms, biases, CEMA and the attention's affine map.
+    """Return two parameter groups: matrices decay; norms, biases, CEMA and the attention's affine map do not.
 
-    Any of torch's optimizers takes them. Parameters with requires_grad=False are left out.
+    All of torch's optimizers accept them. Parameters with requires_grad=False are skipped.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.1) -> list[dic
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> torch.optim.AdamW:
-    """The paper's AdamW over :func:`parameter_groups`: betas 0.9 and 0.95, epsilon 1e-8.
+    """Return the paper's AdamW over :func:`parameter_groups`: betas 0.9 and 0.95, epsilon 1e-8.
 
     Example:
         >>> import megalodon_ops as mo
@@ -58,24 +58,23 @@ def _adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-AT_ONCE = 1 << 24
-"""Numbers in the matrices that Muon makes orthogonal together, which takes four times as much memory"""
+STACKED_NUMBERS = 1 << 24
+"""Elements of the matrices that Muon orthogonalizes at once, in four times their memory"""
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon/) for the matrices of the blocks, :func:`adamw` for all else.
+    """Muon (https://kellerjordan.github.io/posts/muon/) for the matrices of the blocks, :func:`adamw` for the rest.
 
-    Muon moves a matrix by its momentum made orthogonal, all singular values of which are near 1:
+    Muon moves a matrix by its orthogonalized momentum, with all singular values near 1:
 
         momentum <- 0.95 momentum + 0.05 gradient
         matrix   <- (1 - lr weight_decay) matrix - 0.2 sqrt(max(rows, columns)) lr orthogonal(0.95 momentum + 0.05 gradient)
 
-    The factor makes its steps as large as AdamW's (arXiv 2502.16982), so that one learning rate serves all parameters.
-    The matrices are those between the embedding and the output layer. Of a model that is sharded over processes, each
-    matrix is gathered for its step.
+    The factor makes its updates as large as AdamW's (arXiv 2502.16982), so one learning rate serves all parameters.
+    Embedding and output layer are left to AdamW. Matrices of a sharded model are gathered for their update.
 
-    `torch.optim.Muon` does the same, but for bfloat16 in the place of float32 on the CPU, where most processors have no
-    such products: a matrix of 256 x 128 takes it 39 ms with AVX2, and this class 2 ms.
+    `torch.optim.Muon` differs in one point: on the CPU it multiplies in bfloat16, which most processors emulate. With
+    AVX2, a matrix of 256 x 128 takes it 39 ms, and this class 2 ms.
 
     Example:
         >>> import megalodon_ops as mo
@@ -93,13 +92,13 @@ class Muon(torch.optim.Optimizer):
         inner = {parameter for name, parameter in model.named_parameters() if "layers" in name.split(".")}
         outside = [parameter for parameter in matrices["params"] if parameter not in inner]
         blocks = {**matrices, "params": [parameter for parameter in matrices["params"] if parameter in inner], "lr": lr}
-        self._rest = _adamw([{**matrices, "params": outside}, others], lr)
-        super().__init__([blocks, *self._rest.param_groups], {})
+        self._adamw = _adamw([{**matrices, "params": outside}, others], lr)
+        super().__init__([blocks, *self._adamw.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Gives AdamW its part of this optimizer's groups, and the state of all."""
-        self._rest.param_groups, self._rest.state = self.param_groups[1:], self.state
+        """Let AdamW use its part of this optimizer's groups, and the whole state."""
+        self._adamw.param_groups, self._adamw.state = self.param_groups[1:], self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -111,27 +110,27 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_of_matrices(self.param_groups[0])
-        self._rest.step()
+        self._step_matrices(self.param_groups[0])
+        self._adamw.step()
         return loss
 
-    def _step_of_matrices(self, group: dict[str, Any]) -> None:
+    def _step_matrices(self, group: dict[str, Any]) -> None:
         by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for matrix in group["params"]:
             if matrix.grad is not None:
                 by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
         for (shorter, longer), matrices in by_shape.items():
-            count = max(1, AT_ONCE // (shorter * longer))
+            count = max(1, STACKED_NUMBERS // (shorter * longer))
             for first in range(0, len(matrices), count):
-                some = matrices[first : first + count]
-                directions = orthogonal(torch.stack([_wide(self._update(matrix)) for matrix in some]))
-                for matrix, direction in zip(some, directions, strict=True):
+                stacked = matrices[first : first + count]
+                directions = orthogonal(torch.stack([_as_wide(self._update(matrix)) for matrix in stacked]))
+                for matrix, direction in zip(stacked, directions, strict=True):
                     direction = direction if direction.shape == matrix.shape else direction.mT
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(_part_like(matrix, direction), alpha=-0.2 * longer**0.5 * group["lr"])
+                    matrix.add_(_local_part(matrix, direction), alpha=-0.2 * longer**0.5 * group["lr"])
 
     def _update(self, matrix: nn.Parameter) -> Tensor:
-        """What is to be made orthogonal, whole in every process."""
+        """Update the momentum, and return the matrix to orthogonalize, whole in every process."""
         state = self.state[matrix]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
@@ -140,27 +139,27 @@ class Muon(torch.optim.Optimizer):
         return update.full_tensor() if hasattr(update, "full_tensor") else update
 
 
-def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (B, M, N), M <= N, with singular values brought to about 0.7 to 1.2 by Newton-Schulz steps, all but tiny ones.
+def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Orthogonalize matrices (B, M, N), M <= N: Newton-Schulz brings all but tiny singular values to about 0.7 to 1.2.
 
-    Each step makes a singular value s into 3.4445 s - 4.775 s^3 + 2.0315 s^5. Products are in float32, or
-    float64, and on GPUs in bfloat16.
+    Each iteration maps a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Products are in float32 or float64, on
+    GPUs in bfloat16.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32))
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # no singular value above 1
-    for _ in range(steps):
+    for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return x.to(matrices.dtype)
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    """The matrix, or its transposed one, with no more rows than columns."""
+def _as_wide(matrix: Tensor) -> Tensor:
+    """Return the matrix or its transpose, with no more rows than columns."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
-def _part_like(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """Of a tensor that all processes have whole, what this process has of the parameter."""
+def _local_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """Return this process's part of a tensor that is whole in every process, sharded as the parameter."""
     if not hasattr(parameter, "full_tensor"):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
@@ -172,7 +171,7 @@ def _part_like(parameter: nn.Parameter, whole: Tensor) -> Tensor:
 
 
 def optimizer_threads(model: nn.Module) -> int:
-    """How many threads a step of the optimizer takes the least time with."""
+    """Return the number of threads with which an optimizer step is fastest."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimizer_threads: `model` must be a module, got {described(model)}.")
     sizes = [parameter.numel() for parameter in model.parameters()]
@@ -181,7 +180,7 @@ def optimizer_threads(model: nn.Module) -> int:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Inside the block, torch's operations take `count` threads."""
+    """Run torch's operations on `count` threads inside the block."""
     count, before = check_size("threads", "count", count), torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""A model that reads batch after batch."""
+"""A model that reads consecutive batches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..ops.common.checks import check_integer, check_size, described
 
 
 class Reader:
-    """A model that reads batch after batch, each row going on from the state the batch before left it in.
+    """A model that reads consecutive batches and carries each row's state from batch to batch.
 
-    With carries=False every batch starts afresh, which is all that packed batches ask for.
+    With carries=False every batch starts from fresh states, as packed batches do.
 
     Example:
         >>> import megalodon_ops as mo
@@ -31,22 +31,22 @@ class Reader:
     """
 
     def __init__(self, model: Megalodon, carries: bool = True, *, rank: int = 0, ranks: int = 1):
-        """rank, ranks: of the processes that share the batches' sequences, which this one is, and how many there are."""
+        """rank, ranks: this process's rank among the `ranks` processes that split the sequences."""
         if not hasattr(model, "loss"):
             raise TypeError(f"Reader: `model` must be a Megalodon, got {described(model)}.")
         self.model, self.carries = model, carries
         self.ranks = check_size("Reader", "ranks", ranks)
         self.rank = check_integer("Reader", "rank", rank, f"an integer in [0, {ranks}), below `ranks`", 0, ranks - 1)
-        self.state: MegalodonState | None = None  # of each sequence of the last batch
-        self.last: Tensor | None = None  # (R,) the sequence that ended each row
+        self.state: MegalodonState | None = None  # each sequence of the last batch
+        self.last: Tensor | None = None  # (R,) each row's last sequence
 
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        """Nats a target, float32; with reduction "none" those of every target, (1, T)."""
-        tokens, targets, bounds, going_on, last = (tensor.to(next(self.model.parameters()).device) for tensor in batch)
+        """Return the mean loss in nats, float32; with reduction "none" the loss of every target, (1, T)."""
+        tokens, targets, bounds, carry, last = (tensor.to(next(self.model.parameters()).device) for tensor in batch)
         options = dict(reduction=reduction, cu_seqlens=bounds)
         state = None
         if self.state is not None and self.last is not None:
-            state = select(self.state, torch.where(going_on < 0, -1, self.last[going_on]))
+            state = select(self.state, torch.where(carry < 0, -1, self.last[carry]))
         if self.ranks > 1:
             columns = self._columns(bounds, state)
             tokens, targets = tokens[:, columns], targets[:, columns]
@@ -57,7 +57,7 @@ class Reader:
         return loss
 
     def _columns(self, bounds: Tensor, state: MegalodonState | None) -> slice:
-        """The columns of the batch that the model reads here."""
+        """Columns of the batch that this process reads."""
         from ..distributed.split import columns
 
         positions = 0 if state is None else state.layers[0].attention.position.tolist()
@@ -65,17 +65,17 @@ class Reader:
         return slice(*columns(self.rank, self.ranks, offsets[-1], self.model.config.chunk_size, offsets, positions))
 
     def rows(self) -> MegalodonState | None:
-        """The state of each row, for a checkpoint; None before the first batch."""
+        """Return the state of each row, for a checkpoint; None before the first batch."""
         return None if self.state is None or self.last is None else select(self.state, self.last)
 
     def seek(self, rows: MegalodonState | None) -> None:
-        """Goes on from the state of each row that :meth:`rows` gave."""
+        """Continue from the states that :meth:`rows` returned."""
         self.state = rows
         self.last = None if rows is None else torch.arange(rows.num_sequences, device=rows.norm.count.device)
 
 
-def parts(batch: Batch, count: int) -> Iterator[Batch]:
-    """A batch of full rows as `count` batches of equally many of them, in order, each for a Reader of its own."""
+def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
+    """Split a batch of full rows into `count` batches of equally many rows, in order, one for each Reader."""
     rows, columns, first = len(batch.last) // count, batch.tokens.shape[1] // count, 0
     for part in range(count):
         begin, last = part * columns, batch.last[part * rows : (part + 1) * rows]
@@ -92,7 +92,7 @@ def parts(batch: Batch, count: int) -> Iterator[Batch]:
 
 
 def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
-    """The state of the sequences `rows`; a row of -1 becomes a fresh state. Where all rows go on, nothing is copied."""
+    """Return the states of the sequences `rows`, fresh ones for -1; the identity copies nothing."""
     if torch.equal(rows, torch.arange(state.num_sequences, device=rows.device)):
         return state
     picked, fresh = state[rows.clamp(min=0)], rows < 0

@@ -1,4 +1,4 @@
-"""`training.json` of a checkpoint: what the training program says, and sha256 sums of itself and of the other files."""
+"""`training.json` of a checkpoint: the training program's fields, and sha256 sums of this file and the others."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 FORMAT = 4
-"""Counts the changes of the files' content; checkpoints of another format are not read"""
+"""Version of the files' content; checkpoints of other versions are not read"""
 RECORD = "training.json"
 CHANGED = "was changed after it was written: its checksum is another"
 
 
 class Record(msgspec.Struct):
-    """The fields that every `training.json` has; the others are the training program's."""
+    """The fields of every `training.json`; a training program may add others."""
 
     format: Annotated[int, msgspec.Meta(ge=FORMAT, le=FORMAT)]
     step: Annotated[int, msgspec.Meta(ge=0)]
     megalodon_ops: str
     torch: str
     optimizer: str | None
-    """Name of the class"""
+    """Class name"""
     files: dict[str, dict[str, Any]]
     """`bytes` and `sha256` of each"""
-    checksum: str  # of the other fields, however they are laid out
+    checksum: str  # of the other fields, whatever their layout
     mesh: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
-    """Sizes by dimension, where several processes have written the folder"""
+    """Size by dimension, if several processes wrote the folder"""
 
 
 def new_record(
     step: int, optimizer: torch.optim.Optimizer | None, program: dict[str, Any] | None, mesh: DeviceMesh | None = None
 ) -> dict[str, Any]:
-    """The content of `training.json` but for the sums of files; raises where the program's part is no JSON."""
+    """Return the content of `training.json` without the sums of files; raise if `program` is no JSON."""
     own = {
         "format": FORMAT,
         "step": check_integer("save_checkpoint", "step", step, "an integer of at least 0, below 2^63", 0),
@@ -58,7 +58,7 @@ def new_record(
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> None:
-    """Writes `training.json` beside the files that are in the folder."""
+    """Write `training.json` beside the other files of the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): _facts(path) for path in paths}
     content = {**content, "files": files}
@@ -66,7 +66,7 @@ def write_record(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_record(folder: Path, *, verify: bool) -> dict[str, Any]:
-    """The content of `training.json`, whose own fields and checksum are checked; `verify` compares the files, too."""
+    """Return the content of `training.json` after checking its fields and checksum; `verify` checks all files, too."""
     content = read_json(folder / RECORD)
     with reading(folder / RECORD):
         record = msgspec.convert(content, Record)

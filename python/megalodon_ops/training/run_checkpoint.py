@@ -1,13 +1,13 @@
-"""Checkpoints of a training run: a model's folder, and beside it what training needs to go on.
+"""Checkpoints of a training run: a model's folder, and the files that a resume needs.
 
-    run/checkpoints/step-00000100/  config.json, model.safetensors, tokenizer.json    what Megalodon.load reads
+    run/checkpoints/step-00000100/  config.json, model.safetensors, tokenizer.json    read by Megalodon.load
                                     optimizer.safetensors, state.safetensors, random.safetensors, training.json
-    run/checkpoints/step-00000200/  config.json, tokenizer.json, training.json        where several processes write
-                                    distributed/    of all the tensors what each process holds (saver.py)
+    run/checkpoints/step-00000200/  config.json, tokenizer.json, training.json        if several processes write
+                                    distributed/    each process's part of every tensor (saver.py)
 
-A folder is complete or not there, whatever happens to the process that writes it. One whose files do not have the sizes
-and sha256 sums in `training.json` is passed over in favour of the one before. Only a folder named `step-` and at least
-eight digits is a checkpoint; whatever else is there is somebody's own.
+A folder is complete or absent, whatever happens to the writing process. If its files differ from the sizes and sha256
+sums in `training.json`, the checkpoint before it is read. Only folders named `step-` and at least eight digits are
+checkpoints; everything else belongs to the user.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Checkpoint:
     folder: Path
     config: MegalodonConfig
     record: dict[str, Any]
-    """The content of `training.json`, the training program's fields among it"""
+    """The content of `training.json`, with the training program's fields"""
 
     @property
     def step(self) -> int:
@@ -58,11 +58,11 @@ class Checkpoint:
 
     @property
     def state(self) -> MegalodonState | None:
-        """The state that the next batch goes on from, of all rows, on the CPU."""
+        """State of all rows before the next batch, on the CPU."""
         return self.state_of(None)
 
     def state_of(self, mesh: DeviceMesh | None) -> MegalodonState | None:
-        """The state of the rows that this process has where the mesh's dimension `data` splits them equally."""
+        """State of this process's rows; the mesh's dimension `data` splits all rows equally."""
         stored = stored_tensors(self.folder, "state")
         if stored is None:
             return None
@@ -71,22 +71,22 @@ class Checkpoint:
         own = {name: torch.empty((rows, *like.shape[1:]), dtype=like.dtype) for name, like in stored.tensors.items()}
         state = _as_rows(own, mesh)
         stored.fill(state)
-        return from_named({name: local(tensor) for name, tensor in state.items()})
+        return from_named({name: local_tensor(tensor) for name, tensor in state.items()})
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that was saved along, or None."""
+        """Return the checkpoint's tokenizer, or None."""
         return find_tokenizer(self.folder)
 
     def load_weights(self, model: Megalodon | MegalodonEncoder) -> None:
-        """Copies the checkpoint's weights into the model, or into this process's part of one that is split."""
+        """Copy the checkpoint's weights into the model, or into this process's part of a sharded one."""
         if model.config != self.config:
             raise FileError(f"{self.folder / CONFIG}: must be the model's configuration, got another")
         stored_tensors(self.folder).fill(dict(model.named_parameters()))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Gives the optimizer of the model the state that was saved; its learning rates and the like stay.
+        """Load the optimizer's state; its hyperparameters, such as learning rates, stay.
 
-        Of a model that is split over processes, each takes its own part.
+        For a sharded model, each process loads its own part.
         """
         stored = stored_tensors(self.folder, "optimizer")
         if stored is None:
@@ -100,16 +100,16 @@ class Checkpoint:
         values: dict[str, Tensor] = {}
         states: dict[int, dict[str, Tensor]] = {}
         for key, found in stored.tensors.items():
-            name, _, what = key.rpartition("/")
+            name, _, entry = key.rpartition("/")
             if name not in ordered:
                 raise FileError(f"{stored.path}: holds `{key}`, and the optimizer has no such parameter")
             like = parameters[name] if parameters[name].shape == found.shape else torch.empty(found.shape)
-            values[key] = states.setdefault(ordered.index(name), {})[what] = torch.empty_like(like, dtype=found.dtype)
+            values[key] = states.setdefault(ordered.index(name), {})[entry] = torch.empty_like(like, dtype=found.dtype)
         stored.fill(values)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
     def restore_random(self, device: torch.device | str = "cpu") -> None:
-        """Sets torch's random generators, the CPU's and a CUDA device's, to what they were, in one of the processes that saved."""
+        """Restore torch's random generators, of the CPU and a CUDA device, as one saving process had them."""
         device, stored = as_device("restore_random", device), stored_tensors(self.folder, "random")
         torch.set_rng_state(stored.get("cpu"))
         if device.type == "cuda" and "cuda" in stored.tensors:
@@ -127,20 +127,20 @@ def save_checkpoint(
     record: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Writes `run/checkpoints/step-<step>/`, and of it and those before removes all but the newest `keep`.
+    """Write `run/checkpoints/step-<step>/`, and keep the newest `keep` checkpoints up to this step.
 
     Args:
-        optimizer: one whose state is tensors, of parameters of the model.
-        state: the state that the next batch goes on from.
-        tokenizer: one with a method `save(folder)`, to go along.
-        record: what else the program needs to go on, such as its position in the text, as JSON.
+        optimizer: must hold tensors for the model's parameters only.
+        state: state of the rows before the next batch.
+        tokenizer: saved along by its method `save(folder)`.
+        record: other values that a resume needs, such as the position in the text, as JSON.
 
     Returns:
-        the folder. The states of torch's random generators are in it, too.
+        the folder, which also holds the states of torch's random generators.
 
     Raises:
         ValueError: the model's weights are not finite. TypeError, ValueError: `record` is no JSON. OSError: the folder
-        cannot be written; nothing of it is left then.
+        cannot be written; then nothing of it is left.
 
     Example:
         >>> import tempfile, torch, megalodon_ops as mo
@@ -179,18 +179,18 @@ def training_tensors(
     state: MegalodonState | None,
     mesh: DeviceMesh | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """What training needs beside the model, by kind and name: states of the optimizer, the rows and random generators.
+    """States of the optimizer, the rows and the random generators, by kind and name.
 
-    Of the processes of a mesh each has rows of its own.
+    With a mesh, each process has its own rows.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     kinds: dict[str, dict[str, Tensor]] = {"random": {"cpu": torch.get_rng_state()}}
     device = next(model.parameters()).device
     if device.type == "cuda":
         kinds["random"]["cuda"] = torch.cuda.get_rng_state(device)
-    carries = not isinstance(model, MegalodonEncoder)
-    if state is not None and not (carries and isinstance(state, MegalodonState)):
-        wanted = "a MegalodonState or None" if carries else "None for an encoder"
+    has_state = not isinstance(model, MegalodonEncoder)
+    if state is not None and not (has_state and isinstance(state, MegalodonState)):
+        wanted = "a MegalodonState or None" if has_state else "None for an encoder"
         raise TypeError(f"save_checkpoint: `state` must be {wanted}, got {described(state)}.")
     if state is not None:
         rows = {name: as_real(tensor.detach()) for name, tensor in named_tensors(complete(state)).items()}
@@ -200,17 +200,17 @@ def training_tensors(
             raise ValueError(f"save_checkpoint: `state` must be of `model`, got another's: {error}.") from error
         kinds["state"] = _as_rows(rows, mesh)
     for parameter, values in ({} if optimizer is None else optimizer.state).items():
-        for what, value in values.items():
+        for key, value in values.items():
             if parameter not in names or not isinstance(value, Tensor):
                 raise ValueError(
-                    f"save_checkpoint: `optimizer` must have tensors for the model's parameters, got `{what}`."
+                    f"save_checkpoint: `optimizer` must have tensors for the model's parameters, got `{key}`."
                 )
-            kinds.setdefault("optimizer", {})[f"{names[parameter]}/{what}"] = value
+            kinds.setdefault("optimizer", {})[f"{names[parameter]}/{key}"] = value
     return kinds
 
 
 def _as_rows(tensors: dict[str, Tensor], mesh: DeviceMesh | None) -> dict[str, Tensor]:
-    """Tensors of this process's rows as its parts of DTensors of all rows, which the dimension `data` splits."""
+    """Wrap this process's rows as its shards of DTensors of all rows, split over the dimension `data`."""
     if mesh is None:
         return tensors
     from torch.distributed.tensor import DTensor, Replicate, Shard  # here: it takes long to load
@@ -224,19 +224,19 @@ def _as_rows(tensors: dict[str, Tensor], mesh: DeviceMesh | None) -> dict[str, T
     return rows
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def load_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> Checkpoint:
-    """The newest complete checkpoint of a run's folder, or the checkpoint that the folder is.
+    """Open a checkpoint's folder, or the newest complete checkpoint of a run's folder.
 
-    A damaged checkpoint of a run is passed over, with a warning in the log `megalodon_ops` that names the fault.
+    Damaged checkpoints of a run are skipped, with a warning in the log `megalodon_ops` that names the fault.
 
     Args:
-        verify: whether all files are read and compared with the sums in `training.json`. Of several processes that load
-            one checkpoint, one does that and tells the others the folder.
+        verify: compare all files with the sums in `training.json`. In several processes, let one verify and send the
+            folder to the others.
     """
     path = as_path("load_checkpoint", "path", path)
     if not os.path.lexists(path):
@@ -269,13 +269,13 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The run's checkpoints, complete or damaged, in the order of their steps."""
+    """Return the run's checkpoints, complete or damaged, ordered by step."""
     found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step)
 
 
 def keep_newest(run: Path, written: Path, keep: int) -> None:
-    """Removes, of the checkpoint just written and those of earlier steps, all but the newest `keep`."""
+    """Remove all but the newest `keep` of the checkpoints up to the one just written."""
     for old in [path for path in checkpoints_of(run) if _step(path) <= _step(written)][:-keep]:
         with drafting(old) as draft, suppress(FileNotFoundError):  # another process removes it
             old.rename(draft)
@@ -288,15 +288,15 @@ def _step(folder: Path) -> int:
 def load_any(
     path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Megalodon, Tokenizer | None, dict[str, Any] | None]:
-    """A model, its tokenizer and, of a training run, the content of `training.json`, from any folder with a model.
+    """Load a model, its tokenizer and, for a training run, the content of `training.json`, from a folder of any format.
 
     Args:
-        path: a run's folder, one of its checkpoints, a folder of `Megalodon.save` or of transformers, or one in the
-            format of the released code.
-        dtype: that of the linear layers and the embedding; None: the folder's, or float32 for the released format.
+        path: a run's folder, one of its checkpoints, a folder of `Megalodon.save` or of transformers, or a folder in
+            the released format.
+        dtype: dtype of linear layers and embedding; None: the folder's, or float32 for the released format.
 
     Returns:
-        the model in evaluation mode; its tokenizer, or None where the folder has none; the record, or None.
+        the model in evaluation mode; its tokenizer, or None; the record, or None.
     """
     path, device = as_path("load_any", "path", path), as_device("load_any", device)
     check_dtype("load_any", dtype)
@@ -312,7 +312,7 @@ def load_any(
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a folder, or None where there is none."""
+    """Return the tokenizer in a folder, or None."""
     if not any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model")):
         return None
     return load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run: one process at once, several together while the run goes on."""
+"""Write the checkpoints of a run: in one process synchronously, in several in the background."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from .run_checkpoint import checkpoint_folder, keep_newest, local, save_checkpoint, training_tensors
+from .run_checkpoint import checkpoint_folder, keep_newest, local_tensor, save_checkpoint, training_tensors
 from .record import new_record, write_record
 from ..model.folder import DISTRIBUTED, write_config
-from ..files import as_path, draft_of, one_line, remove_drafts, write_atomically
+from ..files import as_path, draft_path, one_line, remove_drafts, write_atomically
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.memory import is_finite
@@ -26,21 +26,22 @@ if TYPE_CHECKING:
 
 
 class Saver:
-    """Writes checkpoints into a run's folder and keeps the newest: `saver.save(step, model, ...)`, `saver.wait()`.
+    """Write checkpoints into a run's folder and keep the newest: `saver.save(step, model, ...)`, `saver.wait()`.
 
-    One process writes a folder at once, as :func:`save_checkpoint` does. The processes of a mesh copy what each holds,
-    at once, and write the copies in a thread while the run goes on; a folder appears under its name when all is on the
-    disk. At most one is on its way: the next :meth:`save` waits for it, and so does :meth:`wait`. All processes call
-    both alike, and where one could not write, all raise an OSError that names the process.
+    A single process writes synchronously, as :func:`save_checkpoint` does. Each process of a mesh copies its tensors
+    and writes the copies in a thread while training continues; the folder appears under its name when all is on the
+    disk.
+    At most one checkpoint is in flight: the next :meth:`save` waits for it, and so does :meth:`wait`. All processes must
+    call both; if one cannot write, all raise an OSError that names its rank.
 
     Example:
         >>> import tempfile
         >>> from megalodon_ops.training import Saver
-        >>> saver = Saver(tempfile.mkdtemp(), keep=2)               # of several processes: Saver(run, mesh)
+        >>> saver = Saver(tempfile.mkdtemp(), keep=2)               # in several processes: Saver(run, mesh)
     """
 
     def __init__(self, run: str | os.PathLike, mesh: DeviceMesh | None = None, *, keep: int = 2) -> None:
-        """mesh: of all processes of the default process group."""
+        """mesh: spans the default process group."""
         self.run = as_path("Saver", "run", run)
         self.keep = check_integer("Saver", "keep", keep, "a positive integer", 1)
         self.mesh = mesh
@@ -51,8 +52,8 @@ class Saver:
             check_mesh("Saver", mesh)
             if dist.get_rank() == 0:
                 remove_drafts(self.run / "checkpoints", "step-*")
-            self._group = dist.new_group(backend="gloo")  # of the threads that write
-            tokens = [uuid.uuid4().hex[:8]]  # by which all know the draft
+            self._group = dist.new_group(backend="gloo")  # for the writing threads
+            tokens = [uuid.uuid4().hex[:8]]  # names the draft, in all processes
             dist.broadcast_object_list(tokens, group=self._group)
             (self._token,) = tokens
 
@@ -66,9 +67,9 @@ class Saver:
         tokenizer: Any = None,
         record: dict[str, Any] | None = None,
     ) -> None:
-        """Writes a checkpoint; arguments as in :func:`save_checkpoint`, `state` that of this process's own rows.
+        """Write a checkpoint; arguments as in :func:`save_checkpoint`. `state` holds this process's own rows.
 
-        Of several processes, what the first gives as `tokenizer` and `record` counts.
+        In several processes, `tokenizer` and `record` of rank 0 are written.
         """
         if self.mesh is None:
             others = dict(optimizer=optimizer, state=state, tokenizer=tokenizer, record=record)
@@ -82,11 +83,11 @@ class Saver:
         content = new_record(step, optimizer, record, self.mesh)
         kinds = {"model": dict(model.named_parameters()), **training_tensors(model, optimizer, state, self.mesh)}
         for name, parameter in kinds["model"].items():
-            if not is_finite(local(parameter)):
+            if not is_finite(local_tensor(parameter)):
                 raise ValueError(f"save_checkpoint: `{name}` must be finite, got NaN or infinity.")
         tensors = {f"{kind}/{name}": tensor.detach() for kind in kinds for name, tensor in kinds[kind].items()}
         folder = checkpoint_folder(self.run, step)
-        draft, draft_ends = draft_of(Path(os.path.realpath(folder)), self._token), ExitStack()
+        draft, draft_ends = draft_path(Path(os.path.realpath(folder)), self._token), ExitStack()
 
         def begin() -> None:
             draft_ends.enter_context(write_atomically(folder, folder=True, token=self._token))
@@ -101,7 +102,7 @@ class Saver:
         self._writing = async_save(tensors, storage_writer=writer, process_group=self._group), folder, draft_ends
 
     def wait(self) -> None:
-        """Returns once no checkpoint is on its way; raises, in all processes, where one could not be written."""
+        """Wait until no checkpoint is in flight; raise, in all processes, if it could not be written."""
         if self._writing is None:
             return
         from torch.distributed.checkpoint import CheckpointException
@@ -110,7 +111,7 @@ class Saver:
         try:
             writing.result()
         except CheckpointException as error:
-            with suppress(OSError), draft_ends:  # the remains would keep a full disk full
+            with suppress(OSError), draft_ends:  # its remains would keep a full disk full
                 raise OSError from error
             rank, (cause, _) = next(iter(error.failures.items()))
             reason = (isinstance(cause, OSError) and cause.strerror) or one_line(cause)

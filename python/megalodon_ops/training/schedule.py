@@ -1,10 +1,10 @@
-"""How far a run has come, and the learning rate there.
+"""Progress of a run, and its learning rate.
 
     lr = peak * min(1, max((step + 1) / warmup, 10 progress)) * (1 - progress)
 
-For a number of steps, progress is step / steps. For minutes, progress runs along a straight line that `set_pace` draws
-from the time spent to the end of the budget, at every checkpoint and only there: the line is part of the checkpoint, so
-the losses after a checkpoint are the same whenever they are computed.
+With `steps`, progress is step / steps. With `minutes`, progress grows linearly in the steps, from the share of the time
+spent to 1; `set_pace` sets the slope at checkpoints only, and each checkpoint stores it. So losses after a resume are
+those of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 class SchedulePosition(msgspec.Struct):
-    """What `Schedule.position` gives."""
+    """The fields of `Schedule.position`."""
 
     budget: float | None
     anchor: tuple[int, float]
@@ -24,7 +24,7 @@ class SchedulePosition(msgspec.Struct):
 
 
 class Schedule:
-    """Warmup and a line to zero, over `steps` steps or over `minutes`.
+    """Linear warmup and linear decay to zero, over `steps` or `minutes`.
 
     Example:
         >>> from megalodon_ops.training import Schedule
@@ -42,43 +42,43 @@ class Schedule:
         self.end = steps  # the step where the line ends; None until the pace is known
 
     def progress(self, step: int) -> float:
-        """How much of the run is done before a step, from 0 to 1."""
+        """Return the share of the run before a step, from 0 to 1."""
         start, done = self.anchor
         along = 0.0 if self.end is None else (step - start) / max(1, self.end - start)
         return min(1.0, done + (1 - done) * along)
 
     def lr(self, step: int) -> float:
-        """The learning rate of a step, the first of which is 0."""
+        """Return the learning rate of a step; the first step is 0."""
         progress = self.progress(step)
         ramp = min(1.0, max((step + 1) / max(1, self.warmup), 10 * progress))
         return self.peak * ramp * (1 - progress)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Gives every group of the optimizer the learning rate of a step, and returns the rate."""
+        """Set the learning rate of a step in every group of the optimizer, and return it."""
         rate = self.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         return rate
 
     def finished(self, step: int) -> bool:
-        """Whether the run ends before a step."""
+        """Return True if the run ends before this step."""
         return self.end is not None and step >= self.end
 
     def set_pace(self, step: int, seconds: float, seconds_per_step: float) -> None:
-        """Draws the line anew, after `seconds` of the budget, for steps that take `seconds_per_step`."""
+        """Fit the end to the budget: `seconds` of it are spent, and a step takes `seconds_per_step`."""
         if self.budget is None:
             return
         self.anchor = (step, min(1.0, seconds / self.budget))
         self.end = step + max(0, round((self.budget - seconds) / seconds_per_step))
 
     def position(self) -> dict[str, Any]:
-        """The line that progress runs along, as JSON."""
+        """Return the line of progress, as JSON."""
         return {"budget": self.budget, "anchor": list(self.anchor), "end": self.end}
 
     def seek(self, position: dict[str, Any], step: int, seconds: float = 0.0) -> None:
-        """Takes up the line of a checkpoint or, for a run that was given another length, draws a line from there.
+        """Restore a checkpoint's line of progress; if the run has a new length, fit a new line from there.
 
-        seconds: those spent so far, which a schedule by the clock needs.
+        seconds: spent so far; needed with `minutes`.
         """
         found = msgspec.convert(position, SchedulePosition)
         if self.budget is None:

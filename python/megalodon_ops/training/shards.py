@@ -1,13 +1,13 @@
-"""Documents as tokens in files that are memory-mapped: the folder that `python -m megalodon_ops tokenize` writes.
+"""Tokenized documents in memory-mapped files: the folder that `python -m megalodon_ops tokenize` writes.
 
-    tokens/  dataset.json                  what it is made of, the tokenizer, counts of each shard
+    tokens/  dataset.json                  its sources, the tokenizer, counts of each shard
              tokenizer.json ...            the tokenizer's files
-             shard-000000.tokens.npy       (T,) uint8, uint16 or uint32: the ids of the documents, end to end
-             shard-000000.documents.npy    (N, 3) uint64, a row for each document: where it ends in the shard's tokens,
-                                           where in the shard's text, and its key
+             shard-000000.tokens.npy       (T,) uint8, uint16 or uint32: the documents' ids, end to end
+             shard-000000.documents.npy    (N, 3) uint64, a row for each document: its end in the shard's tokens, its end in
+                                           the shard's text, its key
 
-The id that opens a document is not stored. A document's key is the first 8 bytes of the sha256 of its text, as a
-big-endian number. `dataset.json` lists a shard once its files are on the disk: a folder that lists all is finished.
+The id before a document is not stored. A document's key is the first 8 bytes of its text's sha256, as a big-endian
+number. `dataset.json` lists a shard once its files are on the disk; a folder that lists all shards is complete.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ..files import FileError, as_path, opened, reading, write_atomically, write
 from ..tokenizers import Tokenizer, load_tokenizer
 
 INDEX = "dataset.json"
-MOST_HELD_OUT = 8 << 20
-"""Bytes of text that are held out at most, whose loss is to be computed now and then"""
-OPEN = 128
-"""Shards that are mapped at once, with two open files each"""
+MAX_HELD_OUT_BYTES = 8 << 20
+"""Most bytes of text to hold out"""
+MAX_OPEN_SHARDS = 128
+"""Shards mapped at once, with two open files each"""
 TOKENS, BYTES, KEYS = 0, 1, 2  # columns of a table of documents
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -42,22 +42,22 @@ class Shard(msgspec.Struct, forbid_unknown_fields=True):
     documents: Count
     tokens: Count
     bytes: Count
-    """Of the documents' text"""
+    """Bytes of the documents' text"""
     skipped: dict[str, Count]
-    """How many lines or documents of the files are not there, by reason"""
+    """Lines or documents of the files that are missing here, by reason"""
 
 
 class Index(msgspec.Struct, forbid_unknown_fields=True):
     """The content of `dataset.json`."""
 
     format: Literal[3]
-    """Counts the changes of the folder's content; folders of another format are not read"""
+    """Version of the folder's content; folders of other versions are not read"""
     tokenizer: Sha256
-    """Its fingerprint"""
+    """The tokenizer's fingerprint"""
     made_of: Sha256
-    """Tells the files of text, and how they were read, from others"""
+    """Hash of the files of text, and of the flags that say how they are read"""
     shards: list[Shard | None]
-    """None: is still to be made"""
+    """None: not written yet"""
 
     @staticmethod
     def read(folder: Path) -> Index:
@@ -69,9 +69,9 @@ class Index(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Shards:
-    """A folder of tokens that `python -m megalodon_ops tokenize` has written.
+    """A folder of tokens, written by `python -m megalodon_ops tokenize`.
 
-    Types and sizes of all files are compared with the index when it is opened. Raises a FileError of one line, or a
+    The constructor compares types and sizes of all files with the index. Raises a FileError of one line, or a
     FileNotFoundError.
 
     Example:
@@ -98,7 +98,7 @@ class Shards:
         index = Index.read(self.folder)
         self._shards = [shard for shard in index.shards if shard is not None]
         if len(self._shards) < len(index.shards):
-            raise FileError(f"{self.folder}: is not finished; run the command `tokenize` again, which goes on")
+            raise FileError(f"{self.folder}: is incomplete; run the command `tokenize` again to continue it")
         self.tokenizer = load_tokenizer(self.folder)
         if self.tokenizer.fingerprint != index.tokenizer:
             raise FileError(f"{self.folder}: its tokenizer is not the one that made the tokens")
@@ -106,51 +106,51 @@ class Shards:
         self.num_documents = sum(shard.documents for shard in self._shards)
         self.num_tokens = sum(shard.tokens for shard in self._shards)
         self.num_bytes = sum(shard.bytes for shard in self._shards)
-        """Of the documents' text"""
+        """Bytes of the documents' text"""
         for number in range(self.num_shards):
             self._open(number)
-        self._opened = lru_cache(OPEN)(self._open)
+        self._open_cached = lru_cache(MAX_OPEN_SHARDS)(self._open)
         self._first = numpy.cumsum([0, *(shard.documents for shard in self._shards)])  # documents before each shard
 
     def document(self, number: int) -> numpy.ndarray:
-        """The ids of a document, memory-mapped."""
+        """Return the ids of a document, memory-mapped."""
         shard = int(numpy.searchsorted(self._first, number, side="right")) - 1
-        tokens, table = self._opened(shard)
+        tokens, table = self._open_cached(shard)
         row = number - int(self._first[shard])
         return tokens[int(table[row - 1, TOKENS]) if row else 0 : int(table[row, TOKENS])]
 
     def hold_out(self) -> Corpus:
-        """Holds out a twentieth of the text, of at most 8 MiB, as :func:`hold_out` does of text; of copies one is kept.
+        """Hold out a twentieth of the text, and at most 8 MiB, as :func:`hold_out` does; duplicates are removed.
 
-        The documents to learn from are ids, read when they are asked for; those held out are text. Where the end of the
-        longest document is held out, it is as large a share of its tokens as it is to be of its text.
+        Training documents are ids, read on access; held-out documents are text. If the end of the longest document is
+        held out, its share of the document's tokens is the share wanted of its text.
         """
         keys, sizes, lengths = self._column(KEYS), self._lengths(BYTES), self._lengths(TOKENS)
         with reading(self.folder):
-            corpus = split(self.document, keys, sizes, lengths, self._text, MOST_HELD_OUT)
+            corpus = split(self.document, keys, sizes, lengths, self._text, MAX_HELD_OUT_BYTES)
         both = self.tokenizer.fingerprint + corpus.fingerprint
         return corpus._replace(fingerprint=hashlib.sha256(both.encode()).hexdigest())
 
     def _open(self, number: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """The tokens of a shard, and its table of documents."""
+        """Map the tokens of a shard, and its table of documents."""
         shard = self._shards[number]
         tokens_path, documents_path = shard_paths(self.folder, number)
-        tokens = _mapped(tokens_path, dtype_of(self.tokenizer), (shard.tokens,))
-        table = _mapped(documents_path, numpy.dtype("<u8"), (shard.documents, 3))
+        tokens = _map_array(tokens_path, dtype_of(self.tokenizer), (shard.tokens,))
+        table = _map_array(documents_path, numpy.dtype("<u8"), (shard.documents, 3))
         if shard.documents and table[-1, :KEYS].tolist() != [shard.tokens, shard.bytes]:
             raise FileError(f"{documents_path}: must end where the shard does; it was changed after it was written")
         return tokens, table
 
     def _column(self, column: int) -> numpy.ndarray:
-        """(N,) a column of the tables of all shards."""
-        tables = (self._opened(number)[1] for number in range(self.num_shards))
+        """(N,) one column of the tables of all shards."""
+        tables = (self._open_cached(number)[1] for number in range(self.num_shards))
         return numpy.concatenate([numpy.empty(0, numpy.uint64), *(table[:, column] for table in tables)])
 
     def _lengths(self, column: int) -> numpy.ndarray:
-        """(N,) how many tokens or bytes of text documents have."""
+        """(N,) tokens, or bytes of text, of each document."""
         lengths = [numpy.empty(0, numpy.int64)]
         for number in range(self.num_shards):
-            lengths.append(numpy.diff(self._opened(number)[1][:, column].astype(numpy.int64), prepend=0))
+            lengths.append(numpy.diff(self._open_cached(number)[1][:, column].astype(numpy.int64), prepend=0))
             if (lengths[-1] < 1).any():
                 raise FileError(f"{shard_paths(self.folder, number)[1]}: documents must end one after another")
         return numpy.concatenate(lengths)
@@ -160,17 +160,17 @@ class Shards:
 
 
 def is_tokens(folder: Path) -> bool:
-    """Whether a folder holds tokens, or is to hold them once it is finished."""
+    """Return True if a folder holds tokens, complete or not."""
     return (folder / INDEX).is_file()
 
 
 def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
-    """The files of tokens and of documents."""
+    """Return the paths of a shard's tokens and documents."""
     return folder / f"shard-{number:06d}.tokens.npy", folder / f"shard-{number:06d}.documents.npy"
 
 
 def dtype_of(tokenizer: Tokenizer) -> numpy.dtype:
-    """The narrowest type of every id of text."""
+    """Return the narrowest dtype that holds the ids of text."""
     last = tokenizer.vocab_size - 1
     return numpy.min_scalar_type(last - (last == tokenizer.start)).newbyteorder("<")
 
@@ -178,10 +178,10 @@ def dtype_of(tokenizer: Tokenizer) -> numpy.dtype:
 def write_shard(
     folder: Path, number: int, tokenizer: Tokenizer, documents: Iterable[Iterable[bytes]], skipped: Counter[str]
 ) -> Shard:
-    """Encodes documents, each of which comes in pieces of text, into a shard's files, each of which is whole or not there.
+    """Encode documents, each given in pieces of text, into a shard's files, atomically.
 
-    Documents of which the tokenizer leaves nothing are counted in `skipped`. Memory is that of a few windows of text, and
-    24 bytes a document.
+    Documents without tokens are counted in `skipped`. Takes memory for a few windows of text, and 24 bytes per
+    document.
     """
     tokens_path, documents_path = shard_paths(folder, number)
     with write_atomically(tokens_path) as draft, open(draft, "wb") as file:
@@ -194,9 +194,9 @@ def write_shard(
 def _write_tokens(
     file: BinaryIO, tokenizer: Tokenizer, documents: Iterable[Iterable[bytes]], skipped: Counter[str]
 ) -> tuple[numpy.ndarray, int, int]:
-    """Writes the file of tokens; returns the table of documents, and how many tokens and bytes they have."""
+    """Write the file of tokens; return the table of documents, and their tokens and bytes in all."""
 
-    def write_header(length: int) -> None:  # takes equally many bytes whatever the length
+    def write_header(length: int) -> None:  # of constant size
         fields = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
         numpy.lib.format.write_array_header_1_0(file, fields)
 
@@ -207,9 +207,9 @@ def _write_tokens(
             yield piece
 
     dtype = dtype_of(tokenizer)
-    digests: deque[Any] = deque()  # of the documents that are being read
+    digests: deque[Any] = deque()  # of the documents being read
     table = array("Q")
-    tokens = size = before = 0  # of the documents so far; tokens of those before the open one
+    tokens = size = before = 0  # of the documents so far; `before`: tokens before the open one
     write_header(0)
     for ids, length, is_last in tokenizer.encode_stream(map(hashed, documents)):
         file.write(ids.astype(dtype).data)
@@ -227,8 +227,8 @@ def _write_tokens(
     return numpy.array(table, "<u8").reshape(-1, 3), tokens, size
 
 
-def _mapped(path: Path, dtype: numpy.dtype, shape: tuple[int, ...]) -> numpy.ndarray:
-    """The numbers of an .npy file, which must have this type and shape."""
+def _map_array(path: Path, dtype: numpy.dtype, shape: tuple[int, ...]) -> numpy.ndarray:
+    """Map an .npy file, which must have this dtype and shape."""
     with opened(path):
         found = numpy.lib.format.open_memmap(path, mode="r")
         if found.dtype != dtype or found.shape != shape:
