@@ -127,17 +127,17 @@ class Train(BatchOptions):
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
     tokenizer: Path | None = flag(None, VOCABULARY)
     out: Path | None = flag(None, "folder of the run (runs/<time>); required with torchrun")
-    resume: bool = flag(False, "continue the run in --out, with its flags")
+    resume: bool = flag(False, "continue the run in --out with its own flags")
     config: Path | None = flag(
         None, "JSON file of options, such as a run's options.json; flags override it", metavar="FILE"
     )
-    steps: Natural | None = flag(None, "stop after N steps; the result does not depend on speed")
+    steps: Natural | None = flag(None, "stop after N steps; the result does not depend on the clock")
     minutes: Positive | None = flag(None, f"stop after X minutes ({MINUTES:g}, unless --steps is given)")
     eval_every: Natural = flag(500, "steps between evaluations on held-out text")
     checkpoint_every: Natural = flag(200, "steps between checkpoints")
     seed: Seed = flag(0, "seed of weights, document order and dropout")
     device: str = flag("cpu", "device to compute on")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is by autocast")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of products, bfloat16 by autocast")
     mesh: Mesh | None = flag(
         None,
         "mesh of torchrun's processes: rows are split over data, sequences over chunk, layers over tensor "
@@ -146,7 +146,7 @@ class Train(BatchOptions):
     timeout: Positive = flag(600.0, "seconds that a process waits for the others")
     tensorboard: bool = flag(False, "also write the metrics for TensorBoard, to events in the folder")
     peak_tflops: Positive | None = flag(
-        None, "peak of a device, to log the model FLOPs utilization (known for A100, H100, H200, B200)"
+        None, "peak TFLOPS of a device, to log the model FLOPs utilization (known for A100, H100, H200, B200)"
     )
 
     def record(self) -> dict[str, Any]:
@@ -162,7 +162,9 @@ class ModelToRead(Options):
     checkpoint: Path = flag(REQUIRED, "folder of a run, a checkpoint or any saved model")
     tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
     device: str = flag("cpu", "device to compute on")
-    dtype: Literal["float32", "bfloat16"] | None = flag(None, "bfloat16 is by autocast (the run's, or float32)")
+    dtype: Literal["float32", "bfloat16"] | None = flag(
+        None, "dtype of products, bfloat16 by autocast (the run's, or float32)"
+    )
 
 
 @dataclass(kw_only=True)
@@ -199,7 +201,7 @@ class Generate(ModelToRead):
     samples: Count = flag(1, "number of continuations")
     temperature: NotNegative = flag(0.8, "sampling temperature; 0 takes the likeliest token")
     top_k: Count | None = flag(None, "sample from the N likeliest tokens")
-    top_p: Fraction | None = flag(None, "sample from the smallest set of likeliest tokens with probability X")
+    top_p: Fraction | None = flag(None, "sample from the smallest set of likeliest tokens with total probability X")
     min_p: Fraction | None = flag(None, "sample from tokens at least X times as likely as the likeliest")
     repetition_penalty: Positive | None = flag(None, "above 1, makes tokens of the text so far less likely")
     seed: Seed = flag(0, "seed of the samples")
