@@ -51,7 +51,7 @@ def reading(path: Path) -> Iterator[None]:
     except (FileError, FileNotFoundError, ModuleNotFoundError):
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # raised by Rust libraries
             raise
         if isinstance(error, MemoryError) or "Cannot allocate memory" in str(error):
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from error
@@ -120,7 +120,9 @@ def write_atomically(path: Path, *, folder: bool = False, token: str | None = No
             flush(path.parent)
         remove_drafts(path.parent, glob.escape(path.name))
     except OSError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of a file inside a folder
+        cause = (
+            error.__cause__ if isinstance(error.__cause__, OSError) else error
+        )  # the error of a file inside the folder
         raise OSError(f"{path}: could not be written: {cause.strerror or cause}") from cause
 
 

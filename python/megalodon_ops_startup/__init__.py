@@ -32,7 +32,7 @@ def prepare() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` and `&` may have SIGINT ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # SIGINT may be ignored, under `nohup` or `&`
         signal.signal(signal.SIGINT, _end)
 
 

@@ -318,7 +318,7 @@ def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
         return err
 
     new = ["--out", tmp_path / "run", *TINY]
-    assert f"--tokenizer {bpe}: the tokens in {tokens} are another's; leave the flag out" in error(
+    assert f"--tokenizer {bpe}: the tokens in {tokens} are from another tokenizer; leave the flag out" in error(
         "train", "--data", tokens, "--tokenizer", bpe, *new
     )
     assert f"--data {tokens}: holds tokens, so it must be named alone" in error("train", "--data", tokens, text, *new)

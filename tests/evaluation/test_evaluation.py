@@ -199,8 +199,8 @@ def test_non_finite_losses_are_an_error(where):
     [
         ([], {}, ValueError, "`documents` must hold a token to predict"),
         ([[3]], {}, ValueError, "`documents` must hold a token to predict"),
-        (["text"], {}, TypeError, "`tokens` must be integers, got 'text'; encode text by a tokenizer"),
-        ([b"text"], {}, TypeError, "encode text by a tokenizer"),
+        (["text"], {}, TypeError, "`tokens` must be integers, got 'text'; encode text with a tokenizer"),
+        ([b"text"], {}, TypeError, "encode text with a tokenizer"),
         ([[0.5, 1.0]], {}, ValueError, "`tokens` must be integers"),
         ([["a"]], {}, TypeError, "`tokens` must be integers"),
         ([[[1, 2], [[3]]]], {}, ValueError, r"`tokens` must be integers \(n,\) or pieces of them, got .* \(1, 1\)"),

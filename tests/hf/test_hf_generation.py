@@ -145,7 +145,7 @@ def test_unsupported_generation() -> None:
     plain = dict(max_new_tokens=3, do_sample=False)
     for kind in ("static", "quantized"):  # kinds of caches, which transformers ignores with a warning
         assert torch.equal(model.generate(prompt, **plain, cache_implementation=kind), model.generate(prompt, **plain))
-    with pytest.raises(NotImplementedError, match="cannot take tokens back"):
+    with pytest.raises(NotImplementedError, match="cannot remove tokens"):
         model(prompt).get(CACHE).crop(-1)
 
 

@@ -126,10 +126,10 @@ def test_the_order_is_that_of_whole_digests():
 
 WRONG = {
     "no batch": (dict(rows=range(2)), r"Batches: `batch` must be a positive integer below 2\^31, got None"),
-    "no rows": (dict(rows=range(1, 1), batch=3), "Batches: `rows` must be neighbouring rows of the 3 of a batch"),
-    "too many": (dict(rows=range(2, 4), batch=3), "Batches: `rows` must be neighbouring rows of the 3 of a batch"),
-    "before the first": (dict(rows=range(-1, 2), batch=3), "Batches: `rows` must be neighbouring rows"),
-    "every second": (dict(rows=range(0, 3, 2), batch=3), "Batches: `rows` must be neighbouring rows"),
+    "no rows": (dict(rows=range(1, 1), batch=3), "Batches: `rows` must be consecutive rows of the 3 in a batch"),
+    "too many": (dict(rows=range(2, 4), batch=3), "Batches: `rows` must be consecutive rows of the 3 in a batch"),
+    "before the first": (dict(rows=range(-1, 2), batch=3), "Batches: `rows` must be consecutive rows"),
+    "every second": (dict(rows=range(0, 3, 2), batch=3), "Batches: `rows` must be consecutive rows"),
 }  # fmt: skip
 
 

@@ -314,7 +314,7 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
 def test_wrong_records_are_refused(tmp_path):
     model = Megalodon(CONFIG)
     for wrong, message in (
-        ({"step": 1}, "`record` must be without step"),
+        ({"step": 1}, "`record` must not contain step"),
         ({"x": float("nan")}, "JSON"),
         ({"x": {1}}, "JSON"),
     ):

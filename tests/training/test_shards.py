@@ -218,7 +218,7 @@ def test_damage_is_reported_in_one_line(tmp_path, bpe, name):
 def test_documents_that_end_before_they_begin(tmp_path):
     folder = shards_of(tmp_path / "tokens", [b"to be", b"or not to be", b"that is"], count=1)
     flip(folder / "shard-000000.documents.npy", 128 + 7)  # the highest byte of the first document's end
-    with pytest.raises(FileError, match="shard-000000.documents.npy: documents must end one after another"):
+    with pytest.raises(FileError, match="shard-000000.documents.npy: the ends of documents must increase"):
         Shards(folder).hold_out()
 
 

@@ -134,7 +134,9 @@ def _tokenizer(options: Train) -> Tokenizer:
         return given or ByteTokenizer()
     tokenizer = read_tokenizer(folder)
     if given is not None and given.fingerprint != tokenizer.fingerprint:
-        raise CommandError(f"--tokenizer {options.tokenizer}: the tokens in {folder} are another's; leave the flag out")
+        raise CommandError(
+            f"--tokenizer {options.tokenizer}: the tokens in {folder} are from another tokenizer; leave the flag out"
+        )
     return tokenizer
 
 

@@ -273,11 +273,11 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
     rows = options.batch // data
     if rows % chunk and rows * options.length < chunk * config.chunk_size:
         raise CommandError(
-            f"--length {options.length}: the mesh's chunk={chunk} shares {rows} x {options.length} tokens, which must be at "
+            f"--length {options.length}: the mesh's chunk={chunk} splits {rows} x {options.length} tokens, which must be at "
             f"least {chunk} chunks of {config.chunk_size}, or a multiple of {chunk} rows"
         )
     if ":" in options.device:
-        raise CommandError(f"--device {options.device}: each of several processes takes a GPU of its own; say cuda")
+        raise CommandError(f"--device {options.device}: each process takes its own GPU; use cuda")
 
 
 def check_memory(options: Train, config: MegalodonConfig, processes: int) -> None:
@@ -396,5 +396,5 @@ def encode(documents: Sequence[bytes] | Parts, tokenizer: Tokenizer) -> Sequence
     read = tqdm(documents, unit=" documents", desc="encoding", leave=False, delay=1)
     found = [ids for ids in tokenizer.encode_batch(read) if len(ids)]
     if not found:
-        raise CommandError("--tokenizer: makes no token of the text")
+        raise CommandError("--tokenizer: encodes the text to no tokens")
     return found

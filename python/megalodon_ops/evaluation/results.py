@@ -80,9 +80,7 @@ class Tally:
     def add(self, segments: list[Segment], losses: Tensor) -> None:
         losses = losses.double().cpu()
         if not math.isfinite(total := losses.sum().item()):
-            raise FloatingPointError(
-                f"the loss of the text to predict is {total}; the model's weights are too large, or damaged"
-            )
+            raise FloatingPointError(f"the loss is {total}; the model's weights are too large, or damaged")
         spans = [(s.start + 1, s.start + len(s.inputs) + 1) for s in segments]
         contexts = torch.cat([torch.arange(*span, device="cpu") for span in spans])
         bins = torch.bucketize(contexts, _LAST)

@@ -92,7 +92,7 @@ def _pieces(tokens: Any) -> Iterator[Tensor]:
     """Yield tokens, given in one or many pieces, as (n,) int64 on the CPU."""
     is_array = hasattr(tokens, "__array__")  # tensors have it too
     if isinstance(tokens, (str, bytes)) or not (is_array or isinstance(tokens, Iterable)):
-        raise TypeError(f"evaluate: `tokens` must be integers, got {described(tokens)}; encode text by a tokenizer.")
+        raise TypeError(f"evaluate: `tokens` must be integers, got {described(tokens)}; encode text with a tokenizer.")
     if is_array or (isinstance(tokens, Sequence) and all(is_whole(token, 0) for token in tokens[:1])):
         tokens = [tokens]
     for piece in tokens:

@@ -97,7 +97,7 @@ class MegalodonCache(Cache):
 
     def crop(self, *_: int) -> None:
         raise NotImplementedError(
-            "MegalodonCache: `crop` cannot take tokens back, as the state has summed them up; keep a copy.deepcopy of the "
+            "MegalodonCache: `crop` cannot remove tokens, since the state sums over them; keep a copy.deepcopy of the "
             "cache to return to, and use no assisted or contrastive generation."
         )
 

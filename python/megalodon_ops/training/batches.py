@@ -245,7 +245,7 @@ def _check_rows(rows: int | range, batch: int | None) -> tuple[int, range]:
         return len(rows), rows
     batch = check_size("Batches", "batch", batch)
     if not (len(rows) and rows.step == 1 and 0 <= rows.start and rows.stop <= batch):
-        raise ValueError(f"Batches: `rows` must be neighbouring rows of the {batch} of a batch, got {rows}.")
+        raise ValueError(f"Batches: `rows` must be consecutive rows of the {batch} in a batch, got {rows}.")
     return batch, rows
 
 

@@ -53,7 +53,9 @@ def new_record(
     }
     program = json.loads(json.dumps(program or {}, allow_nan=False))
     if taken := set(program) & set(Record.__struct_fields__):
-        raise ValueError(f"save_checkpoint: `record` must be without {', '.join(sorted(taken))}, got them.")
+        raise ValueError(
+            f"save_checkpoint: `record` must not contain {', '.join(sorted(taken))}, got them; rename the fields."
+        )
     return own | program
 
 

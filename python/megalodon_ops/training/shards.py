@@ -152,7 +152,7 @@ class Shards:
         for number in range(self.num_shards):
             lengths.append(numpy.diff(self._open_cached(number)[1][:, column].astype(numpy.int64), prepend=0))
             if (lengths[-1] < 1).any():
-                raise FileError(f"{shard_paths(self.folder, number)[1]}: documents must end one after another")
+                raise FileError(f"{shard_paths(self.folder, number)[1]}: the ends of documents must increase")
         return numpy.concatenate(lengths)
 
     def _text(self, ids: numpy.ndarray) -> bytes:
