@@ -110,7 +110,6 @@ def test_a_repeat_after_a_kill_gives_the_same_files(mixed, tmp_path, monkeypatch
 
 
 def test_a_repeat_after_the_end_writes_nothing(mixed, tmp_path, capsys):
-    """It prints the same lines."""
     out = tmp_path / "tokens"
     assert tokenize(out, mixed) == 0
     printed, times = capsys.readouterr().out, {path: path.stat().st_mtime_ns for path in out.iterdir()}

@@ -187,7 +187,6 @@ ends = st.sampled_from(["start", 7, None])
 
 
 def targets_of(documents, end):
-    """Targets of each document."""
     return [[*document, *([] if end is None else [START if end == "start" else end])] for document in documents]
 
 

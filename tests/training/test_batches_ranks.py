@@ -23,7 +23,6 @@ def splits(draw, rows):
 
 
 def union(parts, ranges):
-    """Join the ranks' batches."""
     sequences = numpy.cumsum([0, *(len(part.carry) for part in parts)])
     tokens = numpy.cumsum([0, *(part.tokens.shape[1] for part in parts)])
 

@@ -20,7 +20,6 @@ texts = st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=25)
 
 
 def shards_of(folder, documents, tokenizer=BYTES, count=3):
-    """Write documents to a folder of `count` shards."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     bounds = [len(documents) * i // count for i in range(count + 1)]
@@ -68,7 +67,6 @@ def test_the_split_of_bytes_is_that_of_text(tmp_path, documents, count):
 
 
 def test_a_long_document_is_cut_between_tokens(tmp_path, bpe):
-    """Training and held-out part together are the text."""
     for copies in (40, 20_000):
         text = b"to be or not to be, that is the question. " * copies
         corpus = Shards(shards_of(tmp_path / "tokens", [text], bpe, 1)).hold_out()

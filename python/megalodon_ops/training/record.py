@@ -53,9 +53,7 @@ def new_record(
     }
     program = json.loads(json.dumps(program or {}, allow_nan=False))
     if taken := set(program) & set(Record.__struct_fields__):
-        raise ValueError(
-            f"save_checkpoint: `record` must not contain {', '.join(sorted(taken))}, got them; rename the fields."
-        )
+        raise ValueError(f"save_checkpoint: `record` must not contain {', '.join(sorted(taken))}, got them.")
     return own | program
 
 
